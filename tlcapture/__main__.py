@@ -1,0 +1,3 @@
+from tlcapture.cli.main import main
+
+main()

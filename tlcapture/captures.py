@@ -1,0 +1,175 @@
+"""A capture: what one prompt's run left, as a file and as an object.
+
+    capture = Capture.open(path)
+    capture.response.tokens
+    capture.residual(5, "residual_out")        # [n_tokens, d_model], prompt and response in one line
+
+The file is opened memory-mapped: nothing of it is read before a tensor is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tlcapture.errors import NumericalError, StorageError
+from tlcapture.shapes import Residual
+from tlcapture.storage import read_tensors, write_tensors
+from tlcapture.views.residual import POINTS, ResidualStream, point_index
+
+FORMAT_VERSION = 1
+SAVE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+Part = Literal["prompt", "response", "all"]
+
+
+@dataclass(frozen=True)
+class CapturedPart:
+    """Prompt or response: its text, its tokens, and the residual stream at each of them."""
+
+    text: str
+    tokens: list[str]
+    token_ids: list[int]
+    residual: ResidualStream = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if not len(self.tokens) == len(self.token_ids) == self.residual.n_tokens:
+            raise StorageError(
+                f"a part with {len(self.tokens)} tokens, {len(self.token_ids)} ids and activations of "
+                f"{self.residual.n_tokens} tokens: they must be as many"
+            )
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One prompt's capture. `metadata` is that of the file."""
+
+    prompt: CapturedPart
+    response: CapturedPart
+    metadata: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def prompt_id(self) -> str:
+        return str(self.metadata["prompt_id"])
+
+    @property
+    def prompt_set(self) -> str:
+        return str(self.metadata["prompt_set"])
+
+    @property
+    def n_layers(self) -> int:
+        return self.prompt.residual.n_layers
+
+    @property
+    def tokens(self) -> list[str]:
+        return self.prompt.tokens + self.response.tokens
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.prompt.token_ids + self.response.token_ids
+
+    def residual(self, layer: int, point: str = "residual_out", part: Part = "all") -> Residual:
+        """Activations `[n_tokens, d_model]` of a layer at a residual point (or its `attn_out`)."""
+        if part == "all":
+            parts = [self.prompt, self.response]
+            return torch.cat([each.residual.at(layer, point) for each in parts])
+        return self._part(part).residual.at(layer, point)
+
+    def save(self, path: Path) -> int:
+        """Write the capture in the format of raw residual files; returns the bytes written."""
+        value = {
+            "format_version": FORMAT_VERSION,
+            "prompt": _part_to_file(self.prompt),
+            "response": _part_to_file(self.response),
+            "metadata": dict(self.metadata),
+        }
+        return write_tensors(path, value)
+
+    @classmethod
+    def open(cls, path: Path) -> Capture:
+        """Open a raw residual file; raises `StorageError` for anything that is none."""
+        value = read_tensors(path)
+        try:
+            if value["format_version"] != FORMAT_VERSION:
+                raise StorageError(
+                    f"{path}: format version {value['format_version']!r}, this tlcapture reads {FORMAT_VERSION}"
+                )
+            return cls(_part_from_file(value["prompt"]), _part_from_file(value["response"]), dict(value["metadata"]))
+        except StorageError:
+            raise
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError, RuntimeError) as error:
+            raise StorageError(f"{path}: no raw residual file: {type(error).__name__}: {error}") from None
+
+    def _part(self, part: Part) -> CapturedPart:
+        return self.prompt if part == "prompt" else self.response
+
+
+def to_dtype(residual: ResidualStream, dtype: str) -> ResidualStream:
+    """The stream as it will be stored.
+
+    `auto` keeps 16-bit activations as they are and takes float16 for wider ones where every value
+    fits, bfloat16 where one does not. Raises `NumericalError` for NaN or inf, and for a value that a
+    dtype asked for by name cannot hold.
+    """
+    tensors = [residual.points] + ([] if residual.attn_out is None else [residual.attn_out])
+    largest = max((float(tensor.abs().max()) for tensor in tensors if tensor.numel()), default=0.0)
+    if not largest < float("inf"):  # NaN too
+        raise NumericalError("the activations hold NaN or inf: try --dtype float32 or bfloat16")
+    target = _save_dtype(dtype, residual.points.dtype, largest)
+    if largest > torch.finfo(target).max:
+        raise NumericalError(
+            f"an activation of {largest:.4g} does not fit {dtype} (at most {torch.finfo(target).max:.4g}): "
+            "use --save-dtype auto, bfloat16 or float32"
+        )
+    attn = None if residual.attn_out is None else residual.attn_out.to(target)
+    return ResidualStream(residual.points.to(target), attn)
+
+
+def _save_dtype(name: str, compute: torch.dtype, largest: float) -> torch.dtype:
+    if name != "auto":
+        return SAVE_DTYPES[name]
+    if compute.itemsize <= 2:
+        return compute
+    return torch.float16 if largest <= torch.finfo(torch.float16).max else torch.bfloat16
+
+
+def _part_to_file(part: CapturedPart) -> dict[str, Any]:
+    stream = part.residual
+    activations: dict[int, dict[str, Tensor]] = {}
+    for layer in range(stream.n_layers):
+        activations[layer] = {point: stream.points[point_index(layer, point)] for point in POINTS}
+        if stream.attn_out is not None:
+            activations[layer]["attn_out"] = stream.attn_out[layer]
+    return {"text": part.text, "tokens": part.tokens, "token_ids": part.token_ids, "activations": activations}
+
+
+def _part_from_file(value: Mapping[str, Any]) -> CapturedPart:
+    activations = value["activations"]
+    layers = range(len(activations))
+    points = [activations[0]["residual_in"]]
+    for layer in layers:
+        points += [activations[layer]["after_attn"], activations[layer]["residual_out"]]
+    outputs = [activations[layer]["attn_out"] for layer in layers] if "attn_out" in activations[0] else None
+    residual = ResidualStream(_one_buffer(points), None if outputs is None else _one_buffer(outputs))
+    return CapturedPart(str(value["text"]), list(value["tokens"]), [int(i) for i in value["token_ids"]], residual)
+
+
+def _one_buffer(tensors: list[Tensor]) -> Tensor:
+    """The tensors stacked: without a copy where they lie behind each other in one storage, as written."""
+    first = tensors[0]
+    shape, width = first.shape, first.numel()
+    adjacent = first.is_contiguous() and all(
+        tensor.shape == shape
+        and tensor.is_contiguous()
+        and tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        and tensor.storage_offset() == first.storage_offset() + number * width
+        for number, tensor in enumerate(tensors)
+    )
+    if adjacent and width:
+        return first.as_strided((len(tensors), *shape), (width, *first.stride()))
+    return torch.stack(tensors)

@@ -1,0 +1,126 @@
+"""From a prompt to token ids: chat template, one BOS, and where a response ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tlcapture.errors import InputError
+
+_PROBE = "tlcapture"
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A prompt as the model gets it: its place, the rendered text and the ids."""
+
+    prompt_set: str
+    id: str
+    text: str
+    token_ids: tuple[int, ...]
+    system_prompt: str | None
+    chat_template: bool
+
+
+def uses_chat_template(tokenizer: Any, asked: bool | None) -> bool:
+    """Whether prompts go through the chat template: as asked, otherwise where the tokenizer has one."""
+    has_one = bool(getattr(tokenizer, "chat_template", None))
+    if asked and not has_one:
+        raise InputError("a chat template was asked for, but the model's tokenizer has none: use --no-chat-template")
+    return has_one if asked is None else asked
+
+
+def tokenize(
+    tokenizer: Any,
+    text: str,
+    *,
+    prompt_set: str,
+    prompt_id: str,
+    system_prompt: str | None = None,
+    chat_template: bool | None = None,
+) -> TokenizedPrompt:
+    """Render and tokenise one prompt.
+
+    With a chat template the rendered text already holds every special token, so none is added again.
+    Without one the model's BOS comes first, once, when its tokenizer has one.
+    """
+    templated = uses_chat_template(tokenizer, chat_template)
+    if templated:
+        rendered = render_chat(tokenizer, [*_system(system_prompt), {"role": "user", "content": text}])
+        ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    else:
+        rendered = f"{system_prompt}\n\n{text}" if system_prompt else text
+        ids = with_bos(tokenizer, tokenizer(rendered)["input_ids"])
+    if not ids:
+        raise InputError(f"prompt {prompt_set}/{prompt_id}: its text has no tokens")
+    return TokenizedPrompt(prompt_set, prompt_id, rendered, tuple(ids), system_prompt, templated)
+
+
+def render_chat(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
+    """Apply the chat template. A template without a system role gets it at the head of the user's message."""
+    from jinja2.exceptions import TemplateError
+
+    try:
+        return _render(tokenizer, messages, add_generation_prompt)
+    except TemplateError:
+        if messages[0]["role"] != "system":
+            raise
+    system, user, *rest = messages
+    merged = {"role": "user", "content": f"{system['content']}\n\n{user['content']}"}
+    return _render(tokenizer, [merged, *rest], add_generation_prompt)
+
+
+def with_bos(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """`ids` with the tokenizer's BOS in front, unless there is none or it is there already."""
+    bos = tokenizer.bos_token_id
+    return list(ids) if bos is None or list(ids[:1]) == [bos] else [bos, *ids]
+
+
+def stop_ids(tokenizer: Any, generation_config: Any) -> frozenset[int]:
+    """Every id that ends a response: end of sequence of tokenizer and generation config, end of turn."""
+    found: set[int] = set()
+    for ids in (tokenizer.eos_token_id, getattr(generation_config, "eos_token_id", None)):
+        found.update([ids] if isinstance(ids, int) else ids or [])
+    end_of_turn = _end_of_turn(tokenizer)
+    if end_of_turn is not None:
+        found.add(end_of_turn)
+    return frozenset(found)
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text of each token on its own; half a character shows as U+FFFD (ids are the truth)."""
+    unique = sorted(set(ids))
+    pieces = tokenizer.convert_ids_to_tokens(unique)
+    texts = tokenizer.batch_decode([[i] for i in unique], clean_up_tokenization_spaces=False)
+    # SentencePiece decoders drop the space that begins a word when the word stands alone.
+    table = {
+        i: " " + text if isinstance(piece, str) and piece.startswith("\u2581") and not text.startswith(" ") else text
+        for i, piece, text in zip(unique, pieces, texts, strict=True)
+    }
+    return [table[i] for i in ids]
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of a response, without special tokens."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _system(system_prompt: str | None) -> list[dict[str, str]]:
+    return [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    """The special token that the chat template puts right behind an assistant's words."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
+    rendered = render_chat(tokenizer, messages, add_generation_prompt=False)
+    behind = rendered.rpartition(_PROBE)[2]
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return ids[0] if ids and ids[0] in special else None

@@ -1,0 +1,139 @@
+"""`tlcapture capture`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tlcapture.cli.console import Console, finish, one_line_errors, show_top_traits
+from tlcapture.cli.options import (
+    LayerOrWord,
+    batch_size_option,
+    experiment_option,
+    model_options,
+    prompt_set_options,
+    root_option,
+    seed_option,
+    vector_options,
+)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@experiment_option
+@prompt_set_options
+@click.option("--prompt", metavar="TEXT", help="A single prompt: prompt 1 of the prompt set adhoc.")
+@click.option("--attention", is_flag=True, help="Attention patterns of all layers and heads, as JSON.")
+@click.option("--logit-lens", is_flag=True, help="Top predictions of every layer, as JSON.")
+@click.option(
+    "--layer-internals",
+    type=LayerOrWord("all"),
+    multiple=True,
+    help="Everything a layer computes; repeatable. all: every layer, and --attention --logit-lens.",
+)
+@click.option("--capture-attn", is_flag=True, help="Keep attention outputs beside the residual stream.")
+@click.option("--no-project", is_flag=True, help="Do not project onto the experiment's trait vectors.")
+@click.option("--replay", is_flag=True, help="Generate nothing: make add-ons from saved captures.")
+@click.option(
+    "--layer",
+    type=LayerOrWord("auto"),
+    default="16",
+    show_default=True,
+    help="Layer of the vectors to project onto; auto: by steering or effect size, per trait.",
+)
+@vector_options
+@click.option("--max-new-tokens", type=click.IntRange(min=0), default=50, show_default=True, help="Longest response.")
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), default=0.7, show_default=True, help="Of sampling; 0 is greedy."
+)
+@click.option("--skip-existing", is_flag=True, help="Make only what is missing.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first prompts of each set.")
+@click.option(
+    "--save-dtype",
+    type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Dtype of stored activations; auto: 16 bits that hold every value.",
+)
+@click.option(
+    "--chat-template/--no-chat-template",
+    default=None,
+    help="Put prompts through it or not.  [default: where there is one]",
+)
+@click.option("--system-prompt", metavar="TEXT", help="For all prompts, in place of their own.")
+@model_options
+@batch_size_option
+@seed_option
+@root_option
+@click.pass_context
+@one_line_errors
+def capture(
+    ctx: click.Context,
+    experiment: str,
+    root: Path,
+    prompt_set: tuple[str, ...] | None,
+    prompt: str | None,
+    all_prompt_sets: bool,
+    layer: int | str,
+    layer_internals: tuple[int | str, ...],
+    **options: Any,
+) -> None:
+    """Generate from prompts and capture what the model does inside, token by token.
+
+    Writes raw residuals to experiments/NAME/inference/raw/residual, add-ons beside them, and projections
+    onto the experiment's trait vectors where it has any.
+    """
+    from tlcapture.cli.loading import model_loader
+    from tlcapture.layout import Datasets, Layout
+    from tlcapture.prompts import adhoc, read_prompt_set
+
+    if sum([prompt_set is not None, prompt is not None, all_prompt_sets]) != 1:
+        raise click.UsageError("give one of --prompt-set NAME, --prompt TEXT and --all-prompt-sets")
+    layout, datasets, console = Layout(root, experiment), Datasets(root), Console()
+    if prompt is not None:
+        sets = [adhoc(prompt)]
+    else:
+        sets = [read_prompt_set(datasets, name) for name in prompt_set or datasets.prompt_sets()]
+    model_names = ("model", "allow_model_change", "engine", "device", "dtype")
+    load = model_loader(layout, "inference_model", console, **{name: options.pop(name) for name in model_names})
+    is_default = ctx.get_parameter_source("layer") is click.core.ParameterSource.DEFAULT
+    _run(layout, sets, load, console, "default" if is_default else layer, layer_internals, **options)
+
+
+def _run(
+    layout: Any,
+    sets: Any,
+    load: Any,
+    console: Console,
+    layer: int | str,
+    layer_internals: tuple[int | str, ...],
+    *,
+    no_project: bool,
+    method: str | None,
+    vector_experiment: str | None,
+    temperature: float,
+    seed: int,
+    **options: Any,
+) -> None:
+    from tlcapture.generation import Sampling
+    from tlcapture.runs.capture import CaptureOptions, run_capture
+    from tlcapture.runs.vectors import VectorChoice
+
+    report = run_capture(
+        layout,
+        sets,
+        CaptureOptions(
+            internals="all" if "all" in layer_internals else tuple(int(n) for n in layer_internals),
+            project=not no_project,
+            vectors=VectorChoice(layer=layer, method=method, experiment=vector_experiment),
+            sampling=Sampling(temperature, seed),
+            **options,
+        ),
+        load,
+        console,
+    )
+    if not no_project:
+        for prompt_set in sets:
+            show_top_traits(layout, prompt_set.name)
+    finish(report)

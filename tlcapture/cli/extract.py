@@ -1,0 +1,69 @@
+"""`tlcapture extract`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tlcapture.cli.console import Console, finish, one_line_errors
+from tlcapture.cli.options import (
+    LayerList,
+    Names,
+    Traits,
+    batch_size_option,
+    experiment_option,
+    model_options,
+    root_option,
+    seed_option,
+)
+from tlcapture.names import Trait
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@experiment_option
+@click.option("--traits", type=Traits(), default="all", show_default=True, help="Traits to extract.")
+@click.option(
+    "--methods", type=Names(), default="probe,mean_diff,gradient", show_default=True, help="How directions are found."
+)
+@click.option("--layers", type=LayerList(), default="all", show_default=True, help="Layers to extract at.")
+@click.option(
+    "--component",
+    type=click.Choice(["residual", "attn_out", "all"]),
+    default="all",
+    show_default=True,
+    help="Which activation the vectors are for.",
+)
+@model_options
+@batch_size_option
+@seed_option
+@root_option
+@one_line_errors
+def extract(
+    experiment: str,
+    root: Path,
+    traits: tuple[Trait, ...],
+    methods: tuple[str, ...],
+    layers: tuple[int, ...],
+    component: str,
+    batch_size: int | None,
+    seed: int,
+    **model: Any,
+) -> None:
+    """Extract trait vectors from the contrastive examples in datasets/traits."""
+    from tlcapture.cli.loading import model_loader
+    from tlcapture.layout import Layout
+    from tlcapture.runs.extract import ExtractOptions, run_extract
+
+    layout, console = Layout(root, experiment), Console()
+    load = model_loader(layout, "extraction_model", console, **model)
+    options = ExtractOptions(
+        traits=traits,
+        methods=methods,
+        layers=layers,
+        components=("residual", "attn_out") if component == "all" else (component,),
+        batch_size=batch_size,
+        seed=seed,
+    )
+    finish(run_extract(layout, options, load, console))

@@ -1,0 +1,24 @@
+"""`tlcapture`: the commands together."""
+
+from __future__ import annotations
+
+import click
+
+from tlcapture import __version__
+from tlcapture.cli.capture import capture
+from tlcapture.cli.extract import extract
+from tlcapture.cli.project import project
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="tlcapture")
+def main() -> None:
+    """Watch a language model think while it writes.
+
+    Capture its activations token by token, and project them onto trait vectors.
+    """
+
+
+main.add_command(capture)
+main.add_command(project)
+main.add_command(extract)

@@ -1,0 +1,157 @@
+"""Options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tlcapture.names import Trait, split_names
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class LayerOrWord(click.ParamType):
+    """A layer number, or one of some words."""
+
+    def __init__(self, *words: str):
+        self.words = words
+        self.name = "|".join(["N", *words])
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if isinstance(value, int) or value in self.words:
+            return value
+        if str(value).isdecimal():
+            return int(value)
+        self.fail(f"{value!r} is neither a layer number nor {' or '.join(map(repr, self.words))}.", param, ctx)
+
+
+class BatchSize(click.ParamType):
+    """A number of at least 1, or `auto`."""
+
+    name = "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        if value is None or value == "auto":
+            return None
+        if str(value).isdecimal() and int(value) > 0:
+            return int(value)
+        self.fail(f"{value!r} is neither a number of at least 1 nor 'auto'.", param, ctx)
+
+
+class Names(click.ParamType):
+    """Comma-separated names, at least one."""
+
+    name = "a,b"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = tuple(dict.fromkeys(split_names(value)))
+        if not names:
+            self.fail("names nothing.", param, ctx)
+        return names
+
+
+class Traits(click.ParamType):
+    """Comma-separated traits, or `all`."""
+
+    name = "a/b,c/d|all"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Trait, ...]:
+        if isinstance(value, tuple):
+            return value
+        if value == "all":
+            return ()
+        traits = tuple(dict.fromkeys(Trait.parse(name) for name in split_names(value)))
+        if not traits:
+            self.fail("names no trait.", param, ctx)
+        return traits
+
+
+class LayerList(click.ParamType):
+    """Comma-separated layer numbers, or `all`."""
+
+    name = "N,M|all"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        if value == "all":
+            return ()
+        names = split_names(value)
+        if not names or not all(name.isdecimal() for name in names):
+            self.fail(f"{value!r} is no list of layer numbers, for example 8,12,16.", param, ctx)
+        return tuple(sorted({int(name) for name in names}))
+
+
+def together(*decorators: Decorator) -> Decorator:
+    """Several option decorators as one, in the order of the help text."""
+
+    def apply(command: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return apply
+
+
+experiment_option = click.option("--experiment", required=True, metavar="NAME", help="Experiment folder to work in.")
+
+root_option = click.option(
+    "--root",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("."),
+    envvar="TLCAPTURE_ROOT",
+    show_default="current folder",
+    help="Folder that holds datasets/ and experiments/.  [env: TLCAPTURE_ROOT]",
+)
+
+prompt_set_options = together(
+    click.option("--prompt-set", type=Names(), help="Prompt sets, comma-separated."),
+    click.option("--all-prompt-sets", is_flag=True, help="All prompt sets."),
+)
+
+vector_options = together(
+    click.option("--method", metavar="METHOD", help="probe, mean_diff or gradient.  [default: the one selected]"),
+    click.option(
+        "--vector-experiment",
+        metavar="NAME",
+        help="Experiment whose vectors to use; says that another model's are meant.",
+    ),
+)
+
+batch_size_option = click.option(
+    "--batch-size", type=BatchSize(), default="auto", show_default=True, help="Prompts that run together."
+)
+
+seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
+
+model_options = together(
+    click.option(
+        "--model",
+        metavar="NAME",
+        help="smollm2 (embedded), a folder of Hugging Face weights, or a hub name.  "
+        "[default: the experiment's, or smollm2]",
+    ),
+    click.option(
+        "--allow-model-change", is_flag=True, help="Go on although the experiment has used another model so far."
+    ),
+    click.option(
+        "--engine",
+        type=click.Choice(["auto", "hooked", "bridge"]),
+        default="auto",
+        show_default=True,
+        help="hooked: HookedTransformer; bridge: TransformerBridge; auto: hooked where it covers the model.",
+    ),
+    click.option("--device", default="auto", show_default=True, help="cuda, mps, cpu; auto: the first there is."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+        default="auto",
+        show_default=True,
+        help="Compute dtype; auto: the checkpoint's own, float32 on a CPU.",
+    ),
+)

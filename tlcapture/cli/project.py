@@ -1,0 +1,82 @@
+"""`tlcapture project`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from tlcapture.cli.console import Console, finish, one_line_errors, show_top_traits
+from tlcapture.cli.options import (
+    LayerOrWord,
+    Traits,
+    experiment_option,
+    prompt_set_options,
+    root_option,
+    vector_options,
+)
+from tlcapture.names import Trait
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@experiment_option
+@prompt_set_options
+@click.option("--traits", type=Traits(), default="all", show_default=True, help="Traits to project onto.")
+@click.option(
+    "--layer",
+    type=LayerOrWord("auto"),
+    default="auto",
+    show_default=True,
+    help="Layer of the vectors; auto: by steering or effect size, per trait.",
+)
+@vector_options
+@click.option(
+    "--component",
+    type=click.Choice(["residual", "attn_out"]),
+    default="residual",
+    show_default=True,
+    help="Which activation is projected.",
+)
+@click.option("--dynamics-only", is_flag=True, help="Compute the dynamics of existing projections again, nothing else.")
+@click.option("--skip-existing", is_flag=True, help="Make only what is missing.")
+@root_option
+@one_line_errors
+def project(
+    experiment: str,
+    root: Path,
+    prompt_set: tuple[str, ...] | None,
+    all_prompt_sets: bool,
+    traits: tuple[Trait, ...],
+    layer: int | str,
+    method: str | None,
+    vector_experiment: str | None,
+    component: str,
+    dynamics_only: bool,
+    skip_existing: bool,
+) -> None:
+    """Project saved captures onto trait vectors."""
+    from tlcapture.errors import InputError
+    from tlcapture.layout import Layout
+    from tlcapture.runs.project import ProjectOptions, run_project
+    from tlcapture.runs.vectors import VectorChoice
+
+    if (prompt_set is not None) == all_prompt_sets:
+        raise click.UsageError("give one of --prompt-set NAME and --all-prompt-sets")
+    layout = Layout(root, experiment)
+    names = prompt_set or layout.captured_prompt_sets()
+    if not names:
+        raise InputError(f"experiment {experiment!r} has no captures: run 'tlcapture capture' first")
+    report = run_project(
+        layout,
+        names,
+        ProjectOptions(
+            vectors=VectorChoice(layer, method, vector_experiment, traits),
+            component=component,
+            dynamics_only=dynamics_only,
+            skip_existing=skip_existing,
+        ),
+        Console(),
+    )
+    for name in names:
+        show_top_traits(layout, name, component)
+    finish(report)

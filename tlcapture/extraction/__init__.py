@@ -1,0 +1,1 @@
+"""From contrastive examples to trait vectors."""

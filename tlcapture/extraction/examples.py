@@ -1,0 +1,140 @@
+"""Contrastive examples of a trait: reading, checking and splitting them.
+
+    datasets/traits/{category}/{trait}/positive.jsonl, negative.jsonl
+
+One JSON object a line: `{"text"}`, or `{"prompt", "response"}`, with an optional `"pair"` that ties a
+positive example to the negative one on the same topic. `positive.txt` and `negative.txt`, one bare
+text a line, are read as well.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from tlcapture.errors import InputError
+from tlcapture.layout import Datasets
+from tlcapture.names import Trait
+from tlcapture.storage import read_bytes
+from tlcapture.validation import first_problem
+
+HELD_OUT_SHARE = 0.2
+_FEWEST = 4
+
+
+class Example(BaseModel):
+    """One example: a bare text, or a prompt with the response to it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: str | None = None
+    prompt: str | None = None
+    response: str | None = None
+    pair: str | None = None
+
+    @model_validator(mode="after")
+    def _is_one_kind(self) -> Example:
+        if (self.text is None) == (self.prompt is None) or (self.prompt is None) != (self.response is None):
+            raise ValueError('expected either "text", or "prompt" and "response"')
+        if not (self.text or self.response or "").strip():
+            raise ValueError("the text is empty")
+        return self
+
+
+@dataclass(frozen=True)
+class LabelledExample:
+    """An example, its side and whether it is held out from fitting."""
+
+    example: Example
+    positive: bool
+    held_out: bool
+
+
+@dataclass(frozen=True)
+class Examples:
+    """All examples of a trait, positive ones first."""
+
+    trait: Trait
+    items: list[LabelledExample]
+
+    def count(self, *, positive: bool, held_out: bool) -> int:
+        return sum(item.positive == positive and item.held_out == held_out for item in self.items)
+
+    def split_record(self, seed: int) -> dict[str, Any]:
+        """What metadata says of the split: counts, the seed, and which pairs are held out."""
+        pairs = sorted({item.example.pair for item in self.items if item.held_out and item.example.pair})
+        return {
+            "seed": seed,
+            "held_out_share": HELD_OUT_SHARE,
+            "n_train_positive": self.count(positive=True, held_out=False),
+            "n_train_negative": self.count(positive=False, held_out=False),
+            "n_held_out_positive": self.count(positive=True, held_out=True),
+            "n_held_out_negative": self.count(positive=False, held_out=True),
+            "held_out_pairs": pairs,
+        }
+
+
+def read_examples(datasets: Datasets, trait: Trait, *, seed: int = 0) -> Examples:
+    """Read both sides of a trait and set the held-out examples aside, whole pairs together.
+
+    Raises `InputError` with file and line for an example that is wrong.
+    """
+    folder = datasets.trait_folder(trait)
+    sides = {name: _read_side(folder, name) for name in ("positive", "negative")}
+    for name, examples in sides.items():
+        if len(examples) < _FEWEST:
+            raise InputError(f"{folder}: {len(examples)} {name} examples, expected at least {_FEWEST}")
+    held_out = _held_out_keys(sides, seed)
+    items = [
+        LabelledExample(example, name == "positive", _key(name, number, example) in held_out)
+        for name, examples in sides.items()
+        for number, example in enumerate(examples)
+    ]
+    return Examples(trait, items)
+
+
+def _held_out_keys(sides: dict[str, list[Example]], seed: int) -> set[str]:
+    """Which examples are held out: a fifth of the pairs, and of the unpaired examples of each side."""
+    keys = {name: {_key(name, number, item) for number, item in enumerate(items)} for name, items in sides.items()}
+    shared = keys["positive"] & keys["negative"]
+    chosen: set[str] = set()
+    for group in (shared, keys["positive"] - shared, keys["negative"] - shared):
+        ordered = sorted(group)
+        random.Random(seed).shuffle(ordered)
+        chosen.update(ordered[: round(HELD_OUT_SHARE * len(ordered))])
+    return chosen
+
+
+def _key(side: str, number: int, example: Example) -> str:
+    return f"pair {example.pair}" if example.pair is not None else f"{side} {number:06d}"
+
+
+def _read_side(folder: Path, name: str) -> list[Example]:
+    lines_file, text_file = folder / f"{name}.jsonl", folder / f"{name}.txt"
+    if lines_file.is_file():
+        return [_parse(lines_file, number, line) for number, line in _lines(lines_file)]
+    if text_file.is_file():
+        return [Example(text=line) for _, line in _lines(text_file)]
+    raise InputError(f"{folder}: no {lines_file.name} (nor {text_file.name}): expected one example a line")
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    try:
+        text = read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: byte {error.start}: no valid UTF-8") from None
+    return [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+
+
+def _parse(path: Path, number: int, line: str) -> Example:
+    try:
+        return Example.model_validate(orjson.loads(line))
+    except orjson.JSONDecodeError as error:
+        raise InputError(f"{path}: line {number}: no valid JSON: {error.msg}") from None
+    except ValidationError as error:
+        raise InputError(f"{path}: line {number}: {first_problem(error)}") from None

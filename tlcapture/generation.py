@@ -1,0 +1,269 @@
+"""Generation with capture: one loop of `run_with_cache` over a left-padded batch, token by token.
+
+    for outcome in generate(model, prompts, hooks=hooks, max_new_tokens=50):
+        ...  # a Generation for each prompt, handed on as soon as its row has stopped
+
+What a prompt yields depends on nothing that ran beside it: padding is masked and cut off, rows that
+have stopped leave the batch, and sampling noise comes from a generator of the prompt's own. The last
+generated token gets one more forward, so that every token has its activations.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tlcapture.chat import TokenizedPrompt, stop_ids
+from tlcapture.memory import fitting_batch_size
+from tlcapture.models import Model
+from tlcapture.shapes import LastLogits
+from tlcapture.views import Cache
+
+STOP_TOKEN = "stop_token"
+MAX_NEW_TOKENS = "max_new_tokens"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How next tokens are chosen. Temperature 0 is greedy; the seed is combined with each prompt's name."""
+
+    temperature: float = 0.7
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One prompt's run: its response and its activations over prompt and response in one line."""
+
+    prompt: TokenizedPrompt
+    response_ids: tuple[int, ...]
+    stop_reason: str
+    cache: Cache
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.prompt.token_ids + self.response_ids
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A prompt that yielded nothing, and why."""
+
+    prompt: TokenizedPrompt
+    reason: str
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[TokenizedPrompt],
+    *,
+    hooks: Sequence[str],
+    max_new_tokens: int = 50,
+    sampling: Sampling = Sampling(),
+    batch_size: int | None = None,
+    on_tokens: Callable[[int], None] = lambda count: None,
+) -> Iterator[Generation | Failure]:
+    """Run prompts and yield an outcome for each, in the order in which they finish.
+
+    Args:
+        hooks: names of the activations to capture; those of one shape are kept in one buffer, in
+            this order.
+        batch_size: how many prompts run together; `None` takes what fits in free memory. Out of
+            memory, it is halved and the rest of the batch goes on.
+        on_tokens: called with the number of new tokens after every step.
+    """
+    fitting = [prompt for prompt in prompts if len(prompt.token_ids) + max_new_tokens <= model.n_ctx]
+    for prompt in prompts:
+        if len(prompt.token_ids) + max_new_tokens > model.n_ctx:
+            yield Failure(prompt, _too_long(prompt, max_new_tokens, model.n_ctx))
+    # Like lengths run together: less padding, and no prompt's outcome depends on its neighbours.
+    waiting = sorted(fitting, key=lambda prompt: len(prompt.token_ids), reverse=True)
+    size = batch_size or fitting_batch_size(model, waiting, hooks, max_new_tokens)
+    while waiting:
+        batch, finished = waiting[:size], set()
+        try:
+            for outcome in _run_batch(model, batch, hooks, max_new_tokens, sampling, on_tokens):
+                finished.add(id(outcome.prompt))
+                yield outcome
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if size == 1:
+                finished.add(id(batch[0]))
+                yield Failure(
+                    batch[0], f"out of memory with {len(batch[0].token_ids)} prompt tokens, alone in its batch"
+                )
+            size = max(1, min(size, len(batch)) // 2)
+        waiting = [prompt for prompt in waiting if id(prompt) not in finished]
+        _release_memory()
+
+
+def teacher_force(model: Model, token_ids: Sequence[int], hooks: Sequence[str]) -> Cache:
+    """The activations of given tokens from a single forward pass, in the form of `Generation.cache`."""
+    tokens = torch.tensor([list(token_ids)])
+    step = model.step(tokens, torch.ones_like(tokens), model.start(1), frozenset(hooks), want_logits=False)
+    return {name: step.cache[name][0].cpu() for name in hooks}
+
+
+def _run_batch(
+    model: Model,
+    prompts: Sequence[TokenizedPrompt],
+    hooks: Sequence[str],
+    max_new_tokens: int,
+    sampling: Sampling,
+    on_tokens: Callable[[int], None],
+) -> Iterator[Generation | Failure]:
+    stops = stop_ids(model.tokenizer, model.generation_config)
+    recorder = _Recorder(hooks, [len(prompt.token_ids) for prompt in prompts])
+    generators = [_generator(sampling.seed, prompt) for prompt in prompts]
+    responses: list[list[int]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))  # which prompt each row of the batch is
+    state = model.start(len(prompts))
+    tokens, mask = _left_pad([prompt.token_ids for prompt in prompts])
+    while rows:
+        ended = [_stop_reason(responses[row], stops, max_new_tokens) for row in rows]
+        going = torch.tensor([reason is None for reason in ended])
+        step = model.step(tokens, mask, state, recorder.names, want_logits=bool(going.any()))
+        recorder.record(rows, step.cache)
+        for row, reason in zip(rows, ended, strict=True):
+            if reason is not None:
+                yield Generation(prompts[row], tuple(responses[row]), reason, recorder.take(row))
+        if not going.any():
+            return
+        assert step.logits is not None
+        logits = step.logits[going.to(step.logits.device)]
+        rows = [row for row, goes in zip(rows, going.tolist(), strict=True) if goes]
+        sound = ~logits.isnan().any(dim=-1).cpu()
+        for row, is_sound in zip(rows, sound.tolist(), strict=True):
+            if not is_sound:
+                position = len(prompts[row].token_ids) + len(responses[row])
+                yield Failure(prompts[row], f"the model's logits are NaN at token {position}: try --dtype float32")
+        if not (going.all() and sound.all()):
+            stays = going.clone()
+            stays[going] = sound
+            model.keep(state, stays)
+            rows = [row for row, is_sound in zip(rows, sound.tolist(), strict=True) if is_sound]
+            logits = logits[sound.to(logits.device)]
+        chosen = _choose(logits, sampling.temperature, [generators[row] for row in rows])
+        for row, token in zip(rows, chosen, strict=True):
+            responses[row].append(token)
+        tokens, mask = torch.tensor(chosen)[:, None], torch.ones(len(rows), 1, dtype=torch.long)
+        on_tokens(len(rows))
+
+
+class _Recorder:
+    """Gathers activations step by step and hands them out prompt by prompt.
+
+    Activations of like shape are stacked into one tensor a step, which leaves the accelerator at once.
+    """
+
+    def __init__(self, names: Sequence[str], prompt_lengths: Sequence[int]):
+        self.names = frozenset(names)
+        self._order = list(dict.fromkeys(names))
+        self._lengths = prompt_lengths
+        self._groups: dict[tuple[int | str, ...], list[str]] = {}
+        self._steps: list[tuple[list[int], dict[tuple[int | str, ...], Tensor]]] = []
+
+    def record(self, rows: Sequence[int], cache: Cache) -> None:
+        if not self._groups:
+            for name in self._order:
+                self._groups.setdefault(_kind(name, cache[name]), []).append(name)
+        stacked = {
+            kind: torch.stack([cache[name].to("cpu") for name in names])
+            if len({cache[name].device for name in names}) > 1
+            else torch.stack([cache[name] for name in names]).to("cpu")
+            for kind, names in self._groups.items()
+        }
+        self._steps.append((list(rows), stacked))
+
+    def take(self, row: int) -> Cache:
+        """All activations of a prompt: `[n_tokens, ...]` by name, without padding."""
+        cache: dict[str, Tensor] = {}
+        for kind, names in self._groups.items():
+            pieces = [stacked[kind][:, rows.index(row)] for rows, stacked in self._steps if row in rows]
+            whole = self._patterns(pieces, row) if kind == ("pattern",) else self._line(pieces, row)
+            cache.update(zip(names, whole.unbind(), strict=True))
+        return {name: cache[name] for name in self._order}
+
+    def _line(self, pieces: list[Tensor], row: int) -> Tensor:
+        prompt, *decoded = pieces
+        return torch.cat([prompt[:, prompt.shape[1] - self._lengths[row] :], *decoded], dim=1)
+
+    def _patterns(self, pieces: list[Tensor], row: int) -> Tensor:
+        """`[n, head, pos, key]` pieces, the keys growing, into `[n, head, n_tokens, n_tokens]`."""
+        length = self._lengths[row]
+        n_tokens = length + len(pieces) - 1
+        whole = pieces[0].new_zeros(*pieces[0].shape[:2], n_tokens, n_tokens)
+        whole[:, :, :length, :length] = pieces[0][:, :, -length:, -length:]
+        for token, piece in enumerate(pieces[1:], start=length):
+            # An engine may drop keys that have left a sliding window: they come first.
+            keys = min(token + 1, piece.shape[-1])
+            whole[:, :, token, token + 1 - keys : token + 1] = piece[:, :, 0, -keys:]
+        return whole
+
+
+def _kind(name: str, activation: Tensor) -> tuple[int | str, ...]:
+    return ("pattern",) if name.endswith("hook_pattern") else tuple(activation.shape[2:])
+
+
+def _left_pad(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and mask `[batch, pos]`; padding is masked, so that its id does not matter."""
+    width = max(map(len, prompts))
+    tokens = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(tokens)
+    for row, ids in enumerate(prompts):
+        tokens[row, width - len(ids) :] = torch.tensor(ids)
+        mask[row, width - len(ids) :] = 1
+    return tokens, mask
+
+
+def _stop_reason(response: Sequence[int], stops: frozenset[int], max_new_tokens: int) -> str | None:
+    if response and response[-1] in stops:
+        return STOP_TOKEN
+    return MAX_NEW_TOKENS if len(response) >= max_new_tokens else None
+
+
+def _choose(logits: LastLogits, temperature: float, generators: Sequence[torch.Generator]) -> list[int]:
+    """Next tokens: the likeliest, or a draw by inverting the distribution function at one uniform number.
+
+    One number a token from the prompt's own generator, and the sum in float64: neighbours in the
+    batch change neither.
+    """
+    if temperature == 0:
+        return [int(token) for token in logits.argmax(dim=-1)]
+    heights = (logits.cpu().double() / temperature).softmax(dim=-1).cumsum(dim=-1)
+    draws = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
+    tokens = torch.searchsorted(heights, draws * heights[:, -1:], right=True)
+    return [int(token) for token in tokens[:, 0].clamp(max=logits.shape[-1] - 1)]
+
+
+def _generator(seed: int, prompt: TokenizedPrompt) -> torch.Generator:
+    name = f"{seed}\0{prompt.prompt_set}\0{prompt.id}".encode()
+    number = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 1
+    return torch.Generator().manual_seed(number)
+
+
+def _too_long(prompt: TokenizedPrompt, max_new_tokens: int, n_ctx: int) -> str:
+    length = len(prompt.token_ids)
+    return (
+        f"does not fit: {length} prompt tokens and {max_new_tokens} new ones are more than the model's context of "
+        f"{n_ctx}; shorten the prompt or lower --max-new-tokens"
+    )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return "out of memory" in text or "can't allocate memory" in text
+
+
+def _release_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

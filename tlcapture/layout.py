@@ -1,0 +1,181 @@
+"""Where everything lies: the only module that knows the folders of a root and of an experiment.
+
+    root/datasets/inference/{prompt_set}.json
+    root/datasets/traits/{category}/{trait}/
+    root/experiments/{experiment}/config.json
+                                  extraction/{category}/{trait}/vectors/
+                                  inference/raw/residual|internals/{prompt_set}/
+                                  inference/{category}/{trait}/residual_stream|attn_stream/{prompt_set}/
+                                  analysis/per_token/{prompt_set}/
+                                  steering/{category}/{trait}/
+
+What a root's `datasets/` does not have is looked up among the data the installed package carries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tlcapture.errors import InputError
+from tlcapture.names import Trait, check_name, is_safe_name
+
+STREAM_FOLDERS = {"residual": "residual_stream", "attn_out": "attn_stream"}
+
+
+def shipped_datasets() -> Path:
+    """The `datasets/` folder that comes with the package: inside it when installed from a wheel,
+    beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "datasets"
+    return inside if inside.is_dir() else package.parent / "datasets"
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """Prompt sets and trait examples of a root, with the shipped ones behind them."""
+
+    root: Path
+
+    @property
+    def folders(self) -> list[Path]:
+        return [self.root / "datasets", shipped_datasets()]
+
+    def prompt_sets(self) -> list[str]:
+        """Names of all prompt sets, sorted."""
+        found = {path.stem for folder in self.folders for path in folder.glob("inference/*.json")}
+        return sorted(found)
+
+    def prompt_set_file(self, name: str) -> Path:
+        """The file of a prompt set; the root's wins. Raises `InputError` naming those that exist."""
+        check_name(name, "prompt set")
+        for folder in self.folders:
+            path = folder / "inference" / f"{name}.json"
+            if path.is_file():
+                return path
+        existing = ", ".join(self.prompt_sets()) or "none"
+        raise InputError(
+            f"no prompt set {name!r}: looked for {self.folders[0] / 'inference' / (name + '.json')} "
+            f"and among the shipped ones; existing sets: {existing}"
+        )
+
+    def traits(self) -> list[Trait]:
+        """All traits that have contrastive examples, sorted."""
+        found = set()
+        for folder in self.folders:
+            for path in folder.glob("traits/*/*"):
+                if path.is_dir() and all(map(is_safe_name, (path.parent.name, path.name))):
+                    found.add(Trait(path.parent.name, path.name))
+        return sorted(found)
+
+    def trait_folder(self, trait: Trait) -> Path:
+        """The folder of a trait's examples; the root's wins. Raises `InputError` naming those that exist."""
+        for folder in self.folders:
+            path = folder / "traits" / trait.category / trait.name
+            if path.is_dir():
+                return path
+        existing = ", ".join(map(str, self.traits())) or "none"
+        raise InputError(
+            f"no examples for trait {str(trait)!r}: expected the folder "
+            f"{self.folders[0] / 'traits' / trait.category / trait.name}; existing traits: {existing}"
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The paths of one experiment. Makes no folder and reads no file but to list what is there."""
+
+    root: Path
+    experiment: str
+
+    def __post_init__(self) -> None:
+        check_name(self.experiment, "experiment")
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "experiments" / self.experiment
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.json"
+
+    # -- captures ---------------------------------------------------------------------------------
+
+    def residual(self, prompt_set: str, prompt_id: str) -> Path:
+        return self._raw("residual", prompt_set) / f"{check_name(prompt_id, 'prompt id')}.pt"
+
+    def internals(self, prompt_set: str, prompt_id: str, layer: int) -> Path:
+        folder = self._raw("internals", prompt_set)
+        return folder / f"{check_name(prompt_id, 'prompt id')}_L{layer}.pt"
+
+    def all_internals(self, prompt_set: str, prompt_id: str) -> list[Path]:
+        """Internals files of a prompt that exist, whatever the layer."""
+        stem = check_name(prompt_id, "prompt id")
+        folder = self._raw("internals", prompt_set)
+        return [path for path in folder.glob(f"{stem}_L*.pt") if path.stem[len(stem) + 2 :].isdigit()]
+
+    def attention(self, prompt_set: str, prompt_id: str) -> Path:
+        return self._analysis(prompt_set) / f"{check_name(prompt_id, 'prompt id')}_attention.json"
+
+    def logit_lens(self, prompt_set: str, prompt_id: str) -> Path:
+        return self._analysis(prompt_set) / f"{check_name(prompt_id, 'prompt id')}_logit_lens.json"
+
+    def captured_prompt_sets(self) -> list[str]:
+        """Prompt sets that have at least one capture, sorted."""
+        folders = (self.folder / "inference" / "raw" / "residual").glob("*")
+        return sorted(path.name for path in folders if path.is_dir() and self.captured(path.name))
+
+    def captured(self, prompt_set: str) -> list[str]:
+        """Prompt ids captured for a prompt set, numbers in number order."""
+        found = (path.stem for path in self._raw("residual", prompt_set).glob("*.pt"))
+        return sorted(filter(is_safe_name, found), key=_natural)
+
+    # -- traits -----------------------------------------------------------------------------------
+
+    def vectors(self, trait: Trait) -> Path:
+        return self.folder / "extraction" / trait.category / trait.name / "vectors"
+
+    def traits(self) -> list[Trait]:
+        """Traits that have a folder of vectors, sorted."""
+        found = (self.folder / "extraction").glob("*/*/vectors")
+        return sorted(Trait(path.parent.parent.name, path.parent.name) for path in found)
+
+    @property
+    def evaluation(self) -> Path:
+        return self.folder / "extraction" / "extraction_evaluation.json"
+
+    def steering(self, trait: Trait) -> Path:
+        return self.folder / "steering" / trait.category / trait.name / "results.json"
+
+    def projection(self, trait: Trait, component: str, prompt_set: str, prompt_id: str) -> Path:
+        folder = self.folder / "inference" / trait.category / trait.name / STREAM_FOLDERS[component]
+        name = f"{check_name(prompt_id, 'prompt id')}.json"
+        return folder / check_name(prompt_set, "prompt set") / name
+
+    def all_projections(self, prompt_set: str, prompt_id: str) -> list[Path]:
+        """Projection files of a prompt that exist, whatever the trait and component."""
+        check_name(prompt_set, "prompt set")
+        name = f"{check_name(prompt_id, 'prompt id')}.json"
+        inference = self.folder / "inference"
+        return sorted(
+            path for stream in STREAM_FOLDERS.values() for path in inference.glob(f"*/*/{stream}/{prompt_set}/{name}")
+        )
+
+    def of_projection(self, path: Path) -> tuple[Trait, str]:
+        """Trait and component of a projection file's path."""
+        stream, name, category = path.parents[1], path.parents[2].name, path.parents[3].name
+        components = {folder: component for component, folder in STREAM_FOLDERS.items()}
+        return Trait(category, name), components[stream.name]
+
+    # -- parts ------------------------------------------------------------------------------------
+
+    def _raw(self, kind: str, prompt_set: str) -> Path:
+        return self.folder / "inference" / "raw" / kind / check_name(prompt_set, "prompt set")
+
+    def _analysis(self, prompt_set: str) -> Path:
+        return self.folder / "analysis" / "per_token" / check_name(prompt_set, "prompt set")
+
+
+def _natural(name: str) -> tuple[int, int, str]:
+    """Sort key: whole numbers first, in number order, then names."""
+    return (0, int(name), name) if name.isdecimal() else (1, 0, name)

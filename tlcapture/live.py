@@ -1,0 +1,90 @@
+"""The capture loop as an iterator, for notebooks and programs of one's own.
+
+from tlcapture import capture, load_model
+
+model = load_model("smollm2")
+for cap in capture(model, ["What is a lighthouse for?"], max_new_tokens=20):
+    print(cap.response.text, cap.residual(16).shape)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from tlcapture.captures import Capture
+from tlcapture.chat import tokenize
+from tlcapture.errors import InputError, TlcaptureError
+from tlcapture.generation import Failure, Sampling, generate
+from tlcapture.models import as_model
+from tlcapture.prompts import ADHOC, Prompt, PromptSet
+from tlcapture.runs.outputs import capture_of
+from tlcapture.views.residual import residual_hooks
+
+
+def capture(
+    model: Any,
+    prompts: PromptSet | Iterable[str | Prompt] | str,
+    *,
+    max_new_tokens: int = 50,
+    temperature: float = 0.7,
+    seed: int = 0,
+    batch_size: int | None = None,
+    capture_attn: bool = False,
+    save_dtype: str = "auto",
+    system_prompt: str | None = None,
+    chat_template: bool | None = None,
+) -> Iterator[Capture]:
+    """Generate from prompts and yield a `Capture` for each, as soon as its row has stopped.
+
+    Args:
+        model: what `load_model` returns, a name it takes, or an unprocessed HookedTransformer.
+        prompts: a text, texts, prompts, or a prompt set. Texts are prompts 1, 2, ... of the set `adhoc`.
+        temperature: 0 is greedy.
+        batch_size: how many run together; `None` takes what fits in free memory.
+
+    Raises:
+        InputError: a prompt does not fit the model's context.
+        TlcaptureError: a prompt yielded nothing, for example NaN logits.
+    """
+    runner = as_model(model)
+    prompt_set = _as_prompt_set(prompts)
+    tokenized = [
+        tokenize(
+            runner.tokenizer,
+            prompt.text,
+            prompt_set=prompt_set.name,
+            prompt_id=prompt.id,
+            system_prompt=prompt_set.system_prompt_of(prompt, system_prompt),
+            chat_template=chat_template,
+        )
+        for prompt in prompt_set.prompts
+    ]
+    sampling = Sampling(temperature, seed)
+    hooks = residual_hooks(runner.n_layers, runner.hook_names, attn_out=capture_attn)
+    for outcome in generate(
+        runner, tokenized, hooks=hooks, max_new_tokens=max_new_tokens, sampling=sampling, batch_size=batch_size
+    ):
+        if isinstance(outcome, Failure):
+            kind = InputError if "does not fit" in outcome.reason else TlcaptureError
+            raise kind(f"prompt {outcome.prompt.prompt_set}/{outcome.prompt.id}: {outcome.reason}")
+        yield capture_of(
+            outcome,
+            runner,
+            experiment=ADHOC,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            attn_out=capture_attn,
+            save_dtype=save_dtype,
+        )
+
+
+def _as_prompt_set(prompts: PromptSet | Iterable[str | Prompt] | str) -> PromptSet:
+    if isinstance(prompts, PromptSet):
+        return prompts
+    given = [prompts] if isinstance(prompts, str) else list(prompts)
+    made = [
+        Prompt(id=str(number), text=prompt) if isinstance(prompt, str) else prompt
+        for number, prompt in enumerate(given, start=1)
+    ]
+    return PromptSet(name=ADHOC, prompts=made)

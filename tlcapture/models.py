@@ -1,0 +1,410 @@
+"""Loading a model, in the raw basis, and running it step by step: what differs between engines is here.
+
+    model = load_model("smollm2")
+    state = model.start(batch_size=1)
+    step = model.step(tokens, mask, state, hooks={"blocks.5.hook_resid_post"}, want_logits=True)
+
+`hooked` runs TransformerLens's HookedTransformer, `bridge` its TransformerBridge around the Hugging
+Face model. Both name activations alike and leave the weights as the checkpoint has them: nothing
+folded, nothing centred, so that every residual equals Hugging Face's at that point.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tlcapture import embedded
+from tlcapture.errors import ModelError
+from tlcapture.hooked_config import architecture_of, covers, hooked_fields, weight_converter
+from tlcapture.shapes import LastLogits, Logits, Mask, Residual, Rows, Tokens
+from tlcapture.weight_layout import lay_out, memory_order
+
+ENGINES = ("auto", "hooked", "bridge")
+DEVICES = ("auto", "cuda", "mps", "cpu")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one forward pass left: the last position's logits, where asked for, and the activations."""
+
+    logits: LastLogits | None
+    cache: dict[str, Tensor]
+
+
+class Model(ABC):
+    """A TransformerLens model on one of the engines, its tokenizer and its measures.
+
+    `tl` is the TransformerLens model itself (`HookedTransformer` or `TransformerBridge`), `hf_config`
+    and `generation_config` the checkpoint's own.
+    """
+
+    engine: str
+
+    def __init__(self, tl: Any, tokenizer: Any, hf_config: Any, generation_config: Any, name: str, fingerprint: str):
+        self.tl = tl
+        self.tokenizer = tokenizer
+        self.hf_config = hf_config
+        self.generation_config = generation_config
+        self.name = name
+        self.fingerprint = fingerprint
+        cfg = tl.cfg
+        self.n_layers = int(cfg.n_layers)
+        self.d_model = int(cfg.d_model)
+        self.n_heads = int(cfg.n_heads)
+        self.n_key_value_heads = int(getattr(cfg, "n_key_value_heads", None) or cfg.n_heads)
+        self.d_head = int(cfg.d_head)
+        self.n_ctx = int(cfg.n_ctx)
+        self.d_vocab = int(cfg.d_vocab)
+        weight = next(iter(tl.parameters()))
+        self.dtype: torch.dtype = weight.dtype
+        self.device: torch.device = weight.device
+
+    @property
+    def hook_names(self) -> Set[str]:
+        """Names of all activations that the model can hand out, in TransformerLens's words."""
+        return self.tl.hook_dict.keys()
+
+    @property
+    def has_parallel_blocks(self) -> bool:
+        """Whether blocks run attention and MLP side by side, with no residual in between."""
+        return "blocks.0.hook_resid_mid" not in self.hook_names
+
+    @abstractmethod
+    def start(self, batch_size: int) -> Any:
+        """A state without any position: the keys and values of a batch, and its mask."""
+
+    @abstractmethod
+    def step(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str], *, want_logits: bool) -> Step:
+        """Run `run_with_cache` on the next positions of a batch and extend `state` by them.
+
+        `mask` is 0 where `tokens` is left padding. `hooks` names the activations to hand out; they
+        have the shapes of TransformerLens, `[batch, pos, ...]` (patterns `[batch, head, pos, key]`).
+        """
+
+    @abstractmethod
+    def keep(self, state: Any, rows: Rows) -> None:
+        """Drop all but `rows` from the state of a batch."""
+
+    @abstractmethod
+    def unembed(self, residual: Residual) -> Logits:
+        """The model's own final norm, unembedding and soft cap, applied to any residual stream."""
+
+
+class HookedModel(Model):
+    """HookedTransformer."""
+
+    engine = "hooked"
+
+    def start(self, batch_size: int) -> Any:
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+        return TransformerLensKeyValueCache.init_cache(self.tl.cfg, self.device, batch_size)
+
+    @torch.no_grad()
+    def step(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str], *, want_logits: bool) -> Step:
+        residual, cache = self.tl.run_with_cache(
+            tokens.to(self.device),
+            names_filter=hooks.__contains__,
+            return_cache_object=False,
+            attention_mask=mask.to(self.device),
+            past_kv_cache=state,
+            # Unembedding every prompt position would cost more than the rest of a short prompt.
+            stop_at_layer=self.n_layers,
+        )
+        return Step(self.unembed(residual[:, -1:])[:, 0] if want_logits else None, cache)
+
+    def keep(self, state: Any, rows: Rows) -> None:
+        rows = rows.to(self.device)
+        for entry in state.entries:
+            entry.past_keys = entry.past_keys[rows]
+            entry.past_values = entry.past_values[rows]
+        state.previous_attention_mask = state.previous_attention_mask[rows]
+
+    @torch.no_grad()
+    def unembed(self, residual: Residual) -> Logits:
+        from transformer_lens.utilities import apply_softcap
+
+        flat = residual.reshape(1, -1, self.d_model).to(self.device, self.dtype)
+        normed = self.tl.ln_final(flat) if self.tl.cfg.normalization_type is not None else flat
+        logits = apply_softcap(self.tl.unembed(normed), self.tl.cfg.output_logits_soft_cap)
+        return logits.reshape(*residual.shape[:-1], -1)
+
+
+@dataclass
+class _BridgeState:
+    mask: Tensor
+    past: Any = None
+
+
+class BridgeModel(Model):
+    """TransformerBridge: the Hugging Face model itself, with TransformerLens's hooks around it."""
+
+    engine = "bridge"
+
+    def start(self, batch_size: int) -> _BridgeState:
+        return _BridgeState(torch.zeros(batch_size, 0, dtype=torch.long, device=self.device))
+
+    @torch.no_grad()
+    def step(self, tokens: Tokens, mask: Mask, state: _BridgeState, hooks: Set[str], *, want_logits: bool) -> Step:
+        state.mask = torch.cat([state.mask, mask.to(self.device)], dim=1)
+        positions = (state.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        (logits, state.past), cache = self.tl.run_with_cache(
+            tokens.to(self.device),
+            names_filter=sorted(hooks),
+            return_cache_object=False,
+            return_type="logits_and_cache",
+            attention_mask=state.mask,
+            position_ids=positions,
+            past_key_values=state.past,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return Step(logits[:, -1] if want_logits else None, {name: cache[name] for name in hooks})
+
+    def keep(self, state: _BridgeState, rows: Rows) -> None:
+        rows = rows.to(self.device)
+        state.mask = state.mask[rows]
+        state.past.batch_select_indices(rows.nonzero()[:, 0])
+
+    @torch.no_grad()
+    def unembed(self, residual: Residual) -> Logits:
+        flat = residual.reshape(1, -1, self.d_model).to(self.device, self.dtype)
+        logits = self.tl.unembed(self.tl.ln_final(flat))
+        cap = getattr(self.hf_config, "final_logit_softcapping", None)
+        if cap:
+            logits = torch.tanh(logits / cap) * cap
+        return logits.reshape(*residual.shape[:-1], -1)
+
+    def check_unembedding(self) -> None:
+        """Raise `ModelError` where the logits are more than final norm, unembedding and soft cap."""
+        tokens = torch.arange(1, 5).unsqueeze(0) % self.d_vocab
+        last = f"blocks.{self.n_layers - 1}.hook_resid_post"
+        if last not in self.hook_names:
+            raise ModelError(f"{self.name}: TransformerBridge has no {last} for it: its residual cannot be captured")
+        step = self.step(tokens, torch.ones_like(tokens), self.start(1), {last}, want_logits=True)
+        assert step.logits is not None
+        ours, theirs = self.unembed(step.cache[last][:, -1]).float(), step.logits.float()
+        if not torch.allclose(ours, theirs, rtol=0.05, atol=0.05 * float(theirs.abs().max())):
+            raise ModelError(
+                f"{self.name}: {architecture_of(self.hf_config)} does more to its logits than norm, unembedding and "
+                "soft cap, which a logit lens would silently leave out: this architecture is not supported"
+            )
+
+
+def load_model(name: str = embedded.NAME, engine: str = "auto", device: str = "auto", dtype: str = "auto") -> Model:
+    """Load a model on an engine, its weights as the checkpoint has them.
+
+    Args:
+        name: `smollm2` (the embedded model), a local folder of Hugging Face weights, or a hub name.
+        engine: `hooked`, `bridge`, or `auto`: `hooked` where it covers the architecture.
+        device: `cuda`, `mps`, `cpu` (or any torch device), or `auto`: the first of these there is.
+        dtype: `float32`, `float16`, `bfloat16`, or `auto`: the checkpoint's own on an accelerator,
+            float32 on a CPU.
+
+    Raises:
+        ModelError: the model is not found, or the engine asked for does not cover it.
+    """
+    target = _device(device)
+    with quiet_loading():
+        source = _source(name)
+        config = _fetch(name, "AutoConfig", source)
+        chosen = _engine(name, engine, config)
+        model = _fetch(
+            name,
+            "AutoModelForCausalLM",
+            source,
+            dtype=_dtype(dtype, target, config),
+            attn_implementation="eager",  # the only one that hands out attention patterns
+        )
+        tokenizer = _fetch(name, "AutoTokenizer", source)
+        return from_hugging_face(model, tokenizer, name=name, engine=chosen, device=str(target))
+
+
+def from_hugging_face(model: Any, tokenizer: Any, *, name: str, engine: str = "auto", device: str = "cpu") -> Model:
+    """The same for a Hugging Face model that is already in memory; its weights may be shared."""
+    config = model.config
+    if not getattr(config, "architectures", None):
+        config.architectures = [type(model).__name__]
+    engine = _engine(name, engine, config)
+    model = model.eval().requires_grad_(False)
+    common = (tokenizer, config, model.generation_config, name, fingerprint(model))
+    with quiet_loading():
+        if engine == "hooked":
+            return HookedModel(_hooked_transformer(model, tokenizer, name, device), *common)
+        from transformer_lens.model_bridge import TransformerBridge
+
+        model.to(device)
+        tl = TransformerBridge.boot_transformers(
+            name, hf_model=model, tokenizer=_tokenizer_for(tokenizer, name), device=device, dtype=model.dtype
+        )
+        bridge = BridgeModel(tl, *common)
+        bridge.check_unembedding()
+        return bridge
+
+
+def from_hooked_transformer(hooked: Any, *, name: str | None = None) -> HookedModel:
+    """Take a `HookedTransformer` that somebody else loaded; it must be unprocessed and have a tokenizer.
+
+    Raises `ModelError` for one whose norms were folded into its weights: its basis is another one.
+    """
+    if hooked.tokenizer is None:
+        raise ModelError("the HookedTransformer has no tokenizer: set one with set_tokenizer")
+    if str(hooked.cfg.normalization_type).endswith("Pre"):
+        raise ModelError(
+            "the HookedTransformer was loaded with its norms folded: load it with "
+            "HookedTransformer.from_pretrained_no_processing, or with tlcapture.load_model"
+        )
+    mark = fingerprint(hooked)
+    return HookedModel(hooked, hooked.tokenizer, None, None, name or hooked.cfg.model_name, mark)
+
+
+def as_model(model: Any) -> Model:
+    """A `Model` from whatever stands for one: itself, a name to load, or a HookedTransformer."""
+    if isinstance(model, Model):
+        return model
+    if isinstance(model, str):
+        return load_model(model)
+    return from_hooked_transformer(model)
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """16 hex digits that tell checkpoints apart: a hash over names, shapes and samples of all weights.
+
+    Samples are rounded to bfloat16 first, so that loading a checkpoint in 16 bits changes nothing.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        flat = weight.detach().flatten() if weight.is_contiguous() else weight.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16)
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep progress bars and deprecation notes of the libraries off the user's terminal."""
+    from transformers.utils import logging as hf_logging
+
+    bars = hf_logging.is_progress_bar_enabled()
+    level = hf_logging.get_verbosity()
+    root = logging.getLogger()
+    root_level = root.level
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    root.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.setLevel(root_level)
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _source(name: str) -> str:
+    """Where the weights are: a folder, or a hub name."""
+    if name == embedded.NAME:
+        return str(embedded.embedded_folder())
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{folder}: no folder of Hugging Face weights: it has no config.json")
+        return str(folder)
+    return name
+
+
+def _fetch(name: str, kind: str, source: str, **options: Any) -> Any:
+    import transformers
+
+    try:
+        return getattr(transformers, kind).from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"model {name!r} cannot be loaded: expected {embedded.NAME!r}, a folder of Hugging Face weights or the "
+            f"name of a model on the hub: {reason[:300]}"
+        ) from None
+
+
+def _engine(name: str, engine: str, config: Any) -> str:
+    if engine not in ENGINES:
+        raise ModelError(f"no engine {engine!r}: choose one of {', '.join(ENGINES)}")
+    reason = covers(config) if engine != "bridge" else None
+    if engine == "auto":
+        return "bridge" if reason else "hooked"
+    if reason:
+        raise ModelError(f"engine 'hooked' does not cover {name!r}: {reason}; use --engine bridge")
+    return engine
+
+
+def _device(device: str) -> torch.device:
+    if device != "auto":
+        try:
+            return torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:
+            raise ModelError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _dtype(dtype: str, device: torch.device, config: Any) -> torch.dtype:
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ModelError(f"no dtype {dtype!r}: choose one of auto, {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    own = getattr(config, "dtype", None)
+    return torch.float32 if device.type == "cpu" or own is None else own
+
+
+def _hooked_transformer(model: Any, tokenizer: Any, name: str, device: str) -> Any:
+    """A HookedTransformer that takes over the weights of a Hugging Face model, unprocessed."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.loading_from_pretrained import fill_missing_keys
+
+    fields = hooked_fields(model.config)
+    cfg = HookedTransformerConfig(**fields, model_name=name.split("/")[-1], device=device, dtype=model.dtype)
+    hooked = HookedTransformer(cfg, move_to_device=False)
+    weights = fill_missing_keys(hooked, weight_converter(model.config)(model, cfg))
+    gated = bool(cfg.gated_mlp)
+    laid_out = {
+        key: lay_out(value.detach().to(device, value.dtype if not value.is_floating_point() else cfg.dtype), order)
+        for key, value in weights.items()
+        for order in [memory_order(key, value, gated_mlp=gated)]
+    }
+    # A converter may name biases that the architecture has not; they are zero, or the model is another.
+    unexpected = hooked.load_state_dict(laid_out, strict=False, assign=True).unexpected_keys
+    if any(laid_out[key].any() for key in unexpected):
+        raise ModelError(f"{name}: HookedTransformer has no place for its weights {', '.join(unexpected)}")
+    hooked.requires_grad_(False)
+    hooked.to(device, print_details=False)
+    hooked.set_tokenizer(_tokenizer_for(tokenizer, name))
+    return hooked.eval()
+
+
+def _tokenizer_for(tokenizer: Any, name: str) -> Any:
+    """A tokenizer that TransformerLens may keep.
+
+    It fills in missing special tokens, which ours must not have; and it would load the tokenizer once
+    more, from wherever it came, were it not told that this one adds BOS.
+    """
+    own = copy.deepcopy(tokenizer)
+    own.init_kwargs.setdefault("name_or_path", name)
+    own.init_kwargs["add_bos_token"] = True
+    return own

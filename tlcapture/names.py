@@ -1,0 +1,58 @@
+"""Names that come from outside and end up in a path: experiments, prompt sets, prompt ids, traits.
+
+A name is safe when it can only ever mean one file inside the folder it is joined to: letters, digits,
+`.`, `_` and `-`, not starting with `.` or `-`, at most 128 characters.
+
+    >>> check_name("single_trait", "prompt set")
+    'single_trait'
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from tlcapture.errors import InputError
+
+_SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+
+
+def is_safe_name(name: str) -> bool:
+    """Whether `name` can be one path component and nothing else."""
+    return _SAFE.fullmatch(name) is not None
+
+
+def check_name(name: str, what: str) -> str:
+    """Return `name`, or raise `InputError` naming `what` it was meant to be."""
+    if not isinstance(name, str) or not is_safe_name(name):
+        raise InputError(
+            f"{what} {name!r} is no safe file name: use letters, digits, '.', '_' and '-' "
+            "(at most 128, not starting with '.' or '-')"
+        )
+    return name
+
+
+@dataclass(frozen=True, order=True)
+class Trait:
+    """A trait, `category/name`, for example `behavioral/refusal`."""
+
+    category: str
+    name: str
+
+    @classmethod
+    def parse(cls, text: str) -> Trait:
+        """Read `category/name`; raises `InputError` for anything else."""
+        parts = text.strip().split("/")
+        if len(parts) != 2 or not all(is_safe_name(part) for part in parts):
+            raise InputError(f"trait {text!r} is not of the form category/name, for example behavioral/refusal")
+        if parts[0] == "raw":
+            raise InputError(f"trait {text!r}: the category 'raw' is taken by the captures' folder")
+        return cls(*parts)
+
+    def __str__(self) -> str:
+        return f"{self.category}/{self.name}"
+
+
+def split_names(text: str | None) -> list[str]:
+    """Split a comma-separated option into its parts, without empty ones."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]

@@ -1,0 +1,34 @@
+"""Numbers as they go into JSON: rounded to significant digits, and never NaN or inf.
+
+>>> round_significant([0.123456, 123456.0], 4).tolist()
+[0.1235, 123500.0]
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tlcapture.errors import NumericalError
+
+WEIGHT_DIGITS = 4
+PROBABILITY_DIGITS = 4
+PROJECTION_DIGITS = 6
+
+
+def round_significant(values: ArrayLike, digits: int) -> NDArray[np.float64]:
+    """Round to `digits` significant decimal digits, as float64.
+
+    The result is the double nearest to the rounded decimal, so that it prints with at most `digits`
+    digits. Raises `NumericalError` where a value is NaN or inf.
+    """
+    numbers = np.asarray(values, dtype=np.float64, order="C")
+    if not np.isfinite(numbers).all():
+        raise NumericalError(f"{int((~np.isfinite(numbers)).sum())} of {numbers.size} numbers are NaN or inf")
+    magnitude = np.abs(numbers)
+    # Below 1e-290 a power of ten overflows; such numbers are zero for every use.
+    exponent = np.floor(np.log10(np.where(magnitude > 1e-290, magnitude, 1.0)))
+    shift = (digits - 1 - exponent).astype(np.int64)
+    scale = 10.0 ** np.abs(shift)
+    rounded = np.where(shift >= 0, np.rint(numbers * scale) / scale, np.rint(numbers / scale) * scale)
+    return np.where(magnitude > 1e-290, rounded, 0.0)

@@ -1,0 +1,200 @@
+"""The files one prompt's run leaves: which are wanted, which are there, and writing them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tlcapture import __version__
+from tlcapture.captures import Capture, CapturedPart, to_dtype
+from tlcapture.chat import decode, token_texts
+from tlcapture.errors import StorageError
+from tlcapture.generation import Generation, Sampling
+from tlcapture.layout import Layout
+from tlcapture.models import Model
+from tlcapture.runs.vectors import now
+from tlcapture.storage import remove, write_json, write_tensors
+from tlcapture.views import Cache
+from tlcapture.views.attention import attention_hooks, attention_view
+from tlcapture.views.internals import internals_hooks, internals_view
+from tlcapture.views.logit_lens import logit_lens_view
+from tlcapture.views.residual import residual_view
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Kinds of file for a prompt: the raw residual, and the add-ons."""
+
+    residual: bool = True
+    attn_out: bool = False
+    attention: bool = False
+    logit_lens: bool = False
+    internals: tuple[int, ...] = ()
+
+    def __bool__(self) -> bool:
+        return self.residual or self.needs_pass or self.logit_lens
+
+    @property
+    def needs_pass(self) -> bool:
+        """Whether more is wanted than the residual stream holds."""
+        return self.attention or bool(self.internals)
+
+    def paths(self, layout: Layout, prompt_set: str, prompt_id: str) -> list[Path]:
+        found = [layout.residual(prompt_set, prompt_id)] if self.residual else []
+        found += [layout.attention(prompt_set, prompt_id)] if self.attention else []
+        found += [layout.logit_lens(prompt_set, prompt_id)] if self.logit_lens else []
+        return found + [layout.internals(prompt_set, prompt_id, layer) for layer in self.internals]
+
+    def missing(self, layout: Layout, prompt_set: str, prompt_id: str) -> Outputs:
+        """What of these is not there yet, or belongs to an earlier run of the prompt."""
+        raw = layout.residual(prompt_set, prompt_id)
+        if not _holds(raw, attn_out=self.attn_out):
+            return self
+        captured = raw.stat().st_mtime_ns
+
+        def lacks(path: Path) -> bool:
+            return not path.is_file() or path.stat().st_mtime_ns < captured
+
+        return Outputs(
+            residual=False,
+            attn_out=self.attn_out,
+            attention=self.attention and lacks(layout.attention(prompt_set, prompt_id)),
+            logit_lens=self.logit_lens and lacks(layout.logit_lens(prompt_set, prompt_id)),
+            internals=tuple(n for n in self.internals if lacks(layout.internals(prompt_set, prompt_id, n))),
+        )
+
+    def pass_hooks(self, model: Model) -> list[str]:
+        """The activations that the add-ons read and the residual stream does not hold."""
+        names = attention_hooks(model.n_layers) if self.attention else []
+        for layer in self.internals:
+            names += internals_hooks(layer, model.hook_names)
+        return list(dict.fromkeys(names))
+
+
+def _holds(raw: Path, *, attn_out: bool) -> bool:
+    """Whether a raw residual file is there, can be read, and has what is wanted."""
+    if not raw.is_file():
+        return False
+    try:
+        capture = Capture.open(raw)
+    except StorageError:
+        return False
+    return capture.prompt.residual.attn_out is not None or not attn_out
+
+
+def capture_of(
+    generation: Generation,
+    model: Model,
+    *,
+    experiment: str,
+    sampling: Sampling,
+    max_new_tokens: int,
+    attn_out: bool,
+    save_dtype: str,
+) -> Capture:
+    """The capture of a live run, in the dtype in which it will be stored."""
+    prompt = generation.prompt
+    n_prompt, n_tokens = len(prompt.token_ids), len(generation.token_ids)
+    stream = to_dtype(residual_view(generation.cache, model.n_layers, attn_out=attn_out), save_dtype)
+    texts = token_texts(model.tokenizer, generation.token_ids)
+    response_text = decode(model.tokenizer, generation.response_ids)
+    metadata = {
+        "inference_model": model.name,
+        "inference_experiment": experiment,
+        "prompt_set": prompt.prompt_set,
+        "prompt_id": prompt.id,
+        "n_layers": model.n_layers,
+        "d_model": model.d_model,
+        "engine": model.engine,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "temperature": sampling.temperature,
+        "seed": sampling.seed,
+        "max_new_tokens": max_new_tokens,
+        "stop_reason": generation.stop_reason,
+        "system_prompt": prompt.system_prompt,
+        "chat_template": prompt.chat_template,
+        "model_fingerprint": model.fingerprint,
+        "weight_processing": "none",
+        "parallel_blocks": model.has_parallel_blocks,
+        "capture_date": now(),
+        "tlcapture_version": __version__,
+    }
+    return Capture(
+        CapturedPart(prompt.text, texts[:n_prompt], list(prompt.token_ids), stream.tokens(0, n_prompt)),
+        CapturedPart(response_text, texts[n_prompt:], list(generation.response_ids), stream.tokens(n_prompt, n_tokens)),
+        metadata,
+    )
+
+
+def write_capture(layout: Layout, capture: Capture, kept: Sequence[Path]) -> int:
+    """Write the raw residual file; returns its size.
+
+    What was derived from an earlier capture of the prompt with other tokens is removed, unless it is
+    among the files that will be `kept`, written anew.
+    """
+    prompt_set, prompt_id = capture.prompt_set, capture.prompt_id
+    path = layout.residual(prompt_set, prompt_id)
+    derived = [] if _same_tokens(path, capture) else _derived(layout, prompt_set, prompt_id)
+    size = capture.save(path)
+    remove(set(derived) - set(kept))
+    return size
+
+
+def write_add_ons(
+    layout: Layout, capture: Capture, wanted: Outputs, model: Model, cache: Cache, residual_cache: Cache | None
+) -> list[int]:
+    """Write the add-ons of a capture; returns their sizes.
+
+    `cache` holds what `pass_hooks` names. The logit lens reads the activations of `residual_cache`, as
+    they were computed, or those of the capture, as they were stored.
+    """
+    sizes = []
+    names = {"prompt_id": capture.prompt_id, "prompt_set": capture.prompt_set}
+    where = (capture.prompt_set, capture.prompt_id)
+    tokens, n_prompt = capture.tokens, len(capture.prompt.tokens)
+    if wanted.attention:
+        view = attention_view(cache, model.n_layers)
+        content = view.to_json(**names, tokens=tokens, n_prompt_tokens=n_prompt)
+        sizes.append(write_json(layout.attention(*where), content))
+    if wanted.logit_lens:
+        lens = logit_lens_view(
+            lambda layer: (
+                capture.residual(layer) if residual_cache is None else residual_cache[f"blocks.{layer}.hook_resid_post"]
+            ),
+            model.n_layers,
+            capture.token_ids,
+            model.unembed,
+        )
+        content = lens.to_json(
+            **names, tokens=tokens, n_prompt_tokens=n_prompt, token_texts=lambda ids: token_texts(model.tokenizer, ids)
+        )
+        sizes.append(write_json(layout.logit_lens(*where), content))
+    for layer in wanted.internals:
+        sizes.append(write_tensors(layout.internals(*where, layer), _internals_content(capture, cache, layer)))
+    return sizes
+
+
+def _internals_content(capture: Capture, cache: Cache, layer: int) -> dict[str, Any]:
+    return {
+        **internals_view(cache, layer),
+        "tokens": capture.tokens,
+        "token_ids": capture.token_ids,
+        "n_prompt_tokens": len(capture.prompt.tokens),
+        "metadata": dict(capture.metadata),
+    }
+
+
+def _same_tokens(path: Path, capture: Capture) -> bool:
+    try:
+        return Capture.open(path).token_ids == capture.token_ids
+    except StorageError:
+        return False
+
+
+def _derived(layout: Layout, prompt_set: str, prompt_id: str) -> list[Path]:
+    """Every file made from a prompt's raw residual that exists."""
+    files = [layout.attention(prompt_set, prompt_id), layout.logit_lens(prompt_set, prompt_id)]
+    files += layout.all_internals(prompt_set, prompt_id) + layout.all_projections(prompt_set, prompt_id)
+    return [path for path in files if path.is_file()]

@@ -1,0 +1,130 @@
+"""`tlcapture project`: saved captures onto trait vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tlcapture.captures import Capture
+from tlcapture.errors import InputError, StorageError, TlcaptureError
+from tlcapture.layout import Layout
+from tlcapture.runs.report import Reporter, RunReport
+from tlcapture.runs.vectors import Chosen, VectorChoice, choose_vectors, project_capture, traits_to_project
+from tlcapture.storage import read_json, write_json
+from tlcapture.traits.projection import dynamics_of_file
+
+
+@dataclass(frozen=True)
+class ProjectOptions:
+    """What to project onto, of which component; `dynamics_only` computes dynamics again and nothing else."""
+
+    vectors: VectorChoice = VectorChoice()
+    component: str = "residual"
+    dynamics_only: bool = False
+    skip_existing: bool = False
+
+
+def run_project(
+    layout: Layout, prompt_sets: Sequence[str], options: ProjectOptions, reporter: Reporter = Reporter()
+) -> RunReport:
+    """Project all captures of prompt sets.
+
+    Raises:
+        InputError: there is no such experiment, prompt set, capture or vector; nothing was written.
+    """
+    if not layout.folder.is_dir():
+        raise InputError(f"no experiment {layout.experiment!r}: expected the folder {layout.folder}")
+    ids = {name: _captured(layout, name) for name in prompt_sets}
+    report = RunReport(layout.folder)
+    if options.dynamics_only:
+        for name in prompt_sets:
+            _recompute_dynamics(layout, name, ids[name], options, report)
+        return report
+    if not traits_to_project(layout, options.vectors):
+        raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
+    chosen: dict[int, Chosen] = {}
+    for name in prompt_sets:
+        with reporter.progress(len(ids[name]), name, "prompt") as progress:
+            for prompt_id in ids[name]:
+                try:
+                    _project_one(layout, name, prompt_id, options, chosen, report, reporter)
+                except TlcaptureError as error:
+                    report.failed(f"{name}/{prompt_id}", error)
+                progress.advance(1)
+    return report
+
+
+def _captured(layout: Layout, prompt_set: str) -> list[str]:
+    ids = layout.captured(prompt_set)
+    if not ids:
+        there = ", ".join(layout.captured_prompt_sets()) or "none"
+        raise InputError(
+            f"experiment {layout.experiment!r} has no captures of prompt set {prompt_set!r}; captured sets: {there}"
+        )
+    return ids
+
+
+def _project_one(
+    layout: Layout,
+    prompt_set: str,
+    prompt_id: str,
+    options: ProjectOptions,
+    chosen: dict[int, Chosen],
+    report: RunReport,
+    reporter: Reporter,
+) -> None:
+    raw = layout.residual(prompt_set, prompt_id)
+    capture = Capture.open(raw)
+    if capture.prompt_set != prompt_set or capture.prompt_id != prompt_id:
+        raise StorageError(f"{raw}: it says it is {capture.prompt_set}/{capture.prompt_id}: it was moved or renamed")
+    if capture.n_layers not in chosen:
+        chosen[capture.n_layers] = choose_vectors(
+            layout, options.vectors, options.component, capture.n_layers, report, reporter
+        )
+    vectors = chosen[capture.n_layers]
+    if options.skip_existing:
+        vectors = [
+            pair
+            for pair in vectors
+            if not _is_current(layout.projection(pair[0].trait, options.component, prompt_set, prompt_id), raw)
+        ]
+    if not vectors:
+        report.n_skipped += 1
+        return
+    intended = options.vectors.experiment is not None
+    project_capture(layout, capture, vectors, report, reporter, other_model_intended=intended)
+    report.n_prompts += 1
+
+
+def _is_current(path: Path, raw: Path) -> bool:
+    return path.is_file() and path.stat().st_mtime_ns >= raw.stat().st_mtime_ns
+
+
+def _recompute_dynamics(
+    layout: Layout, prompt_set: str, ids: Sequence[str], options: ProjectOptions, report: RunReport
+) -> None:
+    """Read projection files and write them back with new dynamics, all else as it is."""
+    wanted = set(options.vectors.traits)
+    for prompt_id in ids:
+        paths = layout.all_projections(prompt_set, prompt_id)
+        done = 0
+        for path in paths:
+            trait, component = layout.of_projection(path)
+            if component != options.component or (wanted and trait not in wanted):
+                continue
+            try:
+                content = read_json(path)
+                content["dynamics"] = dynamics_of_file(content).to_json()
+                report.wrote(write_json(path, content))
+                done += 1
+            except TlcaptureError as error:
+                report.failed(f"{prompt_set}/{prompt_id}", error)
+            except (KeyError, TypeError, IndexError, ValueError) as error:
+                report.failed(
+                    f"{prompt_set}/{prompt_id}", f"{path}: no projection file: {type(error).__name__}: {error}"
+                )
+        if done:
+            report.n_prompts += 1
+        else:
+            report.failed(f"{prompt_set}/{prompt_id}", "has no projection whose dynamics could be computed again")

@@ -1,0 +1,129 @@
+"""Choosing the vectors of an experiment that captures are projected onto, and writing the projections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from tlcapture.captures import Capture
+from tlcapture.errors import InputError, TlcaptureError
+from tlcapture.layout import Layout
+from tlcapture.names import Trait
+from tlcapture.runs.report import Reporter, RunReport
+from tlcapture.storage import write_json
+from tlcapture.traits.projection import SUBLAYERS, Projection, project
+from tlcapture.traits.selection import Selection, select
+from tlcapture.traits.vectors import TraitVector, VectorFolder
+
+Chosen = Sequence[tuple[TraitVector, Selection]]
+
+
+@dataclass(frozen=True)
+class VectorChoice:
+    """How vectors are chosen: from which experiment, of which traits, at which layer, by which method."""
+
+    layer: int | str = "auto"
+    method: str | None = None
+    experiment: str | None = None
+    traits: tuple[Trait, ...] = ()
+
+    def layout(self, layout: Layout) -> Layout:
+        return layout if self.experiment is None else Layout(layout.root, self.experiment)
+
+
+def traits_to_project(layout: Layout, choice: VectorChoice) -> list[Trait]:
+    """The traits asked for, or all with vectors; raises `InputError` for one that has none."""
+    source = choice.layout(layout)
+    there = source.traits()
+    if choice.experiment is not None and not there:
+        raise InputError(f"--vector-experiment {choice.experiment!r} has no trait vectors in {source.folder}")
+    for trait in choice.traits:
+        if trait not in there:
+            listed = ", ".join(map(str, there)) or "none; run 'tlcapture extract' first"
+            raise InputError(f"no vectors for trait {str(trait)!r} in {source.folder}; traits there are: {listed}")
+    return list(choice.traits) or there
+
+
+def choose_vectors(
+    layout: Layout, choice: VectorChoice, component: str, n_layers: int, report: RunReport, reporter: Reporter
+) -> Chosen:
+    """A vector for each trait that has one of the component; what goes wrong with a trait fails that trait."""
+    source = choice.layout(layout)
+    chosen = []
+    for trait in traits_to_project(layout, choice):
+        folder = VectorFolder(source, trait)
+        if not folder.available(component) and not choice.traits:
+            continue
+        try:
+            selection = select(folder, component, n_layers, layer=choice.layer, method=choice.method)
+            vector = folder.read(component, selection.method, selection.layer)
+        except TlcaptureError as error:
+            report.failed(str(trait), error)
+            continue
+        if selection.warning:
+            report.warn(selection.warning, reporter)
+        chosen.append((vector, selection))
+    return chosen
+
+
+def project_capture(
+    layout: Layout,
+    capture: Capture,
+    chosen: Chosen,
+    report: RunReport,
+    reporter: Reporter,
+    *,
+    other_model_intended: bool,
+) -> list[Projection]:
+    """Project a capture onto the vectors and write a file for each; returns the projections."""
+    projections = project(capture.prompt.residual, capture.response.residual, chosen)
+    for projection in projections:
+        vector = projection.vector
+        notes = origin_warnings(vector, capture.metadata, intended=other_model_intended)
+        for note in notes:
+            report.warn(note, reporter)
+        path = layout.projection(vector.trait, vector.component, capture.prompt_set, capture.prompt_id)
+        report.wrote(write_json(path, _file_content(layout, capture, projection, notes)))
+    return projections
+
+
+def origin_warnings(vector: TraitVector, capture: Mapping[str, Any], *, intended: bool) -> list[str]:
+    """What is doubtful about projecting a capture onto a vector: another model, or an unknown one."""
+    if not vector.metadata:
+        return [f"{vector.trait}: the vectors have no metadata.json: they are of unknown origin"]
+    same_name = vector.model == capture.get("inference_model")
+    marks = (vector.metadata.get("model_fingerprint"), capture.get("model_fingerprint"))
+    same_weights = marks[0] == marks[1] if all(marks) else same_name
+    if same_weights or intended:
+        return []
+    detail = "" if not same_name else ", whose weights differ although the name is the same"
+    return [
+        f"{vector.trait}: the vector was extracted from model {vector.model!r}, the capture is of "
+        f"{capture.get('inference_model')!r}{detail}; --vector-experiment says that this is meant"
+    ]
+
+
+def _file_content(layout: Layout, capture: Capture, projection: Projection, notes: list[str]) -> dict[str, Any]:
+    parts = {"prompt": capture.prompt, "response": capture.response}
+    metadata = {
+        "inference_model": capture.metadata["inference_model"],
+        "inference_experiment": layout.experiment,
+        "prompt_id": capture.prompt_id,
+        "prompt_set": capture.prompt_set,
+        "vector_source": projection.source(),
+        "sublayers": SUBLAYERS[projection.vector.component],
+        "projection_date": now(),
+    }
+    if notes:
+        metadata["warnings"] = notes
+    heads = {
+        name: {"text": part.text, "tokens": part.tokens, "n_tokens": len(part.tokens)} for name, part in parts.items()
+    }
+    return {**heads, **projection.to_json(), "metadata": metadata}
+
+
+def now() -> str:
+    """The time as it goes into metadata."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

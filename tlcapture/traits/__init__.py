@@ -1,0 +1,1 @@
+"""Trait vectors: reading them, choosing one, projecting captures onto them, reading the trajectory."""

@@ -1,0 +1,141 @@
+"""Projecting the residual stream onto trait vectors: `h . v / ||v||`.
+
+All vectors of a component are projected in one matrix product over the buffer of all residual points.
+
+Source: the projection of an activation onto a concept direction, as in Zou et al., "Representation
+Engineering" (2023), and Chen et al., "Persona Vectors" (2025).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tlcapture.errors import NumericalError, VectorError
+from tlcapture.rounding import PROJECTION_DIGITS, round_significant
+from tlcapture.shapes import Trajectory, Vectors
+from tlcapture.traits.dynamics import Dynamics, dynamics
+from tlcapture.traits.selection import Selection
+from tlcapture.traits.vectors import TraitVector
+from tlcapture.views.residual import POINTS, ResidualStream, point_index
+
+SUBLAYERS = {"residual": list(POINTS), "attn_out": ["attn_out"]}
+
+Scores = Float[Tensor, "n_tokens n_layers n_sublayers"]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One capture's projection onto one trait vector.
+
+    `prompt` and `response` are `[n_tokens, n_layers, n_sublayers]`, in units of the activations;
+    sublayers are the residual points, or `attn_out` alone.
+    """
+
+    vector: TraitVector = field(repr=False)
+    selection: Selection
+    prompt: Scores = field(repr=False)
+    response: Scores = field(repr=False)
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """`s[t]`: the last sublayer's projection at the vector's own layer, prompt and response in one line."""
+        return torch.cat([self.prompt, self.response])[:, self.vector.layer, -1]
+
+    @property
+    def dynamics(self) -> Dynamics:
+        return dynamics(self.trajectory, len(self.prompt))
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys `projections` and `dynamics` of a projection file."""
+        scores = {"prompt": self.prompt, "response": self.response}
+        return {
+            "projections": {
+                part: round_significant(values.numpy(), PROJECTION_DIGITS) for part, values in scores.items()
+            },
+            "dynamics": self.dynamics.to_json(),
+        }
+
+    def source(self) -> dict[str, Any]:
+        """The key `vector_source` of a projection file's metadata."""
+        return {
+            "model": self.vector.model,
+            "experiment": self.vector.experiment,
+            "trait": str(self.vector.trait),
+            "method": self.vector.method,
+            "layer": self.vector.layer,
+            "component": self.vector.component,
+            "selected_by": self.selection.selected_by,
+            "score": self.selection.score,
+        }
+
+
+def project(
+    prompt: ResidualStream, response: ResidualStream, chosen: Sequence[tuple[TraitVector, Selection]]
+) -> list[Projection]:
+    """Project prompt and response onto vectors of one component, in one matrix product each.
+
+    Raises:
+        VectorError: a vector has another width than the activations, or a layer the model has not.
+        NumericalError: a projection is NaN or inf.
+    """
+    if not chosen:
+        return []
+    component = chosen[0][0].component
+    directions = unit_directions([vector for vector, _ in chosen], prompt.points.shape[-1])
+    for vector, _ in chosen:
+        if vector.layer >= prompt.n_layers:
+            raise VectorError(
+                f"the {vector.trait} vector is of layer {vector.layer}, but the captured model has layers 0 to "
+                f"{prompt.n_layers - 1}: it comes from another model"
+            )
+    scores = [_scores(part, component, directions) for part in (prompt, response)]
+    return [
+        Projection(vector, selection, scores[0][number], scores[1][number])
+        for number, (vector, selection) in enumerate(chosen)
+    ]
+
+
+def unit_directions(vectors: Sequence[TraitVector], d_model: int) -> Vectors:
+    """The vectors as rows of length 1, in float32; raises `VectorError` for one of another width."""
+    for vector in vectors:
+        if len(vector.vector) != d_model:
+            origin = vector.model or "a model of unknown name"
+            raise VectorError(
+                f"the {vector.trait} vector of experiment {vector.experiment!r} has {len(vector.vector)} numbers, but "
+                f"the activations have {d_model}: it was extracted from {origin}; extract it from this model"
+            )
+    stacked = torch.stack([vector.vector for vector in vectors]).double()
+    return (stacked / stacked.norm(dim=1, keepdim=True)).float()
+
+
+def dynamics_of_file(content: Mapping[str, Any]) -> Dynamics:
+    """The dynamics of a projection file, computed again from the projections it holds."""
+    layer = content["metadata"]["vector_source"]["layer"]
+    prompt, response = content["projections"]["prompt"], content["projections"]["response"]
+    line = [token[layer][-1] for token in (*prompt, *response)]
+    return dynamics(torch.tensor(line, dtype=torch.float64), len(prompt))
+
+
+def _scores(part: ResidualStream, component: str, directions: Vectors) -> Float[Tensor, "n_vectors ..."]:
+    """`[n_vectors, n_tokens, n_layers, n_sublayers]`."""
+    if component == "attn_out":
+        if part.attn_out is None:
+            raise VectorError("the capture holds no attn_out: capture again with --capture-attn")
+        flat = _products(part.attn_out, directions)  # [n_layers, n_tokens, n_vectors]
+        return flat.permute(2, 1, 0).unsqueeze(-1)
+    order = torch.tensor([[point_index(layer, point) for point in POINTS] for layer in range(part.n_layers)])
+    flat = _products(part.points, directions)  # [n_points, n_tokens, n_vectors]
+    return flat[order].permute(3, 2, 0, 1)
+
+
+def _products(activations: Tensor, directions: Vectors) -> Tensor:
+    products = activations.float() @ directions.T
+    if not products.isfinite().all():
+        raise NumericalError("a projection is NaN or inf: the captured activations are damaged")
+    return products

@@ -1,0 +1,50 @@
+"""Attention patterns, token by token: what each token looked at, by layer and head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tlcapture.rounding import WEIGHT_DIGITS, round_significant
+from tlcapture.shapes import Patterns
+from tlcapture.views import Cache
+
+
+@dataclass(frozen=True)
+class AttentionPatterns:
+    """Weights `[n_layers, n_heads, query, key]`, each query's row summing to 1 over keys up to itself."""
+
+    patterns: Patterns
+
+    def to_json(
+        self, *, prompt_id: str, prompt_set: str, tokens: Sequence[str], n_prompt_tokens: int
+    ) -> dict[str, Any]:
+        """The content of `{id}_attention.json`; weights have 4 significant digits."""
+        n_layers, n_heads, n_tokens, _ = self.patterns.shape
+        weights = round_significant(self.patterns.float().numpy(), WEIGHT_DIGITS)
+        return {
+            "prompt_id": prompt_id,
+            "prompt_set": prompt_set,
+            "n_layers": n_layers,
+            "n_heads": n_heads,
+            "tokens": list(tokens),
+            "n_prompt_tokens": n_prompt_tokens,
+            "n_response_tokens": n_tokens - n_prompt_tokens,
+            "attention": [
+                {"token_idx": token, "context_size": token + 1, "by_layer": weights[:, :, token, : token + 1].copy()}
+                for token in range(n_tokens)
+            ],
+        }
+
+
+def attention_hooks(n_layers: int) -> list[str]:
+    """The activations the view reads."""
+    return [f"blocks.{layer}.attn.hook_pattern" for layer in range(n_layers)]
+
+
+def attention_view(cache: Cache, n_layers: int) -> AttentionPatterns:
+    """The patterns of all layers of a cache."""
+    return AttentionPatterns(torch.stack([cache[name] for name in attention_hooks(n_layers)]))
