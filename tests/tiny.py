@@ -1,0 +1,126 @@
+"""Tiny seeded random models of many architectures, and a byte-level tokenizer for them."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+D_MODEL, N_LAYERS, N_HEADS, N_GROUPS, D_MLP = 32, 3, 4, 2, 64
+SPECIAL = ["<bos>", "<eos>", "<turn>", "</turn>"]
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<turn>{{ message['role'] }}\n{{ message['content'] }}</turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
+)
+
+
+def tokenizer(*, chat_template: str | None = CHAT_TEMPLATE, bos: bool = True) -> Any:
+    """One token a byte, and four special ones; ids 0 to 3 are special."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(SPECIAL)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>" if bos else None, eos_token="<eos>"
+    )
+    fast.chat_template = chat_template
+    return fast
+
+
+VOCABULARY = len(SPECIAL) + 256
+
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": D_MODEL,
+    "num_hidden_layers": N_LAYERS,
+    "num_attention_heads": N_HEADS,
+    "intermediate_size": D_MLP,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+_GROUPED = {**_COMMON, "num_key_value_heads": N_GROUPS}
+_GPT2_NAMES = {
+    "vocab_size": VOCABULARY,
+    "n_embd": D_MODEL,
+    "n_layer": N_LAYERS,
+    "n_head": N_HEADS,
+    "n_positions": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+CONFIGS: dict[str, Any] = {
+    "gpt2": lambda: transformers.GPT2Config(**_GPT2_NAMES),
+    "gpt_neo": lambda: transformers.GPTNeoConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=D_MODEL,
+        num_layers=4,
+        num_heads=N_HEADS,
+        attention_types=[[["global", "local"], 2]],
+        window_size=8,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=1,
+    ),
+    "gptj": lambda: transformers.GPTJConfig(**_GPT2_NAMES, rotary_dim=4),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**_COMMON),
+    "gpt_neox_sequential": lambda: transformers.GPTNeoXConfig(**_COMMON, use_parallel_residual=False),
+    "opt": lambda: transformers.OPTConfig(
+        **{k: v for k, v in _COMMON.items() if k != "intermediate_size"}, ffn_dim=D_MLP, word_embed_proj_dim=D_MODEL
+    ),
+    "llama": lambda: transformers.LlamaConfig(**_GROUPED),
+    "llama_ungrouped": lambda: transformers.LlamaConfig(**_COMMON, head_dim=16),
+    "llama3_rope": lambda: transformers.LlamaConfig(
+        **_GROUPED,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "llama_linear_rope": lambda: transformers.LlamaConfig(
+        **_GROUPED, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    ),
+    "mistral": lambda: transformers.MistralConfig(**_GROUPED, sliding_window=12),
+    "qwen2": lambda: transformers.Qwen2Config(**_GROUPED),
+    "qwen3": lambda: transformers.Qwen3Config(**_GROUPED, head_dim=16),
+    "gemma": lambda: transformers.GemmaConfig(**_GROUPED, head_dim=16),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **_GROUPED, head_dim=16, sliding_window=12, query_pre_attn_scalar=24, final_logit_softcapping=3.0
+    ),
+    "phi3": lambda: transformers.Phi3Config(**_GROUPED, sliding_window=12),
+}
+
+
+@cache
+def hf_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A random model; norms, biases and embeddings are random too, so that none can be left out unseen."""
+    torch.manual_seed(sum(map(ord, name)))
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spread = 0.3 if parameter.ndim > 1 else 0.1
+            parameter.add_(torch.randn_like(parameter) * spread)
+    model.config.architectures = [type(model).__name__]
+    return model.to(dtype).eval()
+
+
+@cache
+def model(name: str, engine: str = "hooked") -> Any:
+    """The same as a tlcapture model. The bridge wraps a copy, since it changes the modules it wraps."""
+    import copy
+
+    from tlcapture.models import from_hugging_face
+
+    source = hf_model(name) if engine == "hooked" else copy.deepcopy(hf_model(name))
+    return from_hugging_face(source, tokenizer(), name=f"tiny-{name}", engine=engine)
