@@ -201,9 +201,7 @@ class _Recorder:
         whole = pieces[0].new_zeros(*pieces[0].shape[:2], n_tokens, n_tokens)
         whole[:, :, :length, :length] = pieces[0][:, :, -length:, -length:]
         for token, piece in enumerate(pieces[1:], start=length):
-            # An engine may drop keys that have left a sliding window: they come first.
-            keys = min(token + 1, piece.shape[-1])
-            whole[:, :, token, token + 1 - keys : token + 1] = piece[:, :, 0, -keys:]
+            whole[:, :, token, : token + 1] = piece[:, :, 0, -(token + 1) :]
         return whole
 
 

@@ -172,7 +172,8 @@ class BridgeModel(Model):
             use_cache=True,
             logits_to_keep=1,
         )
-        return Step(logits[:, -1] if want_logits else None, {name: cache[name] for name in hooks})
+        handed_out = {name: _with_all_keys(name, cache[name], state.mask.shape[1]) for name in hooks}
+        return Step(logits[:, -1] if want_logits else None, handed_out)
 
     def keep(self, state: _BridgeState, rows: Rows) -> None:
         rows = rows.to(self.device)
@@ -202,6 +203,12 @@ class BridgeModel(Model):
                 f"{self.name}: {architecture_of(self.hf_config)} does more to its logits than norm, unembedding and "
                 "soft cap, which a logit lens would silently leave out: this architecture is not supported"
             )
+
+
+def _with_all_keys(name: str, activation: Tensor, n_keys: int) -> Tensor:
+    """A pattern over all keys so far: Hugging Face drops those that have left a sliding window."""
+    missing = n_keys - activation.shape[-1] if name.endswith("hook_pattern") else 0
+    return torch.nn.functional.pad(activation, (missing, 0)) if missing else activation
 
 
 def load_model(name: str = embedded.NAME, engine: str = "auto", device: str = "auto", dtype: str = "auto") -> Model:

@@ -1,0 +1,61 @@
+"""Shapes in signatures are checked while the tests run; models and experiments that tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from jaxtyping import install_import_hook
+
+import tests.typechecking
+
+_CHECKED = [
+    "tlcapture.captures",
+    "tlcapture.extraction",
+    "tlcapture.generation",
+    "tlcapture.models",
+    "tlcapture.traits",
+    "tlcapture.views",
+    "tlcapture.weight_layout",
+]
+install_import_hook(_CHECKED, "tests.typechecking.check")
+
+from tests import tiny  # noqa: E402  the hook has to be there first
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of Hugging Face weights of a tiny Llama with a chat template."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny.hf_model("llama").save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty root that commands use without being told."""
+    monkeypatch.setenv("TLCAPTURE_ROOT", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def tlcapture(root: Path) -> Callable[..., Result]:
+    """Run a command line in the root; its result has exit_code, stdout, stderr."""
+    from tlcapture.cli.main import main
+
+    def run(*words: object) -> Result:
+        return CliRunner().invoke(main, [str(word) for word in words], catch_exceptions=False)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Iterator[Any]:
+    """The embedded model on HookedTransformer, loaded once."""
+    from tlcapture.models import load_model
+
+    yield load_model("smollm2", engine="hooked", device="cpu")

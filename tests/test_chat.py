@@ -1,0 +1,80 @@
+"""Promise 3: one BOS; and where responses end."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import tiny
+from tlcapture.chat import decode, render_chat, stop_ids, token_texts, tokenize
+from tlcapture.errors import InputError
+
+BOS, EOS, TURN, END_OF_TURN = range(4)
+GEMMA_LIKE = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{% for message in messages %}<turn>{{ message['role'] }}\n{{ message['content'] }}</turn>\n{% endfor %}"
+)
+
+
+def ids_of(text: str, tokenizer: object, **options: object) -> tuple[int, ...]:
+    return tokenize(tokenizer, text, prompt_set="set", prompt_id="1", **options).token_ids
+
+
+def test_a_chat_template_brings_its_own_bos_and_gets_no_second_one() -> None:
+    ids = ids_of("hi", tiny.tokenizer())
+    assert ids[:2] == (BOS, TURN)
+    assert ids.count(BOS) == 1
+
+
+def test_a_base_model_gets_its_bos_once() -> None:
+    tokenizer = tiny.tokenizer(chat_template=None)
+    assert ids_of("hi", tokenizer)[0] == BOS
+    assert ids_of("hi", tokenizer).count(BOS) == 1
+    assert ids_of("<bos>hi", tokenizer) == ids_of("hi", tokenizer)
+
+
+def test_a_tokenizer_without_bos_gets_none() -> None:
+    assert BOS not in ids_of("hi", tiny.tokenizer(chat_template=None, bos=False))
+
+
+def test_the_template_can_be_switched_off_but_not_conjured_up() -> None:
+    assert TURN not in ids_of("hi", tiny.tokenizer(), chat_template=False)
+    with pytest.raises(InputError, match="the model's tokenizer has none"):
+        ids_of("hi", tiny.tokenizer(chat_template=None), chat_template=True)
+
+
+def test_a_system_prompt_comes_first() -> None:
+    prompt = tokenize(tiny.tokenizer(), "hi", prompt_set="s", prompt_id="1", system_prompt="be kind")
+    assert prompt.text.index("system\nbe kind") < prompt.text.index("user\nhi")
+    base = tokenize(tiny.tokenizer(chat_template=None), "hi", prompt_set="s", prompt_id="1", system_prompt="be kind")
+    assert base.text == "be kind\n\nhi"
+
+
+def test_a_template_without_system_role_gets_it_in_the_users_message() -> None:
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
+    assert "user\nbe kind\n\nhi" in render_chat(tiny.tokenizer(chat_template=GEMMA_LIKE), messages)
+
+
+def test_stop_ids_are_those_of_tokenizer_generation_config_and_template() -> None:
+    assert stop_ids(tiny.tokenizer(), None) == {EOS, END_OF_TURN}
+    assert stop_ids(tiny.tokenizer(chat_template=None), None) == {EOS}
+    assert stop_ids(tiny.tokenizer(), SimpleNamespace(eos_token_id=[EOS, 9])) == {EOS, END_OF_TURN, 9}
+
+
+def test_half_characters_are_shown_and_rejoined() -> None:
+    tokenizer = tiny.tokenizer()
+    ids = tokenizer("é", add_special_tokens=False)["input_ids"]
+    assert len(ids) == 2
+    assert token_texts(tokenizer, ids) == ["\ufffd", "\ufffd"]
+    assert decode(tokenizer, ids) == "é"
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
+def test_texts_survive_the_round_trip_through_ids(text: str) -> None:
+    if any(special in text for special in tiny.SPECIAL):
+        return
+    tokenizer = tiny.tokenizer(chat_template=None)
+    assert decode(tokenizer, ids_of(text, tokenizer)) == text

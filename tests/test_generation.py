@@ -1,0 +1,171 @@
+"""Promises 2 and 4: every token has its activations, and nothing depends on what ran beside a prompt."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.test_parity import as_prompt, random_ids
+from tlcapture.chat import TokenizedPrompt, stop_ids
+from tlcapture.generation import Failure, Generation, Sampling, generate, teacher_force
+from tlcapture.models import Model, Step
+from tlcapture.views.residual import residual_hooks
+
+PROMPTS = {str(length): random_ids(length, seed=length) for length in (4, 9, 15, 22, 31)}
+
+
+def outcomes(model: Model, names: list[str], **options: Any) -> dict[str, Generation | Failure]:
+    prompts = [as_prompt(PROMPTS[name], name) for name in names]
+    hooks = residual_hooks(model.n_layers, model.hook_names)
+    return {outcome.prompt.id: outcome for outcome in generate(model, prompts, hooks=hooks, **options)}
+
+
+def test_sampled_responses_do_not_depend_on_batch_size_or_order() -> None:
+    model = tiny.model("llama")
+    names = list(PROMPTS)
+    options = {"max_new_tokens": 16, "sampling": Sampling(temperature=1.0, seed=5)}
+    alone = outcomes(model, names, batch_size=1, **options)
+    for batch_size in (2, 3, 5):
+        random.Random(batch_size).shuffle(names)
+        together = outcomes(model, names, batch_size=batch_size, **options)
+        for name in names:
+            assert together[name].response_ids == alone[name].response_ids
+            assert together[name].stop_reason == alone[name].stop_reason
+
+
+def test_noise_differs_between_seeds_prompts_and_prompt_sets() -> None:
+    model, ids = tiny.model("llama"), random_ids(10)
+    hooks = residual_hooks(model.n_layers, model.hook_names)
+
+    def sample(seed: int, prompt_set: str, name: str) -> tuple[int, ...]:
+        prompt = TokenizedPrompt(prompt_set, name, "", tuple(ids), None, False)
+        sampling = Sampling(temperature=1.5, seed=seed)
+        (outcome,) = generate(model, [prompt], hooks=hooks, max_new_tokens=20, sampling=sampling)
+        return outcome.response_ids
+
+    drawn = [sample(0, "a", "1"), sample(1, "a", "1"), sample(0, "b", "1"), sample(0, "a", "2")]
+    assert len(set(drawn)) == 4
+    assert sample(0, "a", "1") == drawn[0]
+
+
+def test_sampling_follows_the_softmax_of_the_logits() -> None:
+    from tlcapture.generation import _choose
+
+    logits = torch.tensor([[2.0, 0.0, 1.0, -1.0]])
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.tensor([_choose(logits, 0.5, [generator])[0] for _ in range(20_000)])
+    shares = torch.bincount(draws, minlength=4) / len(draws)
+    assert torch.allclose(shares, (logits[0] / 0.5).softmax(0).float(), atol=0.01)
+
+
+def test_rows_that_stop_leave_the_batch_and_keep_their_last_token() -> None:
+    model = tiny.model("llama")
+    sizes: list[int] = []
+
+    class Watched(type(model)):  # type: ignore[misc]
+        def step(self, tokens: Any, *args: Any, **options: Any) -> Step:
+            sizes.append(len(tokens))
+            return super().step(tokens, *args, **options)
+
+    watched = Watched.__new__(Watched)
+    watched.__dict__.update(model.__dict__)
+    sampling = Sampling(temperature=3.0, seed=0)  # hot enough for the stop ids to come up
+    found = outcomes(watched, list(PROMPTS), batch_size=5, max_new_tokens=120, sampling=sampling)
+    stops = stop_ids(model.tokenizer, model.generation_config)
+    reasons = {outcome.stop_reason for outcome in found.values()}
+    assert "stop_token" in reasons
+    assert sizes[0] == 5
+    assert sorted(sizes, reverse=True) == sizes
+    assert sizes[-1] < 5
+    for outcome in found.values():
+        assert outcome.cache["blocks.0.hook_resid_pre"].shape[0] == len(outcome.token_ids)
+        assert not stops & set(outcome.response_ids[:-1])
+        assert (outcome.stop_reason == "stop_token") == (outcome.response_ids[-1] in stops)
+
+
+def test_activations_of_a_run_equal_one_pass_over_its_tokens() -> None:
+    model = tiny.model("qwen2")
+    found = outcomes(model, list(PROMPTS), batch_size=5, max_new_tokens=10)
+    for outcome in found.values():
+        recomputed = teacher_force(model, outcome.token_ids, list(outcome.cache))
+        for name, activation in outcome.cache.items():
+            assert torch.allclose(activation, recomputed[name], atol=2e-4, rtol=1e-4)
+
+
+def test_captured_tensors_share_no_memory_with_another_prompt() -> None:
+    found = outcomes(tiny.model("llama"), ["4", "9"], batch_size=2, max_new_tokens=3)
+    storages = {
+        name: {tensor.untyped_storage().data_ptr() for tensor in outcome.cache.values()}
+        for name, outcome in found.items()
+    }
+    assert not storages["4"] & storages["9"]
+
+
+def test_no_new_tokens_captures_the_prompt_alone() -> None:
+    (outcome,) = outcomes(tiny.model("llama"), ["9"], max_new_tokens=0).values()
+    assert outcome.response_ids == ()
+    assert outcome.cache["blocks.0.hook_resid_pre"].shape[0] == 9
+
+
+def test_a_prompt_that_does_not_fit_the_context_fails_by_name_and_alone() -> None:
+    model = tiny.model("llama")
+    prompts = [as_prompt(random_ids(250), "long"), as_prompt(random_ids(5), "short")]
+    hooks = residual_hooks(model.n_layers, model.hook_names)
+    found = {outcome.prompt.id: outcome for outcome in generate(model, prompts, hooks=hooks, max_new_tokens=10)}
+    assert isinstance(found["short"], Generation)
+    assert isinstance(found["long"], Failure)
+    assert "250 prompt tokens and 10 new ones are more than the model's context of 256" in found["long"].reason
+
+
+def test_out_of_memory_halves_the_batch_and_fails_only_what_fits_in_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("llama")
+    original, sizes = type(model).step, []
+
+    def step(self: Model, tokens: Any, *args: Any, **options: Any) -> Step:
+        sizes.append(len(tokens))
+        if tokens.shape[0] > 2 or tokens.shape[1] > 30:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, tokens, *args, **options)
+
+    monkeypatch.setattr(type(model), "step", step)
+    found = outcomes(model, list(PROMPTS), batch_size=5, max_new_tokens=4, sampling=Sampling(temperature=0))
+    monkeypatch.undo()
+    assert isinstance(found["31"], Failure)
+    assert "out of memory" in found["31"].reason
+    assert sizes[0] == 5
+    expected = outcomes(model, ["4", "9", "15", "22"], batch_size=1, max_new_tokens=4, sampling=Sampling(temperature=0))
+    for name, outcome in expected.items():
+        assert found[name].response_ids == outcome.response_ids
+
+
+def test_nan_logits_fail_their_prompt_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("llama")
+    original = type(model).step
+    steps = 0
+
+    def step(self: Model, tokens: Any, *args: Any, **options: Any) -> Step:
+        nonlocal steps
+        steps += 1
+        result = original(self, tokens, *args, **options)
+        if steps == 3 and result.logits is not None:
+            result.logits[0] = float("nan")
+        return result
+
+    monkeypatch.setattr(type(model), "step", step)
+    found = outcomes(model, ["9", "4"], batch_size=2, max_new_tokens=6, sampling=Sampling(temperature=0))
+    monkeypatch.undo()
+    assert isinstance(found["9"], Failure)
+    assert "NaN at token 11" in found["9"].reason
+    alone = outcomes(model, ["4"], max_new_tokens=6, sampling=Sampling(temperature=0))
+    assert found["4"].response_ids == alone["4"].response_ids
+
+
+def test_other_errors_of_the_model_are_not_taken_for_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("llama")
+    monkeypatch.setattr(type(model), "step", lambda *args, **options: (_ for _ in ()).throw(RuntimeError("broken")))
+    with pytest.raises(RuntimeError, match="broken"):
+        outcomes(model, ["4"], max_new_tokens=2)

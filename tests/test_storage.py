@@ -1,0 +1,109 @@
+"""Promises 5 and 6: files are whole or absent, and opening one runs nothing of it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tlcapture.errors import StorageError
+from tlcapture.storage import read_json, read_tensors, sweep_temporaries, write_bytes, write_json, write_tensors
+
+
+class Harmful:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (os.mkdir, (str(self.path),))
+
+
+def test_tensors_and_plain_values_survive_and_views_are_written_once(tmp_path: Path) -> None:
+    buffer = torch.randn(4, 1000)
+    path = tmp_path / "a" / "x.pt"
+    size = write_tensors(path, {"views": [buffer[0], buffer[1], buffer[2], buffer[3], buffer[3]], "text": "é"})
+    assert size == path.stat().st_size
+    assert size < buffer.nbytes + 4000
+    value = read_tensors(path)
+    assert torch.equal(torch.stack(value["views"][:4]), buffer)
+    assert value["text"] == "é"
+
+
+def test_a_pickle_that_would_run_code_is_refused_unexecuted(tmp_path: Path) -> None:
+    harmed = tmp_path / "harmed"
+    torch.save({"x": Harmful(harmed)}, tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_bytes(pickle.dumps(Harmful(harmed)))
+    for name in ("a.pt", "b.pt"):
+        with pytest.raises(StorageError, match=f"{name}: cannot be read as a tensor file"):
+            read_tensors(tmp_path / name)
+    assert not harmed.exists()
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 2000])
+def test_a_truncated_tensor_file_is_an_error(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "x.pt"
+    write_tensors(path, {"x": torch.randn(1000)})
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(StorageError, match=r"x\.pt: cannot be read"):
+        read_tensors(path)
+
+
+def test_a_folder_where_a_file_is_expected_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="no such file"):
+        read_tensors(tmp_path)
+    with pytest.raises(StorageError, match="cannot be read"):
+        read_json(tmp_path)
+    with pytest.raises(StorageError, match="cannot be written"):
+        write_bytes(tmp_path, b"x")
+
+
+def test_a_failed_write_leaves_what_was_there_and_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"old": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"new": object()})
+    with pytest.raises(StorageError):
+        write_tensors(tmp_path / "x.json" / "below.pt", {})
+    assert read_json(path) == {"old": 1}
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+def test_a_killed_writer_leaves_whole_files_and_its_rest_is_swept(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib\n"
+        "from tlcapture.storage import write_bytes\n"
+        "number = 0\n"
+        "while True:\n"
+        "    number += 1\n"
+        "    write_bytes(pathlib.Path(sys.argv[1]) / f'{number % 3}.bin', bytes([number % 256]) * 20_000_000)\n"
+    )
+    for delay in (0.3, 0.35, 0.4):
+        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+        deadline = time.monotonic() + 20
+        while not list(tmp_path.glob("*.bin")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        files = list(tmp_path.glob("*.bin"))
+        assert files
+        for path in files:
+            data = path.read_bytes()
+            assert len(data) == 20_000_000
+            assert len(set(data)) == 1
+        sweep_temporaries(tmp_path)
+        assert not list(tmp_path.glob(".*"))
+
+
+def test_temporaries_of_a_running_process_are_left_alone(tmp_path: Path) -> None:
+    mine = tmp_path / f".x.pt.{os.getpid()}.tmp"
+    mine.touch()
+    sweep_temporaries(tmp_path)
+    assert mine.exists()

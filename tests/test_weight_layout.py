@@ -1,0 +1,61 @@
+"""The memory layout changes where weights lie and nothing else."""
+
+from __future__ import annotations
+
+import copy
+
+import einops
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import tiny
+from tests.test_parity import random_ids
+from tlcapture.weight_layout import lay_out, memory_order
+
+ARCHITECTURES = ["llama", "gpt2", "gemma2", "gpt_neox", "qwen2"]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_outputs_are_the_same_bits_as_in_row_major_order(name: str) -> None:
+    laid_out = tiny.model(name).tl
+    row_major = copy.deepcopy(laid_out)
+    for parameter in row_major.parameters():
+        parameter.data = parameter.data.contiguous()
+    tokens = torch.tensor([random_ids(20)])
+    ours, ours_cache = laid_out.run_with_cache(tokens)
+    theirs, theirs_cache = row_major.run_with_cache(tokens)
+    assert torch.equal(ours, theirs)
+    for key in theirs_cache:
+        assert torch.equal(ours_cache[key], theirs_cache[key]), key
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2"])
+def test_no_linear_call_copies_its_weight(name: str) -> None:
+    model = tiny.model(name).tl
+    for block in model.blocks:
+        attention = block.attn
+        for weight in (attention.W_Q, attention._W_K, attention._W_V):
+            asked = einops.rearrange(weight, "head d_model d_head -> (head d_head) d_model")
+            assert asked.data_ptr() == weight.data_ptr()
+        asked = einops.rearrange(attention.W_O, "head d_head d_model -> d_model (head d_head)").contiguous()
+        assert asked.data_ptr() == attention.W_O.data_ptr()
+        for weight in (block.mlp.W_in, block.mlp.W_gate, block.mlp.W_out):
+            assert weight.T.contiguous().data_ptr() == weight.data_ptr()
+    assert model.unembed.W_U.T.contiguous().data_ptr() == model.unembed.W_U.data_ptr()
+
+
+@given(st.permutations(range(3)))
+def test_any_order_keeps_values_and_shape(order: list[int]) -> None:
+    weight = torch.arange(24.0).reshape(2, 3, 4)
+    laid_out = lay_out(weight, tuple(order))
+    assert torch.equal(laid_out, weight)
+    assert laid_out.permute(*order).is_contiguous()
+
+
+def test_weights_that_are_multiplied_as_they_are_stay_row_major() -> None:
+    weight = torch.zeros(3, 4)
+    assert memory_order("blocks.0.mlp.W_in", weight, gated_mlp=False) == (0, 1)
+    assert memory_order("blocks.0.mlp.W_in", weight, gated_mlp=True) == (1, 0)
+    assert memory_order("embed.W_E", weight, gated_mlp=True) == (0, 1)
