@@ -10,8 +10,6 @@ import pytest
 from click.testing import CliRunner, Result
 from jaxtyping import install_import_hook
 
-import tests.typechecking
-
 _CHECKED = [
     "tlcapture.captures",
     "tlcapture.extraction",

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tests import tiny
+from tlcapture.chat import TokenizedPrompt
 from tlcapture.generation import Generation, Sampling, generate, teacher_force
 from tlcapture.models import Model
-from tlcapture.chat import TokenizedPrompt
 from tlcapture.views.attention import attention_hooks
 from tlcapture.views.residual import residual_hooks, residual_view
 

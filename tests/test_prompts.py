@@ -86,7 +86,9 @@ def test_a_file_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
 
 def test_a_missing_set_lists_those_that_exist(tmp_path: Path) -> None:
     read(tmp_path, GOOD)
-    with pytest.raises(InputError, match=r"no prompt set 'nix'.*existing sets: adversarial, baseline.*mine.*single_trait"):
+    with pytest.raises(
+        InputError, match=r"no prompt set 'nix'.*existing sets: adversarial, baseline.*mine.*single_trait"
+    ):
         read_prompt_set(Datasets(tmp_path), "nix")
 
 

@@ -140,7 +140,7 @@ class HookedModel(Model):
         flat = residual.reshape(1, -1, self.d_model).to(self.device, self.dtype)
         normed = self.tl.ln_final(flat) if self.tl.cfg.normalization_type is not None else flat
         logits = apply_softcap(self.tl.unembed(normed), self.tl.cfg.output_logits_soft_cap)
-        return logits.reshape(*residual.shape[:-1], -1)
+        return logits.reshape(*residual.shape[:-1], logits.shape[-1])
 
 
 @dataclass
@@ -187,7 +187,7 @@ class BridgeModel(Model):
         cap = getattr(self.hf_config, "final_logit_softcapping", None)
         if cap:
             logits = torch.tanh(logits / cap) * cap
-        return logits.reshape(*residual.shape[:-1], -1)
+        return logits.reshape(*residual.shape[:-1], logits.shape[-1])
 
     def check_unembedding(self) -> None:
         """Raise `ModelError` where the logits are more than final norm, unembedding and soft cap."""

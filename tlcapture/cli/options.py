@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from tlcapture.errors import InputError
 from tlcapture.names import Trait, split_names
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -65,7 +66,10 @@ class Traits(click.ParamType):
             return value
         if value == "all":
             return ()
-        traits = tuple(dict.fromkeys(Trait.parse(name) for name in split_names(value)))
+        try:
+            traits = tuple(dict.fromkeys(Trait.parse(name) for name in split_names(value)))
+        except InputError as error:
+            self.fail(str(error), param, ctx)
         if not traits:
             self.fail("names no trait.", param, ctx)
         return traits

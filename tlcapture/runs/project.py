@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tlcapture.captures import Capture
 from tlcapture.errors import InputError, StorageError, TlcaptureError
@@ -105,26 +106,29 @@ def _recompute_dynamics(
     layout: Layout, prompt_set: str, ids: Sequence[str], options: ProjectOptions, report: RunReport
 ) -> None:
     """Read projection files and write them back with new dynamics, all else as it is."""
-    wanted = set(options.vectors.traits)
     for prompt_id in ids:
-        paths = layout.all_projections(prompt_set, prompt_id)
-        done = 0
+        name = f"{prompt_set}/{prompt_id}"
+        paths = [path for path in layout.all_projections(prompt_set, prompt_id) if _is_wanted(layout, path, options)]
+        if not paths:
+            report.failed(name, "has no projection whose dynamics could be computed again")
+            continue
         for path in paths:
-            trait, component = layout.of_projection(path)
-            if component != options.component or (wanted and trait not in wanted):
-                continue
             try:
                 content = read_json(path)
-                content["dynamics"] = dynamics_of_file(content).to_json()
+                content["dynamics"] = _dynamics(path, content)
                 report.wrote(write_json(path, content))
-                done += 1
             except TlcaptureError as error:
-                report.failed(f"{prompt_set}/{prompt_id}", error)
-            except (KeyError, TypeError, IndexError, ValueError) as error:
-                report.failed(
-                    f"{prompt_set}/{prompt_id}", f"{path}: no projection file: {type(error).__name__}: {error}"
-                )
-        if done:
-            report.n_prompts += 1
-        else:
-            report.failed(f"{prompt_set}/{prompt_id}", "has no projection whose dynamics could be computed again")
+                report.failed(name, error)
+        report.n_prompts += 1
+
+
+def _is_wanted(layout: Layout, path: Path, options: ProjectOptions) -> bool:
+    trait, component = layout.of_projection(path)
+    return component == options.component and (not options.vectors.traits or trait in options.vectors.traits)
+
+
+def _dynamics(path: Path, content: Any) -> dict[str, Any]:
+    try:
+        return dynamics_of_file(content).to_json()
+    except StorageError as error:
+        raise StorageError(f"{path}: {error}") from None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
+from tlcapture.errors import StorageError
 from tlcapture.layout import Layout
 from tlcapture.storage import read_json
+from tlcapture.traits.projection import trajectory_of_file
 
 _FEWEST_TO_COMPARE = 3
 
@@ -37,8 +40,8 @@ def top_traits(layout: Layout, prompt_set: str, component: str = "residual") -> 
     for prompt_id in layout.captured(prompt_set):
         for path in layout.all_projections(prompt_set, prompt_id):
             trait, of_component = layout.of_projection(path)
-            if of_component == component:
-                by_trait.setdefault(str(trait), {})[prompt_id] = read_json(path)
+            if of_component == component and (content := _read(path)):
+                by_trait.setdefault(str(trait), {})[prompt_id] = content
     rises = {trait: _rises(contents) for trait, contents in by_trait.items()}
     tops = []
     for prompt_id in layout.captured(prompt_set):
@@ -49,12 +52,21 @@ def top_traits(layout: Layout, prompt_set: str, component: str = "residual") -> 
     return tops
 
 
+def _read(path: Path) -> dict[str, Any] | None:
+    """A projection file; `None` for a damaged one, which the run has named already."""
+    try:
+        content = read_json(path)
+        trajectory_of_file(content)
+    except StorageError:
+        return None
+    return dict(content)
+
+
 def _rises(contents: dict[str, dict[str, Any]]) -> dict[str, float]:
     raw, spread = {}, {}
     for prompt_id, content in contents.items():
-        layer = content["metadata"]["vector_source"]["layer"]
-        before = [token[layer][-1] for token in content["projections"]["prompt"]][1:]
-        response = [token[layer][-1] for token in content["projections"]["response"]]
+        prompt, response = trajectory_of_file(content)
+        before = prompt[1:]
         if before and response:
             raw[prompt_id] = mean(response) - mean(before)
             spread[prompt_id] = pstdev([*before, *response])

@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Float
+from torch import Tensor
+
 from tlcapture.errors import NumericalError
 from tlcapture.rounding import PROJECTION_DIGITS, round_significant
 from tlcapture.shapes import Trajectory
@@ -32,8 +35,8 @@ class Dynamics:
     commitment_point: int | None
     peak_velocity: float
     persistence: int
-    velocity: Trajectory
-    acceleration: Trajectory
+    velocity: Float[Tensor, " n_velocities"]
+    acceleration: Float[Tensor, " n_accelerations"]
 
     def to_json(self) -> dict[str, Any]:
         return {

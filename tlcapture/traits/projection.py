@@ -8,7 +8,7 @@ Engineering" (2023), and Chen et al., "Persona Vectors" (2025).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcapture.errors import NumericalError, VectorError
+from tlcapture.errors import NumericalError, StorageError, VectorError
 from tlcapture.rounding import PROJECTION_DIGITS, round_significant
 from tlcapture.shapes import Trajectory, Vectors
 from tlcapture.traits.dynamics import Dynamics, dynamics
@@ -26,7 +26,8 @@ from tlcapture.views.residual import POINTS, ResidualStream, point_index
 
 SUBLAYERS = {"residual": list(POINTS), "attn_out": ["attn_out"]}
 
-Scores = Float[Tensor, "n_tokens n_layers n_sublayers"]
+PromptScores = Float[Tensor, "n_prompt_tokens n_layers n_sublayers"]
+ResponseScores = Float[Tensor, "n_response_tokens n_layers n_sublayers"]
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Projection:
 
     vector: TraitVector = field(repr=False)
     selection: Selection
-    prompt: Scores = field(repr=False)
-    response: Scores = field(repr=False)
+    prompt: PromptScores = field(repr=False)
+    response: ResponseScores = field(repr=False)
 
     @property
     def trajectory(self) -> Trajectory:
@@ -114,12 +115,24 @@ def unit_directions(vectors: Sequence[TraitVector], d_model: int) -> Vectors:
     return (stacked / stacked.norm(dim=1, keepdim=True)).float()
 
 
-def dynamics_of_file(content: Mapping[str, Any]) -> Dynamics:
+def dynamics_of_file(content: Any) -> Dynamics:
     """The dynamics of a projection file, computed again from the projections it holds."""
-    layer = content["metadata"]["vector_source"]["layer"]
-    prompt, response = content["projections"]["prompt"], content["projections"]["response"]
-    line = [token[layer][-1] for token in (*prompt, *response)]
-    return dynamics(torch.tensor(line, dtype=torch.float64), len(prompt))
+    prompt, response = trajectory_of_file(content)
+    return dynamics(torch.tensor([*prompt, *response], dtype=torch.float64), len(prompt))
+
+
+def trajectory_of_file(content: Any) -> tuple[list[float], list[float]]:
+    """The trajectory that a projection file holds, prompt and response apart.
+
+    Raises `StorageError` for what is no projection file.
+    """
+    try:
+        layer = content["metadata"]["vector_source"]["layer"]
+        parts = (content["projections"][part] for part in ("prompt", "response"))
+        prompt, response = ([float(token[layer][-1]) for token in part] for part in parts)
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise StorageError(f"no projection file: {type(error).__name__}: {error}") from None
+    return prompt, response
 
 
 def _scores(part: ResidualStream, component: str, directions: Vectors) -> Float[Tensor, "n_vectors ..."]:

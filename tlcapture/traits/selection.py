@@ -104,7 +104,7 @@ def _evaluation_rows(evaluation: Any, trait: str, component: str) -> Iterator[Ma
     for row in evaluation["all_results"]:
         if row["trait"] == trait and row.get("component", "residual") == component:
             # A row without an effect size (or with NaN, which JSON writes as null) decides nothing.
-            if row.get("val_effect_size") is not None:
+            if row["val_effect_size"] is not None:
                 yield row
 
 

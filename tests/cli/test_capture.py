@@ -1,0 +1,451 @@
+"""`tlcapture capture`: each option once, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+
+from tlcapture.captures import Capture
+from tlcapture.storage import read_json
+
+Run = Callable[..., Result]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*"))
+
+
+def tokens_of(raw: Path) -> dict[str, list[int]]:
+    return {path.stem: Capture.open(path).token_ids for path in raw.glob("*.pt")}
+
+
+def test_a_raw_file_has_exactly_the_documented_form(capture: Run, raw: Path) -> None:
+    result = capture()
+    assert result.exit_code == 0, result.output
+    assert "wrote 3 files" in result.output
+    assert names(raw) == ["1.pt", "2.pt", "3.pt"]
+    value = torch.load(raw / "1.pt", weights_only=True, mmap=True)
+    assert set(value) == {"format_version", "prompt", "response", "metadata"}
+    assert value["format_version"] == 1
+    for part in ("prompt", "response"):
+        assert set(value[part]) == {"text", "tokens", "token_ids", "activations"}
+        count = len(value[part]["tokens"])
+        assert count == len(value[part]["token_ids"])
+        assert list(value[part]["activations"]) == [0, 1, 2]
+        for layer in range(3):
+            points = value[part]["activations"][layer]
+            assert list(points) == ["residual_in", "after_attn", "residual_out"]
+            assert all(tensor.shape == (count, 32) for tensor in points.values())
+            assert all(tensor.dtype == torch.float16 for tensor in points.values())
+            if layer:
+                before = value[part]["activations"][layer - 1]["residual_out"]
+                assert points["residual_in"].data_ptr() == before.data_ptr()
+    metadata = value["metadata"]
+    assert {
+        "inference_model", "inference_experiment", "prompt_set", "prompt_id", "n_layers", "d_model", "engine", "dtype",
+        "temperature", "seed", "max_new_tokens", "stop_reason", "system_prompt", "chat_template", "model_fingerprint",
+        "weight_processing", "capture_date", "tlcapture_version",
+    } <= set(metadata)  # fmt: skip
+    assert (metadata["prompt_set"], metadata["prompt_id"], metadata["n_layers"]) == ("short", "1", 3)
+    assert (metadata["temperature"], metadata["seed"], metadata["weight_processing"]) == (0.7, 0, "none")
+    # Two thirds of four tensors a layer: one buffer of 2 * n_layers + 1 points a part, and little else.
+    n_tokens = sum(len(value[part]["tokens"]) for part in ("prompt", "response"))
+    assert (raw / "1.pt").stat().st_size < 7 * n_tokens * 32 * 2 + 12_000
+
+
+def test_the_experiments_model_is_recorded_and_changing_it_refused(
+    capture: Run, tlcapture: Run, data: Path, tiny_folder: Path, raw: Path
+) -> None:
+    capture()
+    config = read_json(data / "experiments" / "exp" / "config.json")
+    assert config == {
+        "extraction_model": None,
+        "inference_model": str(tiny_folder),
+        "use_chat_template": None,
+        "system_prompt": None,
+    }
+    again = tlcapture("capture", "--experiment", "exp", "--prompt-set", "other", "--max-new-tokens", 2)
+    assert again.exit_code == 0
+    before = tokens_of(raw)
+    refused = tlcapture("capture", "--experiment", "exp", "--prompt-set", "short", "--model", "smollm2")
+    assert refused.exit_code == 2
+    assert "--allow-model-change" in refused.stderr
+    assert tokens_of(raw) == before
+
+
+def test_allow_model_change_goes_on_with_the_other_model(capture: Run, data: Path, tiny_folder: Path) -> None:
+    config = data / "experiments" / "exp" / "config.json"
+    config.parent.mkdir(parents=True)
+    config.write_text(json.dumps({"inference_model": "some-other-model"}))
+    assert capture().exit_code == 2
+    assert capture("--allow-model-change").exit_code == 0
+    assert read_json(config)["inference_model"] == str(tiny_folder)
+
+
+@pytest.mark.parametrize("name", ["short,other", "other,short"])
+def test_several_prompt_sets_and_all_of_them(capture: Run, data: Path, name: str) -> None:
+    assert capture(prompts=("--prompt-set", name)).exit_code == 0
+    assert names(data / "experiments" / "exp" / "inference" / "raw" / "residual") == ["other", "short"]
+
+
+def test_all_prompt_sets_includes_the_shipped_ones(capture: Run, data: Path) -> None:
+    result = capture("--limit", 1, "--max-new-tokens", 1, prompts=("--all-prompt-sets",))
+    folders = names(data / "experiments" / "exp" / "inference" / "raw" / "residual")
+    assert {"short", "other", "single_trait", "baseline"} <= set(folders)
+    # The tiny model's context is short: prompts that do not fit fail by name, the rest is done.
+    assert result.exit_code in (0, 1)
+
+
+def test_a_single_prompt_is_prompt_1_of_adhoc(capture: Run, data: Path) -> None:
+    result = capture(prompts=("--prompt", "what is rain?"))
+    assert result.exit_code == 0
+    found = Capture.open(data / "experiments" / "exp" / "inference" / "raw" / "residual" / "adhoc" / "1.pt")
+    assert "what is rain?" in found.prompt.text
+
+
+def test_attention_and_logit_lens_files(capture: Run, raw: Path, analysis: Path) -> None:
+    assert capture("--attention", "--logit-lens").exit_code == 0
+    assert names(analysis) == [f"{n}_{kind}.json" for n in (1, 2, 3) for kind in ("attention", "logit_lens")]
+    for number in ("1", "2", "3"):
+        saved = Capture.open(raw / f"{number}.pt")
+        attention = read_json(analysis / f"{number}_attention.json")
+        assert list(attention) == [
+            "prompt_id", "prompt_set", "n_layers", "n_heads", "tokens", "n_prompt_tokens", "n_response_tokens",
+            "attention",
+        ]  # fmt: skip
+        assert attention["tokens"] == saved.tokens
+        assert len(attention["attention"]) == len(saved.tokens)
+        lens = read_json(analysis / f"{number}_logit_lens.json")
+        assert lens["top_k"] == 50
+        assert len(lens["predictions"]) == len(saved.tokens) - 1
+
+
+def close(ours: Any, theirs: Any, tolerance: float) -> bool:
+    """Whether two JSON values agree, numbers to a tolerance."""
+    if isinstance(ours, float) or isinstance(theirs, float):
+        return abs(ours - theirs) <= tolerance
+    if isinstance(ours, dict):
+        return set(ours) == set(theirs) and all(close(ours[key], theirs[key], tolerance) for key in ours)
+    if isinstance(ours, list):
+        return len(ours) == len(theirs) and all(close(a, b, tolerance) for a, b in zip(ours, theirs, strict=True))
+    return bool(ours == theirs)
+
+
+def test_a_replayed_file_equals_the_one_written_live(capture: Run, raw: Path, analysis: Path) -> None:
+    add_ons = ("--attention", "--logit-lens", "--layer-internals", 1)
+    assert capture(*add_ons, "--save-dtype", "float32").exit_code == 0
+    internals = raw.parents[1] / "internals" / "short" / "2_L1.pt"
+    live = {name: read_json(analysis / name) for name in names(analysis)}
+    live_internals = torch.load(internals, weights_only=True)
+    written = {path: path.stat().st_mtime_ns for path in raw.glob("*")}
+    for path in analysis.glob("*"):
+        path.unlink()
+    internals.unlink()
+    assert capture(*add_ons, "--replay").exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in raw.glob("*")} == written
+    for name, value in live.items():
+        replayed = read_json(analysis / name)
+        if name.endswith("attention.json"):
+            assert close(replayed, value, 1e-3)
+            continue
+        for ours, theirs in zip(replayed["predictions"], value["predictions"], strict=True):
+            for row, live_row in zip(ours["by_layer"], theirs["by_layer"], strict=True):
+                assert row["actual_prob"] == pytest.approx(live_row["actual_prob"], rel=1e-2, abs=1e-5)
+                probs = [[entry["prob"] for entry in each["top_k"]] for each in (row, live_row)]
+                assert probs[0] == pytest.approx(probs[1], rel=1e-2, abs=1e-5)
+    replayed_internals = torch.load(internals, weights_only=True)
+    assert replayed_internals["tokens"] == live_internals["tokens"]
+    for key, tensor in live_internals.items():
+        if isinstance(tensor, torch.Tensor):
+            assert torch.allclose(replayed_internals[key], tensor, atol=1e-4), key
+
+
+def test_replay_needs_a_saved_capture_and_generates_nothing(capture: Run, raw: Path) -> None:
+    result = capture("--replay", "--attention")
+    assert result.exit_code == 1
+    assert "short/1: --replay needs a saved capture" in result.stderr
+    assert not raw.exists()
+
+
+def test_replay_with_another_model_is_refused(capture: Run, raw: Path) -> None:
+    capture()
+    value = torch.load(raw / "1.pt", weights_only=True)
+    value["metadata"]["model_fingerprint"] = "another"
+    torch.save(value, raw / "1.pt")
+    result = capture("--replay", "--attention")
+    assert result.exit_code == 1
+    assert "short/1: it was captured from" in result.stderr
+    assert "failed: short/2" not in result.stderr
+
+
+def test_layer_internals_can_be_repeated(capture: Run, raw: Path) -> None:
+    assert capture("--layer-internals", 0, "--layer-internals", 2, "--limit", 1).exit_code == 0
+    folder = raw.parents[1] / "internals" / "short"
+    assert names(folder) == ["1_L0.pt", "1_L2.pt"]
+    value = torch.load(folder / "1_L2.pt", weights_only=True)
+    n_tokens = len(value["tokens"])
+    assert value["blocks.2.attn.hook_q"].shape == (n_tokens, 4, 8)
+    assert value["blocks.2.attn.hook_k"].shape == (n_tokens, 2, 8)
+    assert value["blocks.2.attn.hook_pattern"].shape == (4, n_tokens, n_tokens)
+    assert value["blocks.2.mlp.hook_post"].shape == (n_tokens, 64)
+    assert 0 < value["n_prompt_tokens"] < n_tokens
+    assert value["metadata"]["prompt_id"] == "1"
+    saved = Capture.open(raw / "1.pt")
+    assert value["token_ids"] == saved.token_ids
+    assert torch.allclose(value["blocks.2.hook_resid_post"], saved.residual(2).float(), rtol=1e-2, atol=1e-2)
+
+
+def test_all_internals_imply_attention_and_logit_lens(capture: Run, raw: Path, analysis: Path) -> None:
+    assert capture("--layer-internals", "all", "--limit", 1).exit_code == 0
+    assert names(raw.parents[1] / "internals" / "short") == ["1_L0.pt", "1_L1.pt", "1_L2.pt"]
+    assert names(analysis) == ["1_attention.json", "1_logit_lens.json"]
+
+
+def test_a_layer_the_model_has_not_is_refused(capture: Run, raw: Path) -> None:
+    result = capture("--layer-internals", 9)
+    assert result.exit_code == 2
+    assert "--layer-internals 9: the model has layers 0 to 2" in result.stderr
+    assert not raw.exists()
+
+
+def test_capture_attn_keeps_attention_outputs(capture: Run, raw: Path) -> None:
+    assert capture("--capture-attn", "--save-dtype", "float32").exit_code == 0
+    found = Capture.open(raw / "1.pt")
+    for layer in range(3):
+        expected = found.residual(layer, "residual_in") + found.residual(layer, "attn_out")
+        assert torch.allclose(found.residual(layer, "after_attn"), expected, atol=1e-5)
+
+
+def test_captures_are_projected_at_the_default_layer_and_not_when_told_so(
+    capture: Run, extract: Run, projected: Path
+) -> None:
+    assert extract().exit_code == 0
+    assert capture("--no-project").exit_code == 0
+    assert not projected.exists()
+    result = capture()
+    assert result.exit_code == 0
+    assert "layer 1 by default (the model has no layer 16)" in result.stderr
+    assert names(projected) == ["1.json", "2.json", "3.json"]
+    assert read_json(projected / "1.json")["metadata"]["vector_source"]["selected_by"] == "fallback"
+    assert "the trait that rose most" in result.output
+
+
+def test_layer_and_method_choose_the_vector(capture: Run, extract: Run, projected: Path) -> None:
+    extract()
+    assert capture("--layer", 2, "--method", "mean_diff").exit_code == 0
+    source = read_json(projected / "1.json")["metadata"]["vector_source"]
+    assert (source["layer"], source["method"], source["selected_by"]) == (2, "mean_diff", "override")
+    result = capture("--layer", 7)
+    assert result.exit_code == 1
+    assert "no residual vector of tone/loud by 'probe' at layer 7" in result.stderr
+    evaluation = projected.parents[4] / "extraction" / "extraction_evaluation.json"
+    row = {"trait": "tone/loud", "method": "gradient", "layer": 0, "component": "residual", "val_effect_size": 3.0}
+    evaluation.write_text(json.dumps({"all_results": [row]}))
+    assert capture("--layer", "auto").exit_code == 0
+    source = read_json(projected / "1.json")["metadata"]["vector_source"]
+    assert (source["layer"], source["method"], source["selected_by"]) == (0, "gradient", "effect_size")
+
+
+def test_vectors_may_come_from_another_experiment(capture: Run, extract: Run, projected: Path) -> None:
+    extract(experiment="vectors")
+    assert capture("--vector-experiment", "vectors").exit_code == 0
+    assert read_json(projected / "1.json")["metadata"]["vector_source"]["experiment"] == "vectors"
+    result = capture("--vector-experiment", "nothing")
+    assert result.exit_code == 2
+    assert "--vector-experiment 'nothing' has no trait vectors" in result.stderr
+
+
+def test_length_temperature_and_seed_change_the_response(capture: Run, raw: Path) -> None:
+    def ids(*words: object) -> dict[str, list[int]]:
+        assert capture(*words).exit_code == 0
+        return tokens_of(raw)
+
+    sampled = ids("--temperature", 2)
+    assert ids("--temperature", 2, "--seed", 0) == sampled
+    assert ids("--temperature", 2, "--seed", 1) != sampled
+    greedy = ids("--temperature", 0)
+    assert ids("--temperature", 0, "--seed", 1) == greedy
+    longer = ids("--temperature", 0, "--max-new-tokens", 9)
+    assert all(longer[name][: len(greedy[name])] == greedy[name] for name in greedy)
+    assert Capture.open(raw / "1.pt").metadata["max_new_tokens"] == 9
+
+
+@pytest.mark.parametrize("size", ["1", "2", "auto"])
+def test_the_batch_size_changes_no_token(capture: Run, raw: Path, size: str) -> None:
+    assert capture("--batch-size", 3).exit_code == 0
+    expected = tokens_of(raw)
+    assert capture("--batch-size", size).exit_code == 0
+    assert tokens_of(raw) == expected
+
+
+def test_limit_takes_the_first_prompts(capture: Run, raw: Path) -> None:
+    assert capture("--limit", 2).exit_code == 0
+    assert names(raw) == ["1.pt", "2.pt"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_save_dtype_and_dtype(capture: Run, raw: Path, dtype: str) -> None:
+    assert capture("--save-dtype", dtype, "--dtype", "bfloat16", "--device", "cpu").exit_code == 0
+    found = Capture.open(raw / "1.pt")
+    assert found.residual(0).dtype == getattr(torch, dtype)
+    assert found.metadata["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("engine", ["hooked", "bridge", "auto"])
+def test_engines_write_the_same_tokens(capture: Run, raw: Path, engine: str) -> None:
+    result = capture("--engine", engine, "--temperature", 0)
+    assert result.exit_code == 0
+    assert f"on engine {'hooked' if engine == 'auto' else engine}" in result.output
+    found = tokens_of(raw)
+    capture("--temperature", 0)
+    assert tokens_of(raw) == found
+
+
+def test_chat_template_and_system_prompt_options(capture: Run, raw: Path) -> None:
+    capture("--system-prompt", "be kind")
+    found = Capture.open(raw / "1.pt")
+    assert "<turn>system\nbe kind</turn>" in found.prompt.text
+    assert found.metadata["system_prompt"] == "be kind"
+    capture("--no-chat-template")
+    found = Capture.open(raw / "1.pt")
+    assert found.prompt.text == "hello there"
+    assert found.metadata["chat_template"] is False
+    assert found.prompt.tokens[0] == "<bos>"
+
+
+def test_the_experiments_config_sets_template_and_system_prompt(
+    capture: Run, data: Path, raw: Path, tiny_folder: Path
+) -> None:
+    config = data / "experiments" / "exp" / "config.json"
+    config.parent.mkdir(parents=True)
+    config.write_text(json.dumps({"use_chat_template": False, "system_prompt": "from config"}))
+    assert capture().exit_code == 0
+    assert Capture.open(raw / "1.pt").prompt.text == "from config\n\nhello there"
+    assert read_json(config)["system_prompt"] == "from config"
+    assert capture("--chat-template", "--system-prompt", "option").exit_code == 0
+    assert "<turn>system\noption" in Capture.open(raw / "1.pt").prompt.text
+
+
+def test_skip_existing_makes_exactly_what_is_missing(
+    capture: Run, extract: Run, raw: Path, analysis: Path, projected: Path
+) -> None:
+    extract()
+    capture("--attention")
+    kept = {path: path.stat().st_mtime_ns for folder in (raw, analysis, projected) for path in folder.glob("*")}
+    for path in (raw / "2.pt", analysis / "3_attention.json", projected / "1.json"):
+        path.unlink()
+        del kept[path]
+    for path in (analysis / "2_attention.json", projected / "2.json"):
+        del kept[path]  # of prompt 2, which is generated again
+    tokens = tokens_of(raw)
+    result = capture("--attention", "--skip-existing")
+    assert result.exit_code == 0
+    assert names(raw) == ["1.pt", "2.pt", "3.pt"]
+    assert names(analysis) == ["1_attention.json", "2_attention.json", "3_attention.json"]
+    assert names(projected) == ["1.json", "2.json", "3.json"]
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert {name: ids for name, ids in tokens_of(raw).items() if name in tokens} == tokens
+    nothing = capture("--attention", "--skip-existing")
+    assert "wrote 0 files" in nothing.output
+    assert "loading" not in nothing.output
+    assert "3 prompts skipped: nothing was missing" in nothing.output
+
+
+def test_skip_existing_adds_views_to_saved_captures_without_generating(capture: Run, raw: Path, analysis: Path) -> None:
+    capture()
+    before = {path: path.stat().st_mtime_ns for path in raw.glob("*")}
+    result = capture("--skip-existing", "--logit-lens")
+    assert {path: path.stat().st_mtime_ns for path in raw.glob("*")} == before
+    assert len(names(analysis)) == 3
+    assert "new tokens" not in result.output
+
+
+def test_a_damaged_capture_is_made_again(capture: Run, raw: Path) -> None:
+    capture()
+    expected = tokens_of(raw)
+    (raw / "2.pt").write_bytes((raw / "2.pt").read_bytes()[:500])
+    assert capture("--skip-existing").exit_code == 0
+    assert tokens_of(raw) == expected
+
+
+def test_files_of_other_tokens_do_not_outlive_their_capture(
+    capture: Run, extract: Run, raw: Path, analysis: Path, projected: Path
+) -> None:
+    extract()
+    capture("--attention", "--temperature", 2, "--seed", 1)
+    capture("--no-project", "--temperature", 2, "--seed", 1)  # the same tokens: all stays
+    assert len(names(analysis)) == len(names(projected)) == 3
+    capture("--no-project", "--temperature", 2, "--seed", 2)
+    assert names(analysis) == []
+    assert names(projected) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "give one of --prompt-set NAME, --prompt TEXT and --all-prompt-sets"),
+        (("--prompt-set", "short", "--prompt", "x"), "give one of"),
+        (("--prompt-set", "nix"), "no prompt set 'nix'"),
+        (("--prompt-set", "../short"), "no safe file name"),
+        (("--prompt", "  "), "text is empty"),
+        (("--prompt", "x", "--layer", "best"), "neither a layer number nor 'auto'"),
+        (("--prompt", "x", "--batch-size", "0"), "neither a number of at least 1 nor 'auto'"),
+        (("--prompt", "x", "--temperature", "-1"), "temperature"),
+        (("--prompt", "x", "--device", "abacus"), "device 'abacus' cannot be used here"),
+        (("--prompt", "x", "--engine", "steam"), "engine"),
+        (("--prompt", "x", "--model", "."), "it has no config.json"),
+    ],
+)
+def test_wrong_usage_is_one_clear_line_and_exit_status_2(
+    tlcapture: Run, data: Path, words: tuple[str, ...], said: str
+) -> None:
+    result = tlcapture("capture", "--experiment", "exp", *words)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (data / "experiments").exists()
+
+
+def test_an_experiment_name_cannot_leave_its_folder(tlcapture: Run, data: Path) -> None:
+    for name in ("../x", "/tmp/x", "a/b", "..", "-x"):
+        result = tlcapture("capture", f"--experiment={name}", "--prompt", "x")
+        assert result.exit_code == 2
+        assert "no safe file name" in result.stderr
+
+
+def test_a_prompt_that_does_not_fit_fails_and_the_others_are_done(capture: Run, data: Path, raw: Path) -> None:
+    from tests.cli.conftest import make_prompt_set
+
+    make_prompt_set(data, "short", ["fine", "x" * 400, "fine too"])
+    result = capture()
+    assert result.exit_code == 1
+    assert "short/2: does not fit: " in result.stderr
+    assert names(raw) == ["1.pt", "3.pt"]
+
+
+def test_activations_too_large_for_float16_are_kept_in_bfloat16_or_refused(
+    capture: Run, tlcapture: Run, raw: Path, tmp_path: Path, tiny_folder: Path
+) -> None:
+    import shutil
+
+    import transformers
+
+    loud = tmp_path / "loud"
+    shutil.copytree(tiny_folder, loud)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(3e5)
+    model.save_pretrained(loud)
+    common = ("capture", "--experiment", "exp", "--prompt-set", "short", "--max-new-tokens", 2, "--model", loud)
+    assert tlcapture(*common).exit_code == 0
+    assert Capture.open(raw / "1.pt").residual(0).dtype == torch.bfloat16
+    result = tlcapture(*common, "--save-dtype", "float16")
+    assert result.exit_code == 1
+    assert "does not fit float16" in result.stderr
+    assert Capture.open(raw / "1.pt").residual(0).dtype == torch.bfloat16

@@ -1,0 +1,265 @@
+"""`tlcapture project` and `tlcapture extract`: each option once, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import Result
+
+from tlcapture.captures import Capture
+from tlcapture.storage import read_json
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def project(tlcapture: Run, extract: Run, capture: Run) -> Run:
+    """`tlcapture project` in an experiment with vectors and captures of `short` and `other`."""
+    assert extract().exit_code == 0
+    assert capture("--no-project", "--capture-attn", prompts=("--prompt-set", "short,other")).exit_code == 0
+
+    def run(*words: object, prompts: tuple[object, ...] = ("--prompt-set", "short")) -> Result:
+        return tlcapture("project", "--experiment", "exp", *prompts, *words)
+
+    return run
+
+
+@pytest.fixture
+def vectors(data: Path) -> Path:
+    return data / "experiments" / "exp" / "extraction" / "tone" / "loud" / "vectors"
+
+
+def test_vectors_and_metadata_have_the_documented_form(extract: Run, vectors: Path, tiny_folder: Path) -> None:
+    result = extract()
+    assert result.exit_code == 0, result.output
+    expected = {
+        f"{p}{m}_layer{n}.pt" for p in ("", "attn_out_") for m in ("probe", "mean_diff", "gradient") for n in range(3)
+    }
+    assert {path.name for path in vectors.iterdir()} == expected | {"metadata.json", "attn_out_metadata.json"}
+    vector = torch.load(vectors / "probe_layer1.pt", weights_only=True)
+    assert vector.shape == (32,)
+    assert vector.dtype == torch.float32
+    metadata = read_json(vectors / "metadata.json")
+    stated = {
+        "extraction_model": str(tiny_folder),
+        "extraction_experiment": "exp",
+        "trait": "tone/loud",
+        "component": "residual",
+        "methods": ["probe", "mean_diff", "gradient"],
+        "layers": [0, 1, 2],
+        "num_layers": 3,
+        "hidden_dim": 32,
+        "hook": "blocks.{L}.hook_resid_post",
+        "position": "response_mean",
+        "dtype": "float32",
+        "weight_processing": "none",
+        "engine": "hooked",
+    }
+    assert {key: metadata[key] for key in stated} == stated
+    assert metadata["timestamp"]
+    assert metadata["model_fingerprint"]
+    assert len(metadata["split"]["held_out_pairs"]) == 2
+    assert read_json(vectors / "attn_out_metadata.json")["hook"] == "blocks.{L}.hook_attn_out"
+
+
+def test_methods_layers_and_component_narrow_the_extraction(extract: Run, vectors: Path) -> None:
+    assert extract("--methods", "mean_diff", "--layers", "0,2", "--component", "residual").exit_code == 0
+    assert {path.name for path in vectors.iterdir()} == {"mean_diff_layer0.pt", "mean_diff_layer2.pt", "metadata.json"}
+    assert extract("--methods", "probe", "--layers", "1", "--component", "residual").exit_code == 0
+    metadata = read_json(vectors / "metadata.json")
+    assert (metadata["methods"], metadata["layers"]) == (["probe", "mean_diff"], [0, 1, 2])
+
+
+def test_vectors_of_another_split_do_not_stay_under_new_metadata(extract: Run, vectors: Path) -> None:
+    extract("--methods", "mean_diff", "--component", "residual", "--seed", 1)
+    extract("--methods", "probe", "--component", "residual", "--seed", 2)
+    assert read_json(vectors / "metadata.json")["methods"] == ["probe"]
+    assert not list(vectors.glob("mean_diff*"))
+
+
+def test_batch_size_changes_no_vector(extract: Run, vectors: Path) -> None:
+    extract("--batch-size", 1, "--methods", "mean_diff")
+    alone = torch.load(vectors / "mean_diff_layer2.pt", weights_only=True)
+    extract("--batch-size", 7, "--methods", "mean_diff", "--engine", "auto", "--device", "cpu", "--dtype", "float32")
+    assert torch.allclose(torch.load(vectors / "mean_diff_layer2.pt", weights_only=True), alone, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--traits", "loud"), "not of the form category/name"),
+        (("--traits", "tone/quiet"), "no examples for trait 'tone/quiet'"),
+        (("--methods", "magic"), "no method 'magic': choose among probe, mean_diff, gradient"),
+        (("--layers", "5"), "--layers 5: the model has layers 0 to 2"),
+        (("--layers", "x"), "no list of layer numbers"),
+    ],
+)
+def test_wrong_usage_of_extract(extract: Run, data: Path, words: tuple[str, ...], said: str) -> None:
+    result = extract(*words)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert not (data / "experiments").exists()
+
+
+def test_a_projection_file_has_the_documented_form(project: Run, projected: Path, tiny_folder: Path) -> None:
+    result = project()
+    assert result.exit_code == 0, result.output
+    value = read_json(projected / "2.json")
+    raw = Capture.open(projected.parents[3] / "raw" / "residual" / "short" / "2.pt")
+    assert list(value) == ["prompt", "response", "projections", "dynamics", "metadata"]
+    for part, captured in (("prompt", raw.prompt), ("response", raw.response)):
+        assert value[part] == {"text": captured.text, "tokens": captured.tokens, "n_tokens": len(captured.tokens)}
+        assert torch.tensor(value["projections"][part]).shape == (len(captured.tokens), 3, 3)
+    assert list(value["dynamics"]) == ["commitment_point", "peak_velocity", "persistence", "velocity", "acceleration"]
+    n_tokens = len(raw.tokens)
+    assert len(value["dynamics"]["velocity"]) == n_tokens - 1
+    metadata = value["metadata"]
+    assert metadata["sublayers"] == ["residual_in", "after_attn", "residual_out"]
+    source = metadata["vector_source"]
+    assert source == {
+        "model": str(tiny_folder),
+        "experiment": "exp",
+        "trait": "tone/loud",
+        "method": "probe",
+        "layer": 1,
+        "component": "residual",
+        "selected_by": "fallback",
+        "score": None,
+    }
+    vector = torch.load(
+        projected.parents[4] / "extraction" / "tone" / "loud" / "vectors" / "probe_layer1.pt", weights_only=True
+    )
+    expected = raw.residual(1).float() @ (vector / vector.norm())
+    found = [token[1][2] for part in ("prompt", "response") for token in value["projections"][part]]
+    assert torch.allclose(torch.tensor(found), expected, rtol=1e-4, atol=1e-4)
+    assert "warnings" not in metadata
+
+
+def test_all_prompt_sets_means_all_that_are_captured(project: Run, projected: Path) -> None:
+    assert project(prompts=("--all-prompt-sets",)).exit_code == 0
+    assert [path.name for path in sorted(projected.parent.iterdir())] == ["other", "short"]
+
+
+def test_traits_layer_and_method(project: Run, projected: Path) -> None:
+    assert project("--traits", "tone/loud", "--layer", 0, "--method", "gradient").exit_code == 0
+    source = read_json(projected / "1.json")["metadata"]["vector_source"]
+    assert (source["layer"], source["method"], source["selected_by"]) == (0, "gradient", "override")
+    assert not (projected.parents[2] / "warm").exists()
+    result = project("--traits", "tone/quiet")
+    assert result.exit_code == 2
+    assert "traits there are: tone/loud, tone/warm" in result.stderr
+
+
+def test_attn_out_goes_to_its_own_folder_with_one_score_a_layer(project: Run, projected: Path) -> None:
+    assert project("--component", "attn_out").exit_code == 0
+    assert not projected.exists()
+    value = read_json(projected.parents[1] / "attn_stream" / "short" / "1.json")
+    assert torch.tensor(value["projections"]["prompt"]).shape[1:] == (3, 1)
+    assert value["metadata"]["sublayers"] == ["attn_out"]
+
+
+def test_dynamics_only_touches_nothing_but_dynamics(project: Run, projected: Path, vectors: Path) -> None:
+    project()
+    path = projected / "1.json"
+    before = read_json(path)
+    path.write_text(json.dumps({**before, "dynamics": {}}))
+    for vector in vectors.glob("*.pt"):
+        vector.unlink()  # neither vectors nor raw activations are read
+    assert project("--dynamics-only").exit_code == 0
+    after = read_json(path)
+    assert {key: value for key, value in after.items() if key != "dynamics"} == {
+        key: value for key, value in before.items() if key != "dynamics"
+    }
+    for key in ("commitment_point", "persistence"):
+        assert after["dynamics"][key] == before["dynamics"][key]
+    assert after["dynamics"]["velocity"] == pytest.approx(before["dynamics"]["velocity"], abs=1e-4)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", '{"metadata": {"vector_source": {"layer": "x"}}}', "{"])
+def test_a_damaged_projection_is_named_by_dynamics_only(project: Run, projected: Path, content: str) -> None:
+    project()
+    (projected / "1.json").write_text(content)
+    result = project("--dynamics-only")
+    assert result.exit_code == 1
+    assert "short/1: " in result.stderr
+    assert "1.json" in result.stderr
+    assert (projected / "1.json").read_text() == content
+
+
+def test_skip_existing_projects_only_what_is_missing(project: Run, projected: Path) -> None:
+    project()
+    kept = {path: path.stat().st_mtime_ns for path in projected.glob("*") if path.name != "2.json"}
+    (projected / "2.json").unlink()
+    result = project("--skip-existing")
+    assert "wrote 1 files" in result.output
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert (projected / "2.json").exists()
+
+
+def test_a_vector_of_another_model_is_warned_of_unless_it_is_meant(
+    project: Run, extract: Run, projected: Path, vectors: Path
+) -> None:
+    metadata = read_json(vectors / "metadata.json")
+    (vectors / "metadata.json").write_text(
+        json.dumps({**metadata, "extraction_model": "elsewhere", "model_fingerprint": "0"})
+    )
+    result = project("--traits", "tone/loud")
+    assert result.exit_code == 0
+    assert "extracted from model 'elsewhere'" in result.stderr
+    assert "elsewhere" in read_json(projected / "1.json")["metadata"]["warnings"][0]
+    meant = project("--traits", "tone/loud", "--vector-experiment", "exp")
+    assert "elsewhere" not in meant.stderr
+    assert "warnings" not in read_json(projected / "1.json")["metadata"]
+
+
+def test_vectors_of_unknown_origin_are_projected_and_said_to_be(project: Run, projected: Path, vectors: Path) -> None:
+    (vectors / "metadata.json").unlink()
+    result = project("--traits", "tone/loud")
+    assert result.exit_code == 0
+    assert "unknown origin" in result.stderr
+    assert read_json(projected / "1.json")["metadata"]["vector_source"]["model"] is None
+
+
+def test_a_vector_of_another_width_fails_by_name(project: Run, projected: Path, vectors: Path) -> None:
+    torch.save(torch.ones(9), vectors / "probe_layer1.pt")
+    result = project()
+    assert result.exit_code == 1
+    assert (
+        "short/1: the tone/loud vector of experiment 'exp' has 9 numbers, but the activations have 32" in result.stderr
+    )
+    assert not projected.exists()
+
+
+def test_a_capture_that_is_no_capture_fails_alone(project: Run, projected: Path) -> None:
+    raw = projected.parents[3] / "raw" / "residual" / "short"
+    torch.save({"format_version": 1, "prompt": {}}, raw / "2.pt")
+    torch.save({"format_version": 99}, raw / "3.pt")
+    result = project()
+    assert result.exit_code == 1
+    assert "short/2: " in result.stderr
+    assert "format version 99" in result.stderr
+    assert [path.name for path in projected.glob("*")] == ["1.json"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--experiment", "exp", "--prompt-set", "short"), "no experiment 'exp'"),
+        (("--experiment", "exp"), "give one of --prompt-set NAME and --all-prompt-sets"),
+        (("--experiment", "exp", "--all-prompt-sets"), "has no captures"),
+    ],
+)
+def test_wrong_usage_of_project(tlcapture: Run, data: Path, words: tuple[str, ...], said: str) -> None:
+    result = tlcapture("project", *words)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_a_prompt_set_without_captures_lists_those_with(project: Run) -> None:
+    result = project(prompts=("--prompt-set", "nix"))
+    assert result.exit_code == 2
+    assert "captured sets: other, short" in result.stderr

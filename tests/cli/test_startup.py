@@ -1,0 +1,96 @@
+"""What only parses options loads no torch; the scripts are the commands."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+TOP = Path(__file__).parents[2]
+HEAVY = ("torch", "transformer_lens", "transformers", "numpy", "pydantic")
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=TOP, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["capture", "--help"], ["project", "-h"], ["extract", "-h"], ["--version"]]
+)
+def test_help_imports_nothing_heavy(words: list[str]) -> None:
+    code = (
+        "import sys\nfrom tlcapture.cli.main import main\n"
+        f"try:\n    main({words!r})\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        f"print('loaded', [name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    assert python(code).endswith("loaded []")
+
+
+def test_importing_the_package_loads_no_torch() -> None:
+    assert python("import sys, tlcapture; dir(tlcapture); print('torch' in sys.modules)") == "False"
+    assert python("import sys; from tlcapture import Experiment; print('torch' in sys.modules)") == "False"
+
+
+def test_every_public_name_is_there_and_an_unknown_one_is_not() -> None:
+    import tlcapture
+
+    assert all(getattr(tlcapture, name) for name in tlcapture.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'nix'"):
+        tlcapture.nix  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("script", "command"),
+    [("capture_raw_activations.py", "capture"), ("project_raw_activations_onto_traits.py", "project")],
+)
+def test_scripts_offer_exactly_the_options_of_their_command(script: str, command: str) -> None:
+    from tlcapture.cli.main import main
+
+    done = subprocess.run(
+        [sys.executable, TOP / "scripts" / script, "--help"], cwd=TOP, capture_output=True, text=True, check=True,
+        env={"PYTHONPATH": str(TOP), "PATH": ""},
+    )  # fmt: skip
+    parameters = main.commands[command].params
+    assert {p.opts[-1] for p in parameters} <= set(done.stdout.replace(",", " ").replace("/", " ").split())
+    context = click.Context(main.commands[command], info_name=script)
+    assert done.stdout == main.commands[command].get_help(context) + "\n"
+
+
+OPTIONS = {
+    "capture": "experiment prompt-set prompt all-prompt-sets attention logit-lens layer-internals capture-attn "
+    "no-project replay layer method max-new-tokens temperature skip-existing model engine device dtype save-dtype "
+    "batch-size seed limit vector-experiment root allow-model-change",
+    "project": "experiment prompt-set all-prompt-sets traits layer method component dynamics-only skip-existing "
+    "vector-experiment root",
+    "extract": "experiment traits methods layers component model engine device dtype batch-size seed root",
+}
+
+
+@pytest.mark.parametrize("command", list(OPTIONS))
+def test_commands_have_every_documented_option(command: str) -> None:
+    from tlcapture.cli.main import main
+
+    offered = {option for parameter in main.commands[command].params for option in parameter.opts}
+    assert {f"--{name}" for name in OPTIONS[command].split()} <= offered
+
+
+def test_documented_defaults() -> None:
+    from tlcapture.cli.main import main
+
+    defaults = {p.name: p.default for p in main.commands["capture"].params}
+    assert (defaults["layer"], defaults["max_new_tokens"], defaults["temperature"]) == ("16", 50, 0.7)
+    assert (defaults["seed"], defaults["batch_size"], defaults["save_dtype"]) == (0, "auto", "auto")
+
+
+def test_packages_in_setup_cfg_are_those_there_are() -> None:
+    import configparser
+
+    config = configparser.ConfigParser()
+    config.read(TOP / "setup.cfg")
+    listed = set(config["options"]["packages"].split())
+    found = {".".join(path.parent.relative_to(TOP).parts) for path in (TOP / "tlcapture").rglob("__init__.py")}
+    assert listed == found | {"tlcapture.datasets"}

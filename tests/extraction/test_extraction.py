@@ -1,0 +1,169 @@
+"""Examples, what is read out of them, and the directions that are found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tiny
+from tlcapture.errors import InputError
+from tlcapture.extraction.examples import Example, read_examples
+from tlcapture.extraction.methods import FITS
+from tlcapture.extraction.readout import read_out, tokenize_example
+from tlcapture.layout import Datasets
+from tlcapture.names import Trait
+
+TRAIT = Trait("c", "t")
+SHIPPED = ["behavioral/refusal", "cognitive/retrieval", "style/formality", "affect/positivity"]
+
+
+def write_side(root: Path, name: str, rows: list[Any]) -> None:
+    folder = root / "datasets" / "traits" / "c" / "t"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def pairs(count: int) -> list[dict[str, str]]:
+    return [{"pair": f"{n:02d}", "prompt": f"question {n}?", "response": f"answer {n}"} for n in range(count)]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_traits_have_at_least_40_paired_examples_a_side(tmp_path: Path, name: str) -> None:
+    examples = read_examples(Datasets(tmp_path), Trait.parse(name))
+    for positive in (True, False):
+        side = [item.example for item in examples.items if item.positive == positive]
+        assert len(side) >= 40
+        assert len({example.response for example in side}) == len(side)
+        assert all(example.pair for example in side)
+    sides = [{item.example.pair for item in examples.items if item.positive == side} for side in (True, False)]
+    assert sides[0] == sides[1]
+
+
+def test_a_pair_is_held_out_whole_and_by_seed(tmp_path: Path) -> None:
+    write_side(tmp_path, "positive.jsonl", pairs(20))
+    write_side(tmp_path, "negative.jsonl", pairs(20))
+    examples = read_examples(Datasets(tmp_path), TRAIT, seed=3)
+    held = [{i.example.pair for i in examples.items if i.positive == side and i.held_out} for side in (True, False)]
+    assert held[0] == held[1]
+    assert len(held[0]) == 4
+    record = examples.split_record(3)
+    assert record["held_out_pairs"] == sorted(held[0])
+    assert (record["n_train_positive"], record["n_held_out_negative"]) == (16, 4)
+    again = read_examples(Datasets(tmp_path), TRAIT, seed=3)
+    assert [item.held_out for item in again.items] == [item.held_out for item in examples.items]
+    other = read_examples(Datasets(tmp_path), TRAIT, seed=4)
+    assert [item.held_out for item in other.items] != [item.held_out for item in examples.items]
+
+
+def test_plain_text_files_are_read_one_example_a_line(tmp_path: Path) -> None:
+    write_side(tmp_path, "positive.txt", ["one", "two", "", "three", "four", "five"])
+    write_side(tmp_path, "negative.jsonl", [{"text": f"n{n}"} for n in range(5)])
+    examples = read_examples(Datasets(tmp_path), TRAIT)
+    assert [item.example.text for item in examples.items if item.positive] == ["one", "two", "three", "four", "five"]
+    assert examples.count(positive=True, held_out=True) == 1
+    assert examples.count(positive=False, held_out=True) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("{nonsense", "line 2: no valid JSON"),
+        ({"text": "a", "prompt": "b"}, "line 2: .*either"),
+        ({"prompt": "b"}, "line 2: .*either"),
+        ({}, "line 2: .*either"),
+        ({"text": "  "}, "line 2: .*empty"),
+        ({"text": 3}, "line 2: text"),
+        ({"text": "a", "extra": 1}, "line 2: extra"),
+    ],
+)
+def test_a_wrong_example_is_named_by_file_and_line(tmp_path: Path, row: Any, said: str) -> None:
+    write_side(tmp_path, "positive.jsonl", [{"text": "fine"}, row, {"text": "x"}, {"text": "y"}])
+    write_side(tmp_path, "negative.jsonl", [{"text": "fine"}] * 4)
+    with pytest.raises(InputError, match=rf"positive\.jsonl: {said}"):
+        read_examples(Datasets(tmp_path), TRAIT)
+
+
+def test_too_few_examples_and_missing_files_are_named(tmp_path: Path) -> None:
+    write_side(tmp_path, "positive.jsonl", [{"text": "a"}])
+    with pytest.raises(InputError, match=r"no negative\.jsonl"):
+        read_examples(Datasets(tmp_path), TRAIT)
+    write_side(tmp_path, "negative.jsonl", [{"text": "a"}] * 4)
+    with pytest.raises(InputError, match="1 positive examples, expected at least 4"):
+        read_examples(Datasets(tmp_path), TRAIT)
+    with pytest.raises(InputError, match=r"no examples for trait 'x/y'.*existing traits: .*c/t"):
+        read_examples(Datasets(tmp_path), Trait("x", "y"))
+
+
+def test_the_mean_runs_over_the_responses_tokens_and_no_others() -> None:
+    model = tiny.model("llama")
+    example = Example(prompt="why?", response="because")
+    reading = tokenize_example(model.tokenizer, example)
+    assert model.tokenizer.decode(reading.token_ids[reading.start :]) == "because"
+    assert reading.position == "response_mean"
+    text = tokenize_example(model.tokenizer, Example(text="because"))
+    assert (text.position, text.start) == ("all_tokens_mean", 1)
+
+
+def test_read_out_equals_hugging_face_one_example_at_a_time() -> None:
+    model, reference = tiny.model("qwen2"), tiny.hf_model("qwen2")
+    examples = [Example(prompt="q" * n, response="r" * (n + 2)) for n in (1, 9, 4, 17, 2)]
+    readings = [tokenize_example(model.tokenizer, example) for example in examples]
+    for batch_size in (1, 2, 5):
+        means = read_out(model, readings, ["residual", "attn_out"], batch_size=batch_size)
+        assert means["residual"].shape == means["attn_out"].shape == (3, 5, tiny.D_MODEL)
+        for number, reading in enumerate(readings):
+            with torch.no_grad():
+                states = reference(torch.tensor([reading.token_ids]), output_hidden_states=True).hidden_states
+            for layer in range(2):  # the last hidden state is behind the final norm
+                expected = states[layer + 1][0, reading.start :].mean(dim=0)
+                assert torch.allclose(means["residual"][layer, number], expected, atol=1e-4)
+
+
+def planted(n: int = 60, width: int = 24, layers: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noise with a known direction added to the positive half."""
+    torch.manual_seed(0)
+    labels = torch.arange(n) % 2 == 0
+    direction = torch.nn.functional.normalize(torch.randn(layers, width), dim=-1)
+    activations = torch.randn(layers, n, width) + 4 * labels[None, :, None] * direction[:, None]
+    return activations, labels, direction
+
+
+@pytest.mark.parametrize("method", list(FITS))
+def test_every_method_finds_a_planted_direction_with_its_sign(method: str) -> None:
+    activations, labels, direction = planted()
+    vectors = FITS[method](activations, labels, seed=0)
+    cosine = torch.nn.functional.cosine_similarity(vectors, direction, dim=-1)
+    assert (cosine > 0.7).all()
+
+
+@pytest.mark.parametrize("method", list(FITS))
+def test_methods_are_deterministic_and_blind_to_the_scale_of_a_layer(method: str) -> None:
+    activations, labels, _ = planted()
+    first, second = (FITS[method](activations, labels, seed=1) for _ in range(2))
+    assert torch.equal(first, second)
+    scaled = FITS[method](activations * 1000, labels, seed=1)
+    assert (torch.nn.functional.cosine_similarity(first, scaled, dim=-1) > 0.999).all()
+
+
+def test_mean_diff_is_the_difference_of_means_and_gradient_has_length_one() -> None:
+    activations, labels, _ = planted()
+    expected = activations[:, labels].mean(1) - activations[:, ~labels].mean(1)
+    assert torch.equal(FITS["mean_diff"](activations, labels), expected)
+    assert torch.allclose(FITS["gradient"](activations, labels).norm(dim=-1), torch.ones(3), atol=1e-5)
+
+
+def test_probe_equals_a_logistic_regression_of_each_layer() -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    activations, labels, _ = planted(layers=2)
+    vectors = FITS["probe"](activations, labels)
+    for layer in range(2):
+        data = activations[layer] - activations[layer].mean(0)
+        expected = LogisticRegression(max_iter=1000).fit((data / data.pow(2).mean().sqrt()).numpy(), labels.numpy())
+        found = torch.nn.functional.cosine_similarity(vectors[layer], torch.tensor(expected.coef_[0]).float(), dim=0)
+        assert found > 0.9999

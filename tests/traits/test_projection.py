@@ -1,0 +1,102 @@
+"""Projection against its definition, `h . v / ||v||`, in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tlcapture.errors import NumericalError, VectorError
+from tlcapture.names import Trait
+from tlcapture.traits.projection import dynamics_of_file, project
+from tlcapture.traits.selection import Selection
+from tlcapture.traits.vectors import TraitVector
+from tlcapture.views.residual import POINTS, ResidualStream
+
+WIDTH, LAYERS = 16, 4
+
+
+def vector(name: str, layer: int, values: torch.Tensor, component: str = "residual") -> TraitVector:
+    return TraitVector(Trait("c", name), component, "probe", layer, "exp", values, {"extraction_model": "m"})
+
+
+def stream(n_tokens: int, dtype: torch.dtype = torch.float32) -> ResidualStream:
+    torch.manual_seed(n_tokens)
+    return ResidualStream(
+        torch.randn(2 * LAYERS + 1, n_tokens, WIDTH).to(dtype), torch.randn(LAYERS, n_tokens, WIDTH).to(dtype)
+    )
+
+
+def chosen(*vectors: TraitVector) -> list[tuple[TraitVector, Selection]]:
+    return [(each, Selection(each.layer, each.method, "override")) for each in vectors]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_layer_point_and_token_is_h_times_v_over_the_length_of_v(dtype: torch.dtype) -> None:
+    prompt, response = stream(5, dtype), stream(3, dtype)
+    torch.manual_seed(1)
+    vectors = [vector("a", 1, torch.randn(WIDTH) * 50), vector("b", 2, torch.randn(WIDTH))]
+    for each, projection in zip(vectors, project(prompt, response, chosen(*vectors)), strict=True):
+        assert projection.prompt.shape == (5, LAYERS, 3)
+        unit = each.vector.double() / each.vector.double().norm()
+        for part, scores in ((prompt, projection.prompt), (response, projection.response)):
+            for layer in range(LAYERS):
+                for number, point in enumerate(POINTS):
+                    expected = part.at(layer, point).double() @ unit
+                    assert torch.allclose(scores[:, layer, number].double(), expected, atol=1e-5)
+
+
+def test_the_trajectory_is_residual_out_at_the_vectors_own_layer() -> None:
+    prompt, response, each = stream(5), stream(3), vector("a", 2, torch.randn(WIDTH))
+    (projection,) = project(prompt, response, chosen(each))
+    unit = each.vector / each.vector.norm()
+    line = torch.cat([prompt.at(2, "residual_out"), response.at(2, "residual_out")]) @ unit
+    assert torch.allclose(projection.trajectory, line, atol=1e-5)
+
+
+def test_attn_out_has_one_score_a_layer() -> None:
+    prompt, response, each = stream(5), stream(3), vector("a", 1, torch.randn(WIDTH), "attn_out")
+    (projection,) = project(prompt, response, chosen(each))
+    assert projection.response.shape == (3, LAYERS, 1)
+    assert prompt.attn_out is not None
+    expected = prompt.attn_out[1] @ (each.vector / each.vector.norm())
+    assert torch.allclose(projection.prompt[:, 1, 0], expected, atol=1e-5)
+
+
+def test_attn_out_that_was_not_captured_is_an_error() -> None:
+    bare = ResidualStream(stream(2).points)
+    with pytest.raises(VectorError, match="--capture-attn"):
+        project(bare, bare, chosen(vector("a", 1, torch.ones(WIDTH), "attn_out")))
+
+
+def test_a_vector_of_another_width_is_an_error_naming_its_origin() -> None:
+    with pytest.raises(VectorError, match="has 9 numbers, but the activations have 16: it was extracted from m"):
+        project(stream(2), stream(2), chosen(vector("a", 1, torch.ones(9))))
+
+
+def test_a_vector_of_a_layer_the_model_has_not_is_an_error() -> None:
+    with pytest.raises(VectorError, match="of layer 7, but the captured model has layers 0 to 3"):
+        project(stream(2), stream(2), chosen(vector("a", 7, torch.ones(WIDTH))))
+
+
+def test_damaged_activations_are_an_error() -> None:
+    damaged = stream(2)
+    damaged.points[3, 1, 2] = float("inf")
+    with pytest.raises(NumericalError, match="NaN or inf"):
+        project(damaged, stream(2), chosen(vector("a", 1, torch.ones(WIDTH))))
+
+
+def test_dynamics_can_be_computed_from_the_file_again(tmp_path: Path) -> None:
+    (projection,) = project(stream(5), stream(9), chosen(vector("a", 2, torch.randn(WIDTH))))
+    content = {**projection.to_json(), "metadata": {"vector_source": projection.source()}}
+    content["projections"] = {part: scores.tolist() for part, scores in content["projections"].items()}
+    again = dynamics_of_file(content)
+    assert again.commitment_point == projection.dynamics.commitment_point
+    assert torch.allclose(again.velocity, projection.dynamics.velocity, atol=1e-4)
+
+
+def test_a_vectors_length_does_not_matter() -> None:
+    direction = torch.randn(WIDTH)
+    short, long = project(stream(4), stream(4), chosen(vector("a", 1, direction), vector("a", 1, direction * 1e4)))
+    assert torch.allclose(short.prompt, long.prompt, atol=1e-5)

@@ -1,0 +1,159 @@
+"""Which vector is chosen, and by what."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tlcapture.errors import StorageError, VectorError
+from tlcapture.layout import Layout
+from tlcapture.names import Trait
+from tlcapture.traits.selection import fallback_layer, select
+from tlcapture.traits.vectors import VectorFolder
+
+TRAIT = Trait("behavioral", "refusal")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> VectorFolder:
+    made = VectorFolder(Layout(tmp_path, "exp"), TRAIT)
+    for method in ("mean_diff", "probe"):
+        for layer in range(0, 30, 2):
+            made.write("residual", method, layer, torch.ones(4))
+    made.write("attn_out", "gradient", 3, torch.ones(4))
+    return made
+
+
+def evaluation(folder: VectorFolder, *rows: dict[str, Any]) -> None:
+    content = {"all_results": [{"trait": str(TRAIT), "component": "residual", **row} for row in rows]}
+    folder.layout.evaluation.write_text(json.dumps(content))
+
+
+def steering(folder: VectorFolder, *runs: tuple[int, float, float]) -> None:
+    path = folder.layout.steering(TRAIT)
+    path.parent.mkdir(parents=True)
+    content = {
+        "baseline": {"trait_mean": 40.0, "coherence_mean": 99.0},
+        "runs": [
+            {
+                "config": {"layers": [layer], "methods": ["mean_diff"], "coefficients": [1.0], "component": "residual"},
+                "result": {"trait_mean": trait_mean, "coherence_mean": coherence, "n": 16},
+            }
+            for layer, trait_mean, coherence in runs
+        ],
+    }
+    path.write_text(json.dumps(content))
+
+
+def test_available_vectors_are_found_by_component_and_method(folder: VectorFolder) -> None:
+    assert list(folder.available("residual")) == ["probe", "mean_diff"]
+    assert folder.available("attn_out") == {"gradient": [3]}
+
+
+def test_the_best_coherent_steering_run_comes_first(folder: VectorFolder) -> None:
+    evaluation(folder, {"method": "probe", "layer": 4, "val_effect_size": 9.0})
+    steering(folder, (8, 60.0, 90.0), (10, 75.0, 71.0), (12, 95.0, 69.9))
+    found = select(folder, "residual", 30)
+    assert (found.layer, found.method, found.selected_by, found.score) == (10, "mean_diff", "steering", 35.0)
+
+
+def test_effect_size_comes_second(folder: VectorFolder) -> None:
+    evaluation(
+        folder,
+        {"method": "probe", "layer": 4, "val_effect_size": 1.0},
+        {"method": "mean_diff", "layer": 6, "val_effect_size": 2.5},
+        {"method": "mean_diff", "layer": 7, "val_effect_size": 9.9},  # no such vector
+        {"method": "mean_diff", "layer": 8, "val_effect_size": None},
+        {"method": "probe", "layer": 8, "val_effect_size": 5.0, "component": "attn_out"},
+        {"method": "probe", "layer": 8, "val_effect_size": 5.0, "trait": "other/trait"},
+    )
+    steering(folder, (12, 95.0, 10.0))
+    found = select(folder, "residual", 30)
+    assert (found.layer, found.method, found.selected_by, found.score) == (6, "mean_diff", "effect_size", 2.5)
+
+
+def test_a_method_asked_for_narrows_the_choice(folder: VectorFolder) -> None:
+    evaluation(
+        folder,
+        {"method": "probe", "layer": 4, "val_effect_size": 1.0},
+        {"method": "mean_diff", "layer": 6, "val_effect_size": 2.5},
+    )
+    assert select(folder, "residual", 30, method="probe").layer == 4
+
+
+def test_the_fallback_is_layer_16_with_a_warning(folder: VectorFolder) -> None:
+    found = select(folder, "residual", 30)
+    assert (found.layer, found.method, found.selected_by) == (16, "probe", "fallback")
+    assert found.warning is not None
+    assert "layer 16 by default" in found.warning
+
+
+def test_the_default_layer_does_not_look_at_scores(folder: VectorFolder) -> None:
+    evaluation(folder, {"method": "probe", "layer": 4, "val_effect_size": 1.0})
+    assert select(folder, "residual", 30, layer="default").layer == 16
+
+
+@pytest.mark.parametrize(("n_layers", "layer"), [(30, 16), (17, 16), (16, 9), (12, 7), (6, 3), (1, 0)])
+def test_shallower_models_fall_back_to_six_tenths_of_their_depth(n_layers: int, layer: int) -> None:
+    assert fallback_layer(n_layers) == layer
+
+
+def test_a_shallow_model_says_why_it_is_not_layer_16(folder: VectorFolder) -> None:
+    found = select(folder, "residual", 12)
+    assert found.layer == 6  # 7 has no vector
+    assert found.warning is not None
+    assert "no layer 16" in found.warning
+    assert "no vector at layer 7" in found.warning
+
+
+def test_an_override_wins_and_must_exist(folder: VectorFolder) -> None:
+    steering(folder, (10, 75.0, 90.0))
+    found = select(folder, "residual", 30, layer=2)
+    assert (found.layer, found.method, found.selected_by) == (2, "probe", "override")
+    with pytest.raises(VectorError, match=r"by 'probe' at layer 3 .* layers there are: probe: 0, 2, 4"):
+        select(folder, "residual", 30, layer=3)
+
+
+def test_without_vectors_the_error_says_what_to_run(tmp_path: Path) -> None:
+    empty = VectorFolder(Layout(tmp_path, "exp"), TRAIT)
+    with pytest.raises(VectorError, match="run 'tlcapture extract' first"):
+        select(empty, "residual", 30)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"all_results": [{"trait": "behavioral/refusal"}]}', "nonsense"])
+def test_a_damaged_evaluation_is_an_error_with_its_file(folder: VectorFolder, content: str) -> None:
+    folder.layout.evaluation.write_text(content)
+    with pytest.raises((VectorError, StorageError), match=r"extraction_evaluation\.json"):
+        select(folder, "residual", 30)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"baseline": {"trait_mean": 1}, "runs": [{}]}', "nonsense"])
+def test_damaged_steering_results_are_an_error_with_their_file(folder: VectorFolder, content: str) -> None:
+    steering(folder)
+    folder.layout.steering(TRAIT).write_text(content)
+    with pytest.raises((VectorError, StorageError), match=r"results\.json"):
+        select(folder, "residual", 30)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (torch.ones(2, 2), "one-dimensional"),
+        (torch.ones(4, dtype=torch.int64), "float tensor"),
+        (torch.zeros(4), "zero, or holds NaN"),
+        (torch.tensor([1.0, float("nan")]), "zero, or holds NaN"),
+        ({"vector": torch.ones(4)}, "one-dimensional"),
+    ],
+)
+def test_a_file_that_holds_no_direction_is_an_error(folder: VectorFolder, value: Any, said: str) -> None:
+    torch.save(value, folder.file("residual", "probe", 0))
+    with pytest.raises(VectorError, match=said):
+        folder.read("residual", "probe", 0)
+
+
+def test_vectors_without_metadata_are_read_and_of_unknown_origin(folder: VectorFolder) -> None:
+    assert folder.read("residual", "probe", 0).model is None

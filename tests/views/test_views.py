@@ -1,0 +1,170 @@
+"""Views on a tiny model, against Hugging Face and closed forms."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import orjson
+import pytest
+import torch
+
+from tests import tiny
+from tests.test_parity import random_ids, run_hugging_face
+from tlcapture.errors import InputError, NumericalError
+from tlcapture.generation import teacher_force
+from tlcapture.views.attention import AttentionPatterns, attention_hooks, attention_view
+from tlcapture.views.internals import internals_hooks, internals_view
+from tlcapture.views.logit_lens import logit_lens_view
+from tlcapture.views.residual import ResidualStream, residual_hooks, residual_view
+
+NAMES = {"prompt_id": "1", "prompt_set": "set"}
+
+
+def through_json(value: Any) -> Any:
+    return json.loads(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY))
+
+
+def lens_of(name: str, ids: list[int], **options: Any) -> tuple[Any, Any]:
+    model = tiny.model(name)
+    cache = teacher_force(model, ids, residual_hooks(model.n_layers, model.hook_names))
+    stream = residual_view(cache, model.n_layers)
+    return model, logit_lens_view(
+        lambda layer: stream.at(layer, "residual_out"), model.n_layers, ids, model.unembed, **options
+    )
+
+
+def test_residual_in_of_a_layer_is_residual_out_of_the_one_before() -> None:
+    stream = ResidualStream(torch.randn(7, 4, 5))
+    assert stream.n_layers == 3
+    for layer in range(2):
+        assert stream.at(layer + 1, "residual_in").data_ptr() == stream.at(layer, "residual_out").data_ptr()
+
+
+def test_a_layer_or_point_that_is_not_there_is_named() -> None:
+    stream = ResidualStream(torch.randn(7, 4, 5))
+    with pytest.raises(InputError, match="no layer 3: the model has layers 0 to 2"):
+        stream.at(3, "residual_in")
+    with pytest.raises(InputError, match="no residual point 'mid'"):
+        stream.at(0, "mid")
+    with pytest.raises(InputError, match="--capture-attn"):
+        stream.at(0, "attn_out")
+
+
+def test_a_copy_of_some_tokens_drags_no_larger_storage_along() -> None:
+    part = ResidualStream(torch.randn(7, 40, 5), torch.randn(3, 40, 5)).tokens(3, 5)
+    assert part.points.untyped_storage().nbytes() == part.points.nbytes
+    assert part.attn_out is not None
+    assert part.attn_out.untyped_storage().nbytes() == part.attn_out.nbytes
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox"])
+def test_the_last_lens_layer_is_the_models_own_distribution(name: str) -> None:
+    ids = random_ids(15)
+    _, lens = lens_of(name, ids, top_k=tiny.VOCABULARY)
+    theirs = run_hugging_face(name, ids).logits[0].softmax(dim=-1)
+    ours = torch.zeros(len(ids) - 1, tiny.VOCABULARY).scatter(1, lens.top_ids[-1], lens.top_probs[-1])
+    assert torch.allclose(ours, theirs[:-1], atol=1e-5)
+    for token, actual in enumerate(ids[1:]):
+        assert lens.actual_prob[-1, token] == pytest.approx(float(theirs[token, actual]), rel=1e-3)
+        assert lens.actual_rank[-1, token] == 1 + int((theirs[token] > theirs[token, actual]).sum())
+
+
+def test_every_lens_layer_uses_its_own_normalisation_scale() -> None:
+    ids = random_ids(9)
+    model, lens = lens_of("llama", ids, top_k=5)
+    cache = teacher_force(model, ids, ["blocks.1.hook_resid_post"])
+    residual = cache["blocks.1.hook_resid_post"][:-1]
+    reference = tiny.hf_model("llama")
+    with torch.no_grad():
+        logits = reference.lm_head(reference.model.norm(residual))
+    assert torch.allclose(lens.top_probs[1], logits.softmax(-1).topk(5).values, atol=1e-5)
+
+
+def test_the_rank_of_a_token_comes_from_its_id() -> None:
+    # Two ids whose text is the same replacement character must not be taken for one another.
+    ids = [200, 201, 200, 201, 202]
+    model, lens = lens_of("llama", ids, top_k=3)
+    logits = run_hugging_face("llama", ids).logits[0]
+    ranks = [1 + int((logits[t] > logits[t, ids[t + 1]]).sum()) for t in range(4)]
+    assert lens.actual_rank[-1].tolist() == ranks
+
+
+def test_lens_json_has_its_exact_form() -> None:
+    ids = random_ids(6)
+    model, lens = lens_of("llama", ids, top_k=4)
+    tokens = [f"t{i}" for i in range(6)]
+    value = through_json(
+        lens.to_json(**NAMES, tokens=tokens, n_prompt_tokens=2, token_texts=lambda ids: [f"<{i}>" for i in ids])
+    )
+    assert {key: value[key] for key in ("n_prompt_tokens", "n_response_tokens", "n_layers", "top_k")} == {
+        "n_prompt_tokens": 2,
+        "n_response_tokens": 4,
+        "n_layers": model.n_layers,
+        "top_k": 4,
+    }
+    assert value["tokens"] == tokens
+    assert [prediction["token_idx"] for prediction in value["predictions"]] == [0, 1, 2, 3, 4]
+    for prediction in value["predictions"]:
+        t = prediction["token_idx"]
+        assert prediction["actual_next_token"] == tokens[t + 1]
+        assert [row["layer"] for row in prediction["by_layer"]] == list(range(model.n_layers))
+        for row in prediction["by_layer"]:
+            assert set(row) == {"layer", "top_k", "actual_rank", "actual_prob"}
+            probs = [entry["prob"] for entry in row["top_k"]]
+            assert probs == sorted(probs, reverse=True)
+            assert [entry["token"] for entry in row["top_k"]] == [
+                f"<{i}>" for i in lens.top_ids[row["layer"], t].tolist()
+            ]
+
+
+def test_a_single_token_has_no_prediction() -> None:
+    _, lens = lens_of("llama", [5])
+    assert lens.actual_rank.shape == (3, 0)
+
+
+def test_attention_rows_reach_up_to_their_token_and_sum_to_one() -> None:
+    model, ids = tiny.model("gemma2"), random_ids(30)
+    view = attention_view(teacher_force(model, ids, attention_hooks(model.n_layers)), model.n_layers)
+    value = through_json(view.to_json(**NAMES, tokens=["x"] * 30, n_prompt_tokens=10))
+    assert (value["n_layers"], value["n_heads"], value["n_response_tokens"]) == (3, 4, 20)
+    attentions = run_hugging_face("gemma2", ids).attentions
+    for row in value["attention"]:
+        t = row["token_idx"]
+        assert row["context_size"] == t + 1
+        weights = torch.tensor(row["by_layer"])
+        assert weights.shape == (3, 4, t + 1)
+        assert torch.allclose(weights.sum(-1), torch.ones(3, 4), atol=5e-3)
+        for layer in range(3):
+            assert torch.allclose(weights[layer], attentions[layer][0, :, t, : t + 1], rtol=1e-3, atol=1e-6)
+
+
+def test_attention_weights_have_four_digits() -> None:
+    view = AttentionPatterns(torch.tensor([[[[1.0, 0.0], [0.123456, 0.876544]]]]))
+    value = through_json(view.to_json(**NAMES, tokens=["a", "b"], n_prompt_tokens=1))
+    assert value["attention"][1]["by_layer"] == [[[0.1235, 0.8765]]]
+
+
+def test_nan_attention_is_an_error() -> None:
+    view = AttentionPatterns(torch.full((1, 1, 1, 1), float("nan")))
+    with pytest.raises(NumericalError, match="NaN"):
+        view.to_json(**NAMES, tokens=["a"], n_prompt_tokens=1)
+
+
+@pytest.mark.parametrize(("name", "gated"), [("llama", True), ("gpt2", False)])
+def test_internals_hold_a_layer_under_transformerlens_names(name: str, gated: bool) -> None:
+    model, ids = tiny.model(name), random_ids(8)
+    hooks = internals_hooks(1, model.hook_names)
+    internals = internals_view(teacher_force(model, ids, hooks), 1)
+    _, theirs = model.tl.run_with_cache(torch.tensor([ids]))
+    expected = {"attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_z", "attn.hook_pattern", "hook_attn_out"}
+    expected |= {"mlp.hook_pre", "mlp.hook_post", "hook_mlp_out", "hook_resid_pre", "hook_resid_mid", "hook_resid_post"}
+    assert set(internals) == {f"blocks.1.{key}" for key in expected | ({"mlp.hook_pre_linear"} if gated else set())}
+    for key, activation in internals.items():
+        assert torch.allclose(activation, theirs[key][0], atol=1e-5), key
+
+
+def test_parallel_blocks_have_no_residual_between_attention_and_mlp() -> None:
+    model = tiny.model("gpt_neox")
+    assert model.has_parallel_blocks
+    assert "blocks.1.hook_resid_mid" not in internals_hooks(1, model.hook_names)
