@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 from jaxtyping import install_import_hook
+
+import tests.typechecking  # noqa: F401  the hook names it
 
 _CHECKED = [
     "tlcapture.captures",
@@ -52,8 +54,8 @@ def tlcapture(root: Path) -> Callable[..., Result]:
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> Iterator[Any]:
+def smollm2() -> Any:
     """The embedded model on HookedTransformer, loaded once."""
     from tlcapture.models import load_model
 
-    yield load_model("smollm2", engine="hooked", device="cpu")
+    return load_model("smollm2", engine="hooked", device="cpu")

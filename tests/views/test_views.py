@@ -84,7 +84,7 @@ def test_every_lens_layer_uses_its_own_normalisation_scale() -> None:
 def test_the_rank_of_a_token_comes_from_its_id() -> None:
     # Two ids whose text is the same replacement character must not be taken for one another.
     ids = [200, 201, 200, 201, 202]
-    model, lens = lens_of("llama", ids, top_k=3)
+    _, lens = lens_of("llama", ids, top_k=3)
     logits = run_hugging_face("llama", ids).logits[0]
     ranks = [1 + int((logits[t] > logits[t, ids[t + 1]]).sum()) for t in range(4)]
     assert lens.actual_rank[-1].tolist() == ranks
