@@ -44,12 +44,21 @@ def gguf_file() -> Path:
 def embedded_folder() -> Path:
     """A folder of Hugging Face weights and tokenizer of the embedded model, made on first use."""
     source = gguf_file()
-    folder = cache_folder() / f"{source.stem}-{source.stat().st_size}-v{_FORMAT}"
+    folder = _folder_for(source)
     if not folder.is_dir():
         write_folder(folder, lambda target: _convert(source, target))
     if not folder.is_dir():
         raise ModelError(f"{folder}: the converted model could not be put there: is the folder writable?")
     return folder
+
+
+def is_converted() -> bool:
+    """Whether the next load finds the converted model, rather than converting it first."""
+    return _folder_for(gguf_file()).is_dir()
+
+
+def _folder_for(source: Path) -> Path:
+    return cache_folder() / f"{source.stem}-{source.stat().st_size}-v{_FORMAT}"
 
 
 def _convert(source: Path, target: Path) -> None:

@@ -366,6 +366,18 @@ def test_skip_existing_adds_views_to_saved_captures_without_generating(capture: 
     assert "new tokens" not in result.output
 
 
+def test_an_edited_prompt_is_captured_again(capture: Run, data: Path, raw: Path) -> None:
+    from tests.cli.conftest import make_prompt_set
+
+    capture()
+    before = {path.name: path.stat().st_mtime_ns for path in raw.glob("*")}
+    make_prompt_set(data, "short", ["hello there", "what else?", "<b>tell me & more</b>"])
+    assert capture("--skip-existing").exit_code == 0
+    changed = {path.name for path in raw.glob("*") if path.stat().st_mtime_ns != before[path.name]}
+    assert changed == {"2.pt"}
+    assert "what else?" in Capture.open(raw / "2.pt").prompt.text
+
+
 def test_a_damaged_capture_is_made_again(capture: Run, raw: Path) -> None:
     capture()
     expected = tokens_of(raw)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from tlcapture.config import settle_model
-from tlcapture.embedded import NAME
+from tlcapture.embedded import NAME, is_converted
 from tlcapture.layout import Layout
 from tlcapture.runs.report import Reporter
 
@@ -34,7 +34,8 @@ def model_loader(
     def load() -> Model:
         from tlcapture.models import load_model
 
-        reporter.line(f"loading {name} ...")
+        first_time = name == NAME and not is_converted()
+        reporter.line(f"loading {name}{', converting it once first' if first_time else ''} ...")
         loaded = load_model(name, engine=engine, device=device, dtype=dtype)
         dtype_name = str(loaded.dtype).removeprefix("torch.")
         reporter.line(

@@ -14,7 +14,14 @@ from tlcapture.names import Trait, split_names
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-class LayerOrWord(click.ParamType):
+class _Named(click.ParamType):
+    """A type whose name is shown in the help as it is written, not in capitals."""
+
+    def get_metavar(self, *args: Any, **kwargs: Any) -> str:
+        return self.name
+
+
+class LayerOrWord(_Named):
     """A layer number, or one of some words."""
 
     def __init__(self, *words: str):
@@ -29,7 +36,7 @@ class LayerOrWord(click.ParamType):
         self.fail(f"{value!r} is neither a layer number nor {' or '.join(map(repr, self.words))}.", param, ctx)
 
 
-class BatchSize(click.ParamType):
+class BatchSize(_Named):
     """A number of at least 1, or `auto`."""
 
     name = "N|auto"
@@ -42,7 +49,7 @@ class BatchSize(click.ParamType):
         self.fail(f"{value!r} is neither a number of at least 1 nor 'auto'.", param, ctx)
 
 
-class Names(click.ParamType):
+class Names(_Named):
     """Comma-separated names, at least one."""
 
     name = "a,b"
@@ -56,7 +63,7 @@ class Names(click.ParamType):
         return names
 
 
-class Traits(click.ParamType):
+class Traits(_Named):
     """Comma-separated traits, or `all`."""
 
     name = "a/b,c/d|all"
@@ -75,7 +82,7 @@ class Traits(click.ParamType):
         return traits
 
 
-class LayerList(click.ParamType):
+class LayerList(_Named):
     """Comma-separated layer numbers, or `all`."""
 
     name = "N,M|all"

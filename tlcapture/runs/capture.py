@@ -137,11 +137,14 @@ class _Run:
         if not raw.is_file() or not (self.options.skip_existing or self.options.replay):
             return self.options.outputs(self.model.n_layers)
         try:
-            n_layers = Capture.open(raw).n_layers
+            saved = Capture.open(raw)
         except StorageError:
-            n_layers = self.model.n_layers
-        wanted = self.options.outputs(n_layers)
-        return wanted.missing(self.layout, prompt_set, prompt.id) if self.options.skip_existing else wanted
+            return self.options.outputs(self.model.n_layers)
+        wanted = self.options.outputs(saved.n_layers)
+        # A prompt that was edited since is another prompt, and what is there is not its capture.
+        if not self.options.skip_existing or prompt.text.strip() not in saved.prompt.text:
+            return wanted
+        return wanted.missing(self.layout, prompt_set, prompt.id)
 
     # -- fresh prompts ----------------------------------------------------------------------------
 
