@@ -62,10 +62,20 @@ def choose_vectors(
         except TlcaptureError as error:
             report.failed(str(trait), error)
             continue
-        if selection.warning:
-            report.warn(selection.warning, reporter)
         chosen.append((vector, selection))
+    _warn(chosen, report, reporter)
     return chosen
+
+
+def _warn(chosen: Chosen, report: RunReport, reporter: Reporter) -> None:
+    """Pass on what is doubtful about selections, once for all traits of which the same is true."""
+    by_text: dict[str, list[str]] = {}
+    for vector, selection in chosen:
+        if selection.warning:
+            by_text.setdefault(selection.warning, []).append(str(vector.trait))
+    for text, traits in by_text.items():
+        named = ", ".join(traits) if len(traits) <= 3 else f"{len(traits)} traits"
+        report.warn(f"{named}: {text}", reporter)
 
 
 def project_capture(

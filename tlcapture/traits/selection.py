@@ -118,7 +118,7 @@ def _fallback(folder: VectorFolder, available: Mapping[str, list[int]], n_layers
     if layer != wanted:
         notes.append(f"there is no vector at layer {wanted}")
     reason = f" ({', '.join(notes)})" if notes else ""
-    warning = f"{folder.trait}: layer {layer} by default{reason}, not by steering or effect size"
+    warning = f"layer {layer} by default{reason}, not by steering or effect size"
     return Selection(layer, method, "fallback", None, warning)
 
 
