@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from click.testing import CliRunner, Result
 from jaxtyping import install_import_hook
 
 import tests.typechecking  # noqa: F401  the hook names it
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network, nor waits for it
 
 _CHECKED = [
     "tlcapture.captures",

@@ -42,7 +42,7 @@ def test_noise_differs_between_seeds_prompts_and_prompt_sets() -> None:
     hooks = residual_hooks(model.n_layers, model.hook_names)
 
     def sample(seed: int, prompt_set: str, name: str) -> tuple[int, ...]:
-        prompt = TokenizedPrompt(prompt_set, name, "", tuple(ids), None, False)
+        prompt = TokenizedPrompt(prompt_set, name, "", "", tuple(ids), None, False)
         sampling = Sampling(temperature=1.5, seed=seed)
         (outcome,) = generate(model, [prompt], hooks=hooks, max_new_tokens=20, sampling=sampling)
         return outcome.response_ids
@@ -159,7 +159,7 @@ def test_nan_logits_fail_their_prompt_alone(monkeypatch: pytest.MonkeyPatch) -> 
     found = outcomes(model, ["9", "4"], batch_size=2, max_new_tokens=6, sampling=Sampling(temperature=0))
     monkeypatch.undo()
     assert isinstance(found["9"], Failure)
-    assert "NaN at token 11" in found["9"].reason
+    assert "NaN or inf at token 11" in found["9"].reason
     alone = outcomes(model, ["4"], max_new_tokens=6, sampling=Sampling(temperature=0))
     assert found["4"].response_ids == alone["4"].response_ids
 

@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 from tests import tiny
+from tlcapture.checkpoints import fingerprint
 from tlcapture.errors import ModelError
 from tlcapture.hooked_config import covers
-from tlcapture.models import as_model, fingerprint, from_hugging_face, load_model
+from tlcapture.models import _tokenizer_for, as_model, from_hooked_transformer, from_hugging_face, load_model
 
 
 def config(kind: type, architecture: str, **fields: object) -> object:
@@ -73,10 +75,7 @@ def test_fingerprints_tell_checkpoints_apart() -> None:
         ({"dtype": "int3"}, "no dtype 'int3'"),
     ],
 )
-def test_errors_are_one_line_that_says_what_to_do(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str], said: str
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_errors_are_one_line_that_says_what_to_do(tiny_folder: Path, options: dict[str, str], said: str) -> None:
     with pytest.raises(ModelError) as caught:
         load_model(**{"name": str(tiny_folder), **options})
     assert said in str(caught.value)
@@ -111,3 +110,31 @@ def test_the_embedded_package_is_never_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_the_final_norms_gain_is_found_for_every_kind_of_norm() -> None:
+    for name, gain in {
+        "llama": lambda hf: hf.model.norm.weight,
+        "gemma2": lambda hf: 1 + hf.model.norm.weight,
+        "gpt2": lambda hf: hf.transformer.ln_f.weight,
+        "gpt_neox": lambda hf: hf.gpt_neox.final_layer_norm.weight,
+    }.items():
+        for engine in ("hooked", "bridge"):
+            expected = gain(tiny.hf_model(name))
+            assert torch.allclose(tiny.model(name, engine).final_norm_gain(), expected, atol=1e-4), (name, engine)
+
+
+def test_a_bos_that_transformerlens_filled_in_is_not_taken_for_the_tokenizers_own() -> None:
+    base = tiny.model("qwen2").tl
+    base.set_tokenizer(_tokenizer_for(tiny.tokenizer(chat_template=None, bos=False), "none"))
+    assert base.tokenizer.bos_token is not None
+    assert from_hooked_transformer(base).tokenizer.bos_token_id is None
+
+
+def test_an_architecture_that_no_engine_runs_is_one_clear_line() -> None:
+    config = transformers.CTRLConfig(vocab_size=tiny.VOCABULARY, n_embd=32, n_layer=2, n_head=4, dff=64)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ModelError) as caught:
+        from_hugging_face(model, tiny.tokenizer(), name="ctrl")
+    assert "TransformerBridge does not run CTRLLMHeadModel" in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -46,7 +46,7 @@ def run_hugging_face(architecture: str, ids: list[int]) -> Any:
 
 
 def as_prompt(ids: list[int], name: str = "1") -> TokenizedPrompt:
-    return TokenizedPrompt("set", name, "", tuple(ids), None, False)
+    return TokenizedPrompt("set", name, "", "", tuple(ids), None, False)
 
 
 def run(model: Model, prompts: list[list[int]], **options: Any) -> list[Generation]:

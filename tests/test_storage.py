@@ -14,7 +14,15 @@ import pytest
 import torch
 
 from tlcapture.errors import StorageError
-from tlcapture.storage import read_json, read_tensors, sweep_temporaries, write_bytes, write_json, write_tensors
+from tlcapture.storage import (
+    _temporary,
+    read_json,
+    read_tensors,
+    sweep_temporaries,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
 
 
 class Harmful:
@@ -102,8 +110,10 @@ def test_a_killed_writer_leaves_whole_files_and_its_rest_is_swept(tmp_path: Path
         assert not list(tmp_path.glob(".*"))
 
 
-def test_temporaries_of_a_running_process_are_left_alone(tmp_path: Path) -> None:
-    mine = tmp_path / f".x.pt.{os.getpid()}.tmp"
-    mine.touch()
+def test_temporaries_of_running_processes_and_other_machines_are_left_alone(tmp_path: Path) -> None:
+    mine, elsewhere = _temporary(tmp_path / "x.pt"), tmp_path / ".x.pt.another-host.99999999.0a1b.tmp"
+    gone = tmp_path / mine.name.replace(str(os.getpid()), "99999999")
+    for path in (mine, elsewhere, gone):
+        path.touch()
     sweep_temporaries(tmp_path)
-    assert mine.exists()
+    assert sorted(tmp_path.iterdir()) == sorted([mine, elsewhere])

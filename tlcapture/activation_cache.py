@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tlcapture.captures import Capture
-from tlcapture.models import quiet_loading
+from tlcapture.checkpoints import quiet_loading
 
 if TYPE_CHECKING:
     from transformer_lens import ActivationCache
@@ -62,12 +62,17 @@ class _WithFinalScale(dict[str, Tensor]):
 
 
 class _LazyModel:
-    """Stands for the TransformerLens model: knows its measures, loads it for everything else."""
+    """Stands for the TransformerLens model: knows its measures, loads it for everything else.
+
+    TransformerLens's cache methods assume weights whose norms are folded in, and tensors on the
+    model's device. Here weights are as the checkpoint has them and activations in main memory:
+    directions of tokens get the final norm's gain, and norms take tensors from wherever they are.
+    """
 
     def __init__(self, load: Callable[[], Model], **measures: int):
         self._load = load
         self._measures = measures
-        self._loaded: Any = None
+        self._loaded: Model | None = None
 
     @property
     def cfg(self) -> Any:
@@ -77,15 +82,27 @@ class _LazyModel:
     def normalization_centres(self) -> bool:
         return str(self.cfg.normalization_type).startswith("LN")
 
-    def tl(self) -> Any:
+    def model(self) -> Model:
         if self._loaded is None:
-            self._loaded = self._load().tl
+            self._loaded = self._load()
         return self._loaded
+
+    def ln_final(self, residual: Tensor) -> Tensor:
+        return self.model().final_norm(residual)
+
+    def tokens_to_residual_directions(self, tokens: Any) -> Tensor:
+        """The directions whose dot product with a normalised residual stream is a token's logit (before
+        the soft cap, and but for the biases of norm and unembedding, which belong to no component)."""
+        model = self.model()
+        if isinstance(tokens, Tensor):
+            tokens = tokens.to(model.device)
+        directions = model.tl.tokens_to_residual_directions(tokens)
+        return directions.to("cpu", torch.float32) * model.final_norm_gain()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self.tl(), name)
+        return getattr(self.model().tl, name)
 
 
 class _LazyConfig(SimpleNamespace):
@@ -98,4 +115,4 @@ class _LazyConfig(SimpleNamespace):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self.__dict__["_model"].tl().cfg, name)
+        return getattr(self.__dict__["_model"].model().tl.cfg, name)

@@ -9,15 +9,15 @@ The file is opened memory-mapped: nothing of it is read before a tensor is touch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tlcapture.errors import NumericalError, StorageError
+from tlcapture.errors import InputError, NumericalError, StorageError
 from tlcapture.shapes import Residual
 from tlcapture.storage import read_tensors, write_tensors
 from tlcapture.views.residual import POINTS, ResidualStream, point_index
@@ -25,7 +25,7 @@ from tlcapture.views.residual import POINTS, ResidualStream, point_index
 FORMAT_VERSION = 1
 SAVE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-Part = Literal["prompt", "response", "all"]
+_NEEDED = ("prompt_set", "prompt_id", "n_layers", "d_model", "inference_model")
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,10 @@ class Capture:
         return self.prompt.residual.n_layers
 
     @property
+    def d_model(self) -> int:
+        return int(self.prompt.residual.points.shape[-1])
+
+    @property
     def tokens(self) -> list[str]:
         return self.prompt.tokens + self.response.tokens
 
@@ -73,22 +77,26 @@ class Capture:
     def token_ids(self) -> list[int]:
         return self.prompt.token_ids + self.response.token_ids
 
-    def residual(self, layer: int, point: str = "residual_out", part: Part = "all") -> Residual:
-        """Activations `[n_tokens, d_model]` of a layer at a residual point (or its `attn_out`)."""
+    def residual(self, layer: int, point: str = "residual_out", part: str = "all") -> Residual:
+        """Activations `[n_tokens, d_model]` of a layer at a residual point (or its `attn_out`), of the part
+        `prompt`, `response` or `all`."""
         if part == "all":
             parts = [self.prompt, self.response]
             return torch.cat([each.residual.at(layer, point) for each in parts])
         return self._part(part).residual.at(layer, point)
 
-    def save(self, path: Path) -> int:
-        """Write the capture in the format of raw residual files; returns the bytes written."""
+    def save(self, path: Path, *, before_replacing: Callable[[], object] = lambda: None) -> int:
+        """Write the capture in the format of raw residual files; returns the bytes written.
+
+        `before_replacing` is called when the new file is whole and not yet in its place.
+        """
         value = {
             "format_version": FORMAT_VERSION,
             "prompt": _part_to_file(self.prompt),
             "response": _part_to_file(self.response),
             "metadata": dict(self.metadata),
         }
-        return write_tensors(path, value)
+        return write_tensors(path, value, before_replacing=before_replacing)
 
     @classmethod
     def open(cls, path: Path) -> Capture:
@@ -99,13 +107,19 @@ class Capture:
                 raise StorageError(
                     f"{path}: format version {value['format_version']!r}, this tlcapture reads {FORMAT_VERSION}"
                 )
-            return cls(_part_from_file(value["prompt"]), _part_from_file(value["response"]), dict(value["metadata"]))
+            metadata = dict(value["metadata"])
+            lacking = [key for key in _NEEDED if key not in metadata]
+            if lacking:
+                raise StorageError(f"{path}: its metadata lacks {', '.join(lacking)}")
+            return cls(_part_from_file(value["prompt"]), _part_from_file(value["response"]), metadata)
         except StorageError:
             raise
         except (KeyError, TypeError, IndexError, AttributeError, ValueError, RuntimeError) as error:
             raise StorageError(f"{path}: no raw residual file: {type(error).__name__}: {error}") from None
 
-    def _part(self, part: Part) -> CapturedPart:
+    def _part(self, part: str) -> CapturedPart:
+        if part not in ("prompt", "response"):
+            raise InputError(f"no part {part!r}: choose one of prompt, response, all")
         return self.prompt if part == "prompt" else self.response
 
 

@@ -13,10 +13,11 @@ _PROBE = "tlcapture"
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A prompt as the model gets it: its place, the rendered text and the ids."""
+    """A prompt as the model gets it: its place, the text as given and as rendered, and the ids."""
 
     prompt_set: str
     id: str
+    source_text: str
     text: str
     token_ids: tuple[int, ...]
     system_prompt: str | None
@@ -45,6 +46,9 @@ def tokenize(
     With a chat template the rendered text already holds every special token, so none is added again.
     Without one the model's BOS comes first, once, when its tokenizer has one.
     """
+    name = f"prompt {prompt_set}/{prompt_id}"
+    for what in (text, system_prompt or ""):
+        _check_unicode(what, name)
     templated = uses_chat_template(tokenizer, chat_template)
     if templated:
         rendered = render_chat(tokenizer, [*_system(system_prompt), {"role": "user", "content": text}])
@@ -53,8 +57,8 @@ def tokenize(
         rendered = f"{system_prompt}\n\n{text}" if system_prompt else text
         ids = with_bos(tokenizer, tokenizer(rendered)["input_ids"])
     if not ids:
-        raise InputError(f"prompt {prompt_set}/{prompt_id}: its text has no tokens")
-    return TokenizedPrompt(prompt_set, prompt_id, rendered, tuple(ids), system_prompt, templated)
+        raise InputError(f"{name}: its text has no tokens")
+    return TokenizedPrompt(prompt_set, prompt_id, text, rendered, tuple(ids), system_prompt, templated)
 
 
 def render_chat(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
@@ -62,13 +66,16 @@ def render_chat(tokenizer: Any, messages: list[dict[str, str]], *, add_generatio
     from jinja2.exceptions import TemplateError
 
     try:
-        return _render(tokenizer, messages, add_generation_prompt)
-    except TemplateError:
-        if messages[0]["role"] != "system":
-            raise
-    system, user, *rest = messages
-    merged = {"role": "user", "content": f"{system['content']}\n\n{user['content']}"}
-    return _render(tokenizer, [merged, *rest], add_generation_prompt)
+        try:
+            return _render(tokenizer, messages, add_generation_prompt)
+        except TemplateError:
+            if messages[0]["role"] != "system":
+                raise
+        system, user, *rest = messages
+        merged = {"role": "user", "content": f"{system['content']}\n\n{user['content']}"}
+        return _render(tokenizer, [merged, *rest], add_generation_prompt)
+    except TemplateError as error:
+        raise InputError(f"the model's chat template refuses the prompt ({error}): use --no-chat-template") from None
 
 
 def with_bos(tokenizer: Any, ids: Sequence[int]) -> list[int]:
@@ -90,6 +97,8 @@ def stop_ids(tokenizer: Any, generation_config: Any) -> frozenset[int]:
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """The text of each token on its own; half a character shows as U+FFFD (ids are the truth)."""
+    if not ids:
+        return []
     unique = sorted(set(ids))
     pieces = tokenizer.convert_ids_to_tokens(unique)
     texts = tokenizer.batch_decode([[i] for i in unique], clean_up_tokenization_spaces=False)
@@ -104,6 +113,13 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     """The text of a response, without special tokens."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _check_unicode(text: str, name: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{name}: its text or system prompt is no valid Unicode") from None
 
 
 def _system(system_prompt: str | None) -> list[dict[str, str]]:

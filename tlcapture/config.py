@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -37,17 +38,25 @@ def read_config(layout: Layout) -> ExperimentConfig:
 def settle_model(layout: Layout, role: str, asked: str | None, default: str, *, allow_change: bool = False) -> str:
     """The model an experiment uses in a role (`inference_model` or `extraction_model`).
 
-    The first use records it; later uses read it. Asking for another one than is recorded raises
-    `InputError`, unless the change is allowed: then the record changes too.
+    The first use records it; later uses read it. An experiment that has used a model in the other role
+    only uses the same in this one. Asking for another one than is recorded for the role raises
+    `InputError`, unless the change is allowed: then the record changes too. Folders are named by
+    their absolute path, so that they are found again from elsewhere.
     """
     config = read_config(layout)
+    asked = None if asked is None else _full_name(asked)
     recorded = getattr(config, role)
     if recorded is not None and asked not in (None, recorded) and not allow_change:
         raise InputError(
             f"experiment {layout.experiment!r} uses {role} {recorded!r}, not {asked!r}: "
             "take another experiment, or pass --allow-model-change if that was meant"
         )
-    return str(asked or recorded or default)
+    return str(asked or recorded or config.inference_model or config.extraction_model or default)
+
+
+def _full_name(model: str) -> str:
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else model
 
 
 def record(layout: Layout, **fields: Any) -> None:

@@ -33,3 +33,7 @@ class VectorError(TlcaptureError):
 
 class NumericalError(TlcaptureError):
     """NaN or inf where a number was expected, or a value that its storage dtype cannot hold."""
+
+
+class OutOfMemoryError(TlcaptureError):
+    """Something does not fit in memory even on its own."""

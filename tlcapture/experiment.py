@@ -10,10 +10,11 @@ cap.cache["resid_post", 16]                    # TransformerLens's ActivationCac
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from tlcapture.config import ExperimentConfig, read_config
 from tlcapture.errors import InputError
@@ -126,12 +127,16 @@ class SavedCapture:
         self,
         trait: str,
         *,
-        layer: int | str = "auto",
+        layer: SupportsIndex | str = "auto",
         method: str | None = None,
         component: str = "residual",
         vector_experiment: str | None = None,
     ) -> Projection:
-        """The projection onto a trait, its vector chosen as `tlcapture project` does."""
+        """The projection onto a trait, its vector chosen as `tlcapture project` does.
+
+        Warns where the vector is of another model or of unknown origin, and where its layer is a default.
+        """
+        from tlcapture.runs.vectors import origin_warnings
         from tlcapture.traits.projection import project
         from tlcapture.traits.selection import select
         from tlcapture.traits.vectors import VectorFolder
@@ -141,6 +146,9 @@ class SavedCapture:
         folder = VectorFolder(source, Trait.parse(trait))
         selection = select(folder, component, self.capture.n_layers, layer=layer, method=method)
         vector = folder.read(component, selection.method, selection.layer)
+        notes = origin_warnings(vector, self.capture.metadata, intended=vector_experiment is not None)
+        for note in [*notes, *([f"{trait}: {selection.warning}"] if selection.warning else [])]:
+            warnings.warn(note, stacklevel=2)
         return project(self.capture.prompt.residual, self.capture.response.residual, [(vector, selection)])[0]
 
     @cached_property
@@ -152,4 +160,14 @@ class SavedCapture:
         """
         from tlcapture.activation_cache import activation_cache
 
-        return activation_cache(self.capture, lambda: self.experiment.model)
+        return activation_cache(self.capture, self._model)
+
+    def _model(self) -> Model:
+        """The experiment's model, if it is the one that was captured."""
+        model, mark = self.experiment.model, self.capture.metadata.get("model_fingerprint")
+        if model.fingerprint != mark:
+            raise InputError(
+                f"{self.prompt_set}/{self.prompt_id} was captured from {self.capture.metadata['inference_model']!r} "
+                f"(fingerprint {mark}), but the experiment's model is now {model.name!r} ({model.fingerprint})"
+            )
+        return model

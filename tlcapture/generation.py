@@ -10,8 +10,8 @@ generated token gets one more forward, so that every token has its activations.
 
 from __future__ import annotations
 
-import gc
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from tlcapture.chat import TokenizedPrompt, stop_ids
-from tlcapture.memory import fitting_batch_size
+from tlcapture.errors import InputError
+from tlcapture.memory import fitting_batch_size, is_out_of_memory, release_memory
 from tlcapture.models import Model
 from tlcapture.shapes import LastLogits
 from tlcapture.views import Cache
@@ -34,6 +35,10 @@ class Sampling:
 
     temperature: float = 0.7
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature {self.temperature}: expected a number of at least 0; 0 is greedy")
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,8 @@ def generate(
             yield Failure(prompt, _too_long(prompt, max_new_tokens, model.n_ctx))
     # Like lengths run together: less padding, and no prompt's outcome depends on its neighbours.
     waiting = sorted(fitting, key=lambda prompt: len(prompt.token_ids), reverse=True)
-    size = batch_size or fitting_batch_size(model, waiting, hooks, max_new_tokens)
+    longest = max((len(prompt.token_ids) for prompt in waiting), default=0) + max_new_tokens
+    size = batch_size or fitting_batch_size(model, longest, len(waiting), hooks)
     while waiting:
         batch, finished = waiting[:size], set()
         try:
@@ -91,7 +97,7 @@ def generate(
                 finished.add(id(outcome.prompt))
                 yield outcome
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if size == 1:
                 finished.add(id(batch[0]))
@@ -100,7 +106,7 @@ def generate(
                 )
             size = max(1, min(size, len(batch)) // 2)
         waiting = [prompt for prompt in waiting if id(prompt) not in finished]
-        _release_memory()
+        release_memory()
 
 
 def teacher_force(model: Model, token_ids: Sequence[int], hooks: Sequence[str]) -> Cache:
@@ -138,11 +144,13 @@ def _run_batch(
         assert step.logits is not None
         logits = step.logits[going.to(step.logits.device)]
         rows = [row for row, goes in zip(rows, going.tolist(), strict=True) if goes]
-        sound = ~logits.isnan().any(dim=-1).cpu()
+        sound = logits.amax(dim=-1).isfinite().cpu()  # NaN and +inf; -inf only means never
         for row, is_sound in zip(rows, sound.tolist(), strict=True):
             if not is_sound:
                 position = len(prompts[row].token_ids) + len(responses[row])
-                yield Failure(prompts[row], f"the model's logits are NaN at token {position}: try --dtype float32")
+                yield Failure(
+                    prompts[row], f"the model's logits are NaN or inf at token {position}: try --dtype float32"
+                )
         if not (going.all() and sound.all()):
             stays = going.clone()
             stays[going] = sound
@@ -252,16 +260,3 @@ def _too_long(prompt: TokenizedPrompt, max_new_tokens: int, n_ctx: int) -> str:
         f"does not fit: {length} prompt tokens and {max_new_tokens} new ones are more than the model's context of "
         f"{n_ctx}; shorten the prompt or lower --max-new-tokens"
     )
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return "out of memory" in text or "can't allocate memory" in text
-
-
-def _release_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

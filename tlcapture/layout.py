@@ -44,7 +44,7 @@ class Datasets:
     def prompt_sets(self) -> list[str]:
         """Names of all prompt sets, sorted."""
         found = {path.stem for folder in self.folders for path in folder.glob("inference/*.json")}
-        return sorted(found)
+        return sorted(filter(is_safe_name, found))
 
     def prompt_set_file(self, name: str) -> Path:
         """The file of a prompt set; the root's wins. Raises `InputError` naming those that exist."""
@@ -123,7 +123,7 @@ class Layout:
     def captured_prompt_sets(self) -> list[str]:
         """Prompt sets that have at least one capture, sorted."""
         folders = (self.folder / "inference" / "raw" / "residual").glob("*")
-        return sorted(path.name for path in folders if path.is_dir() and self.captured(path.name))
+        return sorted(path.name for path in folders if is_safe_name(path.name) and self.captured(path.name))
 
     def captured(self, prompt_set: str) -> list[str]:
         """Prompt ids captured for a prompt set, numbers in number order."""
@@ -138,7 +138,8 @@ class Layout:
     def traits(self) -> list[Trait]:
         """Traits that have a folder of vectors, sorted."""
         found = (self.folder / "extraction").glob("*/*/vectors")
-        return sorted(Trait(path.parent.parent.name, path.parent.name) for path in found)
+        names = ((path.parent.parent.name, path.parent.name) for path in found)
+        return sorted(Trait(*pair) for pair in names if all(map(is_safe_name, pair)))
 
     @property
     def evaluation(self) -> Path:

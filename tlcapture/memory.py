@@ -1,13 +1,13 @@
-"""How many prompts fit in free memory together."""
+"""How many prompts fit in free memory together, and what to do when they did not."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Collection
 
 import psutil
 import torch
 
-from tlcapture.chat import TokenizedPrompt
 from tlcapture.models import Model
 
 # Beyond these a larger batch no longer raises the throughput noticeably.
@@ -16,19 +16,14 @@ _MOST_ELSEWHERE = 64
 _SHARE = 0.5  # of free memory; the rest is for what cannot be foreseen
 
 
-def fitting_batch_size(
-    model: Model, prompts: Sequence[TokenizedPrompt], hooks: Sequence[str], max_new_tokens: int
-) -> int:
-    """The largest batch of the longest prompts whose keys, values and activations fit, at least 1."""
-    if not prompts:
-        return 1
-    n_tokens = max(len(prompt.token_ids) for prompt in prompts) + max_new_tokens
-    most = _MOST.get(model.device.type, _MOST_ELSEWHERE)
-    fitting = int(_SHARE * free_memory(model.device) / bytes_per_prompt(model, n_tokens, hooks))
-    return max(1, min(most, fitting, len(prompts)))
+def fitting_batch_size(model: Model, n_tokens: int, n_prompts: int, hooks: Collection[str]) -> int:
+    """The most prompts of up to `n_tokens` tokens whose keys, values and activations fit, at least 1."""
+    most = min(n_prompts, _MOST.get(model.device.type, _MOST_ELSEWHERE))
+    fitting = int(_SHARE * free_memory(model.device) / max(1, bytes_per_prompt(model, n_tokens, hooks)))
+    return max(1, min(most, fitting))
 
 
-def bytes_per_prompt(model: Model, n_tokens: int, hooks: Sequence[str]) -> int:
+def bytes_per_prompt(model: Model, n_tokens: int, hooks: Collection[str]) -> int:
     """An upper estimate of what one prompt of `n_tokens` takes while it runs."""
     n_patterns = sum(name.endswith("hook_pattern") for name in hooks)
     wide = max(model.d_model, 4 * model.d_model * int(any(".mlp." in name for name in hooks)))
@@ -47,3 +42,18 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return min(main, int(torch.cuda.mem_get_info(device)[0]))
     return main
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, of an accelerator or of the machine."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return "out of memory" in text or "can't allocate memory" in text
+
+
+def release_memory() -> None:
+    """Give back what no tensor holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -12,27 +12,24 @@ folded, nothing centred, so that every residual equals Hugging Face's at that po
 from __future__ import annotations
 
 import copy
-import hashlib
-import logging
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Set
-from contextlib import contextmanager
+from collections.abc import Set
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tlcapture import embedded
+from tlcapture.checkpoints import cast, fetch, fetch_weights, fingerprint, quiet_loading, source_of
 from tlcapture.errors import ModelError
 from tlcapture.hooked_config import architecture_of, covers, hooked_fields, weight_converter
-from tlcapture.shapes import LastLogits, Logits, Mask, Residual, Rows, Tokens
+from tlcapture.shapes import LastLogits, Logits, Mask, Residual, Rows, Tokens, Vector
 from tlcapture.weight_layout import lay_out, memory_order
 
 ENGINES = ("auto", "hooked", "bridge")
 DEVICES = ("auto", "cuda", "mps", "cpu")
+OWN_MARK = "tl-"  # begins the fingerprint of a model that was not loaded here
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -101,6 +98,19 @@ class Model(ABC):
     @abstractmethod
     def unembed(self, residual: Residual) -> Logits:
         """The model's own final norm, unembedding and soft cap, applied to any residual stream."""
+
+    @torch.no_grad()
+    def final_norm(self, residual: Residual) -> Residual:
+        """The model's own final norm, in float32 and on the device of `residual`."""
+        flat = residual.reshape(1, -1, self.d_model).to(self.device, self.dtype)
+        return self.tl.ln_final(flat).reshape(residual.shape).to(residual.device, torch.float32)
+
+    def final_norm_gain(self) -> Vector:
+        """The final norm's gain, whatever its kind: half the difference of its answers to a vector of
+        mean 0 and mean square 1 and to its negative, in which a bias cancels."""
+        probe = torch.ones(self.d_model)
+        probe[1::2] = -1
+        return (self.final_norm(probe) - self.final_norm(-probe)) / 2 * probe
 
 
 class HookedModel(Model):
@@ -226,37 +236,42 @@ def load_model(name: str = embedded.NAME, engine: str = "auto", device: str = "a
     """
     target = _device(device)
     with quiet_loading():
-        source = _source(name)
-        config = _fetch(name, "AutoConfig", source)
+        source = source_of(name)
+        config = fetch(name, "AutoConfig", source)
         chosen = _engine(name, engine, config)
-        model = _fetch(
-            name,
-            "AutoModelForCausalLM",
-            source,
-            dtype=_dtype(dtype, target, config),
-            attn_implementation="eager",  # the only one that hands out attention patterns
-        )
-        tokenizer = _fetch(name, "AutoTokenizer", source)
-        return from_hugging_face(model, tokenizer, name=name, engine=chosen, device=str(target))
+        model = fetch_weights(name, source)
+        mark = fingerprint(model)
+        cast(model, _dtype(dtype, target, config))
+        tokenizer = fetch(name, "AutoTokenizer", source)
+        return from_hugging_face(model, tokenizer, name=name, engine=chosen, device=str(target), mark=mark)
 
 
-def from_hugging_face(model: Any, tokenizer: Any, *, name: str, engine: str = "auto", device: str = "cpu") -> Model:
-    """The same for a Hugging Face model that is already in memory; its weights may be shared."""
+def from_hugging_face(
+    model: Any, tokenizer: Any, *, name: str, engine: str = "auto", device: str = "cpu", mark: str | None = None
+) -> Model:
+    """The same for a Hugging Face model that is already in memory; its weights may be shared.
+
+    `mark` is the checkpoint's fingerprint, if it was taken before the weights were cast.
+    """
     config = model.config
     if not getattr(config, "architectures", None):
         config.architectures = [type(model).__name__]
     engine = _engine(name, engine, config)
     model = model.eval().requires_grad_(False)
-    common = (tokenizer, config, model.generation_config, name, fingerprint(model))
+    common = (tokenizer, config, model.generation_config, name, mark or fingerprint(model))
     with quiet_loading():
         if engine == "hooked":
             return HookedModel(_hooked_transformer(model, tokenizer, name, device), *common)
         from transformer_lens.model_bridge import TransformerBridge
 
         model.to(device)
-        tl = TransformerBridge.boot_transformers(
-            name, hf_model=model, tokenizer=_tokenizer_for(tokenizer, name), device=device, dtype=model.dtype
-        )
+        try:
+            tl = TransformerBridge.boot_transformers(
+                name, hf_model=model, tokenizer=_tokenizer_for(tokenizer, name), device=device, dtype=model.dtype
+            )
+        except (ValueError, NotImplementedError, AttributeError) as error:
+            reason = f"TransformerBridge does not run {architecture_of(config)}: {_first_line(error)}"
+            raise ModelError(f"{name}: {reason}") from None
         bridge = BridgeModel(tl, *common)
         bridge.check_unembedding()
         return bridge
@@ -274,8 +289,11 @@ def from_hooked_transformer(hooked: Any, *, name: str | None = None) -> HookedMo
             "the HookedTransformer was loaded with its norms folded: load it with "
             "HookedTransformer.from_pretrained_no_processing, or with tlcapture.load_model"
         )
-    mark = fingerprint(hooked)
-    return HookedModel(hooked, hooked.tokenizer, None, None, name or hooked.cfg.model_name, mark)
+    # TransformerLens's own parameters have other names: its mark is comparable with its like only.
+    mark = f"{OWN_MARK}{fingerprint(hooked)}"
+    return HookedModel(
+        hooked, _without_filled_in_bos(hooked.tokenizer), None, None, name or hooked.cfg.model_name, mark
+    )
 
 
 def as_model(model: Any) -> Model:
@@ -287,66 +305,17 @@ def as_model(model: Any) -> Model:
     return from_hooked_transformer(model)
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """16 hex digits that tell checkpoints apart: a hash over names, shapes and samples of all weights.
-
-    Samples are rounded to bfloat16 first, so that loading a checkpoint in 16 bits changes nothing.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    for name, weight in sorted(model.named_parameters()):
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        flat = weight.detach().flatten() if weight.is_contiguous() else weight.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16)
-        digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Keep progress bars and deprecation notes of the libraries off the user's terminal."""
-    from transformers.utils import logging as hf_logging
-
-    bars = hf_logging.is_progress_bar_enabled()
-    level = hf_logging.get_verbosity()
-    root = logging.getLogger()
-    root_level = root.level
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity_error()
-    root.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        root.setLevel(root_level)
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()
-
-
-def _source(name: str) -> str:
-    """Where the weights are: a folder, or a hub name."""
-    if name == embedded.NAME:
-        return str(embedded.embedded_folder())
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"{folder}: no folder of Hugging Face weights: it has no config.json")
-        return str(folder)
-    return name
-
-
-def _fetch(name: str, kind: str, source: str, **options: Any) -> Any:
-    import transformers
-
-    try:
-        return getattr(transformers, kind).from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(
-            f"model {name!r} cannot be loaded: expected {embedded.NAME!r}, a folder of Hugging Face weights or the "
-            f"name of a model on the hub: {reason[:300]}"
-        ) from None
+def _without_filled_in_bos(tokenizer: Any) -> Any:
+    """A tokenizer as its checkpoint has it: TransformerLens fills in EOS where there is no BOS."""
+    if tokenizer.bos_token != tokenizer.eos_token or tokenizer.init_kwargs.get("bos_token") is not None:
+        return tokenizer
+    own = copy.deepcopy(tokenizer)
+    own.bos_token = None
+    return own
 
 
 def _engine(name: str, engine: str, config: Any) -> str:

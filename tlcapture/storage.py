@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
+import socket
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +21,8 @@ import orjson
 
 from tlcapture.errors import StorageError
 
-_TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
+_HOST = re.sub(r"[^A-Za-z0-9]", "-", socket.gethostname())
+_TEMPORARY = re.compile(rf"\..+\.{re.escape(_HOST)}\.(\d+)\.[0-9a-f]+\.tmp")
 
 
 def write_json(path: Path, value: Any, *, indent: bool = False) -> int:
@@ -51,15 +54,17 @@ def read_bytes(path: Path) -> bytes:
         raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def write_tensors(path: Path, value: Any) -> int:
+def write_tensors(path: Path, value: Any, *, before_replacing: Callable[[], object] = lambda: None) -> int:
     """`torch.save` tensors and plain values; returns the bytes written.
+
+    `before_replacing` is called when the new file is whole and not yet in its place.
 
     Tensors that are views of one storage are written as one. A view of a larger storage would drag
     all of it along: callers hand over clones of exactly what is to be kept.
     """
     import torch
 
-    return _write(path, lambda temporary: torch.save(value, temporary))
+    return _write(path, lambda temporary: torch.save(value, temporary), before_replacing)
 
 
 def read_tensors(path: Path) -> Any:
@@ -88,12 +93,15 @@ def remove(paths: Iterable[Path]) -> int:
 
 
 def sweep_temporaries(folder: Path) -> None:
-    """Remove what killed runs left half-written below `folder`: temporaries whose process is gone."""
-    for path in folder.rglob(".*.tmp"):
+    """Remove what killed runs of this machine left half-written below `folder`: temporaries whose
+    process is gone. Those of other machines that share the folder are theirs to remove."""
+    for path in list(folder.rglob(".*.tmp")):
         match = _TEMPORARY.fullmatch(path.name)
         if match and not _is_running(int(match[1])):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
             with suppress(OSError):
-                path.unlink()
+                path.unlink(missing_ok=True)
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
@@ -102,21 +110,25 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     Where another process was faster, its folder is kept.
     """
     temporary = _temporary(path)
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
+        sweep_temporaries(path.parent)
         fill(temporary)
         with suppress(OSError):
             temporary.rename(path)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be made: {error.strerror or error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> int:
+def _write(path: Path, write: Callable[[Path], object], before_replacing: Callable[[], object] = lambda: None) -> int:
     temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         size = temporary.stat().st_size
+        before_replacing()
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -128,7 +140,7 @@ def _write(path: Path, write: Callable[[Path], object]) -> int:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
 def _is_running(pid: int) -> bool:

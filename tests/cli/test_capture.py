@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from click.testing import Result
 
+from tests import tiny
 from tlcapture.captures import Capture
 from tlcapture.storage import read_json
 
@@ -378,6 +380,60 @@ def test_an_edited_prompt_is_captured_again(capture: Run, data: Path, raw: Path)
     assert "what else?" in Capture.open(raw / "2.pt").prompt.text
 
 
+def test_another_system_prompt_or_a_shortened_text_is_captured_again(capture: Run, data: Path, raw: Path) -> None:
+    from tests.cli.conftest import make_prompt_set
+
+    capture("--limit", 1)
+    assert "wrote 0 files" in capture("--limit", 1, "--skip-existing").output
+    assert "wrote 1 files" in capture("--limit", 1, "--skip-existing", "--system-prompt", "be rude").output
+    assert "wrote 1 files" in capture("--limit", 1, "--skip-existing", "--no-chat-template").output
+    make_prompt_set(data, "short", ["hello"])
+    capture("--skip-existing")
+    assert Capture.open(raw / "1.pt").metadata["prompt_text"] == "hello"
+
+
+def test_views_of_another_model_do_not_outlive_a_capture_with_the_same_tokens(
+    capture: Run, tlcapture: Run, tmp_path: Path, raw: Path, analysis: Path
+) -> None:
+    capture("--attention", "--max-new-tokens", 0)
+    other = tmp_path / "other"
+    tiny.hf_model("qwen2").save_pretrained(other)
+    tiny.tokenizer().save_pretrained(other)
+    common = ("--experiment", "exp", "--prompt-set", "short", "--max-new-tokens", 0)
+    assert tlcapture("capture", *common, "--model", other, "--allow-model-change").exit_code == 0
+    assert names(raw) == ["1.pt", "2.pt", "3.pt"]
+    assert names(analysis) == []
+
+
+def test_float16_captures_are_of_the_same_checkpoint(capture: Run, raw: Path) -> None:
+    capture()
+    mark = Capture.open(raw / "1.pt").metadata["model_fingerprint"]
+    for dtype in ("float16", "bfloat16"):
+        capture("--dtype", dtype)
+        assert Capture.open(raw / "1.pt").metadata["model_fingerprint"] == mark
+
+
+def test_out_of_memory_in_replay_fails_its_prompt_alone(
+    capture: Run, analysis: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tlcapture.models import HookedModel
+
+    capture()
+    original, calls = HookedModel.step, []
+
+    def step(self: Any, tokens: Any, *args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, tokens, *args, **options)
+
+    monkeypatch.setattr(HookedModel, "step", step)
+    result = capture("--replay", "--attention")
+    assert result.exit_code == 1
+    assert "failed: short/2: out of memory" in result.stderr
+    assert names(analysis) == ["1_attention.json", "3_attention.json"]
+
+
 def test_a_damaged_capture_is_made_again(capture: Run, raw: Path) -> None:
     capture()
     expected = tokens_of(raw)
@@ -412,6 +468,8 @@ def test_files_of_other_tokens_do_not_outlive_their_capture(
         (("--prompt", "x", "--device", "abacus"), "device 'abacus' cannot be used here"),
         (("--prompt", "x", "--engine", "steam"), "engine"),
         (("--prompt", "x", "--model", "."), "it has no config.json"),
+        (("--prompt", "x", "--temperature", "nan"), "temperature nan: expected a number of at least 0"),
+        (("--prompt", "x", "--replay", "--capture-attn"), "attention outputs need a capture of their own"),
     ],
 )
 def test_wrong_usage_is_one_clear_line_and_exit_status_2(
@@ -422,6 +480,67 @@ def test_wrong_usage_is_one_clear_line_and_exit_status_2(
     assert said in result.stderr
     assert "Traceback" not in result.stderr
     assert not (data / "experiments").exists()
+
+
+def folder_of(tmp_path: Path, tiny_folder: Path) -> Path:
+    return Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
+
+
+def test_a_checkpoint_with_missing_weights_is_refused(tlcapture: Run, root: Path, tiny_folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = folder_of(root, tiny_folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    result = tlcapture("capture", "--experiment", "exp", "--prompt", "x", "--model", folder)
+    assert result.exit_code == 2
+    assert "is incomplete: its checkpoint has no fitting model.layers.1.mlp.up_proj.weight" in result.stderr
+
+
+def test_a_truncated_checkpoint_is_one_clear_line(tlcapture: Run, root: Path, tiny_folder: Path) -> None:
+    folder = folder_of(root, tiny_folder)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    result = tlcapture("capture", "--experiment", "exp", "--prompt", "x", "--model", folder)
+    assert result.exit_code == 2
+    assert "cannot be loaded" in result.stderr
+    assert not (root / "experiments").exists()
+
+
+def test_a_chat_template_that_refuses_is_one_clear_line(tlcapture: Run, root: Path, tiny_folder: Path) -> None:
+    folder = folder_of(root, tiny_folder)
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('only on sundays') }}")
+    result = tlcapture("capture", "--experiment", "exp", "--prompt", "x", "--model", folder)
+    assert result.exit_code == 2
+    assert "chat template refuses the prompt (only on sundays): use --no-chat-template" in result.stderr
+    assert not (root / "experiments").exists()
+
+
+def test_a_system_prompt_that_is_no_unicode_is_refused(capture: Run) -> None:
+    result = capture("--system-prompt", "bad \udcff byte")
+    assert result.exit_code == 2
+    assert "no valid Unicode" in result.stderr
+
+
+def test_a_single_token_has_a_lens_without_predictions(capture: Run, analysis: Path, data: Path) -> None:
+    from tests.cli.conftest import make_prompt_set
+
+    make_prompt_set(data, "short", ["<eos>"])
+    assert capture("--max-new-tokens", 0, "--no-chat-template", "--logit-lens", "--attention").exit_code == 0
+    lens = read_json(analysis / "1_logit_lens.json")
+    assert len(lens["predictions"]) == len(lens["tokens"]) - 1 == 1  # BOS and one token
+
+
+def test_stray_folders_and_files_disturb_nothing(capture: Run, tlcapture: Run, extract: Run, raw: Path) -> None:
+    extract()
+    capture()
+    for name in (".ipynb_checkpoints", "-x"):
+        (raw.parent / name).mkdir()
+        (raw.parent / name / "1.pt").touch()
+        (raw / name).mkdir()
+    result = tlcapture("project", "--experiment", "exp", "--all-prompt-sets")
+    assert result.exit_code == 0, result.output
 
 
 def test_an_experiment_name_cannot_leave_its_folder(tlcapture: Run, data: Path) -> None:
@@ -444,8 +563,6 @@ def test_a_prompt_that_does_not_fit_fails_and_the_others_are_done(capture: Run, 
 def test_activations_too_large_for_float16_are_kept_in_bfloat16_or_refused(
     capture: Run, tlcapture: Run, raw: Path, tmp_path: Path, tiny_folder: Path
 ) -> None:
-    import shutil
-
     import transformers
 
     loud = tmp_path / "loud"

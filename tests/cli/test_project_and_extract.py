@@ -224,14 +224,69 @@ def test_vectors_of_unknown_origin_are_projected_and_said_to_be(project: Run, pr
     assert read_json(projected / "1.json")["metadata"]["vector_source"]["model"] is None
 
 
-def test_a_vector_of_another_width_fails_by_name(project: Run, projected: Path, vectors: Path) -> None:
+def test_a_vector_of_another_width_fails_its_trait_alone(project: Run, projected: Path, vectors: Path) -> None:
     torch.save(torch.ones(9), vectors / "probe_layer1.pt")
     result = project()
     assert result.exit_code == 1
-    assert (
-        "short/1: the tone/loud vector of experiment 'exp' has 9 numbers, but the activations have 32" in result.stderr
-    )
+    said = "failed: tone/loud: the probe vector of tone/loud at layer 1 in experiment 'exp' has 9 numbers, but the"
+    assert said in result.stderr
     assert not projected.exists()
+    assert len(list((projected.parents[2] / "warm" / "residual_stream" / "short").iterdir())) == 3
+
+
+def test_skip_existing_sees_another_layer_and_a_newer_vector(project: Run, projected: Path, vectors: Path) -> None:
+    project("--traits", "tone/loud")
+    assert "wrote 0 files" in project("--traits", "tone/loud", "--skip-existing").output
+    assert "wrote 3 files" in project("--traits", "tone/loud", "--skip-existing", "--layer", 2).output
+    torch.save(torch.randn(32), vectors / "probe_layer2.pt")
+    assert "wrote 3 files" in project("--traits", "tone/loud", "--skip-existing", "--layer", 2).output
+
+
+def test_vectors_of_another_tool_outlive_an_extraction(extract: Run, vectors: Path) -> None:
+    vectors.mkdir(parents=True)
+    for name in ("probe_layer1.pt", "pca_layer2.pt"):
+        torch.save(torch.ones(32), vectors / name)
+    assert extract("--methods", "mean_diff", "--layers", 0).exit_code == 0
+    assert extract("--methods", "mean_diff", "--layers", 0, "--seed", 3).exit_code == 0
+    assert {"probe_layer1.pt", "pca_layer2.pt", "mean_diff_layer0.pt"} <= {path.name for path in vectors.iterdir()}
+
+
+def test_a_failed_extraction_leaves_earlier_vectors_as_they_were(
+    extract: Run, vectors: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract()
+    before = {path: path.read_bytes() for path in vectors.iterdir()}
+    monkeypatch.setitem(
+        __import__("tlcapture.extraction.methods", fromlist=["FITS"]).FITS,
+        "gradient",
+        lambda activations, labels, seed: torch.full((3, 32), float("nan")),
+    )
+    result = extract("--seed", 5)
+    assert result.exit_code == 1
+    assert "failed: tone/loud: gradient gave a vector that is zero or holds NaN or inf" in result.stderr
+    assert {path: path.read_bytes() for path in vectors.iterdir()} == before
+
+
+def test_edited_examples_do_not_mix_with_earlier_vectors(extract: Run, data: Path, vectors: Path) -> None:
+    extract("--methods", "mean_diff", "--component", "residual")
+    file = data / "datasets" / "traits" / "tone" / "loud" / "positive.jsonl"
+    file.write_text(file.read_text().replace("LOUD", "NOISY"))
+    extract("--methods", "probe", "--component", "residual")
+    assert read_json(vectors / "metadata.json")["methods"] == ["probe"]
+    assert not list(vectors.glob("mean_diff*"))
+
+
+def test_capture_takes_the_model_that_was_extracted_from(
+    extract: Run, tlcapture: Run, data: Path, tiny_folder: Path
+) -> None:
+    extract()
+    result = tlcapture("capture", "--experiment", "exp", "--prompt", "hi", "--max-new-tokens", 1)
+    assert result.exit_code == 0
+    assert read_json(data / "experiments" / "exp" / "config.json")["inference_model"] == str(tiny_folder)
+    again = tlcapture(
+        "capture", "--experiment", "exp", "--prompt", "hi", "--max-new-tokens", 1, "--model", f"{tiny_folder}/"
+    )
+    assert again.exit_code == 0
 
 
 def test_a_capture_that_is_no_capture_fails_alone(project: Run, projected: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tlcapture.errors import InputError
+from tlcapture.errors import InputError, TlcaptureError
 from tlcapture.extraction.examples import Example, read_examples
 from tlcapture.extraction.methods import FITS
 from tlcapture.extraction.readout import read_out, tokenize_example
@@ -122,6 +122,25 @@ def test_read_out_equals_hugging_face_one_example_at_a_time() -> None:
             for layer in range(2):  # the last hidden state is behind the final norm
                 expected = states[layer + 1][0, reading.start :].mean(dim=0)
                 assert torch.allclose(means["residual"][layer, number], expected, atol=1e-4)
+
+
+def test_out_of_memory_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("qwen2")
+    readings = [tokenize_example(model.tokenizer, Example(prompt="q", response="r" * n)) for n in range(1, 9)]
+    expected = read_out(model, readings, ["residual"], batch_size=1)
+    original = type(model).step
+
+    def step(self: Any, tokens: Any, *args: Any, **options: Any) -> Any:
+        if len(tokens) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, tokens, *args, **options)
+
+    monkeypatch.setattr(type(model), "step", step)
+    found = read_out(model, readings, ["residual"], batch_size=8)
+    assert torch.allclose(found["residual"], expected["residual"], atol=1e-4)
+    monkeypatch.setattr(type(model), "step", lambda *args, **options: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(TlcaptureError, match="out of memory with an example"):
+        read_out(model, readings, ["residual"])
 
 
 def planted(n: int = 60, width: int = 24, layers: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -14,6 +15,8 @@ import tlcapture
 from tlcapture import Experiment
 from tlcapture.cli.main import main
 from tlcapture.errors import InputError
+from tlcapture.names import Trait
+from tlcapture.traits.vectors import VectorFolder
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +68,7 @@ def test_a_capture_opens_when_it_is_touched(exp: Experiment) -> None:
     assert "single_trait/1" in repr(cap)
 
 
+@pytest.mark.filterwarnings("ignore:.*by default")
 def test_a_projection_is_the_one_that_the_command_wrote(exp: Experiment) -> None:
     cap = exp.captures("single_trait")[2]
     projection = cap.project("style/formality")
@@ -92,9 +96,46 @@ def test_the_caches_methods_that_need_the_model_equal_those_of_a_live_run(exp: E
     _, live = exp.model.tl.run_with_cache(tokens)
     theirs = live.accumulated_resid(apply_ln=True)[:, 0]
     assert torch.allclose(cap.cache.accumulated_resid(apply_ln=True), theirs, atol=1e-3)
-    answer = torch.tensor(cap.token_ids)
-    ours = cap.cache.logit_attrs(cap.cache.accumulated_resid(), answer, has_batch_dim=False)
-    assert torch.allclose(ours, live.logit_attrs(live.accumulated_resid(), tokens)[:, 0], atol=1e-3)
+
+
+def test_logit_attributions_of_the_final_residual_are_the_models_logits(exp: Experiment) -> None:
+    cap = exp.captures("single_trait")[1]
+    ids = torch.tensor(cap.token_ids)
+    stack = cap.cache.accumulated_resid()[-1:]
+    ours = cap.cache.logit_attrs(stack, ids, has_batch_dim=False)[0]
+    with torch.no_grad():
+        logits = exp.model.tl(ids[None])[0]
+    assert torch.allclose(ours, logits.gather(-1, ids[:, None])[:, 0], atol=1e-2)
+
+
+def test_the_cache_asks_for_the_model_that_was_captured(exp: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    cap = exp.captures("single_trait")[1]
+    assert cap.cache["resid_post", 5].shape[1] == 576  # needs no model
+    monkeypatch.setattr(exp.model, "fingerprint", "another")
+    with pytest.raises(InputError, match="was captured from 'smollm2'"):
+        cap.cache.accumulated_resid(apply_ln=True)
+
+
+def test_a_projection_says_what_is_doubtful_and_takes_numpy_layers(exp: Experiment) -> None:
+    cap = exp.captures("single_trait")[1]
+    with pytest.warns(UserWarning, match="layer 16 by default"):
+        cap.project("style/formality")
+    assert cap.project("style/formality", layer=np.int64(3)).vector.layer == 3
+    with pytest.raises(InputError, match="neither a number nor 'auto'"):
+        cap.project("style/formality", layer="3")
+    folder = VectorFolder(exp.layout, Trait.parse("style/formality"))
+    metadata = folder.metadata("residual")
+    folder.write_metadata("residual", {**metadata, "extraction_model": "elsewhere", "model_fingerprint": "0"})
+    try:
+        with pytest.warns(UserWarning, match="extracted from model 'elsewhere'"):
+            cap.project("style/formality", layer=3)
+    finally:
+        folder.write_metadata("residual", metadata)
+
+
+def test_an_unknown_part_is_refused(exp: Experiment) -> None:
+    with pytest.raises(InputError, match="no part 'prompts'"):
+        exp.captures("single_trait")[1].residual(0, "residual_out", "prompts")
 
 
 def test_capture_is_an_iterator_over_texts_with_a_model_of_ones_own(smollm2: Any) -> None:

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from tlcapture.errors import StorageError, VectorError
+from tlcapture.errors import InputError, StorageError, VectorError
 from tlcapture.layout import Layout
 from tlcapture.names import Trait
 from tlcapture.traits.selection import fallback_layer, select
@@ -157,3 +158,9 @@ def test_a_file_that_holds_no_direction_is_an_error(folder: VectorFolder, value:
 
 def test_vectors_without_metadata_are_read_and_of_unknown_origin(folder: VectorFolder) -> None:
     assert folder.read("residual", "probe", 0).model is None
+
+
+def test_a_layer_may_be_a_numpy_integer_but_no_other_word(folder: VectorFolder) -> None:
+    assert select(folder, "residual", 30, layer=np.int64(4)).layer == 4
+    with pytest.raises(InputError, match="'best' is neither a number nor 'auto'"):
+        select(folder, "residual", 30, layer="best")

@@ -84,9 +84,9 @@ def capture(
     Writes raw residuals to experiments/NAME/inference/raw/residual, add-ons beside them, and projections
     onto the experiment's trait vectors where it has any.
     """
-    from tlcapture.cli.loading import model_loader
     from tlcapture.layout import Datasets, Layout
     from tlcapture.prompts import adhoc, read_prompt_set
+    from tlcapture.runs.loading import ModelLoader
 
     if sum([prompt_set is not None, prompt is not None, all_prompt_sets]) != 1:
         raise click.UsageError("give one of --prompt-set NAME, --prompt TEXT and --all-prompt-sets")
@@ -96,7 +96,7 @@ def capture(
     else:
         sets = [read_prompt_set(datasets, name) for name in prompt_set or datasets.prompt_sets()]
     model_names = ("model", "allow_model_change", "engine", "device", "dtype")
-    load = model_loader(layout, "inference_model", console, **{name: options.pop(name) for name in model_names})
+    load = ModelLoader.settle(layout, "inference_model", console, **{name: options.pop(name) for name in model_names})
     is_default = ctx.get_parameter_source("layer") is click.core.ParameterSource.DEFAULT
     _run(layout, sets, load, console, "default" if is_default else layer, layer_internals, **options)
 

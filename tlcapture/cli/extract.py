@@ -52,12 +52,12 @@ def extract(
     **model: Any,
 ) -> None:
     """Extract trait vectors from the contrastive examples in datasets/traits."""
-    from tlcapture.cli.loading import model_loader
     from tlcapture.layout import Layout
     from tlcapture.runs.extract import ExtractOptions, run_extract
+    from tlcapture.runs.loading import ModelLoader
 
     layout, console = Layout(root, experiment), Console()
-    load = model_loader(layout, "extraction_model", console, **model)
+    load = ModelLoader.settle(layout, "extraction_model", console, **model)
     options = ExtractOptions(
         traits=traits,
         methods=methods,

@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcapture.chat import render_chat, uses_chat_template, with_bos
-from tlcapture.errors import InputError, NumericalError
+from tlcapture.errors import InputError, NumericalError, OutOfMemoryError
 from tlcapture.extraction.examples import Example
+from tlcapture.memory import fitting_batch_size, is_out_of_memory, release_memory
 from tlcapture.models import Model
 
 HOOKS = {"residual": "blocks.{layer}.hook_resid_post", "attn_out": "blocks.{layer}.hook_attn_out"}
@@ -57,34 +58,60 @@ def read_out(
     readings: Sequence[Reading],
     components: Sequence[str],
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     on_examples: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Activations]:
     """Mean activations `[n_layers, n_examples, d_model]` in float32, by component.
 
-    One forward pass over batches of like length; only the means are kept.
+    One forward pass over batches of like length; only the means are kept. `batch_size` `None` takes
+    what fits in free memory; out of memory, it is halved.
     """
-    too_long = next((reading for reading in readings if len(reading.token_ids) > model.n_ctx), None)
-    if too_long is not None:
-        raise InputError(f"an example has {len(too_long.token_ids)} tokens, the model's context is {model.n_ctx}")
+    longest = max((len(reading.token_ids) for reading in readings), default=0)
+    if longest > model.n_ctx:
+        raise InputError(f"an example has {longest} tokens, the model's context is {model.n_ctx}")
     names = {part: [HOOKS[part].format(layer=layer) for layer in range(model.n_layers)] for part in components}
-    means = {part: torch.zeros(model.n_layers, len(readings), model.d_model) for part in components}
-    order = sorted(range(len(readings)), key=lambda number: len(readings[number].token_ids), reverse=True)
     hooks = frozenset(name for part in components for name in names[part])
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        tokens, mask, weights = _pad([readings[number] for number in batch])
-        step = model.step(tokens, mask, model.start(len(batch)), hooks, want_logits=False)
-        for part in components:
-            for layer, name in enumerate(names[part]):
-                activation = step.cache[name].float()
-                mean = torch.einsum("bpd,bp->bd", activation, weights.to(activation.device))
-                means[part][layer, batch] = mean.cpu()
+    means = {part: torch.zeros(model.n_layers, len(readings), model.d_model) for part in components}
+    waiting = sorted(range(len(readings)), key=lambda number: len(readings[number].token_ids), reverse=True)
+    size = batch_size or fitting_batch_size(model, longest, len(readings), hooks)
+    while waiting:
+        batch = waiting[:size]
+        try:
+            read = _read_batch(model, [readings[number] for number in batch], names, hooks)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if size == 1:
+                raise OutOfMemoryError(
+                    f"out of memory with an example of {longest} tokens, alone in its batch"
+                ) from None
+            size = max(1, min(size, len(batch)) // 2)
+            release_memory()
+            continue
+        for part, values in read.items():
+            means[part][:, batch] = values
+        waiting = waiting[size:]
         on_examples(len(batch))
     for part, values in means.items():
         if not values.isfinite().all():
             raise NumericalError(f"{part} activations of the examples hold NaN or inf: try --dtype float32")
     return means
+
+
+def _read_batch(
+    model: Model, readings: Sequence[Reading], names: dict[str, list[str]], hooks: frozenset[str]
+) -> dict[str, Activations]:
+    tokens, mask, weights = _pad(readings)
+    step = model.step(tokens, mask, model.start(len(readings)), hooks, want_logits=False)
+    return {
+        part: torch.stack(
+            [
+                torch.einsum("bpd,bp->bd", step.cache[name].float(), weights.to(step.cache[name].device)).cpu()
+                for name in by_layer
+            ]
+        )
+        for part, by_layer in names.items()
+    }
 
 
 def _pad(readings: Sequence[Reading]) -> tuple[Tensor, Tensor, Float[Tensor, "batch pos"]]:

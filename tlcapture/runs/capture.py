@@ -9,9 +9,8 @@ residual is there already, add-ons come from the saved capture and one teacher-f
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from tlcapture.captures import Capture
 from tlcapture.chat import TokenizedPrompt, tokenize
@@ -19,12 +18,12 @@ from tlcapture.config import ExperimentConfig, read_config, record
 from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.generation import Failure, Generation, Sampling, generate, teacher_force
 from tlcapture.layout import Layout
+from tlcapture.memory import is_out_of_memory, release_memory
 from tlcapture.models import Model
-from tlcapture.names import Trait
 from tlcapture.prompts import Prompt, PromptSet
 from tlcapture.runs.outputs import Outputs, capture_of, write_add_ons, write_capture
 from tlcapture.runs.report import Reporter, RunReport
-from tlcapture.runs.vectors import Chosen, VectorChoice, choose_vectors, project_capture, traits_to_project
+from tlcapture.runs.vectors import Chooser, VectorChoice, project_capture, traits_to_project
 from tlcapture.storage import sweep_temporaries
 from tlcapture.views.residual import residual_hooks
 
@@ -72,7 +71,7 @@ def run_capture(
     layout: Layout,
     prompt_sets: Sequence[PromptSet],
     options: CaptureOptions,
-    load: Callable[[], Model],
+    load: ModelLoader,
     reporter: Reporter = Reporter(),
 ) -> RunReport:
     """Capture prompt sets into an experiment. The model is loaded only when something needs it.
@@ -80,6 +79,8 @@ def run_capture(
     Raises:
         InputError: the request is wrong; nothing was written.
     """
+    if options.replay and options.capture_attn:
+        raise InputError("--replay keeps raw residuals as they are: attention outputs need a capture of their own")
     if layout.folder.exists() and not os.access(layout.folder, os.W_OK):
         raise StorageError(f"{layout.folder}: cannot be written to")
     run = _Run(layout, options, load, reporter, RunReport(layout.folder), read_config(layout))
@@ -99,7 +100,7 @@ class _Run:
         self,
         layout: Layout,
         options: CaptureOptions,
-        load: Callable[[], Model],
+        load: ModelLoader,
         reporter: Reporter,
         report: RunReport,
         config: ExperimentConfig,
@@ -111,40 +112,58 @@ class _Run:
         self.config = config
         self._load = load
         self._model: Model | None = None
-        self._chosen: dict[tuple[str, int], Chosen] = {}
+        self._chooser = Chooser(layout, options.vectors, report, reporter)
 
     @property
     def model(self) -> Model:
         if self._model is None:
             self._model = self._load()
-            record(self.layout, inference_model=self._model.name)
         return self._model
 
     def prompt_set(self, prompt_set: PromptSet) -> None:
         prompts = prompt_set.prompts[: self.options.limit]
-        lacking = {prompt.id: self._lacking(prompt_set.name, prompt) for prompt in prompts}
+        lacking = {prompt.id: self._lacking(prompt_set, prompt) for prompt in prompts}
         fresh = [prompt for prompt in prompts if (wanted := lacking[prompt.id]) and wanted.residual]
         saved = [prompt for prompt in prompts if prompt not in fresh]
         if fresh:
             self._generate(prompt_set, fresh)
         self._revisit(prompt_set.name, saved, lacking)
 
-    def _lacking(self, prompt_set: str, prompt: Prompt) -> Outputs | None:
+    def _lacking(self, prompt_set: PromptSet, prompt: Prompt) -> Outputs | None:
         """What to make of a prompt; `None` where the raw residual cannot be replayed because it is not there."""
-        raw = self.layout.residual(prompt_set, prompt.id)
-        if self.options.replay and not raw.is_file():
+        options, raw = self.options, self.layout.residual(prompt_set.name, prompt.id)
+        if options.replay and not raw.is_file():
             return None
-        if not raw.is_file() or not (self.options.skip_existing or self.options.replay):
-            return self.options.outputs(self.model.n_layers)
+        if not raw.is_file() or not (options.skip_existing or options.replay):
+            return options.outputs(self.model.n_layers)
         try:
             saved = Capture.open(raw)
         except StorageError:
-            return self.options.outputs(self.model.n_layers)
-        wanted = self.options.outputs(saved.n_layers)
-        # A prompt that was edited since is another prompt, and what is there is not its capture.
-        if not self.options.skip_existing or prompt.text.strip() not in saved.prompt.text:
+            return options.outputs(self.model.n_layers)
+        wanted = options.outputs(saved.n_layers)
+        if not options.skip_existing or (not options.replay and not self._is_of(saved, prompt_set, prompt)):
             return wanted
-        return wanted.missing(self.layout, prompt_set, prompt.id)
+        return wanted.missing(self.layout, prompt_set.name, prompt.id)
+
+    def _is_of(self, saved: Capture, prompt_set: PromptSet, prompt: Prompt) -> bool:
+        """Whether a capture is of this prompt, put in this way to this model, rather than of an earlier wording."""
+        asked = self._asked_template
+        return (
+            saved.metadata.get("prompt_text") == prompt.text
+            and saved.metadata.get("system_prompt") == self._system_prompt(prompt_set, prompt)
+            and saved.metadata["inference_model"] == self._load.name
+            and asked in (None, saved.metadata.get("chat_template"))
+        )
+
+    @property
+    def _asked_template(self) -> bool | None:
+        option = self.options.chat_template
+        return self.config.use_chat_template if option is None else option
+
+    def _system_prompt(self, prompt_set: PromptSet, prompt: Prompt) -> str | None:
+        if self.options.system_prompt is not None:
+            return self.options.system_prompt
+        return prompt_set.system_prompt_of(prompt, self.config.system_prompt)
 
     # -- fresh prompts ----------------------------------------------------------------------------
 
@@ -184,17 +203,14 @@ class _Run:
                 )
 
     def _tokenized(self, prompt_set: PromptSet, prompts: Sequence[Prompt]) -> Iterator[TokenizedPrompt]:
-        options, config = self.options, self.config
-        asked = options.chat_template if options.chat_template is not None else config.use_chat_template
         for prompt in prompts:
-            system = prompt_set.system_prompt_of(prompt, config.system_prompt)
             yield tokenize(
                 self.model.tokenizer,
                 prompt.text,
                 prompt_set=prompt_set.name,
                 prompt_id=prompt.id,
-                system_prompt=system if options.system_prompt is None else options.system_prompt,
-                chat_template=asked,
+                system_prompt=self._system_prompt(prompt_set, prompt),
+                chat_template=self._asked_template,
             )
 
     def _write(self, generation: Generation, wanted: Outputs) -> None:
@@ -208,8 +224,8 @@ class _Run:
             attn_out=options.capture_attn,
             save_dtype=options.save_dtype,
         )
-        kept = wanted.paths(self.layout, capture.prompt_set, capture.prompt_id)
-        self.report.wrote(write_capture(self.layout, capture, kept))
+        self.report.wrote(write_capture(self.layout, capture))
+        record(self.layout, inference_model=self.model.name)
         cache = generation.cache
         for size in write_add_ons(self.layout, capture, wanted, self.model, cache, residual_cache=cache):
             self.report.wrote(size)
@@ -231,6 +247,12 @@ class _Run:
                     self._replay(Capture.open(self.layout.residual(prompt_set, prompt.id)), wanted)
                 except TlcaptureError as error:
                     self.report.failed(name, error)
+                    continue
+                except (MemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    self.report.failed(name, "out of memory: it cannot be replayed in one pass on this device")
+                    release_memory()
                     continue
                 if self.report.n_files > before:
                     self.report.n_prompts += 1
@@ -262,26 +284,12 @@ class _Run:
             return
         components = ["residual"] + (["attn_out"] if capture.prompt.residual.attn_out is not None else [])
         for component in components:
-            chosen = self._vectors(component, capture.n_layers)
-            if only_missing:
-                raw = self.layout.residual(capture.prompt_set, capture.prompt_id)
-                chosen = [pair for pair in chosen if not self._is_projected(capture, pair[0].trait, component, raw)]
+            choose = self._chooser.missing if only_missing else self._chooser.vectors
             project_capture(
                 self.layout,
                 capture,
-                chosen,
+                choose(capture, component),
                 self.report,
                 self.reporter,
                 other_model_intended=self.options.vectors.experiment is not None,
             )
-
-    def _is_projected(self, capture: Capture, trait: Trait, component: str, raw: Path) -> bool:
-        path = self.layout.projection(trait, component, capture.prompt_set, capture.prompt_id)
-        return path.is_file() and path.stat().st_mtime_ns >= raw.stat().st_mtime_ns
-
-    def _vectors(self, component: str, n_layers: int) -> Chosen:
-        key = (component, n_layers)
-        if key not in self._chosen:
-            choice = self.options.vectors
-            self._chosen[key] = choose_vectors(self.layout, choice, component, n_layers, self.report, self.reporter)
-        return self._chosen[key]

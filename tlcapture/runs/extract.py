@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from tlcapture import __version__
 from tlcapture.config import read_config, record
 from tlcapture.errors import InputError, NumericalError, TlcaptureError
 from tlcapture.extraction.examples import Examples, read_examples
-from tlcapture.extraction.methods import FITS
+from tlcapture.extraction.methods import FITS, Labels, LayerVectors
 from tlcapture.extraction.readout import HOOKS, Activations, Reading, read_out, tokenize_example
 from tlcapture.layout import Datasets, Layout
 from tlcapture.models import Model
@@ -85,31 +86,58 @@ def _extract(
         )
         for item in examples.items
     ]
-    batch_size = options.batch_size or 16
-    activations = read_out(model, readings, options.components, batch_size=batch_size, on_examples=on_examples)
+    activations = read_out(model, readings, options.components, batch_size=options.batch_size, on_examples=on_examples)
     labels = torch.tensor([item.positive for item in examples.items])
     train = torch.tensor([not item.held_out for item in examples.items])
-    folder = VectorFolder(layout, examples.trait)
-    for component, values in activations.items():
-        metadata = _metadata(layout, component, model, options, readings, examples)
-        if not _are_of_one_kind(folder.metadata(component), metadata):
-            folder.clear(component)
-        selected: Activations = values[list(layers)][:, train]
-        for method in options.methods:
-            vectors = FITS[method](selected, labels[train], seed=options.seed)
-            if not vectors.isfinite().all() or not vectors.any(dim=-1).all():
-                raise NumericalError(f"{method} on {component} gave a vector that is zero or holds NaN or inf")
-            for layer, vector in zip(layers, vectors, strict=True):
-                folder.write(component, method, layer, vector)
-                report.wrote(folder.file(component, method, layer).stat().st_size)
-        available = folder.available(component)
-        layers_there = sorted({layer for there in available.values() for layer in there})
-        folder.write_metadata(component, {**metadata, "methods": list(available), "layers": layers_there})
+    # All is fitted before anything is written, so that a failure leaves earlier vectors as they were.
+    fitted = {
+        component: {
+            method: _fit(method, values[list(layers)][:, train], labels[train], options.seed)
+            for method in options.methods
+        }
+        for component, values in activations.items()
+    }
+    for component, vectors in fitted.items():
+        metadata = _metadata(layout, component, model, options, layers, readings, examples)
+        _write(VectorFolder(layout, examples.trait), component, vectors, metadata, report)
+
+
+def _fit(method: str, activations: Activations, labels: Labels, seed: int) -> LayerVectors:
+    vectors = FITS[method](activations, labels, seed=seed)
+    if not vectors.isfinite().all() or not vectors.any(dim=-1).all():
+        raise NumericalError(f"{method} gave a vector that is zero or holds NaN or inf")
+    return vectors
+
+
+def _write(
+    folder: VectorFolder,
+    component: str,
+    vectors: dict[str, LayerVectors],
+    metadata: dict[str, Any],
+    report: RunReport,
+) -> None:
+    """Write vectors and their metadata.
+
+    Of the vectors that the metadata spoke of before, those made alike stay under it and others go; what
+    it did not speak of is another tool's, and stays.
+    """
+    before, made_at = folder.metadata(component), metadata["layers"]
+    methods, layers = list(before.get("methods", ())), list(before.get("layers", ()))
+    if _are_of_one_kind(before, metadata):
+        both = {*methods, *metadata["methods"]}
+        metadata["layers"] = sorted({*layers, *metadata["layers"]})
+        metadata["methods"] = [*(m for m in METHODS if m in both), *sorted(both - {*METHODS})]
+    else:
+        folder.remove(component, methods, layers)
+    for method, by_layer in vectors.items():
+        for layer, vector in zip(made_at, by_layer, strict=True):
+            report.wrote(folder.write(component, method, layer, vector))
+    folder.write_metadata(component, metadata)
 
 
 def _are_of_one_kind(before: dict[str, Any], now_made: dict[str, Any]) -> bool:
     """Whether vectors of an earlier extraction may stand under the same metadata as those made now."""
-    keys = ("model_fingerprint", "hook", "position", "dtype", "engine", "split")
+    keys = ("model_fingerprint", "hook", "position", "dtype", "engine", "split", "examples")
     return all(before.get(key) == now_made[key] for key in keys)
 
 
@@ -118,6 +146,7 @@ def _metadata(
     component: str,
     model: Model,
     options: ExtractOptions,
+    layers: Sequence[int],
     readings: Sequence[Reading],
     examples: Examples,
 ) -> dict[str, Any]:
@@ -128,7 +157,7 @@ def _metadata(
         "trait": str(examples.trait),
         "component": component,
         "methods": list(options.methods),
-        "layers": list(options.layers),
+        "layers": list(layers),
         "num_layers": model.n_layers,
         "hidden_dim": model.d_model,
         "timestamp": now(),
@@ -139,5 +168,14 @@ def _metadata(
         "model_fingerprint": model.fingerprint,
         "engine": model.engine,
         "split": examples.split_record(options.seed),
+        "examples": _digest(readings),
         "tlcapture_version": __version__,
     }
+
+
+def _digest(readings: Sequence[Reading]) -> str:
+    """16 hex digits that tell sets of examples apart, as the model saw them: template and system prompt too."""
+    digest = hashlib.blake2b(digest_size=8)
+    for reading in readings:
+        digest.update(repr((reading.token_ids, reading.start)).encode())
+    return digest.hexdigest()

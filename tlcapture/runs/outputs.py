@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,12 +39,6 @@ class Outputs:
     def needs_pass(self) -> bool:
         """Whether more is wanted than the residual stream holds."""
         return self.attention or bool(self.internals)
-
-    def paths(self, layout: Layout, prompt_set: str, prompt_id: str) -> list[Path]:
-        found = [layout.residual(prompt_set, prompt_id)] if self.residual else []
-        found += [layout.attention(prompt_set, prompt_id)] if self.attention else []
-        found += [layout.logit_lens(prompt_set, prompt_id)] if self.logit_lens else []
-        return found + [layout.internals(prompt_set, prompt_id, layer) for layer in self.internals]
 
     def missing(self, layout: Layout, prompt_set: str, prompt_id: str) -> Outputs:
         """What of these is not there yet, or belongs to an earlier run of the prompt."""
@@ -105,6 +98,7 @@ def capture_of(
         "inference_experiment": experiment,
         "prompt_set": prompt.prompt_set,
         "prompt_id": prompt.id,
+        "prompt_text": prompt.source_text,
         "n_layers": model.n_layers,
         "d_model": model.d_model,
         "engine": model.engine,
@@ -128,18 +122,16 @@ def capture_of(
     )
 
 
-def write_capture(layout: Layout, capture: Capture, kept: Sequence[Path]) -> int:
+def write_capture(layout: Layout, capture: Capture) -> int:
     """Write the raw residual file; returns its size.
 
-    What was derived from an earlier capture of the prompt with other tokens is removed, unless it is
-    among the files that will be `kept`, written anew.
+    What was derived from another capture of the prompt goes when the new file is whole, before it is in
+    its place: nothing derived ever stands beside a capture it was not made from.
     """
     prompt_set, prompt_id = capture.prompt_set, capture.prompt_id
     path = layout.residual(prompt_set, prompt_id)
-    derived = [] if _same_tokens(path, capture) else _derived(layout, prompt_set, prompt_id)
-    size = capture.save(path)
-    remove(set(derived) - set(kept))
-    return size
+    derived = [] if _is_alike(path, capture) else _derived(layout, prompt_set, prompt_id)
+    return capture.save(path, before_replacing=lambda: remove(derived))
 
 
 def write_add_ons(
@@ -186,11 +178,14 @@ def _internals_content(capture: Capture, cache: Cache, layer: int) -> dict[str, 
     }
 
 
-def _same_tokens(path: Path, capture: Capture) -> bool:
+def _is_alike(path: Path, capture: Capture) -> bool:
+    """Whether the capture in a file has the same tokens from the same model, computed alike."""
     try:
-        return Capture.open(path).token_ids == capture.token_ids
+        saved = Capture.open(path)
     except StorageError:
         return False
+    keys = ("model_fingerprint", "engine", "dtype")
+    return saved.token_ids == capture.token_ids and all(saved.metadata.get(k) == capture.metadata[k] for k in keys)
 
 
 def _derived(layout: Layout, prompt_set: str, prompt_id: str) -> list[Path]:

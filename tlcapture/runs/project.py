@@ -11,7 +11,7 @@ from tlcapture.captures import Capture
 from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.layout import Layout
 from tlcapture.runs.report import Reporter, RunReport
-from tlcapture.runs.vectors import Chosen, VectorChoice, choose_vectors, project_capture, traits_to_project
+from tlcapture.runs.vectors import Chooser, VectorChoice, project_capture, traits_to_project
 from tlcapture.storage import read_json, write_json
 from tlcapture.traits.projection import dynamics_of_file
 
@@ -44,12 +44,12 @@ def run_project(
         return report
     if not traits_to_project(layout, options.vectors):
         raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
-    chosen: dict[int, Chosen] = {}
+    chooser = Chooser(layout, options.vectors, report, reporter)
     for name in prompt_sets:
         with reporter.progress(len(ids[name]), name, "prompt") as progress:
             for prompt_id in ids[name]:
                 try:
-                    _project_one(layout, name, prompt_id, options, chosen, report, reporter)
+                    _project_one(layout, name, prompt_id, options, chooser, report, reporter)
                 except TlcaptureError as error:
                     report.failed(f"{name}/{prompt_id}", error)
                 progress.advance(1)
@@ -71,7 +71,7 @@ def _project_one(
     prompt_set: str,
     prompt_id: str,
     options: ProjectOptions,
-    chosen: dict[int, Chosen],
+    chooser: Chooser,
     report: RunReport,
     reporter: Reporter,
 ) -> None:
@@ -79,27 +79,14 @@ def _project_one(
     capture = Capture.open(raw)
     if capture.prompt_set != prompt_set or capture.prompt_id != prompt_id:
         raise StorageError(f"{raw}: it says it is {capture.prompt_set}/{capture.prompt_id}: it was moved or renamed")
-    if capture.n_layers not in chosen:
-        chosen[capture.n_layers] = choose_vectors(
-            layout, options.vectors, options.component, capture.n_layers, report, reporter
-        )
-    vectors = chosen[capture.n_layers]
-    if options.skip_existing:
-        vectors = [
-            pair
-            for pair in vectors
-            if not _is_current(layout.projection(pair[0].trait, options.component, prompt_set, prompt_id), raw)
-        ]
+    choose = chooser.missing if options.skip_existing else chooser.vectors
+    vectors = choose(capture, options.component)
     if not vectors:
-        report.n_skipped += 1
+        report.n_skipped += options.skip_existing
         return
     intended = options.vectors.experiment is not None
     project_capture(layout, capture, vectors, report, reporter, other_model_intended=intended)
     report.n_prompts += 1
-
-
-def _is_current(path: Path, raw: Path) -> bool:
-    return path.is_file() and path.stat().st_mtime_ns >= raw.stat().st_mtime_ns
 
 
 def _recompute_dynamics(

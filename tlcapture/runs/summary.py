@@ -57,9 +57,13 @@ def _read(path: Path) -> dict[str, Any] | None:
     try:
         content = read_json(path)
         trajectory_of_file(content)
-    except StorageError:
+        complete = "commitment_point" in content["dynamics"] and all(
+            isinstance(content[part]["tokens"], list) and isinstance(content[part]["text"], str)
+            for part in ("prompt", "response")
+        )
+    except (StorageError, KeyError, TypeError):
         return None
-    return dict(content)
+    return dict(content) if complete else None
 
 
 def _rises(contents: dict[str, dict[str, Any]]) -> dict[str, float]:

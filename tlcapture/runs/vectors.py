@@ -8,12 +8,12 @@ from datetime import datetime, timezone
 from typing import Any
 
 from tlcapture.captures import Capture
-from tlcapture.errors import InputError, TlcaptureError
+from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.layout import Layout
 from tlcapture.names import Trait
 from tlcapture.runs.report import Reporter, RunReport
-from tlcapture.storage import write_json
-from tlcapture.traits.projection import SUBLAYERS, Projection, project
+from tlcapture.storage import read_json, write_json
+from tlcapture.traits.projection import SUBLAYERS, Projection, check_fits, project
 from tlcapture.traits.selection import Selection, select
 from tlcapture.traits.vectors import TraitVector, VectorFolder
 
@@ -46,25 +46,56 @@ def traits_to_project(layout: Layout, choice: VectorChoice) -> list[Trait]:
     return list(choice.traits) or there
 
 
-def choose_vectors(
-    layout: Layout, choice: VectorChoice, component: str, n_layers: int, report: RunReport, reporter: Reporter
-) -> Chosen:
-    """A vector for each trait that has one of the component; what goes wrong with a trait fails that trait."""
-    source = choice.layout(layout)
-    chosen = []
-    for trait in traits_to_project(layout, choice):
-        folder = VectorFolder(source, trait)
-        if not folder.available(component) and not choice.traits:
-            continue
+class Chooser:
+    """Chooses a vector for each trait, once for all captures of like measures."""
+
+    def __init__(self, layout: Layout, choice: VectorChoice, report: RunReport, reporter: Reporter):
+        self._layout = layout
+        self._choice = choice
+        self._report = report
+        self._reporter = reporter
+        self._chosen: dict[tuple[str, int, int], Chosen] = {}
+
+    def vectors(self, capture: Capture, component: str) -> Chosen:
+        """A vector for each trait that has one of the component; what goes wrong with a trait fails that trait."""
+        key = (component, capture.n_layers, capture.d_model)
+        if key not in self._chosen:
+            self._chosen[key] = self._choose(*key)
+            _warn(self._chosen[key], self._report, self._reporter)
+        return self._chosen[key]
+
+    def missing(self, capture: Capture, component: str) -> Chosen:
+        """Of these, the vectors onto which the capture is not projected yet, or was before it was made anew."""
+        return [pair for pair in self.vectors(capture, component) if not self._is_projected(capture, *pair)]
+
+    def _choose(self, component: str, n_layers: int, d_model: int) -> Chosen:
+        chosen = []
+        for trait in traits_to_project(self._layout, self._choice):
+            folder = VectorFolder(self._choice.layout(self._layout), trait)
+            if not folder.available(component) and not self._choice.traits:
+                continue
+            try:
+                selection = select(folder, component, n_layers, layer=self._choice.layer, method=self._choice.method)
+                vector = folder.read(component, selection.method, selection.layer)
+                check_fits(vector, n_layers, d_model)
+            except TlcaptureError as error:
+                self._report.failed(str(trait), error)
+                continue
+            chosen.append((vector, selection))
+        return chosen
+
+    def _is_projected(self, capture: Capture, vector: TraitVector, selection: Selection) -> bool:
+        layout, source = self._layout, self._choice.layout(self._layout)
+        path = layout.projection(vector.trait, vector.component, capture.prompt_set, capture.prompt_id)
+        raw = layout.residual(capture.prompt_set, capture.prompt_id)
+        made_from = VectorFolder(source, vector.trait).file(vector.component, vector.method, vector.layer)
+        if not path.is_file() or path.stat().st_mtime_ns < max(raw.stat().st_mtime_ns, made_from.stat().st_mtime_ns):
+            return False
         try:
-            selection = select(folder, component, n_layers, layer=choice.layer, method=choice.method)
-            vector = folder.read(component, selection.method, selection.layer)
-        except TlcaptureError as error:
-            report.failed(str(trait), error)
-            continue
-        chosen.append((vector, selection))
-    _warn(chosen, report, reporter)
-    return chosen
+            written = read_json(path)["metadata"]["vector_source"]
+            return all(written[key] == getattr(vector, key) for key in ("experiment", "method", "layer"))
+        except (StorageError, KeyError, TypeError):
+            return False
 
 
 def _warn(chosen: Chosen, report: RunReport, reporter: Reporter) -> None:
@@ -105,7 +136,9 @@ def origin_warnings(vector: TraitVector, capture: Mapping[str, Any], *, intended
         return [f"{vector.trait}: the vectors have no metadata.json: they are of unknown origin"]
     same_name = vector.model == capture.get("inference_model")
     marks = (vector.metadata.get("model_fingerprint"), capture.get("model_fingerprint"))
-    same_weights = marks[0] == marks[1] if all(marks) else same_name
+    # A model that the user loaded has a mark of another kind: only its name can be compared.
+    comparable = all(marks) and len({str(mark).startswith("tl-") for mark in marks}) == 1
+    same_weights = marks[0] == marks[1] if comparable else same_name
     if same_weights or intended:
         return []
     detail = "" if not same_name else ", whose weights differ although the name is the same"

@@ -88,13 +88,9 @@ def project(
     if not chosen:
         return []
     component = chosen[0][0].component
-    directions = unit_directions([vector for vector, _ in chosen], prompt.points.shape[-1])
     for vector, _ in chosen:
-        if vector.layer >= prompt.n_layers:
-            raise VectorError(
-                f"the {vector.trait} vector is of layer {vector.layer}, but the captured model has layers 0 to "
-                f"{prompt.n_layers - 1}: it comes from another model"
-            )
+        check_fits(vector, prompt.n_layers, prompt.points.shape[-1])
+    directions = unit_directions([vector for vector, _ in chosen])
     scores = [_scores(part, component, directions) for part in (prompt, response)]
     return [
         Projection(vector, selection, scores[0][number], scores[1][number])
@@ -102,15 +98,22 @@ def project(
     ]
 
 
-def unit_directions(vectors: Sequence[TraitVector], d_model: int) -> Vectors:
-    """The vectors as rows of length 1, in float32; raises `VectorError` for one of another width."""
-    for vector in vectors:
-        if len(vector.vector) != d_model:
-            origin = vector.model or "a model of unknown name"
-            raise VectorError(
-                f"the {vector.trait} vector of experiment {vector.experiment!r} has {len(vector.vector)} numbers, but "
-                f"the activations have {d_model}: it was extracted from {origin}; extract it from this model"
-            )
+def check_fits(vector: TraitVector, n_layers: int, d_model: int) -> None:
+    """Raise `VectorError` for a vector of another width, or of a layer the captured model has not."""
+    origin = f"{vector.method} vector of {vector.trait} at layer {vector.layer} in experiment {vector.experiment!r}"
+    if len(vector.vector) != d_model:
+        raise VectorError(
+            f"the {origin} has {len(vector.vector)} numbers, but the activations have {d_model}: it belongs to a model "
+            "of another width; extract it from this one"
+        )
+    if vector.layer >= n_layers:
+        raise VectorError(
+            f"the {origin} is of no layer of the captured model, which has 0 to {n_layers - 1}: it belongs to another"
+        )
+
+
+def unit_directions(vectors: Sequence[TraitVector]) -> Vectors:
+    """The vectors as rows of length 1, in float32."""
     stacked = torch.stack([vector.vector for vector in vectors]).double()
     return (stacked / stacked.norm(dim=1, keepdim=True)).float()
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
-from tlcapture.errors import VectorError
+from tlcapture.errors import InputError, VectorError
 from tlcapture.storage import read_json
 from tlcapture.traits.vectors import VectorFolder
 
@@ -32,7 +33,12 @@ class Selection:
 
 
 def select(
-    folder: VectorFolder, component: str, n_layers: int, *, layer: int | str = "auto", method: str | None = None
+    folder: VectorFolder,
+    component: str,
+    n_layers: int,
+    *,
+    layer: SupportsIndex | str = "auto",
+    method: str | None = None,
 ) -> Selection:
     """Choose among the vectors of a trait and component.
 
@@ -51,8 +57,11 @@ def select(
         raise VectorError(
             f"no {wanted} for {folder.trait} in experiment {folder.layout.experiment!r}: run 'tlcapture extract' first"
         )
-    if isinstance(layer, int):
+    if not isinstance(layer, str):
+        layer = index(layer)  # a NumPy integer counts too
         return Selection(layer, _method_at(folder, component, available, layer), "override")
+    if layer not in ("auto", "default"):
+        raise InputError(f"layer {layer!r} is neither a number nor 'auto'")
     if layer == "auto":
         for found in (_by_steering(folder, component, available), _by_effect_size(folder, component, available)):
             if found:

@@ -8,7 +8,7 @@ extraction/{category}/{trait}/vectors/{method}_layer{L}.pt      float32 [d_model
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,9 +97,10 @@ class VectorFolder:
         vector = vector.float()
         if not vector.isfinite().all() or not vector.any():
             raise VectorError(f"{path}: the vector is zero, or holds NaN or inf")
-        return TraitVector(
-            self.trait, component, method, layer, self.layout.experiment, vector, self.metadata(component)
-        )
+        metadata = self.metadata(component)
+        listed = method in metadata.get("methods", ()) and layer in metadata.get("layers", ())
+        origin = metadata if listed else {}
+        return TraitVector(self.trait, component, method, layer, self.layout.experiment, vector, origin)
 
     def missing(self, component: str, method: str, layer: int) -> VectorError:
         """The error for a vector that is not there, naming those that are."""
@@ -110,14 +111,14 @@ class VectorFolder:
             f"{self.layout.experiment!r}; layers there are: {listed}"
         )
 
-    def write(self, component: str, method: str, layer: int, vector: Vector) -> None:
-        write_tensors(self.file(component, method, layer), vector.float().clone())
+    def write(self, component: str, method: str, layer: int, vector: Vector) -> int:
+        """Write one vector; returns the bytes written."""
+        return write_tensors(self.file(component, method, layer), vector.float().clone())
 
-    def clear(self, component: str) -> None:
-        """Remove all vectors of a component, and what is said of their origin."""
-        there = self.available(component)
-        files = [self.file(component, method, layer) for method, layers in there.items() for layer in layers]
-        remove([*files, self.metadata_file(component)])
+    def remove(self, component: str, methods: Iterable[str], layers: Iterable[int]) -> None:
+        """Remove the vectors of some methods and layers, where they are there."""
+        wanted = list(layers)
+        remove(self.file(component, method, layer) for method in methods for layer in wanted)
 
     def write_metadata(self, component: str, metadata: Mapping[str, Any]) -> None:
         write_json(self.metadata_file(component), dict(metadata), indent=True)

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tlcapture.rounding import WEIGHT_DIGITS, round_significant
 from tlcapture.shapes import Patterns
@@ -24,7 +26,6 @@ class AttentionPatterns:
     ) -> dict[str, Any]:
         """The content of `{id}_attention.json`; weights have 4 significant digits."""
         n_layers, n_heads, n_tokens, _ = self.patterns.shape
-        weights = round_significant(self.patterns.float().numpy(), WEIGHT_DIGITS)
         return {
             "prompt_id": prompt_id,
             "prompt_set": prompt_set,
@@ -34,10 +35,15 @@ class AttentionPatterns:
             "n_prompt_tokens": n_prompt_tokens,
             "n_response_tokens": n_tokens - n_prompt_tokens,
             "attention": [
-                {"token_idx": token, "context_size": token + 1, "by_layer": weights[:, :, token, : token + 1].copy()}
+                {"token_idx": token, "context_size": token + 1, "by_layer": _rows(self.patterns, token)}
                 for token in range(n_tokens)
             ],
         }
+
+
+def _rows(patterns: Patterns, token: int) -> NDArray[np.float64]:
+    """One token's weights `[n_layers, n_heads, token + 1]`, rounded."""
+    return round_significant(patterns[:, :, token, : token + 1].float().numpy(), WEIGHT_DIGITS)
 
 
 def attention_hooks(n_layers: int) -> list[str]:

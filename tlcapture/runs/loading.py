@@ -1,0 +1,58 @@
+"""The model a run uses: its name at once, the model itself when it is first needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tlcapture.config import settle_model
+from tlcapture.embedded import NAME, is_converted
+from tlcapture.layout import Layout
+from tlcapture.runs.report import Reporter
+
+if TYPE_CHECKING:
+    from tlcapture.models import Model
+
+
+@dataclass(frozen=True)
+class ModelLoader:
+    """Loads a model when called, after saying so."""
+
+    name: str
+    reporter: Reporter
+    engine: str = "auto"
+    device: str = "auto"
+    dtype: str = "auto"
+
+    @classmethod
+    def settle(
+        cls,
+        layout: Layout,
+        role: str,
+        reporter: Reporter,
+        *,
+        model: str | None,
+        allow_model_change: bool,
+        engine: str,
+        device: str,
+        dtype: str,
+    ) -> ModelLoader:
+        """The loader of an experiment's model in a role.
+
+        Raises `InputError` at once where the model asked for is not the experiment's.
+        """
+        name = settle_model(layout, role, model, NAME, allow_change=allow_model_change)
+        return cls(name, reporter, engine, device, dtype)
+
+    def __call__(self) -> Model:
+        from tlcapture.models import load_model
+
+        first_time = self.name == NAME and not is_converted()
+        self.reporter.line(f"loading {self.name}{', converting it once first' if first_time else ''} ...")
+        model = load_model(self.name, engine=self.engine, device=self.device, dtype=self.dtype)
+        dtype = str(model.dtype).removeprefix("torch.")
+        self.reporter.line(
+            f"{self.name} on engine {model.engine}, {model.device}, {dtype}: {model.n_layers} layers, "
+            f"d_model {model.d_model}"
+        )
+        return model
