@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Set
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,20 @@ class Model(ABC):
         """Drop all but `rows` from the state of a batch."""
 
     @abstractmethod
+    def branch(self, state: Any, rows: Sequence[int]) -> Any:
+        """A new state whose rows are copies of the given rows of another, which stays as it is."""
+
+    @contextmanager
+    def steered(self, layer: int, addend: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Within the context, add `addend(activation)` to `residual_out` of a layer in every forward pass."""
+
+        def add(activation: Tensor, hook: Any) -> Tensor:
+            return activation + addend(activation).to(activation.device, activation.dtype)
+
+        with self.tl.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_post", add)]):
+            yield
+
+    @abstractmethod
     def unembed(self, residual: Residual) -> Logits:
         """The model's own final norm, unembedding and soft cap, applied to any residual stream."""
 
@@ -143,6 +158,15 @@ class HookedModel(Model):
             entry.past_values = entry.past_values[rows]
         state.previous_attention_mask = state.previous_attention_mask[rows]
 
+    def branch(self, state: Any, rows: Sequence[int]) -> Any:
+        index = torch.tensor(rows, device=self.device)
+        branched = self.start(len(rows))
+        # TransformerLens extends its cache by making new tensors: nothing of the old state is written to.
+        for entry, origin in zip(branched.entries, state.entries, strict=True):
+            entry.past_keys, entry.past_values = origin.past_keys[index], origin.past_values[index]
+        branched.previous_attention_mask = state.previous_attention_mask[index]
+        return branched
+
     @torch.no_grad()
     def unembed(self, residual: Residual) -> Logits:
         from transformer_lens.utilities import apply_softcap
@@ -189,6 +213,13 @@ class BridgeModel(Model):
         rows = rows.to(self.device)
         state.mask = state.mask[rows]
         state.past.batch_select_indices(rows.nonzero()[:, 0])
+
+    def branch(self, state: _BridgeState, rows: Sequence[int]) -> _BridgeState:
+        index = torch.tensor(rows, device=self.device)
+        past = copy.deepcopy(state.past)
+        if past is not None:
+            past.batch_select_indices(index)
+        return _BridgeState(state.mask[index], past)
 
     @torch.no_grad()
     def unembed(self, residual: Residual) -> Logits:

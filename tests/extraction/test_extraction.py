@@ -13,7 +13,7 @@ from tests import tiny
 from tlcapture.errors import InputError, TlcaptureError
 from tlcapture.extraction.examples import Example, read_examples
 from tlcapture.extraction.methods import FITS
-from tlcapture.extraction.readout import read_out, tokenize_example
+from tlcapture.extraction.readout import read_out, shared_prefix, tokenize_example
 from tlcapture.layout import Datasets
 from tlcapture.names import Trait
 
@@ -74,7 +74,7 @@ def test_plain_text_files_are_read_one_example_a_line(tmp_path: Path) -> None:
     [
         ("{nonsense", "line 2: no valid JSON"),
         ({"text": "a", "prompt": "b"}, "line 2: .*either"),
-        ({"prompt": "b"}, "line 2: .*either"),
+        ({"response": "b"}, "line 2: .*either"),
         ({}, "line 2: .*either"),
         ({"text": "  "}, "line 2: .*empty"),
         ({"text": 3}, "line 2: text"),
@@ -106,7 +106,7 @@ def test_the_mean_runs_over_the_responses_tokens_and_no_others() -> None:
     assert model.tokenizer.decode(reading.token_ids[reading.start :]) == "because"
     assert reading.position == "response_mean"
     text = tokenize_example(model.tokenizer, Example(text="because"))
-    assert (text.position, text.start) == ("all_tokens_mean", 1)
+    assert (text.position, text.start) == ("all_mean", 1)
 
 
 def test_read_out_equals_hugging_face_one_example_at_a_time() -> None:
@@ -124,6 +124,39 @@ def test_read_out_equals_hugging_face_one_example_at_a_time() -> None:
                 assert torch.allclose(means["residual"][layer, number], expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["qwen2", "gemma2", "gpt2"])
+@pytest.mark.parametrize("engine", ["hooked", "bridge"])
+@pytest.mark.parametrize("position", ["auto", "last_prompt_token", "all_mean"])
+def test_a_shared_prefix_runs_once_and_changes_no_mean(name: str, engine: str, position: str) -> None:
+    model = tiny.model(name, engine)
+    texts = [("what is it?", "a b c"), ("what is that thing, and why?", "d" * 20), ("whatever", "e")]
+    readings = [
+        tokenize_example(model.tokenizer, Example(prompt=prompt, response=response), position=position)
+        for prompt, response in texts
+    ]
+    assert shared_prefix(readings) == (1 if position == "all_mean" else len("<") + len("user\nwhat") + 1)
+    together = read_out(model, readings, ["residual"])["residual"]
+    for number, reading in enumerate(readings):
+        alone = read_out(model, [reading], ["residual"])["residual"][:, 0]
+        assert torch.allclose(together[:, number], alone, atol=1e-4)
+        with torch.no_grad():
+            hidden = tiny.hf_model(name)(torch.tensor([reading.token_ids]), output_hidden_states=True).hidden_states
+        expected = hidden[1][0, reading.start : reading.stop].mean(dim=0)
+        assert torch.allclose(alone[0], expected, atol=1e-4)
+
+
+def test_positions_name_their_spans() -> None:
+    tokenizer = tiny.tokenizer()
+    example = Example(prompt="why?", response="because")
+    last = tokenize_example(tokenizer, example, position="last_prompt_token")
+    assert (last.start, last.stop) == (len(last.token_ids) - 1, len(last.token_ids))
+    assert tokenizer.decode(last.token_ids).endswith("<turn>assistant\n")
+    everything = tokenize_example(tokenizer, example, position="all_mean")
+    assert (everything.start, everything.stop) == (1, len(everything.token_ids))
+    with pytest.raises(InputError, match="a bare text has no response"):
+        tokenize_example(tokenizer, Example(text="x"), position="last_prompt_token")
+
+
 def test_out_of_memory_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("qwen2")
     readings = [tokenize_example(model.tokenizer, Example(prompt="q", response="r" * n)) for n in range(1, 9)]
@@ -138,7 +171,13 @@ def test_out_of_memory_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(type(model), "step", step)
     found = read_out(model, readings, ["residual"], batch_size=8)
     assert torch.allclose(found["residual"], expected["residual"], atol=1e-4)
-    monkeypatch.setattr(type(model), "step", lambda *args, **options: (_ for _ in ()).throw(MemoryError()))
+
+    def never(self: Any, tokens: Any, *args: Any, **options: Any) -> Any:
+        if options["want_logits"] is False and args[2]:
+            raise MemoryError
+        return original(self, tokens, *args, **options)
+
+    monkeypatch.setattr(type(model), "step", never)
     with pytest.raises(TlcaptureError, match="out of memory with an example"):
         read_out(model, readings, ["residual"])
 

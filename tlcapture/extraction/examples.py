@@ -2,9 +2,9 @@
 
     datasets/traits/{category}/{trait}/positive.jsonl, negative.jsonl
 
-One JSON object a line: `{"text"}`, or `{"prompt", "response"}`, with an optional `"pair"` that ties a
-positive example to the negative one on the same topic. `positive.txt` and `negative.txt`, one bare
-text a line, are read as well.
+One JSON object a line: `{"text"}`, `{"prompt", "response"}`, or `{"prompt"}`, to which the model itself
+responds, with an optional `"pair"` that ties a positive example to the negative one on the same topic.
+`positive.txt` and `negative.txt`, one bare text a line, are read as well.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FEWEST = 4
 
 
 class Example(BaseModel):
-    """One example: a bare text, or a prompt with the response to it."""
+    """One example: a bare text, a prompt with the response to it, or a prompt that the model responds to."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -39,9 +39,10 @@ class Example(BaseModel):
 
     @model_validator(mode="after")
     def _is_one_kind(self) -> Example:
-        if (self.text is None) == (self.prompt is None) or (self.prompt is None) != (self.response is None):
-            raise ValueError('expected either "text", or "prompt" and "response"')
-        if not (self.text or self.response or "").strip():
+        if (self.text is None) == (self.prompt is None) or (self.prompt is None and self.response is not None):
+            raise ValueError('expected either "text", or "prompt" with or without "response"')
+        given = (self.text, self.prompt, self.response)
+        if any(part is not None and not part.strip() for part in given):
             raise ValueError("the text is empty")
         return self
 

@@ -1,7 +1,12 @@
-"""What is read out of an example: the mean activation of its tokens, at every layer.
+"""What is read out of an example: its mean activation over a span of tokens, at every layer.
 
-Of a prompt-response example the mean runs over the response's tokens, of a bare text over all tokens
-but the BOS, whose activations are an attention sink's and say nothing of the text.
+| position | span |
+| --- | --- |
+| `response_mean` | the response's tokens |
+| `last_prompt_token` | the last token before the response |
+| `all_mean` | all tokens but the first, which is an attention sink and says nothing of the text |
+
+`auto` is `response_mean` where there is a response, `all_mean` for a bare text.
 """
 
 from __future__ import annotations
@@ -25,23 +30,36 @@ HOOKS = {"residual": "blocks.{layer}.hook_resid_post", "attn_out": "blocks.{laye
 Activations = Float[Tensor, "n_layers n_examples d_model"]
 
 
+POSITIONS = ("auto", "response_mean", "last_prompt_token", "all_mean")
+
+
 @dataclass(frozen=True)
 class Reading:
-    """An example as token ids, and from which token on its mean runs."""
+    """An example as token ids, and the span of tokens over which its mean runs."""
 
     token_ids: tuple[int, ...]
     start: int
+    stop: int
     position: str
 
 
 def tokenize_example(
-    tokenizer: Any, example: Example, *, chat_template: bool | None = None, system_prompt: str | None = None
+    tokenizer: Any,
+    example: Example,
+    *,
+    position: str = "auto",
+    chat_template: bool | None = None,
+    system_prompt: str | None = None,
 ) -> Reading:
-    """Token ids of an example as the model would see it, up to the response's last token."""
+    """Token ids of an example as the model would see it, up to the response's last token.
+
+    Raises `InputError` for a position that the example does not have.
+    """
     if example.text is not None:
+        if position not in ("auto", "all_mean"):
+            raise InputError(f"--position {position}: a bare text has no response; use all_mean")
         ids = with_bos(tokenizer, tokenizer(example.text)["input_ids"])
-        start = 1 if ids[:1] == [tokenizer.bos_token_id] and len(ids) > 1 else 0
-        return Reading(tuple(ids), start, "all_tokens_mean")
+        return Reading(tuple(ids), min(1, len(ids) - 1), len(ids), "all_mean")
     assert example.prompt is not None and example.response is not None
     if uses_chat_template(tokenizer, chat_template):
         system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
@@ -49,8 +67,11 @@ def tokenize_example(
         prompt = tokenizer(rendered, add_special_tokens=False)["input_ids"]
     else:
         prompt = with_bos(tokenizer, tokenizer(example.prompt + "\n")["input_ids"])
-    response = tokenizer(example.response, add_special_tokens=False)["input_ids"]
-    return Reading((*prompt, *response), len(prompt), "response_mean")
+    whole = (*prompt, *tokenizer(example.response, add_special_tokens=False)["input_ids"])
+    if position == "last_prompt_token":
+        return Reading(tuple(prompt), len(prompt) - 1, len(prompt), position)
+    start = 1 if position == "all_mean" else len(prompt)
+    return Reading(whole, start, len(whole), "response_mean" if position == "auto" else position)
 
 
 def read_out(
@@ -74,17 +95,21 @@ def read_out(
     means = {part: torch.zeros(model.n_layers, len(readings), model.d_model) for part in components}
     waiting = sorted(range(len(readings)), key=lambda number: len(readings[number].token_ids), reverse=True)
     size = batch_size or fitting_batch_size(model, longest, len(readings), hooks)
+    prefix = shared_prefix(readings)
+    state = model.start(1)
+    if prefix:
+        tokens = torch.tensor([readings[0].token_ids[:prefix]])
+        model.step(tokens, torch.ones_like(tokens), state, frozenset(), want_logits=False)
     while waiting:
         batch = waiting[:size]
         try:
-            read = _read_batch(model, [readings[number] for number in batch], names, hooks)
+            rest = [readings[number] for number in batch]
+            read = _read_batch(model, model.branch(state, [0] * len(batch)), prefix, rest, names, hooks)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             if size == 1:
-                raise OutOfMemoryError(
-                    f"out of memory with an example of {longest} tokens, alone in its batch"
-                ) from None
+                raise OutOfMemoryError(f"out of memory with an example of up to {longest} tokens on its own") from None
             size = max(1, min(size, len(batch)) // 2)
             release_memory()
             continue
@@ -98,11 +123,29 @@ def read_out(
     return means
 
 
+def shared_prefix(readings: Sequence[Reading]) -> int:
+    """How many tokens all examples begin with (a chat template's head, say) that no span reads.
+
+    They run once for all; at least one token of each example is left over.
+    """
+    if len(readings) < 2:
+        return 0
+    limit = min(min(reading.start, len(reading.token_ids) - 1) for reading in readings)
+    first, last = min(r.token_ids[:limit] for r in readings), max(r.token_ids[:limit] for r in readings)
+    return next((number for number in range(limit) if first[number] != last[number]), limit)
+
+
 def _read_batch(
-    model: Model, readings: Sequence[Reading], names: dict[str, list[str]], hooks: frozenset[str]
+    model: Model,
+    state: Any,
+    prefix: int,
+    readings: Sequence[Reading],
+    names: dict[str, list[str]],
+    hooks: frozenset[str],
 ) -> dict[str, Activations]:
-    tokens, mask, weights = _pad(readings)
-    step = model.step(tokens, mask, model.start(len(readings)), hooks, want_logits=False)
+    """Means of a batch whose first `prefix` tokens are in `state` already."""
+    tokens, mask, weights = _pad(readings, prefix)
+    step = model.step(tokens, mask, state, hooks, want_logits=False)
     return {
         part: torch.stack(
             [
@@ -114,14 +157,17 @@ def _read_batch(
     }
 
 
-def _pad(readings: Sequence[Reading]) -> tuple[Tensor, Tensor, Float[Tensor, "batch pos"]]:
-    """Left-padded ids, their mask, and weights whose sum over the tokens read out is 1."""
-    width = max(len(reading.token_ids) for reading in readings)
+def _pad(readings: Sequence[Reading], prefix: int) -> tuple[Tensor, Tensor, Float[Tensor, "batch pos"]]:
+    """Ids behind the prefix, their mask, and weights whose sum over the span read out is 1.
+
+    Padding comes last: between prefix and tokens it would stretch the distances that sliding windows see.
+    """
+    width = max(len(reading.token_ids) for reading in readings) - prefix
     tokens = torch.zeros(len(readings), width, dtype=torch.long)
     mask, weights = torch.zeros_like(tokens), torch.zeros(len(readings), width)
     for row, reading in enumerate(readings):
-        length = len(reading.token_ids)
-        tokens[row, width - length :] = torch.tensor(reading.token_ids)
-        mask[row, width - length :] = 1
-        weights[row, width - length + reading.start :] = 1 / (length - reading.start)
+        length = len(reading.token_ids) - prefix
+        tokens[row, :length] = torch.tensor(reading.token_ids[prefix:])
+        mask[row, :length] = 1
+        weights[row, reading.start - prefix : reading.stop - prefix] = 1 / (reading.stop - reading.start)
     return tokens, mask, weights
