@@ -168,6 +168,11 @@ class Layout:
         components = {folder: component for component, folder in STREAM_FOLDERS.items()}
         return Trait(category, name), components[stream.name]
 
+    def picture(self, trait: Trait, kind: str) -> Path:
+        """The PNG of a trait's `evaluation` or `steering`."""
+        folder = self.vectors(trait).parent if kind == "evaluation" else self.steering(trait).parent
+        return folder / f"{kind}.png"
+
     # -- parts ------------------------------------------------------------------------------------
 
     def _raw(self, kind: str, prompt_set: str) -> Path:

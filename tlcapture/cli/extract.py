@@ -35,6 +35,13 @@ from tlcapture.names import Trait
     show_default=True,
     help="Which activation the vectors are for.",
 )
+@click.option(
+    "--position",
+    type=click.Choice(["auto", "response_mean", "last_prompt_token", "all_mean"]),
+    default="auto",
+    show_default=True,
+    help="What is read out; auto: the mean of the response, or of a bare text.",
+)
 @model_options
 @batch_size_option
 @seed_option
@@ -47,6 +54,7 @@ def extract(
     methods: tuple[str, ...],
     layers: tuple[int, ...],
     component: str,
+    position: str,
     batch_size: int | None,
     seed: int,
     **model: Any,
@@ -63,6 +71,7 @@ def extract(
         methods=methods,
         layers=layers,
         components=("residual", "attn_out") if component == "all" else (component,),
+        position=position,
         batch_size=batch_size,
         seed=seed,
     )

@@ -6,8 +6,10 @@ import click
 
 from tlcapture import __version__
 from tlcapture.cli.capture import capture
+from tlcapture.cli.evaluate import evaluate
 from tlcapture.cli.extract import extract
 from tlcapture.cli.project import project
+from tlcapture.cli.steer import steer
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -22,3 +24,5 @@ def main() -> None:
 main.add_command(capture)
 main.add_command(project)
 main.add_command(extract)
+main.add_command(evaluate)
+main.add_command(steer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,23 @@ class LayerList(_Named):
         if not names or not all(name.isdecimal() for name in names):
             self.fail(f"{value!r} is no list of layer numbers, for example 8,12,16.", param, ctx)
         return tuple(sorted({int(name) for name in names}))
+
+
+class NumberList(_Named):
+    """Comma-separated numbers other than zero, at least one."""
+
+    name = "X,Y"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(dict.fromkeys(float(name) for name in split_names(value)))
+        except ValueError:
+            numbers = ()
+        if not numbers or not all(math.isfinite(number) and number for number in numbers):
+            self.fail(f"{value!r} is no list of numbers other than zero, for example 0.1,0.2.", param, ctx)
+        return numbers
 
 
 def together(*decorators: Decorator) -> Decorator:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from tlcapture import __version__
-from tlcapture.config import read_config, record
+from tlcapture.config import record
 from tlcapture.errors import InputError, NumericalError, TlcaptureError
 from tlcapture.extraction.examples import Examples, read_examples
 from tlcapture.extraction.methods import FITS, Labels, LayerVectors
-from tlcapture.extraction.readout import HOOKS, Activations, Reading, read_out, tokenize_example
+from tlcapture.extraction.readout import HOOKS, Activations, read_out
 from tlcapture.layout import Datasets, Layout
 from tlcapture.models import Model
 from tlcapture.names import Trait
+from tlcapture.runs.examples import PreparedExamples, prepare
 from tlcapture.runs.report import Reporter, RunReport
 from tlcapture.runs.vectors import now
 from tlcapture.traits.vectors import COMPONENTS, METHODS, VectorFolder
@@ -32,6 +29,7 @@ class ExtractOptions:
     methods: tuple[str, ...] = METHODS
     layers: tuple[int, ...] = ()
     components: tuple[str, ...] = COMPONENTS
+    position: str = "auto"
     batch_size: int | None = None
     seed: int = 0
 
@@ -79,16 +77,13 @@ def _extract(
     report: RunReport,
     on_examples: Callable[[int], None],
 ) -> None:
-    config = read_config(layout)
-    readings = [
-        tokenize_example(
-            model.tokenizer, item.example, chat_template=config.use_chat_template, system_prompt=config.system_prompt
-        )
-        for item in examples.items
-    ]
-    activations = read_out(model, readings, options.components, batch_size=options.batch_size, on_examples=on_examples)
-    labels = torch.tensor([item.positive for item in examples.items])
-    train = torch.tensor([not item.held_out for item in examples.items])
+    prepared = prepare(
+        Datasets(layout.root), layout, examples.trait, model, position=options.position, examples=examples
+    )
+    activations = read_out(
+        model, prepared.readings, options.components, batch_size=options.batch_size, on_examples=on_examples
+    )
+    labels, train = prepared.labels, ~prepared.held_out
     # All is fitted before anything is written, so that a failure leaves earlier vectors as they were.
     fitted = {
         component: {
@@ -98,7 +93,7 @@ def _extract(
         for component, values in activations.items()
     }
     for component, vectors in fitted.items():
-        metadata = _metadata(layout, component, model, options, layers, readings, examples)
+        metadata = _metadata(layout, component, model, options, layers, prepared)
         _write(VectorFolder(layout, examples.trait), component, vectors, metadata, report)
 
 
@@ -147,14 +142,12 @@ def _metadata(
     model: Model,
     options: ExtractOptions,
     layers: Sequence[int],
-    readings: Sequence[Reading],
-    examples: Examples,
+    prepared: PreparedExamples,
 ) -> dict[str, Any]:
-    positions = Counter(reading.position for reading in readings)
     return {
         "extraction_model": model.name,
         "extraction_experiment": layout.experiment,
-        "trait": str(examples.trait),
+        "trait": str(prepared.examples.trait),
         "component": component,
         "methods": list(options.methods),
         "layers": list(layers),
@@ -162,20 +155,12 @@ def _metadata(
         "hidden_dim": model.d_model,
         "timestamp": now(),
         "hook": HOOKS[component].replace("layer", "L"),
-        "position": positions.most_common(1)[0][0],
+        "position": prepared.position,
         "dtype": str(model.dtype).removeprefix("torch."),
         "weight_processing": "none",
         "model_fingerprint": model.fingerprint,
         "engine": model.engine,
-        "split": examples.split_record(options.seed),
-        "examples": _digest(readings),
+        "split": prepared.examples.split_record(options.seed),
+        "examples": prepared.digest,
         "tlcapture_version": __version__,
     }
-
-
-def _digest(readings: Sequence[Reading]) -> str:
-    """16 hex digits that tell sets of examples apart, as the model saw them: template and system prompt too."""
-    digest = hashlib.blake2b(digest_size=8)
-    for reading in readings:
-        digest.update(repr((reading.token_ids, reading.start)).encode())
-    return digest.hexdigest()

@@ -63,9 +63,9 @@ def select(
     if layer not in ("auto", "default"):
         raise InputError(f"layer {layer!r} is neither a number nor 'auto'")
     if layer == "auto":
-        for found in (_by_steering(folder, component, available), _by_effect_size(folder, component, available)):
-            if found:
-                return found
+        candidates = ranked(folder, component, available)
+        if candidates:
+            return candidates[0]
     return _fallback(folder, available, n_layers)
 
 
@@ -74,39 +74,73 @@ def fallback_layer(n_layers: int) -> int:
     return FALLBACK_LAYER if n_layers > FALLBACK_LAYER else round(FALLBACK_DEPTH * (n_layers - 1))
 
 
-def _by_steering(folder: VectorFolder, component: str, available: Mapping[str, list[int]]) -> Selection | None:
+@dataclass(frozen=True)
+class SteeringRun:
+    """One single-layer steering run: what it was, its scores, and its gain over the baseline."""
+
+    layer: int
+    method: str
+    component: str
+    coefficient: float
+    trait_mean: float
+    coherence_mean: float
+    delta: float
+
+    @classmethod
+    def parse(cls, run: Mapping[str, Any], baseline: float) -> SteeringRun:
+        config, result = run["config"], run["result"]
+        trait_mean = float(result["trait_mean"])
+        return cls(
+            layer=int(config["layers"][0]),
+            method=str(config["methods"][0]),
+            component=str(config.get("component", "residual")),
+            coefficient=float((config.get("coefficients") or [0.0])[0]),
+            trait_mean=trait_mean,
+            coherence_mean=float(result["coherence_mean"]),
+            delta=trait_mean - baseline,
+        )
+
+
+def steering_runs(folder: VectorFolder) -> list[SteeringRun]:
+    """The single-layer runs of a trait's steering results; raises `VectorError` for a damaged file."""
     path = folder.layout.steering(folder.trait)
     if not path.is_file():
-        return None
+        return []
     results = read_json(path)
-    candidates: list[Selection] = []
     try:
         baseline = float(results["baseline"]["trait_mean"])
-        for run in results["runs"]:
-            config, result = run["config"], run["result"]
-            if len(config["layers"]) != 1 or config.get("component", "residual") != component:
-                continue
-            layer, method = int(config["layers"][0]), str(config["methods"][0])
-            if layer in available.get(method, ()) and float(result["coherence_mean"]) >= COHERENT:
-                candidates.append(Selection(layer, method, "steering", float(result["trait_mean"]) - baseline))
+        return [SteeringRun.parse(run, baseline) for run in results["runs"] if len(run["config"]["layers"]) == 1]
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise VectorError(f"{path}: no steering results: {type(error).__name__}: {error}") from None
-    return max(candidates, key=_score, default=None)
 
 
-def _by_effect_size(folder: VectorFolder, component: str, available: Mapping[str, list[int]]) -> Selection | None:
+def effect_sizes(folder: VectorFolder, component: str) -> dict[tuple[str, int], float]:
+    """Held-out effect sizes of a trait by method and layer; raises `VectorError` for a damaged file."""
     path = folder.layout.evaluation
     if not path.is_file():
-        return None
+        return {}
     try:
-        candidates = [
-            Selection(int(row["layer"]), str(row["method"]), "effect_size", float(row["val_effect_size"]))
+        return {
+            (str(row["method"]), int(row["layer"])): float(row["val_effect_size"])
             for row in _evaluation_rows(read_json(path), str(folder.trait), component)
-            if int(row["layer"]) in available.get(str(row["method"]), ())
-        ]
+        }
     except (KeyError, TypeError, ValueError) as error:
         raise VectorError(f"{path}: no evaluation: {type(error).__name__}: {error}") from None
-    return max(candidates, key=_score, default=None)
+
+
+def ranked(folder: VectorFolder, component: str, available: Mapping[str, list[int]]) -> list[Selection]:
+    """All candidates that have a score, best first: coherent steering runs, or else effect sizes."""
+    steered = [
+        Selection(run.layer, run.method, "steering", run.delta)
+        for run in steering_runs(folder)
+        if run.component == component and run.layer in available.get(run.method, ()) and run.coherence_mean >= COHERENT
+    ]
+    measured = [
+        Selection(layer, method, "effect_size", size)
+        for (method, layer), size in effect_sizes(folder, component).items()
+        if layer in available.get(method, ())
+    ]
+    return sorted(steered or measured, key=_score, reverse=True)
 
 
 def _evaluation_rows(evaluation: Any, trait: str, component: str) -> Iterator[Mapping[str, Any]]:

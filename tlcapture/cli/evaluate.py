@@ -1,0 +1,99 @@
+"""`tlcapture evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tlcapture.cli.console import Console, finish, one_line_errors
+from tlcapture.cli.options import (
+    LayerList,
+    Names,
+    Traits,
+    batch_size_option,
+    experiment_option,
+    model_options,
+    root_option,
+    seed_option,
+)
+from tlcapture.names import Trait
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@experiment_option
+@click.option("--traits", type=Traits(), default="all", show_default=True, help="Traits to evaluate.")
+@click.option("--methods", type=Names(), default="probe,mean_diff,gradient", show_default=True, help="Methods.")
+@click.option("--layers", type=LayerList(), default="all", show_default=True, help="Layers.")
+@click.option("--component", type=click.Choice(["residual", "attn_out", "all"]), default="all", show_default=True)
+@click.option(
+    "--against-steering",
+    is_flag=True,
+    help="Evaluate nothing: compare effect sizes with steering results, layer by layer.",
+)
+@model_options
+@batch_size_option
+@seed_option
+@root_option
+@one_line_errors
+def evaluate(
+    experiment: str,
+    root: Path,
+    traits: tuple[Trait, ...],
+    methods: tuple[str, ...],
+    layers: tuple[int, ...],
+    component: str,
+    against_steering: bool,
+    batch_size: int | None,
+    seed: int,
+    **model: Any,
+) -> None:
+    """Measure how well trait vectors separate the examples that were held out."""
+    from tlcapture.layout import Layout
+    from tlcapture.runs.loading import ModelLoader
+
+    layout, console = Layout(root, experiment), Console()
+    if against_steering:
+        _compare(layout, traits)
+        return
+    from tlcapture.runs.evaluate import EvaluateOptions, best_rows, draw_heatmaps, run_evaluate
+
+    load = ModelLoader.settle(layout, "extraction_model", console, **model)
+    components = ("residual", "attn_out") if component == "all" else (component,)
+    options = EvaluateOptions(traits, methods, layers, components, batch_size, seed)
+    report = run_evaluate(layout, options, load, console)
+    if layout.evaluation.is_file():
+        draw_heatmaps(layout, report)
+        _table(best_rows(layout))
+    finish(report)
+
+
+def _table(rows: list[dict[str, Any]]) -> None:
+    """Print the best vector of each trait."""
+    click.echo(
+        f"\n{'trait':<26}{'method':<11}{'layer':>5}{'AUROC':>8}{'d':>8}{'95 % interval':>17}"
+        f"{'accuracy':>10}{'random AUROC':>15}"
+    )
+    for row in rows:
+        low, high = row["val_effect_size_interval"]
+        random = f"{row['random_auroc']:.2f} (p95 {row['random_auroc_p95']:.2f})"
+        click.echo(
+            f"{row['trait']:<26}{row['method']:<11}{row['layer']:>5}{row['val_auroc']:>8.3f}"
+            f"{row['val_effect_size']:>8.2f}{f'{low:.2f} to {high:.2f}':>17}{row['val_accuracy']:>10.2f}{random:>18}"
+        )
+    click.echo()
+
+
+def _compare(layout: Any, traits: tuple[Trait, ...]) -> None:
+    """Print the rank correlation of effect size with the steering gain, per trait and pooled."""
+    from tlcapture.runs.compare import against_steering
+
+    comparison = against_steering(layout, traits or tuple(layout.traits()))
+    click.echo(f"{'trait':<26}{'layers':>7}{'Spearman rho':>14}")
+    for line in comparison.by_trait:
+        rho = "-" if line.rho is None else f"{line.rho:+.3f}"
+        click.echo(f"{line.trait:<26}{line.n:>7}{rho:>14}")
+    for name, line in (("pooled", comparison.pooled), ("pooled, ranks within trait", comparison.within)):
+        rho = "-" if line.rho is None else f"{line.rho:+.3f}"
+        click.echo(f"{name:<26}{line.n:>7}{rho:>14}")

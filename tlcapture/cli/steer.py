@@ -1,0 +1,65 @@
+"""`tlcapture steer`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tlcapture.cli.console import Console, finish, one_line_errors
+from tlcapture.cli.options import (
+    LayerList,
+    Names,
+    NumberList,
+    Traits,
+    experiment_option,
+    model_options,
+    root_option,
+    seed_option,
+)
+from tlcapture.names import Trait
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@experiment_option
+@click.option("--traits", type=Traits(), default="all", show_default=True, help="Traits to steer with.")
+@click.option("--methods", type=Names(), help="Methods whose vectors to use.  [default: the one selected per trait]")
+@click.option("--layers", type=LayerList(), default="all", show_default=True, help="Layers to steer at.")
+@click.option(
+    "--coefficients",
+    type=NumberList(),
+    default="0.1,0.2,0.3",
+    show_default=True,
+    help="Strengths, in typical residual norms.",
+)
+@click.option("--search", is_flag=True, help="Look for each layer's largest coherent coefficient instead of a grid.")
+@model_options
+@seed_option
+@root_option
+@one_line_errors
+def steer(
+    experiment: str,
+    root: Path,
+    traits: tuple[Trait, ...],
+    methods: tuple[str, ...] | None,
+    layers: tuple[int, ...],
+    coefficients: tuple[float, ...],
+    search: bool,
+    seed: int,
+    **model: Any,
+) -> None:
+    """Add trait vectors while the model writes, and score what that does.
+
+    Greedy throughout: nothing is drawn at random. Runs that results.json holds already are not run again.
+    """
+    from tlcapture.layout import Layout
+    from tlcapture.runs.loading import ModelLoader
+    from tlcapture.runs.steer import SteerOptions, draw_curves, run_steer
+
+    layout, console = Layout(root, experiment), Console()
+    load = ModelLoader.settle(layout, "extraction_model", console, **model)
+    options = SteerOptions(traits, methods or (), layers, coefficients, search, seed)
+    report = run_steer(layout, options, load, console)
+    draw_curves(layout, traits or tuple(layout.traits()), report)
+    finish(report)

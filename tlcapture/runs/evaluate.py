@@ -1,0 +1,206 @@
+"""`tlcapture evaluate`: how well an experiment's vectors separate the examples that were held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tlcapture.errors import InputError, StorageError, TlcaptureError, VectorError
+from tlcapture.extraction.evaluation import RandomBaseline, Separation, random_baseline, separation
+from tlcapture.extraction.readout import Activations, read_out
+from tlcapture.layout import Datasets, Layout
+from tlcapture.models import Model
+from tlcapture.names import Trait
+from tlcapture.rounding import PROJECTION_DIGITS, round_significant
+from tlcapture.runs.examples import PreparedExamples, prepare
+from tlcapture.runs.report import Reporter, RunReport
+from tlcapture.storage import read_json, write_bytes, write_json
+from tlcapture.traits.vectors import COMPONENTS, METHODS, TraitVector, VectorFolder
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Which vectors to evaluate; empty `traits` and `layers` mean all there are."""
+
+    traits: tuple[Trait, ...] = ()
+    methods: tuple[str, ...] = METHODS
+    layers: tuple[int, ...] = ()
+    components: tuple[str, ...] = COMPONENTS
+    batch_size: int | None = None
+    seed: int = 0
+
+
+def run_evaluate(
+    layout: Layout, options: EvaluateOptions, load: Callable[[], Model], reporter: Reporter = Reporter()
+) -> RunReport:
+    """Evaluate vectors and write `extraction_evaluation.json`; rows of other vectors in it stay.
+
+    Raises:
+        InputError: the experiment has no vectors, or not of a trait asked for; nothing was written.
+    """
+    there = layout.traits()
+    for trait in options.traits:
+        if trait not in there:
+            raise InputError(f"no vectors for trait {str(trait)!r} in {layout.folder}: run 'tlcapture extract' first")
+    if not there:
+        raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
+    model, report = load(), RunReport(layout.folder)
+    rows: list[Row] = []
+    with reporter.progress(len(options.traits or there), "traits", "trait") as progress:
+        for trait in options.traits or there:
+            try:
+                rows += _evaluate(layout, trait, model, options, report, reporter)
+            except TlcaptureError as error:
+                report.failed(str(trait), error)
+            progress.advance(1, done=f"{trait}: evaluated")
+    if rows:
+        size = write_json(layout.evaluation, _merged(layout, rows), indent=True)
+        report.wrote(size)
+    return report
+
+
+def best_rows(layout: Layout) -> list[Row]:
+    """The best row of each trait, as the evaluation file has them."""
+    best = read_json(layout.evaluation)["best_vectors"]
+    return [best[trait] for trait in sorted(best)]
+
+
+def draw_heatmaps(layout: Layout, report: RunReport) -> None:
+    """Draw each evaluated trait's heatmaps to `evaluation.png` beside its vectors."""
+    from tlcapture.plots import evaluation_heatmaps
+
+    by_trait: dict[str, list[Row]] = {}
+    for row in read_json(layout.evaluation)["all_results"]:
+        by_trait.setdefault(row["trait"], []).append(row)
+    for trait, rows in by_trait.items():
+        path = layout.picture(Trait.parse(trait), "evaluation")
+        report.wrote(write_bytes(path, evaluation_heatmaps(trait, rows)))
+
+
+def _evaluate(
+    layout: Layout, trait: Trait, model: Model, options: EvaluateOptions, report: RunReport, reporter: Reporter
+) -> list[Row]:
+    folder = VectorFolder(layout, trait)
+    rows: list[Row] = []
+    prepared: PreparedExamples | None = None
+    for component in options.components:
+        available = folder.available(component)
+        methods = [method for method in options.methods if method in available]
+        if not methods:
+            continue
+        metadata = folder.metadata(component)
+        if not metadata:
+            raise VectorError(f"{folder.path}: no metadata.json says which examples were held out: extract it again")
+        prepared = prepared or prepare(
+            Datasets(layout.root), layout, trait, model, seed=metadata["split"]["seed"], position=metadata["position"]
+        )
+        if prepared.digest != metadata.get("examples") or model.fingerprint != metadata.get("model_fingerprint"):
+            raise VectorError("examples or model have changed since the vectors were extracted: extract them again")
+        activations = read_out(model, prepared.readings, [component], batch_size=options.batch_size)[component]
+        baseline = random_baseline(activations, prepared.labels, prepared.held_out, seed=options.seed)
+        for method in methods:
+            layers = [layer for layer in available[method] if not options.layers or layer in options.layers]
+            vectors = [folder.read(component, method, layer) for layer in layers]
+            rows += _rows(layout, vectors, activations, prepared, baseline, options.seed)
+    for row in rows:
+        for note in _doubts(row):
+            report.warn(f"{row['trait']}: {note}", reporter)
+    return rows
+
+
+def _rows(
+    layout: Layout,
+    vectors: Sequence[TraitVector],
+    activations: Activations,
+    prepared: PreparedExamples,
+    baseline: RandomBaseline,
+    seed: int,
+) -> list[Row]:
+    if not vectors:
+        return []
+    layers = [vector.layer for vector in vectors]
+    stacked = torch.stack([vector.vector for vector in vectors])
+    found = separation(stacked, activations[layers], prepared.labels, prepared.held_out, seed=seed)
+    return [_row(layout, vector, number, found, baseline, prepared) for number, vector in enumerate(vectors)]
+
+
+def _row(
+    layout: Layout,
+    vector: TraitVector,
+    number: int,
+    found: Separation,
+    baseline: RandomBaseline,
+    prepared: PreparedExamples,
+) -> Row:
+    effect = _number(found.effect_size[number])
+    return {
+        "trait": str(vector.trait),
+        "method": vector.method,
+        "layer": vector.layer,
+        "component": vector.component,
+        "val_accuracy": _number(found.accuracy[number]),
+        "val_auroc": _number(found.auroc[number]),
+        "val_effect_size": effect,
+        "val_effect_size_interval": [_number(bound) for bound in found.interval[number]],
+        "polarity": "positive" if effect > 0 else "negative",
+        "n_val": int(prepared.held_out.sum()),
+        "random_auroc": _number(baseline.mean[vector.layer]),
+        "random_auroc_p95": _number(baseline.p95[vector.layer]),
+        "cosine_to_methods": _cosines(vector, [(m, vector.trait, m) for m in METHODS if m != vector.method], layout),
+        "cosine_to_traits": _cosines(
+            vector, [(str(t), t, vector.method) for t in layout.traits() if t != vector.trait], layout
+        ),
+    }
+
+
+def _cosines(vector: TraitVector, others: Sequence[tuple[str, Trait, str]], layout: Layout) -> dict[str, float]:
+    """Cosines to the vectors of other methods or traits at the same layer, where there are any."""
+    cosines = {}
+    for name, trait, method in others:
+        folder = VectorFolder(layout, trait)
+        if folder.file(vector.component, method, vector.layer).is_file():
+            other = folder.read(vector.component, method, vector.layer).vector
+            if other.shape == vector.vector.shape:
+                cosines[name] = _number(torch.nn.functional.cosine_similarity(vector.vector, other, dim=0))
+    return cosines
+
+
+def _doubts(row: Row) -> list[str]:
+    where = f"{row['component']} {row['method']} at layer {row['layer']}"
+    low, high = row["val_effect_size_interval"]
+    notes = []
+    if row["val_auroc"] <= row["random_auroc_p95"]:
+        notes.append(f"{where}: AUROC {row['val_auroc']:.2f} is no better than random directions reach")
+    if low <= 0 <= high:
+        notes.append(f"{where}: the interval of its effect size, {low:.2f} to {high:.2f}, holds zero")
+    return notes
+
+
+def _merged(layout: Layout, rows: Sequence[Row]) -> dict[str, Any]:
+    """The evaluation file with new rows in place of those of the same vectors."""
+
+    def key(row: Row) -> tuple[Any, ...]:
+        return (row["trait"], row.get("component", "residual"), row["method"], row["layer"])
+
+    try:
+        before = read_json(layout.evaluation)["all_results"] if layout.evaluation.is_file() else []
+        kept = {key(row): row for row in before}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StorageError(f"{layout.evaluation}: no evaluation: {type(error).__name__}: {error}") from None
+    merged = [*({**kept, **{key(row): row for row in rows}}).values()]
+    merged.sort(key=lambda row: (row["trait"], row.get("component", "residual"), row["method"], row["layer"]))
+    residual = [row for row in merged if row.get("component", "residual") == "residual"]
+    best: dict[str, Row] = {}
+    for row in residual or merged:
+        if row["trait"] not in best or row["val_effect_size"] > best[row["trait"]]["val_effect_size"]:
+            best[row["trait"]] = row
+    return {"all_results": merged, "best_vectors": best}
+
+
+def _number(value: torch.Tensor) -> float:
+    return float(round_significant(float(value), PROJECTION_DIGITS))

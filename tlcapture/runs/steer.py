@@ -1,0 +1,223 @@
+"""`tlcapture steer`: what adding a trait's vectors does to the model's words, over layers and coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from tlcapture.chat import tokenize
+from tlcapture.config import read_config
+from tlcapture.errors import InputError, StorageError, TlcaptureError
+from tlcapture.extraction.steering import Question, SteeringBench, SteeringQuestions, SteeringScore
+from tlcapture.layout import Datasets, Layout
+from tlcapture.models import Model
+from tlcapture.names import Trait
+from tlcapture.rounding import round_significant
+from tlcapture.runs.report import Progress, Reporter, RunReport
+from tlcapture.runs.vectors import now
+from tlcapture.storage import read_json, write_bytes, write_json
+from tlcapture.traits.projection import check_fits
+from tlcapture.traits.selection import COHERENT, SteeringRun, select
+from tlcapture.traits.vectors import TraitVector, VectorFolder
+from tlcapture.validation import first_problem
+
+COEFFICIENTS = (0.1, 0.2, 0.3)
+_SEARCH_START, _SEARCH_STEPS = 0.1, 5
+_DIGITS = 5
+
+
+@dataclass(frozen=True)
+class SteerOptions:
+    """What to steer with; empty `traits` and `layers` mean all, `search` looks for each layer's best coefficient."""
+
+    traits: tuple[Trait, ...] = ()
+    methods: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    coefficients: tuple[float, ...] = COEFFICIENTS
+    search: bool = False
+    seed: int = 0
+
+
+def run_steer(
+    layout: Layout, options: SteerOptions, load: Callable[[], Model], reporter: Reporter = Reporter()
+) -> RunReport:
+    """Steer with every trait's vectors and write `results.json` after every run; runs that are there are skipped.
+
+    Raises:
+        InputError: a trait has no vectors or no steering questions; nothing was written.
+    """
+    there = layout.traits()
+    for trait in options.traits:
+        if trait not in there:
+            raise InputError(f"no vectors for trait {str(trait)!r} in {layout.folder}: run 'tlcapture extract' first")
+    traits = options.traits or tuple(there)
+    if not traits:
+        raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
+    questions = {trait: read_questions(Datasets(layout.root), trait) for trait in traits}
+    model, report = load(), RunReport(layout.folder)
+    with reporter.progress(0 if options.search else _n_runs(traits, options, model), "steering", "run") as progress:
+        for trait in traits:
+            try:
+                _steer(layout, trait, questions[trait], model, options, report, progress)
+            except TlcaptureError as error:
+                report.failed(str(trait), error)
+    return report
+
+
+def read_questions(datasets: Datasets, trait: Trait) -> list[Question]:
+    """The steering questions of a trait, in `steering.json` beside its examples."""
+    path = datasets.trait_folder(trait) / "steering.json"
+    try:
+        return SteeringQuestions.model_validate(read_json(path)).questions
+    except StorageError as error:
+        raise InputError(str(error)) from None
+    except ValidationError as error:
+        raise InputError(f"{path}: {first_problem(error)}") from None
+
+
+def _n_runs(traits: Sequence[Trait], options: SteerOptions, model: Model) -> int:
+    per_trait = len(options.layers or range(model.n_layers)) * max(1, len(options.methods)) * len(options.coefficients)
+    return len(traits) * per_trait
+
+
+def _steer(
+    layout: Layout,
+    trait: Trait,
+    questions: Sequence[Question],
+    model: Model,
+    options: SteerOptions,
+    report: RunReport,
+    progress: Progress,
+) -> None:
+    config = read_config(layout)
+    prompts = [
+        tokenize(
+            model.tokenizer,
+            question.question,
+            prompt_set="steering",
+            prompt_id=question.id,
+            system_prompt=config.system_prompt,
+            chat_template=config.use_chat_template,
+        )
+        for question in questions
+    ]
+    results = _Results(layout, trait, model, report)
+    bench = SteeringBench(model, prompts, [(question.positive, question.negative) for question in questions])
+    results.set_baseline(bench.baseline())
+    for vector in _vectors(layout, trait, model, options):
+
+        def score(coefficient: float, vector: TraitVector = vector) -> SteeringRun:
+            found = results.find(vector, coefficient)
+            if found is None:
+                found = results.add(vector, coefficient, bench.score(vector.layer, vector.vector, coefficient))
+            done = f"{trait} layer {vector.layer} x {coefficient:g}: trait {found.trait_mean:.1f}, "
+            progress.advance(1, done=f"{done}coherence {found.coherence_mean:.1f}")
+            return found
+
+        if options.search:
+            search_coefficient(score)
+        else:
+            for coefficient in options.coefficients:
+                score(coefficient)
+    report.n_prompts += len(prompts)
+
+
+def search_coefficient(score: Callable[[float], SteeringRun]) -> float:
+    """The largest coefficient whose responses stay coherent, to within an eighth of a doubling step.
+
+    Doubles from 0.1 until the responses fall apart, then halves the interval.
+    """
+    low, high = 0.0, _SEARCH_START
+    for _ in range(_SEARCH_STEPS):
+        if score(high).coherence_mean < COHERENT:
+            break
+        low, high = high, high * 2
+    for _ in range(3):
+        middle = round((low + high) / 2, 4)
+        if score(middle).coherence_mean < COHERENT:
+            high = middle
+        else:
+            low = middle
+    return low
+
+
+def _vectors(layout: Layout, trait: Trait, model: Model, options: SteerOptions) -> Iterator[TraitVector]:
+    """The vectors to steer with: of the methods asked for, or of the one that is selected."""
+    folder = VectorFolder(layout, trait)
+    available = folder.available("residual")
+    methods = options.methods or (select(folder, "residual", model.n_layers).method,)
+    for method in methods:
+        for layer in options.layers or available.get(method, ()):
+            vector = folder.read("residual", method, layer)
+            check_fits(vector, model.n_layers, model.d_model)
+            yield vector
+
+
+class _Results:
+    """A trait's `results.json`, written after every run."""
+
+    def __init__(self, layout: Layout, trait: Trait, model: Model, report: RunReport):
+        self._path = layout.steering(trait)
+        self._report = report
+        self._content: dict[str, Any] = {"baseline": {}, "runs": []}
+        if self._path.is_file():
+            before = read_json(self._path)
+            if isinstance(before, dict) and before.get("metadata", {}).get("model_fingerprint") == model.fingerprint:
+                self._content = before
+        self._content["metadata"] = {
+            "model": model.name,
+            "model_fingerprint": model.fingerprint,
+            "engine": model.engine,
+            "timestamp": now(),
+        }
+
+    def set_baseline(self, score: SteeringScore) -> None:
+        self._content["baseline"] = _means(score)
+
+    def find(self, vector: TraitVector, coefficient: float) -> SteeringRun | None:
+        """An earlier run with the same vector, made after the vector was."""
+        config = _config(vector, coefficient)
+        for run in self._content["runs"]:
+            if run["config"] == config and run.get("vector_timestamp") == vector.metadata.get("timestamp"):
+                return SteeringRun.parse(run, self._content["baseline"]["trait_mean"])
+        return None
+
+    def add(self, vector: TraitVector, coefficient: float, score: SteeringScore) -> SteeringRun:
+        config = _config(vector, coefficient)
+        run = {
+            "config": config,
+            "result": {**_means(score), "n": len(score.trait)},
+            "vector_timestamp": vector.metadata.get("timestamp"),
+            "responses": score.responses,
+        }
+        self._content["runs"] = [*(each for each in self._content["runs"] if each["config"] != config), run]
+        self._report.wrote(write_json(self._path, self._content, indent=True))
+        return SteeringRun.parse(run, self._content["baseline"]["trait_mean"])
+
+
+def _config(vector: TraitVector, coefficient: float) -> dict[str, Any]:
+    return {
+        "layers": [vector.layer],
+        "methods": [vector.method],
+        "coefficients": [coefficient],
+        "component": vector.component,
+    }
+
+
+def _means(score: SteeringScore) -> dict[str, float]:
+    means = {"trait_mean": score.trait_mean, "coherence_mean": score.coherence_mean}
+    return {name: float(round_significant(value, _DIGITS)) for name, value in means.items()}
+
+
+def draw_curves(layout: Layout, traits: Sequence[Trait], report: RunReport) -> None:
+    """Draw the steering curves of traits that have results to `steering.png` beside them."""
+    from tlcapture.plots import steering_curves
+
+    for trait in traits:
+        path = layout.steering(trait)
+        if path.is_file():
+            results = read_json(path)
+            report.wrote(write_bytes(layout.picture(trait, "steering"), steering_curves(str(trait), results)))
