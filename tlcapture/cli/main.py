@@ -10,6 +10,7 @@ from tlcapture.cli.evaluate import evaluate
 from tlcapture.cli.extract import extract
 from tlcapture.cli.project import project
 from tlcapture.cli.steer import steer
+from tlcapture.cli.traits import traits
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -26,3 +27,4 @@ main.add_command(project)
 main.add_command(extract)
 main.add_command(evaluate)
 main.add_command(steer)
+main.add_command(traits)

@@ -34,6 +34,8 @@ from tlcapture.names import Trait
     help="Strengths, in typical residual norms.",
 )
 @click.option("--search", is_flag=True, help="Look for each layer's largest coherent coefficient instead of a grid.")
+@click.option("--judge", metavar="URL", help="Let a server that speaks OpenAI's chat completions give trait_mean.")
+@click.option("--judge-model", default="default", show_default=True, metavar="NAME", help="The judge's model name.")
 @model_options
 @seed_option
 @root_option
@@ -46,6 +48,8 @@ def steer(
     layers: tuple[int, ...],
     coefficients: tuple[float, ...],
     search: bool,
+    judge: str | None,
+    judge_model: str,
     seed: int,
     **model: Any,
 ) -> None:
@@ -53,13 +57,15 @@ def steer(
 
     Greedy throughout: nothing is drawn at random. Runs that results.json holds already are not run again.
     """
+    from tlcapture.extraction.judge import Judge
     from tlcapture.layout import Layout
     from tlcapture.runs.loading import ModelLoader
     from tlcapture.runs.steer import SteerOptions, draw_curves, run_steer
 
+    asked = None if judge is None else Judge(judge, judge_model)
     layout, console = Layout(root, experiment), Console()
     load = ModelLoader.settle(layout, "extraction_model", console, **model)
-    options = SteerOptions(traits, methods or (), layers, coefficients, search, seed)
+    options = SteerOptions(traits, methods or (), layers, coefficients, search, asked, seed)
     report = run_steer(layout, options, load, console)
     draw_curves(layout, traits or tuple(layout.traits()), report)
     finish(report)

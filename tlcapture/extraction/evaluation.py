@@ -53,7 +53,9 @@ def auroc(scores: Scores, labels: Labels) -> PerDirection:
     return wins.mean(dim=(-2, -1))
 
 
-def cohens_d(positive: Scores, negative: Scores) -> PerDirection:
+def cohens_d(
+    positive: Float[Tensor, "*directions n_positive"], negative: Float[Tensor, "*directions n_negative"]
+) -> PerDirection:
     """The difference of means over the pooled standard deviation; 0 where nothing varies.
 
     Source: Cohen, "Statistical Power Analysis for the Behavioral Sciences" (1988).

@@ -18,7 +18,7 @@ from tlcapture.rounding import PROJECTION_DIGITS, round_significant
 from tlcapture.runs.examples import PreparedExamples, prepare
 from tlcapture.runs.report import Reporter, RunReport
 from tlcapture.storage import read_json, write_bytes, write_json
-from tlcapture.traits.vectors import COMPONENTS, METHODS, TraitVector, VectorFolder
+from tlcapture.traits.vectors import COMPONENTS, METHODS, TraitVector, VectorFolder, ranges
 
 Row = dict[str, Any]
 
@@ -107,9 +107,8 @@ def _evaluate(
             layers = [layer for layer in available[method] if not options.layers or layer in options.layers]
             vectors = [folder.read(component, method, layer) for layer in layers]
             rows += _rows(layout, vectors, activations, prepared, baseline, options.seed)
-    for row in rows:
-        for note in _doubts(row):
-            report.warn(f"{row['trait']}: {note}", reporter)
+    for note in _doubts(rows):
+        report.warn(f"{trait}: {note}", reporter)
     return rows
 
 
@@ -170,15 +169,21 @@ def _cosines(vector: TraitVector, others: Sequence[tuple[str, Trait, str]], layo
     return cosines
 
 
-def _doubts(row: Row) -> list[str]:
-    where = f"{row['component']} {row['method']} at layer {row['layer']}"
-    low, high = row["val_effect_size_interval"]
-    notes = []
-    if row["val_auroc"] <= row["random_auroc_p95"]:
-        notes.append(f"{where}: AUROC {row['val_auroc']:.2f} is no better than random directions reach")
-    if low <= 0 <= high:
-        notes.append(f"{where}: the interval of its effect size, {low:.2f} to {high:.2f}, holds zero")
-    return notes
+def _doubts(rows: Sequence[Row]) -> list[str]:
+    """Where vectors are no better than chance, a line for each method and component."""
+    no_better: dict[str, list[int]] = {}
+    with_zero: dict[str, list[int]] = {}
+    for row in rows:
+        name = f"{row['component']} {row['method']}"
+        low, high = row["val_effect_size_interval"]
+        if row["val_auroc"] <= row["random_auroc_p95"]:
+            no_better.setdefault(name, []).append(row["layer"])
+        if low <= 0 <= high:
+            with_zero.setdefault(name, []).append(row["layer"])
+    notes = [f"{name} is no better than random directions at layers {ranges(at)}" for name, at in no_better.items()]
+    return notes + [
+        f"the interval of the effect size of {name} holds zero at layers {ranges(at)}" for name, at in with_zero.items()
+    ]
 
 
 def _merged(layout: Layout, rows: Sequence[Row]) -> dict[str, Any]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from tlcapture.chat import tokenize
 from tlcapture.config import read_config
 from tlcapture.errors import InputError, StorageError, TlcaptureError
+from tlcapture.extraction.judge import Judge
 from tlcapture.extraction.steering import Question, SteeringBench, SteeringQuestions, SteeringScore
 from tlcapture.layout import Datasets, Layout
 from tlcapture.models import Model
@@ -18,7 +20,7 @@ from tlcapture.names import Trait
 from tlcapture.rounding import round_significant
 from tlcapture.runs.report import Progress, Reporter, RunReport
 from tlcapture.runs.vectors import now
-from tlcapture.storage import read_json, write_bytes, write_json
+from tlcapture.storage import read_bytes, read_json, write_bytes, write_json
 from tlcapture.traits.projection import check_fits
 from tlcapture.traits.selection import COHERENT, SteeringRun, select
 from tlcapture.traits.vectors import TraitVector, VectorFolder
@@ -38,6 +40,7 @@ class SteerOptions:
     layers: tuple[int, ...] = ()
     coefficients: tuple[float, ...] = COEFFICIENTS
     search: bool = False
+    judge: Judge | None = None
     seed: int = 0
 
 
@@ -104,15 +107,27 @@ def _steer(
         )
         for question in questions
     ]
-    results = _Results(layout, trait, model, report)
+    results = _Results(layout, trait, model, report, options.judge)
+    definition = _definition(Datasets(layout.root), trait)
+
+    def judged(score: SteeringScore) -> SteeringScore:
+        if options.judge is None:
+            return score
+        verdicts = [
+            options.judge.score(trait=str(trait), definition=definition, question=question.question, response=response)
+            for question, response in zip(questions, score.responses, strict=True)
+        ]
+        return replace(score, trait=torch.tensor(verdicts))
+
     bench = SteeringBench(model, prompts, [(question.positive, question.negative) for question in questions])
-    results.set_baseline(bench.baseline())
+    results.set_baseline(judged(bench.baseline()))
     for vector in _vectors(layout, trait, model, options):
 
         def score(coefficient: float, vector: TraitVector = vector) -> SteeringRun:
             found = results.find(vector, coefficient)
             if found is None:
-                found = results.add(vector, coefficient, bench.score(vector.layer, vector.vector, coefficient))
+                steered = judged(bench.score(vector.layer, vector.vector, coefficient))
+                found = results.add(vector, coefficient, steered)
             done = f"{trait} layer {vector.layer} x {coefficient:g}: trait {found.trait_mean:.1f}, "
             progress.advance(1, done=f"{done}coherence {found.coherence_mean:.1f}")
             return found
@@ -159,18 +174,20 @@ def _vectors(layout: Layout, trait: Trait, model: Model, options: SteerOptions) 
 class _Results:
     """A trait's `results.json`, written after every run."""
 
-    def __init__(self, layout: Layout, trait: Trait, model: Model, report: RunReport):
+    def __init__(self, layout: Layout, trait: Trait, model: Model, report: RunReport, judge: Judge | None):
         self._path = layout.steering(trait)
         self._report = report
         self._content: dict[str, Any] = {"baseline": {}, "runs": []}
         if self._path.is_file():
             before = read_json(self._path)
-            if isinstance(before, dict) and before.get("metadata", {}).get("model_fingerprint") == model.fingerprint:
+            metadata = before.get("metadata", {}) if isinstance(before, dict) else {}
+            if (metadata.get("model_fingerprint"), metadata.get("scored_by")) == (model.fingerprint, _scorer(judge)):
                 self._content = before
         self._content["metadata"] = {
             "model": model.name,
             "model_fingerprint": model.fingerprint,
             "engine": model.engine,
+            "scored_by": _scorer(judge),
             "timestamp": now(),
         }
 
@@ -196,6 +213,15 @@ class _Results:
         self._content["runs"] = [*(each for each in self._content["runs"] if each["config"] != config), run]
         self._report.wrote(write_json(self._path, self._content, indent=True))
         return SteeringRun.parse(run, self._content["baseline"]["trait_mean"])
+
+
+def _scorer(judge: Judge | None) -> str:
+    return "likelihood" if judge is None else f"judge {judge.url}"
+
+
+def _definition(datasets: Datasets, trait: Trait) -> str:
+    path = datasets.trait_folder(trait) / "definition.md"
+    return read_bytes(path).decode("utf-8", "replace").strip() if path.is_file() else ""
 
 
 def _config(vector: TraitVector, coefficient: float) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class VectorFolder:
     def missing(self, component: str, method: str, layer: int) -> VectorError:
         """The error for a vector that is not there, naming those that are."""
         there = self.available(component)
-        listed = "; ".join(f"{name}: {_ranges(layers)}" for name, layers in there.items()) or "none"
+        listed = "; ".join(f"{name}: {ranges(layers)}" for name, layers in there.items()) or "none"
         return VectorError(
             f"no {component} vector of {self.trait} by {method!r} at layer {layer} in experiment "
             f"{self.layout.experiment!r}; layers there are: {listed}"
@@ -124,7 +124,7 @@ class VectorFolder:
         write_json(self.metadata_file(component), dict(metadata), indent=True)
 
 
-def _ranges(numbers: list[int]) -> str:
+def ranges(numbers: list[int]) -> str:
     """`[0, 1, 2, 5]` as `0-2, 5`."""
     parts: list[list[int]] = []
     for number in numbers:

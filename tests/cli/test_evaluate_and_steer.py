@@ -1,0 +1,194 @@
+"""`tlcapture evaluate`, `steer` and `traits` on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from tlcapture.storage import read_json
+
+Run = Callable[..., Result]
+QUESTIONS = [
+    {"id": str(n), "question": f"how about {n}?", "positive": f"LOUD {n}", "negative": f"soft {n}"} for n in range(4)
+]
+
+
+@pytest.fixture
+def vectors(extract: Run, data: Path) -> Path:
+    """An experiment with vectors of `tone/loud` and `tone/warm`, both with steering questions."""
+    assert extract("--component", "residual").exit_code == 0
+    for name in ("loud", "warm"):
+        path = data / "datasets" / "traits" / "tone" / name / "steering.json"
+        path.write_text(json.dumps({"questions": QUESTIONS}))
+    return data / "experiments" / "exp"
+
+
+def test_evaluate_writes_rows_best_vectors_and_pictures(tlcapture: Run, vectors: Path) -> None:
+    result = tlcapture("evaluate", "--experiment", "exp", "--component", "residual")
+    assert result.exit_code == 0, result.output
+    value = read_json(vectors / "extraction" / "extraction_evaluation.json")
+    assert len(value["all_results"]) == 2 * 3 * 3
+    row = value["all_results"][0]
+    assert {"trait", "method", "layer", "component", "val_accuracy", "val_auroc", "val_effect_size"} <= set(row)
+    assert set(row["cosine_to_traits"]) == {"tone/warm"}
+    assert set(row["cosine_to_methods"]) == {"probe", "mean_diff"} - {row["method"]} | ({"gradient"} - {row["method"]})
+    assert set(value["best_vectors"]) == {"tone/loud", "tone/warm"}
+    best = value["best_vectors"]["tone/loud"]
+    own = [each for each in value["all_results"] if each["trait"] == "tone/loud"]
+    assert best["val_effect_size"] == max(each["val_effect_size"] for each in own)
+    picture = vectors / "extraction" / "tone" / "loud" / "evaluation.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "random AUROC" in result.output
+
+
+def test_evaluating_some_vectors_keeps_the_rows_of_others(tlcapture: Run, vectors: Path) -> None:
+    tlcapture("evaluate", "--experiment", "exp", "--traits", "tone/warm", "--component", "residual")
+    words = ("--traits", "tone/loud", "--methods", "probe", "--layers", "0,2", "--component", "residual")
+    assert tlcapture("evaluate", "--experiment", "exp", *words).exit_code == 0
+    rows = read_json(vectors / "extraction" / "extraction_evaluation.json")["all_results"]
+    assert [(r["method"], r["layer"]) for r in rows if r["trait"] == "tone/loud"] == [("probe", 0), ("probe", 2)]
+    assert sum(row["trait"] == "tone/warm" for row in rows) == 9
+
+
+def test_changed_examples_are_not_evaluated(tlcapture: Run, vectors: Path, data: Path) -> None:
+    file = data / "datasets" / "traits" / "tone" / "loud" / "positive.jsonl"
+    file.write_text(file.read_text().replace("LOUD", "NOISY"))
+    result = tlcapture("evaluate", "--experiment", "exp", "--component", "residual")
+    assert result.exit_code == 1
+    assert "failed: tone/loud: examples or model have changed since the vectors were extracted" in result.stderr
+
+
+def test_steer_writes_results_and_runs_nothing_twice(tlcapture: Run, vectors: Path) -> None:
+    words = ("steer", "--experiment", "exp", "--traits", "tone/loud", "--layers", "0,2", "--coefficients", "0.1,0.5")
+    result = tlcapture(*words, "--methods", "mean_diff")
+    assert result.exit_code == 0, result.output
+    path = vectors / "steering" / "tone" / "loud" / "results.json"
+    value = read_json(path)
+    assert set(value["baseline"]) == {"trait_mean", "coherence_mean"}
+    configs = [run["config"] for run in value["runs"]]
+    assert [(c["layers"], c["coefficients"]) for c in configs] == [([n], [x]) for n in (0, 2) for x in (0.1, 0.5)]
+    assert all(c["methods"] == ["mean_diff"] and c["component"] == "residual" for c in configs)
+    assert all(set(run["result"]) == {"trait_mean", "coherence_mean", "n"} for run in value["runs"])
+    assert (path.parent / "steering.png").read_bytes().startswith(b"\x89PNG")
+    again = tlcapture(*words, "--methods", "mean_diff")
+    assert "wrote 1 files" in again.output  # the picture
+    more = tlcapture("steer", "--experiment", "exp", "--traits", "tone/loud", "--layers", 1, "--search")
+    assert more.exit_code == 0
+    assert len(read_json(path)["runs"]) > 4
+
+
+@pytest.fixture
+def judge_server() -> Iterator[tuple[str, list[str], list[str]]]:
+    """A judge on this machine: its address, what it was asked, and what it will answer."""
+    asked: list[str] = []
+    answers = ["72"]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(body["messages"][0]["content"])
+            content = {"choices": [{"message": {"content": answers[0]}}]}
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(content).encode())
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", asked, answers
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_judge_gives_the_trait_mean_instead(
+    tlcapture: Run, vectors: Path, judge_server: tuple[str, list[str], list[str]]
+) -> None:
+    url, asked, answers = judge_server
+    words = ("steer", "--experiment", "exp", "--traits", "tone/loud", "--layers", 1, "--coefficients", "0.1")
+    assert tlcapture(*words).exit_code == 0
+    assert not asked
+    assert tlcapture(*words, "--judge", url).exit_code == 0
+    value = read_json(vectors / "steering" / "tone" / "loud" / "results.json")
+    assert value["metadata"]["scored_by"] == f"judge {url}"
+    assert [run["result"]["trait_mean"] for run in value["runs"]] == [72.0]  # never beside likelihoods
+    assert any("how about 2?" in text for text in asked)
+    answers[0] = "very much"
+    result = tlcapture(*words, "--judge", url, "--coefficients", "0.2")
+    assert result.exit_code == 1
+    assert "expected a number from 0 to 100, it said 'very much'" in result.stderr
+    assert tlcapture(*words, "--judge", "ftp://x").exit_code == 2
+
+
+def test_selection_and_comparison_use_both_measures(tlcapture: Run, vectors: Path) -> None:
+    assert (
+        "has effect sizes and steering results"
+        in tlcapture("evaluate", "--experiment", "exp", "--against-steering").stderr
+    )
+    tlcapture("evaluate", "--experiment", "exp", "--component", "residual")
+    listed = tlcapture("traits", "list", "--experiment", "exp")
+    assert listed.exit_code == 0
+    assert listed.output.count("effect_size") == 2
+    words = ("--methods", "mean_diff", "--coefficients", "0.01")
+    assert tlcapture("steer", "--experiment", "exp", *words).exit_code == 0
+    assert tlcapture("traits", "list", "--experiment", "exp").output.count("steering") == 2
+    compared = tlcapture("evaluate", "--experiment", "exp", "--against-steering")
+    assert compared.exit_code == 0
+    assert compared.output.count("tone/") == 2
+    assert "pooled" in compared.output
+
+
+def test_traits_check_names_what_is_wrong_with_examples(tlcapture: Run, data: Path) -> None:
+    folder = data / "datasets" / "traits" / "tone" / "leaky"
+    folder.mkdir()
+    for side, topic, tail in (("positive", "cats", " and on" * 9), ("negative", "stocks", "")):
+        rows = [{"pair": str(n), "prompt": f"about {topic} {n}", "response": f"reply{tail}"} for n in range(20)]
+        rows[1] = rows[0]
+        (folder / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = tlcapture("traits", "check", "--traits", "tone/leaky")
+    assert result.exit_code == 0
+    assert "2 examples occur twice" in result.output
+    assert "times as many words" in result.output
+    assert "prompts alone tell the side 100% of the time: the topic leaks" in result.output
+    assert "pairs whose prompts leak: " in result.output
+
+
+def test_traits_check_of_the_shipped_examples_finds_no_topic_leak_where_prompts_are_shared(tlcapture: Run) -> None:
+    result = tlcapture("traits", "check")
+    assert result.exit_code == 0
+    assert len(result.output.splitlines()) >= 11
+    assert "occur twice" not in result.output
+    assert "times as many words" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("evaluate", "--experiment", "exp"), "has no trait vectors"),
+        (("steer", "--experiment", "exp"), "has no trait vectors"),
+        (("steer", "--experiment", "exp", "--coefficients", "0"), "no list of numbers other than zero"),
+        (("traits", "list", "--experiment", "exp"), "has no trait vectors"),
+        (("traits", "check", "--traits", "x/y"), "no examples for trait 'x/y'"),
+        (("evaluate", "--experiment", "exp", "--traits", "x/y"), "no vectors for trait 'x/y'"),
+    ],
+)
+def test_wrong_usage(tlcapture: Run, data: Path, words: tuple[str, ...], said: str) -> None:
+    result = tlcapture(*words)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"questions": []}', '{"questions": [{"id": "1"}]}'])
+def test_damaged_steering_questions_are_named(tlcapture: Run, vectors: Path, data: Path, content: str) -> None:
+    (data / "datasets" / "traits" / "tone" / "loud" / "steering.json").write_text(content)
+    result = tlcapture("steer", "--experiment", "exp", "--traits", "tone/loud")
+    assert result.exit_code == 2
+    assert "steering.json" in result.stderr

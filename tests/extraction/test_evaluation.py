@@ -1,0 +1,66 @@
+"""Evaluation against scikit-learn, closed forms and what random directions reach."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+from tests.extraction.test_extraction import planted
+from tlcapture.extraction.evaluation import auroc, cohens_d, random_baseline, separation
+
+numbers = st.lists(st.integers(-5, 5), min_size=4, max_size=30)
+
+
+@given(numbers, st.randoms(use_true_random=False))
+def test_auroc_is_scikit_learns_ties_included(values: list[int], random: object) -> None:
+    labels = torch.tensor([random.random() < 0.5 for _ in values])  # type: ignore[attr-defined]
+    labels[0], labels[1] = True, False
+    scores = torch.tensor(values, dtype=torch.float32)
+    assert float(auroc(scores, labels)) == pytest.approx(roc_auc_score(labels, scores), abs=1e-6)
+
+
+def test_cohens_d_is_the_difference_in_pooled_standard_deviations() -> None:
+    positive, negative = torch.tensor([2.0, 4.0, 6.0]), torch.tensor([1.0, 2.0, 3.0, 2.0])
+    pooled = ((2 * 4.0 + 3 * (2 / 3)) / 5) ** 0.5
+    assert float(cohens_d(positive, negative)) == pytest.approx((4 - 2) / pooled)
+    assert float(cohens_d(negative, positive)) == pytest.approx(-(4 - 2) / pooled)
+    assert float(cohens_d(torch.ones(3), torch.ones(4))) == 0.0
+
+
+def test_a_planted_direction_separates_and_a_random_one_does_not() -> None:
+    activations, labels, direction = planted(n=200)
+    held_out = torch.arange(200) % 5 == 0
+    labels = torch.arange(200) % 2 == 0
+    found = separation(direction, activations, labels, held_out)
+    baseline = random_baseline(activations, labels, held_out)
+    assert (found.auroc > 0.95).all()
+    assert (found.accuracy > 0.9).all()
+    # Two unit-variance classes 4 apart: an effect size of 4, within the error of 20 against 20.
+    assert ((found.effect_size - 4).abs() < 1.5).all()
+    assert (found.interval[:, 0] < found.effect_size).all()
+    assert (found.effect_size < found.interval[:, 1]).all()
+    assert (found.interval[:, 0] > 0).all()
+    assert (baseline.p95 < found.auroc).all()
+    assert (baseline.mean < baseline.p95).all()
+
+
+def test_pure_noise_is_no_better_than_random_and_its_interval_holds_zero() -> None:
+    torch.manual_seed(3)
+    activations, labels = torch.randn(4, 200, 16), torch.arange(200) % 2 == 0
+    held_out = torch.arange(200) % 5 < 2
+    found = separation(torch.randn(4, 16), activations, labels, held_out)
+    baseline = random_baseline(activations, labels, held_out)
+    assert ((baseline.mean - 0.5).abs() < 0.1).all()
+    assert (found.interval[:, 0] < 0).any()
+    assert (found.auroc <= baseline.p95 + 0.1).all()
+
+
+def test_turning_a_direction_round_turns_its_measures_round() -> None:
+    activations, labels, direction = planted(n=100)
+    held_out = torch.arange(100) % 4 < 2
+    there, back = (separation(d, activations, labels, held_out) for d in (direction, -direction))
+    assert torch.allclose(there.auroc, 1 - back.auroc, atol=1e-5)
+    assert torch.allclose(there.effect_size, -back.effect_size, atol=1e-4)

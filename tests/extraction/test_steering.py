@@ -1,0 +1,93 @@
+"""Steering on tiny models: the addition itself, and both scores against Hugging Face."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tiny
+from tlcapture.chat import tokenize
+from tlcapture.extraction.steering import SteeringBench
+
+QUESTIONS = ["how are you?", "what is it", "why should anybody care about that?"]
+COMPLETIONS = [("fine", "bad day"), ("a thing of beauty", "junk"), ("yes", "no")]
+
+
+def bench_of(model: Any, **options: Any) -> tuple[SteeringBench, list[Any]]:
+    prompts = [tokenize(model.tokenizer, q, prompt_set="s", prompt_id=str(n)) for n, q in enumerate(QUESTIONS)]
+    return SteeringBench(model, prompts, COMPLETIONS, **options), prompts
+
+
+def mean_log_probability(name: str, prompt: tuple[int, ...], text: str) -> float:
+    ids = [*prompt, *tiny.tokenizer()(text, add_special_tokens=False)["input_ids"]]
+    with torch.no_grad():
+        logs = tiny.hf_model(name)(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return float(torch.stack([logs[t - 1, ids[t]] for t in range(len(prompt), len(ids))]).mean())
+
+
+@pytest.mark.parametrize("engine", ["hooked", "bridge"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_baseline_compares_likelihoods_as_hugging_face_has_them(name: str, engine: str) -> None:
+    bench, prompts = bench_of(tiny.model(name, engine), new_tokens=4)
+    score = bench.baseline()
+    for number, prompt in enumerate(prompts):
+        logs = [mean_log_probability(name, prompt.token_ids, text) for text in COMPLETIONS[number]]
+        p_positive, p_negative = (torch.tensor(value).exp() for value in logs)
+        assert float(score.trait[number]) == pytest.approx(float(p_positive / (p_positive + p_negative)), abs=1e-4)
+    assert score.coherence_mean == pytest.approx(100, abs=1e-3)
+
+
+@pytest.mark.parametrize("engine", ["hooked", "bridge"])
+def test_steering_adds_the_vector_to_residual_out_and_leaves_nothing_behind(engine: str) -> None:
+    model = tiny.model("llama", engine)
+    tokens = torch.tensor([[5, 6, 7]])
+    hooks = {f"blocks.{layer}.hook_resid_post" for layer in range(3)}
+
+    def run() -> dict[str, torch.Tensor]:
+        return model.step(tokens, torch.ones_like(tokens), model.start(1), hooks, want_logits=False).cache
+
+    plain, addend = run(), torch.randn(tiny.D_MODEL)
+    with model.steered(1, lambda activation: addend):
+        steered = run()
+    assert torch.equal(steered["blocks.0.hook_resid_post"], plain["blocks.0.hook_resid_post"])
+    expected = plain["blocks.1.hook_resid_post"] + addend
+    assert torch.allclose(steered["blocks.1.hook_resid_post"], expected, atol=1e-5)
+    assert not torch.allclose(steered["blocks.2.hook_resid_post"], plain["blocks.2.hook_resid_post"], atol=1e-2)
+    assert all(torch.equal(activation, plain[name]) for name, activation in run().items())
+
+
+def test_coherence_falls_with_the_coefficient_and_tiny_steering_changes_nothing() -> None:
+    bench, _ = bench_of(tiny.model("llama"), new_tokens=6)
+    vector = torch.randn(tiny.D_MODEL, generator=torch.Generator().manual_seed(0))
+    scores = [bench.score(1, vector, coefficient) for coefficient in (1e-6, 0.5, 8.0)]
+    assert scores[0].coherence_mean == pytest.approx(100, abs=0.1)
+    assert scores[0].trait_mean == pytest.approx(bench.baseline().trait_mean, abs=0.1)
+    assert scores[2].coherence_mean < scores[0].coherence_mean
+    assert all(0 <= score.coherence_mean <= 100.0001 for score in scores)
+
+
+def test_steering_along_the_unembedding_of_a_completion_makes_it_likelier() -> None:
+    model = tiny.model("llama")
+    bench, _ = bench_of(model, new_tokens=2)
+    ids = [tiny.tokenizer()(pair[0], add_special_tokens=False)["input_ids"] for pair in COMPLETIONS]
+    flat = sorted({i for one in ids for i in one})
+    towards = tiny.hf_model("llama").lm_head.weight[flat].mean(0).detach()
+    assert bench.score(2, towards, 2.0).trait_mean > bench.baseline().trait_mean
+
+
+def test_the_search_finds_the_largest_coherent_coefficient() -> None:
+    from types import SimpleNamespace
+
+    from tlcapture.runs.steer import search_coefficient
+
+    asked = []
+
+    def score(coefficient: float) -> Any:
+        asked.append(coefficient)
+        return SimpleNamespace(coherence_mean=100 - 100 * coefficient)
+
+    found = search_coefficient(score)
+    assert 0.25 <= found <= 0.3
+    assert len(asked) <= 8

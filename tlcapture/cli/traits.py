@@ -1,0 +1,79 @@
+"""`tlcapture traits`: the examples of traits, and which vector of each is chosen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from tlcapture.cli.console import one_line_errors
+from tlcapture.cli.options import Traits, experiment_option, root_option
+from tlcapture.names import Trait
+
+_HELP = {"help_option_names": ["-h", "--help"]}
+_trait_option = click.option(
+    "--traits", "chosen", type=Traits(), default="all", show_default=True, help="Which traits."
+)
+
+
+@click.group(context_settings=_HELP)
+def traits() -> None:
+    """Look at traits: their examples, and which vector is chosen."""
+
+
+@traits.command(context_settings=_HELP)
+@_trait_option
+@root_option
+@one_line_errors
+def check(chosen: tuple[Trait, ...], root: Path) -> None:
+    """Check contrastive examples: counts, duplicates, length, and whether words alone give the side away."""
+    from tlcapture.extraction.checks import check_examples
+    from tlcapture.extraction.examples import read_examples
+    from tlcapture.layout import Datasets
+
+    datasets = Datasets(root)
+    click.echo(
+        f"{'trait':<26}{'positive':>9}{'negative':>9}{'pairs':>7}{'twice':>7}{'length':>8}"
+        f"{'by prompt':>11}{'by response':>13}{'leaking':>9}"
+    )
+    for trait in chosen or datasets.traits():
+        found = check_examples(read_examples(datasets, trait))
+        by_prompt = "-" if found.prompt_accuracy is None else f"{found.prompt_accuracy:.0%}"
+        click.echo(
+            f"{found.trait:<26}{found.n_positive:>9}{found.n_negative:>9}{found.n_pairs:>7}{found.duplicates:>7}"
+            f"{found.length_ratio:>8.2f}{by_prompt:>11}{found.response_accuracy:>13.0%}{len(found.leaking_pairs):>9}"
+        )
+        for concern in found.concerns:
+            click.secho(f"  {concern}", fg="yellow")
+        if found.leaking_pairs:
+            click.echo(f"  pairs whose prompts leak: {', '.join(found.leaking_pairs)}")
+
+
+@traits.command("list", context_settings=_HELP)
+@experiment_option
+@click.option("--component", type=click.Choice(["residual", "attn_out"]), default="residual", show_default=True)
+@root_option
+@one_line_errors
+def list_(experiment: str, component: str, root: Path) -> None:
+    """Show which vector of each trait is chosen, by what, with its score and the runner-up."""
+    from tlcapture.errors import InputError
+    from tlcapture.layout import Layout
+    from tlcapture.traits.selection import ranked, select
+    from tlcapture.traits.vectors import VectorFolder
+
+    layout = Layout(root, experiment)
+    if not layout.traits():
+        raise InputError(f"experiment {experiment!r} has no trait vectors: run 'tlcapture extract' first")
+    click.echo(f"{'trait':<26}{'method':<11}{'layer':>5}  {'by':<12}{'score':>9}   runner-up")
+    for trait in layout.traits():
+        folder = VectorFolder(layout, trait)
+        available = folder.available(component)
+        if not available:
+            click.echo(f"{trait!s:<26}no {component} vectors")
+            continue
+        n_layers = int(folder.metadata(component).get("num_layers") or 1 + max(map(max, available.values())))
+        found = select(folder, component, n_layers)
+        score = "-" if found.score is None else f"{found.score:.3f}"
+        rivals = [each for each in ranked(folder, component, available) if each.layer != found.layer][:1]
+        rival = f"{rivals[0].method} at layer {rivals[0].layer}, {rivals[0].score:.3f}" if rivals else "-"
+        click.echo(f"{trait!s:<26}{found.method:<11}{found.layer:>5}  {found.selected_by:<12}{score:>9}   {rival}")
