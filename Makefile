@@ -10,7 +10,7 @@ PROMPT_SETS := $(notdir $(basename $(wildcard datasets/inference/*.json)))
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format demo bench-capture all_prompt_sets clean $(PROMPT_SETS)
+.PHONY: help setup test lint format demo bench-capture bench-extract all_prompt_sets clean $(PROMPT_SETS)
 
 help: ## Show this help
 	@echo "Targets:"
@@ -49,6 +49,9 @@ demo: $(READY) ## Extract trait vectors and watch them in ten answers of the emb
 
 bench-capture: $(READY) ## Tokens per second of a capture beside Hugging Face generate
 	$(BIN)/python benchmarks/capture_speed.py
+
+bench-extract: $(READY) ## Time and memory of extracting one trait's vectors
+	$(BIN)/python benchmarks/extraction_cost.py
 
 all_prompt_sets: $(READY) ## Capture every prompt set
 	$(BIN)/tlcapture capture --experiment $(EXPERIMENT) --all-prompt-sets $(FLAGS)

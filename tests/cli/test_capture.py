@@ -544,7 +544,7 @@ def test_stray_folders_and_files_disturb_nothing(capture: Run, tlcapture: Run, e
 
 
 def test_an_experiment_name_cannot_leave_its_folder(tlcapture: Run, data: Path) -> None:
-    for name in ("../x", "/tmp/x", "a/b", "..", "-x"):
+    for name in ("../x", "/etc/x", "a/b", "..", "-x"):
         result = tlcapture("capture", f"--experiment={name}", "--prompt", "x")
         assert result.exit_code == 2
         assert "no safe file name" in result.stderr

@@ -74,6 +74,26 @@ def test_methods_layers_and_component_narrow_the_extraction(extract: Run, vector
     assert (metadata["methods"], metadata["layers"]) == (["probe", "mean_diff"], [0, 1, 2])
 
 
+def test_prompts_without_responses_are_answered_by_the_model(extract: Run, data: Path, vectors: Path) -> None:
+    folder = data / "datasets" / "traits" / "tone" / "loud"
+    for side in ("positive", "negative"):
+        rows = [{"pair": str(n), "prompt": f"{side} question {n}"} for n in range(6)]
+        (folder / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert extract("--methods", "mean_diff", "--component", "residual").exit_code == 0
+    first = torch.load(vectors / "mean_diff_layer1.pt", weights_only=True)
+    assert extract("--methods", "mean_diff", "--component", "residual").exit_code == 0
+    assert torch.allclose(torch.load(vectors / "mean_diff_layer1.pt", weights_only=True), first, atol=1e-4)
+
+
+def test_the_position_is_chosen_and_recorded(extract: Run, vectors: Path) -> None:
+    extract("--methods", "mean_diff", "--component", "residual", "--layers", 1)
+    mean = torch.load(vectors / "mean_diff_layer1.pt", weights_only=True)
+    words = ("--methods", "mean_diff", "--component", "residual", "--layers", 1, "--position", "all_mean")
+    assert extract(*words).exit_code == 0
+    assert read_json(vectors / "metadata.json")["position"] == "all_mean"
+    assert not torch.allclose(torch.load(vectors / "mean_diff_layer1.pt", weights_only=True), mean, atol=1e-3)
+
+
 def test_vectors_of_another_split_do_not_stay_under_new_metadata(extract: Run, vectors: Path) -> None:
     extract("--methods", "mean_diff", "--component", "residual", "--seed", 1)
     extract("--methods", "probe", "--component", "residual", "--seed", 2)
@@ -137,6 +157,13 @@ def test_a_projection_file_has_the_documented_form(project: Run, projected: Path
     found = [token[1][2] for part in ("prompt", "response") for token in value["projections"][part]]
     assert torch.allclose(torch.tensor(found), expected, rtol=1e-4, atol=1e-4)
     assert "warnings" not in metadata
+
+
+def test_the_root_may_be_given(project: Run, tlcapture: Run, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TLCAPTURE_ROOT")
+    words = ("project", "--experiment", "exp", "--prompt-set", "short")
+    assert tlcapture(*words).exit_code == 2
+    assert tlcapture(*words, "--root", data).exit_code == 0
 
 
 def test_all_prompt_sets_means_all_that_are_captured(project: Run, projected: Path) -> None:

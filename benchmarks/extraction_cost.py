@@ -1,0 +1,102 @@
+"""What extracting one trait costs: time and peak memory, with the shared prefix run once and without.
+
+    python benchmarks/extraction_cost.py [--trait style/formality] [--rounds 3]
+
+Each measurement is a process of its own, so that its peak is its own; the model's load is not counted in
+the time, and its memory is given apart. The second table times the probe fits of all layers one after
+another and over two processes.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import click
+
+VARIANTS = ("with the prefix in every example", "with the prefix once")
+
+
+@click.command()
+@click.option("--trait", default="style/formality", show_default=True)
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--measure", hidden=True, type=click.Choice(VARIANTS))
+def main(trait: str, rounds: int, measure: str | None) -> None:
+    """Measure and print two Markdown tables."""
+    if measure:
+        click.echo(json.dumps(_measure(trait, measure)))
+        return
+    found: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
+    for _ in range(rounds):
+        for variant in VARIANTS:
+            command = [sys.executable, __file__, "--trait", trait, "--measure", variant]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            found[variant].append(json.loads(done.stdout.splitlines()[-1]))
+    median = {
+        variant: {key: statistics.median(each[key] for each in runs) for key in runs[0]}
+        for variant, runs in found.items()
+    }
+    click.echo(f"{trait}, all layers, three methods, both components; medians of {rounds} processes in turn\n")
+    click.echo("| examples run | read-out, s | fits, s | peak memory, MB | of which model and libraries, MB |")
+    click.echo("| --- | --- | --- | --- | --- |")
+    for variant, values in median.items():
+        seconds = f"{values['read_out']:.1f} | {values['fit']:.1f}"
+        click.echo(f"| {variant} | {seconds} | {values['peak']:.0f} | {values['model']:.0f} |")
+    ratios = [b["read_out"] / a["read_out"] for a, b in zip(*found.values(), strict=True)]
+    click.echo(f"\nread-out, once / in every example: {statistics.median(ratios):.2f} (of {len(ratios)} rounds)\n")
+    last = median[VARIANTS[1]]
+    click.echo(
+        f"probe fits of all layers: one after another {last['in_turn']:.2f} s, two processes {last['processes']:.2f} s"
+    )
+
+
+def _measure(name: str, variant: str) -> dict[str, float]:
+    from pathlib import Path
+
+    from joblib import Parallel, delayed
+
+    from tlcapture.extraction import readout
+    from tlcapture.extraction.examples import read_examples
+    from tlcapture.extraction.methods import FITS
+    from tlcapture.layout import Datasets, Layout
+    from tlcapture.models import load_model
+    from tlcapture.names import Trait
+    from tlcapture.runs.examples import prepare
+
+    model, trait = load_model("smollm2", device="cpu"), Trait.parse(name)
+    datasets = Datasets(Path())
+    prepared = prepare(datasets, Layout(Path(), "none"), trait, model, examples=read_examples(datasets, trait))
+    before = _peak()
+    if variant == VARIANTS[0]:
+        readout.shared_prefix = lambda readings: 0
+    start = time.perf_counter()
+    activations = readout.read_out(model, prepared.readings, ["residual", "attn_out"])
+    read = time.perf_counter()
+    for values in activations.values():
+        for fit in FITS.values():
+            fit(values, prepared.labels)
+    fitted, peak = time.perf_counter(), _peak()
+    FITS["probe"](activations["residual"], prepared.labels)
+    in_turn = time.perf_counter()
+    layers = [activations["residual"][layer : layer + 1] for layer in range(model.n_layers)]
+    Parallel(n_jobs=2)(delayed(FITS["probe"])(layer, prepared.labels) for layer in layers)
+    return {
+        "read_out": read - start,
+        "fit": fitted - read,
+        "peak": peak,
+        "model": before,
+        "in_turn": in_turn - fitted,
+        "processes": time.perf_counter() - in_turn,
+    }
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main()
