@@ -65,6 +65,15 @@ def _refuse(unsupported: bool, what: str) -> None:
 def _gpt2(config: Any) -> Fields:
     _refuse(getattr(config, "add_cross_attention", False), "cross attention")
     return {
+        **_gpt_names(config),
+        "use_attn_scale": config.scale_attn_weights,
+        "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,
+    }
+
+
+def _gpt_names(config: Any) -> Fields:
+    """What GPT-2 and GPT-J share: the names of their sizes, and LayerNorm."""
+    return {
         "d_model": config.n_embd,
         "d_head": config.n_embd // config.n_head,
         "n_heads": config.n_head,
@@ -74,8 +83,6 @@ def _gpt2(config: Any) -> Fields:
         "eps": config.layer_norm_epsilon,
         "d_vocab": config.vocab_size,
         "act_fn": config.activation_function,
-        "use_attn_scale": config.scale_attn_weights,
-        "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,
         "normalization_type": "LN",
     }
 
@@ -101,20 +108,11 @@ def _gpt_neo(config: Any) -> Fields:
 
 def _gptj(config: Any) -> Fields:
     return {
-        "d_model": config.n_embd,
-        "d_head": config.n_embd // config.n_head,
-        "n_heads": config.n_head,
-        "d_mlp": config.n_inner or 4 * config.n_embd,
-        "n_layers": config.n_layer,
-        "n_ctx": config.n_positions,
-        "eps": config.layer_norm_epsilon,
-        "d_vocab": config.vocab_size,
-        "act_fn": config.activation_function,
+        **_gpt_names(config),
         "parallel_attn_mlp": True,
         "positional_embedding_type": "rotary",
         "rotary_dim": config.rotary_dim or config.n_embd // config.n_head,
         "rotary_adjacent_pairs": True,
-        "normalization_type": "LN",
     }
 
 

@@ -118,6 +118,16 @@ def test_lens_json_has_its_exact_form() -> None:
             ]
 
 
+def test_the_lens_is_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = random_ids(20)
+    _, whole = lens_of("llama", ids)
+    monkeypatch.setattr("tlcapture.views.logit_lens.CHUNK", 3)
+    _, pieces = lens_of("llama", ids)
+    assert torch.equal(whole.top_ids, pieces.top_ids)
+    assert torch.equal(whole.actual_rank, pieces.actual_rank)
+    assert torch.allclose(whole.actual_prob, pieces.actual_prob, atol=1e-6)
+
+
 def test_a_single_token_has_no_prediction() -> None:
     _, lens = lens_of("llama", [5])
     assert lens.actual_rank.shape == (3, 0)

@@ -20,6 +20,7 @@ from tlcapture.rounding import PROBABILITY_DIGITS, round_significant
 from tlcapture.shapes import Logits, Residual
 
 TOP_K = 50
+CHUNK = 256  # tokens whose logits over the whole vocabulary are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,11 @@ def logit_lens_view(
         unembed: the model's final norm, unembedding and soft cap.
     """
     next_ids = torch.tensor(token_ids[1:], dtype=torch.long)
-    by_layer = [_predictions(unembed(residual_out(layer)[:-1]), next_ids, top_k) for layer in range(n_layers)]
+    by_layer = []
+    for layer in range(n_layers):
+        pieces = zip(residual_out(layer)[:-1].split(CHUNK), next_ids.split(CHUNK), strict=True)
+        found = [_predictions(unembed(residual), ids, top_k) for residual, ids in pieces]
+        by_layer.append([torch.cat(column) for column in zip(*found, strict=True)])
     return LogitLens(*(torch.stack(column) for column in zip(*by_layer, strict=True)))
 
 
