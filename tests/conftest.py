@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 import tests.typechecking  # noqa: F401  the hook names it
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network, nor waits for it
+
+settings.register_profile("patient", deadline=None)  # machines are noisy; time is not what properties are about
+settings.load_profile("patient")
 
 _CHECKED = [
     "tlcapture.captures",
