@@ -21,14 +21,14 @@ def test_rounds_as_python_formats(numbers: list[float], digits: int) -> None:
         assert abs(result - number) <= 0.51 * unit * 10 if number else result == 0
 
 
-@given(st.floats(1e-15, 1e15), st.integers(1, 8))
+@given(st.floats(0, 1e300), st.integers(1, 8))
 def test_prints_no_more_digits_than_asked_for(number: float, digits: int) -> None:
     text = orjson.dumps(float(round_significant(number, digits))).decode()
     mantissa = text.lower().split("e")[0].replace(".", "").replace("-", "").strip("0")
     assert len(mantissa) <= digits
 
 
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.integers(1, 8))
+@given(st.lists(st.floats(-1e300, 1e300), min_size=1), st.integers(1, 8))
 def test_rounding_twice_changes_nothing(numbers: list[float], digits: int) -> None:
     once = round_significant(numbers, digits)
     assert round_significant(once, digits).tolist() == once.tolist()

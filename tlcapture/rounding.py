@@ -14,6 +14,7 @@ from tlcapture.errors import NumericalError
 WEIGHT_DIGITS = 4
 PROBABILITY_DIGITS = 4
 PROJECTION_DIGITS = 6
+_LARGEST_EXACT_POWER = 22
 
 
 def round_significant(values: ArrayLike, digits: int) -> NDArray[np.float64]:
@@ -26,9 +27,13 @@ def round_significant(values: ArrayLike, digits: int) -> NDArray[np.float64]:
     if not np.isfinite(numbers).all():
         raise NumericalError(f"{int((~np.isfinite(numbers)).sum())} of {numbers.size} numbers are NaN or inf")
     magnitude = np.abs(numbers)
-    # Below 1e-290 a power of ten overflows; such numbers are zero for every use.
-    exponent = np.floor(np.log10(np.where(magnitude > 1e-290, magnitude, 1.0)))
+    exponent = np.floor(np.log10(np.where(magnitude > 0, magnitude, 1.0)))
     shift = (digits - 1 - exponent).astype(np.int64)
-    scale = 10.0 ** np.abs(shift)
+    # Powers of ten are exact up to 10**22, and a quotient or product of exact numbers rounds once.
+    exact = np.abs(shift) <= _LARGEST_EXACT_POWER
+    scale = 10.0 ** np.where(exact, np.abs(shift), 0)
     rounded = np.where(shift >= 0, np.rint(numbers * scale) / scale, np.rint(numbers / scale) * scale)
-    return np.where(magnitude > 1e-290, rounded, 0.0)
+    if not exact.all():
+        rounded = np.asarray(rounded)
+        rounded[~exact] = [float(f"{number:.{digits - 1}e}") for number in numbers[~exact]]
+    return rounded
