@@ -29,7 +29,6 @@ from tlcapture.shapes import LastLogits, Logits, Mask, Residual, Rows, Tokens, V
 from tlcapture.weight_layout import lay_out, memory_order
 
 ENGINES = ("auto", "hooked", "bridge")
-DEVICES = ("auto", "cuda", "mps", "cpu")
 OWN_MARK = "tl-"  # begins the fingerprint of a model that was not loaded here
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -56,7 +56,7 @@ def test_scripts_offer_exactly_the_options_of_their_command(script: str, command
     )  # fmt: skip
     parameters = main.commands[command].params
     assert {p.opts[-1] for p in parameters} <= set(done.stdout.replace(",", " ").replace("/", " ").split())
-    context = click.Context(main.commands[command], info_name=script)
+    context = click.Context(main.commands[command], info_name=script, **main.commands[command].context_settings)
     assert done.stdout == main.commands[command].get_help(context) + "\n"
 
 

@@ -153,6 +153,8 @@ def test_positions_name_their_spans() -> None:
     assert tokenizer.decode(last.token_ids).endswith("<turn>assistant\n")
     everything = tokenize_example(tokenizer, example, position="all_mean")
     assert (everything.start, everything.stop) == (1, len(everything.token_ids))
+    with pytest.raises(InputError, match="no position 'last': choose one of auto, response_mean"):
+        tokenize_example(tokenizer, example, position="last")
     with pytest.raises(InputError, match="a bare text has no response"):
         tokenize_example(tokenizer, Example(text="x"), position="last_prompt_token")
 

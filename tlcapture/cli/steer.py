@@ -55,7 +55,8 @@ def steer(
 ) -> None:
     """Add trait vectors while the model writes, and score what that does.
 
-    Greedy throughout: nothing is drawn at random. Runs that results.json holds already are not run again.
+    Greedy throughout: nothing is drawn at random, and --seed changes nothing. Runs that results.json
+    holds already are not run again.
     """
     from tlcapture.extraction.judge import Judge
     from tlcapture.layout import Layout
@@ -65,7 +66,7 @@ def steer(
     asked = None if judge is None else Judge(judge, judge_model)
     layout, console = Layout(root, experiment), Console()
     load = ModelLoader.settle(layout, "extraction_model", console, **model)
-    options = SteerOptions(traits, methods or (), layers, coefficients, search, asked, seed)
+    options = SteerOptions(traits, methods or (), layers, coefficients, search, asked)
     report = run_steer(layout, options, load, console)
     draw_curves(layout, traits or tuple(layout.traits()), report)
     finish(report)

@@ -55,6 +55,8 @@ def tokenize_example(
 
     Raises `InputError` for a position that the example does not have.
     """
+    if position not in POSITIONS:
+        raise InputError(f"no position {position!r}: choose one of {', '.join(POSITIONS)}")
     if example.text is not None:
         if position not in ("auto", "all_mean"):
             raise InputError(f"--position {position}: a bare text has no response; use all_mean")

@@ -88,8 +88,7 @@ class SteeringBench:
         self._last = [prompt.token_ids[-1] for prompt in prompts]
         self._completions = [tuple(self._ids(text) for text in pair) for pair in completions]
         self._state = self._prefill([prompt.token_ids[:-1] for prompt in prompts])
-        responses, self._own_cost = self._respond()
-        self.own_responses = [decode(model.tokenizer, ids) for ids in responses]
+        _, self._own_cost = self._respond()
         self._norms: dict[int, float] = {}
 
     def typical_norm(self, layer: int) -> float:

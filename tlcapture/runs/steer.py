@@ -41,7 +41,6 @@ class SteerOptions:
     coefficients: tuple[float, ...] = COEFFICIENTS
     search: bool = False
     judge: Judge | None = None
-    seed: int = 0
 
 
 def run_steer(
