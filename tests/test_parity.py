@@ -15,7 +15,7 @@ from tlcapture.models import Model
 from tlcapture.views.attention import attention_hooks
 from tlcapture.views.residual import residual_hooks, residual_view
 
-ENGINES = ("hooked", "bridge")
+ENGINES = ("hooked", "plain", "bridge")
 LONGER_THAN_ANY_WINDOW = 40
 
 

@@ -117,10 +117,13 @@ def hf_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 @cache
 def model(name: str, engine: str = "hooked") -> Any:
-    """The same as a tlcapture model. The bridge wraps a copy, since it changes the modules it wraps."""
+    """The same as a tlcapture model, `plain` being the hooked engine without its fast forward pass. The
+    bridge wraps a copy, since it changes the modules it wraps."""
     import copy
 
     from tlcapture.models import from_hugging_face
 
-    source = hf_model(name) if engine == "hooked" else copy.deepcopy(hf_model(name))
+    source = hf_model(name) if engine != "bridge" else copy.deepcopy(hf_model(name))
+    if engine == "plain":
+        return from_hugging_face(source, tokenizer(), name=f"tiny-{name}", engine="hooked", fast=False)
     return from_hugging_face(source, tokenizer(), name=f"tiny-{name}", engine=engine)

@@ -28,6 +28,9 @@ from tlcapture.views import Cache
 STOP_TOKEN = "stop_token"
 MAX_NEW_TOKENS = "max_new_tokens"
 
+Kind = tuple[int | str, ...]
+PATTERN: Kind = ("pattern",)
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -125,7 +128,7 @@ def _run_batch(
     on_tokens: Callable[[int], None],
 ) -> Iterator[Generation | Failure]:
     stops = stop_ids(model.tokenizer, model.generation_config)
-    recorder = _Recorder(hooks, [len(prompt.token_ids) for prompt in prompts])
+    recorder = _Recorder(hooks, [len(prompt.token_ids) for prompt in prompts], max_new_tokens)
     generators = [_generator(sampling.seed, prompt) for prompt in prompts]
     responses: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # which prompt each row of the batch is
@@ -167,43 +170,62 @@ def _run_batch(
 class _Recorder:
     """Gathers activations step by step and hands them out prompt by prompt.
 
-    Activations of like shape are stacked into one tensor a step, which leaves the accelerator at once.
+    Activations of like shape share a buffer `[name, prompt, position, ...]` in main memory, which is
+    written to in place; a step's are stacked first, so that they leave an accelerator in one piece.
+    Patterns, whose last axis grows, are kept step by step.
     """
 
-    def __init__(self, names: Sequence[str], prompt_lengths: Sequence[int]):
+    def __init__(self, names: Sequence[str], prompt_lengths: Sequence[int], max_new_tokens: int):
         self.names = frozenset(names)
         self._order = list(dict.fromkeys(names))
         self._lengths = prompt_lengths
-        self._groups: dict[tuple[int | str, ...], list[str]] = {}
-        self._steps: list[tuple[list[int], dict[tuple[int | str, ...], Tensor]]] = []
+        self._width = max(prompt_lengths)
+        self._capacity = self._width + max_new_tokens
+        self._position = 0
+        self._groups: dict[Kind, list[str]] = {}
+        self._lines: dict[Kind, Tensor] = {}
+        self._patterns: list[tuple[list[int], Tensor]] = []
 
     def record(self, rows: Sequence[int], cache: Cache) -> None:
         if not self._groups:
             for name in self._order:
                 self._groups.setdefault(_kind(name, cache[name]), []).append(name)
-        stacked = {
-            kind: torch.stack([cache[name].to("cpu") for name in names])
-            if len({cache[name].device for name in names}) > 1
-            else torch.stack([cache[name] for name in names]).to("cpu")
-            for kind, names in self._groups.items()
-        }
-        self._steps.append((list(rows), stacked))
+        n_new = 0
+        for kind, names in self._groups.items():
+            activations = [cache[name] for name in names]
+            if len({activation.device for activation in activations}) > 1:
+                activations = [activation.to("cpu") for activation in activations]
+            if kind == PATTERN:
+                n_new = activations[0].shape[2]
+                self._patterns.append((list(rows), torch.stack(activations).to("cpu")))
+            else:
+                n_new = activations[0].shape[1]
+                self._write(kind, rows, activations)
+        self._position += n_new
+
+    def _write(self, kind: Kind, rows: Sequence[int], activations: list[Tensor]) -> None:
+        first = activations[0]
+        if kind not in self._lines:
+            shape = (len(activations), len(self._lengths), self._capacity, *first.shape[2:])
+            self._lines[kind] = torch.empty(shape, dtype=first.dtype)
+        place = self._lines[kind][:, :, self._position : self._position + first.shape[1]]
+        if len(rows) == len(self._lengths) and first.device.type == "cpu":
+            torch.stack(activations, out=place)
+        else:
+            place[:, list(rows)] = torch.stack(activations).to("cpu")
 
     def take(self, row: int) -> Cache:
         """All activations of a prompt: `[n_tokens, ...]` by name, without padding."""
         cache: dict[str, Tensor] = {}
+        start = self._width - self._lengths[row]
         for kind, names in self._groups.items():
-            pieces = [stacked[kind][:, rows.index(row)] for rows, stacked in self._steps if row in rows]
-            whole = self._patterns(pieces, row) if kind == ("pattern",) else self._line(pieces, row)
+            whole = self._pattern(row) if kind == PATTERN else self._lines[kind][:, row, start : self._position].clone()
             cache.update(zip(names, whole.unbind(), strict=True))
         return {name: cache[name] for name in self._order}
 
-    def _line(self, pieces: list[Tensor], row: int) -> Tensor:
-        prompt, *decoded = pieces
-        return torch.cat([prompt[:, prompt.shape[1] - self._lengths[row] :], *decoded], dim=1)
-
-    def _patterns(self, pieces: list[Tensor], row: int) -> Tensor:
+    def _pattern(self, row: int) -> Tensor:
         """`[n, head, pos, key]` pieces, the keys growing, into `[n, head, n_tokens, n_tokens]`."""
+        pieces = [stacked[:, rows.index(row)] for rows, stacked in self._patterns if row in rows]
         length = self._lengths[row]
         n_tokens = length + len(pieces) - 1
         whole = pieces[0].new_zeros(*pieces[0].shape[:2], n_tokens, n_tokens)
@@ -213,8 +235,9 @@ class _Recorder:
         return whole
 
 
-def _kind(name: str, activation: Tensor) -> tuple[int | str, ...]:
-    return ("pattern",) if name.endswith("hook_pattern") else tuple(activation.shape[2:])
+def _kind(name: str, activation: Tensor) -> Kind:
+    """What has to be alike for activations to share a buffer."""
+    return PATTERN if name.endswith("hook_pattern") else (*activation.shape[2:], str(activation.dtype))
 
 
 def _left_pad(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

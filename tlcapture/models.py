@@ -12,6 +12,7 @@ folded, nothing centred, so that every residual equals Hugging Face's at that po
 from __future__ import annotations
 
 import copy
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
@@ -24,12 +25,14 @@ from torch import Tensor
 from tlcapture import embedded
 from tlcapture.checkpoints import cast, fetch, fetch_weights, fingerprint, quiet_loading, source_of
 from tlcapture.errors import ModelError
+from tlcapture.fast_forward import FastForward, FastState
 from tlcapture.hooked_config import architecture_of, covers, hooked_fields, weight_converter
 from tlcapture.shapes import LastLogits, Logits, Mask, Residual, Rows, Tokens, Vector
-from tlcapture.weight_layout import lay_out, memory_order
+from tlcapture.weight_layout import lay_out, lay_out_in_place, memory_order
 
 ENGINES = ("auto", "hooked", "bridge")
 OWN_MARK = "tl-"  # begins the fingerprint of a model that was not loaded here
+FAST = os.environ.get("TLCAPTURE_FAST", "1") != "0"  # whether HookedTransformer's blocks go through FastForward
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -128,36 +131,53 @@ class Model(ABC):
 
 
 class HookedModel(Model):
-    """HookedTransformer."""
+    """HookedTransformer; with `fast`, its blocks are computed by `FastForward` where that supports them."""
 
     engine = "hooked"
 
+    def __init__(self, *args: Any, fast: bool = FAST):
+        super().__init__(*args)
+        self._fast = FastForward(self.tl) if fast and FastForward.supports(self.tl) else None
+
     def start(self, batch_size: int) -> Any:
+        # Asked again for every batch: the model is its user's, whose options and weights may have changed.
+        if self._fast is not None and FastForward.supports(self.tl):
+            self._fast.refresh()
+            return FastState.empty(batch_size, self.device)
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
         return TransformerLensKeyValueCache.init_cache(self.tl.cfg, self.device, batch_size)
 
     @torch.no_grad()
     def step(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str], *, want_logits: bool) -> Step:
-        residual, cache = self.tl.run_with_cache(
-            tokens.to(self.device),
-            names_filter=hooks.__contains__,
-            return_cache_object=False,
-            attention_mask=mask.to(self.device),
-            past_kv_cache=state,
-            # Unembedding every prompt position would cost more than the rest of a short prompt.
-            stop_at_layer=self.n_layers,
-        )
+        tokens, mask = tokens.to(self.device), mask.to(self.device)
+        if isinstance(state, FastState):
+            assert self._fast is not None
+            residual, cache = self._fast(tokens, mask, state, hooks)
+        else:
+            residual, cache = self.tl.run_with_cache(
+                tokens,
+                names_filter=hooks.__contains__,
+                return_cache_object=False,
+                attention_mask=mask,
+                past_kv_cache=state,
+                # Unembedding every prompt position would cost more than the rest of a short prompt.
+                stop_at_layer=self.n_layers,
+            )
         return Step(self.unembed(residual[:, -1:])[:, 0] if want_logits else None, cache)
 
     def keep(self, state: Any, rows: Rows) -> None:
         rows = rows.to(self.device)
+        if isinstance(state, FastState):
+            return state.keep(rows)
         for entry in state.entries:
             entry.past_keys = entry.past_keys[rows]
             entry.past_values = entry.past_values[rows]
         state.previous_attention_mask = state.previous_attention_mask[rows]
 
     def branch(self, state: Any, rows: Sequence[int]) -> Any:
+        if isinstance(state, FastState):
+            return state.branch(rows)
         index = torch.tensor(rows, device=self.device)
         branched = self.start(len(rows))
         # TransformerLens extends its cache by making new tensors: nothing of the old state is written to.
@@ -172,7 +192,8 @@ class HookedModel(Model):
 
         flat = residual.reshape(1, -1, self.d_model).to(self.device, self.dtype)
         normed = self.tl.ln_final(flat) if self.tl.cfg.normalization_type is not None else flat
-        logits = apply_softcap(self.tl.unembed(normed), self.tl.cfg.output_logits_soft_cap)
+        logits = self.tl.unembed(normed)[0] if self._fast is None else self._fast.unembed(normed[0])
+        logits = apply_softcap(logits, self.tl.cfg.output_logits_soft_cap)
         return logits.reshape(*residual.shape[:-1], logits.shape[-1])
 
 
@@ -251,7 +272,9 @@ def _with_all_keys(name: str, activation: Tensor, n_keys: int) -> Tensor:
     return torch.nn.functional.pad(activation, (missing, 0)) if missing else activation
 
 
-def load_model(name: str = embedded.NAME, engine: str = "auto", device: str = "auto", dtype: str = "auto") -> Model:
+def load_model(
+    name: str = embedded.NAME, engine: str = "auto", device: str = "auto", dtype: str = "auto", *, fast: bool = FAST
+) -> Model:
     """Load a model on an engine, its weights as the checkpoint has them.
 
     Args:
@@ -260,6 +283,8 @@ def load_model(name: str = embedded.NAME, engine: str = "auto", device: str = "a
         device: `cuda`, `mps`, `cpu` (or any torch device), or `auto`: the first of these there is.
         dtype: `float32`, `float16`, `bfloat16`, or `auto`: the checkpoint's own on an accelerator,
             float32 on a CPU.
+        fast: whether HookedTransformer's blocks may be computed by `fast_forward`; the environment
+            variable `TLCAPTURE_FAST=0` makes this `False` everywhere.
 
     Raises:
         ModelError: the model is not found, or the engine asked for does not cover it.
@@ -273,11 +298,18 @@ def load_model(name: str = embedded.NAME, engine: str = "auto", device: str = "a
         mark = fingerprint(model)
         cast(model, _dtype(dtype, target, config))
         tokenizer = fetch(name, "AutoTokenizer", source)
-        return from_hugging_face(model, tokenizer, name=name, engine=chosen, device=str(target), mark=mark)
+        return from_hugging_face(model, tokenizer, name=name, engine=chosen, device=str(target), mark=mark, fast=fast)
 
 
 def from_hugging_face(
-    model: Any, tokenizer: Any, *, name: str, engine: str = "auto", device: str = "cpu", mark: str | None = None
+    model: Any,
+    tokenizer: Any,
+    *,
+    name: str,
+    engine: str = "auto",
+    device: str = "cpu",
+    mark: str | None = None,
+    fast: bool = FAST,
 ) -> Model:
     """The same for a Hugging Face model that is already in memory; its weights may be shared.
 
@@ -291,7 +323,7 @@ def from_hugging_face(
     common = (tokenizer, config, model.generation_config, name, mark or fingerprint(model))
     with quiet_loading():
         if engine == "hooked":
-            return HookedModel(_hooked_transformer(model, tokenizer, name, device), *common)
+            return HookedModel(_hooked_transformer(model, tokenizer, name, device), *common, fast=fast)
         from transformer_lens.model_bridge import TransformerBridge
 
         model.to(device)
@@ -319,6 +351,7 @@ def from_hooked_transformer(hooked: Any, *, name: str | None = None) -> HookedMo
             "the HookedTransformer was loaded with its norms folded: load it with "
             "HookedTransformer.from_pretrained_no_processing, or with tlcapture.load_model"
         )
+    lay_out_in_place(hooked)
     # TransformerLens's own parameters have other names: its mark is comparable with its like only.
     mark = f"{OWN_MARK}{fingerprint(hooked)}"
     return HookedModel(

@@ -8,6 +8,8 @@ parameter's own memory, and the outputs stay the same bits.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 # Parameter's last name -> the order of its axes in which memory must run.
@@ -40,3 +42,10 @@ def lay_out(weight: Tensor, order: tuple[int, ...]) -> Tensor:
     """The same values and shape, with memory running in `order`; no copy where it already does."""
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return weight.permute(order).contiguous().permute(inverse)
+
+
+def lay_out_in_place(module: Any) -> None:
+    """Lay out the parameters of a HookedTransformer that is there already; their shapes and values stay."""
+    gated = bool(module.cfg.gated_mlp)
+    for name, parameter in module.named_parameters():
+        parameter.data = lay_out(parameter.data, memory_order(name, parameter, gated_mlp=gated))

@@ -1,0 +1,198 @@
+"""The fast forward pass shows what TransformerLens's own shows: at every hook point, edited or not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import tiny
+from tests.test_parity import random_ids, relative
+from tlcapture.fast_forward import FastForward, FastState
+from tlcapture.generation import Sampling, generate
+from tlcapture.models import Model, from_hooked_transformer, from_hugging_face
+from tlcapture.views.residual import residual_hooks
+
+
+@pytest.fixture(params=list(tiny.CONFIGS))
+def architecture(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def steps(model: Model, hooks: set[str]) -> list[dict[str, Tensor]]:
+    """A padded prompt step of three rows and two decode steps, one row dropped between them."""
+    tokens = torch.tensor([random_ids(20, seed=row) for row in range(3)])
+    mask = torch.ones_like(tokens)
+    mask[0, :7], mask[2, :15] = 0, 0
+    state = model.start(3)
+    first = model.step(tokens, mask, state, hooks, want_logits=True)
+    one = torch.ones(3, 1, dtype=torch.long)
+    second = model.step(tokens[:, :1], one, state, hooks, want_logits=True)
+    model.keep(state, torch.tensor([True, False, True]))
+    third = model.step(tokens[:2, 1:2], one[:2], state, hooks, want_logits=True)
+    caches = []
+    for step in (first, second, third):
+        assert step.logits is not None
+        caches.append({**step.cache, "logits": step.logits})
+    seen = torch.cat([mask, one], dim=1)
+    return [
+        {name: without_padding(name, activation, shown.bool()) for name, activation in cache.items()}
+        for cache, shown in zip(caches, (mask, seen, torch.cat([seen, one], dim=1)[[0, 2]]), strict=True)
+    ]
+
+
+def without_padding(name: str, activation: Tensor, shown: Tensor) -> Tensor:
+    """What padding yields is nobody's business; rotated keys are those of all positions so far."""
+    if activation.shape[:2] == shown.shape:
+        return activation[shown]
+    if activation.ndim == 4 and activation.shape[2] == shown.shape[1]:
+        return activation.transpose(1, 2)[shown]
+    return activation
+
+
+def test_every_hook_point_shows_what_transformer_lens_shows(architecture: str) -> None:
+    fast, plain = tiny.model(architecture), tiny.model(architecture, "plain")
+    assert isinstance(fast.start(1), FastState) and not isinstance(plain.start(1), FastState)
+    with torch.no_grad():
+        _, everything = plain.tl.run_with_cache(torch.tensor([random_ids(4)]), return_cache_object=False)
+    outside = ("ln_final", "unembed")  # behind the last block: both engines leave them to `unembed`
+    hooks = {name for name in everything if not name.startswith(outside)}
+    assert len(hooks) > 16 * plain.n_layers
+    for ours, theirs in zip(steps(fast, hooks), steps(plain, hooks), strict=True):
+        assert ours.keys() == theirs.keys() == hooks | {"logits"}
+        for name in ours:
+            seen = theirs[name].isfinite()  # masked scores are -inf
+            assert torch.equal(ours[name].isfinite(), seen), name
+            assert relative(ours[name][seen], theirs[name][seen]) < 1e-4, name
+
+
+HOOKED = [
+    "hook_embed",
+    "blocks.1.hook_resid_pre",
+    "blocks.1.ln1.hook_normalized",
+    "blocks.1.attn.hook_q",
+    "blocks.1.attn.hook_k",
+    "blocks.1.attn.hook_v",
+    "blocks.1.attn.hook_rot_q",
+    "blocks.1.attn.hook_rot_k",
+    "blocks.1.attn.hook_attn_scores",
+    "blocks.1.attn.hook_pattern",
+    "blocks.1.attn.hook_z",
+    "blocks.1.hook_attn_out",
+    "blocks.1.hook_resid_mid",
+    "blocks.1.ln2.hook_scale",
+    "blocks.1.mlp.hook_pre",
+    "blocks.1.mlp.hook_pre_linear",
+    "blocks.1.mlp.hook_post",
+    "blocks.1.hook_mlp_out",
+    "blocks.1.hook_resid_post",
+]
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_what_a_hook_returns_is_what_goes_on(name: str) -> None:
+    def edit(activation: Tensor, hook: Any) -> Tensor:
+        return activation * 1.5
+
+    last, found = {"blocks.2.hook_resid_post"}, []
+    for model in (tiny.model("llama"), tiny.model("llama", "plain")):
+        with model.tl.hooks(fwd_hooks=[(name, edit)]):
+            found.append([cache["blocks.2.hook_resid_post"] for cache in steps(model, last)])
+    untouched = [cache["blocks.2.hook_resid_post"] for cache in steps(tiny.model("llama"), last)]
+    for ours, theirs, without in zip(*found, untouched, strict=True):
+        assert relative(ours, theirs) < 1e-4
+        assert relative(without, theirs) > 1e-3
+
+
+def test_options_it_does_not_know_leave_the_work_to_transformer_lens() -> None:
+    model = tiny.model("llama")
+    model.tl.set_use_attn_result(True)
+    try:
+        assert not FastForward.supports(model.tl)
+        (generation,) = generate(
+            model,
+            [tiny_prompt()],
+            hooks=["blocks.0.attn.hook_result"],
+            max_new_tokens=2,
+            sampling=Sampling(temperature=0),
+        )
+        assert generation.cache["blocks.0.attn.hook_result"].shape[1:] == (tiny.N_HEADS, tiny.D_MODEL)
+    finally:
+        model.tl.set_use_attn_result(False)
+
+
+def test_weights_that_somebody_replaced_are_seen() -> None:
+    model = from_hooked_transformer(tiny.model("qwen2", "plain").tl)
+    last = {"blocks.2.hook_resid_post"}
+    weight = model.tl.blocks[1].attn.W_O
+    before, original = steps(model, last), weight.data
+    try:
+        weight.data = torch.zeros_like(original)
+        ours = steps(model, last)
+        assert relative(ours[2]["blocks.2.hook_resid_post"], before[2]["blocks.2.hook_resid_post"]) > 1e-3
+        plain = tiny.model("qwen2", "plain")
+        assert relative(ours[2]["blocks.2.hook_resid_post"], steps(plain, last)[2]["blocks.2.hook_resid_post"]) < 1e-4
+    finally:
+        weight.data = original
+
+
+def test_a_branch_goes_its_own_way() -> None:
+    model, last = tiny.model("llama"), {"blocks.2.hook_resid_post"}
+    tokens = torch.tensor([random_ids(10), random_ids(10, seed=1)])
+    state = model.start(2)
+    model.step(tokens, torch.ones_like(tokens), state, last, want_logits=False)
+    one = torch.ones(2, 1, dtype=torch.long)
+    branch = model.branch(state, [1, 1])
+    model.step(tokens[:, 3:4], one, branch, last, want_logits=False)
+    along = model.step(tokens[:, 5:6], one, state, last, want_logits=False).cache["blocks.2.hook_resid_post"]
+    whole = torch.cat([tokens, tokens[:, 5:6]], dim=1)
+    fresh = model.step(whole, torch.ones_like(whole), model.start(2), last, want_logits=False)
+    assert relative(along, fresh.cache["blocks.2.hook_resid_post"][:, -1:]) < 1e-5
+
+
+def test_more_tokens_than_the_first_buffer_holds_equal_one_pass() -> None:
+    model, last = tiny.model("gemma2"), {"blocks.2.hook_resid_post"}
+    tokens = torch.tensor([random_ids(150)])
+    state = model.start(1)
+    pieces = [
+        model.step(piece, torch.ones_like(piece), state, last, want_logits=False).cache["blocks.2.hook_resid_post"]
+        for piece in tokens.split([5, *[1] * 145], dim=1)
+    ]
+    whole = model.step(tokens, torch.ones_like(tokens), model.start(1), last, want_logits=False)
+    assert relative(torch.cat(pieces, dim=1), whole.cache["blocks.2.hook_resid_post"]) < 1e-4
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, 10, 15, 16])
+def test_unembedding_in_slices_equals_unembedding_at_once(n_rows: int) -> None:
+    model = tiny.model("llama")
+    residual = torch.randn(n_rows, tiny.D_MODEL, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs = tiny.hf_model("llama").lm_head(tiny.hf_model("llama").model.norm(residual))
+    assert relative(model.unembed(residual), theirs) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gemma"])
+def test_in_half_precision_it_errs_no_more_than_hugging_face(name: str) -> None:
+    """Against float32, at every layer: at most 1.5 times the error of Hugging Face in bfloat16."""
+    exact, half = tiny.hf_model(name), tiny.hf_model(name, torch.bfloat16)
+    model = from_hugging_face(half, tiny.tokenizer(), name="tiny-half", engine="hooked")
+    tokens = torch.tensor([random_ids(30, seed=row) for row in range(8)])
+    names = set(residual_hooks(model.n_layers, model.hook_names))
+    step = model.step(tokens, torch.ones_like(tokens), model.start(8), names, want_logits=True)
+    with torch.no_grad():
+        truth, theirs = (hf(tokens, output_hidden_states=True) for hf in (exact, half))
+    assert step.logits is not None and step.logits.dtype == torch.bfloat16
+    pairs = [(step.logits, theirs.logits[:, -1], truth.logits[:, -1])]
+    for layer in range(1, model.n_layers):
+        hidden = (theirs.hidden_states[layer], truth.hidden_states[layer])
+        pairs.append((step.cache[f"blocks.{layer - 1}.hook_resid_post"], *hidden))
+    for ours, other, true in pairs:
+        assert (ours.float() - true).norm() < 1.5 * (other.float() - true).norm()
+
+
+def tiny_prompt() -> Any:
+    from tests.test_parity import as_prompt
+
+    return as_prompt(random_ids(6))
