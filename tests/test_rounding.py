@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+
+import numpy as np
 import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
 
 from tlcapture.errors import NumericalError
-from tlcapture.rounding import round_significant
+from tlcapture.rounding import round_significant, rounded_for_json
 
 
 @given(st.lists(st.floats(-1e18, 1e18).filter(lambda x: x == 0 or abs(x) > 1e-18), max_size=20), st.integers(1, 9))
@@ -38,3 +43,33 @@ def test_rounding_twice_changes_nothing(numbers: list[float], digits: int) -> No
 def test_nan_and_inf_are_never_written(bad: float) -> None:
     with pytest.raises(NumericalError, match="1 of 3 numbers are NaN or inf"):
         round_significant([1.0, bad, 2.0], 4)
+
+
+@given(
+    arrays(np.float32, st.integers(1, 20), elements=st.floats(-(2.0**100), 2.0**100, width=32)),
+    st.sampled_from([4, 6]),
+)
+def test_float32_numbers_for_json_print_with_few_digits_and_lie_next_to_the_number(
+    numbers: NDArray[np.float32], digits: int
+) -> None:
+    normal = numbers[(numbers == 0) | (np.abs(numbers) >= np.finfo(np.float32).tiny)]
+    rounded = rounded_for_json(normal, digits)
+    texts = orjson.dumps(rounded, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].decode().split(",") if len(normal) else []
+    for text, number in zip(texts, normal.tolist(), strict=True):
+        printed = Decimal(text)
+        assert len(printed.normalize().as_tuple().digits) <= digits
+        assert abs(printed - Decimal(number)) <= abs(Decimal(number)) * Decimal(f"0.5000001e{1 - digits}")
+
+
+def test_float32_numbers_around_every_power_of_ten_are_rounded_like_all_others() -> None:
+    powers = np.array([10.0**exponent for exponent in range(-37, 38)], dtype=np.float32)
+    around = np.concatenate([powers, np.nextafter(powers, np.float32(0)), powers * np.float32(0.99999)])
+    for group in np.split(around, len(around)):
+        expected = round_significant(group, 4)
+        assert rounded_for_json(group, 4)[0] == np.float32(expected[0])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_float32_numbers_that_are_none_raise(bad: float) -> None:
+    with pytest.raises(NumericalError, match="1 of 2 numbers are NaN or inf"):
+        rounded_for_json(np.array([1.0, bad], dtype=np.float32), 4)

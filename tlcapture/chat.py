@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from tlcapture.errors import InputError
 
 _PROBE = "tlcapture"
+# Texts of tokens that were asked for before, by tokenizer: a logit lens asks for thousands, again and again.
+_texts: WeakKeyDictionary[Any, dict[int, str]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -99,14 +102,14 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """The text of each token on its own; half a character shows as U+FFFD (ids are the truth)."""
     if not ids:
         return []
-    unique = sorted(set(ids))
-    pieces = tokenizer.convert_ids_to_tokens(unique)
-    texts = tokenizer.batch_decode([[i] for i in unique], clean_up_tokenization_spaces=False)
-    # SentencePiece decoders drop the space that begins a word when the word stands alone.
-    table = {
-        i: " " + text if isinstance(piece, str) and piece.startswith("\u2581") and not text.startswith(" ") else text
-        for i, piece, text in zip(unique, pieces, texts, strict=True)
-    }
+    table = _texts.setdefault(tokenizer, {})
+    new = sorted(set(ids) - table.keys())
+    pieces = tokenizer.convert_ids_to_tokens(new)
+    texts = tokenizer.batch_decode([[i] for i in new], clean_up_tokenization_spaces=False) if new else []
+    for i, piece, text in zip(new, pieces, texts, strict=True):
+        # SentencePiece decoders drop the space that begins a word when the word stands alone.
+        begins_word = isinstance(piece, str) and piece.startswith("\u2581") and not text.startswith(" ")
+        table[i] = " " + text if begins_word else text
     return [table[i] for i in ids]
 
 

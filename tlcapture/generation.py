@@ -108,8 +108,8 @@ def generate(
                     batch[0], f"out of memory with {len(batch[0].token_ids)} prompt tokens, alone in its batch"
                 )
             size = max(1, min(size, len(batch)) // 2)
+            release_memory()
         waiting = [prompt for prompt in waiting if id(prompt) not in finished]
-        release_memory()
 
 
 def teacher_force(model: Model, token_ids: Sequence[int], hooks: Sequence[str]) -> Cache:

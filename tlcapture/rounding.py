@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from math import floor, log10
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -37,3 +40,27 @@ def round_significant(values: ArrayLike, digits: int) -> NDArray[np.float64]:
         rounded = np.asarray(rounded)
         rounded[~exact] = [float(f"{number:.{digits - 1}e}") for number in numbers[~exact]]
     return rounded
+
+
+def rounded_for_json(values: NDArray[np.float32], digits: int) -> NDArray[np.float32]:
+    """Round float32 numbers to at most 6 significant decimal digits, as float32: several times faster.
+
+    A float32 tells every decimal of 6 digits from its neighbours, so the result prints with at most
+    `digits` digits as long as it is printed as float32, which orjson does. Raises like `round_significant`.
+    """
+    numbers = np.ascontiguousarray(values, dtype=np.float32)
+    magnitude = np.abs(numbers)
+    largest = float(magnitude.max(initial=0.0))
+    if not largest < 10.0**digits:  # NaN too
+        return round_significant(numbers, digits).astype(np.float32)
+    # The exponent in a number's bits tells its decimal exponent, but for those beyond a power of ten.
+    scale = _scales(digits)[magnitude.view(np.int32) >> 23]
+    scale /= np.where(magnitude * scale >= 10.0**digits, 10.0, 1.0)
+    return (np.rint(numbers * scale) / scale).astype(np.float32)
+
+
+@cache
+def _scales(digits: int) -> NDArray[np.float64]:
+    """By the 8 bits of a float32's exponent: the power of ten that leaves `digits` digits before the point."""
+    smallest = [2.0 ** (bits - 127) for bits in range(256)]
+    return np.array([10.0 ** (digits - 1 - floor(log10(number))) for number in smallest])

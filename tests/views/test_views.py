@@ -178,3 +178,17 @@ def test_parallel_blocks_have_no_residual_between_attention_and_mlp() -> None:
     model = tiny.model("gpt_neox")
     assert model.has_parallel_blocks
     assert "blocks.1.hook_resid_mid" not in internals_hooks(1, model.hook_names)
+
+
+@pytest.mark.parametrize("d_vocab", [40, 64 * 60, 64 * 60 + 17])
+def test_the_lens_finds_what_a_sort_finds_in_a_large_vocabulary(d_vocab: int) -> None:
+    generator = torch.Generator().manual_seed(d_vocab)
+    logits = torch.randn(30, d_vocab, generator=generator)
+    ids = torch.randint(0, d_vocab, (31,), generator=generator).tolist()
+    lens = logit_lens_view(lambda layer: torch.arange(31.0)[:, None], 1, ids, lambda residual: logits.clone(), top_k=50)
+    order = logits.argsort(dim=-1, descending=True)
+    top_k = min(50, d_vocab)
+    assert lens.top_ids[0].equal(order[:, :top_k])
+    assert torch.allclose(lens.top_probs[0], logits.softmax(dim=-1).gather(-1, order[:, :top_k]), rtol=1e-4)
+    expected = (order == torch.tensor(ids[1:])[:, None]).nonzero()[:, 1] + 1
+    assert lens.actual_rank[0].equal(expected)

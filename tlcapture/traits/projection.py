@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcapture.errors import NumericalError, StorageError, VectorError
-from tlcapture.rounding import PROJECTION_DIGITS, round_significant
+from tlcapture.rounding import PROJECTION_DIGITS, rounded_for_json
 from tlcapture.shapes import Trajectory, Vectors
 from tlcapture.traits.dynamics import Dynamics, dynamics
 from tlcapture.traits.selection import Selection
@@ -57,7 +57,7 @@ class Projection:
         scores = {"prompt": self.prompt, "response": self.response}
         return {
             "projections": {
-                part: round_significant(values.numpy(), PROJECTION_DIGITS) for part, values in scores.items()
+                part: rounded_for_json(values.float().numpy(), PROJECTION_DIGITS) for part, values in scores.items()
             },
             "dynamics": self.dynamics.to_json(),
         }

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tlcapture.rounding import WEIGHT_DIGITS, round_significant
+from tlcapture.rounding import WEIGHT_DIGITS, rounded_for_json
 from tlcapture.shapes import Patterns
 from tlcapture.views import Cache
 
@@ -41,9 +41,9 @@ class AttentionPatterns:
         }
 
 
-def _rows(patterns: Patterns, token: int) -> NDArray[np.float64]:
+def _rows(patterns: Patterns, token: int) -> NDArray[np.float32]:
     """One token's weights `[n_layers, n_heads, token + 1]`, rounded."""
-    return round_significant(patterns[:, :, token, : token + 1].float().numpy(), WEIGHT_DIGITS)
+    return rounded_for_json(patterns[:, :, token, : token + 1].float().numpy(), WEIGHT_DIGITS)
 
 
 def attention_hooks(n_layers: int) -> list[str]:

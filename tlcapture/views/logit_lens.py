@@ -12,14 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tlcapture.rounding import PROBABILITY_DIGITS, round_significant
+from tlcapture.rounding import PROBABILITY_DIGITS, round_significant, rounded_for_json
 from tlcapture.shapes import Logits, Residual
 
 TOP_K = 50
+_GROUP = 64  # neighbours in the vocabulary that are counted and compared together; at most 255
 CHUNK = 256  # tokens whose logits over the whole vocabulary are in memory at a time
 
 
@@ -45,20 +47,20 @@ class LogitLens:
         n_prompt_tokens: int,
         token_texts: Callable[[Sequence[int]], list[str]],
     ) -> dict[str, Any]:
-        """The content of `{id}_logit_lens.json`; probabilities have 4 significant digits."""
+        """The content of `{id}_logit_lens.json`; probabilities have 4 significant digits.
+
+        The lists `top_k`, nearly all of it, are JSON already: fragments that `write_json` takes as they are.
+        """
         n_layers, n_predictions, top_k = self.top_ids.shape
-        flat = token_texts(self.top_ids.flatten().tolist())
-        probs = round_significant(self.top_probs.numpy(), PROBABILITY_DIGITS).tolist()
+        tops = _tops_as_json(self.top_ids.flatten().tolist(), self.top_probs, token_texts)
         actual = round_significant(self.actual_prob.numpy(), PROBABILITY_DIGITS).tolist()
         ranks = self.actual_rank.tolist()
 
         def layer_json(layer: int, token: int) -> dict[str, Any]:
             start = (layer * n_predictions + token) * top_k
-            names = flat[start : start + top_k]
-            top = [{"token": name, "prob": prob} for name, prob in zip(names, probs[layer][token], strict=True)]
             return {
                 "layer": layer,
-                "top_k": top,
+                "top_k": orjson.Fragment(b"[%b]" % b",".join(tops[start : start + top_k])),
                 "actual_rank": ranks[layer][token],
                 "actual_prob": actual[layer][token],
             }
@@ -95,7 +97,7 @@ def logit_lens_view(
     Args:
         residual_out: the `[n_tokens, d_model]` residual stream behind a layer.
         token_ids: ids of the same tokens; the rank of a next token comes from its id.
-        unembed: the model's final norm, unembedding and soft cap.
+        unembed: the model's final norm, unembedding and soft cap; what it returns is overwritten.
     """
     next_ids = torch.tensor(token_ids[1:], dtype=torch.long)
     by_layer = []
@@ -106,14 +108,50 @@ def logit_lens_view(
     return LogitLens(*(torch.stack(column) for column in zip(*by_layer, strict=True)))
 
 
+def _tops_as_json(ids: list[int], probs: Tensor, token_texts: Callable[[Sequence[int]], list[str]]) -> list[bytes]:
+    """Each top prediction as a JSON object; there are as many as 150,000 of them in a file."""
+    unique = list(set(ids))
+    heads = {
+        number: b'{"token":%b,"prob":' % orjson.dumps(text)
+        for number, text in zip(unique, token_texts(unique), strict=True)
+    }
+    rounded = rounded_for_json(probs.numpy().ravel(), PROBABILITY_DIGITS)
+    numbers = orjson.dumps(rounded, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].split(b",") if ids else []
+    return [b"%b%b}" % (heads[number], prob) for number, prob in zip(ids, numbers, strict=True)]
+
+
 def _predictions(
     logits: Logits, next_ids: Int[Tensor, " n_predictions"], top_k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits = logits.float()
     next_ids = next_ids.to(logits.device)
-    normaliser = logits.logsumexp(dim=-1, keepdim=True)
-    top, top_ids = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
+    top, top_ids = _top(logits, min(top_k, logits.shape[-1]))
     actual = logits.gather(-1, next_ids[:, None])
-    rank = (logits > actual).sum(dim=-1) + 1
+    rank = _count(logits > actual) + 1
+    likeliest = top[:, :1]
+    # In place: nobody else holds the logits, and fresh memory of their size costs as much as the sum itself.
+    normaliser = logits.sub_(likeliest).exp_().sum(dim=-1, keepdim=True).log_() + likeliest
     probs = ((top - normaliser).exp(), (actual - normaliser).exp()[:, 0])
     return top_ids.cpu(), probs[0].cpu(), rank.cpu(), probs[1].cpu()
+
+
+def _top(logits: Logits, top_k: int) -> tuple[Tensor, Tensor]:
+    """`logits.topk(top_k)`, from the `top_k` groups of neighbours with the largest maxima: no other group can
+    hold one of the largest. Half as much work, since a group's maximum is cheap and sorting is not."""
+    n_groups = logits.shape[-1] // _GROUP
+    if n_groups <= top_k:
+        return logits.topk(top_k, dim=-1)
+    grouped = logits[:, : n_groups * _GROUP].unflatten(-1, (n_groups, _GROUP))
+    groups = grouped.amax(dim=-1).topk(top_k, dim=-1, sorted=False).indices.sort(dim=-1).values
+    places = (groups[..., None] * _GROUP + torch.arange(_GROUP, device=logits.device)).flatten(1)
+    rest = torch.arange(n_groups * _GROUP, logits.shape[-1], device=logits.device).expand(len(logits), -1)
+    places = torch.cat([places, rest], dim=1)
+    top, chosen = logits.gather(-1, places).topk(top_k, dim=-1)
+    return top, places.gather(-1, chosen)
+
+
+def _count(true: Tensor) -> Int[Tensor, " n_predictions"]:
+    """How many are true in each row, in bytes first: a fifth of the time of `true.sum(dim=-1)` on a CPU."""
+    n_groups = true.shape[-1] // _GROUP
+    grouped = true[:, : n_groups * _GROUP].unflatten(-1, (n_groups, _GROUP)).view(torch.uint8)
+    return grouped.sum(dim=-1, dtype=torch.uint8).sum(dim=-1) + true[:, n_groups * _GROUP :].sum(dim=-1)

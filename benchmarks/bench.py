@@ -1,0 +1,56 @@
+"""Every workload that tlcapture's speed is judged by, in one table.
+
+    python benchmarks/bench.py [--quick] [--rounds 5] [--only w1,w6]
+
+Rivals take turns within one run; figures are medians of ratios round by round, with their spread. The
+table goes to the screen and, when every workload ran in full, to RESULTS.md above its remarks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+RESULTS = Path(__file__).parent / "RESULTS.md"
+END_OF_TABLE = "<!-- what follows is written by hand -->"
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="Two rounds of smaller workloads; leaves RESULTS.md alone.")
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1))
+@click.option("--only", default="", help="Workloads to run, comma-separated; leaves RESULTS.md alone.")
+def main(quick: bool, rounds: int, only: str) -> None:
+    """Measure and print a Markdown table."""
+    from generation_speed import Bench, accelerator, sliced_unembedding, w1, w1_half, w2, w3, w4
+    from measure import HEAD, machine
+    from output_speed import w5, w6, w7, w8, w9, w10, w11
+
+    slow = (w3, w1_half, w9, w10)  # left out of a quick run
+    workloads = {work.__name__: work for work in (w1, w1_half, w2, w3, w4, w5, w6, w7, w8, w9, w10, w11)}
+    workloads |= {"unembed": sliced_unembedding, "gpu": accelerator}
+    chosen = [name.strip() for name in only.split(",") if name.strip()] or [
+        name for name, work in workloads.items() if not (quick and work in slow)
+    ]
+    if unknown := [name for name in chosen if name not in workloads]:
+        raise click.UsageError(f"no workload {', '.join(unknown)}: choose from {', '.join(workloads)}")
+    bench = Bench(2 if quick else rounds, quick)
+    lines = [f"{machine()}. {bench.rounds} rounds.", "", HEAD]
+    click.echo("\n".join(lines))
+    for name in chosen:
+        rows = [row.markdown() for row in workloads[name](bench)]
+        if not rows:
+            rows = ["| GPU | Gemma-2-2B's shape, ours / HF plain | | | | | not measured: no GPU on this machine | |"]
+        click.echo("\n".join(rows))
+        lines += rows
+    if not quick and not only:
+        _write("\n".join(lines))
+
+
+def _write(table: str) -> None:
+    remarks = RESULTS.read_text().split(END_OF_TABLE)[1] if RESULTS.exists() else "\n"
+    RESULTS.write_text(f"# Results of `make bench`\n\n{table}\n\n{END_OF_TABLE}{remarks}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""W1 to W4 and the accelerator's: generation with capture beside generation with and without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import rivals
+import torch
+from measure import Row, in_turn, medians, ratios
+from rivals import Task
+
+from tlcapture.chat import TokenizedPrompt, tokenize
+from tlcapture.embedded import embedded_folder
+from tlcapture.layout import Datasets
+from tlcapture.models import HookedModel, Model, from_hugging_face, load_model
+from tlcapture.prompts import read_prompt_set
+from tlcapture.views.residual import residual_hooks
+
+
+@dataclass
+class Bench:
+    """The embedded model and its rivals; `quick` does less of everything."""
+
+    rounds: int
+    quick: bool
+    dtype: str = "float32"
+
+    @cached_property
+    def model(self) -> Model:
+        return load_model("smollm2", engine="hooked", device="cpu", dtype=self.dtype)
+
+    @cached_property
+    def reference(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(embedded_folder(), dtype=getattr(torch, self.dtype)).eval()
+
+    @cached_property
+    def prompts(self) -> list[TokenizedPrompt]:
+        prompt_set = read_prompt_set(Datasets(Path()), "single_trait")
+        return [
+            tokenize(self.model.tokenizer, prompt.text, prompt_set=prompt_set.name, prompt_id=prompt.id)
+            for prompt in prompt_set.prompts
+        ]
+
+    @property
+    def new_tokens(self) -> int:
+        return 20 if self.quick else 50
+
+    def task(self, n_prompts: int, batch_size: int) -> Task:
+        return Task(self.prompts[:n_prompts], self.new_tokens, batch_size)
+
+    def against_hugging_face(self, task: Task) -> dict[str, Any]:
+        return {
+            "ours": lambda: rivals.ours(self.model, task),
+            "with hidden states": lambda: rivals.hugging_face(self.reference, task, hidden_states=True),
+            "plain": lambda: rivals.hugging_face(self.reference, task, hidden_states=False),
+        }
+
+
+def w1(bench: Bench) -> Iterator[Row]:
+    task = bench.task(10, 10)
+    works = bench.against_hugging_face(task)
+    if not bench.quick:
+        works |= _other_tools(bench, task)
+    _check_tokens(works)
+    _check_hidden_states(bench)
+    times = in_turn(works, bench.rounds)
+    note = medians(times)
+    yield Row("W1", "ours / HF with hidden states", ratios(times, "ours", "with hidden states"), 1.0, 1.0, note=note)
+    yield Row("W1", "ours / HF plain", ratios(times, "ours", "plain"))
+    for name in list(works)[3:]:
+        yield Row("W1", f"ours / {name}", ratios(times, "ours", name))
+
+
+def w1_half(bench: Bench) -> Iterator[Row]:
+    half = Bench(bench.rounds, bench.quick, "bfloat16")
+    # In 16 bits the rivals need not write the same tokens, so all write as many as they may.
+    half.model.generation_config = half.reference.generation_config
+    for config in (half.reference.config, half.reference.generation_config):
+        config.eos_token_id = None
+    half.model.tokenizer.eos_token = None
+    times = in_turn(half.against_hugging_face(half.task(10, 10)), bench.rounds)
+    figures = ratios(times, "ours", "with hidden states")
+    yield Row("W1 bfloat16", "ours / HF with hidden states", figures, 1.1, 1.0, note=medians(times))
+    yield Row("W1 bfloat16", "ours / HF plain", ratios(times, "ours", "plain"))
+
+
+def w2(bench: Bench) -> Iterator[Row]:
+    works = bench.against_hugging_face(bench.task(1, 1))
+    _check_tokens(works)
+    times = in_turn(works, bench.rounds)
+    figures = ratios(times, "ours", "with hidden states")
+    yield Row("W2", "ours / HF with hidden states", figures, 1.05, 0.9, note=medians(times))
+    yield Row("W2", "ours / HF plain", ratios(times, "ours", "plain"))
+
+
+def w3(bench: Bench) -> Iterator[Row]:
+    """64 prompts of 20 to 400 tokens of running text, in random order."""
+    line = [token for prompt in bench.prompts for token in prompt.token_ids]
+    lengths = torch.linspace(20, 400, 16 if bench.quick else 64).int()
+    lengths = lengths[torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0))].tolist()
+    text = line * (2 * 400 // len(line) + 2)
+    prompts = [
+        TokenizedPrompt("lengths", str(number), "", "", tuple(text[number : number + length]), None, False)
+        for number, length in enumerate(lengths)
+    ]
+    new_tokens, sizes = 16, (8,) if bench.quick else (8, 16, 32)
+
+    def theirs(size: int) -> Any:
+        return lambda: rivals.hugging_face(bench.reference, Task(prompts, new_tokens, size), hidden_states=True)
+
+    tried = {size: in_turn({"theirs": theirs(size)}, 1)["theirs"][0] for size in sizes} if len(sizes) > 1 else {8: 0.0}
+    best = min(tried, key=tried.__getitem__)
+    works = {"ours": lambda: rivals.ours(bench.model, Task(prompts, new_tokens, 16)), "theirs": theirs(best)}
+    _check_tokens(works)
+    times = in_turn(works, bench.rounds)
+    note = (
+        f"{medians(times)}; {new_tokens} new tokens; HF in batches of {best}, the best of {', '.join(map(str, sizes))}"
+    )
+    yield Row("W3", "ours / HF with hidden states", ratios(times, "ours", "theirs"), 0.8, 0.6, note=note)
+
+
+def w4(bench: Bench) -> Iterator[Row]:
+    model = bench.model
+    hooks = frozenset(residual_hooks(model.n_layers, model.hook_names))
+    for batch_size, must, aim in ((1, 1.6, 1.3), (10, None, None)):
+
+        def decode(context: int, batch_size: int = batch_size) -> Any:
+            tokens = torch.randint(5, 1000, (batch_size, context), generator=torch.Generator().manual_seed(0))
+            state = model.start(batch_size)
+            model.step(tokens, torch.ones_like(tokens), state, hooks, want_logits=False)
+
+            def run() -> None:
+                one = torch.ones(batch_size, 1, dtype=torch.long)
+                for _ in range(10):
+                    model.step(one, one, state, hooks, want_logits=True)
+
+            return run
+
+        times = in_turn({"at 1000": decode(1000), "at 100": decode(100)}, bench.rounds)
+        figures = ratios(times, "at 1000", "at 100")
+        note = f"10 tokens: {medians(times, milli=True)}"
+        yield Row(f"W4, batch {batch_size}", "a token at 1,000 of context / at 100", figures, must, aim, note=note)
+
+
+def sliced_unembedding(bench: Bench) -> Iterator[Row]:
+    """Why `fast_forward` unembeds a few rows in slices."""
+    model = bench.model
+    assert isinstance(model, HookedModel)
+    residual = torch.randn(10, model.d_model)
+    weight = model.tl.unembed.W_U.T
+    works = {
+        "in slices": lambda: model.unembed(residual),
+        "at once": lambda: torch.nn.functional.linear(model.final_norm(residual), weight),
+    }
+    with torch.no_grad():
+        times = in_turn(works, 4 * bench.rounds)
+    note = medians(times, milli=True)
+    yield Row("unembed", "10 rows in slices / at once", ratios(times, "in slices", "at once"), note=note)
+
+
+def accelerator(bench: Bench) -> Iterator[Row]:
+    """Random weights in the shape of Gemma-2-2B, bfloat16, on the GPU; nothing where there is none."""
+    if not torch.cuda.is_available():
+        return
+    from transformers import AutoModelForCausalLM, Gemma2Config
+
+    torch.manual_seed(0)
+    config = Gemma2Config(architectures=["Gemma2ForCausalLM"], eos_token_id=None)
+    reference = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to("cuda").eval()
+    model = from_hugging_face(reference, bench.model.tokenizer, name="gemma-2-2b shape", engine="hooked", device="cuda")
+    for batch_size in (1, 10, 64):
+        prompts = [
+            TokenizedPrompt("gpu", str(n), "", "", tuple(torch.randint(5, 9000, (100,)).tolist()), None, False)
+            for n in range(batch_size)
+        ]
+        task = Task(prompts, 50, batch_size)
+        works = {
+            "ours": lambda task=task: rivals.ours(model, task),
+            "plain": lambda task=task: rivals.hugging_face(reference, task, hidden_states=False),
+        }
+        times = in_turn(works, bench.rounds)
+        tokens = batch_size * task.new_tokens
+        floor = task.new_tokens * sum(p.numel() * p.itemsize for p in reference.parameters()) / _bandwidth()
+        speeds = ", ".join(
+            f"{name} {tokens / sorted(each)[len(each) // 2]:.0f} tokens/s" for name, each in times.items()
+        )
+        note = f"{speeds}; floor of reading the weights {tokens / floor:.0f} tokens/s"
+        yield Row(f"GPU, batch {batch_size}", "ours / HF plain", ratios(times, "ours", "plain"), note=note)
+
+
+def _bandwidth() -> float:
+    """Bytes a second that the GPU copies, read and written."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        target.copy_(source)
+        torch.cuda.synchronize()
+
+    return 2 * source.numel() / min(in_turn({"copy": copy}, 10)["copy"])
+
+
+def _other_tools(bench: Bench, task: Task) -> dict[str, Any]:
+    from nnsight import TransformersModel
+
+    wrapped = TransformersModel(bench.reference, tokenizer=bench.model.tokenizer, task="text-generation")
+    hooked = load_model("smollm2", engine="hooked", device="cpu", dtype=bench.dtype, fast=False).tl
+    for parameter in hooked.parameters():  # as TransformerLens itself loads them
+        parameter.data = parameter.data.contiguous()
+    stops = rivals.own_stops(bench.model)
+    return {
+        "nnsight": lambda: rivals.nnsight(wrapped, task),
+        "TransformerLens loop": lambda: rivals.transformer_lens(hooked, task, stops),
+    }
+
+
+def _check_tokens(works: dict[str, Any]) -> None:
+    found = {name: work() for name, work in works.items()}
+    for name, tokens in found.items():
+        if tokens != found["ours"]:
+            raise SystemExit(f"{name} wrote other greedy tokens than ours: the comparison is void")
+
+
+def _check_hidden_states(bench: Bench) -> None:
+    """Ours equal what Hugging Face's `generate` itself hands out, step by step."""
+    from tlcapture.generation import Sampling, generate
+
+    prompt = bench.prompts[0]
+    hooks = residual_hooks(bench.model.n_layers, bench.model.hook_names)
+    greedy = Sampling(temperature=0)
+    (found,) = generate(bench.model, [prompt], hooks=hooks, max_new_tokens=10, sampling=greedy)
+    output = bench.reference.generate(
+        torch.tensor([prompt.token_ids]),
+        attention_mask=torch.ones(1, len(prompt.token_ids), dtype=torch.long),
+        max_new_tokens=10,
+        do_sample=False,
+        output_hidden_states=True,
+        return_dict_in_generate=True,
+    )
+    for layer in range(bench.model.n_layers - 1):
+        theirs = torch.cat([step[layer + 1][0] for step in output.hidden_states])
+        mine = found.cache[f"blocks.{layer}.hook_resid_post"][: len(theirs)]
+        if (mine - theirs).abs().max() > 1e-4 * theirs.abs().max():
+            raise SystemExit(f"our residual stream behind layer {layer} is not Hugging Face's")

@@ -1,0 +1,125 @@
+"""Measuring rivals in turn, and the rows of the table that comes of it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One workload's outcome; a smaller figure is better unless `at_least`."""
+
+    workload: str
+    what: str
+    figures: Sequence[float]
+    must: float | None = None
+    aim: float | None = None
+    at_least: bool = False
+    note: str = ""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.figures)
+
+    def verdict(self) -> str:
+        if self.must is None or self.aim is None:
+            return "for comparison"
+        sign = -1 if self.at_least else 1
+        if sign * self.median <= sign * self.aim:
+            return "aim reached"
+        return "must reached" if sign * self.median <= sign * self.must else "**falls short**"
+
+    def markdown(self) -> str:
+        bound = ">=" if self.at_least else "<="
+        must, aim = ("" if each is None else f"{bound} {each:g}" for each in (self.must, self.aim))
+        spread = f"{min(self.figures):.2f} to {max(self.figures):.2f}"
+        cells = (self.workload, self.what, f"{self.median:.2f}", spread, must, aim, self.verdict(), self.note)
+        return "| " + " | ".join(cells) + " |"
+
+
+HEAD = (
+    "| workload | ratio | median | spread | must | aim | verdict | medians behind it |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- |"
+)
+
+
+def in_turn(rivals: dict[str, Work], rounds: int) -> dict[str, list[float]]:
+    """Seconds that each rival took in every round, the rivals alternating (A B A B ...), after one unmeasured round."""
+    for work in rivals.values():
+        work()
+    times: dict[str, list[float]] = {name: [] for name in rivals}
+    for _ in range(rounds):
+        for name, work in rivals.items():
+            start = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratios(times: dict[str, list[float]], ours: str, theirs: str) -> list[float]:
+    """Our time as a share of theirs, round by round."""
+    return [a / b for a, b in zip(times[ours], times[theirs], strict=True)]
+
+
+def medians(times: dict[str, list[float]], *, milli: bool = False) -> str:
+    unit, factor = ("ms", 1000) if milli else ("s", 1)
+    return ", ".join(f"{name} {statistics.median(each) * factor:.3g} {unit}" for name, each in times.items())
+
+
+def command(*arguments: str, root: Path | None = None) -> Work:
+    """A command of this Python to run to its end, its output unseen."""
+
+    def run() -> None:
+        run_child(arguments, root)
+
+    return run
+
+
+def run_child(arguments: Sequence[str], root: Path | None = None) -> int:
+    """Run `python ARGUMENTS`; returns the peak of its resident memory in bytes."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    if root is not None:
+        environment["TLCAPTURE_ROOT"] = str(root)
+    child = subprocess.Popen(
+        [sys.executable, *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    assert child.stderr is not None
+    said = child.stderr.read()
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise RuntimeError(f"{' '.join(arguments)}: exit {child.returncode}: {said[-500:]}")
+    return usage.ru_maxrss * 1024
+
+
+def machine() -> str:
+    """The machine and the versions, in one line."""
+    import torch
+
+    names = ("torch", "transformer_lens", "transformers", "nnsight", "orjson", "numpy")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator"
+    return (
+        f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory:.0f} GiB, {accelerator}; "
+        f"Python {platform.python_version()}, {versions}"
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

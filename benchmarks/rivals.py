@@ -1,0 +1,131 @@
+"""Ways to generate with activations, each as its users would write it. All return `{prompt number: new token ids}`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tlcapture.chat import TokenizedPrompt, stop_ids
+from tlcapture.generation import Generation, Sampling, generate
+from tlcapture.models import Model
+from tlcapture.views.residual import residual_hooks, residual_view
+
+Found = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts to answer greedily, in batches of so many."""
+
+    prompts: Sequence[TokenizedPrompt]
+    new_tokens: int
+    batch_size: int
+
+
+def ours(model: Model, task: Task) -> Found:
+    """tlcapture: the residual stream at every point of every layer."""
+    hooks, found = residual_hooks(model.n_layers, model.hook_names), {}
+    greedy = Sampling(temperature=0)
+    for outcome in generate(
+        model,
+        task.prompts,
+        hooks=hooks,
+        max_new_tokens=task.new_tokens,
+        sampling=greedy,
+        batch_size=task.batch_size,
+    ):
+        assert isinstance(outcome, Generation)
+        residual_view(outcome.cache, model.n_layers)
+        found[outcome.prompt.id] = list(outcome.response_ids)
+    return found
+
+
+def hugging_face(reference: Any, task: Task, *, hidden_states: bool) -> Found:
+    """`generate`, plain or with the residual stream behind every layer."""
+
+    def run(tokens: Tensor, mask: Tensor) -> Tensor:
+        output = reference.generate(
+            tokens,
+            attention_mask=mask,
+            max_new_tokens=task.new_tokens,
+            do_sample=False,
+            output_hidden_states=hidden_states,
+            return_dict_in_generate=True,
+        )
+        return output.sequences
+
+    return _batches(task, run, reference.config.eos_token_id)
+
+
+def nnsight(wrapped: Any, task: Task) -> Found:
+    """nnsight: the output of every layer at every step."""
+
+    def run(tokens: Tensor, mask: Tensor) -> Tensor:
+        inputs = {"input_ids": tokens, "attention_mask": mask}
+        with wrapped.generate(inputs, max_new_tokens=task.new_tokens, do_sample=False) as tracer:
+            kept = list().save()  # noqa: C408  nnsight follows what is called, not what is written
+            for _ in tracer.iter[: task.new_tokens]:
+                for layer in wrapped.model.layers:
+                    kept.append(layer.output)
+            output = tracer.result.save()
+        return output  # noqa: RET504  nnsight binds it where the context ends
+
+    return _batches(task, run, wrapped.config.eos_token_id)
+
+
+def transformer_lens(hooked: Any, task: Task, stops: frozenset[int]) -> Found:
+    """A plain loop of `run_with_cache` with TransformerLens's own cache of keys and values."""
+    from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+    names = [name for name in hooked.hook_dict if name.endswith(("hook_resid_mid", "hook_resid_post"))]
+    names.append("blocks.0.hook_resid_pre")
+
+    @torch.no_grad()
+    def run(tokens: Tensor, mask: Tensor) -> Tensor:
+        past = TransformerLensKeyValueCache.init_cache(hooked.cfg, "cpu", len(tokens))
+        line, kept, step = tokens, [], tokens
+        ended = torch.zeros(len(tokens), dtype=torch.bool)
+        for _ in range(task.new_tokens):
+            logits, cache = hooked.run_with_cache(
+                step,
+                names_filter=names,
+                return_cache_object=False,
+                attention_mask=mask if step is tokens else torch.ones_like(step),
+                past_kv_cache=past,
+            )
+            kept.append(cache)
+            step = logits[:, -1].argmax(dim=-1, keepdim=True)
+            line = torch.cat([line, step], dim=1)
+            ended |= torch.tensor([int(token) in stops for token in step[:, 0]])
+            if ended.all():
+                break
+        return line
+
+    return _batches(task, run, stops)
+
+
+def own_stops(model: Model) -> frozenset[int]:
+    return stop_ids(model.tokenizer, model.generation_config)
+
+
+def _batches(task: Task, run: Callable[[Tensor, Tensor], Tensor], stops: int | frozenset[int]) -> Found:
+    """Left-padded batches in the order of the prompts; what comes behind a stop token is cut off."""
+    ends, found = {stops} if isinstance(stops, int) else stops, {}
+    for start in range(0, len(task.prompts), task.batch_size):
+        batch = task.prompts[start : start + task.batch_size]
+        width = max(len(prompt.token_ids) for prompt in batch)
+        tokens = torch.zeros(len(batch), width, dtype=torch.long)
+        mask = torch.zeros_like(tokens)
+        for row, prompt in enumerate(batch):
+            tokens[row, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
+            mask[row, width - len(prompt.token_ids) :] = 1
+        lines = run(tokens, mask)
+        for row, prompt in enumerate(batch):
+            response = lines[row, width:].tolist()
+            end = next((place for place, token in enumerate(response) if token in ends), len(response))
+            found[prompt.id] = response[: end + 1]
+    return found
