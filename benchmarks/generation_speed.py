@@ -83,8 +83,9 @@ def w1_half(bench: Bench) -> Iterator[Row]:
     half.model.generation_config = half.reference.generation_config
     for config in (half.reference.config, half.reference.generation_config):
         config.eos_token_id = None
-    half.model.tokenizer.eos_token = None
-    times = in_turn(half.against_hugging_face(half.task(10, 10)), bench.rounds)
+    task = half.task(10, 10)
+    half.model.tokenizer.eos_token = half.model.tokenizer.chat_template = None
+    times = in_turn(half.against_hugging_face(task), bench.rounds)
     figures = ratios(times, "ours", "with hidden states")
     yield Row("W1 bfloat16", "ours / HF with hidden states", figures, 1.1, 1.0, note=medians(times))
     yield Row("W1 bfloat16", "ours / HF plain", ratios(times, "ours", "plain"))

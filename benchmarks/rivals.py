@@ -112,9 +112,9 @@ def own_stops(model: Model) -> frozenset[int]:
     return stop_ids(model.tokenizer, model.generation_config)
 
 
-def _batches(task: Task, run: Callable[[Tensor, Tensor], Tensor], stops: int | frozenset[int]) -> Found:
+def _batches(task: Task, run: Callable[[Tensor, Tensor], Tensor], stops: int | frozenset[int] | None) -> Found:
     """Left-padded batches in the order of the prompts; what comes behind a stop token is cut off."""
-    ends, found = {stops} if isinstance(stops, int) else stops, {}
+    ends, found = {stops} if isinstance(stops, int) else stops or set(), {}
     for start in range(0, len(task.prompts), task.batch_size):
         batch = task.prompts[start : start + task.batch_size]
         width = max(len(prompt.token_ids) for prompt in batch)

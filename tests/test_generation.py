@@ -10,9 +10,11 @@ import torch
 
 from tests import tiny
 from tests.test_parity import as_prompt, random_ids
+from tlcapture import fast_forward
 from tlcapture.chat import TokenizedPrompt, stop_ids
 from tlcapture.generation import Failure, Generation, Sampling, generate, teacher_force
 from tlcapture.models import Model, Step
+from tlcapture.views.attention import attention_hooks
 from tlcapture.views.residual import residual_hooks
 
 PROMPTS = {str(length): random_ids(length, seed=length) for length in (4, 9, 15, 22, 31)}
@@ -169,3 +171,21 @@ def test_other_errors_of_the_model_are_not_taken_for_lack_of_memory(monkeypatch:
     monkeypatch.setattr(type(model), "step", lambda *args, **options: (_ for _ in ()).throw(RuntimeError("broken")))
     with pytest.raises(RuntimeError, match="broken"):
         outcomes(model, ["4"], max_new_tokens=2)
+
+
+def test_prompts_run_in_parts_yield_what_they_yield_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("llama")
+    prompts = [as_prompt(random_ids(length, seed=length), str(length)) for length in (30, 29, 12, 5, 4)]
+    hooks = [*residual_hooks(model.n_layers, model.hook_names), *attention_hooks(model.n_layers)]
+    options: Any = {"hooks": hooks, "max_new_tokens": 6, "sampling": Sampling(temperature=0), "batch_size": 5}
+    at_once = {each.prompt.id: each for each in generate(model, prompts, **options)}
+    monkeypatch.setattr(fast_forward, "_PART", {"cpu": 24})
+    in_parts = {each.prompt.id: each for each in generate(model, prompts, **options)}
+    tokens = torch.ones(5, 30, dtype=torch.long)
+    steps = list(model.prompt_steps(tokens, torch.ones_like(tokens), model.start(5), frozenset()))
+    assert len(steps) == 5 and all(len(step.logits) == 1 for _, step in steps)
+    assert at_once.keys() == in_parts.keys()
+    for name, generation in at_once.items():
+        assert generation.response_ids == in_parts[name].response_ids
+        for hook, activation in generation.cache.items():
+            assert torch.allclose(activation, in_parts[name].cache[hook], atol=1e-5)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from tlcapture.errors import InputError, NumericalError, StorageError
 from tlcapture.shapes import Residual
 from tlcapture.storage import read_tensors, write_tensors
-from tlcapture.views.residual import POINTS, ResidualStream, point_index
+from tlcapture.views.residual import POINTS, ResidualStream, point_index, stacked
 
 FORMAT_VERSION = 1
 SAVE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -123,15 +124,17 @@ class Capture:
         return self.prompt if part == "prompt" else self.response
 
 
-def to_dtype(residual: ResidualStream, dtype: str) -> ResidualStream:
-    """The stream as it will be stored.
+def storage_dtype(residual: ResidualStream, dtype: str) -> torch.dtype:
+    """The dtype in which a stream will be stored.
 
     `auto` keeps 16-bit activations as they are and takes float16 for wider ones where every value
     fits, bfloat16 where one does not. Raises `NumericalError` for NaN or inf, and for a value that a
     dtype asked for by name cannot hold.
     """
     tensors = [residual.points] + ([] if residual.attn_out is None else [residual.attn_out])
-    largest = max((float(tensor.abs().max()) for tensor in tensors if tensor.numel()), default=0.0)
+    extremes = [float(extreme) for tensor in tensors if tensor.numel() for extreme in tensor.aminmax()]
+    largest = max((abs(extreme) for extreme in extremes), default=0.0)
+    largest = float("nan") if any(isnan(extreme) for extreme in extremes) else largest
     if not largest < float("inf"):  # NaN too
         raise NumericalError("the activations hold NaN or inf: try --dtype float32 or bfloat16")
     target = _save_dtype(dtype, residual.points.dtype, largest)
@@ -140,8 +143,7 @@ def to_dtype(residual: ResidualStream, dtype: str) -> ResidualStream:
             f"an activation of {largest:.4g} does not fit {dtype} (at most {torch.finfo(target).max:.4g}): "
             "use --save-dtype auto, bfloat16 or float32"
         )
-    attn = None if residual.attn_out is None else residual.attn_out.to(target)
-    return ResidualStream(residual.points.to(target), attn)
+    return target
 
 
 def _save_dtype(name: str, compute: torch.dtype, largest: float) -> torch.dtype:
@@ -169,21 +171,5 @@ def _part_from_file(value: Mapping[str, Any]) -> CapturedPart:
     for layer in layers:
         points += [activations[layer]["after_attn"], activations[layer]["residual_out"]]
     outputs = [activations[layer]["attn_out"] for layer in layers] if "attn_out" in activations[0] else None
-    residual = ResidualStream(_one_buffer(points), None if outputs is None else _one_buffer(outputs))
+    residual = ResidualStream(stacked(points), None if outputs is None else stacked(outputs))
     return CapturedPart(str(value["text"]), list(value["tokens"]), [int(i) for i in value["token_ids"]], residual)
-
-
-def _one_buffer(tensors: list[Tensor]) -> Tensor:
-    """The tensors stacked: without a copy where they lie behind each other in one storage, as written."""
-    first = tensors[0]
-    shape, width = first.shape, first.numel()
-    adjacent = first.is_contiguous() and all(
-        tensor.shape == shape
-        and tensor.is_contiguous()
-        and tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        and tensor.storage_offset() == first.storage_offset() + number * width
-        for number, tensor in enumerate(tensors)
-    )
-    if adjacent and width:
-        return first.as_strided((len(tensors), *shape), (width, *first.stride()))
-    return torch.stack(tensors)

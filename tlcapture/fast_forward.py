@@ -14,7 +14,7 @@ called. `load_model(..., fast=False)` and the environment variable `TLCAPTURE_FA
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,11 @@ _ROOM = 64  # positions by which the buffer of keys and values grows at least
 # So few rows against a very wide matrix take MKL twice as long at once as in slices (`make bench`, part `unembed`).
 _AWKWARD_ROWS = range(3, 16)
 _SLICE = 512
+
+# Positions of prompts that are computed together: more are no faster, and what lies between two products
+# then leaves the caches, and soon takes fresh pages of memory at every product.
+_PART = {"cpu": 1024}
+_PART_ELSEWHERE = 2**14
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
@@ -181,6 +186,24 @@ class FastForward:
         """Look at the model's modules and weights again, as somebody may have changed them since."""
         self._layers = [_Layer(block) for block in self._tl.blocks]
         self._unembed_bias = _unless_zero(self._tl.unembed.b_U)
+
+    def parts(self, mask: Mask, state: FastState) -> Iterator[tuple[slice, int, FastState]]:
+        """The rows of a batch of prompts in parts of so few positions that what is computed in between stays
+        small, each with the width of its longest prompt and a state that is a piece of `state`."""
+        batch, whole = mask.shape
+        state.mask = mask
+        store = state.reserve(whole, self._shape, self._tl.embed.W_E)
+        lengths = mask.sum(dim=1).tolist()
+        most = _PART.get(mask.device.type, _PART_ELSEWHERE)
+        start = 0
+        while start < batch:
+            stop = start + 1
+            while stop < batch and (stop + 1 - start) * max(lengths[start : stop + 1]) <= most:
+                stop += 1
+            width = max(lengths[start:stop])
+            piece = store[:, :, start:stop, :, whole - width :]
+            yield slice(start, stop), width, FastState(mask[start:stop, :0], piece)
+            start = stop
 
     def __call__(
         self, tokens: Tokens, mask: Mask, state: FastState, hooks: Set[str]

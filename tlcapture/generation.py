@@ -134,18 +134,24 @@ def _run_batch(
     rows = list(range(len(prompts)))  # which prompt each row of the batch is
     state = model.start(len(prompts))
     tokens, mask = _left_pad([prompt.token_ids for prompt in prompts])
+    last_logits = []
+    for part, step in model.prompt_steps(tokens, mask, state, recorder.names):
+        recorder.record(rows[part], step.cache)
+        last_logits.append(step.logits)
+    logits = torch.cat([each for each in last_logits if each is not None])
     while rows:
         ended = [_stop_reason(responses[row], stops, max_new_tokens) for row in rows]
         going = torch.tensor([reason is None for reason in ended])
-        step = model.step(tokens, mask, state, recorder.names, want_logits=bool(going.any()))
-        recorder.record(rows, step.cache)
+        if any(responses):
+            step = model.step(tokens, mask, state, recorder.names, want_logits=bool(going.any()))
+            recorder.record(rows, step.cache)
+            logits = logits if step.logits is None else step.logits
         for row, reason in zip(rows, ended, strict=True):
             if reason is not None:
                 yield Generation(prompts[row], tuple(responses[row]), reason, recorder.take(row))
         if not going.any():
             return
-        assert step.logits is not None
-        logits = step.logits[going.to(step.logits.device)]
+        logits = logits[going.to(logits.device)]
         rows = [row for row, goes in zip(rows, going.tolist(), strict=True) if goes]
         sound = logits.amax(dim=-1).isfinite().cpu()  # NaN and +inf; -inf only means never
         for row, is_sound in zip(rows, sound.tolist(), strict=True):
@@ -170,8 +176,8 @@ def _run_batch(
 class _Recorder:
     """Gathers activations step by step and hands them out prompt by prompt.
 
-    Activations of like shape share a buffer `[name, prompt, position, ...]` in main memory, which is
-    written to in place; a step's are stacked first, so that they leave an accelerator in one piece.
+    Each prompt's activations of like shape share a buffer `[name, token, ...]` in main memory, which is
+    written to in place, without padding; a step's are stacked first where they have to leave an accelerator.
     Patterns, whose last axis grows, are kept step by step.
     """
 
@@ -179,47 +185,48 @@ class _Recorder:
         self.names = frozenset(names)
         self._order = list(dict.fromkeys(names))
         self._lengths = prompt_lengths
-        self._width = max(prompt_lengths)
-        self._capacity = self._width + max_new_tokens
-        self._position = 0
+        self._max_new_tokens = max_new_tokens
+        self._filled = [0] * len(prompt_lengths)
         self._groups: dict[Kind, list[str]] = {}
-        self._lines: dict[Kind, Tensor] = {}
+        self._lines: dict[tuple[Kind, int], Tensor] = {}
         self._patterns: list[tuple[list[int], Tensor]] = []
 
     def record(self, rows: Sequence[int], cache: Cache) -> None:
+        """Keep a step of some rows: their prompts, left-padded to one width, or the next token of each."""
         if not self._groups:
             for name in self._order:
                 self._groups.setdefault(_kind(name, cache[name]), []).append(name)
-        n_new = 0
+        n_new = [1 if self._filled[row] else self._lengths[row] for row in rows]
         for kind, names in self._groups.items():
             activations = [cache[name] for name in names]
             if len({activation.device for activation in activations}) > 1:
                 activations = [activation.to("cpu") for activation in activations]
             if kind == PATTERN:
-                n_new = activations[0].shape[2]
                 self._patterns.append((list(rows), torch.stack(activations).to("cpu")))
-            else:
-                n_new = activations[0].shape[1]
-                self._write(kind, rows, activations)
-        self._position += n_new
+                continue
+            # Long prompts go from where they are to where they stay; all else leaves in one piece.
+            apart = activations[0].device.type == "cpu" and max(n_new) > 1
+            together = None if apart else torch.stack(activations).to("cpu")
+            for number, (row, count) in enumerate(zip(rows, n_new, strict=True)):
+                place = self._line(kind, row, activations)[:, self._filled[row] : self._filled[row] + count]
+                if together is None:
+                    torch.stack([activation[number, -count:] for activation in activations], out=place)
+                else:
+                    place.copy_(together[:, number, -count:])
+        for row, count in zip(rows, n_new, strict=True):
+            self._filled[row] += count
 
-    def _write(self, kind: Kind, rows: Sequence[int], activations: list[Tensor]) -> None:
-        first = activations[0]
-        if kind not in self._lines:
-            shape = (len(activations), len(self._lengths), self._capacity, *first.shape[2:])
-            self._lines[kind] = torch.empty(shape, dtype=first.dtype)
-        place = self._lines[kind][:, :, self._position : self._position + first.shape[1]]
-        if len(rows) == len(self._lengths) and first.device.type == "cpu":
-            torch.stack(activations, out=place)
-        else:
-            place[:, list(rows)] = torch.stack(activations).to("cpu")
+    def _line(self, kind: Kind, row: int, activations: list[Tensor]) -> Tensor:
+        if (kind, row) not in self._lines:
+            shape = (len(activations), self._lengths[row] + self._max_new_tokens, *activations[0].shape[2:])
+            self._lines[kind, row] = torch.empty(shape, dtype=activations[0].dtype)
+        return self._lines[kind, row]
 
     def take(self, row: int) -> Cache:
-        """All activations of a prompt: `[n_tokens, ...]` by name, without padding."""
+        """All activations of a prompt: `[n_tokens, ...]` by name, in the prompt's own buffers."""
         cache: dict[str, Tensor] = {}
-        start = self._width - self._lengths[row]
         for kind, names in self._groups.items():
-            whole = self._pattern(row) if kind == PATTERN else self._lines[kind][:, row, start : self._position].clone()
+            whole = self._pattern(row) if kind == PATTERN else self._lines.pop((kind, row))[:, : self._filled[row]]
             cache.update(zip(names, whole.unbind(), strict=True))
         return {name: cache[name] for name in self._order}
 

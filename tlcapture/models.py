@@ -94,6 +94,14 @@ class Model(ABC):
         have the shapes of TransformerLens, `[batch, pos, ...]` (patterns `[batch, head, pos, key]`).
         """
 
+    def prompt_steps(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str]) -> Iterator[tuple[slice, Step]]:
+        """Run the prompts of a batch that has just started: in one step, or in as many parts as are faster.
+
+        Yields which rows a part has, and its step; a part's positions are the last ones of `tokens`, as many as
+        its longest prompt has.
+        """
+        yield slice(0, len(tokens)), self.step(tokens, mask, state, hooks, want_logits=True)
+
     @abstractmethod
     def keep(self, state: Any, rows: Rows) -> None:
         """Drop all but `rows` from the state of a batch."""
@@ -165,6 +173,14 @@ class HookedModel(Model):
                 stop_at_layer=self.n_layers,
             )
         return Step(self.unembed(residual[:, -1:])[:, 0] if want_logits else None, cache)
+
+    def prompt_steps(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str]) -> Iterator[tuple[slice, Step]]:
+        if not isinstance(state, FastState):
+            yield from super().prompt_steps(tokens, mask, state, hooks)
+            return
+        assert self._fast is not None
+        for rows, width, part in self._fast.parts(mask.to(self.device), state):
+            yield rows, self.step(tokens[rows, -width:], mask[rows, -width:], part, hooks, want_logits=True)
 
     def keep(self, state: Any, rows: Rows) -> None:
         rows = rows.to(self.device)

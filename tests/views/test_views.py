@@ -16,7 +16,7 @@ from tlcapture.generation import teacher_force
 from tlcapture.views.attention import AttentionPatterns, attention_hooks, attention_view
 from tlcapture.views.internals import internals_hooks, internals_view
 from tlcapture.views.logit_lens import logit_lens_view
-from tlcapture.views.residual import ResidualStream, residual_hooks, residual_view
+from tlcapture.views.residual import ResidualStream, residual_hooks, residual_view, stacked
 
 NAMES = {"prompt_id": "1", "prompt_set": "set"}
 
@@ -52,7 +52,7 @@ def test_a_layer_or_point_that_is_not_there_is_named() -> None:
 
 
 def test_a_copy_of_some_tokens_drags_no_larger_storage_along() -> None:
-    part = ResidualStream(torch.randn(7, 40, 5), torch.randn(3, 40, 5)).tokens(3, 5)
+    part = ResidualStream(torch.randn(7, 40, 5), torch.randn(3, 40, 5)).tokens(3, 5, torch.float32)
     assert part.points.untyped_storage().nbytes() == part.points.nbytes
     assert part.attn_out is not None
     assert part.attn_out.untyped_storage().nbytes() == part.attn_out.nbytes
@@ -192,3 +192,14 @@ def test_the_lens_finds_what_a_sort_finds_in_a_large_vocabulary(d_vocab: int) ->
     assert torch.allclose(lens.top_probs[0], logits.softmax(dim=-1).gather(-1, order[:, :top_k]), rtol=1e-4)
     expected = (order == torch.tensor(ids[1:])[:, None]).nonzero()[:, 1] + 1
     assert lens.actual_rank[0].equal(expected)
+
+
+def test_what_lies_at_even_distances_in_one_storage_is_stacked_without_a_copy() -> None:
+    buffer = torch.randn(5, 3, 40, 8)
+    views = [each[1, 4:30] for each in buffer]
+    assert stacked(views).equal(buffer[:, 1, 4:30])
+    assert stacked(views).data_ptr() == views[0].data_ptr()
+    others = [views[0], views[2], views[1]]
+    assert stacked(others).equal(torch.stack(others))
+    assert stacked([views[0], views[0]]).equal(torch.stack([views[0], views[0]]))
+    assert stacked([views[0], torch.randn(26, 8)]).shape == (2, 26, 8)

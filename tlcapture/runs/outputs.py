@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tlcapture import __version__
-from tlcapture.captures import Capture, CapturedPart, to_dtype
+from tlcapture.captures import Capture, CapturedPart, storage_dtype
 from tlcapture.chat import decode, token_texts
 from tlcapture.errors import StorageError
 from tlcapture.generation import Generation, Sampling
@@ -90,7 +90,8 @@ def capture_of(
     """The capture of a live run, in the dtype in which it will be stored."""
     prompt = generation.prompt
     n_prompt, n_tokens = len(prompt.token_ids), len(generation.token_ids)
-    stream = to_dtype(residual_view(generation.cache, model.n_layers, attn_out=attn_out), save_dtype)
+    stream = residual_view(generation.cache, model.n_layers, attn_out=attn_out)
+    dtype = storage_dtype(stream, save_dtype)
     texts = token_texts(model.tokenizer, generation.token_ids)
     response_text = decode(model.tokenizer, generation.response_ids)
     metadata = {
@@ -116,8 +117,10 @@ def capture_of(
         "tlcapture_version": __version__,
     }
     return Capture(
-        CapturedPart(prompt.text, texts[:n_prompt], list(prompt.token_ids), stream.tokens(0, n_prompt)),
-        CapturedPart(response_text, texts[n_prompt:], list(generation.response_ids), stream.tokens(n_prompt, n_tokens)),
+        CapturedPart(prompt.text, texts[:n_prompt], list(prompt.token_ids), stream.tokens(0, n_prompt, dtype)),
+        CapturedPart(
+            response_text, texts[n_prompt:], list(generation.response_ids), stream.tokens(n_prompt, n_tokens, dtype)
+        ),
         metadata,
     )
 

@@ -7,10 +7,11 @@ before it, so it takes no room of its own.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from tlcapture.errors import InputError
 from tlcapture.shapes import LayerOutputs, Residual, ResidualPoints
@@ -47,10 +48,13 @@ class ResidualStream:
             return self.attn_out[layer]
         return self.points[point_index(layer, point)]
 
-    def tokens(self, start: int, stop: int) -> ResidualStream:
-        """A copy of the tokens `start` to `stop` in memory of its own."""
-        attn = None if self.attn_out is None else self.attn_out[:, start:stop].clone()
-        return ResidualStream(self.points[:, start:stop].clone(), attn)
+    def tokens(self, start: int, stop: int, dtype: torch.dtype) -> ResidualStream:
+        """A copy of the tokens `start` to `stop` in a dtype and in memory of its own."""
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor[:, start:stop].to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+        return ResidualStream(copy(self.points), None if self.attn_out is None else copy(self.attn_out))
 
 
 def point_index(layer: int, point: str) -> int:
@@ -83,4 +87,22 @@ def residual_view(cache: Cache, n_layers: int, *, attn_out: bool = False) -> Res
         points.append(points[-1] + cache[f"blocks.{layer}.hook_attn_out"] if mid is None else mid)
         points.append(cache[f"blocks.{layer}.hook_resid_post"])
     outputs = [cache[f"blocks.{layer}.hook_attn_out"] for layer in range(n_layers)] if attn_out else None
-    return ResidualStream(torch.stack(points), None if outputs is None else torch.stack(outputs))
+    return ResidualStream(stacked(points), None if outputs is None else stacked(outputs))
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """`torch.stack`, without a copy where the tensors lie at even distances in one storage, as those of one
+    run do and those of one file."""
+    first = tensors[0]
+    offsets = [tensor.storage_offset() for tensor in tensors]
+    distance = offsets[1] - offsets[0] if len(tensors) > 1 else first.numel()
+    even = distance > 0 and offsets == list(range(offsets[0], offsets[0] + len(tensors) * distance, distance))
+    alike = all(
+        tensor.shape == first.shape
+        and tensor.stride() == first.stride()
+        and tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        for tensor in tensors
+    )
+    if not (even and alike):
+        return torch.stack(list(tensors))
+    return first.as_strided((len(tensors), *first.shape), (distance, *first.stride()))
