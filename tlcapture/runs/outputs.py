@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from tlcapture.errors import StorageError
 from tlcapture.generation import Generation, Sampling
 from tlcapture.layout import Layout
 from tlcapture.models import Model
+from tlcapture.runs.background import Write
 from tlcapture.runs.vectors import now
 from tlcapture.storage import remove, write_json, write_tensors
 from tlcapture.views import Cache
@@ -137,22 +140,22 @@ def write_capture(layout: Layout, capture: Capture) -> int:
     return capture.save(path, before_replacing=lambda: remove(derived))
 
 
-def write_add_ons(
+def add_ons(
     layout: Layout, capture: Capture, wanted: Outputs, model: Model, cache: Cache, residual_cache: Cache | None
-) -> list[int]:
-    """Write the add-ons of a capture; returns their sizes.
+) -> Iterator[Write]:
+    """Compute the add-ons of a capture one after another; each is handed on as the function that writes its file.
 
     `cache` holds what `pass_hooks` names. The logit lens reads the activations of `residual_cache`, as
     they were computed, or those of the capture, as they were stored.
     """
-    sizes = []
     names = {"prompt_id": capture.prompt_id, "prompt_set": capture.prompt_set}
     where = (capture.prompt_set, capture.prompt_id)
     tokens, n_prompt = capture.tokens, len(capture.prompt.tokens)
     if wanted.attention:
         view = attention_view(cache, model.n_layers)
-        content = view.to_json(**names, tokens=tokens, n_prompt_tokens=n_prompt)
-        sizes.append(write_json(layout.attention(*where), content))
+        yield lambda: write_json(
+            layout.attention(*where), view.to_json(**names, tokens=tokens, n_prompt_tokens=n_prompt)
+        )
     if wanted.logit_lens:
         lens = logit_lens_view(
             lambda layer: (
@@ -162,13 +165,18 @@ def write_add_ons(
             capture.token_ids,
             model.unembed,
         )
-        content = lens.to_json(
-            **names, tokens=tokens, n_prompt_tokens=n_prompt, token_texts=lambda ids: token_texts(model.tokenizer, ids)
+        yield lambda: write_json(
+            layout.logit_lens(*where),
+            lens.to_json(
+                **names,
+                tokens=tokens,
+                n_prompt_tokens=n_prompt,
+                token_texts=lambda ids: token_texts(model.tokenizer, ids),
+            ),
         )
-        sizes.append(write_json(layout.logit_lens(*where), content))
     for layer in wanted.internals:
-        sizes.append(write_tensors(layout.internals(*where, layer), _internals_content(capture, cache, layer)))
-    return sizes
+        path, content = layout.internals(*where, layer), _internals_content(capture, cache, layer)
+        yield partial(write_tensors, path, content)
 
 
 def _internals_content(capture: Capture, cache: Cache, layer: int) -> dict[str, Any]:

@@ -1,0 +1,59 @@
+"""Files that are written in another thread: in order, all of them, failures told."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tlcapture.errors import StorageError
+from tlcapture.runs.background import BackgroundWriter
+from tlcapture.runs.report import RunReport
+
+
+def test_all_files_are_written_in_order_by_another_thread_when_the_context_ends() -> None:
+    report, written, threads = RunReport(Path("x")), [], set()
+
+    def file(number: int) -> Callable[[], int]:
+        def write() -> int:
+            time.sleep(0.01)
+            written.append(number)
+            threads.add(threading.get_ident())
+            return number
+
+        return write
+
+    with BackgroundWriter(report) as writer:
+        for prompt in range(3):
+            writer.write(str(prompt), [file(2 * prompt), file(2 * prompt + 1)])
+    assert written == list(range(6))
+    assert threads.isdisjoint({threading.get_ident()})
+    assert (report.n_files, report.n_bytes) == (6, 15)
+
+
+def test_a_file_that_fails_is_told_and_the_others_are_written() -> None:
+    report = RunReport(Path("x"))
+
+    def fail() -> int:
+        raise StorageError("disk full")
+
+    with BackgroundWriter(report) as writer:
+        writer.write("set/1", [fail, lambda: 7])
+    assert report.failures == ["set/1: disk full"]
+    assert report.n_files == 1
+
+
+def test_what_was_handed_over_is_written_even_when_the_run_breaks_off() -> None:
+    report = RunReport(Path("x"))
+
+    def break_off() -> None:
+        with BackgroundWriter(report) as writer:
+            writer.write("set/1", [lambda: 3])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        break_off()
+    assert report.n_files == 1
