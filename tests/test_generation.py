@@ -12,6 +12,7 @@ from tests import tiny
 from tests.test_parity import as_prompt, random_ids
 from tlcapture import fast_forward
 from tlcapture.chat import TokenizedPrompt, stop_ids
+from tlcapture.fast_forward import FastState
 from tlcapture.generation import Failure, Generation, Sampling, generate, teacher_force
 from tlcapture.models import Model, Step
 from tlcapture.views.attention import attention_hooks
@@ -180,6 +181,13 @@ def test_prompts_run_in_parts_yield_what_they_yield_at_once(monkeypatch: pytest.
     options: Any = {"hooks": hooks, "max_new_tokens": 6, "sampling": Sampling(temperature=0), "batch_size": 5}
     at_once = {each.prompt.id: each for each in generate(model, prompts, **options)}
     monkeypatch.setattr(fast_forward, "_PART", {"cpu": 24})
+    reserve = FastState.reserve
+
+    def reserve_poisoned(self: FastState, *args: Any) -> torch.Tensor:
+        fresh = self.store is None
+        return reserve(self, *args).fill_(torch.nan) if fresh else reserve(self, *args)
+
+    monkeypatch.setattr(FastState, "reserve", reserve_poisoned)
     in_parts = {each.prompt.id: each for each in generate(model, prompts, **options)}
     tokens = torch.ones(5, 30, dtype=torch.long)
     steps = list(model.prompt_steps(tokens, torch.ones_like(tokens), model.start(5), frozenset()))

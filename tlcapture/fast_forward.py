@@ -201,6 +201,8 @@ class FastForward:
             while stop < batch and (stop + 1 - start) * max(lengths[start : stop + 1]) <= most:
                 stop += 1
             width = max(lengths[start:stop])
+            # Masked positions are multiplied by zero, which only numbers survive.
+            store[:, :, start:stop, :, : whole - width] = 0
             piece = store[:, :, start:stop, :, whole - width :]
             yield slice(start, stop), width, FastState(mask[start:stop, :0], piece)
             start = stop

@@ -1,4 +1,4 @@
-"""Generation with capture: one loop of `run_with_cache` over a left-padded batch, token by token.
+"""Generation with capture: one loop of forward passes over a batch, token by token, TransformerLens's hooks watching.
 
     for outcome in generate(model, prompts, hooks=hooks, max_new_tokens=50):
         ...  # a Generation for each prompt, handed on as soon as its row has stopped

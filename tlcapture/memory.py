@@ -32,7 +32,7 @@ def bytes_per_prompt(model: Model, n_tokens: int, hooks: Collection[str]) -> int
     keys_and_values = 2 * model.n_layers * n_tokens * model.n_key_value_heads * model.d_head
     # Attention scores of one layer, their mask and softmax; logits in float32 and float64.
     transient = 4 * model.n_heads * n_tokens**2 + 6 * model.d_vocab
-    # Captured twice over: the steps, and one prompt's assembled line.
+    # Captured twice over: where it stays, and on its way there or in the dtype in which it is stored.
     return model.dtype.itemsize * (2 * captured + 2 * patterns + keys_and_values + transient)
 
 
