@@ -106,6 +106,24 @@ def test_what_a_hook_returns_is_what_goes_on(name: str) -> None:
         assert relative(without, theirs) > 1e-3
 
 
+@pytest.mark.parametrize("name", ["unembed.hook_in", "unembed.hook_out"])
+def test_hooks_of_the_unembedding_are_called(name: str) -> None:
+    model, residual = tiny.model("llama"), torch.randn(4, tiny.D_MODEL)
+    before = model.unembed(residual)
+    with model.tl.hooks(fwd_hooks=[(name, lambda activation, hook: activation * 2)]):
+        assert relative(model.unembed(residual), 2 * before) < 1e-5
+
+
+def test_a_bias_of_the_unembedding_that_somebody_sets_is_added() -> None:
+    model, residual = tiny.model("llama"), torch.randn(4, tiny.D_MODEL)
+    before, bias = model.unembed(residual), model.tl.unembed.b_U
+    try:
+        bias.data.fill_(3.0)
+        assert torch.allclose(model.unembed(residual), before + 3)
+    finally:
+        bias.data.zero_()
+
+
 def test_options_it_does_not_know_leave_the_work_to_transformer_lens() -> None:
     model = tiny.model("llama")
     model.tl.set_use_attn_result(True)

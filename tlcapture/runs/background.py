@@ -1,7 +1,7 @@
 """Files written in another thread while the model goes on.
 
-Making JSON of a prompt's attention and logit lens takes a tenth of a second, in which the next prompt's
-matrix products can run. At most one prompt's files wait at a time, so that memory does not grow.
+While JSON is made of a prompt's attention and logit lens, the next prompt's matrix products can run. At
+most one prompt's files wait at a time, so that memory does not grow.
 """
 
 from __future__ import annotations
