@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.bench-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format demo bench bench-quick bench-extract all_prompt_sets clean $(PROMPT_SETS)
+.PHONY: help setup test test-cuda lint format demo bench bench-quick bench-extract all_prompt_sets clean $(PROMPT_SETS)
 
 help: ## Show this help
 	@echo "Targets:"
@@ -38,6 +38,9 @@ $(BENCH_READY): $(READY)
 
 test: $(READY) ## Run all tests
 	$(BIN)/python -m pytest $(FLAGS)
+
+test-cuda: $(READY) ## The model tests on a CUDA device
+	TLCAPTURE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/test_parity.py tests/test_generation.py tests/test_fast_forward.py $(FLAGS)
 
 lint: $(READY) ## Check style and types
 	$(BIN)/ruff check .

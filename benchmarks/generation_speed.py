@@ -40,6 +40,12 @@ class Bench:
         return AutoModelForCausalLM.from_pretrained(embedded_folder(), dtype=getattr(torch, self.dtype)).eval()
 
     @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(embedded_folder())
+
+    @cached_property
     def prompts(self) -> list[TokenizedPrompt]:
         prompt_set = read_prompt_set(Datasets(Path()), "single_trait")
         return [
@@ -174,7 +180,7 @@ def accelerator(bench: Bench) -> Iterator[Row]:
     torch.manual_seed(0)
     config = Gemma2Config(architectures=["Gemma2ForCausalLM"], eos_token_id=None)
     reference = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to("cuda").eval()
-    model = from_hugging_face(reference, bench.model.tokenizer, name="gemma-2-2b shape", engine="hooked", device="cuda")
+    model = from_hugging_face(reference, bench.tokenizer, name="gemma-2-2b shape", engine="hooked", device="cuda")
     for batch_size in (1, 10, 64):
         prompts = [
             TokenizedPrompt("gpu", str(n), "", "", tuple(torch.randint(5, 9000, (100,)).tolist()), None, False)

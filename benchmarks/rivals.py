@@ -49,8 +49,8 @@ def hugging_face(reference: Any, task: Task, *, hidden_states: bool) -> Found:
 
     def run(tokens: Tensor, mask: Tensor) -> Tensor:
         output = reference.generate(
-            tokens,
-            attention_mask=mask,
+            tokens.to(reference.device),
+            attention_mask=mask.to(reference.device),
             max_new_tokens=task.new_tokens,
             do_sample=False,
             output_hidden_states=hidden_states,

@@ -32,7 +32,7 @@ def engine(request: pytest.FixtureRequest) -> str:
 def relative(ours: Tensor, theirs: Tensor) -> float:
     """The largest deviation, as a share of the largest value."""
     assert ours.shape == theirs.shape
-    return float((ours - theirs).abs().max() / theirs.abs().max())
+    return float((ours.cpu() - theirs.cpu()).abs().max() / theirs.abs().max())
 
 
 def random_ids(length: int, seed: int = 0) -> list[int]:

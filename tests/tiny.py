@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+DEVICE = os.environ.get("TLCAPTURE_TEST_DEVICE", "cpu")  # `make test-cuda` sets it
 D_MODEL, N_LAYERS, N_HEADS, N_GROUPS, D_MLP = 32, 3, 4, 2, 64
 SPECIAL = ["<bos>", "<eos>", "<turn>", "</turn>"]
 CHAT_TEMPLATE = (
@@ -125,5 +127,5 @@ def model(name: str, engine: str = "hooked") -> Any:
 
     source = hf_model(name) if engine != "bridge" else copy.deepcopy(hf_model(name))
     if engine == "plain":
-        return from_hugging_face(source, tokenizer(), name=f"tiny-{name}", engine="hooked", fast=False)
-    return from_hugging_face(source, tokenizer(), name=f"tiny-{name}", engine=engine)
+        return from_hugging_face(source, tokenizer(), name=f"tiny-{name}", engine="hooked", device=DEVICE, fast=False)
+    return from_hugging_face(source, tokenizer(), name=f"tiny-{name}", engine=engine, device=DEVICE)

@@ -271,11 +271,11 @@ def _choose(logits: LastLogits, temperature: float, generators: Sequence[torch.G
     batch change neither.
     """
     if temperature == 0:
-        return [int(token) for token in logits.argmax(dim=-1)]
+        return logits.argmax(dim=-1).tolist()
     heights = (logits.cpu().double() / temperature).softmax(dim=-1).cumsum(dim=-1)
     draws = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
     tokens = torch.searchsorted(heights, draws * heights[:, -1:], right=True)
-    return [int(token) for token in tokens[:, 0].clamp(max=logits.shape[-1] - 1)]
+    return tokens[:, 0].clamp(max=logits.shape[-1] - 1).tolist()
 
 
 def _generator(seed: int, prompt: TokenizedPrompt) -> torch.Generator:
