@@ -59,14 +59,14 @@ def list_(experiment: str, component: str, root: Path) -> None:
     from tlcapture.errors import InputError
     from tlcapture.layout import Layout
     from tlcapture.traits.selection import ranked, select
-    from tlcapture.traits.vectors import VectorFolder
+    from tlcapture.traits.vector_files import VectorFiles
 
     layout = Layout(root, experiment)
     if not layout.traits():
         raise InputError(f"experiment {experiment!r} has no trait vectors: run 'tlcapture extract' first")
     click.echo(f"{'trait':<26}{'method':<11}{'layer':>5}  {'by':<12}{'score':>9}   runner-up")
     for trait in layout.traits():
-        folder = VectorFolder(layout, trait)
+        folder = VectorFiles(layout, trait)
         available = folder.available(component)
         if not available:
             click.echo(f"{trait!s:<26}no {component} vectors")

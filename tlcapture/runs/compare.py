@@ -9,7 +9,7 @@ from tlcapture.errors import InputError
 from tlcapture.layout import Layout
 from tlcapture.names import Trait
 from tlcapture.traits.selection import COHERENT, effect_sizes, steering_runs
-from tlcapture.traits.vectors import VectorFolder
+from tlcapture.traits.vector_files import VectorFiles
 
 _FEWEST = 3
 
@@ -39,7 +39,7 @@ def against_steering(layout: Layout, traits: Sequence[Trait]) -> Comparison:
     """
     by_trait, pooled, within = [], [], []
     for trait in traits:
-        pairs = _pairs(VectorFolder(layout, trait))
+        pairs = _pairs(VectorFiles(layout, trait))
         by_trait.append(_correlation(str(trait), pairs))
         pooled += pairs
         if len(pairs) >= _FEWEST:
@@ -50,7 +50,7 @@ def against_steering(layout: Layout, traits: Sequence[Trait]) -> Comparison:
     return Comparison(by_trait, _correlation("pooled", pooled), _correlation("within", within))
 
 
-def _pairs(folder: VectorFolder) -> list[tuple[float, float]]:
+def _pairs(folder: VectorFiles) -> list[tuple[float, float]]:
     sizes = effect_sizes(folder, "residual")
     best: dict[tuple[str, int], float] = {}
     for run in steering_runs(folder):

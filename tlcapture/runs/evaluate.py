@@ -18,7 +18,8 @@ from tlcapture.rounding import PROJECTION_DIGITS, round_significant
 from tlcapture.runs.examples import PreparedExamples, prepare
 from tlcapture.runs.report import Reporter, RunReport
 from tlcapture.storage import read_json, write_bytes, write_json
-from tlcapture.traits.vectors import COMPONENTS, METHODS, TraitVector, VectorFolder, ranges
+from tlcapture.traits.vector_files import COMPONENTS, METHODS, ranges
+from tlcapture.traits.vectors import TraitVector, VectorFolder
 
 Row = dict[str, Any]
 

@@ -18,7 +18,8 @@ from tlcapture.names import Trait
 from tlcapture.runs.examples import PreparedExamples, prepare
 from tlcapture.runs.report import Reporter, RunReport
 from tlcapture.runs.vectors import now
-from tlcapture.traits.vectors import COMPONENTS, METHODS, VectorFolder
+from tlcapture.traits.vector_files import COMPONENTS, METHODS
+from tlcapture.traits.vectors import VectorFolder
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from tlcapture.errors import StorageError
 from tlcapture.layout import Layout
 from tlcapture.storage import read_json
-from tlcapture.traits.projection import trajectory_of_file
+from tlcapture.traits.projection_files import trajectory_of_file
 
 _FEWEST_TO_COMPARE = 3
 

@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcapture.errors import NumericalError, StorageError, VectorError
+from tlcapture.errors import NumericalError, VectorError
 from tlcapture.rounding import PROJECTION_DIGITS, rounded_for_json
 from tlcapture.shapes import Trajectory, Vectors
 from tlcapture.traits.dynamics import Dynamics, dynamics
+from tlcapture.traits.projection_files import trajectory_of_file
 from tlcapture.traits.selection import Selection
 from tlcapture.traits.vectors import TraitVector
 from tlcapture.views.residual import POINTS, ResidualStream, point_index
@@ -122,20 +123,6 @@ def dynamics_of_file(content: Any) -> Dynamics:
     """The dynamics of a projection file, computed again from the projections it holds."""
     prompt, response = trajectory_of_file(content)
     return dynamics(torch.tensor([*prompt, *response], dtype=torch.float64), len(prompt))
-
-
-def trajectory_of_file(content: Any) -> tuple[list[float], list[float]]:
-    """The trajectory that a projection file holds, prompt and response apart.
-
-    Raises `StorageError` for what is no projection file.
-    """
-    try:
-        layer = content["metadata"]["vector_source"]["layer"]
-        parts = (content["projections"][part] for part in ("prompt", "response"))
-        prompt, response = ([float(token[layer][-1]) for token in part] for part in parts)
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise StorageError(f"no projection file: {type(error).__name__}: {error}") from None
-    return prompt, response
 
 
 def _scores(part: ResidualStream, component: str, directions: Vectors) -> Float[Tensor, "n_vectors ..."]:

@@ -14,7 +14,7 @@ from typing import Any, SupportsIndex
 
 from tlcapture.errors import InputError, VectorError
 from tlcapture.storage import read_json
-from tlcapture.traits.vectors import VectorFolder
+from tlcapture.traits.vector_files import VectorFiles
 
 COHERENT = 70
 FALLBACK_LAYER = 16
@@ -33,7 +33,7 @@ class Selection:
 
 
 def select(
-    folder: VectorFolder,
+    folder: VectorFiles,
     component: str,
     n_layers: int,
     *,
@@ -101,7 +101,7 @@ class SteeringRun:
         )
 
 
-def steering_runs(folder: VectorFolder) -> list[SteeringRun]:
+def steering_runs(folder: VectorFiles) -> list[SteeringRun]:
     """The single-layer runs of a trait's steering results; raises `VectorError` for a damaged file."""
     path = folder.layout.steering(folder.trait)
     if not path.is_file():
@@ -114,7 +114,7 @@ def steering_runs(folder: VectorFolder) -> list[SteeringRun]:
         raise VectorError(f"{path}: no steering results: {type(error).__name__}: {error}") from None
 
 
-def effect_sizes(folder: VectorFolder, component: str) -> dict[tuple[str, int], float]:
+def effect_sizes(folder: VectorFiles, component: str) -> dict[tuple[str, int], float]:
     """Held-out effect sizes of a trait by method and layer; raises `VectorError` for a damaged file."""
     path = folder.layout.evaluation
     if not path.is_file():
@@ -128,7 +128,7 @@ def effect_sizes(folder: VectorFolder, component: str) -> dict[tuple[str, int], 
         raise VectorError(f"{path}: no evaluation: {type(error).__name__}: {error}") from None
 
 
-def ranked(folder: VectorFolder, component: str, available: Mapping[str, list[int]]) -> list[Selection]:
+def ranked(folder: VectorFiles, component: str, available: Mapping[str, list[int]]) -> list[Selection]:
     """All candidates that have a score, best first: coherent steering runs, or else effect sizes."""
     steered = [
         Selection(run.layer, run.method, "steering", run.delta)
@@ -151,7 +151,7 @@ def _evaluation_rows(evaluation: Any, trait: str, component: str) -> Iterator[Ma
                 yield row
 
 
-def _fallback(folder: VectorFolder, available: Mapping[str, list[int]], n_layers: int) -> Selection:
+def _fallback(folder: VectorFiles, available: Mapping[str, list[int]], n_layers: int) -> Selection:
     wanted = fallback_layer(n_layers)
     method = next(iter(available))
     layer = min(available[method], key=lambda there: (abs(there - wanted), there))
@@ -165,7 +165,7 @@ def _fallback(folder: VectorFolder, available: Mapping[str, list[int]], n_layers
     return Selection(layer, method, "fallback", None, warning)
 
 
-def _method_at(folder: VectorFolder, component: str, available: Mapping[str, list[int]], layer: int) -> str:
+def _method_at(folder: VectorFiles, component: str, available: Mapping[str, list[int]], layer: int) -> str:
     """The first method in the order of preference that has the layer."""
     for method, layers in available.items():
         if layer in layers:
