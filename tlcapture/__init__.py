@@ -27,6 +27,7 @@ _HOMES = {
     "PromptSet": "tlcapture.prompts",
     "TlcaptureError": "tlcapture.errors",
     "capture": "tlcapture.live",
+    "load_ipython_extension": "tlcapture.magics",  # what %load_ext tlcapture looks for
     "load_model": "tlcapture.models",
 }
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError, NumericalError, StorageError
 from tlcapture.shapes import Residual
 from tlcapture.storage import read_tensors, write_tensors
@@ -38,6 +39,9 @@ class CapturedPart:
     token_ids: list[int]
     residual: ResidualStream = field(repr=False)
 
+    def _repr_html_(self) -> str:
+        return ColouredTokens(self.tokens, 0)._repr_html_()
+
     def __post_init__(self) -> None:
         if not len(self.tokens) == len(self.token_ids) == self.residual.n_tokens:
             raise StorageError(
@@ -53,6 +57,21 @@ class Capture:
     prompt: CapturedPart
     response: CapturedPart
     metadata: Mapping[str, Any] = field(repr=False)
+
+    def __repr__(self) -> str:
+        tokens = f"{len(self.prompt.tokens)} + {len(self.response.tokens)} tokens"
+        return f"{type(self).__name__}({self.prompt_set}/{self.prompt_id}, {tokens}, {self.response.text[:60]!r})"
+
+    def _repr_html_(self) -> str:
+        facts = [
+            f"{self.prompt_set}/{self.prompt_id}",
+            str(self.metadata["inference_model"]),
+            f"{len(self.prompt.tokens)} prompt and {len(self.response.tokens)} response tokens",
+            f"{self.n_layers} layers",
+        ]
+        if self.metadata.get("stop_reason"):
+            facts.append(f"ended by {self.metadata['stop_reason']}")
+        return ColouredTokens(self.tokens, len(self.prompt.tokens), label=", ".join(facts))._repr_html_()
 
     @property
     def prompt_id(self) -> str:

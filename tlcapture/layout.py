@@ -162,6 +162,17 @@ class Layout:
             path for stream in STREAM_FOLDERS.values() for path in inference.glob(f"*/*/{stream}/{prompt_set}/{name}")
         )
 
+    def projection_folders(self, prompt_set: str) -> list[tuple[Trait, str]]:
+        """Trait and component of all folders of projections of a prompt set; `*` for any set."""
+        pattern = "*" if prompt_set == "*" else check_name(prompt_set, "prompt set")
+        found = set()
+        for component, stream in STREAM_FOLDERS.items():
+            for path in (self.folder / "inference").glob(f"*/*/{stream}/{pattern}"):
+                category, name = path.parents[2].name, path.parents[1].name
+                if is_safe_name(category) and is_safe_name(name):
+                    found.add((Trait(category, name), component))
+        return sorted(found)
+
     def of_projection(self, path: Path) -> tuple[Trait, str]:
         """Trait and component of a projection file's path."""
         stream, name, category = path.parents[1], path.parents[2].name, path.parents[3].name

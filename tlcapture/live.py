@@ -5,21 +5,45 @@ from tlcapture import capture, load_model
 model = load_model("smollm2")
 for cap in capture(model, ["What is a lighthouse for?"], max_new_tokens=20):
     print(cap.response.text, cap.residual(16).shape)
+    cap.logit_lens(), cap.attention(12), cap.project("behavioral/refusal", vector_experiment="my_exp")
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from tlcapture.captures import Capture
 from tlcapture.chat import tokenize
 from tlcapture.errors import InputError, TlcaptureError
+from tlcapture.experiment import Experiment
+from tlcapture.explore import Explored
 from tlcapture.generation import Failure, Sampling, generate
-from tlcapture.models import as_model
+from tlcapture.layout import Layout
+from tlcapture.models import Model, as_model
 from tlcapture.prompts import ADHOC, Prompt, PromptSet
 from tlcapture.runs.outputs import capture_of
 from tlcapture.views.residual import residual_hooks
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LiveCapture(Capture, Explored):
+    """A capture that was just made, with its model, and the experiment whose vectors it is projected onto
+    where another is not named."""
+
+    model: Model
+    vectors: Layout | None = None
+
+    @property
+    def _captured(self) -> Capture:
+        return self
+
+    def _vectors(self) -> Layout | None:
+        return self.vectors
+
+    def _model(self) -> Model:
+        return self.model
 
 
 def capture(
@@ -34,14 +58,16 @@ def capture(
     save_dtype: str = "auto",
     system_prompt: str | None = None,
     chat_template: bool | None = None,
-) -> Iterator[Capture]:
-    """Generate from prompts and yield a `Capture` for each, as soon as its row has stopped.
+    vectors: Experiment | None = None,
+) -> Iterator[LiveCapture]:
+    """Generate from prompts and yield a `LiveCapture` for each, as soon as its row has stopped.
 
     Args:
         model: what `load_model` returns, a name it takes, or an unprocessed HookedTransformer.
         prompts: a text, texts, prompts, or a prompt set. Texts are prompts 1, 2, ... of the set `adhoc`.
         temperature: 0 is greedy.
         batch_size: how many run together; `None` takes what fits in free memory.
+        vectors: the experiment onto whose vectors the captures are projected, unless a call names another.
 
     Raises:
         InputError: a prompt does not fit the model's context.
@@ -68,7 +94,7 @@ def capture(
         if isinstance(outcome, Failure):
             kind = InputError if "does not fit" in outcome.reason else TlcaptureError
             raise kind(f"prompt {outcome.prompt.prompt_set}/{outcome.prompt.id}: {outcome.reason}")
-        yield capture_of(
+        made = capture_of(
             outcome,
             runner,
             experiment=ADHOC,
@@ -77,6 +103,8 @@ def capture(
             attn_out=capture_attn,
             save_dtype=save_dtype,
         )
+        layout = None if vectors is None else vectors.layout
+        yield LiveCapture(made.prompt, made.response, made.metadata, runner, layout)
 
 
 def _as_prompt_set(prompts: PromptSet | Iterable[str | Prompt] | str) -> PromptSet:

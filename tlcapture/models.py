@@ -27,6 +27,7 @@ from tlcapture.checkpoints import cast, fetch, fetch_weights, fingerprint, quiet
 from tlcapture.errors import ModelError
 from tlcapture.fast_forward import FastForward, FastState
 from tlcapture.hooked_config import architecture_of, covers, hooked_fields, weight_converter
+from tlcapture.lazy_model import LazyModel
 from tlcapture.shapes import LastLogits, Logits, Mask, Residual, Rows, Tokens, Vector
 from tlcapture.weight_layout import lay_out, lay_out_in_place, memory_order
 
@@ -376,9 +377,11 @@ def from_hooked_transformer(hooked: Any, *, name: str | None = None) -> HookedMo
 
 
 def as_model(model: Any) -> Model:
-    """A `Model` from whatever stands for one: itself, a name to load, or a HookedTransformer."""
+    """A `Model` from whatever stands for one: itself, a name to load, a lazy model, or a HookedTransformer."""
     if isinstance(model, Model):
         return model
+    if isinstance(model, LazyModel):
+        return model.load()
     if isinstance(model, str):
         return load_model(model)
     return from_hooked_transformer(model)

@@ -1,17 +1,31 @@
-"""Pictures for papers and logs, without a display: heatmaps of an evaluation, curves of steering."""
+"""Pictures for papers and logs, without a display: heatmaps of an evaluation, curves of steering, and one
+capture's projection onto a trait."""
 
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tlcapture.printable import printable
+
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from tlcapture.traits.projected_tokens import ProjectedTokens
+
 _DPI = 150
+_MOST_LABELS = 90  # tokens written along an axis; of more, every second, third, ...
+_LONGEST_LABEL = 14
+_WIDEST = 18.0
+_BOUNDARY, _COMMITMENT, _PERSISTENCE = "#555555", "#2ca02c", "#ff7f0e"
+_FONTS = ("DejaVu Sans Mono", "DejaVu Sans")  # they come with Matplotlib
+_MORE_FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans Arabic", "Noto Sans", "Arial Unicode MS")
 _MEASURES = {"val_effect_size": "effect size (Cohen's d)", "val_auroc": "AUROC"}
 
 
@@ -59,6 +73,71 @@ def steering_curves(trait: str, results: Mapping[str, Any]) -> bytes:
     left.legend(fontsize=7)
     figure.suptitle(trait)
     return _png(figure)
+
+
+def projection_picture(line: ProjectedTokens) -> bytes:
+    """A PNG of one capture's projection onto one trait: the trajectory, and below it all layers, token by token.
+
+    The first token, an attention sink whose projection can be a hundred times all others, is left off both
+    scales; the picture says so, and what its value is.
+    """
+    n_tokens = len(line.tokens)
+    figure = _figure(width=min(_WIDEST, max(7.0, 2.5 + 0.16 * n_tokens)), height=6.4)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1.2])
+    _draw_trajectory(above, line)
+    scores = np.ma.masked_invalid(line.by_layer().T.copy())
+    scores[:, 0] = np.ma.masked
+    limit = float(np.abs(scores[:, 1:]).max()) if n_tokens > 1 else 0.0
+    image = below.imshow(
+        scores, aspect="auto", cmap="RdBu_r", vmin=-(limit or 1.0), vmax=limit or 1.0, origin="lower",
+        interpolation="nearest",
+    )  # fmt: skip
+    below.set_facecolor("0.85")
+    below.axhline(line.layer, color="black", linewidth=0.8, linestyle=":")
+    below.set_ylabel(f"layer (dotted: the vector's own, {line.layer})", fontsize=8)
+    figure.colorbar(image, ax=below, label="projection", fraction=0.03, pad=0.01)
+    for axis in (above, below):
+        axis.axvline(line.n_prompt_tokens - 0.5, color=_BOUNDARY, linewidth=1, linestyle="--")
+        if line.commitment_point is not None:
+            axis.axvline(line.commitment_point, color=_COMMITMENT, linewidth=1)
+    step = -(-n_tokens // _MOST_LABELS) or 1
+    below.set_xticks(range(0, n_tokens, step))
+    labels = [printable(token)[:_LONGEST_LABEL] for token in line.tokens[::step]]
+    for text in below.set_xticklabels(labels, rotation=90, fontsize=6, family=_families()):
+        text.set_parse_math(False)  # a token may hold dollars
+    below.set_xlim(-0.5, n_tokens - 0.5)
+    figure.suptitle(f"{line.prompt_set}/{line.prompt_id}: {line.title}", fontsize=10)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # shown as a box
+        return _png(figure)
+
+
+@cache
+def _families() -> list[str]:
+    """Fonts for tokens, of which the first that has a character draws it."""
+    from matplotlib.font_manager import get_font_names
+
+    installed = set(get_font_names())
+    return [*_FONTS, *(name for name in _MORE_FONTS if name in installed)]
+
+
+def _draw_trajectory(axis: Axes, line: ProjectedTokens) -> None:
+    places, scores = np.arange(len(line.tokens)), line.trajectory
+    axis.plot(places[1:], scores[1:], color="#1f77b4", linewidth=1.2, marker=".", markersize=3)
+    axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+    axis.plot([], [], color=_BOUNDARY, linewidth=1, linestyle="--", label="response begins")
+    if line.peak is not None:
+        span = slice(line.peak, line.peak + line.persistence + 1)
+        axis.plot(
+            places[span], scores[span], color=_PERSISTENCE, linewidth=5, alpha=0.4, marker="o", markersize=4,
+            label=f"persistence: {line.persistence} after the peak of |s|, token {line.peak}",
+        )  # fmt: skip
+    if line.commitment_point is not None:
+        axis.plot([], [], color=_COMMITMENT, linewidth=1, label=f"commitment point: {line.commitment_point}")
+    sink = f"token 0 is an attention sink and left off the scale: {scores[0]:+.4g}"
+    axis.plot([], [], " ", label=sink)
+    axis.legend(fontsize=6, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+    axis.set_ylabel("projection", fontsize=8)
 
 
 def _figure(*, width: float, height: float) -> Figure:

@@ -19,7 +19,7 @@ def python(code: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["capture", "--help"], ["project", "-h"], ["extract", "-h"], ["--version"]]
+    "words", [["--help"], ["capture", "--help"], ["project", "-h"], ["extract", "-h"], ["shell", "-h"], ["--version"]]
 )
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     code = (

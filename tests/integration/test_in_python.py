@@ -3,50 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 
 import tlcapture
 from tlcapture import Experiment
-from tlcapture.cli.main import main
 from tlcapture.errors import InputError
 from tlcapture.names import Trait
 from tlcapture.traits.vectors import VectorFolder
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An experiment of the embedded model: two traits' vectors and two captures."""
-    root = tmp_path_factory.mktemp("root")
-    for trait in ("behavioral/refusal", "style/formality"):
-        shipped = Path("datasets/traits") / trait
-        folder = root / "datasets" / "traits" / trait
-        folder.mkdir(parents=True)
-        for side in ("positive.jsonl", "negative.jsonl"):
-            lines = (shipped / side).read_text(encoding="utf-8").splitlines()[:10]
-            (folder / side).write_text("\n".join(lines), encoding="utf-8")
-    common = ["--experiment", "exp", "--root", str(root)]
-    traits = ["--traits", "behavioral/refusal,style/formality"]
-    for words in (
-        ["extract", *common, *traits, "--methods", "mean_diff"],
-        ["capture", *common, "--prompt-set", "single_trait", "--limit", "2", "--max-new-tokens", "8",
-         "--save-dtype", "float32", "--capture-attn"],
-    ):  # fmt: skip
-        result = CliRunner().invoke(main, words, catch_exceptions=False)
-        assert result.exit_code == 0, result.output
-    return root
-
-
-@pytest.fixture
-def exp(root: Path, smollm2: Any, monkeypatch: pytest.MonkeyPatch) -> Experiment:
-    found = Experiment("exp", root)
-    monkeypatch.setitem(found.__dict__, "model", smollm2)  # loaded once for all tests
-    return found
 
 
 def test_an_experiment_lists_what_it_has(exp: Experiment) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from tlcapture.errors import TlcaptureError
+from tlcapture.printable import printable
 from tlcapture.runs.report import Progress, Reporter, RunReport
 
 if TYPE_CHECKING:
@@ -53,11 +54,6 @@ class _Lines(Progress):
     def advance(self, units: int = 0, *, done: str | None = None) -> None:
         if done:
             click.echo(printable(done), err=True)
-
-
-def printable(text: str) -> str:
-    """The text without control characters, so that what a model wrote cannot steer a terminal."""
-    return "".join(c if c.isprintable() else {"\n": "\u23ce", "\t": " "}.get(c, "\ufffd") for c in text)
 
 
 def finish(report: RunReport) -> NoReturn:

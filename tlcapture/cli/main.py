@@ -9,8 +9,10 @@ from tlcapture.cli.capture import capture
 from tlcapture.cli.evaluate import evaluate
 from tlcapture.cli.extract import extract
 from tlcapture.cli.project import project
+from tlcapture.cli.shell import shell
 from tlcapture.cli.steer import steer
 from tlcapture.cli.traits import traits
+from tlcapture.cli.view import view
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -27,4 +29,6 @@ main.add_command(project)
 main.add_command(extract)
 main.add_command(evaluate)
 main.add_command(steer)
+main.add_command(view)
+main.add_command(shell)
 main.add_command(traits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +17,10 @@ from tlcapture.cli.options import (
     vector_options,
 )
 from tlcapture.names import Trait
+
+if TYPE_CHECKING:
+    from tlcapture.layout import Layout
+    from tlcapture.runs.report import RunReport
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -39,6 +44,12 @@ from tlcapture.names import Trait
 )
 @click.option("--dynamics-only", is_flag=True, help="Compute the dynamics of existing projections again, nothing else.")
 @click.option("--skip-existing", is_flag=True, help="Make only what is missing.")
+@click.option(
+    "--plot",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Also write trajectory and layers of each prompt and trait as PNG, below DIR.",
+)
 @root_option
 @one_line_errors
 def project(
@@ -53,6 +64,7 @@ def project(
     component: str,
     dynamics_only: bool,
     skip_existing: bool,
+    plot: Path | None,
 ) -> None:
     """Project saved captures onto trait vectors."""
     from tlcapture.errors import InputError
@@ -66,6 +78,7 @@ def project(
     names = prompt_set or layout.captured_prompt_sets()
     if not names:
         raise InputError(f"experiment {experiment!r} has no captures: run 'tlcapture capture' first")
+    console = Console()
     report = run_project(
         layout,
         names,
@@ -75,8 +88,31 @@ def project(
             dynamics_only=dynamics_only,
             skip_existing=skip_existing,
         ),
-        Console(),
+        console,
     )
     for name in names:
         show_top_traits(layout, name, component)
+        if plot is not None:
+            _draw(layout, name, plot, component, traits, report, console)
     finish(report)
+
+
+def _draw(
+    layout: Layout,
+    prompt_set: str,
+    folder: Path,
+    component: str,
+    traits: tuple[Trait, ...],
+    report: RunReport,
+    console: Console,
+) -> None:
+    """Write the pictures of a prompt set; what goes wrong fails the pictures, not the projections."""
+    from tlcapture.errors import TlcaptureError
+    from tlcapture.runs.pictures import write_pictures
+
+    try:
+        ids = layout.captured(prompt_set)
+        pictures = write_pictures(layout, prompt_set, ids, folder, component, traits, console)
+        console.line(f"{prompt_set}: {len(pictures)} pictures in {folder}")
+    except TlcaptureError as error:
+        report.failed(f"pictures of {prompt_set}", error)

@@ -9,14 +9,16 @@ Engineering" (2023), and Chen et al., "Persona Vectors" (2025).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcapture.errors import NumericalError, VectorError
+from tlcapture.coloured_tokens import ColouredTokens
+from tlcapture.errors import InputError, NumericalError, VectorError
 from tlcapture.rounding import PROJECTION_DIGITS, rounded_for_json
 from tlcapture.shapes import Trajectory, Vectors
 from tlcapture.traits.dynamics import Dynamics, dynamics
@@ -31,18 +33,43 @@ PromptScores = Float[Tensor, "n_prompt_tokens n_layers n_sublayers"]
 ResponseScores = Float[Tensor, "n_response_tokens n_layers n_sublayers"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Projection:
     """One capture's projection onto one trait vector.
 
     `prompt` and `response` are `[n_tokens, n_layers, n_sublayers]`, in units of the activations;
-    sublayers are the residual points, or `attn_out` alone.
+    sublayers are the residual points, or `attn_out` alone. `tokens` are the capture's, where they are known.
     """
 
-    vector: TraitVector = field(repr=False)
+    vector: TraitVector
     selection: Selection
-    prompt: PromptScores = field(repr=False)
-    response: ResponseScores = field(repr=False)
+    prompt: PromptScores
+    response: ResponseScores
+    tokens: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        score = "" if self.selection.score is None else f" {self.selection.score:.3g}"
+        settled = self.dynamics.commitment_point
+        return (
+            f"Projection({self.vector.trait}, {self._title()} (by {self.selection.selected_by}{score}), "
+            f"{len(self.prompt)} + {len(self.response)} tokens, "
+            f"{'does not commit' if settled is None else f'commits at token {settled}'}, "
+            f"persistence {self.dynamics.persistence})"
+        )
+
+    def _repr_html_(self) -> str:
+        head = f"<code>{escape(repr(self))}</code>"
+        return head + (self.coloured()._repr_html_() if self.tokens else "")
+
+    def coloured(self) -> ColouredTokens:
+        """The tokens, coloured by the trajectory; raises `InputError` for a projection that has none."""
+        if not self.tokens:
+            raise InputError("this projection was made without its tokens: take that of a capture, cap.project(trait)")
+        label = f"{self.vector.trait}, {self._title()}"
+        return ColouredTokens(self.tokens, len(self.prompt), self.trajectory.tolist(), label)
+
+    def _title(self) -> str:
+        return f"{self.vector.component}, {self.vector.method} of layer {self.vector.layer}"
 
     @property
     def trajectory(self) -> Trajectory:

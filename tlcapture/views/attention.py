@@ -15,11 +15,15 @@ from tlcapture.shapes import Patterns
 from tlcapture.views import Cache
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AttentionPatterns:
     """Weights `[n_layers, n_heads, query, key]`, each query's row summing to 1 over keys up to itself."""
 
     patterns: Patterns
+
+    def __repr__(self) -> str:
+        n_layers, n_heads, n_tokens, _ = self.patterns.shape
+        return f"AttentionPatterns({n_layers} layers, {n_heads} heads, {n_tokens} tokens)"
 
     def to_json(
         self, *, prompt_id: str, prompt_set: str, tokens: Sequence[str], n_prompt_tokens: int

@@ -25,7 +25,7 @@ _GROUP = 64  # neighbours in the vocabulary that are counted and compared togeth
 CHUNK = 256  # tokens whose logits over the whole vocabulary are in memory at a time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LogitLens:
     """Predictions for every token that has a next one, by layer.
 
@@ -37,6 +37,10 @@ class LogitLens:
     top_probs: Float[Tensor, "n_layers n_predictions top_k"]
     actual_rank: Int[Tensor, "n_layers n_predictions"]
     actual_prob: Float[Tensor, "n_layers n_predictions"]
+
+    def __repr__(self) -> str:
+        n_layers, n_predictions, top_k = self.top_ids.shape
+        return f"LogitLens({n_layers} layers, {n_predictions} predictions, top {top_k})"
 
     def to_json(
         self,

@@ -20,7 +20,7 @@ from tlcapture.views import Cache
 POINTS = ("residual_in", "after_attn", "residual_out")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ResidualStream:
     """The residual stream of some tokens, and the attention outputs where they were captured.
 
@@ -29,6 +29,14 @@ class ResidualStream:
 
     points: ResidualPoints
     attn_out: LayerOutputs | None = None
+
+    def __repr__(self) -> str:
+        dtype = str(self.points.dtype).removeprefix("torch.")
+        attn_out = ", with attn_out" if self.attn_out is not None else ""
+        return (
+            f"ResidualStream({self.n_layers} layers, {self.n_tokens} tokens, d_model {self.points.shape[-1]}, "
+            f"{dtype}{attn_out})"
+        )
 
     @property
     def n_layers(self) -> int:

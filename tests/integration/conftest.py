@@ -1,0 +1,42 @@
+"""An experiment of the embedded model, made once for all tests of this folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from tlcapture import Experiment
+from tlcapture.cli.main import main
+
+
+@pytest.fixture(scope="session")
+def embedded_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An experiment of the embedded model: two traits' vectors and two captures."""
+    root = tmp_path_factory.mktemp("root")
+    for trait in ("behavioral/refusal", "style/formality"):
+        shipped = Path("datasets/traits") / trait
+        folder = root / "datasets" / "traits" / trait
+        folder.mkdir(parents=True)
+        for side in ("positive.jsonl", "negative.jsonl"):
+            lines = (shipped / side).read_text(encoding="utf-8").splitlines()[:10]
+            (folder / side).write_text("\n".join(lines), encoding="utf-8")
+    common = ["--experiment", "exp", "--root", str(root)]
+    traits = ["--traits", "behavioral/refusal,style/formality"]
+    for words in (
+        ["extract", *common, *traits, "--methods", "mean_diff"],
+        ["capture", *common, "--prompt-set", "single_trait", "--limit", "2", "--max-new-tokens", "8",
+         "--save-dtype", "float32", "--capture-attn", "--attention", "--logit-lens"],
+    ):  # fmt: skip
+        result = CliRunner().invoke(main, words, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    return root
+
+
+@pytest.fixture
+def exp(embedded_root: Path, smollm2: Any, monkeypatch: pytest.MonkeyPatch) -> Experiment:
+    found = Experiment("exp", embedded_root)
+    monkeypatch.setitem(found.__dict__, "model", smollm2)  # loaded once for all tests
+    return found

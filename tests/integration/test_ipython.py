@@ -1,0 +1,319 @@
+"""IPython for real: every example of docs/ipython.md, the magic, the shell on a terminal; on the embedded model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from IPython.core.interactiveshell import InteractiveShell
+from traitlets.config import Config
+
+import tlcapture
+from tlcapture import Experiment
+from tlcapture.captures import Capture
+from tlcapture.errors import InputError, StorageError
+from tlcapture.lazy_model import LazyModel
+from tlcapture.live import LiveCapture
+
+TOP = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore:.*by default")
+TRAITS = ["behavioral/refusal", "style/formality"]
+Run = Callable[[str], Any]
+
+
+@pytest.fixture
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded_root: Path, smollm2: Any) -> Iterator[Any]:
+    """An IPython session in an empty folder, with the embedded model loaded already."""
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setenv("TLCAPTURE_ROOT", str(embedded_root))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tlcapture.models.load_model", lambda name, **options: smollm2)
+    config = Config()
+    config.HistoryManager.enabled = False
+    InteractiveShell.clear_instance()
+    session = InteractiveShell.instance(config=config, user_module=types.ModuleType("session"))
+    yield session
+    session.restore_sys_module_state()
+    InteractiveShell.clear_instance()
+
+
+@pytest.fixture
+def run(shell: Any) -> Run:
+    """Run a cell that has to succeed; returns what its last expression is."""
+
+    def run_cell(cell: str) -> Any:
+        result = shell.run_cell(cell, silent=False)
+        result.raise_error()
+        return result.result
+
+    return run_cell
+
+
+@pytest.fixture
+def live(exp: Experiment, smollm2: Any) -> LiveCapture:
+    (cap,) = tlcapture.capture(smollm2, "Name a colour.", max_new_tokens=4, temperature=0, vectors=exp)
+    return cap
+
+
+def test_every_example_of_the_document_runs_in_order(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```(?:python|ipython)\n(.*?)```", (TOP / "docs" / "ipython.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 9
+    for block in blocks:
+        run(block)
+    assert Path("trajectory.html").stat().st_size > 10_000
+    printed = capsys.readouterr()
+    assert "Error" not in printed.out + printed.err
+
+
+def test_the_magic_binds_what_the_library_captures(run: Run, shell: Any, smollm2: Any) -> None:
+    run("%load_ext tlcapture")
+    run('%capture_prompt -n 5 --temperature 0 "Name a colour."')
+    cap = shell.user_ns["cap"]
+    (same,) = tlcapture.capture(smollm2, "Name a colour.", max_new_tokens=5, temperature=0)
+    assert cap.response.token_ids == same.response.token_ids
+    run('%capture_prompt -n 5 --seed 3 --temperature 2.5 "Name a colour."')
+    other = shell.user_ns["cap"]
+    assert (other.metadata["seed"], other.metadata["temperature"]) == (3, 2.5)
+
+
+def test_the_magic_takes_model_and_vectors_of_the_session(
+    run: Run, shell: Any, exp: Experiment, smollm2: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loads: list[str] = []
+    shell.user_ns["exp"] = exp
+    shell.user_ns["model"] = LazyModel(lambda: loads.append("once") or smollm2, "smollm2")
+    run("%load_ext tlcapture")
+    run("model, model.n_layers")
+    run('%capture_prompt -t behavioral/refusal -n 2 "hi"')
+    assert loads == ["once"]
+    assert "behavioral/refusal" in capsys.readouterr().out  # the caption of the colours
+    assert shell.user_ns["cap"].project("style/formality").vector.experiment == "exp"
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("%capture_prompt", "no prompt"),
+        ("%capture_prompt what's this", "put the prompt in double quotes"),
+        ("%capture_prompt -n few hi", "invalid int value: 'few'"),
+        ("%capture_prompt -n -1 hi", "expected a number of at least 0"),
+        ("%capture_prompt --nix hi", "unrecognized arguments"),
+        ("%capture_prompt --temperature nan hi", "temperature nan"),
+        ("%capture_prompt -n 100000 hi", "does not fit"),
+        ("%capture_prompt -t behavioral/nix hi", "traits there are: behavioral/refusal, style/formality"),
+        ("%capture_prompt -t nix hi", "not of the form category/name"),
+        ("model = 3\n%capture_prompt hi", "the variable 'model' is a int"),
+        ("del exp\n%capture_prompt -t a/b hi", "there are no vectors"),
+        ("%%capture_prompt two texts\nhere", "takes its text from the cell"),
+    ],
+)
+def test_a_mistake_is_one_line_and_no_traceback(
+    shell: Any, exp: Experiment, capsys: pytest.CaptureFixture[str], line: str, complaint: str
+) -> None:
+    shell.user_ns["exp"] = exp
+    shell.run_cell("%load_ext tlcapture")
+    result = shell.run_cell(line)
+    assert type(result.error_in_exec).__name__ == "UsageError"
+    printed = capsys.readouterr()
+    assert complaint in printed.out + printed.err
+    assert "Traceback" not in printed.out + printed.err
+    assert (printed.out + printed.err).strip().count("\n") == 0
+    assert "cap" not in shell.user_ns
+
+
+def test_a_live_capture_is_a_capture_and_projects_as_a_saved_one(exp: Experiment, smollm2: Any) -> None:
+    saved = exp.captures["single_trait"]["1"]
+    text = saved.metadata["prompt_text"]
+    prompt = tlcapture.Prompt(id="1", text=text)
+    (cap,) = tlcapture.capture(
+        smollm2, tlcapture.PromptSet(name="single_trait", prompts=[prompt]), max_new_tokens=8, save_dtype="float32"
+    )
+    assert isinstance(cap, Capture)
+    assert cap.token_ids == saved.token_ids  # the same seed and sampling
+    with pytest.raises(InputError, match="say whose vectors"):
+        cap.project(TRAITS[0])
+    (cap,) = tlcapture.capture(smollm2, [prompt], max_new_tokens=1, vectors=exp)
+    n_prompt = len(cap.prompt.tokens)
+    theirs = saved.project(TRAITS[0]).trajectory[:n_prompt]
+    assert torch.allclose(cap.project(TRAITS[0]).trajectory[:n_prompt], theirs, rtol=1e-2, atol=0.5)
+
+
+def test_patterns_and_predictions_of_files_are_those_of_the_model(
+    exp: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cap, again = exp.captures["single_trait"]["2"], exp.captures["single_trait"]["2"]
+    monkeypatch.setattr(again, "_add_on", lambda kind: None)
+    heads, computed = cap.attention(12), again.attention(12)
+    assert (heads.source, computed.source) == ("2_attention.json", "a forward pass")
+    assert np.allclose(heads.patterns, computed.patterns, atol=1e-3)
+    assert heads.patterns.sum(axis=-1) == pytest.approx(np.ones(heads.patterns.shape[:2]), abs=2e-3)
+    lens, other = cap.logit_lens(), again.logit_lens()
+    assert (lens.source, other.source) == ("2_logit_lens.json", "its residuals")
+    assert np.allclose(lens.top_probs, other.top_probs, atol=1e-3)
+    assert (lens.actual_rank == other.actual_rank).mean() > 0.98
+    assert lens.top_tokens[29][5][0] == other.top_tokens[29][5][0]
+    with torch.no_grad():
+        probs = exp.model.tl(torch.tensor([cap.token_ids]))[0].softmax(dim=-1)
+    assert lens.top_probs[-1, :, 0] == pytest.approx(probs[:-1].max(dim=-1).values.numpy(), abs=1e-3)
+
+
+def test_a_file_of_another_run_is_not_taken(exp: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cap = exp.captures["single_trait"]["2"]
+    other = tmp_path / "1_attention.json"
+    shutil.copy(exp.layout.attention("single_trait", "1"), other)
+    monkeypatch.setattr(cap, "_add_on", lambda kind: other)
+    assert cap.attention(0).source == "a forward pass"
+    broken = tmp_path / "broken.json"
+    broken.write_text(f'{{"tokens": {json.dumps(cap.tokens)}, "n_heads": 9, "attention": []}}')
+    monkeypatch.setattr(cap, "_add_on", lambda kind: broken)
+    with pytest.raises(StorageError, match=r"broken.json: it has not one entry a token"):
+        cap.attention(1)
+
+
+def test_another_model_is_refused_for_patterns_and_predictions(
+    exp: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cap = exp.captures["single_trait"]["1"]
+    monkeypatch.setattr(cap, "_add_on", lambda kind: None)
+    monkeypatch.setattr(exp.model, "fingerprint", "another")
+    with pytest.raises(InputError, match="was captured from 'smollm2'"):
+        cap.attention(0)
+    with pytest.raises(InputError, match="was captured from 'smollm2'"):
+        cap.logit_lens()
+
+
+def test_what_a_capture_has_not_is_an_error_that_says_what_it_has(exp: Experiment, live: LiveCapture) -> None:
+    for cap in (exp.captures["single_trait"]["1"], live):
+        with pytest.raises(InputError, match="no layer 30: the model has layers 0 to 29"):
+            cap.plot.attention(30, 0)
+        with pytest.raises(InputError, match="no head 9: layer 2 has heads 0 to 8"):
+            cap.plot.attention(2, 9)
+        with pytest.raises(InputError, match=r"no vectors for trait 'a/b'.*traits there are: behavioral/refusal"):
+            cap.plot.trajectory("a/b")
+        with pytest.raises(InputError, match="no point 'nix'"):
+            cap.plot.layers(TRAITS[0], "nix")
+        with pytest.raises(InputError, match="no experiment 'nix'"):
+            cap.project(TRAITS[0], vector_experiment="nix")
+        with pytest.raises(InputError, match="no component 'mlp'"):
+            cap.to_pandas(component="mlp")
+    with pytest.raises(KeyError, match="captures of single_trait"):
+        exp.captures["nix"]
+
+
+def test_frames_of_a_capture_and_of_its_files_agree(exp: Experiment) -> None:
+    cap = exp.captures["single_trait"]["1"]
+    ours = cap.to_pandas(layers="all")
+    files = exp.to_pandas("single_trait", layers="all")
+    files = files[files.prompt_id == "1"].reset_index(drop=True)
+    keys = ["prompt_id", "token_idx", "token", "part", "trait", "layer"]
+    assert ours[keys].equals(files[keys])
+    assert ours.score.to_numpy() == pytest.approx(files.score.to_numpy(), rel=1e-4, abs=1e-3)
+    # By hand: what a layer's residual is on the unit vector of the trait's own layer.
+    vector = cap.project(TRAITS[0]).vector.vector
+    expected = cap.residual(5)[7] @ vector / vector.norm()
+    row = ours[(ours.trait == TRAITS[0]) & (ours.layer == 5) & (ours.token_idx == 7)]
+    assert row.score.item() == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_everything_says_something_on_a_terminal_and_in_a_notebook(exp: Experiment, live: LiveCapture) -> None:
+    saved = exp.captures["single_trait"]["1"]
+    for shown in (
+        exp, exp.captures, exp.captures["single_trait"], saved, live, saved.prompt, saved.project(TRAITS[0]),
+        saved.coloured(), saved.coloured(TRAITS[0]), saved.attention(3), saved.logit_lens(),
+    ):  # fmt: skip
+        assert "\n" not in repr(shown) or shown is saved.prompt
+        assert "tensor([" not in shown._repr_html_()
+        assert len(repr(shown)) < 3000
+        assert shown._repr_html_().count("<") > 2
+    assert "SavedCapture(single_trait/1" in repr(saved)
+    assert "LiveCapture(adhoc/1" in repr(live)
+    assert "30 layers" in repr(saved.prompt.residual)
+    assert "behavioral/refusal" in repr(saved.project(TRAITS[0]))
+    assert "30 layers" in saved._repr_html_()
+    assert {"residual", "tokens", "plot", "project"} <= set(dir(saved))
+
+
+def test_the_shell_on_a_terminal(embedded_root: Path, tmp_path: Path) -> None:
+    """A real terminal session: banner, variables, nothing slow until it is needed, errors as one line."""
+    pexpect = pytest.importorskip("pexpect")
+    words = ["-m", "tlcapture", "shell", "--experiment", "exp", "--root", str(embedded_root)]
+    environment = {
+        **os.environ,
+        "IPYTHONDIR": str(tmp_path),
+        "IPY_TEST_SIMPLE_PROMPT": "1",
+        "TERM": "dumb",
+        "PYTHONPATH": str(TOP),
+    }
+    session = pexpect.spawn(
+        sys.executable, words, env=environment, encoding="utf-8", timeout=60, dimensions=(50, 250), echo=False
+    )
+    prompt = r"In \[\d+\]: $"
+
+    def answer(line: str) -> str:
+        session.sendline(line)
+        session.expect(prompt)
+        return str(session.before)
+
+    session.expect(prompt)
+    banner = session.before
+    assert "Three things to try" in banner
+    tries = [line.strip() for line in banner.splitlines() if line.startswith("    ")]
+    assert len(tries) == 3
+    assert "single_trait: 2" in answer("captures")
+    assert "loaded when first touched" in answer("model")
+    assert "Experiment('exp'" in answer("exp")
+    answer("%load_ext tlcapture")
+    error = answer("%capture_prompt")
+    assert "UsageError: no prompt" in error
+    assert answer("import sys; 'torch' in sys.modules").count("False") == 1
+    refused = answer("exp.to_pandas('nix')")
+    assert "InputError: experiment 'exp' has no captures of prompt set 'nix'" in refused
+    assert "Traceback" not in error + refused
+    assert "behavioral/refusal" in answer(tries[2])
+    session.sendline("exit")
+    session.expect(pexpect.EOF)
+    session.close()
+    assert session.exitstatus == 0
+
+
+def test_without_ipython_the_shell_says_what_to_install(embedded_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    from click.testing import CliRunner
+
+    from tlcapture.cli.main import main
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "IPython" else found(name, *rest)
+    )
+    result = CliRunner().invoke(main, ["shell", "--experiment", "exp", "--root", str(embedded_root)])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert 'pip install "tlcapture[ipython]"' in result.stderr
+    assert CliRunner().invoke(main, ["shell", "--experiment", "nix", "--root", str(embedded_root)]).exit_code == 2
+
+
+def test_project_draws_its_projections(embedded_root: Path, tmp_path: Path) -> None:
+    import matplotlib.image
+    from click.testing import CliRunner
+
+    from tlcapture.cli.main import main
+
+    words = ["project", "--experiment", "exp", "--root", embedded_root, "--prompt-set", "single_trait"]
+    words += ["--traits", "style/formality", "--plot", tmp_path / "pictures"]
+    result = CliRunner().invoke(main, [str(word) for word in words], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    pictures = sorted((tmp_path / "pictures").rglob("*.png"))
+    assert [path.stem for path in pictures] == ["1", "2"]
+    assert len(np.unique(matplotlib.image.imread(pictures[0]))) > 50
+    assert "2 pictures in" in result.stdout

@@ -1,0 +1,308 @@
+"""The page in a real browser, on captures of the embedded model and on hostile ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from tests.browser import Watched, browser, server
+from tests.report.conftest import HOSTILE, write, write_experiment
+from tests.report.conftest import TOKENS as HOSTILE_TOKENS
+from tlcapture.cli.main import main
+from tlcapture.report.export import export_page
+
+TRAIT = "style/formality"
+VIEWS = ("dynamics", "layers", "lens", "attention", "vectors", "compare")
+HERE = f"experiment=exp&set=single_trait&prompt=1&trait={TRAIT}"
+
+
+@pytest.fixture(scope="module")
+def page_root(embedded_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model's experiment, evaluated, with results of steering."""
+    root = tmp_path_factory.mktemp("page")
+    shutil.copytree(embedded_root, root, dirs_exist_ok=True)
+    words = ["evaluate", "--experiment", "exp", "--root", str(root), "--component", "residual"]
+    done = CliRunner().invoke(main, words, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    run = {"config": {"layers": [8], "methods": ["mean_diff"], "coefficients": [0.2], "component": "residual"},
+           "result": {"trait_mean": 71.0, "coherence_mean": 93.0, "n": 15}}  # fmt: skip
+    results = {"baseline": {"trait_mean": 40.0, "coherence_mean": 100.0}, "runs": [run]}
+    write(root / "experiments" / "exp" / "steering" / TRAIT / "results.json", results)
+    return root
+
+
+@pytest.fixture(scope="module")
+def hostile_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_experiment(tmp_path_factory.mktemp("hostile"))
+
+
+@pytest.fixture(scope="module")
+def context() -> Iterator[Any]:
+    with browser() as launched:
+        yield launched.new_context(viewport={"width": 1366, "height": 900}, accept_downloads=True)
+
+
+@pytest.fixture(scope="module")
+def address(page_root: Path) -> Iterator[str]:
+    with server(page_root, "exp") as (base, _):
+        yield base
+
+
+@pytest.fixture(scope="module")
+def hostile_address(hostile_root: Path) -> Iterator[str]:
+    with server(hostile_root, "exp") as (base, _):
+        yield base
+
+
+@pytest.fixture
+def page(context: Any, address: str) -> Iterator[Watched]:
+    """A page that ends its test by having done nothing wrong."""
+    watched = Watched(context, address)
+    yield watched
+    watched.page.close()
+    assert watched.wrong == []
+
+
+def projection_file(root: Path, prompt: int = 1, trait: str = TRAIT) -> dict[str, Any]:
+    folder = root / "experiments" / "exp" / "inference" / trait / "residual_stream" / "single_trait"
+    return dict(json.loads((folder / f"{prompt}.json").read_text(encoding="utf-8")))
+
+
+def analysis_file(root: Path, kind: str) -> dict[str, Any]:
+    folder = root / "experiments" / "exp" / "analysis" / "per_token" / "single_trait"
+    return dict(json.loads((folder / f"1_{kind}.json").read_text(encoding="utf-8")))
+
+
+def trajectory(content: dict[str, Any]) -> list[float]:
+    layer = content["metadata"]["vector_source"]["layer"]
+    parts = content["projections"]
+    return [token[layer][-1] for token in [*parts["prompt"], *parts["response"]]]
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_each_view_shows_a_capture_of_the_embedded_model(page: Watched, view: str) -> None:
+    page.open(f"view={view}&{HERE}")
+    assert page.page.query_selector(".empty") is None
+    assert page.page.query_selector_all(".plot[data-drawn=yes]")
+    assert page.page.get_attribute(f"#views button:nth-child({VIEWS.index(view) + 1})", "aria-selected") == "true"
+
+
+def test_trajectories_are_the_files_own_numbers(page: Watched, page_root: Path) -> None:
+    page.open(f"view=dynamics&{HERE}")
+    drawn = {trace["name"]: trace["y"] for trace in page.traces() if trace["mode"] == "lines"}
+    for trait in ("behavioral/refusal", TRAIT):
+        expected = trajectory(projection_file(page_root, trait=trait))
+        assert drawn[trait][1:] == expected[1:]  # the first may be off the scale, and is then left out
+    content = projection_file(page_root)
+    text = content["prompt"]["tokens"] + content["response"]["tokens"]
+    shown = [span.text_content() for span in page.page.query_selector_all("#strip .token")]
+    assert [token.rstrip("\n") for token in shown] == [token.replace("\n", "\u23ce") for token in text]
+
+
+def test_velocity_and_acceleration_lie_where_they_lead(page: Watched, page_root: Path) -> None:
+    page.open(f"view=dynamics&{HERE}")
+    velocity, acceleration = page.traces(1)
+    dynamics = projection_file(page_root)["dynamics"]
+    assert (velocity["y"], velocity["x"][0]) == (dynamics["velocity"], 1)
+    assert (acceleration["y"], acceleration["x"][0]) == (dynamics["acceleration"], 2)
+
+
+def test_normalised_lines_have_no_mean_and_a_deviation_of_one(page: Watched) -> None:
+    page.open(f"view=dynamics&{HERE}")
+    page.page.click("text=normalise for comparison")
+    page.settled()
+    for trace in page.traces():
+        if trace["mode"] == "lines":
+            rest = trace["y"][1:]
+            assert sum(rest) / len(rest) == pytest.approx(0, abs=1e-9)
+            assert sum(value**2 for value in rest) / len(rest) == pytest.approx(1)
+
+
+def test_layers_show_every_residual_point(page: Watched, page_root: Path) -> None:
+    page.open(f"view=layers&{HERE}&point=all")
+    parts = projection_file(page_root)["projections"]
+    scores = [*parts["prompt"], *parts["response"]]
+    for point in range(3):
+        (heat,) = page.traces(point)
+        assert [[row[layer][point] for row in scores] for layer in range(len(scores[0]))] == heat["z"]
+
+
+def test_the_lens_shows_ranks_and_the_first_fifty_on_a_click(page: Watched, page_root: Path) -> None:
+    page.open(f"view=lens&{HERE}")
+    entry = analysis_file(page_root, "logit_lens")["predictions"][3]
+    page.open(f"view=lens&{HERE}&token=3")
+    page.page.click("td[data-token='3'][data-layer='20']")
+    page.settled()
+    layer = entry["by_layer"][20]
+    page.page.wait_for_selector("text=Layer 20 after token 3")
+    rows = page.page.query_selector_all(".top tbody tr")
+    assert len(rows) == 50
+    assert rows[0].query_selector_all("td")[1].text_content() == layer["top_k"][0]["token"].replace("\n", "\u23ce")
+    assert f"rank {layer['actual_rank']}" in page.text(".top p")
+    assert "layer=20" in page.page.url
+
+
+def test_attention_shows_all_heads_of_the_chosen_token(page: Watched, page_root: Path) -> None:
+    page.open(f"view=attention&{HERE}&token=7&layer=4&head=2&measure=first")
+    patterns = analysis_file(page_root, "attention")["attention"][7]["by_layer"]
+    (grid,) = page.traces(0)
+    assert grid["z"] == [[head[0] for head in layer] for layer in patterns]
+    (bars,) = page.traces(1)
+    assert bars["y"] == patterns[4][2]
+
+
+def test_vectors_show_the_evaluation_the_steering_and_the_choice(page: Watched, page_root: Path) -> None:
+    page.open(f"view=vectors&{HERE}")
+    path = page_root / "experiments" / "exp" / "extraction" / "extraction_evaluation.json"
+    rows = [row for row in json.loads(path.read_text())["all_results"] if row["trait"] == TRAIT]
+    by_layer = sorted(rows, key=lambda row: row["layer"])
+    assert page.traces(0)[0]["z"] == [[row["val_effect_size"] for row in by_layer]]
+    assert page.traces(1)[0]["z"][0] == [row["val_auroc"] for row in by_layer]
+    assert page.traces(2)[0]["y"] == [40.0, 71.0]
+    assert "mean_diff at layer 8, 31, because its steering run moves the trait furthest" in page.text("#view")
+
+
+def test_the_chosen_token_moves_all_views(page: Watched) -> None:
+    page.open(f"view=dynamics&{HERE}")
+    page.page.click("#strip .token[data-token='9']")
+    page.settled()
+    for number, view in enumerate(VIEWS, start=1):
+        page.press(str(number))
+        assert "token=9" in page.page.url
+        if view in ("dynamics", "layers", "lens", "attention"):
+            assert page.text("#status").startswith("token 9 ")
+            assert page.page.get_attribute("#strip .chosen", "data-token") == "9"
+    assert [each.get_attribute("data-token") for each in page.page.query_selector_all("#view .chosen")]  # Compare
+
+
+def test_the_keyboard_moves_token_layer_head_prompt_and_view(page: Watched) -> None:
+    page.open(f"view=attention&{HERE}&token=5&layer=3")
+    page.press("ArrowRight", "ArrowRight", "ArrowLeft", "ArrowUp", "ArrowUp", "ArrowDown", "]", "]", "[")
+    assert all(part in page.page.url for part in ("token=6", "layer=4", "head=1"))
+    page.press("n")
+    assert "prompt=2" in page.page.url
+    page.press("p", "2")
+    assert all(part in page.page.url for part in ("prompt=1", "view=layers"))
+    page.page.keyboard.press("?")
+    page.page.wait_for_selector("dialog[open] >> text=next and previous prompt")
+
+
+def test_the_address_restores_the_view(page: Watched, context: Any, address: str) -> None:
+    page.open(f"view=dynamics&{HERE}")
+    page.press("2", "ArrowRight", "ArrowRight", "ArrowUp")
+    other = Watched(context, address)
+    other.page.goto(page.page.url)
+    other.settled()
+    assert other.page.url == page.page.url
+    assert other.text("#status") == page.text("#status")
+    assert other.wrong == []
+    other.page.close()
+    page.page.go_back()
+    page.settled()
+    assert "view=layers" not in page.page.url
+
+
+def test_pickers_find_by_typing(page: Watched) -> None:
+    page.open(f"view=dynamics&{HERE}")
+    page.press("t")
+    page.page.keyboard.type("refu")
+    page.page.keyboard.press("Enter")
+    page.settled()
+    assert "trait=behavioral%2Frefusal" in page.page.url
+    page.press("/")
+    page.page.keyboard.type("no such prompt")
+    page.page.wait_for_selector("text=nothing matches")
+
+
+def test_two_sets_of_numbers_are_compared_from_the_first_response_token(page: Watched, page_root: Path) -> None:
+    page.open(f"view=compare&{HERE}")
+    names = {trace["name"]: trace for trace in page.traces()}
+    first = projection_file(page_root, 1)
+    trace = names["A: exp/single_trait/1"]
+    assert trace["x"][0] == -first["prompt"]["n_tokens"]
+    assert trace["y"] == trajectory(first)
+    assert names["B: exp/single_trait/2"]["y"] == trajectory(projection_file(page_root, 2))
+    page.page.click("text=mean of the set")
+    page.settled()
+    mean = {each["name"]: each for each in page.traces()}["A: mean of exp/single_trait"]
+    at = dict(zip(mean["x"], mean["y"], strict=True))
+    each = [
+        trajectory(projection_file(page_root, n))[projection_file(page_root, n)["prompt"]["n_tokens"]] for n in (1, 2)
+    ]
+    assert at[0] == pytest.approx(sum(each) / 2)
+
+
+def test_figures_are_saved_as_png_and_svg(page: Watched) -> None:
+    page.open(f"view=dynamics&{HERE}")
+    page.page.hover(".figure")
+    for kind, start in (("PNG", b"\x89PNG"), ("SVG", b"<svg")):
+        with page.page.expect_download() as download:
+            page.page.click(f".figure .save >> text={kind}")
+        assert Path(download.value.path()).read_bytes().startswith(start)
+
+
+def test_light_and_dark_differ_and_stay_in_the_address(page: Watched) -> None:
+    seen = set()
+    for theme in ("light", "dark"):
+        page.open(f"view=dynamics&{HERE}&theme={theme}")
+        seen.add(page.page.evaluate("getComputedStyle(document.body.querySelector('section')).backgroundColor"))
+    assert len(seen) == 2
+
+
+def test_hostile_tokens_stay_text(context: Any, hostile_address: str) -> None:
+    page = Watched(context, hostile_address)
+    for view in VIEWS:
+        page.open(f"view={view}&experiment=exp&set=odd&prompt=1&trait=style/odd&token=2")
+        page.page.mouse.move(400, 500)
+        if view != "vectors":
+            shown = [each.text_content() for each in page.page.query_selector_all(".token")]
+            assert HOSTILE in shown
+            assert HOSTILE_TOKENS[2] in shown
+        assert page.page.query_selector("img") is None
+        assert page.page.title() != "owned"
+    assert page.wrong == []
+    page.page.close()
+
+
+def test_what_is_missing_names_the_command(context: Any, hostile_address: str) -> None:
+    page = Watched(context, hostile_address)
+    for view, prompt, command in (
+        ("lens", 2, "tlcapture capture --experiment exp --prompt-set odd --logit-lens --replay"),
+        ("attention", 2, "tlcapture capture --experiment exp --prompt-set odd --attention --replay"),
+        ("dynamics", 3, "tlcapture project --experiment exp --prompt-set odd"),
+        ("vectors", 1, "tlcapture steer --experiment exp --traits style/odd"),
+    ):
+        page.open(f"view={view}&experiment=exp&set=odd&prompt={prompt}&trait=style/odd")
+        assert page.text(".empty code") == command
+    assert page.wrong == []
+    page.page.close()
+
+
+def test_an_exported_page_works_offline(context: Any, page_root: Path, tmp_path: Path) -> None:
+    target = tmp_path / "report.html"
+    export_page(page_root, "exp", ["single_trait"], target)
+    page = Watched(context, target.as_uri())
+    for view in VIEWS:
+        page.open(f"view={view}&{HERE}&token=9")
+        assert page.page.query_selector_all(".plot[data-drawn=yes]"), page.text("#view")
+    page.open(f"view=lens&{HERE}&token=3&layer=20")
+    page.page.wait_for_selector("text=Layer 20 after token 3")
+    assert page.wrong == []
+    page.page.close()
+
+
+def test_an_exported_page_says_what_was_left_out(context: Any, page_root: Path, tmp_path: Path) -> None:
+    target = tmp_path / "report.html"
+    left_out = export_page(page_root, "exp", ["single_trait"], target, megabytes=1)
+    assert "attention of single_trait/1" in left_out
+    page = Watched(context, target.as_uri())
+    page.open(f"view=attention&{HERE}")
+    assert "attention of single_trait/1" in page.text("#left-out")
+    assert page.text(".empty code") == "tlcapture view --experiment exp"
+    page.page.close()

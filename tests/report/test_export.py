@@ -1,0 +1,96 @@
+"""The exported page: one file, what fits, and a note on the rest."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from tests.report.conftest import TOKENS, write_experiment
+from tlcapture.errors import InputError
+from tlcapture.report.export import export_page
+
+_ELEMENT = re.compile(r'<script type="text/plain" id="data:([^"]*)">([^<]*)</script>')
+
+
+def carried(page: str) -> dict[str, object]:
+    return {path: json.loads(gzip.decompress(base64.b64decode(data))) for path, data in _ELEMENT.findall(page)}
+
+
+def manifest(page: str) -> dict[str, object]:
+    match = re.search(r'id="exported">([^<]*)<', page)
+    assert match
+    return dict(json.loads(base64.b64decode(match[1])))
+
+
+def test_everything_that_is_there_is_in_the_file(page_root: Path) -> None:
+    target = page_root / "report.html"
+    assert export_page(page_root, "exp", ["odd"], target) == []
+    page = target.read_text(encoding="utf-8")
+    found = carried(page)
+    assert found["exp/sets/odd/1"]["tokens"] == TOKENS  # type: ignore[index]
+    assert {f"exp/sets/odd/1/attention/{token}" for token in range(len(TOKENS))} < set(found)
+    assert "exp/averages/odd/style/odd/residual" in found
+    assert manifest(page)["missing"]["exp/sets/odd/2/lens"]["command"].endswith("--logit-lens --replay")  # type: ignore[index]
+
+
+def test_data_cannot_become_markup_and_only_the_pages_scripts_may_run(page_root: Path) -> None:
+    target = page_root / "report.html"
+    export_page(page_root, "exp", ["odd"], target)
+    page = target.read_text(encoding="utf-8")
+    assert "'owned'" not in page
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)
+    assert policy
+    assert "default-src 'none'" in policy[1]
+    assert "connect-src" not in policy[1]
+    allowed = set(re.findall(r"'sha256-([^']*)'", policy[1]))
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digests = {base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts}
+    assert digests == allowed
+
+
+def test_what_does_not_fit_is_left_out_and_named(page_root: Path) -> None:
+    target = page_root / "report.html"
+    left_out = export_page(page_root, "exp", ["odd"], target, megabytes=0.003)
+    assert "attention of odd/1" in left_out
+    page = target.read_text(encoding="utf-8")
+    assert "exp/sets/odd/1" in carried(page)
+    assert "exp/sets/odd/1/attention/0" not in carried(page)
+    assert "attention of odd/1" in str(manifest(page)["note"])
+
+
+def test_a_limit_below_the_overview_is_an_error_and_writes_nothing(page_root: Path) -> None:
+    target = page_root / "report.html"
+    with pytest.raises(InputError, match="--max-size"):
+        export_page(page_root, "exp", ["odd"], target, megabytes=0.0001)
+    assert not target.exists()
+
+
+def test_the_command_exports_and_refuses_what_it_cannot(tlcapture: Callable[..., Result], root: Path) -> None:
+    write_experiment(root)
+    done = tlcapture("view", "--experiment", "exp", "--export", root / "report.html")
+    assert done.exit_code == 0, done.output
+    assert "wrote" in done.stdout
+    assert (root / "report.html").stat().st_size > 4e6
+    for words, said in (
+        (["--experiment", "nix"], "no experiment 'nix'"),
+        (["--experiment", "exp", "--prompt-set", "nix"], "captured sets: odd"),
+        (["--experiment", "exp", "--export", "a.html", "--port", "9000"], "--port goes with serving"),
+    ):
+        refused = tlcapture("view", *words)
+        assert refused.exit_code == 2
+        assert said in refused.stderr
+
+
+def test_the_command_draws_pictures(tlcapture: Callable[..., Result], root: Path) -> None:
+    write_experiment(root)
+    done = tlcapture("view", "--experiment", "exp", "--png", root / "pictures")
+    assert done.exit_code == 0, done.output
+    assert len(list((root / "pictures").rglob("*.png"))) == 2

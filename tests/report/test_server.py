@@ -1,0 +1,97 @@
+"""The server: on this machine only, strict about scripts, and never a traceback."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from tests.report.conftest import TOKENS
+from tlcapture.errors import InputError
+from tlcapture.report.assets import SCRIPTS
+from tlcapture.report.server import listen, page_app
+
+
+@pytest.fixture
+def client(page_root: Path) -> TestClient:
+    return TestClient(page_app(page_root), base_url="http://127.0.0.1:8765")
+
+
+def test_every_answer_forbids_what_is_not_the_pages_own(client: TestClient) -> None:
+    for path in ("/", "/static/main.js", "/api/experiments", "/api/exp/sets/none", "/nowhere"):
+        headers = client.get(path).headers
+        policy = dict(part.strip().split(" ", 1) for part in headers["content-security-policy"].split(";"))
+        assert policy["default-src"] == "'none'"
+        assert policy["script-src"] == policy["connect-src"] == "'self'"
+        assert headers["x-content-type-options"] == "nosniff"
+
+
+def test_the_page_and_its_scripts_come_from_here_alone(client: TestClient) -> None:
+    page = client.get("/").text
+    assert "//" not in page.replace("<!doctype html>", "")
+    for name in SCRIPTS:
+        assert f'src="static/{name}"' in page
+        assert client.get(f"/static/{name}").headers["content-type"].startswith("text/javascript")
+    assert client.get("/plotly.js").text.lstrip().startswith("/**")
+
+
+def test_another_host_name_is_refused(page_root: Path) -> None:
+    evil = TestClient(page_app(page_root), base_url="http://evil.example:8765")
+    assert evil.get("/api/experiments").status_code == 400
+
+
+def test_resources_are_json(client: TestClient) -> None:
+    assert client.get("/api/experiments").json()[0]["name"] == "exp"
+    assert client.get("/api/exp/sets/odd/1").json()["tokens"] == TOKENS
+    assert client.get("/api/exp/sets/odd/1/attention/2").json()["context_size"] == 3
+    assert client.get("/api/exp/vectors/style/odd").json()["trait"] == "style/odd"
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "said"),
+    [
+        ("nix/sets/odd", 404, "no experiment 'nix'"),
+        ("exp/sets/odd/1/attention/99", 404, "has no token 99"),
+        ("exp/sets/odd/1/attention/one", 404, "expected a number"),
+        ("exp/sets/odd/1/layers/style/odd/nix", 404, "no component 'nix'"),
+        ("%2e%2e/sets/odd", 404, "no safe file name"),
+    ],
+)
+def test_what_cannot_be_had_is_said_in_one_line(client: TestClient, path: str, status: int, said: str) -> None:
+    answer = client.get(f"/api/{path}")
+    assert answer.status_code == status
+    assert said in answer.json()["what"]
+    assert "\n" not in answer.json()["what"]
+
+
+def test_what_is_not_made_yet_is_no_failure(client: TestClient) -> None:
+    answer = client.get("/api/exp/sets/odd/2/lens")
+    assert answer.status_code == 200
+    assert answer.json()["absent"]["what"] == "no logit lens of this prompt"
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"attention": [{"token_idx": 1}]}', "\x00", '[{"token_idx": 1}, {"token_idx": 1']
+)
+def test_a_damaged_file_is_an_answer_and_no_traceback(client: TestClient, page_root: Path, content: str) -> None:
+    folder = page_root / "experiments" / "exp" / "analysis" / "per_token" / "odd"
+    (folder / "1_logit_lens.json").write_text(content)
+    answer = client.get("/api/exp/sets/odd/1/lens")
+    assert answer.status_code in (200, 422)
+    assert answer.status_code == 200 or answer.json()["what"]
+
+
+@pytest.mark.parametrize("name", ["nothing.js", "index.html", "..%2fserver.py", "main.py"])
+def test_nothing_but_the_pages_own_files_is_served(client: TestClient, name: str) -> None:
+    assert client.get(f"/static/{name}").status_code == 404
+
+
+def test_a_port_that_is_taken_is_an_error_and_the_usual_one_gives_way() -> None:
+    with listen(None) as first, listen(None) as second:
+        assert first.getsockname()[0] == second.getsockname()[0] == "127.0.0.1"
+        taken = second.getsockname()[1]
+        with pytest.raises(InputError, match=f"--port {taken}"):
+            listen(taken)
+    assert first.family == socket.AF_INET

@@ -1,0 +1,112 @@
+"""Pictures from projection files: real PNG files, one a prompt and trait, drawn without torch."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from tests.samples import TOKENS, projected
+from tests.test_frames import write
+from tlcapture.errors import InputError, StorageError
+from tlcapture.layout import Layout
+from tlcapture.names import Trait
+from tlcapture.plots import projection_picture
+from tlcapture.runs.pictures import write_pictures
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    found = Layout(tmp_path, "exp")
+    for prompt_id in ("1", "2.5"):
+        write(found, "tone/loud", prompt_id)
+    write(found, "tone/warm", "1")
+    return found
+
+
+def colours(data: bytes) -> int:
+    """How many different colours a PNG has."""
+    image = matplotlib.image.imread(io.BytesIO(data), format="png")
+    assert image.shape[0] > 300
+    assert image.shape[1] > 600
+    levels = (image[..., :3] * 255).round().astype(np.int64)
+    return len(np.unique(levels @ np.array([1 << 16, 1 << 8, 1])))
+
+
+def test_a_picture_lies_where_its_projection_does_and_is_one(layout: Layout, tmp_path: Path) -> None:
+    paths = write_pictures(layout, "short", ["1", "2.5"], tmp_path / "out")
+    assert sorted(str(path.relative_to(tmp_path / "out")) for path in paths) == [
+        "tone/loud/residual_stream/short/1.png",
+        "tone/loud/residual_stream/short/2.5.png",
+        "tone/warm/residual_stream/short/1.png",
+    ]
+    assert colours(paths[0].read_bytes()) > 50
+
+
+def test_only_the_traits_and_prompts_asked_for_are_drawn(layout: Layout, tmp_path: Path) -> None:
+    paths = write_pictures(layout, "short", ["1"], tmp_path / "out", traits=[Trait("tone", "warm")])
+    assert [path.parts[-4] for path in paths] == ["warm"]
+
+
+def test_nothing_to_draw_names_the_command_that_would_help(layout: Layout, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no attn_out projections of prompt set 'short'.*run 'tlcapture project"):
+        write_pictures(layout, "short", ["1"], tmp_path / "out", component="attn_out")
+    with pytest.raises(InputError, match="no component 'mlp'"):
+        write_pictures(layout, "short", ["1"], tmp_path / "out", component="mlp")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_projection_is_named(layout: Layout, tmp_path: Path) -> None:
+    path = write(layout, "tone/loud", "1", {"prompt": 1})
+    with pytest.raises(StorageError, match=str(path)):
+        write_pictures(layout, "short", ["1"], tmp_path / "out")
+
+
+def test_the_sink_changes_nothing_but_the_note() -> None:
+    """Off the scale: another sink, whose number is as wide, leaves the lower nine tenths of the picture as they are."""
+    line = projected()
+    far = line.scores.copy()
+    far[0] *= 1.8
+    images = [
+        matplotlib.image.imread(io.BytesIO(projection_picture(each)), format="png")
+        for each in (line, projected(scores=far))
+    ]
+    height = images[0].shape[0]
+    assert images[0].shape == images[1].shape
+    assert (images[0][height // 10 :] == images[1][height // 10 :]).all()
+    assert (images[0] != images[1]).any()
+
+
+def test_tokens_of_any_script_and_formulas_are_drawn_as_they_are() -> None:
+    odd = ["<bos>", "$\\frac{", "\u6f22", "\U0001f600", "\u202e", "\n", "_^", "$"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert colours(projection_picture(projected(tokens=odd))) > 50
+
+
+def test_long_captures_and_captures_of_one_token_are_drawn() -> None:
+    line = projected()
+    many = projected(
+        tokens=TOKENS * 60, scores=np.tile(line.scores, (60, 1, 1)), n_prompt_tokens=100, commitment_point=None
+    )
+    assert colours(projection_picture(many)) > 50
+    one = projected(tokens=["a"], n_prompt_tokens=1, scores=line.scores[:1], commitment_point=None)
+    assert colours(projection_picture(one)) > 2
+
+
+def test_pictures_load_no_torch(layout: Layout, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from tlcapture.layout import Layout\n"
+        "from tlcapture.runs.pictures import write_pictures\n"
+        f"root = Path({str(tmp_path)!r})\n"
+        "write_pictures(Layout(root, 'exp'), 'short', ['2.5'], root / 'out')\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

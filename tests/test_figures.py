@@ -1,0 +1,142 @@
+"""Plotly figures say what the numbers say, leave the attention sink off their scales, and fetch nothing."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.samples import HOSTILE, N_LAYERS, N_PROMPT, TOKENS, heads, predictions, projected
+from tlcapture.errors import InputError
+from tlcapture.figures import attention_figure, layers_figure, lens_figure, trajectory_figure
+from tlcapture.offline_figure import OfflineFigure, plotly_text
+
+
+def boundary(figure: OfflineFigure) -> float:
+    """Where the dashed vertical line is."""
+    (line,) = [shape for shape in figure.layout.shapes if shape.line.dash == "dash" and shape.x0 == shape.x1]
+    return float(line.x0)
+
+
+def test_a_trajectory_is_the_projection_at_the_vectors_layer_without_the_sink() -> None:
+    figure = trajectory_figure([projected()])
+    whole = figure.data[0]
+    assert np.isnan(whole.y[0])
+    assert whole.y[1:].tolist() == [21, 22, 23, 24, 25, 26, 27]  # token + 10 * layer 2
+    assert "tone/loud (layer 2)" in whole.name
+    assert "-5000" in figure.layout.annotations[0].text
+    assert boundary(figure) == N_PROMPT - 0.5
+
+
+def test_a_trajectory_marks_the_commitment_point_and_persistence() -> None:
+    figure = trajectory_figure([projected(commitment_point=5, persistence=0)])
+    _, span, diamond = figure.data
+    assert (list(diamond.x), list(diamond.y)) == ([5], [25])
+    assert list(span.x) == [7]  # the peak of |s| behind the sink is the last token
+    scores = projected().scores
+    scores[1:, 2, -1] = [-60, -40, -30, 1, 2, 3, 4]
+    low = projected(scores=scores, commitment_point=None, persistence=2)
+    _, span = trajectory_figure([low]).data  # no diamond
+    assert list(span.x) == [1, 2, 3]
+
+
+def test_each_trait_has_a_line_and_no_trait_is_an_error() -> None:
+    figure = trajectory_figure([projected(), projected(trait="tone/warm", commitment_point=None)])
+    assert {trace.legendgroup for trace in figure.data} == {"tone/loud (layer 2)", "tone/warm (layer 2)"}
+    with pytest.raises(InputError, match="no trait to draw"):
+        trajectory_figure([])
+
+
+def test_the_layers_heatmap_is_symmetric_about_0_and_leaves_the_sink_out() -> None:
+    figure = layers_figure(projected())
+    (heatmap,) = figure.data
+    assert np.isnan(heatmap.z[:, 0]).all()
+    assert heatmap.z[3, 4] == 34  # layer 3, token 4
+    assert (heatmap.zmin, heatmap.zmax) == (-37, 37)
+    assert layers_figure(projected(), "after_attn").data[0].z[3, 4] == 33
+    assert any(shape.y0 == shape.y1 == 2 for shape in figure.layout.shapes)  # the vector's own layer
+    with pytest.raises(InputError, match=r"no point 'nix': the projection has residual_in, after_attn, residual_out"):
+        layers_figure(projected(), "nix")
+
+
+def test_the_lens_figure_has_a_cell_for_each_layer_and_prediction() -> None:
+    (heatmap,) = lens_figure(predictions()).data
+    assert heatmap.z.shape == (N_LAYERS, len(TOKENS) - 1)
+    assert heatmap.z[:, 0] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert "rank 3, 0.05" in heatmap.customdata[0][0]
+    assert "&lt;img" in heatmap.customdata[0][0]
+
+
+def test_an_attention_figure_shows_one_head_and_nothing_above_the_diagonal() -> None:
+    (heatmap,) = attention_figure(heads(), 0).data
+    assert np.isnan(heatmap.z[np.triu_indices(len(TOKENS), 1)]).all()
+    assert np.nansum(heatmap.z, axis=1) == pytest.approx(np.ones(len(TOKENS)))
+    assert heatmap.z[3, 0] == pytest.approx(0.25)
+    with pytest.raises(InputError, match="no head 2"):
+        attention_figure(heads(), 2)
+
+
+def test_a_capture_of_one_token_can_be_drawn() -> None:
+    one = projected(
+        tokens=["a"], n_prompt_tokens=1, scores=projected().scores[:1], commitment_point=None, persistence=0
+    )
+    assert len(trajectory_figure([one]).data) == 1
+    assert layers_figure(one).data[0].zmax == 1
+
+
+def test_tokens_are_no_markup_to_plotly() -> None:
+    assert plotly_text("<b>$x$ & y</b>") == "&lt;b&gt;&#36;x&#36; &amp; y&lt;/b&gt;"
+    for figure in (trajectory_figure([projected()]), layers_figure(projected()), attention_figure(heads(), 0)):
+        assert not any("<" in text or "$" in text for text in figure.layout.xaxis.ticktext)
+    assert plotly_text(HOSTILE) in trajectory_figure([projected()]).layout.xaxis.ticktext
+    hostile = replace(projected(), prompt_id="<b>")
+    assert "<b>" not in trajectory_figure([hostile]).layout.title.text
+
+
+def test_html_of_a_figure_loads_nothing() -> None:
+    html = trajectory_figure([projected()])._repr_html_()
+    assert not re.search(r"""<(script|link|img)[^>]*(src|href)=["']?https?:""", html)
+    assert "mathjax/" not in html.lower().replace("mathjaxconfig", "")
+    assert html == html.replace("cdnjs", "")
+
+
+def test_a_figure_on_a_terminal_is_one_line_and_opens_no_browser(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import plotly.io as pio
+
+    monkeypatch.setattr("webbrowser.open", lambda url: pytest.fail("opened"))
+    monkeypatch.setattr(pio.renderers, "default", "browser")
+    trajectory_figure([projected()])._ipython_display_()
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert "short/1" in out
+
+
+def test_show_opens_a_page_of_its_own_in_a_browser(monkeypatch: pytest.MonkeyPatch) -> None:
+    import plotly.io as pio
+
+    opened: list[str] = []
+    monkeypatch.setattr(pio.renderers, "default", "browser")
+    monkeypatch.setattr("webbrowser.open", lambda url: bool(opened.append(url)) or True)
+    trajectory_figure([projected()]).show()
+    assert opened[0].startswith("file:///")
+    assert opened[0].endswith(".html")
+
+
+@pytest.mark.parametrize(
+    ("renderer", "kind"), [("plotly_mimetype", "application/vnd.plotly.v1+json"), ("notebook", "text/html")]
+)
+def test_a_notebook_gets_the_figure_in_the_form_it_takes(
+    monkeypatch: pytest.MonkeyPatch, renderer: str, kind: str
+) -> None:
+    import plotly.io as pio
+
+    shown: list[dict[str, object]] = []
+    monkeypatch.setattr(pio.renderers, "default", renderer)
+    monkeypatch.setattr("IPython.display.display", lambda bundle, raw: shown.append(bundle))
+    trajectory_figure([projected()])._ipython_display_()
+    trajectory_figure([projected()]).show()
+    assert [set(bundle) for bundle in shown] == [{kind, "text/plain"}] * 2

@@ -1,0 +1,93 @@
+"""`tlcapture shell`."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tlcapture.cli.console import one_line_errors
+from tlcapture.cli.options import experiment_option, root_option
+
+if TYPE_CHECKING:
+    from tlcapture.experiment import Experiment
+    from tlcapture.models import Model
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@experiment_option
+@root_option
+@one_line_errors
+def shell(experiment: str, root: Path) -> None:
+    """Explore an experiment in IPython.
+
+    There are `exp`, `captures`, `model` (loaded when first touched) and the magic %capture_prompt.
+    """
+    from tlcapture.embedded import NAME
+    from tlcapture.errors import TlcaptureError
+    from tlcapture.experiment import Experiment
+    from tlcapture.lazy_model import LazyModel
+
+    exp = Experiment(experiment, root)
+    if importlib.util.find_spec("IPython") is None:
+        raise TlcaptureError('the shell needs IPython: run pip install "tlcapture[ipython]"')
+    own = exp.config.inference_model or exp.config.extraction_model
+    model = LazyModel(lambda: _load(own, exp), own or NAME)
+    _start({"exp": exp, "captures": exp.captures, "model": model}, _banner(exp))
+
+
+def _banner(exp: Experiment) -> str:
+    """What there is, and three things to try that this experiment has the data for."""
+    from tlcapture.printable import printable
+
+    trait = next(iter(exp.traits), None)
+    prompt_set = next(iter(exp.prompt_sets), None)
+    colour = f" -t {trait}" if trait else ""
+    tries = [f'%capture_prompt{colour} "How do tides work?"']
+    if prompt_set is not None:
+        prompt_id = next(iter(exp.captures[prompt_set]))
+        tries.insert(0, f'cap = captures["{prompt_set}"]["{prompt_id}"]; cap.coloured({repr(trait) if trait else ""})')
+        tries.append(f'exp.to_pandas("{prompt_set}")' if trait else "cap.logit_lens()")
+    else:
+        tries.insert(0, "exp")
+        tries.append("cap.logit_lens()")
+    lines = "\n".join(f"    {line}" for line in tries)
+    return (
+        f"\ntlcapture: {printable(repr(exp))}\nexp, captures and model are there. Three things to try:\n\n{lines}\n\n"
+    )
+
+
+def _load(own: str | None, exp: Experiment) -> Model:
+    """The experiment's model, or the one that a first capture would take."""
+    from tlcapture.embedded import NAME
+    from tlcapture.models import load_model
+
+    click.echo(f"loading {own or NAME} ...", err=True)
+    return exp.model if own else load_model(NAME)
+
+
+def _start(namespace: dict[str, Any], banner: str) -> None:
+    from IPython.terminal.ipapp import TerminalIPythonApp
+    from traitlets.config import Config
+
+    from tlcapture.errors import TlcaptureError
+
+    config = Config()
+    config.TerminalInteractiveShell.banner2 = banner
+    app = TerminalIPythonApp.instance(config=config, user_ns=namespace)
+    app.initialize([])
+    session: Any = app.shell
+    session.extension_manager.load_extension("tlcapture")
+    session.set_custom_exc((TlcaptureError,), _one_line)
+    app.start()
+
+
+def _one_line(
+    shell: Any, kind: type[BaseException], error: BaseException, traceback: Any, tb_offset: Any = None
+) -> None:
+    """Show an error that is raised on purpose as the line that it is."""
+    from tlcapture.printable import printable
+
+    click.secho(f"{kind.__name__}: {printable(str(error))}", fg="red", err=True)

@@ -1,0 +1,119 @@
+"""Tokens in colour, for a notebook and for a terminal: by their projection onto a trait, or by part.
+
+    ColouredTokens(cap.tokens, len(cap.prompt.tokens), scores, "behavioral/refusal, layer 16")
+
+The scale is symmetric about 0: red above, blue below, as strong as the largest `|score|`. The first
+token is left out of it. It is an attention sink, and its projection can be a hundred times all others.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from tlcapture.printable import NEWLINE, printable
+
+_STRONGEST = 0.7  # opacity at the end of the scale: text stays readable on light and dark pages
+_RED, _BLUE = "214,39,40", "31,119,180"
+_PROMPT, _RESPONSE = "rgba(127,127,127,0.18)", "rgba(44,160,44,0.22)"
+_SINK = "outline:1px dashed rgba(127,127,127,0.9)"
+# Of the 256 colours that all terminals have, from pale to strong.
+_REDS, _BLUES = (231, 224, 217, 210, 203), (231, 189, 153, 117, 75)
+_RESET, _DIM, _GREEN = "\x1b[0m", "\x1b[2m", "\x1b[32m"
+
+
+def scale_of(scores: Sequence[float]) -> float:
+    """The largest `|score|` behind the first token: 1 where there is none, or all are 0."""
+    return max((abs(score) for score in scores[1:]), default=0.0) or 1.0
+
+
+@dataclass(frozen=True, repr=False)
+class ColouredTokens:
+    """The tokens of one line, prompt and response, to be shown.
+
+    Attributes:
+        scores: one number a token, or `None` to colour by part alone.
+        label: what the scores are, for the caption and for what shows when the mouse is over a token.
+    """
+
+    tokens: Sequence[str]
+    n_prompt_tokens: int
+    scores: Sequence[float] | None = None
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        if self.scores is not None and len(self.scores) != len(self.tokens):
+            raise ValueError(f"{len(self.scores)} scores for {len(self.tokens)} tokens")
+        if self.scores is not None and not all(map(math.isfinite, self.scores)):
+            raise ValueError("a score is NaN or inf")
+
+    def __repr__(self) -> str:
+        """The text in one line, without colour."""
+        caption = f" {self._caption()}" if self._caption() else ""
+        return f"<{len(self.tokens)} tokens{caption}: {printable(''.join(self.tokens))!r}>"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython shows: in colour where it writes to a terminal."""
+        printer.text(self.ansi() if sys.stdout.isatty() else repr(self))
+
+    def _repr_html_(self) -> str:
+        spans = "".join(self._span(index) for index in range(len(self.tokens)))
+        caption = f'<div style="opacity:0.7;font-size:90%">{escape(self._caption())}</div>' if self._caption() else ""
+        style = "font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.6"
+        return f'<div class="tlcapture-tokens">{caption}<div style="{style}">{spans}</div></div>'
+
+    def ansi(self) -> str:
+        """The same with a terminal's colours; every newline of the text is shown and made."""
+        pieces = []
+        for index, token in enumerate(self.tokens):
+            text = printable(token).replace(NEWLINE, f"{NEWLINE}\n") if "\n" in token else printable(token)
+            pieces.append(f"{self._ansi_colour(index)}{text}{_RESET}")
+        caption = f"{self._caption()}\n" if self._caption() else ""
+        return caption + "".join(pieces)
+
+    def _caption(self) -> str:
+        if self.scores is None:
+            return self.label
+        scale = f"{scale_of(self.scores):.4g}"
+        return f"{self.label}: blue \u2212{scale} to red +{scale}, the first token left out of the scale".lstrip(": ")
+
+    def _strength(self, index: int) -> float:
+        """-1 to 1, how far a token's score goes on the scale."""
+        assert self.scores is not None
+        return max(-1.0, min(1.0, self.scores[index] / scale_of(self.scores)))
+
+    def _span(self, index: int) -> str:
+        token = escape(printable(self.tokens[index]))
+        if "\n" in self.tokens[index]:
+            token = token.replace(NEWLINE, f"{NEWLINE}\n")
+        return f'<span title="{escape(self._title(index))}" style="{self._style(index)}">{token}</span>'
+
+    def _style(self, index: int) -> str:
+        if self.scores is None:
+            return f"background:{_PROMPT if index < self.n_prompt_tokens else _RESPONSE}"
+        if index == 0:
+            return _SINK
+        strength = self._strength(index)
+        edge = ";border-left:2px solid" if index == self.n_prompt_tokens else ""
+        return f"background:rgba({_RED if strength > 0 else _BLUE},{abs(strength) * _STRONGEST:.3f}){edge}"
+
+    def _title(self, index: int) -> str:
+        part = "prompt" if index < self.n_prompt_tokens else "response"
+        title = f"{index} {part} {printable(self.tokens[index])!r}"
+        if self.scores is None:
+            return title
+        note = " (attention sink: left out of the scale)" if index == 0 else ""
+        return f"{title}\n{self.label} {self.scores[index]:+.4g}{note}"
+
+    def _ansi_colour(self, index: int) -> str:
+        if self.scores is None:
+            return _DIM if index < self.n_prompt_tokens else _GREEN
+        if index == 0:
+            return _DIM
+        strength = self._strength(index)
+        ramp = _REDS if strength > 0 else _BLUES
+        return f"\x1b[38;5;16;48;5;{ramp[round(abs(strength) * (len(ramp) - 1))]}m"

@@ -1,0 +1,100 @@
+"""Single tokens of large JSON files, without reading the rest.
+
+Attention and logit-lens files hold a list of objects, one a token, each beginning with `token_idx`;
+for long contexts they grow to gigabytes. Where the objects begin is found once in the mapped file;
+after that one token costs what its own bytes cost. The key cannot begin an object within a string,
+where its quotation marks would be escaped.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from json import JSONDecodeError, JSONDecoder
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from tlcapture.errors import InputError, StorageError
+
+_BEGINNING = re.compile(rb'\{\s*"token_idx"\s*:\s*(\d+)')
+
+
+class TokenEntries:
+    """The entries of one file, by `token_idx`. Raises `StorageError` for a file that has another form."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        state = _stat(path)
+        self._spans, self._rest = _scan(path, state.st_mtime_ns, state.st_size)
+
+    @property
+    def rest(self) -> dict[str, Any]:
+        """What the file holds besides its entries."""
+        return _parse(self._path, self._rest)
+
+    @property
+    def token_indices(self) -> list[int]:
+        return list(self._spans)
+
+    def __getitem__(self, token_idx: int) -> dict[str, Any]:
+        if token_idx not in self._spans:
+            raise InputError(f"{self._path.name} has no token {token_idx}")
+        start, stop = self._spans[token_idx]
+        with self._path.open("rb") as file:
+            file.seek(start)
+            return _parse(self._path, file.read(stop - start))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """All entries, one at a time."""
+        with self._path.open("rb") as file:
+            for start, stop in self._spans.values():
+                file.seek(start)
+                yield _parse(self._path, file.read(stop - start))
+
+
+def _stat(path: Path) -> Any:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+@lru_cache(maxsize=64)
+def _scan(path: Path, _modified: int, size: int) -> tuple[dict[int, tuple[int, int]], bytes]:
+    """Where each entry lies, and the file without them; again only when the file has changed."""
+    if not size:
+        raise StorageError(f"{path}: is empty")
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            beginnings = [(match.start(), int(match[1])) for match in _BEGINNING.finditer(data)]
+            if not beginnings:
+                return {}, bytes(data)
+            last = beginnings[-1][0]
+            end = last + _length_of_first_value(data[last:])
+            stops = [start for start, _ in beginnings[1:]] + [end]
+            spans = {token: (start, stop) for (start, token), stop in zip(beginnings, stops, strict=True)}
+            return spans, data[: beginnings[0][0]] + data[end:]
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, JSONDecodeError, RecursionError):
+        raise StorageError(f"{path}: its last entry is cut off or damaged") from None
+
+
+def _length_of_first_value(data: bytes) -> int:
+    text = data.decode("utf-8")
+    _, end = JSONDecoder().raw_decode(text)
+    return len(text[:end].encode("utf-8"))
+
+
+def _parse(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        value = orjson.loads(data.rstrip(b", \r\n\t"))
+    except orjson.JSONDecodeError as error:
+        raise StorageError(f"{path}: no valid JSON: {error.msg}") from None
+    if not isinstance(value, dict):
+        raise StorageError(f"{path}: expected a JSON object")
+    return value

@@ -1,0 +1,53 @@
+"use strict";
+// Attention: what the chosen token attends to, over all heads at a glance, and one head over the text.
+tl.views.attention = {
+  title: "Attention",
+  create(container) {
+    const { element, colours } = tl;
+    const MEASURES = {
+      entropy: ["entropy (nats)", (weights) => -weights.reduce((sum, weight) => sum + (weight > 0 ? weight * Math.log(weight) : 0), 0)],
+      first: ["weight on the first token", (weights) => weights[0]],
+      prompt: ["weight on the prompt behind its first token", (weights, nPrompt) => weights.slice(1, nPrompt).reduce((sum, weight) => sum + weight, 0)],
+      self: ["weight on itself", (weights) => weights[weights.length - 1]],
+      largest: ["largest weight behind the first token", (weights) => weights.slice(1).reduce((most, weight) => Math.max(most, weight), 0)],
+    };
+    const controls = element("div", { className: "controls" });
+    const grid = tl.figure({ name: "attention_heads", height: 460, onClick: (point) => tl.state.set({ layer: point.y, head: point.x }) });
+    const pattern = tl.figure({ name: "attention_pattern", height: 460, onClick: (point) => tl.state.set({ token: point.x }) });
+    container.append(controls, element("div", { className: "side-by-side" }, grid.element, pattern.element));
+
+    return {
+      async update(state, changed, data) {
+        const token = Math.min(state.token ?? data.n_prompt_tokens, data.tokens.length - 1);
+        const { by_layer: layers } = await tl.source.attentionToken(state, token);
+        const nLayers = layers.length, nHeads = layers[0].length;
+        const layer = Math.min(state.layer ?? nLayers - 1, nLayers - 1), head = Math.min(state.head, nHeads - 1);
+        const weights = layers[layer][head];
+        const measure = MEASURES[state.measure] ? state.measure : "entropy";
+        const [label, of] = MEASURES[measure];
+        const most = weights.slice(1).reduce((largest, weight) => Math.max(largest, weight), 0.02);
+        tl.reading.paint((place) => colours.amount(weights[place] ?? null, most), (place) => (place <= token ? tl.number(weights[place]) : "comes later"), `what token ${token} attends to, layer ${layer}, head ${head}`);
+        controls.replaceChildren(
+          tl.choice("colour of a head", Object.entries(MEASURES).map(([key, [text]]) => [key, text]), measure, (value) => tl.state.set({ measure: value })),
+          tl.choice("layer", layers.map((_, number) => [String(number), String(number)]), String(layer), (value) => tl.state.set({ layer: Number(value) })),
+          tl.choice("head", layers[0].map((_, number) => [String(number), String(number)]), String(head), (value) => tl.state.set({ head: Number(value) })));
+        const frame = { type: "rect", x0: head - 0.5, x1: head + 0.5, y0: layer - 0.5, y1: layer + 0.5, line: { color: colours.css("--accent"), width: 2.5 } };
+        const hover = weights.map((_, place) => `${place} ${tl.plain(tl.quoted(data.tokens[place]))}`);
+        await Promise.all([
+          grid.draw([{
+            type: "heatmap", z: layers.map((heads) => heads.map((each) => of(each, data.n_prompt_tokens))), colorscale: colours.amountScale(), colorbar: { thickness: 12 },
+            hovertemplate: "layer %{y}, head %{x}: %{z:.3~g}<extra></extra>",
+          }], { title: { text: `${label} at token ${token} ${tl.plain(tl.quoted(data.tokens[token]))}`, font: { size: 13 } }, xaxis: { title: { text: "head" }, dtick: nHeads > 16 ? 4 : 1 }, yaxis: { title: { text: "layer" } }, shapes: [frame] }),
+          pattern.draw([{ type: "bar", y: weights, text: hover, marker: { color: "rgb(126,70,190)" }, textposition: "none", hovertemplate: "%{text}: %{y:.3~g}<extra></extra>" }], {
+            title: { text: `layer ${layer}, head ${head}: weight on each token`, font: { size: 13 } }, xaxis: { title: { text: "token" }, range: [-0.5, data.tokens.length - 0.5] }, yaxis: { range: [0, 1] },
+            shapes: [tl.lineAt(data.n_prompt_tokens - 0.5, colours.css("--faint"), "dash", 1), tl.lineAt(token, colours.css("--accent"))],
+          }),
+        ]);
+      },
+      remove() {
+        grid.remove();
+        pattern.remove();
+      },
+    };
+  },
+};

@@ -1,0 +1,132 @@
+"use strict";
+// Compare: two prompts, or the means of two prompt sets, of one experiment or of two.
+tl.views.compare = {
+  title: "Compare",
+  ownText: true,
+  create(container) {
+    const { element, colours } = tl;
+    const COLOURS = ["#d65d0e", "#2f7ed8"];
+    const pickers = element("div", { className: "side-by-side" }), texts = element("div", { className: "side-by-side" }), facts = element("div");
+    const overlay = tl.figure({ name: "compare", height: 360, onClick: (point) => moveTo(point.x) });
+    const sides = [0, 1].map(() => tl.figure({ name: "compare_side", height: 230, onClick: (point) => moveTo(point.x) }));
+    container.append(pickers, overlay.element, element("div", { className: "side-by-side" }, sides.map((side) => side.element)), texts, facts);
+    let start = 0, strips = [], found = [], marks = [];
+
+    const moveTo = (position) => { if (position + start >= 0) tl.state.set({ token: position + start }); };
+
+    /** What is compared on a side: its place in the state, and the names of its keys there. */
+    const sideOf = (state, number) => (number === 0
+      ? { experiment: state.experiment, set: state.set, prompt: state.prompt, average: state.average, keys: ["experiment", "set", "prompt", "average"] }
+      : { experiment: state.experiment2 || state.experiment, set: state.set2 || state.set, prompt: state.prompt2 || state.prompt, average: state.average2, keys: ["experiment2", "set2", "prompt2", "average2"] });
+
+    async function load(side, state) {
+      const { trait, component } = state;
+      const label = side.average ? `mean of ${side.experiment}/${side.set}` : `${side.experiment}/${side.set}/${side.prompt}`;
+      if (side.average) {
+        const mean = await tl.source.average(side.experiment, side.set, trait, component);
+        return { label, x: mean.position, y: mean.mean, sd: mean.sd, n: mean.n, count: mean.n_captures, problems: mean.problems };
+      }
+      const data = await tl.source.prompt(side);
+      const own = data.projections.find((each) => each.trait === trait && each.component === component);
+      if (!own) throw new tl.source.Missing(data.missing || { what: `${label} is not projected onto ${trait}`, command: `tlcapture project --experiment ${side.experiment} --prompt-set ${side.set}` });
+      return { label, x: own.trajectory.map((_, place) => place - data.n_prompt_tokens), y: own.trajectory, data, own, problems: data.problems };
+    }
+
+    async function pickersOf(side, experiments, number) {
+      const [experiment, set, prompt, average] = side.keys;
+      const here = experiments.find((each) => each.name === side.experiment);
+      const sets = here ? here.prompt_sets : [];
+      const prompts = await tl.source.promptSet(side.experiment, side.set).then((listed) => listed.prompts).catch(() => []);
+      const later = number === 0 ? {} : { experiment2: side.experiment, set2: side.set, prompt2: side.prompt };
+      return element("div", { className: "controls" },
+        element("b", { style: { color: COLOURS[number] } }, number === 0 ? "A" : "B"),
+        tl.picker("experiment", { options: experiments.map((each) => ({ value: each.name, text: each.name })), value: side.experiment, choose: (value) => tl.state.set({ ...later, [experiment]: value, [set]: "", [prompt]: "" }) }),
+        tl.picker("set", { options: sets.map((each) => ({ value: each, text: each })), value: side.set, choose: (value) => tl.state.set({ ...later, [set]: value, [prompt]: "" }) }),
+        side.average ? null : tl.picker("prompt", { options: prompts.map((each) => ({ value: each.id, text: `${each.id}`, note: tl.visible(each.text) })), value: side.prompt, choose: (value) => tl.state.set({ ...later, [prompt]: value }) }),
+        tl.toggle("mean of the set", side.average, (on) => tl.state.set({ ...later, [average]: on })));
+    }
+
+    function tracesOf(side, number) {
+      const colour = COLOURS[number], traces = [];
+      if (side.sd) {
+        const at = side.x.map((_, place) => place).filter((place) => side.sd[place] !== null);
+        traces.push({
+          x: [...at.map((place) => side.x[place]), ...at.map((place) => side.x[place]).reverse()],
+          y: [...at.map((place) => side.y[place] + side.sd[place]), ...at.map((place) => side.y[place] - side.sd[place]).reverse()],
+          fill: "toself", fillcolor: colour, opacity: 0.16, line: { width: 0 }, hoverinfo: "skip", name: "one standard deviation",
+        });
+      }
+      const text = side.x.map((position, place) => (side.data ? `${position} ${tl.plain(tl.quoted(side.data.tokens[place]))}` : `${position}, ${side.n[place]} of ${side.count} captures, sd ${tl.number(side.sd[place], 3)}`));
+      traces.push({ x: side.x, y: side.y, text, mode: "lines", name: `${number === 0 ? "A" : "B"}: ${tl.plain(side.label)}`, line: { color: colour, width: 2.2 }, hovertemplate: `%{text}<br>%{y:.4~g}<extra></extra>` });
+      return traces;
+    }
+
+    /** The values that decide the scale: without each line's first token, an attention sink. */
+    const onScale = (side) => (side.data ? side.y.slice(1) : side.y.flatMap((mean, place) => [mean - (side.sd[place] ?? 0), mean + (side.sd[place] ?? 0)]));
+
+    function drawTexts(state) {
+      const most = Math.max(...found.filter((side) => side.data).map((side) => colours.reach(side.y)), 1e-9);
+      strips = found.map((side) => {
+        const box = element("div");
+        if (!side.data) return { box: element("p", { className: "note" }, `${side.label}: ${side.count} captures; the band is one standard deviation. First tokens, attention sinks, are left out.`) };
+        const strip = tl.strip(box, (place) => moveTo(place - side.data.n_prompt_tokens));
+        strip.show(side.data.tokens, side.data.n_prompt_tokens);
+        strip.paint((place) => colours.diverging(side.y[place], most), (place) => tl.number(side.y[place]));
+        return { box, strip, side };
+      });
+      texts.replaceChildren(...strips.map(({ box }, number) => element("div", {}, element("b", { style: { color: COLOURS[number] } }, `${number === 0 ? "A" : "B"}: ${found[number].label}`), box)));
+    }
+
+    function drawFacts() {
+      const rows = found.map((side, number) => {
+        const response = side.y.filter((_, place) => side.x[place] >= 0);
+        const mean = response.reduce((sum, value) => sum + value, 0) / (response.length || 1);
+        const own = side.own?.dynamics;
+        return element("tr", {}, [number === 0 ? "A" : "B", tl.number(mean), own ? own.commitment_point ?? "does not" : "\u2013", own ? tl.number(own.peak_velocity) : "\u2013", own ? own.persistence : "\u2013"].map((text) => element("td", {}, String(text))));
+      });
+      facts.replaceChildren(element("table", {}, element("thead", {}, element("tr", {}, ["", "mean over the response", "commits at", "peak velocity", "persistence"].map((text) => element("th", {}, text)))), element("tbody", {}, rows)),
+        ...found.flatMap((side) => side.problems || []).map((problem) => element("p", { className: "warning" }, problem)));
+    }
+
+    const here = (state) => (state.token === null ? [] : [tl.lineAt(state.token - start, colours.css("--accent"))]);
+
+    function mark(state) {
+      for (const { strip, side } of strips) strip?.choose(state.token === null ? -1 : state.token - start + side.data.n_prompt_tokens);
+    }
+
+    return {
+      async update(state, changed, data) {
+        if (found.length && [...changed].every((key) => ["token", "layer", "head"].includes(key))) {
+          for (const each of [overlay, ...sides]) each.mark([...marks, ...here(state)]);
+          return mark(state);
+        }
+        start = data ? data.n_prompt_tokens : 0;
+        const experiments = await tl.source.experiments();
+        const both = [0, 1].map((number) => sideOf(state, number));
+        // A side whose set or prompt was not chosen takes the first there is.
+        const second = both[1];
+        const there = experiments.find((each) => each.name === second.experiment);
+        if (there && !there.prompt_sets.includes(second.set)) second.set = there.prompt_sets[0] ?? "";
+        const listed = second.set ? await tl.source.promptSet(second.experiment, second.set).then((each) => each.prompts.map((prompt) => prompt.id)) : [];
+        if (!state.prompt2 || !listed.includes(second.prompt)) second.prompt = listed.find((id) => second.set !== state.set || second.experiment !== state.experiment || id !== state.prompt) ?? listed[0] ?? "";
+        pickers.replaceChildren(...await Promise.all(both.map((side, number) => pickersOf(side, experiments, number))));
+        found = await Promise.all(both.map((side) => load(side, state)));
+        marks = [tl.lineAt(-0.5, colours.css("--faint"), "dash", 1)];
+        const seen = found.flatMap(onScale), low = Math.min(...seen), high = Math.max(...seen), pad = (high - low || 1) * 0.07;
+        const layout = (title) => ({
+          title: { text: title, font: { size: 13 } }, xaxis: { title: { text: "token, from the first of the response" } }, yaxis: { range: [low - pad, high + pad] }, shapes: [...marks, ...here(state)],
+        });
+        drawTexts(state);
+        drawFacts();
+        mark(state);
+        await Promise.all([
+          overlay.draw(found.flatMap(tracesOf), { ...layout(`${state.trait}, ${state.component}`), showlegend: true, legend: { orientation: "h", y: -0.2 } }),
+          ...sides.map((side, number) => side.draw(tracesOf(found[number], number), layout(tl.plain(found[number].label)))),
+        ]);
+      },
+      remove() {
+        for (const each of [overlay, ...sides]) each.remove();
+      },
+    };
+  },
+};

@@ -1,0 +1,140 @@
+"use strict";
+// Trait dynamics: trajectories over the tokens, where they commit and how long they last.
+tl.views = {};
+
+/** Of what was projected, the chosen trait and component. */
+tl.projectionOf = (data, state) => data.projections.find((each) => each.trait === state.trait && each.component === state.component);
+
+/** The trajectory's peak behind the first token, and the last token of its persistence. */
+tl.persistenceOf = ({ trajectory, dynamics }) => {
+  let peak = 1;
+  trajectory.forEach((value, place) => { if (place > 1 && Math.abs(value) > Math.abs(trajectory[peak])) peak = place; });
+  return [peak, peak + (dynamics.persistence || 0)];
+};
+
+tl.views.dynamics = {
+  title: "Trait dynamics",
+  create(container) {
+    const { element, colours } = tl;
+    const chips = element("div", { className: "chips" }), controls = element("div", { className: "controls" });
+    const facts = element("div"), notes = element("div");
+    const choose = (point) => tl.state.set({ token: point.x === undefined ? null : Math.round(point.x) });
+    const lines = tl.figure({ name: "dynamics", height: 330, onClick: choose });
+    const motion = tl.figure({ name: "velocity", height: 210, onClick: choose });
+    container.append(controls, chips, lines.element, facts, motion.element, notes);
+    let marks = [];
+
+    const shownTraits = (state, all) => {
+      const wanted = state.shown ? state.shown.split(",") : all;
+      return all.filter((trait) => trait === state.trait || wanted.includes(trait));
+    };
+
+    /** In standard deviations from the line's own mean, the first token left out. */
+    function normalised(values) {
+      const rest = values.slice(1);
+      const mean = rest.reduce((sum, value) => sum + value, 0) / (rest.length || 1);
+      const sd = Math.sqrt(rest.reduce((sum, value) => sum + (value - mean) ** 2, 0) / (rest.length || 1)) || 1;
+      return values.map((value) => (value - mean) / sd);
+    }
+
+    function drawLines(state, data, projections, all) {
+      const number = (value) => tl.number(value), shown = shownTraits(state, all);
+      const hover = data.tokens.map((token, place) => `${place} ${tl.plain(tl.quoted(token))}`);
+      const ofShown = projections.filter((each) => shown.includes(each.trait));
+      const values = new Map(ofShown.map((each) => [each.trait, state.normalise ? normalised(each.trajectory) : each.trajectory]));
+      const traces = ofShown.map((each) => ({
+        x: data.tokens.map((_, place) => place), y: values.get(each.trait), text: hover, name: each.trait, mode: "lines",
+        line: { color: colours.trait(all, each.trait), width: each.trait === state.trait ? 3 : 1.3 },
+        opacity: each.trait === state.trait ? 1 : 0.75,
+        hovertemplate: `%{text}<br>${tl.plain(each.trait)} %{y:.4~g}<extra></extra>`,
+      }));
+      const committed = ofShown.filter((each) => each.dynamics.commitment_point !== null && each.dynamics.commitment_point !== undefined);
+      traces.push({
+        x: committed.map((each) => each.dynamics.commitment_point), y: committed.map((each) => values.get(each.trait)[each.dynamics.commitment_point]),
+        text: committed.map((each) => `${tl.plain(each.trait)} commits at ${each.dynamics.commitment_point}`), mode: "markers", name: "commitment point",
+        marker: { symbol: "diamond", size: 11, color: committed.map((each) => colours.trait(all, each.trait)), line: { color: colours.css("--panel"), width: 1.5 } },
+        hovertemplate: "%{text}<extra></extra>",
+      });
+      const own = ofShown.find((each) => each.trait === state.trait);
+      marks = [tl.lineAt(data.n_prompt_tokens - 0.5, colours.css("--faint"), "dash", 1)];
+      if (own && data.tokens.length > 1) {
+        const [peak, last] = tl.persistenceOf(own);
+        marks.push({ type: "rect", xref: "x", yref: "paper", x0: peak - 0.5, x1: last + 0.5, y0: 0, y1: 1, line: { width: 0 }, fillcolor: colours.trait(all, own.trait), opacity: 0.13 });
+      }
+      const seen = [...values.values()].flatMap((line) => line.slice(1));
+      const low = Math.min(...seen), high = Math.max(...seen), pad = (high - low || 1) * 0.07;
+      notes.replaceChildren();
+      const off = ofShown.filter((each) => { const first = values.get(each.trait)[0]; return first < low - pad || first > high + pad; });
+      for (const trace of traces) if (off.some((each) => each.trait === trace.name)) trace.y = [null, ...trace.y.slice(1)];
+      if (off.length) {
+        const listed = off.map((each) => `${each.trait} ${number(values.get(each.trait)[0])}`).join(", ");
+        notes.append(element("p", { className: "note" }, `The first token, an attention sink, is off the scale: ${listed}.`));
+      }
+      return lines.draw(traces, {
+        title: { text: state.normalise ? "projection, in standard deviations of each line" : "projection h\u00b7v / \u2016v\u2016", font: { size: 13 } },
+        xaxis: { title: { text: "token" }, range: [-0.5, data.tokens.length - 0.5] }, yaxis: seen.length ? { range: [low - pad, high + pad] } : {},
+        shapes: [...marks, ...here(state)],
+      });
+    }
+
+    function drawMotion(state, data, own) {
+      const { velocity, acceleration } = own.dynamics;
+      const trace = (values, offset, name, dash) => ({
+        x: values.map((_, place) => place + offset), y: values, name, mode: "lines", line: { dash, width: 1.6, color: colours.css(dash === "solid" ? "--accent" : "--faint") },
+        hovertemplate: `token %{x}<br>${name} %{y:.4~g}<extra></extra>`,
+      });
+      const seen = [...velocity.slice(1), ...acceleration.slice(1)];
+      const reach = Math.max(...seen.map(Math.abs), 1e-9) * 1.07;
+      return motion.draw([trace(velocity, 1, "velocity", "solid"), trace(acceleration, 2, "acceleration", "dot")], {
+        title: { text: `${state.trait}: velocity (line) and acceleration (dots)`, font: { size: 13 } },
+        xaxis: { title: { text: "token" }, range: [-0.5, data.tokens.length - 0.5] }, yaxis: { range: [-reach, reach] },
+        shapes: [marks[0], ...here(state)],
+      });
+    }
+
+    const here = (state) => (state.token === null ? [] : [tl.lineAt(state.token, colours.css("--accent"))]);
+
+    function tell(state, data, own) {
+      const { dynamics, vector } = own;
+      const point = dynamics.commitment_point;
+      const [peak, last] = tl.persistenceOf(own);
+      const commits = point === null || point === undefined ? "does not commit" : `commits at ${point} ${tl.quoted(data.tokens[point])}`;
+      const score = vector.score === null || vector.score === undefined ? "" : ` (${tl.number(vector.score)})`;
+      facts.replaceChildren(
+        element("p", { className: "note" }, element("b", {}, state.trait), `: ${commits}; peak velocity ${tl.number(dynamics.peak_velocity)}; `
+          + `persists ${dynamics.persistence} tokens, ${peak} to ${last}. Vector: ${vector.method} at layer ${vector.layer}, ${vector.component}, chosen by ${vector.selected_by}${score}, from ${vector.experiment} (${vector.model ?? "unknown model"}).`),
+        ...own.warnings.map((warning) => element("p", { className: "warning" }, warning)));
+    }
+
+    return {
+      async update(state, changed, data) {
+        const projections = data.projections.filter((each) => each.component === state.component);
+        const all = [...new Set(data.projections.map((each) => each.trait))].sort();
+        const own = tl.projectionOf(data, state);
+        if (!own) throw new tl.source.Missing(data.missing || { what: `not projected onto ${state.trait || "any trait"}`, command: `tlcapture project --experiment ${state.experiment} --prompt-set ${state.set}` });
+        tl.reading.paint((place) => colours.diverging(own.trajectory[place], colours.reach(own.trajectory)), (place) => tl.number(own.trajectory[place]), `${state.trait}`);
+        if ([...changed].every((key) => key === "token" || key === "layer" || key === "head")) {
+          lines.mark([...marks, ...here(state)]);
+          motion.mark([marks[0], ...here(state)]);
+          return;
+        }
+        const shown = shownTraits(state, all);
+        chips.replaceChildren(...all.map((trait) => element("button", {
+          "aria-pressed": shown.includes(trait) ? "true" : "false", title: "show or hide; double-click to choose this trait",
+          onclick: () => { const next = shown.includes(trait) ? shown.filter((each) => each !== trait) : [...shown, trait]; tl.state.set({ shown: next.join(",") || state.trait }, { quietly: true }); },
+          ondblclick: () => tl.state.set({ trait }),
+        }, element("i", { style: { background: colours.trait(all, trait) } }), trait)));
+        controls.replaceChildren(
+          tl.toggle("normalise for comparison", state.normalise, (on) => tl.state.set({ normalise: on })),
+          element("button", { onclick: () => tl.state.set({ shown: "" }, { quietly: true }) }, "all traits"),
+          element("button", { onclick: () => tl.state.set({ shown: state.trait }, { quietly: true }) }, "this trait only"));
+        tell(state, data, own);
+        await Promise.all([drawLines(state, data, projections, all), drawMotion(state, data, own)]);
+      },
+      remove() {
+        lines.remove();
+        motion.remove();
+      },
+    };
+  },
+};

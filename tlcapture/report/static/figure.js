@@ -1,0 +1,69 @@
+"use strict";
+// A Plotly figure in the page's colours, that can be saved as PNG or SVG.
+tl.plotly = new Promise((resolve, reject) => {
+  if (window.Plotly) return resolve(window.Plotly);
+  const script = tl.element("script", { src: "plotly.js", onload: () => resolve(window.Plotly), onerror: () => reject(new Error("Plotly's script could not be loaded")) });
+  document.head.append(script);
+});
+
+tl.figure = ({ name, height = 300, onClick }) => {
+  const { element } = tl;
+  const plot = element("div", { className: "plot", style: { height: `${height}px` } });
+  const save = (format) => tl.plotly.then((Plotly) => Plotly.downloadImage(plot, {
+    format, filename: `tlcapture_${[name, tl.state.now.set, tl.state.now.prompt].filter(Boolean).join("_")}`,
+    width: plot.clientWidth, height: plot.clientHeight, scale: format === "png" ? 2 : 1,
+  }));
+  const whole = element("div", { className: "figure" },
+    element("div", { className: "save" }, ["png", "svg"].map((format) => element("button", { title: `Save this figure as ${format.toUpperCase()}`, onclick: () => save(format) }, format.toUpperCase()))),
+    plot);
+  let drawn = Promise.resolve(), listening = false;
+
+  function styled(layout) {
+    const { css } = tl.colours;
+    const axis = { gridcolor: css("--line"), zerolinecolor: css("--line"), linecolor: css("--line"), automargin: true };
+    const axes = { xaxis: {}, yaxis: {}, ...Object.fromEntries(Object.entries(layout).filter(([key]) => /^[xy]axis/.test(key))) };
+    for (const [key, own] of Object.entries(axes)) axes[key] = { ...axis, ...own };
+    return {
+      paper_bgcolor: css("--panel"), plot_bgcolor: css("--panel"),
+      font: { color: css("--text"), size: 12, family: "system-ui, sans-serif" },
+      margin: { l: 54, r: 14, t: 30, b: 38 }, hovermode: "closest", showlegend: false,
+      ...layout, ...axes,
+    };
+  }
+
+  return {
+    element: whole,
+    plot,
+    /** Draw; drawings wait for each other. The promise is that of Plotly. */
+    draw(traces, layout) {
+      plot.dataset.drawn = "no";
+      drawn = drawn.then(() => tl.plotly).then(async (Plotly) => {
+        if (plot.dataset.gone) return;
+        await Plotly.react(plot, traces, styled(layout), { displaylogo: false, responsive: true, displayModeBar: false });
+        plot.dataset.drawn = "yes";
+        if (onClick && !listening) {
+          listening = true;
+          plot.on("plotly_click", (event) => onClick(event.points[0]));
+        }
+      });
+      return drawn;
+    },
+    /** Change the shapes alone, for a mark that moves. */
+    mark(shapes) {
+      drawn = drawn.then(() => tl.plotly).then((Plotly) => (plot.dataset.gone || !plot.layout ? null : Plotly.relayout(plot, { shapes })));
+      return drawn;
+    },
+    remove() {
+      plot.dataset.gone = "yes";
+      if (window.Plotly) window.Plotly.purge(plot);
+    },
+  };
+};
+
+/** A vertical line at a token. */
+tl.lineAt = (x, colour, dash = "solid", width = 1.5) => ({
+  type: "line", xref: "x", yref: "paper", x0: x, x1: x, y0: 0, y1: 1, line: { color: colour, dash, width },
+});
+
+/** Text for a figure: Plotly reads some HTML, so what could begin it is written otherwise. */
+tl.plain = (text) => tl.visible(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");

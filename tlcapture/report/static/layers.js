@@ -1,0 +1,80 @@
+"use strict";
+// Layers: the projection of every token at every layer, at one residual point or at all of them.
+tl.views.layers = {
+  title: "Layers",
+  create(container) {
+    const { element, colours } = tl;
+    const controls = element("div", { className: "controls" }), heats = element("div"), notes = element("div");
+    let figures = new Map(), found = null, own = null;
+    const profile = tl.figure({ name: "layer_profile", height: 260, onClick: (point) => tl.state.set({ layer: Math.round(point.x) }) });
+    container.append(controls, heats, profile.element, notes);
+
+    function marks(state) {
+      const shapes = [tl.lineAt(own.n_prompt_tokens - 0.5, colours.css("--text"), "dash", 1)];
+      const level = (y, dash, colour) => ({ type: "line", xref: "paper", yref: "y", x0: 0, x1: 1, y0: y, y1: y, line: { dash, width: 1, color: colour } });
+      shapes.push(level(own.layer, "dot", colours.css("--text")));
+      if (state.token !== null) shapes.push(tl.lineAt(state.token, colours.css("--accent")));
+      if (state.layer !== null) shapes.push(level(state.layer, "solid", colours.css("--accent")));
+      return shapes;
+    }
+
+    /** What colours reach to: the 99th percentile of sizes behind the first token, so that no single one bleaches the rest. */
+    function reachOf(grids) {
+      const sizes = grids.flatMap((grid) => grid.flatMap((row) => row.slice(1))).map(Math.abs).sort((a, b) => a - b);
+      return sizes.length ? sizes[Math.floor(0.99 * (sizes.length - 1))] || 1 : 1;
+    }
+
+    function drawProfile(state, data) {
+      const token = state.token ?? Math.min(data.n_prompt_tokens, data.tokens.length - 1);
+      const traces = found.sublayers.map((name, place) => ({
+        x: found.scores[token].map((_, layer) => layer), y: found.scores[token].map((layer) => layer[place]), name, mode: "lines",
+        line: { width: name === state.point ? 2.5 : 1.2, dash: ["dot", "dash", "solid"][place + 3 - found.sublayers.length] },
+        hovertemplate: `layer %{x}<br>${name} %{y:.4~g}<extra></extra>`,
+      }));
+      return profile.draw(traces, {
+        title: { text: `by layer at token ${token} ${tl.plain(tl.quoted(data.tokens[token]))}`, font: { size: 13 } }, showlegend: true,
+        legend: { orientation: "h", y: 1.12, x: 1, xanchor: "right" }, xaxis: { title: { text: "layer" } },
+        shapes: state.layer === null ? [] : [tl.lineAt(state.layer, colours.css("--accent"))],
+      });
+    }
+
+    return {
+      async update(state, changed, data) {
+        const projection = tl.projectionOf(data, state);
+        if (!projection) throw new tl.source.Missing(data.missing || { what: `not projected onto ${state.trait || "any trait"}`, command: `tlcapture project --experiment ${state.experiment} --prompt-set ${state.set}` });
+        const latest = await tl.source.layers(state);
+        const same = found === latest && ![..."trait,prompt,set,experiment,component,point,theme".split(",")].some((key) => changed.has(key));
+        found = latest;
+        own = { n_prompt_tokens: data.n_prompt_tokens, layer: projection.vector.layer };
+        const nLayers = found.scores[0].length, points = found.sublayers;
+        const layer = Math.min(state.layer ?? own.layer, nLayers - 1);
+        const point = points.includes(state.point) ? state.point : points[points.length - 1];
+        const line = found.scores.map((token) => token[layer][points.indexOf(point)]);
+        const most = colours.reach(line);
+        tl.reading.paint((place) => colours.diverging(line[place], most), (place) => tl.number(line[place]), `${state.trait} at layer ${layer}, ${point}`, line);
+        if (same) {
+          for (const figure of figures.values()) figure.mark(marks(state));
+          return drawProfile(state, data);
+        }
+        controls.replaceChildren(points.length > 1
+          ? tl.choice("residual point", [...points.map((each) => [each, each]), ["all", "all of them"]], state.point === "all" ? "all" : point, (value) => tl.state.set({ point: value }))
+          : element("span", { className: "note" }, points[0]));
+        const wanted = state.point === "all" ? points : [point];
+        for (const figure of figures.values()) figure.remove();
+        figures = new Map(wanted.map((name) => [name, tl.figure({ name: `layers_${name}`, height: wanted.length > 1 ? 300 : 430, onClick: (at) => tl.state.set({ token: at.x, layer: at.y }) })]));
+        heats.replaceChildren(...[...figures.values()].map((figure) => figure.element));
+        const grids = wanted.map((name) => Array.from({ length: nLayers }, (_, at) => found.scores.map((token) => token[at][points.indexOf(name)])));
+        const reach = reachOf(grids), text = data.tokens.map((token, place) => `${place} ${tl.plain(tl.quoted(token))}`);
+        notes.replaceChildren(element("p", { className: "note" }, `Projection onto the vector of layer ${own.layer} (dotted) at every layer. Colours reach to \u00b1${tl.number(reach, 3)}, the 99th percentile without the first token, an attention sink.`));
+        await Promise.all([...wanted.map((name, number) => figures.get(name).draw([{
+          type: "heatmap", z: grids[number], text: Array(nLayers).fill(text), zmin: -reach, zmax: reach, zmid: 0, colorscale: colours.divergingScale(), colorbar: { thickness: 12 },
+          hovertemplate: "%{text}<br>layer %{y}: %{z:.4~g}<extra></extra>",
+        }], { title: { text: `${state.trait}: ${name}`, font: { size: 13 } }, xaxis: { title: { text: "token" } }, yaxis: { title: { text: "layer" } }, shapes: marks(state) })), drawProfile(state, data)]);
+      },
+      remove() {
+        for (const figure of figures.values()) figure.remove();
+        profile.remove();
+      },
+    };
+  },
+};

@@ -1,0 +1,84 @@
+"use strict";
+// Logit lens: what each layer would say next, and where the token that came stands in it.
+tl.views.lens = {
+  title: "Logit lens",
+  create(container) {
+    const { element, colours } = tl;
+    const overview = tl.figure({ name: "logit_lens", height: 270, onClick: (point) => tl.state.set({ token: point.x, layer: point.y }) });
+    const cells = element("div", { className: "cells" }), top = element("div", { className: "top" });
+    container.append(overview.element, element("div", { className: "lens" }, cells, top));
+    cells.addEventListener("click", (event) => {
+      const cell = event.target.closest("td");
+      if (cell) tl.state.set({ token: Number(cell.dataset.token), layer: Number(cell.dataset.layer) });
+    });
+    let drawn = null, latestTop = 0;
+
+    function columnsAround(place, count, width) {
+      const start = Math.max(0, Math.min(count - width, place - Math.floor(width / 2)));
+      return Array.from({ length: Math.min(width, count) }, (_, number) => start + number);
+    }
+
+    /** The table around the chosen token: as many columns as can be read. */
+    function drawTable(state, data, lens, at, layer) {
+      const columns = columnsAround(at, lens.token_idx.length, Math.max(4, Math.floor((cells.clientWidth || 900) / 84)));
+      const head = (text, of, title) => element("tr", {}, element("th", {}, text), columns.map((column) => element("th", { title: title(column) }, of(column))));
+      const rows = [];
+      for (let row = lens.n_layers - 1; row >= 0; row--) {
+        rows.push(element("tr", {}, element("th", {}, String(row)), columns.map((column) => {
+          const rank = lens.rank[column][row];
+          const chosen = column === at && row === layer;
+          return element("td", {
+            className: `${rank === 1 ? "hit" : ""} ${chosen ? "chosen" : ""}`, "data-token": String(lens.token_idx[column]), "data-layer": String(row),
+            style: { backgroundColor: colours.amount(lens.prob[column][row]) },
+            title: `layer ${row}, after token ${lens.token_idx[column]}: ${tl.quoted(lens.top[column][row])} ${tl.number(lens.prob[column][row])}; ${tl.quoted(lens.actual[column])}, which came, is at rank ${rank} (${tl.number(lens.actual_prob[column][row])})`,
+          }, element("small", {}, rank === 1 ? "" : `#${rank}`), tl.visible(lens.top[column][row]));
+        })));
+      }
+      cells.replaceChildren(element("table", {}, element("thead", {}, head("token", (column) => tl.visible(data.tokens[lens.token_idx[column]]), (column) => String(lens.token_idx[column])),
+        head("next", (column) => tl.visible(lens.actual[column]), () => "the token that came")), element("tbody", {}, rows)),
+        element("p", { className: "note" }, "Colour: probability of the likeliest token. #: rank of the token that came; bold where it is the first. Click for the first 50."));
+    }
+
+    async function drawTop(state, lens, at, layer) {
+      const number = ++latestTop;
+      const entry = await tl.source.lensToken(state, lens.token_idx[at]);
+      if (number !== latestTop) return;
+      const found = entry.by_layer[layer];
+      const rows = found.top_k.map(({ token, prob }, place) => element("tr", { style: { backgroundColor: colours.amount(prob) } },
+        element("td", {}, String(place + 1)), element("td", {}, tl.visible(token)), element("td", {}, tl.number(prob))));
+      top.replaceChildren(element("p", { className: "note" }, `Layer ${layer} after token ${lens.token_idx[at]}: the ${rows.length} likeliest. ${tl.quoted(entry.actual_next_token)} came: rank ${found.actual_rank}, ${tl.number(found.actual_prob)}.`),
+        element("table", {}, element("tbody", {}, rows)));
+    }
+
+    return {
+      async update(state, changed, data) {
+        const lens = await tl.source.lens(state);
+        if (!lens.token_idx.length) throw new tl.source.Missing({ what: "a capture of one token has no next token to predict" });
+        const nLayers = lens.n_layers, last = nLayers - 1;
+        const layer = Math.min(state.layer ?? last, last);
+        const at = Math.max(0, Math.min(lens.token_idx.length - 1, lens.token_idx.indexOf(state.token ?? lens.token_idx[Math.max(0, data.n_prompt_tokens - 1)])));
+        const ofLayer = new Map(lens.token_idx.map((token, place) => [token + 1, place]));
+        const probability = (place) => (ofLayer.has(place) ? lens.actual_prob[ofLayer.get(place)][layer] : null);
+        tl.reading.paint((place) => colours.amount(probability(place)),
+          (place) => (ofLayer.has(place) ? `p ${tl.number(probability(place))}, rank ${lens.rank[ofLayer.get(place)][layer]}` : ""), `probability of each token, one before it, at layer ${layer}`);
+        const shapes = [tl.lineAt(data.n_prompt_tokens - 0.5, colours.css("--text"), "dash", 1), tl.lineAt(lens.token_idx[at], colours.css("--accent")),
+          { type: "line", xref: "paper", yref: "y", x0: 0, x1: 1, y0: layer, y1: layer, line: { width: 1, color: colours.css("--accent") } }];
+        drawTable(state, data, lens, at, layer);
+        const jobs = [drawTop(state, lens, at, layer)];
+        if (drawn === lens && !changed.has("theme")) jobs.push(overview.mark(shapes));
+        else {
+          const ranks = Array.from({ length: nLayers }, (_, row) => lens.rank.map((token) => Math.log10(token[row])));
+          const text = Array.from({ length: nLayers }, (_, row) => lens.token_idx.map((token, place) => `${token} ${tl.plain(tl.quoted(data.tokens[token]))}: next ${tl.plain(tl.quoted(lens.actual[place]))}<br>rank ${lens.rank[place][row]}; first ${tl.plain(tl.quoted(lens.top[place][row]))}`));
+          drawn = lens;
+          jobs.push(overview.draw([{
+            type: "heatmap", x: lens.token_idx, z: ranks, text, zmin: 0, colorscale: [[0, "rgb(126,70,190)"], [1, colours.css("--panel")]],
+            colorbar: { thickness: 12, title: { text: "rank" }, tickvals: [0, 1, 2, 3, 4, 5], ticktext: ["1", "10", "100", "1k", "10k", "100k"] },
+            hovertemplate: "layer %{y}, token %{text}<extra></extra>",
+          }], { title: { text: "rank of the token that came", font: { size: 13 } }, xaxis: { title: { text: "token" } }, yaxis: { title: { text: "layer" } }, shapes }));
+        }
+        await Promise.all(jobs);
+      },
+      remove: () => overview.remove(),
+    };
+  },
+};

@@ -1,0 +1,175 @@
+"use strict";
+// The page itself: pickers, views, keyboard, and the text that all views share.
+(() => {
+  const { element, source, state } = tl;
+  const VIEWS = Object.entries(tl.views);
+  const byId = (id) => document.getElementById(id);
+  const strip = tl.strip(byId("strip"), (token) => state.set({ token }));
+  let pending = new Set();
+  let view = null, viewName = null, data = null, latest = 0, painted = { textOf: () => "", what: "" };
+
+  tl.reading = {
+    paint(colourOf, textOf, what) {
+      painted = { textOf, what };
+      strip.paint(colourOf, textOf);
+      tellToken(state.now);
+    },
+  };
+
+  function tellToken(now) {
+    if (!data?.tokens) return;
+    strip.choose(now.token ?? -1);
+    if (now.token === null || now.token >= data.tokens.length) {
+      byId("status").replaceChildren(painted.what ? `Colour: ${painted.what}. ` : "", "Choose a token with the mouse, or with the arrow keys.");
+      return;
+    }
+    const part = now.token < data.n_prompt_tokens ? "prompt" : "response";
+    byId("status").replaceChildren("token ", element("b", {}, `${now.token} ${tl.quoted(data.tokens[now.token])}`), ` of the ${part}`,
+      painted.what ? `; ${painted.what}: ` : "", element("b", {}, painted.textOf(now.token)));
+  }
+
+  /** Fill in what the address leaves open, or names that are not there. */
+  async function settle() {
+    const experiments = await source.experiments();
+    if (!experiments.length) throw new source.Missing({ what: "there are no experiments here", command: "tlcapture capture --experiment my_exp --prompt-set single_trait" });
+    const wanted = state.now, changes = {};
+    const begin = document.documentElement.dataset;
+    const experiment = experiments.find((each) => each.name === wanted.experiment) ?? experiments.find((each) => each.prompt_sets.length) ?? experiments[0];
+    if (!experiment.prompt_sets.length && wanted.view !== "vectors") {
+      throw new source.Missing({ what: `experiment ${experiment.name} has no captures`, command: `tlcapture capture --experiment ${experiment.name} --prompt-set single_trait` });
+    }
+    changes.experiment = experiment.name;
+    changes.set = experiment.prompt_sets.includes(wanted.set) ? wanted.set : experiment.prompt_sets[0] ?? "";
+    const listed = changes.set ? await source.promptSet(changes.experiment, changes.set) : { prompts: [], traits: [] };
+    changes.prompt = listed.prompts.some((prompt) => prompt.id === wanted.prompt) ? wanted.prompt : listed.prompts[0]?.id ?? "";
+    const traits = [...new Set([...listed.traits, ...experiment.traits])].sort();
+    const first = wanted.view === "vectors" ? experiment.traits[0] : listed.traits[0] ?? experiment.traits[0];
+    changes.trait = traits.includes(wanted.trait) ? wanted.trait : first ?? "";
+    changes.view = tl.views[wanted.view] ? wanted.view : "dynamics";
+    delete begin.loading;
+    return { experiments, listed, traits, changes };
+  }
+
+  function drawHeader({ experiments, listed, traits }) {
+    const now = state.now;
+    const picker = (label, key, options, more = {}) => tl.picker(label, { options, value: now[key], choose: (value) => state.set({ ...more, [key]: value }) });
+    const components = [...new Set((data?.projections ?? []).map((each) => each.component))].sort().reverse();
+    byId("pickers").replaceChildren(
+      picker("experiment", "experiment", experiments.map((each) => ({ value: each.name, text: each.name, note: `${each.prompt_sets.length} sets` })), { set: "", prompt: "", token: null }),
+      picker("set", "set", (experiments.find((each) => each.name === now.experiment)?.prompt_sets ?? []).map((name) => ({ value: name, text: name })), { prompt: "", token: null }),
+      picker("prompt", "prompt", listed.prompts.map((prompt) => ({ value: prompt.id, text: prompt.id, note: tl.visible(prompt.text) })), { token: null }),
+      picker("trait", "trait", traits.map((trait) => ({ value: trait, text: trait }))),
+      ...(components.length > 1 ? [tl.choice("of", components.map((each) => [each, each]), now.component, (component) => state.set({ component }))] : []));
+    byId("views").replaceChildren(...VIEWS.map(([name, { title }], number) => element("button", { role: "tab", "aria-selected": name === now.view ? "true" : "false", title: `key ${number + 1}`, onclick: () => state.set({ view: name }) }, title)));
+    const themes = ["", "light", "dark"], next = themes[(themes.indexOf(now.theme) + 1) % themes.length];
+    byId("tools").replaceChildren(
+      element("button", { title: "light, dark, or as the system has it", onclick: () => state.set({ theme: next }, { quietly: true }) }, now.theme || "auto"),
+      element("button", { title: "keys", "aria-label": "Keys", onclick: () => byId("help").showModal() }, "?"));
+    document.title = `${now.set}/${now.prompt} ${now.trait} \u00b7 ${now.experiment} \u00b7 tlcapture`;
+  }
+
+  function fresh() {
+    if (view) view.remove();
+    byId("view").replaceChildren();
+    view = null;
+  }
+
+  async function show(changed) {
+    const number = ++latest;
+    pending = changed = new Set([...pending, ...changed]); // of rounds that were overtaken, too
+    const isLatest = () => number === latest;
+    document.documentElement.dataset.theme = state.now.theme;
+    document.documentElement.dataset.ready = "no";
+    try {
+      const settled = await settle();
+      if (!isLatest()) return;
+      state.set(settled.changes, { quietly: true });
+      if (!isLatest()) return; // setting has begun another round
+      const now = state.now, Kind = tl.views[now.view];
+      const before = data;
+      data = now.prompt ? await source.prompt(now).catch((error) => { if (Kind.withoutPrompt) return null; throw error; }) : null;
+      if (!isLatest()) return;
+      drawHeader(settled);
+      const readable = Boolean(data?.tokens) && !Kind.ownText && !Kind.withoutPrompt;
+      byId("reading").classList.toggle("without", !readable);
+      if (data?.tokens && data !== before) strip.show(data.tokens, data.n_prompt_tokens);
+      if (!data?.tokens && !Kind.withoutPrompt) throw new source.Missing(data?.missing ?? { what: "there is nothing to show of this prompt" });
+      if (viewName !== now.view || !view) {
+        fresh();
+        viewName = now.view;
+        view = Kind.create(byId("view"));
+        changed = new Set([...changed, "view"]);
+      }
+      const mine = view;
+      byId("view").querySelector(".empty")?.remove();
+      [...byId("view").children].forEach((child) => { child.hidden = false; });
+      await mine.update(now, changed, data);
+      if (!isLatest()) return;
+      tellToken(now);
+      byId("view").querySelectorAll(".problem").forEach((old) => old.remove());
+      byId("view").append(...(data?.problems ?? []).map((problem) => element("p", { className: "warning problem" }, problem)));
+      done();
+    } catch (error) {
+      if (!isLatest()) return;
+      fresh();
+      strip.paint(() => "");
+      painted = { textOf: () => "", what: "" };
+      tellToken(state.now);
+      byId("view").replaceChildren(tl.emptyState(error));
+      const settled = await settle().catch(() => null);
+      if (settled && isLatest()) drawHeader(settled);
+      done();
+    }
+  }
+
+  function done() {
+    pending = new Set();
+    document.documentElement.dataset.shown = location.hash;
+    document.documentElement.dataset.ready = "yes";
+    if (!performance.getEntriesByName("first view").length) performance.mark("first view");
+  }
+
+  function move(key, by) {
+    const now = state.now;
+    if (!data?.tokens) return;
+    const nLayers = data.n_layers ?? null;
+    if (key === "token") {
+      const from = now.token ?? (by > 0 ? data.n_prompt_tokens - 1 : data.n_prompt_tokens);
+      state.set({ token: Math.max(0, Math.min(data.tokens.length - 1, from + by)) });
+    } else if (key === "layer") {
+      const own = tl.projectionOf(data, now)?.vector.layer ?? 0;
+      const layer = Math.max(0, (now.layer ?? own) + by);
+      state.set({ layer: nLayers === null ? layer : Math.min(nLayers - 1, layer) });
+    } else state.set({ head: Math.max(0, now.head + by) });
+  }
+
+  async function step(by) {
+    const { prompts } = await source.promptSet(state.now.experiment, state.now.set);
+    const at = prompts.findIndex((prompt) => prompt.id === state.now.prompt) + by;
+    if (prompts[at]) state.set({ prompt: prompts[at].id, token: null });
+  }
+
+  const open = (number) => byId("pickers").children[number]?.openPicker?.();
+  const KEYS = {
+    ArrowRight: [() => move("token", 1), "\u2190 \u2192", "token"], ArrowLeft: [() => move("token", -1)],
+    ArrowUp: [() => move("layer", 1), "\u2191 \u2193", "layer"], ArrowDown: [() => move("layer", -1)],
+    "]": [() => move("head", 1), "[ ]", "head"], "[": [() => move("head", -1)],
+    n: [() => step(1), "n p", "next and previous prompt"], p: [() => step(-1)],
+    "/": [() => open(2), "/", "find a prompt"], t: [() => open(3), "t", "find a trait"],
+    "?": [() => byId("help").showModal(), "?", "this list"],
+    ...Object.fromEntries(VIEWS.map(([name], number) => [String(number + 1), [() => state.set({ view: name }), ...(number ? [] : [`1 \u2026 ${VIEWS.length}`, "view"])]])),
+  };
+  addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, select, textarea, dialog")) return;
+    if (!KEYS[event.key]) return;
+    event.preventDefault();
+    KEYS[event.key][0]();
+  });
+
+  byId("help").append(element("h3", {}, "Keys"), element("table", {}, element("tbody", {}, Object.values(KEYS).filter(([, keys]) => keys).map(([, keys, what]) => element("tr", {}, element("td", {}, element("kbd", {}, keys)), element("td", {}, what))))),
+    element("form", { method: "dialog" }, element("button", {}, "close")));
+  if (source.exported?.note) document.querySelector("main").prepend(element("p", { className: "note", id: "left-out" }, source.exported.note));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => show(new Set(["theme"])));
+  state.onChange((now, changed) => show(changed));
+  show(new Set(["view", "experiment", "set", "prompt", "trait", "theme"]));
+})();

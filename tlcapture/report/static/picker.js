@@ -1,0 +1,64 @@
+"use strict";
+// One of many, found by typing: a button that opens a list with a search field.
+tl.picker = (label, { options, value, choose }) => {
+  const { element } = tl;
+  let at = 0, found = [];
+  const shown = options.find((option) => option.value === value);
+  const text = element("span", {}, shown ? shown.text : value || "none");
+  const button = element("button", { "aria-haspopup": "listbox", "aria-label": label, onclick: () => (box.hidden ? open() : close()) },
+    element("small", {}, label), text);
+  const search = element("input", { type: "search", placeholder: `search ${label}`, "aria-label": `Search ${label}`, oninput: list, onkeydown: onKey });
+  const items = element("ul", { role: "listbox" });
+  const box = element("div", { className: "box", hidden: true }, search, items);
+  const whole = element("div", { className: "picker" }, button, box);
+
+  function list() {
+    const words = search.value.toLowerCase().split(/\s+/);
+    found = options.filter((option) => words.every((word) => `${option.text} ${option.note || ""}`.toLowerCase().includes(word)));
+    at = Math.max(0, found.findIndex((option) => option.value === value));
+    items.replaceChildren(...found.map((option, place) => element("li", { role: "option", onclick: () => take(place) },
+      option.text, option.note ? element("small", {}, option.note) : null)));
+    if (!found.length) items.replaceChildren(element("li", { className: "note" }, "nothing matches"));
+    mark();
+  }
+  function mark() {
+    [...items.children].forEach((item, place) => {
+      item.classList.toggle("at", place === at);
+      item.setAttribute("aria-selected", place === at);
+    });
+    items.children[at]?.scrollIntoView({ block: "nearest" });
+  }
+  function open() {
+    box.hidden = false;
+    search.value = "";
+    list();
+    search.focus();
+    addEventListener("pointerdown", outside);
+  }
+  function close() {
+    box.hidden = true;
+    removeEventListener("pointerdown", outside);
+  }
+  function outside(event) {
+    if (!whole.contains(event.target)) close();
+  }
+  function take(place) {
+    if (!found[place]) return;
+    close();
+    choose(found[place].value);
+  }
+  function onKey(event) {
+    if (event.key === "ArrowDown" || event.key === "ArrowUp") {
+      at = Math.max(0, Math.min(found.length - 1, at + (event.key === "ArrowDown" ? 1 : -1)));
+      mark();
+    } else if (event.key === "Enter") take(at);
+    else if (event.key === "Escape") {
+      close();
+      button.focus();
+    } else return;
+    event.preventDefault();
+    event.stopPropagation();
+  }
+  whole.openPicker = open;
+  return whole;
+};

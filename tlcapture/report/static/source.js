@@ -1,0 +1,69 @@
+"use strict";
+// Where the data come from: the server, one resource at a time, or what an exported page carries.
+tl.source = (() => {
+  const bytesOf = (element) => Uint8Array.from(atob(element.textContent), (character) => character.charCodeAt(0));
+  const KEPT = 48; // resources; an experiment has many more
+  const kept = new Map();
+  const carried = document.getElementById("exported");
+  const exported = carried ? JSON.parse(new TextDecoder().decode(bytesOf(carried))) : null;
+
+  class Missing extends Error {
+    constructor({ what, command }) {
+      super(what);
+      this.command = command;
+    }
+  }
+
+  async function fromServer(path) {
+    let answer;
+    try {
+      answer = await fetch("api/" + path);
+    } catch {
+      throw new Missing({ what: "the server does not answer; start it again", command: "tlcapture view" });
+    }
+    const value = await answer.json().catch(() => ({ what: `the server answered with ${answer.status}` }));
+    if (!answer.ok || value.absent) throw new Missing(value.absent ?? value);
+    return value;
+  }
+
+  async function fromPage(path) {
+    const element = document.getElementById("data:" + path);
+    if (!element) {
+      if (path in exported.missing) throw new Missing(exported.missing[path]);
+      throw new Missing({ what: "not in this file, which holds what fits", command: exported.command });
+    }
+    const unpacked = new Blob([bytesOf(element)]).stream().pipeThrough(new DecompressionStream("gzip"));
+    return new Response(unpacked).json();
+  }
+
+  /** A resource by the parts of its path, as a promise; rejects with `Missing`. */
+  function get(...parts) {
+    const path = parts.map((part) => encodeURIComponent(part)).join("/");
+    let found = kept.get(path);
+    if (found) kept.delete(path);
+    else {
+      found = exported ? fromPage(path) : fromServer(path);
+      found.catch(() => kept.delete(path)); // the next look may find it
+    }
+    kept.set(path, found);
+    if (kept.size > KEPT) kept.delete(kept.keys().next().value);
+    return found;
+  }
+
+  const ofPrompt = (state, ...rest) => get(state.experiment, "sets", state.set, state.prompt, ...rest);
+
+  return {
+    exported,
+    Missing,
+    experiments: () => get("experiments"),
+    promptSet: (experiment, set) => get(experiment, "sets", set),
+    prompt: (state) => ofPrompt(state),
+    layers: (state) => ofPrompt(state, "layers", ...state.trait.split("/"), state.component),
+    lens: (state) => ofPrompt(state, "lens"),
+    lensToken: (state, token) => ofPrompt(state, "lens", token),
+    attention: (state) => ofPrompt(state, "attention"),
+    attentionToken: (state, token) => ofPrompt(state, "attention", token),
+    average: (experiment, set, trait, component) => get(experiment, "averages", set, ...trait.split("/"), component),
+    vectors: (state) => get(state.experiment, "vectors", ...state.trait.split("/")),
+  };
+})();

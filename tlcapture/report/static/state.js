@@ -1,0 +1,56 @@
+"use strict";
+// What is looked at. It lives in the address, so that a view can be shared; everything else follows from it.
+window.tl = {};
+
+tl.state = (() => {
+  const DEFAULTS = {
+    view: "dynamics", experiment: "", set: "", prompt: "", trait: "", component: "residual",
+    token: null, layer: null, head: 0, point: "residual_out", measure: "entropy", shown: "", normalise: false,
+    average: false, experiment2: "", set2: "", prompt2: "", average2: false, theme: "",
+  };
+  // Moving along a text is no step to go back to.
+  const PASSING = new Set(["token", "layer", "head"]);
+  const listeners = [];
+  let now = fromAddress();
+
+  function fromAddress() {
+    const found = { ...DEFAULTS };
+    for (const [key, text] of new URLSearchParams(location.hash.slice(1))) {
+      if (!(key in DEFAULTS)) continue;
+      const fallback = DEFAULTS[key];
+      if (typeof fallback === "boolean") found[key] = text === "1";
+      else if (fallback === null || typeof fallback === "number") found[key] = /^\d{1,9}$/.test(text) ? Number(text) : fallback;
+      else found[key] = text;
+    }
+    return found;
+  }
+
+  function address() {
+    const pairs = Object.entries(now).filter(([key, value]) => value !== DEFAULTS[key]);
+    return "#" + new URLSearchParams(pairs.map(([key, value]) => [key, value === true ? "1" : String(value)]));
+  }
+
+  function tell(changed) {
+    for (const listener of listeners) listener(now, changed);
+  }
+
+  addEventListener("popstate", () => {
+    const before = now;
+    now = fromAddress();
+    tell(new Set(Object.keys(DEFAULTS).filter((key) => now[key] !== before[key])));
+  });
+
+  return {
+    get now() { return now; },
+    onChange(listener) { listeners.push(listener); },
+    /** Change some of the state and let everybody know. `quietly` leaves no step to go back to. */
+    set(changes, { quietly = false } = {}) {
+      const changed = new Set(Object.keys(changes).filter((key) => changes[key] !== now[key]));
+      if (!changed.size) return;
+      now = { ...now, ...changes };
+      const passing = quietly || [...changed].every((key) => PASSING.has(key));
+      history[passing ? "replaceState" : "pushState"](null, "", address());
+      tell(changed);
+    },
+  };
+})();

@@ -1,0 +1,127 @@
+"""One capture's tokens and their projection onto one trait, as figures, frames and pictures take them. No torch.
+
+line = ProjectedTokens.read(path)      # a projection file
+line.trajectory                        # [n_tokens], at the vector's own layer
+line.at(5)                             # [n_tokens], residual_out of layer 5 on the same vector
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tlcapture.errors import InputError, StorageError
+from tlcapture.storage import read_json
+
+Scores = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectedTokens:
+    """Tokens of a prompt and its response in one line, and what their activations are on a trait's vector.
+
+    Attributes:
+        layer: the vector's own layer, at which the trajectory is taken.
+        scores: `[n_tokens, n_layers, n_sublayers]`, in units of the activations; the sublayers are named by
+            `sublayers`, the last of them being `residual_out` (or `attn_out`).
+        commitment_point, persistence: the dynamics; token indices count over the whole line.
+    """
+
+    prompt_set: str
+    prompt_id: str
+    trait: str
+    component: str
+    method: str
+    layer: int
+    tokens: Sequence[str] = field(repr=False)
+    n_prompt_tokens: int
+    scores: Scores = field(repr=False)
+    sublayers: Sequence[str]
+    commitment_point: int | None
+    persistence: int
+
+    def __post_init__(self) -> None:
+        if self.scores.ndim != 3 or len(self.scores) != len(self.tokens):
+            raise StorageError(f"scores of shape {list(self.scores.shape)} for {len(self.tokens)} tokens")
+        if self.scores.shape[2] != len(self.sublayers) or not self.sublayers:
+            raise StorageError(f"{self.scores.shape[2]} scores a layer, but {len(self.sublayers)} sublayers")
+        if not 0 <= self.layer < self.n_layers:
+            raise StorageError(f"a vector of layer {self.layer}, but scores of {self.n_layers} layers")
+        if not np.isfinite(self.scores).all():
+            raise StorageError("a score is NaN or inf")
+        if self.commitment_point is not None and not 0 <= self.commitment_point < len(self.tokens):
+            raise StorageError(f"commitment point {self.commitment_point} of {len(self.tokens)} tokens")
+
+    @property
+    def n_layers(self) -> int:
+        return int(self.scores.shape[1])
+
+    @property
+    def trajectory(self) -> Scores:
+        """`s[t]`: the last sublayer's projection at the vector's own layer."""
+        return self.at(self.layer)
+
+    @property
+    def peak(self) -> int | None:
+        """The token at which `|s|` is largest, from which persistence counts; the first one is left out."""
+        return int(np.abs(self.trajectory[1:]).argmax()) + 1 if len(self.tokens) > 1 else None
+
+    @property
+    def title(self) -> str:
+        """What the scores are, in a few words."""
+        return f"{self.trait}, {self.component}, {self.method} of layer {self.layer}"
+
+    def at(self, layer: int, sublayer: str | None = None) -> Scores:
+        """`[n_tokens]`: the scores at a layer, of a sublayer or of the last one.
+
+        Raises `InputError` for a layer or a sublayer that there is not.
+        """
+        if not 0 <= layer < self.n_layers:
+            raise InputError(f"no layer {layer}: the projection has layers 0 to {self.n_layers - 1}")
+        return self.by_layer(sublayer)[:, layer]
+
+    def by_layer(self, sublayer: str | None = None) -> Scores:
+        """`[n_tokens, n_layers]`: the scores of a sublayer or of the last one."""
+        if sublayer is not None and sublayer not in self.sublayers:
+            raise InputError(f"no point {sublayer!r}: the projection has {', '.join(self.sublayers)}")
+        return self.scores[:, :, -1 if sublayer is None else list(self.sublayers).index(sublayer)]
+
+    @classmethod
+    def read(cls, path: Path) -> ProjectedTokens:
+        """Read a projection file; raises `StorageError` for anything that is none."""
+        content = read_json(path)
+        try:
+            return _from_file(content)
+        except StorageError as error:
+            raise StorageError(f"{path}: {error}") from None
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise StorageError(f"{path}: no projection file: {type(error).__name__}: {error}") from None
+
+
+def _from_file(content: Any) -> ProjectedTokens:
+    metadata, parts = content["metadata"], [content["prompt"], content["response"]]
+    source, sublayers = metadata["vector_source"], [str(name) for name in metadata["sublayers"]]
+    tokens = [[str(token) for token in part["tokens"]] for part in parts]
+    scores = [content["projections"][name] for name in ("prompt", "response")]
+    if any(len(these) != len(those) for these, those in zip(tokens, scores, strict=True)):
+        raise StorageError("it has not as many projections as tokens")
+    commitment_point = content["dynamics"]["commitment_point"]
+    return ProjectedTokens(
+        prompt_set=str(metadata["prompt_set"]),
+        prompt_id=str(metadata["prompt_id"]),
+        trait=str(source["trait"]),
+        component=str(source["component"]),
+        method=str(source["method"]),
+        layer=int(source["layer"]),
+        tokens=[*tokens[0], *tokens[1]],
+        n_prompt_tokens=len(tokens[0]),
+        scores=np.array([*scores[0], *scores[1]], dtype=np.float64),
+        sublayers=sublayers,
+        commitment_point=None if commitment_point is None else int(commitment_point),
+        persistence=int(content["dynamics"]["persistence"]),
+    )

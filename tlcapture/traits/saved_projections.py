@@ -1,0 +1,74 @@
+"""The projection files of a prompt set, read together. No torch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+
+from tlcapture.errors import InputError
+from tlcapture.layout import Layout
+from tlcapture.names import Trait
+from tlcapture.traits.projected_tokens import ProjectedTokens
+from tlcapture.traits.vector_files import COMPONENTS
+
+
+def saved_projections(
+    layout: Layout, prompt_set: str, *, component: str = "residual", traits: Iterable[str] | str | None = None
+) -> list[ProjectedTokens]:
+    """The projections in the files of a prompt set, in the order of its prompts and then of traits.
+
+    Warns where some captures have none. Raises `InputError`, naming the command that makes them, where
+    there is none at all, or none of a trait that is asked for.
+    """
+    check_component(component)
+    ids = layout.captured(prompt_set)
+    if not ids:
+        there = ", ".join(layout.captured_prompt_sets()) or "none"
+        raise InputError(
+            f"experiment {layout.experiment!r} has no captures of prompt set {prompt_set!r}; captured sets: {there}; "
+            f"run 'tlcapture capture --experiment {layout.experiment} --prompt-set {prompt_set}'"
+        )
+    names = [traits] if isinstance(traits, str) else traits
+    wanted = None if names is None else list(dict.fromkeys(Trait.parse(name) for name in names))
+    by_prompt = {prompt_id: projections_of(layout, prompt_set, prompt_id, component, wanted) for prompt_id in ids}
+    lines = [line for found in by_prompt.values() for line in found]
+    without = [trait for trait in wanted or () if str(trait) not in {line.trait for line in lines}]
+    if not lines or without:
+        raise no_projections(layout, prompt_set, component, without)
+    bare = [prompt_id for prompt_id, found in by_prompt.items() if not found]
+    if bare:
+        which = f"{len(bare)} of {len(ids)} captures of {prompt_set!r}"
+        warnings.warn(f"{which} have no projection and are left out: {', '.join(bare)}", stacklevel=3)
+    return lines
+
+
+def projections_of(
+    layout: Layout, prompt_set: str, prompt_id: str, component: str, traits: Sequence[Trait] | None = None
+) -> list[ProjectedTokens]:
+    """A prompt's projections, in the order of traits; of all traits where none is named."""
+    found = [(layout.of_projection(path), path) for path in layout.all_projections(prompt_set, prompt_id)]
+    return [
+        ProjectedTokens.read(path)
+        for (trait, of_component), path in found
+        if of_component == component and (not traits or trait in traits)
+    ]
+
+
+def no_projections(layout: Layout, prompt_set: str, component: str, traits: Sequence[Trait] = ()) -> InputError:
+    """The error for a prompt set without projections (onto some traits), with the command that makes them."""
+    onto = f" onto {', '.join(map(str, traits))}" if traits else ""
+    options = f"--experiment {layout.experiment} --prompt-set {prompt_set}"
+    options += "" if component == "residual" else f" --component {component}"
+    options += f" --traits {','.join(map(str, traits))}" if traits else ""
+    there = sorted({str(trait) for trait, found in layout.projection_folders(prompt_set) if found == component})
+    return InputError(
+        f"experiment {layout.experiment!r} has no {component} projections of prompt set {prompt_set!r}{onto}; "
+        f"traits there are: {', '.join(there) or 'none'}; run 'tlcapture project {options}'"
+    )
+
+
+def check_component(component: str) -> str:
+    """Return `component`, or raise `InputError`."""
+    if component not in COMPONENTS:
+        raise InputError(f"no component {component!r}: choose one of {', '.join(COMPONENTS)}")
+    return component
