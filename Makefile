@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.bench-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-cuda lint format demo bench bench-quick bench-extract all_prompt_sets clean $(PROMPT_SETS)
+.PHONY: help setup chromium test test-cuda lint format demo bench bench-quick bench-page bench-extract view screenshots all_prompt_sets clean $(PROMPT_SETS)
 
 help: ## Show this help
 	@echo "Targets:"
@@ -36,8 +36,15 @@ $(BENCH_READY): $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[bench]"
 	@touch $@
 
-test: $(READY) ## Run all tests
+test: $(READY) chromium ## Run all tests
 	$(BIN)/python -m pytest $(FLAGS)
+
+# The page is tested in a real browser. Where nobody may install one, those tests are skipped, and say so.
+chromium:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
+	  test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+	  apt-get update --quiet=2 && apt-get install --quiet=2 --yes --no-install-recommends chromium >/dev/null; } || \
+	  echo "no Chromium: the tests of the page will be skipped (Debian: apt install chromium)"
 
 test-cuda: $(READY) ## The model tests on a CUDA device
 	TLCAPTURE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/test_parity.py tests/test_generation.py tests/test_fast_forward.py $(FLAGS)
@@ -61,6 +68,9 @@ bench: $(BENCH_READY) ## Every speed that matters beside its rivals, into benchm
 bench-quick: $(BENCH_READY) ## Most of them in two minutes, on the screen only
 	$(BIN)/python benchmarks/bench.py --quick $(FLAGS)
 
+bench-page: $(READY) chromium ## Time and memory of the page on 200 prompts
+	$(BIN)/python benchmarks/page_speed.py $(FLAGS)
+
 bench-extract: $(READY) ## Time and memory of extracting one trait's vectors
 	$(BIN)/python benchmarks/extraction_cost.py
 
@@ -72,6 +82,15 @@ $(PROMPT_SETS): $(READY)
 
 project-%: $(READY)
 	$(BIN)/tlcapture project --experiment $(EXPERIMENT) --prompt-set $* $(FLAGS)
+
+view: $(READY) ## Open the page on EXPERIMENT
+	$(BIN)/tlcapture view --experiment $(EXPERIMENT) $(FLAGS)
+
+screenshots: $(READY) chromium ## Pictures of the page for the documentation, from the experiment of `make demo`
+	$(BIN)/tlcapture evaluate --experiment demo
+	$(BIN)/tlcapture steer --experiment demo --traits style/formality --layers 8,12,16 --coefficients=-0.2,0.2,0.4
+	$(BIN)/tlcapture capture --experiment demo --prompt-set dynamic --temperature 0 --layer auto
+	$(BIN)/python -m docs.screenshots
 
 clean: ## Remove the environment and build leftovers (experiments stay)
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

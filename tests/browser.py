@@ -70,7 +70,7 @@ class Watched:
         self.page.on("dialog", lambda dialog: self.wrong.append(f"dialog {dialog.message}"))
 
     def _note(self, url: str) -> None:
-        if not url.startswith((self.base, "data:", "blob:")):
+        if not url.startswith((self.base, "data:", "blob:", "about:")):
             self.wrong.append(f"request to {url}")
 
     def open(self, state: str) -> None:

@@ -71,7 +71,7 @@ def view(
     if export is not None:
         _export(root, experiment, chosen, export, max_size)
     if png is not None:
-        _draw(layout, chosen, png)
+        _draw(layout, chosen, png, all_asked_for=prompt_set is not None)
     if export is None and png is None:
         _serve(root, experiment, prompt_set, port, open_browser=not no_browser)
 
@@ -86,11 +86,21 @@ def _export(root: Path, experiment: str, prompt_sets: tuple[str, ...], target: P
         click.secho(f"left out, over --max-size {megabytes:g}: {label}", fg="yellow", err=True)
 
 
-def _draw(layout: Layout, prompt_sets: tuple[str, ...], folder: Path) -> None:
+def _draw(layout: Layout, prompt_sets: tuple[str, ...], folder: Path, *, all_asked_for: bool) -> None:
+    """A prompt set without projections is an error only where it was asked for, or where none has any."""
+    from tlcapture.errors import InputError
     from tlcapture.runs.pictures import write_pictures
 
+    refused = []
     for name in prompt_sets:
-        written = write_pictures(layout, name, layout.captured(name), folder, reporter=Console())
+        try:
+            written = write_pictures(layout, name, layout.captured(name), folder, reporter=Console())
+        except InputError as error:
+            refused.append(error)
+            if all_asked_for or len(refused) == len(prompt_sets):
+                raise
+            Console().warn(str(error))
+            continue
         click.echo(f"wrote {len(written)} pictures of {name} in {folder}")
 
 

@@ -29,7 +29,7 @@ tl.views.lens = {
           const chosen = column === at && row === layer;
           return element("td", {
             className: `${rank === 1 ? "hit" : ""} ${chosen ? "chosen" : ""}`, "data-token": String(lens.token_idx[column]), "data-layer": String(row),
-            style: { backgroundColor: colours.amount(lens.prob[column][row]) },
+            style: { backgroundColor: colours.amount(lens.prob[column][row], 1.4) },
             title: `layer ${row}, after token ${lens.token_idx[column]}: ${tl.quoted(lens.top[column][row])} ${tl.number(lens.prob[column][row])}; ${tl.quoted(lens.actual[column])}, which came, is at rank ${rank} (${tl.number(lens.actual_prob[column][row])})`,
           }, element("small", {}, rank === 1 ? "" : `#${rank}`), tl.visible(lens.top[column][row]));
         })));
