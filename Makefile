@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.bench-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chromium test test-cuda lint format demo bench bench-quick bench-page bench-extract view screenshots all_prompt_sets clean $(PROMPT_SETS)
+.PHONY: help setup chromium test test-cuda reliability lint format demo bench bench-quick bench-page bench-extract view screenshots all_prompt_sets clean $(PROMPT_SETS)
 
 help: ## Show this help
 	@echo "Targets:"
@@ -45,6 +45,9 @@ chromium:
 	  test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
 	  apt-get update --quiet=2 && apt-get install --quiet=2 --yes --no-install-recommends chromium >/dev/null; } || \
 	  echo "no Chromium: the tests of the page will be skipped (Debian: apt install chromium)"
+
+reliability: $(READY) ## Faults, bad input and parity once more, and what they saw into docs/reliability.md
+	$(BIN)/python -m pytest tests/faults tests/input tests/test_parity.py tests/test_refusals.py --reliability docs/reliability.md $(FLAGS)
 
 test-cuda: $(READY) ## The model tests on a CUDA device
 	TLCAPTURE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/test_parity.py tests/test_generation.py tests/test_fast_forward.py $(FLAGS)

@@ -32,6 +32,29 @@ _CHECKED = [
 install_import_hook(_CHECKED, "tests.typechecking.check")
 
 from tests import tiny  # noqa: E402  the hook has to be there first
+from tests.evidence import Evidence  # noqa: E402
+
+EVIDENCE = pytest.StashKey[Evidence]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--reliability", type=Path, metavar="FILE", help="write what the tests saw to this page")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[EVIDENCE] = Evidence()
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    path = session.config.getoption("--reliability")
+    if path is not None and exitstatus == 0:
+        session.config.stash[EVIDENCE].write(path)
+
+
+@pytest.fixture
+def evidence(request: pytest.FixtureRequest) -> Evidence:
+    """Where a test says what it saw, for docs/reliability.md."""
+    return request.config.stash[EVIDENCE]
 
 
 @pytest.fixture(scope="session")

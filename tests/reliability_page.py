@@ -1,0 +1,61 @@
+"""The form of docs/reliability.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tests.evidence import Evidence
+
+HEAD = """# What was tried, and what happened
+
+Every row comes from a test that passed: `make reliability` runs them and writes this page.
+"""
+
+
+def page(evidence: Evidence) -> str:
+    """The whole document."""
+    return "\n".join([HEAD, *_faults(evidence), *_inputs(evidence), *_architectures(evidence)])
+
+
+def _faults(evidence: Evidence) -> list[str]:
+    rows = [(name, *row) for name, row in evidence.faults.items()]
+    return ["## Faults injected into the real command\n", _table(("fault", "how", "what was left"), rows)]
+
+
+def _inputs(evidence: Evidence) -> list[str]:
+    kinds: dict[str, list[tuple[str, int]]] = {}
+    for (reader, kind), count in evidence.inputs.items():
+        kinds.setdefault(reader, []).append((kind, count))
+    rows = [
+        (reader, str(sum(count for _, count in found)), ", ".join(f"{kind} {count}" for kind, count in sorted(found)))
+        for reader, found in sorted(kinds.items())
+    ]
+    text = "Each was read rightly or refused in one line with file and reason: no traceback, no hang, no number.\n"
+    return ["## Inputs tried\n", text, _table(("reader", "inputs", "of which"), rows)]
+
+
+def _architectures(evidence: Evidence) -> list[str]:
+    columns = sorted({what for _, _, what in evidence.deviations})
+    pairs = sorted({(name, engine) for name, engine, _ in evidence.deviations} | set(evidence.refusals))
+    rows = [
+        (name, engine, *(_number(evidence.deviations.get((name, engine, what))) for what in columns),
+         evidence.refusals.get((name, engine), ""))
+        for name, engine in pairs
+    ]  # fmt: skip
+    text = (
+        "Tiny random models, every weight random: the largest deviation from Hugging Face over hidden states, "
+        "attention patterns and logits, as a share of the largest value.\n"
+    )
+    head = ("architecture", "engine", *columns, "refused, with the reason")
+    return ["## Architectures and engines\n", text, _table(head, rows)]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
