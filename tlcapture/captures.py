@@ -21,7 +21,7 @@ from torch import Tensor
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError, NumericalError, StorageError
 from tlcapture.shapes import Residual
-from tlcapture.storage import read_tensors, write_tensors
+from tlcapture.storage import Written, read_tensors, write_tensors
 from tlcapture.views.residual import POINTS, ResidualStream, point_index, stacked
 
 FORMAT_VERSION = 1
@@ -105,8 +105,8 @@ class Capture:
             return torch.cat([each.residual.at(layer, point) for each in parts])
         return self._part(part).residual.at(layer, point)
 
-    def save(self, path: Path, *, before_replacing: Callable[[], object] = lambda: None) -> int:
-        """Write the capture in the format of raw residual files; returns the bytes written.
+    def save(self, path: Path, *, before_replacing: Callable[[], object] = lambda: None) -> Written:
+        """Write the capture in the format of raw residual files.
 
         `before_replacing` is called when the new file is whole and not yet in its place.
         """

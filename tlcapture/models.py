@@ -28,6 +28,7 @@ from tlcapture.errors import ModelError
 from tlcapture.fast_forward import FastForward, FastState
 from tlcapture.hooked_config import architecture_of, covers, hooked_fields, weight_converter
 from tlcapture.lazy_model import LazyModel
+from tlcapture.measures import Measures
 from tlcapture.shapes import LastLogits, Logits, Mask, Residual, Rows, Tokens, Vector
 from tlcapture.weight_layout import lay_out, lay_out_in_place, memory_order
 
@@ -72,6 +73,18 @@ class Model(ABC):
         weight = next(iter(tl.parameters()))
         self.dtype: torch.dtype = weight.dtype
         self.device: torch.device = weight.device
+
+    @property
+    def measures(self) -> Measures:
+        return Measures(
+            n_layers=self.n_layers,
+            d_model=self.d_model,
+            n_heads=self.n_heads,
+            n_key_value_heads=self.n_key_value_heads,
+            d_head=self.d_head,
+            d_mlp=int(self.tl.cfg.d_mlp or 4 * self.d_model),
+            d_vocab=self.d_vocab,
+        )
 
     @property
     def hook_names(self) -> Set[str]:
@@ -287,6 +300,25 @@ def _with_all_keys(name: str, activation: Tensor, n_keys: int) -> Tensor:
     """A pattern over all keys so far: Hugging Face drops those that have left a sliding window."""
     missing = n_keys - activation.shape[-1] if name.endswith("hook_pattern") else 0
     return torch.nn.functional.pad(activation, (missing, 0)) if missing else activation
+
+
+@dataclass(frozen=True)
+class ModelOutline:
+    """What is known of a model without its weights."""
+
+    tokenizer: Any
+    measures: Measures
+
+    @property
+    def n_layers(self) -> int:
+        return self.measures.n_layers
+
+
+def outline_model(name: str) -> ModelOutline:
+    """Read a model's config and tokenizer; raises `ModelError` where it is not found."""
+    with quiet_loading():
+        source = source_of(name)
+        return ModelOutline(fetch(name, "AutoTokenizer", source), Measures.of(fetch(name, "AutoConfig", source)))
 
 
 def load_model(

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from tlcapture.cli.console import Console, finish, one_line_errors
+from tlcapture.cli.console import Console
 from tlcapture.cli.options import (
     LayerList,
     Names,
@@ -18,6 +18,7 @@ from tlcapture.cli.options import (
     root_option,
     seed_option,
 )
+from tlcapture.cli.work import working
 from tlcapture.names import Trait
 
 
@@ -36,8 +37,9 @@ from tlcapture.names import Trait
 @batch_size_option
 @seed_option
 @root_option
-@one_line_errors
+@working
 def evaluate(
+    console: Console,
     experiment: str,
     root: Path,
     traits: tuple[Trait, ...],
@@ -53,9 +55,9 @@ def evaluate(
     from tlcapture.layout import Layout
     from tlcapture.runs.loading import ModelLoader
 
-    layout, console = Layout(root, experiment), Console()
+    layout = Layout(root, experiment)
     if against_steering:
-        _compare(layout, traits)
+        _compare(console, layout, traits)
         return
     from tlcapture.runs.evaluate import EvaluateOptions, best_rows, draw_heatmaps, run_evaluate
 
@@ -65,35 +67,35 @@ def evaluate(
     report = run_evaluate(layout, options, load, console)
     if layout.evaluation.is_file():
         draw_heatmaps(layout, report)
-        _table(best_rows(layout))
-    finish(report)
+        _table(console, best_rows(layout))
 
 
-def _table(rows: list[dict[str, Any]]) -> None:
+def _table(console: Console, rows: list[dict[str, Any]]) -> None:
     """Print the best vector of each trait."""
-    click.echo(
-        f"\n{'trait':<26}{'method':<11}{'layer':>5}{'AUROC':>8}{'d':>8}{'95 % interval':>17}"
+    console.line()
+    console.line(
+        f"{'trait':<26}{'method':<11}{'layer':>5}{'AUROC':>8}{'d':>8}{'95 % interval':>17}"
         f"{'accuracy':>10}{'random AUROC':>15}"
     )
     for row in rows:
         low, high = row["val_effect_size_interval"]
         random = f"{row['random_auroc']:.2f} (p95 {row['random_auroc_p95']:.2f})"
-        click.echo(
+        console.line(
             f"{row['trait']:<26}{row['method']:<11}{row['layer']:>5}{row['val_auroc']:>8.3f}"
             f"{row['val_effect_size']:>8.2f}{f'{low:.2f} to {high:.2f}':>17}{row['val_accuracy']:>10.2f}{random:>18}"
         )
-    click.echo()
+    console.line()
 
 
-def _compare(layout: Any, traits: tuple[Trait, ...]) -> None:
+def _compare(console: Console, layout: Any, traits: tuple[Trait, ...]) -> None:
     """Print the rank correlation of effect size with the steering gain, per trait and pooled."""
     from tlcapture.runs.compare import against_steering
 
     comparison = against_steering(layout, traits or tuple(layout.traits()))
-    click.echo(f"{'trait':<26}{'layers':>7}{'Spearman rho':>14}")
+    console.line(f"{'trait':<26}{'layers':>7}{'Spearman rho':>14}")
     for line in comparison.by_trait:
         rho = "-" if line.rho is None else f"{line.rho:+.3f}"
-        click.echo(f"{line.trait:<26}{line.n:>7}{rho:>14}")
+        console.line(f"{line.trait:<26}{line.n:>7}{rho:>14}")
     for name, line in (("pooled", comparison.pooled), ("pooled, ranks within trait", comparison.within)):
         rho = "-" if line.rho is None else f"{line.rho:+.3f}"
-        click.echo(f"{name:<26}{line.n:>7}{rho:>14}")
+        console.line(f"{name:<26}{line.n:>7}{rho:>14}")

@@ -8,13 +8,14 @@ from typing import Any
 
 from tlcapture import __version__
 from tlcapture.config import record
-from tlcapture.errors import InputError, NumericalError, TlcaptureError
+from tlcapture.errors import InputError, NumericalError
 from tlcapture.extraction.examples import Examples, read_examples
 from tlcapture.extraction.methods import FITS, Labels, LayerVectors
 from tlcapture.extraction.readout import HOOKS, Activations, read_out
 from tlcapture.layout import Datasets, Layout
 from tlcapture.models import Model
 from tlcapture.names import Trait
+from tlcapture.runs.alone import alone
 from tlcapture.runs.examples import PreparedExamples, prepare
 from tlcapture.runs.report import Reporter, RunReport
 from tlcapture.runs.vectors import now
@@ -55,17 +56,14 @@ def run_extract(
         if not 0 <= layer < model.n_layers:
             raise InputError(f"--layers {layer}: the model has layers 0 to {model.n_layers - 1}")
     record(layout, extraction_model=model.name)
-    report = RunReport(layout.folder)
+    report = reporter.report(layout)
     total = sum(len(each.items) for each in examples)
     with reporter.progress(total, "examples", "example") as progress:
         for each in examples:
-            try:
-                _extract(layout, each, model, options, layers, report, progress.advance)
-            except TlcaptureError as error:
-                report.failed(str(each.trait), error)
-                continue
-            report.n_prompts += len(each.items)
-            progress.advance(done=f"{each.trait}: {len(each.items)} examples")
+            with report.attempt(str(each.trait)):
+                _extract(layout, each, model, options, layers, report, reporter, progress.advance)
+                report.n_prompts += len(each.items)
+                progress.advance(done=f"{each.trait}: {len(each.items)} examples")
     return report
 
 
@@ -76,6 +74,7 @@ def _extract(
     options: ExtractOptions,
     layers: Sequence[int],
     report: RunReport,
+    reporter: Reporter,
     on_examples: Callable[[int], None],
 ) -> None:
     prepared = prepare(
@@ -95,7 +94,8 @@ def _extract(
     }
     for component, vectors in fitted.items():
         metadata = _metadata(layout, component, model, options, layers, prepared)
-        _write(VectorFolder(layout, examples.trait), component, vectors, metadata, report)
+        with alone(layout, f"vectors of {examples.trait}", reporter):
+            _write(VectorFolder(layout, examples.trait), component, vectors, metadata, report)
 
 
 def _fit(method: str, activations: Activations, labels: Labels, seed: int) -> LayerVectors:
@@ -124,7 +124,8 @@ def _write(
         metadata["layers"] = sorted({*layers, *metadata["layers"]})
         metadata["methods"] = [*(m for m in METHODS if m in both), *sorted(both - {*METHODS})]
     else:
-        folder.remove(component, methods, layers)
+        # Were the run killed before it ends, what is there would be of unknown origin, and not of a wrong one.
+        folder.remove_all(component, methods, layers)
     for method, by_layer in vectors.items():
         for layer, vector in zip(made_at, by_layer, strict=True):
             report.wrote(folder.write(component, method, layer, vector))

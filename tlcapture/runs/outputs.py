@@ -17,7 +17,7 @@ from tlcapture.layout import Layout
 from tlcapture.models import Model
 from tlcapture.runs.background import Write
 from tlcapture.runs.vectors import now
-from tlcapture.storage import remove, write_json, write_tensors
+from tlcapture.storage import Written, remove, write_json, write_tensors
 from tlcapture.views import Cache
 from tlcapture.views.attention import attention_hooks, attention_view
 from tlcapture.views.internals import internals_hooks, internals_view
@@ -128,8 +128,8 @@ def capture_of(
     )
 
 
-def write_capture(layout: Layout, capture: Capture) -> int:
-    """Write the raw residual file; returns its size.
+def write_capture(layout: Layout, capture: Capture) -> Written:
+    """Write the raw residual file.
 
     What was derived from another capture of the prompt goes when the new file is whole, before it is in
     its place: nothing derived ever stands beside a capture it was not made from.

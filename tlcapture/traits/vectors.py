@@ -11,7 +11,7 @@ from torch import Tensor
 from tlcapture.errors import VectorError
 from tlcapture.names import Trait
 from tlcapture.shapes import Vector
-from tlcapture.storage import read_tensors, write_tensors
+from tlcapture.storage import Written, read_tensors, write_tensors
 from tlcapture.traits.vector_files import VectorFiles
 
 
@@ -53,6 +53,6 @@ class VectorFolder(VectorFiles):
         origin = metadata if listed else {}
         return TraitVector(self.trait, component, method, layer, self.layout.experiment, vector, origin)
 
-    def write(self, component: str, method: str, layer: int, vector: Vector) -> int:
-        """Write one vector; returns the bytes written."""
+    def write(self, component: str, method: str, layer: int, vector: Vector) -> Written:
+        """Write one vector."""
         return write_tensors(self.file(component, method, layer), vector.float().clone())
