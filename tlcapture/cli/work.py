@@ -75,7 +75,8 @@ class _Ending:
 
 def _run(command: Callable[..., None], console: Console, options: Mapping[str, Any]) -> _Ending:
     ending = _outcome(command, console, options)
-    if console.recorded is not None:
+    # Of a run that was refused before it wrote anything there is nothing to record.
+    if console.recorded is not None and (console.recorded.n_files or not ending.error):
         said = len(console.recorded.warnings)
         console.recorded.end(ending.status, ending.exit_code, ending.error)
         for warning in console.recorded.warnings[said:]:
@@ -125,7 +126,7 @@ def _say(console: Console, ending: _Ending, *, as_json: bool) -> None:
         content = {} if report is None else {**report.to_json(), "record": str(report.path)}
         said = {"status": ending.status, "exit_code": ending.exit_code, "error": ending.error, **console.facts}
         click.echo(json.dumps({**said, **content}, ensure_ascii=True))
-    elif report is not None:
+    elif report is not None and (report.n_files or not ending.error):
         console.line(report.summary())
     for failure in report.failures if report else ():
         console.error(f"failed: {failure}")

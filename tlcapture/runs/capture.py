@@ -190,9 +190,9 @@ class _Run:
             save_dtype=options.save_dtype,
         )
         mark = self.layout.unfinished(capture.prompt_set, capture.prompt_id)
+        record(self.layout, inference_model=self.model.name)
         write_bytes(mark, b"")
         self.report.wrote(write_capture(self.layout, capture))
-        record(self.layout, inference_model=self.model.name)
         self._project(capture)
         cache = generation.cache
         files = add_ons(self.layout, capture, wanted, self.model, cache, residual_cache=cache)
