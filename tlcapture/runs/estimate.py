@@ -28,8 +28,8 @@ _PER_WEIGHT = 9.5  # an attention weight: 4 significant digits and a comma
 _PER_PREDICTION = 35.0  # {"token": ..., "prob": ...}
 _PER_PROJECTION = 9.7  # 6 significant digits
 _PER_FILE = 2000  # names, metadata, and what the container adds
-_PER_VIEW = 230  # what a `.pt` file says of each tensor, and the padding before it
-_PER_TOKEN = 20  # its text and id
+_PER_VIEW = 90  # what a `.pt` file says of each tensor, and the padding before it
+_PER_TOKEN = 6  # its text and id
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "auto": 2}
 
 
