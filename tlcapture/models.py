@@ -67,7 +67,7 @@ class Model(ABC):
         self.n_heads = int(cfg.n_heads)
         self.n_key_value_heads = int(getattr(cfg, "n_key_value_heads", None) or cfg.n_heads)
         self.d_head = int(cfg.d_head)
-        self.n_ctx = int(cfg.n_ctx)
+        self.n_ctx = _steady_context(hf_config, int(cfg.n_ctx))
         self.d_vocab = int(cfg.d_vocab)
         weight = next(iter(tl.parameters()))
         self.dtype: torch.dtype = weight.dtype
@@ -267,20 +267,46 @@ class BridgeModel(Model):
             logits = torch.tanh(logits / cap) * cap
         return logits.reshape(*residual.shape[:-1], logits.shape[-1])
 
-    def check_unembedding(self) -> None:
-        """Raise `ModelError` where the logits are more than final norm, unembedding and soft cap."""
-        tokens = torch.arange(1, 5).unsqueeze(0) % self.d_vocab
-        last = f"blocks.{self.n_layers - 1}.hook_resid_post"
-        if last not in self.hook_names:
-            raise ModelError(f"{self.name}: TransformerBridge has no {last} for it: its residual cannot be captured")
-        step = self.step(tokens, torch.ones_like(tokens), self.start(1), {last}, want_logits=True)
-        assert step.logits is not None
-        ours, theirs = self.unembed(step.cache[last][:, -1]).float(), step.logits.float()
-        if not torch.allclose(ours, theirs, rtol=0.05, atol=0.05 * float(theirs.abs().max())):
-            raise ModelError(
-                f"{self.name}: {architecture_of(self.hf_config)} does more to its logits than norm, unembedding and "
-                "soft cap, which a logit lens would silently leave out: this architecture is not supported"
+    def check(self) -> None:
+        """Raise `ModelError` for an architecture whose activations would not be here what they are elsewhere."""
+        first, last = "blocks.0.hook_attn_out", f"blocks.{self.n_layers - 1}.hook_resid_post"
+        lacking = [name for name in (last, first, "blocks.0.attn.hook_pattern") if name not in self.hook_names]
+        lacking += [name for name in ("ln_final", "unembed") if not hasattr(self.tl, name)]
+        if lacking:
+            raise self._refusal(f"TransformerBridge gives it no {lacking[0]}")
+        tokens = torch.arange(1, 7).unsqueeze(0) % self.d_vocab
+        whole = self.step(tokens, torch.ones_like(tokens), self.start(1), {first, last}, want_logits=True)
+        assert whole.logits is not None
+        if not _alike(self.unembed(whole.cache[last][:, -1]), whole.logits):
+            raise self._refusal(
+                "it does more to its logits than norm, unembedding and soft cap, which a logit lens would silently "
+                "leave out"
             )
+        if not _alike(self._padded_and_in_two_steps(tokens, first), whole.cache[first][0]):
+            raise self._refusal(
+                "TransformerBridge computes another attention for it token by token in a padded batch than in one pass"
+            )
+
+    def _padded_and_in_two_steps(self, tokens: Tokens, hook: str) -> Tensor:
+        """An activation of tokens whose last one follows in a step of its own, beside a longer row."""
+        n_pad, n_tokens = 2, tokens.shape[1]
+        longer = tokens.flip(1)[:, :n_pad]
+        rows = torch.cat([torch.cat([torch.zeros_like(longer), longer]), tokens.expand(2, -1)], dim=1)
+        mask = torch.ones_like(rows)
+        mask[0, :n_pad] = 0
+        state = self.start(2)
+        spans = (slice(0, -1), slice(-1, None))
+        steps = [self.step(rows[:, span], mask[:, span], state, {hook}, want_logits=True) for span in spans]
+        return torch.cat([step.cache[hook] for step in steps], dim=1)[0, -n_tokens:]
+
+    def _refusal(self, reason: str) -> ModelError:
+        return ModelError(f"{self.name}: {architecture_of(self.hf_config)} is not supported: {reason}")
+
+
+def _alike(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two activations are the same but for the rounding of 16 bits."""
+    ours, theirs = ours.float(), theirs.float()
+    return torch.allclose(ours, theirs, rtol=0.05, atol=0.05 * float(theirs.abs().max()))
 
 
 def _with_all_keys(name: str, activation: Tensor, n_keys: int) -> Tensor:
@@ -348,11 +374,13 @@ def from_hugging_face(
             tl = TransformerBridge.boot_transformers(
                 name, hf_model=model, tokenizer=_tokenizer_for(tokenizer, name), device=device, dtype=model.dtype
             )
-        except (ValueError, NotImplementedError, AttributeError) as error:
+            bridge = BridgeModel(tl, *common)
+            bridge.check()
+        except (ModelError, torch.OutOfMemoryError):
+            raise
+        except (ValueError, NotImplementedError, AttributeError, RuntimeError) as error:
             reason = f"TransformerBridge does not run {architecture_of(config)}: {_first_line(error)}"
             raise ModelError(f"{name}: {reason}") from None
-        bridge = BridgeModel(tl, *common)
-        bridge.check_unembedding()
         return bridge
 
 
@@ -385,6 +413,16 @@ def as_model(model: Any) -> Model:
     if isinstance(model, str):
         return load_model(model)
     return from_hooked_transformer(model)
+
+
+def _steady_context(config: Any, n_ctx: int) -> int:
+    """For how many positions a model's rotary frequencies are what they are for one.
+
+    Those of LongRoPE become others for all tokens, and all rows of a batch, once one row is longer than
+    the length of pretraining: what a prompt yields would depend on what runs beside it and comes after it.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    return min(n_ctx, int(rope["original_max_position_embeddings"])) if rope.get("rope_type") == "longrope" else n_ctx
 
 
 def _first_line(error: BaseException) -> str:
