@@ -196,4 +196,4 @@ def test_prompts_run_in_parts_yield_what_they_yield_at_once(monkeypatch: pytest.
     for name, generation in at_once.items():
         assert generation.response_ids == in_parts[name].response_ids
         for hook, activation in generation.cache.items():
-            assert torch.allclose(activation, in_parts[name].cache[hook], atol=1e-5)
+            assert torch.allclose(activation, in_parts[name].cache[hook], atol=1e-4)
