@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests import tiny
 from tlcapture.checkpoints import cast, fingerprint
 from tlcapture.errors import ModelError
 from tlcapture.models import _tokenizer_for, as_model, from_hooked_transformer, from_hugging_face, load_model
+from tlcapture.provenance import model_record, point_hooks
 
 
 def test_a_local_folder_is_loaded_and_auto_takes_hooked(tiny_folder: Path) -> None:
@@ -100,6 +102,19 @@ def test_a_bos_that_transformerlens_filled_in_is_not_taken_for_the_tokenizers_ow
     base.set_tokenizer(_tokenizer_for(tiny.tokenizer(chat_template=None, bos=False), "none"))
     assert base.tokenizer.bos_token is not None
     assert from_hooked_transformer(base).tokenizer.bos_token_id is None
+
+
+def test_what_is_recorded_of_a_model_names_revision_engine_and_the_hooks_of_each_point() -> None:
+    hf = copy.deepcopy(tiny.hf_model("gpt_neox"))
+    hf.config._commit_hash = "0a1b2c"
+    model = from_hugging_face(hf, tiny.tokenizer(), name="org/model", engine="bridge")
+    record = model_record(model)
+    assert (record["model_revision"], record["engine"], record["dtype"]) == ("0a1b2c", "bridge", "float32")
+    assert record["model_fingerprint"] == fingerprint(tiny.hf_model("gpt_neox"))
+    assert record["weight_processing"] == "none"
+    hooks = point_hooks(model, attn_out=True)
+    assert hooks["after_attn"] == "blocks.{L}.hook_resid_pre + blocks.{L}.hook_attn_out"
+    assert {hook.format(L=0) for point, hook in hooks.items() if point != "after_attn"} <= set(model.hook_names)
 
 
 def test_casting_leaves_packed_weights_and_buffers_as_they_are() -> None:

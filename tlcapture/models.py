@@ -74,6 +74,11 @@ class Model(ABC):
         self.device: torch.device = weight.device
 
     @property
+    def revision(self) -> str | None:
+        """The hub's commit hash of the checkpoint; `None` for one that did not come from there."""
+        return getattr(self.hf_config, "_commit_hash", None)
+
+    @property
     def hook_names(self) -> Set[str]:
         """Names of all activations that the model can hand out, in TransformerLens's words."""
         return self.tl.hook_dict.keys()
