@@ -337,14 +337,14 @@ def load_model(
     Raises:
         ModelError: the model is not found, or the engine asked for does not cover it.
     """
-    target = _device(device)
+    target = pick_device(device)
     with quiet_loading():
         source = source_of(name)
         config = fetch(name, "AutoConfig", source)
-        chosen = _engine(name, engine, config)
+        chosen = pick_engine(name, engine, config)
         model = fetch_weights(name, source)
         mark = fingerprint(model)
-        cast(model, _dtype(dtype, target, config))
+        cast(model, pick_dtype(dtype, target, config))
         tokenizer = fetch(name, "AutoTokenizer", source)
         return from_hugging_face(model, tokenizer, name=name, engine=chosen, device=str(target), mark=mark, fast=fast)
 
@@ -366,7 +366,7 @@ def from_hugging_face(
     config = model.config
     if not getattr(config, "architectures", None):
         config.architectures = [type(model).__name__]
-    engine = _engine(name, engine, config)
+    engine = pick_engine(name, engine, config)
     model = model.eval().requires_grad_(False)
     common = (tokenizer, config, model.generation_config, name, mark or fingerprint(model))
     with quiet_loading():
@@ -443,7 +443,8 @@ def _without_filled_in_bos(tokenizer: Any) -> Any:
     return own
 
 
-def _engine(name: str, engine: str, config: Any) -> str:
+def pick_engine(name: str, engine: str, config: Any) -> str:
+    """The engine to run a model on; raises `ModelError` for one that does not cover it, with the reason."""
     if engine not in ENGINES:
         raise ModelError(f"no engine {engine!r}: choose one of {', '.join(ENGINES)}")
     reason = covers(config) if engine != "bridge" else None
@@ -454,7 +455,8 @@ def _engine(name: str, engine: str, config: Any) -> str:
     return engine
 
 
-def _device(device: str) -> torch.device:
+def pick_device(device: str) -> torch.device:
+    """The device asked for; `auto` is the first there is. Raises `ModelError` for one that is not there."""
     if device != "auto":
         try:
             return torch.empty(0, device=device).device
@@ -465,7 +467,8 @@ def _device(device: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _dtype(dtype: str, device: torch.device, config: Any) -> torch.dtype:
+def pick_dtype(dtype: str, device: torch.device, config: Any) -> torch.dtype:
+    """The dtype asked for; `auto` is float32 on a CPU and the checkpoint's own elsewhere."""
     if dtype != "auto":
         if dtype not in DTYPES:
             raise ModelError(f"no dtype {dtype!r}: choose one of auto, {', '.join(DTYPES)}")
