@@ -129,8 +129,7 @@ def test_processed_weights_are_found_where_they_show() -> None:
     assert (found.verdict, "residual_in of layer" in found.detail) == ("failed", True), found
     model = fresh("gpt2")
     weight = model.tl.unembed.W_U
-    with torch.no_grad():
-        weight.sub_(weight.mean(dim=-1, keepdim=True))
+    weight.data = weight - weight.mean(dim=-1, keepdim=True)  # not in place: the embedding is tied to it
     found = check_raw_basis(model, runs("gpt2"))
     assert (found.verdict, "at the logits" in found.detail) == ("failed", True), found
 
