@@ -25,12 +25,11 @@ from tlcapture.model_checks import (
     check_recomputed,
     check_soft_caps,
     check_stop_ids,
-    deviation,
     guarded,
     probe_prompts,
 )
 from tlcapture.models import Model, Step, from_hugging_face
-from tlcapture.reference import ReferenceRun, reference_run
+from tlcapture.reference import ReferenceRun, deviation, reference_run, reference_runs
 from tlcapture.runs.doctor import check_model
 
 TWICE = "{{ bos_token }}" + tiny.CHAT_TEMPLATE
@@ -59,6 +58,7 @@ def test_a_sound_model_passes_every_check(name: str, engine: str) -> None:
     capless = "ok" if name == "gemma2" else "not applicable"
     assert [check.verdict for check in found] == ["ok"] * 6 + [capless, "ok"], found
     assert all("\n" not in check.detail for check in found)
+    assert "deviation from Hugging Face" in found[3].detail and "of 1.0e-04 allowed" in found[3].detail
 
 
 @pytest.mark.parametrize(
@@ -132,6 +132,22 @@ def test_processed_weights_are_found_where_they_show() -> None:
     weight.data = weight - weight.mean(dim=-1, keepdim=True)  # not in place: the embedding is tied to it
     found = check_raw_basis(model, runs("gpt2"))
     assert (found.verdict, "at the logits" in found.detail) == ("failed", True), found
+
+
+@pytest.mark.parametrize("engine", ["hooked", "bridge"])
+def test_in_bfloat16_a_model_is_measured_against_the_rounding_of_hugging_face(engine: str) -> None:
+    half = copy.deepcopy(tiny.hf_model("llama", torch.bfloat16))
+    exact = reference_runs(half, [prompt.token_ids for prompt in PROMPTS])
+    assert all(run.rounding is not None and len(run.rounding) == 4 for run in exact)
+    assert next(half.parameters()).dtype == torch.float32
+    found = {check.name: check for check in check_model(tiny.model("llama", engine, torch.bfloat16), exact)}
+    assert {check.verdict for check in found.values()} == {"ok", "not applicable"}, found
+
+    def bend(hf: Any) -> None:
+        cast(hf, torch.bfloat16)
+        hf.model.layers[1].mlp.down_proj.weight.mul_(1.5)
+
+    assert check_raw_basis(fresh("llama", engine, bend), exact).verdict == "failed"
 
 
 def test_one_weight_that_is_off_by_a_thousandth_is_found() -> None:

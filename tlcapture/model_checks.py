@@ -19,7 +19,7 @@ from tlcapture.chat import TokenizedPrompt, bos_policy, stop_ids, tokenize
 from tlcapture.errors import NumericalError, TlcaptureError
 from tlcapture.generation import Failure, Generation, Sampling, generate, teacher_force
 from tlcapture.models import Model
-from tlcapture.reference import ReferenceRun
+from tlcapture.reference import ReferenceRun, deviation
 from tlcapture.views.attention import attention_hooks
 from tlcapture.views.residual import residual_hooks, residual_view
 
@@ -29,7 +29,7 @@ TEXTS = (
     "A lighthouse keeper writes down the weather every evening: wind, clouds and the height of the waves. "
     "What would a sailor who reads the book a hundred years later learn from it?",
 )
-# As shares of a token's norm. In 16 bits both sides err, and errors grow with depth: float32 is the sharper test.
+# As shares of a token's norm; rounding in 16 bits grows with depth.
 BOUNDS = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 3e-1}
 NEW_TOKENS = 4
 
@@ -110,21 +110,23 @@ def check_padding(model: Model, prompts: Sequence[TokenizedPrompt]) -> Check:
 
 
 def check_raw_basis(model: Model, runs: Sequence[ReferenceRun]) -> Check:
-    """Prompt and decode steps have Hugging Face's hidden states at every layer, and its logits."""
-    worst, where = 0.0, "the embedding"
+    """Prompt and decode steps have Hugging Face's hidden states at every layer, and its logits.
+
+    In 16 bits, where both err, at most three times as much is allowed as Hugging Face deviates from float32.
+    """
+    worst, detail = -1.0, ""
     for run in runs:
         cache = _forced(model, run, residual_hooks(model.n_layers, model.hook_names))
         stream = residual_view(cache, model.n_layers)
-        logits = model.unembed(stream.at(model.n_layers - 1, "residual_out")).float().cpu()
-        found = [
-            (deviation(stream.at(layer, "residual_in"), run.hidden[layer]), f"residual_in of layer {layer}")
-            for layer in range(model.n_layers)
-        ]
-        for value, place in [*found, (deviation(logits, run.logits), "the logits")]:
-            if not value <= worst:  # NaN too
-                worst, where = value, place
-    detail = f"largest deviation from Hugging Face {worst:.1e}, at {where}, over {sum(map(_n_tokens, runs))} tokens"
-    return Check("raw basis", _within(worst, BOUNDS[model.dtype]), _with_bound(detail, worst, BOUNDS[model.dtype]))
+        ours = [stream.at(layer, "residual_in") for layer in range(model.n_layers)]
+        ours.append(model.unembed(stream.at(model.n_layers - 1, "residual_out")))
+        for place, (one, other) in enumerate(zip(ours, [*run.hidden, run.logits], strict=True)):
+            found, bound = deviation(one, other), _bound(model, run, place)
+            if not found / bound <= worst:  # NaN too
+                worst = found / bound
+                where = f"residual_in of layer {place}" if place < model.n_layers else "the logits"
+                detail = f"deviation from Hugging Face {found:.1e} at {where}, of {bound:.1e} allowed"
+    return Check("raw basis", _within(worst, 1), f"{detail}, over {sum(map(_n_tokens, runs))} tokens")
 
 
 def check_soft_caps(model: Model, runs: Sequence[ReferenceRun]) -> Check:
@@ -133,19 +135,19 @@ def check_soft_caps(model: Model, runs: Sequence[ReferenceRun]) -> Check:
     final, scores = (getattr(config, f"{kind}_logit_softcapping", None) for kind in ("final", "attn"))
     if not final and not scores:
         return Check("soft caps", NOT_APPLICABLE, "the config asks for none")
-    bound, verdicts, details = BOUNDS[model.dtype], [], []
+    verdicts, details = [], []
     run = max(runs, key=_n_tokens)
     last = f"blocks.{model.n_layers - 1}.hook_resid_post"
     cache = _forced(model, run, [last, *attention_hooks(model.n_layers)])
     if final:
         logits = model.unembed(cache[last]).float().cpu()
         found, largest = deviation(logits, run.logits), float(logits.abs().max())
-        verdicts.append(_within(found, bound) if largest <= final else FAILED)
+        verdicts.append(_within(found, _bound(model, run, model.n_layers)) if largest <= final else FAILED)
         details.append(f"logits up to {largest:.3g} under a cap of {final:g}, deviation {found:.1e}")
     if scores and run.patterns is not None:
         ours = torch.stack([cache[name].float() for name in attention_hooks(model.n_layers)])
         found = deviation(ours, run.patterns)
-        verdicts.append(_within(found, bound))
+        verdicts.append(_within(found, BOUNDS[model.dtype]))
         details.append(f"attention under a cap of {scores:g}, deviation {found:.1e}")
     return Check("soft caps", FAILED if FAILED in verdicts else OK, "; ".join(details))
 
@@ -200,13 +202,6 @@ def check_range(model: Model, prompts: Sequence[TokenizedPrompt]) -> Check:
     return Check("range", OK, detail)
 
 
-def deviation(ours: Tensor, theirs: Tensor) -> float:
-    """The largest norm of a difference along the last axis, as a share of the norm; NaN where either is."""
-    ours, theirs = ours.float().cpu(), theirs.float().cpu()
-    smallest = torch.finfo(torch.float32).tiny
-    return float(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=smallest)).max())
-
-
 def _forced(model: Model, run: ReferenceRun, hooks: Sequence[str]) -> dict[str, Tensor]:
     """Activations of a run's tokens: the prompt in one step, then token by token."""
     ids, spans = torch.tensor([run.token_ids]), [(0, run.n_prompt_tokens)]
@@ -238,6 +233,11 @@ def _generated(model: Model, prompts: Sequence[TokenizedPrompt], batch_size: int
             raise NumericalError(f"the {_kind_of(outcome.prompt)} yielded nothing: {outcome.reason}")
         found.append(outcome)
     return sorted(found, key=lambda outcome: outcome.prompt.id)
+
+
+def _bound(model: Model, run: ReferenceRun, place: int) -> float:
+    """How much a layer's residual, or behind the last layer the logits, may deviate."""
+    return BOUNDS[model.dtype] if run.rounding is None else 3 * run.rounding[place] + 1e-3
 
 
 def _within(found: float, bound: float) -> str:

@@ -9,7 +9,7 @@ from tlcapture.checkpoints import fetch, quiet_loading, source_of
 from tlcapture.memory import release_memory
 from tlcapture.model_checks import Check, guarded
 from tlcapture.models import Model, pick_device, pick_dtype, pick_engine
-from tlcapture.reference import ReferenceRun, load_reference, reference_run
+from tlcapture.reference import ReferenceRun, load_reference, reference_runs
 from tlcapture.runs.loading import ModelLoader
 
 
@@ -45,7 +45,7 @@ def _reference_runs(load: ModelLoader) -> list[ReferenceRun]:
         tokenizer = fetch(load.name, "AutoTokenizer", source)
     load.reporter.line(f"loading {load.name} with transformers alone, for comparison ...")
     reference = load_reference(load.name, device, pick_dtype(load.dtype, device, config))
-    runs = [reference_run(reference, prompt.token_ids) for prompt in checks.probe_prompts(tokenizer)]
+    runs = reference_runs(reference, [prompt.token_ids for prompt in checks.probe_prompts(tokenizer)])
     del reference
     release_memory()
     return runs
