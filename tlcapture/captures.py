@@ -69,6 +69,8 @@ class Capture:
             f"{len(self.prompt.tokens)} prompt and {len(self.response.tokens)} response tokens",
             f"{self.n_layers} layers",
         ]
+        if self.metadata.get("engine") and self.metadata.get("dtype"):
+            facts.append(f"{self.metadata['engine']} in {self.metadata['dtype']}")
         if self.metadata.get("stop_reason"):
             facts.append(f"ended by {self.metadata['stop_reason']}")
         return ColouredTokens(self.tokens, len(self.prompt.tokens), label=", ".join(facts))._repr_html_()

@@ -6,15 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tlcapture import __version__
+from tlcapture.chat import bos_policy
 from tlcapture.config import record
 from tlcapture.errors import InputError, NumericalError
 from tlcapture.extraction.examples import Examples, read_examples
 from tlcapture.extraction.methods import FITS, Labels, LayerVectors
-from tlcapture.extraction.readout import HOOKS, Activations, read_out
+from tlcapture.extraction.readout import Activations, read_out
 from tlcapture.layout import Datasets, Layout
 from tlcapture.models import Model
 from tlcapture.names import Trait
+from tlcapture.provenance import COMPONENT_HOOKS, model_record
 from tlcapture.runs.alone import alone
 from tlcapture.runs.examples import PreparedExamples, prepare
 from tlcapture.runs.report import Reporter, RunReport
@@ -156,13 +157,11 @@ def _metadata(
         "num_layers": model.n_layers,
         "hidden_dim": model.d_model,
         "timestamp": now(),
-        "hook": HOOKS[component].replace("layer", "L"),
+        "hook": COMPONENT_HOOKS[component],
         "position": prepared.position,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "weight_processing": "none",
-        "model_fingerprint": model.fingerprint,
-        "engine": model.engine,
+        **model_record(model),
+        "chat_template": prepared.typical.chat_template,
+        "bos": bos_policy(model.tokenizer, prepared.typical.token_ids, chat_template=prepared.typical.chat_template),
         "split": prepared.examples.split_record(options.seed),
         "examples": prepared.digest,
-        "tlcapture_version": __version__,
     }
