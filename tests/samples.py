@@ -32,6 +32,7 @@ def projected(**changes: Any) -> ProjectedTokens:
         "n_prompt_tokens": N_PROMPT,
         "scores": scores,
         "sublayers": POINTS,
+        "layers": range(N_LAYERS),
         "commitment_point": 5,
         "persistence": 0,
     }

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def activation_cache(capture: Capture, load: Callable[[], Model]) -> ActivationCache:
-    """A cache of the residual points (and `attn_out` where captured), `[n_tokens, d_model]` in float32.
+    """A cache of the residual points (and `attn_out`) that were kept, `[n_tokens, d_model]` in float32.
 
     It holds what was stored and nothing derived: the difference of two rounded residuals would be no
     activation. Models with parallel blocks have no `hook_resid_mid`.
@@ -34,11 +34,13 @@ def activation_cache(capture: Capture, load: Callable[[], Model]) -> ActivationC
         hooks["hook_attn_out"] = "attn_out"
     entries = {
         f"blocks.{layer}.{hook}": capture.residual(layer, point).float()
-        for layer in range(capture.n_layers)
+        for layer in capture.kept.layers
         for hook, point in hooks.items()
+        if point in (*capture.kept.points, "attn_out")
     }
     model = _LazyModel(load, n_layers=capture.n_layers, d_model=int(capture.metadata["d_model"]))
-    return ActivationCache(_WithFinalScale(entries, model, capture.n_layers), model, has_batch_dim=False)
+    whole = _WithFinalScale(entries, model, capture.n_layers, capture.kept.described())
+    return ActivationCache(whole, model, has_batch_dim=False)
 
 
 class _WithFinalScale(dict[str, Tensor]):
@@ -46,14 +48,15 @@ class _WithFinalScale(dict[str, Tensor]):
 
     _KEY = "ln_final.hook_scale"
 
-    def __init__(self, entries: dict[str, Tensor], model: Any, n_layers: int):
+    def __init__(self, entries: dict[str, Tensor], model: Any, n_layers: int, described: str):
         super().__init__(entries)
         self._model = model
+        self._described = described
         self._last = f"blocks.{n_layers - 1}.hook_resid_post"
 
     def __missing__(self, key: str) -> Tensor:
         if key != self._KEY:
-            raise KeyError(key)
+            raise KeyError(f"{key}: {self._described}")
         last = self[self._last]
         if self._model.normalization_centres:
             last = last - last.mean(dim=-1, keepdim=True)

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError, NumericalError, StorageError
+from tlcapture.kept import Kept, listed, point_index
 from tlcapture.shapes import Residual
 from tlcapture.storage import Written, read_tensors, write_tensors
-from tlcapture.views.residual import POINTS, ResidualStream, point_index, stacked
+from tlcapture.views.residual import ResidualStream, stacked
 
 FORMAT_VERSION = 1
 SAVE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -67,7 +68,7 @@ class Capture:
             f"{self.prompt_set}/{self.prompt_id}",
             str(self.metadata["inference_model"]),
             f"{len(self.prompt.tokens)} prompt and {len(self.response.tokens)} response tokens",
-            f"{self.n_layers} layers",
+            f"{self.n_layers} layers" + ("" if self.kept.is_all else f", {self.kept.described()}"),
         ]
         if self.metadata.get("engine") and self.metadata.get("dtype"):
             facts.append(f"{self.metadata['engine']} in {self.metadata['dtype']}")
@@ -85,7 +86,13 @@ class Capture:
 
     @property
     def n_layers(self) -> int:
+        """Layers of the model, whether kept or not."""
         return self.prompt.residual.n_layers
+
+    @property
+    def kept(self) -> Kept:
+        """Which layers and residual points the capture keeps."""
+        return self.prompt.residual.kept
 
     @property
     def d_model(self) -> int:
@@ -101,7 +108,7 @@ class Capture:
 
     def residual(self, layer: int, point: str = "residual_out", part: str = "all") -> Residual:
         """Activations `[n_tokens, d_model]` of a layer at a residual point (or its `attn_out`), of the part
-        `prompt`, `response` or `all`."""
+        `prompt`, `response` or `all`. Raises `InputError` for what the capture does not keep, naming what it does."""
         if part == "all":
             parts = [self.prompt, self.response]
             return torch.cat([each.residual.at(layer, point) for each in parts])
@@ -133,9 +140,10 @@ class Capture:
             lacking = [key for key in _NEEDED if key not in metadata]
             if lacking:
                 raise StorageError(f"{path}: its metadata lacks {', '.join(lacking)}")
-            return cls(_part_from_file(value["prompt"]), _part_from_file(value["response"]), metadata)
-        except StorageError:
-            raise
+            parts = [_part_from_file(value[part], metadata) for part in ("prompt", "response")]
+            return cls(parts[0], parts[1], metadata)
+        except StorageError as error:
+            raise StorageError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
         except (KeyError, TypeError, IndexError, AttributeError, ValueError, RuntimeError) as error:
             raise StorageError(f"{path}: no raw residual file: {type(error).__name__}: {error}") from None
 
@@ -178,19 +186,20 @@ def _save_dtype(name: str, compute: torch.dtype, largest: float) -> torch.dtype:
 def _part_to_file(part: CapturedPart) -> dict[str, Any]:
     stream = part.residual
     activations: dict[int, dict[str, Tensor]] = {}
-    for layer in range(stream.n_layers):
-        activations[layer] = {point: stream.points[point_index(layer, point)] for point in POINTS}
-        if stream.attn_out is not None:
-            activations[layer]["attn_out"] = stream.attn_out[layer]
+    names = [*stream.kept.points, *([] if stream.attn_out is None else ["attn_out"])]
+    for layer in stream.kept.layers:
+        activations[layer] = {name: stream.at(layer, name) for name in names}
     return {"text": part.text, "tokens": part.tokens, "token_ids": part.token_ids, "activations": activations}
 
 
-def _part_from_file(value: Mapping[str, Any]) -> CapturedPart:
+def _part_from_file(value: Mapping[str, Any], metadata: Mapping[str, Any]) -> CapturedPart:
     activations = value["activations"]
-    layers = range(len(activations))
-    points = [activations[0]["residual_in"]]
-    for layer in layers:
-        points += [activations[layer]["after_attn"], activations[layer]["residual_out"]]
-    outputs = [activations[layer]["attn_out"] for layer in layers] if "attn_out" in activations[0] else None
-    residual = ResidualStream(stacked(points), None if outputs is None else stacked(outputs))
+    names = set(next(iter(activations.values()), ()))
+    if any(set(by_point) != names for by_point in activations.values()):
+        raise StorageError(f"its layers {listed(sorted(activations))} have not all the same points")
+    kept = Kept.of_file(metadata, activations, names)
+    by_place = {point_index(layer, point): activations[layer][point] for layer in kept.layers for point in kept.points}
+    outputs = [activations[layer]["attn_out"] for layer in kept.layers] if "attn_out" in names else None
+    points = stacked([by_place[place] for place in kept.places])
+    residual = ResidualStream(points, None if outputs is None else stacked(outputs), None if kept.is_all else kept)
     return CapturedPart(str(value["text"]), list(value["tokens"]), [int(i) for i in value["token_ids"]], residual)

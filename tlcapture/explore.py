@@ -266,8 +266,6 @@ class Explored(ABC):
     def _with_tokens(self, projection: Projection) -> ProjectedTokens:
         import torch
 
-        from tlcapture.traits.projection import SUBLAYERS
-
         capture, dynamics = self._captured, projection.dynamics
         return ProjectedTokens(
             prompt_set=capture.prompt_set,
@@ -279,7 +277,8 @@ class Explored(ABC):
             tokens=projection.tokens,
             n_prompt_tokens=len(projection.prompt),
             scores=torch.cat([projection.prompt, projection.response]).double().numpy(),
-            sublayers=SUBLAYERS[projection.vector.component],
+            sublayers=projection.sublayers,
+            layers=projection.layers,
             commitment_point=dynamics.commitment_point,
             persistence=dynamics.persistence,
         )

@@ -53,7 +53,7 @@ def layers_figure(line: ProjectedTokens, point: str | None = None) -> OfflineFig
         point: a residual point; `residual_out` (or `attn_out`) unless given.
     """
     by_layer = line.by_layer(point).T
-    limit = float(np.abs(by_layer[:, 1:]).max(initial=0.0)) or 1.0
+    limit = float(np.abs(by_layer[list(line.layers), 1:]).max(initial=0.0)) or 1.0  # others were not kept
     drawn = by_layer.copy()
     drawn[:, 0] = np.nan
     title = f"{line.prompt_set}/{line.prompt_id}: {line.title}, {point or line.sublayers[-1]}"

@@ -36,7 +36,7 @@ def frame(lines: Sequence[ProjectedTokens], layers: Layers = "own") -> DataFrame
     """A tidy frame of projections: in their order, by layer, by token.
 
     Args:
-        layers: `own`, each vector's own layer; `all`; a layer; or several.
+        layers: `own`, each vector's own layer; `all` that were kept; a layer; or several.
 
     Raises `InputError` for a layer that a projection has not.
     """
@@ -67,7 +67,7 @@ def _chosen(line: ProjectedTokens, layers: Layers) -> list[int]:
         if layers == "own":
             return [line.layer]
         if layers == "all":
-            return list(range(line.n_layers))
+            return list(line.layers)
         raise InputError(f"layers {layers!r}: expected 'own', 'all', a layer or several")
     chosen = layers if isinstance(layers, Iterable) else [layers]
     return [index(layer) for layer in chosen]

@@ -87,7 +87,7 @@ def projection_picture(line: ProjectedTokens) -> bytes:
     _draw_trajectory(above, line)
     scores = np.ma.masked_invalid(line.by_layer().T.copy())
     scores[:, 0] = np.ma.masked
-    limit = float(np.abs(scores[:, 1:]).max()) if n_tokens > 1 else 0.0
+    limit = float(np.abs(scores[list(line.layers), 1:]).max()) if n_tokens > 1 else 0.0
     image = below.imshow(
         scores, aspect="auto", cmap="RdBu_r", vmin=-(limit or 1.0), vmax=limit or 1.0, origin="lower",
         interpolation="nearest",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from tlcapture import __version__
+from tlcapture.kept import POINTS
 
 if TYPE_CHECKING:
     from tlcapture.models import Model
@@ -33,9 +35,9 @@ def model_record(model: Model) -> dict[str, Any]:
     }
 
 
-def point_hooks(model: Model, *, attn_out: bool) -> dict[str, str]:
-    """The hook of each residual point, and of `attn_out` where it is captured."""
-    hooks = {point: hook for point, hook in HOOKS.items() if point != "attn_out" or attn_out}
-    if model.has_parallel_blocks:
+def point_hooks(model: Model, *, attn_out: bool, points: Iterable[str] = POINTS) -> dict[str, str]:
+    """The hook of each residual point that is captured, and of `attn_out` where it is."""
+    hooks = {point: HOOKS[point] for point in [*points, *(["attn_out"] if attn_out else [])]}
+    if model.has_parallel_blocks and "after_attn" in hooks:
         hooks["after_attn"] = f"{HOOKS['residual_in']} + {HOOKS['attn_out']}"
     return hooks

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from tlcapture.errors import NumericalError, VectorError
+from tlcapture.kept import POINTS
 from tlcapture.names import Trait
 from tlcapture.traits.projection import dynamics_of_file, project
 from tlcapture.traits.selection import Selection
 from tlcapture.traits.vectors import TraitVector
-from tlcapture.views.residual import POINTS, ResidualStream
+from tlcapture.views.residual import ResidualStream
 
 WIDTH, LAYERS = 16, 4
 

@@ -12,6 +12,7 @@ from tlcapture.cli.options import (
     LayerOrWord,
     batch_size_option,
     experiment_option,
+    kept_options,
     model_options,
     prompt_set_options,
     root_option,
@@ -34,6 +35,7 @@ from tlcapture.cli.work import working
     help="Everything a layer computes; repeatable. all: every layer, and --attention --logit-lens.",
 )
 @click.option("--capture-attn", is_flag=True, help="Keep attention outputs beside the residual stream.")
+@kept_options
 @click.option("--no-project", is_flag=True, help="Do not project onto the experiment's trait vectors.")
 @click.option("--replay", is_flag=True, help="Generate nothing: make add-ons from saved captures.")
 @click.option(

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from tlcapture.errors import InputError
+from tlcapture.kept import POINTS
 from tlcapture.names import Trait, split_names
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -99,6 +100,22 @@ class LayerList(_Named):
         return tuple(sorted({int(name) for name in names}))
 
 
+class Points(_Named):
+    """Comma-separated residual points, or `all`."""
+
+    name = "a,b|all"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        if value == "all":
+            return ()
+        names = split_names(value)
+        if not names or not set(names) <= set(POINTS):
+            self.fail(f"{value!r} is no list of residual points: {', '.join(POINTS)}.", param, ctx)
+        return tuple(point for point in POINTS if point in names)
+
+
 class NumberList(_Named):
     """Comma-separated numbers other than zero, at least one."""
 
@@ -149,6 +166,19 @@ vector_options = together(
         "--vector-experiment",
         metavar="NAME",
         help="Experiment whose vectors to use; says that another model's are meant.",
+    ),
+)
+
+kept_options = together(
+    click.option(
+        "--layers", type=LayerList(), default="all", show_default=True, help="Layers of the residual stream to keep."
+    ),
+    click.option(
+        "--points",
+        type=Points(),
+        default="all",
+        show_default=True,
+        help=f"Residual points to keep of each layer: {', '.join(POINTS)}.",
     ),
 )
 

@@ -97,7 +97,9 @@ class Contents:
                 found["problems"].append(f"{path.relative_to(self.root)}: it is of other tokens than its neighbours")
                 continue
             found["projections"].append(projection)
-            found["n_layers"] = len(content["projections"]["prompt"][0])
+            by_layer = content["projections"]["prompt"][0]
+            found["n_layers"] = len(by_layer)
+            found["layers"] = [layer for layer, scores in enumerate(by_layer) if scores is not None]
         if found["tokens"] is None:
             found |= self._tokens_of_add_ons(layout, prompt_set, prompt_id)
         if not found["projections"]:
@@ -107,7 +109,8 @@ class Contents:
     def layers(
         self, experiment: str, prompt_set: str, prompt_id: str, category: str, name: str, component: str
     ) -> dict[str, Any]:
-        """The projection onto one trait's vector at every layer and residual point: `scores[token][layer][point]`."""
+        """The projection onto one trait's vector at every layer and residual point: `scores[token][layer][point]`,
+        null at layers that the capture did not keep."""
         layout, trait = self._layout(experiment), Trait.parse(f"{category}/{name}")
         path = layout.projection(trait, _component(component), prompt_set, prompt_id)
         if not path.is_file():

@@ -35,7 +35,6 @@ from tlcapture.runs.report import Reporter, RunReport
 from tlcapture.runs.vectors import Chooser, project_capture, traits_to_project
 from tlcapture.sizes import format_bytes
 from tlcapture.storage import free_bytes, remove, sweep_temporaries, write_bytes
-from tlcapture.views.residual import residual_hooks
 
 __all__ = ["CaptureOptions", "estimate_capture", "run_capture"]
 
@@ -77,8 +76,11 @@ def estimate_capture(
 
 
 def _check(layout: Layout, options: CaptureOptions) -> None:
-    if options.replay and options.capture_attn:
-        raise InputError("--replay keeps raw residuals as they are: attention outputs need a capture of their own")
+    if options.replay and (options.capture_attn or options.layers or options.points):
+        raise InputError(
+            "--replay keeps raw residuals as they are: attention outputs, --layers and --points need a capture of "
+            "their own"
+        )
     if layout.folder.exists() and not os.access(layout.folder, os.W_OK):
         raise StorageError(f"{layout.folder}: cannot be written to")
     if options.project and (options.vectors.experiment or options.vectors.traits):
@@ -146,7 +148,6 @@ class _Run:
     def _generate(self, plan: Plan) -> None:
         model, options = self.model, self.options
         wanted = options.outputs(model.n_layers)
-        points = residual_hooks(model.n_layers, model.hook_names, attn_out=wanted.attn_out)
         total = len(plan.fresh) * options.max_new_tokens
         with (
             self.reporter.progress(total, plan.prompt_set.name, "token") as progress,
@@ -161,7 +162,7 @@ class _Run:
                 model,
                 plan.company,
                 wanted=plan.fresh,
-                hooks=list(dict.fromkeys([*points, *wanted.pass_hooks(model)])),
+                hooks=wanted.live_hooks(model),
                 max_new_tokens=options.max_new_tokens,
                 sampling=options.sampling,
                 batch_size=options.batch_size,
@@ -188,6 +189,7 @@ class _Run:
             max_new_tokens=options.max_new_tokens,
             attn_out=options.capture_attn,
             save_dtype=options.save_dtype,
+            kept=wanted.kept,
         )
         mark = self.layout.unfinished(capture.prompt_set, capture.prompt_id)
         record(self.layout, inference_model=self.model.name)
@@ -218,6 +220,11 @@ class _Run:
     def _replay(self, capture: Capture, wanted: Outputs) -> None:
         if wanted.needs_pass or wanted.logit_lens:
             self._check_model(capture)
+            if wanted.logit_lens and not capture.kept.has_all_outputs:
+                raise InputError(
+                    f"the logit lens needs residual_out of every layer, and {capture.kept.described()}: "
+                    "capture it again with --logit-lens"
+                )
             hooks = wanted.pass_hooks(self.model)
             cache = teacher_force(self.model, capture.token_ids, hooks) if hooks else {}
             for write in add_ons(self.layout, capture, wanted, self.model, cache, residual_cache=None):

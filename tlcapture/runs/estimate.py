@@ -27,6 +27,7 @@ from tlcapture.views.logit_lens import TOP_K
 _PER_WEIGHT = 9.5  # an attention weight: 4 significant digits and a comma
 _PER_PREDICTION = 35.0  # {"token": ..., "prob": ...}
 _PER_PROJECTION = 9.7  # 6 significant digits
+_PER_NULL = 5  # a layer that is not kept
 _PER_FILE = 2000  # names, metadata, and what the container adds
 _PER_VIEW = 90  # what a `.pt` file says of each tensor, and the padding before it
 _PER_TOKEN = 6  # its text and id
@@ -105,18 +106,21 @@ def sizes(
     measures: Measures, n_tokens: int, wanted: Outputs, options: CaptureOptions, n_projections: int
 ) -> Iterator[tuple[str, float]]:
     """Kind and size in bytes of each file of a prompt of `n_tokens`, its response included."""
+    kept = wanted.kept
+    row = len(kept.layers) * len(kept.points) * _PER_PROJECTION + (kept.n_layers - len(kept.layers)) * _PER_NULL
     yield from chain(
         _tensors(measures, n_tokens, wanted, options),
         _json(measures, n_tokens, wanted),
-        (("projection", _PER_FILE + n_tokens * measures.n_layers * 3 * _PER_PROJECTION) for _ in range(n_projections)),
+        (("projection", _PER_FILE + n_tokens * row) for _ in range(n_projections)),
     )
 
 
 def _tensors(m: Measures, n_tokens: int, wanted: Outputs, options: CaptureOptions) -> Iterator[tuple[str, float]]:
     text = _PER_FILE + _PER_TOKEN * n_tokens
     if wanted.residual:
-        n_points = 2 * m.n_layers + 1 + m.n_layers * wanted.attn_out
-        n_views = 2 * m.n_layers * (3 + wanted.attn_out)
+        n_layers = len(wanted.kept.layers)
+        n_points = len(wanted.kept.places) + n_layers * wanted.attn_out
+        n_views = 2 * n_layers * (len(wanted.kept.points) + wanted.attn_out)
         yield "raw residual", text + n_views * _PER_VIEW + n_points * n_tokens * m.d_model * _BYTES[options.save_dtype]
     # Queries, keys, values and their mix; pre-activation, gate, activation; what goes in, between and out.
     heads = (2 * m.n_heads + 2 * m.n_key_value_heads) * m.d_head

@@ -12,6 +12,7 @@ from tlcapture.captures import Capture, CapturedPart, storage_dtype
 from tlcapture.chat import bos_policy, decode, token_texts
 from tlcapture.errors import StorageError
 from tlcapture.generation import Generation, Sampling
+from tlcapture.kept import Kept
 from tlcapture.layout import Layout
 from tlcapture.models import Model
 from tlcapture.provenance import model_record, point_hooks
@@ -21,14 +22,15 @@ from tlcapture.storage import Written, remove, write_json, write_tensors
 from tlcapture.views import Cache
 from tlcapture.views.attention import attention_hooks, attention_view
 from tlcapture.views.internals import internals_hooks, internals_view
-from tlcapture.views.logit_lens import logit_lens_view
-from tlcapture.views.residual import residual_view
+from tlcapture.views.logit_lens import logit_lens_hooks, logit_lens_view
+from tlcapture.views.residual import residual_hooks, residual_view
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Kinds of file for a prompt: the raw residual, and the add-ons."""
+    """Kinds of file for a prompt: the raw residual, with what it keeps of the model, and the add-ons."""
 
+    kept: Kept
     residual: bool = True
     attn_out: bool = False
     attention: bool = False
@@ -43,10 +45,21 @@ class Outputs:
         """Whether more is wanted than the residual stream holds."""
         return self.attention or bool(self.internals)
 
+    def _is_held_by(self, raw: Path) -> bool:
+        """Whether a raw residual file is there, can be read, and keeps all that is wanted."""
+        if not raw.is_file():
+            return False
+        try:
+            capture = Capture.open(raw)
+        except StorageError:
+            return False
+        has_attn_out = capture.prompt.residual.attn_out is not None
+        return capture.kept.includes(self.kept) and (has_attn_out or not self.attn_out)
+
     def missing(self, layout: Layout, prompt_set: str, prompt_id: str) -> Outputs:
         """What of these is not there yet, or belongs to an earlier run of the prompt."""
         raw = layout.residual(prompt_set, prompt_id)
-        if not _holds(raw, attn_out=self.attn_out):
+        if not self._is_held_by(raw):
             return self
         captured = raw.stat().st_mtime_ns
 
@@ -54,6 +67,7 @@ class Outputs:
             return not path.is_file() or path.stat().st_mtime_ns < captured
 
         return Outputs(
+            self.kept,
             residual=False,
             attn_out=self.attn_out,
             attention=self.attention and lacks(layout.attention(prompt_set, prompt_id)),
@@ -61,23 +75,18 @@ class Outputs:
             internals=tuple(n for n in self.internals if lacks(layout.internals(prompt_set, prompt_id, n))),
         )
 
+    def live_hooks(self, model: Model) -> list[str]:
+        """All activations that a live run has to capture: what is kept first, and in the order of its buffer."""
+        names = residual_hooks(model.n_layers, model.hook_names, attn_out=self.attn_out, only=self.kept)
+        names += logit_lens_hooks(model.n_layers) if self.logit_lens else []
+        return list(dict.fromkeys([*names, *self.pass_hooks(model)]))
+
     def pass_hooks(self, model: Model) -> list[str]:
         """The activations that the add-ons read and the residual stream does not hold."""
         names = attention_hooks(model.n_layers) if self.attention else []
         for layer in self.internals:
             names += internals_hooks(layer, model.hook_names)
         return list(dict.fromkeys(names))
-
-
-def _holds(raw: Path, *, attn_out: bool) -> bool:
-    """Whether a raw residual file is there, can be read, and has what is wanted."""
-    if not raw.is_file():
-        return False
-    try:
-        capture = Capture.open(raw)
-    except StorageError:
-        return False
-    return capture.prompt.residual.attn_out is not None or not attn_out
 
 
 def capture_of(
@@ -89,11 +98,13 @@ def capture_of(
     max_new_tokens: int,
     attn_out: bool,
     save_dtype: str,
+    kept: Kept | None = None,
 ) -> Capture:
-    """The capture of a live run, in the dtype in which it will be stored."""
+    """The capture of a live run, in the dtype in which it will be stored: all of it, or what is `kept`."""
+    only = None if kept is None or kept.is_all else kept
     prompt = generation.prompt
     n_prompt, n_tokens = len(prompt.token_ids), len(generation.token_ids)
-    stream = residual_view(generation.cache, model.n_layers, attn_out=attn_out)
+    stream = residual_view(generation.cache, model.n_layers, attn_out=attn_out, only=only)
     dtype = storage_dtype(stream, save_dtype)
     texts = token_texts(model.tokenizer, generation.token_ids)
     response_text = decode(model.tokenizer, generation.response_ids)
@@ -105,8 +116,10 @@ def capture_of(
         "prompt_text": prompt.source_text,
         "n_layers": model.n_layers,
         "d_model": model.d_model,
+        "layers": list(stream.kept.layers),
+        "points": list(stream.kept.points),
         **model_record(model),
-        "hooks": point_hooks(model, attn_out=attn_out),
+        "hooks": point_hooks(model, attn_out=attn_out, points=stream.kept.points),
         "parallel_blocks": model.has_parallel_blocks,
         "temperature": sampling.temperature,
         "seed": sampling.seed,

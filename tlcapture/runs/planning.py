@@ -15,6 +15,7 @@ from tlcapture.chat import TokenizedPrompt, tokenize
 from tlcapture.config import ExperimentConfig
 from tlcapture.errors import InputError, StorageError
 from tlcapture.generation import Sampling
+from tlcapture.kept import Kept
 from tlcapture.layout import Layout
 from tlcapture.prompts import Prompt, PromptSet
 from tlcapture.runs.outputs import Outputs
@@ -25,12 +26,17 @@ ALL_LAYERS = "all"
 
 @dataclass(frozen=True)
 class CaptureOptions:
-    """What to capture and how; `internals` is a tuple of layers, or `"all"`."""
+    """What to capture and how; `internals` is a tuple of layers, or `"all"`.
+
+    `layers` and `points` are those of the residual stream that are kept; all where none is named.
+    """
 
     attention: bool = False
     logit_lens: bool = False
     internals: tuple[int, ...] | str = ()
     capture_attn: bool = False
+    layers: tuple[int, ...] = ()
+    points: tuple[str, ...] = ()
     project: bool = True
     replay: bool = False
     skip_existing: bool = False
@@ -52,6 +58,7 @@ class CaptureOptions:
             if layer >= n_layers:
                 raise InputError(f"--layer-internals {layer}: the model has layers 0 to {n_layers - 1}")
         return Outputs(
+            Kept.of(n_layers, self.layers, self.points),
             residual=not self.replay,
             attn_out=self.capture_attn,
             attention=self.attention or everything,
@@ -163,7 +170,10 @@ class Planner:
             return wanted
         if not options.replay and not self._is_whole_and_of(saved, prompt_set, prompt):
             return wanted
-        return wanted.missing(layout, prompt_set.name, prompt.id)
+        lacking = wanted.missing(layout, prompt_set.name, prompt.id)
+        if lacking.logit_lens and not (saved.kept.has_all_outputs or options.replay):
+            return wanted  # a logit lens cannot be made from what was kept
+        return lacking
 
     def _is_whole_and_of(self, saved: Capture, prompt_set: PromptSet, prompt: Prompt) -> bool:
         """Whether a capture is of this prompt, put in this way to this model, rather than of an earlier wording,

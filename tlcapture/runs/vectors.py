@@ -14,7 +14,7 @@ from tlcapture.names import Trait
 from tlcapture.runs.report import Reporter, RunReport
 from tlcapture.storage import read_json, write_json
 from tlcapture.traits.origin import check_origin, origin_notes
-from tlcapture.traits.projection import SUBLAYERS, Projection, check_fits, project
+from tlcapture.traits.projection import Projection, check_fits, check_kept, project
 from tlcapture.traits.selection import Selection, select
 from tlcapture.traits.vectors import TraitVector, VectorFolder
 
@@ -60,7 +60,7 @@ class Chooser:
     def vectors(self, capture: Capture, component: str) -> Chosen:
         """A vector for each trait that has one of the component; what goes wrong with a trait fails that trait."""
         origin = (capture.metadata.get("inference_model"), capture.metadata.get("weight_processing"))
-        key = (component, capture.n_layers, capture.d_model, origin)
+        key = (component, capture.kept, capture.d_model, origin)
         if key not in self._chosen:
             self._chosen[key] = self._choose(component, capture)
             _warn(self._chosen[key], self._report, self._reporter)
@@ -80,6 +80,7 @@ class Chooser:
                 selection = select(folder, component, n_layers, layer=self._choice.layer, method=self._choice.method)
                 vector = folder.read(component, selection.method, selection.layer)
                 check_fits(vector, n_layers, capture.d_model)
+                check_kept(vector, capture.kept)
                 check_origin(vector, capture.metadata)
             except TlcaptureError as error:
                 self._report.failed(str(trait), error)
@@ -149,7 +150,8 @@ def _file_content(layout: Layout, capture: Capture, projection: Projection, note
         "prompt_id": capture.prompt_id,
         "prompt_set": capture.prompt_set,
         "vector_source": projection.source(),
-        "sublayers": SUBLAYERS[projection.vector.component],
+        "layers": projection.layers,
+        "sublayers": projection.sublayers,
         "projection_date": now(),
     }
     if notes:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tlcapture.errors import InputError, StorageError
+from tlcapture.kept import listed
 from tlcapture.storage import read_json
 
 Scores = NDArray[np.float64]
@@ -28,7 +29,9 @@ class ProjectedTokens:
     Attributes:
         layer: the vector's own layer, at which the trajectory is taken.
         scores: `[n_tokens, n_layers, n_sublayers]`, in units of the activations; the sublayers are named by
-            `sublayers`, the last of them being `residual_out` (or `attn_out`).
+            `sublayers`, the last of them being `residual_out` (or `attn_out`). NaN at layers that the capture did
+            not keep.
+        layers: those that it kept.
         commitment_point, persistence: the dynamics; token indices count over the whole line.
     """
 
@@ -42,6 +45,7 @@ class ProjectedTokens:
     n_prompt_tokens: int
     scores: Scores = field(repr=False)
     sublayers: Sequence[str]
+    layers: Sequence[int]
     commitment_point: int | None
     persistence: int
 
@@ -52,7 +56,9 @@ class ProjectedTokens:
             raise StorageError(f"{self.scores.shape[2]} scores a layer, but {len(self.sublayers)} sublayers")
         if not 0 <= self.layer < self.n_layers:
             raise StorageError(f"a vector of layer {self.layer}, but scores of {self.n_layers} layers")
-        if not np.isfinite(self.scores).all():
+        if self.layer not in self.layers or not set(self.layers) <= set(range(self.n_layers)):
+            raise StorageError(f"a vector of layer {self.layer}, but scores of layers {listed(self.layers)}")
+        if not np.isfinite(self.scores[:, list(self.layers)]).all():
             raise StorageError("a score is NaN or inf")
         if self.commitment_point is not None and not 0 <= self.commitment_point < len(self.tokens):
             raise StorageError(f"commitment point {self.commitment_point} of {len(self.tokens)} tokens")
@@ -81,12 +87,12 @@ class ProjectedTokens:
 
         Raises `InputError` for a layer or a sublayer that there is not.
         """
-        if not 0 <= layer < self.n_layers:
-            raise InputError(f"no layer {layer}: the projection has layers 0 to {self.n_layers - 1}")
+        if layer not in self.layers:
+            raise InputError(f"no layer {layer}: the projection has layers {listed(self.layers)}")
         return self.by_layer(sublayer)[:, layer]
 
     def by_layer(self, sublayer: str | None = None) -> Scores:
-        """`[n_tokens, n_layers]`: the scores of a sublayer or of the last one."""
+        """`[n_tokens, n_layers]`: the scores of a sublayer or of the last one, NaN at layers not kept."""
         if sublayer is not None and sublayer not in self.sublayers:
             raise InputError(f"no point {sublayer!r}: the projection has {', '.join(self.sublayers)}")
         return self.scores[:, :, -1 if sublayer is None else list(self.sublayers).index(sublayer)]
@@ -110,6 +116,10 @@ def _from_file(content: Any) -> ProjectedTokens:
     scores = [content["projections"][name] for name in ("prompt", "response")]
     if any(len(these) != len(those) for these, those in zip(tokens, scores, strict=True)):
         raise StorageError("it has not as many projections as tokens")
+    line = [*scores[0], *scores[1]]
+    layers = [layer for layer, at in enumerate(line[0]) if at is not None] if line else []
+    # An array of its own shape needs numbers where a layer was not kept.
+    none = [None] * len(sublayers)
     commitment_point = content["dynamics"]["commitment_point"]
     return ProjectedTokens(
         prompt_set=str(metadata["prompt_set"]),
@@ -120,8 +130,9 @@ def _from_file(content: Any) -> ProjectedTokens:
         layer=int(source["layer"]),
         tokens=[*tokens[0], *tokens[1]],
         n_prompt_tokens=len(tokens[0]),
-        scores=np.array([*scores[0], *scores[1]], dtype=np.float64),
+        scores=np.array([[none if at is None else at for at in token] for token in line], dtype=np.float64),
         sublayers=sublayers,
+        layers=layers,
         commitment_point=None if commitment_point is None else int(commitment_point),
         persistence=int(content["dynamics"]["persistence"]),
     )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError, NumericalError, VectorError
+from tlcapture.kept import Kept, listed
 from tlcapture.rounding import PROJECTION_DIGITS, rounded_for_json
 from tlcapture.shapes import Trajectory, Vectors
 from tlcapture.traits.dynamics import Dynamics, dynamics
@@ -26,9 +27,7 @@ from tlcapture.traits.origin import recorded_origin
 from tlcapture.traits.projection_files import trajectory_of_file
 from tlcapture.traits.selection import Selection
 from tlcapture.traits.vectors import TraitVector
-from tlcapture.views.residual import POINTS, ResidualStream, point_index
-
-SUBLAYERS = {"residual": list(POINTS), "attn_out": ["attn_out"]}
+from tlcapture.views.residual import ResidualStream
 
 PromptScores = Float[Tensor, "n_prompt_tokens n_layers n_sublayers"]
 ResponseScores = Float[Tensor, "n_response_tokens n_layers n_sublayers"]
@@ -39,13 +38,17 @@ class Projection:
     """One capture's projection onto one trait vector.
 
     `prompt` and `response` are `[n_tokens, n_layers, n_sublayers]`, in units of the activations;
-    sublayers are the residual points, or `attn_out` alone. `tokens` are the capture's, where they are known.
+    `sublayers` are the residual points that the capture keeps, or `attn_out` alone. Of layers that it
+    does not keep the scores are NaN; `layers` are those it keeps. `tokens` are the capture's, where they
+    are known.
     """
 
     vector: TraitVector
     selection: Selection
     prompt: PromptScores
     response: ResponseScores
+    layers: tuple[int, ...]
+    sublayers: tuple[str, ...]
     tokens: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
@@ -85,11 +88,18 @@ class Projection:
         """The keys `projections` and `dynamics` of a projection file."""
         scores = {"prompt": self.prompt, "response": self.response}
         return {
-            "projections": {
-                part: rounded_for_json(values.float().numpy(), PROJECTION_DIGITS) for part, values in scores.items()
-            },
+            "projections": {part: self._scores_to_json(values) for part, values in scores.items()},
             "dynamics": self.dynamics.to_json(),
         }
+
+    def _scores_to_json(self, scores: Tensor) -> Any:
+        """`[n_tokens][n_layers][n_sublayers]`, with null in place of each layer that is not kept."""
+        rounded = rounded_for_json(scores[:, list(self.layers)].float().numpy(), PROJECTION_DIGITS)
+        n_layers = scores.shape[1]
+        if len(self.layers) == n_layers:
+            return rounded
+        row_of = {layer: row for row, layer in enumerate(self.layers)}
+        return [[token[row_of[layer]] if layer in row_of else None for layer in range(n_layers)] for token in rounded]
 
     def source(self) -> dict[str, Any]:
         """The key `vector_source` of a projection file's metadata."""
@@ -112,7 +122,8 @@ def project(
     """Project prompt and response onto vectors of one component, in one matrix product each.
 
     Raises:
-        VectorError: a vector has another width than the activations, or a layer the model has not.
+        VectorError: a vector has another width than the activations, or a layer that the model has not or the
+            capture does not keep.
         NumericalError: a projection is NaN or inf.
     """
     if not chosen:
@@ -120,10 +131,13 @@ def project(
     component = chosen[0][0].component
     for vector, _ in chosen:
         check_fits(vector, prompt.n_layers, prompt.points.shape[-1])
+        check_kept(vector, prompt.kept)
+    kept = prompt.kept
+    sublayers = kept.points if component == "residual" else ("attn_out",)
     directions = unit_directions([vector for vector, _ in chosen])
     scores = [_scores(part, component, directions) for part in (prompt, response)]
     return [
-        Projection(vector, selection, scores[0][number], scores[1][number])
+        Projection(vector, selection, scores[0][number], scores[1][number], kept.layers, sublayers)
         for number, (vector, selection) in enumerate(chosen)
     ]
 
@@ -142,6 +156,21 @@ def check_fits(vector: TraitVector, n_layers: int, d_model: int) -> None:
         )
 
 
+def check_kept(vector: TraitVector, kept: Kept) -> None:
+    """Raise `VectorError` where a capture does not keep what the trajectory on a vector is taken from."""
+    origin = f"the {vector.method} vector of {vector.trait} is of layer {vector.layer}"
+    if vector.layer not in kept.layers:
+        raise VectorError(
+            f"{origin}, but only layers {listed(kept.layers)} were kept: choose another with --layer, or capture again "
+            f"with --layers {','.join(map(str, sorted({*kept.layers, vector.layer})))}"
+        )
+    if vector.component == "residual" and "residual_out" not in kept.points:
+        raise VectorError(
+            f"{origin} and projects residual_out, but only {', '.join(kept.points)} was kept: capture again with "
+            f"--points {','.join([*kept.points, 'residual_out'])}"
+        )
+
+
 def unit_directions(vectors: Sequence[TraitVector]) -> Vectors:
     """The vectors as rows of length 1, in float32."""
     stacked = torch.stack([vector.vector for vector in vectors]).double()
@@ -155,15 +184,20 @@ def dynamics_of_file(content: Any) -> Dynamics:
 
 
 def _scores(part: ResidualStream, component: str, directions: Vectors) -> Float[Tensor, "n_vectors ..."]:
-    """`[n_vectors, n_tokens, n_layers, n_sublayers]`."""
+    """`[n_vectors, n_tokens, n_layers, n_sublayers]`, NaN where a layer is not kept."""
+    kept = part.kept
     if component == "attn_out":
         if part.attn_out is None:
             raise VectorError("the capture holds no attn_out: capture again with --capture-attn")
-        flat = _products(part.attn_out, directions)  # [n_layers, n_tokens, n_vectors]
-        return flat.permute(2, 1, 0).unsqueeze(-1)
-    order = torch.tensor([[point_index(layer, point) for point in POINTS] for layer in range(part.n_layers)])
-    flat = _products(part.points, directions)  # [n_points, n_tokens, n_vectors]
-    return flat[order].permute(3, 2, 0, 1)
+        found = _products(part.attn_out, directions).permute(2, 1, 0).unsqueeze(-1)
+    else:
+        order = torch.tensor([[kept.row(layer, point) for point in kept.points] for layer in kept.layers])
+        found = _products(part.points, directions)[order].permute(3, 2, 0, 1)  # of [n_points, n_tokens, n_vectors]
+    if len(kept.layers) == kept.n_layers:
+        return found
+    whole = found.new_full((*found.shape[:2], kept.n_layers, found.shape[3]), torch.nan)
+    whole[:, :, list(kept.layers)] = found
+    return whole
 
 
 def _products(activations: Tensor, directions: Vectors) -> Tensor:

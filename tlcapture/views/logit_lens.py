@@ -25,6 +25,11 @@ _GROUP = 64  # neighbours in the vocabulary that are counted and compared togeth
 CHUNK = 256  # tokens whose logits over the whole vocabulary are in memory at a time
 
 
+def logit_lens_hooks(n_layers: int) -> list[str]:
+    """The activations the view reads."""
+    return [f"blocks.{layer}.hook_resid_post" for layer in range(n_layers)]
+
+
 @dataclass(frozen=True, repr=False)
 class LogitLens:
     """Predictions for every token that has a next one, by layer.

@@ -2,7 +2,8 @@
 
 Residual points, in the order they are computed, share one buffer: `residual_in` of layer 0, then for
 each layer `after_attn` and `residual_out`. `residual_in` of a later layer is `residual_out` of the one
-before it, so it takes no room of its own.
+before it, so it takes no room of its own. Of a capture that keeps only some layers or points, the buffer
+holds only those.
 """
 
 from __future__ import annotations
@@ -14,21 +15,22 @@ import torch
 from torch import Tensor
 
 from tlcapture.errors import InputError
+from tlcapture.kept import Kept
 from tlcapture.shapes import LayerOutputs, Residual, ResidualPoints
 from tlcapture.views import Cache
-
-POINTS = ("residual_in", "after_attn", "residual_out")
 
 
 @dataclass(frozen=True, repr=False)
 class ResidualStream:
     """The residual stream of some tokens, and the attention outputs where they were captured.
 
-    `points` is `[2 * n_layers + 1, n_tokens, d_model]`, `attn_out` `[n_layers, n_tokens, d_model]`.
+    `points` is `[2 * n_layers + 1, n_tokens, d_model]`, `attn_out` `[n_layers, n_tokens, d_model]`. Where `only`
+    says what is kept of the model, they are `[len(only.places), ...]` and `[len(only.layers), ...]`.
     """
 
     points: ResidualPoints
     attn_out: LayerOutputs | None = None
+    only: Kept | None = None
 
     def __repr__(self) -> str:
         dtype = str(self.points.dtype).removeprefix("torch.")
@@ -40,21 +42,28 @@ class ResidualStream:
 
     @property
     def n_layers(self) -> int:
-        return (self.points.shape[0] - 1) // 2
+        """Layers of the model, whether kept or not."""
+        return (self.points.shape[0] - 1) // 2 if self.only is None else self.only.n_layers
+
+    @property
+    def kept(self) -> Kept:
+        return Kept.of(self.n_layers) if self.only is None else self.only
 
     @property
     def n_tokens(self) -> int:
         return int(self.points.shape[1])
 
     def at(self, layer: int, point: str) -> Residual:
-        """The activations `[n_tokens, d_model]` of a layer at a residual point, or its `attn_out`."""
-        if not 0 <= layer < self.n_layers:
-            raise InputError(f"no layer {layer}: the model has layers 0 to {self.n_layers - 1}")
+        """The activations `[n_tokens, d_model]` of a layer at a residual point, or its `attn_out`.
+
+        Raises `InputError` for what is not kept, naming what is.
+        """
         if point == "attn_out":
+            row = self.kept.layer_row(layer)
             if self.attn_out is None:
                 raise InputError("attn_out was not captured: capture again with --capture-attn")
-            return self.attn_out[layer]
-        return self.points[point_index(layer, point)]
+            return self.attn_out[row]
+        return self.points[self.kept.row(layer, point)]
 
     def tokens(self, start: int, stop: int, dtype: torch.dtype) -> ResidualStream:
         """A copy of the tokens `start` to `stop` in a dtype and in memory of its own."""
@@ -62,40 +71,51 @@ class ResidualStream:
         def copy(tensor: Tensor) -> Tensor:
             return tensor[:, start:stop].to(dtype, copy=True, memory_format=torch.contiguous_format)
 
-        return ResidualStream(copy(self.points), None if self.attn_out is None else copy(self.attn_out))
+        outputs = None if self.attn_out is None else copy(self.attn_out)
+        return ResidualStream(copy(self.points), outputs, self.only)
 
 
-def point_index(layer: int, point: str) -> int:
-    """Where a layer's residual point lies on the first axis of the buffer."""
-    if point not in POINTS:
-        raise InputError(f"no residual point {point!r}: choose one of {', '.join(POINTS)}, attn_out")
-    return 2 * layer + POINTS.index(point)
-
-
-def residual_hooks(n_layers: int, hook_names: Set[str], *, attn_out: bool = False) -> list[str]:
+def residual_hooks(
+    n_layers: int, hook_names: Set[str], *, attn_out: bool = False, only: Kept | None = None
+) -> list[str]:
     """The activations the view reads, the residual points first and in the buffer's order."""
-    points = ["blocks.0.hook_resid_pre"]
-    for layer in range(n_layers):
-        mid = f"blocks.{layer}.hook_resid_mid"
-        # Parallel blocks never compute a residual between attention and MLP.
-        points += [mid if mid in hook_names else f"blocks.{layer}.hook_attn_out", f"blocks.{layer}.hook_resid_post"]
-    extra = [f"blocks.{layer}.hook_attn_out" for layer in range(n_layers)] if attn_out else []
-    return points + [name for name in extra if name not in points]
+    kept = Kept.of(n_layers) if only is None else only
+    points, before = [], []
+    for place in kept.places:
+        layer, is_between = divmod(place, 2)
+        if is_between and f"blocks.{layer}.hook_resid_mid" not in hook_names:
+            # Parallel blocks never compute a residual between attention and MLP.
+            points.append(f"blocks.{layer}.hook_attn_out")
+            before.append(_between_layers(layer))
+        else:
+            points.append(f"blocks.{layer}.hook_resid_mid" if is_between else _between_layers(layer))
+    extra = [f"blocks.{layer}.hook_attn_out" for layer in kept.layers] if attn_out else []
+    return list(dict.fromkeys([*points, *before, *extra]))
 
 
-def residual_view(cache: Cache, n_layers: int, *, attn_out: bool = False) -> ResidualStream:
-    """The residual stream of a cache.
+def residual_view(cache: Cache, n_layers: int, *, attn_out: bool = False, only: Kept | None = None) -> ResidualStream:
+    """The residual stream of a cache: all of it, or what `only` keeps.
 
     Where blocks run attention and MLP in parallel there is no `hook_resid_mid`: `after_attn` is then
     `hook_resid_pre + hook_attn_out`, the residual stream as if attention alone had written to it.
     """
-    points = [cache["blocks.0.hook_resid_pre"]]
-    for layer in range(n_layers):
-        mid = cache.get(f"blocks.{layer}.hook_resid_mid")
-        points.append(points[-1] + cache[f"blocks.{layer}.hook_attn_out"] if mid is None else mid)
-        points.append(cache[f"blocks.{layer}.hook_resid_post"])
-    outputs = [cache[f"blocks.{layer}.hook_attn_out"] for layer in range(n_layers)] if attn_out else None
-    return ResidualStream(stacked(points), None if outputs is None else stacked(outputs))
+    kept = Kept.of(n_layers) if only is None else only
+    points = [_at_place(cache, place) for place in kept.places]
+    outputs = [cache[f"blocks.{layer}.hook_attn_out"] for layer in kept.layers] if attn_out else None
+    return ResidualStream(stacked(points), None if outputs is None else stacked(outputs), only)
+
+
+def _between_layers(layer: int) -> str:
+    """The hook of what goes into a layer, which is what comes out of the one before."""
+    return f"blocks.{layer - 1}.hook_resid_post" if layer else "blocks.0.hook_resid_pre"
+
+
+def _at_place(cache: Cache, place: int) -> Tensor:
+    layer, is_between = divmod(place, 2)
+    if not is_between:
+        return cache[_between_layers(layer)]
+    mid = cache.get(f"blocks.{layer}.hook_resid_mid")
+    return cache[_between_layers(layer)] + cache[f"blocks.{layer}.hook_attn_out"] if mid is None else mid
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ tl.views.layers = {
   create(container) {
     const { element, colours } = tl;
     const controls = element("div", { className: "controls" }), heats = element("div"), notes = element("div");
-    let figures = new Map(), found = null, own = null;
+    let figures = new Map(), found = null, own = null, kept = [];
     const profile = tl.figure({ name: "layer_profile", height: 260, onClick: (point) => tl.state.set({ layer: Math.round(point.x) }) });
     container.append(controls, heats, profile.element, notes);
 
@@ -20,14 +20,14 @@ tl.views.layers = {
 
     /** What colours reach to: the 99th percentile of sizes behind the first token, so that no single one bleaches the rest. */
     function reachOf(grids) {
-      const sizes = grids.flatMap((grid) => grid.flatMap((row) => row.slice(1))).map(Math.abs).sort((a, b) => a - b);
+      const sizes = grids.flatMap((grid) => grid.flatMap((row) => row.slice(1))).filter((value) => value !== null).map(Math.abs).sort((a, b) => a - b);
       return sizes.length ? sizes[Math.floor(0.99 * (sizes.length - 1))] || 1 : 1;
     }
 
     function drawProfile(state, data) {
       const token = state.token ?? Math.min(data.n_prompt_tokens, data.tokens.length - 1);
       const traces = found.sublayers.map((name, place) => ({
-        x: found.scores[token].map((_, layer) => layer), y: found.scores[token].map((layer) => layer[place]), name, mode: "lines",
+        x: kept, y: kept.map((layer) => found.scores[token][layer][place]), name, mode: "lines",
         line: { width: name === state.point ? 2.5 : 1.2, dash: ["dot", "dash", "solid"][place + 3 - found.sublayers.length] },
         hovertemplate: `layer %{x}<br>${name} %{y:.4~g}<extra></extra>`,
       }));
@@ -47,7 +47,9 @@ tl.views.layers = {
         found = latest;
         own = { n_prompt_tokens: data.n_prompt_tokens, layer: projection.vector.layer };
         const nLayers = found.scores[0].length, points = found.sublayers;
-        const layer = Math.min(state.layer ?? own.layer, nLayers - 1);
+        kept = found.scores[0].flatMap((scores, at) => (scores === null ? [] : [at])); // null: not kept by the capture
+        const wish = state.layer ?? own.layer;
+        const layer = kept.reduce((best, each) => (Math.abs(each - wish) < Math.abs(best - wish) ? each : best));
         const point = points.includes(state.point) ? state.point : points[points.length - 1];
         const line = found.scores.map((token) => token[layer][points.indexOf(point)]);
         const most = colours.reach(line);
@@ -63,9 +65,9 @@ tl.views.layers = {
         for (const figure of figures.values()) figure.remove();
         figures = new Map(wanted.map((name) => [name, tl.figure({ name: `layers_${name}`, height: wanted.length > 1 ? 300 : 430, onClick: (at) => tl.state.set({ token: at.x, layer: at.y }) })]));
         heats.replaceChildren(...[...figures.values()].map((figure) => figure.element));
-        const grids = wanted.map((name) => Array.from({ length: nLayers }, (_, at) => found.scores.map((token) => token[at][points.indexOf(name)])));
+        const grids = wanted.map((name) => Array.from({ length: nLayers }, (_, at) => found.scores.map((token) => (token[at] === null ? null : token[at][points.indexOf(name)]))));
         const reach = reachOf(grids), text = data.tokens.map((token, place) => `${place} ${tl.plain(tl.quoted(token))}`);
-        notes.replaceChildren(element("p", { className: "note" }, `Projection onto the vector of layer ${own.layer} (dotted) at every layer. Colours reach to \u00b1${tl.number(reach, 3)}, the 99th percentile without the first token, an attention sink.`));
+        notes.replaceChildren(element("p", { className: "note" }, `Projection onto the vector of layer ${own.layer} (dotted) at every layer${kept.length < nLayers ? ` that the capture kept (${kept.join(", ")})` : ""}. Colours reach to \u00b1${tl.number(reach, 3)}, the 99th percentile without the first token, an attention sink.`));
         await Promise.all([...wanted.map((name, number) => figures.get(name).draw([{
           type: "heatmap", z: grids[number], text: Array(nLayers).fill(text), zmin: -reach, zmax: reach, zmid: 0, colorscale: colours.divergingScale(), colorbar: { thickness: 12 },
           hovertemplate: "%{text}<br>layer %{y}: %{z:.4~g}<extra></extra>",

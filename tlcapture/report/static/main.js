@@ -138,7 +138,9 @@
       state.set({ token: Math.max(0, Math.min(data.tokens.length - 1, from + by)) });
     } else if (key === "layer") {
       const own = tl.projectionOf(data, now)?.vector.layer ?? 0;
-      const layer = Math.max(0, (now.layer ?? own) + by);
+      const from = now.layer ?? own, kept = now.view === "layers" ? data.layers ?? null : null;
+      if (kept) return state.set({ layer: (by > 0 ? kept.find((each) => each > from) : kept.findLast((each) => each < from)) ?? from });
+      const layer = Math.max(0, from + by);
       state.set({ layer: nLayers === null ? layer : Math.min(nLayers - 1, layer) });
     } else state.set({ head: Math.max(0, now.head + by) });
   }
