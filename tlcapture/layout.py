@@ -104,6 +104,14 @@ class Layout:
         """The lock of what runs must not do at once in this experiment."""
         return self.folder / ".locks" / f"{name.replace('/', '-')}.lock"
 
+    def shard_lock(self, name: str, shard: str) -> Path:
+        """The lock of a shard of what `lock(name)` is the lock of."""
+        return self.lock(name).with_suffix(".shards") / f"{shard}.lock"
+
+    def shard_locks(self, name: str) -> list[Path]:
+        """The locks of all shards that have ever run, sorted."""
+        return sorted(self.lock(name).with_suffix(".shards").glob("*.lock"))
+
     def run_record(self, name: str) -> Path:
         return self.folder / "runs" / f"{name}.json"
 

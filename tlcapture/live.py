@@ -20,6 +20,7 @@ from tlcapture.errors import InputError, TlcaptureError
 from tlcapture.experiment import Experiment
 from tlcapture.explore import Explored
 from tlcapture.generation import Failure, Sampling, generate
+from tlcapture.kept import Kept
 from tlcapture.layout import Layout
 from tlcapture.models import Model, as_model
 from tlcapture.prompts import ADHOC, Prompt, PromptSet
@@ -55,6 +56,8 @@ def capture(
     seed: int = 0,
     batch_size: int | None = None,
     capture_attn: bool = False,
+    layers: Iterable[int] = (),
+    points: Iterable[str] = (),
     save_dtype: str = "auto",
     system_prompt: str | None = None,
     chat_template: bool | None = None,
@@ -67,6 +70,7 @@ def capture(
         prompts: a text, texts, prompts, or a prompt set. Texts are prompts 1, 2, ... of the set `adhoc`.
         temperature: 0 is greedy.
         batch_size: how many run together; `None` takes what fits in free memory.
+        layers, points: those of the residual stream to keep; all where none is named.
         vectors: the experiment onto whose vectors the captures are projected, unless a call names another.
 
     Raises:
@@ -87,7 +91,8 @@ def capture(
         for prompt in prompt_set.prompts
     ]
     sampling = Sampling(temperature, seed)
-    hooks = residual_hooks(runner.n_layers, runner.hook_names, attn_out=capture_attn)
+    kept = Kept.of(runner.n_layers, layers, points)
+    hooks = residual_hooks(runner.n_layers, runner.hook_names, attn_out=capture_attn, only=kept)
     for outcome in generate(
         runner, tokenized, hooks=hooks, max_new_tokens=max_new_tokens, sampling=sampling, batch_size=batch_size
     ):
@@ -102,6 +107,7 @@ def capture(
             max_new_tokens=max_new_tokens,
             attn_out=capture_attn,
             save_dtype=save_dtype,
+            kept=kept,
         )
         layout = None if vectors is None else vectors.layout
         yield LiveCapture(made.prompt, made.response, made.metadata, runner, layout)

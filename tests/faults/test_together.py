@@ -45,6 +45,25 @@ def slowly() -> None:
     capture.write_capture = slow
 
 
+def test_shards_of_one_prompt_set_run_side_by_side(start: Start, fresh: Path, evidence: Evidence) -> None:
+    lock = fresh / "experiments" / "exp" / ".locks" / "captures-of-short.shards" / "shard-of-2-1.lock"
+    first = start("--shard", "1/2", before=slowly)
+    first.wait_for(lock.exists)
+    second, whole = start("--shard", "2/2"), start("--skip-existing")
+    ended = [second.end(), first.end(), whole.end()]
+    assert [each.code for each in ended] == [0, 0, 0], ended
+    assert "waiting" not in ended[0].stdout + ended[1].stdout
+    assert "another run is writing captures of short in exp: waiting for its end" in ended[2].stdout
+    assert "2 prompts skipped: nothing was missing" in ended[2].stdout
+    found = contents(fresh / "experiments" / "exp")
+    assert {f"inference/raw/residual/short/{number}.pt" for number in (1, 2)} <= set(found)
+    evidence.survived(
+        "two shards of one prompt set at once, and a whole run beside them",
+        "--shard 1/2, --shard 2/2 and --skip-existing",
+        "the shards do not wait for each other; the whole run waits for both and finds all done",
+    )
+
+
 def test_a_lock_of_a_killed_run_holds_nobody_up(start: Start, fresh: Path, evidence: Evidence) -> None:
     lock = fresh / "experiments" / "exp" / ".locks" / "captures-of-short.lock"
     killed = start(before=slowly)

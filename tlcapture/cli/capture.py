@@ -17,6 +17,7 @@ from tlcapture.cli.options import (
     prompt_set_options,
     root_option,
     seed_option,
+    shard_option,
     vector_options,
 )
 from tlcapture.cli.work import working
@@ -53,6 +54,7 @@ from tlcapture.cli.work import working
 @click.option("--skip-existing", is_flag=True, help="Make only what is missing.")
 @click.option("--dry-run", is_flag=True, help="Only say how many prompts, files and bytes it would be.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first prompts of each set.")
+@shard_option
 @click.option(
     "--save-dtype",
     type=click.Choice(["auto", "float32", "float16", "bfloat16"]),

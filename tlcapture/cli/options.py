@@ -12,6 +12,7 @@ import click
 from tlcapture.errors import InputError
 from tlcapture.kept import POINTS
 from tlcapture.names import Trait, split_names
+from tlcapture.runs.shards import Shard
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -116,6 +117,20 @@ class Points(_Named):
         return tuple(point for point in POINTS if point in names)
 
 
+class ShardOf(_Named):
+    """`i/n`: share i of n."""
+
+    name = "i/n"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Shard:
+        if isinstance(value, Shard):
+            return value
+        try:
+            return Shard.parse(value)
+        except InputError as error:
+            self.fail(str(error), param, ctx)
+
+
 class NumberList(_Named):
     """Comma-separated numbers other than zero, at least one."""
 
@@ -180,6 +195,10 @@ kept_options = together(
         show_default=True,
         help=f"Residual points to keep of each layer: {', '.join(POINTS)}.",
     ),
+)
+
+shard_option = click.option(
+    "--shard", type=ShardOf(), help="Only every n-th prompt of each set, from the i-th on: the share of one run of n."
 )
 
 batch_size_option = click.option(

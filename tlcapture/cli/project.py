@@ -14,6 +14,7 @@ from tlcapture.cli.options import (
     experiment_option,
     prompt_set_options,
     root_option,
+    shard_option,
     vector_options,
 )
 from tlcapture.cli.work import working
@@ -22,6 +23,7 @@ from tlcapture.names import Trait
 if TYPE_CHECKING:
     from tlcapture.layout import Layout
     from tlcapture.runs.report import RunReport
+    from tlcapture.runs.shards import Shard
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 )
 @click.option("--dynamics-only", is_flag=True, help="Compute the dynamics of existing projections again, nothing else.")
 @click.option("--skip-existing", is_flag=True, help="Make only what is missing.")
+@shard_option
 @click.option(
     "--plot",
     type=click.Path(file_okay=False, path_type=Path),
@@ -66,6 +69,7 @@ def project(
     component: str,
     dynamics_only: bool,
     skip_existing: bool,
+    shard: Shard | None,
     plot: Path | None,
 ) -> None:
     """Project saved captures onto trait vectors."""
@@ -88,6 +92,7 @@ def project(
             component=component,
             dynamics_only=dynamics_only,
             skip_existing=skip_existing,
+            shard=shard,
         ),
         console,
     )

@@ -124,7 +124,7 @@ class _Run:
         if not (plan.does_something or (plan.saved and self.options.project)):
             self.report.n_skipped += len(plan.saved)
             return
-        with alone(self.layout, f"captures of {name}", self.reporter) as waited:
+        with alone(self.layout, f"captures of {name}", self.reporter, self.options.shard) as waited:
             if waited:
                 plan = self.planner.plan(plan.prompt_set)
             if plan.fresh:

@@ -19,6 +19,7 @@ from tlcapture.kept import Kept
 from tlcapture.layout import Layout
 from tlcapture.prompts import Prompt, PromptSet
 from tlcapture.runs.outputs import Outputs
+from tlcapture.runs.shards import Shard
 from tlcapture.runs.vectors import VectorChoice
 
 ALL_LAYERS = "all"
@@ -28,7 +29,8 @@ ALL_LAYERS = "all"
 class CaptureOptions:
     """What to capture and how; `internals` is a tuple of layers, or `"all"`.
 
-    `layers` and `points` are those of the residual stream that are kept; all where none is named.
+    `layers` and `points` are those of the residual stream that are kept; all where none is named. `shard` is
+    taken of the prompts that `limit` leaves.
     """
 
     attention: bool = False
@@ -46,6 +48,7 @@ class CaptureOptions:
     save_dtype: str = "auto"
     batch_size: int | None = None
     limit: int | None = None
+    shard: Shard | None = None
     chat_template: bool | None = None
     system_prompt: str | None = None
 
@@ -131,6 +134,8 @@ class Planner:
 
     def plan(self, prompt_set: PromptSet) -> Plan:
         prompts = prompt_set.prompts[: self._options.limit]
+        if self._options.shard is not None:
+            prompts = list(self._options.shard.of(prompts))
         saved: dict[str, Outputs] = {}
         refused: list[tuple[str, str]] = []
         fresh: set[str] = set()

@@ -12,6 +12,7 @@ from tlcapture.errors import InputError, StorageError
 from tlcapture.layout import Layout
 from tlcapture.runs.alone import alone
 from tlcapture.runs.report import Reporter, RunReport
+from tlcapture.runs.shards import Shard
 from tlcapture.runs.vectors import Chooser, VectorChoice, project_capture, traits_to_project
 from tlcapture.storage import read_json, write_json
 from tlcapture.traits.projection import dynamics_of_file
@@ -19,12 +20,16 @@ from tlcapture.traits.projection import dynamics_of_file
 
 @dataclass(frozen=True)
 class ProjectOptions:
-    """What to project onto, of which component; `dynamics_only` computes dynamics again and nothing else."""
+    """What to project onto, of which component; `dynamics_only` computes dynamics again and nothing else.
+
+    `shard` is taken of the captures that there are when the run begins.
+    """
 
     vectors: VectorChoice = VectorChoice()
     component: str = "residual"
     dynamics_only: bool = False
     skip_existing: bool = False
+    shard: Shard | None = None
 
 
 def run_project(
@@ -38,10 +43,12 @@ def run_project(
     if not layout.folder.is_dir():
         raise InputError(f"no experiment {layout.experiment!r}: expected the folder {layout.folder}")
     ids = {name: _captured(layout, name) for name in prompt_sets}
+    if options.shard is not None:
+        ids = {name: list(options.shard.of(found)) for name, found in ids.items()}
     report = reporter.report(layout)
     if options.dynamics_only:
         for name in prompt_sets:
-            with alone(layout, f"captures of {name}", reporter):
+            with alone(layout, f"captures of {name}", reporter, options.shard, "projection"):
                 _recompute_dynamics(layout, name, ids[name], options, report, reporter)
         return report
     if not traits_to_project(layout, options.vectors):
@@ -49,7 +56,7 @@ def run_project(
     chooser = Chooser(layout, options.vectors, report, reporter)
     for name in prompt_sets:
         with (
-            alone(layout, f"captures of {name}", reporter),
+            alone(layout, f"captures of {name}", reporter, options.shard, "projection"),
             reporter.progress(len(ids[name]), name, "prompt") as progress,
         ):
             for prompt_id in ids[name]:

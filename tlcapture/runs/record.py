@@ -40,6 +40,8 @@ class RecordedReport(RunReport):
         self._invocation = invocation
         self._facts = facts
         name = f"{invocation.began:%Y%m%dT%H%M%SZ}-{invocation.command}-{os.getpid()}"
+        if shard := invocation.arguments.get("shard"):
+            name += f"-{str(shard).replace('/', 'of')}"  # elsewhere a process may have the same number
         self.path: Path = layout.run_record(name)
 
     def wrote(self, written: Written) -> None:

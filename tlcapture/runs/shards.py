@@ -1,0 +1,41 @@
+"""A share of the prompts of a set, for one of several runs that capture it together.
+
+    Shard.parse("2/3").of(["1", "2", "3", "4", "5"])      # ["2", "5"]
+
+The shares of 1/n to n/n are disjoint, and together they are everything. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from tlcapture.errors import InputError
+
+T = TypeVar("T")
+_FORM = re.compile(r"(\d{1,6})/(\d{1,6})", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Share `number` of `count`, counted from 1: every `count`-th prompt, in the order of the set."""
+
+    number: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Read `i/n`; raises `InputError` unless 1 <= i <= n."""
+        match = _FORM.fullmatch(text.strip())
+        shard = cls(int(match[1]), int(match[2])) if match else None
+        if shard is None or not 1 <= shard.number <= shard.count:
+            raise InputError(f"{text!r} is no shard: expected i/n with i from 1 to n, for example 1/8")
+        return shard
+
+    def of(self, items: Sequence[T]) -> Sequence[T]:
+        return items[self.number - 1 :: self.count]
