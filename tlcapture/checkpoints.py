@@ -65,6 +65,15 @@ def fetch_weights(name: str, source: str) -> Any:
     return model
 
 
+def count_parameters(config: Any) -> int:
+    """Weights of the model that a Hugging Face config describes, tied ones once. Makes none of them."""
+    import transformers
+
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    return sum(weight.numel() for weight in model.parameters())
+
+
 def cast(model: Any, dtype: torch.dtype) -> None:
     """Cast the weights and nothing else: buffers, such as rotary frequencies, keep their precision, and what
     a quantised checkpoint packs into its weights stays packed."""

@@ -16,6 +16,7 @@ from tlcapture.cli.options import (
     model_options,
     prompt_set_options,
     root_option,
+    save_dtype_option,
     seed_option,
     shard_option,
     vector_options,
@@ -55,13 +56,7 @@ from tlcapture.cli.work import working
 @click.option("--dry-run", is_flag=True, help="Only say how many prompts, files and bytes it would be.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first prompts of each set.")
 @shard_option
-@click.option(
-    "--save-dtype",
-    type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
-    default="auto",
-    show_default=True,
-    help="Dtype of stored activations; auto: 16 bits that hold every value.",
-)
+@save_dtype_option
 @click.option(
     "--chat-template/--no-chat-template",
     default=None,

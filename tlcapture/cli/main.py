@@ -9,6 +9,7 @@ from tlcapture.cli.capture import capture
 from tlcapture.cli.doctor import doctor
 from tlcapture.cli.evaluate import evaluate
 from tlcapture.cli.extract import extract
+from tlcapture.cli.plan import plan
 from tlcapture.cli.project import project
 from tlcapture.cli.shell import shell
 from tlcapture.cli.steer import steer
@@ -34,3 +35,4 @@ main.add_command(view)
 main.add_command(shell)
 main.add_command(traits)
 main.add_command(doctor)
+main.add_command(plan)

@@ -13,6 +13,7 @@ from tlcapture.errors import InputError
 from tlcapture.kept import POINTS
 from tlcapture.names import Trait, split_names
 from tlcapture.runs.shards import Shard
+from tlcapture.sizes import parse_bytes
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -131,6 +132,20 @@ class ShardOf(_Named):
             self.fail(str(error), param, ctx)
 
 
+class ByteSize(_Named):
+    """A number of bytes, with a unit."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_bytes(value)
+        except InputError as error:
+            self.fail(str(error), param, ctx)
+
+
 class NumberList(_Named):
     """Comma-separated numbers other than zero, at least one."""
 
@@ -195,6 +210,14 @@ kept_options = together(
         show_default=True,
         help=f"Residual points to keep of each layer: {', '.join(POINTS)}.",
     ),
+)
+
+save_dtype_option = click.option(
+    "--save-dtype",
+    type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Dtype of stored activations; auto: 16 bits that hold every value.",
 )
 
 shard_option = click.option(

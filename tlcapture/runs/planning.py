@@ -40,6 +40,7 @@ class CaptureOptions:
     layers: tuple[int, ...] = ()
     points: tuple[str, ...] = ()
     project: bool = True
+    projections_only: bool = False
     replay: bool = False
     skip_existing: bool = False
     vectors: VectorChoice = VectorChoice(layer="default")
@@ -62,7 +63,7 @@ class CaptureOptions:
                 raise InputError(f"--layer-internals {layer}: the model has layers 0 to {n_layers - 1}")
         return Outputs(
             Kept.of(n_layers, self.layers, self.points),
-            residual=not self.replay,
+            residual=not (self.replay or self.projections_only),
             attn_out=self.capture_attn,
             attention=self.attention or everything,
             logit_lens=self.logit_lens or everything,

@@ -1,0 +1,168 @@
+"""`tlcapture plan`: bytes against closed forms and against what is then written; time; what fits a budget."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+from tests import tiny
+from tlcapture.accelerators import ACCELERATORS, Accelerator
+from tlcapture.checkpoints import count_parameters
+from tlcapture.errors import InputError
+from tlcapture.measures import Measures
+from tlcapture.runs.plan import Workload, bound_pace
+from tlcapture.runs.planning import CaptureOptions
+from tlcapture.sizes import format_bytes, parse_bytes
+
+Run = Callable[..., Result]
+SIZE = ("--prompts", 100, "--prompt-tokens", 20, "--new-tokens", 10)
+
+
+@pytest.fixture
+def plan(tlcapture: Run, tiny_folder: Path) -> Callable[..., Any]:
+    def run(*words: object) -> Any:
+        done = tlcapture("plan", "--model", tiny_folder, "--json", *words)
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    return run
+
+
+def test_tensors_are_counted_to_the_byte(plan: Callable[..., Any]) -> None:
+    """Twice the prompts, twice the bytes; a layer more of one point is a row more of every token."""
+    said = [
+        plan(*SIZE, "--save-dtype", "float32", "--layers", layers, "--points", "residual_out")
+        for layers in ("0", "0,2")
+    ]
+    assert plan("--prompts", 200, *SIZE[2:])["bytes"] == 2 * plan(*SIZE)["bytes"]
+    rows = said[1]["bytes_per_prompt"] - said[0]["bytes_per_prompt"]
+    assert rows == pytest.approx(30 * tiny.D_MODEL * 4 + 2 * 90, abs=1)  # what a file says of two more tensors
+
+
+def test_what_is_planned_is_near_what_is_written(
+    plan: Callable[..., Any], capture: Run, extract: Run, data: Path
+) -> None:
+    extract()
+    written = json.loads(capture("--attention", "--logit-lens", "--json", "--prompt", "x" * 20, prompts=()).stdout)
+    projected = json.loads((data / "experiments/exp/inference/tone/loud/residual_stream/adhoc/1.json").read_bytes())
+    words = ("--prompts", 1, "--prompt-tokens", projected["prompt"]["n_tokens"], "--new-tokens", 6, "--traits", 2)
+    said = plan(*words, "--views", "residual,attention,logit_lens,projections")
+    assert said["files"] == written["files"]["count"]
+    assert said["bytes"] == pytest.approx(written["files"]["bytes"], rel=0.25)
+
+
+def test_time_is_new_tokens_by_tokens_a_second_over_workers(plan: Callable[..., Any]) -> None:
+    said = plan(*SIZE, "--tokens-per-second", 4, "--workers", 5)
+    assert said["new_tokens"] == 1000
+    assert said["worker_hours"] == pytest.approx(250 / 3600)
+    assert said["hours"] == pytest.approx(50 / 3600)
+    assert "hours" not in plan(*SIZE)
+
+
+def test_a_pace_is_measured_on_the_model_with_everything_written(plan: Callable[..., Any], root: Path) -> None:
+    words = ("--prompts", 4, "--prompt-tokens", 10, "--new-tokens", 4, "--batch-size", 2, "--traits", 2)
+    said = plan(*words, "--views", "projections,attention,logit_lens", "--measure")
+    assert said["pace"].startswith("measured here on 4 prompts in batches of 2")
+    assert said["tokens_per_second"] > 0
+    assert list(root.iterdir()) == []
+
+
+MEASURES = Measures(n_layers=2, d_model=8, n_heads=2, n_key_value_heads=1, d_head=4, d_mlp=16, d_vocab=50)
+
+
+def pace(accelerator: Accelerator, *, batch_size: int, efficiency: float = 1.0, n_parameters: int = 10**9) -> float:
+    workload = Workload(1, 100, CaptureOptions(max_new_tokens=50))
+    return bound_pace(
+        "x", accelerator, MEASURES, n_parameters=n_parameters, bytes_per_weight=2, workload=workload,
+        batch_size=batch_size, efficiency=efficiency,
+    ).tokens_per_second  # fmt: skip
+
+
+def test_decoding_is_bound_by_reading_the_weights_and_prefill_by_operations() -> None:
+    """A device that reads 2 GB a second takes a second a step; operations come free, but for the prompts'."""
+    slow = Accelerator(bandwidth=2e9, flops=1e30)
+    assert pace(slow, batch_size=1) == pytest.approx(50 / 51, rel=1e-3)
+    assert pace(slow, batch_size=10) == pytest.approx(10 * 50 / 51, rel=1e-3)
+    assert pace(slow, batch_size=1, efficiency=0.5) == pytest.approx(0.5 * 50 / 51, rel=1e-3)
+    # 2 operations a weight and token, 100 + 50 tokens, at one weight's two operations a second.
+    busy = Accelerator(bandwidth=1e30, flops=2e9)
+    assert pace(busy, batch_size=1) == pytest.approx(50 / 150, rel=1e-3)
+
+
+def test_no_device_is_faster_than_its_operations_are_called() -> None:
+    free = Accelerator(bandwidth=1e30, flops=1e30)
+    assert pace(free, batch_size=1) == pace(free, batch_size=1, efficiency=0.1) < 50_000
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_weights_are_counted_from_the_config_alone(name: str) -> None:
+    model = tiny.hf_model(name)
+    assert count_parameters(model.config) == sum(weight.numel() for weight in model.parameters())
+
+
+def test_every_named_accelerator_gives_a_time(plan: Callable[..., Any]) -> None:
+    paces = {name: plan(*SIZE, "--gpu", name)["tokens_per_second"] for name in ("t4", "h200")}
+    assert 0 < paces["t4"] <= paces["h200"]
+    assert all(each.bandwidth > 1e11 and each.flops > 1e13 for each in ACCELERATORS.values())
+
+
+@pytest.mark.parametrize("budget", ["3MB", "1MB", "400KB", "1"])
+def test_what_is_said_to_fit_a_budget_does(plan: Callable[..., Any], budget: str) -> None:
+    views = "residual,attention,logit_lens,internals:1,projections"
+    said = plan(*SIZE, "--views", views, "--traits", 1, "--save-dtype", "float32", "--budget", budget)
+    assert said["budget"] == parse_bytes(budget) < said["bytes"]
+    assert said["reductions"]
+    for each in said["reductions"]:
+        left = views
+        words = []
+        for piece in each["options"].split(", "):
+            if piece.startswith("without --"):
+                gone = piece.removeprefix("without --").replace("-", "_").replace("layer_internals", "internals:1")
+                left = ",".join(view for view in left.split(",") if view != gone)
+            elif piece == "--projections-only":
+                left = ",".join(view for view in left.split(",") if view not in ("residual", "internals:1"))
+            else:
+                words += piece.split()
+        dtype = [] if "--save-dtype" in words else ["--save-dtype", "float32"]
+        again = plan(*SIZE, "--views", left, "--traits", 1, *dtype, *words)
+        assert again["bytes"] == each["bytes"] < said["bytes"]
+        assert each["fits"] == (again["bytes"] <= said["budget"])
+
+
+def test_a_budget_that_suffices_needs_no_reduction(tlcapture: Run, tiny_folder: Path) -> None:
+    done = tlcapture("plan", "--model", tiny_folder, *SIZE, "--budget", "1TB")
+    assert done.output.rstrip().endswith("budget 1.0 TB: it fits")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--views", "residual,nix"), "'nix' is no view: choose of residual, attn_out"),
+        (("--views", "attention"), "a capture keeps residual, projections or both"),
+        (("--views", "residual,attention:3"), "'attention:3' is no view"),
+        (("--budget", "lots"), "'lots' is no size: expected a number and a unit, for example 500GB"),
+        (("--gpu", "h100", "--measure"), "give one of --tokens-per-second, --measure and --gpu"),
+        (("--layers", "3"), "--layers 3: the model has layers 0 to 2"),
+        (("--views", "residual,internals:9"), "--layer-internals 9: the model has layers 0 to 2"),
+        (("--model", "nowhere/nothing"), "cannot be loaded"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    tlcapture: Run, tiny_folder: Path, words: tuple[str, ...], said: str
+) -> None:
+    done = tlcapture("plan", "--model", tiny_folder, *SIZE, *words)
+    assert done.exit_code == 2
+    assert said in done.output
+
+
+def test_sizes_are_read_as_they_are_written() -> None:
+    for text in ("0 B", "17 B", "1.5 KB", "500.0 GB", "2.0 TB"):
+        assert format_bytes(parse_bytes(text)) == text
+    assert parse_bytes("500gib") == parse_bytes("500 GB") == 500 * 2**30
+    with pytest.raises(InputError, match="is no size"):
+        parse_bytes("-3 GB")
