@@ -149,8 +149,14 @@ class Captures(Mapping[str, "SavedCapture"]):
 
     def __getitem__(self, prompt_id: str | int) -> SavedCapture:
         if str(prompt_id) not in self._ids:
+            only = str(prompt_id) in self._experiment.layout.prompt_ids(self.prompt_set)
+            hint = (
+                "; of this prompt only projections were kept: .to_pandas(...) of the experiment has them"
+                if only
+                else ""
+            )
             raise KeyError(
-                f"{prompt_id!r}: prompt set {self.prompt_set!r} has captures {', '.join(self._ids) or 'none'}"
+                f"{prompt_id!r}: prompt set {self.prompt_set!r} has captures {', '.join(self._ids) or 'none'}{hint}"
             )
         return SavedCapture(self._experiment, self.prompt_set, str(prompt_id))
 

@@ -150,6 +150,23 @@ class Layout:
         found = (path.stem for path in self._raw("residual", prompt_set).glob("*.pt"))
         return sorted(filter(is_safe_name, found), key=_natural)
 
+    def prompt_ids(self, prompt_set: str) -> list[str]:
+        """Prompt ids that have a capture or projections, numbers in number order."""
+        projected = {path.stem for folder in self._projected(prompt_set) for path in folder.glob("*.json")}
+        return sorted({*self.captured(prompt_set), *filter(is_safe_name, projected)}, key=_natural)
+
+    def prompt_sets(self) -> list[str]:
+        """Prompt sets that have a capture or projections, sorted."""
+        projected = {folder.name for folder in self._projected("*") if any(folder.glob("*.json"))}
+        return sorted({*self.captured_prompt_sets(), *filter(is_safe_name, projected)})
+
+    def _projected(self, prompt_set: str) -> list[Path]:
+        """Folders of projections of a prompt set, whatever the trait and component; `*` for any set."""
+        pattern = "*" if prompt_set == "*" else check_name(prompt_set, "prompt set")
+        inference = self.folder / "inference"
+        found = [path for stream in STREAM_FOLDERS.values() for path in inference.glob(f"*/*/{stream}/{pattern}")]
+        return [path for path in found if path.relative_to(inference).parts[0] != "raw"]
+
     # -- traits -----------------------------------------------------------------------------------
 
     def vectors(self, trait: Trait) -> Path:

@@ -39,6 +39,7 @@ from tlcapture.cli.work import working
 @click.option("--capture-attn", is_flag=True, help="Keep attention outputs beside the residual stream.")
 @kept_options
 @click.option("--no-project", is_flag=True, help="Do not project onto the experiment's trait vectors.")
+@click.option("--projections-only", is_flag=True, help="Keep projections alone, and no raw activations.")
 @click.option("--replay", is_flag=True, help="Generate nothing: make add-ons from saved captures.")
 @click.option(
     "--layer",

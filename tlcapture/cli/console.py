@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tlcapture.runs.invocation import Invocation
     from tlcapture.runs.record import RecordedReport
 
+_MOST_SHOWN = 200  # prompts whose projections are read at the end of a run
 _log = logging.getLogger(SHOWN)
 
 
@@ -124,9 +125,14 @@ def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def show_top_traits(console: Console, layout: Layout, prompt_set: str, component: str = "residual") -> None:
-    """Print by prompt which trait rose most, where it committed, and the response."""
+    """Print by prompt which trait rose most, where it committed, and the response; of a large set, where to look."""
     from tlcapture.runs.summary import top_traits
 
+    n_prompts = len(layout.prompt_ids(prompt_set))
+    if n_prompts > _MOST_SHOWN and layout.projection_folders(prompt_set):
+        look = f"'tlcapture view --experiment {layout.experiment}' shows them"
+        console.line(f"{prompt_set}: {n_prompts} prompts are too many to list here; {look}")
+        return
     tops = top_traits(layout, prompt_set, component)
     if not tops:
         return

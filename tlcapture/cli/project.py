@@ -81,7 +81,7 @@ def project(
     if (prompt_set is not None) == all_prompt_sets:
         raise click.UsageError("give one of --prompt-set NAME and --all-prompt-sets")
     layout = Layout(root, experiment)
-    names = prompt_set or layout.captured_prompt_sets()
+    names = prompt_set or (layout.prompt_sets() if dynamics_only else layout.captured_prompt_sets())
     if not names:
         raise InputError(f"experiment {experiment!r} has no captures: run 'tlcapture capture' first")
     report = run_project(
@@ -115,6 +115,6 @@ def _draw(
     from tlcapture.runs.pictures import write_pictures
 
     with report.attempt(f"pictures of {prompt_set}"):
-        ids = layout.captured(prompt_set)
+        ids = layout.prompt_ids(prompt_set)
         pictures = write_pictures(layout, prompt_set, ids, folder, component, traits, console)
         console.line(f"{prompt_set}: {len(pictures)} pictures in {folder}")

@@ -60,7 +60,7 @@ def view(
     layout = Layout(root, experiment)
     if not layout.folder.is_dir():
         raise InputError(f"no experiment {experiment!r}: expected the folder {layout.folder}")
-    captured = layout.captured_prompt_sets()
+    captured = layout.prompt_sets()
     chosen = prompt_set or tuple(captured)
     for name in chosen:
         if name not in captured:
@@ -94,7 +94,7 @@ def _draw(layout: Layout, prompt_sets: tuple[str, ...], folder: Path, *, all_ask
     refused = []
     for name in prompt_sets:
         try:
-            written = write_pictures(layout, name, layout.captured(name), folder, reporter=Console())
+            written = write_pictures(layout, name, layout.prompt_ids(name), folder, reporter=Console())
         except InputError as error:
             refused.append(error)
             if all_asked_for or len(refused) == len(prompt_sets):

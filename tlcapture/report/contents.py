@@ -56,7 +56,7 @@ class Contents:
                 layout = self._layout(folder.name)
             except InputError:
                 continue
-            prompt_sets = layout.captured_prompt_sets()
+            prompt_sets = layout.prompt_sets()
             traits = sorted({str(trait) for trait in layout.traits()} | set(_projected(layout, "*")))
             found.append({"name": folder.name, "prompt_sets": prompt_sets, "traits": traits})
         return found
@@ -64,7 +64,7 @@ class Contents:
     def prompt_set(self, experiment: str, prompt_set: str) -> dict[str, Any]:
         """The prompts captured of a set, and what there is of each."""
         layout = self._layout(experiment)
-        ids = layout.captured(prompt_set)
+        ids = layout.prompt_ids(prompt_set)
         if not ids:
             raise missing.captures(layout, prompt_set)
         worded = self._wordings(prompt_set)
@@ -158,7 +158,7 @@ class Contents:
         """The mean trajectory of a prompt set on a trait and its spread, responses beginning together."""
         layout, trait = self._layout(experiment), Trait.parse(f"{category}/{name}")
         lines, problems = [], []
-        for prompt_id in layout.captured(prompt_set):
+        for prompt_id in layout.prompt_ids(prompt_set):
             path = layout.projection(trait, _component(component), prompt_set, prompt_id)
             if path.is_file():
                 try:

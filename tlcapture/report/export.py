@@ -72,7 +72,7 @@ def export_page(
     layout = Layout(root, experiment)
     contents = _Only(root, experiment, tuple(prompt_sets))
     carried = _Carried(contents, int(megabytes * 2**20))
-    prompts = [(name, prompt_id) for name in prompt_sets for prompt_id in layout.captured(name)]
+    prompts = [(name, prompt_id) for name in prompt_sets for prompt_id in layout.prompt_ids(name)]
     overview: list[tuple[str, dict[str, str]]] = [("experiments", {})]
     overview += [("prompt_set", {"experiment": experiment, "prompt_set": name}) for name in prompt_sets]
     overview += [("prompt", _of(experiment, *prompt)) for prompt in prompts]

@@ -29,9 +29,10 @@ def projections(layout: Layout, prompt_set: str) -> MissingError:
 
 
 def add_on(layout: Layout, prompt_set: str, kind: str) -> MissingError:
-    """`kind` is `attention` or `logit-lens`; both can be made from what is stored."""
-    base = f"tlcapture capture --experiment {layout.experiment} --prompt-set {prompt_set}"
-    return MissingError(f"no {kind.replace('-', ' ')} of this prompt", f"{base} --{kind} --replay")
+    """`kind` is `attention` or `logit-lens`; both can be made from what is stored, if more than projections is."""
+    base = f"tlcapture capture --experiment {layout.experiment} --prompt-set {prompt_set} --{kind}"
+    how = "--replay" if layout.captured(prompt_set) else "--projections-only"
+    return MissingError(f"no {kind.replace('-', ' ')} of this prompt", f"{base} {how}")
 
 
 def evaluation(layout: Layout) -> MissingError:

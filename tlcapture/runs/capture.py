@@ -27,10 +27,11 @@ from tlcapture.models import Model
 from tlcapture.prompts import PromptSet
 from tlcapture.runs.alone import alone
 from tlcapture.runs.background import BackgroundWriter
-from tlcapture.runs.estimate import Estimate
+from tlcapture.runs.estimate import Estimate, n_projections
 from tlcapture.runs.loading import ModelLoader
-from tlcapture.runs.outputs import Outputs, add_ons, capture_of, write_capture
+from tlcapture.runs.outputs import Outputs, add_ons, capture_of, remove_stale, write_capture
 from tlcapture.runs.planning import CaptureOptions, Plan, Planner
+from tlcapture.runs.projected import ProjectedCapture
 from tlcapture.runs.report import Reporter, RunReport
 from tlcapture.runs.vectors import Chooser, project_capture, traits_to_project
 from tlcapture.sizes import format_bytes
@@ -76,15 +77,29 @@ def estimate_capture(
 
 
 def _check(layout: Layout, options: CaptureOptions) -> None:
-    if options.replay and (options.capture_attn or options.layers or options.points):
-        raise InputError(
-            "--replay keeps raw residuals as they are: attention outputs, --layers and --points need a capture of "
-            "their own"
-        )
+    if options.replay and options.capture_attn:
+        raise InputError("--replay keeps raw residuals as they are: attention outputs need a capture of their own")
+    if options.replay and (options.layers or options.points):
+        raise InputError("--replay keeps raw residuals as they are: --layers and --points need a capture of their own")
+    if options.projections_only:
+        _check_projections_only(layout, options)
     if layout.folder.exists() and not os.access(layout.folder, os.W_OK):
         raise StorageError(f"{layout.folder}: cannot be written to")
     if options.project and (options.vectors.experiment or options.vectors.traits):
         traits_to_project(layout, options.vectors)
+
+
+def _check_projections_only(layout: Layout, options: CaptureOptions) -> None:
+    if options.replay or not options.project:
+        raise InputError("--projections-only keeps nothing but projections: leave out --replay and --no-project")
+    if options.internals:
+        raise InputError("--projections-only keeps no raw activations: leave out --layer-internals")
+    if not n_projections(layout, options):
+        source = options.vectors.layout(layout)
+        raise InputError(
+            f"--projections-only needs trait vectors, and experiment {source.experiment!r} has none: run "
+            f"'tlcapture extract --experiment {source.experiment}' first"
+        )
 
 
 class _Run:
@@ -148,6 +163,8 @@ class _Run:
     def _generate(self, plan: Plan) -> None:
         model, options = self.model, self.options
         wanted = options.outputs(model.n_layers)
+        if options.projections_only:
+            self._check_vectors(wanted)
         total = len(plan.fresh) * options.max_new_tokens
         with (
             self.reporter.progress(total, plan.prompt_set.name, "token") as progress,
@@ -194,8 +211,11 @@ class _Run:
         mark = self.layout.unfinished(capture.prompt_set, capture.prompt_id)
         record(self.layout, inference_model=self.model.name)
         write_bytes(mark, b"")
-        self.report.wrote(write_capture(self.layout, capture))
-        self._project(capture)
+        if wanted.raw:
+            self.report.wrote(write_capture(self.layout, capture))
+        else:
+            remove_stale(self.layout, capture)
+        self._project(capture, only=not wanted.raw)
         cache = generation.cache
         files = add_ons(self.layout, capture, wanted, self.model, cache, residual_cache=cache)
         writer.write(name, files, then=lambda: remove([mark]))
@@ -208,8 +228,12 @@ class _Run:
         with self.reporter.progress(len(plan.saved), f"{prompt_set}, saved", "prompt") as progress:
             for prompt_id, wanted in plan.saved.items():
                 name, before, failed = f"{prompt_set}/{prompt_id}", self.report.n_files, len(self.report.failures)
+                raw = self.layout.residual(prompt_set, prompt_id)
+                if self.options.projections_only and not raw.is_file():
+                    self.report.n_skipped += 1
+                    continue
                 with self._attempt(name):
-                    self._replay(Capture.open(self.layout.residual(prompt_set, prompt_id)), wanted)
+                    self._replay(Capture.open(raw), wanted)
                 if len(self.report.failures) == failed:
                     if self.report.n_files > before:
                         self.report.n_prompts += 1
@@ -241,7 +265,13 @@ class _Run:
 
     # -- projection ---------------------------------------------------------------------------------------
 
-    def _project(self, capture: Capture, *, only_missing: bool = False) -> None:
+    def _check_vectors(self, wanted: Outputs) -> None:
+        """Raise `InputError` where no vector would fit, before prompts run of which nothing would be left."""
+        will_be = ProjectedCapture.of_model(self.model, wanted.kept, attn_out=wanted.attn_out)
+        if not any(self._chooser.vectors(will_be, component) for component in self.options.components):
+            raise InputError("--projections-only: no trait has a vector that fits, so that nothing would be kept")
+
+    def _project(self, capture: Capture, *, only_missing: bool = False, only: bool = False) -> None:
         if not self.options.project:
             return
         components = ["residual"] + (["attn_out"] if capture.prompt.residual.attn_out is not None else [])
@@ -254,4 +284,5 @@ class _Run:
                 self.report,
                 self.reporter,
                 other_model_intended=self.options.vectors.experiment is not None,
+                only=only,
             )

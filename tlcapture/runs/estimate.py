@@ -49,7 +49,7 @@ class Estimate:
     ) -> Estimate:
         """What carrying out plans will write. `measures` is called if there is anything to do."""
         found = cls()
-        n_projections = _n_projections(layout, options)
+        n_vectors = n_projections(layout, options)
         for plan in plans:
             name = plan.prompt_set.name
             for prompt in plan.company:
@@ -58,7 +58,7 @@ class Estimate:
                     wanted = options.outputs(measures().n_layers)
                     found.n_prompts += 1
                     found.replaces.append(layout.residual(name, prompt.id))
-                    found._add(sizes(measures(), n_tokens, wanted, options, n_projections))
+                    found._add(sizes(measures(), n_tokens, wanted, options, n_vectors))
             for prompt_id, wanted in plan.saved.items():
                 if wanted:
                     found.n_completed += 1
@@ -117,7 +117,7 @@ def sizes(
 
 def _tensors(m: Measures, n_tokens: int, wanted: Outputs, options: CaptureOptions) -> Iterator[tuple[str, float]]:
     text = _PER_FILE + _PER_TOKEN * n_tokens
-    if wanted.residual:
+    if wanted.residual and wanted.raw:
         n_layers = len(wanted.kept.layers)
         n_points = len(wanted.kept.places) + n_layers * wanted.attn_out
         n_views = 2 * n_layers * (len(wanted.kept.points) + wanted.attn_out)
@@ -138,7 +138,7 @@ def _json(m: Measures, n_tokens: int, wanted: Outputs) -> Iterator[tuple[str, fl
         yield "logit lens", _PER_FILE + n_predictions * _PER_PREDICTION
 
 
-def _n_projections(layout: Layout, options: CaptureOptions) -> int:
+def n_projections(layout: Layout, options: CaptureOptions) -> int:
     """How many vectors each capture will be projected onto."""
     if not options.project:
         return 0

@@ -17,6 +17,7 @@ from tlcapture.layout import Layout
 from tlcapture.models import Model
 from tlcapture.provenance import model_record, point_hooks
 from tlcapture.runs.background import Write
+from tlcapture.runs.projected import ProjectedCapture
 from tlcapture.runs.vectors import now
 from tlcapture.storage import Written, remove, write_json, write_tensors
 from tlcapture.views import Cache
@@ -28,10 +29,14 @@ from tlcapture.views.residual import residual_hooks, residual_view
 
 @dataclass(frozen=True)
 class Outputs:
-    """Kinds of file for a prompt: the raw residual, with what it keeps of the model, and the add-ons."""
+    """What is wanted of a prompt: its residual stream, with what is kept of the model, and the add-ons.
+
+    `raw` says whether a residual stream that is captured is written, or projected and dropped.
+    """
 
     kept: Kept
     residual: bool = True
+    raw: bool = True
     attn_out: bool = False
     attention: bool = False
     logit_lens: bool = False
@@ -63,12 +68,18 @@ class Outputs:
             return self
         captured = raw.stat().st_mtime_ns
 
+        return self.lacking(layout, prompt_set, prompt_id, since=captured)
+
+    def lacking(self, layout: Layout, prompt_set: str, prompt_id: str, *, since: int = 0) -> Outputs:
+        """The add-ons of these that are not there, or older than `since`, a modification time in nanoseconds."""
+
         def lacks(path: Path) -> bool:
-            return not path.is_file() or path.stat().st_mtime_ns < captured
+            return not path.is_file() or path.stat().st_mtime_ns < since
 
         return Outputs(
             self.kept,
             residual=False,
+            raw=self.raw,
             attn_out=self.attn_out,
             attention=self.attention and lacks(layout.attention(prompt_set, prompt_id)),
             logit_lens=self.logit_lens and lacks(layout.logit_lens(prompt_set, prompt_id)),
@@ -149,6 +160,13 @@ def write_capture(layout: Layout, capture: Capture) -> Written:
     path = layout.residual(prompt_set, prompt_id)
     derived = [] if _is_alike(path, capture) else _derived(layout, prompt_set, prompt_id)
     return capture.save(path, before_replacing=lambda: remove(derived))
+
+
+def remove_stale(layout: Layout, capture: Capture) -> None:
+    """Remove what was derived from another run of a prompt whose capture is not written but projected."""
+    before = ProjectedCapture.find(layout, capture.prompt_set, capture.prompt_id)
+    if before is None or not before.is_like(capture):
+        remove(_derived(layout, capture.prompt_set, capture.prompt_id))
 
 
 def add_ons(

@@ -99,7 +99,7 @@ def _capture(
             save_dtype=options.save_dtype,
             kept=wanted.kept,
         )
-        if wanted.residual:
+        if wanted.raw:
             write_capture(layout, capture)
         project_capture(layout, capture, chosen, report, Reporter(), other_model_intended=True)
         for write in add_ons(layout, capture, wanted, model, outcome.cache, residual_cache=outcome.cache):

@@ -161,7 +161,7 @@ def reductions(workload: Workload, measures: Measures, budget: float) -> list[Re
     """Ways to write less than `workload` does: each by itself, and as many of them together as a budget of bytes
     asks for. Of layers as many are kept as fit."""
     here = cost_of(workload, measures).n_bytes
-    found = []
+    found: list[Reduction] = []
     for said, changes in [*_single(workload, measures, budget), *_together(workload, measures, budget)]:
         n_bytes = _bytes_with(workload, measures, changes)
         if n_bytes < here and said not in [each.options for each in found]:

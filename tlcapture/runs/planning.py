@@ -7,7 +7,7 @@ written can be told from what is free.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from tlcapture.captures import Capture
@@ -19,8 +19,10 @@ from tlcapture.kept import Kept
 from tlcapture.layout import Layout
 from tlcapture.prompts import Prompt, PromptSet
 from tlcapture.runs.outputs import Outputs
+from tlcapture.runs.projected import ProjectedCapture
+from tlcapture.runs.report import Reporter, RunReport
 from tlcapture.runs.shards import Shard
-from tlcapture.runs.vectors import VectorChoice
+from tlcapture.runs.vectors import Chooser, Projectable, VectorChoice
 
 ALL_LAYERS = "all"
 
@@ -30,7 +32,7 @@ class CaptureOptions:
     """What to capture and how; `internals` is a tuple of layers, or `"all"`.
 
     `layers` and `points` are those of the residual stream that are kept; all where none is named. `shard` is
-    taken of the prompts that `limit` leaves.
+    taken of the prompts that `limit` leaves. `projections_only` writes projections, and no raw residual.
     """
 
     attention: bool = False
@@ -53,6 +55,11 @@ class CaptureOptions:
     chat_template: bool | None = None
     system_prompt: str | None = None
 
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Those that are captured, and projected."""
+        return ("residual", "attn_out") if self.capture_attn else ("residual",)
+
     def outputs(self, n_layers: int) -> Outputs:
         """The files wanted of each prompt, for a model of so many layers."""
         everything = self.internals == ALL_LAYERS
@@ -63,7 +70,8 @@ class CaptureOptions:
                 raise InputError(f"--layer-internals {layer}: the model has layers 0 to {n_layers - 1}")
         return Outputs(
             Kept.of(n_layers, self.layers, self.points),
-            residual=not (self.replay or self.projections_only),
+            residual=not self.replay,
+            raw=not self.projections_only,
             attn_out=self.capture_attn,
             attention=self.attention or everything,
             logit_lens=self.logit_lens or everything,
@@ -120,6 +128,8 @@ class Planner:
         self._config = config
         self._model_name = model_name
         self._model = model
+        # Says nothing: what goes wrong with a vector is told by the run.
+        self._chooser = Chooser(layout, options.vectors, RunReport(layout.folder), Reporter())
 
     def plans(self, prompt_sets: Sequence[PromptSet]) -> list[Plan]:
         """A plan for each prompt set.
@@ -142,9 +152,8 @@ class Planner:
         fresh: set[str] = set()
         for prompt in prompts:
             name, wanted = f"{prompt_set.name}/{prompt.id}", self._lacking(prompt_set, prompt)
-            if wanted is None:
-                path = self._layout.residual(prompt_set.name, prompt.id)
-                refused.append((name, f"--replay needs a saved capture, there is none at {path}"))
+            if isinstance(wanted, str):
+                refused.append((name, wanted))
             elif wanted.residual:
                 fresh.add(prompt.id)
             else:
@@ -159,12 +168,14 @@ class Planner:
                     refused.append((f"{prompt_set.name}/{prompt.id}", str(error)))
         return Plan(prompt_set, company, frozenset(fresh), saved, refused)
 
-    def _lacking(self, prompt_set: PromptSet, prompt: Prompt) -> Outputs | None:
-        """What to make of a prompt; `None` where the raw residual cannot be replayed because it is not there."""
+    def _lacking(self, prompt_set: PromptSet, prompt: Prompt) -> Outputs | str:
+        """What to make of a prompt, or why nothing can be made of it."""
         options, layout = self._options, self._layout
         raw = layout.residual(prompt_set.name, prompt.id)
         if options.replay and not raw.is_file():
-            return None
+            return f"--replay needs a saved capture, there is none at {raw}"
+        if options.projections_only:
+            return self._lacking_projections(prompt_set, prompt)
         if not raw.is_file() or not (options.skip_existing or options.replay):
             return options.outputs(self._model().n_layers)
         try:
@@ -181,7 +192,34 @@ class Planner:
             return wanted  # a logit lens cannot be made from what was kept
         return lacking
 
-    def _is_whole_and_of(self, saved: Capture, prompt_set: PromptSet, prompt: Prompt) -> bool:
+    def _lacking_projections(self, prompt_set: PromptSet, prompt: Prompt) -> Outputs | str:
+        """The same where only projections are to be kept."""
+        options, layout, names = self._options, self._layout, (prompt_set.name, prompt.id)
+        raw = layout.residual(*names)
+        if not raw.is_file():
+            found = ProjectedCapture.find(layout, *names) if options.skip_existing else None
+            wanted = options.outputs(self._model().n_layers if found is None else found.n_layers)
+            is_done = (
+                found is not None
+                and self._is_whole_and_of(found, prompt_set, prompt)
+                and found.kept.includes(wanted.kept)
+                and not wanted.lacking(layout, *names)
+                and not any(self._chooser.missing(found, component) for component in options.components)
+            )
+            return wanted.lacking(layout, *names) if is_done else wanted
+        if options.skip_existing:
+            try:
+                saved = Capture.open(raw)
+            except StorageError as error:
+                return str(error)
+            if self._is_whole_and_of(saved, prompt_set, prompt):
+                return replace(options.outputs(saved.n_layers).missing(layout, *names), residual=False)
+        return (
+            f"--projections-only would leave projections of one run beside the raw capture of another, {raw}: remove "
+            "that, or run 'tlcapture project'"
+        )
+
+    def _is_whole_and_of(self, saved: Projectable, prompt_set: PromptSet, prompt: Prompt) -> bool:
         """Whether a capture is of this prompt, put in this way to this model, rather than of an earlier wording,
         and the run that wrote it came to the end of the prompt."""
         asked = self.asked_template

@@ -42,7 +42,8 @@ def run_project(
     """
     if not layout.folder.is_dir():
         raise InputError(f"no experiment {layout.experiment!r}: expected the folder {layout.folder}")
-    ids = {name: _captured(layout, name) for name in prompt_sets}
+    of_set = layout.prompt_ids if options.dynamics_only else layout.captured
+    ids = {name: _there(layout, name, of_set(name)) for name in prompt_sets}
     if options.shard is not None:
         ids = {name: list(options.shard.of(found)) for name, found in ids.items()}
     report = reporter.report(layout)
@@ -66,8 +67,12 @@ def run_project(
     return report
 
 
-def _captured(layout: Layout, prompt_set: str) -> list[str]:
-    ids = layout.captured(prompt_set)
+def _there(layout: Layout, prompt_set: str, ids: list[str]) -> list[str]:
+    if not ids and layout.prompt_ids(prompt_set):
+        raise InputError(
+            f"of prompt set {prompt_set!r} only projections were kept (--projections-only), which cannot be projected: "
+            "capture it again"
+        )
     if not ids:
         there = ", ".join(layout.captured_prompt_sets()) or "none"
         raise InputError(

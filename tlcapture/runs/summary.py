@@ -37,14 +37,14 @@ class TopTrait:
 def top_traits(layout: Layout, prompt_set: str, component: str = "residual") -> list[TopTrait]:
     """For each prompt of a set that has projections, the trait that rose most."""
     by_trait: dict[str, dict[str, dict[str, Any]]] = {}
-    for prompt_id in layout.captured(prompt_set):
+    for prompt_id in layout.prompt_ids(prompt_set):
         for path in layout.all_projections(prompt_set, prompt_id):
             trait, of_component = layout.of_projection(path)
             if of_component == component and (content := _read(path)):
                 by_trait.setdefault(str(trait), {})[prompt_id] = content
     rises = {trait: _rises(contents) for trait, contents in by_trait.items()}
     tops = []
-    for prompt_id in layout.captured(prompt_set):
+    for prompt_id in layout.prompt_ids(prompt_set):
         candidates = {trait: values[prompt_id] for trait, values in rises.items() if prompt_id in values}
         if candidates:
             top = max(candidates, key=lambda name: candidates[name])

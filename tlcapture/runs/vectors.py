@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, Protocol
 
 from tlcapture.captures import Capture
 from tlcapture.errors import InputError, StorageError, TlcaptureError
+from tlcapture.kept import Kept
 from tlcapture.layout import Layout
 from tlcapture.names import Trait
 from tlcapture.runs.report import Reporter, RunReport
@@ -19,6 +20,23 @@ from tlcapture.traits.selection import Selection, select
 from tlcapture.traits.vectors import TraitVector, VectorFolder
 
 Chosen = Sequence[tuple[TraitVector, Selection]]
+
+
+class Projectable(Protocol):
+    """What vectors are chosen for: a capture, or what is left of one that was projected and not kept."""
+
+    @property
+    def prompt_set(self) -> str: ...
+    @property
+    def prompt_id(self) -> str: ...
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def d_model(self) -> int: ...
+    @property
+    def kept(self) -> Kept: ...
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +75,7 @@ class Chooser:
         self._reporter = reporter
         self._chosen: dict[Hashable, Chosen] = {}
 
-    def vectors(self, capture: Capture, component: str) -> Chosen:
+    def vectors(self, capture: Projectable, component: str) -> Chosen:
         """A vector for each trait that has one of the component; what goes wrong with a trait fails that trait."""
         origin = (capture.metadata.get("inference_model"), capture.metadata.get("weight_processing"))
         key = (component, capture.kept, capture.d_model, origin)
@@ -66,11 +84,11 @@ class Chooser:
             _warn(self._chosen[key], self._report, self._reporter)
         return self._chosen[key]
 
-    def missing(self, capture: Capture, component: str) -> Chosen:
+    def missing(self, capture: Projectable, component: str) -> Chosen:
         """Of these, the vectors onto which the capture is not projected yet, or was before it was made anew."""
         return [pair for pair in self.vectors(capture, component) if not self._is_projected(capture, *pair)]
 
-    def _choose(self, component: str, capture: Capture) -> Chosen:
+    def _choose(self, component: str, capture: Projectable) -> Chosen:
         chosen, n_layers = [], capture.n_layers
         for trait in traits_to_project(self._layout, self._choice):
             folder = VectorFolder(self._choice.layout(self._layout), trait)
@@ -88,12 +106,13 @@ class Chooser:
             chosen.append((vector, selection))
         return chosen
 
-    def _is_projected(self, capture: Capture, vector: TraitVector, selection: Selection) -> bool:
+    def _is_projected(self, capture: Projectable, vector: TraitVector, selection: Selection) -> bool:
         layout, source = self._layout, self._choice.layout(self._layout)
         path = layout.projection(vector.trait, vector.component, capture.prompt_set, capture.prompt_id)
         raw = layout.residual(capture.prompt_set, capture.prompt_id)
         made_from = VectorFolder(source, vector.trait).file(vector.component, vector.method, vector.layer)
-        if not path.is_file() or path.stat().st_mtime_ns < max(raw.stat().st_mtime_ns, made_from.stat().st_mtime_ns):
+        newest = max(each.stat().st_mtime_ns for each in (raw, made_from) if each.is_file())
+        if not path.is_file() or path.stat().st_mtime_ns < newest:
             return False
         try:
             written = read_json(path)["metadata"]["vector_source"]
@@ -125,8 +144,12 @@ def project_capture(
     reporter: Reporter,
     *,
     other_model_intended: bool,
+    only: bool = False,
 ) -> list[Projection]:
-    """Project a capture onto the vectors and write a file for each; returns the projections."""
+    """Project a capture onto the vectors and write a file for each; returns the projections.
+
+    Where projections are the `only` thing that is kept, the files hold the capture's metadata too.
+    """
     projections = project(capture.prompt.residual, capture.response.residual, chosen)
     doubts = [
         (projection.vector.trait, note)
@@ -138,7 +161,10 @@ def project_capture(
         vector = projection.vector
         said = [f"{trait}: {note}" for trait, note in doubts if trait == vector.trait]
         path = layout.projection(vector.trait, vector.component, capture.prompt_set, capture.prompt_id)
-        report.wrote(write_json(path, _file_content(layout, capture, projection, said)))
+        content = _file_content(layout, capture, projection, said)
+        if only:
+            content["metadata"]["capture"] = dict(capture.metadata)
+        report.wrote(write_json(path, content))
     return projections
 
 

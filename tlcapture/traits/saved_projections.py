@@ -21,9 +21,9 @@ def saved_projections(
     there is none at all, or none of a trait that is asked for.
     """
     check_component(component)
-    ids = layout.captured(prompt_set)
+    ids = layout.prompt_ids(prompt_set)
     if not ids:
-        there = ", ".join(layout.captured_prompt_sets()) or "none"
+        there = ", ".join(layout.prompt_sets()) or "none"
         raise InputError(
             f"experiment {layout.experiment!r} has no captures of prompt set {prompt_set!r}; captured sets: {there}; "
             f"run 'tlcapture capture --experiment {layout.experiment} --prompt-set {prompt_set}'"
