@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.bench-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chromium test test-cuda reliability lint format demo bench bench-quick bench-page bench-extract view screenshots all_prompt_sets clean $(PROMPT_SETS)
+.PHONY: help setup chromium test test-cuda reliability lint format demo bench bench-quick bench-page bench-extract bench-scale view screenshots all_prompt_sets clean $(PROMPT_SETS)
 
 help: ## Show this help
 	@echo "Targets:"
@@ -76,6 +76,9 @@ bench-page: $(READY) chromium ## Time and memory of the page on 200 prompts
 
 bench-extract: $(READY) ## Time and memory of extracting one trait's vectors
 	$(BIN)/python benchmarks/extraction_cost.py
+
+bench-scale: $(READY) ## Bytes and time of 100, 1,000 and 5,000 prompts beside what is predicted, into docs/scale.md
+	$(BIN)/python benchmarks/scale_cost.py --write docs/scale.md $(FLAGS)
 
 all_prompt_sets: $(READY) ## Capture every prompt set
 	$(BIN)/tlcapture capture --experiment $(EXPERIMENT) --all-prompt-sets $(FLAGS)

@@ -16,6 +16,7 @@ from tests import tiny
 from tlcapture.captures import Capture
 from tlcapture.errors import InputError, StorageError
 from tlcapture.experiment import Experiment
+from tlcapture.live import capture as capture_live
 from tlcapture.report.contents import Contents
 from tlcapture.storage import read_json
 from tlcapture.traits.projected_tokens import ProjectedTokens
@@ -94,6 +95,30 @@ def test_reading_what_was_not_kept_names_what_was(capture: Run, raw: Path) -> No
         saved.residual(0, "after_attn", "prompt")
     with pytest.raises(InputError, match="layer 1 was not kept"):
         saved.residual(1, "attn_out")
+
+
+def test_a_file_that_says_nothing_of_layers_holds_all(capture: Run, raw: Path) -> None:
+    capture(*GREEDY)
+    expected = Capture.open(raw / "1.pt").residual(1, "residual_out")
+    value = torch.load(raw / "1.pt", weights_only=True)
+    del value["metadata"]["layers"], value["metadata"]["points"]
+    torch.save(value, raw / "1.pt")
+    saved = Capture.open(raw / "1.pt")
+    assert saved.kept.is_all
+    assert torch.equal(saved.residual(2, "residual_in"), expected)
+    assert "3 prompts skipped" in capture(*GREEDY, "--skip-existing").output
+
+
+def test_a_live_capture_keeps_what_it_is_asked_for(capture: Run, raw: Path) -> None:
+    capture(*GREEDY)
+    (live,) = capture_live(
+        tiny.model("llama"), ["hello there"], layers=[1], points=["residual_out"], temperature=0, max_new_tokens=6,
+        save_dtype="float32",
+    )  # fmt: skip
+    # Alone in its batch: sums in another order.
+    assert torch.allclose(live.residual(1), Capture.open(raw / "1.pt").residual(1), atol=1e-3)
+    with pytest.raises(InputError, match="layer 0 was not kept"):
+        live.residual(0)
 
 
 def test_a_file_that_lost_a_layer_is_no_capture(capture: Run, raw: Path) -> None:

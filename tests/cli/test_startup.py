@@ -27,6 +27,7 @@ def python(code: str) -> str:
         ["extract", "-h"],
         ["shell", "-h"],
         ["doctor", "-h"],
+        ["plan", "-h"],
         ["--version"],
     ],
 )
@@ -72,10 +73,12 @@ def test_scripts_offer_exactly_the_options_of_their_command(script: str, command
 OPTIONS = {
     "capture": "experiment prompt-set prompt all-prompt-sets attention logit-lens layer-internals capture-attn "
     "no-project replay layer method max-new-tokens temperature skip-existing model engine device dtype save-dtype "
-    "batch-size seed limit vector-experiment root allow-model-change",
+    "batch-size seed limit vector-experiment root allow-model-change layers points projections-only shard dry-run",
     "project": "experiment prompt-set all-prompt-sets traits layer method component dynamics-only skip-existing "
-    "vector-experiment root",
+    "vector-experiment root shard",
     "extract": "experiment traits methods layers component model engine device dtype batch-size seed root",
+    "plan": "model prompts prompt-tokens new-tokens views traits layers points save-dtype batch-size workers gpu "
+    "efficiency tokens-per-second measure budget json",
 }
 
 

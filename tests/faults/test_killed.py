@@ -10,11 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tests.evidence import Evidence
-from tests.faults.commands import Command, contents
+from tests.faults.commands import Command, Ended, contents
 from tests.faults.conftest import Start, capture_words
 
 
@@ -54,6 +55,41 @@ def test_killed_before_every_single_change_of_the_experiment(
         f"at each of the {killed} such moments of a capture with all add-ons, one run for each",
         "the files of an undisturbed run, equal to the last bit but for dates",
     )
+
+
+def test_killed_where_only_projections_are_kept(
+    template: Path, tiny_folder: Path, tmp_path: Path, evidence: Evidence
+) -> None:
+    def run(root: Path, *words: object, before: Callable[[], object] = lambda: None) -> Ended:
+        common = ("--root", root, "--experiment", "exp", "--model", tiny_folder, "--prompt-set", "short")
+        only = ("--projections-only", "--max-new-tokens", 4, "--logit-lens")
+        return Command(root.parent / "said", "capture", *common, *only, *words, before=before).end()
+
+    root = Path(shutil.copytree(template, tmp_path / "whole"))
+    assert run(root).code == 0
+    undisturbed, killed = contents(root / "experiments" / "exp"), 0
+    for number in range(1, 1000):
+        root = Path(shutil.copytree(template, tmp_path / f"root{number}"))
+        if run(root, before=lambda number=number: die_at(number)).code == 0:
+            break
+        killed += 1
+        assert run(root, "--skip-existing").code == 0
+        found = contents(root / "experiments" / "exp")
+        assert undated(found) == undated(undisturbed), f"killed at change {number}"
+    assert killed > 8
+    evidence.survived(
+        "kill -9 when a file is about to be put in place or removed, with --projections-only, then --skip-existing",
+        f"at each of the {killed} such moments, one run for each",
+        "the files of an undisturbed run, equal to the last bit but for dates",
+    )
+
+
+def undated(found: dict[str, Any]) -> dict[str, Any]:
+    """Files without the date of the capture that projections hold the metadata of."""
+    for name, content in found.items():
+        if "_stream/" in name:
+            content["metadata"]["capture"].pop("capture_date", None)
+    return found
 
 
 def test_killed_again_and_again_at_random_moments(

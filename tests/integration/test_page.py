@@ -133,6 +133,29 @@ def test_layers_show_every_residual_point(page: Watched, page_root: Path) -> Non
         assert [[row[layer][point] for row in scores] for layer in range(len(scores[0]))] == heat["z"]
 
 
+def test_layers_that_were_not_kept_are_blank_and_passed_over(context: Any, tmp_path: Path) -> None:
+    path = write_experiment(tmp_path) / "experiments/exp/inference/style/odd/residual_stream/odd/1.json"
+    content = json.loads(path.read_text())
+    for part, tokens in content["projections"].items():
+        content["projections"][part] = [[None, token[1][2:], token[2][2:]] for token in tokens]
+    content["metadata"] |= {"layers": [1, 2], "sublayers": ["residual_out"]}
+    write(path, content)
+    scores = [*content["projections"]["prompt"], *content["projections"]["response"]]
+    with server(tmp_path, "exp") as (base, _):
+        watched = Watched(context, base)
+        watched.open("view=layers&experiment=exp&set=odd&prompt=1&trait=style/odd&token=3")
+        (heat,), (profile,) = watched.traces(0), watched.traces(1)
+        assert heat["z"] == [[None] * len(scores), *([row[layer][0] for row in scores] for layer in (1, 2))]
+        assert (profile["x"], profile["y"]) == ([1, 2], [scores[3][1][0], scores[3][2][0]])
+        assert "that the capture kept (1, 2)" in str(watched.page.text_content("#view"))
+        for key, layer in (("ArrowDown", 1), ("ArrowUp", 2), ("ArrowUp", 2), ("ArrowDown", 1)):
+            watched.page.keyboard.press(key)
+            watched.settled()
+            assert f"at layer {layer}, residual_out: " in str(watched.page.text_content("#status"))
+        watched.page.close()
+        assert watched.wrong == []
+
+
 def test_the_lens_shows_ranks_and_the_first_fifty_on_a_click(page: Watched, page_root: Path) -> None:
     page.open(f"view=lens&{HERE}")
     entry = analysis_file(page_root, "logit_lens")["predictions"][3]

@@ -13,6 +13,7 @@ from tests import tiny
 from tests.test_parity import random_ids, run_hugging_face
 from tlcapture.errors import InputError, NumericalError
 from tlcapture.generation import teacher_force
+from tlcapture.kept import Kept
 from tlcapture.views.attention import AttentionPatterns, attention_hooks, attention_view
 from tlcapture.views.internals import internals_hooks, internals_view
 from tlcapture.views.logit_lens import logit_lens_view
@@ -39,6 +40,21 @@ def test_residual_in_of_a_layer_is_residual_out_of_the_one_before() -> None:
     assert stream.n_layers == 3
     for layer in range(2):
         assert stream.at(layer + 1, "residual_in").data_ptr() == stream.at(layer, "residual_out").data_ptr()
+
+
+@pytest.mark.parametrize("name", ["llama", "gptj", "gpt_neox"])  # the last two have parallel blocks
+@pytest.mark.parametrize("points", [("after_attn",), ("residual_in",), ("residual_in", "residual_out")])
+def test_what_is_kept_of_a_run_is_that_of_the_whole(name: str, points: tuple[str, ...]) -> None:
+    model, ids = tiny.model(name), [1, 5, 9, 30]
+    kept = Kept.of(model.n_layers, (0, 2), points)
+    whole = teacher_force(model, ids, residual_hooks(model.n_layers, model.hook_names, attn_out=True))
+    hooks = residual_hooks(model.n_layers, model.hook_names, attn_out=True, only=kept)
+    stream = residual_view(teacher_force(model, ids, hooks), model.n_layers, attn_out=True, only=kept)
+    expected = residual_view(whole, model.n_layers, attn_out=True)
+    assert stream.points.shape[0] == len(kept.places)
+    for layer in (0, 2):
+        for point in (*points, "attn_out"):
+            assert torch.equal(stream.at(layer, point), expected.at(layer, point))
 
 
 def test_a_layer_or_point_that_is_not_there_is_named() -> None:

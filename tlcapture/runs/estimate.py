@@ -29,6 +29,8 @@ _PER_PREDICTION = 35.0  # {"token": ..., "prob": ...}
 _PER_PROJECTION = 9.7  # 6 significant digits
 _PER_NULL = 5  # a layer that is not kept
 _PER_FILE = 2000  # names, metadata, and what the container adds
+_PER_PROJECTION_FILE = 1000  # the vector and where it comes from
+_PER_CAPTURE = 850  # the metadata of a capture that is not kept
 _PER_VIEW = 90  # what a `.pt` file says of each tensor, and the padding before it
 _PER_TOKEN = 6  # its text and id
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "auto": 2}
@@ -108,10 +110,12 @@ def sizes(
     """Kind and size in bytes of each file of a prompt of `n_tokens`, its response included."""
     kept = wanted.kept
     row = len(kept.layers) * len(kept.points) * _PER_PROJECTION + (kept.n_layers - len(kept.layers)) * _PER_NULL
+    row += 2 * _PER_PROJECTION + _PER_TOKEN  # velocity and acceleration
+    beside = _PER_PROJECTION_FILE + (0 if wanted.raw else _PER_CAPTURE)
     yield from chain(
         _tensors(measures, n_tokens, wanted, options),
         _json(measures, n_tokens, wanted),
-        (("projection", _PER_FILE + n_tokens * row) for _ in range(n_projections)),
+        (("projection", beside + n_tokens * row) for _ in range(n_projections)),
     )
 
 

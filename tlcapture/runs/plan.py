@@ -98,7 +98,7 @@ def cost_of(workload: Workload, measures: Measures) -> Cost:
 
 # What calling a block's operations takes by itself: `make bench-scale` measures it, on a model too small for
 # anything else to matter. The same calls start an accelerator's kernels.
-SECONDS_A_LAYER = 0.0004
+SECONDS_A_LAYER = 0.0003
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,191 @@
+"""What captures of 100, 1,000 and 5,000 prompts cost, beside what `tlcapture plan` says of them.
+
+    python benchmarks/scale_cost.py [--sizes 100,1000,5000] [--write docs/scale.md]
+
+A tiny Llama of random weights captures prompts of a few tokens, residual stream and projections, with one
+thread. The rate of the smallest run, in new tokens a second, is what predicts the time of all; bytes are predicted
+from the model's config and the mean lengths alone. `--write` puts the tables between the markers of a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+
+BEGIN, END = "<!-- make bench-scale -->", "<!-- end of make bench-scale -->"
+TOP = Path(__file__).parents[1]
+TRAITS = ("tone/loud", "tone/warm")
+NEW_TOKENS = 40
+_WIDTH = 118
+VARIANTS = {
+    "residual, projections": ("residual,projections", ()),
+    "residual of 2 layers, one point, projections": (
+        "residual,projections",
+        ("--layers", "2,4", "--points", "residual_out"),
+    ),
+    "projections only": ("projections", ("--projections-only",)),
+}
+
+
+@click.command()
+@click.option("--sizes", default="100,1000,5000", show_default=True)
+@click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="A file with the markers.")
+def main(sizes: str, write: Path | None) -> None:
+    """Measure and print two Markdown tables."""
+    counts = sorted(int(size) for size in sizes.split(","))
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        model = _make_model(root)
+        _make_traits(root)
+        _run(root, "extract", "--experiment", "vectors", "--model", model, "--traits", ",".join(TRAITS))
+        lines = list(_tables(root, model, counts))
+    text = "\n".join(lines)
+    click.echo(text)
+    if write is not None:
+        before, _, rest = write.read_text().partition(BEGIN)
+        _, _, after = rest.partition(END)
+        write.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+def _tables(root: Path, model: Path, counts: Sequence[int]) -> Iterator[str]:
+    yield from textwrap.wrap(
+        f"A Llama of 6 layers, d_model 64, random weights, float32, one of {os.cpu_count()} shared cores, torch "
+        f"{version('torch')}. Prompts of 6 to 38 tokens, at most {NEW_TOKENS} new ones, two traits, batches of 16.",
+        _WIDTH,
+    )
+    yield ""
+    yield "| captured | prompts | files | bytes predicted | measured | off by | seconds predicted | measured | off by |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    rates: dict[str, float] = {}
+    begins = statistics.median(_capture(root, model, 1, ())["seconds"] for _ in range(3))
+    for name, (views, options) in VARIANTS.items():
+        for count in counts if name == next(iter(VARIANTS)) else counts[:2]:
+            found = _capture(root, model, count, options)
+            rates.setdefault(name, found["new_tokens"] / (found["seconds"] - begins))
+            kept = [word for word in options if word != "--projections-only"]
+            yield _row(name, count, found, _plan(root, model, count, views, found, rates[name], kept), begins)
+    yield ""
+    said = "; ".join(f"{rate:.0f} a second ({name})" for name, rate in rates.items())
+    yield from textwrap.wrap(
+        f"Seconds are {begins:.1f} to begin (the median of three captures of one prompt) and new tokens by the rate of "
+        f"the {counts[0]} prompts of the same kind, whose own seconds are therefore no test: {said}. Calling a block's "
+        f"operations takes {_seconds_a_layer(model) * 1e3:.2f} ms a layer and step there.",
+        _WIDTH,
+    )
+
+
+def _row(name: str, count: int, found: dict[str, Any], plan: dict[str, Any], begins: float) -> str:
+    n_bytes, seconds = found["files"]["bytes"], found["seconds"]
+    predicted = begins + plan["worker_hours"] * 3600
+    cells = (
+        name, f"{count:,}", f"{found['files']['count']:,}", f"{plan['bytes'] / 1e6:.2f} MB", f"{n_bytes / 1e6:.2f} MB",
+        f"{plan['bytes'] / n_bytes - 1:+.1%}", f"{predicted:.1f}", f"{seconds:.1f}", f"{predicted / seconds - 1:+.1%}",
+    )  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+def _capture(root: Path, model: Path, count: int, options: Sequence[str]) -> dict[str, Any]:
+    """Capture `count` prompts and take the files away again; what the command says of itself, and mean lengths."""
+    name = f"n{count}"
+    texts = [f"{'x' * (number % 33)} {number:04d}" for number in range(count)]
+    prompts = [{"id": str(number), "text": text} for number, text in enumerate(texts)]
+    folder = root / "datasets" / "inference"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({"name": name, "prompts": prompts}))
+    experiment = root / "experiments" / name
+    said = _run(
+        root, "capture", "--experiment", name, "--model", model, "--prompt-set", name, "--no-chat-template",
+        "--vector-experiment", "vectors", "--max-new-tokens", NEW_TOKENS, "--temperature", 0, "--batch-size", 16,
+        "--layer", 4, "--json", *options,
+    )  # fmt: skip
+    found: dict[str, Any] = json.loads(said.splitlines()[-1])
+    files = [*experiment.glob("inference/tone/loud/residual_stream/*/*.json")]
+    lengths = [json.loads(path.read_bytes()) for path in files]
+    found["prompt_tokens"] = statistics.mean(each["prompt"]["n_tokens"] for each in lengths)
+    found["response_tokens"] = statistics.mean(each["response"]["n_tokens"] for each in lengths)
+    subprocess.run(["rm", "-r", str(experiment)], check=True)
+    return found
+
+
+def _plan(
+    root: Path, model: Path, count: int, views: str, found: dict[str, Any], rate: float, options: Sequence[str]
+) -> dict[str, Any]:
+    said = _run(
+        root, "plan", "--model", model, "--prompts", count, "--prompt-tokens", round(found["prompt_tokens"]),
+        "--new-tokens", round(found["response_tokens"]), "--views", views, "--traits", len(TRAITS),
+        "--tokens-per-second", rate, "--json", *options,
+    )  # fmt: skip
+    planned: dict[str, Any] = json.loads(said)
+    return planned
+
+
+def _run(root: Path, *words: object) -> str:
+    """Run a command of tlcapture in a process of its own, with one thread; returns its standard output."""
+    environment = {**os.environ, "TLCAPTURE_ROOT": str(root), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tlcapture", *map(str, words)]
+    done = subprocess.run(command, cwd=TOP, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit {done.returncode}: {done.stderr[-500:]}")
+    return done.stdout
+
+
+def _make_model(root: Path) -> Path:
+    """A folder with a tiny Llama of random weights, and a tokenizer of one token a byte."""
+    import torch
+    import transformers
+
+    sys.path.insert(0, str(TOP))
+    from tests import tiny
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=64, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=128, max_position_embeddings=256, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    folder = root / "model"
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _make_traits(root: Path) -> None:
+    for name, words in zip(TRAITS, (("LOUD", "soft"), ("warm", "cold")), strict=True):
+        folder = root / "datasets" / "traits" / name
+        folder.mkdir(parents=True)
+        for side, word in zip(("positive", "negative"), words, strict=True):
+            rows = [{"pair": str(n), "prompt": f"say {n}", "response": f"{word} {n} {word}"} for n in range(10)]
+            (folder / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _seconds_a_layer(model_folder: Path) -> float:
+    """The median step of a model too small for anything but calling operations to matter, by layer."""
+    import torch
+
+    from tlcapture.models import load_model
+    from tlcapture.views.residual import residual_hooks
+
+    torch.set_num_threads(1)
+    model = load_model(str(model_folder), device="cpu")
+    hooks, state = frozenset(residual_hooks(model.n_layers, model.hook_names)), model.start(1)
+    token, mask, times = torch.tensor([[5]]), torch.ones(1, 1, dtype=torch.long), []
+    for _ in range(100):
+        start = time.perf_counter()
+        model.step(token, mask, state, hooks, want_logits=True)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) / model.n_layers
+
+
+if __name__ == "__main__":
+    main()
