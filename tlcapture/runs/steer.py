@@ -22,7 +22,8 @@ from tlcapture.runs.report import Progress, Reporter, RunReport
 from tlcapture.runs.vectors import now
 from tlcapture.storage import read_bytes, read_json, write_bytes, write_json
 from tlcapture.traits.projection import check_fits
-from tlcapture.traits.selection import COHERENT, SteeringRun, select
+from tlcapture.traits.selection import COHERENT, select
+from tlcapture.traits.steering_files import SteeringResults, SteeringRun
 from tlcapture.traits.vectors import TraitVector, VectorFolder
 from tlcapture.validation import first_problem
 
@@ -177,9 +178,9 @@ class _Results:
         self._path = layout.steering(trait)
         self._report = report
         self._content: dict[str, Any] = {"baseline": {}, "runs": []}
-        if self._path.is_file():
+        if self._path.exists():
             before = read_json(self._path)
-            metadata = before.get("metadata", {}) if isinstance(before, dict) else {}
+            metadata = SteeringResults.parse(before, self._path).metadata
             if (metadata.get("model_fingerprint"), metadata.get("scored_by")) == (model.fingerprint, _scorer(judge)):
                 self._content = before
         self._content["metadata"] = {
@@ -198,7 +199,7 @@ class _Results:
         config = _config(vector, coefficient)
         for run in self._content["runs"]:
             if run["config"] == config and run.get("vector_timestamp") == vector.metadata.get("timestamp"):
-                return SteeringRun.parse(run, self._content["baseline"]["trait_mean"])
+                return self._parsed(run)
         return None
 
     def add(self, vector: TraitVector, coefficient: float, score: SteeringScore) -> SteeringRun:
@@ -211,7 +212,10 @@ class _Results:
         }
         self._content["runs"] = [*(each for each in self._content["runs"] if each["config"] != config), run]
         self._report.wrote(write_json(self._path, self._content, indent=True))
-        return SteeringRun.parse(run, self._content["baseline"]["trait_mean"])
+        return self._parsed(run)
+
+    def _parsed(self, run: dict[str, Any]) -> SteeringRun:
+        return SteeringResults.parse({**self._content, "runs": [run]}, self._path).single_layer_runs[0]
 
 
 def _scorer(judge: Judge | None) -> str:
@@ -243,6 +247,6 @@ def draw_curves(layout: Layout, traits: Sequence[Trait], report: RunReport) -> N
 
     for trait in traits:
         path = layout.steering(trait)
-        if path.is_file():
-            results = read_json(path)
+        if path.exists():
+            results = SteeringResults.read(path)
             report.wrote(write_bytes(layout.picture(trait, "steering"), steering_curves(str(trait), results)))
