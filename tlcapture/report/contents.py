@@ -245,6 +245,8 @@ def _projected(layout: Layout, prompt_set: str) -> list[str]:
 def _wording(layout: Layout, prompt_set: str, prompt_id: str, worded: str | None) -> str:
     """What to call a prompt: as its prompt set words it, if the capture holds that; else as it was run."""
     for path in layout.all_projections(prompt_set, prompt_id):
+        if not path.is_file():
+            continue
         with path.open("rb") as file:
             match = _TEXT_AT_THE_START.match(file.read(_HEAD))
         try:

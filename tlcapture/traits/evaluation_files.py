@@ -32,9 +32,10 @@ class EvaluationRow(FileContent):
     @classmethod
     def _is_a_trait(cls, value: str) -> str:
         try:
-            return str(Trait.parse(value))
+            Trait.parse(value)
         except InputError as error:
             raise ValueError(str(error)) from None
+        return value
 
     @property
     def key(self) -> tuple[str, str, str, int]:
