@@ -175,5 +175,6 @@ def _part_from_file(part: PartContent) -> CapturedPart:
     for layer in range(len(activations)):
         points += [activations[layer]["after_attn"], activations[layer]["residual_out"]]
     outputs = [by_point["attn_out"] for _, by_point in sorted(activations.items()) if "attn_out" in by_point]
-    residual = ResidualStream(stacked(points), stacked(outputs) if outputs else None)
+    # A file may hold parameters, which carry gradients.
+    residual = ResidualStream(stacked(points).detach(), stacked(outputs).detach() if outputs else None)
     return CapturedPart(part.text, part.tokens, part.token_ids, residual)

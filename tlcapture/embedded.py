@@ -92,6 +92,11 @@ def _mark(path: Path) -> str:
 
 
 def _convert(source: Path, target: Path) -> None:
+    _convert_weights(source, target)
+    write_json(target / _MANIFEST, _manifest(target), indent=True)
+
+
+def _convert_weights(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with redirect_stderr(io.StringIO()):  # its progress bar cannot be turned off otherwise
@@ -103,4 +108,3 @@ def _convert(source: Path, target: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name).save_pretrained(target)
-    write_json(target / _MANIFEST, _manifest(target), indent=True)

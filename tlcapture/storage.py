@@ -95,10 +95,10 @@ def _check_archive(path: Path) -> None:
     """Refuse a zip archive that torch would map as it lies in the file although that is not what was stored."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise ValueError("its tensors are compressed")
     if any(member.filename.endswith("/constants.pkl") for member in members):
         raise ValueError("it is a TorchScript program")
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ValueError("its tensors are compressed")
 
 
 def remove(paths: Iterable[Path]) -> int:
