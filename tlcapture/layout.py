@@ -15,6 +15,7 @@ What a root's `datasets/` does not have is looked up among the data the installe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os.path import realpath
 from pathlib import Path
 
 from tlcapture.errors import InputError, StorageError
@@ -108,8 +109,8 @@ class Layout:
         below = self.folder
         for part in path.relative_to(below).parts:
             below = below / part
-            # Only a link costs more than a look at the folder's entry.
-            if below.is_symlink() and not below.resolve().is_relative_to(self.folder.resolve()):
+            # Only a link costs more than a look at the folder's entry. A link to itself leads nowhere.
+            if below.is_symlink() and not Path(realpath(below)).is_relative_to(realpath(self.folder)):
                 return below
         return None
 
