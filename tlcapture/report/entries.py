@@ -12,7 +12,7 @@ import mmap
 import re
 from collections.abc import Iterator
 from functools import lru_cache
-from json import JSONDecodeError, JSONDecoder
+from json import JSONDecoder
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def _scan(path: Path, _modified: int, size: int) -> tuple[dict[int, tuple[int, i
             return spans, data[: beginnings[0][0]] + data[end:]
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # no UTF-8, no JSON, a number of thousands of digits
         raise StorageError(f"{path}: its last entry is cut off or damaged") from None
 
 
