@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ class ExperimentConfig(BaseModel):
 
 
 def read_config(layout: Layout) -> ExperimentConfig:
-    """The experiment's config, or an empty one where there is no file yet."""
-    if not layout.config.exists():
+    """The experiment's config, or an empty one where nothing is in its place yet, not even a link to nothing."""
+    if not lexists(layout.config):
         return ExperimentConfig()
     value = read_json(layout.config)
     try:

@@ -231,7 +231,8 @@ def raw_answer(port: int, request: bytes) -> bytes:
     received = b""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection, suppress(ConnectionError):
         connection.sendall(request)
-        connection.shutdown(socket.SHUT_WR)
+        if not request.endswith(b"\r\n\r\n"):
+            connection.shutdown(socket.SHUT_WR)
         while piece := connection.recv(65536):
             received += piece
     return received

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os.path import lexists
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,7 @@ def evaluate(
     components = ("residual", "attn_out") if component == "all" else (component,)
     options = EvaluateOptions(traits, methods, layers, components, batch_size, seed)
     report = run_evaluate(layout, options, load, console)
-    if layout.evaluation.exists():
+    if lexists(layout.evaluation):
         draw_heatmaps(layout, report)
         _table(best_rows(layout))
     finish(report)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,7 @@ class Contents:
         layout = self._layout(experiment)
         path_of = layout.attention if kind == "attention" else layout.logit_lens
         path = path_of(prompt_set, prompt_id)
-        if not path.is_file():
+        if not lexists(path):
             raise missing.add_on(layout, prompt_set, kind)
         return TokenEntries(path)
 
@@ -311,7 +312,7 @@ def _evaluation(layout: Layout, trait: Trait) -> dict[str, Any]:
 
 def _steering(layout: Layout, trait: Trait) -> dict[str, Any]:
     path = layout.steering(trait)
-    if not path.exists():
+    if not lexists(path):
         return {"missing": _as_json(missing.steering(layout, trait))}
     try:
         results = SteeringResults.read(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from os.path import lexists
 from typing import Any
 
 import torch
@@ -178,7 +179,7 @@ class _Results:
         self._path = layout.steering(trait)
         self._report = report
         self._content: dict[str, Any] = {"baseline": {}, "runs": []}
-        if self._path.exists():
+        if lexists(self._path):
             before = read_json(self._path)
             metadata = SteeringResults.parse(before, self._path).metadata
             if (metadata.get("model_fingerprint"), metadata.get("scored_by")) == (model.fingerprint, _scorer(judge)):
@@ -247,6 +248,6 @@ def draw_curves(layout: Layout, traits: Sequence[Trait], report: RunReport) -> N
 
     for trait in traits:
         path = layout.steering(trait)
-        if path.exists():
+        if lexists(path):
             results = SteeringResults.read(path)
             report.wrote(write_bytes(layout.picture(trait, "steering"), steering_curves(str(trait), results)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class _EvaluationFile(FileContent):
 
 def read_evaluation(path: Path) -> list[EvaluationRow]:
     """All rows; none where there is no such file. Raises `StorageError` for a file that is no evaluation."""
-    return checked(_EvaluationFile, read_json(path), path, "evaluation").all_results if path.exists() else []
+    return checked(_EvaluationFile, read_json(path), path, "evaluation").all_results if lexists(path) else []
 
 
 def best_by_trait(rows: Iterable[EvaluationRow]) -> dict[str, EvaluationRow]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import index
+from os.path import lexists
 from typing import SupportsIndex
 
 from tlcapture.errors import InputError, VectorError
@@ -78,7 +79,7 @@ def fallback_layer(n_layers: int) -> int:
 def steering_runs(folder: VectorFiles) -> list[SteeringRun]:
     """The single-layer runs of a trait's steering results; raises `StorageError` for a damaged file."""
     path = folder.layout.steering(folder.trait)
-    return SteeringResults.read(path).single_layer_runs if path.exists() else []
+    return SteeringResults.read(path).single_layer_runs if lexists(path) else []
 
 
 def effect_sizes(folder: VectorFiles, component: str) -> dict[tuple[str, int], float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class VectorFiles:
     def metadata(self, component: str) -> dict[str, Any]:
         """What is recorded of the vectors' origin; empty where another tool left no record."""
         path = self.metadata_file(component)
-        if not path.exists():
+        if not lexists(path):
             return {}
         value = read_json(path)
         checked(VectorMetadata, value, path, "metadata of vectors")
