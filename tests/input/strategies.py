@@ -168,7 +168,7 @@ def _reshaped(value: Any, at: tuple[Any, ...]) -> list[Any]:
 
 def try_all(
     evidence: Evidence, reader: str, files: st.SearchStrategy[Damaged], check: Callable[[Damaged], object],
-    examples: int = 500,
+    examples: int = 300,
 ) -> None:  # fmt: skip
     """Check a reader on many files, and hand over how many there were of each kind."""
     counts: Counter[str] = Counter()

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from tests.evidence import Evidence
-from tests.input.strategies import Damaged, check_refusal, damaged_json, try_all
+from tests.input.strategies import Damaged, check_refusal, damaged_json, replaced, try_all, without
 from tests.report.conftest import N_HEADS, N_LAYERS, TRAIT, attention, logit_lens, projection
 from tlcapture.attention_heads import heads_of_file
 from tlcapture.config import read_config, record
-from tlcapture.errors import TlcaptureError
+from tlcapture.errors import StorageError, TlcaptureError
 from tlcapture.layout import Datasets, Layout
 from tlcapture.names import Trait, is_safe_name
 from tlcapture.prediction_table import table_of_file
@@ -244,10 +244,11 @@ def are_scores(content: dict[str, Any]) -> bool:
     rows = [*content["projections"]["prompt"], *content["projections"]["response"]]
     shapes = {(len(row), len(at)) for row in rows for at in row}
     numbers = all(is_number(value) for row in rows for at in row for value in at)
+    parts = [content[name] for name in ("prompt", "response")]
+    counts = all(part.get("n_tokens") in (None, len(part["tokens"])) for part in parts)
     layer = content["metadata"]["vector_source"]["layer"]
-    return (
-        numbers and len(shapes) == 1 and len(rows) == len(tokens) and type(layer) is int and 0 <= layer < len(rows[0])
-    )
+    is_layer = type(layer) is int and 0 <= layer < len(rows[0])
+    return numbers and counts and is_layer and len(shapes) == 1 and len(rows) == len(tokens)
 
 
 def test_projection_files(tmp_path: Path, evidence: Evidence) -> None:
@@ -272,6 +273,56 @@ def test_projection_files(tmp_path: Path, evidence: Evidence) -> None:
         top_traits(layout, "odd")
 
     try_all(evidence, "projection file", damaged_json(projection(1)), check)
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "said"),
+    [
+        (("metadata", "vector_source", "layer"), N_LAYERS, "a vector of layer 3, but scores of 3 layers"),
+        (("metadata", "sublayers"), ["residual_out"], "3 scores a layer, but 1 sublayers"),
+        (("prompt", "n_tokens"), 3, "prompt: n_tokens says 3, but there are 2 tokens"),
+        (("response", "tokens"), ["a"], "response: n_tokens says 4, but there are 1 tokens"),
+        (("projections", "prompt"), [], "not as many projections as tokens: 0 for 2 tokens of the prompt"),
+        (("projections", "prompt", 0), [[1.0]], "not all as many layers and sublayers"),
+        (("projections", "prompt", 0, 1), [1.0, 2.0], "not all as many layers and sublayers"),
+        (("projections", "prompt", 0, 1, 0), "1.0", "projections.prompt[0][1][0]: Input should be a valid number"),
+        (("projections", "prompt", 0, 1, 0), True, "projections.prompt[0][1][0]: Input should be a valid number"),
+        (("projections", "prompt", 0, 1, 0), None, "projections.prompt[0][1][0]: Input should be a valid number"),
+        (("dynamics", "commitment_point"), 6, "commitment point 6 of 6 tokens"),
+        (("dynamics", "persistence"), 6, "persistence of 6 in 6 tokens"),
+        (("dynamics", "velocity"), [1.0], "velocity has 1 numbers for 6 tokens, expected 5"),
+    ],
+)
+def test_a_projection_file_that_disagrees_with_itself_says_where(
+    tmp_path: Path, evidence: Evidence, at: tuple[str | int, ...], value: Any, said: str
+) -> None:
+    path = tmp_path / "1.json"
+    path.write_text(json.dumps(replaced(projection(1), at, value)))
+    with pytest.raises(StorageError) as caught:
+        ProjectedTokens.read(path)
+    assert f"{path}: no projection file: " in str(caught.value)
+    assert said in str(caught.value)
+    evidence.tried("projection file", "parts that disagree")
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        ("prompt", "text"),
+        ("prompt", "n_tokens"),
+        ("dynamics", "velocity"),
+        ("dynamics", "acceleration"),
+        ("dynamics", "peak_velocity"),
+        ("metadata", "vector_source", "model"),
+        ("metadata", "vector_source", "selected_by"),
+        ("metadata", "inference_model"),
+        ("metadata", "projection_date"),
+    ],
+)
+def test_a_projection_file_may_leave_out_what_no_number_depends_on(tmp_path: Path, at: tuple[str, ...]) -> None:
+    path = tmp_path / "1.json"
+    path.write_text(json.dumps(without(projection(1), at)))
+    assert ProjectedTokens.read(path).layer == 1
 
 
 def test_dynamics_are_computed_again_from_sound_projections_alone(tmp_path: Path, evidence: Evidence) -> None:
