@@ -13,6 +13,8 @@ from tlcapture.printable import printable
 Layer = Annotated[int, Field(ge=0, lt=10_000)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]  # a probability, an attention weight, an accuracy
+# Whatever is measured here was a float32 once; beyond, the square of a number is none.
+Number = Annotated[float, Field(ge=-3.5e38, le=3.5e38)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 
 

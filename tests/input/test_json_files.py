@@ -288,6 +288,7 @@ def test_projection_files(tmp_path: Path, evidence: Evidence) -> None:
         (("projections", "prompt", 0, 1, 0), "1.0", "projections.prompt[0][1][0]: Input should be a valid number"),
         (("projections", "prompt", 0, 1, 0), True, "projections.prompt[0][1][0]: Input should be a valid number"),
         (("projections", "prompt", 0, 1, 0), None, "projections.prompt[0][1][0]: Input should be a valid number"),
+        (("projections", "prompt", 0, 1, 0), 1e308, "projections.prompt[0][1][0]: Input should be less"),
         (("dynamics", "commitment_point"), 6, "commitment point 6 of 6 tokens"),
         (("dynamics", "persistence"), 6, "persistence of 6 in 6 tokens"),
         (("dynamics", "velocity"), [1.0], "velocity has 1 numbers for 6 tokens, expected 5"),

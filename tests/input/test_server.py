@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 from collections import Counter
@@ -124,6 +125,17 @@ def test_every_resource_over_damaged_files(client: TestClient, root: Path, evide
     try_all(evidence, f"server over {name.split('/')[-1]}", damaged_json(FILES[name]), attempt, examples=40)
 
 
+def test_a_further_field_that_is_nested_too_deep_to_be_shown(
+    client: TestClient, root: Path, evidence: Evidence
+) -> None:
+    for name, content in FILES.items():
+        nested = json.dumps({**content, "further": "@"}).replace('"@"', "[" * 900 + "]" * 900)
+        (root / "experiments" / "exp" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "experiments" / "exp" / name).write_text(nested)
+    assert [check(client, path) for path in ASKED].count(422) == 1  # metadata of vectors is shown as it is
+    evidence.tried("server, deep nesting", "a further field", len(FILES))
+
+
 @pytest.mark.parametrize("name", [*sorted(FILES), "inference/raw/residual/odd/1.pt", "config.json"])
 def test_a_folder_in_the_place_of_a_file(client: TestClient, root: Path, evidence: Evidence, name: str) -> None:
     path = root / "experiments" / "exp" / name
@@ -214,7 +226,7 @@ def port(root: Path) -> int:
 
 _END = b" HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
 CROOKED = [
-    b"", b"\0\0\0", b"GET", b"GET /\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\0",
+    b"", b"\0\0\0", b"GET", b"GET /\r\n\r\n", b"GET / HTTP/9.9\r\nConnection: close\r\n\r\n", b"\x16\x03\x01\x02\0",
     b"GET / HTTP/1.1\r\n\r\n",
     b"GET /api/experiments HTTP/1.1\r\nHost: 127.0.0.1\r\nHost: evil\r\nConnection: close\r\n\r\n",
     b"GET /api/experiments HTTP/1.1\r\nHost: evil\r\nConnection: close\r\n\r\n",

@@ -109,6 +109,8 @@ def _resource(read: Callable[..., Any]) -> Callable[[Request], Any]:
             return _refusal(404 if isinstance(error, InputError) else 422, str(error))
         except OSError as error:
             return _refusal(422, f"{error.filename}: cannot be read: {error.strerror}")
+        except orjson.JSONEncodeError as error:
+            return _refusal(422, f"a file holds what cannot be shown: {error}")
 
     async def endpoint(request: Request) -> Response:
         return await run_in_threadpool(answer, **request.path_params)

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from tlcapture.errors import InputError
 from tlcapture.names import Trait
 from tlcapture.storage import read_json
-from tlcapture.validation import FileContent, Layer, Share, checked
+from tlcapture.validation import FileContent, Layer, Number, Share, checked
 
 
 class EvaluationRow(FileContent):
@@ -22,10 +22,10 @@ class EvaluationRow(FileContent):
     method: str
     layer: Layer
     component: str = "residual"
-    val_effect_size: float | None
+    val_effect_size: Number | None
     val_auroc: Share | None = None
     val_accuracy: Share | None = None
-    val_effect_size_interval: list[float] | None = Field(default=None, min_length=2, max_length=2)
+    val_effect_size_interval: list[Number] | None = Field(default=None, min_length=2, max_length=2)
     random_auroc: Share | None = None
     random_auroc_p95: Share | None = None
 

@@ -6,12 +6,12 @@ ProjectionFile.read(path).trajectory      # (prompt, response), at the vector's 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field, model_validator
 
 from tlcapture.storage import read_json
-from tlcapture.validation import Count, FileContent, Layer, checked
+from tlcapture.validation import Count, FileContent, Layer, Number, checked
 
 
 class Part(FileContent):
@@ -31,8 +31,8 @@ class Part(FileContent):
 class Scores(FileContent):
     """`[n_tokens][n_layers][n_sublayers]` of each part."""
 
-    prompt: list[list[list[float]]]
-    response: list[list[list[float]]]
+    prompt: list[list[list[Number]]]
+    response: list[list[list[Number]]]
 
 
 class DynamicsRecord(FileContent):
@@ -40,9 +40,9 @@ class DynamicsRecord(FileContent):
 
     commitment_point: Count | None
     persistence: Count
-    peak_velocity: Annotated[float, Field(ge=0)] | None = None
-    velocity: list[float] | None = None
-    acceleration: list[float] | None = None
+    peak_velocity: Number | None = None
+    velocity: list[Number] | None = None
+    acceleration: list[Number] | None = None
 
 
 class VectorSource(FileContent):
@@ -55,7 +55,7 @@ class VectorSource(FileContent):
     model: str | None = None
     experiment: str | None = None
     selected_by: str | None = None
-    score: float | None = None
+    score: Number | None = None
 
 
 class ProjectionMetadata(FileContent):

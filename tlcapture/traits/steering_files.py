@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from tlcapture.storage import read_json
-from tlcapture.validation import Count, FileContent, Layer, Percent, checked
+from tlcapture.validation import Count, FileContent, Layer, Number, Percent, checked
 
 
 class SteeringConfig(FileContent):
@@ -17,7 +17,7 @@ class SteeringConfig(FileContent):
 
     layers: list[Layer] = Field(min_length=1)
     methods: list[str] = Field(min_length=1)
-    coefficients: list[float] = Field(default_factory=list)
+    coefficients: list[Number] = Field(default_factory=list)
     component: str = "residual"
 
 
