@@ -139,6 +139,17 @@ _ABSENT = {
 }
 
 
+def test_a_further_field_that_is_nested_too_deep_for_the_page_is_said(
+    tlcapture: Run, layout: Layout, tmp_path: Path, evidence: Evidence
+) -> None:
+    nested = '{"further": ' + "[" * 900 + "]" * 900 + "}"
+    VectorFolder(layout, TRAIT).metadata_file("residual").write_text(nested)
+    result = tlcapture("view", *EXP, "--export", tmp_path / "page.html")
+    assert result.exit_code == 1
+    assert "exp/vectors/style/odd: a file holds what cannot be shown" in result.stderr
+    evidence.tried("metadata of vectors, by command", "deep nesting")
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
