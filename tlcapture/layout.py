@@ -15,7 +15,7 @@ What a root's `datasets/` does not have is looked up among the data the installe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from os.path import realpath
+from os.path import islink, join, realpath
 from pathlib import Path
 
 from tlcapture.errors import InputError, StorageError
@@ -106,12 +106,12 @@ class Layout:
 
     def _leads_out(self, path: Path) -> Path | None:
         """The link on the way from the experiment's folder to `path` that leads out of it."""
-        below = self.folder
-        for part in path.relative_to(below).parts:
-            below = below / part
+        below = str(self.folder)
+        for part in path.parts[len(self.folder.parts) :]:
+            below = join(below, part)
             # Only a link costs more than a look at the folder's entry. A link to itself leads nowhere.
-            if below.is_symlink() and not Path(realpath(below)).is_relative_to(realpath(self.folder)):
-                return below
+            if islink(below) and not Path(realpath(below)).is_relative_to(realpath(self.folder)):
+                return Path(below)
         return None
 
     def _listed(self, pattern: str) -> list[Path]:
