@@ -110,9 +110,16 @@ def test_a_refused_prompt_is_named_without_its_controls(tlcapture: Run, root: Pa
     "option", ["--experiment", "--prompt-set", "--prompt", "--model", "--system-prompt", "--method", "--root"]
 )
 def test_words_of_the_command_line_that_are_no_text_are_refused_in_plain_text(
-    tlcapture: Run, root: Path, tiny_folder: Path, evidence: Evidence, option: str, word: str
+    tlcapture: Run,
+    root: Path,
+    tiny_folder: Path,
+    evidence: Evidence,
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    word: str,
 ) -> None:
     """A shell hands over bytes that are no UTF-8 as lone surrogates."""
+    monkeypatch.chdir(root)  # some of the words name folders
     words = {"--experiment": "exp", "--model": tiny_folder, "--max-new-tokens": 1, "--no-project": None}
     if option not in ("--prompt", "--prompt-set"):
         words["--prompt"] = "hello"
