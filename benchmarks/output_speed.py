@@ -247,5 +247,5 @@ def w11(bench: Bench) -> Iterator[Row]:
                     wholes.append(whole)
     finally:
         model.step, model.unembed = step, unembed  # type: ignore[method-assign]
-    files = f"{report.n_files} files, {report.n_bytes / 1e6:.0f} MB, {sorted(wholes)[len(wholes) // 2]:.1f} s"
+    files = f"{report.n_files} files, {report.files.size / 1e6:.0f} MB, {sorted(wholes)[len(wholes) // 2]:.1f} s"
     yield Row("W11", "share of a capture that is not model time", figures, 0.25, 0.1, note=files)

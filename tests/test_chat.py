@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import tiny
-from tlcapture.chat import decode, render_chat, stop_ids, token_texts, tokenize
+from tlcapture.chat import bos_policy, decode, render_chat, stop_ids, token_texts, tokenize
 from tlcapture.errors import InputError
 
 BOS, EOS, TURN, END_OF_TURN = range(4)
@@ -38,6 +38,24 @@ def test_a_base_model_gets_its_bos_once() -> None:
 
 def test_a_tokenizer_without_bos_gets_none() -> None:
     assert BOS not in ids_of("hi", tiny.tokenizer(chat_template=None, bos=False))
+
+
+@pytest.mark.parametrize(
+    ("ids", "template", "expected"),
+    [
+        ([BOS, 9, BOS], True, {"count": 1, "by": "chat template"}),
+        ([BOS, BOS, 9], True, {"count": 2, "by": "chat template"}),
+        ([BOS, 9], False, {"count": 1, "by": "tlcapture"}),
+        ([9, BOS], True, {"count": 0, "by": None}),
+        ([BOS], False, {"count": 1, "by": "tlcapture"}),
+    ],
+)
+def test_the_bos_policy_says_how_many_a_prompt_begins_with_and_by_whom(
+    ids: list[int], template: bool, expected: dict[str, object]
+) -> None:
+    assert bos_policy(tiny.tokenizer(), ids, chat_template=template) == expected
+    none = bos_policy(tiny.tokenizer(chat_template=None, bos=False), ids, chat_template=template)
+    assert none == {"count": 0, "by": None}
 
 
 def test_the_template_can_be_switched_off_but_not_conjured_up() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.test_parity import as_prompt, random_ids
+from tests.test_parity import as_prompt, random_ids, relative
 from tlcapture import fast_forward
 from tlcapture.chat import TokenizedPrompt, stop_ids
 from tlcapture.fast_forward import FastState
@@ -196,4 +196,31 @@ def test_prompts_run_in_parts_yield_what_they_yield_at_once(monkeypatch: pytest.
     for name, generation in at_once.items():
         assert generation.response_ids == in_parts[name].response_ids
         for hook, activation in generation.cache.items():
-            assert torch.allclose(activation, in_parts[name].cache[hook], atol=1e-5)
+            assert relative(activation, in_parts[name].cache[hook]) < 1e-5
+
+
+def test_wanted_prompts_yield_to_the_last_bit_what_they_yield_when_all_are_wanted() -> None:
+    model = tiny.model("llama")
+    prompts = [as_prompt(random_ids(length, seed=length), str(length)) for length in (30, 29, 12, 5, 4)]
+    hooks = [*residual_hooks(model.n_layers, model.hook_names), *attention_hooks(model.n_layers)]
+    counted: list[int] = []
+    options: Any = {"hooks": hooks, "max_new_tokens": 6, "sampling": Sampling(temperature=0), "batch_size": 2}
+    everything = {each.prompt.id: each for each in generate(model, prompts, **options)}
+    some = list(generate(model, prompts, wanted={"29", "4"}, on_tokens=counted.append, **options))
+    assert sorted(each.prompt.id for each in some) == ["29", "4"]
+    for each in some:
+        assert each.response_ids == everything[each.prompt.id].response_ids
+        for hook, activation in each.cache.items():
+            assert torch.equal(activation, everything[each.prompt.id].cache[hook])
+    assert sum(counted) == sum(len(each.response_ids) for each in some)
+
+
+def test_batches_without_a_wanted_prompt_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("llama")
+    prompts = [as_prompt(random_ids(length, seed=length), str(length)) for length in (9, 8, 7, 6)]
+    started: list[int] = []
+    start = type(model).start
+    monkeypatch.setattr(type(model), "start", lambda self, size: started.append(size) or start(self, size))
+    (only,) = generate(model, prompts, hooks=[], wanted={"7"}, max_new_tokens=1, batch_size=2)
+    assert only.prompt.id == "7"
+    assert started == [2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,16 +12,10 @@ import torch
 import transformers
 
 from tests import tiny
-from tlcapture.checkpoints import fingerprint
+from tlcapture.checkpoints import cast, fingerprint
 from tlcapture.errors import ModelError
-from tlcapture.hooked_config import covers
 from tlcapture.models import _tokenizer_for, as_model, from_hooked_transformer, from_hugging_face, load_model
-
-
-def config(kind: type, architecture: str, **fields: object) -> object:
-    made = kind(**fields)
-    made.architectures = [architecture]
-    return made
+from tlcapture.provenance import model_record, point_hooks
 
 
 def test_a_local_folder_is_loaded_and_auto_takes_hooked(tiny_folder: Path) -> None:
@@ -37,28 +32,6 @@ def test_auto_takes_the_bridge_where_hooked_does_not_cover_the_architecture() ->
     assert from_hugging_face(model, tiny.tokenizer(), name="biased").engine == "bridge"
     with pytest.raises(ModelError, match=r"'hooked' does not cover 'biased'.*attention biases; use --engine bridge"):
         from_hugging_face(model, tiny.tokenizer(), name="biased", engine="hooked")
-
-
-@pytest.mark.parametrize(
-    ("made", "reason"),
-    [
-        (config(transformers.LlamaConfig, "LlamaForCausalLM", mlp_bias=True), "MLP biases"),
-        (
-            config(
-                transformers.LlamaConfig,
-                "LlamaForCausalLM",
-                rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
-            ),
-            "rotary embeddings of type 'dynamic'",
-        ),
-        (config(transformers.OPTConfig, "OPTForCausalLM", do_layer_norm_before=False), "norm behind each sublayer"),
-        (config(transformers.LlamaConfig, "LlamaForCausalLM", hidden_act="mish"), "activation 'mish'"),
-        (config(transformers.BloomConfig, "BloomForCausalLM"), "BloomForCausalLM is not among"),
-        (config(transformers.GPT2Config, "GPT2LMHeadModel", add_cross_attention=True), "cross attention"),
-    ],
-)
-def test_what_hooked_transformer_does_not_compute_is_refused_with_the_reason(made: object, reason: str) -> None:
-    assert reason in str(covers(made))
 
 
 def test_fingerprints_tell_checkpoints_apart() -> None:
@@ -131,10 +104,30 @@ def test_a_bos_that_transformerlens_filled_in_is_not_taken_for_the_tokenizers_ow
     assert from_hooked_transformer(base).tokenizer.bos_token_id is None
 
 
-def test_an_architecture_that_no_engine_runs_is_one_clear_line() -> None:
-    config = transformers.CTRLConfig(vocab_size=tiny.VOCABULARY, n_embd=32, n_layer=2, n_head=4, dff=64)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ModelError) as caught:
-        from_hugging_face(model, tiny.tokenizer(), name="ctrl")
-    assert "TransformerBridge does not run CTRLLMHeadModel" in str(caught.value)
-    assert "\n" not in str(caught.value)
+def test_what_is_recorded_of_a_model_names_revision_engine_and_the_hooks_of_each_point() -> None:
+    hf = copy.deepcopy(tiny.hf_model("gpt_neox"))
+    hf.config._commit_hash = "0a1b2c"
+    model = from_hugging_face(hf, tiny.tokenizer(), name="org/model", engine="bridge")
+    record = model_record(model)
+    assert (record["model_revision"], record["engine"], record["dtype"]) == ("0a1b2c", "bridge", "float32")
+    assert record["model_fingerprint"] == fingerprint(tiny.hf_model("gpt_neox"))
+    assert record["weight_processing"] == "none"
+    hooks = point_hooks(model, attn_out=True)
+    assert hooks["after_attn"] == "blocks.{L}.hook_resid_pre + blocks.{L}.hook_attn_out"
+    assert {hook.format(L=0) for point, hook in hooks.items() if point != "after_attn"} <= set(model.hook_names)
+
+
+def test_casting_leaves_packed_weights_and_buffers_as_they_are() -> None:
+    layer = torch.nn.Linear(4, 4)
+    layer.packed = torch.nn.Parameter(torch.arange(4, dtype=torch.uint8), requires_grad=False)
+    layer.scaled = torch.nn.Parameter(torch.ones(4).to(torch.float8_e4m3fn), requires_grad=False)
+    layer.register_buffer("frequencies", torch.rand(4))
+    cast(layer, torch.bfloat16)
+    dtypes = {name: str(tensor.dtype) for name, tensor in layer.state_dict().items()}
+    assert dtypes == {
+        "weight": "torch.bfloat16",
+        "bias": "torch.bfloat16",
+        "packed": "torch.uint8",
+        "scaled": "torch.float8_e4m3fn",
+        "frequencies": "torch.float32",
+    }

@@ -98,34 +98,93 @@ CONFIGS: dict[str, Any] = {
     "qwen3": lambda: transformers.Qwen3Config(**_GROUPED, head_dim=16),
     "gemma": lambda: transformers.GemmaConfig(**_GROUPED, head_dim=16),
     "gemma2": lambda: transformers.Gemma2Config(
-        **_GROUPED, head_dim=16, sliding_window=12, query_pre_attn_scalar=24, final_logit_softcapping=3.0
+        **_GROUPED,
+        head_dim=16,
+        sliding_window=12,
+        query_pre_attn_scalar=24,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
     ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **_GROUPED,
+        head_dim=16,
+        sliding_window=12,
+        sliding_window_pattern=2,
+        query_pre_attn_scalar=24,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+    "olmo2": lambda: transformers.Olmo2Config(**_COMMON),
     "phi3": lambda: transformers.Phi3Config(**_GROUPED, sliding_window=12),
+}
+
+_HALF_OF_16 = [1.0, 1.3, 1.7, 2.0]  # one number for each pair of the rotated part of a head
+BRIDGE_ONLY: dict[str, Any] = {
+    "llama_biased": lambda: transformers.LlamaConfig(**_GROUPED, attention_bias=True, mlp_bias=True),
+    "llama_yarn": lambda: transformers.LlamaConfig(
+        **_GROUPED,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "llama_dynamic": lambda: transformers.LlamaConfig(
+        **_GROUPED, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    ),
+    "mistral_linear_rope": lambda: transformers.MistralConfig(
+        **_GROUPED,
+        sliding_window=12,
+        rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+    ),
+    "olmo2_grouped": lambda: transformers.Olmo2Config(**_GROUPED),
+    "phi3_partial_rotary": lambda: transformers.Phi3Config(**_GROUPED, partial_rotary_factor=0.5),
+    "phi3_longrope": lambda: transformers.Phi3Config(
+        **_GROUPED,
+        original_max_position_embeddings=64,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": _HALF_OF_16,
+            "long_factor": [4 * factor for factor in _HALF_OF_16],
+        },
+    ),
 }
 
 
 @cache
 def hf_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A random model; norms, biases and embeddings are random too, so that none can be left out unseen."""
+    """A random model; norms, biases and embeddings are random too, so that none can be left out unseen.
+
+    Buffers stay in float32, as in a checkpoint that transformers loads in 16 bits.
+    """
+    from tlcapture.checkpoints import cast
+
     torch.manual_seed(sum(map(ord, name)))
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config((CONFIGS | BRIDGE_ONLY)[name](), attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
             spread = 0.3 if parameter.ndim > 1 else 0.1
             parameter.add_(torch.randn_like(parameter) * spread)
     model.config.architectures = [type(model).__name__]
-    return model.to(dtype).eval()
+    cast(model, dtype)
+    return model.eval()
 
 
 @cache
-def model(name: str, engine: str = "hooked") -> Any:
+def model(name: str, engine: str = "hooked", dtype: torch.dtype = torch.float32) -> Any:
     """The same as a tlcapture model, `plain` being the hooked engine without its fast forward pass. The
     bridge wraps a copy, since it changes the modules it wraps."""
     import copy
 
     from tlcapture.models import from_hugging_face
 
-    source = hf_model(name) if engine != "bridge" else copy.deepcopy(hf_model(name))
+    source = hf_model(name, dtype)
+    if engine == "bridge":
+        source = copy.deepcopy(source)
     if engine == "plain":
         return from_hugging_face(source, tokenizer(), name=f"tiny-{name}", engine="hooked", device=DEVICE, fast=False)
     return from_hugging_face(source, tokenizer(), name=f"tiny-{name}", engine=engine, device=DEVICE)

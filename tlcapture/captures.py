@@ -22,7 +22,7 @@ from tlcapture.capture_files import FORMAT_VERSION, CaptureContent, PartContent
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError, NumericalError, StorageError
 from tlcapture.shapes import Residual
-from tlcapture.storage import read_tensors, write_tensors
+from tlcapture.storage import Written, read_tensors, write_tensors
 from tlcapture.views.residual import POINTS, ResidualStream, point_index, stacked
 
 SAVE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -67,6 +67,8 @@ class Capture:
             f"{len(self.prompt.tokens)} prompt and {len(self.response.tokens)} response tokens",
             f"{self.n_layers} layers",
         ]
+        if self.metadata.get("engine") and self.metadata.get("dtype"):
+            facts.append(f"{self.metadata['engine']} in {self.metadata['dtype']}")
         if self.metadata.get("stop_reason"):
             facts.append(f"ended by {self.metadata['stop_reason']}")
         return ColouredTokens(self.tokens, len(self.prompt.tokens), label=", ".join(facts))._repr_html_()
@@ -103,8 +105,8 @@ class Capture:
             return torch.cat([each.residual.at(layer, point) for each in parts])
         return self._part(part).residual.at(layer, point)
 
-    def save(self, path: Path, *, before_replacing: Callable[[], object] = lambda: None) -> int:
-        """Write the capture in the format of raw residual files; returns the bytes written.
+    def save(self, path: Path, *, before_replacing: Callable[[], object] = lambda: None) -> Written:
+        """Write the capture in the format of raw residual files.
 
         `before_replacing` is called when the new file is whole and not yet in its place.
         """

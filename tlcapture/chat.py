@@ -87,6 +87,13 @@ def with_bos(tokenizer: Any, ids: Sequence[int]) -> list[int]:
     return list(ids) if bos is None or list(ids[:1]) == [bos] else [bos, *ids]
 
 
+def bos_policy(tokenizer: Any, ids: Sequence[int], *, chat_template: bool) -> dict[str, Any]:
+    """How many BOS a sequence begins with, and by whom: `chat template`, `tlcapture`, or `None` without any."""
+    bos = tokenizer.bos_token_id
+    count = 0 if bos is None else next((place for place, i in enumerate(ids) if i != bos), len(ids))
+    return {"count": count, "by": ("chat template" if chat_template else "tlcapture") if count else None}
+
+
 def stop_ids(tokenizer: Any, generation_config: Any) -> frozenset[int]:
     """Every id that ends a response: end of sequence of tokenizer and generation config, end of turn."""
     found: set[int] = set()

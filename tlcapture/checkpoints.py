@@ -15,6 +15,8 @@ import torch
 from tlcapture import embedded
 from tlcapture.errors import ModelError
 
+_NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes of weights that stand for themselves
+
 
 def source_of(name: str) -> str:
     """Where the weights are: a folder, or a hub name."""
@@ -65,9 +67,11 @@ def fetch_weights(name: str, source: str) -> Any:
 
 
 def cast(model: Any, dtype: torch.dtype) -> None:
-    """Cast the weights and nothing else: buffers, such as rotary frequencies, keep their precision."""
+    """Cast the weights and nothing else: buffers, such as rotary frequencies, keep their precision, and what
+    a quantised checkpoint packs into its weights stays packed."""
     for weight in model.parameters():
-        weight.data = weight.data.to(dtype)
+        if weight.dtype in _NUMBERS:
+            weight.data = weight.data.to(dtype)
 
 
 def fingerprint(model: torch.nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os.path import lexists
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tlcapture.errors import InputError
 from tlcapture.layout import Layout
+from tlcapture.locks import locked
 from tlcapture.storage import read_json, write_json
 from tlcapture.validation import first_problem
 
@@ -62,7 +64,11 @@ def _full_name(model: str) -> str:
 
 def record(layout: Layout, **fields: Any) -> None:
     """Set fields of `config.json`, keeping all others; writes nothing where nothing changes."""
-    config = read_config(layout)
-    updated = config.model_copy(update=fields)
-    if updated != config or not layout.config.exists():
-        write_json(layout.config, updated.model_dump(), indent=True)
+    if layout.config.exists() and _with(layout, fields) == read_config(layout):
+        return
+    with locked(layout.lock("config")):
+        write_json(layout.config, _with(layout, fields).model_dump(), indent=True)
+
+
+def _with(layout: Layout, fields: Mapping[str, Any]) -> ExperimentConfig:
+    return read_config(layout).model_copy(update=fields)

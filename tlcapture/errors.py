@@ -27,6 +27,13 @@ class StorageError(TlcaptureError):
     """A file cannot be read or written, or does not hold what its format says."""
 
 
+class NoSpaceError(StorageError):
+    """Nothing more can be written in a place: the device is full, a quota is used up, or it is read-only.
+
+    A run ends with it: what it would do next could not be kept.
+    """
+
+
 class VectorError(TlcaptureError):
     """A trait vector is missing, malformed, or does not fit the activations it is asked to project."""
 

@@ -225,7 +225,7 @@ class Explored(ABC):
         component: str = "residual",
         vector_experiment: str | None = None,
     ) -> list[Projection]:
-        from tlcapture.runs.vectors import origin_warnings
+        from tlcapture.traits.origin import check_origin, origin_notes
         from tlcapture.traits.projection import project
         from tlcapture.traits.selection import select
         from tlcapture.traits.vectors import VectorFolder
@@ -236,14 +236,17 @@ class Explored(ABC):
             folder = VectorFolder(source, trait)
             selection = select(folder, component, capture.n_layers, layer=layer, method=method)
             vector = folder.read(component, selection.method, selection.layer)
-            notes += origin_warnings(vector, capture.metadata, intended=vector_experiment is not None)
+            check_origin(vector, capture.metadata)
+            intended = vector_experiment is not None
+            found = origin_notes(vector, capture.metadata, other_model_intended=intended)
+            notes += [f"{trait}: {note}" for note in found]
             notes += [f"{trait}: {selection.warning}"] if selection.warning else []
             chosen.append((vector, selection))
         for note in notes:
             warnings.warn(note, stacklevel=3)
         tokens = tuple(capture.tokens)
-        found = project(capture.prompt.residual, capture.response.residual, chosen)
-        return [replace(projection, tokens=tokens) for projection in found]
+        projections = project(capture.prompt.residual, capture.response.residual, chosen)
+        return [replace(projection, tokens=tokens) for projection in projections]
 
     def _source(self, vector_experiment: str | None) -> Layout:
         own = self._vectors()

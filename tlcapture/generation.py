@@ -11,8 +11,9 @@ generated token gets one more forward, so that every token has its activations.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,8 @@ from tlcapture.memory import fitting_batch_size, is_out_of_memory, release_memor
 from tlcapture.models import Model
 from tlcapture.shapes import LastLogits
 from tlcapture.views import Cache
+
+_log = logging.getLogger(__name__)
 
 STOP_TOKEN = "stop_token"
 MAX_NEW_TOKENS = "max_new_tokens"
@@ -74,31 +77,42 @@ def generate(
     max_new_tokens: int = 50,
     sampling: Sampling = Sampling(),
     batch_size: int | None = None,
+    wanted: Collection[str] | None = None,
     on_tokens: Callable[[int], None] = lambda count: None,
 ) -> Iterator[Generation | Failure]:
     """Run prompts and yield an outcome for each, in the order in which they finish.
 
     Args:
+        wanted: ids of the prompts whose outcomes are wanted, if not all. Each runs in the batch in which it would
+            run if all were, and so yields the same to the last bit; batches without any do not run.
         hooks: names of the activations to capture; those of one shape are kept in one buffer, in
             this order.
         batch_size: how many prompts run together; `None` takes what fits in free memory. Out of
             memory, it is halved and the rest of the batch goes on.
-        on_tokens: called with the number of new tokens after every step.
+        on_tokens: called with the number of new tokens of wanted prompts after every step.
     """
+    ids = {prompt.id for prompt in prompts} if wanted is None else frozenset(wanted)
     fitting = [prompt for prompt in prompts if len(prompt.token_ids) + max_new_tokens <= model.n_ctx]
     for prompt in prompts:
-        if len(prompt.token_ids) + max_new_tokens > model.n_ctx:
+        if prompt.id in ids and len(prompt.token_ids) + max_new_tokens > model.n_ctx:
             yield Failure(prompt, _too_long(prompt, max_new_tokens, model.n_ctx))
     # Like lengths run together: less padding, and no prompt's outcome depends on its neighbours.
     waiting = sorted(fitting, key=lambda prompt: len(prompt.token_ids), reverse=True)
     longest = max((len(prompt.token_ids) for prompt in waiting), default=0) + max_new_tokens
     size = batch_size or fitting_batch_size(model, longest, len(waiting), hooks)
     while waiting:
-        batch, finished = waiting[:size], set()
+        batch, finished = waiting[:size], {id(prompt) for prompt in waiting[:size] if prompt.id not in ids}
+        if len(finished) == len(batch):
+            waiting = waiting[size:]
+            continue
+        _log.debug("a batch of %d prompts, up to %d tokens each", len(batch), len(batch[0].token_ids))
         try:
-            for outcome in _run_batch(model, batch, hooks, max_new_tokens, sampling, on_tokens):
-                finished.add(id(outcome.prompt))
-                yield outcome
+            for outcome in _run_batch(model, batch, hooks, max_new_tokens, sampling, ids, on_tokens):
+                if outcome.prompt.id in ids:
+                    finished.add(id(outcome.prompt))
+                    yield outcome
+                if len(finished) == len(batch):
+                    break
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -108,6 +122,7 @@ def generate(
                     batch[0], f"out of memory with {len(batch[0].token_ids)} prompt tokens, alone in its batch"
                 )
             size = max(1, min(size, len(batch)) // 2)
+            _log.warning("out of memory: going on with batches of %d", size)
             release_memory()
         waiting = [prompt for prompt in waiting if id(prompt) not in finished]
 
@@ -125,6 +140,7 @@ def _run_batch(
     hooks: Sequence[str],
     max_new_tokens: int,
     sampling: Sampling,
+    wanted: Collection[str],
     on_tokens: Callable[[int], None],
 ) -> Iterator[Generation | Failure]:
     stops = stop_ids(model.tokenizer, model.generation_config)
@@ -170,7 +186,7 @@ def _run_batch(
         for row, token in zip(rows, chosen, strict=True):
             responses[row].append(token)
         tokens, mask = torch.tensor(chosen)[:, None], torch.ones(len(rows), 1, dtype=torch.long)
-        on_tokens(len(rows))
+        on_tokens(sum(prompts[row].id in wanted for row in rows))
 
 
 class _Recorder:

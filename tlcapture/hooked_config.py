@@ -195,15 +195,43 @@ def _gemma2(config: Any) -> Fields:
     }
 
 
+def _gemma3(config: Any) -> Fields:
+    """Gemma-3's text model: rotary embeddings of local layers have a base of their own and are never scaled."""
+    _refuse(config.attention_bias, "Gemma-3 with attention biases")
+    _refuse(bool(config.use_bidirectional_attention), "Gemma-3 with attention in both directions")
+    kinds = config.rope_parameters
+    local = kinds.get("sliding_attention") or {"rope_theta": 10000.0}
+    _refuse(_kind(local) != "default", f"rotary embeddings of type {_kind(local)!r} in local layers")
+    return {
+        **_gated_rms(config, kinds.get("full_attention") or local),
+        **_windows(config),
+        "act_fn": _gemma_activation(config),
+        "rotary_base_local": local["rope_theta"],
+        "use_qk_norm": True,
+        "attn_scale": sqrt(config.query_pre_attn_scalar),
+        "attn_scores_soft_cap": config.attn_logit_softcapping or -1.0,
+        "output_logits_soft_cap": config.final_logit_softcapping or -1.0,
+        "use_normalization_before_and_after": True,
+    }
+
+
+def _olmo2(config: Any) -> Fields:
+    _refuse(config.attention_bias, "OLMo-2 with attention biases")
+    # TransformerLens's converter cuts keys and values into as many heads as there are of queries.
+    _refuse(config.num_key_value_heads != config.num_attention_heads, "OLMo-2 with grouped queries")
+    return _gated_rms(config, plain_heads_without_groups=True)
+
+
 def _phi3(config: Any) -> Fields:
     rope = _plain_rope(config)
     _refuse((rope.get("partial_rotary_factor") or 1.0) != 1.0, "Phi-3 with partial rotary embeddings")
     return {**_gated_rms(config, plain_heads_without_groups=True), **_windows(config, everywhere=True)}
 
 
-def _gated_rms(config: Any, *, plain_heads_without_groups: bool = False) -> Fields:
+def _gated_rms(config: Any, rope: Fields | None = None, *, plain_heads_without_groups: bool = False) -> Fields:
     """What Llama and its descendants share: RMS norms, rotary positions, a gated MLP, grouped queries.
 
+    `rope` stands for the config's own rotary parameters, where those differ between layers.
     TransformerLens's converters differ in whether they name ungrouped keys and values as grouped.
     """
     d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -227,7 +255,7 @@ def _gated_rms(config: Any, *, plain_heads_without_groups: bool = False) -> Fiel
         "positional_embedding_type": "rotary",
         "rotary_adjacent_pairs": False,
         "rotary_dim": d_head,
-        **_rotary(config),
+        **_rotary(rope or _rope(config)),
     }
 
 
@@ -237,14 +265,18 @@ def _rope(config: Any) -> Fields:
 
 def _plain_rope(config: Any) -> Fields:
     rope = _rope(config)
-    kind = rope.get("rope_type", "default")
-    _refuse(kind not in ("default", None), f"rotary embeddings of type {kind!r} for this architecture")
+    _refuse(_kind(rope) != "default", f"rotary embeddings of type {_kind(rope)!r} for this architecture")
     return rope
 
 
-def _rotary(config: Any) -> Fields:
-    rope = _rope(config)
-    kind = rope.get("rope_type") or "default"
+def _kind(rope: Fields) -> str:
+    return rope.get("rope_type") or "default"
+
+
+def _rotary(rope: Fields) -> Fields:
+    kind = _kind(rope)
+    share = rope.get("partial_rotary_factor") or 1.0
+    _refuse(kind != "default" and share != 1.0, f"partial rotary embeddings of type {kind!r}")
     if kind == "llama3":
         return {
             "rotary_base": rope["rope_theta"],
@@ -269,6 +301,7 @@ def _windows(config: Any, *, everywhere: bool = False) -> Fields:
     local = ["local" if kind == "sliding_attention" else "global" for kind in types]
     if not window or "local" not in local:
         return {}
+    _refuse(_kind(_rope(config)) == "linear", "scaled rotary embeddings in layers with a sliding window")
     return {"use_local_attn": True, "window_size": window, "attn_types": local}
 
 
@@ -289,6 +322,8 @@ _ARCHITECTURES: dict[str, Callable[[Any], Fields]] = {
     "Qwen3ForCausalLM": _qwen3,
     "GemmaForCausalLM": _gemma,
     "Gemma2ForCausalLM": _gemma2,
+    "Gemma3ForCausalLM": _gemma3,
+    "Olmo2ForCausalLM": _olmo2,
     "Phi3ForCausalLM": _phi3,
 }
 
@@ -304,5 +339,7 @@ _CONVERTERS = {
     "Qwen3ForCausalLM": "convert_qwen3_weights",
     "GemmaForCausalLM": "convert_gemma_weights",
     "Gemma2ForCausalLM": "convert_gemma_weights",
+    "Gemma3ForCausalLM": "convert_gemma_weights",
+    "Olmo2ForCausalLM": "convert_olmo2_weights",
     "Phi3ForCausalLM": "convert_phi3_weights",
 }

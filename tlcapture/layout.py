@@ -8,6 +8,7 @@
                                   inference/{category}/{trait}/residual_stream|attn_stream/{prompt_set}/
                                   analysis/per_token/{prompt_set}/
                                   steering/{category}/{trait}/
+                                  runs/{time}-{command}-{process}.json
 
 What a root's `datasets/` does not have is looked up among the data the installed package carries.
 """
@@ -122,10 +123,21 @@ class Layout:
     def config(self) -> Path:
         return self.own(self.folder / "config.json")
 
+    def lock(self, name: str) -> Path:
+        """The lock of what runs must not do at once in this experiment."""
+        return self.own(self.folder / ".locks" / f"{name.replace('/', '-')}.lock")
+
+    def run_record(self, name: str) -> Path:
+        return self.own(self.folder / "runs" / f"{name}.json")
+
     # -- captures ---------------------------------------------------------------------------------
 
     def residual(self, prompt_set: str, prompt_id: str) -> Path:
         return self.own(self._raw("residual", prompt_set) / f"{check_name(prompt_id, 'prompt id')}.pt")
+
+    def unfinished(self, prompt_set: str, prompt_id: str) -> Path:
+        """The mark of a prompt whose files are being written, or were when their run was killed."""
+        return self.own(self._raw("residual", prompt_set) / f".{check_name(prompt_id, 'prompt id')}.unfinished")
 
     def internals(self, prompt_set: str, prompt_id: str, layer: int) -> Path:
         folder = self._raw("internals", prompt_set)

@@ -28,6 +28,7 @@ from tlcapture.errors import ModelError
 from tlcapture.fast_forward import FastForward, FastState
 from tlcapture.hooked_config import architecture_of, covers, hooked_fields, weight_converter
 from tlcapture.lazy_model import LazyModel
+from tlcapture.measures import Measures
 from tlcapture.shapes import LastLogits, Logits, Mask, Residual, Rows, Tokens, Vector
 from tlcapture.weight_layout import lay_out, lay_out_in_place, memory_order
 
@@ -67,11 +68,28 @@ class Model(ABC):
         self.n_heads = int(cfg.n_heads)
         self.n_key_value_heads = int(getattr(cfg, "n_key_value_heads", None) or cfg.n_heads)
         self.d_head = int(cfg.d_head)
-        self.n_ctx = int(cfg.n_ctx)
+        self.n_ctx = _steady_context(hf_config, int(cfg.n_ctx))
         self.d_vocab = int(cfg.d_vocab)
         weight = next(iter(tl.parameters()))
         self.dtype: torch.dtype = weight.dtype
         self.device: torch.device = weight.device
+
+    @property
+    def measures(self) -> Measures:
+        return Measures(
+            n_layers=self.n_layers,
+            d_model=self.d_model,
+            n_heads=self.n_heads,
+            n_key_value_heads=self.n_key_value_heads,
+            d_head=self.d_head,
+            d_mlp=int(self.tl.cfg.d_mlp or 4 * self.d_model),
+            d_vocab=self.d_vocab,
+        )
+
+    @property
+    def revision(self) -> str | None:
+        """The hub's commit hash of the checkpoint; `None` for one that did not come from there."""
+        return getattr(self.hf_config, "_commit_hash", None)
 
     @property
     def hook_names(self) -> Set[str]:
@@ -267,26 +285,71 @@ class BridgeModel(Model):
             logits = torch.tanh(logits / cap) * cap
         return logits.reshape(*residual.shape[:-1], logits.shape[-1])
 
-    def check_unembedding(self) -> None:
-        """Raise `ModelError` where the logits are more than final norm, unembedding and soft cap."""
-        tokens = torch.arange(1, 5).unsqueeze(0) % self.d_vocab
-        last = f"blocks.{self.n_layers - 1}.hook_resid_post"
-        if last not in self.hook_names:
-            raise ModelError(f"{self.name}: TransformerBridge has no {last} for it: its residual cannot be captured")
-        step = self.step(tokens, torch.ones_like(tokens), self.start(1), {last}, want_logits=True)
-        assert step.logits is not None
-        ours, theirs = self.unembed(step.cache[last][:, -1]).float(), step.logits.float()
-        if not torch.allclose(ours, theirs, rtol=0.05, atol=0.05 * float(theirs.abs().max())):
-            raise ModelError(
-                f"{self.name}: {architecture_of(self.hf_config)} does more to its logits than norm, unembedding and "
-                "soft cap, which a logit lens would silently leave out: this architecture is not supported"
+    def check(self) -> None:
+        """Raise `ModelError` for an architecture whose activations would not be here what they are elsewhere."""
+        first, last = "blocks.0.hook_attn_out", f"blocks.{self.n_layers - 1}.hook_resid_post"
+        lacking = [name for name in (last, first, "blocks.0.attn.hook_pattern") if name not in self.hook_names]
+        lacking += [name for name in ("ln_final", "unembed") if not hasattr(self.tl, name)]
+        if lacking:
+            raise self._refusal(f"TransformerBridge gives it no {lacking[0]}")
+        tokens = torch.arange(1, 7).unsqueeze(0) % self.d_vocab
+        whole = self.step(tokens, torch.ones_like(tokens), self.start(1), {first, last}, want_logits=True)
+        assert whole.logits is not None
+        if not _alike(self.unembed(whole.cache[last][:, -1]), whole.logits):
+            raise self._refusal(
+                "it does more to its logits than norm, unembedding and soft cap, which a logit lens would silently "
+                "leave out"
             )
+        if not _alike(self._padded_and_in_two_steps(tokens, first), whole.cache[first][0]):
+            raise self._refusal(
+                "TransformerBridge computes another attention for it token by token in a padded batch than in one pass"
+            )
+
+    def _padded_and_in_two_steps(self, tokens: Tokens, hook: str) -> Tensor:
+        """An activation of tokens whose last one follows in a step of its own, beside a longer row."""
+        n_pad, n_tokens = 2, tokens.shape[1]
+        longer = tokens.flip(1)[:, :n_pad]
+        rows = torch.cat([torch.cat([torch.zeros_like(longer), longer]), tokens.expand(2, -1)], dim=1)
+        mask = torch.ones_like(rows)
+        mask[0, :n_pad] = 0
+        state = self.start(2)
+        spans = (slice(0, -1), slice(-1, None))
+        steps = [self.step(rows[:, span], mask[:, span], state, {hook}, want_logits=True) for span in spans]
+        return torch.cat([step.cache[hook] for step in steps], dim=1)[0, -n_tokens:]
+
+    def _refusal(self, reason: str) -> ModelError:
+        return ModelError(f"{self.name}: {architecture_of(self.hf_config)} is not supported: {reason}")
+
+
+def _alike(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two activations are the same but for the rounding of 16 bits."""
+    ours, theirs = ours.float(), theirs.float()
+    return torch.allclose(ours, theirs, rtol=0.05, atol=0.05 * float(theirs.abs().max()))
 
 
 def _with_all_keys(name: str, activation: Tensor, n_keys: int) -> Tensor:
     """A pattern over all keys so far: Hugging Face drops those that have left a sliding window."""
     missing = n_keys - activation.shape[-1] if name.endswith("hook_pattern") else 0
     return torch.nn.functional.pad(activation, (missing, 0)) if missing else activation
+
+
+@dataclass(frozen=True)
+class ModelOutline:
+    """What is known of a model without its weights."""
+
+    tokenizer: Any
+    measures: Measures
+
+    @property
+    def n_layers(self) -> int:
+        return self.measures.n_layers
+
+
+def outline_model(name: str) -> ModelOutline:
+    """Read a model's config and tokenizer; raises `ModelError` where it is not found."""
+    with quiet_loading():
+        source = source_of(name)
+        return ModelOutline(fetch(name, "AutoTokenizer", source), Measures.of(fetch(name, "AutoConfig", source)))
 
 
 def load_model(
@@ -306,14 +369,14 @@ def load_model(
     Raises:
         ModelError: the model is not found, or the engine asked for does not cover it.
     """
-    target = _device(device)
+    target = pick_device(device)
     with quiet_loading():
         source = source_of(name)
         config = fetch(name, "AutoConfig", source)
-        chosen = _engine(name, engine, config)
+        chosen = pick_engine(name, engine, config)
         model = fetch_weights(name, source)
         mark = fingerprint(model)
-        cast(model, _dtype(dtype, target, config))
+        cast(model, pick_dtype(dtype, target, config))
         tokenizer = fetch(name, "AutoTokenizer", source)
         return from_hugging_face(model, tokenizer, name=name, engine=chosen, device=str(target), mark=mark, fast=fast)
 
@@ -335,7 +398,7 @@ def from_hugging_face(
     config = model.config
     if not getattr(config, "architectures", None):
         config.architectures = [type(model).__name__]
-    engine = _engine(name, engine, config)
+    engine = pick_engine(name, engine, config)
     model = model.eval().requires_grad_(False)
     common = (tokenizer, config, model.generation_config, name, mark or fingerprint(model))
     with quiet_loading():
@@ -348,11 +411,13 @@ def from_hugging_face(
             tl = TransformerBridge.boot_transformers(
                 name, hf_model=model, tokenizer=_tokenizer_for(tokenizer, name), device=device, dtype=model.dtype
             )
-        except (ValueError, NotImplementedError, AttributeError) as error:
+            bridge = BridgeModel(tl, *common)
+            bridge.check()
+        except (ModelError, torch.OutOfMemoryError):
+            raise
+        except (ValueError, NotImplementedError, AttributeError, RuntimeError) as error:
             reason = f"TransformerBridge does not run {architecture_of(config)}: {_first_line(error)}"
             raise ModelError(f"{name}: {reason}") from None
-        bridge = BridgeModel(tl, *common)
-        bridge.check_unembedding()
         return bridge
 
 
@@ -387,6 +452,16 @@ def as_model(model: Any) -> Model:
     return from_hooked_transformer(model)
 
 
+def _steady_context(config: Any, n_ctx: int) -> int:
+    """For how many positions a model's rotary frequencies are what they are for one.
+
+    Those of LongRoPE become others for all tokens, and all rows of a batch, once one row is longer than
+    the length of pretraining: what a prompt yields would depend on what runs beside it and comes after it.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    return min(n_ctx, int(rope["original_max_position_embeddings"])) if rope.get("rope_type") == "longrope" else n_ctx
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
@@ -400,7 +475,8 @@ def _without_filled_in_bos(tokenizer: Any) -> Any:
     return own
 
 
-def _engine(name: str, engine: str, config: Any) -> str:
+def pick_engine(name: str, engine: str, config: Any) -> str:
+    """The engine to run a model on; raises `ModelError` for one that does not cover it, with the reason."""
     if engine not in ENGINES:
         raise ModelError(f"no engine {engine!r}: choose one of {', '.join(ENGINES)}")
     reason = covers(config) if engine != "bridge" else None
@@ -411,7 +487,8 @@ def _engine(name: str, engine: str, config: Any) -> str:
     return engine
 
 
-def _device(device: str) -> torch.device:
+def pick_device(device: str) -> torch.device:
+    """The device asked for; `auto` is the first there is. Raises `ModelError` for one that is not there."""
     if device != "auto":
         try:
             return torch.empty(0, device=device).device
@@ -422,7 +499,8 @@ def _device(device: str) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _dtype(dtype: str, device: torch.device, config: Any) -> torch.dtype:
+def pick_dtype(dtype: str, device: torch.device, config: Any) -> torch.dtype:
+    """The dtype asked for; `auto` is float32 on a CPU and the checkpoint's own elsewhere."""
     if dtype != "auto":
         if dtype not in DTYPES:
             raise ModelError(f"no dtype {dtype!r}: choose one of auto, {', '.join(DTYPES)}")

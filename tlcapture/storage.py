@@ -7,6 +7,8 @@ that opening costs nothing until a tensor is touched.
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import re
 import secrets
@@ -16,18 +18,29 @@ import zipfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
-from tlcapture.errors import StorageError
+from tlcapture.errors import NoSpaceError, StorageError
+from tlcapture.sizes import format_bytes
 
+_log = logging.getLogger(__name__)
+# After these nothing more can be written in the same place, whatever it is.
+_FOR_ALL_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _HOST = re.sub(r"[^A-Za-z0-9]", "-", socket.gethostname())
 _TEMPORARY = re.compile(rf"\..+\.{re.escape(_HOST)}\.(\d+)\.[0-9a-f]+\.tmp")
 
 
-def write_json(path: Path, value: Any, *, indent: bool = False) -> int:
-    """Write `value` (plain values and C-contiguous numpy arrays) as UTF-8 JSON; returns the bytes written."""
+class Written(NamedTuple):
+    """A file that was written, and its size in bytes."""
+
+    path: Path
+    size: int
+
+
+def write_json(path: Path, value: Any, *, indent: bool = False) -> Written:
+    """Write `value` (plain values and C-contiguous numpy arrays) as UTF-8 JSON."""
     option = orjson.OPT_SERIALIZE_NUMPY | (orjson.OPT_INDENT_2 if indent else 0)
     try:
         return write_bytes(path, orjson.dumps(value, option=option))
@@ -48,9 +61,9 @@ def read_json(path: Path) -> Any:
         raise StorageError(f"{path}: no valid JSON: nested too deeply") from None
 
 
-def write_bytes(path: Path, data: bytes) -> int:
-    """Write `data`; returns its length."""
-    return _write(path, lambda temporary: temporary.write_bytes(data))
+def write_bytes(path: Path, data: bytes) -> Written:
+    """Write `data`."""
+    return _write(path, lambda temporary: temporary.write_bytes(data), len(data))
 
 
 def read_bytes(path: Path) -> bytes:
@@ -62,8 +75,8 @@ def read_bytes(path: Path) -> bytes:
         raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def write_tensors(path: Path, value: Any, *, before_replacing: Callable[[], object] = lambda: None) -> int:
-    """`torch.save` tensors and plain values; returns the bytes written.
+def write_tensors(path: Path, value: Any, *, before_replacing: Callable[[], object] = lambda: None) -> Written:
+    """`torch.save` tensors and plain values.
 
     `before_replacing` is called when the new file is whole and not yet in its place.
 
@@ -72,7 +85,12 @@ def write_tensors(path: Path, value: Any, *, before_replacing: Callable[[], obje
     """
     import torch
 
-    return _write(path, lambda temporary: torch.save(value, temporary), before_replacing)
+    def write(temporary: Path) -> None:
+        # Through a file of Python's, whose errors say what is wrong; torch's own say only that something is.
+        with temporary.open("wb") as file:
+            torch.save(value, file)
+
+    return _write(path, write, _tensor_bytes(value), before_replacing)
 
 
 def read_tensors(path: Path) -> Any:
@@ -141,7 +159,15 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(path: Path, write: Callable[[Path], object], before_replacing: Callable[[], object] = lambda: None) -> int:
+def free_bytes(path: Path) -> int:
+    """Free bytes of the device on which `path` lies, or would lie once its folders are made."""
+    existing = next(folder for folder in [path, *path.absolute().parents] if folder.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _write(
+    path: Path, write: Callable[[Path], object], needed: int, before_replacing: Callable[[], object] = lambda: None
+) -> Written:
     temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,12 +176,41 @@ def _write(path: Path, write: Callable[[Path], object], before_replacing: Callab
         before_replacing()
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise StorageError(f"{path}: cannot be written: {reason}") from None
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)  # before the free bytes are counted
+        raise _cannot_write(path, error, needed) from None
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-    return size
+    _log.debug("wrote %s, %s", path, format_bytes(size))
+    return Written(path, size)
+
+
+def _cannot_write(path: Path, error: BaseException, needed: int) -> StorageError:
+    """The error for a file that could not be written. torch wraps what the file said into an error of its own."""
+    cause = error if isinstance(error, OSError) else error.__context__
+    number = cause.errno if isinstance(cause, OSError) else None
+    reason = os.strerror(number) if number else str(error).splitlines()[0]
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        reason += f": it needs {format_bytes(needed)}, {format_bytes(free_bytes(path))} are free on its device"
+    kind = NoSpaceError if number in _FOR_ALL_FILES else StorageError
+    return kind(f"{path}: cannot be written: {reason}")
+
+
+def _tensor_bytes(value: Any) -> int:
+    """Bytes of the storages that tensors within a value share or have."""
+    storages: dict[int, int] = {}
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            waiting += each.values()
+        elif isinstance(each, list | tuple):
+            waiting += each
+        elif hasattr(each, "untyped_storage"):
+            storage = each.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 def _temporary(path: Path) -> Path:

@@ -56,6 +56,14 @@ def test_a_raw_file_has_exactly_the_documented_form(capture: Run, raw: Path) -> 
     } <= set(metadata)  # fmt: skip
     assert (metadata["prompt_set"], metadata["prompt_id"], metadata["n_layers"]) == ("short", "1", 3)
     assert (metadata["temperature"], metadata["seed"], metadata["weight_processing"]) == (0.7, 0, "none")
+    assert metadata["bos"] == {"count": 1, "by": "chat template"}
+    assert metadata["model_revision"] is None
+    assert metadata["layer_convention"].startswith("layer L is block L, counted from 0")
+    assert metadata["hooks"] == {
+        "residual_in": "blocks.{L}.hook_resid_pre",
+        "after_attn": "blocks.{L}.hook_resid_mid",
+        "residual_out": "blocks.{L}.hook_resid_post",
+    }
     # Two thirds of four tensors a layer: one buffer of 2 * n_layers + 1 points a part, and little else.
     n_tokens = sum(len(value[part]["tokens"]) for part in ("prompt", "response"))
     assert (raw / "1.pt").stat().st_size < 7 * n_tokens * 32 * 2 + 12_000

@@ -137,6 +137,9 @@ def test_selection_and_comparison_use_both_measures(tlcapture: Run, vectors: Pat
     listed = tlcapture("traits", "list", "--experiment", "exp")
     assert listed.exit_code == 0
     assert listed.output.count("effect_size") == 2
+    origin = listed.output.splitlines()[-1]
+    assert origin.startswith("all: ") and "on hooked in float32, blocks.{L}.hook_resid_post, response_mean" in origin
+    assert "chat template, 1 BOS" in origin
     words = ("--methods", "mean_diff", "--coefficients", "0.01")
     assert tlcapture("steer", "--experiment", "exp", *words).exit_code == 0
     assert tlcapture("traits", "list", "--experiment", "exp").output.count("steering") == 2

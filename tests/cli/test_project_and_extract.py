@@ -58,6 +58,10 @@ def test_vectors_and_metadata_have_the_documented_form(extract: Run, vectors: Pa
         "dtype": "float32",
         "weight_processing": "none",
         "engine": "hooked",
+        "model_revision": None,
+        "layer_convention": "layer L is block L, counted from 0: residual_out of layer 0 is the first block's output",
+        "chat_template": True,
+        "bos": {"count": 1, "by": "chat template"},
     }
     assert {key: metadata[key] for key in stated} == stated
     assert metadata["timestamp"]
@@ -140,6 +144,10 @@ def test_a_projection_file_has_the_documented_form(project: Run, projected: Path
     metadata = value["metadata"]
     assert metadata["sublayers"] == ["residual_in", "after_attn", "residual_out"]
     source = metadata["vector_source"]
+    origin = source.pop("origin")
+    recorded = read_json(projected.parents[4] / "extraction" / "tone" / "loud" / "vectors" / "metadata.json")
+    assert origin == {key: recorded[key] for key in origin}
+    assert {"hook", "position", "model_fingerprint", "model_revision", "engine", "dtype", "bos"} <= origin.keys()
     assert source == {
         "model": str(tiny_folder),
         "experiment": "exp",
@@ -241,6 +249,31 @@ def test_a_vector_of_another_model_is_warned_of_unless_it_is_meant(
     meant = project("--traits", "tone/loud", "--vector-experiment", "exp")
     assert "elsewhere" not in meant.stderr
     assert "warnings" not in read_json(projected / "1.json")["metadata"]
+
+
+def test_a_vector_that_cannot_match_fails_its_trait_alone(project: Run, projected: Path, vectors: Path) -> None:
+    metadata = read_json(vectors / "metadata.json")
+    (vectors / "metadata.json").write_text(json.dumps({**metadata, "weight_processing": "fold_ln"}))
+    result = project()
+    assert result.exit_code == 1
+    assert result.stderr.count("failed: tone/loud: the probe vector of tone/loud at layer 1") == 1
+    assert "weights processed by 'fold_ln'" in result.stderr
+    assert not projected.exists()
+    assert len(list((projected.parents[2] / "warm" / "residual_stream" / "short").iterdir())) == 3
+
+
+def test_what_differs_is_said_once_for_all_traits_and_captures(capture: Run, project: Run, projected: Path) -> None:
+    project()
+    capture("--no-chat-template", "--no-project", "--dtype", "bfloat16")
+    result = project()
+    assert result.exit_code == 0
+    rounding = "the vector was extracted on hooked in float32, the capture made on hooked in bfloat16"
+    template = "the vector was extracted with a chat template, the capture made without a chat template"
+    for text in (rounding, template):
+        assert result.stderr.count(text) == 1
+        assert f"tone/loud, tone/warm: {text}" in result.stderr
+    said = read_json(projected / "3.json")["metadata"]["warnings"]
+    assert [line.startswith("tone/loud: the vector was extracted") for line in said] == [True, True]
 
 
 def test_vectors_of_unknown_origin_are_projected_and_said_to_be(project: Run, projected: Path, vectors: Path) -> None:

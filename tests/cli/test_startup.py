@@ -19,7 +19,16 @@ def python(code: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["capture", "--help"], ["project", "-h"], ["extract", "-h"], ["shell", "-h"], ["--version"]]
+    "words",
+    [
+        ["--help"],
+        ["capture", "--help"],
+        ["project", "-h"],
+        ["extract", "-h"],
+        ["shell", "-h"],
+        ["doctor", "-h"],
+        ["--version"],
+    ],
 )
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     code = (

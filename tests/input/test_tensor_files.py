@@ -168,7 +168,7 @@ def test_a_saved_number_that_is_none_is_never_projected(
     report = run_project(layout, ["odd"], ProjectOptions())
     assert report.n_files == 0
     check_refusal(report.failures[0], path)
-    assert "NaN or inf" in report.failures[0]
+    assert "NaN or inf" in str(report.failures[0])
     evidence.tried("capture", "NaN and inf")
 
 
@@ -189,8 +189,8 @@ def test_metadata_that_disagrees_is_said(layout: Layout, evidence: Evidence, cha
     value["metadata"] |= change
     torch.save(value, layout.residual("odd", "1"))
     (failure,) = run_project(layout, ["odd"], ProjectOptions()).failures
-    assert said in failure
-    assert str(layout.residual("odd", "1")) in failure
+    assert said in str(failure)
+    assert str(layout.residual("odd", "1")) in str(failure)
     evidence.tried("capture", "metadata that disagrees")
 
 
@@ -253,7 +253,7 @@ def test_a_vector_of_another_kind_is_refused(layout: Layout, evidence: Evidence,
     if kind in ("another width", "one token less"):
         torch.save(captures.content(), layout.residual("odd", "1"))
         (failure,) = run_project(layout, ["odd"], ProjectOptions()).failures
-        assert "has 7 numbers, but the activations have 8" in failure
+        assert "has 7 numbers, but the activations have 8" in str(failure)
     else:
         with pytest.raises(VectorError) as caught:
             folder.read("residual", "probe", 1)

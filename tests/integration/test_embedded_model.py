@@ -14,8 +14,11 @@ from tlcapture.chat import stop_ids, tokenize
 from tlcapture.embedded import embedded_folder
 from tlcapture.generation import Generation, Sampling, generate, teacher_force
 from tlcapture.layout import Datasets
+from tlcapture.model_checks import probe_prompts
 from tlcapture.models import from_hooked_transformer, load_model
 from tlcapture.prompts import read_prompt_set
+from tlcapture.reference import reference_run
+from tlcapture.runs.doctor import check_model
 from tlcapture.views.attention import attention_hooks, attention_view
 from tlcapture.views.logit_lens import logit_lens_view
 from tlcapture.views.residual import residual_hooks, residual_view
@@ -53,6 +56,15 @@ def test_logits_are_hugging_faces(smollm2: Any, reference: Any, prompts: list[An
     logits = smollm2.unembed(teacher_force(smollm2, ids, [last])[last])
     with torch.no_grad():
         assert (logits - reference(torch.tensor([ids])).logits[0]).abs().max() < 1e-4
+
+
+def test_the_doctor_finds_nothing_wrong(smollm2: Any, reference: Any) -> None:
+    runs = [reference_run(reference, prompt.token_ids) for prompt in probe_prompts(smollm2.tokenizer)]
+    found = {check.name: check for check in check_model(smollm2, runs)}
+    verdicts = {name: check.verdict for name, check in found.items()}
+    assert verdicts.pop("soft caps") == "not applicable"
+    assert set(verdicts.values()) == {"ok"}, found
+    assert "2 '<|im_end|>'" in found["stop ids"].detail
 
 
 def test_a_batch_writes_what_hugging_face_writes_and_every_residual_is_its_hidden_state(

@@ -12,17 +12,18 @@ import pytest
 from tlcapture.errors import StorageError
 from tlcapture.runs.background import BackgroundWriter
 from tlcapture.runs.report import RunReport
+from tlcapture.storage import Written
 
 
 def test_all_files_are_written_in_order_by_another_thread_when_the_context_ends() -> None:
     report, written, threads = RunReport(Path("x")), [], set()
 
-    def file(number: int) -> Callable[[], int]:
-        def write() -> int:
+    def file(number: int) -> Callable[[], Written]:
+        def write() -> Written:
             time.sleep(0.01)
             written.append(number)
             threads.add(threading.get_ident())
-            return number
+            return Written(Path("x"), number)
 
         return write
 
@@ -31,18 +32,18 @@ def test_all_files_are_written_in_order_by_another_thread_when_the_context_ends(
             writer.write(str(prompt), [file(2 * prompt), file(2 * prompt + 1)])
     assert written == list(range(6))
     assert threads.isdisjoint({threading.get_ident()})
-    assert (report.n_files, report.n_bytes) == (6, 15)
+    assert (report.n_files, report.files.size) == (6, 15)
 
 
 def test_a_file_that_fails_is_told_and_the_others_are_written() -> None:
     report = RunReport(Path("x"))
 
-    def fail() -> int:
+    def fail() -> Written:
         raise StorageError("disk full")
 
     with BackgroundWriter(report) as writer:
-        writer.write("set/1", [fail, lambda: 7])
-    assert report.failures == ["set/1: disk full"]
+        writer.write("set/1", [fail, lambda: Written(Path("x"), 7)])
+    assert report.failures == [("set/1", "disk full")]
     assert report.n_files == 1
 
 
@@ -51,7 +52,7 @@ def test_what_was_handed_over_is_written_even_when_the_run_breaks_off() -> None:
 
     def break_off() -> None:
         with BackgroundWriter(report) as writer:
-            writer.write("set/1", [lambda: 3])
+            writer.write("set/1", [lambda: Written(Path("x"), 3)])
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from tlcapture.cli.console import Console, finish, one_line_errors, show_top_traits
+from tlcapture.cli.console import Console, show_top_traits
 from tlcapture.cli.options import (
     LayerOrWord,
     batch_size_option,
@@ -18,6 +18,7 @@ from tlcapture.cli.options import (
     seed_option,
     vector_options,
 )
+from tlcapture.cli.work import working
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -48,6 +49,7 @@ from tlcapture.cli.options import (
     "--temperature", type=click.FloatRange(min=0), default=0.7, show_default=True, help="Of sampling; 0 is greedy."
 )
 @click.option("--skip-existing", is_flag=True, help="Make only what is missing.")
+@click.option("--dry-run", is_flag=True, help="Only say how many prompts, files and bytes it would be.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first prompts of each set.")
 @click.option(
     "--save-dtype",
@@ -66,10 +68,9 @@ from tlcapture.cli.options import (
 @batch_size_option
 @seed_option
 @root_option
-@click.pass_context
-@one_line_errors
+@working
 def capture(
-    ctx: click.Context,
+    console: Console,
     experiment: str,
     root: Path,
     prompt_set: tuple[str, ...] | None,
@@ -90,14 +91,14 @@ def capture(
 
     if sum([prompt_set is not None, prompt is not None, all_prompt_sets]) != 1:
         raise click.UsageError("give one of --prompt-set NAME, --prompt TEXT and --all-prompt-sets")
-    layout, datasets, console = Layout(root, experiment), Datasets(root), Console()
+    layout, datasets = Layout(root, experiment), Datasets(root)
     if prompt is not None:
         sets = [adhoc(prompt)]
     else:
         sets = [read_prompt_set(datasets, name) for name in prompt_set or datasets.prompt_sets()]
     model_names = ("model", "allow_model_change", "engine", "device", "dtype")
     load = ModelLoader.settle(layout, "inference_model", console, **{name: options.pop(name) for name in model_names})
-    is_default = ctx.get_parameter_source("layer") is click.core.ParameterSource.DEFAULT
+    is_default = click.get_current_context().get_parameter_source("layer") is click.core.ParameterSource.DEFAULT
     _run(layout, sets, load, console, "default" if is_default else layer, layer_internals, **options)
 
 
@@ -114,26 +115,28 @@ def _run(
     vector_experiment: str | None,
     temperature: float,
     seed: int,
+    dry_run: bool,
     **options: Any,
 ) -> None:
     from tlcapture.generation import Sampling
-    from tlcapture.runs.capture import CaptureOptions, run_capture
+    from tlcapture.runs.capture import CaptureOptions, estimate_capture, run_capture
     from tlcapture.runs.vectors import VectorChoice
+    from tlcapture.storage import free_bytes
 
-    report = run_capture(
-        layout,
-        sets,
-        CaptureOptions(
-            internals="all" if "all" in layer_internals else tuple(int(n) for n in layer_internals),
-            project=not no_project,
-            vectors=VectorChoice(layer=layer, method=method, experiment=vector_experiment),
-            sampling=Sampling(temperature, seed),
-            **options,
-        ),
-        load,
-        console,
+    chosen = CaptureOptions(
+        internals="all" if "all" in layer_internals else tuple(int(n) for n in layer_internals),
+        project=not no_project,
+        vectors=VectorChoice(layer=layer, method=method, experiment=vector_experiment),
+        sampling=Sampling(temperature, seed),
+        **options,
     )
+    if dry_run:
+        estimate, free = estimate_capture(layout, sets, chosen, load), free_bytes(layout.folder)
+        console.uses(estimate={**estimate.to_json(), "free": free})
+        for line in estimate.lines(free):
+            console.line(line)
+        return
+    run_capture(layout, sets, chosen, load, console)
     if not no_project:
         for prompt_set in sets:
-            show_top_traits(layout, prompt_set.name)
-    finish(report)
+            show_top_traits(console, layout, prompt_set.name)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from tlcapture.cli.logs import SHOWN
+from tlcapture.cli.stopping import StopSignals
 from tlcapture.errors import TlcaptureError
 from tlcapture.printable import printable
 from tlcapture.runs.report import Progress, Reporter, RunReport
@@ -17,51 +20,93 @@ from tlcapture.runs.report import Progress, Reporter, RunReport
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+    from tlcapture.layout import Layout
+    from tlcapture.runs.invocation import Invocation
+    from tlcapture.runs.record import RecordedReport
+
+_log = logging.getLogger(SHOWN)
+
 
 class Console(Reporter):
-    """Lines to standard output, warnings and progress to standard error."""
+    """Lines to standard output (to standard error where that is for JSON), warnings and progress to
+    standard error."""
 
-    def line(self, text: str) -> None:
-        click.echo(printable(text))
+    def __init__(
+        self,
+        *,
+        quiet: bool = False,
+        as_json: bool = False,
+        stop: StopSignals | None = None,
+        invocation: Invocation | None = None,
+    ):
+        self._quiet = quiet
+        self._as_json = as_json
+        self._stop = stop or StopSignals()
+        self._invocation = invocation
+        self.facts: dict[str, Any] = {}
+        self.recorded: RecordedReport | None = None
+
+    def line(self, text: str = "") -> None:
+        _log.info(text)
+        if not self._quiet:
+            click.echo(printable(text), err=self._as_json)
 
     def warn(self, text: str) -> None:
+        _log.warning(text)
         click.secho(f"warning: {printable(text)}", fg="yellow", err=True)
+
+    def error(self, text: str) -> None:
+        """A line that says what went wrong."""
+        _log.error(text)
+        click.secho(printable(text), fg="red", err=True)
+
+    def uses(self, **facts: Any) -> None:
+        self.facts.update(facts)
+
+    def report(self, layout: Layout) -> RunReport:
+        if self._invocation is None:
+            return super().report(layout)
+        from tlcapture.runs.record import RecordedReport
+
+        self.recorded = RecordedReport(layout, self._invocation, self.facts)
+        return self.recorded
 
     @contextmanager
     def progress(self, total: int, label: str, unit: str) -> Iterator[Progress]:
-        if not total:
-            yield Progress()
-        elif sys.stderr.isatty():
-            from tqdm import tqdm
+        with self._stop.at_checks_only():
+            if total and not self._quiet and sys.stderr.isatty():
+                from tqdm import tqdm
 
-            with tqdm(total=total, desc=label, unit=f" {unit}s", leave=False) as bar:
-                yield _Bar(bar)
-        else:
-            yield _Lines()
+                with tqdm(total=total, desc=label, unit=f" {unit}s", leave=False) as bar:
+                    yield _Bar(self._stop, bar)
+            else:
+                yield _Lines(self._stop, shown=bool(total) and not self._quiet)
 
 
 class _Bar(Progress):
-    def __init__(self, bar: tqdm[Any]):
+    def __init__(self, stop: StopSignals, bar: tqdm[Any]):
+        self._stop = stop
         self._bar = bar
 
     def advance(self, units: int = 0, *, done: str | None = None) -> None:
         self._bar.update(units)
         if done:
+            _log.info(done)
             self._bar.set_postfix_str(printable(done))
+        self._stop.check()
 
 
 class _Lines(Progress):
+    def __init__(self, stop: StopSignals, *, shown: bool):
+        self._stop = stop
+        self._shown = shown
+
     def advance(self, units: int = 0, *, done: str | None = None) -> None:
         if done:
-            click.echo(printable(done), err=True)
-
-
-def finish(report: RunReport) -> NoReturn:
-    """Say what a run did, name each failure, and exit: 0 all done, 1 something failed."""
-    click.echo(printable(report.summary()))
-    for failure in report.failures:
-        click.secho(f"failed: {printable(failure)}", fg="red", err=True)
-    sys.exit(1 if report.failures else 0)
+            _log.info(done)
+            if self._shown:
+                click.echo(printable(done), err=True)
+        self._stop.check()
 
 
 def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,23 +117,25 @@ def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return command(*args, **options)
         except TlcaptureError as error:
-            click.secho(f"error: {printable(str(error))}", fg="red", err=True)
+            Console().error(f"error: {error}")
             sys.exit(error.exit_code)
 
     return wrapped
 
 
-def show_top_traits(layout: Any, prompt_set: str, component: str = "residual") -> None:
+def show_top_traits(console: Console, layout: Layout, prompt_set: str, component: str = "residual") -> None:
     """Print by prompt which trait rose most, where it committed, and the response."""
     from tlcapture.runs.summary import top_traits
 
     tops = top_traits(layout, prompt_set, component)
     if not tops:
         return
-    click.echo(f"\n{prompt_set}: the trait that rose most, against the other prompts of the set\n")
+    console.line()
+    console.line(f"{prompt_set}: the trait that rose most, against the other prompts of the set")
+    console.line()
     width = max(len(top.trait) for top in tops)
     for top in tops:
         where = "does not commit" if top.token is None else f"commits at {top.commitment_point:>3} {top.token!r}"
-        click.echo(f"{top.prompt_id:>4}  {top.trait:<{width}}  {top.rise:+.1f} sd  {printable(where)}")
-        click.echo(f"      {printable(top.response)}")
-    click.echo()
+        console.line(f"{top.prompt_id:>4}  {top.trait:<{width}}  {top.rise:+.1f} sd  {where}")
+        console.line(f"      {top.response}")
+    console.line()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tlcapture.cli.console import Console, finish, one_line_errors
+from tlcapture.cli.console import Console
 from tlcapture.cli.options import (
     LayerList,
     Names,
@@ -19,6 +19,7 @@ from tlcapture.cli.options import (
     root_option,
     seed_option,
 )
+from tlcapture.cli.work import working
 from tlcapture.names import Trait
 from tlcapture.printable import printable
 
@@ -41,8 +42,9 @@ if TYPE_CHECKING:
 @batch_size_option
 @seed_option
 @root_option
-@one_line_errors
+@working
 def evaluate(
+    console: Console,
     experiment: str,
     root: Path,
     traits: tuple[Trait, ...],
@@ -58,9 +60,9 @@ def evaluate(
     from tlcapture.layout import Layout
     from tlcapture.runs.loading import ModelLoader
 
-    layout, console = Layout(root, experiment), Console()
+    layout = Layout(root, experiment)
     if against_steering:
-        _compare(layout, traits)
+        _compare(console, layout, traits)
         return
     from tlcapture.runs.evaluate import EvaluateOptions, best_rows, draw_heatmaps, run_evaluate
 
@@ -70,39 +72,39 @@ def evaluate(
     report = run_evaluate(layout, options, load, console)
     if lexists(layout.evaluation):
         draw_heatmaps(layout, report)
-        _table(best_rows(layout))
-    finish(report)
+        _table(console, best_rows(layout))
 
 
-def _table(rows: list[EvaluationRow]) -> None:
+def _table(console: Console, rows: list[EvaluationRow]) -> None:
     """Print the best vector of each trait; a row of another tool may lack some measures."""
 
     def number(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    click.echo(
-        f"\n{'trait':<26}{'method':<11}{'layer':>5}{'AUROC':>8}{'d':>8}{'95 % interval':>17}"
+    console.line()
+    console.line(
+        f"{'trait':<26}{'method':<11}{'layer':>5}{'AUROC':>8}{'d':>8}{'95 % interval':>17}"
         f"{'accuracy':>10}{'random AUROC':>15}"
     )
     for row in rows:
         interval = " to ".join(f"{bound:.2f}" for bound in row.val_effect_size_interval or ()) or "-"
         random = f"{number(row.random_auroc, '.2f')} (p95 {number(row.random_auroc_p95, '.2f')})"
-        click.echo(
+        console.line(
             f"{row.trait:<26}{printable(row.method):<11}{row.layer:>5}{number(row.val_auroc, '.3f'):>8}"
             f"{number(row.val_effect_size, '.2f'):>8}{interval:>17}{number(row.val_accuracy, '.2f'):>10}{random:>18}"
         )
-    click.echo()
+    console.line()
 
 
-def _compare(layout: Any, traits: tuple[Trait, ...]) -> None:
+def _compare(console: Console, layout: Any, traits: tuple[Trait, ...]) -> None:
     """Print the rank correlation of effect size with the steering gain, per trait and pooled."""
     from tlcapture.runs.compare import against_steering
 
     comparison = against_steering(layout, traits or tuple(layout.traits()))
-    click.echo(f"{'trait':<26}{'layers':>7}{'Spearman rho':>14}")
+    console.line(f"{'trait':<26}{'layers':>7}{'Spearman rho':>14}")
     for line in comparison.by_trait:
         rho = "-" if line.rho is None else f"{line.rho:+.3f}"
-        click.echo(f"{line.trait:<26}{line.n:>7}{rho:>14}")
+        console.line(f"{line.trait:<26}{line.n:>7}{rho:>14}")
     for name, line in (("pooled", comparison.pooled), ("pooled, ranks within trait", comparison.within)):
         rho = "-" if line.rho is None else f"{line.rho:+.3f}"
-        click.echo(f"{name:<26}{line.n:>7}{rho:>14}")
+        console.line(f"{name:<26}{line.n:>7}{rho:>14}")

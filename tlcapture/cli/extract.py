@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from tlcapture.cli.console import Console, finish, one_line_errors
+from tlcapture.cli.console import Console
 from tlcapture.cli.options import (
     LayerList,
     Names,
@@ -18,6 +18,7 @@ from tlcapture.cli.options import (
     root_option,
     seed_option,
 )
+from tlcapture.cli.work import working
 from tlcapture.names import Trait
 
 
@@ -46,8 +47,9 @@ from tlcapture.names import Trait
 @batch_size_option
 @seed_option
 @root_option
-@one_line_errors
+@working
 def extract(
+    console: Console,
     experiment: str,
     root: Path,
     traits: tuple[Trait, ...],
@@ -64,7 +66,7 @@ def extract(
     from tlcapture.runs.extract import ExtractOptions, run_extract
     from tlcapture.runs.loading import ModelLoader
 
-    layout, console = Layout(root, experiment), Console()
+    layout = Layout(root, experiment)
     load = ModelLoader.settle(layout, "extraction_model", console, **model)
     options = ExtractOptions(
         traits=traits,
@@ -75,4 +77,4 @@ def extract(
         batch_size=batch_size,
         seed=seed,
     )
-    finish(run_extract(layout, options, load, console))
+    run_extract(layout, options, load, console)

@@ -6,6 +6,7 @@ import click
 
 from tlcapture import __version__
 from tlcapture.cli.capture import capture
+from tlcapture.cli.doctor import doctor
 from tlcapture.cli.evaluate import evaluate
 from tlcapture.cli.extract import extract
 from tlcapture.cli.project import project
@@ -32,3 +33,4 @@ main.add_command(steer)
 main.add_command(view)
 main.add_command(shell)
 main.add_command(traits)
+main.add_command(doctor)

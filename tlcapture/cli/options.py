@@ -158,16 +158,7 @@ batch_size_option = click.option(
 
 seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
 
-model_options = together(
-    click.option(
-        "--model",
-        metavar="NAME",
-        help="smollm2 (embedded), a folder of Hugging Face weights, or a hub name.  "
-        "[default: the experiment's, or smollm2]",
-    ),
-    click.option(
-        "--allow-model-change", is_flag=True, help="Go on although the experiment has used another model so far."
-    ),
+engine_options = together(
     click.option(
         "--engine",
         type=click.Choice(["auto", "hooked", "bridge"]),
@@ -183,4 +174,17 @@ model_options = together(
         show_default=True,
         help="Compute dtype; auto: the checkpoint's own, float32 on a CPU.",
     ),
+)
+
+model_options = together(
+    click.option(
+        "--model",
+        metavar="NAME",
+        help="smollm2 (embedded), a folder of Hugging Face weights, or a hub name.  "
+        "[default: the experiment's, or smollm2]",
+    ),
+    click.option(
+        "--allow-model-change", is_flag=True, help="Go on although the experiment has used another model so far."
+    ),
+    engine_options,
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tlcapture.cli.console import Console, finish, one_line_errors, show_top_traits
+from tlcapture.cli.console import Console, show_top_traits
 from tlcapture.cli.options import (
     LayerOrWord,
     Traits,
@@ -16,6 +16,7 @@ from tlcapture.cli.options import (
     root_option,
     vector_options,
 )
+from tlcapture.cli.work import working
 from tlcapture.names import Trait
 
 if TYPE_CHECKING:
@@ -51,8 +52,9 @@ if TYPE_CHECKING:
     help="Also write trajectory and layers of each prompt and trait as PNG, below DIR.",
 )
 @root_option
-@one_line_errors
+@working
 def project(
+    console: Console,
     experiment: str,
     root: Path,
     prompt_set: tuple[str, ...] | None,
@@ -78,7 +80,6 @@ def project(
     names = prompt_set or layout.captured_prompt_sets()
     if not names:
         raise InputError(f"experiment {experiment!r} has no captures: run 'tlcapture capture' first")
-    console = Console()
     report = run_project(
         layout,
         names,
@@ -91,10 +92,9 @@ def project(
         console,
     )
     for name in names:
-        show_top_traits(layout, name, component)
+        show_top_traits(console, layout, name, component)
         if plot is not None:
             _draw(layout, name, plot, component, traits, report, console)
-    finish(report)
 
 
 def _draw(
@@ -107,12 +107,9 @@ def _draw(
     console: Console,
 ) -> None:
     """Write the pictures of a prompt set; what goes wrong fails the pictures, not the projections."""
-    from tlcapture.errors import TlcaptureError
     from tlcapture.runs.pictures import write_pictures
 
-    try:
+    with report.attempt(f"pictures of {prompt_set}"):
         ids = layout.captured(prompt_set)
         pictures = write_pictures(layout, prompt_set, ids, folder, component, traits, console)
         console.line(f"{prompt_set}: {len(pictures)} pictures in {folder}")
-    except TlcaptureError as error:
-        report.failed(f"pictures of {prompt_set}", error)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from tlcapture.cli.console import Console, finish, one_line_errors
+from tlcapture.cli.console import Console
 from tlcapture.cli.options import (
     LayerList,
     Names,
@@ -18,6 +18,7 @@ from tlcapture.cli.options import (
     root_option,
     seed_option,
 )
+from tlcapture.cli.work import working
 from tlcapture.names import Trait
 
 
@@ -39,8 +40,9 @@ from tlcapture.names import Trait
 @model_options
 @seed_option
 @root_option
-@one_line_errors
+@working
 def steer(
+    console: Console,
     experiment: str,
     root: Path,
     traits: tuple[Trait, ...],
@@ -64,9 +66,8 @@ def steer(
     from tlcapture.runs.steer import SteerOptions, draw_curves, run_steer
 
     asked = None if judge is None else Judge(judge, judge_model)
-    layout, console = Layout(root, experiment), Console()
+    layout = Layout(root, experiment)
     load = ModelLoader.settle(layout, "extraction_model", console, **model)
     options = SteerOptions(traits, methods or (), layers, coefficients, search, asked)
     report = run_steer(layout, options, load, console)
     draw_curves(layout, traits or tuple(layout.traits()), report)
-    finish(report)

@@ -56,9 +56,10 @@ def check(chosen: tuple[Trait, ...], root: Path) -> None:
 @root_option
 @one_line_errors
 def list_(experiment: str, component: str, root: Path) -> None:
-    """Show which vector of each trait is chosen, by what, with its score and the runner-up."""
+    """Show which vector of each trait is chosen, by what, with its score, the runner-up and its origin."""
     from tlcapture.errors import InputError
     from tlcapture.layout import Layout
+    from tlcapture.traits.origin import described_origin
     from tlcapture.traits.selection import ranked, select
     from tlcapture.traits.vector_files import VectorFiles
 
@@ -66,15 +67,20 @@ def list_(experiment: str, component: str, root: Path) -> None:
     if not layout.traits():
         raise InputError(f"experiment {experiment!r} has no trait vectors: run 'tlcapture extract' first")
     click.echo(f"{'trait':<26}{'method':<11}{'layer':>5}  {'by':<12}{'score':>9}   runner-up")
+    origins: dict[str, list[str]] = {}
     for trait in layout.traits():
         folder = VectorFiles(layout, trait)
         available = folder.available(component)
         if not available:
             click.echo(f"{trait!s:<26}no {component} vectors")
             continue
-        n_layers = int(folder.metadata(component).get("num_layers") or 1 + max(map(max, available.values())))
+        metadata = folder.metadata(component)
+        origins.setdefault(described_origin(metadata), []).append(str(trait))
+        n_layers = int(metadata.get("num_layers") or 1 + max(map(max, available.values())))
         found = select(folder, component, n_layers)
         score = "-" if found.score is None else f"{found.score:.3f}"
         rivals = [each for each in ranked(folder, component, available) if each.layer != found.layer][:1]
         rival = f"{rivals[0].method} at layer {rivals[0].layer}, {rivals[0].score:.3f}" if rivals else "-"
         click.echo(f"{trait!s:<26}{found.method:<11}{found.layer:>5}  {found.selected_by:<12}{score:>9}   {rival}")
+    for origin, names in origins.items():
+        click.echo(f"{'all' if len(origins) == 1 else ', '.join(names)}: {origin}")

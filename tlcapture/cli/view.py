@@ -78,7 +78,7 @@ def view(
 
 def _export(root: Path, experiment: str, prompt_sets: tuple[str, ...], target: Path, megabytes: float) -> None:
     from tlcapture.report.export import export_page
-    from tlcapture.runs.report import format_bytes
+    from tlcapture.sizes import format_bytes
 
     left_out = export_page(root, experiment, prompt_sets, target, megabytes=megabytes)
     click.echo(f"wrote {target} ({format_bytes(target.stat().st_size)})")

@@ -24,8 +24,7 @@ from tlcapture.errors import InputError, NumericalError, OutOfMemoryError
 from tlcapture.extraction.examples import Example
 from tlcapture.memory import fitting_batch_size, is_out_of_memory, release_memory
 from tlcapture.models import Model
-
-HOOKS = {"residual": "blocks.{layer}.hook_resid_post", "attn_out": "blocks.{layer}.hook_attn_out"}
+from tlcapture.provenance import COMPONENT_HOOKS
 
 Activations = Float[Tensor, "n_layers n_examples d_model"]
 
@@ -41,6 +40,7 @@ class Reading:
     start: int
     stop: int
     position: str
+    chat_template: bool = False
 
 
 def tokenize_example(
@@ -63,7 +63,8 @@ def tokenize_example(
         ids = with_bos(tokenizer, tokenizer(example.text)["input_ids"])
         return Reading(tuple(ids), min(1, len(ids) - 1), len(ids), "all_mean")
     assert example.prompt is not None and example.response is not None
-    if uses_chat_template(tokenizer, chat_template):
+    templated = uses_chat_template(tokenizer, chat_template)
+    if templated:
         system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
         rendered = render_chat(tokenizer, [*system, {"role": "user", "content": example.prompt}])
         prompt = tokenizer(rendered, add_special_tokens=False)["input_ids"]
@@ -71,9 +72,9 @@ def tokenize_example(
         prompt = with_bos(tokenizer, tokenizer(example.prompt + "\n")["input_ids"])
     whole = (*prompt, *tokenizer(example.response, add_special_tokens=False)["input_ids"])
     if position == "last_prompt_token":
-        return Reading(tuple(prompt), len(prompt) - 1, len(prompt), position)
+        return Reading(tuple(prompt), len(prompt) - 1, len(prompt), position, templated)
     start = 1 if position == "all_mean" else len(prompt)
-    return Reading(whole, start, len(whole), "response_mean" if position == "auto" else position)
+    return Reading(whole, start, len(whole), "response_mean" if position == "auto" else position, templated)
 
 
 def read_out(
@@ -92,7 +93,7 @@ def read_out(
     longest = max((len(reading.token_ids) for reading in readings), default=0)
     if longest > model.n_ctx:
         raise InputError(f"an example has {longest} tokens, the model's context is {model.n_ctx}")
-    names = {part: [HOOKS[part].format(layer=layer) for layer in range(model.n_layers)] for part in components}
+    names = {part: [COMPONENT_HOOKS[part].format(L=layer) for layer in range(model.n_layers)] for part in components}
     hooks = frozenset(name for part in components for name in names[part])
     means = {part: torch.zeros(model.n_layers, len(readings), model.d_model) for part in components}
     waiting = sorted(range(len(readings)), key=lambda number: len(readings[number].token_ids), reverse=True)

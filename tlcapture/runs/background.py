@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from tlcapture.errors import TlcaptureError
 from tlcapture.runs.report import RunReport
+from tlcapture.storage import Written
 
-Write = Callable[[], int]  # writes a file and returns its size
+Write = Callable[[], Written]
 
 
 class BackgroundWriter:
@@ -24,7 +24,9 @@ class BackgroundWriter:
     def __init__(self, report: RunReport):
         self._report = report
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")
-        self._waiting: list[tuple[str, Future[int]]] = []
+        self._name = ""
+        self._waiting: list[Future[Written]] = []
+        self._then: Callable[[], object] = _nothing
 
     def __enter__(self) -> BackgroundWriter:
         return self
@@ -33,17 +35,30 @@ class BackgroundWriter:
         self._pool.shutdown(wait=True)
         self.finish()
 
-    def write(self, name: str, files: Iterable[Write]) -> None:
-        """Have the files of a prompt written, once those of the prompt before are."""
+    def write(self, name: str, files: Iterable[Write], *, then: Callable[[], object] = lambda: None) -> None:
+        """Have the files of a prompt written, once those of the prompt before are.
+
+        `then` is called, in the caller's thread, when all of them are written, and not where one failed.
+        """
         files = list(files)
         self.finish()
-        self._waiting = [(name, self._pool.submit(write)) for write in files]
+        if not files:
+            then()
+            return
+        self._name, self._then = name, then
+        self._waiting = [self._pool.submit(write) for write in files]
 
     def finish(self) -> None:
         """Wait for what is being written."""
         waiting, self._waiting = self._waiting, []
-        for name, future in waiting:
-            try:
+        then, self._then = self._then, _nothing
+        before = len(self._report.failures)
+        for future in waiting:
+            with self._report.attempt(self._name):
                 self._report.wrote(future.result())
-            except TlcaptureError as error:
-                self._report.failed(name, error)
+        if len(self._report.failures) == before:
+            then()
+
+
+def _nothing() -> None:
+    pass

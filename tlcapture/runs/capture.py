@@ -1,71 +1,45 @@
 """`tlcapture capture`: prompt sets through the model, into files.
 
-    model, prompts -> generate -> one prompt after another: raw residual, add-ons, projections
+    model, prompts -> generate -> one prompt after another: raw residual, projections, add-ons
 
 With `skip_existing` each prompt gets just what it lacks; with `replay`, or where a prompt's raw
 residual is there already, add-ons come from the saved capture and one teacher-forced pass.
+
+While a prompt's files are being written a mark stands beside them. A run that was killed leaves it, and
+the next one makes that prompt anew rather than complete it from what was stored, rounded, so that
+it ends with what an undisturbed run would have written.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 
 from tlcapture.captures import Capture
-from tlcapture.chat import TokenizedPrompt, tokenize
-from tlcapture.config import ExperimentConfig, read_config, record
-from tlcapture.errors import InputError, StorageError, TlcaptureError
-from tlcapture.generation import Failure, Generation, Sampling, generate, teacher_force
+from tlcapture.config import read_config, record
+from tlcapture.errors import InputError, NoSpaceError, StorageError
+from tlcapture.generation import Failure, Generation, generate, teacher_force
 from tlcapture.layout import Layout
 from tlcapture.memory import is_out_of_memory, release_memory
 from tlcapture.models import Model
-from tlcapture.prompts import Prompt, PromptSet
+from tlcapture.prompts import PromptSet
+from tlcapture.runs.alone import alone
 from tlcapture.runs.background import BackgroundWriter
+from tlcapture.runs.estimate import Estimate
+from tlcapture.runs.loading import ModelLoader
 from tlcapture.runs.outputs import Outputs, add_ons, capture_of, write_capture
+from tlcapture.runs.planning import CaptureOptions, Plan, Planner
 from tlcapture.runs.report import Reporter, RunReport
-from tlcapture.runs.vectors import Chooser, VectorChoice, project_capture, traits_to_project
-from tlcapture.storage import sweep_temporaries
+from tlcapture.runs.vectors import Chooser, project_capture, traits_to_project
+from tlcapture.sizes import format_bytes
+from tlcapture.storage import free_bytes, remove, sweep_temporaries, write_bytes
 from tlcapture.views.residual import residual_hooks
 
-ALL_LAYERS = "all"
+__all__ = ["CaptureOptions", "estimate_capture", "run_capture"]
 
-
-@dataclass(frozen=True)
-class CaptureOptions:
-    """What to capture and how; `internals` is a tuple of layers, or `"all"`."""
-
-    attention: bool = False
-    logit_lens: bool = False
-    internals: tuple[int, ...] | str = ()
-    capture_attn: bool = False
-    project: bool = True
-    replay: bool = False
-    skip_existing: bool = False
-    vectors: VectorChoice = VectorChoice(layer="default")
-    max_new_tokens: int = 50
-    sampling: Sampling = Sampling()
-    save_dtype: str = "auto"
-    batch_size: int | None = None
-    limit: int | None = None
-    chat_template: bool | None = None
-    system_prompt: str | None = None
-
-    def outputs(self, n_layers: int) -> Outputs:
-        """The files wanted of each prompt, for a model of so many layers."""
-        everything = self.internals == ALL_LAYERS
-        asked = range(n_layers) if self.internals == ALL_LAYERS else (int(layer) for layer in self.internals)
-        layers = tuple(sorted(set(asked)))
-        for layer in layers:
-            if layer >= n_layers:
-                raise InputError(f"--layer-internals {layer}: the model has layers 0 to {n_layers - 1}")
-        return Outputs(
-            residual=not self.replay,
-            attn_out=self.capture_attn,
-            attention=self.attention or everything,
-            logit_lens=self.logit_lens or everything,
-            internals=layers,
-        )
+_log = logging.getLogger(__name__)
 
 
 def run_capture(
@@ -79,41 +53,50 @@ def run_capture(
 
     Raises:
         InputError: the request is wrong; nothing was written.
+        NoSpaceError: what would be written is more than is free, or the device is full by now.
     """
+    _check(layout, options)
+    run = _Run(layout, options, load, reporter)
+    plans = run.planner.plans(prompt_sets)
+    run.check_space(plans)
+    if layout.folder.exists():
+        sweep_temporaries(layout.folder)
+    for plan in plans:
+        run.carry_out(plan)
+    return run.report
+
+
+def estimate_capture(
+    layout: Layout, prompt_sets: Sequence[PromptSet], options: CaptureOptions, load: ModelLoader
+) -> Estimate:
+    """What `run_capture` would write, from the model's config and tokenizer alone; writes nothing."""
+    _check(layout, options)
+    outline = load.outline
+    planner = Planner(layout, options, read_config(layout), load.name, lambda: outline)
+    return Estimate.of(planner.plans(prompt_sets), layout, options, lambda: outline.measures)
+
+
+def _check(layout: Layout, options: CaptureOptions) -> None:
     if options.replay and options.capture_attn:
         raise InputError("--replay keeps raw residuals as they are: attention outputs need a capture of their own")
     if layout.folder.exists() and not os.access(layout.folder, os.W_OK):
         raise StorageError(f"{layout.folder}: cannot be written to")
-    run = _Run(layout, options, load, reporter, RunReport(layout.folder), read_config(layout))
     if options.project and (options.vectors.experiment or options.vectors.traits):
         traits_to_project(layout, options.vectors)
-    if layout.folder.exists():
-        sweep_temporaries(layout.folder)
-    for prompt_set in prompt_sets:
-        run.prompt_set(prompt_set)
-    return run.report
 
 
 class _Run:
     """One invocation: the model and the vectors it has loaded so far, and its report."""
 
-    def __init__(
-        self,
-        layout: Layout,
-        options: CaptureOptions,
-        load: ModelLoader,
-        reporter: Reporter,
-        report: RunReport,
-        config: ExperimentConfig,
-    ):
+    def __init__(self, layout: Layout, options: CaptureOptions, load: ModelLoader, reporter: Reporter):
         self.layout = layout
         self.options = options
         self.reporter = reporter
-        self.report = report
-        self.config = config
+        self.report = reporter.report(layout)
+        self.planner = Planner(layout, options, read_config(layout), load.name, lambda: self.model)
         self._load = load
         self._model: Model | None = None
-        self._chooser = Chooser(layout, options.vectors, report, reporter)
+        self._chooser = Chooser(layout, options.vectors, self.report, reporter)
 
     @property
     def model(self) -> Model:
@@ -121,61 +104,52 @@ class _Run:
             self._model = self._load()
         return self._model
 
-    def prompt_set(self, prompt_set: PromptSet) -> None:
-        prompts = prompt_set.prompts[: self.options.limit]
-        lacking = {prompt.id: self._lacking(prompt_set, prompt) for prompt in prompts}
-        fresh = [prompt for prompt in prompts if (wanted := lacking[prompt.id]) and wanted.residual]
-        saved = [prompt for prompt in prompts if prompt not in fresh]
-        if fresh:
-            self._generate(prompt_set, fresh)
-        self._revisit(prompt_set.name, saved, lacking)
+    def check_space(self, plans: Sequence[Plan]) -> None:
+        """Raise `NoSpaceError` where more would be written than is free, what is replaced counted as free."""
+        estimate = Estimate.of(plans, self.layout, self.options, lambda: self.model.measures)
+        free = free_bytes(self.layout.folder)
+        _log.info("about %s will be written, %s are free", format_bytes(estimate.n_bytes), format_bytes(free))
+        if estimate.n_bytes > free and estimate.n_bytes - estimate.replaced() > free:
+            raise NoSpaceError(
+                f"{self.layout.folder}: about {format_bytes(estimate.n_bytes)} would be written, "
+                f"{format_bytes(free)} are free on its device (--dry-run shows the sum)"
+            )
 
-    def _lacking(self, prompt_set: PromptSet, prompt: Prompt) -> Outputs | None:
-        """What to make of a prompt; `None` where the raw residual cannot be replayed because it is not there."""
-        options, raw = self.options, self.layout.residual(prompt_set.name, prompt.id)
-        if options.replay and not raw.is_file():
-            return None
-        if not raw.is_file() or not (options.skip_existing or options.replay):
-            return options.outputs(self.model.n_layers)
+    def carry_out(self, plan: Plan) -> None:
+        name = plan.prompt_set.name
+        for what, reason in plan.refused:
+            self.report.failed(what, reason)
+        if not (plan.does_something or (plan.saved and self.options.project)):
+            self.report.n_skipped += len(plan.saved)
+            return
+        with alone(self.layout, f"captures of {name}", self.reporter) as waited:
+            if waited:
+                plan = self.planner.plan(plan.prompt_set)
+            if plan.fresh:
+                self._generate(plan)
+            self._revisit(plan)
+
+    @contextmanager
+    def _attempt(self, name: str) -> Iterator[None]:
+        """Work on one prompt, whose failure stops no other prompt: that memory does not suffice too."""
         try:
-            saved = Capture.open(raw)
-        except StorageError:
-            return options.outputs(self.model.n_layers)
-        wanted = options.outputs(saved.n_layers)
-        if not options.skip_existing or (not options.replay and not self._is_of(saved, prompt_set, prompt)):
-            return wanted
-        return wanted.missing(self.layout, prompt_set.name, prompt.id)
-
-    def _is_of(self, saved: Capture, prompt_set: PromptSet, prompt: Prompt) -> bool:
-        """Whether a capture is of this prompt, put in this way to this model, rather than of an earlier wording."""
-        asked = self._asked_template
-        return (
-            saved.metadata.get("prompt_text") == prompt.text
-            and saved.metadata.get("system_prompt") == self._system_prompt(prompt_set, prompt)
-            and saved.metadata["inference_model"] == self._load.name
-            and asked in (None, saved.metadata.get("chat_template"))
-        )
-
-    @property
-    def _asked_template(self) -> bool | None:
-        option = self.options.chat_template
-        return self.config.use_chat_template if option is None else option
-
-    def _system_prompt(self, prompt_set: PromptSet, prompt: Prompt) -> str | None:
-        if self.options.system_prompt is not None:
-            return self.options.system_prompt
-        return prompt_set.system_prompt_of(prompt, self.config.system_prompt)
+            with self.report.attempt(name):
+                yield
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.report.failed(name, "out of memory: what is wanted of this prompt does not fit on this device")
+            release_memory()
 
     # -- fresh prompts ----------------------------------------------------------------------------
 
-    def _generate(self, prompt_set: PromptSet, prompts: Sequence[Prompt]) -> None:
+    def _generate(self, plan: Plan) -> None:
         model, options = self.model, self.options
         wanted = options.outputs(model.n_layers)
-        tokenized = list(self._tokenized(prompt_set, prompts))
         points = residual_hooks(model.n_layers, model.hook_names, attn_out=wanted.attn_out)
-        total = len(tokenized) * options.max_new_tokens
+        total = len(plan.fresh) * options.max_new_tokens
         with (
-            self.reporter.progress(total, prompt_set.name, "token") as progress,
+            self.reporter.progress(total, plan.prompt_set.name, "token") as progress,
             BackgroundWriter(self.report) as writer,
         ):
 
@@ -185,7 +159,8 @@ class _Run:
 
             for outcome in generate(
                 model,
-                tokenized,
+                plan.company,
+                wanted=plan.fresh,
                 hooks=list(dict.fromkeys([*points, *wanted.pass_hooks(model)])),
                 max_new_tokens=options.max_new_tokens,
                 sampling=options.sampling,
@@ -196,26 +171,12 @@ class _Run:
                 if isinstance(outcome, Failure):
                     self.report.failed(name, outcome.reason)
                     continue
-                try:
+                with self._attempt(name):
                     self._write(name, outcome, wanted, writer)
-                except TlcaptureError as error:
-                    self.report.failed(name, error)
-                    continue
                 progress.advance(
                     options.max_new_tokens - len(outcome.response_ids),
                     done=f"{name}: {len(outcome.response_ids)} tokens, {outcome.stop_reason}",
                 )
-
-    def _tokenized(self, prompt_set: PromptSet, prompts: Sequence[Prompt]) -> Iterator[TokenizedPrompt]:
-        for prompt in prompts:
-            yield tokenize(
-                self.model.tokenizer,
-                prompt.text,
-                prompt_set=prompt_set.name,
-                prompt_id=prompt.id,
-                system_prompt=self._system_prompt(prompt_set, prompt),
-                chat_template=self._asked_template,
-            )
 
     def _write(self, name: str, generation: Generation, wanted: Outputs, writer: BackgroundWriter) -> None:
         options = self.options
@@ -228,39 +189,30 @@ class _Run:
             attn_out=options.capture_attn,
             save_dtype=options.save_dtype,
         )
-        self.report.wrote(write_capture(self.layout, capture))
+        mark = self.layout.unfinished(capture.prompt_set, capture.prompt_id)
         record(self.layout, inference_model=self.model.name)
-        cache = generation.cache
-        writer.write(name, add_ons(self.layout, capture, wanted, self.model, cache, residual_cache=cache))
+        write_bytes(mark, b"")
+        self.report.wrote(write_capture(self.layout, capture))
         self._project(capture)
+        cache = generation.cache
+        files = add_ons(self.layout, capture, wanted, self.model, cache, residual_cache=cache)
+        writer.write(name, files, then=lambda: remove([mark]))
         self.report.n_prompts += 1
 
     # -- prompts that were captured before -------------------------------------------------------------
 
-    def _revisit(self, prompt_set: str, prompts: Sequence[Prompt], lacking: dict[str, Outputs | None]) -> None:
-        with self.reporter.progress(len(prompts), f"{prompt_set}, saved", "prompt") as progress:
-            for prompt in prompts:
-                name, wanted = f"{prompt_set}/{prompt.id}", lacking[prompt.id]
-                if wanted is None:
-                    path = self.layout.residual(prompt_set, prompt.id)
-                    self.report.failed(name, f"--replay needs a saved capture, there is none at {path}")
-                    continue
-                before = self.report.n_files
-                try:
-                    self._replay(Capture.open(self.layout.residual(prompt_set, prompt.id)), wanted)
-                except TlcaptureError as error:
-                    self.report.failed(name, error)
-                    continue
-                except (MemoryError, RuntimeError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    self.report.failed(name, "out of memory: it cannot be replayed in one pass on this device")
-                    release_memory()
-                    continue
-                if self.report.n_files > before:
-                    self.report.n_prompts += 1
-                else:
-                    self.report.n_skipped += 1
+    def _revisit(self, plan: Plan) -> None:
+        prompt_set = plan.prompt_set.name
+        with self.reporter.progress(len(plan.saved), f"{prompt_set}, saved", "prompt") as progress:
+            for prompt_id, wanted in plan.saved.items():
+                name, before, failed = f"{prompt_set}/{prompt_id}", self.report.n_files, len(self.report.failures)
+                with self._attempt(name):
+                    self._replay(Capture.open(self.layout.residual(prompt_set, prompt_id)), wanted)
+                if len(self.report.failures) == failed:
+                    if self.report.n_files > before:
+                        self.report.n_prompts += 1
+                    else:
+                        self.report.n_skipped += 1
                 progress.advance(1, done=f"{name}: {self.report.n_files - before} files")
 
     def _replay(self, capture: Capture, wanted: Outputs) -> None:

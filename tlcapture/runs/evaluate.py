@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from tlcapture.errors import InputError, TlcaptureError, VectorError
+from tlcapture.errors import InputError, VectorError
 from tlcapture.extraction.evaluation import RandomBaseline, Separation, random_baseline, separation
 from tlcapture.extraction.readout import Activations, read_out
 from tlcapture.layout import Datasets, Layout
 from tlcapture.models import Model
 from tlcapture.names import Trait
 from tlcapture.rounding import PROJECTION_DIGITS, round_significant
+from tlcapture.runs.alone import alone
 from tlcapture.runs.examples import PreparedExamples, prepare
 from tlcapture.runs.report import Reporter, RunReport
 from tlcapture.storage import write_bytes, write_json
@@ -51,18 +52,16 @@ def run_evaluate(
             raise InputError(f"no vectors for trait {str(trait)!r} in {layout.folder}: run 'tlcapture extract' first")
     if not there:
         raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
-    model, report = load(), RunReport(layout.folder)
-    rows: list[Row] = []
+    model, report = load(), reporter.report(layout)
     with reporter.progress(len(options.traits or there), "traits", "trait") as progress:
         for trait in options.traits or there:
-            try:
-                rows += _evaluate(layout, trait, model, options, report, reporter)
-            except TlcaptureError as error:
-                report.failed(str(trait), error)
-            progress.advance(1, done=f"{trait}: evaluated")
-    if rows:
-        size = write_json(layout.evaluation, _merged(layout, rows), indent=True)
-        report.wrote(size)
+            with report.attempt(str(trait)):
+                rows = _evaluate(layout, trait, model, options, report, reporter)
+                if rows:
+                    with alone(layout, "the evaluation", reporter):
+                        report.wrote(write_json(layout.evaluation, _merged(layout, rows), indent=True))
+                progress.advance(done=f"{trait}: evaluated")
+            progress.advance(1)
     return report
 
 

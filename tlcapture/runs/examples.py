@@ -33,9 +33,15 @@ class PreparedExamples:
     held_out: Labels
 
     @property
+    def typical(self) -> Reading:
+        """The first of the examples that are read out where, and put to the model as, most are."""
+        kinds = [(reading.position, reading.chat_template) for reading in self.readings]
+        return self.readings[kinds.index(Counter(kinds).most_common(1)[0][0])]
+
+    @property
     def position(self) -> str:
         """Where most examples are read out."""
-        return Counter(reading.position for reading in self.readings).most_common(1)[0][0]
+        return self.typical.position
 
     @property
     def digest(self) -> str:

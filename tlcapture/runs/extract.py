@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tlcapture import __version__
+from tlcapture.chat import bos_policy
 from tlcapture.config import record
-from tlcapture.errors import InputError, NumericalError, TlcaptureError
+from tlcapture.errors import InputError, NumericalError
 from tlcapture.extraction.examples import Examples, read_examples
 from tlcapture.extraction.methods import FITS, Labels, LayerVectors
-from tlcapture.extraction.readout import HOOKS, Activations, read_out
+from tlcapture.extraction.readout import Activations, read_out
 from tlcapture.layout import Datasets, Layout
 from tlcapture.models import Model
 from tlcapture.names import Trait
+from tlcapture.provenance import COMPONENT_HOOKS, model_record
+from tlcapture.runs.alone import alone
 from tlcapture.runs.examples import PreparedExamples, prepare
 from tlcapture.runs.report import Reporter, RunReport
 from tlcapture.runs.vectors import now
@@ -55,17 +57,14 @@ def run_extract(
         if not 0 <= layer < model.n_layers:
             raise InputError(f"--layers {layer}: the model has layers 0 to {model.n_layers - 1}")
     record(layout, extraction_model=model.name)
-    report = RunReport(layout.folder)
+    report = reporter.report(layout)
     total = sum(len(each.items) for each in examples)
     with reporter.progress(total, "examples", "example") as progress:
         for each in examples:
-            try:
-                _extract(layout, each, model, options, layers, report, progress.advance)
-            except TlcaptureError as error:
-                report.failed(str(each.trait), error)
-                continue
-            report.n_prompts += len(each.items)
-            progress.advance(done=f"{each.trait}: {len(each.items)} examples")
+            with report.attempt(str(each.trait)):
+                _extract(layout, each, model, options, layers, report, reporter, progress.advance)
+                report.n_prompts += len(each.items)
+                progress.advance(done=f"{each.trait}: {len(each.items)} examples")
     return report
 
 
@@ -76,6 +75,7 @@ def _extract(
     options: ExtractOptions,
     layers: Sequence[int],
     report: RunReport,
+    reporter: Reporter,
     on_examples: Callable[[int], None],
 ) -> None:
     prepared = prepare(
@@ -95,7 +95,8 @@ def _extract(
     }
     for component, vectors in fitted.items():
         metadata = _metadata(layout, component, model, options, layers, prepared)
-        _write(VectorFolder(layout, examples.trait), component, vectors, metadata, report)
+        with alone(layout, f"vectors of {examples.trait}", reporter):
+            _write(VectorFolder(layout, examples.trait), component, vectors, metadata, report)
 
 
 def _fit(method: str, activations: Activations, labels: Labels, seed: int) -> LayerVectors:
@@ -124,7 +125,8 @@ def _write(
         metadata["layers"] = sorted({*layers, *metadata["layers"]})
         metadata["methods"] = [*(m for m in METHODS if m in both), *sorted(both - {*METHODS})]
     else:
-        folder.remove(component, methods, layers)
+        # Were the run killed before it ends, what is there would be of unknown origin, and not of a wrong one.
+        folder.remove_all(component, methods, layers)
     for method, by_layer in vectors.items():
         for layer, vector in zip(made_at, by_layer, strict=True):
             report.wrote(folder.write(component, method, layer, vector))
@@ -155,13 +157,11 @@ def _metadata(
         "num_layers": model.n_layers,
         "hidden_dim": model.d_model,
         "timestamp": now(),
-        "hook": HOOKS[component].replace("layer", "L"),
+        "hook": COMPONENT_HOOKS[component],
         "position": prepared.position,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "weight_processing": "none",
-        "model_fingerprint": model.fingerprint,
-        "engine": model.engine,
+        **model_record(model),
+        "chat_template": prepared.typical.chat_template,
+        "bos": bos_policy(model.tokenizer, prepared.typical.token_ids, chat_template=prepared.typical.chat_template),
         "split": prepared.examples.split_record(options.seed),
         "examples": prepared.digest,
-        "tlcapture_version": __version__,
     }

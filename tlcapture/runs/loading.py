@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from tlcapture.config import settle_model
@@ -11,7 +12,7 @@ from tlcapture.layout import Layout
 from tlcapture.runs.report import Reporter
 
 if TYPE_CHECKING:
-    from tlcapture.models import Model
+    from tlcapture.models import Model, ModelOutline
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,13 @@ class ModelLoader:
         name = settle_model(layout, role, model, NAME, allow_change=allow_model_change)
         return cls(name, reporter, engine, device, dtype)
 
+    @cached_property
+    def outline(self) -> ModelOutline:
+        """Its config and tokenizer, without its weights."""
+        from tlcapture.models import outline_model
+
+        return outline_model(self.name)
+
     def __call__(self) -> Model:
         from tlcapture.models import load_model
 
@@ -51,6 +59,8 @@ class ModelLoader:
         self.reporter.line(f"loading {self.name}{', converting it once first' if first_time else ''} ...")
         model = load_model(self.name, engine=self.engine, device=self.device, dtype=self.dtype)
         dtype = str(model.dtype).removeprefix("torch.")
+        facts = {"name": model.name, "engine": model.engine, "device": str(model.device), "dtype": dtype}
+        self.reporter.uses(model={**facts, "fingerprint": model.fingerprint})
         self.reporter.line(
             f"{self.name} on engine {model.engine}, {model.device}, {dtype}: {model.n_layers} layers, "
             f"d_model {model.d_model}"

@@ -8,16 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tlcapture import __version__
 from tlcapture.captures import Capture, CapturedPart, storage_dtype
-from tlcapture.chat import decode, token_texts
+from tlcapture.chat import bos_policy, decode, token_texts
 from tlcapture.errors import StorageError
 from tlcapture.generation import Generation, Sampling
 from tlcapture.layout import Layout
 from tlcapture.models import Model
+from tlcapture.provenance import model_record, point_hooks
 from tlcapture.runs.background import Write
 from tlcapture.runs.vectors import now
-from tlcapture.storage import remove, write_json, write_tensors
+from tlcapture.storage import Written, remove, write_json, write_tensors
 from tlcapture.views import Cache
 from tlcapture.views.attention import attention_hooks, attention_view
 from tlcapture.views.internals import internals_hooks, internals_view
@@ -105,19 +105,17 @@ def capture_of(
         "prompt_text": prompt.source_text,
         "n_layers": model.n_layers,
         "d_model": model.d_model,
-        "engine": model.engine,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        **model_record(model),
+        "hooks": point_hooks(model, attn_out=attn_out),
+        "parallel_blocks": model.has_parallel_blocks,
         "temperature": sampling.temperature,
         "seed": sampling.seed,
         "max_new_tokens": max_new_tokens,
         "stop_reason": generation.stop_reason,
         "system_prompt": prompt.system_prompt,
         "chat_template": prompt.chat_template,
-        "model_fingerprint": model.fingerprint,
-        "weight_processing": "none",
-        "parallel_blocks": model.has_parallel_blocks,
+        "bos": bos_policy(model.tokenizer, prompt.token_ids, chat_template=prompt.chat_template),
         "capture_date": now(),
-        "tlcapture_version": __version__,
     }
     return Capture(
         CapturedPart(prompt.text, texts[:n_prompt], list(prompt.token_ids), stream.tokens(0, n_prompt, dtype)),
@@ -128,8 +126,8 @@ def capture_of(
     )
 
 
-def write_capture(layout: Layout, capture: Capture) -> int:
-    """Write the raw residual file; returns its size.
+def write_capture(layout: Layout, capture: Capture) -> Written:
+    """Write the raw residual file.
 
     What was derived from another capture of the prompt goes when the new file is whole, before it is in
     its place: nothing derived ever stands beside a capture it was not made from.

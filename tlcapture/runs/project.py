@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tlcapture.captures import Capture
-from tlcapture.errors import InputError, NumericalError, StorageError, TlcaptureError
+from tlcapture.errors import InputError, NumericalError, StorageError
 from tlcapture.layout import Layout
+from tlcapture.runs.alone import alone
 from tlcapture.runs.report import Reporter, RunReport
 from tlcapture.runs.vectors import Chooser, VectorChoice, project_capture, traits_to_project
 from tlcapture.storage import read_json, write_json
@@ -38,21 +39,23 @@ def run_project(
     if not layout.folder.is_dir():
         raise InputError(f"no experiment {layout.experiment!r}: expected the folder {layout.folder}")
     ids = {name: _captured(layout, name) for name in prompt_sets}
-    report = RunReport(layout.folder)
+    report = reporter.report(layout)
     if options.dynamics_only:
         for name in prompt_sets:
-            _recompute_dynamics(layout, name, ids[name], options, report)
+            with alone(layout, f"captures of {name}", reporter):
+                _recompute_dynamics(layout, name, ids[name], options, report, reporter)
         return report
     if not traits_to_project(layout, options.vectors):
         raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
     chooser = Chooser(layout, options.vectors, report, reporter)
     for name in prompt_sets:
-        with reporter.progress(len(ids[name]), name, "prompt") as progress:
+        with (
+            alone(layout, f"captures of {name}", reporter),
+            reporter.progress(len(ids[name]), name, "prompt") as progress,
+        ):
             for prompt_id in ids[name]:
-                try:
+                with report.attempt(f"{name}/{prompt_id}"):
                     _project_one(layout, name, prompt_id, options, chooser, report, reporter)
-                except TlcaptureError as error:
-                    report.failed(f"{name}/{prompt_id}", error)
                 progress.advance(1)
     return report
 
@@ -94,21 +97,28 @@ def _project_one(
 
 
 def _recompute_dynamics(
-    layout: Layout, prompt_set: str, ids: Sequence[str], options: ProjectOptions, report: RunReport
+    layout: Layout,
+    prompt_set: str,
+    ids: Sequence[str],
+    options: ProjectOptions,
+    report: RunReport,
+    reporter: Reporter,
 ) -> None:
     """Read projection files and write them back with new dynamics, all else as it is."""
-    for prompt_id in ids:
-        name = f"{prompt_set}/{prompt_id}"
-        paths = [path for path in layout.all_projections(prompt_set, prompt_id) if _is_wanted(layout, path, options)]
-        if not paths:
-            report.failed(name, "has no projection whose dynamics could be computed again")
-            continue
-        for path in paths:
-            try:
-                report.wrote(write_json(path, _with_new_dynamics(path)))
-            except TlcaptureError as error:
-                report.failed(name, error)
-        report.n_prompts += 1
+    with reporter.progress(len(ids), prompt_set, "prompt") as progress:
+        for prompt_id in ids:
+            name = f"{prompt_set}/{prompt_id}"
+            paths = [
+                path for path in layout.all_projections(prompt_set, prompt_id) if _is_wanted(layout, path, options)
+            ]
+            if not paths:
+                report.failed(name, "has no projection whose dynamics could be computed again")
+                continue
+            for path in paths:
+                with report.attempt(name):
+                    report.wrote(write_json(path, _with_new_dynamics(path)))
+            report.n_prompts += 1
+            progress.advance(1)
 
 
 def _is_wanted(layout: Layout, path: Path, options: ProjectOptions) -> bool:

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tlcapture.errors import NoSpaceError, TlcaptureError
+from tlcapture.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from tlcapture.layout import Layout
+    from tlcapture.storage import Written
+
+_MOST_LISTED = 10_000
+_log = logging.getLogger(__name__)
 
 
 class Progress:
     """A count that goes up; this one shows nothing."""
 
     def advance(self, units: int = 0, *, done: str | None = None) -> None:
-        """Count `units` (tokens, examples), and say what was `done` with them."""
+        """Count `units` (tokens, examples), and say what was `done` with them.
+
+        Runs call it where they can be stopped: what was begun is whole, or can be thrown away.
+        """
 
 
 class Reporter:
@@ -25,10 +40,62 @@ class Reporter:
     def warn(self, text: str) -> None:
         """Something the user should know before believing the numbers."""
 
+    def uses(self, **facts: Any) -> None:
+        """What a run works with that its options do not say: the model that was loaded."""
+
     @contextmanager
     def progress(self, total: int, label: str, unit: str) -> Iterator[Progress]:
         """Show how far a piece of work of `total` units is."""
         yield Progress()
+
+    def report(self, layout: Layout) -> RunReport:
+        """The report of a run in an experiment, which is about to begin."""
+        return RunReport(layout.folder)
+
+
+class Failed(NamedTuple):
+    """Something that failed, and why."""
+
+    what: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.reason}"
+
+
+@dataclass
+class WrittenFiles:
+    """How many files were written, how large, in which folders; the first ten thousand by name.
+
+    Paths are relative to `folder` where they lie below it.
+    """
+
+    folder: Path
+    count: int = 0
+    size: int = 0
+    by_folder: dict[str, tuple[int, int]] = field(default_factory=dict)
+    listed: list[tuple[str, int]] = field(default_factory=list)
+
+    def add(self, written: Written) -> None:
+        self.count += 1
+        self.size += written.size
+        path = written.path
+        if path.is_relative_to(self.folder):
+            path = path.relative_to(self.folder)
+        count, size = self.by_folder.get(path.parent.as_posix(), (0, 0))
+        self.by_folder[path.parent.as_posix()] = (count + 1, size + written.size)
+        if len(self.listed) < _MOST_LISTED:
+            self.listed.append((path.as_posix(), written.size))
+
+    def to_json(self) -> dict[str, Any]:
+        folders = {name: {"files": count, "bytes": size} for name, (count, size) in sorted(self.by_folder.items())}
+        return {
+            "count": self.count,
+            "bytes": self.size,
+            "folders": folders,
+            "list": [list(row) for row in self.listed],
+            "not_listed": self.count - len(self.listed),
+        }
 
 
 @dataclass
@@ -40,17 +107,34 @@ class RunReport:
     n_prompts: int = 0
     n_skipped: int = 0
     n_tokens: int = 0
-    n_files: int = 0
-    n_bytes: int = 0
-    failures: list[str] = field(default_factory=list)
+    failures: list[Failed] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    files: WrittenFiles = field(init=False)
 
-    def wrote(self, size: int) -> None:
-        self.n_files += 1
-        self.n_bytes += size
+    def __post_init__(self) -> None:
+        self.files = WrittenFiles(self.folder)
+
+    @property
+    def n_files(self) -> int:
+        return self.files.count
+
+    def wrote(self, written: Written) -> None:
+        self.files.add(written)
 
     def failed(self, what: str, reason: object) -> None:
-        self.failures.append(f"{what}: {reason}")
+        failed = Failed(what, str(reason))
+        _log.error("failed: %s", failed)
+        self.failures.append(failed)
+
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """Work whose failure is told and does not stop the run, unless nothing can be written any more."""
+        try:
+            yield
+        except NoSpaceError:
+            raise
+        except TlcaptureError as error:
+            self.failed(what, error)
 
     def warn(self, text: str, reporter: Reporter) -> None:
         """Pass on a warning, once."""
@@ -64,7 +148,7 @@ class RunReport:
 
     def summary(self) -> str:
         """One line: what was written, where, how big, how long it took."""
-        parts = [f"{self.n_files} files ({format_bytes(self.n_bytes)}) in {self.folder}"]
+        parts = [f"{self.n_files} files ({format_bytes(self.files.size)}) in {self.folder}"]
         if self.n_tokens:
             parts.append(f"{self.n_tokens} new tokens")
         if self.n_skipped:
@@ -73,11 +157,15 @@ class RunReport:
             parts.append(f"{len(self.failures)} failed")
         return f"wrote {', '.join(parts)}, in {self.seconds:.1f} s"
 
-
-def format_bytes(count: float) -> str:
-    """`1536` as `1.5 KB`, in powers of 1024."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TB"
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain values."""
+        return {
+            "folder": str(self.folder),
+            "prompts": self.n_prompts,
+            "skipped": self.n_skipped,
+            "new_tokens": self.n_tokens,
+            "seconds": round(self.seconds, 3),
+            "files": self.files.to_json(),
+            "failures": [failed._asdict() for failed in self.failures],
+            "warnings": self.warnings,
+        }

@@ -12,13 +12,14 @@ from pydantic import ValidationError
 
 from tlcapture.chat import tokenize
 from tlcapture.config import read_config
-from tlcapture.errors import InputError, StorageError, TlcaptureError
+from tlcapture.errors import InputError, StorageError
 from tlcapture.extraction.judge import Judge
 from tlcapture.extraction.steering import Question, SteeringBench, SteeringQuestions, SteeringScore
 from tlcapture.layout import Datasets, Layout
 from tlcapture.models import Model
 from tlcapture.names import Trait
 from tlcapture.rounding import round_significant
+from tlcapture.runs.alone import alone
 from tlcapture.runs.report import Progress, Reporter, RunReport
 from tlcapture.runs.vectors import now
 from tlcapture.storage import read_bytes, read_json, write_bytes, write_json
@@ -61,13 +62,11 @@ def run_steer(
     if not traits:
         raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
     questions = {trait: read_questions(Datasets(layout.root), trait) for trait in traits}
-    model, report = load(), RunReport(layout.folder)
+    model, report = load(), reporter.report(layout)
     with reporter.progress(0 if options.search else _n_runs(traits, options, model), "steering", "run") as progress:
         for trait in traits:
-            try:
+            with report.attempt(str(trait)), alone(layout, f"steering of {trait}", reporter):
                 _steer(layout, trait, questions[trait], model, options, report, progress)
-            except TlcaptureError as error:
-                report.failed(str(trait), error)
     return report
 
 

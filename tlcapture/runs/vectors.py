@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -13,6 +13,7 @@ from tlcapture.layout import Layout
 from tlcapture.names import Trait
 from tlcapture.runs.report import Reporter, RunReport
 from tlcapture.storage import read_json, write_json
+from tlcapture.traits.origin import check_origin, origin_notes
 from tlcapture.traits.projection import SUBLAYERS, Projection, check_fits, project
 from tlcapture.traits.selection import Selection, select
 from tlcapture.traits.vectors import TraitVector, VectorFolder
@@ -47,20 +48,21 @@ def traits_to_project(layout: Layout, choice: VectorChoice) -> list[Trait]:
 
 
 class Chooser:
-    """Chooses a vector for each trait, once for all captures of like measures."""
+    """Chooses a vector for each trait, once for all captures of like measures and origin."""
 
     def __init__(self, layout: Layout, choice: VectorChoice, report: RunReport, reporter: Reporter):
         self._layout = layout
         self._choice = choice
         self._report = report
         self._reporter = reporter
-        self._chosen: dict[tuple[str, int, int], Chosen] = {}
+        self._chosen: dict[Hashable, Chosen] = {}
 
     def vectors(self, capture: Capture, component: str) -> Chosen:
         """A vector for each trait that has one of the component; what goes wrong with a trait fails that trait."""
-        key = (component, capture.n_layers, capture.d_model)
+        origin = (capture.metadata.get("inference_model"), capture.metadata.get("weight_processing"))
+        key = (component, capture.n_layers, capture.d_model, origin)
         if key not in self._chosen:
-            self._chosen[key] = self._choose(*key)
+            self._chosen[key] = self._choose(component, capture)
             _warn(self._chosen[key], self._report, self._reporter)
         return self._chosen[key]
 
@@ -68,8 +70,8 @@ class Chooser:
         """Of these, the vectors onto which the capture is not projected yet, or was before it was made anew."""
         return [pair for pair in self.vectors(capture, component) if not self._is_projected(capture, *pair)]
 
-    def _choose(self, component: str, n_layers: int, d_model: int) -> Chosen:
-        chosen = []
+    def _choose(self, component: str, capture: Capture) -> Chosen:
+        chosen, n_layers = [], capture.n_layers
         for trait in traits_to_project(self._layout, self._choice):
             folder = VectorFolder(self._choice.layout(self._layout), trait)
             if not folder.available(component) and not self._choice.traits:
@@ -77,7 +79,8 @@ class Chooser:
             try:
                 selection = select(folder, component, n_layers, layer=self._choice.layer, method=self._choice.method)
                 vector = folder.read(component, selection.method, selection.layer)
-                check_fits(vector, n_layers, d_model)
+                check_fits(vector, n_layers, capture.d_model)
+                check_origin(vector, capture.metadata)
             except TlcaptureError as error:
                 self._report.failed(str(trait), error)
                 continue
@@ -100,10 +103,14 @@ class Chooser:
 
 def _warn(chosen: Chosen, report: RunReport, reporter: Reporter) -> None:
     """Pass on what is doubtful about selections, once for all traits of which the same is true."""
+    _warn_together([(vector.trait, selection.warning) for vector, selection in chosen], report, reporter)
+
+
+def _warn_together(doubts: Iterable[tuple[Trait, str | None]], report: RunReport, reporter: Reporter) -> None:
     by_text: dict[str, list[str]] = {}
-    for vector, selection in chosen:
-        if selection.warning:
-            by_text.setdefault(selection.warning, []).append(str(vector.trait))
+    for trait, text in doubts:
+        if text:
+            by_text.setdefault(text, []).append(str(trait))
     for text, traits in by_text.items():
         named = ", ".join(traits) if len(traits) <= 3 else f"{len(traits)} traits"
         report.warn(f"{named}: {text}", reporter)
@@ -120,32 +127,18 @@ def project_capture(
 ) -> list[Projection]:
     """Project a capture onto the vectors and write a file for each; returns the projections."""
     projections = project(capture.prompt.residual, capture.response.residual, chosen)
+    doubts = [
+        (projection.vector.trait, note)
+        for projection in projections
+        for note in origin_notes(projection.vector, capture.metadata, other_model_intended=other_model_intended)
+    ]
+    _warn_together(doubts, report, reporter)
     for projection in projections:
         vector = projection.vector
-        notes = origin_warnings(vector, capture.metadata, intended=other_model_intended)
-        for note in notes:
-            report.warn(note, reporter)
+        said = [f"{trait}: {note}" for trait, note in doubts if trait == vector.trait]
         path = layout.projection(vector.trait, vector.component, capture.prompt_set, capture.prompt_id)
-        report.wrote(write_json(path, _file_content(layout, capture, projection, notes)))
+        report.wrote(write_json(path, _file_content(layout, capture, projection, said)))
     return projections
-
-
-def origin_warnings(vector: TraitVector, capture: Mapping[str, Any], *, intended: bool) -> list[str]:
-    """What is doubtful about projecting a capture onto a vector: another model, or an unknown one."""
-    if not vector.metadata:
-        return [f"{vector.trait}: the vectors have no metadata.json: they are of unknown origin"]
-    same_name = vector.model == capture.get("inference_model")
-    marks = (vector.metadata.get("model_fingerprint"), capture.get("model_fingerprint"))
-    # A model that the user loaded has a mark of another kind: only its name can be compared.
-    comparable = all(marks) and len({str(mark).startswith("tl-") for mark in marks}) == 1
-    same_weights = marks[0] == marks[1] if comparable else same_name
-    if same_weights or intended:
-        return []
-    detail = "" if not same_name else ", whose weights differ although the name is the same"
-    return [
-        f"{vector.trait}: the vector was extracted from model {vector.model!r}, the capture is of "
-        f"{capture.get('inference_model')!r}{detail}; --vector-experiment says that this is meant"
-    ]
 
 
 def _file_content(layout: Layout, capture: Capture, projection: Projection, notes: list[str]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from tlcapture.errors import InputError, NumericalError, VectorError
 from tlcapture.rounding import PROJECTION_DIGITS, rounded_for_json
 from tlcapture.shapes import Trajectory, Vectors
 from tlcapture.traits.dynamics import Dynamics, dynamics
+from tlcapture.traits.origin import recorded_origin
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.selection import Selection
 from tlcapture.traits.vectors import TraitVector
@@ -101,6 +102,7 @@ class Projection:
             "component": self.vector.component,
             "selected_by": self.selection.selected_by,
             "score": self.selection.score,
+            "origin": recorded_origin(self.vector.metadata),
         }
 
 

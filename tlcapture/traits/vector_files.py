@@ -97,9 +97,10 @@ class VectorFiles:
             f"{self.layout.experiment!r}; layers there are: {listed}"
         )
 
-    def remove(self, component: str, methods: Iterable[str], layers: Iterable[int]) -> None:
-        """Remove the vectors of some methods and layers, where they are there."""
+    def remove_all(self, component: str, methods: Iterable[str], layers: Iterable[int]) -> None:
+        """Remove the vectors of some methods and layers, where they are there, and the record of their origin."""
         wanted = list(layers)
+        remove([self.metadata_file(component)])
         remove(self.file(component, method, layer) for method in methods for layer in wanted)
 
     def write_metadata(self, component: str, metadata: Mapping[str, Any]) -> None:

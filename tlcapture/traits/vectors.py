@@ -9,7 +9,7 @@ from typing import Any
 from tlcapture.errors import VectorError
 from tlcapture.names import Trait
 from tlcapture.shapes import Vector
-from tlcapture.storage import read_tensors, write_tensors
+from tlcapture.storage import Written, read_tensors, write_tensors
 from tlcapture.tensors import described, is_plain
 from tlcapture.traits.vector_files import VectorFiles
 
@@ -55,6 +55,6 @@ class VectorFolder(VectorFiles):
             raise VectorError(f"{path}: {len(vector)} numbers, but {self.metadata_file(component).name} says {width}")
         return TraitVector(self.trait, component, method, layer, self.layout.experiment, vector, origin)
 
-    def write(self, component: str, method: str, layer: int, vector: Vector) -> int:
-        """Write one vector; returns the bytes written."""
+    def write(self, component: str, method: str, layer: int, vector: Vector) -> Written:
+        """Write one vector."""
         return write_tensors(self.file(component, method, layer), vector.float().clone())

@@ -1,0 +1,104 @@
+"""How much commands say, where to, and what they end with."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+Run = Callable[..., Result]
+
+
+def test_json_is_alone_on_standard_output(capture: Run, raw: Path) -> None:
+    result = capture("--json", "--attention")
+    summary = json.loads(result.stdout)
+    assert (summary["status"], summary["exit_code"], summary["error"]) == ("done", 0, None)
+    assert (summary["prompts"], summary["new_tokens"], summary["failures"]) == (3, 18, [])
+    assert summary["files"]["count"] == 6
+    assert summary["files"]["folders"]["inference/raw/residual/short"]["files"] == 3
+    assert summary["model"]["n_layers" if "n_layers" in summary["model"] else "engine"]
+    assert "loading" in result.stderr
+    record = json.loads(Path(summary["record"]).read_bytes())
+    assert record["files"] == summary["files"]
+    again = json.loads(capture("--json", "--skip-existing", "--attention").stdout)
+    assert (again["skipped"], again["files"]["count"]) == (3, 0)
+
+
+def test_json_tells_failures_and_errors_too(capture: Run, data: Path) -> None:
+    from tests.cli.conftest import make_prompt_set
+
+    make_prompt_set(data, "short", ["fine", "x" * 400])
+    result = capture("--json")
+    summary = json.loads(result.stdout)
+    assert (summary["status"], summary["exit_code"], result.exit_code) == ("failed", 1, 1)
+    assert summary["failures"][0]["what"] == "short/2"
+    assert summary["failures"][0]["reason"].startswith("does not fit: ")
+    wrong = capture("--json", prompts=("--prompt-set", "nix"))
+    summary = json.loads(wrong.stdout)
+    assert (summary["status"], summary["exit_code"], wrong.exit_code) == ("failed", 2, 2)
+    assert "no prompt set 'nix'" in summary["error"]
+
+
+def test_quiet_says_nothing_but_warnings_and_failures(capture: Run, extract: Run, data: Path) -> None:
+    from tests.cli.conftest import make_prompt_set
+
+    assert extract("-q").output == ""
+    make_prompt_set(data, "short", ["fine", "x" * 400])
+    result = capture("--quiet")
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("warning: ")
+    assert lines[1].startswith("failed: short/2: ")
+    assert capture("-q", "-v").exit_code == 2
+
+
+def test_verbose_says_every_file_and_batch(capture: Run) -> None:
+    stderr = capture("-v").stderr
+    assert len(re.findall(r"^DEBUG tlcapture\.storage: wrote .*short/\d\.pt, ", stderr, re.MULTILINE)) == 3
+    assert "a batch of 3 prompts" in stderr
+    assert "DEBUG" not in capture().stderr
+
+
+def test_a_log_file_has_everything_with_times_and_grows(capture: Run, data: Path) -> None:
+    log = data / "logs" / "run.log"
+    assert capture("--log-file", log, "-q").exit_code == 0
+    lines = log.read_text().splitlines()
+    form = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00 (DEBUG|INFO|WARNING|ERROR) tlcapture\.[\w.]+: .+")
+    assert all(form.fullmatch(line) for line in lines)
+    assert any("short/1: 6 tokens" in line for line in lines)
+    assert capture("--log-file", log, prompts=("--prompt-set", "nix")).exit_code == 2
+    more = log.read_text().splitlines()
+    assert more[: len(lines)] == lines
+    assert "ERROR tlcapture.cli.shown: error: no prompt set 'nix'" in more[-1]
+
+
+def test_a_log_file_that_cannot_be_written_is_wrong_usage(capture: Run, data: Path) -> None:
+    (data / "file").touch()
+    result = capture("--log-file", data / "file" / "log")
+    assert result.exit_code == 2
+    assert "--log-file" in result.stderr
+    assert not (data / "experiments").exists()
+
+
+@pytest.mark.parametrize("command", ["capture", "project", "extract", "evaluate", "steer"])
+def test_every_command_that_works_has_the_options_of_output(tlcapture: Run, command: str) -> None:
+    text = tlcapture(command, "--help").output
+    assert all(option in text for option in ("--verbose", "--quiet", "--log-file", "--json"))
+
+
+def test_every_command_leaves_a_record(capture: Run, extract: Run, tlcapture: Run, data: Path) -> None:
+    extract()
+    capture()
+    tlcapture("project", "--experiment", "exp", "--prompt-set", "short")
+    tlcapture("evaluate", "--experiment", "exp", "--component", "residual", "--methods", "probe")
+    records = [json.loads(path.read_bytes()) for path in (data / "experiments" / "exp" / "runs").glob("*.json")]
+    assert sorted(record["command"] for record in records) == ["capture", "evaluate", "extract", "project"]
+    assert all(record["status"] == "done" and record["files"]["count"] for record in records)
+    refused = tlcapture("project", "--experiment", "exp", "--prompt-set", "nix")
+    assert refused.exit_code == 2
+    assert len(list((data / "experiments" / "exp" / "runs").glob("*.json"))) == 4

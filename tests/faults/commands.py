@@ -1,0 +1,124 @@
+"""The real command in a process of its own that tests may kill, starve and interrupt.
+
+The process is a fork of the tests', which have everything imported: hundreds of runs take a minute.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PATIENCE = 120  # seconds until a run counts as hanging
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended: its exit status, or minus the signal that killed it."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+class Command:
+    """`tlcapture WORDS` in a process, which calls `before` first."""
+
+    def __init__(self, folder: Path, *words: object, before: Callable[[], object] = lambda: None):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._said = [folder / f"{time.monotonic_ns()}.{name}" for name in ("out", "err")]
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 99
+            try:
+                code = _run(self._said, [str(word) for word in words], before)
+            finally:
+                os._exit(code)
+
+    def end(self) -> Ended:
+        """Wait for its end."""
+        deadline = time.monotonic() + _PATIENCE
+        while time.monotonic() < deadline:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return Ended(os.waitstatus_to_exitcode(status), *(path.read_text() for path in self._said))
+            time.sleep(0.002)
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        raise AssertionError(f"hangs; it said {[path.read_text() for path in self._said]}")
+
+    @property
+    def stderr(self) -> str:
+        """What it has said so far."""
+        return self._said[1].read_text()
+
+    def tell(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def wait_for(self, is_there: Callable[[], Any]) -> None:
+        """Wait until something is there, while it runs."""
+        deadline = time.monotonic() + _PATIENCE
+        while not is_there():
+            assert time.monotonic() < deadline, "it never came"
+            time.sleep(0.001)
+
+
+def _run(said: list[Path], words: list[str], before: Callable[[], object]) -> int:
+    for number, path in enumerate(said, start=1):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    sys.argv = ["tlcapture", *words]
+    torch.set_num_threads(1)  # OpenMP's own threads do not live on in a fork
+    try:
+        from tlcapture.cli.main import main
+
+        before()
+        main(words, prog_name="tlcapture")
+    except SystemExit as end:
+        return int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 98
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 97
+
+
+DATES = ("projection_date", "capture_date", "timestamp")
+
+
+def contents(experiment: Path) -> dict[str, Any]:
+    """What an experiment's files hold, dates aside; fails on any that is not whole."""
+    found: dict[str, Any] = {}
+    for path in sorted(experiment.rglob("*")):
+        relative = path.relative_to(experiment).as_posix()
+        if path.is_dir() or relative.startswith((".locks/", "runs/")):
+            continue
+        assert path.suffix in (".pt", ".json"), f"{relative} was left behind"
+        value = json.loads(path.read_bytes()) if path.suffix == ".json" else _tensors(path)
+        found[relative] = value
+        if isinstance(value, dict) and "metadata" in value:
+            value["metadata"] = {k: v for k, v in value["metadata"].items() if k not in DATES}
+    return found
+
+
+def _tensors(path: Path) -> Any:
+    def plain(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return (tuple(value.shape), str(value.dtype), value.clone().view(torch.uint8).numpy().tobytes())
+        if isinstance(value, dict):
+            return {key: plain(each) for key, each in value.items()}
+        return value
+
+    return plain(torch.load(path, weights_only=True))

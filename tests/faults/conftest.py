@@ -1,0 +1,98 @@
+"""A root for runs that are disturbed, what an undisturbed one leaves, and small disks."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import make_prompt_set, make_trait
+from tests.faults.commands import Command, contents
+from tlcapture.models import load_model
+
+TEXTS = ["hello there", "tell me more of it"]
+ADD_ONS = ("--attention", "--logit-lens", "--layer-internals", "1")
+Start = Callable[..., Command]
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """A root with a prompt set, two traits and their vectors, in which nothing was captured yet."""
+    load_model(str(tiny_folder))  # so that nothing is left to be imported in a fork
+    root = tmp_path_factory.mktemp("template")
+    make_prompt_set(root, "short", TEXTS)
+    make_trait(root, "tone/loud", "LOUD", "soft")
+    make_trait(root, "tone/warm", "warm", "cold")
+    words = (
+        "extract",
+        "--root",
+        root,
+        "--experiment",
+        "exp",
+        "--model",
+        tiny_folder,
+        "--traits",
+        "tone/loud,tone/warm",
+    )
+    done = Command(root / "said", *words).end()
+    assert done.code == 0, done.stderr
+    shutil.rmtree(root / "said")
+    return root
+
+
+@pytest.fixture(scope="session")
+def undisturbed(template: Path, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a capture leaves that nothing disturbs."""
+    root = tmp_path_factory.mktemp("undisturbed") / "root"
+    shutil.copytree(template, root)
+    done = Command(root.parent, *capture_words(root, tiny_folder)).end()
+    assert done.code == 0, done.stderr
+    return contents(root / "experiments" / "exp")
+
+
+def capture_words(root: Path, model: Path) -> tuple[object, ...]:
+    return (
+        "capture", "--root", root, "--experiment", "exp", "--model", model, "--prompt-set", "short",
+        "--max-new-tokens", 6, *ADD_ONS,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def fresh(template: Path, tmp_path: Path) -> Path:
+    """A copy of the template."""
+    return Path(shutil.copytree(template, tmp_path / "root"))
+
+
+@pytest.fixture
+def start(fresh: Path, tiny_folder: Path, tmp_path: Path) -> Start:
+    """Start the capture of `undisturbed` in `fresh`, or in another root."""
+
+    def start(*words: object, root: Path = fresh, before: Callable[[], object] = lambda: None) -> Command:
+        return Command(tmp_path / "said", *capture_words(root, tiny_folder), *words, before=before)
+
+    return start
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Makes disks of so many KB."""
+    mounted: list[Path] = []
+
+    def mount(kilobytes: int) -> Path:
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder], capture_output=True, text=True
+        )
+        if done.returncode:
+            pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)

@@ -1,0 +1,106 @@
+"""Ctrl-C and a cluster's SIGTERM: the prompt in hand is finished, what is done is said, and how to go on."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.evidence import Evidence
+from tests.faults.commands import contents
+from tests.faults.conftest import Start
+
+SLOW = ("--batch-size", 1)
+
+
+@pytest.mark.parametrize(("number", "code", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
+def test_a_signal_stops_the_run_between_files(
+    start: Start, fresh: Path, tmp_path: Path, evidence: Evidence, number: signal.Signals, code: int, name: str
+) -> None:
+    whole = start(*SLOW)
+    assert whole.end().code == 0
+    expected = contents(fresh / "experiments" / "exp")
+    for path in (fresh / "experiments" / "exp").glob("[ai]n*"):
+        path.rename(tmp_path / path.name)
+    raw = fresh / "experiments" / "exp" / "inference" / "raw" / "residual" / "short"
+    stopped = start(*SLOW)
+    stopped.wait_for(lambda: list(raw.glob("*.pt")))
+    stopped.tell(number)
+    ended = stopped.end()
+    assert ended.code == code, ended
+    assert "stopping when the file in hand is written" in ended.stderr
+    assert f"stopped by {name}; to go on: tlcapture capture --root" in ended.stderr
+    assert ended.stderr.strip().endswith("--skip-existing")
+    assert "wrote 6 files" in ended.stdout  # of the one prompt in hand
+    assert "Traceback" not in ended.stderr
+    for file, value in contents(fresh / "experiments" / "exp").items():
+        assert value == expected[file]
+    records = [json.loads(path.read_bytes()) for path in raw.parents[3].glob("runs/*-capture-*.json")]
+    assert {record["status"] for record in records} == {"done", "interrupted"}
+    assert start(*SLOW, "--skip-existing").end().code == 0
+    assert contents(fresh / "experiments" / "exp") == expected
+    evidence.survived(
+        f"{name} in the middle of a capture",
+        "sent when the first file appears",
+        f"the prompt in hand is whole, exit {code}, the line that goes on; going on ends as undisturbed",
+    )
+
+
+def test_a_second_signal_stops_at_once(start: Start, fresh: Path) -> None:
+    raw = fresh / "experiments" / "exp" / "inference" / "raw" / "residual" / "short"
+
+    def never_check() -> None:
+        from tlcapture.cli.stopping import StopSignals
+
+        StopSignals.check = lambda self: None  # type: ignore[method-assign]
+
+    stopped = start("--max-new-tokens", 150, before=never_check)
+    stopped.wait_for((raw / "2.pt").exists)
+    stopped.tell(signal.SIGINT)
+    stopped.wait_for(lambda: "once more stops at once" in stopped.stderr)
+    stopped.tell(signal.SIGINT)
+    ended = stopped.end()
+    assert ended.code == 130, ended
+    assert "Traceback" not in ended.stderr
+    assert not list(raw.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("words", [("evaluate",), ("steer", "--layers", "1", "--coefficients", "0.1,0.2,0.3")])
+def test_other_commands_stop_as_well_and_keep_what_is_done(fresh: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+    from tests.faults.commands import Command
+
+    for trait in ("loud", "warm"):
+        questions = [{"id": str(n), "question": f"q{n}?", "positive": "YES", "negative": "no"} for n in range(3)]
+        path = fresh / "datasets" / "traits" / "tone" / trait / "steering.json"
+        path.write_text(json.dumps({"questions": questions}))
+    exp = fresh / "experiments" / "exp"
+    result = exp / "extraction" / "extraction_evaluation.json" if words[0] == "evaluate" else exp / "steering"
+    command = Command(tmp_path / "said", words[0], "--root", fresh, "--experiment", "exp", *words[1:])
+    command.wait_for(lambda: list(result.rglob("*.json")) or result.is_file())
+    command.tell(signal.SIGINT)
+    ended = command.end()
+    assert ended.code == 130, ended
+    assert "to go on: tlcapture" in ended.stderr
+    assert contents(exp)
+    again = Command(tmp_path / "said", words[0], "--root", fresh, "--experiment", "exp", *words[1:]).end()
+    assert again.code == 0, again.stderr
+
+
+def test_a_record_says_what_a_run_did(start: Start, fresh: Path) -> None:
+    ended = start("--seed", 7).end()
+    assert ended.code == 0
+    (path,) = (fresh / "experiments" / "exp" / "runs").glob("*-capture-*.json")
+    record: dict[str, Any] = json.loads(path.read_bytes())
+    assert (record["status"], record["exit_code"], record["error"]) == ("done", 0, None)
+    assert record["arguments"]["seed"] == 7
+    assert record["command_line"].startswith("tlcapture capture --root")
+    assert {"tlcapture", "python", "torch", "transformer_lens", "transformers", "numpy"} <= set(record["versions"])
+    assert record["model"]["engine"] == "hooked"
+    assert record["started"] <= record["ended"]
+    assert record["files"]["count"] == len(record["files"]["list"]) == 12
+    exp = path.parents[1]
+    assert all((exp / name).stat().st_size == size for name, size in record["files"]["list"])
+    assert record["files"]["bytes"] == sum(size for _, size in record["files"]["list"])

@@ -1,0 +1,90 @@
+"""Two runs on one experiment at once: nothing torn, nothing lost, and no lock outlives its process."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+from tests.evidence import Evidence
+from tests.faults.commands import Command, contents
+from tests.faults.conftest import Start
+
+
+def test_two_captures_of_one_prompt_set_go_one_after_the_other(
+    start: Start, fresh: Path, undisturbed: dict[str, Any], evidence: Evidence
+) -> None:
+    lock = fresh / "experiments" / "exp" / ".locks" / "captures-of-short.lock"
+    first = start("--skip-existing", before=slowly)
+    first.wait_for(lock.exists)
+    second, third = start("--skip-existing"), start()
+    ended = [first.end(), second.end(), third.end()]
+    assert [each.code for each in ended] == [0, 0, 0], ended
+    assert "another run is writing captures of short in exp: waiting for its end" in ended[1].stdout
+    assert "2 prompts skipped: nothing was missing" in ended[1].stdout
+    assert contents(fresh / "experiments" / "exp") == undisturbed
+    evidence.survived(
+        "three captures of one prompt set at once",
+        "started together, two with --skip-existing",
+        "they wait for each other and say so; with --skip-existing the later finds all done; as undisturbed",
+    )
+
+
+def slowly() -> None:
+    import time
+
+    from tlcapture.runs import capture
+
+    write = capture.write_capture
+
+    def slow(*args: Any) -> Any:
+        time.sleep(1)
+        return write(*args)
+
+    capture.write_capture = slow
+
+
+def test_a_lock_of_a_killed_run_holds_nobody_up(start: Start, fresh: Path, evidence: Evidence) -> None:
+    lock = fresh / "experiments" / "exp" / ".locks" / "captures-of-short.lock"
+    killed = start(before=slowly)
+    killed.wait_for(lock.exists)
+    killed.tell(signal.SIGKILL)
+    killed.end()
+    assert lock.exists()
+    ended = start("--skip-existing").end()
+    assert ended.code == 0
+    assert "waiting" not in ended.stdout
+    evidence.survived("a run killed while it holds a lock", "kill -9", "the next run does not wait")
+
+
+def test_evaluations_of_different_traits_at_once_lose_no_row(fresh: Path, tmp_path: Path, evidence: Evidence) -> None:
+    common = ("--root", fresh, "--experiment", "exp")
+    both = [
+        Command(tmp_path / "said", "evaluate", *common, "--traits", trait, before=lambda: slow_merge())
+        for trait in ("tone/loud", "tone/warm")
+    ]
+    assert [each.end().code for each in both] == [0, 0]
+    evaluation = json.loads((fresh / "experiments" / "exp" / "extraction" / "extraction_evaluation.json").read_bytes())
+    found = {row["trait"] for row in evaluation["all_results"]}
+    assert found == {"tone/loud", "tone/warm"} == set(evaluation["best_vectors"])
+    evidence.survived(
+        "two evaluations of different traits at once",
+        "each held up between reading and writing the file they share",
+        "the rows of both are there",
+    )
+
+
+def slow_merge() -> None:
+    import time
+
+    from tlcapture.runs import evaluate
+
+    merged = evaluate._merged
+
+    def slow(*args: Any) -> Any:
+        content = merged(*args)
+        time.sleep(1)
+        return content
+
+    evaluate._merged = slow

@@ -1,0 +1,239 @@
+"""Every check of `tlcapture doctor` passes on a sound model and fails on one that was broken on purpose."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+
+from tests import tiny
+from tlcapture.checkpoints import cast
+from tlcapture.model_checks import (
+    Check,
+    check_batch,
+    check_bos,
+    check_padding,
+    check_range,
+    check_raw_basis,
+    check_recomputed,
+    check_soft_caps,
+    check_stop_ids,
+    guarded,
+    probe_prompts,
+)
+from tlcapture.models import Model, Step, from_hugging_face
+from tlcapture.reference import ReferenceRun, deviation, reference_run, reference_runs
+from tlcapture.runs.doctor import check_model
+
+TWICE = "{{ bos_token }}" + tiny.CHAT_TEMPLATE
+NAMES = ["BOS", "padding", "stop ids", "raw basis", "batch", "captured", "soft caps", "range"]
+PROMPTS = probe_prompts(tiny.tokenizer())
+
+
+@cache
+def runs(name: str) -> list[ReferenceRun]:
+    return [reference_run(tiny.hf_model(name), prompt.token_ids) for prompt in PROMPTS]
+
+
+def fresh(name: str, engine: str = "hooked", change: Callable[[Any], object] = lambda hf: None) -> Model:
+    """A tiny model of its own, its Hugging Face weights changed beforehand."""
+    source = copy.deepcopy(tiny.hf_model(name))
+    with torch.no_grad():
+        change(source)
+    return from_hugging_face(source, tiny.tokenizer(), name=f"tiny-{name}", engine=engine)
+
+
+@pytest.mark.parametrize("engine", ["hooked", "bridge"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox"])
+def test_a_sound_model_passes_every_check(name: str, engine: str) -> None:
+    found = list(check_model(tiny.model(name, engine), runs(name)))
+    assert [check.name for check in found] == NAMES
+    capless = "ok" if name == "gemma2" else "not applicable"
+    assert [check.verdict for check in found] == ["ok"] * 6 + [capless, "ok"], found
+    assert all("\n" not in check.detail for check in found)
+    assert "deviation from Hugging Face" in found[3].detail and "of 1.0e-04 allowed" in found[3].detail
+
+
+@pytest.mark.parametrize(
+    ("template", "bos", "verdict", "said"),
+    [
+        (
+            tiny.CHAT_TEMPLATE,
+            True,
+            "ok",
+            "1 by the chat template in front of a chat prompt, 1 in front of a plain text",
+        ),
+        (TWICE, True, "failed", "2 by the chat template in front of a chat prompt"),
+        (tiny.CHAT_TEMPLATE.replace("{{ bos_token }}", ""), True, "warning", "0 in front of a chat prompt"),
+        (None, True, "ok", "1 in front of a plain text"),
+        (None, False, "ok", "the tokenizer has no BOS"),
+    ],
+)
+def test_bos_is_counted_under_the_chat_template(template: str | None, bos: bool, verdict: str, said: str) -> None:
+    found = check_bos(tiny.tokenizer(chat_template=template, bos=bos))
+    assert (found.verdict, said in found.detail) == (verdict, True), found
+
+
+def test_without_any_stop_id_the_check_fails() -> None:
+    tokenizer = tiny.tokenizer(chat_template=None)
+    assert check_stop_ids(tokenizer, None).detail == "1 '<eos>'"
+    tokenizer.eos_token = None
+    found = check_stop_ids(tokenizer, SimpleNamespace(eos_token_id=None))
+    assert (found.verdict, found.detail[:5]) == ("failed", "none:")
+
+
+def test_stop_ids_say_which_come_from_the_chat_template_alone() -> None:
+    assert check_stop_ids(tiny.tokenizer(), None).detail == "1 '<eos>', 3 '</turn>'; 3 from the chat template alone"
+
+
+@pytest.mark.parametrize("check", [check_padding, check_batch])
+def test_unmasked_padding_is_found(check: Callable[..., Check], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fresh("llama")
+    step = type(model).step
+
+    def blind(self: Model, tokens: Any, mask: Any, state: Any, hooks: Any, *, want_logits: bool) -> Step:
+        return step(self, tokens, torch.ones_like(mask), state, hooks, want_logits=want_logits)
+
+    monkeypatch.setattr(type(model), "step", blind)
+    monkeypatch.setattr(type(model), "prompt_steps", Model.prompt_steps)
+    assert check(model, PROMPTS).verdict == "failed"
+
+
+def test_activations_of_decode_steps_that_are_not_those_of_one_pass_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fresh("llama")
+    step = type(model).step
+
+    def drifting(self: Model, tokens: Any, *args: Any, **options: Any) -> Step:
+        made = step(self, tokens, *args, **options)
+        bent = {name: value * 1.01 for name, value in made.cache.items()} if tokens.shape[1] == 1 else made.cache
+        return Step(made.logits, bent)
+
+    monkeypatch.setattr(type(model), "step", drifting)
+    found = check_recomputed(model, PROMPTS)
+    assert found.verdict == "failed"
+    assert "from one pass over their tokens 1.0e-02: expected at most 0.0001" in found.detail
+
+
+def test_processed_weights_are_found_where_they_show() -> None:
+    """Centred weights write another residual stream; a centred unembedding gives other logits alone."""
+    model = fresh("gpt2")
+    model.tl.process_weights_(fold_ln=False, center_writing_weights=True, center_unembed=False)
+    found = check_raw_basis(model, runs("gpt2"))
+    assert (found.verdict, "residual_in of layer" in found.detail) == ("failed", True), found
+    model = fresh("gpt2")
+    weight = model.tl.unembed.W_U
+    weight.data = weight - weight.mean(dim=-1, keepdim=True)  # not in place: the embedding is tied to it
+    found = check_raw_basis(model, runs("gpt2"))
+    assert (found.verdict, "at the logits" in found.detail) == ("failed", True), found
+
+
+@pytest.mark.parametrize("engine", ["hooked", "bridge"])
+def test_in_bfloat16_a_model_is_measured_against_the_rounding_of_hugging_face(engine: str) -> None:
+    half = copy.deepcopy(tiny.hf_model("llama", torch.bfloat16))
+    exact = reference_runs(half, [prompt.token_ids for prompt in PROMPTS])
+    assert all(run.rounding is not None and len(run.rounding) == 4 for run in exact)
+    assert next(half.parameters()).dtype == torch.float32
+    found = {check.name: check for check in check_model(tiny.model("llama", engine, torch.bfloat16), exact)}
+    assert {check.verdict for check in found.values()} == {"ok", "not applicable"}, found
+
+    def bend(hf: Any) -> None:
+        cast(hf, torch.bfloat16)
+        hf.model.layers[1].mlp.down_proj.weight.mul_(1.5)
+
+    assert check_raw_basis(fresh("llama", engine, bend), exact).verdict == "failed"
+
+
+def test_one_weight_that_is_off_by_a_thousandth_is_found() -> None:
+    found = check_raw_basis(
+        fresh("llama", change=lambda hf: hf.model.layers[1].mlp.down_proj.weight.mul_(1.001)), runs("llama")
+    )
+    assert found.verdict == "failed"
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [("output_logits_soft_cap", "logits up to"), ("attn_scores_soft_cap", "attention under a cap of 2")],
+)
+def test_a_wrong_soft_cap_is_found(field: str, said: str) -> None:
+    model = fresh("gemma2")
+    setattr(model.tl.cfg, field, 20.0)
+    for block in model.tl.blocks:
+        setattr(block.attn.cfg, field, 20.0)
+    found = check_soft_caps(model, runs("gemma2"))
+    assert (found.verdict, said in found.detail) == ("failed", True), found
+
+
+def test_nan_weights_fail_what_they_reach() -> None:
+    def damage(hf: Any) -> None:
+        hf.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+
+    found = {check.name: check for check in check_model(fresh("llama", change=damage), runs("llama"))}
+    for name in ("raw basis", "batch", "captured", "range"):
+        assert found[name].verdict == "failed", found[name]
+    assert "float32 does not hold blocks.1.hook_resid_post, which is NaN or inf" in found["range"].detail
+    assert "the model's logits are NaN or inf" in found["batch"].detail
+
+
+@pytest.mark.parametrize(
+    ("factor", "dtype", "verdict", "said"),
+    [
+        (1.0, torch.float16, "ok", "of what float16 holds"),
+        (1e6, torch.float16, "failed", "float16 does not hold blocks.0.hook_resid_pre, which is NaN or inf"),
+        (1e6, torch.float32, "warning", "captures are stored as bfloat16"),
+        (1e6, torch.bfloat16, "ok", "less than 0.01 of what bfloat16 holds"),
+    ],
+)
+def test_what_a_dtype_does_not_hold_is_said(factor: float, dtype: torch.dtype, verdict: str, said: str) -> None:
+    def enlarge(hf: Any) -> None:
+        hf.model.embed_tokens.weight.mul_(factor)
+        cast(hf, dtype)
+
+    found = check_range(fresh("llama", change=enlarge), PROMPTS)
+    assert (found.verdict, said in found.detail) == (verdict, True), found
+
+
+def test_a_deviation_is_a_share_of_each_tokens_own_norm() -> None:
+    theirs = torch.tensor([[1000.0, 0.0], [0.0, 1.0]])
+    assert deviation(theirs + torch.tensor([[1.0, 0.0], [0.0, 0.1]]), theirs) == pytest.approx(0.1)
+    assert not deviation(theirs * torch.nan, theirs) <= 1
+
+
+def test_a_check_that_breaks_off_has_failed() -> None:
+    found = guarded(
+        "batch", check_batch, fresh("llama"), [PROMPTS[0].__class__(**{**vars(PROMPTS[0]), "token_ids": (4,) * 300})]
+    )
+    assert found.verdict == "failed"
+    assert "does not fit" in found.detail
+
+
+def test_the_command_prints_a_line_a_check(tlcapture: Callable[..., Result], tiny_folder: Path) -> None:
+    result = tlcapture("doctor", "--model", tiny_folder, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()[-len(NAMES) :]
+    assert [line[16:27].strip() for line in lines] == NAMES
+    assert {line[:16].strip() for line in lines} == {"ok", "not applicable"}
+
+
+def test_its_exit_status_tells(tlcapture: Callable[..., Result], tmp_path: Path) -> None:
+    folder = tmp_path / "double"
+    tiny.hf_model("llama").save_pretrained(folder)
+    tiny.tokenizer(chat_template=TWICE).save_pretrained(folder)
+    result = tlcapture("doctor", "--model", folder)
+    assert result.exit_code == 1
+    assert "failed          BOS        2 by the chat template" in result.stdout
+    missing = tlcapture("doctor", "--model", tmp_path / "nowhere")
+    assert missing.exit_code == 2
+    assert "cannot be loaded" in missing.stderr
+    biased = tmp_path / "biased"
+    tiny.hf_model("llama_biased").save_pretrained(biased)
+    tiny.tokenizer().save_pretrained(biased)
+    refused = tlcapture("doctor", "--model", biased, "--engine", "hooked")
+    assert refused.exit_code == 2
+    assert "does not compute Llama with attention biases" in refused.stderr

@@ -1,0 +1,67 @@
+"""A lock is held by one process at a time, and by none that is gone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tlcapture.errors import StorageError
+from tlcapture.locks import locked
+
+HOLD = """
+import pathlib, sys, time
+from tlcapture.locks import locked
+with locked(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+def hold(path: Path, seconds: float) -> subprocess.Popen[str]:
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, path, str(seconds)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    return holder
+
+
+def test_the_second_waits_says_so_once_and_is_told_that_it_waited(tmp_path: Path) -> None:
+    path, said = tmp_path / "new" / "x.lock", []
+    with locked(path) as waited:
+        assert not waited
+    holder = hold(path, 0.7)
+    began = time.monotonic()
+    with locked(path, lambda: said.append(1)) as waited:
+        assert waited
+    assert time.monotonic() - began > 0.1
+    assert said == [1]
+    assert holder.wait() == 0
+
+
+def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "x.lock"
+    holder = hold(path, 60)
+    holder.kill()
+    holder.wait()
+    with locked(path) as waited:
+        assert not waited
+
+
+def test_what_cannot_be_locked_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"file/x\.lock: cannot be locked: "), locked(tmp_path / "file" / "x.lock"):
+        raise AssertionError("it was locked")
+
+
+def test_a_file_system_without_locks_is_used_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from filelock import FileLock
+
+    def acquire(*args: object, **options: object) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with locked(tmp_path / "x.lock") as waited:
+        assert not waited

@@ -1,0 +1,189 @@
+"""What an engine does not compute as Hugging Face does is refused there, with the reason in one line."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests import tiny
+from tests.evidence import Evidence
+from tests.test_parity import random_ids
+from tlcapture.chat import TokenizedPrompt
+from tlcapture.errors import ModelError
+from tlcapture.generation import Failure, generate
+from tlcapture.models import from_hugging_face
+from tlcapture.views.residual import residual_hooks
+
+_LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4}
+_OPT = {**tiny._COMMON, "ffn_dim": tiny.D_MLP, "word_embed_proj_dim": tiny.D_MODEL}
+_OPT.pop("intermediate_size")
+_SMALL = {"vocab_size": tiny.VOCABULARY, "hidden_size": tiny.D_MODEL}
+
+
+def _rope(**parameters: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_theta": 10000.0, **parameters}}
+
+
+_LOCAL_ROPE_SCALED = {
+    "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
+    "sliding_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+}
+_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+
+NOT_ON_HOOKED: dict[str, tuple[Any, str]] = {
+    "llama_biased": (tiny.BRIDGE_ONLY["llama_biased"], "Llama with attention biases"),
+    "llama_mlp_biased": (lambda: transformers.LlamaConfig(**tiny._GROUPED, mlp_bias=True), "Llama with MLP biases"),
+    "llama_yarn": (tiny.BRIDGE_ONLY["llama_yarn"], "rotary embeddings of type 'yarn'"),
+    "llama_dynamic": (tiny.BRIDGE_ONLY["llama_dynamic"], "rotary embeddings of type 'dynamic'"),
+    "llama3_partial": (
+        lambda: transformers.LlamaConfig(
+            **tiny._GROUPED, **_rope(rope_type="llama3", partial_rotary_factor=0.5, **_LLAMA3)
+        ),
+        "partial rotary embeddings of type 'llama3'",
+    ),
+    "llama_mish": (
+        lambda: transformers.LlamaConfig(**tiny._GROUPED, hidden_act="mish"),
+        "the activation 'mish'",
+    ),
+    "mistral_linear_rope": (
+        tiny.BRIDGE_ONLY["mistral_linear_rope"],
+        "scaled rotary embeddings in layers with a sliding window",
+    ),
+    "qwen3_biased": (
+        lambda: transformers.Qwen3Config(**tiny._GROUPED, attention_bias=True),
+        "Qwen3 with attention biases",
+    ),
+    "gemma3_local_rope_scaled": (
+        lambda: transformers.Gemma3TextConfig(**tiny._GROUPED, head_dim=16, rope_parameters=_LOCAL_ROPE_SCALED),
+        "rotary embeddings of type 'linear' in local layers",
+    ),
+    "gemma3_bidirectional": (
+        lambda: transformers.Gemma3TextConfig(**tiny._GROUPED, head_dim=16, use_bidirectional_attention=True),
+        "Gemma-3 with attention in both directions",
+    ),
+    "olmo2_grouped": (tiny.BRIDGE_ONLY["olmo2_grouped"], "OLMo-2 with grouped queries"),
+    "phi3_partial_rotary": (tiny.BRIDGE_ONLY["phi3_partial_rotary"], "Phi-3 with partial rotary embeddings"),
+    "phi3_longrope": (
+        tiny.BRIDGE_ONLY["phi3_longrope"],
+        "rotary embeddings of type 'longrope' for this architecture",
+    ),
+    "gpt_neox_unbiased": (
+        lambda: transformers.GPTNeoXConfig(**tiny._COMMON, attention_bias=False),
+        "GPT-NeoX without attention biases",
+    ),
+    "gpt2_cross_attention": (
+        lambda: transformers.GPT2Config(**tiny._GPT2_NAMES, add_cross_attention=True),
+        "cross attention",
+    ),
+    "opt_norm_behind": (
+        lambda: transformers.OPTConfig(**_OPT, do_layer_norm_before=False),
+        "OPT with the norm behind each sublayer",
+    ),
+    "opt_projected": (
+        lambda: transformers.OPTConfig(**{**_OPT, "word_embed_proj_dim": 16}),
+        "OPT with projected embeddings",
+    ),
+    "opt_unbiased": (lambda: transformers.OPTConfig(**_OPT, enable_bias=False), "OPT without biases"),
+}
+
+
+def made(config: Any) -> Any:
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+
+
+def reason(model: Any, engine: str) -> str:
+    """The one line with which an engine refuses a model."""
+    with pytest.raises(ModelError) as caught:
+        from_hugging_face(model, tiny.tokenizer(), name="tiny", engine=engine)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("architecture", list(NOT_ON_HOOKED))
+def test_hooked_says_what_it_does_not_compute(architecture: str, evidence: Evidence) -> None:
+    config, what = NOT_ON_HOOKED[architecture]
+    said = f"HookedTransformer does not compute {what}"
+    assert reason(made(config()), "hooked") == f"engine 'hooked' does not cover 'tiny': {said}; use --engine bridge"
+    evidence.refused(architecture, "hooked", said)
+
+
+def test_hooked_lists_the_architectures_it_covers(evidence: Evidence) -> None:
+    said = reason(made(transformers.BloomConfig(**_SMALL, n_layer=2, n_head=4)), "hooked")
+    assert "BloomForCausalLM is not among GPT2LMHeadModel, " in said
+    assert "Gemma3ForCausalLM" in said
+    evidence.refused("bloom", "hooked", "BloomForCausalLM is not among the architectures it has a config for")
+
+
+def test_hooked_takes_no_quantised_weights(evidence: Evidence) -> None:
+    model = copy.deepcopy(tiny.hf_model("llama"))
+    model.config.quantization_config = {"quant_method": "gptq"}
+    assert "its weights are quantised" in reason(model, "hooked")
+    evidence.refused("llama, quantised", "hooked", "its weights are quantised")
+
+
+@pytest.mark.parametrize("architecture", list(tiny.BRIDGE_ONLY))
+def test_auto_takes_the_bridge_for_what_hooked_refuses(architecture: str) -> None:
+    model = copy.deepcopy(tiny.hf_model(architecture))
+    assert from_hugging_face(model, tiny.tokenizer(), name="tiny", engine="auto").engine == "bridge"
+
+
+_LOGITS = "it does more to its logits than norm, unembedding and soft cap, which a logit lens would silently leave out"
+_CACHE = "TransformerBridge computes another attention for it token by token in a padded batch than in one pass"
+NOT_ON_BRIDGE: dict[str, tuple[Any, str]] = {
+    "granite": (
+        lambda: transformers.GraniteConfig(**tiny._GROUPED, logits_scaling=3.0),
+        f"GraniteForCausalLM is not supported: {_LOGITS}",
+    ),
+    "cohere": (lambda: transformers.CohereConfig(**tiny._GROUPED), f"CohereForCausalLM is not supported: {_LOGITS}"),
+    "mpt": (
+        lambda: transformers.MptConfig(vocab_size=tiny.VOCABULARY, d_model=tiny.D_MODEL, n_layers=2, n_heads=4),
+        f"MptForCausalLM is not supported: {_CACHE}",
+    ),
+    "falcon_alibi": (
+        lambda: transformers.FalconConfig(**_SMALL, **_LAYERS, alibi=True),
+        f"FalconForCausalLM is not supported: {_CACHE}",
+    ),
+    "mamba": (
+        lambda: transformers.MambaConfig(**_SMALL, num_hidden_layers=2),
+        "MambaForCausalLM is not supported: TransformerBridge gives it no blocks.0.hook_attn_out",
+    ),
+    "opt_projected": (
+        NOT_ON_HOOKED["opt_projected"][0],
+        "OPTForCausalLM is not supported: TransformerBridge gives it no ln_final",
+    ),
+    "opt_norm_behind": (NOT_ON_HOOKED["opt_norm_behind"][0], "TransformerBridge does not run OPTForCausalLM"),
+    "ctrl": (
+        lambda: transformers.CTRLConfig(vocab_size=tiny.VOCABULARY, n_embd=32, n_layer=2, n_head=4, dff=64),
+        "TransformerBridge does not run CTRLLMHeadModel",
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", list(NOT_ON_BRIDGE))
+def test_the_bridge_says_what_it_does_not_compute(architecture: str, evidence: Evidence) -> None:
+    config, what = NOT_ON_BRIDGE[architecture]
+    said = reason(made(config()), "bridge")
+    assert said.startswith(f"tiny: {what}")
+    evidence.refused(architecture, "bridge", what)
+
+
+def test_prompts_beyond_the_length_where_longrope_changes_are_refused(evidence: Evidence) -> None:
+    """From there on one long row gives all rows of its batch, and its own earlier tokens, other frequencies."""
+    model = tiny.model("phi3_longrope", "bridge")
+    long, short = (
+        TokenizedPrompt("set", name, "", "", tuple(random_ids(length)), None, False)
+        for name, length in (("long", 61), ("short", 60))
+    )
+    hooks = residual_hooks(model.n_layers, model.hook_names)
+    outcomes = {outcome.prompt.id: outcome for outcome in generate(model, [long, short], hooks=hooks, max_new_tokens=4)}
+    refused = outcomes["long"]
+    assert isinstance(refused, Failure) and not isinstance(outcomes["short"], Failure)
+    assert "61 prompt tokens and 4 new ones are more than the model's context of 64" in refused.reason
+    evidence.refused(
+        "phi3_longrope, beyond original_max_position_embeddings", "bridge", "does not fit the model's context"
+    )

@@ -1,0 +1,65 @@
+"""Where log messages go: to standard error with `-v`, to a file with `--log-file`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+
+import click
+
+from tlcapture.printable import printable
+
+_LOGGER = logging.getLogger("tlcapture")
+SHOWN = "tlcapture.cli.shown"  # what the console shows anyway
+
+
+class _OneLine(logging.Formatter):
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802  logging's name
+        return datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+class _NotShown(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.name != SHOWN
+
+
+@contextmanager
+def logging_to(file: Path | None, *, verbose: bool) -> Iterator[None]:
+    """Send messages of the package to a file (all of them, appended) and, if `verbose`, to standard error."""
+    handlers: list[logging.Handler] = []
+    if file is not None:
+        handlers.append(_file_handler(file))
+    if verbose:
+        shown = logging.StreamHandler(sys.stderr)
+        shown.addFilter(_NotShown())
+        shown.setFormatter(_OneLine("%(levelname)s %(name)s: %(message)s"))
+        handlers.append(shown)
+    level = _LOGGER.level
+    try:
+        for handler in handlers:
+            _LOGGER.addHandler(handler)
+        if handlers:
+            _LOGGER.setLevel(logging.DEBUG)
+        yield
+    finally:
+        _LOGGER.setLevel(level)
+        for handler in handlers:
+            _LOGGER.removeHandler(handler)
+            handler.close()
+
+
+def _file_handler(file: Path) -> logging.Handler:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise click.UsageError(f"--log-file {file}: cannot be written: {error.strerror}") from None
+    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    return handler

@@ -1,0 +1,73 @@
+"""Ctrl-C and a cluster's SIGTERM: the file in hand is finished, then the command ends.
+
+A signal is remembered while work goes on that can be left at certain points only (`check` is called
+there); at any other time, and the second time, it ends the command at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_NOTE = b"\nstopping when the file in hand is written; once more stops at once\n"
+
+
+class Interrupted(KeyboardInterrupt):
+    """The command was told to stop, by the signal `number`."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        """130 for Ctrl-C, 143 for SIGTERM, as shells have it."""
+        return 128 + self.number
+
+    def __str__(self) -> str:
+        return "Ctrl-C" if self.number == signal.SIGINT else signal.Signals(self.number).name
+
+
+class StopSignals:
+    """As a context manager, in place of Python's own handling of the two signals."""
+
+    def __init__(self) -> None:
+        self._asked: int | None = None
+        self._working = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def at_checks_only(self) -> Iterator[None]:
+        """Within the context a first signal waits for the next `check`."""
+        self._working += 1
+        try:
+            yield
+        finally:
+            self._working -= 1
+
+    def check(self) -> None:
+        """Raise `Interrupted` if a signal has come."""
+        if self._asked is not None:
+            raise Interrupted(self._asked)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._asked is not None or not self._working:
+            self._asked = number
+            raise Interrupted(number)
+        self._asked = number
+        os.write(2, _NOTE)  # printing is not safe here

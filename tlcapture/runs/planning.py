@@ -1,0 +1,198 @@
+"""What a capture has to do, before it does any of it: prompts made token ids, and what each of them lacks.
+
+Plans are made of all prompt sets first, so that a wrong request writes nothing, and what will be
+written can be told from what is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tlcapture.captures import Capture
+from tlcapture.chat import TokenizedPrompt, tokenize
+from tlcapture.config import ExperimentConfig
+from tlcapture.errors import InputError, StorageError
+from tlcapture.generation import Sampling
+from tlcapture.layout import Layout
+from tlcapture.prompts import Prompt, PromptSet
+from tlcapture.runs.outputs import Outputs
+from tlcapture.runs.vectors import VectorChoice
+
+ALL_LAYERS = "all"
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """What to capture and how; `internals` is a tuple of layers, or `"all"`."""
+
+    attention: bool = False
+    logit_lens: bool = False
+    internals: tuple[int, ...] | str = ()
+    capture_attn: bool = False
+    project: bool = True
+    replay: bool = False
+    skip_existing: bool = False
+    vectors: VectorChoice = VectorChoice(layer="default")
+    max_new_tokens: int = 50
+    sampling: Sampling = Sampling()
+    save_dtype: str = "auto"
+    batch_size: int | None = None
+    limit: int | None = None
+    chat_template: bool | None = None
+    system_prompt: str | None = None
+
+    def outputs(self, n_layers: int) -> Outputs:
+        """The files wanted of each prompt, for a model of so many layers."""
+        everything = self.internals == ALL_LAYERS
+        asked = range(n_layers) if self.internals == ALL_LAYERS else (int(layer) for layer in self.internals)
+        layers = tuple(sorted(set(asked)))
+        for layer in layers:
+            if layer >= n_layers:
+                raise InputError(f"--layer-internals {layer}: the model has layers 0 to {n_layers - 1}")
+        return Outputs(
+            residual=not self.replay,
+            attn_out=self.capture_attn,
+            attention=self.attention or everything,
+            logit_lens=self.logit_lens or everything,
+            internals=layers,
+        )
+
+
+class HasTokenizer(Protocol):
+    """What a plan needs of a model: its layers are counted, its tokenizer is used."""
+
+    @property
+    def n_layers(self) -> int: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do with the prompts of one set.
+
+    Attributes:
+        company: prompts that are batched together: those of `fresh` and, with `--skip-existing`, their neighbours
+            in an undisturbed run, beside which they yield the same to the last bit.
+        fresh: ids of prompts to generate from.
+        saved: ids of prompts that have a capture, and what they lack.
+        refused: prompts that cannot be run, and why.
+    """
+
+    prompt_set: PromptSet
+    company: Sequence[TokenizedPrompt]
+    fresh: frozenset[str]
+    saved: Mapping[str, Outputs]
+    refused: Sequence[tuple[str, str]]
+
+    @property
+    def does_something(self) -> bool:
+        return bool(self.fresh) or any(self.saved.values())
+
+
+class Planner:
+    """Makes plans for an experiment; `model` is called when one is needed."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        options: CaptureOptions,
+        config: ExperimentConfig,
+        model_name: str,
+        model: Callable[[], HasTokenizer],
+    ):
+        self._layout = layout
+        self._options = options
+        self._config = config
+        self._model_name = model_name
+        self._model = model
+
+    def plans(self, prompt_sets: Sequence[PromptSet]) -> list[Plan]:
+        """A plan for each prompt set.
+
+        Raises:
+            InputError: the request is wrong, or wrong for every single prompt.
+        """
+        plans = [self.plan(prompt_set) for prompt_set in prompt_sets]
+        refused = [reason for plan in plans for _, reason in plan.refused]
+        if refused and not self._options.replay and not any(plan.fresh or plan.saved for plan in plans):
+            raise InputError(refused[0])
+        return plans
+
+    def plan(self, prompt_set: PromptSet) -> Plan:
+        prompts = prompt_set.prompts[: self._options.limit]
+        saved: dict[str, Outputs] = {}
+        refused: list[tuple[str, str]] = []
+        fresh: set[str] = set()
+        for prompt in prompts:
+            name, wanted = f"{prompt_set.name}/{prompt.id}", self._lacking(prompt_set, prompt)
+            if wanted is None:
+                path = self._layout.residual(prompt_set.name, prompt.id)
+                refused.append((name, f"--replay needs a saved capture, there is none at {path}"))
+            elif wanted.residual:
+                fresh.add(prompt.id)
+            else:
+                saved[prompt.id] = wanted
+        company = []
+        for prompt in prompts if fresh else ():
+            try:
+                company.append(self._tokenized(prompt_set, prompt))
+            except InputError as error:
+                if prompt.id in fresh:
+                    fresh.remove(prompt.id)
+                    refused.append((f"{prompt_set.name}/{prompt.id}", str(error)))
+        return Plan(prompt_set, company, frozenset(fresh), saved, refused)
+
+    def _lacking(self, prompt_set: PromptSet, prompt: Prompt) -> Outputs | None:
+        """What to make of a prompt; `None` where the raw residual cannot be replayed because it is not there."""
+        options, layout = self._options, self._layout
+        raw = layout.residual(prompt_set.name, prompt.id)
+        if options.replay and not raw.is_file():
+            return None
+        if not raw.is_file() or not (options.skip_existing or options.replay):
+            return options.outputs(self._model().n_layers)
+        try:
+            saved = Capture.open(raw)
+        except StorageError:
+            return options.outputs(self._model().n_layers)
+        wanted = options.outputs(saved.n_layers)
+        if not options.skip_existing:
+            return wanted
+        if not options.replay and not self._is_whole_and_of(saved, prompt_set, prompt):
+            return wanted
+        return wanted.missing(layout, prompt_set.name, prompt.id)
+
+    def _is_whole_and_of(self, saved: Capture, prompt_set: PromptSet, prompt: Prompt) -> bool:
+        """Whether a capture is of this prompt, put in this way to this model, rather than of an earlier wording,
+        and the run that wrote it came to the end of the prompt."""
+        asked = self.asked_template
+        return (
+            not self._layout.unfinished(prompt_set.name, prompt.id).exists()
+            and saved.metadata.get("prompt_text") == prompt.text
+            and saved.metadata.get("system_prompt") == self._system_prompt(prompt_set, prompt)
+            and saved.metadata["inference_model"] == self._model_name
+            and asked in (None, saved.metadata.get("chat_template"))
+        )
+
+    @property
+    def asked_template(self) -> bool | None:
+        option = self._options.chat_template
+        return self._config.use_chat_template if option is None else option
+
+    def _system_prompt(self, prompt_set: PromptSet, prompt: Prompt) -> str | None:
+        if self._options.system_prompt is not None:
+            return self._options.system_prompt
+        return prompt_set.system_prompt_of(prompt, self._config.system_prompt)
+
+    def _tokenized(self, prompt_set: PromptSet, prompt: Prompt) -> TokenizedPrompt:
+        return tokenize(
+            self._model().tokenizer,
+            prompt.text,
+            prompt_set=prompt_set.name,
+            prompt_id=prompt.id,
+            system_prompt=self._system_prompt(prompt_set, prompt),
+            chat_template=self.asked_template,
+        )

@@ -1,0 +1,88 @@
+"""What a run leaves in its experiment besides its results: `runs/{time}-{command}-{process}.json`.
+
+The record is there, with the status `running`, from the first file that the run writes, so that a
+killed one leaves its trace too; it is written again when the run ends.
+
+{"command", "command_line", "arguments": {...}, "status": "running|done|failed|interrupted", "exit_code", "error",
+ "started", "ended", "seconds", "versions": {...}, "system": {...}, "model": {...},
+ "prompts", "skipped", "new_tokens", "files": {"count", "bytes", "folders", "list", "not_listed"},
+ "failures": [{"what", "reason"}], "warnings": [...]}
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from tlcapture import __version__
+from tlcapture.errors import StorageError
+from tlcapture.layout import Layout
+from tlcapture.runs.invocation import Invocation
+from tlcapture.runs.report import RunReport
+from tlcapture.storage import Written, write_json
+
+_PACKAGES = ("torch", "transformer_lens", "transformers", "numpy")
+RUNNING = "running"
+
+
+class RecordedReport(RunReport):
+    """A report that is kept in the experiment. `facts` are those that the run adds as it goes."""
+
+    def __init__(self, layout: Layout, invocation: Invocation, facts: Mapping[str, Any]):
+        super().__init__(layout.folder)
+        self._layout = layout
+        self._invocation = invocation
+        self._facts = facts
+        name = f"{invocation.began:%Y%m%dT%H%M%SZ}-{invocation.command}-{os.getpid()}"
+        self.path: Path = layout.run_record(name)
+
+    def wrote(self, written: Written) -> None:
+        super().wrote(written)
+        if self.n_files == 1:
+            self._write({"status": RUNNING})
+
+    def end(self, status: str, exit_code: int, error: str | None) -> dict[str, Any]:
+        """Write the record of the run that has ended; returns what it says.
+
+        A run that wrote nothing into an experiment that is not there leaves no record.
+        """
+        ended = {
+            "status": status,
+            "exit_code": exit_code,
+            "error": error,
+            "ended": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        if not self._layout.folder.is_dir():
+            return self._content(ended)
+        return self._write(ended)
+
+    def _write(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        content = self._content(state)
+        try:
+            write_json(self.path, content, indent=True)
+        except StorageError as error:  # the results are there all the same
+            self.warnings.append(f"no record of this run: {error}")
+        return content
+
+    def _content(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self._invocation.to_json(), **state, **_surroundings(), **self._facts, **self.to_json()}
+
+
+def _surroundings() -> dict[str, Any]:
+    """Versions of what computes, and the machine as far as numbers depend on it."""
+    versions: dict[str, str | None] = {"tlcapture": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    system = {"platform": platform.platform(), "machine": platform.machine(), "cpus": os.cpu_count()}
+    if (torch := sys.modules.get("torch")) is not None:
+        system["threads"] = torch.get_num_threads()
+    return {"versions": versions, "system": system}
