@@ -125,10 +125,10 @@ class Layout:
 
     def lock(self, name: str) -> Path:
         """The lock of what runs must not do at once in this experiment."""
-        return self.folder / ".locks" / f"{name.replace('/', '-')}.lock"
+        return self.own(self.folder / ".locks" / f"{name.replace('/', '-')}.lock")
 
     def run_record(self, name: str) -> Path:
-        return self.folder / "runs" / f"{name}.json"
+        return self.own(self.folder / "runs" / f"{name}.json")
 
     # -- captures ---------------------------------------------------------------------------------
 
@@ -137,7 +137,7 @@ class Layout:
 
     def unfinished(self, prompt_set: str, prompt_id: str) -> Path:
         """The mark of a prompt whose files are being written, or were when their run was killed."""
-        return self._raw("residual", prompt_set) / f".{check_name(prompt_id, 'prompt id')}.unfinished"
+        return self.own(self._raw("residual", prompt_set) / f".{check_name(prompt_id, 'prompt id')}.unfinished")
 
     def internals(self, prompt_set: str, prompt_id: str, layer: int) -> Path:
         folder = self._raw("internals", prompt_set)

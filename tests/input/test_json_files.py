@@ -266,7 +266,7 @@ def test_projection_files(tmp_path: Path, evidence: Evidence) -> None:
             assert are_scores(content)
             layer = content["metadata"]["vector_source"]["layer"]
             rows = [*content["projections"]["prompt"], *content["projections"]["response"]]
-            assert line.trajectory.tolist() == [row[layer][-1] for row in rows]
+            assert line.trajectory.tolist() == [float(row[layer][-1]) for row in rows]
             assert list(line.tokens) == [*content["prompt"]["tokens"], *content["response"]["tokens"]]
             point = content["dynamics"]["commitment_point"]
             assert point is None or (type(point) is int and 0 <= point < len(rows))
