@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,7 @@ _TRIES = 3  # how often a piece of work is given out before it counts as failed
 _PIECES_PER_WORKER = 2  # at least so many, so that no worker ends long before the others
 _MOST_PROMPTS = {"cpu": 16, "gpu": 64}  # in a piece, where no batch size is asked for
 _MOST_DEATHS = 10  # in a row, beyond one for each worker
+_PATIENCE_TO_CONNECT = 10  # seconds
 _PATIENCE = 300  # seconds for the first worker to start
 
 
@@ -106,6 +108,7 @@ class RayExecutor:
             raise InputError('--executor ray needs Ray: run pip install "tlcapture[ray]"') from None
         started = not ray.is_initialized()
         if started:
+            _check_reachable(self._cluster.address)
             options: dict[str, Any] = {"address": self._cluster.address, "log_to_driver": False}
             if self._cluster.address is None:
                 needed = (self._cluster.workers or os.cpu_count() or 1) * self._cluster.cpus_per_worker
@@ -227,13 +230,18 @@ class _Shift:
         self._progress = progress
         self._n_pieces = len(pieces)
         self._n_done = 0
+        self._began: float | None = None
         self._deaths = 0  # since the last piece that was done
         self._last_ready = time.monotonic()
 
     def run(self) -> None:
+        """Give out all pieces; tells the reporter for how long workers were at work, their start apart."""
         try:
             while self._pieces or any(member.piece for member in self._crew.members):
                 self._step()
+            seconds = 0.0 if self._began is None else time.monotonic() - self._began
+            cluster = {"workers": len(self._crew.members), "pieces": self._n_pieces, "seconds": round(seconds, 3)}
+            self._reporter.uses(cluster=cluster)
         except BaseException as reason:
             if isinstance(reason, KeyboardInterrupt | TlcaptureError):
                 self._wind_up()
@@ -320,6 +328,7 @@ class _Shift:
     def _give_out(self) -> None:
         for member in self._crew.members:
             if member.ready and member.waiting_for is None and self._pieces:
+                self._began = self._began or time.monotonic()
                 member.piece = self._pieces.popleft()
                 member.since = time.monotonic()
                 task = member.piece.task
@@ -344,6 +353,17 @@ class _Shift:
             self._ray.get([member.actor.stop.remote() for member in busy], timeout=_PATIENCE)
             for result in self._ray.get([member.waiting_for for member in busy], timeout=_PATIENCE):
                 self._keep(result)
+
+
+def _check_reachable(address: str | None) -> None:
+    """Raise `InputError` where nobody listens: Ray itself would try for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not (host and port.isdecimal()):
+        return  # one is started here, or Ray finds it by itself
+    try:
+        socket.create_connection((host, int(port)), timeout=_PATIENCE_TO_CONNECT).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"no Ray cluster at {address!r}: {error}: start one with 'ray start --head'") from None
 
 
 def _absolute(layout: Layout) -> Layout:
