@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.bench-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chromium test test-cuda reliability lint format demo bench bench-quick bench-page bench-extract view screenshots all_prompt_sets clean $(PROMPT_SETS)
+.PHONY: help setup chromium test test-cuda reliability lint format demo bench bench-quick bench-page bench-cluster bench-extract view screenshots all_prompt_sets clean $(PROMPT_SETS)
 
 help: ## Show this help
 	@echo "Targets:"
@@ -73,6 +73,9 @@ bench-quick: $(BENCH_READY) ## Most of them in two minutes, on the screen only
 
 bench-page: $(READY) chromium ## Time and memory of the page on 200 prompts
 	$(BIN)/python benchmarks/page_speed.py $(FLAGS)
+
+bench-cluster: $(READY) ## Two workers of a Ray cluster beside one, and their files beside a local run's
+	$(BIN)/python benchmarks/cluster_speed.py $(FLAGS)
 
 bench-extract: $(READY) ## Time and memory of extracting one trait's vectors
 	$(BIN)/python benchmarks/extraction_cost.py

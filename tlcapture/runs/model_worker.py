@@ -43,6 +43,9 @@ class ModelWorker:
         self._report = report
         self._reporter = reporter
 
+    def prepare(self) -> None:
+        _ = self._bench
+
     def do(self, task: Any) -> None:
         with self._report.attempt(str(task)):
             self._function(self._bench, task)

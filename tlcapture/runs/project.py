@@ -101,6 +101,9 @@ class ProjectionWorker:
         self._reporter = reporter
         self._chooser = Chooser(layout, options.vectors, report, reporter)
 
+    def prepare(self) -> None:
+        """Vectors are chosen when a first capture shows its measures."""
+
     def do(self, task: SavedPrompts) -> None:
         with self._reporter.progress(len(task.ids), task.prompt_set, "prompt") as progress:
             for prompt_id in task.ids:

@@ -28,6 +28,8 @@ from tlcapture.runs.report import Progress, Reporter, RunReport
 
 _log = logging.getLogger(__name__)
 
+# How far a worker is that has just started.
+_SEES, _LACKS_MODEL, _TAKES_MODEL, _PREPARES, _READY = "sees", "lacks model", "takes model", "prepares", "ready"
 _POLL = 0.5  # seconds between two looks at the workers
 _TRIES = 3  # how often a piece of work is given out before it counts as failed
 _PIECES_PER_WORKER = 2  # at least so many, so that no worker ends long before the others
@@ -63,7 +65,7 @@ class _Member:
 
     number: int
     actor: Any
-    ready: bool = False
+    stage: str = "sees"
     waiting_for: Any = None
     piece: _Piece | None = None
     state: State | None = None
@@ -254,7 +256,7 @@ class _Shift:
             self._take(waiting[reference], reference)
         self._give_out()
         self._look()
-        if not any(member.ready for member in self._crew.members):
+        if not any(member.stage == _READY for member in self._crew.members):
             if time.monotonic() - self._last_ready > _PATIENCE:
                 raise InputError(f"no worker of the Ray cluster has started within {_PATIENCE} s")
 
@@ -273,14 +275,19 @@ class _Shift:
         self._accept(member, piece, value)
 
     def _welcome(self, member: _Member, said: Any) -> None:
-        """Take a worker in, step by step: it sees the root, it has the model's files."""
-        if isinstance(said, tuple):
+        """Take a worker in, step by step: it sees the root, it has the model's files, it has loaded the model."""
+        actor, stage = member.actor, member.stage
+        if stage == _SEES:
             self._crew.check(*said)
-            member.waiting_for = member.actor.lacks_model.remote()
-        elif said is True:
-            member.waiting_for = member.actor.take_model.remote(self._crew.model_contents)
+            member.stage, member.waiting_for = _LACKS_MODEL, actor.lacks_model.remote()
+        elif stage == _LACKS_MODEL and said:
+            member.stage, member.waiting_for = _TAKES_MODEL, actor.take_model.remote(self._crew.model_contents)
+        elif stage in (_LACKS_MODEL, _TAKES_MODEL):
+            member.stage, member.waiting_for = _PREPARES, actor.prepare.remote()
+        elif said is not None:
+            raise said
         else:
-            member.ready = True
+            member.stage = _READY
             self._last_ready = time.monotonic()
 
     def _accept(self, member: _Member, piece: _Piece, result: Result) -> None:
@@ -327,7 +334,7 @@ class _Shift:
 
     def _give_out(self) -> None:
         for member in self._crew.members:
-            if member.ready and member.waiting_for is None and self._pieces:
+            if member.stage == _READY and member.waiting_for is None and self._pieces:
                 self._began = self._began or time.monotonic()
                 member.piece = self._pieces.popleft()
                 member.since = time.monotonic()
@@ -337,7 +344,7 @@ class _Shift:
 
     def _look(self) -> None:
         """Count what workers have done since the last look."""
-        asked = [(member, member.actor.state.remote()) for member in self._crew.members if member.ready]
+        asked = [(member, member.actor.state.remote()) for member in self._crew.members if member.stage == _READY]
         for member, reference in asked:
             with suppress(self._ray.exceptions.RayError):
                 member.state = state = self._ray.get(reference, timeout=_POLL)
