@@ -21,6 +21,7 @@ settings.load_profile("patient")
 
 _CHECKED = [
     "tlcapture.captures",
+    "tlcapture.engines",
     "tlcapture.extraction",
     "tlcapture.generation",
     "tlcapture.models",

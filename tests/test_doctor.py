@@ -15,6 +15,7 @@ from click.testing import Result
 
 from tests import tiny
 from tlcapture.checkpoints import cast
+from tlcapture.engines.base import Step
 from tlcapture.model_checks import (
     Check,
     check_batch,
@@ -28,7 +29,7 @@ from tlcapture.model_checks import (
     guarded,
     probe_prompts,
 )
-from tlcapture.models import Model, Step, from_hugging_face
+from tlcapture.models import Model, from_hugging_face
 from tlcapture.reference import ReferenceRun, deviation, reference_run, reference_runs
 from tlcapture.runs.doctor import check_model
 

@@ -12,9 +12,10 @@ from tests import tiny
 from tests.test_parity import as_prompt, random_ids, relative
 from tlcapture import fast_forward
 from tlcapture.chat import TokenizedPrompt, stop_ids
+from tlcapture.engines.base import Step
 from tlcapture.fast_forward import FastState
 from tlcapture.generation import Failure, Generation, Sampling, generate, teacher_force
-from tlcapture.models import Model, Step
+from tlcapture.models import Model
 from tlcapture.views.attention import attention_hooks
 from tlcapture.views.residual import residual_hooks
 

@@ -13,8 +13,9 @@ import transformers
 
 from tests import tiny
 from tlcapture.checkpoints import cast, fingerprint
+from tlcapture.engines.tokenizers import for_transformer_lens
 from tlcapture.errors import ModelError
-from tlcapture.models import _tokenizer_for, as_model, from_hooked_transformer, from_hugging_face, load_model
+from tlcapture.models import as_model, from_hooked_transformer, from_hugging_face, load_model
 from tlcapture.provenance import model_record, point_hooks
 
 
@@ -99,7 +100,7 @@ def test_the_final_norms_gain_is_found_for_every_kind_of_norm() -> None:
 
 def test_a_bos_that_transformerlens_filled_in_is_not_taken_for_the_tokenizers_own() -> None:
     base = tiny.model("qwen2").tl
-    base.set_tokenizer(_tokenizer_for(tiny.tokenizer(chat_template=None, bos=False), "none"))
+    base.set_tokenizer(for_transformer_lens(tiny.tokenizer(chat_template=None, bos=False), "none"))
     assert base.tokenizer.bos_token is not None
     assert from_hooked_transformer(base).tokenizer.bos_token_id is None
 

@@ -424,7 +424,7 @@ def test_float16_captures_are_of_the_same_checkpoint(capture: Run, raw: Path) ->
 def test_out_of_memory_in_replay_fails_its_prompt_alone(
     capture: Run, analysis: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tlcapture.models import HookedModel
+    from tlcapture.engines.hooked import HookedModel
 
     capture()
     original, calls = HookedModel.step, []
