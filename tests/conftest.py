@@ -87,7 +87,7 @@ def tlcapture(root: Path) -> Callable[..., Result]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Any:
-    """The embedded model on HookedTransformer, loaded once."""
+    """The embedded model on the engine that `auto` takes, loaded once."""
     from tlcapture.models import load_model
 
-    return load_model("smollm2", engine="hooked", device="cpu")
+    return load_model("smollm2", engine=tiny.ENGINES[0], device="cpu")

@@ -175,6 +175,7 @@ def test_other_errors_of_the_model_are_not_taken_for_lack_of_memory(monkeypatch:
         outcomes(model, ["4"], max_new_tokens=2)
 
 
+@tiny.needs_hooked
 def test_prompts_run_in_parts_yield_what_they_yield_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("llama")
     prompts = [as_prompt(random_ids(length, seed=length), str(length)) for length in (30, 29, 12, 5, 4)]

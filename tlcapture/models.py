@@ -21,7 +21,13 @@ from tlcapture import embedded
 from tlcapture.checkpoints import cast, fetch, fetch_weights, fingerprint, quiet_loading, source_of
 from tlcapture.engines.base import Model
 from tlcapture.engines.bridge import bridge_model
-from tlcapture.engines.hooked import FAST, from_hooked_transformer, hooked_model
+from tlcapture.engines.hooked import (
+    FAST,
+    from_hooked_transformer,
+    has_hooked_transformer,
+    hooked_model,
+    require_hooked_transformer,
+)
 from tlcapture.errors import ModelError
 from tlcapture.hooked_config import covers
 from tlcapture.lazy_model import LazyModel
@@ -59,7 +65,8 @@ def load_model(
 
     Args:
         name: `smollm2` (the embedded model), a local folder of Hugging Face weights, or a hub name.
-        engine: `hooked`, `bridge`, or `auto`: `hooked` where it covers the architecture.
+        engine: `hooked`, `bridge`, or `auto`: `hooked` where TransformerLens has it (version 3) and it covers
+            the architecture.
         device: `cuda`, `mps`, `cpu` (or any torch device), or `auto`: the first of these there is.
         dtype: `float32`, `float16`, `bfloat16`, or `auto`: the checkpoint's own on an accelerator,
             float32 on a CPU.
@@ -119,15 +126,18 @@ def as_model(model: Any) -> Model:
 
 
 def pick_engine(name: str, engine: str, config: Any) -> str:
-    """The engine to run a model on; raises `ModelError` for one that does not cover it, with the reason."""
+    """The engine to run a model on; raises `ModelError` for one that does not run it, with the reason."""
     if engine not in ENGINES:
         raise ModelError(f"no engine {engine!r}: choose one of {', '.join(ENGINES)}")
-    reason = covers(config) if engine != "bridge" else None
+    if engine == "bridge" or (engine == "auto" and not has_hooked_transformer()):
+        return "bridge"
+    require_hooked_transformer()
+    reason = covers(config)
+    if reason is None:
+        return "hooked"
     if engine == "auto":
-        return "bridge" if reason else "hooked"
-    if reason:
-        raise ModelError(f"engine 'hooked' does not cover {name!r}: {reason}; use --engine bridge")
-    return engine
+        return "bridge"
+    raise ModelError(f"engine 'hooked' does not cover {name!r}: {reason}; use --engine bridge")
 
 
 def pick_device(device: str) -> torch.device:

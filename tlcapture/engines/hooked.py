@@ -1,9 +1,14 @@
-"""The engine `hooked`: TransformerLens's HookedTransformer, for the architectures that `hooked_config` covers."""
+"""The engine `hooked`: TransformerLens's HookedTransformer, for the architectures that `hooked_config` covers.
+
+TransformerLens 4 has it no more: everything from TransformerLens that only version 3 has is imported here, in
+`hooked_config` or in `fast_forward`, and when it is needed.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence, Set
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -19,6 +24,20 @@ from tlcapture.weight_layout import lay_out, lay_out_in_place, memory_order
 
 OWN_MARK = "tl-"  # begins the fingerprint of a model that was not loaded here
 FAST = os.environ.get("TLCAPTURE_FAST", "1") != "0"  # whether HookedTransformer's blocks go through FastForward
+
+
+def has_hooked_transformer() -> bool:
+    """Whether the TransformerLens that is installed has HookedTransformer."""
+    return int(version("transformer_lens").split(".")[0]) < 4
+
+
+def require_hooked_transformer() -> None:
+    """Raise `ModelError` where there is none, with what to install."""
+    if not has_hooked_transformer():
+        raise ModelError(
+            f"engine 'hooked' needs HookedTransformer, which TransformerLens {version('transformer_lens')} does not "
+            'have: use --engine bridge, or pip install "transformer_lens>=3.9,<4"'
+        )
 
 
 class HookedModel(Model):
@@ -105,8 +124,10 @@ def hooked_model(model: Any, tokenizer: Any, *, name: str, mark: str, device: st
 def from_hooked_transformer(hooked: Any, *, name: str | None = None) -> HookedModel:
     """Take a `HookedTransformer` that somebody else loaded; it must be unprocessed and have a tokenizer.
 
-    Raises `ModelError` for one whose norms were folded into its weights: its basis is another one.
+    Raises `ModelError` for one whose norms were folded into its weights, as its basis is another one, and under
+    TransformerLens 4, which has no HookedTransformer.
     """
+    require_hooked_transformer()
     if hooked.tokenizer is None:
         raise ModelError("the HookedTransformer has no tokenizer: set one with set_tokenizer")
     if str(hooked.cfg.normalization_type).endswith("Pre"):
