@@ -421,12 +421,14 @@ def test_float16_captures_are_of_the_same_checkpoint(capture: Run, raw: Path) ->
         assert Capture.open(raw / "1.pt").metadata["model_fingerprint"] == mark
 
 
+@tiny.needs_hooked
 def test_out_of_memory_in_replay_fails_its_prompt_alone(
     capture: Run, analysis: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from tlcapture.engines.hooked import HookedModel
+
     capture()
-    kind = type(tiny.model("llama"))
-    original, calls = kind.step, []
+    original, calls = HookedModel.step, []
 
     def step(self: Any, tokens: Any, *args: Any, **options: Any) -> Any:
         calls.append(1)
@@ -434,7 +436,7 @@ def test_out_of_memory_in_replay_fails_its_prompt_alone(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, tokens, *args, **options)
 
-    monkeypatch.setattr(kind, "step", step)
+    monkeypatch.setattr(HookedModel, "step", step)
     result = capture("--replay", "--attention")
     assert result.exit_code == 1
     assert "failed: short/2: out of memory" in result.stderr

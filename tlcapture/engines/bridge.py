@@ -14,6 +14,7 @@ from tlcapture.engines.base import Model, Step
 from tlcapture.engines.tokenizers import for_transformer_lens
 from tlcapture.errors import ModelError
 from tlcapture.hooked_config import architecture_of
+from tlcapture.measures import Measures
 from tlcapture.shapes import Logits, Mask, Residual, Rows, Tokens
 
 
@@ -27,6 +28,11 @@ class BridgeModel(Model):
     """TransformerBridge: the Hugging Face model itself, with TransformerLens's hooks around it."""
 
     engine = "bridge"
+
+    @property
+    def measures(self) -> Measures:
+        # TransformerBridge's own config knows no MLP width of OPT.
+        return Measures.of(self.hf_config)
 
     def start(self, batch_size: int) -> _BridgeState:
         return _BridgeState(torch.zeros(batch_size, 0, dtype=torch.long, device=self.device))
