@@ -18,16 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tlcapture.capture_files import FORMAT_VERSION, CaptureContent, PartContent
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError, NumericalError, StorageError
 from tlcapture.shapes import Residual
 from tlcapture.storage import Written, read_tensors, write_tensors
 from tlcapture.views.residual import POINTS, ResidualStream, point_index, stacked
 
-FORMAT_VERSION = 1
 SAVE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-_NEEDED = ("prompt_set", "prompt_id", "n_layers", "d_model", "inference_model")
 
 
 @dataclass(frozen=True)
@@ -124,20 +122,8 @@ class Capture:
     def open(cls, path: Path) -> Capture:
         """Open a raw residual file; raises `StorageError` for anything that is none."""
         value = read_tensors(path)
-        try:
-            if value["format_version"] != FORMAT_VERSION:
-                raise StorageError(
-                    f"{path}: format version {value['format_version']!r}, this tlcapture reads {FORMAT_VERSION}"
-                )
-            metadata = dict(value["metadata"])
-            lacking = [key for key in _NEEDED if key not in metadata]
-            if lacking:
-                raise StorageError(f"{path}: its metadata lacks {', '.join(lacking)}")
-            return cls(_part_from_file(value["prompt"]), _part_from_file(value["response"]), metadata)
-        except StorageError:
-            raise
-        except (KeyError, TypeError, IndexError, AttributeError, ValueError, RuntimeError) as error:
-            raise StorageError(f"{path}: no raw residual file: {type(error).__name__}: {error}") from None
+        content = CaptureContent.check(value, path)
+        return cls(_part_from_file(content.prompt), _part_from_file(content.response), dict(value["metadata"]))
 
     def _part(self, part: str) -> CapturedPart:
         if part not in ("prompt", "response"):
@@ -185,12 +171,12 @@ def _part_to_file(part: CapturedPart) -> dict[str, Any]:
     return {"text": part.text, "tokens": part.tokens, "token_ids": part.token_ids, "activations": activations}
 
 
-def _part_from_file(value: Mapping[str, Any]) -> CapturedPart:
-    activations = value["activations"]
-    layers = range(len(activations))
+def _part_from_file(part: PartContent) -> CapturedPart:
+    activations = part.activations
     points = [activations[0]["residual_in"]]
-    for layer in layers:
+    for layer in range(len(activations)):
         points += [activations[layer]["after_attn"], activations[layer]["residual_out"]]
-    outputs = [activations[layer]["attn_out"] for layer in layers] if "attn_out" in activations[0] else None
-    residual = ResidualStream(stacked(points), None if outputs is None else stacked(outputs))
-    return CapturedPart(str(value["text"]), list(value["tokens"]), [int(i) for i in value["token_ids"]], residual)
+    outputs = [by_point["attn_out"] for _, by_point in sorted(activations.items()) if "attn_out" in by_point]
+    # A file may hold parameters, which carry gradients.
+    residual = ResidualStream(stacked(points).detach(), stacked(outputs).detach() if outputs else None)
+    return CapturedPart(part.text, part.tokens, part.token_ids, residual)

@@ -34,7 +34,8 @@ def fetch(name: str, kind: str, source: str, **options: Any) -> Any:
     import transformers
 
     try:
-        return getattr(transformers, kind).from_pretrained(source, **options)
+        # Asked for by a checkpoint, its own code would be offered to be run.
+        return getattr(transformers, kind).from_pretrained(source, trust_remote_code=False, **options)
     except MemoryError:
         raise
     except Exception as error:  # a foreign folder can be wrong in every way

@@ -112,7 +112,7 @@ def check_padding(model: Model, prompts: Sequence[TokenizedPrompt]) -> Check:
 def check_raw_basis(model: Model, runs: Sequence[ReferenceRun]) -> Check:
     """Prompt and decode steps have Hugging Face's hidden states at every layer, and its logits.
 
-    In 16 bits, where both err, at most three times as much is allowed as Hugging Face deviates from float32.
+    In 16 bits, where both err, at most four times as much is allowed as Hugging Face deviates from float32.
     """
     worst, detail = -1.0, ""
     for run in runs:
@@ -237,7 +237,7 @@ def _generated(model: Model, prompts: Sequence[TokenizedPrompt], batch_size: int
 
 def _bound(model: Model, run: ReferenceRun, place: int) -> float:
     """How much a layer's residual, or behind the last layer the logits, may deviate."""
-    return BOUNDS[model.dtype] if run.rounding is None else 3 * run.rounding[place] + 1e-3
+    return BOUNDS[model.dtype] if run.rounding is None else 4 * run.rounding[place] + 1e-3
 
 
 def _within(found: float, bound: float) -> str:

@@ -13,6 +13,7 @@ what differs between them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,7 +60,13 @@ def outline_model(name: str) -> ModelOutline:
 
 
 def load_model(
-    name: str = embedded.NAME, engine: str = "auto", device: str = "auto", dtype: str = "auto", *, fast: bool = FAST
+    name: str = embedded.NAME,
+    engine: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    source: str | Path | None = None,
+    fast: bool = FAST,
 ) -> Model:
     """Load a model on an engine, its weights as the checkpoint has them.
 
@@ -70,6 +77,7 @@ def load_model(
         device: `cuda`, `mps`, `cpu` (or any torch device), or `auto`: the first of these there is.
         dtype: `float32`, `float16`, `bfloat16`, or `auto`: the checkpoint's own on an accelerator,
             float32 on a CPU.
+        source: the folder that holds the model's files, where they are not found by its name.
         fast: whether HookedTransformer's blocks may be computed by `fast_forward`; the environment
             variable `TLCAPTURE_FAST=0` makes this `False` everywhere.
 
@@ -78,7 +86,7 @@ def load_model(
     """
     target = pick_device(device)
     with quiet_loading():
-        source = source_of(name)
+        source = source_of(name) if source is None else str(source)
         config = fetch(name, "AutoConfig", source)
         chosen = pick_engine(name, engine, config)
         model = fetch_weights(name, source)

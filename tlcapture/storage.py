@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import socket
+import zipfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -41,7 +42,12 @@ class Written(NamedTuple):
 def write_json(path: Path, value: Any, *, indent: bool = False) -> Written:
     """Write `value` (plain values and C-contiguous numpy arrays) as UTF-8 JSON."""
     option = orjson.OPT_SERIALIZE_NUMPY | (orjson.OPT_INDENT_2 if indent else 0)
-    return write_bytes(path, orjson.dumps(value, option=option))
+    try:
+        return write_bytes(path, orjson.dumps(value, option=option))
+    except orjson.JSONEncodeError as error:
+        if "Recursion limit" not in str(error):
+            raise
+        raise StorageError(f"{path}: cannot be written: nested too deeply") from None
 
 
 def read_json(path: Path) -> Any:
@@ -62,6 +68,8 @@ def write_bytes(path: Path, data: bytes) -> Written:
 
 def read_bytes(path: Path) -> bytes:
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise StorageError(f"{path}: cannot be read: expected a file")
         return path.read_bytes()
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
@@ -92,12 +100,23 @@ def read_tensors(path: Path) -> Any:
     if not path.is_file():
         raise StorageError(f"{path}: no such file")
     try:
+        _check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # every way in which a foreign file can be wrong
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "Weights only load failed" in reason:
             reason = "it holds more than tensors and plain values, and is not opened for safety"
         raise StorageError(f"{path}: cannot be read as a tensor file: {reason}") from None
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a zip archive that torch would map as it lies in the file although that is not what was stored."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    if any(member.filename.endswith("/constants.pkl") for member in members):
+        raise ValueError("it is a TorchScript program")
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ValueError("its tensors are compressed")
 
 
 def remove(paths: Iterable[Path]) -> int:

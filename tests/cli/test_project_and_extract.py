@@ -290,7 +290,7 @@ def test_a_vector_of_another_width_fails_its_trait_alone(project: Run, projected
     torch.save(torch.ones(9), vectors / "probe_layer1.pt")
     result = project()
     assert result.exit_code == 1
-    said = "failed: tone/loud: the probe vector of tone/loud at layer 1 in experiment 'exp' has 9 numbers, but the"
+    said = "probe_layer1.pt: 9 numbers, but metadata.json says 32"
     assert said in result.stderr
     assert not projected.exists()
     assert len(list((projected.parents[2] / "warm" / "residual_stream" / "short").iterdir())) == 3

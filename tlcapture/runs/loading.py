@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tlcapture.config import settle_model
@@ -13,6 +14,7 @@ from tlcapture.runs.report import Reporter
 
 if TYPE_CHECKING:
     from tlcapture.models import Model, ModelOutline
+    from tlcapture.runs.shipping import ModelFiles
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class ModelLoader:
     engine: str = "auto"
     device: str = "auto"
     dtype: str = "auto"
+    source: Path | None = None  # where the model's files are, if not where its name says
 
     @classmethod
     def settle(
@@ -45,6 +48,10 @@ class ModelLoader:
         name = settle_model(layout, role, model, NAME, allow_change=allow_model_change)
         return cls(name, reporter, engine, device, dtype)
 
+    def silent(self) -> ModelLoader:
+        """The same, telling nobody: what can be sent to another process."""
+        return replace(self, reporter=Reporter())
+
     @cached_property
     def outline(self) -> ModelOutline:
         """Its config and tokenizer, without its weights."""
@@ -52,12 +59,18 @@ class ModelLoader:
 
         return outline_model(self.name)
 
+    def files(self) -> ModelFiles:
+        """The model's files, which are fetched from the hub if need be."""
+        from tlcapture.runs.shipping import ModelFiles
+
+        return ModelFiles.of(self.name)
+
     def __call__(self) -> Model:
         from tlcapture.models import load_model
 
-        first_time = self.name == NAME and not is_converted()
+        first_time = self.name == NAME and self.source is None and not is_converted()
         self.reporter.line(f"loading {self.name}{', converting it once first' if first_time else ''} ...")
-        model = load_model(self.name, engine=self.engine, device=self.device, dtype=self.dtype)
+        model = load_model(self.name, engine=self.engine, device=self.device, dtype=self.dtype, source=self.source)
         dtype = str(model.dtype).removeprefix("torch.")
         facts = {"name": model.name, "engine": model.engine, "device": str(model.device), "dtype": dtype}
         self.reporter.uses(model={**facts, "fingerprint": model.fingerprint})

@@ -134,7 +134,7 @@ def write_capture(layout: Layout, capture: Capture) -> Written:
     """
     prompt_set, prompt_id = capture.prompt_set, capture.prompt_id
     path = layout.residual(prompt_set, prompt_id)
-    derived = [] if _is_alike(path, capture) else _derived(layout, prompt_set, prompt_id)
+    derived = [] if is_alike(path, capture) else derived_files(layout, prompt_set, prompt_id)
     return capture.save(path, before_replacing=lambda: remove(derived))
 
 
@@ -187,7 +187,7 @@ def _internals_content(capture: Capture, cache: Cache, layer: int) -> dict[str, 
     }
 
 
-def _is_alike(path: Path, capture: Capture) -> bool:
+def is_alike(path: Path, capture: Capture) -> bool:
     """Whether the capture in a file has the same tokens from the same model, computed alike."""
     try:
         saved = Capture.open(path)
@@ -197,7 +197,7 @@ def _is_alike(path: Path, capture: Capture) -> bool:
     return saved.token_ids == capture.token_ids and all(saved.metadata.get(k) == capture.metadata[k] for k in keys)
 
 
-def _derived(layout: Layout, prompt_set: str, prompt_id: str) -> list[Path]:
+def derived_files(layout: Layout, prompt_set: str, prompt_id: str) -> list[Path]:
     """Every file made from a prompt's raw residual that exists."""
     files = [layout.attention(prompt_set, prompt_id), layout.logit_lens(prompt_set, prompt_id)]
     files += layout.all_internals(prompt_set, prompt_id) + layout.all_projections(prompt_set, prompt_id)

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from tlcapture.captures import Capture
-from tlcapture.errors import InputError, StorageError
+from tlcapture.errors import InputError, NumericalError, StorageError
 from tlcapture.layout import Layout
 from tlcapture.runs.alone import alone
 from tlcapture.runs.report import Reporter, RunReport
 from tlcapture.runs.vectors import Chooser, VectorChoice, project_capture, traits_to_project
 from tlcapture.storage import read_json, write_json
 from tlcapture.traits.projection import dynamics_of_file
+from tlcapture.traits.projection_files import ProjectionFile
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,10 @@ def _project_one(
         report.n_skipped += options.skip_existing
         return
     intended = options.vectors.experiment is not None
-    project_capture(layout, capture, vectors, report, reporter, other_model_intended=intended)
+    try:
+        project_capture(layout, capture, vectors, report, reporter, other_model_intended=intended)
+    except NumericalError as error:
+        raise NumericalError(f"{raw}: {error}") from None
     report.n_prompts += 1
 
 
@@ -112,9 +116,7 @@ def _recompute_dynamics(
                 continue
             for path in paths:
                 with report.attempt(name):
-                    content = read_json(path)
-                    content["dynamics"] = _dynamics(path, content)
-                    report.wrote(write_json(path, content))
+                    report.wrote(write_json(path, _with_new_dynamics(path)))
             report.n_prompts += 1
             progress.advance(1)
 
@@ -124,8 +126,11 @@ def _is_wanted(layout: Layout, path: Path, options: ProjectOptions) -> bool:
     return component == options.component and (not options.vectors.traits or trait in options.vectors.traits)
 
 
-def _dynamics(path: Path, content: Any) -> dict[str, Any]:
-    try:
-        return dynamics_of_file(content).to_json()
-    except StorageError as error:
-        raise StorageError(f"{path}: {error}") from None
+def _with_new_dynamics(path: Path) -> dict[str, Any]:
+    """What a projection file holds, its dynamics computed again whatever they were."""
+    content = read_json(path)
+    others = (
+        {key: value for key, value in content.items() if key != "dynamics"} if isinstance(content, dict) else content
+    )
+    dynamics = dynamics_of_file(ProjectionFile.parse(others, path)).to_json()
+    return {**content, "dynamics": dynamics}

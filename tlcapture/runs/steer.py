@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from os.path import lexists
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from tlcapture.runs.report import Progress, Reporter, RunReport
 from tlcapture.runs.vectors import now
 from tlcapture.storage import read_bytes, read_json, write_bytes, write_json
 from tlcapture.traits.projection import check_fits
-from tlcapture.traits.selection import COHERENT, SteeringRun, select
+from tlcapture.traits.selection import COHERENT, select
+from tlcapture.traits.steering_files import SteeringResults, SteeringRun
 from tlcapture.traits.vectors import TraitVector, VectorFolder
 from tlcapture.validation import first_problem
 
@@ -176,9 +178,9 @@ class _Results:
         self._path = layout.steering(trait)
         self._report = report
         self._content: dict[str, Any] = {"baseline": {}, "runs": []}
-        if self._path.is_file():
+        if lexists(self._path):
             before = read_json(self._path)
-            metadata = before.get("metadata", {}) if isinstance(before, dict) else {}
+            metadata = SteeringResults.parse(before, self._path).metadata
             if (metadata.get("model_fingerprint"), metadata.get("scored_by")) == (model.fingerprint, _scorer(judge)):
                 self._content = before
         self._content["metadata"] = {
@@ -197,7 +199,7 @@ class _Results:
         config = _config(vector, coefficient)
         for run in self._content["runs"]:
             if run["config"] == config and run.get("vector_timestamp") == vector.metadata.get("timestamp"):
-                return SteeringRun.parse(run, self._content["baseline"]["trait_mean"])
+                return self._parsed(run)
         return None
 
     def add(self, vector: TraitVector, coefficient: float, score: SteeringScore) -> SteeringRun:
@@ -210,7 +212,10 @@ class _Results:
         }
         self._content["runs"] = [*(each for each in self._content["runs"] if each["config"] != config), run]
         self._report.wrote(write_json(self._path, self._content, indent=True))
-        return SteeringRun.parse(run, self._content["baseline"]["trait_mean"])
+        return self._parsed(run)
+
+    def _parsed(self, run: dict[str, Any]) -> SteeringRun:
+        return SteeringResults.parse({**self._content, "runs": [run]}, self._path).single_layer_runs[0]
 
 
 def _scorer(judge: Judge | None) -> str:
@@ -242,6 +247,6 @@ def draw_curves(layout: Layout, traits: Sequence[Trait], report: RunReport) -> N
 
     for trait in traits:
         path = layout.steering(trait)
-        if path.is_file():
-            results = read_json(path)
+        if lexists(path):
+            results = SteeringResults.read(path)
             report.wrote(write_bytes(layout.picture(trait, "steering"), steering_curves(str(trait), results)))
