@@ -22,6 +22,7 @@ settings.load_profile("patient")
 
 _CHECKED = [
     "tlcapture.captures",
+    "tlcapture.engines",
     "tlcapture.extraction",
     "tlcapture.generation",
     "tlcapture.models",
@@ -87,7 +88,7 @@ def tlcapture(root: Path) -> Callable[..., Result]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Any:
-    """The embedded model on HookedTransformer, loaded once."""
+    """The embedded model on the engine that `auto` takes, loaded once."""
     from tlcapture.models import load_model
 
-    return load_model("smollm2", engine="hooked", device="cpu")
+    return load_model("smollm2", engine=tiny.ENGINES[0], device="cpu")
