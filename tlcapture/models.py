@@ -66,6 +66,7 @@ def load_model(
     dtype: str = "auto",
     *,
     source: str | Path | None = None,
+    n_devices: int = 1,
     fast: bool = FAST,
 ) -> Model:
     """Load a model on an engine, its weights as the checkpoint has them.
@@ -77,23 +78,26 @@ def load_model(
         device: `cuda`, `mps`, `cpu` (or any torch device), or `auto`: the first of these there is.
         dtype: `float32`, `float16`, `bfloat16`, or `auto`: the checkpoint's own on an accelerator,
             float32 on a CPU.
+        n_devices: over how many CUDA devices the model is spread, in one process.
         source: the folder that holds the model's files, where they are not found by its name.
         fast: whether HookedTransformer's blocks may be computed by `fast_forward`; the environment
             variable `TLCAPTURE_FAST=0` makes this `False` everywhere.
 
     Raises:
-        ModelError: the model is not found, or the engine asked for does not cover it.
+        ModelError: the model is not found, the engine asked for does not cover it, or there are too few devices.
     """
     target = pick_device(device)
+    check_devices(n_devices, target)
     with quiet_loading():
         source = source_of(name) if source is None else str(source)
         config = fetch(name, "AutoConfig", source)
         chosen = pick_engine(name, engine, config)
-        model = fetch_weights(name, source)
+        model = fetch_weights(name, source, n_devices=n_devices if chosen == "bridge" else 1)
         mark = fingerprint(model)
         cast(model, pick_dtype(dtype, target, config))
         tokenizer = fetch(name, "AutoTokenizer", source)
-        return from_hugging_face(model, tokenizer, name=name, engine=chosen, device=str(target), mark=mark, fast=fast)
+        where: dict[str, Any] = {"device": str(target), "n_devices": n_devices}
+        return from_hugging_face(model, tokenizer, name=name, engine=chosen, mark=mark, fast=fast, **where)
 
 
 def from_hugging_face(
@@ -103,6 +107,7 @@ def from_hugging_face(
     name: str,
     engine: str = "auto",
     device: str = "cpu",
+    n_devices: int = 1,
     mark: str | None = None,
     fast: bool = FAST,
 ) -> Model:
@@ -118,7 +123,7 @@ def from_hugging_face(
     mark = mark or fingerprint(model)
     with quiet_loading():
         if chosen == "hooked":
-            return hooked_model(model, tokenizer, name=name, mark=mark, device=device, fast=fast)
+            return hooked_model(model, tokenizer, name=name, mark=mark, device=device, n_devices=n_devices, fast=fast)
         return bridge_model(model, tokenizer, name=name, mark=mark, device=device)
 
 
@@ -158,6 +163,15 @@ def pick_device(device: str) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def check_devices(n_devices: int, device: torch.device) -> None:
+    """Raise `ModelError` where a model cannot be spread over so many devices."""
+    there = torch.cuda.device_count()
+    if n_devices > 1 and (device.type != "cuda" or there < n_devices):
+        raise ModelError(
+            f"--n-devices {n_devices}: it takes as many CUDA devices, there are {there} ({device} is used)"
+        )
 
 
 def pick_dtype(dtype: str, device: torch.device, config: Any) -> torch.dtype:

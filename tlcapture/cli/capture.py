@@ -98,7 +98,7 @@ def capture(
         sets = [adhoc(prompt)]
     else:
         sets = [read_prompt_set(datasets, name) for name in prompt_set or datasets.prompt_sets()]
-    model_names = ("model", "allow_model_change", "engine", "device", "dtype")
+    model_names = ("model", "allow_model_change", "engine", "device", "n_devices", "dtype")
     load = ModelLoader.settle(layout, "inference_model", console, **{name: options.pop(name) for name in model_names})
     is_default = click.get_current_context().get_parameter_source("layer") is click.core.ParameterSource.DEFAULT
     _run(layout, sets, load, console, "default" if is_default else layer, layer_internals, **options)

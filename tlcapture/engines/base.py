@@ -56,6 +56,11 @@ class Model(ABC):
         self.device: torch.device = weight.device
 
     @property
+    def last_device(self) -> torch.device:
+        """Where the final norm and the unembedding are; `device` is where tokens go in."""
+        return next(iter(self.tl.unembed.parameters())).device
+
+    @property
     def measures(self) -> Measures:
         return Measures(
             n_layers=self.n_layers,
@@ -127,7 +132,7 @@ class Model(ABC):
     @torch.no_grad()
     def final_norm(self, residual: Residual) -> Residual:
         """The model's own final norm, in float32 and on the device of `residual`."""
-        flat = residual.reshape(1, -1, self.d_model).to(self.device, self.dtype)
+        flat = residual.reshape(1, -1, self.d_model).to(self.last_device, self.dtype)
         return self.tl.ln_final(flat).reshape(residual.shape).to(residual.device, torch.float32)
 
     def final_norm_gain(self) -> Vector:

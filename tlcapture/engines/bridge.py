@@ -69,7 +69,7 @@ class BridgeModel(Model):
 
     @torch.no_grad()
     def unembed(self, residual: Residual) -> Logits:
-        flat = residual.reshape(1, -1, self.d_model).to(self.device, self.dtype)
+        flat = residual.reshape(1, -1, self.d_model).to(self.last_device, self.dtype)
         logits = self.tl.unembed(self.tl.ln_final(flat))
         cap = getattr(self.hf_config, "final_logit_softcapping", None)
         if cap:
@@ -130,14 +130,22 @@ def _with_all_keys(name: str, activation: Tensor, n_keys: int) -> Tensor:
 def bridge_model(model: Any, tokenizer: Any, *, name: str, mark: str, device: str) -> BridgeModel:
     """The Hugging Face model within a TransformerBridge, which changes its modules.
 
+    A model that was loaded over several devices stays where it is.
+
     Raises `ModelError` for an architecture that the bridge does not run, or runs otherwise than Hugging Face.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
-    model.to(device)
+    is_spread = bool(getattr(model, "hf_device_map", None))
+    if not is_spread:
+        model.to(device)
     try:
         tl = TransformerBridge.boot_transformers(
-            name, hf_model=model, tokenizer=for_transformer_lens(tokenizer, name), device=device, dtype=model.dtype
+            name,
+            hf_model=model,
+            tokenizer=for_transformer_lens(tokenizer, name),
+            device=None if is_spread else device,
+            dtype=model.dtype,
         )
         bridge = BridgeModel(tl, tokenizer, model.config, model.generation_config, name, mark)
         bridge.check()

@@ -89,8 +89,8 @@ class HookedModel(Model):
         if isinstance(state, FastState):
             return state.keep(rows)
         for entry in state.entries:
-            entry.past_keys = entry.past_keys[rows]
-            entry.past_values = entry.past_values[rows]
+            kept = rows.to(entry.past_keys.device)
+            entry.past_keys, entry.past_values = entry.past_keys[kept], entry.past_values[kept]
         state.previous_attention_mask = state.previous_attention_mask[rows]
 
     def branch(self, state: Any, rows: Sequence[int]) -> Any:
@@ -100,7 +100,8 @@ class HookedModel(Model):
         branched = self.start(len(rows))
         # TransformerLens extends its cache by making new tensors: nothing of the old state is written to.
         for entry, origin in zip(branched.entries, state.entries, strict=True):
-            entry.past_keys, entry.past_values = origin.past_keys[index], origin.past_values[index]
+            chosen = index.to(origin.past_keys.device)
+            entry.past_keys, entry.past_values = origin.past_keys[chosen], origin.past_values[chosen]
         branched.previous_attention_mask = state.previous_attention_mask[index]
         return branched
 
@@ -108,16 +109,21 @@ class HookedModel(Model):
     def unembed(self, residual: Residual) -> Logits:
         from transformer_lens.utilities import apply_softcap
 
-        flat = residual.reshape(1, -1, self.d_model).to(self.device, self.dtype)
+        flat = residual.reshape(1, -1, self.d_model).to(self.last_device, self.dtype)
         normed = self.tl.ln_final(flat) if self.tl.cfg.normalization_type is not None else flat
         logits = self.tl.unembed(normed)[0] if self._fast is None else self._fast.unembed(normed[0])
         logits = apply_softcap(logits, self.tl.cfg.output_logits_soft_cap)
         return logits.reshape(*residual.shape[:-1], logits.shape[-1])
 
 
-def hooked_model(model: Any, tokenizer: Any, *, name: str, mark: str, device: str, fast: bool = FAST) -> HookedModel:
-    """A HookedTransformer with the weights of a Hugging Face model of an architecture that it covers."""
-    tl = _hooked_transformer(model, tokenizer, name, device)
+def hooked_model(
+    model: Any, tokenizer: Any, *, name: str, mark: str, device: str, n_devices: int = 1, fast: bool = FAST
+) -> HookedModel:
+    """A HookedTransformer with the weights of a Hugging Face model of an architecture that it covers.
+
+    Its blocks are spread evenly over `n_devices`, from `device` on.
+    """
+    tl = _hooked_transformer(model, tokenizer, name, device, n_devices)
     return HookedModel(tl, tokenizer, model.config, model.generation_config, name, mark, fast=fast)
 
 
@@ -141,18 +147,21 @@ def from_hooked_transformer(hooked: Any, *, name: str | None = None) -> HookedMo
     return HookedModel(hooked, without_filled_in_bos(hooked.tokenizer), None, None, name or hooked.cfg.model_name, mark)
 
 
-def _hooked_transformer(model: Any, tokenizer: Any, name: str, device: str) -> Any:
+def _hooked_transformer(model: Any, tokenizer: Any, name: str, device: str, n_devices: int) -> Any:
     """A HookedTransformer that takes over the weights of a Hugging Face model, unprocessed."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
     from transformer_lens.loading_from_pretrained import fill_missing_keys
 
     fields = hooked_fields(model.config)
-    cfg = HookedTransformerConfig(**fields, model_name=name.split("/")[-1], device=device, dtype=model.dtype)
+    cfg = HookedTransformerConfig(
+        **fields, model_name=name.split("/")[-1], device=device, n_devices=n_devices, dtype=model.dtype
+    )
     hooked = HookedTransformer(cfg, move_to_device=False)
     weights = fill_missing_keys(hooked, weight_converter(model.config)(model, cfg))
     gated = bool(cfg.gated_mlp)
+    first = device if n_devices == 1 else "cpu"  # the whole need not fit on one device
     laid_out = {
-        key: lay_out(value.detach().to(device, value.dtype if not value.is_floating_point() else cfg.dtype), order)
+        key: lay_out(value.detach().to(first, value.dtype if not value.is_floating_point() else cfg.dtype), order)
         for key, value in weights.items()
         for order in [memory_order(key, value, gated_mlp=gated)]
     }
@@ -161,6 +170,26 @@ def _hooked_transformer(model: Any, tokenizer: Any, name: str, device: str) -> A
     if any(laid_out[key].any() for key in unexpected):
         raise ModelError(f"{name}: HookedTransformer has no place for its weights {', '.join(unexpected)}")
     hooked.requires_grad_(False)
-    hooked.to(device, print_details=False)
+    if n_devices == 1:
+        hooked.to(device, print_details=False)
+    else:
+        spread(hooked)
     hooked.set_tokenizer(for_transformer_lens(tokenizer, name))
     return hooked.eval()
+
+
+def spread(hooked: Any) -> None:
+    """Put each block where HookedTransformer's forward pass sends the residual stream for it, what comes before
+    the blocks beside the first, and what comes after them beside the last.
+
+    (`move_model_modules_to_device` goes by free memory, and would have blocks elsewhere than their input.)
+    """
+    from transformer_lens.utilities.multi_gpu import get_device_for_block_index
+
+    blocks = {f"blocks.{layer}": layer for layer in range(hooked.cfg.n_layers)}
+    for name, module in hooked.named_children():
+        if name != "blocks":
+            layer = hooked.cfg.n_layers - 1 if name in ("ln_final", "unembed") else 0
+            module.to(get_device_for_block_index(layer, hooked.cfg))
+    for name, layer in blocks.items():
+        hooked.get_submodule(name).to(get_device_for_block_index(layer, hooked.cfg))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tlcapture.config import settle_model
 from tlcapture.embedded import NAME, is_converted
@@ -26,6 +26,7 @@ class ModelLoader:
     engine: str = "auto"
     device: str = "auto"
     dtype: str = "auto"
+    n_devices: int = 1
     source: Path | None = None  # where the model's files are, if not where its name says
 
     @classmethod
@@ -40,13 +41,14 @@ class ModelLoader:
         engine: str,
         device: str,
         dtype: str,
+        n_devices: int,
     ) -> ModelLoader:
         """The loader of an experiment's model in a role.
 
         Raises `InputError` at once where the model asked for is not the experiment's.
         """
         name = settle_model(layout, role, model, NAME, allow_change=allow_model_change)
-        return cls(name, reporter, engine, device, dtype)
+        return cls(name, reporter, engine, device, dtype, n_devices)
 
     def silent(self) -> ModelLoader:
         """The same, telling nobody: what can be sent to another process."""
@@ -70,7 +72,8 @@ class ModelLoader:
 
         first_time = self.name == NAME and self.source is None and not is_converted()
         self.reporter.line(f"loading {self.name}{', converting it once first' if first_time else ''} ...")
-        model = load_model(self.name, engine=self.engine, device=self.device, dtype=self.dtype, source=self.source)
+        where: dict[str, Any] = {"device": self.device, "n_devices": self.n_devices, "source": self.source}
+        model = load_model(self.name, engine=self.engine, dtype=self.dtype, **where)
         dtype = str(model.dtype).removeprefix("torch.")
         facts = {"name": model.name, "engine": model.engine, "device": str(model.device), "dtype": dtype}
         self.reporter.uses(model={**facts, "fingerprint": model.fingerprint})
