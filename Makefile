@@ -17,7 +17,7 @@ TESTS_TL4 := tests/test_parity.py tests/test_models.py tests/test_refusals.py te
   tests/integration/test_embedded_model.py::test_a_batch_writes_what_hugging_face_writes_and_every_residual_is_its_hidden_state
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chromium test test-tl4 test-cuda reliability lint format demo bench bench-quick bench-page bench-extract view screenshots all_prompt_sets clean $(PROMPT_SETS)
+.PHONY: help setup chromium test test-tl4 test-cuda reliability lint format demo bench bench-quick bench-page bench-cluster bench-extract view screenshots all_prompt_sets clean $(PROMPT_SETS)
 
 help: ## Show this help
 	@echo "Targets:"
@@ -90,6 +90,9 @@ bench-quick: $(BENCH_READY) ## Most of them in two minutes, on the screen only
 
 bench-page: $(READY) chromium ## Time and memory of the page on 200 prompts
 	$(BIN)/python benchmarks/page_speed.py $(FLAGS)
+
+bench-cluster: $(READY) ## Two workers of a Ray cluster beside one, and their files beside a local run's
+	$(BIN)/python benchmarks/cluster_speed.py $(FLAGS)
 
 bench-extract: $(READY) ## Time and memory of extracting one trait's vectors
 	$(BIN)/python benchmarks/extraction_cost.py

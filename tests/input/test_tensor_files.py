@@ -155,6 +155,21 @@ def test_captures_that_are_cut_off_or_changed(layout: Layout, evidence: Evidence
     try_all(evidence, "capture", odd_bytes(), lambda file: check_capture(layout, file), examples=120)
 
 
+def test_a_tensor_that_is_longer_than_what_is_stored_of_it_is_refused(layout: Layout, evidence: Evidence) -> None:
+    """One byte of the pickle says how many numbers a storage has, and torch maps as many."""
+    whole, path = packed(captures.content()), layout.residual("odd", "1")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    seen = 0
+    for at in range(60, 2000):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        try:
+            Capture.open(path)
+        except StorageError as error:
+            seen += "have other sizes than what is stored" in str(error)
+    assert seen
+    evidence.tried("capture", "another size than stored", seen)
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("at", [(0, 0, 0), (3, 2, 5), (6, 3, 7)])
 def test_a_saved_number_that_is_none_is_never_projected(

@@ -37,9 +37,14 @@ cluster_options = together(
 )
 
 
-def take_executor(options: dict[str, Any], batch_size: int | None = None) -> Executor:
-    """Take the options of this module out of a command's, and make the executor they ask for."""
+def take_executor(options: dict[str, Any], batch_size: int | None = None, *, collects: bool = True) -> Executor:
+    """Take the options of this module out of a command's, and make the executor they ask for.
+
+    `collects`: whether the command's files can be sent back.
+    """
     chosen = {name: options.pop(name) for name in _NAMES}
+    if chosen["collect"] and not collects:
+        raise click.UsageError("--collect goes with capture and project: other commands write to what they read")
     if chosen["executor"] == "local":
         named = [name for name in ("ray_address", "workers", "gpus_per_worker", "collect") if chosen[name]]
         if named:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tlcapture.cli.cluster import cluster_options, take_executor
 from tlcapture.cli.console import Console
 from tlcapture.cli.options import (
     LayerList,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     help="Evaluate nothing: compare effect sizes with steering results, layer by layer.",
 )
 @model_options
+@cluster_options
 @batch_size_option
 @seed_option
 @root_option
@@ -65,10 +67,11 @@ def evaluate(
         return
     from tlcapture.runs.evaluate import EvaluateOptions, best_rows, draw_heatmaps, run_evaluate
 
+    executor = take_executor(model, collects=False)
     load = ModelLoader.settle(layout, "extraction_model", console, **model)
     components = ("residual", "attn_out") if component == "all" else (component,)
     options = EvaluateOptions(traits, methods, layers, components, batch_size, seed)
-    report = run_evaluate(layout, options, load, console)
+    report = run_evaluate(layout, options, load, console, executor)
     if lexists(layout.evaluation):
         draw_heatmaps(layout, report)
         _table(console, best_rows(layout))

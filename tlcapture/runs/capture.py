@@ -151,6 +151,9 @@ class CaptureWorker:
         assert self._load is not None
         return self._load()
 
+    def prepare(self) -> None:
+        _ = self.model
+
     def do(self, task: Plan) -> None:
         if task.fresh:
             self._generate(task)

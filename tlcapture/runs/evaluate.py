@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from tlcapture.names import Trait
 from tlcapture.rounding import PROJECTION_DIGITS, round_significant
 from tlcapture.runs.alone import alone
 from tlcapture.runs.examples import PreparedExamples, prepare
+from tlcapture.runs.executors import Executor, LocalExecutor, Work
+from tlcapture.runs.model_worker import Bench, ModelWorker, known_of
 from tlcapture.runs.report import Reporter, RunReport
 from tlcapture.storage import write_bytes, write_json
 from tlcapture.traits.evaluation_files import EvaluationRow, best_by_trait, read_evaluation
@@ -39,7 +42,11 @@ class EvaluateOptions:
 
 
 def run_evaluate(
-    layout: Layout, options: EvaluateOptions, load: Callable[[], Model], reporter: Reporter = Reporter()
+    layout: Layout,
+    options: EvaluateOptions,
+    load: Callable[[], Model],
+    reporter: Reporter = Reporter(),
+    executor: Executor = LocalExecutor(),
 ) -> RunReport:
     """Evaluate vectors and write `extraction_evaluation.json`; rows of other vectors in it stay.
 
@@ -52,17 +59,22 @@ def run_evaluate(
             raise InputError(f"no vectors for trait {str(trait)!r} in {layout.folder}: run 'tlcapture extract' first")
     if not there:
         raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
-    model, report = load(), reporter.report(layout)
-    with reporter.progress(len(options.traits or there), "traits", "trait") as progress:
-        for trait in options.traits or there:
-            with report.attempt(str(trait)):
-                rows = _evaluate(layout, trait, model, options, report, reporter)
-                if rows:
-                    with alone(layout, "the evaluation", reporter):
-                        report.wrote(write_json(layout.evaluation, _merged(layout, rows), indent=True))
-                progress.advance(done=f"{trait}: evaluated")
-            progress.advance(1)
+    _, loader = known_of(load, executor)
+    report = reporter.report(layout)
+    make = partial(ModelWorker, _evaluate_one, options)
+    tasks = options.traits or tuple(there)
+    executor.run(Work(layout, make, loader, tasks, lambda trait: 1, "trait", str), report, reporter)
     return report
+
+
+def _evaluate_one(bench: Bench, trait: Trait) -> None:
+    layout, report, reporter = bench.layout, bench.report, bench.reporter
+    with reporter.progress(1, str(trait), "trait") as progress:
+        rows = _evaluate(layout, trait, bench.model, bench.options, report, reporter)
+        if rows:
+            with alone(layout, "the evaluation", reporter):
+                report.wrote(write_json(layout.evaluation, _merged(layout, rows), indent=True))
+        progress.advance(1, done=f"{trait}: evaluated")
 
 
 def best_rows(layout: Layout) -> list[EvaluationRow]:

@@ -23,6 +23,9 @@ Make = Callable[[Layout, "ModelLoader | None", RunReport, Reporter], "Worker"]
 class Worker(Protocol):
     """Does tasks, writes their files and tells its report."""
 
+    def prepare(self) -> None:
+        """Load what every task needs."""
+
     def do(self, task: Any) -> None: ...
 
 

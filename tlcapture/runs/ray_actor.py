@@ -153,6 +153,14 @@ class WorkerActor:
         assert self._files is not None
         self._files.receive(lambda name: ray.get(contents[name]))
 
+    def prepare(self) -> TlcaptureError | None:
+        """Load what every task needs; returns what goes wrong for every worker alike."""
+        try:
+            self._work().prepare()
+        except TlcaptureError as error:
+            return error
+        return None
+
     def do(self, task: Any, inputs: Mapping[str, bytes]) -> Result:
         """Do a task; `inputs` are the files that it reads, where this worker has no root."""
         error, stopped = None, False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -27,11 +28,14 @@ from tlcapture.runs.report import Progress, Reporter, RunReport
 
 _log = logging.getLogger(__name__)
 
+# How far a worker is that has just started.
+_SEES, _LACKS_MODEL, _TAKES_MODEL, _PREPARES, _READY = "sees", "lacks model", "takes model", "prepares", "ready"
 _POLL = 0.5  # seconds between two looks at the workers
 _TRIES = 3  # how often a piece of work is given out before it counts as failed
 _PIECES_PER_WORKER = 2  # at least so many, so that no worker ends long before the others
 _MOST_PROMPTS = {"cpu": 16, "gpu": 64}  # in a piece, where no batch size is asked for
 _MOST_DEATHS = 10  # in a row, beyond one for each worker
+_PATIENCE_TO_CONNECT = 10  # seconds
 _PATIENCE = 300  # seconds for the first worker to start
 
 
@@ -61,7 +65,7 @@ class _Member:
 
     number: int
     actor: Any
-    ready: bool = False
+    stage: str = "sees"
     waiting_for: Any = None
     piece: _Piece | None = None
     state: State | None = None
@@ -106,6 +110,7 @@ class RayExecutor:
             raise InputError('--executor ray needs Ray: run pip install "tlcapture[ray]"') from None
         started = not ray.is_initialized()
         if started:
+            _check_reachable(self._cluster.address)
             options: dict[str, Any] = {"address": self._cluster.address, "log_to_driver": False}
             if self._cluster.address is None:
                 needed = (self._cluster.workers or os.cpu_count() or 1) * self._cluster.cpus_per_worker
@@ -227,13 +232,18 @@ class _Shift:
         self._progress = progress
         self._n_pieces = len(pieces)
         self._n_done = 0
+        self._began: float | None = None
         self._deaths = 0  # since the last piece that was done
         self._last_ready = time.monotonic()
 
     def run(self) -> None:
+        """Give out all pieces; tells the reporter for how long workers were at work, their start apart."""
         try:
             while self._pieces or any(member.piece for member in self._crew.members):
                 self._step()
+            seconds = 0.0 if self._began is None else time.monotonic() - self._began
+            cluster = {"workers": len(self._crew.members), "pieces": self._n_pieces, "seconds": round(seconds, 3)}
+            self._reporter.uses(cluster=cluster)
         except BaseException as reason:
             if isinstance(reason, KeyboardInterrupt | TlcaptureError):
                 self._wind_up()
@@ -246,7 +256,7 @@ class _Shift:
             self._take(waiting[reference], reference)
         self._give_out()
         self._look()
-        if not any(member.ready for member in self._crew.members):
+        if not any(member.stage == _READY for member in self._crew.members):
             if time.monotonic() - self._last_ready > _PATIENCE:
                 raise InputError(f"no worker of the Ray cluster has started within {_PATIENCE} s")
 
@@ -265,14 +275,19 @@ class _Shift:
         self._accept(member, piece, value)
 
     def _welcome(self, member: _Member, said: Any) -> None:
-        """Take a worker in, step by step: it sees the root, it has the model's files."""
-        if isinstance(said, tuple):
+        """Take a worker in, step by step: it sees the root, it has the model's files, it has loaded the model."""
+        actor, stage = member.actor, member.stage
+        if stage == _SEES:
             self._crew.check(*said)
-            member.waiting_for = member.actor.lacks_model.remote()
-        elif said is True:
-            member.waiting_for = member.actor.take_model.remote(self._crew.model_contents)
+            member.stage, member.waiting_for = _LACKS_MODEL, actor.lacks_model.remote()
+        elif stage == _LACKS_MODEL and said:
+            member.stage, member.waiting_for = _TAKES_MODEL, actor.take_model.remote(self._crew.model_contents)
+        elif stage in (_LACKS_MODEL, _TAKES_MODEL):
+            member.stage, member.waiting_for = _PREPARES, actor.prepare.remote()
+        elif said is not None:
+            raise said
         else:
-            member.ready = True
+            member.stage = _READY
             self._last_ready = time.monotonic()
 
     def _accept(self, member: _Member, piece: _Piece, result: Result) -> None:
@@ -319,7 +334,8 @@ class _Shift:
 
     def _give_out(self) -> None:
         for member in self._crew.members:
-            if member.ready and member.waiting_for is None and self._pieces:
+            if member.stage == _READY and member.waiting_for is None and self._pieces:
+                self._began = self._began or time.monotonic()
                 member.piece = self._pieces.popleft()
                 member.since = time.monotonic()
                 task = member.piece.task
@@ -328,7 +344,7 @@ class _Shift:
 
     def _look(self) -> None:
         """Count what workers have done since the last look."""
-        asked = [(member, member.actor.state.remote()) for member in self._crew.members if member.ready]
+        asked = [(member, member.actor.state.remote()) for member in self._crew.members if member.stage == _READY]
         for member, reference in asked:
             with suppress(self._ray.exceptions.RayError):
                 member.state = state = self._ray.get(reference, timeout=_POLL)
@@ -344,6 +360,17 @@ class _Shift:
             self._ray.get([member.actor.stop.remote() for member in busy], timeout=_PATIENCE)
             for result in self._ray.get([member.waiting_for for member in busy], timeout=_PATIENCE):
                 self._keep(result)
+
+
+def _check_reachable(address: str | None) -> None:
+    """Raise `InputError` where nobody listens: Ray itself would try for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not (host and port.isdecimal()):
+        return  # one is started here, or Ray finds it by itself
+    try:
+        socket.create_connection((host, int(port)), timeout=_PATIENCE_TO_CONNECT).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"no Ray cluster at {address!r}: {error}: start one with 'ray start --head'") from None
 
 
 def _absolute(layout: Layout) -> Layout:

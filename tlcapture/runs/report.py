@@ -80,8 +80,10 @@ class WrittenFiles:
         self.count += 1
         self.size += written.size
         path = written.path
-        if path.is_relative_to(self.folder):
-            path = path.relative_to(self.folder)
+        for folder in (self.folder, self.folder.resolve()):
+            if path.is_relative_to(folder):
+                path = path.relative_to(folder)
+                break
         count, size = self.by_folder.get(path.parent.as_posix(), (0, 0))
         self.by_folder[path.parent.as_posix()] = (count + 1, size + written.size)
         if len(self.listed) < _MOST_LISTED:

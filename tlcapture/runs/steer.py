@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from os.path import lexists
 from typing import Any
 
@@ -20,6 +21,8 @@ from tlcapture.models import Model
 from tlcapture.names import Trait
 from tlcapture.rounding import round_significant
 from tlcapture.runs.alone import alone
+from tlcapture.runs.executors import Executor, LocalExecutor, Work
+from tlcapture.runs.model_worker import Bench, ModelWorker, known_of
 from tlcapture.runs.report import Progress, Reporter, RunReport
 from tlcapture.runs.vectors import now
 from tlcapture.storage import read_bytes, read_json, write_bytes, write_json
@@ -47,7 +50,11 @@ class SteerOptions:
 
 
 def run_steer(
-    layout: Layout, options: SteerOptions, load: Callable[[], Model], reporter: Reporter = Reporter()
+    layout: Layout,
+    options: SteerOptions,
+    load: Callable[[], Model],
+    reporter: Reporter = Reporter(),
+    executor: Executor = LocalExecutor(),
 ) -> RunReport:
     """Steer with every trait's vectors and write `results.json` after every run; runs that are there are skipped.
 
@@ -61,13 +68,32 @@ def run_steer(
     traits = options.traits or tuple(there)
     if not traits:
         raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
-    questions = {trait: read_questions(Datasets(layout.root), trait) for trait in traits}
-    model, report = load(), reporter.report(layout)
-    with reporter.progress(0 if options.search else _n_runs(traits, options, model), "steering", "run") as progress:
-        for trait in traits:
-            with report.attempt(str(trait)), alone(layout, f"steering of {trait}", reporter):
-                _steer(layout, trait, questions[trait], model, options, report, progress)
+    tasks = [SteeringTask(trait, read_questions(Datasets(layout.root), trait)) for trait in traits]
+    known, loader = known_of(load, executor)
+    report = reporter.report(layout)
+    make, n_runs = partial(ModelWorker, _steer_one, options), _n_runs(options, known.n_layers)
+    executor.run(Work(layout, make, loader, tasks, lambda task: n_runs, "run", str), report, reporter)
     return report
+
+
+@dataclass(frozen=True)
+class SteeringTask:
+    """A trait and the questions that are asked while its vectors are added."""
+
+    trait: Trait
+    questions: Sequence[Question]
+
+    def __str__(self) -> str:
+        return str(self.trait)
+
+
+def _steer_one(bench: Bench, task: SteeringTask) -> None:
+    n_runs = _n_runs(bench.options, bench.model.n_layers)
+    with (
+        alone(bench.layout, f"steering of {task.trait}", bench.reporter),
+        bench.reporter.progress(n_runs, str(task.trait), "run") as progress,
+    ):
+        _steer(bench.layout, task.trait, task.questions, bench.model, bench.options, bench.report, progress)
 
 
 def read_questions(datasets: Datasets, trait: Trait) -> list[Question]:
@@ -81,9 +107,10 @@ def read_questions(datasets: Datasets, trait: Trait) -> list[Question]:
         raise InputError(f"{path}: {first_problem(error)}") from None
 
 
-def _n_runs(traits: Sequence[Trait], options: SteerOptions, model: Model) -> int:
-    per_trait = len(options.layers or range(model.n_layers)) * max(1, len(options.methods)) * len(options.coefficients)
-    return len(traits) * per_trait
+def _n_runs(options: SteerOptions, n_layers: int) -> int:
+    """How many runs a trait takes; 0 for a search, whose length is not known before."""
+    per_layer = max(1, len(options.methods)) * len(options.coefficients)
+    return 0 if options.search else len(options.layers or range(n_layers)) * per_layer
 
 
 def _steer(
