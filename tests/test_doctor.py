@@ -15,6 +15,7 @@ from click.testing import Result
 
 from tests import tiny
 from tlcapture.checkpoints import cast
+from tlcapture.engines.base import Step
 from tlcapture.model_checks import (
     Check,
     check_batch,
@@ -28,7 +29,7 @@ from tlcapture.model_checks import (
     guarded,
     probe_prompts,
 )
-from tlcapture.models import Model, Step, from_hugging_face
+from tlcapture.models import Model, from_hugging_face
 from tlcapture.reference import ReferenceRun, deviation, reference_run, reference_runs
 from tlcapture.runs.doctor import check_model
 
@@ -42,7 +43,7 @@ def runs(name: str) -> list[ReferenceRun]:
     return [reference_run(tiny.hf_model(name), prompt.token_ids) for prompt in PROMPTS]
 
 
-def fresh(name: str, engine: str = "hooked", change: Callable[[Any], object] = lambda hf: None) -> Model:
+def fresh(name: str, engine: str = tiny.ENGINES[0], change: Callable[[Any], object] = lambda hf: None) -> Model:
     """A tiny model of its own, its Hugging Face weights changed beforehand."""
     source = copy.deepcopy(tiny.hf_model(name))
     with torch.no_grad():
@@ -50,7 +51,7 @@ def fresh(name: str, engine: str = "hooked", change: Callable[[Any], object] = l
     return from_hugging_face(source, tiny.tokenizer(), name=f"tiny-{name}", engine=engine)
 
 
-@pytest.mark.parametrize("engine", ["hooked", "bridge"])
+@pytest.mark.parametrize("engine", tiny.ENGINES)
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox"])
 def test_a_sound_model_passes_every_check(name: str, engine: str) -> None:
     found = list(check_model(tiny.model(name, engine), runs(name)))
@@ -121,6 +122,7 @@ def test_activations_of_decode_steps_that_are_not_those_of_one_pass_are_found(mo
     assert "from one pass over their tokens 1.0e-02: expected at most 0.0001" in found.detail
 
 
+@tiny.needs_hooked
 def test_processed_weights_are_found_where_they_show() -> None:
     """Centred weights write another residual stream; a centred unembedding gives other logits alone."""
     model = fresh("gpt2")
@@ -134,7 +136,7 @@ def test_processed_weights_are_found_where_they_show() -> None:
     assert (found.verdict, "at the logits" in found.detail) == ("failed", True), found
 
 
-@pytest.mark.parametrize("engine", ["hooked", "bridge"])
+@pytest.mark.parametrize("engine", tiny.ENGINES)
 def test_in_bfloat16_a_model_is_measured_against_the_rounding_of_hugging_face(engine: str) -> None:
     half = copy.deepcopy(tiny.hf_model("llama", torch.bfloat16))
     exact = reference_runs(half, [prompt.token_ids for prompt in PROMPTS])
@@ -157,6 +159,7 @@ def test_one_weight_that_is_off_by_a_thousandth_is_found() -> None:
     assert found.verdict == "failed"
 
 
+@tiny.needs_hooked
 @pytest.mark.parametrize(
     ("field", "said"),
     [("output_logits_soft_cap", "logits up to"), ("attn_scores_soft_cap", "attention under a cap of 2")],
@@ -170,11 +173,12 @@ def test_a_wrong_soft_cap_is_found(field: str, said: str) -> None:
     assert (found.verdict, said in found.detail) == ("failed", True), found
 
 
-def test_nan_weights_fail_what_they_reach() -> None:
+@pytest.mark.parametrize("engine", tiny.ENGINES)
+def test_nan_weights_fail_what_they_reach(engine: str) -> None:
     def damage(hf: Any) -> None:
         hf.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
 
-    found = {check.name: check for check in check_model(fresh("llama", change=damage), runs("llama"))}
+    found = {check.name: check for check in check_model(fresh("llama", engine, damage), runs("llama"))}
     for name in ("raw basis", "batch", "captured", "range"):
         assert found[name].verdict == "failed", found[name]
     assert "float32 does not hold blocks.1.hook_resid_post, which is NaN or inf" in found["range"].detail
@@ -236,4 +240,5 @@ def test_its_exit_status_tells(tlcapture: Callable[..., Result], tmp_path: Path)
     tiny.tokenizer().save_pretrained(biased)
     refused = tlcapture("doctor", "--model", biased, "--engine", "hooked")
     assert refused.exit_code == 2
-    assert "does not compute Llama with attention biases" in refused.stderr
+    assert "engine 'hooked'" in refused.stderr
+    assert "use --engine bridge" in refused.stderr

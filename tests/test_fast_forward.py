@@ -15,6 +15,8 @@ from tlcapture.generation import Sampling, generate
 from tlcapture.models import Model, from_hooked_transformer, from_hugging_face
 from tlcapture.views.residual import residual_hooks
 
+pytestmark = tiny.needs_hooked
+
 
 @pytest.fixture(params=[name for name in tiny.CONFIGS if name != "olmo2"])
 def architecture(request: pytest.FixtureRequest) -> str:

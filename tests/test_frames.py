@@ -26,7 +26,7 @@ def content(trait: str = "tone/loud", prompt_id: str = "1", **changes: Any) -> d
         "prompt": {"text": "", "tokens": TOKENS[:N_PROMPT], "n_tokens": N_PROMPT},
         "response": {"text": "", "tokens": TOKENS[N_PROMPT:], "n_tokens": len(TOKENS) - N_PROMPT},
         "projections": {"prompt": scores[:N_PROMPT], "response": scores[N_PROMPT:]},
-        "dynamics": {"commitment_point": 5, "peak_velocity": 1, "persistence": 0, "velocity": [], "acceleration": []},
+        "dynamics": {"commitment_point": 5, "peak_velocity": 1, "persistence": 0},
         "metadata": {
             "prompt_set": "short",
             "prompt_id": prompt_id,
@@ -124,8 +124,8 @@ def test_captures_without_projections_are_named_in_a_warning(exp: Experiment) ->
     ("change", "complaint"),
     [
         ({"prompt": {"tokens": TOKENS[:2]}}, "not as many projections as tokens"),
-        ({"projections": {"prompt": []}}, "no projection file: KeyError"),
-        ({"metadata": []}, "no projection file: TypeError"),
+        ({"projections": {"prompt": []}}, "no projection file: projections.response: Field required"),
+        ({"metadata": []}, "no projection file: metadata: Input should be"),
         ({"dynamics": {"commitment_point": 99, "persistence": 0}}, "commitment point 99 of 8 tokens"),
     ],
 )

@@ -12,9 +12,10 @@ from tests import tiny
 from tests.test_parity import as_prompt, random_ids, relative
 from tlcapture import fast_forward
 from tlcapture.chat import TokenizedPrompt, stop_ids
+from tlcapture.engines.base import Step
 from tlcapture.fast_forward import FastState
 from tlcapture.generation import Failure, Generation, Sampling, generate, teacher_force
-from tlcapture.models import Model, Step
+from tlcapture.models import Model
 from tlcapture.views.attention import attention_hooks
 from tlcapture.views.residual import residual_hooks
 
@@ -174,6 +175,7 @@ def test_other_errors_of_the_model_are_not_taken_for_lack_of_memory(monkeypatch:
         outcomes(model, ["4"], max_new_tokens=2)
 
 
+@tiny.needs_hooked
 def test_prompts_run_in_parts_yield_what_they_yield_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("llama")
     prompts = [as_prompt(random_ids(length, seed=length), str(length)) for length in (30, 29, 12, 5, 4)]

@@ -13,25 +13,47 @@ import transformers
 
 from tests import tiny
 from tlcapture.checkpoints import cast, fingerprint
+from tlcapture.engines.tokenizers import for_transformer_lens
 from tlcapture.errors import ModelError
-from tlcapture.models import _tokenizer_for, as_model, from_hooked_transformer, from_hugging_face, load_model
+from tlcapture.models import as_model, from_hooked_transformer, from_hugging_face, load_model
 from tlcapture.provenance import model_record, point_hooks
 
 
-def test_a_local_folder_is_loaded_and_auto_takes_hooked(tiny_folder: Path) -> None:
+def test_a_local_folder_is_loaded_and_auto_takes_hooked_where_there_is_one(tiny_folder: Path) -> None:
     model = load_model(str(tiny_folder))
-    assert (model.engine, model.n_layers, model.d_model, str(model.device)) == ("hooked", 3, 32, "cpu")
+    assert (model.engine, model.n_layers, model.d_model, str(model.device)) == (tiny.ENGINES[0], 3, 32, "cpu")
     assert load_model(str(tiny_folder), engine="bridge").engine == "bridge"
     assert as_model(str(tiny_folder)).fingerprint == model.fingerprint
     assert as_model(model) is model
 
 
+@tiny.needs_hooked
 def test_auto_takes_the_bridge_where_hooked_does_not_cover_the_architecture() -> None:
     architecture = transformers.LlamaConfig(**{**tiny._GROUPED, "attention_bias": True})
     model = transformers.AutoModelForCausalLM.from_config(architecture, attn_implementation="eager")
     assert from_hugging_face(model, tiny.tokenizer(), name="biased").engine == "bridge"
     with pytest.raises(ModelError, match=r"'hooked' does not cover 'biased'.*attention biases; use --engine bridge"):
         from_hugging_face(model, tiny.tokenizer(), name="biased", engine="hooked")
+
+
+@pytest.mark.parametrize("installed", ["4.0.0", "4.3.0"])
+def test_under_transformerlens_4_auto_takes_the_bridge_and_hooked_says_what_to_install(
+    installed: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tlcapture.engines.hooked.version", lambda package: installed)
+    assert load_model(str(tiny_folder)).engine == "bridge"
+    said = (
+        f"engine 'hooked' needs HookedTransformer, which TransformerLens {installed} does not have: "
+        'use --engine bridge, or pip install "transformer_lens>=3.9,<4"'
+    )
+    for refused in (
+        lambda: load_model(str(tiny_folder), engine="hooked"),
+        lambda: from_hugging_face(tiny.hf_model("llama"), tiny.tokenizer(), name="tiny", engine="hooked"),
+        lambda: from_hooked_transformer(tiny.model("llama").tl),
+    ):
+        with pytest.raises(ModelError) as caught:
+            refused()
+        assert str(caught.value) == said
 
 
 def test_fingerprints_tell_checkpoints_apart() -> None:
@@ -92,14 +114,15 @@ def test_the_final_norms_gain_is_found_for_every_kind_of_norm() -> None:
         "gpt2": lambda hf: hf.transformer.ln_f.weight,
         "gpt_neox": lambda hf: hf.gpt_neox.final_layer_norm.weight,
     }.items():
-        for engine in ("hooked", "bridge"):
+        for engine in tiny.ENGINES:
             expected = gain(tiny.hf_model(name))
             assert torch.allclose(tiny.model(name, engine).final_norm_gain(), expected, atol=1e-4), (name, engine)
 
 
+@tiny.needs_hooked
 def test_a_bos_that_transformerlens_filled_in_is_not_taken_for_the_tokenizers_own() -> None:
     base = tiny.model("qwen2").tl
-    base.set_tokenizer(_tokenizer_for(tiny.tokenizer(chat_template=None, bos=False), "none"))
+    base.set_tokenizer(for_transformer_lens(tiny.tokenizer(chat_template=None, bos=False), "none"))
     assert base.tokenizer.bos_token is not None
     assert from_hooked_transformer(base).tokenizer.bos_token_id is None
 

@@ -19,10 +19,12 @@ from tlcapture.views.attention import attention_hooks
 from tlcapture.views.logit_lens import logit_lens_view
 from tlcapture.views.residual import residual_hooks, residual_view
 
-ENGINES = ("hooked", "plain", "bridge")
+ENGINES = ("hooked", "plain", "bridge") if "hooked" in tiny.ENGINES else tiny.ENGINES
 # OLMo-2 has no fast forward pass: `plain` is what `hooked` runs.
 CLAIMED = [(name, engine) for name in tiny.CONFIGS for engine in ENGINES if (name, engine) != ("olmo2", "plain")]
 CLAIMED += [(name, "bridge") for name in tiny.BRIDGE_ONLY]
+if "hooked" not in tiny.ENGINES:  # TransformerLens 4, whose bridge gets ALiBi right
+    CLAIMED += [(name, "bridge") for name in tiny.ALIBI]
 LONGER_THAN_ANY_WINDOW = 40
 N_DECODED = 12
 BFLOAT16 = torch.bfloat16

@@ -18,7 +18,6 @@ from tlcapture.generation import Failure, generate
 from tlcapture.models import from_hugging_face
 from tlcapture.views.residual import residual_hooks
 
-_LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4}
 _OPT = {**tiny._COMMON, "ffn_dim": tiny.D_MLP, "word_embed_proj_dim": tiny.D_MODEL}
 _OPT.pop("intermediate_size")
 _SMALL = {"vocab_size": tiny.VOCABULARY, "hidden_size": tiny.D_MODEL}
@@ -104,6 +103,7 @@ def reason(model: Any, engine: str) -> str:
     return str(caught.value)
 
 
+@tiny.needs_hooked
 @pytest.mark.parametrize("architecture", list(NOT_ON_HOOKED))
 def test_hooked_says_what_it_does_not_compute(architecture: str, evidence: Evidence) -> None:
     config, what = NOT_ON_HOOKED[architecture]
@@ -112,6 +112,7 @@ def test_hooked_says_what_it_does_not_compute(architecture: str, evidence: Evide
     evidence.refused(architecture, "hooked", said)
 
 
+@tiny.needs_hooked
 def test_hooked_lists_the_architectures_it_covers(evidence: Evidence) -> None:
     said = reason(made(transformers.BloomConfig(**_SMALL, n_layer=2, n_head=4)), "hooked")
     assert "BloomForCausalLM is not among GPT2LMHeadModel, " in said
@@ -119,6 +120,7 @@ def test_hooked_lists_the_architectures_it_covers(evidence: Evidence) -> None:
     evidence.refused("bloom", "hooked", "BloomForCausalLM is not among the architectures it has a config for")
 
 
+@tiny.needs_hooked
 def test_hooked_takes_no_quantised_weights(evidence: Evidence) -> None:
     model = copy.deepcopy(tiny.hf_model("llama"))
     model.config.quantization_config = {"quant_method": "gptq"}
@@ -140,14 +142,6 @@ NOT_ON_BRIDGE: dict[str, tuple[Any, str]] = {
         f"GraniteForCausalLM is not supported: {_LOGITS}",
     ),
     "cohere": (lambda: transformers.CohereConfig(**tiny._GROUPED), f"CohereForCausalLM is not supported: {_LOGITS}"),
-    "mpt": (
-        lambda: transformers.MptConfig(vocab_size=tiny.VOCABULARY, d_model=tiny.D_MODEL, n_layers=2, n_heads=4),
-        f"MptForCausalLM is not supported: {_CACHE}",
-    ),
-    "falcon_alibi": (
-        lambda: transformers.FalconConfig(**_SMALL, **_LAYERS, alibi=True),
-        f"FalconForCausalLM is not supported: {_CACHE}",
-    ),
     "mamba": (
         lambda: transformers.MambaConfig(**_SMALL, num_hidden_layers=2),
         "MambaForCausalLM is not supported: TransformerBridge gives it no blocks.0.hook_attn_out",
@@ -162,6 +156,12 @@ NOT_ON_BRIDGE: dict[str, tuple[Any, str]] = {
         "TransformerBridge does not run CTRLLMHeadModel",
     ),
 }
+NOT_ON_BRIDGE_3 = {
+    "mpt": (tiny.ALIBI["mpt"], f"MptForCausalLM is not supported: {_CACHE}"),
+    "falcon_alibi": (tiny.ALIBI["falcon_alibi"], f"FalconForCausalLM is not supported: {_CACHE}"),
+}
+if "hooked" in tiny.ENGINES:
+    NOT_ON_BRIDGE |= NOT_ON_BRIDGE_3
 
 
 @pytest.mark.parametrize("architecture", list(NOT_ON_BRIDGE))

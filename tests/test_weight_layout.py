@@ -16,6 +16,8 @@ from tlcapture.weight_layout import lay_out, memory_order
 
 ARCHITECTURES = ["llama", "gpt2", "gemma2", "gpt_neox", "qwen2"]
 
+pytestmark = tiny.needs_hooked
+
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_outputs_are_the_same_bits_as_in_row_major_order(name: str) -> None:

@@ -6,9 +6,16 @@ import os
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from tlcapture.engines.hooked import has_hooked_transformer
+
+# The engines of the TransformerLens that is installed; the first is what `auto` takes for most models.
+ENGINES = ("hooked", "bridge") if has_hooked_transformer() else ("bridge",)
+needs_hooked = pytest.mark.skipif("hooked" not in ENGINES, reason="TransformerLens 4 has no HookedTransformer")
 
 DEVICE = os.environ.get("TLCAPTURE_TEST_DEVICE", "cpu")  # `make test-cuda` sets it
 D_MODEL, N_LAYERS, N_HEADS, N_GROUPS, D_MLP = 32, 3, 4, 2, 64
@@ -154,6 +161,13 @@ BRIDGE_ONLY: dict[str, Any] = {
     ),
 }
 
+# Whose keys say how far away they are: TransformerBridge 3 gives them other attention token by token, 4 does not.
+_SMALL = {"vocab_size": VOCABULARY, "hidden_size": D_MODEL, "num_hidden_layers": 2, "num_attention_heads": N_HEADS}
+ALIBI: dict[str, Any] = {
+    "mpt": lambda: transformers.MptConfig(vocab_size=VOCABULARY, d_model=D_MODEL, n_layers=2, n_heads=N_HEADS),
+    "falcon_alibi": lambda: transformers.FalconConfig(**_SMALL, alibi=True, bos_token_id=0, eos_token_id=1),
+}
+
 
 @cache
 def hf_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -164,7 +178,9 @@ def hf_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
     from tlcapture.checkpoints import cast
 
     torch.manual_seed(sum(map(ord, name)))
-    model = transformers.AutoModelForCausalLM.from_config((CONFIGS | BRIDGE_ONLY)[name](), attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(
+        (CONFIGS | BRIDGE_ONLY | ALIBI)[name](), attn_implementation="eager"
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             spread = 0.3 if parameter.ndim > 1 else 0.1
@@ -175,7 +191,7 @@ def hf_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 @cache
-def model(name: str, engine: str = "hooked", dtype: torch.dtype = torch.float32) -> Any:
+def model(name: str, engine: str = ENGINES[0], dtype: torch.dtype = torch.float32) -> Any:
     """The same as a tlcapture model, `plain` being the hooked engine without its fast forward pass. The
     bridge wraps a copy, since it changes the modules it wraps."""
     import copy

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tlcapture.errors import InputError, StorageError
+from tlcapture.per_token_files import AttentionHead, pattern_of_layer
 from tlcapture.printable import printable
 
 _MOST_TOKENS = 160  # circuitsvis draws a rectangle for every weight
@@ -82,16 +83,26 @@ class AttentionHeads:
         )
 
 
-def heads_of_file(content: Any, layer: int) -> NDArray[np.float32]:
-    """A layer's weights `[n_heads, query, key]` from what an attention file holds."""
-    n_tokens = len(content["tokens"])
-    patterns = np.zeros((int(content["n_heads"]), n_tokens, n_tokens), dtype=np.float32)
-    entries = content["attention"]
-    if [entry["token_idx"] for entry in entries] != list(range(n_tokens)):
-        raise StorageError("it has not one entry a token")
-    for token, entry in enumerate(entries):
-        patterns[:, token, : token + 1] = entry["by_layer"][layer]
+def heads_of_file(content: Mapping[str, Any], path: Path, layer: int) -> NDArray[np.float32]:
+    """A layer's weights `[n_heads, query, key]` from what an attention file holds.
+
+    Raises `StorageError` for a file that holds something else.
+    """
+    head = AttentionHead.of({key: value for key, value in content.items() if key != "attention"}, path)
+    entries, n_tokens = content.get("attention"), len(head.tokens)
+    if not isinstance(entries, list) or [_place(entry) for entry in entries] != list(range(n_tokens)):
+        raise StorageError(f"{path}: it has not one entry a token")
+    rows = [pattern_of_layer(entry, layer, path) for entry in entries]
+    if any(len(row) != head.n_heads or any(len(w) != token + 1 for w in row) for token, row in enumerate(rows)):
+        raise StorageError(f"{path}: its patterns are not of {head.n_heads} heads and {n_tokens} tokens")
+    patterns = np.zeros((head.n_heads, n_tokens, n_tokens), dtype=np.float32)
+    for token, row in enumerate(rows):
+        patterns[:, token, : token + 1] = row
     return patterns
+
+
+def _place(entry: Any) -> Any:
+    return entry.get("token_idx") if isinstance(entry, dict) else None
 
 
 def _circuitsvis() -> str | None:

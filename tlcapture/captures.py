@@ -18,17 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tlcapture.capture_files import FORMAT_VERSION, CaptureContent, PartContent
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError, NumericalError, StorageError
-from tlcapture.kept import Kept, listed, point_index
+from tlcapture.kept import Kept, point_index
 from tlcapture.shapes import Residual
 from tlcapture.storage import Written, read_tensors, write_tensors
 from tlcapture.views.residual import ResidualStream, stacked
 
-FORMAT_VERSION = 1
 SAVE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-_NEEDED = ("prompt_set", "prompt_id", "n_layers", "d_model", "inference_model")
 
 
 @dataclass(frozen=True)
@@ -131,21 +129,9 @@ class Capture:
     def open(cls, path: Path) -> Capture:
         """Open a raw residual file; raises `StorageError` for anything that is none."""
         value = read_tensors(path)
-        try:
-            if value["format_version"] != FORMAT_VERSION:
-                raise StorageError(
-                    f"{path}: format version {value['format_version']!r}, this tlcapture reads {FORMAT_VERSION}"
-                )
-            metadata = dict(value["metadata"])
-            lacking = [key for key in _NEEDED if key not in metadata]
-            if lacking:
-                raise StorageError(f"{path}: its metadata lacks {', '.join(lacking)}")
-            parts = [_part_from_file(value[part], metadata) for part in ("prompt", "response")]
-            return cls(parts[0], parts[1], metadata)
-        except StorageError as error:
-            raise StorageError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
-        except (KeyError, TypeError, IndexError, AttributeError, ValueError, RuntimeError) as error:
-            raise StorageError(f"{path}: no raw residual file: {type(error).__name__}: {error}") from None
+        content = CaptureContent.check(value, path)
+        parts = [_part_from_file(part, content.kept) for part in (content.prompt, content.response)]
+        return cls(parts[0], parts[1], dict(value["metadata"]))
 
     def _part(self, part: str) -> CapturedPart:
         if part not in ("prompt", "response"):
@@ -192,14 +178,13 @@ def _part_to_file(part: CapturedPart) -> dict[str, Any]:
     return {"text": part.text, "tokens": part.tokens, "token_ids": part.token_ids, "activations": activations}
 
 
-def _part_from_file(value: Mapping[str, Any], metadata: Mapping[str, Any]) -> CapturedPart:
-    activations = value["activations"]
-    names = set(next(iter(activations.values()), ()))
-    if any(set(by_point) != names for by_point in activations.values()):
-        raise StorageError(f"its layers {listed(sorted(activations))} have not all the same points")
-    kept = Kept.of_file(metadata, activations, names)
+def _part_from_file(part: PartContent, kept: Kept) -> CapturedPart:
+    activations = part.activations
     by_place = {point_index(layer, point): activations[layer][point] for layer in kept.layers for point in kept.points}
-    outputs = [activations[layer]["attn_out"] for layer in kept.layers] if "attn_out" in names else None
-    points = stacked([by_place[place] for place in kept.places])
-    residual = ResidualStream(points, None if outputs is None else stacked(outputs), None if kept.is_all else kept)
-    return CapturedPart(str(value["text"]), list(value["tokens"]), [int(i) for i in value["token_ids"]], residual)
+    points = [by_place[place] for place in kept.places]
+    outputs = [activations[layer]["attn_out"] for layer in kept.layers if "attn_out" in activations[layer]]
+    # A file may hold parameters, which carry gradients.
+    residual = ResidualStream(
+        stacked(points).detach(), stacked(outputs).detach() if outputs else None, None if kept.is_all else kept
+    )
+    return CapturedPart(part.text, part.tokens, part.token_ids, residual)

@@ -34,7 +34,8 @@ def fetch(name: str, kind: str, source: str, **options: Any) -> Any:
     import transformers
 
     try:
-        return getattr(transformers, kind).from_pretrained(source, **options)
+        # Asked for by a checkpoint, its own code would be offered to be run.
+        return getattr(transformers, kind).from_pretrained(source, trust_remote_code=False, **options)
     except MemoryError:
         raise
     except Exception as error:  # a foreign folder can be wrong in every way
@@ -45,8 +46,11 @@ def fetch(name: str, kind: str, source: str, **options: Any) -> Any:
         ) from None
 
 
-def fetch_weights(name: str, source: str) -> Any:
-    """The Hugging Face model in its checkpoint's own dtype; raises `ModelError` where weights are missing."""
+def fetch_weights(name: str, source: str, *, n_devices: int = 1) -> Any:
+    """The Hugging Face model in its checkpoint's own dtype, in main memory or over several CUDA devices.
+
+    Raises `ModelError` where weights are missing.
+    """
     model, found = fetch(
         name,
         "AutoModelForCausalLM",
@@ -54,6 +58,7 @@ def fetch_weights(name: str, source: str) -> Any:
         dtype="auto",
         attn_implementation="eager",  # the only one that hands out attention patterns
         output_loading_info=True,
+        **_over(n_devices),
     )
     lacking = sorted(map(str, [*found.get("missing_keys", ()), *found.get("mismatched_keys", ())]))
     if lacking:
@@ -63,6 +68,14 @@ def fetch_weights(name: str, source: str) -> Any:
             "numbers would take their place"
         )
     return model
+
+
+def _over(n_devices: int) -> dict[str, Any]:
+    """How Hugging Face is asked to spread a model: over the first devices, as much on each as is free there."""
+    if n_devices == 1:
+        return {}
+    free = {number: torch.cuda.mem_get_info(number)[0] for number in range(n_devices)}
+    return {"device_map": "balanced", "max_memory": free}
 
 
 def count_parameters(config: Any) -> int:

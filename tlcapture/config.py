@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ class ExperimentConfig(BaseModel):
 
 
 def read_config(layout: Layout) -> ExperimentConfig:
-    """The experiment's config, or an empty one where there is no file yet."""
-    if not layout.config.exists():
+    """The experiment's config, or an empty one where nothing is in its place yet, not even a link to nothing."""
+    if not lexists(layout.config):
         return ExperimentConfig()
     value = read_json(layout.config)
     try:

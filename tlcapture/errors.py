@@ -42,5 +42,9 @@ class NumericalError(TlcaptureError):
     """NaN or inf where a number was expected, or a value that its storage dtype cannot hold."""
 
 
+class ClusterError(TlcaptureError):
+    """The workers of a cluster cannot do their work."""
+
+
 class OutOfMemoryError(TlcaptureError):
     """Something does not fit in memory even on its own."""

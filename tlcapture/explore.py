@@ -14,8 +14,7 @@ from __future__ import annotations
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from operator import index
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from tlcapture.coloured_tokens import ColouredTokens
-from tlcapture.errors import InputError, StorageError
+from tlcapture.errors import InputError
 from tlcapture.layout import Layout
 from tlcapture.names import Trait
 from tlcapture.storage import read_json
@@ -160,8 +159,7 @@ class Explored(ABC):
         saved = self._read_add_on("logit_lens")
         if saved is not None:
             path, content = saved
-            with _reading(path, "logit lens"):
-                return table_of_file(content, path.name)
+            return table_of_file(content, path, self._captured.prompt_set, self._captured.prompt_id)
         from tlcapture.chat import token_texts
         from tlcapture.views.logit_lens import logit_lens_view
 
@@ -188,10 +186,8 @@ class Explored(ABC):
         if saved is None:
             return None
         path, content = saved
-        with _reading(path, "attention patterns"):
-            return AttentionHeads(
-                **self._place(), layer=layer, patterns=heads_of_file(content, layer), source=path.name
-            )
+        patterns = heads_of_file(content, path, layer)
+        return AttentionHeads(**self._place(), layer=layer, patterns=patterns, source=path.name)
 
     def _computed_heads(self, layer: int) -> AttentionHeads:
         from tlcapture.attention_heads import AttentionHeads
@@ -299,14 +295,3 @@ def named_traits(source: Layout, names: Sequence[str], component: str) -> list[T
     if not traits and not with_vectors:
         raise InputError(f"no {component} vectors in {source.folder}; traits there are: {listed}")
     return traits or with_vectors
-
-
-@contextmanager
-def _reading(path: Path, what: str) -> Iterator[None]:
-    """Turns what goes wrong in reading a file's content into a `StorageError` that names the file."""
-    try:
-        yield
-    except StorageError as error:
-        raise StorageError(f"{path}: {error}") from None
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise StorageError(f"{path}: no {what}: {type(error).__name__}: {error}") from None

@@ -16,9 +16,10 @@ What a root's `datasets/` does not have is looked up among the data the installe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os.path import islink, join, realpath
 from pathlib import Path
 
-from tlcapture.errors import InputError
+from tlcapture.errors import InputError, StorageError
 from tlcapture.names import Trait, check_name, is_safe_name
 
 STREAM_FOLDERS = {"residual": "residual_stream", "attn_out": "attn_stream"}
@@ -96,13 +97,35 @@ class Layout:
     def folder(self) -> Path:
         return self.root / "experiments" / self.experiment
 
+    def own(self, path: Path) -> Path:
+        """Return a path below the experiment's folder, or raise `StorageError` where a link on the way leads out of
+        it. The folder itself, `experiments/` and the root may be links, to another disk for example."""
+        link = self._leads_out(path)
+        if link is not None:
+            raise StorageError(f"{link}: a link that leads out of the experiment {self.folder}: it is not followed")
+        return path
+
+    def _leads_out(self, path: Path) -> Path | None:
+        """The link on the way from the experiment's folder to `path` that leads out of it."""
+        below = str(self.folder)
+        for part in path.parts[len(self.folder.parts) :]:
+            below = join(below, part)
+            # Only a link costs more than a look at the folder's entry. A link to itself leads nowhere.
+            if islink(below) and not Path(realpath(below)).is_relative_to(realpath(self.folder)):
+                return Path(below)
+        return None
+
+    def _listed(self, pattern: str) -> list[Path]:
+        """What matches a pattern below the experiment's folder, but nothing behind a link that leads out."""
+        return sorted(path for path in self.folder.glob(pattern) if self._leads_out(path) is None)
+
     @property
     def config(self) -> Path:
-        return self.folder / "config.json"
+        return self.own(self.folder / "config.json")
 
     def lock(self, name: str) -> Path:
         """The lock of what runs must not do at once in this experiment."""
-        return self.folder / ".locks" / f"{name.replace('/', '-')}.lock"
+        return self.own(self.folder / ".locks" / f"{name.replace('/', '-')}.lock")
 
     def shard_lock(self, name: str, shard: str) -> Path:
         """The lock of a shard of what `lock(name)` is the lock of."""
@@ -113,41 +136,41 @@ class Layout:
         return sorted(self.lock(name).with_suffix(".shards").glob("*.lock"))
 
     def run_record(self, name: str) -> Path:
-        return self.folder / "runs" / f"{name}.json"
+        return self.own(self.folder / "runs" / f"{name}.json")
 
     # -- captures ---------------------------------------------------------------------------------
 
     def residual(self, prompt_set: str, prompt_id: str) -> Path:
-        return self._raw("residual", prompt_set) / f"{check_name(prompt_id, 'prompt id')}.pt"
+        return self.own(self._raw("residual", prompt_set) / f"{check_name(prompt_id, 'prompt id')}.pt")
 
     def unfinished(self, prompt_set: str, prompt_id: str) -> Path:
         """The mark of a prompt whose files are being written, or were when their run was killed."""
-        return self._raw("residual", prompt_set) / f".{check_name(prompt_id, 'prompt id')}.unfinished"
+        return self.own(self._raw("residual", prompt_set) / f".{check_name(prompt_id, 'prompt id')}.unfinished")
 
     def internals(self, prompt_set: str, prompt_id: str, layer: int) -> Path:
         folder = self._raw("internals", prompt_set)
-        return folder / f"{check_name(prompt_id, 'prompt id')}_L{layer}.pt"
+        return self.own(folder / f"{check_name(prompt_id, 'prompt id')}_L{layer}.pt")
 
     def all_internals(self, prompt_set: str, prompt_id: str) -> list[Path]:
         """Internals files of a prompt that exist, whatever the layer."""
         stem = check_name(prompt_id, "prompt id")
-        folder = self._raw("internals", prompt_set)
-        return [path for path in folder.glob(f"{stem}_L*.pt") if path.stem[len(stem) + 2 :].isdigit()]
+        folder = self.own(self._raw("internals", prompt_set))
+        return [self.own(path) for path in folder.glob(f"{stem}_L*.pt") if path.stem[len(stem) + 2 :].isdigit()]
 
     def attention(self, prompt_set: str, prompt_id: str) -> Path:
-        return self._analysis(prompt_set) / f"{check_name(prompt_id, 'prompt id')}_attention.json"
+        return self.own(self._analysis(prompt_set) / f"{check_name(prompt_id, 'prompt id')}_attention.json")
 
     def logit_lens(self, prompt_set: str, prompt_id: str) -> Path:
-        return self._analysis(prompt_set) / f"{check_name(prompt_id, 'prompt id')}_logit_lens.json"
+        return self.own(self._analysis(prompt_set) / f"{check_name(prompt_id, 'prompt id')}_logit_lens.json")
 
     def captured_prompt_sets(self) -> list[str]:
         """Prompt sets that have at least one capture, sorted."""
-        folders = (self.folder / "inference" / "raw" / "residual").glob("*")
-        return sorted(path.name for path in folders if is_safe_name(path.name) and self.captured(path.name))
+        found = self._listed("inference/raw/residual/*")
+        return [path.name for path in found if is_safe_name(path.name) and self.captured(path.name)]
 
     def captured(self, prompt_set: str) -> list[str]:
         """Prompt ids captured for a prompt set, numbers in number order."""
-        found = (path.stem for path in self._raw("residual", prompt_set).glob("*.pt"))
+        found = (path.stem for path in self.own(self._raw("residual", prompt_set)).glob("*.pt"))
         return sorted(filter(is_safe_name, found), key=_natural)
 
     def prompt_ids(self, prompt_set: str) -> list[str]:
@@ -163,32 +186,31 @@ class Layout:
     def _projected(self, prompt_set: str) -> list[Path]:
         """Folders of projections of a prompt set, whatever the trait and component; `*` for any set."""
         pattern = "*" if prompt_set == "*" else check_name(prompt_set, "prompt set")
-        inference = self.folder / "inference"
-        found = [path for stream in STREAM_FOLDERS.values() for path in inference.glob(f"*/*/{stream}/{pattern}")]
-        return [path for path in found if path.relative_to(inference).parts[0] != "raw"]
+        streams = STREAM_FOLDERS.values()
+        found = [path for stream in streams for path in self._listed(f"inference/*/*/{stream}/{pattern}")]
+        return [path for path in found if path.relative_to(self.folder / "inference").parts[0] != "raw"]
 
     # -- traits -----------------------------------------------------------------------------------
 
     def vectors(self, trait: Trait) -> Path:
-        return self.folder / "extraction" / trait.category / trait.name / "vectors"
+        return self.own(self.folder / "extraction" / trait.category / trait.name / "vectors")
 
     def traits(self) -> list[Trait]:
         """Traits that have a folder of vectors, sorted."""
-        found = (self.folder / "extraction").glob("*/*/vectors")
-        names = ((path.parent.parent.name, path.parent.name) for path in found)
+        names = ((path.parent.parent.name, path.parent.name) for path in self._listed("extraction/*/*/vectors"))
         return sorted(Trait(*pair) for pair in names if all(map(is_safe_name, pair)))
 
     @property
     def evaluation(self) -> Path:
-        return self.folder / "extraction" / "extraction_evaluation.json"
+        return self.own(self.folder / "extraction" / "extraction_evaluation.json")
 
     def steering(self, trait: Trait) -> Path:
-        return self.folder / "steering" / trait.category / trait.name / "results.json"
+        return self.own(self.folder / "steering" / trait.category / trait.name / "results.json")
 
     def projection(self, trait: Trait, component: str, prompt_set: str, prompt_id: str) -> Path:
         folder = self.folder / "inference" / trait.category / trait.name / STREAM_FOLDERS[component]
         name = f"{check_name(prompt_id, 'prompt id')}.json"
-        return folder / check_name(prompt_set, "prompt set") / name
+        return self.own(folder / check_name(prompt_set, "prompt set") / name)
 
     def all_projections(self, prompt_set: str, prompt_id: str) -> list[Path]:
         """Projection files of a prompt that exist, whatever the trait and component."""
@@ -196,7 +218,9 @@ class Layout:
         name = f"{check_name(prompt_id, 'prompt id')}.json"
         inference = self.folder / "inference"
         return sorted(
-            path for stream in STREAM_FOLDERS.values() for path in inference.glob(f"*/*/{stream}/{prompt_set}/{name}")
+            self.own(path)
+            for stream in STREAM_FOLDERS.values()
+            for path in inference.glob(f"*/*/{stream}/{prompt_set}/{name}")
         )
 
     def projection_folders(self, prompt_set: str) -> list[tuple[Trait, str]]:
@@ -204,7 +228,7 @@ class Layout:
         pattern = "*" if prompt_set == "*" else check_name(prompt_set, "prompt set")
         found = set()
         for component, stream in STREAM_FOLDERS.items():
-            for path in (self.folder / "inference").glob(f"*/*/{stream}/{pattern}"):
+            for path in self._listed(f"inference/*/*/{stream}/{pattern}"):
                 category, name = path.parents[2].name, path.parents[1].name
                 if is_safe_name(category) and is_safe_name(name):
                     found.add((Trait(category, name), component))
@@ -219,7 +243,7 @@ class Layout:
     def picture(self, trait: Trait, kind: str) -> Path:
         """The PNG of a trait's `evaluation` or `steering`."""
         folder = self.vectors(trait).parent if kind == "evaluation" else self.steering(trait).parent
-        return folder / f"{kind}.png"
+        return self.own(folder / f"{kind}.png")
 
     # -- parts ------------------------------------------------------------------------------------
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from tlcapture.traits.evaluation_files import EvaluationRow
     from tlcapture.traits.projected_tokens import ProjectedTokens
+    from tlcapture.traits.steering_files import SteeringResults
 
 _DPI = 150
 _MOST_LABELS = 90  # tokens written along an axis; of more, every second, third, ...
@@ -29,41 +31,41 @@ _MORE_FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans Arabic", "Noto
 _MEASURES = {"val_effect_size": "effect size (Cohen's d)", "val_auroc": "AUROC"}
 
 
-def evaluation_heatmaps(trait: str, rows: Sequence[Mapping[str, Any]]) -> bytes:
+def evaluation_heatmaps(trait: str, rows: Sequence[EvaluationRow]) -> bytes:
     """A PNG with a layer-by-method heatmap of effect size and of AUROC, for each component in `rows`."""
-    components = sorted({row["component"] for row in rows}, reverse=True)
+    components = sorted({row.component for row in rows}, reverse=True)
     figure = _figure(width=11, height=1.2 + 1.7 * len(components))
     axes = figure.subplots(len(components), len(_MEASURES), squeeze=False)
     for line, component in zip(axes, components, strict=True):
-        own = [row for row in rows if row["component"] == component]
-        methods = list(dict.fromkeys(row["method"] for row in own))
-        layers = sorted({row["layer"] for row in own})
+        own = [row for row in rows if row.component == component]
+        methods = list(dict.fromkeys(row.method for row in own))
+        layers = sorted({row.layer for row in own})
         for axis, (measure, label) in zip(line, _MEASURES.items(), strict=True):
             grid = np.full((len(methods), len(layers)), np.nan)
             for row in own:
-                grid[methods.index(row["method"]), layers.index(row["layer"])] = row[measure]
+                value = getattr(row, measure)
+                grid[methods.index(row.method), layers.index(row.layer)] = np.nan if value is None else value
             image = axis.imshow(grid, aspect="auto", cmap="viridis")
-            axis.set_yticks(range(len(methods)), methods)
+            axis.set_yticks(range(len(methods)), [_label(method) for method in methods])
             step = max(1, len(layers) // 10)
             axis.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
-            axis.set_title(f"{component}: {label}", fontsize=9)
+            axis.set_title(f"{_label(component)}: {label}", fontsize=9)
             axis.set_xlabel("layer", fontsize=8)
             figure.colorbar(image, ax=axis)
     figure.suptitle(trait)
     return _png(figure)
 
 
-def steering_curves(trait: str, results: Mapping[str, Any]) -> bytes:
+def steering_curves(trait: str, results: SteeringResults) -> bytes:
     """A PNG of `trait_mean` and `coherence_mean` against the coefficient, one line a layer."""
     by_layer: dict[int, list[tuple[float, float, float]]] = {}
-    for run in results["runs"]:
-        point = (run["config"]["coefficients"][0], run["result"]["trait_mean"], run["result"]["coherence_mean"])
-        by_layer.setdefault(run["config"]["layers"][0], []).append(point)
+    for run in results.single_layer_runs:
+        by_layer.setdefault(run.layer, []).append((run.coefficient, run.trait_mean, run.coherence_mean))
     figure = _figure(width=10, height=3.6)
     left, right = figure.subplots(1, 2)
     for axis, column, label in ((left, 1, "trait_mean"), (right, 2, "coherence_mean")):
         for layer in sorted(by_layer):
-            start = (0.0, results["baseline"]["trait_mean"], results["baseline"]["coherence_mean"])
+            start = (0.0, results.baseline.trait_mean, results.baseline.coherence_mean or 100.0)
             points = sorted([start, *by_layer[layer]])
             axis.plot([p[0] for p in points], [p[column] for p in points], marker="o", label=f"layer {layer}")
         axis.set_xlabel("coefficient")
@@ -138,6 +140,11 @@ def _draw_trajectory(axis: Axes, line: ProjectedTokens) -> None:
     axis.plot([], [], " ", label=sink)
     axis.legend(fontsize=6, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     axis.set_ylabel("projection", fontsize=8)
+
+
+def _label(name: str) -> str:
+    """A name from a file, as it is: dollars begin no formula, and it is not long."""
+    return printable(name)[:_LONGEST_LABEL].replace("$", r"\$")
 
 
 def _figure(*, width: float, height: float) -> Figure:

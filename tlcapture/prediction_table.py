@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tlcapture.errors import StorageError
+from tlcapture.per_token_files import LensEntry, LensHead
 from tlcapture.printable import printable
 
 _MOST_COLUMNS = 60
@@ -92,25 +94,28 @@ class PredictionTable:
         return f'<td title="{escape(chr(10).join(lines))}" style="{colour}">{escape(printable(top[0][0]))}</td>'
 
 
-def table_of_file(content: Any, source: str) -> PredictionTable:
-    """The table that a logit-lens file holds; raises what Python raises for one that is none."""
-    tokens, predictions = [str(token) for token in content["tokens"]], content["predictions"]
-    n_layers = int(content["n_layers"])
-    if [entry["token_idx"] for entry in predictions] != list(range(len(tokens) - 1)):
-        raise StorageError("it has not one entry for each token that has a next one")
-    by_layer = [[entry["by_layer"][layer] for entry in predictions] for layer in range(n_layers)]
-    shape = (n_layers, len(predictions))
-    probs = [[[top["prob"] for top in cell["top_k"]] for cell in row] for row in by_layer]
-    ranks = [[cell["actual_rank"] for cell in row] for row in by_layer]
-    actual = [[cell["actual_prob"] for cell in row] for row in by_layer]
+def table_of_file(content: Mapping[str, Any], path: Path, prompt_set: str, prompt_id: str) -> PredictionTable:
+    """The table that a logit-lens file holds; raises `StorageError` for a file that holds something else."""
+    head = LensHead.of({key: value for key, value in content.items() if key != "predictions"}, path)
+    found = content.get("predictions")
+    entries = [LensEntry.of(entry, path, head) for entry in (found if isinstance(found, list) else [])]
+    if [entry.token_idx for entry in entries] != list(range(len(head.tokens) - 1)):
+        raise StorageError(f"{path}: it has not one entry for each token that has a next one")
+    if any(len(layer.top_k) != head.top_k for entry in entries for layer in entry.by_layer):
+        raise StorageError(f"{path}: it has not {head.top_k} predictions in every layer")
+    by_layer = [[entry.by_layer[layer] for entry in entries] for layer in range(head.n_layers)]
+    shape = (head.n_layers, len(entries))
+    probs = [[[top.prob for top in cell.top_k] for cell in row] for row in by_layer]
+    ranks = [[cell.actual_rank for cell in row] for row in by_layer]
+    actual = [[cell.actual_prob for cell in row] for row in by_layer]
     return PredictionTable(
-        prompt_set=str(content["prompt_set"]),
-        prompt_id=str(content["prompt_id"]),
-        tokens=tokens,
-        n_prompt_tokens=int(content["n_prompt_tokens"]),
-        top_tokens=[[[str(top["token"]) for top in cell["top_k"]] for cell in row] for row in by_layer],
-        top_probs=np.array(probs, dtype=np.float64).reshape(*shape, int(content["top_k"])),
+        prompt_set=prompt_set,
+        prompt_id=prompt_id,
+        tokens=head.tokens,
+        n_prompt_tokens=head.n_prompt_tokens,
+        top_tokens=[[[top.token for top in cell.top_k] for cell in row] for row in by_layer],
+        top_probs=np.array(probs, dtype=np.float64).reshape(*shape, head.top_k),
         actual_rank=np.array(ranks, dtype=np.int64).reshape(shape),
         actual_prob=np.array(actual, dtype=np.float64).reshape(shape),
-        source=source,
+        source=path.name,
     )

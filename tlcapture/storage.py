@@ -14,6 +14,8 @@ import re
 import secrets
 import shutil
 import socket
+import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -41,7 +43,12 @@ class Written(NamedTuple):
 def write_json(path: Path, value: Any, *, indent: bool = False) -> Written:
     """Write `value` (plain values and C-contiguous numpy arrays) as UTF-8 JSON."""
     option = orjson.OPT_SERIALIZE_NUMPY | (orjson.OPT_INDENT_2 if indent else 0)
-    return write_bytes(path, orjson.dumps(value, option=option))
+    try:
+        return write_bytes(path, orjson.dumps(value, option=option))
+    except orjson.JSONEncodeError as error:
+        if "Recursion limit" not in str(error):
+            raise
+        raise StorageError(f"{path}: cannot be written: nested too deeply") from None
 
 
 def read_json(path: Path) -> Any:
@@ -62,6 +69,8 @@ def write_bytes(path: Path, data: bytes) -> Written:
 
 def read_bytes(path: Path) -> bytes:
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise StorageError(f"{path}: cannot be read: expected a file")
         return path.read_bytes()
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
@@ -82,7 +91,7 @@ def write_tensors(path: Path, value: Any, *, before_replacing: Callable[[], obje
         with temporary.open("wb") as file:
             torch.save(value, file)
 
-    return _write(path, write, _tensor_bytes(value), before_replacing)
+    return _write(path, write, sum(_storages(value).values()), before_replacing)
 
 
 def read_tensors(path: Path) -> Any:
@@ -92,12 +101,30 @@ def read_tensors(path: Path) -> Any:
     if not path.is_file():
         raise StorageError(f"{path}: no such file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        records = _records(path)
+        value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if Counter(_storages(value).values()) - records:
+            raise ValueError("its tensors have other sizes than what is stored of them")
+        return value
     except Exception as error:  # every way in which a foreign file can be wrong
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "Weights only load failed" in reason:
             reason = "it holds more than tensors and plain values, and is not opened for safety"
         raise StorageError(f"{path}: cannot be read as a tensor file: {reason}") from None
+
+
+def _records(path: Path) -> Counter[int]:
+    """Sizes of what a zip archive stores, of which torch maps tensors without a look at how long they are.
+
+    Raises for an archive that it would map as it lies in the file although that is not what was stored.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    if any(member.filename.endswith("/constants.pkl") for member in members):
+        raise ValueError("it is a TorchScript program")
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ValueError("its tensors are compressed")
+    return Counter(member.file_size for member in members)
 
 
 def remove(paths: Iterable[Path]) -> int:
@@ -178,8 +205,8 @@ def _cannot_write(path: Path, error: BaseException, needed: int) -> StorageError
     return kind(f"{path}: cannot be written: {reason}")
 
 
-def _tensor_bytes(value: Any) -> int:
-    """Bytes of the storages that tensors within a value share or have."""
+def _storages(value: Any) -> dict[int, int]:
+    """Bytes of the memory that ordinary tensors within a value share or have, by where it is."""
     storages: dict[int, int] = {}
     waiting = [value]
     while waiting:
@@ -188,10 +215,14 @@ def _tensor_bytes(value: Any) -> int:
             waiting += each.values()
         elif isinstance(each, list | tuple):
             waiting += each
-        elif hasattr(each, "untyped_storage"):
+        elif hasattr(each, "untyped_storage") and _is_in_memory(each):
             storage = each.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    return storages
+
+
+def _is_in_memory(tensor: Any) -> bool:
+    return str(tensor.layout) == "torch.strided" and not tensor.is_meta and tensor.numel() > 0
 
 
 def _temporary(path: Path) -> Path:

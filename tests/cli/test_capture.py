@@ -307,11 +307,11 @@ def test_save_dtype_and_dtype(capture: Run, raw: Path, dtype: str) -> None:
     assert found.metadata["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("engine", ["hooked", "bridge", "auto"])
+@pytest.mark.parametrize("engine", [*tiny.ENGINES, "auto"])
 def test_engines_write_the_same_tokens(capture: Run, raw: Path, engine: str) -> None:
     result = capture("--engine", engine, "--temperature", 0)
     assert result.exit_code == 0
-    assert f"on engine {'hooked' if engine == 'auto' else engine}" in result.output
+    assert f"on engine {tiny.ENGINES[0] if engine == 'auto' else engine}" in result.output
     found = tokens_of(raw)
     capture("--temperature", 0)
     assert tokens_of(raw) == found
@@ -421,10 +421,11 @@ def test_float16_captures_are_of_the_same_checkpoint(capture: Run, raw: Path) ->
         assert Capture.open(raw / "1.pt").metadata["model_fingerprint"] == mark
 
 
+@tiny.needs_hooked
 def test_out_of_memory_in_replay_fails_its_prompt_alone(
     capture: Run, analysis: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tlcapture.models import HookedModel
+    from tlcapture.engines.hooked import HookedModel
 
     capture()
     original, calls = HookedModel.step, []

@@ -10,6 +10,7 @@ import pytest
 from click.testing import Result
 
 from tests import tiny
+from tlcapture.generation import teacher_force
 from tlcapture.measures import Measures
 
 Run = Callable[..., Result]
@@ -47,5 +48,12 @@ def test_a_dry_run_counts_only_what_is_missing(capture: Run, raw: Path) -> None:
 
 
 @pytest.mark.parametrize("name", list(tiny.CONFIGS))
-def test_measures_of_a_config_are_those_of_the_loaded_model(name: str) -> None:
-    assert Measures.of(tiny.hf_model(name).config) == tiny.model(name, "auto").measures
+@pytest.mark.parametrize("engine", tiny.ENGINES)
+def test_measures_of_a_config_are_those_of_the_loaded_model(name: str, engine: str) -> None:
+    model = tiny.model(name, engine)
+    measures = Measures.of(tiny.hf_model(name).config)
+    assert measures == model.measures
+    hooks = ["blocks.0.mlp.hook_post", "blocks.0.attn.hook_k"]
+    post, keys = teacher_force(model, [4, 5], hooks).values()
+    assert post.shape[-1] == measures.d_mlp
+    assert keys.shape[-2:] == (measures.n_key_value_heads, measures.d_head)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
+from tests import tiny
 from tlcapture.storage import read_json
 
 Run = Callable[..., Result]
@@ -138,7 +139,8 @@ def test_selection_and_comparison_use_both_measures(tlcapture: Run, vectors: Pat
     assert listed.exit_code == 0
     assert listed.output.count("effect_size") == 2
     origin = listed.output.splitlines()[-1]
-    assert origin.startswith("all: ") and "on hooked in float32, blocks.{L}.hook_resid_post, response_mean" in origin
+    made = f"on {tiny.ENGINES[0]} in float32, blocks.{{L}}.hook_resid_post, response_mean"
+    assert origin.startswith("all: ") and made in origin
     assert "chat template, 1 BOS" in origin
     words = ("--methods", "mean_diff", "--coefficients", "0.01")
     assert tlcapture("steer", "--experiment", "exp", *words).exit_code == 0

@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import Result
 
+from tests import tiny
 from tlcapture.captures import Capture
 from tlcapture.storage import read_json
 
@@ -57,7 +58,7 @@ def test_vectors_and_metadata_have_the_documented_form(extract: Run, vectors: Pa
         "position": "response_mean",
         "dtype": "float32",
         "weight_processing": "none",
-        "engine": "hooked",
+        "engine": tiny.ENGINES[0],
         "model_revision": None,
         "layer_convention": "layer L is block L, counted from 0: residual_out of layer 0 is the first block's output",
         "chat_template": True,
@@ -267,7 +268,8 @@ def test_what_differs_is_said_once_for_all_traits_and_captures(capture: Run, pro
     capture("--no-chat-template", "--no-project", "--dtype", "bfloat16")
     result = project()
     assert result.exit_code == 0
-    rounding = "the vector was extracted on hooked in float32, the capture made on hooked in bfloat16"
+    engine = tiny.ENGINES[0]
+    rounding = f"the vector was extracted on {engine} in float32, the capture made on {engine} in bfloat16"
     template = "the vector was extracted with a chat template, the capture made without a chat template"
     for text in (rounding, template):
         assert result.stderr.count(text) == 1
@@ -288,7 +290,7 @@ def test_a_vector_of_another_width_fails_its_trait_alone(project: Run, projected
     torch.save(torch.ones(9), vectors / "probe_layer1.pt")
     result = project()
     assert result.exit_code == 1
-    said = "failed: tone/loud: the probe vector of tone/loud at layer 1 in experiment 'exp' has 9 numbers, but the"
+    said = "probe_layer1.pt: 9 numbers, but metadata.json says 32"
     assert said in result.stderr
     assert not projected.exists()
     assert len(list((projected.parents[2] / "warm" / "residual_stream" / "short").iterdir())) == 3

@@ -125,7 +125,7 @@ def test_read_out_equals_hugging_face_one_example_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma2", "gpt2"])
-@pytest.mark.parametrize("engine", ["hooked", "bridge"])
+@pytest.mark.parametrize("engine", tiny.ENGINES)
 @pytest.mark.parametrize("position", ["auto", "last_prompt_token", "all_mean"])
 def test_a_shared_prefix_runs_once_and_changes_no_mean(name: str, engine: str, position: str) -> None:
     model = tiny.model(name, engine)

@@ -27,7 +27,7 @@ def mean_log_probability(name: str, prompt: tuple[int, ...], text: str) -> float
     return float(torch.stack([logs[t - 1, ids[t]] for t in range(len(prompt), len(ids))]).mean())
 
 
-@pytest.mark.parametrize("engine", ["hooked", "bridge"])
+@pytest.mark.parametrize("engine", tiny.ENGINES)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_baseline_compares_likelihoods_as_hugging_face_has_them(name: str, engine: str) -> None:
     bench, prompts = bench_of(tiny.model(name, engine), new_tokens=4)
@@ -39,7 +39,7 @@ def test_the_baseline_compares_likelihoods_as_hugging_face_has_them(name: str, e
     assert score.coherence_mean == pytest.approx(100, abs=1e-3)
 
 
-@pytest.mark.parametrize("engine", ["hooked", "bridge"])
+@pytest.mark.parametrize("engine", tiny.ENGINES)
 def test_steering_adds_the_vector_to_residual_out_and_leaves_nothing_behind(engine: str) -> None:
     model = tiny.model("llama", engine)
     tokens = torch.tensor([[5, 6, 7]])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests import tiny
 from tests.evidence import Evidence
 from tests.faults.commands import contents
 from tests.faults.conftest import Start
@@ -98,7 +99,7 @@ def test_a_record_says_what_a_run_did(start: Start, fresh: Path) -> None:
     assert record["arguments"]["seed"] == 7
     assert record["command_line"].startswith("tlcapture capture --root")
     assert {"tlcapture", "python", "torch", "transformer_lens", "transformers", "numpy"} <= set(record["versions"])
-    assert record["model"]["engine"] == "hooked"
+    assert record["model"]["engine"] == tiny.ENGINES[0]
     assert record["started"] <= record["ended"]
     assert record["files"]["count"] == len(record["files"]["list"]) == 12
     exp = path.parents[1]

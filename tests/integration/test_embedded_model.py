@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import tiny
 from tests.test_parity import relative
 from tlcapture.chat import stop_ids, tokenize
 from tlcapture.embedded import embedded_folder
@@ -116,6 +117,7 @@ def test_the_chat_template_is_applied_with_one_bos_and_its_end_of_turn_stops(smo
     assert end in stop_ids(smollm2.tokenizer, smollm2.generation_config)
 
 
+@tiny.needs_hooked
 def test_engines_have_one_fingerprint_and_equal_activations(smollm2: Any, runs: dict[str, Generation]) -> None:
     bridge = load_model("smollm2", engine="bridge", device="cpu")
     assert bridge.fingerprint == smollm2.fingerprint
@@ -141,11 +143,12 @@ def test_a_later_load_takes_under_three_seconds(smollm2: Any) -> None:
     seconds = []
     for _ in range(3):
         start = time.monotonic()
-        load_model("smollm2", engine="hooked", device="cpu")
+        load_model("smollm2", device="cpu")
         seconds.append(time.monotonic() - start)
     assert min(seconds) < 3
 
 
+@tiny.needs_hooked
 def test_a_hooked_transformer_of_ones_own_is_taken_unless_it_was_processed(smollm2: Any) -> None:
     own = from_hooked_transformer(smollm2.tl, name="own")
     assert (own.n_layers, own.engine) == (smollm2.n_layers, "hooked")

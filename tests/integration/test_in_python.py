@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tlcapture
+from tests import tiny
 from tlcapture import Experiment
 from tlcapture.errors import InputError
 from tlcapture.names import Trait
@@ -112,5 +113,11 @@ def test_capture_is_an_iterator_over_texts_with_a_model_of_ones_own(smollm2: Any
     for cap in found.values():
         assert 0 < len(cap.response.tokens) <= 5
         assert cap.residual(29).shape == (len(cap.tokens), 576)
-    (alone,) = tlcapture.capture(smollm2.tl, texts[0], max_new_tokens=5, temperature=0)
-    assert alone.response.token_ids == found["1"].response.token_ids
+
+
+@tiny.needs_hooked
+def test_capture_takes_a_hooked_transformer_of_ones_own(smollm2: Any) -> None:
+    (ours,), (own,) = (
+        tlcapture.capture(model, "Name a colour.", max_new_tokens=5, temperature=0) for model in (smollm2, smollm2.tl)
+    )
+    assert own.response.token_ids == ours.response.token_ids

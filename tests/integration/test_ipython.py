@@ -174,7 +174,8 @@ def test_a_file_of_another_run_is_not_taken(exp: Experiment, tmp_path: Path, mon
     monkeypatch.setattr(cap, "_add_on", lambda kind: other)
     assert cap.attention(0).source == "a forward pass"
     broken = tmp_path / "broken.json"
-    broken.write_text(f'{{"tokens": {json.dumps(cap.tokens)}, "n_heads": 9, "attention": []}}')
+    head = {"tokens": cap.tokens, "n_prompt_tokens": 1, "n_layers": cap.n_layers, "n_heads": 9}
+    broken.write_text(json.dumps({**head, "attention": []}))
     monkeypatch.setattr(cap, "_add_on", lambda kind: broken)
     with pytest.raises(StorageError, match=r"broken.json: it has not one entry a token"):
         cap.attention(1)

@@ -10,7 +10,9 @@ import torch
 from tlcapture.errors import NumericalError, VectorError
 from tlcapture.kept import POINTS
 from tlcapture.names import Trait
+from tlcapture.storage import write_json
 from tlcapture.traits.projection import dynamics_of_file, project
+from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.selection import Selection
 from tlcapture.traits.vectors import TraitVector
 from tlcapture.views.residual import ResidualStream
@@ -93,9 +95,10 @@ def test_damaged_activations_are_an_error() -> None:
 
 def test_dynamics_can_be_computed_from_the_file_again(tmp_path: Path) -> None:
     (projection,) = project(stream(5), stream(9), chosen(vector("a", 2, torch.randn(WIDTH))))
-    content = {**projection.to_json(), "metadata": {"vector_source": projection.source()}}
-    content["projections"] = {part: scores.tolist() for part, scores in content["projections"].items()}
-    again = dynamics_of_file(content)
+    tokens = {"prompt": {"tokens": ["a"] * 5}, "response": {"tokens": ["a"] * 9}}
+    path = tmp_path / "1.json"
+    write_json(path, {**tokens, **projection.to_json(), "metadata": {"vector_source": projection.source()}})
+    again = dynamics_of_file(ProjectionFile.read(path))
     assert again.commitment_point == projection.dynamics.commitment_point
     assert torch.allclose(again.velocity, projection.dynamics.velocity, atol=1e-4)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from tlcapture.cli.cluster import cluster_options, take_executor
 from tlcapture.cli.console import Console, show_top_traits
 from tlcapture.cli.options import (
     LayerOrWord,
@@ -65,6 +66,7 @@ from tlcapture.cli.work import working
 )
 @click.option("--system-prompt", metavar="TEXT", help="For all prompts, in place of their own.")
 @model_options
+@cluster_options
 @batch_size_option
 @seed_option
 @root_option
@@ -96,7 +98,7 @@ def capture(
         sets = [adhoc(prompt)]
     else:
         sets = [read_prompt_set(datasets, name) for name in prompt_set or datasets.prompt_sets()]
-    model_names = ("model", "allow_model_change", "engine", "device", "dtype")
+    model_names = ("model", "allow_model_change", "engine", "device", "n_devices", "dtype")
     load = ModelLoader.settle(layout, "inference_model", console, **{name: options.pop(name) for name in model_names})
     is_default = click.get_current_context().get_parameter_source("layer") is click.core.ParameterSource.DEFAULT
     _run(layout, sets, load, console, "default" if is_default else layer, layer_internals, **options)
@@ -118,6 +120,7 @@ def _run(
     dry_run: bool,
     **options: Any,
 ) -> None:
+    executor = take_executor(options, options["batch_size"])
     from tlcapture.generation import Sampling
     from tlcapture.runs.capture import CaptureOptions, estimate_capture, run_capture
     from tlcapture.runs.vectors import VectorChoice
@@ -136,7 +139,7 @@ def _run(
         for line in estimate.lines(free):
             console.line(line)
         return
-    run_capture(layout, sets, chosen, load, console)
+    run_capture(layout, sets, chosen, load, console, executor)
     if not no_project:
         for prompt_set in sets:
             show_top_traits(console, layout, prompt_set.name)

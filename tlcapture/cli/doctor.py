@@ -23,7 +23,7 @@ _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 )
 @engine_options
 @one_line_errors
-def doctor(model: str, engine: str, device: str, dtype: str) -> None:
+def doctor(model: str, engine: str, device: str, n_devices: int, dtype: str) -> None:
     """Load a model and check that what is captured from it can be believed.
 
     A line each: BOS, padding, stop ids, residuals against Hugging Face, batch against single, captured
@@ -34,7 +34,7 @@ def doctor(model: str, engine: str, device: str, dtype: str) -> None:
     from tlcapture.runs.loading import ModelLoader
 
     failed = False
-    for check in run_doctor(ModelLoader(model, Console(), engine, device, dtype)):
+    for check in run_doctor(ModelLoader(model, Console(), engine, device, dtype, n_devices)):
         click.secho(f"{check.verdict:<16}", fg=_COLOURS.get(check.verdict), nl=False)
         click.echo(printable(f"{check.name:<11}{check.detail}"))
         failed = failed or check.verdict == "failed"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from os.path import lexists
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from tlcapture.cli.cluster import cluster_options, take_executor
 from tlcapture.cli.console import Console
 from tlcapture.cli.options import (
     LayerList,
@@ -21,6 +23,9 @@ from tlcapture.cli.options import (
 from tlcapture.cli.work import working
 from tlcapture.names import Trait
 
+if TYPE_CHECKING:
+    from tlcapture.traits.evaluation_files import EvaluationRow
+
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @experiment_option
@@ -34,6 +39,7 @@ from tlcapture.names import Trait
     help="Evaluate nothing: compare effect sizes with steering results, layer by layer.",
 )
 @model_options
+@cluster_options
 @batch_size_option
 @seed_option
 @root_option
@@ -61,28 +67,33 @@ def evaluate(
         return
     from tlcapture.runs.evaluate import EvaluateOptions, best_rows, draw_heatmaps, run_evaluate
 
+    executor = take_executor(model, collects=False)
     load = ModelLoader.settle(layout, "extraction_model", console, **model)
     components = ("residual", "attn_out") if component == "all" else (component,)
     options = EvaluateOptions(traits, methods, layers, components, batch_size, seed)
-    report = run_evaluate(layout, options, load, console)
-    if layout.evaluation.is_file():
+    report = run_evaluate(layout, options, load, console, executor)
+    if lexists(layout.evaluation):
         draw_heatmaps(layout, report)
         _table(console, best_rows(layout))
 
 
-def _table(console: Console, rows: list[dict[str, Any]]) -> None:
-    """Print the best vector of each trait."""
+def _table(console: Console, rows: list[EvaluationRow]) -> None:
+    """Print the best vector of each trait; a row of another tool may lack some measures."""
+
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
     console.line()
     console.line(
         f"{'trait':<26}{'method':<11}{'layer':>5}{'AUROC':>8}{'d':>8}{'95 % interval':>17}"
         f"{'accuracy':>10}{'random AUROC':>15}"
     )
     for row in rows:
-        low, high = row["val_effect_size_interval"]
-        random = f"{row['random_auroc']:.2f} (p95 {row['random_auroc_p95']:.2f})"
+        interval = " to ".join(f"{bound:.2f}" for bound in row.val_effect_size_interval or ()) or "-"
+        random = f"{number(row.random_auroc, '.2f')} (p95 {number(row.random_auroc_p95, '.2f')})"
         console.line(
-            f"{row['trait']:<26}{row['method']:<11}{row['layer']:>5}{row['val_auroc']:>8.3f}"
-            f"{row['val_effect_size']:>8.2f}{f'{low:.2f} to {high:.2f}':>17}{row['val_accuracy']:>10.2f}{random:>18}"
+            f"{row.trait:<26}{row.method:<11}{row.layer:>5}{number(row.val_auroc, '.3f'):>8}"
+            f"{number(row.val_effect_size, '.2f'):>8}{interval:>17}{number(row.val_accuracy, '.2f'):>10}{random:>18}"
         )
     console.line()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from tlcapture.cli.cluster import cluster_options, take_executor
 from tlcapture.cli.console import Console
 from tlcapture.cli.options import (
     LayerList,
@@ -44,6 +45,7 @@ from tlcapture.names import Trait
     help="What is read out; auto: the mean of the response, or of a bare text.",
 )
 @model_options
+@cluster_options
 @batch_size_option
 @seed_option
 @root_option
@@ -67,6 +69,7 @@ def extract(
     from tlcapture.runs.loading import ModelLoader
 
     layout = Layout(root, experiment)
+    executor = take_executor(model, collects=False)
     load = ModelLoader.settle(layout, "extraction_model", console, **model)
     options = ExtractOptions(
         traits=traits,
@@ -77,4 +80,4 @@ def extract(
         batch_size=batch_size,
         seed=seed,
     )
-    run_extract(layout, options, load, console)
+    run_extract(layout, options, load, console, executor)

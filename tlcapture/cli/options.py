@@ -240,6 +240,13 @@ engine_options = together(
     ),
     click.option("--device", default="auto", show_default=True, help="cuda, mps, cpu; auto: the first there is."),
     click.option(
+        "--n-devices",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="CUDA devices over which the model is spread, where it is too large for one.",
+    ),
+    click.option(
         "--dtype",
         type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
         default="auto",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from tlcapture.cli.cluster import cluster_options, take_executor
 from tlcapture.cli.console import Console, show_top_traits
 from tlcapture.cli.options import (
     LayerOrWord,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="Also write trajectory and layers of each prompt and trait as PNG, below DIR.",
 )
+@cluster_options
 @root_option
 @working
 def project(
@@ -71,6 +73,7 @@ def project(
     skip_existing: bool,
     shard: Shard | None,
     plot: Path | None,
+    **cluster: Any,
 ) -> None:
     """Project saved captures onto trait vectors."""
     from tlcapture.errors import InputError
@@ -80,7 +83,7 @@ def project(
 
     if (prompt_set is not None) == all_prompt_sets:
         raise click.UsageError("give one of --prompt-set NAME and --all-prompt-sets")
-    layout = Layout(root, experiment)
+    layout, executor = Layout(root, experiment), take_executor(cluster)
     names = prompt_set or (layout.prompt_sets() if dynamics_only else layout.captured_prompt_sets())
     if not names:
         raise InputError(f"experiment {experiment!r} has no captures: run 'tlcapture capture' first")
@@ -95,6 +98,7 @@ def project(
             shard=shard,
         ),
         console,
+        executor,
     )
     for name in names:
         show_top_traits(console, layout, name, component)

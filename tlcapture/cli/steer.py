@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from tlcapture.cli.cluster import cluster_options, take_executor
 from tlcapture.cli.console import Console
 from tlcapture.cli.options import (
     LayerList,
@@ -38,6 +39,7 @@ from tlcapture.names import Trait
 @click.option("--judge", metavar="URL", help="Let a server that speaks OpenAI's chat completions give trait_mean.")
 @click.option("--judge-model", default="default", show_default=True, metavar="NAME", help="The judge's model name.")
 @model_options
+@cluster_options
 @seed_option
 @root_option
 @working
@@ -67,7 +69,8 @@ def steer(
 
     asked = None if judge is None else Judge(judge, judge_model)
     layout = Layout(root, experiment)
+    executor = take_executor(model, collects=False)
     load = ModelLoader.settle(layout, "extraction_model", console, **model)
     options = SteerOptions(traits, methods or (), layers, coefficients, search, asked)
-    report = run_steer(layout, options, load, console)
+    report = run_steer(layout, options, load, console, executor)
     draw_curves(layout, traits or tuple(layout.traits()), report)

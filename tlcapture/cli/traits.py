@@ -9,6 +9,7 @@ import click
 from tlcapture.cli.console import one_line_errors
 from tlcapture.cli.options import Traits, experiment_option, root_option
 from tlcapture.names import Trait
+from tlcapture.printable import printable
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 _trait_option = click.option(
@@ -46,7 +47,7 @@ def check(chosen: tuple[Trait, ...], root: Path) -> None:
         for concern in found.concerns:
             click.secho(f"  {concern}", fg="yellow")
         if found.leaking_pairs:
-            click.echo(f"  pairs whose prompts leak: {', '.join(found.leaking_pairs)}")
+            click.echo(printable(f"  pairs whose prompts leak: {', '.join(found.leaking_pairs)}"))
 
 
 @traits.command("list", context_settings=_HELP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,16 +74,22 @@ def check_examples(examples: Examples) -> Check:
 
 
 def _side_probabilities(texts: Sequence[str], items: Sequence[LabelledExample]) -> np.ndarray:
-    """The probability that a bag-of-words classifier gives each text's own side, trained on other pairs."""
+    """The probability that a bag-of-words classifier gives each text's own side, trained on other pairs; a half
+    where there is nothing to tell it from: no words, or not both sides to train on."""
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold
 
     labels = np.array([item.positive for item in items])
     groups = [item.example.pair or f"{item.positive} {number}" for number, item in enumerate(items)]
+    own = np.full(len(texts), 0.5)
+    n_folds = min(_FOLDS, len(set(groups)))
+    if n_folds < 2 or not any(re.search(r"\w", text) for text in texts):
+        return own
     counts = CountVectorizer(token_pattern=r"\w+", binary=True).fit_transform(texts)
-    own = np.zeros(len(texts))
-    for train, test in GroupKFold(min(_FOLDS, len(set(groups)))).split(counts, labels, groups):
+    for train, test in GroupKFold(n_folds).split(counts, labels, groups):
+        if len(set(labels[train])) < 2:
+            continue
         model = LogisticRegression(max_iter=1000).fit(counts[train], labels[train])
         positive = model.predict_proba(counts[test])[:, 1]
         own[test] = np.where(labels[test], positive, 1 - positive)

@@ -7,8 +7,8 @@ export both go by it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,15 @@ import orjson
 from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.layout import Datasets, Layout
 from tlcapture.names import Trait
+from tlcapture.per_token_files import AttentionEntry, AttentionHead, LensEntry, LensHead, LensOverview, PerTokenHead
 from tlcapture.prompts import read_prompt_set
 from tlcapture.report import missing
 from tlcapture.report.average import average_trajectory
 from tlcapture.report.entries import TokenEntries
-from tlcapture.storage import read_json
-from tlcapture.traits.projection_files import trajectory_of_file
+from tlcapture.traits.evaluation_files import read_evaluation
+from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.selection import Selection, ranked, select
+from tlcapture.traits.steering_files import SteeringResults
 from tlcapture.traits.vector_files import COMPONENTS, VectorFiles
 
 RESOURCES = {
@@ -40,6 +42,7 @@ RESOURCES = {
 }
 _TEXT_AT_THE_START = re.compile(rb'\{\s*"prompt"\s*:\s*\{\s*"text"\s*:\s*("(?:[^"\\]|\\.)*")')
 _HEAD = 2**16
+_NUMBER = re.compile("[0-9]{1,9}")
 
 
 @dataclass(frozen=True)
@@ -85,21 +88,19 @@ class Contents:
         found: dict[str, Any] = {"tokens": None, "n_prompt_tokens": 0, "projections": [], "problems": []}
         for path in layout.all_projections(prompt_set, prompt_id):
             try:
-                content = read_json(path)
+                content = ProjectionFile.read(path)
                 projection = _projection(layout, path, content)
-                tokens, n_prompt = _tokens(content)
-            except (TlcaptureError, KeyError, TypeError) as error:
-                found["problems"].append(f"{path.relative_to(self.root)}: {error}")
+            except TlcaptureError as error:
+                found["problems"].append(self._problem(error))
                 continue
             if found["tokens"] is None:
-                found |= {"tokens": tokens, "n_prompt_tokens": n_prompt, "text": content["response"].get("text", "")}
-            if tokens != found["tokens"]:
+                n_prompt = len(content.prompt.tokens)
+                found |= {"tokens": content.tokens, "n_prompt_tokens": n_prompt, "text": content.response.text}
+            if content.tokens != found["tokens"]:
                 found["problems"].append(f"{path.relative_to(self.root)}: it is of other tokens than its neighbours")
                 continue
             found["projections"].append(projection)
-            by_layer = content["projections"]["prompt"][0]
-            found["n_layers"] = len(by_layer)
-            found["layers"] = [layer for layer, scores in enumerate(by_layer) if scores is not None]
+            found["n_layers"], found["layers"] = content.n_layers, content.layers
         if found["tokens"] is None:
             found |= self._tokens_of_add_ons(layout, prompt_set, prompt_id)
         if not found["projections"]:
@@ -115,39 +116,43 @@ class Contents:
         path = layout.projection(trait, _component(component), prompt_set, prompt_id)
         if not path.is_file():
             raise missing.projections(layout, prompt_set)
-        content = read_json(path)
-        try:
-            parts = content["projections"]
-            return {"sublayers": content["metadata"]["sublayers"], "scores": [*parts["prompt"], *parts["response"]]}
-        except (KeyError, TypeError) as error:
-            raise StorageError(f"{path}: no projection file: {type(error).__name__}: {error}") from None
+        content = ProjectionFile.read(path)
+        if content.metadata.sublayers is None:
+            raise StorageError(f"{path}: metadata.sublayers does not say which points the scores are of")
+        return {"sublayers": content.metadata.sublayers, "scores": content.scores}
 
     def lens(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
         """Of every token and layer: the likeliest next token, and rank and probability of the one that came."""
         entries = self._entries(experiment, prompt_set, prompt_id, "logit-lens")
+        head = LensHead.of(entries.rest, entries.path)
         found: dict[str, Any] = {name: [] for name in ("token_idx", "actual", "top", "prob", "rank", "actual_prob")}
         for entry in entries:
-            layers = entry["by_layer"]
-            found["token_idx"].append(entry["token_idx"])
-            found["actual"].append(entry["actual_next_token"])
-            found["top"].append([layer["top_k"][0]["token"] for layer in layers])
-            found["prob"].append([layer["top_k"][0]["prob"] for layer in layers])
-            found["rank"].append([layer["actual_rank"] for layer in layers])
-            found["actual_prob"].append([layer["actual_prob"] for layer in layers])
-        return {**_head(entries), "top_k": entries.rest.get("top_k"), **found}
+            predictions = LensOverview.of(entry, entries.path, head)
+            found["token_idx"].append(predictions.token_idx)
+            found["actual"].append(predictions.actual_next_token)
+            found["top"].append([layer.first.token for layer in predictions.by_layer])
+            found["prob"].append([layer.first.prob for layer in predictions.by_layer])
+            found["rank"].append([layer.actual_rank for layer in predictions.by_layer])
+            found["actual_prob"].append([layer.actual_prob for layer in predictions.by_layer])
+        return {**_head(head), "top_k": head.top_k, **found}
 
     def lens_token(self, experiment: str, prompt_set: str, prompt_id: str, token: str) -> dict[str, Any]:
         """All predictions of one token."""
-        return self._entries(experiment, prompt_set, prompt_id, "logit-lens")[_index(token)]
+        entries = self._entries(experiment, prompt_set, prompt_id, "logit-lens")
+        head = LensHead.of(entries.rest, entries.path)
+        return LensEntry.of(entries[_index(token)], entries.path, head).model_dump(exclude_unset=True)
 
     def attention(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
         """What a prompt's attention file holds besides the patterns."""
         entries = self._entries(experiment, prompt_set, prompt_id, "attention")
-        return {**_head(entries), "n_heads": entries.rest.get("n_heads")}
+        head = AttentionHead.of(entries.rest, entries.path)
+        return {**_head(head), "n_heads": head.n_heads}
 
     def attention_token(self, experiment: str, prompt_set: str, prompt_id: str, token: str) -> dict[str, Any]:
         """What one token attends to: `by_layer[layer][head][key]`."""
-        return self._entries(experiment, prompt_set, prompt_id, "attention")[_index(token)]
+        entries = self._entries(experiment, prompt_set, prompt_id, "attention")
+        head = AttentionHead.of(entries.rest, entries.path)
+        return AttentionEntry.of(entries[_index(token)], entries.path, head).model_dump(exclude_unset=True)
 
     def tokens_of(self, kind: str, experiment: str, prompt_set: str, prompt_id: str) -> list[int]:
         """The tokens of which there is `attention` or a logit `lens`."""
@@ -162,9 +167,9 @@ class Contents:
             path = layout.projection(trait, _component(component), prompt_set, prompt_id)
             if path.is_file():
                 try:
-                    lines.append(trajectory_of_file(read_json(path)))
+                    lines.append(ProjectionFile.read(path).trajectory)
                 except StorageError as error:
-                    problems.append(f"{path.relative_to(self.root)}: {error}")
+                    problems.append(self._problem(error))
         if not lines:
             raise missing.projections(layout, prompt_set)
         return {**average_trajectory(lines), "problems": problems}
@@ -195,15 +200,19 @@ class Contents:
         layout = self._layout(experiment)
         path_of = layout.attention if kind == "attention" else layout.logit_lens
         path = path_of(prompt_set, prompt_id)
-        if not path.is_file():
+        if not lexists(path):
             raise missing.add_on(layout, prompt_set, kind)
         return TokenEntries(path)
 
     def _tokens_of_add_ons(self, layout: Layout, prompt_set: str, prompt_id: str) -> dict[str, Any]:
         for path in (layout.attention(prompt_set, prompt_id), layout.logit_lens(prompt_set, prompt_id)):
             if path.is_file():
-                return _head(TokenEntries(path))
+                return _head(PerTokenHead.of(TokenEntries(path).rest, path))
         return {}
+
+    def _problem(self, error: TlcaptureError) -> str:
+        """What is wrong with a file, which is named from the root on."""
+        return str(error).replace(f"{self.root}/", "", 1)
 
     def _wordings(self, prompt_set: str) -> dict[str, str]:
         """The prompts as the prompt set has them today; none where there is no such file."""
@@ -224,8 +233,8 @@ def _component(component: str) -> str:
 
 
 def _index(token: str) -> int:
-    if not token.isdecimal():
-        raise InputError(f"token {token!r}: expected a number")
+    if not _NUMBER.fullmatch(token):
+        raise InputError(f"token {token[:20]!r}: expected a number")
     return int(token)
 
 
@@ -238,6 +247,8 @@ def _projected(layout: Layout, prompt_set: str) -> list[str]:
 def _wording(layout: Layout, prompt_set: str, prompt_id: str, worded: str | None) -> str:
     """What to call a prompt: as its prompt set words it, if the capture holds that; else as it was run."""
     for path in layout.all_projections(prompt_set, prompt_id):
+        if not path.is_file():
+            continue
         with path.open("rb") as file:
             match = _TEXT_AT_THE_START.match(file.read(_HEAD))
         try:
@@ -249,32 +260,25 @@ def _wording(layout: Layout, prompt_set: str, prompt_id: str, worded: str | None
     return worded or ""
 
 
-def _projection(layout: Layout, path: Path, content: Any) -> dict[str, Any]:
+def _projection(layout: Layout, path: Path, content: ProjectionFile) -> dict[str, Any]:
     trait, component = layout.of_projection(path)
-    prompt, response = trajectory_of_file(content)
-    metadata = content["metadata"]
+    prompt, response = content.trajectory
+    dynamics = content.dynamics
+    if dynamics is None or dynamics.velocity is None or dynamics.acceleration is None:
+        raise StorageError(f"{path}: it has no whole dynamics: run 'tlcapture project --dynamics-only'")
     return {
         "trait": str(trait),
         "component": component,
         "trajectory": [*prompt, *response],
-        "dynamics": content["dynamics"],
-        "vector": metadata["vector_source"],
-        "model": metadata.get("inference_model"),
-        "warnings": metadata.get("warnings", []),
+        "dynamics": dynamics.model_dump(exclude_unset=True),
+        "vector": content.metadata.vector_source.model_dump(exclude_unset=True),
+        "model": content.metadata.inference_model,
+        "warnings": content.metadata.warnings,
     }
 
 
-def _tokens(content: Any) -> tuple[list[str], int]:
-    prompt, response = content["prompt"]["tokens"], content["response"]["tokens"]
-    scores = content["projections"]
-    if len(prompt) != len(scores["prompt"]) or len(response) != len(scores["response"]):
-        raise StorageError("it has not as many projections as tokens")
-    return [*prompt, *response], len(prompt)
-
-
-def _head(entries: TokenEntries) -> dict[str, Any]:
-    rest = entries.rest
-    return {name: rest.get(name) for name in ("tokens", "n_prompt_tokens", "n_layers")}
+def _head(head: PerTokenHead) -> dict[str, Any]:
+    return {"tokens": head.tokens, "n_prompt_tokens": head.n_prompt_tokens, "n_layers": head.n_layers}
 
 
 def _component_vectors(files: VectorFiles, component: str) -> dict[str, Any] | None:
@@ -299,37 +303,23 @@ def _selection(selection: Selection) -> dict[str, Any]:
 
 
 def _evaluation(layout: Layout, trait: Trait) -> dict[str, Any]:
-    if not layout.evaluation.is_file():
-        return {"missing": _as_json(missing.evaluation(layout))}
-    content = read_json(layout.evaluation)
     try:
-        rows = [row for row in content["all_results"] if row["trait"] == str(trait)]
-        needed = ("method", "layer", "val_effect_size", "val_auroc")
-        rows = [row for row in rows if all(isinstance(row.get(name), str | int | float) for name in needed)]
-    except (KeyError, TypeError, AttributeError) as error:
-        return {"problem": f"{layout.evaluation}: no evaluation: {type(error).__name__}: {error}"}
+        of_trait = [row for row in read_evaluation(layout.evaluation) if row.trait == str(trait)]
+    except StorageError as error:
+        return {"problem": str(error)}
+    rows = [row.as_written() for row in of_trait if None not in (row.val_effect_size, row.val_auroc)]
     return {"rows": rows} if rows else {"missing": _as_json(missing.evaluation(layout))}
 
 
 def _steering(layout: Layout, trait: Trait) -> dict[str, Any]:
     path = layout.steering(trait)
-    if not path.is_file():
+    if not lexists(path):
         return {"missing": _as_json(missing.steering(layout, trait))}
-    content = read_json(path)
     try:
-        runs = [
-            {
-                "layer": run["config"]["layers"][0],
-                "method": run["config"]["methods"][0],
-                "component": run["config"].get("component", "residual"),
-                "coefficient": run["config"]["coefficients"][0],
-                "trait_mean": run["result"]["trait_mean"],
-                "coherence_mean": run["result"]["coherence_mean"],
-            }
-            for run in content["runs"]
-            if len(run["config"]["layers"]) == 1
-        ]
-        baseline: Mapping[str, Any] = content["baseline"]
-        return {"baseline": {key: baseline[key] for key in ("trait_mean", "coherence_mean")}, "runs": runs}
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        return {"problem": f"{path}: no steering results: {type(error).__name__}: {error}"}
+        results = SteeringResults.read(path)
+    except StorageError as error:
+        return {"problem": str(error)}
+    names = ("layer", "method", "component", "coefficient", "trait_mean", "coherence_mean")
+    runs = [{name: getattr(run, name) for name in names} for run in results.single_layer_runs]
+    baseline = {name: getattr(results.baseline, name) for name in ("trait_mean", "coherence_mean")}
+    return {"baseline": baseline, "runs": runs}

@@ -12,7 +12,7 @@ import mmap
 import re
 from collections.abc import Iterator
 from functools import lru_cache
-from json import JSONDecodeError, JSONDecoder
+from json import JSONDecoder
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,21 @@ import orjson
 
 from tlcapture.errors import InputError, StorageError
 
-_BEGINNING = re.compile(rb'\{\s*"token_idx"\s*:\s*(\d+)')
+_BEGINNING = re.compile(rb'\{\s*"token_idx"\s*:\s*(\d{1,9})')
 
 
 class TokenEntries:
     """The entries of one file, by `token_idx`. Raises `StorageError` for a file that has another form."""
 
     def __init__(self, path: Path):
-        self._path = path
+        self.path = path
         state = _stat(path)
         self._spans, self._rest = _scan(path, state.st_mtime_ns, state.st_size)
 
     @property
     def rest(self) -> dict[str, Any]:
         """What the file holds besides its entries."""
-        return _parse(self._path, self._rest)
+        return _parse(self.path, self._rest)
 
     @property
     def token_indices(self) -> list[int]:
@@ -42,18 +42,18 @@ class TokenEntries:
 
     def __getitem__(self, token_idx: int) -> dict[str, Any]:
         if token_idx not in self._spans:
-            raise InputError(f"{self._path.name} has no token {token_idx}")
+            raise InputError(f"{self.path.name} has no token {token_idx}")
         start, stop = self._spans[token_idx]
-        with self._path.open("rb") as file:
+        with self.path.open("rb") as file:
             file.seek(start)
-            return _parse(self._path, file.read(stop - start))
+            return _parse(self.path, file.read(stop - start))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """All entries, one at a time."""
-        with self._path.open("rb") as file:
+        with self.path.open("rb") as file:
             for start, stop in self._spans.values():
                 file.seek(start)
-                yield _parse(self._path, file.read(stop - start))
+                yield _parse(self.path, file.read(stop - start))
 
 
 def _stat(path: Path) -> Any:
@@ -76,11 +76,13 @@ def _scan(path: Path, _modified: int, size: int) -> tuple[dict[int, tuple[int, i
             last = beginnings[-1][0]
             end = last + _length_of_first_value(data[last:])
             stops = [start for start, _ in beginnings[1:]] + [end]
+            if [token for _, token in beginnings] != list(range(len(beginnings))):
+                raise StorageError(f"{path}: its entries are not those of tokens 0, 1, 2, ...")
             spans = {token: (start, stop) for (start, token), stop in zip(beginnings, stops, strict=True)}
             return spans, data[: beginnings[0][0]] + data[end:]
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # no UTF-8, no JSON, a number of thousands of digits
         raise StorageError(f"{path}: its last entry is cut off or damaged") from None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from tlcapture.errors import InputError
+from tlcapture.errors import InputError, StorageError
 from tlcapture.layout import Layout
 from tlcapture.names import Trait
 from tlcapture.report.assets import exported_page
@@ -131,7 +131,11 @@ def _tokens(contents: Contents, kind: str, where: dict[str, str]) -> Iterator[tu
 
 
 def _pack(path: str, value: Any) -> str:
-    packed = base64.b64encode(gzip.compress(orjson.dumps(value), 6, mtime=0)).decode("ascii")
+    try:
+        data = orjson.dumps(value)
+    except orjson.JSONEncodeError as error:
+        raise StorageError(f"{path}: a file holds what cannot be shown: {error}") from None
+    packed = base64.b64encode(gzip.compress(data, 6, mtime=0)).decode("ascii")
     return f'<script type="text/plain" id="data:{html.escape(path)}">{packed}</script>'
 
 

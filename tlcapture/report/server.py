@@ -20,6 +20,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tlcapture.errors import InputError, TlcaptureError
+from tlcapture.printable import printable
 from tlcapture.report.assets import POLICY, plotly_script, served_page, static_file
 from tlcapture.report.contents import RESOURCES, Contents
 from tlcapture.report.missing import MissingError
@@ -105,15 +106,20 @@ def _resource(read: Callable[..., Any]) -> Callable[[Request], Any]:
             # No failure: what could be there and is not is part of what the page shows.
             return _json(200, {"absent": {"what": error.what, "command": error.command}})
         except TlcaptureError as error:
-            return _json(404 if isinstance(error, InputError) else 422, {"what": str(error)})
-        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-            # A file that is JSON and yet not what its format says.
-            return _json(422, {"what": f"a file of another form: {type(error).__name__}: {error}"})
+            return _refusal(404 if isinstance(error, InputError) else 422, str(error))
+        except OSError as error:
+            return _refusal(422, f"{error.filename}: cannot be read: {error.strerror}")
+        except orjson.JSONEncodeError as error:
+            return _refusal(422, f"a file holds what cannot be shown: {error}")
 
     async def endpoint(request: Request) -> Response:
         return await run_in_threadpool(answer, **request.path_params)
 
     return endpoint
+
+
+def _refusal(status: int, what: str) -> Response:
+    return _json(status, {"what": printable(what)})
 
 
 def _json(status: int, value: Any) -> Response:

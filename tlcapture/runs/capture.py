@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial
 
 from tlcapture.captures import Capture
 from tlcapture.config import read_config, record
@@ -28,6 +29,7 @@ from tlcapture.prompts import PromptSet
 from tlcapture.runs.alone import alone
 from tlcapture.runs.background import BackgroundWriter
 from tlcapture.runs.estimate import Estimate, n_projections
+from tlcapture.runs.executors import Executor, LocalExecutor, Work
 from tlcapture.runs.loading import ModelLoader
 from tlcapture.runs.outputs import Outputs, add_ons, capture_of, remove_stale, write_capture
 from tlcapture.runs.planning import CaptureOptions, Plan, Planner
@@ -48,6 +50,7 @@ def run_capture(
     options: CaptureOptions,
     load: ModelLoader,
     reporter: Reporter = Reporter(),
+    executor: Executor = LocalExecutor(),
 ) -> RunReport:
     """Capture prompt sets into an experiment. The model is loaded only when something needs it.
 
@@ -56,14 +59,43 @@ def run_capture(
         NoSpaceError: what would be written is more than is free, or the device is full by now.
     """
     _check(layout, options)
-    run = _Run(layout, options, load, reporter)
-    plans = run.planner.plans(prompt_sets)
-    run.check_space(plans)
+    report = reporter.report(layout)
+    worker = CaptureWorker(options, layout, load, report, reporter)
+    known = (lambda: worker.model) if executor.is_local else (lambda: load.outline)
+    planner = Planner(layout, options, read_config(layout), load.name, known)
+    plans = planner.plans(prompt_sets)
+    _check_space(Estimate.of(plans, layout, options, lambda: known().measures), layout)
     if layout.folder.exists():
         sweep_temporaries(layout.folder)
     for plan in plans:
-        run.carry_out(plan)
-    return run.report
+        for what, reason in plan.refused:
+            report.failed(what, reason)
+    busy = {plan.prompt_set.name for plan in plans if plan.does_something or (plan.saved and options.project)}
+    report.n_skipped += sum(len(plan.saved) for plan in plans if plan.prompt_set.name not in busy)
+    with ExitStack() as stack:
+        # In one order, so that no two runs wait for each other.
+        locks = [alone(layout, f"captures of {name}", reporter, options.shard) for name in sorted(busy)]
+        waited = [stack.enter_context(lock) for lock in locks]
+        if any(waited):
+            plans = planner.plans(prompt_sets)
+        tasks = [plan for plan in plans if plan.prompt_set.name in busy]
+        executor.run(
+            Work(
+                layout,
+                (lambda *_: worker) if executor.is_local else partial(CaptureWorker, options),
+                load,
+                tasks,
+                size=lambda plan: len(plan.fresh) * options.max_new_tokens,
+                unit="token",
+                label=Plan.label,
+                split=Plan.split,
+                reads=[options.vectors.layout(layout)],
+                inputs=lambda plan: [layout.residual(plan.prompt_set.name, prompt_id) for prompt_id in plan.saved],
+            ),
+            report,
+            reporter,
+        )
+    return report
 
 
 def estimate_capture(
@@ -102,49 +134,47 @@ def _check_projections_only(layout: Layout, options: CaptureOptions) -> None:
         )
 
 
-class _Run:
-    """One invocation: the model and the vectors it has loaded so far, and its report."""
+def _check_space(estimate: Estimate, layout: Layout) -> None:
+    """Raise `NoSpaceError` where more would be written than is free, what is replaced counted as free."""
+    free = free_bytes(layout.folder)
+    _log.info("about %s will be written, %s are free", format_bytes(estimate.n_bytes), format_bytes(free))
+    if estimate.n_bytes > free and estimate.n_bytes - estimate.replaced() > free:
+        raise NoSpaceError(
+            f"{layout.folder}: about {format_bytes(estimate.n_bytes)} would be written, "
+            f"{format_bytes(free)} are free on its device (--dry-run shows the sum)"
+        )
 
-    def __init__(self, layout: Layout, options: CaptureOptions, load: ModelLoader, reporter: Reporter):
+
+class CaptureWorker:
+    """Carries out plans, with a model that is loaded when it is first needed."""
+
+    def __init__(
+        self,
+        options: CaptureOptions,
+        layout: Layout,
+        load: Callable[[], Model] | None,
+        report: RunReport,
+        reporter: Reporter,
+    ):
         self.layout = layout
         self.options = options
         self.reporter = reporter
-        self.report = reporter.report(layout)
-        self.planner = Planner(layout, options, read_config(layout), load.name, lambda: self.model)
+        self.report = report
         self._load = load
-        self._model: Model | None = None
-        self._chooser = Chooser(layout, options.vectors, self.report, reporter)
+        self._chooser = Chooser(layout, options.vectors, report, reporter)
 
-    @property
+    @cached_property
     def model(self) -> Model:
-        if self._model is None:
-            self._model = self._load()
-        return self._model
+        assert self._load is not None
+        return self._load()
 
-    def check_space(self, plans: Sequence[Plan]) -> None:
-        """Raise `NoSpaceError` where more would be written than is free, what is replaced counted as free."""
-        estimate = Estimate.of(plans, self.layout, self.options, lambda: self.model.measures)
-        free = free_bytes(self.layout.folder)
-        _log.info("about %s will be written, %s are free", format_bytes(estimate.n_bytes), format_bytes(free))
-        if estimate.n_bytes > free and estimate.n_bytes - estimate.replaced() > free:
-            raise NoSpaceError(
-                f"{self.layout.folder}: about {format_bytes(estimate.n_bytes)} would be written, "
-                f"{format_bytes(free)} are free on its device (--dry-run shows the sum)"
-            )
+    def prepare(self) -> None:
+        _ = self.model
 
-    def carry_out(self, plan: Plan) -> None:
-        name = plan.prompt_set.name
-        for what, reason in plan.refused:
-            self.report.failed(what, reason)
-        if not (plan.does_something or (plan.saved and self.options.project)):
-            self.report.n_skipped += len(plan.saved)
-            return
-        with alone(self.layout, f"captures of {name}", self.reporter, self.options.shard) as waited:
-            if waited:
-                plan = self.planner.plan(plan.prompt_set)
-            if plan.fresh:
-                self._generate(plan)
-            self._revisit(plan)
+    def do(self, task: Plan) -> None:
+        if task.fresh:
+            self._generate(task)
+        self._revisit(task)
 
     @contextmanager
     def _attempt(self, name: str) -> Iterator[None]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from tlcapture.errors import InputError, StorageError, VectorError
+from tlcapture.errors import InputError, VectorError
 from tlcapture.extraction.evaluation import RandomBaseline, Separation, random_baseline, separation
 from tlcapture.extraction.readout import Activations, read_out
 from tlcapture.layout import Datasets, Layout
@@ -17,8 +18,11 @@ from tlcapture.names import Trait
 from tlcapture.rounding import PROJECTION_DIGITS, round_significant
 from tlcapture.runs.alone import alone
 from tlcapture.runs.examples import PreparedExamples, prepare
+from tlcapture.runs.executors import Executor, LocalExecutor, Work
+from tlcapture.runs.model_worker import Bench, ModelWorker, known_of
 from tlcapture.runs.report import Reporter, RunReport
-from tlcapture.storage import read_json, write_bytes, write_json
+from tlcapture.storage import write_bytes, write_json
+from tlcapture.traits.evaluation_files import EvaluationRow, best_by_trait, read_evaluation
 from tlcapture.traits.vector_files import COMPONENTS, METHODS, ranges
 from tlcapture.traits.vectors import TraitVector, VectorFolder
 
@@ -38,7 +42,11 @@ class EvaluateOptions:
 
 
 def run_evaluate(
-    layout: Layout, options: EvaluateOptions, load: Callable[[], Model], reporter: Reporter = Reporter()
+    layout: Layout,
+    options: EvaluateOptions,
+    load: Callable[[], Model],
+    reporter: Reporter = Reporter(),
+    executor: Executor = LocalExecutor(),
 ) -> RunReport:
     """Evaluate vectors and write `extraction_evaluation.json`; rows of other vectors in it stay.
 
@@ -51,32 +59,36 @@ def run_evaluate(
             raise InputError(f"no vectors for trait {str(trait)!r} in {layout.folder}: run 'tlcapture extract' first")
     if not there:
         raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
-    model, report = load(), reporter.report(layout)
-    with reporter.progress(len(options.traits or there), "traits", "trait") as progress:
-        for trait in options.traits or there:
-            with report.attempt(str(trait)):
-                rows = _evaluate(layout, trait, model, options, report, reporter)
-                if rows:
-                    with alone(layout, "the evaluation", reporter):
-                        report.wrote(write_json(layout.evaluation, _merged(layout, rows), indent=True))
-                progress.advance(done=f"{trait}: evaluated")
-            progress.advance(1)
+    _, loader = known_of(load, executor)
+    report = reporter.report(layout)
+    make = partial(ModelWorker, _evaluate_one, options)
+    tasks = options.traits or tuple(there)
+    executor.run(Work(layout, make, loader, tasks, lambda trait: 1, "trait", str), report, reporter)
     return report
 
 
-def best_rows(layout: Layout) -> list[Row]:
-    """The best row of each trait, as the evaluation file has them."""
-    best = read_json(layout.evaluation)["best_vectors"]
-    return [best[trait] for trait in sorted(best)]
+def _evaluate_one(bench: Bench, trait: Trait) -> None:
+    layout, report, reporter = bench.layout, bench.report, bench.reporter
+    with reporter.progress(1, str(trait), "trait") as progress:
+        rows = _evaluate(layout, trait, bench.model, bench.options, report, reporter)
+        if rows:
+            with alone(layout, "the evaluation", reporter):
+                report.wrote(write_json(layout.evaluation, _merged(layout, rows), indent=True))
+        progress.advance(1, done=f"{trait}: evaluated")
+
+
+def best_rows(layout: Layout) -> list[EvaluationRow]:
+    """The best row of each trait in the evaluation file, by trait."""
+    return [row for _, row in sorted(best_by_trait(read_evaluation(layout.evaluation)).items())]
 
 
 def draw_heatmaps(layout: Layout, report: RunReport) -> None:
     """Draw each evaluated trait's heatmaps to `evaluation.png` beside its vectors."""
     from tlcapture.plots import evaluation_heatmaps
 
-    by_trait: dict[str, list[Row]] = {}
-    for row in read_json(layout.evaluation)["all_results"]:
-        by_trait.setdefault(row["trait"], []).append(row)
+    by_trait: dict[str, list[EvaluationRow]] = {}
+    for row in read_evaluation(layout.evaluation):
+        by_trait.setdefault(row.trait, []).append(row)
     for trait, rows in by_trait.items():
         path = layout.picture(Trait.parse(trait), "evaluation")
         report.wrote(write_bytes(path, evaluation_heatmaps(trait, rows)))
@@ -96,9 +108,12 @@ def _evaluate(
         metadata = folder.metadata(component)
         if not metadata:
             raise VectorError(f"{folder.path}: no metadata.json says which examples were held out: extract it again")
-        prepared = prepared or prepare(
-            Datasets(layout.root), layout, trait, model, seed=metadata["split"]["seed"], position=metadata["position"]
-        )
+        seed, position = (metadata.get("split") or {}).get("seed"), metadata.get("position")
+        if seed is None or position is None:
+            raise VectorError(
+                f"{folder.metadata_file(component)}: no split and position say what was held out: extract it again"
+            )
+        prepared = prepared or prepare(Datasets(layout.root), layout, trait, model, seed=seed, position=position)
         if prepared.digest != metadata.get("examples") or model.fingerprint != metadata.get("model_fingerprint"):
             raise VectorError("examples or model have changed since the vectors were extracted: extract them again")
         activations = read_out(model, prepared.readings, [component], batch_size=options.batch_size)[component]
@@ -188,23 +203,11 @@ def _doubts(rows: Sequence[Row]) -> list[str]:
 
 def _merged(layout: Layout, rows: Sequence[Row]) -> dict[str, Any]:
     """The evaluation file with new rows in place of those of the same vectors."""
-
-    def key(row: Row) -> tuple[Any, ...]:
-        return (row["trait"], row.get("component", "residual"), row["method"], row["layer"])
-
-    try:
-        before = read_json(layout.evaluation)["all_results"] if layout.evaluation.is_file() else []
-        kept = {key(row): row for row in before}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise StorageError(f"{layout.evaluation}: no evaluation: {type(error).__name__}: {error}") from None
-    merged = [*({**kept, **{key(row): row for row in rows}}).values()]
-    merged.sort(key=lambda row: (row["trait"], row.get("component", "residual"), row["method"], row["layer"]))
-    residual = [row for row in merged if row.get("component", "residual") == "residual"]
-    best: dict[str, Row] = {}
-    for row in residual or merged:
-        if row["trait"] not in best or row["val_effect_size"] > best[row["trait"]]["val_effect_size"]:
-            best[row["trait"]] = row
-    return {"all_results": merged, "best_vectors": best}
+    made = [EvaluationRow.model_validate(row) for row in rows]
+    kept = {row.key: row for row in [*read_evaluation(layout.evaluation), *made]}
+    merged = [kept[key] for key in sorted(kept)]
+    best = {trait: row.as_written() for trait, row in best_by_trait(merged).items()}
+    return {"all_results": [row.as_written() for row in merged], "best_vectors": best}
 
 
 def _number(value: torch.Tensor) -> float:

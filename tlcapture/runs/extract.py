@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tlcapture.chat import bos_policy
@@ -18,6 +19,8 @@ from tlcapture.names import Trait
 from tlcapture.provenance import COMPONENT_HOOKS, model_record
 from tlcapture.runs.alone import alone
 from tlcapture.runs.examples import PreparedExamples, prepare
+from tlcapture.runs.executors import Executor, LocalExecutor, Work
+from tlcapture.runs.model_worker import Bench, ModelWorker, known_of
 from tlcapture.runs.report import Reporter, RunReport
 from tlcapture.runs.vectors import now
 from tlcapture.traits.vector_files import COMPONENTS, METHODS
@@ -38,7 +41,11 @@ class ExtractOptions:
 
 
 def run_extract(
-    layout: Layout, options: ExtractOptions, load: Callable[[], Model], reporter: Reporter = Reporter()
+    layout: Layout,
+    options: ExtractOptions,
+    load: Callable[[], Model],
+    reporter: Reporter = Reporter(),
+    executor: Executor = LocalExecutor(),
 ) -> RunReport:
     """Extract vectors of every trait asked for.
 
@@ -51,33 +58,40 @@ def run_extract(
         if method not in FITS:
             raise InputError(f"no method {method!r}: choose among {', '.join(FITS)}")
     examples = [read_examples(datasets, trait, seed=options.seed) for trait in traits]
-    model = load()
-    layers = options.layers or tuple(range(model.n_layers))
-    for layer in layers:
-        if not 0 <= layer < model.n_layers:
-            raise InputError(f"--layers {layer}: the model has layers 0 to {model.n_layers - 1}")
-    record(layout, extraction_model=model.name)
+    known, loader = known_of(load, executor)
+    for layer in options.layers:
+        if not 0 <= layer < known.n_layers:
+            raise InputError(f"--layers {layer}: the model has layers 0 to {known.n_layers - 1}")
     report = reporter.report(layout)
-    total = sum(len(each.items) for each in examples)
-    with reporter.progress(total, "examples", "example") as progress:
-        for each in examples:
-            with report.attempt(str(each.trait)):
-                _extract(layout, each, model, options, layers, report, reporter, progress.advance)
-                report.n_prompts += len(each.items)
-                progress.advance(done=f"{each.trait}: {len(each.items)} examples")
+    make, tasks = partial(ModelWorker, _extract_one, options), [ExtractionTask(each) for each in examples]
+    executor.run(Work(layout, make, loader, tasks, ExtractionTask.size, "example", str), report, reporter)
     return report
 
 
-def _extract(
-    layout: Layout,
-    examples: Examples,
-    model: Model,
-    options: ExtractOptions,
-    layers: Sequence[int],
-    report: RunReport,
-    reporter: Reporter,
-    on_examples: Callable[[int], None],
-) -> None:
+@dataclass(frozen=True)
+class ExtractionTask:
+    """A trait's examples."""
+
+    examples: Examples
+
+    def __str__(self) -> str:
+        return str(self.examples.trait)
+
+    def size(self) -> int:
+        return len(self.examples.items)
+
+
+def _extract_one(bench: Bench, task: ExtractionTask) -> None:
+    record(bench.layout, extraction_model=bench.model.name)
+    with bench.reporter.progress(task.size(), str(task), "example") as progress:
+        _extract(bench, task.examples, progress.advance)
+        bench.report.n_prompts += task.size()
+        progress.advance(done=f"{task}: {task.size()} examples")
+
+
+def _extract(bench: Bench, examples: Examples, on_examples: Callable[[int], None]) -> None:
+    layout, model, options = bench.layout, bench.model, bench.options
+    layers = options.layers or tuple(range(model.n_layers))
     prepared = prepare(
         Datasets(layout.root), layout, examples.trait, model, position=options.position, examples=examples
     )
@@ -95,8 +109,8 @@ def _extract(
     }
     for component, vectors in fitted.items():
         metadata = _metadata(layout, component, model, options, layers, prepared)
-        with alone(layout, f"vectors of {examples.trait}", reporter):
-            _write(VectorFolder(layout, examples.trait), component, vectors, metadata, report)
+        with alone(layout, f"vectors of {examples.trait}", bench.reporter):
+            _write(VectorFolder(layout, examples.trait), component, vectors, metadata, bench.report)
 
 
 def _fit(method: str, activations: Activations, labels: Labels, seed: int) -> LayerVectors:

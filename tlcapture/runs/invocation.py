@@ -20,7 +20,14 @@ class Invocation:
     def to_json(self) -> dict[str, Any]:
         return {
             "command": self.command,
-            "command_line": self.command_line,
-            "arguments": dict(self.arguments),
+            "command_line": _as_text(self.command_line),
+            "arguments": {name: _as_text(value) for name, value in self.arguments.items()},
             "started": self.began.isoformat(timespec="seconds"),
         }
+
+
+def _as_text(value: Any) -> Any:
+    """A word that a file can hold: bytes of a command line that are no UTF-8 are written as `\\udc80` and so on."""
+    if isinstance(value, list | tuple):
+        return [_as_text(each) for each in value]
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tlcapture.config import settle_model
 from tlcapture.embedded import NAME, is_converted
@@ -13,6 +14,7 @@ from tlcapture.runs.report import Reporter
 
 if TYPE_CHECKING:
     from tlcapture.models import Model, ModelOutline
+    from tlcapture.runs.shipping import ModelFiles
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class ModelLoader:
     engine: str = "auto"
     device: str = "auto"
     dtype: str = "auto"
+    n_devices: int = 1
+    source: Path | None = None  # where the model's files are, if not where its name says
 
     @classmethod
     def settle(
@@ -37,13 +41,18 @@ class ModelLoader:
         engine: str,
         device: str,
         dtype: str,
+        n_devices: int,
     ) -> ModelLoader:
         """The loader of an experiment's model in a role.
 
         Raises `InputError` at once where the model asked for is not the experiment's.
         """
         name = settle_model(layout, role, model, NAME, allow_change=allow_model_change)
-        return cls(name, reporter, engine, device, dtype)
+        return cls(name, reporter, engine, device, dtype, n_devices)
+
+    def silent(self) -> ModelLoader:
+        """The same, telling nobody: what can be sent to another process."""
+        return replace(self, reporter=Reporter())
 
     @cached_property
     def outline(self) -> ModelOutline:
@@ -52,12 +61,19 @@ class ModelLoader:
 
         return outline_model(self.name)
 
+    def files(self) -> ModelFiles:
+        """The model's files, which are fetched from the hub if need be."""
+        from tlcapture.runs.shipping import ModelFiles
+
+        return ModelFiles.of(self.name)
+
     def __call__(self) -> Model:
         from tlcapture.models import load_model
 
-        first_time = self.name == NAME and not is_converted()
+        first_time = self.name == NAME and self.source is None and not is_converted()
         self.reporter.line(f"loading {self.name}{', converting it once first' if first_time else ''} ...")
-        model = load_model(self.name, engine=self.engine, device=self.device, dtype=self.dtype)
+        where: dict[str, Any] = {"device": self.device, "n_devices": self.n_devices, "source": self.source}
+        model = load_model(self.name, engine=self.engine, dtype=self.dtype, **where)
         dtype = str(model.dtype).removeprefix("torch.")
         facts = {"name": model.name, "engine": model.engine, "device": str(model.device), "dtype": dtype}
         self.reporter.uses(model={**facts, "fingerprint": model.fingerprint})

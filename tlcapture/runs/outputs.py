@@ -158,7 +158,7 @@ def write_capture(layout: Layout, capture: Capture) -> Written:
     """
     prompt_set, prompt_id = capture.prompt_set, capture.prompt_id
     path = layout.residual(prompt_set, prompt_id)
-    derived = [] if _is_alike(path, capture) else _derived(layout, prompt_set, prompt_id)
+    derived = [] if is_alike(path, capture) else derived_files(layout, prompt_set, prompt_id)
     return capture.save(path, before_replacing=lambda: remove(derived))
 
 
@@ -166,7 +166,7 @@ def remove_stale(layout: Layout, capture: Capture) -> None:
     """Remove what was derived from another run of a prompt whose capture is not written but projected."""
     before = ProjectedCapture.find(layout, capture.prompt_set, capture.prompt_id)
     if before is None or not before.is_like(capture):
-        remove(_derived(layout, capture.prompt_set, capture.prompt_id))
+        remove(derived_files(layout, capture.prompt_set, capture.prompt_id))
 
 
 def add_ons(
@@ -218,7 +218,7 @@ def _internals_content(capture: Capture, cache: Cache, layer: int) -> dict[str, 
     }
 
 
-def _is_alike(path: Path, capture: Capture) -> bool:
+def is_alike(path: Path, capture: Capture) -> bool:
     """Whether the capture in a file has the same tokens from the same model, computed alike."""
     try:
         saved = Capture.open(path)
@@ -228,7 +228,7 @@ def _is_alike(path: Path, capture: Capture) -> bool:
     return saved.token_ids == capture.token_ids and all(saved.metadata.get(k) == capture.metadata[k] for k in keys)
 
 
-def _derived(layout: Layout, prompt_set: str, prompt_id: str) -> list[Path]:
+def derived_files(layout: Layout, prompt_set: str, prompt_id: str) -> list[Path]:
     """Every file made from a prompt's raw residual that exists."""
     files = [layout.attention(prompt_set, prompt_id), layout.logit_lens(prompt_set, prompt_id)]
     files += layout.all_internals(prompt_set, prompt_id) + layout.all_projections(prompt_set, prompt_id)

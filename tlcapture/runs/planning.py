@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from tlcapture.captures import Capture
 from tlcapture.chat import TokenizedPrompt, tokenize
@@ -25,6 +25,7 @@ from tlcapture.runs.shards import Shard
 from tlcapture.runs.vectors import Chooser, Projectable, VectorChoice
 
 ALL_LAYERS = "all"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,29 @@ class Plan:
     @property
     def does_something(self) -> bool:
         return bool(self.fresh) or any(self.saved.values())
+
+    def label(self) -> str:
+        """What it is, for people."""
+        ids = [*sorted(self.fresh), *self.saved]
+        return f"{self.prompt_set.name}/{ids[0]}" if len(ids) == 1 else f"{len(ids)} prompts of {self.prompt_set.name}"
+
+    def split(self, most: int) -> list[Plan]:
+        """The same in plans of at most so many prompts, each of which is a batch of like lengths."""
+        ordered = sorted(self.company, key=lambda prompt: len(prompt.token_ids), reverse=True)
+        parts = [
+            replace(self, company=batch, fresh=fresh, saved={}, refused=())
+            for batch in _pieces(ordered, most)
+            if (fresh := self.fresh & {prompt.id for prompt in batch})
+        ]
+        saved = list(self.saved.items())
+        return parts + [
+            replace(self, company=(), fresh=frozenset(), saved=dict(piece), refused=())
+            for piece in _pieces(saved, most)
+        ]
+
+
+def _pieces(items: Sequence[T], most: int) -> list[Sequence[T]]:
+    return [items[start : start + most] for start in range(0, len(items), most)]
 
 
 class Planner:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tlcapture.captures import Capture
-from tlcapture.errors import InputError, StorageError
+from tlcapture.errors import InputError, NumericalError, StorageError
 from tlcapture.layout import Layout
 from tlcapture.runs.alone import alone
+from tlcapture.runs.executors import Executor, LocalExecutor, Work
 from tlcapture.runs.report import Reporter, RunReport
 from tlcapture.runs.shards import Shard
 from tlcapture.runs.vectors import Chooser, VectorChoice, project_capture, traits_to_project
 from tlcapture.storage import read_json, write_json
 from tlcapture.traits.projection import dynamics_of_file
+from tlcapture.traits.projection_files import ProjectionFile
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,11 @@ class ProjectOptions:
 
 
 def run_project(
-    layout: Layout, prompt_sets: Sequence[str], options: ProjectOptions, reporter: Reporter = Reporter()
+    layout: Layout,
+    prompt_sets: Sequence[str],
+    options: ProjectOptions,
+    reporter: Reporter = Reporter(),
+    executor: Executor = LocalExecutor(),
 ) -> RunReport:
     """Project all captures of prompt sets.
 
@@ -54,17 +62,80 @@ def run_project(
         return report
     if not traits_to_project(layout, options.vectors):
         raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
-    chooser = Chooser(layout, options.vectors, report, reporter)
-    for name in prompt_sets:
-        with (
-            alone(layout, f"captures of {name}", reporter, options.shard, "projection"),
-            reporter.progress(len(ids[name]), name, "prompt") as progress,
-        ):
-            for prompt_id in ids[name]:
-                with report.attempt(f"{name}/{prompt_id}"):
-                    _project_one(layout, name, prompt_id, options, chooser, report, reporter)
-                progress.advance(1)
+    with ExitStack() as stack:
+        for name in sorted(prompt_sets):
+            stack.enter_context(alone(layout, f"captures of {name}", reporter, options.shard, "projection"))
+        executor.run(
+            Work(
+                layout,
+                partial(ProjectionWorker, options),
+                None,
+                [SavedPrompts(name, ids[name]) for name in prompt_sets],
+                size=lambda task: len(task.ids),
+                unit="prompt",
+                label=SavedPrompts.label,
+                split=SavedPrompts.split,
+                reads=[options.vectors.layout(layout)],
+                inputs=lambda task: [layout.residual(task.prompt_set, each) for each in task.ids],
+            ),
+            report,
+            reporter,
+        )
     return report
+
+
+@dataclass(frozen=True)
+class SavedPrompts:
+    """Prompts of a set that have captures."""
+
+    prompt_set: str
+    ids: Sequence[str]
+
+    def split(self, most: int) -> list[SavedPrompts]:
+        starts = range(0, len(self.ids), most)
+        return [SavedPrompts(self.prompt_set, self.ids[start : start + most]) for start in starts]
+
+    def label(self) -> str:
+        return f"{len(self.ids)} prompts of {self.prompt_set}"
+
+
+class ProjectionWorker:
+    """Projects saved captures onto the vectors chosen."""
+
+    def __init__(self, options: ProjectOptions, layout: Layout, load: object, report: RunReport, reporter: Reporter):
+        self._options = options
+        self._layout = layout
+        self._report = report
+        self._reporter = reporter
+        self._chooser = Chooser(layout, options.vectors, report, reporter)
+
+    def prepare(self) -> None:
+        """Vectors are chosen when a first capture shows its measures."""
+
+    def do(self, task: SavedPrompts) -> None:
+        with self._reporter.progress(len(task.ids), task.prompt_set, "prompt") as progress:
+            for prompt_id in task.ids:
+                with self._report.attempt(f"{task.prompt_set}/{prompt_id}"):
+                    self._project(task.prompt_set, prompt_id)
+                progress.advance(1)
+
+    def _project(self, prompt_set: str, prompt_id: str) -> None:
+        raw = self._layout.residual(prompt_set, prompt_id)
+        capture = Capture.open(raw)
+        if capture.prompt_set != prompt_set or capture.prompt_id != prompt_id:
+            says = f"{capture.prompt_set}/{capture.prompt_id}"
+            raise StorageError(f"{raw}: it says it is {says}: it was moved or renamed")
+        choose = self._chooser.missing if self._options.skip_existing else self._chooser.vectors
+        vectors = choose(capture, self._options.component)
+        if not vectors:
+            self._report.n_skipped += self._options.skip_existing
+            return
+        intended = self._options.vectors.experiment is not None
+        try:
+            project_capture(self._layout, capture, vectors, self._report, self._reporter, other_model_intended=intended)
+        except NumericalError as error:
+            raise NumericalError(f"{raw}: {error}") from None
+        self._report.n_prompts += 1
 
 
 def _there(layout: Layout, prompt_set: str, ids: list[str]) -> list[str]:
@@ -79,29 +150,6 @@ def _there(layout: Layout, prompt_set: str, ids: list[str]) -> list[str]:
             f"experiment {layout.experiment!r} has no captures of prompt set {prompt_set!r}; captured sets: {there}"
         )
     return ids
-
-
-def _project_one(
-    layout: Layout,
-    prompt_set: str,
-    prompt_id: str,
-    options: ProjectOptions,
-    chooser: Chooser,
-    report: RunReport,
-    reporter: Reporter,
-) -> None:
-    raw = layout.residual(prompt_set, prompt_id)
-    capture = Capture.open(raw)
-    if capture.prompt_set != prompt_set or capture.prompt_id != prompt_id:
-        raise StorageError(f"{raw}: it says it is {capture.prompt_set}/{capture.prompt_id}: it was moved or renamed")
-    choose = chooser.missing if options.skip_existing else chooser.vectors
-    vectors = choose(capture, options.component)
-    if not vectors:
-        report.n_skipped += options.skip_existing
-        return
-    intended = options.vectors.experiment is not None
-    project_capture(layout, capture, vectors, report, reporter, other_model_intended=intended)
-    report.n_prompts += 1
 
 
 def _recompute_dynamics(
@@ -124,9 +172,7 @@ def _recompute_dynamics(
                 continue
             for path in paths:
                 with report.attempt(name):
-                    content = read_json(path)
-                    content["dynamics"] = _dynamics(path, content)
-                    report.wrote(write_json(path, content))
+                    report.wrote(write_json(path, _with_new_dynamics(path)))
             report.n_prompts += 1
             progress.advance(1)
 
@@ -136,8 +182,11 @@ def _is_wanted(layout: Layout, path: Path, options: ProjectOptions) -> bool:
     return component == options.component and (not options.vectors.traits or trait in options.vectors.traits)
 
 
-def _dynamics(path: Path, content: Any) -> dict[str, Any]:
-    try:
-        return dynamics_of_file(content).to_json()
-    except StorageError as error:
-        raise StorageError(f"{path}: {error}") from None
+def _with_new_dynamics(path: Path) -> dict[str, Any]:
+    """What a projection file holds, its dynamics computed again whatever they were."""
+    content = read_json(path)
+    others = (
+        {key: value for key, value in content.items() if key != "dynamics"} if isinstance(content, dict) else content
+    )
+    dynamics = dynamics_of_file(ProjectionFile.parse(others, path)).to_json()
+    return {**content, "dynamics": dynamics}

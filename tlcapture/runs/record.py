@@ -73,7 +73,17 @@ class RecordedReport(RunReport):
         return content
 
     def _content(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        return {**self._invocation.to_json(), **state, **_surroundings(), **self._facts, **self.to_json()}
+        content = {**self._invocation.to_json(), **state, **_surroundings(), **self._facts, **self.to_json()}
+        return {name: _text(value) for name, value in content.items()}
+
+
+def _text(value: Any) -> Any:
+    """A value whose texts are Unicode: what a shell handed over need not be."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {name: _text(each) for name, each in value.items()}
+    return [_text(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _surroundings() -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,8 +80,10 @@ class WrittenFiles:
         self.count += 1
         self.size += written.size
         path = written.path
-        if path.is_relative_to(self.folder):
-            path = path.relative_to(self.folder)
+        for folder in (self.folder, self.folder.resolve()):
+            if path.is_relative_to(folder):
+                path = path.relative_to(folder)
+                break
         count, size = self.by_folder.get(path.parent.as_posix(), (0, 0))
         self.by_folder[path.parent.as_posix()] = (count + 1, size + written.size)
         if len(self.listed) < _MOST_LISTED:
@@ -98,6 +100,18 @@ class WrittenFiles:
         }
 
 
+@dataclass(frozen=True)
+class Done:
+    """What a worker in another process did, as it is sent back."""
+
+    written: Sequence[Written] = ()
+    failures: Sequence[Failed] = ()
+    warnings: Sequence[str] = ()
+    n_prompts: int = 0
+    n_skipped: int = 0
+    n_tokens: int = 0
+
+
 @dataclass
 class RunReport:
     """What a run wrote, skipped and failed at."""
@@ -109,6 +123,7 @@ class RunReport:
     n_tokens: int = 0
     failures: list[Failed] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    retried: list[str] = field(default_factory=list)
     files: WrittenFiles = field(init=False)
 
     def __post_init__(self) -> None:
@@ -136,6 +151,17 @@ class RunReport:
         except TlcaptureError as error:
             self.failed(what, error)
 
+    def add(self, other: Done, reporter: Reporter) -> None:
+        """Add what a worker did."""
+        for written in other.written:
+            self.wrote(written)
+        self.failures += other.failures
+        for text in other.warnings:
+            self.warn(text, reporter)
+        self.n_prompts += other.n_prompts
+        self.n_skipped += other.n_skipped
+        self.n_tokens += other.n_tokens
+
     def warn(self, text: str, reporter: Reporter) -> None:
         """Pass on a warning, once."""
         if text not in self.warnings:
@@ -153,6 +179,8 @@ class RunReport:
             parts.append(f"{self.n_tokens} new tokens")
         if self.n_skipped:
             parts.append(f"{self.n_skipped} prompts skipped: nothing was missing")
+        if self.retried:
+            parts.append(f"{len(self.retried)} pieces of work run again after their worker died")
         if self.failures:
             parts.append(f"{len(self.failures)} failed")
         return f"wrote {', '.join(parts)}, in {self.seconds:.1f} s"
@@ -168,4 +196,5 @@ class RunReport:
             "files": self.files.to_json(),
             "failures": [failed._asdict() for failed in self.failures],
             "warnings": self.warnings,
+            "retried": self.retried,
         }

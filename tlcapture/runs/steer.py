@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from os.path import lexists
 from typing import Any
 
 import torch
@@ -19,11 +21,14 @@ from tlcapture.models import Model
 from tlcapture.names import Trait
 from tlcapture.rounding import round_significant
 from tlcapture.runs.alone import alone
+from tlcapture.runs.executors import Executor, LocalExecutor, Work
+from tlcapture.runs.model_worker import Bench, ModelWorker, known_of
 from tlcapture.runs.report import Progress, Reporter, RunReport
 from tlcapture.runs.vectors import now
 from tlcapture.storage import read_bytes, read_json, write_bytes, write_json
 from tlcapture.traits.projection import check_fits
-from tlcapture.traits.selection import COHERENT, SteeringRun, select
+from tlcapture.traits.selection import COHERENT, select
+from tlcapture.traits.steering_files import SteeringResults, SteeringRun
 from tlcapture.traits.vectors import TraitVector, VectorFolder
 from tlcapture.validation import first_problem
 
@@ -45,7 +50,11 @@ class SteerOptions:
 
 
 def run_steer(
-    layout: Layout, options: SteerOptions, load: Callable[[], Model], reporter: Reporter = Reporter()
+    layout: Layout,
+    options: SteerOptions,
+    load: Callable[[], Model],
+    reporter: Reporter = Reporter(),
+    executor: Executor = LocalExecutor(),
 ) -> RunReport:
     """Steer with every trait's vectors and write `results.json` after every run; runs that are there are skipped.
 
@@ -59,13 +68,32 @@ def run_steer(
     traits = options.traits or tuple(there)
     if not traits:
         raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
-    questions = {trait: read_questions(Datasets(layout.root), trait) for trait in traits}
-    model, report = load(), reporter.report(layout)
-    with reporter.progress(0 if options.search else _n_runs(traits, options, model), "steering", "run") as progress:
-        for trait in traits:
-            with report.attempt(str(trait)), alone(layout, f"steering of {trait}", reporter):
-                _steer(layout, trait, questions[trait], model, options, report, progress)
+    tasks = [SteeringTask(trait, read_questions(Datasets(layout.root), trait)) for trait in traits]
+    known, loader = known_of(load, executor)
+    report = reporter.report(layout)
+    make, n_runs = partial(ModelWorker, _steer_one, options), _n_runs(options, known.n_layers)
+    executor.run(Work(layout, make, loader, tasks, lambda task: n_runs, "run", str), report, reporter)
     return report
+
+
+@dataclass(frozen=True)
+class SteeringTask:
+    """A trait and the questions that are asked while its vectors are added."""
+
+    trait: Trait
+    questions: Sequence[Question]
+
+    def __str__(self) -> str:
+        return str(self.trait)
+
+
+def _steer_one(bench: Bench, task: SteeringTask) -> None:
+    n_runs = _n_runs(bench.options, bench.model.n_layers)
+    with (
+        alone(bench.layout, f"steering of {task.trait}", bench.reporter),
+        bench.reporter.progress(n_runs, str(task.trait), "run") as progress,
+    ):
+        _steer(bench.layout, task.trait, task.questions, bench.model, bench.options, bench.report, progress)
 
 
 def read_questions(datasets: Datasets, trait: Trait) -> list[Question]:
@@ -79,9 +107,10 @@ def read_questions(datasets: Datasets, trait: Trait) -> list[Question]:
         raise InputError(f"{path}: {first_problem(error)}") from None
 
 
-def _n_runs(traits: Sequence[Trait], options: SteerOptions, model: Model) -> int:
-    per_trait = len(options.layers or range(model.n_layers)) * max(1, len(options.methods)) * len(options.coefficients)
-    return len(traits) * per_trait
+def _n_runs(options: SteerOptions, n_layers: int) -> int:
+    """How many runs a trait takes; 0 for a search, whose length is not known before."""
+    per_layer = max(1, len(options.methods)) * len(options.coefficients)
+    return 0 if options.search else len(options.layers or range(n_layers)) * per_layer
 
 
 def _steer(
@@ -176,9 +205,9 @@ class _Results:
         self._path = layout.steering(trait)
         self._report = report
         self._content: dict[str, Any] = {"baseline": {}, "runs": []}
-        if self._path.is_file():
+        if lexists(self._path):
             before = read_json(self._path)
-            metadata = before.get("metadata", {}) if isinstance(before, dict) else {}
+            metadata = SteeringResults.parse(before, self._path).metadata
             if (metadata.get("model_fingerprint"), metadata.get("scored_by")) == (model.fingerprint, _scorer(judge)):
                 self._content = before
         self._content["metadata"] = {
@@ -197,7 +226,7 @@ class _Results:
         config = _config(vector, coefficient)
         for run in self._content["runs"]:
             if run["config"] == config and run.get("vector_timestamp") == vector.metadata.get("timestamp"):
-                return SteeringRun.parse(run, self._content["baseline"]["trait_mean"])
+                return self._parsed(run)
         return None
 
     def add(self, vector: TraitVector, coefficient: float, score: SteeringScore) -> SteeringRun:
@@ -210,7 +239,10 @@ class _Results:
         }
         self._content["runs"] = [*(each for each in self._content["runs"] if each["config"] != config), run]
         self._report.wrote(write_json(self._path, self._content, indent=True))
-        return SteeringRun.parse(run, self._content["baseline"]["trait_mean"])
+        return self._parsed(run)
+
+    def _parsed(self, run: dict[str, Any]) -> SteeringRun:
+        return SteeringResults.parse({**self._content, "runs": [run]}, self._path).single_layer_runs[0]
 
 
 def _scorer(judge: Judge | None) -> str:
@@ -242,6 +274,6 @@ def draw_curves(layout: Layout, traits: Sequence[Trait], report: RunReport) -> N
 
     for trait in traits:
         path = layout.steering(trait)
-        if path.is_file():
-            results = read_json(path)
+        if lexists(path):
+            results = SteeringResults.read(path)
             report.wrote(write_bytes(layout.picture(trait, "steering"), steering_curves(str(trait), results)))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, pstdev
-from typing import Any
 
 from tlcapture.errors import StorageError
 from tlcapture.layout import Layout
-from tlcapture.storage import read_json
-from tlcapture.traits.projection_files import trajectory_of_file
+from tlcapture.traits.projection_files import ProjectionFile
 
 _FEWEST_TO_COMPARE = 3
 
@@ -36,7 +33,7 @@ class TopTrait:
 
 def top_traits(layout: Layout, prompt_set: str, component: str = "residual") -> list[TopTrait]:
     """For each prompt of a set that has projections, the trait that rose most."""
-    by_trait: dict[str, dict[str, dict[str, Any]]] = {}
+    by_trait: dict[str, dict[str, ProjectionFile]] = {}
     for prompt_id in layout.prompt_ids(prompt_set):
         for path in layout.all_projections(prompt_set, prompt_id):
             trait, of_component = layout.of_projection(path)
@@ -52,24 +49,19 @@ def top_traits(layout: Layout, prompt_set: str, component: str = "residual") -> 
     return tops
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """A projection file; `None` for a damaged one, which the run has named already."""
+def _read(path: Path) -> ProjectionFile | None:
+    """A projection file; `None` for a damaged one, which the run has named already, and one without dynamics."""
     try:
-        content = read_json(path)
-        trajectory_of_file(content)
-        complete = "commitment_point" in content["dynamics"] and all(
-            isinstance(content[part]["tokens"], list) and isinstance(content[part]["text"], str)
-            for part in ("prompt", "response")
-        )
-    except (StorageError, KeyError, TypeError):
+        content = ProjectionFile.read(path)
+    except StorageError:
         return None
-    return dict(content) if complete else None
+    return content if content.dynamics is not None else None
 
 
-def _rises(contents: dict[str, dict[str, Any]]) -> dict[str, float]:
+def _rises(contents: dict[str, ProjectionFile]) -> dict[str, float]:
     raw, spread = {}, {}
     for prompt_id, content in contents.items():
-        prompt, response = trajectory_of_file(content)
+        prompt, response = content.trajectory
         before = prompt[1:]
         if before and response:
             raw[prompt_id] = mean(response) - mean(before)
@@ -80,8 +72,7 @@ def _rises(contents: dict[str, dict[str, Any]]) -> dict[str, float]:
     return {prompt_id: (rise - centre) / scale for prompt_id, rise in raw.items()}
 
 
-def _top(prompt_id: str, trait: str, rise: float, content: dict[str, Any]) -> TopTrait:
-    point = content["dynamics"]["commitment_point"]
-    tokens: Sequence[str] = [*content["prompt"]["tokens"], *content["response"]["tokens"]]
-    token = None if point is None else tokens[point]
-    return TopTrait(prompt_id, trait, rise, point, token, content["response"]["text"])
+def _top(prompt_id: str, trait: str, rise: float, content: ProjectionFile) -> TopTrait:
+    point = content.dynamics.commitment_point if content.dynamics else None
+    token = None if point is None else content.tokens[point]
+    return TopTrait(prompt_id, trait, rise, point, token, content.response.text)

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tlcapture.errors import InputError, StorageError
 from tlcapture.kept import listed
-from tlcapture.storage import read_json
+from tlcapture.traits.projection_files import ProjectionFile
 
 Scores = NDArray[np.float64]
 
@@ -100,39 +99,32 @@ class ProjectedTokens:
     @classmethod
     def read(cls, path: Path) -> ProjectedTokens:
         """Read a projection file; raises `StorageError` for anything that is none."""
-        content = read_json(path)
-        try:
-            return _from_file(content)
-        except StorageError as error:
-            raise StorageError(f"{path}: {error}") from None
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise StorageError(f"{path}: no projection file: {type(error).__name__}: {error}") from None
-
-
-def _from_file(content: Any) -> ProjectedTokens:
-    metadata, parts = content["metadata"], [content["prompt"], content["response"]]
-    source, sublayers = metadata["vector_source"], [str(name) for name in metadata["sublayers"]]
-    tokens = [[str(token) for token in part["tokens"]] for part in parts]
-    scores = [content["projections"][name] for name in ("prompt", "response")]
-    if any(len(these) != len(those) for these, those in zip(tokens, scores, strict=True)):
-        raise StorageError("it has not as many projections as tokens")
-    line = [*scores[0], *scores[1]]
-    layers = [layer for layer, at in enumerate(line[0]) if at is not None] if line else []
-    # An array of its own shape needs numbers where a layer was not kept.
-    none = [None] * len(sublayers)
-    commitment_point = content["dynamics"]["commitment_point"]
-    return ProjectedTokens(
-        prompt_set=str(metadata["prompt_set"]),
-        prompt_id=str(metadata["prompt_id"]),
-        trait=str(source["trait"]),
-        component=str(source["component"]),
-        method=str(source["method"]),
-        layer=int(source["layer"]),
-        tokens=[*tokens[0], *tokens[1]],
-        n_prompt_tokens=len(tokens[0]),
-        scores=np.array([[none if at is None else at for at in token] for token in line], dtype=np.float64),
-        sublayers=sublayers,
-        layers=layers,
-        commitment_point=None if commitment_point is None else int(commitment_point),
-        persistence=int(content["dynamics"]["persistence"]),
-    )
+        content = ProjectionFile.read(path)
+        metadata, dynamics = content.metadata, content.dynamics
+        source = metadata.vector_source
+        needed = {
+            "dynamics": dynamics,
+            "metadata.prompt_set": metadata.prompt_set,
+            "metadata.prompt_id": metadata.prompt_id,
+            "metadata.sublayers": metadata.sublayers,
+            **{f"metadata.vector_source.{name}": getattr(source, name) for name in ("trait", "component", "method")},
+        }
+        lacking = [name for name, value in needed.items() if value is None]
+        if lacking or dynamics is None:
+            raise StorageError(f"{path}: no whole projection file: it lacks {', '.join(lacking)}")
+        none = [np.nan] * len(metadata.sublayers or ())  # in place of a layer that was not kept
+        return cls(
+            prompt_set=str(metadata.prompt_set),
+            prompt_id=str(metadata.prompt_id),
+            trait=str(source.trait),
+            component=str(source.component),
+            method=str(source.method),
+            layer=source.layer,
+            tokens=content.tokens,
+            n_prompt_tokens=len(content.prompt.tokens),
+            scores=np.array([[none if at is None else at for at in token] for token in content.scores], np.float64),
+            sublayers=metadata.sublayers or (),
+            layers=content.layers,
+            commitment_point=dynamics.commitment_point,
+            persistence=dynamics.persistence,
+        )

@@ -24,7 +24,7 @@ from tlcapture.rounding import PROJECTION_DIGITS, rounded_for_json
 from tlcapture.shapes import Trajectory, Vectors
 from tlcapture.traits.dynamics import Dynamics, dynamics
 from tlcapture.traits.origin import recorded_origin
-from tlcapture.traits.projection_files import trajectory_of_file
+from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.selection import Selection
 from tlcapture.traits.vectors import TraitVector
 from tlcapture.views.residual import ResidualStream
@@ -177,9 +177,9 @@ def unit_directions(vectors: Sequence[TraitVector]) -> Vectors:
     return (stacked / stacked.norm(dim=1, keepdim=True)).float()
 
 
-def dynamics_of_file(content: Any) -> Dynamics:
+def dynamics_of_file(content: ProjectionFile) -> Dynamics:
     """The dynamics of a projection file, computed again from the projections it holds."""
-    prompt, response = trajectory_of_file(content)
+    prompt, response = content.trajectory
     return dynamics(torch.tensor([*prompt, *response], dtype=torch.float64), len(prompt))
 
 

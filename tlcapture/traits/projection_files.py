@@ -1,22 +1,159 @@
-"""What projection files hold, without torch."""
+"""What projection files hold, checked, without torch.
+
+ProjectionFile.read(path).trajectory      # (prompt, response), at the vector's own layer
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from tlcapture.errors import StorageError
+from pydantic import Field, model_validator
+
+from tlcapture.kept import listed
+from tlcapture.storage import read_json
+from tlcapture.validation import Count, FileContent, Layer, Number, checked
 
 
-def trajectory_of_file(content: Any) -> tuple[list[float], list[float]]:
-    """The trajectory that a projection file holds, prompt and response apart.
+class Part(FileContent):
+    """Prompt or response; a file need not repeat how many tokens there are, nor hold the text."""
 
-    Raises `StorageError` for what is no projection file.
-    """
-    try:
-        layer = content["metadata"]["vector_source"]["layer"]
-        parts = (content["projections"][part] for part in ("prompt", "response"))
-        # Of a layer that was not kept there is null, which no trajectory can be taken from.
-        prompt, response = ([float(token[layer][-1]) for token in part] for part in parts)
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise StorageError(f"no projection file: {type(error).__name__}: {error}") from None
-    return prompt, response
+    tokens: list[str]
+    text: str = ""
+    n_tokens: int | None = None
+
+    @model_validator(mode="after")
+    def _counts_agree(self) -> Part:
+        if self.n_tokens not in (None, len(self.tokens)):
+            raise ValueError(f"n_tokens says {self.n_tokens}, but there are {len(self.tokens)} tokens")
+        return self
+
+
+class Scores(FileContent):
+    """`[n_tokens][n_layers][n_sublayers]` of each part, null in place of a layer that the capture did not keep."""
+
+    prompt: list[list[list[Number] | None]]
+    response: list[list[list[Number] | None]]
+
+
+class DynamicsRecord(FileContent):
+    """The dynamics as they were when the file was written."""
+
+    commitment_point: Count | None
+    persistence: Count
+    peak_velocity: Number | None = None
+    velocity: list[Number] | None = None
+    acceleration: list[Number] | None = None
+
+
+class VectorSource(FileContent):
+    """The vector and how it was chosen; the trajectory is taken at its layer."""
+
+    layer: Layer
+    trait: str | None = None
+    method: str | None = None
+    component: str | None = None
+    model: str | None = None
+    experiment: str | None = None
+    selected_by: str | None = None
+    score: Number | None = None
+
+
+class ProjectionMetadata(FileContent):
+    vector_source: VectorSource
+    sublayers: list[str] | None = Field(default=None, min_length=1)
+    layers: list[Layer] | None = None
+    prompt_set: str | None = None
+    prompt_id: str | None = None
+    inference_model: str | None = None
+    warnings: list[str] = Field(default_factory=list)
+
+
+class ProjectionFile(FileContent):
+    """One capture's projection onto one trait's vector, every score finite and of one shape."""
+
+    prompt: Part
+    response: Part
+    projections: Scores
+    metadata: ProjectionMetadata
+    dynamics: DynamicsRecord | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> ProjectionFile:
+        """Read a projection file; raises `StorageError` for anything that is none."""
+        return cls.parse(read_json(path), path)
+
+    @classmethod
+    def parse(cls, content: Any, path: Path) -> ProjectionFile:
+        return checked(cls, content, path, "projection file")
+
+    @property
+    def tokens(self) -> list[str]:
+        return self.prompt.tokens + self.response.tokens
+
+    @property
+    def scores(self) -> list[list[list[float] | None]]:
+        """Prompt and response in one line."""
+        return self.projections.prompt + self.projections.response
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.scores[0])
+
+    @property
+    def layers(self) -> list[int]:
+        """Those that the capture kept."""
+        return [layer for layer, at in enumerate(self.scores[0]) if at is not None]
+
+    @property
+    def trajectory(self) -> tuple[list[float], list[float]]:
+        """The last sublayer's scores at the vector's own layer, prompt and response apart."""
+        layer = self.metadata.vector_source.layer
+        prompt, response = (
+            [at[-1] for token in part if (at := token[layer]) is not None]  # null at none: the layer was kept
+            for part in (self.projections.prompt, self.projections.response)
+        )
+        return prompt, response
+
+    @model_validator(mode="after")
+    def _is_of_one_shape(self) -> ProjectionFile:
+        for name in ("prompt", "response"):
+            n_tokens, n_scores = len(getattr(self, name).tokens), len(getattr(self.projections, name))
+            if n_tokens != n_scores:
+                raise ValueError(
+                    f"it has not as many projections as tokens: {n_scores} for {n_tokens} tokens of the {name}"
+                )
+        if not self.scores:
+            raise ValueError("it has no tokens")
+        n_layers, n_sublayers = len(self.scores[0]), max((len(at) for at in self.scores[0] if at), default=0)
+        shape = [None if at is None else n_sublayers for at in self.scores[0]]
+        if any([None if at is None else len(at) for at in token] != shape for token in self.scores):
+            raise ValueError("its tokens have not all as many layers and sublayers")
+        if not n_sublayers:
+            raise ValueError("its tokens have no scores")
+        self._check_metadata(n_layers, n_sublayers)
+        self._check_dynamics(len(self.scores))
+        return self
+
+    def _check_metadata(self, n_layers: int, n_sublayers: int) -> None:
+        layer, sublayers = self.metadata.vector_source.layer, self.metadata.sublayers
+        if layer >= n_layers:
+            raise ValueError(f"a vector of layer {layer}, but scores of {n_layers} layers")
+        if layer not in self.layers or self.metadata.layers not in (None, self.layers):
+            said = "" if self.metadata.layers is None else f", and metadata says {listed(self.metadata.layers)}"
+            raise ValueError(f"a vector of layer {layer}, but scores of layers {listed(self.layers)}{said}")
+        if sublayers is not None and len(sublayers) != n_sublayers:
+            raise ValueError(f"{n_sublayers} scores a layer, but {len(sublayers)} sublayers")
+
+    def _check_dynamics(self, n_tokens: int) -> None:
+        found = self.dynamics
+        if found is None:
+            return
+        if found.commitment_point is not None and found.commitment_point >= n_tokens:
+            raise ValueError(f"commitment point {found.commitment_point} of {n_tokens} tokens")
+        if found.persistence >= n_tokens:
+            raise ValueError(f"persistence of {found.persistence} in {n_tokens} tokens")
+        for name, expected in (("velocity", n_tokens - 1), ("acceleration", max(0, n_tokens - 2))):
+            values = getattr(found, name)
+            if values is not None and len(values) != expected:
+                raise ValueError(f"{name} has {len(values)} numbers for {n_tokens} tokens, expected {expected}")

@@ -7,13 +7,15 @@ layer 16 the layer nearest to 0.6 of its depth, with a warning. An override wins
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import index
-from typing import Any, SupportsIndex
+from os.path import lexists
+from typing import SupportsIndex
 
 from tlcapture.errors import InputError, VectorError
-from tlcapture.storage import read_json
+from tlcapture.traits.evaluation_files import read_evaluation
+from tlcapture.traits.steering_files import SteeringResults, SteeringRun
 from tlcapture.traits.vector_files import VectorFiles
 
 COHERENT = 70
@@ -74,58 +76,19 @@ def fallback_layer(n_layers: int) -> int:
     return FALLBACK_LAYER if n_layers > FALLBACK_LAYER else round(FALLBACK_DEPTH * (n_layers - 1))
 
 
-@dataclass(frozen=True)
-class SteeringRun:
-    """One single-layer steering run: what it was, its scores, and its gain over the baseline."""
-
-    layer: int
-    method: str
-    component: str
-    coefficient: float
-    trait_mean: float
-    coherence_mean: float
-    delta: float
-
-    @classmethod
-    def parse(cls, run: Mapping[str, Any], baseline: float) -> SteeringRun:
-        config, result = run["config"], run["result"]
-        trait_mean = float(result["trait_mean"])
-        return cls(
-            layer=int(config["layers"][0]),
-            method=str(config["methods"][0]),
-            component=str(config.get("component", "residual")),
-            coefficient=float((config.get("coefficients") or [0.0])[0]),
-            trait_mean=trait_mean,
-            coherence_mean=float(result["coherence_mean"]),
-            delta=trait_mean - baseline,
-        )
-
-
 def steering_runs(folder: VectorFiles) -> list[SteeringRun]:
-    """The single-layer runs of a trait's steering results; raises `VectorError` for a damaged file."""
+    """The single-layer runs of a trait's steering results; raises `StorageError` for a damaged file."""
     path = folder.layout.steering(folder.trait)
-    if not path.is_file():
-        return []
-    results = read_json(path)
-    try:
-        baseline = float(results["baseline"]["trait_mean"])
-        return [SteeringRun.parse(run, baseline) for run in results["runs"] if len(run["config"]["layers"]) == 1]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise VectorError(f"{path}: no steering results: {type(error).__name__}: {error}") from None
+    return SteeringResults.read(path).single_layer_runs if lexists(path) else []
 
 
 def effect_sizes(folder: VectorFiles, component: str) -> dict[tuple[str, int], float]:
-    """Held-out effect sizes of a trait by method and layer; raises `VectorError` for a damaged file."""
-    path = folder.layout.evaluation
-    if not path.is_file():
-        return {}
-    try:
-        return {
-            (str(row["method"]), int(row["layer"])): float(row["val_effect_size"])
-            for row in _evaluation_rows(read_json(path), str(folder.trait), component)
-        }
-    except (KeyError, TypeError, ValueError) as error:
-        raise VectorError(f"{path}: no evaluation: {type(error).__name__}: {error}") from None
+    """Held-out effect sizes of a trait by method and layer; raises `StorageError` for a damaged file."""
+    return {
+        (row.method, row.layer): row.val_effect_size
+        for row in read_evaluation(folder.layout.evaluation)
+        if (row.trait, row.component) == (str(folder.trait), component) and row.val_effect_size is not None
+    }
 
 
 def ranked(folder: VectorFiles, component: str, available: Mapping[str, list[int]]) -> list[Selection]:
@@ -141,14 +104,6 @@ def ranked(folder: VectorFiles, component: str, available: Mapping[str, list[int
         if layer in available.get(method, ())
     ]
     return sorted(steered or measured, key=_score, reverse=True)
-
-
-def _evaluation_rows(evaluation: Any, trait: str, component: str) -> Iterator[Mapping[str, Any]]:
-    for row in evaluation["all_results"]:
-        if row["trait"] == trait and row.get("component", "residual") == component:
-            # A row without an effect size (or with NaN, which JSON writes as null) decides nothing.
-            if row["val_effect_size"] is not None:
-                yield row
 
 
 def _fallback(folder: VectorFiles, available: Mapping[str, list[int]], n_layers: int) -> Selection:

@@ -10,18 +10,43 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from os.path import lexists
 from pathlib import Path
 from typing import Any
+
+from pydantic import Field
 
 from tlcapture.errors import VectorError
 from tlcapture.layout import Layout
 from tlcapture.names import Trait
 from tlcapture.storage import read_json, remove, write_json
+from tlcapture.validation import FileContent, Layer, checked
 
 COMPONENTS = ("residual", "attn_out")
 METHODS = ("probe", "mean_diff", "gradient")  # in the order of preference
 _PREFIX = {"residual": "", "attn_out": "attn_out_"}
-_FILE = re.compile(r"(?P<method>.+)_layer(?P<layer>\d+)\.pt")
+# Only names that `file` gives back: another way of writing the same layer would be found and then not read.
+_FILE = re.compile(r"(?P<method>[A-Za-z0-9_.-]+)_layer(?P<layer>0|[1-9][0-9]{0,3})\.pt")
+
+
+class VectorMetadata(FileContent):
+    """What `metadata.json` may say; every field is optional, since other tools write fewer."""
+
+    extraction_model: str | None = None
+    methods: list[str] = Field(default_factory=list)
+    layers: list[Layer] = Field(default_factory=list)
+    num_layers: int | None = Field(default=None, ge=1, le=10_000)
+    hidden_dim: int | None = Field(default=None, ge=1)
+    position: str | None = None
+    model_fingerprint: str | None = None
+    examples: str | None = None
+    split: VectorSplit | None = None
+
+
+class VectorSplit(FileContent):
+    """How the examples were split into those that the vectors were fitted to and those held out."""
+
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,20 +74,19 @@ class VectorFiles:
         return {method: sorted(found[method]) for method in sorted(found, key=lambda m: (order.get(m, 99), m))}
 
     def file(self, component: str, method: str, layer: int) -> Path:
-        return self.path / f"{_PREFIX[component]}{method}_layer{layer}.pt"
+        return self.layout.own(self.path / f"{_PREFIX[component]}{method}_layer{layer}.pt")
 
     def metadata_file(self, component: str) -> Path:
-        return self.path / f"{_PREFIX[component]}metadata.json"
+        return self.layout.own(self.path / f"{_PREFIX[component]}metadata.json")
 
     def metadata(self, component: str) -> dict[str, Any]:
         """What is recorded of the vectors' origin; empty where another tool left no record."""
         path = self.metadata_file(component)
-        if not path.is_file():
+        if not lexists(path):
             return {}
         value = read_json(path)
-        if not isinstance(value, dict):
-            raise VectorError(f"{path}: expected an object, got a JSON {type(value).__name__}")
-        return value
+        checked(VectorMetadata, value, path, "metadata of vectors")
+        return dict(value)
 
     def missing(self, component: str, method: str, layer: int) -> VectorError:
         """The error for a vector that is not there, naming those that are."""

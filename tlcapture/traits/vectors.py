@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from tlcapture.errors import VectorError
 from tlcapture.names import Trait
 from tlcapture.shapes import Vector
 from tlcapture.storage import Written, read_tensors, write_tensors
+from tlcapture.tensors import described, is_plain
 from tlcapture.traits.vector_files import VectorFiles
 
 
@@ -42,15 +41,18 @@ class VectorFolder(VectorFiles):
         path = self.file(component, method, layer)
         if not path.is_file():
             raise self.missing(component, method, layer)
-        vector = read_tensors(path)
-        if not isinstance(vector, Tensor) or vector.ndim != 1 or not vector.is_floating_point():
-            raise VectorError(f"{path}: expected a one-dimensional float tensor")
-        vector = vector.float()
+        value = read_tensors(path)
+        if not is_plain(value) or value.ndim != 1:
+            raise VectorError(f"{path}: expected a one-dimensional float tensor, got {described(value)}")
+        vector = value.detach().float()
         if not vector.isfinite().all() or not vector.any():
             raise VectorError(f"{path}: the vector is zero, or holds NaN or inf")
         metadata = self.metadata(component)
         listed = method in metadata.get("methods", ()) and layer in metadata.get("layers", ())
         origin = metadata if listed else {}
+        width = origin.get("hidden_dim")
+        if width not in (None, len(vector)):
+            raise VectorError(f"{path}: {len(vector)} numbers, but {self.metadata_file(component).name} says {width}")
         return TraitVector(self.trait, component, method, layer, self.layout.experiment, vector, origin)
 
     def write(self, component: str, method: str, layer: int, vector: Vector) -> Written:

@@ -1,0 +1,92 @@
+"""Two workers of a Ray cluster beside one, each with one thread, and both beside a local run: time and files.
+
+    python benchmarks/cluster_speed.py [--prompts 32] [--new-tokens 30] [--rounds 3]
+
+The embedded model captures the same prompts in the same batches. What is measured is the time in which
+workers were at work, their start and the loading of the model apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' comparison of experiments
+
+from tests.faults.commands import contents
+from tlcapture.layout import Datasets
+from tlcapture.prompts import read_prompt_set
+
+BATCH = 4
+
+
+@click.command()
+@click.option("--prompts", default=32, show_default=True, type=click.IntRange(4))
+@click.option("--new-tokens", default=30, show_default=True, type=click.IntRange(1))
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
+def main(prompts: int, new_tokens: int, rounds: int) -> None:
+    """Measure and print."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        make_prompt_set(root, prompts)
+        times: dict[int, list[float]] = {1: [], 2: []}
+        for number in range(rounds):
+            for workers in times:
+                summary = capture(root, f"ray{workers}", new_tokens, "--executor", "ray", "--workers", str(workers))
+                times[workers].append(summary["cluster"]["seconds"])
+                click.echo(
+                    f"round {number + 1}, {workers} workers: {summary['cluster']['seconds']:.1f} s at work, "
+                    f"{summary['new_tokens'] / summary['cluster']['seconds']:.0f} tokens/s"
+                )
+        ratios = [one / two for one, two in zip(times[1], times[2], strict=True)]
+        click.echo(
+            f"throughput of two one-thread workers / of one: median {statistics.median(ratios):.2f} "
+            f"({min(ratios):.2f} to {max(ratios):.2f})"
+        )
+        capture(root, "local", new_tokens)
+        compare(root, "ray2", "local")
+
+
+def make_prompt_set(root: Path, count: int) -> None:
+    """The first prompts of all shipped sets, as one set."""
+    datasets = Datasets(root)
+    texts = [prompt.text for name in datasets.prompt_sets() for prompt in read_prompt_set(datasets, name).prompts]
+    rows = [{"id": str(number), "text": text} for number, text in enumerate(texts[:count], start=1)]
+    path = root / "datasets" / "inference" / "many.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"name": "many", "prompts": rows}))
+
+
+def capture(root: Path, experiment: str, new_tokens: int, *words: str) -> dict[str, Any]:
+    """Capture the set with one thread a process; returns the summary."""
+    command = [
+        sys.executable, "-m", "tlcapture", "capture", "--root", str(root), "--experiment", experiment,
+        "--prompt-set", "many", "--max-new-tokens", str(new_tokens), "--temperature", "0",
+        "--batch-size", str(BATCH), "--json", *words,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+    return dict(json.loads(done.stdout))
+
+
+def compare(root: Path, one: str, other: str) -> None:
+    """Say how many files of two experiments are the same, names of experiments and dates aside."""
+    found = [contents(root / "experiments" / name) for name in (one, other)]
+    for value in (each for content in found for each in content.values()):
+        value.get("metadata", {}).pop("inference_experiment", None)
+    same = sum(found[0][name] == found[1].get(name) for name in found[0])
+    click.echo(f"{same} of {len(found[0])} files of the cluster equal those of a local run to the last bit")
+    if same != len(found[0]) or len(found[0]) != len(found[1]):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

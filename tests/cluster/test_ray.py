@@ -1,0 +1,245 @@
+"""Work on a real Ray cluster: the files of a local run, whoever dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.cluster.conftest import words_of
+from tests.evidence import Evidence
+from tests.faults.commands import contents
+
+RAY = ("--executor", "ray", "--workers", "2")
+
+
+def program(*words: object, **options: Any) -> subprocess.Popen[str]:
+    """The real program, in a process of its own."""
+    command = [sys.executable, "-m", "tlcapture", *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def wait_for(is_there: Callable[[], Any], running: subprocess.Popen[str]) -> Any:
+    deadline = time.monotonic() + 120
+    while not (found := is_there()):
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    return found
+
+
+def captured(root: Path) -> list[Path]:
+    return list((root / "experiments" / "exp" / "inference" / "raw" / "residual" / "busy").glob("*.pt"))
+
+
+def workers() -> list[psutil.Process]:
+    return [
+        each for each in psutil.process_iter(["cmdline"]) if "ray::WorkerActor" in " ".join(each.info["cmdline"] or [])
+    ]
+
+
+def same_but_for_the_model_folder(found: dict[str, Any], expected: dict[str, Any]) -> bool:
+    """Whether two experiments hold the same; the model lies in another folder, whose name is recorded."""
+    return json.dumps(plain(found), sort_keys=True) == json.dumps(plain(expected), sort_keys=True)
+
+
+def n_response_tokens(captures: dict[str, Any]) -> int:
+    raw = [value for name, value in captures.items() if name.startswith("inference/raw")]
+    return sum(len(capture["response"]["token_ids"]) for capture in raw)
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        named = ("inference_model", "extraction_model", "model")
+        return {str(key): plain(each) for key, each in value.items() if key not in named}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return value.hex() if isinstance(value, bytes) else value
+
+
+@pytest.fixture
+def run(ray_address: str, busy: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Start the capture on the cluster."""
+    return lambda *words: program(*words_of(busy), *RAY, "--ray-address", ray_address, *words)
+
+
+def test_a_cluster_writes_the_files_of_a_local_run(
+    run: Callable[..., subprocess.Popen[str]], busy: Path, by_one_process: dict[str, Any]
+) -> None:
+    running = run("--json")
+    stdout, stderr = running.communicate()
+    assert running.returncode == 0, stderr
+    assert same_but_for_the_model_folder(contents(busy / "experiments" / "exp"), by_one_process)
+    summary = json.loads(stdout)
+    assert (summary["prompts"], summary["failures"], summary["retried"]) == (12, [], [])
+    assert summary["new_tokens"] == n_response_tokens(by_one_process)
+    assert summary["files"]["folders"]["inference/raw/residual/busy"]["files"] == 12
+    assert (summary["cluster"]["workers"], summary["cluster"]["pieces"]) == (2, 6)
+    assert summary["model"]["engine"] == "hooked"
+    assert stderr.count(" of 6 pieces") == 6
+
+
+def test_a_worker_that_is_killed_costs_its_piece_which_is_run_again(
+    run: Callable[..., subprocess.Popen[str]], busy: Path, by_one_process: dict[str, Any], evidence: Evidence
+) -> None:
+    running = run()
+    wait_for(lambda: captured(busy), running)
+    workers()[0].kill()
+    stdout, stderr = running.communicate()
+    assert running.returncode == 0, stderr
+    assert "died; its work is run again: 2 prompts of busy" in stdout
+    assert "1 pieces of work run again after their worker died" in stdout
+    assert same_but_for_the_model_folder(contents(busy / "experiments" / "exp"), by_one_process)
+    evidence.survived(
+        "a Ray worker killed in the middle", "kill -9 of one of two", "its piece is run again; the files of a local run"
+    )
+
+
+def test_a_driver_that_is_killed_goes_on_where_it_was(
+    run: Callable[..., subprocess.Popen[str]], busy: Path, by_one_process: dict[str, Any], evidence: Evidence
+) -> None:
+    killed = run()
+    wait_for(lambda: captured(busy), killed)
+    killed.kill()
+    killed.communicate()
+    before = len(captured(busy))
+    assert before < 12
+    resumed = run("--skip-existing")
+    _, stderr = resumed.communicate()
+    assert resumed.returncode == 0, stderr
+    assert same_but_for_the_model_folder(contents(busy / "experiments" / "exp"), by_one_process)
+    evidence.survived(
+        "the driver of a Ray cluster killed in the middle",
+        f"kill -9 when {before} of 12 prompts were captured",
+        "with --skip-existing the files of a local run",
+    )
+
+
+def test_ctrl_c_keeps_what_workers_have_done(
+    run: Callable[..., subprocess.Popen[str]], busy: Path, by_one_process: dict[str, Any]
+) -> None:
+    running = run()
+    wait_for(lambda: captured(busy), running)
+    running.send_signal(signal.SIGINT)
+    _, stderr = running.communicate()
+    assert running.returncode == 130, stderr
+    assert "stopped by Ctrl-C; to go on: tlcapture capture" in stderr
+    n_whole = len(captured(busy))
+    assert 0 < n_whole < 12
+    found = plain(contents(busy / "experiments" / "exp"))
+    expected = plain(by_one_process)
+    assert all(value == expected[name] for name, value in found.items())
+
+
+@pytest.mark.parametrize("collect", [False, True])
+def test_a_root_that_workers_do_not_see_is_refused_unless_files_are_sent_back(
+    ray_address: str, busy: Path, tmp_path: Path, by_one_process: dict[str, Any], collect: bool
+) -> None:
+    """The driver has a mount namespace of its own: its root, and the model in it, lie where workers see an empty
+    folder."""
+    hidden, result = tmp_path / "hidden", tmp_path / "result"
+    hidden.mkdir()
+    words = [str(word) for word in (*words_of(hidden), *RAY, "--ray-address", ray_address, "--model", hidden / "model")]
+    words += ["--allow-model-change"] + ["--collect"] * collect
+    script = (
+        f'mount -t tmpfs tmpfs "{hidden}" && cp -r "{busy}"/. "{hidden}" && "$@"; code=$?; '
+        f'cp -r "{hidden}/experiments/exp" "{result}"; ls -A "{hidden}" >&2; exit $code'
+    )
+    command = ["unshare", "--mount", "sh", "-c", script, "sh", sys.executable, "-m", "tlcapture", *words]
+    environment = {**os.environ, "TLCAPTURE_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if "unshare failed" in done.stderr or "unshare: " in done.stderr:
+        pytest.skip(f"mount namespaces cannot be made here: {done.stderr.strip()}")
+    assert "Traceback" not in done.stderr, done.stderr
+    if collect:
+        assert done.returncode == 0, done.stderr
+        assert same_but_for_the_model_folder(contents(result), by_one_process)
+        return
+    assert done.returncode == 2, done.stderr
+    assert "does not see" in done.stderr
+    assert "pass --collect" in done.stderr
+    assert not (result / "inference").exists()
+    assert ".tlcapture-" not in done.stderr.splitlines()[-1]
+
+
+def test_every_command_gives_on_a_cluster_what_it_gives_here(ray_address: str, busy: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from tests.faults.commands import Command
+
+    for trait in ("loud", "warm"):
+        questions = [{"id": str(n), "question": f"q{n}?", "positive": "YES", "negative": "no"} for n in range(2)]
+        path = busy / "datasets" / "traits" / "tone" / trait / "steering.json"
+        path.write_text(json.dumps({"questions": questions}))
+    first = Command(tmp_path / "said", *words_of(busy), "--limit", 3, "--max-new-tokens", 4, "--no-project").end()
+    assert first.code == 0, first.stderr
+    here = Path(shutil.copytree(busy, tmp_path / "here"))
+    commands: list[tuple[object, ...]] = [
+        ("extract", "--traits", "tone/loud,tone/warm", "--methods", "mean_diff", "--component", "residual"),
+        ("evaluate", "--component", "residual", "--methods", "mean_diff"),
+        ("steer", "--layers", "1", "--coefficients", "0.2", "--methods", "mean_diff"),
+        ("project", "--prompt-set", "busy"),
+    ]
+    for name, *words in commands:
+        common = ("--experiment", "exp", *words)
+        local = Command(tmp_path / "said", name, "--root", here, *common).end()
+        assert local.code == 0, local.stderr
+        cluster = ("--executor", "ray", "--workers", "1", "--ray-address", ray_address)
+        running = program(name, "--root", busy, *common, *cluster)
+        _, stderr = running.communicate()
+        assert running.returncode == 0, stderr
+    found, expected = (contents_of_json(root / "experiments" / "exp") for root in (busy, here))
+    assert found == expected
+
+
+def contents_of_json(experiment: Path) -> Any:
+    for picture in experiment.rglob("*.png"):
+        picture.unlink()
+    return json.loads(json.dumps(without_times(plain(contents(experiment)))))
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        times = ("timestamp", "vector_timestamp", "projection_date")
+        return {key: without_times(each) for key, each in value.items() if key not in times}
+    return [without_times(each) for each in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--workers", "2"), "--workers goes with --executor ray"),
+        (("--collect",), "--collect goes with --executor ray"),
+        (("--executor", "ray", "--gpus-per-worker", "64"), "too few for a worker of 1 and 64"),
+        (("--executor", "ray", "--cpus-per-worker", "64"), "too few for a worker of 64 and 0"),
+    ],
+)
+def test_what_no_cluster_can_do_is_refused(
+    ray_address: str, busy: Path, words: tuple[str, ...], said: str, tlcapture: Any
+) -> None:
+    result = tlcapture(*words_of(busy), *words)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_without_ray_it_is_said_what_to_install(busy: Path, tlcapture: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = tlcapture(*words_of(busy), "--executor", "ray")
+    assert result.exit_code == 2
+    assert 'needs Ray: run pip install "tlcapture[ray]"' in result.stderr
+
+
+def test_no_cluster_at_an_address_is_said(busy: Path) -> None:
+    running = program(*words_of(busy), "--executor", "ray", "--ray-address", "127.0.0.1:1")
+    _, stderr = running.communicate()
+    assert running.returncode == 2, stderr
+    assert "no Ray cluster at '127.0.0.1:1'" in stderr.splitlines()[-1]

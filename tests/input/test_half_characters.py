@@ -1,0 +1,120 @@
+"""Tokens that are half a UTF-8 character: ids are the truth, a token alone shows U+FFFD, texts are whole again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from starlette.testclient import TestClient
+
+from tests import tiny
+from tests.cli.conftest import make_prompt_set, make_trait
+from tests.evidence import Evidence
+from tlcapture import Experiment
+from tlcapture.captures import Capture
+from tlcapture.chat import decode, token_texts
+from tlcapture.report.server import page_app
+
+Run = Callable[..., Result]
+TEXTS = {
+    "an emoji": "\U0001f600",
+    "a family of emoji": "\U0001f468\u200d\U0001f469\u200d\U0001f467",
+    "Chinese": "\u6f22\u5b57",
+    "accents": "na\u00efve caf\u00e9",
+    "a replacement character": "a \ufffd b",
+    "combining marks": "e\u0301\u0323",
+}
+
+
+@pytest.fixture
+def captured(tlcapture: Run, root: Path, tiny_folder: Path) -> Path:
+    """Every text captured and projected with the tiny model, whose tokens are single bytes."""
+    make_prompt_set(root, "odd", list(TEXTS.values()))
+    make_trait(root, "tone/loud", "LOUD", "soft")
+    model = ("--experiment", "exp", "--model", tiny_folder)
+    words = ("--traits", "tone/loud", "--component", "residual", "--methods", "mean_diff", "--layers", "1")
+    assert tlcapture("extract", *model, *words).exit_code == 0
+    options = ("--attention", "--logit-lens", "--max-new-tokens", "12", "--temperature", "1.5")
+    result = tlcapture("capture", *model, "--prompt-set", "odd", *options)
+    assert result.exit_code == 0, result.output
+    return root / "experiments" / "exp"
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_bytes())
+
+
+def test_ids_texts_and_tokens_survive_every_file_and_the_page(captured: Path, evidence: Evidence) -> None:
+    tokenizer = tiny.tokenizer()
+    client = TestClient(page_app(captured.parents[1]), base_url="http://127.0.0.1")
+    exp = Experiment("exp", captured.parents[1])
+    halves = 0
+    for number, (name, text) in enumerate(TEXTS.items(), start=1):
+        capture = Capture.open(captured / f"inference/raw/residual/odd/{number}.pt")
+        assert text in capture.prompt.text
+        assert tokenizer(capture.prompt.text, add_special_tokens=False)["input_ids"] == capture.prompt.token_ids
+        assert capture.prompt.tokens == token_texts(tokenizer, capture.prompt.token_ids)
+        n_halves = sum(byte > 127 for byte in capture.prompt.text.encode())
+        assert capture.prompt.tokens.count("\ufffd") == n_halves >= 2
+        assert capture.response.text == decode(tokenizer, capture.response.token_ids)
+        halves += "\ufffd" in "".join(capture.response.tokens)
+
+        projection = read(captured / f"inference/tone/loud/residual_stream/odd/{number}.json")
+        assert projection["prompt"]["text"] == capture.prompt.text
+        assert projection["prompt"]["tokens"] == capture.prompt.tokens
+        assert projection["response"]["text"] == capture.response.text
+        assert projection["response"]["tokens"] == capture.response.tokens
+        for kind in ("attention", "logit_lens"):
+            assert read(captured / f"analysis/per_token/odd/{number}_{kind}.json")["tokens"] == capture.tokens
+        served = client.get(f"/api/exp/sets/odd/{number}").json()
+        assert served["tokens"] == capture.tokens
+        assert served["text"] == capture.response.text
+        assert exp.captures("odd")[number].token_ids == capture.token_ids
+        assert exp.captures("odd")[number].logit_lens().tokens == capture.tokens
+        evidence.tried("tokens that are half a character", name)
+    assert halves, "no response was cut within a character: raise --max-new-tokens"
+
+
+def test_replay_goes_by_ids_and_not_by_tokens(tlcapture: Run, captured: Path, evidence: Evidence) -> None:
+    """Texts with U+FFFD, tokenised again, would be other tokens: patterns over ids come out as they were."""
+    files = sorted(captured.glob("analysis/per_token/odd/*_attention.json"))
+    before = {path: read(path) for path in files}
+    for path in files:
+        path.unlink()
+    result = tlcapture("capture", "--experiment", "exp", "--prompt-set", "odd", "--attention", "--replay")
+    assert result.exit_code == 0, result.output
+    for path in files:
+        after = read(path)
+        assert after["tokens"] == before[path]["tokens"]
+        flat, again = (
+            [weight for entry in content["attention"] for layer in entry["by_layer"] for row in layer for weight in row]
+            for content in (before[path], after)
+        )
+        assert again == pytest.approx(flat, abs=2e-3)
+    evidence.tried("tokens that are half a character", "replayed", len(files))
+
+
+def test_ranks_are_those_of_ids_where_many_tokens_look_alike(captured: Path, evidence: Evidence) -> None:
+    """Every byte beyond ASCII shows as U+FFFD: by text the first of them would be found."""
+    import torch
+
+    from tlcapture.models import load_model
+
+    model = load_model(str(read(captured / "config.json")["inference_model"]), device="cpu")
+    capture = Capture.open(captured / "inference/raw/residual/odd/1.pt")
+    logits = model.unembed(capture.residual(capture.n_layers - 1).float()).float()
+    lens = read(captured / "analysis/per_token/odd/1_logit_lens.json")
+    checked = 0
+    for entry in lens["predictions"]:
+        place = entry["token_idx"]
+        came = capture.token_ids[place + 1]
+        row = logits[place]
+        if abs(float(torch.sort(row - row[came]).values.abs()[1])) > 1e-2:
+            assert entry["by_layer"][-1]["actual_rank"] == pytest.approx(1 + int((row > row[came]).sum()), abs=1)
+            checked += 1
+    assert checked > 5
+    evidence.tried("tokens that are half a character", "ranked by id", checked)

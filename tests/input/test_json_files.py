@@ -1,0 +1,398 @@
+"""Every reader of JSON: a damaged file is refused in one line with its path, or what is read is what it holds.
+
+The oracle is Python's own `json` beside hand-written rules of the format, never the readers' models.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.evidence import Evidence
+from tests.input.strategies import Damaged, check_refusal, damaged_json, replaced, try_all, without
+from tests.report.conftest import N_HEADS, N_LAYERS, TRAIT, attention, logit_lens, projection
+from tlcapture.attention_heads import heads_of_file
+from tlcapture.config import read_config, record
+from tlcapture.errors import StorageError, TlcaptureError
+from tlcapture.layout import Datasets, Layout
+from tlcapture.names import Trait, is_safe_name
+from tlcapture.prediction_table import table_of_file
+from tlcapture.prompts import read_prompt_set
+from tlcapture.runs.evaluate import best_rows, draw_heatmaps
+from tlcapture.runs.project import ProjectOptions, run_project
+from tlcapture.runs.report import RunReport
+from tlcapture.runs.steer import draw_curves, read_questions
+from tlcapture.runs.summary import top_traits
+from tlcapture.storage import read_json
+from tlcapture.traits.projected_tokens import ProjectedTokens
+from tlcapture.traits.selection import effect_sizes, select, steering_runs
+from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.traits.vectors import VectorFolder
+
+ODD = Trait.parse(TRAIT)
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def content_of(file: Damaged) -> Any:
+    """What the file holds, by Python's own reader."""
+    return json.loads(file.data.decode("utf-8"))
+
+
+def reads(path: Path, read: Callable[[], Any]) -> Any:
+    """What a reader gives, or `None` for a file it refuses rightly."""
+    try:
+        return read()
+    except TlcaptureError as error:
+        check_refusal(error, path)
+        return None
+
+
+def test_prompt_sets(tmp_path: Path, evidence: Evidence) -> None:
+    prompts = [{"id": "1", "text": "hello", "note": "n"}, {"id": 2, "text": "é", "system_prompt": "x"}]
+    good = {"name": "mine", "description": "d", "system_prompt": "s", "prompts": prompts}
+    path = tmp_path / "datasets" / "inference" / "mine.json"
+
+    def check(file: Damaged) -> None:
+        file.put(path)
+        found = reads(path, lambda: read_prompt_set(Datasets(tmp_path), "mine"))
+        if found is None:
+            return
+        prompts = content_of(file)["prompts"]
+        assert [(each.id, each.text) for each in found.prompts] == [(str(p["id"]), p["text"]) for p in prompts]
+        assert all(is_safe_name(each.id) and each.text.strip() for each in found.prompts)
+        assert found.name == "mine"
+
+    try_all(evidence, "prompt set", damaged_json(good), check)
+
+
+def test_config(tmp_path: Path, evidence: Evidence) -> None:
+    good = {"extraction_model": "a", "inference_model": "b", "use_chat_template": True, "system_prompt": None, "x": [1]}
+    layout = Layout(tmp_path, "exp")
+    path = layout.config
+
+    def check(file: Damaged) -> None:
+        file.put(path)
+        found = reads(path, lambda: read_config(layout))
+        if found is None:
+            return
+        content = content_of(file)
+        for name in ("extraction_model", "inference_model", "use_chat_template", "system_prompt"):
+            assert getattr(found, name) == content.get(name)
+            assert type(getattr(found, name)) in (str, bool, type(None))
+        try:
+            record(layout, inference_model="another")
+        except TlcaptureError as error:
+            check_refusal(error, path)
+        else:
+            expected = {**read_json(file.put(path)), **_defaults(content), "inference_model": "another"}
+            record(layout, inference_model="another")
+            assert read_json(path) == expected
+
+    def _defaults(content: dict[str, Any]) -> dict[str, Any]:
+        names = ("extraction_model", "inference_model", "use_chat_template", "system_prompt")
+        return {name: None for name in names if name not in content}
+
+    try_all(evidence, "config.json", damaged_json(good), check)
+
+
+def test_metadata_of_vectors(tmp_path: Path, evidence: Evidence) -> None:
+    good = {"extraction_model": "m", "methods": ["probe"], "layers": [1, 2], "num_layers": 3, "hidden_dim": 4,
+            "position": "response_mean", "split": {"seed": 0}, "model_fingerprint": "f"}  # fmt: skip
+    folder = VectorFolder(Layout(tmp_path, "exp"), ODD)
+    folder.write("residual", "probe", 1, torch.ones(4))
+    path = folder.metadata_file("residual")
+
+    def check(file: Damaged) -> None:
+        file.put(path)
+        try:
+            found = folder.read("residual", "probe", 1)
+        except TlcaptureError as error:
+            check_refusal(error, path, folder.file("residual", "probe", 1))
+            return
+        content = content_of(file)
+        assert isinstance(content, dict)
+        listed = "probe" in content.get("methods", []) and 1 in content.get("layers", [])
+        assert found.model == (content.get("extraction_model") if listed else None)
+        assert found.model is None or type(found.model) is str
+        assert not listed or content.get("hidden_dim") in (None, 4)
+
+    try_all(evidence, "metadata of vectors", damaged_json(good), check)
+
+
+ROW = {
+    "trait": TRAIT,
+    "method": "probe",
+    "layer": 1,
+    "component": "residual",
+    "val_accuracy": 0.9,
+    "val_auroc": 0.8,
+    "val_effect_size": 1.5,
+    "val_effect_size_interval": [1.0, 2.0],
+    "random_auroc": 0.5,
+    "random_auroc_p95": 0.6,
+}
+
+
+def test_evaluation(tmp_path: Path, evidence: Evidence) -> None:
+    rows = [ROW, {"trait": TRAIT, "method": "probe", "layer": 2, "val_effect_size": 0.5}]
+    layout = Layout(tmp_path, "exp")
+    folder = VectorFolder(layout, ODD)
+    for layer in (1, 2):
+        folder.write("residual", "probe", layer, torch.ones(4))
+    path = layout.evaluation
+
+    def check(file: Damaged) -> None:
+        file.put(path)
+        sizes = reads(path, lambda: effect_sizes(folder, "residual"))
+        if sizes is None:
+            return
+        of_trait = [row for row in content_of(file)["all_results"] if row["trait"] == TRAIT]
+        assert all(type(row["layer"]) is int and row["layer"] >= 0 for row in of_trait)
+        measured = [row for row in of_trait if row["val_effect_size"] is not None]
+        own = [row for row in measured if row.get("component", "residual") == "residual"]
+        assert sizes == {(row["method"], row["layer"]): float(row["val_effect_size"]) for row in own}
+        assert all(is_number(row["val_effect_size"]) for row in own)
+        assert all(row.get("val_auroc") is None or 0 <= row["val_auroc"] <= 1 for row in of_trait)
+        assert len(best_rows(layout)) <= len({row["trait"] for row in content_of(file)["all_results"]})
+        chosen = select(folder, "residual", 3)
+        there = {key: size for key, size in sizes.items() if key in [("probe", 1), ("probe", 2)]}
+        assert chosen.score == max(there.values(), default=None)
+
+    try_all(evidence, "extraction_evaluation.json", damaged_json({"all_results": rows}), check)
+
+
+def test_an_evaluation_with_few_fields_is_drawn(tmp_path: Path) -> None:
+    layout = Layout(tmp_path, "exp")
+    layout.evaluation.parent.mkdir(parents=True)
+    rows = [{"trait": TRAIT, "method": "$x", "layer": 3, "val_effect_size": None}, {**ROW, "val_auroc": None}]
+    layout.evaluation.write_text(json.dumps({"all_results": rows}))
+    draw_heatmaps(layout, RunReport(tmp_path))
+    assert layout.picture(ODD, "evaluation").is_file()
+
+
+RUN = {
+    "config": {"layers": [1], "methods": ["probe"], "coefficients": [0.2], "component": "residual"},
+    "result": {"trait_mean": 60.0, "coherence_mean": 90.0, "n": 15},
+}
+SHORT_RUN = {"config": {"layers": [2], "methods": ["probe"]}, "result": {"trait_mean": 55, "coherence_mean": 71}}
+RESULTS = {"baseline": {"trait_mean": 50.0, "coherence_mean": 100.0}, "runs": [RUN, SHORT_RUN]}
+
+
+def test_steering_results(tmp_path: Path, evidence: Evidence) -> None:
+    folder = VectorFiles(Layout(tmp_path, "exp"), ODD)
+    for layer in (1, 2):
+        VectorFolder(folder.layout, ODD).write("residual", "probe", layer, torch.ones(4))
+    path = folder.layout.steering(ODD)
+
+    def check(file: Damaged) -> None:
+        file.put(path)
+        found = reads(path, lambda: steering_runs(folder))
+        if found is None:
+            return
+        content = content_of(file)
+        runs = [run for run in content["runs"] if len(run["config"]["layers"]) == 1]
+        assert len(found) == len(runs)
+        for one, run in zip(found, runs, strict=True):
+            means = run["result"]
+            assert (one.layer, one.method) == (run["config"]["layers"][0], run["config"]["methods"][0])
+            assert type(one.layer) is int and one.layer >= 0
+            assert (one.trait_mean, one.coherence_mean) == (means["trait_mean"], means["coherence_mean"])
+            assert is_number(means["trait_mean"]) and 0 <= means["trait_mean"] <= 100
+            assert one.delta == means["trait_mean"] - content["baseline"]["trait_mean"]
+        select(folder, "residual", 3)
+
+    try_all(evidence, "steering results", damaged_json(RESULTS), check)
+
+
+def test_steering_results_of_few_fields_are_drawn(tmp_path: Path) -> None:
+    layout = Layout(tmp_path, "exp")
+    layout.steering(ODD).parent.mkdir(parents=True)
+    layout.steering(ODD).write_text(json.dumps({"baseline": {"trait_mean": 50}, "runs": RESULTS["runs"]}))
+    draw_curves(layout, [ODD], RunReport(tmp_path))
+    assert layout.picture(ODD, "steering").is_file()
+
+
+def test_steering_questions(tmp_path: Path, evidence: Evidence) -> None:
+    good = {"questions": [{"id": "1", "question": "why?", "positive": "yes", "negative": "no"}]}
+    path = tmp_path / "datasets" / "traits" / TRAIT / "steering.json"
+
+    def check(file: Damaged) -> None:
+        file.put(path)
+        found = reads(path, lambda: read_questions(Datasets(tmp_path), ODD))
+        if found is not None:
+            assert [each.model_dump() for each in found] == content_of(file)["questions"]
+
+    try_all(evidence, "steering questions", damaged_json(good), check)
+
+
+# -- what a capture's analyses hold --------------------------------------------------------------------
+
+
+def are_scores(content: dict[str, Any]) -> bool:
+    """Whether the projections of a file are finite numbers of one shape, one row a token."""
+    tokens = [*content["prompt"]["tokens"], *content["response"]["tokens"]]
+    rows = [*content["projections"]["prompt"], *content["projections"]["response"]]
+    shapes = {(len(row), len(at)) for row in rows for at in row}
+    numbers = all(is_number(value) for row in rows for at in row for value in at)
+    parts = [content[name] for name in ("prompt", "response")]
+    counts = all(part.get("n_tokens") in (None, len(part["tokens"])) for part in parts)
+    layer = content["metadata"]["vector_source"]["layer"]
+    is_layer = type(layer) is int and 0 <= layer < len(rows[0])
+    return numbers and counts and is_layer and len(shapes) == 1 and len(rows) == len(tokens)
+
+
+def test_projection_files(tmp_path: Path, evidence: Evidence) -> None:
+    layout = Layout(tmp_path, "exp")
+    raw = layout.residual("odd", "1")
+    raw.parent.mkdir(parents=True)
+    raw.touch()
+    path = layout.projection(ODD, "residual", "odd", "1")
+
+    def check(file: Damaged) -> None:
+        file.put(path)
+        line = reads(path, lambda: ProjectedTokens.read(path))
+        if line is not None:
+            content = content_of(file)
+            assert are_scores(content)
+            layer = content["metadata"]["vector_source"]["layer"]
+            rows = [*content["projections"]["prompt"], *content["projections"]["response"]]
+            assert line.trajectory.tolist() == [float(row[layer][-1]) for row in rows]
+            assert list(line.tokens) == [*content["prompt"]["tokens"], *content["response"]["tokens"]]
+            point = content["dynamics"]["commitment_point"]
+            assert point is None or (type(point) is int and 0 <= point < len(rows))
+        top_traits(layout, "odd")
+
+    try_all(evidence, "projection file", damaged_json(projection(1)), check)
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "said"),
+    [
+        (("metadata", "vector_source", "layer"), N_LAYERS, "a vector of layer 3, but scores of 3 layers"),
+        (("metadata", "sublayers"), ["residual_out"], "3 scores a layer, but 1 sublayers"),
+        (("prompt", "n_tokens"), 3, "prompt: n_tokens says 3, but there are 2 tokens"),
+        (("response", "tokens"), ["a"], "response: n_tokens says 4, but there are 1 tokens"),
+        (("projections", "prompt"), [], "not as many projections as tokens: 0 for 2 tokens of the prompt"),
+        (("projections", "prompt", 0), [[1.0]], "not all as many layers and sublayers"),
+        (("projections", "prompt", 0, 1), [1.0, 2.0], "not all as many layers and sublayers"),
+        (("projections", "prompt", 0, 1, 0), "1.0", "projections.prompt[0][1][0]: Input should be a valid number"),
+        (("projections", "prompt", 0, 1, 0), True, "projections.prompt[0][1][0]: Input should be a valid number"),
+        (("projections", "prompt", 0, 1, 0), None, "projections.prompt[0][1][0]: Input should be a valid number"),
+        (("projections", "prompt", 0, 1, 0), 1e308, "projections.prompt[0][1][0]: Input should be less"),
+        (("dynamics", "commitment_point"), 6, "commitment point 6 of 6 tokens"),
+        (("dynamics", "persistence"), 6, "persistence of 6 in 6 tokens"),
+        (("dynamics", "velocity"), [1.0], "velocity has 1 numbers for 6 tokens, expected 5"),
+    ],
+)
+def test_a_projection_file_that_disagrees_with_itself_says_where(
+    tmp_path: Path, evidence: Evidence, at: tuple[str | int, ...], value: Any, said: str
+) -> None:
+    path = tmp_path / "1.json"
+    path.write_text(json.dumps(replaced(projection(1), at, value)))
+    with pytest.raises(StorageError) as caught:
+        ProjectedTokens.read(path)
+    assert f"{path}: no projection file: " in str(caught.value)
+    assert said in str(caught.value)
+    evidence.tried("projection file", "parts that disagree")
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        ("prompt", "text"),
+        ("prompt", "n_tokens"),
+        ("dynamics", "velocity"),
+        ("dynamics", "acceleration"),
+        ("dynamics", "peak_velocity"),
+        ("metadata", "vector_source", "model"),
+        ("metadata", "vector_source", "selected_by"),
+        ("metadata", "inference_model"),
+        ("metadata", "projection_date"),
+    ],
+)
+def test_a_projection_file_may_leave_out_what_no_number_depends_on(tmp_path: Path, at: tuple[str, ...]) -> None:
+    path = tmp_path / "1.json"
+    path.write_text(json.dumps(without(projection(1), at)))
+    assert ProjectedTokens.read(path).layer == 1
+
+
+def test_dynamics_are_computed_again_from_sound_projections_alone(tmp_path: Path, evidence: Evidence) -> None:
+    layout = Layout(tmp_path, "exp")
+    raw = layout.residual("odd", "1")
+    raw.parent.mkdir(parents=True)
+    raw.touch()
+    path = layout.projection(ODD, "residual", "odd", "1")
+
+    def check(file: Damaged) -> None:
+        file.put(path)
+        report = run_project(layout, ["odd"], ProjectOptions(dynamics_only=True))
+        if report.failures:
+            assert len(report.failures) == 1
+            check_refusal(report.failures[0], path)
+            assert path.read_bytes() == file.data
+            return
+        before, after = content_of(file), read_json(path)
+        assert are_scores(before)
+        layer = before["metadata"]["vector_source"]["layer"]
+        line = [row[layer][-1] for row in [*before["projections"]["prompt"], *before["projections"]["response"]]]
+        velocity = [later - earlier for earlier, later in pairwise(line)]
+        assert after["dynamics"]["velocity"] == pytest.approx(velocity, rel=1e-5, abs=1e-300)
+        assert {k: v for k, v in after.items() if k != "dynamics"} == {
+            k: v for k, v in read_json(file.put(path)).items() if k != "dynamics"
+        }
+
+    try_all(evidence, "projection file, --dynamics-only", damaged_json(projection(1)), check)
+
+
+def test_attention_files(tmp_path: Path, evidence: Evidence) -> None:
+    path = tmp_path / "1_attention.json"
+
+    def check(file: Damaged) -> None:
+        file.put(path)
+        content = reads(path, lambda: read_json(path))
+        if not isinstance(content, dict):
+            return
+        patterns = reads(path, lambda: heads_of_file(content, path, 1))
+        if patterns is None:
+            return
+        n_tokens = len(content["tokens"])
+        assert patterns.shape == (content["n_heads"], n_tokens, n_tokens)
+        for token, entry in enumerate(content["attention"]):
+            for head, weights in enumerate(entry["by_layer"][1]):
+                assert all(is_number(weight) and 0 <= weight <= 1 for weight in weights)
+                assert patterns[head, token, : token + 1].tolist() == pytest.approx(weights, abs=1e-6)
+
+    try_all(evidence, "attention file", damaged_json(attention()), check)
+    assert heads_of_file(attention(), path, 1).shape[0] == N_HEADS
+
+
+def test_logit_lens_files(tmp_path: Path, evidence: Evidence) -> None:
+    path = tmp_path / "1_logit_lens.json"
+
+    def check(file: Damaged) -> None:
+        file.put(path)
+        content = reads(path, lambda: read_json(path))
+        if not isinstance(content, dict):
+            return
+        table = reads(path, lambda: table_of_file(content, path, "odd", "1"))
+        if table is None:
+            return
+        assert table.n_layers == content["n_layers"] == len(content["predictions"][0]["by_layer"])
+        for token, entry in enumerate(content["predictions"]):
+            for layer, cell in enumerate(entry["by_layer"]):
+                assert table.actual_rank[layer, token] == cell["actual_rank"] >= 1
+                assert table.top_probs[layer, token].tolist() == [top["prob"] for top in cell["top_k"]]
+                assert all(is_number(top["prob"]) and 0 <= top["prob"] <= 1 for top in cell["top_k"])
+
+    try_all(evidence, "logit-lens file", damaged_json(logit_lens()), check)
+    assert table_of_file(logit_lens(), path, "odd", "1").n_layers == N_LAYERS

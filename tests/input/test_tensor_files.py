@@ -1,0 +1,343 @@
+"""Captures and vectors: no whole set of plain finite numbers is refused in one line; all else is read as it is."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from tests.evidence import Evidence
+from tests.input import captures
+from tests.input.captures import N_PROMPT, WIDTH
+from tests.input.strategies import ANY_JSON, Damaged, check_refusal, places, replaced, try_all, without
+from tlcapture.captures import Capture
+from tlcapture.errors import StorageError, TlcaptureError, VectorError
+from tlcapture.layout import Layout
+from tlcapture.names import Trait
+from tlcapture.runs.project import ProjectOptions, run_project
+from tlcapture.storage import read_tensors
+from tlcapture.traits.vectors import VectorFolder
+
+TRAIT = Trait("style", "odd")
+POINTS = ("residual_in", "after_attn", "residual_out")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def packed(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    made = Layout(tmp_path, "exp")
+    VectorFolder(made, TRAIT).write("residual", "probe", 1, torch.ones(WIDTH))
+    made.residual("odd", "1").parent.mkdir(parents=True)
+    return made
+
+
+def is_sound(value: Any) -> bool:
+    """The rules of the format, written down once more."""
+    shapes, counts = set(), []
+    for name in ("prompt", "response"):
+        part = value[name]
+        tensors = [tensor for _, by_point in sorted(part["activations"].items()) for tensor in by_point.values()]
+        shapes |= {(tensor.shape[1], len(part["activations"]), tensor.dtype) for tensor in tensors} if tensors else {0}
+        counts += [len(tensor) == len(part["tokens"]) == len(part["token_ids"]) for tensor in tensors]
+        counts += [type(i) is int and 0 <= i < 2**31 for i in part["token_ids"]]
+        counts += [type(text) is str for text in (*part["tokens"], part["text"])]
+        counts += [tensor.layout == torch.strided and tensor.dtype in FLOATS for tensor in tensors]
+        for layer in range(1, len(part["activations"])):
+            before, after = part["activations"][layer - 1], part["activations"][layer]
+            counts.append(torch.equal(before["residual_out"], after["residual_in"]))
+    said = (value["metadata"]["d_model"], value["metadata"]["n_layers"])
+    return all(counts) and len({shape[2] for shape in shapes}) <= 2 and {shape[:2] for shape in shapes} == {said}
+
+
+def check_capture(layout: Layout, file: Damaged) -> None:
+    """It is refused by `Capture.open` and by the command alike, or it holds what it says."""
+    path = file.put(layout.residual("odd", "1"))
+    try:
+        capture = Capture.open(path)
+    except TlcaptureError as error:
+        check_refusal(error, path)
+    else:
+        value = torch.load(path, weights_only=True)
+        assert is_sound(value)
+        assert capture.token_ids == value["prompt"]["token_ids"] + value["response"]["token_ids"]
+        for layer in range(capture.n_layers):
+            for point in POINTS:
+                own = [value[part]["activations"][layer][point] for part in ("prompt", "response")]
+                assert capture.residual(layer, point).equal(torch.cat(own))
+    report = run_project(layout, ["odd"], ProjectOptions())
+    for failure in report.failures:
+        check_refusal(failure, path)
+
+
+ODD_VALUES: dict[str, Callable[[torch.Tensor], Any]] = {
+    "integers": lambda t: t.long(),
+    "booleans": lambda t: t > 0,
+    "complex": lambda t: t.to(torch.complex64),
+    "sparse": lambda t: t.to_sparse(),
+    "sparse rows": lambda t: t.to_sparse_csr() if t.ndim == 2 else t.to_sparse(),
+    "without data": lambda t: t.to("meta"),
+    "quantised": lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
+    "nested": lambda t: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "eight bits": lambda t: t.to(torch.float8_e4m3fn),
+    "another dtype": lambda t: t.double(),
+    "expanded": lambda t: torch.ones(1).expand(t.shape),
+    "expanded to 10**12": lambda t: torch.ones(1).expand(*t.shape[:-1], 10**12),
+    "transposed": lambda t: t.T.clone(),
+    "one axis more": lambda t: t[None],
+    "one axis less": lambda t: t[0],
+    "a scalar": lambda t: t.sum(),
+    "no numbers": lambda t: t[:0],
+    "one token less": lambda t: t[:-1],
+    "another width": lambda t: t[..., :-1].clone(),
+    "a parameter": lambda t: torch.nn.Parameter(t),
+    "a clone": lambda t: t.clone(),
+    "a list": lambda t: t.tolist(),
+    "other numbers": lambda t: t + 1,
+}
+
+
+def odd_values() -> st.SearchStrategy[Damaged]:
+    good = captures.content()
+    tensors = [at for at in places(good) if len(at) == 4 and at[1] == "activations"]
+    return st.tuples(st.sampled_from(tensors), st.sampled_from(sorted(ODD_VALUES))).map(
+        lambda pair: Damaged("odd tensors", packed(replaced(good, pair[0], ODD_VALUES[pair[1]](_found(good, pair[0])))))
+    )
+
+
+def _found(value: Any, at: tuple[Any, ...]) -> Any:
+    for key in at:
+        value = value[key]
+    return value
+
+
+def odd_structure() -> st.SearchStrategy[Damaged]:
+    good = captures.content()
+    ways = sorted(places(good), key=repr)
+    odd = ANY_JSON | st.sampled_from([float("nan"), float("inf"), 10**400, -1, 2**31, True, 0.5, b"x", (), {1: 2}])
+    return st.sampled_from(ways).flatmap(
+        lambda at: odd.map(lambda new: Damaged("wrong types", packed(replaced(good, at, new))))
+    ) | st.sampled_from([at for at in ways if at]).map(
+        lambda at: Damaged("missing keys", packed(without(good, at)))
+    )  # fmt: skip
+
+
+def odd_bytes() -> st.SearchStrategy[Damaged]:
+    whole = packed(captures.content())
+    cut = st.integers(0, len(whole) - 1).map(lambda size: Damaged("truncated", whole[:size]))
+    flipped = st.integers(0, 600).map(
+        lambda at: Damaged("bytes changed", whole[: 60 + at] + bytes([whole[60 + at] ^ 0xFF]) + whole[61 + at :])
+    )
+    other = st.sampled_from([b"", b"\0" * 100, b"{}", b"PK\x03\x04", b"\x80\x02.", packed(torch.ones(3)), packed([])])
+    return cut | flipped | other.map(lambda data: Damaged("no such file", data))
+
+
+def test_captures_with_odd_tensors(layout: Layout, evidence: Evidence) -> None:
+    try_all(evidence, "capture", odd_values(), lambda file: check_capture(layout, file), examples=150)
+
+
+def test_captures_of_another_structure(layout: Layout, evidence: Evidence) -> None:
+    try_all(evidence, "capture", odd_structure(), lambda file: check_capture(layout, file), examples=250)
+
+
+def test_captures_that_are_cut_off_or_changed(layout: Layout, evidence: Evidence) -> None:
+    try_all(evidence, "capture", odd_bytes(), lambda file: check_capture(layout, file), examples=120)
+
+
+def test_a_tensor_that_is_longer_than_what_is_stored_of_it_is_refused(layout: Layout, evidence: Evidence) -> None:
+    """One byte of the pickle says how many numbers a storage has, and torch maps as many."""
+    whole, path = packed(captures.content()), layout.residual("odd", "1")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    seen = 0
+    for at in range(60, 2000):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        try:
+            Capture.open(path)
+        except StorageError as error:
+            seen += "have other sizes than what is stored" in str(error)
+    assert seen
+    evidence.tried("capture", "another size than stored", seen)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("at", [(0, 0, 0), (3, 2, 5), (6, 3, 7)])
+def test_a_saved_number_that_is_none_is_never_projected(
+    layout: Layout, evidence: Evidence, number: float, at: tuple[int, int, int]
+) -> None:
+    value = captures.content()
+    point, token, place = at
+    value["prompt"]["activations"][min(point // 2, 2)][POINTS[point - 2 * min(point // 2, 2)]][token, place] = number
+    path = layout.residual("odd", "1")
+    torch.save(value, path)
+    report = run_project(layout, ["odd"], ProjectOptions())
+    assert report.n_files == 0
+    check_refusal(report.failures[0], path)
+    assert "NaN or inf" in report.failures[0].reason
+    evidence.tried("capture", "NaN and inf")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prompt_id": "2"}, "it says it is odd/2"),
+        ({"prompt_set": "other"}, "it says it is other/1"),
+        ({"prompt_id": "../1"}, "no safe file name"),
+        ({"n_layers": 4}, "has 3 layers of 8 numbers, but metadata says 4 of 8"),
+        ({"d_model": 9}, "has 3 layers of 8 numbers, but metadata says 3 of 9"),
+        ({"model_fingerprint": torch.ones(3)}, "metadata.model_fingerprint"),
+        ({"n_layers": True}, "metadata.n_layers"),
+    ],
+)
+def test_metadata_that_disagrees_is_said(layout: Layout, evidence: Evidence, change: dict[str, Any], said: str) -> None:
+    value = captures.content()
+    value["metadata"] |= change
+    torch.save(value, layout.residual("odd", "1"))
+    (failure,) = run_project(layout, ["odd"], ProjectOptions()).failures
+    assert said in failure.reason
+    assert str(layout.residual("odd", "1")) in failure.reason
+    evidence.tried("capture", "metadata that disagrees")
+
+
+@pytest.mark.parametrize("ids", [[-1] * N_PROMPT, [True] * N_PROMPT, [1.0] * N_PROMPT, [2**40] * N_PROMPT, [1], "1234"])
+def test_token_ids_that_are_none_are_refused(layout: Layout, evidence: Evidence, ids: Any) -> None:
+    value = captures.content()
+    value["prompt"]["token_ids"] = ids
+    path = layout.residual("odd", "1")
+    torch.save(value, path)
+    with pytest.raises(StorageError, match="prompt") as caught:
+        Capture.open(path)
+    check_refusal(caught.value, path)
+    evidence.tried("capture", "odd token ids")
+
+
+def repacked(path: Path, compression: int) -> None:
+    """Write the archive again, its members compressed or not."""
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+def test_compressed_tensors_are_refused_since_torch_would_map_their_bytes_as_numbers(
+    layout: Layout, evidence: Evidence
+) -> None:
+    path = layout.residual("odd", "1")
+    torch.save(captures.content(), path)
+    repacked(path, zipfile.ZIP_DEFLATED)
+    with pytest.raises(StorageError, match="its tensors are compressed") as caught:
+        Capture.open(path)
+    check_refusal(caught.value, path)
+    evidence.tried("capture", "compressed")
+
+
+def test_separate_tensors_are_read_as_those_of_one_buffer_are(layout: Layout) -> None:
+    value = captures.content()
+    separate = captures.content()
+    for part in ("prompt", "response"):
+        for by_point in separate[part]["activations"].values():
+            for point, tensor in by_point.items():
+                by_point[point] = tensor.clone()
+    for number, each in enumerate((value, separate)):
+        torch.save(each, layout.residual("odd", str(number)))
+    one, other = (Capture.open(layout.residual("odd", str(number))) for number in (0, 1))
+    assert one.prompt.residual.points.equal(other.prompt.residual.points)
+    assert one.residual(1, "attn_out").equal(other.residual(1, "attn_out"))
+
+
+# -- vectors -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", sorted({*ODD_VALUES} - {"a parameter", "a clone", "other numbers", "another dtype"}))
+def test_a_vector_of_another_kind_is_refused(layout: Layout, evidence: Evidence, kind: str) -> None:
+    folder = VectorFolder(layout, TRAIT)
+    path = folder.file("residual", "probe", 1)
+    good = torch.ones(WIDTH) if kind not in ("transposed", "one axis less") else torch.ones(WIDTH, WIDTH, 2)
+    torch.save(ODD_VALUES[kind](good if kind != "transposed" else good[0]), path)
+    if kind in ("another width", "one token less"):
+        torch.save(captures.content(), layout.residual("odd", "1"))
+        (failure,) = run_project(layout, ["odd"], ProjectOptions()).failures
+        assert "has 7 numbers, but the activations have 8" in failure.reason
+    else:
+        with pytest.raises(VectorError) as caught:
+            folder.read("residual", "probe", 1)
+        check_refusal(caught.value, path)
+    evidence.tried("vector", "odd tensors")
+
+
+@pytest.mark.parametrize("numbers", [[float("nan")] * 8, [float("inf")] * 8, [0.0] * 8, [1e300] * 8, [1e-320] * 8, []])
+def test_a_vector_that_is_no_direction_in_float32_is_refused(
+    layout: Layout, evidence: Evidence, numbers: list[float]
+) -> None:
+    folder = VectorFolder(layout, TRAIT)
+    path = folder.file("residual", "probe", 1)
+    torch.save(torch.tensor(numbers, dtype=torch.float64), path)
+    with pytest.raises(VectorError, match="zero, or holds NaN or inf") as caught:
+        folder.read("residual", "probe", 1)
+    check_refusal(caught.value, path)
+    evidence.tried("vector", "NaN, inf, zero, huge")
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-20, 1e20, 1e38])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_parameter_of_any_float_and_length_is_the_same_direction(
+    layout: Layout, scale: float, dtype: torch.dtype
+) -> None:
+    torch.save(captures.content(), layout.residual("odd", "1"))
+    folder = VectorFolder(layout, TRAIT)
+    run_project(layout, ["odd"], ProjectOptions())
+    path = layout.projection(TRAIT, "residual", "odd", "1")
+    expected = path.read_text().split('"metadata"')[0]
+    vector = torch.full((WIDTH,), scale, dtype=torch.float64).to(dtype)
+    torch.save(torch.nn.Parameter(vector), folder.file("residual", "probe", 1))
+    report = run_project(layout, ["odd"], ProjectOptions())
+    usable = bool(vector.float().any()) and bool(vector.float().isfinite().all())
+    assert bool(report.failures) != usable
+    assert not usable or path.read_text().split('"metadata"')[0] == expected
+
+
+def test_cut_off_and_foreign_vectors(layout: Layout, evidence: Evidence) -> None:
+    folder = VectorFolder(layout, TRAIT)
+    path = folder.file("residual", "probe", 1)
+    whole = packed(torch.ones(WIDTH))
+    cut = st.integers(0, len(whole) - 1).map(lambda size: Damaged("truncated", whole[:size]))
+    other = st.binary(max_size=200).map(lambda data: Damaged("no such file", data))
+
+    def check(file: Damaged) -> None:
+        file.put(path)
+        with pytest.raises(StorageError) as caught:
+            folder.read("residual", "probe", 1)
+        check_refusal(caught.value, path)
+
+    try_all(evidence, "vector", cut | other, check, examples=150)
+
+
+@pytest.mark.parametrize(
+    "name", ["probe_layer03.pt", "probe_layer\u0663.pt", "probe_layer99999.pt", "pro\x1bbe_layer1.pt", "a b_layer1.pt",
+             "probe_layer-1.pt", "probe_layer1.pt.pt", "_layer1.pt"]
+)  # fmt: skip
+def test_a_file_of_another_name_is_no_vector(layout: Layout, evidence: Evidence, name: str) -> None:
+    folder = VectorFolder(layout, TRAIT)
+    torch.save(torch.ones(WIDTH), folder.path / name)
+    assert folder.available("residual") == {"probe": [1]}
+    evidence.tried("vector", "odd file names")
+
+
+def test_a_torchscript_program_is_refused(tmp_path: Path, evidence: Evidence) -> None:
+    path = tmp_path / "x.pt"
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
+    with pytest.raises(StorageError, match="TorchScript") as caught:
+        read_tensors(path)
+    check_refusal(caught.value, path)
+    evidence.tried("capture", "programs")

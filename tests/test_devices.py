@@ -1,0 +1,88 @@
+"""A model over several devices: blocks lie where their input goes, and what is captured does not tell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.test_parity import random_ids, relative
+from tlcapture.engines import hooked
+from tlcapture.errors import ModelError
+from tlcapture.models import Model, from_hugging_face, load_model
+from tlcapture.views.attention import attention_hooks
+from tlcapture.views.logit_lens import logit_lens_view
+from tlcapture.views.residual import residual_hooks
+
+two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@pytest.mark.skipif(not hooked.has_hooked_transformer(), reason="TransformerLens 4 has no HookedTransformer")
+def test_every_module_lies_where_its_input_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without two devices: `meta` stands for the second one."""
+    import copy
+
+    from transformer_lens.utilities import multi_gpu
+
+    tl = copy.deepcopy(tiny.model("gpt2", "hooked").tl)
+    places = [torch.device("cpu"), torch.device("cpu"), torch.device("meta")]
+    monkeypatch.setattr(multi_gpu, "get_device_for_block_index", lambda layer, cfg: places[layer])
+    hooked.spread(tl)
+    for name, value in [*tl.named_parameters(), *tl.named_buffers()]:
+        behind = name.startswith(("blocks.2.", "ln_final.", "unembed."))
+        assert value.device.type == ("meta" if behind else "cpu"), name
+
+
+def test_blocks_are_spread_evenly_from_the_first_device_on() -> None:
+    from types import SimpleNamespace
+
+    multi_gpu = pytest.importorskip("transformer_lens.utilities.multi_gpu")
+    place = getattr(multi_gpu, "get_device_for_block_index", None)
+    if place is None:
+        pytest.skip("this TransformerLens has no HookedTransformer")
+    cfg = SimpleNamespace(n_layers=26, n_devices=2, device="cuda:1")
+    indices = [place(layer, cfg).index for layer in range(26)]
+    assert indices == [1] * 13 + [2] * 13
+
+
+@pytest.mark.parametrize("engine", tiny.ENGINES)
+def test_too_few_devices_are_said(tiny_folder: Any, engine: str) -> None:
+    count = torch.cuda.device_count() + 2
+    with pytest.raises(ModelError, match=f"--n-devices {count}: it takes as many CUDA devices, there are"):
+        load_model(str(tiny_folder), engine="bridge" if engine == "bridge" else "auto", n_devices=count)
+
+
+def captured(model: Model) -> tuple[dict[str, Any], Any]:
+    from tests.test_parity import run
+
+    hooks = [*residual_hooks(model.n_layers, model.hook_names, attn_out=True), *attention_hooks(model.n_layers)]
+    first, second = run(model, [random_ids(9), random_ids(5, seed=1)], max_new_tokens=4)
+    assert set(hooks) == set(first.cache)
+    lens = logit_lens_view(
+        lambda layer: first.cache[f"blocks.{layer}.hook_resid_post"], model.n_layers, first.token_ids, model.unembed
+    )
+    return {**first.cache, **{f"second {name}": value for name, value in second.cache.items()}}, lens.top_probs
+
+
+@two_devices
+@pytest.mark.parametrize("engine", ["hooked", "bridge"])
+def test_two_devices_capture_what_one_does(tiny_folder: Any, engine: str) -> None:
+    one, two = (load_model(str(tiny_folder), engine=engine, device="cuda", n_devices=n) for n in (1, 2))
+    assert len({parameter.device for parameter in two.tl.parameters()}) == 2
+    (theirs, their_lens), (ours, our_lens) = captured(one), captured(two)
+    for name, value in theirs.items():
+        assert relative(ours[name], value) < 1e-4, name
+    assert relative(our_lens, their_lens) < 1e-4
+
+
+def test_the_option_reaches_the_loader(tlcapture: Any, root: Any, tiny_folder: Any) -> None:
+    result = tlcapture("capture", "--experiment", "exp", "--prompt", "x", "--model", tiny_folder, "--n-devices", 64)
+    assert result.exit_code == 2
+    assert "--n-devices 64: it takes as many CUDA devices" in result.stderr
+    assert not (root / "experiments").exists()
+
+
+def test_a_model_in_memory_stays_on_one_device_unless_told() -> None:
+    assert from_hugging_face(tiny.hf_model("gpt2"), tiny.tokenizer(), name="x").last_device.type == "cpu"

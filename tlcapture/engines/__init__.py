@@ -1,0 +1,1 @@
+"""What runs a model: the one place that knows what differs between engines, and between versions of TransformerLens."""

@@ -1,0 +1,83 @@
+"""What a trait's steering `results.json` holds, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from tlcapture.storage import read_json
+from tlcapture.validation import Count, FileContent, Layer, Number, Percent, checked
+
+
+class SteeringConfig(FileContent):
+    """What was steered with. Runs of several layers are recorded too, and decide nothing here."""
+
+    layers: list[Layer] = Field(min_length=1)
+    methods: list[str] = Field(min_length=1)
+    coefficients: list[Number] = Field(default_factory=list)
+    component: str = "residual"
+
+
+class SteeringMeans(FileContent):
+    """Means over the questions, 0 to 100."""
+
+    trait_mean: Percent
+    coherence_mean: Percent
+    n: Count | None = None
+
+
+class SteeringBaseline(FileContent):
+    trait_mean: Percent
+    coherence_mean: Percent | None = None
+
+
+class SteeringRecord(FileContent):
+    config: SteeringConfig
+    result: SteeringMeans
+
+
+@dataclass(frozen=True)
+class SteeringRun:
+    """One single-layer steering run: what it was, its scores, and its gain over the baseline."""
+
+    layer: int
+    method: str
+    component: str
+    coefficient: float
+    trait_mean: float
+    coherence_mean: float
+    delta: float
+
+
+class SteeringResults(FileContent):
+    baseline: SteeringBaseline
+    runs: list[SteeringRecord]
+    metadata: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> SteeringResults:
+        """Read a trait's results; raises `StorageError` for a file that holds none."""
+        return cls.parse(read_json(path), path)
+
+    @classmethod
+    def parse(cls, content: Any, path: Path) -> SteeringResults:
+        return checked(cls, content, path, "steering results")
+
+    @property
+    def single_layer_runs(self) -> list[SteeringRun]:
+        return [self._run(each) for each in self.runs if len(each.config.layers) == 1]
+
+    def _run(self, record: SteeringRecord) -> SteeringRun:
+        config, result = record.config, record.result
+        return SteeringRun(
+            layer=config.layers[0],
+            method=config.methods[0],
+            component=config.component,
+            coefficient=config.coefficients[0] if config.coefficients else 0.0,
+            trait_mean=result.trait_mean,
+            coherence_mean=result.coherence_mean,
+            delta=result.trait_mean - self.baseline.trait_mean,
+        )
