@@ -120,7 +120,7 @@ def _run(
     dry_run: bool,
     **options: Any,
 ) -> None:
-    executor = take_executor(options, options["batch_size"])
+    executor = take_executor(options, options["batch_size"], collects=not options["projections_only"])
     from tlcapture.generation import Sampling
     from tlcapture.runs.capture import CaptureOptions, estimate_capture, run_capture
     from tlcapture.runs.vectors import VectorChoice

@@ -44,7 +44,9 @@ def take_executor(options: dict[str, Any], batch_size: int | None = None, *, col
     """
     chosen = {name: options.pop(name) for name in _NAMES}
     if chosen["collect"] and not collects:
-        raise click.UsageError("--collect goes with capture and project: other commands write to what they read")
+        raise click.UsageError(
+            "--collect goes with project and with captures that keep raw activations: all else has to see what is there"
+        )
     if chosen["executor"] == "local":
         named = [name for name in ("ray_address", "workers", "gpus_per_worker", "collect") if chosen[name]]
         if named:
@@ -53,7 +55,8 @@ def take_executor(options: dict[str, Any], batch_size: int | None = None, *, col
         from tlcapture.runs.executors import LocalExecutor
 
         return LocalExecutor()
-    from tlcapture.runs.ray_executor import Cluster, RayExecutor
+    from tlcapture.runs.ray_crew import Cluster
+    from tlcapture.runs.ray_executor import RayExecutor
 
     cluster = Cluster(
         address=chosen["ray_address"],
