@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import resource
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,11 +33,17 @@ def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def leave_megabytes(count: int) -> None:
-    """Let this process take so much more memory from now on."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + count * 2**20
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+# The command in a process of its own, with the model's modules imported before memory becomes scarce.
+SCARCE = """
+import pathlib, resource, sys
+from tlcapture.cli.main import main
+from tlcapture.models import load_model
+load_model(sys.argv[1], engine="bridge")
+pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + int(sys.argv[2]) * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+main(sys.argv[3:])
+"""
 
 
 def test_batches_are_halved_and_a_prompt_that_does_not_fit_fails_alone(
@@ -51,11 +59,10 @@ def test_batches_are_halved_and_a_prompt_that_does_not_fit_fails_alone(
     for path in raw.glob("*.pt"):
         path.unlink()
     log = tmp_path / "log.txt"
-    ended = Command(
-        tmp_path / "said", *words, "--root", tmp_path, "--batch-size", 5, "--log-file", log,
-        before=lambda: leave_megabytes(400),
-    ).end()  # fmt: skip
-    assert ended.code == 1, ended
+    command = (*words, "--root", tmp_path, "--batch-size", 5, "--log-file", log)
+    arguments = [sys.executable, "-c", SCARCE, *map(str, (long_model, 400, *command))]
+    ended = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 1, ended
     assert "Traceback" not in ended.stderr
     assert "failed: long/5: out of memory with 3901 prompt tokens, alone in its batch" in ended.stderr
     halved = log.read_text().count("out of memory: going on with batches of")
