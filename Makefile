@@ -63,8 +63,8 @@ chromium:
 	  apt-get update --quiet=2 && apt-get install --quiet=2 --yes --no-install-recommends chromium >/dev/null; } || \
 	  echo "no Chromium: the tests of the page will be skipped (Debian: apt install chromium)"
 
-reliability: $(READY) ## Faults, bad input and parity once more, and what they saw into docs/reliability.md
-	$(BIN)/python -m pytest tests/faults tests/input tests/test_parity.py tests/test_refusals.py --reliability docs/reliability.md $(FLAGS)
+reliability: $(READY) ## Faults, clusters, bad input and parity once more, and what they saw into docs/reliability.md
+	$(BIN)/python -m pytest tests/faults tests/cluster tests/input tests/test_parity.py tests/test_refusals.py --reliability docs/reliability.md $(FLAGS)
 
 test-cuda: $(READY) ## The model tests on a CUDA device
 	TLCAPTURE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/test_parity.py tests/test_generation.py tests/test_fast_forward.py $(FLAGS)

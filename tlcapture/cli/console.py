@@ -96,6 +96,9 @@ class _Bar(Progress):
             self._bar.set_postfix_str(printable(done))
         self._stop.check()
 
+    def state(self, text: str) -> None:
+        self._bar.set_postfix_str(printable(text))
+
 
 class _Lines(Progress):
     def __init__(self, stop: StopSignals, *, shown: bool):

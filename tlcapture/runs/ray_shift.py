@@ -158,6 +158,8 @@ class Shift:
                 self._reporter.uses(**state.facts)
                 self._progress.advance(state.units - member.counted)
                 member.counted = state.units
+        hands = (f"{each.number}: {each.piece.label if each.piece else each.stage}" for each in self._crew.members)
+        self._progress.state(f"{self._report.n_prompts} prompts done; {', '.join(hands)}")
         self._progress.advance()
 
     def _wind_up(self) -> None:

@@ -30,6 +30,9 @@ class Progress:
         Runs call it where they can be stopped: what was begun is whole, or can be thrown away.
         """
 
+    def state(self, text: str) -> None:
+        """What is in hand just now, where there is a place that shows it for as long as it is true."""
+
 
 class Reporter:
     """Where a run's lines and progress go; this one keeps quiet. The command line has another."""
