@@ -19,7 +19,7 @@ from tlcapture.views.residual import residual_hooks
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 
-@pytest.mark.skipif(not hooked.has_hooked_transformer(), reason="TransformerLens 4 has no HookedTransformer")
+@tiny.needs_hooked
 def test_every_module_lies_where_its_input_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without two devices: `meta` stands for the second one."""
     import copy
@@ -35,15 +35,14 @@ def test_every_module_lies_where_its_input_goes(monkeypatch: pytest.MonkeyPatch)
         assert value.device.type == ("meta" if behind else "cpu"), name
 
 
+@tiny.needs_hooked
 def test_blocks_are_spread_evenly_from_the_first_device_on() -> None:
     from types import SimpleNamespace
 
-    multi_gpu = pytest.importorskip("transformer_lens.utilities.multi_gpu")
-    place = getattr(multi_gpu, "get_device_for_block_index", None)
-    if place is None:
-        pytest.skip("this TransformerLens has no HookedTransformer")
+    from transformer_lens.utilities.multi_gpu import get_device_for_block_index
+
     cfg = SimpleNamespace(n_layers=26, n_devices=2, device="cuda:1")
-    indices = [place(layer, cfg).index for layer in range(26)]
+    indices = [get_device_for_block_index(layer, cfg).index for layer in range(26)]
     assert indices == [1] * 13 + [2] * 13
 
 

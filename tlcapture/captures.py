@@ -9,7 +9,7 @@ The file is opened memory-mapped: nothing of it is read before a tensor is touch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isnan
 from pathlib import Path
@@ -23,7 +23,7 @@ from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError, NumericalError, StorageError
 from tlcapture.kept import Kept, point_index
 from tlcapture.shapes import Residual
-from tlcapture.storage import Written, read_tensors, write_tensors
+from tlcapture.storage import Hook, Written, read_tensors, write_tensors
 from tlcapture.views.residual import ResidualStream, stacked
 
 SAVE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -112,10 +112,10 @@ class Capture:
             return torch.cat([each.residual.at(layer, point) for each in parts])
         return self._part(part).residual.at(layer, point)
 
-    def save(self, path: Path, *, before_replacing: Callable[[], object] = lambda: None) -> Written:
+    def save(self, path: Path, *, before_replacing: Hook = lambda new: None) -> Written:
         """Write the capture in the format of raw residual files.
 
-        `before_replacing` is called when the new file is whole and not yet in its place.
+        `before_replacing` is called with the new file, when it is whole and not yet in its place.
         """
         value = {
             "format_version": FORMAT_VERSION,

@@ -33,6 +33,9 @@ _HOST = re.sub(r"[^A-Za-z0-9]", "-", socket.gethostname())
 _TEMPORARY = re.compile(rf"\..+\.{re.escape(_HOST)}\.(\d+)\.[0-9a-f]+\.tmp")
 
 
+Hook = Callable[[Path], object]
+
+
 class Written(NamedTuple):
     """A file that was written, and its size in bytes."""
 
@@ -62,9 +65,9 @@ def read_json(path: Path) -> Any:
         raise StorageError(f"{path}: no valid JSON: nested too deeply") from None
 
 
-def write_bytes(path: Path, data: bytes) -> Written:
-    """Write `data`."""
-    return _write(path, lambda temporary: temporary.write_bytes(data), len(data))
+def write_bytes(path: Path, data: bytes, *, before_replacing: Hook = lambda new: None) -> Written:
+    """Write `data`. `before_replacing` is called with the new file when that is whole and not yet in its place."""
+    return _write(path, lambda temporary: temporary.write_bytes(data), len(data), before_replacing)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -76,10 +79,10 @@ def read_bytes(path: Path) -> bytes:
         raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def write_tensors(path: Path, value: Any, *, before_replacing: Callable[[], object] = lambda: None) -> Written:
+def write_tensors(path: Path, value: Any, *, before_replacing: Hook = lambda new: None) -> Written:
     """`torch.save` tensors and plain values.
 
-    `before_replacing` is called when the new file is whole and not yet in its place.
+    `before_replacing` is called with the new file when that is whole and not yet in its place.
 
     Tensors that are views of one storage are written as one. A view of a larger storage would drag
     all of it along: callers hand over clones of exactly what is to be kept.
@@ -174,14 +177,14 @@ def free_bytes(path: Path) -> int:
 
 
 def _write(
-    path: Path, write: Callable[[Path], object], needed: int, before_replacing: Callable[[], object] = lambda: None
+    path: Path, write: Callable[[Path], object], needed: int, before_replacing: Hook = lambda new: None
 ) -> Written:
     temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         size = temporary.stat().st_size
-        before_replacing()
+        before_replacing(temporary)
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
         with suppress(OSError):

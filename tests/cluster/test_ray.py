@@ -163,6 +163,7 @@ def test_a_root_that_workers_do_not_see_is_refused_unless_files_are_sent_back(
     if collect:
         assert done.returncode == 0, done.stderr
         assert same_but_for_the_model_folder(contents(result), by_one_process)
+        assert json.loads((result / "config.json").read_bytes())["inference_model"] == str(hidden / "model")
         return
     assert done.returncode == 2, done.stderr
     assert "does not see" in done.stderr

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tlcapture.captures import Capture
+from tlcapture.config import record
 from tlcapture.layout import Layout
 from tlcapture.runs.outputs import derived_files, is_alike
 from tlcapture.runs.report import Done
@@ -48,12 +49,14 @@ def place(layout: Layout, files: Mapping[str, bytes], done: Done) -> Done:
 
 def _place_capture(layout: Layout, path: Path, content: bytes) -> Written:
     """Put a raw residual file in its place; what was made from another capture of the prompt goes first."""
-    received = path.with_name(f".{path.name}.received")
-    written = write_bytes(received, content)
-    if not is_alike(path, Capture.open(received)):
-        remove(derived_files(layout, *_prompt(path)))
-    received.replace(path)
-    return Written(path, written.size)
+
+    def make_way(new: Path) -> None:
+        capture = Capture.open(new)
+        record(layout, inference_model=str(capture.metadata["inference_model"]))
+        if not is_alike(path, capture):
+            remove(derived_files(layout, *_prompt(path)))
+
+    return write_bytes(path, content, before_replacing=make_way)
 
 
 def _prompt(path: Path) -> tuple[str, str]:

@@ -159,7 +159,7 @@ def write_capture(layout: Layout, capture: Capture) -> Written:
     prompt_set, prompt_id = capture.prompt_set, capture.prompt_id
     path = layout.residual(prompt_set, prompt_id)
     derived = [] if is_alike(path, capture) else derived_files(layout, prompt_set, prompt_id)
-    return capture.save(path, before_replacing=lambda: remove(derived))
+    return capture.save(path, before_replacing=lambda new: remove(derived))
 
 
 def remove_stale(layout: Layout, capture: Capture) -> None:

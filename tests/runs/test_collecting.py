@@ -1,0 +1,55 @@
+"""Files that workers send back: put where a local run puts them, and nothing derived left beside another capture."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.input import captures
+from tlcapture.captures import Capture
+from tlcapture.config import read_config
+from tlcapture.errors import StorageError
+from tlcapture.layout import Layout
+from tlcapture.runs.collecting import place
+from tlcapture.runs.report import Done
+
+RAW = "experiments/exp/inference/raw/residual/odd/1.pt"
+
+
+def packed(**changes: Any) -> bytes:
+    value = captures.content()
+    value["metadata"] |= {"model_fingerprint": "f", "engine": "hooked", "dtype": "float32", **changes}
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def test_a_capture_that_is_sent_back_takes_its_place_and_what_was_made_from_another_goes(tmp_path: Path) -> None:
+    layout = Layout(tmp_path, "exp")
+    done = place(layout, {RAW: packed()}, Done(n_prompts=1))
+    assert [(written.path, done.n_prompts) for written in done.written] == [(tmp_path / RAW, 1)]
+    assert Capture.open(tmp_path / RAW).prompt_id == "1"
+    assert read_config(layout).inference_model == captures.content()["metadata"]["inference_model"]
+    lens = layout.logit_lens("odd", "1")
+    lens.parent.mkdir(parents=True)
+    lens.write_text("{}")
+    place(layout, {RAW: packed()}, Done())
+    assert lens.is_file()  # the same tokens from the same model
+    place(layout, {RAW: packed(model_fingerprint="another")}, Done())
+    assert not lens.exists()
+    assert not layout.unfinished("odd", "1").exists()
+
+
+def test_what_is_no_capture_replaces_none(tmp_path: Path) -> None:
+    layout = Layout(tmp_path, "exp")
+    place(layout, {RAW: packed()}, Done())
+    before = (tmp_path / RAW).read_bytes()
+    with pytest.raises(StorageError):
+        place(layout, {RAW: before[:500]}, Done())
+    assert (tmp_path / RAW).read_bytes() == before
+    assert layout.unfinished("odd", "1").exists()  # so that the next run makes the prompt again
+    assert not list(tmp_path.rglob("*.tmp"))
