@@ -181,18 +181,18 @@ def _write(
 ) -> Written:
     temporary = _temporary(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         size = temporary.stat().st_size
         before_replacing(temporary)
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)  # before the free bytes are counted
-        raise _cannot_write(path, error, needed) from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError | RuntimeError):
+            raise _cannot_write(path, error, needed) from None
+        raise
     _log.debug("wrote %s, %s", path, format_bytes(size))
     return Written(path, size)
 

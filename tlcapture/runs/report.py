@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -79,18 +80,24 @@ class WrittenFiles:
     by_folder: dict[str, tuple[int, int]] = field(default_factory=dict)
     listed: list[tuple[str, int]] = field(default_factory=list)
 
+    @cached_property
+    def _folders(self) -> list[str]:
+        """How the paths below `folder` begin, which may be a link."""
+        return [f"{folder.as_posix()}/" for folder in (self.folder, self.folder.resolve())]
+
     def add(self, written: Written) -> None:
         self.count += 1
         self.size += written.size
-        path = written.path
-        for folder in (self.folder, self.folder.resolve()):
-            if path.is_relative_to(folder):
-                path = path.relative_to(folder)
+        name = written.path.as_posix()
+        for folder in self._folders:
+            if name.startswith(folder):
+                name = name[len(folder) :]
                 break
-        count, size = self.by_folder.get(path.parent.as_posix(), (0, 0))
-        self.by_folder[path.parent.as_posix()] = (count + 1, size + written.size)
+        below = name.rpartition("/")[0] or "."
+        count, size = self.by_folder.get(below, (0, 0))
+        self.by_folder[below] = (count + 1, size + written.size)
         if len(self.listed) < _MOST_LISTED:
-            self.listed.append((path.as_posix(), written.size))
+            self.listed.append((name, written.size))
 
     def to_json(self) -> dict[str, Any]:
         folders = {name: {"files": count, "bytes": size} for name, (count, size) in sorted(self.by_folder.items())}

@@ -14,12 +14,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tlcapture.errors import NumericalError
 from tlcapture.rounding import PROJECTION_DIGITS, round_significant
 from tlcapture.shapes import Trajectory
+
+Line = NDArray[np.float64]
 
 _SHORTEST_RESPONSE = 4
 
@@ -56,37 +61,37 @@ class Dynamics:
 
 def dynamics(trajectory: Trajectory, n_prompt_tokens: int) -> Dynamics:
     """The dynamics of a trajectory whose first `n_prompt_tokens` belong to the prompt."""
-    line = trajectory.double()
-    if not line.isfinite().all():
+    line = trajectory.double().numpy(force=True)  # which makes less ado than torch of so few numbers
+    if not np.isfinite(line).all():
         raise NumericalError("the trajectory holds NaN or inf")
-    velocity = line.diff()
+    velocity = np.diff(line)
     return Dynamics(
         commitment_point=_commitment_point(line[n_prompt_tokens:], n_prompt_tokens),
-        peak_velocity=float(velocity[1:].abs().max()) if len(velocity) > 1 else 0.0,
+        peak_velocity=float(np.abs(velocity[1:]).max(initial=0.0)),
         persistence=_persistence(line[1:]),
-        velocity=velocity,
-        acceleration=velocity.diff(),
+        velocity=torch.from_numpy(velocity),
+        acceleration=torch.from_numpy(np.diff(velocity)),
     )
 
 
-def _commitment_point(response: Trajectory, offset: int) -> int | None:
+def _commitment_point(response: Line, offset: int) -> int | None:
     """The settling time: where the response enters, for good, a band of a quarter of its range around
     the mean of its last quarter."""
     if len(response) < _SHORTEST_RESPONSE:
         return None
     final = response[-(len(response) // 4) :].mean()
     band = (response.max() - response.min()) / 4
-    outside = ((response - final).abs() > band).nonzero()
+    outside = np.flatnonzero(np.abs(response - final) > band)
     if not len(outside):
         return offset
-    settled = int(outside[-1, 0]) + 1
+    settled = int(outside[-1]) + 1
     return offset + settled if settled < len(response) else None
 
 
-def _persistence(line: Trajectory) -> int:
+def _persistence(line: Line) -> int:
     if not len(line):
         return 0
-    size = line.abs()
+    size = np.abs(line)
     peak = int(size.argmax())
-    below = (size[peak + 1 :] < size[peak] / 2).nonzero()
-    return int(below[0, 0]) if len(below) else int(len(size) - peak - 1)
+    below = np.flatnonzero(size[peak + 1 :] < size[peak] / 2)
+    return int(below[0]) if len(below) else len(size) - peak - 1

@@ -78,7 +78,7 @@ class Projection:
     @property
     def trajectory(self) -> Trajectory:
         """`s[t]`: the last sublayer's projection at the vector's own layer, prompt and response in one line."""
-        return torch.cat([self.prompt, self.response])[:, self.vector.layer, -1]
+        return torch.cat([part[:, self.vector.layer, -1] for part in (self.prompt, self.response)])
 
     @property
     def dynamics(self) -> Dynamics:
@@ -94,10 +94,10 @@ class Projection:
 
     def _scores_to_json(self, scores: Tensor) -> Any:
         """`[n_tokens][n_layers][n_sublayers]`, with null in place of each layer that is not kept."""
-        rounded = rounded_for_json(scores[:, list(self.layers)].float().numpy(), PROJECTION_DIGITS)
         n_layers = scores.shape[1]
         if len(self.layers) == n_layers:
-            return rounded
+            return rounded_for_json(scores.float().numpy(), PROJECTION_DIGITS)
+        rounded = rounded_for_json(scores[:, list(self.layers)].float().numpy(), PROJECTION_DIGITS)
         row_of = {layer: row for row, layer in enumerate(self.layers)}
         return [[token[row_of[layer]] if layer in row_of else None for layer in range(n_layers)] for token in rounded]
 
@@ -193,6 +193,7 @@ def _scores(part: ResidualStream, component: str, directions: Vectors) -> Float[
     else:
         order = torch.tensor([[kept.row(layer, point) for point in kept.points] for layer in kept.layers])
         found = _products(part.points, directions)[order].permute(3, 2, 0, 1)  # of [n_points, n_tokens, n_vectors]
+    found = found.contiguous()  # a vector's scores are taken out together
     if len(kept.layers) == kept.n_layers:
         return found
     whole = found.new_full((*found.shape[:2], kept.n_layers, found.shape[3]), torch.nan)
