@@ -8,12 +8,9 @@ Importing this package loads no torch; the names below load what they need when 
 from __future__ import annotations
 
 import importlib
-import logging
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-
-logging.getLogger(__name__).addHandler(logging.NullHandler())  # whoever imports decides what is shown
 
 if TYPE_CHECKING:
     from tlcapture.captures import Capture

@@ -11,7 +11,6 @@ generated token gets one more forward, so that every token has its activations.
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,12 +20,13 @@ from torch import Tensor
 
 from tlcapture.chat import TokenizedPrompt, stop_ids
 from tlcapture.errors import InputError
+from tlcapture.logger import get_logger
 from tlcapture.memory import fitting_batch_size, is_out_of_memory, release_memory
 from tlcapture.models import Model
 from tlcapture.shapes import LastLogits
 from tlcapture.views import Cache
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 STOP_TOKEN = "stop_token"
 MAX_NEW_TOKENS = "max_new_tokens"

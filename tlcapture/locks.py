@@ -5,7 +5,6 @@ The operating system lets go of a lock when its process ends, however it ends, s
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +12,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from tlcapture.errors import StorageError
+from tlcapture.logger import get_logger
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 _POLL = 0.1  # seconds between two tries
 
 

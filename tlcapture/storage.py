@@ -8,7 +8,6 @@ that opening costs nothing until a tensor is touched.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import re
 import secrets
@@ -24,9 +23,10 @@ from typing import Any, NamedTuple
 import orjson
 
 from tlcapture.errors import NoSpaceError, StorageError
+from tlcapture.logger import get_logger
 from tlcapture.sizes import format_bytes
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 # After these nothing more can be written in the same place, whatever it is.
 _FOR_ALL_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _HOST = re.sub(r"[^A-Za-z0-9]", "-", socket.gethostname())

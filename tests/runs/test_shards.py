@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tlcapture.errors import InputError
 from tlcapture.layout import Layout
 from tlcapture.runs.alone import alone
-from tlcapture.runs.report import Reporter
+from tlcapture.runs.reporter import Reporter
 from tlcapture.runs.shards import Shard
 
 WHAT = "captures of short"

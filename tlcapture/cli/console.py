@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,21 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tlcapture.cli.logs import SHOWN
 from tlcapture.cli.stopping import StopSignals
 from tlcapture.errors import TlcaptureError
 from tlcapture.printable import printable
-from tlcapture.runs.report import Progress, Reporter, RunReport
+from tlcapture.runs.reporter import Progress, Reporter
 
 if TYPE_CHECKING:
+    import logging
+
     from tqdm import tqdm
 
     from tlcapture.layout import Layout
     from tlcapture.runs.invocation import Invocation
     from tlcapture.runs.record import RecordedReport
+    from tlcapture.runs.report import RunReport
 
 _MOST_SHOWN = 200  # prompts whose projections are read at the end of a run
-_log = logging.getLogger(SHOWN)
 
 
 class Console(Reporter):
@@ -48,17 +48,17 @@ class Console(Reporter):
         self.recorded: RecordedReport | None = None
 
     def line(self, text: str = "") -> None:
-        _log.info(text)
+        _log().info(text)
         if not self._quiet:
             click.echo(printable(text), err=self._as_json)
 
     def warn(self, text: str) -> None:
-        _log.warning(text)
+        _log().warning(text)
         click.secho(f"warning: {printable(text)}", fg="yellow", err=True)
 
     def error(self, text: str) -> None:
         """A line that says what went wrong."""
-        _log.error(text)
+        _log().error(text)
         click.secho(printable(text), fg="red", err=True)
 
     def uses(self, **facts: Any) -> None:
@@ -92,7 +92,7 @@ class _Bar(Progress):
     def advance(self, units: int = 0, *, done: str | None = None) -> None:
         self._bar.update(units)
         if done:
-            _log.info(done)
+            _log().info(done)
             self._bar.set_postfix_str(printable(done))
         self._stop.check()
 
@@ -107,7 +107,7 @@ class _Lines(Progress):
 
     def advance(self, units: int = 0, *, done: str | None = None) -> None:
         if done:
-            _log.info(done)
+            _log().info(done)
             if self._shown:
                 click.echo(printable(done), err=True)
         self._stop.check()
@@ -148,3 +148,10 @@ def show_top_traits(console: Console, layout: Layout, prompt_set: str, component
         console.line(f"{top.prompt_id:>4}  {top.trait:<{width}}  {top.rise:+.1f} sd  {where}")
         console.line(f"      {top.response}")
     console.line()
+
+
+def _log() -> logging.Logger:
+    """The log of what is shown here anyway."""
+    from tlcapture.cli.logs import SHOWN
+
+    return SHOWN

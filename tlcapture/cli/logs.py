@@ -11,10 +11,11 @@ from pathlib import Path
 
 import click
 
+from tlcapture.logger import get_logger
 from tlcapture.printable import printable
 
-_LOGGER = logging.getLogger("tlcapture")
-SHOWN = "tlcapture.cli.shown"  # what the console shows anyway
+SHOWN = get_logger("tlcapture.cli.shown")  # what the console shows anyway
+_LOGGER = get_logger("tlcapture")
 
 
 class _OneLine(logging.Formatter):
@@ -27,7 +28,7 @@ class _OneLine(logging.Formatter):
 
 class _NotShown(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        return record.name != SHOWN
+        return record.name != SHOWN.name
 
 
 @contextmanager

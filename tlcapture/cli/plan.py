@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -145,6 +144,8 @@ def plan(
             {"options": each.options, "bytes": round(each.n_bytes), "fits": each.n_bytes <= budget} for each in fits
         ]
     if as_json:
+        import json
+
         click.echo(json.dumps(said))
         return
     click.echo(f"{printable(model)}: {measures.n_layers} layers, d_model {measures.d_model}")

@@ -13,24 +13,22 @@ wrong usage; 130 and 143 told to stop.
 
 from __future__ import annotations
 
-import json
-import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tlcapture.cli.console import Console
-from tlcapture.cli.logs import logging_to
 from tlcapture.cli.options import together
 from tlcapture.cli.stopping import Interrupted, StopSignals
 from tlcapture.errors import NoSpaceError, TlcaptureError
-from tlcapture.runs.invocation import Invocation
 
+if TYPE_CHECKING:
+    from tlcapture.runs.invocation import Invocation
 _output_options = together(
     click.option("-v", "--verbose", is_flag=True, help="Say more: every file, batch and choice."),
     click.option("-q", "--quiet", is_flag=True, help="Say nothing but warnings and errors."),
@@ -55,6 +53,8 @@ def working(command: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         if verbose and quiet:
             raise click.UsageError("give one of --verbose and --quiet")
+        from tlcapture.cli.logs import logging_to
+
         with StopSignals() as stop, logging_to(log_file, verbose=verbose):
             console = Console(quiet=quiet, as_json=as_json, stop=stop, invocation=_invocation(ctx))
             ending = _run(command, console, options)
@@ -98,6 +98,8 @@ def _outcome(command: Callable[..., None], console: Console, options: Mapping[st
 
 def _going_on(options: Mapping[str, Any]) -> str:
     """The command line that does the rest."""
+    import shlex
+
     skips = [] if options.get("skip_existing", True) else ["--skip-existing"]
     return shlex.join([*_command_line(), *skips])
 
@@ -109,6 +111,10 @@ def _command_line() -> list[str]:
 
 
 def _invocation(ctx: click.Context) -> Invocation:
+    import shlex
+
+    from tlcapture.runs.invocation import Invocation
+
     arguments = {name: _plain(value) for name, value in sorted(ctx.params.items())}
     return Invocation(str(ctx.command.name), shlex.join(_command_line()), arguments)
 
@@ -125,6 +131,8 @@ def _say(console: Console, ending: _Ending, *, as_json: bool) -> None:
     if as_json:
         content = {} if report is None else {**report.to_json(), "record": str(report.path)}
         said = {"status": ending.status, "exit_code": ending.exit_code, "error": ending.error, **console.facts}
+        import json
+
         click.echo(json.dumps({**said, **content}, ensure_ascii=True))
     elif report is not None and (report.n_files or not ending.error):
         console.line(report.summary())

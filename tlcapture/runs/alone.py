@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 
 from tlcapture.layout import Layout
 from tlcapture.locks import locked
-from tlcapture.runs.report import Reporter
+from tlcapture.runs.reporter import Reporter
 from tlcapture.runs.shards import Shard
 
 

@@ -12,7 +12,6 @@ it ends with what an undisturbed run would have written.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,6 +22,7 @@ from tlcapture.config import read_config, record
 from tlcapture.errors import InputError, NoSpaceError, StorageError
 from tlcapture.generation import Failure, Generation, generate, teacher_force
 from tlcapture.layout import Layout
+from tlcapture.logger import get_logger
 from tlcapture.memory import is_out_of_memory, release_memory
 from tlcapture.models import Model
 from tlcapture.prompts import PromptSet
@@ -34,14 +34,15 @@ from tlcapture.runs.loading import ModelLoader
 from tlcapture.runs.outputs import Outputs, add_ons, capture_of, remove_stale, write_capture
 from tlcapture.runs.planning import CaptureOptions, Plan, Planner
 from tlcapture.runs.projected import ProjectedCapture
-from tlcapture.runs.report import Reporter, RunReport
+from tlcapture.runs.report import RunReport
+from tlcapture.runs.reporter import Reporter
 from tlcapture.runs.vectors import Chooser, project_capture, traits_to_project
 from tlcapture.sizes import format_bytes
 from tlcapture.storage import free_bytes, remove, sweep_temporaries, write_bytes
 
 __all__ = ["CaptureOptions", "estimate_capture", "run_capture"]
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 
 def run_capture(

@@ -20,7 +20,8 @@ from tlcapture.runs.alone import alone
 from tlcapture.runs.examples import PreparedExamples, prepare
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
 from tlcapture.runs.model_worker import Bench, ModelWorker, known_of
-from tlcapture.runs.report import Reporter, RunReport
+from tlcapture.runs.report import RunReport
+from tlcapture.runs.reporter import Reporter
 from tlcapture.storage import write_bytes, write_json
 from tlcapture.traits.evaluation_files import EvaluationRow, best_by_trait, read_evaluation
 from tlcapture.traits.vector_files import COMPONENTS, METHODS, ranges

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tlcapture.layout import Layout
-from tlcapture.runs.report import Reporter, RunReport
+from tlcapture.runs.report import RunReport
+from tlcapture.runs.reporter import Reporter
 
 if TYPE_CHECKING:
     from tlcapture.runs.loading import ModelLoader

@@ -21,7 +21,8 @@ from tlcapture.runs.alone import alone
 from tlcapture.runs.examples import PreparedExamples, prepare
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
 from tlcapture.runs.model_worker import Bench, ModelWorker, known_of
-from tlcapture.runs.report import Reporter, RunReport
+from tlcapture.runs.report import RunReport
+from tlcapture.runs.reporter import Reporter
 from tlcapture.runs.vectors import now
 from tlcapture.traits.vector_files import COMPONENTS, METHODS
 from tlcapture.traits.vectors import VectorFolder

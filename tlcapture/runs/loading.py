@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tlcapture.config import settle_model
 from tlcapture.embedded import NAME, is_converted
 from tlcapture.layout import Layout
-from tlcapture.runs.report import Reporter
+from tlcapture.runs.reporter import Reporter
 
 if TYPE_CHECKING:
     from tlcapture.models import Model, ModelOutline

@@ -10,7 +10,8 @@ from typing import Any
 from tlcapture.layout import Layout
 from tlcapture.models import Model, ModelOutline
 from tlcapture.runs.executors import Executor
-from tlcapture.runs.report import Reporter, RunReport
+from tlcapture.runs.report import RunReport
+from tlcapture.runs.reporter import Reporter
 
 
 @dataclass(frozen=True)

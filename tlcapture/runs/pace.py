@@ -17,7 +17,8 @@ from tlcapture.models import Model
 from tlcapture.names import Trait
 from tlcapture.runs.outputs import Outputs, add_ons, capture_of, write_capture
 from tlcapture.runs.plan import Pace, Workload
-from tlcapture.runs.report import Reporter, RunReport
+from tlcapture.runs.report import RunReport
+from tlcapture.runs.reporter import Reporter
 from tlcapture.runs.vectors import Chosen, project_capture
 from tlcapture.traits.selection import Selection, fallback_layer
 from tlcapture.traits.vectors import TraitVector

@@ -8,7 +8,7 @@ from pathlib import Path
 from tlcapture.layout import Layout
 from tlcapture.names import Trait
 from tlcapture.plots import projection_picture
-from tlcapture.runs.report import Reporter
+from tlcapture.runs.reporter import Reporter
 from tlcapture.storage import write_bytes
 from tlcapture.traits.projected_tokens import ProjectedTokens
 from tlcapture.traits.saved_projections import check_component, no_projections

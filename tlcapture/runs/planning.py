@@ -20,7 +20,8 @@ from tlcapture.layout import Layout
 from tlcapture.prompts import Prompt, PromptSet
 from tlcapture.runs.outputs import Outputs
 from tlcapture.runs.projected import ProjectedCapture
-from tlcapture.runs.report import Reporter, RunReport
+from tlcapture.runs.report import RunReport
+from tlcapture.runs.reporter import Reporter
 from tlcapture.runs.shards import Shard
 from tlcapture.runs.vectors import Chooser, Projectable, VectorChoice
 

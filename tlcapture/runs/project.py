@@ -14,7 +14,8 @@ from tlcapture.errors import InputError, NumericalError, StorageError
 from tlcapture.layout import Layout
 from tlcapture.runs.alone import alone
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
-from tlcapture.runs.report import Reporter, RunReport
+from tlcapture.runs.report import RunReport
+from tlcapture.runs.reporter import Reporter
 from tlcapture.runs.shards import Shard
 from tlcapture.runs.vectors import Chooser, VectorChoice, project_capture, traits_to_project
 from tlcapture.storage import read_json, write_json

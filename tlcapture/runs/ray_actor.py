@@ -21,7 +21,8 @@ from tlcapture.errors import TlcaptureError
 from tlcapture.layout import Layout
 from tlcapture.runs.executors import Make, Worker
 from tlcapture.runs.loading import ModelLoader
-from tlcapture.runs.report import Done, Progress, Reporter, RunReport
+from tlcapture.runs.report import Done, RunReport
+from tlcapture.runs.reporter import Progress, Reporter
 from tlcapture.runs.shipping import ModelFiles
 from tlcapture.storage import Written, read_bytes, write_bytes
 

@@ -18,7 +18,8 @@ from tlcapture.errors import InputError
 from tlcapture.runs.executors import Work
 from tlcapture.runs.ray_crew import Cluster, Crew, Piece, Probe, first_line
 from tlcapture.runs.ray_shift import Shift
-from tlcapture.runs.report import Reporter, RunReport
+from tlcapture.runs.report import RunReport
+from tlcapture.runs.reporter import Reporter
 
 _PIECES_PER_WORKER = 2  # at least so many, so that no worker ends long before the others
 _MOST_PROMPTS = {"cpu": 16, "gpu": 64}  # in a piece, where no batch size is asked for

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -10,13 +9,15 @@ from contextlib import suppress
 from typing import Any
 
 from tlcapture.errors import ClusterError, InputError, TlcaptureError
+from tlcapture.logger import get_logger
 from tlcapture.runs.collecting import contents_of, place
 from tlcapture.runs.executors import Work
 from tlcapture.runs.ray_actor import Result
 from tlcapture.runs.ray_crew import LACKS_MODEL, PREPARES, READY, SEES, TAKES_MODEL, Crew, Member, Piece, first_line
-from tlcapture.runs.report import Progress, Reporter, RunReport
+from tlcapture.runs.report import RunReport
+from tlcapture.runs.reporter import Progress, Reporter
 
-_log = logging.getLogger(__name__)
+_log = get_logger(__name__)
 
 _POLL = 0.5  # seconds between two looks at the workers
 _TRIES = 3  # how often a piece of work is given out before it counts as failed

@@ -1,8 +1,7 @@
-"""What a run says while it goes and when it ends."""
+"""What a run wrote, skipped and failed at."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,49 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tlcapture.errors import NoSpaceError, TlcaptureError
+from tlcapture.logger import get_logger
 from tlcapture.sizes import format_bytes
 
 if TYPE_CHECKING:
-    from tlcapture.layout import Layout
     from tlcapture.storage import Written
 
 _MOST_LISTED = 10_000
-_log = logging.getLogger(__name__)
-
-
-class Progress:
-    """A count that goes up; this one shows nothing."""
-
-    def advance(self, units: int = 0, *, done: str | None = None) -> None:
-        """Count `units` (tokens, examples), and say what was `done` with them.
-
-        Runs call it where they can be stopped: what was begun is whole, or can be thrown away.
-        """
-
-    def state(self, text: str) -> None:
-        """What is in hand just now, where there is a place that shows it for as long as it is true."""
-
-
-class Reporter:
-    """Where a run's lines and progress go; this one keeps quiet. The command line has another."""
-
-    def line(self, text: str) -> None:
-        """Something worth a line."""
-
-    def warn(self, text: str) -> None:
-        """Something the user should know before believing the numbers."""
-
-    def uses(self, **facts: Any) -> None:
-        """What a run works with that its options do not say: the model that was loaded."""
-
-    @contextmanager
-    def progress(self, total: int, label: str, unit: str) -> Iterator[Progress]:
-        """Show how far a piece of work of `total` units is."""
-        yield Progress()
-
-    def report(self, layout: Layout) -> RunReport:
-        """The report of a run in an experiment, which is about to begin."""
-        return RunReport(layout.folder)
+_log = get_logger(__name__)
 
 
 class Failed(NamedTuple):

@@ -23,7 +23,8 @@ from tlcapture.rounding import round_significant
 from tlcapture.runs.alone import alone
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
 from tlcapture.runs.model_worker import Bench, ModelWorker, known_of
-from tlcapture.runs.report import Progress, Reporter, RunReport
+from tlcapture.runs.report import RunReport
+from tlcapture.runs.reporter import Progress, Reporter
 from tlcapture.runs.vectors import now
 from tlcapture.storage import read_bytes, read_json, write_bytes, write_json
 from tlcapture.traits.projection import check_fits

@@ -12,7 +12,8 @@ from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.kept import Kept
 from tlcapture.layout import Layout
 from tlcapture.names import Trait
-from tlcapture.runs.report import Reporter, RunReport
+from tlcapture.runs.report import RunReport
+from tlcapture.runs.reporter import Reporter
 from tlcapture.storage import read_json, write_json
 from tlcapture.traits.origin import check_origin, origin_notes
 from tlcapture.traits.projection import Projection, check_fits, check_kept, project
