@@ -24,7 +24,8 @@ from tlcapture.errors import InputError, NumericalError, StorageError
 from tlcapture.kept import Kept, point_index
 from tlcapture.shapes import Residual
 from tlcapture.storage import Hook, Written, read_tensors, write_tensors
-from tlcapture.views.residual import ResidualStream, stacked
+from tlcapture.views import stacked
+from tlcapture.views.residual import ResidualStream
 
 SAVE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

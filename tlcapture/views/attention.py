@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from tlcapture.rounding import WEIGHT_DIGITS, rounded_for_json
 from tlcapture.shapes import Patterns
-from tlcapture.views import Cache
+from tlcapture.views import Cache, stacked
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,4 +56,4 @@ def attention_hooks(n_layers: int) -> list[str]:
 
 def attention_view(cache: Cache, n_layers: int) -> AttentionPatterns:
     """The patterns of all layers of a cache."""
-    return AttentionPatterns(torch.stack([cache[name] for name in attention_hooks(n_layers)]))
+    return AttentionPatterns(stacked([cache[name] for name in attention_hooks(n_layers)]))

@@ -21,7 +21,8 @@ from tlcapture.rounding import PROBABILITY_DIGITS, round_significant, rounded_fo
 from tlcapture.shapes import Logits, Residual
 
 TOP_K = 50
-_GROUP = 64  # neighbours in the vocabulary that are counted and compared together; at most 255
+_GROUP = 64  # neighbours in the vocabulary that are compared together
+_LANES = 128  # of eight bytes, which are added up within a byte each: at most 255
 CHUNK = 256  # tokens whose logits over the whole vocabulary are in memory at a time
 
 
@@ -129,38 +130,39 @@ def _tops_as_json(ids: list[int], probs: Tensor, token_texts: Callable[[Sequence
     return [b"%b%b}" % (heads[number], prob) for number, prob in zip(ids, numbers, strict=True)]
 
 
-def _predictions(
-    logits: Logits, next_ids: Int[Tensor, " n_predictions"], top_k: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _predictions(logits: Logits, next_ids: Int[Tensor, " n_predictions"], top_k: int) -> tuple[Tensor, ...]:
+    """Of each row: ids of the likeliest, their probabilities, rank and probability of the token that came."""
     logits = logits.float()
     next_ids = next_ids.to(logits.device)
-    top, top_ids = _top(logits, min(top_k, logits.shape[-1]))
+    top_ids = _top(logits, min(top_k, logits.shape[-1]))
     actual = logits.gather(-1, next_ids[:, None])
-    rank = _count(logits > actual) + 1
-    likeliest = top[:, :1]
-    # In place: nobody else holds the logits, and fresh memory of their size costs as much as the sum itself.
-    normaliser = logits.sub_(likeliest).exp_().sum(dim=-1, keepdim=True).log_() + likeliest
-    probs = ((top - normaliser).exp(), (actual - normaliser).exp()[:, 0])
-    return top_ids.cpu(), probs[0].cpu(), rank.cpu(), probs[1].cpu()
+    rank = _n_above(logits, actual) + 1
+    # In place: nobody else holds the logits, and fresh memory of their size costs as much as the softmax itself.
+    probs = torch.softmax(logits, dim=-1, out=logits)
+    found = (top_ids, probs.gather(-1, top_ids), rank, probs.gather(-1, next_ids[:, None])[:, 0])
+    return tuple(each.cpu() for each in found)
 
 
-def _top(logits: Logits, top_k: int) -> tuple[Tensor, Tensor]:
-    """`logits.topk(top_k)`, from the `top_k` groups of neighbours with the largest maxima: no other group can
-    hold one of the largest, and a group's maximum is cheaper than sorting it."""
+def _top(logits: Logits, top_k: int) -> Int[Tensor, "n_predictions top_k"]:
+    """Indices of `logits.topk(top_k)`, from the `top_k` groups of neighbours with the largest maxima: no other
+    group can hold one of the largest, and a group's maximum is cheaper than sorting it."""
     n_groups = logits.shape[-1] // _GROUP
     if n_groups <= top_k:
-        return logits.topk(top_k, dim=-1)
+        return logits.topk(top_k, dim=-1).indices
     grouped = logits[:, : n_groups * _GROUP].unflatten(-1, (n_groups, _GROUP))
     groups = grouped.amax(dim=-1).topk(top_k, dim=-1, sorted=False).indices.sort(dim=-1).values
     places = (groups[..., None] * _GROUP + torch.arange(_GROUP, device=logits.device)).flatten(1)
     rest = torch.arange(n_groups * _GROUP, logits.shape[-1], device=logits.device).expand(len(logits), -1)
     places = torch.cat([places, rest], dim=1)
-    top, chosen = logits.gather(-1, places).topk(top_k, dim=-1)
-    return top, places.gather(-1, chosen)
+    return places.gather(-1, logits.gather(-1, places).topk(top_k, dim=-1).indices)
 
 
-def _count(true: Tensor) -> Int[Tensor, " n_predictions"]:
-    """How many are true in each row, in bytes first, which a CPU adds faster than what `true.sum` widens them to."""
-    n_groups = true.shape[-1] // _GROUP
-    grouped = true[:, : n_groups * _GROUP].unflatten(-1, (n_groups, _GROUP)).view(torch.uint8)
-    return grouped.sum(dim=-1, dtype=torch.uint8).sum(dim=-1) + true[:, n_groups * _GROUP :].sum(dim=-1)
+def _n_above(logits: Logits, actual: Tensor) -> Int[Tensor, " n_predictions"]:
+    """How many logits of each row are above the row's `actual`: bytes of 0 and 1 that are added eight at a time,
+    which a CPU does faster than what a sum of booleans widens them to."""
+    width = logits.shape[-1]
+    n_groups = -(-width // (8 * _LANES))
+    above = torch.empty(len(logits), n_groups * 8 * _LANES, dtype=torch.bool, device=logits.device)
+    above[:, width:] = False
+    torch.gt(logits, actual, out=above[:, :width])
+    return above.view(torch.int64).unflatten(-1, (n_groups, _LANES)).sum(dim=-1).view(torch.uint8).sum(dim=-1)

@@ -8,8 +8,9 @@ holds only those.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Set
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from tlcapture.errors import InputError
 from tlcapture.kept import Kept
 from tlcapture.shapes import LayerOutputs, Residual, ResidualPoints
-from tlcapture.views import Cache
+from tlcapture.views import Cache, stacked
 
 
 @dataclass(frozen=True, repr=False)
@@ -45,7 +46,7 @@ class ResidualStream:
         """Layers of the model, whether kept or not."""
         return (self.points.shape[0] - 1) // 2 if self.only is None else self.only.n_layers
 
-    @property
+    @cached_property
     def kept(self) -> Kept:
         return Kept.of(self.n_layers) if self.only is None else self.only
 
@@ -116,21 +117,3 @@ def _at_place(cache: Cache, place: int) -> Tensor:
         return cache[_between_layers(layer)]
     mid = cache.get(f"blocks.{layer}.hook_resid_mid")
     return cache[_between_layers(layer)] + cache[f"blocks.{layer}.hook_attn_out"] if mid is None else mid
-
-
-def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """`torch.stack`, without a copy where the tensors lie at even distances in one storage, as those of one
-    run do and those of one file."""
-    first = tensors[0]
-    offsets = [tensor.storage_offset() for tensor in tensors]
-    distance = offsets[1] - offsets[0] if len(tensors) > 1 else first.numel()
-    even = distance > 0 and offsets == list(range(offsets[0], offsets[0] + len(tensors) * distance, distance))
-    alike = all(
-        tensor.shape == first.shape
-        and tensor.stride() == first.stride()
-        and tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        for tensor in tensors
-    )
-    if not (even and alike):
-        return torch.stack(list(tensors))
-    return first.as_strided((len(tensors), *first.shape), (distance, *first.stride()))
