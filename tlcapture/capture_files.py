@@ -21,6 +21,13 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Size = Annotated[int, Field(ge=1)]
 
 
+def check_version(value: Any, path: Path) -> None:
+    """Raise `StorageError` for a file of another version."""
+    version = value.get("format_version") if isinstance(value, dict) else FORMAT_VERSION
+    if isinstance(version, int) and version != FORMAT_VERSION:
+        raise StorageError(f"{path}: format version {version}, this tlcapture reads {FORMAT_VERSION}")
+
+
 class CaptureMetadata(FileContent):
     """What a capture says of itself; further fields say more of how it was made."""
 
@@ -109,9 +116,7 @@ class CaptureContent(FileContent):
     @classmethod
     def check(cls, value: Any, path: Path) -> CaptureContent:
         """The content of a file; raises `StorageError` with file, field and reason."""
-        version = value.get("format_version") if isinstance(value, dict) else FORMAT_VERSION
-        if isinstance(version, int) and version != FORMAT_VERSION:
-            raise StorageError(f"{path}: format version {version}, this tlcapture reads {FORMAT_VERSION}")
+        check_version(value, path)
         return checked(cls, value, path, "raw residual file")
 
     @model_validator(mode="after")

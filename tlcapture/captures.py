@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tlcapture.capture_files import FORMAT_VERSION, CaptureContent, PartContent
+from tlcapture.capture_index import add_index, read_index
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError, NumericalError, StorageError
 from tlcapture.kept import Kept, point_index
@@ -124,11 +125,24 @@ class Capture:
             "response": _part_to_file(self.response),
             "metadata": dict(self.metadata),
         }
-        return write_tensors(path, value, before_replacing=before_replacing)
+        parts = {"prompt": self.prompt.residual, "response": self.response.residual}
+
+        def finish(new: Path) -> None:
+            add_index(new, value, parts)
+            before_replacing(new)
+
+        return write_tensors(path, value, before_replacing=finish)
 
     @classmethod
     def open(cls, path: Path) -> Capture:
         """Open a raw residual file; raises `StorageError` for anything that is none."""
+        if (found := read_index(path)) is not None:
+            index, metadata, streams = found
+            sides = [
+                CapturedPart(part.text, part.tokens, part.token_ids, streams[name])
+                for name, part in (("prompt", index.prompt), ("response", index.response))
+            ]
+            return cls(sides[0], sides[1], metadata)
         value = read_tensors(path)
         content = CaptureContent.check(value, path)
         parts = [_part_from_file(part, content.kept) for part in (content.prompt, content.response)]

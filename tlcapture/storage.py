@@ -13,15 +13,15 @@ import re
 import secrets
 import shutil
 import socket
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
 
+from tlcapture.archives import Archive
 from tlcapture.errors import NoSpaceError, StorageError
 from tlcapture.logger import get_logger
 from tlcapture.sizes import format_bytes
@@ -101,33 +101,29 @@ def read_tensors(path: Path) -> Any:
     """Open a `.pt` file memory-mapped, refusing any that holds more than tensors and plain values."""
     import torch
 
+    with opening(path):
+        sizes = Archive(path).sizes
+        value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # torch maps tensors without a look at how long what is stored of them is.
+        if Counter(_storages(value).values()) - sizes:
+            raise ValueError("its tensors have other sizes than what is stored of them")
+        return value
+
+
+@contextmanager
+def opening(path: Path) -> Iterator[None]:
+    """Turn every way in which a tensor file can be wrong into a `StorageError` of one line."""
     if not path.is_file():
         raise StorageError(f"{path}: no such file")
     try:
-        records = _records(path)
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if Counter(_storages(value).values()) - records:
-            raise ValueError("its tensors have other sizes than what is stored of them")
-        return value
-    except Exception as error:  # every way in which a foreign file can be wrong
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "Weights only load failed" in reason:
             reason = "it holds more than tensors and plain values, and is not opened for safety"
         raise StorageError(f"{path}: cannot be read as a tensor file: {reason}") from None
-
-
-def _records(path: Path) -> Counter[int]:
-    """Sizes of what a zip archive stores, of which torch maps tensors without a look at how long they are.
-
-    Raises for an archive that it would map as it lies in the file although that is not what was stored.
-    """
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-    if any(member.filename.endswith("/constants.pkl") for member in members):
-        raise ValueError("it is a TorchScript program")
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise ValueError("its tensors are compressed")
-    return Counter(member.file_size for member in members)
 
 
 def remove(paths: Iterable[Path]) -> int:
@@ -184,8 +180,8 @@ def _write(
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        size = temporary.stat().st_size
         before_replacing(temporary)
+        size = temporary.stat().st_size
         temporary.replace(path)
     except BaseException as error:
         with suppress(OSError):
