@@ -115,8 +115,11 @@ def add_index(path: Path, content: Mapping[str, Any], streams: Mapping[str, Resi
     data = json.dumps(said).encode()
     if json.loads(data) != said:  # of tuples it would make lists, of numbers as keys texts
         return
-    archive = Archive(path)
-    mapped = {name: _stream(archive, IndexedPart.model_validate(said[name]), None) for name in PARTS}
+    try:
+        archive = Archive(path)
+        mapped = {name: _stream(archive, IndexedPart.model_validate(said[name]), None) for name in PARTS}
+    except ValueError:  # the storages are others than was thought
+        return
     if all(_is_same(mapped[name], streams[name]) for name in PARTS):
         append_record(path, NAME, data)
 

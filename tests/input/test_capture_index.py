@@ -1,0 +1,218 @@
+"""The index of a capture: it says what the pickle says, or it is not there, or the file is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.evidence import Evidence
+from tests.input.captures import N_LAYERS, N_PROMPT, N_RESPONSE, WIDTH
+from tests.input.strategies import ANY_JSON, Damaged, check_refusal, damaged_json, try_all
+from tlcapture.archives import Archive, append_record
+from tlcapture.capture_index import NAME
+from tlcapture.captures import Capture, CapturedPart
+from tlcapture.errors import StorageError, TlcaptureError
+from tlcapture.kept import Kept
+from tlcapture.views.residual import ResidualStream
+
+ALL = Kept.of(N_LAYERS)
+SOME = Kept(N_LAYERS, (0, 2), ("residual_in", "residual_out"))
+METADATA = {
+    "prompt_set": "odd",
+    "prompt_id": "1",
+    "n_layers": N_LAYERS,
+    "d_model": WIDTH,
+    "inference_model": "tiny",
+    "temperature": 0.7,
+    "system_prompt": "half a character: \ud83d",
+}
+
+
+def made(
+    kept: Kept = ALL,
+    dtype: torch.dtype = torch.float16,
+    *,
+    attn_out: bool = True,
+    n_response: int = N_RESPONSE,
+    **more: Any,
+) -> Capture:
+    torch.manual_seed(0)
+
+    def part(n_tokens: int) -> CapturedPart:
+        outputs = torch.randn(len(kept.layers), n_tokens, WIDTH).to(dtype) if attn_out else None
+        points = torch.randn(len(kept.places), n_tokens, WIDTH).to(dtype)
+        tokens = [f"t{number}\n" for number in range(n_tokens)]
+        stream = ResidualStream(points, outputs, None if kept.is_all else kept)
+        return CapturedPart("".join(tokens), tokens, list(range(n_tokens)), stream)
+
+    said = {} if kept.is_all else {"layers": list(kept.layers), "points": list(kept.points)}
+    return Capture(part(N_PROMPT), part(n_response), {**METADATA, **said, **more})
+
+
+def check_same(one: Capture, other: Capture) -> None:
+    assert dict(one.metadata) == dict(other.metadata)
+    for left, right in ((one.prompt, other.prompt), (one.response, other.response)):
+        assert (left.text, left.tokens, left.token_ids) == (right.text, right.tokens, right.token_ids)
+        assert left.residual.kept == right.residual.kept
+        assert left.residual.points.dtype == right.residual.points.dtype
+        assert left.residual.points.equal(right.residual.points)
+        assert (left.residual.attn_out is None) == (right.residual.attn_out is None)
+        if left.residual.attn_out is not None and right.residual.attn_out is not None:
+            assert left.residual.attn_out.equal(right.residual.attn_out)
+
+
+def has_index(path: Path) -> bool:
+    return NAME in Archive(path)
+
+
+def saved_again(path: Path) -> Path:
+    """The file as it is when its pickle has been loaded and saved by hand, which leaves the index behind."""
+    again = path.with_name(f"again-{path.name}")
+    torch.save(torch.load(path, weights_only=True, mmap=True), again)
+    return again
+
+
+@pytest.mark.parametrize("attn_out", [True, False])
+@pytest.mark.parametrize("kept", [ALL, SOME])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("n_response", [N_PROMPT, N_RESPONSE, 0])  # storages of one size too, and of none
+def test_a_capture_opens_alike_by_its_index_and_by_its_pickle(
+    tmp_path: Path, kept: Kept, dtype: torch.dtype, attn_out: bool, n_response: int
+) -> None:
+    capture = made(kept, dtype, attn_out=attn_out, n_response=n_response)
+    path, size = capture.save(tmp_path / "1.pt")
+    assert path.stat().st_size == size
+    again = saved_again(path)
+    assert has_index(path)
+    assert not has_index(again)
+    check_same(Capture.open(path), capture)
+    check_same(Capture.open(again), capture)
+
+
+def test_the_same_capture_is_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("1.pt", "2.pt"):
+        made().save(tmp_path / name)
+    assert (tmp_path / "1.pt").read_bytes() == (tmp_path / "2.pt").read_bytes()
+
+
+def test_an_opened_capture_can_be_changed_and_its_file_stays_as_it_is(tmp_path: Path) -> None:
+    path = made().save(tmp_path / "1.pt").path
+    Capture.open(path).prompt.residual.points.zero_()
+    check_same(Capture.open(path), made())
+
+
+@pytest.mark.parametrize("more", [{"odd": (1, 2)}, {"odd": {1: 2}}])
+def test_what_json_would_say_otherwise_has_no_index_and_opens_by_its_pickle(
+    tmp_path: Path, more: dict[str, Any]
+) -> None:
+    path = made(**more).save(tmp_path / "1.pt").path
+    assert not has_index(path)
+    check_same(Capture.open(path), made(**more))
+
+
+def test_an_index_that_would_name_other_numbers_than_the_pickle_is_not_written(tmp_path: Path) -> None:
+    """Were torch to number storages in another order, here because two parts share one."""
+    whole = made(attn_out=False, n_response=N_PROMPT)
+    capture = replace(whole, response=replace(whole.prompt, text="the same again"))
+    path = capture.save(tmp_path / "1.pt").path
+    assert not has_index(path)
+    check_same(Capture.open(path), capture)
+
+
+def index_of(path: Path) -> Any:
+    return json.loads(Archive(path).read(NAME))
+
+
+def with_index(path: Path, data: bytes) -> Path:
+    again = saved_again(path)
+    append_record(again, NAME, data)
+    return again
+
+
+def test_indexes_that_are_wrong_in_every_way(tmp_path: Path, evidence: Evidence) -> None:
+    """What opens has as many numbers as tokens, all of them from the file."""
+    path = made(system_prompt=None).save(tmp_path / "1.pt").path
+    bare = saved_again(path).read_bytes()
+
+    def check(file: Damaged) -> None:
+        odd = tmp_path / "odd.pt"
+        odd.write_bytes(bare)
+        append_record(odd, NAME, file.data)
+        try:
+            found = Capture.open(odd)
+        except TlcaptureError as error:
+            check_refusal(error, odd)
+            return
+        assert found.n_layers == N_LAYERS
+        for part, n_tokens in ((found.prompt, N_PROMPT), (found.response, N_RESPONSE)):
+            assert len(part.tokens) == len(part.token_ids) == part.residual.n_tokens == n_tokens
+            assert part.residual.points.shape == (len(found.kept.places), n_tokens, WIDTH)
+
+    try_all(evidence, "index of a capture", damaged_json(index_of(path)) | any_json(), check, examples=400)
+
+
+def any_json() -> Any:
+    return ANY_JSON.map(lambda value: Damaged("another value", json.dumps(value).encode()))
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "change", "said"),
+    [
+        ("prompt", "points", {"record": "data/9"}, "no record data/9"),
+        ("prompt", "points", {"record": "data/1"}, "its record data/1 has"),
+        ("response", "attn_out", {"dtype": "float32"}, "expected [3, 5, 8] of 4 each"),
+        ("response", "attn_out", {"dtype": "int64"}, "response.attn_out.dtype"),
+        ("prompt", "points", {"shape": [7, N_PROMPT + 1, WIDTH]}, "prompt: [7, 5, 8], expected [7, 4, 8]"),
+        ("prompt", "points", {"shape": [7, N_PROMPT, -WIDTH]}, "prompt.points.shape[2]"),
+    ],
+)
+def test_an_index_that_is_not_of_this_file_is_refused(
+    tmp_path: Path, part: str, name: str, change: dict[str, Any], said: str
+) -> None:
+    path = made().save(tmp_path / "1.pt").path
+    index = index_of(path)
+    index[part][name] |= change
+    odd = with_index(path, json.dumps(index).encode())
+    with pytest.raises(StorageError) as caught:
+        Capture.open(odd)
+    assert said in str(caught.value)
+    check_refusal(caught.value, odd)
+
+
+def test_an_index_of_another_version_says_so(tmp_path: Path) -> None:
+    path = made().save(tmp_path / "1.pt").path
+    odd = with_index(path, json.dumps({**index_of(path), "format_version": 2}).encode())
+    with pytest.raises(StorageError, match="format version 2, this tlcapture reads 1"):
+        Capture.open(odd)
+
+
+def test_damage_to_an_index_and_to_what_it_points_at_is_refused(tmp_path: Path, evidence: Evidence) -> None:
+    path = made().save(tmp_path / "1.pt").path
+    whole = path.read_bytes()
+    at = whole.index(b'"inference_model"')
+    path.write_bytes(whole[:at] + b"x" + whole[at + 1 :])
+    with pytest.raises(StorageError, match=f"record {NAME} is damaged") as caught:
+        Capture.open(path)
+    check_refusal(caught.value, path)
+    path.write_bytes(whole)
+    with zipfile.ZipFile(path) as archive:
+        start = archive.getinfo("archive/data/0").header_offset
+    path.write_bytes(whole[:start] + b"XX" + whole[start + 2 :])
+    with pytest.raises(StorageError, match="record data/0 is not where it should be") as caught:
+        Capture.open(path)
+    check_refusal(caught.value, path)
+    evidence.tried("index of a capture", "bytes changed", 2)
+
+
+def test_two_records_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = made().save(tmp_path / "1.pt").path
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        append_record(path, NAME, b"{}")
+    with pytest.raises(StorageError, match="two records of one name"):
+        Capture.open(path)
