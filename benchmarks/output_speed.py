@@ -21,7 +21,9 @@ from tlcapture.prompts import read_prompt_set
 from tlcapture.runs.capture import CaptureOptions, run_capture
 from tlcapture.runs.outputs import capture_of
 from tlcapture.runs.project import ProjectOptions, run_project
-from tlcapture.storage import write_json
+from tlcapture.storage import write_bytes, write_json
+from tlcapture.traits.projection import project as project_stream
+from tlcapture.traits.selection import Selection
 from tlcapture.traits.vectors import VectorFolder
 from tlcapture.views.attention import attention_hooks, attention_view
 from tlcapture.views.logit_lens import CHUNK, logit_lens_view
@@ -66,20 +68,40 @@ def w5(bench: Bench) -> Iterator[Row]:
             folder.write_metadata("residual", {**origin, "extraction_experiment": "bench"})
         files = [layout.residual(capture.prompt_set, str(number)) for number in range(n_captures)]
         into = bytearray(max(path.stat().st_size for path in files))
+        vectors = [VectorFolder(layout, trait).read("residual", "probe", 16) for trait in layout.traits()]
+        chosen = [(vector, Selection(16, "probe", "override")) for vector in vectors]
 
         def read() -> None:
             for path in files:
                 with path.open("rb", buffering=0) as file:
                     file.readinto(into)
 
+        def keep() -> None:
+            kept = [path.read_bytes() for path in files]
+            del kept
+
+        def products() -> None:
+            for path in files:
+                opened = Capture.open(path)
+                project_stream(opened.prompt.residual, opened.response.residual, chosen)
+
+        def places() -> None:
+            for trait in layout.traits():
+                for number in range(n_captures):
+                    write_bytes(layout.projection(trait, "residual", "places", str(number)), b"")
+
         def project() -> None:
             report = run_project(layout, [capture.prompt_set], ProjectOptions())
             assert report.n_files == n_captures * n_traits and not report.failures
 
-        times = in_turn({"ours": project, "reading": read}, bench.rounds)
+        works = {"ours": project, "reading": read, "keeping": keep, "without files": products, "empty files": places}
+        times = in_turn(works, bench.rounds)
         size = sum(path.stat().st_size for path in files)
     note = f"{n_captures} captures, {size / 1e6:.0f} MB, {n_captures * n_traits} files written: {medians(times)}"
     yield Row("W5", "projecting / reading the bytes once", ratios(times, "ours", "reading"), 3, 1.5, note=note)
+    yield Row("W5", "projecting / reading them into memory of their own", ratios(times, "ours", "keeping"))
+    yield Row("W5", "opening and projecting, no files / reading", ratios(times, "without files", "reading"))
+    yield Row("W5", "as many empty files put in place / reading", ratios(times, "empty files", "reading"))
 
 
 def w6(bench: Bench) -> Iterator[Row]:
