@@ -62,15 +62,16 @@ class LogitLens:
         The lists `top_k`, nearly all of it, are JSON already: fragments that `write_json` takes as they are.
         """
         n_layers, n_predictions, top_k = self.top_ids.shape
-        tops = _tops_as_json(self.top_ids.flatten().tolist(), self.top_probs, token_texts)
+        pieces = _pieces_of_json(self.top_ids.flatten().tolist(), self.top_probs, token_texts)
         actual = round_significant(self.actual_prob.numpy(), PROBABILITY_DIGITS).tolist()
         ranks = self.actual_rank.tolist()
 
         def layer_json(layer: int, token: int) -> dict[str, Any]:
-            start = (layer * n_predictions + token) * top_k
+            start = 2 * (layer * n_predictions + token) * top_k
+            tops = b"".join(pieces[start : start + 2 * top_k])
             return {
                 "layer": layer,
-                "top_k": orjson.Fragment(b"[%b]" % b",".join(tops[start : start + top_k])),
+                "top_k": orjson.Fragment(b"[%b}]" % tops[len(b"},") :]),
                 "actual_rank": ranks[layer][token],
                 "actual_prob": actual[layer][token],
             }
@@ -118,16 +119,19 @@ def logit_lens_view(
     return LogitLens(*(torch.stack(column) for column in zip(*by_layer, strict=True)))
 
 
-def _tops_as_json(ids: list[int], probs: Tensor, token_texts: Callable[[Sequence[int]], list[str]]) -> list[bytes]:
-    """Each top prediction as a JSON object; there are as many as 150,000 of them in a file."""
+def _pieces_of_json(ids: list[int], probs: Tensor, token_texts: Callable[[Sequence[int]], list[str]]) -> list[bytes]:
+    """Top predictions as JSON objects, of which there are as many as 150,000 in a file: two pieces each, the first
+    of which closes the object before it."""
     unique = list(set(ids))
     heads = {
-        number: b'{"token":%b,"prob":' % orjson.dumps(text)
+        number: b'},{"token":%b,"prob":' % orjson.dumps(text)
         for number, text in zip(unique, token_texts(unique), strict=True)
     }
     rounded = rounded_for_json(probs.numpy().ravel(), PROBABILITY_DIGITS)
-    numbers = orjson.dumps(rounded, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].split(b",") if ids else []
-    return [b"%b%b}" % (heads[number], prob) for number, prob in zip(ids, numbers, strict=True)]
+    pieces = [b""] * (2 * len(ids))
+    pieces[::2] = map(heads.__getitem__, ids)
+    pieces[1::2] = orjson.dumps(rounded, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].split(b",") if ids else []
+    return pieces
 
 
 def _predictions(logits: Logits, next_ids: Int[Tensor, " n_predictions"], top_k: int) -> tuple[Tensor, ...]:
