@@ -90,21 +90,31 @@ def command(*arguments: str, root: Path | None = None) -> Work:
     return run
 
 
-def run_child(arguments: Sequence[str], root: Path | None = None) -> int:
-    """Run `python ARGUMENTS`; returns the peak of its resident memory in bytes."""
+def run_child(arguments: Sequence[str], root: Path | None = None) -> str:
+    """Run `python ARGUMENTS`; returns what it says."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     if root is not None:
         environment["TLCAPTURE_ROOT"] = str(root)
-    child = subprocess.Popen(
-        [sys.executable, *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    assert child.stderr is not None
-    said = child.stderr.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise RuntimeError(f"{' '.join(arguments)}: exit {child.returncode}: {said[-500:]}")
-    return usage.ru_maxrss * 1024
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments)}: exit {done.returncode}: {done.stderr[-500:]}")
+    return done.stdout
+
+
+# A new program's peak counts from that of the process that started it: of this one it would be the models loaded here.
+_SMALL_PARENT = """
+import os, subprocess, sys
+child = subprocess.Popen([sys.executable, *sys.argv[1:]], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(child.pid, 0)
+child.returncode = os.waitstatus_to_exitcode(status)
+print(usage.ru_maxrss * 1024)
+sys.exit(child.returncode)
+"""
+
+
+def peak_memory(arguments: Sequence[str], root: Path | None = None) -> int:
+    """The peak of the resident memory of `python ARGUMENTS` in bytes (on Linux)."""
+    return int(run_child(("-c", _SMALL_PARENT, *arguments), root))
 
 
 def machine() -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from generation_speed import Bench
-from measure import Row, command, in_turn, medians, ratios, run_child
+from measure import Row, command, in_turn, medians, peak_memory, ratios
 
 from tlcapture.captures import Capture
 from tlcapture.generation import Generation, Sampling, generate
@@ -210,7 +210,7 @@ def w10(bench: Bench) -> Iterator[Row]:
             for count in (8, 64):
                 arguments = ("--experiment", f"bench{count}", "--prompt-set", "many", "--limit", str(count))
                 rest = ("--batch-size", "8", "--max-new-tokens", "10", "--temperature", "0")
-                peak[count] = run_child(("-m", "tlcapture", "capture", *arguments, *rest), root)
+                peak[count] = peak_memory(("-m", "tlcapture", "capture", *arguments, *rest), root)
             figures.append(peak[64] / peak[8])
             peaks.append(peak)
     note = f"{peaks[0][64] / 2**20:.0f} MiB, {peaks[0][8] / 2**20:.0f} MiB"
