@@ -81,6 +81,12 @@ class Kept:
         """What lies in a buffer of the kept points, as indices among those of the whole model, ascending."""
         return tuple(sorted({point_index(layer, point) for layer in self.layers for point in self.points}))
 
+    @cached_property
+    def rows(self) -> list[list[int]]:
+        """`[layer][point]` of what is kept: where each lies in a buffer of the kept points."""
+        row_of = {place: row for row, place in enumerate(self.places)}
+        return [[row_of[point_index(layer, point)] for point in self.points] for layer in self.layers]
+
     def includes(self, other: Kept) -> bool:
         """Whether all that another keeps is kept here."""
         return set(self.layers) >= set(other.layers) and set(self.points) >= set(other.points)

@@ -191,8 +191,9 @@ def _scores(part: ResidualStream, component: str, directions: Vectors) -> Float[
             raise VectorError("the capture holds no attn_out: capture again with --capture-attn")
         found = _products(part.attn_out, directions).permute(2, 1, 0).unsqueeze(-1)
     else:
-        order = torch.tensor([[kept.row(layer, point) for point in kept.points] for layer in kept.layers])
-        found = _products(part.points, directions)[order].permute(3, 2, 0, 1)  # of [n_points, n_tokens, n_vectors]
+        found = _products(part.points, directions)[torch.tensor(kept.rows)].permute(
+            3, 2, 0, 1
+        )  # of [n_points, n_tokens, n_vectors]
     found = found.contiguous()  # a vector's scores are taken out together
     if len(kept.layers) == kept.n_layers:
         return found
