@@ -18,6 +18,7 @@ from typing import Any
 from tlcapture.errors import InputError, StorageError
 
 POINTS = ("residual_in", "after_attn", "residual_out")
+COMPONENTS = ("residual", "attn_out")  # what vectors are for, and captures projected onto
 
 
 def point_index(layer: int, point: str) -> int:

@@ -11,11 +11,9 @@ import click
 from tlcapture.cli.cluster import cluster_options, take_executor
 from tlcapture.cli.console import Console
 from tlcapture.cli.options import (
-    LayerList,
-    Names,
-    Traits,
     batch_size_option,
     experiment_option,
+    grid_options,
     model_options,
     root_option,
     seed_option,
@@ -29,10 +27,7 @@ if TYPE_CHECKING:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @experiment_option
-@click.option("--traits", type=Traits(), default="all", show_default=True, help="Traits to evaluate.")
-@click.option("--methods", type=Names(), default="probe,mean_diff,gradient", show_default=True, help="Methods.")
-@click.option("--layers", type=LayerList(), default="all", show_default=True, help="Layers.")
-@click.option("--component", type=click.Choice(["residual", "attn_out", "all"]), default="all", show_default=True)
+@grid_options("evaluate")
 @click.option(
     "--against-steering",
     is_flag=True,
@@ -51,7 +46,7 @@ def evaluate(
     traits: tuple[Trait, ...],
     methods: tuple[str, ...],
     layers: tuple[int, ...],
-    component: str,
+    component: tuple[str, ...],
     against_steering: bool,
     batch_size: int | None,
     seed: int,
@@ -69,8 +64,7 @@ def evaluate(
 
     executor = take_executor(model, collects=False)
     load = ModelLoader.settle(layout, "extraction_model", console, **model)
-    components = ("residual", "attn_out") if component == "all" else (component,)
-    options = EvaluateOptions(traits, methods, layers, components, batch_size, seed)
+    options = EvaluateOptions(traits, methods, layers, component, batch_size, seed)
     report = run_evaluate(layout, options, load, console, executor)
     if lexists(layout.evaluation):
         draw_heatmaps(layout, report)

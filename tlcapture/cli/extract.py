@@ -10,11 +10,9 @@ import click
 from tlcapture.cli.cluster import cluster_options, take_executor
 from tlcapture.cli.console import Console
 from tlcapture.cli.options import (
-    LayerList,
-    Names,
-    Traits,
     batch_size_option,
     experiment_option,
+    grid_options,
     model_options,
     root_option,
     seed_option,
@@ -25,18 +23,7 @@ from tlcapture.names import Trait
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @experiment_option
-@click.option("--traits", type=Traits(), default="all", show_default=True, help="Traits to extract.")
-@click.option(
-    "--methods", type=Names(), default="probe,mean_diff,gradient", show_default=True, help="How directions are found."
-)
-@click.option("--layers", type=LayerList(), default="all", show_default=True, help="Layers to extract at.")
-@click.option(
-    "--component",
-    type=click.Choice(["residual", "attn_out", "all"]),
-    default="all",
-    show_default=True,
-    help="Which activation the vectors are for.",
-)
+@grid_options("extract")
 @click.option(
     "--position",
     type=click.Choice(["auto", "response_mean", "last_prompt_token", "all_mean"]),
@@ -57,7 +44,7 @@ def extract(
     traits: tuple[Trait, ...],
     methods: tuple[str, ...],
     layers: tuple[int, ...],
-    component: str,
+    component: tuple[str, ...],
     position: str,
     batch_size: int | None,
     seed: int,
@@ -75,7 +62,7 @@ def extract(
         traits=traits,
         methods=methods,
         layers=layers,
-        components=("residual", "attn_out") if component == "all" else (component,),
+        components=component,
         position=position,
         batch_size=batch_size,
         seed=seed,

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from tlcapture.errors import InputError
-from tlcapture.kept import POINTS
+from tlcapture.kept import COMPONENTS, POINTS
 from tlcapture.names import Trait, split_names
 from tlcapture.runs.shards import Shard
 from tlcapture.sizes import parse_bytes
@@ -163,6 +163,19 @@ class NumberList(_Named):
         return numbers
 
 
+class Components(click.Choice):  # type: ignore[type-arg]
+    """Which activation vectors are for: one component, or `all`; a tuple of components."""
+
+    def __init__(self) -> None:
+        super().__init__([*COMPONENTS, "all"])
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        name = super().convert(value, param, ctx)
+        return COMPONENTS if name == "all" else (name,)
+
+
 def together(*decorators: Decorator) -> Decorator:
     """Several option decorators as one, in the order of the help text."""
 
@@ -184,6 +197,29 @@ root_option = click.option(
     show_default="current folder",
     help="Folder that holds datasets/ and experiments/.  [env: TLCAPTURE_ROOT]",
 )
+
+
+def grid_options(doing: str) -> Decorator:
+    """Which vectors to do something with, for example to `extract` them."""
+    return together(
+        click.option("--traits", type=Traits(), default="all", show_default=True, help=f"Traits to {doing}."),
+        click.option(
+            "--methods",
+            type=Names(),
+            default="probe,mean_diff,gradient",
+            show_default=True,
+            help="How directions are found.",
+        ),
+        click.option("--layers", type=LayerList(), default="all", show_default=True, help=f"Layers to {doing} at."),
+        click.option(
+            "--component",
+            type=Components(),
+            default="all",
+            show_default=True,
+            help="Which activation the vectors are for.",
+        ),
+    )
+
 
 prompt_set_options = together(
     click.option("--prompt-set", type=Names(), help="Prompt sets, comma-separated."),

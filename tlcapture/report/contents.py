@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 
 from tlcapture.errors import InputError, StorageError, TlcaptureError
+from tlcapture.kept import COMPONENTS
 from tlcapture.layout import Datasets, Layout
 from tlcapture.names import Trait
 from tlcapture.per_token_files import AttentionEntry, AttentionHead, LensEntry, LensHead, LensOverview, PerTokenHead
@@ -26,7 +27,7 @@ from tlcapture.traits.evaluation_files import read_evaluation
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.selection import Selection, ranked, select
 from tlcapture.traits.steering_files import SteeringResults
-from tlcapture.traits.vector_files import COMPONENTS, VectorFiles
+from tlcapture.traits.vector_files import VectorFiles
 
 RESOURCES = {
     "experiments": "experiments",

@@ -12,6 +12,7 @@ import torch
 from tlcapture.errors import InputError, VectorError
 from tlcapture.extraction.evaluation import RandomBaseline, Separation, random_baseline, separation
 from tlcapture.extraction.readout import Activations, read_out
+from tlcapture.kept import COMPONENTS
 from tlcapture.layout import Datasets, Layout
 from tlcapture.models import Model
 from tlcapture.names import Trait
@@ -24,7 +25,7 @@ from tlcapture.runs.report import RunReport
 from tlcapture.runs.reporter import Reporter
 from tlcapture.storage import write_bytes, write_json
 from tlcapture.traits.evaluation_files import EvaluationRow, best_by_trait, read_evaluation
-from tlcapture.traits.vector_files import COMPONENTS, METHODS, ranges
+from tlcapture.traits.vector_files import METHODS, ranges
 from tlcapture.traits.vectors import TraitVector, VectorFolder
 
 Row = dict[str, Any]

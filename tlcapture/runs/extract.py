@@ -13,6 +13,7 @@ from tlcapture.errors import InputError, NumericalError
 from tlcapture.extraction.examples import Examples, read_examples
 from tlcapture.extraction.methods import FITS, Labels, LayerVectors
 from tlcapture.extraction.readout import Activations, read_out
+from tlcapture.kept import COMPONENTS
 from tlcapture.layout import Datasets, Layout
 from tlcapture.models import Model
 from tlcapture.names import Trait
@@ -24,7 +25,7 @@ from tlcapture.runs.model_worker import Bench, ModelWorker, known_of
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.reporter import Reporter
 from tlcapture.runs.vectors import now
-from tlcapture.traits.vector_files import COMPONENTS, METHODS
+from tlcapture.traits.vector_files import METHODS
 from tlcapture.traits.vectors import VectorFolder
 
 

@@ -22,7 +22,6 @@ from tlcapture.names import Trait
 from tlcapture.storage import read_json, remove, write_json
 from tlcapture.validation import FileContent, Layer, checked
 
-COMPONENTS = ("residual", "attn_out")
 METHODS = ("probe", "mean_diff", "gradient")  # in the order of preference
 _PREFIX = {"residual": "", "attn_out": "attn_out_"}
 # Only names that `file` gives back: another way of writing the same layer would be found and then not read.
