@@ -6,15 +6,17 @@ import copy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
 from tests import tiny
-from tlcapture.checkpoints import cast, fingerprint
+from tlcapture.checkpoints import cast, fingerprint, quiet_loading
 from tlcapture.engines.tokenizers import for_transformer_lens
 from tlcapture.errors import ModelError
+from tlcapture.live import capture
 from tlcapture.models import as_model, from_hooked_transformer, from_hugging_face, load_model
 from tlcapture.provenance import model_record, point_hooks
 
@@ -125,6 +127,48 @@ def test_a_bos_that_transformerlens_filled_in_is_not_taken_for_the_tokenizers_ow
     base.set_tokenizer(for_transformer_lens(tiny.tokenizer(chat_template=None, bos=False), "none"))
     assert base.tokenizer.bos_token is not None
     assert from_hooked_transformer(base).tokenizer.bos_token_id is None
+
+
+def own_bridge(tokenizer: Any = None) -> Any:
+    """A TransformerBridge as a notebook boots one."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    hf = copy.deepcopy(tiny.hf_model("llama"))
+    with quiet_loading():
+        return TransformerBridge.boot_transformers("org/tiny", hf_model=hf, tokenizer=tokenizer or tiny.tokenizer())
+
+
+def test_a_bridge_of_ones_own_is_captured_from_as_one_that_is_loaded_here_is() -> None:
+    ours = from_hugging_face(copy.deepcopy(tiny.hf_model("llama")), tiny.tokenizer(), name="ours", engine="bridge")
+    options: dict[str, Any] = {"max_new_tokens": 5, "temperature": 0}
+    (expected,) = capture(ours, "hello there", **options)
+    (found,) = capture(own_bridge(), "hello there", **options)
+    assert found.token_ids == expected.token_ids
+    for layer in range(ours.n_layers):
+        assert torch.equal(found.residual(layer), expected.residual(layer))
+    assert found.metadata["engine"] == "bridge"
+    assert found.metadata["model_fingerprint"].startswith("tl-")
+
+
+def test_a_bridge_whose_weights_were_processed_is_refused() -> None:
+    bridge = own_bridge()
+    with quiet_loading():
+        bridge.enable_compatibility_mode(disable_warnings=True)
+    with pytest.raises(ModelError, match="its norms folded: boot it anew"):
+        as_model(bridge)
+
+
+def test_a_bridge_that_has_no_tokenizer_is_refused() -> None:
+    bridge = own_bridge()
+    bridge.tokenizer = None
+    with pytest.raises(ModelError, match="has no tokenizer"):
+        as_model(bridge)
+
+
+@pytest.mark.parametrize("other", [None, 3, torch.nn.Linear(1, 1)])
+def test_what_is_no_model_is_refused_in_one_line(other: Any) -> None:
+    with pytest.raises(ModelError, match=f"a HookedTransformer or a TransformerBridge, got {type(other).__name__}$"):
+        as_model(other)
 
 
 def test_what_is_recorded_of_a_model_names_revision_engine_and_the_hooks_of_each_point() -> None:

@@ -66,7 +66,8 @@ def capture(
     """Generate from prompts and yield a `LiveCapture` for each, as soon as its row has stopped.
 
     Args:
-        model: what `load_model` returns, a name it takes, or an unprocessed HookedTransformer.
+        model: what `load_model` returns, a name it takes, or an unprocessed HookedTransformer or
+            TransformerBridge.
         prompts: a text, texts, prompts, or a prompt set. Texts are prompts 1, 2, ... of the set `adhoc`.
         temperature: 0 is greedy.
         batch_size: how many run together; `None` takes what fits in free memory.

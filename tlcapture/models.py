@@ -21,7 +21,7 @@ import torch
 from tlcapture import embedded
 from tlcapture.checkpoints import cast, fetch, fetch_weights, fingerprint, quiet_loading, source_of
 from tlcapture.engines.base import Model
-from tlcapture.engines.bridge import bridge_model
+from tlcapture.engines.bridge import bridge_model, from_transformer_bridge
 from tlcapture.engines.hooked import (
     FAST,
     from_hooked_transformer,
@@ -34,7 +34,15 @@ from tlcapture.hooked_config import covers
 from tlcapture.lazy_model import LazyModel
 from tlcapture.measures import Measures
 
-__all__ = ["Model", "as_model", "from_hooked_transformer", "from_hugging_face", "load_model", "outline_model"]
+__all__ = [
+    "Model",
+    "as_model",
+    "from_hooked_transformer",
+    "from_hugging_face",
+    "from_transformer_bridge",
+    "load_model",
+    "outline_model",
+]
 
 ENGINES = ("auto", "hooked", "bridge")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -128,14 +136,25 @@ def from_hugging_face(
 
 
 def as_model(model: Any) -> Model:
-    """A `Model` from whatever stands for one: itself, a name to load, a lazy model, or a HookedTransformer."""
+    """A `Model` from whatever stands for one: itself, a name to load, a lazy model, or a model of TransformerLens's.
+
+    Raises `ModelError` for anything else.
+    """
     if isinstance(model, Model):
         return model
     if isinstance(model, LazyModel):
         return model.load()
     if isinstance(model, str):
         return load_model(model)
-    return from_hooked_transformer(model)
+    kinds = {kind.__name__ for kind in type(model).mro()}
+    if "HookedTransformer" in kinds:
+        return from_hooked_transformer(model)
+    if "TransformerBridge" in kinds:
+        return from_transformer_bridge(model)
+    raise ModelError(
+        "expected a model that load_model returns, a name that it takes, a HookedTransformer or a TransformerBridge, "
+        f"got {type(model).__name__}"
+    )
 
 
 def pick_engine(name: str, engine: str, config: Any) -> str:

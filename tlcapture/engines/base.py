@@ -18,6 +18,8 @@ from torch import Tensor
 from tlcapture.measures import Measures
 from tlcapture.shapes import LastLogits, Logits, Mask, Residual, Rows, Tokens, Vector
 
+OWN_MARK = "tl-"  # begins the fingerprint of a model that was not loaded here
+
 
 @dataclass(frozen=True)
 class Step:

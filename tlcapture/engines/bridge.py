@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tlcapture.engines.base import Model, Step
-from tlcapture.engines.tokenizers import for_transformer_lens
+from tlcapture.checkpoints import fingerprint
+from tlcapture.engines.base import OWN_MARK, Model, Step
+from tlcapture.engines.tokenizers import for_transformer_lens, without_filled_in_bos
 from tlcapture.errors import ModelError
 from tlcapture.hooked_config import architecture_of
 from tlcapture.measures import Measures
@@ -155,6 +156,30 @@ def bridge_model(model: Any, tokenizer: Any, *, name: str, mark: str, device: st
         reason = f"TransformerBridge does not run {architecture_of(model.config)}: {_first_line(error)}"
         raise ModelError(f"{name}: {reason}") from None
     return bridge
+
+
+def from_transformer_bridge(bridge: Any, *, name: str | None = None) -> BridgeModel:
+    """Take a `TransformerBridge` that somebody else booted; it must be unprocessed and have a tokenizer.
+
+    Raises `ModelError` for one whose norms were folded into its weights, as its basis is another one, for one that is
+    not around a Hugging Face model, and for an architecture whose activations would not be what they are elsewhere.
+    """
+    if bridge.tokenizer is None:
+        raise ModelError("the TransformerBridge has no tokenizer: set its attribute tokenizer")
+    if bridge._weights_processed:
+        raise ModelError(
+            "the TransformerBridge has processed weights, its norms folded: boot it anew, without "
+            "enable_compatibility_mode or with enable_compatibility_mode(no_processing=True)"
+        )
+    hf = bridge.original_model
+    if not hasattr(hf, "config") or not hasattr(hf.config, "num_hidden_layers"):
+        raise ModelError("the TransformerBridge is not around a Hugging Face model: boot it with boot_transformers")
+    # The bridge has put modules of its own into the model: its mark is comparable with its like only.
+    mark, generation_config = f"{OWN_MARK}{fingerprint(hf)}", getattr(hf, "generation_config", None)
+    tokenizer = without_filled_in_bos(bridge.tokenizer)
+    model = BridgeModel(bridge, tokenizer, hf.config, generation_config, name or bridge.cfg.model_name, mark)
+    model.check()
+    return model
 
 
 def _first_line(error: BaseException) -> str:

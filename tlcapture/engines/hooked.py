@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tlcapture.checkpoints import fingerprint
-from tlcapture.engines.base import Model, Step
+from tlcapture.engines.base import OWN_MARK, Model, Step
 from tlcapture.engines.tokenizers import for_transformer_lens, without_filled_in_bos
 from tlcapture.errors import ModelError
 from tlcapture.fast_forward import FastForward, FastState
@@ -22,7 +22,6 @@ from tlcapture.hooked_config import hooked_fields, weight_converter
 from tlcapture.shapes import Logits, Mask, Residual, Rows, Tokens
 from tlcapture.weight_layout import lay_out, lay_out_in_place, memory_order
 
-OWN_MARK = "tl-"  # begins the fingerprint of a model that was not loaded here
 FAST = os.environ.get("TLCAPTURE_FAST", "1") != "0"  # whether HookedTransformer's blocks go through FastForward
 
 
