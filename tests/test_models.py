@@ -129,13 +129,13 @@ def test_a_bos_that_transformerlens_filled_in_is_not_taken_for_the_tokenizers_ow
     assert from_hooked_transformer(base).tokenizer.bos_token_id is None
 
 
-def own_bridge(tokenizer: Any = None) -> Any:
+def own_bridge() -> Any:
     """A TransformerBridge as a notebook boots one."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    hf = copy.deepcopy(tiny.hf_model("llama"))
+    hf, tokenizer = copy.deepcopy(tiny.hf_model("llama")), for_transformer_lens(tiny.tokenizer(), "org/tiny")
     with quiet_loading():
-        return TransformerBridge.boot_transformers("org/tiny", hf_model=hf, tokenizer=tokenizer or tiny.tokenizer())
+        return TransformerBridge.boot_transformers("org/tiny", hf_model=hf, tokenizer=tokenizer)
 
 
 def test_a_bridge_of_ones_own_is_captured_from_as_one_that_is_loaded_here_is() -> None:
@@ -160,7 +160,7 @@ def test_a_bridge_whose_weights_were_processed_is_refused() -> None:
 
 def test_a_bridge_that_has_no_tokenizer_is_refused() -> None:
     bridge = own_bridge()
-    bridge.tokenizer = None
+    bridge._tokenizer = None
     with pytest.raises(ModelError, match="has no tokenizer"):
         as_model(bridge)
 

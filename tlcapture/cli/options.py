@@ -163,7 +163,7 @@ class NumberList(_Named):
         return numbers
 
 
-class Components(click.Choice):  # type: ignore[type-arg]
+class Components(click.Choice):
     """Which activation vectors are for: one component, or `all`; a tuple of components."""
 
     def __init__(self) -> None:
