@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import click
@@ -53,21 +54,38 @@ def test_every_public_name_is_there_and_an_unknown_one_is_not() -> None:
         tlcapture.nix  # noqa: B018
 
 
+def command_of(name: str) -> click.Command:
+    from tlcapture.cli.main import main
+
+    command = main.get_command(click.Context(main), name)
+    assert command is not None
+    return command
+
+
+def test_every_command_is_listed_and_is_that_of_its_module() -> None:
+    from tlcapture.cli.main import COMMANDS, main
+
+    modules = {path.stem for path in (TOP / "tlcapture" / "cli").glob("*.py")}
+    values = {name: getattr(import_module(f"tlcapture.cli.{name}"), name, None) for name in modules}
+    found = {name for name, value in values.items() if isinstance(value, click.Command)}
+    assert found - {"main"} == set(COMMANDS) == set(main.list_commands(click.Context(main)))
+    assert all(command_of(name).name == name for name in COMMANDS)
+    assert max(map(len, COMMANDS.values())) <= 66  # a terminal of 80 columns shows them whole
+
+
 @pytest.mark.parametrize(
     ("script", "command"),
     [("capture_raw_activations.py", "capture"), ("project_raw_activations_onto_traits.py", "project")],
 )
 def test_scripts_offer_exactly_the_options_of_their_command(script: str, command: str) -> None:
-    from tlcapture.cli.main import main
-
     done = subprocess.run(
         [sys.executable, TOP / "scripts" / script, "--help"], cwd=TOP, capture_output=True, text=True, check=True,
         env={"PYTHONPATH": str(TOP), "PATH": ""},
     )  # fmt: skip
-    parameters = main.commands[command].params
-    assert {p.opts[-1] for p in parameters} <= set(done.stdout.replace(",", " ").replace("/", " ").split())
-    context = click.Context(main.commands[command], info_name=script, **main.commands[command].context_settings)
-    assert done.stdout == main.commands[command].get_help(context) + "\n"
+    found = command_of(command)
+    assert {p.opts[-1] for p in found.params} <= set(done.stdout.replace(",", " ").replace("/", " ").split())
+    context = click.Context(found, info_name=script, **found.context_settings)
+    assert done.stdout == found.get_help(context) + "\n"
 
 
 OPTIONS = {
@@ -84,16 +102,14 @@ OPTIONS = {
 
 @pytest.mark.parametrize("command", list(OPTIONS))
 def test_commands_have_every_documented_option(command: str) -> None:
-    from tlcapture.cli.main import main
 
-    offered = {option for parameter in main.commands[command].params for option in parameter.opts}
+    offered = {option for parameter in command_of(command).params for option in parameter.opts}
     assert {f"--{name}" for name in OPTIONS[command].split()} <= offered
 
 
 def test_documented_defaults() -> None:
-    from tlcapture.cli.main import main
 
-    defaults = {p.name: p.default for p in main.commands["capture"].params}
+    defaults = {p.name: p.default for p in command_of("capture").params}
     assert (defaults["layer"], defaults["max_new_tokens"], defaults["temperature"]) == ("16", 50, 0.7)
     assert (defaults["seed"], defaults["batch_size"], defaults["save_dtype"]) == (0, "auto", "auto")
 
