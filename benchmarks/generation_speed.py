@@ -12,12 +12,14 @@ import rivals
 import torch
 from measure import Row, in_turn, medians, ratios, seconds
 from rivals import Task
+from torch.nn import functional
 
 from tlcapture.chat import TokenizedPrompt, tokenize
 from tlcapture.embedded import embedded_folder
 from tlcapture.engines.hooked import HookedModel
 from tlcapture.layout import Datasets
 from tlcapture.models import Model, from_hugging_face, load_model
+from tlcapture.products import linear, wide_linear
 from tlcapture.prompts import read_prompt_set
 from tlcapture.views.residual import residual_hooks
 
@@ -156,20 +158,24 @@ def w4(bench: Bench) -> Iterator[Row]:
         yield Row(f"W4, batch {batch_size}", "a token at 1,000 of context / at 100", figures, must, aim, note=note)
 
 
-def sliced_unembedding(bench: Bench) -> Iterator[Row]:
-    """Why `fast_forward` unembeds a few rows in slices."""
-    model = bench.model
-    assert isinstance(model, HookedModel)
-    residual = torch.randn(10, model.d_model)
-    weight = model.tl.unembed.W_U.T
-    works = {
-        "in slices": lambda: model.unembed(residual),
-        "at once": lambda: torch.nn.functional.linear(model.final_norm(residual), weight),
-    }
-    with torch.no_grad():
-        times = in_turn(works, 4 * bench.rounds)
-    note = medians(times, milli=True)
-    yield Row("unembed", "10 rows in slices / at once", ratios(times, "in slices", "at once"), note=note)
+def products(bench: Bench) -> Iterator[Row]:
+    """Why `fast_forward` multiplies few rows otherwise than `functional.linear` does."""
+    assert isinstance(bench.model, HookedModel)
+    hooked = bench.model.tl
+    gates = [block.mlp.W_gate.T for block in hooked.blocks]
+    unembedding = [hooked.unembed.W_U.T]
+    cases = [("MLP gates of all layers", linear, gates, rows) for rows in (1, 2, 4)]
+    cases += [("unembedding", wide_linear, unembedding, rows) for rows in (1, 10)]
+    for what, ours, weights, rows in cases:
+        x = torch.randn(rows, bench.model.d_model)
+        works = {
+            "ours": lambda x=x, ours=ours, weights=weights: [ours(x, weight) for weight in weights],
+            "linear": lambda x=x, weights=weights: [functional.linear(x, weight) for weight in weights],
+        }
+        with torch.no_grad():
+            times = in_turn(works, 4 * bench.rounds)
+        label = f"{what}, {rows} row{'s' * (rows > 1)}: ours / functional.linear"
+        yield Row("products", label, ratios(times, "ours", "linear"), note=medians(times, milli=True))
 
 
 def accelerator(bench: Bench) -> Iterator[Row]:

@@ -8,8 +8,9 @@ The same parameters, the same hook points with the same tensors, the same values
 reader who wants to know what is computed can skip this module and read TransformerLens. What differs:
 keys are rotated once and kept rotated, in buffers that are written to in place; grouped keys and values
 are never repeated; attention is fused unless somebody watches its scores or pattern; masks, positions
-and rotary tables are made once a step, not once a layer; and a hook point that nobody hooked is not
-called. `load_model(..., fast=False)` and the environment variable `TLCAPTURE_FAST=0` switch it off.
+and rotary tables are made once a step, not once a layer; products of few rows take another way (`products`);
+and a hook point that nobody hooked is not called. `load_model(..., fast=False)` and the environment variable
+`TLCAPTURE_FAST=0` switch it off.
 """
 
 from __future__ import annotations
@@ -22,13 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tlcapture.products import linear, wide_linear
 from tlcapture.shapes import Logits, Mask, Residual, Rows, Tokens
 
 _ROOM = 64  # positions by which the buffer of keys and values grows at least
-
-# So few rows against a very wide matrix take MKL twice as long at once as in slices (`make bench`, part `unembed`).
-_AWKWARD_ROWS = range(3, 16)
-_SLICE = 512
 
 # Positions of prompts that are computed together: more are no faster, and what lies between two products
 # then leaves the caches, and soon takes fresh pages of memory at every product.
@@ -237,12 +235,7 @@ class FastForward:
         if unembed.hook_in._forward_hooks or unembed.hook_out._forward_hooks:
             return unembed(normed[None])[0]
         weight = unembed.W_U.T
-        if normed.device.type == "cpu" and normed.dtype == torch.float32 and len(normed) in _AWKWARD_ROWS:
-            logits = normed.new_empty(len(normed), len(weight))
-            for start in range(0, len(weight), _SLICE):
-                torch.mm(normed, weight[start : start + _SLICE].T, out=logits[:, start : start + _SLICE])
-        else:
-            logits = functional.linear(normed, weight)
+        logits = wide_linear(normed, weight)
         # An accelerator adds zeros sooner than it tells whether they are.
         return logits.add_(unembed.b_U) if normed.is_cuda or unembed.b_U.any() else logits
 
@@ -263,22 +256,22 @@ class FastForward:
     def _mlp(self, layer: _Layer, x: Tensor, points: _HookPoints) -> Tensor:
         fire = points.pass_through
         if layer.mlp_gate is None:
-            post = self._activate(fire(layer.hook_pre, functional.linear(x, *layer.mlp_in)))
+            post = self._activate(fire(layer.hook_pre, linear(x, *layer.mlp_in)))
         else:
-            pre = fire(layer.hook_pre, functional.linear(x, layer.mlp_gate))
-            linear = fire(layer.hook_pre_linear, functional.linear(x, layer.mlp_in[0]))
-            post = self._activate(pre).mul_(linear)
+            pre = fire(layer.hook_pre, linear(x, layer.mlp_gate))
+            pre_linear = fire(layer.hook_pre_linear, linear(x, layer.mlp_in[0]))
+            post = self._activate(pre).mul_(pre_linear)
             if layer.mlp_in[1] is not None:
                 post += layer.mlp_in[1]
-        return functional.linear(fire(layer.hook_post, post), *layer.mlp_out)
+        return linear(fire(layer.hook_post, post), *layer.mlp_out)
 
     def _attention(self, layer: _Layer, x: Tensor, step: _Step, store: Tensor, points: _HookPoints) -> Tensor:
         fire, attn = points.pass_through, layer.attn
         batch, n_queries, _ = x.shape
         heads, kv_heads, d_head = self._n_heads, self._n_kv_heads, self._shape[2]
-        q = fire(layer.hook_q, functional.linear(x, *layer.query).view(batch, n_queries, heads, d_head))
-        k = fire(layer.hook_k, functional.linear(x, *layer.key).view(batch, n_queries, kv_heads, d_head))
-        v = fire(layer.hook_v, functional.linear(x, *layer.value).view(batch, n_queries, kv_heads, d_head))
+        q = fire(layer.hook_q, linear(x, *layer.query).view(batch, n_queries, heads, d_head))
+        k = fire(layer.hook_k, linear(x, *layer.key).view(batch, n_queries, kv_heads, d_head))
+        v = fire(layer.hook_v, linear(x, *layer.value).view(batch, n_queries, kv_heads, d_head))
         if layer.qk_norms is not None:
             q, k = (points.norm(norm, each) for norm, each in zip(layer.qk_norms, (q, k), strict=True))
         if self._rotary:
@@ -298,7 +291,7 @@ class FastForward:
             bias = step.bias(layer.kind)
             z = functional.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=1 / attn.attn_scale)
         z = fire(layer.hook_z, z.reshape(batch, heads, n_queries, d_head).transpose(1, 2))
-        return functional.linear(z.reshape(batch, n_queries, -1), *layer.out)
+        return linear(z.reshape(batch, n_queries, -1), *layer.out)
 
     def _watched(
         self, layer: _Layer, q: Tensor, keys: Tensor, values: Tensor, step: _Step, points: _HookPoints
