@@ -91,8 +91,10 @@ def test_a_cluster_writes_the_files_of_a_local_run(
 def test_a_worker_that_is_killed_costs_its_piece_which_is_run_again(
     run: Callable[..., subprocess.Popen[str]], busy: Path, by_one_process: dict[str, Any], evidence: Evidence
 ) -> None:
-    running = run()
-    wait_for(lambda: captured(busy), running)
+    log = busy / "log"
+    running = run("--log-file", str(log))
+    # Whichever is killed has something in hand, or is about to.
+    wait_for(lambda: captured(busy) and all(f"worker {n} takes" in log.read_text() for n in (1, 2)), running)
     workers()[0].kill()
     stdout, stderr = running.communicate()
     assert running.returncode == 0, stderr

@@ -146,6 +146,7 @@ class Shift:
                 self._began = self._began or time.monotonic()
                 member.piece = self._pieces.popleft()
                 member.since = time.monotonic()
+                _log.debug("worker %d takes %s", member.number, member.piece.label)
                 task = member.piece.task
                 given = contents_of(self._work.layout, self._work.inputs(task)) if self._crew.collects else {}
                 member.waiting_for = member.actor.do.remote(task, given)
