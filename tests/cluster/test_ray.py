@@ -94,7 +94,7 @@ def test_a_worker_that_is_killed_costs_its_piece_which_is_run_again(
     log = busy / "log"
     running = run("--log-file", str(log))
     # Whichever is killed has something in hand, or is about to.
-    wait_for(lambda: captured(busy) and all(f"worker {n} takes" in log.read_text() for n in (1, 2)), running)
+    wait_for(lambda: captured(busy) and all(f"worker {n} takes" in log.read_text() for n in (0, 1)), running)
     workers()[0].kill()
     stdout, stderr = running.communicate()
     assert running.returncode == 0, stderr
