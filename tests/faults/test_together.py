@@ -34,15 +34,15 @@ def test_two_captures_of_one_prompt_set_go_one_after_the_other(
 def slowly() -> None:
     import time
 
-    from tlcapture.runs import capture
+    from tlcapture.runs import capture_worker
 
-    write = capture.write_capture
+    write = capture_worker.write_capture
 
     def slow(*args: Any) -> Any:
         time.sleep(1)
         return write(*args)
 
-    capture.write_capture = slow
+    capture_worker.write_capture = slow
 
 
 def test_shards_of_one_prompt_set_run_side_by_side(start: Start, fresh: Path, evidence: Evidence) -> None:
