@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.browser import browser
 from tests.samples import HOSTILE, N_PROMPT, TOKENS, heads, predictions
 from tlcapture.coloured_tokens import ColouredTokens, scale_of
 from tlcapture.errors import InputError, StorageError
@@ -147,12 +148,6 @@ def test_predictions_of_another_length_are_refused() -> None:
 
 def test_a_browser_runs_nothing_of_a_token(tmp_path: Path) -> None:
     """In a real browser, where there is one: no dialog, no request, no element that a token made."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    import shutil
-
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no browser")
     from tests.samples import projected
     from tlcapture.figures import attention_figure, layers_figure, lens_figure, trajectory_figure
 
@@ -167,9 +162,8 @@ def test_a_browser_runs_nothing_of_a_token(tmp_path: Path) -> None:
     ]
     page_file = tmp_path / "page.html"
     page_file.write_text("<meta charset=utf-8>" + "".join([piece._repr_html_() for piece in pieces] + drawn))
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page()
+    with browser() as launched:
+        page = launched.new_page()
         requests: list[str] = []
         dialogs: list[str] = []
         errors: list[str] = []
@@ -181,7 +175,6 @@ def test_a_browser_runs_nothing_of_a_token(tmp_path: Path) -> None:
         page.wait_for_selector(".js-plotly-plot .xtick")
         ticks = page.locator(".js-plotly-plot").first.locator(".xtick").all_text_contents()
         assert page.locator("img[src=x]").count() == 0
-        browser.close()
     assert not dialogs + errors
     assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
     assert HOSTILE in ticks

@@ -165,6 +165,13 @@ def test_a_bridge_that_has_no_tokenizer_is_refused() -> None:
         as_model(bridge)
 
 
+def test_a_bridge_around_no_hugging_face_model_is_refused() -> None:
+    bridge = own_bridge()
+    bridge.original_model = torch.nn.Linear(1, 1)
+    with pytest.raises(ModelError, match="not around a Hugging Face model: boot it with boot_transformers"):
+        as_model(bridge)
+
+
 @pytest.mark.parametrize("other", [None, 3, torch.nn.Linear(1, 1)])
 def test_what_is_no_model_is_refused_in_one_line(other: Any) -> None:
     with pytest.raises(ModelError, match=f"a HookedTransformer or a TransformerBridge, got {type(other).__name__}$"):

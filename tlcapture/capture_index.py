@@ -96,7 +96,8 @@ def read_index(path: Path) -> tuple[CaptureIndex, dict[str, Any], dict[str, Resi
         value = json.loads(archive.read(NAME))
         check_version(value, path)
         index = checked(CaptureIndex, value, path, "raw residual file")
-        only = None if index.kept.is_all else index.kept
+        kept = index.kept
+        only = None if kept.is_all else kept
         return index, value["metadata"], {name: _stream(archive, getattr(index, name), only) for name in PARTS}
 
 
@@ -112,15 +113,14 @@ def add_index(path: Path, content: Mapping[str, Any], streams: Mapping[str, Resi
         said[name]["points"] = Stored.of(streams[name].points, next(number))
         outputs = streams[name].attn_out
         said[name]["attn_out"] = None if outputs is None else Stored.of(outputs, next(number))
-    data = json.dumps(said).encode()
-    if json.loads(data) != said:  # of tuples it would make lists, of numbers as keys texts
-        return
     try:
+        data = json.dumps(said).encode()
         archive = Archive(path)
         mapped = {name: _stream(archive, IndexedPart.model_validate(said[name]), None) for name in PARTS}
-    except ValueError:  # the storages are others than was thought
+    except (TypeError, ValueError):  # metadata that JSON cannot say, or storages that are others than was thought
         return
-    if all(_is_same(mapped[name], streams[name]) for name in PARTS):
+    is_exact = json.loads(data) == said  # of tuples it makes lists, of numbers as keys texts
+    if is_exact and all(_is_same(mapped[name], streams[name]) for name in PARTS):
         append_record(path, NAME, data)
 
 

@@ -146,6 +146,7 @@ def as_model(model: Any) -> Model:
         return model.load()
     if isinstance(model, str):
         return load_model(model)
+    # By name: TransformerLens 4 has no HookedTransformer to compare with.
     kinds = {kind.__name__ for kind in type(model).mro()}
     if "HookedTransformer" in kinds:
         return from_hooked_transformer(model)

@@ -36,6 +36,8 @@ class Command:
     def __init__(self, folder: Path, *words: object, before: Callable[[], object] = lambda: None):
         folder.mkdir(parents=True, exist_ok=True)
         self._said = [folder / f"{time.monotonic_ns()}.{name}" for name in ("out", "err")]
+        for path in self._said:
+            path.touch()
         self.pid = os.fork()
         if self.pid == 0:
             code = 99
@@ -57,8 +59,13 @@ class Command:
         raise AssertionError(f"hangs; it said {[path.read_text() for path in self._said]}")
 
     @property
-    def stderr(self) -> str:
+    def stdout(self) -> str:
         """What it has said so far."""
+        return self._said[0].read_text()
+
+    @property
+    def stderr(self) -> str:
+        """What it has said so far of warnings and errors."""
         return self._said[1].read_text()
 
     def tell(self, number: signal.Signals) -> None:
@@ -68,6 +75,8 @@ class Command:
         """Wait until something is there, while it runs."""
         deadline = time.monotonic() + _PATIENCE
         while not is_there():
+            has_ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            assert is_there() or not has_ended, f"it ended; it said {[path.read_text() for path in self._said]}"
             assert time.monotonic() < deadline, "it never came"
             time.sleep(0.001)
 

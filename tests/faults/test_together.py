@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ def test_two_captures_of_one_prompt_set_go_one_after_the_other(
     start: Start, fresh: Path, undisturbed: dict[str, Any], evidence: Evidence
 ) -> None:
     lock = fresh / "experiments" / "exp" / ".locks" / "captures-of-short.lock"
-    first = start("--skip-existing", before=slowly)
+    first = start("--skip-existing", before=held_until(fresh / "go"))
     first.wait_for(lock.exists)
     second, third = start("--skip-existing"), start()
+    second.wait_for(lambda: "waiting" in second.stdout)
+    (fresh / "go").touch()
     ended = [first.end(), second.end(), third.end()]
     assert [each.code for each in ended] == [0, 0, 0], ended
     assert "another run is writing captures of short in exp: waiting for its end" in ended[1].stdout
@@ -31,26 +35,34 @@ def test_two_captures_of_one_prompt_set_go_one_after_the_other(
     )
 
 
-def slowly() -> None:
-    import time
+def held_until(flag: Path) -> Callable[[], None]:
+    """What makes a capture wait, its lock held, with its first file until another file is there."""
 
-    from tlcapture.runs import capture_worker
+    def hold() -> None:
+        from tlcapture.runs import capture_worker
 
-    write = capture_worker.write_capture
+        write = capture_worker.write_capture
 
-    def slow(*args: Any) -> Any:
-        time.sleep(1)
-        return write(*args)
+        def held(*args: Any) -> Any:
+            deadline = time.monotonic() + 60
+            while not flag.exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            return write(*args)
 
-    capture_worker.write_capture = slow
+        capture_worker.write_capture = held
+
+    return hold
 
 
 def test_shards_of_one_prompt_set_run_side_by_side(start: Start, fresh: Path, evidence: Evidence) -> None:
     lock = fresh / "experiments" / "exp" / ".locks" / "captures-of-short.shards" / "shard-of-2-1.lock"
-    first = start("--shard", "1/2", before=slowly)
+    first = start("--shard", "1/2", before=held_until(fresh / "go"))
     first.wait_for(lock.exists)
-    second, whole = start("--shard", "2/2"), start("--skip-existing")
-    ended = [second.end(), first.end(), whole.end()]
+    second = start("--shard", "2/2").end()
+    whole = start("--skip-existing")
+    whole.wait_for(lambda: "waiting" in whole.stdout)
+    (fresh / "go").touch()
+    ended = [second, first.end(), whole.end()]
     assert [each.code for each in ended] == [0, 0, 0], ended
     assert "waiting" not in ended[0].stdout + ended[1].stdout
     assert "another run is writing captures of short in exp: waiting for its end" in ended[2].stdout
@@ -66,7 +78,7 @@ def test_shards_of_one_prompt_set_run_side_by_side(start: Start, fresh: Path, ev
 
 def test_a_lock_of_a_killed_run_holds_nobody_up(start: Start, fresh: Path, evidence: Evidence) -> None:
     lock = fresh / "experiments" / "exp" / ".locks" / "captures-of-short.lock"
-    killed = start(before=slowly)
+    killed = start(before=held_until(fresh / "never"))
     killed.wait_for(lock.exists)
     killed.tell(signal.SIGKILL)
     killed.end()

@@ -107,7 +107,7 @@ def test_an_opened_capture_can_be_changed_and_its_file_stays_as_it_is(tmp_path: 
     check_same(Capture.open(path), made())
 
 
-@pytest.mark.parametrize("more", [{"odd": (1, 2)}, {"odd": {1: 2}}])
+@pytest.mark.parametrize("more", [{"odd": (1, 2)}, {"odd": {1: 2}}, {"odd": b"x"}, {"odd": {(1, 2): 3}}])
 def test_what_json_would_say_otherwise_has_no_index_and_opens_by_its_pickle(
     tmp_path: Path, more: dict[str, Any]
 ) -> None:

@@ -220,3 +220,8 @@ def test_what_lies_at_even_distances_in_one_storage_is_stacked_without_a_copy() 
     assert stacked(others).equal(torch.stack(others))
     assert stacked([views[0], views[0]]).equal(torch.stack([views[0], views[0]]))
     assert stacked([views[0], torch.randn(26, 8)]).shape == (2, 26, 8)
+
+
+def test_a_logit_lens_of_no_predictions_is_refused() -> None:
+    with pytest.raises(InputError, match="top_k is 0: expected at least 1"):
+        logit_lens_view(lambda layer: torch.randn(3, 4), 1, [1, 2, 3], lambda residual: residual, top_k=0)

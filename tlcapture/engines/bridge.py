@@ -171,8 +171,10 @@ def from_transformer_bridge(bridge: Any, *, name: str | None = None) -> BridgeMo
             "the TransformerBridge has processed weights, its norms folded: boot it anew, without "
             "enable_compatibility_mode or with enable_compatibility_mode(no_processing=True)"
         )
+    from transformers import PretrainedConfig
+
     hf = bridge.original_model
-    if not hasattr(hf, "config") or not hasattr(hf.config, "num_hidden_layers"):
+    if not isinstance(getattr(hf, "config", None), PretrainedConfig):
         raise ModelError("the TransformerBridge is not around a Hugging Face model: boot it with boot_transformers")
     # The bridge has put modules of its own into the model: its mark is comparable with its like only.
     mark, generation_config = f"{OWN_MARK}{fingerprint(hf)}", getattr(hf, "generation_config", None)

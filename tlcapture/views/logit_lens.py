@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tlcapture.errors import InputError
 from tlcapture.rounding import PROBABILITY_DIGITS, round_significant, rounded_for_json
 from tlcapture.shapes import Logits, Residual
 
@@ -109,7 +110,10 @@ def logit_lens_view(
         residual_out: the `[n_tokens, d_model]` residual stream behind a layer.
         token_ids: ids of the same tokens; the rank of a next token comes from its id.
         unembed: the model's final norm, unembedding and soft cap; what it returns is overwritten.
+        top_k: how many predictions of each layer are kept, at least 1.
     """
+    if top_k < 1:
+        raise InputError(f"top_k is {top_k}: expected at least 1")
     next_ids = torch.tensor(token_ids[1:], dtype=torch.long)
     by_layer = []
     for layer in range(n_layers):
