@@ -15,7 +15,7 @@ from tlcapture.chat import TokenizedPrompt, stop_ids
 from tlcapture.engines.base import Step
 from tlcapture.fast_forward import FastState
 from tlcapture.generation import Failure, Generation, Sampling, generate, teacher_force
-from tlcapture.models import Model
+from tlcapture.models import Model, from_hugging_face
 from tlcapture.views.attention import attention_hooks
 from tlcapture.views.residual import residual_hooks
 
@@ -177,7 +177,8 @@ def test_other_errors_of_the_model_are_not_taken_for_lack_of_memory(monkeypatch:
 
 @tiny.needs_hooked
 def test_prompts_run_in_parts_yield_what_they_yield_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny.model("llama")
+    hf = tiny.hf_model("llama")
+    model = from_hugging_face(hf, tiny.tokenizer(), name="llama", engine="hooked", fast=True)
     prompts = [as_prompt(random_ids(length, seed=length), str(length)) for length in (30, 29, 12, 5, 4)]
     hooks = [*residual_hooks(model.n_layers, model.hook_names), *attention_hooks(model.n_layers)]
     options: Any = {"hooks": hooks, "max_new_tokens": 6, "sampling": Sampling(temperature=0), "batch_size": 5}
