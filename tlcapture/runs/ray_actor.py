@@ -42,10 +42,18 @@ class Result:
 
 
 @dataclass(frozen=True)
-class State:
-    """How far a worker is: units counted since it began, and what it has in hand."""
+class Place:
+    """Where a worker runs, and whether it sees the driver's root there."""
 
     node: str
+    process: int
+    sees_root: bool
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a worker is: units counted since it began, and what it uses."""
+
     units: int
     facts: Mapping[str, Any]
 
@@ -131,17 +139,16 @@ class WorkerActor:
         self._report = _WorkerReport(self._layout.folder)
         self._reporter = _WorkerReporter(unit)
 
-    def sees(self, probe: Path, content: bytes) -> tuple[str, bool]:
-        """This worker's node, and whether it reads in a file of the root what the driver wrote, and can write there."""
-        node = socket.gethostname()
+    def place(self, probe: Path, content: bytes) -> Place:
+        """Where this is. It sees the root if it reads in a file there what the driver wrote, and can write there."""
         try:
             seen = probe.read_bytes() == content
             answer = probe.with_name(f"{probe.name}.{os.getpid()}")
             answer.touch()
             answer.unlink()
         except OSError:
-            return node, False
-        return node, seen
+            seen = False
+        return Place(socket.gethostname(), os.getpid(), seen)
 
     def lacks_model(self) -> bool:
         """Whether the model's files have to be sent here."""
@@ -175,7 +182,7 @@ class WorkerActor:
         return Result(self._report.hand_over(), error, stopped, self._made())
 
     def state(self) -> State:
-        return State(socket.gethostname(), self._reporter.units, dict(self._reporter.facts))
+        return State(self._reporter.units, dict(self._reporter.facts))
 
     def stop(self) -> None:
         """Have the task in hand end at the next point where it can."""

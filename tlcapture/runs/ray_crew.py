@@ -14,10 +14,10 @@ from tlcapture.errors import InputError
 from tlcapture.layout import Layout
 from tlcapture.runs.collecting import given_files
 from tlcapture.runs.executors import Work
-from tlcapture.runs.ray_actor import State, WorkerActor
+from tlcapture.runs.ray_actor import Place, WorkerActor
 
 # How far a worker is that has just started.
-SEES, LACKS_MODEL, TAKES_MODEL, PREPARES, READY = "sees", "lacks model", "takes model", "prepares", "ready"
+STARTS, LACKS_MODEL, TAKES_MODEL, PREPARES, READY = "starts", "lacks model", "takes model", "prepares", "ready"
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,19 @@ class Piece:
 
 @dataclass
 class Member:
-    """A worker: its actor, what it has in hand, and how far it was when it was last looked at."""
+    """A worker: its actor, what it has in hand, and how much it had done when it was last looked at."""
 
     number: int
     actor: Any
-    stage: str = SEES
+    stage: str = STARTS
     waiting_for: Any = None
     piece: Piece | None = None
-    state: State | None = None
+    place: Place | None = None
     counted: int = 0
     since: float = field(default_factory=time.monotonic)
+
+    def __str__(self) -> str:
+        return f"worker {self.number}" + (f" on {self.place.node}" if self.place else "")
 
 
 class Probe:
@@ -92,7 +95,7 @@ class Crew:
 
     def _start(self, number: int) -> Member:
         member = Member(number, self._kind.remote(*self._arguments))
-        member.waiting_for = member.actor.sees.remote(self._probe.path, self._probe.content)
+        member.waiting_for = member.actor.place.remote(self._probe.path, self._probe.content)
         return member
 
     @cached_property
@@ -104,11 +107,11 @@ class Crew:
     def replace(self, member: Member) -> None:
         self.members[self.members.index(member)] = self._start(member.number)
 
-    def check(self, node: str, sees: bool) -> None:
+    def check(self, place: Place) -> None:
         """Raise `InputError` for a worker that would write where nobody looks."""
-        if not sees and not self._cluster.collect:
+        if not place.sees_root and not self._cluster.collect:
             raise InputError(
-                f"a worker on {node} does not see {self._probe.path.parent}: give a --root that all nodes of the "
+                f"a worker on {place.node} does not see {self._probe.path.parent}: give a --root that all nodes of the "
                 "cluster share, or pass --collect to have files sent back"
             )
 

@@ -13,7 +13,7 @@ from tlcapture.logger import get_logger
 from tlcapture.runs.collecting import contents_of, place
 from tlcapture.runs.executors import Work
 from tlcapture.runs.ray_actor import Result
-from tlcapture.runs.ray_crew import LACKS_MODEL, PREPARES, READY, SEES, TAKES_MODEL, Crew, Member, Piece, first_line
+from tlcapture.runs.ray_crew import LACKS_MODEL, PREPARES, READY, STARTS, TAKES_MODEL, Crew, Member, Piece, first_line
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.reporter import Progress, Reporter
 
@@ -85,8 +85,9 @@ class Shift:
     def _welcome(self, member: Member, said: Any) -> None:
         """Take a worker in, step by step: it sees the root, it has the model's files, it has loaded the model."""
         actor, stage = member.actor, member.stage
-        if stage == SEES:
-            self._crew.check(*said)
+        if stage == STARTS:
+            self._crew.check(said)
+            member.place = said
             member.stage, member.waiting_for = LACKS_MODEL, actor.lacks_model.remote()
         elif stage == LACKS_MODEL and said:
             member.stage, member.waiting_for = TAKES_MODEL, actor.take_model.remote(self._crew.model_contents)
@@ -106,10 +107,7 @@ class Shift:
         self._deaths = 0
         seconds = time.monotonic() - member.since
         rate = f"{result.done.n_tokens / seconds:.0f} tokens/s, " if result.done.n_tokens else ""
-        where = member.state.node if member.state else "?"
-        self._progress.advance(
-            done=f"worker {member.number} on {where}: {piece.label}, {rate}{self._n_done} of {self._n_pieces} pieces"
-        )
+        self._progress.advance(done=f"{member}: {piece.label}, {rate}{self._n_done} of {self._n_pieces} pieces")
 
     def _keep(self, result: Result) -> None:
         done = result.done
@@ -119,7 +117,7 @@ class Shift:
 
     def _bury(self, member: Member, piece: Piece | None, error: Exception) -> None:
         """Replace a worker that died, and put what it had in hand back: as it was, or in halves where it died twice."""
-        _log.warning("worker %d died: %s", member.number, first_line(error))
+        _log.warning("%s died: %s", member, first_line(error))
         self._deaths += 1
         if self._deaths > _MOST_DEATHS + len(self._crew.members):
             raise ClusterError(f"{self._deaths} workers died in a row, the last one so: {first_line(error)}")
@@ -132,7 +130,7 @@ class Shift:
             self._report.failed(piece.label, f"its worker died {piece.tries} times: {first_line(error)}")
             return
         self._report.retried.append(piece.label)
-        self._reporter.line(f"worker {member.number} died; its work is run again: {piece.label}")
+        self._reporter.line(f"{member} died; its work is run again: {piece.label}")
         if piece.tries < _TRIES - 1 or n_prompts == 1:
             self._pieces.appendleft(piece)
             return
@@ -146,7 +144,8 @@ class Shift:
                 self._began = self._began or time.monotonic()
                 member.piece = self._pieces.popleft()
                 member.since = time.monotonic()
-                _log.debug("worker %d takes %s", member.number, member.piece.label)
+                process = member.place.process if member.place else None
+                _log.debug("%s, process %s, takes %s", member, process, member.piece.label)
                 task = member.piece.task
                 given = contents_of(self._work.layout, self._work.inputs(task)) if self._crew.collects else {}
                 member.waiting_for = member.actor.do.remote(task, given)
@@ -156,7 +155,7 @@ class Shift:
         asked = [(member, member.actor.state.remote()) for member in self._crew.members if member.stage == READY]
         for member, reference in asked:
             with suppress(self._ray.exceptions.RayError):
-                member.state = state = self._ray.get(reference, timeout=_POLL)
+                state = self._ray.get(reference, timeout=_POLL)
                 self._reporter.uses(**state.facts)
                 self._progress.advance(state.units - member.counted)
                 member.counted = state.units
