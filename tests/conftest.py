@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,12 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 
 import tests.typechecking  # noqa: F401  the hook names it
+
+# Processes that share the cores compute with their share of them: OpenMP threads in excess wait for each other far
+# longer than they work. It must be known before torch is imported.
+_N_PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _N_PROCESSES > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _N_PROCESSES)))
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network, nor waits for it
 
@@ -44,6 +50,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--reliability") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("--reliability gathers what one process saw: leave out -n")
     config.stash[EVIDENCE] = Evidence()
 
 
@@ -51,6 +59,20 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     path = session.config.getoption("--reliability")
     if path is not None and exitstatus == 0:
         session.config.stash[EVIDENCE].write(path)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """Lone surrogates, which some tests are about, in a form in which one process can tell them to another."""
+    return _encodable((yield))
+
+
+def _encodable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(each) for key, each in value.items()}
+    return type(value)(map(_encodable, value)) if isinstance(value, list | tuple) else value
 
 
 @pytest.fixture

@@ -249,7 +249,7 @@ def test_the_shell_on_a_terminal(embedded_root: Path, tmp_path: Path) -> None:
     pexpect = pytest.importorskip("pexpect")
     words = ["-m", "tlcapture", "shell", "--experiment", "exp", "--root", str(embedded_root)]
     environment = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name != "COLUMNS"},  # the terminal's own width counts
         "IPYTHONDIR": str(tmp_path),
         "IPY_TEST_SIMPLE_PROMPT": "1",
         "TERM": "dumb",
