@@ -69,7 +69,7 @@ reliability: $(READY) ## Faults, clusters, bad input and parity once more, and w
 	$(BIN)/python -m pytest tests/faults tests/cluster tests/input tests/test_parity.py tests/test_refusals.py --reliability docs/reliability.md $(FLAGS)
 
 test-cuda: $(READY) ## The model tests on a CUDA device
-	TLCAPTURE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/test_parity.py tests/test_generation.py tests/test_fast_forward.py $(FLAGS)
+	TLCAPTURE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/test_parity.py tests/test_generation.py tests/fast $(FLAGS)
 
 lint: $(READY) ## Check style and types
 	$(BIN)/ruff check .

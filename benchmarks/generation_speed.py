@@ -17,9 +17,9 @@ from torch.nn import functional
 from tlcapture.chat import TokenizedPrompt, tokenize
 from tlcapture.embedded import embedded_folder
 from tlcapture.engines.hooked import HookedModel
+from tlcapture.fast.products import linear, wide_linear
 from tlcapture.layout import Datasets
 from tlcapture.models import Model, from_hugging_face, load_model
-from tlcapture.products import linear, wide_linear
 from tlcapture.prompts import read_prompt_set
 from tlcapture.views.residual import residual_hooks
 
@@ -159,7 +159,7 @@ def w4(bench: Bench) -> Iterator[Row]:
 
 
 def products(bench: Bench) -> Iterator[Row]:
-    """Why `fast_forward` multiplies few rows otherwise than `functional.linear` does."""
+    """Why `fast` multiplies few rows otherwise than `functional.linear` does."""
     assert isinstance(bench.model, HookedModel)
     hooked = bench.model.tl
     gates = [block.mlp.W_gate.T for block in hooked.blocks]

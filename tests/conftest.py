@@ -34,7 +34,7 @@ _CHECKED = [
     "tlcapture.models",
     "tlcapture.traits",
     "tlcapture.views",
-    "tlcapture.fast_forward",
+    "tlcapture.fast",
     "tlcapture.weight_layout",
 ]
 install_import_hook(_CHECKED, "tests.typechecking.check")

@@ -10,10 +10,9 @@ import torch
 
 from tests import tiny
 from tests.test_parity import as_prompt, random_ids, relative
-from tlcapture import fast_forward
 from tlcapture.chat import TokenizedPrompt, stop_ids
 from tlcapture.engines.base import Step
-from tlcapture.fast_forward import FastState
+from tlcapture.fast import FastState, forward
 from tlcapture.generation import Failure, Generation, Sampling, generate, teacher_force
 from tlcapture.models import Model, from_hugging_face
 from tlcapture.views.attention import attention_hooks
@@ -183,7 +182,7 @@ def test_prompts_run_in_parts_yield_what_they_yield_at_once(monkeypatch: pytest.
     hooks = [*residual_hooks(model.n_layers, model.hook_names), *attention_hooks(model.n_layers)]
     options: Any = {"hooks": hooks, "max_new_tokens": 6, "sampling": Sampling(temperature=0), "batch_size": 5}
     at_once = {each.prompt.id: each for each in generate(model, prompts, **options)}
-    monkeypatch.setattr(fast_forward, "_PART", {"cpu": 24})
+    monkeypatch.setattr(forward, "_PART", {"cpu": 24})
     reserve = FastState.reserve
 
     def reserve_poisoned(self: FastState, *args: Any) -> torch.Tensor:

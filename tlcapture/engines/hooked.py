@@ -1,7 +1,7 @@
 """The engine `hooked`: TransformerLens's HookedTransformer, for the architectures that `hooked_config` covers.
 
 TransformerLens 4 has it no more: everything from TransformerLens that only version 3 has is imported here, in
-`hooked_config` or in `fast_forward`, and when it is needed.
+`hooked_config` or in `fast`, and when it is needed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tlcapture.checkpoints import fingerprint
 from tlcapture.engines.base import OWN_MARK, Model, Step
 from tlcapture.engines.tokenizers import for_transformer_lens, without_filled_in_bos
 from tlcapture.errors import ModelError
-from tlcapture.fast_forward import FastForward, FastState
+from tlcapture.fast import FastForward, FastState
 from tlcapture.hooked_config import hooked_fields, weight_converter
 from tlcapture.shapes import Logits, Mask, Residual, Rows, Tokens
 from tlcapture.weight_layout import lay_out, lay_out_in_place, memory_order

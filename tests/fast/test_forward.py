@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests import tiny
 from tests.test_parity import random_ids, relative
-from tlcapture.fast_forward import FastForward, FastState
+from tlcapture.fast import FastForward, FastState
 from tlcapture.generation import Sampling, generate
 from tlcapture.models import Model, from_hooked_transformer, from_hugging_face
 from tlcapture.views.residual import residual_hooks

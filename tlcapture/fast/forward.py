@@ -1,32 +1,18 @@
-"""The forward pass of a HookedTransformer, computed with less work between its matrix products.
-
-    fast = FastForward(hooked)
-    state = FastState.empty(batch_size)
-    residual = fast(tokens, mask, state)           # all hook points of the blocks have fired
-
-The same parameters, the same hook points with the same tensors, the same values to float tolerance; a
-reader who wants to know what is computed can skip this module and read TransformerLens. What differs:
-keys are rotated once and kept rotated, in buffers that are written to in place; grouped keys and values
-are never repeated; attention is fused unless somebody watches its scores or pattern; masks, positions
-and rotary tables are made once a step, not once a layer; products of few rows take another way (`products`);
-and a hook point that nobody hooked is not called. `load_model(..., fast=False)` and the environment variable
-`TLCAPTURE_FAST=0` switch it off.
-"""
+"""The blocks of a HookedTransformer, layer by layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tlcapture.products import linear, wide_linear
-from tlcapture.shapes import Logits, Mask, Residual, Rows, Tokens
-
-_ROOM = 64  # positions by which the buffer of keys and values grows at least
+from tlcapture.fast.layers import HookPoints, Layer
+from tlcapture.fast.products import linear, wide_linear
+from tlcapture.fast.state import FastState, Step
+from tlcapture.shapes import Logits, Mask, Residual, Tokens
 
 # Positions of prompts that are computed together: more are no faster, and what lies between two products
 # then leaves the caches, and soon takes fresh pages of memory at every product.
@@ -42,99 +28,6 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_fast": lambda x: functional.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
 }
-
-
-@dataclass
-class FastState:
-    """Keys and values of a batch so far, `[layer, 2, batch, n_kv_heads, capacity, d_head]`, and its mask."""
-
-    mask: Mask
-    store: Tensor | None = None
-
-    @classmethod
-    def empty(cls, batch_size: int, device: torch.device) -> FastState:
-        return cls(torch.zeros(batch_size, 0, dtype=torch.long, device=device))
-
-    @property
-    def length(self) -> int:
-        return self.mask.shape[1]
-
-    def keep(self, rows: Rows) -> None:
-        """Drop all but `rows`, which move up within the store."""
-        self.mask = self.mask[rows]
-        if self.store is not None:
-            kept = rows.nonzero()[:, 0].tolist()
-            for place, row in enumerate(kept):
-                if place != row:
-                    self.store[:, :, place, :, : self.length] = self.store[:, :, row, :, : self.length]
-            self.store = self.store[:, :, : len(kept)]
-
-    def branch(self, rows: Sequence[int]) -> FastState:
-        """A new state of copies of the given rows."""
-        index = torch.tensor(rows, device=self.mask.device)
-        return FastState(self.mask[index], None if self.store is None else self.store[:, :, index])
-
-    def reserve(self, length: int, shape: tuple[int, int, int], like: Tensor) -> Tensor:
-        """The store, with room for `length` positions; `shape` is `(n_layers, n_kv_heads, d_head)`."""
-        n_layers, n_heads, d_head = shape
-        if self.store is None or self.store.shape[-2] < length:
-            old = 0 if self.store is None else self.store.shape[-2]
-            capacity = length + max(_ROOM, old // 2)
-            grown = like.new_empty(n_layers, 2, self.mask.shape[0], n_heads, capacity, d_head)
-            if self.store is not None:
-                grown[..., :old, :] = self.store
-            self.store = grown
-        return self.store
-
-
-@dataclass
-class _Step:
-    """What all layers of one forward pass share. `allowed` and `bias` are made when first asked for."""
-
-    mask: Mask  # of all positions so far
-    start: int
-    stop: int
-    groups: int
-    dtype: torch.dtype
-    window: int | None
-    padded: bool
-    rotations: dict[str, tuple[Tensor, Tensor, bool]] = field(default_factory=dict)
-    _allowed: dict[str, Tensor | None] = field(default_factory=dict)
-    _bias: dict[str, Tensor | None] = field(default_factory=dict)
-
-    def allowed(self, kind: str) -> Tensor | None:
-        """Which keys each query may see, `[batch or 1, 1, query, key]`; `None` where it is all of them."""
-        if kind not in self._allowed:
-            device = self.mask.device
-            queries = torch.arange(self.start, self.stop, device=device)[:, None]
-            keys = torch.arange(self.stop, device=device)
-            window = self.window if kind == "local" else None
-            if self.stop - self.start == 1 and not self.padded and (window is None or self.stop <= window):
-                self._allowed[kind] = None
-            else:
-                seen = keys <= queries
-                if window is not None:
-                    seen &= keys > queries - window
-                seen = seen[None, None]
-                self._allowed[kind] = seen & self.mask[:, None, None].bool() if self.padded else seen
-        return self._allowed[kind]
-
-    def bias(self, kind: str) -> Tensor | None:
-        """The same as numbers to add to scores, for queries grouped by the heads that share keys.
-
-        Half of the lowest number rather than -inf, so that a row of padding alone stays finite.
-        """
-        if kind not in self._bias:
-            seen = self.allowed(kind)
-            if seen is not None:
-                batch, _, n_queries, n_keys = seen.shape
-                bias = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device)
-                seen = bias.masked_fill_(~seen, torch.finfo(self.dtype).min / 2)
-                if n_queries > 1:
-                    seen = seen[:, :, None].expand(-1, -1, self.groups, -1, -1)
-                    seen = seen.reshape(batch, 1, self.groups * n_queries, n_keys)
-            self._bias[kind] = seen
-        return self._bias[kind]
 
 
 class FastForward:
@@ -182,7 +75,7 @@ class FastForward:
 
     def refresh(self) -> None:
         """Look at the model's modules and weights again, as somebody may have changed them since."""
-        self._layers = [_Layer(block) for block in self._tl.blocks]
+        self._layers = [Layer(block) for block in self._tl.blocks]
 
     def parts(self, mask: Mask, state: FastState) -> Iterator[tuple[slice, int, FastState]]:
         """The rows of a batch of prompts in parts of so few positions that what is computed in between stays
@@ -211,11 +104,11 @@ class FastForward:
         the hook points `hooks`, as those who hooked them left them; extends `state` by the tokens."""
         tl, start = self._tl, state.length
         state.mask = torch.cat([state.mask, mask], dim=1)
-        points = _HookPoints({tl.hook_dict[name]: name for name in hooks})
+        points = HookPoints({tl.hook_dict[name]: name for name in hooks})
         residual = points.pass_through(tl.hook_embed, tl.embed(tokens))
         if not self._rotary:
             residual = residual + points.pass_through(tl.hook_pos_embed, tl.pos_embed(tokens, start, state.mask))
-        step = _Step(
+        step = Step(
             state.mask,
             start,
             state.length,
@@ -239,7 +132,7 @@ class FastForward:
         # An accelerator adds zeros sooner than it tells whether they are.
         return logits.add_(unembed.b_U) if normed.is_cuda or unembed.b_U.any() else logits
 
-    def _block(self, layer: _Layer, residual: Tensor, step: _Step, store: Tensor, points: _HookPoints) -> Tensor:
+    def _block(self, layer: Layer, residual: Tensor, step: Step, store: Tensor, points: HookPoints) -> Tensor:
         fire = points.pass_through
         residual = fire(layer.hook_resid_pre, residual)
         attn_out = self._attention(layer, points.norm(layer.ln1, residual), step, store, points)
@@ -253,7 +146,7 @@ class FastForward:
             mlp_out = points.norm(layer.ln2_post, mlp_out)
         return fire(layer.hook_resid_post, behind + fire(layer.hook_mlp_out, mlp_out))
 
-    def _mlp(self, layer: _Layer, x: Tensor, points: _HookPoints) -> Tensor:
+    def _mlp(self, layer: Layer, x: Tensor, points: HookPoints) -> Tensor:
         fire = points.pass_through
         if layer.mlp_gate is None:
             post = self._activate(fire(layer.hook_pre, linear(x, *layer.mlp_in)))
@@ -265,7 +158,7 @@ class FastForward:
                 post += layer.mlp_in[1]
         return linear(fire(layer.hook_post, post), *layer.mlp_out)
 
-    def _attention(self, layer: _Layer, x: Tensor, step: _Step, store: Tensor, points: _HookPoints) -> Tensor:
+    def _attention(self, layer: Layer, x: Tensor, step: Step, store: Tensor, points: HookPoints) -> Tensor:
         fire, attn = points.pass_through, layer.attn
         batch, n_queries, _ = x.shape
         heads, kv_heads, d_head = self._n_heads, self._n_kv_heads, self._shape[2]
@@ -293,9 +186,7 @@ class FastForward:
         z = fire(layer.hook_z, z.reshape(batch, heads, n_queries, d_head).transpose(1, 2))
         return linear(z.reshape(batch, n_queries, -1), *layer.out)
 
-    def _watched(
-        self, layer: _Layer, q: Tensor, keys: Tensor, values: Tensor, step: _Step, points: _HookPoints
-    ) -> Tensor:
+    def _watched(self, layer: Layer, q: Tensor, keys: Tensor, values: Tensor, step: Step, points: HookPoints) -> Tensor:
         """Attention with its scores and its pattern to be seen; softmax in float32, as Hugging Face has it."""
         scores = q @ keys.transpose(-1, -2) / layer.attn.attn_scale
         if layer.cap > 0:
@@ -311,7 +202,7 @@ class FastForward:
         pattern = points.pass_through(layer.hook_pattern, pattern)
         return pattern.view(*q.shape[:3], step.stop) @ values
 
-    def _rotation(self, layer: _Layer, step: _Step) -> tuple[Tensor, Tensor, bool]:
+    def _rotation(self, layer: Layer, step: Step) -> tuple[Tensor, Tensor, bool]:
         """Cosines and signed sines `[batch, pos, 1, rotary_dim]` at the positions of a step."""
         if layer.kind not in step.rotations:
             attn, cfg = layer.attn, layer.attn.cfg
@@ -325,92 +216,6 @@ class FastForward:
                 sin[..., : sin.shape[-1] // 2].neg_()
             step.rotations[layer.kind] = (cos, sin, bool(cfg.rotary_adjacent_pairs))
         return step.rotations[layer.kind]
-
-
-class _HookPoints:
-    """A pass's dealings with TransformerLens's hook points: who hooked them is called, what is wanted is kept."""
-
-    def __init__(self, wanted: dict[Any, str]):
-        self._wanted = wanted
-        self.kept: dict[str, Tensor] = {}
-
-    def watches(self, point: Any) -> bool:
-        return point in self._wanted or bool(point._forward_hooks)
-
-    def pass_through(self, point: Any, activation: Tensor) -> Tensor:
-        """The activation, or what those who hooked the point make of it."""
-        if point._forward_hooks:
-            activation = point(activation)
-        if point in self._wanted:
-            self.kept[self._wanted[point]] = activation
-        return activation
-
-    def norm(self, norm: _Norm, x: Tensor) -> Tensor:
-        if self.watches(norm.hook_scale) or self.watches(norm.hook_normalized):
-            return self._watched_norm(norm, x)
-        if norm.bias is None:
-            return functional.rms_norm(x, norm.shape, norm.weight, norm.eps)
-        return functional.layer_norm(x, norm.shape, norm.weight, norm.bias, norm.eps)
-
-    def _watched_norm(self, norm: _Norm, x: Tensor) -> Tensor:
-        # TransformerLens shows queries and keys of all heads to their norms in one line.
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide.flatten(0, -2) if x.ndim > 3 else wide
-        if norm.bias is not None:
-            wide = wide - wide.mean(-1, keepdim=True)
-        scale = self.pass_through(norm.hook_scale, (wide.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt())
-        normed = self.pass_through(norm.hook_normalized, wide / scale).to(x.dtype) * norm.weight
-        return (normed if norm.bias is None else normed + norm.bias).view(x.shape)
-
-
-class _Norm:
-    """What a pass reads of a norm, as plain attributes, which are found sooner than those of a module."""
-
-    def __init__(self, norm: Any):
-        self.weight: Tensor = norm.w
-        self.bias: Tensor | None = norm._parameters.get("b")
-        self.shape = norm.w.shape
-        self.eps = float(norm.eps)
-        self.hook_scale = norm.hook_scale
-        self.hook_normalized = norm.hook_normalized
-
-
-class _Layer:
-    """What a pass reads of a block, likewise; weights are `[out, in]`, views of the block's parameters laid out
-    for it, and biases `None` where they are zero."""
-
-    def __init__(self, block: Any):
-        attn, mlp = block.attn, block.mlp
-        self.attn = attn
-        self.kind: str = attn.attn_type
-        self.cap = float(attn.cfg.attn_scores_soft_cap)
-        grouped = "_" if "_W_K" in attn._parameters else ""
-        names = (("W_Q", "b_Q"), (f"{grouped}W_K", f"{grouped}b_K"), (f"{grouped}W_V", f"{grouped}b_V"))
-        self.query, self.key, self.value = (
-            (getattr(attn, weight).permute(0, 2, 1).flatten(0, 1), _unless_zero(getattr(attn, bias).flatten()))
-            for weight, bias in names
-        )
-        self.out = (attn.W_O.permute(2, 0, 1).flatten(1), _unless_zero(attn.b_O))
-        self.mlp_gate: Tensor | None = mlp.W_gate.T if mlp.cfg.gated_mlp else None
-        self.mlp_in = (mlp.W_in.T, _unless_zero(mlp.b_in))
-        self.mlp_out = (mlp.W_out.T, _unless_zero(mlp.b_out))
-        both_sides = block.cfg.use_normalization_before_and_after
-        self.ln1, self.ln2 = _Norm(block.ln1), _Norm(block.ln2)
-        self.ln1_post = _Norm(block.ln1_post) if both_sides else None
-        self.ln2_post = _Norm(block.ln2_post) if both_sides else None
-        self.qk_norms = None if attn.q_norm is None else (_Norm(attn.q_norm), _Norm(attn.k_norm))
-        self.hook_resid_pre, self.hook_resid_post = block.hook_resid_pre, block.hook_resid_post
-        self.hook_resid_mid = None if block.cfg.parallel_attn_mlp else block.hook_resid_mid
-        self.hook_attn_out, self.hook_mlp_out = block.hook_attn_out, block.hook_mlp_out
-        self.hook_q, self.hook_k, self.hook_v, self.hook_z = attn.hook_q, attn.hook_k, attn.hook_v, attn.hook_z
-        self.hook_rot_q, self.hook_rot_k = getattr(attn, "hook_rot_q", None), getattr(attn, "hook_rot_k", None)
-        self.hook_attn_scores, self.hook_pattern = attn.hook_attn_scores, attn.hook_pattern
-        self.hook_pre, self.hook_post = mlp.hook_pre, mlp.hook_post
-        self.hook_pre_linear = getattr(mlp, "hook_pre_linear", None)
-
-
-def _unless_zero(bias: Tensor) -> Tensor | None:
-    return bias if bias.any() else None
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, adjacent_pairs: bool) -> Tensor:

@@ -1,0 +1,95 @@
+"""What a pass reads of TransformerLens's modules, and its dealings with their hook points."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class HookPoints:
+    """A pass's dealings with TransformerLens's hook points: who hooked them is called, what is wanted is kept."""
+
+    def __init__(self, wanted: dict[Any, str]):
+        self._wanted = wanted
+        self.kept: dict[str, Tensor] = {}
+
+    def watches(self, point: Any) -> bool:
+        return point in self._wanted or bool(point._forward_hooks)
+
+    def pass_through(self, point: Any, activation: Tensor) -> Tensor:
+        """The activation, or what those who hooked the point make of it."""
+        if point._forward_hooks:
+            activation = point(activation)
+        if point in self._wanted:
+            self.kept[self._wanted[point]] = activation
+        return activation
+
+    def norm(self, norm: Norm, x: Tensor) -> Tensor:
+        if self.watches(norm.hook_scale) or self.watches(norm.hook_normalized):
+            return self._watched_norm(norm, x)
+        if norm.bias is None:
+            return functional.rms_norm(x, norm.shape, norm.weight, norm.eps)
+        return functional.layer_norm(x, norm.shape, norm.weight, norm.bias, norm.eps)
+
+    def _watched_norm(self, norm: Norm, x: Tensor) -> Tensor:
+        # TransformerLens shows queries and keys of all heads to their norms in one line.
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide.flatten(0, -2) if x.ndim > 3 else wide
+        if norm.bias is not None:
+            wide = wide - wide.mean(-1, keepdim=True)
+        scale = self.pass_through(norm.hook_scale, (wide.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt())
+        normed = self.pass_through(norm.hook_normalized, wide / scale).to(x.dtype) * norm.weight
+        return (normed if norm.bias is None else normed + norm.bias).view(x.shape)
+
+
+class Norm:
+    """What a pass reads of a norm, as plain attributes, which are found sooner than those of a module."""
+
+    def __init__(self, norm: Any):
+        self.weight: Tensor = norm.w
+        self.bias: Tensor | None = norm._parameters.get("b")
+        self.shape = norm.w.shape
+        self.eps = float(norm.eps)
+        self.hook_scale = norm.hook_scale
+        self.hook_normalized = norm.hook_normalized
+
+
+class Layer:
+    """What a pass reads of a block, likewise; weights are `[out, in]`, views of the block's parameters laid out
+    for it, and biases `None` where they are zero."""
+
+    def __init__(self, block: Any):
+        attn, mlp = block.attn, block.mlp
+        self.attn = attn
+        self.kind: str = attn.attn_type
+        self.cap = float(attn.cfg.attn_scores_soft_cap)
+        grouped = "_" if "_W_K" in attn._parameters else ""
+        names = (("W_Q", "b_Q"), (f"{grouped}W_K", f"{grouped}b_K"), (f"{grouped}W_V", f"{grouped}b_V"))
+        self.query, self.key, self.value = (
+            (getattr(attn, weight).permute(0, 2, 1).flatten(0, 1), _unless_zero(getattr(attn, bias).flatten()))
+            for weight, bias in names
+        )
+        self.out = (attn.W_O.permute(2, 0, 1).flatten(1), _unless_zero(attn.b_O))
+        self.mlp_gate: Tensor | None = mlp.W_gate.T if mlp.cfg.gated_mlp else None
+        self.mlp_in = (mlp.W_in.T, _unless_zero(mlp.b_in))
+        self.mlp_out = (mlp.W_out.T, _unless_zero(mlp.b_out))
+        both_sides = block.cfg.use_normalization_before_and_after
+        self.ln1, self.ln2 = Norm(block.ln1), Norm(block.ln2)
+        self.ln1_post = Norm(block.ln1_post) if both_sides else None
+        self.ln2_post = Norm(block.ln2_post) if both_sides else None
+        self.qk_norms = None if attn.q_norm is None else (Norm(attn.q_norm), Norm(attn.k_norm))
+        self.hook_resid_pre, self.hook_resid_post = block.hook_resid_pre, block.hook_resid_post
+        self.hook_resid_mid = None if block.cfg.parallel_attn_mlp else block.hook_resid_mid
+        self.hook_attn_out, self.hook_mlp_out = block.hook_attn_out, block.hook_mlp_out
+        self.hook_q, self.hook_k, self.hook_v, self.hook_z = attn.hook_q, attn.hook_k, attn.hook_v, attn.hook_z
+        self.hook_rot_q, self.hook_rot_k = getattr(attn, "hook_rot_q", None), getattr(attn, "hook_rot_k", None)
+        self.hook_attn_scores, self.hook_pattern = attn.hook_attn_scores, attn.hook_pattern
+        self.hook_pre, self.hook_post = mlp.hook_pre, mlp.hook_post
+        self.hook_pre_linear = getattr(mlp, "hook_pre_linear", None)
+
+
+def _unless_zero(bias: Tensor) -> Tensor | None:
+    return bias if bias.any() else None
