@@ -23,11 +23,8 @@ from tlcapture.prompts import read_prompt_set
 from tlcapture.report import missing
 from tlcapture.report.average import average_trajectory
 from tlcapture.report.entries import TokenEntries
-from tlcapture.traits.evaluation_files import read_evaluation
+from tlcapture.report.trait_contents import vectors_of
 from tlcapture.traits.projection_files import ProjectionFile
-from tlcapture.traits.selection import Selection, ranked, select
-from tlcapture.traits.steering_files import SteeringResults
-from tlcapture.traits.vector_files import VectorFiles
 
 RESOURCES = {
     "experiments": "experiments",
@@ -105,7 +102,7 @@ class Contents:
         if found["tokens"] is None:
             found |= self._tokens_of_add_ons(layout, prompt_set, prompt_id)
         if not found["projections"]:
-            found["missing"] = _as_json(missing.projections(layout, prompt_set))
+            found["missing"] = missing.projections(layout, prompt_set).to_json()
         return found
 
     def layers(
@@ -177,19 +174,7 @@ class Contents:
 
     def vectors(self, experiment: str, category: str, name: str) -> dict[str, Any]:
         """A trait's vectors: where there are any, their evaluation, their steering, and which is chosen and why."""
-        layout, trait = self._layout(experiment), Trait.parse(f"{category}/{name}")
-        files = VectorFiles(layout, trait)
-        components = {component: _component_vectors(files, component) for component in COMPONENTS}
-        components = {component: found for component, found in components.items() if found}
-        if not components:
-            command = f"tlcapture extract --experiment {experiment} --traits {trait}"
-            raise missing.MissingError(f"no vectors of {trait}", command)
-        return {
-            "trait": str(trait),
-            "components": components,
-            "evaluation": _evaluation(layout, trait),
-            "steering": _steering(layout, trait),
-        }
+        return vectors_of(self._layout(experiment), Trait.parse(f"{category}/{name}"))
 
     def _layout(self, experiment: str) -> Layout:
         layout = Layout(self.root, experiment)
@@ -221,10 +206,6 @@ class Contents:
             return {prompt.id: prompt.text for prompt in read_prompt_set(Datasets(self.root), prompt_set).prompts}
         except TlcaptureError:
             return {}
-
-
-def _as_json(error: missing.MissingError) -> dict[str, str]:
-    return {"what": error.what, "command": error.command}
 
 
 def _component(component: str) -> str:
@@ -280,47 +261,3 @@ def _projection(layout: Layout, path: Path, content: ProjectionFile) -> dict[str
 
 def _head(head: PerTokenHead) -> dict[str, Any]:
     return {"tokens": head.tokens, "n_prompt_tokens": head.n_prompt_tokens, "n_layers": head.n_layers}
-
-
-def _component_vectors(files: VectorFiles, component: str) -> dict[str, Any] | None:
-    available = files.available(component)
-    if not available:
-        return None
-    metadata = files.metadata(component)
-    n_layers = int(metadata.get("num_layers") or 1 + max(map(max, available.values())))
-    found: dict[str, Any] = {"available": available, "n_layers": n_layers, "metadata": metadata}
-    try:
-        chosen = select(files, component, n_layers)
-        rivals = [each for each in ranked(files, component, available) if each.layer != chosen.layer]
-        found |= {"selected": _selection(chosen), "runner_up": _selection(rivals[0]) if rivals else None}
-    except TlcaptureError as error:
-        found |= {"selected": None, "problem": str(error)}
-    return found
-
-
-def _selection(selection: Selection) -> dict[str, Any]:
-    names = ("layer", "method", "selected_by", "score", "warning")
-    return {name: getattr(selection, name) for name in names}
-
-
-def _evaluation(layout: Layout, trait: Trait) -> dict[str, Any]:
-    try:
-        of_trait = [row for row in read_evaluation(layout.evaluation) if row.trait == str(trait)]
-    except StorageError as error:
-        return {"problem": str(error)}
-    rows = [row.as_written() for row in of_trait if None not in (row.val_effect_size, row.val_auroc)]
-    return {"rows": rows} if rows else {"missing": _as_json(missing.evaluation(layout))}
-
-
-def _steering(layout: Layout, trait: Trait) -> dict[str, Any]:
-    path = layout.steering(trait)
-    if not lexists(path):
-        return {"missing": _as_json(missing.steering(layout, trait))}
-    try:
-        results = SteeringResults.read(path)
-    except StorageError as error:
-        return {"problem": str(error)}
-    names = ("layer", "method", "component", "coefficient", "trait_mean", "coherence_mean")
-    runs = [{name: getattr(run, name) for name in names} for run in results.single_layer_runs]
-    baseline = {name: getattr(results.baseline, name) for name in ("trait_mean", "coherence_mean")}
-    return {"baseline": baseline, "runs": runs}

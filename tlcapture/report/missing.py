@@ -14,6 +14,9 @@ class MissingError(InputError):
         self.what = what
         self.command = command
 
+    def to_json(self) -> dict[str, str]:
+        return {"what": self.what, "command": self.command}
+
 
 def captures(layout: Layout, prompt_set: str) -> MissingError:
     command = f"tlcapture capture --experiment {layout.experiment} --prompt-set {prompt_set}"
@@ -33,6 +36,12 @@ def add_on(layout: Layout, prompt_set: str, kind: str) -> MissingError:
     base = f"tlcapture capture --experiment {layout.experiment} --prompt-set {prompt_set} --{kind}"
     how = "--replay" if layout.captured(prompt_set) else "--projections-only"
     return MissingError(f"no {kind.replace('-', ' ')} of this prompt", f"{base} {how}")
+
+
+def vectors(layout: Layout, trait: object) -> MissingError:
+    return MissingError(
+        f"no vectors of {trait}", f"tlcapture extract --experiment {layout.experiment} --traits {trait}"
+    )
 
 
 def evaluation(layout: Layout) -> MissingError:
