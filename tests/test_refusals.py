@@ -48,6 +48,10 @@ NOT_ON_HOOKED: dict[str, tuple[Any, str]] = {
         lambda: transformers.LlamaConfig(**tiny._GROUPED, hidden_act="mish"),
         "the activation 'mish'",
     ),
+    "llama_xielu": (
+        lambda: transformers.LlamaConfig(**tiny._GROUPED, hidden_act="xielu"),
+        "the activation 'xielu' with learned parameters",
+    ),
     "mistral_linear_rope": (
         tiny.BRIDGE_ONLY["mistral_linear_rope"],
         "scaled rotary embeddings in layers with a sliding window",

@@ -29,8 +29,11 @@ def covers(config: Any) -> str | None:
         return str(error)
     from transformer_lens.utilities import SUPPORTED_ACTIVATIONS
 
-    if fields["act_fn"] not in SUPPORTED_ACTIVATIONS:
-        return f"HookedTransformer does not compute the activation {fields['act_fn']!r}"
+    activation = fields["act_fn"]
+    if activation not in SUPPORTED_ACTIVATIONS:
+        return f"HookedTransformer does not compute the activation {activation!r}"
+    if activation == "xielu":  # no converter fills them in
+        return "HookedTransformer does not compute the activation 'xielu' with learned parameters"
     return None
 
 

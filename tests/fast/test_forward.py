@@ -163,6 +163,75 @@ def test_weights_that_somebody_replaced_are_seen() -> None:
         weight.data = original
 
 
+@pytest.mark.parametrize("module", ["", "blocks.1", "blocks.1.attn", "blocks.1.ln1", "blocks.1.mlp"])
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_of_modules_are_left_to_transformer_lens(module: str, register: str) -> None:
+    calls: list[Any] = []
+    model = tiny.model("llama")
+    handle = getattr(model.tl.get_submodule(module), register)(lambda *args: calls.append(args))
+    try:
+        steps(model, {"blocks.2.hook_resid_post"})
+        assert calls
+    finally:
+        handle.remove()
+    assert isinstance(model.start(1), FastState)
+
+
+def test_a_hook_before_a_hook_point_is_left_to_transformer_lens() -> None:
+    model = tiny.model("llama")
+    handle = model.tl.blocks[1].hook_resid_pre.register_forward_pre_hook(lambda point, args: (args[0] * 1.5,))
+    try:
+        assert not FastForward.supports(model.tl)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_activations_that_somebody_replaced_are_those_of_each_block(architecture: str) -> None:
+    hooks = {"blocks.1.mlp.hook_pre", "blocks.1.mlp.hook_post", "blocks.2.hook_resid_post"}
+    before = steps(tiny.model(architecture), hooks)
+    found = []
+    for model in (tiny.model(architecture), tiny.model(architecture, "plain")):
+        mlp = model.tl.blocks[1].mlp
+        original = mlp.act_fn
+        try:
+            mlp.act_fn = lambda x: x  # its input itself, which must not be written to
+            found.append(steps(model, hooks))
+        finally:
+            mlp.act_fn = original
+    for ours, theirs, without in zip(*found, before, strict=True):
+        assert all(relative(ours[name], theirs[name]) < 1e-4 for name in hooks)
+        assert relative(without["blocks.1.mlp.hook_post"], ours["blocks.1.mlp.hook_post"]) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "name", ["hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_pattern", "attn.hook_z"]
+)
+def test_hooks_may_return_wider_numbers_than_the_model_has(name: str) -> None:
+    """As float32 vectors make of a bfloat16 stream."""
+    last, found = {"blocks.2.hook_resid_post"}, []
+    for mode in ("fast", "plain"):
+        half = tiny.hf_model("llama", torch.bfloat16)
+        model = from_hugging_face(half, tiny.tokenizer(), name="half", engine="hooked", fast=mode == "fast")
+        hook = (f"blocks.1.{name}", lambda a, hook: a * torch.full(a.shape[-1:], 1.5))
+        with model.tl.hooks(fwd_hooks=[hook]):
+            found.append([cache["blocks.2.hook_resid_post"].float() for cache in steps(model, last)])
+    for ours, theirs in zip(*found, strict=True):
+        assert relative(ours, theirs) < 0.1  # as far apart as bfloat16 lets them be
+
+
+def test_scores_that_overflow_are_not_taken_for_padding() -> None:
+    """Watched attention of float16 whose products are beyond its range: NaN, which generation refuses, and no zeros."""
+    half = tiny.hf_model("qwen2", torch.float16)
+    model = from_hugging_face(half, tiny.tokenizer(), name="half", engine="hooked", fast=True)
+    for block in model.tl.blocks:
+        block.attn.b_Q.data.fill_(1000.0)
+        block.attn._b_K.data.fill_(1000.0)
+    for cache in steps(model, {"blocks.0.attn.hook_pattern"}):
+        sums = cache["blocks.0.attn.hook_pattern"].float().sum(-1)
+        assert not (sums == 0).any()
+
+
 def test_a_branch_goes_its_own_way() -> None:
     model, last = tiny.model("llama"), {"blocks.2.hook_resid_post"}
     tokens = torch.tensor([random_ids(10), random_ids(10, seed=1)])

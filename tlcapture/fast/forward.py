@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Iterator, Set
 from typing import Any
 
 import torch
@@ -19,16 +19,6 @@ from tlcapture.shapes import Logits, Mask, Residual, Tokens
 _PART = {"cpu": 1024}
 _PART_ELSEWHERE = 2**14
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": functional.relu,
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    # Three names in TransformerLens for one function.
-    "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
-    "gelu_fast": lambda x: functional.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-}
-
 
 class FastForward:
     """Runs the blocks of a `HookedTransformer`; `supports` says of which."""
@@ -40,7 +30,6 @@ class FastForward:
         self._n_kv_heads = int(cfg.n_key_value_heads or cfg.n_heads)
         self._shape = (int(cfg.n_layers), self._n_kv_heads, int(cfg.d_head))
         self._rotary = cfg.positional_embedding_type == "rotary"
-        self._activate = _ACTIVATIONS.get(cfg.act_fn, tl.blocks[0].mlp.act_fn)
         self.refresh()
 
     @staticmethod
@@ -54,6 +43,8 @@ class FastForward:
             cfg.use_attn_in,
             cfg.use_split_qkv_input,
             cfg.use_hook_mlp_in,
+            getattr(cfg, "use_hook_tokens", False),
+            getattr(cfg, "load_in_4bit", False),
             cfg.attn_only,
             cfg.ungroup_grouped_query_attention,
             cfg.n_devices > 1,
@@ -66,6 +57,9 @@ class FastForward:
             getattr(cfg, "use_logn_attn", False),
             getattr(cfg, "use_dynamic_ntk_rope", False),
             str(cfg.original_architecture).startswith("Olmo"),
+            # Products and attention of pieces of a buffer were wrong there in several versions of torch.
+            tl.embed.W_E.device.type == "mps",
+            _are_watched(tl),
         )
         plain = all(
             type(block.attn) in (Attention, GroupedQueryAttention) and type(block.mlp) in (MLP, GatedMLP)
@@ -125,7 +119,7 @@ class FastForward:
     def unembed(self, normed: Residual) -> Logits:
         """`W_U` and `b_U` applied to `[pos, d_model]`."""
         unembed = self._tl.unembed
-        if unembed.hook_in._forward_hooks or unembed.hook_out._forward_hooks:
+        if any(each._forward_hooks or each._forward_pre_hooks for each in unembed.modules()):
             return unembed(normed[None])[0]
         weight = unembed.W_U.T
         logits = wide_linear(normed, weight)
@@ -149,11 +143,12 @@ class FastForward:
     def _mlp(self, layer: Layer, x: Tensor, points: HookPoints) -> Tensor:
         fire = points.pass_through
         if layer.mlp_gate is None:
-            post = self._activate(fire(layer.hook_pre, linear(x, *layer.mlp_in)))
+            post = layer.activate(fire(layer.hook_pre, linear(x, *layer.mlp_in)))
         else:
             pre = fire(layer.hook_pre, linear(x, layer.mlp_gate))
             pre_linear = fire(layer.hook_pre_linear, linear(x, layer.mlp_in[0]))
-            post = self._activate(pre).mul_(pre_linear)
+            post = layer.activate(pre)
+            post = post.mul_(pre_linear) if layer.activates_anew else post * pre_linear
             if layer.mlp_in[1] is not None:
                 post += layer.mlp_in[1]
         return linear(fire(layer.hook_post, post), *layer.mlp_out)
@@ -176,19 +171,26 @@ class FastForward:
         if self._rotary and points.watches(layer.hook_rot_k):
             # A copy, since the store is written to again.
             keys = fire(layer.hook_rot_k, keys.transpose(1, 2).clone()).transpose(1, 2)
+        q = q.transpose(1, 2)
         # Queries whose heads share keys lie behind each other, as if they were more positions.
-        q = q.transpose(1, 2).reshape(batch, kv_heads, -1, d_head)
+        together = q.reshape(batch, kv_heads, -1, d_head)
         if layer.cap > 0 or points.watches(layer.hook_pattern) or points.watches(layer.hook_attn_scores):
-            z = self._watched(layer, q, keys, values, step, points)
+            z = self._watched(layer, together, keys, values, step, points)
+        elif step.is_causal(layer.kind):
+            z = functional.scaled_dot_product_attention(
+                q, keys, values, is_causal=True, enable_gqa=True, scale=1 / attn.attn_scale
+            )
         else:
-            bias = step.bias(layer.kind)
-            z = functional.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=1 / attn.attn_scale)
+            z = functional.scaled_dot_product_attention(
+                together, keys, values, attn_mask=step.bias(layer.kind), scale=1 / attn.attn_scale
+            )
         z = fire(layer.hook_z, z.reshape(batch, heads, n_queries, d_head).transpose(1, 2))
-        return linear(z.reshape(batch, n_queries, -1), *layer.out)
+        return linear(z.reshape(batch, n_queries, -1).to(layer.out[0].dtype), *layer.out)
 
     def _watched(self, layer: Layer, q: Tensor, keys: Tensor, values: Tensor, step: Step, points: HookPoints) -> Tensor:
         """Attention with its scores and its pattern to be seen; softmax in float32, as Hugging Face has it."""
-        scores = q @ keys.transpose(-1, -2) / layer.attn.attn_scale
+        # Divided before they are multiplied: numbers of 16 bits overflow later.
+        scores = q / layer.attn.attn_scale @ keys.transpose(-1, -2)
         if layer.cap > 0:
             scores = torch.tanh(scores / layer.cap) * layer.cap
         scores = scores.view(len(q), self._n_heads, -1, step.stop)
@@ -197,10 +199,10 @@ class FastForward:
             scores = scores.masked_fill(~seen, -torch.inf)
         scores = points.pass_through(layer.hook_attn_scores, scores)
         pattern = functional.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-        if step.padded:
-            pattern = pattern.nan_to_num(0.0)
+        if seen is not None and step.padded:
+            pattern = pattern.masked_fill(~seen.any(dim=-1, keepdim=True), 0.0)  # padding sees nothing
         pattern = points.pass_through(layer.hook_pattern, pattern)
-        return pattern.view(*q.shape[:3], step.stop) @ values
+        return pattern.to(values.dtype).reshape(*q.shape[:3], step.stop) @ values
 
     def _rotation(self, layer: Layer, step: Step) -> tuple[Tensor, Tensor, bool]:
         """Cosines and signed sines `[batch, pos, 1, rotary_dim]` at the positions of a step."""
@@ -216,6 +218,16 @@ class FastForward:
                 sin[..., : sin.shape[-1] // 2].neg_()
             step.rotations[layer.kind] = (cos, sin, bool(cfg.rotary_adjacent_pairs))
         return step.rotations[layer.kind]
+
+
+def _are_watched(tl: Any) -> bool:
+    """Whether somebody hooked a module itself rather than a hook point: it is not called here, its parts are."""
+    from transformer_lens.hook_points import HookPoint
+
+    return any(
+        module._forward_pre_hooks or (module._forward_hooks and not isinstance(module, HookPoint))
+        for module in [tl, *tl.blocks.modules()]
+    )
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, adjacent_pairs: bool) -> Tensor:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    # Three names in TransformerLens for one function.
+    "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
+    "gelu_fast": lambda x: functional.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+}
 
 
 class HookPoints:
@@ -28,7 +39,8 @@ class HookPoints:
         return activation
 
     def norm(self, norm: Norm, x: Tensor) -> Tensor:
-        if self.watches(norm.hook_scale) or self.watches(norm.hook_normalized):
+        # Whoever hooked the stream may have made it wider than the model.
+        if self.watches(norm.hook_scale) or self.watches(norm.hook_normalized) or x.dtype != norm.weight.dtype:
             return self._watched_norm(norm, x)
         if norm.bias is None:
             return functional.rms_norm(x, norm.shape, norm.weight, norm.eps)
@@ -41,7 +53,7 @@ class HookPoints:
         if norm.bias is not None:
             wide = wide - wide.mean(-1, keepdim=True)
         scale = self.pass_through(norm.hook_scale, (wide.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt())
-        normed = self.pass_through(norm.hook_normalized, wide / scale).to(x.dtype) * norm.weight
+        normed = self.pass_through(norm.hook_normalized, wide / scale).to(norm.weight.dtype) * norm.weight
         return (normed if norm.bias is None else normed + norm.bias).view(x.shape)
 
 
@@ -62,6 +74,8 @@ class Layer:
     for it, and biases `None` where they are zero."""
 
     def __init__(self, block: Any):
+        from transformer_lens.utilities import SUPPORTED_ACTIVATIONS
+
         attn, mlp = block.attn, block.mlp
         self.attn = attn
         self.kind: str = attn.attn_type
@@ -73,6 +87,10 @@ class Layer:
             for weight, bias in names
         )
         self.out = (attn.W_O.permute(2, 0, 1).flatten(1), _unless_zero(attn.b_O))
+        # The function in place of which there is a faster one, or that of the block, which may have learned it.
+        fast = _ACTIVATIONS.get(mlp.cfg.act_fn) if mlp.act_fn is SUPPORTED_ACTIVATIONS.get(mlp.cfg.act_fn) else None
+        self.activate = fast or mlp.act_fn
+        self.activates_anew = fast is not None
         self.mlp_gate: Tensor | None = mlp.W_gate.T if mlp.cfg.gated_mlp else None
         self.mlp_in = (mlp.W_in.T, _unless_zero(mlp.b_in))
         self.mlp_out = (mlp.W_out.T, _unless_zero(mlp.b_out))
