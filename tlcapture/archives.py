@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import mmap
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
 _LOCAL_HEADER = 30  # bytes of a zip's local file header before the record's name
 _NEVER = (1980, 1, 1, 0, 0, 0)  # a date that says nothing: archives of the same content are the same bytes
@@ -47,9 +48,8 @@ class Archive:
 
     def read(self, name: str) -> bytes:
         """A record's bytes, held against their checksum."""
-        with self._path.open("rb") as file:
-            file.seek(self._start(name))
-            data = file.read(self._records[name].file_size)
+        start, size = self._place(name)
+        data = self._bytes[start : start + size].tobytes()
         if zlib.crc32(data) != self._records[name].CRC:
             raise ValueError(f"its record {name} is damaged")
         return data
@@ -58,33 +58,40 @@ class Archive:
         """Records as tensors of a dtype and shape, memory-mapped together."""
         import torch
 
-        with self._path.open("rb") as file:
-            whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         tensors = []
         for name, dtype, shape in wanted:
             if name not in self._records:
                 raise ValueError(f"it has no record {name}")
-            size = self._records[name].file_size
+            start, size = self._place(name)
             if size != prod(shape) * dtype.itemsize:
                 raise ValueError(f"its record {name} has {size} bytes, expected {list(shape)} of {dtype.itemsize} each")
-            start = self._start(name)
-            if start + size > len(whole):
-                raise ValueError(f"its record {name} is cut off")
             if not size:
                 tensors.append(torch.empty(tuple(shape), dtype=dtype))
                 continue
-            tensors.append(torch.frombuffer(whole, dtype=dtype, count=prod(shape), offset=start).view(tuple(shape)))
+            tensors.append(
+                torch.frombuffer(self._bytes, dtype=dtype, count=prod(shape), offset=start).view(tuple(shape))
+            )
         return tensors
 
-    def _start(self, name: str) -> int:
-        """Where a record's bytes begin in the file."""
-        header = self._records[name].header_offset
-        with self._path.open("rb", buffering=0) as file:
-            file.seek(header)
-            local = file.read(_LOCAL_HEADER)
+    @cached_property
+    def _bytes(self) -> NDArray[Any]:
+        """The whole file, memory-mapped, as torch maps it: no file stays open for as long as a tensor lives."""
+        import torch
+
+        storage = torch.UntypedStorage.from_file(str(self._path), False, self._path.stat().st_size)
+        return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+
+    def _place(self, name: str) -> tuple[int, int]:
+        """Where a record's bytes begin in the file, and how many there are."""
+        member = self._records[name]
+        local = self._bytes[member.header_offset : member.header_offset + _LOCAL_HEADER].tobytes()
         if len(local) < _LOCAL_HEADER or local[:4] != b"PK\x03\x04":
             raise ValueError(f"its record {name} is not where it should be")
-        return header + _LOCAL_HEADER + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+        names = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+        start = member.header_offset + _LOCAL_HEADER + names
+        if start + member.file_size > len(self._bytes):
+            raise ValueError(f"its record {name} is cut off")
+        return start, member.file_size
 
 
 def append_record(path: Path, name: str, data: bytes) -> None:

@@ -139,7 +139,8 @@ class CaptureContent(FileContent):
     @property
     def kept(self) -> Kept:
         """Which layers and points the file holds, as its metadata says too."""
-        return Kept.of_file(self.metadata.model_dump(), self.prompt.activations, self.prompt.points)
+        said = self.metadata.model_dump(include={"n_layers", "layers", "points"})
+        return Kept.of_file(said, self.prompt.activations, self.prompt.points)
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

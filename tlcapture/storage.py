@@ -112,11 +112,17 @@ def read_tensors(path: Path) -> Any:
 
 @contextmanager
 def opening(path: Path) -> Iterator[None]:
-    """Turn every way in which a tensor file can be wrong into a `StorageError` of one line."""
+    """Turn every way in which a tensor file can be wrong into a `StorageError` of one line.
+
+    It is opened by its name several times: one in whose place another comes meanwhile is refused too.
+    """
     if not path.is_file():
         raise StorageError(f"{path}: no such file")
     try:
+        before = _identity(path)
         yield
+        if _identity(path) != before:
+            raise StorageError(f"{path}: another file came in its place while it was being opened: open it again")
     except StorageError:
         raise
     except Exception as error:
@@ -207,17 +213,23 @@ def _cannot_write(path: Path, error: BaseException, needed: int) -> StorageError
 def _storages(value: Any) -> dict[int, int]:
     """Bytes of the memory that ordinary tensors within a value share or have, by where it is."""
     storages: dict[int, int] = {}
-    waiting = [value]
+    waiting, seen = [value], set()
     while waiting:
         each = waiting.pop()
-        if isinstance(each, dict):
-            waiting += each.values()
-        elif isinstance(each, list | tuple):
-            waiting += each
+        if isinstance(each, dict | list | tuple):
+            if id(each) not in seen:  # a value may hold itself, or one value a million times
+                seen.add(id(each))
+                waiting += each.values() if isinstance(each, dict) else each
         elif hasattr(each, "untyped_storage") and _is_in_memory(each):
             storage = each.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return storages
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What two files never have in common."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _is_in_memory(tensor: Any) -> bool:

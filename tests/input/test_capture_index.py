@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -216,3 +217,29 @@ def test_two_records_of_one_name_are_refused(tmp_path: Path) -> None:
         append_record(path, NAME, b"{}")
     with pytest.raises(StorageError, match="two records of one name"):
         Capture.open(path)
+
+
+@pytest.mark.parametrize("by_index", [True, False])
+def test_an_open_capture_holds_no_file_open(tmp_path: Path, by_index: bool) -> None:
+    path = made().save(tmp_path / "1.pt").path
+    path = path if by_index else saved_again(path)
+    before = len(os.listdir("/dev/fd"))
+    captures = [Capture.open(path) for _ in range(20)]
+    assert len(os.listdir("/dev/fd")) <= before + 1
+    assert all(capture.prompt.residual.points.equal(made().prompt.residual.points) for capture in captures)
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two runs with texts of one length, neither is taken for the other, nor half of each."""
+    path, other = (made(dtype=torch.float16).save(tmp_path / name).path for name in ("1.pt", "2.pt"))
+    tensors = Archive.tensors
+
+    def replacing(self: Archive, *args: Any) -> Any:
+        if other.exists():
+            other.replace(path)
+        return tensors(self, *args)
+
+    monkeypatch.setattr(Archive, "tensors", replacing)
+    with pytest.raises(StorageError, match="another file came in its place"):
+        Capture.open(path)
+    check_same(Capture.open(path), made())

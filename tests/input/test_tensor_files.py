@@ -334,6 +334,36 @@ def test_a_file_of_another_name_is_no_vector(layout: Layout, evidence: Evidence,
     evidence.tried("vector", "odd file names")
 
 
+def test_metadata_that_hold_themselves_or_one_value_a_million_times_end(layout: Layout, evidence: Evidence) -> None:
+    path = layout.residual("odd", "1")
+    for kind in ("itself", "one value a million times"):
+        value = captures.content()
+        metadata, grown = value["metadata"], ["x"]
+        for _ in range(9):
+            grown = [grown] * 10
+        metadata["more"] = metadata if kind == "itself" else grown
+        torch.save(value, path)
+        try:
+            assert Capture.open(path).metadata["more"]
+        except StorageError as error:
+            check_refusal(error, path)
+        evidence.tried("capture", f"metadata that hold {kind}")
+
+
+def test_layers_that_are_one_tensor_are_refused_before_they_fill_memory(layout: Layout, evidence: Evidence) -> None:
+    path, value = layout.residual("odd", "1"), captures.content()
+    for part in ("prompt", "response"):
+        activations = value[part]["activations"]
+        one = activations[0]["residual_in"].clone()
+        for by_point in activations.values():
+            by_point.update(dict.fromkeys(by_point, one))
+    torch.save(value, path)
+    with pytest.raises(StorageError, match="several are the same memory") as caught:
+        Capture.open(path)
+    check_refusal(caught.value, path)
+    evidence.tried("capture", "layers that are one tensor")
+
+
 def test_a_torchscript_program_is_refused(tmp_path: Path, evidence: Evidence) -> None:
     path = tmp_path / "x.pt"
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
