@@ -12,8 +12,9 @@ from tests import tiny
 from tests.test_parity import as_prompt, random_ids, relative
 from tlcapture.chat import TokenizedPrompt, stop_ids
 from tlcapture.engines.base import Step
+from tlcapture.errors import InputError
 from tlcapture.fast import FastState, forward
-from tlcapture.generation import Failure, Generation, Sampling, generate, teacher_force
+from tlcapture.generation import Failure, Generation, Sampling, _choose, generate, teacher_force
 from tlcapture.models import Model, from_hugging_face
 from tlcapture.views.attention import attention_hooks
 from tlcapture.views.residual import residual_hooks
@@ -56,8 +57,6 @@ def test_noise_differs_between_seeds_prompts_and_prompt_sets() -> None:
 
 
 def test_sampling_follows_the_softmax_of_the_logits() -> None:
-    from tlcapture.generation import _choose
-
     logits = torch.tensor([[2.0, 0.0, 1.0, -1.0]])
     generator = torch.Generator().manual_seed(0)
     draws = torch.tensor([_choose(logits, 0.5, [generator])[0] for _ in range(20_000)])
@@ -143,6 +142,38 @@ def test_out_of_memory_halves_the_batch_and_fails_only_what_fits_in_none(monkeyp
     expected = outcomes(model, ["4", "9", "15", "22"], batch_size=1, max_new_tokens=4, sampling=Sampling(temperature=0))
     for name, outcome in expected.items():
         assert found[name].response_ids == outcome.response_ids
+
+
+def test_tokens_of_prompts_that_begin_anew_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, counted, steps = tiny.model("llama"), [], 0
+    original = type(model).step
+
+    def step(self: Model, *args: Any, **options: Any) -> Step:
+        nonlocal steps
+        steps += 1
+        if steps == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(type(model), "step", step)
+    options: Any = {"hooks": [], "max_new_tokens": 6, "sampling": Sampling(temperature=0), "batch_size": 2}
+    prompts = [as_prompt(PROMPTS["9"], "9"), as_prompt(PROMPTS["4"], "4")]
+    found = list(generate(model, prompts, on_tokens=counted.append, **options))
+    assert min(counted) < 0
+    assert sum(counted) == sum(len(each.response_ids) for each in found if isinstance(each, Generation))
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-307, 5e-324])
+def test_the_colder_the_likelier(temperature: float) -> None:
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) * 10
+    generators = [torch.Generator().manual_seed(row) for row in range(3)]
+    assert _choose(logits, temperature, generators) == logits.argmax(dim=-1).tolist()
+
+
+@pytest.mark.parametrize("name", ["blocks.1.attn.hook_attn_scores", "ln_final.hook_scale", "unembed.hook_out"])
+def test_what_does_not_lie_token_by_token_is_refused_by_name(name: str) -> None:
+    with pytest.raises(InputError, match=f"{name} is not captured: expected"):
+        list(generate(tiny.model("llama"), [as_prompt(PROMPTS["4"], "4")], hooks=[name]))
 
 
 def test_nan_logits_fail_their_prompt_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,8 +89,13 @@ def generate(
             this order.
         batch_size: how many prompts run together; `None` takes what fits in free memory. Out of
             memory, it is halved and the rest of the batch goes on.
-        on_tokens: called with the number of new tokens of wanted prompts after every step.
+        on_tokens: called with the number of new tokens of wanted prompts after every step; with a negative one
+            for those of prompts that begin anew, as memory ran out.
+
+    Raises:
+        InputError: a hook is none whose activations lie token by token.
     """
+    _check_hooks(hooks)
     ids = {prompt.id for prompt in prompts} if wanted is None else frozenset(wanted)
     fitting = [prompt for prompt in prompts if len(prompt.token_ids) + max_new_tokens <= model.n_ctx]
     for prompt in prompts:
@@ -106,16 +111,28 @@ def generate(
             waiting = waiting[size:]
             continue
         _log.debug("a batch of %d prompts, up to %d tokens each", len(batch), len(batch[0].token_ids))
+        ran_out, in_hand = False, 0
+
+        def told(count: int) -> None:
+            nonlocal in_hand
+            in_hand += count
+            on_tokens(count)
+
         try:
-            for outcome in _run_batch(model, batch, hooks, max_new_tokens, sampling, ids, on_tokens):
+            for outcome in _run_batch(model, batch, hooks, max_new_tokens, sampling, ids, told):
                 if outcome.prompt.id in ids:
                     finished.add(id(outcome.prompt))
+                    in_hand -= len(outcome.response_ids) if isinstance(outcome, Generation) else 0
                     yield outcome
                 if len(finished) == len(batch):
                     break
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
+            ran_out = True
+        if ran_out:  # and the error, which held on to the batch, is gone
+            release_memory()
+            on_tokens(-in_hand)
             if size == 1:
                 finished.add(id(batch[0]))
                 yield Failure(
@@ -123,7 +140,6 @@ def generate(
                 )
             size = max(1, min(size, len(batch)) // 2)
             _log.warning("out of memory: going on with batches of %d", size)
-            release_memory()
         waiting = [prompt for prompt in waiting if id(prompt) not in finished]
 
 
@@ -258,6 +274,15 @@ class _Recorder:
         return whole
 
 
+def _check_hooks(hooks: Sequence[str]) -> None:
+    for name in hooks:
+        if name.endswith("hook_attn_scores") or name.startswith(("ln_final", "unembed")):
+            raise InputError(
+                f"{name} is not captured: expected hook points of the embedding and of blocks, attention scores apart "
+                "(hook_pattern has their softmax)"
+            )
+
+
 def _kind(name: str, activation: Tensor) -> Kind:
     """What has to be alike for activations to share a buffer."""
     return PATTERN if name.endswith("hook_pattern") else (*activation.shape[2:], str(activation.dtype))
@@ -288,7 +313,9 @@ def _choose(logits: LastLogits, temperature: float, generators: Sequence[torch.G
     """
     if temperature == 0:
         return logits.argmax(dim=-1).tolist()
-    heights = (logits.cpu().double() / temperature).softmax(dim=-1).cumsum(dim=-1)
+    heights = logits.cpu().double()
+    heights = heights - heights.amax(dim=-1, keepdim=True)  # so that no temperature makes an infinity of the largest
+    heights = (heights / temperature).softmax(dim=-1).cumsum(dim=-1)
     draws = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
     tokens = torch.searchsorted(heights, draws * heights[:, -1:], right=True)
     return tokens[:, 0].clamp(max=logits.shape[-1] - 1).tolist()

@@ -29,7 +29,10 @@ from tlcapture.sizes import format_bytes
 _log = get_logger(__name__)
 # After these nothing more can be written in the same place, whatever it is.
 _FOR_ALL_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+# Where a process number means something: this machine, or the container on it.
 _HOST = re.sub(r"[^A-Za-z0-9]", "-", socket.gethostname())
+with suppress(OSError):
+    _HOST += f"-{os.stat('/proc/self/ns/pid').st_ino}"
 _TEMPORARY = re.compile(rf"\..+\.{re.escape(_HOST)}\.(\d+)\.[0-9a-f]+\.tmp")
 
 
@@ -241,10 +244,6 @@ def _temporary(path: Path) -> Path:
 
 
 def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+    import psutil
+
+    return bool(psutil.pid_exists(pid))

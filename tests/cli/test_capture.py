@@ -194,6 +194,24 @@ def test_replay_with_another_model_is_refused(capture: Run, raw: Path) -> None:
     assert "failed: short/2" not in result.stderr
 
 
+def test_internals_that_hold_no_numbers_are_refused(capture: Run, raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As float16 may have in front of a relu, behind which nothing shows it."""
+    from tlcapture.runs import outputs
+
+    view = outputs.internals_view
+
+    def overflown(cache: Any, layer: int) -> Any:
+        found = view(cache, layer)
+        found["blocks.1.mlp.hook_pre"][0, 0] = -torch.inf
+        return found
+
+    monkeypatch.setattr(outputs, "internals_view", overflown)
+    result = capture("--layer-internals", 1, "--limit", 1)
+    assert result.exit_code == 1
+    assert "short/1: blocks.1.mlp.hook_pre holds NaN or inf: try --dtype float32 or bfloat16" in result.stderr
+    assert not list((raw.parents[1] / "internals").rglob("*.pt"))
+
+
 def test_layer_internals_can_be_repeated(capture: Run, raw: Path) -> None:
     assert capture("--layer-internals", 0, "--layer-internals", 2, "--limit", 1).exit_code == 0
     folder = raw.parents[1] / "internals" / "short"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tlcapture.errors import StorageError
+from tlcapture.errors import NoSpaceError, StorageError
 from tlcapture.runs.background import BackgroundWriter
 from tlcapture.runs.report import RunReport
 from tlcapture.storage import Written
@@ -57,4 +57,32 @@ def test_what_was_handed_over_is_written_even_when_the_run_breaks_off() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         break_off()
+    assert report.n_files == 1
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_memory_that_does_not_suffice_fails_the_prompt_whose_files_they_are(error: Exception) -> None:
+    report, done = RunReport(Path("x")), []
+
+    def fail(how: Exception) -> Written:
+        raise how
+
+    with BackgroundWriter(report) as writer:
+        writer.write("set/1", [lambda: fail(error), lambda: fail(StorageError("no")), lambda: Written(Path("x"), 1)])
+        writer.write("set/2", [lambda: Written(Path("x"), 1)], then=lambda: done.append("set/2"))
+    assert report.failures == [("set/1", "out of memory while its files were made"), ("set/1", "no")]
+    assert report.n_files == 2
+    assert done == ["set/2"]
+
+
+def test_a_full_disk_ends_the_run_when_all_that_was_written_is_told() -> None:
+    report = RunReport(Path("x"))
+
+    def fail() -> Written:
+        raise NoSpaceError("disk full")
+
+    writer = BackgroundWriter(report)
+    writer.write("set/1", [fail, lambda: Written(Path("x"), 7)])
+    with pytest.raises(NoSpaceError):
+        writer.finish()
     assert report.n_files == 1

@@ -37,6 +37,12 @@ def test_a_constant_response_is_committed_from_its_first_token() -> None:
     assert of([5.0, 2.0, 2.0, 2.0, 2.0], n_prompt=1).commitment_point == 1
 
 
+@pytest.mark.parametrize("height", [0.1, 0.7, -1.1, 1e-30])
+def test_equal_numbers_are_constant_however_their_mean_is_rounded(height: float) -> None:
+    for length in range(4, 40):
+        assert dynamics(torch.full((2 + length,), height, dtype=torch.float64), 2).commitment_point == 2
+
+
 def test_a_response_that_never_settles_has_no_commitment_point() -> None:
     assert of([0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]).commitment_point is None
 

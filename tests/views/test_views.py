@@ -222,6 +222,20 @@ def test_what_lies_at_even_distances_in_one_storage_is_stacked_without_a_copy() 
     assert stacked([views[0], torch.randn(26, 8)]).shape == (2, 26, 8)
 
 
+@pytest.mark.parametrize("engine", [*tiny.ENGINES, pytest.param("plain", marks=tiny.needs_hooked)])
+def test_the_lens_leaves_logits_alone_that_somebody_holds(engine: str) -> None:
+    model, held = tiny.model("llama", engine), []
+    residual = torch.randn(5, tiny.D_MODEL, generator=torch.Generator().manual_seed(0))
+    point = model.tl.hook_dict["unembed.hook_out"]
+    handle = point.register_forward_hook(lambda module, args, output: held.append(output))
+    try:
+        logit_lens_view(lambda layer: residual, 1, list(range(5)), model.unembed)
+    finally:
+        handle.remove()
+    expected = model.unembed(residual[:-1])
+    assert torch.allclose(held[0].reshape(expected.shape), expected)
+
+
 def test_a_logit_lens_of_no_predictions_is_refused() -> None:
     with pytest.raises(InputError, match="top_k is 0: expected at least 1"):
         logit_lens_view(lambda layer: torch.randn(3, 4), 1, [1, 2, 3], lambda residual: residual, top_k=0)

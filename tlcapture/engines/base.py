@@ -129,7 +129,8 @@ class Model(ABC):
 
     @abstractmethod
     def unembed(self, residual: Residual) -> Logits:
-        """The model's own final norm, unembedding and soft cap, applied to any residual stream."""
+        """The model's own final norm, unembedding and soft cap, applied to any residual stream: logits that nobody
+        else holds, whoever hooked the unembedding."""
 
     @torch.no_grad()
     def final_norm(self, residual: Residual) -> Residual:

@@ -71,7 +71,7 @@ class BridgeModel(Model):
     @torch.no_grad()
     def unembed(self, residual: Residual) -> Logits:
         flat = residual.reshape(1, -1, self.d_model).to(self.last_device, self.dtype)
-        logits = self.tl.unembed(self.tl.ln_final(flat))
+        logits = self.tl.unembed(self.tl.ln_final(flat)).clone()
         cap = getattr(self.hf_config, "final_logit_softcapping", None)
         if cap:
             logits = torch.tanh(logits / cap) * cap

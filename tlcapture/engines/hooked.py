@@ -110,7 +110,7 @@ class HookedModel(Model):
 
         flat = residual.reshape(1, -1, self.d_model).to(self.last_device, self.dtype)
         normed = self.tl.ln_final(flat) if self.tl.cfg.normalization_type is not None else flat
-        logits = self.tl.unembed(normed)[0] if self._fast is None else self._fast.unembed(normed[0])
+        logits = self.tl.unembed(normed)[0].clone() if self._fast is None else self._fast.unembed(normed[0])
         logits = apply_softcap(logits, self.tl.cfg.output_logits_soft_cap)
         return logits.reshape(*residual.shape[:-1], logits.shape[-1])
 

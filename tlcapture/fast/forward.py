@@ -120,7 +120,7 @@ class FastForward:
         """`W_U` and `b_U` applied to `[pos, d_model]`."""
         unembed = self._tl.unembed
         if any(each._forward_hooks or each._forward_pre_hooks for each in unembed.modules()):
-            return unembed(normed[None])[0]
+            return unembed(normed[None])[0].clone()  # they may hold it
         weight = unembed.W_U.T
         logits = wide_linear(normed, weight)
         # An accelerator adds zeros sooner than it tells whether they are.

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from tlcapture.errors import NoSpaceError, OutOfMemoryError
+from tlcapture.memory import is_out_of_memory
 from tlcapture.runs.report import RunReport
 from tlcapture.storage import Written
 
@@ -52,12 +54,26 @@ class BackgroundWriter:
         """Wait for what is being written."""
         waiting, self._waiting = self._waiting, []
         then, self._then = self._then, _nothing
-        before = len(self._report.failures)
+        before, full = len(self._report.failures), None
         for future in waiting:
-            with self._report.attempt(self._name):
-                self._report.wrote(future.result())
+            try:
+                with self._report.attempt(self._name):
+                    self._report.wrote(_result(future))
+            except NoSpaceError as error:  # what others wrote is told first
+                full = full or error
+        if full is not None:
+            raise full
         if len(self._report.failures) == before:
             then()
+
+
+def _result(future: Future[Written]) -> Written:
+    try:
+        return future.result()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError("out of memory while its files were made") from None
 
 
 def _nothing() -> None:

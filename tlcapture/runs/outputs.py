@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from tlcapture.captures import Capture, CapturedPart, storage_dtype
 from tlcapture.chat import bos_policy, decode, token_texts
-from tlcapture.errors import StorageError
+from tlcapture.errors import NumericalError, StorageError
 from tlcapture.generation import Generation, Sampling
 from tlcapture.kept import Kept
 from tlcapture.layout import Layout
@@ -205,7 +207,14 @@ def add_ons(
         )
     for layer in wanted.internals:
         path, content = layout.internals(*where, layer), _internals_content(capture, cache, layer)
-        yield partial(write_tensors, path, content)
+        yield partial(_write_internals, path, content)
+
+
+def _write_internals(path: Path, content: dict[str, Any]) -> Written:
+    for name, value in content.items():
+        if isinstance(value, Tensor) and not value.isfinite().all():
+            raise NumericalError(f"{name} holds NaN or inf: try --dtype float32 or bfloat16")
+    return write_tensors(path, content)
 
 
 def _internals_content(capture: Capture, cache: Cache, layer: int) -> dict[str, Any]:

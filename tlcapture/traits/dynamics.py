@@ -79,7 +79,8 @@ def _commitment_point(response: Line, offset: int) -> int | None:
     the mean of its last quarter."""
     if len(response) < _SHORTEST_RESPONSE:
         return None
-    final = response[-(len(response) // 4) :].mean()
+    last = response[-(len(response) // 4) :]
+    final = last.mean().clip(last.min(), last.max())  # the mean of equal numbers may be rounded away from them
     band = (response.max() - response.min()) / 4
     outside = np.flatnonzero(np.abs(response - final) > band)
     if not len(outside):

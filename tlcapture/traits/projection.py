@@ -29,6 +29,8 @@ from tlcapture.traits.selection import Selection
 from tlcapture.traits.vectors import TraitVector
 from tlcapture.views.residual import ResidualStream
 
+_PIECE = 2**24  # numbers that are multiplied together
+
 PromptScores = Float[Tensor, "n_prompt_tokens n_layers n_sublayers"]
 ResponseScores = Float[Tensor, "n_response_tokens n_layers n_sublayers"]
 
@@ -203,7 +205,9 @@ def _scores(part: ResidualStream, component: str, directions: Vectors) -> Float[
 
 
 def _products(activations: Tensor, directions: Vectors) -> Tensor:
-    products = activations.float() @ directions.T
+    # In pieces, since float32 takes twice what is stored.
+    rows = max(1, _PIECE // max(1, activations[0].numel()))
+    products = torch.cat([piece.float() @ directions.T for piece in activations.split(rows)])
     if not products.isfinite().all():
         raise NumericalError("a projection is NaN or inf: the captured activations are damaged")
     return products
