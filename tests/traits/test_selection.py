@@ -55,6 +55,30 @@ def test_available_vectors_are_found_by_component_and_method(folder: VectorFolde
     assert folder.available("attn_out") == {"gradient": [3]}
 
 
+def test_a_score_of_a_vector_that_was_made_anew_decides_nothing(folder: VectorFolder) -> None:
+    evaluation(
+        folder,
+        {"method": "probe", "layer": 4, "val_effect_size": 9.0, "vector_digest": folder.digest("residual", "probe", 4)},
+        {"method": "probe", "layer": 6, "val_effect_size": 5.0, "vector_digest": folder.digest("residual", "probe", 6)},
+    )
+    assert select(folder, "residual", 30).layer == 4
+    folder.write("residual", "probe", 4, torch.arange(1.0, 5.0))
+    assert select(folder, "residual", 30).layer == 6
+    folder.write("residual", "probe", 6, torch.arange(1.0, 5.0))
+    chosen = select(folder, "residual", 30)
+    assert (chosen.layer, chosen.selected_by) == (16, "fallback")
+    assert "its scores are of earlier vectors: run 'tlcapture evaluate' again" in str(chosen.warning)
+
+
+def test_a_layer_that_is_given_keeps_the_method_that_would_be_selected(folder: VectorFolder) -> None:
+    assert select(folder, "residual", 30, layer=8).method == "probe"
+    evaluation(folder, {"method": "mean_diff", "layer": 4, "val_effect_size": 9.0})
+    assert select(folder, "residual", 30, layer=8).method == "mean_diff"
+    assert select(folder, "residual", 30, layer=8, method="probe").method == "probe"
+    folder.write("residual", "probe", 7, torch.ones(4))
+    assert select(folder, "residual", 30, layer=7).method == "probe"
+
+
 def test_the_best_coherent_steering_run_comes_first(folder: VectorFolder) -> None:
     evaluation(folder, {"method": "probe", "layer": 4, "val_effect_size": 9.0})
     steering(folder, (8, 60.0, 90.0), (10, 75.0, 71.0), (12, 95.0, 69.9))
@@ -114,7 +138,7 @@ def test_a_shallow_model_says_why_it_is_not_layer_16(folder: VectorFolder) -> No
 def test_an_override_wins_and_must_exist(folder: VectorFolder) -> None:
     steering(folder, (10, 75.0, 90.0))
     found = select(folder, "residual", 30, layer=2)
-    assert (found.layer, found.method, found.selected_by) == (2, "probe", "override")
+    assert (found.layer, found.method, found.selected_by) == (2, "mean_diff", "override")
     with pytest.raises(VectorError, match=r"by 'probe' at layer 3 .* layers there are: probe: 0, 2, 4"):
         select(folder, "residual", 30, layer=3)
 

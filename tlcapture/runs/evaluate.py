@@ -159,6 +159,7 @@ def _row(
         "method": vector.method,
         "layer": vector.layer,
         "component": vector.component,
+        "vector_digest": VectorFolder(layout, vector.trait).digest(vector.component, vector.method, vector.layer),
         "val_accuracy": _number(found.accuracy[number]),
         "val_auroc": _number(found.auroc[number]),
         "val_effect_size": effect,

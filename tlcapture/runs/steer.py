@@ -204,6 +204,7 @@ class _Results:
 
     def __init__(self, layout: Layout, trait: Trait, model: Model, report: RunReport, judge: Judge | None):
         self._path = layout.steering(trait)
+        self._files = VectorFolder(layout, trait)
         self._report = report
         self._content: dict[str, Any] = {"baseline": {}, "runs": []}
         if lexists(self._path):
@@ -224,9 +225,11 @@ class _Results:
 
     def find(self, vector: TraitVector, coefficient: float) -> SteeringRun | None:
         """An earlier run with the same vector, made after the vector was."""
-        config = _config(vector, coefficient)
+        config, made = _config(vector, coefficient), vector.metadata.get("timestamp")
+        digest = self._files.digest(vector.component, vector.method, vector.layer)
         for run in self._content["runs"]:
-            if run["config"] == config and run.get("vector_timestamp") == vector.metadata.get("timestamp"):
+            is_of_it = run.get("vector_timestamp") == made and run.get("vector_digest") in (None, digest)
+            if run["config"] == config and is_of_it:
                 return self._parsed(run)
         return None
 
@@ -236,6 +239,7 @@ class _Results:
             "config": config,
             "result": {**_means(score), "n": len(score.trait)},
             "vector_timestamp": vector.metadata.get("timestamp"),
+            "vector_digest": self._files.digest(vector.component, vector.method, vector.layer),
             "responses": score.responses,
         }
         self._content["runs"] = [*(each for each in self._content["runs"] if each["config"] != config), run]

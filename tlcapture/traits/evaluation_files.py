@@ -28,6 +28,7 @@ class EvaluationRow(FileContent):
     val_effect_size_interval: list[Number] | None = Field(default=None, min_length=2, max_length=2)
     random_auroc: Share | None = None
     random_auroc_p95: Share | None = None
+    vector_digest: str | None = None
 
     @field_validator("trait")
     @classmethod

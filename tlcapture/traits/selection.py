@@ -2,19 +2,20 @@
 
 In this order: the best coherent single-layer steering run (`coherence_mean >= 70`, the largest
 `trait_mean` over the baseline); the largest held-out effect size; layer 16, or where the model has no
-layer 16 the layer nearest to 0.6 of its depth, with a warning. An override wins over all of them.
+layer 16 the layer nearest to 0.6 of its depth, with a warning. An override wins over all of them. A score
+is only that of the vector it was measured on: one that was made anew since has none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
 from os.path import lexists
 from typing import SupportsIndex
 
 from tlcapture.errors import InputError, VectorError
-from tlcapture.traits.evaluation_files import read_evaluation
+from tlcapture.traits.evaluation_files import EvaluationRow, read_evaluation
 from tlcapture.traits.steering_files import SteeringResults, SteeringRun
 from tlcapture.traits.vector_files import VectorFiles
 
@@ -61,14 +62,18 @@ def select(
         )
     if not isinstance(layer, str):
         layer = index(layer)  # a NumPy integer counts too
-        return Selection(layer, _method_at(folder, component, available, layer), "override")
+        best = ranked(folder, component, available) if method is None else []
+        return Selection(layer, _method_at(folder, component, available, layer, best), "override")
     if layer not in ("auto", "default"):
         raise InputError(f"layer {layer!r} is neither a number nor 'auto'")
+    notes = []
     if layer == "auto":
         candidates = ranked(folder, component, available)
         if candidates:
             return candidates[0]
-    return _fallback(folder, available, n_layers)
+        if _has_earlier_scores(folder, component):
+            notes.append("its scores are of earlier vectors: run 'tlcapture evaluate' again")
+    return _fallback(available, n_layers, notes)
 
 
 def fallback_layer(n_layers: int) -> int:
@@ -77,17 +82,18 @@ def fallback_layer(n_layers: int) -> int:
 
 
 def steering_runs(folder: VectorFiles) -> list[SteeringRun]:
-    """The single-layer runs of a trait's steering results; raises `StorageError` for a damaged file."""
-    path = folder.layout.steering(folder.trait)
-    return SteeringResults.read(path).single_layer_runs if lexists(path) else []
+    """The single-layer runs of a trait's steering results that are of the vectors there are now; raises
+    `StorageError` for a damaged file."""
+    return [run for run in _all_steering_runs(folder) if _is_current(folder, run, run.component)]
 
 
 def effect_sizes(folder: VectorFiles, component: str) -> dict[tuple[str, int], float]:
-    """Held-out effect sizes of a trait by method and layer; raises `StorageError` for a damaged file."""
+    """Held-out effect sizes of a trait by method and layer, of the vectors there are now; raises `StorageError` for
+    a damaged file."""
     return {
         (row.method, row.layer): row.val_effect_size
-        for row in read_evaluation(folder.layout.evaluation)
-        if (row.trait, row.component) == (str(folder.trait), component) and row.val_effect_size is not None
+        for row in _all_rows(folder, component)
+        if row.val_effect_size is not None and _is_current(folder, row, component)
     }
 
 
@@ -106,11 +112,36 @@ def ranked(folder: VectorFiles, component: str, available: Mapping[str, list[int
     return sorted(steered or measured, key=_score, reverse=True)
 
 
-def _fallback(folder: VectorFiles, available: Mapping[str, list[int]], n_layers: int) -> Selection:
+def _all_steering_runs(folder: VectorFiles) -> list[SteeringRun]:
+    path = folder.layout.steering(folder.trait)
+    return SteeringResults.read(path).single_layer_runs if lexists(path) else []
+
+
+def _all_rows(folder: VectorFiles, component: str) -> list[EvaluationRow]:
+    rows = read_evaluation(folder.layout.evaluation)
+    return [row for row in rows if (row.trait, row.component) == (str(folder.trait), component)]
+
+
+def _is_current(folder: VectorFiles, score: SteeringRun | EvaluationRow, component: str) -> bool:
+    """Whether a score is of the vector that lies there now. Scores of other tools do not say, and are believed."""
+    if score.vector_digest is None or not folder.file(component, score.method, score.layer).is_file():
+        return True
+    return score.vector_digest == folder.digest(component, score.method, score.layer)
+
+
+def _has_earlier_scores(folder: VectorFiles, component: str) -> bool:
+    rows, runs = _all_rows(folder, component), _all_steering_runs(folder)
+    return not (
+        all(_is_current(folder, row, component) for row in rows)
+        and all(_is_current(folder, run, component) for run in runs if run.component == component)
+    )
+
+
+def _fallback(available: Mapping[str, list[int]], n_layers: int, notes: Sequence[str]) -> Selection:
     wanted = fallback_layer(n_layers)
     method = next(iter(available))
     layer = min(available[method], key=lambda there: (abs(there - wanted), there))
-    notes = []
+    notes = list(notes)
     if wanted != FALLBACK_LAYER:
         notes.append(f"the model has no layer {FALLBACK_LAYER}")
     if layer != wanted:
@@ -120,10 +151,13 @@ def _fallback(folder: VectorFiles, available: Mapping[str, list[int]], n_layers:
     return Selection(layer, method, "fallback", None, warning)
 
 
-def _method_at(folder: VectorFiles, component: str, available: Mapping[str, list[int]], layer: int) -> str:
-    """The first method in the order of preference that has the layer."""
-    for method, layers in available.items():
-        if layer in layers:
+def _method_at(
+    folder: VectorFiles, component: str, available: Mapping[str, list[int]], layer: int, best: Sequence[Selection]
+) -> str:
+    """The method that would be selected, if it has the layer, or the first in the order of preference that has."""
+    preferred = [best[0].method] if best else []
+    for method in [*preferred, *available]:
+        if layer in available[method]:
             return method
     raise folder.missing(component, next(iter(available)), layer)
 

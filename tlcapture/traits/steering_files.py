@@ -37,6 +37,7 @@ class SteeringBaseline(FileContent):
 class SteeringRecord(FileContent):
     config: SteeringConfig
     result: SteeringMeans
+    vector_digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class SteeringRun:
     trait_mean: float
     coherence_mean: float
     delta: float
+    vector_digest: str | None = None
 
 
 class SteeringResults(FileContent):
@@ -80,4 +82,5 @@ class SteeringResults(FileContent):
             trait_mean=result.trait_mean,
             coherence_mean=result.coherence_mean,
             delta=result.trait_mean - self.baseline.trait_mean,
+            vector_digest=record.vector_digest,
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from os.path import lexists
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from pydantic import Field
 from tlcapture.errors import VectorError
 from tlcapture.layout import Layout
 from tlcapture.names import Trait
-from tlcapture.storage import read_json, remove, write_json
+from tlcapture.storage import read_bytes, read_json, remove, write_json
 from tlcapture.validation import FileContent, Layer, checked
 
 METHODS = ("probe", "mean_diff", "gradient")  # in the order of preference
@@ -74,6 +75,10 @@ class VectorFiles:
 
     def file(self, component: str, method: str, layer: int) -> Path:
         return self.layout.own(self.path / f"{_PREFIX[component]}{method}_layer{layer}.pt")
+
+    def digest(self, component: str, method: str, layer: int) -> str:
+        """What tells a vector from one that takes its place: evaluation and steering record it."""
+        return blake2b(read_bytes(self.file(component, method, layer)), digest_size=8).hexdigest()
 
     def metadata_file(self, component: str) -> Path:
         return self.layout.own(self.path / f"{_PREFIX[component]}metadata.json")
