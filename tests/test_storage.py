@@ -117,3 +117,18 @@ def test_temporaries_of_running_processes_and_other_machines_are_left_alone(tmp_
         path.touch()
     sweep_temporaries(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted([mine, elsewhere])
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    pipe, folder, link = tmp_path / "pipe", tmp_path / "folder", tmp_path / "link"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    (tmp_path / "target").write_bytes(b"x")
+    link.symlink_to(tmp_path / "target")
+    for path in (pipe, folder):
+        with pytest.raises(StorageError, match=r"cannot be written: .* is there"):
+            write_bytes(path, b"new")
+    assert pipe.is_fifo() and folder.is_dir()
+    write_bytes(link, b"new")
+    assert link.read_bytes() == b"new"
+    assert not list(tmp_path.glob(".*"))

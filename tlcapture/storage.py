@@ -185,6 +185,8 @@ def _write(
     path: Path, write: Callable[[Path], object], needed: int, before_replacing: Hook = lambda new: None
 ) -> Written:
     temporary = _temporary(path)
+    if path.exists() and not path.is_file():  # a device or a pipe would be replaced
+        raise StorageError(f"{path}: cannot be written: {'a folder' if path.is_dir() else 'no file'} is there")
     try:
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)

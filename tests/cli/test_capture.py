@@ -194,6 +194,48 @@ def test_replay_with_another_model_is_refused(capture: Run, raw: Path) -> None:
     assert "failed: short/2" not in result.stderr
 
 
+def test_what_is_kept_of_another_sampling_is_said(capture: Run, tlcapture: Run, raw: Path) -> None:
+    assert capture("--temperature", 0, "--limit", 2).exit_code == 0
+    again = capture("--temperature", 0, "--seed", 7, "--skip-existing", "--limit", 2)
+    assert "captured before with" not in again.stderr  # a greedy run has no seed
+    other = capture("--temperature", 1.5, "--skip-existing")
+    assert other.exit_code == 0
+    said = "short: 2 prompts were captured before with another temperature, seed or --max-new-tokens, and kept so"
+    assert other.stderr.count(said) == 1
+    one = capture("--temperature", 0, "--max-new-tokens", 6, "--skip-existing")
+    assert "short: prompt 3 was captured before with another temperature" in one.stderr
+
+
+def test_what_a_capture_removes_of_an_earlier_one_is_said(capture: Run, raw: Path) -> None:
+    first = capture("--attention", "--layer-internals", 1, "--limit", 2, "--temperature", 0)
+    assert "removed" not in first.stdout
+    alike = capture("--limit", 2, "--temperature", 0)
+    assert "removed" not in alike.stdout
+    other = capture("--attention", "--limit", 1, "--temperature", 3, "--seed", 1)
+    assert "1 files of earlier captures of these prompts removed" in other.stdout
+    assert [path.name for path in (raw.parents[1] / "internals" / "short").glob("*.pt")] == ["2_L1.pt"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--seed", 2**64), ("--seed", -(2**63) - 1), ("--limit", 2**31), ("--batch-size", 2**31), ("--limit", 10**30)],
+)
+def test_numbers_beyond_what_can_be_counted_are_refused(capture: Run, raw: Path, option: str, value: int) -> None:
+    result = capture(option, value)
+    assert result.exit_code == 2
+    assert option in result.stderr
+    assert not raw.exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs a device that is always full")
+def test_a_log_that_cannot_be_written_is_said_once_and_stops_nothing(capture: Run, raw: Path) -> None:
+    result = capture("--log-file", "/dev/full")
+    assert result.exit_code == 0
+    assert result.stderr.count("--log-file /dev/full: cannot be written any more: No space left on device") == 1
+    assert "Logging error" not in result.stderr
+    assert len(list(raw.glob("*.pt"))) == 3
+
+
 def test_internals_that_hold_no_numbers_are_refused(capture: Run, raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As float16 may have in front of a relu, behind which nothing shows it."""
     from tlcapture.runs import outputs

@@ -50,13 +50,20 @@ from tlcapture.cli.work import working
     help="Layer of the vectors to project onto; auto: by steering or effect size, per trait.",
 )
 @vector_options
-@click.option("--max-new-tokens", type=click.IntRange(min=0), default=50, show_default=True, help="Longest response.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(0, 2**31 - 1),
+    metavar="N",
+    default=50,
+    show_default=True,
+    help="Longest response.",
+)
 @click.option(
     "--temperature", type=click.FloatRange(min=0), default=0.7, show_default=True, help="Of sampling; 0 is greedy."
 )
 @click.option("--skip-existing", is_flag=True, help="Make only what is missing.")
 @click.option("--dry-run", is_flag=True, help="Only say how many prompts, files and bytes it would be.")
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first prompts of each set.")
+@click.option("--limit", type=click.IntRange(1, 2**31 - 1), metavar="N", help="Only the first prompts of each set.")
 @shard_option
 @save_dtype_option
 @click.option(

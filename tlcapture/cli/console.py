@@ -129,7 +129,7 @@ def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def show_top_traits(console: Console, layout: Layout, prompt_set: str, component: str = "residual") -> None:
     """Print by prompt which trait rose most, where it committed, and the response; of a large set, where to look."""
-    from tlcapture.runs.summary import top_traits
+    from tlcapture.runs.summary import FEWEST_TO_COMPARE, top_traits
 
     n_prompts = len(layout.prompt_ids(prompt_set))
     if n_prompts > _MOST_SHOWN and layout.projection_folders(prompt_set):
@@ -140,7 +140,8 @@ def show_top_traits(console: Console, layout: Layout, prompt_set: str, component
     if not tops:
         return
     console.line()
-    console.line(f"{prompt_set}: the trait that rose most, against the other prompts of the set")
+    against = "the other prompts of the set" if n_prompts >= FEWEST_TO_COMPARE else "its own spread along the tokens"
+    console.line(f"{prompt_set}: the trait that rose most, against {against}")
     console.line()
     width = max(len(top.trait) for top in tops)
     for top in tops:

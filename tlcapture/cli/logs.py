@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -56,10 +56,29 @@ def logging_to(file: Path | None, *, verbose: bool) -> Iterator[None]:
             handler.close()
 
 
+class _LogFile(logging.FileHandler):
+    """A log that cannot be written says so once, and stops neither the run nor its output."""
+
+    _has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's name
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._has_failed:
+            self._has_failed = True
+            reason = f"--log-file {self.baseFilename}: cannot be written any more: {error.strerror}"
+            click.secho(f"warning: {printable(reason)}", fg="yellow", err=True)
+
+    def close(self) -> None:
+        with suppress(OSError):  # what is left in its buffer
+            super().close()
+
+
 def _file_handler(file: Path) -> logging.Handler:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
+        handler = _LogFile(file, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise click.UsageError(f"--log-file {file}: cannot be written: {error.strerror}") from None
     handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -48,7 +48,7 @@ class BatchSize(_Named):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
         if value is None or value == "auto":
             return None
-        if str(value).isdecimal() and int(value) > 0:
+        if str(value).isdecimal() and 0 < int(value) < 2**31:
             return int(value)
         self.fail(f"{value!r} is neither a number of at least 1 nor 'auto'.", param, ctx)
 
@@ -264,7 +264,15 @@ batch_size_option = click.option(
     "--batch-size", type=BatchSize(), default="auto", show_default=True, help="Prompts that run together."
 )
 
-seed_option = click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
+# What JSON, and torch's generators, can hold.
+seed_option = click.option(
+    "--seed",
+    type=click.IntRange(-(2**63), 2**63 - 1),
+    metavar="INTEGER",
+    default=0,
+    show_default=True,
+    help="Seed of everything random.",
+)
 
 engine_options = together(
     click.option(

@@ -63,6 +63,8 @@ def run_capture(
     for plan in plans:
         for what, reason in plan.refused:
             report.failed(what, reason)
+        if plan.otherwise:
+            report.warn(_otherwise(plan), reporter)
     busy = {plan.prompt_set.name for plan in plans if plan.does_something or (plan.saved and options.project)}
     report.n_skipped += sum(len(plan.saved) for plan in plans if plan.prompt_set.name not in busy)
     with ExitStack() as stack:
@@ -89,6 +91,14 @@ def run_capture(
             reporter,
         )
     return report
+
+
+def _otherwise(plan: Plan) -> str:
+    count = f"{len(plan.otherwise)} prompts were" if len(plan.otherwise) > 1 else f"prompt {plan.otherwise[0]} was"
+    return (
+        f"{plan.prompt_set.name}: {count} captured before with another temperature, seed or --max-new-tokens, and kept "
+        "so: without --skip-existing it is captured anew"
+    )
 
 
 def estimate_capture(

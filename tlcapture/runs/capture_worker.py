@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 
 from tlcapture.captures import Capture
 from tlcapture.config import record
@@ -45,6 +46,7 @@ class CaptureWorker:
         self.report = report
         self._load = load
         self._chooser = Chooser(layout, options.vectors, report, reporter)
+        self._removed: list[Path] = []
 
     @cached_property
     def model(self) -> Model:
@@ -56,7 +58,11 @@ class CaptureWorker:
 
     def do(self, task: Plan) -> None:
         if task.fresh:
-            self._generate(task)
+            try:
+                self._generate(task)
+            finally:
+                self.report.n_removed += sum(not path.exists() for path in self._removed)
+                self._removed = []
         self._revisit(task)
 
     @contextmanager
@@ -125,9 +131,9 @@ class CaptureWorker:
         record(self.layout, inference_model=self.model.name)
         write_bytes(mark, b"")
         if wanted.raw:
-            self.report.wrote(write_capture(self.layout, capture))
+            self.report.wrote(write_capture(self.layout, capture, self._removed.extend))
         else:
-            remove_stale(self.layout, capture)
+            self._removed += remove_stale(self.layout, capture)
         self._project(capture, only=not wanted.raw)
         cache = generation.cache
         files = add_ons(self.layout, capture, wanted, self.model, cache, residual_cache=cache)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -152,23 +152,33 @@ def capture_of(
     )
 
 
-def write_capture(layout: Layout, capture: Capture) -> Written:
+def write_capture(
+    layout: Layout, capture: Capture, on_removed: Callable[[Sequence[Path]], object] = lambda paths: None
+) -> Written:
     """Write the raw residual file.
 
     What was derived from another capture of the prompt goes when the new file is whole, before it is in
-    its place: nothing derived ever stands beside a capture it was not made from.
+    its place: nothing derived ever stands beside a capture it was not made from. `on_removed` is called with it.
     """
     prompt_set, prompt_id = capture.prompt_set, capture.prompt_id
     path = layout.residual(prompt_set, prompt_id)
     derived = [] if is_alike(path, capture) else derived_files(layout, prompt_set, prompt_id)
-    return capture.save(path, before_replacing=lambda new: remove(derived))
+
+    def make_room(new: Path) -> None:
+        remove(derived)
+        on_removed(derived)
+
+    return capture.save(path, before_replacing=make_room)
 
 
-def remove_stale(layout: Layout, capture: Capture) -> None:
+def remove_stale(layout: Layout, capture: Capture) -> Sequence[Path]:
     """Remove what was derived from another run of a prompt whose capture is not written but projected."""
     before = ProjectedCapture.find(layout, capture.prompt_set, capture.prompt_id)
-    if before is None or not before.is_like(capture):
-        remove(derived_files(layout, capture.prompt_set, capture.prompt_id))
+    if before is not None and before.is_like(capture):
+        return ()
+    derived = derived_files(layout, capture.prompt_set, capture.prompt_id)
+    remove(derived)
+    return derived
 
 
 def add_ons(

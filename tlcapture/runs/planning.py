@@ -101,6 +101,7 @@ class Plan:
         fresh: ids of prompts to generate from.
         saved: ids of prompts that have a capture, and what they lack.
         refused: prompts that cannot be run, and why.
+        otherwise: prompts that are there, with responses of another sampling than is asked for now.
     """
 
     prompt_set: PromptSet
@@ -108,6 +109,7 @@ class Plan:
     fresh: frozenset[str]
     saved: Mapping[str, Outputs]
     refused: Sequence[tuple[str, str]]
+    otherwise: Sequence[str] = ()
 
     @property
     def does_something(self) -> bool:
@@ -153,6 +155,7 @@ class Planner:
         self._config = config
         self._model_name = model_name
         self._model = model
+        self._otherwise: list[str] = []
         # Says nothing: what goes wrong with a vector is told by the run.
         self._chooser = Chooser(layout, options.vectors, RunReport(layout.folder), Reporter())
 
@@ -175,6 +178,7 @@ class Planner:
         saved: dict[str, Outputs] = {}
         refused: list[tuple[str, str]] = []
         fresh: set[str] = set()
+        self._otherwise = []
         for prompt in prompts:
             name, wanted = f"{prompt_set.name}/{prompt.id}", self._lacking(prompt_set, prompt)
             if isinstance(wanted, str):
@@ -191,7 +195,7 @@ class Planner:
                 if prompt.id in fresh:
                     fresh.remove(prompt.id)
                     refused.append((f"{prompt_set.name}/{prompt.id}", str(error)))
-        return Plan(prompt_set, company, frozenset(fresh), saved, refused)
+        return Plan(prompt_set, company, frozenset(fresh), saved, refused, self._otherwise)
 
     def _lacking(self, prompt_set: PromptSet, prompt: Prompt) -> Outputs | str:
         """What to make of a prompt, or why nothing can be made of it."""
@@ -215,6 +219,8 @@ class Planner:
         lacking = wanted.missing(layout, prompt_set.name, prompt.id)
         if lacking.logit_lens and not (saved.kept.has_all_outputs or options.replay):
             return wanted  # a logit lens cannot be made from what was kept
+        if not lacking.residual and not options.replay:
+            self._note_sampling(saved)
         return lacking
 
     def _lacking_projections(self, prompt_set: PromptSet, prompt: Prompt) -> Outputs | str:
@@ -231,6 +237,8 @@ class Planner:
                 and not wanted.lacking(layout, *names)
                 and not any(self._chooser.missing(found, component) for component in options.components)
             )
+            if found is not None and is_done:
+                self._note_sampling(found)
             return wanted.lacking(layout, *names) if is_done else wanted
         if options.skip_existing:
             try:
@@ -243,6 +251,14 @@ class Planner:
             f"--projections-only would leave projections of one run beside the raw capture of another, {raw}: remove "
             "that, or run 'tlcapture project'"
         )
+
+    def _note_sampling(self, saved: Projectable) -> None:
+        """Note a prompt that is kept although it was sampled otherwise; a capture that does not say is believed."""
+        asked = {"temperature": self._options.sampling.temperature, "max_new_tokens": self._options.max_new_tokens}
+        if self._options.sampling.temperature:
+            asked["seed"] = self._options.sampling.seed
+        if any(saved.metadata.get(name) not in (None, value) for name, value in asked.items()):
+            self._otherwise.append(saved.prompt_id)
 
     def _is_whole_and_of(self, saved: Projectable, prompt_set: PromptSet, prompt: Prompt) -> bool:
         """Whether a capture is of this prompt, put in this way to this model, rather than of an earlier wording,

@@ -70,9 +70,17 @@ class _WorkerReport(RunReport):
         self._written.append(written)
 
     def hand_over(self) -> Done:
-        done = Done(self._written, self.failures, self.warnings, self.n_prompts, self.n_skipped, self.n_tokens)
+        done = Done(
+            self._written,
+            self.failures,
+            self.warnings,
+            self.n_prompts,
+            self.n_skipped,
+            self.n_tokens,
+            self.n_removed,
+        )
         self._written, self.failures, self.warnings = [], [], []
-        self.n_prompts = self.n_skipped = self.n_tokens = 0
+        self.n_prompts = self.n_skipped = self.n_tokens = self.n_removed = 0
         return done
 
 

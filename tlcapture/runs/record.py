@@ -5,7 +5,7 @@ killed one leaves its trace too; it is written again when the run ends.
 
 {"command", "command_line", "arguments": {...}, "status": "running|done|failed|interrupted", "exit_code", "error",
  "started", "ended", "seconds", "versions": {...}, "system": {...}, "model": {...},
- "prompts", "skipped", "new_tokens", "files": {"count", "bytes", "folders", "list", "not_listed"},
+ "prompts", "skipped", "removed", "new_tokens", "files": {"count", "bytes", "folders", "list", "not_listed"},
  "failures": [{"what", "reason"}], "warnings": [...]}
 """
 

@@ -84,17 +84,19 @@ class Done:
     n_prompts: int = 0
     n_skipped: int = 0
     n_tokens: int = 0
+    n_removed: int = 0
 
 
 @dataclass
 class RunReport:
-    """What a run wrote, skipped and failed at."""
+    """What a run wrote, skipped and failed at; `n_removed` files of earlier captures it removed and made no more."""
 
     folder: Path
     started: float = field(default_factory=time.monotonic)
     n_prompts: int = 0
     n_skipped: int = 0
     n_tokens: int = 0
+    n_removed: int = 0
     failures: list[Failed] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     retried: list[str] = field(default_factory=list)
@@ -135,6 +137,7 @@ class RunReport:
         self.n_prompts += other.n_prompts
         self.n_skipped += other.n_skipped
         self.n_tokens += other.n_tokens
+        self.n_removed += other.n_removed
 
     def warn(self, text: str, reporter: Reporter) -> None:
         """Pass on a warning, once."""
@@ -153,6 +156,8 @@ class RunReport:
             parts.append(f"{self.n_tokens} new tokens")
         if self.n_skipped:
             parts.append(f"{self.n_skipped} prompts skipped: nothing was missing")
+        if self.n_removed:
+            parts.append(f"{self.n_removed} files of earlier captures of these prompts removed")
         if self.retried:
             parts.append(f"{len(self.retried)} pieces of work run again after their worker died")
         if self.failures:
@@ -165,6 +170,7 @@ class RunReport:
             "folder": str(self.folder),
             "prompts": self.n_prompts,
             "skipped": self.n_skipped,
+            "removed": self.n_removed,
             "new_tokens": self.n_tokens,
             "seconds": round(self.seconds, 3),
             "files": self.files.to_json(),

@@ -10,7 +10,7 @@ from tlcapture.errors import StorageError
 from tlcapture.layout import Layout
 from tlcapture.traits.projection_files import ProjectionFile
 
-_FEWEST_TO_COMPARE = 3
+FEWEST_TO_COMPARE = 3
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _rises(contents: dict[str, ProjectionFile]) -> dict[str, float]:
         if before and response:
             raw[prompt_id] = mean(response) - mean(before)
             spread[prompt_id] = pstdev([*before, *response])
-    if len(raw) < _FEWEST_TO_COMPARE:
+    if len(raw) < FEWEST_TO_COMPARE:
         return {prompt_id: rise / (spread[prompt_id] or 1.0) for prompt_id, rise in raw.items()}
     centre, scale = mean(raw.values()), pstdev(raw.values()) or 1.0
     return {prompt_id: (rise - centre) / scale for prompt_id, rise in raw.items()}
