@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, SupportsIndex
 
 from tlcapture.errors import InputError, StorageError
 
@@ -94,8 +94,8 @@ class Kept:
 
     def row(self, layer: int, point: str) -> int:
         """Where a layer's point lies in a buffer of the kept ones; raises `InputError` for one that is not."""
-        place = point_index(layer, point)
         self.check_layer(layer)
+        place = point_index(layer, point)
         if point not in self.points:
             raise InputError(f"{point} was not kept: {self.described()}; capture again without --points")
         return self.places.index(place)
@@ -106,6 +106,8 @@ class Kept:
         return self.layers.index(layer)
 
     def check_layer(self, layer: int) -> None:
+        if not isinstance(layer, SupportsIndex):
+            raise InputError(f"layer {layer!r} is no number: the model has layers 0 to {self.n_layers - 1}")
         if not 0 <= layer < self.n_layers:
             raise InputError(f"no layer {layer}: the model has layers 0 to {self.n_layers - 1}")
         if layer not in self.layers:

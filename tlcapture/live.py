@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from tlcapture.captures import Capture
 from tlcapture.chat import tokenize
 from tlcapture.errors import InputError, TlcaptureError
@@ -25,6 +27,7 @@ from tlcapture.layout import Layout
 from tlcapture.models import Model, as_model
 from tlcapture.prompts import ADHOC, Prompt, PromptSet
 from tlcapture.runs.outputs import capture_of
+from tlcapture.validation import first_problem
 from tlcapture.views.residual import residual_hooks
 
 
@@ -78,6 +81,10 @@ def capture(
         InputError: a prompt does not fit the model's context.
         TlcaptureError: a prompt yielded nothing, for example NaN logits.
     """
+    if max_new_tokens < 0:
+        raise InputError(f"max_new_tokens is {max_new_tokens}: expected at least 0")
+    if vectors is not None and not isinstance(vectors, Experiment):
+        raise InputError(f"vectors: expected an Experiment, got {type(vectors).__name__}: Experiment({vectors!r})?")
     runner = as_model(model)
     prompt_set = _as_prompt_set(prompts)
     tokenized = [
@@ -118,8 +125,13 @@ def _as_prompt_set(prompts: PromptSet | Iterable[str | Prompt] | str) -> PromptS
     if isinstance(prompts, PromptSet):
         return prompts
     given = [prompts] if isinstance(prompts, str) else list(prompts)
-    made = [
-        Prompt(id=str(number), text=prompt) if isinstance(prompt, str) else prompt
-        for number, prompt in enumerate(given, start=1)
-    ]
-    return PromptSet(name=ADHOC, prompts=made)
+    if not given:
+        raise InputError("no prompts: give at least one text")
+    try:
+        made = [
+            Prompt(id=str(number), text=prompt) if isinstance(prompt, str) else prompt
+            for number, prompt in enumerate(given, start=1)
+        ]
+        return PromptSet(name=ADHOC, prompts=made)
+    except ValidationError as error:
+        raise InputError(f"prompts are texts, Prompts or a PromptSet: {first_problem(error)}") from None

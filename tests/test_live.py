@@ -1,0 +1,36 @@
+"""The capture loop from Python: what is wrong with its arguments is one line that says what was expected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests import tiny
+from tlcapture import capture
+from tlcapture.errors import InputError
+from tlcapture.kept import Kept
+
+WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "no prompt": ([], {}, "no prompts: give at least one text"),
+    "a number": ([3], {}, "prompts are texts, Prompts or a PromptSet: "),
+    "an empty text": ("", {}, "text is empty"),
+    "a negative length": ("hi", {"max_new_tokens": -2}, "max_new_tokens is -2: expected at least 0"),
+    "a name of vectors": ("hi", {"vectors": "exp"}, r"expected an Experiment, got str: Experiment\('exp'\)"),
+    "a layer there is not": ("hi", {"layers": [99]}, "99"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_arguments_are_one_line(what: str) -> None:
+    prompts, options, said = WRONG[what]
+    with pytest.raises(InputError, match=said) as caught:
+        list(capture(tiny.model("llama"), prompts, **{"max_new_tokens": 1, **options}))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("layer", ["x", 1.5, None])
+def test_a_layer_that_is_no_number_is_named(layer: Any) -> None:
+    for look in (lambda kept: kept.row(layer, "residual_out"), lambda kept: kept.layer_row(layer)):
+        with pytest.raises(InputError, match=f"layer {layer!r} is no number: the model has layers 0 to 2"):
+            look(Kept.of(3))
