@@ -212,7 +212,7 @@ def test_what_a_capture_removes_of_an_earlier_one_is_said(capture: Run, raw: Pat
     alike = capture("--limit", 2, "--temperature", 0)
     assert "removed" not in alike.stdout
     other = capture("--attention", "--limit", 1, "--temperature", 3, "--seed", 1)
-    assert "1 files of earlier captures of these prompts removed" in other.stdout
+    assert "1 earlier files removed that this run did not make again" in other.stdout
     assert [path.name for path in (raw.parents[1] / "internals" / "short").glob("*.pt")] == ["2_L1.pt"]
 
 
@@ -312,8 +312,8 @@ def test_layer_and_method_choose_the_vector(capture: Run, extract: Run, projecte
     source = read_json(projected / "1.json")["metadata"]["vector_source"]
     assert (source["layer"], source["method"], source["selected_by"]) == (2, "mean_diff", "override")
     result = capture("--layer", 7)
-    assert result.exit_code == 1
-    assert "no residual vector of tone/loud by 'probe' at layer 7" in result.stderr
+    assert result.exit_code == 2
+    assert "--layer 7: no trait has a vector there; there are layers 0-2" in result.stderr
     evaluation = projected.parents[4] / "extraction" / "extraction_evaluation.json"
     row = {"trait": "tone/loud", "method": "gradient", "layer": 0, "component": "residual", "val_effect_size": 3.0}
     evaluation.write_text(json.dumps({"all_results": [row]}))

@@ -380,3 +380,39 @@ def test_a_prompt_set_without_captures_lists_those_with(project: Run) -> None:
     result = project(prompts=("--prompt-set", "nix"))
     assert result.exit_code == 2
     assert "captured sets: other, short" in result.stderr
+
+
+def test_vectors_that_no_trait_has_are_refused_before_any_prompt_runs(capture: Run, extract: Run, raw: Path) -> None:
+    assert extract("--methods", "probe,mean_diff", "--layers", "0,2").exit_code == 0
+    for words, said in (
+        (("--layer", 99), "--layer 99: no trait has a vector there; there are layers 0, 2"),
+        (("--method", "pca"), "--method pca: no trait has such vectors; there are mean_diff, probe"),
+    ):
+        result = capture(*words)
+        assert result.exit_code == 2
+        assert said in result.stderr
+        assert not raw.exists()
+
+
+def test_results_of_an_earlier_run_are_not_shown_as_those_of_one_that_failed(
+    capture: Run, extract: Run, tlcapture: Run, raw: Path
+) -> None:
+    assert extract("--methods", "probe").exit_code == 0
+    assert "rose most" in capture().stdout
+    for path in raw.glob("*.pt"):
+        path.write_bytes(b"damaged")
+    failed = tlcapture("project", "--experiment", "exp", "--prompt-set", "short")
+    assert failed.exit_code == 1
+    assert "rose most" not in failed.stdout
+
+
+def test_vectors_that_an_extraction_removes_are_counted(extract: Run) -> None:
+    assert "removed" not in extract("--methods", "probe", "--component", "residual").stdout
+    again = extract("--methods", "probe", "--component", "residual", "--layers", 1, "--seed", 3)
+    assert "4 earlier files removed that this run did not make again" in again.stdout  # two layers of two traits
+
+
+def test_two_prompts_are_compared_with_themselves(capture: Run, extract: Run) -> None:
+    assert extract("--methods", "probe").exit_code == 0
+    assert "against its own spread along the tokens" in capture("--limit", 2).stdout
+    assert "against the other prompts of the set" in capture().stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,13 @@ def test_a_signal_stops_the_run_between_files(
 def test_a_second_signal_stops_at_once(start: Start, fresh: Path) -> None:
     raw = fresh / "experiments" / "exp" / "inference" / "raw" / "residual" / "short"
 
-    def never_check() -> None:
+    def never_stop_at_checks() -> None:
         from tlcapture.cli.stopping import StopSignals
 
-        StopSignals.check = lambda self: None  # type: ignore[method-assign]
+        # Where it would stop, it waits for the second signal.
+        StopSignals.check = lambda self: time.sleep(60 if self._asked else 0)  # type: ignore[method-assign]
 
-    stopped = start("--max-new-tokens", 150, before=never_check)
+    stopped = start("--max-new-tokens", 150, before=never_stop_at_checks)
     stopped.wait_for((raw / "2.pt").exists)
     stopped.tell(signal.SIGINT)
     stopped.wait_for(lambda: "once more stops at once" in stopped.stderr)

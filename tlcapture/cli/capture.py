@@ -146,7 +146,8 @@ def _run(
         for line in estimate.lines(free):
             console.line(line)
         return
-    run_capture(layout, sets, chosen, load, console, executor)
-    if not no_project:
+    report = run_capture(layout, sets, chosen, load, console, executor)
+    # What an earlier run left would look like this one's, had this one written nothing.
+    if not no_project and (report.n_files or not report.failures):
         for prompt_set in sets:
             show_top_traits(console, layout, prompt_set.name)

@@ -114,7 +114,7 @@ class _Lines(Progress):
 
 
 def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn an error that is raised on purpose into one line and its exit status."""
+    """Turn an error that is raised on purpose, and Ctrl-C, into one line and its exit status."""
 
     @wraps(command)
     def wrapped(*args: Any, **options: Any) -> Any:
@@ -123,6 +123,9 @@ def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
         except TlcaptureError as error:
             Console().error(f"error: {error}")
             sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            Console().error("stopped by Ctrl-C")
+            sys.exit(130)
 
     return wrapped
 

@@ -101,7 +101,9 @@ def project(
         executor,
     )
     for name in names:
-        show_top_traits(console, layout, name, component)
+        # What an earlier run left would look like this one's, had this one written nothing.
+        if report.n_files or not report.failures:
+            show_top_traits(console, layout, name, component)
         if plot is not None:
             _draw(layout, name, plot, component, traits, report, console)
 

@@ -31,6 +31,7 @@ from tlcapture.runs.reporter import Reporter
 from tlcapture.runs.vectors import traits_to_project
 from tlcapture.sizes import format_bytes
 from tlcapture.storage import free_bytes, sweep_temporaries
+from tlcapture.traits.vector_files import VectorFiles, ranges
 
 __all__ = ["CaptureOptions", "estimate_capture", "run_capture"]
 
@@ -120,8 +121,24 @@ def _check(layout: Layout, options: CaptureOptions) -> None:
         _check_projections_only(layout, options)
     if layout.folder.exists() and not os.access(layout.folder, os.W_OK):
         raise StorageError(f"{layout.folder}: cannot be written to")
-    if options.project and (options.vectors.experiment or options.vectors.traits):
-        traits_to_project(layout, options.vectors)
+    if options.project:
+        _check_vectors(layout, options)
+
+
+def _check_vectors(layout: Layout, options: CaptureOptions) -> None:
+    """Raise `InputError` for vectors that are asked for and that no trait has, before any prompt runs."""
+    choice, source = options.vectors, options.vectors.layout(layout)
+    if choice.experiment or choice.traits:
+        traits_to_project(layout, choice)
+    there = [VectorFiles(source, trait).available("residual") for trait in choice.traits or source.traits()]
+    if choice.method is not None:
+        methods = sorted({method for available in there for method in available})
+        if methods and choice.method not in methods:
+            raise InputError(f"--method {choice.method}: no trait has such vectors; there are {', '.join(methods)}")
+    if not isinstance(choice.layer, str):
+        layers = sorted({layer for available in there for at in available.values() for layer in at})
+        if layers and choice.layer not in layers:
+            raise InputError(f"--layer {choice.layer}: no trait has a vector there; there are layers {ranges(layers)}")
 
 
 def _check_projections_only(layout: Layout, options: CaptureOptions) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from tlcapture.chat import bos_policy
@@ -118,7 +119,10 @@ def _extract(bench: Bench, examples: Examples, on_examples: Callable[[int], None
 def _fit(method: str, activations: Activations, labels: Labels, seed: int) -> LayerVectors:
     vectors = FITS[method](activations, labels, seed=seed)
     if not vectors.isfinite().all() or not vectors.any(dim=-1).all():
-        raise NumericalError(f"{method} gave a vector that is zero or holds NaN or inf")
+        raise NumericalError(
+            f"{method} gave a vector that is zero or holds NaN or inf: are both sides of the examples the same at "
+            "--position?"
+        )
     return vectors
 
 
@@ -136,17 +140,19 @@ def _write(
     """
     before, made_at = folder.metadata(component), metadata["layers"]
     methods, layers = list(before.get("methods", ())), list(before.get("layers", ()))
+    removed: list[Path] = []
     if _are_of_one_kind(before, metadata):
         both = {*methods, *metadata["methods"]}
         metadata["layers"] = sorted({*layers, *metadata["layers"]})
         metadata["methods"] = [*(m for m in METHODS if m in both), *sorted(both - {*METHODS})]
     else:
         # Were the run killed before it ends, what is there would be of unknown origin, and not of a wrong one.
-        folder.remove_all(component, methods, layers)
+        removed = folder.remove_all(component, methods, layers)
     for method, by_layer in vectors.items():
         for layer, vector in zip(made_at, by_layer, strict=True):
             report.wrote(folder.write(component, method, layer, vector))
     folder.write_metadata(component, metadata)
+    report.n_removed += sum(not path.exists() for path in removed)
 
 
 def _are_of_one_kind(before: dict[str, Any], now_made: dict[str, Any]) -> bool:

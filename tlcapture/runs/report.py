@@ -89,7 +89,7 @@ class Done:
 
 @dataclass
 class RunReport:
-    """What a run wrote, skipped and failed at; `n_removed` files of earlier captures it removed and made no more."""
+    """What a run wrote, skipped and failed at; `n_removed` files of earlier runs it removed and did not make again."""
 
     folder: Path
     started: float = field(default_factory=time.monotonic)
@@ -157,7 +157,7 @@ class RunReport:
         if self.n_skipped:
             parts.append(f"{self.n_skipped} prompts skipped: nothing was missing")
         if self.n_removed:
-            parts.append(f"{self.n_removed} files of earlier captures of these prompts removed")
+            parts.append(f"{self.n_removed} earlier files removed that this run did not make again")
         if self.retried:
             parts.append(f"{len(self.retried)} pieces of work run again after their worker died")
         if self.failures:

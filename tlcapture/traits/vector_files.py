@@ -101,11 +101,14 @@ class VectorFiles:
             f"{self.layout.experiment!r}; layers there are: {listed}"
         )
 
-    def remove_all(self, component: str, methods: Iterable[str], layers: Iterable[int]) -> None:
-        """Remove the vectors of some methods and layers, where they are there, and the record of their origin."""
+    def remove_all(self, component: str, methods: Iterable[str], layers: Iterable[int]) -> list[Path]:
+        """Remove the vectors of some methods and layers, where they are there, and the record of their origin;
+        returns the vectors' files that there were."""
         wanted = list(layers)
-        remove([self.metadata_file(component)])
-        remove(self.file(component, method, layer) for method in methods for layer in wanted)
+        files = [self.file(component, method, layer) for method in methods for layer in wanted]
+        there = [path for path in files if lexists(path)]
+        remove([self.metadata_file(component), *there])
+        return there
 
     def write_metadata(self, component: str, metadata: Mapping[str, Any]) -> None:
         write_json(self.metadata_file(component), dict(metadata), indent=True)
