@@ -40,10 +40,7 @@ class Experiment:
 
     def __init__(self, name: str, root: str | Path | None = None):
         self.layout = Layout(Path(root or default_root()), name)
-        if not self.layout.folder.is_dir():
-            there = sorted(path.name for path in self.layout.folder.parent.glob("*") if path.is_dir())
-            listed = ", ".join(there) or "none"
-            raise InputError(f"no experiment {name!r}: expected the folder {self.layout.folder}; there are: {listed}")
+        self.layout.check_exists()
 
     def __repr__(self) -> str:
         counts = [f"{name}: {len(self.captures(name))}" for name in self.prompt_sets]

@@ -255,8 +255,7 @@ class Explored(ABC):
                 raise InputError("this capture is of no experiment: say whose vectors, vector_experiment='NAME'")
             return own
         source = Layout(default_root() if own is None else own.root, vector_experiment)
-        if not source.folder.is_dir():
-            raise InputError(f"no experiment {vector_experiment!r}: expected the folder {source.folder}")
+        source.check_exists()
         return source
 
     def _with_tokens(self, projection: Projection) -> ProjectedTokens:

@@ -97,6 +97,15 @@ class Layout:
     def folder(self) -> Path:
         return self.root / "experiments" / self.experiment
 
+    def check_exists(self) -> None:
+        """Raise `InputError` where there is no such experiment, naming those that there are."""
+        if not self.folder.is_dir():
+            there = sorted(path.name for path in self.folder.parent.glob("*") if path.is_dir())
+            listed = ", ".join(there) or "none"
+            raise InputError(
+                f"no experiment {self.experiment!r}: expected the folder {self.folder}; there are: {listed}"
+            )
+
     def own(self, path: Path) -> Path:
         """Return a path below the experiment's folder, or raise `StorageError` where a link on the way leads out of
         it. The folder itself, `experiments/` and the root may be links, to another disk for example."""

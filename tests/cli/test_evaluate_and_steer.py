@@ -183,9 +183,15 @@ def test_traits_check_of_the_shipped_examples_finds_no_topic_leak_where_prompts_
         (("traits", "list", "--experiment", "exp"), "has no trait vectors"),
         (("traits", "check", "--traits", "x/y"), "no examples for trait 'x/y'"),
         (("evaluate", "--experiment", "exp", "--traits", "x/y"), "no vectors for trait 'x/y'"),
+        (("evaluate", "--experiment", "nix"), "no experiment 'nix': expected the folder"),
+        (("steer", "--experiment", "nix"), "there are: exp"),
+        (("traits", "list", "--experiment", "nix"), "there are: exp"),
+        (("capture", "--experiment", "file", "--prompt", "hi"), "file: expected a folder, a file is there"),
     ],
 )
 def test_wrong_usage(tlcapture: Run, data: Path, words: tuple[str, ...], said: str) -> None:
+    (data / "experiments" / "exp").mkdir(parents=True)
+    (data / "experiments" / "file").touch()
     result = tlcapture(*words)
     assert result.exit_code == 2
     assert said in result.stderr

@@ -64,6 +64,7 @@ def list_(experiment: str, component: str, root: Path) -> None:
     from tlcapture.traits.vector_files import VectorFiles
 
     layout = Layout(root, experiment)
+    layout.check_exists()
     if not layout.traits():
         raise InputError(f"experiment {experiment!r} has no trait vectors: run 'tlcapture extract' first")
     click.echo(f"{'trait':<26}{'method':<11}{'layer':>5}  {'by':<12}{'score':>9}   runner-up")

@@ -58,8 +58,7 @@ def view(
     if (export or png) and port is not None:
         raise click.UsageError("--port goes with serving, not with --export or --png")
     layout = Layout(root, experiment)
-    if not layout.folder.is_dir():
-        raise InputError(f"no experiment {experiment!r}: expected the folder {layout.folder}")
+    layout.check_exists()
     captured = layout.prompt_sets()
     chosen = prompt_set or tuple(captured)
     for name in chosen:

@@ -119,6 +119,9 @@ def _check(layout: Layout, options: CaptureOptions) -> None:
         raise InputError("--replay keeps raw residuals as they are: --layers and --points need a capture of their own")
     if options.projections_only:
         _check_projections_only(layout, options)
+    for folder in (layout.folder.parent, layout.folder):
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder}: expected a folder, a file is there")
     if layout.folder.exists() and not os.access(layout.folder, os.W_OK):
         raise StorageError(f"{layout.folder}: cannot be written to")
     if options.project:

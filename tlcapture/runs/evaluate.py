@@ -55,6 +55,7 @@ def run_evaluate(
     Raises:
         InputError: the experiment has no vectors, or not of a trait asked for; nothing was written.
     """
+    layout.check_exists()
     there = layout.traits()
     for trait in options.traits:
         if trait not in there:

@@ -49,8 +49,7 @@ def run_project(
     Raises:
         InputError: there is no such experiment, prompt set, capture or vector; nothing was written.
     """
-    if not layout.folder.is_dir():
-        raise InputError(f"no experiment {layout.experiment!r}: expected the folder {layout.folder}")
+    layout.check_exists()
     of_set = layout.prompt_ids if options.dynamics_only else layout.captured
     ids = {name: _there(layout, name, of_set(name)) for name in prompt_sets}
     if options.shard is not None:

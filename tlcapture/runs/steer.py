@@ -62,6 +62,7 @@ def run_steer(
     Raises:
         InputError: a trait has no vectors or no steering questions; nothing was written.
     """
+    layout.check_exists()
     there = layout.traits()
     for trait in options.traits:
         if trait not in there:
