@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from tlcapture.errors import StorageError, TlcaptureError
-from tlcapture.kept import POINTS, Kept
+from tlcapture.kept import POINTS, Kept, point_index
 from tlcapture.names import is_safe_name
 from tlcapture.tensors import described, is_plain
 from tlcapture.validation import FileContent, Layer, checked
@@ -82,6 +82,7 @@ class PartContent(FileContent):
             before = self.activations.get(layer - 1, {}).get("residual_out")
             if before is not None and "residual_in" in points and not _is_same(by_point["residual_in"], before):
                 raise ValueError(f"residual_in of layer {layer} is not residual_out of layer {layer - 1}")
+        self._check_memory()
         return self
 
     @property
@@ -101,6 +102,17 @@ class PartContent(FileContent):
             raise ValueError(f"{name}: activations of {len(tensor)} tokens, but there are {len(self.tokens)} tokens")
         if tensor.shape != first.shape or tensor.dtype != first.dtype:
             raise ValueError(f"{name}: {described(tensor)}, but others are {described(first)}")
+
+    def _check_memory(self) -> None:
+        """No more activations than are stored: one tensor as thousands of layers would fill memory when it is read."""
+        tensors = {
+            (point_index(layer, point) if point in POINTS else (layer, point)): tensor
+            for layer, by_point in self.activations.items()
+            for point, tensor in by_point.items()
+        }.values()
+        stored = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        if sum(tensor.nbytes for tensor in tensors) > sum(stored.values()):
+            raise ValueError("activations: more than what is stored of them: several are the same memory")
 
 
 class CaptureContent(FileContent):

@@ -178,8 +178,7 @@ class Contents:
 
     def _layout(self, experiment: str) -> Layout:
         layout = Layout(self.root, experiment)
-        if not layout.folder.is_dir():
-            raise InputError(f"no experiment {experiment!r} in {self.root / 'experiments'}")
+        layout.check_exists()
         return layout
 
     def _entries(self, experiment: str, prompt_set: str, prompt_id: str, kind: str) -> TokenEntries:
