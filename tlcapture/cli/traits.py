@@ -80,8 +80,8 @@ def list_(experiment: str, component: str, root: Path) -> None:
         n_layers = int(metadata.get("num_layers") or 1 + max(map(max, available.values())))
         found = select(folder, component, n_layers)
         score = "-" if found.score is None else f"{found.score:.3f}"
-        rivals = [each for each in ranked(folder, component, available) if each.layer != found.layer][:1]
-        rival = f"{rivals[0].method} at layer {rivals[0].layer}, {rivals[0].score:.3f}" if rivals else "-"
-        click.echo(f"{trait!s:<26}{found.method:<11}{found.layer:>5}  {found.selected_by:<12}{score:>9}   {rival}")
+        rival = next((each for each in ranked(folder, component, available) if each.layer != found.layer), None)
+        second = "-" if rival is None else f"{rival.method} at layer {rival.layer}, {rival.score:.3f}"
+        click.echo(f"{trait!s:<26}{found.method:<11}{found.layer:>5}  {found.selected_by:<12}{score:>9}   {second}")
     for origin, names in origins.items():
         click.echo(f"{'all' if len(origins) == 1 else ', '.join(names)}: {origin}")

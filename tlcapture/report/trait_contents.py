@@ -40,8 +40,8 @@ def _component_vectors(files: VectorFiles, component: str) -> dict[str, Any] | N
     found: dict[str, Any] = {"available": available, "n_layers": n_layers, "metadata": metadata}
     try:
         chosen = select(files, component, n_layers)
-        rivals = [each for each in ranked(files, component, available) if each.layer != chosen.layer]
-        found |= {"selected": _selection(chosen), "runner_up": _selection(rivals[0]) if rivals else None}
+        rival = next((each for each in ranked(files, component, available) if each.layer != chosen.layer), None)
+        found |= {"selected": _selection(chosen), "runner_up": _selection(rival) if rival else None}
     except TlcaptureError as error:
         found |= {"selected": None, "problem": str(error)}
     return found

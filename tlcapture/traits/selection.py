@@ -8,7 +8,7 @@ is only that of the vector it was measured on: one that was made anew since has 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
 from os.path import lexists
@@ -62,15 +62,15 @@ def select(
         )
     if not isinstance(layer, str):
         layer = index(layer)  # a NumPy integer counts too
-        best = ranked(folder, component, available) if method is None else []
+        best = next(ranked(folder, component, available), None) if method is None else None
         return Selection(layer, _method_at(folder, component, available, layer, best), "override")
     if layer not in ("auto", "default"):
         raise InputError(f"layer {layer!r} is neither a number nor 'auto'")
     notes = []
     if layer == "auto":
-        candidates = ranked(folder, component, available)
-        if candidates:
-            return candidates[0]
+        best = next(ranked(folder, component, available), None)
+        if best is not None:
+            return best
         if _has_earlier_scores(folder, component):
             notes.append("its scores are of earlier vectors: run 'tlcapture evaluate' again")
     return _fallback(available, n_layers, notes)
@@ -97,19 +97,34 @@ def effect_sizes(folder: VectorFiles, component: str) -> dict[tuple[str, int], f
     }
 
 
-def ranked(folder: VectorFiles, component: str, available: Mapping[str, list[int]]) -> list[Selection]:
-    """All candidates that have a score, best first: coherent steering runs, or else effect sizes."""
+def ranked(folder: VectorFiles, component: str, available: Mapping[str, list[int]]) -> Iterator[Selection]:
+    """All candidates that have a score, best first: coherent steering runs, or else effect sizes. Whether a score is
+    of the vector that is there now is looked at when its turn comes."""
     steered = [
-        Selection(run.layer, run.method, "steering", run.delta)
-        for run in steering_runs(folder)
+        (Selection(run.layer, run.method, "steering", run.delta), run)
+        for run in _all_steering_runs(folder)
         if run.component == component and run.layer in available.get(run.method, ()) and run.coherence_mean >= COHERENT
     ]
+    best = next(in_order := _current(folder, component, steered), None)
+    if best is not None:
+        yield best
+        yield from in_order
+        return
+    rows = {(row.method, row.layer): row for row in _all_rows(folder, component) if row.val_effect_size is not None}
     measured = [
-        Selection(layer, method, "effect_size", size)
-        for (method, layer), size in effect_sizes(folder, component).items()
+        (Selection(layer, method, "effect_size", row.val_effect_size), row)
+        for (method, layer), row in rows.items()
         if layer in available.get(method, ())
     ]
-    return sorted(steered or measured, key=_score, reverse=True)
+    yield from _current(folder, component, measured)
+
+
+def _current(
+    folder: VectorFiles, component: str, scored: Iterable[tuple[Selection, SteeringRun | EvaluationRow]]
+) -> Iterator[Selection]:
+    for selection, score in sorted(scored, key=lambda pair: _score(pair[0]), reverse=True):
+        if _is_current(folder, score, component):
+            yield selection
 
 
 def _all_steering_runs(folder: VectorFiles) -> list[SteeringRun]:
@@ -152,10 +167,10 @@ def _fallback(available: Mapping[str, list[int]], n_layers: int, notes: Sequence
 
 
 def _method_at(
-    folder: VectorFiles, component: str, available: Mapping[str, list[int]], layer: int, best: Sequence[Selection]
+    folder: VectorFiles, component: str, available: Mapping[str, list[int]], layer: int, best: Selection | None
 ) -> str:
     """The method that would be selected, if it has the layer, or the first in the order of preference that has."""
-    preferred = [best[0].method] if best else []
+    preferred = [] if best is None else [best.method]
     for method in [*preferred, *available]:
         if layer in available[method]:
             return method
