@@ -51,19 +51,24 @@ def test_a_signal_stops_the_run_between_files(
     )
 
 
-def test_a_second_signal_stops_at_once(start: Start, fresh: Path) -> None:
+def test_a_second_signal_stops_at_once(start: Start, fresh: Path, tmp_path: Path) -> None:
     raw = fresh / "experiments" / "exp" / "inference" / "raw" / "residual" / "short"
 
     def never_stop_at_checks() -> None:
         from tlcapture.cli.stopping import StopSignals
 
-        # Where it would stop, it waits for the second signal.
-        StopSignals.check = lambda self: time.sleep(60 if self._asked else 0)  # type: ignore[method-assign]
+        def wait(self: StopSignals) -> None:
+            if self._asked is not None:  # where it would stop, it waits for the second signal
+                (tmp_path / "waits").touch()
+                time.sleep(60)
+
+        StopSignals.check = wait  # type: ignore[method-assign]
 
     stopped = start("--max-new-tokens", 150, before=never_stop_at_checks)
     stopped.wait_for((raw / "2.pt").exists)
     stopped.tell(signal.SIGINT)
-    stopped.wait_for(lambda: "once more stops at once" in stopped.stderr)
+    stopped.wait_for((tmp_path / "waits").exists)
+    assert "once more stops at once" in stopped.stderr
     stopped.tell(signal.SIGINT)
     ended = stopped.end()
     assert ended.code == 130, ended
