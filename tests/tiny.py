@@ -168,6 +168,25 @@ ALIBI: dict[str, Any] = {
     "falcon_alibi": lambda: transformers.FalconConfig(**_SMALL, alibi=True, bos_token_id=0, eos_token_id=1),
 }
 
+# Whose text model is one part beside others; transformers loads them by the same class as models of text alone.
+MULTIMODAL: dict[str, Any] = {
+    "gemma3_multimodal": lambda: transformers.Gemma3Config(
+        text_config=CONFIGS["gemma3"]().to_dict(),
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        mm_tokens_per_image=4,
+        image_token_index=10,
+        boi_token_index=11,
+        eoi_token_index=12,
+    ),
+}
+
 
 @cache
 def hf_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -179,7 +198,7 @@ def hf_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
     torch.manual_seed(sum(map(ord, name)))
     model = transformers.AutoModelForCausalLM.from_config(
-        (CONFIGS | BRIDGE_ONLY | ALIBI)[name](), attn_implementation="eager"
+        (CONFIGS | BRIDGE_ONLY | ALIBI | MULTIMODAL)[name](), attn_implementation="eager"
     )
     with torch.no_grad():
         for parameter in model.parameters():

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tlcapture.checkpoints import fingerprint
 from tlcapture.engines.base import OWN_MARK, Model, Step
+from tlcapture.engines.booting import ProcessRefusedError, text_only
 from tlcapture.engines.tokenizers import for_transformer_lens, without_filled_in_bos
 from tlcapture.errors import ModelError
 from tlcapture.hooked_config import architecture_of
@@ -141,18 +142,19 @@ def bridge_model(model: Any, tokenizer: Any, *, name: str, mark: str, device: st
     if not is_spread:
         model.to(device)
     try:
-        tl = TransformerBridge.boot_transformers(
-            name,
-            hf_model=model,
-            tokenizer=for_transformer_lens(tokenizer, name),
-            device=None if is_spread else device,
-            dtype=model.dtype,
-        )
+        with text_only():
+            tl = TransformerBridge.boot_transformers(
+                name,
+                hf_model=model,
+                tokenizer=for_transformer_lens(tokenizer, name),
+                device=None if is_spread else device,
+                dtype=model.dtype,
+            )
         bridge = BridgeModel(tl, tokenizer, model.config, model.generation_config, name, mark)
         bridge.check()
     except (ModelError, torch.OutOfMemoryError):
         raise
-    except (ValueError, NotImplementedError, AttributeError, RuntimeError) as error:
+    except (ValueError, NotImplementedError, AttributeError, RuntimeError, ProcessRefusedError) as error:
         reason = f"TransformerBridge does not run {architecture_of(model.config)}: {_first_line(error)}"
         raise ModelError(f"{name}: {reason}") from None
     return bridge
