@@ -503,11 +503,13 @@ def test_out_of_memory_in_replay_fails_its_prompt_alone(
     assert names(analysis) == ["1_attention.json", "3_attention.json"]
 
 
-def test_a_damaged_capture_is_made_again(capture: Run, raw: Path) -> None:
+def test_a_damaged_capture_is_made_again_where_it_may_be(capture: Run, raw: Path) -> None:
     capture()
     expected = tokens_of(raw)
     (raw / "2.pt").write_bytes((raw / "2.pt").read_bytes()[:500])
-    assert capture("--skip-existing").exit_code == 0
+    assert capture("--skip-existing").exit_code == 1
+    assert (raw / "2.pt").stat().st_size == 500
+    assert capture("--skip-existing", "--overwrite").exit_code == 0
     assert tokens_of(raw) == expected
 
 

@@ -62,6 +62,7 @@ from tlcapture.cli.work import working
     "--temperature", type=click.FloatRange(min=0), default=0.7, show_default=True, help="Of sampling; 0 is greedy."
 )
 @click.option("--skip-existing", is_flag=True, help="Make only what is missing.")
+@click.option("--overwrite", is_flag=True, help="Replace raw files that cannot be read, and what was made from them.")
 @click.option("--dry-run", is_flag=True, help="Only say how many prompts, files and bytes it would be.")
 @click.option("--limit", type=click.IntRange(1, 2**31 - 1), metavar="N", help="Only the first prompts of each set.")
 @shard_option

@@ -62,8 +62,6 @@ def run_capture(
     if layout.folder.exists():
         sweep_temporaries(layout.folder)
     for plan in plans:
-        for what, reason in plan.refused:
-            report.failed(what, reason)
         if plan.otherwise:
             report.warn(_otherwise(plan), reporter)
     busy = {plan.prompt_set.name for plan in plans if plan.does_something or (plan.saved and options.project)}
@@ -74,6 +72,8 @@ def run_capture(
         waited = [stack.enter_context(lock) for lock in locks]
         if any(waited):
             plans = planner.plans(prompt_sets)
+        for what, reason in (each for plan in plans for each in plan.failing):
+            report.failed(what, reason)
         tasks = [plan for plan in plans if plan.prompt_set.name in busy]
         executor.run(
             Work(
@@ -117,6 +117,8 @@ def _check(layout: Layout, options: CaptureOptions) -> None:
         raise InputError("--replay keeps raw residuals as they are: attention outputs need a capture of their own")
     if options.replay and (options.layers or options.points):
         raise InputError("--replay keeps raw residuals as they are: --layers and --points need a capture of their own")
+    if options.replay and options.overwrite:
+        raise InputError("--replay keeps raw residuals as they are: --overwrite needs a capture of their own")
     if options.projections_only:
         _check_projections_only(layout, options)
     for folder in (layout.folder.parent, layout.folder):

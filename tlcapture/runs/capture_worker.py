@@ -20,7 +20,7 @@ from tlcapture.layout import Layout
 from tlcapture.memory import is_out_of_memory, release_memory
 from tlcapture.models import Model
 from tlcapture.runs.background import BackgroundWriter
-from tlcapture.runs.outputs import Outputs, add_ons, capture_of, remove_stale, write_capture
+from tlcapture.runs.outputs import Outputs, add_ons, capture_of, remove_stale, saved_capture, write_capture
 from tlcapture.runs.planning import CaptureOptions, Plan
 from tlcapture.runs.projected import ProjectedCapture
 from tlcapture.runs.report import RunReport
@@ -117,6 +117,10 @@ class CaptureWorker:
 
     def _write(self, name: str, generation: Generation, wanted: Outputs, writer: BackgroundWriter) -> None:
         options = self.options
+        # Another tool may have put a file there since the run was planned.
+        saved_capture(
+            self.layout.residual(generation.prompt.prompt_set, generation.prompt.id), overwrite=options.overwrite
+        )
         capture = capture_of(
             generation,
             self.model,

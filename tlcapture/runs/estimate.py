@@ -19,6 +19,7 @@ from tlcapture.layout import Layout
 from tlcapture.measures import Measures
 from tlcapture.runs.outputs import Outputs
 from tlcapture.runs.planning import CaptureOptions, Plan
+from tlcapture.runs.report import Failed
 from tlcapture.runs.vectors import traits_to_project
 from tlcapture.sizes import format_bytes
 from tlcapture.traits.vector_files import VectorFiles
@@ -38,12 +39,13 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "auto": 2}
 
 @dataclass
 class Estimate:
-    """Prompts, files and bytes, by kind of file."""
+    """Prompts, files and bytes, by kind of file; `failures` are prompts that would fail, and why."""
 
     n_prompts: int = 0
     n_completed: int = 0
     by_kind: dict[str, tuple[int, int]] = field(default_factory=dict)
     replaces: list[Path] = field(default_factory=list)
+    failures: list[Failed] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -54,6 +56,7 @@ class Estimate:
         n_vectors = n_projections(layout, options)
         for plan in plans:
             name = plan.prompt_set.name
+            found.failures += [Failed(*each) for each in plan.failing]
             for prompt in plan.company:
                 if prompt.id in plan.fresh:
                     n_tokens = len(prompt.token_ids) + options.max_new_tokens
@@ -87,6 +90,8 @@ class Estimate:
         for kind, (count, size) in {**self.by_kind, "in all": (self.n_files, self.n_bytes)}.items():
             yield f"{kind:<16}{count:>8} files{format_bytes(size):>12}"
         yield f"free on the device: {format_bytes(n_free)}"
+        for failed in self.failures:
+            yield f"would fail: {failed}"
 
     def to_json(self) -> dict[str, Any]:
         kinds = {kind: {"files": count, "bytes": size} for kind, (count, size) in self.by_kind.items()}
@@ -96,6 +101,7 @@ class Estimate:
             "files": self.n_files,
             "bytes": self.n_bytes,
             "kinds": kinds,
+            "failures": [failed._asdict() for failed in self.failures],
         }
 
     def _add(self, sizes: Iterator[tuple[str, float]]) -> None:

@@ -28,6 +28,9 @@ from tlcapture.views.internals import internals_hooks, internals_view
 from tlcapture.views.logit_lens import logit_lens_hooks, logit_lens_view
 from tlcapture.views.residual import residual_hooks, residual_view
 
+# What to do about a file in the place of a capture that is none, or none that can be read.
+REPLACE = "use --overwrite to replace it and what was made from it"
+
 
 @dataclass(frozen=True)
 class Outputs:
@@ -172,13 +175,16 @@ def write_capture(
 
 
 def remove_stale(layout: Layout, capture: Capture) -> Sequence[Path]:
-    """Remove what was derived from another run of a prompt whose capture is not written but projected."""
+    """Remove what was derived from another run of a prompt whose capture is not written but projected, and a raw
+    file there that cannot be read."""
+    raw = layout.residual(capture.prompt_set, capture.prompt_id)
+    unreadable = [raw] if raw.is_file() and saved_capture(raw, overwrite=True) is None else []
     before = ProjectedCapture.find(layout, capture.prompt_set, capture.prompt_id)
-    if before is not None and before.is_like(capture):
+    if not unreadable and before is not None and before.is_like(capture):
         return ()
-    derived = derived_files(layout, capture.prompt_set, capture.prompt_id)
-    remove(derived)
-    return derived
+    stale = [*derived_files(layout, capture.prompt_set, capture.prompt_id), *unreadable]
+    remove(stale)
+    return stale
 
 
 def add_ons(
@@ -252,3 +258,21 @@ def derived_files(layout: Layout, prompt_set: str, prompt_id: str) -> list[Path]
     files = [layout.attention(prompt_set, prompt_id), layout.logit_lens(prompt_set, prompt_id)]
     files += layout.all_internals(prompt_set, prompt_id) + layout.all_projections(prompt_set, prompt_id)
     return [path for path in files if path.is_file()]
+
+
+def saved_capture(raw: Path, *, overwrite: bool, advice: str = REPLACE) -> Capture | None:
+    """The capture in a prompt's place; `None` where there is none, or with `overwrite` what cannot be read as one.
+
+    Raises:
+        StorageError: what is there is not to be replaced, since it cannot be told whose it is.
+    """
+    if not raw.is_file():
+        if raw.exists():
+            raise StorageError(f"{raw}: expected a file, {'a folder' if raw.is_dir() else 'no file'} is there: move it")
+        return None
+    try:
+        return Capture.open(raw)
+    except StorageError as error:
+        if overwrite:
+            return None
+        raise StorageError(f"{error}: {advice}") from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from tlcapture.captures import Capture
@@ -18,7 +19,7 @@ from tlcapture.generation import Sampling
 from tlcapture.kept import Kept
 from tlcapture.layout import Layout
 from tlcapture.prompts import Prompt, PromptSet
-from tlcapture.runs.outputs import Outputs
+from tlcapture.runs.outputs import REPLACE, Outputs, saved_capture
 from tlcapture.runs.projected import ProjectedCapture
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.reporter import Reporter
@@ -35,6 +36,7 @@ class CaptureOptions:
 
     `layers` and `points` are those of the residual stream that are kept; all where none is named. `shard` is
     taken of the prompts that `limit` leaves. `projections_only` writes projections, and no raw residual.
+    `overwrite` allows that files in the place of captures are replaced that cannot be read.
     """
 
     attention: bool = False
@@ -47,6 +49,7 @@ class CaptureOptions:
     projections_only: bool = False
     replay: bool = False
     skip_existing: bool = False
+    overwrite: bool = False
     vectors: VectorChoice = VectorChoice(layer="default")
     max_new_tokens: int = 50
     sampling: Sampling = Sampling()
@@ -101,6 +104,7 @@ class Plan:
         fresh: ids of prompts to generate from.
         saved: ids of prompts that have a capture, and what they lack.
         refused: prompts that cannot be run, and why.
+        barred: prompts that are left alone since what is in the place of their capture cannot be read, and why.
         otherwise: prompts that are there, with responses of another sampling than is asked for now.
     """
 
@@ -109,7 +113,13 @@ class Plan:
     fresh: frozenset[str]
     saved: Mapping[str, Outputs]
     refused: Sequence[tuple[str, str]]
+    barred: Sequence[tuple[str, str]] = ()
     otherwise: Sequence[str] = ()
+
+    @property
+    def failing(self) -> Sequence[tuple[str, str]]:
+        """All prompts that fail before anything is done, and why."""
+        return [*self.refused, *self.barred]
 
     @property
     def does_something(self) -> bool:
@@ -124,13 +134,13 @@ class Plan:
         """The same in plans of at most so many prompts, each of which is a batch of like lengths."""
         ordered = sorted(self.company, key=lambda prompt: len(prompt.token_ids), reverse=True)
         parts = [
-            replace(self, company=batch, fresh=fresh, saved={}, refused=())
+            replace(self, company=batch, fresh=fresh, saved={}, refused=(), barred=())
             for batch in _pieces(ordered, most)
             if (fresh := self.fresh & {prompt.id for prompt in batch})
         ]
         saved = list(self.saved.items())
         return parts + [
-            replace(self, company=(), fresh=frozenset(), saved=dict(piece), refused=())
+            replace(self, company=(), fresh=frozenset(), saved=dict(piece), refused=(), barred=())
             for piece in _pieces(saved, most)
         ]
 
@@ -167,7 +177,8 @@ class Planner:
         """
         plans = [self.plan(prompt_set) for prompt_set in prompt_sets]
         refused = [reason for plan in plans for _, reason in plan.refused]
-        if refused and not self._options.replay and not any(plan.fresh or plan.saved for plan in plans):
+        goes_on = any(plan.fresh or plan.saved or plan.barred for plan in plans)
+        if refused and not self._options.replay and not goes_on:
             raise InputError(refused[0])
         return plans
 
@@ -177,10 +188,18 @@ class Planner:
             prompts = list(self._options.shard.of(prompts))
         saved: dict[str, Outputs] = {}
         refused: list[tuple[str, str]] = []
+        barred: list[tuple[str, str]] = []
         fresh: set[str] = set()
         self._otherwise = []
+        advice = "capture it again with --overwrite" if self._options.replay else REPLACE
         for prompt in prompts:
-            name, wanted = f"{prompt_set.name}/{prompt.id}", self._lacking(prompt_set, prompt)
+            name, raw = f"{prompt_set.name}/{prompt.id}", self._layout.residual(prompt_set.name, prompt.id)
+            try:
+                there = saved_capture(raw, overwrite=self._options.overwrite, advice=advice)
+            except StorageError as error:
+                barred.append((name, str(error)))
+                continue
+            wanted = self._lacking(prompt_set, prompt, raw, there)
             if isinstance(wanted, str):
                 refused.append((name, wanted))
             elif wanted.residual:
@@ -195,21 +214,16 @@ class Planner:
                 if prompt.id in fresh:
                     fresh.remove(prompt.id)
                     refused.append((f"{prompt_set.name}/{prompt.id}", str(error)))
-        return Plan(prompt_set, company, frozenset(fresh), saved, refused, self._otherwise)
+        return Plan(prompt_set, company, frozenset(fresh), saved, refused, barred, self._otherwise)
 
-    def _lacking(self, prompt_set: PromptSet, prompt: Prompt) -> Outputs | str:
-        """What to make of a prompt, or why nothing can be made of it."""
+    def _lacking(self, prompt_set: PromptSet, prompt: Prompt, raw: Path, saved: Capture | None) -> Outputs | str:
+        """What to make of a prompt with what is saved of it, or why nothing can be made of it."""
         options, layout = self._options, self._layout
-        raw = layout.residual(prompt_set.name, prompt.id)
-        if options.replay and not raw.is_file():
+        if options.replay and saved is None:
             return f"--replay needs a saved capture, there is none at {raw}"
         if options.projections_only:
-            return self._lacking_projections(prompt_set, prompt)
-        if not raw.is_file() or not (options.skip_existing or options.replay):
-            return options.outputs(self._model().n_layers)
-        try:
-            saved = Capture.open(raw)
-        except StorageError:
+            return self._lacking_projections(prompt_set, prompt, raw, saved)
+        if saved is None or not (options.skip_existing or options.replay):
             return options.outputs(self._model().n_layers)
         wanted = options.outputs(saved.n_layers)
         if not options.skip_existing:
@@ -223,12 +237,14 @@ class Planner:
             self._note_sampling(saved)
         return lacking
 
-    def _lacking_projections(self, prompt_set: PromptSet, prompt: Prompt) -> Outputs | str:
+    def _lacking_projections(
+        self, prompt_set: PromptSet, prompt: Prompt, raw: Path, saved: Capture | None
+    ) -> Outputs | str:
         """The same where only projections are to be kept."""
         options, layout, names = self._options, self._layout, (prompt_set.name, prompt.id)
-        raw = layout.residual(*names)
-        if not raw.is_file():
-            found = ProjectedCapture.find(layout, *names) if options.skip_existing else None
+        if saved is None:
+            is_free = not raw.is_file()  # a file that cannot be read goes, and what is beside it
+            found = ProjectedCapture.find(layout, *names) if options.skip_existing and is_free else None
             wanted = options.outputs(self._model().n_layers if found is None else found.n_layers)
             is_done = (
                 found is not None
@@ -240,13 +256,8 @@ class Planner:
             if found is not None and is_done:
                 self._note_sampling(found)
             return wanted.lacking(layout, *names) if is_done else wanted
-        if options.skip_existing:
-            try:
-                saved = Capture.open(raw)
-            except StorageError as error:
-                return str(error)
-            if self._is_whole_and_of(saved, prompt_set, prompt):
-                return replace(options.outputs(saved.n_layers).missing(layout, *names), residual=False)
+        if options.skip_existing and self._is_whole_and_of(saved, prompt_set, prompt):
+            return replace(options.outputs(saved.n_layers).missing(layout, *names), residual=False)
         return (
             f"--projections-only would leave projections of one run beside the raw capture of another, {raw}: remove "
             "that, or run 'tlcapture project'"

@@ -1,0 +1,202 @@
+"""A file that cannot be read in the place of a capture: left alone with all made from it, unless `--overwrite`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import Result
+
+from tests.input import captures
+from tlcapture.captures import Capture
+
+Run = Callable[..., Result]
+
+FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "of another tool": (
+        lambda path: torch.save({"activations": torch.ones(3, 4), "text": "mine"}, path),
+        "raw residual file",
+    ),
+    "of another version": (
+        lambda path: torch.save({**captures.content(), "format_version": 99}, path),
+        "format version 99, this tlcapture reads 1",
+    ),
+    "truncated": (
+        lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3]),
+        "cannot be read as a tensor file",
+    ),
+    "no archive": (lambda path: path.write_text("notes of somebody\n"), "cannot be read as a tensor file"),
+    "empty": (lambda path: path.write_bytes(b""), "cannot be read as a tensor file"),
+}
+VIEWS = ("--attention", "--logit-lens", "--layer-internals", 1)
+
+
+def files_of(data: Path, prompt_id: str = "2") -> dict[Path, tuple[bytes, int]]:
+    """All files of a prompt, marks included, with their content and when it was written."""
+    folder = data / "experiments" / "exp"
+    return {
+        path: (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.parent.name == "short" and path.name.lstrip(".")[:1] == prompt_id
+    }
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the experiment lies that all tests start from, once it is made."""
+    return tmp_path_factory.mktemp("made") / "experiments"
+
+
+@pytest.fixture
+def captured(made: Path, capture: Run, extract: Run, data: Path) -> None:
+    """Three prompts with everything made of them."""
+    if made.exists():
+        shutil.copytree(made, data / "experiments")
+        return
+    assert extract().exit_code == 0
+    assert capture(*VIEWS).exit_code == 0
+    shutil.copytree(data / "experiments", made)
+
+
+@pytest.fixture
+def spoilt(request: pytest.FixtureRequest, captured: None, raw: Path) -> str:
+    """A file in the place of the second prompt's capture; what is said of it."""
+    spoil, said = FILES[getattr(request, "param", "truncated")]
+    spoil(raw / "2.pt")
+    return said
+
+
+each_file = pytest.mark.parametrize("spoilt", list(FILES), indirect=True)
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "words"),
+    [
+        *((name, words) for name in FILES for words in ((), ("--skip-existing",))),
+        ("of another tool", ("--skip-existing", "--no-project")),
+        ("of another tool", ("--projections-only",)),
+        ("truncated", ("--projections-only", "--skip-existing")),
+    ],
+    indirect=["spoilt"],
+)
+def test_its_prompt_fails_by_name_and_nothing_of_it_is_touched(
+    spoilt: str, words: tuple[str, ...], capture: Run, data: Path, raw: Path
+) -> None:
+    before, others = files_of(data), [files_of(data, number) for number in "13"]
+    assert len(before) == 6  # raw, two projections, attention, logit lens, internals
+    views = () if "--projections-only" in words else VIEWS
+    result = capture(*words, *views)
+    (line,) = (line for line in result.stderr.splitlines() if "2.pt" in line)
+    assert line.startswith(f"failed: short/2: {raw / '2.pt'}: ")
+    assert spoilt in line
+    assert line.endswith(": use --overwrite to replace it and what was made from it")
+    assert result.exit_code == 1
+    assert files_of(data) == before
+    if not words:  # the other prompts were captured anew
+        assert all(files_of(data, number) != other for number, other in zip("13", others, strict=True))
+
+
+@each_file
+@pytest.mark.parametrize("skipping", [("--skip-existing",), ()], ids=["skip-existing", "plain"])
+def test_with_overwrite_it_is_replaced_and_what_was_made_from_it(
+    skipping: tuple[str, ...], spoilt: str, capture: Run, data: Path, raw: Path
+) -> None:
+    before, others = files_of(data), [files_of(data, number) for number in "13"]
+    result = capture(*skipping, "--overwrite", "--attention")
+    assert result.exit_code == 0, result.output
+    assert Capture.open(raw / "2.pt").metadata["prompt_text"] == "what?"
+    after = files_of(data)
+    gone = {path.name for path in before.keys() - after.keys()}
+    assert gone == {"2_logit_lens.json", "2_L1.pt"}  # not asked for, and made from what is no longer there
+    assert all(after[path] != before[path] for path in after)
+    if skipping:
+        assert [files_of(data, number) for number in "13"] == others
+        assert "wrote 4 files" in result.output
+    again = capture("--skip-existing", "--attention")
+    assert again.exit_code == 0
+    assert "3 prompts skipped: nothing was missing" in again.output
+
+
+def test_a_dry_run_says_which_prompts_would_fail(spoilt: str, capture: Run, data: Path, raw: Path) -> None:
+    before = files_of(data)
+    for words, n_prompts in (((), 2), (("--skip-existing",), 0)):
+        lines = capture("--dry-run", *words).stdout.splitlines()
+        assert lines[0].startswith(f"{n_prompts} prompts to capture")
+        (line,) = (line for line in lines if line.startswith("would fail"))
+        assert line.startswith(f"would fail: short/2: {raw / '2.pt'}: ")
+        assert spoilt in line
+        (failure,) = json.loads(capture("--dry-run", "--json", *words).stdout)["estimate"]["failures"]
+        assert line == f"would fail: {failure['what']}: {failure['reason']}"
+    text = capture("--dry-run", "--skip-existing", "--overwrite").stdout
+    assert text.startswith("1 prompts to capture")
+    assert "would fail" not in text
+    assert files_of(data) == before
+
+
+def test_where_all_prompts_are_like_that_each_is_named_and_the_model_is_not_loaded(capture: Run, raw: Path) -> None:
+    raw.mkdir(parents=True)
+    for number in "123":
+        (raw / f"{number}.pt").write_text("mine")
+    result = capture()
+    assert result.exit_code == 1
+    assert [line.partition(": /")[0] for line in result.stderr.splitlines() if line.startswith("failed")] == [
+        f"failed: short/{number}" for number in "123"
+    ]
+    assert "loading" not in result.output
+    assert all((raw / f"{number}.pt").read_text() == "mine" for number in "123")
+
+
+def test_replay_says_that_a_capture_has_to_be_made_again(spoilt: str, capture: Run, data: Path) -> None:
+    before = files_of(data)
+    result = capture("--replay", "--attention")
+    assert result.exit_code == 1
+    assert spoilt in result.stderr
+    assert ": capture it again with --overwrite" in result.stderr
+    assert files_of(data) == before
+    refused = capture("--replay", "--overwrite")
+    assert refused.exit_code == 2
+    assert "--replay keeps raw residuals as they are: --overwrite needs a capture of their own" in refused.output
+
+
+def test_projections_only_replaces_it_by_projections(spoilt: str, capture: Run, data: Path, raw: Path) -> None:
+    for number in "13":
+        (raw / f"{number}.pt").unlink()
+    result = capture("--projections-only", "--skip-existing", "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert not list(raw.iterdir())
+    assert {path.suffix for path in files_of(data)} == {".json"}
+    assert len(files_of(data)) == 2
+    assert "3 prompts skipped" in capture("--projections-only", "--skip-existing").output
+
+
+def test_a_folder_in_its_place_is_no_matter_of_overwrite(capture: Run, raw: Path) -> None:
+    (raw / "2.pt").mkdir(parents=True)
+    for words in ((), ("--skip-existing", "--overwrite")):
+        result = capture(*words)
+        assert result.exit_code == 1
+        assert f"failed: short/2: {raw / '2.pt'}: expected a file, a folder is there: move it" in result.stderr
+        assert not (raw / ".2.unfinished").exists()
+
+
+def test_a_file_that_comes_while_the_run_goes_is_left_alone(
+    capture: Run, raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tlcapture.runs import capture_worker
+
+    original = capture_worker.generate
+
+    def generate(*args: object, **options: object) -> object:
+        raw.mkdir(parents=True)
+        (raw / "2.pt").write_text("mine")
+        return original(*args, **options)
+
+    monkeypatch.setattr(capture_worker, "generate", generate)
+    result = capture()
+    assert result.exit_code == 1
+    assert "failed: short/2: " in result.stderr
+    assert (raw / "2.pt").read_text() == "mine"
+    assert sorted(path.name for path in raw.iterdir()) == ["1.pt", "2.pt", "3.pt"]
