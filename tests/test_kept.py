@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tlcapture.errors import InputError, StorageError
-from tlcapture.kept import POINTS, Kept, listed
+from tlcapture.text import listed
+from tlcapture.views.hooks import POINTS
+from tlcapture.views.kept import Kept
 
 N_LAYERS = 5
 layers = st.sets(st.integers(0, N_LAYERS - 1), min_size=1)

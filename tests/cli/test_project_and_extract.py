@@ -11,8 +11,8 @@ import torch
 from click.testing import Result
 
 from tests import tiny
-from tlcapture.captures import Capture
-from tlcapture.storage import read_json
+from tlcapture.captures.capture import Capture
+from tlcapture.storage.files import read_json
 
 Run = Callable[..., Result]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tlcapture.errors import NoSpaceError, StorageError
-from tlcapture.runs.background import BackgroundWriter
+from tlcapture.runs.background_writer import BackgroundWriter
 from tlcapture.runs.report import RunReport
-from tlcapture.storage import Written
+from tlcapture.storage.files import Written
 
 
 def test_all_files_are_written_in_order_by_another_thread_when_the_context_ends() -> None:

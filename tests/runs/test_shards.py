@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tlcapture.errors import InputError
-from tlcapture.layout import Layout
-from tlcapture.runs.alone import alone
+from tlcapture.runs.exclusive import alone
 from tlcapture.runs.reporter import Reporter
 from tlcapture.runs.shards import Shard
+from tlcapture.storage.layout import Layout
 
 WHAT = "captures of short"
 

@@ -1,4 +1,4 @@
-"""Who does the work of a run: this process, or (`tlcapture/runs/ray_executor.py`) workers of a Ray cluster.
+"""Who does the work of a run: this process, or (`tlcapture/cluster/executor.py`) workers of a Ray cluster.
 
 A run says how a worker is made and what its tasks are. A worker does one task after the other, with
 the very same code wherever it is.
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tlcapture.layout import Layout
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.reporter import Reporter
+from tlcapture.storage.layout import Layout
 
 if TYPE_CHECKING:
-    from tlcapture.runs.loading import ModelLoader
+    from tlcapture.runs.model_loader import ModelLoader
 
 Make = Callable[[Layout, "ModelLoader | None", RunReport, Reporter], "Worker"]
 

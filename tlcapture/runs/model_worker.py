@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from tlcapture.layout import Layout
-from tlcapture.models import Model, ModelOutline
+from tlcapture.models.loading import Model, ModelOutline
 from tlcapture.runs.executors import Executor
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.reporter import Reporter
+from tlcapture.storage.layout import Layout
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tlcapture.errors import NoSpaceError, TlcaptureError
 from tlcapture.logger import get_logger
-from tlcapture.sizes import format_bytes
+from tlcapture.text import format_bytes
 
 if TYPE_CHECKING:
-    from tlcapture.storage import Written
+    from tlcapture.storage.files import Written
 
 _MOST_LISTED = 10_000
 _log = get_logger(__name__)

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tlcapture.layout import Layout
     from tlcapture.runs.report import RunReport
+    from tlcapture.storage.layout import Layout
 
 
 class Progress:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tlcapture.errors import InputError, StorageError
-from tlcapture.kept import listed
+from tlcapture.text import listed
 from tlcapture.traits.projection_files import ProjectionFile
 
 Scores = NDArray[np.float64]

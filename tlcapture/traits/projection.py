@@ -19,14 +19,15 @@ from torch import Tensor
 
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError, NumericalError, VectorError
-from tlcapture.kept import Kept, listed
-from tlcapture.rounding import PROJECTION_DIGITS, rounded_for_json
 from tlcapture.shapes import Trajectory, Vectors
+from tlcapture.storage.rounding import PROJECTION_DIGITS, rounded_for_json
+from tlcapture.text import listed
 from tlcapture.traits.dynamics import Dynamics, dynamics
 from tlcapture.traits.origin import recorded_origin
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.selection import Selection
 from tlcapture.traits.vectors import TraitVector
+from tlcapture.views.kept import Kept
 from tlcapture.views.residual import ResidualStream
 
 _PIECE = 2**24  # numbers that are multiplied together

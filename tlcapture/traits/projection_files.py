@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from tlcapture.kept import listed
-from tlcapture.storage import read_json
-from tlcapture.validation import Count, FileContent, Layer, Number, checked
+from tlcapture.storage.files import read_json
+from tlcapture.storage.validation import Count, FileContent, Layer, Number, checked
+from tlcapture.text import listed
 
 
 class Part(FileContent):
