@@ -39,7 +39,7 @@ def parse_bytes(text: str) -> int:
     return math.floor(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
-def listed(numbers: Iterable[int]) -> str:
+def as_ranges(numbers: Iterable[int]) -> str:
     """Numbers as people write them, runs of more than two as a range: `0 to 29`, or `8, 12, 16 to 18`."""
     runs: list[list[int]] = []
     for number in numbers:

@@ -12,7 +12,7 @@ import click
 
 from tlcapture.cli.stopping import StopSignals
 from tlcapture.errors import TlcaptureError
-from tlcapture.runs.reporter import Progress, Reporter
+from tlcapture.runs.display import Display, Progress
 from tlcapture.text import printable
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _MOST_SHOWN = 200  # prompts whose projections are read at the end of a run
 
 
-class Console(Reporter):
+class Console(Display):
     """Lines to standard output (to standard error where that is for JSON), warnings and progress to
     standard error."""
 

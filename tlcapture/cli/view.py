@@ -93,7 +93,7 @@ def _draw(layout: Layout, prompt_sets: tuple[str, ...], folder: Path, *, all_ask
     refused = []
     for name in prompt_sets:
         try:
-            written = write_pictures(layout, name, layout.prompt_ids(name), folder, reporter=Console())
+            written = write_pictures(layout, name, layout.prompt_ids(name), folder, display=Console())
         except InputError as error:
             refused.append(error)
             if all_asked_for or len(refused) == len(prompt_sets):

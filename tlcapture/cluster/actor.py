@@ -19,10 +19,11 @@ from typing import Any
 
 from tlcapture.errors import TlcaptureError
 from tlcapture.models.transfer import ModelFiles
+from tlcapture.runs.display import Display, Progress
 from tlcapture.runs.executors import Make, Worker
 from tlcapture.runs.model_loader import ModelLoader
 from tlcapture.runs.report import Done, RunReport
-from tlcapture.runs.reporter import Progress, Reporter
+from tlcapture.runs.run import Run
 from tlcapture.storage.files import Written, read_bytes, write_bytes
 from tlcapture.storage.layout import Layout
 
@@ -84,7 +85,7 @@ class _WorkerReport(RunReport):
         return done
 
 
-class _WorkerReporter(Reporter, Progress):
+class _WorkerDisplay(Display, Progress):
     """Counts, and stops the work where it may be stopped."""
 
     def __init__(self, unit: str) -> None:
@@ -109,11 +110,11 @@ class _WorkerReporter(Reporter, Progress):
 class _Uncounted(Progress):
     """Progress in another unit than the work's: it only stops the work."""
 
-    def __init__(self, reporter: _WorkerReporter):
-        self._reporter = reporter
+    def __init__(self, display: _WorkerDisplay):
+        self._display = display
 
     def advance(self, units: int = 0, *, done: str | None = None) -> None:
-        self._reporter.advance()
+        self._display.advance()
 
 
 class WorkerActor:
@@ -145,7 +146,7 @@ class WorkerActor:
         self._make = make
         self._worker: Worker | None = None
         self._report = _WorkerReport(self._layout.folder)
-        self._reporter = _WorkerReporter(unit)
+        self._display = _WorkerDisplay(unit)
 
     def place(self, probe: Path, content: bytes) -> Place:
         """Where this is. It sees the root if it reads in a file there what the driver wrote, and can write there."""
@@ -190,25 +191,25 @@ class WorkerActor:
         return Result(self._report.hand_over(), error, stopped, self._made())
 
     def state(self) -> State:
-        return State(self._reporter.units, dict(self._reporter.facts))
+        return State(self._display.units, dict(self._display.facts))
 
     def stop(self) -> None:
         """Have the task in hand end at the next point where it can."""
-        self._reporter.told.set()
+        self._display.told.set()
 
     def _work(self) -> Worker:
         if self._worker is None:
             import torch
 
             torch.set_num_threads(self._threads)
-            self._worker = self._make(self._layout, self._loader(), self._report, self._reporter)
+            self._worker = self._make(Run(self._layout, self._report, self._display), self._loader())
         return self._worker
 
     def _loader(self) -> ModelLoader | None:
         if self._load is None:
             return None
         source = None if self._files is None else self._files.found()
-        return replace(self._load, reporter=self._reporter, source=source)
+        return replace(self._load, display=self._display, source=source)
 
     def _give(self, files: Mapping[str, bytes]) -> None:
         for name, content in files.items():

@@ -17,9 +17,9 @@ from typing import Any
 from tlcapture.cluster.pool import Cluster, Crew, Piece, Probe, first_line
 from tlcapture.cluster.scheduler import Shift
 from tlcapture.errors import InputError
-from tlcapture.runs.executors import Work
-from tlcapture.runs.report import RunReport
-from tlcapture.runs.reporter import Reporter
+from tlcapture.runs.executors import ModelAccess, Work
+from tlcapture.runs.model_loader import ModelLoader
+from tlcapture.runs.run import Run
 
 _PIECES_PER_WORKER = 2  # at least so many, so that no worker ends long before the others
 _MOST_PROMPTS = {"cpu": 16, "gpu": 64}  # in a piece, where no batch size is asked for
@@ -29,13 +29,14 @@ _PATIENCE_TO_CONNECT = 10  # seconds
 class RayExecutor:
     """Does work by the workers of a cluster."""
 
-    is_local = False
-
     def __init__(self, cluster: Cluster, batch_size: int | None = None):
         self._cluster = cluster
         self._batch_size = batch_size
 
-    def run(self, work: Work, report: RunReport, reporter: Reporter) -> None:
+    def model_access(self, load: ModelLoader) -> ModelAccess:
+        return ModelAccess(lambda: load.outline, load)
+
+    def run(self, work: Work, run: Run) -> None:
         """Do the work.
 
         Raises:
@@ -46,12 +47,12 @@ class RayExecutor:
         with self._connected() as ray:
             n_workers = self._n_workers(ray)
             pieces = self._pieces(work, n_workers)
-            with Probe(work.layout.root) as probe:
-                crew = Crew(ray, work, self._cluster, probe, min(n_workers, len(pieces)))
-                reporter.line(f"{len(pieces)} pieces of work for {len(crew.members)} workers of a Ray cluster")
-                with reporter.progress(sum(map(work.size, work.tasks)), "Ray", work.unit) as progress:
+            with Probe(run.layout.root) as probe:
+                crew = Crew(ray, work, run.layout, self._cluster, probe, min(n_workers, len(pieces)))
+                run.line(f"{len(pieces)} pieces of work for {len(crew.members)} workers of a Ray cluster")
+                with run.progress(sum(map(work.size, work.tasks)), "Ray", work.unit) as progress:
                     try:
-                        Shift(crew, pieces, work, report, reporter, progress).run()
+                        Shift(crew, pieces, work, run, progress).run()
                     finally:
                         crew.dismiss()
 

@@ -79,15 +79,16 @@ class Probe:
 class Crew:
     """The workers there are; one that dies is replaced."""
 
-    def __init__(self, ray: Any, work: Work, cluster: Cluster, probe: Probe, size: int):
+    def __init__(self, ray: Any, work: Work, layout: Layout, cluster: Cluster, probe: Probe, size: int):
         self.ray = ray
         self._cluster = cluster
         self._probe = probe
         threads = max(1, int(cluster.cpus_per_worker))
-        load = None if work.model is None else work.model.silent()
-        self._files = None if work.model is None else work.model.files()
-        given = ray.put(given_files([work.layout, *work.reads])) if cluster.collect else None
-        self._arguments = (_absolute(work.layout), work.make, work.unit, load, self._files, threads, given)
+        model: Any = work.model  # a ModelLoader
+        load = None if model is None else model.silent()
+        self._files = None if model is None else model.files()
+        given = ray.put(given_files([layout, *work.reads])) if cluster.collect else None
+        self._arguments = (_absolute(layout), work.make, work.unit, load, self._files, threads, given)
         self._kind = ray.remote(
             num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker, max_concurrency=2, max_restarts=0
         )(WorkerActor)

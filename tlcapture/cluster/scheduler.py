@@ -13,9 +13,9 @@ from tlcapture.cluster.collecting import contents_of, place
 from tlcapture.cluster.pool import LACKS_MODEL, PREPARES, READY, STARTS, TAKES_MODEL, Crew, Member, Piece, first_line
 from tlcapture.errors import ClusterError, InputError, TlcaptureError
 from tlcapture.logger import get_logger
+from tlcapture.runs.display import Progress
 from tlcapture.runs.executors import Work
-from tlcapture.runs.report import RunReport
-from tlcapture.runs.reporter import Progress, Reporter
+from tlcapture.runs.run import Run
 
 _log = get_logger(__name__)
 
@@ -28,15 +28,12 @@ _PATIENCE = 300  # seconds for the first worker to start
 class Shift:
     """Gives out pieces until all are done."""
 
-    def __init__(
-        self, crew: Crew, pieces: deque[Piece], work: Work, report: RunReport, reporter: Reporter, progress: Progress
-    ):
+    def __init__(self, crew: Crew, pieces: deque[Piece], work: Work, run: Run, progress: Progress):
         self._crew = crew
         self._ray = crew.ray
         self._pieces = pieces
         self._work = work
-        self._report = report
-        self._reporter = reporter
+        self._run = run
         self._progress = progress
         self._n_pieces = len(pieces)
         self._n_done = 0
@@ -51,7 +48,7 @@ class Shift:
                 self._step()
             seconds = 0.0 if self._began is None else time.monotonic() - self._began
             cluster = {"workers": len(self._crew.members), "pieces": self._n_pieces, "seconds": round(seconds, 3)}
-            self._reporter.uses(cluster=cluster)
+            self._run.display.uses(cluster=cluster)
         except BaseException as reason:
             if isinstance(reason, KeyboardInterrupt | TlcaptureError):
                 self._wind_up()
@@ -112,8 +109,8 @@ class Shift:
     def _keep(self, result: Result) -> None:
         done = result.done
         if result.files is not None:
-            done = place(self._work.layout, result.files, done)
-        self._report.add(done, self._reporter)
+            done = place(self._run.layout, result.files, done)
+        self._run.add(done)
 
     def _bury(self, member: Member, piece: Piece | None, error: Exception) -> None:
         """Replace a worker that died, and put what it had in hand back: as it was, or in halves where it died twice."""
@@ -127,10 +124,10 @@ class Shift:
         piece.tries += 1
         n_prompts = len(self._work.split(piece.task, 1))
         if piece.tries >= _TRIES and n_prompts == 1:
-            self._report.failed(piece.label, f"its worker died {piece.tries} times: {first_line(error)}")
+            self._run.failed(piece.label, f"its worker died {piece.tries} times: {first_line(error)}")
             return
-        self._report.retried.append(piece.label)
-        self._reporter.line(f"{member} died; its work is run again: {piece.label}")
+        self._run.report.retried.append(piece.label)
+        self._run.line(f"{member} died; its work is run again: {piece.label}")
         if piece.tries < _TRIES - 1 or n_prompts == 1:
             self._pieces.appendleft(piece)
             return
@@ -147,7 +144,7 @@ class Shift:
                 process = member.place.process if member.place else None
                 _log.debug("%s, process %s, takes %s", member, process, member.piece.label)
                 task = member.piece.task
-                given = contents_of(self._work.layout, self._work.inputs(task)) if self._crew.collects else {}
+                given = contents_of(self._run.layout, self._work.inputs(task)) if self._crew.collects else {}
                 member.waiting_for = member.actor.do.remote(task, given)
 
     def _look(self) -> None:
@@ -156,11 +153,11 @@ class Shift:
         for member, reference in asked:
             with suppress(self._ray.exceptions.RayError):
                 state = self._ray.get(reference, timeout=_POLL)
-                self._reporter.uses(**state.facts)
+                self._run.display.uses(**state.facts)
                 self._progress.advance(state.units - member.counted)
                 member.counted = state.units
         hands = (f"{each.number}: {each.piece.label if each.piece else each.stage}" for each in self._crew.members)
-        self._progress.state(f"{self._report.n_prompts} prompts done; {', '.join(hands)}")
+        self._progress.state(f"{self._run.report.n_prompts} prompts done; {', '.join(hands)}")
         self._progress.advance()
 
     def _wind_up(self) -> None:

@@ -22,15 +22,16 @@ from tlcapture.commands.projections import traits_to_project
 from tlcapture.errors import InputError, NoSpaceError, StorageError
 from tlcapture.logger import get_logger
 from tlcapture.prompts.prompt_sets import PromptSet
+from tlcapture.runs.display import Display
 from tlcapture.runs.exclusive import alone
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
 from tlcapture.runs.model_loader import ModelLoader
 from tlcapture.runs.report import RunReport
-from tlcapture.runs.reporter import Reporter
+from tlcapture.runs.run import Run
 from tlcapture.storage.config import read_config
 from tlcapture.storage.files import free_bytes, sweep_temporaries
 from tlcapture.storage.layout import Layout
-from tlcapture.text import format_bytes, listed
+from tlcapture.text import as_ranges, format_bytes
 from tlcapture.traits.vector_files import VectorFiles
 
 __all__ = ["CaptureOptions", "estimate_capture", "run_capture"]
@@ -43,7 +44,7 @@ def run_capture(
     prompt_sets: Sequence[PromptSet],
     options: CaptureOptions,
     load: ModelLoader,
-    reporter: Reporter = Reporter(),
+    display: Display = Display(),
     executor: Executor = LocalExecutor(),
 ) -> RunReport:
     """Capture prompt sets into an experiment. The model is loaded only when something needs it.
@@ -53,33 +54,31 @@ def run_capture(
         NoSpaceError: what would be written is more than is free, or the device is full by now.
     """
     _check(layout, options)
-    report = reporter.report(layout)
-    worker = CaptureWorker(options, layout, load, report, reporter)
-    known = (lambda: worker.model) if executor.is_local else (lambda: load.outline)
-    planner = Planner(layout, options, read_config(layout), load.name, known)
+    run = Run.begin(layout, display)
+    model = executor.model_access(load)
+    planner = Planner(layout, options, read_config(layout), load.name, model.known)
     plans = planner.plans(prompt_sets)
-    _check_space(Estimate.of(plans, layout, options, lambda: known().measures), layout)
+    _check_space(Estimate.of(plans, layout, options, lambda: model.known().measures), layout)
     if layout.folder.exists():
         sweep_temporaries(layout.folder)
     for plan in plans:
         for what, reason in plan.refused:
-            report.failed(what, reason)
+            run.failed(what, reason)
         if plan.otherwise:
-            report.warn(_otherwise(plan), reporter)
+            run.warn(_otherwise(plan))
     busy = {plan.prompt_set.name for plan in plans if plan.does_something or (plan.saved and options.project)}
-    report.n_skipped += sum(len(plan.saved) for plan in plans if plan.prompt_set.name not in busy)
+    run.report.n_skipped += sum(len(plan.saved) for plan in plans if plan.prompt_set.name not in busy)
     with ExitStack() as stack:
         # In one order, so that no two runs wait for each other.
-        locks = [alone(layout, f"captures of {name}", reporter, options.shard) for name in sorted(busy)]
+        locks = [alone(run, f"captures of {name}", options.shard) for name in sorted(busy)]
         waited = [stack.enter_context(lock) for lock in locks]
         if any(waited):
             plans = planner.plans(prompt_sets)
         tasks = [plan for plan in plans if plan.prompt_set.name in busy]
         executor.run(
             Work(
-                layout,
-                (lambda *_: worker) if executor.is_local else partial(CaptureWorker, options),
-                load,
+                partial(CaptureWorker, options),
+                model.load,
                 tasks,
                 size=lambda plan: len(plan.fresh) * options.max_new_tokens,
                 unit="token",
@@ -88,10 +87,9 @@ def run_capture(
                 reads=[options.vectors.layout(layout)],
                 inputs=lambda plan: [layout.residual(plan.prompt_set.name, prompt_id) for prompt_id in plan.saved],
             ),
-            report,
-            reporter,
+            run,
         )
-    return report
+    return run.report
 
 
 def _otherwise(plan: Plan) -> str:
@@ -141,7 +139,9 @@ def _check_vectors(layout: Layout, options: CaptureOptions) -> None:
     if not isinstance(choice.layer, str):
         layers = sorted({layer for available in there for at in available.values() for layer in at})
         if layers and choice.layer not in layers:
-            raise InputError(f"--layer {choice.layer}: no trait has a vector there; there are layers {listed(layers)}")
+            raise InputError(
+                f"--layer {choice.layer}: no trait has a vector there; layers with vectors: {as_ranges(layers)}"
+            )
 
 
 def _check_projections_only(layout: Layout, options: CaptureOptions) -> None:

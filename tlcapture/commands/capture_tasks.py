@@ -18,8 +18,7 @@ from tlcapture.errors import InputError, StorageError
 from tlcapture.generation.loop import Sampling
 from tlcapture.prompts.prompt_sets import Prompt, PromptSet
 from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
-from tlcapture.runs.report import RunReport
-from tlcapture.runs.reporter import Reporter
+from tlcapture.runs.run import Run
 from tlcapture.runs.shards import Shard
 from tlcapture.storage.config import ExperimentConfig
 from tlcapture.storage.layout import Layout
@@ -157,7 +156,7 @@ class Planner:
         self._model = model
         self._otherwise: list[str] = []
         # Says nothing: what goes wrong with a vector is told by the run.
-        self._chooser = Chooser(layout, options.vectors, RunReport(layout.folder), Reporter())
+        self._chooser = Chooser(Run.silent(layout), options.vectors)
 
     def plans(self, prompt_sets: Sequence[PromptSet]) -> list[Plan]:
         """A plan for each prompt set.

@@ -23,11 +23,9 @@ from tlcapture.generation.loop import Failure, Generation, generate, teacher_for
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import is_out_of_memory, release_memory
 from tlcapture.runs.background_writer import BackgroundWriter
-from tlcapture.runs.report import RunReport
-from tlcapture.runs.reporter import Reporter
+from tlcapture.runs.run import Run
 from tlcapture.storage.config import record
 from tlcapture.storage.files import remove, write_bytes
-from tlcapture.storage.layout import Layout
 
 
 class CaptureWorker:
@@ -36,17 +34,14 @@ class CaptureWorker:
     def __init__(
         self,
         options: CaptureOptions,
-        layout: Layout,
+        run: Run,
         load: Callable[[], Model] | None,
-        report: RunReport,
-        reporter: Reporter,
     ):
-        self.layout = layout
+        self.run = run
+        self.layout = run.layout
         self.options = options
-        self.reporter = reporter
-        self.report = report
         self._load = load
-        self._chooser = Chooser(layout, options.vectors, report, reporter)
+        self._chooser = Chooser(run, options.vectors)
         self._removed: list[Path] = []
 
     @cached_property
@@ -62,7 +57,7 @@ class CaptureWorker:
             try:
                 self._generate(task)
             finally:
-                self.report.n_removed += sum(not path.exists() for path in self._removed)
+                self.run.removed(self._removed)
                 self._removed = []
         self._revisit(task)
 
@@ -70,12 +65,12 @@ class CaptureWorker:
     def _attempt(self, name: str) -> Iterator[None]:
         """Work on one prompt, whose failure stops no other prompt: that memory does not suffice too."""
         try:
-            with self.report.attempt(name):
+            with self.run.attempt(name):
                 yield
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            self.report.failed(name, "out of memory: what is wanted of this prompt does not fit on this device")
+            self.run.failed(name, "out of memory: what is wanted of this prompt does not fit on this device")
             release_memory()
 
     # -- fresh prompts ----------------------------------------------------------------------------
@@ -87,12 +82,12 @@ class CaptureWorker:
             self._check_vectors(wanted)
         total = len(plan.fresh) * options.max_new_tokens
         with (
-            self.reporter.progress(total, plan.prompt_set.name, "token") as progress,
-            BackgroundWriter(self.report) as writer,
+            self.run.progress(total, plan.prompt_set.name, "token") as progress,
+            BackgroundWriter(self.run) as writer,
         ):
 
             def on_tokens(count: int) -> None:
-                self.report.n_tokens += count
+                self.run.report.n_tokens += count
                 progress.advance(count)
 
             for outcome in generate(
@@ -107,7 +102,7 @@ class CaptureWorker:
             ):
                 name = f"{outcome.prompt.prompt_set}/{outcome.prompt.id}"
                 if isinstance(outcome, Failure):
-                    self.report.failed(name, outcome.reason)
+                    self.run.failed(name, outcome.reason)
                     continue
                 with self._attempt(name):
                     self._write(name, outcome, wanted, writer)
@@ -132,34 +127,35 @@ class CaptureWorker:
         record(self.layout, inference_model=self.model.name)
         write_bytes(mark, b"")
         if wanted.raw:
-            self.report.wrote(write_capture(self.layout, capture, self._removed.extend))
+            self.run.wrote(write_capture(self.layout, capture, self._removed.extend))
         else:
             self._removed += remove_stale(self.layout, capture)
         self._project(capture, only=not wanted.raw)
         cache = generation.cache
         files = add_ons(self.layout, capture, wanted, self.model, cache, residual_cache=cache)
         writer.write(name, files, then=lambda: remove([mark]))
-        self.report.n_prompts += 1
+        self.run.report.n_prompts += 1
 
     # -- prompts that were captured before -------------------------------------------------------------
 
     def _revisit(self, plan: Plan) -> None:
         prompt_set = plan.prompt_set.name
-        with self.reporter.progress(len(plan.saved), f"{prompt_set}, saved", "prompt") as progress:
+        with self.run.progress(len(plan.saved), f"{prompt_set}, saved", "prompt") as progress:
             for prompt_id, wanted in plan.saved.items():
-                name, before, failed = f"{prompt_set}/{prompt_id}", self.report.n_files, len(self.report.failures)
+                name, report = f"{prompt_set}/{prompt_id}", self.run.report
+                n_files, n_failures = report.n_files, len(report.failures)
                 raw = self.layout.residual(prompt_set, prompt_id)
                 if self.options.projections_only and not raw.is_file():
-                    self.report.n_skipped += 1
+                    report.n_skipped += 1
                     continue
                 with self._attempt(name):
                     self._replay(Capture.open(raw), wanted)
-                if len(self.report.failures) == failed:
-                    if self.report.n_files > before:
-                        self.report.n_prompts += 1
+                if len(report.failures) == n_failures:
+                    if report.n_files > n_files:
+                        report.n_prompts += 1
                     else:
-                        self.report.n_skipped += 1
-                progress.advance(1, done=f"{name}: {self.report.n_files - before} files")
+                        report.n_skipped += 1
+                progress.advance(1, done=f"{name}: {report.n_files - n_files} files")
 
     def _replay(self, capture: Capture, wanted: Outputs) -> None:
         if wanted.needs_pass or wanted.logit_lens:
@@ -172,7 +168,7 @@ class CaptureWorker:
             hooks = wanted.pass_hooks(self.model)
             cache = teacher_force(self.model, capture.token_ids, hooks) if hooks else {}
             for write in add_ons(self.layout, capture, wanted, self.model, cache, residual_cache=None):
-                self.report.wrote(write())
+                self.run.wrote(write())
         self._project(capture, only_missing=self.options.skip_existing)
 
     def _check_model(self, capture: Capture) -> None:
@@ -198,11 +194,9 @@ class CaptureWorker:
         for component in components:
             choose = self._chooser.missing if only_missing else self._chooser.vectors
             project_capture(
-                self.layout,
+                self.run,
                 capture,
                 choose(capture, component),
-                self.report,
-                self.reporter,
                 other_model_intended=self.options.vectors.experiment is not None,
                 only=only,
             )

@@ -15,15 +15,16 @@ from tlcapture.extraction.preparation import PreparedExamples, prepare
 from tlcapture.extraction.readout import Activations, read_out
 from tlcapture.models.loading import Model
 from tlcapture.names import Trait
+from tlcapture.runs.display import Display
 from tlcapture.runs.exclusive import alone
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
-from tlcapture.runs.model_worker import Bench, ModelWorker, known_of
+from tlcapture.runs.model_worker import ModelWorker
 from tlcapture.runs.report import RunReport
-from tlcapture.runs.reporter import Reporter
+from tlcapture.runs.run import Run
 from tlcapture.storage.files import write_bytes, write_json
 from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant
-from tlcapture.text import listed
+from tlcapture.text import as_ranges
 from tlcapture.traits.evaluation_files import EvaluationRow, best_by_trait, read_evaluation
 from tlcapture.traits.vector_files import METHODS
 from tlcapture.traits.vectors import TraitVector, VectorFolder
@@ -48,7 +49,7 @@ def run_evaluate(
     layout: Layout,
     options: EvaluateOptions,
     load: Callable[[], Model],
-    reporter: Reporter = Reporter(),
+    display: Display = Display(),
     executor: Executor = LocalExecutor(),
 ) -> RunReport:
     """Evaluate vectors and write `extraction_evaluation.json`; rows of other vectors in it stay.
@@ -63,21 +64,20 @@ def run_evaluate(
             raise InputError(f"no vectors for trait {str(trait)!r} in {layout.folder}: run 'tlcapture extract' first")
     if not there:
         raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
-    _, loader = known_of(load, executor)
-    report = reporter.report(layout)
+    access = executor.model_access(load)
+    run = Run.begin(layout, display)
     make = partial(ModelWorker, _evaluate_one, options)
     tasks = options.traits or tuple(there)
-    executor.run(Work(layout, make, loader, tasks, lambda trait: 1, "trait", str), report, reporter)
-    return report
+    executor.run(Work(make, access.load, tasks, lambda trait: 1, "trait", str), run)
+    return run.report
 
 
-def _evaluate_one(bench: Bench, trait: Trait) -> None:
-    layout, report, reporter = bench.layout, bench.report, bench.reporter
-    with reporter.progress(1, str(trait), "trait") as progress:
-        rows = _evaluate(layout, trait, bench.model, bench.options, report, reporter)
+def _evaluate_one(run: Run, model: Model, options: EvaluateOptions, trait: Trait) -> None:
+    with run.progress(1, str(trait), "trait") as progress:
+        rows = _evaluate(run, trait, model, options)
         if rows:
-            with alone(layout, "the evaluation", reporter):
-                report.wrote(write_json(layout.evaluation, _merged(layout, rows), indent=True))
+            with alone(run, "the evaluation"):
+                run.wrote(write_json(run.layout.evaluation, _merged(run.layout, rows), indent=True))
         progress.advance(1, done=f"{trait}: evaluated")
 
 
@@ -98,9 +98,8 @@ def draw_heatmaps(layout: Layout, report: RunReport) -> None:
         report.wrote(write_bytes(path, evaluation_heatmaps(trait, rows)))
 
 
-def _evaluate(
-    layout: Layout, trait: Trait, model: Model, options: EvaluateOptions, report: RunReport, reporter: Reporter
-) -> list[Row]:
+def _evaluate(run: Run, trait: Trait, model: Model, options: EvaluateOptions) -> list[Row]:
+    layout = run.layout
     folder = VectorFolder(layout, trait)
     rows: list[Row] = []
     prepared: PreparedExamples | None = None
@@ -127,7 +126,7 @@ def _evaluate(
             vectors = [folder.read(component, method, layer) for layer in layers]
             rows += _rows(layout, vectors, activations, prepared, baseline, options.seed)
     for note in _doubts(rows):
-        report.warn(f"{trait}: {note}", reporter)
+        run.warn(f"{trait}: {note}")
     return rows
 
 
@@ -200,9 +199,10 @@ def _doubts(rows: Sequence[Row]) -> list[str]:
             no_better.setdefault(name, []).append(row["layer"])
         if low <= 0 <= high:
             with_zero.setdefault(name, []).append(row["layer"])
-    notes = [f"{name} is no better than random directions at layers {listed(at)}" for name, at in no_better.items()]
+    notes = [f"{name} is no better than random directions at layers {as_ranges(at)}" for name, at in no_better.items()]
     return notes + [
-        f"the interval of the effect size of {name} holds zero at layers {listed(at)}" for name, at in with_zero.items()
+        f"the interval of the effect size of {name} includes zero at layers {as_ranges(at)}"
+        for name, at in with_zero.items()
     ]
 
 

@@ -17,11 +17,12 @@ from tlcapture.extraction.readout import Activations, read_out
 from tlcapture.models.loading import Model
 from tlcapture.names import Trait
 from tlcapture.prompts.tokenization import bos_policy
+from tlcapture.runs.display import Display
 from tlcapture.runs.exclusive import alone
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
-from tlcapture.runs.model_worker import Bench, ModelWorker, known_of
+from tlcapture.runs.model_worker import ModelWorker
 from tlcapture.runs.report import RunReport
-from tlcapture.runs.reporter import Reporter
+from tlcapture.runs.run import Run
 from tlcapture.storage.config import record
 from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.traits.vector_files import METHODS
@@ -46,7 +47,7 @@ def run_extract(
     layout: Layout,
     options: ExtractOptions,
     load: Callable[[], Model],
-    reporter: Reporter = Reporter(),
+    display: Display = Display(),
     executor: Executor = LocalExecutor(),
 ) -> RunReport:
     """Extract vectors of every trait asked for.
@@ -60,14 +61,15 @@ def run_extract(
         if method not in FITS:
             raise InputError(f"no method {method!r}: choose among {', '.join(FITS)}")
     examples = [read_examples(datasets, trait, seed=options.seed) for trait in traits]
-    known, loader = known_of(load, executor)
+    access = executor.model_access(load)
+    known = access.known()
     for layer in options.layers:
         if not 0 <= layer < known.n_layers:
             raise InputError(f"--layers {layer}: the model has layers 0 to {known.n_layers - 1}")
-    report = reporter.report(layout)
+    run = Run.begin(layout, display)
     make, tasks = partial(ModelWorker, _extract_one, options), [ExtractionTask(each) for each in examples]
-    executor.run(Work(layout, make, loader, tasks, ExtractionTask.size, "example", str), report, reporter)
-    return report
+    executor.run(Work(make, access.load, tasks, ExtractionTask.size, "example", str), run)
+    return run.report
 
 
 @dataclass(frozen=True)
@@ -83,16 +85,18 @@ class ExtractionTask:
         return len(self.examples.items)
 
 
-def _extract_one(bench: Bench, task: ExtractionTask) -> None:
-    record(bench.layout, extraction_model=bench.model.name)
-    with bench.reporter.progress(task.size(), str(task), "example") as progress:
-        _extract(bench, task.examples, progress.advance)
-        bench.report.n_prompts += task.size()
+def _extract_one(run: Run, model: Model, options: ExtractOptions, task: ExtractionTask) -> None:
+    record(run.layout, extraction_model=model.name)
+    with run.progress(task.size(), str(task), "example") as progress:
+        _extract(run, model, options, task.examples, progress.advance)
+        run.report.n_prompts += task.size()
         progress.advance(done=f"{task}: {task.size()} examples")
 
 
-def _extract(bench: Bench, examples: Examples, on_examples: Callable[[int], None]) -> None:
-    layout, model, options = bench.layout, bench.model, bench.options
+def _extract(
+    run: Run, model: Model, options: ExtractOptions, examples: Examples, on_examples: Callable[[int], None]
+) -> None:
+    layout = run.layout
     layers = options.layers or tuple(range(model.n_layers))
     prepared = prepare(
         Datasets(layout.root), layout, examples.trait, model, position=options.position, examples=examples
@@ -111,8 +115,8 @@ def _extract(bench: Bench, examples: Examples, on_examples: Callable[[int], None
     }
     for component, vectors in fitted.items():
         metadata = _metadata(layout, component, model, options, layers, prepared)
-        with alone(layout, f"vectors of {examples.trait}", bench.reporter):
-            _write(VectorFolder(layout, examples.trait), component, vectors, metadata, bench.report)
+        with alone(run, f"vectors of {examples.trait}"):
+            _write(VectorFolder(layout, examples.trait), component, vectors, metadata, run)
 
 
 def _fit(method: str, activations: Activations, labels: Labels, seed: int) -> LayerVectors:
@@ -130,7 +134,7 @@ def _write(
     component: str,
     vectors: dict[str, LayerVectors],
     metadata: dict[str, Any],
-    report: RunReport,
+    run: Run,
 ) -> None:
     """Write vectors and their metadata.
 
@@ -149,9 +153,9 @@ def _write(
         removed = folder.remove_all(component, methods, layers)
     for method, by_layer in vectors.items():
         for layer, vector in zip(made_at, by_layer, strict=True):
-            report.wrote(folder.write(component, method, layer, vector))
+            run.wrote(folder.write(component, method, layer, vector))
     folder.write_metadata(component, metadata)
-    report.n_removed += sum(not path.exists() for path in removed)
+    run.removed(removed)
 
 
 def _are_of_one_kind(before: dict[str, Any], now_made: dict[str, Any]) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tlcapture.commands.plots import projection_picture
 from tlcapture.names import Trait
-from tlcapture.runs.reporter import Reporter
+from tlcapture.runs.display import Display
 from tlcapture.storage.files import write_bytes
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.projected_tokens import ProjectedTokens
@@ -21,7 +21,7 @@ def write_pictures(
     folder: Path,
     component: str = "residual",
     traits: Sequence[Trait] = (),
-    reporter: Reporter = Reporter(),
+    display: Display = Display(),
 ) -> list[Path]:
     """Write a picture for each prompt and trait (all traits where none is named); returns the files.
 
@@ -42,7 +42,7 @@ def write_pictures(
     if not files:
         raise no_projections(layout, prompt_set, component, traits)
     written = []
-    with reporter.progress(len(files), f"{prompt_set} pictures", "picture") as progress:
+    with display.progress(len(files), f"{prompt_set} pictures", "picture") as progress:
         for file in files:
             line = ProjectedTokens.read(file)
             trait, _ = layout.of_projection(file)

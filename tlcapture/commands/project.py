@@ -12,10 +12,11 @@ from typing import Any
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.projections import Chooser, VectorChoice, project_capture, traits_to_project
 from tlcapture.errors import InputError, NumericalError, StorageError
+from tlcapture.runs.display import Display
 from tlcapture.runs.exclusive import alone
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
 from tlcapture.runs.report import RunReport
-from tlcapture.runs.reporter import Reporter
+from tlcapture.runs.run import Run
 from tlcapture.runs.shards import Shard
 from tlcapture.storage.files import read_json, write_json
 from tlcapture.storage.layout import Layout
@@ -41,7 +42,7 @@ def run_project(
     layout: Layout,
     prompt_sets: Sequence[str],
     options: ProjectOptions,
-    reporter: Reporter = Reporter(),
+    display: Display = Display(),
     executor: Executor = LocalExecutor(),
 ) -> RunReport:
     """Project all captures of prompt sets.
@@ -54,20 +55,19 @@ def run_project(
     ids = {name: _there(layout, name, of_set(name)) for name in prompt_sets}
     if options.shard is not None:
         ids = {name: list(options.shard.of(found)) for name, found in ids.items()}
-    report = reporter.report(layout)
+    run = Run.begin(layout, display)
     if options.dynamics_only:
         for name in prompt_sets:
-            with alone(layout, f"captures of {name}", reporter, options.shard, "projection"):
-                _recompute_dynamics(layout, name, ids[name], options, report, reporter)
-        return report
+            with alone(run, f"captures of {name}", options.shard, "projection"):
+                _recompute_dynamics(run, name, ids[name], options)
+        return run.report
     if not traits_to_project(layout, options.vectors):
         raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
     with ExitStack() as stack:
         for name in sorted(prompt_sets):
-            stack.enter_context(alone(layout, f"captures of {name}", reporter, options.shard, "projection"))
+            stack.enter_context(alone(run, f"captures of {name}", options.shard, "projection"))
         executor.run(
             Work(
-                layout,
                 partial(ProjectionWorker, options),
                 None,
                 [SavedPrompts(name, ids[name]) for name in prompt_sets],
@@ -78,10 +78,9 @@ def run_project(
                 reads=[options.vectors.layout(layout)],
                 inputs=lambda task: [layout.residual(task.prompt_set, each) for each in task.ids],
             ),
-            report,
-            reporter,
+            run,
         )
-    return report
+    return run.report
 
 
 @dataclass(frozen=True)
@@ -102,20 +101,19 @@ class SavedPrompts:
 class ProjectionWorker:
     """Projects saved captures onto the vectors chosen."""
 
-    def __init__(self, options: ProjectOptions, layout: Layout, load: object, report: RunReport, reporter: Reporter):
+    def __init__(self, options: ProjectOptions, run: Run, load: object):
         self._options = options
-        self._layout = layout
-        self._report = report
-        self._reporter = reporter
-        self._chooser = Chooser(layout, options.vectors, report, reporter)
+        self._run = run
+        self._layout = run.layout
+        self._chooser = Chooser(run, options.vectors)
 
     def prepare(self) -> None:
         """Vectors are chosen when a first capture shows its measures."""
 
     def do(self, task: SavedPrompts) -> None:
-        with self._reporter.progress(len(task.ids), task.prompt_set, "prompt") as progress:
+        with self._run.progress(len(task.ids), task.prompt_set, "prompt") as progress:
             for prompt_id in task.ids:
-                with self._report.attempt(f"{task.prompt_set}/{prompt_id}"):
+                with self._run.attempt(f"{task.prompt_set}/{prompt_id}"):
                     self._project(task.prompt_set, prompt_id)
                 progress.advance(1)
 
@@ -128,14 +126,14 @@ class ProjectionWorker:
         choose = self._chooser.missing if self._options.skip_existing else self._chooser.vectors
         vectors = choose(capture, self._options.component)
         if not vectors:
-            self._report.n_skipped += self._options.skip_existing
+            self._run.report.n_skipped += self._options.skip_existing
             return
         intended = self._options.vectors.experiment is not None
         try:
-            project_capture(self._layout, capture, vectors, self._report, self._reporter, other_model_intended=intended)
+            project_capture(self._run, capture, vectors, other_model_intended=intended)
         except NumericalError as error:
             raise NumericalError(f"{raw}: {error}") from None
-        self._report.n_prompts += 1
+        self._run.report.n_prompts += 1
 
 
 def _there(layout: Layout, prompt_set: str, ids: list[str]) -> list[str]:
@@ -153,27 +151,26 @@ def _there(layout: Layout, prompt_set: str, ids: list[str]) -> list[str]:
 
 
 def _recompute_dynamics(
-    layout: Layout,
+    run: Run,
     prompt_set: str,
     ids: Sequence[str],
     options: ProjectOptions,
-    report: RunReport,
-    reporter: Reporter,
 ) -> None:
     """Read projection files and write them back with new dynamics, all else as it is."""
-    with reporter.progress(len(ids), prompt_set, "prompt") as progress:
+    layout = run.layout
+    with run.progress(len(ids), prompt_set, "prompt") as progress:
         for prompt_id in ids:
             name = f"{prompt_set}/{prompt_id}"
             paths = [
                 path for path in layout.all_projections(prompt_set, prompt_id) if _is_wanted(layout, path, options)
             ]
             if not paths:
-                report.failed(name, "has no projection whose dynamics could be computed again")
+                run.failed(name, "has no projection whose dynamics could be computed again")
                 continue
             for path in paths:
-                with report.attempt(name):
-                    report.wrote(write_json(path, _with_new_dynamics(path)))
-            report.n_prompts += 1
+                with run.attempt(name):
+                    run.wrote(write_json(path, _with_new_dynamics(path)))
+            run.report.n_prompts += 1
             progress.advance(1)
 
 

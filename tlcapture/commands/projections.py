@@ -10,8 +10,7 @@ from tlcapture.captures.capture import Capture
 from tlcapture.captures.provenance import now
 from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.names import Trait
-from tlcapture.runs.report import RunReport
-from tlcapture.runs.reporter import Reporter
+from tlcapture.runs.run import Run
 from tlcapture.storage.files import read_json, write_json
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.origin import check_origin, origin_notes
@@ -69,11 +68,10 @@ def traits_to_project(layout: Layout, choice: VectorChoice) -> list[Trait]:
 class Chooser:
     """Chooses a vector for each trait, once for all captures of like measures and origin."""
 
-    def __init__(self, layout: Layout, choice: VectorChoice, report: RunReport, reporter: Reporter):
-        self._layout = layout
+    def __init__(self, run: Run, choice: VectorChoice):
+        self._layout = run.layout
+        self._run = run
         self._choice = choice
-        self._report = report
-        self._reporter = reporter
         self._chosen: dict[Hashable, Chosen] = {}
 
     def vectors(self, capture: Projectable, component: str) -> Chosen:
@@ -82,7 +80,7 @@ class Chooser:
         key = (component, capture.kept, capture.d_model, origin)
         if key not in self._chosen:
             self._chosen[key] = self._choose(component, capture)
-            _warn(self._chosen[key], self._report, self._reporter)
+            _warn(self._chosen[key], self._run)
         return self._chosen[key]
 
     def missing(self, capture: Projectable, component: str) -> Chosen:
@@ -102,7 +100,7 @@ class Chooser:
                 check_kept(vector, capture.kept)
                 check_origin(vector, capture.metadata)
             except TlcaptureError as error:
-                self._report.failed(str(trait), error)
+                self._run.failed(str(trait), error)
                 continue
             chosen.append((vector, selection))
         return chosen
@@ -122,27 +120,25 @@ class Chooser:
             return False
 
 
-def _warn(chosen: Chosen, report: RunReport, reporter: Reporter) -> None:
+def _warn(chosen: Chosen, run: Run) -> None:
     """Pass on what is doubtful about selections, once for all traits of which the same is true."""
-    _warn_together([(vector.trait, selection.warning) for vector, selection in chosen], report, reporter)
+    _warn_together([(vector.trait, selection.warning) for vector, selection in chosen], run)
 
 
-def _warn_together(doubts: Iterable[tuple[Trait, str | None]], report: RunReport, reporter: Reporter) -> None:
+def _warn_together(doubts: Iterable[tuple[Trait, str | None]], run: Run) -> None:
     by_text: dict[str, list[str]] = {}
     for trait, text in doubts:
         if text:
             by_text.setdefault(text, []).append(str(trait))
     for text, traits in by_text.items():
         named = ", ".join(traits) if len(traits) <= 3 else f"{len(traits)} traits"
-        report.warn(f"{named}: {text}", reporter)
+        run.warn(f"{named}: {text}")
 
 
 def project_capture(
-    layout: Layout,
+    run: Run,
     capture: Capture,
     chosen: Chosen,
-    report: RunReport,
-    reporter: Reporter,
     *,
     other_model_intended: bool,
     only: bool = False,
@@ -151,13 +147,14 @@ def project_capture(
 
     Where projections are the `only` thing that is kept, the files hold the capture's metadata too.
     """
+    layout = run.layout
     projections = project(capture.prompt.residual, capture.response.residual, chosen)
     doubts = [
         (projection.vector.trait, note)
         for projection in projections
         for note in origin_notes(projection.vector, capture.metadata, other_model_intended=other_model_intended)
     ]
-    _warn_together(doubts, report, reporter)
+    _warn_together(doubts, run)
     for projection in projections:
         vector = projection.vector
         said = [f"{trait}: {note}" for trait, note in doubts if trait == vector.trait]
@@ -165,7 +162,7 @@ def project_capture(
         content = _file_content(layout, capture, projection, said)
         if only:
             content["metadata"]["capture"] = dict(capture.metadata)
-        report.wrote(write_json(path, content))
+        run.wrote(write_json(path, content))
     return projections
 
 

@@ -18,11 +18,12 @@ from tlcapture.extraction.steering import Question, SteeringBench, SteeringQuest
 from tlcapture.models.loading import Model
 from tlcapture.names import Trait
 from tlcapture.prompts.tokenization import tokenize
+from tlcapture.runs.display import Display, Progress
 from tlcapture.runs.exclusive import alone
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
-from tlcapture.runs.model_worker import Bench, ModelWorker, known_of
+from tlcapture.runs.model_worker import ModelWorker
 from tlcapture.runs.report import RunReport
-from tlcapture.runs.reporter import Progress, Reporter
+from tlcapture.runs.run import Run
 from tlcapture.storage.config import read_config
 from tlcapture.storage.files import read_bytes, read_json, write_bytes, write_json
 from tlcapture.storage.layout import Datasets, Layout
@@ -54,7 +55,7 @@ def run_steer(
     layout: Layout,
     options: SteerOptions,
     load: Callable[[], Model],
-    reporter: Reporter = Reporter(),
+    display: Display = Display(),
     executor: Executor = LocalExecutor(),
 ) -> RunReport:
     """Steer with every trait's vectors and write `results.json` after every run; runs that are there are skipped.
@@ -71,11 +72,11 @@ def run_steer(
     if not traits:
         raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
     tasks = [SteeringTask(trait, read_questions(Datasets(layout.root), trait)) for trait in traits]
-    known, loader = known_of(load, executor)
-    report = reporter.report(layout)
-    make, n_runs = partial(ModelWorker, _steer_one, options), _n_runs(options, known.n_layers)
-    executor.run(Work(layout, make, loader, tasks, lambda task: n_runs, "run", str), report, reporter)
-    return report
+    access = executor.model_access(load)
+    run = Run.begin(layout, display)
+    make, n_runs = partial(ModelWorker, _steer_one, options), _n_runs(options, access.known().n_layers)
+    executor.run(Work(make, access.load, tasks, lambda task: n_runs, "run", str), run)
+    return run.report
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,10 @@ class SteeringTask:
         return str(self.trait)
 
 
-def _steer_one(bench: Bench, task: SteeringTask) -> None:
-    n_runs = _n_runs(bench.options, bench.model.n_layers)
-    with (
-        alone(bench.layout, f"steering of {task.trait}", bench.reporter),
-        bench.reporter.progress(n_runs, str(task.trait), "run") as progress,
-    ):
-        _steer(bench.layout, task.trait, task.questions, bench.model, bench.options, bench.report, progress)
+def _steer_one(run: Run, model: Model, options: SteerOptions, task: SteeringTask) -> None:
+    n_runs = _n_runs(options, model.n_layers)
+    with alone(run, f"steering of {task.trait}"), run.progress(n_runs, str(task.trait), "run") as progress:
+        _steer(run, task, model, options, progress)
 
 
 def read_questions(datasets: Datasets, trait: Trait) -> list[Question]:
@@ -115,15 +113,8 @@ def _n_runs(options: SteerOptions, n_layers: int) -> int:
     return 0 if options.search else len(options.layers or range(n_layers)) * per_layer
 
 
-def _steer(
-    layout: Layout,
-    trait: Trait,
-    questions: Sequence[Question],
-    model: Model,
-    options: SteerOptions,
-    report: RunReport,
-    progress: Progress,
-) -> None:
+def _steer(run: Run, task: SteeringTask, model: Model, options: SteerOptions, progress: Progress) -> None:
+    layout, trait, questions = run.layout, task.trait, task.questions
     config = read_config(layout)
     prompts = [
         tokenize(
@@ -136,7 +127,7 @@ def _steer(
         )
         for question in questions
     ]
-    results = _Results(layout, trait, model, report, options.judge)
+    results = _Results(run, trait, model, options.judge)
     definition = _definition(Datasets(layout.root), trait)
 
     def judged(score: SteeringScore) -> SteeringScore:
@@ -166,7 +157,7 @@ def _steer(
         else:
             for coefficient in options.coefficients:
                 score(coefficient)
-    report.n_prompts += len(prompts)
+    run.report.n_prompts += len(prompts)
 
 
 def search_coefficient(score: Callable[[float], SteeringRun]) -> float:
@@ -203,10 +194,11 @@ def _vectors(layout: Layout, trait: Trait, model: Model, options: SteerOptions) 
 class _Results:
     """A trait's `results.json`, written after every run."""
 
-    def __init__(self, layout: Layout, trait: Trait, model: Model, report: RunReport, judge: Judge | None):
+    def __init__(self, run: Run, trait: Trait, model: Model, judge: Judge | None):
+        layout = run.layout
         self._path = layout.steering(trait)
         self._files = VectorFolder(layout, trait)
-        self._report = report
+        self._run = run
         self._content: dict[str, Any] = {"baseline": {}, "runs": []}
         if lexists(self._path):
             before = read_json(self._path)
@@ -244,7 +236,7 @@ class _Results:
             "responses": score.responses,
         }
         self._content["runs"] = [*(each for each in self._content["runs"] if each["config"] != config), run]
-        self._report.wrote(write_json(self._path, self._content, indent=True))
+        self._run.wrote(write_json(self._path, self._content, indent=True))
         return self._parsed(run)
 
     def _parsed(self, run: dict[str, Any]) -> SteeringRun:

@@ -43,7 +43,7 @@ def _reference_runs(load: ModelLoader) -> list[ReferenceRun]:
         config = fetch(load.name, "AutoConfig", source)
         pick_engine(load.name, load.engine, config)
         tokenizer = fetch(load.name, "AutoTokenizer", source)
-    load.reporter.line(f"loading {load.name} with transformers alone, for comparison ...")
+    load.display.line(f"loading {load.name} with transformers alone, for comparison ...")
     reference = load_reference(load.name, device, pick_dtype(load.dtype, device, config))
     runs = reference_runs(reference, [prompt.token_ids for prompt in checks.probe_prompts(tokenizer)])
     del reference

@@ -18,8 +18,7 @@ from tlcapture.models.memory import fitting_batch_size
 from tlcapture.names import Trait
 from tlcapture.plan.cost import Pace, Workload
 from tlcapture.prompts.tokenization import TokenizedPrompt
-from tlcapture.runs.report import RunReport
-from tlcapture.runs.reporter import Reporter
+from tlcapture.runs.run import Run
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.selection import Selection, fallback_layer
 from tlcapture.traits.vectors import TraitVector
@@ -79,7 +78,7 @@ def _capture(
     model: Model, prompts: Sequence[TokenizedPrompt], size: int, workload: Workload, layout: Layout, chosen: Chosen
 ) -> int:
     """Capture prompts and write what is wanted of them; returns how many new tokens there were."""
-    options, report, n_new = workload.options, RunReport(layout.folder), 0
+    options, run, n_new = workload.options, Run.silent(layout), 0
     wanted = options.outputs(model.n_layers)
     for outcome in generate(
         model,
@@ -103,7 +102,7 @@ def _capture(
         )
         if wanted.raw:
             write_capture(layout, capture)
-        project_capture(layout, capture, chosen, report, Reporter(), other_model_intended=True)
+        project_capture(run, capture, chosen, other_model_intended=True)
         for write in add_ons(layout, capture, wanted, model, outcome.cache, residual_cache=outcome.cache):
             write()
         n_new += len(outcome.response_ids)

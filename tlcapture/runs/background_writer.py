@@ -11,20 +11,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from tlcapture.errors import NoSpaceError, OutOfMemoryError
 from tlcapture.models.memory import is_out_of_memory
-from tlcapture.runs.report import RunReport
+from tlcapture.runs.run import Run
 from tlcapture.storage.files import Written
 
 Write = Callable[[], Written]
 
 
 class BackgroundWriter:
-    """Writes files in the order in which they come, and tells the report what was written and what failed.
+    """Writes files in the order in which they come, and tells the run what was written and what failed.
 
     As a context manager it has written everything when the context ends, however it ends.
     """
 
-    def __init__(self, report: RunReport):
-        self._report = report
+    def __init__(self, run: Run):
+        self._run = run
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")
         self._name = ""
         self._waiting: list[Future[Written]] = []
@@ -54,16 +54,16 @@ class BackgroundWriter:
         """Wait for what is being written."""
         waiting, self._waiting = self._waiting, []
         then, self._then = self._then, _nothing
-        before, full = len(self._report.failures), None
+        before, full = len(self._run.report.failures), None
         for future in waiting:
             try:
-                with self._report.attempt(self._name):
-                    self._report.wrote(_result(future))
+                with self._run.attempt(self._name):
+                    self._run.wrote(_result(future))
             except NoSpaceError as error:  # what others wrote is told first
                 full = full or error
         if full is not None:
             raise full
-        if len(self._report.failures) == before:
+        if len(self._run.report.failures) == before:
             then()
 
 

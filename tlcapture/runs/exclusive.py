@@ -13,23 +13,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from tlcapture.runs.reporter import Reporter
+from tlcapture.runs.run import Run
 from tlcapture.runs.shards import Shard
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.locks import locked
 
 
 @contextmanager
-def alone(
-    layout: Layout, what: str, reporter: Reporter, shard: Shard | None = None, division: str = "shard"
-) -> Iterator[bool]:
+def alone(run: Run, what: str, shard: Shard | None = None, division: str = "shard") -> Iterator[bool]:
     """Be the only run that writes `what` (say, `captures of single_trait`), or a shard of it; yields whether it had
     to wait. `division` tells apart what is divided in different ways."""
     said: list[bool] = []
+    layout = run.layout
 
     def say() -> None:
         if not said:
-            reporter.line(f"another run is writing {what} in {layout.experiment}: waiting for its end")
+            run.line(f"another run is writing {what} in {layout.experiment}: waiting for its end")
         said.append(True)
 
     name = what.replace(" ", "-")

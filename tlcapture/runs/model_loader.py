@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tlcapture.models.embedded import NAME, is_converted
-from tlcapture.runs.reporter import Reporter
+from tlcapture.runs.display import Display
 from tlcapture.storage.config import settle_model
 from tlcapture.storage.layout import Layout
 
@@ -22,7 +22,7 @@ class ModelLoader:
     """Loads a model when called, after saying so."""
 
     name: str
-    reporter: Reporter
+    display: Display
     engine: str = "auto"
     device: str = "auto"
     dtype: str = "auto"
@@ -34,7 +34,7 @@ class ModelLoader:
         cls,
         layout: Layout,
         role: str,
-        reporter: Reporter,
+        display: Display,
         *,
         model: str | None,
         allow_model_change: bool,
@@ -48,11 +48,11 @@ class ModelLoader:
         Raises `InputError` at once where the model asked for is not the experiment's.
         """
         name = settle_model(layout, role, model, NAME, allow_change=allow_model_change)
-        return cls(name, reporter, engine, device, dtype, n_devices)
+        return cls(name, display, engine, device, dtype, n_devices)
 
     def silent(self) -> ModelLoader:
         """The same, telling nobody: what can be sent to another process."""
-        return replace(self, reporter=Reporter())
+        return replace(self, display=Display())
 
     @cached_property
     def outline(self) -> ModelOutline:
@@ -71,13 +71,13 @@ class ModelLoader:
         from tlcapture.models.loading import load_model
 
         first_time = self.name == NAME and self.source is None and not is_converted()
-        self.reporter.line(f"loading {self.name}{', converting it once first' if first_time else ''} ...")
+        self.display.line(f"loading {self.name}{', converting it once first' if first_time else ''} ...")
         where: dict[str, Any] = {"device": self.device, "n_devices": self.n_devices, "source": self.source}
         model = load_model(self.name, engine=self.engine, dtype=self.dtype, **where)
         dtype = str(model.dtype).removeprefix("torch.")
         facts = {"name": model.name, "engine": model.engine, "device": str(model.device), "dtype": dtype}
-        self.reporter.uses(model={**facts, "fingerprint": model.fingerprint})
-        self.reporter.line(
+        self.display.uses(model={**facts, "fingerprint": model.fingerprint})
+        self.display.line(
             f"{self.name} on engine {model.engine}, {model.device}, {dtype}: {model.n_layers} layers, "
             f"d_model {model.d_model}"
         )

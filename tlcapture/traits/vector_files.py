@@ -22,6 +22,7 @@ from tlcapture.names import Trait
 from tlcapture.storage.files import read_bytes, read_json, remove, write_json
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.validation import FileContent, Layer, checked
+from tlcapture.text import as_ranges
 
 METHODS = ("probe", "mean_diff", "gradient")  # in the order of preference
 _PREFIX = {"residual": "", "attn_out": "attn_out_"}
@@ -95,7 +96,7 @@ class VectorFiles:
     def missing(self, component: str, method: str, layer: int) -> VectorError:
         """The error for a vector that is not there, naming those that are."""
         there = self.available(component)
-        listed = "; ".join(f"{name}: {ranges(layers)}" for name, layers in there.items()) or "none"
+        listed = "; ".join(f"{name}: {as_ranges(layers)}" for name, layers in there.items()) or "none"
         return VectorError(
             f"no {component} vector of {self.trait} by {method!r} at layer {layer} in experiment "
             f"{self.layout.experiment!r}; layers there are: {listed}"

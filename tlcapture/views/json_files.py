@@ -1,21 +1,22 @@
 """What attention and logit-lens files hold, checked: a head, and an entry for each token.
 
-A file may be large. `report/entries.py` reads single entries of it, and each is checked when it is read.
+A file may be large. `page/entries.py` reads single entries of it, and each is checked when it is read.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
-from typing_extensions import Self
 
 from tlcapture.errors import StorageError
 from tlcapture.storage.validation import Count, FileContent, Layer, Share, checked, first_problem
 
 Measure = Annotated[int, Field(ge=1, le=10_000)]
 Pattern = list[list[Share]]  # [head][key]
+Head = TypeVar("Head", bound="PerTokenHead")
+Entry = TypeVar("Entry", bound="_Entry")
 
 
 class PerTokenHead(FileContent):
@@ -29,12 +30,12 @@ class PerTokenHead(FileContent):
     n_response_tokens: Count | None = None
 
     @classmethod
-    def of(cls, value: Any, path: Path) -> Self:
+    def of(cls: type[Head], value: Any, path: Path) -> Head:
         """The head of a file; raises `StorageError` for another."""
         return checked(cls, value, path, cls.what)
 
     @model_validator(mode="after")
-    def _counts_agree(self) -> Self:
+    def _counts_agree(self) -> PerTokenHead:
         n_response = len(self.tokens) - self.n_prompt_tokens
         if n_response < 0 or self.n_response_tokens not in (None, n_response):
             said = "" if self.n_response_tokens is None else f" and {self.n_response_tokens} of the response"
@@ -61,7 +62,7 @@ class _Entry(FileContent):
     by_layer: list[Any]
 
     @classmethod
-    def of(cls, value: Any, path: Path, head: PerTokenHead) -> Self:
+    def of(cls: type[Entry], value: Any, path: Path, head: PerTokenHead) -> Entry:
         """The entry of a file with a head; raises `StorageError` for another."""
         entry = checked(cls, value, path, head.what)
         if len(entry.by_layer) != head.n_layers:
@@ -80,7 +81,7 @@ class AttentionEntry(_Entry):
     context_size: int | None = None
 
     @classmethod
-    def of(cls, value: Any, path: Path, head: PerTokenHead) -> Self:
+    def of(cls, value: Any, path: Path, head: PerTokenHead) -> AttentionEntry:
         entry = super().of(value, path, head)
         if isinstance(head, AttentionHead) and any(len(pattern) != head.n_heads for pattern in entry.by_layer):
             raise StorageError(
@@ -89,7 +90,7 @@ class AttentionEntry(_Entry):
         return entry
 
     @model_validator(mode="after")
-    def _has_a_weight_for_each_token(self) -> Self:
+    def _has_a_weight_for_each_token(self) -> AttentionEntry:
         size = self.token_idx + 1
         if self.context_size not in (None, size):
             raise ValueError(f"context_size {self.context_size} of token {self.token_idx}")

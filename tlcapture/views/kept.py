@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any, SupportsIndex
 
 from tlcapture.errors import InputError, StorageError
+from tlcapture.text import as_ranges
 from tlcapture.views.hooks import POINTS
 
 
@@ -61,8 +62,8 @@ class Kept:
         said = (list(metadata.get("layers") or range(n_layers)), list(metadata.get("points") or POINTS))
         if found != said:
             raise StorageError(
-                f"it holds {', '.join(found[1])} of layers {listed(found[0])}, but its metadata says "
-                f"{', '.join(said[1])} of layers {listed(said[0])}"
+                f"it holds {', '.join(found[1])} of layers {as_ranges(found[0])}, but its metadata says "
+                f"{', '.join(said[1])} of layers {as_ranges(said[0])}"
             )
         return cls(n_layers, tuple(found[0]), tuple(found[1]))
 
@@ -112,4 +113,4 @@ class Kept:
             raise InputError(f"layer {layer} was not kept: {self.described()}; capture again with --layers {layer}")
 
     def described(self) -> str:
-        return f"the capture has {', '.join(self.points)} of layers {listed(self.layers)}"
+        return f"the capture has {', '.join(self.points)} of layers {as_ranges(self.layers)}"

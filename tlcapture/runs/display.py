@@ -1,4 +1,4 @@
-"""What a run says while it goes. Loads next to nothing."""
+"""What a run shows while it works: messages, warnings, progress. Loads next to nothing."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ class Progress:
     """A count that goes up; this one shows nothing."""
 
     def advance(self, units: int = 0, *, done: str | None = None) -> None:
-        """Count `units` (tokens, examples), and say what was `done` with them.
+        """Count `units` (tokens, examples), and report what was `done` with them.
 
-        Runs call it where they can be stopped: what was begun is whole, or can be thrown away.
+        Runs call it at points where they can be stopped: what was begun is complete, or can be discarded.
         """
 
     def state(self, text: str) -> None:
-        """What is in hand just now, where there is a place that shows it for as long as it is true."""
+        """Show what is being worked on, for as long as it is."""
 
 
-class Reporter:
-    """Where a run's lines and progress go; this one keeps quiet. The command line has another."""
+class Display:
+    """Where a run's messages and progress go; this one is silent. The command line has another."""
 
     def line(self, text: str) -> None:
-        """Something worth a line."""
+        """Show a message."""
 
     def warn(self, text: str) -> None:
-        """Something the user should know before believing the numbers."""
+        """Show what the user should know before trusting the numbers."""
 
     def uses(self, **facts: Any) -> None:
-        """What a run works with that its options do not say: the model that was loaded."""
+        """Take note of what a run uses that its options do not name, such as the model that was loaded."""
 
     @contextmanager
     def progress(self, total: int, label: str, unit: str) -> Iterator[Progress]:
-        """Show how far a piece of work of `total` units is."""
+        """Show the progress of work of `total` units."""
         yield Progress()
 
     def report(self, layout: Layout) -> RunReport:
