@@ -71,10 +71,11 @@ reliability: $(READY) ## Faults, clusters, bad input and parity once more, and w
 test-cuda: $(READY) ## The model tests on a CUDA device
 	TLCAPTURE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/test_parity.py tests/test_generation.py tests/fast $(FLAGS)
 
-lint: $(READY) ## Check style and types
+lint: $(READY) ## Check style, types and the order of packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(READY) ## Format the code
 	$(BIN)/ruff check --fix .

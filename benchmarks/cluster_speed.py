@@ -22,8 +22,8 @@ import click
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' comparison of experiments
 
 from tests.faults.commands import contents
-from tlcapture.layout import Datasets
-from tlcapture.prompts import read_prompt_set
+from tlcapture.prompts.prompt_sets import read_prompt_set
+from tlcapture.storage.layout import Datasets
 
 BATCH = 4
 

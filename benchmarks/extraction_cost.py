@@ -62,10 +62,10 @@ def _measure(name: str, variant: str) -> dict[str, float]:
     from tlcapture.extraction import readout
     from tlcapture.extraction.examples import read_examples
     from tlcapture.extraction.methods import FITS
-    from tlcapture.layout import Datasets, Layout
-    from tlcapture.models import load_model
+    from tlcapture.extraction.preparation import prepare
+    from tlcapture.models.loading import load_model
     from tlcapture.names import Trait
-    from tlcapture.runs.examples import prepare
+    from tlcapture.storage.layout import Datasets, Layout
 
     model, trait = load_model("smollm2", device="cpu"), Trait.parse(name)
     datasets = Datasets(Path())

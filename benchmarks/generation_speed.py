@@ -14,13 +14,13 @@ from measure import Row, in_turn, medians, ratios, seconds
 from rivals import Task
 from torch.nn import functional
 
-from tlcapture.chat import TokenizedPrompt, tokenize
-from tlcapture.embedded import embedded_folder
-from tlcapture.engines.hooked import HookedModel
-from tlcapture.fast.products import linear, wide_linear
-from tlcapture.layout import Datasets
-from tlcapture.models import Model, from_hugging_face, load_model
-from tlcapture.prompts import read_prompt_set
+from tlcapture.models.embedded import embedded_folder
+from tlcapture.models.engines.hooked import HookedModel
+from tlcapture.models.fast.products import linear, wide_linear
+from tlcapture.models.loading import Model, from_hugging_face, load_model
+from tlcapture.prompts.prompt_sets import read_prompt_set
+from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
+from tlcapture.storage.layout import Datasets
 from tlcapture.views.residual import residual_hooks
 
 
@@ -243,7 +243,7 @@ def _check_tokens(works: dict[str, Any]) -> None:
 
 def _check_hidden_states(bench: Bench) -> None:
     """Ours equal what Hugging Face's `generate` itself hands out, step by step."""
-    from tlcapture.generation import Sampling, generate
+    from tlcapture.generation.loop import Sampling, generate
 
     prompt = bench.prompts[0]
     hooks = residual_hooks(bench.model.n_layers, bench.model.hook_names)

@@ -13,15 +13,15 @@ import torch
 from generation_speed import Bench
 from measure import Row, command, in_turn, medians, peak_memory, ratios
 
-from tlcapture.captures import Capture
-from tlcapture.generation import Generation, Sampling, generate
-from tlcapture.layout import Datasets, Layout
+from tlcapture.captures.capture import Capture
+from tlcapture.captures.making import capture_of
+from tlcapture.commands.capture import CaptureOptions, run_capture
+from tlcapture.commands.project import ProjectOptions, run_project
+from tlcapture.generation.loop import Generation, Sampling, generate
 from tlcapture.names import Trait
-from tlcapture.prompts import read_prompt_set
-from tlcapture.runs.capture import CaptureOptions, run_capture
-from tlcapture.runs.outputs import capture_of
-from tlcapture.runs.project import ProjectOptions, run_project
-from tlcapture.storage import write_bytes, write_json
+from tlcapture.prompts.prompt_sets import read_prompt_set
+from tlcapture.storage.files import write_bytes, write_json
+from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.traits.projection import project as project_stream
 from tlcapture.traits.selection import Selection
 from tlcapture.traits.vectors import VectorFolder
@@ -150,7 +150,7 @@ def w7(bench: Bench) -> Iterator[Row]:
     )
 
     def texts(ids: Any) -> list[str]:
-        from tlcapture.chat import token_texts
+        from tlcapture.prompts.tokenization import token_texts
 
         return token_texts(model.tokenizer, ids)
 
@@ -195,7 +195,7 @@ torch.save(output.hidden_states, sys.argv[2])
 
 
 def w9(bench: Bench) -> Iterator[Row]:
-    from tlcapture.embedded import embedded_folder
+    from tlcapture.models.embedded import embedded_folder
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

@@ -23,8 +23,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' browser
 
 from tests.browser import Watched, browser, server
-from tlcapture.layout import Layout
 from tlcapture.names import Trait
+from tlcapture.storage.layout import Layout
 from tlcapture.traits.vectors import VectorFolder
 
 N_TRAITS = 10

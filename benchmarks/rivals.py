@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tlcapture.chat import TokenizedPrompt, stop_ids
-from tlcapture.generation import Generation, Sampling, generate
-from tlcapture.models import Model
+from tlcapture.generation.loop import Generation, Sampling, generate
+from tlcapture.models.loading import Model
+from tlcapture.prompts.tokenization import TokenizedPrompt, stop_ids
 from tlcapture.views.residual import residual_hooks, residual_view
 
 Found = dict[str, list[int]]

@@ -173,7 +173,7 @@ def _seconds_a_layer(model_folder: Path) -> float:
     """The median step of a model too small for anything but calling operations to matter, by layer."""
     import torch
 
-    from tlcapture.models import load_model
+    from tlcapture.models.loading import load_model
     from tlcapture.views.residual import residual_hooks
 
     torch.set_num_threads(1)

@@ -28,14 +28,11 @@ settings.load_profile("patient")
 
 _CHECKED = [
     "tlcapture.captures",
-    "tlcapture.engines",
     "tlcapture.extraction",
     "tlcapture.generation",
     "tlcapture.models",
     "tlcapture.traits",
     "tlcapture.views",
-    "tlcapture.fast",
-    "tlcapture.weight_layout",
 ]
 install_import_hook(_CHECKED, "tests.typechecking.check")
 
@@ -111,6 +108,6 @@ def tlcapture(root: Path) -> Callable[..., Result]:
 @pytest.fixture(scope="session")
 def smollm2() -> Any:
     """The embedded model on the engine that `auto` takes, loaded once."""
-    from tlcapture.models import load_model
+    from tlcapture.models.loading import load_model
 
     return load_model("smollm2", engine=tiny.ENGINES[0], device="cpu")

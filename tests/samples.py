@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from tlcapture.attention_heads import AttentionHeads
-from tlcapture.prediction_table import PredictionTable
+from tlcapture.explore.attention_heads import AttentionHeads
+from tlcapture.explore.prediction_table import PredictionTable
 from tlcapture.traits.projected_tokens import ProjectedTokens
 
 HOSTILE = "<img src=x onerror=alert(1)>"

@@ -21,7 +21,7 @@ from click.testing import CliRunner, Result
 from tests import tiny
 from tests.cli.conftest import make_prompt_set, make_trait
 from tlcapture.cli.main import main
-from tlcapture.storage import read_json, write_json
+from tlcapture.storage.files import read_json, write_json
 
 STORED = Path(__file__).parent / "stored"
 MODEL = "tiny-llama"  # what stored files call the model: its folder lies elsewhere each time

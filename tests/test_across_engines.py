@@ -29,9 +29,9 @@ from tests.stored_experiments import (
 )
 from tests.test_parity import relative, run_hugging_face
 from tlcapture import Experiment
-from tlcapture.captures import Capture
-from tlcapture.checkpoints import fingerprint
-from tlcapture.storage import read_json
+from tlcapture.captures.capture import Capture
+from tlcapture.models.checkpoints import fingerprint
+from tlcapture.storage.files import read_json
 
 MAKERS = (*tiny.ENGINES, *sorted(path.name for path in STORED.iterdir()))
 ROUNDED = 1e-3  # what files with 4 significant digits may differ by

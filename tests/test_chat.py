@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import tiny
-from tlcapture.chat import bos_policy, decode, render_chat, stop_ids, token_texts, tokenize
 from tlcapture.errors import InputError
+from tlcapture.prompts.tokenization import bos_policy, decode, render_chat, stop_ids, token_texts, tokenize
 
 BOS, EOS, TURN, END_OF_TURN = range(4)
 GEMMA_LIKE = (

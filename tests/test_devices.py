@@ -9,9 +9,9 @@ import torch
 
 from tests import tiny
 from tests.test_parity import random_ids, relative
-from tlcapture.engines import hooked
 from tlcapture.errors import ModelError
-from tlcapture.models import Model, from_hugging_face, load_model
+from tlcapture.models.engines import hooked
+from tlcapture.models.loading import Model, from_hugging_face, load_model
 from tlcapture.views.attention import attention_hooks
 from tlcapture.views.logit_lens import logit_lens_view
 from tlcapture.views.residual import residual_hooks

@@ -14,9 +14,7 @@ import torch
 from click.testing import Result
 
 from tests import tiny
-from tlcapture.checkpoints import cast
-from tlcapture.engines.base import Step
-from tlcapture.model_checks import (
+from tlcapture.doctor.checks import (
     Check,
     check_batch,
     check_bos,
@@ -29,9 +27,11 @@ from tlcapture.model_checks import (
     guarded,
     probe_prompts,
 )
-from tlcapture.models import Model, from_hugging_face
-from tlcapture.reference import ReferenceRun, deviation, reference_run, reference_runs
-from tlcapture.runs.doctor import check_model
+from tlcapture.doctor.reference import ReferenceRun, deviation, reference_run, reference_runs
+from tlcapture.doctor.run import check_model
+from tlcapture.models.checkpoints import cast
+from tlcapture.models.engines.base import Step
+from tlcapture.models.loading import Model, from_hugging_face
 
 TWICE = "{{ bos_token }}" + tiny.CHAT_TEMPLATE
 NAMES = ["BOS", "padding", "stop ids", "raw basis", "batch", "captured", "soft caps", "range"]

@@ -10,8 +10,8 @@ import pytest
 
 from tests.samples import HOSTILE, N_LAYERS, N_PROMPT, TOKENS, heads, predictions, projected
 from tlcapture.errors import InputError
-from tlcapture.figures import attention_figure, layers_figure, lens_figure, trajectory_figure
-from tlcapture.offline_figure import OfflineFigure, plotly_text
+from tlcapture.explore.figures import attention_figure, layers_figure, lens_figure, trajectory_figure
+from tlcapture.explore.offline_figure import OfflineFigure, plotly_text
 
 
 def boundary(figure: OfflineFigure) -> float:

@@ -12,9 +12,9 @@ import pytest
 from tests.samples import N_LAYERS, N_PROMPT, POINTS, TOKENS, projected
 from tlcapture import Experiment
 from tlcapture.errors import InputError, StorageError
-from tlcapture.frames import COLUMNS, frame
-from tlcapture.layout import Layout
+from tlcapture.explore.frames import COLUMNS, frame
 from tlcapture.names import Trait
+from tlcapture.storage.layout import Layout
 from tlcapture.traits.projected_tokens import ProjectedTokens
 
 

@@ -10,12 +10,12 @@ import torch
 
 from tests import tiny
 from tests.test_parity import as_prompt, random_ids, relative
-from tlcapture.chat import TokenizedPrompt, stop_ids
-from tlcapture.engines.base import Step
 from tlcapture.errors import InputError
-from tlcapture.fast import FastState, forward
-from tlcapture.generation import Failure, Generation, Sampling, _choose, generate, teacher_force
-from tlcapture.models import Model, from_hugging_face
+from tlcapture.generation.loop import Failure, Generation, Sampling, _choose, generate, teacher_force
+from tlcapture.models.engines.base import Step
+from tlcapture.models.fast import FastState, forward
+from tlcapture.models.loading import Model, from_hugging_face
+from tlcapture.prompts.tokenization import TokenizedPrompt, stop_ids
 from tlcapture.views.attention import attention_hooks
 from tlcapture.views.residual import residual_hooks
 

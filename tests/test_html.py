@@ -117,7 +117,7 @@ def test_attention_heads_carry_circuitsvis_and_reach_for_nothing(monkeypatch: py
 
 
 def test_attention_heads_without_circuitsvis_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tlcapture.attention_heads._circuitsvis", lambda: None)
+    monkeypatch.setattr("tlcapture.explore.attention_heads._circuitsvis", lambda: None)
     page = Page(heads()._repr_html_())
     assert "2 heads" in page.text
     assert "pip install" in page.text
@@ -149,7 +149,7 @@ def test_predictions_of_another_length_are_refused() -> None:
 def test_a_browser_runs_nothing_of_a_token(tmp_path: Path) -> None:
     """In a real browser, where there is one: no dialog, no request, no element that a token made."""
     from tests.samples import projected
-    from tlcapture.figures import attention_figure, layers_figure, lens_figure, trajectory_figure
+    from tlcapture.explore.figures import attention_figure, layers_figure, lens_figure, trajectory_figure
 
     figures = [
         trajectory_figure([projected()]), layers_figure(projected()), lens_figure(predictions()),

@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tlcapture.errors import InputError, StorageError
-from tlcapture.kept import POINTS, Kept, listed
+from tlcapture.text import as_ranges
+from tlcapture.views.hooks import POINTS
+from tlcapture.views.kept import Kept
 
 N_LAYERS = 5
 layers = st.sets(st.integers(0, N_LAYERS - 1), min_size=1)
@@ -65,7 +67,7 @@ def test_a_file_whose_metadata_says_otherwise_is_refused() -> None:
 
 
 def test_layers_are_listed_as_people_write_them() -> None:
-    assert [listed(layers) for layers in ((), (3,), (0, 1), (2, 3, 4), (1, 5))] == [
+    assert [as_ranges(layers) for layers in ((), (3,), (0, 1), (2, 3, 4), (1, 5))] == [
         "none",
         "3",
         "0, 1",

@@ -9,7 +9,7 @@ import pytest
 from tests import tiny
 from tlcapture import capture
 from tlcapture.errors import InputError
-from tlcapture.kept import Kept
+from tlcapture.views.kept import Kept
 
 WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no prompt": ([], {}, "no prompts: give at least one text"),

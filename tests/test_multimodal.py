@@ -19,10 +19,10 @@ import torch
 import transformers
 
 from tests import tiny
-from tlcapture.engines.booting import ProcessRefusedError, text_only
 from tlcapture.errors import ModelError
-from tlcapture.generation import teacher_force
-from tlcapture.models import from_hugging_face, load_model
+from tlcapture.generation.loop import teacher_force
+from tlcapture.models.engines.booting import ProcessRefusedError, text_only
+from tlcapture.models.loading import from_hugging_face, load_model
 from tlcapture.views.residual import residual_hooks, residual_view
 
 NAME = "gemma3_multimodal"

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tests import tiny
 from tests.evidence import Evidence
-from tlcapture.chat import TokenizedPrompt
-from tlcapture.generation import Generation, Sampling, generate, teacher_force
-from tlcapture.models import Model
+from tlcapture.generation.loop import Generation, Sampling, generate, teacher_force
+from tlcapture.models.loading import Model
+from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.views.attention import attention_hooks
 from tlcapture.views.logit_lens import logit_lens_view
 from tlcapture.views.residual import residual_hooks, residual_view

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tlcapture.errors import InputError
-from tlcapture.layout import Datasets
-from tlcapture.prompts import PromptSet, read_prompt_set
+from tlcapture.prompts.prompt_sets import PromptSet, read_prompt_set
+from tlcapture.storage.layout import Datasets
 
 GOOD = {"name": "mine", "description": "d", "prompts": [{"id": "1", "text": "hello", "note": "n"}]}
 

@@ -12,10 +12,10 @@ import transformers
 from tests import tiny
 from tests.evidence import Evidence
 from tests.test_parity import random_ids
-from tlcapture.chat import TokenizedPrompt
 from tlcapture.errors import ModelError
-from tlcapture.generation import Failure, generate
-from tlcapture.models import from_hugging_face
+from tlcapture.generation.loop import Failure, generate
+from tlcapture.models.loading import from_hugging_face
+from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.views.residual import residual_hooks
 
 _OPT = {**tiny._COMMON, "ffn_dim": tiny.D_MLP, "word_embed_proj_dim": tiny.D_MODEL}

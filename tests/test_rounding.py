@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from tlcapture.errors import NumericalError
-from tlcapture.rounding import round_significant, rounded_for_json
+from tlcapture.storage.rounding import round_significant, rounded_for_json
 
 
 @given(st.lists(st.floats(-1e18, 1e18).filter(lambda x: x == 0 or abs(x) > 1e-18), max_size=20), st.integers(1, 9))

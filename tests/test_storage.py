@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tlcapture.errors import StorageError
-from tlcapture.storage import (
+from tlcapture.storage.files import (
     _temporary,
     read_json,
     read_tensors,
@@ -86,7 +86,7 @@ def test_a_failed_write_leaves_what_was_there_and_nothing_beside_it(tmp_path: Pa
 def test_a_killed_writer_leaves_whole_files_and_its_rest_is_swept(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib\n"
-        "from tlcapture.storage import write_bytes\n"
+        "from tlcapture.storage.files import write_bytes\n"
         "number = 0\n"
         "while True:\n"
         "    number += 1\n"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests import tiny
 from tests.test_parity import random_ids
-from tlcapture.weight_layout import lay_out, memory_order
+from tlcapture.models.engines.weight_layout import lay_out, memory_order
 
 ARCHITECTURES = ["llama", "gpt2", "gemma2", "gpt_neox", "qwen2"]
 

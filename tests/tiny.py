@@ -11,7 +11,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from tlcapture.engines.hooked import has_hooked_transformer
+from tlcapture.models.engines.hooked import has_hooked_transformer
 
 # The engines of the TransformerLens that is installed; the first is what `auto` takes for most models.
 ENGINES = ("hooked", "bridge") if has_hooked_transformer() else ("bridge",)
@@ -194,7 +194,7 @@ def hf_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
     Buffers stay in float32, as in a checkpoint that transformers loads in 16 bits.
     """
-    from tlcapture.checkpoints import cast
+    from tlcapture.models.checkpoints import cast
 
     torch.manual_seed(sum(map(ord, name)))
     model = transformers.AutoModelForCausalLM.from_config(
@@ -215,7 +215,7 @@ def model(name: str, engine: str = ENGINES[0], dtype: torch.dtype = torch.float3
     bridge wraps a copy, since it changes the modules it wraps."""
     import copy
 
-    from tlcapture.models import from_hugging_face
+    from tlcapture.models.loading import from_hugging_face
 
     source = hf_model(name, dtype)
     if engine == "bridge":

@@ -10,25 +10,25 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from tlcapture.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from tlcapture.captures import Capture
+    from tlcapture.captures.capture import Capture
     from tlcapture.errors import TlcaptureError
-    from tlcapture.experiment import Experiment
-    from tlcapture.live import capture
-    from tlcapture.models import load_model
-    from tlcapture.prompts import Prompt, PromptSet
+    from tlcapture.explore.experiment import Experiment
+    from tlcapture.explore.live import capture
+    from tlcapture.models.loading import load_model
+    from tlcapture.prompts.prompt_sets import Prompt, PromptSet
 
 _HOMES = {
-    "Capture": "tlcapture.captures",
-    "Experiment": "tlcapture.experiment",
-    "Prompt": "tlcapture.prompts",
-    "PromptSet": "tlcapture.prompts",
+    "Capture": "tlcapture.captures.capture",
+    "Experiment": "tlcapture.explore.experiment",
+    "Prompt": "tlcapture.prompts.prompt_sets",
+    "PromptSet": "tlcapture.prompts.prompt_sets",
     "TlcaptureError": "tlcapture.errors",
-    "capture": "tlcapture.live",
-    "load_ipython_extension": "tlcapture.magics",  # what %load_ext tlcapture looks for
-    "load_model": "tlcapture.models",
+    "capture": "tlcapture.explore.live",
+    "load_ipython_extension": "tlcapture.explore.magics",  # what %load_ext tlcapture looks for
+    "load_model": "tlcapture.models.loading",
 }
 
 __all__ = ["Capture", "Experiment", "Prompt", "PromptSet", "TlcaptureError", "capture", "load_model"]

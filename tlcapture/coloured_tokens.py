@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from tlcapture.printable import NEWLINE, printable
+from tlcapture.text import NEWLINE, printable
 
 _STRONGEST = 0.7  # opacity at the end of the scale: text stays readable on light and dark pages
 _RED, _BLUE = "214,39,40", "31,119,180"

@@ -13,8 +13,8 @@ import torch
 from click.testing import Result
 
 from tests import tiny
-from tlcapture.captures import Capture
-from tlcapture.storage import read_json
+from tlcapture.captures.capture import Capture
+from tlcapture.storage.files import read_json
 
 Run = Callable[..., Result]
 
@@ -238,7 +238,7 @@ def test_a_log_that_cannot_be_written_is_said_once_and_stops_nothing(capture: Ru
 
 def test_internals_that_hold_no_numbers_are_refused(capture: Run, raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As float16 may have in front of a relu, behind which nothing shows it."""
-    from tlcapture.runs import outputs
+    from tlcapture.commands import capture_outputs as outputs
 
     view = outputs.internals_view
 
@@ -313,7 +313,7 @@ def test_layer_and_method_choose_the_vector(capture: Run, extract: Run, projecte
     assert (source["layer"], source["method"], source["selected_by"]) == (2, "mean_diff", "override")
     result = capture("--layer", 7)
     assert result.exit_code == 2
-    assert "--layer 7: no trait has a vector there; there are layers 0-2" in result.stderr
+    assert "--layer 7: no trait has a vector there; layers with vectors: 0 to 2" in result.stderr
     evaluation = projected.parents[4] / "extraction" / "extraction_evaluation.json"
     row = {"trait": "tone/loud", "method": "gradient", "layer": 0, "component": "residual", "val_effect_size": 3.0}
     evaluation.write_text(json.dumps({"all_results": [row]}))
@@ -485,7 +485,7 @@ def test_float16_captures_are_of_the_same_checkpoint(capture: Run, raw: Path) ->
 def test_out_of_memory_in_replay_fails_its_prompt_alone(
     capture: Run, analysis: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tlcapture.engines.hooked import HookedModel
+    from tlcapture.models.engines.hooked import HookedModel
 
     capture()
     original, calls = HookedModel.step, []

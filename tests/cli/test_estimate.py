@@ -10,8 +10,8 @@ import pytest
 from click.testing import Result
 
 from tests import tiny
-from tlcapture.generation import teacher_force
-from tlcapture.measures import Measures
+from tlcapture.generation.loop import teacher_force
+from tlcapture.models.sizes import Measures
 
 Run = Callable[..., Result]
 EVERYTHING = ("--attention", "--logit-lens", "--layer-internals", 1, "--capture-attn")

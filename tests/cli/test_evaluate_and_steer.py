@@ -12,7 +12,7 @@ import pytest
 from click.testing import Result
 
 from tests import tiny
-from tlcapture.storage import read_json
+from tlcapture.storage.files import read_json
 
 Run = Callable[..., Result]
 QUESTIONS = [

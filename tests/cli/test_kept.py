@@ -13,12 +13,12 @@ import torch
 from click.testing import Result
 
 from tests import tiny
-from tlcapture.captures import Capture
+from tlcapture.captures.capture import Capture
 from tlcapture.errors import InputError, StorageError
-from tlcapture.experiment import Experiment
-from tlcapture.live import capture as capture_live
-from tlcapture.report.contents import Contents
-from tlcapture.storage import read_json
+from tlcapture.explore.experiment import Experiment
+from tlcapture.explore.live import capture as capture_live
+from tlcapture.page.contents import Contents
+from tlcapture.storage.files import read_json
 from tlcapture.traits.projected_tokens import ProjectedTokens
 
 Run = Callable[..., Result]
@@ -69,7 +69,7 @@ def test_a_file_holds_each_kept_activation_once(capture: Run, raw: Path) -> None
 
 
 def test_only_what_is_kept_is_captured(capture: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tlcapture import generation
+    from tlcapture.generation import loop as generation
 
     asked: list[list[str]] = []
     recorder = generation._Recorder.__init__

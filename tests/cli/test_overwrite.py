@@ -12,7 +12,7 @@ import torch
 from click.testing import Result
 
 from tests.input import captures
-from tlcapture.captures import Capture
+from tlcapture.captures.capture import Capture
 
 Run = Callable[..., Result]
 
@@ -185,7 +185,7 @@ def test_a_folder_in_its_place_is_no_matter_of_overwrite(capture: Run, raw: Path
 def test_a_file_that_comes_while_the_run_goes_is_left_alone(
     capture: Run, raw: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tlcapture.runs import capture_worker
+    from tlcapture.commands import capture_worker
 
     original = capture_worker.generate
 

@@ -11,13 +11,13 @@ import pytest
 from click.testing import Result
 
 from tests import tiny
-from tlcapture.accelerators import ACCELERATORS, Accelerator
-from tlcapture.checkpoints import count_parameters
+from tlcapture.commands.capture_tasks import CaptureOptions
 from tlcapture.errors import InputError
-from tlcapture.measures import Measures
-from tlcapture.runs.plan import Workload, bound_pace
-from tlcapture.runs.planning import CaptureOptions
-from tlcapture.sizes import format_bytes, parse_bytes
+from tlcapture.models.checkpoints import count_parameters
+from tlcapture.models.sizes import Measures
+from tlcapture.plan.accelerators import ACCELERATORS, Accelerator
+from tlcapture.plan.cost import Workload, bound_pace
+from tlcapture.text import format_bytes, parse_bytes
 
 Run = Callable[..., Result]
 SIZE = ("--prompts", 100, "--prompt-tokens", 20, "--new-tokens", 10)

@@ -11,10 +11,10 @@ import pytest
 from click.testing import Result
 
 from tests.cli.conftest import make_prompt_set
-from tlcapture.captures import Capture
-from tlcapture.experiment import Experiment
-from tlcapture.report.contents import Contents
-from tlcapture.storage import read_json
+from tlcapture.captures.capture import Capture
+from tlcapture.explore.experiment import Experiment
+from tlcapture.page.contents import Contents
+from tlcapture.storage.files import read_json
 
 Run = Callable[..., Result]
 ONLY = ("--projections-only", "--temperature", 0)

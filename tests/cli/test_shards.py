@@ -7,8 +7,8 @@ from pathlib import Path
 
 from click.testing import Result
 
-from tlcapture.captures import Capture
-from tlcapture.storage import read_json
+from tlcapture.captures.capture import Capture
+from tlcapture.storage.files import read_json
 
 Run = Callable[..., Result]
 GREEDY = ("--temperature", 0)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.cli.conftest import make_prompt_set, make_trait
 from tests.faults.commands import Command, contents
-from tlcapture.models import load_model
+from tlcapture.models.loading import load_model
 
 TEXTS = [f"tell me {'more ' * number}of it" for number in range(12)]
 

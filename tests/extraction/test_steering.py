@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests import tiny
-from tlcapture.chat import tokenize
 from tlcapture.extraction.steering import SteeringBench
+from tlcapture.prompts.tokenization import tokenize
 
 QUESTIONS = ["how are you?", "what is it", "why should anybody care about that?"]
 COMPLETIONS = [("fine", "bad day"), ("a thing of beauty", "junk"), ("yes", "no")]
@@ -80,7 +80,7 @@ def test_steering_along_the_unembedding_of_a_completion_makes_it_likelier() -> N
 def test_the_search_finds_the_largest_coherent_coefficient() -> None:
     from types import SimpleNamespace
 
-    from tlcapture.runs.steer import search_coefficient
+    from tlcapture.commands.steer import search_coefficient
 
     asked = []
 

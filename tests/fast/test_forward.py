@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tests import tiny
 from tests.test_parity import random_ids, relative
-from tlcapture.fast import FastForward, FastState
-from tlcapture.generation import Sampling, generate
-from tlcapture.models import Model, from_hooked_transformer, from_hugging_face
+from tlcapture.generation.loop import Sampling, generate
+from tlcapture.models.fast import FastForward, FastState
+from tlcapture.models.loading import Model, from_hooked_transformer, from_hugging_face
 from tlcapture.views.residual import residual_hooks
 
 pytestmark = tiny.needs_hooked

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tlcapture.fast.products import linear, wide_linear
+from tlcapture.models.fast.products import linear, wide_linear
 
 
 def check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, found: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.cli.conftest import make_prompt_set, make_trait
 from tests.faults.commands import Command, contents
-from tlcapture.models import load_model
+from tlcapture.models.loading import load_model
 
 TEXTS = ["hello there", "tell me more of it"]
 ADD_ONS = ("--attention", "--logit-lens", "--layer-internals", "1")

@@ -22,7 +22,7 @@ WORDS = ("--experiment", "exp", "--prompt-set", "long", "--engine", "bridge", "-
 def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import transformers
 
-    from tlcapture.models import load_model
+    from tlcapture.models.loading import load_model
 
     folder = tmp_path_factory.mktemp("long")
     config = tiny.hf_model("llama").config
@@ -37,7 +37,7 @@ def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 SCARCE = """
 import pathlib, resource, sys
 from tlcapture.cli.main import main
-from tlcapture.models import load_model
+from tlcapture.models.loading import load_model
 load_model(sys.argv[1], engine="bridge")
 pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
 limit = pages * resource.getpagesize() + int(sys.argv[2]) * 2**20
@@ -77,7 +77,7 @@ def test_batches_are_halved_and_a_prompt_that_does_not_fit_fails_alone(
 
 
 def contents_of(path: Path) -> list[int]:
-    from tlcapture.captures import Capture
+    from tlcapture.captures.capture import Capture
 
     return Capture.open(path).token_ids
 

@@ -30,7 +30,7 @@ def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that knows no number for the letter Z, and a template that refuses secrets."""
     import copy
 
-    from tlcapture.models import load_model
+    from tlcapture.models.loading import load_model
 
     folder = tmp_path_factory.mktemp("odd")
     model = copy.deepcopy(tiny.hf_model("llama"))

@@ -39,7 +39,7 @@ def held_until(flag: Path) -> Callable[[], None]:
     """What makes a capture wait, its lock held, with its first file until another file is there."""
 
     def hold() -> None:
-        from tlcapture.runs import capture_worker
+        from tlcapture.commands import capture_worker
 
         write = capture_worker.write_capture
 
@@ -109,7 +109,7 @@ def test_evaluations_of_different_traits_at_once_lose_no_row(fresh: Path, tmp_pa
 def slow_merge() -> None:
     import time
 
-    from tlcapture.runs import evaluate
+    from tlcapture.commands import evaluate
 
     merged = evaluate._merged
 

@@ -15,11 +15,11 @@ import torch
 from tests.evidence import Evidence
 from tests.input.captures import N_LAYERS, N_PROMPT, N_RESPONSE, WIDTH
 from tests.input.strategies import ANY_JSON, Damaged, check_refusal, damaged_json, try_all
-from tlcapture.archives import Archive, append_record
-from tlcapture.capture_index import NAME
-from tlcapture.captures import Capture, CapturedPart
+from tlcapture.captures.capture import Capture, CapturedPart
+from tlcapture.captures.index import NAME
 from tlcapture.errors import StorageError, TlcaptureError
-from tlcapture.kept import Kept
+from tlcapture.storage.archives import Archive, append_record
+from tlcapture.views.kept import Kept
 from tlcapture.views.residual import ResidualStream
 
 ALL = Kept.of(N_LAYERS)

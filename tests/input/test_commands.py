@@ -16,8 +16,8 @@ from tests.cli.conftest import make_prompt_set
 from tests.evidence import Evidence
 from tests.input import captures
 from tests.report.conftest import attention, logit_lens, projection, write
-from tlcapture.layout import Layout
 from tlcapture.names import Trait
+from tlcapture.storage.layout import Layout
 from tlcapture.traits.vectors import VectorFolder
 
 Run = Callable[..., Result]

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from tests.cli.conftest import make_prompt_set, make_trait
 from tests.evidence import Evidence
-from tlcapture.captures import Capture
-from tlcapture.printable import printable
-from tlcapture.report.contents import Contents
+from tlcapture.captures.capture import Capture
+from tlcapture.page.contents import Contents
+from tlcapture.text import printable
 
 Run = Callable[..., Result]
 

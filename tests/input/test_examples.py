@@ -15,8 +15,8 @@ from tests.input.strategies import Damaged, check_refusal, damaged_json, try_all
 from tlcapture.errors import InputError, TlcaptureError
 from tlcapture.extraction.checks import check_examples
 from tlcapture.extraction.examples import read_examples
-from tlcapture.layout import Datasets
 from tlcapture.names import Trait
+from tlcapture.storage.layout import Datasets
 
 ODD = Trait("style", "odd")
 ROWS = [{"pair": str(n), "prompt": f"say {n}", "response": f"word {n}"} for n in range(5)]

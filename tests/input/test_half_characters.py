@@ -15,9 +15,9 @@ from tests import tiny
 from tests.cli.conftest import make_prompt_set, make_trait
 from tests.evidence import Evidence
 from tlcapture import Experiment
-from tlcapture.captures import Capture
-from tlcapture.chat import decode, token_texts
-from tlcapture.report.server import page_app
+from tlcapture.captures.capture import Capture
+from tlcapture.page.server import page_app
+from tlcapture.prompts.tokenization import decode, token_texts
 
 Run = Callable[..., Result]
 TEXTS = {
@@ -102,7 +102,7 @@ def test_ranks_are_those_of_ids_where_many_tokens_look_alike(captured: Path, evi
     """Every byte beyond ASCII shows as U+FFFD: by text the first of them would be found."""
     import torch
 
-    from tlcapture.models import load_model
+    from tlcapture.models.loading import load_model
 
     model = load_model(str(read(captured / "config.json")["inference_model"]), device="cpu")
     capture = Capture.open(captured / "inference/raw/residual/odd/1.pt")

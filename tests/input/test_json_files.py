@@ -18,19 +18,19 @@ import torch
 from tests.evidence import Evidence
 from tests.input.strategies import Damaged, check_refusal, damaged_json, replaced, try_all, without
 from tests.report.conftest import N_HEADS, N_LAYERS, TRAIT, attention, logit_lens, projection
-from tlcapture.attention_heads import heads_of_file
-from tlcapture.config import read_config, record
+from tlcapture.commands.evaluate import best_rows, draw_heatmaps
+from tlcapture.commands.project import ProjectOptions, run_project
+from tlcapture.commands.steer import draw_curves, read_questions
+from tlcapture.commands.top_traits import top_traits
 from tlcapture.errors import StorageError, TlcaptureError
-from tlcapture.layout import Datasets, Layout
+from tlcapture.explore.attention_heads import heads_of_file
+from tlcapture.explore.prediction_table import table_of_file
 from tlcapture.names import Trait, is_safe_name
-from tlcapture.prediction_table import table_of_file
-from tlcapture.prompts import read_prompt_set
-from tlcapture.runs.evaluate import best_rows, draw_heatmaps
-from tlcapture.runs.project import ProjectOptions, run_project
+from tlcapture.prompts.prompt_sets import read_prompt_set
 from tlcapture.runs.report import RunReport
-from tlcapture.runs.steer import draw_curves, read_questions
-from tlcapture.runs.summary import top_traits
-from tlcapture.storage import read_json
+from tlcapture.storage.config import read_config, record
+from tlcapture.storage.files import read_json
+from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.traits.projected_tokens import ProjectedTokens
 from tlcapture.traits.selection import effect_sizes, select, steering_runs
 from tlcapture.traits.vector_files import VectorFiles

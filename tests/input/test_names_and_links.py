@@ -17,14 +17,14 @@ from tests.evidence import Evidence
 from tests.input import captures
 from tests.input.strategies import check_refusal
 from tests.report.conftest import TRAIT, write_experiment
-from tlcapture.captures import Capture
+from tlcapture.captures.capture import Capture
+from tlcapture.commands.capture_outputs import write_capture
+from tlcapture.commands.project import ProjectOptions, run_project
 from tlcapture.errors import InputError, StorageError, TlcaptureError
-from tlcapture.layout import Datasets, Layout
 from tlcapture.names import Trait, is_safe_name
-from tlcapture.report.contents import Contents
-from tlcapture.runs.outputs import write_capture
-from tlcapture.runs.project import ProjectOptions, run_project
-from tlcapture.storage import write_json
+from tlcapture.page.contents import Contents
+from tlcapture.storage.files import write_json
+from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.traits.vectors import VectorFolder
 
 ODD = Trait.parse(TRAIT)

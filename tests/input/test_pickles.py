@@ -16,13 +16,13 @@ import torch
 from tests.evidence import Evidence
 from tests.input import captures
 from tests.input.strategies import check_refusal
-from tlcapture import embedded
-from tlcapture.captures import Capture
+from tlcapture.captures.capture import Capture
 from tlcapture.errors import ModelError, StorageError
-from tlcapture.layout import Layout
-from tlcapture.models import load_model
+from tlcapture.models import embedded
+from tlcapture.models.loading import load_model
 from tlcapture.names import Trait
-from tlcapture.storage import read_tensors
+from tlcapture.storage.files import read_tensors
+from tlcapture.storage.layout import Layout
 from tlcapture.traits.vectors import VectorFolder
 
 TRAIT = Trait("style", "odd")

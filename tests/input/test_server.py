@@ -19,8 +19,8 @@ from tests.evidence import Evidence
 from tests.input.strategies import Damaged, damaged_json, try_all
 from tests.input.test_names_and_links import HOSTILE, LINKS, SECRET, link_out
 from tests.report.conftest import TRAIT, attention, logit_lens, projection, write_experiment
-from tlcapture.report.contents import RESOURCES
-from tlcapture.report.server import listen, page_app, serve
+from tlcapture.page.contents import RESOURCES
+from tlcapture.page.server import listen, page_app, serve
 
 GOOD = {"experiment": "exp", "prompt_set": "odd", "prompt_id": "1", "category": "style", "name": "odd",
         "component": "residual", "token": "1"}  # fmt: skip

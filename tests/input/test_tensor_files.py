@@ -16,12 +16,12 @@ from tests.evidence import Evidence
 from tests.input import captures
 from tests.input.captures import N_PROMPT, WIDTH
 from tests.input.strategies import ANY_JSON, Damaged, check_refusal, places, replaced, try_all, without
-from tlcapture.captures import Capture
+from tlcapture.captures.capture import Capture
+from tlcapture.commands.project import ProjectOptions, run_project
 from tlcapture.errors import StorageError, TlcaptureError, VectorError
-from tlcapture.layout import Layout
 from tlcapture.names import Trait
-from tlcapture.runs.project import ProjectOptions, run_project
-from tlcapture.storage import read_tensors
+from tlcapture.storage.files import read_tensors
+from tlcapture.storage.layout import Layout
 from tlcapture.traits.vectors import VectorFolder
 
 TRAIT = Trait("style", "odd")

@@ -11,15 +11,15 @@ import torch
 
 from tests import tiny
 from tests.test_parity import relative
-from tlcapture.chat import stop_ids, tokenize
-from tlcapture.embedded import embedded_folder
-from tlcapture.generation import Generation, Sampling, generate, teacher_force
-from tlcapture.layout import Datasets
-from tlcapture.model_checks import probe_prompts
-from tlcapture.models import from_hooked_transformer, load_model
-from tlcapture.prompts import read_prompt_set
-from tlcapture.reference import reference_run
-from tlcapture.runs.doctor import check_model
+from tlcapture.doctor.checks import probe_prompts
+from tlcapture.doctor.reference import reference_run
+from tlcapture.doctor.run import check_model
+from tlcapture.generation.loop import Generation, Sampling, generate, teacher_force
+from tlcapture.models.embedded import embedded_folder
+from tlcapture.models.loading import from_hooked_transformer, load_model
+from tlcapture.prompts.prompt_sets import read_prompt_set
+from tlcapture.prompts.tokenization import stop_ids, tokenize
+from tlcapture.storage.layout import Datasets
 from tlcapture.views.attention import attention_hooks, attention_view
 from tlcapture.views.logit_lens import logit_lens_view
 from tlcapture.views.residual import residual_hooks, residual_view

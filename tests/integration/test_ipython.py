@@ -20,10 +20,10 @@ from traitlets.config import Config
 
 import tlcapture
 from tlcapture import Experiment
-from tlcapture.captures import Capture
+from tlcapture.captures.capture import Capture
 from tlcapture.errors import InputError, StorageError
-from tlcapture.lazy_model import LazyModel
-from tlcapture.live import LiveCapture
+from tlcapture.explore.live import LiveCapture
+from tlcapture.models.lazy_model import LazyModel
 
 TOP = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:.*by default")
@@ -37,7 +37,7 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded_root: Path, 
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("TLCAPTURE_ROOT", str(embedded_root))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tlcapture.models.load_model", lambda name, **options: smollm2)
+    monkeypatch.setattr("tlcapture.models.loading.load_model", lambda name, **options: smollm2)
     config = Config()
     config.HistoryManager.enabled = False
     InteractiveShell.clear_instance()

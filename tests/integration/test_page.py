@@ -15,7 +15,7 @@ from tests.browser import Watched, browser, server
 from tests.report.conftest import HOSTILE, write, write_experiment
 from tests.report.conftest import TOKENS as HOSTILE_TOKENS
 from tlcapture.cli.main import main
-from tlcapture.report.export import export_page
+from tlcapture.page.export import export_page
 
 TRAIT = "style/formality"
 VIEWS = ("dynamics", "layers", "lens", "attention", "vectors", "compare")

@@ -12,9 +12,9 @@ import pytest
 
 from tests.report.conftest import N_LAYERS, N_PROMPT, TOKENS, TRAIT, projection, scores, write
 from tlcapture.errors import InputError, StorageError
-from tlcapture.report.average import average_trajectory
-from tlcapture.report.contents import Contents
-from tlcapture.report.missing import MissingError
+from tlcapture.page.average import average_trajectory
+from tlcapture.page.contents import Contents
+from tlcapture.page.missing import MissingError
 
 
 @pytest.fixture
@@ -173,10 +173,10 @@ def test_names_that_are_no_names_never_become_paths(contents: Contents, name: st
 
 def test_the_page_reads_without_torch(page_root: Path) -> None:
     code = (
-        "import sys, json; from pathlib import Path; from tlcapture.report.contents import Contents\n"
+        "import sys, json; from pathlib import Path; from tlcapture.page.contents import Contents\n"
         f"c = Contents(Path({str(page_root)!r})); c.experiments(); c.prompt('exp', 'odd', '1')\n"
         "c.vectors('exp', 'style', 'odd')\n"
-        "import tlcapture.report.server; print(json.dumps('torch' in sys.modules))"
+        "import tlcapture.page.server; print(json.dumps('torch' in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) is False

@@ -15,7 +15,7 @@ from click.testing import Result
 
 from tests.report.conftest import TOKENS, write_experiment
 from tlcapture.errors import InputError
-from tlcapture.report.export import export_page
+from tlcapture.page.export import export_page
 
 _ELEMENT = re.compile(r'<script type="text/plain" id="data:([^"]*)">([^<]*)</script>')
 

@@ -10,8 +10,8 @@ from starlette.testclient import TestClient
 
 from tests.report.conftest import TOKENS
 from tlcapture.errors import InputError
-from tlcapture.report.assets import SCRIPTS
-from tlcapture.report.server import listen, page_app
+from tlcapture.page.assets import SCRIPTS
+from tlcapture.page.server import listen, page_app
 
 
 @pytest.fixture

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from tlcapture.errors import NoSpaceError, StorageError
-from tlcapture.runs.background import BackgroundWriter
-from tlcapture.runs.report import RunReport
-from tlcapture.storage import Written
+from tlcapture.runs.background_writer import BackgroundWriter
+from tlcapture.runs.run import Run
+from tlcapture.storage.files import Written
+from tlcapture.storage.layout import Layout
 
 
 def test_all_files_are_written_in_order_by_another_thread_when_the_context_ends() -> None:
-    report, written, threads = RunReport(Path("x")), [], set()
+    run, written, threads = Run.silent(Layout(Path("x"), "exp")), [], set()
 
     def file(number: int) -> Callable[[], Written]:
         def write() -> Written:
@@ -27,62 +28,62 @@ def test_all_files_are_written_in_order_by_another_thread_when_the_context_ends(
 
         return write
 
-    with BackgroundWriter(report) as writer:
+    with BackgroundWriter(run) as writer:
         for prompt in range(3):
             writer.write(str(prompt), [file(2 * prompt), file(2 * prompt + 1)])
     assert written == list(range(6))
     assert threads.isdisjoint({threading.get_ident()})
-    assert (report.n_files, report.files.size) == (6, 15)
+    assert (run.report.n_files, run.report.files.size) == (6, 15)
 
 
 def test_a_file_that_fails_is_told_and_the_others_are_written() -> None:
-    report = RunReport(Path("x"))
+    run = Run.silent(Layout(Path("x"), "exp"))
 
     def fail() -> Written:
         raise StorageError("disk full")
 
-    with BackgroundWriter(report) as writer:
+    with BackgroundWriter(run) as writer:
         writer.write("set/1", [fail, lambda: Written(Path("x"), 7)])
-    assert report.failures == [("set/1", "disk full")]
-    assert report.n_files == 1
+    assert run.report.failures == [("set/1", "disk full")]
+    assert run.report.n_files == 1
 
 
 def test_what_was_handed_over_is_written_even_when_the_run_breaks_off() -> None:
-    report = RunReport(Path("x"))
+    run = Run.silent(Layout(Path("x"), "exp"))
 
     def break_off() -> None:
-        with BackgroundWriter(report) as writer:
+        with BackgroundWriter(run) as writer:
             writer.write("set/1", [lambda: Written(Path("x"), 3)])
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         break_off()
-    assert report.n_files == 1
+    assert run.report.n_files == 1
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_memory_that_does_not_suffice_fails_the_prompt_whose_files_they_are(error: Exception) -> None:
-    report, done = RunReport(Path("x")), []
+    run, done = Run.silent(Layout(Path("x"), "exp")), []
 
     def fail(how: Exception) -> Written:
         raise how
 
-    with BackgroundWriter(report) as writer:
+    with BackgroundWriter(run) as writer:
         writer.write("set/1", [lambda: fail(error), lambda: fail(StorageError("no")), lambda: Written(Path("x"), 1)])
         writer.write("set/2", [lambda: Written(Path("x"), 1)], then=lambda: done.append("set/2"))
-    assert report.failures == [("set/1", "out of memory while its files were made"), ("set/1", "no")]
-    assert report.n_files == 2
+    assert run.report.failures == [("set/1", "out of memory while its files were made"), ("set/1", "no")]
+    assert run.report.n_files == 2
     assert done == ["set/2"]
 
 
 def test_a_full_disk_ends_the_run_when_all_that_was_written_is_told() -> None:
-    report = RunReport(Path("x"))
+    run = Run.silent(Layout(Path("x"), "exp"))
 
     def fail() -> Written:
         raise NoSpaceError("disk full")
 
-    writer = BackgroundWriter(report)
+    writer = BackgroundWriter(run)
     writer.write("set/1", [fail, lambda: Written(Path("x"), 7)])
     with pytest.raises(NoSpaceError):
         writer.finish()
-    assert report.n_files == 1
+    assert run.report.n_files == 1

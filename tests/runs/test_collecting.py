@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from tests.input import captures
-from tlcapture.captures import Capture
-from tlcapture.config import read_config
+from tlcapture.captures.capture import Capture
+from tlcapture.cluster.collecting import place
 from tlcapture.errors import StorageError
-from tlcapture.layout import Layout
-from tlcapture.runs.collecting import place
 from tlcapture.runs.report import Done
+from tlcapture.storage.config import read_config
+from tlcapture.storage.layout import Layout
 
 RAW = "experiments/exp/inference/raw/residual/odd/1.pt"
 

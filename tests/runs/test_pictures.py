@@ -14,11 +14,11 @@ import pytest
 
 from tests.samples import TOKENS, projected
 from tests.test_frames import write
+from tlcapture.commands.pictures import write_pictures
+from tlcapture.commands.plots import projection_picture
 from tlcapture.errors import InputError, StorageError
-from tlcapture.layout import Layout
 from tlcapture.names import Trait
-from tlcapture.plots import projection_picture
-from tlcapture.runs.pictures import write_pictures
+from tlcapture.storage.layout import Layout
 
 
 @pytest.fixture
@@ -102,8 +102,8 @@ def test_long_captures_and_captures_of_one_token_are_drawn() -> None:
 
 def test_pictures_load_no_torch(layout: Layout, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from tlcapture.layout import Layout\n"
-        "from tlcapture.runs.pictures import write_pictures\n"
+        "import sys; from pathlib import Path; from tlcapture.storage.layout import Layout\n"
+        "from tlcapture.commands.pictures import write_pictures\n"
         f"root = Path({str(tmp_path)!r})\n"
         "write_pictures(Layout(root, 'exp'), 'short', ['2.5'], root / 'out')\n"
         "print('torch' in sys.modules)"

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tlcapture.errors import InputError
-from tlcapture.layout import Layout
-from tlcapture.runs.alone import alone
-from tlcapture.runs.reporter import Reporter
+from tlcapture.runs.exclusive import alone
+from tlcapture.runs.run import Run
 from tlcapture.runs.shards import Shard
+from tlcapture.storage.layout import Layout
 
 WHAT = "captures of short"
 
@@ -44,7 +44,7 @@ def running(layout: Layout, shard: Shard | None, division: str = "shard") -> Ite
     begun, end = threading.Event(), threading.Event()
 
     def run() -> None:
-        with alone(layout, WHAT, Reporter(), shard, division):
+        with alone(Run.silent(layout), WHAT, shard, division):
             begun.set()
             assert end.wait(20)
 
@@ -63,7 +63,7 @@ def waits(layout: Layout, shard: Shard | None, division: str = "shard", patience
     begun = threading.Event()
 
     def run() -> None:
-        with alone(layout, WHAT, Reporter(), shard, division) as waited:
+        with alone(Run.silent(layout), WHAT, shard, division) as waited:
             assert waited or not has_waited
             begun.set()
 

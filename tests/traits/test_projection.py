@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from tlcapture.errors import NumericalError, VectorError
-from tlcapture.kept import POINTS
 from tlcapture.names import Trait
-from tlcapture.storage import write_json
+from tlcapture.storage.files import write_json
 from tlcapture.traits.projection import dynamics_of_file, project
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.selection import Selection
 from tlcapture.traits.vectors import TraitVector
+from tlcapture.views.hooks import POINTS
 from tlcapture.views.residual import ResidualStream
 
 WIDTH, LAYERS = 16, 4

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tlcapture.errors import InputError, StorageError, VectorError
-from tlcapture.layout import Layout
 from tlcapture.names import Trait
+from tlcapture.storage.layout import Layout
 from tlcapture.traits.selection import fallback_layer, select
 from tlcapture.traits.vectors import VectorFolder
 

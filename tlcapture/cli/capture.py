@@ -95,9 +95,9 @@ def capture(
     Writes raw residuals to experiments/NAME/inference/raw/residual, add-ons beside them, and projections
     onto the experiment's trait vectors where it has any.
     """
-    from tlcapture.layout import Datasets, Layout
-    from tlcapture.prompts import adhoc, read_prompt_set
-    from tlcapture.runs.loading import ModelLoader
+    from tlcapture.prompts.prompt_sets import adhoc, read_prompt_set
+    from tlcapture.runs.model_loader import ModelLoader
+    from tlcapture.storage.layout import Datasets, Layout
 
     if sum([prompt_set is not None, prompt is not None, all_prompt_sets]) != 1:
         raise click.UsageError("give one of --prompt-set NAME, --prompt TEXT and --all-prompt-sets")
@@ -129,10 +129,10 @@ def _run(
     **options: Any,
 ) -> None:
     executor = take_executor(options, options["batch_size"], collects=not options["projections_only"])
-    from tlcapture.generation import Sampling
-    from tlcapture.runs.capture import CaptureOptions, estimate_capture, run_capture
-    from tlcapture.runs.vectors import VectorChoice
-    from tlcapture.storage import free_bytes
+    from tlcapture.commands.capture import CaptureOptions, estimate_capture, run_capture
+    from tlcapture.commands.projections import VectorChoice
+    from tlcapture.generation.loop import Sampling
+    from tlcapture.storage.files import free_bytes
 
     chosen = CaptureOptions(
         internals="all" if "all" in layer_internals else tuple(int(n) for n in layer_internals),

@@ -55,8 +55,8 @@ def take_executor(options: dict[str, Any], batch_size: int | None = None, *, col
         from tlcapture.runs.executors import LocalExecutor
 
         return LocalExecutor()
-    from tlcapture.runs.ray_crew import Cluster
-    from tlcapture.runs.ray_executor import RayExecutor
+    from tlcapture.cluster.executor import RayExecutor
+    from tlcapture.cluster.pool import Cluster
 
     cluster = Cluster(
         address=chosen["ray_address"],

@@ -12,23 +12,22 @@ import click
 
 from tlcapture.cli.stopping import StopSignals
 from tlcapture.errors import TlcaptureError
-from tlcapture.printable import printable
-from tlcapture.runs.reporter import Progress, Reporter
+from tlcapture.runs.display import Display, Progress
+from tlcapture.text import printable
 
 if TYPE_CHECKING:
     import logging
 
     from tqdm import tqdm
 
-    from tlcapture.layout import Layout
-    from tlcapture.runs.invocation import Invocation
-    from tlcapture.runs.record import RecordedReport
+    from tlcapture.runs.record import Invocation, RecordedReport
     from tlcapture.runs.report import RunReport
+    from tlcapture.storage.layout import Layout
 
 _MOST_SHOWN = 200  # prompts whose projections are read at the end of a run
 
 
-class Console(Reporter):
+class Console(Display):
     """Lines to standard output (to standard error where that is for JSON), warnings and progress to
     standard error."""
 
@@ -132,7 +131,7 @@ def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def show_top_traits(console: Console, layout: Layout, prompt_set: str, component: str = "residual") -> None:
     """Print by prompt which trait rose most, where it committed, and the response; of a large set, where to look."""
-    from tlcapture.runs.summary import FEWEST_TO_COMPARE, top_traits
+    from tlcapture.commands.top_traits import FEWEST_TO_COMPARE, top_traits
 
     n_prompts = len(layout.prompt_ids(prompt_set))
     if n_prompts > _MOST_SHOWN and layout.projection_folders(prompt_set):

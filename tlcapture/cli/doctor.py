@@ -8,7 +8,7 @@ import click
 
 from tlcapture.cli.console import Console, one_line_errors
 from tlcapture.cli.options import engine_options
-from tlcapture.printable import printable
+from tlcapture.text import printable
 
 _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
@@ -30,8 +30,8 @@ def doctor(model: str, engine: str, device: str, n_devices: int, dtype: str) -> 
     against recomputed, soft caps, the dtype's range. Exit status: 0 all passed, 1 one failed, 2 the
     model cannot be loaded.
     """
-    from tlcapture.runs.doctor import run_doctor
-    from tlcapture.runs.loading import ModelLoader
+    from tlcapture.doctor.run import run_doctor
+    from tlcapture.runs.model_loader import ModelLoader
 
     failed = False
     for check in run_doctor(ModelLoader(model, Console(), engine, device, dtype, n_devices)):

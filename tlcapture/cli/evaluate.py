@@ -53,14 +53,14 @@ def evaluate(
     **model: Any,
 ) -> None:
     """Measure how well trait vectors separate the examples that were held out."""
-    from tlcapture.layout import Layout
-    from tlcapture.runs.loading import ModelLoader
+    from tlcapture.runs.model_loader import ModelLoader
+    from tlcapture.storage.layout import Layout
 
     layout = Layout(root, experiment)
     if against_steering:
         _compare(console, layout, traits)
         return
-    from tlcapture.runs.evaluate import EvaluateOptions, best_rows, draw_heatmaps, run_evaluate
+    from tlcapture.commands.evaluate import EvaluateOptions, best_rows, draw_heatmaps, run_evaluate
 
     executor = take_executor(model, collects=False)
     load = ModelLoader.settle(layout, "extraction_model", console, **model)
@@ -94,7 +94,7 @@ def _table(console: Console, rows: list[EvaluationRow]) -> None:
 
 def _compare(console: Console, layout: Any, traits: tuple[Trait, ...]) -> None:
     """Print the rank correlation of effect size with the steering gain, per trait and pooled."""
-    from tlcapture.runs.compare import against_steering
+    from tlcapture.commands.against_steering import against_steering
 
     comparison = against_steering(layout, traits or tuple(layout.traits()))
     console.line(f"{'trait':<26}{'layers':>7}{'Spearman rho':>14}")

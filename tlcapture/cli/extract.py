@@ -51,9 +51,9 @@ def extract(
     **model: Any,
 ) -> None:
     """Extract trait vectors from the contrastive examples in datasets/traits."""
-    from tlcapture.layout import Layout
-    from tlcapture.runs.extract import ExtractOptions, run_extract
-    from tlcapture.runs.loading import ModelLoader
+    from tlcapture.commands.extract import ExtractOptions, run_extract
+    from tlcapture.runs.model_loader import ModelLoader
+    from tlcapture.storage.layout import Layout
 
     layout = Layout(root, experiment)
     executor = take_executor(model, collects=False)

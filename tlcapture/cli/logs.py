@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from tlcapture.logger import get_logger
-from tlcapture.printable import printable
+from tlcapture.text import printable
 
 SHOWN = get_logger("tlcapture.cli.shown")  # what the console shows anyway
 _LOGGER = get_logger("tlcapture")

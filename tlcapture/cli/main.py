@@ -6,7 +6,7 @@ import importlib
 
 import click
 
-from tlcapture import __version__
+from tlcapture.version import __version__
 
 COMMANDS = {
     "capture": "Generate from prompts and capture what happens inside.",

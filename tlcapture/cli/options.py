@@ -10,10 +10,10 @@ from typing import Any
 import click
 
 from tlcapture.errors import InputError
-from tlcapture.kept import COMPONENTS, POINTS
 from tlcapture.names import Trait, split_names
 from tlcapture.runs.shards import Shard
-from tlcapture.sizes import parse_bytes
+from tlcapture.text import parse_bytes
+from tlcapture.views.hooks import COMPONENTS, POINTS
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 

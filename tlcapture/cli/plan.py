@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tlcapture.accelerators import ACCELERATORS
 from tlcapture.cli.console import Console, one_line_errors
 from tlcapture.cli.options import BatchSize, ByteSize, kept_options, save_dtype_option
 from tlcapture.names import split_names
-from tlcapture.printable import printable
+from tlcapture.plan.accelerators import ACCELERATORS
+from tlcapture.text import printable
 
 if TYPE_CHECKING:
-    from tlcapture.runs.plan import Pace, Workload
+    from tlcapture.plan.cost import Pace, Workload
 
 VIEWS = ("residual", "attn_out", "attention", "logit_lens", "internals", "projections")
 _DEFAULT_BATCH = 16
@@ -110,10 +110,10 @@ def plan(
     """
     if sum([tokens_per_second is not None, measure, gpu is not None]) > 1:
         raise click.UsageError("give one of --tokens-per-second, --measure and --gpu")
-    from tlcapture.checkpoints import fetch, quiet_loading, source_of
-    from tlcapture.measures import Measures
-    from tlcapture.runs.plan import Pace, Workload, cost_of, reductions
-    from tlcapture.runs.planning import CaptureOptions
+    from tlcapture.commands.capture_tasks import CaptureOptions
+    from tlcapture.models.checkpoints import fetch, quiet_loading, source_of
+    from tlcapture.models.sizes import Measures
+    from tlcapture.plan.cost import Pace, Workload, cost_of, reductions
 
     with quiet_loading():
         config = fetch(model, "AutoConfig", source_of(model))
@@ -166,8 +166,8 @@ def _of_views(views: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _measured(name: str, workload: Workload) -> Pace:
-    from tlcapture.runs.loading import ModelLoader
-    from tlcapture.runs.pace import measured_pace
+    from tlcapture.plan.pace import measured_pace
+    from tlcapture.runs.model_loader import ModelLoader
 
     return measured_pace(ModelLoader(name, Console(quiet=True))(), workload)
 
@@ -175,8 +175,8 @@ def _measured(name: str, workload: Workload) -> Pace:
 def _bound(gpu: str, config: Any, measures: Any, workload: Workload, efficiency: float) -> Pace:
     import torch
 
-    from tlcapture.checkpoints import count_parameters
-    from tlcapture.runs.plan import bound_pace
+    from tlcapture.models.checkpoints import count_parameters
+    from tlcapture.plan.cost import bound_pace
 
     dtype = getattr(config.get_text_config(), "dtype", None) or torch.float32
     return bound_pace(
@@ -205,7 +205,7 @@ def _time_json(workload: Workload, pace: Pace | None, workers: int) -> dict[str,
 
 
 def _table(workload: Workload, cost: Any) -> Iterator[str]:
-    from tlcapture.sizes import format_bytes
+    from tlcapture.text import format_bytes
 
     new = workload.options.max_new_tokens
     yield f"{cost.n_prompts} prompts of {workload.prompt_tokens} tokens and {new} new ones"
@@ -235,7 +235,7 @@ def _duration(hours: float) -> str:
 
 
 def _budget(said: dict[str, Any]) -> Iterator[str]:
-    from tlcapture.sizes import format_bytes
+    from tlcapture.text import format_bytes
 
     if "budget" not in said:
         return

@@ -22,9 +22,9 @@ from tlcapture.cli.work import working
 from tlcapture.names import Trait
 
 if TYPE_CHECKING:
-    from tlcapture.layout import Layout
     from tlcapture.runs.report import RunReport
     from tlcapture.runs.shards import Shard
+    from tlcapture.storage.layout import Layout
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -76,10 +76,10 @@ def project(
     **cluster: Any,
 ) -> None:
     """Project saved captures onto trait vectors."""
+    from tlcapture.commands.project import ProjectOptions, run_project
+    from tlcapture.commands.projections import VectorChoice
     from tlcapture.errors import InputError
-    from tlcapture.layout import Layout
-    from tlcapture.runs.project import ProjectOptions, run_project
-    from tlcapture.runs.vectors import VectorChoice
+    from tlcapture.storage.layout import Layout
 
     if (prompt_set is not None) == all_prompt_sets:
         raise click.UsageError("give one of --prompt-set NAME and --all-prompt-sets")
@@ -118,7 +118,7 @@ def _draw(
     console: Console,
 ) -> None:
     """Write the pictures of a prompt set; what goes wrong fails the pictures, not the projections."""
-    from tlcapture.runs.pictures import write_pictures
+    from tlcapture.commands.pictures import write_pictures
 
     with report.attempt(f"pictures of {prompt_set}"):
         ids = layout.prompt_ids(prompt_set)

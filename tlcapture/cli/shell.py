@@ -12,8 +12,8 @@ from tlcapture.cli.console import one_line_errors
 from tlcapture.cli.options import experiment_option, root_option
 
 if TYPE_CHECKING:
-    from tlcapture.experiment import Experiment
-    from tlcapture.models import Model
+    from tlcapture.explore.experiment import Experiment
+    from tlcapture.models.loading import Model
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -25,10 +25,10 @@ def shell(experiment: str, root: Path) -> None:
 
     There are `exp`, `captures`, `model` (loaded when first touched) and the magic %capture_prompt.
     """
-    from tlcapture.embedded import NAME
     from tlcapture.errors import TlcaptureError
-    from tlcapture.experiment import Experiment
-    from tlcapture.lazy_model import LazyModel
+    from tlcapture.explore.experiment import Experiment
+    from tlcapture.models.embedded import NAME
+    from tlcapture.models.lazy_model import LazyModel
 
     exp = Experiment(experiment, root)
     if importlib.util.find_spec("IPython") is None:
@@ -40,7 +40,7 @@ def shell(experiment: str, root: Path) -> None:
 
 def _banner(exp: Experiment) -> str:
     """What there is, and three things to try that this experiment has the data for."""
-    from tlcapture.printable import printable
+    from tlcapture.text import printable
 
     trait = next(iter(exp.traits), None)
     prompt_set = next(iter(exp.prompt_sets), None)
@@ -61,8 +61,8 @@ def _banner(exp: Experiment) -> str:
 
 def _load(own: str | None, exp: Experiment) -> Model:
     """The experiment's model, or the one that a first capture would take."""
-    from tlcapture.embedded import NAME
-    from tlcapture.models import load_model
+    from tlcapture.models.embedded import NAME
+    from tlcapture.models.loading import load_model
 
     click.echo(f"loading {own or NAME} ...", err=True)
     return exp.model if own else load_model(NAME)
@@ -88,6 +88,6 @@ def _one_line(
     shell: Any, kind: type[BaseException], error: BaseException, traceback: Any, tb_offset: Any = None
 ) -> None:
     """Show an error that is raised on purpose as the line that it is."""
-    from tlcapture.printable import printable
+    from tlcapture.text import printable
 
     click.secho(f"{kind.__name__}: {printable(str(error))}", fg="red", err=True)

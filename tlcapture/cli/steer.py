@@ -62,10 +62,10 @@ def steer(
     Greedy throughout: nothing is drawn at random, and --seed changes nothing. Runs that results.json
     holds already are not run again.
     """
+    from tlcapture.commands.steer import SteerOptions, draw_curves, run_steer
     from tlcapture.extraction.judge import Judge
-    from tlcapture.layout import Layout
-    from tlcapture.runs.loading import ModelLoader
-    from tlcapture.runs.steer import SteerOptions, draw_curves, run_steer
+    from tlcapture.runs.model_loader import ModelLoader
+    from tlcapture.storage.layout import Layout
 
     asked = None if judge is None else Judge(judge, judge_model)
     layout = Layout(root, experiment)

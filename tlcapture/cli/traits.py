@@ -9,7 +9,7 @@ import click
 from tlcapture.cli.console import one_line_errors
 from tlcapture.cli.options import Traits, experiment_option, root_option
 from tlcapture.names import Trait
-from tlcapture.printable import printable
+from tlcapture.text import printable
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 _trait_option = click.option(
@@ -30,7 +30,7 @@ def check(chosen: tuple[Trait, ...], root: Path) -> None:
     """Check contrastive examples: counts, duplicates, length, and whether words alone give the side away."""
     from tlcapture.extraction.checks import check_examples
     from tlcapture.extraction.examples import read_examples
-    from tlcapture.layout import Datasets
+    from tlcapture.storage.layout import Datasets
 
     datasets = Datasets(root)
     click.echo(
@@ -58,7 +58,7 @@ def check(chosen: tuple[Trait, ...], root: Path) -> None:
 def list_(experiment: str, component: str, root: Path) -> None:
     """Show which vector of each trait is chosen, by what, with its score, the runner-up and its origin."""
     from tlcapture.errors import InputError
-    from tlcapture.layout import Layout
+    from tlcapture.storage.layout import Layout
     from tlcapture.traits.origin import described_origin
     from tlcapture.traits.selection import ranked, select
     from tlcapture.traits.vector_files import VectorFiles

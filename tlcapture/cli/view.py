@@ -9,10 +9,10 @@ import click
 
 from tlcapture.cli.console import Console, one_line_errors
 from tlcapture.cli.options import Names, experiment_option, root_option
-from tlcapture.printable import printable
+from tlcapture.text import printable
 
 if TYPE_CHECKING:
-    from tlcapture.layout import Layout
+    from tlcapture.storage.layout import Layout
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -53,7 +53,7 @@ def view(
     Serves the page on this machine alone, until Ctrl-C.
     """
     from tlcapture.errors import InputError
-    from tlcapture.layout import Layout
+    from tlcapture.storage.layout import Layout
 
     if (export or png) and port is not None:
         raise click.UsageError("--port goes with serving, not with --export or --png")
@@ -76,8 +76,8 @@ def view(
 
 
 def _export(root: Path, experiment: str, prompt_sets: tuple[str, ...], target: Path, megabytes: float) -> None:
-    from tlcapture.report.export import export_page
-    from tlcapture.sizes import format_bytes
+    from tlcapture.page.export import export_page
+    from tlcapture.text import format_bytes
 
     left_out = export_page(root, experiment, prompt_sets, target, megabytes=megabytes)
     click.echo(f"wrote {target} ({format_bytes(target.stat().st_size)})")
@@ -87,13 +87,13 @@ def _export(root: Path, experiment: str, prompt_sets: tuple[str, ...], target: P
 
 def _draw(layout: Layout, prompt_sets: tuple[str, ...], folder: Path, *, all_asked_for: bool) -> None:
     """A prompt set without projections is an error only where it was asked for, or where none has any."""
+    from tlcapture.commands.pictures import write_pictures
     from tlcapture.errors import InputError
-    from tlcapture.runs.pictures import write_pictures
 
     refused = []
     for name in prompt_sets:
         try:
-            written = write_pictures(layout, name, layout.prompt_ids(name), folder, reporter=Console())
+            written = write_pictures(layout, name, layout.prompt_ids(name), folder, display=Console())
         except InputError as error:
             refused.append(error)
             if all_asked_for or len(refused) == len(prompt_sets):
@@ -109,7 +109,7 @@ def _serve(
     import webbrowser
     from urllib.parse import urlencode
 
-    from tlcapture.report.server import HOST, listen, serve
+    from tlcapture.page.server import HOST, listen, serve
 
     listening = listen(port)
     state = {"experiment": experiment, **({"set": prompt_set[0]} if prompt_set else {})}

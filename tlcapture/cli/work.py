@@ -28,7 +28,7 @@ from tlcapture.cli.stopping import Interrupted, StopSignals
 from tlcapture.errors import NoSpaceError, TlcaptureError
 
 if TYPE_CHECKING:
-    from tlcapture.runs.invocation import Invocation
+    from tlcapture.runs.record import Invocation
 _output_options = together(
     click.option("-v", "--verbose", is_flag=True, help="Say more: every file, batch and choice."),
     click.option("-q", "--quiet", is_flag=True, help="Say nothing but warnings and errors."),
@@ -113,7 +113,7 @@ def _command_line() -> list[str]:
 def _invocation(ctx: click.Context) -> Invocation:
     import shlex
 
-    from tlcapture.runs.invocation import Invocation
+    from tlcapture.runs.record import Invocation
 
     arguments = {name: _plain(value) for name, value in sorted(ctx.params.items())}
     return Invocation(str(ctx.command.name), shlex.join(_command_line()), arguments)

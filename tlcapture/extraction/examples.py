@@ -18,10 +18,10 @@ import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from tlcapture.errors import InputError
-from tlcapture.layout import Datasets
 from tlcapture.names import Trait
-from tlcapture.storage import read_bytes
-from tlcapture.validation import first_problem
+from tlcapture.storage.files import read_bytes
+from tlcapture.storage.layout import Datasets
+from tlcapture.storage.validation import first_problem
 
 HELD_OUT_SHARE = 0.2
 _FEWEST = 4

@@ -19,12 +19,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcapture.chat import render_chat, uses_chat_template, with_bos
 from tlcapture.errors import InputError, NumericalError, OutOfMemoryError
 from tlcapture.extraction.examples import Example
-from tlcapture.memory import fitting_batch_size, is_out_of_memory, release_memory
-from tlcapture.models import Model
-from tlcapture.provenance import COMPONENT_HOOKS
+from tlcapture.models.loading import Model
+from tlcapture.models.memory import fitting_batch_size, is_out_of_memory, release_memory
+from tlcapture.prompts.tokenization import render_chat, uses_chat_template, with_bos
+from tlcapture.views.hooks import component_hooks
 
 Activations = Float[Tensor, "n_layers n_examples d_model"]
 
@@ -93,7 +93,7 @@ def read_out(
     longest = max((len(reading.token_ids) for reading in readings), default=0)
     if longest > model.n_ctx:
         raise InputError(f"an example has {longest} tokens, the model's context is {model.n_ctx}")
-    names = {part: [COMPONENT_HOOKS[part].format(L=layer) for layer in range(model.n_layers)] for part in components}
+    names = {part: component_hooks(part, model.n_layers) for part in components}
     hooks = frozenset(name for part in components for name in names[part])
     means = {part: torch.zeros(model.n_layers, len(readings), model.d_model) for part in components}
     waiting = sorted(range(len(readings)), key=lambda number: len(readings[number].token_ids), reverse=True)

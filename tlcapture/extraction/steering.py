@@ -29,9 +29,10 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from tlcapture.chat import TokenizedPrompt, decode, stop_ids
-from tlcapture.models import Model
+from tlcapture.models.loading import Model
+from tlcapture.prompts.tokenization import TokenizedPrompt, decode, stop_ids
 from tlcapture.shapes import Vector
+from tlcapture.views.hooks import hook
 
 NEW_TOKENS = 24
 
@@ -98,11 +99,11 @@ class SteeringBench:
         return self._norms[layer]
 
     def _median_norm(self, layer: int) -> float:
-        hook = f"blocks.{layer}.hook_resid_post"
+        name = hook("residual_out", layer)
         lengths = []
         for side in (0, 1):
             tokens, mask = self._pad([pair[side] for pair in self._completions])
-            cache = self._step(tokens, mask, hook)
+            cache = self._step(tokens, mask, name)
             lengths.append(cache.float().norm(dim=-1)[mask.bool()])
         return float(torch.cat(lengths).median())
 
@@ -148,13 +149,13 @@ class SteeringBench:
             mask[row, : 1 + len(ids)] = 1
         return tokens, mask
 
-    def _step(self, tokens: Tensor, mask: Tensor, hook: str) -> Tensor:
-        return self._model.step(tokens, mask, self._branch(), {hook}, want_logits=False).cache[hook]
+    def _step(self, tokens: Tensor, mask: Tensor, name: str) -> Tensor:
+        return self._model.step(tokens, mask, self._branch(), {name}, want_logits=False).cache[name]
 
     def _cost(self, texts: Sequence[Sequence[int]]) -> Float[Tensor, " n_questions"]:
         """Nats a token of a text behind each question's prompt; 0 for an empty one."""
         tokens, mask = self._pad(texts)
-        residual = self._step(tokens, mask, f"blocks.{self._model.n_layers - 1}.hook_resid_post")
+        residual = self._step(tokens, mask, hook("residual_out", self._model.n_layers - 1))
         logits = self._model.unembed(residual[:, :-1]).float()
         costs = torch.nn.functional.cross_entropy(
             logits.transpose(1, 2), tokens[:, 1:].to(logits.device), reduction="none"

@@ -1,28 +1,29 @@
-"""Who does the work of a run: this process, or (`tlcapture/runs/ray_executor.py`) workers of a Ray cluster.
+"""Who does the work of a run: this process, or (`tlcapture/cluster/executor.py`) workers of a Ray cluster.
 
 A run says how a worker is made and what its tasks are. A worker does one task after the other, with
-the very same code wherever it is.
+the same code wherever it runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tlcapture.layout import Layout
-from tlcapture.runs.report import RunReport
-from tlcapture.runs.reporter import Reporter
+from tlcapture.runs.run import Run
+from tlcapture.storage.layout import Layout
 
 if TYPE_CHECKING:
-    from tlcapture.runs.loading import ModelLoader
+    from tlcapture.models.loading import Model, ModelOutline
 
-Make = Callable[[Layout, "ModelLoader | None", RunReport, Reporter], "Worker"]
+Load = Callable[[], "Model"]
+Make = Callable[[Run, "Load | None"], "Worker"]
 
 
 class Worker(Protocol):
-    """Does tasks, writes their files and tells its report."""
+    """Does tasks, writes their files and reports to its run."""
 
     def prepare(self) -> None:
         """Load what every task needs."""
@@ -35,9 +36,7 @@ class Work:
     """What there is to do.
 
     Attributes:
-        layout: the experiment that the work is in.
-        make: makes a worker for an experiment, with a loader of the model, that tells a report and a reporter; it
-            can be sent to another process.
+        make: makes a worker for a run, with a loader of the model; it can be sent to another process.
         model: loads the model, where one is needed.
         tasks: may be done in any order, by any number of workers.
         size: of a task, in `unit`s.
@@ -47,9 +46,8 @@ class Work:
         inputs: files that a task reads, besides vectors and what describes the experiment.
     """
 
-    layout: Layout
     make: Make
-    model: ModelLoader | None
+    model: Load | None
     tasks: Sequence[Any]
     size: Callable[[Any], int]
     unit: str
@@ -59,22 +57,32 @@ class Work:
     inputs: Callable[[Any], Sequence[Path]] = lambda task: ()
 
 
+@dataclass(frozen=True)
+class ModelAccess:
+    """How a run gets at its model: what it asks before the work begins, and what loads it for a worker."""
+
+    known: Callable[[], Model | ModelOutline]
+    load: Load
+
+
 class Executor(Protocol):
-    """Does work, and tells a report what came of it."""
+    """Does work, and reports to a run what came of it."""
 
-    @property
-    def is_local(self) -> bool:
-        """Whether the work is done in this process, by a model that is loaded here."""
+    def model_access(self, load: Any) -> ModelAccess:
+        """How the run gets at the model that `load` loads: where the work is done here, one model serves both
+        purposes; elsewhere the outline is asked, and each worker loads its own."""
 
-    def run(self, work: Work, report: RunReport, reporter: Reporter) -> None: ...
+    def run(self, work: Work, run: Run) -> None: ...
 
 
 class LocalExecutor:
-    """Does the work here and now."""
+    """Does the work in this process."""
 
-    is_local = True
+    def model_access(self, load: Load) -> ModelAccess:
+        once = cache(load)
+        return ModelAccess(once, once)
 
-    def run(self, work: Work, report: RunReport, reporter: Reporter) -> None:
-        worker = work.make(work.layout, work.model, report, reporter)
+    def run(self, work: Work, run: Run) -> None:
+        worker = work.make(run, work.model)
         for task in work.tasks:
             worker.do(task)

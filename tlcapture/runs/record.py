@@ -15,20 +15,38 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tlcapture import __version__
 from tlcapture.errors import StorageError
-from tlcapture.layout import Layout
-from tlcapture.runs.invocation import Invocation
 from tlcapture.runs.report import RunReport
-from tlcapture.storage import Written, write_json
+from tlcapture.storage.files import Written, write_json
+from tlcapture.storage.layout import Layout
+from tlcapture.version import __version__
 
 _PACKAGES = ("torch", "transformer_lens", "transformers", "numpy")
 RUNNING = "running"
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """A command as it was called: its name, its words, and what its options came to."""
+
+    command: str
+    command_line: str
+    arguments: Mapping[str, Any]
+    began: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "command": self.command,
+            "command_line": _text(self.command_line),
+            "arguments": {name: _text(value) for name, value in self.arguments.items()},
+            "started": self.began.isoformat(timespec="seconds"),
+        }
 
 
 class RecordedReport(RunReport):

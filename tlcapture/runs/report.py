@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tlcapture.errors import NoSpaceError, TlcaptureError
 from tlcapture.logger import get_logger
-from tlcapture.sizes import format_bytes
+from tlcapture.text import format_bytes
 
 if TYPE_CHECKING:
-    from tlcapture.storage import Written
+    from tlcapture.storage.files import Written
 
 _MOST_LISTED = 10_000
 _log = get_logger(__name__)
@@ -127,23 +127,15 @@ class RunReport:
         except TlcaptureError as error:
             self.failed(what, error)
 
-    def add(self, other: Done, reporter: Reporter) -> None:
-        """Add what a worker did."""
+    def add(self, other: Done) -> None:
+        """Add what a worker did, its warnings apart."""
         for written in other.written:
             self.wrote(written)
         self.failures += other.failures
-        for text in other.warnings:
-            self.warn(text, reporter)
         self.n_prompts += other.n_prompts
         self.n_skipped += other.n_skipped
         self.n_tokens += other.n_tokens
         self.n_removed += other.n_removed
-
-    def warn(self, text: str, reporter: Reporter) -> None:
-        """Pass on a warning, once."""
-        if text not in self.warnings:
-            self.warnings.append(text)
-            reporter.warn(text)
 
     @property
     def seconds(self) -> float:

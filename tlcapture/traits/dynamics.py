@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tlcapture.errors import NumericalError
-from tlcapture.rounding import PROJECTION_DIGITS, round_significant
 from tlcapture.shapes import Trajectory
+from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant
 
 Line = NDArray[np.float64]
 

@@ -11,8 +11,8 @@ from pydantic import Field, field_validator
 
 from tlcapture.errors import InputError
 from tlcapture.names import Trait
-from tlcapture.storage import read_json
-from tlcapture.validation import FileContent, Layer, Number, Share, checked
+from tlcapture.storage.files import read_json
+from tlcapture.storage.validation import FileContent, Layer, Number, Share, checked
 
 
 class EvaluationRow(FileContent):

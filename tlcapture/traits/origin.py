@@ -9,8 +9,9 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from tlcapture.captures.provenance import RAW
 from tlcapture.errors import VectorError
-from tlcapture.provenance import COMPONENT_HOOKS, RAW
+from tlcapture.views.hooks import COMPONENT_HOOKS
 
 if TYPE_CHECKING:
     from tlcapture.traits.vectors import TraitVector

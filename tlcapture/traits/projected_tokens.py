@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tlcapture.errors import InputError, StorageError
-from tlcapture.kept import listed
+from tlcapture.text import as_ranges
 from tlcapture.traits.projection_files import ProjectionFile
 
 Scores = NDArray[np.float64]
@@ -56,7 +56,7 @@ class ProjectedTokens:
         if not 0 <= self.layer < self.n_layers:
             raise StorageError(f"a vector of layer {self.layer}, but scores of {self.n_layers} layers")
         if self.layer not in self.layers or not set(self.layers) <= set(range(self.n_layers)):
-            raise StorageError(f"a vector of layer {self.layer}, but scores of layers {listed(self.layers)}")
+            raise StorageError(f"a vector of layer {self.layer}, but scores of layers {as_ranges(self.layers)}")
         if not np.isfinite(self.scores[:, list(self.layers)]).all():
             raise StorageError("a score is NaN or inf")
         if self.commitment_point is not None and not 0 <= self.commitment_point < len(self.tokens):
@@ -87,7 +87,7 @@ class ProjectedTokens:
         Raises `InputError` for a layer or a sublayer that there is not.
         """
         if layer not in self.layers:
-            raise InputError(f"no layer {layer}: the projection has layers {listed(self.layers)}")
+            raise InputError(f"no layer {layer}: the projection has layers {as_ranges(self.layers)}")
         return self.by_layer(sublayer)[:, layer]
 
     def by_layer(self, sublayer: str | None = None) -> Scores:

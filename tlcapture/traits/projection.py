@@ -19,14 +19,15 @@ from torch import Tensor
 
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError, NumericalError, VectorError
-from tlcapture.kept import Kept, listed
-from tlcapture.rounding import PROJECTION_DIGITS, rounded_for_json
 from tlcapture.shapes import Trajectory, Vectors
+from tlcapture.storage.rounding import PROJECTION_DIGITS, rounded_for_json
+from tlcapture.text import as_ranges
 from tlcapture.traits.dynamics import Dynamics, dynamics
 from tlcapture.traits.origin import recorded_origin
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.selection import Selection
 from tlcapture.traits.vectors import TraitVector
+from tlcapture.views.kept import Kept
 from tlcapture.views.residual import ResidualStream
 
 _PIECE = 2**24  # numbers that are multiplied together
@@ -163,7 +164,7 @@ def check_kept(vector: TraitVector, kept: Kept) -> None:
     origin = f"the {vector.method} vector of {vector.trait} is of layer {vector.layer}"
     if vector.layer not in kept.layers:
         raise VectorError(
-            f"{origin}, but only layers {listed(kept.layers)} were kept: choose another with --layer, or capture again "
+            f"{origin}, but only layers {as_ranges(kept.layers)} were kept: choose another with --layer, or recapture "
             f"with --layers {','.join(map(str, sorted({*kept.layers, vector.layer})))}"
         )
     if vector.component == "residual" and "residual_out" not in kept.points:

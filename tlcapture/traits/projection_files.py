@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from tlcapture.kept import listed
-from tlcapture.storage import read_json
-from tlcapture.validation import Count, FileContent, Layer, Number, checked
+from tlcapture.storage.files import read_json
+from tlcapture.storage.validation import Count, FileContent, Layer, Number, checked
+from tlcapture.text import as_ranges
 
 
 class Part(FileContent):
@@ -140,8 +140,8 @@ class ProjectionFile(FileContent):
         if layer >= n_layers:
             raise ValueError(f"a vector of layer {layer}, but scores of {n_layers} layers")
         if layer not in self.layers or self.metadata.layers not in (None, self.layers):
-            said = "" if self.metadata.layers is None else f", and metadata says {listed(self.metadata.layers)}"
-            raise ValueError(f"a vector of layer {layer}, but scores of layers {listed(self.layers)}{said}")
+            said = "" if self.metadata.layers is None else f", and metadata says {as_ranges(self.metadata.layers)}"
+            raise ValueError(f"a vector of layer {layer}, but scores of layers {as_ranges(self.layers)}{said}")
         if sublayers is not None and len(sublayers) != n_sublayers:
             raise ValueError(f"{n_sublayers} scores a layer, but {len(sublayers)} sublayers")
 

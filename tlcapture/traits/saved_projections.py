@@ -6,10 +6,10 @@ import warnings
 from collections.abc import Iterable, Sequence
 
 from tlcapture.errors import InputError
-from tlcapture.kept import COMPONENTS
-from tlcapture.layout import Layout
 from tlcapture.names import Trait
+from tlcapture.storage.layout import Layout
 from tlcapture.traits.projected_tokens import ProjectedTokens
+from tlcapture.views.hooks import COMPONENTS
 
 
 def saved_projections(

@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import Field
 
-from tlcapture.storage import read_json
-from tlcapture.validation import Count, FileContent, Layer, Number, Percent, checked
+from tlcapture.storage.files import read_json
+from tlcapture.storage.validation import Count, FileContent, Layer, Number, Percent, checked
 
 
 class SteeringConfig(FileContent):

@@ -18,10 +18,11 @@ from typing import Any
 from pydantic import Field
 
 from tlcapture.errors import VectorError
-from tlcapture.layout import Layout
 from tlcapture.names import Trait
-from tlcapture.storage import read_bytes, read_json, remove, write_json
-from tlcapture.validation import FileContent, Layer, checked
+from tlcapture.storage.files import read_bytes, read_json, remove, write_json
+from tlcapture.storage.layout import Layout
+from tlcapture.storage.validation import FileContent, Layer, checked
+from tlcapture.text import as_ranges
 
 METHODS = ("probe", "mean_diff", "gradient")  # in the order of preference
 _PREFIX = {"residual": "", "attn_out": "attn_out_"}
@@ -95,7 +96,7 @@ class VectorFiles:
     def missing(self, component: str, method: str, layer: int) -> VectorError:
         """The error for a vector that is not there, naming those that are."""
         there = self.available(component)
-        listed = "; ".join(f"{name}: {ranges(layers)}" for name, layers in there.items()) or "none"
+        listed = "; ".join(f"{name}: {as_ranges(layers)}" for name, layers in there.items()) or "none"
         return VectorError(
             f"no {component} vector of {self.trait} by {method!r} at layer {layer} in experiment "
             f"{self.layout.experiment!r}; layers there are: {listed}"
@@ -112,14 +113,3 @@ class VectorFiles:
 
     def write_metadata(self, component: str, metadata: Mapping[str, Any]) -> None:
         write_json(self.metadata_file(component), dict(metadata), indent=True)
-
-
-def ranges(numbers: list[int]) -> str:
-    """`[0, 1, 2, 5]` as `0-2, 5`."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in parts)

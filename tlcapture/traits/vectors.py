@@ -9,8 +9,8 @@ from typing import Any
 from tlcapture.errors import VectorError
 from tlcapture.names import Trait
 from tlcapture.shapes import Vector
-from tlcapture.storage import Written, read_tensors, write_tensors
-from tlcapture.tensors import described, is_plain
+from tlcapture.storage.files import Written, read_tensors, write_tensors
+from tlcapture.storage.tensors import described, is_plain
 from tlcapture.traits.vector_files import VectorFiles
 
 

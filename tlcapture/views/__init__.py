@@ -1,33 +1,6 @@
 """Views: pure functions from the cache of one prompt's run to one kind of output each.
 
-A cache maps TransformerLens's names to activations over prompt and response in one line, without a
-batch axis: `[n_tokens, ...]`, patterns `[n_heads, n_tokens, n_tokens]`. Each view says by `..._hooks`
-which activations it reads.
+A cache maps TransformerLens's hook names to activations over prompt and response as one sequence, without a
+batch axis: `[n_tokens, ...]`, patterns `[n_heads, n_tokens, n_tokens]`. Each view has a function `..._hooks`
+that names the activations it reads.
 """
-
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
-
-import torch
-from torch import Tensor
-
-Cache = Mapping[str, Tensor]
-
-
-def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """`torch.stack`, without a copy where the tensors lie at even distances in one storage, as those of one
-    run do and those of one file."""
-    first = tensors[0]
-    offsets = [tensor.storage_offset() for tensor in tensors]
-    distance = offsets[1] - offsets[0] if len(tensors) > 1 else first.numel()
-    even = distance > 0 and offsets == list(range(offsets[0], offsets[0] + len(tensors) * distance, distance))
-    alike = all(
-        tensor.shape == first.shape
-        and tensor.stride() == first.stride()
-        and tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        for tensor in tensors
-    )
-    if not (even and alike):
-        return torch.stack(list(tensors))
-    return first.as_strided((len(tensors), *first.shape), (distance, *first.stride()))

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tlcapture.rounding import WEIGHT_DIGITS, rounded_for_json
 from tlcapture.shapes import Patterns
-from tlcapture.views import Cache, stacked
+from tlcapture.storage.rounding import WEIGHT_DIGITS, rounded_for_json
+from tlcapture.views.cache import Cache, stacked
+from tlcapture.views.hooks import hook
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,7 +52,7 @@ def _rows(patterns: Patterns, token: int) -> NDArray[np.float32]:
 
 def attention_hooks(n_layers: int) -> list[str]:
     """The activations the view reads."""
-    return [f"blocks.{layer}.attn.hook_pattern" for layer in range(n_layers)]
+    return [hook("pattern", layer) for layer in range(n_layers)]
 
 
 def attention_view(cache: Cache, n_layers: int) -> AttentionPatterns:

@@ -6,7 +6,7 @@ from collections.abc import Set
 
 from torch import Tensor
 
-from tlcapture.views import Cache
+from tlcapture.views.cache import Cache
 
 _NAMES = (
     "hook_resid_pre",

@@ -18,8 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tlcapture.errors import InputError
-from tlcapture.rounding import PROBABILITY_DIGITS, round_significant, rounded_for_json
 from tlcapture.shapes import Logits, Residual
+from tlcapture.storage.rounding import PROBABILITY_DIGITS, round_significant, rounded_for_json
+from tlcapture.views.hooks import hook
 
 TOP_K = 50
 _GROUP = 64  # neighbours in the vocabulary that are compared together
@@ -29,7 +30,7 @@ CHUNK = 256  # tokens whose logits over the whole vocabulary are in memory at a 
 
 def logit_lens_hooks(n_layers: int) -> list[str]:
     """The activations the view reads."""
-    return [f"blocks.{layer}.hook_resid_post" for layer in range(n_layers)]
+    return [hook("residual_out", layer) for layer in range(n_layers)]
 
 
 @dataclass(frozen=True, repr=False)

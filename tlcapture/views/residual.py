@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from tlcapture.errors import InputError
-from tlcapture.kept import Kept
 from tlcapture.shapes import LayerOutputs, Residual, ResidualPoints
-from tlcapture.views import Cache, stacked
+from tlcapture.views.cache import Cache, stacked
+from tlcapture.views.hooks import hook
+from tlcapture.views.kept import Kept
 
 
 @dataclass(frozen=True, repr=False)
@@ -84,13 +85,13 @@ def residual_hooks(
     points, before = [], []
     for place in kept.places:
         layer, is_between = divmod(place, 2)
-        if is_between and f"blocks.{layer}.hook_resid_mid" not in hook_names:
+        if is_between and hook("after_attn", layer) not in hook_names:
             # Parallel blocks never compute a residual between attention and MLP.
-            points.append(f"blocks.{layer}.hook_attn_out")
+            points.append(hook("attn_out", layer))
             before.append(_between_layers(layer))
         else:
-            points.append(f"blocks.{layer}.hook_resid_mid" if is_between else _between_layers(layer))
-    extra = [f"blocks.{layer}.hook_attn_out" for layer in kept.layers] if attn_out else []
+            points.append(hook("after_attn", layer) if is_between else _between_layers(layer))
+    extra = [hook("attn_out", layer) for layer in kept.layers] if attn_out else []
     return list(dict.fromkeys([*points, *before, *extra]))
 
 
@@ -102,18 +103,18 @@ def residual_view(cache: Cache, n_layers: int, *, attn_out: bool = False, only: 
     """
     kept = Kept.of(n_layers) if only is None else only
     points = [_at_place(cache, place) for place in kept.places]
-    outputs = [cache[f"blocks.{layer}.hook_attn_out"] for layer in kept.layers] if attn_out else None
+    outputs = [cache[hook("attn_out", layer)] for layer in kept.layers] if attn_out else None
     return ResidualStream(stacked(points), None if outputs is None else stacked(outputs), only)
 
 
 def _between_layers(layer: int) -> str:
     """The hook of what goes into a layer, which is what comes out of the one before."""
-    return f"blocks.{layer - 1}.hook_resid_post" if layer else "blocks.0.hook_resid_pre"
+    return hook("residual_out", layer - 1) if layer else hook("residual_in", 0)
 
 
 def _at_place(cache: Cache, place: int) -> Tensor:
     layer, is_between = divmod(place, 2)
     if not is_between:
         return cache[_between_layers(layer)]
-    mid = cache.get(f"blocks.{layer}.hook_resid_mid")
-    return cache[_between_layers(layer)] + cache[f"blocks.{layer}.hook_attn_out"] if mid is None else mid
+    mid = cache.get(hook("after_attn", layer))
+    return cache[_between_layers(layer)] + cache[hook("attn_out", layer)] if mid is None else mid

@@ -1,0 +1,1 @@
+"""A capture as an object and as a file: content, format, index, provenance."""

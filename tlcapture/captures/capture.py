@@ -1,0 +1,205 @@
+"""A capture: what one prompt's run left, as a file and as an object.
+
+    capture = Capture.open(path)
+    capture.response.tokens
+    capture.residual(5, "residual_out")        # [n_tokens, d_model], prompt and response in one line
+
+The file is opened memory-mapped: nothing of it is read before a tensor is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tlcapture.captures.format import FORMAT_VERSION, CaptureContent, PartContent
+from tlcapture.captures.index import add_index, read_index
+from tlcapture.coloured_tokens import ColouredTokens
+from tlcapture.errors import InputError, NumericalError, StorageError
+from tlcapture.shapes import Residual
+from tlcapture.storage.files import Hook, Written, read_tensors, write_tensors
+from tlcapture.views.cache import stacked
+from tlcapture.views.kept import Kept, point_index
+from tlcapture.views.residual import ResidualStream
+
+SAVE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class CapturedPart:
+    """Prompt or response: its text, its tokens, and the residual stream at each of them."""
+
+    text: str
+    tokens: list[str]
+    token_ids: list[int]
+    residual: ResidualStream = field(repr=False)
+
+    def _repr_html_(self) -> str:
+        return ColouredTokens(self.tokens, 0)._repr_html_()
+
+    def __post_init__(self) -> None:
+        if not len(self.tokens) == len(self.token_ids) == self.residual.n_tokens:
+            raise StorageError(
+                f"a part with {len(self.tokens)} tokens, {len(self.token_ids)} ids and activations of "
+                f"{self.residual.n_tokens} tokens: they must be as many"
+            )
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One prompt's capture. `metadata` is that of the file."""
+
+    prompt: CapturedPart
+    response: CapturedPart
+    metadata: Mapping[str, Any] = field(repr=False)
+
+    def __repr__(self) -> str:
+        tokens = f"{len(self.prompt.tokens)} + {len(self.response.tokens)} tokens"
+        return f"{type(self).__name__}({self.prompt_set}/{self.prompt_id}, {tokens}, {self.response.text[:60]!r})"
+
+    def _repr_html_(self) -> str:
+        facts = [
+            f"{self.prompt_set}/{self.prompt_id}",
+            str(self.metadata["inference_model"]),
+            f"{len(self.prompt.tokens)} prompt and {len(self.response.tokens)} response tokens",
+            f"{self.n_layers} layers" + ("" if self.kept.is_all else f", {self.kept.described()}"),
+        ]
+        if self.metadata.get("engine") and self.metadata.get("dtype"):
+            facts.append(f"{self.metadata['engine']} in {self.metadata['dtype']}")
+        if self.metadata.get("stop_reason"):
+            facts.append(f"ended by {self.metadata['stop_reason']}")
+        return ColouredTokens(self.tokens, len(self.prompt.tokens), label=", ".join(facts))._repr_html_()
+
+    @property
+    def prompt_id(self) -> str:
+        return str(self.metadata["prompt_id"])
+
+    @property
+    def prompt_set(self) -> str:
+        return str(self.metadata["prompt_set"])
+
+    @property
+    def n_layers(self) -> int:
+        """Layers of the model, whether kept or not."""
+        return self.prompt.residual.n_layers
+
+    @property
+    def kept(self) -> Kept:
+        """Which layers and residual points the capture keeps."""
+        return self.prompt.residual.kept
+
+    @property
+    def d_model(self) -> int:
+        return int(self.prompt.residual.points.shape[-1])
+
+    @property
+    def tokens(self) -> list[str]:
+        return self.prompt.tokens + self.response.tokens
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.prompt.token_ids + self.response.token_ids
+
+    def residual(self, layer: int, point: str = "residual_out", part: str = "all") -> Residual:
+        """Activations `[n_tokens, d_model]` of a layer at a residual point (or its `attn_out`), of the part
+        `prompt`, `response` or `all`. Raises `InputError` for what the capture does not keep, naming what it does."""
+        if part == "all":
+            parts = [self.prompt, self.response]
+            return torch.cat([each.residual.at(layer, point) for each in parts])
+        return self._part(part).residual.at(layer, point)
+
+    def save(self, path: Path, *, before_replacing: Hook = lambda new: None) -> Written:
+        """Write the capture in the format of raw residual files.
+
+        `before_replacing` is called with the new file, when it is whole and not yet in its place.
+        """
+        value = {
+            "format_version": FORMAT_VERSION,
+            "prompt": _part_to_file(self.prompt),
+            "response": _part_to_file(self.response),
+            "metadata": dict(self.metadata),
+        }
+        parts = {"prompt": self.prompt.residual, "response": self.response.residual}
+
+        def finish(new: Path) -> None:
+            add_index(new, value, parts)
+            before_replacing(new)
+
+        return write_tensors(path, value, before_replacing=finish)
+
+    @classmethod
+    def open(cls, path: Path) -> Capture:
+        """Open a raw residual file; raises `StorageError` for anything that is none."""
+        if (found := read_index(path)) is not None:
+            index, metadata, streams = found
+            sides = [
+                CapturedPart(part.text, part.tokens, part.token_ids, streams[name])
+                for name, part in (("prompt", index.prompt), ("response", index.response))
+            ]
+            return cls(sides[0], sides[1], metadata)
+        value = read_tensors(path)
+        content = CaptureContent.check(value, path)
+        parts = [_part_from_file(part, content.kept) for part in (content.prompt, content.response)]
+        return cls(parts[0], parts[1], dict(value["metadata"]))
+
+    def _part(self, part: str) -> CapturedPart:
+        if part not in ("prompt", "response"):
+            raise InputError(f"no part {part!r}: choose one of prompt, response, all")
+        return self.prompt if part == "prompt" else self.response
+
+
+def storage_dtype(residual: ResidualStream, dtype: str) -> torch.dtype:
+    """The dtype in which a stream will be stored.
+
+    `auto` keeps 16-bit activations as they are and takes float16 for wider ones where every value
+    fits, bfloat16 where one does not. Raises `NumericalError` for NaN or inf, and for a value that a
+    dtype asked for by name cannot hold.
+    """
+    tensors = [residual.points] + ([] if residual.attn_out is None else [residual.attn_out])
+    extremes = [float(extreme) for tensor in tensors if tensor.numel() for extreme in tensor.aminmax()]
+    largest = max((abs(extreme) for extreme in extremes), default=0.0)
+    largest = float("nan") if any(isnan(extreme) for extreme in extremes) else largest
+    if not largest < float("inf"):  # NaN too
+        raise NumericalError("the activations hold NaN or inf: try --dtype float32 or bfloat16")
+    target = _save_dtype(dtype, residual.points.dtype, largest)
+    if largest > torch.finfo(target).max:
+        raise NumericalError(
+            f"an activation of {largest:.4g} does not fit {dtype} (at most {torch.finfo(target).max:.4g}): "
+            "use --save-dtype auto, bfloat16 or float32"
+        )
+    return target
+
+
+def _save_dtype(name: str, compute: torch.dtype, largest: float) -> torch.dtype:
+    if name != "auto":
+        return SAVE_DTYPES[name]
+    if compute.itemsize <= 2:
+        return compute
+    return torch.float16 if largest <= torch.finfo(torch.float16).max else torch.bfloat16
+
+
+def _part_to_file(part: CapturedPart) -> dict[str, Any]:
+    stream = part.residual
+    activations: dict[int, dict[str, Tensor]] = {}
+    names = [*stream.kept.points, *([] if stream.attn_out is None else ["attn_out"])]
+    for layer in stream.kept.layers:
+        activations[layer] = {name: stream.at(layer, name) for name in names}
+    return {"text": part.text, "tokens": part.tokens, "token_ids": part.token_ids, "activations": activations}
+
+
+def _part_from_file(part: PartContent, kept: Kept) -> CapturedPart:
+    activations = part.activations
+    by_place = {point_index(layer, point): activations[layer][point] for layer in kept.layers for point in kept.points}
+    points = [by_place[place] for place in kept.places]
+    outputs = [activations[layer]["attn_out"] for layer in kept.layers if "attn_out" in activations[layer]]
+    # A file may hold parameters, which carry gradients.
+    residual = ResidualStream(
+        stacked(points).detach(), stacked(outputs).detach() if outputs else None, None if kept.is_all else kept
+    )
+    return CapturedPart(part.text, part.tokens, part.token_ids, residual)

@@ -1,0 +1,162 @@
+"""What raw residual files hold, checked before any activation is touched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import ConfigDict, Field, field_validator, model_validator
+from torch import Tensor
+
+from tlcapture.errors import StorageError, TlcaptureError
+from tlcapture.names import is_safe_name
+from tlcapture.storage.tensors import described, is_plain
+from tlcapture.storage.validation import FileContent, Layer, checked
+from tlcapture.views.hooks import POINTS
+from tlcapture.views.kept import Kept, point_index
+
+FORMAT_VERSION = 1
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Size = Annotated[int, Field(ge=1)]
+
+
+def check_version(value: Any, path: Path) -> None:
+    """Raise `StorageError` for a file of another version."""
+    version = value.get("format_version") if isinstance(value, dict) else FORMAT_VERSION
+    if isinstance(version, int) and version != FORMAT_VERSION:
+        raise StorageError(f"{path}: format version {version}, this tlcapture reads {FORMAT_VERSION}")
+
+
+class CaptureMetadata(FileContent):
+    """What a capture says of itself; further fields say more of how it was made."""
+
+    prompt_set: str
+    prompt_id: str
+    n_layers: Annotated[int, Field(ge=1, le=10_000)]
+    d_model: Size
+    inference_model: str
+    model_fingerprint: str | None = None
+    prompt_text: str | None = None
+    system_prompt: str | None = None
+    chat_template: bool | None = None
+    engine: str | None = None
+    dtype: str | None = None
+    stop_reason: str | None = None
+    layers: Annotated[list[Layer] | None, Field(min_length=1)] = None
+    points: Annotated[list[str] | None, Field(min_length=1)] = None
+
+    @field_validator("prompt_set", "prompt_id")
+    @classmethod
+    def _is_a_safe_name(cls, value: str) -> str:
+        if not is_safe_name(value):
+            raise ValueError(f"{value!r} is no safe file name")
+        return value
+
+
+class PartContent(FileContent):
+    """Prompt or response. Activations are `{layer: {point: [n_tokens, d_model]}}`."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    text: str
+    tokens: list[str]
+    token_ids: list[TokenId]
+    activations: dict[Layer, dict[str, Tensor]] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> PartContent:
+        if len(self.tokens) != len(self.token_ids):
+            raise ValueError(f"{len(self.tokens)} tokens, but {len(self.token_ids)} token_ids: they must be as many")
+        points = self.points
+        if not points & set(POINTS) or points - {*POINTS, "attn_out"}:
+            raise ValueError(f"activations of {', '.join(sorted(points))}: expected {', '.join(POINTS)} (, attn_out)")
+        for layer, by_point in sorted(self.activations.items()):
+            if set(by_point) != points:
+                raise ValueError(
+                    f"layer {layer} has other activations than layer {min(self.activations)}: "
+                    f"{', '.join(sorted(by_point))}"
+                )
+            for point, tensor in by_point.items():
+                self._check_tensor(f"activations[{layer}][{point!r}]", tensor, self.first)
+            before = self.activations.get(layer - 1, {}).get("residual_out")
+            if before is not None and "residual_in" in points and not _is_same(by_point["residual_in"], before):
+                raise ValueError(f"residual_in of layer {layer} is not residual_out of layer {layer - 1}")
+        self._check_memory()
+        return self
+
+    @property
+    def points(self) -> set[str]:
+        return set(self.activations[min(self.activations)])
+
+    @property
+    def first(self) -> Tensor:
+        """An activation to hold the others against."""
+        by_point = self.activations[min(self.activations)]
+        return next(by_point[point] for point in POINTS if point in by_point)
+
+    def _check_tensor(self, name: str, tensor: Tensor, first: Tensor) -> None:
+        if not is_plain(tensor) or tensor.ndim != 2:
+            raise ValueError(f"{name}: expected floats [n_tokens, d_model], got {described(tensor)}")
+        if len(tensor) != len(self.tokens):
+            raise ValueError(f"{name}: activations of {len(tensor)} tokens, but there are {len(self.tokens)} tokens")
+        if tensor.shape != first.shape or tensor.dtype != first.dtype:
+            raise ValueError(f"{name}: {described(tensor)}, but others are {described(first)}")
+
+    def _check_memory(self) -> None:
+        """No more activations than are stored: one tensor as thousands of layers would fill memory when it is read."""
+        tensors = {
+            (point_index(layer, point) if point in POINTS else (layer, point)): tensor
+            for layer, by_point in self.activations.items()
+            for point, tensor in by_point.items()
+        }.values()
+        stored = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        if sum(tensor.nbytes for tensor in tensors) > sum(stored.values()):
+            raise ValueError("activations: more than what is stored of them: several are the same memory")
+
+
+class CaptureContent(FileContent):
+    """A whole file."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    format_version: Literal[1]
+    prompt: PartContent
+    response: PartContent
+    metadata: CaptureMetadata
+
+    @classmethod
+    def check(cls, value: Any, path: Path) -> CaptureContent:
+        """The content of a file; raises `StorageError` with file, field and reason."""
+        check_version(value, path)
+        return checked(cls, value, path, "raw residual file")
+
+    @model_validator(mode="after")
+    def _is_of_one_model(self) -> CaptureContent:
+        for name, part in (("prompt", self.prompt), ("response", self.response)):
+            n_layers, width = len(part.activations), part.first.shape[1]
+            said = (len(self.metadata.layers or range(self.metadata.n_layers)), self.metadata.d_model)
+            if (n_layers, width) != said:
+                raise ValueError(
+                    f"the {name} has {n_layers} layers of {width} numbers, but metadata says {said[0]} of {said[1]}"
+                )
+        if self.prompt.points != self.response.points or set(self.prompt.activations) != set(self.response.activations):
+            raise ValueError("prompt and response have not the same activations")
+        try:
+            _ = self.kept
+        except TlcaptureError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    @property
+    def kept(self) -> Kept:
+        """Which layers and points the file holds, as its metadata says too."""
+        said = self.metadata.model_dump(include={"n_layers", "layers", "points"})
+        return Kept.of_file(said, self.prompt.activations, self.prompt.points)
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one; only those that do not share their memory have to be read for it."""
+    places = [(each.data_ptr(), each.shape, each.stride()) for each in (one, other)]
+    return places[0] == places[1] or torch.equal(one, other)

@@ -1,0 +1,74 @@
+"""The capture of a live run, and whether two captures are of the same run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tlcapture.captures.capture import Capture, CapturedPart, storage_dtype
+from tlcapture.captures.provenance import model_record, now, point_hooks
+from tlcapture.errors import StorageError
+from tlcapture.generation.loop import Generation, Sampling
+from tlcapture.models.loading import Model
+from tlcapture.prompts.tokenization import bos_policy, decode, token_texts
+from tlcapture.views.kept import Kept
+from tlcapture.views.residual import residual_view
+
+
+def capture_of(
+    generation: Generation,
+    model: Model,
+    *,
+    experiment: str,
+    sampling: Sampling,
+    max_new_tokens: int,
+    attn_out: bool,
+    save_dtype: str,
+    kept: Kept | None = None,
+) -> Capture:
+    """The capture of a live run, in the dtype in which it will be stored: all of it, or what is `kept`."""
+    only = None if kept is None or kept.is_all else kept
+    prompt = generation.prompt
+    n_prompt, n_tokens = len(prompt.token_ids), len(generation.token_ids)
+    stream = residual_view(generation.cache, model.n_layers, attn_out=attn_out, only=only)
+    dtype = storage_dtype(stream, save_dtype)
+    texts = token_texts(model.tokenizer, generation.token_ids)
+    response_text = decode(model.tokenizer, generation.response_ids)
+    metadata = {
+        "inference_model": model.name,
+        "inference_experiment": experiment,
+        "prompt_set": prompt.prompt_set,
+        "prompt_id": prompt.id,
+        "prompt_text": prompt.source_text,
+        "n_layers": model.n_layers,
+        "d_model": model.d_model,
+        "layers": list(stream.kept.layers),
+        "points": list(stream.kept.points),
+        **model_record(model),
+        "hooks": point_hooks(model, attn_out=attn_out, points=stream.kept.points),
+        "parallel_blocks": model.has_parallel_blocks,
+        "temperature": sampling.temperature,
+        "seed": sampling.seed,
+        "max_new_tokens": max_new_tokens,
+        "stop_reason": generation.stop_reason,
+        "system_prompt": prompt.system_prompt,
+        "chat_template": prompt.chat_template,
+        "bos": bos_policy(model.tokenizer, prompt.token_ids, chat_template=prompt.chat_template),
+        "capture_date": now(),
+    }
+    return Capture(
+        CapturedPart(prompt.text, texts[:n_prompt], list(prompt.token_ids), stream.tokens(0, n_prompt, dtype)),
+        CapturedPart(
+            response_text, texts[n_prompt:], list(generation.response_ids), stream.tokens(n_prompt, n_tokens, dtype)
+        ),
+        metadata,
+    )
+
+
+def is_alike(path: Path, capture: Capture) -> bool:
+    """Whether the capture in a file has the same tokens from the same model, computed alike."""
+    try:
+        saved = Capture.open(path)
+    except StorageError:
+        return False
+    keys = ("model_fingerprint", "engine", "dtype")
+    return saved.token_ids == capture.token_ids and all(saved.metadata.get(k) == capture.metadata[k] for k in keys)

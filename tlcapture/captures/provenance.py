@@ -1,0 +1,42 @@
+"""What is recorded of where activations come from, alike for captures and for vectors. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+from tlcapture.version import __version__
+from tlcapture.views.hooks import HOOKS, POINTS
+
+if TYPE_CHECKING:
+    from tlcapture.models.loading import Model
+
+RAW = "none"  # weight processing: weights as the checkpoint has them
+LAYERS = "layer L is block L, counted from 0: residual_out of layer 0 is the first block's output"
+
+
+def model_record(model: Model) -> dict[str, Any]:
+    """The model and how it was run: what has to be alike for activations to be comparable."""
+    return {
+        "engine": model.engine,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weight_processing": RAW,
+        "model_fingerprint": model.fingerprint,
+        "model_revision": model.revision,
+        "layer_convention": LAYERS,
+        "tlcapture_version": __version__,
+    }
+
+
+def point_hooks(model: Model, *, attn_out: bool, points: Iterable[str] = POINTS) -> dict[str, str]:
+    """The hook of each residual point that is captured, and of `attn_out` where it is."""
+    hooks = {point: HOOKS[point] for point in [*points, *(["attn_out"] if attn_out else [])]}
+    if model.has_parallel_blocks and "after_attn" in hooks:
+        hooks["after_attn"] = f"{HOOKS['residual_in']} + {HOOKS['attn_out']}"
+    return hooks
+
+
+def now() -> str:
+    """The time as it goes into metadata."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

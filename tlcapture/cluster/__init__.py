@@ -1,0 +1,1 @@
+"""Running the work of a command on a Ray cluster."""

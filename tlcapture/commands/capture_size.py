@@ -1,0 +1,168 @@
+"""How much a capture will write, before it writes anything.
+
+Tensors are counted to the byte; JSON by the bytes that numbers of its precision took on average in
+captures of the embedded model. A response is taken to be as long as it may be, so that what is
+written is less where responses stop early.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from tlcapture.captures.capture import Capture
+from tlcapture.commands.capture_outputs import Outputs
+from tlcapture.commands.capture_tasks import CaptureOptions, Plan
+from tlcapture.commands.projections import traits_to_project
+from tlcapture.errors import InputError, StorageError
+from tlcapture.models.sizes import Measures
+from tlcapture.runs.report import Failed
+from tlcapture.storage.layout import Layout
+from tlcapture.text import format_bytes
+from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.views.logit_lens import TOP_K
+
+_PER_WEIGHT = 9.5  # an attention weight: 4 significant digits and a comma
+_PER_PREDICTION = 35.0  # {"token": ..., "prob": ...}
+_PER_PROJECTION = 9.7  # 6 significant digits
+_PER_NULL = 5  # a layer that is not kept
+_PER_FILE = 2000  # names, metadata, and what the container adds
+_PER_PROJECTION_FILE = 1000  # the vector and where it comes from
+_PER_CAPTURE = 850  # the metadata of a capture that is not kept
+_PER_VIEW = 90  # what a `.pt` file says of each tensor, and the padding before it
+_PER_TOKEN = 6  # its text and id
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "auto": 2}
+
+
+@dataclass
+class Estimate:
+    """Prompts, files and bytes, by kind of file; `failures` are prompts that would fail, and why."""
+
+    n_prompts: int = 0
+    n_completed: int = 0
+    by_kind: dict[str, tuple[int, int]] = field(default_factory=dict)
+    replaces: list[Path] = field(default_factory=list)
+    failures: list[Failed] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, plans: Sequence[Plan], layout: Layout, options: CaptureOptions, measures: Callable[[], Measures]
+    ) -> Estimate:
+        """What carrying out plans will write. `measures` is called if there is anything to do."""
+        found = cls()
+        n_vectors = n_projections(layout, options)
+        for plan in plans:
+            name = plan.prompt_set.name
+            found.failures += [Failed(*each) for each in plan.failing]
+            for prompt in plan.company:
+                if prompt.id in plan.fresh:
+                    n_tokens = len(prompt.token_ids) + options.max_new_tokens
+                    wanted = options.outputs(measures().n_layers)
+                    found.n_prompts += 1
+                    found.replaces.append(layout.residual(name, prompt.id))
+                    found._add(sizes(measures(), n_tokens, wanted, options, n_vectors))
+            for prompt_id, wanted in plan.saved.items():
+                if wanted:
+                    found.n_completed += 1
+                    n_tokens = _n_saved_tokens(layout.residual(name, prompt_id))
+                    found._add(sizes(measures(), n_tokens, wanted, options, 0))
+        return found
+
+    @property
+    def n_files(self) -> int:
+        return sum(count for count, _ in self.by_kind.values())
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(size for _, size in self.by_kind.values())
+
+    def replaced(self) -> int:
+        """Bytes of captures that are there and will be replaced."""
+        return sum(path.stat().st_size for path in self.replaces if path.is_file())
+
+    def lines(self, n_free: int) -> Iterator[str]:
+        """The same as a table for people."""
+        completed = f", {self.n_completed} captures to complete" if self.n_completed else ""
+        yield f"{self.n_prompts} prompts to capture{completed}; at most about:"
+        for kind, (count, size) in {**self.by_kind, "in all": (self.n_files, self.n_bytes)}.items():
+            yield f"{kind:<16}{count:>8} files{format_bytes(size):>12}"
+        yield f"free on the device: {format_bytes(n_free)}"
+        for failed in self.failures:
+            yield f"would fail: {failed}"
+
+    def to_json(self) -> dict[str, Any]:
+        kinds = {kind: {"files": count, "bytes": size} for kind, (count, size) in self.by_kind.items()}
+        return {
+            "prompts": self.n_prompts,
+            "completed": self.n_completed,
+            "files": self.n_files,
+            "bytes": self.n_bytes,
+            "kinds": kinds,
+            "failures": [failed._asdict() for failed in self.failures],
+        }
+
+    def _add(self, sizes: Iterator[tuple[str, float]]) -> None:
+        for kind, size in sizes:
+            count, before = self.by_kind.get(kind, (0, 0))
+            self.by_kind[kind] = (count + 1, before + round(size))
+
+
+def sizes(
+    measures: Measures, n_tokens: int, wanted: Outputs, options: CaptureOptions, n_projections: int
+) -> Iterator[tuple[str, float]]:
+    """Kind and size in bytes of each file of a prompt of `n_tokens`, its response included."""
+    kept = wanted.kept
+    row = len(kept.layers) * len(kept.points) * _PER_PROJECTION + (kept.n_layers - len(kept.layers)) * _PER_NULL
+    row += 2 * _PER_PROJECTION + _PER_TOKEN  # velocity and acceleration
+    beside = _PER_PROJECTION_FILE + (0 if wanted.raw else _PER_CAPTURE)
+    yield from chain(
+        _tensors(measures, n_tokens, wanted, options),
+        _json(measures, n_tokens, wanted),
+        (("projection", beside + n_tokens * row) for _ in range(n_projections)),
+    )
+
+
+def _tensors(m: Measures, n_tokens: int, wanted: Outputs, options: CaptureOptions) -> Iterator[tuple[str, float]]:
+    text = _PER_FILE + _PER_TOKEN * n_tokens
+    if wanted.residual and wanted.raw:
+        n_layers = len(wanted.kept.layers)
+        n_points = len(wanted.kept.places) + n_layers * wanted.attn_out
+        n_views = 2 * n_layers * (len(wanted.kept.points) + wanted.attn_out)
+        yield "raw residual", text + n_views * _PER_VIEW + n_points * n_tokens * m.d_model * _BYTES[options.save_dtype]
+    # Queries, keys, values and their mix; pre-activation, gate, activation; what goes in, between and out.
+    heads = (2 * m.n_heads + 2 * m.n_key_value_heads) * m.d_head
+    row = heads + 3 * m.d_mlp + 5 * m.d_model + m.n_heads * n_tokens
+    for _ in wanted.internals:
+        yield "layer internals", text + 4 * n_tokens * row
+
+
+def _json(m: Measures, n_tokens: int, wanted: Outputs) -> Iterator[tuple[str, float]]:
+    if wanted.attention:
+        n_weights = m.n_layers * m.n_heads * n_tokens * (n_tokens + 1) / 2
+        yield "attention", _PER_FILE + n_weights * _PER_WEIGHT
+    if wanted.logit_lens:
+        n_predictions = max(0, n_tokens - 1) * m.n_layers * min(TOP_K, m.d_vocab)
+        yield "logit lens", _PER_FILE + n_predictions * _PER_PREDICTION
+
+
+def n_projections(layout: Layout, options: CaptureOptions) -> int:
+    """How many vectors each capture will be projected onto."""
+    if not options.project:
+        return 0
+    source = options.vectors.layout(layout)
+    components = ["residual", *(["attn_out"] if options.capture_attn else [])]
+    try:
+        traits = traits_to_project(layout, options.vectors)
+    except InputError:
+        return 0
+    return sum(bool(VectorFiles(source, trait).available(component)) for trait in traits for component in components)
+
+
+def _n_saved_tokens(raw: Path) -> int:
+    try:
+        return len(Capture.open(raw).token_ids)
+    except StorageError:
+        return 0

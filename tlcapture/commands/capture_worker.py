@@ -1,0 +1,206 @@
+"""Carrying out a plan of captures: fresh prompts through the model, saved ones once more.
+
+While a prompt's files are being written a mark stands beside them. A run that was killed leaves it, and
+the next one makes that prompt anew rather than complete it from what was stored, rounded, so that
+it ends with what an undisturbed run would have written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+from tlcapture.captures.capture import Capture
+from tlcapture.captures.making import capture_of
+from tlcapture.commands.capture_outputs import Outputs, add_ons, remove_stale, saved_capture, write_capture
+from tlcapture.commands.capture_tasks import CaptureOptions, Plan
+from tlcapture.commands.projected_captures import ProjectedCapture
+from tlcapture.commands.projections import Chooser, project_capture
+from tlcapture.errors import InputError
+from tlcapture.generation.loop import Failure, Generation, generate, teacher_force
+from tlcapture.models.loading import Model
+from tlcapture.models.memory import is_out_of_memory, release_memory
+from tlcapture.runs.background_writer import BackgroundWriter
+from tlcapture.runs.run import Run
+from tlcapture.storage.config import record
+from tlcapture.storage.files import remove, write_bytes
+
+
+class CaptureWorker:
+    """Carries out plans, with a model that is loaded when it is first needed."""
+
+    def __init__(
+        self,
+        options: CaptureOptions,
+        run: Run,
+        load: Callable[[], Model] | None,
+    ):
+        self.run = run
+        self.layout = run.layout
+        self.options = options
+        self._load = load
+        self._chooser = Chooser(run, options.vectors)
+        self._removed: list[Path] = []
+
+    @cached_property
+    def model(self) -> Model:
+        assert self._load is not None
+        return self._load()
+
+    def prepare(self) -> None:
+        _ = self.model
+
+    def do(self, task: Plan) -> None:
+        if task.fresh:
+            try:
+                self._generate(task)
+            finally:
+                self.run.removed(self._removed)
+                self._removed = []
+        self._revisit(task)
+
+    @contextmanager
+    def _attempt(self, name: str) -> Iterator[None]:
+        """Work on one prompt, whose failure stops no other prompt: that memory does not suffice too."""
+        try:
+            with self.run.attempt(name):
+                yield
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.run.failed(name, "out of memory: what is wanted of this prompt does not fit on this device")
+            release_memory()
+
+    # -- fresh prompts ----------------------------------------------------------------------------
+
+    def _generate(self, plan: Plan) -> None:
+        model, options = self.model, self.options
+        wanted = options.outputs(model.n_layers)
+        if options.projections_only:
+            self._check_vectors(wanted)
+        total = len(plan.fresh) * options.max_new_tokens
+        with (
+            self.run.progress(total, plan.prompt_set.name, "token") as progress,
+            BackgroundWriter(self.run) as writer,
+        ):
+
+            def on_tokens(count: int) -> None:
+                self.run.report.n_tokens += count
+                progress.advance(count)
+
+            for outcome in generate(
+                model,
+                plan.company,
+                wanted=plan.fresh,
+                hooks=wanted.live_hooks(model),
+                max_new_tokens=options.max_new_tokens,
+                sampling=options.sampling,
+                batch_size=options.batch_size,
+                on_tokens=on_tokens,
+            ):
+                name = f"{outcome.prompt.prompt_set}/{outcome.prompt.id}"
+                if isinstance(outcome, Failure):
+                    self.run.failed(name, outcome.reason)
+                    continue
+                with self._attempt(name):
+                    self._write(name, outcome, wanted, writer)
+                progress.advance(
+                    options.max_new_tokens - len(outcome.response_ids),
+                    done=f"{name}: {len(outcome.response_ids)} tokens, {outcome.stop_reason}",
+                )
+
+    def _write(self, name: str, generation: Generation, wanted: Outputs, writer: BackgroundWriter) -> None:
+        options = self.options
+        # Another tool may have put a file there since the run was planned.
+        saved_capture(
+            self.layout.residual(generation.prompt.prompt_set, generation.prompt.id), overwrite=options.overwrite
+        )
+        capture = capture_of(
+            generation,
+            self.model,
+            experiment=self.layout.experiment,
+            sampling=options.sampling,
+            max_new_tokens=options.max_new_tokens,
+            attn_out=options.capture_attn,
+            save_dtype=options.save_dtype,
+            kept=wanted.kept,
+        )
+        mark = self.layout.unfinished(capture.prompt_set, capture.prompt_id)
+        record(self.layout, inference_model=self.model.name)
+        write_bytes(mark, b"")
+        if wanted.raw:
+            self.run.wrote(write_capture(self.layout, capture, self._removed.extend))
+        else:
+            self._removed += remove_stale(self.layout, capture)
+        self._project(capture, only=not wanted.raw)
+        cache = generation.cache
+        files = add_ons(self.layout, capture, wanted, self.model, cache, residual_cache=cache)
+        writer.write(name, files, then=lambda: remove([mark]))
+        self.run.report.n_prompts += 1
+
+    # -- prompts that were captured before -------------------------------------------------------------
+
+    def _revisit(self, plan: Plan) -> None:
+        prompt_set = plan.prompt_set.name
+        with self.run.progress(len(plan.saved), f"{prompt_set}, saved", "prompt") as progress:
+            for prompt_id, wanted in plan.saved.items():
+                name, report = f"{prompt_set}/{prompt_id}", self.run.report
+                n_files, n_failures = report.n_files, len(report.failures)
+                raw = self.layout.residual(prompt_set, prompt_id)
+                if self.options.projections_only and not raw.is_file():
+                    report.n_skipped += 1
+                    continue
+                with self._attempt(name):
+                    self._replay(Capture.open(raw), wanted)
+                if len(report.failures) == n_failures:
+                    if report.n_files > n_files:
+                        report.n_prompts += 1
+                    else:
+                        report.n_skipped += 1
+                progress.advance(1, done=f"{name}: {report.n_files - n_files} files")
+
+    def _replay(self, capture: Capture, wanted: Outputs) -> None:
+        if wanted.needs_pass or wanted.logit_lens:
+            self._check_model(capture)
+            if wanted.logit_lens and not capture.kept.has_all_outputs:
+                raise InputError(
+                    f"the logit lens needs residual_out of every layer, and {capture.kept.described()}: "
+                    "capture it again with --logit-lens"
+                )
+            hooks = wanted.pass_hooks(self.model)
+            cache = teacher_force(self.model, capture.token_ids, hooks) if hooks else {}
+            for write in add_ons(self.layout, capture, wanted, self.model, cache, residual_cache=None):
+                self.run.wrote(write())
+        self._project(capture, only_missing=self.options.skip_existing)
+
+    def _check_model(self, capture: Capture) -> None:
+        mark = capture.metadata.get("model_fingerprint")
+        if mark != self.model.fingerprint:
+            raise InputError(
+                f"it was captured from {capture.metadata.get('inference_model')!r} (fingerprint {mark}), not from "
+                f"{self.model.name!r} ({self.model.fingerprint}): replay it with the same model"
+            )
+
+    # -- projection ---------------------------------------------------------------------------------------
+
+    def _check_vectors(self, wanted: Outputs) -> None:
+        """Raise `InputError` where no vector would fit, before prompts run of which nothing would be left."""
+        will_be = ProjectedCapture.of_model(self.model, wanted.kept, attn_out=wanted.attn_out)
+        if not any(self._chooser.vectors(will_be, component) for component in self.options.components):
+            raise InputError("--projections-only: no trait has a vector that fits, so that nothing would be kept")
+
+    def _project(self, capture: Capture, *, only_missing: bool = False, only: bool = False) -> None:
+        if not self.options.project:
+            return
+        components = ["residual"] + (["attn_out"] if capture.prompt.residual.attn_out is not None else [])
+        for component in components:
+            choose = self._chooser.missing if only_missing else self._chooser.vectors
+            project_capture(
+                self.run,
+                capture,
+                choose(capture, component),
+                other_model_intended=self.options.vectors.experiment is not None,
+                only=only,
+            )

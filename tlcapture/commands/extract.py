@@ -1,0 +1,192 @@
+"""`tlcapture extract`: contrastive examples through the model, into trait vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tlcapture.captures.provenance import model_record, now
+from tlcapture.errors import InputError, NumericalError
+from tlcapture.extraction.examples import Examples, read_examples
+from tlcapture.extraction.methods import FITS, Labels, LayerVectors
+from tlcapture.extraction.preparation import PreparedExamples, prepare
+from tlcapture.extraction.readout import Activations, read_out
+from tlcapture.models.loading import Model
+from tlcapture.names import Trait
+from tlcapture.prompts.tokenization import bos_policy
+from tlcapture.runs.display import Display
+from tlcapture.runs.exclusive import alone
+from tlcapture.runs.executors import Executor, LocalExecutor, Work
+from tlcapture.runs.model_worker import ModelWorker
+from tlcapture.runs.report import RunReport
+from tlcapture.runs.run import Run
+from tlcapture.storage.config import record
+from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.traits.vector_files import METHODS
+from tlcapture.traits.vectors import VectorFolder
+from tlcapture.views.hooks import COMPONENT_HOOKS, COMPONENTS
+
+
+@dataclass(frozen=True)
+class ExtractOptions:
+    """What to extract; empty `traits` and `layers` mean all there are."""
+
+    traits: tuple[Trait, ...] = ()
+    methods: tuple[str, ...] = METHODS
+    layers: tuple[int, ...] = ()
+    components: tuple[str, ...] = COMPONENTS
+    position: str = "auto"
+    batch_size: int | None = None
+    seed: int = 0
+
+
+def run_extract(
+    layout: Layout,
+    options: ExtractOptions,
+    load: Callable[[], Model],
+    display: Display = Display(),
+    executor: Executor = LocalExecutor(),
+) -> RunReport:
+    """Extract vectors of every trait asked for.
+
+    Raises:
+        InputError: a trait, method or layer is unknown, or an example is wrong; nothing was written.
+    """
+    datasets = Datasets(layout.root)
+    traits = options.traits or tuple(datasets.traits())
+    for method in options.methods:
+        if method not in FITS:
+            raise InputError(f"no method {method!r}: choose among {', '.join(FITS)}")
+    examples = [read_examples(datasets, trait, seed=options.seed) for trait in traits]
+    access = executor.model_access(load)
+    known = access.known()
+    for layer in options.layers:
+        if not 0 <= layer < known.n_layers:
+            raise InputError(f"--layers {layer}: the model has layers 0 to {known.n_layers - 1}")
+    run = Run.begin(layout, display)
+    make, tasks = partial(ModelWorker, _extract_one, options), [ExtractionTask(each) for each in examples]
+    executor.run(Work(make, access.load, tasks, ExtractionTask.size, "example", str), run)
+    return run.report
+
+
+@dataclass(frozen=True)
+class ExtractionTask:
+    """A trait's examples."""
+
+    examples: Examples
+
+    def __str__(self) -> str:
+        return str(self.examples.trait)
+
+    def size(self) -> int:
+        return len(self.examples.items)
+
+
+def _extract_one(run: Run, model: Model, options: ExtractOptions, task: ExtractionTask) -> None:
+    record(run.layout, extraction_model=model.name)
+    with run.progress(task.size(), str(task), "example") as progress:
+        _extract(run, model, options, task.examples, progress.advance)
+        run.report.n_prompts += task.size()
+        progress.advance(done=f"{task}: {task.size()} examples")
+
+
+def _extract(
+    run: Run, model: Model, options: ExtractOptions, examples: Examples, on_examples: Callable[[int], None]
+) -> None:
+    layout = run.layout
+    layers = options.layers or tuple(range(model.n_layers))
+    prepared = prepare(
+        Datasets(layout.root), layout, examples.trait, model, position=options.position, examples=examples
+    )
+    activations = read_out(
+        model, prepared.readings, options.components, batch_size=options.batch_size, on_examples=on_examples
+    )
+    labels, train = prepared.labels, ~prepared.held_out
+    # All is fitted before anything is written, so that a failure leaves earlier vectors as they were.
+    fitted = {
+        component: {
+            method: _fit(method, values[list(layers)][:, train], labels[train], options.seed)
+            for method in options.methods
+        }
+        for component, values in activations.items()
+    }
+    for component, vectors in fitted.items():
+        metadata = _metadata(layout, component, model, options, layers, prepared)
+        with alone(run, f"vectors of {examples.trait}"):
+            _write(VectorFolder(layout, examples.trait), component, vectors, metadata, run)
+
+
+def _fit(method: str, activations: Activations, labels: Labels, seed: int) -> LayerVectors:
+    vectors = FITS[method](activations, labels, seed=seed)
+    if not vectors.isfinite().all() or not vectors.any(dim=-1).all():
+        raise NumericalError(
+            f"{method} gave a vector that is zero or holds NaN or inf: are both sides of the examples the same at "
+            "--position?"
+        )
+    return vectors
+
+
+def _write(
+    folder: VectorFolder,
+    component: str,
+    vectors: dict[str, LayerVectors],
+    metadata: dict[str, Any],
+    run: Run,
+) -> None:
+    """Write vectors and their metadata.
+
+    Of the vectors that the metadata spoke of before, those made alike stay under it and others go; what
+    it did not speak of is another tool's, and stays.
+    """
+    before, made_at = folder.metadata(component), metadata["layers"]
+    methods, layers = list(before.get("methods", ())), list(before.get("layers", ()))
+    removed: list[Path] = []
+    if _are_of_one_kind(before, metadata):
+        both = {*methods, *metadata["methods"]}
+        metadata["layers"] = sorted({*layers, *metadata["layers"]})
+        metadata["methods"] = [*(m for m in METHODS if m in both), *sorted(both - {*METHODS})]
+    else:
+        # Were the run killed before it ends, what is there would be of unknown origin, and not of a wrong one.
+        removed = folder.remove_all(component, methods, layers)
+    for method, by_layer in vectors.items():
+        for layer, vector in zip(made_at, by_layer, strict=True):
+            run.wrote(folder.write(component, method, layer, vector))
+    folder.write_metadata(component, metadata)
+    run.removed(removed)
+
+
+def _are_of_one_kind(before: dict[str, Any], now_made: dict[str, Any]) -> bool:
+    """Whether vectors of an earlier extraction may stand under the same metadata as those made now."""
+    keys = ("model_fingerprint", "hook", "position", "dtype", "engine", "split", "examples")
+    return all(before.get(key) == now_made[key] for key in keys)
+
+
+def _metadata(
+    layout: Layout,
+    component: str,
+    model: Model,
+    options: ExtractOptions,
+    layers: Sequence[int],
+    prepared: PreparedExamples,
+) -> dict[str, Any]:
+    return {
+        "extraction_model": model.name,
+        "extraction_experiment": layout.experiment,
+        "trait": str(prepared.examples.trait),
+        "component": component,
+        "methods": list(options.methods),
+        "layers": list(layers),
+        "num_layers": model.n_layers,
+        "hidden_dim": model.d_model,
+        "timestamp": now(),
+        "hook": COMPONENT_HOOKS[component],
+        "position": prepared.position,
+        **model_record(model),
+        "chat_template": prepared.typical.chat_template,
+        "bos": bos_policy(model.tokenizer, prepared.typical.token_ids, chat_template=prepared.typical.chat_template),
+        "split": prepared.examples.split_record(options.seed),
+        "examples": prepared.digest,
+    }

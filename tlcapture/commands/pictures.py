@@ -1,0 +1,60 @@
+"""Trajectory and layers of each prompt as PNG files, drawn from projection files alone. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tlcapture.commands.plots import projection_picture
+from tlcapture.names import Trait
+from tlcapture.runs.display import Display
+from tlcapture.storage.files import write_bytes
+from tlcapture.storage.layout import Layout
+from tlcapture.traits.projected_tokens import ProjectedTokens
+from tlcapture.traits.saved_projections import check_component, no_projections
+
+
+def write_pictures(
+    layout: Layout,
+    prompt_set: str,
+    prompt_ids: Iterable[str],
+    folder: Path,
+    component: str = "residual",
+    traits: Sequence[Trait] = (),
+    display: Display = Display(),
+) -> list[Path]:
+    """Write a picture for each prompt and trait (all traits where none is named); returns the files.
+
+    A picture lies below `folder` as its projection does below the experiment's `inference/`:
+    `{category}/{trait}/residual_stream/{prompt_set}/{id}.png`. A prompt without projections has none.
+
+    Raises:
+        InputError: none of the prompts has a projection; the message names the command that makes them.
+        StorageError: a projection file is damaged, or a picture cannot be written.
+    """
+    check_component(component)
+    files = [
+        path
+        for prompt_id in prompt_ids
+        for path in layout.all_projections(prompt_set, prompt_id)
+        if _is_wanted(layout, path, component, traits)
+    ]
+    if not files:
+        raise no_projections(layout, prompt_set, component, traits)
+    written = []
+    with display.progress(len(files), f"{prompt_set} pictures", "picture") as progress:
+        for file in files:
+            line = ProjectedTokens.read(file)
+            trait, _ = layout.of_projection(file)
+            picture = folder / layout.projection(trait, component, prompt_set, file.stem).relative_to(
+                layout.folder / "inference"
+            ).with_suffix(".png")
+            write_bytes(picture, projection_picture(line))
+            written.append(picture)
+            progress.advance(1)
+    return written
+
+
+def _is_wanted(layout: Layout, path: Path, component: str, traits: Sequence[Trait]) -> bool:
+    trait, of_component = layout.of_projection(path)
+    return of_component == component and (not traits or trait in traits)

@@ -1,0 +1,159 @@
+"""Pictures for papers and logs, without a display: heatmaps of an evaluation, curves of steering, and one
+capture's projection onto a trait."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tlcapture.text import printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from tlcapture.traits.evaluation_files import EvaluationRow
+    from tlcapture.traits.projected_tokens import ProjectedTokens
+    from tlcapture.traits.steering_files import SteeringResults
+
+_DPI = 150
+_MOST_LABELS = 90  # tokens written along an axis; of more, every second, third, ...
+_LONGEST_LABEL = 14
+_WIDEST = 18.0
+_BOUNDARY, _COMMITMENT, _PERSISTENCE = "#555555", "#2ca02c", "#ff7f0e"
+_FONTS = ("DejaVu Sans Mono", "DejaVu Sans")  # they come with Matplotlib
+_MORE_FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans Arabic", "Noto Sans", "Arial Unicode MS")
+_MEASURES = {"val_effect_size": "effect size (Cohen's d)", "val_auroc": "AUROC"}
+
+
+def evaluation_heatmaps(trait: str, rows: Sequence[EvaluationRow]) -> bytes:
+    """A PNG with a layer-by-method heatmap of effect size and of AUROC, for each component in `rows`."""
+    components = sorted({row.component for row in rows}, reverse=True)
+    figure = _figure(width=11, height=1.2 + 1.7 * len(components))
+    axes = figure.subplots(len(components), len(_MEASURES), squeeze=False)
+    for line, component in zip(axes, components, strict=True):
+        own = [row for row in rows if row.component == component]
+        methods = list(dict.fromkeys(row.method for row in own))
+        layers = sorted({row.layer for row in own})
+        for axis, (measure, label) in zip(line, _MEASURES.items(), strict=True):
+            grid = np.full((len(methods), len(layers)), np.nan)
+            for row in own:
+                value = getattr(row, measure)
+                grid[methods.index(row.method), layers.index(row.layer)] = np.nan if value is None else value
+            image = axis.imshow(grid, aspect="auto", cmap="viridis")
+            axis.set_yticks(range(len(methods)), [_label(method) for method in methods])
+            step = max(1, len(layers) // 10)
+            axis.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+            axis.set_title(f"{_label(component)}: {label}", fontsize=9)
+            axis.set_xlabel("layer", fontsize=8)
+            figure.colorbar(image, ax=axis)
+    figure.suptitle(trait)
+    return _png(figure)
+
+
+def steering_curves(trait: str, results: SteeringResults) -> bytes:
+    """A PNG of `trait_mean` and `coherence_mean` against the coefficient, one line a layer."""
+    by_layer: dict[int, list[tuple[float, float, float]]] = {}
+    for run in results.single_layer_runs:
+        by_layer.setdefault(run.layer, []).append((run.coefficient, run.trait_mean, run.coherence_mean))
+    figure = _figure(width=10, height=3.6)
+    left, right = figure.subplots(1, 2)
+    for axis, column, label in ((left, 1, "trait_mean"), (right, 2, "coherence_mean")):
+        for layer in sorted(by_layer):
+            start = (0.0, results.baseline.trait_mean, results.baseline.coherence_mean or 100.0)
+            points = sorted([start, *by_layer[layer]])
+            axis.plot([p[0] for p in points], [p[column] for p in points], marker="o", label=f"layer {layer}")
+        axis.set_xlabel("coefficient")
+        axis.set_title(label)
+        axis.set_ylim(0, 100)
+    right.axhline(70, linestyle=":", color="grey")
+    left.legend(fontsize=7)
+    figure.suptitle(trait)
+    return _png(figure)
+
+
+def projection_picture(line: ProjectedTokens) -> bytes:
+    """A PNG of one capture's projection onto one trait: the trajectory, and below it all layers, token by token.
+
+    The first token, an attention sink whose projection can be a hundred times all others, is left off both
+    scales; the picture says so, and what its value is.
+    """
+    n_tokens = len(line.tokens)
+    figure = _figure(width=min(_WIDEST, max(7.0, 2.5 + 0.16 * n_tokens)), height=6.4)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1.2])
+    _draw_trajectory(above, line)
+    scores = np.ma.masked_invalid(line.by_layer().T.copy())
+    scores[:, 0] = np.ma.masked
+    limit = float(np.abs(scores[list(line.layers), 1:]).max()) if n_tokens > 1 else 0.0
+    image = below.imshow(
+        scores, aspect="auto", cmap="RdBu_r", vmin=-(limit or 1.0), vmax=limit or 1.0, origin="lower",
+        interpolation="nearest",
+    )  # fmt: skip
+    below.set_facecolor("0.85")
+    below.axhline(line.layer, color="black", linewidth=0.8, linestyle=":")
+    below.set_ylabel(f"layer (dotted: the vector's own, {line.layer})", fontsize=8)
+    figure.colorbar(image, ax=below, label="projection", fraction=0.03, pad=0.01)
+    for axis in (above, below):
+        axis.axvline(line.n_prompt_tokens - 0.5, color=_BOUNDARY, linewidth=1, linestyle="--")
+        if line.commitment_point is not None:
+            axis.axvline(line.commitment_point, color=_COMMITMENT, linewidth=1)
+    step = -(-n_tokens // _MOST_LABELS) or 1
+    below.set_xticks(range(0, n_tokens, step))
+    labels = [printable(token)[:_LONGEST_LABEL] for token in line.tokens[::step]]
+    for text in below.set_xticklabels(labels, rotation=90, fontsize=6, family=_families()):
+        text.set_parse_math(False)  # a token may hold dollars
+    below.set_xlim(-0.5, n_tokens - 0.5)
+    figure.suptitle(f"{line.prompt_set}/{line.prompt_id}: {line.title}", fontsize=10)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # shown as a box
+        return _png(figure)
+
+
+@cache
+def _families() -> list[str]:
+    """Fonts for tokens, of which the first that has a character draws it."""
+    from matplotlib.font_manager import get_font_names
+
+    installed = set(get_font_names())
+    return [*_FONTS, *(name for name in _MORE_FONTS if name in installed)]
+
+
+def _draw_trajectory(axis: Axes, line: ProjectedTokens) -> None:
+    places, scores = np.arange(len(line.tokens)), line.trajectory
+    axis.plot(places[1:], scores[1:], color="#1f77b4", linewidth=1.2, marker=".", markersize=3)
+    axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+    axis.plot([], [], color=_BOUNDARY, linewidth=1, linestyle="--", label="response begins")
+    if line.peak is not None:
+        span = slice(line.peak, line.peak + line.persistence + 1)
+        axis.plot(
+            places[span], scores[span], color=_PERSISTENCE, linewidth=5, alpha=0.4, marker="o", markersize=4,
+            label=f"persistence: {line.persistence} after the peak of |s|, token {line.peak}",
+        )  # fmt: skip
+    if line.commitment_point is not None:
+        axis.plot([], [], color=_COMMITMENT, linewidth=1, label=f"commitment point: {line.commitment_point}")
+    sink = f"token 0 is an attention sink and left off the scale: {scores[0]:+.4g}"
+    axis.plot([], [], " ", label=sink)
+    axis.legend(fontsize=6, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+    axis.set_ylabel("projection", fontsize=8)
+
+
+def _label(name: str) -> str:
+    """A name from a file, as it is: dollars begin no formula, and it is not long."""
+    return printable(name)[:_LONGEST_LABEL].replace("$", r"\$")
+
+
+def _figure(*, width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI)
+    return buffer.getvalue()

@@ -1,0 +1,189 @@
+"""`tlcapture project`: saved captures onto trait vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tlcapture.captures.capture import Capture
+from tlcapture.commands.projections import Chooser, VectorChoice, project_capture, traits_to_project
+from tlcapture.errors import InputError, NumericalError, StorageError
+from tlcapture.runs.display import Display
+from tlcapture.runs.exclusive import alone
+from tlcapture.runs.executors import Executor, LocalExecutor, Work
+from tlcapture.runs.report import RunReport
+from tlcapture.runs.run import Run
+from tlcapture.runs.shards import Shard
+from tlcapture.storage.files import read_json, write_json
+from tlcapture.storage.layout import Layout
+from tlcapture.traits.projection import dynamics_of_file
+from tlcapture.traits.projection_files import ProjectionFile
+
+
+@dataclass(frozen=True)
+class ProjectOptions:
+    """What to project onto, of which component; `dynamics_only` computes dynamics again and nothing else.
+
+    `shard` is taken of the captures that there are when the run begins.
+    """
+
+    vectors: VectorChoice = VectorChoice()
+    component: str = "residual"
+    dynamics_only: bool = False
+    skip_existing: bool = False
+    shard: Shard | None = None
+
+
+def run_project(
+    layout: Layout,
+    prompt_sets: Sequence[str],
+    options: ProjectOptions,
+    display: Display = Display(),
+    executor: Executor = LocalExecutor(),
+) -> RunReport:
+    """Project all captures of prompt sets.
+
+    Raises:
+        InputError: there is no such experiment, prompt set, capture or vector; nothing was written.
+    """
+    layout.check_exists()
+    of_set = layout.prompt_ids if options.dynamics_only else layout.captured
+    ids = {name: _there(layout, name, of_set(name)) for name in prompt_sets}
+    if options.shard is not None:
+        ids = {name: list(options.shard.of(found)) for name, found in ids.items()}
+    run = Run.begin(layout, display)
+    if options.dynamics_only:
+        for name in prompt_sets:
+            with alone(run, f"captures of {name}", options.shard, "projection"):
+                _recompute_dynamics(run, name, ids[name], options)
+        return run.report
+    if not traits_to_project(layout, options.vectors):
+        raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
+    with ExitStack() as stack:
+        for name in sorted(prompt_sets):
+            stack.enter_context(alone(run, f"captures of {name}", options.shard, "projection"))
+        executor.run(
+            Work(
+                partial(ProjectionWorker, options),
+                None,
+                [SavedPrompts(name, ids[name]) for name in prompt_sets],
+                size=lambda task: len(task.ids),
+                unit="prompt",
+                label=SavedPrompts.label,
+                split=SavedPrompts.split,
+                reads=[options.vectors.layout(layout)],
+                inputs=lambda task: [layout.residual(task.prompt_set, each) for each in task.ids],
+            ),
+            run,
+        )
+    return run.report
+
+
+@dataclass(frozen=True)
+class SavedPrompts:
+    """Prompts of a set that have captures."""
+
+    prompt_set: str
+    ids: Sequence[str]
+
+    def split(self, most: int) -> list[SavedPrompts]:
+        starts = range(0, len(self.ids), most)
+        return [SavedPrompts(self.prompt_set, self.ids[start : start + most]) for start in starts]
+
+    def label(self) -> str:
+        return f"{len(self.ids)} prompts of {self.prompt_set}"
+
+
+class ProjectionWorker:
+    """Projects saved captures onto the vectors chosen."""
+
+    def __init__(self, options: ProjectOptions, run: Run, load: object):
+        self._options = options
+        self._run = run
+        self._layout = run.layout
+        self._chooser = Chooser(run, options.vectors)
+
+    def prepare(self) -> None:
+        """Vectors are chosen when a first capture shows its measures."""
+
+    def do(self, task: SavedPrompts) -> None:
+        with self._run.progress(len(task.ids), task.prompt_set, "prompt") as progress:
+            for prompt_id in task.ids:
+                with self._run.attempt(f"{task.prompt_set}/{prompt_id}"):
+                    self._project(task.prompt_set, prompt_id)
+                progress.advance(1)
+
+    def _project(self, prompt_set: str, prompt_id: str) -> None:
+        raw = self._layout.residual(prompt_set, prompt_id)
+        capture = Capture.open(raw)
+        if capture.prompt_set != prompt_set or capture.prompt_id != prompt_id:
+            says = f"{capture.prompt_set}/{capture.prompt_id}"
+            raise StorageError(f"{raw}: it says it is {says}: it was moved or renamed")
+        choose = self._chooser.missing if self._options.skip_existing else self._chooser.vectors
+        vectors = choose(capture, self._options.component)
+        if not vectors:
+            self._run.report.n_skipped += self._options.skip_existing
+            return
+        intended = self._options.vectors.experiment is not None
+        try:
+            project_capture(self._run, capture, vectors, other_model_intended=intended)
+        except NumericalError as error:
+            raise NumericalError(f"{raw}: {error}") from None
+        self._run.report.n_prompts += 1
+
+
+def _there(layout: Layout, prompt_set: str, ids: list[str]) -> list[str]:
+    if not ids and layout.prompt_ids(prompt_set):
+        raise InputError(
+            f"of prompt set {prompt_set!r} only projections were kept (--projections-only), which cannot be projected: "
+            "capture it again"
+        )
+    if not ids:
+        there = ", ".join(layout.captured_prompt_sets()) or "none"
+        raise InputError(
+            f"experiment {layout.experiment!r} has no captures of prompt set {prompt_set!r}; captured sets: {there}"
+        )
+    return ids
+
+
+def _recompute_dynamics(
+    run: Run,
+    prompt_set: str,
+    ids: Sequence[str],
+    options: ProjectOptions,
+) -> None:
+    """Read projection files and write them back with new dynamics, all else as it is."""
+    layout = run.layout
+    with run.progress(len(ids), prompt_set, "prompt") as progress:
+        for prompt_id in ids:
+            name = f"{prompt_set}/{prompt_id}"
+            paths = [
+                path for path in layout.all_projections(prompt_set, prompt_id) if _is_wanted(layout, path, options)
+            ]
+            if not paths:
+                run.failed(name, "has no projection whose dynamics could be computed again")
+                continue
+            for path in paths:
+                with run.attempt(name):
+                    run.wrote(write_json(path, _with_new_dynamics(path)))
+            run.report.n_prompts += 1
+            progress.advance(1)
+
+
+def _is_wanted(layout: Layout, path: Path, options: ProjectOptions) -> bool:
+    trait, component = layout.of_projection(path)
+    return component == options.component and (not options.vectors.traits or trait in options.vectors.traits)
+
+
+def _with_new_dynamics(path: Path) -> dict[str, Any]:
+    """What a projection file holds, its dynamics computed again whatever they were."""
+    content = read_json(path)
+    others = (
+        {key: value for key, value in content.items() if key != "dynamics"} if isinstance(content, dict) else content
+    )
+    dynamics = dynamics_of_file(ProjectionFile.parse(others, path)).to_json()
+    return {**content, "dynamics": dynamics}

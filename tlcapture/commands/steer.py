@@ -1,0 +1,277 @@
+"""`tlcapture steer`: what adding a trait's vectors does to the model's words, over layers and coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from os.path import lexists
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from tlcapture.captures.provenance import now
+from tlcapture.errors import InputError, StorageError
+from tlcapture.extraction.judge import Judge
+from tlcapture.extraction.steering import Question, SteeringBench, SteeringQuestions, SteeringScore
+from tlcapture.models.loading import Model
+from tlcapture.names import Trait
+from tlcapture.prompts.tokenization import tokenize
+from tlcapture.runs.display import Display, Progress
+from tlcapture.runs.exclusive import alone
+from tlcapture.runs.executors import Executor, LocalExecutor, Work
+from tlcapture.runs.model_worker import ModelWorker
+from tlcapture.runs.report import RunReport
+from tlcapture.runs.run import Run
+from tlcapture.storage.config import read_config
+from tlcapture.storage.files import read_bytes, read_json, write_bytes, write_json
+from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.storage.rounding import round_significant
+from tlcapture.storage.validation import first_problem
+from tlcapture.traits.projection import check_fits
+from tlcapture.traits.selection import COHERENT, select
+from tlcapture.traits.steering_files import SteeringResults, SteeringRun
+from tlcapture.traits.vectors import TraitVector, VectorFolder
+
+COEFFICIENTS = (0.1, 0.2, 0.3)
+_SEARCH_START, _SEARCH_STEPS = 0.1, 5
+_DIGITS = 5
+
+
+@dataclass(frozen=True)
+class SteerOptions:
+    """What to steer with; empty `traits` and `layers` mean all, `search` looks for each layer's best coefficient."""
+
+    traits: tuple[Trait, ...] = ()
+    methods: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    coefficients: tuple[float, ...] = COEFFICIENTS
+    search: bool = False
+    judge: Judge | None = None
+
+
+def run_steer(
+    layout: Layout,
+    options: SteerOptions,
+    load: Callable[[], Model],
+    display: Display = Display(),
+    executor: Executor = LocalExecutor(),
+) -> RunReport:
+    """Steer with every trait's vectors and write `results.json` after every run; runs that are there are skipped.
+
+    Raises:
+        InputError: a trait has no vectors or no steering questions; nothing was written.
+    """
+    layout.check_exists()
+    there = layout.traits()
+    for trait in options.traits:
+        if trait not in there:
+            raise InputError(f"no vectors for trait {str(trait)!r} in {layout.folder}: run 'tlcapture extract' first")
+    traits = options.traits or tuple(there)
+    if not traits:
+        raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
+    tasks = [SteeringTask(trait, read_questions(Datasets(layout.root), trait)) for trait in traits]
+    access = executor.model_access(load)
+    run = Run.begin(layout, display)
+    make, n_runs = partial(ModelWorker, _steer_one, options), _n_runs(options, access.known().n_layers)
+    executor.run(Work(make, access.load, tasks, lambda task: n_runs, "run", str), run)
+    return run.report
+
+
+@dataclass(frozen=True)
+class SteeringTask:
+    """A trait and the questions that are asked while its vectors are added."""
+
+    trait: Trait
+    questions: Sequence[Question]
+
+    def __str__(self) -> str:
+        return str(self.trait)
+
+
+def _steer_one(run: Run, model: Model, options: SteerOptions, task: SteeringTask) -> None:
+    n_runs = _n_runs(options, model.n_layers)
+    with alone(run, f"steering of {task.trait}"), run.progress(n_runs, str(task.trait), "run") as progress:
+        _steer(run, task, model, options, progress)
+
+
+def read_questions(datasets: Datasets, trait: Trait) -> list[Question]:
+    """The steering questions of a trait, in `steering.json` beside its examples."""
+    path = datasets.trait_folder(trait) / "steering.json"
+    try:
+        return SteeringQuestions.model_validate(read_json(path)).questions
+    except StorageError as error:
+        raise InputError(str(error)) from None
+    except ValidationError as error:
+        raise InputError(f"{path}: {first_problem(error)}") from None
+
+
+def _n_runs(options: SteerOptions, n_layers: int) -> int:
+    """How many runs a trait takes; 0 for a search, whose length is not known before."""
+    per_layer = max(1, len(options.methods)) * len(options.coefficients)
+    return 0 if options.search else len(options.layers or range(n_layers)) * per_layer
+
+
+def _steer(run: Run, task: SteeringTask, model: Model, options: SteerOptions, progress: Progress) -> None:
+    layout, trait, questions = run.layout, task.trait, task.questions
+    config = read_config(layout)
+    prompts = [
+        tokenize(
+            model.tokenizer,
+            question.question,
+            prompt_set="steering",
+            prompt_id=question.id,
+            system_prompt=config.system_prompt,
+            chat_template=config.use_chat_template,
+        )
+        for question in questions
+    ]
+    results = _Results(run, trait, model, options.judge)
+    definition = _definition(Datasets(layout.root), trait)
+
+    def judged(score: SteeringScore) -> SteeringScore:
+        if options.judge is None:
+            return score
+        verdicts = [
+            options.judge.score(trait=str(trait), definition=definition, question=question.question, response=response)
+            for question, response in zip(questions, score.responses, strict=True)
+        ]
+        return replace(score, trait=torch.tensor(verdicts))
+
+    bench = SteeringBench(model, prompts, [(question.positive, question.negative) for question in questions])
+    results.set_baseline(judged(bench.baseline()))
+    for vector in _vectors(layout, trait, model, options):
+
+        def score(coefficient: float, vector: TraitVector = vector) -> SteeringRun:
+            found = results.find(vector, coefficient)
+            if found is None:
+                steered = judged(bench.score(vector.layer, vector.vector, coefficient))
+                found = results.add(vector, coefficient, steered)
+            done = f"{trait} layer {vector.layer} x {coefficient:g}: trait {found.trait_mean:.1f}, "
+            progress.advance(1, done=f"{done}coherence {found.coherence_mean:.1f}")
+            return found
+
+        if options.search:
+            search_coefficient(score)
+        else:
+            for coefficient in options.coefficients:
+                score(coefficient)
+    run.report.n_prompts += len(prompts)
+
+
+def search_coefficient(score: Callable[[float], SteeringRun]) -> float:
+    """The largest coefficient whose responses stay coherent, to within an eighth of a doubling step.
+
+    Doubles from 0.1 until the responses fall apart, then halves the interval.
+    """
+    low, high = 0.0, _SEARCH_START
+    for _ in range(_SEARCH_STEPS):
+        if score(high).coherence_mean < COHERENT:
+            break
+        low, high = high, high * 2
+    for _ in range(3):
+        middle = round((low + high) / 2, 4)
+        if score(middle).coherence_mean < COHERENT:
+            high = middle
+        else:
+            low = middle
+    return low
+
+
+def _vectors(layout: Layout, trait: Trait, model: Model, options: SteerOptions) -> Iterator[TraitVector]:
+    """The vectors to steer with: of the methods asked for, or of the one that is selected."""
+    folder = VectorFolder(layout, trait)
+    available = folder.available("residual")
+    methods = options.methods or (select(folder, "residual", model.n_layers).method,)
+    for method in methods:
+        for layer in options.layers or available.get(method, ()):
+            vector = folder.read("residual", method, layer)
+            check_fits(vector, model.n_layers, model.d_model)
+            yield vector
+
+
+class _Results:
+    """A trait's `results.json`, written after every run."""
+
+    def __init__(self, run: Run, trait: Trait, model: Model, judge: Judge | None):
+        layout = run.layout
+        self._path = layout.steering(trait)
+        self._files = VectorFolder(layout, trait)
+        self._run = run
+        self._content: dict[str, Any] = {"baseline": {}, "runs": []}
+        if lexists(self._path):
+            before = read_json(self._path)
+            metadata = SteeringResults.parse(before, self._path).metadata
+            if (metadata.get("model_fingerprint"), metadata.get("scored_by")) == (model.fingerprint, _scorer(judge)):
+                self._content = before
+        self._content["metadata"] = {
+            "model": model.name,
+            "model_fingerprint": model.fingerprint,
+            "engine": model.engine,
+            "scored_by": _scorer(judge),
+            "timestamp": now(),
+        }
+
+    def set_baseline(self, score: SteeringScore) -> None:
+        self._content["baseline"] = _means(score)
+
+    def find(self, vector: TraitVector, coefficient: float) -> SteeringRun | None:
+        """An earlier run with the same vector, made after the vector was."""
+        config, made = _config(vector, coefficient), vector.metadata.get("timestamp")
+        digest = self._files.digest(vector.component, vector.method, vector.layer)
+        for run in self._content["runs"]:
+            is_of_it = run.get("vector_timestamp") == made and run.get("vector_digest") in (None, digest)
+            if run["config"] == config and is_of_it:
+                return self._parsed(run)
+        return None
+
+    def add(self, vector: TraitVector, coefficient: float, score: SteeringScore) -> SteeringRun:
+        config = _config(vector, coefficient)
+        run = {
+            "config": config,
+            "result": {**_means(score), "n": len(score.trait)},
+            "vector_timestamp": vector.metadata.get("timestamp"),
+            "vector_digest": self._files.digest(vector.component, vector.method, vector.layer),
+            "responses": score.responses,
+        }
+        self._content["runs"] = [*(each for each in self._content["runs"] if each["config"] != config), run]
+        self._run.wrote(write_json(self._path, self._content, indent=True))
+        return self._parsed(run)
+
+    def _parsed(self, run: dict[str, Any]) -> SteeringRun:
+        return SteeringResults.parse({**self._content, "runs": [run]}, self._path).single_layer_runs[0]
+
+
+def _scorer(judge: Judge | None) -> str:
+    return "likelihood" if judge is None else f"judge {judge.url}"
+
+
+def _definition(datasets: Datasets, trait: Trait) -> str:
+    path = datasets.trait_folder(trait) / "definition.md"
+    return read_bytes(path).decode("utf-8", "replace").strip() if path.is_file() else ""
+
+
+def _config(vector: TraitVector, coefficient: float) -> dict[str, Any]:
+    return {
+        "layers": [vector.layer],
+        "methods": [vector.method],
+        "coefficients": [coefficient],
+        "component": vector.component,
+    }
+
+
+def _means(score: SteeringScore) -> dict[str, float]:
+    means = {"trait_mean": score.trait_mean, "coherence_mean": score.coherence_mean}
+    return {name: float(round_significant(value, _DIGITS)) for name, value in means.items()}
+
+
+def draw_curves(layout: Layout, traits: Sequence[Trait], report: RunReport) -> None:
+    """Draw the steering curves of traits that have results to `steering.png` beside them."""
+    from tlcapture.commands.plots import steering_curves
+
+    for trait in traits:
+        path = layout.steering(trait)
+        if lexists(path):
+            results = SteeringResults.read(path)
+            report.wrote(write_bytes(layout.picture(trait, "steering"), steering_curves(str(trait), results)))

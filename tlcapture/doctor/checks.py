@@ -1,0 +1,284 @@
+"""Whether a loaded model keeps the promises, one check after the other, each with what it measured.
+
+    check_raw_basis(model, runs)        # Check(name="raw basis", verdict="ok", detail="the largest deviation ...")
+
+A deviation is the norm of the difference at a token as a share of the token's norm, the largest of all tokens:
+massive activations of one token hide nothing of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tlcapture.doctor.reference import ReferenceRun, deviation
+from tlcapture.errors import NumericalError, TlcaptureError
+from tlcapture.generation.loop import Failure, Generation, Sampling, generate, teacher_force
+from tlcapture.models.loading import Model
+from tlcapture.prompts.tokenization import TokenizedPrompt, bos_policy, stop_ids, tokenize
+from tlcapture.views.attention import attention_hooks
+from tlcapture.views.hooks import hook
+from tlcapture.views.residual import residual_hooks, residual_view
+
+OK, WARNING, FAILED, NOT_APPLICABLE = "ok", "warning", "failed", "not applicable"
+TEXTS = (
+    "Hi.",
+    "A lighthouse keeper writes down the weather every evening: wind, clouds and the height of the waves. "
+    "What would a sailor who reads the book a hundred years later learn from it?",
+)
+# As shares of a token's norm; rounding in 16 bits grows with depth.
+BOUNDS = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 3e-1}
+NEW_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a check found: `verdict` is `ok`, `warning`, `failed` or `not applicable`."""
+
+    name: str
+    verdict: str
+    detail: str
+
+
+def guarded(name: str, check: Callable[..., Check], *args: Any) -> Check:
+    """A check's finding; one that breaks off with an error of ours has failed."""
+    try:
+        return check(*args)
+    except TlcaptureError as error:
+        return Check(name, FAILED, str(error))
+
+
+def probe_prompts(tokenizer: Any) -> list[TokenizedPrompt]:
+    """A short and a long prompt, as a capture would put them to the model."""
+    return [
+        tokenize(tokenizer, text, prompt_set="doctor", prompt_id=str(number)) for number, text in enumerate(TEXTS, 1)
+    ]
+
+
+def check_bos(tokenizer: Any) -> Check:
+    """One BOS begins a prompt, with and without the chat template, where the tokenizer has one."""
+    prompts = [probe_prompts(tokenizer)[0]]
+    if prompts[0].chat_template:
+        prompts.append(tokenize(tokenizer, TEXTS[0], prompt_set="doctor", prompt_id="plain", chat_template=False))
+    found = []
+    for prompt in prompts:
+        policy = bos_policy(tokenizer, prompt.token_ids, chat_template=prompt.chat_template)
+        by = f" by the {policy['by']}" if policy["by"] == "chat template" else ""
+        found.append((policy["count"], f"{policy['count']}{by} in front of a {_kind_of(prompt)}"))
+    detail = ", ".join(text for _, text in found)
+    if any(count > 1 for count, _ in found):
+        return Check("BOS", FAILED, f"{detail}: expected 1; mend the tokenizer's chat template")
+    if tokenizer.bos_token_id is None:
+        return Check("BOS", OK, "none: the tokenizer has no BOS")
+    if any(count == 0 for count, _ in found):
+        return Check("BOS", WARNING, f"{detail}: the tokenizer has a BOS that the chat template leaves out")
+    return Check("BOS", OK, detail)
+
+
+def check_stop_ids(tokenizer: Any, generation_config: Any) -> Check:
+    """Something ends a response, and a turn of the chat template ends with one of it."""
+    stops = sorted(stop_ids(tokenizer, generation_config))
+    if not stops:
+        return Check("stop ids", FAILED, "none: expected an EOS of the tokenizer or of the generation config")
+    detail = ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in stops)
+    own = {tokenizer.eos_token_id, *_listed(getattr(generation_config, "eos_token_id", None))}
+    beyond = [i for i in stops if i not in own]
+    if beyond:
+        detail += f"; {', '.join(map(str, beyond))} from the chat template alone"
+    return Check("stop ids", OK, detail)
+
+
+def check_padding(model: Model, prompts: Sequence[TokenizedPrompt]) -> Check:
+    """What stands at padded positions changes nothing: they are on the left, and masked."""
+    short, long = (min(prompts, key=_length), max(prompts, key=_length))
+    n_pad = _length(long) - _length(short)
+    last = hook("residual_out", model.n_layers - 1)
+    mask = torch.ones(2, _length(long), dtype=torch.long)
+    mask[0, :n_pad] = 0
+    rows = []
+    for filler in (0, 7 % model.d_vocab):
+        tokens = torch.tensor([[filler] * n_pad + list(short.token_ids), list(long.token_ids)])
+        step = model.step(tokens, mask, model.start(2), {last}, want_logits=False)
+        rows.append(step.cache[last][0, n_pad:].float().cpu())
+    found = deviation(*rows)
+    side = getattr(model.tokenizer, "padding_side", None)
+    detail = f"{n_pad} masked positions on the left change what follows by {found:.1e} (tokenizer's own side: {side})"
+    return Check("padding", _within(found, 1e-6), detail)
+
+
+def check_raw_basis(model: Model, runs: Sequence[ReferenceRun]) -> Check:
+    """Prompt and decode steps have Hugging Face's hidden states at every layer, and its logits.
+
+    In 16 bits, where both err, at most four times as much is allowed as Hugging Face deviates from float32.
+    """
+    worst, detail = -1.0, ""
+    for run in runs:
+        cache = _forced(model, run, residual_hooks(model.n_layers, model.hook_names))
+        stream = residual_view(cache, model.n_layers)
+        ours = [stream.at(layer, "residual_in") for layer in range(model.n_layers)]
+        ours.append(model.unembed(stream.at(model.n_layers - 1, "residual_out")))
+        for place, (one, other) in enumerate(zip(ours, [*run.hidden, run.logits], strict=True)):
+            found, bound = deviation(one, other), _bound(model, run, place)
+            if not found / bound <= worst:  # NaN too
+                worst = found / bound
+                where = f"residual_in of layer {place}" if place < model.n_layers else "the logits"
+                detail = f"deviation from Hugging Face {found:.1e} at {where}, of {bound:.1e} allowed"
+    return Check("raw basis", _within(worst, 1), f"{detail}, over {sum(map(_n_tokens, runs))} tokens")
+
+
+def check_soft_caps(model: Model, runs: Sequence[ReferenceRun]) -> Check:
+    """Logits and attention patterns under the caps that the config asks for are Hugging Face's."""
+    config = _text_config(model.hf_config)
+    final, scores = (getattr(config, f"{kind}_logit_softcapping", None) for kind in ("final", "attn"))
+    if not final and not scores:
+        return Check("soft caps", NOT_APPLICABLE, "the config asks for none")
+    verdicts, details = [], []
+    run = max(runs, key=_n_tokens)
+    last = hook("residual_out", model.n_layers - 1)
+    cache = _forced(model, run, [last, *attention_hooks(model.n_layers)])
+    if final:
+        logits = model.unembed(cache[last]).float().cpu()
+        found, largest = deviation(logits, run.logits), float(logits.abs().max())
+        verdicts.append(_within(found, _bound(model, run, model.n_layers)) if largest <= final else FAILED)
+        details.append(f"logits up to {largest:.3g} under a cap of {final:g}, deviation {found:.1e}")
+    if scores and run.patterns is not None:
+        ours = torch.stack([cache[name].float() for name in attention_hooks(model.n_layers)])
+        found = deviation(ours, run.patterns)
+        verdicts.append(_within(found, BOUNDS[model.dtype]))
+        details.append(f"attention under a cap of {scores:g}, deviation {found:.1e}")
+    return Check("soft caps", FAILED if FAILED in verdicts else OK, "; ".join(details))
+
+
+def check_batch(model: Model, prompts: Sequence[TokenizedPrompt]) -> Check:
+    """A prompt yields alone what it yields in a padded batch."""
+    together, alone = (_generated(model, prompts, size) for size in (len(prompts), 1))
+    worst, split = 0.0, 0
+    for batched, single in zip(together, alone, strict=True):
+        same = _shared(batched.token_ids, single.token_ids)
+        split += same < len(single.token_ids)
+        for name, activation in single.cache.items():
+            worst = _larger(worst, deviation(batched.cache[name][:same], activation[:same]))
+    detail = f"largest deviation of a batch of {len(prompts)} from single runs {worst:.1e}"
+    if split:
+        detail += f"; greedy tokens part in {split} of {len(prompts)}, as rounding can make them"
+    bound = BOUNDS[model.dtype]
+    exact = model.dtype == torch.float32
+    return Check("batch", FAILED if split and exact else _within(worst, bound), _with_bound(detail, worst, bound))
+
+
+def check_recomputed(model: Model, prompts: Sequence[TokenizedPrompt]) -> Check:
+    """What was captured token by token is what one pass over the same tokens computes."""
+    worst = 0.0
+    for generation in _generated(model, prompts, len(prompts)):
+        recomputed = teacher_force(model, generation.token_ids, list(generation.cache))
+        for name, activation in generation.cache.items():
+            worst = _larger(worst, deviation(activation, recomputed[name]))
+    detail = f"largest deviation of captured activations from one pass over their tokens {worst:.1e}"
+    return Check("captured", _within(worst, BOUNDS[model.dtype]), _with_bound(detail, worst, BOUNDS[model.dtype]))
+
+
+def check_range(model: Model, prompts: Sequence[TokenizedPrompt]) -> Check:
+    """The dtype holds every activation, and so does the dtype in which captures are stored."""
+    name = str(model.dtype).removeprefix("torch.")
+    hooks = residual_hooks(model.n_layers, model.hook_names)
+    caches = [teacher_force(model, prompt.token_ids, hooks) for prompt in prompts]
+    for point in hooks:
+        if not all(cache[point].isfinite().all() for cache in caches):
+            return Check(
+                "range", FAILED, f"{name} does not hold {point}, which is NaN or inf: try {_wider(model.dtype)}"
+            )
+    largest = max(float(cache[point].float().abs().max()) for cache in caches for point in hooks)
+    stored = torch.float16 if model.dtype == torch.float32 else model.dtype  # by --save-dtype auto, where it fits
+    share = largest / torch.finfo(stored).max
+    told = f"{share:.2g}" if share > 0.01 else "less than 0.01"
+    detail = f"largest residual {largest:.3g}, {told} of what {str(stored).removeprefix('torch.')} holds"
+    if share > 1:
+        return Check("range", WARNING, f"{detail}: captures are stored as bfloat16")
+    if share > 0.5:
+        return Check("range", WARNING, f"{detail}: other prompts may go beyond it")
+    return Check("range", OK, detail)
+
+
+def _forced(model: Model, run: ReferenceRun, hooks: Sequence[str]) -> dict[str, Tensor]:
+    """Activations of a run's tokens: the prompt in one step, then token by token."""
+    ids, spans = torch.tensor([run.token_ids]), [(0, run.n_prompt_tokens)]
+    spans += [(place, place + 1) for place in range(run.n_prompt_tokens, len(run.token_ids))]
+    state, parts = model.start(1), []
+    for start, stop in spans:
+        tokens = ids[:, start:stop]
+        step = model.step(tokens, torch.ones_like(tokens), state, frozenset(hooks), want_logits=False)
+        parts.append({name: step.cache[name][0].cpu() for name in hooks})
+    return {name: _joined([part[name] for part in parts]) for name in hooks}
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    """Steps in one line; those of patterns `[head, pos, key]` are as wide as the last one's keys."""
+    if pieces[0].shape[-1] == pieces[-1].shape[-1]:
+        return torch.cat(pieces)
+    width = pieces[-1].shape[-1]
+    return torch.cat([torch.nn.functional.pad(piece, (0, width - piece.shape[-1])) for piece in pieces], dim=1)
+
+
+def _generated(model: Model, prompts: Sequence[TokenizedPrompt], batch_size: int) -> list[Generation]:
+    hooks = residual_hooks(model.n_layers, model.hook_names)
+    greedy = Sampling(temperature=0)
+    found = []
+    for outcome in generate(
+        model, prompts, hooks=hooks, max_new_tokens=NEW_TOKENS, sampling=greedy, batch_size=batch_size
+    ):
+        if isinstance(outcome, Failure):
+            raise NumericalError(f"the {_kind_of(outcome.prompt)} yielded nothing: {outcome.reason}")
+        found.append(outcome)
+    return sorted(found, key=lambda outcome: outcome.prompt.id)
+
+
+def _bound(model: Model, run: ReferenceRun, place: int) -> float:
+    """How much a layer's residual, or behind the last layer the logits, may deviate."""
+    return BOUNDS[model.dtype] if run.rounding is None else 4 * run.rounding[place] + 1e-3
+
+
+def _within(found: float, bound: float) -> str:
+    return OK if found <= bound else FAILED  # NaN is not
+
+
+def _with_bound(detail: str, found: float, bound: float) -> str:
+    return detail if found <= bound else f"{detail}: expected at most {bound:g}"
+
+
+def _larger(worst: float, value: float) -> float:
+    return worst if value <= worst else value  # NaN stays
+
+
+def _wider(dtype: torch.dtype) -> str:
+    return "bfloat16 or float32" if dtype == torch.float16 else "other weights: these are damaged"
+
+
+def _shared(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(ours), len(theirs)))
+
+
+def _text_config(config: Any) -> Any:
+    """The config of the language model, which a multimodal one holds within."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _kind_of(prompt: TokenizedPrompt) -> str:
+    return "chat prompt" if prompt.chat_template else "plain text"
+
+
+def _listed(ids: Any) -> list[int]:
+    return [ids] if isinstance(ids, int) else list(ids or [])
+
+
+def _length(prompt: TokenizedPrompt) -> int:
+    return len(prompt.token_ids)
+
+
+def _n_tokens(run: ReferenceRun) -> int:
+    return len(run.token_ids)

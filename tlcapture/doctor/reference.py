@@ -1,0 +1,101 @@
+"""What Hugging Face's own model of a checkpoint computes, as the oracle of `tlcapture doctor`.
+
+The reference is run and dropped before the model under test is loaded: one model is in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tlcapture.models.checkpoints import cast, fetch_weights, quiet_loading, source_of
+from tlcapture.models.memory import is_out_of_memory
+
+NEW_TOKENS = 3
+
+
+@dataclass(frozen=True)
+class ReferenceRun:
+    """A prompt and its greedy continuation through Hugging Face, in float32 on the CPU.
+
+    `hidden[layer]` is what enters a layer; `patterns` is `None` for an architecture that hands none out.
+    `rounding` is by how much Hugging Face itself, in 16 bits, deviates from `hidden` and, last, `logits`; `None`
+    where the run was in float32, or where float32 did not fit in memory.
+    """
+
+    token_ids: tuple[int, ...]
+    n_prompt_tokens: int
+    hidden: Float[Tensor, "n_layers n_tokens d_model"]
+    logits: Float[Tensor, "n_tokens d_vocab"]
+    patterns: Float[Tensor, "n_layers n_heads n_tokens n_tokens"] | None
+    rounding: tuple[float, ...] | None = None
+
+
+def reference_runs(hf_model: Any, prompts: Sequence[Sequence[int]]) -> list[ReferenceRun]:
+    """Runs of prompts; of a model in 16 bits, those of the same weights in float32, and how much 16 bits err.
+
+    The model is in float32 afterwards, where that fits in memory.
+    """
+    runs = [reference_run(hf_model, ids) for ids in prompts]
+    if next(hf_model.parameters()).dtype == torch.float32:
+        return runs
+    try:
+        cast(hf_model, torch.float32)
+        return [_exact(hf_model, run) for run in runs]
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return runs
+
+
+@torch.no_grad()
+def reference_run(hf_model: Any, prompt_ids: Sequence[int], new_tokens: int = NEW_TOKENS) -> ReferenceRun:
+    """Run whole sequences, without a cache of keys and values, one token longer each time."""
+    ids = list(prompt_ids)
+    for _ in range(new_tokens):
+        ids.append(int(hf_model(_batch_of_one(hf_model, ids), use_cache=False).logits[0, -1].argmax()))
+    return _whole(hf_model, ids, len(prompt_ids))
+
+
+@torch.no_grad()
+def _whole(hf_model: Any, ids: Sequence[int], n_prompt_tokens: int) -> ReferenceRun:
+    out = hf_model(_batch_of_one(hf_model, ids), use_cache=False, output_hidden_states=True, output_attentions=True)
+    patterns = [pattern for pattern in out.attentions or () if pattern is not None]
+    complete = len(patterns) == len(out.hidden_states) - 1
+    return ReferenceRun(
+        tuple(ids),
+        n_prompt_tokens,
+        torch.stack([state[0].float().cpu() for state in out.hidden_states[:-1]]),
+        out.logits[0].float().cpu(),
+        torch.stack([pattern[0].float().cpu() for pattern in patterns]) if complete else None,
+    )
+
+
+def _exact(hf_model: Any, run: ReferenceRun) -> ReferenceRun:
+    exact = _whole(hf_model, run.token_ids, run.n_prompt_tokens)
+    rounding = [deviation(one, other) for one, other in zip(run.hidden, exact.hidden, strict=True)]
+    return replace(exact, rounding=(*rounding, deviation(run.logits, exact.logits)))
+
+
+def deviation(ours: Tensor, theirs: Tensor) -> float:
+    """The largest norm of a difference along the last axis, as a share of the norm; NaN where either is."""
+    ours, theirs = ours.float().cpu(), theirs.float().cpu()
+    smallest = torch.finfo(torch.float32).tiny
+    return float(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=smallest)).max())
+
+
+def load_reference(name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """The checkpoint as transformers alone loads it. Raises `ModelError` where it cannot."""
+    with quiet_loading():
+        model = fetch_weights(name, source_of(name))
+    cast(model, dtype)
+    return model.eval().requires_grad_(False).to(device)
+
+
+def _batch_of_one(hf_model: Any, ids: Sequence[int]) -> Tensor:
+    return torch.tensor([list(ids)], device=next(hf_model.parameters()).device)

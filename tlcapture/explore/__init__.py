@@ -1,0 +1,1 @@
+"""The Python API: experiments, captures, live capture, frames, figures, IPython."""

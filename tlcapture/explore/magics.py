@@ -1,0 +1,143 @@
+"""The IPython extension: `%load_ext tlcapture` gives `%capture_prompt`.
+
+    %capture_prompt "How do tides work?"
+    %capture_prompt -t behavioral/refusal --max-new-tokens 80 "How do I pick a lock?"
+
+It runs the prompt, shows the tokens in colour and binds `cap`. As `%%capture_prompt` its text is the cell.
+"""
+
+from __future__ import annotations
+
+import shlex
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from IPython.core.error import UsageError
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.core.magic import Magics, line_cell_magic, magics_class
+from IPython.core.magic_arguments import argument, magic_arguments
+from IPython.display import display
+
+from tlcapture.errors import TlcaptureError
+from tlcapture.explore.experiment import Experiment
+from tlcapture.explore.explored import named_traits
+from tlcapture.models.embedded import NAME
+from tlcapture.models.lazy_model import LazyModel
+from tlcapture.text import printable
+
+if TYPE_CHECKING:
+    from tlcapture.explore.live import LiveCapture
+
+
+def load_ipython_extension(shell: InteractiveShell) -> None:
+    """What `%load_ext tlcapture` calls."""
+    shell.register_magics(CaptureMagics)
+
+
+@magics_class
+class CaptureMagics(Magics):
+    """`%capture_prompt`."""
+
+    def __init__(self, shell: InteractiveShell):
+        super().__init__(shell)
+        self._embedded = LazyModel(lambda: _load(NAME), NAME)
+
+    @property
+    def _namespace(self) -> dict[str, Any]:
+        """The user's variables."""
+        assert self.shell is not None
+        return self.shell.user_ns
+
+    @magic_arguments()
+    @argument("text", nargs="*", help="The prompt, in quotes; as %%%%capture_prompt, the cell.")
+    @argument("-t", "--trait", help="Colour the tokens by their projection onto this trait.")
+    @argument("-n", "--max-new-tokens", type=int, default=50, help="Longest response. (default 50)")
+    @argument("--temperature", type=float, default=0.7, help="Of sampling; 0 is greedy. (default 0.7)")
+    @argument("--seed", type=int, default=0, help="Seed of the sampling. (default 0)")
+    @line_cell_magic
+    def capture_prompt(self, line: str, cell: str | None = None) -> None:
+        """Run a prompt, show its tokens in colour, and bind `cap` to the capture.
+
+        The model is `model` where there is such a variable, else that of the experiment `exp`, else the
+        embedded one; projections take the vectors of `exp`.
+        """
+        options = self.capture_prompt.parser.parse_args(_words(line))
+        text = " ".join(options.text) if cell is None else cell.strip("\n")
+        if cell is not None and options.text:
+            raise UsageError("%%capture_prompt takes its text from the cell: give none on its first line")
+        if not text.strip():
+            raise UsageError('no prompt: %capture_prompt "How do tides work?"')
+        if options.max_new_tokens < 0:
+            raise UsageError(f"--max-new-tokens {options.max_new_tokens}: expected a number of at least 0")
+        try:
+            with warnings.catch_warnings(record=True) as noted:
+                warnings.simplefilter("always", UserWarning)
+                exp = self._experiment()
+                if options.trait is not None:
+                    _check_trait(exp, options.trait)  # before the model runs, not after
+                cap = self._capture(exp, text, options)
+                tokens = cap.coloured(options.trait)
+        except TlcaptureError as error:
+            raise UsageError(printable(str(error))) from None
+        for warning in noted:
+            if issubclass(warning.category, UserWarning):
+                print(f"warning: {printable(str(warning.message))}")
+        self._namespace["cap"] = cap
+        display(tokens)
+
+    def _experiment(self) -> Experiment | None:
+        exp = self._namespace.get("exp")
+        return exp if isinstance(exp, Experiment) else None
+
+    def _capture(self, exp: Experiment | None, text: str, options: Any) -> LiveCapture:
+        from tlcapture.explore.live import capture
+
+        config = None if exp is None else exp.config
+        (cap,) = capture(
+            self._model(exp),
+            text,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seed=options.seed,
+            system_prompt=None if config is None else config.system_prompt,
+            chat_template=None if config is None else config.use_chat_template,
+            vectors=exp,
+        )
+        return cap
+
+    def _model(self, exp: Experiment | None) -> Any:
+        """The variable `model`, the experiment's model, or the embedded one."""
+        model = self._namespace.get("model")
+        if model is None:
+            named = exp is not None and (exp.config.inference_model or exp.config.extraction_model)
+            return exp.model if exp is not None and named else self._embedded
+        from tlcapture.models.loading import Model
+
+        if not isinstance(model, Model | LazyModel) and not hasattr(model, "hook_dict"):
+            raise TlcaptureError(
+                f"the variable 'model' is a {type(model).__name__}, no model: set it to load_model(...), or delete it"
+            )
+        return model
+
+
+def _check_trait(exp: Experiment | None, trait: str) -> None:
+    if exp is None:
+        raise TlcaptureError(
+            f"--trait {trait}: there are no vectors; set exp = Experiment(...), whose vectors are taken"
+        )
+    named_traits(exp.layout, [trait], "residual")
+
+
+def _words(line: str) -> list[str]:
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise UsageError(
+            f"{error}: put the prompt in double quotes, or in a cell of its own below %%capture_prompt"
+        ) from None
+
+
+def _load(name: str) -> Any:
+    from tlcapture.models.loading import load_model
+
+    return load_model(name)

@@ -1,0 +1,1 @@
+"""The generation loop: sampling, padding, recording of activations."""

@@ -1,0 +1,1 @@
+"""Loading models: checkpoints, the embedded model, engines, memory."""

@@ -1,0 +1,191 @@
+"""The engine `bridge`: TransformerLens's TransformerBridge around the Hugging Face model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tlcapture.errors import ModelError
+from tlcapture.models.checkpoints import fingerprint
+from tlcapture.models.engines.base import OWN_MARK, Model, Step
+from tlcapture.models.engines.booting import ProcessRefusedError, text_only
+from tlcapture.models.engines.hooked_config import architecture_of
+from tlcapture.models.engines.tokenizers import for_transformer_lens, without_filled_in_bos
+from tlcapture.models.sizes import Measures
+from tlcapture.shapes import Logits, Mask, Residual, Rows, Tokens
+from tlcapture.views.hooks import hook, is_pattern
+
+
+@dataclass
+class _BridgeState:
+    mask: Tensor
+    past: Any = None
+
+
+class BridgeModel(Model):
+    """TransformerBridge: the Hugging Face model itself, with TransformerLens's hooks around it."""
+
+    engine = "bridge"
+
+    @property
+    def measures(self) -> Measures:
+        # TransformerBridge's own config knows no MLP width of OPT.
+        return Measures.of(self.hf_config)
+
+    def start(self, batch_size: int) -> _BridgeState:
+        return _BridgeState(torch.zeros(batch_size, 0, dtype=torch.long, device=self.device))
+
+    @torch.no_grad()
+    def step(self, tokens: Tokens, mask: Mask, state: _BridgeState, hooks: Set[str], *, want_logits: bool) -> Step:
+        state.mask = torch.cat([state.mask, mask.to(self.device)], dim=1)
+        positions = (state.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        (logits, state.past), cache = self.tl.run_with_cache(
+            tokens.to(self.device),
+            names_filter=sorted(hooks),
+            return_cache_object=False,
+            return_type="logits_and_cache",
+            attention_mask=state.mask,
+            position_ids=positions,
+            past_key_values=state.past,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        handed_out = {name: _with_all_keys(name, cache[name], state.mask.shape[1]) for name in hooks}
+        return Step(logits[:, -1] if want_logits else None, handed_out)
+
+    def keep(self, state: _BridgeState, rows: Rows) -> None:
+        rows = rows.to(self.device)
+        state.mask = state.mask[rows]
+        state.past.batch_select_indices(rows.nonzero()[:, 0])
+
+    def branch(self, state: _BridgeState, rows: Sequence[int]) -> _BridgeState:
+        index = torch.tensor(rows, device=self.device)
+        past = copy.deepcopy(state.past)
+        if past is not None:
+            past.batch_select_indices(index)
+        return _BridgeState(state.mask[index], past)
+
+    @torch.no_grad()
+    def unembed(self, residual: Residual) -> Logits:
+        flat = residual.reshape(1, -1, self.d_model).to(self.last_device, self.dtype)
+        logits = self.tl.unembed(self.tl.ln_final(flat)).clone()
+        cap = getattr(self.hf_config, "final_logit_softcapping", None)
+        if cap:
+            logits = torch.tanh(logits / cap) * cap
+        return logits.reshape(*residual.shape[:-1], logits.shape[-1])
+
+    def check(self) -> None:
+        """Raise `ModelError` for an architecture whose activations would not be here what they are elsewhere."""
+        first, last = hook("attn_out", 0), hook("residual_out", self.n_layers - 1)
+        lacking = [name for name in (last, first, hook("pattern", 0)) if name not in self.hook_names]
+        lacking += [name for name in ("ln_final", "unembed") if not hasattr(self.tl, name)]
+        if lacking:
+            raise self._refusal(f"TransformerBridge gives it no {lacking[0]}")
+        tokens = torch.arange(1, 7).unsqueeze(0) % self.d_vocab
+        whole = self.step(tokens, torch.ones_like(tokens), self.start(1), {first, last}, want_logits=True)
+        assert whole.logits is not None
+        if not _alike(self.unembed(whole.cache[last][:, -1]), whole.logits):
+            raise self._refusal(
+                "it does more to its logits than norm, unembedding and soft cap, which a logit lens would silently "
+                "leave out"
+            )
+        if not _alike(self._padded_and_in_two_steps(tokens, first), whole.cache[first][0]):
+            raise self._refusal(
+                "TransformerBridge computes another attention for it token by token in a padded batch than in one pass"
+            )
+
+    def _padded_and_in_two_steps(self, tokens: Tokens, hook: str) -> Tensor:
+        """An activation of tokens whose last one follows in a step of its own, beside a longer row."""
+        n_pad, n_tokens = 2, tokens.shape[1]
+        longer = tokens.flip(1)[:, :n_pad]
+        rows = torch.cat([torch.cat([torch.zeros_like(longer), longer]), tokens.expand(2, -1)], dim=1)
+        mask = torch.ones_like(rows)
+        mask[0, :n_pad] = 0
+        state = self.start(2)
+        spans = (slice(0, -1), slice(-1, None))
+        steps = [self.step(rows[:, span], mask[:, span], state, {hook}, want_logits=True) for span in spans]
+        return torch.cat([step.cache[hook] for step in steps], dim=1)[0, -n_tokens:]
+
+    def _refusal(self, reason: str) -> ModelError:
+        return ModelError(f"{self.name}: {architecture_of(self.hf_config)} is not supported: {reason}")
+
+
+def _alike(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two activations are the same but for the rounding of 16 bits.
+
+    A model whose own are NaN or inf is let pass: that is no matter of its architecture, and captures say so.
+    """
+    ours, theirs = ours.float(), theirs.float()
+    return not theirs.isfinite().all() or torch.allclose(ours, theirs, rtol=0.05, atol=0.05 * float(theirs.abs().max()))
+
+
+def _with_all_keys(name: str, activation: Tensor, n_keys: int) -> Tensor:
+    """A pattern over all keys so far: Hugging Face drops those that have left a sliding window."""
+    missing = n_keys - activation.shape[-1] if is_pattern(name) else 0
+    return torch.nn.functional.pad(activation, (missing, 0)) if missing else activation
+
+
+def bridge_model(model: Any, tokenizer: Any, *, name: str, mark: str, device: str) -> BridgeModel:
+    """The Hugging Face model within a TransformerBridge, which changes its modules.
+
+    A model that was loaded over several devices stays where it is.
+
+    Raises `ModelError` for an architecture that the bridge does not run, or runs otherwise than Hugging Face.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    is_spread = bool(getattr(model, "hf_device_map", None))
+    if not is_spread:
+        model.to(device)
+    try:
+        with text_only():
+            tl = TransformerBridge.boot_transformers(
+                name,
+                hf_model=model,
+                tokenizer=for_transformer_lens(tokenizer, name),
+                device=None if is_spread else device,
+                dtype=model.dtype,
+            )
+        bridge = BridgeModel(tl, tokenizer, model.config, model.generation_config, name, mark)
+        bridge.check()
+    except (ModelError, torch.OutOfMemoryError):
+        raise
+    except (ValueError, NotImplementedError, AttributeError, RuntimeError, ProcessRefusedError) as error:
+        reason = f"TransformerBridge does not run {architecture_of(model.config)}: {_first_line(error)}"
+        raise ModelError(f"{name}: {reason}") from None
+    return bridge
+
+
+def from_transformer_bridge(bridge: Any, *, name: str | None = None) -> BridgeModel:
+    """Take a `TransformerBridge` that somebody else booted; it must be unprocessed and have a tokenizer.
+
+    Raises `ModelError` for one whose norms were folded into its weights, as its basis is another one, for one that is
+    not around a Hugging Face model, and for an architecture whose activations would not be what they are elsewhere.
+    """
+    if bridge.tokenizer is None:
+        raise ModelError("the TransformerBridge has no tokenizer: set its attribute tokenizer")
+    if bridge._weights_processed:
+        raise ModelError(
+            "the TransformerBridge has processed weights, its norms folded: boot it anew, without "
+            "enable_compatibility_mode or with enable_compatibility_mode(no_processing=True)"
+        )
+    from transformers import PretrainedConfig
+
+    hf = bridge.original_model
+    if not isinstance(getattr(hf, "config", None), PretrainedConfig):
+        raise ModelError("the TransformerBridge is not around a Hugging Face model: boot it with boot_transformers")
+    # The bridge has put modules of its own into the model: its mark is comparable with its like only.
+    mark, generation_config = f"{OWN_MARK}{fingerprint(hf)}", getattr(hf, "generation_config", None)
+    tokenizer = without_filled_in_bos(bridge.tokenizer)
+    model = BridgeModel(bridge, tokenizer, hf.config, generation_config, name or bridge.cfg.model_name, mark)
+    model.check()
+    return model
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,204 @@
+"""Loading a model, in the raw basis, on the engine that runs it.
+
+    model = load_model("smollm2")
+    state = model.start(batch_size=1)
+    step = model.step(tokens, mask, state, hooks={"blocks.5.hook_resid_post"}, want_logits=True)
+
+`hooked` runs TransformerLens's HookedTransformer, `bridge` its TransformerBridge around the Hugging
+Face model. Both name activations alike and leave the weights as the checkpoint has them: nothing
+folded, nothing centred, so that every residual equals Hugging Face's at that point. `engines/` holds
+what differs between them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tlcapture.errors import ModelError
+from tlcapture.models import embedded
+from tlcapture.models.checkpoints import cast, fetch, fetch_weights, fingerprint, quiet_loading, source_of
+from tlcapture.models.engines.base import Model
+from tlcapture.models.engines.bridge import bridge_model, from_transformer_bridge
+from tlcapture.models.engines.hooked import (
+    FAST,
+    from_hooked_transformer,
+    has_hooked_transformer,
+    hooked_model,
+    require_hooked_transformer,
+)
+from tlcapture.models.engines.hooked_config import covers
+from tlcapture.models.lazy_model import LazyModel
+from tlcapture.models.sizes import Measures
+
+__all__ = [
+    "Model",
+    "as_model",
+    "from_hooked_transformer",
+    "from_hugging_face",
+    "from_transformer_bridge",
+    "load_model",
+    "outline_model",
+]
+
+ENGINES = ("auto", "hooked", "bridge")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ModelOutline:
+    """What is known of a model without its weights."""
+
+    tokenizer: Any
+    measures: Measures
+
+    @property
+    def n_layers(self) -> int:
+        return self.measures.n_layers
+
+
+def outline_model(name: str) -> ModelOutline:
+    """Read a model's config and tokenizer; raises `ModelError` where it is not found."""
+    with quiet_loading():
+        source = source_of(name)
+        return ModelOutline(fetch(name, "AutoTokenizer", source), Measures.of(fetch(name, "AutoConfig", source)))
+
+
+def load_model(
+    name: str = embedded.NAME,
+    engine: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    source: str | Path | None = None,
+    n_devices: int = 1,
+    fast: bool = FAST,
+) -> Model:
+    """Load a model on an engine, its weights as the checkpoint has them.
+
+    Args:
+        name: `smollm2` (the embedded model), a local folder of Hugging Face weights, or a hub name.
+        engine: `hooked`, `bridge`, or `auto`: `hooked` where TransformerLens has it (version 3) and it covers
+            the architecture.
+        device: `cuda`, `mps`, `cpu` (or any torch device), or `auto`: the first of these there is.
+        dtype: `float32`, `float16`, `bfloat16`, or `auto`: the checkpoint's own on an accelerator,
+            float32 on a CPU.
+        n_devices: over how many CUDA devices the model is spread, in one process.
+        source: the folder that holds the model's files, where they are not found by its name.
+        fast: whether HookedTransformer's blocks may be computed by `fast`; the environment
+            variable `TLCAPTURE_FAST=0` makes this `False` everywhere.
+
+    Raises:
+        ModelError: the model is not found, the engine asked for does not cover it, or there are too few devices.
+    """
+    target = pick_device(device)
+    check_devices(n_devices, target)
+    with quiet_loading():
+        source = source_of(name) if source is None else str(source)
+        config = fetch(name, "AutoConfig", source)
+        chosen = pick_engine(name, engine, config)
+        model = fetch_weights(name, source, n_devices=n_devices if chosen == "bridge" else 1)
+        mark = fingerprint(model)
+        cast(model, pick_dtype(dtype, target, config))
+        tokenizer = fetch(name, "AutoTokenizer", source)
+        where: dict[str, Any] = {"device": str(target), "n_devices": n_devices}
+        return from_hugging_face(model, tokenizer, name=name, engine=chosen, mark=mark, fast=fast, **where)
+
+
+def from_hugging_face(
+    model: Any,
+    tokenizer: Any,
+    *,
+    name: str,
+    engine: str = "auto",
+    device: str = "cpu",
+    n_devices: int = 1,
+    mark: str | None = None,
+    fast: bool = FAST,
+) -> Model:
+    """The same for a Hugging Face model that is already in memory; its weights may be shared.
+
+    `mark` is the checkpoint's fingerprint, if it was taken before the weights were cast.
+    """
+    config = model.config
+    if not getattr(config, "architectures", None):
+        config.architectures = [type(model).__name__]
+    chosen = pick_engine(name, engine, config)
+    model = model.eval().requires_grad_(False)
+    mark = mark or fingerprint(model)
+    with quiet_loading():
+        if chosen == "hooked":
+            return hooked_model(model, tokenizer, name=name, mark=mark, device=device, n_devices=n_devices, fast=fast)
+        return bridge_model(model, tokenizer, name=name, mark=mark, device=device)
+
+
+def as_model(model: Any) -> Model:
+    """A `Model` from whatever stands for one: itself, a name to load, a lazy model, or a model of TransformerLens's.
+
+    Raises `ModelError` for anything else.
+    """
+    if isinstance(model, Model):
+        return model
+    if isinstance(model, LazyModel):
+        return model.load()
+    if isinstance(model, str):
+        return load_model(model)
+    # By name: TransformerLens 4 has no HookedTransformer to compare with.
+    kinds = {kind.__name__ for kind in type(model).mro()}
+    if "HookedTransformer" in kinds:
+        return from_hooked_transformer(model)
+    if "TransformerBridge" in kinds:
+        return from_transformer_bridge(model)
+    raise ModelError(
+        "expected a model that load_model returns, a name that it takes, a HookedTransformer or a TransformerBridge, "
+        f"got {type(model).__name__}"
+    )
+
+
+def pick_engine(name: str, engine: str, config: Any) -> str:
+    """The engine to run a model on; raises `ModelError` for one that does not run it, with the reason."""
+    if engine not in ENGINES:
+        raise ModelError(f"no engine {engine!r}: choose one of {', '.join(ENGINES)}")
+    if engine == "bridge" or (engine == "auto" and not has_hooked_transformer()):
+        return "bridge"
+    require_hooked_transformer()
+    reason = covers(config)
+    if reason is None:
+        return "hooked"
+    if engine == "auto":
+        return "bridge"
+    raise ModelError(f"engine 'hooked' does not cover {name!r}: {reason}; use --engine bridge")
+
+
+def pick_device(device: str) -> torch.device:
+    """The device asked for; `auto` is the first there is. Raises `ModelError` for one that is not there."""
+    if device != "auto":
+        try:
+            return torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:
+            raise ModelError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def check_devices(n_devices: int, device: torch.device) -> None:
+    """Raise `ModelError` where a model cannot be spread over so many devices."""
+    there = torch.cuda.device_count()
+    if n_devices > 1 and (device.type != "cuda" or there < n_devices):
+        raise ModelError(
+            f"--n-devices {n_devices}: it takes as many CUDA devices, there are {there} ({device} is used)"
+        )
+
+
+def pick_dtype(dtype: str, device: torch.device, config: Any) -> torch.dtype:
+    """The dtype asked for; `auto` is float32 on a CPU and the checkpoint's own elsewhere."""
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ModelError(f"no dtype {dtype!r}: choose one of auto, {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    own = getattr(config, "dtype", None)
+    return torch.float32 if device.type == "cpu" or own is None else own

@@ -1,0 +1,81 @@
+"""The page's own files and Plotly's script, as they are served and as they go into an exported page."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from functools import cache
+from importlib.resources import files
+
+STATIC = files("tlcapture.page") / "static"
+SCRIPTS = (
+    "state.js",
+    "source.js",
+    "elements.js",
+    "colours.js",
+    "picker.js",
+    "figure.js",
+    "strip.js",
+    "dynamics.js",
+    "layers.js",
+    "lens.js",
+    "attention.js",
+    "vectors.js",
+    "compare.js",
+    "main.js",
+)
+_MEDIA_TYPES = {".js": "text/javascript", ".css": "text/css"}
+_SCRIPTS_HERE, _STYLE_HERE = "<!-- scripts -->", "<!-- style -->"
+_POLICY_HERE, _DATA_HERE = "<!-- policy -->", "<!-- data -->"
+
+# Plotly writes its style sheet and the styles of its marks at run time: styles may be inline, scripts may not.
+_REST = "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; base-uri 'none'; form-action 'none'"
+POLICY = f"default-src 'none'; script-src 'self'; connect-src 'self'; frame-ancestors 'none'; {_REST}"
+
+
+@cache
+def plotly_script() -> bytes:
+    """Plotly's JavaScript, from the Python package."""
+    from plotly.offline import get_plotlyjs
+
+    return str(get_plotlyjs()).encode("utf-8")
+
+
+def static_file(name: str) -> tuple[bytes, str] | None:
+    """A file of the page and its media type; `None` for any other name."""
+    suffix = name[name.rfind(".") :]
+    if suffix not in _MEDIA_TYPES or name not in (*SCRIPTS, "style.css"):
+        return None
+    return (STATIC / name).read_bytes(), _MEDIA_TYPES[suffix]
+
+
+@cache
+def served_page() -> str:
+    """The page with its parts beside it."""
+    tags = "\n".join(f'<script src="static/{name}" defer></script>' for name in SCRIPTS)
+    page = _template().replace(_POLICY_HERE, "").replace(_DATA_HERE, "")
+    page = page.replace(_STYLE_HERE, '<link rel="stylesheet" href="static/style.css">')
+    return page.replace(_SCRIPTS_HERE, tags)
+
+
+def exported_page(data: str) -> str:
+    """The page with everything in it: style, scripts, Plotly, and `data`, which must hold no script.
+
+    Its policy lets exactly these scripts run, and lets nothing be fetched.
+    """
+    scripts = [plotly_script().decode("utf-8"), *((STATIC / name).read_text(encoding="utf-8") for name in SCRIPTS)]
+    scripts = [script.replace("</script", "<\\/script") for script in scripts]
+    hashes = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
+    policy = f"default-src 'none'; script-src {hashes}; {_REST}"
+    page = _template().replace(_POLICY_HERE, f'<meta http-equiv="Content-Security-Policy" content="{policy}">')
+    style = (STATIC / "style.css").read_text(encoding="utf-8")
+    page = page.replace(_STYLE_HERE, f"<style>\n{style}</style>").replace(_DATA_HERE, data)
+    return page.replace(_SCRIPTS_HERE, "\n".join(f"<script>{script}</script>" for script in scripts))
+
+
+def _template() -> str:
+    return (STATIC / "index.html").read_text(encoding="utf-8")
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")

@@ -1,0 +1,262 @@
+"""What the page shows, read from the experiments' own files when it is asked for. Loads no torch.
+
+Every method is a resource of the page, and `RESOURCES` says under which path; the server and the
+export both go by it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from os.path import lexists
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from tlcapture.errors import InputError, StorageError, TlcaptureError
+from tlcapture.names import Trait
+from tlcapture.page import missing
+from tlcapture.page.average import average_trajectory
+from tlcapture.page.entries import TokenEntries
+from tlcapture.page.trait_contents import vectors_of
+from tlcapture.prompts.prompt_sets import read_prompt_set
+from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.traits.projection_files import ProjectionFile
+from tlcapture.views.hooks import COMPONENTS
+from tlcapture.views.json_files import AttentionEntry, AttentionHead, LensEntry, LensHead, LensOverview, PerTokenHead
+
+RESOURCES = {
+    "experiments": "experiments",
+    "prompt_set": "{experiment}/sets/{prompt_set}",
+    "prompt": "{experiment}/sets/{prompt_set}/{prompt_id}",
+    "layers": "{experiment}/sets/{prompt_set}/{prompt_id}/layers/{category}/{name}/{component}",
+    "lens": "{experiment}/sets/{prompt_set}/{prompt_id}/lens",
+    "lens_token": "{experiment}/sets/{prompt_set}/{prompt_id}/lens/{token}",
+    "attention": "{experiment}/sets/{prompt_set}/{prompt_id}/attention",
+    "attention_token": "{experiment}/sets/{prompt_set}/{prompt_id}/attention/{token}",
+    "average": "{experiment}/averages/{prompt_set}/{category}/{name}/{component}",
+    "vectors": "{experiment}/vectors/{category}/{name}",
+}
+_TEXT_AT_THE_START = re.compile(rb'\{\s*"prompt"\s*:\s*\{\s*"text"\s*:\s*("(?:[^"\\]|\\.)*")')
+_HEAD = 2**16
+_NUMBER = re.compile("[0-9]{1,9}")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The experiments of a root. Methods raise `TlcaptureError`; `MissingError` where a command would help."""
+
+    root: Path
+
+    def experiments(self) -> list[dict[str, Any]]:
+        """All experiments, their captured prompt sets and their traits."""
+        found = []
+        for folder in sorted((self.root / "experiments").glob("*")):
+            try:
+                layout = self._layout(folder.name)
+            except InputError:
+                continue
+            prompt_sets = layout.prompt_sets()
+            traits = sorted({str(trait) for trait in layout.traits()} | set(_projected(layout, "*")))
+            found.append({"name": folder.name, "prompt_sets": prompt_sets, "traits": traits})
+        return found
+
+    def prompt_set(self, experiment: str, prompt_set: str) -> dict[str, Any]:
+        """The prompts captured of a set, and what there is of each."""
+        layout = self._layout(experiment)
+        ids = layout.prompt_ids(prompt_set)
+        if not ids:
+            raise missing.captures(layout, prompt_set)
+        worded = self._wordings(prompt_set)
+        prompts = [
+            {
+                "id": prompt_id,
+                "text": _wording(layout, prompt_set, prompt_id, worded.get(prompt_id)),
+                "attention": layout.attention(prompt_set, prompt_id).is_file(),
+                "logit_lens": layout.logit_lens(prompt_set, prompt_id).is_file(),
+            }
+            for prompt_id in ids
+        ]
+        return {"name": prompt_set, "prompts": prompts, "traits": _projected(layout, prompt_set)}
+
+    def prompt(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
+        """A prompt's tokens, and its trajectory and dynamics on every trait it is projected onto."""
+        layout = self._layout(experiment)
+        found: dict[str, Any] = {"tokens": None, "n_prompt_tokens": 0, "projections": [], "problems": []}
+        for path in layout.all_projections(prompt_set, prompt_id):
+            try:
+                content = ProjectionFile.read(path)
+                projection = _projection(layout, path, content)
+            except TlcaptureError as error:
+                found["problems"].append(self._problem(error))
+                continue
+            if found["tokens"] is None:
+                n_prompt = len(content.prompt.tokens)
+                found |= {"tokens": content.tokens, "n_prompt_tokens": n_prompt, "text": content.response.text}
+            if content.tokens != found["tokens"]:
+                found["problems"].append(f"{path.relative_to(self.root)}: it is of other tokens than its neighbours")
+                continue
+            found["projections"].append(projection)
+            found["n_layers"], found["layers"] = content.n_layers, content.layers
+        if found["tokens"] is None:
+            found |= self._tokens_of_add_ons(layout, prompt_set, prompt_id)
+        if not found["projections"]:
+            found["missing"] = missing.projections(layout, prompt_set).to_json()
+        return found
+
+    def layers(
+        self, experiment: str, prompt_set: str, prompt_id: str, category: str, name: str, component: str
+    ) -> dict[str, Any]:
+        """The projection onto one trait's vector at every layer and residual point: `scores[token][layer][point]`,
+        null at layers that the capture did not keep."""
+        layout, trait = self._layout(experiment), Trait.parse(f"{category}/{name}")
+        path = layout.projection(trait, _component(component), prompt_set, prompt_id)
+        if not path.is_file():
+            raise missing.projections(layout, prompt_set)
+        content = ProjectionFile.read(path)
+        if content.metadata.sublayers is None:
+            raise StorageError(f"{path}: metadata.sublayers does not say which points the scores are of")
+        return {"sublayers": content.metadata.sublayers, "scores": content.scores}
+
+    def lens(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
+        """Of every token and layer: the likeliest next token, and rank and probability of the one that came."""
+        entries = self._entries(experiment, prompt_set, prompt_id, "logit-lens")
+        head = LensHead.of(entries.rest, entries.path)
+        found: dict[str, Any] = {name: [] for name in ("token_idx", "actual", "top", "prob", "rank", "actual_prob")}
+        for entry in entries:
+            predictions = LensOverview.of(entry, entries.path, head)
+            found["token_idx"].append(predictions.token_idx)
+            found["actual"].append(predictions.actual_next_token)
+            found["top"].append([layer.first.token for layer in predictions.by_layer])
+            found["prob"].append([layer.first.prob for layer in predictions.by_layer])
+            found["rank"].append([layer.actual_rank for layer in predictions.by_layer])
+            found["actual_prob"].append([layer.actual_prob for layer in predictions.by_layer])
+        return {**_head(head), "top_k": head.top_k, **found}
+
+    def lens_token(self, experiment: str, prompt_set: str, prompt_id: str, token: str) -> dict[str, Any]:
+        """All predictions of one token."""
+        entries = self._entries(experiment, prompt_set, prompt_id, "logit-lens")
+        head = LensHead.of(entries.rest, entries.path)
+        return LensEntry.of(entries[_index(token)], entries.path, head).model_dump(exclude_unset=True)
+
+    def attention(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
+        """What a prompt's attention file holds besides the patterns."""
+        entries = self._entries(experiment, prompt_set, prompt_id, "attention")
+        head = AttentionHead.of(entries.rest, entries.path)
+        return {**_head(head), "n_heads": head.n_heads}
+
+    def attention_token(self, experiment: str, prompt_set: str, prompt_id: str, token: str) -> dict[str, Any]:
+        """What one token attends to: `by_layer[layer][head][key]`."""
+        entries = self._entries(experiment, prompt_set, prompt_id, "attention")
+        head = AttentionHead.of(entries.rest, entries.path)
+        return AttentionEntry.of(entries[_index(token)], entries.path, head).model_dump(exclude_unset=True)
+
+    def tokens_of(self, kind: str, experiment: str, prompt_set: str, prompt_id: str) -> list[int]:
+        """The tokens of which there is `attention` or a logit `lens`."""
+        named = "attention" if kind == "attention" else "logit-lens"
+        return self._entries(experiment, prompt_set, prompt_id, named).token_indices
+
+    def average(self, experiment: str, prompt_set: str, category: str, name: str, component: str) -> dict[str, Any]:
+        """The mean trajectory of a prompt set on a trait and its spread, responses beginning together."""
+        layout, trait = self._layout(experiment), Trait.parse(f"{category}/{name}")
+        lines, problems = [], []
+        for prompt_id in layout.prompt_ids(prompt_set):
+            path = layout.projection(trait, _component(component), prompt_set, prompt_id)
+            if path.is_file():
+                try:
+                    lines.append(ProjectionFile.read(path).trajectory)
+                except StorageError as error:
+                    problems.append(self._problem(error))
+        if not lines:
+            raise missing.projections(layout, prompt_set)
+        return {**average_trajectory(lines), "problems": problems}
+
+    def vectors(self, experiment: str, category: str, name: str) -> dict[str, Any]:
+        """A trait's vectors: where there are any, their evaluation, their steering, and which is chosen and why."""
+        return vectors_of(self._layout(experiment), Trait.parse(f"{category}/{name}"))
+
+    def _layout(self, experiment: str) -> Layout:
+        layout = Layout(self.root, experiment)
+        layout.check_exists()
+        return layout
+
+    def _entries(self, experiment: str, prompt_set: str, prompt_id: str, kind: str) -> TokenEntries:
+        layout = self._layout(experiment)
+        path_of = layout.attention if kind == "attention" else layout.logit_lens
+        path = path_of(prompt_set, prompt_id)
+        if not lexists(path):
+            raise missing.add_on(layout, prompt_set, kind)
+        return TokenEntries(path)
+
+    def _tokens_of_add_ons(self, layout: Layout, prompt_set: str, prompt_id: str) -> dict[str, Any]:
+        for path in (layout.attention(prompt_set, prompt_id), layout.logit_lens(prompt_set, prompt_id)):
+            if path.is_file():
+                return _head(PerTokenHead.of(TokenEntries(path).rest, path))
+        return {}
+
+    def _problem(self, error: TlcaptureError) -> str:
+        """What is wrong with a file, which is named from the root on."""
+        return str(error).replace(f"{self.root}/", "", 1)
+
+    def _wordings(self, prompt_set: str) -> dict[str, str]:
+        """The prompts as the prompt set has them today; none where there is no such file."""
+        try:
+            return {prompt.id: prompt.text for prompt in read_prompt_set(Datasets(self.root), prompt_set).prompts}
+        except TlcaptureError:
+            return {}
+
+
+def _component(component: str) -> str:
+    if component not in COMPONENTS:
+        raise InputError(f"no component {component!r}: choose one of {', '.join(COMPONENTS)}")
+    return component
+
+
+def _index(token: str) -> int:
+    if not _NUMBER.fullmatch(token):
+        raise InputError(f"token {token[:20]!r}: expected a number")
+    return int(token)
+
+
+def _projected(layout: Layout, prompt_set: str) -> list[str]:
+    """Traits onto which anything of a prompt set is projected."""
+    folders = layout.projection_folders(prompt_set)
+    return sorted({str(trait) for trait, _ in folders})
+
+
+def _wording(layout: Layout, prompt_set: str, prompt_id: str, worded: str | None) -> str:
+    """What to call a prompt: as its prompt set words it, if the capture holds that; else as it was run."""
+    for path in layout.all_projections(prompt_set, prompt_id):
+        if not path.is_file():
+            continue
+        with path.open("rb") as file:
+            match = _TEXT_AT_THE_START.match(file.read(_HEAD))
+        try:
+            run = str(orjson.loads(match[1])) if match else ""
+        except orjson.JSONDecodeError:
+            run = ""
+        if run:
+            return worded if worded and worded.strip() in run else run
+    return worded or ""
+
+
+def _projection(layout: Layout, path: Path, content: ProjectionFile) -> dict[str, Any]:
+    trait, component = layout.of_projection(path)
+    prompt, response = content.trajectory
+    dynamics = content.dynamics
+    if dynamics is None or dynamics.velocity is None or dynamics.acceleration is None:
+        raise StorageError(f"{path}: it has no whole dynamics: run 'tlcapture project --dynamics-only'")
+    return {
+        "trait": str(trait),
+        "component": component,
+        "trajectory": [*prompt, *response],
+        "dynamics": dynamics.model_dump(exclude_unset=True),
+        "vector": content.metadata.vector_source.model_dump(exclude_unset=True),
+        "model": content.metadata.inference_model,
+        "warnings": content.metadata.warnings,
+    }
+
+
+def _head(head: PerTokenHead) -> dict[str, Any]:
+    return {"tokens": head.tokens, "n_prompt_tokens": head.n_prompt_tokens, "n_layers": head.n_layers}

@@ -1,0 +1,151 @@
+"""The page as one HTML file that works without a server, holding as much of an experiment as fits."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import html
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from tlcapture.errors import InputError, StorageError
+from tlcapture.names import Trait
+from tlcapture.page.assets import exported_page
+from tlcapture.page.contents import RESOURCES, Contents
+from tlcapture.page.missing import MissingError
+from tlcapture.storage.files import write_bytes
+from tlcapture.storage.layout import Layout
+
+DEFAULT_MEGABYTES = 50
+
+
+@dataclass
+class _Carried:
+    """What goes into the file: packed resources by path, what is missing and what did not fit."""
+
+    contents: Contents
+    room: int
+    elements: list[str] = field(default_factory=list)
+    missing: dict[str, dict[str, str]] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+    def add(self, label: str, resources: Sequence[tuple[str, dict[str, str]]], *, needed: bool = False) -> None:
+        """Add resources that belong together, all or none. Raises `InputError` where `needed` ones do not fit."""
+        made, missing = [], {}
+        left = self.room
+        for name, parameters in resources:
+            path = RESOURCES[name].format(**parameters)
+            try:
+                packed = _pack(path, self.read(name, parameters))
+            except MissingError as error:
+                missing[path] = {"what": error.what, "command": error.command}
+                continue
+            left -= len(packed)
+            if left < 0:
+                break
+            made.append(packed)
+        if left < 0:
+            if needed:
+                raise InputError(f"{label} alone does not fit: raise --max-size, or name fewer prompt sets")
+            self.left_out.append(label)
+            return
+        self.room = left
+        self.elements += made
+        self.missing |= missing
+
+    def read(self, name: str, parameters: dict[str, str]) -> Any:
+        return getattr(self.contents, name)(**parameters)
+
+
+def export_page(
+    root: Path, experiment: str, prompt_sets: Sequence[str], target: Path, *, megabytes: float = DEFAULT_MEGABYTES
+) -> list[str]:
+    """Write the page with an experiment's data to `target`; returns what did not fit.
+
+    What is small and wanted most goes in first: trajectories, layers, vectors; then the logit lens,
+    then attention, prompt by prompt, as far as `megabytes` go.
+    """
+    layout = Layout(root, experiment)
+    contents = _Only(root, experiment, tuple(prompt_sets))
+    carried = _Carried(contents, int(megabytes * 2**20))
+    prompts = [(name, prompt_id) for name in prompt_sets for prompt_id in layout.prompt_ids(name)]
+    overview: list[tuple[str, dict[str, str]]] = [("experiments", {})]
+    overview += [("prompt_set", {"experiment": experiment, "prompt_set": name}) for name in prompt_sets]
+    overview += [("prompt", _of(experiment, *prompt)) for prompt in prompts]
+    carried.add("the overview", overview, needed=True)
+    for trait in layout.traits():
+        carried.add(f"vectors of {trait}", [("vectors", {"experiment": experiment, **_named(trait)})])
+    for name in prompt_sets:
+        for trait, component in layout.projection_folders(name):
+            of_trait = {"experiment": experiment, "prompt_set": name, **_named(trait), "component": component}
+            carried.add(f"mean of {name} on {trait}", [("average", of_trait)])
+    for prompt in prompts:
+        carried.add(f"layers of {'/'.join(prompt)}", list(_layers(layout, *prompt)))
+    for kind, heading in (("lens", "logit lens"), ("attention", "attention")):
+        for prompt in prompts:
+            carried.add(f"{heading} of {'/'.join(prompt)}", list(_tokens(contents, kind, _of(experiment, *prompt))))
+    write_bytes(target, exported_page(_data(carried, experiment)).encode("utf-8"))
+    return carried.left_out
+
+
+@dataclass(frozen=True)
+class _Only(Contents):
+    """The contents of one experiment and some of its prompt sets."""
+
+    experiment: str
+    prompt_sets: tuple[str, ...]
+
+    def experiments(self) -> list[dict[str, Any]]:
+        found = [each for each in super().experiments() if each["name"] == self.experiment]
+        return [{**each, "prompt_sets": list(self.prompt_sets)} for each in found]
+
+
+def _of(experiment: str, prompt_set: str, prompt_id: str) -> dict[str, str]:
+    return {"experiment": experiment, "prompt_set": prompt_set, "prompt_id": prompt_id}
+
+
+def _named(trait: Trait) -> dict[str, str]:
+    return {"category": trait.category, "name": trait.name}
+
+
+def _layers(layout: Layout, prompt_set: str, prompt_id: str) -> Iterator[tuple[str, dict[str, str]]]:
+    for path in layout.all_projections(prompt_set, prompt_id):
+        trait, component = layout.of_projection(path)
+        where = _of(layout.experiment, prompt_set, prompt_id)
+        yield "layers", {**where, **_named(trait), "component": component}
+
+
+def _tokens(contents: Contents, kind: str, where: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """The overview of a prompt's attention or logit lens, and each of its tokens."""
+    yield kind, where
+    try:
+        tokens = contents.tokens_of(kind, **where)
+    except MissingError:
+        tokens = [0]  # asked for, so that the page can say what is missing
+    for token in tokens:
+        yield f"{kind}_token", {**where, "token": str(token)}
+
+
+def _pack(path: str, value: Any) -> str:
+    try:
+        data = orjson.dumps(value)
+    except orjson.JSONEncodeError as error:
+        raise StorageError(f"{path}: a file holds what cannot be shown: {error}") from None
+    packed = base64.b64encode(gzip.compress(data, 6, mtime=0)).decode("ascii")
+    return f'<script type="text/plain" id="data:{html.escape(path)}">{packed}</script>'
+
+
+def _data(carried: _Carried, experiment: str) -> str:
+    listed = carried.left_out
+    shown = "; ".join(listed[:12]) + (f"; and {len(listed) - 12} more" if len(listed) > 12 else "")
+    manifest = {
+        "missing": carried.missing,
+        "command": f"tlcapture view --experiment {experiment}",
+        "note": f"Left out of this file, which would be too large: {shown}." if listed else "",
+    }
+    head = base64.b64encode(orjson.dumps(manifest)).decode("ascii")
+    return "\n".join([f'<script type="text/plain" id="exported">{head}</script>', *carried.elements])

@@ -1,0 +1,142 @@
+"""The page's server: on this machine only, reading files when they are asked for."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import orjson
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tlcapture.errors import InputError, TlcaptureError
+from tlcapture.page.assets import POLICY, plotly_script, served_page, static_file
+from tlcapture.page.contents import RESOURCES, Contents
+from tlcapture.page.missing import MissingError
+from tlcapture.text import printable
+
+HOST = "127.0.0.1"
+DEFAULT_PORT = 8765
+_SOON_STALE = {"Cache-Control": "no-store"}
+_HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+
+
+def page_app(root: Path) -> Starlette:
+    """The application: the page, its scripts, and the resources of `Contents` below `/api/`."""
+    contents = Contents(root)
+    routes = [Route(f"/api/{path}", _resource(getattr(contents, name))) for name, path in RESOURCES.items()]
+    routes += [Route("/", _page), Route("/plotly.js", _plotly), Route("/static/{name}", _static)]
+    middleware = [
+        Middleware(_Headers),
+        # Another site's page could otherwise reach the server under a name of its own (DNS rebinding).
+        Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"]),
+        Middleware(GZipMiddleware, minimum_size=4096, compresslevel=1),
+    ]
+    return Starlette(routes=routes, middleware=middleware)
+
+
+def listen(port: int | None) -> socket.socket:
+    """A socket on this machine's own address: the port asked for, or the usual one or any that is free.
+
+    Raises `InputError` where the port asked for is taken.
+    """
+    for wanted in [port] if port is not None else [DEFAULT_PORT, 0]:
+        listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((HOST, wanted))
+            listening.listen()
+        except OSError as error:
+            listening.close()
+            if port is not None:
+                raise InputError(f"--port {port}: {error.strerror}: choose another, or leave it out") from None
+        else:
+            return listening
+    raise InputError(f"no port of {HOST} is free")
+
+
+def serve(root: Path, listening: socket.socket) -> None:
+    """Answer requests until interrupted."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        page_app(root), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1
+    )
+    with suppress(KeyboardInterrupt):  # how it is meant to end
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+class _Headers:
+    """Adds the headers that every response has."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+        self._added = [(name.lower().encode(), value.encode()) for name, value in _HEADERS.items()]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], *self._added]}
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
+
+
+def _resource(read: Callable[..., Any]) -> Callable[[Request], Any]:
+    def answer(**parameters: str) -> Response:
+        try:
+            return _json(200, read(**parameters))
+        except MissingError as error:
+            # No failure: what could be there and is not is part of what the page shows.
+            return _json(200, {"absent": {"what": error.what, "command": error.command}})
+        except TlcaptureError as error:
+            return _refusal(404 if isinstance(error, InputError) else 422, str(error))
+        except OSError as error:
+            return _refusal(422, f"{error.filename}: cannot be read: {error.strerror}")
+        except orjson.JSONEncodeError as error:
+            return _refusal(422, f"a file holds what cannot be shown: {error}")
+
+    async def endpoint(request: Request) -> Response:
+        return await run_in_threadpool(answer, **request.path_params)
+
+    return endpoint
+
+
+def _refusal(status: int, what: str) -> Response:
+    return _json(status, {"what": printable(what)})
+
+
+def _json(status: int, value: Any) -> Response:
+    return Response(orjson.dumps(value), status, _SOON_STALE, "application/json")
+
+
+async def _page(request: Request) -> Response:
+    return Response(served_page(), headers=_SOON_STALE, media_type="text/html")
+
+
+async def _plotly(request: Request) -> Response:
+    return Response(plotly_script(), headers={"Cache-Control": "max-age=86400"}, media_type="text/javascript")
+
+
+async def _static(request: Request) -> Response:
+    found = static_file(request.path_params["name"])
+    if found is None:
+        return Response("no such file", 404)
+    content, media_type = found
+    return Response(content, headers=_SOON_STALE, media_type=media_type)

@@ -1,0 +1,75 @@
+"""What the page shows of a trait: its vectors, their evaluation and their steering."""
+
+from __future__ import annotations
+
+from os.path import lexists
+from typing import Any
+
+from tlcapture.errors import StorageError, TlcaptureError
+from tlcapture.names import Trait
+from tlcapture.page import missing
+from tlcapture.storage.layout import Layout
+from tlcapture.traits.evaluation_files import read_evaluation
+from tlcapture.traits.selection import Selection, ranked, select
+from tlcapture.traits.steering_files import SteeringResults
+from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.views.hooks import COMPONENTS
+
+
+def vectors_of(layout: Layout, trait: Trait) -> dict[str, Any]:
+    """A trait's vectors by component, and which is chosen and why; raises `MissingError` where there are none."""
+    files = VectorFiles(layout, trait)
+    components = {component: _component_vectors(files, component) for component in COMPONENTS}
+    components = {component: found for component, found in components.items() if found}
+    if not components:
+        raise missing.vectors(layout, trait)
+    return {
+        "trait": str(trait),
+        "components": components,
+        "evaluation": _evaluation(layout, trait),
+        "steering": _steering(layout, trait),
+    }
+
+
+def _component_vectors(files: VectorFiles, component: str) -> dict[str, Any] | None:
+    available = files.available(component)
+    if not available:
+        return None
+    metadata = files.metadata(component)
+    n_layers = int(metadata.get("num_layers") or 1 + max(map(max, available.values())))
+    found: dict[str, Any] = {"available": available, "n_layers": n_layers, "metadata": metadata}
+    try:
+        chosen = select(files, component, n_layers)
+        rival = next((each for each in ranked(files, component, available) if each.layer != chosen.layer), None)
+        found |= {"selected": _selection(chosen), "runner_up": _selection(rival) if rival else None}
+    except TlcaptureError as error:
+        found |= {"selected": None, "problem": str(error)}
+    return found
+
+
+def _selection(selection: Selection) -> dict[str, Any]:
+    names = ("layer", "method", "selected_by", "score", "warning")
+    return {name: getattr(selection, name) for name in names}
+
+
+def _evaluation(layout: Layout, trait: Trait) -> dict[str, Any]:
+    try:
+        of_trait = [row for row in read_evaluation(layout.evaluation) if row.trait == str(trait)]
+    except StorageError as error:
+        return {"problem": str(error)}
+    rows = [row.as_written() for row in of_trait if None not in (row.val_effect_size, row.val_auroc)]
+    return {"rows": rows} if rows else {"missing": missing.evaluation(layout).to_json()}
+
+
+def _steering(layout: Layout, trait: Trait) -> dict[str, Any]:
+    path = layout.steering(trait)
+    if not lexists(path):
+        return {"missing": missing.steering(layout, trait).to_json()}
+    try:
+        results = SteeringResults.read(path)
+    except StorageError as error:
+        return {"problem": str(error)}
+    names = ("layer", "method", "component", "coefficient", "trait_mean", "coherence_mean")
+    runs = [{name: getattr(run, name) for name in names} for run in results.single_layer_runs]
+    baseline = {name: getattr(results.baseline, name) for name in ("trait_mean", "coherence_mean")}
+    return {"baseline": baseline, "runs": runs}

@@ -1,0 +1,109 @@
+"""How fast a model captures on this machine: a few batches of it, timed, files included."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from tlcapture.captures.making import capture_of
+from tlcapture.commands.capture_outputs import Outputs, add_ons, write_capture
+from tlcapture.commands.projections import Chosen, project_capture
+from tlcapture.generation.loop import Generation, generate
+from tlcapture.models.loading import Model
+from tlcapture.models.memory import fitting_batch_size
+from tlcapture.names import Trait
+from tlcapture.plan.cost import Pace, Workload
+from tlcapture.prompts.tokenization import TokenizedPrompt
+from tlcapture.runs.run import Run
+from tlcapture.storage.layout import Layout
+from tlcapture.traits.selection import Selection, fallback_layer
+from tlcapture.traits.vectors import TraitVector
+
+_BATCHES = 2  # that are timed, after one that is not
+
+
+def measured_pace(model: Model, workload: Workload) -> Pace:
+    """New tokens a second of a workload, on prompts of random tokens, written to a folder that is removed again.
+
+    One batch runs first, unmeasured. Responses that stop early count for as many tokens as they have.
+    """
+    options = workload.options
+    wanted = options.outputs(model.n_layers)
+    n_tokens = workload.prompt_tokens + options.max_new_tokens
+    size = options.batch_size or fitting_batch_size(model, n_tokens, workload.n_prompts, wanted.live_hooks(model))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.d_vocab, ((_BATCHES + 1) * size, workload.prompt_tokens), generator=generator)
+    prompts = [_prompt(number, row) for number, row in enumerate(ids.tolist())]
+    chosen = _random_vectors(model, workload.n_projections, wanted)
+    with TemporaryDirectory() as folder:
+        layout = Layout(Path(folder), "plan")
+        _capture(model, prompts[:size], size, workload, layout, chosen)
+        start = time.perf_counter()
+        n_new = _capture(model, prompts[size:], size, workload, layout, chosen)
+        seconds = time.perf_counter() - start
+    where = f"{model.device}, {str(model.dtype).removeprefix('torch.')}"
+    return Pace(n_new / seconds, f"measured here on {len(prompts) - size} prompts in batches of {size}, {where}")
+
+
+def _prompt(number: int, token_ids: Sequence[int]) -> TokenizedPrompt:
+    return TokenizedPrompt(
+        prompt_set="plan",
+        id=str(number),
+        source_text="",
+        text="",
+        token_ids=tuple(token_ids),
+        system_prompt=None,
+        chat_template=False,
+    )
+
+
+def _random_vectors(model: Model, count: int, wanted: Outputs) -> Chosen:
+    layer = min(wanted.kept.layers, key=lambda kept: abs(kept - fallback_layer(model.n_layers)))
+    return [
+        (
+            TraitVector(
+                Trait("plan", f"t{number}"), "residual", "probe", layer, "plan", torch.randn(model.d_model), {}
+            ),
+            Selection(layer, "probe", "override"),
+        )
+        for number in range(count)
+    ]
+
+
+def _capture(
+    model: Model, prompts: Sequence[TokenizedPrompt], size: int, workload: Workload, layout: Layout, chosen: Chosen
+) -> int:
+    """Capture prompts and write what is wanted of them; returns how many new tokens there were."""
+    options, run, n_new = workload.options, Run.silent(layout), 0
+    wanted = options.outputs(model.n_layers)
+    for outcome in generate(
+        model,
+        prompts,
+        hooks=wanted.live_hooks(model),
+        max_new_tokens=options.max_new_tokens,
+        sampling=options.sampling,
+        batch_size=size,
+    ):
+        if not isinstance(outcome, Generation):
+            continue
+        capture = capture_of(
+            outcome,
+            model,
+            experiment=layout.experiment,
+            sampling=options.sampling,
+            max_new_tokens=options.max_new_tokens,
+            attn_out=wanted.attn_out,
+            save_dtype=options.save_dtype,
+            kept=wanted.kept,
+        )
+        if wanted.raw:
+            write_capture(layout, capture)
+        project_capture(run, capture, chosen, other_model_intended=True)
+        for write in add_ons(layout, capture, wanted, model, outcome.cache, residual_cache=outcome.cache):
+            write()
+        n_new += len(outcome.response_ids)
+    return n_new

@@ -1,0 +1,84 @@
+"""The model a run uses: its name at once, the model itself when it is first needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tlcapture.models.embedded import NAME, is_converted
+from tlcapture.runs.display import Display
+from tlcapture.storage.config import settle_model
+from tlcapture.storage.layout import Layout
+
+if TYPE_CHECKING:
+    from tlcapture.models.loading import Model, ModelOutline
+    from tlcapture.models.transfer import ModelFiles
+
+
+@dataclass(frozen=True)
+class ModelLoader:
+    """Loads a model when called, after saying so."""
+
+    name: str
+    display: Display
+    engine: str = "auto"
+    device: str = "auto"
+    dtype: str = "auto"
+    n_devices: int = 1
+    source: Path | None = None  # where the model's files are, if not where its name says
+
+    @classmethod
+    def settle(
+        cls,
+        layout: Layout,
+        role: str,
+        display: Display,
+        *,
+        model: str | None,
+        allow_model_change: bool,
+        engine: str,
+        device: str,
+        dtype: str,
+        n_devices: int,
+    ) -> ModelLoader:
+        """The loader of an experiment's model in a role.
+
+        Raises `InputError` at once where the model asked for is not the experiment's.
+        """
+        name = settle_model(layout, role, model, NAME, allow_change=allow_model_change)
+        return cls(name, display, engine, device, dtype, n_devices)
+
+    def silent(self) -> ModelLoader:
+        """The same, telling nobody: what can be sent to another process."""
+        return replace(self, display=Display())
+
+    @cached_property
+    def outline(self) -> ModelOutline:
+        """Its config and tokenizer, without its weights."""
+        from tlcapture.models.loading import outline_model
+
+        return outline_model(self.name)
+
+    def files(self) -> ModelFiles:
+        """The model's files, which are fetched from the hub if need be."""
+        from tlcapture.models.transfer import ModelFiles
+
+        return ModelFiles.of(self.name)
+
+    def __call__(self) -> Model:
+        from tlcapture.models.loading import load_model
+
+        first_time = self.name == NAME and self.source is None and not is_converted()
+        self.display.line(f"loading {self.name}{', converting it once first' if first_time else ''} ...")
+        where: dict[str, Any] = {"device": self.device, "n_devices": self.n_devices, "source": self.source}
+        model = load_model(self.name, engine=self.engine, dtype=self.dtype, **where)
+        dtype = str(model.dtype).removeprefix("torch.")
+        facts = {"name": model.name, "engine": model.engine, "device": str(model.device), "dtype": dtype}
+        self.display.uses(model={**facts, "fingerprint": model.fingerprint})
+        self.display.line(
+            f"{self.name} on engine {model.engine}, {model.device}, {dtype}: {model.n_layers} layers, "
+            f"d_model {model.d_model}"
+        )
+        return model

@@ -1,0 +1,75 @@
+"""A run of a command: the experiment it works in, what came of it so far, and where it is shown.
+
+    run = Run.begin(layout, display)
+    with run.progress(len(prompts), "single_trait", "prompt") as progress:
+        with run.attempt("single_trait/3"):
+            run.wrote(write_json(path, content))
+
+Everything that does a command's work takes a `Run`, and tells it what it wrote, skipped and failed at.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tlcapture.runs.display import Display, Progress
+from tlcapture.runs.report import Done, RunReport
+from tlcapture.storage.files import Written
+from tlcapture.storage.layout import Layout
+
+
+@dataclass(frozen=True)
+class Run:
+    """The experiment's `layout`, the `report` of what was done, and the `display` that shows it."""
+
+    layout: Layout
+    report: RunReport
+    display: Display
+
+    @classmethod
+    def begin(cls, layout: Layout, display: Display) -> Run:
+        """A run in an experiment, with a new report of the kind that the display keeps."""
+        return cls(layout, display.report(layout), display)
+
+    @classmethod
+    def silent(cls, layout: Layout) -> Run:
+        """A run that shows nothing and leaves no record."""
+        return cls(layout, RunReport(layout.folder), Display())
+
+    def line(self, text: str) -> None:
+        """Show a message."""
+        self.display.line(text)
+
+    def warn(self, text: str) -> None:
+        """Show a warning and keep it in the report, once."""
+        if text not in self.report.warnings:
+            self.report.warnings.append(text)
+            self.display.warn(text)
+
+    def progress(self, total: int, label: str, unit: str) -> AbstractContextManager[Progress]:
+        """Show the progress of work of `total` units."""
+        return self.display.progress(total, label, unit)
+
+    def wrote(self, written: Written) -> None:
+        """Count a file that was written."""
+        self.report.wrote(written)
+
+    def removed(self, paths: list[Path]) -> None:
+        """Count those of the removed files that were not made again."""
+        self.report.n_removed += sum(not path.exists() for path in paths)
+
+    def failed(self, what: str, reason: object) -> None:
+        """Count a prompt or trait that failed, by its name."""
+        self.report.failed(what, reason)
+
+    def attempt(self, what: str) -> AbstractContextManager[None]:
+        """Work whose failure is reported and does not stop the run, unless nothing can be written any more."""
+        return self.report.attempt(what)
+
+    def add(self, done: Done) -> None:
+        """Add what a worker in another process did."""
+        for text in done.warnings:
+            self.warn(text)
+        self.report.add(done)

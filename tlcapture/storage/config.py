@@ -1,0 +1,74 @@
+"""An experiment's `config.json`: which models it uses and how prompts are put to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os.path import lexists
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tlcapture.errors import InputError
+from tlcapture.storage.files import read_json, write_json
+from tlcapture.storage.layout import Layout
+from tlcapture.storage.locks import locked
+from tlcapture.storage.validation import first_problem
+
+
+class ExperimentConfig(BaseModel):
+    """What `config.json` holds. `None` means not decided yet; options on the command line win."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    extraction_model: str | None = None
+    inference_model: str | None = None
+    use_chat_template: bool | None = None
+    system_prompt: str | None = None
+
+
+def read_config(layout: Layout) -> ExperimentConfig:
+    """The experiment's config, or an empty one where nothing is in its place yet, not even a link to nothing."""
+    if not lexists(layout.config):
+        return ExperimentConfig()
+    value = read_json(layout.config)
+    try:
+        return ExperimentConfig.model_validate(value)
+    except ValidationError as error:
+        raise InputError(f"{layout.config}: {first_problem(error)}") from None
+
+
+def settle_model(layout: Layout, role: str, asked: str | None, default: str, *, allow_change: bool = False) -> str:
+    """The model an experiment uses in a role (`inference_model` or `extraction_model`).
+
+    The first use records it; later uses read it. An experiment that has used a model in the other role
+    only uses the same in this one. Asking for another one than is recorded for the role raises
+    `InputError`, unless the change is allowed: then the record changes too. Folders are named by
+    their absolute path, so that they are found again from elsewhere.
+    """
+    config = read_config(layout)
+    asked = None if asked is None else _full_name(asked)
+    recorded = getattr(config, role)
+    if recorded is not None and asked not in (None, recorded) and not allow_change:
+        raise InputError(
+            f"experiment {layout.experiment!r} uses {role} {recorded!r}, not {asked!r}: "
+            "take another experiment, or pass --allow-model-change if that was meant"
+        )
+    return str(asked or recorded or config.inference_model or config.extraction_model or default)
+
+
+def _full_name(model: str) -> str:
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else model
+
+
+def record(layout: Layout, **fields: Any) -> None:
+    """Set fields of `config.json`, keeping all others; writes nothing where nothing changes."""
+    if layout.config.exists() and _with(layout, fields) == read_config(layout):
+        return
+    with locked(layout.lock("config")):
+        write_json(layout.config, _with(layout, fields).model_dump(), indent=True)
+
+
+def _with(layout: Layout, fields: Mapping[str, Any]) -> ExperimentConfig:
+    return read_config(layout).model_copy(update=fields)

@@ -1,0 +1,51 @@
+"""Text from outside, made fit to be seen: what a model wrote must steer neither a terminal nor a page.
+
+>>> printable("one\\ntwo\\x1b[2J")
+'one⏎two�[2J'
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+
+from tlcapture.errors import InputError
+
+NEWLINE = "\u23ce"
+_UNITS = ("B", "KB", "MB", "GB", "TB")
+_WRITTEN = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)I?B?", re.ASCII | re.IGNORECASE)
+
+
+def printable(text: str) -> str:
+    """The text without control characters; a newline shows as a mark."""
+    return "".join(c if c.isprintable() else {"\n": NEWLINE, "\t": " "}.get(c, "\ufffd") for c in text)
+
+
+def format_bytes(count: float) -> str:
+    """`1536` as `1.5 KB`, in powers of 1024."""
+    for unit in _UNITS[:-1]:
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} {_UNITS[-1]}"
+
+
+def parse_bytes(text: str) -> int:
+    """`1.5 KB`, `1.5KiB` or `1.5k` as `1536`; raises `InputError` for what is no size."""
+    match = _WRITTEN.fullmatch(text.strip())
+    if match is None:
+        raise InputError(f"{text!r} is no size: expected a number and a unit, for example 500GB")
+    return math.floor(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+
+
+def as_ranges(numbers: Iterable[int]) -> str:
+    """Numbers as people write them, runs of more than two as a range: `0 to 29`, or `8, 12, 16 to 18`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    parts = [[f"{run[0]} to {run[-1]}"] if len(run) > 2 else list(map(str, run)) for run in runs]
+    return ", ".join(part for each in parts for part in each) or "none"

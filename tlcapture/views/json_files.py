@@ -1,0 +1,155 @@
+"""What attention and logit-lens files hold, checked: a head, and an entry for each token.
+
+A file may be large. `page/entries.py` reads single entries of it, and each is checked when it is read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
+
+from tlcapture.errors import StorageError
+from tlcapture.storage.validation import Count, FileContent, Layer, Share, checked, first_problem
+
+Measure = Annotated[int, Field(ge=1, le=10_000)]
+Pattern = list[list[Share]]  # [head][key]
+Head = TypeVar("Head", bound="PerTokenHead")
+Entry = TypeVar("Entry", bound="_Entry")
+
+
+class PerTokenHead(FileContent):
+    """What a file holds besides its entries."""
+
+    what: ClassVar[str] = "file of attention patterns or a logit lens"
+
+    tokens: list[str]
+    n_prompt_tokens: Count
+    n_layers: Measure
+    n_response_tokens: Count | None = None
+
+    @classmethod
+    def of(cls: type[Head], value: Any, path: Path) -> Head:
+        """The head of a file; raises `StorageError` for another."""
+        return checked(cls, value, path, cls.what)
+
+    @model_validator(mode="after")
+    def _counts_agree(self) -> PerTokenHead:
+        n_response = len(self.tokens) - self.n_prompt_tokens
+        if n_response < 0 or self.n_response_tokens not in (None, n_response):
+            said = "" if self.n_response_tokens is None else f" and {self.n_response_tokens} of the response"
+            raise ValueError(f"{len(self.tokens)} tokens, but it says {self.n_prompt_tokens} of the prompt{said}")
+        return self
+
+
+class AttentionHead(PerTokenHead):
+    what = "attention patterns"
+
+    n_heads: Measure
+
+
+class LensHead(PerTokenHead):
+    what = "logit lens"
+
+    top_k: Annotated[int, Field(ge=1)]
+
+
+class _Entry(FileContent):
+    """An entry of one token, with something for every layer."""
+
+    token_idx: Count
+    by_layer: list[Any]
+
+    @classmethod
+    def of(cls: type[Entry], value: Any, path: Path, head: PerTokenHead) -> Entry:
+        """The entry of a file with a head; raises `StorageError` for another."""
+        entry = checked(cls, value, path, head.what)
+        if len(entry.by_layer) != head.n_layers:
+            raise StorageError(
+                f"{path}: no {head.what}: token {entry.token_idx} has {len(entry.by_layer)} layers, not {head.n_layers}"
+            )
+        if entry.token_idx >= len(head.tokens):
+            raise StorageError(f"{path}: no {head.what}: token {entry.token_idx} of {len(head.tokens)}")
+        return entry
+
+
+class AttentionEntry(_Entry):
+    """What one token attends to: `by_layer[layer][head]` has one weight for each token up to it."""
+
+    by_layer: list[Pattern]
+    context_size: int | None = None
+
+    @classmethod
+    def of(cls, value: Any, path: Path, head: PerTokenHead) -> AttentionEntry:
+        entry = super().of(value, path, head)
+        if isinstance(head, AttentionHead) and any(len(pattern) != head.n_heads for pattern in entry.by_layer):
+            raise StorageError(
+                f"{path}: no {head.what}: token {entry.token_idx} has not {head.n_heads} heads in every layer"
+            )
+        return entry
+
+    @model_validator(mode="after")
+    def _has_a_weight_for_each_token(self) -> AttentionEntry:
+        size = self.token_idx + 1
+        if self.context_size not in (None, size):
+            raise ValueError(f"context_size {self.context_size} of token {self.token_idx}")
+        if any(len(weights) != size for pattern in self.by_layer for weights in pattern):
+            raise ValueError(f"token {self.token_idx} has not {size} weights in every head")
+        return self
+
+
+class Prediction(FileContent):
+    token: str
+    prob: Share
+
+
+class _OfLayer(FileContent):
+    """The token that came, as one layer would have predicted it; ranks count from 1."""
+
+    actual_rank: Annotated[int, Field(ge=1)]
+    actual_prob: Share
+    layer: Layer | None = None
+
+
+class LensLayer(_OfLayer):
+    top_k: list[Prediction] = Field(min_length=1)
+
+
+class LensEntry(_Entry):
+    """The predictions of one token that has a next one."""
+
+    actual_next_token: str
+    by_layer: list[LensLayer]
+
+
+def _with_first_checked(predictions: list[Any]) -> list[Any]:
+    return [Prediction.model_validate(predictions[0]), *predictions[1:]]
+
+
+class _OverviewLayer(_OfLayer):
+    top_k: Annotated[list[Any], Field(min_length=1), AfterValidator(_with_first_checked)]
+
+    @property
+    def first(self) -> Prediction:
+        return self.top_k[0]
+
+
+class LensOverview(_Entry):
+    """The same for a look at all tokens: of each layer's many predictions only the likeliest is checked."""
+
+    actual_next_token: str
+    by_layer: list[_OverviewLayer]
+
+
+_PATTERN = TypeAdapter(Pattern)
+
+
+def pattern_of_layer(entry: Any, layer: int, path: Path) -> Pattern:
+    """One layer's weights of an attention entry, all others unchecked; raises `StorageError` where it has none."""
+    try:
+        return _PATTERN.validate_python(entry["by_layer"][layer], strict=True)
+    except ValidationError as error:
+        raise StorageError(f"{path}: no weights of layer {layer}: {first_problem(error)}") from None
+    except (KeyError, TypeError, IndexError):
+        raise StorageError(f"{path}: an entry has no layer {layer}") from None
