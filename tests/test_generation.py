@@ -13,7 +13,8 @@ from tests.test_parity import as_prompt, random_ids, relative
 from tlcapture.chat import TokenizedPrompt, stop_ids
 from tlcapture.engines.base import Step
 from tlcapture.errors import InputError
-from tlcapture.fast import FastState, forward
+from tlcapture.fast import forward
+from tlcapture.fast.state import FastState
 from tlcapture.generation import Failure, Generation, Sampling, _choose, generate, teacher_force
 from tlcapture.models import Model, from_hugging_face
 from tlcapture.views.attention import attention_hooks
