@@ -235,6 +235,22 @@ def test_generate_writes_the_same_tokens(architecture: str) -> None:
     both(lambda tl: tl.generate(tokens, use_past_kv_cache=False, **options), architecture, by="TransformerLens")
 
 
+def test_generate_unembeds_no_position_but_the_last_unless_somebody_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    tl, widths = pair()[0], []
+    logits = FastForward.logits
+
+    def watched(self: Any, normed: Tensor, points: Any) -> Tensor:
+        widths.append(normed.shape[1])
+        return logits(self, normed, points)
+
+    monkeypatch.setattr(FastForward, "logits", watched)
+    options = {"max_new_tokens": 2, "do_sample": False, "stop_at_eos": False, "verbose": False}
+    tl.generate(batch()[0], **options)
+    with tl.hooks(fwd_hooks=[("ln_final.hook_scale", lambda activation, hook: None)]):
+        tl.generate(batch()[0], **options)
+    assert widths == [1, 1, 12, 1]
+
+
 def test_hooks_see_and_edit_every_step_of_generate() -> None:
     def run(tl: Any) -> Any:
         seen: list[tuple[int, ...]] = []
@@ -279,6 +295,7 @@ def test_with_gradients_enabled_but_nothing_that_asks_for_any_it_is_fast() -> No
     both(lambda tl: tl.run_with_cache(batch()[0]))
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 def test_hooks_for_gradients_are_left_to_transformer_lens() -> None:
     def run(tl: Any) -> Any:
         seen: list[Tensor] = []

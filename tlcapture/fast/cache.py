@@ -37,6 +37,7 @@ class FastCache(TransformerLensKeyValueCache):
         self._entries: list[Any] | None = None
         self.state = FastState.empty(batch_size, torch.device(device or cfg.device))
         self.computed_by: FastForward | None = None  # set by the first pass, which looks at the model anew
+        self.is_adopted = False
 
     @classmethod
     def init_cache(cls, cfg: Any, device: torch.device | str | None, batch_size: int = 1) -> FastCache:
@@ -45,11 +46,12 @@ class FastCache(TransformerLensKeyValueCache):
 
     @staticmethod
     def adopt(cache: TransformerLensKeyValueCache, cfg: Any) -> None:
-        """Make a FastCache of an empty cache of TransformerLens's, in place."""
+        """Make a FastCache of an empty cache of TransformerLens's, in place: one that `generate` made for itself."""
         batch_size, device = len(cache.previous_attention_mask), cache.previous_attention_mask.device
         vars(cache).pop("entries")
         cache.__class__ = FastCache
         cache._begin(cfg, device, batch_size)
+        cache.is_adopted = True
 
     @property
     def entries(self) -> list[Any]:

@@ -298,6 +298,8 @@ class FastHookedTransformer(HookedTransformer):
         residual = fast(residual, whole, state, points)
         if stop_at_layer is not None:
             return residual
+        if cache is not None and cache.is_adopted and return_type == "logits" and not self._end_is_watched(points):
+            residual = residual[:, -1:]  # `generate` reads no other position's logits
         normed = fast.final_norm(residual, points)
         if return_type is None:
             return None
@@ -306,6 +308,10 @@ class FastHookedTransformer(HookedTransformer):
             return logits
         loss = self.loss_fn(logits, tokens, mask, per_token=loss_per_token)
         return loss if return_type == "loss" else Output(logits, loss)
+
+    def _end_is_watched(self, points: HookPoints) -> bool:
+        ends = (self.ln_final.hook_scale, self.ln_final.hook_normalized, self.unembed.hook_in, self.unembed.hook_out)
+        return any(points.watches(point) for point in ends)
 
     def _points(self) -> HookPoints:
         """The hook points, with those who wait for a cache."""
