@@ -19,7 +19,7 @@ TESTS_TL4 := tests/test_parity.py tests/test_models.py tests/test_multimodal.py 
   tests/integration/test_embedded_model.py::test_a_batch_writes_what_hugging_face_writes_and_every_residual_is_its_hidden_state
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chromium test test-tl4 test-cuda reliability lint format demo bench bench-quick bench-page bench-cluster bench-extract bench-scale view screenshots all_prompt_sets clean $(PROMPT_SETS)
+.PHONY: help setup chromium test test-tl4 test-cuda reliability lint format demo bench bench-quick bench-page bench-cluster bench-extract bench-scale bench-driver view screenshots all_prompt_sets clean $(PROMPT_SETS)
 
 help: ## Show this help
 	@echo "Targets:"
@@ -102,6 +102,9 @@ bench-extract: $(READY) ## Time and memory of extracting one trait's vectors
 
 bench-scale: $(READY) ## Bytes and time of 100, 1,000 and 5,000 prompts beside what is predicted, into docs/scale.md
 	$(BIN)/python benchmarks/scale_cost.py --write docs/scale.md $(FLAGS)
+
+bench-driver: $(BENCH_READY) ## Steps and captures beside those of the checkout BASELINE, a user's own calls beside the loop
+	$(BIN)/python benchmarks/driver.py $(if $(BASELINE),--baseline $(BASELINE)) $(FLAGS)
 
 all_prompt_sets: $(READY) ## Capture every prompt set
 	$(BIN)/tlcapture capture --experiment $(EXPERIMENT) --all-prompt-sets $(FLAGS)

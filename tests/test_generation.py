@@ -13,7 +13,8 @@ from tests.test_parity import as_prompt, random_ids, relative
 from tlcapture.errors import InputError
 from tlcapture.generation.loop import Failure, Generation, Sampling, _choose, generate, teacher_force
 from tlcapture.models.engines.base import Step
-from tlcapture.models.fast import FastState, forward
+from tlcapture.models.fast import forward
+from tlcapture.models.fast.state import FastState
 from tlcapture.models.loading import Model, from_hugging_face
 from tlcapture.prompts.tokenization import TokenizedPrompt, stop_ids
 from tlcapture.views.attention import attention_hooks

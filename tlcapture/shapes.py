@@ -6,6 +6,7 @@ Axes:
 | --- | --- |
 | `batch` | prompts that run together, left-padded |
 | `pos` | token positions of a step: the padded prompts at prefill, one when decoding |
+| `so_far` | token positions of a batch up to the end of a step: those its keys and values have |
 | `n_tokens` | token positions of one part (prompt or response), or of both in one line |
 | `n_points` | residual points of a model: `2 * n_layers + 1`, in the order they are computed |
 | `d_model` | width of the residual stream |
@@ -20,6 +21,7 @@ from torch import Tensor
 
 Tokens = Int[Tensor, "batch pos"]
 Mask = Int[Tensor, "batch pos"]
+MaskSoFar = Int[Tensor, "batch so_far"]
 LastLogits = Float[Tensor, "batch d_vocab"]
 Logits = Float[Tensor, "*lead d_vocab"]
 Residual = Float[Tensor, "*lead d_model"]

@@ -1,4 +1,5 @@
-"""Generation with capture: one loop of forward passes over a batch, token by token, TransformerLens's hooks watching.
+"""Generation with capture: one loop of forward passes over a batch, token by token, each a call of TransformerLens's
+`run_with_cache`, of whose dict the captures are slices.
 
     for outcome in generate(model, prompts, hooks=hooks, max_new_tokens=50):
         ...  # a Generation for each prompt, handed on as soon as its row has stopped

@@ -88,7 +88,7 @@ def load_model(
             float32 on a CPU.
         n_devices: over how many CUDA devices the model is spread, in one process.
         source: the folder that holds the model's files, where they are not found by its name.
-        fast: whether HookedTransformer's blocks may be computed by `fast`; the environment
+        fast: whether a HookedTransformer has the forward pass of `tlcapture.models.fast`; the environment
             variable `TLCAPTURE_FAST=0` makes this `False` everywhere.
 
     Raises:

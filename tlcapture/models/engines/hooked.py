@@ -19,10 +19,10 @@ from tlcapture.models.engines.base import OWN_MARK, Model, Step
 from tlcapture.models.engines.hooked_config import hooked_fields, weight_converter
 from tlcapture.models.engines.tokenizers import for_transformer_lens, without_filled_in_bos
 from tlcapture.models.engines.weight_layout import lay_out, lay_out_in_place, memory_order
-from tlcapture.models.fast import FastForward, FastState
+from tlcapture.models.fast.forward import unembed
 from tlcapture.shapes import Logits, Mask, Residual, Rows, Tokens
 
-FAST = os.environ.get("TLCAPTURE_FAST", "1") != "0"  # whether HookedTransformer's blocks go through FastForward
+FAST = os.environ.get("TLCAPTURE_FAST", "1") != "0"  # whether models are made FastHookedTransformer
 
 
 def has_hooked_transformer() -> bool:
@@ -40,69 +40,47 @@ def require_hooked_transformer() -> None:
 
 
 class HookedModel(Model):
-    """HookedTransformer; with `fast`, its blocks are computed by `FastForward` where that supports them."""
+    """HookedTransformer, or FastHookedTransformer: every step is a call of its `run_with_cache`."""
 
     engine = "hooked"
 
-    def __init__(self, *args: Any, fast: bool = FAST):
-        super().__init__(*args)
-        self._fast = FastForward(self.tl) if fast and FastForward.supports(self.tl) else None
-
     def start(self, batch_size: int) -> Any:
-        # Asked again for every batch: the model is its user's, whose options and weights may have changed.
-        if self._fast is not None and FastForward.supports(self.tl):
-            self._fast.refresh()
-            return FastState.empty(batch_size, self.device)
+        """An empty `past_kv_cache`, which calls of `tl` take as well."""
+        if self._is_fast:
+            return self.tl.start_cache(batch_size)
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
         return TransformerLensKeyValueCache.init_cache(self.tl.cfg, self.device, batch_size)
 
     @torch.no_grad()
     def step(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str], *, want_logits: bool) -> Step:
-        tokens, mask = tokens.to(self.device), mask.to(self.device)
-        if isinstance(state, FastState):
-            assert self._fast is not None
-            residual, cache = self._fast(tokens, mask, state, hooks)
-        else:
-            residual, cache = self.tl.run_with_cache(
-                tokens,
-                names_filter=hooks.__contains__,
-                return_cache_object=False,
-                attention_mask=mask,
-                past_kv_cache=state,
-                # Unembedding every prompt position would cost more than the rest of a short prompt.
-                stop_at_layer=self.n_layers,
-            )
+        residual, cache = self.tl.run_with_cache(
+            tokens.to(self.device),
+            names_filter=hooks.__contains__,
+            return_cache_object=False,
+            attention_mask=mask.to(self.device),
+            past_kv_cache=state,
+            # Unembedding every prompt position would cost more than the rest of a short prompt.
+            stop_at_layer=self.n_layers,
+        )
         return Step(self.unembed(residual[:, -1:])[:, 0] if want_logits else None, cache)
 
     def prompt_steps(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str]) -> Iterator[tuple[slice, Step]]:
-        if not isinstance(state, FastState):
+        if not self._is_fast:
             yield from super().prompt_steps(tokens, mask, state, hooks)
             return
-        assert self._fast is not None
-        for rows, width, part in self._fast.parts(mask.to(self.device), state):
+        for rows, width, part in self.tl.parts(mask.to(self.device), state):
             yield rows, self.step(tokens[rows, -width:], mask[rows, -width:], part, hooks, want_logits=True)
 
     def keep(self, state: Any, rows: Rows) -> None:
-        rows = rows.to(self.device)
-        if isinstance(state, FastState):
-            return state.keep(rows)
-        for entry in state.entries:
-            kept = rows.to(entry.past_keys.device)
-            entry.past_keys, entry.past_values = entry.past_keys[kept], entry.past_values[kept]
-        state.previous_attention_mask = state.previous_attention_mask[rows]
+        from tlcapture.models.fast.cache import keep_rows
+
+        keep_rows(state, rows.to(self.device))
 
     def branch(self, state: Any, rows: Sequence[int]) -> Any:
-        if isinstance(state, FastState):
-            return state.branch(rows)
-        index = torch.tensor(rows, device=self.device)
-        branched = self.start(len(rows))
-        # TransformerLens extends its cache by making new tensors: nothing of the old state is written to.
-        for entry, origin in zip(branched.entries, state.entries, strict=True):
-            chosen = index.to(origin.past_keys.device)
-            entry.past_keys, entry.past_values = origin.past_keys[chosen], origin.past_values[chosen]
-        branched.previous_attention_mask = state.previous_attention_mask[index]
-        return branched
+        from tlcapture.models.fast.cache import branch_rows
+
+        return branch_rows(state, rows, self.tl.cfg)
 
     @torch.no_grad()
     def unembed(self, residual: Residual) -> Logits:
@@ -110,9 +88,15 @@ class HookedModel(Model):
 
         flat = residual.reshape(1, -1, self.d_model).to(self.last_device, self.dtype)
         normed = self.tl.ln_final(flat) if self.tl.cfg.normalization_type is not None else flat
-        logits = self.tl.unembed(normed)[0].clone() if self._fast is None else self._fast.unembed(normed[0])
+        logits = unembed(self.tl.unembed, normed[0]) if self._is_fast else self.tl.unembed(normed)[0].clone()
         logits = apply_softcap(logits, self.tl.cfg.output_logits_soft_cap)
         return logits.reshape(*residual.shape[:-1], logits.shape[-1])
+
+    @property
+    def _is_fast(self) -> bool:
+        from tlcapture.models.fast.transformer import FastHookedTransformer
+
+        return isinstance(self.tl, FastHookedTransformer)
 
 
 def hooked_model(
@@ -120,14 +104,17 @@ def hooked_model(
 ) -> HookedModel:
     """A HookedTransformer with the weights of a Hugging Face model of an architecture that it covers.
 
-    Its blocks are spread evenly over `n_devices`, from `device` on.
+    Its blocks are spread evenly over `n_devices`, from `device` on; with `fast` it is a FastHookedTransformer.
     """
-    tl = _hooked_transformer(model, tokenizer, name, device, n_devices)
-    return HookedModel(tl, tokenizer, model.config, model.generation_config, name, mark, fast=fast)
+    tl = _hooked_transformer(model, tokenizer, name, device, n_devices, fast)
+    return HookedModel(tl, tokenizer, model.config, model.generation_config, name, mark)
 
 
 def from_hooked_transformer(hooked: Any, *, name: str | None = None) -> HookedModel:
     """Take a `HookedTransformer` that somebody else loaded; it must be unprocessed and have a tokenizer.
+
+    The model itself is changed: its class becomes FastHookedTransformer, which computes the same by a faster forward
+    pass (unless `TLCAPTURE_FAST=0`, or its class is another one already), and its weights are laid out anew in memory.
 
     Raises `ModelError` for one whose norms were folded into its weights, as its basis is another one, and under
     TransformerLens 4, which has no HookedTransformer.
@@ -141,12 +128,24 @@ def from_hooked_transformer(hooked: Any, *, name: str | None = None) -> HookedMo
             "HookedTransformer.from_pretrained_no_processing, or with tlcapture.load_model"
         )
     lay_out_in_place(hooked)
+    if FAST:
+        make_fast(hooked)
     # TransformerLens's own parameters have other names: its mark is comparable with its like only.
     mark = f"{OWN_MARK}{fingerprint(hooked)}"
     return HookedModel(hooked, without_filled_in_bos(hooked.tokenizer), None, None, name or hooked.cfg.model_name, mark)
 
 
-def _hooked_transformer(model: Any, tokenizer: Any, name: str, device: str, n_devices: int) -> Any:
+def make_fast(hooked: Any) -> None:
+    """Make a FastHookedTransformer of a HookedTransformer, in place; a class of somebody's own stays what it is."""
+    from transformer_lens import HookedTransformer
+
+    from tlcapture.models.fast.transformer import FastHookedTransformer
+
+    if type(hooked) is HookedTransformer:
+        hooked.__class__ = FastHookedTransformer
+
+
+def _hooked_transformer(model: Any, tokenizer: Any, name: str, device: str, n_devices: int, fast: bool) -> Any:
     """A HookedTransformer that takes over the weights of a Hugging Face model, unprocessed."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
     from transformer_lens.loading_from_pretrained import fill_missing_keys
@@ -174,6 +173,8 @@ def _hooked_transformer(model: Any, tokenizer: Any, name: str, device: str, n_de
     else:
         spread(hooked)
     hooked.set_tokenizer(for_transformer_lens(tokenizer, name))
+    if fast:
+        make_fast(hooked)
     return hooked.eval()
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tlcapture.models.fast.layers import HookPoints, Layer
+from tlcapture.models.fast.layers import HookPoints, Layer, Norm
 from tlcapture.models.fast.products import linear, wide_linear
 from tlcapture.models.fast.state import FastState, Step
-from tlcapture.shapes import Logits, Mask, Residual, Tokens
+from tlcapture.shapes import Logits, Mask, MaskSoFar, Residual, Tokens
 
 # Positions of prompts that are computed together: more are no faster, and what lies between two products
 # then leaves the caches, and soon takes fresh pages of memory at every product.
@@ -21,21 +21,28 @@ _PART_ELSEWHERE = 2**14
 
 
 class FastForward:
-    """Runs the blocks of a `HookedTransformer`; `supports` says of which."""
+    """Computes what a `HookedTransformer` computes: embedding, blocks, logits; `supports` says of which."""
 
     def __init__(self, tl: Any):
         self._tl = tl
-        cfg = tl.cfg
-        self._n_heads = int(cfg.n_heads)
-        self._n_kv_heads = int(cfg.n_key_value_heads or cfg.n_heads)
-        self._shape = (int(cfg.n_layers), self._n_kv_heads, int(cfg.d_head))
-        self._rotary = cfg.positional_embedding_type == "rotary"
         self.refresh()
+
+    def __deepcopy__(self, memo: Any) -> FastForward:
+        """Itself: whoever copies keys and values does not mean the model that computed them."""
+        return self
 
     @staticmethod
     def supports(tl: Any) -> bool:
         """Whether the model is one of those computed here, with TransformerLens's options as they are now."""
-        from transformer_lens.components import MLP, Attention, GatedMLP, GroupedQueryAttention
+        from transformer_lens.components import (
+            MLP,
+            Attention,
+            GatedMLP,
+            GroupedQueryAttention,
+            LayerNorm,
+            RMSNorm,
+            Unembed,
+        )
 
         cfg = tl.cfg
         foreign = (
@@ -61,15 +68,28 @@ class FastForward:
             tl.embed.W_E.device.type == "mps",
             _are_watched(tl),
         )
-        plain = all(
+        plain = type(tl.ln_final) in (LayerNorm, RMSNorm) and type(tl.unembed) is Unembed
+        plain = plain and all(
             type(block.attn) in (Attention, GroupedQueryAttention) and type(block.mlp) in (MLP, GatedMLP)
             for block in tl.blocks
         )
         return plain and not any(foreign)
 
+    @torch.no_grad()
     def refresh(self) -> None:
-        """Look at the model's modules and weights again, as somebody may have changed them since."""
-        self._layers = [Layer(block) for block in self._tl.blocks]
+        """Look at the model's modules, options and weights again, as somebody may have changed them since."""
+        tl, cfg = self._tl, self._tl.cfg
+        self._n_heads = int(cfg.n_heads)
+        self._n_kv_heads = int(cfg.n_key_value_heads or cfg.n_heads)
+        self._shape = (int(cfg.n_layers), self._n_kv_heads, int(cfg.d_head))
+        self._rotary = cfg.positional_embedding_type == "rotary"
+        self._layers = [Layer(block) for block in tl.blocks]
+        self._final_norm = Norm(tl.ln_final)
+        self._parameters = list(tl.parameters())
+
+    def learns(self) -> bool:
+        """Whether any of the model's weights asks for gradients."""
+        return any(weight.requires_grad for weight in self._parameters)
 
     def parts(self, mask: Mask, state: FastState) -> Iterator[tuple[slice, int, FastState]]:
         """The rows of a batch of prompts in parts of so few positions that what is computed in between stays
@@ -91,40 +111,55 @@ class FastForward:
             yield slice(start, stop), width, FastState(mask[start:stop, :0], piece)
             start = stop
 
-    def __call__(
-        self, tokens: Tokens, mask: Mask, state: FastState, hooks: Set[str]
-    ) -> tuple[Residual, dict[str, Tensor]]:
-        """The residual stream behind the last block, at the positions of `tokens`, and the activations at
-        the hook points `hooks`, as those who hooked them left them; extends `state` by the tokens."""
-        tl, start = self._tl, state.length
-        state.mask = torch.cat([state.mask, mask], dim=1)
-        points = HookPoints({tl.hook_dict[name]: name for name in hooks})
+    def embed(self, tokens: Tokens, start: int, mask: MaskSoFar, points: HookPoints) -> Residual:
+        """The residual stream before the first block, `[batch, pos, d_model]`, of tokens at the positions from `start`
+        on; `mask` is that of all positions so far."""
+        tl = self._tl
         residual = points.pass_through(tl.hook_embed, tl.embed(tokens))
         if not self._rotary:
-            residual = residual + points.pass_through(tl.hook_pos_embed, tl.pos_embed(tokens, start, state.mask))
+            residual = residual + points.pass_through(tl.hook_pos_embed, tl.pos_embed(tokens, start, mask))
+        return residual
+
+    def __call__(self, residual: Residual, mask: MaskSoFar, state: FastState, points: HookPoints) -> Residual:
+        """The residual stream after the last block, from that before the first, `[batch, pos, d_model]`; `mask`
+        is that of all positions so far, up to which `state` is extended."""
+        start, state.mask = state.length, mask
         step = Step(
-            state.mask,
+            mask,
             start,
             state.length,
             self._n_heads // self._n_kv_heads,
             residual.dtype,
-            tl.cfg.window_size,
-            padded=not bool(state.mask.all()),
+            self._tl.cfg.window_size,
+            padded=not bool(mask.all()),
         )
         store = state.reserve(state.length, self._shape, residual)
         for layer, keys_and_values in zip(self._layers, store.unbind(), strict=True):
             residual = self._block(layer, residual, step, keys_and_values, points)
-        return residual, points.kept
+        return residual
 
-    def unembed(self, normed: Residual) -> Logits:
-        """`W_U` and `b_U` applied to `[pos, d_model]`."""
+    def final_norm(self, residual: Residual, points: HookPoints) -> Residual:
+        return points.norm(self._final_norm, residual)
+
+    def logits(self, normed: Residual, points: HookPoints) -> Logits:
+        """`[batch, pos, d_vocab]`, from the output of the final norm."""
         unembed = self._tl.unembed
-        if any(each._forward_hooks or each._forward_pre_hooks for each in unembed.modules()):
-            return unembed(normed[None])[0].clone()  # they may hold it
-        weight = unembed.W_U.T
-        logits = wide_linear(normed, weight)
-        # An accelerator adds zeros sooner than it tells whether they are.
-        return logits.add_(unembed.b_U) if normed.is_cuda or unembed.b_U.any() else logits
+        logits = _unembedded(unembed, points.pass_through(unembed.hook_in, normed))
+        return points.pass_through(unembed.hook_out, logits)
+
+    def keys_and_values(self, state: FastState) -> list[tuple[Tensor, Tensor]]:
+        """Those of each layer as TransformerLens keeps them, `[batch, pos, n_kv_heads, d_head]`: keys before they
+        are rotated."""
+        assert state.store is not None
+        step = Step(state.mask, 0, state.length, 1, state.store.dtype, None, padded=True)
+        found = []
+        for layer, pair in zip(self._layers, state.store[..., : state.length, :].unbind(), strict=True):
+            keys, values = (each.transpose(1, 2) for each in pair.unbind())
+            if self._rotary:
+                cos, sin, adjacent_pairs = self._rotation(layer, step)
+                keys = _rotate(keys.to(cos.dtype), cos, -sin, adjacent_pairs).to(values.dtype)
+            found.append((keys.clone(), values.clone()))
+        return found
 
     def _block(self, layer: Layer, residual: Tensor, step: Step, store: Tensor, points: HookPoints) -> Tensor:
         fire = points.pass_through
@@ -184,7 +219,9 @@ class FastForward:
             z = functional.scaled_dot_product_attention(
                 together, keys, values, attn_mask=step.bias(layer.kind), scale=1 / attn.attn_scale
             )
-        z = fire(layer.hook_z, z.reshape(batch, heads, n_queries, d_head).transpose(1, 2))
+        z = z.reshape(batch, heads, n_queries, d_head)
+        blind = step.blind(layer.kind)
+        z = fire(layer.hook_z, (z if blind is None else z.masked_fill(blind, 0)).transpose(1, 2))
         return linear(z.reshape(batch, n_queries, -1).to(layer.out[0].dtype), *layer.out)
 
     def _watched(self, layer: Layer, q: Tensor, keys: Tensor, values: Tensor, step: Step, points: HookPoints) -> Tensor:
@@ -220,13 +257,27 @@ class FastForward:
         return step.rotations[layer.kind]
 
 
+def unembed(module: Any, normed: Tensor) -> Tensor:
+    """What TransformerLens's `Unembed` makes of `[pos, d_model]`, in a tensor that nobody else holds."""
+    if any(each._forward_hooks or each._forward_pre_hooks for each in module.modules()):
+        return module(normed[None])[0].clone()  # they may hold it
+    return _unembedded(module, normed)
+
+
+def _unembedded(module: Any, normed: Tensor) -> Tensor:
+    """`W_U` and `b_U` applied to `[..., d_model]`."""
+    logits = wide_linear(normed.flatten(0, -2), module.W_U.T).view(*normed.shape[:-1], -1)
+    # An accelerator adds zeros sooner than it tells whether they are.
+    return logits.add_(module.b_U) if normed.is_cuda or module.b_U.any() else logits
+
+
 def _are_watched(tl: Any) -> bool:
     """Whether somebody hooked a module itself rather than a hook point: it is not called here, its parts are."""
     from transformer_lens.hook_points import HookPoint
 
     return any(
         module._forward_pre_hooks or (module._forward_hooks and not isinstance(module, HookPoint))
-        for module in [tl, *tl.blocks.modules()]
+        for module in [tl, *tl.blocks.modules(), *tl.ln_final.modules(), *tl.unembed.modules()]
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,21 +21,40 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class HookPoints:
-    """A pass's dealings with TransformerLens's hook points: who hooked them is called, what is wanted is kept."""
+    """A pass's dealings with TransformerLens's hook points: who hooked them is called, what is wanted is kept.
 
-    def __init__(self, wanted: dict[Any, str]):
-        self._wanted = wanted
-        self.kept: dict[str, Tensor] = {}
+    Args:
+        hook_dict: the model's hook points by name.
+        wanted: names of the points whose activations are to be kept.
+        kept: the dict that they are put into.
+        savers: names of points, and functions of TransformerLens's to be called there as if they were hooks.
+    """
+
+    def __init__(
+        self,
+        hook_dict: Mapping[str, Any],
+        wanted: Iterable[str] = (),
+        kept: dict[str, Tensor] | None = None,
+        savers: Iterable[tuple[str, Callable[..., Any]]] = (),
+    ):
+        self._wanted = {hook_dict[name]: name for name in wanted}
+        self._kept = {} if kept is None else kept
+        self._savers: dict[Any, list[Callable[..., Any]]] = {}
+        for name, save in savers:
+            self._savers.setdefault(hook_dict[name], []).append(save)
 
     def watches(self, point: Any) -> bool:
-        return point in self._wanted or bool(point._forward_hooks)
+        return point in self._wanted or bool(point._forward_hooks) or point in self._savers
 
     def pass_through(self, point: Any, activation: Tensor) -> Tensor:
         """The activation, or what those who hooked the point make of it."""
         if point._forward_hooks:
             activation = point(activation)
         if point in self._wanted:
-            self.kept[self._wanted[point]] = activation
+            self._kept[self._wanted[point]] = activation
+        if self._savers:
+            for save in self._savers.get(point, ()):
+                save(activation, hook=point)
         return activation
 
     def norm(self, norm: Norm, x: Tensor) -> Tensor:

@@ -53,6 +53,8 @@ class FastState:
             if self.store is not None:
                 grown[..., :old, :] = self.store
             self.store = grown
+        elif self.store.is_inference() and not torch.is_inference_mode_enabled():
+            self.store = self.store.clone()  # it could not be written to
         return self.store
 
 
@@ -70,6 +72,7 @@ class Step:
     rotations: dict[str, tuple[Tensor, Tensor, bool]] = field(default_factory=dict)
     _allowed: dict[str, Tensor | None] = field(default_factory=dict)
     _bias: dict[str, Tensor | None] = field(default_factory=dict)
+    _blind: dict[str, Tensor | None] = field(default_factory=dict)
 
     def allowed(self, kind: str) -> Tensor | None:
         """Which keys each query may see, `[batch or 1, 1, query, key]`; `None` where it is all of them."""
@@ -87,6 +90,13 @@ class Step:
                 seen = seen[None, None]
                 self._allowed[kind] = seen & self.mask[:, None, None].bool() if self.padded else seen
         return self._allowed[kind]
+
+    def blind(self, kind: str) -> Tensor | None:
+        """Queries that may see no key, padding that is, `[batch, 1, query, 1]`; `None` where there are none."""
+        if kind not in self._blind:
+            seen = self.allowed(kind) if self.padded and self.stop - self.start > 1 else None
+            self._blind[kind] = None if seen is None else ~seen.any(dim=-1, keepdim=True)
+        return self._blind[kind]
 
     def is_causal(self, kind: str) -> bool:
         """Whether a whole prompt without padding sees all that came before: then torch needs no mask, and a CPU
