@@ -266,7 +266,7 @@ def unembed(module: Any, normed: Tensor) -> Tensor:
 
 def _unembedded(module: Any, normed: Tensor) -> Tensor:
     """`W_U` and `b_U` applied to `[..., d_model]`."""
-    logits = wide_linear(normed.flatten(0, -2), module.W_U.T).view(*normed.shape[:-1], -1)
+    logits = wide_linear(normed.flatten(0, -2), module.W_U.T).view(*normed.shape[:-1], module.W_U.shape[1])
     # An accelerator adds zeros sooner than it tells whether they are.
     return logits.add_(module.b_U) if normed.is_cuda or module.b_U.any() else logits
 
