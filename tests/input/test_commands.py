@@ -169,7 +169,7 @@ def test_a_row_of_an_evaluation_that_is_wrong_is_no_choice(
     write(layout.evaluation, {"all_results": [row]})
     result = tlcapture(*PROJECT)
     assert result.exit_code == 1
-    assert f"{layout.evaluation}: no evaluation: all_results[0].{said}: " in result.stderr
+    assert f"{layout.evaluation}: not a valid evaluation file: all_results[0].{said}: " in result.stderr
     evidence.tried("extraction_evaluation.json, by command", "wrong types")
 
 
@@ -192,5 +192,5 @@ def test_a_steering_run_that_is_wrong_is_no_choice(
     write(layout.steering(TRAIT), content)
     result = tlcapture(*PROJECT)
     assert result.exit_code == 1
-    assert f"{layout.steering(TRAIT)}: no steering results: {said}: " in result.stderr
+    assert f"{layout.steering(TRAIT)}: not a valid steering results file: {said}: " in result.stderr
     evidence.tried("steering results, by command", "wrong types")

@@ -301,7 +301,7 @@ def test_a_projection_file_that_disagrees_with_itself_says_where(
     path.write_text(json.dumps(replaced(projection(1), at, value)))
     with pytest.raises(StorageError) as caught:
         ProjectedTokens.read(path)
-    assert f"{path}: no projection file: " in str(caught.value)
+    assert f"{path}: not a valid projection file: " in str(caught.value)
     assert said in str(caught.value)
     evidence.tried("projection file", "parts that disagree")
 

@@ -28,11 +28,20 @@ Content = TypeVar("Content", bound=BaseModel)
 
 
 def checked(model: type[Content], value: Any, path: Path, what: str) -> Content:
-    """The content of a file that should hold `what`; raises `StorageError` with file, field and reason."""
+    """The validated content of a file of kind `what` (such as `projection`).
+
+    Raises:
+        StorageError: the content is not valid for that kind of file; the message has file, field and reason.
+    """
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise StorageError(f"{path}: no {what}: {first_problem(error)}") from None
+        raise not_valid(path, what, first_problem(error)) from None
+
+
+def not_valid(path: Path, what: str, problem: str) -> StorageError:
+    """The error for a file that is not valid for its kind `what` (such as `projection`)."""
+    return StorageError(f"{path}: not a valid {what} file: {problem}")
 
 
 def first_problem(error: ValidationError) -> str:
