@@ -134,6 +134,10 @@ class Plan:
         ]
 
 
+class _PromptError(InputError):
+    """A prompt cannot have the outputs that are asked for; the others can."""
+
+
 def _pieces(items: Sequence[T], most: int) -> list[Sequence[T]]:
     return [items[start : start + most] for start in range(0, len(items), most)]
 
@@ -179,10 +183,12 @@ class Planner:
         fresh: set[str] = set()
         self._otherwise = []
         for prompt in prompts:
-            name, wanted = f"{prompt_set.name}/{prompt.id}", self._lacking(prompt_set, prompt)
-            if isinstance(wanted, str):
-                refused.append((name, wanted))
-            elif wanted.residual:
+            try:
+                wanted = self._lacking(prompt_set, prompt)
+            except _PromptError as error:
+                refused.append((f"{prompt_set.name}/{prompt.id}", str(error)))
+                continue
+            if wanted.residual:
                 fresh.add(prompt.id)
             else:
                 saved[prompt.id] = wanted
@@ -196,12 +202,12 @@ class Planner:
                     refused.append((f"{prompt_set.name}/{prompt.id}", str(error)))
         return Plan(prompt_set, company, frozenset(fresh), saved, refused, self._otherwise)
 
-    def _lacking(self, prompt_set: PromptSet, prompt: Prompt) -> Outputs | str:
-        """What to make of a prompt, or why nothing can be made of it."""
+    def _lacking(self, prompt_set: PromptSet, prompt: Prompt) -> Outputs:
+        """The outputs that a prompt lacks; raises `_PromptError` where it cannot have them."""
         options, layout = self._options, self._layout
         raw = layout.residual(prompt_set.name, prompt.id)
         if options.replay and not raw.is_file():
-            return f"--replay needs a saved capture, there is none at {raw}"
+            raise _PromptError(f"--replay needs a saved capture, there is none at {raw}")
         if options.projections_only:
             return self._lacking_projections(prompt_set, prompt)
         if not raw.is_file() or not (options.skip_existing or options.replay):
@@ -222,8 +228,8 @@ class Planner:
             self._note_sampling(saved)
         return lacking
 
-    def _lacking_projections(self, prompt_set: PromptSet, prompt: Prompt) -> Outputs | str:
-        """The same where only projections are to be kept."""
+    def _lacking_projections(self, prompt_set: PromptSet, prompt: Prompt) -> Outputs:
+        """The outputs that a prompt lacks where only projections are kept; raises like `_lacking`."""
         options, layout, names = self._options, self._layout, (prompt_set.name, prompt.id)
         raw = layout.residual(*names)
         if not raw.is_file():
@@ -243,10 +249,10 @@ class Planner:
             try:
                 saved = Capture.open(raw)
             except StorageError as error:
-                return str(error)
+                raise _PromptError(str(error)) from None
             if self._is_whole_and_of(saved, prompt_set, prompt):
                 return replace(options.outputs(saved.n_layers).missing(layout, *names), residual=False)
-        return (
+        raise _PromptError(
             f"--projections-only would leave projections of one run beside the raw capture of another, {raw}: remove "
             "that, or run 'tlcapture project'"
         )
