@@ -17,7 +17,8 @@ from typing import Any
 from tlcapture.cluster.pool import Cluster, Crew, Piece, Probe, first_line
 from tlcapture.cluster.scheduler import Shift
 from tlcapture.errors import InputError
-from tlcapture.runs.executors import ModelAccess, Work
+from tlcapture.models.loading import ModelOutline
+from tlcapture.runs.executors import Work
 from tlcapture.runs.model_loader import ModelLoader
 from tlcapture.runs.run import Run
 
@@ -33,8 +34,9 @@ class RayExecutor:
         self._cluster = cluster
         self._batch_size = batch_size
 
-    def model_access(self, load: ModelLoader) -> ModelAccess:
-        return ModelAccess(lambda: load.outline, load)
+    def known_model(self, load: ModelLoader) -> ModelOutline:
+        """The model's outline: the driver loads no weights."""
+        return load.outline
 
     def run(self, work: Work, run: Run) -> None:
         """Do the work.

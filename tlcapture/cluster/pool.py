@@ -84,9 +84,8 @@ class Crew:
         self._cluster = cluster
         self._probe = probe
         threads = max(1, int(cluster.cpus_per_worker))
-        model: Any = work.model  # a ModelLoader
-        load = None if model is None else model.silent()
-        self._files = None if model is None else model.files()
+        load = None if work.model is None else work.model.silent()
+        self._files = None if work.model is None else work.model.files()
         given = ray.put(given_files([layout, *work.reads])) if cluster.collect else None
         self._arguments = (_absolute(layout), work.make, work.unit, load, self._files, threads, given)
         self._kind = ray.remote(

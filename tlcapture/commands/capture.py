@@ -55,10 +55,10 @@ def run_capture(
     """
     _check(layout, options)
     run = Run.begin(layout, display)
-    model = executor.model_access(load)
-    planner = Planner(layout, options, read_config(layout), load.name, model.known)
+    known_model = partial(executor.known_model, load)
+    planner = Planner(layout, options, read_config(layout), load.name, known_model)
     plans = planner.plans(prompt_sets)
-    _check_space(Estimate.of(plans, layout, options, lambda: model.known().measures), layout)
+    _check_space(Estimate.of(plans, layout, options, lambda: known_model().measures), layout)
     if layout.folder.exists():
         sweep_temporaries(layout.folder)
     for plan in plans:
@@ -78,7 +78,7 @@ def run_capture(
         executor.run(
             Work(
                 partial(CaptureWorker, options),
-                model.load,
+                load,
                 tasks,
                 size=lambda plan: len(plan.fresh) * options.max_new_tokens,
                 unit="token",

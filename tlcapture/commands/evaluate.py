@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from tlcapture.names import Trait
 from tlcapture.runs.display import Display
 from tlcapture.runs.exclusive import alone
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
+from tlcapture.runs.model_loader import ModelLoader
 from tlcapture.runs.model_worker import ModelWorker
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
@@ -48,7 +49,7 @@ class EvaluateOptions:
 def run_evaluate(
     layout: Layout,
     options: EvaluateOptions,
-    load: Callable[[], Model],
+    load: ModelLoader,
     display: Display = Display(),
     executor: Executor = LocalExecutor(),
 ) -> RunReport:
@@ -64,11 +65,10 @@ def run_evaluate(
             raise InputError(f"no vectors for trait {str(trait)!r} in {layout.folder}: run 'tlcapture extract' first")
     if not there:
         raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
-    access = executor.model_access(load)
     run = Run.begin(layout, display)
     make = partial(ModelWorker, _evaluate_one, options)
     tasks = options.traits or tuple(there)
-    executor.run(Work(make, access.load, tasks, lambda trait: 1, "trait", str), run)
+    executor.run(Work(make, load, tasks, lambda trait: 1, "trait", str), run)
     return run.report
 
 
