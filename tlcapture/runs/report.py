@@ -151,7 +151,7 @@ class RunReport:
         if self.n_removed:
             parts.append(f"{self.n_removed} earlier files removed that this run did not make again")
         if self.retried:
-            parts.append(f"{len(self.retried)} pieces of work run again after their worker died")
+            parts.append(f"{len(self.retried)} batches run again because their worker died")
         if self.failures:
             parts.append(f"{len(self.failures)} failed")
         return f"wrote {', '.join(parts)}, in {self.seconds:.1f} s"
