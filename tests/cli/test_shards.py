@@ -60,4 +60,4 @@ def test_project_takes_a_shard_of_the_captures(capture: Run, extract: Run, tlcap
 def test_a_wrong_shard_is_refused(capture: Run, raw: Path) -> None:
     done = capture("--shard", "0/4")
     assert done.exit_code == 2
-    assert "'0/4' is no shard: expected i/n with i from 1 to n" in done.output
+    assert "'0/4' is not a shard: expected i/n with i from 1 to n" in done.output

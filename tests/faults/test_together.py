@@ -25,7 +25,7 @@ def test_two_captures_of_one_prompt_set_go_one_after_the_other(
     (fresh / "go").touch()
     ended = [first.end(), second.end(), third.end()]
     assert [each.code for each in ended] == [0, 0, 0], ended
-    assert "another run is writing captures of short in exp: waiting for its end" in ended[1].stdout
+    assert "another run is writing captures of short in exp: waiting for it to end" in ended[1].stdout
     assert "2 prompts skipped: nothing was missing" in ended[1].stdout
     assert contents(fresh / "experiments" / "exp") == undisturbed
     evidence.survived(
@@ -65,7 +65,7 @@ def test_shards_of_one_prompt_set_run_side_by_side(start: Start, fresh: Path, ev
     ended = [second, first.end(), whole.end()]
     assert [each.code for each in ended] == [0, 0, 0], ended
     assert "waiting" not in ended[0].stdout + ended[1].stdout
-    assert "another run is writing captures of short in exp: waiting for its end" in ended[2].stdout
+    assert "another run is writing captures of short in exp: waiting for it to end" in ended[2].stdout
     assert "2 prompts skipped: nothing was missing" in ended[2].stdout
     found = contents(fresh / "experiments" / "exp")
     assert {f"inference/raw/residual/short/{number}.pt" for number in (1, 2)} <= set(found)

@@ -23,11 +23,11 @@ from tlcapture.errors import InputError, NoSpaceError, StorageError
 from tlcapture.logger import get_logger
 from tlcapture.prompts.prompt_sets import PromptSet
 from tlcapture.runs.display import Display
-from tlcapture.runs.exclusive import alone
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
 from tlcapture.runs.model_loader import ModelLoader
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
+from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.config import read_config
 from tlcapture.storage.files import free_bytes, sweep_temporaries
 from tlcapture.storage.layout import Layout
@@ -70,7 +70,7 @@ def run_capture(
     run.report.n_skipped += sum(len(plan.saved) for plan in plans if plan.prompt_set.name not in busy)
     with ExitStack() as stack:
         # In one order, so that no two runs wait for each other.
-        locks = [alone(run, f"captures of {name}", options.shard) for name in sorted(busy)]
+        locks = [run_lock(run, f"captures of {name}", options.shard) for name in sorted(busy)]
         waited = [stack.enter_context(lock) for lock in locks]
         if any(waited):
             plans = planner.plans(prompt_sets)

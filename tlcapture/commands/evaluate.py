@@ -16,12 +16,12 @@ from tlcapture.extraction.readout import Activations, read_out
 from tlcapture.models.loading import Model
 from tlcapture.names import Trait
 from tlcapture.runs.display import Display
-from tlcapture.runs.exclusive import alone
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
 from tlcapture.runs.model_loader import ModelLoader
 from tlcapture.runs.model_worker import ModelWorker
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
+from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.files import write_bytes, write_json
 from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant
@@ -76,7 +76,7 @@ def _evaluate_one(run: Run, model: Model, options: EvaluateOptions, trait: Trait
     with run.progress(1, str(trait), "trait") as progress:
         rows = _evaluate(run, trait, model, options)
         if rows:
-            with alone(run, "the evaluation"):
+            with run_lock(run, "the evaluation"):
                 run.wrote(write_json(run.layout.evaluation, _merged(run.layout, rows), indent=True))
         progress.advance(1, done=f"{trait}: evaluated")
 

@@ -18,12 +18,12 @@ from tlcapture.models.loading import Model
 from tlcapture.names import Trait
 from tlcapture.prompts.tokenization import bos_policy
 from tlcapture.runs.display import Display
-from tlcapture.runs.exclusive import alone
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
 from tlcapture.runs.model_loader import ModelLoader
 from tlcapture.runs.model_worker import ModelWorker
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
+from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.config import record
 from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.traits.vector_files import METHODS
@@ -115,7 +115,7 @@ def _extract(
     }
     for component, vectors in fitted.items():
         metadata = _metadata(layout, component, model, options, layers, prepared)
-        with alone(run, f"vectors of {examples.trait}"):
+        with run_lock(run, f"vectors of {examples.trait}"):
             _write(VectorFolder(layout, examples.trait), component, vectors, metadata, run)
 
 

@@ -19,12 +19,12 @@ from tlcapture.models.loading import Model
 from tlcapture.names import Trait
 from tlcapture.prompts.tokenization import tokenize
 from tlcapture.runs.display import Display, Progress
-from tlcapture.runs.exclusive import alone
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
 from tlcapture.runs.model_loader import ModelLoader
 from tlcapture.runs.model_worker import ModelWorker
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
+from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.config import read_config
 from tlcapture.storage.files import read_bytes, read_json, write_bytes, write_json
 from tlcapture.storage.layout import Datasets, Layout
@@ -92,7 +92,7 @@ class SteeringTask:
 
 def _steer_one(run: Run, model: Model, options: SteerOptions, task: SteeringTask) -> None:
     n_runs = _n_runs(options, model.n_layers)
-    with alone(run, f"steering of {task.trait}"), run.progress(n_runs, str(task.trait), "run") as progress:
+    with run_lock(run, f"steering of {task.trait}"), run.progress(n_runs, str(task.trait), "run") as progress:
         _steer(run, task, model, options, progress)
 
 
