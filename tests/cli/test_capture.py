@@ -190,20 +190,20 @@ def test_replay_with_another_model_is_refused(capture: Run, raw: Path) -> None:
     torch.save(value, raw / "1.pt")
     result = capture("--replay", "--attention")
     assert result.exit_code == 1
-    assert "short/1: it was captured from" in result.stderr
+    assert "short/1: captured from" in result.stderr
     assert "failed: short/2" not in result.stderr
 
 
 def test_what_is_kept_of_another_sampling_is_said(capture: Run, tlcapture: Run, raw: Path) -> None:
     assert capture("--temperature", 0, "--limit", 2).exit_code == 0
     again = capture("--temperature", 0, "--seed", 7, "--skip-existing", "--limit", 2)
-    assert "captured before with" not in again.stderr  # a greedy run has no seed
+    assert "made with another" not in again.stderr  # a greedy run has no seed
     other = capture("--temperature", 1.5, "--skip-existing")
     assert other.exit_code == 0
-    said = "short: 2 prompts were captured before with another temperature, seed or --max-new-tokens, and kept so"
+    said = "short: kept 2 captures made with another temperature, seed or --max-new-tokens: leave out --skip-existing"
     assert other.stderr.count(said) == 1
     one = capture("--temperature", 0, "--max-new-tokens", 6, "--skip-existing")
-    assert "short: prompt 3 was captured before with another temperature" in one.stderr
+    assert "short: kept the capture of prompt 3 made with another temperature" in one.stderr
 
 
 def test_what_a_capture_removes_of_an_earlier_one_is_said(capture: Run, raw: Path) -> None:
@@ -313,7 +313,7 @@ def test_layer_and_method_choose_the_vector(capture: Run, extract: Run, projecte
     assert (source["layer"], source["method"], source["selected_by"]) == (2, "mean_diff", "override")
     result = capture("--layer", 7)
     assert result.exit_code == 2
-    assert "--layer 7: no trait has a vector there; layers with vectors: 0 to 2" in result.stderr
+    assert "--layer 7: no trait has a vector of that layer; layers with vectors: 0 to 2" in result.stderr
     evaluation = projected.parents[4] / "extraction" / "extraction_evaluation.json"
     row = {"trait": "tone/loud", "method": "gradient", "layer": 0, "component": "residual", "val_effect_size": 3.0}
     evaluation.write_text(json.dumps({"all_results": [row]}))
@@ -538,7 +538,10 @@ def test_files_of_other_tokens_do_not_outlive_their_capture(
         (("--prompt", "x", "--engine", "steam"), "engine"),
         (("--prompt", "x", "--model", "."), "it has no config.json"),
         (("--prompt", "x", "--temperature", "nan"), "temperature nan: expected a number of at least 0"),
-        (("--prompt", "x", "--replay", "--capture-attn"), "attention outputs need a capture of their own"),
+        (
+            ("--prompt", "x", "--replay", "--capture-attn"),
+            "--replay does not change raw residuals: leave it out to capture attention outputs",
+        ),
     ],
 )
 def test_wrong_usage_is_one_clear_line_and_exit_status_2(

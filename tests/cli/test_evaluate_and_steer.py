@@ -186,7 +186,7 @@ def test_traits_check_of_the_shipped_examples_finds_no_topic_leak_where_prompts_
         (("evaluate", "--experiment", "nix"), "no experiment 'nix': expected the folder"),
         (("steer", "--experiment", "nix"), "there are: exp"),
         (("traits", "list", "--experiment", "nix"), "there are: exp"),
-        (("capture", "--experiment", "file", "--prompt", "hi"), "file: expected a folder, a file is there"),
+        (("capture", "--experiment", "file", "--prompt", "hi"), "file: expected a folder, found a file"),
     ],
 )
 def test_wrong_usage(tlcapture: Run, data: Path, words: tuple[str, ...], said: str) -> None:

@@ -217,7 +217,7 @@ def test_a_live_logit_lens_does_not_need_what_is_kept_and_a_replayed_one_does(
     done = capture("--replay", "--logit-lens")
     assert done.exit_code == 1
     assert (
-        "the logit lens needs residual_out of every layer, and the capture has residual_in, after_attn" in done.output
+        "the logit lens needs residual_out of every layer, but the capture has residual_in, after_attn" in done.output
     )
     assert capture("--replay", "--attention").exit_code == 0
     (analysis / "1_logit_lens.json").unlink()
@@ -258,5 +258,5 @@ def test_wrong_layers_and_points_are_refused(capture: Run, raw: Path) -> None:
     done = capture("--points", "middle")
     assert done.exit_code == 2
     assert "'middle' is no list of residual points: residual_in, after_attn, residual_out" in done.output
-    assert "need a capture of their own" in capture("--replay", "--layers", 1).output
+    assert "leave it out to use --layers and --points" in capture("--replay", "--layers", 1).output
     assert not raw.exists()

@@ -385,8 +385,8 @@ def test_a_prompt_set_without_captures_lists_those_with(project: Run) -> None:
 def test_vectors_that_no_trait_has_are_refused_before_any_prompt_runs(capture: Run, extract: Run, raw: Path) -> None:
     assert extract("--methods", "probe,mean_diff", "--layers", "0,2").exit_code == 0
     for words, said in (
-        (("--layer", 99), "--layer 99: no trait has a vector there; layers with vectors: 0, 2"),
-        (("--method", "pca"), "--method pca: no trait has such vectors; there are mean_diff, probe"),
+        (("--layer", 99), "--layer 99: no trait has a vector of that layer; layers with vectors: 0, 2"),
+        (("--method", "pca"), "--method pca: no trait has such vectors; methods with vectors: mean_diff, probe"),
     ):
         result = capture(*words)
         assert result.exit_code == 2

@@ -1,7 +1,7 @@
-"""What a capture has to do, before it does any of it: prompts made token ids, and what each of them lacks.
+"""The tasks of a capture: the prompts of each set as token ids, and the outputs that each of them lacks.
 
-Plans are made of all prompt sets first, so that a wrong request writes nothing, and what will be
-written can be told from what is free.
+All tasks are planned before any is carried out, so that a wrong request writes nothing, and so that the size of the
+files can be compared with the free space.
 """
 
 from __future__ import annotations
@@ -30,10 +30,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class CaptureOptions:
-    """What to capture and how; `internals` is a tuple of layers, or `"all"`.
+    """What to capture, and how.
 
-    `layers` and `points` are those of the residual stream that are kept; all where none is named. `shard` is
-    taken of the prompts that `limit` leaves. `projections_only` writes projections, and no raw residual.
+    Attributes:
+        internals: layers whose internals are written, or `"all"`.
+        layers: layers of the residual stream that are kept; all where empty.
+        points: points of the residual stream that are kept; all where empty.
+        projections_only: write projections and no raw residual.
+        shard: the share of the prompts that are captured, after `limit` is applied.
     """
 
     attention: bool = False
@@ -58,11 +62,15 @@ class CaptureOptions:
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Those that are captured, and projected."""
+        """The components that are captured and projected."""
         return ("residual", "attn_out") if self.capture_attn else ("residual",)
 
     def outputs(self, n_layers: int) -> Outputs:
-        """The files wanted of each prompt, for a model of so many layers."""
+        """The outputs wanted of each prompt, for a model with `n_layers` layers.
+
+        Raises:
+            InputError: internals, layers or points that the model does not have.
+        """
         everything = self.internals == ALL_LAYERS
         asked = range(n_layers) if self.internals == ALL_LAYERS else (int(layer) for layer in self.internals)
         layers = tuple(sorted(set(asked)))
@@ -81,7 +89,7 @@ class CaptureOptions:
 
 
 class HasTokenizer(Protocol):
-    """What a plan needs of a model: its layers are counted, its tokenizer is used."""
+    """What planning needs of a model: the number of its layers, and its tokenizer."""
 
     @property
     def n_layers(self) -> int: ...
@@ -91,59 +99,60 @@ class HasTokenizer(Protocol):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to do with the prompts of one set.
+class CaptureTask:
+    """The work on the prompts of one set.
 
     Attributes:
-        company: prompts that are batched together: those of `fresh` and, with `--skip-existing`, their neighbours
-            in an undisturbed run, beside which they yield the same to the last bit.
+        batched: prompts that are put into batches: those of `fresh` and, with `--skip-existing`, the prompts that
+            share their batches in an uninterrupted run, so that the results are the same to the last bit.
         fresh: ids of prompts to generate from.
-        saved: ids of prompts that have a capture, and what they lack.
-        refused: prompts that cannot be run, and why.
-        otherwise: prompts that are there, with responses of another sampling than is asked for now.
+        saved: ids of prompts that have a capture, with the outputs that they lack.
+        refused: names of prompts that cannot be captured as asked, with the reasons.
+        other_sampling: ids of prompts that are kept although they were captured with other sampling settings.
     """
 
     prompt_set: PromptSet
-    company: Sequence[TokenizedPrompt]
+    batched: Sequence[TokenizedPrompt]
     fresh: frozenset[str]
     saved: Mapping[str, Outputs]
     refused: Sequence[tuple[str, str]]
-    otherwise: Sequence[str] = ()
+    other_sampling: Sequence[str] = ()
 
     @property
-    def does_something(self) -> bool:
+    def has_work(self) -> bool:
+        """Whether any output has to be made, apart from projections."""
         return bool(self.fresh) or any(self.saved.values())
 
     def label(self) -> str:
-        """What it is, for people."""
+        """The name of the task in messages."""
         ids = [*sorted(self.fresh), *self.saved]
         return f"{self.prompt_set.name}/{ids[0]}" if len(ids) == 1 else f"{len(ids)} prompts of {self.prompt_set.name}"
 
-    def split(self, most: int) -> list[Plan]:
-        """The same in plans of at most so many prompts, each of which is a batch of like lengths."""
-        ordered = sorted(self.company, key=lambda prompt: len(prompt.token_ids), reverse=True)
+    def split(self, most: int) -> list[CaptureTask]:
+        """Split into tasks of at most `most` prompts, each a batch of prompts of similar length."""
+        ordered = sorted(self.batched, key=lambda prompt: len(prompt.token_ids), reverse=True)
         parts = [
-            replace(self, company=batch, fresh=fresh, saved={}, refused=())
-            for batch in _pieces(ordered, most)
+            replace(self, batched=batch, fresh=fresh, saved={}, refused=())
+            for batch in _chunks(ordered, most)
             if (fresh := self.fresh & {prompt.id for prompt in batch})
         ]
         saved = list(self.saved.items())
         return parts + [
-            replace(self, company=(), fresh=frozenset(), saved=dict(piece), refused=())
-            for piece in _pieces(saved, most)
+            replace(self, batched=(), fresh=frozenset(), saved=dict(chunk), refused=())
+            for chunk in _chunks(saved, most)
         ]
 
 
 class _PromptError(InputError):
-    """A prompt cannot have the outputs that are asked for; the others can."""
+    """A prompt cannot be captured as asked; other prompts can."""
 
 
-def _pieces(items: Sequence[T], most: int) -> list[Sequence[T]]:
+def _chunks(items: Sequence[T], most: int) -> list[Sequence[T]]:
     return [items[start : start + most] for start in range(0, len(items), most)]
 
 
-class Planner:
-    """Makes plans for an experiment; `model` is called when one is needed."""
+class TaskPlanner:
+    """Plans the tasks of a capture; `model` is called only when a tokenizer or the number of layers is needed."""
 
     def __init__(
         self,
@@ -158,30 +167,30 @@ class Planner:
         self._config = config
         self._model_name = model_name
         self._model = model
-        self._otherwise: list[str] = []
-        # Says nothing: what goes wrong with a vector is told by the run.
+        self._other_sampling: list[str] = []
+        # Silent: the run itself reports vectors that cannot be used.
         self._chooser = Chooser(Run.silent(layout), options.vectors)
 
-    def plans(self, prompt_sets: Sequence[PromptSet]) -> list[Plan]:
-        """A plan for each prompt set.
+    def tasks(self, prompt_sets: Sequence[PromptSet]) -> list[CaptureTask]:
+        """A task for each prompt set.
 
         Raises:
-            InputError: the request is wrong, or wrong for every single prompt.
+            InputError: the request is wrong, or every prompt is refused.
         """
-        plans = [self.plan(prompt_set) for prompt_set in prompt_sets]
-        refused = [reason for plan in plans for _, reason in plan.refused]
-        if refused and not self._options.replay and not any(plan.fresh or plan.saved for plan in plans):
+        tasks = [self.task(prompt_set) for prompt_set in prompt_sets]
+        refused = [reason for task in tasks for _, reason in task.refused]
+        if refused and not self._options.replay and not any(task.fresh or task.saved for task in tasks):
             raise InputError(refused[0])
-        return plans
+        return tasks
 
-    def plan(self, prompt_set: PromptSet) -> Plan:
+    def task(self, prompt_set: PromptSet) -> CaptureTask:
         prompts = prompt_set.prompts[: self._options.limit]
         if self._options.shard is not None:
             prompts = list(self._options.shard.of(prompts))
         saved: dict[str, Outputs] = {}
         refused: list[tuple[str, str]] = []
         fresh: set[str] = set()
-        self._otherwise = []
+        self._other_sampling = []
         for prompt in prompts:
             try:
                 wanted = self._lacking(prompt_set, prompt)
@@ -192,22 +201,22 @@ class Planner:
                 fresh.add(prompt.id)
             else:
                 saved[prompt.id] = wanted
-        company = []
+        batched = []
         for prompt in prompts if fresh else ():
             try:
-                company.append(self._tokenized(prompt_set, prompt))
+                batched.append(self._tokenized(prompt_set, prompt))
             except InputError as error:
                 if prompt.id in fresh:
                     fresh.remove(prompt.id)
                     refused.append((f"{prompt_set.name}/{prompt.id}", str(error)))
-        return Plan(prompt_set, company, frozenset(fresh), saved, refused, self._otherwise)
+        return CaptureTask(prompt_set, batched, frozenset(fresh), saved, refused, self._other_sampling)
 
     def _lacking(self, prompt_set: PromptSet, prompt: Prompt) -> Outputs:
         """The outputs that a prompt lacks; raises `_PromptError` where it cannot have them."""
         options, layout = self._options, self._layout
         raw = layout.residual(prompt_set.name, prompt.id)
         if options.replay and not raw.is_file():
-            raise _PromptError(f"--replay needs a saved capture, there is none at {raw}")
+            raise _PromptError(f"--replay needs a saved capture: {raw} does not exist")
         if options.projections_only:
             return self._lacking_projections(prompt_set, prompt)
         if not raw.is_file() or not (options.skip_existing or options.replay):
@@ -223,7 +232,7 @@ class Planner:
             return wanted
         lacking = wanted.missing(layout, prompt_set.name, prompt.id)
         if lacking.logit_lens and not (saved.kept.has_all_outputs or options.replay):
-            return wanted  # a logit lens cannot be made from what was kept
+            return wanted  # the logit lens needs layers that were not kept
         if not lacking.residual and not options.replay:
             self._note_sampling(saved)
         return lacking
@@ -253,21 +262,20 @@ class Planner:
             if self._is_whole_and_of(saved, prompt_set, prompt):
                 return replace(options.outputs(saved.n_layers).missing(layout, *names), residual=False)
         raise _PromptError(
-            f"--projections-only would leave projections of one run beside the raw capture of another, {raw}: remove "
-            "that, or run 'tlcapture project'"
+            f"--projections-only would leave projections of one run next to the raw capture of another, {raw}: "
+            "remove it, or run 'tlcapture project'"
         )
 
     def _note_sampling(self, saved: Projectable) -> None:
-        """Note a prompt that is kept although it was sampled otherwise; a capture that does not say is believed."""
+        """Note a prompt whose capture is kept although its sampling settings differ, as far as they are recorded."""
         asked = {"temperature": self._options.sampling.temperature, "max_new_tokens": self._options.max_new_tokens}
         if self._options.sampling.temperature:
             asked["seed"] = self._options.sampling.seed
         if any(saved.metadata.get(name) not in (None, value) for name, value in asked.items()):
-            self._otherwise.append(saved.prompt_id)
+            self._other_sampling.append(saved.prompt_id)
 
     def _is_whole_and_of(self, saved: Projectable, prompt_set: PromptSet, prompt: Prompt) -> bool:
-        """Whether a capture is of this prompt, put in this way to this model, rather than of an earlier wording,
-        and the run that wrote it came to the end of the prompt."""
+        """Whether a capture is complete and of this prompt: the same text, system prompt, template and model."""
         asked = self.asked_template
         return (
             not self._layout.unfinished(prompt_set.name, prompt.id).exists()
@@ -279,6 +287,7 @@ class Planner:
 
     @property
     def asked_template(self) -> bool | None:
+        """Whether the chat template is used, by option or config; `None` where neither decides it."""
         option = self._options.chat_template
         return self._config.use_chat_template if option is None else option
 
