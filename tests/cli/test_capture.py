@@ -212,7 +212,7 @@ def test_what_a_capture_removes_of_an_earlier_one_is_said(capture: Run, raw: Pat
     alike = capture("--limit", 2, "--temperature", 0)
     assert "removed" not in alike.stdout
     other = capture("--attention", "--limit", 1, "--temperature", 3, "--seed", 1)
-    assert "1 earlier files removed that this run did not make again" in other.stdout
+    assert "1 files of earlier runs removed and not written again" in other.stdout
     assert [path.name for path in (raw.parents[1] / "internals" / "short").glob("*.pt")] == ["2_L1.pt"]
 
 

@@ -409,7 +409,7 @@ def test_results_of_an_earlier_run_are_not_shown_as_those_of_one_that_failed(
 def test_vectors_that_an_extraction_removes_are_counted(extract: Run) -> None:
     assert "removed" not in extract("--methods", "probe", "--component", "residual").stdout
     again = extract("--methods", "probe", "--component", "residual", "--layers", 1, "--seed", 3)
-    assert "4 earlier files removed that this run did not make again" in again.stdout  # two layers of two traits
+    assert "4 files of earlier runs removed and not written again" in again.stdout  # two layers of two traits
 
 
 def test_two_prompts_are_compared_with_themselves(capture: Run, extract: Run) -> None:

@@ -132,7 +132,7 @@ class Layout:
         return None
 
     def _listed(self, pattern: str) -> list[Path]:
-        """Paths below the experiment's folder that match a pattern, sorted, without those behind links that lead out."""
+        """Paths below the experiment's folder that match a pattern, sorted; none behind links that lead out."""
         return sorted(path for path in self.folder.glob(pattern) if self._leads_out(path) is None)
 
     @property
