@@ -35,10 +35,10 @@ def busy_template(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -
     make_prompt_set(root, "busy", TEXTS)
     for trait, words in (("loud", ("LOUD", "soft")), ("warm", ("warm", "cold"))):
         make_trait(root, f"tone/{trait}", *words)
-    done = Command(root / "said", "extract", "--root", root, "--experiment", "exp", "--model", root / "model",
+    done = Command(root / "output", "extract", "--root", root, "--experiment", "exp", "--model", root / "model",
                    "--traits", "tone/loud,tone/warm").end()  # fmt: skip
     assert done.code == 0, done.stderr
-    shutil.rmtree(root / "said")
+    shutil.rmtree(root / "output")
     return root
 
 
@@ -53,7 +53,7 @@ def words_of(root: Path) -> tuple[object, ...]:
 def by_one_process(busy_template: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The files of a local run that uses one thread, as workers do."""
     root = Path(shutil.copytree(busy_template, tmp_path_factory.mktemp("local") / "root"))
-    done = Command(root.parent / "said", *words_of(root), "--model", busy_template / "model").end()
+    done = Command(root.parent / "output", *words_of(root), "--model", busy_template / "model").end()
     assert done.code == 0, done.stderr
     return contents(root / "experiments" / "exp")
 

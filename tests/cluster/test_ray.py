@@ -175,7 +175,7 @@ def test_every_command_gives_the_same_on_a_cluster_as_locally(ray_address: str, 
         questions = [{"id": str(n), "question": f"q{n}?", "positive": "YES", "negative": "no"} for n in range(2)]
         path = busy / "datasets" / "traits" / "tone" / trait / "steering.json"
         path.write_text(json.dumps({"questions": questions}))
-    first = Command(tmp_path / "said", *words_of(busy), "--limit", 3, "--max-new-tokens", 4, "--no-project").end()
+    first = Command(tmp_path / "output", *words_of(busy), "--limit", 3, "--max-new-tokens", 4, "--no-project").end()
     assert first.code == 0, first.stderr
     here = Path(shutil.copytree(busy, tmp_path / "here"))
     commands: list[tuple[object, ...]] = [
@@ -186,7 +186,7 @@ def test_every_command_gives_the_same_on_a_cluster_as_locally(ray_address: str, 
     ]
     for name, *words in commands:
         common = ("--experiment", "exp", *words)
-        local = Command(tmp_path / "said", name, "--root", here, *common).end()
+        local = Command(tmp_path / "output", name, "--root", here, *common).end()
         assert local.code == 0, local.stderr
         cluster = ("--executor", "ray", "--workers", "1", "--ray-address", ray_address)
         running = program(name, "--root", busy, *common, *cluster)
@@ -210,7 +210,7 @@ def without_times(value: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("--workers", "2"), "--workers goes with --executor ray"),
         (("--collect",), "--collect goes with --executor ray"),
@@ -219,11 +219,11 @@ def without_times(value: Any) -> Any:
     ],
 )
 def test_options_that_a_cluster_cannot_meet_are_refused(
-    ray_address: str, busy: Path, words: tuple[str, ...], said: str, tlcapture: Any
+    ray_address: str, busy: Path, words: tuple[str, ...], message: str, tlcapture: Any
 ) -> None:
     result = tlcapture(*words_of(busy), *words)
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert message in result.stderr
 
 
 def test_without_ray_the_error_says_how_to_install_it(
