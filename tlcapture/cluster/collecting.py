@@ -9,7 +9,7 @@ from pathlib import Path
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.making import is_alike
 from tlcapture.runs.report import Done
-from tlcapture.storage.config import record
+from tlcapture.storage.config import update_config
 from tlcapture.storage.files import Written, read_bytes, remove, write_bytes
 from tlcapture.storage.layout import Layout, derived_files
 
@@ -60,7 +60,7 @@ def _store_capture(layout: Layout, path: Path, content: bytes) -> Written:
 
     def remove_derived(new: Path) -> None:
         capture = Capture.open(new)
-        record(layout, inference_model=str(capture.metadata["inference_model"]))
+        update_config(layout, inference_model=str(capture.metadata["inference_model"]))
         if not is_alike(path, capture):
             remove(derived_files(layout, *_prompt(path)))
 

@@ -184,6 +184,7 @@ class TaskPlanner:
         return tasks
 
     def task(self, prompt_set: PromptSet) -> CaptureTask:
+        """The task for a prompt set; prompts that cannot be captured as asked are in its `refused`."""
         prompts = prompt_set.prompts[: self._options.limit]
         if self._options.shard is not None:
             prompts = list(self._options.shard.of(prompts))

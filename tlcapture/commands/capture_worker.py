@@ -24,7 +24,7 @@ from tlcapture.models.loading import Model
 from tlcapture.models.memory import is_out_of_memory, release_memory
 from tlcapture.runs.background_writer import BackgroundWriter
 from tlcapture.runs.run import Run
-from tlcapture.storage.config import record
+from tlcapture.storage.config import update_config
 from tlcapture.storage.files import remove, write_bytes
 
 
@@ -127,7 +127,7 @@ class CaptureWorker:
             kept=wanted.kept,
         )
         marker = self.layout.unfinished(capture.prompt_set, capture.prompt_id)
-        record(self.layout, inference_model=self.model.name)
+        update_config(self.layout, inference_model=self.model.name)
         write_bytes(marker, b"")
         if wanted.raw:
             self.run.wrote(write_capture(self.layout, capture, self._removed.extend))

@@ -24,7 +24,7 @@ from tlcapture.runs.model_worker import ModelWorker
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
-from tlcapture.storage.config import record
+from tlcapture.storage.config import update_config
 from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.traits.vector_files import METHODS
 from tlcapture.traits.vectors import VectorFolder
@@ -86,7 +86,7 @@ class ExtractionTask:
 
 
 def _extract_one(run: Run, model: Model, options: ExtractOptions, task: ExtractionTask) -> None:
-    record(run.layout, extraction_model=model.name)
+    update_config(run.layout, extraction_model=model.name)
     with run.progress(task.size(), str(task), "example") as progress:
         _extract(run, model, options, task.examples, progress.advance)
         run.report.n_prompts += task.size()

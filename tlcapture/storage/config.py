@@ -68,7 +68,7 @@ def _full_name(model: str) -> str:
     return str(folder.resolve()) if folder.is_dir() else model
 
 
-def record(layout: Layout, **fields: Any) -> None:
+def update_config(layout: Layout, **fields: Any) -> None:
     """Set fields of `config.json` and keep all others; writes only if a field changes."""
     if layout.config.exists() and _with(layout, fields) == read_config(layout):
         return
