@@ -124,8 +124,8 @@ def test_captures_without_projections_are_named_in_a_warning(exp: Experiment) ->
     ("change", "complaint"),
     [
         ({"prompt": {"tokens": TOKENS[:2]}}, "not as many projections as tokens"),
-        ({"projections": {"prompt": []}}, "no projection file: projections.response: Field required"),
-        ({"metadata": []}, "no projection file: metadata: Input should be"),
+        ({"projections": {"prompt": []}}, "not a valid projection file: projections.response: Field required"),
+        ({"metadata": []}, "not a valid projection file: metadata: Input should be"),
         ({"dynamics": {"commitment_point": 99, "persistence": 0}}, "commitment point 99 of 8 tokens"),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 
 from tests import tiny
 from tests.test_parity import as_prompt, random_ids, relative
-from tlcapture.errors import InputError
+from tlcapture.errors import InputError, NumericalError, OutOfMemoryError
 from tlcapture.generation.loop import Failure, Generation, Sampling, _choose, generate, teacher_force
 from tlcapture.models.engines.base import Step
 from tlcapture.models.fast import forward
@@ -121,6 +121,7 @@ def test_a_prompt_that_does_not_fit_the_context_fails_by_name_and_alone() -> Non
     found = {outcome.prompt.id: outcome for outcome in generate(model, prompts, hooks=hooks, max_new_tokens=10)}
     assert isinstance(found["short"], Generation)
     assert isinstance(found["long"], Failure)
+    assert found["long"].error is InputError
     assert "250 prompt tokens and 10 new ones are more than the model's context of 256" in found["long"].reason
 
 
@@ -139,6 +140,7 @@ def test_out_of_memory_halves_the_batch_and_fails_only_what_fits_in_none(monkeyp
     monkeypatch.undo()
     assert isinstance(found["31"], Failure)
     assert "out of memory" in found["31"].reason
+    assert found["31"].error is OutOfMemoryError
     assert sizes[0] == 5
     expected = outcomes(model, ["4", "9", "15", "22"], batch_size=1, max_new_tokens=4, sampling=Sampling(temperature=0))
     for name, outcome in expected.items():
@@ -195,6 +197,7 @@ def test_nan_logits_fail_their_prompt_alone(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.undo()
     assert isinstance(found["9"], Failure)
     assert "NaN or inf at token 11" in found["9"].reason
+    assert found["9"].error is NumericalError
     alone = outcomes(model, ["4"], max_new_tokens=6, sampling=Sampling(temperature=0))
     assert found["4"].response_ids == alone["4"].response_ids
 

@@ -1,4 +1,4 @@
-"""A lock is held by one process at a time, and by none that is gone."""
+"""A lock is held by one process at a time, and is released when its process ends."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def hold(path: Path, seconds: float) -> subprocess.Popen[str]:
     return holder
 
 
-def test_the_second_waits_says_so_once_and_is_told_that_it_waited(tmp_path: Path) -> None:
-    path, said = tmp_path / "new" / "x.lock", []
+def test_the_second_process_waits_and_is_notified_once(tmp_path: Path) -> None:
+    path, waits = tmp_path / "new" / "x.lock", []
     with locked(path) as waited:
         assert not waited
     holder = hold(path, 0.7)
     began = time.monotonic()
-    with locked(path, lambda: said.append(1)) as waited:
+    with locked(path, lambda: waits.append(1)) as waited:
         assert waited
     assert time.monotonic() - began > 0.1
-    assert said == [1]
+    assert waits == [1]
     assert holder.wait() == 0
 
 
-def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
+def test_a_killed_process_holds_no_lock(tmp_path: Path) -> None:
     path = tmp_path / "x.lock"
     holder = hold(path, 60)
     holder.kill()
@@ -50,13 +50,13 @@ def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
         assert not waited
 
 
-def test_what_cannot_be_locked_is_named(tmp_path: Path) -> None:
+def test_the_error_names_a_path_that_cannot_be_locked(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"file/x\.lock: cannot be locked: "), locked(tmp_path / "file" / "x.lock"):
         raise AssertionError("it was locked")
 
 
-def test_a_file_system_without_locks_is_used_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_used_without_locking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from filelock import FileLock
 
     def acquire(*args: object, **options: object) -> None:

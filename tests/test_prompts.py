@@ -49,9 +49,9 @@ def test_the_nearest_system_prompt_wins(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ('{"name": "mine",\n "prompts": [}', "line 2, column 14: no valid JSON"),
-        ("", "no valid JSON"),
-        ("[" * 5000, "no valid JSON"),
+        ('{"name": "mine",\n "prompts": [}', "line 2, column 14: not valid JSON"),
+        ("", "not valid JSON"),
+        ("[" * 5000, "not valid JSON"),
         ([], "the whole file: "),
         ({"name": "mine"}, "prompts: Field required"),
         (with_prompts(), "prompts: "),

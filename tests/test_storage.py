@@ -1,4 +1,4 @@
-"""Promises 5 and 6: files are whole or absent, and opening one runs nothing of it."""
+"""Promises 5 and 6: files are complete or absent, and opening one executes no code."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Harmful:
         return (os.mkdir, (str(self.path),))
 
 
-def test_tensors_and_plain_values_survive_and_views_are_written_once(tmp_path: Path) -> None:
+def test_tensors_and_plain_values_are_read_back_and_views_are_written_once(tmp_path: Path) -> None:
     buffer = torch.randn(4, 1000)
     path = tmp_path / "a" / "x.pt"
     _, size = write_tensors(path, {"views": [buffer[0], buffer[1], buffer[2], buffer[3], buffer[3]], "text": "é"})
@@ -44,7 +44,7 @@ def test_tensors_and_plain_values_survive_and_views_are_written_once(tmp_path: P
     assert value["text"] == "é"
 
 
-def test_a_pickle_that_would_run_code_is_refused_unexecuted(tmp_path: Path) -> None:
+def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path: Path) -> None:
     harmed = tmp_path / "harmed"
     torch.save({"x": Harmful(harmed)}, tmp_path / "a.pt")
     (tmp_path / "b.pt").write_bytes(pickle.dumps(Harmful(harmed)))
@@ -72,7 +72,7 @@ def test_a_folder_where_a_file_is_expected_is_an_error(tmp_path: Path) -> None:
         write_bytes(tmp_path, b"x")
 
 
-def test_a_failed_write_leaves_what_was_there_and_nothing_beside_it(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     write_json(path, {"old": 1})
     with pytest.raises(TypeError):
@@ -83,7 +83,7 @@ def test_a_failed_write_leaves_what_was_there_and_nothing_beside_it(tmp_path: Pa
     assert os.listdir(tmp_path) == ["x.json"]
 
 
-def test_a_killed_writer_leaves_whole_files_and_its_rest_is_swept(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_complete_files_and_its_temporaries_are_removed(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib\n"
         "from tlcapture.storage.files import write_bytes\n"
@@ -110,7 +110,7 @@ def test_a_killed_writer_leaves_whole_files_and_its_rest_is_swept(tmp_path: Path
         assert not list(tmp_path.glob(".*"))
 
 
-def test_temporaries_of_running_processes_and_other_machines_are_left_alone(tmp_path: Path) -> None:
+def test_temporaries_of_running_processes_and_other_machines_are_kept(tmp_path: Path) -> None:
     mine, elsewhere = _temporary(tmp_path / "x.pt"), tmp_path / ".x.pt.another-host.99999999.0a1b.tmp"
     gone = tmp_path / mine.name.replace(str(os.getpid()), "99999999")
     for path in (mine, elsewhere, gone):
@@ -119,14 +119,14 @@ def test_temporaries_of_running_processes_and_other_machines_are_left_alone(tmp_
     assert sorted(tmp_path.iterdir()) == sorted([mine, elsewhere])
 
 
-def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+def test_folders_and_pipes_are_not_replaced(tmp_path: Path) -> None:
     pipe, folder, link = tmp_path / "pipe", tmp_path / "folder", tmp_path / "link"
     os.mkfifo(pipe)
     folder.mkdir()
     (tmp_path / "target").write_bytes(b"x")
     link.symlink_to(tmp_path / "target")
     for path in (pipe, folder):
-        with pytest.raises(StorageError, match=r"cannot be written: .* is there"):
+        with pytest.raises(StorageError, match=r"cannot be written: it is (a folder|not a regular file)"):
             write_bytes(path, b"new")
     assert pipe.is_fifo() and folder.is_dir()
     write_bytes(link, b"new")

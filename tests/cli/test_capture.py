@@ -1,4 +1,4 @@
-"""`tlcapture capture`: each option once, and what it leaves."""
+"""`tlcapture capture`: each option and the files that it writes."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def test_a_raw_file_has_exactly_the_documented_form(capture: Run, raw: Path) -> 
         "after_attn": "blocks.{L}.hook_resid_mid",
         "residual_out": "blocks.{L}.hook_resid_post",
     }
-    # Two thirds of four tensors a layer: one buffer of 2 * n_layers + 1 points a part, and little else.
+    # One buffer of 2 * n_layers + 1 points per part, and little else.
     n_tokens = sum(len(value[part]["tokens"]) for part in ("prompt", "response"))
     assert (raw / "1.pt").stat().st_size < 7 * n_tokens * 32 * 2 + 12_000
 
 
-def test_the_experiments_model_is_recorded_and_changing_it_refused(
+def test_the_experiments_model_is_recorded_and_cannot_be_changed_by_accident(
     capture: Run, tlcapture: Run, data: Path, tiny_folder: Path, raw: Path
 ) -> None:
     capture()
@@ -89,7 +89,7 @@ def test_the_experiments_model_is_recorded_and_changing_it_refused(
     assert tokens_of(raw) == before
 
 
-def test_allow_model_change_goes_on_with_the_other_model(capture: Run, data: Path, tiny_folder: Path) -> None:
+def test_allow_model_change_switches_to_the_other_model(capture: Run, data: Path, tiny_folder: Path) -> None:
     config = data / "experiments" / "exp" / "config.json"
     config.parent.mkdir(parents=True)
     config.write_text(json.dumps({"inference_model": "some-other-model"}))
@@ -108,7 +108,7 @@ def test_all_prompt_sets_includes_the_shipped_ones(capture: Run, data: Path) -> 
     result = capture("--limit", 1, "--max-new-tokens", 1, prompts=("--all-prompt-sets",))
     folders = names(data / "experiments" / "exp" / "inference" / "raw" / "residual")
     assert {"short", "other", "single_trait", "baseline"} <= set(folders)
-    # The tiny model's context is short: prompts that do not fit fail by name, the rest is done.
+    # The tiny model has a short context: prompts that do not fit fail, the others are captured.
     assert result.exit_code in (0, 1)
 
 
@@ -137,7 +137,7 @@ def test_attention_and_logit_lens_files(capture: Run, raw: Path, analysis: Path)
 
 
 def close(ours: Any, theirs: Any, tolerance: float) -> bool:
-    """Whether two JSON values agree, numbers to a tolerance."""
+    """Whether two JSON values are equal, with a tolerance for numbers."""
     if isinstance(ours, float) or isinstance(theirs, float):
         return abs(ours - theirs) <= tolerance
     if isinstance(ours, dict):
@@ -190,29 +190,29 @@ def test_replay_with_another_model_is_refused(capture: Run, raw: Path) -> None:
     torch.save(value, raw / "1.pt")
     result = capture("--replay", "--attention")
     assert result.exit_code == 1
-    assert "short/1: it was captured from" in result.stderr
+    assert "short/1: captured from" in result.stderr
     assert "failed: short/2" not in result.stderr
 
 
-def test_what_is_kept_of_another_sampling_is_said(capture: Run, tlcapture: Run, raw: Path) -> None:
+def test_kept_captures_with_other_sampling_settings_are_reported(capture: Run, tlcapture: Run, raw: Path) -> None:
     assert capture("--temperature", 0, "--limit", 2).exit_code == 0
     again = capture("--temperature", 0, "--seed", 7, "--skip-existing", "--limit", 2)
-    assert "captured before with" not in again.stderr  # a greedy run has no seed
+    assert "made with another" not in again.stderr  # a greedy run has no seed
     other = capture("--temperature", 1.5, "--skip-existing")
     assert other.exit_code == 0
-    said = "short: 2 prompts were captured before with another temperature, seed or --max-new-tokens, and kept so"
-    assert other.stderr.count(said) == 1
+    message = "short: kept 2 captures made with another temperature, seed or --max-new-tokens: leave out"
+    assert other.stderr.count(message) == 1
     one = capture("--temperature", 0, "--max-new-tokens", 6, "--skip-existing")
-    assert "short: prompt 3 was captured before with another temperature" in one.stderr
+    assert "short: kept the capture of prompt 3 made with another temperature" in one.stderr
 
 
-def test_what_a_capture_removes_of_an_earlier_one_is_said(capture: Run, raw: Path) -> None:
+def test_removed_files_of_an_earlier_capture_are_reported(capture: Run, raw: Path) -> None:
     first = capture("--attention", "--layer-internals", 1, "--limit", 2, "--temperature", 0)
     assert "removed" not in first.stdout
     alike = capture("--limit", 2, "--temperature", 0)
     assert "removed" not in alike.stdout
     other = capture("--attention", "--limit", 1, "--temperature", 3, "--seed", 1)
-    assert "1 earlier files removed that this run did not make again" in other.stdout
+    assert "1 files of earlier runs removed and not written again" in other.stdout
     assert [path.name for path in (raw.parents[1] / "internals" / "short").glob("*.pt")] == ["2_L1.pt"]
 
 
@@ -220,7 +220,7 @@ def test_what_a_capture_removes_of_an_earlier_one_is_said(capture: Run, raw: Pat
     ("option", "value"),
     [("--seed", 2**64), ("--seed", -(2**63) - 1), ("--limit", 2**31), ("--batch-size", 2**31), ("--limit", 10**30)],
 )
-def test_numbers_beyond_what_can_be_counted_are_refused(capture: Run, raw: Path, option: str, value: int) -> None:
+def test_numbers_out_of_range_are_refused(capture: Run, raw: Path, option: str, value: int) -> None:
     result = capture(option, value)
     assert result.exit_code == 2
     assert option in result.stderr
@@ -228,7 +228,7 @@ def test_numbers_beyond_what_can_be_counted_are_refused(capture: Run, raw: Path,
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs a device that is always full")
-def test_a_log_that_cannot_be_written_is_said_once_and_stops_nothing(capture: Run, raw: Path) -> None:
+def test_a_log_that_cannot_be_written_is_reported_once_and_does_not_stop_the_run(capture: Run, raw: Path) -> None:
     result = capture("--log-file", "/dev/full")
     assert result.exit_code == 0
     assert result.stderr.count("--log-file /dev/full: cannot be written any more: No space left on device") == 1
@@ -236,8 +236,8 @@ def test_a_log_that_cannot_be_written_is_said_once_and_stops_nothing(capture: Ru
     assert len(list(raw.glob("*.pt"))) == 3
 
 
-def test_internals_that_hold_no_numbers_are_refused(capture: Run, raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As float16 may have in front of a relu, behind which nothing shows it."""
+def test_internals_with_nan_or_inf_are_refused(capture: Run, raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A float16 overflow before a ReLU need not be visible after it."""
     from tlcapture.commands import capture_outputs as outputs
 
     view = outputs.internals_view
@@ -277,7 +277,7 @@ def test_all_internals_imply_attention_and_logit_lens(capture: Run, raw: Path, a
     assert names(analysis) == ["1_attention.json", "1_logit_lens.json"]
 
 
-def test_a_layer_the_model_has_not_is_refused(capture: Run, raw: Path) -> None:
+def test_a_layer_that_the_model_does_not_have_is_refused(capture: Run, raw: Path) -> None:
     result = capture("--layer-internals", 9)
     assert result.exit_code == 2
     assert "--layer-internals 9: the model has layers 0 to 2" in result.stderr
@@ -292,7 +292,7 @@ def test_capture_attn_keeps_attention_outputs(capture: Run, raw: Path) -> None:
         assert torch.allclose(found.residual(layer, "after_attn"), expected, atol=1e-5)
 
 
-def test_captures_are_projected_at_the_default_layer_and_not_when_told_so(
+def test_captures_are_projected_at_the_default_layer_unless_told_not_to(
     capture: Run, extract: Run, projected: Path
 ) -> None:
     assert extract().exit_code == 0
@@ -313,7 +313,7 @@ def test_layer_and_method_choose_the_vector(capture: Run, extract: Run, projecte
     assert (source["layer"], source["method"], source["selected_by"]) == (2, "mean_diff", "override")
     result = capture("--layer", 7)
     assert result.exit_code == 2
-    assert "--layer 7: no trait has a vector there; layers with vectors: 0 to 2" in result.stderr
+    assert "--layer 7: no trait has a vector of that layer; layers with vectors: 0 to 2" in result.stderr
     evaluation = projected.parents[4] / "extraction" / "extraction_evaluation.json"
     row = {"trait": "tone/loud", "method": "gradient", "layer": 0, "component": "residual", "val_effect_size": 3.0}
     evaluation.write_text(json.dumps({"all_results": [row]}))
@@ -322,7 +322,7 @@ def test_layer_and_method_choose_the_vector(capture: Run, extract: Run, projecte
     assert (source["layer"], source["method"], source["selected_by"]) == (0, "gradient", "effect_size")
 
 
-def test_vectors_may_come_from_another_experiment(capture: Run, extract: Run, projected: Path) -> None:
+def test_vectors_can_come_from_another_experiment(capture: Run, extract: Run, projected: Path) -> None:
     extract(experiment="vectors")
     assert capture("--vector-experiment", "vectors").exit_code == 0
     assert read_json(projected / "1.json")["metadata"]["vector_source"]["experiment"] == "vectors"
@@ -347,7 +347,7 @@ def test_length_temperature_and_seed_change_the_response(capture: Run, raw: Path
 
 
 @pytest.mark.parametrize("size", ["1", "2", "auto"])
-def test_the_batch_size_changes_no_token(capture: Run, raw: Path, size: str) -> None:
+def test_the_batch_size_does_not_change_tokens(capture: Run, raw: Path, size: str) -> None:
     assert capture("--batch-size", 3).exit_code == 0
     expected = tokens_of(raw)
     assert capture("--batch-size", size).exit_code == 0
@@ -412,7 +412,7 @@ def test_skip_existing_makes_exactly_what_is_missing(
         path.unlink()
         del kept[path]
     for path in (analysis / "2_attention.json", projected / "2.json"):
-        del kept[path]  # of prompt 2, which is generated again
+        del kept[path]  # those of prompt 2, which is captured again
     tokens = tokens_of(raw)
     result = capture("--attention", "--skip-existing")
     assert result.exit_code == 0
@@ -460,7 +460,7 @@ def test_another_system_prompt_or_a_shortened_text_is_captured_again(capture: Ru
     assert Capture.open(raw / "1.pt").metadata["prompt_text"] == "hello"
 
 
-def test_views_of_another_model_do_not_outlive_a_capture_with_the_same_tokens(
+def test_views_of_another_model_are_removed_even_if_the_tokens_are_the_same(
     capture: Run, tlcapture: Run, tmp_path: Path, raw: Path, analysis: Path
 ) -> None:
     capture("--attention", "--max-new-tokens", 0)
@@ -482,7 +482,7 @@ def test_float16_captures_are_of_the_same_checkpoint(capture: Run, raw: Path) ->
 
 
 @tiny.needs_hooked
-def test_out_of_memory_in_replay_fails_its_prompt_alone(
+def test_out_of_memory_in_replay_fails_only_its_prompt(
     capture: Run, analysis: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tlcapture.models.engines.hooked import HookedModel
@@ -503,7 +503,7 @@ def test_out_of_memory_in_replay_fails_its_prompt_alone(
     assert names(analysis) == ["1_attention.json", "3_attention.json"]
 
 
-def test_a_damaged_capture_is_made_again_where_it_may_be(capture: Run, raw: Path) -> None:
+def test_a_damaged_capture_is_captured_again_with_overwrite(capture: Run, raw: Path) -> None:
     capture()
     expected = tokens_of(raw)
     (raw / "2.pt").write_bytes((raw / "2.pt").read_bytes()[:500])
@@ -513,12 +513,12 @@ def test_a_damaged_capture_is_made_again_where_it_may_be(capture: Run, raw: Path
     assert tokens_of(raw) == expected
 
 
-def test_files_of_other_tokens_do_not_outlive_their_capture(
+def test_files_derived_from_other_tokens_are_removed(
     capture: Run, extract: Run, raw: Path, analysis: Path, projected: Path
 ) -> None:
     extract()
     capture("--attention", "--temperature", 2, "--seed", 1)
-    capture("--no-project", "--temperature", 2, "--seed", 1)  # the same tokens: all stays
+    capture("--no-project", "--temperature", 2, "--seed", 1)  # the same tokens: all files are kept
     assert len(names(analysis)) == len(names(projected)) == 3
     capture("--no-project", "--temperature", 2, "--seed", 2)
     assert names(analysis) == []
@@ -526,7 +526,7 @@ def test_files_of_other_tokens_do_not_outlive_their_capture(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ((), "give one of --prompt-set NAME, --prompt TEXT and --all-prompt-sets"),
         (("--prompt-set", "short", "--prompt", "x"), "give one of"),
@@ -540,15 +540,18 @@ def test_files_of_other_tokens_do_not_outlive_their_capture(
         (("--prompt", "x", "--engine", "steam"), "engine"),
         (("--prompt", "x", "--model", "."), "it has no config.json"),
         (("--prompt", "x", "--temperature", "nan"), "temperature nan: expected a number of at least 0"),
-        (("--prompt", "x", "--replay", "--capture-attn"), "attention outputs need a capture of their own"),
+        (
+            ("--prompt", "x", "--replay", "--capture-attn"),
+            "--replay does not change raw residuals: leave it out to capture attention outputs",
+        ),
     ],
 )
-def test_wrong_usage_is_one_clear_line_and_exit_status_2(
-    tlcapture: Run, data: Path, words: tuple[str, ...], said: str
+def test_wrong_usage_has_an_error_of_one_line_and_exit_status_2(
+    tlcapture: Run, data: Path, words: tuple[str, ...], message: str
 ) -> None:
     result = tlcapture("capture", "--experiment", "exp", *words)
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not (data / "experiments").exists()
 
@@ -569,7 +572,7 @@ def test_a_checkpoint_with_missing_weights_is_refused(tlcapture: Run, root: Path
     assert "is incomplete: its checkpoint has no fitting model.layers.1.mlp.up_proj.weight" in result.stderr
 
 
-def test_a_truncated_checkpoint_is_one_clear_line(tlcapture: Run, root: Path, tiny_folder: Path) -> None:
+def test_a_truncated_checkpoint_has_an_error_of_one_line(tlcapture: Run, root: Path, tiny_folder: Path) -> None:
     folder = folder_of(root, tiny_folder)
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
@@ -579,7 +582,7 @@ def test_a_truncated_checkpoint_is_one_clear_line(tlcapture: Run, root: Path, ti
     assert not (root / "experiments").exists()
 
 
-def test_a_chat_template_that_refuses_is_one_clear_line(tlcapture: Run, root: Path, tiny_folder: Path) -> None:
+def test_a_chat_template_that_refuses_has_an_error_of_one_line(tlcapture: Run, root: Path, tiny_folder: Path) -> None:
     folder = folder_of(root, tiny_folder)
     (folder / "chat_template.jinja").write_text("{{ raise_exception('only on sundays') }}")
     result = tlcapture("capture", "--experiment", "exp", "--prompt", "x", "--model", folder)
@@ -588,7 +591,7 @@ def test_a_chat_template_that_refuses_is_one_clear_line(tlcapture: Run, root: Pa
     assert not (root / "experiments").exists()
 
 
-def test_a_system_prompt_that_is_no_unicode_is_refused(capture: Run) -> None:
+def test_a_system_prompt_that_is_not_unicode_is_refused(capture: Run) -> None:
     result = capture("--system-prompt", "bad \udcff byte")
     assert result.exit_code == 2
     assert "no valid Unicode" in result.stderr
@@ -603,7 +606,7 @@ def test_a_single_token_has_a_lens_without_predictions(capture: Run, analysis: P
     assert len(lens["predictions"]) == len(lens["tokens"]) - 1 == 1  # BOS and one token
 
 
-def test_stray_folders_and_files_disturb_nothing(capture: Run, tlcapture: Run, extract: Run, raw: Path) -> None:
+def test_stray_folders_and_files_are_ignored(capture: Run, tlcapture: Run, extract: Run, raw: Path) -> None:
     extract()
     capture()
     for name in (".ipynb_checkpoints", "-x"):
@@ -621,7 +624,7 @@ def test_an_experiment_name_cannot_leave_its_folder(tlcapture: Run, data: Path) 
         assert "no safe file name" in result.stderr
 
 
-def test_a_prompt_that_does_not_fit_fails_and_the_others_are_done(capture: Run, data: Path, raw: Path) -> None:
+def test_a_prompt_that_does_not_fit_fails_and_the_others_are_captured(capture: Run, data: Path, raw: Path) -> None:
     from tests.cli.conftest import make_prompt_set
 
     make_prompt_set(data, "short", ["fine", "x" * 400, "fine too"])
@@ -631,7 +634,7 @@ def test_a_prompt_that_does_not_fit_fails_and_the_others_are_done(capture: Run, 
     assert names(raw) == ["1.pt", "3.pt"]
 
 
-def test_activations_too_large_for_float16_are_kept_in_bfloat16_or_refused(
+def test_activations_too_large_for_float16_are_saved_in_bfloat16_or_refused(
     capture: Run, tlcapture: Run, raw: Path, tmp_path: Path, tiny_folder: Path
 ) -> None:
     import transformers

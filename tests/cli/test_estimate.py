@@ -1,4 +1,4 @@
-"""`--dry-run` and the estimate: near what is then written, and nothing is written by it."""
+"""`--dry-run`: it writes nothing, and its estimate is close to the size of what is then written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Run = Callable[..., Result]
 EVERYTHING = ("--attention", "--logit-lens", "--layer-internals", 1, "--capture-attn")
 
 
-def test_a_dry_run_writes_nothing_and_is_near_what_is_written(capture: Run, extract: Run, data: Path) -> None:
+def test_a_dry_run_writes_nothing_and_its_estimate_is_close(capture: Run, extract: Run, data: Path) -> None:
     extract()
     before = sorted(path for path in data.rglob("*"))
     dry = capture("--dry-run", "--json", *EVERYTHING)
@@ -38,7 +38,7 @@ def test_a_dry_run_writes_nothing_and_is_near_what_is_written(capture: Run, extr
     assert kinds["projection"] == pytest.approx(size("inference/tone"), rel=0.5)
 
 
-def test_a_dry_run_counts_only_what_is_missing(capture: Run, raw: Path) -> None:
+def test_a_dry_run_counts_only_missing_files(capture: Run, raw: Path) -> None:
     capture()
     (raw / "2.pt").unlink()
     text = capture("--dry-run", "--skip-existing", "--logit-lens").output

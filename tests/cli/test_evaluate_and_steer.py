@@ -184,9 +184,9 @@ def test_traits_check_of_the_shipped_examples_finds_no_topic_leak_where_prompts_
         (("traits", "check", "--traits", "x/y"), "no examples for trait 'x/y'"),
         (("evaluate", "--experiment", "exp", "--traits", "x/y"), "no vectors for trait 'x/y'"),
         (("evaluate", "--experiment", "nix"), "no experiment 'nix': expected the folder"),
-        (("steer", "--experiment", "nix"), "there are: exp"),
-        (("traits", "list", "--experiment", "nix"), "there are: exp"),
-        (("capture", "--experiment", "file", "--prompt", "hi"), "file: expected a folder, a file is there"),
+        (("steer", "--experiment", "nix"), "existing experiments: exp"),
+        (("traits", "list", "--experiment", "nix"), "existing experiments: exp"),
+        (("capture", "--experiment", "file", "--prompt", "hi"), "file: expected a folder, found a file"),
     ],
 )
 def test_wrong_usage(tlcapture: Run, data: Path, words: tuple[str, ...], said: str) -> None:

@@ -1,4 +1,4 @@
-"""`capture --layers --points`: the kept part of a whole capture, bit for bit, and every reader of it."""
+"""`capture --layers --points`: a part of a full capture, bit for bit, and everything that reads it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def files(raw: Path) -> dict[str, Any]:
     ("layers", "points"),
     [("0,2", "residual_out"), ("1,2", "residual_in,residual_out"), ("1", "after_attn"), ("all", "residual_in")],
 )
-def test_a_subset_is_that_of_a_whole_capture_bit_for_bit(capture: Run, raw: Path, layers: str, points: str) -> None:
+def test_a_subset_equals_that_part_of_a_full_capture(capture: Run, raw: Path, layers: str, points: str) -> None:
     capture(*GREEDY, "--capture-attn")
     whole = files(raw)
     done = capture(*GREEDY, "--capture-attn", "--layers", layers, "--points", points)
@@ -83,7 +83,7 @@ def test_only_what_is_kept_is_captured(capture: Run, monkeypatch: pytest.MonkeyP
     assert {name for names in asked for name in names} == {"blocks.1.hook_resid_post"}
 
 
-def test_reading_what_was_not_kept_names_what_was(capture: Run, raw: Path) -> None:
+def test_reading_activations_that_were_not_kept_names_those_that_were(capture: Run, raw: Path) -> None:
     capture("--layers", "0,2", "--points", "residual_out", "--capture-attn")
     saved = Capture.open(raw / "1.pt")
     assert (saved.n_layers, saved.d_model) == (tiny.N_LAYERS, tiny.D_MODEL)
@@ -97,7 +97,7 @@ def test_reading_what_was_not_kept_names_what_was(capture: Run, raw: Path) -> No
         saved.residual(1, "attn_out")
 
 
-def test_a_file_that_says_nothing_of_layers_holds_all(capture: Run, raw: Path) -> None:
+def test_a_file_without_layers_in_its_metadata_holds_all_layers(capture: Run, raw: Path) -> None:
     capture(*GREEDY)
     expected = Capture.open(raw / "1.pt").residual(1, "residual_out")
     value = torch.load(raw / "1.pt", weights_only=True)
@@ -109,19 +109,19 @@ def test_a_file_that_says_nothing_of_layers_holds_all(capture: Run, raw: Path) -
     assert "3 prompts skipped" in capture(*GREEDY, "--skip-existing").output
 
 
-def test_a_live_capture_keeps_what_it_is_asked_for(capture: Run, raw: Path) -> None:
+def test_a_live_capture_keeps_the_layers_and_points_asked_for(capture: Run, raw: Path) -> None:
     capture(*GREEDY)
     (live,) = capture_live(
         tiny.model("llama"), ["hello there"], layers=[1], points=["residual_out"], temperature=0, max_new_tokens=6,
         save_dtype="float32",
     )  # fmt: skip
-    # Alone in its batch: sums in another order.
+    # Not bit for bit: a batch of one prompt adds in another order.
     assert torch.allclose(live.residual(1), Capture.open(raw / "1.pt").residual(1), atol=1e-3)
     with pytest.raises(InputError, match="layer 0 was not kept"):
         live.residual(0)
 
 
-def test_a_file_that_lost_a_layer_is_no_capture(capture: Run, raw: Path) -> None:
+def test_a_file_that_lacks_a_layer_is_not_a_capture(capture: Run, raw: Path) -> None:
     capture()
     value = torch.load(raw / "1.pt", weights_only=True)
     for part in ("prompt", "response"):
@@ -131,7 +131,7 @@ def test_a_file_that_lost_a_layer_is_no_capture(capture: Run, raw: Path) -> None
         Capture.open(raw / "1.pt")
 
 
-def test_projections_of_a_subset_are_those_of_the_whole_and_null_elsewhere(
+def test_projections_of_a_subset_equal_those_of_a_full_capture_and_are_null_elsewhere(
     capture: Run, extract: Run, projected: Path
 ) -> None:
     extract()
@@ -155,8 +155,8 @@ def test_a_vector_whose_layer_or_point_was_not_kept_is_an_error_for_its_trait(
     extract()
     done = capture("--layers", "0,2", *LAYER_1)
     assert done.exit_code == 1
-    said = "tone/loud: the probe vector of tone/loud is of layer 1, but only layers 0, 2 were kept: choose another with"
-    assert said in done.output
+    message = "tone/loud: the probe vector of tone/loud is of layer 1, but only layers 0, 2 were kept"
+    assert message in done.output
     assert not projected.exists()
     done = capture("--points", "residual_in", *LAYER_1)
     assert done.exit_code == 1
@@ -194,7 +194,7 @@ def test_everything_that_shows_projections_shows_the_kept_layers(
     assert len(list((data / "pictures").rglob("*.png"))) == 6
 
 
-def test_the_cache_of_a_subset_holds_it_and_names_what_it_lacks(capture: Run, data: Path, raw: Path) -> None:
+def test_the_cache_of_a_subset_has_its_activations_and_names_missing_ones(capture: Run, data: Path, raw: Path) -> None:
     capture("--layers", "0", "--points", "residual_out,residual_in")
     cap = Experiment("exp", data).captures("short")[1]
     assert set(cap.cache) == {"blocks.0.hook_resid_pre", "blocks.0.hook_resid_post"}
@@ -205,7 +205,7 @@ def test_the_cache_of_a_subset_holds_it_and_names_what_it_lacks(capture: Run, da
         cap.cache["resid_post", 2]
 
 
-def test_a_live_logit_lens_does_not_need_what_is_kept_and_a_replayed_one_does(
+def test_a_live_logit_lens_works_with_a_subset_and_a_replayed_one_does_not(
     capture: Run, raw: Path, analysis: Path, data: Path
 ) -> None:
     capture(*GREEDY, "--logit-lens", "--attention")
@@ -217,7 +217,7 @@ def test_a_live_logit_lens_does_not_need_what_is_kept_and_a_replayed_one_does(
     done = capture("--replay", "--logit-lens")
     assert done.exit_code == 1
     assert (
-        "the logit lens needs residual_out of every layer, and the capture has residual_in, after_attn" in done.output
+        "the logit lens needs residual_out of every layer, but the capture has residual_in, after_attn" in done.output
     )
     assert capture("--replay", "--attention").exit_code == 0
     (analysis / "1_logit_lens.json").unlink()
@@ -225,7 +225,7 @@ def test_a_live_logit_lens_does_not_need_what_is_kept_and_a_replayed_one_does(
         Experiment("exp", data).captures("short")[1].logit_lens()
 
 
-def test_skip_existing_makes_again_what_keeps_less_than_is_asked_and_leaves_what_keeps_more(
+def test_skip_existing_recaptures_prompts_with_too_few_layers_and_keeps_the_others(
     capture: Run, raw: Path, analysis: Path
 ) -> None:
     capture(*GREEDY, "--layers", "1,2")
@@ -235,12 +235,12 @@ def test_skip_existing_makes_again_what_keeps_less_than_is_asked_and_leaves_what
     assert {path: path.stat().st_mtime_ns for path in raw.glob("*.pt")} == before
     assert capture(*GREEDY, "--skip-existing", "--layers", "0,1").exit_code == 0
     assert {tuple(value["metadata"]["layers"]) for value in files(raw).values()} == {(0, 1)}
-    # A logit lens cannot be made from so little: the prompts run again.
+    # The logit lens needs all layers: the prompts are captured again.
     assert capture(*GREEDY, "--skip-existing", "--layers", 1, "--logit-lens").exit_code == 0
     assert len(list(analysis.glob("*_logit_lens.json"))) == 3
 
 
-def test_the_estimate_of_a_subset_is_near_what_is_written(capture: Run, extract: Run) -> None:
+def test_the_estimate_of_a_subset_is_close(capture: Run, extract: Run) -> None:
     extract()
     subset = ("--layers", "1", "--points", "residual_out", *LAYER_1, "--save-dtype", "float32")
     estimate = json.loads(capture("--dry-run", "--json", *subset).stdout)["estimate"]
@@ -258,5 +258,5 @@ def test_wrong_layers_and_points_are_refused(capture: Run, raw: Path) -> None:
     done = capture("--points", "middle")
     assert done.exit_code == 2
     assert "'middle' is no list of residual points: residual_in, after_attn, residual_out" in done.output
-    assert "need a capture of their own" in capture("--replay", "--layers", 1).output
+    assert "leave it out to use --layers and --points" in capture("--replay", "--layers", 1).output
     assert not raw.exists()

@@ -385,8 +385,8 @@ def test_a_prompt_set_without_captures_lists_those_with(project: Run) -> None:
 def test_vectors_that_no_trait_has_are_refused_before_any_prompt_runs(capture: Run, extract: Run, raw: Path) -> None:
     assert extract("--methods", "probe,mean_diff", "--layers", "0,2").exit_code == 0
     for words, said in (
-        (("--layer", 99), "--layer 99: no trait has a vector there; layers with vectors: 0, 2"),
-        (("--method", "pca"), "--method pca: no trait has such vectors; there are mean_diff, probe"),
+        (("--layer", 99), "--layer 99: no trait has a vector of that layer; layers with vectors: 0, 2"),
+        (("--method", "pca"), "--method pca: no trait has such vectors; methods with vectors: mean_diff, probe"),
     ):
         result = capture(*words)
         assert result.exit_code == 2
@@ -409,7 +409,7 @@ def test_results_of_an_earlier_run_are_not_shown_as_those_of_one_that_failed(
 def test_vectors_that_an_extraction_removes_are_counted(extract: Run) -> None:
     assert "removed" not in extract("--methods", "probe", "--component", "residual").stdout
     again = extract("--methods", "probe", "--component", "residual", "--layers", 1, "--seed", 3)
-    assert "4 earlier files removed that this run did not make again" in again.stdout  # two layers of two traits
+    assert "4 files of earlier runs removed and not written again" in again.stdout  # two layers of two traits
 
 
 def test_two_prompts_are_compared_with_themselves(capture: Run, extract: Run) -> None:

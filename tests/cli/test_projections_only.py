@@ -125,7 +125,7 @@ def test_beside_a_raw_capture_projections_are_made_from_it_or_not_at_all(
     before = {path: path.read_bytes() for path in raw.glob("*.pt")}
     done = capture(*ONLY)
     assert done.exit_code == 2
-    assert "would leave projections of one run beside the raw capture of another" in done.output
+    assert "would leave projections of one run next to the raw capture of another" in done.output
     assert projections(inference) == {}
     done = capture(*ONLY, "--skip-existing")
     assert done.exit_code == 0, done.output
@@ -196,8 +196,8 @@ def test_the_estimate_counts_no_raw_file(capture: Run, extract: Run) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--no-project",), "--projections-only keeps nothing but projections: leave out --replay and --no-project"),
-        (("--replay",), "--projections-only keeps nothing but projections: leave out --replay and --no-project"),
+        (("--no-project",), "--projections-only keeps only projections: leave out --replay and --no-project"),
+        (("--replay",), "--projections-only keeps only projections: leave out --replay and --no-project"),
         (("--layer-internals", 1), "--projections-only keeps no raw activations: leave out --layer-internals"),
     ],
 )
@@ -217,4 +217,4 @@ def test_without_vectors_it_is_refused_before_anything_runs(capture: Run, extrac
     extract()
     done = capture(*ONLY, "--layers", "0", "--layer", 1)
     assert done.exit_code == 2
-    assert "no trait has a vector that fits, so that nothing would be kept" in done.output
+    assert "no trait has a vector that fits, so nothing would be kept" in done.output

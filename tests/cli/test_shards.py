@@ -1,4 +1,4 @@
-"""`--shard i/n`: each run its share, together what one run does."""
+"""`--shard i/n`: each run captures its share; together they equal a single run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Run = Callable[..., Result]
 GREEDY = ("--temperature", 0)
 
 
-def test_shards_capture_disjoint_prompts_and_together_all_of_them(
+def test_shards_capture_disjoint_prompts_and_all_of_them_together(
     capture: Run, extract: Run, raw: Path, projected: Path, data: Path
 ) -> None:
     extract()
@@ -36,7 +36,7 @@ def test_shards_capture_disjoint_prompts_and_together_all_of_them(
     )
 
 
-def test_a_shard_is_taken_of_what_the_limit_leaves_and_skips_what_is_there(capture: Run, raw: Path) -> None:
+def test_a_shard_is_taken_after_the_limit_and_can_skip_existing_captures(capture: Run, raw: Path) -> None:
     capture("--shard", "2/2", "--limit", 2)
     assert [path.stem for path in raw.glob("*.pt")] == ["2"]
     assert "1 prompts skipped" in capture("--shard", "2/2", "--skip-existing").output
@@ -60,4 +60,4 @@ def test_project_takes_a_shard_of_the_captures(capture: Run, extract: Run, tlcap
 def test_a_wrong_shard_is_refused(capture: Run, raw: Path) -> None:
     done = capture("--shard", "0/4")
     assert done.exit_code == 2
-    assert "'0/4' is no shard: expected i/n with i from 1 to n" in done.output
+    assert "'0/4' is not a shard: expected i/n with i from 1 to n" in done.output

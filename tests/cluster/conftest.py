@@ -1,4 +1,4 @@
-"""A Ray cluster of two workers on this machine, a tiny model, and prompts that keep it busy for a while."""
+"""A Ray cluster of two workers on this machine, a tiny model, and prompts that keep it busy for some seconds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEXTS = [f"tell me {'more ' * number}of it" for number in range(12)]
 
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
-    """The address of a cluster that runs for as long as these tests."""
+    """The address of a cluster that runs until the end of these tests."""
     import ray
 
     context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
@@ -29,16 +29,16 @@ def ray_address() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def busy_template(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     """A root with a prompt set of twelve prompts, two traits, their vectors, and the model itself."""
-    load_model(str(tiny_folder))  # so that nothing is left to be imported in a fork
+    load_model(str(tiny_folder))  # so that a fork has everything imported
     root = tmp_path_factory.mktemp("busy")
     shutil.copytree(tiny_folder, root / "model")
     make_prompt_set(root, "busy", TEXTS)
     for trait, words in (("loud", ("LOUD", "soft")), ("warm", ("warm", "cold"))):
         make_trait(root, f"tone/{trait}", *words)
-    done = Command(root / "said", "extract", "--root", root, "--experiment", "exp", "--model", root / "model",
+    done = Command(root / "output", "extract", "--root", root, "--experiment", "exp", "--model", root / "model",
                    "--traits", "tone/loud,tone/warm").end()  # fmt: skip
     assert done.code == 0, done.stderr
-    shutil.rmtree(root / "said")
+    shutil.rmtree(root / "output")
     return root
 
 
@@ -51,9 +51,9 @@ def words_of(root: Path) -> tuple[object, ...]:
 
 @pytest.fixture(scope="session")
 def by_one_process(busy_template: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a local run leaves, computed with one thread as workers do."""
+    """The files of a local run that uses one thread, as workers do."""
     root = Path(shutil.copytree(busy_template, tmp_path_factory.mktemp("local") / "root"))
-    done = Command(root.parent / "said", *words_of(root), "--model", busy_template / "model").end()
+    done = Command(root.parent / "output", *words_of(root), "--model", busy_template / "model").end()
     assert done.code == 0, done.stderr
     return contents(root / "experiments" / "exp")
 

@@ -1,4 +1,4 @@
-"""Work on a real Ray cluster: the files of a local run, whoever dies."""
+"""Work on a real Ray cluster: the files of a local run, even where workers or the driver are killed."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def program(*words: object, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-def wait_for(is_there: Callable[[], Any], running: subprocess.Popen[str]) -> Any:
+def wait_for(condition: Callable[[], Any], running: subprocess.Popen[str]) -> Any:
     deadline = time.monotonic() + 120
-    while not (found := is_there()):
+    while not (found := condition()):
         assert running.poll() is None, running.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -42,7 +42,7 @@ def captured(root: Path) -> list[Path]:
 
 
 def same_but_for_the_model_folder(found: dict[str, Any], expected: dict[str, Any]) -> bool:
-    """Whether two experiments hold the same; the model lies in another folder, whose name is recorded."""
+    """Whether two experiments hold the same, except for the recorded name of the model's folder."""
     return json.dumps(plain(found), sort_keys=True) == json.dumps(plain(expected), sort_keys=True)
 
 
@@ -79,10 +79,10 @@ def test_a_cluster_writes_the_files_of_a_local_run(
     assert summary["files"]["folders"]["inference/raw/residual/busy"]["files"] == 12
     assert (summary["cluster"]["workers"], summary["cluster"]["pieces"]) == (2, 6)
     assert summary["model"]["engine"] == "hooked"
-    assert stderr.count(" of 6 pieces") == 6
+    assert stderr.count(" of 6 batches") == 6
 
 
-def test_a_worker_that_is_killed_costs_its_piece_which_is_run_again(
+def test_the_batch_of_a_killed_worker_is_run_again(
     run: Callable[..., subprocess.Popen[str]], busy: Path, by_one_process: dict[str, Any], evidence: Evidence
 ) -> None:
     log = busy / "log"
@@ -91,15 +91,15 @@ def test_a_worker_that_is_killed_costs_its_piece_which_is_run_again(
     os.kill(int(re.findall(r"process (\d+), takes", log.read_text())[-1]), signal.SIGKILL)
     stdout, stderr = running.communicate()
     assert running.returncode == 0, stderr
-    assert "died; its work is run again: 2 prompts of busy" in stdout
-    assert "1 pieces of work run again after their worker died" in stdout
+    assert "died; its batch is run again: 2 prompts of busy" in stdout
+    assert "1 batches run again because their worker died" in stdout
     assert same_but_for_the_model_folder(contents(busy / "experiments" / "exp"), by_one_process)
     evidence.survived(
-        "a Ray worker killed in the middle", "kill -9 of one of two", "its piece is run again; the files of a local run"
+        "a Ray worker killed in the middle", "kill -9 of one of two", "its batch is run again; the files of a local run"
     )
 
 
-def test_a_driver_that_is_killed_goes_on_where_it_was(
+def test_a_killed_driver_is_resumed_with_skip_existing(
     run: Callable[..., subprocess.Popen[str]], busy: Path, by_one_process: dict[str, Any], evidence: Evidence
 ) -> None:
     killed = run()
@@ -119,7 +119,7 @@ def test_a_driver_that_is_killed_goes_on_where_it_was(
     )
 
 
-def test_ctrl_c_keeps_what_workers_have_done(
+def test_ctrl_c_keeps_what_workers_did(
     run: Callable[..., subprocess.Popen[str]], busy: Path, by_one_process: dict[str, Any]
 ) -> None:
     running = run()
@@ -139,8 +139,7 @@ def test_ctrl_c_keeps_what_workers_have_done(
 def test_a_root_that_workers_do_not_see_is_refused_unless_files_are_sent_back(
     ray_address: str, busy: Path, tmp_path: Path, by_one_process: dict[str, Any], collect: bool
 ) -> None:
-    """The driver has a mount namespace of its own: its root, and the model in it, lie where workers see an empty
-    folder."""
+    """The driver has a mount namespace of its own: workers see an empty folder at its root."""
     hidden, result = tmp_path / "hidden", tmp_path / "result"
     hidden.mkdir()
     words = [str(word) for word in (*words_of(hidden), *RAY, "--ray-address", ray_address, "--model", hidden / "model")]
@@ -167,7 +166,7 @@ def test_a_root_that_workers_do_not_see_is_refused_unless_files_are_sent_back(
     assert ".tlcapture-" not in done.stderr.splitlines()[-1]
 
 
-def test_every_command_gives_on_a_cluster_what_it_gives_here(ray_address: str, busy: Path, tmp_path: Path) -> None:
+def test_every_command_gives_the_same_on_a_cluster_as_locally(ray_address: str, busy: Path, tmp_path: Path) -> None:
     import shutil
 
     from tests.faults.commands import Command
@@ -176,7 +175,7 @@ def test_every_command_gives_on_a_cluster_what_it_gives_here(ray_address: str, b
         questions = [{"id": str(n), "question": f"q{n}?", "positive": "YES", "negative": "no"} for n in range(2)]
         path = busy / "datasets" / "traits" / "tone" / trait / "steering.json"
         path.write_text(json.dumps({"questions": questions}))
-    first = Command(tmp_path / "said", *words_of(busy), "--limit", 3, "--max-new-tokens", 4, "--no-project").end()
+    first = Command(tmp_path / "output", *words_of(busy), "--limit", 3, "--max-new-tokens", 4, "--no-project").end()
     assert first.code == 0, first.stderr
     here = Path(shutil.copytree(busy, tmp_path / "here"))
     commands: list[tuple[object, ...]] = [
@@ -187,7 +186,7 @@ def test_every_command_gives_on_a_cluster_what_it_gives_here(ray_address: str, b
     ]
     for name, *words in commands:
         common = ("--experiment", "exp", *words)
-        local = Command(tmp_path / "said", name, "--root", here, *common).end()
+        local = Command(tmp_path / "output", name, "--root", here, *common).end()
         assert local.code == 0, local.stderr
         cluster = ("--executor", "ray", "--workers", "1", "--ray-address", ray_address)
         running = program(name, "--root", busy, *common, *cluster)
@@ -211,7 +210,7 @@ def without_times(value: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("--workers", "2"), "--workers goes with --executor ray"),
         (("--collect",), "--collect goes with --executor ray"),
@@ -219,22 +218,24 @@ def without_times(value: Any) -> Any:
         (("--executor", "ray", "--cpus-per-worker", "64"), "too few for a worker of 64 and 0"),
     ],
 )
-def test_what_no_cluster_can_do_is_refused(
-    ray_address: str, busy: Path, words: tuple[str, ...], said: str, tlcapture: Any
+def test_options_that_a_cluster_cannot_meet_are_refused(
+    ray_address: str, busy: Path, words: tuple[str, ...], message: str, tlcapture: Any
 ) -> None:
     result = tlcapture(*words_of(busy), *words)
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert message in result.stderr
 
 
-def test_without_ray_it_is_said_what_to_install(busy: Path, tlcapture: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray_the_error_says_how_to_install_it(
+    busy: Path, tlcapture: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     result = tlcapture(*words_of(busy), "--executor", "ray")
     assert result.exit_code == 2
     assert 'needs Ray: run pip install "tlcapture[ray]"' in result.stderr
 
 
-def test_no_cluster_at_an_address_is_said(busy: Path) -> None:
+def test_an_address_without_a_cluster_is_an_error(busy: Path) -> None:
     running = program(*words_of(busy), "--executor", "ray", "--ray-address", "127.0.0.1:1")
     _, stderr = running.communicate()
     assert running.returncode == 2, stderr

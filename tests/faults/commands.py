@@ -1,6 +1,6 @@
-"""The real command in a process of its own that tests may kill, starve and interrupt.
+"""The real command in a process that tests can kill, limit and interrupt.
 
-The process is a fork of the tests', which have everything imported: hundreds of runs take a minute.
+The process is a fork of the test process, which has everything imported, so that hundreds of runs take a minute.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-_PATIENCE = 120  # seconds until a run counts as hanging
+_TIMEOUT = 120  # seconds after which a run counts as hanging
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: its exit status, or minus the signal that killed it."""
+    """The end of a process: its exit status, or minus the signal that killed it, and its output."""
 
     code: int
     stdout: str
@@ -31,63 +31,66 @@ class Ended:
 
 
 class Command:
-    """`tlcapture WORDS` in a process, which calls `before` first."""
+    """`tlcapture WORDS` in another process, which first calls `before`."""
 
     def __init__(self, folder: Path, *words: object, before: Callable[[], object] = lambda: None):
         folder.mkdir(parents=True, exist_ok=True)
-        self._said = [folder / f"{time.monotonic_ns()}.{name}" for name in ("out", "err")]
-        for path in self._said:
+        self._outputs = [folder / f"{time.monotonic_ns()}.{name}" for name in ("out", "err")]
+        for path in self._outputs:
             path.touch()
         self.pid = os.fork()
         if self.pid == 0:
             code = 99
             try:
-                code = _run(self._said, [str(word) for word in words], before)
+                code = _run(self._outputs, [str(word) for word in words], before)
             finally:
                 os._exit(code)
 
     def end(self) -> Ended:
-        """Wait for its end."""
-        deadline = time.monotonic() + _PATIENCE
+        """Wait until the process ends."""
+        deadline = time.monotonic() + _TIMEOUT
         while time.monotonic() < deadline:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
-                return Ended(os.waitstatus_to_exitcode(status), *(path.read_text() for path in self._said))
+                return Ended(os.waitstatus_to_exitcode(status), *(path.read_text() for path in self._outputs))
             time.sleep(0.002)
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
-        raise AssertionError(f"hangs; it said {[path.read_text() for path in self._said]}")
+        raise AssertionError(f"the process hangs; its output is {[path.read_text() for path in self._outputs]}")
 
     @property
     def stdout(self) -> str:
-        """What it has said so far."""
-        return self._said[0].read_text()
+        """Its standard output so far."""
+        return self._outputs[0].read_text()
 
     @property
     def stderr(self) -> str:
-        """What it has said so far of warnings and errors."""
-        return self._said[1].read_text()
+        """Its standard error so far."""
+        return self._outputs[1].read_text()
 
-    def tell(self, number: signal.Signals) -> None:
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the process."""
         os.kill(self.pid, number)
 
-    def wait_for(self, is_there: Callable[[], Any]) -> None:
-        """Wait until something is there, while it runs."""
-        deadline = time.monotonic() + _PATIENCE
-        while not is_there():
+    def wait_for(self, condition: Callable[[], Any]) -> None:
+        """Wait until a condition holds, while the process runs."""
+        deadline = time.monotonic() + _TIMEOUT
+        while not condition():
             has_ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            assert is_there() or not has_ended, f"it ended; it said {[path.read_text() for path in self._said]}"
-            assert time.monotonic() < deadline, "it never came"
+            assert condition() or not has_ended, (
+                f"the process ended; its output is {[path.read_text() for path in self._outputs]}"
+            )
+            assert time.monotonic() < deadline, "the condition never held"
             time.sleep(0.001)
 
 
-def _run(said: list[Path], words: list[str], before: Callable[[], object]) -> int:
-    for number, path in enumerate(said, start=1):
+def _run(outputs: list[Path], words: list[str], before: Callable[[], object]) -> int:
+    for number, path in enumerate(outputs, start=1):
         file = os.open(path, os.O_WRONLY | os.O_CREAT)
         os.dup2(file, number)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     sys.argv = ["tlcapture", *words]
-    torch.set_num_threads(1)  # OpenMP's own threads do not live on in a fork
+    torch.set_num_threads(1)  # OpenMP threads do not survive a fork
     try:
         from tlcapture.cli.main import main
 
@@ -108,7 +111,7 @@ DATES = ("projection_date", "capture_date", "timestamp")
 
 
 def contents(experiment: Path) -> dict[str, Any]:
-    """What an experiment's files hold, dates aside; fails on any that is not whole."""
+    """The content of an experiment's files, without dates; fails if a file is incomplete or temporary."""
     found: dict[str, Any] = {}
     for path in sorted(experiment.rglob("*")):
         relative = path.relative_to(experiment).as_posix()

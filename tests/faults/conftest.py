@@ -1,4 +1,4 @@
-"""A root for runs that are disturbed, what an undisturbed one leaves, and small disks."""
+"""A root for runs that are interrupted, the files of an uninterrupted run, and small disks."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Start = Callable[..., Command]
 
 @pytest.fixture(scope="session")
 def template(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
-    """A root with a prompt set, two traits and their vectors, in which nothing was captured yet."""
-    load_model(str(tiny_folder))  # so that nothing is left to be imported in a fork
+    """A root with a prompt set, two traits and their vectors, and no captures."""
+    load_model(str(tiny_folder))  # so that a fork has everything imported
     root = tmp_path_factory.mktemp("template")
     make_prompt_set(root, "short", TEXTS)
     make_trait(root, "tone/loud", "LOUD", "soft")
@@ -38,16 +38,16 @@ def template(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Pat
         "--traits",
         "tone/loud,tone/warm",
     )
-    done = Command(root / "said", *words).end()
+    done = Command(root / "output", *words).end()
     assert done.code == 0, done.stderr
-    shutil.rmtree(root / "said")
+    shutil.rmtree(root / "output")
     return root
 
 
 @pytest.fixture(scope="session")
-def undisturbed(template: Path, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a capture leaves that nothing disturbs."""
-    root = tmp_path_factory.mktemp("undisturbed") / "root"
+def uninterrupted(template: Path, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The files of a capture that is not interrupted."""
+    root = tmp_path_factory.mktemp("uninterrupted") / "root"
     shutil.copytree(template, root)
     done = Command(root.parent, *capture_words(root, tiny_folder)).end()
     assert done.code == 0, done.stderr
@@ -69,17 +69,17 @@ def fresh(template: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def start(fresh: Path, tiny_folder: Path, tmp_path: Path) -> Start:
-    """Start the capture of `undisturbed` in `fresh`, or in another root."""
+    """Starts the capture of `uninterrupted` in `fresh`, or in another root."""
 
     def start(*words: object, root: Path = fresh, before: Callable[[], object] = lambda: None) -> Command:
-        return Command(tmp_path / "said", *capture_words(root, tiny_folder), *words, before=before)
+        return Command(tmp_path / "output", *capture_words(root, tiny_folder), *words, before=before)
 
     return start
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Makes disks of so many KB."""
+    """Mounts disks of the given number of KB."""
     mounted: list[Path] = []
 
     def mount(kilobytes: int) -> Path:

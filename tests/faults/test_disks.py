@@ -1,4 +1,4 @@
-"""Disks that are full, read-only or under a quota: nothing half-written, one clear line, and it can go on."""
+"""Full and read-only disks and quotas: no incomplete files, an error of one line, and the run can be resumed."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tests.faults.conftest import Start
 Disk = Callable[[int], Path]
 
 
-def refused(ended: Ended, said: str) -> None:
+def refused(ended: Ended, message: str) -> None:
     assert ended.code == 1, ended
     assert "Traceback" not in ended.stderr
-    assert re.search(said, ended.stderr), ended.stderr
+    assert re.search(message, ended.stderr), ended.stderr
 
 
 def fill_at_first_capture(disk: Path) -> None:
-    """Another program takes all that is free when the run is about to write its first file."""
+    """Another program takes all free space when the run is about to write its first file."""
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "os.rename" and str(arguments[1]).endswith(".unfinished") and not (disk / "hog").exists():
@@ -37,13 +37,13 @@ def fill_at_first_capture(disk: Path) -> None:
                 except OSError:
                     pass
             with open(disk / "hog", "r+b") as hog:
-                hog.truncate((disk / "hog").stat().st_size - 3 * 4096)  # a file is begun and cannot be ended
+                hog.truncate((disk / "hog").stat().st_size - 3 * 4096)  # enough to start a file, but not to finish it
 
     sys.addaudithook(hook)
 
 
-def test_a_disk_that_fills_up_ends_the_run_and_it_can_go_on(
-    start: Start, fresh: Path, small_disk: Disk, undisturbed: dict[str, Any], evidence: Evidence
+def test_a_disk_that_fills_up_ends_the_run_which_can_be_resumed(
+    start: Start, fresh: Path, small_disk: Disk, uninterrupted: dict[str, Any], evidence: Evidence
 ) -> None:
     disk = small_disk(3000)
     root = Path(shutil.copytree(fresh, disk / "root"))
@@ -53,11 +53,12 @@ def test_a_disk_that_fills_up_ends_the_run_and_it_can_go_on(
     (disk / "hog").unlink()
     assert not list(root.rglob("*.tmp"))
     assert start("--skip-existing", root=root).end().code == 0
-    assert contents(root / "experiments" / "exp") == undisturbed
+    assert contents(root / "experiments" / "exp") == uninterrupted
     evidence.survived(
         "the disk fills up in the middle of a file",
         "a 3 MB disk that another program fills",
-        "one line with file, bytes needed and free; nothing half-written; exit 1; going on ends as undisturbed",
+        "an error of one line with the file and the bytes needed and free; no incomplete file; exit status 1; a "
+        "resumed run completes the files of an uninterrupted run",
     )
 
 
@@ -89,12 +90,14 @@ def test_a_read_only_folder_is_refused(start: Start, fresh: Path, small_disk: Di
 
     assert start(root=root).end().code == 0
     evidence.survived(
-        "a read-only folder", "a disk mounted read-only", "refused in one line before the model is loaded, exit 1"
+        "a read-only folder",
+        "a disk mounted read-only",
+        "refused in one line before the model is loaded, exit status 1",
     )
 
 
-def test_a_limit_in_the_middle_of_a_file_fails_its_prompt(
-    start: Start, fresh: Path, undisturbed: dict[str, Any], evidence: Evidence
+def test_a_file_size_limit_fails_the_prompt_of_the_file(
+    start: Start, fresh: Path, uninterrupted: dict[str, Any], evidence: Evidence
 ) -> None:
     sizes = [path.stat().st_size for path in (fresh / "experiments").rglob("*.pt")]
     limit = 40_000
@@ -104,9 +107,10 @@ def test_a_limit_in_the_middle_of_a_file_fails_its_prompt(
     assert "failed: short/2" in ended.stderr
     assert not list(fresh.rglob("*.tmp"))
     assert start("--skip-existing").end().code == 0
-    assert contents(fresh / "experiments" / "exp") == undisturbed
+    assert contents(fresh / "experiments" / "exp") == uninterrupted
     evidence.survived(
-        "a quota hit in the middle of a file",
-        "a limit of 40 KB a file",
-        "each prompt fails by name, nothing half-written, exit 1; going on ends as undisturbed",
+        "a file size limit that is reached in the middle of a file",
+        "a limit of 40 KB per file",
+        "each prompt fails by name, no incomplete file, exit status 1; a resumed run completes the files of an "
+        "uninterrupted run",
     )

@@ -1,4 +1,4 @@
-"""A run that is killed loses the prompt in hand and nothing else; the next one ends where it would have ended."""
+"""A killed run loses only its current prompt; the next run completes the files of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.faults.conftest import Start, capture_words
 
 
 def die_at(change_number: int) -> None:
-    """Kill this process when it is about to put a file into its place in an experiment, or to remove one."""
+    """Kill this process when it is about to rename a file to its path in an experiment, or to remove one."""
     seen = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -33,8 +33,8 @@ def die_at(change_number: int) -> None:
     sys.addaudithook(hook)
 
 
-def test_killed_before_every_single_change_of_the_experiment(
-    start: Start, template: Path, undisturbed: dict[str, Any], tmp_path: Path, evidence: Evidence
+def test_a_run_killed_before_any_change_of_the_experiment_can_be_resumed(
+    start: Start, template: Path, uninterrupted: dict[str, Any], tmp_path: Path, evidence: Evidence
 ) -> None:
     killed = 0
     for number in range(1, 1000):
@@ -47,27 +47,27 @@ def test_killed_before_every_single_change_of_the_experiment(
         killed += 1
         resumed = start("--skip-existing", root=root).end()
         assert resumed.code == 0, resumed.stderr
-        assert contents(root / "experiments" / "exp") == undisturbed, f"killed at change {number}"
+        assert contents(root / "experiments" / "exp") == uninterrupted, f"killed at change {number}"
         shutil.rmtree(root)
     assert killed > 15
     evidence.survived(
-        "kill -9 when a file is about to be put in place or removed, then --skip-existing",
+        "kill -9 when a file is about to be renamed to its path or removed, then --skip-existing",
         f"at each of the {killed} such moments of a capture with all add-ons, one run for each",
-        "the files of an undisturbed run, equal to the last bit but for dates",
+        "the files of an uninterrupted run, equal to the last bit except for dates",
     )
 
 
-def test_killed_where_only_projections_are_kept(
+def test_a_killed_run_that_keeps_only_projections_can_be_resumed(
     template: Path, tiny_folder: Path, tmp_path: Path, evidence: Evidence
 ) -> None:
     def run(root: Path, *words: object, before: Callable[[], object] = lambda: None) -> Ended:
         common = ("--root", root, "--experiment", "exp", "--model", tiny_folder, "--prompt-set", "short")
         only = ("--projections-only", "--max-new-tokens", 4, "--logit-lens")
-        return Command(root.parent / "said", "capture", *common, *only, *words, before=before).end()
+        return Command(root.parent / "output", "capture", *common, *only, *words, before=before).end()
 
     root = Path(shutil.copytree(template, tmp_path / "whole"))
     assert run(root).code == 0
-    undisturbed, killed = contents(root / "experiments" / "exp"), 0
+    uninterrupted, killed = contents(root / "experiments" / "exp"), 0
     for number in range(1, 1000):
         root = Path(shutil.copytree(template, tmp_path / f"root{number}"))
         if run(root, before=lambda number=number: die_at(number)).code == 0:
@@ -75,25 +75,26 @@ def test_killed_where_only_projections_are_kept(
         killed += 1
         assert run(root, "--skip-existing").code == 0
         found = contents(root / "experiments" / "exp")
-        assert undated(found) == undated(undisturbed), f"killed at change {number}"
+        assert undated(found) == undated(uninterrupted), f"killed at change {number}"
     assert killed > 8
     evidence.survived(
-        "kill -9 when a file is about to be put in place or removed, with --projections-only, then --skip-existing",
+        "kill -9 when a file is about to be renamed to its path or removed, with --projections-only, then "
+        "--skip-existing",
         f"at each of the {killed} such moments, one run for each",
-        "the files of an undisturbed run, equal to the last bit but for dates",
+        "the files of an uninterrupted run, equal to the last bit except for dates",
     )
 
 
 def undated(found: dict[str, Any]) -> dict[str, Any]:
-    """Files without the date of the capture that projections hold the metadata of."""
+    """Files without the capture date in the metadata of projections."""
     for name, content in found.items():
         if "_stream/" in name:
             content["metadata"]["capture"].pop("capture_date", None)
     return found
 
 
-def test_killed_again_and_again_at_random_moments(
-    start: Start, template: Path, undisturbed: dict[str, Any], tmp_path: Path, evidence: Evidence
+def test_a_run_killed_repeatedly_at_random_times_can_be_resumed(
+    start: Start, template: Path, uninterrupted: dict[str, Any], tmp_path: Path, evidence: Evidence
 ) -> None:
     chance, kills, finished, longest = random.Random(0), 0, 0, 1.0
     root = Path(shutil.copytree(template, tmp_path / "captured0"))
@@ -102,26 +103,26 @@ def test_killed_again_and_again_at_random_moments(
         command = start("--skip-existing", root=root)
         if kills < 8:
             time.sleep(chance.uniform(0, longest))
-            command.tell(signal.SIGKILL)
+            command.send(signal.SIGKILL)
         ended = command.end()
         if ended.code == -signal.SIGKILL:
             kills += 1
             for name, value in _whole(root).items():
-                assert value == undisturbed[name], name
+                assert value == uninterrupted[name], name
             continue
         assert ended.code == 0, ended.stderr
-        assert contents(root / "experiments" / "exp") == undisturbed
+        assert contents(root / "experiments" / "exp") == uninterrupted
         finished, longest = finished + 1, min(longest, time.monotonic() - began)
         root = Path(shutil.copytree(template, tmp_path / f"captured{finished}"))
     evidence.survived(
-        "kill -9 again and again, --skip-existing between",
+        "kill -9 repeatedly, each time resumed with --skip-existing",
         f"{kills} kills of {finished} captures, at random moments from start-up to end",
-        "every file there was whole after each kill; at the end as undisturbed",
+        "every existing file is complete after each kill; at the end the files of an uninterrupted run",
     )
 
 
 def _whole(root: Path) -> dict[str, Any]:
-    """The captures that are there; a temporary or a mark is none, and the config may be from before."""
+    """The existing files, without temporary files, markers and the config, which may be recorded later."""
     copied = root.parent / "looked-at"
     shutil.copytree(root / "experiments" / "exp", copied, ignore=shutil.ignore_patterns(".*", "config.json"))
     found = contents(copied)
@@ -129,7 +130,7 @@ def _whole(root: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_program_that_is_killed_leaves_a_record_that_says_it_ran(fresh: Path, tiny_folder: Path) -> None:
+def test_a_killed_program_leaves_a_record_with_status_running(fresh: Path, tiny_folder: Path) -> None:
     words = [str(word) for word in capture_words(fresh, tiny_folder)]
     program = subprocess.Popen([sys.executable, "-m", "tlcapture", *words], stderr=subprocess.PIPE)
     records = fresh / "experiments" / "exp" / "runs"
@@ -141,4 +142,4 @@ def test_a_program_that_is_killed_leaves_a_record_that_says_it_ran(fresh: Path, 
     (record,) = (json.loads(path.read_bytes()) for path in records.glob("*-capture-*.json"))
     assert record["status"] == "running"
     assert record["arguments"]["prompt_set"] == ["short"]
-    assert Command(fresh.parent / "said", *words, "--skip-existing").end().code == 0
+    assert Command(fresh.parent / "output", *words, "--skip-existing").end().code == 0

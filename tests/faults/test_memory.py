@@ -1,4 +1,4 @@
-"""Memory that does not suffice: smaller batches, and a prompt that does not fit alone fails alone."""
+"""Too little memory: batches become smaller, and only a prompt that does not fit in memory fails."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     longer = transformers.LlamaConfig(**{**config.to_dict(), "max_position_embeddings": 4096})
     transformers.AutoModelForCausalLM.from_config(longer).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
-    load_model(str(folder), engine="bridge")  # so that nothing is left to be imported in a fork
+    load_model(str(folder), engine="bridge")  # so that a fork has everything imported
     return folder
 
 
-# The command in a process of its own, with the model's modules imported before memory becomes scarce.
+# The command in another process, which imports the model's modules before memory is limited.
 SCARCE = """
 import pathlib, resource, sys
 from tlcapture.cli.main import main
@@ -46,13 +46,13 @@ main(sys.argv[3:])
 """
 
 
-def test_batches_are_halved_and_a_prompt_that_does_not_fit_fails_alone(
+def test_batches_are_halved_and_only_a_prompt_that_does_not_fit_fails(
     long_model: Path, tmp_path: Path, evidence: Evidence
 ) -> None:
-    # Attention scores alone: 4 heads x 1200 x 1200 x 4 bytes = 23 MB a prompt, 243 MB of the one that is too long.
+    # Attention scores take 4 heads x 1200 x 1200 x 4 bytes = 23 MB per prompt, and 243 MB for the longest prompt.
     make_prompt_set(tmp_path, "long", ["a" * LENGTH, "b" * LENGTH, "c" * LENGTH, "d" * LENGTH, "e" * TOO_LONG])
     words = ("capture", *WORDS, "--model", long_model, "--max-new-tokens", 2)
-    enough = Command(tmp_path / "said", *words, "--root", tmp_path, "--limit", 4, "--batch-size", 1).end()
+    enough = Command(tmp_path / "output", *words, "--root", tmp_path, "--limit", 4, "--batch-size", 1).end()
     assert enough.code == 0, enough.stderr
     raw = tmp_path / "experiments" / "exp" / "inference" / "raw" / "residual" / "long"
     expected = {path.name: contents_of(path) for path in raw.glob("*.pt")}
@@ -70,9 +70,9 @@ def test_batches_are_halved_and_a_prompt_that_does_not_fit_fails_alone(
     assert {path.name for path in raw.glob("*.pt")} == {"1.pt", "2.pt", "3.pt", "4.pt"}
     assert {path.name: contents_of(path) for path in raw.glob("*.pt")} == expected
     evidence.survived(
-        "memory runs out in a batch of 5 prompts, one of which does not fit at all",
+        "memory runs out in a batch of 5 prompts, one of which does not fit on its own",
         "400 MB left to the process",
-        f"batches halved {halved} times; the one fails by name, the four others as if alone",
+        f"batches halved {halved} times; that prompt fails by name, the results of the other four are unchanged",
     )
 
 
@@ -82,5 +82,5 @@ def contents_of(path: Path) -> list[int]:
     return Capture.open(path).token_ids
 
 
-def test_contents_of_what_is_left_are_whole(tmp_path: Path) -> None:
+def test_an_empty_folder_has_no_contents(tmp_path: Path) -> None:
     assert contents(tmp_path) == {}

@@ -1,4 +1,4 @@
-"""A prompt that fails stops no other prompt."""
+"""A prompt that fails does not stop the others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that knows no number for the letter Z, and a template that refuses secrets."""
+    """A model whose embedding of the letter Z is NaN, and a chat template that refuses secrets."""
     import copy
 
     from tlcapture.models.loading import load_model
@@ -43,7 +43,7 @@ def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_prompts_that_fail_are_named_and_the_others_are_as_without_them(
+def test_failed_prompts_are_named_and_do_not_change_the_others(
     odd_model: Path, tmp_path: Path, evidence: Evidence
 ) -> None:
     def capture(name: str, ids: list[str]) -> tuple[int, str]:
@@ -53,7 +53,7 @@ def test_prompts_that_fail_are_named_and_the_others_are_as_without_them(
         (root / "datasets" / "inference" / "mixed.json").write_text(json.dumps({"name": "mixed", "prompts": prompts}))
         words = ("--prompt-set", "mixed", "--model", odd_model, "--max-new-tokens", 5, "--temperature", 0)
         ended = Command(
-            tmp_path / "said", "capture", "--root", root, "--experiment", "exp", *words, "--attention"
+            tmp_path / "output", "capture", "--root", root, "--experiment", "exp", *words, "--attention"
         ).end()
         assert "Traceback" not in ended.stderr
         return ended.code, ended.stderr
@@ -70,15 +70,15 @@ def test_prompts_that_fail_are_named_and_the_others_are_as_without_them(
         if file.endswith(".json"):
             assert both[0][file].get("tokens") == both[1][file].get("tokens")
     evidence.survived(
-        "prompts that fail among others",
+        "prompts that fail next to others",
         "NaN in the model for one letter, a prompt longer than the context, one that the chat template refuses",
-        "each named with its reason, exit 1; the others as if alone",
+        "each named with its reason, exit status 1; the results of the others are unchanged",
     )
 
 
-def test_where_every_prompt_is_refused_the_request_is_wrong(odd_model: Path, tmp_path: Path) -> None:
+def test_the_request_is_wrong_if_every_prompt_is_refused(odd_model: Path, tmp_path: Path) -> None:
     words = ("--prompt", "a secret", "--model", odd_model)
-    ended = Command(tmp_path / "said", "capture", "--root", tmp_path, "--experiment", "exp", *words).end()
+    ended = Command(tmp_path / "output", "capture", "--root", tmp_path, "--experiment", "exp", *words).end()
     assert ended.code == 2
     assert "refuses the prompt (no secrets)" in ended.stderr
     assert not (tmp_path / "experiments").exists()

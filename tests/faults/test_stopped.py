@@ -1,4 +1,4 @@
-"""Ctrl-C and a cluster's SIGTERM: the prompt in hand is finished, what is done is said, and how to go on."""
+"""Ctrl-C and SIGTERM: the current prompt is finished, and the run reports what was done and how to resume."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def test_a_signal_stops_the_run_between_files(
     raw = fresh / "experiments" / "exp" / "inference" / "raw" / "residual" / "short"
     stopped = start(*SLOW)
     stopped.wait_for(lambda: list(raw.glob("*.pt")))
-    stopped.tell(number)
+    stopped.send(number)
     ended = stopped.end()
     assert ended.code == code, ended
     assert "stopping when the file in hand is written" in ended.stderr
     assert f"stopped by {name}; to go on: tlcapture capture --root" in ended.stderr
     assert ended.stderr.strip().endswith("--skip-existing")
-    assert "wrote 6 files" in ended.stdout  # of the one prompt in hand
+    assert "wrote 6 files" in ended.stdout  # those of the current prompt
     assert "Traceback" not in ended.stderr
     for file, value in contents(fresh / "experiments" / "exp").items():
         assert value == expected[file]
@@ -47,11 +47,12 @@ def test_a_signal_stops_the_run_between_files(
     evidence.survived(
         f"{name} in the middle of a capture",
         "sent when the first file appears",
-        f"the prompt in hand is whole, exit {code}, the line that goes on; going on ends as undisturbed",
+        f"the current prompt is completed, exit status {code}, the command to resume is shown; a resumed run "
+        "completes the files of an uninterrupted run",
     )
 
 
-def test_a_second_signal_stops_at_once(start: Start, fresh: Path, tmp_path: Path) -> None:
+def test_a_second_signal_stops_immediately(start: Start, fresh: Path, tmp_path: Path) -> None:
     raw = fresh / "experiments" / "exp" / "inference" / "raw" / "residual" / "short"
 
     def never_stop_at_checks() -> None:
@@ -66,10 +67,10 @@ def test_a_second_signal_stops_at_once(start: Start, fresh: Path, tmp_path: Path
 
     stopped = start("--max-new-tokens", 150, before=never_stop_at_checks)
     stopped.wait_for((raw / "2.pt").exists)
-    stopped.tell(signal.SIGINT)
+    stopped.send(signal.SIGINT)
     stopped.wait_for((tmp_path / "waits").exists)
     assert "once more stops at once" in stopped.stderr
-    stopped.tell(signal.SIGINT)
+    stopped.send(signal.SIGINT)
     ended = stopped.end()
     assert ended.code == 130, ended
     assert "Traceback" not in ended.stderr
@@ -77,7 +78,7 @@ def test_a_second_signal_stops_at_once(start: Start, fresh: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("words", [("evaluate",), ("steer", "--layers", "1", "--coefficients", "0.1,0.2,0.3")])
-def test_other_commands_stop_as_well_and_keep_what_is_done(fresh: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_other_commands_stop_too_and_keep_finished_results(fresh: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
     from tests.faults.commands import Command
 
     for trait in ("loud", "warm"):
@@ -86,18 +87,18 @@ def test_other_commands_stop_as_well_and_keep_what_is_done(fresh: Path, tmp_path
         path.write_text(json.dumps({"questions": questions}))
     exp = fresh / "experiments" / "exp"
     result = exp / "extraction" / "extraction_evaluation.json" if words[0] == "evaluate" else exp / "steering"
-    command = Command(tmp_path / "said", words[0], "--root", fresh, "--experiment", "exp", *words[1:])
+    command = Command(tmp_path / "output", words[0], "--root", fresh, "--experiment", "exp", *words[1:])
     command.wait_for(lambda: list(result.rglob("*.json")) or result.is_file())
-    command.tell(signal.SIGINT)
+    command.send(signal.SIGINT)
     ended = command.end()
     assert ended.code == 130, ended
     assert "to go on: tlcapture" in ended.stderr
     assert contents(exp)
-    again = Command(tmp_path / "said", words[0], "--root", fresh, "--experiment", "exp", *words[1:]).end()
+    again = Command(tmp_path / "output", words[0], "--root", fresh, "--experiment", "exp", *words[1:]).end()
     assert again.code == 0, again.stderr
 
 
-def test_a_record_says_what_a_run_did(start: Start, fresh: Path) -> None:
+def test_a_record_describes_the_run(start: Start, fresh: Path) -> None:
     ended = start("--seed", 7).end()
     assert ended.code == 0
     (path,) = (fresh / "experiments" / "exp" / "runs").glob("*-capture-*.json")

@@ -1,4 +1,4 @@
-"""Two runs on one experiment at once: nothing torn, nothing lost, and no lock outlives its process."""
+"""Simultaneous runs on one experiment: no file is damaged or lost, and no lock outlives its process."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.faults.commands import Command, contents
 from tests.faults.conftest import Start
 
 
-def test_two_captures_of_one_prompt_set_go_one_after_the_other(
-    start: Start, fresh: Path, undisturbed: dict[str, Any], evidence: Evidence
+def test_captures_of_the_same_prompt_set_run_one_after_another(
+    start: Start, fresh: Path, uninterrupted: dict[str, Any], evidence: Evidence
 ) -> None:
     lock = fresh / "experiments" / "exp" / ".locks" / "captures-of-short.lock"
     first = start("--skip-existing", before=held_until(fresh / "go"))
@@ -25,18 +25,19 @@ def test_two_captures_of_one_prompt_set_go_one_after_the_other(
     (fresh / "go").touch()
     ended = [first.end(), second.end(), third.end()]
     assert [each.code for each in ended] == [0, 0, 0], ended
-    assert "another run is writing captures of short in exp: waiting for its end" in ended[1].stdout
+    assert "another run is writing captures of short in exp: waiting for it to end" in ended[1].stdout
     assert "2 prompts skipped: nothing was missing" in ended[1].stdout
-    assert contents(fresh / "experiments" / "exp") == undisturbed
+    assert contents(fresh / "experiments" / "exp") == uninterrupted
     evidence.survived(
-        "three captures of one prompt set at once",
+        "three simultaneous captures of one prompt set",
         "started together, two with --skip-existing",
-        "they wait for each other and say so; with --skip-existing the later finds all done; as undisturbed",
+        "they wait for each other and report it; with --skip-existing the later run has nothing to do; the files "
+        "of an uninterrupted run",
     )
 
 
 def held_until(flag: Path) -> Callable[[], None]:
-    """What makes a capture wait, its lock held, with its first file until another file is there."""
+    """A function that makes a capture wait with its lock held, before its first file, until another file exists."""
 
     def hold() -> None:
         from tlcapture.commands import capture_worker
@@ -54,7 +55,7 @@ def held_until(flag: Path) -> Callable[[], None]:
     return hold
 
 
-def test_shards_of_one_prompt_set_run_side_by_side(start: Start, fresh: Path, evidence: Evidence) -> None:
+def test_shards_of_one_prompt_set_run_at_the_same_time(start: Start, fresh: Path, evidence: Evidence) -> None:
     lock = fresh / "experiments" / "exp" / ".locks" / "captures-of-short.shards" / "shard-of-2-1.lock"
     first = start("--shard", "1/2", before=held_until(fresh / "go"))
     first.wait_for(lock.exists)
@@ -65,22 +66,22 @@ def test_shards_of_one_prompt_set_run_side_by_side(start: Start, fresh: Path, ev
     ended = [second, first.end(), whole.end()]
     assert [each.code for each in ended] == [0, 0, 0], ended
     assert "waiting" not in ended[0].stdout + ended[1].stdout
-    assert "another run is writing captures of short in exp: waiting for its end" in ended[2].stdout
+    assert "another run is writing captures of short in exp: waiting for it to end" in ended[2].stdout
     assert "2 prompts skipped: nothing was missing" in ended[2].stdout
     found = contents(fresh / "experiments" / "exp")
     assert {f"inference/raw/residual/short/{number}.pt" for number in (1, 2)} <= set(found)
     evidence.survived(
-        "two shards of one prompt set at once, and a whole run beside them",
+        "two simultaneous shards of one prompt set, and a run of the whole set",
         "--shard 1/2, --shard 2/2 and --skip-existing",
-        "the shards do not wait for each other; the whole run waits for both and finds all done",
+        "the shards do not wait for each other; the run of the whole set waits for both and has nothing to do",
     )
 
 
-def test_a_lock_of_a_killed_run_holds_nobody_up(start: Start, fresh: Path, evidence: Evidence) -> None:
+def test_the_lock_of_a_killed_run_blocks_no_other(start: Start, fresh: Path, evidence: Evidence) -> None:
     lock = fresh / "experiments" / "exp" / ".locks" / "captures-of-short.lock"
     killed = start(before=held_until(fresh / "never"))
     killed.wait_for(lock.exists)
-    killed.tell(signal.SIGKILL)
+    killed.send(signal.SIGKILL)
     killed.end()
     assert lock.exists()
     ended = start("--skip-existing").end()
@@ -89,10 +90,10 @@ def test_a_lock_of_a_killed_run_holds_nobody_up(start: Start, fresh: Path, evide
     evidence.survived("a run killed while it holds a lock", "kill -9", "the next run does not wait")
 
 
-def test_evaluations_of_different_traits_at_once_lose_no_row(fresh: Path, tmp_path: Path, evidence: Evidence) -> None:
+def test_simultaneous_evaluations_lose_no_row(fresh: Path, tmp_path: Path, evidence: Evidence) -> None:
     common = ("--root", fresh, "--experiment", "exp")
     both = [
-        Command(tmp_path / "said", "evaluate", *common, "--traits", trait, before=lambda: slow_merge())
+        Command(tmp_path / "output", "evaluate", *common, "--traits", trait, before=lambda: slow_merge())
         for trait in ("tone/loud", "tone/warm")
     ]
     assert [each.end().code for each in both] == [0, 0]
@@ -100,9 +101,9 @@ def test_evaluations_of_different_traits_at_once_lose_no_row(fresh: Path, tmp_pa
     found = {row["trait"] for row in evaluation["all_results"]}
     assert found == {"tone/loud", "tone/warm"} == set(evaluation["best_vectors"])
     evidence.survived(
-        "two evaluations of different traits at once",
-        "each held up between reading and writing the file they share",
-        "the rows of both are there",
+        "two simultaneous evaluations of different traits",
+        "each delayed between reading and writing the file that they share",
+        "the rows of both are in the file",
     )
 
 

@@ -215,7 +215,7 @@ def test_two_records_of_one_name_are_refused(tmp_path: Path) -> None:
     path = made().save(tmp_path / "1.pt").path
     with pytest.warns(UserWarning, match="Duplicate name"):
         append_record(path, NAME, b"{}")
-    with pytest.raises(StorageError, match="two records of one name"):
+    with pytest.raises(StorageError, match="two records with the same name"):
         Capture.open(path)
 
 
@@ -240,6 +240,6 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_refused(tmp_path: Path, m
         return tensors(self, *args)
 
     monkeypatch.setattr(Archive, "tensors", replacing)
-    with pytest.raises(StorageError, match="another file came in its place"):
+    with pytest.raises(StorageError, match="the file was replaced while it was being opened"):
         Capture.open(path)
     check_same(Capture.open(path), made())

@@ -1,4 +1,4 @@
-"""The same through the commands: exit 1 or 2, the file named in one line, nothing written that was not asked for."""
+"""Damaged files through the commands: exit status 1 or 2, and the file named in an error of one line."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.fixture
 def layout(root: Path) -> Layout:
-    """An experiment of hand-made files, without a model."""
+    """An experiment with handmade files, without a model."""
     made = Layout(root, "exp")
     make_prompt_set(root, "odd", ["hello"])
     write(made.config, {"inference_model": "smollm2", "extraction_model": "smollm2"})
@@ -94,7 +94,7 @@ COMMANDS: dict[str, tuple[Callable[[Layout], Path], list[tuple[str, ...]]]] = {
 }
 
 
-def test_the_commands_succeed_on_sound_files(tlcapture: Run, layout: Layout, tmp_path: Path) -> None:
+def test_the_commands_succeed_on_valid_files(tlcapture: Run, layout: Layout, tmp_path: Path) -> None:
     for name, (_, commands) in COMMANDS.items():
         for words in commands:
             if words[0] != "capture":
@@ -115,7 +115,7 @@ def _in_folder(words: tuple[str, ...], folder: Path) -> list[Any]:
 
 @pytest.mark.parametrize("damage", sorted(DAMAGES))
 @pytest.mark.parametrize("reader", sorted(COMMANDS))
-def test_a_damaged_file_is_named_in_one_line(
+def test_a_damaged_file_is_named_in_an_error_of_one_line(
     tlcapture: Run, layout: Layout, tmp_path: Path, evidence: Evidence, reader: str, damage: str
 ) -> None:
     file_of, commands = COMMANDS[reader]
@@ -131,7 +131,7 @@ def test_a_damaged_file_is_named_in_one_line(
         evidence.tried(f"{reader}, by command", damage)
 
 
-# Files that are looked for by their names: one that is none is said to be missing.
+# Files that are found by listing a folder: one that is not a regular file counts as missing.
 _ABSENT = {
     "prompt set": ["no prompt set 'odd': looked for "],
     "vector": ["no residual vector of style/odd by 'probe' at layer 1"],
@@ -139,7 +139,7 @@ _ABSENT = {
 }
 
 
-def test_a_further_field_that_is_nested_too_deep_for_the_page_is_said(
+def test_an_extra_field_that_is_nested_too_deeply_for_the_page_is_reported(
     tlcapture: Run, layout: Layout, tmp_path: Path, evidence: Evidence
 ) -> None:
     nested = '{"further": ' + "[" * 900 + "]" * 900 + "}"
@@ -151,7 +151,7 @@ def test_a_further_field_that_is_nested_too_deep_for_the_page_is_said(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "field"),
     [
         ({"val_effect_size": "3"}, "val_effect_size"),
         ({"val_effect_size": True}, "val_effect_size"),
@@ -162,19 +162,19 @@ def test_a_further_field_that_is_nested_too_deep_for_the_page_is_said(
         ({"trait": "../x"}, "trait"),
     ],
 )
-def test_a_row_of_an_evaluation_that_is_wrong_is_no_choice(
-    tlcapture: Run, layout: Layout, evidence: Evidence, change: dict[str, Any], said: str
+def test_an_invalid_row_of_an_evaluation_is_an_error(
+    tlcapture: Run, layout: Layout, evidence: Evidence, change: dict[str, Any], field: str
 ) -> None:
     row = {"trait": str(TRAIT), "method": "probe", "layer": 1, "val_effect_size": 1.0, "val_auroc": 0.9, **change}
     write(layout.evaluation, {"all_results": [row]})
     result = tlcapture(*PROJECT)
     assert result.exit_code == 1
-    assert f"{layout.evaluation}: no evaluation: all_results[0].{said}: " in result.stderr
+    assert f"{layout.evaluation}: not a valid evaluation file: all_results[0].{field}: " in result.stderr
     evidence.tried("extraction_evaluation.json, by command", "wrong types")
 
 
 @pytest.mark.parametrize(
-    ("part", "change", "said"),
+    ("part", "change", "field"),
     [
         ("result", {"trait_mean": 1e300}, "runs[0].result.trait_mean"),
         ("result", {"coherence_mean": "90"}, "runs[0].result.coherence_mean"),
@@ -184,13 +184,13 @@ def test_a_row_of_an_evaluation_that_is_wrong_is_no_choice(
         ("config", {"methods": []}, "runs[0].config.methods"),
     ],
 )
-def test_a_steering_run_that_is_wrong_is_no_choice(
-    tlcapture: Run, layout: Layout, evidence: Evidence, part: str, change: dict[str, Any], said: str
+def test_an_invalid_steering_run_is_an_error(
+    tlcapture: Run, layout: Layout, evidence: Evidence, part: str, change: dict[str, Any], field: str
 ) -> None:
     content = json.loads(layout.steering(TRAIT).read_text())
     content["runs"][0][part] |= change
     write(layout.steering(TRAIT), content)
     result = tlcapture(*PROJECT)
     assert result.exit_code == 1
-    assert f"{layout.steering(TRAIT)}: no steering results: {said}: " in result.stderr
+    assert f"{layout.steering(TRAIT)}: not a valid steering results file: {field}: " in result.stderr
     evidence.tried("steering results, by command", "wrong types")

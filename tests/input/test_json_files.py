@@ -28,7 +28,7 @@ from tlcapture.explore.prediction_table import table_of_file
 from tlcapture.names import Trait, is_safe_name
 from tlcapture.prompts.prompt_sets import read_prompt_set
 from tlcapture.runs.report import RunReport
-from tlcapture.storage.config import read_config, record
+from tlcapture.storage.config import read_config, update_config
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.traits.projected_tokens import ProjectedTokens
@@ -90,12 +90,12 @@ def test_config(tmp_path: Path, evidence: Evidence) -> None:
             assert getattr(found, name) == content.get(name)
             assert type(getattr(found, name)) in (str, bool, type(None))
         try:
-            record(layout, inference_model="another")
+            update_config(layout, inference_model="another")
         except TlcaptureError as error:
             check_refusal(error, path)
         else:
             expected = {**read_json(file.put(path)), **_defaults(content), "inference_model": "another"}
-            record(layout, inference_model="another")
+            update_config(layout, inference_model="another")
             assert read_json(path) == expected
 
     def _defaults(content: dict[str, Any]) -> dict[str, Any]:
@@ -301,7 +301,7 @@ def test_a_projection_file_that_disagrees_with_itself_says_where(
     path.write_text(json.dumps(replaced(projection(1), at, value)))
     with pytest.raises(StorageError) as caught:
         ProjectedTokens.read(path)
-    assert f"{path}: no projection file: " in str(caught.value)
+    assert f"{path}: not a valid projection file: " in str(caught.value)
     assert said in str(caught.value)
     evidence.tried("projection file", "parts that disagree")
 

@@ -54,7 +54,7 @@ def paths_of(root: Path, name: str) -> list[Callable[[], Path]]:
     ]
 
 
-def test_a_name_means_one_file_below_its_folder_or_nothing(tmp_path: Path, evidence: Evidence) -> None:
+def test_a_name_is_one_file_below_its_folder_or_refused(tmp_path: Path, evidence: Evidence) -> None:
     counts: Counter[str] = Counter()
 
     @settings(max_examples=300, deadline=None, database=None)
@@ -87,7 +87,7 @@ SECRET = "the secret outside"
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Path:
-    """A folder beside the root, in whose files a secret stands in every format."""
+    """An experiment outside the root, with a secret in its files of every format."""
     folder = tmp_path / "outside"
     write_experiment(folder)
     for path in folder.rglob("*.json"):
@@ -129,7 +129,7 @@ LINKS = [
 
 
 def link_out(root: Path, outside: Path, where: str, *, relative: bool = False) -> Path:
-    """Put a link in the place of a part of the experiment that leads to the same part outside."""
+    """Replace a part of the experiment by a link to the same part of the experiment outside."""
     own, target = root / "experiments" / "exp" / where, outside / where
     target.parent.mkdir(parents=True, exist_ok=True)
     if not target.exists():
@@ -142,7 +142,7 @@ def link_out(root: Path, outside: Path, where: str, *, relative: bool = False) -
 
 
 def everything(contents: Contents) -> str:
-    """All that the page can be told of the experiment, and every complaint."""
+    """Everything that the page can show of the experiment, and all error messages."""
     where = {"experiment": "exp", "prompt_set": "odd", "prompt_id": "1"}
     of_trait = {"category": "style", "name": "odd"}
     asked: list[Callable[[], object]] = [
@@ -157,33 +157,33 @@ def everything(contents: Contents) -> str:
         lambda: contents.average("exp", "odd", **of_trait, component="residual"),
         lambda: contents.vectors("exp", **of_trait),
     ]
-    told = []
+    shown = []
     for ask in asked:
         try:
-            told.append(json.dumps(ask()))
+            shown.append(json.dumps(ask()))
         except TlcaptureError as error:
-            told.append(str(error))
-    return "\n".join(told)
+            shown.append(str(error))
+    return "\n".join(shown)
 
 
-def test_the_secret_would_be_seen_if_it_were_read(outside: Path) -> None:
+def test_the_secret_is_visible_if_it_is_read(outside: Path) -> None:
     assert everything(Contents(outside.parents[1])).count(SECRET) > 5
 
 
 @pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("where", LINKS)
-def test_the_page_reads_nothing_behind_a_link_that_leads_out(
+def test_the_page_does_not_follow_links_that_lead_out(
     root: Path, outside: Path, evidence: Evidence, where: str, relative: bool
 ) -> None:
     link = link_out(root, outside, where, relative=relative)
-    told = everything(Contents(root))
-    assert SECRET not in told
+    shown = everything(Contents(root))
+    assert SECRET not in shown
     if where not in ("config.json", f"extraction/{TRAIT}/vectors/probe_layer1.pt", "inference/raw/residual/odd/1.pt"):
-        assert f"{link}: a link that leads out of the experiment" in told
+        assert f"{link}: a link that leads out of the experiment" in shown
     evidence.tried("links out of an experiment", "read by the page")
 
 
-def test_nothing_is_written_through_a_link_that_leads_out(root: Path, outside: Path, evidence: Evidence) -> None:
+def test_no_file_is_written_through_a_link_that_leads_out(root: Path, outside: Path, evidence: Evidence) -> None:
     torch.save(captures.content(), root / "one.pt")
     capture = Capture.open(root / "one.pt")
     layout = Layout(root, "exp")
@@ -208,7 +208,7 @@ def test_nothing_is_written_through_a_link_that_leads_out(root: Path, outside: P
         evidence.tried("links out of an experiment", "written to")
 
 
-def test_projections_are_not_written_through_one(root: Path, outside: Path, evidence: Evidence) -> None:
+def test_projections_are_not_written_through_a_link(root: Path, outside: Path, evidence: Evidence) -> None:
     layout = Layout(root, "exp")
     torch.save(captures.content(), layout.residual("odd", "1"))
     VectorFolder(layout, ODD).write("residual", "probe", 1, torch.ones(8))
@@ -226,7 +226,7 @@ def test_projections_are_not_written_through_one(root: Path, outside: Path, evid
 
 
 def test_links_within_and_above_the_experiment_are_followed(root: Path, tmp_path: Path, evidence: Evidence) -> None:
-    """Scratch disks are linked in: the root, `experiments/` and an experiment may lie elsewhere."""
+    """The root, `experiments/` and an experiment can be links, for example to scratch disks."""
     plain = everything(Contents(root))
     folder = root / "experiments" / "exp"
     (folder / "analysis").rename(folder / "elsewhere")
@@ -240,7 +240,7 @@ def test_links_within_and_above_the_experiment_are_followed(root: Path, tmp_path
         evidence.tried("links within and above an experiment", "followed")
 
 
-def test_a_link_to_itself_and_a_link_to_nothing_are_no_hang(root: Path, evidence: Evidence) -> None:
+def test_a_link_to_itself_and_a_dangling_link_do_not_hang(root: Path, evidence: Evidence) -> None:
     folder = root / "experiments" / "exp"
     (folder / "analysis").rename(root / "moved")
     (folder / "analysis").symlink_to("analysis")

@@ -165,7 +165,7 @@ def test_a_tensor_that_is_longer_than_what_is_stored_of_it_is_refused(layout: La
         try:
             Capture.open(path)
         except StorageError as error:
-            seen += "have other sizes than what is stored" in str(error)
+            seen += "do not match those of its records" in str(error)
     assert seen
     evidence.tried("capture", "another size than stored", seen)
 

@@ -24,7 +24,7 @@ def test_an_experiment_lists_what_it_has(exp: Experiment) -> None:
     assert "single_trait: 2" in repr(exp)
     with pytest.raises(KeyError, match="has captures 1, 2"):
         exp.captures("single_trait")[9]
-    with pytest.raises(InputError, match=r"no experiment 'nix'.*there are: exp"):
+    with pytest.raises(InputError, match=r"no experiment 'nix'.*existing experiments: exp"):
         Experiment("nix", exp.layout.root)
 
 

@@ -1,4 +1,4 @@
-"""Files that are written in another thread: in order, all of them, failures told."""
+"""Writing files in another thread: in order, completely, and with every failure reported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tlcapture.storage.files import Written
 from tlcapture.storage.layout import Layout
 
 
-def test_all_files_are_written_in_order_by_another_thread_when_the_context_ends() -> None:
+def test_all_files_are_written_in_order_by_another_thread_before_the_context_ends() -> None:
     run, written, threads = Run.silent(Layout(Path("x"), "exp")), [], set()
 
     def file(number: int) -> Callable[[], Written]:
@@ -36,7 +36,7 @@ def test_all_files_are_written_in_order_by_another_thread_when_the_context_ends(
     assert (run.report.n_files, run.report.files.size) == (6, 15)
 
 
-def test_a_file_that_fails_is_told_and_the_others_are_written() -> None:
+def test_a_file_that_fails_is_reported_and_the_others_are_written() -> None:
     run = Run.silent(Layout(Path("x"), "exp"))
 
     def fail() -> Written:
@@ -48,7 +48,7 @@ def test_a_file_that_fails_is_told_and_the_others_are_written() -> None:
     assert run.report.n_files == 1
 
 
-def test_what_was_handed_over_is_written_even_when_the_run_breaks_off() -> None:
+def test_queued_files_are_written_even_if_the_run_is_interrupted() -> None:
     run = Run.silent(Layout(Path("x"), "exp"))
 
     def break_off() -> None:
@@ -62,7 +62,7 @@ def test_what_was_handed_over_is_written_even_when_the_run_breaks_off() -> None:
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_memory_that_does_not_suffice_fails_the_prompt_whose_files_they_are(error: Exception) -> None:
+def test_running_out_of_memory_fails_the_prompt_of_the_files(error: Exception) -> None:
     run, done = Run.silent(Layout(Path("x"), "exp")), []
 
     def fail(how: Exception) -> Written:
@@ -71,12 +71,12 @@ def test_memory_that_does_not_suffice_fails_the_prompt_whose_files_they_are(erro
     with BackgroundWriter(run) as writer:
         writer.write("set/1", [lambda: fail(error), lambda: fail(StorageError("no")), lambda: Written(Path("x"), 1)])
         writer.write("set/2", [lambda: Written(Path("x"), 1)], then=lambda: done.append("set/2"))
-    assert run.report.failures == [("set/1", "out of memory while its files were made"), ("set/1", "no")]
+    assert run.report.failures == [("set/1", "out of memory while its files were written"), ("set/1", "no")]
     assert run.report.n_files == 2
     assert done == ["set/2"]
 
 
-def test_a_full_disk_ends_the_run_when_all_that_was_written_is_told() -> None:
+def test_a_full_disk_ends_the_run_after_the_written_files_are_reported() -> None:
     run = Run.silent(Layout(Path("x"), "exp"))
 
     def fail() -> Written:

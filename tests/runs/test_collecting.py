@@ -1,4 +1,4 @@
-"""Files that workers send back: put where a local run puts them, and nothing derived left beside another capture."""
+"""Files that workers send back are stored where a local run stores them, without stale derived files next to them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from tests.input import captures
 from tlcapture.captures.capture import Capture
-from tlcapture.cluster.collecting import place
+from tlcapture.cluster.collecting import store_outputs
 from tlcapture.errors import StorageError
 from tlcapture.runs.report import Done
 from tlcapture.storage.config import read_config
@@ -28,28 +28,28 @@ def packed(**changes: Any) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_capture_that_is_sent_back_takes_its_place_and_what_was_made_from_another_goes(tmp_path: Path) -> None:
+def test_a_returned_capture_is_stored_and_files_derived_from_another_are_removed(tmp_path: Path) -> None:
     layout = Layout(tmp_path, "exp")
-    done = place(layout, {RAW: packed()}, Done(n_prompts=1))
+    done = store_outputs(layout, {RAW: packed()}, Done(n_prompts=1))
     assert [(written.path, done.n_prompts) for written in done.written] == [(tmp_path / RAW, 1)]
     assert Capture.open(tmp_path / RAW).prompt_id == "1"
     assert read_config(layout).inference_model == captures.content()["metadata"]["inference_model"]
     lens = layout.logit_lens("odd", "1")
     lens.parent.mkdir(parents=True)
     lens.write_text("{}")
-    place(layout, {RAW: packed()}, Done())
+    store_outputs(layout, {RAW: packed()}, Done())
     assert lens.is_file()  # the same tokens from the same model
-    place(layout, {RAW: packed(model_fingerprint="another")}, Done())
+    store_outputs(layout, {RAW: packed(model_fingerprint="another")}, Done())
     assert not lens.exists()
     assert not layout.unfinished("odd", "1").exists()
 
 
-def test_what_is_no_capture_replaces_none(tmp_path: Path) -> None:
+def test_an_invalid_capture_replaces_nothing(tmp_path: Path) -> None:
     layout = Layout(tmp_path, "exp")
-    place(layout, {RAW: packed()}, Done())
+    store_outputs(layout, {RAW: packed()}, Done())
     before = (tmp_path / RAW).read_bytes()
     with pytest.raises(StorageError):
-        place(layout, {RAW: before[:500]}, Done())
+        store_outputs(layout, {RAW: before[:500]}, Done())
     assert (tmp_path / RAW).read_bytes() == before
-    assert layout.unfinished("odd", "1").exists()  # so that the next run makes the prompt again
+    assert layout.unfinished("odd", "1").exists()  # so that the next run captures the prompt again
     assert not list(tmp_path.rglob("*.tmp"))

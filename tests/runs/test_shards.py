@@ -1,4 +1,4 @@
-"""Shards are a partition, and runs that could write one file never run at once."""
+"""Shards are a partition, and runs that could write the same file never run at the same time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tlcapture.errors import InputError
-from tlcapture.runs.exclusive import alone
 from tlcapture.runs.run import Run
+from tlcapture.runs.run_lock import run_lock
 from tlcapture.runs.shards import Shard
 from tlcapture.storage.layout import Layout
 
@@ -21,7 +21,7 @@ WHAT = "captures of short"
 
 
 @given(st.integers(0, 60), st.integers(1, 20))
-def test_the_shards_of_a_set_are_disjoint_and_together_all_of_it(n_prompts: int, count: int) -> None:
+def test_the_shards_of_a_set_are_a_partition_into_equal_parts(n_prompts: int, count: int) -> None:
     prompts = list(range(n_prompts))
     shares = [Shard(number, count).of(prompts) for number in range(1, count + 1)]
     assert sorted(prompt for share in shares for prompt in share) == prompts
@@ -29,22 +29,22 @@ def test_the_shards_of_a_set_are_disjoint_and_together_all_of_it(n_prompts: int,
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "1", "1/0", "-1/3", "a/b", "1/3/5", "", "1.5/2"])
-def test_what_is_no_shard_is_refused(text: str) -> None:
-    with pytest.raises(InputError, match="is no shard: expected i/n with i from 1 to n"):
+def test_invalid_shards_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match="is not a shard: expected i/n with i from 1 to n"):
         Shard.parse(text)
 
 
-def test_a_shard_is_read_as_it_is_written() -> None:
+def test_a_shard_survives_parsing_and_printing() -> None:
     assert str(Shard.parse(" 2/16 ")) == "2/16"
 
 
 @contextmanager
 def running(layout: Layout, shard: Shard | None, division: str = "shard") -> Iterator[None]:
-    """Another run, in a thread of its own."""
+    """A run in another thread, which holds the lock until the context ends."""
     begun, end = threading.Event(), threading.Event()
 
     def run() -> None:
-        with alone(Run.silent(layout), WHAT, shard, division):
+        with run_lock(Run.silent(layout), WHAT, shard, division):
             begun.set()
             assert end.wait(20)
 
@@ -59,11 +59,11 @@ def running(layout: Layout, shard: Shard | None, division: str = "shard") -> Ite
 
 
 def waits(layout: Layout, shard: Shard | None, division: str = "shard", patience: float = 0.5) -> bool:
-    """Whether a run that begins now does not get to its work, and does when it may."""
+    """Whether a run that starts now has to wait."""
     begun = threading.Event()
 
     def run() -> None:
-        with alone(Run.silent(layout), WHAT, shard, division) as waited:
+        with run_lock(Run.silent(layout), WHAT, shard, division) as waited:
             assert waited or not has_waited
             begun.set()
 
@@ -74,7 +74,7 @@ def waits(layout: Layout, shard: Shard | None, division: str = "shard", patience
     return has_waited
 
 
-def test_shards_of_one_division_run_side_by_side(tmp_path: Path) -> None:
+def test_shards_of_one_division_run_at_the_same_time(tmp_path: Path) -> None:
     layout = Layout(tmp_path, "exp")
     with running(layout, Shard(1, 3)), running(layout, Shard(3, 3)):
         assert not waits(layout, Shard(2, 3), patience=10)
@@ -90,19 +90,19 @@ def test_shards_of_one_division_run_side_by_side(tmp_path: Path) -> None:
         (Shard(1, 2), Shard(2, 3)),
     ],
 )
-def test_what_may_write_one_file_waits(tmp_path: Path, first: Shard | None, second: Shard | None) -> None:
+def test_runs_that_could_write_the_same_file_wait(tmp_path: Path, first: Shard | None, second: Shard | None) -> None:
     layout = Layout(tmp_path, "exp")
     with running(layout, first):
         assert waits(layout, second)
 
 
-def test_what_is_divided_otherwise_waits_too(tmp_path: Path) -> None:
+def test_shards_of_another_division_wait(tmp_path: Path) -> None:
     layout = Layout(tmp_path, "exp")
     with running(layout, Shard(1, 2)):
         assert waits(layout, Shard(2, 2), "projection")
 
 
-def test_a_run_that_ended_holds_nobody_up(tmp_path: Path) -> None:
+def test_a_finished_run_blocks_no_other(tmp_path: Path) -> None:
     layout = Layout(tmp_path, "exp")
     for shard in (Shard(1, 2), Shard(1, 3), None):
         with running(layout, shard):

@@ -1,7 +1,7 @@
-"""A worker of a Ray cluster: one model, one task after the other, with the code of a local run.
+"""A worker of a Ray cluster: it holds one model and does one task after another, with the code of a local run.
 
-What it writes goes to the experiment itself, which it must see; or into a folder of its own, whose
-files it sends back.
+A worker that sees the experiment writes to it. One that does not see it writes to a temporary folder and sends the
+files back.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ from tlcapture.storage.files import Written, read_bytes, write_bytes
 from tlcapture.storage.layout import Layout
 
 
-class Told(BaseException):
-    """The worker was told to stop, and is at a point where it can."""
+class StopRequested(BaseException):
+    """The worker was asked to stop, and has reached a point where it can."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a task: what was done, an error that ends the run, and files where they are sent back."""
+    """The result of a task: what was done, an error that ends the run, and the files that are sent back.
+
+    `files` maps paths relative to the root to their content; `None` where the worker writes to the experiment itself.
+    """
 
     done: Done
     error: TlcaptureError | None = None
@@ -43,8 +46,8 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a worker runs, and whether it sees the driver's root there."""
+class WorkerLocation:
+    """The node and process of a worker, and whether it sees the driver's root there."""
 
     node: str
     process: int
@@ -53,14 +56,14 @@ class Place:
 
 @dataclass(frozen=True)
 class State:
-    """How far a worker is: units counted since it began, and what it uses."""
+    """The progress of a worker: units counted since it started, and the facts that it recorded for the run."""
 
     units: int
     facts: Mapping[str, Any]
 
 
 class _WorkerReport(RunReport):
-    """A report that remembers everything since it was last handed over."""
+    """A report that also keeps everything since it was last sent to the driver."""
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -70,7 +73,8 @@ class _WorkerReport(RunReport):
         super().wrote(written)
         self._written.append(written)
 
-    def hand_over(self) -> Done:
+    def drain(self) -> Done:
+        """What was done since the last call."""
         done = Done(
             self._written,
             self.failures,
@@ -86,13 +90,13 @@ class _WorkerReport(RunReport):
 
 
 class _WorkerDisplay(Display, Progress):
-    """Counts, and stops the work where it may be stopped."""
+    """Counts units of work, and stops the work at a point where that is safe once `stop_requested` is set."""
 
     def __init__(self, unit: str) -> None:
         self._unit = unit
         self.units = 0
         self.facts: dict[str, Any] = {}
-        self.told = threading.Event()
+        self.stop_requested = threading.Event()
 
     def uses(self, **facts: Any) -> None:
         self.facts.update(facts)
@@ -103,12 +107,12 @@ class _WorkerDisplay(Display, Progress):
 
     def advance(self, units: int = 0, *, done: str | None = None) -> None:
         self.units += units
-        if self.told.is_set():
-            raise Told
+        if self.stop_requested.is_set():
+            raise StopRequested
 
 
 class _Uncounted(Progress):
-    """Progress in another unit than the work's: it only stops the work."""
+    """Progress in another unit than that of the work: not counted, but the work can be stopped here too."""
 
     def __init__(self, display: _WorkerDisplay):
         self._display = display
@@ -118,12 +122,17 @@ class _Uncounted(Progress):
 
 
 class WorkerActor:
-    """What Ray makes an actor of.
+    """The class of the Ray actors.
 
     Args:
-        load: loads the model, from `files` where they are named.
-        threads: how many torch computes with.
-        collected: what a worker without the root gets of it; `None` for one that sees it.
+        layout: the experiment in the driver's root.
+        make: makes the worker that does the tasks.
+        unit: the unit of the work, whose progress is counted.
+        load: the loader of the model; `None` where the tasks need no model.
+        files: the model's files, where they may have to be sent to this worker.
+        threads: the number of threads that torch uses.
+        inputs: the files of the experiment that a worker without access to the root reads; `None` for a worker that
+            sees the root.
     """
 
     def __init__(
@@ -134,22 +143,22 @@ class WorkerActor:
         load: ModelLoader | None,
         files: ModelFiles | None,
         threads: int,
-        collected: Mapping[str, bytes] | None,
+        inputs: Mapping[str, bytes] | None,
     ):
         self._load = load
         self._files = files
         self._threads = threads
-        self._own = None if collected is None else Path(tempfile.mkdtemp(prefix="tlcapture-"))
-        self._layout = layout if self._own is None else Layout(self._own, layout.experiment)
-        self._given: set[str] = set()
-        self._give(collected or {})
+        self._folder = None if inputs is None else Path(tempfile.mkdtemp(prefix="tlcapture-"))
+        self._layout = layout if self._folder is None else Layout(self._folder, layout.experiment)
+        self._inputs: set[str] = set()
+        self._write_inputs(inputs or {})
         self._make = make
         self._worker: Worker | None = None
         self._report = _WorkerReport(self._layout.folder)
         self._display = _WorkerDisplay(unit)
 
-    def place(self, probe: Path, content: bytes) -> Place:
-        """Where this is. It sees the root if it reads in a file there what the driver wrote, and can write there."""
+    def locate(self, probe: Path, content: bytes) -> WorkerLocation:
+        """The location of this worker. It sees the root if it can read the driver's probe file there and can write."""
         try:
             seen = probe.read_bytes() == content
             answer = probe.with_name(f"{probe.name}.{os.getpid()}")
@@ -157,47 +166,48 @@ class WorkerActor:
             answer.unlink()
         except OSError:
             seen = False
-        return Place(socket.gethostname(), os.getpid(), seen)
+        return WorkerLocation(socket.gethostname(), os.getpid(), seen)
 
-    def lacks_model(self) -> bool:
-        """Whether the model's files have to be sent here."""
+    def needs_model(self) -> bool:
+        """Whether the model's files have to be sent to this machine."""
         return self._files is not None and self._files.found() is None
 
-    def take_model(self, contents: Mapping[str, Any]) -> None:
-        """Take the model's files out of the object store, where no other worker of this machine has."""
+    def receive_model(self, contents: Mapping[str, Any]) -> None:
+        """Copy the model's files from the object store, unless another worker of this machine already has."""
         import ray
 
         assert self._files is not None
         self._files.receive(lambda name: ray.get(contents[name]))
 
     def prepare(self) -> TlcaptureError | None:
-        """Load what every task needs; returns what goes wrong for every worker alike."""
+        """Load what every task needs; returns an error that every worker would have."""
         try:
-            self._work().prepare()
+            self._ready_worker().prepare()
         except TlcaptureError as error:
             return error
         return None
 
     def do(self, task: Any, inputs: Mapping[str, bytes]) -> Result:
-        """Do a task; `inputs` are the files that it reads, where this worker has no root."""
+        """Do a task; `inputs` are the files that it reads, where this worker does not see the root."""
         error, stopped = None, False
         try:
-            self._give(inputs)
-            self._work().do(task)
+            self._write_inputs(inputs)
+            self._ready_worker().do(task)
         except TlcaptureError as found:
             error = found
-        except Told:
+        except StopRequested:
             stopped = True
-        return Result(self._report.hand_over(), error, stopped, self._made())
+        return Result(self._report.drain(), error, stopped, self._take_outputs())
 
     def state(self) -> State:
+        """The progress so far; can be asked while a task is being done."""
         return State(self._display.units, dict(self._display.facts))
 
     def stop(self) -> None:
-        """Have the task in hand end at the next point where it can."""
-        self._display.told.set()
+        """Let the current task end at the next point where it can."""
+        self._display.stop_requested.set()
 
-    def _work(self) -> Worker:
+    def _ready_worker(self) -> Worker:
         if self._worker is None:
             import torch
 
@@ -211,23 +221,23 @@ class WorkerActor:
         source = None if self._files is None else self._files.found()
         return replace(self._load, display=self._display, source=source)
 
-    def _give(self, files: Mapping[str, bytes]) -> None:
+    def _write_inputs(self, files: Mapping[str, bytes]) -> None:
         for name, content in files.items():
             write_bytes(self._layout.root / name, content)
-            self._given.add(name)
+            self._inputs.add(name)
 
-    def _made(self) -> dict[str, bytes] | None:
-        """The files of a folder of one's own, which are then removed."""
-        if self._own is None:
+    def _take_outputs(self) -> dict[str, bytes] | None:
+        """The files that were written to the temporary folder, which are then removed from it."""
+        if self._folder is None:
             return None
         found = {}
-        for path in sorted(self._own.rglob("*")):
-            name = path.relative_to(self._own).as_posix()
-            if path.is_file() and name not in self._given and "/.locks/" not in name:
+        for path in sorted(self._folder.rglob("*")):
+            name = path.relative_to(self._folder).as_posix()
+            if path.is_file() and name not in self._inputs and "/.locks/" not in name:
                 found[name] = read_bytes(path)
                 path.unlink()
         return found
 
     def __del__(self) -> None:
-        if getattr(self, "_own", None) is not None:
-            shutil.rmtree(str(self._own), ignore_errors=True)
+        if getattr(self, "_folder", None) is not None:
+            shutil.rmtree(str(self._folder), ignore_errors=True)

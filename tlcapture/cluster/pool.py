@@ -1,4 +1,4 @@
-"""The workers of a Ray cluster that share a piece of work: started, checked, replaced when they die, sent home."""
+"""The workers of a Ray cluster that share the work of a run: started, replaced when they die, shut down at the end."""
 
 from __future__ import annotations
 
@@ -6,23 +6,37 @@ import secrets
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tlcapture.cluster.actor import Place, WorkerActor
-from tlcapture.cluster.collecting import given_files
+from tlcapture.cluster.actor import WorkerActor, WorkerLocation
+from tlcapture.cluster.collecting import experiment_inputs
 from tlcapture.errors import InputError
 from tlcapture.runs.executors import Work
 from tlcapture.storage.layout import Layout
 
-# How far a worker is that has just started.
-STARTS, LACKS_MODEL, TAKES_MODEL, PREPARES, READY = "starts", "lacks model", "takes model", "prepares", "ready"
+
+class Stage(Enum):
+    """The stages of a worker's start, in their order; the values are shown in the progress line."""
+
+    STARTING = "starting"
+    CHECKING_MODEL = "looking for the model"
+    RECEIVING_MODEL = "receiving the model"
+    PREPARING = "loading"
+    READY = "ready"
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """How the cluster is asked for: `address` of one that runs (`None` starts one here), and what a worker takes."""
+    """The cluster to use and the resources of each worker.
+
+    Attributes:
+        address: of a running cluster; `None` starts one on this machine.
+        workers: their number; `None` for as many as fit.
+        collect: whether workers that do not see the root send their files back.
+    """
 
     address: str | None = None
     workers: int | None = None
@@ -32,8 +46,8 @@ class Cluster:
 
 
 @dataclass
-class Piece:
-    """A part of the work, and how often it was given out."""
+class Batch:
+    """A part of the work that one worker does, and the number of times that a worker died while doing it."""
 
     task: Any
     label: str
@@ -41,24 +55,33 @@ class Piece:
 
 
 @dataclass
-class Member:
-    """A worker: its actor, what it has in hand, and how much it had done when it was last looked at."""
+class WorkerHandle:
+    """A worker as the driver sees it.
+
+    Attributes:
+        number: its number in the pool, which a worker that replaces it takes over.
+        actor: the Ray actor.
+        pending: the Ray reference of the result that is awaited, if any.
+        batch: the batch that it works on.
+        counted: the units of work that were counted when its state was last read.
+        since: when it was given its batch, on the monotonic clock.
+    """
 
     number: int
     actor: Any
-    stage: str = STARTS
-    waiting_for: Any = None
-    piece: Piece | None = None
-    place: Place | None = None
+    stage: Stage = Stage.STARTING
+    pending: Any = None
+    batch: Batch | None = None
+    location: WorkerLocation | None = None
     counted: int = 0
     since: float = field(default_factory=time.monotonic)
 
     def __str__(self) -> str:
-        return f"worker {self.number}" + (f" on {self.place.node}" if self.place else "")
+        return f"worker {self.number}" + (f" on {self.location.node}" if self.location else "")
 
 
 class Probe:
-    """A file in the root that every worker must see."""
+    """A temporary file in the root, which tells whether a worker sees the root."""
 
     def __init__(self, root: Path):
         self.path = root.resolve() / f".tlcapture-{secrets.token_hex(8)}"
@@ -76,54 +99,56 @@ class Probe:
             self.path.unlink()
 
 
-class Crew:
-    """The workers there are; one that dies is replaced."""
+class WorkerPool:
+    """A fixed number of workers; one that dies can be replaced."""
 
     def __init__(self, ray: Any, work: Work, layout: Layout, cluster: Cluster, probe: Probe, size: int):
         self.ray = ray
         self._cluster = cluster
         self._probe = probe
         threads = max(1, int(cluster.cpus_per_worker))
-        model: Any = work.model  # a ModelLoader
-        load = None if model is None else model.silent()
-        self._files = None if model is None else model.files()
-        given = ray.put(given_files([layout, *work.reads])) if cluster.collect else None
-        self._arguments = (_absolute(layout), work.make, work.unit, load, self._files, threads, given)
-        self._kind = ray.remote(
+        load = None if work.model is None else work.model.silent()
+        self._files = None if work.model is None else work.model.files()
+        inputs = ray.put(experiment_inputs([layout, *work.reads])) if cluster.collect else None
+        self._arguments = (_absolute(layout), work.make, work.unit, load, self._files, threads, inputs)
+        self._actor_class = ray.remote(
             num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker, max_concurrency=2, max_restarts=0
         )(WorkerActor)
-        self.members = [self._start(number) for number in range(size)]
+        self.workers = [self._start(number) for number in range(size)]
 
-    def _start(self, number: int) -> Member:
-        member = Member(number, self._kind.remote(*self._arguments))
-        member.waiting_for = member.actor.place.remote(self._probe.path, self._probe.content)
-        return member
+    def _start(self, number: int) -> WorkerHandle:
+        worker = WorkerHandle(number, self._actor_class.remote(*self._arguments))
+        worker.pending = worker.actor.locate.remote(self._probe.path, self._probe.content)
+        return worker
 
     @cached_property
     def model_contents(self) -> dict[str, Any]:
-        """The model's files, put into the object store when a first worker lacks them."""
+        """References of the model's files in the object store, where they are put when a first worker needs them."""
         assert self._files is not None
         return {name: self.ray.put(self._files.send(name)) for name in self._files.sizes}
 
-    def replace(self, member: Member) -> None:
-        self.members[self.members.index(member)] = self._start(member.number)
+    def replace(self, worker: WorkerHandle) -> None:
+        """Start another worker in place of one that died."""
+        self.workers[self.workers.index(worker)] = self._start(worker.number)
 
-    def check(self, place: Place) -> None:
-        """Raise `InputError` for a worker that would write where nobody looks."""
-        if not place.sees_root and not self._cluster.collect:
+    def check(self, location: WorkerLocation) -> None:
+        """Raise `InputError` for a worker that does not see the root and does not send its files back either."""
+        if not location.sees_root and not self._cluster.collect:
             raise InputError(
-                f"a worker on {place.node} does not see {self._probe.path.parent}: give a --root that all nodes of the "
-                "cluster share, or pass --collect to have files sent back"
+                f"a worker on {location.node} does not see {self._probe.path.parent}: give a --root that all nodes of "
+                "the cluster share, or pass --collect to have files sent back"
             )
 
     @property
     def collects(self) -> bool:
+        """Whether workers send their files back."""
         return self._cluster.collect
 
-    def dismiss(self) -> None:
-        for member in self.members:
-            with suppress(Exception):  # it may be dead, and the cluster gone
-                self.ray.kill(member.actor)
+    def shutdown(self) -> None:
+        """End all workers."""
+        for worker in self.workers:
+            with suppress(Exception):  # the worker may be dead, and the cluster gone
+                self.ray.kill(worker.actor)
 
 
 def _absolute(layout: Layout) -> Layout:
@@ -131,4 +156,5 @@ def _absolute(layout: Layout) -> Layout:
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's message, cut to 200 characters, or the name of its class where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

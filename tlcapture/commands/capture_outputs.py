@@ -1,4 +1,4 @@
-"""The files one prompt's run leaves: which are wanted, which are there, and writing them."""
+"""The output files of a prompt: which are wanted, which are missing, and writing them."""
 
 from __future__ import annotations
 
@@ -33,9 +33,16 @@ REPLACE = "use --overwrite to replace it and what was made from it"
 
 @dataclass(frozen=True)
 class Outputs:
-    """What is wanted of a prompt: its residual stream, with what is kept of the model, and the add-ons.
+    """The outputs wanted of a prompt: its residual stream and the add-ons.
 
-    `raw` says whether a residual stream that is captured is written, or projected and dropped.
+    Attributes:
+        kept: the layers and points of the residual stream that are kept.
+        residual: whether the residual stream is captured.
+        raw: whether a captured residual stream is written, rather than only projected.
+        attn_out: whether attention outputs are captured with it.
+        attention: whether attention patterns are written.
+        logit_lens: whether logit-lens predictions are written.
+        internals: layers whose internals are written.
     """
 
     kept: Kept
@@ -51,11 +58,11 @@ class Outputs:
 
     @property
     def needs_pass(self) -> bool:
-        """Whether more is wanted than the residual stream holds."""
+        """Whether more activations are needed than the residual stream has."""
         return self.attention or bool(self.internals)
 
     def _is_held_by(self, raw: Path) -> bool:
-        """Whether a raw residual file is there, can be read, and keeps all that is wanted."""
+        """Whether a raw residual file exists, can be read, and has all layers and points that are wanted."""
         if not raw.is_file():
             return False
         try:
@@ -66,16 +73,15 @@ class Outputs:
         return capture.kept.includes(self.kept) and (has_attn_out or not self.attn_out)
 
     def missing(self, layout: Layout, prompt_set: str, prompt_id: str) -> Outputs:
-        """What of these is not there yet, or belongs to an earlier run of the prompt."""
+        """The outputs of these that do not exist yet, or that are older than the prompt's capture."""
         raw = layout.residual(prompt_set, prompt_id)
         if not self._is_held_by(raw):
             return self
         captured = raw.stat().st_mtime_ns
-
         return self.lacking(layout, prompt_set, prompt_id, since=captured)
 
     def lacking(self, layout: Layout, prompt_set: str, prompt_id: str, *, since: int = 0) -> Outputs:
-        """The add-ons of these that are not there, or older than `since`, a modification time in nanoseconds."""
+        """The add-ons of these that do not exist or were modified before `since`, in nanoseconds since the epoch."""
 
         def lacks(path: Path) -> bool:
             return not path.is_file() or path.stat().st_mtime_ns < since
@@ -91,13 +97,13 @@ class Outputs:
         )
 
     def live_hooks(self, model: Model) -> list[str]:
-        """All activations that a live run has to capture: what is kept first, and in the order of its buffer."""
+        """The activations that a live run captures; first those that are kept, in the order of their buffer."""
         names = residual_hooks(model.n_layers, model.hook_names, attn_out=self.attn_out, only=self.kept)
         names += logit_lens_hooks(model.n_layers) if self.logit_lens else []
         return list(dict.fromkeys([*names, *self.pass_hooks(model)]))
 
     def pass_hooks(self, model: Model) -> list[str]:
-        """The activations that the add-ons read and the residual stream does not hold."""
+        """The activations that add-ons need and the residual stream does not have."""
         names = attention_hooks(model.n_layers) if self.attention else []
         for layer in self.internals:
             names += internals_hooks(layer, model.hook_names)
@@ -107,25 +113,25 @@ class Outputs:
 def write_capture(
     layout: Layout, capture: Capture, on_removed: Callable[[Sequence[Path]], object] = lambda paths: None
 ) -> Written:
-    """Write the raw residual file.
+    """Write the raw residual file, and remove files derived from another capture of the prompt.
 
-    What was derived from another capture of the prompt goes when the new file is whole, before it is in
-    its place: nothing derived ever stands beside a capture it was not made from. `on_removed` is called with it.
+    They are removed after the new file was written completely and before it is renamed to its path, so that no derived
+    file ever exists next to a capture from which it was not made. `on_removed` is called with their paths.
     """
     prompt_set, prompt_id = capture.prompt_set, capture.prompt_id
     path = layout.residual(prompt_set, prompt_id)
     derived = [] if is_alike(path, capture) else derived_files(layout, prompt_set, prompt_id)
 
-    def make_room(new: Path) -> None:
+    def remove_derived(new: Path) -> None:
         remove(derived)
         on_removed(derived)
 
-    return capture.save(path, before_replacing=make_room)
+    return capture.save(path, before_replacing=remove_derived)
 
 
 def remove_stale(layout: Layout, capture: Capture) -> Sequence[Path]:
-    """Remove what was derived from another run of a prompt whose capture is not written but projected, and a raw
-    file there that cannot be read."""
+    """Remove files derived from another run of a prompt whose capture is only projected, and a raw file there that
+    cannot be read; returns their paths."""
     raw = layout.residual(capture.prompt_set, capture.prompt_id)
     unreadable = [raw] if raw.is_file() and saved_capture(raw, overwrite=True) is None else []
     before = ProjectedCapture.find(layout, capture.prompt_set, capture.prompt_id)
@@ -139,10 +145,12 @@ def remove_stale(layout: Layout, capture: Capture) -> Sequence[Path]:
 def add_ons(
     layout: Layout, capture: Capture, wanted: Outputs, model: Model, cache: Cache, residual_cache: Cache | None
 ) -> Iterator[Write]:
-    """Compute the add-ons of a capture one after another; each is handed on as the function that writes its file.
+    """Compute the add-ons of a capture one after another; yields the function that writes the file of each.
 
-    `cache` holds what `pass_hooks` names. The logit lens reads the activations of `residual_cache`, as
-    they were computed, or those of the capture, as they were stored.
+    Args:
+        cache: the activations named by `Outputs.pass_hooks`.
+        residual_cache: the residual stream as it was computed, for the logit lens; `None` to use that of the capture,
+            which is rounded to the dtype in which it was saved.
     """
     names = {"prompt_id": capture.prompt_id, "prompt_set": capture.prompt_set}
     where = (capture.prompt_set, capture.prompt_id)

@@ -1,8 +1,7 @@
-"""How much a capture will write, before it writes anything.
+"""How much a capture will write, estimated before it writes anything.
 
-Tensors are counted to the byte; JSON by the bytes that numbers of its precision took on average in
-captures of the embedded model. A response is taken to be as long as it may be, so that what is
-written is less where responses stop early.
+The size of tensors is exact. JSON is estimated from the average number of bytes per number in captures of the embedded
+model. Responses are assumed to have the greatest length allowed, so that less is written where they stop early.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.capture_outputs import Outputs
-from tlcapture.commands.capture_tasks import CaptureOptions, Plan
+from tlcapture.commands.capture_tasks import CaptureOptions, CaptureTask
 from tlcapture.commands.projections import traits_to_project
 from tlcapture.errors import InputError, StorageError
 from tlcapture.models.sizes import Measures
@@ -28,18 +27,26 @@ from tlcapture.views.logit_lens import TOP_K
 _PER_WEIGHT = 9.5  # an attention weight: 4 significant digits and a comma
 _PER_PREDICTION = 35.0  # {"token": ..., "prob": ...}
 _PER_PROJECTION = 9.7  # 6 significant digits
-_PER_NULL = 5  # a layer that is not kept
+_PER_NULL = 5  # a layer without activations
 _PER_FILE = 2000  # names, metadata, and what the container adds
 _PER_PROJECTION_FILE = 1000  # the vector and where it comes from
 _PER_CAPTURE = 850  # the metadata of a capture that is not kept
-_PER_VIEW = 90  # what a `.pt` file says of each tensor, and the padding before it
+_PER_VIEW = 90  # the description of a tensor in a `.pt` file, and the padding before it
 _PER_TOKEN = 6  # its text and id
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "auto": 2}
 
 
 @dataclass
-class Estimate:
-    """Prompts, files and bytes, by kind of file; `failures` are prompts that would fail, and why."""
+class CaptureSize:
+    """The number and size of the files that a capture will write.
+
+    Attributes:
+        n_prompts: prompts to capture.
+        n_completed: saved captures to which files are added.
+        by_kind: number of files and bytes, by kind of file.
+        failures: prompts that would fail, with the reasons.
+        replaces: paths of raw residual files that will be written, whether they exist or not.
+    """
 
     n_prompts: int = 0
     n_completed: int = 0
@@ -49,22 +56,22 @@ class Estimate:
 
     @classmethod
     def of(
-        cls, plans: Sequence[Plan], layout: Layout, options: CaptureOptions, measures: Callable[[], Measures]
-    ) -> Estimate:
-        """What carrying out plans will write. `measures` is called if there is anything to do."""
+        cls, tasks: Sequence[CaptureTask], layout: Layout, options: CaptureOptions, measures: Callable[[], Measures]
+    ) -> CaptureSize:
+        """The size of the files that tasks will write; `measures` is called only where there is something to do."""
         found = cls()
         n_vectors = n_projections(layout, options)
-        for plan in plans:
-            name = plan.prompt_set.name
-            found.failures += [Failed(*each) for each in plan.failing]
-            for prompt in plan.company:
-                if prompt.id in plan.fresh:
+        for task in tasks:
+            name = task.prompt_set.name
+            found.failures += [Failed(*each) for each in task.failing]
+            for prompt in task.batched:
+                if prompt.id in task.fresh:
                     n_tokens = len(prompt.token_ids) + options.max_new_tokens
                     wanted = options.outputs(measures().n_layers)
                     found.n_prompts += 1
                     found.replaces.append(layout.residual(name, prompt.id))
                     found._add(sizes(measures(), n_tokens, wanted, options, n_vectors))
-            for prompt_id, wanted in plan.saved.items():
+            for prompt_id, wanted in task.saved.items():
                 if wanted:
                     found.n_completed += 1
                     n_tokens = _n_saved_tokens(layout.residual(name, prompt_id))
@@ -73,27 +80,30 @@ class Estimate:
 
     @property
     def n_files(self) -> int:
+        """The number of files of all kinds."""
         return sum(count for count, _ in self.by_kind.values())
 
     @property
     def n_bytes(self) -> int:
+        """The size of all files together."""
         return sum(size for _, size in self.by_kind.values())
 
     def replaced(self) -> int:
-        """Bytes of captures that are there and will be replaced."""
+        """The size in bytes of the existing captures that will be replaced."""
         return sum(path.stat().st_size for path in self.replaces if path.is_file())
 
     def lines(self, n_free: int) -> Iterator[str]:
-        """The same as a table for people."""
+        """A table of the files by kind, and the free bytes `n_free`, as lines of text."""
         completed = f", {self.n_completed} captures to complete" if self.n_completed else ""
         yield f"{self.n_prompts} prompts to capture{completed}; at most about:"
-        for kind, (count, size) in {**self.by_kind, "in all": (self.n_files, self.n_bytes)}.items():
+        for kind, (count, size) in {**self.by_kind, "total": (self.n_files, self.n_bytes)}.items():
             yield f"{kind:<16}{count:>8} files{format_bytes(size):>12}"
         yield f"free on the device: {format_bytes(n_free)}"
         for failed in self.failures:
             yield f"would fail: {failed}"
 
     def to_json(self) -> dict[str, Any]:
+        """All numbers as plain values."""
         kinds = {kind: {"files": count, "bytes": size} for kind, (count, size) in self.by_kind.items()}
         return {
             "prompts": self.n_prompts,
@@ -113,15 +123,15 @@ class Estimate:
 def sizes(
     measures: Measures, n_tokens: int, wanted: Outputs, options: CaptureOptions, n_projections: int
 ) -> Iterator[tuple[str, float]]:
-    """Kind and size in bytes of each file of a prompt of `n_tokens`, its response included."""
+    """Kind and size in bytes of each file of a prompt with `n_tokens` tokens, including its response."""
     kept = wanted.kept
     row = len(kept.layers) * len(kept.points) * _PER_PROJECTION + (kept.n_layers - len(kept.layers)) * _PER_NULL
     row += 2 * _PER_PROJECTION + _PER_TOKEN  # velocity and acceleration
-    beside = _PER_PROJECTION_FILE + (0 if wanted.raw else _PER_CAPTURE)
+    overhead = _PER_PROJECTION_FILE + (0 if wanted.raw else _PER_CAPTURE)
     yield from chain(
         _tensors(measures, n_tokens, wanted, options),
         _json(measures, n_tokens, wanted),
-        (("projection", beside + n_tokens * row) for _ in range(n_projections)),
+        (("projection", overhead + n_tokens * row) for _ in range(n_projections)),
     )
 
 
@@ -132,7 +142,7 @@ def _tensors(m: Measures, n_tokens: int, wanted: Outputs, options: CaptureOption
         n_points = len(wanted.kept.places) + n_layers * wanted.attn_out
         n_views = 2 * n_layers * (len(wanted.kept.points) + wanted.attn_out)
         yield "raw residual", text + n_views * _PER_VIEW + n_points * n_tokens * m.d_model * _BYTES[options.save_dtype]
-    # Queries, keys, values and their mix; pre-activation, gate, activation; what goes in, between and out.
+    # Queries, keys, values and their mix; pre-activation, gate, activation; the residual stream and both outputs.
     heads = (2 * m.n_heads + 2 * m.n_key_value_heads) * m.d_head
     row = heads + 3 * m.d_mlp + 5 * m.d_model + m.n_heads * n_tokens
     for _ in wanted.internals:
@@ -149,7 +159,7 @@ def _json(m: Measures, n_tokens: int, wanted: Outputs) -> Iterator[tuple[str, fl
 
 
 def n_projections(layout: Layout, options: CaptureOptions) -> int:
-    """How many vectors each capture will be projected onto."""
+    """The number of vectors that each capture will be projected onto."""
     if not options.project:
         return 0
     source = options.vectors.layout(layout)

@@ -1,7 +1,7 @@
-"""What a capture has to do, before it does any of it: prompts made token ids, and what each of them lacks.
+"""The tasks of a capture: the prompts of each set as token ids, and the outputs that each of them lacks.
 
-Plans are made of all prompt sets first, so that a wrong request writes nothing, and what will be
-written can be told from what is free.
+All tasks are planned before any is carried out, so that a wrong request writes nothing, and so that the size of the
+files can be compared with the free space.
 """
 
 from __future__ import annotations
@@ -31,11 +31,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class CaptureOptions:
-    """What to capture and how; `internals` is a tuple of layers, or `"all"`.
+    """What to capture, and how.
 
-    `layers` and `points` are those of the residual stream that are kept; all where none is named. `shard` is
-    taken of the prompts that `limit` leaves. `projections_only` writes projections, and no raw residual.
-    `overwrite` allows that files in the place of captures are replaced that cannot be read.
+    Attributes:
+        internals: layers whose internals are written, or `"all"`.
+        layers: layers of the residual stream that are kept; all where empty.
+        points: points of the residual stream that are kept; all where empty.
+        overwrite: allow files that cannot be read to be replaced by captures.
+        projections_only: write projections and no raw residual.
+        shard: the share of the prompts that are captured, after `limit` is applied.
     """
 
     attention: bool = False
@@ -61,11 +65,15 @@ class CaptureOptions:
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Those that are captured, and projected."""
+        """The components that are captured and projected."""
         return ("residual", "attn_out") if self.capture_attn else ("residual",)
 
     def outputs(self, n_layers: int) -> Outputs:
-        """The files wanted of each prompt, for a model of so many layers."""
+        """The outputs wanted of each prompt, for a model with `n_layers` layers.
+
+        Raises:
+            InputError: internals, layers or points that the model does not have.
+        """
         everything = self.internals == ALL_LAYERS
         asked = range(n_layers) if self.internals == ALL_LAYERS else (int(layer) for layer in self.internals)
         layers = tuple(sorted(set(asked)))
@@ -84,7 +92,7 @@ class CaptureOptions:
 
 
 class HasTokenizer(Protocol):
-    """What a plan needs of a model: its layers are counted, its tokenizer is used."""
+    """What planning needs of a model: the number of its layers, and its tokenizer."""
 
     @property
     def n_layers(self) -> int: ...
@@ -94,62 +102,67 @@ class HasTokenizer(Protocol):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to do with the prompts of one set.
+class CaptureTask:
+    """The work on the prompts of one set.
 
     Attributes:
-        company: prompts that are batched together: those of `fresh` and, with `--skip-existing`, their neighbours
-            in an undisturbed run, beside which they yield the same to the last bit.
+        batched: prompts that are put into batches: those of `fresh` and, with `--skip-existing`, the prompts that
+            share their batches in an uninterrupted run, so that the results are the same to the last bit.
         fresh: ids of prompts to generate from.
-        saved: ids of prompts that have a capture, and what they lack.
-        refused: prompts that cannot be run, and why.
-        barred: prompts that are left alone since what is in the place of their capture cannot be read, and why.
-        otherwise: prompts that are there, with responses of another sampling than is asked for now.
+        saved: ids of prompts that have a capture, with the outputs that they lack.
+        refused: names of prompts that cannot be captured as asked, with the reasons.
+        unreadable: names of prompts with a raw file that cannot be read and is not to be replaced, with the reasons.
+        other_sampling: ids of prompts that are kept although they were captured with other sampling settings.
     """
 
     prompt_set: PromptSet
-    company: Sequence[TokenizedPrompt]
+    batched: Sequence[TokenizedPrompt]
     fresh: frozenset[str]
     saved: Mapping[str, Outputs]
     refused: Sequence[tuple[str, str]]
-    barred: Sequence[tuple[str, str]] = ()
-    otherwise: Sequence[str] = ()
+    unreadable: Sequence[tuple[str, str]] = ()
+    other_sampling: Sequence[str] = ()
 
     @property
     def failing(self) -> Sequence[tuple[str, str]]:
-        """All prompts that fail before anything is done, and why."""
-        return [*self.refused, *self.barred]
+        """Names of all prompts that fail before any work is done, with the reasons."""
+        return [*self.refused, *self.unreadable]
 
     @property
-    def does_something(self) -> bool:
+    def has_work(self) -> bool:
+        """Whether any output has to be made, apart from projections."""
         return bool(self.fresh) or any(self.saved.values())
 
     def label(self) -> str:
-        """What it is, for people."""
+        """The name of the task in messages."""
         ids = [*sorted(self.fresh), *self.saved]
         return f"{self.prompt_set.name}/{ids[0]}" if len(ids) == 1 else f"{len(ids)} prompts of {self.prompt_set.name}"
 
-    def split(self, most: int) -> list[Plan]:
-        """The same in plans of at most so many prompts, each of which is a batch of like lengths."""
-        ordered = sorted(self.company, key=lambda prompt: len(prompt.token_ids), reverse=True)
+    def split(self, most: int) -> list[CaptureTask]:
+        """Split into tasks of at most `most` prompts, each a batch of prompts of similar length."""
+        ordered = sorted(self.batched, key=lambda prompt: len(prompt.token_ids), reverse=True)
         parts = [
-            replace(self, company=batch, fresh=fresh, saved={}, refused=(), barred=())
-            for batch in _pieces(ordered, most)
+            replace(self, batched=batch, fresh=fresh, saved={}, refused=(), unreadable=())
+            for batch in _chunks(ordered, most)
             if (fresh := self.fresh & {prompt.id for prompt in batch})
         ]
         saved = list(self.saved.items())
         return parts + [
-            replace(self, company=(), fresh=frozenset(), saved=dict(piece), refused=(), barred=())
-            for piece in _pieces(saved, most)
+            replace(self, batched=(), fresh=frozenset(), saved=dict(chunk), refused=(), unreadable=())
+            for chunk in _chunks(saved, most)
         ]
 
 
-def _pieces(items: Sequence[T], most: int) -> list[Sequence[T]]:
+class _PromptError(InputError):
+    """A prompt cannot be captured as asked; other prompts can."""
+
+
+def _chunks(items: Sequence[T], most: int) -> list[Sequence[T]]:
     return [items[start : start + most] for start in range(0, len(items), most)]
 
 
-class Planner:
-    """Makes plans for an experiment; `model` is called when one is needed."""
+class TaskPlanner:
+    """Plans the tasks of a capture; `model` is called only when a tokenizer or the number of layers is needed."""
 
     def __init__(
         self,
@@ -164,62 +177,64 @@ class Planner:
         self._config = config
         self._model_name = model_name
         self._model = model
-        self._otherwise: list[str] = []
-        # Says nothing: what goes wrong with a vector is told by the run.
+        self._other_sampling: list[str] = []
+        # Silent: the run itself reports vectors that cannot be used.
         self._chooser = Chooser(Run.silent(layout), options.vectors)
 
-    def plans(self, prompt_sets: Sequence[PromptSet]) -> list[Plan]:
-        """A plan for each prompt set.
+    def tasks(self, prompt_sets: Sequence[PromptSet]) -> list[CaptureTask]:
+        """A task for each prompt set.
 
         Raises:
-            InputError: the request is wrong, or wrong for every single prompt.
+            InputError: the request is wrong, or every prompt is refused.
         """
-        plans = [self.plan(prompt_set) for prompt_set in prompt_sets]
-        refused = [reason for plan in plans for _, reason in plan.refused]
-        goes_on = any(plan.fresh or plan.saved or plan.barred for plan in plans)
-        if refused and not self._options.replay and not goes_on:
+        tasks = [self.task(prompt_set) for prompt_set in prompt_sets]
+        refused = [reason for task in tasks for _, reason in task.refused]
+        has_others = any(task.fresh or task.saved or task.unreadable for task in tasks)
+        if refused and not self._options.replay and not has_others:
             raise InputError(refused[0])
-        return plans
+        return tasks
 
-    def plan(self, prompt_set: PromptSet) -> Plan:
+    def task(self, prompt_set: PromptSet) -> CaptureTask:
+        """The task for a prompt set; prompts that cannot be captured as asked are in its `refused`."""
         prompts = prompt_set.prompts[: self._options.limit]
         if self._options.shard is not None:
             prompts = list(self._options.shard.of(prompts))
         saved: dict[str, Outputs] = {}
         refused: list[tuple[str, str]] = []
-        barred: list[tuple[str, str]] = []
+        unreadable: list[tuple[str, str]] = []
         fresh: set[str] = set()
-        self._otherwise = []
+        self._other_sampling = []
         advice = "capture it again with --overwrite" if self._options.replay else REPLACE
         for prompt in prompts:
             name, raw = f"{prompt_set.name}/{prompt.id}", self._layout.residual(prompt_set.name, prompt.id)
             try:
-                there = saved_capture(raw, overwrite=self._options.overwrite, advice=advice)
+                existing = saved_capture(raw, overwrite=self._options.overwrite, advice=advice)
+                wanted = self._lacking(prompt_set, prompt, raw, existing)
             except StorageError as error:
-                barred.append((name, str(error)))
+                unreadable.append((name, str(error)))
                 continue
-            wanted = self._lacking(prompt_set, prompt, raw, there)
-            if isinstance(wanted, str):
-                refused.append((name, wanted))
-            elif wanted.residual:
+            except _PromptError as error:
+                refused.append((name, str(error)))
+                continue
+            if wanted.residual:
                 fresh.add(prompt.id)
             else:
                 saved[prompt.id] = wanted
-        company = []
+        batched = []
         for prompt in prompts if fresh else ():
             try:
-                company.append(self._tokenized(prompt_set, prompt))
+                batched.append(self._tokenized(prompt_set, prompt))
             except InputError as error:
                 if prompt.id in fresh:
                     fresh.remove(prompt.id)
                     refused.append((f"{prompt_set.name}/{prompt.id}", str(error)))
-        return Plan(prompt_set, company, frozenset(fresh), saved, refused, barred, self._otherwise)
+        return CaptureTask(prompt_set, batched, frozenset(fresh), saved, refused, unreadable, self._other_sampling)
 
-    def _lacking(self, prompt_set: PromptSet, prompt: Prompt, raw: Path, saved: Capture | None) -> Outputs | str:
-        """What to make of a prompt with what is saved of it, or why nothing can be made of it."""
+    def _lacking(self, prompt_set: PromptSet, prompt: Prompt, raw: Path, saved: Capture | None) -> Outputs:
+        """The outputs that a prompt lacks, given its saved capture; raises `_PromptError` where it cannot have them."""
         options, layout = self._options, self._layout
         if options.replay and saved is None:
-            return f"--replay needs a saved capture, there is none at {raw}"
+            raise _PromptError(f"--replay needs a saved capture: {raw} does not exist")
         if options.projections_only:
             return self._lacking_projections(prompt_set, prompt, raw, saved)
         if saved is None or not (options.skip_existing or options.replay):
@@ -231,15 +246,13 @@ class Planner:
             return wanted
         lacking = wanted.missing(layout, prompt_set.name, prompt.id)
         if lacking.logit_lens and not (saved.kept.has_all_outputs or options.replay):
-            return wanted  # a logit lens cannot be made from what was kept
+            return wanted  # the logit lens needs layers that were not kept
         if not lacking.residual and not options.replay:
             self._note_sampling(saved)
         return lacking
 
-    def _lacking_projections(
-        self, prompt_set: PromptSet, prompt: Prompt, raw: Path, saved: Capture | None
-    ) -> Outputs | str:
-        """The same where only projections are to be kept."""
+    def _lacking_projections(self, prompt_set: PromptSet, prompt: Prompt, raw: Path, saved: Capture | None) -> Outputs:
+        """The outputs that a prompt lacks where only projections are kept; raises like `_lacking`."""
         options, layout, names = self._options, self._layout, (prompt_set.name, prompt.id)
         if saved is None:
             is_free = not raw.is_file()  # a file that cannot be read goes, and what is beside it
@@ -257,22 +270,21 @@ class Planner:
             return wanted.lacking(layout, *names) if is_done else wanted
         if options.skip_existing and self._is_whole_and_of(saved, prompt_set, prompt):
             return replace(options.outputs(saved.n_layers).missing(layout, *names), residual=False)
-        return (
-            f"--projections-only would leave projections of one run beside the raw capture of another, {raw}: remove "
-            "that, or run 'tlcapture project'"
+        raise _PromptError(
+            f"--projections-only would leave projections of one run next to the raw capture of another, {raw}: "
+            "remove it, or run 'tlcapture project'"
         )
 
     def _note_sampling(self, saved: Projectable) -> None:
-        """Note a prompt that is kept although it was sampled otherwise; a capture that does not say is believed."""
+        """Note a prompt whose capture is kept although its sampling settings differ, as far as they are recorded."""
         asked = {"temperature": self._options.sampling.temperature, "max_new_tokens": self._options.max_new_tokens}
         if self._options.sampling.temperature:
             asked["seed"] = self._options.sampling.seed
         if any(saved.metadata.get(name) not in (None, value) for name, value in asked.items()):
-            self._otherwise.append(saved.prompt_id)
+            self._other_sampling.append(saved.prompt_id)
 
     def _is_whole_and_of(self, saved: Projectable, prompt_set: PromptSet, prompt: Prompt) -> bool:
-        """Whether a capture is of this prompt, put in this way to this model, rather than of an earlier wording,
-        and the run that wrote it came to the end of the prompt."""
+        """Whether a capture is complete and of this prompt: the same text, system prompt, template and model."""
         asked = self.asked_template
         return (
             not self._layout.unfinished(prompt_set.name, prompt.id).exists()
@@ -284,6 +296,7 @@ class Planner:
 
     @property
     def asked_template(self) -> bool | None:
+        """Whether the chat template is used, by option or config; `None` where neither decides it."""
         option = self._options.chat_template
         return self._config.use_chat_template if option is None else option
 

@@ -1,8 +1,8 @@
-"""Carrying out a plan of captures: fresh prompts through the model, saved ones once more.
+"""Carrying out the tasks of a capture: generating from fresh prompts, and completing saved captures.
 
-While a prompt's files are being written a mark stands beside them. A run that was killed leaves it, and
-the next one makes that prompt anew rather than complete it from what was stored, rounded, so that
-it ends with what an undisturbed run would have written.
+While a prompt's files are being written, a marker file is stored next to them. A killed run leaves the marker, and the
+next run captures that prompt again. It does not complete the prompt from its stored activations, which are rounded, so
+that the files are those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.making import capture_of
 from tlcapture.commands.capture_outputs import Outputs, add_ons, remove_stale, saved_capture, write_capture
-from tlcapture.commands.capture_tasks import CaptureOptions, Plan
+from tlcapture.commands.capture_tasks import CaptureOptions, CaptureTask
 from tlcapture.commands.projected_captures import ProjectedCapture
 from tlcapture.commands.projections import Chooser, project_capture
 from tlcapture.errors import InputError
@@ -24,12 +24,12 @@ from tlcapture.models.loading import Model
 from tlcapture.models.memory import is_out_of_memory, release_memory
 from tlcapture.runs.background_writer import BackgroundWriter
 from tlcapture.runs.run import Run
-from tlcapture.storage.config import record
+from tlcapture.storage.config import update_config
 from tlcapture.storage.files import remove, write_bytes
 
 
 class CaptureWorker:
-    """Carries out plans, with a model that is loaded when it is first needed."""
+    """Carries out tasks with a model that is loaded when it is first needed."""
 
     def __init__(
         self,
@@ -46,43 +46,46 @@ class CaptureWorker:
 
     @cached_property
     def model(self) -> Model:
+        """The model, loaded on first use."""
         assert self._load is not None
         return self._load()
 
     def prepare(self) -> None:
+        """Load the model."""
         _ = self.model
 
-    def do(self, task: Plan) -> None:
+    def do(self, task: CaptureTask) -> None:
+        """Capture the fresh prompts of a task and complete its saved ones."""
         if task.fresh:
             try:
                 self._generate(task)
             finally:
                 self.run.removed(self._removed)
                 self._removed = []
-        self._revisit(task)
+        self._complete(task)
 
     @contextmanager
     def _attempt(self, name: str) -> Iterator[None]:
-        """Work on one prompt, whose failure stops no other prompt: that memory does not suffice too."""
+        """Work on one prompt, whose failure, including lack of memory, does not stop the run."""
         try:
             with self.run.attempt(name):
                 yield
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            self.run.failed(name, "out of memory: what is wanted of this prompt does not fit on this device")
+            self.run.failed(name, "out of memory: the outputs for this prompt do not fit in memory")
             release_memory()
 
     # -- fresh prompts ----------------------------------------------------------------------------
 
-    def _generate(self, plan: Plan) -> None:
+    def _generate(self, task: CaptureTask) -> None:
         model, options = self.model, self.options
         wanted = options.outputs(model.n_layers)
         if options.projections_only:
             self._check_vectors(wanted)
-        total = len(plan.fresh) * options.max_new_tokens
+        total = len(task.fresh) * options.max_new_tokens
         with (
-            self.run.progress(total, plan.prompt_set.name, "token") as progress,
+            self.run.progress(total, task.prompt_set.name, "token") as progress,
             BackgroundWriter(self.run) as writer,
         ):
 
@@ -92,8 +95,8 @@ class CaptureWorker:
 
             for outcome in generate(
                 model,
-                plan.company,
-                wanted=plan.fresh,
+                task.batched,
+                wanted=task.fresh,
                 hooks=wanted.live_hooks(model),
                 max_new_tokens=options.max_new_tokens,
                 sampling=options.sampling,
@@ -127,9 +130,9 @@ class CaptureWorker:
             save_dtype=options.save_dtype,
             kept=wanted.kept,
         )
-        mark = self.layout.unfinished(capture.prompt_set, capture.prompt_id)
-        record(self.layout, inference_model=self.model.name)
-        write_bytes(mark, b"")
+        marker = self.layout.unfinished(capture.prompt_set, capture.prompt_id)
+        update_config(self.layout, inference_model=self.model.name)
+        write_bytes(marker, b"")
         if wanted.raw:
             self.run.wrote(write_capture(self.layout, capture, self._removed.extend))
         else:
@@ -137,15 +140,15 @@ class CaptureWorker:
         self._project(capture, only=not wanted.raw)
         cache = generation.cache
         files = add_ons(self.layout, capture, wanted, self.model, cache, residual_cache=cache)
-        writer.write(name, files, then=lambda: remove([mark]))
+        writer.write(name, files, then=lambda: remove([marker]))
         self.run.report.n_prompts += 1
 
-    # -- prompts that were captured before -------------------------------------------------------------
+    # -- saved captures --------------------------------------------------------------------------------
 
-    def _revisit(self, plan: Plan) -> None:
-        prompt_set = plan.prompt_set.name
-        with self.run.progress(len(plan.saved), f"{prompt_set}, saved", "prompt") as progress:
-            for prompt_id, wanted in plan.saved.items():
+    def _complete(self, task: CaptureTask) -> None:
+        prompt_set = task.prompt_set.name
+        with self.run.progress(len(task.saved), f"{prompt_set}, saved", "prompt") as progress:
+            for prompt_id, wanted in task.saved.items():
                 name, report = f"{prompt_set}/{prompt_id}", self.run.report
                 n_files, n_failures = report.n_files, len(report.failures)
                 raw = self.layout.residual(prompt_set, prompt_id)
@@ -166,7 +169,7 @@ class CaptureWorker:
             self._check_model(capture)
             if wanted.logit_lens and not capture.kept.has_all_outputs:
                 raise InputError(
-                    f"the logit lens needs residual_out of every layer, and {capture.kept.described()}: "
+                    f"the logit lens needs residual_out of every layer, but {capture.kept.described()}: "
                     "capture it again with --logit-lens"
                 )
             hooks = wanted.pass_hooks(self.model)
@@ -176,20 +179,20 @@ class CaptureWorker:
         self._project(capture, only_missing=self.options.skip_existing)
 
     def _check_model(self, capture: Capture) -> None:
-        mark = capture.metadata.get("model_fingerprint")
-        if mark != self.model.fingerprint:
+        fingerprint = capture.metadata.get("model_fingerprint")
+        if fingerprint != self.model.fingerprint:
             raise InputError(
-                f"it was captured from {capture.metadata.get('inference_model')!r} (fingerprint {mark}), not from "
+                f"captured from {capture.metadata.get('inference_model')!r} (fingerprint {fingerprint}), not from "
                 f"{self.model.name!r} ({self.model.fingerprint}): replay it with the same model"
             )
 
     # -- projection ---------------------------------------------------------------------------------------
 
     def _check_vectors(self, wanted: Outputs) -> None:
-        """Raise `InputError` where no vector would fit, before prompts run of which nothing would be left."""
+        """Raise `InputError` before prompts run if no vector fits, so that nothing would be kept of them."""
         will_be = ProjectedCapture.of_model(self.model, wanted.kept, attn_out=wanted.attn_out)
         if not any(self._chooser.vectors(will_be, component) for component in self.options.components):
-            raise InputError("--projections-only: no trait has a vector that fits, so that nothing would be kept")
+            raise InputError("--projections-only: no trait has a vector that fits, so nothing would be kept")
 
     def _project(self, capture: Capture, *, only_missing: bool = False, only: bool = False) -> None:
         if not self.options.project:

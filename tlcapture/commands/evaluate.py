@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,11 +16,12 @@ from tlcapture.extraction.readout import Activations, read_out
 from tlcapture.models.loading import Model
 from tlcapture.names import Trait
 from tlcapture.runs.display import Display
-from tlcapture.runs.exclusive import alone
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
+from tlcapture.runs.model_loader import ModelLoader
 from tlcapture.runs.model_worker import ModelWorker
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
+from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.files import write_bytes, write_json
 from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant
@@ -48,7 +49,7 @@ class EvaluateOptions:
 def run_evaluate(
     layout: Layout,
     options: EvaluateOptions,
-    load: Callable[[], Model],
+    load: ModelLoader,
     display: Display = Display(),
     executor: Executor = LocalExecutor(),
 ) -> RunReport:
@@ -64,11 +65,10 @@ def run_evaluate(
             raise InputError(f"no vectors for trait {str(trait)!r} in {layout.folder}: run 'tlcapture extract' first")
     if not there:
         raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
-    access = executor.model_access(load)
     run = Run.begin(layout, display)
     make = partial(ModelWorker, _evaluate_one, options)
     tasks = options.traits or tuple(there)
-    executor.run(Work(make, access.load, tasks, lambda trait: 1, "trait", str), run)
+    executor.run(Work(make, load, tasks, lambda trait: 1, "trait", str), run)
     return run.report
 
 
@@ -76,7 +76,7 @@ def _evaluate_one(run: Run, model: Model, options: EvaluateOptions, trait: Trait
     with run.progress(1, str(trait), "trait") as progress:
         rows = _evaluate(run, trait, model, options)
         if rows:
-            with alone(run, "the evaluation"):
+            with run_lock(run, "the evaluation"):
                 run.wrote(write_json(run.layout.evaluation, _merged(run.layout, rows), indent=True))
         progress.advance(1, done=f"{trait}: evaluated")
 

@@ -18,12 +18,13 @@ from tlcapture.models.loading import Model
 from tlcapture.names import Trait
 from tlcapture.prompts.tokenization import bos_policy
 from tlcapture.runs.display import Display
-from tlcapture.runs.exclusive import alone
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
+from tlcapture.runs.model_loader import ModelLoader
 from tlcapture.runs.model_worker import ModelWorker
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
-from tlcapture.storage.config import record
+from tlcapture.runs.run_lock import run_lock
+from tlcapture.storage.config import update_config
 from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.traits.vector_files import METHODS
 from tlcapture.traits.vectors import VectorFolder
@@ -46,7 +47,7 @@ class ExtractOptions:
 def run_extract(
     layout: Layout,
     options: ExtractOptions,
-    load: Callable[[], Model],
+    load: ModelLoader,
     display: Display = Display(),
     executor: Executor = LocalExecutor(),
 ) -> RunReport:
@@ -61,14 +62,13 @@ def run_extract(
         if method not in FITS:
             raise InputError(f"no method {method!r}: choose among {', '.join(FITS)}")
     examples = [read_examples(datasets, trait, seed=options.seed) for trait in traits]
-    access = executor.model_access(load)
-    known = access.known()
+    known = executor.known_model(load)
     for layer in options.layers:
         if not 0 <= layer < known.n_layers:
             raise InputError(f"--layers {layer}: the model has layers 0 to {known.n_layers - 1}")
     run = Run.begin(layout, display)
     make, tasks = partial(ModelWorker, _extract_one, options), [ExtractionTask(each) for each in examples]
-    executor.run(Work(make, access.load, tasks, ExtractionTask.size, "example", str), run)
+    executor.run(Work(make, load, tasks, ExtractionTask.size, "example", str), run)
     return run.report
 
 
@@ -86,7 +86,7 @@ class ExtractionTask:
 
 
 def _extract_one(run: Run, model: Model, options: ExtractOptions, task: ExtractionTask) -> None:
-    record(run.layout, extraction_model=model.name)
+    update_config(run.layout, extraction_model=model.name)
     with run.progress(task.size(), str(task), "example") as progress:
         _extract(run, model, options, task.examples, progress.advance)
         run.report.n_prompts += task.size()
@@ -115,7 +115,7 @@ def _extract(
     }
     for component, vectors in fitted.items():
         metadata = _metadata(layout, component, model, options, layers, prepared)
-        with alone(run, f"vectors of {examples.trait}"):
+        with run_lock(run, f"vectors of {examples.trait}"):
             _write(VectorFolder(layout, examples.trait), component, vectors, metadata, run)
 
 

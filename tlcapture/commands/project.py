@@ -13,10 +13,10 @@ from tlcapture.captures.capture import Capture
 from tlcapture.commands.projections import Chooser, VectorChoice, project_capture, traits_to_project
 from tlcapture.errors import InputError, NumericalError, StorageError
 from tlcapture.runs.display import Display
-from tlcapture.runs.exclusive import alone
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
+from tlcapture.runs.run_lock import run_lock
 from tlcapture.runs.shards import Shard
 from tlcapture.storage.files import read_json, write_json
 from tlcapture.storage.layout import Layout
@@ -58,14 +58,14 @@ def run_project(
     run = Run.begin(layout, display)
     if options.dynamics_only:
         for name in prompt_sets:
-            with alone(run, f"captures of {name}", options.shard, "projection"):
+            with run_lock(run, f"captures of {name}", options.shard, "projection"):
                 _recompute_dynamics(run, name, ids[name], options)
         return run.report
     if not traits_to_project(layout, options.vectors):
         raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
     with ExitStack() as stack:
         for name in sorted(prompt_sets):
-            stack.enter_context(alone(run, f"captures of {name}", options.shard, "projection"))
+            stack.enter_context(run_lock(run, f"captures of {name}", options.shard, "projection"))
         executor.run(
             Work(
                 partial(ProjectionWorker, options),

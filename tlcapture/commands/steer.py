@@ -19,11 +19,12 @@ from tlcapture.models.loading import Model
 from tlcapture.names import Trait
 from tlcapture.prompts.tokenization import tokenize
 from tlcapture.runs.display import Display, Progress
-from tlcapture.runs.exclusive import alone
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
+from tlcapture.runs.model_loader import ModelLoader
 from tlcapture.runs.model_worker import ModelWorker
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
+from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.config import read_config
 from tlcapture.storage.files import read_bytes, read_json, write_bytes, write_json
 from tlcapture.storage.layout import Datasets, Layout
@@ -54,7 +55,7 @@ class SteerOptions:
 def run_steer(
     layout: Layout,
     options: SteerOptions,
-    load: Callable[[], Model],
+    load: ModelLoader,
     display: Display = Display(),
     executor: Executor = LocalExecutor(),
 ) -> RunReport:
@@ -72,10 +73,9 @@ def run_steer(
     if not traits:
         raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
     tasks = [SteeringTask(trait, read_questions(Datasets(layout.root), trait)) for trait in traits]
-    access = executor.model_access(load)
     run = Run.begin(layout, display)
-    make, n_runs = partial(ModelWorker, _steer_one, options), _n_runs(options, access.known().n_layers)
-    executor.run(Work(make, access.load, tasks, lambda task: n_runs, "run", str), run)
+    make, n_runs = partial(ModelWorker, _steer_one, options), _n_runs(options, executor.known_model(load).n_layers)
+    executor.run(Work(make, load, tasks, lambda task: n_runs, "run", str), run)
     return run.report
 
 
@@ -92,7 +92,7 @@ class SteeringTask:
 
 def _steer_one(run: Run, model: Model, options: SteerOptions, task: SteeringTask) -> None:
     n_runs = _n_runs(options, model.n_layers)
-    with alone(run, f"steering of {task.trait}"), run.progress(n_runs, str(task.trait), "run") as progress:
+    with run_lock(run, f"steering of {task.trait}"), run.progress(n_runs, str(task.trait), "run") as progress:
         _steer(run, task, model, options, progress)
 
 

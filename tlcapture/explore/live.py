@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.making import capture_of
-from tlcapture.errors import InputError, TlcaptureError
+from tlcapture.errors import InputError
 from tlcapture.explore.experiment import Experiment
 from tlcapture.explore.explored import Explored
 from tlcapture.generation.loop import Failure, Sampling, generate
@@ -79,7 +79,8 @@ def capture(
 
     Raises:
         InputError: a prompt does not fit the model's context.
-        TlcaptureError: a prompt yielded nothing, for example NaN logits.
+        OutOfMemoryError: a prompt does not fit in memory, even alone in its batch.
+        NumericalError: a prompt's logits are NaN or inf.
     """
     if max_new_tokens < 0:
         raise InputError(f"max_new_tokens is {max_new_tokens}: expected at least 0")
@@ -105,8 +106,7 @@ def capture(
         runner, tokenized, hooks=hooks, max_new_tokens=max_new_tokens, sampling=sampling, batch_size=batch_size
     ):
         if isinstance(outcome, Failure):
-            kind = InputError if "does not fit" in outcome.reason else TlcaptureError
-            raise kind(f"prompt {outcome.prompt.prompt_set}/{outcome.prompt.id}: {outcome.reason}")
+            raise outcome.error(f"prompt {outcome.prompt.prompt_set}/{outcome.prompt.id}: {outcome.reason}")
         made = capture_of(
             outcome,
             runner,

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tlcapture.errors import InputError
+from tlcapture.errors import InputError, NumericalError, OutOfMemoryError, TlcaptureError
 from tlcapture.logger import get_logger
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import fitting_batch_size, is_out_of_memory, release_memory
@@ -65,10 +65,15 @@ class Generation:
 
 @dataclass(frozen=True)
 class Failure:
-    """A prompt that yielded nothing, and why."""
+    """A prompt without an outcome: the reason, and the kind of error that a caller raises for it.
+
+    `InputError`: the prompt does not fit the model's context. `OutOfMemoryError`: it does not fit in memory, even as
+    a batch of its own. `NumericalError`: its logits are NaN or inf.
+    """
 
     prompt: TokenizedPrompt
     reason: str
+    error: type[TlcaptureError]
 
 
 def generate(
@@ -102,7 +107,7 @@ def generate(
     fitting = [prompt for prompt in prompts if len(prompt.token_ids) + max_new_tokens <= model.n_ctx]
     for prompt in prompts:
         if prompt.id in ids and len(prompt.token_ids) + max_new_tokens > model.n_ctx:
-            yield Failure(prompt, _too_long(prompt, max_new_tokens, model.n_ctx))
+            yield Failure(prompt, _too_long(prompt, max_new_tokens, model.n_ctx), InputError)
     # Like lengths run together: less padding, and no prompt's outcome depends on its neighbours.
     waiting = sorted(fitting, key=lambda prompt: len(prompt.token_ids), reverse=True)
     longest = max((len(prompt.token_ids) for prompt in waiting), default=0) + max_new_tokens
@@ -137,9 +142,8 @@ def generate(
             on_tokens(-in_hand)
             if size == 1:
                 finished.add(id(batch[0]))
-                yield Failure(
-                    batch[0], f"out of memory with {len(batch[0].token_ids)} prompt tokens, alone in its batch"
-                )
+                reason = f"out of memory with {len(batch[0].token_ids)} prompt tokens, alone in its batch"
+                yield Failure(batch[0], reason, OutOfMemoryError)
             size = max(1, min(size, len(batch)) // 2)
             _log.warning("out of memory: going on with batches of %d", size)
         waiting = [prompt for prompt in waiting if id(prompt) not in finished]
@@ -191,9 +195,8 @@ def _run_batch(
         for row, is_sound in zip(rows, sound.tolist(), strict=True):
             if not is_sound:
                 position = len(prompts[row].token_ids) + len(responses[row])
-                yield Failure(
-                    prompts[row], f"the model's logits are NaN or inf at token {position}: try --dtype float32"
-                )
+                reason = f"the model's logits are NaN or inf at token {position}: try --dtype float32"
+                yield Failure(prompts[row], reason, NumericalError)
         if not (going.all() and sound.all()):
             stays = going.clone()
             stays[going] = sound

@@ -1,1 +1,1 @@
-"""What the commands do: capture, project, extract, each over many prompts and with a report at its end."""
+"""Shared by all commands: a run with its report, record, display and lock, the executors, the model loader."""

@@ -1,7 +1,7 @@
-"""Files written in another thread while the model goes on.
+"""Writing files in another thread while the model continues.
 
-While JSON is made of a prompt's attention and logit lens, the next prompt's matrix products can run. At
-most one prompt's files wait at a time, so that memory does not grow.
+The next prompt runs while the attention and logit lens of a prompt are converted to JSON. At most one prompt's files
+are queued at a time, so that memory does not grow.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Write = Callable[[], Written]
 
 
 class BackgroundWriter:
-    """Writes files in the order in which they come, and tells the run what was written and what failed.
+    """Writes files in the order in which they are queued, and reports to the run what was written and what failed.
 
-    As a context manager it has written everything when the context ends, however it ends.
+    As a context manager it writes everything that was queued before the context ends, also if that is by an error.
     """
 
     def __init__(self, run: Run):
@@ -38,9 +38,15 @@ class BackgroundWriter:
         self.finish()
 
     def write(self, name: str, files: Iterable[Write], *, then: Callable[[], object] = lambda: None) -> None:
-        """Have the files of a prompt written, once those of the prompt before are.
+        """Queue the files of a prompt, after waiting for those of the previous prompt.
 
-        `then` is called, in the caller's thread, when all of them are written, and not where one failed.
+        Args:
+            name: of the prompt, for failures.
+            files: functions that each write a file; they run in the other thread.
+            then: called in the caller's thread after all files were written; not called if one failed.
+
+        Raises:
+            NoSpaceError: the device is full; no further files can be written.
         """
         files = list(files)
         self.finish()
@@ -51,7 +57,7 @@ class BackgroundWriter:
         self._waiting = [self._pool.submit(write) for write in files]
 
     def finish(self) -> None:
-        """Wait for what is being written."""
+        """Wait for the files that are queued; raises `NoSpaceError` if the device is full."""
         waiting, self._waiting = self._waiting, []
         then, self._then = self._then, _nothing
         before, full = len(self._run.report.failures), None
@@ -59,7 +65,7 @@ class BackgroundWriter:
             try:
                 with self._run.attempt(self._name):
                     self._run.wrote(_result(future))
-            except NoSpaceError as error:  # what others wrote is told first
+            except NoSpaceError as error:  # after the results of the other files were reported
                 full = full or error
         if full is not None:
             raise full
@@ -73,7 +79,7 @@ def _result(future: Future[Written]) -> Written:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemoryError("out of memory while its files were made") from None
+        raise OutOfMemoryError("out of memory while its files were written") from None
 
 
 def _nothing() -> None:

@@ -1,4 +1,4 @@
-"""What a run shows while it works: messages, warnings, progress. Loads next to nothing."""
+"""What a run shows while it works: messages, warnings and progress. Imports almost nothing."""
 
 from __future__ import annotations
 
@@ -12,37 +12,38 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """A count that goes up; this one shows nothing."""
+    """The progress of a run. This base class shows nothing."""
 
     def advance(self, units: int = 0, *, done: str | None = None) -> None:
-        """Count `units` (tokens, examples), and report what was `done` with them.
+        """Add `units` (such as tokens or examples) to the progress; `done` is a message about finished work.
 
-        Runs call it at points where they can be stopped: what was begun is complete, or can be discarded.
+        A run calls this only where it can be stopped: where everything it started is complete or can be discarded.
+        An implementation may raise `KeyboardInterrupt` to stop it.
         """
 
     def state(self, text: str) -> None:
-        """Show what is being worked on, for as long as it is."""
+        """Show what is being worked on, until the next call."""
 
 
 class Display:
-    """Where a run's messages and progress go; this one is silent. The command line has another."""
+    """Shows the messages and progress of a run. This base class is silent; the command line has another."""
 
     def line(self, text: str) -> None:
         """Show a message."""
 
     def warn(self, text: str) -> None:
-        """Show what the user should know before trusting the numbers."""
+        """Show a warning: what the user should know before relying on the results."""
 
     def uses(self, **facts: Any) -> None:
-        """Take note of what a run uses that its options do not name, such as the model that was loaded."""
+        """Record facts about the run that its options do not contain, such as the model that was loaded."""
 
     @contextmanager
     def progress(self, total: int, label: str, unit: str) -> Iterator[Progress]:
-        """Show the progress of work of `total` units."""
+        """Show the progress of work of `total` units, such as tokens, under a label."""
         yield Progress()
 
     def report(self, layout: Layout) -> RunReport:
-        """The report of a run in an experiment, which is about to begin."""
+        """A new report for a run in an experiment."""
         from tlcapture.runs.report import RunReport
 
         return RunReport(layout.folder)

@@ -1,14 +1,13 @@
-"""Who does the work of a run: this process, or (`tlcapture/cluster/executor.py`) workers of a Ray cluster.
+"""What carries out the work of a run: this process, or workers of a Ray cluster (`tlcapture/cluster/executor.py`).
 
-A run says how a worker is made and what its tasks are. A worker does one task after the other, with
-the same code wherever it runs.
+A run describes how a worker is made and what its tasks are. A worker does one task after another, with the same
+code wherever it runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,6 +16,7 @@ from tlcapture.storage.layout import Layout
 
 if TYPE_CHECKING:
     from tlcapture.models.loading import Model, ModelOutline
+    from tlcapture.runs.model_loader import ModelLoader
 
 Load = Callable[[], "Model"]
 Make = Callable[[Run, "Load | None"], "Worker"]
@@ -28,26 +28,27 @@ class Worker(Protocol):
     def prepare(self) -> None:
         """Load what every task needs."""
 
-    def do(self, task: Any) -> None: ...
+    def do(self, task: Any) -> None:
+        """Do one of the tasks of the run's `Work`."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to do.
+    """The tasks of a run, and how a worker does them.
 
     Attributes:
-        make: makes a worker for a run, with a loader of the model; it can be sent to another process.
-        model: loads the model, where one is needed.
-        tasks: may be done in any order, by any number of workers.
-        size: of a task, in `unit`s.
-        split: a task in smaller ones of at most so many prompts, where more workers than one share the work.
-        label: what a task is, for people.
-        reads: other experiments that are read.
-        inputs: files that a task reads, besides vectors and what describes the experiment.
+        make: makes a worker from a run and a function that loads the model; can be pickled.
+        model: the loader of the model; `None` where the tasks need no model.
+        tasks: can be done in any order, by any number of workers.
+        size: the size of a task, in units of `unit`.
+        label: the name of a task in messages.
+        split: splits a task into tasks of at most the given number of prompts, to share it among workers.
+        reads: other experiments that the tasks read.
+        inputs: the files that a task reads, apart from vectors and the experiment's config.
     """
 
     make: Make
-    model: Load | None
+    model: ModelLoader | None
     tasks: Sequence[Any]
     size: Callable[[Any], int]
     unit: str
@@ -57,32 +58,29 @@ class Work:
     inputs: Callable[[Any], Sequence[Path]] = lambda task: ()
 
 
-@dataclass(frozen=True)
-class ModelAccess:
-    """How a run gets at its model: what it asks before the work begins, and what loads it for a worker."""
-
-    known: Callable[[], Model | ModelOutline]
-    load: Load
-
-
 class Executor(Protocol):
-    """Does work, and reports to a run what came of it."""
+    """Carries out work and reports the results to a run."""
 
-    def model_access(self, load: Any) -> ModelAccess:
-        """How the run gets at the model that `load` loads: where the work is done here, one model serves both
-        purposes; elsewhere the outline is asked, and each worker loads its own."""
+    def known_model(self, load: ModelLoader) -> Model | ModelOutline:
+        """The model's measures and tokenizer, before any work is done.
 
-    def run(self, work: Work, run: Run) -> None: ...
+        That is the model itself where this process does the work, and otherwise only its outline, since each worker
+        loads the model.
+        """
+
+    def run(self, work: Work, run: Run) -> None:
+        """Do all tasks; what was written and what failed is reported to `run`."""
 
 
 class LocalExecutor:
     """Does the work in this process."""
 
-    def model_access(self, load: Load) -> ModelAccess:
-        once = cache(load)
-        return ModelAccess(once, once)
+    def known_model(self, load: ModelLoader) -> Model:
+        """The model itself, which the worker then uses too."""
+        return load()
 
     def run(self, work: Work, run: Run) -> None:
+        """Do one task after another in this process."""
         worker = work.make(run, work.model)
         for task in work.tasks:
             worker.do(task)

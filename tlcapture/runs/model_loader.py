@@ -1,4 +1,4 @@
-"""The model a run uses: its name at once, the model itself when it is first needed."""
+"""The model that a run uses: its name is known from the start, its weights are loaded when they are first needed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelLoader:
-    """Loads a model when called, after saying so."""
+    """Loads a model when it is first called, with a message to the display; further calls return the same model.
+
+    `source` is the folder of the model's files where they are not found by `name`.
+    """
 
     name: str
     display: Display
@@ -27,7 +30,7 @@ class ModelLoader:
     device: str = "auto"
     dtype: str = "auto"
     n_devices: int = 1
-    source: Path | None = None  # where the model's files are, if not where its name says
+    source: Path | None = None
 
     @classmethod
     def settle(
@@ -45,29 +48,34 @@ class ModelLoader:
     ) -> ModelLoader:
         """The loader of an experiment's model in a role.
 
-        Raises `InputError` at once where the model asked for is not the experiment's.
+        Raises:
+            InputError: the model asked for is not the one that the experiment uses in this role.
         """
         name = settle_model(layout, role, model, NAME, allow_change=allow_model_change)
         return cls(name, display, engine, device, dtype, n_devices)
 
     def silent(self) -> ModelLoader:
-        """The same, telling nobody: what can be sent to another process."""
+        """A loader of the same model that shows no messages, and that can be sent to another process."""
         return replace(self, display=Display())
 
     @cached_property
     def outline(self) -> ModelOutline:
-        """Its config and tokenizer, without its weights."""
+        """The model's measures and tokenizer, without its weights."""
         from tlcapture.models.loading import outline_model
 
         return outline_model(self.name)
 
     def files(self) -> ModelFiles:
-        """The model's files, which are fetched from the hub if need be."""
+        """The model's files; those of a hub model are downloaded once."""
         from tlcapture.models.transfer import ModelFiles
 
         return ModelFiles.of(self.name)
 
     def __call__(self) -> Model:
+        return self._model
+
+    @cached_property
+    def _model(self) -> Model:
         from tlcapture.models.loading import load_model
 
         first_time = self.name == NAME and self.source is None and not is_converted()

@@ -1,4 +1,4 @@
-"""A worker that does each task with one function of the run and the model."""
+"""A worker that calls one function for each task, with the run and the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tlcapture.runs.run import Run
 
 
 class ModelWorker:
-    """Does tasks by `function(run, model, options, task)`; a task that fails is reported by its name, `str(task)`."""
+    """Calls `function(run, model, options, task)` for each task; failures are reported under `str(task)`."""
 
     def __init__(
         self,
@@ -26,9 +26,11 @@ class ModelWorker:
         self._load = load
 
     def prepare(self) -> None:
+        """Load the model."""
         _ = self._model
 
     def do(self, task: Any) -> None:
+        """Do a task; a `TlcaptureError` is reported to the run and does not stop it."""
         with self._run.attempt(str(task)):
             self._function(self._run, self._model, self._options, task)
 

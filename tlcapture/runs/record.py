@@ -1,7 +1,7 @@
-"""What a run leaves in its experiment besides its results: `runs/{time}-{command}-{process}.json`.
+"""The record of a run in its experiment: `runs/{time}-{command}-{process}.json`.
 
-The record is there, with the status `running`, from the first file that the run writes, so that a
-killed one leaves its trace too; it is written again when the run ends.
+It is first written, with the status `running`, after the first file of the run, so that killed runs have a record too.
+It is rewritten when the run ends.
 
 {"command", "command_line", "arguments": {...}, "status": "running|done|failed|interrupted", "exit_code", "error",
  "started", "ended", "seconds", "versions": {...}, "system": {...}, "model": {...},
@@ -33,7 +33,7 @@ RUNNING = "running"
 
 @dataclass(frozen=True)
 class Invocation:
-    """A command as it was called: its name, its words, and what its options came to."""
+    """A command as it was called: its name, its command line, and the values of its options, including defaults."""
 
     command: str
     command_line: str
@@ -41,6 +41,7 @@ class Invocation:
     began: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
 
     def to_json(self) -> dict[str, Any]:
+        """The fields of the record that describe the command."""
         return {
             "command": self.command,
             "command_line": _text(self.command_line),
@@ -50,7 +51,7 @@ class Invocation:
 
 
 class RecordedReport(RunReport):
-    """A report that is kept in the experiment. `facts` are those that the run adds as it goes."""
+    """A report that is stored in the experiment. `facts` is read at every write, and may be extended by the run."""
 
     def __init__(self, layout: Layout, invocation: Invocation, facts: Mapping[str, Any]):
         super().__init__(layout.folder)
@@ -59,18 +60,19 @@ class RecordedReport(RunReport):
         self._facts = facts
         name = f"{invocation.began:%Y%m%dT%H%M%SZ}-{invocation.command}-{os.getpid()}"
         if shard := invocation.arguments.get("shard"):
-            name += f"-{str(shard).replace('/', 'of')}"  # elsewhere a process may have the same number
+            name += f"-{str(shard).replace('/', 'of')}"  # processes of different machines can have the same number
         self.path: Path = layout.run_record(name)
 
     def wrote(self, written: Written) -> None:
+        """Count a file that was written; the first one also starts the record."""
         super().wrote(written)
         if self.n_files == 1:
             self._write({"status": RUNNING})
 
     def end(self, status: str, exit_code: int, error: str | None) -> dict[str, Any]:
-        """Write the record of the run that has ended; returns what it says.
+        """Write the record of a run that has ended, and return its content.
 
-        A run that wrote nothing into an experiment that is not there leaves no record.
+        No record is written if the experiment does not exist, because the run wrote nothing.
         """
         ended = {
             "status": status,
@@ -86,8 +88,8 @@ class RecordedReport(RunReport):
         content = self._content(state)
         try:
             write_json(self.path, content, indent=True)
-        except StorageError as error:  # the results are there all the same
-            self.warnings.append(f"no record of this run: {error}")
+        except StorageError as error:  # the results are not affected
+            self.warnings.append(f"the record of this run was not written: {error}")
         return content
 
     def _content(self, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +98,7 @@ class RecordedReport(RunReport):
 
 
 def _text(value: Any) -> Any:
-    """A value whose texts are Unicode: what a shell handed over need not be."""
+    """A value with valid Unicode strings; those from a shell can contain other bytes, which are escaped."""
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, dict):
@@ -105,7 +107,7 @@ def _text(value: Any) -> Any:
 
 
 def _surroundings() -> dict[str, Any]:
-    """Versions of what computes, and the machine as far as numbers depend on it."""
+    """The versions of the packages that compute, and the properties of the machine that can change results."""
     versions: dict[str, str | None] = {"tlcapture": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:

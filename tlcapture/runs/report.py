@@ -1,4 +1,4 @@
-"""What a run wrote, skipped and failed at."""
+"""The report of a run: what it wrote, skipped and failed at."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _log = get_logger(__name__)
 
 
 class Failed(NamedTuple):
-    """Something that failed, and why."""
+    """A prompt or trait that failed, and the reason."""
 
     what: str
     reason: str
@@ -33,9 +33,12 @@ class Failed(NamedTuple):
 
 @dataclass
 class WrittenFiles:
-    """How many files were written, how large, in which folders; the first ten thousand by name.
+    """The number and size of the files that were written, in total and by folder.
 
-    Paths are relative to `folder` where they lie below it.
+    Attributes:
+        folder: paths below it are kept relative to it.
+        by_folder: number and size in bytes of the files, by folder.
+        listed: path and size in bytes of the first ten thousand files.
     """
 
     folder: Path
@@ -46,10 +49,11 @@ class WrittenFiles:
 
     @cached_property
     def _folders(self) -> list[str]:
-        """How the paths below `folder` begin, which may be a link."""
+        """The prefixes of paths below `folder`, which may be a link."""
         return [f"{folder.as_posix()}/" for folder in (self.folder, self.folder.resolve())]
 
     def add(self, written: Written) -> None:
+        """Count a file."""
         self.count += 1
         self.size += written.size
         name = written.path.as_posix()
@@ -64,6 +68,7 @@ class WrittenFiles:
             self.listed.append((name, written.size))
 
     def to_json(self) -> dict[str, Any]:
+        """Counts, sizes and listed files as plain values."""
         folders = {name: {"files": count, "bytes": size} for name, (count, size) in sorted(self.by_folder.items())}
         return {
             "count": self.count,
@@ -76,7 +81,7 @@ class WrittenFiles:
 
 @dataclass(frozen=True)
 class Done:
-    """What a worker in another process did, as it is sent back."""
+    """What a worker in another process did, as it is sent to the driver."""
 
     written: Sequence[Written] = ()
     failures: Sequence[Failed] = ()
@@ -89,7 +94,14 @@ class Done:
 
 @dataclass
 class RunReport:
-    """What a run wrote, skipped and failed at; `n_removed` files of earlier runs it removed and did not make again."""
+    """What a run wrote, skipped and failed at.
+
+    Attributes:
+        folder: the experiment's folder.
+        started: when the run started, on the monotonic clock.
+        n_removed: files of earlier runs that were removed and not written again.
+        retried: batches of work that were run again after their worker died.
+    """
 
     folder: Path
     started: float = field(default_factory=time.monotonic)
@@ -107,19 +119,22 @@ class RunReport:
 
     @property
     def n_files(self) -> int:
+        """The number of files that were written."""
         return self.files.count
 
     def wrote(self, written: Written) -> None:
+        """Count a file that was written."""
         self.files.add(written)
 
     def failed(self, what: str, reason: object) -> None:
+        """Add a failure."""
         failed = Failed(what, str(reason))
         _log.error("failed: %s", failed)
         self.failures.append(failed)
 
     @contextmanager
     def attempt(self, what: str) -> Iterator[None]:
-        """Work whose failure is told and does not stop the run, unless nothing can be written any more."""
+        """Report a `TlcaptureError` as a failure and continue, except for `NoSpaceError`, which ends the run."""
         try:
             yield
         except NoSpaceError:
@@ -128,7 +143,7 @@ class RunReport:
             self.failed(what, error)
 
     def add(self, other: Done) -> None:
-        """Add what a worker did, its warnings apart."""
+        """Add what a worker in another process did, except for its warnings."""
         for written in other.written:
             self.wrote(written)
         self.failures += other.failures
@@ -139,25 +154,26 @@ class RunReport:
 
     @property
     def seconds(self) -> float:
+        """How long the run has taken so far."""
         return time.monotonic() - self.started
 
     def summary(self) -> str:
-        """One line: what was written, where, how big, how long it took."""
+        """One line: number, size and folder of the files, what was skipped or failed, and the time it took."""
         parts = [f"{self.n_files} files ({format_bytes(self.files.size)}) in {self.folder}"]
         if self.n_tokens:
             parts.append(f"{self.n_tokens} new tokens")
         if self.n_skipped:
             parts.append(f"{self.n_skipped} prompts skipped: nothing was missing")
         if self.n_removed:
-            parts.append(f"{self.n_removed} earlier files removed that this run did not make again")
+            parts.append(f"{self.n_removed} files of earlier runs removed and not written again")
         if self.retried:
-            parts.append(f"{len(self.retried)} pieces of work run again after their worker died")
+            parts.append(f"{len(self.retried)} batches run again because their worker died")
         if self.failures:
             parts.append(f"{len(self.failures)} failed")
         return f"wrote {', '.join(parts)}, in {self.seconds:.1f} s"
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain values."""
+        """The report as plain values."""
         return {
             "folder": str(self.folder),
             "prompts": self.n_prompts,

@@ -1,11 +1,11 @@
-"""A run of a command: the experiment it works in, what came of it so far, and where it is shown.
+"""A run of a command: the experiment it works in, the report of what it did, and the display that shows it.
 
     run = Run.begin(layout, display)
     with run.progress(len(prompts), "single_trait", "prompt") as progress:
         with run.attempt("single_trait/3"):
             run.wrote(write_json(path, content))
 
-Everything that does a command's work takes a `Run`, and tells it what it wrote, skipped and failed at.
+All functions that do the work of a command take a `Run` and report to it what they wrote, skipped and failed at.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tlcapture.storage.layout import Layout
 
 @dataclass(frozen=True)
 class Run:
-    """The experiment's `layout`, the `report` of what was done, and the `display` that shows it."""
+    """The `layout` of the experiment, the `report` of what was done, and the `display` that shows messages."""
 
     layout: Layout
     report: RunReport
@@ -30,7 +30,7 @@ class Run:
 
     @classmethod
     def begin(cls, layout: Layout, display: Display) -> Run:
-        """A run in an experiment, with a new report of the kind that the display keeps."""
+        """Start a run in an experiment; the display decides which kind of report it has."""
         return cls(layout, display.report(layout), display)
 
     @classmethod
@@ -57,7 +57,7 @@ class Run:
         self.report.wrote(written)
 
     def removed(self, paths: list[Path]) -> None:
-        """Count those of the removed files that were not made again."""
+        """Count those of the removed files that were not written again."""
         self.report.n_removed += sum(not path.exists() for path in paths)
 
     def failed(self, what: str, reason: object) -> None:
@@ -65,11 +65,11 @@ class Run:
         self.report.failed(what, reason)
 
     def attempt(self, what: str) -> AbstractContextManager[None]:
-        """Work whose failure is reported and does not stop the run, unless nothing can be written any more."""
+        """Report a `TlcaptureError` as a failure and continue, except for `NoSpaceError`, which ends the run."""
         return self.report.attempt(what)
 
     def add(self, done: Done) -> None:
-        """Add what a worker in another process did."""
+        """Add what a worker in another process did, and show its warnings."""
         for text in done.warnings:
             self.warn(text)
         self.report.add(done)

@@ -1,8 +1,8 @@
-"""A share of the prompts of a set, for one of several runs that capture it together.
+"""A share of the prompts of a set, for one of several runs that capture the set together.
 
     Shard.parse("2/3").of(["1", "2", "3", "4", "5"])      # ["2", "5"]
 
-The shares of 1/n to n/n are disjoint, and together they are everything. Loads no torch.
+The shards 1/n to n/n are a partition of the prompts. Does not import torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FORM = re.compile(r"(\d{1,6})/(\d{1,6})", re.ASCII)
 
 @dataclass(frozen=True)
 class Shard:
-    """Share `number` of `count`, counted from 1: every `count`-th prompt, in the order of the set."""
+    """Shard `number` of `count`, counted from 1: every `count`-th prompt, in the order of the set."""
 
     number: int
     count: int
@@ -34,8 +34,9 @@ class Shard:
         match = _FORM.fullmatch(text.strip())
         shard = cls(int(match[1]), int(match[2])) if match else None
         if shard is None or not 1 <= shard.number <= shard.count:
-            raise InputError(f"{text!r} is no shard: expected i/n with i from 1 to n, for example 1/8")
+            raise InputError(f"{text!r} is not a shard: expected i/n with i from 1 to n, for example 1/8")
         return shard
 
     def of(self, items: Sequence[T]) -> Sequence[T]:
+        """Those of the items that belong to this shard."""
         return items[self.number - 1 :: self.count]

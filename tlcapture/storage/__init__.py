@@ -1,1 +1,1 @@
-"""Files: where they lie, how they are written whole, read and validated."""
+"""Files: their paths, writing them atomically, reading and validating them."""

@@ -1,4 +1,4 @@
-"""An experiment's `config.json`: which models it uses and how prompts are put to them."""
+"""An experiment's `config.json`: its models, and how prompts are formatted for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tlcapture.storage.validation import first_problem
 
 
 class ExperimentConfig(BaseModel):
-    """What `config.json` holds. `None` means not decided yet; options on the command line win."""
+    """The content of `config.json`. `None` means not decided yet; command-line options take precedence."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -28,7 +28,12 @@ class ExperimentConfig(BaseModel):
 
 
 def read_config(layout: Layout) -> ExperimentConfig:
-    """The experiment's config, or an empty one where nothing is in its place yet, not even a link to nothing."""
+    """The experiment's config, or an empty one where the file does not exist.
+
+    Raises:
+        InputError: the file does not hold a config.
+        StorageError: the file cannot be read; a dangling link counts as such.
+    """
     if not lexists(layout.config):
         return ExperimentConfig()
     value = read_json(layout.config)
@@ -41,10 +46,11 @@ def read_config(layout: Layout) -> ExperimentConfig:
 def settle_model(layout: Layout, role: str, asked: str | None, default: str, *, allow_change: bool = False) -> str:
     """The model an experiment uses in a role (`inference_model` or `extraction_model`).
 
-    The first use records it; later uses read it. An experiment that has used a model in the other role
-    only uses the same in this one. Asking for another one than is recorded for the role raises
-    `InputError`, unless the change is allowed: then the record changes too. Folders are named by
-    their absolute path, so that they are found again from elsewhere.
+    The first run records the model, later runs read it. Where no model is recorded for the role, that of the other
+    role is used. Local folders are recorded by their absolute path, so that they are found from any directory.
+
+    Raises:
+        InputError: `asked` differs from the recorded model and `allow_change` is not set.
     """
     config = read_config(layout)
     asked = None if asked is None else _full_name(asked)
@@ -52,7 +58,7 @@ def settle_model(layout: Layout, role: str, asked: str | None, default: str, *, 
     if recorded is not None and asked not in (None, recorded) and not allow_change:
         raise InputError(
             f"experiment {layout.experiment!r} uses {role} {recorded!r}, not {asked!r}: "
-            "take another experiment, or pass --allow-model-change if that was meant"
+            "use another experiment, or pass --allow-model-change to change the model"
         )
     return str(asked or recorded or config.inference_model or config.extraction_model or default)
 
@@ -62,8 +68,8 @@ def _full_name(model: str) -> str:
     return str(folder.resolve()) if folder.is_dir() else model
 
 
-def record(layout: Layout, **fields: Any) -> None:
-    """Set fields of `config.json`, keeping all others; writes nothing where nothing changes."""
+def update_config(layout: Layout, **fields: Any) -> None:
+    """Set fields of `config.json` and keep all others; writes only if a field changes."""
     if layout.config.exists() and _with(layout, fields) == read_config(layout):
         return
     with locked(layout.lock("config")):

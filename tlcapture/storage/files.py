@@ -1,14 +1,15 @@
-"""Writing and reading files: the only module that does.
+"""Writing and reading files; all other modules use this one.
 
-A file is written beside its place and renamed into it, so it is whole or absent. `.pt` files hold
-tensors and plain Python values and are opened without running any code of theirs, memory-mapped, so
-that opening costs nothing until a tensor is touched.
+A file is written to a temporary file next to its path and then renamed, so it is complete or absent. `.pt` files hold
+tensors and plain Python values. They are opened without executing code from them, and memory-mapped, so that data is
+only read when a tensor is used.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import pickle
 import re
 import secrets
 import shutil
@@ -27,9 +28,9 @@ from tlcapture.storage.archives import Archive
 from tlcapture.text import format_bytes
 
 _log = get_logger(__name__)
-# After these nothing more can be written in the same place, whatever it is.
+# Errors after which no other file can be written to the same device either.
 _FOR_ALL_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-# Where a process number means something: this machine, or the container on it.
+# The scope of process numbers: this machine, or the container on it.
 _HOST = re.sub(r"[^A-Za-z0-9]", "-", socket.gethostname())
 with suppress(OSError):
     _HOST += f"-{os.stat('/proc/self/ns/pid').st_ino}"
@@ -47,7 +48,11 @@ class Written(NamedTuple):
 
 
 def write_json(path: Path, value: Any, *, indent: bool = False) -> Written:
-    """Write `value` (plain values and C-contiguous numpy arrays) as UTF-8 JSON."""
+    """Write `value` (plain values and C-contiguous numpy arrays) as UTF-8 JSON.
+
+    Raises:
+        StorageError: the file cannot be written, or the value is nested too deeply.
+    """
     option = orjson.OPT_SERIALIZE_NUMPY | (orjson.OPT_INDENT_2 if indent else 0)
     try:
         return write_bytes(path, orjson.dumps(value, option=option))
@@ -58,22 +63,30 @@ def write_json(path: Path, value: Any, *, indent: bool = False) -> Written:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; raises `StorageError` with file, line and reason."""
+    """Read a JSON file; raises `StorageError` with file, line and reason if it cannot be read or is not JSON."""
     data = read_bytes(path)
     try:
         return orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        raise StorageError(f"{path}: line {error.lineno}, column {error.colno}: no valid JSON: {error.msg}") from None
+        raise StorageError(f"{path}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
     except RecursionError:
-        raise StorageError(f"{path}: no valid JSON: nested too deeply") from None
+        raise StorageError(f"{path}: not valid JSON: nested too deeply") from None
 
 
 def write_bytes(path: Path, data: bytes, *, before_replacing: Hook = lambda new: None) -> Written:
-    """Write `data`. `before_replacing` is called with the new file when that is whole and not yet in its place."""
+    """Write `data` to a file.
+
+    `before_replacing` is called with the path of the complete temporary file, before it is renamed to `path`.
+
+    Raises:
+        NoSpaceError: the device is full, over its quota or read-only.
+        StorageError: the file cannot be written for another reason.
+    """
     return _write(path, lambda temporary: temporary.write_bytes(data), len(data), before_replacing)
 
 
 def read_bytes(path: Path) -> bytes:
+    """The content of a file; raises `StorageError` if it cannot be read or is not a regular file."""
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise StorageError(f"{path}: cannot be read: expected a file")
@@ -83,17 +96,21 @@ def read_bytes(path: Path) -> bytes:
 
 
 def write_tensors(path: Path, value: Any, *, before_replacing: Hook = lambda new: None) -> Written:
-    """`torch.save` tensors and plain values.
+    """Write tensors and plain values with `torch.save`.
 
-    `before_replacing` is called with the new file when that is whole and not yet in its place.
+    Tensors that are views of the same storage share it in the file too. A view of a larger storage would write all of
+    that storage, so callers pass clones of what is to be kept.
 
-    Tensors that are views of one storage are written as one. A view of a larger storage would drag
-    all of it along: callers hand over clones of exactly what is to be kept.
+    `before_replacing` is called with the path of the complete temporary file, before it is renamed to `path`.
+
+    Raises:
+        NoSpaceError: the device is full, over its quota or read-only.
+        StorageError: the file cannot be written for another reason.
     """
     import torch
 
     def write(temporary: Path) -> None:
-        # Through a file of Python's, whose errors say what is wrong; torch's own say only that something is.
+        # Through a Python file object, whose errors have a reason; those of torch's own writer do not.
         with temporary.open("wb") as file:
             torch.save(value, file)
 
@@ -101,23 +118,23 @@ def write_tensors(path: Path, value: Any, *, before_replacing: Hook = lambda new
 
 
 def read_tensors(path: Path) -> Any:
-    """Open a `.pt` file memory-mapped, refusing any that holds more than tensors and plain values."""
+    """Open a `.pt` file memory-mapped; raises `StorageError` if it has anything but tensors and plain values."""
     import torch
 
     with opening(path):
         sizes = Archive(path).sizes
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        # torch maps tensors without a look at how long what is stored of them is.
+        # torch maps tensors without checking the size of their records.
         if Counter(_storages(value).values()) - sizes:
-            raise ValueError("its tensors have other sizes than what is stored of them")
+            raise ValueError("the sizes of its tensors do not match those of its records")
         return value
 
 
 @contextmanager
 def opening(path: Path) -> Iterator[None]:
-    """Turn every way in which a tensor file can be wrong into a `StorageError` of one line.
+    """Turn any error while a tensor file is opened into a `StorageError` with a message of one line.
 
-    It is opened by its name several times: one in whose place another comes meanwhile is refused too.
+    The file is opened by its path several times, so it is also an error if it is replaced meanwhile.
     """
     if not path.is_file():
         raise StorageError(f"{path}: no such file")
@@ -125,18 +142,18 @@ def opening(path: Path) -> Iterator[None]:
         before = _identity(path)
         yield
         if _identity(path) != before:
-            raise StorageError(f"{path}: another file came in its place while it was being opened: open it again")
+            raise StorageError(f"{path}: the file was replaced while it was being opened: open it again")
     except StorageError:
         raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "Weights only load failed" in reason:
+        if isinstance(error, pickle.UnpicklingError):
             reason = "it holds more than tensors and plain values, and is not opened for safety"
         raise StorageError(f"{path}: cannot be read as a tensor file: {reason}") from None
 
 
 def remove(paths: Iterable[Path]) -> int:
-    """Remove files that exist; returns how many there were."""
+    """Remove those of the files that exist; returns how many were removed."""
     count = 0
     for path in paths:
         with suppress(FileNotFoundError):
@@ -146,8 +163,10 @@ def remove(paths: Iterable[Path]) -> int:
 
 
 def sweep_temporaries(folder: Path) -> None:
-    """Remove what killed runs of this machine left half-written below `folder`: temporaries whose
-    process is gone. Those of other machines that share the folder are theirs to remove."""
+    """Remove temporary files below `folder` that killed processes of this machine left behind.
+
+    Those of running processes are kept, and those of other machines that share the folder.
+    """
     for path in list(folder.rglob(".*.tmp")):
         match = _TEMPORARY.fullmatch(path.name)
         if match and not _is_running(int(match[1])):
@@ -158,9 +177,12 @@ def sweep_temporaries(folder: Path) -> None:
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Make a folder whole or not at all: `fill` gets a temporary one, which is then renamed to `path`.
+    """Create a folder completely or not at all: `fill` writes to a temporary folder, which is renamed to `path`.
 
-    Where another process was faster, its folder is kept.
+    If another process created the folder in the meantime, that one is kept.
+
+    Raises:
+        StorageError: the folder cannot be created.
     """
     temporary = _temporary(path)
     try:
@@ -170,13 +192,13 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         with suppress(OSError):
             temporary.rename(path)
     except OSError as error:
-        raise StorageError(f"{path}: cannot be made: {error.strerror or error}") from None
+        raise StorageError(f"{path}: cannot be created: {error.strerror or error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def free_bytes(path: Path) -> int:
-    """Free bytes of the device on which `path` lies, or would lie once its folders are made."""
+    """Free bytes on the device of `path`, or of its nearest parent folder that exists."""
     existing = next(folder for folder in [path, *path.absolute().parents] if folder.exists())
     return shutil.disk_usage(existing).free
 
@@ -185,8 +207,8 @@ def _write(
     path: Path, write: Callable[[Path], object], needed: int, before_replacing: Hook = lambda new: None
 ) -> Written:
     temporary = _temporary(path)
-    if path.exists() and not path.is_file():  # a device or a pipe would be replaced
-        raise StorageError(f"{path}: cannot be written: {'a folder' if path.is_dir() else 'no file'} is there")
+    if path.exists() and not path.is_file():  # the rename would replace a device or a pipe
+        raise StorageError(f"{path}: cannot be written: it is {'a folder' if path.is_dir() else 'not a regular file'}")
     try:
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +218,7 @@ def _write(
         temporary.replace(path)
     except BaseException as error:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)  # before the free bytes are counted
+            temporary.unlink(missing_ok=True)  # before free space is measured for the message
         if isinstance(error, OSError | RuntimeError):
             raise _cannot_write(path, error, needed) from None
         raise
@@ -205,7 +227,7 @@ def _write(
 
 
 def _cannot_write(path: Path, error: BaseException, needed: int) -> StorageError:
-    """The error for a file that could not be written. torch wraps what the file said into an error of its own."""
+    """The error for a file that could not be written. torch wraps the error of the file into one of its own."""
     cause = error if isinstance(error, OSError) else error.__context__
     number = cause.errno if isinstance(cause, OSError) else None
     reason = os.strerror(number) if number else str(error).splitlines()[0]
@@ -216,13 +238,13 @@ def _cannot_write(path: Path, error: BaseException, needed: int) -> StorageError
 
 
 def _storages(value: Any) -> dict[int, int]:
-    """Bytes of the memory that ordinary tensors within a value share or have, by where it is."""
+    """Size in bytes of the storages of the dense tensors in a value, by address."""
     storages: dict[int, int] = {}
     waiting, seen = [value], set()
     while waiting:
         each = waiting.pop()
         if isinstance(each, dict | list | tuple):
-            if id(each) not in seen:  # a value may hold itself, or one value a million times
+            if id(each) not in seen:  # a value can contain itself, or the same value a million times
                 seen.add(id(each))
                 waiting += each.values() if isinstance(each, dict) else each
         elif hasattr(each, "untyped_storage") and _is_in_memory(each):
@@ -232,7 +254,7 @@ def _storages(value: Any) -> dict[int, int]:
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    """What two files never have in common."""
+    """Properties that together identify a file and its content."""
     found = path.stat()
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 

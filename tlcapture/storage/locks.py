@@ -1,6 +1,6 @@
-"""Locks between processes: what two runs must not do at once, they do one after the other.
+"""Locks between processes, for what two runs must not do at the same time.
 
-The operating system lets go of a lock when its process ends, however it ends, so that none stays behind.
+The operating system releases a lock when its process ends, however it ends, so no stale locks remain.
 """
 
 from __future__ import annotations
@@ -22,8 +22,15 @@ _POLL = 0.1  # seconds between two tries
 def locked(path: Path, on_wait: Callable[[], object] = lambda: None) -> Iterator[bool]:
     """Hold the lock of a file; yields whether another process held it first.
 
-    `on_wait` is called once if it does. A file system without locks is used without: what is written
-    there is whole all the same, but of two runs at once the later one may win.
+    On a file system without locks, nothing is locked: files are still written completely, but of two runs at the same
+    time the later one may overwrite the files of the other.
+
+    Args:
+        path: the lock file, which is created if needed and not removed.
+        on_wait: called once if another process holds the lock.
+
+    Raises:
+        StorageError: the lock file cannot be created or locked.
     """
     lock = FileLock(path, mode=0o666)
     waited = False
@@ -36,7 +43,9 @@ def locked(path: Path, on_wait: Callable[[], object] = lambda: None) -> Iterator
             on_wait()
             lock.acquire(poll_interval=_POLL)
     except NotImplementedError:
-        _log.warning("%s: this file system has no locks: do not let two runs write here at once", path)
+        _log.warning(
+            "%s: this file system has no locks: do not run two commands that write here at the same time", path
+        )
     except OSError as error:
         raise StorageError(f"{path}: cannot be locked: {error.strerror or error}") from None
     try:

@@ -1,4 +1,4 @@
-"""Numbers as they go into JSON: rounded to significant digits, and never NaN or inf.
+"""Numbers as they are written to JSON: rounded to significant digits, and never NaN or inf.
 
 >>> round_significant([0.123456, 123456.0], 4).tolist()
 [0.1235, 123500.0]
@@ -23,8 +23,10 @@ _LARGEST_EXACT_POWER = 22
 def round_significant(values: ArrayLike, digits: int) -> NDArray[np.float64]:
     """Round to `digits` significant decimal digits, as float64.
 
-    The result is the double nearest to the rounded decimal, so that it prints with at most `digits`
-    digits. Raises `NumericalError` where a value is NaN or inf.
+    The result is the double nearest to the rounded decimal, so it prints with at most `digits` digits.
+
+    Raises:
+        NumericalError: a value is NaN or inf.
     """
     numbers = np.asarray(values, dtype=np.float64, order="C")
     if not np.isfinite(numbers).all():
@@ -43,17 +45,20 @@ def round_significant(values: ArrayLike, digits: int) -> NDArray[np.float64]:
 
 
 def rounded_for_json(values: NDArray[np.float32], digits: int) -> NDArray[np.float32]:
-    """Round float32 numbers to at most 6 significant decimal digits, as float32: several times faster.
+    """Round float32 numbers to at most 6 significant decimal digits, as float32.
 
-    A float32 tells every decimal of 6 digits from its neighbours, so the result prints with at most
-    `digits` digits as long as it is printed as float32, which orjson does. Raises like `round_significant`.
+    This is several times faster than `round_significant`. A float32 distinguishes all decimals of 6 digits, so the
+    result prints with at most `digits` digits when it is printed as float32, which orjson does.
+
+    Raises:
+        NumericalError: a value is NaN or inf.
     """
     numbers = np.ascontiguousarray(values, dtype=np.float32)
     magnitude = np.abs(numbers)
     largest = float(magnitude.max(initial=0.0))
     if not largest < 10.0**digits:  # NaN too
         return round_significant(numbers, digits).astype(np.float32)
-    # The exponent in a number's bits tells its decimal exponent, but for those beyond a power of ten.
+    # The binary exponent gives the decimal one, except for numbers beyond the next power of ten.
     scale = _scales(digits)[magnitude.view(np.int32) >> 23]
     scale /= np.where(magnitude * scale >= 10.0**digits, 10.0, 1.0)
     return (np.rint(numbers * scale) / scale).astype(np.float32)
@@ -61,6 +66,6 @@ def rounded_for_json(values: NDArray[np.float32], digits: int) -> NDArray[np.flo
 
 @cache
 def _scales(digits: int) -> NDArray[np.float64]:
-    """By the 8 bits of a float32's exponent: the power of ten that leaves `digits` digits before the point."""
+    """For each 8-bit exponent of a float32, the power of ten that leaves `digits` digits before the point."""
     smallest = [2.0 ** (bits - 127) for bits in range(256)]
     return np.array([10.0 ** (digits - 1 - floor(log10(number))) for number in smallest])

@@ -1,4 +1,4 @@
-"""Tensors from files, which may be of any kind that torch can store."""
+"""Checks of tensors that were read from files, which can be of any kind that torch stores."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def is_plain(value: Any) -> TypeGuard[Tensor]:
-    """Whether a value is a tensor of real floats that a file holds number by number.
+    """Whether a value is a dense tensor of real floats with all its numbers in storage.
 
-    No sparse, quantised or nested one, none without data, and none that repeats a few numbers over any
-    shape: a view of another kind can claim more than memory holds.
+    Sparse, quantised, nested and meta tensors are not plain. Neither are expanded views, which repeat a few stored
+    numbers over a shape that can be larger than memory.
     """
     if not isinstance(value, Tensor) or value.is_nested or value.layout != torch.strided or value.is_meta:
         return False
@@ -22,7 +22,7 @@ def is_plain(value: Any) -> TypeGuard[Tensor]:
 
 
 def described(value: Any) -> str:
-    """What came instead, in a few words."""
+    """A short description of a value that is not a plain tensor, for error messages."""
     if not isinstance(value, Tensor):
         return type(value).__name__
     if value.is_nested:

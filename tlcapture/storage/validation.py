@@ -1,4 +1,4 @@
-"""What files hold, checked against pydantic models: the content as it should be, or one clear line."""
+"""Validation of file contents with pydantic models: valid content, or an error message of one line."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tlcapture.text import printable
 Layer = Annotated[int, Field(ge=0, lt=10_000)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]  # a probability, an attention weight, an accuracy
-# Whatever is measured here was a float32 once; beyond, the square of a number is none.
+# All measured numbers come from float32; the square of a larger one can overflow.
 Number = Annotated[float, Field(ge=-3.5e38, le=3.5e38)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 
 
 class FileContent(BaseModel):
-    """Base of what a JSON file holds: no type is guessed at, every number is finite, further fields are kept."""
+    """Base class for the content of JSON files: types are not coerced, numbers are finite, extra fields are kept."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -28,15 +28,24 @@ Content = TypeVar("Content", bound=BaseModel)
 
 
 def checked(model: type[Content], value: Any, path: Path, what: str) -> Content:
-    """The content of a file that should hold `what`; raises `StorageError` with file, field and reason."""
+    """The validated content of a file of kind `what` (such as `projection`).
+
+    Raises:
+        StorageError: the content is not valid for that kind of file; the message has file, field and reason.
+    """
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise StorageError(f"{path}: no {what}: {first_problem(error)}") from None
+        raise not_valid(path, what, first_problem(error)) from None
+
+
+def not_valid(path: Path, what: str, problem: str) -> StorageError:
+    """The error for a file that is not valid for its kind `what` (such as `projection`)."""
+    return StorageError(f"{path}: not a valid {what} file: {problem}")
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first problem as `field: what is wrong`, and how many more there are; one line whatever the file holds."""
+    """The first problem as `field: message`, with the number of further ones; always a single line."""
     problems = error.errors(include_url=False, include_input=False)
     first = problems[0]
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")

@@ -85,7 +85,7 @@ class ProjectionFile(FileContent):
 
     @classmethod
     def parse(cls, content: Any, path: Path) -> ProjectionFile:
-        return checked(cls, content, path, "projection file")
+        return checked(cls, content, path, "projection")
 
     @property
     def tokens(self) -> list[str]:

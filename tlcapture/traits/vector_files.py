@@ -90,7 +90,7 @@ class VectorFiles:
         if not lexists(path):
             return {}
         value = read_json(path)
-        checked(VectorMetadata, value, path, "metadata of vectors")
+        checked(VectorMetadata, value, path, "vector metadata")
         return dict(value)
 
     def missing(self, component: str, method: str, layer: int) -> VectorError:

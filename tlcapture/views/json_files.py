@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from tlcapture.errors import StorageError
-from tlcapture.storage.validation import Count, FileContent, Layer, Share, checked, first_problem
+from tlcapture.storage.validation import Count, FileContent, Layer, Share, checked, first_problem, not_valid
 
 Measure = Annotated[int, Field(ge=1, le=10_000)]
 Pattern = list[list[Share]]  # [head][key]
@@ -22,7 +22,7 @@ Entry = TypeVar("Entry", bound="_Entry")
 class PerTokenHead(FileContent):
     """What a file holds besides its entries."""
 
-    what: ClassVar[str] = "file of attention patterns or a logit lens"
+    what: ClassVar[str] = "attention or logit-lens"
 
     tokens: list[str]
     n_prompt_tokens: Count
@@ -44,13 +44,13 @@ class PerTokenHead(FileContent):
 
 
 class AttentionHead(PerTokenHead):
-    what = "attention patterns"
+    what = "attention"
 
     n_heads: Measure
 
 
 class LensHead(PerTokenHead):
-    what = "logit lens"
+    what = "logit-lens"
 
     top_k: Annotated[int, Field(ge=1)]
 
@@ -66,11 +66,10 @@ class _Entry(FileContent):
         """The entry of a file with a head; raises `StorageError` for another."""
         entry = checked(cls, value, path, head.what)
         if len(entry.by_layer) != head.n_layers:
-            raise StorageError(
-                f"{path}: no {head.what}: token {entry.token_idx} has {len(entry.by_layer)} layers, not {head.n_layers}"
-            )
+            problem = f"token {entry.token_idx} has {len(entry.by_layer)} layers, not {head.n_layers}"
+            raise not_valid(path, head.what, problem)
         if entry.token_idx >= len(head.tokens):
-            raise StorageError(f"{path}: no {head.what}: token {entry.token_idx} of {len(head.tokens)}")
+            raise not_valid(path, head.what, f"token {entry.token_idx} of {len(head.tokens)}")
         return entry
 
 
@@ -84,9 +83,8 @@ class AttentionEntry(_Entry):
     def of(cls, value: Any, path: Path, head: PerTokenHead) -> AttentionEntry:
         entry = super().of(value, path, head)
         if isinstance(head, AttentionHead) and any(len(pattern) != head.n_heads for pattern in entry.by_layer):
-            raise StorageError(
-                f"{path}: no {head.what}: token {entry.token_idx} has not {head.n_heads} heads in every layer"
-            )
+            problem = f"token {entry.token_idx} does not have {head.n_heads} heads in every layer"
+            raise not_valid(path, head.what, problem)
         return entry
 
     @model_validator(mode="after")

@@ -1,0 +1,58 @@
+"""The lock of a run: of two runs that would write the same files, the second waits and reports that it does.
+
+Shards of one prompt set write different files and can run at the same time. Each thing to write, such as the captures
+of a prompt set, has one lock file for all of it (its gate) and one for each shard:
+
+1. A run of all of it holds the gate until it ends, and starts when no shard is running.
+2. A shard holds its own lock until it ends, and the gate only while it starts.
+3. A shard starts when no shard of another division is running, since that may have the same prompts: 1/3 waits for 1/2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from tlcapture.runs.run import Run
+from tlcapture.runs.shards import Shard
+from tlcapture.storage.layout import Layout
+from tlcapture.storage.locks import locked
+
+
+@contextmanager
+def run_lock(run: Run, what: str, shard: Shard | None = None, division: str = "shard") -> Iterator[bool]:
+    """Hold the lock for writing `what`, or a shard of it; yields whether another run held it first.
+
+    Args:
+        what: what is written, for example `captures of single_trait`.
+        shard: the share that is written; `None` for all of it.
+        division: the way in which it is divided into shards; shards of different divisions wait for each other.
+    """
+    waits: list[bool] = []
+    layout = run.layout
+
+    def on_wait() -> None:
+        if not waits:
+            run.line(f"another run is writing {what} in {layout.experiment}: waiting for it to end")
+        waits.append(True)
+
+    name = what.replace(" ", "-")
+    if shard is None:
+        with locked(layout.lock(name), on_wait):
+            _wait_for_shards(layout, name, "", on_wait)
+            yield bool(waits)
+        return
+    prefix = f"{division}-of-{shard.count}-"
+    with ExitStack() as own:
+        with locked(layout.lock(name), on_wait):
+            _wait_for_shards(layout, name, prefix, on_wait)
+            own.enter_context(locked(layout.shard_lock(name, f"{prefix}{shard.number}"), on_wait))
+        yield bool(waits)
+
+
+def _wait_for_shards(layout: Layout, name: str, prefix: str, on_wait: Callable[[], object]) -> None:
+    """Wait until no shard of `name` is running, except those whose lock name begins with a given `prefix`."""
+    for path in layout.shard_locks(name):
+        if not (prefix and path.stem.startswith(prefix)):
+            with locked(path, on_wait):
+                pass
