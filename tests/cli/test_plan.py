@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from tlcapture.errors import InputError
 from tlcapture.models.checkpoints import count_parameters
 from tlcapture.models.sizes import Measures
 from tlcapture.plan.accelerators import ACCELERATORS, Accelerator
-from tlcapture.plan.cost import Workload, bound_pace
+from tlcapture.plan.cost import Workload, bound_pace, cost_of
+from tlcapture.plan.reductions import Change, reductions
 from tlcapture.text import format_bytes, parse_bytes
 
 Run = Callable[..., Result]
@@ -132,6 +134,20 @@ def test_what_is_said_to_fit_a_budget_does(plan: Callable[..., Any], budget: str
         again = plan(*SIZE, "--views", left, "--traits", 1, *dtype, *words)
         assert again["bytes"] == each["bytes"] < said["bytes"]
         assert each["fits"] == (again["bytes"] <= said["budget"])
+
+
+def test_reductions_name_the_options_that_change_and_the_share_that_is_left() -> None:
+    options = CaptureOptions(attention=True, internals=(1,), save_dtype="float32", max_new_tokens=50)
+    workload = Workload(10, 100, options, n_projections=3)
+    before = cost_of(workload, MEASURES).n_bytes
+    found = reductions(workload, MEASURES, budget=1)
+    for each in found:
+        changed = replace(options, **{change.option: change.value for change in each.changes})
+        assert each.n_bytes == cost_of(replace(workload, options=changed), MEASURES).n_bytes
+        assert each.factor == pytest.approx(each.n_bytes / before)
+        assert 0 < each.factor < 1
+    everything = (Change("internals", ()), Change("attention", False), Change("projections_only", True))
+    assert everything in [each.changes for each in found]
 
 
 def test_a_budget_that_suffices_needs_no_reduction(tlcapture: Run, tiny_folder: Path) -> None:

@@ -15,10 +15,12 @@ from tlcapture.text import printable
 
 if TYPE_CHECKING:
     from tlcapture.plan.cost import Pace, Workload
+    from tlcapture.plan.reductions import Change, Changes
 
 VIEWS = ("residual", "attn_out", "attention", "logit_lens", "internals", "projections")
 _DEFAULT_BATCH = 16
 _HOUR = 3600
+_OPTION_NAMES = {"internals": "layer-internals"}  # where an option is not called like its field of CaptureOptions
 
 
 class Views(click.ParamType):
@@ -113,7 +115,8 @@ def plan(
     from tlcapture.commands.capture_tasks import CaptureOptions
     from tlcapture.models.checkpoints import fetch, quiet_loading, source_of
     from tlcapture.models.sizes import Measures
-    from tlcapture.plan.cost import Pace, Workload, cost_of, reductions
+    from tlcapture.plan.cost import Pace, Workload, cost_of
+    from tlcapture.plan.reductions import reductions
 
     with quiet_loading():
         config = fetch(model, "AutoConfig", source_of(model))
@@ -141,7 +144,8 @@ def plan(
     if budget is not None:
         said["budget"] = budget
         said["reductions"] = [
-            {"options": each.options, "bytes": round(each.n_bytes), "fits": each.n_bytes <= budget} for each in fits
+            {"options": _options_text(each.changes), "bytes": round(each.n_bytes), "fits": each.n_bytes <= budget}
+            for each in fits
         ]
     if as_json:
         import json
@@ -245,3 +249,17 @@ def _budget(said: dict[str, Any]) -> Iterator[str]:
     for each in [] if fits else said["reductions"]:
         verdict = "fits" if each["fits"] else "does not fit"
         yield f"  {format_bytes(each['bytes']):>10}  {verdict:<14}{each['options']}"
+
+
+def _options_text(changes: Changes) -> str:
+    """Changes as options of `tlcapture capture`."""
+    return ", ".join(map(_option_text, changes))
+
+
+def _option_text(change: Change) -> str:
+    option = f"--{_OPTION_NAMES.get(change.option, change.option.replace('_', '-'))}"
+    if change.leaves_out:
+        return f"without {option}"
+    if change.value is True:
+        return option
+    return f"{option} {','.join(map(str, change.value)) if isinstance(change.value, tuple) else change.value}"
