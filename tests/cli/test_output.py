@@ -59,7 +59,7 @@ def test_quiet_says_nothing_but_warnings_and_failures(capture: Run, extract: Run
 
 def test_verbose_says_every_file_and_batch(capture: Run) -> None:
     stderr = capture("-v").stderr
-    assert len(re.findall(r"^DEBUG tlcapture\.storage: wrote .*short/\d\.pt, ", stderr, re.MULTILINE)) == 3
+    assert len(re.findall(r"^DEBUG tlcapture\.storage\.files: wrote .*short/\d\.pt, ", stderr, re.MULTILINE)) == 3
     assert "a batch of 3 prompts" in stderr
     assert "DEBUG" not in capture().stderr
 

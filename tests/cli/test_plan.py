@@ -158,9 +158,9 @@ def test_a_budget_that_suffices_needs_no_reduction(tlcapture: Run, tiny_folder: 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--views", "residual,nix"), "'nix' is no view: choose of residual, attn_out"),
+        (("--views", "residual,nix"), "'nix' is not a view: choose from residual, attn_out"),
         (("--views", "attention"), "a capture keeps residual, projections or both"),
-        (("--views", "residual,attention:3"), "'attention:3' is no view"),
+        (("--views", "residual,attention:3"), "'attention:3' is not a view"),
         (("--budget", "lots"), "'lots' is no size: expected a number and a unit, for example 500GB"),
         (("--gpu", "h100", "--measure"), "give one of --tokens-per-second, --measure and --gpu"),
         (("--layers", "3"), "--layers 3: the model has layers 0 to 2"),

@@ -34,7 +34,7 @@ def test_a_signal_stops_the_run_between_files(
     ended = stopped.end()
     assert ended.code == code, ended
     assert "stopping when the file in hand is written" in ended.stderr
-    assert f"stopped by {name}; to go on: tlcapture capture --root" in ended.stderr
+    assert f"stopped by {name}; to resume: tlcapture capture --root" in ended.stderr
     assert ended.stderr.strip().endswith("--skip-existing")
     assert "wrote 6 files" in ended.stdout  # of the one prompt in hand
     assert "Traceback" not in ended.stderr
@@ -91,7 +91,7 @@ def test_other_commands_stop_as_well_and_keep_what_is_done(fresh: Path, tmp_path
     command.tell(signal.SIGINT)
     ended = command.end()
     assert ended.code == 130, ended
-    assert "to go on: tlcapture" in ended.stderr
+    assert "to resume: tlcapture" in ended.stderr
     assert contents(exp)
     again = Command(tmp_path / "said", words[0], "--root", fresh, "--experiment", "exp", *words[1:]).end()
     assert again.code == 0, again.stderr

@@ -3,68 +3,64 @@
 from __future__ import annotations
 
 from os.path import lexists
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from tlcapture.cli.cluster import cluster_options, take_executor
+from tlcapture.cli.cluster import ClusterOptions, cluster_options
 from tlcapture.cli.console import Console
 from tlcapture.cli.options import (
+    HELP_NAMES,
+    GridOptions,
+    Location,
+    ModelOptions,
     batch_size_option,
-    experiment_option,
     grid_options,
+    location_options,
     model_options,
-    root_option,
     seed_option,
 )
 from tlcapture.cli.work import working
 from tlcapture.names import Trait
 
 if TYPE_CHECKING:
+    from tlcapture.storage.layout import Layout
     from tlcapture.traits.evaluation_files import EvaluationRow
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@experiment_option
+@click.command(context_settings=HELP_NAMES)
+@location_options
 @grid_options("evaluate")
 @click.option(
     "--against-steering",
     is_flag=True,
-    help="Evaluate nothing: compare effect sizes with steering results, layer by layer.",
+    help="Evaluate nothing; compare effect sizes with steering results, layer by layer.",
 )
 @model_options
 @cluster_options
 @batch_size_option
 @seed_option
-@root_option
 @working
 def evaluate(
     console: Console,
-    experiment: str,
-    root: Path,
-    traits: tuple[Trait, ...],
-    methods: tuple[str, ...],
-    layers: tuple[int, ...],
-    component: tuple[str, ...],
+    location: Location,
+    grid: GridOptions,
     against_steering: bool,
     batch_size: int | None,
     seed: int,
-    **model: Any,
+    model: ModelOptions,
+    cluster: ClusterOptions,
 ) -> None:
-    """Measure how well trait vectors separate the examples that were held out."""
-    from tlcapture.runs.model_loader import ModelLoader
-    from tlcapture.storage.layout import Layout
-
-    layout = Layout(root, experiment)
+    """Measure how well trait vectors separate held-out examples."""
+    layout = location.layout
     if against_steering:
-        _compare(console, layout, traits)
+        _compare(console, layout, grid.traits)
         return
     from tlcapture.commands.evaluate import EvaluateOptions, best_rows, draw_heatmaps, run_evaluate
 
-    executor = take_executor(model, collects=False)
-    load = ModelLoader.settle(layout, "extraction_model", console, **model)
-    options = EvaluateOptions(traits, methods, layers, component, batch_size, seed)
+    executor = cluster.make_executor(can_collect=False)
+    load = model.loader_for(layout, "extraction_model", console)
+    options = EvaluateOptions(grid.traits, grid.methods, grid.layers, grid.component, batch_size, seed)
     report = run_evaluate(layout, options, load, console, executor)
     if lexists(layout.evaluation):
         draw_heatmaps(layout, report)
@@ -92,7 +88,7 @@ def _table(console: Console, rows: list[EvaluationRow]) -> None:
     console.line()
 
 
-def _compare(console: Console, layout: Any, traits: tuple[Trait, ...]) -> None:
+def _compare(console: Console, layout: Layout, traits: tuple[Trait, ...]) -> None:
     """Print the rank correlation of effect size with the steering gain, per trait and pooled."""
     from tlcapture.commands.against_steering import against_steering
 

@@ -1,4 +1,4 @@
-"""`tlcapture traits`: the examples of traits, and which vector of each is chosen."""
+"""`tlcapture traits`: check contrastive examples, and list the selected vectors."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from pathlib import Path
 import click
 
 from tlcapture.cli.console import one_line_errors
-from tlcapture.cli.options import Traits, experiment_option, root_option
+from tlcapture.cli.option_types import Traits
+from tlcapture.cli.options import HELP_NAMES, Location, location_options, root_option
 from tlcapture.names import Trait
 from tlcapture.text import printable
 
-_HELP = {"help_option_names": ["-h", "--help"]}
 _trait_option = click.option(
-    "--traits", "chosen", type=Traits(), default="all", show_default=True, help="Which traits."
+    "--traits", "chosen", type=Traits(), default="all", show_default=True, help="Traits to check."
 )
 
 
-@click.group(context_settings=_HELP)
+@click.group(context_settings=HELP_NAMES)
 def traits() -> None:
-    """Look at traits: their examples, and which vector is chosen."""
+    """Check the contrastive examples of traits, and list the selected vectors."""
 
 
-@traits.command(context_settings=_HELP)
+@traits.command(context_settings=HELP_NAMES)
 @_trait_option
 @root_option
 @one_line_errors
 def check(chosen: tuple[Trait, ...], root: Path) -> None:
-    """Check contrastive examples: counts, duplicates, length, and whether words alone give the side away."""
+    """Check contrastive examples: counts, duplicates, lengths, and whether words alone reveal the side."""
     from tlcapture.extraction.checks import check_examples
     from tlcapture.extraction.examples import read_examples
     from tlcapture.storage.layout import Datasets
@@ -50,23 +50,21 @@ def check(chosen: tuple[Trait, ...], root: Path) -> None:
             click.echo(printable(f"  pairs whose prompts leak: {', '.join(found.leaking_pairs)}"))
 
 
-@traits.command("list", context_settings=_HELP)
-@experiment_option
+@traits.command("list", context_settings=HELP_NAMES)
+@location_options
 @click.option("--component", type=click.Choice(["residual", "attn_out"]), default="residual", show_default=True)
-@root_option
 @one_line_errors
-def list_(experiment: str, component: str, root: Path) -> None:
-    """Show which vector of each trait is chosen, by what, with its score, the runner-up and its origin."""
+def list_(location: Location, component: str) -> None:
+    """List the vector selected for each trait: how it was selected, its score, the runner-up and its origin."""
     from tlcapture.errors import InputError
-    from tlcapture.storage.layout import Layout
     from tlcapture.traits.origin import described_origin
     from tlcapture.traits.selection import ranked, select
     from tlcapture.traits.vector_files import VectorFiles
 
-    layout = Layout(root, experiment)
+    layout = location.layout
     layout.check_exists()
     if not layout.traits():
-        raise InputError(f"experiment {experiment!r} has no trait vectors: run 'tlcapture extract' first")
+        raise InputError(f"experiment {location.experiment!r} has no trait vectors: run 'tlcapture extract' first")
     click.echo(f"{'trait':<26}{'method':<11}{'layer':>5}  {'by':<12}{'score':>9}   runner-up")
     origins: dict[str, list[str]] = {}
     for trait in layout.traits():
