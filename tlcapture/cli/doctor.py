@@ -8,8 +8,9 @@ import click
 
 from tlcapture.cli.console import Console, one_line_errors
 from tlcapture.cli.options import HELP_NAMES, EngineOptions, engine_options
-from tlcapture.text import printable
+from tlcapture.cli.tables import Coloured, Column, echo_table
 
+_COLUMNS = (Column(min_width=len("not applicable")), Column(min_width=len("raw basis")), Column())
 _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 
@@ -34,7 +35,7 @@ def doctor(model: str, engine: EngineOptions) -> None:
 
     failed = False
     for check in run_doctor(engine.loader(model, Console())):
-        click.secho(f"{check.verdict:<16}", fg=_COLOURS.get(check.verdict), nl=False)
-        click.echo(printable(f"{check.name:<11}{check.detail}"))
+        # A check can take minutes, so each row is printed when it is known.
+        echo_table(_COLUMNS, [(Coloured(check.verdict, _COLOURS.get(check.verdict)), check.name, check.detail)])
         failed = failed or check.verdict == "failed"
     sys.exit(1 if failed else 0)
