@@ -33,7 +33,7 @@ def test_a_signal_stops_the_run_between_files(
     stopped.tell(number)
     ended = stopped.end()
     assert ended.code == code, ended
-    assert "stopping when the file in hand is written" in ended.stderr
+    assert "stopping after the current file is written" in ended.stderr
     assert f"stopped by {name}; to resume: tlcapture capture --root" in ended.stderr
     assert ended.stderr.strip().endswith("--skip-existing")
     assert "wrote 6 files" in ended.stdout  # of the one prompt in hand
@@ -68,7 +68,7 @@ def test_a_second_signal_stops_at_once(start: Start, fresh: Path, tmp_path: Path
     stopped.wait_for((raw / "2.pt").exists)
     stopped.tell(signal.SIGINT)
     stopped.wait_for((tmp_path / "waits").exists)
-    assert "once more stops at once" in stopped.stderr
+    assert "repeat to stop immediately" in stopped.stderr
     stopped.tell(signal.SIGINT)
     ended = stopped.end()
     assert ended.code == 130, ended

@@ -55,29 +55,33 @@ class Console(Display):
         self.recorded: RecordedReport | None = None
 
     def line(self, text: str = "") -> None:
+        """Print a line, unless the command is quiet."""
         _log().info(text)
         if not self._quiet:
             click.echo(printable(text), err=self._as_json)
 
     def table(self, columns: Sequence[Column], rows: Iterable[Sequence[Cell]]) -> None:
-        """Show a table, in the width of the terminal if there is one."""
+        """Print a table, wrapped to the width of the terminal if it goes to one."""
         stream = sys.stderr if self._as_json else sys.stdout
         for line in table_lines(columns, rows, terminal_width(stream)):
             self.line(line)
 
     def warn(self, text: str) -> None:
+        """Print a warning to standard error."""
         _log().warning(text)
         click.secho(f"warning: {printable(text)}", fg="yellow", err=True)
 
     def error(self, text: str) -> None:
-        """Show an error."""
+        """Print an error to standard error."""
         _log().error(text)
         click.secho(printable(text), fg="red", err=True)
 
     def uses(self, **facts: Any) -> None:
+        """Record facts about what the run uses."""
         self.facts.update(facts)
 
     def report(self, layout: Layout) -> RunReport:
+        """The report of a run that is about to begin; it is also written to a record if a command runs."""
         if self._invocation is None:
             return super().report(layout)
         from tlcapture.runs.record import RecordedReport
@@ -87,6 +91,7 @@ class Console(Display):
 
     @contextmanager
     def progress(self, total: int, label: str, unit: str) -> Iterator[Progress]:
+        """Show a progress bar on a terminal, and a line for each thing done elsewhere."""
         with self._stop.at_checks_only():
             if total and not self._quiet and sys.stderr.isatty():
                 from tqdm import tqdm

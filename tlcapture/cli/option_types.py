@@ -14,149 +14,156 @@ from tlcapture.text import parse_bytes
 from tlcapture.views.hooks import COMPONENTS, POINTS
 
 
-class _Named(click.ParamType):
-    """A type whose name the help shows as it is written, not in capitals."""
+class _Parsed(click.ParamType):
+    """A type that parses text. The help shows its name as it is written, not in capitals."""
 
     def get_metavar(self, *args: Any, **kwargs: Any) -> str:
         return self.name
 
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):  # click converts a value again that is parsed already
+            return value
+        try:
+            return self._parse(value)
+        except (InputError, ValueError) as error:
+            self.fail(str(error), param, ctx)
 
-class LayerOrWord(_Named):
-    """A layer number, or one of the given words."""
+    def _parse(self, text: str) -> Any:
+        """The value; raises `InputError` or `ValueError` with a message for the user."""
+        raise NotImplementedError
+
+
+class LayerOrWord(_Parsed):
+    """A layer index, or one of the given words."""
 
     def __init__(self, *words: str):
         self.words = words
         self.name = "|".join(["N", *words])
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        if isinstance(value, int) or value in self.words:
-            return value
-        if str(value).isdecimal():
-            return int(value)
-        self.fail(f"{value!r} is neither a layer number nor {' or '.join(map(repr, self.words))}.", param, ctx)
+    def _parse(self, text: str) -> int | str:
+        if text in self.words:
+            return text
+        if text.isdecimal():
+            return int(text)
+        raise ValueError(f"{text!r} is neither a layer number nor {' or '.join(map(repr, self.words))}.")
 
 
-class BatchSize(_Named):
-    """A number of at least 1, or `auto`."""
+class BatchSize(_Parsed):
+    """A positive integer, or `auto`, which is read as `None`."""
 
     name = "N|auto"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        if value is None or value == "auto":
+    def _parse(self, text: str) -> int | None:
+        if text == "auto":
             return None
-        if str(value).isdecimal() and 0 < int(value) < 2**31:
-            return int(value)
-        self.fail(f"{value!r} is neither a number of at least 1 nor 'auto'.", param, ctx)
+        if text.isdecimal() and 0 < int(text) < 2**31:
+            return int(text)
+        raise ValueError(f"{text!r} is neither a number of at least 1 nor 'auto'.")
 
 
-class Names(_Named):
-    """Comma-separated names, at least one."""
+class Names(_Parsed):
+    """Comma-separated names, at least one; repeated names count once."""
 
     name = "a,b"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        names = tuple(dict.fromkeys(split_names(value)))
+    def _parse(self, text: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(split_names(text)))
         if not names:
-            self.fail("contains no name.", param, ctx)
+            raise ValueError("contains no name.")
         return names
 
 
-class Traits(_Named):
-    """Comma-separated traits, or `all`."""
+class Traits(_Parsed):
+    """Comma-separated traits, or `all`, which is read as an empty tuple."""
 
     name = "a/b,c/d|all"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Trait, ...]:
-        if isinstance(value, tuple):
-            return value
-        if value == "all":
+    def _parse(self, text: str) -> tuple[Trait, ...]:
+        if text == "all":
             return ()
-        try:
-            traits = tuple(dict.fromkeys(Trait.parse(name) for name in split_names(value)))
-        except InputError as error:
-            self.fail(str(error), param, ctx)
+        traits = tuple(dict.fromkeys(Trait.parse(name) for name in split_names(text)))
         if not traits:
-            self.fail("contains no trait.", param, ctx)
+            raise ValueError("contains no trait.")
         return traits
 
 
-class LayerList(_Named):
-    """Comma-separated layer numbers, or `all`."""
+class LayerList(_Parsed):
+    """Comma-separated layer indices, or `all`, which is read as an empty tuple."""
 
     name = "N,M|all"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        if value == "all":
+    def _parse(self, text: str) -> tuple[int, ...]:
+        if text == "all":
             return ()
-        names = split_names(value)
+        names = split_names(text)
         if not names or not all(name.isdecimal() for name in names):
-            self.fail(f"{value!r} is not a list of layer numbers, for example 8,12,16.", param, ctx)
+            raise ValueError(f"{text!r} is not a list of layer numbers, for example 8,12,16.")
         return tuple(sorted({int(name) for name in names}))
 
 
-class Points(_Named):
-    """Comma-separated residual points, or `all`."""
+class Points(_Parsed):
+    """Comma-separated residual points, or `all`, which is read as an empty tuple."""
 
     name = "a,b|all"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        if value == "all":
+    def _parse(self, text: str) -> tuple[str, ...]:
+        if text == "all":
             return ()
-        names = split_names(value)
+        names = split_names(text)
         if not names or not set(names) <= set(POINTS):
-            self.fail(f"{value!r} is not a list of residual points: {', '.join(POINTS)}.", param, ctx)
+            raise ValueError(f"{text!r} is not a list of residual points: {', '.join(POINTS)}.")
         return tuple(point for point in POINTS if point in names)
 
 
-class ShardOf(_Named):
+class ShardOf(_Parsed):
     """`i/n`: shard i of n."""
 
     name = "i/n"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Shard:
-        if isinstance(value, Shard):
-            return value
-        try:
-            return Shard.parse(value)
-        except InputError as error:
-            self.fail(str(error), param, ctx)
+    def _parse(self, text: str) -> Shard:
+        return Shard.parse(text)
 
 
-class ByteSize(_Named):
+class ByteSize(_Parsed):
     """A number of bytes, with a unit."""
 
     name = "size"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        try:
-            return parse_bytes(value)
-        except InputError as error:
-            self.fail(str(error), param, ctx)
+    def _parse(self, text: str) -> int:
+        return parse_bytes(text)
 
 
-class NumberList(_Named):
-    """Comma-separated numbers other than zero, at least one."""
+class NumberList(_Parsed):
+    """Comma-separated finite numbers other than zero, at least one."""
 
     name = "X,Y"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        if isinstance(value, tuple):
-            return value
+    def _parse(self, text: str) -> tuple[float, ...]:
         try:
-            numbers = tuple(dict.fromkeys(float(name) for name in split_names(value)))
+            numbers = tuple(dict.fromkeys(float(name) for name in split_names(text)))
         except ValueError:
             numbers = ()
         if not numbers or not all(math.isfinite(number) and number for number in numbers):
-            self.fail(f"{value!r} is not a list of numbers other than zero, for example 0.1,0.2.", param, ctx)
+            raise ValueError(f"{text!r} is not a list of numbers other than zero, for example 0.1,0.2.")
         return numbers
+
+
+class Views(_Parsed):
+    """Comma-separated views of a capture; `internals:L` is the internals of one layer."""
+
+    NAMES = ("residual", "attn_out", "attention", "logit_lens", "internals", "projections")
+    name = "a,b"
+
+    def _parse(self, text: str) -> tuple[str, ...]:
+        views = tuple(dict.fromkeys(split_names(text)))
+        for view in views:
+            name, colon, layer = view.partition(":")
+            if name not in self.NAMES or (colon and (name != "internals" or not layer.isdecimal())):
+                names = ", ".join(self.NAMES)
+                raise ValueError(f"{view!r} is not a view: choose from {names} (internals:12 for one layer).")
+        if not {"residual", "projections"} & set(views):
+            raise ValueError("a capture keeps residual, projections or both: name at least one of them.")
+        return views
 
 
 class Components(click.Choice):
@@ -166,27 +173,8 @@ class Components(click.Choice):
         super().__init__([*COMPONENTS, "all"])
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """Read a component, or `all`."""
         if isinstance(value, tuple):
             return value
         name = super().convert(value, param, ctx)
         return COMPONENTS if name == "all" else (name,)
-
-
-class Views(click.ParamType):
-    """Comma-separated views of a capture; `internals:L` is the internals of one layer."""
-
-    NAMES = ("residual", "attn_out", "attention", "logit_lens", "internals", "projections")
-    name = "a,b"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        views = tuple(dict.fromkeys(split_names(value)))
-        for view in views:
-            name, colon, layer = view.partition(":")
-            if name not in self.NAMES or (colon and (name != "internals" or not layer.isdecimal())):
-                names = ", ".join(self.NAMES)
-                self.fail(f"{view!r} is not a view: choose from {names} (internals:12 for one layer).", param, ctx)
-        if not {"residual", "projections"} & set(views):
-            self.fail("a capture keeps residual, projections or both: name at least one of them.", param, ctx)
-        return views

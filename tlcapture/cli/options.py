@@ -65,7 +65,7 @@ root_option = click.option(
 )
 
 location_options = together(
-    click.option("--experiment", required=True, metavar="NAME", help="Experiment folder to work in."),
+    click.option("--experiment", required=True, metavar="NAME", help="Experiment to work in."),
     root_option,
     collected(Location, "location"),
 )
@@ -206,7 +206,7 @@ seed_option = click.option(
     metavar="INTEGER",
     default=0,
     show_default=True,
-    help="Seed of everything random.",
+    help="Seed of all random numbers.",
 )
 
 
@@ -289,7 +289,7 @@ model_options = together(
         "[default: the experiment's, or smollm2]",
     ),
     click.option(
-        "--allow-model-change", is_flag=True, help="Go on although the experiment has used another model so far."
+        "--allow-model-change", is_flag=True, help="Continue even if the experiment has used another model so far."
     ),
     _engine_options,
     collected(ModelOptions, "model"),

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     help="Maximum size of the exported file's data.",
 )
 @click.option(
-    "--png", type=click.Path(file_okay=False, path_type=Path), help="Write pictures of each prompt into a folder."
+    "--png", type=click.Path(file_okay=False, path_type=Path), help="Write pictures of each prompt to a folder."
 )
 @one_line_errors
 def view(
@@ -47,7 +47,7 @@ def view(
     max_size: float,
     png: Path | None,
 ) -> None:
-    """Look at captures in the browser: trajectories, layers, logit lens, attention, vectors.
+    """View captures in the browser: trajectories, layers, logit lens, attention, vectors.
 
     Serves the page to this machine only, until Ctrl-C.
     """
