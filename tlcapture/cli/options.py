@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -294,10 +294,3 @@ model_options = together(
     _engine_options,
     collected(ModelOptions, "model"),
 )
-
-
-def json_value(value: Any) -> Any:
-    """The value of an option as JSON holds it."""
-    if isinstance(value, list | tuple):
-        return [json_value(each) for each in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

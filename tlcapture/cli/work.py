@@ -23,7 +23,6 @@ import click
 
 from tlcapture.cli.console import Console
 from tlcapture.cli.grouping import together
-from tlcapture.cli.options import json_value
 from tlcapture.cli.stopping import Interrupted, StopSignals
 from tlcapture.errors import NoSpaceError, TlcaptureError
 
@@ -118,8 +117,15 @@ def _invocation(ctx: click.Context) -> Invocation:
 
     from tlcapture.runs.record import Invocation
 
-    arguments = {name: json_value(value) for name, value in sorted(ctx.params.items())}
+    arguments = {name: _json_value(value) for name, value in sorted(ctx.params.items())}
     return Invocation(str(ctx.command.name), shlex.join(_command_line()), arguments)
+
+
+def _json_value(value: Any) -> Any:
+    """The value of an option as JSON holds it."""
+    if isinstance(value, list | tuple):
+        return [_json_value(each) for each in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def _print_ending(console: Console, ending: _Ending, *, as_json: bool) -> None:
