@@ -1,4 +1,4 @@
-"""`tlcapture capture` as a script."""
+"""The command `tlcapture capture` as a script."""
 
 from tlcapture.cli.capture import capture
 

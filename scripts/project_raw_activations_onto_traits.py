@@ -1,4 +1,4 @@
-"""`tlcapture project` as a script."""
+"""The command `tlcapture project` as a script."""
 
 from tlcapture.cli.project import project
 

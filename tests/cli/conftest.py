@@ -1,4 +1,4 @@
-"""A small root with a prompt set, two traits, and a way to run commands on a tiny model in it."""
+"""A small root with prompt sets and two traits, and fixtures that run commands in it on a tiny model."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ Run = Callable[..., Result]
 
 
 def make_trait(root: Path, name: str, positive: str, negative: str) -> None:
+    """Write ten pairs of contrastive examples, whose responses hold a word of their side."""
     folder = root / "datasets" / "traits" / name
     folder.mkdir(parents=True)
     for side, word in (("positive", positive), ("negative", negative)):
@@ -21,6 +22,7 @@ def make_trait(root: Path, name: str, positive: str, negative: str) -> None:
 
 
 def make_prompt_set(root: Path, name: str, texts: list[str]) -> None:
+    """Write a prompt set with ids 1, 2, ..."""
     folder = root / "datasets" / "inference"
     folder.mkdir(parents=True, exist_ok=True)
     prompts = [{"id": str(n), "text": text} for n, text in enumerate(texts, start=1)]
@@ -67,9 +69,11 @@ def raw(data: Path) -> Path:
 
 @pytest.fixture
 def analysis(data: Path) -> Path:
+    """The folder of add-ons of the set `short`."""
     return data / "experiments" / "exp" / "analysis" / "per_token" / "short"
 
 
 @pytest.fixture
 def projected(data: Path) -> Path:
+    """The folder of projections of the set `short` onto `tone/loud`."""
     return data / "experiments" / "exp" / "inference" / "tone" / "loud" / "residual_stream" / "short"

@@ -231,7 +231,7 @@ def test_numbers_out_of_range_are_refused(capture: Run, raw: Path, option: str, 
 def test_a_log_that_cannot_be_written_is_reported_once_and_does_not_stop_the_run(capture: Run, raw: Path) -> None:
     result = capture("--log-file", "/dev/full")
     assert result.exit_code == 0
-    assert result.stderr.count("--log-file /dev/full: cannot be written any more: No space left on device") == 1
+    assert result.stderr.count("--log-file /dev/full: can no longer be written: No space left on device") == 1
     assert "Logging error" not in result.stderr
     assert len(list(raw.glob("*.pt"))) == 3
 

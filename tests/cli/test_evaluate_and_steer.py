@@ -179,7 +179,7 @@ def test_traits_check_of_the_shipped_examples_finds_no_topic_leak_where_prompts_
     [
         (("evaluate", "--experiment", "exp"), "has no trait vectors"),
         (("steer", "--experiment", "exp"), "has no trait vectors"),
-        (("steer", "--experiment", "exp", "--coefficients", "0"), "no list of numbers other than zero"),
+        (("steer", "--experiment", "exp", "--coefficients", "0"), "not a list of numbers other than zero"),
         (("traits", "list", "--experiment", "exp"), "has no trait vectors"),
         (("traits", "check", "--traits", "x/y"), "no examples for trait 'x/y'"),
         (("evaluate", "--experiment", "exp", "--traits", "x/y"), "no vectors for trait 'x/y'"),

@@ -257,6 +257,6 @@ def test_wrong_layers_and_points_are_refused(capture: Run, raw: Path) -> None:
     assert "--layers 7: the model has layers 0 to 2" in done.output
     done = capture("--points", "middle")
     assert done.exit_code == 2
-    assert "'middle' is no list of residual points: residual_in, after_attn, residual_out" in done.output
+    assert "'middle' is not a list of residual points: residual_in, after_attn, residual_out" in done.output
     assert "leave it out to use --layers and --points" in capture("--replay", "--layers", 1).output
     assert not raw.exists()

@@ -1,4 +1,4 @@
-"""How much commands say, where to, and what they end with."""
+"""What commands print, to which stream, and the record they leave."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_json_is_alone_on_standard_output(capture: Run, raw: Path) -> None:
     assert (again["skipped"], again["files"]["count"]) == (3, 0)
 
 
-def test_json_tells_failures_and_errors_too(capture: Run, data: Path) -> None:
+def test_json_holds_failures_and_errors(capture: Run, data: Path) -> None:
     from tests.cli.conftest import make_prompt_set
 
     make_prompt_set(data, "short", ["fine", "x" * 400])
@@ -43,7 +43,7 @@ def test_json_tells_failures_and_errors_too(capture: Run, data: Path) -> None:
     assert "no prompt set 'nix'" in summary["error"]
 
 
-def test_quiet_says_nothing_but_warnings_and_failures(capture: Run, extract: Run, data: Path) -> None:
+def test_quiet_prints_only_warnings_and_failures(capture: Run, extract: Run, data: Path) -> None:
     from tests.cli.conftest import make_prompt_set
 
     assert extract("-q").output == ""
@@ -57,14 +57,14 @@ def test_quiet_says_nothing_but_warnings_and_failures(capture: Run, extract: Run
     assert capture("-q", "-v").exit_code == 2
 
 
-def test_verbose_says_every_file_and_batch(capture: Run) -> None:
+def test_verbose_reports_every_file_and_batch(capture: Run) -> None:
     stderr = capture("-v").stderr
     assert len(re.findall(r"^DEBUG tlcapture\.storage\.files: wrote .*short/\d\.pt, ", stderr, re.MULTILINE)) == 3
     assert "a batch of 3 prompts" in stderr
     assert "DEBUG" not in capture().stderr
 
 
-def test_a_log_file_has_everything_with_times_and_grows(capture: Run, data: Path) -> None:
+def test_a_log_file_gets_every_message_with_a_timestamp_and_is_appended_to(capture: Run, data: Path) -> None:
     log = data / "logs" / "run.log"
     assert capture("--log-file", log, "-q").exit_code == 0
     lines = log.read_text().splitlines()
@@ -86,7 +86,7 @@ def test_a_log_file_that_cannot_be_written_is_wrong_usage(capture: Run, data: Pa
 
 
 @pytest.mark.parametrize("command", ["capture", "project", "extract", "evaluate", "steer"])
-def test_every_command_that_works_has_the_options_of_output(tlcapture: Run, command: str) -> None:
+def test_every_command_that_does_work_has_the_output_options(tlcapture: Run, command: str) -> None:
     text = tlcapture(command, "--help").output
     assert all(option in text for option in ("--verbose", "--quiet", "--log-file", "--json"))
 

@@ -1,9 +1,10 @@
-"""`tlcapture plan`: bytes against closed forms and against what is then written; time; what fits a budget."""
+"""`tlcapture plan`: bytes against closed forms and against files written; time; what fits a budget."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from tlcapture.errors import InputError
 from tlcapture.models.checkpoints import count_parameters
 from tlcapture.models.sizes import Measures
 from tlcapture.plan.accelerators import ACCELERATORS, Accelerator
-from tlcapture.plan.cost import Workload, bound_pace
+from tlcapture.plan.cost import Workload, bound_pace, cost_of
+from tlcapture.plan.reductions import Change, reductions
 from tlcapture.text import format_bytes, parse_bytes
 
 Run = Callable[..., Result]
@@ -34,17 +36,17 @@ def plan(tlcapture: Run, tiny_folder: Path) -> Callable[..., Any]:
 
 
 def test_tensors_are_counted_to_the_byte(plan: Callable[..., Any]) -> None:
-    """Twice the prompts, twice the bytes; a layer more of one point is a row more of every token."""
+    """Twice the prompts make twice the bytes; one more layer of a point adds one row per token."""
     said = [
         plan(*SIZE, "--save-dtype", "float32", "--layers", layers, "--points", "residual_out")
         for layers in ("0", "0,2")
     ]
     assert plan("--prompts", 200, *SIZE[2:])["bytes"] == 2 * plan(*SIZE)["bytes"]
     rows = said[1]["bytes_per_prompt"] - said[0]["bytes_per_prompt"]
-    assert rows == pytest.approx(30 * tiny.D_MODEL * 4 + 2 * 90, abs=1)  # what a file says of two more tensors
+    assert rows == pytest.approx(30 * tiny.D_MODEL * 4 + 2 * 90, abs=1)  # the entries of two more tensors in a file
 
 
-def test_what_is_planned_is_near_what_is_written(
+def test_the_estimate_is_close_to_what_is_written(
     plan: Callable[..., Any], capture: Run, extract: Run, data: Path
 ) -> None:
     extract()
@@ -56,7 +58,7 @@ def test_what_is_planned_is_near_what_is_written(
     assert said["bytes"] == pytest.approx(written["files"]["bytes"], rel=0.25)
 
 
-def test_time_is_new_tokens_by_tokens_a_second_over_workers(plan: Callable[..., Any]) -> None:
+def test_time_is_new_tokens_over_tokens_per_second_and_workers(plan: Callable[..., Any]) -> None:
     said = plan(*SIZE, "--tokens-per-second", 4, "--workers", 5)
     assert said["new_tokens"] == 1000
     assert said["worker_hours"] == pytest.approx(250 / 3600)
@@ -64,7 +66,7 @@ def test_time_is_new_tokens_by_tokens_a_second_over_workers(plan: Callable[..., 
     assert "hours" not in plan(*SIZE)
 
 
-def test_a_pace_is_measured_on_the_model_with_everything_written(plan: Callable[..., Any], root: Path) -> None:
+def test_a_measured_pace_includes_writing_and_leaves_no_files(plan: Callable[..., Any], root: Path) -> None:
     words = ("--prompts", 4, "--prompt-tokens", 10, "--new-tokens", 4, "--batch-size", 2, "--traits", 2)
     said = plan(*words, "--views", "projections,attention,logit_lens", "--measure")
     assert said["pace"].startswith("measured here on 4 prompts in batches of 2")
@@ -84,17 +86,17 @@ def pace(accelerator: Accelerator, *, batch_size: int, efficiency: float = 1.0, 
 
 
 def test_decoding_is_bound_by_reading_the_weights_and_prefill_by_operations() -> None:
-    """A device that reads 2 GB a second takes a second a step; operations come free, but for the prompts'."""
+    """A device that reads 2 GB per second needs one second per step of a model of 2 GB, if operations are free."""
     slow = Accelerator(bandwidth=2e9, flops=1e30)
     assert pace(slow, batch_size=1) == pytest.approx(50 / 51, rel=1e-3)
     assert pace(slow, batch_size=10) == pytest.approx(10 * 50 / 51, rel=1e-3)
     assert pace(slow, batch_size=1, efficiency=0.5) == pytest.approx(0.5 * 50 / 51, rel=1e-3)
-    # 2 operations a weight and token, 100 + 50 tokens, at one weight's two operations a second.
+    # 2 operations per weight and token, on 100 + 50 tokens, at one token per second.
     busy = Accelerator(bandwidth=1e30, flops=2e9)
     assert pace(busy, batch_size=1) == pytest.approx(50 / 150, rel=1e-3)
 
 
-def test_no_device_is_faster_than_its_operations_are_called() -> None:
+def test_no_device_is_faster_than_calling_its_operations() -> None:
     free = Accelerator(bandwidth=1e30, flops=1e30)
     assert pace(free, batch_size=1) == pace(free, batch_size=1, efficiency=0.1) < 50_000
 
@@ -105,14 +107,14 @@ def test_weights_are_counted_from_the_config_alone(name: str) -> None:
     assert count_parameters(model.config) == sum(weight.numel() for weight in model.parameters())
 
 
-def test_every_named_accelerator_gives_a_time(plan: Callable[..., Any]) -> None:
+def test_every_accelerator_gives_a_time(plan: Callable[..., Any]) -> None:
     paces = {name: plan(*SIZE, "--gpu", name)["tokens_per_second"] for name in ("t4", "h200")}
     assert 0 < paces["t4"] <= paces["h200"]
     assert all(each.bandwidth > 1e11 and each.flops > 1e13 for each in ACCELERATORS.values())
 
 
 @pytest.mark.parametrize("budget", ["3MB", "1MB", "400KB", "1"])
-def test_what_is_said_to_fit_a_budget_does(plan: Callable[..., Any], budget: str) -> None:
+def test_reductions_that_are_reported_to_fit_a_budget_do(plan: Callable[..., Any], budget: str) -> None:
     views = "residual,attention,logit_lens,internals:1,projections"
     said = plan(*SIZE, "--views", views, "--traits", 1, "--save-dtype", "float32", "--budget", budget)
     assert said["budget"] == parse_bytes(budget) < said["bytes"]
@@ -134,7 +136,21 @@ def test_what_is_said_to_fit_a_budget_does(plan: Callable[..., Any], budget: str
         assert each["fits"] == (again["bytes"] <= said["budget"])
 
 
-def test_a_budget_that_suffices_needs_no_reduction(tlcapture: Run, tiny_folder: Path) -> None:
+def test_reductions_name_the_options_that_change_and_the_share_that_is_left() -> None:
+    options = CaptureOptions(attention=True, internals=(1,), save_dtype="float32", max_new_tokens=50)
+    workload = Workload(10, 100, options, n_projections=3)
+    before = cost_of(workload, MEASURES).n_bytes
+    found = reductions(workload, MEASURES, budget=1)
+    for each in found:
+        changed = replace(options, **{change.option: change.value for change in each.changes})
+        assert each.n_bytes == cost_of(replace(workload, options=changed), MEASURES).n_bytes
+        assert each.factor == pytest.approx(each.n_bytes / before)
+        assert 0 < each.factor < 1
+    everything = (Change("internals", ()), Change("attention", False), Change("projections_only", True))
+    assert everything in [each.changes for each in found]
+
+
+def test_a_sufficient_budget_needs_no_reduction(tlcapture: Run, tiny_folder: Path) -> None:
     done = tlcapture("plan", "--model", tiny_folder, *SIZE, "--budget", "1TB")
     assert done.output.rstrip().endswith("budget 1.0 TB: it fits")
 
@@ -142,9 +158,9 @@ def test_a_budget_that_suffices_needs_no_reduction(tlcapture: Run, tiny_folder: 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--views", "residual,nix"), "'nix' is no view: choose of residual, attn_out"),
+        (("--views", "residual,nix"), "'nix' is not a view: choose from residual, attn_out"),
         (("--views", "attention"), "a capture keeps residual, projections or both"),
-        (("--views", "residual,attention:3"), "'attention:3' is no view"),
+        (("--views", "residual,attention:3"), "'attention:3' is not a view"),
         (("--budget", "lots"), "'lots' is no size: expected a number and a unit, for example 500GB"),
         (("--gpu", "h100", "--measure"), "give one of --tokens-per-second, --measure and --gpu"),
         (("--layers", "3"), "--layers 3: the model has layers 0 to 2"),
@@ -152,7 +168,7 @@ def test_a_budget_that_suffices_needs_no_reduction(tlcapture: Run, tiny_folder: 
         (("--model", "nowhere/nothing"), "cannot be loaded"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(
+def test_wrong_usage_is_reported_in_one_line(
     tlcapture: Run, tiny_folder: Path, words: tuple[str, ...], said: str
 ) -> None:
     done = tlcapture("plan", "--model", tiny_folder, *SIZE, *words)
@@ -160,7 +176,7 @@ def test_what_is_wrong_is_said_in_one_line(
     assert said in done.output
 
 
-def test_sizes_are_read_as_they_are_written() -> None:
+def test_sizes_are_parsed_as_they_are_formatted() -> None:
     for text in ("0 B", "17 B", "1.5 KB", "500.0 GB", "2.0 TB"):
         assert format_bytes(parse_bytes(text)) == text
     assert parse_bytes("500gib") == parse_bytes("500 GB") == 500 * 2**30

@@ -1,4 +1,4 @@
-"""What only parses options loads no torch; the scripts are the commands."""
+"""Parsing options loads no torch, and the scripts are the commands."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from shutil import copytree
 
 import click
 import pytest
 
 TOP = Path(__file__).parents[2]
-HEAVY = ("torch", "transformer_lens", "transformers", "numpy", "pydantic")
+HEAVY = ("torch", "transformer_lens", "transformers", "numpy", "pydantic", "rich")
+STORED = TOP / "tests" / "stored" / "hooked-3.9.0"
 
 
 def python(code: str) -> str:
@@ -24,6 +26,8 @@ def python(code: str) -> str:
     [
         ["--help"],
         ["capture", "--help"],
+        ["evaluate", "-h"],
+        ["traits", "list", "-h"],
         ["project", "-h"],
         ["extract", "-h"],
         ["shell", "-h"],
@@ -41,12 +45,26 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
     assert python(code).endswith("loaded []")
 
 
-def test_importing_the_package_loads_no_torch() -> None:
-    assert python("import sys, tlcapture; dir(tlcapture); print('torch' in sys.modules)") == "False"
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    loaded = f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    assert python(f"import sys, tlcapture; dir(tlcapture); {loaded}") == "[]"
     assert python("import sys; from tlcapture import Experiment; print('torch' in sys.modules)") == "False"
 
 
-def test_every_public_name_is_there_and_an_unknown_one_is_not() -> None:
+def test_listing_vectors_loads_no_torch(tmp_path: Path) -> None:
+    copytree(STORED, tmp_path / "experiments" / "exp")
+    code = (
+        "import sys\nfrom tlcapture.cli.main import main\n"
+        f"try:\n    main(['traits', 'list', '--experiment', 'exp', '--root', {str(tmp_path)!r}])\n"
+        "except SystemExit as end:\n    assert end.code == 0\n"
+        "print('torch' in sys.modules)"
+    )
+    lines = python(code).splitlines()
+    assert lines[0].startswith("trait ")
+    assert lines[-1] == "False"
+
+
+def test_public_names_exist_and_others_do_not() -> None:
     import tlcapture
 
     assert all(getattr(tlcapture, name) for name in tlcapture.__all__)
@@ -62,7 +80,7 @@ def command_of(name: str) -> click.Command:
     return command
 
 
-def test_every_command_is_listed_and_is_that_of_its_module() -> None:
+def test_every_command_is_listed_and_defined_in_the_module_of_its_name() -> None:
     from tlcapture.cli.main import COMMANDS, main
 
     modules = {path.stem for path in (TOP / "tlcapture" / "cli").glob("*.py")}
@@ -70,7 +88,7 @@ def test_every_command_is_listed_and_is_that_of_its_module() -> None:
     found = {name for name, value in values.items() if isinstance(value, click.Command)}
     assert found - {"main"} == set(COMMANDS) == set(main.list_commands(click.Context(main)))
     assert all(command_of(name).name == name for name in COMMANDS)
-    assert max(map(len, COMMANDS.values())) <= 66  # a terminal of 80 columns shows them whole
+    assert max(map(len, COMMANDS.values())) <= 66  # they fit on one line of an 80-column terminal
 
 
 @pytest.mark.parametrize(
@@ -109,13 +127,16 @@ def test_commands_have_every_documented_option(command: str) -> None:
 
 
 def test_documented_defaults() -> None:
-
-    defaults = {p.name: p.default for p in command_of("capture").params}
-    assert (defaults["layer"], defaults["max_new_tokens"], defaults["temperature"]) == ("16", 50, 0.7)
+    params = {p.name: p for p in command_of("capture").params}
+    layer = params["layer"]
+    assert isinstance(layer, click.Option)
+    assert (layer.help or "").endswith("[default: 16]")
+    defaults = {name: p.default for name, p in params.items()}
+    assert (defaults["max_new_tokens"], defaults["temperature"]) == (50, 0.7)
     assert (defaults["seed"], defaults["batch_size"], defaults["save_dtype"]) == (0, "auto", "auto")
 
 
-def test_packages_in_setup_cfg_are_those_there_are() -> None:
+def test_setup_cfg_lists_every_package() -> None:
     import configparser
 
     config = configparser.ConfigParser()

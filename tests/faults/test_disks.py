@@ -49,7 +49,7 @@ def test_a_disk_that_fills_up_ends_the_run_which_can_be_resumed(
     root = Path(shutil.copytree(fresh, disk / "root"))
     full = start(root=root, before=lambda: fill_at_first_capture(disk)).end()
     refused(full, r"short/\d\.pt: cannot be written: No space left on device: it needs [\d.]+ KB, [\d.]+ KB are free")
-    assert "go on: tlcapture capture" in full.stderr
+    assert "resume: tlcapture capture" in full.stderr
     (disk / "hog").unlink()
     assert not list(root.rglob("*.tmp"))
     assert start("--skip-existing", root=root).end().code == 0

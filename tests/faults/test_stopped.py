@@ -33,8 +33,8 @@ def test_a_signal_stops_the_run_between_files(
     stopped.send(number)
     ended = stopped.end()
     assert ended.code == code, ended
-    assert "stopping when the file in hand is written" in ended.stderr
-    assert f"stopped by {name}; to go on: tlcapture capture --root" in ended.stderr
+    assert "stopping after the current file is written" in ended.stderr
+    assert f"stopped by {name}; to resume: tlcapture capture --root" in ended.stderr
     assert ended.stderr.strip().endswith("--skip-existing")
     assert "wrote 6 files" in ended.stdout  # those of the current prompt
     assert "Traceback" not in ended.stderr
@@ -69,7 +69,7 @@ def test_a_second_signal_stops_immediately(start: Start, fresh: Path, tmp_path: 
     stopped.wait_for((raw / "2.pt").exists)
     stopped.send(signal.SIGINT)
     stopped.wait_for((tmp_path / "waits").exists)
-    assert "once more stops at once" in stopped.stderr
+    assert "repeat to stop immediately" in stopped.stderr
     stopped.send(signal.SIGINT)
     ended = stopped.end()
     assert ended.code == 130, ended
@@ -92,7 +92,7 @@ def test_other_commands_stop_too_and_keep_finished_results(fresh: Path, tmp_path
     command.send(signal.SIGINT)
     ended = command.end()
     assert ended.code == 130, ended
-    assert "to go on: tlcapture" in ended.stderr
+    assert "to resume: tlcapture" in ended.stderr
     assert contents(exp)
     again = Command(tmp_path / "output", words[0], "--root", fresh, "--experiment", "exp", *words[1:]).end()
     assert again.code == 0, again.stderr

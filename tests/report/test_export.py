@@ -82,7 +82,7 @@ def test_the_command_exports_and_refuses_what_it_cannot(tlcapture: Callable[...,
     for words, said in (
         (["--experiment", "nix"], "no experiment 'nix'"),
         (["--experiment", "exp", "--prompt-set", "nix"], "captured sets: odd"),
-        (["--experiment", "exp", "--export", "a.html", "--port", "9000"], "--port goes with serving"),
+        (["--experiment", "exp", "--export", "a.html", "--port", "9000"], "--port applies to serving"),
     ):
         refused = tlcapture("view", *words)
         assert refused.exit_code == 2

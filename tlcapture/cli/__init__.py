@@ -1,1 +1,1 @@
-"""The command line: it parses, calls and prints, and imports no torch before there is work to do."""
+"""The command line: parses options, calls commands and prints. Imports torch only when a command needs it."""

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import click
 
-from tlcapture.cli.cluster import cluster_options, take_executor
+from tlcapture.cli.cluster import ClusterOptions, cluster_options
 from tlcapture.cli.console import Console, show_top_traits
+from tlcapture.cli.grouping import collected
+from tlcapture.cli.option_types import LayerOrWord
 from tlcapture.cli.options import (
-    LayerOrWord,
+    HELP_NAMES,
+    KeptOptions,
+    Location,
+    ModelOptions,
+    PromptSetOptions,
+    VectorOptions,
     batch_size_option,
-    experiment_option,
     kept_options,
+    location_options,
     model_options,
     prompt_set_options,
-    root_option,
     save_dtype_option,
     seed_option,
     shard_option,
@@ -24,131 +31,170 @@ from tlcapture.cli.options import (
 )
 from tlcapture.cli.work import working
 
+if TYPE_CHECKING:
+    from tlcapture.commands.capture_tasks import CaptureOptions
+    from tlcapture.prompts.prompt_sets import PromptSet
+    from tlcapture.runs.model_loader import ModelLoader
+    from tlcapture.runs.shards import Shard
+    from tlcapture.storage.layout import Layout
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@experiment_option
+
+@dataclass(frozen=True)
+class _Settings:
+    """The options of `capture` alone, and of how it generates and stores."""
+
+    prompt: str | None
+    attention: bool
+    logit_lens: bool
+    layer_internals: tuple[int | str, ...]
+    capture_attn: bool
+    no_project: bool
+    projections_only: bool
+    replay: bool
+    max_new_tokens: int
+    temperature: float
+    skip_existing: bool
+    overwrite: bool
+    dry_run: bool
+    limit: int | None
+    shard: Shard | None
+    save_dtype: str
+    chat_template: bool | None
+    system_prompt: str | None
+    batch_size: int | None
+    seed: int
+
+    def capture_options(self, kept: KeptOptions, vectors: VectorOptions) -> CaptureOptions:
+        """What to capture and how."""
+        from tlcapture.commands.capture_tasks import ALL_LAYERS, CaptureOptions
+        from tlcapture.generation.loop import Sampling
+
+        layers = tuple(layer for layer in self.layer_internals if isinstance(layer, int))
+        return CaptureOptions(
+            attention=self.attention,
+            logit_lens=self.logit_lens,
+            internals=ALL_LAYERS if ALL_LAYERS in self.layer_internals else layers,
+            capture_attn=self.capture_attn,
+            layers=kept.layers,
+            points=kept.points,
+            project=not self.no_project,
+            projections_only=self.projections_only,
+            replay=self.replay,
+            skip_existing=self.skip_existing,
+            overwrite=self.overwrite,
+            vectors=vectors.choice("default"),
+            max_new_tokens=self.max_new_tokens,
+            sampling=Sampling(self.temperature, self.seed),
+            save_dtype=self.save_dtype,
+            batch_size=self.batch_size,
+            limit=self.limit,
+            shard=self.shard,
+            chat_template=self.chat_template,
+            system_prompt=self.system_prompt,
+        )
+
+
+@click.command(context_settings=HELP_NAMES)
+@location_options
 @prompt_set_options
-@click.option("--prompt", metavar="TEXT", help="A single prompt: prompt 1 of the prompt set adhoc.")
+@click.option("--prompt", metavar="TEXT", help="A single prompt, captured as prompt 1 of the prompt set adhoc.")
 @click.option("--attention", is_flag=True, help="Attention patterns of all layers and heads, as JSON.")
 @click.option("--logit-lens", is_flag=True, help="Top predictions of every layer, as JSON.")
 @click.option(
     "--layer-internals",
     type=LayerOrWord("all"),
     multiple=True,
-    help="Everything a layer computes; repeatable. all: every layer, and --attention --logit-lens.",
+    help="Everything that layer N computes; repeatable. all: every layer, with --attention --logit-lens.",
 )
-@click.option("--capture-attn", is_flag=True, help="Keep attention outputs beside the residual stream.")
+@click.option("--capture-attn", is_flag=True, help="Also keep attention outputs, next to the residual stream.")
 @kept_options
 @click.option("--no-project", is_flag=True, help="Do not project onto the experiment's trait vectors.")
-@click.option("--projections-only", is_flag=True, help="Keep projections alone, and no raw activations.")
-@click.option("--replay", is_flag=True, help="Generate nothing: make add-ons from saved captures.")
-@click.option(
-    "--layer",
-    type=LayerOrWord("auto"),
-    default="16",
-    show_default=True,
-    help="Layer of the vectors to project onto; auto: by steering or effect size, per trait.",
-)
-@vector_options
+@click.option("--projections-only", is_flag=True, help="Keep only projections, no raw activations.")
+@click.option("--replay", is_flag=True, help="Generate nothing; compute add-ons from saved captures.")
+@vector_options(default_layer="16")
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(0, 2**31 - 1),
     metavar="N",
     default=50,
     show_default=True,
-    help="Longest response.",
+    help="Maximum length of a response.",
 )
 @click.option(
-    "--temperature", type=click.FloatRange(min=0), default=0.7, show_default=True, help="Of sampling; 0 is greedy."
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.7,
+    show_default=True,
+    help="Sampling temperature; 0 is greedy.",
 )
-@click.option("--skip-existing", is_flag=True, help="Make only what is missing.")
-@click.option("--overwrite", is_flag=True, help="Replace raw files that cannot be read, and what was made from them.")
-@click.option("--dry-run", is_flag=True, help="Only say how many prompts, files and bytes it would be.")
+@click.option("--skip-existing", is_flag=True, help="Write only missing files.")
+@click.option("--overwrite", is_flag=True, help="Replace raw files that cannot be read, and files derived from them.")
+@click.option("--dry-run", is_flag=True, help="Only report how many prompts, files and bytes would be written.")
 @click.option("--limit", type=click.IntRange(1, 2**31 - 1), metavar="N", help="Only the first prompts of each set.")
 @shard_option
 @save_dtype_option
 @click.option(
     "--chat-template/--no-chat-template",
     default=None,
-    help="Put prompts through it or not.  [default: where there is one]",
+    help="Apply the chat template to prompts, or not.  [default: apply it if the model has one]",
 )
-@click.option("--system-prompt", metavar="TEXT", help="For all prompts, in place of their own.")
+@click.option("--system-prompt", metavar="TEXT", help="System prompt for all prompts, instead of their own.")
 @model_options
 @cluster_options
 @batch_size_option
 @seed_option
-@root_option
+@collected(_Settings, "settings")
 @working
 def capture(
     console: Console,
-    experiment: str,
-    root: Path,
-    prompt_set: tuple[str, ...] | None,
-    prompt: str | None,
-    all_prompt_sets: bool,
-    layer: int | str,
-    layer_internals: tuple[int | str, ...],
-    **options: Any,
+    location: Location,
+    prompt_sets: PromptSetOptions,
+    settings: _Settings,
+    kept: KeptOptions,
+    vectors: VectorOptions,
+    model: ModelOptions,
+    cluster: ClusterOptions,
 ) -> None:
-    """Generate from prompts and capture what the model does inside, token by token.
+    """Generate from prompts and capture what the model computes, token by token.
 
-    Writes raw residuals to experiments/NAME/inference/raw/residual, add-ons beside them, and projections
-    onto the experiment's trait vectors where it has any.
+    Writes raw residuals to experiments/NAME/inference/raw/residual, add-ons next to them, and projections
+    onto the experiment's trait vectors if it has any.
     """
-    from tlcapture.prompts.prompt_sets import adhoc, read_prompt_set
-    from tlcapture.runs.model_loader import ModelLoader
-    from tlcapture.storage.layout import Datasets, Layout
-
-    if sum([prompt_set is not None, prompt is not None, all_prompt_sets]) != 1:
-        raise click.UsageError("give one of --prompt-set NAME, --prompt TEXT and --all-prompt-sets")
-    layout, datasets = Layout(root, experiment), Datasets(root)
-    if prompt is not None:
-        sets = [adhoc(prompt)]
-    else:
-        sets = [read_prompt_set(datasets, name) for name in prompt_set or datasets.prompt_sets()]
-    model_names = ("model", "allow_model_change", "engine", "device", "n_devices", "dtype")
-    load = ModelLoader.settle(layout, "inference_model", console, **{name: options.pop(name) for name in model_names})
-    is_default = click.get_current_context().get_parameter_source("layer") is click.core.ParameterSource.DEFAULT
-    _run(layout, sets, load, console, "default" if is_default else layer, layer_internals, **options)
-
-
-def _run(
-    layout: Any,
-    sets: Any,
-    load: Any,
-    console: Console,
-    layer: int | str,
-    layer_internals: tuple[int | str, ...],
-    *,
-    no_project: bool,
-    method: str | None,
-    vector_experiment: str | None,
-    temperature: float,
-    seed: int,
-    dry_run: bool,
-    **options: Any,
-) -> None:
-    executor = take_executor(options, options["batch_size"], collects=not options["projections_only"])
-    from tlcapture.commands.capture import CaptureOptions, estimate_capture, run_capture
-    from tlcapture.commands.projections import VectorChoice
-    from tlcapture.generation.loop import Sampling
-    from tlcapture.storage.files import free_bytes
-
-    chosen = CaptureOptions(
-        internals="all" if "all" in layer_internals else tuple(int(n) for n in layer_internals),
-        project=not no_project,
-        vectors=VectorChoice(layer=layer, method=method, experiment=vector_experiment),
-        sampling=Sampling(temperature, seed),
-        **options,
-    )
-    if dry_run:
-        estimate, free = estimate_capture(layout, sets, chosen, load), free_bytes(layout.folder)
-        console.uses(estimate={**estimate.to_json(), "free": free})
-        for line in estimate.lines(free):
-            console.line(line)
+    sets = _prompt_sets(location, prompt_sets, settings.prompt)
+    layout = location.layout
+    load = model.loader_for(layout, "inference_model", console)
+    executor = cluster.make_executor(settings.batch_size, can_collect=not settings.projections_only)
+    options = settings.capture_options(kept, vectors)
+    if settings.dry_run:
+        _show_estimate(console, layout, sets, options, load)
         return
-    report = run_capture(layout, sets, chosen, load, console, executor)
-    # What an earlier run left would look like this one's, had this one written nothing.
-    if not no_project and (report.n_files or not report.failures):
+    from tlcapture.commands.capture import run_capture
+
+    report = run_capture(layout, sets, options, load, console, executor)
+    # Projections of an earlier run would look like this run's, had this one written nothing.
+    if options.project and (report.n_files or not report.failures):
         for prompt_set in sets:
             show_top_traits(console, layout, prompt_set.name)
+
+
+def _prompt_sets(location: Location, chosen: PromptSetOptions, prompt: str | None) -> list[PromptSet]:
+    from tlcapture.prompts.prompt_sets import adhoc, read_prompt_set
+
+    if sum([chosen.prompt_set is not None, prompt is not None, chosen.all_prompt_sets]) != 1:
+        raise click.UsageError("give one of --prompt-set NAME, --prompt TEXT and --all-prompt-sets")
+    if prompt is not None:
+        return [adhoc(prompt)]
+    datasets = location.datasets
+    return [read_prompt_set(datasets, name) for name in chosen.prompt_set or datasets.prompt_sets()]
+
+
+def _show_estimate(
+    console: Console, layout: Layout, sets: Sequence[PromptSet], options: CaptureOptions, load: ModelLoader
+) -> None:
+    from tlcapture.commands.capture import estimate_capture
+    from tlcapture.storage.files import free_bytes
+
+    estimate, free = estimate_capture(layout, sets, options, load), free_bytes(layout.folder)
+    console.uses(estimate={**estimate.to_json(), "free": free})
+    for line in estimate.lines(free):
+        console.line(line)

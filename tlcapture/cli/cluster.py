@@ -1,17 +1,71 @@
-"""Options that say who does the work: this process, or workers of a Ray cluster."""
+"""Options that choose where the work is done: in this process, or by workers of a Ray cluster.
+
+Commands get an executor and never import the cluster.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import click
 
-from tlcapture.cli.options import together
+from tlcapture.cli.grouping import collected, together
 
 if TYPE_CHECKING:
     from tlcapture.runs.executors import Executor
 
-_NAMES = ("executor", "ray_address", "workers", "gpus_per_worker", "cpus_per_worker", "collect")
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """Which executor does the work, and how a Ray cluster is used."""
+
+    executor: str
+    ray_address: str | None
+    workers: int | None
+    gpus_per_worker: float
+    cpus_per_worker: float
+    collect: bool
+
+    def make_executor(self, batch_size: int | None = None, *, can_collect: bool = True) -> Executor:
+        """The executor that was asked for; `can_collect` says whether the command's files can be sent back.
+
+        Raises:
+            click.UsageError: the options do not go together.
+        """
+        if self.collect and not can_collect:
+            raise click.UsageError(
+                "--collect works with project and with captures that keep raw activations: other commands need to "
+                "see existing files"
+            )
+        if self.executor == "local":
+            self._check_local()
+            from tlcapture.runs.executors import LocalExecutor
+
+            return LocalExecutor()
+        from tlcapture.cluster.executor import RayExecutor
+        from tlcapture.cluster.pool import Cluster
+
+        cluster = Cluster(
+            address=self.ray_address,
+            workers=self.workers,
+            cpus_per_worker=self.cpus_per_worker,
+            gpus_per_worker=self.gpus_per_worker,
+            collect=self.collect,
+        )
+        return RayExecutor(cluster, batch_size)
+
+    def _check_local(self) -> None:
+        given = {
+            "--ray-address": self.ray_address,
+            "--workers": self.workers,
+            "--gpus-per-worker": self.gpus_per_worker,
+            "--collect": self.collect,
+        }
+        for option, value in given.items():
+            if value:
+                raise click.UsageError(f"{option} needs --executor ray")
+
 
 cluster_options = together(
     click.option(
@@ -19,50 +73,24 @@ cluster_options = together(
         type=click.Choice(["local", "ray"]),
         default="local",
         show_default=True,
-        help="Who does the work: this process, or workers of a Ray cluster.",
+        help="Where the work is done: in this process, or by workers of a Ray cluster.",
     ),
-    click.option("--ray-address", metavar="ADDRESS", help="Of a running Ray cluster.  [default: one is started here]"),
-    click.option("--workers", type=click.IntRange(min=1), help="Ray workers.  [default: as many as fit]"),
     click.option(
-        "--gpus-per-worker", type=click.FloatRange(min=0), default=0.0, show_default=True, help="GPUs of a Ray worker."
+        "--ray-address", metavar="ADDRESS", help="Address of a running Ray cluster.  [default: start one here]"
+    ),
+    click.option("--workers", type=click.IntRange(min=1), help="Number of Ray workers.  [default: as many as fit]"),
+    click.option(
+        "--gpus-per-worker", type=click.FloatRange(min=0), default=0.0, show_default=True, help="GPUs per Ray worker."
     ),
     click.option(
         "--cpus-per-worker",
         type=click.FloatRange(min=0, min_open=True),
         default=1.0,
         show_default=True,
-        help="CPUs, and threads, of a Ray worker.",
+        help="CPUs, and threads, per Ray worker.",
     ),
-    click.option("--collect", is_flag=True, help="Have Ray workers send files back, where they do not see --root."),
+    click.option(
+        "--collect", is_flag=True, help="Have Ray workers send their files back, where they cannot see --root."
+    ),
+    collected(ClusterOptions, "cluster"),
 )
-
-
-def take_executor(options: dict[str, Any], batch_size: int | None = None, *, collects: bool = True) -> Executor:
-    """Take the options of this module out of a command's, and make the executor they ask for.
-
-    `collects`: whether the command's files can be sent back.
-    """
-    chosen = {name: options.pop(name) for name in _NAMES}
-    if chosen["collect"] and not collects:
-        raise click.UsageError(
-            "--collect goes with project and with captures that keep raw activations: all else has to see what is there"
-        )
-    if chosen["executor"] == "local":
-        named = [name for name in ("ray_address", "workers", "gpus_per_worker", "collect") if chosen[name]]
-        if named:
-            option = named[0].replace("_", "-")
-            raise click.UsageError(f"--{option} goes with --executor ray")
-        from tlcapture.runs.executors import LocalExecutor
-
-        return LocalExecutor()
-    from tlcapture.cluster.executor import RayExecutor
-    from tlcapture.cluster.pool import Cluster
-
-    cluster = Cluster(
-        address=chosen["ray_address"],
-        workers=chosen["workers"],
-        cpus_per_worker=chosen["cpus_per_worker"],
-        gpus_per_worker=chosen["gpus_per_worker"],
-        collect=chosen["collect"],
-    )
-    return RayExecutor(cluster, batch_size)

@@ -1,9 +1,9 @@
-"""How a run looks on the terminal: a progress bar there, plain lines elsewhere."""
+"""What a run prints: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tlcapture.cli.stopping import StopSignals
+from tlcapture.cli.tables import Cell, Column, table_lines, terminal_width
 from tlcapture.errors import TlcaptureError
 from tlcapture.runs.display import Display, Progress
 from tlcapture.text import printable
@@ -20,16 +21,23 @@ if TYPE_CHECKING:
 
     from tqdm import tqdm
 
+    from tlcapture.commands.top_traits import TopTrait
     from tlcapture.runs.record import Invocation, RecordedReport
     from tlcapture.runs.report import RunReport
     from tlcapture.storage.layout import Layout
 
-_MOST_SHOWN = 200  # prompts whose projections are read at the end of a run
+_MOST_SHOWN = 200  # largest number of prompts whose projections are read at the end of a run
 
 
 class Console(Display):
-    """Lines to standard output (to standard error where that is for JSON), warnings and progress to
-    standard error."""
+    """Prints lines to standard output, and warnings and progress to standard error.
+
+    With `as_json`, standard output is reserved for a JSON object, and lines are printed to standard error too.
+
+    Attributes:
+        facts: what the run uses that its options do not name, such as the model.
+        recorded: the report of the run, once it has begun.
+    """
 
     def __init__(
         self,
@@ -47,23 +55,33 @@ class Console(Display):
         self.recorded: RecordedReport | None = None
 
     def line(self, text: str = "") -> None:
+        """Print a line, unless the command is quiet."""
         _log().info(text)
         if not self._quiet:
             click.echo(printable(text), err=self._as_json)
 
+    def table(self, columns: Sequence[Column], rows: Iterable[Sequence[Cell]]) -> None:
+        """Print a table, wrapped to the width of the terminal if it goes to one."""
+        stream = sys.stderr if self._as_json else sys.stdout
+        for line in table_lines(columns, rows, terminal_width(stream)):
+            self.line(line)
+
     def warn(self, text: str) -> None:
+        """Print a warning to standard error."""
         _log().warning(text)
         click.secho(f"warning: {printable(text)}", fg="yellow", err=True)
 
     def error(self, text: str) -> None:
-        """A line that says what went wrong."""
+        """Print an error to standard error."""
         _log().error(text)
         click.secho(printable(text), fg="red", err=True)
 
     def uses(self, **facts: Any) -> None:
+        """Record facts about what the run uses."""
         self.facts.update(facts)
 
     def report(self, layout: Layout) -> RunReport:
+        """The report of a run that is about to begin; it is also written to a record if a command runs."""
         if self._invocation is None:
             return super().report(layout)
         from tlcapture.runs.record import RecordedReport
@@ -73,6 +91,7 @@ class Console(Display):
 
     @contextmanager
     def progress(self, total: int, label: str, unit: str) -> Iterator[Progress]:
+        """Show a progress bar on a terminal, and a line for each thing done elsewhere."""
         with self._stop.at_checks_only():
             if total and not self._quiet and sys.stderr.isatty():
                 from tqdm import tqdm
@@ -113,7 +132,7 @@ class _Lines(Progress):
 
 
 def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn an error that is raised on purpose, and Ctrl-C, into one line and its exit status."""
+    """Print an error of the package, or Ctrl-C, as one line, and exit with its status."""
 
     @wraps(command)
     def wrapped(*args: Any, **options: Any) -> Any:
@@ -130,13 +149,16 @@ def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def show_top_traits(console: Console, layout: Layout, prompt_set: str, component: str = "residual") -> None:
-    """Print by prompt which trait rose most, where it committed, and the response; of a large set, where to look."""
+    """Print, for each prompt, which trait rose most, where it committed, and the response.
+
+    For a large set, print only how to view it.
+    """
     from tlcapture.commands.top_traits import FEWEST_TO_COMPARE, top_traits
 
     n_prompts = len(layout.prompt_ids(prompt_set))
     if n_prompts > _MOST_SHOWN and layout.projection_folders(prompt_set):
-        look = f"'tlcapture view --experiment {layout.experiment}' shows them"
-        console.line(f"{prompt_set}: {n_prompts} prompts are too many to list here; {look}")
+        look = f"view them with 'tlcapture view --experiment {layout.experiment}'"
+        console.line(f"{prompt_set}: {n_prompts} prompts are too many to list; {look}")
         return
     tops = top_traits(layout, prompt_set, component)
     if not tops:
@@ -145,16 +167,18 @@ def show_top_traits(console: Console, layout: Layout, prompt_set: str, component
     against = "the other prompts of the set" if n_prompts >= FEWEST_TO_COMPARE else "its own spread along the tokens"
     console.line(f"{prompt_set}: the trait that rose most, against {against}")
     console.line()
-    width = max(len(top.trait) for top in tops)
-    for top in tops:
-        where = "does not commit" if top.token is None else f"commits at {top.commitment_point:>3} {top.token!r}"
-        console.line(f"{top.prompt_id:>4}  {top.trait:<{width}}  {top.rise:+.1f} sd  {where}")
-        console.line(f"      {top.response}")
+    columns = [Column("prompt", right=True), Column("trait"), Column("rise", right=True), Column("response")]
+    console.table(columns, [(top.prompt_id, top.trait, f"{top.rise:+.1f} sd", _response(top)) for top in tops])
     console.line()
 
 
+def _response(top: TopTrait) -> tuple[str, str]:
+    commits = "does not commit" if top.token is None else f"commits at token {top.commitment_point}: {top.token!r}"
+    return commits, top.response
+
+
 def _log() -> logging.Logger:
-    """The log of what is shown here anyway."""
+    """The log of messages that the console shows."""
     from tlcapture.cli.logs import SHOWN
 
     return SHOWN

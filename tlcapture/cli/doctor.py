@@ -7,13 +7,14 @@ import sys
 import click
 
 from tlcapture.cli.console import Console, one_line_errors
-from tlcapture.cli.options import engine_options
-from tlcapture.text import printable
+from tlcapture.cli.options import HELP_NAMES, EngineOptions, engine_options
+from tlcapture.cli.tables import Coloured, Column, echo_table
 
+_COLUMNS = (Column(min_width=len("not applicable")), Column(min_width=len("raw basis")), Column())
 _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=HELP_NAMES)
 @click.option(
     "--model",
     default="smollm2",
@@ -23,19 +24,18 @@ _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 )
 @engine_options
 @one_line_errors
-def doctor(model: str, engine: str, device: str, n_devices: int, dtype: str) -> None:
-    """Load a model and check that what is captured from it can be believed.
+def doctor(model: str, engine: EngineOptions) -> None:
+    """Check a model's activations against Hugging Face.
 
-    A line each: BOS, padding, stop ids, residuals against Hugging Face, batch against single, captured
-    against recomputed, soft caps, the dtype's range. Exit status: 0 all passed, 1 one failed, 2 the
-    model cannot be loaded.
+    One line per check: BOS, padding, stop ids, residuals against Hugging Face, batched against single
+    prompts, captured against recomputed activations, soft caps, the dtype's range. Exit status: 0 if all
+    checks passed, 1 if one failed, 2 if the model cannot be loaded.
     """
     from tlcapture.doctor.run import run_doctor
-    from tlcapture.runs.model_loader import ModelLoader
 
     failed = False
-    for check in run_doctor(ModelLoader(model, Console(), engine, device, dtype, n_devices)):
-        click.secho(f"{check.verdict:<16}", fg=_COLOURS.get(check.verdict), nl=False)
-        click.echo(printable(f"{check.name:<11}{check.detail}"))
+    for check in run_doctor(engine.loader(model, Console())):
+        # A check can take minutes, so each row is printed when it is known.
+        echo_table(_COLUMNS, [(Coloured(check.verdict, _COLOURS.get(check.verdict)), check.name, check.detail)])
         failed = failed or check.verdict == "failed"
     sys.exit(1 if failed else 0)

@@ -1,4 +1,4 @@
-"""Where log messages go: to standard error with `-v`, to a file with `--log-file`."""
+"""Sends log messages to standard error (`-v`) and to a file (`--log-file`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import click
 from tlcapture.logger import get_logger
 from tlcapture.text import printable
 
-SHOWN = get_logger("tlcapture.cli.shown")  # what the console shows anyway
+SHOWN = get_logger("tlcapture.cli.shown")  # messages that the console shows itself
 _LOGGER = get_logger("tlcapture")
 
 
@@ -33,7 +33,7 @@ class _NotShown(logging.Filter):
 
 @contextmanager
 def logging_to(file: Path | None, *, verbose: bool) -> Iterator[None]:
-    """Send messages of the package to a file (all of them, appended) and, if `verbose`, to standard error."""
+    """Append all messages of the package to a file and, if `verbose`, print them to standard error."""
     handlers: list[logging.Handler] = []
     if file is not None:
         handlers.append(_file_handler(file))
@@ -57,7 +57,7 @@ def logging_to(file: Path | None, *, verbose: bool) -> Iterator[None]:
 
 
 class _LogFile(logging.FileHandler):
-    """A log that cannot be written says so once, and stops neither the run nor its output."""
+    """A log file that warns once if it cannot be written, without stopping the run."""
 
     _has_failed = False
 
@@ -67,11 +67,11 @@ class _LogFile(logging.FileHandler):
             super().handleError(record)
         elif not self._has_failed:
             self._has_failed = True
-            reason = f"--log-file {self.baseFilename}: cannot be written any more: {error.strerror}"
+            reason = f"--log-file {self.baseFilename}: can no longer be written: {error.strerror}"
             click.secho(f"warning: {printable(reason)}", fg="yellow", err=True)
 
     def close(self) -> None:
-        with suppress(OSError):  # what is left in its buffer
+        with suppress(OSError):  # from flushing its buffer
             super().close()
 
 

@@ -1,4 +1,4 @@
-"""`tlcapture`: the commands together. A command's module is imported when the command is called."""
+"""`tlcapture`: the group of all commands. The module of a command is imported when the command is called."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import click
 from tlcapture.version import __version__
 
 COMMANDS = {
-    "capture": "Generate from prompts and capture what happens inside.",
+    "capture": "Generate from prompts and capture activations.",
     "project": "Project saved captures onto trait vectors.",
     "extract": "Extract trait vectors from contrastive examples.",
-    "evaluate": "How well do vectors separate held-out examples?",
-    "steer": "Does adding a vector move the model's words?",
-    "view": "Look at captures and vectors in the browser.",
+    "evaluate": "Measure how well vectors separate held-out examples.",
+    "steer": "Add trait vectors during generation and score the effect.",
+    "view": "View captures and vectors in the browser.",
     "shell": "Explore an experiment in IPython.",
-    "traits": "Check traits' examples; list the vectors chosen.",
-    "doctor": "Can what is captured from a model be believed?",
-    "plan": "What will capturing so many prompts cost?",
+    "traits": "Check contrastive examples; list the selected vectors.",
+    "doctor": "Check a model's activations against Hugging Face.",
+    "plan": "Estimate the size and time of a capture.",
 }
 
 
 class _Commands(click.Group):
-    """Commands by name, each in the module of that name."""
+    """Commands by name; each is defined in the module of its name."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -44,5 +44,5 @@ class _Commands(click.Group):
 def main() -> None:
     """Watch a language model think while it writes.
 
-    Capture its activations token by token, and project them onto trait vectors.
+    Capture its activations token by token and project them onto trait vectors.
     """

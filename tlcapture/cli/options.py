@@ -1,193 +1,59 @@
-"""Options that several commands share, and how their values are read."""
+"""Options that several commands share. Those that belong together reach a command as one dataclass."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from tlcapture.errors import InputError
-from tlcapture.names import Trait, split_names
-from tlcapture.runs.shards import Shard
-from tlcapture.text import parse_bytes
-from tlcapture.views.hooks import COMPONENTS, POINTS
+from tlcapture.cli.grouping import Decorator, collected, together
+from tlcapture.cli.option_types import (
+    BatchSize,
+    Components,
+    LayerList,
+    LayerOrWord,
+    Names,
+    Points,
+    ShardOf,
+    Traits,
+)
+from tlcapture.names import Trait
+from tlcapture.views.hooks import POINTS
 
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+if TYPE_CHECKING:
+    from tlcapture.commands.projections import VectorChoice
+    from tlcapture.runs.display import Display
+    from tlcapture.runs.model_loader import ModelLoader
+    from tlcapture.storage.layout import Datasets, Layout
 
+HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
-class _Named(click.ParamType):
-    """A type whose name is shown in the help as it is written, not in capitals."""
-
-    def get_metavar(self, *args: Any, **kwargs: Any) -> str:
-        return self.name
-
-
-class LayerOrWord(_Named):
-    """A layer number, or one of some words."""
-
-    def __init__(self, *words: str):
-        self.words = words
-        self.name = "|".join(["N", *words])
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        if isinstance(value, int) or value in self.words:
-            return value
-        if str(value).isdecimal():
-            return int(value)
-        self.fail(f"{value!r} is neither a layer number nor {' or '.join(map(repr, self.words))}.", param, ctx)
+# -- where ----------------------------------------------------------------------------------------
 
 
-class BatchSize(_Named):
-    """A number of at least 1, or `auto`."""
+@dataclass(frozen=True)
+class Location:
+    """An experiment's name and the folder that holds `datasets/` and `experiments/`."""
 
-    name = "N|auto"
+    experiment: str
+    root: Path
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        if value is None or value == "auto":
-            return None
-        if str(value).isdecimal() and 0 < int(value) < 2**31:
-            return int(value)
-        self.fail(f"{value!r} is neither a number of at least 1 nor 'auto'.", param, ctx)
+    @property
+    def layout(self) -> Layout:
+        """Where the experiment's files are."""
+        from tlcapture.storage.layout import Layout
 
+        return Layout(self.root, self.experiment)
 
-class Names(_Named):
-    """Comma-separated names, at least one."""
+    @property
+    def datasets(self) -> Datasets:
+        """Where prompt sets and contrastive examples are."""
+        from tlcapture.storage.layout import Datasets
 
-    name = "a,b"
+        return Datasets(self.root)
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        names = tuple(dict.fromkeys(split_names(value)))
-        if not names:
-            self.fail("names nothing.", param, ctx)
-        return names
-
-
-class Traits(_Named):
-    """Comma-separated traits, or `all`."""
-
-    name = "a/b,c/d|all"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Trait, ...]:
-        if isinstance(value, tuple):
-            return value
-        if value == "all":
-            return ()
-        try:
-            traits = tuple(dict.fromkeys(Trait.parse(name) for name in split_names(value)))
-        except InputError as error:
-            self.fail(str(error), param, ctx)
-        if not traits:
-            self.fail("names no trait.", param, ctx)
-        return traits
-
-
-class LayerList(_Named):
-    """Comma-separated layer numbers, or `all`."""
-
-    name = "N,M|all"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        if value == "all":
-            return ()
-        names = split_names(value)
-        if not names or not all(name.isdecimal() for name in names):
-            self.fail(f"{value!r} is no list of layer numbers, for example 8,12,16.", param, ctx)
-        return tuple(sorted({int(name) for name in names}))
-
-
-class Points(_Named):
-    """Comma-separated residual points, or `all`."""
-
-    name = "a,b|all"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        if value == "all":
-            return ()
-        names = split_names(value)
-        if not names or not set(names) <= set(POINTS):
-            self.fail(f"{value!r} is no list of residual points: {', '.join(POINTS)}.", param, ctx)
-        return tuple(point for point in POINTS if point in names)
-
-
-class ShardOf(_Named):
-    """`i/n`: share i of n."""
-
-    name = "i/n"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Shard:
-        if isinstance(value, Shard):
-            return value
-        try:
-            return Shard.parse(value)
-        except InputError as error:
-            self.fail(str(error), param, ctx)
-
-
-class ByteSize(_Named):
-    """A number of bytes, with a unit."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        try:
-            return parse_bytes(value)
-        except InputError as error:
-            self.fail(str(error), param, ctx)
-
-
-class NumberList(_Named):
-    """Comma-separated numbers other than zero, at least one."""
-
-    name = "X,Y"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            numbers = tuple(dict.fromkeys(float(name) for name in split_names(value)))
-        except ValueError:
-            numbers = ()
-        if not numbers or not all(math.isfinite(number) and number for number in numbers):
-            self.fail(f"{value!r} is no list of numbers other than zero, for example 0.1,0.2.", param, ctx)
-        return numbers
-
-
-class Components(click.Choice):
-    """Which activation vectors are for: one component, or `all`; a tuple of components."""
-
-    def __init__(self) -> None:
-        super().__init__([*COMPONENTS, "all"])
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        name = super().convert(value, param, ctx)
-        return COMPONENTS if name == "all" else (name,)
-
-
-def together(*decorators: Decorator) -> Decorator:
-    """Several option decorators as one, in the order of the help text."""
-
-    def apply(command: Callable[..., Any]) -> Callable[..., Any]:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return apply
-
-
-experiment_option = click.option("--experiment", required=True, metavar="NAME", help="Experiment folder to work in.")
 
 root_option = click.option(
     "--root",
@@ -198,42 +64,112 @@ root_option = click.option(
     help="Folder that holds datasets/ and experiments/.  [env: TLCAPTURE_ROOT]",
 )
 
+location_options = together(
+    click.option("--experiment", required=True, metavar="NAME", help="Experiment to work in."),
+    root_option,
+    collected(Location, "location"),
+)
 
-def grid_options(doing: str) -> Decorator:
-    """Which vectors to do something with, for example to `extract` them."""
-    return together(
-        click.option("--traits", type=Traits(), default="all", show_default=True, help=f"Traits to {doing}."),
-        click.option(
-            "--methods",
-            type=Names(),
-            default="probe,mean_diff,gradient",
-            show_default=True,
-            help="How directions are found.",
-        ),
-        click.option("--layers", type=LayerList(), default="all", show_default=True, help=f"Layers to {doing} at."),
-        click.option(
-            "--component",
-            type=Components(),
-            default="all",
-            show_default=True,
-            help="Which activation the vectors are for.",
-        ),
-    )
+# -- prompts --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PromptSetOptions:
+    """Which prompt sets to work on; `prompt_set` is `None` where none is named."""
+
+    prompt_set: tuple[str, ...] | None
+    all_prompt_sets: bool
 
 
 prompt_set_options = together(
     click.option("--prompt-set", type=Names(), help="Prompt sets, comma-separated."),
     click.option("--all-prompt-sets", is_flag=True, help="All prompt sets."),
+    collected(PromptSetOptions, "prompt_sets"),
 )
 
-vector_options = together(
-    click.option("--method", metavar="METHOD", help="probe, mean_diff or gradient.  [default: the one selected]"),
-    click.option(
-        "--vector-experiment",
-        metavar="NAME",
-        help="Experiment whose vectors to use; says that another model's are meant.",
-    ),
+shard_option = click.option(
+    "--shard", type=ShardOf(), help="Only every n-th prompt of each set, starting with the i-th: run i of n runs."
 )
+
+# -- trait vectors --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GridOptions:
+    """Vectors of which traits, by which methods, at which layers, for which components; no traits or layers: all."""
+
+    traits: tuple[Trait, ...]
+    methods: tuple[str, ...]
+    layers: tuple[int, ...]
+    component: tuple[str, ...]
+
+
+def grid_options(verb: str) -> Decorator:
+    """Options that choose a grid of vectors, with a verb that says what is done with them, such as `extract`."""
+    return together(
+        click.option("--traits", type=Traits(), default="all", show_default=True, help=f"Traits to {verb}."),
+        click.option(
+            "--methods",
+            type=Names(),
+            default="probe,mean_diff,gradient",
+            show_default=True,
+            help="Methods that find the directions.",
+        ),
+        click.option("--layers", type=LayerList(), default="all", show_default=True, help=f"Layers to {verb} at."),
+        click.option(
+            "--component",
+            type=Components(),
+            default="all",
+            show_default=True,
+            help="Which activations the vectors are for.",
+        ),
+        collected(GridOptions, "grid"),
+    )
+
+
+@dataclass(frozen=True)
+class VectorOptions:
+    """Which vector of each trait to project onto; a layer of `None` is the command's default."""
+
+    layer: int | str | None
+    method: str | None
+    vector_experiment: str | None
+
+    def choice(self, default: str, traits: tuple[Trait, ...] = ()) -> VectorChoice:
+        """The choice of vectors, with the rule for layers that applies where no layer is given."""
+        from tlcapture.commands.projections import VectorChoice
+
+        layer = default if self.layer is None else self.layer
+        return VectorChoice(layer, self.method, self.vector_experiment, traits)
+
+
+def vector_options(default_layer: str) -> Decorator:
+    """Options that choose a vector per trait, with the default layer that the help shows."""
+    return together(
+        click.option(
+            "--layer",
+            type=LayerOrWord("auto"),
+            help="Layer of the vectors to project onto; auto: by steering or effect size, per trait.  "
+            f"[default: {default_layer}]",
+        ),
+        click.option("--method", metavar="METHOD", help="probe, mean_diff or gradient.  [default: the one selected]"),
+        click.option(
+            "--vector-experiment", metavar="NAME", help="Use vectors of experiment NAME, even from another model."
+        ),
+        collected(VectorOptions, "vectors"),
+    )
+
+
+# -- stored activations ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KeptOptions:
+    """Layers and points of the residual stream to keep; empty: all."""
+
+    layers: tuple[int, ...]
+    points: tuple[str, ...]
+
 
 kept_options = together(
     click.option(
@@ -244,8 +180,9 @@ kept_options = together(
         type=Points(),
         default="all",
         show_default=True,
-        help=f"Residual points to keep of each layer: {', '.join(POINTS)}.",
+        help=f"Residual points to keep from each layer: {', '.join(POINTS)}.",
     ),
+    collected(KeptOptions, "kept"),
 )
 
 save_dtype_option = click.option(
@@ -253,28 +190,71 @@ save_dtype_option = click.option(
     type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
     default="auto",
     show_default=True,
-    help="Dtype of stored activations; auto: 16 bits that hold every value.",
+    help="Dtype of stored activations; auto: a 16-bit dtype that holds every value.",
 )
 
-shard_option = click.option(
-    "--shard", type=ShardOf(), help="Only every n-th prompt of each set, from the i-th on: the share of one run of n."
-)
+# -- the model ------------------------------------------------------------------------------------
 
 batch_size_option = click.option(
     "--batch-size", type=BatchSize(), default="auto", show_default=True, help="Prompts that run together."
 )
 
-# What JSON, and torch's generators, can hold.
+# The range that JSON and torch's generators can hold.
 seed_option = click.option(
     "--seed",
     type=click.IntRange(-(2**63), 2**63 - 1),
     metavar="INTEGER",
     default=0,
     show_default=True,
-    help="Seed of everything random.",
+    help="Seed of all random numbers.",
 )
 
-engine_options = together(
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to run a model: engine, device, number of devices and compute dtype."""
+
+    engine: str
+    device: str
+    n_devices: int
+    dtype: str
+
+    def loader(self, name: str, display: Display) -> ModelLoader:
+        """The loader of a model by name."""
+        from tlcapture.runs.model_loader import ModelLoader
+
+        return ModelLoader(name, display, self.engine, self.device, self.dtype, self.n_devices)
+
+
+@dataclass(frozen=True)
+class ModelOptions(EngineOptions):
+    """Which model an experiment uses, and how to run it; a model of `None` is the experiment's own."""
+
+    model: str | None
+    allow_model_change: bool
+
+    def loader_for(self, layout: Layout, role: str, display: Display) -> ModelLoader:
+        """The loader of the experiment's model in a role.
+
+        Raises:
+            InputError: the experiment has used another model in this role, and the change is not allowed.
+        """
+        from tlcapture.runs.model_loader import ModelLoader
+
+        return ModelLoader.settle(
+            layout,
+            role,
+            display,
+            model=self.model,
+            allow_model_change=self.allow_model_change,
+            engine=self.engine,
+            device=self.device,
+            dtype=self.dtype,
+            n_devices=self.n_devices,
+        )
+
+
+_engine_options = together(
     click.option(
         "--engine",
         type=click.Choice(["auto", "hooked", "bridge"]),
@@ -282,13 +262,13 @@ engine_options = together(
         show_default=True,
         help="hooked: HookedTransformer; bridge: TransformerBridge; auto: hooked where it covers the model.",
     ),
-    click.option("--device", default="auto", show_default=True, help="cuda, mps, cpu; auto: the first there is."),
+    click.option("--device", default="auto", show_default=True, help="cuda, mps or cpu; auto: the first available."),
     click.option(
         "--n-devices",
         type=click.IntRange(min=1),
         default=1,
         show_default=True,
-        help="CUDA devices over which the model is spread, where it is too large for one.",
+        help="CUDA devices to spread the model over, where it is too large for one.",
     ),
     click.option(
         "--dtype",
@@ -299,6 +279,8 @@ engine_options = together(
     ),
 )
 
+engine_options = together(_engine_options, collected(EngineOptions, "engine"))
+
 model_options = together(
     click.option(
         "--model",
@@ -307,7 +289,8 @@ model_options = together(
         "[default: the experiment's, or smollm2]",
     ),
     click.option(
-        "--allow-model-change", is_flag=True, help="Go on although the experiment has used another model so far."
+        "--allow-model-change", is_flag=True, help="Continue even if the experiment has used another model so far."
     ),
-    engine_options,
+    _engine_options,
+    collected(ModelOptions, "model"),
 )

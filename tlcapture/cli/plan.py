@@ -2,46 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tlcapture.cli.console import Console, one_line_errors
-from tlcapture.cli.options import BatchSize, ByteSize, kept_options, save_dtype_option
-from tlcapture.names import split_names
+from tlcapture.cli.grouping import collected
+from tlcapture.cli.option_types import BatchSize, ByteSize, Views
+from tlcapture.cli.options import HELP_NAMES, KeptOptions, kept_options, save_dtype_option
+from tlcapture.cli.plan_output import Estimate
 from tlcapture.plan.accelerators import ACCELERATORS
-from tlcapture.text import printable
 
 if TYPE_CHECKING:
+    from tlcapture.commands.capture_tasks import CaptureOptions
     from tlcapture.plan.cost import Pace, Workload
 
-VIEWS = ("residual", "attn_out", "attention", "logit_lens", "internals", "projections")
 _DEFAULT_BATCH = 16
-_HOUR = 3600
 
 
-class Views(click.ParamType):
-    """Comma-separated views; `internals:L` is those of one layer."""
+@dataclass(frozen=True)
+class _WorkloadOptions:
+    """The prompts, and what to capture from them."""
 
-    name = "a,b"
+    prompts: int
+    prompt_tokens: int
+    new_tokens: int
+    views: tuple[str, ...]
+    traits: int
+    save_dtype: str
+    batch_size: int | None
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        views = tuple(dict.fromkeys(split_names(value)))
-        for view in views:
-            name, colon, layer = view.partition(":")
-            if name not in VIEWS or (colon and (name != "internals" or not layer.isdecimal())):
-                self.fail(
-                    f"{view!r} is no view: choose of {', '.join(VIEWS)} (internals:12 is one layer's).", param, ctx
-                )
-        if not {"residual", "projections"} & set(views):
-            self.fail("a capture keeps residual, projections or both: name one of them.", param, ctx)
-        return views
+    def workload(self, kept: KeptOptions) -> Workload:
+        """The workload to plan for."""
+        from tlcapture.plan.cost import Workload
+
+        options = self._capture_options(kept)
+        vectors = self.traits * len(options.components) if "projections" in self.views else 0
+        return Workload(self.prompts, self.prompt_tokens, options, vectors)
+
+    def _capture_options(self, kept: KeptOptions) -> CaptureOptions:
+        from tlcapture.commands.capture_tasks import ALL_LAYERS, CaptureOptions
+
+        layers = tuple(int(view.partition(":")[2]) for view in self.views if view.startswith("internals:"))
+        return CaptureOptions(
+            projections_only="residual" not in self.views,
+            capture_attn="attn_out" in self.views,
+            attention="attention" in self.views,
+            logit_lens="logit_lens" in self.views,
+            internals=ALL_LAYERS if "internals" in self.views else layers,
+            layers=kept.layers,
+            points=kept.points,
+            save_dtype=self.save_dtype,
+            batch_size=self.batch_size,
+            max_new_tokens=self.new_tokens,
+        )
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@dataclass(frozen=True)
+class _PaceOptions:
+    """Where the speed of a worker comes from, if it is wanted."""
+
+    tokens_per_second: float | None
+    measure: bool
+    gpu: str | None
+    efficiency: float
+
+    def check(self) -> None:
+        """Raise a usage error if more than one source is given."""
+        if sum([self.tokens_per_second is not None, self.measure, self.gpu is not None]) > 1:
+            raise click.UsageError("give one of --tokens-per-second, --measure and --gpu")
+
+    def pace(self, model: str, config: Any, workload: Workload) -> Pace | None:
+        """The speed of one worker, `None` if no source is given; measuring loads the model."""
+        from tlcapture.plan.cost import Pace
+
+        if self.tokens_per_second is not None:
+            return Pace(self.tokens_per_second, "given")
+        if self.measure:
+            return _measured(model, workload)
+        return None if self.gpu is None else _bound(self.gpu, config, workload, self.efficiency)
+
+
+@click.command(context_settings=HELP_NAMES)
 @click.option(
     "--model",
     default="smollm2",
@@ -49,17 +92,25 @@ class Views(click.ParamType):
     metavar="NAME",
     help="smollm2 (embedded), a folder with a Hugging Face config, or a hub name.",
 )
-@click.option("--prompts", type=click.IntRange(min=1), required=True, help="How many prompts.")
-@click.option("--prompt-tokens", type=click.IntRange(min=1), required=True, help="Mean tokens of a prompt, as run.")
-@click.option("--new-tokens", type=click.IntRange(min=1), required=True, help="Mean tokens of a response.")
+@click.option("--prompts", type=click.IntRange(min=1), required=True, help="Number of prompts.")
+@click.option(
+    "--prompt-tokens",
+    type=click.IntRange(min=1),
+    required=True,
+    help="Mean number of tokens of a prompt, with its chat template.",
+)
+@click.option("--new-tokens", type=click.IntRange(min=1), required=True, help="Mean number of tokens of a response.")
 @click.option(
     "--views",
     type=Views(),
     default="residual",
     show_default=True,
-    help=f"Of {', '.join(VIEWS)}; internals:L is one layer's. projections without residual: --projections-only.",
+    help=f"Views to keep: {', '.join(Views.NAMES)}; internals:L for one layer. projections without residual: "
+    "--projections-only.",
 )
-@click.option("--traits", type=click.IntRange(min=1), default=10, show_default=True, help="Traits to project onto.")
+@click.option(
+    "--traits", type=click.IntRange(min=1), default=10, show_default=True, help="Number of traits to project onto."
+)
 @kept_options
 @save_dtype_option
 @click.option(
@@ -67,102 +118,67 @@ class Views(click.ParamType):
     type=BatchSize(),
     default="auto",
     show_default=True,
-    help=f"Prompts that run together; auto: {_DEFAULT_BATCH} for --gpu, what fits for --measure.",
+    help=f"Prompts that run together; auto: {_DEFAULT_BATCH} with --gpu, as many as fit with --measure.",
 )
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Runs side by side.")
-@click.option("--tokens-per-second", type=click.FloatRange(min=0, min_open=True), help="New tokens of one worker.")
-@click.option("--measure", is_flag=True, help="Time a few batches of the model here; loads it.")
 @click.option(
-    "--gpu", type=click.Choice(list(ACCELERATORS)), help="Time from a data sheet: what it allows, times --efficiency."
+    "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Number of runs side by side."
+)
+@click.option(
+    "--tokens-per-second", type=click.FloatRange(min=0, min_open=True), help="New tokens per second of one worker."
+)
+@click.option("--measure", is_flag=True, help="Load the model and time a few batches on this machine.")
+@click.option(
+    "--gpu",
+    type=click.Choice(list(ACCELERATORS)),
+    help="Take the speed from a GPU's data sheet: its bound, times --efficiency.",
 )
 @click.option(
     "--efficiency",
     type=click.FloatRange(min=0, max=1, min_open=True),
     default=0.2,
     show_default=True,
-    help="Share of --gpu's bound that is reached: an assumption; --measure knows better.",
+    help="Share of --gpu's bound that is reached. This is an assumption; --measure is more accurate.",
 )
-@click.option("--budget", type=ByteSize(), metavar="SIZE", help="Say what to leave out to fit it, for example 500GB.")
-@click.option("--json", "as_json", is_flag=True, help="A JSON object in place of the table.")
+@collected(_WorkloadOptions, "wanted")
+@collected(_PaceOptions, "speed")
+@click.option(
+    "--budget", type=ByteSize(), metavar="SIZE", help="Suggest what to leave out to fit a size, for example 500GB."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of the table.")
 @one_line_errors
 def plan(
     model: str,
-    prompts: int,
-    prompt_tokens: int,
-    new_tokens: int,
-    views: tuple[str, ...],
-    traits: int,
-    layers: tuple[int, ...],
-    points: tuple[str, ...],
-    save_dtype: str,
-    batch_size: int | None,
+    wanted: _WorkloadOptions,
+    kept: KeptOptions,
+    speed: _PaceOptions,
     workers: int,
-    tokens_per_second: float | None,
-    measure: bool,
-    gpu: str | None,
-    efficiency: float,
     budget: int | None,
     as_json: bool,
 ) -> None:
-    """Say what capturing so many prompts costs: bytes by view, model time, and what fits a budget.
+    """Estimate what a capture costs: bytes by view, model time, and what fits a budget.
 
-    Reads the model's config only, unless it is to --measure. Writes nothing.
+    Reads only the model's config, unless --measure loads the model. Writes nothing.
     """
-    if sum([tokens_per_second is not None, measure, gpu is not None]) > 1:
-        raise click.UsageError("give one of --tokens-per-second, --measure and --gpu")
-    from tlcapture.commands.capture_tasks import CaptureOptions
+    speed.check()
     from tlcapture.models.checkpoints import fetch, quiet_loading, source_of
     from tlcapture.models.sizes import Measures
-    from tlcapture.plan.cost import Pace, Workload, cost_of, reductions
+    from tlcapture.plan.cost import cost_of
+    from tlcapture.plan.reductions import reductions
 
     with quiet_loading():
         config = fetch(model, "AutoConfig", source_of(model))
     measures = Measures.of(config)
-    options = CaptureOptions(
-        **_of_views(views),
-        layers=layers,
-        points=points,
-        save_dtype=save_dtype,
-        batch_size=batch_size,
-        max_new_tokens=new_tokens,
-    )
-    vectors = traits * (1 + options.capture_attn) if "projections" in views else 0
-    workload = Workload(prompts, prompt_tokens, options, vectors)
+    workload = wanted.workload(kept)
     cost = cost_of(workload, measures)
-    pace: Pace | None = None
-    if tokens_per_second is not None:
-        pace = Pace(tokens_per_second, "given")
-    elif measure:
-        pace = _measured(model, workload)
-    elif gpu is not None:
-        pace = _bound(gpu, config, measures, workload, efficiency)
-    fits = reductions(workload, measures, budget) if budget is not None else []
-    said = {"model": model, "workers": workers, **cost.to_json(), **_time_json(workload, pace, workers)}
-    if budget is not None:
-        said["budget"] = budget
-        said["reductions"] = [
-            {"options": each.options, "bytes": round(each.n_bytes), "fits": each.n_bytes <= budget} for each in fits
-        ]
+    pace = speed.pace(model, config, workload)
+    found = [] if budget is None else reductions(workload, measures, budget)
+    estimate = Estimate(model, measures, workload, cost, pace, workers, budget, found)
     if as_json:
         import json
 
-        click.echo(json.dumps(said))
-        return
-    click.echo(f"{printable(model)}: {measures.n_layers} layers, d_model {measures.d_model}")
-    for line in [*_table(workload, cost), *_time(said), *_budget(said)]:
-        click.echo(line)
-
-
-def _of_views(views: tuple[str, ...]) -> dict[str, Any]:
-    """The options of `capture` that make these views."""
-    layers = tuple(int(view.partition(":")[2]) for view in views if view.startswith("internals:"))
-    return {
-        "projections_only": "residual" not in views,
-        "capture_attn": "attn_out" in views,
-        "attention": "attention" in views,
-        "logit_lens": "logit_lens" in views,
-        "internals": "all" if "internals" in views else layers,
-    }
+        click.echo(json.dumps(estimate.to_json()))
+    else:
+        estimate.echo()
 
 
 def _measured(name: str, workload: Workload) -> Pace:
@@ -172,76 +188,21 @@ def _measured(name: str, workload: Workload) -> Pace:
     return measured_pace(ModelLoader(name, Console(quiet=True))(), workload)
 
 
-def _bound(gpu: str, config: Any, measures: Any, workload: Workload, efficiency: float) -> Pace:
+def _bound(gpu: str, config: Any, workload: Workload, efficiency: float) -> Pace:
     import torch
 
     from tlcapture.models.checkpoints import count_parameters
+    from tlcapture.models.sizes import Measures
     from tlcapture.plan.cost import bound_pace
 
     dtype = getattr(config.get_text_config(), "dtype", None) or torch.float32
     return bound_pace(
         gpu,
         ACCELERATORS[gpu],
-        measures,
+        Measures.of(config),
         n_parameters=count_parameters(config),
         bytes_per_weight=dtype.itemsize,
         workload=workload,
         batch_size=workload.options.batch_size or _DEFAULT_BATCH,
         efficiency=efficiency,
     )
-
-
-def _time_json(workload: Workload, pace: Pace | None, workers: int) -> dict[str, Any]:
-    if pace is None:
-        return {"new_tokens": workload.n_new_tokens}
-    seconds = pace.seconds(workload)
-    return {
-        "new_tokens": workload.n_new_tokens,
-        "tokens_per_second": pace.tokens_per_second,
-        "pace": pace.source,
-        "worker_hours": seconds / _HOUR,
-        "hours": seconds / _HOUR / workers,
-    }
-
-
-def _table(workload: Workload, cost: Any) -> Iterator[str]:
-    from tlcapture.text import format_bytes
-
-    new = workload.options.max_new_tokens
-    yield f"{cost.n_prompts} prompts of {workload.prompt_tokens} tokens and {new} new ones"
-    yield ""
-    yield f"{'view':<18}{'files':>12}{'a prompt':>12}{'in all':>12}"
-    for name, view in cost.by_view.items():
-        sizes = (view.each, cost.n_prompts * view.each)
-        yield f"{name:<18}{cost.n_prompts * view.files:>12}" + "".join(f"{format_bytes(size):>12}" for size in sizes)
-    sizes = (cost.bytes_per_prompt, cost.n_bytes)
-    yield f"{'in all':<18}{cost.n_files:>12}" + "".join(f"{format_bytes(size):>12}" for size in sizes)
-
-
-def _time(said: dict[str, Any]) -> Iterator[str]:
-    yield ""
-    if "pace" not in said:
-        yield f"{said['new_tokens']} new tokens; for the time give --tokens-per-second, --measure or --gpu"
-        return
-    yield f"{said['new_tokens']} new tokens at {said['tokens_per_second']:.4g} a second ({said['pace']})"
-    on_workers = f", {_duration(said['hours'])} on {said['workers']} workers" if said["workers"] > 1 else ""
-    yield f"{said['worker_hours']:.3g} worker-hours ({_duration(said['worker_hours'])}){on_workers}"
-
-
-def _duration(hours: float) -> str:
-    if hours * _HOUR < 90:
-        return f"{hours * _HOUR:.0f} s"
-    return f"{hours * 60:.0f} min" if hours < 1.5 else f"{hours:.1f} h"
-
-
-def _budget(said: dict[str, Any]) -> Iterator[str]:
-    from tlcapture.text import format_bytes
-
-    if "budget" not in said:
-        return
-    yield ""
-    fits = said["bytes"] <= said["budget"]
-    yield f"budget {format_bytes(said['budget'])}: {'it fits' if fits else 'it does not fit; it would be'}"
-    for each in [] if fits else said["reductions"]:
-        verdict = "fits" if each["fits"] else "does not fit"
-        yield f"  {format_bytes(each['bytes']):>10}  {verdict:<14}{each['options']}"

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from tlcapture.cli.cluster import cluster_options, take_executor
+from tlcapture.cli.cluster import ClusterOptions, cluster_options
 from tlcapture.cli.console import Console, show_top_traits
+from tlcapture.cli.grouping import collected
+from tlcapture.cli.option_types import Traits
 from tlcapture.cli.options import (
-    LayerOrWord,
-    Traits,
-    experiment_option,
+    HELP_NAMES,
+    Location,
+    PromptSetOptions,
+    VectorOptions,
+    location_options,
     prompt_set_options,
-    root_option,
     shard_option,
     vector_options,
 )
@@ -22,105 +26,94 @@ from tlcapture.cli.work import working
 from tlcapture.names import Trait
 
 if TYPE_CHECKING:
-    from tlcapture.runs.report import RunReport
+    from tlcapture.commands.project import ProjectOptions
     from tlcapture.runs.shards import Shard
     from tlcapture.storage.layout import Layout
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@experiment_option
+@dataclass(frozen=True)
+class _Settings:
+    """The options of `project` alone."""
+
+    traits: tuple[Trait, ...]
+    component: str
+    dynamics_only: bool
+    skip_existing: bool
+    shard: Shard | None
+    plot: Path | None
+
+    def project_options(self, vectors: VectorOptions) -> ProjectOptions:
+        """What to project, and onto which vectors."""
+        from tlcapture.commands.project import ProjectOptions
+
+        return ProjectOptions(
+            vectors=vectors.choice("auto", self.traits),
+            component=self.component,
+            dynamics_only=self.dynamics_only,
+            skip_existing=self.skip_existing,
+            shard=self.shard,
+        )
+
+
+@click.command(context_settings=HELP_NAMES)
+@location_options
 @prompt_set_options
 @click.option("--traits", type=Traits(), default="all", show_default=True, help="Traits to project onto.")
-@click.option(
-    "--layer",
-    type=LayerOrWord("auto"),
-    default="auto",
-    show_default=True,
-    help="Layer of the vectors; auto: by steering or effect size, per trait.",
-)
-@vector_options
+@vector_options(default_layer="auto")
 @click.option(
     "--component",
     type=click.Choice(["residual", "attn_out"]),
     default="residual",
     show_default=True,
-    help="Which activation is projected.",
+    help="Which activations are projected.",
 )
-@click.option("--dynamics-only", is_flag=True, help="Compute the dynamics of existing projections again, nothing else.")
-@click.option("--skip-existing", is_flag=True, help="Make only what is missing.")
+@click.option("--dynamics-only", is_flag=True, help="Only recompute the dynamics of existing projections.")
+@click.option("--skip-existing", is_flag=True, help="Write only missing files.")
 @shard_option
 @click.option(
     "--plot",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Also write trajectory and layers of each prompt and trait as PNG, below DIR.",
+    help="Also draw the trajectory and layers of each prompt and trait, as PNG files in DIR.",
 )
 @cluster_options
-@root_option
+@collected(_Settings, "settings")
 @working
 def project(
     console: Console,
-    experiment: str,
-    root: Path,
-    prompt_set: tuple[str, ...] | None,
-    all_prompt_sets: bool,
-    traits: tuple[Trait, ...],
-    layer: int | str,
-    method: str | None,
-    vector_experiment: str | None,
-    component: str,
-    dynamics_only: bool,
-    skip_existing: bool,
-    shard: Shard | None,
-    plot: Path | None,
-    **cluster: Any,
+    location: Location,
+    prompt_sets: PromptSetOptions,
+    settings: _Settings,
+    vectors: VectorOptions,
+    cluster: ClusterOptions,
 ) -> None:
     """Project saved captures onto trait vectors."""
-    from tlcapture.commands.project import ProjectOptions, run_project
-    from tlcapture.commands.projections import VectorChoice
-    from tlcapture.errors import InputError
-    from tlcapture.storage.layout import Layout
+    from tlcapture.commands.project import run_project
 
-    if (prompt_set is not None) == all_prompt_sets:
-        raise click.UsageError("give one of --prompt-set NAME and --all-prompt-sets")
-    layout, executor = Layout(root, experiment), take_executor(cluster)
-    names = prompt_set or (layout.prompt_sets() if dynamics_only else layout.captured_prompt_sets())
-    if not names:
-        raise InputError(f"experiment {experiment!r} has no captures: run 'tlcapture capture' first")
-    report = run_project(
-        layout,
-        names,
-        ProjectOptions(
-            vectors=VectorChoice(layer, method, vector_experiment, traits),
-            component=component,
-            dynamics_only=dynamics_only,
-            skip_existing=skip_existing,
-            shard=shard,
-        ),
-        console,
-        executor,
-    )
+    layout, executor = location.layout, cluster.make_executor()
+    names = _captured_prompt_sets(layout, prompt_sets, dynamics_only=settings.dynamics_only)
+    report = run_project(layout, names, settings.project_options(vectors), console, executor)
     for name in names:
-        # What an earlier run left would look like this one's, had this one written nothing.
+        # Projections of an earlier run would look like this run's, had this one written nothing.
         if report.n_files or not report.failures:
-            show_top_traits(console, layout, name, component)
-        if plot is not None:
-            _draw(layout, name, plot, component, traits, report, console)
+            show_top_traits(console, layout, name, settings.component)
+        if settings.plot is not None:
+            # A picture that cannot be drawn must not fail the projections.
+            from tlcapture.commands.pictures import write_pictures
+
+            with report.attempt(f"pictures of {name}"):
+                ids = layout.prompt_ids(name)
+                drawn = write_pictures(layout, name, ids, settings.plot, settings.component, settings.traits, console)
+                console.line(f"{name}: {len(drawn)} pictures in {settings.plot}")
 
 
-def _draw(
-    layout: Layout,
-    prompt_set: str,
-    folder: Path,
-    component: str,
-    traits: tuple[Trait, ...],
-    report: RunReport,
-    console: Console,
-) -> None:
-    """Write the pictures of a prompt set; what goes wrong fails the pictures, not the projections."""
-    from tlcapture.commands.pictures import write_pictures
+def _captured_prompt_sets(layout: Layout, chosen: PromptSetOptions, *, dynamics_only: bool) -> tuple[str, ...]:
+    from tlcapture.errors import InputError
 
-    with report.attempt(f"pictures of {prompt_set}"):
-        ids = layout.prompt_ids(prompt_set)
-        pictures = write_pictures(layout, prompt_set, ids, folder, component, traits, console)
-        console.line(f"{prompt_set}: {len(pictures)} pictures in {folder}")
+    if (chosen.prompt_set is not None) == chosen.all_prompt_sets:
+        raise click.UsageError("give one of --prompt-set NAME and --all-prompt-sets")
+    captured = layout.prompt_sets if dynamics_only else layout.captured_prompt_sets
+    names = chosen.prompt_set or tuple(captured())
+    if not names:
+        raise InputError(f"experiment {layout.experiment!r} has no captures: run 'tlcapture capture' first")
+    return names

@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tlcapture.cli.console import one_line_errors
-from tlcapture.cli.options import experiment_option, root_option
+from tlcapture.cli.options import HELP_NAMES, Location, location_options
 
 if TYPE_CHECKING:
     from tlcapture.explore.experiment import Experiment
     from tlcapture.models.loading import Model
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@experiment_option
-@root_option
+@click.command(context_settings=HELP_NAMES)
+@location_options
 @one_line_errors
-def shell(experiment: str, root: Path) -> None:
+def shell(location: Location) -> None:
     """Explore an experiment in IPython.
 
-    There are `exp`, `captures`, `model` (loaded when first touched) and the magic %capture_prompt.
+    It defines `exp`, `captures`, `model` (loaded on first use) and the magic %capture_prompt.
     """
     from tlcapture.errors import TlcaptureError
     from tlcapture.explore.experiment import Experiment
     from tlcapture.models.embedded import NAME
     from tlcapture.models.lazy_model import LazyModel
 
-    exp = Experiment(experiment, root)
+    exp = Experiment(location.experiment, location.root)
     if importlib.util.find_spec("IPython") is None:
         raise TlcaptureError('the shell needs IPython: run pip install "tlcapture[ipython]"')
     own = exp.config.inference_model or exp.config.extraction_model
@@ -39,7 +37,7 @@ def shell(experiment: str, root: Path) -> None:
 
 
 def _banner(exp: Experiment) -> str:
-    """What there is, and three things to try that this experiment has the data for."""
+    """What is defined, and three commands to try that this experiment has the data for."""
     from tlcapture.text import printable
 
     trait = next(iter(exp.traits), None)
@@ -55,12 +53,12 @@ def _banner(exp: Experiment) -> str:
         tries.append("cap.logit_lens()")
     lines = "\n".join(f"    {line}" for line in tries)
     return (
-        f"\ntlcapture: {printable(repr(exp))}\nexp, captures and model are there. Three things to try:\n\n{lines}\n\n"
+        f"\ntlcapture: {printable(repr(exp))}\nexp, captures and model are defined. Three things to try:\n\n{lines}\n\n"
     )
 
 
 def _load(own: str | None, exp: Experiment) -> Model:
-    """The experiment's model, or the one that a first capture would take."""
+    """The experiment's model, or the one that a first capture would use."""
     from tlcapture.models.embedded import NAME
     from tlcapture.models.loading import load_model
 
@@ -87,7 +85,7 @@ def _start(namespace: dict[str, Any], banner: str) -> None:
 def _one_line(
     shell: Any, kind: type[BaseException], error: BaseException, traceback: Any, tb_offset: Any = None
 ) -> None:
-    """Show an error that is raised on purpose as the line that it is."""
+    """Show an error of the package in one line, without a traceback."""
     from tlcapture.text import printable
 
     click.secho(f"{kind.__name__}: {printable(str(error))}", fg="red", err=True)

@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import click
 
-from tlcapture.cli.cluster import cluster_options, take_executor
+from tlcapture.cli.cluster import ClusterOptions, cluster_options
 from tlcapture.cli.console import Console
-from tlcapture.cli.options import (
-    LayerList,
-    Names,
-    NumberList,
-    Traits,
-    experiment_option,
-    model_options,
-    root_option,
-    seed_option,
-)
+from tlcapture.cli.grouping import collected
+from tlcapture.cli.option_types import LayerList, Names, NumberList, Traits
+from tlcapture.cli.options import HELP_NAMES, Location, ModelOptions, location_options, model_options, seed_option
 from tlcapture.cli.work import working
 from tlcapture.names import Trait
 
+if TYPE_CHECKING:
+    from tlcapture.commands.steer import SteerOptions
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@experiment_option
+
+@dataclass(frozen=True)
+class _Settings:
+    """The options of `steer` alone; the seed is only recorded, because steering is greedy."""
+
+    traits: tuple[Trait, ...]
+    methods: tuple[str, ...] | None
+    layers: tuple[int, ...]
+    coefficients: tuple[float, ...]
+    search: bool
+    judge: str | None
+    judge_model: str
+    seed: int
+
+    def steer_options(self) -> SteerOptions:
+        """What to steer with, at which layers, and who scores the responses."""
+        from tlcapture.commands.steer import SteerOptions
+        from tlcapture.extraction.judge import Judge
+
+        judge = None if self.judge is None else Judge(self.judge, self.judge_model)
+        return SteerOptions(self.traits, self.methods or (), self.layers, self.coefficients, self.search, judge)
+
+
+@click.command(context_settings=HELP_NAMES)
+@location_options
 @click.option("--traits", type=Traits(), default="all", show_default=True, help="Traits to steer with.")
 @click.option("--methods", type=Names(), help="Methods whose vectors to use.  [default: the one selected per trait]")
 @click.option("--layers", type=LayerList(), default="all", show_default=True, help="Layers to steer at.")
@@ -33,44 +51,28 @@ from tlcapture.names import Trait
     type=NumberList(),
     default="0.1,0.2,0.3",
     show_default=True,
-    help="Strengths, in typical residual norms.",
+    help="Strengths, in units of the typical residual norm.",
 )
-@click.option("--search", is_flag=True, help="Look for each layer's largest coherent coefficient instead of a grid.")
-@click.option("--judge", metavar="URL", help="Let a server that speaks OpenAI's chat completions give trait_mean.")
+@click.option("--search", is_flag=True, help="Search for each layer's largest coherent coefficient, instead of a grid.")
+@click.option("--judge", metavar="URL", help="Score trait_mean with a server that offers OpenAI's chat completions.")
 @click.option("--judge-model", default="default", show_default=True, metavar="NAME", help="The judge's model name.")
 @model_options
 @cluster_options
 @seed_option
-@root_option
+@collected(_Settings, "settings")
 @working
 def steer(
-    console: Console,
-    experiment: str,
-    root: Path,
-    traits: tuple[Trait, ...],
-    methods: tuple[str, ...] | None,
-    layers: tuple[int, ...],
-    coefficients: tuple[float, ...],
-    search: bool,
-    judge: str | None,
-    judge_model: str,
-    seed: int,
-    **model: Any,
+    console: Console, location: Location, settings: _Settings, model: ModelOptions, cluster: ClusterOptions
 ) -> None:
-    """Add trait vectors while the model writes, and score what that does.
+    """Add trait vectors while the model generates, and score the effect.
 
-    Greedy throughout: nothing is drawn at random, and --seed changes nothing. Runs that results.json
-    holds already are not run again.
+    Decoding is always greedy, so --seed has no effect. Runs that are already in results.json are not repeated.
     """
-    from tlcapture.commands.steer import SteerOptions, draw_curves, run_steer
-    from tlcapture.extraction.judge import Judge
-    from tlcapture.runs.model_loader import ModelLoader
-    from tlcapture.storage.layout import Layout
+    from tlcapture.commands.steer import draw_curves, run_steer
 
-    asked = None if judge is None else Judge(judge, judge_model)
-    layout = Layout(root, experiment)
-    executor = take_executor(model, collects=False)
-    load = ModelLoader.settle(layout, "extraction_model", console, **model)
-    options = SteerOptions(traits, methods or (), layers, coefficients, search, asked)
+    options = settings.steer_options()
+    layout = location.layout
+    executor = cluster.make_executor(can_collect=False)
+    load = model.loader_for(layout, "extraction_model", console)
     report = run_steer(layout, options, load, console, executor)
-    draw_curves(layout, traits or tuple(layout.traits()), report)
+    draw_curves(layout, options.traits or tuple(layout.traits()), report)

@@ -1,7 +1,7 @@
-"""Ctrl-C and a cluster's SIGTERM: the file in hand is finished, then the command ends.
+"""Ctrl-C and a cluster's SIGTERM: the current file is completed, then the command ends.
 
-A signal is remembered while work goes on that can be left at certain points only (`check` is called
-there); at any other time, and the second time, it ends the command at once.
+Some work can stop only at the points where it calls `check`. During such work, a signal waits for the next check. At
+any other time, and when it is repeated, a signal ends the command immediately.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from types import FrameType
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_NOTE = b"\nstopping when the file in hand is written; once more stops at once\n"
+_NOTE = b"\nstopping after the current file is written; repeat to stop immediately\n"
 
 
 class Interrupted(KeyboardInterrupt):
-    """The command was told to stop, by the signal `number`."""
+    """The signal `number` told the command to stop."""
 
     def __init__(self, number: int):
         super().__init__()
@@ -27,7 +27,7 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """130 for Ctrl-C, 143 for SIGTERM, as shells have it."""
+        """130 for Ctrl-C and 143 for SIGTERM, as in shells."""
         return 128 + self.number
 
     def __str__(self) -> str:
@@ -35,7 +35,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopSignals:
-    """As a context manager, in place of Python's own handling of the two signals."""
+    """A context manager that replaces Python's handling of the two signals."""
 
     def __init__(self) -> None:
         self._asked: int | None = None
@@ -53,7 +53,7 @@ class StopSignals:
 
     @contextmanager
     def at_checks_only(self) -> Iterator[None]:
-        """Within the context a first signal waits for the next `check`."""
+        """Within this context, a first signal waits for the next `check`."""
         self._working += 1
         try:
             yield
@@ -61,7 +61,7 @@ class StopSignals:
             self._working -= 1
 
     def check(self) -> None:
-        """Raise `Interrupted` if a signal has come."""
+        """Raise `Interrupted` if a signal was received."""
         if self._asked is not None:
             raise Interrupted(self._asked)
 
@@ -70,4 +70,4 @@ class StopSignals:
             self._asked = number
             raise Interrupted(number)
         self._asked = number
-        os.write(2, _NOTE)  # printing is not safe here
+        os.write(2, _NOTE)  # print is not safe in a signal handler

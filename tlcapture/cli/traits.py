@@ -1,79 +1,89 @@
-"""`tlcapture traits`: the examples of traits, and which vector of each is chosen."""
+"""`tlcapture traits`: check contrastive examples, and list the selected vectors."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from tlcapture.cli.console import one_line_errors
-from tlcapture.cli.options import Traits, experiment_option, root_option
+from tlcapture.cli.option_types import Traits
+from tlcapture.cli.options import HELP_NAMES, Location, location_options, root_option
+from tlcapture.cli.tables import Column, echo_table
 from tlcapture.names import Trait
 from tlcapture.text import printable
 
-_HELP = {"help_option_names": ["-h", "--help"]}
+if TYPE_CHECKING:
+    from tlcapture.extraction.checks import Check
+
 _trait_option = click.option(
-    "--traits", "chosen", type=Traits(), default="all", show_default=True, help="Which traits."
+    "--traits", "chosen", type=Traits(), default="all", show_default=True, help="Traits to check."
 )
 
 
-@click.group(context_settings=_HELP)
+@click.group(context_settings=HELP_NAMES)
 def traits() -> None:
-    """Look at traits: their examples, and which vector is chosen."""
+    """Check the contrastive examples of traits, and list the selected vectors."""
 
 
-@traits.command(context_settings=_HELP)
+@traits.command(context_settings=HELP_NAMES)
 @_trait_option
 @root_option
 @one_line_errors
 def check(chosen: tuple[Trait, ...], root: Path) -> None:
-    """Check contrastive examples: counts, duplicates, length, and whether words alone give the side away."""
+    """Check contrastive examples: counts, duplicates, lengths, and whether words alone reveal the side."""
     from tlcapture.extraction.checks import check_examples
     from tlcapture.extraction.examples import read_examples
     from tlcapture.storage.layout import Datasets
 
     datasets = Datasets(root)
-    click.echo(
-        f"{'trait':<26}{'positive':>9}{'negative':>9}{'pairs':>7}{'twice':>7}{'length':>8}"
-        f"{'by prompt':>11}{'by response':>13}{'leaking':>9}"
+    found = [check_examples(read_examples(datasets, trait)) for trait in chosen or datasets.traits()]
+    names = ("positive", "negative", "pairs", "duplicates", "length ratio", "by prompt", "by response", "leaking")
+    echo_table([Column("trait"), *(Column(name, right=True) for name in names)], map(_counts, found))
+    for each in found:
+        for concern in each.concerns:
+            click.secho(printable(f"{each.trait}: {concern}"), fg="yellow")
+        if each.leaking_pairs:
+            click.echo(printable(f"{each.trait}: pairs whose prompts leak: {', '.join(each.leaking_pairs)}"))
+
+
+def _counts(found: Check) -> tuple[str, ...]:
+    return (
+        str(found.trait),
+        str(found.n_positive),
+        str(found.n_negative),
+        str(found.n_pairs),
+        str(found.duplicates),
+        f"{found.length_ratio:.2f}",
+        "-" if found.prompt_accuracy is None else f"{found.prompt_accuracy:.0%}",
+        f"{found.response_accuracy:.0%}",
+        str(len(found.leaking_pairs)),
     )
-    for trait in chosen or datasets.traits():
-        found = check_examples(read_examples(datasets, trait))
-        by_prompt = "-" if found.prompt_accuracy is None else f"{found.prompt_accuracy:.0%}"
-        click.echo(
-            f"{found.trait:<26}{found.n_positive:>9}{found.n_negative:>9}{found.n_pairs:>7}{found.duplicates:>7}"
-            f"{found.length_ratio:>8.2f}{by_prompt:>11}{found.response_accuracy:>13.0%}{len(found.leaking_pairs):>9}"
-        )
-        for concern in found.concerns:
-            click.secho(f"  {concern}", fg="yellow")
-        if found.leaking_pairs:
-            click.echo(printable(f"  pairs whose prompts leak: {', '.join(found.leaking_pairs)}"))
 
 
-@traits.command("list", context_settings=_HELP)
-@experiment_option
+@traits.command("list", context_settings=HELP_NAMES)
+@location_options
 @click.option("--component", type=click.Choice(["residual", "attn_out"]), default="residual", show_default=True)
-@root_option
 @one_line_errors
-def list_(experiment: str, component: str, root: Path) -> None:
-    """Show which vector of each trait is chosen, by what, with its score, the runner-up and its origin."""
+def list_(location: Location, component: str) -> None:
+    """List the vector selected for each trait: how it was selected, its score, the runner-up and its origin."""
     from tlcapture.errors import InputError
-    from tlcapture.storage.layout import Layout
     from tlcapture.traits.origin import described_origin
     from tlcapture.traits.selection import ranked, select
     from tlcapture.traits.vector_files import VectorFiles
 
-    layout = Layout(root, experiment)
+    layout = location.layout
     layout.check_exists()
     if not layout.traits():
-        raise InputError(f"experiment {experiment!r} has no trait vectors: run 'tlcapture extract' first")
-    click.echo(f"{'trait':<26}{'method':<11}{'layer':>5}  {'by':<12}{'score':>9}   runner-up")
+        raise InputError(f"experiment {location.experiment!r} has no trait vectors: run 'tlcapture extract' first")
+    rows: list[tuple[str, ...]] = []
     origins: dict[str, list[str]] = {}
     for trait in layout.traits():
         folder = VectorFiles(layout, trait)
         available = folder.available(component)
         if not available:
-            click.echo(f"{trait!s:<26}no {component} vectors")
+            rows.append((str(trait), "-", "-", f"no {component} vectors", "-", "-"))
             continue
         metadata = folder.metadata(component)
         origins.setdefault(described_origin(metadata), []).append(str(trait))
@@ -82,6 +92,15 @@ def list_(experiment: str, component: str, root: Path) -> None:
         score = "-" if found.score is None else f"{found.score:.3f}"
         rival = next((each for each in ranked(folder, component, available) if each.layer != found.layer), None)
         second = "-" if rival is None else f"{rival.method} at layer {rival.layer}, {rival.score:.3f}"
-        click.echo(f"{trait!s:<26}{found.method:<11}{found.layer:>5}  {found.selected_by:<12}{score:>9}   {second}")
+        rows.append((str(trait), found.method, str(found.layer), found.selected_by, score, second))
+    columns = [
+        Column("trait"),
+        Column("method"),
+        Column("layer", right=True),
+        Column("selected by"),
+        Column("score", right=True),
+        Column("runner-up"),
+    ]
+    echo_table(columns, rows)
     for origin, names in origins.items():
-        click.echo(f"{'all' if len(origins) == 1 else ', '.join(names)}: {origin}")
+        click.echo(printable(f"{'all' if len(origins) == 1 else ', '.join(names)}: {origin}"))

@@ -1,20 +1,19 @@
-"""What commands that do work have in common: how much they say, how they stop, what they end with.
+"""What all commands that do work share: how much they print, how they stop, and how they end.
 
-@click.command()
-@options
-@working
-def capture(console, ...):
-    run_capture(..., console)
+    @click.command()
+    @model_options
+    @working
+    def capture(console: Console, model: ModelOptions) -> None: ...
 
-A command ends with what it wrote and each failure by name (with `--json`, as one JSON object), with a
-record in the experiment, and with its exit status: 0 all done; 1 something failed, the rest done; 2
-wrong usage; 130 and 143 told to stop.
+A command ends by printing what it wrote and each failure by name (as one JSON object with `--json`), by writing a
+record to the experiment, and with an exit status: 0 for success; 1 if something failed and the rest is done; 2 for
+wrong usage; 130 or 143 if a signal stopped it.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -23,27 +22,30 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tlcapture.cli.console import Console
-from tlcapture.cli.options import together
+from tlcapture.cli.grouping import together
 from tlcapture.cli.stopping import Interrupted, StopSignals
 from tlcapture.errors import NoSpaceError, TlcaptureError
 
 if TYPE_CHECKING:
     from tlcapture.runs.record import Invocation
+
 _output_options = together(
-    click.option("-v", "--verbose", is_flag=True, help="Say more: every file, batch and choice."),
-    click.option("-q", "--quiet", is_flag=True, help="Say nothing but warnings and errors."),
+    click.option("-v", "--verbose", is_flag=True, help="Also report every file, batch and choice."),
+    click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors."),
     click.option(
         "--log-file",
         type=click.Path(dir_okay=False, path_type=Path),
         metavar="FILE",
-        help="Append all messages to a file, with times.",
+        help="Append all messages to a file, with timestamps.",
     ),
-    click.option("--json", "as_json", is_flag=True, help="End with a JSON object, alone on standard output."),
+    click.option(
+        "--json", "as_json", is_flag=True, help="Print a JSON object at the end, and nothing else to standard output."
+    ),
 )
 
 
 def working(command: Callable[..., None]) -> Callable[..., None]:
-    """Make a function of the options and a `console` into a command that ends as this module says."""
+    """Pass a `console` to a command, and end it as described in this module's docstring."""
 
     @_output_options
     @click.pass_context
@@ -57,8 +59,8 @@ def working(command: Callable[..., None]) -> Callable[..., None]:
 
         with StopSignals() as stop, logging_to(log_file, verbose=verbose):
             console = Console(quiet=quiet, as_json=as_json, stop=stop, invocation=_invocation(ctx))
-            ending = _run(command, console, options)
-            _say(console, ending, as_json=as_json)
+            ending = _run(ctx, lambda: command(console=console, **options), console)
+            _print_ending(console, ending, as_json=as_json)
         sys.exit(ending.exit_code)
 
     return wrapped
@@ -73,34 +75,34 @@ class _Ending:
     error: str | None = None
 
 
-def _run(command: Callable[..., None], console: Console, options: Mapping[str, Any]) -> _Ending:
-    ending = _outcome(command, console, options)
-    # Of a run that was refused before it wrote anything there is nothing to record.
+def _run(ctx: click.Context, command: Callable[[], None], console: Console) -> _Ending:
+    ending = _outcome(ctx, command, console)
+    # A run that was refused before it wrote anything leaves no record.
     if console.recorded is not None and (console.recorded.n_files or not ending.error):
-        said = len(console.recorded.warnings)
+        n_shown = len(console.recorded.warnings)
         console.recorded.end(ending.status, ending.exit_code, ending.error)
-        for warning in console.recorded.warnings[said:]:
+        for warning in console.recorded.warnings[n_shown:]:
             console.warn(warning)
     return ending
 
 
-def _outcome(command: Callable[..., None], console: Console, options: Mapping[str, Any]) -> _Ending:
+def _outcome(ctx: click.Context, command: Callable[[], None], console: Console) -> _Ending:
     try:
-        command(console=console, **options)
+        command()
     except Interrupted as signal:
-        return _Ending("interrupted", signal.exit_code, f"stopped by {signal}; to go on: {_going_on(options)}")
+        return _Ending("interrupted", signal.exit_code, f"stopped by {signal}; to resume: {_resuming(ctx)}")
     except NoSpaceError as error:
-        return _Ending("failed", error.exit_code, f"error: {error}; with room there, go on: {_going_on(options)}")
+        return _Ending("failed", error.exit_code, f"error: {error}; after freeing space, resume: {_resuming(ctx)}")
     except TlcaptureError as error:
         return _Ending("failed", error.exit_code, f"error: {error}")
     return _Ending("failed", 1) if console.recorded and console.recorded.failures else _Ending("done", 0)
 
 
-def _going_on(options: Mapping[str, Any]) -> str:
-    """The command line that does the rest."""
+def _resuming(ctx: click.Context) -> str:
+    """The command line that does the rest of the work."""
     import shlex
 
-    skips = [] if options.get("skip_existing", True) else ["--skip-existing"]
+    skips = [] if ctx.params.get("skip_existing", True) else ["--skip-existing"]
     return shlex.join([*_command_line(), *skips])
 
 
@@ -115,25 +117,25 @@ def _invocation(ctx: click.Context) -> Invocation:
 
     from tlcapture.runs.record import Invocation
 
-    arguments = {name: _plain(value) for name, value in sorted(ctx.params.items())}
+    arguments = {name: _json_value(value) for name, value in sorted(ctx.params.items())}
     return Invocation(str(ctx.command.name), shlex.join(_command_line()), arguments)
 
 
-def _plain(value: Any) -> Any:
-    """An option's value as JSON has it."""
+def _json_value(value: Any) -> Any:
+    """The value of an option as JSON holds it."""
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [_json_value(each) for each in value]
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def _say(console: Console, ending: _Ending, *, as_json: bool) -> None:
+def _print_ending(console: Console, ending: _Ending, *, as_json: bool) -> None:
     report = console.recorded
     if as_json:
         content = {} if report is None else {**report.to_json(), "record": str(report.path)}
-        said = {"status": ending.status, "exit_code": ending.exit_code, "error": ending.error, **console.facts}
+        summary = {"status": ending.status, "exit_code": ending.exit_code, "error": ending.error, **console.facts}
         import json
 
-        click.echo(json.dumps({**said, **content}, ensure_ascii=True))
+        click.echo(json.dumps({**summary, **content}, ensure_ascii=True))
     elif report is not None and (report.n_files or not ending.error):
         console.line(report.summary())
     for failure in report.failures if report else ():

@@ -1,1 +1,1 @@
-"""What a capture will cost, before it runs."""
+"""Estimates what a capture will cost before it runs."""

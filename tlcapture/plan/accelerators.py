@@ -1,4 +1,4 @@
-"""What common accelerators can do at most, from their makers' data sheets: for estimates, not for promises.
+"""Peak memory bandwidth and speed of common accelerators, from their data sheets: upper bounds, for estimates.
 
 | name | memory GB/s | dense 16-bit TFLOP/s | source |
 | --- | --- | --- | --- |
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Accelerator:
-    """Memory bandwidth in bytes a second, and dense 16-bit floating-point operations a second."""
+    """Memory bandwidth in bytes per second, and dense 16-bit floating-point operations per second."""
 
     bandwidth: float
     flops: float

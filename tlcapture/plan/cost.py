@@ -1,17 +1,17 @@
-"""What capturing a prompt set will cost, before there is one: bytes by view, model time, and what fits a budget.
+"""What capturing a prompt set will cost, before it exists: bytes by view, and model time.
 
     workload = Workload(n_prompts=5000, prompt_tokens=60, options=CaptureOptions(attention=True), n_projections=10)
     cost = cost_of(workload, outline.measures)
     cost.n_bytes, cost.by_view["raw residual"].each
 
 Bytes are those of `tlcapture.commands.capture_size`, for prompts that are all as long as the mean. Time is new tokens
-by tokens a second, given or measured, or what an accelerator's data sheet allows: `step_bound`.
+divided by tokens per second, which are given, measured, or bounded by an accelerator's data sheet: `bound_pace`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from tlcapture.commands.capture_size import sizes
@@ -22,8 +22,14 @@ from tlcapture.plan.accelerators import Accelerator
 
 @dataclass(frozen=True)
 class Workload:
-    """Prompts and what is captured of them. Token counts are means, `options.max_new_tokens` that of responses;
-    `n_projections` counts vectors, of both components."""
+    """Prompts, and what is captured from them.
+
+    Attributes:
+        n_prompts: number of prompts.
+        prompt_tokens: mean number of tokens of a prompt.
+        options: what to capture; `max_new_tokens` is the mean number of tokens of a response.
+        n_projections: number of vectors to project onto, over both components.
+    """
 
     n_prompts: int
     prompt_tokens: int
@@ -38,7 +44,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class ViewCost:
-    """A view's files and bytes of each prompt."""
+    """What one view writes: `files` and `each`, its bytes, per prompt."""
 
     files: int
     each: float
@@ -46,24 +52,28 @@ class ViewCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a workload writes. Bytes are those of all prompts but where a name says otherwise."""
+    """What a workload writes: for all prompts, unless a name says per prompt."""
 
     n_prompts: int
     by_view: Mapping[str, ViewCost]
 
     @property
     def bytes_per_prompt(self) -> float:
+        """Bytes of one prompt, over all views."""
         return sum(view.each for view in self.by_view.values())
 
     @property
     def n_bytes(self) -> float:
+        """Bytes of all prompts, over all views."""
         return self.n_prompts * self.bytes_per_prompt
 
     @property
     def n_files(self) -> int:
+        """Files of all prompts, over all views."""
         return self.n_prompts * sum(view.files for view in self.by_view.values())
 
     def to_json(self) -> dict[str, Any]:
+        """The totals, and the files and bytes of each view, as whole numbers."""
         views = {
             name: {
                 "files_per_prompt": view.files,
@@ -82,7 +92,11 @@ class Cost:
 
 
 def cost_of(workload: Workload, measures: Measures) -> Cost:
-    """Bytes by view. Raises `InputError` for layers that the model has not."""
+    """The cost of a workload on a model of these measures.
+
+    Raises:
+        InputError: a layer that the model does not have.
+    """
     options = workload.options
     wanted = options.outputs(measures.n_layers)
     n_tokens = workload.prompt_tokens + options.max_new_tokens
@@ -93,23 +107,25 @@ def cost_of(workload: Workload, measures: Measures) -> Cost:
     return Cost(workload.n_prompts, found)
 
 
-# -- time -----------------------------------------------------------------------------------------
-
-
-# What calling a block's operations takes by itself: `make bench-scale` measures it, on a model too small for
-# anything else to matter. The same calls start an accelerator's kernels.
-SECONDS_A_LAYER = 0.0003
+# The time it takes to call a block's operations, or to launch their kernels. `make bench-scale` measures it on a
+# model that is too small for anything else to matter.
+SECONDS_PER_LAYER = 0.0003
 
 
 @dataclass(frozen=True)
 class Pace:
-    """New tokens that one worker makes a second, captured and written, and where the number is from."""
+    """The speed of one worker.
+
+    Attributes:
+        tokens_per_second: new tokens per second, captured and written.
+        source: where the number comes from, for display.
+    """
 
     tokens_per_second: float
     source: str
 
     def seconds(self, workload: Workload) -> float:
-        """One worker's time for all prompts."""
+        """One worker's time for all prompts, in seconds."""
         return workload.n_new_tokens / self.tokens_per_second
 
 
@@ -124,11 +140,12 @@ def bound_pace(
     batch_size: int,
     efficiency: float,
 ) -> Pace:
-    """The pace that an accelerator's data sheet allows, times an efficiency.
+    """The pace that an accelerator's data sheet allows, times an efficiency (between 0 and 1).
 
-    A step of decoding reads all weights and the batch's keys and values once; it cannot be faster than the
-    memory, nor than its 2 floating-point operations a weight and token. The prompt's pass is bound by the latter.
-    Neither is faster than this process can call the operations of all layers, `SECONDS_A_LAYER` each.
+    A decoding step reads all weights and the batch's keys and values once, so memory bandwidth bounds it, as do its
+    2 floating-point operations per weight and token. These operations, and one reading of the weights, bound the
+    prompt's forward pass. Neither is faster than this process can call the operations of all layers,
+    `SECONDS_PER_LAYER` each.
     """
     options, prompt = workload.options, workload.prompt_tokens
     weights = n_parameters * bytes_per_weight
@@ -137,97 +154,8 @@ def bound_pace(
     operations = 2 * n_parameters * batch_size
     step = max((weights + batch_size * keys_and_values) / accelerator.bandwidth, operations / accelerator.flops)
     first = max(weights / accelerator.bandwidth, operations * prompt / accelerator.flops)
-    calls = measures.n_layers * SECONDS_A_LAYER
-    # The last new token gets a step of its own, so that it has its activations.
+    calls = measures.n_layers * SECONDS_PER_LAYER
+    # The last new token is run as well, so that its activations are captured.
     seconds = max(first / efficiency, calls) + options.max_new_tokens * max(step / efficiency, calls)
     pace = batch_size * options.max_new_tokens / seconds
     return Pace(pace, f"{name} at {efficiency:g} of its bounds, batches of {batch_size}")
-
-
-# -- what to leave out ----------------------------------------------------------------------------
-
-Changes = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """A way to write less: the options to pass or to leave out, and what all prompts then come to."""
-
-    options: str
-    n_bytes: float
-
-
-def reductions(workload: Workload, measures: Measures, budget: float) -> list[Reduction]:
-    """Ways to write less than `workload` does: each by itself, and as many of them together as a budget of bytes
-    asks for. Of layers as many are kept as fit."""
-    here = cost_of(workload, measures).n_bytes
-    found: list[Reduction] = []
-    for said, changes in [*_single(workload, measures, budget), *_together(workload, measures, budget)]:
-        n_bytes = _bytes_with(workload, measures, changes)
-        if n_bytes < here and said not in [each.options for each in found]:
-            found.append(Reduction(said, n_bytes))
-    return found
-
-
-def _bytes_with(workload: Workload, measures: Measures, changes: Mapping[str, Any]) -> float:
-    return cost_of(replace(workload, options=replace(workload.options, **changes)), measures).n_bytes
-
-
-def _left_out(options: CaptureOptions) -> Iterator[tuple[str, Changes]]:
-    """Views that go, the largest first, and then points."""
-    if options.internals:
-        yield "without --layer-internals", {"internals": ()}
-    if options.attention:
-        yield "without --attention", {"attention": False}
-    if options.logit_lens:
-        yield "without --logit-lens", {"logit_lens": False}
-    if options.save_dtype == "float32" and not options.projections_only:
-        yield "--save-dtype bfloat16", {"save_dtype": "bfloat16"}
-    if options.points != ("residual_out",):
-        yield "--points residual_out", {"points": ("residual_out",)}
-
-
-def _single(workload: Workload, measures: Measures, budget: float) -> Iterator[tuple[str, Changes]]:
-    yield from _left_out(workload.options)
-    yield _with_fewer_layers(workload, measures, budget, {})
-    if workload.n_projections and not workload.options.projections_only:
-        yield _PROJECTIONS_ONLY
-
-
-def _together(workload: Workload, measures: Measures, budget: float) -> Iterator[tuple[str, Changes]]:
-    words: list[str] = []
-    changes: Changes = {}
-    for said, change in _left_out(workload.options):
-        if _bytes_with(workload, measures, changes) <= budget:
-            break
-        words, changes = [*words, said], {**changes, **change}
-    if _bytes_with(workload, measures, changes) > budget:
-        said, change = _with_fewer_layers(workload, measures, budget, changes)
-        yield ", ".join([*words, said]), {**changes, **change}
-        if workload.n_projections and not workload.options.projections_only:
-            views = [word for word in words if word.startswith("without")]
-            yield (
-                ", ".join([*views, _PROJECTIONS_ONLY[0]]),
-                {
-                    **{name: value for name, value in changes.items() if name in ("attention", "logit_lens")},
-                    **_PROJECTIONS_ONLY[1],
-                },
-            )
-    else:
-        yield ", ".join(words), changes
-
-
-_PROJECTIONS_ONLY: tuple[str, Changes] = ("--projections-only", {"projections_only": True, "internals": ()})
-
-
-def _with_fewer_layers(workload: Workload, measures: Measures, budget: float, changes: Changes) -> tuple[str, Changes]:
-    """As many evenly spread layers as fit, at least one."""
-    layers = workload.options.layers or tuple(range(measures.n_layers))
-
-    def spread(count: int) -> tuple[int, ...]:
-        return tuple(layers[(2 * place + 1) * len(layers) // (2 * count)] for place in range(count))
-
-    counts = range(len(layers), 1, -1)
-    fitting = (n for n in counts if _bytes_with(workload, measures, {**changes, "layers": spread(n)}) <= budget)
-    chosen = spread(next(fitting, 1))
-    return f"--layers {','.join(map(str, chosen))}", {"layers": chosen}

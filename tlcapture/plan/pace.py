@@ -1,4 +1,4 @@
-"""How fast a model captures on this machine: a few batches of it, timed, files included."""
+"""Measures how fast a model captures on this machine, files included."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from tlcapture.storage.layout import Layout
 from tlcapture.traits.selection import Selection, fallback_layer
 from tlcapture.traits.vectors import TraitVector
 
-_BATCHES = 2  # that are timed, after one that is not
+_BATCHES = 2  # timed, after one untimed batch
 
 
 def measured_pace(model: Model, workload: Workload) -> Pace:
-    """New tokens a second of a workload, on prompts of random tokens, written to a folder that is removed again.
+    """The pace of a workload, on prompts of random tokens whose captures go to a temporary folder.
 
-    One batch runs first, unmeasured. Responses that stop early count for as many tokens as they have.
+    The first batch is not timed. Responses that stop early count with the tokens they have.
     """
     options = workload.options
     wanted = options.outputs(model.n_layers)
@@ -77,7 +77,7 @@ def _random_vectors(model: Model, count: int, wanted: Outputs) -> Chosen:
 def _capture(
     model: Model, prompts: Sequence[TokenizedPrompt], size: int, workload: Workload, layout: Layout, chosen: Chosen
 ) -> int:
-    """Capture prompts and write what is wanted of them; returns how many new tokens there were."""
+    """Capture prompts and write the workload's files; returns the number of new tokens."""
     options, run, n_new = workload.options, Run.silent(layout), 0
     wanted = options.outputs(model.n_layers)
     for outcome in generate(

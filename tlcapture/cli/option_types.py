@@ -1,0 +1,180 @@
+"""Types of option values: layers, names, traits, shards, sizes in bytes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import click
+
+from tlcapture.errors import InputError
+from tlcapture.names import Trait, split_names
+from tlcapture.runs.shards import Shard
+from tlcapture.text import parse_bytes
+from tlcapture.views.hooks import COMPONENTS, POINTS
+
+
+class _Parsed(click.ParamType):
+    """A type that parses text. The help shows its name as it is written, not in capitals."""
+
+    def get_metavar(self, *args: Any, **kwargs: Any) -> str:
+        return self.name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):  # click converts a value again that is parsed already
+            return value
+        try:
+            return self._parse(value)
+        except (InputError, ValueError) as error:
+            self.fail(str(error), param, ctx)
+
+    def _parse(self, text: str) -> Any:
+        """The value; raises `InputError` or `ValueError` with a message for the user."""
+        raise NotImplementedError
+
+
+class LayerOrWord(_Parsed):
+    """A layer index, or one of the given words."""
+
+    def __init__(self, *words: str):
+        self.words = words
+        self.name = "|".join(["N", *words])
+
+    def _parse(self, text: str) -> int | str:
+        if text in self.words:
+            return text
+        if text.isdecimal():
+            return int(text)
+        raise ValueError(f"{text!r} is neither a layer number nor {' or '.join(map(repr, self.words))}.")
+
+
+class BatchSize(_Parsed):
+    """A positive integer, or `auto`, which is read as `None`."""
+
+    name = "N|auto"
+
+    def _parse(self, text: str) -> int | None:
+        if text == "auto":
+            return None
+        if text.isdecimal() and 0 < int(text) < 2**31:
+            return int(text)
+        raise ValueError(f"{text!r} is neither a number of at least 1 nor 'auto'.")
+
+
+class Names(_Parsed):
+    """Comma-separated names, at least one; repeated names count once."""
+
+    name = "a,b"
+
+    def _parse(self, text: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(split_names(text)))
+        if not names:
+            raise ValueError("contains no name.")
+        return names
+
+
+class Traits(_Parsed):
+    """Comma-separated traits, or `all`, which is read as an empty tuple."""
+
+    name = "a/b,c/d|all"
+
+    def _parse(self, text: str) -> tuple[Trait, ...]:
+        if text == "all":
+            return ()
+        traits = tuple(dict.fromkeys(Trait.parse(name) for name in split_names(text)))
+        if not traits:
+            raise ValueError("contains no trait.")
+        return traits
+
+
+class LayerList(_Parsed):
+    """Comma-separated layer indices, or `all`, which is read as an empty tuple."""
+
+    name = "N,M|all"
+
+    def _parse(self, text: str) -> tuple[int, ...]:
+        if text == "all":
+            return ()
+        names = split_names(text)
+        if not names or not all(name.isdecimal() for name in names):
+            raise ValueError(f"{text!r} is not a list of layer numbers, for example 8,12,16.")
+        return tuple(sorted({int(name) for name in names}))
+
+
+class Points(_Parsed):
+    """Comma-separated residual points, or `all`, which is read as an empty tuple."""
+
+    name = "a,b|all"
+
+    def _parse(self, text: str) -> tuple[str, ...]:
+        if text == "all":
+            return ()
+        names = split_names(text)
+        if not names or not set(names) <= set(POINTS):
+            raise ValueError(f"{text!r} is not a list of residual points: {', '.join(POINTS)}.")
+        return tuple(point for point in POINTS if point in names)
+
+
+class ShardOf(_Parsed):
+    """`i/n`: shard i of n."""
+
+    name = "i/n"
+
+    def _parse(self, text: str) -> Shard:
+        return Shard.parse(text)
+
+
+class ByteSize(_Parsed):
+    """A number of bytes, with a unit."""
+
+    name = "size"
+
+    def _parse(self, text: str) -> int:
+        return parse_bytes(text)
+
+
+class NumberList(_Parsed):
+    """Comma-separated finite numbers other than zero, at least one."""
+
+    name = "X,Y"
+
+    def _parse(self, text: str) -> tuple[float, ...]:
+        try:
+            numbers = tuple(dict.fromkeys(float(name) for name in split_names(text)))
+        except ValueError:
+            numbers = ()
+        if not numbers or not all(math.isfinite(number) and number for number in numbers):
+            raise ValueError(f"{text!r} is not a list of numbers other than zero, for example 0.1,0.2.")
+        return numbers
+
+
+class Views(_Parsed):
+    """Comma-separated views of a capture; `internals:L` is the internals of one layer."""
+
+    NAMES = ("residual", "attn_out", "attention", "logit_lens", "internals", "projections")
+    name = "a,b"
+
+    def _parse(self, text: str) -> tuple[str, ...]:
+        views = tuple(dict.fromkeys(split_names(text)))
+        for view in views:
+            name, colon, layer = view.partition(":")
+            if name not in self.NAMES or (colon and (name != "internals" or not layer.isdecimal())):
+                names = ", ".join(self.NAMES)
+                raise ValueError(f"{view!r} is not a view: choose from {names} (internals:12 for one layer).")
+        if not {"residual", "projections"} & set(views):
+            raise ValueError("a capture keeps residual, projections or both: name at least one of them.")
+        return views
+
+
+class Components(click.Choice):
+    """One component of the activations, or `all`; read as a tuple of components."""
+
+    def __init__(self) -> None:
+        super().__init__([*COMPONENTS, "all"])
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """Read a component, or `all`."""
+        if isinstance(value, tuple):
+            return value
+        name = super().convert(value, param, ctx)
+        return COMPONENTS if name == "all" else (name,)
