@@ -17,7 +17,7 @@ import torch
 
 from tests.evidence import Evidence
 from tests.input.strategies import Damaged, check_refusal, damaged_json, replaced, try_all, without
-from tests.report.conftest import N_HEADS, N_LAYERS, TRAIT, attention, logit_lens, projection
+from tests.page.conftest import N_HEADS, N_LAYERS, TRAIT, attention, logit_lens, projection
 from tlcapture.commands.evaluate import best_rows, draw_heatmaps
 from tlcapture.commands.project import ProjectOptions, run_project
 from tlcapture.commands.steer import draw_curves, read_questions

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from tests.report.conftest import TOKENS
+from tests.page.conftest import TOKENS
 from tlcapture.errors import InputError
 from tlcapture.page.assets import SCRIPTS
 from tlcapture.page.server import listen, page_app
