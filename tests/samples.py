@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tlcapture.explore.attention_heads import AttentionHeads
-from tlcapture.explore.prediction_table import PredictionTable
+from tlcapture.explore.logit_lens_table import LogitLensTable
 from tlcapture.traits.projected_tokens import ProjectedTokens
 
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -47,13 +47,13 @@ def heads() -> AttentionHeads:
     return AttentionHeads("short", "1", 1, TOKENS, N_PROMPT, patterns, "a test")
 
 
-def predictions() -> PredictionTable:
+def predictions() -> LogitLensTable:
     """Layer `l` gives its likeliest token, the hostile one, a probability of `0.2 * (l + 1)`."""
     n = len(TOKENS) - 1
     probs = np.broadcast_to(
         np.array([[0.2 * (layer + 1), 0.1] for layer in range(N_LAYERS)])[:, None], (N_LAYERS, n, 2)
     )
-    return PredictionTable(
+    return LogitLensTable(
         "short", "1", TOKENS, N_PROMPT, [[[HOSTILE, " b"]] * n] * N_LAYERS, probs.copy(),
         np.full((N_LAYERS, n), 3), np.full((N_LAYERS, n), 0.05), "a test",
     )  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 from tests.samples import N_LAYERS, N_PROMPT, POINTS, TOKENS, projected
 from tlcapture import Experiment
 from tlcapture.errors import InputError, StorageError
-from tlcapture.explore.frames import COLUMNS, frame
+from tlcapture.explore.frames import COLUMNS, tidy_frame
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.projected_tokens import ProjectedTokens
@@ -59,7 +59,7 @@ def exp(tmp_path: Path) -> Experiment:
 
 
 def test_a_frame_has_a_row_for_each_token_at_the_vectors_own_layer() -> None:
-    found = frame([projected()])
+    found = tidy_frame([projected()])
     assert tuple(found.columns) == COLUMNS
     assert found.token_idx.tolist() == list(range(len(TOKENS)))
     assert found.token.tolist() == TOKENS
@@ -70,18 +70,18 @@ def test_a_frame_has_a_row_for_each_token_at_the_vectors_own_layer() -> None:
 
 
 def test_layers_may_be_all_one_or_several() -> None:
-    assert len(frame([projected()], "all")) == N_LAYERS * len(TOKENS)
-    several = frame([projected()], [0, 3])
+    assert len(tidy_frame([projected()], "all")) == N_LAYERS * len(TOKENS)
+    several = tidy_frame([projected()], [0, 3])
     assert several[several.token_idx == 4].score.tolist() == [4, 34]
-    assert frame([projected()], 3).score.tolist()[1] == 31
+    assert tidy_frame([projected()], 3).score.tolist()[1] == 31
     with pytest.raises(InputError, match="no layer 4: the projection has layers 0 to 3"):
-        frame([projected()], 4)
+        tidy_frame([projected()], 4)
     with pytest.raises(InputError, match="expected 'own', 'all'"):
-        frame([projected()], "every")
+        tidy_frame([projected()], "every")
 
 
 def test_a_frame_of_nothing_has_the_columns_and_kinds() -> None:
-    found = frame([])
+    found = tidy_frame([])
     assert tuple(found.columns) == COLUMNS
     assert str(found.score.dtype) == "float64"
 

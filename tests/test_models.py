@@ -15,7 +15,7 @@ import transformers
 from tests import tiny
 from tlcapture.captures.provenance import model_record, point_hooks
 from tlcapture.errors import ModelError
-from tlcapture.explore.live import capture
+from tlcapture.explore.live_capture import capture
 from tlcapture.models.checkpoints import cast, fingerprint, quiet_loading
 from tlcapture.models.engines.tokenizers import for_transformer_lens
 from tlcapture.models.loading import as_model, from_hooked_transformer, from_hugging_face, load_model

@@ -24,7 +24,7 @@ from tlcapture.commands.steer import draw_curves, read_questions
 from tlcapture.commands.top_traits import top_traits
 from tlcapture.errors import StorageError, TlcaptureError
 from tlcapture.explore.attention_heads import heads_of_file
-from tlcapture.explore.prediction_table import table_of_file
+from tlcapture.explore.logit_lens_table import table_of_file
 from tlcapture.names import Trait, is_safe_name
 from tlcapture.prompts.prompt_sets import read_prompt_set
 from tlcapture.runs.report import RunReport

@@ -22,7 +22,7 @@ import tlcapture
 from tlcapture import Experiment
 from tlcapture.captures.capture import Capture
 from tlcapture.errors import InputError, StorageError
-from tlcapture.explore.live import LiveCapture
+from tlcapture.explore.live_capture import LiveCapture
 from tlcapture.models.lazy_model import LazyModel
 
 TOP = Path(__file__).parents[2]

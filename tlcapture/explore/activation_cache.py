@@ -39,7 +39,7 @@ def activation_cache(capture: Capture, load: Callable[[], Model]) -> ActivationC
         for hook, point in hooks.items()
         if point in (*capture.kept.points, "attn_out")
     }
-    model = _LazyModel(load, n_layers=capture.n_layers, d_model=int(capture.metadata["d_model"]))
+    model = _ModelOfCache(load, n_layers=capture.n_layers, d_model=int(capture.metadata["d_model"]))
     whole = _WithFinalScale(entries, model, capture.n_layers, capture.kept.described())
     return ActivationCache(whole, model, has_batch_dim=False)
 
@@ -65,7 +65,7 @@ class _WithFinalScale(dict[str, Tensor]):
         return self[key]
 
 
-class _LazyModel:
+class _ModelOfCache:
     """Stands for the TransformerLens model: knows its measures, loads it for everything else.
 
     TransformerLens's cache methods assume weights whose norms are folded in, and tensors on the
@@ -80,7 +80,7 @@ class _LazyModel:
 
     @property
     def cfg(self) -> Any:
-        return _LazyConfig(self, self._measures)
+        return _ConfigOfCache(self, self._measures)
 
     @property
     def normalization_centres(self) -> bool:
@@ -109,10 +109,10 @@ class _LazyModel:
         return getattr(self.model().tl, name)
 
 
-class _LazyConfig(SimpleNamespace):
+class _ConfigOfCache(SimpleNamespace):
     """A model's config whose measures are known without loading it."""
 
-    def __init__(self, model: _LazyModel, measures: dict[str, int]):
+    def __init__(self, model: _ModelOfCache, measures: dict[str, int]):
         super().__init__(**measures)
         self.__dict__["_model"] = model
 

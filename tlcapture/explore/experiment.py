@@ -14,10 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tlcapture.errors import InputError
-from tlcapture.explore.explored import Explored, default_root
+from tlcapture.explore.explorable_capture import default_root
+from tlcapture.explore.saved_capture import SavedCapture
 from tlcapture.storage.config import ExperimentConfig, read_config
 from tlcapture.storage.layout import Layout
 from tlcapture.text import printable
@@ -25,14 +26,10 @@ from tlcapture.text import printable
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from tlcapture.captures.capture import Capture
     from tlcapture.explore.frames import Layers
     from tlcapture.models.loading import Model
 
 _MOST_ROWS = 50
-_OF_CAPTURES = (
-    "prompt", "response", "metadata", "tokens", "token_ids", "residual", "n_layers", "d_model", "save",
-)  # fmt: skip
 
 
 class Experiment:
@@ -90,10 +87,10 @@ class Experiment:
 
         Raises `InputError`, naming the command that makes them, where there are no projections.
         """
-        from tlcapture.explore.frames import frame
+        from tlcapture.explore.frames import tidy_frame
         from tlcapture.traits.saved_projections import saved_projections
 
-        return frame(saved_projections(self.layout, prompt_set, component=component, traits=traits), layers)
+        return tidy_frame(saved_projections(self.layout, prompt_set, component=component, traits=traits), layers)
 
     @cached_property
     def model(self) -> Model:
@@ -181,60 +178,3 @@ class Captures(Mapping[str, "SavedCapture"]):
         more = f"<div>and {len(self) - len(shown)} more</div>" if len(shown) < len(self) else ""
         head = "<tr><th>id</th><th>prompt tokens</th><th>response tokens</th><th>response</th></tr>"
         return f"<b>{escape(self.prompt_set)}</b><table>{head}{rows}</table>{more}"
-
-
-class SavedCapture(Explored):
-    """A capture of an experiment, opened (memory-mapped) when something of it is touched.
-
-    Everything of `Capture` is here as well: `tokens`, `prompt`, `response`, `residual(layer, point)`.
-    """
-
-    def __init__(self, experiment: Experiment, prompt_set: str, prompt_id: str):
-        self.experiment = experiment
-        self.prompt_set = prompt_set
-        self.prompt_id = prompt_id
-
-    @cached_property
-    def capture(self) -> Capture:
-        from tlcapture.captures.capture import Capture
-
-        return Capture.open(self.experiment.layout.residual(self.prompt_set, self.prompt_id))
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self.capture, name)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *_OF_CAPTURES})
-
-    def __repr__(self) -> str:
-        return f"Saved{self.capture!r}"
-
-    def _repr_html_(self) -> str:
-        return self.capture._repr_html_()
-
-    @property
-    def _captured(self) -> Capture:
-        return self.capture
-
-    def _vectors(self) -> Layout:
-        return self.experiment.layout
-
-    def _model(self) -> Model:
-        """The experiment's model, if it is the one that was captured."""
-        model, mark = self.experiment.model, self.capture.metadata.get("model_fingerprint")
-        if model.fingerprint != mark:
-            raise InputError(
-                f"{self.prompt_set}/{self.prompt_id} was captured from {self.capture.metadata['inference_model']!r} "
-                f"(fingerprint {mark}), but the experiment's model is now {model.name!r} ({model.fingerprint})"
-            )
-        return model
-
-    def _add_on(self, kind: str) -> Path | None:
-        layout = self.experiment.layout
-        path_of = layout.attention if kind == "attention" else layout.logit_lens
-        path, raw = path_of(self.prompt_set, self.prompt_id), layout.residual(self.prompt_set, self.prompt_id)
-        # One that is older than its capture belongs to an earlier run of the prompt.
-        is_current = path.is_file() and path.stat().st_mtime_ns >= raw.stat().st_mtime_ns
-        return path if is_current else None

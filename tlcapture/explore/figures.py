@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from tlcapture.errors import InputError
 from tlcapture.explore.attention_heads import AttentionHeads
+from tlcapture.explore.logit_lens_table import LogitLensTable
 from tlcapture.explore.offline_figure import OfflineFigure, plotly_text
-from tlcapture.explore.prediction_table import PredictionTable
 from tlcapture.text import printable
 from tlcapture.traits.projected_tokens import ProjectedTokens
 
@@ -77,7 +77,7 @@ def layers_figure(line: ProjectedTokens, point: str | None = None) -> OfflineFig
     return figure
 
 
-def lens_figure(table: PredictionTable) -> OfflineFigure:
+def lens_figure(table: LogitLensTable) -> OfflineFigure:
     """What each layer would predict next: the likeliest token in each cell, coloured by its probability."""
     texts = [[printable(cell[0]) for cell in row] for row in table.top_tokens]
     hover = [
@@ -211,7 +211,7 @@ def _hover_texts(tokens: Sequence[str]) -> NDArray[np.object_]:
     return np.array(texts, dtype=object)
 
 
-def _lens_hover(table: PredictionTable, layer: int, place: int) -> str:
+def _lens_hover(table: LogitLensTable, layer: int, place: int) -> str:
     lines = [f"{place} {printable(table.tokens[place])!r}, layer {layer}"]
     top = list(zip(table.top_tokens[layer][place], table.top_probs[layer, place], strict=True))[:5]
     lines += [f"{prob:.4g} {printable(token)!r}" for token, prob in top]

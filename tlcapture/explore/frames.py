@@ -32,7 +32,7 @@ COLUMNS = ("prompt_id", "token_idx", "token", "part", "trait", "layer", "score")
 Layers = str | SupportsIndex | Iterable[SupportsIndex]
 
 
-def frame(lines: Sequence[ProjectedTokens], layers: Layers = "own") -> DataFrame:
+def tidy_frame(lines: Sequence[ProjectedTokens], layers: Layers = "own") -> DataFrame:
     """A tidy frame of projections: in their order, by layer, by token.
 
     Args:

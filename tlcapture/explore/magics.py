@@ -20,13 +20,13 @@ from IPython.display import display
 
 from tlcapture.errors import TlcaptureError
 from tlcapture.explore.experiment import Experiment
-from tlcapture.explore.explored import named_traits
+from tlcapture.explore.explorable_capture import named_traits
 from tlcapture.models.embedded import NAME
 from tlcapture.models.lazy_model import LazyModel
 from tlcapture.text import printable
 
 if TYPE_CHECKING:
-    from tlcapture.explore.live import LiveCapture
+    from tlcapture.explore.live_capture import LiveCapture
 
 
 def load_ipython_extension(shell: InteractiveShell) -> None:
@@ -90,7 +90,7 @@ class CaptureMagics(Magics):
         return exp if isinstance(exp, Experiment) else None
 
     def _capture(self, exp: Experiment | None, text: str, options: Any) -> LiveCapture:
-        from tlcapture.explore.live import capture
+        from tlcapture.explore.live_capture import capture
 
         config = None if exp is None else exp.config
         (cap,) = capture(

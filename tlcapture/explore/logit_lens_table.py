@@ -20,7 +20,7 @@ _SHOWN = 5  # predictions that show when the mouse is over a cell
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PredictionTable:
+class LogitLensTable:
     """What each layer would predict behind each token that has a next one.
 
     Attributes:
@@ -57,7 +57,7 @@ class PredictionTable:
         ranks = self.actual_rank[-1, max(0, self.n_prompt_tokens - 1) :]
         first = f", its last layer ranks {int((ranks == 1).sum())} of {len(ranks)} response tokens first"
         return (
-            f"PredictionTable({self.prompt_set}/{self.prompt_id}, {self.n_layers} layers, {self.n_predictions} "
+            f"LogitLensTable({self.prompt_set}/{self.prompt_id}, {self.n_layers} layers, {self.n_predictions} "
             f"predictions{first if len(ranks) else ''}, from {self.source})"
         )
 
@@ -94,7 +94,7 @@ class PredictionTable:
         return f'<td title="{escape(chr(10).join(lines))}" style="{colour}">{escape(printable(top[0][0]))}</td>'
 
 
-def table_of_file(content: Mapping[str, Any], path: Path, prompt_set: str, prompt_id: str) -> PredictionTable:
+def table_of_file(content: Mapping[str, Any], path: Path, prompt_set: str, prompt_id: str) -> LogitLensTable:
     """The table that a logit-lens file holds; raises `StorageError` for a file that holds something else."""
     head = LensHead.of({key: value for key, value in content.items() if key != "predictions"}, path)
     found = content.get("predictions")
@@ -108,7 +108,7 @@ def table_of_file(content: Mapping[str, Any], path: Path, prompt_set: str, promp
     probs = [[[top.prob for top in cell.top_k] for cell in row] for row in by_layer]
     ranks = [[cell.actual_rank for cell in row] for row in by_layer]
     actual = [[cell.actual_prob for cell in row] for row in by_layer]
-    return PredictionTable(
+    return LogitLensTable(
         prompt_set=prompt_set,
         prompt_id=prompt_id,
         tokens=head.tokens,

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 if TYPE_CHECKING:
-    from tlcapture.explore.explored import Explored
+    from tlcapture.explore.explorable_capture import ExplorableCapture
     from tlcapture.explore.offline_figure import OfflineFigure
 
 
-class CapturePlots:
+class CaptureFigures:
     """The figures of a capture. `how` stands for the options of `cap.project`: layer, method, component,
     vector_experiment."""
 
-    def __init__(self, capture: Explored):
+    def __init__(self, capture: ExplorableCapture):
         self._capture = capture
 
     def __repr__(self) -> str:

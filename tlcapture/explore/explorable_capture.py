@@ -2,7 +2,7 @@
 
     cap.project("behavioral/refusal").dynamics
     cap.coloured("behavioral/refusal")             # its tokens, coloured by their projection
-    cap.plot.trajectory("behavioral/refusal")      # figures: tlcapture/explore/capture_plots.py
+    cap.plot.trajectory("behavioral/refusal")      # figures: tlcapture/explore/capture_figures.py
     cap.attention(12), cap.logit_lens()
     cap.to_pandas()
 
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
     from tlcapture.captures.capture import Capture
     from tlcapture.explore.attention_heads import AttentionHeads
-    from tlcapture.explore.capture_plots import CapturePlots
+    from tlcapture.explore.capture_figures import CaptureFigures
     from tlcapture.explore.frames import Layers
-    from tlcapture.explore.prediction_table import PredictionTable
+    from tlcapture.explore.logit_lens_table import LogitLensTable
     from tlcapture.models.loading import Model
     from tlcapture.traits.projection import Projection
 
@@ -48,7 +48,7 @@ def default_root() -> Path:
     return Path(os.environ.get("TLCAPTURE_ROOT") or ".")
 
 
-class Explored(ABC):
+class ExplorableCapture(ABC):
     """A capture with what belongs to it: vectors to project onto, a model to ask, files of its add-ons."""
 
     @property
@@ -109,19 +109,19 @@ class Explored(ABC):
             layers: `own`, each vector's own layer; `all`; a layer; or several.
             how: the options of `project`.
         """
-        from tlcapture.explore.frames import frame
+        from tlcapture.explore.frames import tidy_frame
 
         names = [traits] if isinstance(traits, str) else list(traits or ())
-        return frame(self.projected(*names, **how), layers)
+        return tidy_frame(self.projected(*names, **how), layers)
 
     # -- views ------------------------------------------------------------------------------------
 
     @cached_property
-    def plot(self) -> CapturePlots:
+    def plot(self) -> CaptureFigures:
         """Figures: `.trajectory(...)`, `.layers(...)`, `.logit_lens()`, `.attention(layer, head)`."""
-        from tlcapture.explore.capture_plots import CapturePlots
+        from tlcapture.explore.capture_figures import CaptureFigures
 
-        return CapturePlots(self)
+        return CaptureFigures(self)
 
     @cached_property
     def cache(self) -> ActivationCache:
@@ -144,7 +144,7 @@ class Explored(ABC):
             self._heads[number] = self._saved_heads(number) or self._computed_heads(number)
         return self._heads[number]
 
-    def logit_lens(self) -> PredictionTable:
+    def logit_lens(self) -> LogitLensTable:
         """What each layer would predict: from the experiment's file where it has one of this capture, else
         from the stored residuals and the model's unembedding."""
         return self._predictions
@@ -154,8 +154,8 @@ class Explored(ABC):
         return {}
 
     @cached_property
-    def _predictions(self) -> PredictionTable:
-        from tlcapture.explore.prediction_table import PredictionTable, table_of_file
+    def _predictions(self) -> LogitLensTable:
+        from tlcapture.explore.logit_lens_table import LogitLensTable, table_of_file
 
         saved = self._read_add_on("logit_lens")
         if saved is not None:
@@ -168,7 +168,7 @@ class Explored(ABC):
         lens = logit_lens_view(capture.residual, capture.n_layers, capture.token_ids, model.unembed)
         unique = lens.top_ids.unique().tolist()
         texts = dict(zip(unique, token_texts(model.tokenizer, unique), strict=True))
-        return PredictionTable(
+        return LogitLensTable(
             prompt_set=capture.prompt_set,
             prompt_id=capture.prompt_id,
             tokens=capture.tokens,

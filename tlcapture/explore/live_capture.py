@@ -20,7 +20,7 @@ from tlcapture.captures.capture import Capture
 from tlcapture.captures.making import capture_of
 from tlcapture.errors import InputError, TlcaptureError
 from tlcapture.explore.experiment import Experiment
-from tlcapture.explore.explored import Explored
+from tlcapture.explore.explorable_capture import ExplorableCapture
 from tlcapture.generation.loop import Failure, Sampling, generate
 from tlcapture.models.loading import Model, as_model
 from tlcapture.prompts.prompt_sets import ADHOC, Prompt, PromptSet
@@ -32,7 +32,7 @@ from tlcapture.views.residual import residual_hooks
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LiveCapture(Capture, Explored):
+class LiveCapture(Capture, ExplorableCapture):
     """A capture that was just made, with its model, and the experiment whose vectors it is projected onto
     where another is not named."""
 
