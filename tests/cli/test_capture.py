@@ -589,7 +589,7 @@ def test_a_chat_template_that_refuses_is_one_clear_line(tlcapture: Run, root: Pa
 def test_a_system_prompt_that_is_no_unicode_is_refused(capture: Run) -> None:
     result = capture("--system-prompt", "bad \udcff byte")
     assert result.exit_code == 2
-    assert "no valid Unicode" in result.stderr
+    assert "not valid Unicode" in result.stderr
 
 
 def test_a_single_token_has_a_lens_without_predictions(capture: Run, analysis: Path, data: Path) -> None:

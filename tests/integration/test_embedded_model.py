@@ -17,8 +17,9 @@ from tlcapture.doctor.run import check_model
 from tlcapture.generation.loop import Generation, Sampling, generate, teacher_force
 from tlcapture.models.embedded import embedded_folder
 from tlcapture.models.loading import from_hooked_transformer, load_model
+from tlcapture.prompts.chat_template import stop_ids
 from tlcapture.prompts.prompt_sets import read_prompt_set
-from tlcapture.prompts.tokenization import stop_ids, tokenize
+from tlcapture.prompts.tokenization import tokenize
 from tlcapture.storage.layout import Datasets
 from tlcapture.views.attention import attention_hooks, attention_view
 from tlcapture.views.logit_lens import logit_lens_view
