@@ -1,10 +1,10 @@
-"""An experiment as an object: its captures, opened when they are touched.
+"""An experiment as an object, whose captures are opened on first use.
 
 exp = Experiment("my_exp")
-cap = exp.captures("single_trait")["3"]        # or [3]: prompt ids that are numbers, as numbers
+cap = exp.captures("single_trait")["3"]        # or [3], if prompt ids are numbers
 cap.residual(16, "residual_out")               # [n_tokens, d_model]
 cap.project("behavioral/refusal").trajectory   # [n_tokens]
-cap.plot.trajectory("behavioral/refusal")      # figures, frames, patterns: tlcapture/explore.py
+cap.plot.trajectory("behavioral/refusal")      # a Plotly figure
 cap.cache["resid_post", 16]                    # TransformerLens's ActivationCache
 """
 
@@ -33,7 +33,14 @@ _MOST_ROWS = 50
 
 
 class Experiment:
-    """One experiment's folder. Raises `InputError` where there is none."""
+    """An experiment: its configuration, captures, trait vectors and model.
+
+    Args:
+        name: the experiment's folder below `experiments/`.
+        root: the folder with `experiments/` and `datasets/`; `TLCAPTURE_ROOT` or the current folder by default.
+
+    Raises `InputError` if the experiment does not exist.
+    """
 
     def __init__(self, name: str, root: str | Path | None = None):
         self.layout = Layout(Path(root or default_root()), name)
@@ -55,21 +62,22 @@ class Experiment:
 
     @property
     def config(self) -> ExperimentConfig:
+        """The content of `config.json`: models, chat template and system prompt."""
         return read_config(self.layout)
 
     @property
     def prompt_sets(self) -> list[str]:
-        """Prompt sets with captures."""
+        """Names of the prompt sets with captures."""
         return self.layout.captured_prompt_sets()
 
     @property
     def traits(self) -> list[str]:
-        """Traits with vectors."""
+        """Names of the traits with vectors, as `category/name`."""
         return [str(trait) for trait in self.layout.traits()]
 
     @property
     def captures(self) -> AllCaptures:
-        """All captures: `captures("single_trait")[3]`, or `captures["single_trait"][3]`."""
+        """All captures by prompt set: `captures["single_trait"][3]`, or `captures("single_trait")[3]`."""
         return AllCaptures(self)
 
     def to_pandas(
@@ -79,13 +87,16 @@ class Experiment:
         layers: Layers = "own",
         component: str = "residual",
     ) -> DataFrame:
-        """A tidy frame of a prompt set's projection files; `tlcapture/explore/frames.py` says what its columns are.
+        """The projection files of a prompt set as a tidy data frame.
+
+        Columns are `prompt_id`, `token_idx`, `token`, `part`, `trait`, `layer` and `score`.
 
         Args:
-            traits: one, several, or all that the set is projected onto.
-            layers: `own`, each vector's own layer; `all`; a layer; or several.
+            traits: one or several; all that the set is projected onto by default.
+            layers: `own` (each vector's own layer), `all`, a layer, or several.
+            component: `residual` or `attn_out`.
 
-        Raises `InputError`, naming the command that makes them, where there are no projections.
+        Raises `InputError`, naming the command to run, if the set has no projections.
         """
         from tlcapture.explore.frames import tidy_frame
         from tlcapture.traits.saved_projections import saved_projections
@@ -94,17 +105,23 @@ class Experiment:
 
     @cached_property
     def model(self) -> Model:
-        """The experiment's inference model, loaded when first touched."""
+        """The experiment's inference model, loaded on first use.
+
+        Raises `InputError` if the experiment has no model yet, `ModelError` if it cannot be loaded.
+        """
         from tlcapture.models.loading import load_model
 
         name = self.config.inference_model or self.config.extraction_model
         if name is None:
-            raise InputError(f"experiment {self.layout.experiment!r} has captured nothing yet: it names no model")
+            raise InputError(f"experiment {self.layout.experiment!r} has no model yet: capture or extract first")
         return load_model(name)
 
 
 class AllCaptures(Mapping[str, "Captures"]):
-    """The captures of an experiment by prompt set; called, those of one set, even if there are none."""
+    """The captures of an experiment, a mapping from prompt set to `Captures`.
+
+    Indexing raises `KeyError` for a prompt set without captures; calling returns an empty `Captures`.
+    """
 
     def __init__(self, experiment: Experiment):
         self._experiment = experiment
@@ -114,7 +131,7 @@ class AllCaptures(Mapping[str, "Captures"]):
 
     def __getitem__(self, prompt_set: str) -> Captures:
         if prompt_set not in self._experiment.prompt_sets:
-            raise KeyError(f"{prompt_set!r}: there are captures of {', '.join(self) or 'no prompt set'}")
+            raise KeyError(f"{prompt_set!r}: prompt sets with captures: {', '.join(self) or 'none'}")
         return self(prompt_set)
 
     def __iter__(self) -> Iterator[str]:
@@ -134,7 +151,10 @@ class AllCaptures(Mapping[str, "Captures"]):
 
 
 class Captures(Mapping[str, "SavedCapture"]):
-    """Captures of one prompt set, in the order of their ids; none is opened before it is touched."""
+    """The captures of one prompt set, a mapping from prompt id to `SavedCapture`, in the order of their ids.
+
+    Captures are opened on first use. Indexing raises `KeyError` for a prompt without a capture.
+    """
 
     def __init__(self, experiment: Experiment, prompt_set: str):
         self._experiment = experiment
@@ -144,11 +164,7 @@ class Captures(Mapping[str, "SavedCapture"]):
     def __getitem__(self, prompt_id: str | int) -> SavedCapture:
         if str(prompt_id) not in self._ids:
             only = str(prompt_id) in self._experiment.layout.prompt_ids(self.prompt_set)
-            hint = (
-                "; of this prompt only projections were kept: .to_pandas(...) of the experiment has them"
-                if only
-                else ""
-            )
+            hint = "; only projections of this prompt were kept: use .to_pandas(...) of the experiment" if only else ""
             raise KeyError(
                 f"{prompt_id!r}: prompt set {self.prompt_set!r} has captures {', '.join(self._ids) or 'none'}{hint}"
             )
@@ -167,7 +183,7 @@ class Captures(Mapping[str, "SavedCapture"]):
         return list(self)
 
     def _repr_html_(self) -> str:
-        """A table of tokens and responses; of many captures the first."""
+        """A table of token counts and responses of the first captures."""
         shown = list(self._ids)[:_MOST_ROWS]
         rows = "".join(
             f"<tr><td>{escape(prompt_id)}</td><td>{len(self[prompt_id].prompt.tokens)}</td>"

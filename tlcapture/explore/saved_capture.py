@@ -1,4 +1,4 @@
-"""A capture of an experiment, opened when something of it is used."""
+"""A capture of an experiment, opened on first use."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from tlcapture.explore.experiment import Experiment
     from tlcapture.models.loading import Model
 
-_OF_CAPTURES = (
+_CAPTURE_ATTRIBUTES = (
     "prompt", "response", "metadata", "tokens", "token_ids", "residual", "n_layers", "d_model", "save",
 )  # fmt: skip
 
 
 class SavedCapture(ExplorableCapture):
-    """A capture of an experiment, opened (memory-mapped) when something of it is touched.
+    """A capture of an experiment, opened (memory-mapped) on first use.
 
-    Everything of `Capture` is here as well: `tokens`, `prompt`, `response`, `residual(layer, point)`.
+    Has every attribute of `Capture`, such as `tokens`, `prompt`, `response` and `residual(layer, point)`.
     """
 
     def __init__(self, experiment: Experiment, prompt_set: str, prompt_id: str):
@@ -33,6 +33,7 @@ class SavedCapture(ExplorableCapture):
 
     @cached_property
     def capture(self) -> Capture:
+        """The opened file; raises `StorageError` if it is damaged."""
         from tlcapture.captures.capture import Capture
 
         return Capture.open(self.experiment.layout.residual(self.prompt_set, self.prompt_id))
@@ -43,7 +44,7 @@ class SavedCapture(ExplorableCapture):
         return getattr(self.capture, name)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *_OF_CAPTURES})
+        return sorted({*super().__dir__(), *_CAPTURE_ATTRIBUTES})
 
     def __repr__(self) -> str:
         return f"Saved{self.capture!r}"
@@ -59,12 +60,12 @@ class SavedCapture(ExplorableCapture):
         return self.experiment.layout
 
     def _model(self) -> Model:
-        """The experiment's model, if it is the one that was captured."""
-        model, mark = self.experiment.model, self.capture.metadata.get("model_fingerprint")
-        if model.fingerprint != mark:
+        """The experiment's model; raises `InputError` if the capture is from another one."""
+        model, fingerprint = self.experiment.model, self.capture.metadata.get("model_fingerprint")
+        if model.fingerprint != fingerprint:
             raise InputError(
                 f"{self.prompt_set}/{self.prompt_id} was captured from {self.capture.metadata['inference_model']!r} "
-                f"(fingerprint {mark}), but the experiment's model is now {model.name!r} ({model.fingerprint})"
+                f"(fingerprint {fingerprint}), but the experiment's model is now {model.name!r} ({model.fingerprint})"
             )
         return model
 
@@ -72,6 +73,6 @@ class SavedCapture(ExplorableCapture):
         layout = self.experiment.layout
         path_of = layout.attention if kind == "attention" else layout.logit_lens
         path, raw = path_of(self.prompt_set, self.prompt_id), layout.residual(self.prompt_set, self.prompt_id)
-        # One that is older than its capture belongs to an earlier run of the prompt.
+        # A file older than the capture belongs to an earlier run of the prompt.
         is_current = path.is_file() and path.stat().st_mtime_ns >= raw.stat().st_mtime_ns
         return path if is_current else None
