@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tlcapture.generation.loop import Generation, Sampling, generate
 from tlcapture.models.loading import Model
-from tlcapture.prompts.tokenization import TokenizedPrompt, stop_ids
+from tlcapture.prompts.chat_template import stop_ids
+from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.views.residual import residual_hooks, residual_view
 
 Found = dict[str, list[int]]

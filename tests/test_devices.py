@@ -1,4 +1,4 @@
-"""A model over several devices: blocks lie where their input goes, and what is captured does not tell."""
+"""A model distributed over several devices: captures equal those of one device."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs tw
 
 
 @tiny.needs_hooked
-def test_every_module_lies_where_its_input_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without two devices: `meta` stands for the second one."""
+def test_every_module_is_on_the_device_of_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`meta` stands in for a second device."""
     import copy
 
     from transformer_lens.utilities import multi_gpu
 
     tl = copy.deepcopy(tiny.model("gpt2", "hooked").tl)
-    places = [torch.device("cpu"), torch.device("cpu"), torch.device("meta")]
-    monkeypatch.setattr(multi_gpu, "get_device_for_block_index", lambda layer, cfg: places[layer])
+    devices = [torch.device("cpu"), torch.device("cpu"), torch.device("meta")]
+    monkeypatch.setattr(multi_gpu, "get_device_for_block_index", lambda layer, cfg: devices[layer])
     hooked.spread(tl)
     for name, value in [*tl.named_parameters(), *tl.named_buffers()]:
-        behind = name.startswith(("blocks.2.", "ln_final.", "unembed."))
-        assert value.device.type == ("meta" if behind else "cpu"), name
+        on_second = name.startswith(("blocks.2.", "ln_final.", "unembed."))
+        assert value.device.type == ("meta" if on_second else "cpu"), name
 
 
 @tiny.needs_hooked
-def test_blocks_are_spread_evenly_from_the_first_device_on() -> None:
+def test_blocks_are_distributed_evenly_starting_at_the_first_device() -> None:
     from types import SimpleNamespace
 
     from transformer_lens.utilities.multi_gpu import get_device_for_block_index
@@ -47,9 +47,9 @@ def test_blocks_are_spread_evenly_from_the_first_device_on() -> None:
 
 
 @pytest.mark.parametrize("engine", tiny.ENGINES)
-def test_too_few_devices_are_said(tiny_folder: Any, engine: str) -> None:
+def test_too_few_devices_are_an_error(tiny_folder: Any, engine: str) -> None:
     count = torch.cuda.device_count() + 2
-    with pytest.raises(ModelError, match=f"--n-devices {count}: it takes as many CUDA devices, there are"):
+    with pytest.raises(ModelError, match=f"--n-devices {count}: requires that many CUDA devices, found"):
         load_model(str(tiny_folder), engine="bridge" if engine == "bridge" else "auto", n_devices=count)
 
 
@@ -67,21 +67,21 @@ def captured(model: Model) -> tuple[dict[str, Any], Any]:
 
 @two_devices
 @pytest.mark.parametrize("engine", ["hooked", "bridge"])
-def test_two_devices_capture_what_one_does(tiny_folder: Any, engine: str) -> None:
+def test_captures_on_two_devices_equal_those_on_one(tiny_folder: Any, engine: str) -> None:
     one, two = (load_model(str(tiny_folder), engine=engine, device="cuda", n_devices=n) for n in (1, 2))
     assert len({parameter.device for parameter in two.tl.parameters()}) == 2
-    (theirs, their_lens), (ours, our_lens) = captured(one), captured(two)
-    for name, value in theirs.items():
-        assert relative(ours[name], value) < 1e-4, name
-    assert relative(our_lens, their_lens) < 1e-4
+    (expected, expected_lens), (found, found_lens) = captured(one), captured(two)
+    for name, value in expected.items():
+        assert relative(found[name], value) < 1e-4, name
+    assert relative(found_lens, expected_lens) < 1e-4
 
 
-def test_the_option_reaches_the_loader(tlcapture: Any, root: Any, tiny_folder: Any) -> None:
+def test_the_option_is_passed_to_the_loader(tlcapture: Any, root: Any, tiny_folder: Any) -> None:
     result = tlcapture("capture", "--experiment", "exp", "--prompt", "x", "--model", tiny_folder, "--n-devices", 64)
     assert result.exit_code == 2
-    assert "--n-devices 64: it takes as many CUDA devices" in result.stderr
+    assert "--n-devices 64: requires that many CUDA devices" in result.stderr
     assert not (root / "experiments").exists()
 
 
-def test_a_model_in_memory_stays_on_one_device_unless_told() -> None:
+def test_a_model_in_memory_stays_on_one_device_by_default() -> None:
     assert from_hugging_face(tiny.hf_model("gpt2"), tiny.tokenizer(), name="x").last_device.type == "cpu"

@@ -1,4 +1,4 @@
-"""Plotly figures say what the numbers say, leave the attention sink off their scales, and fetch nothing."""
+"""Plotly figures show the given numbers, exclude the attention sink from the scale, and load nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tlcapture.explore.offline_figure import OfflineFigure, plotly_text
 
 
 def boundary(figure: OfflineFigure) -> float:
-    """Where the dashed vertical line is."""
+    """Position of the dashed vertical line."""
     (line,) = [shape for shape in figure.layout.shapes if shape.line.dash == "dash" and shape.x0 == shape.x1]
     return float(line.x0)
 
@@ -34,7 +34,7 @@ def test_a_trajectory_marks_the_commitment_point_and_persistence() -> None:
     figure = trajectory_figure([projected(commitment_point=5, persistence=0)])
     _, span, diamond = figure.data
     assert (list(diamond.x), list(diamond.y)) == ([5], [25])
-    assert list(span.x) == [7]  # the peak of |s| behind the sink is the last token
+    assert list(span.x) == [7]  # the peak of |s| after the sink is the last token
     scores = projected().scores
     scores[1:, 2, -1] = [-60, -40, -30, 1, 2, 3, 4]
     low = projected(scores=scores, commitment_point=None, persistence=2)
@@ -42,14 +42,14 @@ def test_a_trajectory_marks_the_commitment_point_and_persistence() -> None:
     assert list(span.x) == [1, 2, 3]
 
 
-def test_each_trait_has_a_line_and_no_trait_is_an_error() -> None:
+def test_there_is_one_line_per_trait_and_at_least_one_trait() -> None:
     figure = trajectory_figure([projected(), projected(trait="tone/warm", commitment_point=None)])
     assert {trace.legendgroup for trace in figure.data} == {"tone/loud (layer 2)", "tone/warm (layer 2)"}
     with pytest.raises(InputError, match="no trait to draw"):
         trajectory_figure([])
 
 
-def test_the_layers_heatmap_is_symmetric_about_0_and_leaves_the_sink_out() -> None:
+def test_the_layers_heatmap_is_symmetric_about_0_and_excludes_the_sink() -> None:
     figure = layers_figure(projected())
     (heatmap,) = figure.data
     assert np.isnan(heatmap.z[:, 0]).all()
@@ -61,7 +61,7 @@ def test_the_layers_heatmap_is_symmetric_about_0_and_leaves_the_sink_out() -> No
         layers_figure(projected(), "nix")
 
 
-def test_the_lens_figure_has_a_cell_for_each_layer_and_prediction() -> None:
+def test_the_lens_figure_has_one_cell_per_layer_and_prediction() -> None:
     (heatmap,) = lens_figure(predictions()).data
     assert heatmap.z.shape == (N_LAYERS, len(TOKENS) - 1)
     assert heatmap.z[:, 0] == pytest.approx([0.2, 0.4, 0.6, 0.8])
@@ -78,7 +78,7 @@ def test_an_attention_figure_shows_one_head_and_nothing_above_the_diagonal() -> 
         attention_figure(heads(), 2)
 
 
-def test_a_capture_of_one_token_can_be_drawn() -> None:
+def test_a_capture_of_one_token_can_be_plotted() -> None:
     one = projected(
         tokens=["a"], n_prompt_tokens=1, scores=projected().scores[:1], commitment_point=None, persistence=0
     )
@@ -86,7 +86,7 @@ def test_a_capture_of_one_token_can_be_drawn() -> None:
     assert layers_figure(one).data[0].zmax == 1
 
 
-def test_tokens_are_no_markup_to_plotly() -> None:
+def test_tokens_are_escaped_for_plotly() -> None:
     assert plotly_text("<b>$x$ & y</b>") == "&lt;b&gt;&#36;x&#36; &amp; y&lt;/b&gt;"
     for figure in (trajectory_figure([projected()]), layers_figure(projected()), attention_figure(heads(), 0)):
         assert not any("<" in text or "$" in text for text in figure.layout.xaxis.ticktext)
@@ -95,14 +95,14 @@ def test_tokens_are_no_markup_to_plotly() -> None:
     assert "<b>" not in trajectory_figure([hostile]).layout.title.text
 
 
-def test_html_of_a_figure_loads_nothing() -> None:
+def test_the_html_of_a_figure_loads_nothing() -> None:
     html = trajectory_figure([projected()])._repr_html_()
     assert not re.search(r"""<(script|link|img)[^>]*(src|href)=["']?https?:""", html)
     assert "mathjax/" not in html.lower().replace("mathjaxconfig", "")
     assert html == html.replace("cdnjs", "")
 
 
-def test_a_figure_on_a_terminal_is_one_line_and_opens_no_browser(
+def test_a_figure_in_a_terminal_is_one_line_and_opens_no_browser(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import plotly.io as pio
@@ -115,7 +115,7 @@ def test_a_figure_on_a_terminal_is_one_line_and_opens_no_browser(
     assert "short/1" in out
 
 
-def test_show_opens_a_page_of_its_own_in_a_browser(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_show_opens_a_browser(monkeypatch: pytest.MonkeyPatch) -> None:
     import plotly.io as pio
 
     opened: list[str] = []
@@ -129,7 +129,7 @@ def test_show_opens_a_page_of_its_own_in_a_browser(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("renderer", "kind"), [("plotly_mimetype", "application/vnd.plotly.v1+json"), ("notebook", "text/html")]
 )
-def test_a_notebook_gets_the_figure_in_the_form_it_takes(
+def test_a_notebook_gets_the_figure_in_the_format_it_supports(
     monkeypatch: pytest.MonkeyPatch, renderer: str, kind: str
 ) -> None:
     import plotly.io as pio

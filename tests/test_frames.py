@@ -1,4 +1,4 @@
-"""Tidy frames: a row a prompt, token, trait and layer, with the numbers of the projection files."""
+"""Tidy frames: one row per prompt, token, trait and layer, with the scores of the projection files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from tests.samples import N_LAYERS, N_PROMPT, POINTS, TOKENS, projected
 from tlcapture import Experiment
 from tlcapture.errors import InputError, StorageError
-from tlcapture.explore.frames import COLUMNS, frame
+from tlcapture.explore.frames import COLUMNS, tidy_frame
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.projected_tokens import ProjectedTokens
@@ -20,8 +20,7 @@ from tlcapture.traits.projected_tokens import ProjectedTokens
 
 def content(trait: str = "tone/loud", prompt_id: str = "1", **changes: Any) -> dict[str, Any]:
     """A projection file with the numbers of `projected()`."""
-    line = projected()
-    scores = line.scores.tolist()
+    scores = projected().scores.tolist()
     return {
         "prompt": {"text": "", "tokens": TOKENS[:N_PROMPT], "n_tokens": N_PROMPT},
         "response": {"text": "", "tokens": TOKENS[N_PROMPT:], "n_tokens": len(TOKENS) - N_PROMPT},
@@ -38,7 +37,7 @@ def content(trait: str = "tone/loud", prompt_id: str = "1", **changes: Any) -> d
 
 
 def write(layout: Layout, trait: str, prompt_id: str, value: Any = None) -> Path:
-    """A projection file and the trace of a capture, without any tensor."""
+    """A projection file, and an empty file in place of the capture."""
     raw = layout.residual("short", prompt_id)
     raw.parent.mkdir(parents=True, exist_ok=True)
     raw.write_bytes(b"")
@@ -58,8 +57,8 @@ def exp(tmp_path: Path) -> Experiment:
     return Experiment("exp", tmp_path)
 
 
-def test_a_frame_has_a_row_for_each_token_at_the_vectors_own_layer() -> None:
-    found = frame([projected()])
+def test_a_frame_has_one_row_per_token_at_the_vectors_own_layer() -> None:
+    found = tidy_frame([projected()])
     assert tuple(found.columns) == COLUMNS
     assert found.token_idx.tolist() == list(range(len(TOKENS)))
     assert found.token.tolist() == TOKENS
@@ -69,19 +68,19 @@ def test_a_frame_has_a_row_for_each_token_at_the_vectors_own_layer() -> None:
     assert [str(found[name].dtype) for name in ("token_idx", "layer", "score")] == ["int64", "int64", "float64"]
 
 
-def test_layers_may_be_all_one_or_several() -> None:
-    assert len(frame([projected()], "all")) == N_LAYERS * len(TOKENS)
-    several = frame([projected()], [0, 3])
+def test_layers_can_be_all_one_or_several() -> None:
+    assert len(tidy_frame([projected()], "all")) == N_LAYERS * len(TOKENS)
+    several = tidy_frame([projected()], [0, 3])
     assert several[several.token_idx == 4].score.tolist() == [4, 34]
-    assert frame([projected()], 3).score.tolist()[1] == 31
+    assert tidy_frame([projected()], 3).score.tolist()[1] == 31
     with pytest.raises(InputError, match="no layer 4: the projection has layers 0 to 3"):
-        frame([projected()], 4)
+        tidy_frame([projected()], 4)
     with pytest.raises(InputError, match="expected 'own', 'all'"):
-        frame([projected()], "every")
+        tidy_frame([projected()], "every")
 
 
-def test_a_frame_of_nothing_has_the_columns_and_kinds() -> None:
-    found = frame([])
+def test_an_empty_frame_has_columns_and_dtypes() -> None:
+    found = tidy_frame([])
     assert tuple(found.columns) == COLUMNS
     assert str(found.score.dtype) == "float64"
 
@@ -97,7 +96,7 @@ def test_an_experiments_frame_holds_all_prompts_and_traits_in_order(exp: Experim
     assert not exp.to_pandas("short", layers="all").duplicated(keys).any()
 
 
-def test_what_is_missing_is_an_error_that_names_the_command(exp: Experiment) -> None:
+def test_the_error_for_missing_projections_names_the_command(exp: Experiment) -> None:
     with pytest.raises(
         InputError, match=r"no captures of prompt set 'nix'.*run 'tlcapture capture .*--prompt-set nix'"
     ):
@@ -110,7 +109,7 @@ def test_what_is_missing_is_an_error_that_names_the_command(exp: Experiment) -> 
         exp.to_pandas("short", component="mlp")
 
 
-def test_captures_without_projections_are_named_in_a_warning(exp: Experiment) -> None:
+def test_a_warning_lists_captures_without_projections(exp: Experiment) -> None:
     exp.layout.residual("short", "11").write_bytes(b"")
     with pytest.warns(UserWarning, match=r"1 of 3 captures of 'short' have no projection and are left out: 11"):
         exp.to_pandas("short")
@@ -121,7 +120,7 @@ def test_captures_without_projections_are_named_in_a_warning(exp: Experiment) ->
 
 
 @pytest.mark.parametrize(
-    ("change", "complaint"),
+    ("change", "expected"),
     [
         ({"prompt": {"tokens": TOKENS[:2]}}, "not as many projections as tokens"),
         ({"projections": {"prompt": []}}, "not a valid projection file: projections.response: Field required"),
@@ -129,15 +128,15 @@ def test_captures_without_projections_are_named_in_a_warning(exp: Experiment) ->
         ({"dynamics": {"commitment_point": 99, "persistence": 0}}, "commitment point 99 of 8 tokens"),
     ],
 )
-def test_a_damaged_file_is_named(exp: Experiment, change: dict[str, Any], complaint: str) -> None:
+def test_a_damaged_file_is_named(exp: Experiment, change: dict[str, Any], expected: str) -> None:
     path = write(exp.layout, "tone/loud", "2", content() | change)
-    with pytest.raises(StorageError, match=f"{path.name}: .*{complaint}"):
+    with pytest.raises(StorageError, match=f"{path.name}: .*{expected}"):
         ProjectedTokens.read(path)
-    with pytest.raises(StorageError, match=complaint):
+    with pytest.raises(StorageError, match=expected):
         exp.to_pandas("short")
 
 
-def test_a_layer_beyond_the_scores_is_no_number() -> None:
+def test_a_layer_beyond_the_scores_and_nan_are_refused() -> None:
     with pytest.raises(StorageError, match="a vector of layer 7, but scores of 4 layers"):
         projected(layer=7)
     with pytest.raises(StorageError, match="NaN"):

@@ -16,7 +16,8 @@ from tlcapture.models.engines.base import Step
 from tlcapture.models.fast import forward
 from tlcapture.models.fast.state import FastState
 from tlcapture.models.loading import Model, from_hugging_face
-from tlcapture.prompts.tokenization import TokenizedPrompt, stop_ids
+from tlcapture.prompts.chat_template import stop_ids
+from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.views.attention import attention_hooks
 from tlcapture.views.residual import residual_hooks
 

@@ -1,4 +1,4 @@
-"""What notebooks and terminals show: tokens stay text, colours keep to the numbers, nothing is fetched."""
+"""HTML and terminal display: tokens are escaped, colours follow the scores, nothing is loaded from other hosts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCORES = [900.0, 1.0, -2.0, 4.0, -4.0, 0.0, 2.0, 1.0]
 
 
 class Page(HTMLParser):
-    """What a browser would make of HTML: its elements, its text, what it refers to."""
+    """HTML as a browser parses it: elements, text and attributes."""
 
     def __init__(self, html: str):
         super().__init__()
@@ -41,7 +41,7 @@ def shown() -> ColouredTokens:
 
 
 @pytest.mark.parametrize("html", [shown()._repr_html_(), ColouredTokens(TOKENS, N_PROMPT)._repr_html_()])
-def test_hostile_tokens_are_text_in_a_page(html: str) -> None:
+def test_hostile_tokens_are_escaped(html: str) -> None:
     page = Page(html)
     assert {tag for tag, _ in page.elements} == {"div", "span"}
     assert not page.attributes("onerror") + page.attributes("onmouseover") + page.attributes("src")
@@ -51,7 +51,7 @@ def test_hostile_tokens_are_text_in_a_page(html: str) -> None:
     assert "\x1b" not in html
 
 
-def test_every_token_has_a_place_and_a_number_under_the_mouse() -> None:
+def test_every_token_has_a_tooltip_with_its_index_and_score() -> None:
     titles = Page(shown()._repr_html_()).attributes("title")
     assert len(titles) == len(TOKENS)
     assert titles[3].startswith("3 response")
@@ -60,7 +60,7 @@ def test_every_token_has_a_place_and_a_number_under_the_mouse() -> None:
     assert "+900" in titles[0]
 
 
-def test_the_scale_is_symmetric_and_leaves_the_first_token_out() -> None:
+def test_the_scale_is_symmetric_and_excludes_the_first_token() -> None:
     assert scale_of(SCORES) == 4
     assert scale_of([7.0]) == scale_of([1.0, 0.0]) == 1
     styles = Page(shown()._repr_html_()).attributes("style")[-len(TOKENS) :]
@@ -68,25 +68,25 @@ def test_the_scale_is_symmetric_and_leaves_the_first_token_out() -> None:
     red = [match and (int(match[1]) > int(match[2])) for match in colours]
     opacity = [match and float(match[3]) for match in colours]
     assert red[3] and not red[4]
-    assert opacity[3] == opacity[4]  # as far above as below
+    assert opacity[3] == opacity[4]  # equally far above and below 0
     assert opacity[6] == pytest.approx(opacity[3] / 2, abs=1e-3)
     assert opacity[5] == 0
     assert "dashed" in styles[0]
 
 
-def test_a_newline_is_a_mark_and_a_new_line() -> None:
+def test_a_newline_is_shown_as_a_symbol_and_breaks_the_line() -> None:
     assert "\u23ce\n" in Page(shown()._repr_html_()).text
     assert "\u23ce\n" in shown().ansi()
     assert "\n" not in repr(shown())
 
 
-def test_without_a_trait_prompt_and_response_are_tinted_apart() -> None:
+def test_without_a_trait_prompt_and_response_have_different_colours() -> None:
     styles = Page(ColouredTokens(TOKENS, N_PROMPT)._repr_html_()).attributes("style")[-len(TOKENS) :]
     assert len(set(styles[:N_PROMPT])) == len(set(styles[N_PROMPT:])) == 1
     assert styles[0] != styles[-1]
 
 
-def test_a_terminal_gets_colours_and_no_control_characters_of_the_text() -> None:
+def test_terminal_output_has_colours_and_no_control_characters_of_the_text() -> None:
     ansi = shown().ansi()
     assert "\x1b[2J" not in ansi
     assert set(re.findall("\x1b\\[[^m]*m", ansi)) >= {"\x1b[0m"}
@@ -100,10 +100,10 @@ def test_scores_that_do_not_fit_the_tokens_are_refused() -> None:
         ColouredTokens(["a"], 1, [float("nan")])
 
 
-def test_attention_heads_carry_circuitsvis_and_reach_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_heads_embed_circuitsvis_and_load_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     import urllib.request
 
-    monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **options: pytest.fail("it asks the network"))
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **options: pytest.fail("network access"))
     html = heads()._repr_html_()
     page = Page(html)
     assert [tag for tag, _ in page.elements] == ["div", "script"]
@@ -112,18 +112,18 @@ def test_attention_heads_carry_circuitsvis_and_reach_for_nothing(monkeypatch: py
     assert "AttentionHeads" in html
     data = html[html.rindex("CircuitsVis.render(") :]
     assert "<img" not in data
-    assert data.count("</script") == 1  # the element's own end
+    assert data.count("</script") == 1  # the end of the element itself
     assert HOSTILE.replace("<", "\\u003c") in data
 
 
-def test_attention_heads_without_circuitsvis_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_heads_without_circuitsvis_name_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tlcapture.explore.attention_heads._circuitsvis", lambda: None)
     page = Page(heads()._repr_html_())
     assert "2 heads" in page.text
     assert "pip install" in page.text
 
 
-def test_attention_heads_refuse_a_head_there_is_not() -> None:
+def test_attention_heads_refuse_a_missing_head() -> None:
     assert heads().pattern(1).trace() == len(TOKENS)
     with pytest.raises(InputError, match=r"no head 2: layer 1 has heads 0 to 1"):
         heads().pattern(2)
@@ -131,23 +131,23 @@ def test_attention_heads_refuse_a_head_there_is_not() -> None:
         heads().pattern(-1)
 
 
-def test_predictions_are_a_table_of_text() -> None:
+def test_the_logit_lens_table_escapes_its_texts() -> None:
     page = Page(predictions()._repr_html_())
     assert {tag for tag, _ in page.elements} == {"div", "table", "tr", "th", "td"}
-    assert page.text.count(HOSTILE) == 4 * 7 + 1  # each cell's likeliest token, and the head of a column
+    assert page.text.count(HOSTILE) == 4 * 7 + 1  # each cell's most likely token, and one column header
     assert all("rank 3" in title for title in page.attributes("title"))
     assert "4 layers" in repr(predictions())
 
 
-def test_predictions_of_another_length_are_refused() -> None:
+def test_a_logit_lens_table_of_another_length_is_refused() -> None:
     from dataclasses import replace
 
     with pytest.raises(StorageError, match="for 7 tokens"):
         replace(predictions(), tokens=TOKENS[:-1])
 
 
-def test_a_browser_runs_nothing_of_a_token(tmp_path: Path) -> None:
-    """In a real browser, where there is one: no dialog, no request, no element that a token made."""
+def test_a_browser_executes_no_token(tmp_path: Path) -> None:
+    """In a real browser, if installed: no dialog, no request and no element from a token."""
     from tests.samples import projected
     from tlcapture.explore.figures import attention_figure, layers_figure, lens_figure, trajectory_figure
 

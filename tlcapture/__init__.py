@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tlcapture.captures.capture import Capture
     from tlcapture.errors import TlcaptureError
     from tlcapture.explore.experiment import Experiment
-    from tlcapture.explore.live import capture
+    from tlcapture.explore.live_capture import capture
     from tlcapture.models.loading import load_model
     from tlcapture.prompts.prompt_sets import Prompt, PromptSet
 
@@ -26,7 +26,7 @@ _HOMES = {
     "Prompt": "tlcapture.prompts.prompt_sets",
     "PromptSet": "tlcapture.prompts.prompt_sets",
     "TlcaptureError": "tlcapture.errors",
-    "capture": "tlcapture.explore.live",
+    "capture": "tlcapture.explore.live_capture",
     "load_ipython_extension": "tlcapture.explore.magics",  # what %load_ext tlcapture looks for
     "load_model": "tlcapture.models.loading",
 }

@@ -594,7 +594,7 @@ def test_a_chat_template_that_refuses_has_an_error_of_one_line(tlcapture: Run, r
 def test_a_system_prompt_that_is_not_unicode_is_refused(capture: Run) -> None:
     result = capture("--system-prompt", "bad \udcff byte")
     assert result.exit_code == 2
-    assert "no valid Unicode" in result.stderr
+    assert "not valid Unicode" in result.stderr
 
 
 def test_a_single_token_has_a_lens_without_predictions(capture: Run, analysis: Path, data: Path) -> None:

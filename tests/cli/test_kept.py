@@ -16,7 +16,7 @@ from tests import tiny
 from tlcapture.captures.capture import Capture
 from tlcapture.errors import InputError, StorageError
 from tlcapture.explore.experiment import Experiment
-from tlcapture.explore.live import capture as capture_live
+from tlcapture.explore.live_capture import capture as capture_live
 from tlcapture.page.contents import Contents
 from tlcapture.storage.files import read_json
 from tlcapture.traits.projected_tokens import ProjectedTokens

@@ -15,7 +15,7 @@ from click.testing import Result
 from tests.cli.conftest import make_prompt_set
 from tests.evidence import Evidence
 from tests.input import captures
-from tests.report.conftest import attention, logit_lens, projection, write
+from tests.page.conftest import attention, logit_lens, projection, write
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.vectors import VectorFolder

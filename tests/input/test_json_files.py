@@ -17,14 +17,14 @@ import torch
 
 from tests.evidence import Evidence
 from tests.input.strategies import Damaged, check_refusal, damaged_json, replaced, try_all, without
-from tests.report.conftest import N_HEADS, N_LAYERS, TRAIT, attention, logit_lens, projection
+from tests.page.conftest import N_HEADS, N_LAYERS, TRAIT, attention, logit_lens, projection
 from tlcapture.commands.evaluate import best_rows, draw_heatmaps
 from tlcapture.commands.project import ProjectOptions, run_project
 from tlcapture.commands.steer import draw_curves, read_questions
 from tlcapture.commands.top_traits import top_traits
 from tlcapture.errors import StorageError, TlcaptureError
 from tlcapture.explore.attention_heads import heads_of_file
-from tlcapture.explore.prediction_table import table_of_file
+from tlcapture.explore.logit_lens_table import table_of_file
 from tlcapture.names import Trait, is_safe_name
 from tlcapture.prompts.prompt_sets import read_prompt_set
 from tlcapture.runs.report import RunReport

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.evidence import Evidence
 from tests.input import captures
 from tests.input.strategies import check_refusal
-from tests.report.conftest import TRAIT, write_experiment
+from tests.page.conftest import TRAIT, write_experiment
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.capture_outputs import write_capture
 from tlcapture.commands.project import ProjectOptions, run_project

@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 from tests.evidence import Evidence
 from tests.input.strategies import Damaged, damaged_json, try_all
 from tests.input.test_names_and_links import HOSTILE, LINKS, SECRET, link_out
-from tests.report.conftest import TRAIT, attention, logit_lens, projection, write_experiment
+from tests.page.conftest import TRAIT, attention, logit_lens, projection, write_experiment
 from tlcapture.page.contents import RESOURCES
 from tlcapture.page.server import listen, page_app, serve
 

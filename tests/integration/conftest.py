@@ -1,4 +1,4 @@
-"""An experiment of the embedded model, made once for all tests of this folder."""
+"""An experiment of the embedded model, created once for all tests of this folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tlcapture.cli.main import main
 
 @pytest.fixture(scope="session")
 def embedded_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An experiment of the embedded model: two traits' vectors and two captures."""
+    """An experiment of the embedded model with vectors of two traits and two captures."""
     root = tmp_path_factory.mktemp("root")
     for trait in ("behavioral/refusal", "style/formality"):
         shipped = Path("datasets/traits") / trait

@@ -1,4 +1,4 @@
-"""The real embedded model: the promises once more, where it counts."""
+"""The embedded model against Hugging Face."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from tlcapture.doctor.run import check_model
 from tlcapture.generation.loop import Generation, Sampling, generate, teacher_force
 from tlcapture.models.embedded import embedded_folder
 from tlcapture.models.loading import from_hooked_transformer, load_model
+from tlcapture.prompts.chat_template import stop_ids
 from tlcapture.prompts.prompt_sets import read_prompt_set
-from tlcapture.prompts.tokenization import stop_ids, tokenize
+from tlcapture.prompts.tokenization import tokenize
 from tlcapture.storage.layout import Datasets
 from tlcapture.views.attention import attention_hooks, attention_view
 from tlcapture.views.logit_lens import logit_lens_view
@@ -51,7 +52,7 @@ def runs(smollm2: Any, prompts: list[Any]) -> dict[str, Generation]:
     return {outcome.prompt.id: outcome for outcome in outcomes if isinstance(outcome, Generation)}
 
 
-def test_logits_are_hugging_faces(smollm2: Any, reference: Any, prompts: list[Any]) -> None:
+def test_logits_equal_hugging_face(smollm2: Any, reference: Any, prompts: list[Any]) -> None:
     ids = list(prompts[0].token_ids)
     last = f"blocks.{smollm2.n_layers - 1}.hook_resid_post"
     logits = smollm2.unembed(teacher_force(smollm2, ids, [last])[last])
@@ -59,7 +60,7 @@ def test_logits_are_hugging_faces(smollm2: Any, reference: Any, prompts: list[An
         assert (logits - reference(torch.tensor([ids])).logits[0]).abs().max() < 1e-4
 
 
-def test_the_doctor_finds_nothing_wrong(smollm2: Any, reference: Any) -> None:
+def test_the_doctor_reports_no_failure(smollm2: Any, reference: Any) -> None:
     runs = [reference_run(reference, prompt.token_ids) for prompt in probe_prompts(smollm2.tokenizer)]
     found = {check.name: check for check in check_model(smollm2, runs)}
     verdicts = {name: check.verdict for name, check in found.items()}
@@ -86,7 +87,7 @@ def test_a_batch_writes_what_hugging_face_writes_and_every_residual_is_its_hidde
             assert torch.allclose(pattern, theirs.attentions[layer][0], atol=1e-4)
 
 
-def test_the_last_lens_layer_is_the_models_own_distribution(
+def test_the_last_layer_of_the_logit_lens_is_the_model_distribution(
     runs: dict[str, Generation], reference: Any, smollm2: Any
 ) -> None:
     run = runs["1"]
@@ -98,7 +99,7 @@ def test_the_last_lens_layer_is_the_models_own_distribution(
         theirs = reference(torch.tensor([run.token_ids])).logits[0].softmax(dim=-1)
     top = theirs[:-1].topk(50)
     assert torch.allclose(lens.top_probs[-1], top.values, atol=1e-4)
-    # What was generated greedily is what the last layer ranks first.
+    # Greedily generated tokens have rank 1 in the last layer.
     assert (lens.actual_rank[-1, len(run.prompt.token_ids) - 1 :] == 1).all()
 
 
@@ -109,7 +110,7 @@ def test_attention_rows_sum_to_one(runs: dict[str, Generation], smollm2: Any) ->
         assert not patterns.triu(1).any()
 
 
-def test_the_chat_template_is_applied_with_one_bos_and_its_end_of_turn_stops(smollm2: Any, prompts: list[Any]) -> None:
+def test_the_chat_template_gives_one_bos_and_its_end_of_turn_is_a_stop_token(smollm2: Any, prompts: list[Any]) -> None:
     start, end = (smollm2.tokenizer.convert_tokens_to_ids(f"<|im_{name}|>") for name in ("start", "end"))
     ids = prompts[0].token_ids
     assert ids[0] == start
@@ -118,7 +119,7 @@ def test_the_chat_template_is_applied_with_one_bos_and_its_end_of_turn_stops(smo
 
 
 @tiny.needs_hooked
-def test_engines_have_one_fingerprint_and_equal_activations(smollm2: Any, runs: dict[str, Generation]) -> None:
+def test_engines_agree_on_fingerprint_and_activations(smollm2: Any, runs: dict[str, Generation]) -> None:
     bridge = load_model("smollm2", engine="bridge", device="cpu")
     assert bridge.fingerprint == smollm2.fingerprint
     run = runs["2"]
@@ -139,7 +140,7 @@ def test_bfloat16_has_the_same_fingerprint_and_close_activations(smollm2: Any, r
         assert (ours - theirs).norm() / theirs.norm() < 0.1
 
 
-def test_a_later_load_takes_under_three_seconds(smollm2: Any) -> None:
+def test_loading_the_converted_model_takes_under_three_seconds(smollm2: Any) -> None:
     seconds = []
     for _ in range(3):
         start = time.monotonic()
@@ -149,7 +150,7 @@ def test_a_later_load_takes_under_three_seconds(smollm2: Any) -> None:
 
 
 @tiny.needs_hooked
-def test_a_hooked_transformer_of_ones_own_is_taken_unless_it_was_processed(smollm2: Any) -> None:
+def test_a_hooked_transformer_is_accepted_unless_its_weights_were_processed(smollm2: Any) -> None:
     own = from_hooked_transformer(smollm2.tl, name="own")
     assert (own.n_layers, own.engine) == (smollm2.n_layers, "hooked")
     import copy

@@ -1,4 +1,4 @@
-"""Section "In Python" of the README: experiments, captures and caches as objects, on the embedded model."""
+"""The Python API on the embedded model: experiments, captures and caches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tlcapture.names import Trait
 from tlcapture.traits.vectors import VectorFolder
 
 
-def test_an_experiment_lists_what_it_has(exp: Experiment) -> None:
+def test_an_experiment_lists_its_prompt_sets_traits_and_captures(exp: Experiment) -> None:
     assert exp.prompt_sets == ["single_trait"]
     assert exp.traits == ["behavioral/refusal", "style/formality"]
     assert list(exp.captures("single_trait")) == ["1", "2"]
@@ -28,7 +28,7 @@ def test_an_experiment_lists_what_it_has(exp: Experiment) -> None:
         Experiment("nix", exp.layout.root)
 
 
-def test_a_capture_opens_when_it_is_touched(exp: Experiment) -> None:
+def test_a_capture_is_opened_on_first_use(exp: Experiment) -> None:
     cap = exp.captures("single_trait")[1]
     assert "capture" not in cap.__dict__
     assert len(cap.tokens) == cap.residual(5, "after_attn").shape[0]
@@ -37,18 +37,18 @@ def test_a_capture_opens_when_it_is_touched(exp: Experiment) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*by default")
-def test_a_projection_is_the_one_that_the_command_wrote(exp: Experiment) -> None:
+def test_a_projection_equals_that_of_the_command(exp: Experiment) -> None:
     cap = exp.captures("single_trait")[2]
     projection = cap.project("style/formality")
     path = exp.layout.projection(projection.vector.trait, "residual", "single_trait", "2")
     written = json.loads(path.read_text())
     layer = written["metadata"]["vector_source"]["layer"]
-    line = [token[layer][2] for part in ("prompt", "response") for token in written["projections"][part]]
-    assert projection.trajectory.tolist() == pytest.approx(line, rel=1e-4, abs=1e-4)
+    expected = [token[layer][2] for part in ("prompt", "response") for token in written["projections"][part]]
+    assert projection.trajectory.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-4)
     assert projection.dynamics.persistence == written["dynamics"]["persistence"]
 
 
-def test_the_cache_is_transformerlens_own(exp: Experiment) -> None:
+def test_the_cache_holds_the_stored_activations(exp: Experiment) -> None:
     cap = exp.captures("single_trait")[1]
     n_tokens = len(cap.tokens)
     assert torch.equal(cap.cache["resid_post", 5], cap.residual(5))
@@ -58,7 +58,7 @@ def test_the_cache_is_transformerlens_own(exp: Experiment) -> None:
     assert labels[-1] == "final_post"
 
 
-def test_the_caches_methods_that_need_the_model_equal_those_of_a_live_run(exp: Experiment) -> None:
+def test_cache_methods_that_need_the_model_agree_with_a_live_run(exp: Experiment) -> None:
     cap = exp.captures("single_trait")[1]
     tokens = torch.tensor([cap.token_ids])
     _, live = exp.model.tl.run_with_cache(tokens)
@@ -66,7 +66,7 @@ def test_the_caches_methods_that_need_the_model_equal_those_of_a_live_run(exp: E
     assert torch.allclose(cap.cache.accumulated_resid(apply_ln=True), theirs, atol=1e-3)
 
 
-def test_logit_attributions_of_the_final_residual_are_the_models_logits(exp: Experiment) -> None:
+def test_logit_attributions_of_the_final_residual_are_the_logits(exp: Experiment) -> None:
     cap = exp.captures("single_trait")[1]
     ids = torch.tensor(cap.token_ids)
     stack = cap.cache.accumulated_resid()[-1:]
@@ -76,7 +76,7 @@ def test_logit_attributions_of_the_final_residual_are_the_models_logits(exp: Exp
     assert torch.allclose(ours, logits.gather(-1, ids[:, None])[:, 0], atol=1e-2)
 
 
-def test_the_cache_asks_for_the_model_that_was_captured(exp: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_requires_the_captured_model(exp: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     cap = exp.captures("single_trait")[1]
     assert cap.cache["resid_post", 5].shape[1] == 576  # needs no model
     monkeypatch.setattr(exp.model, "fingerprint", "another")
@@ -84,7 +84,7 @@ def test_the_cache_asks_for_the_model_that_was_captured(exp: Experiment, monkeyp
         cap.cache.accumulated_resid(apply_ln=True)
 
 
-def test_a_projection_says_what_is_doubtful_and_takes_numpy_layers(exp: Experiment) -> None:
+def test_a_projection_warns_about_default_layers_and_other_models(exp: Experiment) -> None:
     cap = exp.captures("single_trait")[1]
     with pytest.warns(UserWarning, match="layer 16 by default"):
         cap.project("style/formality")
@@ -106,7 +106,7 @@ def test_an_unknown_part_is_refused(exp: Experiment) -> None:
         exp.captures("single_trait")[1].residual(0, "residual_out", "prompts")
 
 
-def test_capture_is_an_iterator_over_texts_with_a_model_of_ones_own(smollm2: Any) -> None:
+def test_capture_yields_one_capture_per_text(smollm2: Any) -> None:
     texts = ["Name a colour.", "Name a fruit."]
     found = {cap.prompt_id: cap for cap in tlcapture.capture(smollm2, texts, max_new_tokens=5, temperature=0)}
     assert set(found) == {"1", "2"}
@@ -116,7 +116,7 @@ def test_capture_is_an_iterator_over_texts_with_a_model_of_ones_own(smollm2: Any
 
 
 @tiny.needs_hooked
-def test_capture_takes_a_hooked_transformer_of_ones_own(smollm2: Any) -> None:
+def test_capture_accepts_a_hooked_transformer(smollm2: Any) -> None:
     (ours,), (own,) = (
         tlcapture.capture(model, "Name a colour.", max_new_tokens=5, temperature=0) for model in (smollm2, smollm2.tl)
     )

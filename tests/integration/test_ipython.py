@@ -1,4 +1,4 @@
-"""IPython for real: every example of docs/ipython.md, the magic, the shell on a terminal; on the embedded model."""
+"""IPython on the embedded model: the examples of docs/ipython.md, the magic, and the shell in a terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import tlcapture
 from tlcapture import Experiment
 from tlcapture.captures.capture import Capture
 from tlcapture.errors import InputError, StorageError
-from tlcapture.explore.live import LiveCapture
+from tlcapture.explore.live_capture import LiveCapture
 from tlcapture.models.lazy_model import LazyModel
 
 TOP = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ Run = Callable[[str], Any]
 
 @pytest.fixture
 def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded_root: Path, smollm2: Any) -> Iterator[Any]:
-    """An IPython session in an empty folder, with the embedded model loaded already."""
+    """An IPython session in an empty folder, with the embedded model already loaded."""
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("TLCAPTURE_ROOT", str(embedded_root))
     monkeypatch.chdir(tmp_path)
@@ -49,7 +49,7 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded_root: Path, 
 
 @pytest.fixture
 def run(shell: Any) -> Run:
-    """Run a cell that has to succeed; returns what its last expression is."""
+    """Run a cell that must succeed; returns the value of its last expression."""
 
     def run_cell(cell: str) -> Any:
         result = shell.run_cell(cell, silent=False)
@@ -65,7 +65,7 @@ def live(exp: Experiment, smollm2: Any) -> LiveCapture:
     return cap
 
 
-def test_every_example_of_the_document_runs_in_order(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_examples_of_the_documentation_run_in_order(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```(?:python|ipython)\n(.*?)```", (TOP / "docs" / "ipython.md").read_text(), re.DOTALL)
     assert len(blocks) >= 9
     for block in blocks:
@@ -75,7 +75,7 @@ def test_every_example_of_the_document_runs_in_order(run: Run, capsys: pytest.Ca
     assert "Error" not in printed.out + printed.err
 
 
-def test_the_magic_binds_what_the_library_captures(run: Run, shell: Any, smollm2: Any) -> None:
+def test_the_magic_captures_as_the_library_does(run: Run, shell: Any, smollm2: Any) -> None:
     run("%load_ext tlcapture")
     run('%capture_prompt -n 5 --temperature 0 "Name a colour."')
     cap = shell.user_ns["cap"]
@@ -86,7 +86,7 @@ def test_the_magic_binds_what_the_library_captures(run: Run, shell: Any, smollm2
     assert (other.metadata["seed"], other.metadata["temperature"]) == (3, 2.5)
 
 
-def test_the_magic_takes_model_and_vectors_of_the_session(
+def test_the_magic_uses_the_model_and_vectors_of_the_session(
     run: Run, shell: Any, exp: Experiment, smollm2: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loads: list[str] = []
@@ -101,7 +101,7 @@ def test_the_magic_takes_model_and_vectors_of_the_session(
 
 
 @pytest.mark.parametrize(
-    ("line", "complaint"),
+    ("line", "expected_error"),
     [
         ("%capture_prompt", "no prompt"),
         ("%capture_prompt what's this", "put the prompt in double quotes"),
@@ -113,25 +113,25 @@ def test_the_magic_takes_model_and_vectors_of_the_session(
         ("%capture_prompt -t behavioral/nix hi", "traits there are: behavioral/refusal, style/formality"),
         ("%capture_prompt -t nix hi", "not of the form category/name"),
         ("model = 3\n%capture_prompt hi", "the variable 'model' is a int"),
-        ("del exp\n%capture_prompt -t a/b hi", "there are no vectors"),
-        ("%%capture_prompt two texts\nhere", "takes its text from the cell"),
+        ("del exp\n%capture_prompt -t a/b hi", "no vectors: set exp"),
+        ("%%capture_prompt two texts\nhere", "takes the prompt from the cell"),
     ],
 )
-def test_a_mistake_is_one_line_and_no_traceback(
-    shell: Any, exp: Experiment, capsys: pytest.CaptureFixture[str], line: str, complaint: str
+def test_a_usage_error_is_one_line_without_traceback(
+    shell: Any, exp: Experiment, capsys: pytest.CaptureFixture[str], line: str, expected_error: str
 ) -> None:
     shell.user_ns["exp"] = exp
     shell.run_cell("%load_ext tlcapture")
     result = shell.run_cell(line)
     assert type(result.error_in_exec).__name__ == "UsageError"
     printed = capsys.readouterr()
-    assert complaint in printed.out + printed.err
+    assert expected_error in printed.out + printed.err
     assert "Traceback" not in printed.out + printed.err
     assert (printed.out + printed.err).strip().count("\n") == 0
     assert "cap" not in shell.user_ns
 
 
-def test_a_live_capture_is_a_capture_and_projects_as_a_saved_one(exp: Experiment, smollm2: Any) -> None:
+def test_a_live_capture_is_a_capture_and_projects_like_a_saved_one(exp: Experiment, smollm2: Any) -> None:
     saved = exp.captures["single_trait"]["1"]
     text = saved.metadata["prompt_text"]
     prompt = tlcapture.Prompt(id="1", text=text)
@@ -148,7 +148,7 @@ def test_a_live_capture_is_a_capture_and_projects_as_a_saved_one(exp: Experiment
     assert torch.allclose(cap.project(TRAITS[0]).trajectory[:n_prompt], theirs, rtol=1e-2, atol=0.5)
 
 
-def test_patterns_and_predictions_of_files_are_those_of_the_model(
+def test_attention_and_logit_lens_files_hold_what_the_model_computes(
     exp: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cap, again = exp.captures["single_trait"]["2"], exp.captures["single_trait"]["2"]
@@ -167,7 +167,7 @@ def test_patterns_and_predictions_of_files_are_those_of_the_model(
     assert lens.top_probs[-1, :, 0] == pytest.approx(probs[:-1].max(dim=-1).values.numpy(), abs=1e-3)
 
 
-def test_a_file_of_another_run_is_not_taken(exp: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_another_run_is_not_used(exp: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cap = exp.captures["single_trait"]["2"]
     other = tmp_path / "1_attention.json"
     shutil.copy(exp.layout.attention("single_trait", "1"), other)
@@ -177,11 +177,11 @@ def test_a_file_of_another_run_is_not_taken(exp: Experiment, tmp_path: Path, mon
     head = {"tokens": cap.tokens, "n_prompt_tokens": 1, "n_layers": cap.n_layers, "n_heads": 9}
     broken.write_text(json.dumps({**head, "attention": []}))
     monkeypatch.setattr(cap, "_add_on", lambda kind: broken)
-    with pytest.raises(StorageError, match=r"broken.json: it has not one entry a token"):
+    with pytest.raises(StorageError, match=r"broken.json: it does not have one entry per token"):
         cap.attention(1)
 
 
-def test_another_model_is_refused_for_patterns_and_predictions(
+def test_another_model_is_refused_for_attention_and_logit_lens(
     exp: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cap = exp.captures["single_trait"]["1"]
@@ -193,7 +193,9 @@ def test_another_model_is_refused_for_patterns_and_predictions(
         cap.logit_lens()
 
 
-def test_what_a_capture_has_not_is_an_error_that_says_what_it_has(exp: Experiment, live: LiveCapture) -> None:
+def test_the_error_for_a_missing_layer_head_or_trait_lists_the_existing_ones(
+    exp: Experiment, live: LiveCapture
+) -> None:
     for cap in (exp.captures["single_trait"]["1"], live):
         with pytest.raises(InputError, match="no layer 30: the model has layers 0 to 29"):
             cap.plot.attention(30, 0)
@@ -207,7 +209,7 @@ def test_what_a_capture_has_not_is_an_error_that_says_what_it_has(exp: Experimen
             cap.project(TRAITS[0], vector_experiment="nix")
         with pytest.raises(InputError, match="no component 'mlp'"):
             cap.to_pandas(component="mlp")
-    with pytest.raises(KeyError, match="captures of single_trait"):
+    with pytest.raises(KeyError, match="prompt sets with captures: single_trait"):
         exp.captures["nix"]
 
 
@@ -219,14 +221,14 @@ def test_frames_of_a_capture_and_of_its_files_agree(exp: Experiment) -> None:
     keys = ["prompt_id", "token_idx", "token", "part", "trait", "layer"]
     assert ours[keys].equals(files[keys])
     assert ours.score.to_numpy() == pytest.approx(files.score.to_numpy(), rel=1e-4, abs=1e-3)
-    # By hand: what a layer's residual is on the unit vector of the trait's own layer.
+    # Independently: the dot product of a residual with the unit vector.
     vector = cap.project(TRAITS[0]).vector.vector
     expected = cap.residual(5)[7] @ vector / vector.norm()
     row = ours[(ours.trait == TRAITS[0]) & (ours.layer == 5) & (ours.token_idx == 7)]
     assert row.score.item() == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_everything_says_something_on_a_terminal_and_in_a_notebook(exp: Experiment, live: LiveCapture) -> None:
+def test_every_public_object_has_a_one_line_repr_and_html(exp: Experiment, live: LiveCapture) -> None:
     saved = exp.captures["single_trait"]["1"]
     for shown in (
         exp, exp.captures, exp.captures["single_trait"], saved, live, saved.prompt, saved.project(TRAITS[0]),
@@ -244,8 +246,8 @@ def test_everything_says_something_on_a_terminal_and_in_a_notebook(exp: Experime
     assert {"residual", "tokens", "plot", "project"} <= set(dir(saved))
 
 
-def test_the_shell_on_a_terminal(embedded_root: Path, tmp_path: Path) -> None:
-    """A real terminal session: banner, variables, nothing slow until it is needed, errors as one line."""
+def test_the_shell_in_a_terminal(embedded_root: Path, tmp_path: Path) -> None:
+    """A real terminal session: banner, variables, one-line errors, and torch is not imported before it is needed."""
     pexpect = pytest.importorskip("pexpect")
     words = ["-m", "tlcapture", "shell", "--experiment", "exp", "--root", str(embedded_root)]
     environment = {
@@ -271,7 +273,7 @@ def test_the_shell_on_a_terminal(embedded_root: Path, tmp_path: Path) -> None:
     tries = [line.strip() for line in banner.splitlines() if line.startswith("    ")]
     assert len(tries) == 3
     assert "single_trait: 2" in answer("captures")
-    assert "loaded when first touched" in answer("model")
+    assert "loaded on first use" in answer("model")
     assert "Experiment('exp'" in answer("exp")
     answer("%load_ext tlcapture")
     error = answer("%capture_prompt")
@@ -287,7 +289,9 @@ def test_the_shell_on_a_terminal(embedded_root: Path, tmp_path: Path) -> None:
     assert session.exitstatus == 0
 
 
-def test_without_ipython_the_shell_says_what_to_install(embedded_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ipython_the_shell_names_the_package_to_install(
+    embedded_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import importlib.util
 
     from click.testing import CliRunner
@@ -304,7 +308,7 @@ def test_without_ipython_the_shell_says_what_to_install(embedded_root: Path, mon
     assert CliRunner().invoke(main, ["shell", "--experiment", "nix", "--root", str(embedded_root)]).exit_code == 2
 
 
-def test_project_draws_its_projections(embedded_root: Path, tmp_path: Path) -> None:
+def test_project_plots_its_projections(embedded_root: Path, tmp_path: Path) -> None:
     import matplotlib.image
     from click.testing import CliRunner
 

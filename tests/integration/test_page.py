@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from tests.browser import Watched, browser, server
-from tests.report.conftest import HOSTILE, write, write_experiment
-from tests.report.conftest import TOKENS as HOSTILE_TOKENS
+from tests.page.conftest import HOSTILE, write, write_experiment
+from tests.page.conftest import TOKENS as HOSTILE_TOKENS
 from tlcapture.cli.main import main
 from tlcapture.page.export import export_page
 
@@ -308,7 +308,7 @@ def test_what_is_missing_names_the_command(context: Any, hostile_address: str) -
 
 
 def test_an_exported_page_works_offline(context: Any, page_root: Path, tmp_path: Path) -> None:
-    target = tmp_path / "report.html"
+    target = tmp_path / "page.html"
     export_page(page_root, "exp", ["single_trait"], target)
     page = Watched(context, target.as_uri())
     for view in VIEWS:
@@ -321,7 +321,7 @@ def test_an_exported_page_works_offline(context: Any, page_root: Path, tmp_path:
 
 
 def test_an_exported_page_says_what_was_left_out(context: Any, page_root: Path, tmp_path: Path) -> None:
-    target = tmp_path / "report.html"
+    target = tmp_path / "page.html"
     left_out = export_page(page_root, "exp", ["single_trait"], target, megabytes=1)
     assert "attention of single_trait/1" in left_out
     page = Watched(context, target.as_uri())

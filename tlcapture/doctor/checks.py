@@ -19,7 +19,8 @@ from tlcapture.doctor.reference import ReferenceRun, deviation
 from tlcapture.errors import NumericalError, TlcaptureError
 from tlcapture.generation.loop import Failure, Generation, Sampling, generate, teacher_force
 from tlcapture.models.loading import Model
-from tlcapture.prompts.tokenization import TokenizedPrompt, bos_policy, stop_ids, tokenize
+from tlcapture.prompts.chat_template import stop_ids
+from tlcapture.prompts.tokenization import TokenizedPrompt, bos_policy, tokenize
 from tlcapture.views.attention import attention_hooks
 from tlcapture.views.hooks import hook
 from tlcapture.views.residual import residual_hooks, residual_view

@@ -1,1 +1,1 @@
-"""The Python API: experiments, captures, live capture, frames, figures, IPython."""
+"""The Python API: experiments, saved and live captures, frames, figures, the IPython extension."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tlcapture.captures.capture import Capture
 from tlcapture.models.checkpoints import quiet_loading
+from tlcapture.models.lazy_model import LazyModel
 from tlcapture.views.hooks import hook
 
 if TYPE_CHECKING:
@@ -20,10 +21,13 @@ if TYPE_CHECKING:
 
 
 def activation_cache(capture: Capture, load: Callable[[], Model]) -> ActivationCache:
-    """A cache of the residual points (and `attn_out`) that were kept, `[n_tokens, d_model]` in float32.
+    """A cache of the stored residual points (and `attn_out`), each `[n_tokens, d_model]` in float32.
 
-    It holds what was stored and nothing derived: the difference of two rounded residuals would be no
-    activation. Models with parallel blocks have no `hook_resid_mid`.
+    The cache has no batch axis. It holds stored activations and nothing derived from them: the difference of two
+    rounded residuals is not an activation. Models with parallel blocks have no `hook_resid_mid`.
+
+    Args:
+        load: returns the captured model; called by the first cache method that needs it.
     """
     with quiet_loading():
         from transformer_lens import ActivationCache
@@ -39,13 +43,14 @@ def activation_cache(capture: Capture, load: Callable[[], Model]) -> ActivationC
         for hook, point in hooks.items()
         if point in (*capture.kept.points, "attn_out")
     }
-    model = _LazyModel(load, n_layers=capture.n_layers, d_model=int(capture.metadata["d_model"]))
-    whole = _WithFinalScale(entries, model, capture.n_layers, capture.kept.described())
-    return ActivationCache(whole, model, has_batch_dim=False)
+    lazy = LazyModel(load, str(capture.metadata["inference_model"]))
+    model = _ModelOfCache(lazy, n_layers=capture.n_layers, d_model=int(capture.metadata["d_model"]))
+    cached = _WithFinalScale(entries, model, capture.n_layers, capture.kept.described())
+    return ActivationCache(cached, model, has_batch_dim=False)
 
 
 class _WithFinalScale(dict[str, Tensor]):
-    """The entries, and the final norm's scale, which needs the model's epsilon and is made when asked for."""
+    """The entries and, computed on first use, the final norm's scale, which needs the model's epsilon."""
 
     _KEY = "ln_final.hook_scale"
 
@@ -65,39 +70,36 @@ class _WithFinalScale(dict[str, Tensor]):
         return self[key]
 
 
-class _LazyModel:
-    """Stands for the TransformerLens model: knows its measures, loads it for everything else.
+class _ModelOfCache:
+    """What `ActivationCache` takes for its TransformerLens model: knows its sizes and loads it for everything else.
 
-    TransformerLens's cache methods assume weights whose norms are folded in, and tensors on the
-    model's device. Here weights are as the checkpoint has them and activations in main memory:
-    directions of tokens get the final norm's gain, and norms take tensors from wherever they are.
+    The cache's methods assume weights whose norms are folded in, and tensors on the model's device. Here, weights
+    are those of the checkpoint and activations are in main memory. Token directions are therefore multiplied by the
+    final norm's gain, and norms accept tensors on any device.
     """
 
-    def __init__(self, load: Callable[[], Model], **measures: int):
-        self._load = load
-        self._measures = measures
-        self._loaded: Model | None = None
+    def __init__(self, lazy: LazyModel, **sizes: int):
+        self._lazy = lazy
+        self._sizes = sizes
 
     @property
     def cfg(self) -> Any:
-        return _LazyConfig(self, self._measures)
+        return _ConfigOfCache(self._lazy, self._sizes)
 
     @property
     def normalization_centres(self) -> bool:
         return str(self.cfg.normalization_type).startswith("LN")
 
-    def model(self) -> Model:
-        if self._loaded is None:
-            self._loaded = self._load()
-        return self._loaded
-
     def ln_final(self, residual: Tensor) -> Tensor:
-        return self.model().final_norm(residual)
+        return self._lazy.load().final_norm(residual)
 
     def tokens_to_residual_directions(self, tokens: Any) -> Tensor:
-        """The directions whose dot product with a normalised residual stream is a token's logit (before
-        the soft cap, and but for the biases of norm and unembedding, which belong to no component)."""
-        model = self.model()
+        """Directions whose dot product with a normalised residual is a token's logit.
+
+        The logit is that before the soft cap and without the biases of norm and unembedding, which belong to no
+        component.
+        """
+        model = self._lazy.load()
         if isinstance(tokens, Tensor):
             tokens = tokens.to(model.device)
         directions = model.tl.tokens_to_residual_directions(tokens)
@@ -106,17 +108,17 @@ class _LazyModel:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self.model().tl, name)
+        return getattr(self._lazy.load().tl, name)
 
 
-class _LazyConfig(SimpleNamespace):
-    """A model's config whose measures are known without loading it."""
+class _ConfigOfCache(SimpleNamespace):
+    """The model's config, whose sizes are known without loading the model."""
 
-    def __init__(self, model: _LazyModel, measures: dict[str, int]):
-        super().__init__(**measures)
-        self.__dict__["_model"] = model
+    def __init__(self, lazy: LazyModel, sizes: dict[str, int]):
+        super().__init__(**sizes)
+        self.__dict__["_lazy"] = lazy
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self.__dict__["_model"].model().tl.cfg, name)
+        return getattr(self.__dict__["_lazy"].load().tl.cfg, name)

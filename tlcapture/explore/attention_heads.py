@@ -1,7 +1,7 @@
-"""The attention patterns of one layer of a capture, with its tokens: what a notebook shows.
+"""The attention patterns of one layer of a capture, with its tokens, for display in a notebook.
 
-In a notebook they are drawn by circuitsvis, whose own display fetches its code from another host when
-there is a network; here its code goes into the page, beside the data.
+A notebook draws them with circuitsvis. Its own display fetches code from another host; here, the code of the
+installed package is embedded next to the data.
 """
 
 from __future__ import annotations
@@ -23,15 +23,23 @@ from tlcapture.errors import InputError, StorageError
 from tlcapture.text import printable
 from tlcapture.views.json_files import AttentionHead, pattern_of_layer
 
-_MOST_TOKENS = 160  # circuitsvis draws a rectangle for every weight
+_MOST_TOKENS = 160  # circuitsvis draws a rectangle per weight
 _BUNDLE = Path("dist", "cdn", "iife.js")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AttentionHeads:
-    """Weights `[n_heads, query, key]` of a layer, each row summing to 1 over the keys up to its query.
+    """The attention weights of all heads of one layer.
 
-    `source` says where they come from: a file, or a forward pass over the capture's tokens.
+    Attributes:
+        prompt_set, prompt_id: the capture.
+        layer: counts from 0.
+        tokens: texts of all tokens, prompt first.
+        n_prompt_tokens: how many of them belong to the prompt.
+        patterns: `[n_heads, query, key]`, float32; each row sums to 1 over the keys up to its query.
+        source: a file name, or `a forward pass` over the capture's tokens.
+
+    Raises `StorageError` if the patterns do not match the tokens.
     """
 
     prompt_set: str
@@ -48,14 +56,15 @@ class AttentionHeads:
 
     @property
     def n_heads(self) -> int:
+        """Number of attention heads in the layer."""
         return len(self.patterns)
 
     def pattern(self, head: SupportsIndex) -> NDArray[np.float32]:
-        """One head's weights `[query, key]`; raises `InputError` for a head that there is not."""
-        number = index(head)
-        if not 0 <= number < self.n_heads:
-            raise InputError(f"no head {number}: layer {self.layer} has heads 0 to {self.n_heads - 1}")
-        return self.patterns[number]
+        """One head's weights `[query, key]`; raises `InputError` if the layer has no such head."""
+        head_index = index(head)
+        if not 0 <= head_index < self.n_heads:
+            raise InputError(f"no head {head_index}: layer {self.layer} has heads 0 to {self.n_heads - 1}")
+        return self.patterns[head_index]
 
     def __repr__(self) -> str:
         return (
@@ -67,9 +76,9 @@ class AttentionHeads:
         bundle = _circuitsvis()
         if bundle is None or len(self.tokens) > _MOST_TOKENS:
             why = (
-                "pip install 'tlcapture[ipython]' draws them here"
+                "pip install 'tlcapture[ipython]' to draw them here"
                 if bundle is None
-                else f"more than {_MOST_TOKENS} tokens: cap.plot.attention(layer, head) draws one head"
+                else f"more than {_MOST_TOKENS} tokens: draw one head with cap.plot.attention(layer, head)"
             )
             return f"<code>{escape(repr(self))}</code> <small>{escape(why)}</small>"
         return _element(
@@ -84,41 +93,41 @@ class AttentionHeads:
 
 
 def heads_of_file(content: Mapping[str, Any], path: Path, layer: int) -> NDArray[np.float32]:
-    """A layer's weights `[n_heads, query, key]` from what an attention file holds.
+    """A layer's weights `[n_heads, query, key]` from the parsed JSON of an attention file.
 
-    Raises `StorageError` for a file that holds something else.
+    Raises `StorageError` if the content does not have that form.
     """
     head = AttentionHead.of({key: value for key, value in content.items() if key != "attention"}, path)
     entries, n_tokens = content.get("attention"), len(head.tokens)
-    if not isinstance(entries, list) or [_place(entry) for entry in entries] != list(range(n_tokens)):
-        raise StorageError(f"{path}: it has not one entry a token")
+    if not isinstance(entries, list) or [_token_index(entry) for entry in entries] != list(range(n_tokens)):
+        raise StorageError(f"{path}: it does not have one entry per token")
     rows = [pattern_of_layer(entry, layer, path) for entry in entries]
     if any(len(row) != head.n_heads or any(len(w) != token + 1 for w in row) for token, row in enumerate(rows)):
-        raise StorageError(f"{path}: its patterns are not of {head.n_heads} heads and {n_tokens} tokens")
+        raise StorageError(f"{path}: expected patterns of {head.n_heads} heads and {n_tokens} tokens")
     patterns = np.zeros((head.n_heads, n_tokens, n_tokens), dtype=np.float32)
     for token, row in enumerate(rows):
         patterns[:, token, : token + 1] = row
     return patterns
 
 
-def _place(entry: Any) -> Any:
+def _token_index(entry: Any) -> Any:
     return entry.get("token_idx") if isinstance(entry, dict) else None
 
 
 def _circuitsvis() -> str | None:
-    """circuitsvis's code as it comes with its package, fit to stand in a page; `None` where it is not installed."""
+    """The JavaScript of the installed circuitsvis, escaped for embedding in a page; `None` if not installed."""
     spec = importlib.util.find_spec("circuitsvis")
     folders = list(spec.submodule_search_locations or []) if spec else []
     files = [path for folder in folders if (path := Path(folder) / _BUNDLE).is_file()]
-    # As a text, "<\/script" is the same in JavaScript, and does not end the element.
+    # In JavaScript strings "<\/script" equals "</script", and it does not end the HTML element.
     return files[0].read_text(encoding="utf-8").replace("</script", "<\\/script") if files else None
 
 
 def _element(bundle: str, name: str, properties: Mapping[str, Any]) -> str:
-    """A circuitsvis element. Nothing of its properties is markup to the page that holds it."""
-    place = f"circuits-vis-{secrets.token_hex(6)}"
+    """A circuitsvis element, its properties escaped so that none of them is parsed as markup."""
+    element_id = f"circuits-vis-{secrets.token_hex(6)}"
     data = json.dumps(properties).replace("<", "\\u003c")
     return (
-        f'<div id="{place}" style="margin:15px 0"></div>\n<script type="module">\n{bundle}\n'
-        f'CircuitsVis.render("{place}", CircuitsVis.{name}, {data});\n</script>'
+        f'<div id="{element_id}" style="margin:15px 0"></div>\n<script type="module">\n{bundle}\n'
+        f'CircuitsVis.render("{element_id}", CircuitsVis.{name}, {data});\n</script>'
     )

@@ -1,10 +1,10 @@
-"""An experiment as an object: its captures, opened when they are touched.
+"""An experiment as an object, whose captures are opened on first use.
 
 exp = Experiment("my_exp")
-cap = exp.captures("single_trait")["3"]        # or [3]: prompt ids that are numbers, as numbers
+cap = exp.captures("single_trait")["3"]        # or [3], if prompt ids are numbers
 cap.residual(16, "residual_out")               # [n_tokens, d_model]
 cap.project("behavioral/refusal").trajectory   # [n_tokens]
-cap.plot.trajectory("behavioral/refusal")      # figures, frames, patterns: tlcapture/explore.py
+cap.plot.trajectory("behavioral/refusal")      # a Plotly figure
 cap.cache["resid_post", 16]                    # TransformerLens's ActivationCache
 """
 
@@ -14,10 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tlcapture.errors import InputError
-from tlcapture.explore.explored import Explored, default_root
+from tlcapture.explore.explorable_capture import default_root
+from tlcapture.explore.saved_capture import SavedCapture
 from tlcapture.storage.config import ExperimentConfig, read_config
 from tlcapture.storage.layout import Layout
 from tlcapture.text import printable
@@ -25,18 +26,21 @@ from tlcapture.text import printable
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from tlcapture.captures.capture import Capture
     from tlcapture.explore.frames import Layers
     from tlcapture.models.loading import Model
 
 _MOST_ROWS = 50
-_OF_CAPTURES = (
-    "prompt", "response", "metadata", "tokens", "token_ids", "residual", "n_layers", "d_model", "save",
-)  # fmt: skip
 
 
 class Experiment:
-    """One experiment's folder. Raises `InputError` where there is none."""
+    """An experiment: its configuration, captures, trait vectors and model.
+
+    Args:
+        name: the experiment's folder below `experiments/`.
+        root: the folder with `experiments/` and `datasets/`; `TLCAPTURE_ROOT` or the current folder by default.
+
+    Raises `InputError` if the experiment does not exist.
+    """
 
     def __init__(self, name: str, root: str | Path | None = None):
         self.layout = Layout(Path(root or default_root()), name)
@@ -58,21 +62,22 @@ class Experiment:
 
     @property
     def config(self) -> ExperimentConfig:
+        """The content of `config.json`: models, chat template and system prompt."""
         return read_config(self.layout)
 
     @property
     def prompt_sets(self) -> list[str]:
-        """Prompt sets with captures."""
+        """Names of the prompt sets with captures."""
         return self.layout.captured_prompt_sets()
 
     @property
     def traits(self) -> list[str]:
-        """Traits with vectors."""
+        """Names of the traits with vectors, as `category/name`."""
         return [str(trait) for trait in self.layout.traits()]
 
     @property
     def captures(self) -> AllCaptures:
-        """All captures: `captures("single_trait")[3]`, or `captures["single_trait"][3]`."""
+        """All captures by prompt set: `captures["single_trait"][3]`, or `captures("single_trait")[3]`."""
         return AllCaptures(self)
 
     def to_pandas(
@@ -82,32 +87,41 @@ class Experiment:
         layers: Layers = "own",
         component: str = "residual",
     ) -> DataFrame:
-        """A tidy frame of a prompt set's projection files; `tlcapture/explore/frames.py` says what its columns are.
+        """The projection files of a prompt set as a tidy data frame.
+
+        Columns are `prompt_id`, `token_idx`, `token`, `part`, `trait`, `layer` and `score`.
 
         Args:
-            traits: one, several, or all that the set is projected onto.
-            layers: `own`, each vector's own layer; `all`; a layer; or several.
+            traits: one or several; all that the set is projected onto by default.
+            layers: `own` (each vector's own layer), `all`, a layer, or several.
+            component: `residual` or `attn_out`.
 
-        Raises `InputError`, naming the command that makes them, where there are no projections.
+        Raises `InputError`, naming the command to run, if the set has no projections.
         """
-        from tlcapture.explore.frames import frame
+        from tlcapture.explore.frames import tidy_frame
         from tlcapture.traits.saved_projections import saved_projections
 
-        return frame(saved_projections(self.layout, prompt_set, component=component, traits=traits), layers)
+        return tidy_frame(saved_projections(self.layout, prompt_set, component=component, traits=traits), layers)
 
     @cached_property
     def model(self) -> Model:
-        """The experiment's inference model, loaded when first touched."""
+        """The experiment's inference model, loaded on first use.
+
+        Raises `InputError` if the experiment has no model yet, `ModelError` if it cannot be loaded.
+        """
         from tlcapture.models.loading import load_model
 
         name = self.config.inference_model or self.config.extraction_model
         if name is None:
-            raise InputError(f"experiment {self.layout.experiment!r} has captured nothing yet: it names no model")
+            raise InputError(f"experiment {self.layout.experiment!r} has no model yet: capture or extract first")
         return load_model(name)
 
 
 class AllCaptures(Mapping[str, "Captures"]):
-    """The captures of an experiment by prompt set; called, those of one set, even if there are none."""
+    """The captures of an experiment, a mapping from prompt set to `Captures`.
+
+    Indexing raises `KeyError` for a prompt set without captures; calling returns an empty `Captures`.
+    """
 
     def __init__(self, experiment: Experiment):
         self._experiment = experiment
@@ -117,7 +131,7 @@ class AllCaptures(Mapping[str, "Captures"]):
 
     def __getitem__(self, prompt_set: str) -> Captures:
         if prompt_set not in self._experiment.prompt_sets:
-            raise KeyError(f"{prompt_set!r}: there are captures of {', '.join(self) or 'no prompt set'}")
+            raise KeyError(f"{prompt_set!r}: prompt sets with captures: {', '.join(self) or 'none'}")
         return self(prompt_set)
 
     def __iter__(self) -> Iterator[str]:
@@ -137,7 +151,10 @@ class AllCaptures(Mapping[str, "Captures"]):
 
 
 class Captures(Mapping[str, "SavedCapture"]):
-    """Captures of one prompt set, in the order of their ids; none is opened before it is touched."""
+    """The captures of one prompt set, a mapping from prompt id to `SavedCapture`, in the order of their ids.
+
+    Captures are opened on first use. Indexing raises `KeyError` for a prompt without a capture.
+    """
 
     def __init__(self, experiment: Experiment, prompt_set: str):
         self._experiment = experiment
@@ -147,11 +164,7 @@ class Captures(Mapping[str, "SavedCapture"]):
     def __getitem__(self, prompt_id: str | int) -> SavedCapture:
         if str(prompt_id) not in self._ids:
             only = str(prompt_id) in self._experiment.layout.prompt_ids(self.prompt_set)
-            hint = (
-                "; of this prompt only projections were kept: .to_pandas(...) of the experiment has them"
-                if only
-                else ""
-            )
+            hint = "; only projections of this prompt were kept: use .to_pandas(...) of the experiment" if only else ""
             raise KeyError(
                 f"{prompt_id!r}: prompt set {self.prompt_set!r} has captures {', '.join(self._ids) or 'none'}{hint}"
             )
@@ -170,7 +183,7 @@ class Captures(Mapping[str, "SavedCapture"]):
         return list(self)
 
     def _repr_html_(self) -> str:
-        """A table of tokens and responses; of many captures the first."""
+        """A table of token counts and responses of the first captures."""
         shown = list(self._ids)[:_MOST_ROWS]
         rows = "".join(
             f"<tr><td>{escape(prompt_id)}</td><td>{len(self[prompt_id].prompt.tokens)}</td>"
@@ -181,60 +194,3 @@ class Captures(Mapping[str, "SavedCapture"]):
         more = f"<div>and {len(self) - len(shown)} more</div>" if len(shown) < len(self) else ""
         head = "<tr><th>id</th><th>prompt tokens</th><th>response tokens</th><th>response</th></tr>"
         return f"<b>{escape(self.prompt_set)}</b><table>{head}{rows}</table>{more}"
-
-
-class SavedCapture(Explored):
-    """A capture of an experiment, opened (memory-mapped) when something of it is touched.
-
-    Everything of `Capture` is here as well: `tokens`, `prompt`, `response`, `residual(layer, point)`.
-    """
-
-    def __init__(self, experiment: Experiment, prompt_set: str, prompt_id: str):
-        self.experiment = experiment
-        self.prompt_set = prompt_set
-        self.prompt_id = prompt_id
-
-    @cached_property
-    def capture(self) -> Capture:
-        from tlcapture.captures.capture import Capture
-
-        return Capture.open(self.experiment.layout.residual(self.prompt_set, self.prompt_id))
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self.capture, name)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *_OF_CAPTURES})
-
-    def __repr__(self) -> str:
-        return f"Saved{self.capture!r}"
-
-    def _repr_html_(self) -> str:
-        return self.capture._repr_html_()
-
-    @property
-    def _captured(self) -> Capture:
-        return self.capture
-
-    def _vectors(self) -> Layout:
-        return self.experiment.layout
-
-    def _model(self) -> Model:
-        """The experiment's model, if it is the one that was captured."""
-        model, mark = self.experiment.model, self.capture.metadata.get("model_fingerprint")
-        if model.fingerprint != mark:
-            raise InputError(
-                f"{self.prompt_set}/{self.prompt_id} was captured from {self.capture.metadata['inference_model']!r} "
-                f"(fingerprint {mark}), but the experiment's model is now {model.name!r} ({model.fingerprint})"
-            )
-        return model
-
-    def _add_on(self, kind: str) -> Path | None:
-        layout = self.experiment.layout
-        path_of = layout.attention if kind == "attention" else layout.logit_lens
-        path, raw = path_of(self.prompt_set, self.prompt_id), layout.residual(self.prompt_set, self.prompt_id)
-        # One that is older than its capture belongs to an earlier run of the prompt.
-        is_current = path.is_file() and path.stat().st_mtime_ns >= raw.stat().st_mtime_ns
-        return path if is_current else None

@@ -1,7 +1,7 @@
-"""Figures for a notebook or a browser, from plain data: Plotly, without a file and without a model.
+"""Plotly figures of projections, logit lens and attention. They need neither files nor a model.
 
-The first token is an attention sink, whose projection can be a hundred times all others: it is left off
-the scale of every figure of projections, which says so.
+The first token is an attention sink whose projection can be a hundred times larger than all others. Figures of
+projections exclude it from the scale and note that.
 """
 
 from __future__ import annotations
@@ -17,47 +17,50 @@ from numpy.typing import NDArray
 
 from tlcapture.errors import InputError
 from tlcapture.explore.attention_heads import AttentionHeads
+from tlcapture.explore.logit_lens_table import LogitLensTable
 from tlcapture.explore.offline_figure import OfflineFigure, plotly_text
-from tlcapture.explore.prediction_table import PredictionTable
 from tlcapture.text import printable
 from tlcapture.traits.projected_tokens import ProjectedTokens
 
 _COLOURS = plotly.colors.qualitative.D3
-_MOST_LABELS = 80  # tokens written along an axis; of more, every second, third, ...
+_MOST_LABELS = 80  # tick labels on a token axis; longer texts label every second, third, ... token
 
 
-def trajectory_figure(lines: Sequence[ProjectedTokens]) -> OfflineFigure:
-    """Trajectories of one capture over its tokens, one line a trait.
+def trajectory_figure(projections: Sequence[ProjectedTokens]) -> OfflineFigure:
+    """Trajectories of one capture over its tokens, one line per trait.
 
-    A diamond is the commitment point, the thick part persistence (from the peak of `|s|` on), the dashed
-    line where the response begins. Raises `InputError` where there is no line.
+    A diamond marks the commitment point, the thick segment persistence (starting at the peak of `|s|`), and the
+    dashed line the start of the response. Raises `InputError` if `projections` is empty.
     """
-    if not lines:
+    if not projections:
         raise InputError("no trait to draw: name one that has vectors")
-    first = lines[0]
+    first = projections[0]
     figure = _over_tokens(first.tokens, first.n_prompt_tokens, f"{first.prompt_set}/{first.prompt_id}")
-    for number, line in enumerate(lines):
-        _add_trajectory(figure, line, _COLOURS[number % len(_COLOURS)])
-    sinks = ", ".join(f"{line.trajectory[0]:+.4g}" for line in lines[:3]) + (", ..." if len(lines) > 3 else "")
-    _note(figure, f"token 0, an attention sink, is left off the scale: {sinks}")
+    for trace_index, projection in enumerate(projections):
+        _add_trajectory(figure, projection, _COLOURS[trace_index % len(_COLOURS)])
+    sinks = ", ".join(f"{projection.trajectory[0]:+.4g}" for projection in projections[:3])
+    sinks += ", ..." if len(projections) > 3 else ""
+    _note(figure, f"token 0, an attention sink, is off the scale: {sinks}")
     figure.update_yaxes(title_text="projection", zeroline=True, zerolinecolor="#999999")
     return figure
 
 
-def layers_figure(line: ProjectedTokens, point: str | None = None) -> OfflineFigure:
-    """A heatmap, layer by token, of activations projected onto one trait's vector.
+def layers_figure(projection: ProjectedTokens, point: str | None = None) -> OfflineFigure:
+    """A heatmap, layers by tokens, of activations projected onto one trait's vector.
 
-    The scale is symmetric about 0; the dotted line is the vector's own layer.
+    The scale is symmetric about 0; the dotted line is the vector's own layer. Layers that were not kept are blank.
 
     Args:
-        point: a residual point; `residual_out` (or `attn_out`) unless given.
+        point: a residual point; `residual_out` (or `attn_out`) by default.
+
+    Raises `InputError` if the projection does not have that point.
     """
-    by_layer = line.by_layer(point).T
-    limit = float(np.abs(by_layer[list(line.layers), 1:]).max(initial=0.0)) or 1.0  # others were not kept
+    by_layer = projection.by_layer(point).T
+    limit = float(np.abs(by_layer[list(projection.layers), 1:]).max(initial=0.0)) or 1.0
     drawn = by_layer.copy()
     drawn[:, 0] = np.nan
-    title = f"{line.prompt_set}/{line.prompt_id}: {line.title}, {point or line.sublayers[-1]}"
-    figure = _over_tokens(line.tokens, line.n_prompt_tokens, title)
+    title = f"{projection.prompt_set}/{projection.prompt_id}: {projection.title}, {point or projection.sublayers[-1]}"
+    figure = _over_tokens(projection.tokens, projection.n_prompt_tokens, title)
     figure.add_trace(
         go.Heatmap(
             z=drawn,
@@ -65,23 +68,23 @@ def layers_figure(line: ProjectedTokens, point: str | None = None) -> OfflineFig
             zmax=limit,
             colorscale="RdBu_r",
             colorbar={"title": {"text": "projection"}},
-            customdata=np.broadcast_to(_hover_texts(line.tokens), drawn.shape),
+            customdata=np.broadcast_to(_hover_texts(projection.tokens), drawn.shape),
             hovertemplate="%{customdata}<br>layer %{y}: %{z:.5g}<extra></extra>",
         )
     )
-    figure.add_hline(y=line.layer, line_dash="dot", line_color="black")
-    if line.commitment_point is not None:
-        figure.add_vline(x=line.commitment_point, line_dash="dot", line_color="#2ca02c")
-    _note(figure, "token 0, an attention sink, is left out; dotted: the vector's own layer, the commitment point")
+    figure.add_hline(y=projection.layer, line_dash="dot", line_color="black")
+    if projection.commitment_point is not None:
+        figure.add_vline(x=projection.commitment_point, line_dash="dot", line_color="#2ca02c")
+    _note(figure, "token 0, an attention sink, is excluded; dotted: the vector's own layer and the commitment point")
     figure.update_yaxes(title_text="layer")
     return figure
 
 
-def lens_figure(table: PredictionTable) -> OfflineFigure:
-    """What each layer would predict next: the likeliest token in each cell, coloured by its probability."""
+def lens_figure(table: LogitLensTable) -> OfflineFigure:
+    """A heatmap, layers by tokens, of the most likely next token, coloured by its probability."""
     texts = [[printable(cell[0]) for cell in row] for row in table.top_tokens]
     hover = [
-        [_lens_hover(table, layer, place) for place in range(table.n_predictions)] for layer in range(table.n_layers)
+        [_lens_hover(table, layer, token) for token in range(table.n_predictions)] for layer in range(table.n_layers)
     ]
     title = f"{table.prompt_set}/{table.prompt_id}: logit lens"
     figure = _over_tokens(table.tokens[: table.n_predictions], table.n_prompt_tokens, title)
@@ -105,13 +108,13 @@ def lens_figure(table: PredictionTable) -> OfflineFigure:
 
 
 def attention_figure(heads: AttentionHeads, head: SupportsIndex) -> OfflineFigure:
-    """One head's pattern: how much each token (down) looks at each before it (across), rows summing to 1."""
+    """One head's attention pattern, queries down and keys across; rows sum to 1."""
     pattern = heads.pattern(head).astype(np.float64)
-    pattern[np.triu_indices(len(pattern), 1)] = np.nan  # what comes later cannot be seen
+    pattern[np.triu_indices(len(pattern), 1)] = np.nan  # masked: a query cannot attend to later keys
     names = _hover_texts(heads.tokens)
     title = f"{heads.prompt_set}/{heads.prompt_id}: attention, layer {heads.layer}, head {index(head)}"
     figure = _over_tokens(heads.tokens, heads.n_prompt_tokens, title)
-    pairs = [[f"{looking}<br>at {seen}" for seen in names] for looking in names]
+    pairs = [[f"{query}<br>attends to {key}" for key in names] for query in names]
     figure.add_trace(
         go.Heatmap(
             z=pattern,
@@ -124,7 +127,7 @@ def attention_figure(heads: AttentionHeads, head: SupportsIndex) -> OfflineFigur
         )
     )
     ticks = figure.layout.xaxis
-    figure.update_xaxes(title_text="looks at")
+    figure.update_xaxes(title_text="attends to")
     figure.update_yaxes(
         title_text="token", autorange="reversed", tickmode="array", tickvals=ticks.tickvals, ticktext=ticks.ticktext
     )
@@ -135,9 +138,9 @@ def attention_figure(heads: AttentionHeads, head: SupportsIndex) -> OfflineFigur
 
 
 def _over_tokens(tokens: Sequence[str], n_prompt_tokens: int, title: str) -> OfflineFigure:
-    """An empty figure whose x axis is a line of tokens."""
+    """An empty figure whose x axis is labelled with tokens."""
     step = -(-len(tokens) // _MOST_LABELS) or 1
-    places = list(range(0, len(tokens), step))
+    ticks = list(range(0, len(tokens), step))
     figure = OfflineFigure()
     figure.update_layout(
         title={"text": plotly_text(title), "font": {"size": 14}},
@@ -148,8 +151,8 @@ def _over_tokens(tokens: Sequence[str], n_prompt_tokens: int, title: str) -> Off
     )
     figure.update_xaxes(
         tickmode="array",
-        tickvals=places,
-        ticktext=[plotly_text(printable(tokens[place])) for place in places],
+        tickvals=ticks,
+        ticktext=[plotly_text(printable(tokens[tick])) for tick in ticks],
         tickangle=-90,
         tickfont={"size": 9},
     )
@@ -157,19 +160,19 @@ def _over_tokens(tokens: Sequence[str], n_prompt_tokens: int, title: str) -> Off
     return figure
 
 
-def _add_trajectory(figure: OfflineFigure, line: ProjectedTokens, colour: str) -> None:
-    scores: NDArray[np.float64] = line.trajectory.copy()
+def _add_trajectory(figure: OfflineFigure, projection: ProjectedTokens, colour: str) -> None:
+    scores: NDArray[np.float64] = projection.trajectory.copy()
     scores[0] = np.nan
-    name = plotly_text(f"{line.trait} (layer {line.layer})")
+    name = plotly_text(f"{projection.trait} (layer {projection.layer})")
     common: dict[str, Any] = {
-        "customdata": _hover_texts(line.tokens),
+        "customdata": _hover_texts(projection.tokens),
         "hovertemplate": f"%{{customdata}}<br>{name}: %{{y:.5g}}<extra></extra>",
         "legendgroup": name,
     }
     whole = {"mode": "lines+markers", "line": {"color": colour, "width": 1.5}, "marker": {"size": 4}}
     figure.add_trace(go.Scatter(x=np.arange(len(scores)), y=scores, name=name, **whole, **common))
-    if line.peak is not None:
-        span = slice(line.peak, line.peak + line.persistence + 1)
+    if projection.peak is not None:
+        span = slice(projection.peak, projection.peak + projection.persistence + 1)
         figure.add_trace(
             go.Scatter(
                 x=np.arange(len(scores))[span],
@@ -179,12 +182,12 @@ def _add_trajectory(figure: OfflineFigure, line: ProjectedTokens, colour: str) -
                 opacity=0.35,
                 hoverinfo="skip",
                 showlegend=False,
-                name=f"{name}: persistence {line.persistence}",
+                name=f"{name}: persistence {projection.persistence}",
                 legendgroup=name,
             )
         )
-    if line.commitment_point is not None:
-        at = line.commitment_point
+    if projection.commitment_point is not None:
+        at = projection.commitment_point
         figure.add_trace(
             go.Scatter(
                 x=[at],
@@ -207,14 +210,10 @@ def _note(figure: OfflineFigure, text: str) -> None:
 
 
 def _hover_texts(tokens: Sequence[str]) -> NDArray[np.object_]:
-    texts = [plotly_text(f"{place} {printable(token)!r}") for place, token in enumerate(tokens)]
+    texts = [plotly_text(f"{position} {printable(token)!r}") for position, token in enumerate(tokens)]
     return np.array(texts, dtype=object)
 
 
-def _lens_hover(table: PredictionTable, layer: int, place: int) -> str:
-    lines = [f"{place} {printable(table.tokens[place])!r}, layer {layer}"]
-    top = list(zip(table.top_tokens[layer][place], table.top_probs[layer, place], strict=True))[:5]
-    lines += [f"{prob:.4g} {printable(token)!r}" for token, prob in top]
-    rank, prob = table.actual_rank[layer, place], table.actual_prob[layer, place]
-    lines.append(f"came: {printable(table.tokens[place + 1])!r}, rank {rank}, {prob:.4g}")
+def _lens_hover(table: LogitLensTable, layer: int, token: int) -> str:
+    lines = [f"{token} {printable(table.tokens[token])!r}, layer {layer}", *table.described(layer, token)]
     return "<br>".join(map(plotly_text, lines))

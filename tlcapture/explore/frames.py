@@ -1,16 +1,16 @@
-"""Projections as tidy frames: one row a prompt, token, trait and layer.
+"""Projections as tidy data frames: one row per prompt, token, trait and layer.
 
 | column | meaning |
 | --- | --- |
-| `prompt_id` | as in the prompt set, a text |
-| `token_idx` | counts over prompt and response in one line |
+| `prompt_id` | as in the prompt set, a string |
+| `token_idx` | index over prompt and response as one sequence |
 | `token` | its text |
 | `part` | `prompt` or `response` |
 | `trait` | `category/name` |
 | `layer` | the layer whose activation was projected |
 | `score` | the projection `h . v / ||v||`, `h` being `residual_out` (or `attn_out`) of that layer |
 
-A trait has one vector, that of its own layer: rows of other layers project their activations onto it.
+A trait has one vector, of one layer; rows of other layers project their activations onto that vector.
 """
 
 from __future__ import annotations
@@ -32,29 +32,30 @@ COLUMNS = ("prompt_id", "token_idx", "token", "part", "trait", "layer", "score")
 Layers = str | SupportsIndex | Iterable[SupportsIndex]
 
 
-def frame(lines: Sequence[ProjectedTokens], layers: Layers = "own") -> DataFrame:
-    """A tidy frame of projections: in their order, by layer, by token.
+def tidy_frame(projections: Sequence[ProjectedTokens], layers: Layers = "own") -> DataFrame:
+    """A data frame with the columns `COLUMNS`, sorted by projection, then layer, then token.
 
     Args:
-        layers: `own`, each vector's own layer; `all` that were kept; a layer; or several.
+        layers: `own` (each vector's own layer), `all` (every stored layer), a layer, or several.
 
-    Raises `InputError` for a layer that a projection has not.
+    Raises `InputError` for a layer that a projection does not have.
     """
     import pandas
 
     pieces: list[dict[str, Any]] = []
-    for line in lines:
-        parts = np.where(np.arange(len(line.tokens)) < line.n_prompt_tokens, "prompt", "response")
-        for layer in _chosen(line, layers):
+    for projection in projections:
+        n_tokens = len(projection.tokens)
+        parts = np.where(np.arange(n_tokens) < projection.n_prompt_tokens, "prompt", "response")
+        for layer in _chosen(projection, layers):
             pieces.append(
                 {
-                    "prompt_id": [line.prompt_id] * len(line.tokens),
-                    "token_idx": range(len(line.tokens)),
-                    "token": list(line.tokens),
+                    "prompt_id": [projection.prompt_id] * n_tokens,
+                    "token_idx": range(n_tokens),
+                    "token": list(projection.tokens),
                     "part": parts.tolist(),
-                    "trait": [line.trait] * len(line.tokens),
-                    "layer": [layer] * len(line.tokens),
-                    "score": line.at(layer).tolist(),
+                    "trait": [projection.trait] * n_tokens,
+                    "layer": [layer] * n_tokens,
+                    "score": projection.at(layer).tolist(),
                 }
             )
     columns = {name: [value for piece in pieces for value in piece[name]] for name in COLUMNS}
@@ -62,12 +63,12 @@ def frame(lines: Sequence[ProjectedTokens], layers: Layers = "own") -> DataFrame
     return pandas.DataFrame(columns).astype(kinds)
 
 
-def _chosen(line: ProjectedTokens, layers: Layers) -> list[int]:
+def _chosen(projection: ProjectedTokens, layers: Layers) -> list[int]:
     if isinstance(layers, str):
         if layers == "own":
-            return [line.layer]
+            return [projection.layer]
         if layers == "all":
-            return list(line.layers)
+            return list(projection.layers)
         raise InputError(f"layers {layers!r}: expected 'own', 'all', a layer or several")
     chosen = layers if isinstance(layers, Iterable) else [layers]
     return [index(layer) for layer in chosen]

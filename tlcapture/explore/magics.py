@@ -1,9 +1,10 @@
-"""The IPython extension: `%load_ext tlcapture` gives `%capture_prompt`.
+"""The IPython extension: `%load_ext tlcapture` defines `%capture_prompt`.
 
     %capture_prompt "How do tides work?"
     %capture_prompt -t behavioral/refusal --max-new-tokens 80 "How do I pick a lock?"
 
-It runs the prompt, shows the tokens in colour and binds `cap`. As `%%capture_prompt` its text is the cell.
+It captures the prompt, shows the tokens in colour and assigns the capture to `cap`. `%%capture_prompt` takes the
+prompt from the cell.
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ from IPython.display import display
 
 from tlcapture.errors import TlcaptureError
 from tlcapture.explore.experiment import Experiment
-from tlcapture.explore.explored import named_traits
+from tlcapture.explore.explorable_capture import named_traits
 from tlcapture.models.embedded import NAME
 from tlcapture.models.lazy_model import LazyModel
 from tlcapture.text import printable
 
 if TYPE_CHECKING:
-    from tlcapture.explore.live import LiveCapture
+    from tlcapture.explore.live_capture import LiveCapture
 
 
 def load_ipython_extension(shell: InteractiveShell) -> None:
-    """What `%load_ext tlcapture` calls."""
+    """Register `%capture_prompt`; called by `%load_ext tlcapture`."""
     shell.register_magics(CaptureMagics)
 
 
 @magics_class
 class CaptureMagics(Magics):
-    """`%capture_prompt`."""
+    """The magic `%capture_prompt`."""
 
     def __init__(self, shell: InteractiveShell):
         super().__init__(shell)
@@ -49,28 +50,28 @@ class CaptureMagics(Magics):
         return self.shell.user_ns
 
     @magic_arguments()
-    @argument("text", nargs="*", help="The prompt, in quotes; as %%%%capture_prompt, the cell.")
+    @argument("text", nargs="*", help="The prompt, in quotes; %%%%capture_prompt takes the cell.")
     @argument("-t", "--trait", help="Colour the tokens by their projection onto this trait.")
-    @argument("-n", "--max-new-tokens", type=int, default=50, help="Longest response. (default 50)")
-    @argument("--temperature", type=float, default=0.7, help="Of sampling; 0 is greedy. (default 0.7)")
-    @argument("--seed", type=int, default=0, help="Seed of the sampling. (default 0)")
+    @argument("-n", "--max-new-tokens", type=int, default=50, help="Maximum length of the response. (default 50)")
+    @argument("--temperature", type=float, default=0.7, help="Sampling temperature; 0 is greedy. (default 0.7)")
+    @argument("--seed", type=int, default=0, help="Sampling seed. (default 0)")
     @line_cell_magic
     def capture_prompt(self, line: str, cell: str | None = None) -> None:
-        """Run a prompt, show its tokens in colour, and bind `cap` to the capture.
+        """Capture a prompt, show its tokens in colour, and assign the capture to `cap`.
 
-        The model is `model` where there is such a variable, else that of the experiment `exp`, else the
-        embedded one; projections take the vectors of `exp`.
+        The model is the variable `model` if it exists, else that of the experiment `exp`, else the embedded one.
+        Projections use the vectors of `exp`.
         """
         options = self.capture_prompt.parser.parse_args(_words(line))
         text = " ".join(options.text) if cell is None else cell.strip("\n")
         if cell is not None and options.text:
-            raise UsageError("%%capture_prompt takes its text from the cell: give none on its first line")
+            raise UsageError("%%capture_prompt takes the prompt from the cell: remove the text from its first line")
         if not text.strip():
             raise UsageError('no prompt: %capture_prompt "How do tides work?"')
         if options.max_new_tokens < 0:
             raise UsageError(f"--max-new-tokens {options.max_new_tokens}: expected a number of at least 0")
         try:
-            with warnings.catch_warnings(record=True) as noted:
+            with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
                 exp = self._experiment()
                 if options.trait is not None:
@@ -79,7 +80,7 @@ class CaptureMagics(Magics):
                 tokens = cap.coloured(options.trait)
         except TlcaptureError as error:
             raise UsageError(printable(str(error))) from None
-        for warning in noted:
+        for warning in caught:
             if issubclass(warning.category, UserWarning):
                 print(f"warning: {printable(str(warning.message))}")
         self._namespace["cap"] = cap
@@ -90,7 +91,7 @@ class CaptureMagics(Magics):
         return exp if isinstance(exp, Experiment) else None
 
     def _capture(self, exp: Experiment | None, text: str, options: Any) -> LiveCapture:
-        from tlcapture.explore.live import capture
+        from tlcapture.explore.live_capture import capture
 
         config = None if exp is None else exp.config
         (cap,) = capture(
@@ -115,16 +116,14 @@ class CaptureMagics(Magics):
 
         if not isinstance(model, Model | LazyModel) and not hasattr(model, "hook_dict"):
             raise TlcaptureError(
-                f"the variable 'model' is a {type(model).__name__}, no model: set it to load_model(...), or delete it"
+                f"the variable 'model' is a {type(model).__name__}, not a model: assign load_model(...) or delete it"
             )
         return model
 
 
 def _check_trait(exp: Experiment | None, trait: str) -> None:
     if exp is None:
-        raise TlcaptureError(
-            f"--trait {trait}: there are no vectors; set exp = Experiment(...), whose vectors are taken"
-        )
+        raise TlcaptureError(f"--trait {trait}: no vectors: set exp = Experiment(...) to use its vectors")
     named_traits(exp.layout, [trait], "residual")
 
 

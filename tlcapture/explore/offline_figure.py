@@ -1,8 +1,7 @@
-"""Plotly figures that load nothing from another host, wherever they are shown.
+"""Plotly figures that load nothing from other hosts.
 
-Plotly's own display asks a content network for MathJax, and some of its fallbacks for Plotly itself. What
-a capture holds is nobody else's business, and the machines of a cluster are often offline: these figures
-carry all they need.
+Plotly's own display loads MathJax, and in some front ends Plotly itself, from a content delivery network. Captures
+may be confidential and cluster nodes are often offline, so these figures embed everything they need.
 """
 
 from __future__ import annotations
@@ -17,34 +16,40 @@ import plotly.graph_objects as go
 import plotly.io as pio
 
 _MIME = "application/vnd.plotly.v1+json"
-_TAKES_DATA = {"plotly_mimetype", "jupyterlab", "nteract", "vscode"}  # renderers of front ends that draw it themselves
+# Plotly renderers of front ends that draw figures themselves, and of those that need HTML.
+_TAKES_DATA = {
+    "plotly_mimetype",
+    "jupyterlab",
+    "nteract",
+    "vscode",
+}
 _TAKES_HTML = {"notebook", "notebook_connected", "kaggle", "azure", "colab", "cocalc", "databricks"}
 
 
 def plotly_text(text: str) -> str:
-    """`text` as Plotly shows it unchanged: it takes tags for markup and dollars for formulas."""
+    """`text`, escaped so that Plotly shows it unchanged instead of parsing tags and formulas."""
     return escape(text, quote=False).replace("$", "&#36;")
 
 
 class OfflineFigure(go.Figure):
-    """A Plotly figure: `write_html(path)`, `update_layout(...)` and all else are Plotly's."""
+    """A Plotly figure that loads nothing from other hosts; all methods of `plotly.graph_objects.Figure` work."""
 
     def __repr__(self) -> str:
         title = self.layout.title.text or "untitled"
-        return f"<Plotly figure {title!r}, {len(self.data)} traces: .show() opens it, .write_html(path) keeps it>"
+        return f"<Plotly figure {title!r}, {len(self.data)} traces: .show() opens it, .write_html(path) saves it>"
 
     def show(self, *args: Any, **options: Any) -> None:
-        """Show the figure: in a notebook there, otherwise in a browser; a renderer that is named is Plotly's."""
+        """Show the figure in the notebook, or in a browser outside of one. Arguments are passed on to Plotly."""
         if args or options:
             super().show(*args, **options)
         elif not self._display():
             with tempfile.NamedTemporaryFile("w", suffix=".html", delete=False, encoding="utf-8") as file:
                 file.write(self.to_html())
             if not webbrowser.open(Path(file.name).as_uri()):
-                print(f"no browser here: the figure is in {file.name}")
+                print(f"cannot open a browser: the figure is in {file.name}")
 
     def _display(self) -> bool:
-        """Hand the figure to a notebook, if this is one."""
+        """Display the figure if this is a notebook; returns whether it is."""
         renderers = set((pio.renderers.default or "").split("+"))
         if not renderers & (_TAKES_DATA | _TAKES_HTML):
             return False
@@ -55,14 +60,14 @@ class OfflineFigure(go.Figure):
         return True
 
     def _as_json(self) -> Any:
-        """The figure as plain values, as a notebook stores it."""
+        """The figure as JSON values, as a notebook stores it."""
         import orjson
 
         return orjson.loads(self.to_json())
 
     def _ipython_display_(self) -> None:
         if not self._display():
-            print(repr(self))  # a terminal: opening a browser is for `show` to do
+            print(repr(self))  # in a terminal, only `show` opens a browser
 
     def _repr_html_(self) -> str:
         return str(self.to_html(full_html=False))

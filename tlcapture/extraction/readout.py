@@ -23,7 +23,8 @@ from tlcapture.errors import InputError, NumericalError, OutOfMemoryError
 from tlcapture.extraction.examples import Example
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import fitting_batch_size, is_out_of_memory, release_memory
-from tlcapture.prompts.tokenization import render_chat, uses_chat_template, with_bos
+from tlcapture.prompts.chat_template import render_chat, uses_chat_template
+from tlcapture.prompts.tokenization import with_bos
 from tlcapture.views.hooks import component_hooks
 
 Activations = Float[Tensor, "n_layers n_examples d_model"]

@@ -30,7 +30,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from tlcapture.models.loading import Model
-from tlcapture.prompts.tokenization import TokenizedPrompt, decode, stop_ids
+from tlcapture.prompts.chat_template import stop_ids
+from tlcapture.prompts.tokenization import TokenizedPrompt, decode
 from tlcapture.shapes import Vector
 from tlcapture.views.hooks import hook
 

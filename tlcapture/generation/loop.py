@@ -23,7 +23,8 @@ from tlcapture.errors import InputError, NumericalError, OutOfMemoryError, Tlcap
 from tlcapture.logger import get_logger
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import fitting_batch_size, is_out_of_memory, release_memory
-from tlcapture.prompts.tokenization import TokenizedPrompt, stop_ids
+from tlcapture.prompts.chat_template import stop_ids
+from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.shapes import LastLogits
 from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import is_pattern

@@ -1,4 +1,4 @@
-"""Checkpoints: finding them, reading their weights unprocessed, and telling them apart."""
+"""Finding checkpoints, reading their unprocessed weights, and computing their fingerprints."""
 
 from __future__ import annotations
 
@@ -15,30 +15,37 @@ import torch
 from tlcapture.errors import ModelError
 from tlcapture.models import embedded
 
-_NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # dtypes of weights that stand for themselves
+_UNQUANTISED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def source_of(name: str) -> str:
-    """Where the weights are: a folder, or a hub name."""
+    """The source of a model's weights: a local folder, or a name on the hub.
+
+    Raises `ModelError` for a folder without `config.json`, and if the embedded model is not installed.
+    """
     if name == embedded.NAME:
         return str(embedded.embedded_folder())
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ModelError(f"{folder}: no folder of Hugging Face weights: it has no config.json")
+            raise ModelError(f"{folder}: not a folder of Hugging Face weights: it has no config.json")
         return str(folder)
     return name
 
 
 def fetch(name: str, kind: str, source: str, **options: Any) -> Any:
+    """Call `from_pretrained(source)` of the transformers class `kind`; never runs code of the checkpoint.
+
+    Raises `ModelError`, naming the model `name`, if it fails.
+    """
     import transformers
 
     try:
-        # Asked for by a checkpoint, its own code would be offered to be run.
+        # Explicit, because transformers otherwise asks whether to run the code of a checkpoint.
         return getattr(transformers, kind).from_pretrained(source, trust_remote_code=False, **options)
     except MemoryError:
         raise
-    except Exception as error:  # a foreign folder can be wrong in every way
+    except Exception as error:  # transformers raises many kinds for invalid folders
         reason = " ".join(str(error).split())
         raise ModelError(
             f"model {name!r} cannot be loaded: expected {embedded.NAME!r}, a folder of Hugging Face weights or the "
@@ -47,39 +54,39 @@ def fetch(name: str, kind: str, source: str, **options: Any) -> Any:
 
 
 def fetch_weights(name: str, source: str, *, n_devices: int = 1) -> Any:
-    """The Hugging Face model in its checkpoint's own dtype, in main memory or over several CUDA devices.
+    """The Hugging Face model in its checkpoint's dtype, in main memory or distributed over CUDA devices.
 
-    Raises `ModelError` where weights are missing.
+    Raises `ModelError` if the checkpoint lacks weights.
     """
     model, found = fetch(
         name,
         "AutoModelForCausalLM",
         source,
         dtype="auto",
-        attn_implementation="eager",  # the only one that hands out attention patterns
+        attn_implementation="eager",  # the only implementation that returns attention patterns
         output_loading_info=True,
         **_over(n_devices),
     )
-    lacking = sorted(map(str, [*found.get("missing_keys", ()), *found.get("mismatched_keys", ())]))
-    if lacking:
-        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+    missing = sorted(map(str, [*found.get("missing_keys", ()), *found.get("mismatched_keys", ())]))
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ModelError(
-            f"model {name!r} is incomplete: its checkpoint has no fitting {', '.join(lacking[:3])}{more}; random "
-            "numbers would take their place"
+            f"model {name!r} is incomplete: its checkpoint has no fitting {', '.join(missing[:3])}{more}; they would "
+            "be initialised at random"
         )
     return model
 
 
 def _over(n_devices: int) -> dict[str, Any]:
-    """How Hugging Face is asked to spread a model: over the first devices, as much on each as is free there."""
+    """Options of `from_pretrained` that distribute a model over the first devices, within their free memory."""
     if n_devices == 1:
         return {}
-    free = {number: torch.cuda.mem_get_info(number)[0] for number in range(n_devices)}
+    free = {device: torch.cuda.mem_get_info(device)[0] for device in range(n_devices)}
     return {"device_map": "balanced", "max_memory": free}
 
 
 def count_parameters(config: Any) -> int:
-    """Weights of the model that a Hugging Face config describes, tied ones once. Makes none of them."""
+    """Number of parameters of a Hugging Face config, tied ones counted once. Allocates no memory for them."""
     import transformers
 
     with torch.device("meta"):
@@ -88,17 +95,19 @@ def count_parameters(config: Any) -> int:
 
 
 def cast(model: Any, dtype: torch.dtype) -> None:
-    """Cast the weights and nothing else: buffers, such as rotary frequencies, keep their precision, and what
-    a quantised checkpoint packs into its weights stays packed."""
+    """Cast the weights in place.
+
+    Buffers, such as rotary frequencies, keep their precision, and packed weights of quantised checkpoints stay packed.
+    """
     for weight in model.parameters():
-        if weight.dtype in _NUMBERS:
+        if weight.dtype in _UNQUANTISED:
             weight.data = weight.data.to(dtype)
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """16 hex digits that tell checkpoints apart: a hash over names, shapes and samples of all weights.
+    """16 hex digits that identify a checkpoint: a hash over names, shapes and samples of all weights.
 
-    `load_model` takes it before the weights are cast, so that the compute dtype does not matter.
+    `load_model` computes it before casting the weights, so that it does not depend on the compute dtype.
     """
     digest = hashlib.blake2b(digest_size=8)
     for name, weight in sorted(model.named_parameters()):
@@ -111,7 +120,7 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Keep progress bars and deprecation notes of the libraries off the user's terminal."""
+    """Suppress progress bars and deprecation warnings of the libraries."""
     from transformers.utils import logging as hf_logging
 
     bars = hf_logging.is_progress_bar_enabled()

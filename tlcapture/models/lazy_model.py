@@ -1,4 +1,4 @@
-"""A model that is loaded when it is first touched, so that a session that needs none waits for none."""
+"""A model that is loaded on first use, so that sessions that need none do not wait for one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ if TYPE_CHECKING:
 
 
 class LazyModel:
-    """Stands for a `Model`: whatever is asked of it is asked of the model, which is then loaded.
+    """Stands in for a `Model`: accessing any public attribute loads the model and returns its attribute.
 
-    To show itself or to list what it has, it loads nothing.
+    `repr` and `dir` load nothing.
+
+    Args:
+        load: loads the model; called once.
+        name: shown until the model is loaded.
     """
 
     def __init__(self, load: Callable[[], Model], name: str):
@@ -21,13 +25,13 @@ class LazyModel:
         self._model: Model | None = None
 
     def load(self) -> Model:
-        """The model itself."""
+        """The model itself, loaded on the first call."""
         if self._model is None:
             self._model = self._load()
         return self._model
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # what a shell asks of every object that it shows
+        if name.startswith("_"):  # a shell looks these up on every object it displays
             raise AttributeError(name)
         return getattr(self.load(), name)
 
@@ -37,7 +41,7 @@ class LazyModel:
 
     def __repr__(self) -> str:
         if self._model is None:
-            return f"<model {self._name!r}, loaded when first touched>"
+            return f"<model {self._name!r}, loaded on first use>"
         model = self._model
         dtype = str(model.dtype).removeprefix("torch.")
         return f"<model {model.name!r} on engine {model.engine}, {model.device}, {dtype}: {model.n_layers} layers>"

@@ -1,13 +1,12 @@
-"""Loading a model, in the raw basis, on the engine that runs it.
+"""Loading a model with unprocessed weights, and choosing the engine that runs it.
 
     model = load_model("smollm2")
     state = model.start(batch_size=1)
     step = model.step(tokens, mask, state, hooks={"blocks.5.hook_resid_post"}, want_logits=True)
 
-`hooked` runs TransformerLens's HookedTransformer, `bridge` its TransformerBridge around the Hugging
-Face model. Both name activations alike and leave the weights as the checkpoint has them: nothing
-folded, nothing centred, so that every residual equals Hugging Face's at that point. `engines/` holds
-what differs between them.
+Engine `hooked` is TransformerLens's HookedTransformer, `bridge` its TransformerBridge around the Hugging Face model.
+Both use the same hook names. Neither folds nor centres the checkpoint's weights, so every residual equals Hugging
+Face's at the same point. `engines/` contains the differences between them.
 """
 
 from __future__ import annotations
@@ -50,18 +49,19 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class ModelOutline:
-    """What is known of a model without its weights."""
+    """A model's tokenizer and sizes, without its weights."""
 
     tokenizer: Any
     measures: Measures
 
     @property
     def n_layers(self) -> int:
+        """Number of layers."""
         return self.measures.n_layers
 
 
 def outline_model(name: str) -> ModelOutline:
-    """Read a model's config and tokenizer; raises `ModelError` where it is not found."""
+    """Read a model's config and tokenizer; raises `ModelError` if it is not found."""
     with quiet_loading():
         source = source_of(name)
         return ModelOutline(fetch(name, "AutoTokenizer", source), Measures.of(fetch(name, "AutoConfig", source)))
@@ -77,22 +77,22 @@ def load_model(
     n_devices: int = 1,
     fast: bool = FAST,
 ) -> Model:
-    """Load a model on an engine, its weights as the checkpoint has them.
+    """Load a model with the unprocessed weights of its checkpoint.
 
     Args:
         name: `smollm2` (the embedded model), a local folder of Hugging Face weights, or a hub name.
-        engine: `hooked`, `bridge`, or `auto`: `hooked` where TransformerLens has it (version 3) and it covers
+        engine: `hooked`, `bridge`, or `auto`, which is `hooked` if TransformerLens has it (version 3) and it supports
             the architecture.
-        device: `cuda`, `mps`, `cpu` (or any torch device), or `auto`: the first of these there is.
-        dtype: `float32`, `float16`, `bfloat16`, or `auto`: the checkpoint's own on an accelerator,
+        device: `cuda`, `mps`, `cpu` (or any torch device), or `auto`, the first of these that is available.
+        dtype: `float32`, `float16`, `bfloat16`, or `auto`, the checkpoint's dtype on an accelerator and
             float32 on a CPU.
-        n_devices: over how many CUDA devices the model is spread, in one process.
-        source: the folder that holds the model's files, where they are not found by its name.
-        fast: whether a HookedTransformer has the forward pass of `tlcapture.models.fast`; the environment
-            variable `TLCAPTURE_FAST=0` makes this `False` everywhere.
+        source: the folder with the model's files, if they cannot be found by `name`.
+        n_devices: the number of CUDA devices that the model is distributed over, in one process.
+        fast: whether a HookedTransformer has the forward pass of `tlcapture.models.fast`; the default is `False`
+            with the environment variable `TLCAPTURE_FAST=0`.
 
     Raises:
-        ModelError: the model is not found, the engine asked for does not cover it, or there are too few devices.
+        ModelError: the model is not found, the engine does not support it, or there are too few devices.
     """
     target = pick_device(device)
     check_devices(n_devices, target)
@@ -101,11 +101,19 @@ def load_model(
         config = fetch(name, "AutoConfig", source)
         chosen = pick_engine(name, engine, config)
         model = fetch_weights(name, source, n_devices=n_devices if chosen == "bridge" else 1)
-        mark = fingerprint(model)
+        checkpoint_fingerprint = fingerprint(model)
         cast(model, pick_dtype(dtype, target, config))
         tokenizer = fetch(name, "AutoTokenizer", source)
         where: dict[str, Any] = {"device": str(target), "n_devices": n_devices}
-        return from_hugging_face(model, tokenizer, name=name, engine=chosen, mark=mark, fast=fast, **where)
+        return from_hugging_face(
+            model,
+            tokenizer,
+            name=name,
+            engine=chosen,
+            checkpoint_fingerprint=checkpoint_fingerprint,
+            fast=fast,
+            **where,
+        )
 
 
 def from_hugging_face(
@@ -116,19 +124,23 @@ def from_hugging_face(
     engine: str = "auto",
     device: str = "cpu",
     n_devices: int = 1,
-    mark: str | None = None,
+    checkpoint_fingerprint: str | None = None,
     fast: bool = FAST,
 ) -> Model:
-    """The same for a Hugging Face model that is already in memory; its weights may be shared.
+    """A `Model` from a Hugging Face model that is already in memory. The two may share weights.
 
-    `mark` is the checkpoint's fingerprint, if it was taken before the weights were cast.
+    Args:
+        engine, device, n_devices, fast: see `load_model`.
+        checkpoint_fingerprint: the fingerprint, if the weights have been cast since it was computed.
+
+    Raises `ModelError` if the engine does not support the model.
     """
     config = model.config
     if not getattr(config, "architectures", None):
         config.architectures = [type(model).__name__]
     chosen = pick_engine(name, engine, config)
     model = model.eval().requires_grad_(False)
-    mark = mark or fingerprint(model)
+    mark = checkpoint_fingerprint or fingerprint(model)
     with quiet_loading():
         if chosen == "hooked":
             return hooked_model(model, tokenizer, name=name, mark=mark, device=device, n_devices=n_devices, fast=fast)
@@ -136,7 +148,7 @@ def from_hugging_face(
 
 
 def as_model(model: Any) -> Model:
-    """A `Model` from whatever stands for one: itself, a name to load, a lazy model, or a model of TransformerLens's.
+    """A `Model` from a `Model`, a `LazyModel`, a name to load, a HookedTransformer or a TransformerBridge.
 
     Raises `ModelError` for anything else.
     """
@@ -146,20 +158,20 @@ def as_model(model: Any) -> Model:
         return model.load()
     if isinstance(model, str):
         return load_model(model)
-    # By name: TransformerLens 4 has no HookedTransformer to compare with.
+    # Compared by name, because TransformerLens 4 has no HookedTransformer to import.
     kinds = {kind.__name__ for kind in type(model).mro()}
     if "HookedTransformer" in kinds:
         return from_hooked_transformer(model)
     if "TransformerBridge" in kinds:
         return from_transformer_bridge(model)
     raise ModelError(
-        "expected a model that load_model returns, a name that it takes, a HookedTransformer or a TransformerBridge, "
+        "expected a model that load_model returns, a name that it accepts, a HookedTransformer or a TransformerBridge, "
         f"got {type(model).__name__}"
     )
 
 
 def pick_engine(name: str, engine: str, config: Any) -> str:
-    """The engine to run a model on; raises `ModelError` for one that does not run it, with the reason."""
+    """The engine that runs a model; raises `ModelError`, with the reason, if the requested one cannot."""
     if engine not in ENGINES:
         raise ModelError(f"no engine {engine!r}: choose one of {', '.join(ENGINES)}")
     if engine == "bridge" or (engine == "auto" and not has_hooked_transformer()):
@@ -174,7 +186,10 @@ def pick_engine(name: str, engine: str, config: Any) -> str:
 
 
 def pick_device(device: str) -> torch.device:
-    """The device asked for; `auto` is the first there is. Raises `ModelError` for one that is not there."""
+    """The requested device; `auto` is the first available of CUDA, MPS and CPU.
+
+    Raises `ModelError` for a device that cannot be used.
+    """
     if device != "auto":
         try:
             return torch.empty(0, device=device).device
@@ -186,16 +201,19 @@ def pick_device(device: str) -> torch.device:
 
 
 def check_devices(n_devices: int, device: torch.device) -> None:
-    """Raise `ModelError` where a model cannot be spread over so many devices."""
-    there = torch.cuda.device_count()
-    if n_devices > 1 and (device.type != "cuda" or there < n_devices):
+    """Raise `ModelError` if a model cannot be distributed over `n_devices` devices."""
+    available = torch.cuda.device_count()
+    if n_devices > 1 and (device.type != "cuda" or available < n_devices):
         raise ModelError(
-            f"--n-devices {n_devices}: it takes as many CUDA devices, there are {there} ({device} is used)"
+            f"--n-devices {n_devices}: requires that many CUDA devices, found {available} (using {device})"
         )
 
 
 def pick_dtype(dtype: str, device: torch.device, config: Any) -> torch.dtype:
-    """The dtype asked for; `auto` is float32 on a CPU and the checkpoint's own elsewhere."""
+    """The requested dtype; `auto` is float32 on a CPU and the checkpoint's dtype elsewhere.
+
+    Raises `ModelError` for an unknown dtype.
+    """
     if dtype != "auto":
         if dtype not in DTYPES:
             raise ModelError(f"no dtype {dtype!r}: choose one of auto, {', '.join(DTYPES)}")

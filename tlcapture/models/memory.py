@@ -1,4 +1,4 @@
-"""How many prompts fit in free memory together, and what to do when they did not."""
+"""The batch size that fits in free memory, and recognising that memory ran out."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import torch
 from tlcapture.models.loading import Model
 from tlcapture.views.hooks import is_pattern
 
-# Beyond these a larger batch no longer raises the throughput noticeably.
+# Larger batches barely increase the throughput.
 _MOST = {"cpu": 16}
 _MOST_ELSEWHERE = 64
-_SHARE = 0.5  # of free memory; the rest is for what cannot be foreseen
+_SHARE = 0.5  # of free memory; the rest covers errors of the estimate
 
 
 def fitting_batch_size(model: Model, n_tokens: int, n_prompts: int, hooks: Collection[str]) -> int:
-    """The most prompts of up to `n_tokens` tokens whose keys, values and activations fit, at least 1."""
+    """The number of prompts of up to `n_tokens` tokens whose keys, values and activations fit; at least 1."""
     most = min(n_prompts, _MOST.get(model.device.type, _MOST_ELSEWHERE))
     fitting = int(_SHARE * free_memory(model.device) / max(1, bytes_per_prompt(model, n_tokens, hooks)))
     return max(1, min(most, fitting))
 
 
 def bytes_per_prompt(model: Model, n_tokens: int, hooks: Collection[str]) -> int:
-    """An upper estimate of what one prompt of `n_tokens` takes while it runs."""
+    """An upper estimate of the memory, in bytes, of one running prompt of `n_tokens` tokens."""
     n_patterns = sum(is_pattern(name) for name in hooks)
     wide = max(model.d_model, 4 * model.d_model * int(any(".mlp." in name for name in hooks)))
     captured = (len(hooks) - n_patterns) * n_tokens * wide
@@ -33,12 +33,12 @@ def bytes_per_prompt(model: Model, n_tokens: int, hooks: Collection[str]) -> int
     keys_and_values = 2 * model.n_layers * n_tokens * model.n_key_value_heads * model.d_head
     # Attention scores of one layer, their mask and softmax; logits in float32 and float64.
     transient = 4 * model.n_heads * n_tokens**2 + 6 * model.d_vocab
-    # Captured twice over: where it stays, and on its way there or in the dtype in which it is stored.
+    # Activations exist twice: in their buffer, and while they are copied there or cast to the storage dtype.
     return model.dtype.itemsize * (2 * captured + 2 * patterns + keys_and_values + transient)
 
 
 def free_memory(device: torch.device) -> int:
-    """Free bytes for tensors of a device; what is captured lies in main memory as well."""
+    """Free bytes for tensors of a device, limited by main memory, where captured activations are stored."""
     main = int(psutil.virtual_memory().available)
     if device.type == "cuda":
         return min(main, int(torch.cuda.mem_get_info(device)[0]))
@@ -46,7 +46,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, of an accelerator or of the machine."""
+    """Whether an error means that an accelerator or the machine ran out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error).lower()
@@ -54,7 +54,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release_memory() -> None:
-    """Give back what no tensor holds any more."""
+    """Release memory of deleted tensors."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""The sizes of a model: what its activations will weigh can be told without its weights."""
+"""The sizes of a model, which determine how large its activations are."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _NAMES_OF_D_MLP = ("intermediate_size", "ffn_dim", "n_inner")
 
 @dataclass(frozen=True)
 class Measures:
-    """How many layers, heads and dimensions a model has."""
+    """Numbers of layers, heads and dimensions of a model."""
 
     n_layers: int
     d_model: int
@@ -22,7 +22,7 @@ class Measures:
 
     @classmethod
     def of(cls, config: Any) -> Measures:
-        """Read a Hugging Face config, in the names that all of them answer to."""
+        """The sizes in a Hugging Face config, by attribute names that all architectures support."""
         text = config.get_text_config()
         d_model, n_heads = int(text.hidden_size), int(text.num_attention_heads)
         wide = next(filter(None, (getattr(text, name, None) for name in _NAMES_OF_D_MLP)), 4 * d_model)

@@ -1,6 +1,6 @@
-"""A model's files on their way to workers that do not have them: through Ray's object store, once a node.
+"""Sending a model's files to workers that do not have them, once per node.
 
-A worker that sees the driver's own folder, or was sent the same files before, loads them from there.
+A worker that can read the driver's folder, or has received the same files before, loads them from there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.bin")
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The files of a checkpoint: the folder in which the driver has them, their names and sizes."""
+    """The files of a checkpoint.
+
+    Attributes:
+        name: as given to `load_model`.
+        folder: where the driver has the files.
+        sizes: bytes by file name.
+    """
 
     name: str
     folder: Path
@@ -27,7 +33,10 @@ class ModelFiles:
 
     @classmethod
     def of(cls, name: str) -> ModelFiles:
-        """Those of a model by the name that `load_model` takes; one of the hub is fetched, once."""
+        """The files of a model by its name; a model on the hub is downloaded once.
+
+        Raises `ModelError` if the model is not found.
+        """
         from tlcapture.models.checkpoints import source_of
 
         folder = Path(source_of(name))
@@ -37,19 +46,24 @@ class ModelFiles:
         return cls(name, folder.resolve(), {path.name: path.stat().st_size for path in files})
 
     def found(self) -> Path | None:
-        """Where these files are on this machine, if they are."""
-        return next((folder for folder in (self.folder, self._copy()) if self._lie_in(folder)), None)
+        """The folder with these files on this machine, if any."""
+        return next((folder for folder in (self.folder, self._copy()) if self._are_in(folder)), None)
 
     def receive(self, content: Callable[[str], bytes]) -> Path:
-        """Make a copy of the files in the cache folder, unless they are on this machine."""
+        """Copy the files to the cache folder, unless this machine has them; returns their folder.
+
+        Args:
+            content: returns the bytes of a file by its name.
+        """
         copy = self._copy()
         with locked(copy.with_name(f".{copy.name}.lock")):
-            there = self.found()
-            if there is None:
+            existing = self.found()
+            if existing is None:
                 write_folder(copy, lambda folder: self._fill(folder, content))
-            return there or copy
+            return existing or copy
 
     def send(self, name: str) -> bytes:
+        """The content of a file."""
         return read_bytes(self.folder / name)
 
     def _fill(self, folder: Path, content: Callable[[str], bytes]) -> None:
@@ -57,10 +71,10 @@ class ModelFiles:
             write_bytes(folder / name, content(name))
 
     def _copy(self) -> Path:
-        mark = hashlib.blake2b(repr((self.name, sorted(self.sizes.items()))).encode(), digest_size=8).hexdigest()
-        return cache_folder() / f"sent-{mark}"
+        digest = hashlib.blake2b(repr((self.name, sorted(self.sizes.items()))).encode(), digest_size=8).hexdigest()
+        return cache_folder() / f"sent-{digest}"
 
-    def _lie_in(self, folder: Path) -> bool:
+    def _are_in(self, folder: Path) -> bool:
         return all((folder / name).is_file() and (folder / name).stat().st_size == n for name, n in self.sizes.items())
 
 
@@ -71,6 +85,6 @@ def _snapshot(name: str) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(_WANTED)))
-    except Exception as error:  # the hub client has many
+    except Exception as error:  # the hub client raises many kinds
         reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"model {name!r} cannot be fetched: {reason}") from None
+        raise ModelError(f"model {name!r} cannot be downloaded: {reason}") from None

@@ -18,7 +18,7 @@ from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.names import Trait
 from tlcapture.page import missing
 from tlcapture.page.average import average_trajectory
-from tlcapture.page.entries import TokenEntries
+from tlcapture.page.token_entries import TokenEntries
 from tlcapture.page.trait_contents import vectors_of
 from tlcapture.prompts.prompt_sets import read_prompt_set
 from tlcapture.storage.layout import Datasets, Layout

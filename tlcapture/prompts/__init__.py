@@ -1,1 +1,1 @@
-"""Prompt sets, chat templates and token ids."""
+"""Prompt sets, chat templates, token ids and their texts."""

@@ -1,4 +1,4 @@
-"""Prompt sets: reading and checking them, before any model is loaded.
+"""Prompt sets: their format, reading and validation. Importing this module loads no torch.
 
 {"name": "single_trait", "description": "...", "system_prompt": "optional",
  "prompts": [{"id": "1", "text": "...", "note": "optional", "system_prompt": "optional"}]}
@@ -16,11 +16,20 @@ from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Datasets
 from tlcapture.storage.validation import first_problem
 
-ADHOC = "adhoc"
+ADHOC = "adhoc"  # the prompt set of prompts that are given as text
 
 
 class Prompt(BaseModel):
-    """One prompt of a set."""
+    """One prompt of a set.
+
+    Attributes:
+        id: a safe file name (letters, digits, `.`, `_`, `-`); an integer is converted to a string.
+        text: the prompt, not empty.
+        note: a comment, not given to the model.
+        system_prompt: overrides the system prompt of the set and of the experiment.
+
+    Raises `pydantic.ValidationError` for an invalid value or an unknown field.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -35,7 +44,7 @@ class Prompt(BaseModel):
         if isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         if isinstance(value, str) and not is_safe_name(value):
-            raise ValueError(f"id {value!r} is no safe file name (letters, digits, '.', '_', '-')")
+            raise ValueError(f"id {value!r} is not a safe file name (letters, digits, '.', '_', '-')")
         return value
 
     @field_validator("text")
@@ -46,12 +55,21 @@ class Prompt(BaseModel):
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise ValueError("text holds half a surrogate pair, which is no Unicode character") from None
+            raise ValueError("text contains half of a surrogate pair, which is not a Unicode character") from None
         return value
 
 
 class PromptSet(BaseModel):
-    """A named list of prompts."""
+    """A named list of prompts.
+
+    Attributes:
+        name: the file name without `.json`.
+        description: what the set is for.
+        system_prompt: used for every prompt that has none of its own.
+        prompts: at least one; ids are unique, ignoring case.
+
+    Raises `pydantic.ValidationError` for an invalid value or an unknown field.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -64,14 +82,14 @@ class PromptSet(BaseModel):
     def _ids_are_unique(self) -> PromptSet:
         seen: set[str] = set()
         for prompt in self.prompts:
-            # Files of ids that differ in case only are one file on some systems.
+            # On some file systems, names that differ only in case are the same file.
             if prompt.id.lower() in seen:
                 raise ValueError(f"id {prompt.id!r} occurs twice in prompts")
             seen.add(prompt.id.lower())
         return self
 
     def system_prompt_of(self, prompt: Prompt, default: str | None = None) -> str | None:
-        """The nearest system prompt: the prompt's own, the set's, or `default` (the experiment's)."""
+        """The prompt's own system prompt, else the set's, else `default` (the experiment's)."""
         for candidate in (prompt.system_prompt, self.system_prompt):
             if candidate is not None:
                 return candidate
@@ -79,12 +97,15 @@ class PromptSet(BaseModel):
 
 
 def read_prompt_set(datasets: Datasets, name: str) -> PromptSet:
-    """Read a prompt set by name. Raises `InputError` with file and field for whatever is wrong in it."""
+    """Read a prompt set by name; raises `InputError`, with file and field, if it is missing or invalid."""
     return read_prompt_file(datasets.prompt_set_file(name))
 
 
 def read_prompt_file(path: Path) -> PromptSet:
-    """Read and check one prompt set file, whose name must be the set's."""
+    """Read and validate one prompt set file; raises `InputError`, with file and field, if it is invalid.
+
+    The file name must be the name of the set.
+    """
     try:
         prompt_set = PromptSet.model_validate(read_json(path))
     except StorageError as error:
@@ -92,7 +113,7 @@ def read_prompt_file(path: Path) -> PromptSet:
     except ValidationError as error:
         raise InputError(f"{path}: {first_problem(error)}") from None
     if prompt_set.name != path.stem:
-        raise InputError(f"{path}: name: expected {path.stem!r}, the file's name, but it says {prompt_set.name!r}")
+        raise InputError(f"{path}: name: expected {path.stem!r}, the file's name, got {prompt_set.name!r}")
     return prompt_set
 
 

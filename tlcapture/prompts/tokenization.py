@@ -1,4 +1,4 @@
-"""From a prompt to token ids: chat template, one BOS, and where a response ends."""
+"""From a prompt to token ids with one BOS, and from token ids to text."""
 
 from __future__ import annotations
 
@@ -8,15 +8,24 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from tlcapture.errors import InputError
+from tlcapture.prompts.chat_template import render_chat, uses_chat_template
 
-_PROBE = "tlcapture"
-# Texts of tokens that were asked for before, by tokenizer: a logit lens asks for thousands, again and again.
+# Decoded texts by tokenizer and token id: one logit lens needs thousands of them, and the next needs the same ones.
 _texts: WeakKeyDictionary[Any, dict[int, str]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A prompt as the model gets it: its place, the text as given and as rendered, and the ids."""
+    """A prompt as the model reads it.
+
+    Attributes:
+        prompt_set, id: which prompt it is.
+        source_text: the text as given.
+        text: the rendered text, including the chat template and the system prompt.
+        token_ids: ids of the rendered text.
+        system_prompt: the system prompt, if any.
+        chat_template: whether the chat template was applied.
+    """
 
     prompt_set: str
     id: str
@@ -25,14 +34,6 @@ class TokenizedPrompt:
     token_ids: tuple[int, ...]
     system_prompt: str | None
     chat_template: bool
-
-
-def uses_chat_template(tokenizer: Any, asked: bool | None) -> bool:
-    """Whether prompts go through the chat template: as asked, otherwise where the tokenizer has one."""
-    has_one = bool(getattr(tokenizer, "chat_template", None))
-    if asked and not has_one:
-        raise InputError("a chat template was asked for, but the model's tokenizer has none: use --no-chat-template")
-    return has_one if asked is None else asked
 
 
 def tokenize(
@@ -44,17 +45,24 @@ def tokenize(
     system_prompt: str | None = None,
     chat_template: bool | None = None,
 ) -> TokenizedPrompt:
-    """Render and tokenise one prompt.
+    """Render and tokenize one prompt.
 
-    With a chat template the rendered text already holds every special token, so none is added again.
-    Without one the model's BOS comes first, once, when its tokenizer has one.
+    With a chat template, the rendered text contains every special token and none is added. Without one, the ids
+    start with exactly one BOS if the tokenizer has a BOS token.
+
+    Args:
+        chat_template: see `uses_chat_template`.
+
+    Raises:
+        InputError: the text is not valid Unicode, has no tokens, or the chat template rejects it.
     """
     name = f"prompt {prompt_set}/{prompt_id}"
-    for what in (text, system_prompt or ""):
-        _check_unicode(what, name)
+    for part in (text, system_prompt or ""):
+        _check_unicode(part, name)
     templated = uses_chat_template(tokenizer, chat_template)
     if templated:
-        rendered = render_chat(tokenizer, [*_system(system_prompt), {"role": "user", "content": text}])
+        system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        rendered = render_chat(tokenizer, [*system, {"role": "user", "content": text}])
         ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
     else:
         rendered = f"{system_prompt}\n\n{text}" if system_prompt else text
@@ -64,49 +72,27 @@ def tokenize(
     return TokenizedPrompt(prompt_set, prompt_id, text, rendered, tuple(ids), system_prompt, templated)
 
 
-def render_chat(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
-    """Apply the chat template. A template without a system role gets it at the head of the user's message."""
-    from jinja2.exceptions import TemplateError
-
-    try:
-        try:
-            return _render(tokenizer, messages, add_generation_prompt)
-        except TemplateError:
-            if messages[0]["role"] != "system":
-                raise
-        system, user, *rest = messages
-        merged = {"role": "user", "content": f"{system['content']}\n\n{user['content']}"}
-        return _render(tokenizer, [merged, *rest], add_generation_prompt)
-    except TemplateError as error:
-        raise InputError(f"the model's chat template refuses the prompt ({error}): use --no-chat-template") from None
-
-
 def with_bos(tokenizer: Any, ids: Sequence[int]) -> list[int]:
-    """`ids` with the tokenizer's BOS in front, unless there is none or it is there already."""
+    """`ids` with the tokenizer's BOS in front; unchanged if they start with it or the tokenizer has none."""
     bos = tokenizer.bos_token_id
     return list(ids) if bos is None or list(ids[:1]) == [bos] else [bos, *ids]
 
 
 def bos_policy(tokenizer: Any, ids: Sequence[int], *, chat_template: bool) -> dict[str, Any]:
-    """How many BOS a sequence begins with, and by whom: `chat template`, `tlcapture`, or `None` without any."""
+    """How many BOS tokens a sequence starts with (`count`), and what added them (`by`).
+
+    `by` is `chat template`, `tlcapture`, or `None` if `count` is 0.
+    """
     bos = tokenizer.bos_token_id
-    count = 0 if bos is None else next((place for place, i in enumerate(ids) if i != bos), len(ids))
+    count = 0 if bos is None else next((position for position, i in enumerate(ids) if i != bos), len(ids))
     return {"count": count, "by": ("chat template" if chat_template else "tlcapture") if count else None}
 
 
-def stop_ids(tokenizer: Any, generation_config: Any) -> frozenset[int]:
-    """Every id that ends a response: end of sequence of tokenizer and generation config, end of turn."""
-    found: set[int] = set()
-    for ids in (tokenizer.eos_token_id, getattr(generation_config, "eos_token_id", None)):
-        found.update([ids] if isinstance(ids, int) else ids or [])
-    end_of_turn = _end_of_turn(tokenizer)
-    if end_of_turn is not None:
-        found.add(end_of_turn)
-    return frozenset(found)
-
-
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text of each token on its own; half a character shows as U+FFFD (ids are the truth)."""
+    """The text of each token decoded on its own, including special tokens.
+
+    A token that is part of a character decodes to U+FFFD, so texts cannot be converted back to ids.
+    """
     if not ids:
         return []
     table = _texts.setdefault(tokenizer, {})
@@ -114,14 +100,14 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     pieces = tokenizer.convert_ids_to_tokens(new)
     texts = tokenizer.batch_decode([[i] for i in new], clean_up_tokenization_spaces=False) if new else []
     for i, piece, text in zip(new, pieces, texts, strict=True):
-        # SentencePiece decoders drop the space that begins a word when the word stands alone.
-        begins_word = isinstance(piece, str) and piece.startswith("\u2581") and not text.startswith(" ")
-        table[i] = " " + text if begins_word else text
+        # SentencePiece decoders drop the leading space of a word that is decoded on its own.
+        starts_word = isinstance(piece, str) and piece.startswith("\u2581") and not text.startswith(" ")
+        table[i] = " " + text if starts_word else text
     return [table[i] for i in ids]
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of a response, without special tokens."""
+    """The text of a sequence of token ids, without special tokens."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
@@ -129,24 +115,4 @@ def _check_unicode(text: str, name: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{name}: its text or system prompt is no valid Unicode") from None
-
-
-def _system(system_prompt: str | None) -> list[dict[str, str]]:
-    return [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-
-
-def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
-
-
-def _end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that the chat template puts right behind an assistant's words."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-    rendered = render_chat(tokenizer, messages, add_generation_prompt=False)
-    behind = rendered.rpartition(_PROBE)[2]
-    ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return ids[0] if ids and ids[0] in special else None
+        raise InputError(f"{name}: its text or system prompt is not valid Unicode") from None

@@ -1,8 +1,8 @@
-"""What can be asked of a capture, saved or live: projections, figures, frames, patterns, predictions.
+"""What saved and live captures have in common: projections, figures, frames, attention and logit lens.
 
     cap.project("behavioral/refusal").dynamics
-    cap.coloured("behavioral/refusal")             # its tokens, coloured by their projection
-    cap.plot.trajectory("behavioral/refusal")      # figures: tlcapture/explore/capture_plots.py
+    cap.coloured("behavioral/refusal")             # its tokens, coloured by projection
+    cap.plot.trajectory("behavioral/refusal")      # a Plotly figure
     cap.attention(12), cap.logit_lens()
     cap.to_pandas()
 
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
     from tlcapture.captures.capture import Capture
     from tlcapture.explore.attention_heads import AttentionHeads
-    from tlcapture.explore.capture_plots import CapturePlots
+    from tlcapture.explore.capture_figures import CaptureFigures
     from tlcapture.explore.frames import Layers
-    from tlcapture.explore.prediction_table import PredictionTable
+    from tlcapture.explore.logit_lens_table import LogitLensTable
     from tlcapture.models.loading import Model
     from tlcapture.traits.projection import Projection
 
@@ -48,8 +48,8 @@ def default_root() -> Path:
     return Path(os.environ.get("TLCAPTURE_ROOT") or ".")
 
 
-class Explored(ABC):
-    """A capture with what belongs to it: vectors to project onto, a model to ask, files of its add-ons."""
+class ExplorableCapture(ABC):
+    """Base of `SavedCapture` and `LiveCapture`: a capture with trait vectors, a model and files of its views."""
 
     @property
     @abstractmethod
@@ -58,14 +58,14 @@ class Explored(ABC):
 
     @abstractmethod
     def _vectors(self) -> Layout | None:
-        """The experiment whose vectors are meant where no other is named."""
+        """The experiment whose vectors are used by default, if any."""
 
     @abstractmethod
     def _model(self) -> Model:
         """The model that was captured."""
 
     def _add_on(self, kind: str) -> Path | None:
-        """The file of an add-on (`attention` or `logit_lens`) that was made from this capture, if there is one."""
+        """The file of `attention` or `logit_lens` that was made from this capture, if it exists."""
         return None
 
     # -- traits -----------------------------------------------------------------------------------
@@ -79,83 +79,104 @@ class Explored(ABC):
         component: str = "residual",
         vector_experiment: str | None = None,
     ) -> Projection:
-        """The projection onto a trait, its vector chosen as `tlcapture project` does.
+        """The projection onto a trait's vector, which is selected as `tlcapture project` does.
 
-        Warns where the vector is of another model or of unknown origin, and where its layer is a default.
-        Raises `InputError` for a trait that has no vectors, naming those that have.
+        Args:
+            trait: `category/name`.
+            layer: the vector's layer; `auto` selects it.
+            method: `probe`, `mean_diff` or `gradient`; the selected one by default.
+            component: `residual` or `attn_out`.
+            vector_experiment: the experiment whose vectors are used, even if they were extracted from another model.
+
+        Warns if the vector is of another model or of unknown origin, or if its layer is a default.
+
+        Raises:
+            InputError: the trait has no vectors; the message names the traits that have.
+            VectorError: the vector does not fit the capture.
         """
         return self._project(
             [trait], layer=layer, method=method, component=component, vector_experiment=vector_experiment
         )[0]
 
     def projected(self, *traits: str, **how: Any) -> list[ProjectedTokens]:
-        """Tokens and projections as figures and frames take them, on all traits with vectors where none is named.
+        """Projections with their tokens, as figures and frames need them; onto all traits with vectors by default.
 
         `how` are the options of `project`.
         """
         return [self._with_tokens(projection) for projection in self._project(traits, **how)]
 
     def coloured(self, trait: str | None = None, **how: Any) -> ColouredTokens:
-        """The tokens, coloured by their projection onto a trait, or by prompt and response."""
+        """The tokens, coloured by their projection onto a trait, or by prompt and response if none is given.
+
+        `how` are the options of `project`.
+        """
         if trait is not None:
             return self.project(trait, **how).coloured()
         return ColouredTokens(self._captured.tokens, len(self._captured.prompt.tokens))
 
     def to_pandas(self, traits: Iterable[str] | str | None = None, layers: Layers = "own", **how: Any) -> DataFrame:
-        """A tidy frame (`tlcapture/explore/frames.py` says what its columns are) of the projections onto traits.
+        """Projections as a tidy data frame.
+
+        Columns are `prompt_id`, `token_idx`, `token`, `part`, `trait`, `layer` and `score`.
 
         Args:
-            traits: one, several, or all that have vectors.
-            layers: `own`, each vector's own layer; `all`; a layer; or several.
+            traits: one or several; all that have vectors by default.
+            layers: `own` (each vector's own layer), `all`, a layer, or several.
             how: the options of `project`.
         """
-        from tlcapture.explore.frames import frame
+        from tlcapture.explore.frames import tidy_frame
 
         names = [traits] if isinstance(traits, str) else list(traits or ())
-        return frame(self.projected(*names, **how), layers)
+        return tidy_frame(self.projected(*names, **how), layers)
 
     # -- views ------------------------------------------------------------------------------------
 
     @cached_property
-    def plot(self) -> CapturePlots:
+    def plot(self) -> CaptureFigures:
         """Figures: `.trajectory(...)`, `.layers(...)`, `.logit_lens()`, `.attention(layer, head)`."""
-        from tlcapture.explore.capture_plots import CapturePlots
+        from tlcapture.explore.capture_figures import CaptureFigures
 
-        return CapturePlots(self)
+        return CaptureFigures(self)
 
     @cached_property
     def cache(self) -> ActivationCache:
-        """TransformerLens's `ActivationCache` over the stored activations, prompt and response in one line.
+        """TransformerLens's `ActivationCache` over the stored activations, prompt and response as one sequence.
 
-        Without a batch axis, in float32. Methods that need the model (`logit_attrs`, anything with
-        `apply_ln`) load it when they first ask for it.
+        Tensors are float32 and have no batch axis. Methods that need the model (`logit_attrs`, anything with
+        `apply_ln`) load it on first use.
         """
         from tlcapture.explore.activation_cache import activation_cache
 
         return activation_cache(self._captured, self._model)
 
     def attention(self, layer: SupportsIndex) -> AttentionHeads:
-        """The patterns of all heads of a layer: from the experiment's file where it has one of this capture,
-        else from one forward pass over the capture's tokens. Raises `InputError` for a layer there is not."""
-        number, n_layers = index(layer), self._captured.n_layers
-        if not 0 <= number < n_layers:
-            raise InputError(f"no layer {number}: the model has layers 0 to {n_layers - 1}")
-        if number not in self._heads:
-            self._heads[number] = self._saved_heads(number) or self._computed_heads(number)
-        return self._heads[number]
+        """The attention patterns of all heads of a layer.
 
-    def logit_lens(self) -> PredictionTable:
-        """What each layer would predict: from the experiment's file where it has one of this capture, else
-        from the stored residuals and the model's unembedding."""
-        return self._predictions
+        They are read from the experiment's attention file of this capture, or computed by a forward pass over its
+        tokens. Raises `InputError` if the layer does not exist.
+        """
+        layer_index, n_layers = index(layer), self._captured.n_layers
+        if not 0 <= layer_index < n_layers:
+            raise InputError(f"no layer {layer_index}: the model has layers 0 to {n_layers - 1}")
+        if layer_index not in self._heads:
+            self._heads[layer_index] = self._saved_heads(layer_index) or self._computed_heads(layer_index)
+        return self._heads[layer_index]
+
+    def logit_lens(self) -> LogitLensTable:
+        """The next-token predictions of every layer.
+
+        They are read from the experiment's logit-lens file of this capture, or computed from the stored residuals
+        with the model's unembedding.
+        """
+        return self._logit_lens
 
     @cached_property
     def _heads(self) -> dict[int, AttentionHeads]:
         return {}
 
     @cached_property
-    def _predictions(self) -> PredictionTable:
-        from tlcapture.explore.prediction_table import PredictionTable, table_of_file
+    def _logit_lens(self) -> LogitLensTable:
+        from tlcapture.explore.logit_lens_table import LogitLensTable, table_of_file
 
         saved = self._read_add_on("logit_lens")
         if saved is not None:
@@ -168,11 +189,8 @@ class Explored(ABC):
         lens = logit_lens_view(capture.residual, capture.n_layers, capture.token_ids, model.unembed)
         unique = lens.top_ids.unique().tolist()
         texts = dict(zip(unique, token_texts(model.tokenizer, unique), strict=True))
-        return PredictionTable(
-            prompt_set=capture.prompt_set,
-            prompt_id=capture.prompt_id,
-            tokens=capture.tokens,
-            n_prompt_tokens=len(capture.prompt.tokens),
+        return LogitLensTable(
+            **self._labels(),
             top_tokens=[[[texts[i] for i in cell] for cell in row] for row in lens.top_ids.tolist()],
             top_probs=lens.top_probs.double().numpy(),
             actual_rank=lens.actual_rank.numpy(),
@@ -188,7 +206,7 @@ class Explored(ABC):
             return None
         path, content = saved
         patterns = heads_of_file(content, path, layer)
-        return AttentionHeads(**self._place(), layer=layer, patterns=patterns, source=path.name)
+        return AttentionHeads(**self._labels(), layer=layer, patterns=patterns, source=path.name)
 
     def _computed_heads(self, layer: int) -> AttentionHeads:
         from tlcapture.explore.attention_heads import AttentionHeads
@@ -196,9 +214,10 @@ class Explored(ABC):
 
         name = hook("pattern", layer)
         patterns = teacher_force(self._model(), self._captured.token_ids, [name])[name].float().numpy()
-        return AttentionHeads(**self._place(), layer=layer, patterns=patterns, source="a forward pass")
+        return AttentionHeads(**self._labels(), layer=layer, patterns=patterns, source="a forward pass")
 
-    def _place(self) -> dict[str, Any]:
+    def _labels(self) -> dict[str, Any]:
+        """Fields that `AttentionHeads` and `LogitLensTable` have in common."""
         capture = self._captured
         return {
             "prompt_set": capture.prompt_set,
@@ -208,7 +227,7 @@ class Explored(ABC):
         }
 
     def _read_add_on(self, kind: str) -> tuple[Path, Any] | None:
-        """An add-on's file and what it holds; a file of other tokens belongs to another capture."""
+        """The file of a view and its content; `None` if it holds other tokens and so belongs to another capture."""
         path = self._add_on(kind)
         if path is None:
             return None

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from tests.report.conftest import TOKENS
+from tests.page.conftest import TOKENS
 from tlcapture.errors import InputError
 from tlcapture.page.assets import SCRIPTS
 from tlcapture.page.server import listen, page_app
@@ -56,7 +56,7 @@ def test_resources_are_json(client: TestClient) -> None:
         ("exp/sets/odd/1/attention/99", 404, "has no token 99"),
         ("exp/sets/odd/1/attention/one", 404, "expected a number"),
         ("exp/sets/odd/1/layers/style/odd/nix", 404, "no component 'nix'"),
-        ("%2e%2e/sets/odd", 404, "no safe file name"),
+        ("%2e%2e/sets/odd", 404, "safe file name"),
     ],
 )
 def test_what_cannot_be_had_is_said_in_one_line(client: TestClient, path: str, status: int, said: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from tests.report.conftest import TOKENS, write_experiment
+from tests.page.conftest import TOKENS, write_experiment
 from tlcapture.errors import InputError
 from tlcapture.page.export import export_page
 
@@ -31,7 +31,7 @@ def manifest(page: str) -> dict[str, object]:
 
 
 def test_everything_that_is_there_is_in_the_file(page_root: Path) -> None:
-    target = page_root / "report.html"
+    target = page_root / "page.html"
     assert export_page(page_root, "exp", ["odd"], target) == []
     page = target.read_text(encoding="utf-8")
     found = carried(page)
@@ -42,7 +42,7 @@ def test_everything_that_is_there_is_in_the_file(page_root: Path) -> None:
 
 
 def test_data_cannot_become_markup_and_only_the_pages_scripts_may_run(page_root: Path) -> None:
-    target = page_root / "report.html"
+    target = page_root / "page.html"
     export_page(page_root, "exp", ["odd"], target)
     page = target.read_text(encoding="utf-8")
     assert "'owned'" not in page
@@ -57,7 +57,7 @@ def test_data_cannot_become_markup_and_only_the_pages_scripts_may_run(page_root:
 
 
 def test_what_does_not_fit_is_left_out_and_named(page_root: Path) -> None:
-    target = page_root / "report.html"
+    target = page_root / "page.html"
     left_out = export_page(page_root, "exp", ["odd"], target, megabytes=0.003)
     assert "attention of odd/1" in left_out
     page = target.read_text(encoding="utf-8")
@@ -67,7 +67,7 @@ def test_what_does_not_fit_is_left_out_and_named(page_root: Path) -> None:
 
 
 def test_a_limit_below_the_overview_is_an_error_and_writes_nothing(page_root: Path) -> None:
-    target = page_root / "report.html"
+    target = page_root / "page.html"
     with pytest.raises(InputError, match="--max-size"):
         export_page(page_root, "exp", ["odd"], target, megabytes=0.0001)
     assert not target.exists()
@@ -75,10 +75,10 @@ def test_a_limit_below_the_overview_is_an_error_and_writes_nothing(page_root: Pa
 
 def test_the_command_exports_and_refuses_what_it_cannot(tlcapture: Callable[..., Result], root: Path) -> None:
     write_experiment(root)
-    done = tlcapture("view", "--experiment", "exp", "--export", root / "report.html")
+    done = tlcapture("view", "--experiment", "exp", "--export", root / "page.html")
     assert done.exit_code == 0, done.output
     assert "wrote" in done.stdout
-    assert (root / "report.html").stat().st_size > 4e6
+    assert (root / "page.html").stat().st_size > 4e6
     for words, said in (
         (["--experiment", "nix"], "no experiment 'nix'"),
         (["--experiment", "exp", "--prompt-set", "nix"], "captured sets: odd"),

@@ -1,4 +1,4 @@
-"""The capture loop as an iterator, for notebooks and programs of one's own.
+"""The capture loop as an iterator, for notebooks and programs.
 
 from tlcapture import capture, load_model
 
@@ -20,7 +20,7 @@ from tlcapture.captures.capture import Capture
 from tlcapture.captures.making import capture_of
 from tlcapture.errors import InputError
 from tlcapture.explore.experiment import Experiment
-from tlcapture.explore.explored import Explored
+from tlcapture.explore.explorable_capture import ExplorableCapture
 from tlcapture.generation.loop import Failure, Sampling, generate
 from tlcapture.models.loading import Model, as_model
 from tlcapture.prompts.prompt_sets import ADHOC, Prompt, PromptSet
@@ -32,9 +32,13 @@ from tlcapture.views.residual import residual_hooks
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LiveCapture(Capture, Explored):
-    """A capture that was just made, with its model, and the experiment whose vectors it is projected onto
-    where another is not named."""
+class LiveCapture(Capture, ExplorableCapture):
+    """A capture that is not stored in an experiment.
+
+    Attributes:
+        model: the model that was captured.
+        vectors: the experiment whose vectors are used by default, if any.
+    """
 
     model: Model
     vectors: Layout | None = None
@@ -66,19 +70,27 @@ def capture(
     chat_template: bool | None = None,
     vectors: Experiment | None = None,
 ) -> Iterator[LiveCapture]:
-    """Generate from prompts and yield a `LiveCapture` for each, as soon as its row has stopped.
+    """Generate from prompts and yield a `LiveCapture` for each as soon as its response is complete.
 
     Args:
-        model: what `load_model` returns, a name it takes, or an unprocessed HookedTransformer or
+        model: a model that `load_model` returns, a name that it accepts, or an unprocessed HookedTransformer or
             TransformerBridge.
-        prompts: a text, texts, prompts, or a prompt set. Texts are prompts 1, 2, ... of the set `adhoc`.
+        prompts: a text, several texts or prompts, or a prompt set. Texts become prompts 1, 2, ... of the set
+            `adhoc`.
+        max_new_tokens: the maximum length of a response, in tokens.
         temperature: 0 is greedy.
-        batch_size: how many run together; `None` takes what fits in free memory.
-        layers, points: those of the residual stream to keep; all where none is named.
-        vectors: the experiment onto whose vectors the captures are projected, unless a call names another.
+        seed: with prompt set and prompt id, it determines the sampled tokens.
+        batch_size: how many prompts run together; by default as many as fit in free memory.
+        capture_attn: whether to capture `attn_out`, too.
+        layers, points: layers and residual points to keep; all by default.
+        save_dtype: dtype of the captured activations: `float32`, `float16`, `bfloat16` or `auto`.
+        system_prompt: for prompts that have none of their own.
+        chat_template: whether to apply the chat template; by default if the tokenizer has one.
+        vectors: the experiment whose vectors the captures are projected onto by default.
 
     Raises:
-        InputError: a prompt does not fit the model's context.
+        InputError: an argument is invalid, or a prompt does not fit the model's context.
+        ModelError: the model cannot be used.
         OutOfMemoryError: a prompt does not fit in memory, even alone in its batch.
         NumericalError: a prompt's logits are NaN or inf.
     """
@@ -129,9 +141,9 @@ def _as_prompt_set(prompts: PromptSet | Iterable[str | Prompt] | str) -> PromptS
         raise InputError("no prompts: give at least one text")
     try:
         made = [
-            Prompt(id=str(number), text=prompt) if isinstance(prompt, str) else prompt
-            for number, prompt in enumerate(given, start=1)
+            Prompt(id=str(prompt_id), text=prompt) if isinstance(prompt, str) else prompt
+            for prompt_id, prompt in enumerate(given, start=1)
         ]
         return PromptSet(name=ADHOC, prompts=made)
     except ValidationError as error:
-        raise InputError(f"prompts are texts, Prompts or a PromptSet: {first_problem(error)}") from None
+        raise InputError(f"expected texts, Prompts or a PromptSet: {first_problem(error)}") from None

@@ -1,4 +1,4 @@
-"""The logit lens of one capture, with its tokens: what a notebook shows."""
+"""The logit lens of one capture, with its tokens, for display in a notebook."""
 
 from __future__ import annotations
 
@@ -16,18 +16,24 @@ from tlcapture.text import printable
 from tlcapture.views.json_files import LensEntry, LensHead
 
 _MOST_COLUMNS = 60
-_SHOWN = 5  # predictions that show when the mouse is over a cell
+_MOST_LISTED = 5  # predictions listed for a cell
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PredictionTable:
-    """What each layer would predict behind each token that has a next one.
+class LogitLensTable:
+    """The next-token predictions of every layer, after each token but the last.
 
     Attributes:
-        top_tokens: `[layer][token][k]`, the likeliest next tokens, likeliest first.
+        prompt_set, prompt_id: the capture.
+        tokens: texts of all tokens, prompt first.
+        n_prompt_tokens: how many of them belong to the prompt.
+        top_tokens: `[layer][token][k]`, texts of the most likely next tokens, most likely first.
         top_probs: `[n_layers, n_predictions, k]`, their probabilities.
-        actual_rank, actual_prob: `[n_layers, n_predictions]` of the token that came; ranks count from 1.
-        source: where it comes from: a file, or the stored residuals and the model's unembedding.
+        actual_rank: `[n_layers, n_predictions]`, the rank of the actual next token; 1 is the most likely.
+        actual_prob: `[n_layers, n_predictions]`, its probability.
+        source: a file name, or `its residuals` for stored residuals and the model's unembedding.
+
+    Raises `StorageError` if the shapes do not match the tokens.
     """
 
     prompt_set: str
@@ -47,31 +53,40 @@ class PredictionTable:
 
     @property
     def n_layers(self) -> int:
+        """Number of layers of the model."""
         return len(self.top_probs)
 
     @property
     def n_predictions(self) -> int:
+        """Number of tokens that have a next token."""
         return len(self.tokens) - 1
+
+    def described(self, layer: int, token: int) -> list[str]:
+        """Lines that list the predictions of a layer after a token, and the rank of the actual next token."""
+        top = zip(self.top_tokens[layer][token][:_MOST_LISTED], self.top_probs[layer, token], strict=False)
+        lines = [f"{prob:.4g} {printable(text)!r}" for text, prob in top]
+        rank, prob = self.actual_rank[layer, token], self.actual_prob[layer, token]
+        return [*lines, f"actual next token: {printable(self.tokens[token + 1])!r}, rank {rank}, {prob:.4g}"]
 
     def __repr__(self) -> str:
         ranks = self.actual_rank[-1, max(0, self.n_prompt_tokens - 1) :]
-        first = f", its last layer ranks {int((ranks == 1).sum())} of {len(ranks)} response tokens first"
+        first = f", the last layer ranks {int((ranks == 1).sum())} of {len(ranks)} response tokens first"
         return (
-            f"PredictionTable({self.prompt_set}/{self.prompt_id}, {self.n_layers} layers, {self.n_predictions} "
+            f"LogitLensTable({self.prompt_set}/{self.prompt_id}, {self.n_layers} layers, {self.n_predictions} "
             f"predictions{first if len(ranks) else ''}, from {self.source})"
         )
 
     def _repr_html_(self) -> str:
-        """A table, layers down and tokens across, of the likeliest next token; of long captures a part."""
+        """A table of the most likely next tokens, layers down and tokens across; a part of it for long captures."""
         columns = self._columns()
-        head = "".join(f"<th>{escape(printable(self.tokens[place]))}</th>" for place in columns)
+        head = "".join(f"<th>{escape(printable(self.tokens[token]))}</th>" for token in columns)
         rows = "".join(
-            f"<tr><th>{layer}</th>{''.join(self._cell(layer, place) for place in columns)}</tr>"
+            f"<tr><th>{layer}</th>{''.join(self._cell(layer, token) for token in columns)}</tr>"
             for layer in reversed(range(self.n_layers))
         )
         whole = len(columns) == self.n_predictions
         part = "" if whole else f"; tokens {columns.start} to {columns.stop - 1} of {len(self.tokens)}"
-        caption = f"{self.prompt_set}/{self.prompt_id}: likeliest next token by layer{part}"
+        caption = f"{self.prompt_set}/{self.prompt_id}: most likely next token by layer{part}"
         return (
             f'<div class="tlcapture-lens" style="overflow-x:auto"><div style="opacity:0.7">{escape(caption)}</div>'
             f'<table style="font-family:monospace;font-size:80%;white-space:pre"><tr><th>layer</th>{head}</tr>{rows}'
@@ -79,36 +94,37 @@ class PredictionTable:
         )
 
     def _columns(self) -> range:
-        """All tokens, or of long captures those from which the response is predicted."""
+        """The tokens to show: all, or for long captures those from which the response is predicted."""
         if self.n_predictions <= _MOST_COLUMNS:
             return range(self.n_predictions)
         start = max(0, min(self.n_prompt_tokens - 1, self.n_predictions - _MOST_COLUMNS))
         return range(start, start + _MOST_COLUMNS)
 
-    def _cell(self, layer: int, place: int) -> str:
-        top = list(zip(self.top_tokens[layer][place], self.top_probs[layer, place], strict=True))
-        lines = [f"{prob:.4g} {printable(token)!r}" for token, prob in top[:_SHOWN]]
-        rank, prob = self.actual_rank[layer, place], self.actual_prob[layer, place]
-        lines.append(f"came: {printable(self.tokens[place + 1])!r}, rank {rank}, {prob:.4g}")
-        colour = f"background:rgba(31,119,180,{0.7 * float(top[0][1]):.3f})"
-        return f'<td title="{escape(chr(10).join(lines))}" style="{colour}">{escape(printable(top[0][0]))}</td>'
+    def _cell(self, layer: int, token: int) -> str:
+        title = escape("\n".join(self.described(layer, token)))
+        colour = f"background:rgba(31,119,180,{0.7 * float(self.top_probs[layer, token, 0]):.3f})"
+        likeliest = escape(printable(self.top_tokens[layer][token][0]))
+        return f'<td title="{title}" style="{colour}">{likeliest}</td>'
 
 
-def table_of_file(content: Mapping[str, Any], path: Path, prompt_set: str, prompt_id: str) -> PredictionTable:
-    """The table that a logit-lens file holds; raises `StorageError` for a file that holds something else."""
+def table_of_file(content: Mapping[str, Any], path: Path, prompt_set: str, prompt_id: str) -> LogitLensTable:
+    """The table of the parsed JSON of a logit-lens file.
+
+    Raises `StorageError` if the content does not have that form.
+    """
     head = LensHead.of({key: value for key, value in content.items() if key != "predictions"}, path)
     found = content.get("predictions")
     entries = [LensEntry.of(entry, path, head) for entry in (found if isinstance(found, list) else [])]
     if [entry.token_idx for entry in entries] != list(range(len(head.tokens) - 1)):
-        raise StorageError(f"{path}: it has not one entry for each token that has a next one")
+        raise StorageError(f"{path}: it does not have one entry per token that has a next token")
     if any(len(layer.top_k) != head.top_k for entry in entries for layer in entry.by_layer):
-        raise StorageError(f"{path}: it has not {head.top_k} predictions in every layer")
+        raise StorageError(f"{path}: it does not have {head.top_k} predictions in every layer")
     by_layer = [[entry.by_layer[layer] for entry in entries] for layer in range(head.n_layers)]
     shape = (head.n_layers, len(entries))
     probs = [[[top.prob for top in cell.top_k] for cell in row] for row in by_layer]
     ranks = [[cell.actual_rank for cell in row] for row in by_layer]
     actual = [[cell.actual_prob for cell in row] for row in by_layer]
-    return PredictionTable(
+    return LogitLensTable(
         prompt_set=prompt_set,
         prompt_id=prompt_id,
         tokens=head.tokens,

@@ -10,7 +10,7 @@ from statistics import mean, stdev
 
 import pytest
 
-from tests.report.conftest import N_LAYERS, N_PROMPT, TOKENS, TRAIT, projection, scores, write
+from tests.page.conftest import N_LAYERS, N_PROMPT, TOKENS, TRAIT, projection, scores, write
 from tlcapture.errors import InputError, StorageError
 from tlcapture.page.average import average_trajectory
 from tlcapture.page.contents import Contents

@@ -1,4 +1,4 @@
-"""Promise 3: one BOS; and where responses end."""
+"""Chat templates, BOS, stop tokens and the texts of tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from tests import tiny
 from tlcapture.errors import InputError
-from tlcapture.prompts.tokenization import bos_policy, decode, render_chat, stop_ids, token_texts, tokenize
+from tlcapture.prompts.chat_template import render_chat, stop_ids
+from tlcapture.prompts.tokenization import bos_policy, decode, token_texts, tokenize
 
 BOS, EOS, TURN, END_OF_TURN = range(4)
 GEMMA_LIKE = (
@@ -23,20 +24,20 @@ def ids_of(text: str, tokenizer: object, **options: object) -> tuple[int, ...]:
     return tokenize(tokenizer, text, prompt_set="set", prompt_id="1", **options).token_ids
 
 
-def test_a_chat_template_brings_its_own_bos_and_gets_no_second_one() -> None:
+def test_no_bos_is_added_to_a_rendered_chat_template() -> None:
     ids = ids_of("hi", tiny.tokenizer())
     assert ids[:2] == (BOS, TURN)
     assert ids.count(BOS) == 1
 
 
-def test_a_base_model_gets_its_bos_once() -> None:
+def test_a_base_model_gets_exactly_one_bos() -> None:
     tokenizer = tiny.tokenizer(chat_template=None)
     assert ids_of("hi", tokenizer)[0] == BOS
     assert ids_of("hi", tokenizer).count(BOS) == 1
     assert ids_of("<bos>hi", tokenizer) == ids_of("hi", tokenizer)
 
 
-def test_a_tokenizer_without_bos_gets_none() -> None:
+def test_no_bos_is_added_if_the_tokenizer_has_none() -> None:
     assert BOS not in ids_of("hi", tiny.tokenizer(chat_template=None, bos=False))
 
 
@@ -50,7 +51,7 @@ def test_a_tokenizer_without_bos_gets_none() -> None:
         ([BOS], False, {"count": 1, "by": "tlcapture"}),
     ],
 )
-def test_the_bos_policy_says_how_many_a_prompt_begins_with_and_by_whom(
+def test_the_bos_policy_records_how_many_bos_tokens_a_prompt_starts_with_and_what_added_them(
     ids: list[int], template: bool, expected: dict[str, object]
 ) -> None:
     assert bos_policy(tiny.tokenizer(), ids, chat_template=template) == expected
@@ -58,31 +59,31 @@ def test_the_bos_policy_says_how_many_a_prompt_begins_with_and_by_whom(
     assert none == {"count": 0, "by": None}
 
 
-def test_the_template_can_be_switched_off_but_not_conjured_up() -> None:
+def test_the_chat_template_can_be_disabled_and_is_required_if_requested() -> None:
     assert TURN not in ids_of("hi", tiny.tokenizer(), chat_template=False)
     with pytest.raises(InputError, match="the model's tokenizer has none"):
         ids_of("hi", tiny.tokenizer(chat_template=None), chat_template=True)
 
 
-def test_a_system_prompt_comes_first() -> None:
+def test_the_system_prompt_comes_before_the_user_text() -> None:
     prompt = tokenize(tiny.tokenizer(), "hi", prompt_set="s", prompt_id="1", system_prompt="be kind")
     assert prompt.text.index("system\nbe kind") < prompt.text.index("user\nhi")
     base = tokenize(tiny.tokenizer(chat_template=None), "hi", prompt_set="s", prompt_id="1", system_prompt="be kind")
     assert base.text == "be kind\n\nhi"
 
 
-def test_a_template_without_system_role_gets_it_in_the_users_message() -> None:
+def test_the_system_prompt_is_merged_into_the_user_message_if_the_template_has_no_system_role() -> None:
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
     assert "user\nbe kind\n\nhi" in render_chat(tiny.tokenizer(chat_template=GEMMA_LIKE), messages)
 
 
-def test_stop_ids_are_those_of_tokenizer_generation_config_and_template() -> None:
+def test_stop_ids_come_from_tokenizer_generation_config_and_chat_template() -> None:
     assert stop_ids(tiny.tokenizer(), None) == {EOS, END_OF_TURN}
     assert stop_ids(tiny.tokenizer(chat_template=None), None) == {EOS}
     assert stop_ids(tiny.tokenizer(), SimpleNamespace(eos_token_id=[EOS, 9])) == {EOS, END_OF_TURN, 9}
 
 
-def test_half_characters_are_shown_and_rejoined() -> None:
+def test_parts_of_a_character_show_as_replacement_characters_and_decode_together() -> None:
     tokenizer = tiny.tokenizer()
     ids = tokenizer("é", add_special_tokens=False)["input_ids"]
     assert len(ids) == 2
@@ -91,7 +92,7 @@ def test_half_characters_are_shown_and_rejoined() -> None:
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
-def test_texts_survive_the_round_trip_through_ids(text: str) -> None:
+def test_decoding_the_ids_of_a_text_gives_the_text(text: str) -> None:
     if any(special in text for special in tiny.SPECIAL):
         return
     tokenizer = tiny.tokenizer(chat_template=None)

@@ -1,0 +1,78 @@
+"""A capture of an experiment, opened on first use."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tlcapture.errors import InputError
+from tlcapture.explore.explorable_capture import ExplorableCapture
+from tlcapture.storage.layout import Layout
+
+if TYPE_CHECKING:
+    from tlcapture.captures.capture import Capture
+    from tlcapture.explore.experiment import Experiment
+    from tlcapture.models.loading import Model
+
+_CAPTURE_ATTRIBUTES = (
+    "prompt", "response", "metadata", "tokens", "token_ids", "residual", "n_layers", "d_model", "save",
+)  # fmt: skip
+
+
+class SavedCapture(ExplorableCapture):
+    """A capture of an experiment, opened (memory-mapped) on first use.
+
+    Has every attribute of `Capture`, such as `tokens`, `prompt`, `response` and `residual(layer, point)`.
+    """
+
+    def __init__(self, experiment: Experiment, prompt_set: str, prompt_id: str):
+        self.experiment = experiment
+        self.prompt_set = prompt_set
+        self.prompt_id = prompt_id
+
+    @cached_property
+    def capture(self) -> Capture:
+        """The opened file; raises `StorageError` if it is damaged."""
+        from tlcapture.captures.capture import Capture
+
+        return Capture.open(self.experiment.layout.residual(self.prompt_set, self.prompt_id))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.capture, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *_CAPTURE_ATTRIBUTES})
+
+    def __repr__(self) -> str:
+        return f"Saved{self.capture!r}"
+
+    def _repr_html_(self) -> str:
+        return self.capture._repr_html_()
+
+    @property
+    def _captured(self) -> Capture:
+        return self.capture
+
+    def _vectors(self) -> Layout:
+        return self.experiment.layout
+
+    def _model(self) -> Model:
+        """The experiment's model; raises `InputError` if the capture is from another one."""
+        model, fingerprint = self.experiment.model, self.capture.metadata.get("model_fingerprint")
+        if model.fingerprint != fingerprint:
+            raise InputError(
+                f"{self.prompt_set}/{self.prompt_id} was captured from {self.capture.metadata['inference_model']!r} "
+                f"(fingerprint {fingerprint}), but the experiment's model is now {model.name!r} ({model.fingerprint})"
+            )
+        return model
+
+    def _add_on(self, kind: str) -> Path | None:
+        layout = self.experiment.layout
+        path_of = layout.attention if kind == "attention" else layout.logit_lens
+        path, raw = path_of(self.prompt_set, self.prompt_id), layout.residual(self.prompt_set, self.prompt_id)
+        # A file older than the capture belongs to an earlier run of the prompt.
+        is_current = path.is_file() and path.stat().st_mtime_ns >= raw.stat().st_mtime_ns
+        return path if is_current else None
