@@ -146,7 +146,7 @@ def test_an_extra_field_that_is_nested_too_deeply_for_the_page_is_reported(
     VectorFolder(layout, TRAIT).metadata_file("residual").write_text(nested)
     result = tlcapture("view", *EXP, "--export", tmp_path / "page.html")
     assert result.exit_code == 1
-    assert "exp/vectors/style/odd: a file holds what cannot be shown" in result.stderr
+    assert "exp/vectors/style/odd: a file has content that cannot be shown" in result.stderr
     evidence.tried("metadata of vectors, by command", "deep nesting")
 
 

@@ -1,4 +1,4 @@
-"""What a prompt or a token holds steers neither a terminal nor a page: through the real commands, with a tiny model."""
+"""Control characters and markup in prompts and tokens are escaped for terminal and page (real commands, tiny model)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TEXTS = {
 
 
 def dangerous(text: str) -> set[str]:
-    """Characters that steer a terminal: controls, overrides and other format characters, separators of lines."""
+    """Characters that control a terminal: control and format characters, line separators."""
     kinds = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
     return {character for character in text if unicodedata.category(character) in kinds} - {"\n"}
 
@@ -88,7 +88,9 @@ def test_prompts_and_tokens_reach_the_terminal_and_the_page_as_plain_text(
         evidence.tried("prompts and tokens through the commands", name)
 
 
-def test_a_refused_prompt_is_named_without_its_controls(tlcapture: Run, root: Path, evidence: Evidence) -> None:
+def test_the_error_for_a_refused_prompt_has_no_control_characters(
+    tlcapture: Run, root: Path, evidence: Evidence
+) -> None:
     folder = root / "datasets" / "inference"
     folder.mkdir(parents=True)
     for text in TEXTS.values():
@@ -109,7 +111,7 @@ def test_a_refused_prompt_is_named_without_its_controls(tlcapture: Run, root: Pa
 @pytest.mark.parametrize(
     "option", ["--experiment", "--prompt-set", "--prompt", "--model", "--system-prompt", "--method", "--root"]
 )
-def test_words_of_the_command_line_that_are_no_text_are_refused_in_plain_text(
+def test_arguments_that_are_not_valid_text_are_refused_with_a_printable_error(
     tlcapture: Run,
     root: Path,
     tiny_folder: Path,
@@ -131,7 +133,7 @@ def test_words_of_the_command_line_that_are_no_text_are_refused_in_plain_text(
     evidence.tried("words of the command line", option)
 
 
-def test_every_text_is_made_printable(evidence: Evidence) -> None:
+def test_printable_removes_every_control_character(evidence: Evidence) -> None:
     @settings(max_examples=500, deadline=None, database=None)
     @given(st.text(st.characters()) | st.text(st.characters(categories=["Cc", "Cf", "Cs", "Zl", "Zp", "Zs"])))
     def attempt(text: str) -> None:

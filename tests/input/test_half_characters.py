@@ -48,7 +48,7 @@ def read(path: Path) -> Any:
     return json.loads(path.read_bytes())
 
 
-def test_ids_texts_and_tokens_survive_every_file_and_the_page(captured: Path, evidence: Evidence) -> None:
+def test_every_file_and_the_page_keep_ids_texts_and_tokens(captured: Path, evidence: Evidence) -> None:
     tokenizer = tiny.tokenizer()
     client = TestClient(page_app(captured.parents[1]), base_url="http://127.0.0.1")
     exp = Experiment("exp", captured.parents[1])
@@ -79,7 +79,7 @@ def test_ids_texts_and_tokens_survive_every_file_and_the_page(captured: Path, ev
     assert halves, "no response was cut within a character: raise --max-new-tokens"
 
 
-def test_replay_goes_by_ids_and_not_by_tokens(tlcapture: Run, captured: Path, evidence: Evidence) -> None:
+def test_replay_uses_ids_instead_of_token_texts(tlcapture: Run, captured: Path, evidence: Evidence) -> None:
     """Texts with U+FFFD, tokenised again, would be other tokens: patterns over ids come out as they were."""
     files = sorted(captured.glob("analysis/per_token/odd/*_attention.json"))
     before = {path: read(path) for path in files}
@@ -98,7 +98,7 @@ def test_replay_goes_by_ids_and_not_by_tokens(tlcapture: Run, captured: Path, ev
     evidence.tried("tokens that are half a character", "replayed", len(files))
 
 
-def test_ranks_are_those_of_ids_where_many_tokens_look_alike(captured: Path, evidence: Evidence) -> None:
+def test_ranks_are_computed_from_ids_if_tokens_have_equal_texts(captured: Path, evidence: Evidence) -> None:
     """Every byte beyond ASCII shows as U+FFFD: by text the first of them would be found."""
     import torch
 

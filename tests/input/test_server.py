@@ -1,4 +1,4 @@
-"""The server: whatever is asked, and whatever lies in the experiment, one of a few statuses, in one line, never 500."""
+"""The server with arbitrary requests and damaged experiments: an expected status and a one-line error, never 500."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.page.conftest import TRAIT, attention, logit_lens, projection, write_
 from tlcapture.page.contents import RESOURCES
 from tlcapture.page.server import listen, page_app, serve
 
-GOOD = {"experiment": "exp", "prompt_set": "odd", "prompt_id": "1", "category": "style", "name": "odd",
+VALID = {"experiment": "exp", "prompt_set": "odd", "prompt_id": "1", "category": "style", "name": "odd",
         "component": "residual", "token": "1"}  # fmt: skip
 ODD = [*HOSTILE, "exp", "odd", "1", "2", "3", "-1", "1e3", "99999999999999999999", "9" * 5000, "0x1", "1.0", "attn_out",
        "style", "raw", "%00", "%2e%2e%2f", "..%2f..%2f", "%ff", "%ed%a0%80", "?x", "#x", "a&b", "\uff11"]  # fmt: skip
@@ -45,7 +45,7 @@ def encoded(text: str) -> str:
 
 
 def check(client: TestClient, path: str, method: str = "GET") -> int:
-    """The answer has an expected status, the headers of all, and JSON in one line where it refuses."""
+    """The response has an expected status and the security headers; a refusal is JSON with a one-line message."""
     answer = client.request(method, f"http://{HOST}{path}")
     assert answer.status_code in (200, 400, 404, 405, 422), (path, answer.status_code)
     assert answer.headers["content-security-policy"].startswith("default-src 'none'")
@@ -60,14 +60,14 @@ def check(client: TestClient, path: str, method: str = "GET") -> int:
     return answer.status_code
 
 
-def test_every_route_with_every_kind_of_name(client: TestClient, evidence: Evidence) -> None:
+def test_every_route_with_arbitrary_names(client: TestClient, evidence: Evidence) -> None:
     counts: Counter[str] = Counter()
 
     @settings(max_examples=250, deadline=None, database=None)
     @given(st.sampled_from(sorted(RESOURCES)), st.data())
     def attempt(resource: str, data: st.DataObject) -> None:
-        changed = data.draw(st.dictionaries(st.sampled_from(sorted(GOOD)), SEGMENTS, max_size=2))
-        values = {name: encoded(text) for name, text in {**GOOD, **changed}.items()}
+        changed = data.draw(st.dictionaries(st.sampled_from(sorted(VALID)), SEGMENTS, max_size=2))
+        values = {name: encoded(text) for name, text in {**VALID, **changed}.items()}
         status = check(client, f"/api/{RESOURCES[resource].format(**values)}")
         assert changed or status == 200
         counts[str(status)] += 1
@@ -77,7 +77,7 @@ def test_every_route_with_every_kind_of_name(client: TestClient, evidence: Evide
         evidence.tried("server, paths of its API", f"status {status}", count)
 
 
-def test_any_path_at_all(client: TestClient, evidence: Evidence) -> None:
+def test_arbitrary_paths(client: TestClient, evidence: Evidence) -> None:
     @settings(max_examples=150, deadline=None, database=None)
     @given(st.lists(SEGMENTS | st.sampled_from(["api", "static", "sets", "main.js"]), max_size=7), st.booleans())
     def attempt(parts: list[str], raw: bool) -> None:
@@ -89,13 +89,18 @@ def test_any_path_at_all(client: TestClient, evidence: Evidence) -> None:
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND", "CONNECT", "X"])
-def test_only_reading_is_answered(client: TestClient, evidence: Evidence, method: str) -> None:
-    for path in ("/", "/plotly.js", "/static/main.js", *(f"/api/{path.format(**GOOD)}" for path in RESOURCES.values())):
+def test_methods_that_write_are_refused(client: TestClient, evidence: Evidence, method: str) -> None:
+    for path in (
+        "/",
+        "/plotly.js",
+        "/static/main.js",
+        *(f"/api/{path.format(**VALID)}" for path in RESOURCES.values()),
+    ):
         assert check(client, path, method) == 405
         evidence.tried("server, methods that write", method)
 
 
-def test_head_is_answered_like_get(client: TestClient) -> None:
+def test_head_is_supported(client: TestClient) -> None:
     assert client.head("/api/experiments").status_code == 200
     assert client.head("/api/experiments").content == b""
 
@@ -112,7 +117,7 @@ FILES = {
         {"config": {"layers": [1], "methods": ["probe"], "coefficients": [0.1]},
          "result": {"trait_mean": 60.0, "coherence_mean": 90.0}}]},
 }  # fmt: skip
-ASKED = [f"/api/{path.format(**GOOD)}" for path in RESOURCES.values()]
+ASKED = [f"/api/{path.format(**VALID)}" for path in RESOURCES.values()]
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
@@ -125,9 +130,7 @@ def test_every_resource_over_damaged_files(client: TestClient, root: Path, evide
     try_all(evidence, f"server over {name.split('/')[-1]}", damaged_json(FILES[name]), attempt, examples=40)
 
 
-def test_a_further_field_that_is_nested_too_deep_to_be_shown(
-    client: TestClient, root: Path, evidence: Evidence
-) -> None:
+def test_an_additional_field_that_is_nested_too_deeply(client: TestClient, root: Path, evidence: Evidence) -> None:
     for name, content in FILES.items():
         nested = json.dumps({**content, "further": "@"}).replace('"@"', "[" * 900 + "]" * 900)
         (root / "experiments" / "exp" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +140,7 @@ def test_a_further_field_that_is_nested_too_deep_to_be_shown(
 
 
 @pytest.mark.parametrize("name", [*sorted(FILES), "inference/raw/residual/odd/1.pt", "config.json"])
-def test_a_folder_in_the_place_of_a_file(client: TestClient, root: Path, evidence: Evidence, name: str) -> None:
+def test_a_folder_in_place_of_a_file(client: TestClient, root: Path, evidence: Evidence, name: str) -> None:
     path = root / "experiments" / "exp" / name
     path.unlink(missing_ok=True)
     path.mkdir(parents=True)
@@ -146,7 +149,7 @@ def test_a_folder_in_the_place_of_a_file(client: TestClient, root: Path, evidenc
         evidence.tried("server, a folder where a file is expected", name.split("/")[-1])
 
 
-def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(client: TestClient, root: Path, evidence: Evidence) -> None:
+def test_a_pipe_in_place_of_a_file_does_not_block(client: TestClient, root: Path, evidence: Evidence) -> None:
     import os
 
     for name in FILES:
@@ -160,7 +163,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(client: TestClient, roo
 
 
 @pytest.mark.parametrize("where", LINKS)
-def test_a_secret_behind_a_link_is_in_no_answer(
+def test_no_response_contains_a_secret_behind_a_link(
     client: TestClient, root: Path, tmp_path: Path, evidence: Evidence, where: str
 ) -> None:
     outside = write_experiment(tmp_path / "outside") / "experiments" / "exp"
@@ -172,7 +175,7 @@ def test_a_secret_behind_a_link_is_in_no_answer(
         evidence.tried("server, links out of the experiment", "GET")
 
 
-def test_files_beside_the_experiments_are_out_of_reach(client: TestClient, root: Path, evidence: Evidence) -> None:
+def test_files_outside_of_the_experiments_are_not_served(client: TestClient, root: Path, evidence: Evidence) -> None:
     (root / "secret.json").write_text(f'{{"a": "{SECRET}"}}')
     (root / "experiments" / "secret.json").write_text(f'{{"a": "{SECRET}"}}')
     ways = [
@@ -211,21 +214,21 @@ def test_another_host_header_is_refused(client: TestClient, evidence: Evidence, 
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.1:8765", "localhost", "localhost:1", "LOCALHOST:8765"])
-def test_this_machines_own_names_are_answered(client: TestClient, evidence: Evidence, host: str) -> None:
+def test_loopback_host_names_are_accepted(client: TestClient, evidence: Evidence, host: str) -> None:
     assert client.get("/api/experiments", headers={"Host": host}).status_code == 200
     evidence.tried("server, Host headers", "answered")
 
 
 @pytest.fixture
 def port(root: Path) -> int:
-    """The real server, in a thread that ends with the tests."""
+    """The real server, in a daemon thread."""
     listening = listen(None)
     threading.Thread(target=serve, args=(root, listening), daemon=True).start()
     return listening.getsockname()[1]
 
 
 _END = b" HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
-CROOKED = [
+INVALID_REQUESTS = [
     b"", b"\0\0\0", b"GET", b"GET /\r\n\r\n", b"GET / HTTP/9.9\r\nConnection: close\r\n\r\n", b"\x16\x03\x01\x02\0",
     b"GET / HTTP/1.1\r\n\r\n",
     b"GET /api/experiments HTTP/1.1\r\nHost: 127.0.0.1\r\nHost: evil\r\nConnection: close\r\n\r\n",
@@ -239,7 +242,7 @@ CROOKED = [
 
 
 def raw_answer(port: int, request: bytes) -> bytes:
-    """What comes back; a server may hang up on what is too long."""
+    """The response; the server may close the connection if the request is too long."""
     received = b""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection, suppress(ConnectionError):
         connection.sendall(request)
@@ -250,16 +253,14 @@ def raw_answer(port: int, request: bytes) -> bytes:
     return received
 
 
-def test_the_real_server_answers_on_loopback_alone_and_survives_what_is_no_request(
-    port: int, evidence: Evidence
-) -> None:
+def test_the_real_server_listens_on_loopback_only_and_survives_invalid_requests(port: int, evidence: Evidence) -> None:
     assert b'"exp"' in raw_answer(port, b"GET /api/experiments" + _END)
     own = {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)} - {"127.0.0.1"}
     for address in [*own, "127.0.0.2"]:
         with socket.socket() as other:
             assert other.connect_ex((address, port))
         evidence.tried("server, other addresses of the machine", "refused")
-    for request in CROOKED:
+    for request in INVALID_REQUESTS:
         answer = raw_answer(port, request)
         assert not answer or answer.split(b" ")[1] in (b"200", b"400", b"404", b"405", b"422"), answer[:80]
         assert b"root:" not in answer

@@ -105,7 +105,7 @@ def test_trajectories_are_the_files_own_numbers(page: Watched, page_root: Path) 
     assert [token.rstrip("\n") for token in shown] == [token.replace("\n", "\u23ce") for token in text]
 
 
-def test_velocity_and_acceleration_lie_where_they_lead(page: Watched, page_root: Path) -> None:
+def test_velocity_and_acceleration_are_drawn_at_the_later_token(page: Watched, page_root: Path) -> None:
     page.open(f"view=dynamics&{HERE}")
     velocity, acceleration = page.traces(1)
     dynamics = projection_file(page_root)["dynamics"]
@@ -113,7 +113,7 @@ def test_velocity_and_acceleration_lie_where_they_lead(page: Watched, page_root:
     assert (acceleration["y"], acceleration["x"][0]) == (dynamics["acceleration"], 2)
 
 
-def test_normalised_lines_have_no_mean_and_a_deviation_of_one(page: Watched) -> None:
+def test_normalised_trajectories_have_mean_0_and_deviation_1(page: Watched) -> None:
     page.open(f"view=dynamics&{HERE}")
     page.page.click("text=normalise for comparison")
     page.settled()
@@ -133,7 +133,7 @@ def test_layers_show_every_residual_point(page: Watched, page_root: Path) -> Non
         assert [[row[layer][point] for row in scores] for layer in range(len(scores[0]))] == heat["z"]
 
 
-def test_layers_that_were_not_kept_are_blank_and_passed_over(context: Any, tmp_path: Path) -> None:
+def test_layers_that_were_not_kept_are_blank_and_skipped_by_the_keyboard(context: Any, tmp_path: Path) -> None:
     path = write_experiment(tmp_path) / "experiments/exp/inference/style/odd/residual_stream/odd/1.json"
     content = json.loads(path.read_text())
     for part, tokens in content["projections"].items():
@@ -156,7 +156,7 @@ def test_layers_that_were_not_kept_are_blank_and_passed_over(context: Any, tmp_p
         assert watched.wrong == []
 
 
-def test_the_lens_shows_ranks_and_the_first_fifty_on_a_click(page: Watched, page_root: Path) -> None:
+def test_the_lens_shows_ranks_and_lists_the_top_fifty_on_a_click(page: Watched, page_root: Path) -> None:
     page.open(f"view=lens&{HERE}")
     entry = analysis_file(page_root, "logit_lens")["predictions"][3]
     page.open(f"view=lens&{HERE}&token=3")
@@ -180,7 +180,7 @@ def test_attention_shows_all_heads_of_the_chosen_token(page: Watched, page_root:
     assert bars["y"] == patterns[4][2]
 
 
-def test_vectors_show_the_evaluation_the_steering_and_the_choice(page: Watched, page_root: Path) -> None:
+def test_vectors_show_evaluation_steering_and_selection(page: Watched, page_root: Path) -> None:
     page.open(f"view=vectors&{HERE}")
     path = page_root / "experiments" / "exp" / "extraction" / "extraction_evaluation.json"
     rows = [row for row in json.loads(path.read_text())["all_results"] if row["trait"] == TRAIT]
@@ -188,10 +188,10 @@ def test_vectors_show_the_evaluation_the_steering_and_the_choice(page: Watched, 
     assert page.traces(0)[0]["z"] == [[row["val_effect_size"] for row in by_layer]]
     assert page.traces(1)[0]["z"][0] == [row["val_auroc"] for row in by_layer]
     assert page.traces(2)[0]["y"] == [40.0, 71.0]
-    assert "mean_diff at layer 8, 31, because its steering run moves the trait furthest" in page.text("#view")
+    assert "mean_diff at layer 8, 31, because its steering run changes the trait most" in page.text("#view")
 
 
-def test_the_chosen_token_moves_all_views(page: Watched) -> None:
+def test_all_views_follow_the_chosen_token(page: Watched) -> None:
     page.open(f"view=dynamics&{HERE}")
     page.page.click("#strip .token[data-token='9']")
     page.settled()
@@ -231,7 +231,7 @@ def test_the_address_restores_the_view(page: Watched, context: Any, address: str
     assert "view=layers" not in page.page.url
 
 
-def test_pickers_find_by_typing(page: Watched) -> None:
+def test_pickers_filter_while_typing(page: Watched) -> None:
     page.open(f"view=dynamics&{HERE}")
     page.press("t")
     page.page.keyboard.type("refu")
@@ -240,10 +240,10 @@ def test_pickers_find_by_typing(page: Watched) -> None:
     assert "trait=behavioral%2Frefusal" in page.page.url
     page.press("/")
     page.page.keyboard.type("no such prompt")
-    page.page.wait_for_selector("text=nothing matches")
+    page.page.wait_for_selector("text=no match")
 
 
-def test_two_sets_of_numbers_are_compared_from_the_first_response_token(page: Watched, page_root: Path) -> None:
+def test_compared_trajectories_are_aligned_at_the_first_response_token(page: Watched, page_root: Path) -> None:
     page.open(f"view=compare&{HERE}")
     names = {trace["name"]: trace for trace in page.traces()}
     first = projection_file(page_root, 1)
@@ -278,7 +278,7 @@ def test_light_and_dark_differ_and_stay_in_the_address(page: Watched) -> None:
     assert len(seen) == 2
 
 
-def test_hostile_tokens_stay_text(context: Any, hostile_address: str) -> None:
+def test_hostile_tokens_are_escaped(context: Any, hostile_address: str) -> None:
     page = Watched(context, hostile_address)
     for view in VIEWS:
         page.open(f"view={view}&experiment=exp&set=odd&prompt=1&trait=style/odd&token=2")
@@ -293,7 +293,7 @@ def test_hostile_tokens_stay_text(context: Any, hostile_address: str) -> None:
     page.page.close()
 
 
-def test_what_is_missing_names_the_command(context: Any, hostile_address: str) -> None:
+def test_missing_data_names_the_command(context: Any, hostile_address: str) -> None:
     page = Watched(context, hostile_address)
     for view, prompt, command in (
         ("lens", 2, "tlcapture capture --experiment exp --prompt-set odd --logit-lens --replay"),
@@ -320,7 +320,7 @@ def test_an_exported_page_works_offline(context: Any, page_root: Path, tmp_path:
     page.page.close()
 
 
-def test_an_exported_page_says_what_was_left_out(context: Any, page_root: Path, tmp_path: Path) -> None:
+def test_an_exported_page_lists_omitted_data(context: Any, page_root: Path, tmp_path: Path) -> None:
     target = tmp_path / "page.html"
     left_out = export_page(page_root, "exp", ["single_trait"], target, megabytes=1)
     assert "attention of single_trait/1" in left_out

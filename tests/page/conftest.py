@@ -1,4 +1,4 @@
-"""A small experiment written by hand in the formats of the documentation, its tokens hostile."""
+"""A small experiment written by hand in the documented formats, with hostile tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TRAIT = "style/odd"
 
 
 def scores(prompt: int) -> list[list[list[float]]]:
-    """`[token][layer][point]`, every number another."""
+    """`[token][layer][point]`, all values different."""
     return [
         [[float(100 * prompt + 10 * token + 3 * layer + point) for point in range(3)] for layer in range(N_LAYERS)]
         for token in range(len(TOKENS))
@@ -68,7 +68,7 @@ def write(path: Path, value: Any) -> None:
 
 
 def write_experiment(root: Path) -> Path:
-    """Experiment `exp`: prompts 1, 2 and 3 of the set `odd`; 1 has everything, 3 has nothing but its capture."""
+    """Experiment `exp`: prompts 1, 2 and 3 of the set `odd`; 1 has every file, 3 only its capture."""
     folder = root / "experiments" / "exp"
     raw = folder / "inference" / "raw" / "residual" / "odd"
     raw.mkdir(parents=True)

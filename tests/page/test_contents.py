@@ -1,4 +1,4 @@
-"""What the page is told: the files' own numbers, what is missing and which command makes it."""
+"""The page's content: values of the files, missing data and the command that creates it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_experiments_list_prompt_sets_and_traits(contents: Contents) -> None:
     assert contents.experiments() == [{"name": "exp", "prompt_sets": ["odd"], "traits": [TRAIT]}]
 
 
-def test_a_prompt_set_lists_prompts_as_they_were_run_and_what_there_is_of_them(contents: Contents) -> None:
+def test_a_prompt_set_lists_its_captured_prompts_and_their_files(contents: Contents) -> None:
     found = contents.prompt_set("exp", "odd")
     assert [prompt["id"] for prompt in found["prompts"]] == ["1", "2", "3"]
     assert found["prompts"][0] == {"id": "1", "text": "".join(TOKENS[:N_PROMPT]), "attention": True, "logit_lens": True}
@@ -38,14 +38,14 @@ def test_a_prompt_set_lists_prompts_as_they_were_run_and_what_there_is_of_them(c
     assert found["traits"] == [TRAIT]
 
 
-def test_a_prompt_is_called_as_its_prompt_set_words_it_if_that_is_what_was_run(contents: Contents) -> None:
-    prompts = [{"id": "1", "text": TOKENS[1]}, {"id": "2", "text": "reworded since"}]
+def test_a_prompt_is_shown_as_in_its_prompt_set_if_it_was_captured_like_that(contents: Contents) -> None:
+    prompts = [{"id": "1", "text": TOKENS[1]}, {"id": "2", "text": "changed after the capture"}]
     write(contents.root / "datasets" / "inference" / "odd.json", {"name": "odd", "prompts": prompts})
     found = contents.prompt_set("exp", "odd")["prompts"]
     assert [prompt["text"] for prompt in found] == [TOKENS[1], "".join(TOKENS[:N_PROMPT]), ""]
 
 
-def test_a_prompts_trajectory_is_that_of_the_vectors_own_layer(contents: Contents) -> None:
+def test_a_trajectory_is_taken_at_the_layer_of_the_vector(contents: Contents) -> None:
     found = contents.prompt("exp", "odd", "2")
     assert found["tokens"] == TOKENS
     assert (found["n_prompt_tokens"], found["n_layers"], found["problems"]) == (N_PROMPT, N_LAYERS, [])
@@ -53,12 +53,12 @@ def test_a_prompts_trajectory_is_that_of_the_vectors_own_layer(contents: Content
     assert found["projections"][0]["dynamics"] == projection(2)["dynamics"]
 
 
-def test_layers_are_the_scores_of_prompt_and_response_in_one_line(contents: Contents) -> None:
+def test_layers_hold_the_scores_of_prompt_and_response_as_one_sequence(contents: Contents) -> None:
     found = contents.layers("exp", "odd", "1", "style", "odd", "residual")
     assert found == {"sublayers": ["residual_in", "after_attn", "residual_out"], "scores": scores(1)}
 
 
-def test_the_lens_says_of_every_token_and_layer_what_comes_first(contents: Contents) -> None:
+def test_the_lens_has_the_top_prediction_of_every_token_and_layer(contents: Contents) -> None:
     found = contents.lens("exp", "odd", "1")
     assert found["token_idx"] == list(range(len(TOKENS) - 1))
     assert found["rank"] == [[token + layer + 1 for layer in range(N_LAYERS)] for token in range(len(TOKENS) - 1)]
@@ -67,28 +67,28 @@ def test_the_lens_says_of_every_token_and_layer_what_comes_first(contents: Conte
     assert [each["prob"] for each in contents.lens_token("exp", "odd", "1", "3")["by_layer"][2]["top_k"]] == [0.5, 0.25]
 
 
-def test_one_tokens_attention_is_read_alone(contents: Contents) -> None:
+def test_the_attention_of_one_token_is_read_on_its_own(contents: Contents) -> None:
     assert contents.attention("exp", "odd", "1")["n_heads"] == 2
     entry = contents.attention_token("exp", "odd", "1", "3")
     assert entry["by_layer"][1][0] == [0.25] * 4
 
 
-def test_a_mean_begins_with_the_responses_and_leaves_first_tokens_out() -> None:
-    lines = [([900.0, 1.0, 2.0], [3.0, 4.0]), ([800.0, 5.0], [6.0])]
-    found = average_trajectory(lines)
+def test_a_mean_is_aligned_at_the_response_and_excludes_first_tokens() -> None:
+    trajectories = [([900.0, 1.0, 2.0], [3.0, 4.0]), ([800.0, 5.0], [6.0])]
+    found = average_trajectory(trajectories)
     assert found["position"] == [-2, -1, 0, 1]
     assert found["mean"] == [1.0, mean([2.0, 5.0]), mean([3.0, 6.0]), 4.0]
     assert found["sd"] == [None, pytest.approx(stdev([2.0, 5.0])), pytest.approx(stdev([3.0, 6.0])), None]
     assert (found["n"], found["n_captures"]) == ([1, 2, 2, 1], 2)
 
 
-def test_the_mean_of_a_prompt_set_is_over_all_its_projections(contents: Contents) -> None:
+def test_the_mean_of_a_prompt_set_covers_all_its_projections(contents: Contents) -> None:
     found = contents.average("exp", "odd", "style", "odd", "residual")
     expected = [mean([scores(1)[token][1][-1], scores(2)[token][1][-1]]) for token in range(1, len(TOKENS))]
     assert found["mean"] == expected
 
 
-def test_vectors_say_which_is_selected_and_why(contents: Contents) -> None:
+def test_vectors_include_the_selected_one_and_the_reason(contents: Contents) -> None:
     found = contents.vectors("exp", "style", "odd")
     residual = found["components"]["residual"]
     assert residual["selected"]["layer"] == 1
@@ -124,13 +124,13 @@ def test_steering_runs_are_listed_with_their_baseline(contents: Contents) -> Non
         (lambda c: c.vectors("exp", "style", "none"), "extract --experiment exp --traits style/none"),
     ],
 )  # fmt: skip
-def test_what_is_missing_comes_with_the_command_that_makes_it(contents: Contents, ask: object, command: str) -> None:
+def test_missing_data_comes_with_the_command_that_creates_it(contents: Contents, ask: object, command: str) -> None:
     with pytest.raises(MissingError) as caught:
         ask(contents)  # type: ignore[operator]
     assert caught.value.command == f"tlcapture {command}"
 
 
-def test_a_prompt_without_projections_shows_the_tokens_its_attention_file_has(contents: Contents) -> None:
+def test_a_prompt_without_projections_has_the_tokens_of_its_attention_file(contents: Contents) -> None:
     path_of(contents.root).unlink()
     found = contents.prompt("exp", "odd", "1")
     assert found["tokens"] == TOKENS
@@ -138,7 +138,7 @@ def test_a_prompt_without_projections_shows_the_tokens_its_attention_file_has(co
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"projections": 3}', '{"prompt": {"tokens": 1}}', "null"])
-def test_a_damaged_projection_is_named_and_the_rest_is_shown(contents: Contents, content: str) -> None:
+def test_a_damaged_projection_is_reported_and_the_rest_is_shown(contents: Contents, content: str) -> None:
     path_of(contents.root).write_text(content)
     assert str(path_of(contents.root).relative_to(contents.root)) in contents.prompt("exp", "odd", "1")["problems"][0]
     with pytest.raises((StorageError, TypeError, KeyError)):
@@ -147,18 +147,18 @@ def test_a_damaged_projection_is_named_and_the_rest_is_shown(contents: Contents,
     assert len(contents.average("exp", "odd", "style", "odd", "residual")["problems"]) == 1
 
 
-def test_a_projection_of_other_tokens_than_its_neighbours_is_named_and_not_drawn(contents: Contents) -> None:
+def test_a_projection_with_different_tokens_is_reported_and_not_shown(contents: Contents) -> None:
     other = projection(1)
     other["response"]["tokens"] = [*other["response"]["tokens"][:-1], "another"]
     other["metadata"]["vector_source"]["trait"] = "style/zz"
     write(path_of(contents.root).parents[3] / "zz" / "residual_stream" / "odd" / "1.json", other)
     found = contents.prompt("exp", "odd", "1")
     assert [each["trait"] for each in found["projections"]] == [TRAIT]
-    assert "other tokens" in found["problems"][0]
+    assert "tokens differ" in found["problems"][0]
 
 
 @pytest.mark.parametrize("name", ["..", ".hidden", "a/b", "", "x" * 300])
-def test_names_that_are_no_names_never_become_paths(contents: Contents, name: str) -> None:
+def test_unsafe_names_never_become_paths(contents: Contents, name: str) -> None:
     for ask in (
         lambda: contents.prompt_set(name, "odd"),
         lambda: contents.prompt_set("exp", name),
@@ -171,7 +171,7 @@ def test_names_that_are_no_names_never_become_paths(contents: Contents, name: st
             ask()
 
 
-def test_the_page_reads_without_torch(page_root: Path) -> None:
+def test_the_page_loads_no_torch(page_root: Path) -> None:
     code = (
         "import sys, json; from pathlib import Path; from tlcapture.page.contents import Contents\n"
         f"c = Contents(Path({str(page_root)!r})); c.experiments(); c.prompt('exp', 'odd', '1')\n"

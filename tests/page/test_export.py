@@ -1,4 +1,4 @@
-"""The exported page: one file, what fits, and a note on the rest."""
+"""The exported page: one file with the data that fits and a note about omitted data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def manifest(page: str) -> dict[str, object]:
     return dict(json.loads(base64.b64decode(match[1])))
 
 
-def test_everything_that_is_there_is_in_the_file(page_root: Path) -> None:
+def test_all_data_is_in_the_file(page_root: Path) -> None:
     target = page_root / "page.html"
     assert export_page(page_root, "exp", ["odd"], target) == []
     page = target.read_text(encoding="utf-8")
@@ -41,7 +41,7 @@ def test_everything_that_is_there_is_in_the_file(page_root: Path) -> None:
     assert manifest(page)["missing"]["exp/sets/odd/2/lens"]["command"].endswith("--logit-lens --replay")  # type: ignore[index]
 
 
-def test_data_cannot_become_markup_and_only_the_pages_scripts_may_run(page_root: Path) -> None:
+def test_data_is_not_parsed_as_markup_and_only_the_scripts_of_the_page_can_run(page_root: Path) -> None:
     target = page_root / "page.html"
     export_page(page_root, "exp", ["odd"], target)
     page = target.read_text(encoding="utf-8")
@@ -56,7 +56,7 @@ def test_data_cannot_become_markup_and_only_the_pages_scripts_may_run(page_root:
     assert digests == allowed
 
 
-def test_what_does_not_fit_is_left_out_and_named(page_root: Path) -> None:
+def test_data_that_does_not_fit_is_omitted_and_listed(page_root: Path) -> None:
     target = page_root / "page.html"
     left_out = export_page(page_root, "exp", ["odd"], target, megabytes=0.003)
     assert "attention of odd/1" in left_out
@@ -66,30 +66,30 @@ def test_what_does_not_fit_is_left_out_and_named(page_root: Path) -> None:
     assert "attention of odd/1" in str(manifest(page)["note"])
 
 
-def test_a_limit_below_the_overview_is_an_error_and_writes_nothing(page_root: Path) -> None:
+def test_a_limit_below_the_size_of_the_overview_is_an_error_and_writes_nothing(page_root: Path) -> None:
     target = page_root / "page.html"
     with pytest.raises(InputError, match="--max-size"):
         export_page(page_root, "exp", ["odd"], target, megabytes=0.0001)
     assert not target.exists()
 
 
-def test_the_command_exports_and_refuses_what_it_cannot(tlcapture: Callable[..., Result], root: Path) -> None:
+def test_the_command_exports_and_refuses_invalid_options(tlcapture: Callable[..., Result], root: Path) -> None:
     write_experiment(root)
     done = tlcapture("view", "--experiment", "exp", "--export", root / "page.html")
     assert done.exit_code == 0, done.output
     assert "wrote" in done.stdout
     assert (root / "page.html").stat().st_size > 4e6
-    for words, said in (
+    for words, expected in (
         (["--experiment", "nix"], "no experiment 'nix'"),
         (["--experiment", "exp", "--prompt-set", "nix"], "captured sets: odd"),
         (["--experiment", "exp", "--export", "a.html", "--port", "9000"], "--port applies to serving"),
     ):
         refused = tlcapture("view", *words)
         assert refused.exit_code == 2
-        assert said in refused.stderr
+        assert expected in refused.stderr
 
 
-def test_the_command_draws_pictures(tlcapture: Callable[..., Result], root: Path) -> None:
+def test_the_command_writes_pictures(tlcapture: Callable[..., Result], root: Path) -> None:
     write_experiment(root)
     done = tlcapture("view", "--experiment", "exp", "--png", root / "pictures")
     assert done.exit_code == 0, done.output

@@ -1,4 +1,4 @@
-"""The server: on this machine only, strict about scripts, and never a traceback."""
+"""The server: loopback only, a strict content security policy, one-line errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def client(page_root: Path) -> TestClient:
     return TestClient(page_app(page_root), base_url="http://127.0.0.1:8765")
 
 
-def test_every_answer_forbids_what_is_not_the_pages_own(client: TestClient) -> None:
+def test_every_response_has_the_security_headers(client: TestClient) -> None:
     for path in ("/", "/static/main.js", "/api/experiments", "/api/exp/sets/none", "/nowhere"):
         headers = client.get(path).headers
         policy = dict(part.strip().split(" ", 1) for part in headers["content-security-policy"].split(";"))
@@ -28,7 +28,7 @@ def test_every_answer_forbids_what_is_not_the_pages_own(client: TestClient) -> N
         assert headers["x-content-type-options"] == "nosniff"
 
 
-def test_the_page_and_its_scripts_come_from_here_alone(client: TestClient) -> None:
+def test_the_page_and_its_scripts_are_served_locally(client: TestClient) -> None:
     page = client.get("/").text
     assert "//" not in page.replace("<!doctype html>", "")
     for name in SCRIPTS:
@@ -38,8 +38,8 @@ def test_the_page_and_its_scripts_come_from_here_alone(client: TestClient) -> No
 
 
 def test_another_host_name_is_refused(page_root: Path) -> None:
-    evil = TestClient(page_app(page_root), base_url="http://evil.example:8765")
-    assert evil.get("/api/experiments").status_code == 400
+    other = TestClient(page_app(page_root), base_url="http://evil.example:8765")
+    assert other.get("/api/experiments").status_code == 400
 
 
 def test_resources_are_json(client: TestClient) -> None:
@@ -50,7 +50,7 @@ def test_resources_are_json(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "status", "said"),
+    ("path", "status", "expected"),
     [
         ("nix/sets/odd", 404, "no experiment 'nix'"),
         ("exp/sets/odd/1/attention/99", 404, "has no token 99"),
@@ -59,14 +59,14 @@ def test_resources_are_json(client: TestClient) -> None:
         ("%2e%2e/sets/odd", 404, "safe file name"),
     ],
 )
-def test_what_cannot_be_had_is_said_in_one_line(client: TestClient, path: str, status: int, said: str) -> None:
+def test_a_refused_request_is_a_one_line_error(client: TestClient, path: str, status: int, expected: str) -> None:
     answer = client.get(f"/api/{path}")
     assert answer.status_code == status
-    assert said in answer.json()["what"]
+    assert expected in answer.json()["what"]
     assert "\n" not in answer.json()["what"]
 
 
-def test_what_is_not_made_yet_is_no_failure(client: TestClient) -> None:
+def test_missing_data_is_not_a_failure(client: TestClient) -> None:
     answer = client.get("/api/exp/sets/odd/2/lens")
     assert answer.status_code == 200
     assert answer.json()["absent"]["what"] == "no logit lens of this prompt"
@@ -75,7 +75,7 @@ def test_what_is_not_made_yet_is_no_failure(client: TestClient) -> None:
 @pytest.mark.parametrize(
     "content", ["[]", '{"attention": [{"token_idx": 1}]}', "\x00", '[{"token_idx": 1}, {"token_idx": 1']
 )
-def test_a_damaged_file_is_an_answer_and_no_traceback(client: TestClient, page_root: Path, content: str) -> None:
+def test_a_damaged_file_is_a_one_line_error(client: TestClient, page_root: Path, content: str) -> None:
     folder = page_root / "experiments" / "exp" / "analysis" / "per_token" / "odd"
     (folder / "1_logit_lens.json").write_text(content)
     answer = client.get("/api/exp/sets/odd/1/lens")
@@ -84,14 +84,14 @@ def test_a_damaged_file_is_an_answer_and_no_traceback(client: TestClient, page_r
 
 
 @pytest.mark.parametrize("name", ["nothing.js", "index.html", "..%2fserver.py", "main.py"])
-def test_nothing_but_the_pages_own_files_is_served(client: TestClient, name: str) -> None:
+def test_only_the_files_of_the_page_are_served(client: TestClient, name: str) -> None:
     assert client.get(f"/static/{name}").status_code == 404
 
 
-def test_a_port_that_is_taken_is_an_error_and_the_usual_one_gives_way() -> None:
+def test_a_port_in_use_is_an_error_unless_it_is_the_default() -> None:
     with listen(None) as first, listen(None) as second:
         assert first.getsockname()[0] == second.getsockname()[0] == "127.0.0.1"
-        taken = second.getsockname()[1]
-        with pytest.raises(InputError, match=f"--port {taken}"):
-            listen(taken)
+        used = second.getsockname()[1]
+        with pytest.raises(InputError, match=f"--port {used}"):
+            listen(used)
     assert first.family == socket.AF_INET

@@ -1,4 +1,4 @@
-"""Single entries of large files: what they hold is what the whole file says."""
+"""Single entries of large files equal those of the parsed file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ENTRIES = st.lists(st.lists(st.tuples(TEXTS, st.floats(allow_nan=False, allow_in
 
 
 @given(texts=st.lists(TEXTS, max_size=4), entries=ENTRIES, spaced=st.booleans(), last=st.booleans())
-def test_entries_and_the_rest_are_what_parsing_the_whole_file_gives(
+def test_entries_and_the_rest_equal_those_of_the_parsed_file(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], entries: list[Any], spaced: bool, last: bool
 ) -> None:
     listed = [{"token_idx": number, "by_layer": each} for number, each in enumerate(entries)]
@@ -34,7 +34,7 @@ def test_entries_and_the_rest_are_what_parsing_the_whole_file_gives(
         assert found[entry["token_idx"]] == entry
 
 
-def test_a_token_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_token_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "1_attention.json"
     path.write_text('{"attention": [{"token_idx": 0, "by_layer": []}]}')
     with pytest.raises(InputError, match=r"1_attention\.json has no token 3"):
@@ -42,14 +42,14 @@ def test_a_token_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", '{"a": [{"token_idx": 0, "by', '{"token_idx": 0}x{', "[1, 2]", "{not json"])
-def test_a_damaged_file_is_an_error_with_its_name(tmp_path: Path, content: str) -> None:
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, content: str) -> None:
     path = tmp_path / "1.json"
     path.write_text(content)
     with pytest.raises(StorageError, match=r"1\.json"):
         print(TokenEntries(path).rest)
 
 
-def test_a_file_written_anew_is_read_anew(tmp_path: Path) -> None:
+def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "1.json"
     path.write_text('{"a": [{"token_idx": 0, "x": 1}]}')
     assert TokenEntries(path)[0]["x"] == 1

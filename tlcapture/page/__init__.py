@@ -1,1 +1,1 @@
-"""The page: what an experiment's files hold, served to a browser on this machine or exported as one file."""
+"""The page that shows an experiment, served to a browser on this machine or exported as one file."""

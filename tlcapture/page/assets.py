@@ -1,4 +1,4 @@
-"""The page's own files and Plotly's script, as they are served and as they go into an exported page."""
+"""The page's static files and Plotly's script, for the server and for exported pages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MEDIA_TYPES = {".js": "text/javascript", ".css": "text/css"}
 _SCRIPTS_HERE, _STYLE_HERE = "<!-- scripts -->", "<!-- style -->"
 _POLICY_HERE, _DATA_HERE = "<!-- policy -->", "<!-- data -->"
 
-# Plotly writes its style sheet and the styles of its marks at run time: styles may be inline, scripts may not.
+# Plotly inserts styles at run time, so inline styles are allowed; inline scripts are not.
 _REST = "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; base-uri 'none'; form-action 'none'"
 POLICY = f"default-src 'none'; script-src 'self'; connect-src 'self'; frame-ancestors 'none'; {_REST}"
 
@@ -42,7 +42,7 @@ def plotly_script() -> bytes:
 
 
 def static_file(name: str) -> tuple[bytes, str] | None:
-    """A file of the page and its media type; `None` for any other name."""
+    """The content and media type of a static file of the page; `None` for any other name."""
     suffix = name[name.rfind(".") :]
     if suffix not in _MEDIA_TYPES or name not in (*SCRIPTS, "style.css"):
         return None
@@ -51,7 +51,7 @@ def static_file(name: str) -> tuple[bytes, str] | None:
 
 @cache
 def served_page() -> str:
-    """The page with its parts beside it."""
+    """The page's HTML, which refers to its scripts and style sheet by URL."""
     tags = "\n".join(f'<script src="static/{name}" defer></script>' for name in SCRIPTS)
     page = _template().replace(_POLICY_HERE, "").replace(_DATA_HERE, "")
     page = page.replace(_STYLE_HERE, '<link rel="stylesheet" href="static/style.css">')
@@ -59,9 +59,9 @@ def served_page() -> str:
 
 
 def exported_page(data: str) -> str:
-    """The page with everything in it: style, scripts, Plotly, and `data`, which must hold no script.
+    """The page's HTML with style sheet, scripts, Plotly and `data` inlined; `data` must not contain scripts.
 
-    Its policy lets exactly these scripts run, and lets nothing be fetched.
+    Its content security policy allows only these scripts, and no requests.
     """
     scripts = [plotly_script().decode("utf-8"), *((STATIC / name).read_text(encoding="utf-8") for name in SCRIPTS)]
     scripts = [script.replace("</script", "<\\/script") for script in scripts]

@@ -1,7 +1,7 @@
-"""What the page shows, read from the experiments' own files when it is asked for. Loads no torch.
+"""The page's content, read from the files of the experiments on request. Importing this module loads no torch.
 
-Every method is a resource of the page, and `RESOURCES` says under which path; the server and the
-export both go by it.
+Every public method of `Contents` is a resource of the page. `RESOURCES` has their paths, for the server and for
+exported pages.
 """
 
 from __future__ import annotations
@@ -45,12 +45,15 @@ _NUMBER = re.compile("[0-9]{1,9}")
 
 @dataclass(frozen=True)
 class Contents:
-    """The experiments of a root. Methods raise `TlcaptureError`; `MissingError` where a command would help."""
+    """The experiments of a root, as JSON values.
+
+    Methods raise `TlcaptureError`, and `MissingError` for data that a command can create.
+    """
 
     root: Path
 
     def experiments(self) -> list[dict[str, Any]]:
-        """All experiments, their captured prompt sets and their traits."""
+        """All experiments with their captured prompt sets and traits."""
         found = []
         for folder in sorted((self.root / "experiments").glob("*")):
             try:
@@ -63,16 +66,16 @@ class Contents:
         return found
 
     def prompt_set(self, experiment: str, prompt_set: str) -> dict[str, Any]:
-        """The prompts captured of a set, and what there is of each."""
+        """The captured prompts of a set, and whether each has attention and logit lens."""
         layout = self._layout(experiment)
         ids = layout.prompt_ids(prompt_set)
         if not ids:
             raise missing.captures(layout, prompt_set)
-        worded = self._wordings(prompt_set)
+        texts = self._prompt_texts(prompt_set)
         prompts = [
             {
                 "id": prompt_id,
-                "text": _wording(layout, prompt_set, prompt_id, worded.get(prompt_id)),
+                "text": _shown_text(layout, prompt_set, prompt_id, texts.get(prompt_id)),
                 "attention": layout.attention(prompt_set, prompt_id).is_file(),
                 "logit_lens": layout.logit_lens(prompt_set, prompt_id).is_file(),
             }
@@ -81,7 +84,7 @@ class Contents:
         return {"name": prompt_set, "prompts": prompts, "traits": _projected(layout, prompt_set)}
 
     def prompt(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
-        """A prompt's tokens, and its trajectory and dynamics on every trait it is projected onto."""
+        """A prompt's tokens, and its trajectory and dynamics for every trait that it is projected onto."""
         layout = self._layout(experiment)
         found: dict[str, Any] = {"tokens": None, "n_prompt_tokens": 0, "projections": [], "problems": []}
         for path in layout.all_projections(prompt_set, prompt_id):
@@ -95,7 +98,9 @@ class Contents:
                 n_prompt = len(content.prompt.tokens)
                 found |= {"tokens": content.tokens, "n_prompt_tokens": n_prompt, "text": content.response.text}
             if content.tokens != found["tokens"]:
-                found["problems"].append(f"{path.relative_to(self.root)}: it is of other tokens than its neighbours")
+                found["problems"].append(
+                    f"{path.relative_to(self.root)}: its tokens differ from those of the other projections"
+                )
                 continue
             found["projections"].append(projection)
             found["n_layers"], found["layers"] = content.n_layers, content.layers
@@ -108,19 +113,18 @@ class Contents:
     def layers(
         self, experiment: str, prompt_set: str, prompt_id: str, category: str, name: str, component: str
     ) -> dict[str, Any]:
-        """The projection onto one trait's vector at every layer and residual point: `scores[token][layer][point]`,
-        null at layers that the capture did not keep."""
+        """The projection onto one trait's vector: `scores[token][layer][point]`, null at layers that were not kept."""
         layout, trait = self._layout(experiment), Trait.parse(f"{category}/{name}")
         path = layout.projection(trait, _component(component), prompt_set, prompt_id)
         if not path.is_file():
             raise missing.projections(layout, prompt_set)
         content = ProjectionFile.read(path)
         if content.metadata.sublayers is None:
-            raise StorageError(f"{path}: metadata.sublayers does not say which points the scores are of")
+            raise StorageError(f"{path}: metadata.sublayers is missing: it names the residual points of the scores")
         return {"sublayers": content.metadata.sublayers, "scores": content.scores}
 
     def lens(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
-        """Of every token and layer: the likeliest next token, and rank and probability of the one that came."""
+        """The most likely next token, and rank and probability of the actual one, for every token and layer."""
         entries = self._entries(experiment, prompt_set, prompt_id, "logit-lens")
         head = LensHead.of(entries.rest, entries.path)
         found: dict[str, Any] = {name: [] for name in ("token_idx", "actual", "top", "prob", "rank", "actual_prob")}
@@ -141,39 +145,39 @@ class Contents:
         return LensEntry.of(entries[_index(token)], entries.path, head).model_dump(exclude_unset=True)
 
     def attention(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
-        """What a prompt's attention file holds besides the patterns."""
+        """The content of a prompt's attention file without the patterns."""
         entries = self._entries(experiment, prompt_set, prompt_id, "attention")
         head = AttentionHead.of(entries.rest, entries.path)
         return {**_head(head), "n_heads": head.n_heads}
 
     def attention_token(self, experiment: str, prompt_set: str, prompt_id: str, token: str) -> dict[str, Any]:
-        """What one token attends to: `by_layer[layer][head][key]`."""
+        """The attention weights of one query token: `by_layer[layer][head][key]`."""
         entries = self._entries(experiment, prompt_set, prompt_id, "attention")
         head = AttentionHead.of(entries.rest, entries.path)
         return AttentionEntry.of(entries[_index(token)], entries.path, head).model_dump(exclude_unset=True)
 
     def tokens_of(self, kind: str, experiment: str, prompt_set: str, prompt_id: str) -> list[int]:
-        """The tokens of which there is `attention` or a logit `lens`."""
+        """Indices of the tokens that `attention` or the logit `lens` has entries for."""
         named = "attention" if kind == "attention" else "logit-lens"
         return self._entries(experiment, prompt_set, prompt_id, named).token_indices
 
     def average(self, experiment: str, prompt_set: str, category: str, name: str, component: str) -> dict[str, Any]:
-        """The mean trajectory of a prompt set on a trait and its spread, responses beginning together."""
+        """Mean and standard deviation of a prompt set's trajectories, aligned at the first response token."""
         layout, trait = self._layout(experiment), Trait.parse(f"{category}/{name}")
-        lines, problems = [], []
+        trajectories, problems = [], []
         for prompt_id in layout.prompt_ids(prompt_set):
             path = layout.projection(trait, _component(component), prompt_set, prompt_id)
             if path.is_file():
                 try:
-                    lines.append(ProjectionFile.read(path).trajectory)
+                    trajectories.append(ProjectionFile.read(path).trajectory)
                 except StorageError as error:
                     problems.append(self._problem(error))
-        if not lines:
+        if not trajectories:
             raise missing.projections(layout, prompt_set)
-        return {**average_trajectory(lines), "problems": problems}
+        return {**average_trajectory(trajectories), "problems": problems}
 
     def vectors(self, experiment: str, category: str, name: str) -> dict[str, Any]:
-        """A trait's vectors: where there are any, their evaluation, their steering, and which is chosen and why."""
+        """A trait's vectors with the selected one, their evaluation and steering results."""
         return vectors_of(self._layout(experiment), Trait.parse(f"{category}/{name}"))
 
     def _layout(self, experiment: str) -> Layout:
@@ -196,11 +200,11 @@ class Contents:
         return {}
 
     def _problem(self, error: TlcaptureError) -> str:
-        """What is wrong with a file, which is named from the root on."""
+        """The message of an error, with paths relative to the root."""
         return str(error).replace(f"{self.root}/", "", 1)
 
-    def _wordings(self, prompt_set: str) -> dict[str, str]:
-        """The prompts as the prompt set has them today; none where there is no such file."""
+    def _prompt_texts(self, prompt_set: str) -> dict[str, str]:
+        """Prompt texts of the prompt set file by id; empty if the file is missing or invalid."""
         try:
             return {prompt.id: prompt.text for prompt in read_prompt_set(Datasets(self.root), prompt_set).prompts}
         except TlcaptureError:
@@ -220,25 +224,25 @@ def _index(token: str) -> int:
 
 
 def _projected(layout: Layout, prompt_set: str) -> list[str]:
-    """Traits onto which anything of a prompt set is projected."""
+    """Traits that any prompt of a set is projected onto."""
     folders = layout.projection_folders(prompt_set)
     return sorted({str(trait) for trait, _ in folders})
 
 
-def _wording(layout: Layout, prompt_set: str, prompt_id: str, worded: str | None) -> str:
-    """What to call a prompt: as its prompt set words it, if the capture holds that; else as it was run."""
+def _shown_text(layout: Layout, prompt_set: str, prompt_id: str, text: str | None) -> str:
+    """The prompt set's `text` of a prompt if the captured prompt contains it, else the captured prompt."""
     for path in layout.all_projections(prompt_set, prompt_id):
         if not path.is_file():
             continue
         with path.open("rb") as file:
             match = _TEXT_AT_THE_START.match(file.read(_HEAD))
         try:
-            run = str(orjson.loads(match[1])) if match else ""
+            captured = str(orjson.loads(match[1])) if match else ""
         except orjson.JSONDecodeError:
-            run = ""
-        if run:
-            return worded if worded and worded.strip() in run else run
-    return worded or ""
+            captured = ""
+        if captured:
+            return text if text and text.strip() in captured else captured
+    return text or ""
 
 
 def _projection(layout: Layout, path: Path, content: ProjectionFile) -> dict[str, Any]:
@@ -246,7 +250,7 @@ def _projection(layout: Layout, path: Path, content: ProjectionFile) -> dict[str
     prompt, response = content.trajectory
     dynamics = content.dynamics
     if dynamics is None or dynamics.velocity is None or dynamics.acceleration is None:
-        raise StorageError(f"{path}: it has no whole dynamics: run 'tlcapture project --dynamics-only'")
+        raise StorageError(f"{path}: its dynamics are incomplete: run 'tlcapture project --dynamics-only'")
     return {
         "trait": str(trait),
         "component": component,

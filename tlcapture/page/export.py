@@ -1,4 +1,4 @@
-"""The page as one HTML file that works without a server, holding as much of an experiment as fits."""
+"""Exporting the page as one HTML file that works without a server, with as much data as fits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEFAULT_MEGABYTES = 50
 
 @dataclass
 class _Carried:
-    """What goes into the file: packed resources by path, what is missing and what did not fit."""
+    """Data of the exported file: packed resources, missing ones by path, and labels of those that did not fit."""
 
     contents: Contents
     room: int
@@ -34,7 +34,7 @@ class _Carried:
     left_out: list[str] = field(default_factory=list)
 
     def add(self, label: str, resources: Sequence[tuple[str, dict[str, str]]], *, needed: bool = False) -> None:
-        """Add resources that belong together, all or none. Raises `InputError` where `needed` ones do not fit."""
+        """Add resources, all or none of them. Raises `InputError` if `needed` ones do not fit."""
         made, missing = [], {}
         left = self.room
         for name, parameters in resources:
@@ -64,10 +64,12 @@ class _Carried:
 def export_page(
     root: Path, experiment: str, prompt_sets: Sequence[str], target: Path, *, megabytes: float = DEFAULT_MEGABYTES
 ) -> list[str]:
-    """Write the page with an experiment's data to `target`; returns what did not fit.
+    """Write the page with an experiment's data to `target`; returns labels of the data that did not fit.
 
-    What is small and wanted most goes in first: trajectories, layers, vectors; then the logit lens,
-    then attention, prompt by prompt, as far as `megabytes` go.
+    Trajectories, vectors and layers are added first, then the logit lens and attention of each prompt, until the
+    data reaches `megabytes`.
+
+    Raises `InputError` if the overview alone does not fit.
     """
     layout = Layout(root, experiment)
     contents = _Only(root, experiment, tuple(prompt_sets))
@@ -94,7 +96,7 @@ def export_page(
 
 @dataclass(frozen=True)
 class _Only(Contents):
-    """The contents of one experiment and some of its prompt sets."""
+    """The contents of one experiment, restricted to some of its prompt sets."""
 
     experiment: str
     prompt_sets: tuple[str, ...]
@@ -120,12 +122,12 @@ def _layers(layout: Layout, prompt_set: str, prompt_id: str) -> Iterator[tuple[s
 
 
 def _tokens(contents: Contents, kind: str, where: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """The overview of a prompt's attention or logit lens, and each of its tokens."""
+    """The resources of a prompt's attention or logit lens: the overview and one per token."""
     yield kind, where
     try:
         tokens = contents.tokens_of(kind, **where)
     except MissingError:
-        tokens = [0]  # asked for, so that the page can say what is missing
+        tokens = [0]  # requested, so that the page can show what is missing
     for token in tokens:
         yield f"{kind}_token", {**where, "token": str(token)}
 
@@ -134,7 +136,7 @@ def _pack(path: str, value: Any) -> str:
     try:
         data = orjson.dumps(value)
     except orjson.JSONEncodeError as error:
-        raise StorageError(f"{path}: a file holds what cannot be shown: {error}") from None
+        raise StorageError(f"{path}: a file has content that cannot be shown: {error}") from None
     packed = base64.b64encode(gzip.compress(data, 6, mtime=0)).decode("ascii")
     return f'<script type="text/plain" id="data:{html.escape(path)}">{packed}</script>'
 
@@ -145,7 +147,7 @@ def _data(carried: _Carried, experiment: str) -> str:
     manifest = {
         "missing": carried.missing,
         "command": f"tlcapture view --experiment {experiment}",
-        "note": f"Left out of this file, which would be too large: {shown}." if listed else "",
+        "note": f"Omitted, because this file would be too large: {shown}." if listed else "",
     }
     head = base64.b64encode(orjson.dumps(manifest)).decode("ascii")
     return "\n".join([f'<script type="text/plain" id="exported">{head}</script>', *carried.elements])

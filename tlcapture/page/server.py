@@ -1,4 +1,4 @@
-"""The page's server: on this machine only, reading files when they are asked for."""
+"""The page's server, which listens on this machine only and reads files on request."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tlcapture.text import printable
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 8765
-_SOON_STALE = {"Cache-Control": "no-store"}
+_NOT_CACHED = {"Cache-Control": "no-store"}
 _HEADERS = {
     "Content-Security-Policy": POLICY,
     "X-Content-Type-Options": "nosniff",
@@ -38,13 +38,13 @@ _HEADERS = {
 
 
 def page_app(root: Path) -> Starlette:
-    """The application: the page, its scripts, and the resources of `Contents` below `/api/`."""
+    """The ASGI application: the page, its scripts, and the resources of `Contents` below `/api/`."""
     contents = Contents(root)
     routes = [Route(f"/api/{path}", _resource(getattr(contents, name))) for name, path in RESOURCES.items()]
     routes += [Route("/", _page), Route("/plotly.js", _plotly), Route("/static/{name}", _static)]
     middleware = [
         Middleware(_Headers),
-        # Another site's page could otherwise reach the server under a name of its own (DNS rebinding).
+        # Otherwise pages of other sites could send requests under their own host name (DNS rebinding).
         Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"]),
         Middleware(GZipMiddleware, minimum_size=4096, compresslevel=1),
     ]
@@ -52,9 +52,12 @@ def page_app(root: Path) -> Starlette:
 
 
 def listen(port: int | None) -> socket.socket:
-    """A socket on this machine's own address: the port asked for, or the usual one or any that is free.
+    """A listening socket on the loopback address.
 
-    Raises `InputError` where the port asked for is taken.
+    Args:
+        port: the port; by default `DEFAULT_PORT`, or any free port if that is in use.
+
+    Raises `InputError` if the port cannot be used.
     """
     for wanted in [port] if port is not None else [DEFAULT_PORT, 0]:
         listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -65,25 +68,25 @@ def listen(port: int | None) -> socket.socket:
         except OSError as error:
             listening.close()
             if port is not None:
-                raise InputError(f"--port {port}: {error.strerror}: choose another, or leave it out") from None
+                raise InputError(f"--port {port}: {error.strerror}: choose another, or omit the option") from None
         else:
             return listening
     raise InputError(f"no port of {HOST} is free")
 
 
 def serve(root: Path, listening: socket.socket) -> None:
-    """Answer requests until interrupted."""
+    """Serve the page of the experiments below `root` until interrupted."""
     import uvicorn
 
     config = uvicorn.Config(
         page_app(root), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1
     )
-    with suppress(KeyboardInterrupt):  # how it is meant to end
+    with suppress(KeyboardInterrupt):  # the normal way to stop
         uvicorn.Server(config).run(sockets=[listening])
 
 
 class _Headers:
-    """Adds the headers that every response has."""
+    """Adds security headers to every response."""
 
     def __init__(self, app: ASGIApp):
         self._app = app
@@ -103,14 +106,14 @@ def _resource(read: Callable[..., Any]) -> Callable[[Request], Any]:
         try:
             return _json(200, read(**parameters))
         except MissingError as error:
-            # No failure: what could be there and is not is part of what the page shows.
+            # Not a failure: the page shows what is missing and the command that creates it.
             return _json(200, {"absent": {"what": error.what, "command": error.command}})
         except TlcaptureError as error:
             return _refusal(404 if isinstance(error, InputError) else 422, str(error))
         except OSError as error:
             return _refusal(422, f"{error.filename}: cannot be read: {error.strerror}")
         except orjson.JSONEncodeError as error:
-            return _refusal(422, f"a file holds what cannot be shown: {error}")
+            return _refusal(422, f"a file has content that cannot be shown: {error}")
 
     async def endpoint(request: Request) -> Response:
         return await run_in_threadpool(answer, **request.path_params)
@@ -123,11 +126,11 @@ def _refusal(status: int, what: str) -> Response:
 
 
 def _json(status: int, value: Any) -> Response:
-    return Response(orjson.dumps(value), status, _SOON_STALE, "application/json")
+    return Response(orjson.dumps(value), status, _NOT_CACHED, "application/json")
 
 
 async def _page(request: Request) -> Response:
-    return Response(served_page(), headers=_SOON_STALE, media_type="text/html")
+    return Response(served_page(), headers=_NOT_CACHED, media_type="text/html")
 
 
 async def _plotly(request: Request) -> Response:
@@ -139,4 +142,4 @@ async def _static(request: Request) -> Response:
     if found is None:
         return Response("no such file", 404)
     content, media_type = found
-    return Response(content, headers=_SOON_STALE, media_type=media_type)
+    return Response(content, headers=_NOT_CACHED, media_type=media_type)

@@ -1,9 +1,9 @@
-"""Single tokens of large JSON files, without reading the rest.
+"""Reading single tokens from large JSON files.
 
-Attention and logit-lens files hold a list of objects, one a token, each beginning with `token_idx`;
-for long contexts they grow to gigabytes. Where the objects begin is found once in the mapped file;
-after that one token costs what its own bytes cost. The key cannot begin an object within a string,
-where its quotation marks would be escaped.
+Attention and logit-lens files contain a list of objects, one per token, each starting with the key `token_idx`. For
+long contexts they reach gigabytes. The offsets of the objects are located once in the memory-mapped file; after that,
+reading a token reads only its own bytes. The pattern cannot match inside a JSON string, where quotation marks are
+escaped.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ import orjson
 
 from tlcapture.errors import InputError, StorageError
 
-_BEGINNING = re.compile(rb'\{\s*"token_idx"\s*:\s*(\d{1,9})')
+_ENTRY_START = re.compile(rb'\{\s*"token_idx"\s*:\s*(\d{1,9})')
 
 
 class TokenEntries:
-    """The entries of one file, by `token_idx`. Raises `StorageError` for a file that has another form."""
+    """The entries of one file by `token_idx`.
+
+    Raises `StorageError` if the file is missing, damaged, or of another form.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -33,11 +36,12 @@ class TokenEntries:
 
     @property
     def rest(self) -> dict[str, Any]:
-        """What the file holds besides its entries."""
+        """The content of the file without its entries."""
         return _parse(self.path, self._rest)
 
     @property
     def token_indices(self) -> list[int]:
+        """Indices of the tokens that have an entry."""
         return list(self._spans)
 
     def __getitem__(self, token_idx: int) -> dict[str, Any]:
@@ -65,24 +69,24 @@ def _stat(path: Path) -> Any:
 
 @lru_cache(maxsize=64)
 def _scan(path: Path, _modified: int, size: int) -> tuple[dict[int, tuple[int, int]], bytes]:
-    """Where each entry lies, and the file without them; again only when the file has changed."""
+    """Start and end of each entry, and the file without its entries; cached until the file changes."""
     if not size:
         raise StorageError(f"{path}: is empty")
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            beginnings = [(match.start(), int(match[1])) for match in _BEGINNING.finditer(data)]
-            if not beginnings:
+            starts = [(match.start(), int(match[1])) for match in _ENTRY_START.finditer(data)]
+            if not starts:
                 return {}, bytes(data)
-            last = beginnings[-1][0]
+            last = starts[-1][0]
             end = last + _length_of_first_value(data[last:])
-            stops = [start for start, _ in beginnings[1:]] + [end]
-            if [token for _, token in beginnings] != list(range(len(beginnings))):
-                raise StorageError(f"{path}: its entries are not those of tokens 0, 1, 2, ...")
-            spans = {token: (start, stop) for (start, token), stop in zip(beginnings, stops, strict=True)}
-            return spans, data[: beginnings[0][0]] + data[end:]
+            stops = [start for start, _ in starts[1:]] + [end]
+            if [token for _, token in starts] != list(range(len(starts))):
+                raise StorageError(f"{path}: its entries are not for tokens 0, 1, 2, ...")
+            spans = {token: (start, stop) for (start, token), stop in zip(starts, stops, strict=True)}
+            return spans, data[: starts[0][0]] + data[end:]
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):  # no UTF-8, no JSON, a number of thousands of digits
+    except (ValueError, RecursionError):  # not UTF-8, not JSON, or an integer of thousands of digits
         raise StorageError(f"{path}: its last entry is cut off or damaged") from None
 
 
@@ -96,7 +100,7 @@ def _parse(path: Path, data: bytes) -> dict[str, Any]:
     try:
         value = orjson.loads(data.rstrip(b", \r\n\t"))
     except orjson.JSONDecodeError as error:
-        raise StorageError(f"{path}: no valid JSON: {error.msg}") from None
+        raise StorageError(f"{path}: not valid JSON: {error.msg}") from None
     if not isinstance(value, dict):
         raise StorageError(f"{path}: expected a JSON object")
     return value

@@ -1,4 +1,4 @@
-"""What the page shows of a trait: its vectors, their evaluation and their steering."""
+"""The page's content for a trait: its vectors, their evaluation and steering results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from tlcapture.views.hooks import COMPONENTS
 
 
 def vectors_of(layout: Layout, trait: Trait) -> dict[str, Any]:
-    """A trait's vectors by component, and which is chosen and why; raises `MissingError` where there are none."""
+    """A trait's vectors by component with the selected one, their evaluation and steering results.
+
+    Raises `MissingError` if the trait has no vectors.
+    """
     files = VectorFiles(layout, trait)
     components = {component: _component_vectors(files, component) for component in COMPONENTS}
     components = {component: found for component, found in components.items() if found}

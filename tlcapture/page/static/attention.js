@@ -1,5 +1,5 @@
 "use strict";
-// Attention: what the chosen token attends to, over all heads at a glance, and one head over the text.
+// Attention of the chosen token: a summary of every head, and the weights of one head over the text.
 tl.views.attention = {
   title: "Attention",
   create(container) {
@@ -7,9 +7,9 @@ tl.views.attention = {
     const MEASURES = {
       entropy: ["entropy (nats)", (weights) => -weights.reduce((sum, weight) => sum + (weight > 0 ? weight * Math.log(weight) : 0), 0)],
       first: ["weight on the first token", (weights) => weights[0]],
-      prompt: ["weight on the prompt behind its first token", (weights, nPrompt) => weights.slice(1, nPrompt).reduce((sum, weight) => sum + weight, 0)],
+      prompt: ["weight on the prompt after its first token", (weights, nPrompt) => weights.slice(1, nPrompt).reduce((sum, weight) => sum + weight, 0)],
       self: ["weight on itself", (weights) => weights[weights.length - 1]],
-      largest: ["largest weight behind the first token", (weights) => weights.slice(1).reduce((most, weight) => Math.max(most, weight), 0)],
+      largest: ["largest weight after the first token", (weights) => weights.slice(1).reduce((most, weight) => Math.max(most, weight), 0)],
     };
     const controls = element("div", { className: "controls" });
     const grid = tl.figure({ name: "attention_heads", height: 460, onClick: (point) => tl.state.set({ layer: point.y, head: point.x }) });
@@ -26,13 +26,13 @@ tl.views.attention = {
         const measure = MEASURES[state.measure] ? state.measure : "entropy";
         const [label, of] = MEASURES[measure];
         const most = weights.slice(1).reduce((largest, weight) => Math.max(largest, weight), 0.02);
-        tl.reading.paint((place) => colours.amount(weights[place] ?? null, most), (place) => (place <= token ? tl.number(weights[place]) : "comes later"), `what token ${token} attends to, layer ${layer}, head ${head}`);
+        tl.reading.paint((index) => colours.amount(weights[index] ?? null, most), (index) => (index <= token ? tl.number(weights[index]) : "later token"), `attention of token ${token}, layer ${layer}, head ${head}`);
         controls.replaceChildren(
           tl.choice("colour of a head", Object.entries(MEASURES).map(([key, [text]]) => [key, text]), measure, (value) => tl.state.set({ measure: value })),
-          tl.choice("layer", layers.map((_, number) => [String(number), String(number)]), String(layer), (value) => tl.state.set({ layer: Number(value) })),
-          tl.choice("head", layers[0].map((_, number) => [String(number), String(number)]), String(head), (value) => tl.state.set({ head: Number(value) })));
+          tl.choice("layer", layers.map((_, index) => [String(index), String(index)]), String(layer), (value) => tl.state.set({ layer: Number(value) })),
+          tl.choice("head", layers[0].map((_, index) => [String(index), String(index)]), String(head), (value) => tl.state.set({ head: Number(value) })));
         const frame = { type: "rect", x0: head - 0.5, x1: head + 0.5, y0: layer - 0.5, y1: layer + 0.5, line: { color: colours.css("--accent"), width: 2.5 } };
-        const hover = weights.map((_, place) => `${place} ${tl.plain(tl.quoted(data.tokens[place]))}`);
+        const hover = weights.map((_, index) => `${index} ${tl.plain(tl.quoted(data.tokens[index]))}`);
         await Promise.all([
           grid.draw([{
             type: "heatmap", z: layers.map((heads) => heads.map((each) => of(each, data.n_prompt_tokens))), colorscale: colours.amountScale(), colorbar: { thickness: 12 },

@@ -1,5 +1,5 @@
 "use strict";
-// Compare: two prompts, or the means of two prompt sets, of one experiment or of two.
+// Compare two prompts, or the means of two prompt sets, of one or two experiments.
 tl.views.compare = {
   title: "Compare",
   ownText: true,
@@ -14,7 +14,7 @@ tl.views.compare = {
 
     const moveTo = (position) => { if (position + start >= 0) tl.state.set({ token: position + start }); };
 
-    /** What is compared on a side: its place in the state, and the names of its keys there. */
+    /** What a side shows, and the names of its keys in the state. */
     const sideOf = (state, number) => (number === 0
       ? { experiment: state.experiment, set: state.set, prompt: state.prompt, average: state.average, keys: ["experiment", "set", "prompt", "average"] }
       : { experiment: state.experiment2 || state.experiment, set: state.set2 || state.set, prompt: state.prompt2 || state.prompt, average: state.average2, keys: ["experiment2", "set2", "prompt2", "average2"] });
@@ -29,7 +29,7 @@ tl.views.compare = {
       const data = await tl.source.prompt(side);
       const own = data.projections.find((each) => each.trait === trait && each.component === component);
       if (!own) throw new tl.source.Missing(data.missing || { what: `${label} is not projected onto ${trait}`, command: `tlcapture project --experiment ${side.experiment} --prompt-set ${side.set}` });
-      return { label, x: own.trajectory.map((_, place) => place - data.n_prompt_tokens), y: own.trajectory, data, own, problems: data.problems };
+      return { label, x: own.trajectory.map((_, index) => index - data.n_prompt_tokens), y: own.trajectory, data, own, problems: data.problems };
     }
 
     async function pickersOf(side, experiments, number) {
@@ -49,29 +49,29 @@ tl.views.compare = {
     function tracesOf(side, number) {
       const colour = COLOURS[number], traces = [];
       if (side.sd) {
-        const at = side.x.map((_, place) => place).filter((place) => side.sd[place] !== null);
+        const at = side.x.map((_, index) => index).filter((index) => side.sd[index] !== null);
         traces.push({
-          x: [...at.map((place) => side.x[place]), ...at.map((place) => side.x[place]).reverse()],
-          y: [...at.map((place) => side.y[place] + side.sd[place]), ...at.map((place) => side.y[place] - side.sd[place]).reverse()],
+          x: [...at.map((index) => side.x[index]), ...at.map((index) => side.x[index]).reverse()],
+          y: [...at.map((index) => side.y[index] + side.sd[index]), ...at.map((index) => side.y[index] - side.sd[index]).reverse()],
           fill: "toself", fillcolor: colour, opacity: 0.16, line: { width: 0 }, hoverinfo: "skip", name: "one standard deviation",
         });
       }
-      const text = side.x.map((position, place) => (side.data ? `${position} ${tl.plain(tl.quoted(side.data.tokens[place]))}` : `${position}, ${side.n[place]} of ${side.count} captures, sd ${tl.number(side.sd[place], 3)}`));
+      const text = side.x.map((position, index) => (side.data ? `${position} ${tl.plain(tl.quoted(side.data.tokens[index]))}` : `${position}, ${side.n[index]} of ${side.count} captures, sd ${tl.number(side.sd[index], 3)}`));
       traces.push({ x: side.x, y: side.y, text, mode: "lines", name: `${number === 0 ? "A" : "B"}: ${tl.plain(side.label)}`, line: { color: colour, width: 2.2 }, hovertemplate: `%{text}<br>%{y:.4~g}<extra></extra>` });
       return traces;
     }
 
-    /** The values that decide the scale: without each line's first token, an attention sink. */
-    const onScale = (side) => (side.data ? side.y.slice(1) : side.y.flatMap((mean, place) => [mean - (side.sd[place] ?? 0), mean + (side.sd[place] ?? 0)]));
+    /** The values that determine the scale, without first tokens, which are attention sinks. */
+    const onScale = (side) => (side.data ? side.y.slice(1) : side.y.flatMap((mean, index) => [mean - (side.sd[index] ?? 0), mean + (side.sd[index] ?? 0)]));
 
     function drawTexts(state) {
       const most = Math.max(...found.filter((side) => side.data).map((side) => colours.reach(side.y)), 1e-9);
       strips = found.map((side) => {
         const box = element("div");
-        if (!side.data) return { box: element("p", { className: "note" }, `${side.label}: ${side.count} captures; the band is one standard deviation. First tokens, attention sinks, are left out.`) };
-        const strip = tl.strip(box, (place) => moveTo(place - side.data.n_prompt_tokens));
+        if (!side.data) return { box: element("p", { className: "note" }, `${side.label}: ${side.count} captures; the band is one standard deviation. First tokens, which are attention sinks, are excluded.`) };
+        const strip = tl.strip(box, (index) => moveTo(index - side.data.n_prompt_tokens));
         strip.show(side.data.tokens, side.data.n_prompt_tokens);
-        strip.paint((place) => colours.diverging(side.y[place], most), (place) => tl.number(side.y[place]));
+        strip.paint((index) => colours.diverging(side.y[index], most), (index) => tl.number(side.y[index]));
         return { box, strip, side };
       });
       texts.replaceChildren(...strips.map(({ box }, number) => element("div", {}, element("b", { style: { color: COLOURS[number] } }, `${number === 0 ? "A" : "B"}: ${found[number].label}`), box)));
@@ -79,12 +79,12 @@ tl.views.compare = {
 
     function drawFacts() {
       const rows = found.map((side, number) => {
-        const response = side.y.filter((_, place) => side.x[place] >= 0);
+        const response = side.y.filter((_, index) => side.x[index] >= 0);
         const mean = response.reduce((sum, value) => sum + value, 0) / (response.length || 1);
         const own = side.own?.dynamics;
-        return element("tr", {}, [number === 0 ? "A" : "B", tl.number(mean), own ? own.commitment_point ?? "does not" : "\u2013", own ? tl.number(own.peak_velocity) : "\u2013", own ? own.persistence : "\u2013"].map((text) => element("td", {}, String(text))));
+        return element("tr", {}, [number === 0 ? "A" : "B", tl.number(mean), own ? own.commitment_point ?? "none" : "\u2013", own ? tl.number(own.peak_velocity) : "\u2013", own ? own.persistence : "\u2013"].map((text) => element("td", {}, String(text))));
       });
-      facts.replaceChildren(element("table", {}, element("thead", {}, element("tr", {}, ["", "mean over the response", "commits at", "peak velocity", "persistence"].map((text) => element("th", {}, text)))), element("tbody", {}, rows)),
+      facts.replaceChildren(element("table", {}, element("thead", {}, element("tr", {}, ["", "mean over the response", "commitment point", "peak velocity", "persistence"].map((text) => element("th", {}, text)))), element("tbody", {}, rows)),
         ...found.flatMap((side) => side.problems || []).map((problem) => element("p", { className: "warning" }, problem)));
     }
 
@@ -103,10 +103,10 @@ tl.views.compare = {
         start = data ? data.n_prompt_tokens : 0;
         const experiments = await tl.source.experiments();
         const both = [0, 1].map((number) => sideOf(state, number));
-        // A side whose set or prompt was not chosen takes the first there is.
+        // By default, a side shows the first set and prompt.
         const second = both[1];
-        const there = experiments.find((each) => each.name === second.experiment);
-        if (there && !there.prompt_sets.includes(second.set)) second.set = there.prompt_sets[0] ?? "";
+        const other = experiments.find((each) => each.name === second.experiment);
+        if (other && !other.prompt_sets.includes(second.set)) second.set = other.prompt_sets[0] ?? "";
         const listed = second.set ? await tl.source.promptSet(second.experiment, second.set).then((each) => each.prompts.map((prompt) => prompt.id)) : [];
         if (!state.prompt2 || !listed.includes(second.prompt)) second.prompt = listed.find((id) => second.set !== state.set || second.experiment !== state.experiment || id !== state.prompt) ?? listed[0] ?? "";
         pickers.replaceChildren(...await Promise.all(both.map((side, number) => pickersOf(side, experiments, number))));
@@ -114,7 +114,7 @@ tl.views.compare = {
         marks = [tl.lineAt(-0.5, colours.css("--faint"), "dash", 1)];
         const seen = found.flatMap(onScale), low = Math.min(...seen), high = Math.max(...seen), pad = (high - low || 1) * 0.07;
         const layout = (title) => ({
-          title: { text: title, font: { size: 13 } }, xaxis: { title: { text: "token, from the first of the response" } }, yaxis: { range: [low - pad, high + pad] }, shapes: [...marks, ...here(state)],
+          title: { text: title, font: { size: 13 } }, xaxis: { title: { text: "token, relative to the first response token" } }, yaxis: { range: [low - pad, high + pad] }, shapes: [...marks, ...here(state)],
         });
         drawTexts(state);
         drawFacts();

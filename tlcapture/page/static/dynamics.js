@@ -1,14 +1,14 @@
 "use strict";
-// Trait dynamics: trajectories over the tokens, where they commit and how long they last.
+// Trait dynamics: trajectories over the tokens, commitment points and persistence.
 tl.views = {};
 
-/** Of what was projected, the chosen trait and component. */
+/** The projection onto the chosen trait and component. */
 tl.projectionOf = (data, state) => data.projections.find((each) => each.trait === state.trait && each.component === state.component);
 
-/** The trajectory's peak behind the first token, and the last token of its persistence. */
+/** The trajectory's peak after the first token, and the last token of its persistence. */
 tl.persistenceOf = ({ trajectory, dynamics }) => {
   let peak = 1;
-  trajectory.forEach((value, place) => { if (place > 1 && Math.abs(value) > Math.abs(trajectory[peak])) peak = place; });
+  trajectory.forEach((value, index) => { if (index > 1 && Math.abs(value) > Math.abs(trajectory[peak])) peak = index; });
   return [peak, peak + (dynamics.persistence || 0)];
 };
 
@@ -29,7 +29,7 @@ tl.views.dynamics = {
       return all.filter((trait) => trait === state.trait || wanted.includes(trait));
     };
 
-    /** In standard deviations from the line's own mean, the first token left out. */
+    /** Standard scores; mean and deviation exclude the first token. */
     function normalised(values) {
       const rest = values.slice(1);
       const mean = rest.reduce((sum, value) => sum + value, 0) / (rest.length || 1);
@@ -39,11 +39,11 @@ tl.views.dynamics = {
 
     function drawLines(state, data, projections, all) {
       const number = (value) => tl.number(value), shown = shownTraits(state, all);
-      const hover = data.tokens.map((token, place) => `${place} ${tl.plain(tl.quoted(token))}`);
+      const hover = data.tokens.map((token, index) => `${index} ${tl.plain(tl.quoted(token))}`);
       const ofShown = projections.filter((each) => shown.includes(each.trait));
       const values = new Map(ofShown.map((each) => [each.trait, state.normalise ? normalised(each.trajectory) : each.trajectory]));
       const traces = ofShown.map((each) => ({
-        x: data.tokens.map((_, place) => place), y: values.get(each.trait), text: hover, name: each.trait, mode: "lines",
+        x: data.tokens.map((_, index) => index), y: values.get(each.trait), text: hover, name: each.trait, mode: "lines",
         line: { color: colours.trait(all, each.trait), width: each.trait === state.trait ? 3 : 1.3 },
         opacity: each.trait === state.trait ? 1 : 0.75,
         hovertemplate: `%{text}<br>${tl.plain(each.trait)} %{y:.4~g}<extra></extra>`,
@@ -71,7 +71,7 @@ tl.views.dynamics = {
         notes.append(element("p", { className: "note" }, `The first token, an attention sink, is off the scale: ${listed}.`));
       }
       return lines.draw(traces, {
-        title: { text: state.normalise ? "projection, in standard deviations of each line" : "projection h\u00b7v / \u2016v\u2016", font: { size: 13 } },
+        title: { text: state.normalise ? "projection, in standard deviations of each trajectory" : "projection h\u00b7v / \u2016v\u2016", font: { size: 13 } },
         xaxis: { title: { text: "token" }, range: [-0.5, data.tokens.length - 0.5] }, yaxis: seen.length ? { range: [low - pad, high + pad] } : {},
         shapes: [...marks, ...here(state)],
       });
@@ -80,7 +80,7 @@ tl.views.dynamics = {
     function drawMotion(state, data, own) {
       const { velocity, acceleration } = own.dynamics;
       const trace = (values, offset, name, dash) => ({
-        x: values.map((_, place) => place + offset), y: values, name, mode: "lines", line: { dash, width: 1.6, color: colours.css(dash === "solid" ? "--accent" : "--faint") },
+        x: values.map((_, index) => index + offset), y: values, name, mode: "lines", line: { dash, width: 1.6, color: colours.css(dash === "solid" ? "--accent" : "--faint") },
         hovertemplate: `token %{x}<br>${name} %{y:.4~g}<extra></extra>`,
       });
       const seen = [...velocity.slice(1), ...acceleration.slice(1)];
@@ -112,7 +112,7 @@ tl.views.dynamics = {
         const all = [...new Set(data.projections.map((each) => each.trait))].sort();
         const own = tl.projectionOf(data, state);
         if (!own) throw new tl.source.Missing(data.missing || { what: `not projected onto ${state.trait || "any trait"}`, command: `tlcapture project --experiment ${state.experiment} --prompt-set ${state.set}` });
-        tl.reading.paint((place) => colours.diverging(own.trajectory[place], colours.reach(own.trajectory)), (place) => tl.number(own.trajectory[place]), `${state.trait}`);
+        tl.reading.paint((index) => colours.diverging(own.trajectory[index], colours.reach(own.trajectory)), (index) => tl.number(own.trajectory[index]), `${state.trait}`);
         if ([...changed].every((key) => key === "token" || key === "layer" || key === "head")) {
           lines.mark([...marks, ...here(state)]);
           motion.mark([marks[0], ...here(state)]);

@@ -1,5 +1,5 @@
 "use strict";
-// Elements out of names, properties and children. Text goes in as text nodes: nothing is ever parsed as HTML.
+// Creates elements from names, properties and children. Text becomes text nodes; nothing is parsed as HTML.
 tl.element = (name, properties = {}, ...children) => {
   const made = document.createElement(name);
   for (const [key, value] of Object.entries(properties)) {
@@ -13,13 +13,13 @@ tl.element = (name, properties = {}, ...children) => {
   return made;
 };
 
-/** A token as it is shown: line breaks and tabs become visible. */
+/** A token with visible line breaks and tabs. */
 tl.visible = (token) => String(token).replace(/\n/g, "\u23ce").replace(/\t/g, "\u21e5").replace(/\r/g, "\u240d");
 
-/** The same for a place where a space at the end would be lost. */
+/** A visible token in quotation marks, which show leading and trailing spaces. */
 tl.quoted = (token) => `\u2018${tl.visible(token)}\u2019`;
 
-/** A number in so many significant digits. */
+/** A number with `digits` significant digits. */
 tl.number = (value, digits = 4) => {
   if (value === null || value === undefined || !Number.isFinite(value)) return "\u2013";
   const size = Math.abs(value);
@@ -27,7 +27,7 @@ tl.number = (value, digits = 4) => {
   return Number(value.toPrecision(digits)).toLocaleString("en", { maximumSignificantDigits: digits });
 };
 
-/** What stands where there is no data: what is missing, and the command that makes it. */
+/** The content of a view without data: what is missing, and the command that creates it. */
 tl.emptyState = (error) => {
   const { element } = tl;
   if (!(error instanceof tl.source.Missing)) {
@@ -38,7 +38,7 @@ tl.emptyState = (error) => {
     error.command ? element("p", {}, element("code", {}, error.command)) : null);
 };
 
-/** A choice among few, as a select with its label. */
+/** A labelled select element. */
 tl.choice = (label, options, value, choose) => {
   const { element } = tl;
   const made = element("select", { "aria-label": label, onchange: () => choose(made.value) },
@@ -46,5 +46,5 @@ tl.choice = (label, options, value, choose) => {
   return element("label", {}, label, made);
 };
 
-/** Something that is on or off. */
+/** A button that is on or off. */
 tl.toggle = (label, on, turn) => tl.element("button", { "aria-pressed": on ? "true" : "false", onclick: () => turn(!on) }, label);

@@ -1,5 +1,5 @@
 "use strict";
-// A Plotly figure in the page's colours, that can be saved as PNG or SVG.
+// A Plotly figure in the colours of the page, with buttons to save it as PNG or SVG.
 tl.plotly = new Promise((resolve, reject) => {
   if (window.Plotly) return resolve(window.Plotly);
   const script = tl.element("script", { src: "plotly.js", onload: () => resolve(window.Plotly), onerror: () => reject(new Error("Plotly's script could not be loaded")) });
@@ -34,7 +34,7 @@ tl.figure = ({ name, height = 300, onClick }) => {
   return {
     element: whole,
     plot,
-    /** Draw; drawings wait for each other. The promise is that of Plotly. */
+    /** Draw after previous draws have finished. Returns a promise. */
     draw(traces, layout) {
       plot.dataset.drawn = "no";
       drawn = drawn.then(() => tl.plotly).then(async (Plotly) => {
@@ -48,7 +48,7 @@ tl.figure = ({ name, height = 300, onClick }) => {
       });
       return drawn;
     },
-    /** Change the shapes alone, for a mark that moves. */
+    /** Update only the shapes, to move a marker. */
     mark(shapes) {
       drawn = drawn.then(() => tl.plotly).then((Plotly) => (plot.dataset.gone || !plot.layout ? null : Plotly.relayout(plot, { shapes })));
       return drawn;
@@ -65,5 +65,5 @@ tl.lineAt = (x, colour, dash = "solid", width = 1.5) => ({
   type: "line", xref: "x", yref: "paper", x0: x, x1: x, y0: 0, y1: 1, line: { color: colour, dash, width },
 });
 
-/** Text for a figure: Plotly reads some HTML, so what could begin it is written otherwise. */
+/** Text for a figure, escaped because Plotly parses some HTML. */
 tl.plain = (text) => tl.visible(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");

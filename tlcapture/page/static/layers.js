@@ -1,5 +1,5 @@
 "use strict";
-// Layers: the projection of every token at every layer, at one residual point or at all of them.
+// Layers: the projection of every token at every layer, at one or all residual points.
 tl.views.layers = {
   title: "Layers",
   create(container) {
@@ -18,7 +18,7 @@ tl.views.layers = {
       return shapes;
     }
 
-    /** What colours reach to: the 99th percentile of sizes behind the first token, so that no single one bleaches the rest. */
+    /** The end of the colour scale: the 99th percentile of absolute values after the first token, so that no outlier dominates it. */
     function reachOf(grids) {
       const sizes = grids.flatMap((grid) => grid.flatMap((row) => row.slice(1))).filter((value) => value !== null).map(Math.abs).sort((a, b) => a - b);
       return sizes.length ? sizes[Math.floor(0.99 * (sizes.length - 1))] || 1 : 1;
@@ -26,9 +26,9 @@ tl.views.layers = {
 
     function drawProfile(state, data) {
       const token = state.token ?? Math.min(data.n_prompt_tokens, data.tokens.length - 1);
-      const traces = found.sublayers.map((name, place) => ({
-        x: kept, y: kept.map((layer) => found.scores[token][layer][place]), name, mode: "lines",
-        line: { width: name === state.point ? 2.5 : 1.2, dash: ["dot", "dash", "solid"][place + 3 - found.sublayers.length] },
+      const traces = found.sublayers.map((name, index) => ({
+        x: kept, y: kept.map((layer) => found.scores[token][layer][index]), name, mode: "lines",
+        line: { width: name === state.point ? 2.5 : 1.2, dash: ["dot", "dash", "solid"][index + 3 - found.sublayers.length] },
         hovertemplate: `layer %{x}<br>${name} %{y:.4~g}<extra></extra>`,
       }));
       return profile.draw(traces, {
@@ -47,27 +47,27 @@ tl.views.layers = {
         found = latest;
         own = { n_prompt_tokens: data.n_prompt_tokens, layer: projection.vector.layer };
         const nLayers = found.scores[0].length, points = found.sublayers;
-        kept = found.scores[0].flatMap((scores, at) => (scores === null ? [] : [at])); // null: not kept by the capture
+        kept = found.scores[0].flatMap((scores, at) => (scores === null ? [] : [at])); // null: the capture did not keep the layer
         const wish = state.layer ?? own.layer;
         const layer = kept.reduce((best, each) => (Math.abs(each - wish) < Math.abs(best - wish) ? each : best));
         const point = points.includes(state.point) ? state.point : points[points.length - 1];
         const line = found.scores.map((token) => token[layer][points.indexOf(point)]);
         const most = colours.reach(line);
-        tl.reading.paint((place) => colours.diverging(line[place], most), (place) => tl.number(line[place]), `${state.trait} at layer ${layer}, ${point}`, line);
+        tl.reading.paint((index) => colours.diverging(line[index], most), (index) => tl.number(line[index]), `${state.trait} at layer ${layer}, ${point}`, line);
         if (same) {
           for (const figure of figures.values()) figure.mark(marks(state));
           return drawProfile(state, data);
         }
         controls.replaceChildren(points.length > 1
-          ? tl.choice("residual point", [...points.map((each) => [each, each]), ["all", "all of them"]], state.point === "all" ? "all" : point, (value) => tl.state.set({ point: value }))
+          ? tl.choice("residual point", [...points.map((each) => [each, each]), ["all", "all points"]], state.point === "all" ? "all" : point, (value) => tl.state.set({ point: value }))
           : element("span", { className: "note" }, points[0]));
         const wanted = state.point === "all" ? points : [point];
         for (const figure of figures.values()) figure.remove();
         figures = new Map(wanted.map((name) => [name, tl.figure({ name: `layers_${name}`, height: wanted.length > 1 ? 300 : 430, onClick: (at) => tl.state.set({ token: at.x, layer: at.y }) })]));
         heats.replaceChildren(...[...figures.values()].map((figure) => figure.element));
         const grids = wanted.map((name) => Array.from({ length: nLayers }, (_, at) => found.scores.map((token) => (token[at] === null ? null : token[at][points.indexOf(name)]))));
-        const reach = reachOf(grids), text = data.tokens.map((token, place) => `${place} ${tl.plain(tl.quoted(token))}`);
-        notes.replaceChildren(element("p", { className: "note" }, `Projection onto the vector of layer ${own.layer} (dotted) at every layer${kept.length < nLayers ? ` that the capture kept (${kept.join(", ")})` : ""}. Colours reach to \u00b1${tl.number(reach, 3)}, the 99th percentile without the first token, an attention sink.`));
+        const reach = reachOf(grids), text = data.tokens.map((token, index) => `${index} ${tl.plain(tl.quoted(token))}`);
+        notes.replaceChildren(element("p", { className: "note" }, `Projection onto the vector of layer ${own.layer} (dotted) at every layer${kept.length < nLayers ? ` that the capture kept (${kept.join(", ")})` : ""}. The colour scale ends at \u00b1${tl.number(reach, 3)}, the 99th percentile without the first token, an attention sink.`));
         await Promise.all([...wanted.map((name, number) => figures.get(name).draw([{
           type: "heatmap", z: grids[number], text: Array(nLayers).fill(text), zmin: -reach, zmax: reach, zmid: 0, colorscale: colours.divergingScale(), colorbar: { thickness: 12 },
           hovertemplate: "%{text}<br>layer %{y}: %{z:.4~g}<extra></extra>",

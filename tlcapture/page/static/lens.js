@@ -1,5 +1,5 @@
 "use strict";
-// Logit lens: what each layer would say next, and where the token that came stands in it.
+// Logit lens: the next-token prediction of each layer, and the rank of the actual next token.
 tl.views.lens = {
   title: "Logit lens",
   create(container) {
@@ -13,12 +13,12 @@ tl.views.lens = {
     });
     let drawn = null, latestTop = 0;
 
-    function columnsAround(place, count, width) {
-      const start = Math.max(0, Math.min(count - width, place - Math.floor(width / 2)));
+    function columnsAround(index, count, width) {
+      const start = Math.max(0, Math.min(count - width, index - Math.floor(width / 2)));
       return Array.from({ length: Math.min(width, count) }, (_, number) => start + number);
     }
 
-    /** The table around the chosen token: as many columns as can be read. */
+    /** The table around the chosen token, with as many columns as fit. */
     function drawTable(state, data, lens, at, layer) {
       const columns = columnsAround(at, lens.token_idx.length, Math.max(4, Math.floor((cells.clientWidth || 900) / 84)));
       const head = (text, of, title) => element("tr", {}, element("th", {}, text), columns.map((column) => element("th", { title: title(column) }, of(column))));
@@ -30,23 +30,23 @@ tl.views.lens = {
           return element("td", {
             className: `${rank === 1 ? "hit" : ""} ${chosen ? "chosen" : ""}`, "data-token": String(lens.token_idx[column]), "data-layer": String(row),
             style: { backgroundColor: colours.amount(lens.prob[column][row], 1.4) },
-            title: `layer ${row}, after token ${lens.token_idx[column]}: ${tl.quoted(lens.top[column][row])} ${tl.number(lens.prob[column][row])}; ${tl.quoted(lens.actual[column])}, which came, is at rank ${rank} (${tl.number(lens.actual_prob[column][row])})`,
+            title: `layer ${row}, after token ${lens.token_idx[column]}: ${tl.quoted(lens.top[column][row])} ${tl.number(lens.prob[column][row])}; the actual next token ${tl.quoted(lens.actual[column])} has rank ${rank} (${tl.number(lens.actual_prob[column][row])})`,
           }, element("small", {}, rank === 1 ? "" : `#${rank}`), tl.visible(lens.top[column][row]));
         })));
       }
       cells.replaceChildren(element("table", {}, element("thead", {}, head("token", (column) => tl.visible(data.tokens[lens.token_idx[column]]), (column) => String(lens.token_idx[column])),
-        head("next", (column) => tl.visible(lens.actual[column]), () => "the token that came")), element("tbody", {}, rows)),
-        element("p", { className: "note" }, "Colour: probability of the likeliest token. #: rank of the token that came; bold where it is the first. Click for the first 50."));
+        head("next", (column) => tl.visible(lens.actual[column]), () => "the actual next token")), element("tbody", {}, rows)),
+        element("p", { className: "note" }, "Colour: probability of the most likely token. #: rank of the actual next token; bold if it is 1. Click a cell to list the top 50."));
     }
 
     async function drawTop(state, lens, at, layer) {
-      const number = ++latestTop;
+      const request = ++latestTop;
       const entry = await tl.source.lensToken(state, lens.token_idx[at]);
-      if (number !== latestTop) return;
+      if (request !== latestTop) return;
       const found = entry.by_layer[layer];
-      const rows = found.top_k.map(({ token, prob }, place) => element("tr", { style: { backgroundColor: colours.amount(prob) } },
-        element("td", {}, String(place + 1)), element("td", {}, tl.visible(token)), element("td", {}, tl.number(prob))));
-      top.replaceChildren(element("p", { className: "note" }, `Layer ${layer} after token ${lens.token_idx[at]}: the ${rows.length} likeliest. ${tl.quoted(entry.actual_next_token)} came: rank ${found.actual_rank}, ${tl.number(found.actual_prob)}.`),
+      const rows = found.top_k.map(({ token, prob }, index) => element("tr", { style: { backgroundColor: colours.amount(prob) } },
+        element("td", {}, String(index + 1)), element("td", {}, tl.visible(token)), element("td", {}, tl.number(prob))));
+      top.replaceChildren(element("p", { className: "note" }, `Layer ${layer} after token ${lens.token_idx[at]}: the ${rows.length} most likely tokens. Actual next token: ${tl.quoted(entry.actual_next_token)}, rank ${found.actual_rank}, ${tl.number(found.actual_prob)}.`),
         element("table", {}, element("tbody", {}, rows)));
     }
 
@@ -57,10 +57,10 @@ tl.views.lens = {
         const nLayers = lens.n_layers, last = nLayers - 1;
         const layer = Math.min(state.layer ?? last, last);
         const at = Math.max(0, Math.min(lens.token_idx.length - 1, lens.token_idx.indexOf(state.token ?? lens.token_idx[Math.max(0, data.n_prompt_tokens - 1)])));
-        const ofLayer = new Map(lens.token_idx.map((token, place) => [token + 1, place]));
-        const probability = (place) => (ofLayer.has(place) ? lens.actual_prob[ofLayer.get(place)][layer] : null);
-        tl.reading.paint((place) => colours.amount(probability(place)),
-          (place) => (ofLayer.has(place) ? `p ${tl.number(probability(place))}, rank ${lens.rank[ofLayer.get(place)][layer]}` : ""), `probability of each token, one before it, at layer ${layer}`);
+        const ofLayer = new Map(lens.token_idx.map((token, index) => [token + 1, index]));
+        const probability = (index) => (ofLayer.has(index) ? lens.actual_prob[ofLayer.get(index)][layer] : null);
+        tl.reading.paint((index) => colours.amount(probability(index)),
+          (index) => (ofLayer.has(index) ? `p ${tl.number(probability(index))}, rank ${lens.rank[ofLayer.get(index)][layer]}` : ""), `probability of each token, predicted from the token before it, at layer ${layer}`);
         const shapes = [tl.lineAt(data.n_prompt_tokens - 0.5, colours.css("--text"), "dash", 1), tl.lineAt(lens.token_idx[at], colours.css("--accent")),
           { type: "line", xref: "paper", yref: "y", x0: 0, x1: 1, y0: layer, y1: layer, line: { width: 1, color: colours.css("--accent") } }];
         drawTable(state, data, lens, at, layer);
@@ -68,13 +68,13 @@ tl.views.lens = {
         if (drawn === lens && !changed.has("theme")) jobs.push(overview.mark(shapes));
         else {
           const ranks = Array.from({ length: nLayers }, (_, row) => lens.rank.map((token) => Math.log10(token[row])));
-          const text = Array.from({ length: nLayers }, (_, row) => lens.token_idx.map((token, place) => `${token} ${tl.plain(tl.quoted(data.tokens[token]))}: next ${tl.plain(tl.quoted(lens.actual[place]))}<br>rank ${lens.rank[place][row]}; first ${tl.plain(tl.quoted(lens.top[place][row]))}`));
+          const text = Array.from({ length: nLayers }, (_, row) => lens.token_idx.map((token, index) => `${token} ${tl.plain(tl.quoted(data.tokens[token]))}: next ${tl.plain(tl.quoted(lens.actual[index]))}<br>rank ${lens.rank[index][row]}; first ${tl.plain(tl.quoted(lens.top[index][row]))}`));
           drawn = lens;
           jobs.push(overview.draw([{
             type: "heatmap", x: lens.token_idx, z: ranks, text, zmin: 0, colorscale: [[0, "rgb(126,70,190)"], [1, colours.css("--panel")]],
             colorbar: { thickness: 12, title: { text: "rank" }, tickvals: [0, 1, 2, 3, 4, 5], ticktext: ["1", "10", "100", "1k", "10k", "100k"] },
             hovertemplate: "layer %{y}, token %{text}<extra></extra>",
-          }], { title: { text: "rank of the token that came", font: { size: 13 } }, xaxis: { title: { text: "token" } }, yaxis: { title: { text: "layer" } }, shapes }));
+          }], { title: { text: "rank of the actual next token", font: { size: 13 } }, xaxis: { title: { text: "token" } }, yaxis: { title: { text: "layer" } }, shapes }));
         }
         await Promise.all(jobs);
       },

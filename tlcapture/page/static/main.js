@@ -1,5 +1,5 @@
 "use strict";
-// The page itself: pickers, views, keyboard, and the text that all views share.
+// The page: pickers, views, keyboard, and the text that all views share.
 (() => {
   const { element, source, state } = tl;
   const VIEWS = Object.entries(tl.views);
@@ -20,7 +20,7 @@
     if (!data?.tokens) return;
     strip.choose(now.token ?? -1);
     if (now.token === null || now.token >= data.tokens.length) {
-      byId("status").replaceChildren(painted.what ? `Colour: ${painted.what}. ` : "", "Choose a token with the mouse, or with the arrow keys.");
+      byId("status").replaceChildren(painted.what ? `Colour: ${painted.what}. ` : "", "Choose a token with the mouse or the arrow keys.");
       return;
     }
     const part = now.token < data.n_prompt_tokens ? "prompt" : "response";
@@ -28,10 +28,10 @@
       painted.what ? `; ${painted.what}: ` : "", element("b", {}, painted.textOf(now.token)));
   }
 
-  /** Fill in what the address leaves open, or names that are not there. */
+  /** Choose defaults for names that the address omits or that do not exist. */
   async function settle() {
     const experiments = await source.experiments();
-    if (!experiments.length) throw new source.Missing({ what: "there are no experiments here", command: "tlcapture capture --experiment my_exp --prompt-set single_trait" });
+    if (!experiments.length) throw new source.Missing({ what: "no experiments in this folder", command: "tlcapture capture --experiment my_exp --prompt-set single_trait" });
     const wanted = state.now, changes = {};
     const begin = document.documentElement.dataset;
     const experiment = experiments.find((each) => each.name === wanted.experiment) ?? experiments.find((each) => each.prompt_sets.length) ?? experiments[0];
@@ -63,7 +63,7 @@
     byId("views").replaceChildren(...VIEWS.map(([name, { title }], number) => element("button", { role: "tab", "aria-selected": name === now.view ? "true" : "false", title: `key ${number + 1}`, onclick: () => state.set({ view: name }) }, title)));
     const themes = ["", "light", "dark"], next = themes[(themes.indexOf(now.theme) + 1) % themes.length];
     byId("tools").replaceChildren(
-      element("button", { title: "light, dark, or as the system has it", onclick: () => state.set({ theme: next }, { quietly: true }) }, now.theme || "auto"),
+      element("button", { title: "light, dark, or system theme", onclick: () => state.set({ theme: next }, { quietly: true }) }, now.theme || "auto"),
       element("button", { title: "keys", "aria-label": "Keys", onclick: () => byId("help").showModal() }, "?"));
     document.title = `${now.set}/${now.prompt} ${now.trait} \u00b7 ${now.experiment} \u00b7 tlcapture`;
   }
@@ -75,16 +75,16 @@
   }
 
   async function show(changed) {
-    const number = ++latest;
-    pending = changed = new Set([...pending, ...changed]); // of rounds that were overtaken, too
-    const isLatest = () => number === latest;
+    const round = ++latest;
+    pending = changed = new Set([...pending, ...changed]); // including changes of superseded rounds
+    const isLatest = () => round === latest;
     document.documentElement.dataset.theme = state.now.theme;
     document.documentElement.dataset.ready = "no";
     try {
       const settled = await settle();
       if (!isLatest()) return;
       state.set(settled.changes, { quietly: true });
-      if (!isLatest()) return; // setting has begun another round
+      if (!isLatest()) return; // setting the state has started another round
       const now = state.now, Kind = tl.views[now.view];
       const before = data;
       data = now.prompt ? await source.prompt(now).catch((error) => { if (Kind.withoutPrompt) return null; throw error; }) : null;
@@ -93,7 +93,7 @@
       const readable = Boolean(data?.tokens) && !Kind.ownText && !Kind.withoutPrompt;
       byId("reading").classList.toggle("without", !readable);
       if (data?.tokens && data !== before) strip.show(data.tokens, data.n_prompt_tokens);
-      if (!data?.tokens && !Kind.withoutPrompt) throw new source.Missing(data?.missing ?? { what: "there is nothing to show of this prompt" });
+      if (!data?.tokens && !Kind.withoutPrompt) throw new source.Missing(data?.missing ?? { what: "no data for this prompt" });
       if (viewName !== now.view || !view) {
         fresh();
         viewName = now.view;

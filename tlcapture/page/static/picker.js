@@ -1,5 +1,5 @@
 "use strict";
-// One of many, found by typing: a button that opens a list with a search field.
+// A button that opens a list of options with a search field.
 tl.picker = (label, { options, value, choose }) => {
   const { element } = tl;
   let at = 0, found = [];
@@ -16,15 +16,15 @@ tl.picker = (label, { options, value, choose }) => {
     const words = search.value.toLowerCase().split(/\s+/);
     found = options.filter((option) => words.every((word) => `${option.text} ${option.note || ""}`.toLowerCase().includes(word)));
     at = Math.max(0, found.findIndex((option) => option.value === value));
-    items.replaceChildren(...found.map((option, place) => element("li", { role: "option", onclick: () => take(place) },
+    items.replaceChildren(...found.map((option, index) => element("li", { role: "option", onclick: () => take(index) },
       option.text, option.note ? element("small", {}, option.note) : null)));
-    if (!found.length) items.replaceChildren(element("li", { className: "note" }, "nothing matches"));
+    if (!found.length) items.replaceChildren(element("li", { className: "note" }, "no match"));
     mark();
   }
   function mark() {
-    [...items.children].forEach((item, place) => {
-      item.classList.toggle("at", place === at);
-      item.setAttribute("aria-selected", place === at);
+    [...items.children].forEach((item, index) => {
+      item.classList.toggle("at", index === at);
+      item.setAttribute("aria-selected", index === at);
     });
     items.children[at]?.scrollIntoView({ block: "nearest" });
   }
@@ -42,10 +42,10 @@ tl.picker = (label, { options, value, choose }) => {
   function outside(event) {
     if (!whole.contains(event.target)) close();
   }
-  function take(place) {
-    if (!found[place]) return;
+  function take(index) {
+    if (!found[index]) return;
     close();
-    choose(found[place].value);
+    choose(found[index].value);
   }
   function onKey(event) {
     if (event.key === "ArrowDown" || event.key === "ArrowUp") {

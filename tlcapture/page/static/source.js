@@ -1,8 +1,8 @@
 "use strict";
-// Where the data come from: the server, one resource at a time, or what an exported page carries.
+// The source of the data: the server, one resource at a time, or the data embedded in an exported page.
 tl.source = (() => {
   const bytesOf = (element) => Uint8Array.from(atob(element.textContent), (character) => character.charCodeAt(0));
-  const KEPT = 48; // resources; an experiment has many more
+  const KEPT = 48; // number of cached resources; an experiment has many more
   const kept = new Map();
   const carried = document.getElementById("exported");
   const exported = carried ? JSON.parse(new TextDecoder().decode(bytesOf(carried))) : null;
@@ -19,9 +19,9 @@ tl.source = (() => {
     try {
       answer = await fetch("api/" + path);
     } catch {
-      throw new Missing({ what: "the server does not answer; start it again", command: "tlcapture view" });
+      throw new Missing({ what: "the server does not respond; restart it", command: "tlcapture view" });
     }
-    const value = await answer.json().catch(() => ({ what: `the server answered with ${answer.status}` }));
+    const value = await answer.json().catch(() => ({ what: `the server responded with status ${answer.status}` }));
     if (!answer.ok || value.absent) throw new Missing(value.absent ?? value);
     return value;
   }
@@ -30,20 +30,20 @@ tl.source = (() => {
     const element = document.getElementById("data:" + path);
     if (!element) {
       if (path in exported.missing) throw new Missing(exported.missing[path]);
-      throw new Missing({ what: "not in this file, which holds what fits", command: exported.command });
+      throw new Missing({ what: "not included in this file", command: exported.command });
     }
     const unpacked = new Blob([bytesOf(element)]).stream().pipeThrough(new DecompressionStream("gzip"));
     return new Response(unpacked).json();
   }
 
-  /** A resource by the parts of its path, as a promise; rejects with `Missing`. */
+  /** A promise of a resource, given the parts of its path; rejects with `Missing`. */
   function get(...parts) {
     const path = parts.map((part) => encodeURIComponent(part)).join("/");
     let found = kept.get(path);
     if (found) kept.delete(path);
     else {
       found = exported ? fromPage(path) : fromServer(path);
-      found.catch(() => kept.delete(path)); // the next look may find it
+      found.catch(() => kept.delete(path)); // allow another attempt
     }
     kept.set(path, found);
     if (kept.size > KEPT) kept.delete(kept.keys().next().value);

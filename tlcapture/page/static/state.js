@@ -1,5 +1,5 @@
 "use strict";
-// What is looked at. It lives in the address, so that a view can be shared; everything else follows from it.
+// What the page shows. The state is stored in the address, so that a view can be shared; all else derives from it.
 window.tl = {};
 
 tl.state = (() => {
@@ -8,7 +8,7 @@ tl.state = (() => {
     token: null, layer: null, head: 0, point: "residual_out", measure: "entropy", shown: "", normalise: false,
     average: false, experiment2: "", set2: "", prompt2: "", average2: false, theme: "",
   };
-  // Moving along a text is no step to go back to.
+  // Changes of these keys add no entry to the browser's history.
   const PASSING = new Set(["token", "layer", "head"]);
   const listeners = [];
   let now = fromAddress();
@@ -43,7 +43,7 @@ tl.state = (() => {
   return {
     get now() { return now; },
     onChange(listener) { listeners.push(listener); },
-    /** Change some of the state and let everybody know. `quietly` leaves no step to go back to. */
+    /** Change parts of the state and notify the listeners. `quietly` adds no entry to the browser's history. */
     set(changes, { quietly = false } = {}) {
       const changed = new Set(Object.keys(changes).filter((key) => changes[key] !== now[key]));
       if (!changed.size) return;

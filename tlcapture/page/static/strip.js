@@ -1,5 +1,5 @@
 "use strict";
-// The text of a capture, token by token, coloured by whatever the view says.
+// The text of a capture, token by token, in the colours of the view.
 tl.strip = (container, choose) => {
   const { element } = tl;
   let spans = [];
@@ -8,27 +8,27 @@ tl.strip = (container, choose) => {
     if (token) choose(Number(token.dataset.token));
   });
   return {
-    /** Show tokens, the response beginning at `nPrompt`. */
+    /** Show tokens; the response starts at index `nPrompt`. */
     show(tokens, nPrompt) {
-      spans = tokens.map((token, place) => element("span", { className: place < nPrompt ? "token prompt" : "token", "data-token": String(place) },
+      spans = tokens.map((token, index) => element("span", { className: index < nPrompt ? "token prompt" : "token", "data-token": String(index) },
         tl.visible(token), token.includes("\n") ? "\n" : null));
       const children = [...spans];
       if (nPrompt < tokens.length) children.splice(nPrompt, 0, element("span", { className: "boundary" }, "response"));
       container.replaceChildren(...children);
       container.className = "strip";
     },
-    /** Colour each token; `colourOf(place)` is a CSS colour, `textOf(place)` what hovering says. */
+    /** Colour each token; `colourOf(index)` is a CSS colour, `textOf(index)` the tooltip. */
     paint(colourOf, textOf = () => "") {
-      spans.forEach((span, place) => {
-        span.style.backgroundColor = colourOf(place);
-        span.title = `${place} ${textOf(place)}`;
+      spans.forEach((span, index) => {
+        span.style.backgroundColor = colourOf(index);
+        span.title = `${index} ${textOf(index)}`;
       });
     },
-    choose(place) {
+    choose(index) {
       container.querySelector(".chosen")?.classList.remove("chosen");
-      if (!spans[place]) return;
-      spans[place].classList.add("chosen");
-      const { offsetTop, offsetHeight } = spans[place];
+      if (!spans[index]) return;
+      spans[index].classList.add("chosen");
+      const { offsetTop, offsetHeight } = spans[index];
       const top = offsetTop - container.offsetTop;
       if (top < container.scrollTop || top + offsetHeight > container.scrollTop + container.clientHeight) container.scrollTop = top - container.clientHeight / 2;
     },

@@ -1,5 +1,5 @@
 "use strict";
-// Vectors: how well each method and layer separates held-out examples, how steering moves the model, what was chosen and why.
+// Vectors: how well each method and layer separates held-out examples, how steering changes the model, which is selected and why.
 tl.views.vectors = {
   title: "Vectors",
   withoutPrompt: true,
@@ -18,12 +18,12 @@ tl.views.vectors = {
       const { selected, runner_up: rival } = found;
       if (!selected) return element("p", { className: "warning" }, `${component}: ${found.problem}`);
       const reasons = {
-        steering: "its steering run moves the trait furthest while the text stays coherent", effect_size: "its held-out effect size is the largest",
-        fallback: "there is neither steering nor evaluation", override: "it was asked for",
+        steering: "its steering run changes the trait most while the text stays coherent", effect_size: "it has the largest held-out effect size",
+        fallback: "vectors have been neither evaluated nor steered", override: "it was requested",
       };
       const score = selected.score === null ? "" : `, ${tl.number(selected.score)}`;
       const next = rival ? ` Next: ${rival.method} at layer ${rival.layer}, ${tl.number(rival.score)}.` : "";
-      const made = found.metadata.extraction_model ? ` From ${found.metadata.extraction_model}, read at ${found.metadata.position ?? "an unknown position"}.` : " Of unknown origin: no metadata.json.";
+      const made = found.metadata.extraction_model ? ` From ${found.metadata.extraction_model}, read at ${found.metadata.position ?? "an unknown position"}.` : " Unknown origin: no metadata.json.";
       return element("p", {}, element("b", {}, component), `: ${selected.method} at layer ${selected.layer}${score}, because ${reasons[selected.selected_by] ?? selected.selected_by}.${next}${made}`,
         selected.warning ? element("span", { className: "warning" }, ` ${selected.warning}.`) : null);
     }
@@ -44,9 +44,9 @@ tl.views.vectors = {
         const shapes = at.includes(-1) ? [] : [{ type: "rect", x0: selected.layer - 0.5, x1: selected.layer + 0.5, y0: at[1] - 0.5, y1: at[1] + 0.5, line: { color: colours.css("--accent"), width: 2.5 } }];
         return [["val_effect_size", "effect size (Cohen's d)"], ["val_auroc", "AUROC"]].map(([key, label]) => {
           const made = figure(`${key}_${component}`, 164 + 34 * methods.length);
-          // What 95 % of random directions stay below is worth a row: no vector should be like them.
+          // A row for the 95th percentile of random directions, which every useful vector exceeds.
           const random = layers.map((layer) => own.find((row) => row.layer === layer)?.random_auroc_p95 ?? null);
-          const compared = key === "val_auroc" && random.some((value) => value !== null) ? [["random, 95 %", random]] : [];
+          const compared = key === "val_auroc" && random.some((value) => value !== null) ? [["random, p95", random]] : [];
           const range = key === "val_auroc" ? { zmin: 0.5, zmax: 1 } : { zmin: 0, zmax: Math.max(...own.map((row) => row[key]), 1e-9) };
           const job = made.draw([{ type: "heatmap", x: layers, y: [...methods, ...compared.map(([name]) => name)], z: [...grid(key), ...compared.map(([, values]) => values)], colorscale: colours.amountScale(), colorbar: { thickness: 12 }, ...range, hovertemplate: `%{y}, layer %{x}: %{z:.3~f}<extra></extra>` }],
             { title: { text: `${component}: held-out ${label}`, font: { size: 13 } }, xaxis: { title: { text: "layer" } }, margin: { l: 84, r: 14, t: 30, b: 38 }, shapes });
@@ -64,7 +64,7 @@ tl.views.vectors = {
         return [];
       }
       const groups = [...new Set(runs.map((run) => `${run.method}, layer ${run.layer}`))];
-      const drawn = [["trait_mean", "how much of the trait"], ["coherence_mean", "how coherent"]].map(([key, label]) => {
+      const drawn = [["trait_mean", "trait"], ["coherence_mean", "coherence"]].map(([key, label]) => {
         const made = figure(`steering_${key}`, 320);
         const traces = groups.map((group, number) => {
           const own = runs.filter((run) => `${run.method}, layer ${run.layer}` === group);
@@ -83,7 +83,7 @@ tl.views.vectors = {
         if (![..."view,experiment,trait,theme".split(",")].some((key) => changed.has(key)) && figures.length) return;
         const found = await tl.source.vectors(state);
         figures.splice(0).forEach((each) => each.remove());
-        chosen.replaceChildren(element("p", { className: "note" }, `Vectors of ${found.trait} in ${state.experiment}; a frame marks the one selected.`),
+        chosen.replaceChildren(element("p", { className: "note" }, `Vectors of ${found.trait} in ${state.experiment}; a frame marks the selected one.`),
           ...Object.entries(found.components).map(([component, each]) => why(component, each)));
         await Promise.all([...drawHeats(state, found), ...drawCurves(found)]);
       },
