@@ -11,7 +11,11 @@ import torch
 from tests import tiny
 from tests.test_parity import as_prompt, random_ids, relative
 from tlcapture.errors import InputError
-from tlcapture.generation.loop import Failure, Generation, Sampling, _choose, generate, teacher_force
+from tlcapture.generation.interventions import Steer
+from tlcapture.generation.loop import continue_from, generate, prefill, teacher_force
+from tlcapture.generation.outcomes import Failure, Generation
+from tlcapture.generation.padding import left_pad, right_pad
+from tlcapture.generation.sampling import GREEDY, Sampling, choose_tokens
 from tlcapture.models.engines.base import Step
 from tlcapture.models.fast import FastState, forward
 from tlcapture.models.loading import Model, from_hugging_face
@@ -59,7 +63,7 @@ def test_noise_differs_between_seeds_prompts_and_prompt_sets() -> None:
 def test_sampling_follows_the_softmax_of_the_logits() -> None:
     logits = torch.tensor([[2.0, 0.0, 1.0, -1.0]])
     generator = torch.Generator().manual_seed(0)
-    draws = torch.tensor([_choose(logits, 0.5, [generator])[0] for _ in range(20_000)])
+    draws = torch.tensor([choose_tokens(logits, 0.5, [generator])[0] for _ in range(20_000)])
     shares = torch.bincount(draws, minlength=4) / len(draws)
     assert torch.allclose(shares, (logits[0] / 0.5).softmax(0).float(), atol=0.01)
 
@@ -167,7 +171,7 @@ def test_tokens_of_prompts_that_begin_anew_are_taken_back(monkeypatch: pytest.Mo
 def test_the_colder_the_likelier(temperature: float) -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) * 10
     generators = [torch.Generator().manual_seed(row) for row in range(3)]
-    assert _choose(logits, temperature, generators) == logits.argmax(dim=-1).tolist()
+    assert choose_tokens(logits, temperature, generators) == logits.argmax(dim=-1).tolist()
 
 
 @pytest.mark.parametrize("name", ["blocks.1.attn.hook_attn_scores", "ln_final.hook_scale", "unembed.hook_out"])
@@ -257,3 +261,65 @@ def test_batches_without_a_wanted_prompt_do_not_run(monkeypatch: pytest.MonkeyPa
     (only,) = generate(model, prompts, hooks=[], wanted={"7"}, max_new_tokens=1, batch_size=2)
     assert only.prompt.id == "7"
     assert started == [2]
+
+
+@pytest.mark.parametrize("engine", tiny.ENGINES)
+def test_interventions_act_from_the_last_prompt_token_on_and_leave_nothing_behind(engine: str) -> None:
+    model, addend = tiny.model("llama", engine), torch.linspace(-2, 2, tiny.D_MODEL)
+    point = "blocks.1.hook_resid_post"
+    options: Any = {"hooks": [point], "max_new_tokens": 5, "sampling": GREEDY, "batch_size": 3}
+    prompts = [as_prompt(PROMPTS[name], name) for name in ("22", "9", "4")]
+    for outcome in generate(model, prompts, interventions=[Steer(1, addend)], **options):
+        # residual_out of layer 1 at a token does not depend on what was added to it at earlier tokens.
+        plain, steered = teacher_force(model, outcome.token_ids, [point])[point], outcome.cache[point]
+        n_before = len(outcome.prompt.token_ids) - 1
+        assert torch.allclose(steered[:n_before], plain[:n_before], atol=1e-4)
+        assert torch.allclose(steered[n_before:], plain[n_before:] + addend, atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", tiny.ENGINES)
+def test_a_prefilled_state_continues_as_its_prompts_do(engine: str) -> None:
+    model, prompts = tiny.model("llama", engine), [as_prompt(PROMPTS[name], name) for name in ("4", "22", "9")]
+    state = prefill(model, prompts)
+    for interventions in ([], [Steer(1, torch.linspace(-2, 2, tiny.D_MODEL))]):
+        options: Any = {"max_new_tokens": 8, "sampling": Sampling(2.0, seed=3), "interventions": interventions}
+        whole = {each.prompt.id: each for each in generate(model, prompts, hooks=[], **options)}
+        continued = continue_from(model, model.branch(state, range(3)), prompts, **options)
+        assert [each.prompt.id for each in continued] == ["4", "22", "9"]
+        for each in continued:
+            assert (each.response_ids, each.stop_reason) == (
+                whole[each.prompt.id].response_ids,
+                whole[each.prompt.id].stop_reason,
+            )
+
+
+def test_sequences_are_padded_on_the_side_asked_for() -> None:
+    tokens, mask = left_pad([[5, 6, 7], [8], []])
+    assert tokens.tolist() == [[5, 6, 7], [0, 0, 8], [0, 0, 0]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1], [0, 0, 0]]
+    tokens, mask = right_pad([[5, 6, 7], [8], []])
+    assert tokens.tolist() == [[5, 6, 7], [8, 0, 0], [0, 0, 0]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0], [0, 0, 0]]
+
+
+def test_a_failed_prompts_tokens_are_not_taken_back_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, counted, steps = tiny.model("llama"), [], 0
+    original = type(model).step
+
+    def step(self: Model, *args: Any, **options: Any) -> Step:
+        nonlocal steps
+        steps += 1
+        if steps == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        result = original(self, *args, **options)
+        if steps == 3:
+            result.logits[0] = float("nan")
+        return result
+
+    monkeypatch.setattr(type(model), "step", step)
+    options: Any = {"hooks": [], "max_new_tokens": 6, "sampling": GREEDY, "batch_size": 2}
+    prompts = [as_prompt(PROMPTS["9"], "9"), as_prompt(PROMPTS["4"], "4")]
+    failed, generated = generate(model, prompts, on_tokens=counted.append, **options)
+    assert isinstance(failed, Failure) and isinstance(generated, Generation)
+    tokens_of_failed = 2
+    assert sum(counted) == tokens_of_failed + len(generated.response_ids)

@@ -130,7 +130,7 @@ def _run(
     executor = take_executor(options, options["batch_size"], collects=not options["projections_only"])
     from tlcapture.commands.capture import CaptureOptions, estimate_capture, run_capture
     from tlcapture.commands.projections import VectorChoice
-    from tlcapture.generation.loop import Sampling
+    from tlcapture.generation.sampling import Sampling
     from tlcapture.storage.files import free_bytes
 
     chosen = CaptureOptions(

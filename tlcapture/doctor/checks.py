@@ -17,7 +17,9 @@ from torch import Tensor
 
 from tlcapture.doctor.reference import ReferenceRun, deviation
 from tlcapture.errors import NumericalError, TlcaptureError
-from tlcapture.generation.loop import Failure, Generation, Sampling, generate, teacher_force
+from tlcapture.generation.loop import generate, teacher_force
+from tlcapture.generation.outcomes import Failure, Generation
+from tlcapture.generation.sampling import Sampling
 from tlcapture.models.loading import Model
 from tlcapture.prompts.tokenization import TokenizedPrompt, bos_policy, stop_ids, tokenize
 from tlcapture.views.attention import attention_hooks

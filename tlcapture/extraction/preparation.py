@@ -13,7 +13,9 @@ from tlcapture.errors import InputError
 from tlcapture.extraction.examples import Example, Examples, read_examples
 from tlcapture.extraction.methods import Labels
 from tlcapture.extraction.readout import Reading, tokenize_example
-from tlcapture.generation.loop import Failure, Sampling, generate
+from tlcapture.generation.loop import generate
+from tlcapture.generation.outcomes import Failure
+from tlcapture.generation.sampling import Sampling
 from tlcapture.models.loading import Model
 from tlcapture.names import Trait
 from tlcapture.prompts.tokenization import decode, tokenize

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tlcapture.errors import InputError, NumericalError, OutOfMemoryError
 from tlcapture.extraction.examples import Example
+from tlcapture.generation.padding import right_pad
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import fitting_batch_size, is_out_of_memory, release_memory
 from tlcapture.prompts.tokenization import render_chat, uses_chat_template, with_bos
@@ -147,7 +148,8 @@ def _read_batch(
     hooks: frozenset[str],
 ) -> dict[str, Activations]:
     """Means of a batch whose first `prefix` tokens are in `state` already."""
-    tokens, mask, weights = _pad(readings, prefix)
+    tokens, mask = right_pad([reading.token_ids[prefix:] for reading in readings])
+    weights = _weights(readings, prefix, tokens.shape[1])
     step = model.step(tokens, mask, state, hooks, want_logits=False)
     return {
         part: torch.stack(
@@ -160,17 +162,9 @@ def _read_batch(
     }
 
 
-def _pad(readings: Sequence[Reading], prefix: int) -> tuple[Tensor, Tensor, Float[Tensor, "batch pos"]]:
-    """Ids behind the prefix, their mask, and weights whose sum over the span read out is 1.
-
-    Padding comes last: between prefix and tokens it would stretch the distances that sliding windows see.
-    """
-    width = max(len(reading.token_ids) for reading in readings) - prefix
-    tokens = torch.zeros(len(readings), width, dtype=torch.long)
-    mask, weights = torch.zeros_like(tokens), torch.zeros(len(readings), width)
+def _weights(readings: Sequence[Reading], prefix: int, width: int) -> Float[Tensor, "batch pos"]:
+    """Weights of the positions after the prefix, whose sum over the span that is read out is 1."""
+    weights = torch.zeros(len(readings), width)
     for row, reading in enumerate(readings):
-        length = len(reading.token_ids) - prefix
-        tokens[row, :length] = torch.tensor(reading.token_ids[prefix:])
-        mask[row, :length] = 1
         weights[row, reading.start - prefix : reading.stop - prefix] = 1 / (reading.stop - reading.start)
-    return tokens, mask, weights
+    return weights
