@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from tlcapture.captures.provenance import now
 from tlcapture.errors import InputError, StorageError
 from tlcapture.extraction.judge import Judge
-from tlcapture.extraction.steering import Question, SteeringBench, SteeringQuestions, SteeringScore
+from tlcapture.extraction.steering import Question, SteeringQuestions, SteeringScore, SteeringScorer
 from tlcapture.models.loading import Model
 from tlcapture.names import Trait
 from tlcapture.prompts.tokenization import tokenize
@@ -139,14 +139,14 @@ def _steer(run: Run, task: SteeringTask, model: Model, options: SteerOptions, pr
         ]
         return replace(score, trait=torch.tensor(verdicts))
 
-    bench = SteeringBench(model, prompts, [(question.positive, question.negative) for question in questions])
-    results.set_baseline(judged(bench.baseline()))
+    scorer = SteeringScorer(model, prompts, [(question.positive, question.negative) for question in questions])
+    results.set_baseline(judged(scorer.baseline()))
     for vector in _vectors(layout, trait, model, options):
 
         def score(coefficient: float, vector: TraitVector = vector) -> SteeringRun:
             found = results.find(vector, coefficient)
             if found is None:
-                steered = judged(bench.score(vector.layer, vector.vector, coefficient))
+                steered = judged(scorer.score(vector.layer, vector.vector, coefficient))
                 found = results.add(vector, coefficient, steered)
             done = f"{trait} layer {vector.layer} x {coefficient:g}: trait {found.trait_mean:.1f}, "
             progress.advance(1, done=f"{done}coherence {found.coherence_mean:.1f}")
