@@ -17,7 +17,7 @@ from tlcapture.extraction.judge import Judge
 from tlcapture.extraction.steering import Question, SteeringQuestions, SteeringScore, SteeringScorer
 from tlcapture.models.loading import Model
 from tlcapture.names import Trait
-from tlcapture.prompts.tokenization import tokenize
+from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
 from tlcapture.runs.display import Display, Progress
 from tlcapture.runs.exclusive import alone
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
@@ -93,7 +93,14 @@ class SteeringTask:
 def _steer_one(run: Run, model: Model, options: SteerOptions, task: SteeringTask) -> None:
     n_runs = _n_runs(options, model.n_layers)
     with alone(run, f"steering of {task.trait}"), run.progress(n_runs, str(task.trait), "run") as progress:
-        _steer(run, task, model, options, progress)
+        trials = _Trials.begin(run, model, options.judge, task, progress)
+        for vector in _vectors(run.layout, task.trait, model, options):
+            if options.search:
+                search_coefficient(partial(trials.score, vector))
+            else:
+                for coefficient in options.coefficients:
+                    trials.score(vector, coefficient)
+        run.report.n_prompts += len(task.questions)
 
 
 def read_questions(datasets: Datasets, trait: Trait) -> list[Question]:
@@ -113,10 +120,57 @@ def _n_runs(options: SteerOptions, n_layers: int) -> int:
     return 0 if options.search else len(options.layers or range(n_layers)) * per_layer
 
 
-def _steer(run: Run, task: SteeringTask, model: Model, options: SteerOptions, progress: Progress) -> None:
-    layout, trait, questions = run.layout, task.trait, task.questions
+@dataclass(frozen=True)
+class _Trials:
+    """Scores a trait's vectors at coefficients and records each trial as a run of its `results.json`."""
+
+    task: SteeringTask
+    scorer: SteeringScorer
+    judge: Judge | None
+    definition: str
+    results: _Results
+    progress: Progress
+
+    @classmethod
+    def begin(cls, run: Run, model: Model, judge: Judge | None, task: SteeringTask, progress: Progress) -> _Trials:
+        """Ready to score, with the baseline of the unsteered model recorded."""
+        prompts = _prompts(run.layout, model, task.questions)
+        results = _Results(run, task.trait, model, judge)
+        definition = _definition(Datasets(run.layout.root), task.trait)
+        scorer = SteeringScorer(model, prompts, [(question.positive, question.negative) for question in task.questions])
+        trials = cls(task, scorer, judge, definition, results, progress)
+        results.set_baseline(trials._judged(scorer.baseline()))
+        return trials
+
+    def score(self, vector: TraitVector, coefficient: float) -> SteeringRun:
+        """The run with this vector and coefficient: an earlier one, or one that is made and recorded now."""
+        found = self.results.find(vector, coefficient)
+        if found is None:
+            steered = self._judged(self.scorer.score(vector.layer, vector.vector, coefficient))
+            found = self.results.add(vector, coefficient, steered)
+        done = f"{self.task.trait} layer {vector.layer} x {coefficient:g}: trait {found.trait_mean:.1f}, "
+        self.progress.advance(1, done=f"{done}coherence {found.coherence_mean:.1f}")
+        return found
+
+    def _judged(self, score: SteeringScore) -> SteeringScore:
+        """The score with the judge's verdicts in place of likelihoods, if there is a judge."""
+        if self.judge is None:
+            return score
+        verdicts = [
+            self.judge.score(
+                trait=str(self.task.trait),
+                definition=self.definition,
+                question=question.question,
+                response=response,
+            )
+            for question, response in zip(self.task.questions, score.responses, strict=True)
+        ]
+        return replace(score, trait=torch.tensor(verdicts))
+
+
+def _prompts(layout: Layout, model: Model, questions: Sequence[Question]) -> list[TokenizedPrompt]:
     config = read_config(layout)
-    prompts = [
+    return [
         tokenize(
             model.tokenizer,
             question.question,
@@ -127,37 +181,6 @@ def _steer(run: Run, task: SteeringTask, model: Model, options: SteerOptions, pr
         )
         for question in questions
     ]
-    results = _Results(run, trait, model, options.judge)
-    definition = _definition(Datasets(layout.root), trait)
-
-    def judged(score: SteeringScore) -> SteeringScore:
-        if options.judge is None:
-            return score
-        verdicts = [
-            options.judge.score(trait=str(trait), definition=definition, question=question.question, response=response)
-            for question, response in zip(questions, score.responses, strict=True)
-        ]
-        return replace(score, trait=torch.tensor(verdicts))
-
-    scorer = SteeringScorer(model, prompts, [(question.positive, question.negative) for question in questions])
-    results.set_baseline(judged(scorer.baseline()))
-    for vector in _vectors(layout, trait, model, options):
-
-        def score(coefficient: float, vector: TraitVector = vector) -> SteeringRun:
-            found = results.find(vector, coefficient)
-            if found is None:
-                steered = judged(scorer.score(vector.layer, vector.vector, coefficient))
-                found = results.add(vector, coefficient, steered)
-            done = f"{trait} layer {vector.layer} x {coefficient:g}: trait {found.trait_mean:.1f}, "
-            progress.advance(1, done=f"{done}coherence {found.coherence_mean:.1f}")
-            return found
-
-        if options.search:
-            search_coefficient(score)
-        else:
-            for coefficient in options.coefficients:
-                score(coefficient)
-    run.report.n_prompts += len(prompts)
 
 
 def search_coefficient(score: Callable[[float], SteeringRun]) -> float:
