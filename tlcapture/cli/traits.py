@@ -28,7 +28,7 @@ def traits() -> None:
 @one_line_errors
 def check(chosen: tuple[Trait, ...], root: Path) -> None:
     """Check contrastive examples: counts, duplicates, length, and whether words alone give the side away."""
-    from tlcapture.extraction.checks import check_examples
+    from tlcapture.extraction.example_checks import check_examples
     from tlcapture.extraction.examples import read_examples
     from tlcapture.storage.layout import Datasets
 

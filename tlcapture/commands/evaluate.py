@@ -11,7 +11,7 @@ import torch
 
 from tlcapture.errors import InputError, VectorError
 from tlcapture.extraction.evaluation import RandomBaseline, Separation, random_baseline, separation
-from tlcapture.extraction.preparation import PreparedExamples, prepare
+from tlcapture.extraction.prepared_examples import PreparedExamples, prepare_examples
 from tlcapture.extraction.readout import Activations, read_out
 from tlcapture.models.loading import Model
 from tlcapture.names import Trait
@@ -116,7 +116,9 @@ def _evaluate(run: Run, trait: Trait, model: Model, options: EvaluateOptions) ->
             raise VectorError(
                 f"{folder.metadata_file(component)}: no split and position say what was held out: extract it again"
             )
-        prepared = prepared or prepare(Datasets(layout.root), layout, trait, model, seed=seed, position=position)
+        prepared = prepared or prepare_examples(
+            Datasets(layout.root), layout, trait, model, seed=seed, position=position
+        )
         if prepared.digest != metadata.get("examples") or model.fingerprint != metadata.get("model_fingerprint"):
             raise VectorError("examples or model have changed since the vectors were extracted: extract them again")
         activations = read_out(model, prepared.readings, [component], batch_size=options.batch_size)[component]

@@ -12,7 +12,7 @@ from tlcapture.captures.provenance import model_record, now
 from tlcapture.errors import InputError, NumericalError
 from tlcapture.extraction.examples import Examples, read_examples
 from tlcapture.extraction.methods import FITS, Labels, LayerVectors
-from tlcapture.extraction.preparation import PreparedExamples, prepare
+from tlcapture.extraction.prepared_examples import PreparedExamples, prepare_examples
 from tlcapture.extraction.readout import Activations, read_out
 from tlcapture.models.loading import Model
 from tlcapture.names import Trait
@@ -98,7 +98,7 @@ def _extract(
 ) -> None:
     layout = run.layout
     layers = options.layers or tuple(range(model.n_layers))
-    prepared = prepare(
+    prepared = prepare_examples(
         Datasets(layout.root), layout, examples.trait, model, position=options.position, examples=examples
     )
     activations = read_out(

@@ -54,7 +54,7 @@ class PreparedExamples:
         return digest.hexdigest()
 
 
-def prepare(
+def prepare_examples(
     datasets: Datasets,
     layout: Layout,
     trait: Trait,

@@ -18,7 +18,7 @@ _LEAK = 0.65
 
 
 @dataclass(frozen=True)
-class Check:
+class ExampleCheck:
     """What was found of one trait's examples.
 
     Attributes:
@@ -52,7 +52,7 @@ class Check:
         return found
 
 
-def check_examples(examples: Examples) -> Check:
+def check_examples(examples: Examples) -> ExampleCheck:
     """Check a trait's examples."""
     items = examples.items
     texts = [item.example.text or item.example.response or item.example.prompt or "" for item in items]
@@ -60,7 +60,7 @@ def check_examples(examples: Examples) -> Check:
     sides = {side: {i.example.pair for i in items if i.positive == side and i.example.pair} for side in (True, False)}
     words = {side: [len(t.split()) for t, i in zip(texts, items, strict=True) if i.positive == side] for side in sides}
     prompt_probs = _side_probabilities(prompts, items) if any(prompts) else None
-    return Check(
+    return ExampleCheck(
         trait=str(examples.trait),
         n_positive=len(words[True]),
         n_negative=len(words[False]),
