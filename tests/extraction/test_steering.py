@@ -31,7 +31,7 @@ def mean_log_probability(name: str, prompt: tuple[int, ...], text: str) -> float
 
 @pytest.mark.parametrize("engine", tiny.ENGINES)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_the_baseline_compares_likelihoods_as_hugging_face_has_them(name: str, engine: str) -> None:
+def test_the_baseline_compares_likelihoods_equal_to_those_of_hugging_face(name: str, engine: str) -> None:
     scorer, prompts = scorer_of(tiny.model(name, engine), new_tokens=4)
     score = scorer.baseline()
     for number, prompt in enumerate(prompts):
@@ -42,7 +42,7 @@ def test_the_baseline_compares_likelihoods_as_hugging_face_has_them(name: str, e
 
 
 @pytest.mark.parametrize("engine", tiny.ENGINES)
-def test_steering_adds_the_vector_to_residual_out_and_leaves_nothing_behind(engine: str) -> None:
+def test_steering_adds_the_vector_to_residual_out_and_leaves_no_hook(engine: str) -> None:
     model = tiny.model("llama", engine)
     tokens = torch.tensor([[5, 6, 7]])
     hooks = {f"blocks.{layer}.hook_resid_post" for layer in range(3)}

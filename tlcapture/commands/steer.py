@@ -1,4 +1,4 @@
-"""`tlcapture steer`: what adding a trait's vectors does to the model's words, over layers and coefficients."""
+"""`tlcapture steer`: the effect of adding a trait's vectors on the model's responses, by layer and coefficient."""
 
 from __future__ import annotations
 
@@ -41,7 +41,11 @@ _DIGITS = 5
 
 @dataclass(frozen=True)
 class SteerOptions:
-    """What to steer with; empty `traits` and `layers` mean all, `search` looks for each layer's best coefficient."""
+    """What to steer with; empty `traits` and `layers` mean all of them.
+
+    Empty `methods` mean the selected one; `search` looks for each layer's largest coherent coefficient in place of
+    `coefficients`.
+    """
 
     traits: tuple[Trait, ...] = ()
     methods: tuple[str, ...] = ()
@@ -58,17 +62,17 @@ def run_steer(
     display: Display = Display(),
     executor: Executor = LocalExecutor(),
 ) -> RunReport:
-    """Steer with every trait's vectors and write `results.json` after every run; runs that are there are skipped.
+    """Steer with every trait's vectors and write `results.json` after every run; existing runs are skipped.
 
     Raises:
         InputError: a trait has no vectors or no steering questions; nothing was written.
     """
     layout.check_exists()
-    there = layout.traits()
+    existing = layout.traits()
     for trait in options.traits:
-        if trait not in there:
+        if trait not in existing:
             raise InputError(f"no vectors for trait {str(trait)!r} in {layout.folder}: run 'tlcapture extract' first")
-    traits = options.traits or tuple(there)
+    traits = options.traits or tuple(existing)
     if not traits:
         raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
     tasks = [SteeringTask(trait, read_questions(Datasets(layout.root), trait)) for trait in traits]
@@ -81,7 +85,7 @@ def run_steer(
 
 @dataclass(frozen=True)
 class SteeringTask:
-    """A trait and the questions that are asked while its vectors are added."""
+    """A trait and the questions that the model answers while it is steered."""
 
     trait: Trait
     questions: Sequence[Question]
@@ -104,7 +108,10 @@ def _steer_one(run: Run, model: Model, options: SteerOptions, task: SteeringTask
 
 
 def read_questions(datasets: Datasets, trait: Trait) -> list[Question]:
-    """The steering questions of a trait, in `steering.json` beside its examples."""
+    """The steering questions of a trait, in `steering.json` next to its examples.
+
+    Raises `InputError` if the file is missing or invalid.
+    """
     path = datasets.trait_folder(trait) / "steering.json"
     try:
         return SteeringQuestions.model_validate(read_json(path)).questions
@@ -115,7 +122,7 @@ def read_questions(datasets: Datasets, trait: Trait) -> list[Question]:
 
 
 def _n_runs(options: SteerOptions, n_layers: int) -> int:
-    """How many runs a trait takes; 0 for a search, whose length is not known before."""
+    """The number of runs per trait; 0 for a search, whose length is not known in advance."""
     per_layer = max(1, len(options.methods)) * len(options.coefficients)
     return 0 if options.search else len(options.layers or range(n_layers)) * per_layer
 
@@ -186,7 +193,7 @@ def _prompts(layout: Layout, model: Model, questions: Sequence[Question]) -> lis
 def search_coefficient(score: Callable[[float], SteeringRun]) -> float:
     """The largest coefficient whose responses stay coherent, to within an eighth of a doubling step.
 
-    Doubles from 0.1 until the responses fall apart, then halves the interval.
+    Doubles from 0.1 until the responses are incoherent, then halves the interval.
     """
     low, high = 0.0, _SEARCH_START
     for _ in range(_SEARCH_STEPS):
@@ -203,7 +210,7 @@ def search_coefficient(score: Callable[[float], SteeringRun]) -> float:
 
 
 def _vectors(layout: Layout, trait: Trait, model: Model, options: SteerOptions) -> Iterator[TraitVector]:
-    """The vectors to steer with: of the methods asked for, or of the one that is selected."""
+    """The vectors to steer with: of the methods in `options`, or of the selected one."""
     folder = VectorFolder(layout, trait)
     available = folder.available("residual")
     methods = options.methods or (select(folder, "residual", model.n_layers).method,)
@@ -240,12 +247,12 @@ class _Results:
         self._content["baseline"] = _means(score)
 
     def find(self, vector: TraitVector, coefficient: float) -> SteeringRun | None:
-        """An earlier run with the same vector, made after the vector was."""
+        """The recorded run with the same vector and coefficient, if there is one."""
         config, made = _config(vector, coefficient), vector.metadata.get("timestamp")
         digest = self._files.digest(vector.component, vector.method, vector.layer)
         for run in self._content["runs"]:
-            is_of_it = run.get("vector_timestamp") == made and run.get("vector_digest") in (None, digest)
-            if run["config"] == config and is_of_it:
+            has_same_vector = run.get("vector_timestamp") == made and run.get("vector_digest") in (None, digest)
+            if run["config"] == config and has_same_vector:
                 return self._parsed(run)
         return None
 
@@ -290,7 +297,7 @@ def _means(score: SteeringScore) -> dict[str, float]:
 
 
 def draw_curves(layout: Layout, traits: Sequence[Trait], report: RunReport) -> None:
-    """Draw the steering curves of traits that have results to `steering.png` beside them."""
+    """Draw the steering curves of traits that have results to `steering.png` next to the results."""
     from tlcapture.commands.plots import steering_curves
 
     for trait in traits:
