@@ -62,14 +62,14 @@ def _measure(name: str, variant: str) -> dict[str, float]:
     from tlcapture.extraction import readout
     from tlcapture.extraction.examples import read_examples
     from tlcapture.extraction.methods import FITS
-    from tlcapture.extraction.preparation import prepare
+    from tlcapture.extraction.prepared_examples import prepare_examples
     from tlcapture.models.loading import load_model
     from tlcapture.names import Trait
     from tlcapture.storage.layout import Datasets, Layout
 
     model, trait = load_model("smollm2", device="cpu"), Trait.parse(name)
     datasets = Datasets(Path())
-    prepared = prepare(datasets, Layout(Path(), "none"), trait, model, examples=read_examples(datasets, trait))
+    prepared = prepare_examples(datasets, Layout(Path(), "none"), trait, model, examples=read_examples(datasets, trait))
     before = _peak()
     if variant == VARIANTS[0]:
         readout.shared_prefix = lambda readings: 0

@@ -243,7 +243,8 @@ def _check_tokens(works: dict[str, Any]) -> None:
 
 def _check_hidden_states(bench: Bench) -> None:
     """Ours equal what Hugging Face's `generate` itself hands out, step by step."""
-    from tlcapture.generation.loop import Sampling, generate
+    from tlcapture.generation.loop import generate
+    from tlcapture.generation.sampling import Sampling
 
     prompt = bench.prompts[0]
     hooks = residual_hooks(bench.model.n_layers, bench.model.hook_names)

@@ -17,7 +17,9 @@ from tlcapture.captures.capture import Capture
 from tlcapture.captures.making import capture_of
 from tlcapture.commands.capture import CaptureOptions, run_capture
 from tlcapture.commands.project import ProjectOptions, run_project
-from tlcapture.generation.loop import Generation, Sampling, generate
+from tlcapture.generation.loop import generate
+from tlcapture.generation.outcomes import Generation
+from tlcapture.generation.sampling import Sampling
 from tlcapture.names import Trait
 from tlcapture.prompts.prompt_sets import read_prompt_set
 from tlcapture.storage.files import write_bytes, write_json

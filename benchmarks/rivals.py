@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tlcapture.generation.loop import Generation, Sampling, generate
+from tlcapture.generation.loop import generate
+from tlcapture.generation.outcomes import Generation
+from tlcapture.generation.sampling import Sampling
 from tlcapture.models.loading import Model
 from tlcapture.prompts.chat_template import stop_ids
 from tlcapture.prompts.tokenization import TokenizedPrompt

@@ -1,4 +1,4 @@
-"""Every check of `tlcapture doctor` passes on a sound model and fails on one that was broken on purpose."""
+"""Every check of `tlcapture doctor` passes on a sound model and fails on one broken on purpose."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def runs(name: str) -> list[ReferenceRun]:
 
 
 def fresh(name: str, engine: str = tiny.ENGINES[0], change: Callable[[Any], object] = lambda hf: None) -> Model:
-    """A tiny model of its own, its Hugging Face weights changed beforehand."""
+    """A new tiny model, with its Hugging Face weights changed first."""
     source = copy.deepcopy(tiny.hf_model(name))
     with torch.no_grad():
         change(source)
@@ -59,11 +59,11 @@ def test_a_sound_model_passes_every_check(name: str, engine: str) -> None:
     capless = "ok" if name == "gemma2" else "not applicable"
     assert [check.verdict for check in found] == ["ok"] * 6 + [capless, "ok"], found
     assert all("\n" not in check.detail for check in found)
-    assert "deviation from Hugging Face" in found[3].detail and "of 1.0e-04 allowed" in found[3].detail
+    assert "deviation from Hugging Face" in found[3].detail and "1.0e-04 allowed" in found[3].detail
 
 
 @pytest.mark.parametrize(
-    ("template", "bos", "verdict", "said"),
+    ("template", "bos", "verdict", "expected"),
     [
         (
             tiny.CHAT_TEMPLATE,
@@ -77,9 +77,9 @@ def test_a_sound_model_passes_every_check(name: str, engine: str) -> None:
         (None, False, "ok", "the tokenizer has no BOS"),
     ],
 )
-def test_bos_is_counted_under_the_chat_template(template: str | None, bos: bool, verdict: str, said: str) -> None:
+def test_bos_is_counted_under_the_chat_template(template: str | None, bos: bool, verdict: str, expected: str) -> None:
     found = check_bos(tiny.tokenizer(chat_template=template, bos=bos))
-    assert (found.verdict, said in found.detail) == (verdict, True), found
+    assert (found.verdict, expected in found.detail) == (verdict, True), found
 
 
 def test_without_any_stop_id_the_check_fails() -> None:
@@ -90,8 +90,8 @@ def test_without_any_stop_id_the_check_fails() -> None:
     assert (found.verdict, found.detail[:5]) == ("failed", "none:")
 
 
-def test_stop_ids_say_which_come_from_the_chat_template_alone() -> None:
-    assert check_stop_ids(tiny.tokenizer(), None).detail == "1 '<eos>', 3 '</turn>'; 3 from the chat template alone"
+def test_stop_ids_that_only_the_chat_template_defines_are_listed() -> None:
+    assert check_stop_ids(tiny.tokenizer(), None).detail == "1 '<eos>', 3 '</turn>'; 3 only from the chat template"
 
 
 @pytest.mark.parametrize("check", [check_padding, check_batch])
@@ -107,7 +107,7 @@ def test_unmasked_padding_is_found(check: Callable[..., Check], monkeypatch: pyt
     assert check(model, PROMPTS).verdict == "failed"
 
 
-def test_activations_of_decode_steps_that_are_not_those_of_one_pass_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_steps_that_differ_from_one_pass_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     model = fresh("llama")
     step = type(model).step
 
@@ -123,8 +123,8 @@ def test_activations_of_decode_steps_that_are_not_those_of_one_pass_are_found(mo
 
 
 @tiny.needs_hooked
-def test_processed_weights_are_found_where_they_show() -> None:
-    """Centred weights write another residual stream; a centred unembedding gives other logits alone."""
+def test_processed_weights_are_found() -> None:
+    """Centred weights change the residual stream; a centred unembedding changes only the logits."""
     model = fresh("gpt2")
     model.tl.process_weights_(fold_ln=False, center_writing_weights=True, center_unembed=False)
     found = check_raw_basis(model, runs("gpt2"))
@@ -161,46 +161,48 @@ def test_one_weight_that_is_off_by_a_thousandth_is_found() -> None:
 
 @tiny.needs_hooked
 @pytest.mark.parametrize(
-    ("field", "said"),
+    ("field", "expected"),
     [("output_logits_soft_cap", "logits up to"), ("attn_scores_soft_cap", "attention under a cap of 2")],
 )
-def test_a_wrong_soft_cap_is_found(field: str, said: str) -> None:
+def test_a_wrong_soft_cap_is_found(field: str, expected: str) -> None:
     model = fresh("gemma2")
     setattr(model.tl.cfg, field, 20.0)
     for block in model.tl.blocks:
         setattr(block.attn.cfg, field, 20.0)
     found = check_soft_caps(model, runs("gemma2"))
-    assert (found.verdict, said in found.detail) == ("failed", True), found
+    assert (found.verdict, expected in found.detail) == ("failed", True), found
 
 
 @pytest.mark.parametrize("engine", tiny.ENGINES)
-def test_nan_weights_fail_what_they_reach(engine: str) -> None:
+def test_nan_weights_fail_every_check_they_affect(engine: str) -> None:
     def damage(hf: Any) -> None:
         hf.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
 
     found = {check.name: check for check in check_model(fresh("llama", engine, damage), runs("llama"))}
     for name in ("raw basis", "batch", "captured", "range"):
         assert found[name].verdict == "failed", found[name]
-    assert "float32 does not hold blocks.1.hook_resid_post, which is NaN or inf" in found["range"].detail
+    assert "blocks.1.hook_resid_post is NaN or inf in float32" in found["range"].detail
     assert "the model's logits are NaN or inf" in found["batch"].detail
 
 
 @pytest.mark.parametrize(
-    ("factor", "dtype", "verdict", "said"),
+    ("factor", "dtype", "verdict", "expected"),
     [
-        (1.0, torch.float16, "ok", "of what float16 holds"),
-        (1e6, torch.float16, "failed", "float16 does not hold blocks.0.hook_resid_pre, which is NaN or inf"),
+        (1.0, torch.float16, "ok", "of the float16 maximum"),
+        (1e6, torch.float16, "failed", "blocks.0.hook_resid_pre is NaN or inf in float16"),
         (1e6, torch.float32, "warning", "captures are stored as bfloat16"),
-        (1e6, torch.bfloat16, "ok", "less than 0.01 of what bfloat16 holds"),
+        (1e6, torch.bfloat16, "ok", "less than 0.01 of the bfloat16 maximum"),
     ],
 )
-def test_what_a_dtype_does_not_hold_is_said(factor: float, dtype: torch.dtype, verdict: str, said: str) -> None:
+def test_activations_out_of_range_of_a_dtype_are_reported(
+    factor: float, dtype: torch.dtype, verdict: str, expected: str
+) -> None:
     def enlarge(hf: Any) -> None:
         hf.model.embed_tokens.weight.mul_(factor)
         cast(hf, dtype)
 
     found = check_range(fresh("llama", change=enlarge), PROMPTS)
-    assert (found.verdict, said in found.detail) == (verdict, True), found
+    assert (found.verdict, expected in found.detail) == (verdict, True), found
 
 
 def test_a_deviation_is_a_share_of_each_tokens_own_norm() -> None:
@@ -209,7 +211,7 @@ def test_a_deviation_is_a_share_of_each_tokens_own_norm() -> None:
     assert not deviation(theirs * torch.nan, theirs) <= 1
 
 
-def test_a_check_that_breaks_off_has_failed() -> None:
+def test_a_check_that_raises_has_failed() -> None:
     found = guarded(
         "batch", check_batch, fresh("llama"), [PROMPTS[0].__class__(**{**vars(PROMPTS[0]), "token_ids": (4,) * 300})]
     )
@@ -217,7 +219,7 @@ def test_a_check_that_breaks_off_has_failed() -> None:
     assert "does not fit" in found.detail
 
 
-def test_the_command_prints_a_line_a_check(tlcapture: Callable[..., Result], tiny_folder: Path) -> None:
+def test_the_command_prints_one_line_per_check(tlcapture: Callable[..., Result], tiny_folder: Path) -> None:
     result = tlcapture("doctor", "--model", tiny_folder, "--device", "cpu")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()[-len(NAMES) :]
@@ -225,7 +227,7 @@ def test_the_command_prints_a_line_a_check(tlcapture: Callable[..., Result], tin
     assert {line[:16].strip() for line in lines} == {"ok", "not applicable"}
 
 
-def test_its_exit_status_tells(tlcapture: Callable[..., Result], tmp_path: Path) -> None:
+def test_its_exit_status_is_that_of_the_worst_check(tlcapture: Callable[..., Result], tmp_path: Path) -> None:
     folder = tmp_path / "double"
     tiny.hf_model("llama").save_pretrained(folder)
     tiny.tokenizer(chat_template=TWICE).save_pretrained(folder)

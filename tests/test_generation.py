@@ -1,4 +1,4 @@
-"""Promises 2 and 4: every token has its activations, and nothing depends on what ran beside a prompt."""
+"""Promises 2 and 4: every token has its activations, and no outcome depends on the other prompts of a batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ import torch
 from tests import tiny
 from tests.test_parity import as_prompt, random_ids, relative
 from tlcapture.errors import InputError, NumericalError, OutOfMemoryError
-from tlcapture.generation.loop import Failure, Generation, Sampling, _choose, generate, teacher_force
+from tlcapture.generation.interventions import Steer
+from tlcapture.generation.loop import continue_from, generate, prefill, teacher_force
+from tlcapture.generation.outcomes import Failure, Generation
+from tlcapture.generation.padding import left_pad, right_pad
+from tlcapture.generation.sampling import GREEDY, Sampling, choose_tokens
 from tlcapture.models.engines.base import Step
 from tlcapture.models.fast import forward
 from tlcapture.models.fast.state import FastState
@@ -61,7 +65,7 @@ def test_noise_differs_between_seeds_prompts_and_prompt_sets() -> None:
 def test_sampling_follows_the_softmax_of_the_logits() -> None:
     logits = torch.tensor([[2.0, 0.0, 1.0, -1.0]])
     generator = torch.Generator().manual_seed(0)
-    draws = torch.tensor([_choose(logits, 0.5, [generator])[0] for _ in range(20_000)])
+    draws = torch.tensor([choose_tokens(logits, 0.5, [generator])[0] for _ in range(20_000)])
     shares = torch.bincount(draws, minlength=4) / len(draws)
     assert torch.allclose(shares, (logits[0] / 0.5).softmax(0).float(), atol=0.01)
 
@@ -77,7 +81,7 @@ def test_rows_that_stop_leave_the_batch_and_keep_their_last_token() -> None:
 
     watched = Watched.__new__(Watched)
     watched.__dict__.update(model.__dict__)
-    sampling = Sampling(temperature=3.0, seed=0)  # hot enough for the stop ids to come up
+    sampling = Sampling(temperature=3.0, seed=0)  # high enough for stop ids to be sampled
     found = outcomes(watched, list(PROMPTS), batch_size=5, max_new_tokens=120, sampling=sampling)
     stops = stop_ids(model.tokenizer, model.generation_config)
     reasons = {outcome.stop_reason for outcome in found.values()}
@@ -115,7 +119,7 @@ def test_no_new_tokens_captures_the_prompt_alone() -> None:
     assert outcome.cache["blocks.0.hook_resid_pre"].shape[0] == 9
 
 
-def test_a_prompt_that_does_not_fit_the_context_fails_by_name_and_alone() -> None:
+def test_only_a_prompt_that_does_not_fit_the_context_fails() -> None:
     model = tiny.model("llama")
     prompts = [as_prompt(random_ids(250), "long"), as_prompt(random_ids(5), "short")]
     hooks = residual_hooks(model.n_layers, model.hook_names)
@@ -126,7 +130,9 @@ def test_a_prompt_that_does_not_fit_the_context_fails_by_name_and_alone() -> Non
     assert "250 prompt tokens and 10 new ones are more than the model's context of 256" in found["long"].reason
 
 
-def test_out_of_memory_halves_the_batch_and_fails_only_what_fits_in_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_halves_the_batch_and_fails_only_prompts_that_fit_in_no_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = tiny.model("llama")
     original, sizes = type(model).step, []
 
@@ -137,18 +143,18 @@ def test_out_of_memory_halves_the_batch_and_fails_only_what_fits_in_none(monkeyp
         return original(self, tokens, *args, **options)
 
     monkeypatch.setattr(type(model), "step", step)
-    found = outcomes(model, list(PROMPTS), batch_size=5, max_new_tokens=4, sampling=Sampling(temperature=0))
+    found = outcomes(model, list(PROMPTS), batch_size=5, max_new_tokens=4, sampling=GREEDY)
     monkeypatch.undo()
     assert isinstance(found["31"], Failure)
     assert "out of memory" in found["31"].reason
     assert found["31"].error is OutOfMemoryError
     assert sizes[0] == 5
-    expected = outcomes(model, ["4", "9", "15", "22"], batch_size=1, max_new_tokens=4, sampling=Sampling(temperature=0))
+    expected = outcomes(model, ["4", "9", "15", "22"], batch_size=1, max_new_tokens=4, sampling=GREEDY)
     for name, outcome in expected.items():
         assert found[name].response_ids == outcome.response_ids
 
 
-def test_tokens_of_prompts_that_begin_anew_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_of_prompts_that_run_again_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model, counted, steps = tiny.model("llama"), [], 0
     original = type(model).step
 
@@ -160,7 +166,7 @@ def test_tokens_of_prompts_that_begin_anew_are_taken_back(monkeypatch: pytest.Mo
         return original(self, *args, **options)
 
     monkeypatch.setattr(type(model), "step", step)
-    options: Any = {"hooks": [], "max_new_tokens": 6, "sampling": Sampling(temperature=0), "batch_size": 2}
+    options: Any = {"hooks": [], "max_new_tokens": 6, "sampling": GREEDY, "batch_size": 2}
     prompts = [as_prompt(PROMPTS["9"], "9"), as_prompt(PROMPTS["4"], "4")]
     found = list(generate(model, prompts, on_tokens=counted.append, **options))
     assert min(counted) < 0
@@ -168,19 +174,19 @@ def test_tokens_of_prompts_that_begin_anew_are_taken_back(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-307, 5e-324])
-def test_the_colder_the_likelier(temperature: float) -> None:
+def test_a_temperature_near_zero_chooses_the_likeliest_token(temperature: float) -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) * 10
     generators = [torch.Generator().manual_seed(row) for row in range(3)]
-    assert _choose(logits, temperature, generators) == logits.argmax(dim=-1).tolist()
+    assert choose_tokens(logits, temperature, generators) == logits.argmax(dim=-1).tolist()
 
 
 @pytest.mark.parametrize("name", ["blocks.1.attn.hook_attn_scores", "ln_final.hook_scale", "unembed.hook_out"])
-def test_what_does_not_lie_token_by_token_is_refused_by_name(name: str) -> None:
+def test_hooks_without_one_row_per_token_are_refused_by_name(name: str) -> None:
     with pytest.raises(InputError, match=f"{name} is not captured: expected"):
         list(generate(tiny.model("llama"), [as_prompt(PROMPTS["4"], "4")], hooks=[name]))
 
 
-def test_nan_logits_fail_their_prompt_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_logits_fail_only_their_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("llama")
     original = type(model).step
     steps = 0
@@ -194,16 +200,16 @@ def test_nan_logits_fail_their_prompt_alone(monkeypatch: pytest.MonkeyPatch) -> 
         return result
 
     monkeypatch.setattr(type(model), "step", step)
-    found = outcomes(model, ["9", "4"], batch_size=2, max_new_tokens=6, sampling=Sampling(temperature=0))
+    found = outcomes(model, ["9", "4"], batch_size=2, max_new_tokens=6, sampling=GREEDY)
     monkeypatch.undo()
     assert isinstance(found["9"], Failure)
     assert "NaN or inf at token 11" in found["9"].reason
     assert found["9"].error is NumericalError
-    alone = outcomes(model, ["4"], max_new_tokens=6, sampling=Sampling(temperature=0))
+    alone = outcomes(model, ["4"], max_new_tokens=6, sampling=GREEDY)
     assert found["4"].response_ids == alone["4"].response_ids
 
 
-def test_other_errors_of_the_model_are_not_taken_for_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_of_the_model_are_not_treated_as_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("llama")
     monkeypatch.setattr(type(model), "step", lambda *args, **options: (_ for _ in ()).throw(RuntimeError("broken")))
     with pytest.raises(RuntimeError, match="broken"):
@@ -211,12 +217,12 @@ def test_other_errors_of_the_model_are_not_taken_for_lack_of_memory(monkeypatch:
 
 
 @tiny.needs_hooked
-def test_prompts_run_in_parts_yield_what_they_yield_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_run_in_parts_give_the_activations_of_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     hf = tiny.hf_model("llama")
     model = from_hugging_face(hf, tiny.tokenizer(), name="llama", engine="hooked", fast=True)
     prompts = [as_prompt(random_ids(length, seed=length), str(length)) for length in (30, 29, 12, 5, 4)]
     hooks = [*residual_hooks(model.n_layers, model.hook_names), *attention_hooks(model.n_layers)]
-    options: Any = {"hooks": hooks, "max_new_tokens": 6, "sampling": Sampling(temperature=0), "batch_size": 5}
+    options: Any = {"hooks": hooks, "max_new_tokens": 6, "sampling": GREEDY, "batch_size": 5}
     at_once = {each.prompt.id: each for each in generate(model, prompts, **options)}
     monkeypatch.setattr(forward, "_PART", {"cpu": 24})
     reserve = FastState.reserve
@@ -237,12 +243,12 @@ def test_prompts_run_in_parts_yield_what_they_yield_at_once(monkeypatch: pytest.
             assert relative(activation, in_parts[name].cache[hook]) < 1e-5
 
 
-def test_wanted_prompts_yield_to_the_last_bit_what_they_yield_when_all_are_wanted() -> None:
+def test_wanted_prompts_have_bit_identical_outcomes_when_all_are_wanted() -> None:
     model = tiny.model("llama")
     prompts = [as_prompt(random_ids(length, seed=length), str(length)) for length in (30, 29, 12, 5, 4)]
     hooks = [*residual_hooks(model.n_layers, model.hook_names), *attention_hooks(model.n_layers)]
     counted: list[int] = []
-    options: Any = {"hooks": hooks, "max_new_tokens": 6, "sampling": Sampling(temperature=0), "batch_size": 2}
+    options: Any = {"hooks": hooks, "max_new_tokens": 6, "sampling": GREEDY, "batch_size": 2}
     everything = {each.prompt.id: each for each in generate(model, prompts, **options)}
     some = list(generate(model, prompts, wanted={"29", "4"}, on_tokens=counted.append, **options))
     assert sorted(each.prompt.id for each in some) == ["29", "4"]
@@ -262,3 +268,65 @@ def test_batches_without_a_wanted_prompt_do_not_run(monkeypatch: pytest.MonkeyPa
     (only,) = generate(model, prompts, hooks=[], wanted={"7"}, max_new_tokens=1, batch_size=2)
     assert only.prompt.id == "7"
     assert started == [2]
+
+
+@pytest.mark.parametrize("engine", tiny.ENGINES)
+def test_interventions_act_from_the_last_prompt_token_on(engine: str) -> None:
+    model, addend = tiny.model("llama", engine), torch.linspace(-2, 2, tiny.D_MODEL)
+    point = "blocks.1.hook_resid_post"
+    options: Any = {"hooks": [point], "max_new_tokens": 5, "sampling": GREEDY, "batch_size": 3}
+    prompts = [as_prompt(PROMPTS[name], name) for name in ("22", "9", "4")]
+    for outcome in generate(model, prompts, interventions=[Steer(1, addend)], **options):
+        # residual_out of layer 1 at a token does not depend on what was added to it at earlier tokens.
+        plain, steered = teacher_force(model, outcome.token_ids, [point])[point], outcome.cache[point]
+        n_before = len(outcome.prompt.token_ids) - 1
+        assert torch.allclose(steered[:n_before], plain[:n_before], atol=1e-4)
+        assert torch.allclose(steered[n_before:], plain[n_before:] + addend, atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", tiny.ENGINES)
+def test_a_prefilled_state_continues_as_its_prompts_do(engine: str) -> None:
+    model, prompts = tiny.model("llama", engine), [as_prompt(PROMPTS[name], name) for name in ("4", "22", "9")]
+    state = prefill(model, prompts)
+    for interventions in ([], [Steer(1, torch.linspace(-2, 2, tiny.D_MODEL))]):
+        options: Any = {"max_new_tokens": 8, "sampling": Sampling(2.0, seed=3), "interventions": interventions}
+        whole = {each.prompt.id: each for each in generate(model, prompts, hooks=[], **options)}
+        continued = continue_from(model, model.branch(state, range(3)), prompts, **options)
+        assert [each.prompt.id for each in continued] == ["4", "22", "9"]
+        for each in continued:
+            assert (each.response_ids, each.stop_reason) == (
+                whole[each.prompt.id].response_ids,
+                whole[each.prompt.id].stop_reason,
+            )
+
+
+def test_sequences_are_padded_on_the_side_asked_for() -> None:
+    tokens, mask = left_pad([[5, 6, 7], [8], []])
+    assert tokens.tolist() == [[5, 6, 7], [0, 0, 8], [0, 0, 0]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1], [0, 0, 0]]
+    tokens, mask = right_pad([[5, 6, 7], [8], []])
+    assert tokens.tolist() == [[5, 6, 7], [8, 0, 0], [0, 0, 0]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0], [0, 0, 0]]
+
+
+def test_a_failed_prompts_tokens_are_not_taken_back_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, counted, steps = tiny.model("llama"), [], 0
+    original = type(model).step
+
+    def step(self: Model, *args: Any, **options: Any) -> Step:
+        nonlocal steps
+        steps += 1
+        if steps == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        result = original(self, *args, **options)
+        if steps == 3:
+            result.logits[0] = float("nan")
+        return result
+
+    monkeypatch.setattr(type(model), "step", step)
+    options: Any = {"hooks": [], "max_new_tokens": 6, "sampling": GREEDY, "batch_size": 2}
+    prompts = [as_prompt(PROMPTS["9"], "9"), as_prompt(PROMPTS["4"], "4")]
+    failed, generated = generate(model, prompts, on_tokens=counted.append, **options)
+    assert isinstance(failed, Failure) and isinstance(generated, Generation)
+    tokens_of_failed = 2
+    assert sum(counted) == tokens_of_failed + len(generated.response_ids)

@@ -13,7 +13,8 @@ from tests import tiny
 from tests.evidence import Evidence
 from tests.test_parity import random_ids
 from tlcapture.errors import ModelError
-from tlcapture.generation.loop import Failure, generate
+from tlcapture.generation.loop import generate
+from tlcapture.generation.outcomes import Failure
 from tlcapture.models.loading import from_hugging_face
 from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.views.residual import residual_hooks

@@ -48,7 +48,7 @@ def test_evaluate_writes_rows_best_vectors_and_pictures(tlcapture: Run, vectors:
     assert "random AUROC" in result.output
 
 
-def test_evaluating_some_vectors_keeps_the_rows_of_others(tlcapture: Run, vectors: Path) -> None:
+def test_evaluating_some_vectors_keeps_the_rows_of_other_vectors(tlcapture: Run, vectors: Path) -> None:
     tlcapture("evaluate", "--experiment", "exp", "--traits", "tone/warm", "--component", "residual")
     words = ("--traits", "tone/loud", "--methods", "probe", "--layers", "0,2", "--component", "residual")
     assert tlcapture("evaluate", "--experiment", "exp", *words).exit_code == 0
@@ -65,7 +65,7 @@ def test_changed_examples_are_not_evaluated(tlcapture: Run, vectors: Path, data:
     assert "failed: tone/loud: examples or model have changed since the vectors were extracted" in result.stderr
 
 
-def test_steer_writes_results_and_runs_nothing_twice(tlcapture: Run, vectors: Path) -> None:
+def test_steer_writes_results_and_skips_existing_runs(tlcapture: Run, vectors: Path) -> None:
     words = ("steer", "--experiment", "exp", "--traits", "tone/loud", "--layers", "0,2", "--coefficients", "0.1,0.5")
     result = tlcapture(*words, "--methods", "mean_diff")
     assert result.exit_code == 0, result.output
@@ -86,7 +86,7 @@ def test_steer_writes_results_and_runs_nothing_twice(tlcapture: Run, vectors: Pa
 
 @pytest.fixture
 def judge_server() -> Iterator[tuple[str, list[str], list[str]]]:
-    """A judge on this machine: its address, what it was asked, and what it will answer."""
+    """A local judge: its address, the requests it received, and its answers."""
     asked: list[str] = []
     answers = ["72"]
 
@@ -110,7 +110,7 @@ def judge_server() -> Iterator[tuple[str, list[str], list[str]]]:
     server.server_close()
 
 
-def test_a_judge_gives_the_trait_mean_instead(
+def test_a_judge_replaces_the_likelihoods_of_the_trait_mean(
     tlcapture: Run, vectors: Path, judge_server: tuple[str, list[str], list[str]]
 ) -> None:
     url, asked, answers = judge_server
@@ -120,12 +120,12 @@ def test_a_judge_gives_the_trait_mean_instead(
     assert tlcapture(*words, "--judge", url).exit_code == 0
     value = read_json(vectors / "steering" / "tone" / "loud" / "results.json")
     assert value["metadata"]["scored_by"] == f"judge {url}"
-    assert [run["result"]["trait_mean"] for run in value["runs"]] == [72.0]  # never beside likelihoods
+    assert [run["result"]["trait_mean"] for run in value["runs"]] == [72.0]  # not mixed with likelihoods
     assert any("how about 2?" in text for text in asked)
     answers[0] = "very much"
     result = tlcapture(*words, "--judge", url, "--coefficients", "0.2")
     assert result.exit_code == 1
-    assert "expected a number from 0 to 100, it said 'very much'" in result.stderr
+    assert "expected a number from 0 to 100, got 'very much'" in result.stderr
     assert tlcapture(*words, "--judge", "ftp://x").exit_code == 2
 
 
@@ -151,7 +151,7 @@ def test_selection_and_comparison_use_both_measures(tlcapture: Run, vectors: Pat
     assert "pooled" in compared.output
 
 
-def test_traits_check_names_what_is_wrong_with_examples(tlcapture: Run, data: Path) -> None:
+def test_traits_check_reports_problems_of_examples(tlcapture: Run, data: Path) -> None:
     folder = data / "datasets" / "traits" / "tone" / "leaky"
     folder.mkdir()
     for side, topic, tail in (("positive", "cats", " and on" * 9), ("negative", "stocks", "")):
@@ -162,11 +162,11 @@ def test_traits_check_names_what_is_wrong_with_examples(tlcapture: Run, data: Pa
     assert result.exit_code == 0
     assert "2 examples occur twice" in result.output
     assert "times as many words" in result.output
-    assert "prompts alone tell the side 100% of the time: the topic leaks" in result.output
+    assert "the side can be guessed from the prompt alone 100% of the time: the topic leaks" in result.output
     assert "pairs whose prompts leak: " in result.output
 
 
-def test_traits_check_of_the_shipped_examples_finds_no_topic_leak_where_prompts_are_shared(tlcapture: Run) -> None:
+def test_traits_check_finds_no_duplicates_or_unequal_lengths_in_the_shipped_examples(tlcapture: Run) -> None:
     result = tlcapture("traits", "check")
     assert result.exit_code == 0
     assert len(result.output.splitlines()) >= 11
@@ -175,7 +175,7 @@ def test_traits_check_of_the_shipped_examples_finds_no_topic_leak_where_prompts_
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("evaluate", "--experiment", "exp"), "has no trait vectors"),
         (("steer", "--experiment", "exp"), "has no trait vectors"),
@@ -189,16 +189,18 @@ def test_traits_check_of_the_shipped_examples_finds_no_topic_leak_where_prompts_
         (("capture", "--experiment", "file", "--prompt", "hi"), "file: expected a folder, found a file"),
     ],
 )
-def test_wrong_usage(tlcapture: Run, data: Path, words: tuple[str, ...], said: str) -> None:
+def test_wrong_usage(tlcapture: Run, data: Path, words: tuple[str, ...], message: str) -> None:
     (data / "experiments" / "exp").mkdir(parents=True)
     (data / "experiments" / "file").touch()
     result = tlcapture(*words)
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert message in result.stderr
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"questions": []}', '{"questions": [{"id": "1"}]}'])
-def test_damaged_steering_questions_are_named(tlcapture: Run, vectors: Path, data: Path, content: str) -> None:
+def test_damaged_steering_questions_are_reported_with_their_file(
+    tlcapture: Run, vectors: Path, data: Path, content: str
+) -> None:
     (data / "datasets" / "traits" / "tone" / "loud" / "steering.json").write_text(content)
     result = tlcapture("steer", "--experiment", "exp", "--traits", "tone/loud")
     assert result.exit_code == 2

@@ -69,16 +69,16 @@ def test_a_file_holds_each_kept_activation_once(capture: Run, raw: Path) -> None
 
 
 def test_only_what_is_kept_is_captured(capture: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tlcapture.generation import loop as generation
+    from tlcapture.generation.recording import Recorder
 
     asked: list[list[str]] = []
-    recorder = generation._Recorder.__init__
+    recorder = Recorder.__init__
 
     def noting(self: Any, names: Any, *rest: Any) -> None:
         asked.append(list(names))
         recorder(self, names, *rest)
 
-    monkeypatch.setattr(generation._Recorder, "__init__", noting)
+    monkeypatch.setattr(Recorder, "__init__", noting)
     capture("--layers", "1", "--points", "residual_out")
     assert {name for names in asked for name in names} == {"blocks.1.hook_resid_post"}
 

@@ -1,4 +1,4 @@
-"""Evaluation against scikit-learn, closed forms and what random directions reach."""
+"""Evaluation against scikit-learn, closed forms and random directions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ numbers = st.lists(st.integers(-5, 5), min_size=4, max_size=30)
 
 
 @given(numbers, st.randoms(use_true_random=False))
-def test_auroc_is_scikit_learns_ties_included(values: list[int], random: object) -> None:
+def test_auroc_equals_scikit_learns_with_ties(values: list[int], random: object) -> None:
     labels = torch.tensor([random.random() < 0.5 for _ in values])  # type: ignore[attr-defined]
     labels[0], labels[1] = True, False
     scores = torch.tensor(values, dtype=torch.float32)
@@ -47,7 +47,7 @@ def test_a_planted_direction_separates_and_a_random_one_does_not() -> None:
     assert (baseline.mean < baseline.p95).all()
 
 
-def test_pure_noise_is_no_better_than_random_and_its_interval_holds_zero() -> None:
+def test_pure_noise_is_no_better_than_random_and_its_interval_contains_zero() -> None:
     torch.manual_seed(3)
     activations, labels = torch.randn(4, 200, 16), torch.arange(200) % 2 == 0
     held_out = torch.arange(200) % 5 < 2
@@ -58,7 +58,7 @@ def test_pure_noise_is_no_better_than_random_and_its_interval_holds_zero() -> No
     assert (found.auroc <= baseline.p95 + 0.1).all()
 
 
-def test_turning_a_direction_round_turns_its_measures_round() -> None:
+def test_reversing_a_direction_reverses_its_measures() -> None:
     activations, labels, direction = planted(n=100)
     held_out = torch.arange(100) % 4 < 2
     there, back = (separation(d, activations, labels, held_out) for d in (direction, -direction))

@@ -1,4 +1,4 @@
-"""Examples, what is read out of them, and the directions that are found."""
+"""Examples, their mean activations, and the directions found from them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pairs(count: int) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_traits_have_at_least_40_paired_examples_a_side(tmp_path: Path, name: str) -> None:
+def test_shipped_traits_have_at_least_40_paired_examples_per_side(tmp_path: Path, name: str) -> None:
     examples = read_examples(Datasets(tmp_path), Trait.parse(name))
     for positive in (True, False):
         side = [item.example for item in examples.items if item.positive == positive]
@@ -44,7 +44,7 @@ def test_shipped_traits_have_at_least_40_paired_examples_a_side(tmp_path: Path, 
     assert sides[0] == sides[1]
 
 
-def test_a_pair_is_held_out_whole_and_by_seed(tmp_path: Path) -> None:
+def test_pairs_are_held_out_together_and_by_seed(tmp_path: Path) -> None:
     write_side(tmp_path, "positive.jsonl", pairs(20))
     write_side(tmp_path, "negative.jsonl", pairs(20))
     examples = read_examples(Datasets(tmp_path), TRAIT, seed=3)
@@ -60,7 +60,7 @@ def test_a_pair_is_held_out_whole_and_by_seed(tmp_path: Path) -> None:
     assert [item.held_out for item in other.items] != [item.held_out for item in examples.items]
 
 
-def test_plain_text_files_are_read_one_example_a_line(tmp_path: Path) -> None:
+def test_plain_text_files_are_read_as_one_example_per_line(tmp_path: Path) -> None:
     write_side(tmp_path, "positive.txt", ["one", "two", "", "three", "four", "five"])
     write_side(tmp_path, "negative.jsonl", [{"text": f"n{n}"} for n in range(5)])
     examples = read_examples(Datasets(tmp_path), TRAIT)
@@ -70,9 +70,9 @@ def test_plain_text_files_are_read_one_example_a_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
-        ("{nonsense", "line 2: no valid JSON"),
+        ("{nonsense", "line 2: not valid JSON"),
         ({"text": "a", "prompt": "b"}, "line 2: .*either"),
         ({"response": "b"}, "line 2: .*either"),
         ({}, "line 2: .*either"),
@@ -81,14 +81,14 @@ def test_plain_text_files_are_read_one_example_a_line(tmp_path: Path) -> None:
         ({"text": "a", "extra": 1}, "line 2: extra"),
     ],
 )
-def test_a_wrong_example_is_named_by_file_and_line(tmp_path: Path, row: Any, said: str) -> None:
+def test_an_invalid_example_is_reported_by_file_and_line(tmp_path: Path, row: Any, message: str) -> None:
     write_side(tmp_path, "positive.jsonl", [{"text": "fine"}, row, {"text": "x"}, {"text": "y"}])
     write_side(tmp_path, "negative.jsonl", [{"text": "fine"}] * 4)
-    with pytest.raises(InputError, match=rf"positive\.jsonl: {said}"):
+    with pytest.raises(InputError, match=rf"positive\.jsonl: {message}"):
         read_examples(Datasets(tmp_path), TRAIT)
 
 
-def test_too_few_examples_and_missing_files_are_named(tmp_path: Path) -> None:
+def test_too_few_examples_and_missing_files_are_reported(tmp_path: Path) -> None:
     write_side(tmp_path, "positive.jsonl", [{"text": "a"}])
     with pytest.raises(InputError, match=r"no negative\.jsonl"):
         read_examples(Datasets(tmp_path), TRAIT)
@@ -99,7 +99,7 @@ def test_too_few_examples_and_missing_files_are_named(tmp_path: Path) -> None:
         read_examples(Datasets(tmp_path), Trait("x", "y"))
 
 
-def test_the_mean_runs_over_the_responses_tokens_and_no_others() -> None:
+def test_the_mean_is_over_the_tokens_of_the_response_only() -> None:
     model = tiny.model("llama")
     example = Example(prompt="why?", response="because")
     reading = tokenize_example(model.tokenizer, example)
@@ -119,7 +119,7 @@ def test_read_out_equals_hugging_face_one_example_at_a_time() -> None:
         for number, reading in enumerate(readings):
             with torch.no_grad():
                 states = reference(torch.tensor([reading.token_ids]), output_hidden_states=True).hidden_states
-            for layer in range(2):  # the last hidden state is behind the final norm
+            for layer in range(2):  # the last hidden state is after the final norm
                 expected = states[layer + 1][0, reading.start :].mean(dim=0)
                 assert torch.allclose(means["residual"][layer, number], expected, atol=1e-4)
 
@@ -127,7 +127,7 @@ def test_read_out_equals_hugging_face_one_example_at_a_time() -> None:
 @pytest.mark.parametrize("name", ["qwen2", "gemma2", "gpt2"])
 @pytest.mark.parametrize("engine", tiny.ENGINES)
 @pytest.mark.parametrize("position", ["auto", "last_prompt_token", "all_mean"])
-def test_a_shared_prefix_runs_once_and_changes_no_mean(name: str, engine: str, position: str) -> None:
+def test_a_shared_prefix_changes_no_mean(name: str, engine: str, position: str) -> None:
     model = tiny.model(name, engine)
     texts = [("what is it?", "a b c"), ("what is that thing, and why?", "d" * 20), ("whatever", "e")]
     readings = [
@@ -145,7 +145,7 @@ def test_a_shared_prefix_runs_once_and_changes_no_mean(name: str, engine: str, p
         assert torch.allclose(alone[0], expected, atol=1e-4)
 
 
-def test_positions_name_their_spans() -> None:
+def test_each_position_has_its_span() -> None:
     tokenizer = tiny.tokenizer()
     example = Example(prompt="why?", response="because")
     last = tokenize_example(tokenizer, example, position="last_prompt_token")
@@ -202,7 +202,7 @@ def test_every_method_finds_a_planted_direction_with_its_sign(method: str) -> No
 
 
 @pytest.mark.parametrize("method", list(FITS))
-def test_methods_are_deterministic_and_blind_to_the_scale_of_a_layer(method: str) -> None:
+def test_methods_are_deterministic_and_independent_of_the_scale_of_a_layer(method: str) -> None:
     activations, labels, _ = planted()
     first, second = (FITS[method](activations, labels, seed=1) for _ in range(2))
     assert torch.equal(first, second)

@@ -8,16 +8,18 @@ import pytest
 import torch
 
 from tests import tiny
-from tlcapture.extraction.steering import SteeringBench
+from tlcapture.errors import NumericalError
+from tlcapture.extraction.steering import SteeringScorer
+from tlcapture.generation.interventions import Steer, applied
 from tlcapture.prompts.tokenization import tokenize
 
 QUESTIONS = ["how are you?", "what is it", "why should anybody care about that?"]
 COMPLETIONS = [("fine", "bad day"), ("a thing of beauty", "junk"), ("yes", "no")]
 
 
-def bench_of(model: Any, **options: Any) -> tuple[SteeringBench, list[Any]]:
+def scorer_of(model: Any, **options: Any) -> tuple[SteeringScorer, list[Any]]:
     prompts = [tokenize(model.tokenizer, q, prompt_set="s", prompt_id=str(n)) for n, q in enumerate(QUESTIONS)]
-    return SteeringBench(model, prompts, COMPLETIONS, **options), prompts
+    return SteeringScorer(model, prompts, COMPLETIONS, **options), prompts
 
 
 def mean_log_probability(name: str, prompt: tuple[int, ...], text: str) -> float:
@@ -29,9 +31,9 @@ def mean_log_probability(name: str, prompt: tuple[int, ...], text: str) -> float
 
 @pytest.mark.parametrize("engine", tiny.ENGINES)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_the_baseline_compares_likelihoods_as_hugging_face_has_them(name: str, engine: str) -> None:
-    bench, prompts = bench_of(tiny.model(name, engine), new_tokens=4)
-    score = bench.baseline()
+def test_the_baseline_compares_likelihoods_equal_to_those_of_hugging_face(name: str, engine: str) -> None:
+    scorer, prompts = scorer_of(tiny.model(name, engine), new_tokens=4)
+    score = scorer.baseline()
     for number, prompt in enumerate(prompts):
         logs = [mean_log_probability(name, prompt.token_ids, text) for text in COMPLETIONS[number]]
         p_positive, p_negative = (torch.tensor(value).exp() for value in logs)
@@ -40,7 +42,7 @@ def test_the_baseline_compares_likelihoods_as_hugging_face_has_them(name: str, e
 
 
 @pytest.mark.parametrize("engine", tiny.ENGINES)
-def test_steering_adds_the_vector_to_residual_out_and_leaves_nothing_behind(engine: str) -> None:
+def test_steering_adds_the_vector_to_residual_out_and_leaves_no_hook(engine: str) -> None:
     model = tiny.model("llama", engine)
     tokens = torch.tensor([[5, 6, 7]])
     hooks = {f"blocks.{layer}.hook_resid_post" for layer in range(3)}
@@ -49,7 +51,7 @@ def test_steering_adds_the_vector_to_residual_out_and_leaves_nothing_behind(engi
         return model.step(tokens, torch.ones_like(tokens), model.start(1), hooks, want_logits=False).cache
 
     plain, addend = run(), torch.randn(tiny.D_MODEL)
-    with model.steered(1, lambda activation: addend):
+    with applied(model, [Steer(1, addend)]):
         steered = run()
     assert torch.equal(steered["blocks.0.hook_resid_post"], plain["blocks.0.hook_resid_post"])
     expected = plain["blocks.1.hook_resid_post"] + addend
@@ -58,23 +60,29 @@ def test_steering_adds_the_vector_to_residual_out_and_leaves_nothing_behind(engi
     assert all(torch.equal(activation, plain[name]) for name, activation in run().items())
 
 
+def test_a_steered_model_without_finite_logits_is_an_error() -> None:
+    scorer, _ = scorer_of(tiny.model("llama"), new_tokens=2)
+    with pytest.raises(NumericalError, match=r"steering question 0: the model's logits are NaN or inf at token \d+"):
+        scorer.score(1, torch.full((tiny.D_MODEL,), torch.nan), 1.0)
+
+
 def test_coherence_falls_with_the_coefficient_and_tiny_steering_changes_nothing() -> None:
-    bench, _ = bench_of(tiny.model("llama"), new_tokens=6)
+    scorer, _ = scorer_of(tiny.model("llama"), new_tokens=6)
     vector = torch.randn(tiny.D_MODEL, generator=torch.Generator().manual_seed(0))
-    scores = [bench.score(1, vector, coefficient) for coefficient in (1e-6, 0.5, 8.0)]
+    scores = [scorer.score(1, vector, coefficient) for coefficient in (1e-6, 0.5, 8.0)]
     assert scores[0].coherence_mean == pytest.approx(100, abs=0.1)
-    assert scores[0].trait_mean == pytest.approx(bench.baseline().trait_mean, abs=0.1)
+    assert scores[0].trait_mean == pytest.approx(scorer.baseline().trait_mean, abs=0.1)
     assert scores[2].coherence_mean < scores[0].coherence_mean
     assert all(0 <= score.coherence_mean <= 100.0001 for score in scores)
 
 
 def test_steering_along_the_unembedding_of_a_completion_makes_it_likelier() -> None:
     model = tiny.model("llama")
-    bench, _ = bench_of(model, new_tokens=2)
+    scorer, _ = scorer_of(model, new_tokens=2)
     ids = [tiny.tokenizer()(pair[0], add_special_tokens=False)["input_ids"] for pair in COMPLETIONS]
     flat = sorted({i for one in ids for i in one})
     towards = tiny.hf_model("llama").lm_head.weight[flat].mean(0).detach()
-    assert bench.score(2, towards, 2.0).trait_mean > bench.baseline().trait_mean
+    assert scorer.score(2, towards, 2.0).trait_mean > scorer.baseline().trait_mean
 
 
 def test_the_search_finds_the_largest_coherent_coefficient() -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tests import tiny
 from tests.test_parity import random_ids, relative
-from tlcapture.generation.loop import Sampling, generate
+from tlcapture.generation.loop import generate
+from tlcapture.generation.sampling import Sampling
 from tlcapture.models.fast.forward import FastForward
 from tlcapture.models.loading import Model, from_hooked_transformer, from_hugging_face
 from tlcapture.views.residual import residual_hooks

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.evidence import Evidence
 from tests.input.strategies import Damaged, check_refusal, damaged_json, try_all
 from tlcapture.errors import InputError, TlcaptureError
-from tlcapture.extraction.checks import check_examples
+from tlcapture.extraction.example_checks import check_examples
 from tlcapture.extraction.examples import read_examples
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Datasets

@@ -14,7 +14,9 @@ from tests.test_parity import relative
 from tlcapture.doctor.checks import probe_prompts
 from tlcapture.doctor.reference import reference_run
 from tlcapture.doctor.run import check_model
-from tlcapture.generation.loop import Generation, Sampling, generate, teacher_force
+from tlcapture.generation.loop import generate, teacher_force
+from tlcapture.generation.outcomes import Generation
+from tlcapture.generation.sampling import Sampling
 from tlcapture.models.embedded import embedded_folder
 from tlcapture.models.loading import from_hooked_transformer, load_model
 from tlcapture.prompts.chat_template import stop_ids

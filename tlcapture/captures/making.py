@@ -7,7 +7,8 @@ from pathlib import Path
 from tlcapture.captures.capture import Capture, CapturedPart, storage_dtype
 from tlcapture.captures.provenance import model_record, now, point_hooks
 from tlcapture.errors import StorageError
-from tlcapture.generation.loop import Generation, Sampling
+from tlcapture.generation.outcomes import Generation
+from tlcapture.generation.sampling import Sampling
 from tlcapture.models.loading import Model
 from tlcapture.prompts.tokenization import bos_policy, decode, token_texts
 from tlcapture.views.kept import Kept

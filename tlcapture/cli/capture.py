@@ -67,7 +67,7 @@ class _Settings:
     def capture_options(self, kept: KeptOptions, vectors: VectorOptions) -> CaptureOptions:
         """What to capture and how."""
         from tlcapture.commands.capture_tasks import ALL_LAYERS, CaptureOptions
-        from tlcapture.generation.loop import Sampling
+        from tlcapture.generation.sampling import Sampling
 
         layers = tuple(layer for layer in self.layer_internals if isinstance(layer, int))
         return CaptureOptions(

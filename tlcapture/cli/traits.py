@@ -33,7 +33,7 @@ def traits() -> None:
 @one_line_errors
 def check(chosen: tuple[Trait, ...], root: Path) -> None:
     """Check contrastive examples: counts, duplicates, lengths, and whether words alone reveal the side."""
-    from tlcapture.extraction.checks import check_examples
+    from tlcapture.extraction.example_checks import check_examples
     from tlcapture.extraction.examples import read_examples
     from tlcapture.storage.layout import Datasets
 

@@ -16,7 +16,7 @@ from tlcapture.commands.capture_outputs import REPLACE, Outputs, saved_capture
 from tlcapture.commands.projected_captures import ProjectedCapture
 from tlcapture.commands.projections import Chooser, Projectable, VectorChoice
 from tlcapture.errors import InputError, StorageError
-from tlcapture.generation.loop import Sampling
+from tlcapture.generation.sampling import Sampling
 from tlcapture.prompts.prompt_sets import Prompt, PromptSet
 from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
 from tlcapture.runs.run import Run

@@ -19,7 +19,8 @@ from tlcapture.commands.capture_tasks import CaptureOptions, CaptureTask
 from tlcapture.commands.projected_captures import ProjectedCapture
 from tlcapture.commands.projections import Chooser, project_capture
 from tlcapture.errors import InputError
-from tlcapture.generation.loop import Failure, Generation, generate, teacher_force
+from tlcapture.generation.loop import generate, teacher_force
+from tlcapture.generation.outcomes import Failure, Generation
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import is_out_of_memory, release_memory
 from tlcapture.runs.background_writer import BackgroundWriter

@@ -1,4 +1,4 @@
-"""`tlcapture evaluate`: how well an experiment's vectors separate the examples that were held out."""
+"""`tlcapture evaluate`: how well an experiment's vectors separate the held-out examples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from tlcapture.errors import InputError, VectorError
 from tlcapture.extraction.evaluation import RandomBaseline, Separation, random_baseline, separation
-from tlcapture.extraction.preparation import PreparedExamples, prepare
+from tlcapture.extraction.prepared_examples import PreparedExamples, prepare_examples
 from tlcapture.extraction.readout import Activations, read_out
 from tlcapture.models.loading import Model
 from tlcapture.names import Trait
@@ -36,7 +36,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Which vectors to evaluate; empty `traits` and `layers` mean all there are."""
+    """Which vectors to evaluate; empty `traits` and `layers` mean all of them."""
 
     traits: tuple[Trait, ...] = ()
     methods: tuple[str, ...] = METHODS
@@ -53,21 +53,21 @@ def run_evaluate(
     display: Display = Display(),
     executor: Executor = LocalExecutor(),
 ) -> RunReport:
-    """Evaluate vectors and write `extraction_evaluation.json`; rows of other vectors in it stay.
+    """Evaluate vectors and write `extraction_evaluation.json`; rows of other vectors are kept.
 
     Raises:
-        InputError: the experiment has no vectors, or not of a trait asked for; nothing was written.
+        InputError: the experiment has no vectors, or none of a trait in `options`; nothing was written.
     """
     layout.check_exists()
-    there = layout.traits()
+    existing = layout.traits()
     for trait in options.traits:
-        if trait not in there:
+        if trait not in existing:
             raise InputError(f"no vectors for trait {str(trait)!r} in {layout.folder}: run 'tlcapture extract' first")
-    if not there:
+    if not existing:
         raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
     run = Run.begin(layout, display)
     make = partial(ModelWorker, _evaluate_one, options)
-    tasks = options.traits or tuple(there)
+    tasks = options.traits or tuple(existing)
     executor.run(Work(make, load, tasks, lambda trait: 1, "trait", str), run)
     return run.report
 
@@ -87,7 +87,7 @@ def best_rows(layout: Layout) -> list[EvaluationRow]:
 
 
 def draw_heatmaps(layout: Layout, report: RunReport) -> None:
-    """Draw each evaluated trait's heatmaps to `evaluation.png` beside its vectors."""
+    """Draw each evaluated trait's heatmaps to `evaluation.png` next to its vectors."""
     from tlcapture.commands.plots import evaluation_heatmaps
 
     by_trait: dict[str, list[EvaluationRow]] = {}
@@ -110,13 +110,16 @@ def _evaluate(run: Run, trait: Trait, model: Model, options: EvaluateOptions) ->
             continue
         metadata = folder.metadata(component)
         if not metadata:
-            raise VectorError(f"{folder.path}: no metadata.json says which examples were held out: extract it again")
+            raise VectorError(
+                f"{folder.path}: metadata.json, which lists the held-out examples, is missing: extract the trait again"
+            )
         seed, position = (metadata.get("split") or {}).get("seed"), metadata.get("position")
         if seed is None or position is None:
-            raise VectorError(
-                f"{folder.metadata_file(component)}: no split and position say what was held out: extract it again"
-            )
-        prepared = prepared or prepare(Datasets(layout.root), layout, trait, model, seed=seed, position=position)
+            file = folder.metadata_file(component)
+            raise VectorError(f"{file}: split or position of the examples is missing: extract the trait again")
+        prepared = prepared or prepare_examples(
+            Datasets(layout.root), layout, trait, model, seed=seed, position=position
+        )
         if prepared.digest != metadata.get("examples") or model.fingerprint != metadata.get("model_fingerprint"):
             raise VectorError("examples or model have changed since the vectors were extracted: extract them again")
         activations = read_out(model, prepared.readings, [component], batch_size=options.batch_size)[component]
@@ -177,7 +180,7 @@ def _row(
 
 
 def _cosines(vector: TraitVector, others: Sequence[tuple[str, Trait, str]], layout: Layout) -> dict[str, float]:
-    """Cosines to the vectors of other methods or traits at the same layer, where there are any."""
+    """Cosines to the existing vectors of other methods or traits at the same layer."""
     cosines = {}
     for name, trait, method in others:
         folder = VectorFolder(layout, trait)
@@ -189,7 +192,7 @@ def _cosines(vector: TraitVector, others: Sequence[tuple[str, Trait, str]], layo
 
 
 def _doubts(rows: Sequence[Row]) -> list[str]:
-    """Where vectors are no better than chance, a line for each method and component."""
+    """At which layers vectors are no better than chance, one note per method and component."""
     no_better: dict[str, list[int]] = {}
     with_zero: dict[str, list[int]] = {}
     for row in rows:
@@ -207,7 +210,7 @@ def _doubts(rows: Sequence[Row]) -> list[str]:
 
 
 def _merged(layout: Layout, rows: Sequence[Row]) -> dict[str, Any]:
-    """The evaluation file with new rows in place of those of the same vectors."""
+    """The content of the evaluation file, with earlier rows of the same vectors replaced by new ones."""
     made = [EvaluationRow.model_validate(row) for row in rows]
     kept = {row.key: row for row in [*read_evaluation(layout.evaluation), *made]}
     merged = [kept[key] for key in sorted(kept)]

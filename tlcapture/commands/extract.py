@@ -1,4 +1,4 @@
-"""`tlcapture extract`: contrastive examples through the model, into trait vectors."""
+"""`tlcapture extract`: trait vectors from a model's activations on contrastive examples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tlcapture.captures.provenance import model_record, now
 from tlcapture.errors import InputError, NumericalError
 from tlcapture.extraction.examples import Examples, read_examples
 from tlcapture.extraction.methods import FITS, Labels, LayerVectors
-from tlcapture.extraction.preparation import PreparedExamples, prepare
+from tlcapture.extraction.prepared_examples import PreparedExamples, prepare_examples
 from tlcapture.extraction.readout import Activations, read_out
 from tlcapture.models.loading import Model
 from tlcapture.names import Trait
@@ -33,7 +33,7 @@ from tlcapture.views.hooks import COMPONENT_HOOKS, COMPONENTS
 
 @dataclass(frozen=True)
 class ExtractOptions:
-    """What to extract; empty `traits` and `layers` mean all there are."""
+    """What to extract; empty `traits` and `layers` mean all of them."""
 
     traits: tuple[Trait, ...] = ()
     methods: tuple[str, ...] = METHODS
@@ -51,7 +51,7 @@ def run_extract(
     display: Display = Display(),
     executor: Executor = LocalExecutor(),
 ) -> RunReport:
-    """Extract vectors of every trait asked for.
+    """Extract the vectors of each trait in `options`.
 
     Raises:
         InputError: a trait, method or layer is unknown, or an example is wrong; nothing was written.
@@ -98,14 +98,14 @@ def _extract(
 ) -> None:
     layout = run.layout
     layers = options.layers or tuple(range(model.n_layers))
-    prepared = prepare(
+    prepared = prepare_examples(
         Datasets(layout.root), layout, examples.trait, model, position=options.position, examples=examples
     )
     activations = read_out(
         model, prepared.readings, options.components, batch_size=options.batch_size, on_examples=on_examples
     )
     labels, train = prepared.labels, ~prepared.held_out
-    # All is fitted before anything is written, so that a failure leaves earlier vectors as they were.
+    # All vectors are fitted before any is written, so that a failure leaves earlier vectors unchanged.
     fitted = {
         component: {
             method: _fit(method, values[list(layers)][:, train], labels[train], options.seed)
@@ -123,7 +123,7 @@ def _fit(method: str, activations: Activations, labels: Labels, seed: int) -> La
     vectors = FITS[method](activations, labels, seed=seed)
     if not vectors.isfinite().all() or not vectors.any(dim=-1).all():
         raise NumericalError(
-            f"{method} gave a vector that is zero or holds NaN or inf: are both sides of the examples the same at "
+            f"{method} gave a vector that is zero or contains NaN or inf: are both sides of the examples equal at "
             "--position?"
         )
     return vectors
@@ -138,8 +138,8 @@ def _write(
 ) -> None:
     """Write vectors and their metadata.
 
-    Of the vectors that the metadata spoke of before, those made alike stay under it and others go; what
-    it did not speak of is another tool's, and stays.
+    Vectors that the earlier metadata lists are kept if they were extracted in the same way, and removed otherwise;
+    vectors that it does not list belong to another tool and are kept.
     """
     before, made_at = folder.metadata(component), metadata["layers"]
     methods, layers = list(before.get("methods", ())), list(before.get("layers", ()))
@@ -149,7 +149,7 @@ def _write(
         metadata["layers"] = sorted({*layers, *metadata["layers"]})
         metadata["methods"] = [*(m for m in METHODS if m in both), *sorted(both - {*METHODS})]
     else:
-        # Were the run killed before it ends, what is there would be of unknown origin, and not of a wrong one.
+        # Before any is written: if the run is killed, vectors are of unknown origin rather than of a wrong one.
         removed = folder.remove_all(component, methods, layers)
     for method, by_layer in vectors.items():
         for layer, vector in zip(made_at, by_layer, strict=True):
@@ -159,7 +159,7 @@ def _write(
 
 
 def _are_of_one_kind(before: dict[str, Any], now_made: dict[str, Any]) -> bool:
-    """Whether vectors of an earlier extraction may stand under the same metadata as those made now."""
+    """Whether the metadata of an earlier extraction also describes the vectors extracted now."""
     keys = ("model_fingerprint", "hook", "position", "dtype", "engine", "split", "examples")
     return all(before.get(key) == now_made[key] for key in keys)
 

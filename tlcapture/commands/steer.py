@@ -1,4 +1,4 @@
-"""`tlcapture steer`: what adding a trait's vectors does to the model's words, over layers and coefficients."""
+"""`tlcapture steer`: the effect of adding a trait's vectors on the model's responses, by layer and coefficient."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pydantic import ValidationError
 from tlcapture.captures.provenance import now
 from tlcapture.errors import InputError, StorageError
 from tlcapture.extraction.judge import Judge
-from tlcapture.extraction.steering import Question, SteeringBench, SteeringQuestions, SteeringScore
+from tlcapture.extraction.steering import Question, SteeringQuestions, SteeringScore, SteeringScorer
 from tlcapture.models.loading import Model
 from tlcapture.names import Trait
-from tlcapture.prompts.tokenization import tokenize
+from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
 from tlcapture.runs.display import Display, Progress
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
 from tlcapture.runs.model_loader import ModelLoader
@@ -42,7 +42,11 @@ _DIGITS = 5
 
 @dataclass(frozen=True)
 class SteerOptions:
-    """What to steer with; empty `traits` and `layers` mean all, `search` looks for each layer's best coefficient."""
+    """What to steer with; empty `traits` and `layers` mean all of them.
+
+    Empty `methods` mean the selected one; `search` looks for each layer's largest coherent coefficient in place of
+    `coefficients`.
+    """
 
     traits: tuple[Trait, ...] = ()
     methods: tuple[str, ...] = ()
@@ -59,17 +63,17 @@ def run_steer(
     display: Display = Display(),
     executor: Executor = LocalExecutor(),
 ) -> RunReport:
-    """Steer with every trait's vectors and write `results.json` after every run; runs that are there are skipped.
+    """Steer with every trait's vectors and write `results.json` after every run; existing runs are skipped.
 
     Raises:
         InputError: a trait has no vectors or no steering questions; nothing was written.
     """
     layout.check_exists()
-    there = layout.traits()
+    existing = layout.traits()
     for trait in options.traits:
-        if trait not in there:
+        if trait not in existing:
             raise InputError(f"no vectors for trait {str(trait)!r} in {layout.folder}: run 'tlcapture extract' first")
-    traits = options.traits or tuple(there)
+    traits = options.traits or tuple(existing)
     if not traits:
         raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
     tasks = [SteeringTask(trait, read_questions(Datasets(layout.root), trait)) for trait in traits]
@@ -81,7 +85,7 @@ def run_steer(
 
 @dataclass(frozen=True)
 class SteeringTask:
-    """A trait and the questions that are asked while its vectors are added."""
+    """A trait and the questions that the model answers while it is steered."""
 
     trait: Trait
     questions: Sequence[Question]
@@ -93,11 +97,21 @@ class SteeringTask:
 def _steer_one(run: Run, model: Model, options: SteerOptions, task: SteeringTask) -> None:
     n_runs = _n_runs(options, model.n_layers)
     with run_lock(run, f"steering of {task.trait}"), run.progress(n_runs, str(task.trait), "run") as progress:
-        _steer(run, task, model, options, progress)
+        trials = _Trials.begin(run, model, options.judge, task, progress)
+        for vector in _vectors(run.layout, task.trait, model, options):
+            if options.search:
+                search_coefficient(partial(trials.score, vector))
+            else:
+                for coefficient in options.coefficients:
+                    trials.score(vector, coefficient)
+        run.report.n_prompts += len(task.questions)
 
 
 def read_questions(datasets: Datasets, trait: Trait) -> list[Question]:
-    """The steering questions of a trait, in `steering.json` beside its examples."""
+    """The steering questions of a trait, in `steering.json` next to its examples.
+
+    Raises `InputError` if the file is missing or invalid.
+    """
     path = datasets.trait_folder(trait) / "steering.json"
     try:
         return SteeringQuestions.model_validate(read_json(path)).questions
@@ -108,15 +122,62 @@ def read_questions(datasets: Datasets, trait: Trait) -> list[Question]:
 
 
 def _n_runs(options: SteerOptions, n_layers: int) -> int:
-    """How many runs a trait takes; 0 for a search, whose length is not known before."""
+    """The number of runs per trait; 0 for a search, whose length is not known in advance."""
     per_layer = max(1, len(options.methods)) * len(options.coefficients)
     return 0 if options.search else len(options.layers or range(n_layers)) * per_layer
 
 
-def _steer(run: Run, task: SteeringTask, model: Model, options: SteerOptions, progress: Progress) -> None:
-    layout, trait, questions = run.layout, task.trait, task.questions
+@dataclass(frozen=True)
+class _Trials:
+    """Scores a trait's vectors at coefficients and records each trial as a run of its `results.json`."""
+
+    task: SteeringTask
+    scorer: SteeringScorer
+    judge: Judge | None
+    definition: str
+    results: _Results
+    progress: Progress
+
+    @classmethod
+    def begin(cls, run: Run, model: Model, judge: Judge | None, task: SteeringTask, progress: Progress) -> _Trials:
+        """Ready to score, with the baseline of the unsteered model recorded."""
+        prompts = _prompts(run.layout, model, task.questions)
+        results = _Results(run, task.trait, model, judge)
+        definition = _definition(Datasets(run.layout.root), task.trait)
+        scorer = SteeringScorer(model, prompts, [(question.positive, question.negative) for question in task.questions])
+        trials = cls(task, scorer, judge, definition, results, progress)
+        results.set_baseline(trials._judged(scorer.baseline()))
+        return trials
+
+    def score(self, vector: TraitVector, coefficient: float) -> SteeringRun:
+        """The run with this vector and coefficient: an earlier one, or one that is made and recorded now."""
+        found = self.results.find(vector, coefficient)
+        if found is None:
+            steered = self._judged(self.scorer.score(vector.layer, vector.vector, coefficient))
+            found = self.results.add(vector, coefficient, steered)
+        done = f"{self.task.trait} layer {vector.layer} x {coefficient:g}: trait {found.trait_mean:.1f}, "
+        self.progress.advance(1, done=f"{done}coherence {found.coherence_mean:.1f}")
+        return found
+
+    def _judged(self, score: SteeringScore) -> SteeringScore:
+        """The score with the judge's verdicts in place of likelihoods, if there is a judge."""
+        if self.judge is None:
+            return score
+        verdicts = [
+            self.judge.score(
+                trait=str(self.task.trait),
+                definition=self.definition,
+                question=question.question,
+                response=response,
+            )
+            for question, response in zip(self.task.questions, score.responses, strict=True)
+        ]
+        return replace(score, trait=torch.tensor(verdicts))
+
+
+def _prompts(layout: Layout, model: Model, questions: Sequence[Question]) -> list[TokenizedPrompt]:
     config = read_config(layout)
-    prompts = [
+    return [
         tokenize(
             model.tokenizer,
             question.question,
@@ -127,43 +188,12 @@ def _steer(run: Run, task: SteeringTask, model: Model, options: SteerOptions, pr
         )
         for question in questions
     ]
-    results = _Results(run, trait, model, options.judge)
-    definition = _definition(Datasets(layout.root), trait)
-
-    def judged(score: SteeringScore) -> SteeringScore:
-        if options.judge is None:
-            return score
-        verdicts = [
-            options.judge.score(trait=str(trait), definition=definition, question=question.question, response=response)
-            for question, response in zip(questions, score.responses, strict=True)
-        ]
-        return replace(score, trait=torch.tensor(verdicts))
-
-    bench = SteeringBench(model, prompts, [(question.positive, question.negative) for question in questions])
-    results.set_baseline(judged(bench.baseline()))
-    for vector in _vectors(layout, trait, model, options):
-
-        def score(coefficient: float, vector: TraitVector = vector) -> SteeringRun:
-            found = results.find(vector, coefficient)
-            if found is None:
-                steered = judged(bench.score(vector.layer, vector.vector, coefficient))
-                found = results.add(vector, coefficient, steered)
-            done = f"{trait} layer {vector.layer} x {coefficient:g}: trait {found.trait_mean:.1f}, "
-            progress.advance(1, done=f"{done}coherence {found.coherence_mean:.1f}")
-            return found
-
-        if options.search:
-            search_coefficient(score)
-        else:
-            for coefficient in options.coefficients:
-                score(coefficient)
-    run.report.n_prompts += len(prompts)
 
 
 def search_coefficient(score: Callable[[float], SteeringRun]) -> float:
     """The largest coefficient whose responses stay coherent, to within an eighth of a doubling step.
 
-    Doubles from 0.1 until the responses fall apart, then halves the interval.
+    Doubles from 0.1 until the responses are incoherent, then halves the interval.
     """
     low, high = 0.0, _SEARCH_START
     for _ in range(_SEARCH_STEPS):
@@ -180,7 +210,7 @@ def search_coefficient(score: Callable[[float], SteeringRun]) -> float:
 
 
 def _vectors(layout: Layout, trait: Trait, model: Model, options: SteerOptions) -> Iterator[TraitVector]:
-    """The vectors to steer with: of the methods asked for, or of the one that is selected."""
+    """The vectors to steer with: of the methods in `options`, or of the selected one."""
     folder = VectorFolder(layout, trait)
     available = folder.available("residual")
     methods = options.methods or (select(folder, "residual", model.n_layers).method,)
@@ -217,12 +247,12 @@ class _Results:
         self._content["baseline"] = _means(score)
 
     def find(self, vector: TraitVector, coefficient: float) -> SteeringRun | None:
-        """An earlier run with the same vector, made after the vector was."""
+        """The recorded run with the same vector and coefficient, if there is one."""
         config, made = _config(vector, coefficient), vector.metadata.get("timestamp")
         digest = self._files.digest(vector.component, vector.method, vector.layer)
         for run in self._content["runs"]:
-            is_of_it = run.get("vector_timestamp") == made and run.get("vector_digest") in (None, digest)
-            if run["config"] == config and is_of_it:
+            has_same_vector = run.get("vector_timestamp") == made and run.get("vector_digest") in (None, digest)
+            if run["config"] == config and has_same_vector:
                 return self._parsed(run)
         return None
 
@@ -267,7 +297,7 @@ def _means(score: SteeringScore) -> dict[str, float]:
 
 
 def draw_curves(layout: Layout, traits: Sequence[Trait], report: RunReport) -> None:
-    """Draw the steering curves of traits that have results to `steering.png` beside them."""
+    """Draw the steering curves of traits that have results to `steering.png` next to the results."""
     from tlcapture.commands.plots import steering_curves
 
     for trait in traits:

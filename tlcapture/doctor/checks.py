@@ -1,9 +1,9 @@
-"""Whether a loaded model keeps the promises, one check after the other, each with what it measured.
+"""Checks of a loaded model, one function per check, each with what it measured.
 
     check_raw_basis(model, runs)        # Check(name="raw basis", verdict="ok", detail="the largest deviation ...")
 
-A deviation is the norm of the difference at a token as a share of the token's norm, the largest of all tokens:
-massive activations of one token hide nothing of the others.
+A deviation is the norm of the difference at a token as a share of the token's norm, the largest over all tokens, so
+that massive activations at one token do not hide deviations at others.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from tlcapture.doctor.reference import ReferenceRun, deviation
 from tlcapture.errors import NumericalError, TlcaptureError
-from tlcapture.generation.loop import Failure, Generation, Sampling, generate, teacher_force
+from tlcapture.generation.loop import generate, teacher_force
+from tlcapture.generation.outcomes import Failure, Generation
+from tlcapture.generation.sampling import Sampling
 from tlcapture.models.loading import Model
 from tlcapture.prompts.chat_template import stop_ids
 from tlcapture.prompts.tokenization import TokenizedPrompt, bos_policy, tokenize
@@ -38,7 +40,7 @@ NEW_TOKENS = 4
 
 @dataclass(frozen=True)
 class Check:
-    """What a check found: `verdict` is `ok`, `warning`, `failed` or `not applicable`."""
+    """The result of a check: `verdict` is `ok`, `warning`, `failed` or `not applicable`."""
 
     name: str
     verdict: str
@@ -46,7 +48,7 @@ class Check:
 
 
 def guarded(name: str, check: Callable[..., Check], *args: Any) -> Check:
-    """A check's finding; one that breaks off with an error of ours has failed."""
+    """Run a check; one that raises a `TlcaptureError` has failed, with the error as its detail."""
     try:
         return check(*args)
     except TlcaptureError as error:
@@ -54,14 +56,14 @@ def guarded(name: str, check: Callable[..., Check], *args: Any) -> Check:
 
 
 def probe_prompts(tokenizer: Any) -> list[TokenizedPrompt]:
-    """A short and a long prompt, as a capture would put them to the model."""
+    """A short and a long prompt, tokenised as in a capture."""
     return [
         tokenize(tokenizer, text, prompt_set="doctor", prompt_id=str(number)) for number, text in enumerate(TEXTS, 1)
     ]
 
 
 def check_bos(tokenizer: Any) -> Check:
-    """One BOS begins a prompt, with and without the chat template, where the tokenizer has one."""
+    """Check that a prompt begins with one BOS, with and without the chat template, if the tokenizer has a BOS."""
     prompts = [probe_prompts(tokenizer)[0]]
     if prompts[0].chat_template:
         prompts.append(tokenize(tokenizer, TEXTS[0], prompt_set="doctor", prompt_id="plain", chat_template=False))
@@ -72,7 +74,7 @@ def check_bos(tokenizer: Any) -> Check:
         found.append((policy["count"], f"{policy['count']}{by} in front of a {_kind_of(prompt)}"))
     detail = ", ".join(text for _, text in found)
     if any(count > 1 for count, _ in found):
-        return Check("BOS", FAILED, f"{detail}: expected 1; mend the tokenizer's chat template")
+        return Check("BOS", FAILED, f"{detail}: expected 1; fix the tokenizer's chat template")
     if tokenizer.bos_token_id is None:
         return Check("BOS", OK, "none: the tokenizer has no BOS")
     if any(count == 0 for count, _ in found):
@@ -81,7 +83,7 @@ def check_bos(tokenizer: Any) -> Check:
 
 
 def check_stop_ids(tokenizer: Any, generation_config: Any) -> Check:
-    """Something ends a response, and a turn of the chat template ends with one of it."""
+    """Check that there are stop ids; the detail lists them, and those that only the chat template defines."""
     stops = sorted(stop_ids(tokenizer, generation_config))
     if not stops:
         return Check("stop ids", FAILED, "none: expected an EOS of the tokenizer or of the generation config")
@@ -89,12 +91,12 @@ def check_stop_ids(tokenizer: Any, generation_config: Any) -> Check:
     own = {tokenizer.eos_token_id, *_listed(getattr(generation_config, "eos_token_id", None))}
     beyond = [i for i in stops if i not in own]
     if beyond:
-        detail += f"; {', '.join(map(str, beyond))} from the chat template alone"
+        detail += f"; {', '.join(map(str, beyond))} only from the chat template"
     return Check("stop ids", OK, detail)
 
 
 def check_padding(model: Model, prompts: Sequence[TokenizedPrompt]) -> Check:
-    """What stands at padded positions changes nothing: they are on the left, and masked."""
+    """Check that the ids at padded positions, which are on the left and masked, change no activation."""
     short, long = (min(prompts, key=_length), max(prompts, key=_length))
     n_pad = _length(long) - _length(short)
     last = hook("residual_out", model.n_layers - 1)
@@ -107,14 +109,16 @@ def check_padding(model: Model, prompts: Sequence[TokenizedPrompt]) -> Check:
         rows.append(step.cache[last][0, n_pad:].float().cpu())
     found = deviation(*rows)
     side = getattr(model.tokenizer, "padding_side", None)
-    detail = f"{n_pad} masked positions on the left change what follows by {found:.1e} (tokenizer's own side: {side})"
+    detail = (
+        f"{n_pad} masked positions on the left change later activations by {found:.1e} (tokenizer's own side: {side})"
+    )
     return Check("padding", _within(found, 1e-6), detail)
 
 
 def check_raw_basis(model: Model, runs: Sequence[ReferenceRun]) -> Check:
-    """Prompt and decode steps have Hugging Face's hidden states at every layer, and its logits.
+    """Check that prompt and decode steps give Hugging Face's hidden states at every layer, and its logits.
 
-    In 16 bits, where both err, at most four times as much is allowed as Hugging Face deviates from float32.
+    In 16 bits, where both are rounded, the bound is four times Hugging Face's own deviation from float32.
     """
     worst, detail = -1.0, ""
     for run in runs:
@@ -122,21 +126,21 @@ def check_raw_basis(model: Model, runs: Sequence[ReferenceRun]) -> Check:
         stream = residual_view(cache, model.n_layers)
         ours = [stream.at(layer, "residual_in") for layer in range(model.n_layers)]
         ours.append(model.unembed(stream.at(model.n_layers - 1, "residual_out")))
-        for place, (one, other) in enumerate(zip(ours, [*run.hidden, run.logits], strict=True)):
-            found, bound = deviation(one, other), _bound(model, run, place)
+        for index, (one, other) in enumerate(zip(ours, [*run.hidden, run.logits], strict=True)):
+            found, bound = deviation(one, other), _bound(model, run, index)
             if not found / bound <= worst:  # NaN too
                 worst = found / bound
-                where = f"residual_in of layer {place}" if place < model.n_layers else "the logits"
-                detail = f"deviation from Hugging Face {found:.1e} at {where}, of {bound:.1e} allowed"
+                where = f"residual_in of layer {index}" if index < model.n_layers else "the logits"
+                detail = f"deviation from Hugging Face {found:.1e} at {where}, {bound:.1e} allowed"
     return Check("raw basis", _within(worst, 1), f"{detail}, over {sum(map(_n_tokens, runs))} tokens")
 
 
 def check_soft_caps(model: Model, runs: Sequence[ReferenceRun]) -> Check:
-    """Logits and attention patterns under the caps that the config asks for are Hugging Face's."""
+    """Check that logits and attention patterns equal Hugging Face's under the soft caps that the config sets."""
     config = _text_config(model.hf_config)
     final, scores = (getattr(config, f"{kind}_logit_softcapping", None) for kind in ("final", "attn"))
     if not final and not scores:
-        return Check("soft caps", NOT_APPLICABLE, "the config asks for none")
+        return Check("soft caps", NOT_APPLICABLE, "the config sets none")
     verdicts, details = [], []
     run = max(runs, key=_n_tokens)
     last = hook("residual_out", model.n_layers - 1)
@@ -155,7 +159,7 @@ def check_soft_caps(model: Model, runs: Sequence[ReferenceRun]) -> Check:
 
 
 def check_batch(model: Model, prompts: Sequence[TokenizedPrompt]) -> Check:
-    """A prompt yields alone what it yields in a padded batch."""
+    """Check that a prompt gives the same activations and tokens alone and in a padded batch."""
     together, alone = (_generated(model, prompts, size) for size in (len(prompts), 1))
     worst, split = 0.0, 0
     for batched, single in zip(together, alone, strict=True):
@@ -165,14 +169,14 @@ def check_batch(model: Model, prompts: Sequence[TokenizedPrompt]) -> Check:
             worst = _larger(worst, deviation(batched.cache[name][:same], activation[:same]))
     detail = f"largest deviation of a batch of {len(prompts)} from single runs {worst:.1e}"
     if split:
-        detail += f"; greedy tokens part in {split} of {len(prompts)}, as rounding can make them"
+        detail += f"; greedy tokens differ in {split} of {len(prompts)}, which rounding can cause"
     bound = BOUNDS[model.dtype]
     exact = model.dtype == torch.float32
     return Check("batch", FAILED if split and exact else _within(worst, bound), _with_bound(detail, worst, bound))
 
 
 def check_recomputed(model: Model, prompts: Sequence[TokenizedPrompt]) -> Check:
-    """What was captured token by token is what one pass over the same tokens computes."""
+    """Check that activations captured token by token equal those of one pass over the same tokens."""
     worst = 0.0
     for generation in _generated(model, prompts, len(prompts)):
         recomputed = teacher_force(model, generation.token_ids, list(generation.cache))
@@ -183,31 +187,29 @@ def check_recomputed(model: Model, prompts: Sequence[TokenizedPrompt]) -> Check:
 
 
 def check_range(model: Model, prompts: Sequence[TokenizedPrompt]) -> Check:
-    """The dtype holds every activation, and so does the dtype in which captures are stored."""
+    """Check that every activation is within the range of the dtype, and of the dtype in which captures are stored."""
     name = str(model.dtype).removeprefix("torch.")
     hooks = residual_hooks(model.n_layers, model.hook_names)
     caches = [teacher_force(model, prompt.token_ids, hooks) for prompt in prompts]
     for point in hooks:
         if not all(cache[point].isfinite().all() for cache in caches):
-            return Check(
-                "range", FAILED, f"{name} does not hold {point}, which is NaN or inf: try {_wider(model.dtype)}"
-            )
+            return Check("range", FAILED, f"{point} is NaN or inf in {name}: try {_wider(model.dtype)}")
     largest = max(float(cache[point].float().abs().max()) for cache in caches for point in hooks)
-    stored = torch.float16 if model.dtype == torch.float32 else model.dtype  # by --save-dtype auto, where it fits
+    stored = torch.float16 if model.dtype == torch.float32 else model.dtype  # what --save-dtype auto prefers
     share = largest / torch.finfo(stored).max
-    told = f"{share:.2g}" if share > 0.01 else "less than 0.01"
-    detail = f"largest residual {largest:.3g}, {told} of what {str(stored).removeprefix('torch.')} holds"
+    shown = f"{share:.2g}" if share > 0.01 else "less than 0.01"
+    detail = f"largest residual {largest:.3g}, {shown} of the {str(stored).removeprefix('torch.')} maximum"
     if share > 1:
         return Check("range", WARNING, f"{detail}: captures are stored as bfloat16")
     if share > 0.5:
-        return Check("range", WARNING, f"{detail}: other prompts may go beyond it")
+        return Check("range", WARNING, f"{detail}: other prompts may exceed it")
     return Check("range", OK, detail)
 
 
 def _forced(model: Model, run: ReferenceRun, hooks: Sequence[str]) -> dict[str, Tensor]:
-    """Activations of a run's tokens: the prompt in one step, then token by token."""
+    """Activations of a run's tokens `[n_tokens, ...]` by hook name: the prompt in one step, then token by token."""
     ids, spans = torch.tensor([run.token_ids]), [(0, run.n_prompt_tokens)]
-    spans += [(place, place + 1) for place in range(run.n_prompt_tokens, len(run.token_ids))]
+    spans += [(index, index + 1) for index in range(run.n_prompt_tokens, len(run.token_ids))]
     state, parts = model.start(1), []
     for start, stop in spans:
         tokens = ids[:, start:stop]
@@ -217,7 +219,7 @@ def _forced(model: Model, run: ReferenceRun, hooks: Sequence[str]) -> dict[str, 
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:
-    """Steps in one line; those of patterns `[head, pos, key]` are as wide as the last one's keys."""
+    """Steps as one sequence; those of patterns `[head, pos, key]` are padded to the keys of the last step."""
     if pieces[0].shape[-1] == pieces[-1].shape[-1]:
         return torch.cat(pieces)
     width = pieces[-1].shape[-1]
@@ -232,14 +234,14 @@ def _generated(model: Model, prompts: Sequence[TokenizedPrompt], batch_size: int
         model, prompts, hooks=hooks, max_new_tokens=NEW_TOKENS, sampling=greedy, batch_size=batch_size
     ):
         if isinstance(outcome, Failure):
-            raise NumericalError(f"the {_kind_of(outcome.prompt)} yielded nothing: {outcome.reason}")
+            raise NumericalError(f"the {_kind_of(outcome.prompt)} gave no response: {outcome.reason}")
         found.append(outcome)
     return sorted(found, key=lambda outcome: outcome.prompt.id)
 
 
-def _bound(model: Model, run: ReferenceRun, place: int) -> float:
-    """How much a layer's residual, or behind the last layer the logits, may deviate."""
-    return BOUNDS[model.dtype] if run.rounding is None else 4 * run.rounding[place] + 1e-3
+def _bound(model: Model, run: ReferenceRun, index: int) -> float:
+    """The largest deviation allowed at a layer's `residual_in`, or at index `n_layers` of the logits."""
+    return BOUNDS[model.dtype] if run.rounding is None else 4 * run.rounding[index] + 1e-3
 
 
 def _within(found: float, bound: float) -> str:
@@ -255,17 +257,17 @@ def _larger(worst: float, value: float) -> float:
 
 
 def _wider(dtype: torch.dtype) -> str:
-    return "bfloat16 or float32" if dtype == torch.float16 else "other weights: these are damaged"
+    return "bfloat16 or float32" if dtype == torch.float16 else "other weights, as these are damaged"
 
 
 def _shared(ours: Sequence[int], theirs: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
+    """The length of the common prefix of two sequences."""
     pairs = enumerate(zip(ours, theirs, strict=False))
-    return next((place for place, (one, other) in pairs if one != other), min(len(ours), len(theirs)))
+    return next((index for index, (one, other) in pairs if one != other), min(len(ours), len(theirs)))
 
 
 def _text_config(config: Any) -> Any:
-    """The config of the language model, which a multimodal one holds within."""
+    """The config of the language model, which is part of the config of a multimodal model."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

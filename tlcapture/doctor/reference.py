@@ -1,6 +1,6 @@
-"""What Hugging Face's own model of a checkpoint computes, as the oracle of `tlcapture doctor`.
+"""The reference of `tlcapture doctor`: what Hugging Face's own model of a checkpoint computes.
 
-The reference is run and dropped before the model under test is loaded: one model is in memory at a time.
+It is run and released before the model under test is loaded, so that only one model is in memory at a time.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ NEW_TOKENS = 3
 class ReferenceRun:
     """A prompt and its greedy continuation through Hugging Face, in float32 on the CPU.
 
-    `hidden[layer]` is what enters a layer; `patterns` is `None` for an architecture that hands none out.
-    `rounding` is by how much Hugging Face itself, in 16 bits, deviates from `hidden` and, last, `logits`; `None`
-    where the run was in float32, or where float32 did not fit in memory.
+    `hidden[layer]` is the input of a layer; `patterns` is `None` for an architecture that does not return them.
+    `rounding` holds the deviations of Hugging Face's own run in 16 bits from `hidden`, and last from `logits`; `None`
+    if the checkpoint was run in float32, or if float32 did not fit in memory.
     """
 
     token_ids: tuple[int, ...]
@@ -37,9 +37,9 @@ class ReferenceRun:
 
 
 def reference_runs(hf_model: Any, prompts: Sequence[Sequence[int]]) -> list[ReferenceRun]:
-    """Runs of prompts; of a model in 16 bits, those of the same weights in float32, and how much 16 bits err.
+    """Runs of prompts in float32; for a model in 16 bits, with the deviations of its own run.
 
-    The model is in float32 afterwards, where that fits in memory.
+    The model is in float32 afterwards, if that fits in memory; otherwise the runs are those in 16 bits.
     """
     runs = [reference_run(hf_model, ids) for ids in prompts]
     if next(hf_model.parameters()).dtype == torch.float32:
@@ -55,7 +55,7 @@ def reference_runs(hf_model: Any, prompts: Sequence[Sequence[int]]) -> list[Refe
 
 @torch.no_grad()
 def reference_run(hf_model: Any, prompt_ids: Sequence[int], new_tokens: int = NEW_TOKENS) -> ReferenceRun:
-    """Run whole sequences, without a cache of keys and values, one token longer each time."""
+    """Run a prompt and its greedy continuation without a cache of keys and values: the whole sequence at every step."""
     ids = list(prompt_ids)
     for _ in range(new_tokens):
         ids.append(int(hf_model(_batch_of_one(hf_model, ids), use_cache=False).logits[0, -1].argmax()))
@@ -83,14 +83,14 @@ def _exact(hf_model: Any, run: ReferenceRun) -> ReferenceRun:
 
 
 def deviation(ours: Tensor, theirs: Tensor) -> float:
-    """The largest norm of a difference along the last axis, as a share of the norm; NaN where either is."""
+    """The largest norm of a difference along the last axis, as a share of that of `theirs`; NaN if either has NaN."""
     ours, theirs = ours.float().cpu(), theirs.float().cpu()
     smallest = torch.finfo(torch.float32).tiny
     return float(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=smallest)).max())
 
 
 def load_reference(name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """The checkpoint as transformers alone loads it. Raises `ModelError` where it cannot."""
+    """The checkpoint as loaded by transformers alone. Raises `ModelError` if it cannot be loaded."""
     with quiet_loading():
         model = fetch_weights(name, source_of(name))
     cast(model, dtype)

@@ -1,10 +1,10 @@
-"""`tlcapture doctor`: a model and its Hugging Face reference, loaded one after the other, and all checks."""
+"""`tlcapture doctor`: runs all checks of a model against its Hugging Face reference, loaded one after the other."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from tlcapture.doctor import checks as checks
+from tlcapture.doctor import checks
 from tlcapture.doctor.checks import Check, guarded
 from tlcapture.doctor.reference import ReferenceRun, load_reference, reference_runs
 from tlcapture.models.checkpoints import fetch, quiet_loading, source_of
@@ -14,7 +14,7 @@ from tlcapture.runs.model_loader import ModelLoader
 
 
 def run_doctor(load: ModelLoader) -> Iterator[Check]:
-    """Check a model on an engine; findings are handed on as they are made.
+    """Check a model on an engine and yield each check as it is done.
 
     Raises:
         ModelError: the model cannot be loaded, or the engine does not cover it.
@@ -24,7 +24,7 @@ def run_doctor(load: ModelLoader) -> Iterator[Check]:
 
 
 def check_model(model: Model, runs: Sequence[ReferenceRun]) -> Iterator[Check]:
-    """All checks of a loaded model against Hugging Face's runs of `probe_prompts`."""
+    """Run all checks of a loaded model against Hugging Face's runs of `probe_prompts`."""
     prompts = checks.probe_prompts(model.tokenizer)
     yield guarded("BOS", checks.check_bos, model.tokenizer)
     yield guarded("padding", checks.check_padding, model, prompts)

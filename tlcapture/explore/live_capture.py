@@ -21,7 +21,9 @@ from tlcapture.captures.making import capture_of
 from tlcapture.errors import InputError
 from tlcapture.explore.experiment import Experiment
 from tlcapture.explore.explorable_capture import ExplorableCapture
-from tlcapture.generation.loop import Failure, Sampling, generate
+from tlcapture.generation.loop import generate
+from tlcapture.generation.outcomes import Failure
+from tlcapture.generation.sampling import Sampling
 from tlcapture.models.loading import Model, as_model
 from tlcapture.prompts.prompt_sets import ADHOC, Prompt, PromptSet
 from tlcapture.prompts.tokenization import tokenize

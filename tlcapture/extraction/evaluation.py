@@ -1,6 +1,7 @@
 """How well directions separate held-out examples: AUROC, Cohen's d with its interval, accuracy, a random baseline.
 
-All functions take projections `[..., n_examples]`, one row a direction, and the examples' labels.
+`auroc` and `cohens_d` take projections, one row per direction; `separation` and `random_baseline` take activations
+`[n_layers, n_examples, d_model]` and which examples are positive and held out.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ PerDirection = Float[Tensor, "*directions"]
 
 @dataclass(frozen=True)
 class Separation:
-    """Held-out separation of one direction a layer; every field has a value a layer.
+    """How well one direction per layer separates held-out examples; every field has one value per layer.
 
-    `interval` bounds the effect size, `[n_layers, 2]`.
+    `auroc` and `accuracy` are 0 to 1; `effect_size` is Cohen's d, and `interval` its 95 % interval `[n_layers, 2]`.
     """
 
     auroc: Float[Tensor, " n_layers"]
@@ -37,7 +38,7 @@ class Separation:
 
 @dataclass(frozen=True)
 class RandomBaseline:
-    """AUROC of random directions that are oriented by the training examples: mean and 95th percentile a layer."""
+    """AUROC of random directions, oriented by the training examples: mean and 95th percentile per layer."""
 
     mean: Float[Tensor, " n_layers"]
     p95: Float[Tensor, " n_layers"]
@@ -56,7 +57,7 @@ def auroc(scores: Scores, labels: Labels) -> PerDirection:
 def cohens_d(
     positive: Float[Tensor, "*directions n_positive"], negative: Float[Tensor, "*directions n_negative"]
 ) -> PerDirection:
-    """The difference of means over the pooled standard deviation; 0 where nothing varies.
+    """The difference of means over the pooled standard deviation; 0 where the standard deviation is 0.
 
     Source: Cohen, "Statistical Power Analysis for the Behavioral Sciences" (1988).
     """
@@ -70,10 +71,10 @@ def cohens_d(
 def separation(
     vectors: LayerVectors, activations: Activations, labels: Labels, held_out: Labels, *, seed: int = 0
 ) -> Separation:
-    """Separation of the held-out examples by a direction a layer.
+    """Separation of the held-out examples by one direction per layer.
 
-    The threshold of the accuracy lies halfway between the class means of the training examples, and the
-    interval holds 95 % of the effect sizes of a bootstrap over the held-out ones (percentiles of 1,000
+    The threshold of the accuracy is halfway between the class means of the training examples, and the
+    interval contains 95 % of the effect sizes of a bootstrap over the held-out ones (percentiles of 1,000
     stratified resamples; Efron, "Bootstrap Methods", 1979).
     """
     scores = _project(vectors, activations)
@@ -90,7 +91,7 @@ def separation(
 
 
 def random_baseline(activations: Activations, labels: Labels, held_out: Labels, *, seed: int = 0) -> RandomBaseline:
-    """What directions without any meaning reach on the same examples."""
+    """The AUROC of random directions on the held-out examples: a chance level for `separation`."""
     n_layers, _, d_model = activations.shape
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(RANDOM_DIRECTIONS, d_model, generator=generator)

@@ -1,10 +1,10 @@
-"""Contrastive examples of a trait: reading, checking and splitting them.
+"""Contrastive examples of a trait: reading them and holding some out.
 
     datasets/traits/{category}/{trait}/positive.jsonl, negative.jsonl
 
-One JSON object a line: `{"text"}`, `{"prompt", "response"}`, or `{"prompt"}`, to which the model itself
+One JSON object per line: `{"text"}`, `{"prompt", "response"}`, or `{"prompt"}`, to which the model itself
 responds, with an optional `"pair"` that ties a positive example to the negative one on the same topic.
-`positive.txt` and `negative.txt`, one bare text a line, are read as well.
+`positive.txt` and `negative.txt`, one bare text per line, are read as well.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Example(BaseModel):
 
 @dataclass(frozen=True)
 class LabelledExample:
-    """An example, its side and whether it is held out from fitting."""
+    """An example, its side, and whether it is held out from fitting."""
 
     example: Example
     positive: bool
@@ -58,16 +58,17 @@ class LabelledExample:
 
 @dataclass(frozen=True)
 class Examples:
-    """All examples of a trait, positive ones first."""
+    """All examples of a trait, positive ones first, each side in the order of its file."""
 
     trait: Trait
     items: list[LabelledExample]
 
     def count(self, *, positive: bool, held_out: bool) -> int:
+        """How many examples of a side are held out, or are not."""
         return sum(item.positive == positive and item.held_out == held_out for item in self.items)
 
     def split_record(self, seed: int) -> dict[str, Any]:
-        """What metadata says of the split: counts, the seed, and which pairs are held out."""
+        """The split as it is recorded in metadata: counts, the seed, and the pairs that are held out."""
         pairs = sorted({item.example.pair for item in self.items if item.held_out and item.example.pair})
         return {
             "seed": seed,
@@ -81,9 +82,9 @@ class Examples:
 
 
 def read_examples(datasets: Datasets, trait: Trait, *, seed: int = 0) -> Examples:
-    """Read both sides of a trait and set the held-out examples aside, whole pairs together.
+    """Read both sides of a trait and choose the examples that are held out, both examples of a pair together.
 
-    Raises `InputError` with file and line for an example that is wrong.
+    Raises `InputError` if a side is missing or too small, and with file and line for an invalid example.
     """
     folder = datasets.trait_folder(trait)
     sides = {name: _read_side(folder, name) for name in ("positive", "negative")}
@@ -100,7 +101,7 @@ def read_examples(datasets: Datasets, trait: Trait, *, seed: int = 0) -> Example
 
 
 def _held_out_keys(sides: dict[str, list[Example]], seed: int) -> set[str]:
-    """Which examples are held out: a fifth of the pairs, and of the unpaired examples of each side."""
+    """The keys of held-out examples: a fifth of the pairs, and a fifth of the unpaired examples of each side."""
     keys = {name: {_key(name, number, item) for number, item in enumerate(items)} for name, items in sides.items()}
     shared = keys["positive"] & keys["negative"]
     chosen: set[str] = set()
@@ -121,14 +122,14 @@ def _read_side(folder: Path, name: str) -> list[Example]:
         return [_parse(lines_file, number, line) for number, line in _lines(lines_file)]
     if text_file.is_file():
         return [Example(text=line) for _, line in _lines(text_file)]
-    raise InputError(f"{folder}: no {lines_file.name} (nor {text_file.name}): expected one example a line")
+    raise InputError(f"{folder}: no {lines_file.name} (nor {text_file.name}): expected one example per line")
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
     try:
         text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start}: no valid UTF-8") from None
+        raise InputError(f"{path}: byte {error.start}: not valid UTF-8") from None
     return [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
 
 
@@ -136,6 +137,6 @@ def _parse(path: Path, number: int, line: str) -> Example:
     try:
         return Example.model_validate(orjson.loads(line))
     except orjson.JSONDecodeError as error:
-        raise InputError(f"{path}: line {number}: no valid JSON: {error.msg}") from None
+        raise InputError(f"{path}: line {number}: not valid JSON: {error.msg}") from None
     except ValidationError as error:
         raise InputError(f"{path}: line {number}: {first_problem(error)}") from None

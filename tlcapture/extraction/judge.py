@@ -1,7 +1,7 @@
-"""A judge for steering, where one is at hand: any server that speaks OpenAI's chat completions.
+"""An optional judge for steering: any server with OpenAI's chat completions API.
 
-Off by default: without one, `trait_mean` comes from likelihoods alone. What is sent is the trait's name, its
-definition, the question and the steered response, one request a response.
+Without a judge, the default, `trait_mean` comes from likelihoods. A request, one per response, contains the trait's
+name and definition, the question and the steered response.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ _ASK = (
 
 @dataclass(frozen=True)
 class Judge:
-    """`url` is the base, for example http://127.0.0.1:8000/v1; a key is read from OPENAI_API_KEY."""
+    """A judge at a base URL, for example http://127.0.0.1:8000/v1; a key is read from OPENAI_API_KEY.
+
+    `timeout` is in seconds. Raises `InputError` for a URL that is not http or https.
+    """
 
     url: str
     model: str = "default"
@@ -34,7 +37,10 @@ class Judge:
             raise InputError(f"--judge {self.url!r}: expected an http or https address")
 
     def score(self, *, trait: str, definition: str, question: str, response: str) -> float:
-        """0 to 1; raises `TlcaptureError` where the server does not answer with a number from 0 to 100."""
+        """How much a response shows a trait, 0 to 1.
+
+        Raises `TlcaptureError` if the server does not answer with a number from 0 to 100.
+        """
         text = _ASK.format(trait=trait, definition=definition, question=question, response=response)
         body = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": text}]}
         headers = {"Content-Type": "application/json"}
@@ -48,5 +54,5 @@ class Judge:
             raise TlcaptureError(f"judge {self.url}: no usable answer: {type(error).__name__}: {error}") from None
         number = re.search(r"\d+(?:\.\d+)?", content)
         if number is None or not 0 <= float(number[0]) <= 100:
-            raise TlcaptureError(f"judge {self.url}: expected a number from 0 to 100, it said {content[:80]!r}")
+            raise TlcaptureError(f"judge {self.url}: expected a number from 0 to 100, got {content[:80]!r}")
         return float(number[0]) / 100

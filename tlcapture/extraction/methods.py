@@ -1,7 +1,7 @@
-"""How a direction is found: `mean_diff`, `probe`, `gradient`.
+"""Methods of finding a direction: `mean_diff`, `probe`, `gradient`.
 
-Each takes activations of all layers at once and returns one vector a layer that points from the
-negative to the positive examples.
+Each takes activations of all layers `[n_layers, n_examples, d_model]` and returns one vector per layer,
+`[n_layers, d_model]`, that points from the negative to the positive examples.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def mean_diff(activations: Activations, labels: Labels, *, seed: int = 0) -> Lay
 def probe(activations: Activations, labels: Labels, *, seed: int = 0) -> LayerVectors:
     """The weights of a logistic regression, L2-regularised, in the basis of the activations.
 
-    Activations are centred and divided by one number a layer, so that the regularisation weighs alike
-    in all layers and the weights stay a direction of the residual stream.
+    Activations are centred and divided by one number per layer, so that the regularisation has the same weight
+    in all layers and the weights remain a direction in the residual stream.
 
     Source: Alain and Bengio, "Understanding intermediate layers using linear classifier probes" (2016).
     """
@@ -51,8 +51,8 @@ def probe(activations: Activations, labels: Labels, *, seed: int = 0) -> LayerVe
 def gradient(activations: Activations, labels: Labels, *, seed: int = 0) -> LayerVectors:
     """A unit direction trained to separate: gradient descent on the logistic loss of its projection.
 
-    Unlike the probe's weights the direction has no length to grow, only a bias and a temperature, so
-    the loss decides the angle alone. All layers train together, from a seeded random start.
+    Unlike the probe's weights, the direction has a fixed length, beside a bias and a temperature, so that
+    the loss determines only its angle. All layers train together, from a seeded random start.
     """
     n_layers, _, d_model = activations.shape
     data = _standardised(activations)
@@ -67,14 +67,14 @@ def gradient(activations: Activations, labels: Labels, *, seed: int = 0) -> Laye
             optimiser.zero_grad()
             unit = torch.nn.functional.normalize(direction, dim=-1)
             margins = (torch.einsum("lnd,ld->ln", data, unit) - bias) * log_scale.exp() * signs
-            # Layers share no parameter, so the sum of their losses trains each as if alone.
+            # Layers share no parameter, so the sum of their losses trains each separately.
             torch.nn.functional.softplus(-margins).mean(dim=-1).sum().backward()
             optimiser.step()
     return torch.nn.functional.normalize(direction.detach(), dim=-1)
 
 
 def _standardised(activations: Activations) -> Activations:
-    """Centred, and scaled by one number a layer to a mean variance of 1."""
+    """Centred, and scaled by one number per layer to a mean variance of 1."""
     centred = activations - activations.mean(dim=1, keepdim=True)
     scale = centred.pow(2).mean(dim=(1, 2), keepdim=True).sqrt()
     return centred / scale.clamp(min=torch.finfo(scale.dtype).tiny)

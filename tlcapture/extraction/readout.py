@@ -1,12 +1,12 @@
-"""What is read out of an example: its mean activation over a span of tokens, at every layer.
+"""Reading out examples: the mean activation over a span of tokens, at every layer.
 
 | position | span |
 | --- | --- |
 | `response_mean` | the response's tokens |
 | `last_prompt_token` | the last token before the response |
-| `all_mean` | all tokens but the first, which is an attention sink and says nothing of the text |
+| `all_mean` | all tokens but the first, which is an attention sink and carries nothing of the text |
 
-`auto` is `response_mean` where there is a response, `all_mean` for a bare text.
+`auto` is `response_mean` for an example with a response and `all_mean` for a bare text.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tlcapture.errors import InputError, NumericalError, OutOfMemoryError
 from tlcapture.extraction.examples import Example
+from tlcapture.generation.padding import right_pad
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import fitting_batch_size, is_out_of_memory, release_memory
 from tlcapture.prompts.chat_template import render_chat, uses_chat_template
@@ -35,7 +36,7 @@ POSITIONS = ("auto", "response_mean", "last_prompt_token", "all_mean")
 
 @dataclass(frozen=True)
 class Reading:
-    """An example as token ids, and the span of tokens over which its mean runs."""
+    """An example as token ids, with the span `start` to `stop` of tokens over which its mean is taken."""
 
     token_ids: tuple[int, ...]
     start: int
@@ -52,9 +53,9 @@ def tokenize_example(
     chat_template: bool | None = None,
     system_prompt: str | None = None,
 ) -> Reading:
-    """Token ids of an example as the model would see it, up to the response's last token.
+    """Tokenise an example as the model sees it, up to the last token that is read out.
 
-    Raises `InputError` for a position that the example does not have.
+    Raises `InputError` for a position that is unknown or that the example does not have.
     """
     if position not in POSITIONS:
         raise InputError(f"no position {position!r}: choose one of {', '.join(POSITIONS)}")
@@ -88,8 +89,14 @@ def read_out(
 ) -> dict[str, Activations]:
     """Mean activations `[n_layers, n_examples, d_model]` in float32, by component.
 
-    One forward pass over batches of like length; only the means are kept. `batch_size` `None` takes
-    what fits in free memory; out of memory, it is halved.
+    Examples of similar length share a forward pass, and only the means are kept. A `batch_size` of `None` takes
+    what fits in free memory; out of memory, it is halved. `on_examples` is called with the size of each batch that
+    is done.
+
+    Raises:
+        InputError: an example is longer than the model's context.
+        OutOfMemoryError: an example does not fit in memory on its own.
+        NumericalError: a mean is NaN or inf.
     """
     longest = max((len(reading.token_ids) for reading in readings), default=0)
     if longest > model.n_ctx:
@@ -123,14 +130,14 @@ def read_out(
         on_examples(len(batch))
     for part, values in means.items():
         if not values.isfinite().all():
-            raise NumericalError(f"{part} activations of the examples hold NaN or inf: try --dtype float32")
+            raise NumericalError(f"{part} activations of the examples contain NaN or inf: try --dtype float32")
     return means
 
 
 def shared_prefix(readings: Sequence[Reading]) -> int:
-    """How many tokens all examples begin with (a chat template's head, say) that no span reads.
+    """The number of tokens that all examples begin with and no span reads, such as the start of a chat template.
 
-    They run once for all; at least one token of each example is left over.
+    They run once for all examples; at least one token of each example remains.
     """
     if len(readings) < 2:
         return 0
@@ -148,7 +155,8 @@ def _read_batch(
     hooks: frozenset[str],
 ) -> dict[str, Activations]:
     """Means of a batch whose first `prefix` tokens are in `state` already."""
-    tokens, mask, weights = _pad(readings, prefix)
+    tokens, mask = right_pad([reading.token_ids[prefix:] for reading in readings])
+    weights = _weights(readings, prefix, tokens.shape[1])
     step = model.step(tokens, mask, state, hooks, want_logits=False)
     return {
         part: torch.stack(
@@ -161,17 +169,9 @@ def _read_batch(
     }
 
 
-def _pad(readings: Sequence[Reading], prefix: int) -> tuple[Tensor, Tensor, Float[Tensor, "batch pos"]]:
-    """Ids behind the prefix, their mask, and weights whose sum over the span read out is 1.
-
-    Padding comes last: between prefix and tokens it would stretch the distances that sliding windows see.
-    """
-    width = max(len(reading.token_ids) for reading in readings) - prefix
-    tokens = torch.zeros(len(readings), width, dtype=torch.long)
-    mask, weights = torch.zeros_like(tokens), torch.zeros(len(readings), width)
+def _weights(readings: Sequence[Reading], prefix: int, width: int) -> Float[Tensor, "batch pos"]:
+    """Weights of the positions after the prefix, whose sum over the span that is read out is 1."""
+    weights = torch.zeros(len(readings), width)
     for row, reading in enumerate(readings):
-        length = len(reading.token_ids) - prefix
-        tokens[row, :length] = torch.tensor(reading.token_ids[prefix:])
-        mask[row, :length] = 1
         weights[row, reading.start - prefix : reading.stop - prefix] = 1 / (reading.stop - reading.start)
-    return tokens, mask, weights
+    return weights

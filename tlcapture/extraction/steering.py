@@ -1,17 +1,17 @@
-"""Steering: adding a trait's direction while the model writes, and scoring what it does without a judge.
+"""Steering: adding a trait's direction while the model generates, and scoring the effect without a judge.
 
     addend = coefficient * unit vector * typical residual norm
 
 at `residual_out` of one layer, at every position from the last prompt token on.
 
 `trait_mean` is 100 times the mean over questions of `p(positive) / (p(positive) + p(negative))`, where p
-is the length-normalised likelihood `exp(mean log-probability a token)` of the question's positive or
-negative completion under the steered model: 50 means that steering makes neither likelier. Comparing
+is the length-normalised likelihood `exp(mean log-probability per token)` of the question's positive or
+negative completion under the steered model: 50 means that the two are equally likely. Comparing
 completions by their length-normalised likelihood is how multiple-choice benchmarks are scored
 (Brown et al., "Language Models are Few-Shot Learners", 2020; Gao et al., lm-evaluation-harness).
 
-`coherence_mean` is 100 times the mean over questions of `exp(-excess)`, where excess is how many nats a
-token the unsteered model finds the steered response worse than its own (never below 0).
+`coherence_mean` is 100 times the mean over questions of `exp(-excess)`, where excess is by how many nats per token
+the unsteered model finds the steered response less likely than its own (at least 0).
 
 Source of the addition: Turner et al., "Activation Addition" (2023); Rimsky et al., "Steering Llama 2 via
 Contrastive Activation Addition" (2023).
@@ -19,8 +19,7 @@ Contrastive Activation Addition" (2023).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +28,20 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from tlcapture.errors import NumericalError
+from tlcapture.generation.interventions import Intervention, Steer, applied
+from tlcapture.generation.loop import continue_from, prefill
+from tlcapture.generation.outcomes import Failure, Outcome
+from tlcapture.generation.padding import right_pad
+from tlcapture.generation.sampling import GREEDY, STOP_TOKEN
 from tlcapture.models.loading import Model
-from tlcapture.prompts.chat_template import stop_ids
 from tlcapture.prompts.tokenization import TokenizedPrompt, decode
-from tlcapture.shapes import Vector
+from tlcapture.shapes import Mask, Tokens, Vector
 from tlcapture.views.hooks import hook
 
 NEW_TOKENS = 24
+
+PerQuestion = Float[Tensor, " n_questions"]
 
 
 class Question(BaseModel):
@@ -59,104 +65,93 @@ class SteeringQuestions(BaseModel):
 
 @dataclass(frozen=True)
 class SteeringScore:
-    """Scores of one steering run, by question; the means are 0 to 100."""
+    """Scores of one steering run and its responses, by question; scores are 0 to 1, their means 0 to 100."""
 
-    trait: Float[Tensor, " n_questions"]
-    coherence: Float[Tensor, " n_questions"]
+    trait: PerQuestion
+    coherence: PerQuestion
     responses: list[str]
 
     @property
     def trait_mean(self) -> float:
+        """100 times the mean over questions; 50 where positive and negative completion are equally likely."""
         return float(100 * self.trait.mean())
 
     @property
     def coherence_mean(self) -> float:
+        """100 times the mean over questions; 100 where steering makes no response less likely."""
         return float(100 * self.coherence.mean())
 
 
-class SteeringBench:
-    """A trait's questions on a model, with what does not depend on steering computed once.
+class SteeringScorer:
+    """Scores a model on a trait's questions while a vector steers it.
 
-    All prompts but their last token run once; steered passes start from there.
+    Computes once what does not depend on steering: all prompt tokens but the last run once, and every
+    pass continues from there.
     """
 
     def __init__(
         self, model: Model, prompts: Sequence[TokenizedPrompt], completions: Sequence[tuple[str, str]],
         *, new_tokens: int = NEW_TOKENS,
     ):  # fmt: skip
+        """`completions` are the positive and the negative one of each prompt; responses have up to `new_tokens`."""
         self._model = model
+        self._prompts = prompts
         self._new_tokens = new_tokens
-        self._stops = stop_ids(model.tokenizer, model.generation_config)
-        self._last = [prompt.token_ids[-1] for prompt in prompts]
-        self._completions = [tuple(self._ids(text) for text in pair) for pair in completions]
-        self._state = self._prefill([prompt.token_ids[:-1] for prompt in prompts])
-        _, self._own_cost = self._respond()
+        self._positive = [self._ids(positive) for positive, _ in completions]
+        self._negative = [self._ids(negative) for _, negative in completions]
+        self._prefilled = prefill(model, prompts)
+        self._own_cost = self._cost(self._respond())
         self._norms: dict[int, float] = {}
 
     def typical_norm(self, layer: int) -> float:
-        """The median length of `residual_out` at a layer over the tokens of both completions, unsteered."""
+        """The median norm of `residual_out` at a layer over the tokens of both completions, unsteered."""
         if layer not in self._norms:
-            self._norms[layer] = self._median_norm(layer)
+            norms = [self._residual_norms(layer, texts) for texts in (self._positive, self._negative)]
+            self._norms[layer] = float(torch.cat(norms).median())
         return self._norms[layer]
 
-    def _median_norm(self, layer: int) -> float:
-        name = hook("residual_out", layer)
-        lengths = []
-        for side in (0, 1):
-            tokens, mask = self._pad([pair[side] for pair in self._completions])
-            cache = self._step(tokens, mask, name)
-            lengths.append(cache.float().norm(dim=-1)[mask.bool()])
-        return float(torch.cat(lengths).median())
-
     def score(self, layer: int, vector: Vector, coefficient: float) -> SteeringScore:
-        """Steer at a layer with `coefficient` typical residual norms along the vector, and score it."""
+        """The scores under steering at a layer with `coefficient` typical residual norms along the vector.
+
+        Raises `NumericalError` where the steered model's logits are NaN or inf.
+        """
         addend = torch.nn.functional.normalize(vector.float(), dim=0) * coefficient * self.typical_norm(layer)
-        return self._score(lambda: self._model.steered(layer, lambda activation: addend))
+        return self._score([Steer(layer, addend)])
 
     def baseline(self) -> SteeringScore:
-        """The scores of the model as it is; its coherence is 100 by definition."""
-        return self._score(nullcontext)
+        """The scores of the unsteered model; its coherence is 100 by definition."""
+        return self._score([])
 
-    def _score(self, steering: Callable[[], Any]) -> SteeringScore:
-        with steering():
-            costs = [self._cost([pair[side] for pair in self._completions]) for side in (0, 1)]
-            responses, _ = self._respond(measure=False)
+    def _score(self, interventions: Sequence[Intervention]) -> SteeringScore:
+        positive_cost, negative_cost = (self._cost(each, interventions) for each in (self._positive, self._negative))
+        responses = self._respond(interventions)
         excess = (self._cost(responses) - self._own_cost).clamp(min=0)
         texts = [decode(self._model.tokenizer, ids) for ids in responses]
-        return SteeringScore((costs[1] - costs[0]).sigmoid(), (-excess).exp(), texts)
+        return SteeringScore((negative_cost - positive_cost).sigmoid(), (-excess).exp(), texts)
 
     def _ids(self, text: str) -> list[int]:
         return list(self._model.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> Any:
-        width = max(map(len, prompts))
-        tokens, mask = torch.zeros(2, len(prompts), width, dtype=torch.long)
-        for row, ids in enumerate(prompts):
-            tokens[row, width - len(ids) :] = torch.tensor(ids)
-            mask[row, width - len(ids) :] = 1
-        state = self._model.start(len(prompts))
-        self._model.step(tokens, mask, state, frozenset(), want_logits=False)
-        return state
-
     def _branch(self) -> Any:
-        return self._model.branch(self._state, range(len(self._last)))
+        return self._model.branch(self._prefilled, range(len(self._prompts)))
 
-    def _pad(self, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """The last prompt token and a text's tokens, padded at the end, and their mask."""
-        width = 1 + max(map(len, texts))
-        tokens, mask = torch.zeros(2, len(texts), width, dtype=torch.long)
-        for row, (last, ids) in enumerate(zip(self._last, texts, strict=True)):
-            tokens[row, : 1 + len(ids)] = torch.tensor([last, *ids])
-            mask[row, : 1 + len(ids)] = 1
-        return tokens, mask
+    def _after_prompts(self, texts: Sequence[Sequence[int]]) -> tuple[Tokens, Mask]:
+        """The last prompt token of each question and a text after it, to run from a branch."""
+        return right_pad([[prompt.token_ids[-1], *ids] for prompt, ids in zip(self._prompts, texts, strict=True)])
 
-    def _step(self, tokens: Tensor, mask: Tensor, name: str) -> Tensor:
+    def _residual_norms(self, layer: int, texts: Sequence[Sequence[int]]) -> Float[Tensor, " n_tokens"]:
+        tokens, mask = self._after_prompts(texts)
+        return self._residual_out(layer, tokens, mask).float().norm(dim=-1)[mask.bool()]
+
+    def _residual_out(self, layer: int, tokens: Tokens, mask: Mask) -> Float[Tensor, "batch pos d_model"]:
+        name = hook("residual_out", layer)
         return self._model.step(tokens, mask, self._branch(), {name}, want_logits=False).cache[name]
 
-    def _cost(self, texts: Sequence[Sequence[int]]) -> Float[Tensor, " n_questions"]:
-        """Nats a token of a text behind each question's prompt; 0 for an empty one."""
-        tokens, mask = self._pad(texts)
-        residual = self._step(tokens, mask, hook("residual_out", self._model.n_layers - 1))
+    def _cost(self, texts: Sequence[Sequence[int]], interventions: Sequence[Intervention] = ()) -> PerQuestion:
+        """Nats per token of a text after each question's prompt; 0 for an empty text."""
+        tokens, mask = self._after_prompts(texts)
+        with applied(self._model, interventions):
+            residual = self._residual_out(self._model.n_layers - 1, tokens, mask)
         logits = self._model.unembed(residual[:, :-1]).float()
         costs = torch.nn.functional.cross_entropy(
             logits.transpose(1, 2), tokens[:, 1:].to(logits.device), reduction="none"
@@ -164,20 +159,21 @@ class SteeringBench:
         counts = mask[:, 1:].sum(dim=1)
         return (costs * mask[:, 1:]).sum(dim=1) / counts.clamp(min=1)
 
-    def _respond(self, *, measure: bool = True) -> tuple[list[list[int]], Float[Tensor, " n_questions"]]:
-        """Greedy responses of a fixed length or up to a stop token, and what they cost the model as it is now."""
-        state, tokens = self._branch(), torch.tensor(self._last)[:, None]
-        responses: list[list[int]] = [[] for _ in self._last]
-        going = [True] * len(responses)
-        for _ in range(self._new_tokens):
-            step = self._model.step(tokens, torch.ones_like(tokens), state, frozenset(), want_logits=True)
-            assert step.logits is not None
-            chosen = step.logits.argmax(dim=-1).tolist()
-            for row, token in enumerate(chosen):
-                going[row] = going[row] and token not in self._stops
-                if going[row]:
-                    responses[row].append(token)
-            if not any(going):
-                break
-            tokens = torch.tensor(chosen)[:, None]
-        return responses, self._cost(responses) if measure else torch.zeros(len(responses))
+    def _respond(self, interventions: Sequence[Intervention] = ()) -> list[tuple[int, ...]]:
+        """The greedy response to each question, without its stop token."""
+        outcomes = continue_from(
+            self._model,
+            self._branch(),
+            self._prompts,
+            max_new_tokens=self._new_tokens,
+            sampling=GREEDY,
+            interventions=interventions,
+        )
+        return [_response(outcome) for outcome in outcomes]
+
+
+def _response(outcome: Outcome) -> tuple[int, ...]:
+    if isinstance(outcome, Failure):
+        raise NumericalError(f"steering question {outcome.prompt.id}: {outcome.reason}")
+    ids = outcome.response_ids
+    return ids[:-1] if outcome.stop_reason == STOP_TOKEN else ids

@@ -1,1 +1,1 @@
-"""The generation loop: sampling, padding, recording of activations."""
+"""The generation loop: batches, padding, sampling, recording of activations, interventions."""

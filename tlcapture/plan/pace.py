@@ -12,7 +12,8 @@ import torch
 from tlcapture.captures.making import capture_of
 from tlcapture.commands.capture_outputs import Outputs, add_ons, write_capture
 from tlcapture.commands.projections import Chosen, project_capture
-from tlcapture.generation.loop import Generation, generate
+from tlcapture.generation.loop import generate
+from tlcapture.generation.outcomes import Generation
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import fitting_batch_size
 from tlcapture.names import Trait

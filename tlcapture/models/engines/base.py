@@ -7,8 +7,7 @@ step = model.step(tokens, mask, state, hooks={"blocks.5.hook_resid_post"}, want_
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,16 +116,6 @@ class Model(ABC):
     @abstractmethod
     def branch(self, state: Any, rows: Sequence[int]) -> Any:
         """A new state whose rows are copies of the given rows of another, which stays as it is."""
-
-    @contextmanager
-    def steered(self, layer: int, addend: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Within the context, add `addend(activation)` to `residual_out` of a layer in every forward pass."""
-
-        def add(activation: Tensor, hook: Any) -> Tensor:
-            return activation + addend(activation).to(activation.device, activation.dtype)
-
-        with self.tl.hooks(fwd_hooks=[(hook("residual_out", layer), add)]):
-            yield
 
     @abstractmethod
     def unembed(self, residual: Residual) -> Logits:

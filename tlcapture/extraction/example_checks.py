@@ -1,4 +1,4 @@
-"""What can be wrong with contrastive examples before any model sees them: duplicates, length, leaks of topic."""
+"""Checks of contrastive examples without a model: duplicates, length, and topics that reveal the side."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ _LEAK = 0.65
 
 
 @dataclass(frozen=True)
-class Check:
-    """What was found of one trait's examples.
+class ExampleCheck:
+    """The findings on one trait's examples.
 
     Attributes:
         length_ratio: mean words of a positive over mean words of a negative response.
-        prompt_accuracy: how often a bag-of-words classifier tells the side from the prompt alone, by
-            cross-validation over whole pairs; `None` without prompts. Near 0.5: the topic tells nothing.
-        response_accuracy: the same from the response (or text): how far single words carry the trait.
-        leaking_pairs: pairs whose two prompts alone it puts on the right sides, both surely.
+        prompt_accuracy: how often a bag-of-words classifier finds the side from the prompt alone, by
+            cross-validation over whole pairs; `None` without prompts. Near 0.5, prompts do not reveal the side.
+        response_accuracy: how often it finds the side from the response (or text): how far single words show the
+            trait.
+        leaking_pairs: pairs both of whose prompts it assigns to the right side with a probability over 0.8.
     """
 
     trait: str
@@ -41,26 +42,28 @@ class Check:
 
     @property
     def concerns(self) -> list[str]:
-        """What a user should mend or know of, a line each."""
+        """What a user should fix or know of, one line each."""
         found = []
         if self.duplicates:
             found.append(f"{self.duplicates} examples occur twice")
         if not 1 / _IMBALANCE <= self.length_ratio <= _IMBALANCE:
             found.append(f"positive responses have {self.length_ratio:.2f} times as many words as negative ones")
         if self.prompt_accuracy is not None and self.prompt_accuracy > _LEAK:
-            found.append(f"prompts alone tell the side {self.prompt_accuracy:.0%} of the time: the topic leaks")
+            found.append(
+                f"the side can be guessed from the prompt alone {self.prompt_accuracy:.0%} of the time: the topic leaks"
+            )
         return found
 
 
-def check_examples(examples: Examples) -> Check:
-    """Check a trait's examples."""
+def check_examples(examples: Examples) -> ExampleCheck:
+    """Check a trait's examples for duplicates, unequal lengths and leaks of topic."""
     items = examples.items
     texts = [item.example.text or item.example.response or item.example.prompt or "" for item in items]
     prompts = [item.example.prompt or "" for item in items]
     sides = {side: {i.example.pair for i in items if i.positive == side and i.example.pair} for side in (True, False)}
     words = {side: [len(t.split()) for t, i in zip(texts, items, strict=True) if i.positive == side] for side in sides}
     prompt_probs = _side_probabilities(prompts, items) if any(prompts) else None
-    return Check(
+    return ExampleCheck(
         trait=str(examples.trait),
         n_positive=len(words[True]),
         n_negative=len(words[False]),
@@ -74,8 +77,10 @@ def check_examples(examples: Examples) -> Check:
 
 
 def _side_probabilities(texts: Sequence[str], items: Sequence[LabelledExample]) -> np.ndarray:
-    """The probability that a bag-of-words classifier gives each text's own side, trained on other pairs; a half
-    where there is nothing to tell it from: no words, or not both sides to train on."""
+    """The probability that a bag-of-words classifier, trained on other pairs, gives to each text's own side.
+
+    It is 0.5 for texts without words, and if only one side is left to train on.
+    """
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold

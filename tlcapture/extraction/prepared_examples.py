@@ -1,4 +1,4 @@
-"""A trait's examples, made ready for a model: tokenised, split, and with responses where they have none."""
+"""A trait's examples prepared for a model: with responses generated where they are missing, and tokenised."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from tlcapture.errors import InputError
 from tlcapture.extraction.examples import Example, Examples, read_examples
 from tlcapture.extraction.methods import Labels
 from tlcapture.extraction.readout import Reading, tokenize_example
-from tlcapture.generation.loop import Failure, Sampling, generate
+from tlcapture.generation.loop import generate
+from tlcapture.generation.outcomes import Failure
+from tlcapture.generation.sampling import GREEDY
 from tlcapture.models.loading import Model
 from tlcapture.names import Trait
 from tlcapture.prompts.tokenization import decode, tokenize
@@ -25,7 +27,7 @@ NEW_TOKENS = 40
 
 @dataclass(frozen=True)
 class PreparedExamples:
-    """Examples as the model sees them; labels and held-out flags have one entry an example."""
+    """Examples as token ids; `labels` (whether positive) and `held_out` have one entry per example."""
 
     examples: Examples
     readings: list[Reading]
@@ -34,25 +36,25 @@ class PreparedExamples:
 
     @property
     def typical(self) -> Reading:
-        """The first of the examples that are read out where, and put to the model as, most are."""
+        """The first example whose position and use of the chat template are those of most examples."""
         kinds = [(reading.position, reading.chat_template) for reading in self.readings]
         return self.readings[kinds.index(Counter(kinds).most_common(1)[0][0])]
 
     @property
     def position(self) -> str:
-        """Where most examples are read out."""
+        """The position at which most examples are read out."""
         return self.typical.position
 
     @property
     def digest(self) -> str:
-        """16 hex digits that tell sets of examples apart, as the model saw them: template and position too."""
+        """A digest of token ids and spans, 16 hex digits; it changes with the examples, template and position."""
         digest = hashlib.blake2b(digest_size=8)
         for reading in self.readings:
             digest.update(repr((reading.token_ids, reading.start, reading.stop)).encode())
         return digest.hexdigest()
 
 
-def prepare(
+def prepare_examples(
     datasets: Datasets,
     layout: Layout,
     trait: Trait,
@@ -62,7 +64,10 @@ def prepare(
     position: str = "auto",
     examples: Examples | None = None,
 ) -> PreparedExamples:
-    """Read a trait's examples and make them ready; prompts without a response get the model's own, greedily."""
+    """Read a trait's examples and prepare them; prompts without a response get the model's greedy response.
+
+    Raises `InputError` for invalid examples, and for a prompt to which the model gives no response.
+    """
     examples = examples or read_examples(datasets, trait, seed=seed)
     config = read_config(layout)
     answered = _answered([item.example for item in examples.items], model, layout)
@@ -85,7 +90,7 @@ def prepare(
 
 
 def _answered(examples: Sequence[Example], model: Model, layout: Layout) -> list[Example]:
-    """The examples, those of a prompt alone with the model's greedy response."""
+    """The examples, with the model's greedy response to each prompt that has no response."""
     config = read_config(layout)
     open_ones = {str(number): item for number, item in enumerate(examples) if item.prompt and item.response is None}
     prompts = [
@@ -100,12 +105,12 @@ def _answered(examples: Sequence[Example], model: Model, layout: Layout) -> list
         for number, item in open_ones.items()
     ]
     answered = list(examples)
-    for outcome in generate(model, prompts, hooks=[], max_new_tokens=NEW_TOKENS, sampling=Sampling(temperature=0)):
+    for outcome in generate(model, prompts, hooks=[], max_new_tokens=NEW_TOKENS, sampling=GREEDY):
         if isinstance(outcome, Failure):
             raise InputError(f"example {outcome.prompt.source_text[:40]!r}: {outcome.reason}")
         number = int(outcome.prompt.id)
         response = decode(model.tokenizer, outcome.response_ids).strip()
         if not response:
-            raise InputError(f"example {outcome.prompt.source_text[:40]!r}: the model responds with nothing")
+            raise InputError(f"example {outcome.prompt.source_text[:40]!r}: the model's response is empty")
         answered[number] = answered[number].model_copy(update={"response": response})
     return answered

@@ -1,0 +1,66 @@
+"""Choosing the next token: greedily or by sampling, with one random generator per prompt, and when to stop."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tlcapture.errors import InputError
+from tlcapture.prompts.tokenization import TokenizedPrompt
+from tlcapture.shapes import LastLogits
+
+STOP_TOKEN = "stop_token"
+MAX_NEW_TOKENS = "max_new_tokens"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How next tokens are chosen. Temperature 0 is greedy; the seed is combined with each prompt's set and id.
+
+    Raises `InputError` for a temperature that is negative, NaN or infinite.
+    """
+
+    temperature: float = 0.7
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"temperature {self.temperature}: expected a number of at least 0; 0 is greedy")
+
+
+GREEDY = Sampling(temperature=0)
+
+
+def stop_reason(response: Sequence[int], stops: frozenset[int], max_new_tokens: int) -> str | None:
+    """Why a response ends after its last token, `STOP_TOKEN` or `MAX_NEW_TOKENS`; `None` if it goes on."""
+    if response and response[-1] in stops:
+        return STOP_TOKEN
+    return MAX_NEW_TOKENS if len(response) >= max_new_tokens else None
+
+
+def prompt_generator(seed: int, prompt: TokenizedPrompt) -> torch.Generator:
+    """A prompt's own random generator, seeded by the seed, the prompt set and the prompt's id."""
+    name = f"{seed}\0{prompt.prompt_set}\0{prompt.id}".encode()
+    number = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 1
+    return torch.Generator().manual_seed(number)
+
+
+def choose_tokens(logits: LastLogits, temperature: float, generators: Sequence[torch.Generator]) -> list[int]:
+    """The next token of each row: the likeliest, or a draw by inverting the distribution function at a random number.
+
+    Each token takes one number from its prompt's own generator, and the sum is in float64, so that the other rows of
+    the batch change neither.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1).tolist()
+    heights = logits.cpu().double()
+    # With 0 as the largest, no temperature overflows.
+    heights = heights - heights.amax(dim=-1, keepdim=True)
+    heights = (heights / temperature).softmax(dim=-1).cumsum(dim=-1)
+    draws = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
+    tokens = torch.searchsorted(heights, draws * heights[:, -1:], right=True)
+    return tokens[:, 0].clamp(max=logits.shape[-1] - 1).tolist()
