@@ -107,7 +107,7 @@ def _answered(examples: Sequence[Example], model: Model, layout: Layout) -> list
     answered = list(examples)
     for outcome in generate(model, prompts, hooks=[], max_new_tokens=NEW_TOKENS, sampling=GREEDY):
         if isinstance(outcome, Failure):
-            raise InputError(f"example {outcome.prompt.source_text[:40]!r}: {outcome.reason}")
+            raise outcome.error(f"example {outcome.prompt.source_text[:40]!r}: {outcome.reason}")
         number = int(outcome.prompt.id)
         response = decode(model.tokenizer, outcome.response_ids).strip()
         if not response:

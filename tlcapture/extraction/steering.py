@@ -28,7 +28,6 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from tlcapture.errors import NumericalError
 from tlcapture.generation.interventions import Intervention, Steer, applied
 from tlcapture.generation.loop import continue_from, prefill
 from tlcapture.generation.outcomes import Failure, Outcome
@@ -174,6 +173,6 @@ class SteeringScorer:
 
 def _response(outcome: Outcome) -> tuple[int, ...]:
     if isinstance(outcome, Failure):
-        raise NumericalError(f"steering question {outcome.prompt.id}: {outcome.reason}")
+        raise outcome.error(f"steering question {outcome.prompt.id}: {outcome.reason}")
     ids = outcome.response_ids
     return ids[:-1] if outcome.stop_reason == STOP_TOKEN else ids
