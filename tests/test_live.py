@@ -33,10 +33,10 @@ def test_an_invalid_argument_is_a_one_line_error(what: str) -> None:
 def test_a_layer_that_is_not_a_number_is_named() -> None:
     """In a process without the type checks of the tests, which would raise first."""
     code = (
-        "from tlcapture.errors import InputError; from tlcapture.views.kept import Kept\n"
+        "from tlcapture.errors import InputError; from tlcapture.views.kept_points import KeptPoints\n"
         "for layer in ('x', 1.5, None):\n"
         "    for row in (lambda kept: kept.row(layer, 'residual_out'), lambda kept: kept.layer_row(layer)):\n"
-        "        try: row(Kept.of(3))\n"
+        "        try: row(KeptPoints.of(3))\n"
         "        except InputError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

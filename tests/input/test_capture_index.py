@@ -19,11 +19,11 @@ from tlcapture.captures.capture import Capture, CapturedPart
 from tlcapture.captures.index import NAME
 from tlcapture.errors import StorageError, TlcaptureError
 from tlcapture.storage.archives import Archive, append_record
-from tlcapture.views.kept import Kept
+from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.residual import ResidualStream
 
-ALL = Kept.of(N_LAYERS)
-SOME = Kept(N_LAYERS, (0, 2), ("residual_in", "residual_out"))
+ALL = KeptPoints.of(N_LAYERS)
+SOME = KeptPoints(N_LAYERS, (0, 2), ("residual_in", "residual_out"))
 METADATA = {
     "prompt_set": "odd",
     "prompt_id": "1",
@@ -36,7 +36,7 @@ METADATA = {
 
 
 def made(
-    kept: Kept = ALL,
+    kept: KeptPoints = ALL,
     dtype: torch.dtype = torch.float16,
     *,
     attn_out: bool = True,
@@ -84,7 +84,7 @@ def saved_again(path: Path) -> Path:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("n_response", [N_PROMPT, N_RESPONSE, 0])  # storages of one size too, and of none
 def test_a_capture_opens_alike_by_its_index_and_by_its_pickle(
-    tmp_path: Path, kept: Kept, dtype: torch.dtype, attn_out: bool, n_response: int
+    tmp_path: Path, kept: KeptPoints, dtype: torch.dtype, attn_out: bool, n_response: int
 ) -> None:
     capture = made(kept, dtype, attn_out=attn_out, n_response=n_response)
     path, size = capture.save(tmp_path / "1.pt")

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from tlcapture.captures.capture import Capture
-from tlcapture.captures.making import is_alike
-from tlcapture.commands.projected_captures import ProjectedCapture
+from tlcapture.captures.from_generation import is_alike
+from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.errors import NumericalError, StorageError
 from tlcapture.models.loading import Model
 from tlcapture.prompts.tokenization import token_texts
@@ -23,7 +23,7 @@ from tlcapture.views.attention import attention_hooks, attention_view
 from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import hook
 from tlcapture.views.internals import internals_hooks, internals_view
-from tlcapture.views.kept import Kept
+from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.logit_lens import logit_lens_hooks, logit_lens_view
 from tlcapture.views.residual import residual_hooks
 
@@ -45,7 +45,7 @@ class Outputs:
         internals: layers whose internals are written.
     """
 
-    kept: Kept
+    kept: KeptPoints
     residual: bool = True
     raw: bool = True
     attn_out: bool = False
@@ -134,7 +134,7 @@ def remove_stale(layout: Layout, capture: Capture) -> Sequence[Path]:
     cannot be read; returns their paths."""
     raw = layout.residual(capture.prompt_set, capture.prompt_id)
     unreadable = [raw] if raw.is_file() and saved_capture(raw, overwrite=True) is None else []
-    before = ProjectedCapture.find(layout, capture.prompt_set, capture.prompt_id)
+    before = CaptureRecord.find(layout, capture.prompt_set, capture.prompt_id)
     if not unreadable and before is not None and before.is_like(capture):
         return ()
     stale = [*derived_files(layout, capture.prompt_set, capture.prompt_id), *unreadable]

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.capture_outputs import REPLACE, Outputs, saved_capture
-from tlcapture.commands.projected_captures import ProjectedCapture
+from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.projections import Chooser, Projectable, VectorChoice
 from tlcapture.errors import InputError, StorageError
 from tlcapture.generation.sampling import Sampling
@@ -23,7 +23,7 @@ from tlcapture.runs.run import Run
 from tlcapture.runs.shards import Shard
 from tlcapture.storage.config import ExperimentConfig
 from tlcapture.storage.layout import Layout
-from tlcapture.views.kept import Kept
+from tlcapture.views.kept_points import KeptPoints
 
 ALL_LAYERS = "all"
 T = TypeVar("T")
@@ -81,7 +81,7 @@ class CaptureOptions:
             if layer >= n_layers:
                 raise InputError(f"--layer-internals {layer}: the model has layers 0 to {n_layers - 1}")
         return Outputs(
-            Kept.of(n_layers, self.layers, self.points),
+            KeptPoints.of(n_layers, self.layers, self.points),
             residual=not self.replay,
             raw=not self.projections_only,
             attn_out=self.capture_attn,
@@ -256,7 +256,7 @@ class TaskPlanner:
         options, layout, names = self._options, self._layout, (prompt_set.name, prompt.id)
         if saved is None:
             is_free = not raw.is_file()  # a file that cannot be read goes, and what is beside it
-            found = ProjectedCapture.find(layout, *names) if options.skip_existing and is_free else None
+            found = CaptureRecord.find(layout, *names) if options.skip_existing and is_free else None
             wanted = options.outputs(self._model().n_layers if found is None else found.n_layers)
             is_done = (
                 found is not None

@@ -13,10 +13,10 @@ from functools import cached_property
 from pathlib import Path
 
 from tlcapture.captures.capture import Capture
-from tlcapture.captures.making import capture_of
+from tlcapture.captures.from_generation import capture_of
 from tlcapture.commands.capture_outputs import Outputs, add_ons, remove_stale, saved_capture, write_capture
+from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.capture_tasks import CaptureOptions, CaptureTask
-from tlcapture.commands.projected_captures import ProjectedCapture
 from tlcapture.commands.projections import Chooser, project_capture
 from tlcapture.errors import InputError
 from tlcapture.generation.loop import generate, teacher_force
@@ -191,7 +191,7 @@ class CaptureWorker:
 
     def _check_vectors(self, wanted: Outputs) -> None:
         """Raise `InputError` before prompts run if no vector fits, so that nothing would be kept of them."""
-        will_be = ProjectedCapture.of_model(self.model, wanted.kept, attn_out=wanted.attn_out)
+        will_be = CaptureRecord.of_model(self.model, wanted.kept, attn_out=wanted.attn_out)
         if not any(self._chooser.vectors(will_be, component) for component in self.options.components):
             raise InputError("--projections-only: no trait has a vector that fits, so nothing would be kept")
 

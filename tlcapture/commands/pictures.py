@@ -10,8 +10,8 @@ from tlcapture.names import Trait
 from tlcapture.runs.display import Display
 from tlcapture.storage.files import write_bytes
 from tlcapture.storage.layout import Layout
-from tlcapture.traits.projected_tokens import ProjectedTokens
 from tlcapture.traits.saved_projections import check_component, no_projections
+from tlcapture.traits.token_scores import TokenScores
 
 
 def write_pictures(
@@ -44,7 +44,7 @@ def write_pictures(
     written = []
     with display.progress(len(files), f"{prompt_set} pictures", "picture") as progress:
         for file in files:
-            line = ProjectedTokens.read(file)
+            line = TokenScores.read(file)
             trait, _ = layout.of_projection(file)
             picture = folder / layout.projection(trait, component, prompt_set, file.stem).relative_to(
                 layout.folder / "inference"

@@ -17,7 +17,7 @@ from tlcapture.traits.origin import check_origin, origin_notes
 from tlcapture.traits.projection import Projection, check_fits, check_kept, project
 from tlcapture.traits.selection import Selection, select
 from tlcapture.traits.vectors import TraitVector, VectorFolder
-from tlcapture.views.kept import Kept
+from tlcapture.views.kept_points import KeptPoints
 
 Chosen = Sequence[tuple[TraitVector, Selection]]
 
@@ -34,7 +34,7 @@ class Projectable(Protocol):
     @property
     def d_model(self) -> int: ...
     @property
-    def kept(self) -> Kept: ...
+    def kept(self) -> KeptPoints: ...
     @property
     def metadata(self) -> Mapping[str, Any]: ...
 

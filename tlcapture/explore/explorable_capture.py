@@ -26,8 +26,8 @@ from tlcapture.errors import InputError
 from tlcapture.names import Trait
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
-from tlcapture.traits.projected_tokens import ProjectedTokens
 from tlcapture.traits.saved_projections import check_component
+from tlcapture.traits.token_scores import TokenScores
 from tlcapture.views.hooks import hook
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class ExplorableCapture(ABC):
             [trait], layer=layer, method=method, component=component, vector_experiment=vector_experiment
         )[0]
 
-    def projected(self, *traits: str, **how: Any) -> list[ProjectedTokens]:
+    def projected(self, *traits: str, **how: Any) -> list[TokenScores]:
         """Projections with their tokens, as figures and frames need them; onto all traits with vectors by default.
 
         `how` are the options of `project`.
@@ -278,11 +278,11 @@ class ExplorableCapture(ABC):
         source.check_exists()
         return source
 
-    def _with_tokens(self, projection: Projection) -> ProjectedTokens:
+    def _with_tokens(self, projection: Projection) -> TokenScores:
         import torch
 
         capture, dynamics = self._captured, projection.dynamics
-        return ProjectedTokens(
+        return TokenScores(
             prompt_set=capture.prompt_set,
             prompt_id=capture.prompt_id,
             trait=str(projection.vector.trait),

@@ -20,13 +20,13 @@ from tlcapture.explore.attention_heads import AttentionHeads
 from tlcapture.explore.logit_lens_table import LogitLensTable
 from tlcapture.explore.offline_figure import OfflineFigure, plotly_text
 from tlcapture.text import printable
-from tlcapture.traits.projected_tokens import ProjectedTokens
+from tlcapture.traits.token_scores import TokenScores
 
 _COLOURS = plotly.colors.qualitative.D3
 _MOST_LABELS = 80  # tick labels on a token axis; longer texts label every second, third, ... token
 
 
-def trajectory_figure(projections: Sequence[ProjectedTokens]) -> OfflineFigure:
+def trajectory_figure(projections: Sequence[TokenScores]) -> OfflineFigure:
     """Trajectories of one capture over its tokens, one line per trait.
 
     A diamond marks the commitment point, the thick segment persistence (starting at the peak of `|s|`), and the
@@ -45,7 +45,7 @@ def trajectory_figure(projections: Sequence[ProjectedTokens]) -> OfflineFigure:
     return figure
 
 
-def layers_figure(projection: ProjectedTokens, point: str | None = None) -> OfflineFigure:
+def layers_figure(projection: TokenScores, point: str | None = None) -> OfflineFigure:
     """A heatmap, layers by tokens, of activations projected onto one trait's vector.
 
     The scale is symmetric about 0; the dotted line is the vector's own layer. Layers that were not kept are blank.
@@ -160,7 +160,7 @@ def _over_tokens(tokens: Sequence[str], n_prompt_tokens: int, title: str) -> Off
     return figure
 
 
-def _add_trajectory(figure: OfflineFigure, projection: ProjectedTokens, colour: str) -> None:
+def _add_trajectory(figure: OfflineFigure, projection: TokenScores, colour: str) -> None:
     scores: NDArray[np.float64] = projection.trajectory.copy()
     scores[0] = np.nan
     name = plotly_text(f"{projection.trait} (layer {projection.layer})")

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import numpy as np
 
 from tlcapture.errors import InputError
-from tlcapture.traits.projected_tokens import ProjectedTokens
+from tlcapture.traits.token_scores import TokenScores
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -32,7 +32,7 @@ COLUMNS = ("prompt_id", "token_idx", "token", "part", "trait", "layer", "score")
 Layers = str | SupportsIndex | Iterable[SupportsIndex]
 
 
-def tidy_frame(projections: Sequence[ProjectedTokens], layers: Layers = "own") -> DataFrame:
+def tidy_frame(projections: Sequence[TokenScores], layers: Layers = "own") -> DataFrame:
     """A data frame with the columns `COLUMNS`, sorted by projection, then layer, then token.
 
     Args:
@@ -63,7 +63,7 @@ def tidy_frame(projections: Sequence[ProjectedTokens], layers: Layers = "own") -
     return pandas.DataFrame(columns).astype(kinds)
 
 
-def _chosen(projection: ProjectedTokens, layers: Layers) -> list[int]:
+def _chosen(projection: TokenScores, layers: Layers) -> list[int]:
     if isinstance(layers, str):
         if layers == "own":
             return [projection.layer]

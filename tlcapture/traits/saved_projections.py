@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 from tlcapture.errors import InputError
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
-from tlcapture.traits.projected_tokens import ProjectedTokens
+from tlcapture.traits.token_scores import TokenScores
 from tlcapture.views.hooks import COMPONENTS
 
 
 def saved_projections(
     layout: Layout, prompt_set: str, *, component: str = "residual", traits: Iterable[str] | str | None = None
-) -> list[ProjectedTokens]:
+) -> list[TokenScores]:
     """The projections in the files of a prompt set, in the order of its prompts and then of traits.
 
     Warns where some captures have none. Raises `InputError`, naming the command that makes them, where
@@ -44,11 +44,11 @@ def saved_projections(
 
 def projections_of(
     layout: Layout, prompt_set: str, prompt_id: str, component: str, traits: Sequence[Trait] | None = None
-) -> list[ProjectedTokens]:
+) -> list[TokenScores]:
     """A prompt's projections, in the order of traits; of all traits where none is named."""
     found = [(layout.of_projection(path), path) for path in layout.all_projections(prompt_set, prompt_id)]
     return [
-        ProjectedTokens.read(path)
+        TokenScores.read(path)
         for (trait, of_component), path in found
         if of_component == component and (not traits or trait in traits)
     ]

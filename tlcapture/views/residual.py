@@ -19,7 +19,7 @@ from tlcapture.errors import InputError
 from tlcapture.shapes import LayerOutputs, Residual, ResidualPoints
 from tlcapture.views.cache import Cache, stacked
 from tlcapture.views.hooks import hook
-from tlcapture.views.kept import Kept
+from tlcapture.views.kept_points import KeptPoints
 
 
 @dataclass(frozen=True, repr=False)
@@ -32,7 +32,7 @@ class ResidualStream:
 
     points: ResidualPoints
     attn_out: LayerOutputs | None = None
-    only: Kept | None = None
+    only: KeptPoints | None = None
 
     def __repr__(self) -> str:
         dtype = str(self.points.dtype).removeprefix("torch.")
@@ -48,8 +48,8 @@ class ResidualStream:
         return (self.points.shape[0] - 1) // 2 if self.only is None else self.only.n_layers
 
     @cached_property
-    def kept(self) -> Kept:
-        return Kept.of(self.n_layers) if self.only is None else self.only
+    def kept(self) -> KeptPoints:
+        return KeptPoints.of(self.n_layers) if self.only is None else self.only
 
     @property
     def n_tokens(self) -> int:
@@ -78,10 +78,10 @@ class ResidualStream:
 
 
 def residual_hooks(
-    n_layers: int, hook_names: Set[str], *, attn_out: bool = False, only: Kept | None = None
+    n_layers: int, hook_names: Set[str], *, attn_out: bool = False, only: KeptPoints | None = None
 ) -> list[str]:
     """The activations the view reads, the residual points first and in the buffer's order."""
-    kept = Kept.of(n_layers) if only is None else only
+    kept = KeptPoints.of(n_layers) if only is None else only
     points, before = [], []
     for place in kept.places:
         layer, is_between = divmod(place, 2)
@@ -95,13 +95,15 @@ def residual_hooks(
     return list(dict.fromkeys([*points, *before, *extra]))
 
 
-def residual_view(cache: Cache, n_layers: int, *, attn_out: bool = False, only: Kept | None = None) -> ResidualStream:
+def residual_view(
+    cache: Cache, n_layers: int, *, attn_out: bool = False, only: KeptPoints | None = None
+) -> ResidualStream:
     """The residual stream of a cache: all of it, or what `only` keeps.
 
     Where blocks run attention and MLP in parallel there is no `hook_resid_mid`: `after_attn` is then
     `hook_resid_pre + hook_attn_out`, the residual stream as if attention alone had written to it.
     """
-    kept = Kept.of(n_layers) if only is None else only
+    kept = KeptPoints.of(n_layers) if only is None else only
     points = [_at_place(cache, place) for place in kept.places]
     outputs = [cache[hook("attn_out", layer)] for layer in kept.layers] if attn_out else None
     return ResidualStream(stacked(points), None if outputs is None else stacked(outputs), only)

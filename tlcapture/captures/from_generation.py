@@ -11,7 +11,7 @@ from tlcapture.generation.outcomes import Generation
 from tlcapture.generation.sampling import Sampling
 from tlcapture.models.loading import Model
 from tlcapture.prompts.tokenization import bos_policy, decode, token_texts
-from tlcapture.views.kept import Kept
+from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.residual import residual_view
 
 
@@ -24,7 +24,7 @@ def capture_of(
     max_new_tokens: int,
     attn_out: bool,
     save_dtype: str,
-    kept: Kept | None = None,
+    kept: KeptPoints | None = None,
 ) -> Capture:
     """The capture of a live run, in the dtype in which it will be stored: all of it, or what is `kept`."""
     only = None if kept is None or kept.is_all else kept

@@ -1,6 +1,6 @@
 """Which residual points of a model a capture keeps: all of them, or some layers, or some points of each.
 
-    kept = Kept(30, layers=(8, 12, 16), points=("residual_out",))
+    kept = KeptPoints(30, layers=(8, 12, 16), points=("residual_out",))
     kept.places                     # (18, 26, 34): where these lie among the 61 points of the whole model
     kept.row(12, "residual_out")    # 1: where one lies in a buffer of the kept ones
 
@@ -28,7 +28,7 @@ def point_index(layer: int, point: str) -> int:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptPoints:
     """The layers and points that are kept of a model of `n_layers`, both in the model's order.
 
     Raises `InputError` for a layer or a point that there is not, and where none is left.
@@ -50,12 +50,12 @@ class Kept:
         object.__setattr__(self, "points", tuple(point for point in POINTS if point in self.points))
 
     @classmethod
-    def of(cls, n_layers: int, layers: Iterable[int] = (), points: Iterable[str] = ()) -> Kept:
+    def of(cls, n_layers: int, layers: Iterable[int] = (), points: Iterable[str] = ()) -> KeptPoints:
         """What options ask for: all layers, and all points, where none is named."""
         return cls(n_layers, tuple(layers) or tuple(range(n_layers)), tuple(points) or POINTS)
 
     @classmethod
-    def of_file(cls, metadata: Mapping[str, Any], layers: Iterable[int], points: Iterable[str]) -> Kept:
+    def of_file(cls, metadata: Mapping[str, Any], layers: Iterable[int], points: Iterable[str]) -> KeptPoints:
         """What a file holds, by what it has under `activations`; raises `StorageError` where its metadata, which
         names no layers where all are kept, says otherwise."""
         n_layers, found = int(metadata["n_layers"]), (sorted(layers), [point for point in POINTS if point in points])
@@ -87,7 +87,7 @@ class Kept:
         row_of = {place: row for row, place in enumerate(self.places)}
         return [[row_of[point_index(layer, point)] for point in self.points] for layer in self.layers]
 
-    def includes(self, other: Kept) -> bool:
+    def includes(self, other: KeptPoints) -> bool:
         """Whether all that another keeps is kept here."""
         return set(self.layers) >= set(other.layers) and set(self.points) >= set(other.points)
 

@@ -18,14 +18,14 @@ from tlcapture.errors import InputError, StorageError
 from tlcapture.models.loading import Model
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
-from tlcapture.views.kept import Kept
+from tlcapture.views.kept_points import KeptPoints
 
 _ALIKE = ("model_fingerprint", "engine", "dtype")
 _OF_A_RUN = (*_ALIKE, "inference_model", "prompt_text", "system_prompt", "chat_template", "layers", "points")
 
 
 @dataclass(frozen=True)
-class ProjectedCapture:
+class CaptureRecord:
     """A capture that was projected and not kept: its metadata and its tokens."""
 
     metadata: Mapping[str, Any]
@@ -48,11 +48,11 @@ class ProjectedCapture:
         return int(self.metadata["d_model"])
 
     @cached_property
-    def kept(self) -> Kept:
-        return Kept.of(self.n_layers, self.metadata["layers"], self.metadata["points"])
+    def kept(self) -> KeptPoints:
+        return KeptPoints.of(self.n_layers, self.metadata["layers"], self.metadata["points"])
 
     @classmethod
-    def of_model(cls, model: Model, kept: Kept, *, attn_out: bool) -> ProjectedCapture:
+    def of_model(cls, model: Model, kept: KeptPoints, *, attn_out: bool) -> CaptureRecord:
         """What will be projected, as far as it can be told before any prompt has run."""
         measures = {"n_layers": model.n_layers, "d_model": model.d_model}
         hooks = point_hooks(model, attn_out=attn_out, points=kept.points)
@@ -60,10 +60,10 @@ class ProjectedCapture:
         return cls({**measures, **model_record(model), **said})
 
     @classmethod
-    def find(cls, layout: Layout, prompt_set: str, prompt_id: str) -> ProjectedCapture | None:
+    def find(cls, layout: Layout, prompt_set: str, prompt_id: str) -> CaptureRecord | None:
         """What the projections of a prompt were made from; `None` where there are none that say so, or where they
         are of different runs or damaged."""
-        found: list[ProjectedCapture] = []
+        found: list[CaptureRecord] = []
         for path in layout.all_projections(prompt_set, prompt_id):
             try:
                 content = read_json(path)
@@ -78,7 +78,7 @@ class ProjectedCapture:
             found.append(made_from)
         return found[0] if found and all(each._is_of_the_run_of(found[0]) for each in found) else None
 
-    def _is_of_the_run_of(self, other: ProjectedCapture) -> bool:
+    def _is_of_the_run_of(self, other: CaptureRecord) -> bool:
         return self.tokens == other.tokens and all(self.metadata.get(k) == other.metadata.get(k) for k in _OF_A_RUN)
 
     def is_like(self, capture: Capture) -> bool:
