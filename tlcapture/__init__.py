@@ -2,7 +2,7 @@
 
     from tlcapture import Experiment, capture, load_model
 
-Importing this package loads no torch; the names below load what they need when they are first used.
+Importing this package loads no torch; the names load what they need on first use. docs/python.md lists the public API.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _HOMES = {
     "PromptSet": "tlcapture.prompts.prompt_sets",
     "TlcaptureError": "tlcapture.errors",
     "capture": "tlcapture.explore.live_capture",
-    "load_ipython_extension": "tlcapture.explore.magics",  # what %load_ext tlcapture looks for
+    "load_ipython_extension": "tlcapture.explore.magics",  # called by %load_ext tlcapture
     "load_model": "tlcapture.models.loading",
 }
 

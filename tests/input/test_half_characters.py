@@ -1,4 +1,4 @@
-"""Tokens that are half a UTF-8 character: ids are the truth, a token alone shows U+FFFD, texts are whole again."""
+"""Tokens that are part of a UTF-8 character: token texts show U+FFFD, ids and whole texts are unchanged."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_every_file_and_the_page_keep_ids_texts_and_tokens(captured: Path, evide
 
 
 def test_replay_uses_ids_instead_of_token_texts(tlcapture: Run, captured: Path, evidence: Evidence) -> None:
-    """Texts with U+FFFD, tokenised again, would be other tokens: patterns over ids come out as they were."""
+    """Tokenizing texts with U+FFFD again would give other tokens; patterns are computed from the stored ids."""
     files = sorted(captured.glob("analysis/per_token/odd/*_attention.json"))
     before = {path: read(path) for path in files}
     for path in files:
@@ -99,7 +99,7 @@ def test_replay_uses_ids_instead_of_token_texts(tlcapture: Run, captured: Path, 
 
 
 def test_ranks_are_computed_from_ids_if_tokens_have_equal_texts(captured: Path, evidence: Evidence) -> None:
-    """Every byte beyond ASCII shows as U+FFFD: by text the first of them would be found."""
+    """All bytes beyond ASCII show as U+FFFD: a lookup by text would find the first of them."""
     import torch
 
     from tlcapture.models.loading import load_model

@@ -24,7 +24,7 @@ HERE = f"experiment=exp&set=single_trait&prompt=1&trait={TRAIT}"
 
 @pytest.fixture(scope="module")
 def page_root(embedded_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model's experiment, evaluated, with results of steering."""
+    """The experiment of the embedded model with an evaluation and steering results."""
     root = tmp_path_factory.mktemp("page")
     shutil.copytree(embedded_root, root, dirs_exist_ok=True)
     words = ["evaluate", "--experiment", "exp", "--root", str(root), "--component", "residual"]
@@ -62,7 +62,7 @@ def hostile_address(hostile_root: Path) -> Iterator[str]:
 
 @pytest.fixture
 def page(context: Any, address: str) -> Iterator[Watched]:
-    """A page that ends its test by having done nothing wrong."""
+    """A page; the test fails if it logged an error or sent a request to another host."""
     watched = Watched(context, address)
     yield watched
     watched.page.close()
@@ -93,7 +93,7 @@ def test_each_view_shows_a_capture_of_the_embedded_model(page: Watched, view: st
     assert page.page.get_attribute(f"#views button:nth-child({VIEWS.index(view) + 1})", "aria-selected") == "true"
 
 
-def test_trajectories_are_the_files_own_numbers(page: Watched, page_root: Path) -> None:
+def test_trajectories_equal_those_of_the_files(page: Watched, page_root: Path) -> None:
     page.open(f"view=dynamics&{HERE}")
     drawn = {trace["name"]: trace["y"] for trace in page.traces() if trace["mode"] == "lines"}
     for trait in ("behavioral/refusal", TRAIT):
