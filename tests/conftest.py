@@ -41,6 +41,18 @@ from tests.evidence import Evidence  # noqa: E402
 
 EVIDENCE = pytest.StashKey[Evidence]()
 
+# Files whose tests share what takes long to make run in one process, and what takes longest runs first, so that the
+# processes of `make test` end together.
+_GROUPS = {
+    "tests/cluster": "cluster",
+    "tests/integration": "embedded-model",
+    "tests/faults": "faults",
+    "tests/test_parity.py": "tiny-models",
+    "tests/fast": "tiny-models",
+    "tests/test_doctor.py": "tiny-models",
+    "tests/test_generation.py": "tiny-models",
+}
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--reliability", type=Path, metavar="FILE", help="write what the tests saw to this page")
@@ -49,6 +61,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--reliability") and config.getoption("numprocesses", None):
         raise pytest.UsageError("--reliability gathers what one process saw: leave out -n")
+    config.addinivalue_line("markers", "xdist_group(name): tests of one name run in one process")
     config.stash[EVIDENCE] = Evidence()
 
 
@@ -56,6 +69,19 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     path = session.config.getoption("--reliability")
     if path is not None and exitstatus == 0:
         session.config.stash[EVIDENCE].write(path)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+    order = list(dict.fromkeys(_GROUPS.values()))
+    items.sort(key=lambda item: order.index(_group(item)) if _group(item) in order else len(order))
+
+
+def _group(item: pytest.Item) -> str:
+    file = item.nodeid.split("::")[0]
+    return next((group for path, group in _GROUPS.items() if file.startswith(path)), file)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,14 +30,44 @@ def make_prompt_set(root: Path, name: str, texts: list[str]) -> None:
     (folder / f"{name}.json").write_text(json.dumps({"name": name, "prompts": prompts}))
 
 
-@pytest.fixture
-def data(root: Path) -> Path:
+def make_data(root: Path) -> Path:
     """Prompt sets `short` (3 prompts) and `other` (1), traits `tone/loud` and `tone/warm`."""
     make_prompt_set(root, "short", ["hello there", "what?", "<b>tell me & more</b>"])
     make_prompt_set(root, "other", ["once"])
     make_trait(root, "tone/loud", "LOUD", "soft")
     make_trait(root, "tone/warm", "warm", "cold")
     return root
+
+
+@pytest.fixture
+def data(root: Path) -> Path:
+    """A root with the prompt sets and traits of `make_data`."""
+    return make_data(root)
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, tuple[str, ...], Run], Result]:
+    """What a command makes of a root without the experiment: run the first time, and copied from then on.
+
+    With other words, other examples or another prompt set it is run again.
+    """
+    made: dict[tuple[object, ...], tuple[Path, Result]] = {}
+
+    def run_or_copy(experiment: Path, words: tuple[str, ...], run: Run) -> Result:
+        data = experiment.parents[1] / "datasets"
+        key = (words, *((path.relative_to(data), path.read_bytes()) for path in sorted(data.rglob("*.json*"))))
+        if key not in made:
+            result = run(*words)
+            if result.exit_code:
+                return result
+            copy = tmp_path_factory.mktemp("once") / "exp"
+            made[key] = (Path(shutil.copytree(experiment, copy)), result)
+            return result
+        folder, result = made[key]
+        shutil.copytree(folder, experiment)
+        return result
+
+    return run_or_copy
 
 
 @pytest.fixture
@@ -51,12 +82,14 @@ def capture(tlcapture: Run, data: Path, tiny_folder: Path) -> Run:
 
 
 @pytest.fixture
-def extract(tlcapture: Run, data: Path, tiny_folder: Path) -> Run:
+def extract(tlcapture: Run, data: Path, tiny_folder: Path, once: Callable[..., Result]) -> Run:
     """`tlcapture extract` of the root's two traits with the tiny model."""
 
     def run(*words: object, experiment: str = "exp") -> Result:
         common = ("--experiment", experiment, "--model", tiny_folder, "--traits", "tone/loud,tone/warm")
-        return tlcapture("extract", *common, *words)
+        command = ("extract", *map(str, common), *map(str, words))
+        folder = data / "experiments" / experiment
+        return tlcapture(*command) if folder.exists() else once(folder, command, tlcapture)
 
     return run
 

@@ -15,27 +15,39 @@ from tlcapture.models.sizes import Measures
 
 Run = Callable[..., Result]
 EVERYTHING = ("--attention", "--logit-lens", "--layer-internals", 1, "--capture-attn")
+SUBSET = ("--layers", 1, "--points", "residual_out", "--layer", 1, "--save-dtype", "float32")
+# Where the files of a kind are, and how far from their size the estimate may be.
+FOLDERS = {
+    ("raw residual",): ("inference/raw/residual", 0.1),
+    ("layer internals",): ("inference/raw/internals", 0.15),
+    ("attention", "logit lens"): ("analysis", 0.25),
+    ("projection",): ("inference/tone", 0.35),
+}
 
 
-def test_a_dry_run_writes_nothing_and_its_estimate_is_close(capture: Run, extract: Run, data: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "raw_may_differ_by"), [(EVERYTHING, 0.1), (SUBSET, 0.35), (("--projections-only",), 0.1)]
+)
+def test_a_dry_run_writes_nothing_and_its_estimate_is_close(
+    capture: Run, extract: Run, data: Path, options: tuple[object, ...], raw_may_differ_by: float
+) -> None:
     extract()
     before = sorted(path for path in data.rglob("*"))
-    dry = capture("--dry-run", "--json", *EVERYTHING)
+    dry = capture("--dry-run", "--json", *options)
     assert dry.exit_code == 0
     assert sorted(path for path in data.rglob("*")) == before
     estimate = json.loads(dry.stdout)["estimate"]
-    written = json.loads(capture("--json", *EVERYTHING).stdout)["files"]
+    written = json.loads(capture("--json", *options).stdout)["files"]
     assert estimate["files"] == written["count"]
-    folders = written["folders"]
-
-    def size(*beginnings: str) -> int:
-        return sum(folder["bytes"] for name, folder in folders.items() if name.startswith(beginnings))
-
-    kinds = {kind: row["bytes"] for kind, row in estimate["kinds"].items()}
-    assert kinds["raw residual"] == pytest.approx(size("inference/raw/residual"), rel=0.1)
-    assert kinds["layer internals"] == pytest.approx(size("inference/raw/internals"), rel=0.15)
-    assert kinds["attention"] + kinds["logit lens"] == pytest.approx(size("analysis"), rel=0.25)
-    assert kinds["projection"] == pytest.approx(size("inference/tone"), rel=0.5)
+    assert estimate["bytes"] == sum(row["bytes"] for row in estimate["kinds"].values())
+    estimated = {kind: row["bytes"] for kind, row in estimate["kinds"].items()}
+    for kinds, (beginning, far) in FOLDERS.items():
+        size = sum(each["bytes"] for name, each in written["folders"].items() if name.startswith(beginning))
+        assert (size == 0) == estimated.keys().isdisjoint(kinds)
+        may_differ_by = raw_may_differ_by if kinds == ("raw residual",) else far
+        assert sum(estimated.get(kind, 0) for kind in kinds) == pytest.approx(size, rel=may_differ_by)
+    left = json.loads(capture("--dry-run", "--json", "--skip-existing", *options).stdout)["estimate"]
+    assert (left["files"], left["bytes"]) == (0, 0)
 
 
 def test_a_dry_run_counts_only_missing_files(capture: Run, raw: Path) -> None:

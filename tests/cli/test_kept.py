@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -238,17 +237,6 @@ def test_skip_existing_recaptures_prompts_with_too_few_layers_and_keeps_the_othe
     # The logit lens needs all layers: the prompts are captured again.
     assert capture(*GREEDY, "--skip-existing", "--layers", 1, "--logit-lens").exit_code == 0
     assert len(list(analysis.glob("*_logit_lens.json"))) == 3
-
-
-def test_the_estimate_of_a_subset_is_close(capture: Run, extract: Run) -> None:
-    extract()
-    subset = ("--layers", "1", "--points", "residual_out", *LAYER_1, "--save-dtype", "float32")
-    estimate = json.loads(capture("--dry-run", "--json", *subset).stdout)["estimate"]
-    written = json.loads(capture("--json", *subset).stdout)["files"]
-    assert estimate["files"] == written["count"]
-    for kind, folder in (("raw residual", "inference/raw"), ("projection", "inference/tone")):
-        size = sum(each["bytes"] for name, each in written["folders"].items() if name.startswith(folder))
-        assert estimate["kinds"][kind]["bytes"] == pytest.approx(size, rel=0.35)
 
 
 def test_wrong_layers_and_points_are_refused(capture: Run, raw: Path) -> None:

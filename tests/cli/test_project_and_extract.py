@@ -18,10 +18,15 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture
-def project(tlcapture: Run, extract: Run, capture: Run) -> Run:
+def project(tlcapture: Run, extract: Run, capture: Run, data: Path, once: Callable[..., Result]) -> Run:
     """`tlcapture project` in an experiment with vectors and captures of `short` and `other`."""
-    assert extract().exit_code == 0
-    assert capture("--no-project", "--capture-attn", prompts=("--prompt-set", "short,other")).exit_code == 0
+
+    def extract_and_capture(*options: str) -> Result:
+        assert extract().exit_code == 0
+        return capture(*options, prompts=("--prompt-set", "short,other"))
+
+    made = once(data / "experiments" / "exp", ("--no-project", "--capture-attn"), extract_and_capture)
+    assert made.exit_code == 0
 
     def run(*words: object, prompts: tuple[object, ...] = ("--prompt-set", "short")) -> Result:
         return tlcapture("project", "--experiment", "exp", *prompts, *words)

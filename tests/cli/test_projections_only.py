@@ -182,17 +182,6 @@ def test_layers_and_points_and_shards_go_with_it(capture: Run, extract: Run, inf
     assert "skipped" not in capture(*ONLY, "--layer", 1, "--shard", "1/2", "--skip-existing").output
 
 
-def test_the_estimate_counts_no_raw_file(capture: Run, extract: Run) -> None:
-    extract()
-    estimate = json.loads(capture(*ONLY, "--dry-run", "--json").stdout)["estimate"]
-    assert set(estimate["kinds"]) == {"projection"}
-    written = json.loads(capture(*ONLY, "--json").stdout)["files"]
-    assert estimate["files"] == written["count"]
-    assert estimate["bytes"] == pytest.approx(written["bytes"], rel=0.35)
-    left = json.loads(capture(*ONLY, "--dry-run", "--json", "--skip-existing").stdout)["estimate"]
-    assert (left["files"], left["bytes"]) == (0, 0)
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [

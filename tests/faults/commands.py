@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tlcapture import cluster, commands
 
 _TIMEOUT = 120  # seconds after which a run counts as hanging
 
@@ -31,18 +36,26 @@ class Ended:
 
 
 class Command:
-    """`tlcapture WORDS` in another process, which first calls `before`."""
+    """`tlcapture WORDS` in a process, which calls `before` first and `after` last."""
 
-    def __init__(self, folder: Path, *words: object, before: Callable[[], object] = lambda: None):
+    def __init__(
+        self,
+        folder: Path,
+        *words: object,
+        before: Callable[[], object] = lambda: None,
+        after: Callable[[], object] = lambda: None,
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         self._outputs = [folder / f"{time.monotonic_ns()}.{name}" for name in ("out", "err")]
         for path in self._outputs:
             path.touch()
+        import_commands()
         self.pid = os.fork()
         if self.pid == 0:
             code = 99
             try:
                 code = _run(self._outputs, [str(word) for word in words], before)
+                after()
             finally:
                 os._exit(code)
 
@@ -82,6 +95,14 @@ class Command:
             )
             assert time.monotonic() < deadline, "the condition never held"
             time.sleep(0.001)
+
+
+@cache
+def import_commands() -> None:
+    """Import what commands import when they run, so that no fork has to: it takes longer than most commands."""
+    for package in (commands, cluster):
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            import_module(module.name)
 
 
 def _run(outputs: list[Path], words: list[str], before: Callable[[], object]) -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,9 @@ def with_literal(value: Any, at: tuple[Any, ...], literal: str) -> bytes:
 
 
 @st.composite
-def damaged_json(draw: st.DrawFn, value: Any) -> Damaged:
-    """A damaged file whose content should be `value`."""
-    kind = draw(st.sampled_from(_KINDS))
+def damaged_json(draw: st.DrawFn, value: Any, kind: str | None = None) -> Damaged:
+    """A damaged file whose content should be `value`, damaged in this way or any."""
+    kind = kind or draw(st.sampled_from(KINDS))
     return Damaged(kind, draw(_MAKERS[kind](value, sorted(places(value), key=repr))))
 
 
@@ -145,7 +146,7 @@ _MAKERS: dict[str, Callable[[Any, list[tuple[Any, ...]]], st.SearchStrategy[byte
     ),
     "empty or no JSON": lambda value, ways: st.sampled_from(_NO_JSON) | st.binary(max_size=40),
 }  # fmt: skip
-_KINDS = sorted(_MAKERS)
+KINDS = sorted(_MAKERS)
 
 
 def _lists(value: Any, ways: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
@@ -182,6 +183,12 @@ def try_all(
     attempt()
     for kind, count in counts.items():
         evidence.tried(reader, kind, count)
+
+
+def some_of_each(names: Iterable[str], kinds: Iterable[str], count: int) -> list[tuple[str, str]]:
+    """Pairs of a name and a kind of damage: `count` kinds for each name, taken in turn, so that each kind is tried."""
+    kinds = itertools.cycle(sorted(kinds))
+    return [(name, kind) for name in sorted(names) for kind in itertools.islice(kinds, count)]
 
 
 def check_refusal(error: object, *paths: Path) -> None:

@@ -15,6 +15,7 @@ from click.testing import Result
 from tests.cli.conftest import make_prompt_set
 from tests.evidence import Evidence
 from tests.input import captures
+from tests.input.strategies import some_of_each
 from tests.page.conftest import attention, logit_lens, projection, write
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
@@ -113,8 +114,8 @@ def _in_folder(words: tuple[str, ...], folder: Path) -> list[Any]:
     return [folder / "out" / word if word in ("pictures", "page.html") else word for word in words]
 
 
-@pytest.mark.parametrize("damage", sorted(DAMAGES))
-@pytest.mark.parametrize("reader", sorted(COMMANDS))
+# What each reader makes of each damage is tried in `test_json_files`; here it is what the commands make of it.
+@pytest.mark.parametrize(("reader", "damage"), some_of_each(COMMANDS, DAMAGES, 3))
 def test_a_damaged_file_is_named_in_an_error_of_one_line(
     tlcapture: Run, layout: Layout, tmp_path: Path, evidence: Evidence, reader: str, damage: str
 ) -> None:

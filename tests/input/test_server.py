@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from tests.evidence import Evidence
-from tests.input.strategies import Damaged, damaged_json, try_all
+from tests.input.strategies import KINDS, Damaged, damaged_json, some_of_each, try_all
 from tests.input.test_names_and_links import HOSTILE, LINKS, SECRET, link_out
 from tests.page.conftest import TRAIT, attention, logit_lens, projection, write_experiment
 from tlcapture.page.contents import RESOURCES
@@ -120,14 +120,17 @@ FILES = {
 ASKED = [f"/api/{path.format(**VALID)}" for path in RESOURCES.values()]
 
 
-@pytest.mark.parametrize("name", sorted(FILES))
-def test_every_resource_over_damaged_files(client: TestClient, root: Path, evidence: Evidence, name: str) -> None:
+# Each reader has hundreds of damaged files of its own in `test_json_files`; here it is what the server makes of them.
+@pytest.mark.parametrize(("name", "kind"), some_of_each(FILES, KINDS, 5))
+def test_every_resource_over_damaged_files(
+    client: TestClient, root: Path, evidence: Evidence, name: str, kind: str
+) -> None:
     def attempt(file: Damaged) -> None:
         file.put(root / "experiments" / "exp" / name)
         for path in ASKED:
             check(client, path)
 
-    try_all(evidence, f"server over {name.split('/')[-1]}", damaged_json(FILES[name]), attempt, examples=40)
+    try_all(evidence, f"server over {name.split('/')[-1]}", damaged_json(FILES[name], kind), attempt, examples=2)
 
 
 def test_an_additional_field_that_is_nested_too_deeply(client: TestClient, root: Path, evidence: Evidence) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tlcapture.traits.projected_tokens import ProjectedTokens
 
 import tlcapture
 from tlcapture import Capture, Experiment
@@ -22,7 +23,6 @@ from tlcapture.explore.logit_lens_table import LogitLensTable
 from tlcapture.explore.offline_figure import OfflineFigure
 from tlcapture.explore.saved_capture import SavedCapture
 from tlcapture.traits.dynamics import Dynamics
-from tlcapture.traits.projected_tokens import ProjectedTokens
 from tlcapture.traits.projection import Projection
 from tlcapture.traits.selection import Selection
 from tlcapture.traits.vectors import TraitVector
