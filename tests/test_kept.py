@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tlcapture.errors import InputError, StorageError
-from tlcapture.text import listed
+from tlcapture.text import as_ranges
 from tlcapture.views.hooks import POINTS
 from tlcapture.views.kept import Kept
 
@@ -67,7 +67,7 @@ def test_a_file_whose_metadata_says_otherwise_is_refused() -> None:
 
 
 def test_layers_are_listed_as_people_write_them() -> None:
-    assert [listed(layers) for layers in ((), (3,), (0, 1), (2, 3, 4), (1, 5))] == [
+    assert [as_ranges(layers) for layers in ((), (3,), (0, 1), (2, 3, 4), (1, 5))] == [
         "none",
         "3",
         "0, 1",

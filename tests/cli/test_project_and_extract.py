@@ -290,7 +290,7 @@ def test_a_vector_of_another_width_fails_its_trait_alone(project: Run, projected
     torch.save(torch.ones(9), vectors / "probe_layer1.pt")
     result = project()
     assert result.exit_code == 1
-    said = "probe_layer1.pt: 9 numbers, but metadata.json says 32"
+    said = "probe_layer1.pt: the vector has width 9, but metadata.json gives 32"
     assert said in result.stderr
     assert not projected.exists()
     assert len(list((projected.parents[2] / "warm" / "residual_stream" / "short").iterdir())) == 3

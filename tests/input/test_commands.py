@@ -18,7 +18,8 @@ from tests.input import captures
 from tests.report.conftest import attention, logit_lens, projection, write
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
-from tlcapture.traits.vectors import VectorFolder
+from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.traits.vectors import write_vector
 
 Run = Callable[..., Result]
 TRAIT = Trait("style", "odd")
@@ -46,9 +47,9 @@ def layout(root: Path) -> Layout:
     made = Layout(root, "exp")
     make_prompt_set(root, "odd", ["hello"])
     write(made.config, {"inference_model": "smollm2", "extraction_model": "smollm2"})
-    folder = VectorFolder(made, TRAIT)
+    folder = VectorFiles(made, TRAIT)
     for layer in (0, 1):
-        folder.write("residual", "probe", layer, torch.ones(captures.WIDTH))
+        write_vector(folder, "residual", "probe", layer, torch.ones(captures.WIDTH))
     folder.write_metadata("residual", {"extraction_model": "tiny", "methods": ["probe"], "layers": [0, 1]})
     raw = made.residual("odd", "1")
     raw.parent.mkdir(parents=True)
@@ -72,9 +73,9 @@ COMMANDS: dict[str, tuple[Callable[[Layout], Path], list[tuple[str, ...]]]] = {
     ),
     "config.json": (lambda layout: layout.config, [("capture", *EXP, "--prompt", "x")]),
     "capture": (lambda layout: layout.residual("odd", "1"), [PROJECT]),
-    "vector": (lambda layout: VectorFolder(layout, TRAIT).file("residual", "probe", 1), [PROJECT]),
+    "vector": (lambda layout: VectorFiles(layout, TRAIT).file("residual", "probe", 1), [PROJECT]),
     "metadata of vectors": (
-        lambda layout: VectorFolder(layout, TRAIT).metadata_file("residual"),
+        lambda layout: VectorFiles(layout, TRAIT).metadata_file("residual"),
         [PROJECT, ("traits", "list", *EXP)],
     ),
     "extraction_evaluation.json": (
@@ -143,7 +144,7 @@ def test_a_further_field_that_is_nested_too_deep_for_the_page_is_said(
     tlcapture: Run, layout: Layout, tmp_path: Path, evidence: Evidence
 ) -> None:
     nested = '{"further": ' + "[" * 900 + "]" * 900 + "}"
-    VectorFolder(layout, TRAIT).metadata_file("residual").write_text(nested)
+    VectorFiles(layout, TRAIT).metadata_file("residual").write_text(nested)
     result = tlcapture("view", *EXP, "--export", tmp_path / "page.html")
     assert result.exit_code == 1
     assert "exp/vectors/style/odd: a file holds what cannot be shown" in result.stderr

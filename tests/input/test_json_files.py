@@ -34,7 +34,7 @@ from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.traits.projected_tokens import ProjectedTokens
 from tlcapture.traits.selection import effect_sizes, select, steering_runs
 from tlcapture.traits.vector_files import VectorFiles
-from tlcapture.traits.vectors import VectorFolder
+from tlcapture.traits.vectors import read_vector, write_vector
 
 ODD = Trait.parse(TRAIT)
 
@@ -108,14 +108,14 @@ def test_config(tmp_path: Path, evidence: Evidence) -> None:
 def test_metadata_of_vectors(tmp_path: Path, evidence: Evidence) -> None:
     good = {"extraction_model": "m", "methods": ["probe"], "layers": [1, 2], "num_layers": 3, "hidden_dim": 4,
             "position": "response_mean", "split": {"seed": 0}, "model_fingerprint": "f"}  # fmt: skip
-    folder = VectorFolder(Layout(tmp_path, "exp"), ODD)
-    folder.write("residual", "probe", 1, torch.ones(4))
+    folder = VectorFiles(Layout(tmp_path, "exp"), ODD)
+    write_vector(folder, "residual", "probe", 1, torch.ones(4))
     path = folder.metadata_file("residual")
 
     def check(file: Damaged) -> None:
         file.put(path)
         try:
-            found = folder.read("residual", "probe", 1)
+            found = read_vector(folder, "residual", "probe", 1)
         except TlcaptureError as error:
             check_refusal(error, path, folder.file("residual", "probe", 1))
             return
@@ -146,9 +146,9 @@ ROW = {
 def test_evaluation(tmp_path: Path, evidence: Evidence) -> None:
     rows = [ROW, {"trait": TRAIT, "method": "probe", "layer": 2, "val_effect_size": 0.5}]
     layout = Layout(tmp_path, "exp")
-    folder = VectorFolder(layout, ODD)
+    folder = VectorFiles(layout, ODD)
     for layer in (1, 2):
-        folder.write("residual", "probe", layer, torch.ones(4))
+        write_vector(folder, "residual", "probe", layer, torch.ones(4))
     path = layout.evaluation
 
     def check(file: Damaged) -> None:
@@ -191,7 +191,7 @@ RESULTS = {"baseline": {"trait_mean": 50.0, "coherence_mean": 100.0}, "runs": [R
 def test_steering_results(tmp_path: Path, evidence: Evidence) -> None:
     folder = VectorFiles(Layout(tmp_path, "exp"), ODD)
     for layer in (1, 2):
-        VectorFolder(folder.layout, ODD).write("residual", "probe", layer, torch.ones(4))
+        write_vector(VectorFiles(folder.layout, ODD), "residual", "probe", layer, torch.ones(4))
     path = folder.layout.steering(ODD)
 
     def check(file: Damaged) -> None:

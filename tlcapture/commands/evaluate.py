@@ -26,8 +26,8 @@ from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant
 from tlcapture.text import as_ranges
 from tlcapture.traits.evaluation_files import EvaluationRow, best_by_trait, read_evaluation
-from tlcapture.traits.vector_files import METHODS
-from tlcapture.traits.vectors import TraitVector, VectorFolder
+from tlcapture.traits.vector_files import METHODS, VectorFiles
+from tlcapture.traits.vectors import TraitVector, read_vector
 from tlcapture.views.hooks import COMPONENTS
 
 Row = dict[str, Any]
@@ -100,7 +100,7 @@ def draw_heatmaps(layout: Layout, report: RunReport) -> None:
 
 def _evaluate(run: Run, trait: Trait, model: Model, options: EvaluateOptions) -> list[Row]:
     layout = run.layout
-    folder = VectorFolder(layout, trait)
+    folder = VectorFiles(layout, trait)
     rows: list[Row] = []
     prepared: PreparedExamples | None = None
     for component in options.components:
@@ -123,7 +123,7 @@ def _evaluate(run: Run, trait: Trait, model: Model, options: EvaluateOptions) ->
         baseline = random_baseline(activations, prepared.labels, prepared.held_out, seed=options.seed)
         for method in methods:
             layers = [layer for layer in available[method] if not options.layers or layer in options.layers]
-            vectors = [folder.read(component, method, layer) for layer in layers]
+            vectors = [read_vector(folder, component, method, layer) for layer in layers]
             rows += _rows(layout, vectors, activations, prepared, baseline, options.seed)
     for note in _doubts(rows):
         run.warn(f"{trait}: {note}")
@@ -160,7 +160,7 @@ def _row(
         "method": vector.method,
         "layer": vector.layer,
         "component": vector.component,
-        "vector_digest": VectorFolder(layout, vector.trait).digest(vector.component, vector.method, vector.layer),
+        "vector_digest": VectorFiles(layout, vector.trait).digest(vector.component, vector.method, vector.layer),
         "val_accuracy": _number(found.accuracy[number]),
         "val_auroc": _number(found.auroc[number]),
         "val_effect_size": effect,
@@ -180,9 +180,9 @@ def _cosines(vector: TraitVector, others: Sequence[tuple[str, Trait, str]], layo
     """Cosines to the vectors of other methods or traits at the same layer, where there are any."""
     cosines = {}
     for name, trait, method in others:
-        folder = VectorFolder(layout, trait)
+        folder = VectorFiles(layout, trait)
         if folder.file(vector.component, method, vector.layer).is_file():
-            other = folder.read(vector.component, method, vector.layer).vector
+            other = read_vector(folder, vector.component, method, vector.layer).vector
             if other.shape == vector.vector.shape:
                 cosines[name] = _number(torch.nn.functional.cosine_similarity(vector.vector, other, dim=0))
     return cosines

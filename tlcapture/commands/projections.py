@@ -16,7 +16,8 @@ from tlcapture.storage.layout import Layout
 from tlcapture.traits.origin import check_origin, origin_notes
 from tlcapture.traits.projection import Projection, check_fits, check_kept, project
 from tlcapture.traits.selection import Selection, select
-from tlcapture.traits.vectors import TraitVector, VectorFolder
+from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.traits.vectors import TraitVector, read_vector
 from tlcapture.views.kept import Kept
 
 Chosen = Sequence[tuple[TraitVector, Selection]]
@@ -90,12 +91,12 @@ class Chooser:
     def _choose(self, component: str, capture: Projectable) -> Chosen:
         chosen, n_layers = [], capture.n_layers
         for trait in traits_to_project(self._layout, self._choice):
-            folder = VectorFolder(self._choice.layout(self._layout), trait)
+            folder = VectorFiles(self._choice.layout(self._layout), trait)
             if not folder.available(component) and not self._choice.traits:
                 continue
             try:
                 selection = select(folder, component, n_layers, layer=self._choice.layer, method=self._choice.method)
-                vector = folder.read(component, selection.method, selection.layer)
+                vector = read_vector(folder, component, selection.method, selection.layer)
                 check_fits(vector, n_layers, capture.d_model)
                 check_kept(vector, capture.kept)
                 check_origin(vector, capture.metadata)
@@ -109,7 +110,7 @@ class Chooser:
         layout, source = self._layout, self._choice.layout(self._layout)
         path = layout.projection(vector.trait, vector.component, capture.prompt_set, capture.prompt_id)
         raw = layout.residual(capture.prompt_set, capture.prompt_id)
-        made_from = VectorFolder(source, vector.trait).file(vector.component, vector.method, vector.layer)
+        made_from = VectorFiles(source, vector.trait).file(vector.component, vector.method, vector.layer)
         newest = max(each.stat().st_mtime_ns for each in (raw, made_from) if each.is_file())
         if not path.is_file() or path.stat().st_mtime_ns < newest:
             return False

@@ -229,14 +229,15 @@ class Explored(ABC):
         from tlcapture.traits.origin import check_origin, origin_notes
         from tlcapture.traits.projection import project
         from tlcapture.traits.selection import select
-        from tlcapture.traits.vectors import VectorFolder
+        from tlcapture.traits.vector_files import VectorFiles
+        from tlcapture.traits.vectors import read_vector
 
         capture, source = self._captured, self._source(vector_experiment)
         chosen, notes = [], []
         for trait in named_traits(source, traits, check_component(component)):
-            folder = VectorFolder(source, trait)
+            folder = VectorFiles(source, trait)
             selection = select(folder, component, capture.n_layers, layer=layer, method=method)
-            vector = folder.read(component, selection.method, selection.layer)
+            vector = read_vector(folder, component, selection.method, selection.layer)
             check_origin(vector, capture.metadata)
             intended = vector_experiment is not None
             found = origin_notes(vector, capture.metadata, other_model_intended=intended)
