@@ -102,9 +102,11 @@ def test_what_is_missing_is_an_error_that_names_the_command(exp: Experiment) -> 
         InputError, match=r"no captures of prompt set 'nix'.*run 'tlcapture capture .*--prompt-set nix'"
     ):
         exp.to_pandas("nix")
-    with pytest.raises(InputError, match=r"onto a/b; traits there are: tone/loud, tone/warm; run 'tlcapture project"):
+    with pytest.raises(InputError, match=r"onto a/b; available traits: tone/loud, tone/warm; run 'tlcapture project"):
         exp.to_pandas("short", traits=["tone/loud", "a/b"])
-    with pytest.raises(InputError, match=r"no attn_out projections.*there are: none; run .* --component attn_out'"):
+    with pytest.raises(
+        InputError, match=r"no attn_out projections.*available traits: none; run .* --component attn_out'"
+    ):
         exp.to_pandas("short", component="attn_out")
     with pytest.raises(InputError, match="no component 'mlp'"):
         exp.to_pandas("short", component="mlp")

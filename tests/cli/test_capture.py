@@ -328,7 +328,7 @@ def test_vectors_may_come_from_another_experiment(capture: Run, extract: Run, pr
     assert read_json(projected / "1.json")["metadata"]["vector_source"]["experiment"] == "vectors"
     result = capture("--vector-experiment", "nothing")
     assert result.exit_code == 2
-    assert "--vector-experiment 'nothing' has no trait vectors" in result.stderr
+    assert "experiment 'nothing' has no trait vectors" in result.stderr
 
 
 def test_length_temperature_and_seed_change_the_response(capture: Run, raw: Path) -> None:

@@ -187,7 +187,7 @@ def test_traits_layer_and_method(project: Run, projected: Path) -> None:
     assert not (projected.parents[2] / "warm").exists()
     result = project("--traits", "tone/quiet")
     assert result.exit_code == 2
-    assert "traits there are: tone/loud, tone/warm" in result.stderr
+    assert "available traits: tone/loud, tone/warm" in result.stderr
 
 
 def test_attn_out_goes_to_its_own_folder_with_one_score_a_layer(project: Run, projected: Path) -> None:

@@ -140,13 +140,13 @@ def test_an_override_wins_and_must_exist(folder: VectorFiles) -> None:
     steering(folder, (10, 75.0, 90.0))
     found = select(folder, "residual", 30, layer=2)
     assert (found.layer, found.method, found.selected_by) == (2, "mean_diff", "override")
-    with pytest.raises(VectorError, match=r"by 'probe' at layer 3 .* layers there are: probe: 0, 2, 4"):
+    with pytest.raises(VectorError, match=r"by 'probe' at layer 3 .* available layers: probe: 0, 2, 4"):
         select(folder, "residual", 30, layer=3)
 
 
 def test_without_vectors_the_error_says_what_to_run(tmp_path: Path) -> None:
     empty = VectorFiles(Layout(tmp_path, "exp"), TRAIT)
-    with pytest.raises(VectorError, match="run 'tlcapture extract' first"):
+    with pytest.raises(VectorError, match="run 'tlcapture extract --experiment exp --traits behavioral/refusal'"):
         select(empty, "residual", 30)
 
 

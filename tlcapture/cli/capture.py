@@ -129,9 +129,9 @@ def _run(
 ) -> None:
     executor = take_executor(options, options["batch_size"], collects=not options["projections_only"])
     from tlcapture.commands.capture import CaptureOptions, estimate_capture, run_capture
-    from tlcapture.commands.projections import VectorChoice
     from tlcapture.generation.loop import Sampling
     from tlcapture.storage.files import free_bytes
+    from tlcapture.traits.choice import VectorChoice
 
     chosen = CaptureOptions(
         internals="all" if "all" in layer_internals else tuple(int(n) for n in layer_internals),

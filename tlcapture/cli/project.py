@@ -77,9 +77,9 @@ def project(
 ) -> None:
     """Project saved captures onto trait vectors."""
     from tlcapture.commands.project import ProjectOptions, run_project
-    from tlcapture.commands.projections import VectorChoice
     from tlcapture.errors import InputError
     from tlcapture.storage.layout import Layout
+    from tlcapture.traits.choice import VectorChoice
 
     if (prompt_set is not None) == all_prompt_sets:
         raise click.UsageError("give one of --prompt-set NAME and --all-prompt-sets")

@@ -16,12 +16,11 @@ from typing import Any
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.capture_outputs import Outputs
 from tlcapture.commands.capture_tasks import CaptureOptions, Plan
-from tlcapture.commands.projections import traits_to_project
 from tlcapture.errors import InputError, StorageError
 from tlcapture.models.sizes import Measures
 from tlcapture.storage.layout import Layout
 from tlcapture.text import format_bytes
-from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 from tlcapture.views.logit_lens import TOP_K
 
 _PER_WEIGHT = 9.5  # an attention weight: 4 significant digits and a comma
@@ -149,7 +148,7 @@ def n_projections(layout: Layout, options: CaptureOptions) -> int:
     source = options.vectors.layout(layout)
     components = ["residual", *(["attn_out"] if options.capture_attn else [])]
     try:
-        traits = traits_to_project(layout, options.vectors)
+        traits = traits_with_vectors(source, options.vectors.traits)
     except InputError:
         return 0
     return sum(bool(VectorFiles(source, trait).available(component)) for trait in traits for component in components)

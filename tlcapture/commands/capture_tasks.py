@@ -13,15 +13,15 @@ from typing import Any, Protocol, TypeVar
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.capture_outputs import Outputs
 from tlcapture.commands.projected_captures import ProjectedCapture
-from tlcapture.commands.projections import Chooser, Projectable, VectorChoice
+from tlcapture.commands.projections import without_projection
 from tlcapture.errors import InputError, StorageError
 from tlcapture.generation.loop import Sampling
 from tlcapture.prompts.prompt_sets import Prompt, PromptSet
 from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
-from tlcapture.runs.run import Run
 from tlcapture.runs.shards import Shard
 from tlcapture.storage.config import ExperimentConfig
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.choice import VectorChoice, VectorChooser
 from tlcapture.views.kept import Kept
 
 ALL_LAYERS = "all"
@@ -155,8 +155,7 @@ class Planner:
         self._model_name = model_name
         self._model = model
         self._otherwise: list[str] = []
-        # Says nothing: what goes wrong with a vector is told by the run.
-        self._chooser = Chooser(Run.silent(layout), options.vectors)
+        self._chooser = VectorChooser(layout, options.vectors)
 
     def plans(self, prompt_sets: Sequence[PromptSet]) -> list[Plan]:
         """A plan for each prompt set.
@@ -234,7 +233,10 @@ class Planner:
                 and self._is_whole_and_of(found, prompt_set, prompt)
                 and found.kept.includes(wanted.kept)
                 and not wanted.lacking(layout, *names)
-                and not any(self._chooser.missing(found, component) for component in options.components)
+                and not any(
+                    without_projection(layout, found, self._chooser.vectors(found, component))
+                    for component in options.components
+                )
             )
             if found is not None and is_done:
                 self._note_sampling(found)
@@ -251,7 +253,7 @@ class Planner:
             "that, or run 'tlcapture project'"
         )
 
-    def _note_sampling(self, saved: Projectable) -> None:
+    def _note_sampling(self, saved: Capture | ProjectedCapture) -> None:
         """Note a prompt that is kept although it was sampled otherwise; a capture that does not say is believed."""
         asked = {"temperature": self._options.sampling.temperature, "max_new_tokens": self._options.max_new_tokens}
         if self._options.sampling.temperature:
@@ -259,7 +261,7 @@ class Planner:
         if any(saved.metadata.get(name) not in (None, value) for name, value in asked.items()):
             self._otherwise.append(saved.prompt_id)
 
-    def _is_whole_and_of(self, saved: Projectable, prompt_set: PromptSet, prompt: Prompt) -> bool:
+    def _is_whole_and_of(self, saved: Capture | ProjectedCapture, prompt_set: PromptSet, prompt: Prompt) -> bool:
         """Whether a capture is of this prompt, put in this way to this model, rather than of an earlier wording,
         and the run that wrote it came to the end of the prompt."""
         asked = self.asked_template

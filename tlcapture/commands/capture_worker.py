@@ -17,7 +17,7 @@ from tlcapture.captures.making import capture_of
 from tlcapture.commands.capture_outputs import Outputs, add_ons, remove_stale, write_capture
 from tlcapture.commands.capture_tasks import CaptureOptions, Plan
 from tlcapture.commands.projected_captures import ProjectedCapture
-from tlcapture.commands.projections import Chooser, project_capture
+from tlcapture.commands.projections import project_capture, vector_chooser, without_projection
 from tlcapture.errors import InputError
 from tlcapture.generation.loop import Failure, Generation, generate, teacher_force
 from tlcapture.models.loading import Model
@@ -41,7 +41,7 @@ class CaptureWorker:
         self.layout = run.layout
         self.options = options
         self._load = load
-        self._chooser = Chooser(run, options.vectors)
+        self._chooser = vector_chooser(run, options.vectors)
         self._removed: list[Path] = []
 
     @cached_property
@@ -192,11 +192,7 @@ class CaptureWorker:
             return
         components = ["residual"] + (["attn_out"] if capture.prompt.residual.attn_out is not None else [])
         for component in components:
-            choose = self._chooser.missing if only_missing else self._chooser.vectors
-            project_capture(
-                self.run,
-                capture,
-                choose(capture, component),
-                other_model_intended=self.options.vectors.experiment is not None,
-                only=only,
-            )
+            vectors = self._chooser.vectors(capture, component)
+            if only_missing:
+                vectors = without_projection(self.layout, capture, vectors)
+            project_capture(self.run, capture, vectors, only=only)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tlcapture.errors import InputError, VectorError
+from tlcapture.errors import VectorError
 from tlcapture.extraction.evaluation import RandomBaseline, Separation, random_baseline, separation
 from tlcapture.extraction.preparation import PreparedExamples, prepare
 from tlcapture.extraction.readout import Activations, read_out
@@ -26,7 +26,7 @@ from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant
 from tlcapture.text import as_ranges
 from tlcapture.traits.evaluation_files import EvaluationRow, best_by_trait, read_evaluation
-from tlcapture.traits.vector_files import METHODS, VectorFiles
+from tlcapture.traits.vector_files import METHODS, VectorFiles, traits_with_vectors
 from tlcapture.traits.vectors import TraitVector, read_vector
 from tlcapture.views.hooks import COMPONENTS
 
@@ -58,17 +58,11 @@ def run_evaluate(
         InputError: the experiment has no vectors, or not of a trait asked for; nothing was written.
     """
     layout.check_exists()
-    there = layout.traits()
-    for trait in options.traits:
-        if trait not in there:
-            raise InputError(f"no vectors for trait {str(trait)!r} in {layout.folder}: run 'tlcapture extract' first")
-    if not there:
-        raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
+    traits = traits_with_vectors(layout, options.traits)
     access = executor.model_access(load)
     run = Run.begin(layout, display)
     make = partial(ModelWorker, _evaluate_one, options)
-    tasks = options.traits or tuple(there)
-    executor.run(Work(make, access.load, tasks, lambda trait: 1, "trait", str), run)
+    executor.run(Work(make, access.load, traits, lambda trait: 1, "trait", str), run)
     return run.report
 
 

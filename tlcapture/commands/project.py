@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tlcapture.captures.capture import Capture
-from tlcapture.commands.projections import Chooser, VectorChoice, project_capture, traits_to_project
+from tlcapture.commands.projections import project_capture, vector_chooser, without_projection
 from tlcapture.errors import InputError, NumericalError, StorageError
 from tlcapture.runs.display import Display
 from tlcapture.runs.exclusive import alone
@@ -20,8 +20,10 @@ from tlcapture.runs.run import Run
 from tlcapture.runs.shards import Shard
 from tlcapture.storage.files import read_json, write_json
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.choice import VectorChoice
 from tlcapture.traits.projection import dynamics_of_file
 from tlcapture.traits.projection_files import ProjectionFile
+from tlcapture.traits.vector_files import traits_with_vectors
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,7 @@ def run_project(
             with alone(run, f"captures of {name}", options.shard, "projection"):
                 _recompute_dynamics(run, name, ids[name], options)
         return run.report
-    if not traits_to_project(layout, options.vectors):
-        raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
+    traits_with_vectors(options.vectors.layout(layout), options.vectors.traits)
     with ExitStack() as stack:
         for name in sorted(prompt_sets):
             stack.enter_context(alone(run, f"captures of {name}", options.shard, "projection"))
@@ -105,7 +106,7 @@ class ProjectionWorker:
         self._options = options
         self._run = run
         self._layout = run.layout
-        self._chooser = Chooser(run, options.vectors)
+        self._chooser = vector_chooser(run, options.vectors)
 
     def prepare(self) -> None:
         """Vectors are chosen when a first capture shows its measures."""
@@ -123,14 +124,14 @@ class ProjectionWorker:
         if capture.prompt_set != prompt_set or capture.prompt_id != prompt_id:
             says = f"{capture.prompt_set}/{capture.prompt_id}"
             raise StorageError(f"{raw}: it says it is {says}: it was moved or renamed")
-        choose = self._chooser.missing if self._options.skip_existing else self._chooser.vectors
-        vectors = choose(capture, self._options.component)
+        vectors = self._chooser.vectors(capture, self._options.component)
+        if self._options.skip_existing:
+            vectors = without_projection(self._layout, capture, vectors)
         if not vectors:
             self._run.report.n_skipped += self._options.skip_existing
             return
-        intended = self._options.vectors.experiment is not None
         try:
-            project_capture(self._run, capture, vectors, other_model_intended=intended)
+            project_capture(self._run, capture, vectors)
         except NumericalError as error:
             raise NumericalError(f"{raw}: {error}") from None
         self._run.report.n_prompts += 1

@@ -32,7 +32,7 @@ from tlcapture.storage.validation import first_problem
 from tlcapture.traits.projection import check_fits
 from tlcapture.traits.selection import COHERENT, select
 from tlcapture.traits.steering_files import SteeringResults, SteeringRun
-from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 from tlcapture.traits.vectors import TraitVector, read_vector
 
 COEFFICIENTS = (0.1, 0.2, 0.3)
@@ -65,13 +65,7 @@ def run_steer(
         InputError: a trait has no vectors or no steering questions; nothing was written.
     """
     layout.check_exists()
-    there = layout.traits()
-    for trait in options.traits:
-        if trait not in there:
-            raise InputError(f"no vectors for trait {str(trait)!r} in {layout.folder}: run 'tlcapture extract' first")
-    traits = options.traits or tuple(there)
-    if not traits:
-        raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
+    traits = traits_with_vectors(layout, options.traits)
     tasks = [SteeringTask(trait, read_questions(Datasets(layout.root), trait)) for trait in traits]
     access = executor.model_access(load)
     run = Run.begin(layout, display)

@@ -20,10 +20,11 @@ from IPython.display import display
 
 from tlcapture.errors import TlcaptureError
 from tlcapture.explore.experiment import Experiment
-from tlcapture.explore.explored import named_traits
 from tlcapture.models.embedded import NAME
 from tlcapture.models.lazy_model import LazyModel
+from tlcapture.names import Trait
 from tlcapture.text import printable
+from tlcapture.traits.vector_files import traits_with_vectors
 
 if TYPE_CHECKING:
     from tlcapture.explore.live import LiveCapture
@@ -125,7 +126,7 @@ def _check_trait(exp: Experiment | None, trait: str) -> None:
         raise TlcaptureError(
             f"--trait {trait}: there are no vectors; set exp = Experiment(...), whose vectors are taken"
         )
-    named_traits(exp.layout, [trait], "residual")
+    traits_with_vectors(exp.layout, [Trait.parse(trait)])
 
 
 def _words(line: str) -> list[str]:

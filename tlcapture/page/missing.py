@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tlcapture.errors import InputError
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.missing_vectors import extract_command
 
 
 class MissingError(InputError):
@@ -26,7 +27,7 @@ def captures(layout: Layout, prompt_set: str) -> MissingError:
 def projections(layout: Layout, prompt_set: str) -> MissingError:
     """The command for projections, or for the vectors they need first."""
     if not layout.traits():
-        return MissingError("no trait vectors to project onto", f"tlcapture extract --experiment {layout.experiment}")
+        return MissingError("no trait vectors to project onto", extract_command(layout))
     command = f"tlcapture project --experiment {layout.experiment} --prompt-set {prompt_set}"
     return MissingError("not projected onto this trait", command)
 
@@ -39,9 +40,7 @@ def add_on(layout: Layout, prompt_set: str, kind: str) -> MissingError:
 
 
 def vectors(layout: Layout, trait: object) -> MissingError:
-    return MissingError(
-        f"no vectors of {trait}", f"tlcapture extract --experiment {layout.experiment} --traits {trait}"
-    )
+    return MissingError(f"no vectors of {trait}", extract_command(layout, [trait]))
 
 
 def evaluation(layout: Layout) -> MissingError:

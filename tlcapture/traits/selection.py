@@ -14,8 +14,9 @@ from operator import index
 from os.path import lexists
 from typing import SupportsIndex
 
-from tlcapture.errors import InputError, VectorError
+from tlcapture.errors import InputError
 from tlcapture.traits.evaluation_files import EvaluationRow, read_evaluation
+from tlcapture.traits.missing_vectors import no_vector, no_vectors_by_method
 from tlcapture.traits.steering_files import SteeringResults, SteeringRun
 from tlcapture.traits.vector_files import VectorFiles
 
@@ -56,10 +57,7 @@ def select(
     if method is not None:
         available = {name: layers for name, layers in available.items() if name == method}
     if not available:
-        wanted = f"{component} vectors" + (f" by {method!r}" if method else "")
-        raise VectorError(
-            f"no {wanted} for {folder.trait} in experiment {folder.layout.experiment!r}: run 'tlcapture extract' first"
-        )
+        raise no_vectors_by_method(folder.layout, folder.trait, component, method)
     if not isinstance(layer, str):
         layer = index(layer)  # a NumPy integer counts too
         best = next(ranked(folder, component, available), None) if method is None else None
@@ -119,6 +117,21 @@ def ranked(folder: VectorFiles, component: str, available: Mapping[str, list[int
     yield from _current(folder, component, measured)
 
 
+def runner_up(folder: VectorFiles, component: str, selection: Selection) -> Selection | None:
+    """The best candidate with a score at another layer than the selected one."""
+    candidates = ranked(folder, component, folder.available(component))
+    return next((each for each in candidates if each.layer != selection.layer), None)
+
+
+def n_layers_of_origin(folder: VectorFiles, component: str) -> int:
+    """Layers of the model that a trait's vectors were extracted from; without metadata, up to their last layer.
+
+    Raises `ValueError` for a component without vectors.
+    """
+    recorded = folder.metadata(component).get("num_layers")
+    return int(recorded or 1 + max(map(max, folder.available(component).values())))
+
+
 def _current(
     folder: VectorFiles, component: str, scored: Iterable[tuple[Selection, SteeringRun | EvaluationRow]]
 ) -> Iterator[Selection]:
@@ -174,7 +187,7 @@ def _method_at(
     for method in [*preferred, *available]:
         if layer in available[method]:
             return method
-    raise folder.missing(component, next(iter(available)), layer)
+    raise no_vector(folder.layout, folder.trait, component, next(iter(available)), layer, folder.available(component))
 
 
 def _score(selection: Selection) -> float:

@@ -8,7 +8,7 @@ extraction/{category}/{trait}/vectors/{method}_layer{L}.pt      float32 [d_model
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from os.path import lexists
@@ -17,12 +17,11 @@ from typing import Any
 
 from pydantic import Field
 
-from tlcapture.errors import VectorError
 from tlcapture.names import Trait
 from tlcapture.storage.files import read_bytes, read_json, remove, write_json
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.validation import FileContent, Layer, checked
-from tlcapture.text import as_ranges
+from tlcapture.traits.missing_vectors import no_vectors, no_vectors_of_trait
 
 METHODS = ("probe", "mean_diff", "gradient")  # in the order of preference
 _PREFIX = {"residual": "", "attn_out": "attn_out_"}
@@ -62,7 +61,7 @@ class VectorFiles:
         return self.layout.vectors(self.trait)
 
     def available(self, component: str) -> dict[str, list[int]]:
-        """The layers there are, by method, methods in the order of preference."""
+        """The layers that have a vector, by method, methods in the order of preference."""
         found: dict[str, list[int]] = {}
         for path in self.path.glob("*.pt"):
             is_attn = path.name.startswith(_PREFIX["attn_out"])
@@ -93,15 +92,6 @@ class VectorFiles:
         checked(VectorMetadata, value, path, "metadata of vectors")
         return dict(value)
 
-    def missing(self, component: str, method: str, layer: int) -> VectorError:
-        """The error for a vector that is not there, naming those that are."""
-        there = self.available(component)
-        listed = "; ".join(f"{name}: {as_ranges(layers)}" for name, layers in there.items()) or "none"
-        return VectorError(
-            f"no {component} vector of {self.trait} by {method!r} at layer {layer} in experiment "
-            f"{self.layout.experiment!r}; layers there are: {listed}"
-        )
-
     def remove_all(self, component: str, methods: Iterable[str], layers: Iterable[int]) -> list[Path]:
         """Remove the vectors of some methods and layers, where they are there, and the record of their origin;
         returns the vectors' files that there were."""
@@ -113,3 +103,17 @@ class VectorFiles:
 
     def write_metadata(self, component: str, metadata: Mapping[str, Any]) -> None:
         write_json(self.metadata_file(component), dict(metadata), indent=True)
+
+
+def traits_with_vectors(layout: Layout, named: Sequence[Trait] = ()) -> list[Trait]:
+    """The traits named, each once, or all with vectors where none is named.
+
+    Raises `InputError` for an experiment without vectors, and for a named trait without any.
+    """
+    available = layout.traits()
+    if not available and not named:
+        raise no_vectors(layout)
+    for trait in named:
+        if trait not in available:
+            raise no_vectors_of_trait(layout, trait)
+    return list(dict.fromkeys(named)) or available

@@ -11,6 +11,7 @@ from tlcapture.names import Trait
 from tlcapture.shapes import Vector
 from tlcapture.storage.files import Written, read_tensors, write_tensors
 from tlcapture.storage.tensors import described, is_plain
+from tlcapture.traits.missing_vectors import no_vector
 from tlcapture.traits.vector_files import VectorFiles
 
 
@@ -46,7 +47,7 @@ def read_vector(files: VectorFiles, component: str, method: str, layer: int) -> 
     """
     path = files.file(component, method, layer)
     if not path.is_file():
-        raise files.missing(component, method, layer)
+        raise no_vector(files.layout, files.trait, component, method, layer, files.available(component))
     value = read_tensors(path)
     if not is_plain(value) or value.ndim != 1:
         raise VectorError(f"{path}: expected a one-dimensional float tensor, got {described(value)}")
