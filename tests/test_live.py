@@ -9,7 +9,7 @@ import pytest
 from tests import tiny
 from tlcapture import capture
 from tlcapture.errors import InputError
-from tlcapture.views.kept import Kept
+from tlcapture.views.kept_points import KeptPoints
 
 WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no prompt": ([], {}, "no prompts: give at least one text"),
@@ -32,5 +32,5 @@ def test_wrong_arguments_are_one_line(what: str) -> None:
 @pytest.mark.parametrize("layer", ["x", 1.5, None])
 def test_a_layer_that_is_no_number_is_named(layer: Any) -> None:
     for look in (lambda kept: kept.row(layer, "residual_out"), lambda kept: kept.layer_row(layer)):
-        with pytest.raises(InputError, match=f"layer {layer!r} is no number: the model has layers 0 to 2"):
-            look(Kept.of(3))
+        with pytest.raises(InputError, match=f"layer {layer!r} is not a number: the model has layers 0 to 2"):
+            look(KeptPoints.of(3))

@@ -19,11 +19,11 @@ from tlcapture.captures.capture import Capture, CapturedPart
 from tlcapture.captures.index import NAME
 from tlcapture.errors import StorageError, TlcaptureError
 from tlcapture.storage.archives import Archive, append_record
-from tlcapture.views.kept import Kept
+from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.residual import ResidualStream
 
-ALL = Kept.of(N_LAYERS)
-SOME = Kept(N_LAYERS, (0, 2), ("residual_in", "residual_out"))
+ALL = KeptPoints.of(N_LAYERS)
+SOME = KeptPoints(N_LAYERS, (0, 2), ("residual_in", "residual_out"))
 METADATA = {
     "prompt_set": "odd",
     "prompt_id": "1",
@@ -36,7 +36,7 @@ METADATA = {
 
 
 def made(
-    kept: Kept = ALL,
+    kept: KeptPoints = ALL,
     dtype: torch.dtype = torch.float16,
     *,
     attn_out: bool = True,
@@ -47,7 +47,7 @@ def made(
 
     def part(n_tokens: int) -> CapturedPart:
         outputs = torch.randn(len(kept.layers), n_tokens, WIDTH).to(dtype) if attn_out else None
-        points = torch.randn(len(kept.places), n_tokens, WIDTH).to(dtype)
+        points = torch.randn(len(kept.point_indices), n_tokens, WIDTH).to(dtype)
         tokens = [f"t{number}\n" for number in range(n_tokens)]
         stream = ResidualStream(points, outputs, None if kept.is_all else kept)
         return CapturedPart("".join(tokens), tokens, list(range(n_tokens)), stream)
@@ -84,7 +84,7 @@ def saved_again(path: Path) -> Path:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("n_response", [N_PROMPT, N_RESPONSE, 0])  # storages of one size too, and of none
 def test_a_capture_opens_alike_by_its_index_and_by_its_pickle(
-    tmp_path: Path, kept: Kept, dtype: torch.dtype, attn_out: bool, n_response: int
+    tmp_path: Path, kept: KeptPoints, dtype: torch.dtype, attn_out: bool, n_response: int
 ) -> None:
     capture = made(kept, dtype, attn_out=attn_out, n_response=n_response)
     path, size = capture.save(tmp_path / "1.pt")
@@ -153,7 +153,7 @@ def test_indexes_that_are_wrong_in_every_way(tmp_path: Path, evidence: Evidence)
         assert found.n_layers == N_LAYERS
         for part, n_tokens in ((found.prompt, N_PROMPT), (found.response, N_RESPONSE)):
             assert len(part.tokens) == len(part.token_ids) == part.residual.n_tokens == n_tokens
-            assert part.residual.points.shape == (len(found.kept.places), n_tokens, WIDTH)
+            assert part.residual.points.shape == (len(found.kept.point_indices), n_tokens, WIDTH)
 
     try_all(evidence, "index of a capture", damaged_json(index_of(path)) | any_json(), check, examples=400)
 

@@ -16,7 +16,7 @@ from tlcapture.storage.layout import Layout
 from tlcapture.traits.choice import ChosenVectors, VectorChoice, VectorChooser, choose_vectors
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import write_vector
-from tlcapture.views.kept import Kept
+from tlcapture.views.kept_points import KeptPoints
 
 WIDTH = 4
 FITS, WIDE, ATTENTION = Trait("a", "fits"), Trait("a", "wide"), Trait("a", "attention")
@@ -31,8 +31,8 @@ class Model:
     metadata: Mapping[str, Any] = field(default_factory=lambda: {"inference_model": "tiny"})
 
     @property
-    def kept(self) -> Kept:
-        return Kept.of(self.n_layers)
+    def kept(self) -> KeptPoints:
+        return KeptPoints.of(self.n_layers)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from tlcapture.generation.loop import teacher_force
 from tlcapture.views.attention import AttentionPatterns, attention_hooks, attention_view
 from tlcapture.views.cache import stacked
 from tlcapture.views.internals import internals_hooks, internals_view
-from tlcapture.views.kept import Kept
+from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.logit_lens import logit_lens_view
 from tlcapture.views.residual import ResidualStream, residual_hooks, residual_view
 
@@ -47,12 +47,12 @@ def test_residual_in_of_a_layer_is_residual_out_of_the_one_before() -> None:
 @pytest.mark.parametrize("points", [("after_attn",), ("residual_in",), ("residual_in", "residual_out")])
 def test_what_is_kept_of_a_run_is_that_of_the_whole(name: str, points: tuple[str, ...]) -> None:
     model, ids = tiny.model(name), [1, 5, 9, 30]
-    kept = Kept.of(model.n_layers, (0, 2), points)
+    kept = KeptPoints.of(model.n_layers, (0, 2), points)
     whole = teacher_force(model, ids, residual_hooks(model.n_layers, model.hook_names, attn_out=True))
     hooks = residual_hooks(model.n_layers, model.hook_names, attn_out=True, only=kept)
     stream = residual_view(teacher_force(model, ids, hooks), model.n_layers, attn_out=True, only=kept)
     expected = residual_view(whole, model.n_layers, attn_out=True)
-    assert stream.points.shape[0] == len(kept.places)
+    assert stream.points.shape[0] == len(kept.point_indices)
     for layer in (0, 2):
         for point in (*points, "attn_out"):
             assert torch.equal(stream.at(layer, point), expected.at(layer, point))

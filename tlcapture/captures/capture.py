@@ -25,7 +25,7 @@ from tlcapture.errors import InputError, NumericalError, StorageError
 from tlcapture.shapes import Residual
 from tlcapture.storage.files import Hook, Written, read_tensors, write_tensors
 from tlcapture.views.cache import stacked
-from tlcapture.views.kept import Kept, point_index
+from tlcapture.views.kept_points import KeptPoints, point_index
 from tlcapture.views.residual import ResidualStream
 
 SAVE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -90,7 +90,7 @@ class Capture:
         return self.prompt.residual.n_layers
 
     @property
-    def kept(self) -> Kept:
+    def kept(self) -> KeptPoints:
         """Which layers and residual points the capture keeps."""
         return self.prompt.residual.kept
 
@@ -193,10 +193,10 @@ def _part_to_file(part: CapturedPart) -> dict[str, Any]:
     return {"text": part.text, "tokens": part.tokens, "token_ids": part.token_ids, "activations": activations}
 
 
-def _part_from_file(part: PartContent, kept: Kept) -> CapturedPart:
+def _part_from_file(part: PartContent, kept: KeptPoints) -> CapturedPart:
     activations = part.activations
-    by_place = {point_index(layer, point): activations[layer][point] for layer in kept.layers for point in kept.points}
-    points = [by_place[place] for place in kept.places]
+    by_index = {point_index(layer, point): activations[layer][point] for layer in kept.layers for point in kept.points}
+    points = [by_index[number] for number in kept.point_indices]
     outputs = [activations[layer]["attn_out"] for layer in kept.layers if "attn_out" in activations[layer]]
     # A file may hold parameters, which carry gradients.
     residual = ResidualStream(

@@ -14,7 +14,7 @@ from tlcapture.names import is_safe_name
 from tlcapture.storage.tensors import described, is_plain
 from tlcapture.storage.validation import FileContent, Layer, checked
 from tlcapture.views.hooks import POINTS
-from tlcapture.views.kept import Kept, point_index
+from tlcapture.views.kept_points import KeptPoints, point_index
 
 FORMAT_VERSION = 1
 
@@ -150,13 +150,13 @@ class CaptureContent(FileContent):
         return self
 
     @property
-    def kept(self) -> Kept:
+    def kept(self) -> KeptPoints:
         """Which layers and points the file holds, as its metadata says too."""
         said = self.metadata.model_dump(include={"n_layers", "layers", "points"})
-        return Kept.of_file(said, self.prompt.activations, self.prompt.points)
+        return KeptPoints.of_file(said, self.prompt.activations, self.prompt.points)
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are one; only those that do not share their memory have to be read for it."""
-    places = [(each.data_ptr(), each.shape, each.stride()) for each in (one, other)]
-    return places[0] == places[1] or torch.equal(one, other)
+    views = [(each.data_ptr(), each.shape, each.stride()) for each in (one, other)]
+    return views[0] == views[1] or torch.equal(one, other)

@@ -21,7 +21,7 @@ from tlcapture.captures.format import FORMAT_VERSION, CaptureMetadata, TokenId, 
 from tlcapture.storage.archives import Archive, append_record
 from tlcapture.storage.files import opening
 from tlcapture.storage.validation import FileContent, checked
-from tlcapture.views.kept import Kept
+from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.residual import ResidualStream
 
 NAME = "tlcapture.json"
@@ -62,9 +62,9 @@ class CaptureIndex(FileContent):
     metadata: CaptureMetadata
 
     @property
-    def kept(self) -> Kept:
+    def kept(self) -> KeptPoints:
         said = self.metadata
-        return Kept.of(said.n_layers, said.layers or (), said.points or ())
+        return KeptPoints.of(said.n_layers, said.layers or (), said.points or ())
 
     @model_validator(mode="after")
     def _is_of_one_capture(self) -> CaptureIndex:
@@ -78,7 +78,7 @@ class CaptureIndex(FileContent):
                 raise ValueError(
                     f"{name}: {n_tokens} tokens, but {len(part.token_ids)} token_ids: they must be as many"
                 )
-            for stored, n_rows in ((part.points, len(kept.places)), (part.attn_out, len(kept.layers))):
+            for stored, n_rows in ((part.points, len(kept.point_indices)), (part.attn_out, len(kept.layers))):
                 if stored is not None and stored.shape != [n_rows, n_tokens, width]:
                     raise ValueError(f"{name}: {stored.shape}, expected {[n_rows, n_tokens, width]}")
         return self
@@ -124,7 +124,7 @@ def add_index(path: Path, content: Mapping[str, Any], streams: Mapping[str, Resi
         append_record(path, NAME, data)
 
 
-def _stream(archive: Archive, part: IndexedPart, only: Kept | None) -> ResidualStream:
+def _stream(archive: Archive, part: IndexedPart, only: KeptPoints | None) -> ResidualStream:
     stored = [each for each in (part.points, part.attn_out) if each is not None]
     points, *outputs = archive.tensors([(each.record, getattr(torch, each.dtype), each.shape) for each in stored])
     return ResidualStream(points, outputs[0] if outputs else None, only)

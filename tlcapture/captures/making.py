@@ -10,7 +10,7 @@ from tlcapture.errors import StorageError
 from tlcapture.generation.loop import Generation, Sampling
 from tlcapture.models.loading import Model
 from tlcapture.prompts.tokenization import bos_policy, decode, token_texts
-from tlcapture.views.kept import Kept
+from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.residual import residual_view
 
 
@@ -23,7 +23,7 @@ def capture_of(
     max_new_tokens: int,
     attn_out: bool,
     save_dtype: str,
-    kept: Kept | None = None,
+    kept: KeptPoints | None = None,
 ) -> Capture:
     """The capture of a live run, in the dtype in which it will be stored: all of it, or what is `kept`."""
     only = None if kept is None or kept.is_all else kept

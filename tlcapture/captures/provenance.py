@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from tlcapture.version import __version__
-from tlcapture.views.hooks import HOOKS, POINTS
+from tlcapture.views.hooks import HOOKS, PARALLEL_AFTER_ATTN, POINTS
 
 if TYPE_CHECKING:
     from tlcapture.models.loading import Model
@@ -33,7 +33,7 @@ def point_hooks(model: Model, *, attn_out: bool, points: Iterable[str] = POINTS)
     """The hook of each residual point that is captured, and of `attn_out` where it is."""
     hooks = {point: HOOKS[point] for point in [*points, *(["attn_out"] if attn_out else [])]}
     if model.has_parallel_blocks and "after_attn" in hooks:
-        hooks["after_attn"] = f"{HOOKS['residual_in']} + {HOOKS['attn_out']}"
+        hooks["after_attn"] = PARALLEL_AFTER_ATTN
     return hooks
 
 

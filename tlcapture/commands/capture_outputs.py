@@ -23,7 +23,7 @@ from tlcapture.views.attention import attention_hooks, attention_view
 from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import hook
 from tlcapture.views.internals import internals_hooks, internals_view
-from tlcapture.views.kept import Kept
+from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.logit_lens import logit_lens_hooks, logit_lens_view
 from tlcapture.views.residual import residual_hooks
 
@@ -35,7 +35,7 @@ class Outputs:
     `raw` says whether a residual stream that is captured is written, or projected and dropped.
     """
 
-    kept: Kept
+    kept: KeptPoints
     residual: bool = True
     raw: bool = True
     attn_out: bool = False

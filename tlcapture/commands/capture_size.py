@@ -122,7 +122,7 @@ def _tensors(m: Measures, n_tokens: int, wanted: Outputs, options: CaptureOption
     text = _PER_FILE + _PER_TOKEN * n_tokens
     if wanted.residual and wanted.raw:
         n_layers = len(wanted.kept.layers)
-        n_points = len(wanted.kept.places) + n_layers * wanted.attn_out
+        n_points = len(wanted.kept.point_indices) + n_layers * wanted.attn_out
         n_views = 2 * n_layers * (len(wanted.kept.points) + wanted.attn_out)
         yield "raw residual", text + n_views * _PER_VIEW + n_points * n_tokens * m.d_model * _BYTES[options.save_dtype]
     # Queries, keys, values and their mix; pre-activation, gate, activation; what goes in, between and out.

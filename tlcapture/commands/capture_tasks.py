@@ -22,7 +22,7 @@ from tlcapture.runs.shards import Shard
 from tlcapture.storage.config import ExperimentConfig
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.choice import VectorChoice, VectorChooser
-from tlcapture.views.kept import Kept
+from tlcapture.views.kept_points import KeptPoints
 
 ALL_LAYERS = "all"
 T = TypeVar("T")
@@ -70,7 +70,7 @@ class CaptureOptions:
             if layer >= n_layers:
                 raise InputError(f"--layer-internals {layer}: the model has layers 0 to {n_layers - 1}")
         return Outputs(
-            Kept.of(n_layers, self.layers, self.points),
+            KeptPoints.of(n_layers, self.layers, self.points),
             residual=not self.replay,
             raw=not self.projections_only,
             attn_out=self.capture_attn,

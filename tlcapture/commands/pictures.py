@@ -11,7 +11,8 @@ from tlcapture.runs.display import Display
 from tlcapture.storage.files import write_bytes
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.projected_tokens import ProjectedTokens
-from tlcapture.traits.saved_projections import check_component, no_projections
+from tlcapture.traits.saved_projections import no_projections
+from tlcapture.views.hooks import check_component
 
 
 def write_pictures(

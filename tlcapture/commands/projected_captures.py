@@ -18,7 +18,7 @@ from tlcapture.errors import InputError, StorageError
 from tlcapture.models.loading import Model
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
-from tlcapture.views.kept import Kept
+from tlcapture.views.kept_points import KeptPoints
 
 _ALIKE = ("model_fingerprint", "engine", "dtype")
 _OF_A_RUN = (*_ALIKE, "inference_model", "prompt_text", "system_prompt", "chat_template", "layers", "points")
@@ -48,11 +48,11 @@ class ProjectedCapture:
         return int(self.metadata["d_model"])
 
     @cached_property
-    def kept(self) -> Kept:
-        return Kept.of(self.n_layers, self.metadata["layers"], self.metadata["points"])
+    def kept(self) -> KeptPoints:
+        return KeptPoints.of(self.n_layers, self.metadata["layers"], self.metadata["points"])
 
     @classmethod
-    def of_model(cls, model: Model, kept: Kept, *, attn_out: bool) -> ProjectedCapture:
+    def of_model(cls, model: Model, kept: KeptPoints, *, attn_out: bool) -> ProjectedCapture:
         """What will be projected, as far as it can be told before any prompt has run."""
         measures = {"n_layers": model.n_layers, "d_model": model.d_model}
         hooks = point_hooks(model, attn_out=attn_out, points=kept.points)

@@ -27,8 +27,7 @@ from tlcapture.names import Trait
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.projected_tokens import ProjectedTokens
-from tlcapture.traits.saved_projections import check_component
-from tlcapture.views.hooks import hook
+from tlcapture.views.hooks import check_component, hook
 
 if TYPE_CHECKING:
     from pandas import DataFrame

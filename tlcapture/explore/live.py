@@ -27,7 +27,7 @@ from tlcapture.prompts.prompt_sets import ADHOC, Prompt, PromptSet
 from tlcapture.prompts.tokenization import tokenize
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.validation import first_problem
-from tlcapture.views.kept import Kept
+from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.residual import residual_hooks
 
 
@@ -99,7 +99,7 @@ def capture(
         for prompt in prompt_set.prompts
     ]
     sampling = Sampling(temperature, seed)
-    kept = Kept.of(runner.n_layers, layers, points)
+    kept = KeptPoints.of(runner.n_layers, layers, points)
     hooks = residual_hooks(runner.n_layers, runner.hook_names, attn_out=capture_attn, only=kept)
     for outcome in generate(
         runner, tokenized, hooks=hooks, max_new_tokens=max_new_tokens, sampling=sampling, batch_size=batch_size

@@ -20,7 +20,7 @@ from tlcapture.traits.projection import check_fits, check_kept
 from tlcapture.traits.selection import Selection, select
 from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 from tlcapture.traits.vectors import TraitVector, read_vector
-from tlcapture.views.kept import Kept
+from tlcapture.views.kept_points import KeptPoints
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Subject(Protocol):
         """Width of the residual stream."""
 
     @property
-    def kept(self) -> Kept:
+    def kept(self) -> KeptPoints:
         """The layers and residual points that are available."""
 
     @property

@@ -5,13 +5,12 @@ Only what both sides record is compared: files of earlier versions and of other 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tlcapture.captures.provenance import RAW
 from tlcapture.errors import VectorError
-from tlcapture.views.hooks import COMPONENT_HOOKS
+from tlcapture.views.hooks import COMPONENT_HOOKS, at_any_layer
 
 if TYPE_CHECKING:
     from tlcapture.traits.vectors import TraitVector
@@ -44,7 +43,7 @@ def check_origin(vector: TraitVector, capture: Metadata) -> None:
     if component != vector.component:
         raise VectorError(f"{name} is recorded as one of {component}, not of {vector.component}: extract it again")
     hook, expected = origin.get("hook"), COMPONENT_HOOKS[vector.component]
-    if hook is not None and _of_any_layer(str(hook)) != expected:
+    if hook is not None and at_any_layer(str(hook)) != expected:
         raise VectorError(f"{name} was read out at {hook}, but {expected} is projected: extract it at that hook")
     for what, metadata in ((name, origin), ("the capture", capture)):
         processing = metadata.get("weight_processing", RAW)
@@ -145,8 +144,3 @@ def _bos_count(metadata: Metadata) -> int | None:
     bos = metadata.get("bos")
     count = bos.get("count") if isinstance(bos, Mapping) else None
     return count if isinstance(count, int) else None
-
-
-def _of_any_layer(hook: str) -> str:
-    """`blocks.L.hook_x`, `blocks.{layer}.hook_x` or `blocks.12.hook_x` as `blocks.{L}.hook_x`."""
-    return re.sub(r"^blocks\.(\{\w+\}|\w+)\.", "blocks.{L}.", hook)

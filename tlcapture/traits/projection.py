@@ -27,7 +27,7 @@ from tlcapture.traits.origin import recorded_origin
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.selection import Selection
 from tlcapture.traits.vectors import TraitVector
-from tlcapture.views.kept import Kept
+from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.residual import ResidualStream
 
 _PIECE = 2**24  # numbers that are multiplied together
@@ -159,7 +159,7 @@ def check_fits(vector: TraitVector, n_layers: int, d_model: int) -> None:
         )
 
 
-def check_kept(vector: TraitVector, kept: Kept) -> None:
+def check_kept(vector: TraitVector, kept: KeptPoints) -> None:
     """Raise `VectorError` where a capture does not keep what the trajectory on a vector is taken from."""
     origin = f"the {vector.method} vector of {vector.trait} is of layer {vector.layer}"
     if vector.layer not in kept.layers:

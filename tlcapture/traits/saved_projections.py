@@ -12,7 +12,7 @@ from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.projected_tokens import ProjectedTokens
 from tlcapture.traits.vector_files import VectorFiles
-from tlcapture.views.hooks import COMPONENTS
+from tlcapture.views.hooks import check_component
 
 if TYPE_CHECKING:
     from tlcapture.traits.vectors import TraitVector
@@ -86,10 +86,3 @@ def is_projected(layout: Layout, prompt_set: str, prompt_id: str, vector: TraitV
         return all(recorded[key] == getattr(vector, key) for key in ("experiment", "method", "layer"))
     except (StorageError, KeyError, TypeError):
         return False
-
-
-def check_component(component: str) -> str:
-    """Return `component`, or raise `InputError`."""
-    if component not in COMPONENTS:
-        raise InputError(f"no component {component!r}: choose one of {', '.join(COMPONENTS)}")
-    return component
