@@ -14,7 +14,7 @@ from generation_speed import Bench
 from measure import Row, command, in_turn, medians, peak_memory, ratios
 
 from tlcapture.captures.capture import Capture
-from tlcapture.captures.making import capture_of
+from tlcapture.captures.from_generation import capture_of
 from tlcapture.commands.capture import CaptureOptions, run_capture
 from tlcapture.commands.project import ProjectOptions, run_project
 from tlcapture.generation.loop import Generation, Sampling, generate

@@ -8,7 +8,7 @@ import numpy as np
 
 from tlcapture.explore.attention_heads import AttentionHeads
 from tlcapture.explore.prediction_table import PredictionTable
-from tlcapture.traits.projected_tokens import ProjectedTokens
+from tlcapture.traits.token_scores import TokenScores
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 TOKENS = ["<bos>", "Say", "\n", HOSTILE, " $5$", " \x1b[2J", "</script><script>alert(2)</script>", '" onmouseover="x']
@@ -16,7 +16,7 @@ N_PROMPT, N_LAYERS = 3, 4
 POINTS = ["residual_in", "after_attn", "residual_out"]
 
 
-def projected(**changes: Any) -> ProjectedTokens:
+def projected(**changes: Any) -> TokenScores:
     """Eight tokens, four layers: `residual_out` of layer `l` is `token + 10 * l`, the first token a sink of -5000;
     other points are 1 less."""
     scores = np.arange(len(TOKENS))[:, None, None] + 10.0 * np.arange(N_LAYERS)[None, :, None] + np.array([-1, -1, 0])
@@ -36,7 +36,7 @@ def projected(**changes: Any) -> ProjectedTokens:
         "commitment_point": 5,
         "persistence": 0,
     }
-    return ProjectedTokens(**{**fields, **changes})
+    return TokenScores(**{**fields, **changes})
 
 
 def heads() -> AttentionHeads:

@@ -15,7 +15,7 @@ from tlcapture.errors import InputError, StorageError
 from tlcapture.explore.frames import COLUMNS, frame
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
-from tlcapture.traits.projected_tokens import ProjectedTokens
+from tlcapture.traits.token_scores import TokenScores
 
 
 def content(trait: str = "tone/loud", prompt_id: str = "1", **changes: Any) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def test_captures_without_projections_are_named_in_a_warning(exp: Experiment) ->
 def test_a_damaged_file_is_named(exp: Experiment, change: dict[str, Any], complaint: str) -> None:
     path = write(exp.layout, "tone/loud", "2", content() | change)
     with pytest.raises(StorageError, match=f"{path.name}: .*{complaint}"):
-        ProjectedTokens.read(path)
+        TokenScores.read(path)
     with pytest.raises(StorageError, match=complaint):
         exp.to_pandas("short")
 

@@ -19,7 +19,7 @@ from tlcapture.explore.experiment import Experiment
 from tlcapture.explore.live import capture as capture_live
 from tlcapture.page.contents import Contents
 from tlcapture.storage.files import read_json
-from tlcapture.traits.projected_tokens import ProjectedTokens
+from tlcapture.traits.token_scores import TokenScores
 
 Run = Callable[..., Result]
 GREEDY = ("--temperature", 0, "--save-dtype", "float32")
@@ -171,7 +171,7 @@ def test_everything_that_shows_projections_shows_the_kept_layers(
 ) -> None:
     extract()
     capture(*GREEDY, "--layers", "1,2", "--points", "residual_out", *LAYER_1)
-    line = ProjectedTokens.read(projected / "1.json")
+    line = TokenScores.read(projected / "1.json")
     assert list(line.layers) == [1, 2]
     assert np.isnan(line.by_layer()[:, 0]).all()
     with pytest.raises(InputError, match="no layer 0: the projection has layers 1, 2"):

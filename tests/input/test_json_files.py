@@ -31,8 +31,8 @@ from tlcapture.runs.report import RunReport
 from tlcapture.storage.config import read_config, record
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Datasets, Layout
-from tlcapture.traits.projected_tokens import ProjectedTokens
 from tlcapture.traits.selection import effect_sizes, select, steering_runs
+from tlcapture.traits.token_scores import TokenScores
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import read_vector, write_vector
 
@@ -260,7 +260,7 @@ def test_projection_files(tmp_path: Path, evidence: Evidence) -> None:
 
     def check(file: Damaged) -> None:
         file.put(path)
-        line = reads(path, lambda: ProjectedTokens.read(path))
+        line = reads(path, lambda: TokenScores.read(path))
         if line is not None:
             content = content_of(file)
             assert are_scores(content)
@@ -300,7 +300,7 @@ def test_a_projection_file_that_disagrees_with_itself_says_where(
     path = tmp_path / "1.json"
     path.write_text(json.dumps(replaced(projection(1), at, value)))
     with pytest.raises(StorageError) as caught:
-        ProjectedTokens.read(path)
+        TokenScores.read(path)
     assert f"{path}: no projection file: " in str(caught.value)
     assert said in str(caught.value)
     evidence.tried("projection file", "parts that disagree")
@@ -323,7 +323,7 @@ def test_a_projection_file_that_disagrees_with_itself_says_where(
 def test_a_projection_file_may_leave_out_what_no_number_depends_on(tmp_path: Path, at: tuple[str, ...]) -> None:
     path = tmp_path / "1.json"
     path.write_text(json.dumps(without(projection(1), at)))
-    assert ProjectedTokens.read(path).layer == 1
+    assert TokenScores.read(path).layer == 1
 
 
 def test_dynamics_are_computed_again_from_sound_projections_alone(tmp_path: Path, evidence: Evidence) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,11 @@ def point_hooks(model: Model, *, attn_out: bool, points: Iterable[str] = POINTS)
     if model.has_parallel_blocks and "after_attn" in hooks:
         hooks["after_attn"] = PARALLEL_AFTER_ATTN
     return hooks
+
+
+def is_same_computation(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two captures, given their metadata, were computed by the same model in the same way."""
+    return all(one.get(key) == other.get(key) for key in ("model_fingerprint", "engine", "dtype"))
 
 
 def now() -> str:

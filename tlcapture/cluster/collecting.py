@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tlcapture.captures.capture import Capture
-from tlcapture.captures.making import is_alike
+from tlcapture.captures.from_generation import is_alike
 from tlcapture.runs.report import Done
 from tlcapture.storage.config import record
 from tlcapture.storage.files import Written, read_bytes, remove, write_bytes

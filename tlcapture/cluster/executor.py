@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tlcapture.cluster.pool import Cluster, Crew, Piece, Probe, first_line
+from tlcapture.cluster.pool import Cluster, Crew, Piece, Probe
 from tlcapture.cluster.scheduler import Shift
 from tlcapture.errors import InputError
 from tlcapture.runs.executors import ModelAccess, Work
 from tlcapture.runs.model_loader import ModelLoader
 from tlcapture.runs.run import Run
+from tlcapture.text import first_line
 
 _PIECES_PER_WORKER = 2  # at least so many, so that no worker ends long before the others
 _MOST_PROMPTS = {"cpu": 16, "gpu": 64}  # in a piece, where no batch size is asked for

@@ -128,7 +128,3 @@ class Crew:
 
 def _absolute(layout: Layout) -> Layout:
     return Layout(layout.root.resolve(), layout.experiment)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

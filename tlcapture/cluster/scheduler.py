@@ -10,12 +10,13 @@ from typing import Any
 
 from tlcapture.cluster.actor import Result
 from tlcapture.cluster.collecting import contents_of, place
-from tlcapture.cluster.pool import LACKS_MODEL, PREPARES, READY, STARTS, TAKES_MODEL, Crew, Member, Piece, first_line
+from tlcapture.cluster.pool import LACKS_MODEL, PREPARES, READY, STARTS, TAKES_MODEL, Crew, Member, Piece
 from tlcapture.errors import ClusterError, InputError, TlcaptureError
 from tlcapture.logger import get_logger
 from tlcapture.runs.display import Progress
 from tlcapture.runs.executors import Work
 from tlcapture.runs.run import Run
+from tlcapture.text import first_line
 
 _log = get_logger(__name__)
 

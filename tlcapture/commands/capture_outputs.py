@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from tlcapture.captures.capture import Capture
-from tlcapture.captures.making import is_alike
-from tlcapture.commands.projected_captures import ProjectedCapture
+from tlcapture.captures.from_generation import is_alike
+from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.errors import NumericalError, StorageError
 from tlcapture.models.loading import Model
 from tlcapture.prompts.tokenization import token_texts
@@ -122,7 +122,7 @@ def write_capture(
 
 def remove_stale(layout: Layout, capture: Capture) -> Sequence[Path]:
     """Remove what was derived from another run of a prompt whose capture is not written but projected."""
-    before = ProjectedCapture.find(layout, capture.prompt_set, capture.prompt_id)
+    before = CaptureRecord.find(layout, capture.prompt_set, capture.prompt_id)
     if before is not None and before.is_like(capture):
         return ()
     derived = derived_files(layout, capture.prompt_set, capture.prompt_id)

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.capture_outputs import Outputs
-from tlcapture.commands.projected_captures import ProjectedCapture
+from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.projections import without_projection
 from tlcapture.errors import InputError, StorageError
 from tlcapture.generation.loop import Sampling
@@ -226,7 +226,7 @@ class Planner:
         options, layout, names = self._options, self._layout, (prompt_set.name, prompt.id)
         raw = layout.residual(*names)
         if not raw.is_file():
-            found = ProjectedCapture.find(layout, *names) if options.skip_existing else None
+            found = CaptureRecord.find(layout, *names) if options.skip_existing else None
             wanted = options.outputs(self._model().n_layers if found is None else found.n_layers)
             is_done = (
                 found is not None
@@ -253,7 +253,7 @@ class Planner:
             "that, or run 'tlcapture project'"
         )
 
-    def _note_sampling(self, saved: Capture | ProjectedCapture) -> None:
+    def _note_sampling(self, saved: Capture | CaptureRecord) -> None:
         """Note a prompt that is kept although it was sampled otherwise; a capture that does not say is believed."""
         asked = {"temperature": self._options.sampling.temperature, "max_new_tokens": self._options.max_new_tokens}
         if self._options.sampling.temperature:
@@ -261,7 +261,7 @@ class Planner:
         if any(saved.metadata.get(name) not in (None, value) for name, value in asked.items()):
             self._otherwise.append(saved.prompt_id)
 
-    def _is_whole_and_of(self, saved: Capture | ProjectedCapture, prompt_set: PromptSet, prompt: Prompt) -> bool:
+    def _is_whole_and_of(self, saved: Capture | CaptureRecord, prompt_set: PromptSet, prompt: Prompt) -> bool:
         """Whether a capture is of this prompt, put in this way to this model, rather than of an earlier wording,
         and the run that wrote it came to the end of the prompt."""
         asked = self.asked_template

@@ -13,10 +13,10 @@ from functools import cached_property
 from pathlib import Path
 
 from tlcapture.captures.capture import Capture
-from tlcapture.captures.making import capture_of
+from tlcapture.captures.from_generation import capture_of
 from tlcapture.commands.capture_outputs import Outputs, add_ons, remove_stale, write_capture
+from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.capture_tasks import CaptureOptions, Plan
-from tlcapture.commands.projected_captures import ProjectedCapture
 from tlcapture.commands.projections import project_capture, vector_chooser, without_projection
 from tlcapture.errors import InputError
 from tlcapture.generation.loop import Failure, Generation, generate, teacher_force
@@ -183,7 +183,7 @@ class CaptureWorker:
 
     def _check_vectors(self, wanted: Outputs) -> None:
         """Raise `InputError` where no vector would fit, before prompts run of which nothing would be left."""
-        will_be = ProjectedCapture.of_model(self.model, wanted.kept, attn_out=wanted.attn_out)
+        will_be = CaptureRecord.of_model(self.model, wanted.kept, attn_out=wanted.attn_out)
         if not any(self._chooser.vectors(will_be, component) for component in self.options.components):
             raise InputError("--projections-only: no trait has a vector that fits, so that nothing would be kept")
 

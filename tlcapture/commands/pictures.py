@@ -10,8 +10,8 @@ from tlcapture.names import Trait
 from tlcapture.runs.display import Display
 from tlcapture.storage.files import write_bytes
 from tlcapture.storage.layout import Layout
-from tlcapture.traits.projected_tokens import ProjectedTokens
-from tlcapture.traits.saved_projections import no_projections
+from tlcapture.traits.saved_projections import no_projections, projection_paths
+from tlcapture.traits.token_scores import TokenScores
 from tlcapture.views.hooks import check_component
 
 
@@ -35,17 +35,14 @@ def write_pictures(
     """
     check_component(component)
     files = [
-        path
-        for prompt_id in prompt_ids
-        for path in layout.all_projections(prompt_set, prompt_id)
-        if _is_wanted(layout, path, component, traits)
+        path for prompt_id in prompt_ids for path in projection_paths(layout, prompt_set, prompt_id, component, traits)
     ]
     if not files:
         raise no_projections(layout, prompt_set, component, traits)
     written = []
     with display.progress(len(files), f"{prompt_set} pictures", "picture") as progress:
         for file in files:
-            line = ProjectedTokens.read(file)
+            line = TokenScores.read(file)
             trait, _ = layout.of_projection(file)
             picture = folder / layout.projection(trait, component, prompt_set, file.stem).relative_to(
                 layout.folder / "inference"
@@ -54,8 +51,3 @@ def write_pictures(
             written.append(picture)
             progress.advance(1)
     return written
-
-
-def _is_wanted(layout: Layout, path: Path, component: str, traits: Sequence[Trait]) -> bool:
-    trait, of_component = layout.of_projection(path)
-    return of_component == component and (not traits or trait in traits)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from tlcapture.traits.evaluation_files import EvaluationRow
-    from tlcapture.traits.projected_tokens import ProjectedTokens
     from tlcapture.traits.steering_files import SteeringResults
+    from tlcapture.traits.token_scores import TokenScores
 
 _DPI = 150
 _MOST_LABELS = 90  # tokens written along an axis; of more, every second, third, ...
@@ -77,7 +77,7 @@ def steering_curves(trait: str, results: SteeringResults) -> bytes:
     return _png(figure)
 
 
-def projection_picture(line: ProjectedTokens) -> bytes:
+def projection_picture(line: TokenScores) -> bytes:
     """A PNG of one capture's projection onto one trait: the trajectory, and below it all layers, token by token.
 
     The first token, an attention sink whose projection can be a hundred times all others, is left off both
@@ -123,7 +123,7 @@ def _families() -> list[str]:
     return [*_FONTS, *(name for name in _MORE_FONTS if name in installed)]
 
 
-def _draw_trajectory(axis: Axes, line: ProjectedTokens) -> None:
+def _draw_trajectory(axis: Axes, line: TokenScores) -> None:
     places, scores = np.arange(len(line.tokens)), line.trajectory
     axis.plot(places[1:], scores[1:], color="#1f77b4", linewidth=1.2, marker=".", markersize=3)
     axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)

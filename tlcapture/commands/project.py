@@ -23,6 +23,7 @@ from tlcapture.storage.layout import Layout
 from tlcapture.traits.choice import VectorChoice
 from tlcapture.traits.projection import dynamics_of_file
 from tlcapture.traits.projection_files import ProjectionFile
+from tlcapture.traits.saved_projections import projection_paths
 from tlcapture.traits.vector_files import traits_with_vectors
 
 
@@ -162,9 +163,7 @@ def _recompute_dynamics(
     with run.progress(len(ids), prompt_set, "prompt") as progress:
         for prompt_id in ids:
             name = f"{prompt_set}/{prompt_id}"
-            paths = [
-                path for path in layout.all_projections(prompt_set, prompt_id) if _is_wanted(layout, path, options)
-            ]
+            paths = projection_paths(layout, prompt_set, prompt_id, options.component, options.vectors.traits)
             if not paths:
                 run.failed(name, "has no projection whose dynamics could be computed again")
                 continue
@@ -173,11 +172,6 @@ def _recompute_dynamics(
                     run.wrote(write_json(path, _with_new_dynamics(path)))
             run.report.n_prompts += 1
             progress.advance(1)
-
-
-def _is_wanted(layout: Layout, path: Path, options: ProjectOptions) -> bool:
-    trait, component = layout.of_projection(path)
-    return component == options.component and (not options.vectors.traits or trait in options.vectors.traits)
 
 
 def _with_new_dynamics(path: Path) -> dict[str, Any]:

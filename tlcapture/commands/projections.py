@@ -8,7 +8,7 @@ from typing import Any
 
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.provenance import now
-from tlcapture.commands.projected_captures import ProjectedCapture
+from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.names import Trait
 from tlcapture.runs.run import Run
 from tlcapture.storage.files import write_json
@@ -24,7 +24,7 @@ def vector_chooser(run: Run, choice: VectorChoice) -> VectorChooser:
 
 
 def without_projection(
-    layout: Layout, capture: Capture | ProjectedCapture, chosen: Sequence[ChosenVector]
+    layout: Layout, capture: Capture | CaptureRecord, chosen: Sequence[ChosenVector]
 ) -> list[ChosenVector]:
     """The vectors that a capture is not projected onto yet, or was before the capture or the vector was replaced."""
     ids = (capture.prompt_set, capture.prompt_id)

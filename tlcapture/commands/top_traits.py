@@ -9,6 +9,7 @@ from statistics import mean, pstdev
 from tlcapture.errors import StorageError
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.projection_files import ProjectionFile
+from tlcapture.traits.saved_projections import projection_paths
 
 FEWEST_TO_COMPARE = 3
 
@@ -35,9 +36,9 @@ def top_traits(layout: Layout, prompt_set: str, component: str = "residual") -> 
     """For each prompt of a set that has projections, the trait that rose most."""
     by_trait: dict[str, dict[str, ProjectionFile]] = {}
     for prompt_id in layout.prompt_ids(prompt_set):
-        for path in layout.all_projections(prompt_set, prompt_id):
-            trait, of_component = layout.of_projection(path)
-            if of_component == component and (content := _read(path)):
+        for path in projection_paths(layout, prompt_set, prompt_id, component):
+            if content := _read(path):
+                trait, _ = layout.of_projection(path)
                 by_trait.setdefault(str(trait), {})[prompt_id] = content
     rises = {trait: _rises(contents) for trait, contents in by_trait.items()}
     tops = []

@@ -26,7 +26,7 @@ from tlcapture.errors import InputError
 from tlcapture.names import Trait
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
-from tlcapture.traits.projected_tokens import ProjectedTokens
+from tlcapture.traits.token_scores import TokenScores
 from tlcapture.views.hooks import check_component, hook
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Explored(ABC):
             [trait], layer=layer, method=method, component=component, vector_experiment=vector_experiment
         )[0]
 
-    def projected(self, *traits: str, **how: Any) -> list[ProjectedTokens]:
+    def projected(self, *traits: str, **how: Any) -> list[TokenScores]:
         """Tokens and projections as figures and frames take them, on all traits with vectors where none is named.
 
         `how` are the options of `project`.
@@ -258,11 +258,11 @@ class Explored(ABC):
         source.check_exists()
         return source
 
-    def _with_tokens(self, projection: Projection) -> ProjectedTokens:
+    def _with_tokens(self, projection: Projection) -> TokenScores:
         import torch
 
         capture, dynamics = self._captured, projection.dynamics
-        return ProjectedTokens(
+        return TokenScores(
             prompt_set=capture.prompt_set,
             prompt_id=capture.prompt_id,
             trait=str(projection.vector.trait),

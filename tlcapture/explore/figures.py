@@ -20,13 +20,13 @@ from tlcapture.explore.attention_heads import AttentionHeads
 from tlcapture.explore.offline_figure import OfflineFigure, plotly_text
 from tlcapture.explore.prediction_table import PredictionTable
 from tlcapture.text import printable
-from tlcapture.traits.projected_tokens import ProjectedTokens
+from tlcapture.traits.token_scores import TokenScores
 
 _COLOURS = plotly.colors.qualitative.D3
 _MOST_LABELS = 80  # tokens written along an axis; of more, every second, third, ...
 
 
-def trajectory_figure(lines: Sequence[ProjectedTokens]) -> OfflineFigure:
+def trajectory_figure(lines: Sequence[TokenScores]) -> OfflineFigure:
     """Trajectories of one capture over its tokens, one line a trait.
 
     A diamond is the commitment point, the thick part persistence (from the peak of `|s|` on), the dashed
@@ -44,7 +44,7 @@ def trajectory_figure(lines: Sequence[ProjectedTokens]) -> OfflineFigure:
     return figure
 
 
-def layers_figure(line: ProjectedTokens, point: str | None = None) -> OfflineFigure:
+def layers_figure(line: TokenScores, point: str | None = None) -> OfflineFigure:
     """A heatmap, layer by token, of activations projected onto one trait's vector.
 
     The scale is symmetric about 0; the dotted line is the vector's own layer.
@@ -157,7 +157,7 @@ def _over_tokens(tokens: Sequence[str], n_prompt_tokens: int, title: str) -> Off
     return figure
 
 
-def _add_trajectory(figure: OfflineFigure, line: ProjectedTokens, colour: str) -> None:
+def _add_trajectory(figure: OfflineFigure, line: TokenScores, colour: str) -> None:
     scores: NDArray[np.float64] = line.trajectory.copy()
     scores[0] = np.nan
     name = plotly_text(f"{line.trait} (layer {line.layer})")

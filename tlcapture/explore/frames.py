@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import numpy as np
 
 from tlcapture.errors import InputError
-from tlcapture.traits.projected_tokens import ProjectedTokens
+from tlcapture.traits.token_scores import TokenScores
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -32,7 +32,7 @@ COLUMNS = ("prompt_id", "token_idx", "token", "part", "trait", "layer", "score")
 Layers = str | SupportsIndex | Iterable[SupportsIndex]
 
 
-def frame(lines: Sequence[ProjectedTokens], layers: Layers = "own") -> DataFrame:
+def frame(lines: Sequence[TokenScores], layers: Layers = "own") -> DataFrame:
     """A tidy frame of projections: in their order, by layer, by token.
 
     Args:
@@ -62,7 +62,7 @@ def frame(lines: Sequence[ProjectedTokens], layers: Layers = "own") -> DataFrame
     return pandas.DataFrame(columns).astype(kinds)
 
 
-def _chosen(line: ProjectedTokens, layers: Layers) -> list[int]:
+def _chosen(line: TokenScores, layers: Layers) -> list[int]:
     if isinstance(layers, str):
         if layers == "own":
             return [line.layer]

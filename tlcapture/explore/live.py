@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tlcapture.captures.capture import Capture
-from tlcapture.captures.making import capture_of
+from tlcapture.captures.from_generation import capture_of
 from tlcapture.errors import InputError, TlcaptureError
 from tlcapture.explore.experiment import Experiment
 from tlcapture.explore.explored import Explored

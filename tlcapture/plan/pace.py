@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from tlcapture.captures.making import capture_of
+from tlcapture.captures.from_generation import capture_of
 from tlcapture.commands.capture_outputs import Outputs, add_ons, write_capture
 from tlcapture.commands.projections import project_capture
 from tlcapture.generation.loop import Generation, generate

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tlcapture.errors import InputError, StorageError
 from tlcapture.names import Trait
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
-from tlcapture.traits.projected_tokens import ProjectedTokens
+from tlcapture.traits.token_scores import TokenScores
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.views.hooks import check_component
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 def saved_projections(
     layout: Layout, prompt_set: str, *, component: str = "residual", traits: Iterable[str] | str | None = None
-) -> list[ProjectedTokens]:
+) -> list[TokenScores]:
     """The projections in the files of a prompt set, in the order of its prompts and then of traits.
 
     Warns where some captures have none. Raises `InputError`, naming the command that makes them, where
@@ -50,14 +51,21 @@ def saved_projections(
 
 def projections_of(
     layout: Layout, prompt_set: str, prompt_id: str, component: str, traits: Sequence[Trait] | None = None
-) -> list[ProjectedTokens]:
+) -> list[TokenScores]:
     """A prompt's projections, in the order of traits; of all traits where none is named."""
-    found = [(layout.of_projection(path), path) for path in layout.all_projections(prompt_set, prompt_id)]
-    return [
-        ProjectedTokens.read(path)
-        for (trait, of_component), path in found
-        if of_component == component and (not traits or trait in traits)
-    ]
+    return [TokenScores.read(path) for path in projection_paths(layout, prompt_set, prompt_id, component, traits)]
+
+
+def projection_paths(
+    layout: Layout, prompt_set: str, prompt_id: str, component: str, traits: Sequence[Trait] | None = None
+) -> list[Path]:
+    """A prompt's projection files of a component, in the order of traits; of all traits where none is named."""
+    wanted = []
+    for path in layout.all_projections(prompt_set, prompt_id):
+        trait, of_component = layout.of_projection(path)
+        if of_component == component and (not traits or trait in traits):
+            wanted.append(path)
+    return wanted
 
 
 def no_projections(layout: Layout, prompt_set: str, component: str, traits: Sequence[Trait] = ()) -> InputError:

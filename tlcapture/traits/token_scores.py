@@ -1,6 +1,6 @@
 """One capture's tokens and their projection onto one trait, as figures, frames and pictures take them. No torch.
 
-line = ProjectedTokens.read(path)      # a projection file
+line = TokenScores.read(path)      # a projection file
 line.trajectory                        # [n_tokens], at the vector's own layer
 line.at(5)                             # [n_tokens], residual_out of layer 5 on the same vector
 """
@@ -22,7 +22,7 @@ Scores = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
-class ProjectedTokens:
+class TokenScores:
     """Tokens of a prompt and its response in one line, and what their activations are on a trait's vector.
 
     Attributes:
@@ -97,7 +97,7 @@ class ProjectedTokens:
         return self.scores[:, :, -1 if sublayer is None else list(self.sublayers).index(sublayer)]
 
     @classmethod
-    def read(cls, path: Path) -> ProjectedTokens:
+    def read(cls, path: Path) -> TokenScores:
         """Read a projection file; raises `StorageError` for anything that is none."""
         content = ProjectionFile.read(path)
         metadata, dynamics = content.metadata, content.dynamics

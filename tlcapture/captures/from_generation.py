@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tlcapture.captures.capture import Capture, CapturedPart, storage_dtype
-from tlcapture.captures.provenance import model_record, now, point_hooks
+from tlcapture.captures.provenance import is_same_computation, model_record, now, point_hooks
 from tlcapture.errors import StorageError
 from tlcapture.generation.loop import Generation, Sampling
 from tlcapture.models.loading import Model
@@ -65,10 +65,12 @@ def capture_of(
 
 
 def is_alike(path: Path, capture: Capture) -> bool:
-    """Whether the capture in a file has the same tokens from the same model, computed alike."""
+    """Whether a file holds a capture of the same tokens, computed by the same model in the same way.
+
+    False for a file that is missing or damaged.
+    """
     try:
         saved = Capture.open(path)
     except StorageError:
         return False
-    keys = ("model_fingerprint", "engine", "dtype")
-    return saved.token_ids == capture.token_ids and all(saved.metadata.get(k) == capture.metadata[k] for k in keys)
+    return saved.token_ids == capture.token_ids and is_same_computation(saved.metadata, capture.metadata)
