@@ -125,7 +125,7 @@ def test_captures_without_projections_are_named_in_a_warning(exp: Experiment) ->
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"prompt": {"tokens": TOKENS[:2]}}, "not as many projections as tokens"),
+        ({"prompt": {"tokens": TOKENS[:2]}}, "the numbers of projections and tokens differ"),
         ({"projections": {"prompt": []}}, "no projection file: projections.response: Field required"),
         ({"metadata": []}, "no projection file: metadata: Input should be"),
         ({"dynamics": {"commitment_point": 99, "persistence": 0}}, "commitment point 99 of 8 tokens"),

@@ -529,7 +529,7 @@ def test_files_of_other_tokens_do_not_outlive_their_capture(
         ((), "give one of --prompt-set NAME, --prompt TEXT and --all-prompt-sets"),
         (("--prompt-set", "short", "--prompt", "x"), "give one of"),
         (("--prompt-set", "nix"), "no prompt set 'nix'"),
-        (("--prompt-set", "../short"), "no safe file name"),
+        (("--prompt-set", "../short"), "not a safe file name"),
         (("--prompt", "  "), "text is empty"),
         (("--prompt", "x", "--layer", "best"), "neither a layer number nor 'auto'"),
         (("--prompt", "x", "--batch-size", "0"), "neither a number of at least 1 nor 'auto'"),
@@ -616,7 +616,7 @@ def test_an_experiment_name_cannot_leave_its_folder(tlcapture: Run, data: Path) 
     for name in ("../x", "/etc/x", "a/b", "..", "-x"):
         result = tlcapture("capture", f"--experiment={name}", "--prompt", "x")
         assert result.exit_code == 2
-        assert "no safe file name" in result.stderr
+        assert "not a safe file name" in result.stderr
 
 
 def test_a_prompt_that_does_not_fit_fails_and_the_others_are_done(capture: Run, data: Path, raw: Path) -> None:

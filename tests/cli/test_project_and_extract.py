@@ -282,7 +282,7 @@ def test_vectors_of_unknown_origin_are_projected_and_said_to_be(project: Run, pr
     (vectors / "metadata.json").unlink()
     result = project("--traits", "tone/loud")
     assert result.exit_code == 0
-    assert "unknown origin" in result.stderr
+    assert "their origin is unknown" in result.stderr
     assert read_json(projected / "1.json")["metadata"]["vector_source"]["model"] is None
 
 

@@ -165,7 +165,7 @@ def test_the_prompts_are_shown_like_others(capture: Run, extract: Run, data: Pat
     assert len(list((data / "pictures").rglob("*.png"))) == 6
     done = tlcapture("project", "--experiment", "exp", "--prompt-set", "short")
     assert done.exit_code == 2
-    assert "only projections were kept (--projections-only), which cannot be projected" in done.output
+    assert "has projections but no captures (--projections-only)" in done.output
     done = tlcapture("project", "--experiment", "exp", "--all-prompt-sets", "--dynamics-only")
     assert done.exit_code == 0, done.output
 

@@ -279,10 +279,10 @@ def test_projection_files(tmp_path: Path, evidence: Evidence) -> None:
     ("at", "value", "said"),
     [
         (("metadata", "vector_source", "layer"), N_LAYERS, "a vector of layer 3, but scores of 3 layers"),
-        (("metadata", "sublayers"), ["residual_out"], "3 scores a layer, but 1 sublayers"),
-        (("prompt", "n_tokens"), 3, "prompt: n_tokens says 3, but there are 2 tokens"),
-        (("response", "tokens"), ["a"], "response: n_tokens says 4, but there are 1 tokens"),
-        (("projections", "prompt"), [], "not as many projections as tokens: 0 for 2 tokens of the prompt"),
+        (("metadata", "sublayers"), ["residual_out"], "3 scores per layer, but 1 sublayers"),
+        (("prompt", "n_tokens"), 3, "prompt: n_tokens is 3, but tokens has 2"),
+        (("response", "tokens"), ["a"], "response: n_tokens is 4, but tokens has 1"),
+        (("projections", "prompt"), [], "the numbers of projections and tokens differ: 0 for 2 tokens of the prompt"),
         (("projections", "prompt", 0), [[1.0]], "not all as many layers and sublayers"),
         (("projections", "prompt", 0, 1), [1.0, 2.0], "not all as many layers and sublayers"),
         (("projections", "prompt", 0, 1, 0), "1.0", "projections.prompt[0][1][0]: Input should be a valid number"),
@@ -291,7 +291,7 @@ def test_projection_files(tmp_path: Path, evidence: Evidence) -> None:
         (("projections", "prompt", 0, 1, 0), 1e308, "projections.prompt[0][1][0]: Input should be less"),
         (("dynamics", "commitment_point"), 6, "commitment point 6 of 6 tokens"),
         (("dynamics", "persistence"), 6, "persistence of 6 in 6 tokens"),
-        (("dynamics", "velocity"), [1.0], "velocity has 1 numbers for 6 tokens, expected 5"),
+        (("dynamics", "velocity"), [1.0], "velocity has 1 values for 6 tokens, expected 5"),
     ],
 )
 def test_a_projection_file_that_disagrees_with_itself_says_where(

@@ -191,11 +191,11 @@ def test_a_saved_number_that_is_none_is_never_projected(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"prompt_id": "2"}, "it says it is odd/2"),
-        ({"prompt_set": "other"}, "it says it is other/1"),
-        ({"prompt_id": "../1"}, "no safe file name"),
-        ({"n_layers": 4}, "has 3 layers of 8 numbers, but metadata says 4 of 8"),
-        ({"d_model": 9}, "has 3 layers of 8 numbers, but metadata says 3 of 9"),
+        ({"prompt_id": "2"}, "its metadata names prompt odd/2"),
+        ({"prompt_set": "other"}, "its metadata names prompt other/1"),
+        ({"prompt_id": "../1"}, "not a safe file name"),
+        ({"n_layers": 4}, "has 3 layers of width 8, but metadata states 4 of width 8"),
+        ({"d_model": 9}, "has 3 layers of width 8, but metadata states 3 of width 9"),
         ({"model_fingerprint": torch.ones(3)}, "metadata.model_fingerprint"),
         ({"n_layers": True}, "metadata.n_layers"),
     ],
@@ -269,7 +269,7 @@ def test_a_vector_of_another_kind_is_refused(layout: Layout, evidence: Evidence,
     if kind in ("another width", "one token less"):
         torch.save(captures.content(), layout.residual("odd", "1"))
         (failure,) = run_project(layout, ["odd"], ProjectOptions()).failures
-        assert "has 7 numbers, but the activations have 8" in failure.reason
+        assert "has width 7, but the activations have width 8" in failure.reason
     else:
         with pytest.raises(VectorError) as caught:
             read_vector(folder, "residual", "probe", 1)

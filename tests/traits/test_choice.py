@@ -52,7 +52,7 @@ def test_one_trait_that_fails_leaves_the_vectors_of_the_others(layout: Layout) -
     chosen = choose_vectors(layout, VectorChoice(), Model(), "residual")
     assert traits_of(chosen) == [FITS]
     ((trait, error),) = chosen.failures
-    assert trait == WIDE and "has 5 numbers, but the activations have 4" in str(error)
+    assert trait == WIDE and "has width 5, but the activations have width 4" in str(error)
 
 
 def test_a_trait_without_the_component_is_left_out_unless_it_is_named(layout: Layout) -> None:

@@ -59,15 +59,15 @@ def test_of_a_vector_of_the_captured_model_nothing_is_said() -> None:
 @pytest.mark.parametrize(
     ("found", "captured", "said"),
     [
-        (vector("attn_out"), {}, "is recorded as one of residual, not of attn_out: extract it again"),
+        (vector("attn_out"), {}, "is recorded as a vector of residual, not of attn_out: extract it again"),
         (
             vector(hook="blocks.{L}.hook_resid_pre"),
             {},
             r"was read out at blocks\.\{L\}\.hook_resid_pre, but blocks\.\{L\}\.hook_resid_post is projected",
         ),
         (vector(hook="ln_final.hook_normalized"), {}, r"was read out at ln_final\.hook_normalized"),
-        (vector(weight_processing="fold_ln"), {}, "vector .* is of weights processed by 'fold_ln'"),
-        (vector(), {"weight_processing": "center_writing_weights"}, "the capture is of weights processed by 'center"),
+        (vector(weight_processing="fold_ln"), {}, "vector .* has weight_processing 'fold_ln'"),
+        (vector(), {"weight_processing": "center_writing_weights"}, "the capture has weight_processing 'center"),
         (vector(num_layers=4), {}, "of a model of 4 layers, the capture of one of 3, although both .* 'org/model'"),
     ],
 )
@@ -100,7 +100,7 @@ def test_hooks_are_compared_whatever_stands_for_the_layer(hook: Any) -> None:
         ),
         (
             {"model_fingerprint": "f" * 16, "inference_model": "other"},
-            "from model 'org/model', the capture is of 'other'",
+            "from model 'org/model', the capture is from 'other'",
         ),
         ({"model_fingerprint": None, "model_revision": "bbbb"}, "whose weights differ although the name is the same"),
     ],

@@ -76,13 +76,13 @@ def test_attn_out_that_was_not_captured_is_an_error() -> None:
 def test_a_vector_of_another_width_is_an_error_naming_its_origin() -> None:
     with pytest.raises(
         VectorError,
-        match=r"probe vector of c/a at layer 1 in experiment 'exp' has 9 numbers, but the activations have 16",
+        match=r"probe vector of c/a at layer 1 in experiment 'exp' has width 9, but the activations have width 16",
     ):
         project(stream(2), stream(2), chosen(vector("a", 1, torch.ones(9))))
 
 
 def test_a_vector_of_a_layer_the_model_has_not_is_an_error() -> None:
-    with pytest.raises(VectorError, match=r"layer 7 .* is of no layer of the captured model, which has 0 to 3"):
+    with pytest.raises(VectorError, match=r"layer 7 .* is from another model: the captured one has layers 0 to 3"):
         project(stream(2), stream(2), chosen(vector("a", 7, torch.ones(WIDTH))))
 
 

@@ -1,4 +1,4 @@
-"""The capture of a live run, and whether two captures are of the same run."""
+"""The capture of a generated response, and whether two captures are of the same computation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def capture_of(
     save_dtype: str,
     kept: KeptPoints | None = None,
 ) -> Capture:
-    """The capture of a live run, in the dtype in which it will be stored: all of it, or what is `kept`."""
+    """The capture of a generation, in the dtype to store it in; `kept` limits it to some layers and points."""
     only = None if kept is None or kept.is_all else kept
     prompt = generation.prompt
     n_prompt, n_tokens = len(prompt.token_ids), len(generation.token_ids)

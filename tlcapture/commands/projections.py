@@ -1,4 +1,4 @@
-"""Writing the projections of captures, and passing on what is doubtful about them."""
+"""Writing the projections of captures, and warning about doubtful ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def vector_chooser(run: Run, choice: VectorChoice) -> VectorChooser:
 def without_projection(
     layout: Layout, capture: Capture | CaptureRecord, chosen: Sequence[ChosenVector]
 ) -> list[ChosenVector]:
-    """The vectors that a capture is not projected onto yet, or was before the capture or the vector was replaced."""
+    """The vectors without a projection of the capture, or with one older than the capture or the vector."""
     ids = (capture.prompt_set, capture.prompt_id)
     return [each for each in chosen if not is_projected(layout, *ids, each.vector)]
 

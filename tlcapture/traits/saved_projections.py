@@ -1,4 +1,4 @@
-"""The projection files of a prompt set, read together. No torch."""
+"""The projection files of a prompt or of a prompt set. Loads no torch."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ def saved_projections(
 ) -> list[TokenScores]:
     """The projections in the files of a prompt set, in the order of its prompts and then of traits.
 
-    Warns where some captures have none. Raises `InputError`, naming the command that makes them, where
-    there is none at all, or none of a trait that is asked for.
+    Warns about captures without projections. Raises `InputError`, naming the command that projects, if no
+    capture has a projection, or none onto a trait that is named.
     """
     check_component(component)
     ids = layout.prompt_ids(prompt_set)
     if not ids:
-        there = ", ".join(layout.prompt_sets()) or "none"
+        available = ", ".join(layout.prompt_sets()) or "none"
         raise InputError(
-            f"experiment {layout.experiment!r} has no captures of prompt set {prompt_set!r}; captured sets: {there}; "
-            f"run 'tlcapture capture --experiment {layout.experiment} --prompt-set {prompt_set}'"
+            f"experiment {layout.experiment!r} has no captures of prompt set {prompt_set!r}; captured sets: "
+            f"{available}; run 'tlcapture capture --experiment {layout.experiment} --prompt-set {prompt_set}'"
         )
     names = [traits] if isinstance(traits, str) else traits
     wanted = None if names is None else list(dict.fromkeys(Trait.parse(name) for name in names))
     by_prompt = {prompt_id: projections_of(layout, prompt_set, prompt_id, component, wanted) for prompt_id in ids}
-    lines = [line for found in by_prompt.values() for line in found]
-    without = [trait for trait in wanted or () if str(trait) not in {line.trait for line in lines}]
-    if not lines or without:
+    projections = [projection for found in by_prompt.values() for projection in found]
+    without = [trait for trait in wanted or () if str(trait) not in {each.trait for each in projections}]
+    if not projections or without:
         raise no_projections(layout, prompt_set, component, without)
     bare = [prompt_id for prompt_id, found in by_prompt.items() if not found]
     if bare:
         which = f"{len(bare)} of {len(ids)} captures of {prompt_set!r}"
         warnings.warn(f"{which} have no projection and are left out: {', '.join(bare)}", stacklevel=3)
-    return lines
+    return projections
 
 
 def projections_of(
@@ -69,15 +69,15 @@ def projection_paths(
 
 
 def no_projections(layout: Layout, prompt_set: str, component: str, traits: Sequence[Trait] = ()) -> InputError:
-    """The error for a prompt set without projections (onto some traits), with the command that makes them."""
+    """The error for a prompt set without projections (onto some traits), with the command that projects."""
     onto = f" onto {', '.join(map(str, traits))}" if traits else ""
     options = f"--experiment {layout.experiment} --prompt-set {prompt_set}"
     options += "" if component == "residual" else f" --component {component}"
     options += f" --traits {','.join(map(str, traits))}" if traits else ""
-    there = sorted({str(trait) for trait, found in layout.projection_folders(prompt_set) if found == component})
+    available = sorted({str(trait) for trait, found in layout.projection_folders(prompt_set) if found == component})
     return InputError(
         f"experiment {layout.experiment!r} has no {component} projections of prompt set {prompt_set!r}{onto}; "
-        f"available traits: {', '.join(there) or 'none'}; run 'tlcapture project {options}'"
+        f"available traits: {', '.join(available) or 'none'}; run 'tlcapture project {options}'"
     )
 
 

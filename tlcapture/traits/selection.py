@@ -3,7 +3,7 @@
 In this order: the best coherent single-layer steering run (`coherence_mean >= 70`, the largest
 `trait_mean` over the baseline); the largest held-out effect size; layer 16, or where the model has no
 layer 16 the layer nearest to 0.6 of its depth, with a warning. An override wins over all of them. A score
-is only that of the vector it was measured on: one that was made anew since has none.
+counts only for the vector it was measured on: a vector that was extracted again since has no score.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ FALLBACK_DEPTH = 0.6
 
 @dataclass(frozen=True)
 class Selection:
-    """The vector chosen: layer, method, by what (`steering|effect_size|fallback|override`), its score."""
+    """The selected vector: its layer and method, what selected it, and its score.
+
+    `selected_by` is `steering`, `effect_size`, `fallback` or `override`; `warning` states why the selection is
+    doubtful.
+    """
 
     layer: int
     method: str
@@ -44,14 +48,16 @@ def select(
     layer: SupportsIndex | str = "auto",
     method: str | None = None,
 ) -> Selection:
-    """Choose among the vectors of a trait and component.
+    """Select one of a trait's vectors of a component, for a model with `n_layers`.
 
     Args:
-        layer: a layer, which overrides; `auto`; or `default`: the fallback without looking for scores.
+        layer: a layer, which overrides all scores; `auto`; or `default`: the fallback, whatever the scores are.
         method: only vectors by this method.
 
     Raises:
-        VectorError: there is no such vector.
+        VectorError: no vector matches.
+        InputError: `layer` is another word.
+        StorageError: a file with scores is damaged.
     """
     available = folder.available(component)
     if method is not None:
@@ -59,7 +65,7 @@ def select(
     if not available:
         raise no_vectors_by_method(folder.layout, folder.trait, component, method)
     if not isinstance(layer, str):
-        layer = index(layer)  # a NumPy integer counts too
+        layer = index(layer)  # a NumPy integer is valid too
         best = next(ranked(folder, component, available), None) if method is None else None
         return Selection(layer, _method_at(folder, component, available, layer, best), "override")
     if layer not in ("auto", "default"):
@@ -75,19 +81,23 @@ def select(
 
 
 def fallback_layer(n_layers: int) -> int:
-    """Layer 16, or the layer nearest to 0.6 of a shallower model's depth."""
+    """Layer 16, or for a model without it the layer nearest to 0.6 of its depth."""
     return FALLBACK_LAYER if n_layers > FALLBACK_LAYER else round(FALLBACK_DEPTH * (n_layers - 1))
 
 
 def steering_runs(folder: VectorFiles) -> list[SteeringRun]:
-    """The single-layer runs of a trait's steering results that are of the vectors there are now; raises
-    `StorageError` for a damaged file."""
+    """The single-layer runs of a trait's steering results that were made with its present vectors.
+
+    Raises `StorageError` for a damaged file.
+    """
     return [run for run in _all_steering_runs(folder) if _is_current(folder, run, run.component)]
 
 
 def effect_sizes(folder: VectorFiles, component: str) -> dict[tuple[str, int], float]:
-    """Held-out effect sizes of a trait by method and layer, of the vectors there are now; raises `StorageError` for
-    a damaged file."""
+    """Held-out effect sizes of a trait's present vectors, by method and layer.
+
+    Raises `StorageError` for a damaged file.
+    """
     return {
         (row.method, row.layer): row.val_effect_size
         for row in _all_rows(folder, component)
@@ -96,8 +106,10 @@ def effect_sizes(folder: VectorFiles, component: str) -> dict[tuple[str, int], f
 
 
 def ranked(folder: VectorFiles, component: str, available: Mapping[str, list[int]]) -> Iterator[Selection]:
-    """All candidates that have a score, best first: coherent steering runs, or else effect sizes. Whether a score is
-    of the vector that is there now is looked at when its turn comes."""
+    """All candidates with a score, best first: coherent steering runs, or effect sizes if there are no such runs.
+
+    Whether a score is of the present vector is checked one candidate at a time, since it reads the vector.
+    """
     steered = [
         (Selection(run.layer, run.method, "steering", run.delta), run)
         for run in _all_steering_runs(folder)
@@ -151,7 +163,7 @@ def _all_rows(folder: VectorFiles, component: str) -> list[EvaluationRow]:
 
 
 def _is_current(folder: VectorFiles, score: SteeringRun | EvaluationRow, component: str) -> bool:
-    """Whether a score is of the vector that lies there now. Scores of other tools do not say, and are believed."""
+    """Whether a score is of the present vector. Scores of other tools do not record a vector, and are trusted."""
     if score.vector_digest is None or not folder.file(component, score.method, score.layer).is_file():
         return True
     return score.vector_digest == folder.digest(component, score.method, score.layer)
@@ -168,12 +180,12 @@ def _has_earlier_scores(folder: VectorFiles, component: str) -> bool:
 def _fallback(available: Mapping[str, list[int]], n_layers: int, notes: Sequence[str]) -> Selection:
     wanted = fallback_layer(n_layers)
     method = next(iter(available))
-    layer = min(available[method], key=lambda there: (abs(there - wanted), there))
+    layer = min(available[method], key=lambda each: (abs(each - wanted), each))
     notes = list(notes)
     if wanted != FALLBACK_LAYER:
         notes.append(f"the model has no layer {FALLBACK_LAYER}")
     if layer != wanted:
-        notes.append(f"there is no vector at layer {wanted}")
+        notes.append(f"no vector at layer {wanted}")
     reason = f" ({', '.join(notes)})" if notes else ""
     warning = f"layer {layer} by default{reason}, not by steering or effect size"
     return Selection(layer, method, "fallback", None, warning)
@@ -182,7 +194,7 @@ def _fallback(available: Mapping[str, list[int]], n_layers: int, notes: Sequence
 def _method_at(
     folder: VectorFiles, component: str, available: Mapping[str, list[int]], layer: int, best: Selection | None
 ) -> str:
-    """The method that would be selected, if it has the layer, or the first in the order of preference that has."""
+    """The method that would be selected, if it has the layer, or the first in the order of preference that does."""
     preferred = [] if best is None else [best.method]
     for method in [*preferred, *available]:
         if layer in available[method]:

@@ -1,6 +1,6 @@
-"""What attention and logit-lens files hold, checked: a head, and an entry for each token.
+"""The content of attention and logit-lens files, checked: a head, and an entry per token.
 
-A file may be large. `page/entries.py` reads single entries of it, and each is checked when it is read.
+A file may be large. `page/entries.py` reads single entries, and each is checked when it is read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Entry = TypeVar("Entry", bound="_Entry")
 
 
 class PerTokenHead(FileContent):
-    """What a file holds besides its entries."""
+    """The content of a file apart from its entries."""
 
     what: ClassVar[str] = "file of attention patterns or a logit lens"
 
@@ -38,8 +38,8 @@ class PerTokenHead(FileContent):
     def _counts_agree(self) -> PerTokenHead:
         n_response = len(self.tokens) - self.n_prompt_tokens
         if n_response < 0 or self.n_response_tokens not in (None, n_response):
-            said = "" if self.n_response_tokens is None else f" and {self.n_response_tokens} of the response"
-            raise ValueError(f"{len(self.tokens)} tokens, but it says {self.n_prompt_tokens} of the prompt{said}")
+            stated = "" if self.n_response_tokens is None else f" and {self.n_response_tokens} of the response"
+            raise ValueError(f"{len(self.tokens)} tokens, but it states {self.n_prompt_tokens} of the prompt{stated}")
         return self
 
 
@@ -100,12 +100,14 @@ class AttentionEntry(_Entry):
 
 
 class Prediction(FileContent):
+    """A predicted token and its probability."""
+
     token: str
     prob: Share
 
 
 class _OfLayer(FileContent):
-    """The token that came, as one layer would have predicted it; ranks count from 1."""
+    """The actual next token's rank, from 1, and probability in one layer's prediction."""
 
     actual_rank: Annotated[int, Field(ge=1)]
     actual_prob: Share
@@ -113,6 +115,8 @@ class _OfLayer(FileContent):
 
 
 class LensLayer(_OfLayer):
+    """One layer's prediction, likeliest tokens first."""
+
     top_k: list[Prediction] = Field(min_length=1)
 
 
@@ -136,7 +140,7 @@ class _OverviewLayer(_OfLayer):
 
 
 class LensOverview(_Entry):
-    """The same for a look at all tokens: of each layer's many predictions only the likeliest is checked."""
+    """The predictions of one token for an overview of all: only the likeliest of each layer is checked."""
 
     actual_next_token: str
     by_layer: list[_OverviewLayer]
@@ -146,7 +150,7 @@ _PATTERN = TypeAdapter(Pattern)
 
 
 def pattern_of_layer(entry: Any, layer: int, path: Path) -> Pattern:
-    """One layer's weights of an attention entry, all others unchecked; raises `StorageError` where it has none."""
+    """One layer's weights of an attention entry, other layers unchecked; raises `StorageError` for a missing layer."""
     try:
         return _PATTERN.validate_python(entry["by_layer"][layer], strict=True)
     except ValidationError as error:
