@@ -41,7 +41,7 @@ class Selection:
 
 
 def select(
-    folder: VectorFiles,
+    files: VectorFiles,
     component: str,
     n_layers: int,
     *,
@@ -59,23 +59,23 @@ def select(
         InputError: `layer` is another word.
         StorageError: a file with scores is damaged.
     """
-    available = folder.available(component)
+    available = files.available(component)
     if method is not None:
         available = {name: layers for name, layers in available.items() if name == method}
     if not available:
-        raise no_vectors_by_method(folder.layout, folder.trait, component, method)
+        raise no_vectors_by_method(files.layout, files.trait, component, method)
     if not isinstance(layer, str):
         layer = index(layer)  # a NumPy integer is valid too
-        best = next(ranked(folder, component, available), None) if method is None else None
-        return Selection(layer, _method_at(folder, component, available, layer, best), "override")
+        best = next(ranked(files, component, available), None) if method is None else None
+        return Selection(layer, _method_at(files, component, available, layer, best), "override")
     if layer not in ("auto", "default"):
         raise InputError(f"layer {layer!r} is neither a number nor 'auto'")
     notes = []
     if layer == "auto":
-        best = next(ranked(folder, component, available), None)
+        best = next(ranked(files, component, available), None)
         if best is not None:
             return best
-        if _has_earlier_scores(folder, component):
+        if _has_earlier_scores(files, component):
             notes.append("its scores are of earlier vectors: run 'tlcapture evaluate' again")
     return _fallback(available, n_layers, notes)
 
@@ -85,95 +85,95 @@ def fallback_layer(n_layers: int) -> int:
     return FALLBACK_LAYER if n_layers > FALLBACK_LAYER else round(FALLBACK_DEPTH * (n_layers - 1))
 
 
-def steering_runs(folder: VectorFiles) -> list[SteeringRun]:
+def steering_runs(files: VectorFiles) -> list[SteeringRun]:
     """The single-layer runs of a trait's steering results that were made with its present vectors.
 
     Raises `StorageError` for a damaged file.
     """
-    return [run for run in _all_steering_runs(folder) if _is_current(folder, run, run.component)]
+    return [run for run in _all_steering_runs(files) if _is_current(files, run, run.component)]
 
 
-def effect_sizes(folder: VectorFiles, component: str) -> dict[tuple[str, int], float]:
+def effect_sizes(files: VectorFiles, component: str) -> dict[tuple[str, int], float]:
     """Held-out effect sizes of a trait's present vectors, by method and layer.
 
     Raises `StorageError` for a damaged file.
     """
     return {
         (row.method, row.layer): row.val_effect_size
-        for row in _all_rows(folder, component)
-        if row.val_effect_size is not None and _is_current(folder, row, component)
+        for row in _all_rows(files, component)
+        if row.val_effect_size is not None and _is_current(files, row, component)
     }
 
 
-def ranked(folder: VectorFiles, component: str, available: Mapping[str, list[int]]) -> Iterator[Selection]:
+def ranked(files: VectorFiles, component: str, available: Mapping[str, list[int]]) -> Iterator[Selection]:
     """All candidates with a score, best first: coherent steering runs, or effect sizes if there are no such runs.
 
     Whether a score is of the present vector is checked one candidate at a time, since it reads the vector.
     """
     steered = [
         (Selection(run.layer, run.method, "steering", run.delta), run)
-        for run in _all_steering_runs(folder)
+        for run in _all_steering_runs(files)
         if run.component == component and run.layer in available.get(run.method, ()) and run.coherence_mean >= COHERENT
     ]
-    best = next(in_order := _current(folder, component, steered), None)
+    best = next(in_order := _current(files, component, steered), None)
     if best is not None:
         yield best
         yield from in_order
         return
-    rows = {(row.method, row.layer): row for row in _all_rows(folder, component) if row.val_effect_size is not None}
+    rows = {(row.method, row.layer): row for row in _all_rows(files, component) if row.val_effect_size is not None}
     measured = [
         (Selection(layer, method, "effect_size", row.val_effect_size), row)
         for (method, layer), row in rows.items()
         if layer in available.get(method, ())
     ]
-    yield from _current(folder, component, measured)
+    yield from _current(files, component, measured)
 
 
-def runner_up(folder: VectorFiles, component: str, selection: Selection) -> Selection | None:
+def runner_up(files: VectorFiles, component: str, selection: Selection) -> Selection | None:
     """The best candidate with a score at another layer than the selected one."""
-    candidates = ranked(folder, component, folder.available(component))
+    candidates = ranked(files, component, files.available(component))
     return next((each for each in candidates if each.layer != selection.layer), None)
 
 
-def n_layers_of_origin(folder: VectorFiles, component: str) -> int:
+def n_layers_of_origin(files: VectorFiles, component: str) -> int:
     """Layers of the model that a trait's vectors were extracted from; without metadata, up to their last layer.
 
     Raises `ValueError` for a component without vectors.
     """
-    recorded = folder.metadata(component).get("num_layers")
-    return int(recorded or 1 + max(map(max, folder.available(component).values())))
+    recorded = files.metadata(component).get("num_layers")
+    return int(recorded or 1 + max(map(max, files.available(component).values())))
 
 
 def _current(
-    folder: VectorFiles, component: str, scored: Iterable[tuple[Selection, SteeringRun | EvaluationRow]]
+    files: VectorFiles, component: str, scored: Iterable[tuple[Selection, SteeringRun | EvaluationRow]]
 ) -> Iterator[Selection]:
     for selection, score in sorted(scored, key=lambda pair: _score(pair[0]), reverse=True):
-        if _is_current(folder, score, component):
+        if _is_current(files, score, component):
             yield selection
 
 
-def _all_steering_runs(folder: VectorFiles) -> list[SteeringRun]:
-    path = folder.layout.steering(folder.trait)
+def _all_steering_runs(files: VectorFiles) -> list[SteeringRun]:
+    path = files.layout.steering(files.trait)
     return SteeringResults.read(path).single_layer_runs if lexists(path) else []
 
 
-def _all_rows(folder: VectorFiles, component: str) -> list[EvaluationRow]:
-    rows = read_evaluation(folder.layout.evaluation)
-    return [row for row in rows if (row.trait, row.component) == (str(folder.trait), component)]
+def _all_rows(files: VectorFiles, component: str) -> list[EvaluationRow]:
+    rows = read_evaluation(files.layout.evaluation)
+    return [row for row in rows if (row.trait, row.component) == (str(files.trait), component)]
 
 
-def _is_current(folder: VectorFiles, score: SteeringRun | EvaluationRow, component: str) -> bool:
+def _is_current(files: VectorFiles, score: SteeringRun | EvaluationRow, component: str) -> bool:
     """Whether a score is of the present vector. Scores of other tools do not record a vector, and are trusted."""
-    if score.vector_digest is None or not folder.file(component, score.method, score.layer).is_file():
+    if score.vector_digest is None or not files.file(component, score.method, score.layer).is_file():
         return True
-    return score.vector_digest == folder.digest(component, score.method, score.layer)
+    return score.vector_digest == files.digest(component, score.method, score.layer)
 
 
-def _has_earlier_scores(folder: VectorFiles, component: str) -> bool:
-    rows, runs = _all_rows(folder, component), _all_steering_runs(folder)
+def _has_earlier_scores(files: VectorFiles, component: str) -> bool:
+    rows, runs = _all_rows(files, component), _all_steering_runs(files)
     return not (
-        all(_is_current(folder, row, component) for row in rows)
-        and all(_is_current(folder, run, component) for run in runs if run.component == component)
+        all(_is_current(files, row, component) for row in rows)
+        and all(_is_current(files, run, component) for run in runs if run.component == component)
     )
 
 
@@ -192,14 +192,14 @@ def _fallback(available: Mapping[str, list[int]], n_layers: int, notes: Sequence
 
 
 def _method_at(
-    folder: VectorFiles, component: str, available: Mapping[str, list[int]], layer: int, best: Selection | None
+    files: VectorFiles, component: str, available: Mapping[str, list[int]], layer: int, best: Selection | None
 ) -> str:
     """The method that would be selected, if it has the layer, or the first in the order of preference that does."""
     preferred = [] if best is None else [best.method]
     for method in [*preferred, *available]:
         if layer in available[method]:
             return method
-    raise no_vector(folder.layout, folder.trait, component, next(iter(available)), layer, folder.available(component))
+    raise no_vector(files.layout, files.trait, component, next(iter(available)), layer, files.available(component))
 
 
 def _score(selection: Selection) -> float:
