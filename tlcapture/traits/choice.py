@@ -2,8 +2,8 @@
 
     choose_vectors(layout, VectorChoice(layer=12), capture, "residual").vectors
 
-`traits/selection.py` says which of a trait's vectors is selected. Here it is read, and checked against the
-activations. What fails for one trait is part of the result, so that the others can still be projected.
+`traits/selection.py` selects one of a trait's vectors by its scores. Here it is read, and checked against the
+activations. The failures of some traits are part of the result, so that the others can still be projected.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Subject(Protocol):
 class ChosenVector:
     """A trait's vector and how it was selected.
 
-    `other_model_intended` states that the vector's experiment was named, so that another model is no surprise.
+    `other_model_intended` states that the vector's experiment was named, so that another model is expected.
     """
 
     vector: TraitVector

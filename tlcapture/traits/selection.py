@@ -66,13 +66,13 @@ def select(
         raise no_vectors_by_method(files.layout, files.trait, component, method)
     if not isinstance(layer, str):
         layer = index(layer)  # a NumPy integer is valid too
-        best = next(ranked(files, component, available), None) if method is None else None
+        best = next(_ranked(files, component, available), None) if method is None else None
         return Selection(layer, _method_at(files, component, available, layer, best), "override")
     if layer not in ("auto", "default"):
         raise InputError(f"layer {layer!r} is neither a number nor 'auto'")
     notes = []
     if layer == "auto":
-        best = next(ranked(files, component, available), None)
+        best = next(_ranked(files, component, available), None)
         if best is not None:
             return best
         if _has_earlier_scores(files, component):
@@ -105,7 +105,7 @@ def effect_sizes(files: VectorFiles, component: str) -> dict[tuple[str, int], fl
     }
 
 
-def ranked(files: VectorFiles, component: str, available: Mapping[str, list[int]]) -> Iterator[Selection]:
+def _ranked(files: VectorFiles, component: str, available: Mapping[str, list[int]]) -> Iterator[Selection]:
     """All candidates with a score, best first: coherent steering runs, or effect sizes if there are no such runs.
 
     Whether a score is of the present vector is checked one candidate at a time, since it reads the vector.
@@ -131,7 +131,7 @@ def ranked(files: VectorFiles, component: str, available: Mapping[str, list[int]
 
 def runner_up(files: VectorFiles, component: str, selection: Selection) -> Selection | None:
     """The best candidate with a score at another layer than the selected one."""
-    candidates = ranked(files, component, files.available(component))
+    candidates = _ranked(files, component, files.available(component))
     return next((each for each in candidates if each.layer != selection.layer), None)
 
 

@@ -44,12 +44,16 @@ class PerTokenHead(FileContent):
 
 
 class AttentionHead(PerTokenHead):
+    """The head of a file of attention patterns."""
+
     what = "attention patterns"
 
     n_heads: Measure
 
 
 class LensHead(PerTokenHead):
+    """The head of a logit-lens file."""
+
     what = "logit lens"
 
     top_k: Annotated[int, Field(ge=1)]
@@ -82,6 +86,7 @@ class AttentionEntry(_Entry):
 
     @classmethod
     def of(cls, value: Any, path: Path, head: PerTokenHead) -> AttentionEntry:
+        """The entry of a file with a head; raises `StorageError` if a layer lacks the weights of a head."""
         entry = super().of(value, path, head)
         if isinstance(head, AttentionHead) and any(len(pattern) != head.n_heads for pattern in entry.by_layer):
             raise StorageError(
@@ -95,7 +100,7 @@ class AttentionEntry(_Entry):
         if self.context_size not in (None, size):
             raise ValueError(f"context_size {self.context_size} of token {self.token_idx}")
         if any(len(weights) != size for pattern in self.by_layer for weights in pattern):
-            raise ValueError(f"token {self.token_idx} has not {size} weights in every head")
+            raise ValueError(f"token {self.token_idx} does not have {size} weights in every head")
         return self
 
 
