@@ -26,7 +26,8 @@ from tlcapture.storage.files import write_bytes, write_json
 from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.traits.projection import project as project_stream
 from tlcapture.traits.selection import Selection
-from tlcapture.traits.vectors import VectorFolder
+from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.traits.vectors import read_vector, write_vector
 from tlcapture.views.attention import attention_hooks, attention_view
 from tlcapture.views.logit_lens import CHUNK, logit_lens_view
 from tlcapture.views.residual import residual_hooks
@@ -64,12 +65,12 @@ def w5(bench: Bench) -> Iterator[Row]:
             named = Capture(capture.prompt, capture.response, {**capture.metadata, "prompt_id": str(number)})
             named.save(layout.residual(named.prompt_set, named.prompt_id))
         for number in range(n_traits):
-            folder = VectorFolder(layout, Trait("bench", f"trait{number}"))
-            folder.write("residual", "probe", 16, torch.randn(bench.model.d_model, generator=generator))
+            folder = VectorFiles(layout, Trait("bench", f"trait{number}"))
+            write_vector(folder, "residual", "probe", 16, torch.randn(bench.model.d_model, generator=generator))
             origin = {"extraction_model": bench.model.name, "model_fingerprint": bench.model.fingerprint}
             folder.write_metadata("residual", {**origin, "extraction_experiment": "bench"})
         files = [layout.residual(capture.prompt_set, str(number)) for number in range(n_captures)]
-        vectors = [VectorFolder(layout, trait).read("residual", "probe", 16) for trait in layout.traits()]
+        vectors = [read_vector(VectorFiles(layout, trait), "residual", "probe", 16) for trait in layout.traits()]
         chosen = [(vector, Selection(16, "probe", "override")) for vector in vectors]
         size = sum(path.stat().st_size for path in files)
         memory = memoryview(bytearray(size))

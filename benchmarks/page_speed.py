@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' browser
 from tests.browser import Watched, browser, server
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
-from tlcapture.traits.vectors import VectorFolder
+from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.traits.vectors import write_vector
 
 N_TRAITS = 10
 MEGA = 2**20
@@ -72,8 +73,8 @@ def make_experiment(root: Path, prompts: int) -> int:
     layout = Layout(root, "big")
     generator = torch.Generator().manual_seed(0)
     for number in range(N_TRAITS):
-        folder = VectorFolder(layout, Trait("bench", f"trait{number}"))
-        folder.write("residual", "probe", 16, torch.randn(576, generator=generator))
+        folder = VectorFiles(layout, Trait("bench", f"trait{number}"))
+        write_vector(folder, "residual", "probe", 16, torch.randn(576, generator=generator))
     words = ["capture", "--experiment", "big", "--root", str(root), "--prompt-set", "single_trait", "--limit", "1"]
     try:
         command([*words, "--attention", "--logit-lens", "--temperature", "0"])

@@ -101,9 +101,11 @@ def test_the_error_for_missing_projections_names_the_command(exp: Experiment) ->
         InputError, match=r"no captures of prompt set 'nix'.*run 'tlcapture capture .*--prompt-set nix'"
     ):
         exp.to_pandas("nix")
-    with pytest.raises(InputError, match=r"onto a/b; traits there are: tone/loud, tone/warm; run 'tlcapture project"):
+    with pytest.raises(InputError, match=r"onto a/b; available traits: tone/loud, tone/warm; run 'tlcapture project"):
         exp.to_pandas("short", traits=["tone/loud", "a/b"])
-    with pytest.raises(InputError, match=r"no attn_out projections.*there are: none; run .* --component attn_out'"):
+    with pytest.raises(
+        InputError, match=r"no attn_out projections.*available traits: none; run .* --component attn_out'"
+    ):
         exp.to_pandas("short", component="attn_out")
     with pytest.raises(InputError, match="no component 'mlp'"):
         exp.to_pandas("short", component="mlp")
@@ -122,7 +124,7 @@ def test_a_warning_lists_captures_without_projections(exp: Experiment) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"prompt": {"tokens": TOKENS[:2]}}, "not as many projections as tokens"),
+        ({"prompt": {"tokens": TOKENS[:2]}}, "the numbers of projections and tokens differ"),
         ({"projections": {"prompt": []}}, "not a valid projection file: projections.response: Field required"),
         ({"metadata": []}, "not a valid projection file: metadata: Input should be"),
         ({"dynamics": {"commitment_point": 99, "persistence": 0}}, "commitment point 99 of 8 tokens"),

@@ -49,7 +49,7 @@ def test_nan_and_inf_are_never_written(bad: float) -> None:
     arrays(np.float32, st.integers(1, 20), elements=st.floats(-(2.0**100), 2.0**100, width=32)),
     st.sampled_from([4, 6]),
 )
-def test_float32_numbers_for_json_print_with_few_digits_and_lie_next_to_the_number(
+def test_float32_numbers_for_json_print_with_few_digits_and_are_close_to_the_number(
     numbers: NDArray[np.float32], digits: int
 ) -> None:
     normal = numbers[(numbers == 0) | (np.abs(numbers) >= np.finfo(np.float32).tiny)]
@@ -70,6 +70,6 @@ def test_float32_numbers_around_every_power_of_ten_are_rounded_like_all_others()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_float32_numbers_that_are_none_raise(bad: float) -> None:
+def test_float32_nan_and_inf_raise(bad: float) -> None:
     with pytest.raises(NumericalError, match="1 of 2 numbers are NaN or inf"):
         rounded_for_json(np.array([1.0, bad], dtype=np.float32), 4)

@@ -1,9 +1,9 @@
-"""Tokens in colour, for a notebook and for a terminal: by their projection onto a trait, or by part.
+"""Coloured tokens, for a notebook and for a terminal: by their projection onto a trait, or by part.
 
     ColouredTokens(cap.tokens, len(cap.prompt.tokens), scores, "behavioral/refusal, layer 16")
 
-The scale is symmetric about 0: red above, blue below, as strong as the largest `|score|`. The first
-token is left out of it. It is an attention sink, and its projection can be a hundred times all others.
+The scale is symmetric about 0, red above and blue below, and ends at the largest `|score|`. The first token
+is left out of it: it is an attention sink, whose projection can be a hundred times that of other tokens.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ _STRONGEST = 0.7  # opacity at the end of the scale: text stays readable on ligh
 _RED, _BLUE = "214,39,40", "31,119,180"
 _PROMPT, _RESPONSE = "rgba(127,127,127,0.18)", "rgba(44,160,44,0.22)"
 _SINK = "outline:1px dashed rgba(127,127,127,0.9)"
-# Of the 256 colours that all terminals have, from pale to strong.
+# From pale to strong, among the 256 colours that all terminals have.
 _REDS, _BLUES = (231, 224, 217, 210, 203), (231, 189, 153, 117, 75)
 _RESET, _DIM, _GREEN = "\x1b[0m", "\x1b[2m", "\x1b[32m"
 
 
 def scale_of(scores: Sequence[float]) -> float:
-    """The largest `|score|` behind the first token: 1 where there is none, or all are 0."""
+    """The largest `|score|` after the first token; 1 if there are no others, or all are 0."""
     return max((abs(score) for score in scores[1:]), default=0.0) or 1.0
 
 
 @dataclass(frozen=True, repr=False)
 class ColouredTokens:
-    """The tokens of one line, prompt and response, to be shown.
+    """The tokens of a prompt and its response as one sequence, to be displayed in colour.
 
     Attributes:
-        scores: one number a token, or `None` to colour by part alone.
-        label: what the scores are, for the caption and for what shows when the mouse is over a token.
+        scores: one score per token, or `None` to colour by part alone.
+        label: what the scores are, for the caption and for the tooltip of a token.
     """
 
     tokens: Sequence[str]
@@ -52,12 +52,12 @@ class ColouredTokens:
             raise ValueError("a score is NaN or inf")
 
     def __repr__(self) -> str:
-        """The text in one line, without colour."""
+        """The text on one line, without colour."""
         caption = f" {self._caption()}" if self._caption() else ""
         return f"<{len(self.tokens)} tokens{caption}: {printable(''.join(self.tokens))!r}>"
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        """What IPython shows: in colour where it writes to a terminal."""
+        """The display in IPython: in colour if it writes to a terminal."""
         printer.text(self.ansi() if sys.stdout.isatty() else repr(self))
 
     def _repr_html_(self) -> str:
@@ -67,7 +67,7 @@ class ColouredTokens:
         return f'<div class="tlcapture-tokens">{caption}<div style="{style}">{spans}</div></div>'
 
     def ansi(self) -> str:
-        """The same with a terminal's colours; every newline of the text is shown and made."""
+        """The text with a terminal's colours; each newline is shown as a symbol and starts a new line."""
         pieces = []
         for index, token in enumerate(self.tokens):
             text = printable(token).replace(NEWLINE, f"{NEWLINE}\n") if "\n" in token else printable(token)
@@ -82,7 +82,7 @@ class ColouredTokens:
         return f"{self.label}: blue \u2212{scale} to red +{scale}, the first token left out of the scale".lstrip(": ")
 
     def _strength(self, index: int) -> float:
-        """-1 to 1, how far a token's score goes on the scale."""
+        """A token's score as a share of the scale, from -1 to 1."""
         assert self.scores is not None
         return max(-1.0, min(1.0, self.scores[index] / scale_of(self.scores)))
 

@@ -1,6 +1,6 @@
-"""The errors tlcapture raises on purpose.
+"""The errors that tlcapture raises itself.
 
-Every message is one line that says what was expected, what came and what to do. The library raises
+Every message is one line that states what was expected, what was found and what to do. The library raises
 them; only the command line turns them into an exit status (`exit_code`).
 """
 
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 
 class TlcaptureError(Exception):
-    """Base of every error that is raised on purpose. Exit status 1: the work was asked for rightly."""
+    """Base class of all errors. Exit status 1: the request was valid, but failed."""
 
     exit_code = 1
 
 
 class InputError(TlcaptureError):
-    """The request itself is wrong: an option, a name, a prompt set, a config file. Exit status 2."""
+    """The request itself is invalid: an option, a name, a prompt set, a config file. Exit status 2."""
 
     exit_code = 2
 
@@ -24,27 +24,27 @@ class ModelError(InputError):
 
 
 class StorageError(TlcaptureError):
-    """A file cannot be read or written, or does not hold what its format says."""
+    """A file cannot be read or written, or its content does not match its format."""
 
 
 class NoSpaceError(StorageError):
-    """Nothing more can be written in a place: the device is full, a quota is used up, or it is read-only.
+    """A device cannot be written to any more: it is full, a quota is used up, or it is read-only.
 
-    A run ends with it: what it would do next could not be kept.
+    It ends a run, whose further results could not be saved.
     """
 
 
 class VectorError(TlcaptureError):
-    """A trait vector is missing, malformed, or does not fit the activations it is asked to project."""
+    """A trait vector is missing or malformed, or does not fit the activations to be projected."""
 
 
 class NumericalError(TlcaptureError):
-    """NaN or inf where a number was expected, or a value that its storage dtype cannot hold."""
+    """NaN or inf where a finite number was expected, or a value that its storage dtype cannot hold."""
 
 
 class ClusterError(TlcaptureError):
-    """The workers of a cluster cannot do their work."""
+    """The workers of a cluster failed, or cannot be started."""
 
 
 class OutOfMemoryError(TlcaptureError):
-    """Something does not fit in memory even on its own."""
+    """A single prompt or example does not fit in memory."""

@@ -1,7 +1,7 @@
-"""Names that come from outside and end up in a path: experiments, prompt sets, prompt ids, traits.
+"""Names from outside that become parts of paths: experiments, prompt sets, prompt ids, traits.
 
-A name is safe when it can only ever mean one file inside the folder it is joined to: letters, digits,
-`.`, `_` and `-`, not starting with `.` or `-`, at most 128 characters.
+A safe name can only mean a file directly inside the folder it is joined to: letters, digits, `.`, `_` and
+`-`, not starting with `.` or `-`, at most 128 characters.
 
     >>> check_name("single_trait", "prompt set")
     'single_trait'
@@ -18,15 +18,15 @@ _SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
 def is_safe_name(name: str) -> bool:
-    """Whether `name` can be one path component and nothing else."""
+    """Whether `name` is safe as a single path component."""
     return _SAFE.fullmatch(name) is not None
 
 
 def check_name(name: str, what: str) -> str:
-    """Return `name`, or raise `InputError` naming `what` it was meant to be."""
+    """Return `name`, or raise `InputError` for an unsafe one; `what` is the kind of name, for the message."""
     if not isinstance(name, str) or not is_safe_name(name):
         raise InputError(
-            f"{what} {name!r} is no safe file name: use letters, digits, '.', '_' and '-' "
+            f"{what} {name!r} is not a safe file name: use letters, digits, '.', '_' and '-' "
             "(at most 128, not starting with '.' or '-')"
         )
     return name
@@ -46,7 +46,7 @@ class Trait:
         if len(parts) != 2 or not all(is_safe_name(part) for part in parts):
             raise InputError(f"trait {text!r} is not of the form category/name, for example behavioral/refusal")
         if parts[0] == "raw":
-            raise InputError(f"trait {text!r}: the category 'raw' is taken by the captures' folder")
+            raise InputError(f"trait {text!r}: the category 'raw' is reserved for the folder of captures")
         return cls(*parts)
 
     def __str__(self) -> str:

@@ -1,13 +1,13 @@
-"""The shapes that travel between modules, as jaxtyping aliases.
+"""The shapes of tensors that modules exchange, as jaxtyping aliases.
 
 Axes:
 
 | axis | meaning |
 | --- | --- |
-| `batch` | prompts that run together, left-padded |
+| `batch` | prompts that are run together, left-padded |
 | `pos` | token positions of a step: the padded prompts at prefill, one when decoding |
 | `so_far` | token positions of a batch up to the end of a step: those its keys and values have |
-| `n_tokens` | token positions of one part (prompt or response), or of both in one line |
+| `n_tokens` | token positions of one part (prompt or response), or of both as one sequence |
 | `n_points` | residual points of a model: `2 * n_layers + 1`, in the order they are computed |
 | `d_model` | width of the residual stream |
 | `d_vocab` | size of the vocabulary |

@@ -1,4 +1,4 @@
-"""Text from outside, made fit to be seen: what a model wrote must steer neither a terminal nor a page.
+"""Text for terminals, pages and messages. A model's output is printed without its control characters.
 
 >>> printable("one\\ntwo\\x1b[2J")
 'one⏎two�[2J'
@@ -18,8 +18,13 @@ _WRITTEN = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)I?B?", re.ASCII | re.IG
 
 
 def printable(text: str) -> str:
-    """The text without control characters; a newline shows as a mark."""
+    """The text with visible symbols in place of newlines and control characters."""
     return "".join(c if c.isprintable() else {"\n": NEWLINE, "\t": " "}.get(c, "\ufffd") for c in text)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 200 characters; its type's name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def format_bytes(count: float) -> str:
@@ -32,15 +37,15 @@ def format_bytes(count: float) -> str:
 
 
 def parse_bytes(text: str) -> int:
-    """`1.5 KB`, `1.5KiB` or `1.5k` as `1536`; raises `InputError` for what is no size."""
+    """`1.5 KB`, `1.5KiB` or `1.5k` as `1536`; raises `InputError` for text that is not a size."""
     match = _WRITTEN.fullmatch(text.strip())
     if match is None:
-        raise InputError(f"{text!r} is no size: expected a number and a unit, for example 500GB")
+        raise InputError(f"{text!r} is not a size: expected a number and a unit, for example 500GB")
     return math.floor(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
 def as_ranges(numbers: Iterable[int]) -> str:
-    """Numbers as people write them, runs of more than two as a range: `0 to 29`, or `8, 12, 16 to 18`."""
+    """Numbers as text, runs of more than two as a range: `0 to 29`, or `8, 12, 16 to 18`; `none` for no numbers."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

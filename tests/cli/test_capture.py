@@ -328,7 +328,7 @@ def test_vectors_can_come_from_another_experiment(capture: Run, extract: Run, pr
     assert read_json(projected / "1.json")["metadata"]["vector_source"]["experiment"] == "vectors"
     result = capture("--vector-experiment", "nothing")
     assert result.exit_code == 2
-    assert "--vector-experiment 'nothing' has no trait vectors" in result.stderr
+    assert "experiment 'nothing' has no trait vectors" in result.stderr
 
 
 def test_length_temperature_and_seed_change_the_response(capture: Run, raw: Path) -> None:
@@ -531,7 +531,7 @@ def test_files_derived_from_other_tokens_are_removed(
         ((), "give one of --prompt-set NAME, --prompt TEXT and --all-prompt-sets"),
         (("--prompt-set", "short", "--prompt", "x"), "give one of"),
         (("--prompt-set", "nix"), "no prompt set 'nix'"),
-        (("--prompt-set", "../short"), "no safe file name"),
+        (("--prompt-set", "../short"), "not a safe file name"),
         (("--prompt", "  "), "text is empty"),
         (("--prompt", "x", "--layer", "best"), "neither a layer number nor 'auto'"),
         (("--prompt", "x", "--batch-size", "0"), "neither a number of at least 1 nor 'auto'"),
@@ -621,7 +621,7 @@ def test_an_experiment_name_cannot_leave_its_folder(tlcapture: Run, data: Path) 
     for name in ("../x", "/etc/x", "a/b", "..", "-x"):
         result = tlcapture("capture", f"--experiment={name}", "--prompt", "x")
         assert result.exit_code == 2
-        assert "no safe file name" in result.stderr
+        assert "not a safe file name" in result.stderr
 
 
 def test_a_prompt_that_does_not_fit_fails_and_the_others_are_captured(capture: Run, data: Path, raw: Path) -> None:

@@ -126,7 +126,7 @@ def test_a_file_that_lacks_a_layer_is_not_a_capture(capture: Run, raw: Path) -> 
     for part in ("prompt", "response"):
         del value[part]["activations"][1]
     torch.save(value, raw / "1.pt")
-    with pytest.raises(StorageError, match=r"1\.pt: .* has 2 layers of 32 numbers, but metadata says 3 of 32"):
+    with pytest.raises(StorageError, match=r"1\.pt: .* has 2 layers of width 32, but metadata states 3 of width 32"):
         Capture.open(raw / "1.pt")
 
 

@@ -161,7 +161,7 @@ def test_a_sufficient_budget_needs_no_reduction(tlcapture: Run, tiny_folder: Pat
         (("--views", "residual,nix"), "'nix' is not a view: choose from residual, attn_out"),
         (("--views", "attention"), "a capture keeps residual, projections or both"),
         (("--views", "residual,attention:3"), "'attention:3' is not a view"),
-        (("--budget", "lots"), "'lots' is no size: expected a number and a unit, for example 500GB"),
+        (("--budget", "lots"), "'lots' is not a size: expected a number and a unit, for example 500GB"),
         (("--gpu", "h100", "--measure"), "give one of --tokens-per-second, --measure and --gpu"),
         (("--layers", "3"), "--layers 3: the model has layers 0 to 2"),
         (("--views", "residual,internals:9"), "--layer-internals 9: the model has layers 0 to 2"),
@@ -180,5 +180,5 @@ def test_sizes_are_parsed_as_they_are_formatted() -> None:
     for text in ("0 B", "17 B", "1.5 KB", "500.0 GB", "2.0 TB"):
         assert format_bytes(parse_bytes(text)) == text
     assert parse_bytes("500gib") == parse_bytes("500 GB") == 500 * 2**30
-    with pytest.raises(InputError, match="is no size"):
+    with pytest.raises(InputError, match="is not a size"):
         parse_bytes("-3 GB")

@@ -1,4 +1,4 @@
-"""`tlcapture project` and `tlcapture extract`: each option once, and what it leaves."""
+"""`tlcapture project` and `tlcapture extract`: each option once, and the files it writes."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_the_position_is_chosen_and_recorded(extract: Run, vectors: Path) -> Non
     assert not torch.allclose(torch.load(vectors / "mean_diff_layer1.pt", weights_only=True), mean, atol=1e-3)
 
 
-def test_vectors_of_another_split_do_not_stay_under_new_metadata(extract: Run, vectors: Path) -> None:
+def test_vectors_of_another_split_are_removed_with_their_metadata(extract: Run, vectors: Path) -> None:
     extract("--methods", "mean_diff", "--component", "residual", "--seed", 1)
     extract("--methods", "probe", "--component", "residual", "--seed", 2)
     assert read_json(vectors / "metadata.json")["methods"] == ["probe"]
@@ -180,7 +180,7 @@ def test_the_root_may_be_given(project: Run, tlcapture: Run, data: Path, monkeyp
     assert tlcapture(*words, "--root", data).exit_code == 0
 
 
-def test_all_prompt_sets_means_all_that_are_captured(project: Run, projected: Path) -> None:
+def test_all_prompt_sets_are_those_with_captures(project: Run, projected: Path) -> None:
     assert project(prompts=("--all-prompt-sets",)).exit_code == 0
     assert [path.name for path in sorted(projected.parent.iterdir())] == ["other", "short"]
 
@@ -192,10 +192,10 @@ def test_traits_layer_and_method(project: Run, projected: Path) -> None:
     assert not (projected.parents[2] / "warm").exists()
     result = project("--traits", "tone/quiet")
     assert result.exit_code == 2
-    assert "traits there are: tone/loud, tone/warm" in result.stderr
+    assert "available traits: tone/loud, tone/warm" in result.stderr
 
 
-def test_attn_out_goes_to_its_own_folder_with_one_score_a_layer(project: Run, projected: Path) -> None:
+def test_attn_out_is_written_to_its_own_folder_with_one_score_per_layer(project: Run, projected: Path) -> None:
     assert project("--component", "attn_out").exit_code == 0
     assert not projected.exists()
     value = read_json(projected.parents[1] / "attn_stream" / "short" / "1.json")
@@ -203,7 +203,7 @@ def test_attn_out_goes_to_its_own_folder_with_one_score_a_layer(project: Run, pr
     assert value["metadata"]["sublayers"] == ["attn_out"]
 
 
-def test_dynamics_only_touches_nothing_but_dynamics(project: Run, projected: Path, vectors: Path) -> None:
+def test_dynamics_only_changes_nothing_but_dynamics(project: Run, projected: Path, vectors: Path) -> None:
     project()
     path = projected / "1.json"
     before = read_json(path)
@@ -241,7 +241,7 @@ def test_skip_existing_projects_only_what_is_missing(project: Run, projected: Pa
     assert (projected / "2.json").exists()
 
 
-def test_a_vector_of_another_model_is_warned_of_unless_it_is_meant(
+def test_a_vector_of_another_model_is_a_warning_unless_it_is_intended(
     project: Run, extract: Run, projected: Path, vectors: Path
 ) -> None:
     metadata = read_json(vectors / "metadata.json")
@@ -268,7 +268,7 @@ def test_a_vector_that_cannot_match_fails_its_trait_alone(project: Run, projecte
     assert len(list((projected.parents[2] / "warm" / "residual_stream" / "short").iterdir())) == 3
 
 
-def test_what_differs_is_said_once_for_all_traits_and_captures(capture: Run, project: Run, projected: Path) -> None:
+def test_a_difference_is_reported_once_for_all_traits_and_captures(capture: Run, project: Run, projected: Path) -> None:
     project()
     capture("--no-chat-template", "--no-project", "--dtype", "bfloat16")
     result = project()
@@ -283,11 +283,11 @@ def test_what_differs_is_said_once_for_all_traits_and_captures(capture: Run, pro
     assert [line.startswith("tone/loud: the vector was extracted") for line in said] == [True, True]
 
 
-def test_vectors_of_unknown_origin_are_projected_and_said_to_be(project: Run, projected: Path, vectors: Path) -> None:
+def test_vectors_of_unknown_origin_are_projected_with_a_warning(project: Run, projected: Path, vectors: Path) -> None:
     (vectors / "metadata.json").unlink()
     result = project("--traits", "tone/loud")
     assert result.exit_code == 0
-    assert "unknown origin" in result.stderr
+    assert "their origin is unknown" in result.stderr
     assert read_json(projected / "1.json")["metadata"]["vector_source"]["model"] is None
 
 
@@ -295,13 +295,15 @@ def test_a_vector_of_another_width_fails_its_trait_alone(project: Run, projected
     torch.save(torch.ones(9), vectors / "probe_layer1.pt")
     result = project()
     assert result.exit_code == 1
-    said = "probe_layer1.pt: 9 numbers, but metadata.json says 32"
+    said = "probe_layer1.pt: the vector has width 9, but metadata.json gives 32"
     assert said in result.stderr
     assert not projected.exists()
     assert len(list((projected.parents[2] / "warm" / "residual_stream" / "short").iterdir())) == 3
 
 
-def test_skip_existing_sees_another_layer_and_a_newer_vector(project: Run, projected: Path, vectors: Path) -> None:
+def test_skip_existing_projects_again_for_another_layer_and_a_newer_vector(
+    project: Run, projected: Path, vectors: Path
+) -> None:
     project("--traits", "tone/loud")
     assert "wrote 0 files" in project("--traits", "tone/loud", "--skip-existing").output
     assert "wrote 3 files" in project("--traits", "tone/loud", "--skip-existing", "--layer", 2).output
@@ -309,7 +311,7 @@ def test_skip_existing_sees_another_layer_and_a_newer_vector(project: Run, proje
     assert "wrote 3 files" in project("--traits", "tone/loud", "--skip-existing", "--layer", 2).output
 
 
-def test_vectors_of_another_tool_outlive_an_extraction(extract: Run, vectors: Path) -> None:
+def test_vectors_of_another_tool_are_kept_by_an_extraction(extract: Run, vectors: Path) -> None:
     vectors.mkdir(parents=True)
     for name in ("probe_layer1.pt", "pca_layer2.pt"):
         torch.save(torch.ones(32), vectors / name)
@@ -356,7 +358,7 @@ def test_capture_takes_the_model_that_was_extracted_from(
     assert again.exit_code == 0
 
 
-def test_a_capture_that_is_no_capture_fails_alone(project: Run, projected: Path) -> None:
+def test_a_file_that_is_not_a_capture_fails_alone(project: Run, projected: Path) -> None:
     raw = projected.parents[3] / "raw" / "residual" / "short"
     torch.save({"format_version": 1, "prompt": {}}, raw / "2.pt")
     torch.save({"format_version": 99}, raw / "3.pt")
@@ -387,7 +389,9 @@ def test_a_prompt_set_without_captures_lists_those_with(project: Run) -> None:
     assert "captured sets: other, short" in result.stderr
 
 
-def test_vectors_that_no_trait_has_are_refused_before_any_prompt_runs(capture: Run, extract: Run, raw: Path) -> None:
+def test_a_method_or_layer_without_vectors_is_an_error_before_any_prompt_runs(
+    capture: Run, extract: Run, raw: Path
+) -> None:
     assert extract("--methods", "probe,mean_diff", "--layers", "0,2").exit_code == 0
     for words, said in (
         (("--layer", 99), "--layer 99: no trait has a vector of that layer; layers with vectors: 0, 2"),
@@ -399,7 +403,7 @@ def test_vectors_that_no_trait_has_are_refused_before_any_prompt_runs(capture: R
         assert not raw.exists()
 
 
-def test_results_of_an_earlier_run_are_not_shown_as_those_of_one_that_failed(
+def test_a_failed_run_does_not_show_results_of_an_earlier_one(
     capture: Run, extract: Run, tlcapture: Run, raw: Path
 ) -> None:
     assert extract("--methods", "probe").exit_code == 0

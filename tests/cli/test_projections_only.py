@@ -76,7 +76,7 @@ def test_skip_existing_makes_exactly_what_is_missing(capture: Run, extract: Run,
 
 
 @pytest.mark.parametrize("change", ["wording", "mark", "damage", "vector", "mixture", "lens", "attn"])
-def test_skip_existing_makes_a_prompt_again_that_is_not_what_is_asked(
+def test_skip_existing_recaptures_a_prompt_that_differs_from_the_request(
     capture: Run, extract: Run, inference: Path, data: Path, change: str
 ) -> None:
     extract()
@@ -108,7 +108,7 @@ def test_skip_existing_makes_a_prompt_again_that_is_not_what_is_asked(
     assert "3 prompts skipped" in capture(*ONLY, "--skip-existing", *more).output
 
 
-def test_what_was_derived_from_other_tokens_goes(capture: Run, extract: Run, analysis: Path) -> None:
+def test_files_derived_from_other_tokens_are_removed(capture: Run, extract: Run, analysis: Path) -> None:
     extract()
     capture(*ONLY, "--attention")
     capture(*ONLY)
@@ -117,7 +117,7 @@ def test_what_was_derived_from_other_tokens_goes(capture: Run, extract: Run, ana
     assert list(analysis.glob("*")) == []
 
 
-def test_beside_a_raw_capture_projections_are_made_from_it_or_not_at_all(
+def test_next_to_a_raw_capture_projections_are_made_from_it_or_not_at_all(
     capture: Run, extract: Run, inference: Path, raw: Path
 ) -> None:
     extract()
@@ -136,7 +136,7 @@ def test_beside_a_raw_capture_projections_are_made_from_it_or_not_at_all(
     assert projections(inference) == made
 
 
-def test_an_ordinary_capture_takes_the_place_of_projections_alone(
+def test_an_ordinary_capture_replaces_projections_without_one(
     capture: Run, extract: Run, inference: Path, raw: Path
 ) -> None:
     extract()
@@ -148,7 +148,9 @@ def test_an_ordinary_capture_takes_the_place_of_projections_alone(
     assert "capture" not in read_json(inference / "tone/loud/residual_stream/short/1.json")["metadata"]
 
 
-def test_the_prompts_are_shown_like_others(capture: Run, extract: Run, data: Path, tlcapture: Run) -> None:
+def test_prompts_with_projections_alone_are_shown_like_others(
+    capture: Run, extract: Run, data: Path, tlcapture: Run
+) -> None:
     extract()
     assert "short: the trait that rose most" in capture(*ONLY).output
     exp = Experiment("exp", data)
@@ -165,12 +167,12 @@ def test_the_prompts_are_shown_like_others(capture: Run, extract: Run, data: Pat
     assert len(list((data / "pictures").rglob("*.png"))) == 6
     done = tlcapture("project", "--experiment", "exp", "--prompt-set", "short")
     assert done.exit_code == 2
-    assert "only projections were kept (--projections-only), which cannot be projected" in done.output
+    assert "has projections but no captures (--projections-only)" in done.output
     done = tlcapture("project", "--experiment", "exp", "--all-prompt-sets", "--dynamics-only")
     assert done.exit_code == 0, done.output
 
 
-def test_layers_and_points_and_shards_go_with_it(capture: Run, extract: Run, inference: Path) -> None:
+def test_it_can_be_combined_with_layers_points_and_shards(capture: Run, extract: Run, inference: Path) -> None:
     extract()
     words = (*ONLY, "--layers", "1,2", "--points", "residual_out", "--layer", 1, "--shard", "1/2")
     assert capture(*words).exit_code == 0
@@ -190,19 +192,19 @@ def test_layers_and_points_and_shards_go_with_it(capture: Run, extract: Run, inf
         (("--layer-internals", 1), "--projections-only keeps no raw activations: leave out --layer-internals"),
     ],
 )
-def test_what_does_not_go_with_it_is_refused(capture: Run, extract: Run, words: tuple[object, ...], said: str) -> None:
+def test_options_that_contradict_it_are_an_error(
+    capture: Run, extract: Run, words: tuple[object, ...], said: str
+) -> None:
     extract()
     done = capture(*ONLY, *words)
     assert done.exit_code == 2
     assert said in done.output
 
 
-def test_without_vectors_it_is_refused_before_anything_runs(capture: Run, extract: Run, data: Path) -> None:
+def test_without_vectors_it_is_an_error_before_anything_runs(capture: Run, extract: Run, data: Path) -> None:
     done = capture(*ONLY)
     assert done.exit_code == 2
-    assert (
-        "--projections-only needs trait vectors, and experiment 'exp' has none: run 'tlcapture extract" in done.output
-    )
+    assert "--projections-only: experiment 'exp' has no trait vectors: run 'tlcapture extract" in done.output
     extract()
     done = capture(*ONLY, "--layers", "0", "--layer", 1)
     assert done.exit_code == 2

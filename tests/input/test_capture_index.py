@@ -47,7 +47,7 @@ def made(
 
     def part(n_tokens: int) -> CapturedPart:
         outputs = torch.randn(len(kept.layers), n_tokens, WIDTH).to(dtype) if attn_out else None
-        points = torch.randn(len(kept.places), n_tokens, WIDTH).to(dtype)
+        points = torch.randn(len(kept.point_indices), n_tokens, WIDTH).to(dtype)
         tokens = [f"t{number}\n" for number in range(n_tokens)]
         stream = ResidualStream(points, outputs, None if kept.is_all else kept)
         return CapturedPart("".join(tokens), tokens, list(range(n_tokens)), stream)
@@ -153,7 +153,7 @@ def test_indexes_that_are_wrong_in_every_way(tmp_path: Path, evidence: Evidence)
         assert found.n_layers == N_LAYERS
         for part, n_tokens in ((found.prompt, N_PROMPT), (found.response, N_RESPONSE)):
             assert len(part.tokens) == len(part.token_ids) == part.residual.n_tokens == n_tokens
-            assert part.residual.points.shape == (len(found.kept.places), n_tokens, WIDTH)
+            assert part.residual.points.shape == (len(found.kept.point_indices), n_tokens, WIDTH)
 
     try_all(evidence, "index of a capture", damaged_json(index_of(path)) | any_json(), check, examples=400)
 

@@ -19,7 +19,8 @@ from tests.input.strategies import some_of_each
 from tests.page.conftest import attention, logit_lens, projection, write
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
-from tlcapture.traits.vectors import VectorFolder
+from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.traits.vectors import write_vector
 
 Run = Callable[..., Result]
 TRAIT = Trait("style", "odd")
@@ -47,9 +48,9 @@ def layout(root: Path) -> Layout:
     made = Layout(root, "exp")
     make_prompt_set(root, "odd", ["hello"])
     write(made.config, {"inference_model": "smollm2", "extraction_model": "smollm2"})
-    folder = VectorFolder(made, TRAIT)
+    folder = VectorFiles(made, TRAIT)
     for layer in (0, 1):
-        folder.write("residual", "probe", layer, torch.ones(captures.WIDTH))
+        write_vector(folder, "residual", "probe", layer, torch.ones(captures.WIDTH))
     folder.write_metadata("residual", {"extraction_model": "tiny", "methods": ["probe"], "layers": [0, 1]})
     raw = made.residual("odd", "1")
     raw.parent.mkdir(parents=True)
@@ -73,9 +74,9 @@ COMMANDS: dict[str, tuple[Callable[[Layout], Path], list[tuple[str, ...]]]] = {
     ),
     "config.json": (lambda layout: layout.config, [("capture", *EXP, "--prompt", "x")]),
     "capture": (lambda layout: layout.residual("odd", "1"), [PROJECT]),
-    "vector": (lambda layout: VectorFolder(layout, TRAIT).file("residual", "probe", 1), [PROJECT]),
+    "vector": (lambda layout: VectorFiles(layout, TRAIT).file("residual", "probe", 1), [PROJECT]),
     "metadata of vectors": (
-        lambda layout: VectorFolder(layout, TRAIT).metadata_file("residual"),
+        lambda layout: VectorFiles(layout, TRAIT).metadata_file("residual"),
         [PROJECT, ("traits", "list", *EXP)],
     ),
     "extraction_evaluation.json": (
@@ -136,7 +137,7 @@ def test_a_damaged_file_is_named_in_an_error_of_one_line(
 _ABSENT = {
     "prompt set": ["no prompt set 'odd': looked for "],
     "vector": ["no residual vector of style/odd by 'probe' at layer 1"],
-    "projection file": ["has no projection whose dynamics could be computed again", "has no residual projections"],
+    "projection file": ["has no projection to recompute the dynamics of", "has no residual projections"],
 }
 
 
@@ -144,7 +145,7 @@ def test_an_extra_field_that_is_nested_too_deeply_for_the_page_is_reported(
     tlcapture: Run, layout: Layout, tmp_path: Path, evidence: Evidence
 ) -> None:
     nested = '{"further": ' + "[" * 900 + "]" * 900 + "}"
-    VectorFolder(layout, TRAIT).metadata_file("residual").write_text(nested)
+    VectorFiles(layout, TRAIT).metadata_file("residual").write_text(nested)
     result = tlcapture("view", *EXP, "--export", tmp_path / "page.html")
     assert result.exit_code == 1
     assert "exp/vectors/style/odd: a file has content that cannot be shown" in result.stderr

@@ -34,7 +34,7 @@ from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.traits.selection import effect_sizes, select, steering_runs
 from tlcapture.traits.token_scores import TokenScores
 from tlcapture.traits.vector_files import VectorFiles
-from tlcapture.traits.vectors import VectorFolder
+from tlcapture.traits.vectors import read_vector, write_vector
 
 ODD = Trait.parse(TRAIT)
 
@@ -108,14 +108,14 @@ def test_config(tmp_path: Path, evidence: Evidence) -> None:
 def test_metadata_of_vectors(tmp_path: Path, evidence: Evidence) -> None:
     good = {"extraction_model": "m", "methods": ["probe"], "layers": [1, 2], "num_layers": 3, "hidden_dim": 4,
             "position": "response_mean", "split": {"seed": 0}, "model_fingerprint": "f"}  # fmt: skip
-    folder = VectorFolder(Layout(tmp_path, "exp"), ODD)
-    folder.write("residual", "probe", 1, torch.ones(4))
+    folder = VectorFiles(Layout(tmp_path, "exp"), ODD)
+    write_vector(folder, "residual", "probe", 1, torch.ones(4))
     path = folder.metadata_file("residual")
 
     def check(file: Damaged) -> None:
         file.put(path)
         try:
-            found = folder.read("residual", "probe", 1)
+            found = read_vector(folder, "residual", "probe", 1)
         except TlcaptureError as error:
             check_refusal(error, path, folder.file("residual", "probe", 1))
             return
@@ -146,9 +146,9 @@ ROW = {
 def test_evaluation(tmp_path: Path, evidence: Evidence) -> None:
     rows = [ROW, {"trait": TRAIT, "method": "probe", "layer": 2, "val_effect_size": 0.5}]
     layout = Layout(tmp_path, "exp")
-    folder = VectorFolder(layout, ODD)
+    folder = VectorFiles(layout, ODD)
     for layer in (1, 2):
-        folder.write("residual", "probe", layer, torch.ones(4))
+        write_vector(folder, "residual", "probe", layer, torch.ones(4))
     path = layout.evaluation
 
     def check(file: Damaged) -> None:
@@ -191,7 +191,7 @@ RESULTS = {"baseline": {"trait_mean": 50.0, "coherence_mean": 100.0}, "runs": [R
 def test_steering_results(tmp_path: Path, evidence: Evidence) -> None:
     folder = VectorFiles(Layout(tmp_path, "exp"), ODD)
     for layer in (1, 2):
-        VectorFolder(folder.layout, ODD).write("residual", "probe", layer, torch.ones(4))
+        write_vector(VectorFiles(folder.layout, ODD), "residual", "probe", layer, torch.ones(4))
     path = folder.layout.steering(ODD)
 
     def check(file: Damaged) -> None:
@@ -279,10 +279,10 @@ def test_projection_files(tmp_path: Path, evidence: Evidence) -> None:
     ("at", "value", "said"),
     [
         (("metadata", "vector_source", "layer"), N_LAYERS, "a vector of layer 3, but scores of 3 layers"),
-        (("metadata", "sublayers"), ["residual_out"], "3 scores a layer, but 1 sublayers"),
-        (("prompt", "n_tokens"), 3, "prompt: n_tokens says 3, but there are 2 tokens"),
-        (("response", "tokens"), ["a"], "response: n_tokens says 4, but there are 1 tokens"),
-        (("projections", "prompt"), [], "not as many projections as tokens: 0 for 2 tokens of the prompt"),
+        (("metadata", "sublayers"), ["residual_out"], "3 scores per layer, but 1 sublayers"),
+        (("prompt", "n_tokens"), 3, "prompt: n_tokens is 3, but tokens has 2"),
+        (("response", "tokens"), ["a"], "response: n_tokens is 4, but tokens has 1"),
+        (("projections", "prompt"), [], "the numbers of projections and tokens differ: 0 for 2 tokens of the prompt"),
         (("projections", "prompt", 0), [[1.0]], "not all as many layers and sublayers"),
         (("projections", "prompt", 0, 1), [1.0, 2.0], "not all as many layers and sublayers"),
         (("projections", "prompt", 0, 1, 0), "1.0", "projections.prompt[0][1][0]: Input should be a valid number"),
@@ -291,7 +291,7 @@ def test_projection_files(tmp_path: Path, evidence: Evidence) -> None:
         (("projections", "prompt", 0, 1, 0), 1e308, "projections.prompt[0][1][0]: Input should be less"),
         (("dynamics", "commitment_point"), 6, "commitment point 6 of 6 tokens"),
         (("dynamics", "persistence"), 6, "persistence of 6 in 6 tokens"),
-        (("dynamics", "velocity"), [1.0], "velocity has 1 numbers for 6 tokens, expected 5"),
+        (("dynamics", "velocity"), [1.0], "velocity has 1 values for 6 tokens, expected 5"),
     ],
 )
 def test_a_projection_file_that_disagrees_with_itself_says_where(

@@ -25,7 +25,8 @@ from tlcapture.names import Trait, is_safe_name
 from tlcapture.page.contents import Contents
 from tlcapture.storage.files import write_json
 from tlcapture.storage.layout import Datasets, Layout
-from tlcapture.traits.vectors import VectorFolder
+from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.traits.vectors import write_vector
 
 ODD = Trait.parse(TRAIT)
 HOSTILE = [
@@ -191,7 +192,9 @@ def test_no_file_is_written_through_a_link_that_leads_out(root: Path, outside: P
         "inference/raw/residual/odd": lambda: write_capture(layout, capture),
         "inference/raw/internals/odd": lambda: write_json(layout.internals("odd", "1", 0), {}),
         "analysis/per_token/odd": lambda: write_json(layout.attention("odd", "1"), {}),
-        f"extraction/{TRAIT}/vectors": lambda: VectorFolder(layout, ODD).write("residual", "probe", 1, torch.ones(8)),
+        f"extraction/{TRAIT}/vectors": lambda: write_vector(
+            VectorFiles(layout, ODD), "residual", "probe", 1, torch.ones(8)
+        ),
         "extraction/extraction_evaluation.json": lambda: write_json(layout.evaluation, {}),
         "config.json": lambda: write_json(layout.config, {}),
         f"steering/{TRAIT}/results.json": lambda: write_json(layout.steering(ODD), {}),
@@ -211,9 +214,9 @@ def test_no_file_is_written_through_a_link_that_leads_out(root: Path, outside: P
 def test_projections_are_not_written_through_a_link(root: Path, outside: Path, evidence: Evidence) -> None:
     layout = Layout(root, "exp")
     torch.save(captures.content(), layout.residual("odd", "1"))
-    VectorFolder(layout, ODD).write("residual", "probe", 1, torch.ones(8))
+    write_vector(VectorFiles(layout, ODD), "residual", "probe", 1, torch.ones(8))
     layout.evaluation.unlink()
-    VectorFolder(layout, ODD).metadata_file("residual").unlink()
+    VectorFiles(layout, ODD).metadata_file("residual").unlink()
     for path in (layout.residual("odd", "2"), layout.residual("odd", "3")):
         path.unlink()
     assert not run_project(layout, ["odd"], ProjectOptions()).failures

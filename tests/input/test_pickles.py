@@ -23,7 +23,8 @@ from tlcapture.models.loading import load_model
 from tlcapture.names import Trait
 from tlcapture.storage.files import read_tensors
 from tlcapture.storage.layout import Layout
-from tlcapture.traits.vectors import VectorFolder
+from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.traits.vectors import read_vector
 
 TRAIT = Trait("style", "odd")
 
@@ -90,7 +91,7 @@ def test_captures_vectors_and_internals(
 ) -> None:
     layout = Layout(tmp_path, "exp")
     raw, internals = layout.residual("odd", "1"), layout.internals("odd", "1", 0)
-    vector = VectorFolder(layout, TRAIT).file("residual", "probe", 1)
+    vector = VectorFiles(layout, TRAIT).file("residual", "probe", 1)
     for path in (raw, internals, vector):
         path.parent.mkdir(parents=True)
     way({**captures.content(), "extra": kind(marker)}, raw)
@@ -99,7 +100,7 @@ def test_captures_vectors_and_internals(
     readers: list[tuple[Path, Callable[[], object]]] = [
         (raw, lambda: Capture.open(raw)),
         (internals, lambda: read_tensors(internals)),
-        (vector, lambda: VectorFolder(layout, TRAIT).read("residual", "probe", 1)),
+        (vector, lambda: read_vector(VectorFiles(layout, TRAIT), "residual", "probe", 1)),
     ]
     for path, read in readers:
         with pytest.raises(StorageError) as caught:

@@ -22,7 +22,8 @@ from tlcapture.errors import StorageError, TlcaptureError, VectorError
 from tlcapture.names import Trait
 from tlcapture.storage.files import read_tensors
 from tlcapture.storage.layout import Layout
-from tlcapture.traits.vectors import VectorFolder
+from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.traits.vectors import read_vector, write_vector
 
 TRAIT = Trait("style", "odd")
 POINTS = ("residual_in", "after_attn", "residual_out")
@@ -38,7 +39,7 @@ def packed(value: Any) -> bytes:
 @pytest.fixture
 def layout(tmp_path: Path) -> Layout:
     made = Layout(tmp_path, "exp")
-    VectorFolder(made, TRAIT).write("residual", "probe", 1, torch.ones(WIDTH))
+    write_vector(VectorFiles(made, TRAIT), "residual", "probe", 1, torch.ones(WIDTH))
     made.residual("odd", "1").parent.mkdir(parents=True)
     return made
 
@@ -190,11 +191,11 @@ def test_a_saved_number_that_is_none_is_never_projected(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"prompt_id": "2"}, "it says it is odd/2"),
-        ({"prompt_set": "other"}, "it says it is other/1"),
-        ({"prompt_id": "../1"}, "no safe file name"),
-        ({"n_layers": 4}, "has 3 layers of 8 numbers, but metadata says 4 of 8"),
-        ({"d_model": 9}, "has 3 layers of 8 numbers, but metadata says 3 of 9"),
+        ({"prompt_id": "2"}, "its metadata names prompt odd/2"),
+        ({"prompt_set": "other"}, "its metadata names prompt other/1"),
+        ({"prompt_id": "../1"}, "not a safe file name"),
+        ({"n_layers": 4}, "has 3 layers of width 8, but metadata states 4 of width 8"),
+        ({"d_model": 9}, "has 3 layers of width 8, but metadata states 3 of width 9"),
         ({"model_fingerprint": torch.ones(3)}, "metadata.model_fingerprint"),
         ({"n_layers": True}, "metadata.n_layers"),
     ],
@@ -261,17 +262,17 @@ def test_separate_tensors_are_read_as_those_of_one_buffer_are(layout: Layout) ->
 
 @pytest.mark.parametrize("kind", sorted({*ODD_VALUES} - {"a parameter", "a clone", "other numbers", "another dtype"}))
 def test_a_vector_of_another_kind_is_refused(layout: Layout, evidence: Evidence, kind: str) -> None:
-    folder = VectorFolder(layout, TRAIT)
+    folder = VectorFiles(layout, TRAIT)
     path = folder.file("residual", "probe", 1)
     good = torch.ones(WIDTH) if kind not in ("transposed", "one axis less") else torch.ones(WIDTH, WIDTH, 2)
     torch.save(ODD_VALUES[kind](good if kind != "transposed" else good[0]), path)
     if kind in ("another width", "one token less"):
         torch.save(captures.content(), layout.residual("odd", "1"))
         (failure,) = run_project(layout, ["odd"], ProjectOptions()).failures
-        assert "has 7 numbers, but the activations have 8" in failure.reason
+        assert "has width 7, but the activations have width 8" in failure.reason
     else:
         with pytest.raises(VectorError) as caught:
-            folder.read("residual", "probe", 1)
+            read_vector(folder, "residual", "probe", 1)
         check_refusal(caught.value, path)
     evidence.tried("vector", "odd tensors")
 
@@ -280,11 +281,11 @@ def test_a_vector_of_another_kind_is_refused(layout: Layout, evidence: Evidence,
 def test_a_vector_that_is_no_direction_in_float32_is_refused(
     layout: Layout, evidence: Evidence, numbers: list[float]
 ) -> None:
-    folder = VectorFolder(layout, TRAIT)
+    folder = VectorFiles(layout, TRAIT)
     path = folder.file("residual", "probe", 1)
     torch.save(torch.tensor(numbers, dtype=torch.float64), path)
     with pytest.raises(VectorError, match="zero, or holds NaN or inf") as caught:
-        folder.read("residual", "probe", 1)
+        read_vector(folder, "residual", "probe", 1)
     check_refusal(caught.value, path)
     evidence.tried("vector", "NaN, inf, zero, huge")
 
@@ -295,7 +296,7 @@ def test_a_parameter_of_any_float_and_length_is_the_same_direction(
     layout: Layout, scale: float, dtype: torch.dtype
 ) -> None:
     torch.save(captures.content(), layout.residual("odd", "1"))
-    folder = VectorFolder(layout, TRAIT)
+    folder = VectorFiles(layout, TRAIT)
     run_project(layout, ["odd"], ProjectOptions())
     path = layout.projection(TRAIT, "residual", "odd", "1")
     expected = path.read_text().split('"metadata"')[0]
@@ -308,7 +309,7 @@ def test_a_parameter_of_any_float_and_length_is_the_same_direction(
 
 
 def test_cut_off_and_foreign_vectors(layout: Layout, evidence: Evidence) -> None:
-    folder = VectorFolder(layout, TRAIT)
+    folder = VectorFiles(layout, TRAIT)
     path = folder.file("residual", "probe", 1)
     whole = packed(torch.ones(WIDTH))
     cut = st.integers(0, len(whole) - 1).map(lambda size: Damaged("truncated", whole[:size]))
@@ -317,7 +318,7 @@ def test_cut_off_and_foreign_vectors(layout: Layout, evidence: Evidence) -> None
     def check(file: Damaged) -> None:
         file.put(path)
         with pytest.raises(StorageError) as caught:
-            folder.read("residual", "probe", 1)
+            read_vector(folder, "residual", "probe", 1)
         check_refusal(caught.value, path)
 
     try_all(evidence, "vector", cut | other, check, examples=150)
@@ -328,7 +329,7 @@ def test_cut_off_and_foreign_vectors(layout: Layout, evidence: Evidence) -> None
              "probe_layer-1.pt", "probe_layer1.pt.pt", "_layer1.pt"]
 )  # fmt: skip
 def test_a_file_of_another_name_is_no_vector(layout: Layout, evidence: Evidence, name: str) -> None:
-    folder = VectorFolder(layout, TRAIT)
+    folder = VectorFiles(layout, TRAIT)
     torch.save(torch.ones(WIDTH), folder.path / name)
     assert folder.available("residual") == {"probe": [1]}
     evidence.tried("vector", "odd file names")

@@ -14,7 +14,7 @@ from tests import tiny
 from tlcapture import Experiment
 from tlcapture.errors import InputError
 from tlcapture.names import Trait
-from tlcapture.traits.vectors import VectorFolder
+from tlcapture.traits.vector_files import VectorFiles
 
 
 def test_an_experiment_lists_its_prompt_sets_traits_and_captures(exp: Experiment) -> None:
@@ -91,7 +91,7 @@ def test_a_projection_warns_about_default_layers_and_other_models(exp: Experimen
     assert cap.project("style/formality", layer=np.int64(3)).vector.layer == 3
     with pytest.raises(InputError, match="neither a number nor 'auto'"):
         cap.project("style/formality", layer="3")
-    folder = VectorFolder(exp.layout, Trait.parse("style/formality"))
+    folder = VectorFiles(exp.layout, Trait.parse("style/formality"))
     metadata = folder.metadata("residual")
     folder.write_metadata("residual", {**metadata, "extraction_model": "elsewhere", "model_fingerprint": "0"})
     try:

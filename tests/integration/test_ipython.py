@@ -110,7 +110,7 @@ def test_the_magic_uses_the_model_and_vectors_of_the_session(
         ("%capture_prompt --nix hi", "unrecognized arguments"),
         ("%capture_prompt --temperature nan hi", "temperature nan"),
         ("%capture_prompt -n 100000 hi", "does not fit"),
-        ("%capture_prompt -t behavioral/nix hi", "traits there are: behavioral/refusal, style/formality"),
+        ("%capture_prompt -t behavioral/nix hi", "available traits: behavioral/refusal, style/formality"),
         ("%capture_prompt -t nix hi", "not of the form category/name"),
         ("model = 3\n%capture_prompt hi", "the variable 'model' is a int"),
         ("del exp\n%capture_prompt -t a/b hi", "no vectors: set exp"),
@@ -201,7 +201,7 @@ def test_the_error_for_a_missing_layer_head_or_trait_lists_the_existing_ones(
             cap.plot.attention(30, 0)
         with pytest.raises(InputError, match="no head 9: layer 2 has heads 0 to 8"):
             cap.plot.attention(2, 9)
-        with pytest.raises(InputError, match=r"no vectors for trait 'a/b'.*traits there are: behavioral/refusal"):
+        with pytest.raises(InputError, match=r"no vectors for trait 'a/b'.*available traits: behavioral/refusal"):
             cap.plot.trajectory("a/b")
         with pytest.raises(InputError, match="no point 'nix'"):
             cap.plot.layers(TRAITS[0], "nix")

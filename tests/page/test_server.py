@@ -56,7 +56,7 @@ def test_resources_are_json(client: TestClient) -> None:
         ("exp/sets/odd/1/attention/99", 404, "has no token 99"),
         ("exp/sets/odd/1/attention/one", 404, "expected a number"),
         ("exp/sets/odd/1/layers/style/odd/nix", 404, "no component 'nix'"),
-        ("%2e%2e/sets/odd", 404, "safe file name"),
+        ("%2e%2e/sets/odd", 404, "not a safe file name"),
     ],
 )
 def test_a_refused_request_is_a_one_line_error(client: TestClient, path: str, status: int, expected: str) -> None:

@@ -1,4 +1,4 @@
-"""Pictures from projection files: real PNG files, one a prompt and trait, drawn without torch."""
+"""Pictures from projection files: valid PNG files, one per prompt and trait, drawn without torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def layout(tmp_path: Path) -> Layout:
 
 
 def colours(data: bytes) -> int:
-    """How many different colours a PNG has."""
+    """The number of different colours in a PNG."""
     image = matplotlib.image.imread(io.BytesIO(data), format="png")
     assert image.shape[0] > 300
     assert image.shape[1] > 600
@@ -39,7 +39,7 @@ def colours(data: bytes) -> int:
     return len(np.unique(levels @ np.array([1 << 16, 1 << 8, 1])))
 
 
-def test_a_picture_lies_where_its_projection_does_and_is_one(layout: Layout, tmp_path: Path) -> None:
+def test_a_picture_is_a_png_at_the_path_of_its_projection(layout: Layout, tmp_path: Path) -> None:
     paths = write_pictures(layout, "short", ["1", "2.5"], tmp_path / "out")
     assert sorted(str(path.relative_to(tmp_path / "out")) for path in paths) == [
         "tone/loud/residual_stream/short/1.png",
@@ -54,7 +54,7 @@ def test_only_the_traits_and_prompts_asked_for_are_drawn(layout: Layout, tmp_pat
     assert [path.parts[-4] for path in paths] == ["warm"]
 
 
-def test_nothing_to_draw_names_the_command_that_would_help(layout: Layout, tmp_path: Path) -> None:
+def test_without_projections_the_error_names_the_command(layout: Layout, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no attn_out projections of prompt set 'short'.*run 'tlcapture project"):
         write_pictures(layout, "short", ["1"], tmp_path / "out", component="attn_out")
     with pytest.raises(InputError, match="no component 'mlp'"):
@@ -68,8 +68,8 @@ def test_a_damaged_projection_is_named(layout: Layout, tmp_path: Path) -> None:
         write_pictures(layout, "short", ["1"], tmp_path / "out")
 
 
-def test_the_sink_changes_nothing_but_the_note() -> None:
-    """Off the scale: another sink, whose number is as wide, leaves the lower nine tenths of the picture as they are."""
+def test_the_sink_changes_only_its_label() -> None:
+    """Another sink, whose value is printed as wide, leaves the lower nine tenths of the picture unchanged."""
     line = projected()
     far = line.scores.copy()
     far[0] *= 1.8

@@ -24,11 +24,11 @@ def test_velocity_and_acceleration_are_first_and_second_differences() -> None:
     assert found.peak_velocity == 3.0
 
 
-def test_a_step_commits_where_it_happens_counted_over_the_whole_line() -> None:
+def test_a_step_commits_at_its_token_counted_over_the_whole_sequence() -> None:
     assert of([9.0] * 5 + [0.0] * 6 + [1.0] * 10, n_prompt=5).commitment_point == 5 + 6
 
 
-def test_a_trajectory_that_leaves_its_band_again_commits_behind_that() -> None:
+def test_a_trajectory_that_leaves_its_band_again_commits_after_that() -> None:
     response = [0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0]
     assert of(response).commitment_point == 4
 
@@ -58,7 +58,7 @@ def test_persistence_counts_tokens_that_stay_at_or_above_half_the_peak() -> None
     assert of([10.0, 1.0]).persistence == 0
 
 
-def test_the_first_tokens_attention_sink_is_no_peak() -> None:
+def test_the_first_tokens_attention_sink_is_not_a_peak() -> None:
     found = of([1800.0, 1.0, 4.0, 8.0, 5.0, 3.0], n_prompt=2)
     assert found.peak_velocity == 4.0
     assert found.persistence == 1
@@ -71,7 +71,7 @@ def test_a_single_token_has_no_motion() -> None:
 
 
 @given(lines, st.floats(0.1, 10))
-def test_scaling_a_trajectory_scales_velocity_and_moves_no_point(values: list[float], factor: float) -> None:
+def test_scaling_a_trajectory_scales_velocity_and_moves_no_commitment_point(values: list[float], factor: float) -> None:
     plain, scaled = of(values), of([factor * value for value in values])
     assert torch.allclose(scaled.velocity, factor * plain.velocity, atol=1e-9)
     if max(values) - min(values) > 1e-3:
@@ -91,6 +91,6 @@ def test_from_the_commitment_point_on_the_response_stays_in_its_band(values: lis
             assert abs(values[found.commitment_point - 1] - final) > band - 1e-9
 
 
-def test_nan_has_no_dynamics() -> None:
+def test_nan_is_an_error() -> None:
     with pytest.raises(NumericalError, match="NaN or inf"):
         of([1.0, float("nan")])

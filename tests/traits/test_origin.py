@@ -1,4 +1,4 @@
-"""What is refused and what is said about a vector and the capture it is projected onto."""
+"""Errors and notes about vectors whose origin differs from that of a capture."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def notes(found: TraitVector, *, intended: bool = False, **changes: Any) -> list
     return origin_notes(found, {**CAPTURED, **changes}, other_model_intended=intended)
 
 
-def test_of_a_vector_of_the_captured_model_nothing_is_said() -> None:
+def test_a_vector_of_the_captured_model_has_no_notes() -> None:
     check_origin(vector(), CAPTURED)
     assert notes(vector()) == []
 
@@ -59,26 +59,26 @@ def test_of_a_vector_of_the_captured_model_nothing_is_said() -> None:
 @pytest.mark.parametrize(
     ("found", "captured", "said"),
     [
-        (vector("attn_out"), {}, "is recorded as one of residual, not of attn_out: extract it again"),
+        (vector("attn_out"), {}, "is recorded as a vector of residual, not of attn_out: extract it again"),
         (
             vector(hook="blocks.{L}.hook_resid_pre"),
             {},
             r"was read out at blocks\.\{L\}\.hook_resid_pre, but blocks\.\{L\}\.hook_resid_post is projected",
         ),
         (vector(hook="ln_final.hook_normalized"), {}, r"was read out at ln_final\.hook_normalized"),
-        (vector(weight_processing="fold_ln"), {}, "vector .* is of weights processed by 'fold_ln'"),
-        (vector(), {"weight_processing": "center_writing_weights"}, "the capture is of weights processed by 'center"),
+        (vector(weight_processing="fold_ln"), {}, "vector .* has weight_processing 'fold_ln'"),
+        (vector(), {"weight_processing": "center_writing_weights"}, "the capture has weight_processing 'center"),
         (vector(num_layers=4), {}, "of a model of 4 layers, the capture of one of 3, although both .* 'org/model'"),
     ],
 )
-def test_what_cannot_match_is_refused_naming_both_sides(found: TraitVector, captured: Any, said: str) -> None:
+def test_a_vector_that_cannot_match_is_an_error_naming_both_sides(found: TraitVector, captured: Any, said: str) -> None:
     with pytest.raises(VectorError, match=said) as caught:
         check_origin(found, {**CAPTURED, **captured})
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("hook", ["blocks.L.hook_resid_post", "blocks.{layer}.hook_resid_post", ...])
-def test_hooks_are_compared_whatever_stands_for_the_layer(hook: Any) -> None:
+def test_hooks_are_compared_however_the_layer_is_written(hook: Any) -> None:
     check_origin(vector(hook=hook), CAPTURED)
 
 
@@ -100,25 +100,25 @@ def test_hooks_are_compared_whatever_stands_for_the_layer(hook: Any) -> None:
         ),
         (
             {"model_fingerprint": "f" * 16, "inference_model": "other"},
-            "from model 'org/model', the capture is of 'other'",
+            "from model 'org/model', the capture is from 'other'",
         ),
         ({"model_fingerprint": None, "model_revision": "bbbb"}, "whose weights differ although the name is the same"),
     ],
 )
-def test_what_differs_is_one_line_that_names_both_values(changes: Any, said: str) -> None:
+def test_each_difference_is_a_note_with_both_values(changes: Any, said: str) -> None:
     (note,) = notes(vector(), **changes)
     assert said in note
     assert "\n" not in note
 
 
-def test_another_model_that_is_meant_is_no_news_but_another_chat_template_is() -> None:
+def test_another_model_that_is_intended_has_no_note_but_another_chat_template_does() -> None:
     other = {"inference_model": "other", "model_fingerprint": "f" * 16, "dtype": "bfloat16", "n_layers": 5}
     check_origin(vector(), {**CAPTURED, **other})
     assert notes(vector(), intended=True, **other) == []
     assert len(notes(vector(), intended=True, chat_template=False, **other)) == 1
 
 
-def test_files_of_earlier_versions_say_less_and_are_compared_by_what_they_say() -> None:
+def test_files_of_earlier_versions_are_compared_by_the_fields_they_record() -> None:
     old = vector(model_revision=..., chat_template=..., bos=..., hook=..., weight_processing=..., num_layers=...)
     check_origin(old, CAPTURED)
     assert notes(old) == []
@@ -128,7 +128,7 @@ def test_files_of_earlier_versions_say_less_and_are_compared_by_what_they_say() 
         assert origin_notes(vector(), captured, other_model_intended=False) == []
 
 
-def test_the_origin_in_one_line() -> None:
+def test_an_origin_is_described_on_one_line() -> None:
     assert described_origin(vector().metadata) == (
         "org/model (revision aaaa, weights 01234567), on hooked in float32, blocks.{L}.hook_resid_post, "
         "response_mean, chat template, 1 BOS, tlcapture 1.0"

@@ -58,7 +58,7 @@ def test_the_trajectory_is_residual_out_at_the_vectors_own_layer() -> None:
     assert torch.allclose(projection.trajectory, line, atol=1e-5)
 
 
-def test_attn_out_has_one_score_a_layer() -> None:
+def test_attn_out_has_one_score_per_layer() -> None:
     prompt, response, each = stream(5), stream(3), vector("a", 1, torch.randn(WIDTH), "attn_out")
     (projection,) = project(prompt, response, chosen(each))
     assert projection.response.shape == (3, LAYERS, 1)
@@ -76,13 +76,13 @@ def test_attn_out_that_was_not_captured_is_an_error() -> None:
 def test_a_vector_of_another_width_is_an_error_naming_its_origin() -> None:
     with pytest.raises(
         VectorError,
-        match=r"probe vector of c/a at layer 1 in experiment 'exp' has 9 numbers, but the activations have 16",
+        match=r"probe vector of c/a at layer 1 in experiment 'exp' has width 9, but the activations have width 16",
     ):
         project(stream(2), stream(2), chosen(vector("a", 1, torch.ones(9))))
 
 
-def test_a_vector_of_a_layer_the_model_has_not_is_an_error() -> None:
-    with pytest.raises(VectorError, match=r"layer 7 .* is of no layer of the captured model, which has 0 to 3"):
+def test_a_vector_of_a_layer_that_the_model_does_not_have_is_an_error() -> None:
+    with pytest.raises(VectorError, match=r"layer 7 .* is from another model: the captured one has layers 0 to 3"):
         project(stream(2), stream(2), chosen(vector("a", 7, torch.ones(WIDTH))))
 
 
@@ -93,7 +93,7 @@ def test_damaged_activations_are_an_error() -> None:
         project(damaged, stream(2), chosen(vector("a", 1, torch.ones(WIDTH))))
 
 
-def test_dynamics_can_be_computed_from_the_file_again(tmp_path: Path) -> None:
+def test_dynamics_can_be_recomputed_from_the_file(tmp_path: Path) -> None:
     (projection,) = project(stream(5), stream(9), chosen(vector("a", 2, torch.randn(WIDTH))))
     tokens = {"prompt": {"tokens": ["a"] * 5}, "response": {"tokens": ["a"] * 9}}
     path = tmp_path / "1.json"

@@ -1,4 +1,4 @@
-"""Which vector is chosen, and by what."""
+"""Which vector is selected, and what selects it."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from tlcapture.errors import InputError, StorageError, VectorError
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.selection import fallback_layer, select
-from tlcapture.traits.vectors import VectorFolder
+from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.traits.vectors import read_vector, write_vector
 
 TRAIT = Trait("behavioral", "refusal")
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> VectorFolder:
-    made = VectorFolder(Layout(tmp_path, "exp"), TRAIT)
+def files(tmp_path: Path) -> VectorFiles:
+    made = VectorFiles(Layout(tmp_path, "exp"), TRAIT)
     for method in ("mean_diff", "probe"):
         for layer in range(0, 30, 2):
-            made.write("residual", method, layer, torch.ones(4))
-    made.write("attn_out", "gradient", 3, torch.ones(4))
+            write_vector(made, "residual", method, layer, torch.ones(4))
+    write_vector(made, "attn_out", "gradient", 3, torch.ones(4))
     return made
 
 
-def evaluation(folder: VectorFolder, *rows: dict[str, Any]) -> None:
+def evaluation(files: VectorFiles, *rows: dict[str, Any]) -> None:
     content = {"all_results": [{"trait": str(TRAIT), "component": "residual", **row} for row in rows]}
-    folder.layout.evaluation.write_text(json.dumps(content))
+    files.layout.evaluation.write_text(json.dumps(content))
 
 
-def steering(folder: VectorFolder, *runs: tuple[int, float, float]) -> None:
-    path = folder.layout.steering(TRAIT)
+def steering(files: VectorFiles, *runs: tuple[int, float, float]) -> None:
+    path = files.layout.steering(TRAIT)
     path.parent.mkdir(parents=True)
     content = {
         "baseline": {"trait_mean": 40.0, "coherence_mean": 99.0},
@@ -50,45 +51,45 @@ def steering(folder: VectorFolder, *runs: tuple[int, float, float]) -> None:
     path.write_text(json.dumps(content))
 
 
-def test_available_vectors_are_found_by_component_and_method(folder: VectorFolder) -> None:
-    assert list(folder.available("residual")) == ["probe", "mean_diff"]
-    assert folder.available("attn_out") == {"gradient": [3]}
+def test_available_vectors_are_found_by_component_and_method(files: VectorFiles) -> None:
+    assert list(files.available("residual")) == ["probe", "mean_diff"]
+    assert files.available("attn_out") == {"gradient": [3]}
 
 
-def test_a_score_of_a_vector_that_was_made_anew_decides_nothing(folder: VectorFolder) -> None:
+def test_a_score_of_a_vector_that_was_replaced_is_ignored(files: VectorFiles) -> None:
     evaluation(
-        folder,
-        {"method": "probe", "layer": 4, "val_effect_size": 9.0, "vector_digest": folder.digest("residual", "probe", 4)},
-        {"method": "probe", "layer": 6, "val_effect_size": 5.0, "vector_digest": folder.digest("residual", "probe", 6)},
+        files,
+        {"method": "probe", "layer": 4, "val_effect_size": 9.0, "vector_digest": files.digest("residual", "probe", 4)},
+        {"method": "probe", "layer": 6, "val_effect_size": 5.0, "vector_digest": files.digest("residual", "probe", 6)},
     )
-    assert select(folder, "residual", 30).layer == 4
-    folder.write("residual", "probe", 4, torch.arange(1.0, 5.0))
-    assert select(folder, "residual", 30).layer == 6
-    folder.write("residual", "probe", 6, torch.arange(1.0, 5.0))
-    chosen = select(folder, "residual", 30)
+    assert select(files, "residual", 30).layer == 4
+    write_vector(files, "residual", "probe", 4, torch.arange(1.0, 5.0))
+    assert select(files, "residual", 30).layer == 6
+    write_vector(files, "residual", "probe", 6, torch.arange(1.0, 5.0))
+    chosen = select(files, "residual", 30)
     assert (chosen.layer, chosen.selected_by) == (16, "fallback")
     assert "its scores are of earlier vectors: run 'tlcapture evaluate' again" in str(chosen.warning)
 
 
-def test_a_layer_that_is_given_keeps_the_method_that_would_be_selected(folder: VectorFolder) -> None:
-    assert select(folder, "residual", 30, layer=8).method == "probe"
-    evaluation(folder, {"method": "mean_diff", "layer": 4, "val_effect_size": 9.0})
-    assert select(folder, "residual", 30, layer=8).method == "mean_diff"
-    assert select(folder, "residual", 30, layer=8, method="probe").method == "probe"
-    folder.write("residual", "probe", 7, torch.ones(4))
-    assert select(folder, "residual", 30, layer=7).method == "probe"
+def test_a_layer_that_is_named_keeps_the_selected_method(files: VectorFiles) -> None:
+    assert select(files, "residual", 30, layer=8).method == "probe"
+    evaluation(files, {"method": "mean_diff", "layer": 4, "val_effect_size": 9.0})
+    assert select(files, "residual", 30, layer=8).method == "mean_diff"
+    assert select(files, "residual", 30, layer=8, method="probe").method == "probe"
+    write_vector(files, "residual", "probe", 7, torch.ones(4))
+    assert select(files, "residual", 30, layer=7).method == "probe"
 
 
-def test_the_best_coherent_steering_run_comes_first(folder: VectorFolder) -> None:
-    evaluation(folder, {"method": "probe", "layer": 4, "val_effect_size": 9.0})
-    steering(folder, (8, 60.0, 90.0), (10, 75.0, 71.0), (12, 95.0, 69.9))
-    found = select(folder, "residual", 30)
+def test_the_best_coherent_steering_run_comes_first(files: VectorFiles) -> None:
+    evaluation(files, {"method": "probe", "layer": 4, "val_effect_size": 9.0})
+    steering(files, (8, 60.0, 90.0), (10, 75.0, 71.0), (12, 95.0, 69.9))
+    found = select(files, "residual", 30)
     assert (found.layer, found.method, found.selected_by, found.score) == (10, "mean_diff", "steering", 35.0)
 
 
-def test_effect_size_comes_second(folder: VectorFolder) -> None:
+def test_effect_size_comes_second(files: VectorFiles) -> None:
     evaluation(
-        folder,
+        files,
         {"method": "probe", "layer": 4, "val_effect_size": 1.0},
         {"method": "mean_diff", "layer": 6, "val_effect_size": 2.5},
         {"method": "mean_diff", "layer": 7, "val_effect_size": 9.9},  # no such vector
@@ -96,30 +97,30 @@ def test_effect_size_comes_second(folder: VectorFolder) -> None:
         {"method": "probe", "layer": 8, "val_effect_size": 5.0, "component": "attn_out"},
         {"method": "probe", "layer": 8, "val_effect_size": 5.0, "trait": "other/trait"},
     )
-    steering(folder, (12, 95.0, 10.0))
-    found = select(folder, "residual", 30)
+    steering(files, (12, 95.0, 10.0))
+    found = select(files, "residual", 30)
     assert (found.layer, found.method, found.selected_by, found.score) == (6, "mean_diff", "effect_size", 2.5)
 
 
-def test_a_method_asked_for_narrows_the_choice(folder: VectorFolder) -> None:
+def test_a_method_asked_for_narrows_the_choice(files: VectorFiles) -> None:
     evaluation(
-        folder,
+        files,
         {"method": "probe", "layer": 4, "val_effect_size": 1.0},
         {"method": "mean_diff", "layer": 6, "val_effect_size": 2.5},
     )
-    assert select(folder, "residual", 30, method="probe").layer == 4
+    assert select(files, "residual", 30, method="probe").layer == 4
 
 
-def test_the_fallback_is_layer_16_with_a_warning(folder: VectorFolder) -> None:
-    found = select(folder, "residual", 30)
+def test_the_fallback_is_layer_16_with_a_warning(files: VectorFiles) -> None:
+    found = select(files, "residual", 30)
     assert (found.layer, found.method, found.selected_by) == (16, "probe", "fallback")
     assert found.warning is not None
     assert "layer 16 by default" in found.warning
 
 
-def test_the_default_layer_does_not_look_at_scores(folder: VectorFolder) -> None:
-    evaluation(folder, {"method": "probe", "layer": 4, "val_effect_size": 1.0})
-    assert select(folder, "residual", 30, layer="default").layer == 16
+def test_the_default_layer_ignores_scores(files: VectorFiles) -> None:
+    evaluation(files, {"method": "probe", "layer": 4, "val_effect_size": 1.0})
+    assert select(files, "residual", 30, layer="default").layer == 16
 
 
 @pytest.mark.parametrize(("n_layers", "layer"), [(30, 16), (17, 16), (16, 9), (12, 7), (6, 3), (1, 0)])
@@ -127,41 +128,41 @@ def test_shallower_models_fall_back_to_six_tenths_of_their_depth(n_layers: int, 
     assert fallback_layer(n_layers) == layer
 
 
-def test_a_shallow_model_says_why_it_is_not_layer_16(folder: VectorFolder) -> None:
-    found = select(folder, "residual", 12)
+def test_the_warning_for_a_shallow_model_states_why_it_is_not_layer_16(files: VectorFiles) -> None:
+    found = select(files, "residual", 12)
     assert found.layer == 6  # 7 has no vector
     assert found.warning is not None
     assert "no layer 16" in found.warning
     assert "no vector at layer 7" in found.warning
 
 
-def test_an_override_wins_and_must_exist(folder: VectorFolder) -> None:
-    steering(folder, (10, 75.0, 90.0))
-    found = select(folder, "residual", 30, layer=2)
+def test_an_override_wins_and_must_exist(files: VectorFiles) -> None:
+    steering(files, (10, 75.0, 90.0))
+    found = select(files, "residual", 30, layer=2)
     assert (found.layer, found.method, found.selected_by) == (2, "mean_diff", "override")
-    with pytest.raises(VectorError, match=r"by 'probe' at layer 3 .* layers there are: probe: 0, 2, 4"):
-        select(folder, "residual", 30, layer=3)
+    with pytest.raises(VectorError, match=r"by 'probe' at layer 3 .* available layers: probe: 0, 2, 4"):
+        select(files, "residual", 30, layer=3)
 
 
-def test_without_vectors_the_error_says_what_to_run(tmp_path: Path) -> None:
-    empty = VectorFolder(Layout(tmp_path, "exp"), TRAIT)
-    with pytest.raises(VectorError, match="run 'tlcapture extract' first"):
+def test_without_vectors_the_error_names_the_command(tmp_path: Path) -> None:
+    empty = VectorFiles(Layout(tmp_path, "exp"), TRAIT)
+    with pytest.raises(VectorError, match="run 'tlcapture extract --experiment exp --traits behavioral/refusal'"):
         select(empty, "residual", 30)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"all_results": [{"trait": "behavioral/refusal"}]}', "nonsense"])
-def test_a_damaged_evaluation_is_an_error_with_its_file(folder: VectorFolder, content: str) -> None:
-    folder.layout.evaluation.write_text(content)
+def test_a_damaged_evaluation_is_an_error_with_its_file(files: VectorFiles, content: str) -> None:
+    files.layout.evaluation.write_text(content)
     with pytest.raises((VectorError, StorageError), match=r"extraction_evaluation\.json"):
-        select(folder, "residual", 30)
+        select(files, "residual", 30)
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"baseline": {"trait_mean": 1}, "runs": [{}]}', "nonsense"])
-def test_damaged_steering_results_are_an_error_with_their_file(folder: VectorFolder, content: str) -> None:
-    steering(folder)
-    folder.layout.steering(TRAIT).write_text(content)
+def test_damaged_steering_results_are_an_error_with_their_file(files: VectorFiles, content: str) -> None:
+    steering(files)
+    files.layout.steering(TRAIT).write_text(content)
     with pytest.raises((VectorError, StorageError), match=r"results\.json"):
-        select(folder, "residual", 30)
+        select(files, "residual", 30)
 
 
 @pytest.mark.parametrize(
@@ -174,17 +175,17 @@ def test_damaged_steering_results_are_an_error_with_their_file(folder: VectorFol
         ({"vector": torch.ones(4)}, "one-dimensional"),
     ],
 )
-def test_a_file_that_holds_no_direction_is_an_error(folder: VectorFolder, value: Any, said: str) -> None:
-    torch.save(value, folder.file("residual", "probe", 0))
+def test_a_file_that_holds_no_direction_is_an_error(files: VectorFiles, value: Any, said: str) -> None:
+    torch.save(value, files.file("residual", "probe", 0))
     with pytest.raises(VectorError, match=said):
-        folder.read("residual", "probe", 0)
+        read_vector(files, "residual", "probe", 0)
 
 
-def test_vectors_without_metadata_are_read_and_of_unknown_origin(folder: VectorFolder) -> None:
-    assert folder.read("residual", "probe", 0).model is None
+def test_vectors_without_metadata_are_read_and_of_unknown_origin(files: VectorFiles) -> None:
+    assert read_vector(files, "residual", "probe", 0).model is None
 
 
-def test_a_layer_may_be_a_numpy_integer_but_no_other_word(folder: VectorFolder) -> None:
-    assert select(folder, "residual", 30, layer=np.int64(4)).layer == 4
+def test_a_layer_may_be_a_numpy_integer_but_not_another_word(files: VectorFiles) -> None:
+    assert select(files, "residual", 30, layer=np.int64(4)).layer == 4
     with pytest.raises(InputError, match="'best' is neither a number nor 'auto'"):
-        select(folder, "residual", 30, layer="best")
+        select(files, "residual", 30, layer="best")

@@ -45,20 +45,20 @@ def test_residual_in_of_a_layer_is_residual_out_of_the_one_before() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gptj", "gpt_neox"])  # the last two have parallel blocks
 @pytest.mark.parametrize("points", [("after_attn",), ("residual_in",), ("residual_in", "residual_out")])
-def test_what_is_kept_of_a_run_is_that_of_the_whole(name: str, points: tuple[str, ...]) -> None:
+def test_kept_layers_and_points_equal_those_of_a_whole_capture(name: str, points: tuple[str, ...]) -> None:
     model, ids = tiny.model(name), [1, 5, 9, 30]
     kept = KeptPoints.of(model.n_layers, (0, 2), points)
     whole = teacher_force(model, ids, residual_hooks(model.n_layers, model.hook_names, attn_out=True))
     hooks = residual_hooks(model.n_layers, model.hook_names, attn_out=True, only=kept)
     stream = residual_view(teacher_force(model, ids, hooks), model.n_layers, attn_out=True, only=kept)
     expected = residual_view(whole, model.n_layers, attn_out=True)
-    assert stream.points.shape[0] == len(kept.places)
+    assert stream.points.shape[0] == len(kept.point_indices)
     for layer in (0, 2):
         for point in (*points, "attn_out"):
             assert torch.equal(stream.at(layer, point), expected.at(layer, point))
 
 
-def test_a_layer_or_point_that_is_not_there_is_named() -> None:
+def test_a_missing_layer_or_point_is_named() -> None:
     stream = ResidualStream(torch.randn(7, 4, 5))
     with pytest.raises(InputError, match="no layer 3: the model has layers 0 to 2"):
         stream.at(3, "residual_in")
@@ -68,7 +68,7 @@ def test_a_layer_or_point_that_is_not_there_is_named() -> None:
         stream.at(0, "attn_out")
 
 
-def test_a_copy_of_some_tokens_drags_no_larger_storage_along() -> None:
+def test_a_copy_of_some_tokens_has_a_storage_of_its_size() -> None:
     part = ResidualStream(torch.randn(7, 40, 5), torch.randn(3, 40, 5)).tokens(3, 5, torch.float32)
     assert part.points.untyped_storage().nbytes() == part.points.nbytes
     assert part.attn_out is not None
@@ -211,7 +211,7 @@ def test_the_lens_finds_what_a_sort_finds_in_a_large_vocabulary(d_vocab: int) ->
     assert lens.actual_rank[0].equal(expected)
 
 
-def test_what_lies_at_even_distances_in_one_storage_is_stacked_without_a_copy() -> None:
+def test_tensors_evenly_spaced_in_one_storage_are_stacked_without_a_copy() -> None:
     buffer = torch.randn(5, 3, 40, 8)
     views = [each[1, 4:30] for each in buffer]
     assert stacked(views).equal(buffer[:, 1, 4:30])
@@ -223,7 +223,7 @@ def test_what_lies_at_even_distances_in_one_storage_is_stacked_without_a_copy() 
 
 
 @pytest.mark.parametrize("engine", [*tiny.ENGINES, pytest.param("plain", marks=tiny.needs_hooked)])
-def test_the_lens_leaves_logits_alone_that_somebody_holds(engine: str) -> None:
+def test_the_lens_does_not_overwrite_logits_that_are_still_used(engine: str) -> None:
     model, held = tiny.model("llama", engine), []
     residual = torch.randn(5, tiny.D_MODEL, generator=torch.Generator().manual_seed(0))
     point = model.tl.hook_dict["unembed.hook_out"]
@@ -236,6 +236,6 @@ def test_the_lens_leaves_logits_alone_that_somebody_holds(engine: str) -> None:
     assert torch.allclose(held[0].reshape(expected.shape), expected)
 
 
-def test_a_logit_lens_of_no_predictions_is_refused() -> None:
+def test_a_logit_lens_without_predictions_is_an_error() -> None:
     with pytest.raises(InputError, match="top_k is 0: expected at least 1"):
         logit_lens_view(lambda layer: torch.randn(3, 4), 1, [1, 2, 3], lambda residual: residual, top_k=0)

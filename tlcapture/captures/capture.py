@@ -1,10 +1,10 @@
-"""A capture: what one prompt's run left, as a file and as an object.
+"""A capture: the tokens and activations of one prompt and its response, as an object and as a file.
 
     capture = Capture.open(path)
     capture.response.tokens
-    capture.residual(5, "residual_out")        # [n_tokens, d_model], prompt and response in one line
+    capture.residual(5, "residual_out")        # [n_tokens, d_model], prompt and response as one sequence
 
-The file is opened memory-mapped: nothing of it is read before a tensor is touched.
+The file is opened memory-mapped: activations are read only when they are used.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class CapturedPart:
         if not len(self.tokens) == len(self.token_ids) == self.residual.n_tokens:
             raise StorageError(
                 f"a part with {len(self.tokens)} tokens, {len(self.token_ids)} ids and activations of "
-                f"{self.residual.n_tokens} tokens: they must be as many"
+                f"{self.residual.n_tokens} tokens: numbers must be equal"
             )
 
 
 @dataclass(frozen=True)
 class Capture:
-    """One prompt's capture. `metadata` is that of the file."""
+    """One prompt's capture. `metadata` is the metadata of the file format."""
 
     prompt: CapturedPart
     response: CapturedPart
@@ -78,10 +78,12 @@ class Capture:
 
     @property
     def prompt_id(self) -> str:
+        """Id of the prompt in its set."""
         return str(self.metadata["prompt_id"])
 
     @property
     def prompt_set(self) -> str:
+        """Name of the prompt set."""
         return str(self.metadata["prompt_set"])
 
     @property
@@ -96,19 +98,25 @@ class Capture:
 
     @property
     def d_model(self) -> int:
+        """Width of the residual stream."""
         return int(self.prompt.residual.points.shape[-1])
 
     @property
     def tokens(self) -> list[str]:
+        """Texts of the tokens of prompt and response."""
         return self.prompt.tokens + self.response.tokens
 
     @property
     def token_ids(self) -> list[int]:
+        """Ids of the tokens of prompt and response."""
         return self.prompt.token_ids + self.response.token_ids
 
     def residual(self, layer: int, point: str = "residual_out", part: str = "all") -> Residual:
-        """Activations `[n_tokens, d_model]` of a layer at a residual point (or its `attn_out`), of the part
-        `prompt`, `response` or `all`. Raises `InputError` for what the capture does not keep, naming what it does."""
+        """Activations `[n_tokens, d_model]` of a layer at a residual point, or its `attn_out`.
+
+        `part` is `prompt`, `response` or `all`. Raises `InputError` for a layer or point that the capture does not
+        keep, naming those that it does.
+        """
         if part == "all":
             parts = [self.prompt, self.response]
             return torch.cat([each.residual.at(layer, point) for each in parts])
@@ -117,7 +125,7 @@ class Capture:
     def save(self, path: Path, *, before_replacing: Hook = lambda new: None) -> Written:
         """Write the capture in the format of raw residual files.
 
-        `before_replacing` is called with the new file, when it is whole and not yet in its place.
+        `before_replacing` is called with the complete new file, before it replaces an earlier one.
         """
         value = {
             "format_version": FORMAT_VERSION,
@@ -135,14 +143,14 @@ class Capture:
 
     @classmethod
     def open(cls, path: Path) -> Capture:
-        """Open a raw residual file; raises `StorageError` for anything that is none."""
+        """Open a raw residual file; raises `StorageError` for any other file."""
         if (found := read_index(path)) is not None:
             index, metadata, streams = found
-            sides = [
+            both = [
                 CapturedPart(part.text, part.tokens, part.token_ids, streams[name])
                 for name, part in (("prompt", index.prompt), ("response", index.response))
             ]
-            return cls(sides[0], sides[1], metadata)
+            return cls(both[0], both[1], metadata)
         value = read_tensors(path)
         content = CaptureContent.check(value, path)
         parts = [_part_from_file(part, content.kept) for part in (content.prompt, content.response)]
@@ -155,11 +163,10 @@ class Capture:
 
 
 def storage_dtype(residual: ResidualStream, dtype: str) -> torch.dtype:
-    """The dtype in which a stream will be stored.
+    """The dtype to store a stream in.
 
-    `auto` keeps 16-bit activations as they are and takes float16 for wider ones where every value
-    fits, bfloat16 where one does not. Raises `NumericalError` for NaN or inf, and for a value that a
-    dtype asked for by name cannot hold.
+    `auto` keeps the dtype of 16-bit activations. For wider ones it is float16 if every value fits, and otherwise
+    bfloat16. Raises `NumericalError` for NaN or inf, and for a value that the dtype named cannot hold.
     """
     tensors = [residual.points] + ([] if residual.attn_out is None else [residual.attn_out])
     extremes = [float(extreme) for tensor in tensors if tensor.numel() for extreme in tensor.aminmax()]
@@ -195,8 +202,8 @@ def _part_to_file(part: CapturedPart) -> dict[str, Any]:
 
 def _part_from_file(part: PartContent, kept: KeptPoints) -> CapturedPart:
     activations = part.activations
-    by_place = {point_index(layer, point): activations[layer][point] for layer in kept.layers for point in kept.points}
-    points = [by_place[place] for place in kept.places]
+    by_index = {point_index(layer, point): activations[layer][point] for layer in kept.layers for point in kept.points}
+    points = [by_index[number] for number in kept.point_indices]
     outputs = [activations[layer]["attn_out"] for layer in kept.layers if "attn_out" in activations[layer]]
     # A file may hold parameters, which carry gradients.
     residual = ResidualStream(

@@ -1,4 +1,4 @@
-"""What raw residual files hold, checked before any activation is touched."""
+"""The content of raw residual files, checked before any activation is read."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_version(value: Any, path: Path) -> None:
 
 
 class CaptureMetadata(FileContent):
-    """What a capture says of itself; further fields say more of how it was made."""
+    """Metadata of a capture; further fields record more of how it was made."""
 
     prompt_set: str
     prompt_id: str
@@ -51,7 +51,7 @@ class CaptureMetadata(FileContent):
     @classmethod
     def _is_a_safe_name(cls, value: str) -> str:
         if not is_safe_name(value):
-            raise ValueError(f"{value!r} is no safe file name")
+            raise ValueError(f"{value!r} is not a safe file name")
         return value
 
 
@@ -68,14 +68,14 @@ class PartContent(FileContent):
     @model_validator(mode="after")
     def _is_whole(self) -> PartContent:
         if len(self.tokens) != len(self.token_ids):
-            raise ValueError(f"{len(self.tokens)} tokens, but {len(self.token_ids)} token_ids: they must be as many")
+            raise ValueError(f"{len(self.tokens)} tokens, but {len(self.token_ids)} token_ids: numbers must be equal")
         points = self.points
         if not points & set(POINTS) or points - {*POINTS, "attn_out"}:
             raise ValueError(f"activations of {', '.join(sorted(points))}: expected {', '.join(POINTS)} (, attn_out)")
         for layer, by_point in sorted(self.activations.items()):
             if set(by_point) != points:
                 raise ValueError(
-                    f"layer {layer} has other activations than layer {min(self.activations)}: "
+                    f"layers {layer} and {min(self.activations)} hold different activations: layer {layer} has "
                     f"{', '.join(sorted(by_point))}"
                 )
             for point, tensor in by_point.items():
@@ -88,11 +88,12 @@ class PartContent(FileContent):
 
     @property
     def points(self) -> set[str]:
+        """The points of each layer, `attn_out` included."""
         return set(self.activations[min(self.activations)])
 
     @property
     def first(self) -> Tensor:
-        """An activation to hold the others against."""
+        """The activation whose shape and dtype all others must have."""
         by_point = self.activations[min(self.activations)]
         return next(by_point[point] for point in POINTS if point in by_point)
 
@@ -100,12 +101,12 @@ class PartContent(FileContent):
         if not is_plain(tensor) or tensor.ndim != 2:
             raise ValueError(f"{name}: expected floats [n_tokens, d_model], got {described(tensor)}")
         if len(tensor) != len(self.tokens):
-            raise ValueError(f"{name}: activations of {len(tensor)} tokens, but there are {len(self.tokens)} tokens")
+            raise ValueError(f"{name}: activations of {len(tensor)} tokens, but tokens has {len(self.tokens)}")
         if tensor.shape != first.shape or tensor.dtype != first.dtype:
             raise ValueError(f"{name}: {described(tensor)}, but others are {described(first)}")
 
     def _check_memory(self) -> None:
-        """No more activations than are stored: one tensor as thousands of layers would fill memory when it is read."""
+        """Refuse layers that share memory: reading one tensor as thousands of layers would fill memory."""
         tensors = {
             (point_index(layer, point) if point in POINTS else (layer, point)): tensor
             for layer, by_point in self.activations.items()
@@ -113,7 +114,7 @@ class PartContent(FileContent):
         }.values()
         stored = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
         if sum(tensor.nbytes for tensor in tensors) > sum(stored.values()):
-            raise ValueError("activations: more than what is stored of them: several are the same memory")
+            raise ValueError("activations: more than the file stores: several share the same memory")
 
 
 class CaptureContent(FileContent):
@@ -130,19 +131,20 @@ class CaptureContent(FileContent):
     def check(cls, value: Any, path: Path) -> CaptureContent:
         """The content of a file; raises `StorageError` with file, field and reason."""
         check_version(value, path)
-        return checked(cls, value, path, "raw residual")
+        return checked(cls, value, path, "raw residual file")
 
     @model_validator(mode="after")
     def _is_of_one_model(self) -> CaptureContent:
         for name, part in (("prompt", self.prompt), ("response", self.response)):
             n_layers, width = len(part.activations), part.first.shape[1]
-            said = (len(self.metadata.layers or range(self.metadata.n_layers)), self.metadata.d_model)
-            if (n_layers, width) != said:
+            stated = (len(self.metadata.layers or range(self.metadata.n_layers)), self.metadata.d_model)
+            if (n_layers, width) != stated:
                 raise ValueError(
-                    f"the {name} has {n_layers} layers of {width} numbers, but metadata says {said[0]} of {said[1]}"
+                    f"the {name} has {n_layers} layers of width {width}, but metadata states {stated[0]} of width "
+                    f"{stated[1]}"
                 )
         if self.prompt.points != self.response.points or set(self.prompt.activations) != set(self.response.activations):
-            raise ValueError("prompt and response have not the same activations")
+            raise ValueError("prompt and response hold different activations")
         try:
             _ = self.kept
         except TlcaptureError as error:
@@ -151,12 +153,12 @@ class CaptureContent(FileContent):
 
     @property
     def kept(self) -> KeptPoints:
-        """Which layers and points the file holds, as its metadata says too."""
-        said = self.metadata.model_dump(include={"n_layers", "layers", "points"})
-        return KeptPoints.of_file(said, self.prompt.activations, self.prompt.points)
+        """Which layers and points the file holds; raises `StorageError` if its metadata disagrees."""
+        stated = self.metadata.model_dump(include={"n_layers", "layers", "points"})
+        return KeptPoints.of_file(stated, self.prompt.activations, self.prompt.points)
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are one; only those that do not share their memory have to be read for it."""
-    places = [(each.data_ptr(), each.shape, each.stride()) for each in (one, other)]
-    return places[0] == places[1] or torch.equal(one, other)
+    """Whether two tensors are equal; tensors that share their memory are not read."""
+    views = [(each.data_ptr(), each.shape, each.stride()) for each in (one, other)]
+    return views[0] == views[1] or torch.equal(one, other)

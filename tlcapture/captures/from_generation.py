@@ -1,11 +1,11 @@
-"""The capture of a live run, and whether two captures are of the same run."""
+"""The capture of a generated response, and whether two captures are of the same computation."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from tlcapture.captures.capture import Capture, CapturedPart, storage_dtype
-from tlcapture.captures.provenance import model_record, now, point_hooks
+from tlcapture.captures.provenance import is_same_computation, model_record, now, point_hooks
 from tlcapture.errors import StorageError
 from tlcapture.generation.outcomes import Generation
 from tlcapture.generation.sampling import Sampling
@@ -26,7 +26,7 @@ def capture_of(
     save_dtype: str,
     kept: KeptPoints | None = None,
 ) -> Capture:
-    """The capture of a live run, in the dtype in which it will be stored: all of it, or what is `kept`."""
+    """The capture of a generation, in the dtype to store it in; `kept` limits it to some layers and points."""
     only = None if kept is None or kept.is_all else kept
     prompt = generation.prompt
     n_prompt, n_tokens = len(prompt.token_ids), len(generation.token_ids)
@@ -66,10 +66,12 @@ def capture_of(
 
 
 def is_alike(path: Path, capture: Capture) -> bool:
-    """Whether the capture in a file has the same tokens from the same model, computed alike."""
+    """Whether a file holds a capture of the same tokens, computed by the same model in the same way.
+
+    False for a file that is missing or damaged.
+    """
     try:
         saved = Capture.open(path)
     except StorageError:
         return False
-    keys = ("model_fingerprint", "engine", "dtype")
-    return saved.token_ids == capture.token_ids and all(saved.metadata.get(k) == capture.metadata[k] for k in keys)
+    return saved.token_ids == capture.token_ids and is_same_computation(saved.metadata, capture.metadata)

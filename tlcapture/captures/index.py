@@ -1,8 +1,8 @@
-"""What a raw residual file holds, said once more in JSON beside its pickle, so that it opens ten times sooner.
+"""A JSON index of a raw residual file, next to its pickle, with which it opens ten times faster.
 
-A capture is 180 tensors of a few storages, and torch's safe unpickler, which is Python, builds each apart. The
-index names the storages instead: no pickle is read, and each part's activations are one tensor, mapped. A file
-without an index (of another tool, or saved again by hand) is read from its pickle.
+A capture is 180 views of a few storages, and torch's safe unpickler, which is Python, builds them one by one. The
+index names the storages instead: no pickle is read, and each part's activations are one memory-mapped tensor. A
+file without an index (of another tool, or saved again by hand) is read from its pickle.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Axis = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Stored(FileContent):
-    """A tensor: a record of the archive, and what its bytes are."""
+    """A tensor: a record of the archive, with the dtype and shape of its bytes."""
 
     record: str
     dtype: DTypeName
@@ -39,6 +39,7 @@ class Stored(FileContent):
 
     @classmethod
     def of(cls, tensor: Tensor, number: int) -> dict[str, Any]:
+        """The entry for a tensor that the archive stores as `data/{number}`."""
         dtype = str(tensor.dtype).removeprefix("torch.")
         return {"record": f"data/{number}", "dtype": dtype, "shape": list(tensor.shape)}
 
@@ -63,31 +64,32 @@ class CaptureIndex(FileContent):
 
     @property
     def kept(self) -> KeptPoints:
-        said = self.metadata
-        return KeptPoints.of(said.n_layers, said.layers or (), said.points or ())
+        """Which layers and points the file holds."""
+        metadata = self.metadata
+        return KeptPoints.of(metadata.n_layers, metadata.layers or (), metadata.points or ())
 
     @model_validator(mode="after")
     def _is_of_one_capture(self) -> CaptureIndex:
         kept, width = self.kept, self.metadata.d_model
         if (self.prompt.attn_out is None) != (self.response.attn_out is None):
-            raise ValueError("prompt and response have not the same activations")
+            raise ValueError("prompt and response hold different activations")
         for name in PARTS:
             part = getattr(self, name)
             n_tokens = len(part.tokens)
             if len(part.token_ids) != n_tokens:
                 raise ValueError(
-                    f"{name}: {n_tokens} tokens, but {len(part.token_ids)} token_ids: they must be as many"
+                    f"{name}: {n_tokens} tokens, but {len(part.token_ids)} token_ids: numbers must be equal"
                 )
-            for stored, n_rows in ((part.points, len(kept.places)), (part.attn_out, len(kept.layers))):
+            for stored, n_rows in ((part.points, len(kept.point_indices)), (part.attn_out, len(kept.layers))):
                 if stored is not None and stored.shape != [n_rows, n_tokens, width]:
                     raise ValueError(f"{name}: {stored.shape}, expected {[n_rows, n_tokens, width]}")
         return self
 
 
 def read_index(path: Path) -> tuple[CaptureIndex, dict[str, Any], dict[str, ResidualStream]] | None:
-    """The index of a file, its metadata as they are, and the activations of its parts; `None` where it has none.
+    """The index of a file, its metadata unchanged, and the activations of its parts; `None` for a file without index.
 
-    Raises `StorageError` for a file that is no archive of torch's, and where the index and the file disagree.
+    Raises `StorageError` for a file that is not a torch archive, and where the index and the file disagree.
     """
     with opening(path):
         archive = Archive(path)
@@ -95,31 +97,31 @@ def read_index(path: Path) -> tuple[CaptureIndex, dict[str, Any], dict[str, Resi
             return None
         value = json.loads(archive.read(NAME))
         check_version(value, path)
-        index = checked(CaptureIndex, value, path, "raw residual")
+        index = checked(CaptureIndex, value, path, "raw residual file")
         kept = index.kept
         only = None if kept.is_all else kept
         return index, value["metadata"], {name: _stream(archive, getattr(index, name), only) for name in PARTS}
 
 
 def add_index(path: Path, content: Mapping[str, Any], streams: Mapping[str, ResidualStream]) -> None:
-    """Add an index to a file that was just written, where it would say the same as the pickle does.
+    """Add an index to a file that was just written, if index and pickle give the same content.
 
-    `content` is what the file holds, `streams` the activations of its parts.
+    `content` is the content of the file, `streams` are the activations of its parts.
     """
-    said: dict[str, Any] = {"format_version": FORMAT_VERSION, "metadata": content["metadata"]}
-    number = count()  # torch numbers storages as they come in the pickle: in each layer the points come first
+    value: dict[str, Any] = {"format_version": FORMAT_VERSION, "metadata": content["metadata"]}
+    number = count()  # torch numbers storages in the order of the pickle: in each layer the points come first
     for name in PARTS:
-        said[name] = {key: content[name][key] for key in ("text", "tokens", "token_ids")}
-        said[name]["points"] = Stored.of(streams[name].points, next(number))
+        value[name] = {key: content[name][key] for key in ("text", "tokens", "token_ids")}
+        value[name]["points"] = Stored.of(streams[name].points, next(number))
         outputs = streams[name].attn_out
-        said[name]["attn_out"] = None if outputs is None else Stored.of(outputs, next(number))
+        value[name]["attn_out"] = None if outputs is None else Stored.of(outputs, next(number))
     try:
-        data = json.dumps(said).encode()
+        data = json.dumps(value).encode()
         archive = Archive(path)
-        mapped = {name: _stream(archive, IndexedPart.model_validate(said[name]), None) for name in PARTS}
-    except (TypeError, ValueError):  # metadata that JSON cannot say, or storages that are others than was thought
+        mapped = {name: _stream(archive, IndexedPart.model_validate(value[name]), None) for name in PARTS}
+    except (TypeError, ValueError):  # metadata that JSON cannot hold, or storages in another order than expected
         return
-    is_exact = json.loads(data) == said  # of tuples it makes lists, of numbers as keys texts
+    is_exact = json.loads(data) == value  # JSON turns tuples into lists, and keys that are numbers into strings
     if is_exact and all(_is_same(mapped[name], streams[name]) for name in PARTS):
         append_record(path, NAME, data)
 

@@ -1,23 +1,23 @@
-"""What is recorded of where activations come from, alike for captures and for vectors. Loads no torch."""
+"""The record of where activations come from, for captures and for vectors. Loads no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from tlcapture.version import __version__
-from tlcapture.views.hooks import HOOKS, POINTS
+from tlcapture.views.hooks import HOOKS, PARALLEL_AFTER_ATTN, POINTS
 
 if TYPE_CHECKING:
     from tlcapture.models.loading import Model
 
-RAW = "none"  # weight processing: weights as the checkpoint has them
+RAW = "none"  # weight processing: the weights of the checkpoint, unchanged
 LAYERS = "layer L is block L, counted from 0: residual_out of layer 0 is the first block's output"
 
 
 def model_record(model: Model) -> dict[str, Any]:
-    """The model and how it was run: what has to be alike for activations to be comparable."""
+    """The model and how it was run, which must agree for activations to be comparable."""
     return {
         "engine": model.engine,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -30,13 +30,18 @@ def model_record(model: Model) -> dict[str, Any]:
 
 
 def point_hooks(model: Model, *, attn_out: bool, points: Iterable[str] = POINTS) -> dict[str, str]:
-    """The hook of each residual point that is captured, and of `attn_out` where it is."""
+    """The hook of each captured residual point, and of `attn_out` if it is captured."""
     hooks = {point: HOOKS[point] for point in [*points, *(["attn_out"] if attn_out else [])]}
     if model.has_parallel_blocks and "after_attn" in hooks:
-        hooks["after_attn"] = f"{HOOKS['residual_in']} + {HOOKS['attn_out']}"
+        hooks["after_attn"] = PARALLEL_AFTER_ATTN
     return hooks
 
 
+def is_same_computation(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two captures, given their metadata, were computed by the same model in the same way."""
+    return all(one.get(key) == other.get(key) for key in ("model_fingerprint", "engine", "dtype"))
+
+
 def now() -> str:
-    """The time as it goes into metadata."""
+    """The present time in UTC, in ISO 8601 to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -23,10 +23,10 @@ from tlcapture.names import Trait
 from tlcapture.views.hooks import POINTS
 
 if TYPE_CHECKING:
-    from tlcapture.commands.projections import VectorChoice
     from tlcapture.runs.display import Display
     from tlcapture.runs.model_loader import ModelLoader
     from tlcapture.storage.layout import Datasets, Layout
+    from tlcapture.traits.choice import VectorChoice
 
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
@@ -137,7 +137,7 @@ class VectorOptions:
 
     def choice(self, default: str, traits: tuple[Trait, ...] = ()) -> VectorChoice:
         """The choice of vectors, with the rule for layers that applies where no layer is given."""
-        from tlcapture.commands.projections import VectorChoice
+        from tlcapture.traits.choice import VectorChoice
 
         layer = default if self.layer is None else self.layer
         return VectorChoice(layer, self.method, self.vector_experiment, traits)

@@ -68,29 +68,24 @@ def _counts(found: Check) -> tuple[str, ...]:
 @one_line_errors
 def list_(location: Location, component: str) -> None:
     """List the vector selected for each trait: how it was selected, its score, the runner-up and its origin."""
-    from tlcapture.errors import InputError
     from tlcapture.traits.origin import described_origin
-    from tlcapture.traits.selection import ranked, select
-    from tlcapture.traits.vector_files import VectorFiles
+    from tlcapture.traits.selection import n_layers_of_origin, runner_up, select
+    from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 
     layout = location.layout
     layout.check_exists()
-    if not layout.traits():
-        raise InputError(f"experiment {location.experiment!r} has no trait vectors: run 'tlcapture extract' first")
+    with_vectors = traits_with_vectors(layout)
     rows: list[tuple[str, ...]] = []
     origins: dict[str, list[str]] = {}
-    for trait in layout.traits():
+    for trait in with_vectors:
         folder = VectorFiles(layout, trait)
-        available = folder.available(component)
-        if not available:
+        if not folder.available(component):
             rows.append((str(trait), "-", "-", f"no {component} vectors", "-", "-"))
             continue
-        metadata = folder.metadata(component)
-        origins.setdefault(described_origin(metadata), []).append(str(trait))
-        n_layers = int(metadata.get("num_layers") or 1 + max(map(max, available.values())))
-        found = select(folder, component, n_layers)
+        origins.setdefault(described_origin(folder.metadata(component)), []).append(str(trait))
+        found = select(folder, component, n_layers_of_origin(folder, component))
         score = "-" if found.score is None else f"{found.score:.3f}"
-        rival = next((each for each in ranked(folder, component, available) if each.layer != found.layer), None)
+        rival = runner_up(folder, component, found)
         second = "-" if rival is None else f"{rival.method} at layer {rival.layer}, {rival.score:.3f}"
         rows.append((str(trait), found.method, str(found.layer), found.selected_by, score, second))
     columns = [

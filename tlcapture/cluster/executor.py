@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from tlcapture.cluster.pool import Batch, Cluster, Probe, WorkerPool, first_line
+from tlcapture.cluster.pool import Batch, Cluster, Probe, WorkerPool
 from tlcapture.cluster.scheduler import Scheduler
 from tlcapture.errors import InputError
 from tlcapture.runs.executors import Work
 from tlcapture.runs.run import Run
+from tlcapture.text import first_line
 
 if TYPE_CHECKING:
     from tlcapture.models.loading import ModelOutline

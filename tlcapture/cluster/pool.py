@@ -153,8 +153,3 @@ class WorkerPool:
 
 def _absolute(layout: Layout) -> Layout:
     return Layout(layout.root.resolve(), layout.experiment)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, cut to 200 characters, or the name of its class where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -9,12 +9,13 @@ from typing import Any
 
 from tlcapture.cluster.actor import Result
 from tlcapture.cluster.collecting import file_contents, store_outputs
-from tlcapture.cluster.pool import Batch, Stage, WorkerHandle, WorkerPool, first_line
+from tlcapture.cluster.pool import Batch, Stage, WorkerHandle, WorkerPool
 from tlcapture.errors import ClusterError, InputError, TlcaptureError
 from tlcapture.logger import get_logger
 from tlcapture.runs.display import Progress
 from tlcapture.runs.executors import Work
 from tlcapture.runs.run import Run
+from tlcapture.text import first_line
 
 _log = get_logger(__name__)
 

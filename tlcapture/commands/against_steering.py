@@ -33,9 +33,9 @@ class Comparison:
 
 
 def against_steering(layout: Layout, traits: Sequence[Trait]) -> Comparison:
-    """Compare, over layers, held-out effect size with the best coherent gain of steering by the same vector.
+    """Compare held-out effect size with the best coherent gain of steering by the same vector, over layers.
 
-    Raises `InputError` where no trait has both.
+    Raises `InputError` if no trait has both.
     """
     by_trait, pooled, within = [], [], []
     for trait in traits:
@@ -70,7 +70,7 @@ def _correlation(name: str, pairs: Sequence[tuple[float, float]]) -> Correlation
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
-    """Ranks from 0 to 1, so that traits of more layers do not weigh more by their range."""
+    """Ranks scaled to 0 to 1, so that traits with more layers do not weigh more."""
     from scipy.stats import rankdata
 
     return [(float(rank) - 1) / (len(values) - 1) for rank in rankdata(values)]

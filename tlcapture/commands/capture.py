@@ -18,7 +18,6 @@ from functools import partial
 from tlcapture.commands.capture_size import CaptureSize, n_projections
 from tlcapture.commands.capture_tasks import CaptureOptions, CaptureTask, TaskPlanner
 from tlcapture.commands.capture_worker import CaptureWorker
-from tlcapture.commands.projections import traits_to_project
 from tlcapture.errors import InputError, NoSpaceError, StorageError
 from tlcapture.logger import get_logger
 from tlcapture.prompts.prompt_sets import PromptSet
@@ -32,7 +31,8 @@ from tlcapture.storage.config import read_config
 from tlcapture.storage.files import free_bytes, sweep_temporaries
 from tlcapture.storage.layout import Layout
 from tlcapture.text import as_ranges, format_bytes
-from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.traits.missing_vectors import no_vectors
+from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 
 __all__ = ["CaptureOptions", "estimate_capture", "run_capture"]
 
@@ -135,7 +135,7 @@ def _check_vectors(layout: Layout, options: CaptureOptions) -> None:
     """Raise `InputError` before any prompt runs if no trait has the vectors that are asked for."""
     choice, source = options.vectors, options.vectors.layout(layout)
     if choice.experiment or choice.traits:
-        traits_to_project(layout, choice)
+        traits_with_vectors(source, choice.traits)
     available = [VectorFiles(source, trait).available("residual") for trait in choice.traits or source.traits()]
     if choice.method is not None:
         methods = sorted({method for each in available for method in each})
@@ -157,11 +157,7 @@ def _check_projections_only(layout: Layout, options: CaptureOptions) -> None:
     if options.internals:
         raise InputError("--projections-only keeps no raw activations: leave out --layer-internals")
     if not n_projections(layout, options):
-        source = options.vectors.layout(layout)
-        raise InputError(
-            f"--projections-only needs trait vectors, and experiment {source.experiment!r} has none: run "
-            f"'tlcapture extract --experiment {source.experiment}' first"
-        )
+        raise InputError(f"--projections-only: {no_vectors(options.vectors.layout(layout))}")
 
 
 def _check_space(size: CaptureSize, layout: Layout) -> None:

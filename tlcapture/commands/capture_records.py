@@ -1,8 +1,7 @@
-"""Prompts of which only projections are kept: what their files say of the capture that was projected.
+"""The record of a capture whose activations were not saved, as projection files hold it.
 
-With `--projections-only` there is no raw file that could tell of which model and wording a prompt's
-projections are. The projection files then hold the metadata that it would have had, under
-`metadata.capture`, and stand for it where a run asks what is there already.
+With `--projections-only` no raw file records the model and the wording of a prompt. The projection files
+then hold the raw file's metadata under `metadata.capture`, which a later run reads to see what is done.
 """
 
 from __future__ import annotations
@@ -13,56 +12,62 @@ from functools import cached_property
 from typing import Any
 
 from tlcapture.captures.capture import Capture
-from tlcapture.captures.provenance import model_record, point_hooks
+from tlcapture.captures.provenance import is_same_computation, model_record, point_hooks
 from tlcapture.errors import InputError, StorageError
 from tlcapture.models.loading import Model
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
 from tlcapture.views.kept_points import KeptPoints
 
-_ALIKE = ("model_fingerprint", "engine", "dtype")
-_OF_A_RUN = (*_ALIKE, "inference_model", "prompt_text", "system_prompt", "chat_template", "layers", "points")
+_SAME_FOR_A_RUN = ("inference_model", "prompt_text", "system_prompt", "chat_template", "layers", "points")
 
 
 @dataclass(frozen=True)
 class CaptureRecord:
-    """A capture that was projected and not kept: its metadata and its tokens."""
+    """Metadata and tokens of a capture that was projected and not saved."""
 
     metadata: Mapping[str, Any]
     tokens: Sequence[str] = ()
 
     @property
     def prompt_set(self) -> str:
+        """Name of the prompt set."""
         return str(self.metadata["prompt_set"])
 
     @property
     def prompt_id(self) -> str:
+        """Id of the prompt in its set."""
         return str(self.metadata["prompt_id"])
 
     @property
     def n_layers(self) -> int:
+        """Layers of the model, whether kept or not."""
         return int(self.metadata["n_layers"])
 
     @property
     def d_model(self) -> int:
+        """Width of the residual stream."""
         return int(self.metadata["d_model"])
 
     @cached_property
     def kept(self) -> KeptPoints:
+        """Which layers and residual points were projected."""
         return KeptPoints.of(self.n_layers, self.metadata["layers"], self.metadata["points"])
 
     @classmethod
     def of_model(cls, model: Model, kept: KeptPoints, *, attn_out: bool) -> CaptureRecord:
-        """What will be projected, as far as it can be told before any prompt has run."""
+        """The record of captures to come, as far as it is known before any prompt has run."""
         measures = {"n_layers": model.n_layers, "d_model": model.d_model}
         hooks = point_hooks(model, attn_out=attn_out, points=kept.points)
-        said = {"inference_model": model.name, "hooks": hooks, "layers": kept.layers, "points": kept.points}
-        return cls({**measures, **model_record(model), **said})
+        recorded = {"inference_model": model.name, "hooks": hooks, "layers": kept.layers, "points": kept.points}
+        return cls({**measures, **model_record(model), **recorded})
 
     @classmethod
     def find(cls, layout: Layout, prompt_set: str, prompt_id: str) -> CaptureRecord | None:
-        """What the projections of a prompt were made from; `None` where there are none that say so, or where they
-        are of different runs or damaged."""
+        """The capture that a prompt's projections were made from.
+
+        `None` for projections that do not record it, are of different runs, or are damaged.
+        """
         found: list[CaptureRecord] = []
         for path in layout.all_projections(prompt_set, prompt_id):
             try:
@@ -79,9 +84,12 @@ class CaptureRecord:
         return found[0] if found and all(each._is_of_the_run_of(found[0]) for each in found) else None
 
     def _is_of_the_run_of(self, other: CaptureRecord) -> bool:
-        return self.tokens == other.tokens and all(self.metadata.get(k) == other.metadata.get(k) for k in _OF_A_RUN)
+        return (
+            self.tokens == other.tokens
+            and is_same_computation(self.metadata, other.metadata)
+            and all(self.metadata.get(key) == other.metadata.get(key) for key in _SAME_FOR_A_RUN)
+        )
 
     def is_like(self, capture: Capture) -> bool:
-        """Whether a capture has the same tokens from the same model, computed alike."""
-        same = all(self.metadata.get(key) == capture.metadata[key] for key in _ALIKE)
-        return same and list(self.tokens) == capture.tokens
+        """Whether a capture has the same tokens, computed by the same model in the same way."""
+        return list(self.tokens) == capture.tokens and is_same_computation(self.metadata, capture.metadata)

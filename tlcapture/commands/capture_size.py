@@ -15,13 +15,12 @@ from typing import Any
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.capture_outputs import Outputs
 from tlcapture.commands.capture_tasks import CaptureOptions, CaptureTask
-from tlcapture.commands.projections import traits_to_project
 from tlcapture.errors import InputError, StorageError
 from tlcapture.models.sizes import Measures
 from tlcapture.runs.report import Failed
 from tlcapture.storage.layout import Layout
 from tlcapture.text import format_bytes
-from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 from tlcapture.views.logit_lens import TOP_K
 
 _PER_WEIGHT = 9.5  # an attention weight: 4 significant digits and a comma
@@ -139,7 +138,7 @@ def _tensors(m: Measures, n_tokens: int, wanted: Outputs, options: CaptureOption
     text = _PER_FILE + _PER_TOKEN * n_tokens
     if wanted.residual and wanted.raw:
         n_layers = len(wanted.kept.layers)
-        n_points = len(wanted.kept.places) + n_layers * wanted.attn_out
+        n_points = len(wanted.kept.point_indices) + n_layers * wanted.attn_out
         n_views = 2 * n_layers * (len(wanted.kept.points) + wanted.attn_out)
         yield "raw residual", text + n_views * _PER_VIEW + n_points * n_tokens * m.d_model * _BYTES[options.save_dtype]
     # Queries, keys, values and their mix; pre-activation, gate, activation; the residual stream and both outputs.
@@ -165,7 +164,7 @@ def n_projections(layout: Layout, options: CaptureOptions) -> int:
     source = options.vectors.layout(layout)
     components = ["residual", *(["attn_out"] if options.capture_attn else [])]
     try:
-        traits = traits_to_project(layout, options.vectors)
+        traits = traits_with_vectors(source, options.vectors.traits)
     except InputError:
         return 0
     return sum(bool(VectorFiles(source, trait).available(component)) for trait in traits for component in components)

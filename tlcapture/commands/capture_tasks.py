@@ -14,15 +14,15 @@ from typing import Any, Protocol, TypeVar
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.capture_outputs import REPLACE, Outputs, saved_capture
 from tlcapture.commands.capture_records import CaptureRecord
-from tlcapture.commands.projections import Chooser, Projectable, VectorChoice
+from tlcapture.commands.projections import without_projection
 from tlcapture.errors import InputError, StorageError
 from tlcapture.generation.sampling import Sampling
 from tlcapture.prompts.prompt_sets import Prompt, PromptSet
 from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
-from tlcapture.runs.run import Run
 from tlcapture.runs.shards import Shard
 from tlcapture.storage.config import ExperimentConfig
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.choice import VectorChoice, VectorChooser
 from tlcapture.views.kept_points import KeptPoints
 
 ALL_LAYERS = "all"
@@ -178,8 +178,7 @@ class TaskPlanner:
         self._model_name = model_name
         self._model = model
         self._other_sampling: list[str] = []
-        # Silent: the run itself reports vectors that cannot be used.
-        self._chooser = Chooser(Run.silent(layout), options.vectors)
+        self._chooser = VectorChooser(layout, options.vectors)
 
     def tasks(self, prompt_sets: Sequence[PromptSet]) -> list[CaptureTask]:
         """A task for each prompt set.
@@ -255,7 +254,7 @@ class TaskPlanner:
         """The outputs that a prompt lacks where only projections are kept; raises like `_lacking`."""
         options, layout, names = self._options, self._layout, (prompt_set.name, prompt.id)
         if saved is None:
-            is_free = not raw.is_file()  # a file that cannot be read goes, and what is beside it
+            is_free = not raw.is_file()  # a file that cannot be read is replaced, with all files derived from it
             found = CaptureRecord.find(layout, *names) if options.skip_existing and is_free else None
             wanted = options.outputs(self._model().n_layers if found is None else found.n_layers)
             is_done = (
@@ -263,7 +262,10 @@ class TaskPlanner:
                 and self._is_whole_and_of(found, prompt_set, prompt)
                 and found.kept.includes(wanted.kept)
                 and not wanted.lacking(layout, *names)
-                and not any(self._chooser.missing(found, component) for component in options.components)
+                and not any(
+                    without_projection(layout, found, self._chooser.vectors(found, component))
+                    for component in options.components
+                )
             )
             if found is not None and is_done:
                 self._note_sampling(found)
@@ -275,7 +277,7 @@ class TaskPlanner:
             "remove it, or run 'tlcapture project'"
         )
 
-    def _note_sampling(self, saved: Projectable) -> None:
+    def _note_sampling(self, saved: Capture | CaptureRecord) -> None:
         """Note a prompt whose capture is kept although its sampling settings differ, as far as they are recorded."""
         asked = {"temperature": self._options.sampling.temperature, "max_new_tokens": self._options.max_new_tokens}
         if self._options.sampling.temperature:
@@ -283,7 +285,7 @@ class TaskPlanner:
         if any(saved.metadata.get(name) not in (None, value) for name, value in asked.items()):
             self._other_sampling.append(saved.prompt_id)
 
-    def _is_whole_and_of(self, saved: Projectable, prompt_set: PromptSet, prompt: Prompt) -> bool:
+    def _is_whole_and_of(self, saved: Capture | CaptureRecord, prompt_set: PromptSet, prompt: Prompt) -> bool:
         """Whether a capture is complete and of this prompt: the same text, system prompt, template and model."""
         asked = self.asked_template
         return (

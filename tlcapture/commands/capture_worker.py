@@ -17,7 +17,7 @@ from tlcapture.captures.from_generation import capture_of
 from tlcapture.commands.capture_outputs import Outputs, add_ons, remove_stale, saved_capture, write_capture
 from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.capture_tasks import CaptureOptions, CaptureTask
-from tlcapture.commands.projections import Chooser, project_capture
+from tlcapture.commands.projections import project_capture, vector_chooser, without_projection
 from tlcapture.errors import InputError
 from tlcapture.generation.loop import generate, teacher_force
 from tlcapture.generation.outcomes import Failure, Generation
@@ -42,7 +42,7 @@ class CaptureWorker:
         self.layout = run.layout
         self.options = options
         self._load = load
-        self._chooser = Chooser(run, options.vectors)
+        self._chooser = vector_chooser(run, options.vectors)
         self._removed: list[Path] = []
 
     @cached_property
@@ -200,11 +200,7 @@ class CaptureWorker:
             return
         components = ["residual"] + (["attn_out"] if capture.prompt.residual.attn_out is not None else [])
         for component in components:
-            choose = self._chooser.missing if only_missing else self._chooser.vectors
-            project_capture(
-                self.run,
-                capture,
-                choose(capture, component),
-                other_model_intended=self.options.vectors.experiment is not None,
-                only=only,
-            )
+            vectors = self._chooser.vectors(capture, component)
+            if only_missing:
+                vectors = without_projection(self.layout, capture, vectors)
+            project_capture(self.run, capture, vectors, only=only)

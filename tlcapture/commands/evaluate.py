@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tlcapture.errors import InputError, VectorError
+from tlcapture.errors import VectorError
 from tlcapture.extraction.evaluation import RandomBaseline, Separation, random_baseline, separation
 from tlcapture.extraction.prepared_examples import PreparedExamples, prepare_examples
 from tlcapture.extraction.readout import Activations, read_out
@@ -27,8 +27,8 @@ from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant
 from tlcapture.text import as_ranges
 from tlcapture.traits.evaluation_files import EvaluationRow, best_by_trait, read_evaluation
-from tlcapture.traits.vector_files import METHODS
-from tlcapture.traits.vectors import TraitVector, VectorFolder
+from tlcapture.traits.vector_files import METHODS, VectorFiles, traits_with_vectors
+from tlcapture.traits.vectors import TraitVector, read_vector
 from tlcapture.views.hooks import COMPONENTS
 
 Row = dict[str, Any]
@@ -59,16 +59,10 @@ def run_evaluate(
         InputError: the experiment has no vectors, or none of a trait in `options`; nothing was written.
     """
     layout.check_exists()
-    existing = layout.traits()
-    for trait in options.traits:
-        if trait not in existing:
-            raise InputError(f"no vectors for trait {str(trait)!r} in {layout.folder}: run 'tlcapture extract' first")
-    if not existing:
-        raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
+    traits = traits_with_vectors(layout, options.traits)
     run = Run.begin(layout, display)
     make = partial(ModelWorker, _evaluate_one, options)
-    tasks = options.traits or tuple(existing)
-    executor.run(Work(make, load, tasks, lambda trait: 1, "trait", str), run)
+    executor.run(Work(make, load, traits, lambda trait: 1, "trait", str), run)
     return run.report
 
 
@@ -100,7 +94,7 @@ def draw_heatmaps(layout: Layout, report: RunReport) -> None:
 
 def _evaluate(run: Run, trait: Trait, model: Model, options: EvaluateOptions) -> list[Row]:
     layout = run.layout
-    folder = VectorFolder(layout, trait)
+    folder = VectorFiles(layout, trait)
     rows: list[Row] = []
     prepared: PreparedExamples | None = None
     for component in options.components:
@@ -126,7 +120,7 @@ def _evaluate(run: Run, trait: Trait, model: Model, options: EvaluateOptions) ->
         baseline = random_baseline(activations, prepared.labels, prepared.held_out, seed=options.seed)
         for method in methods:
             layers = [layer for layer in available[method] if not options.layers or layer in options.layers]
-            vectors = [folder.read(component, method, layer) for layer in layers]
+            vectors = [read_vector(folder, component, method, layer) for layer in layers]
             rows += _rows(layout, vectors, activations, prepared, baseline, options.seed)
     for note in _doubts(rows):
         run.warn(f"{trait}: {note}")
@@ -163,7 +157,7 @@ def _row(
         "method": vector.method,
         "layer": vector.layer,
         "component": vector.component,
-        "vector_digest": VectorFolder(layout, vector.trait).digest(vector.component, vector.method, vector.layer),
+        "vector_digest": VectorFiles(layout, vector.trait).digest(vector.component, vector.method, vector.layer),
         "val_accuracy": _number(found.accuracy[number]),
         "val_auroc": _number(found.auroc[number]),
         "val_effect_size": effect,
@@ -183,9 +177,9 @@ def _cosines(vector: TraitVector, others: Sequence[tuple[str, Trait, str]], layo
     """Cosines to the existing vectors of other methods or traits at the same layer."""
     cosines = {}
     for name, trait, method in others:
-        folder = VectorFolder(layout, trait)
+        folder = VectorFiles(layout, trait)
         if folder.file(vector.component, method, vector.layer).is_file():
-            other = folder.read(vector.component, method, vector.layer).vector
+            other = read_vector(folder, vector.component, method, vector.layer).vector
             if other.shape == vector.vector.shape:
                 cosines[name] = _number(torch.nn.functional.cosine_similarity(vector.vector, other, dim=0))
     return cosines

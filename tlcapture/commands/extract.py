@@ -26,8 +26,8 @@ from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.config import update_config
 from tlcapture.storage.layout import Datasets, Layout
-from tlcapture.traits.vector_files import METHODS
-from tlcapture.traits.vectors import VectorFolder
+from tlcapture.traits.vector_files import METHODS, VectorFiles
+from tlcapture.traits.vectors import write_vector
 from tlcapture.views.hooks import COMPONENT_HOOKS, COMPONENTS
 
 
@@ -116,7 +116,7 @@ def _extract(
     for component, vectors in fitted.items():
         metadata = _metadata(layout, component, model, options, layers, prepared)
         with run_lock(run, f"vectors of {examples.trait}"):
-            _write(VectorFolder(layout, examples.trait), component, vectors, metadata, run)
+            _write(VectorFiles(layout, examples.trait), component, vectors, metadata, run)
 
 
 def _fit(method: str, activations: Activations, labels: Labels, seed: int) -> LayerVectors:
@@ -130,7 +130,7 @@ def _fit(method: str, activations: Activations, labels: Labels, seed: int) -> La
 
 
 def _write(
-    folder: VectorFolder,
+    folder: VectorFiles,
     component: str,
     vectors: dict[str, LayerVectors],
     metadata: dict[str, Any],
@@ -153,7 +153,7 @@ def _write(
         removed = folder.remove_all(component, methods, layers)
     for method, by_layer in vectors.items():
         for layer, vector in zip(made_at, by_layer, strict=True):
-            run.wrote(folder.write(component, method, layer, vector))
+            run.wrote(write_vector(folder, component, method, layer, vector))
     folder.write_metadata(component, metadata)
     run.removed(removed)
 

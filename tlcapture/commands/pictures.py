@@ -1,4 +1,4 @@
-"""Trajectory and layers of each prompt as PNG files, drawn from projection files alone. Loads no torch."""
+"""PNG files of each prompt's trajectory and layers, drawn from projection files. Loads no torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from tlcapture.names import Trait
 from tlcapture.runs.display import Display
 from tlcapture.storage.files import write_bytes
 from tlcapture.storage.layout import Layout
-from tlcapture.traits.saved_projections import check_component, no_projections
+from tlcapture.traits.saved_projections import no_projections, projection_paths
 from tlcapture.traits.token_scores import TokenScores
+from tlcapture.views.hooks import check_component
 
 
 def write_pictures(
@@ -25,36 +26,28 @@ def write_pictures(
 ) -> list[Path]:
     """Write a picture for each prompt and trait (all traits where none is named); returns the files.
 
-    A picture lies below `folder` as its projection does below the experiment's `inference/`:
-    `{category}/{trait}/residual_stream/{prompt_set}/{id}.png`. A prompt without projections has none.
+    The paths below `folder` are those of the projections below the experiment's `inference/`:
+    `{category}/{trait}/residual_stream/{prompt_set}/{id}.png`. Prompts without projections are left out.
 
     Raises:
-        InputError: none of the prompts has a projection; the message names the command that makes them.
+        InputError: none of the prompts has a projection; the message names the command that projects.
         StorageError: a projection file is damaged, or a picture cannot be written.
     """
     check_component(component)
     files = [
-        path
-        for prompt_id in prompt_ids
-        for path in layout.all_projections(prompt_set, prompt_id)
-        if _is_wanted(layout, path, component, traits)
+        path for prompt_id in prompt_ids for path in projection_paths(layout, prompt_set, prompt_id, component, traits)
     ]
     if not files:
         raise no_projections(layout, prompt_set, component, traits)
     written = []
     with display.progress(len(files), f"{prompt_set} pictures", "picture") as progress:
         for file in files:
-            line = TokenScores.read(file)
+            scores = TokenScores.read(file)
             trait, _ = layout.of_projection(file)
             picture = folder / layout.projection(trait, component, prompt_set, file.stem).relative_to(
                 layout.folder / "inference"
             ).with_suffix(".png")
-            write_bytes(picture, projection_picture(line))
+            write_bytes(picture, projection_picture(scores))
             written.append(picture)
             progress.advance(1)
     return written
-
-
-def _is_wanted(layout: Layout, path: Path, component: str, traits: Sequence[Trait]) -> bool:
-    trait, of_component = layout.of_projection(path)
-    return of_component == component and (not traits or trait in traits)

@@ -1,5 +1,5 @@
-"""Pictures for papers and logs, without a display: heatmaps of an evaluation, curves of steering, and one
-capture's projection onto a trait."""
+"""Plots as PNG, drawn without a display: heatmaps of an evaluation, curves of steering, and one capture's
+projection onto a trait."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from tlcapture.traits.token_scores import TokenScores
 
 _DPI = 150
-_MOST_LABELS = 90  # tokens written along an axis; of more, every second, third, ...
+_MOST_LABELS = 90  # tokens labelled along an axis; of longer sequences every second, third, ...
 _LONGEST_LABEL = 14
 _WIDEST = 18.0
 _BOUNDARY, _COMMITMENT, _PERSISTENCE = "#555555", "#2ca02c", "#ff7f0e"
-_FONTS = ("DejaVu Sans Mono", "DejaVu Sans")  # they come with Matplotlib
+_FONTS = ("DejaVu Sans Mono", "DejaVu Sans")  # installed with Matplotlib
 _MORE_FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans Arabic", "Noto Sans", "Arial Unicode MS")
 _MEASURES = {"val_effect_size": "effect size (Cohen's d)", "val_auroc": "AUROC"}
 
@@ -36,11 +36,11 @@ def evaluation_heatmaps(trait: str, rows: Sequence[EvaluationRow]) -> bytes:
     components = sorted({row.component for row in rows}, reverse=True)
     figure = _figure(width=11, height=1.2 + 1.7 * len(components))
     axes = figure.subplots(len(components), len(_MEASURES), squeeze=False)
-    for line, component in zip(axes, components, strict=True):
+    for row_of_axes, component in zip(axes, components, strict=True):
         own = [row for row in rows if row.component == component]
         methods = list(dict.fromkeys(row.method for row in own))
         layers = sorted({row.layer for row in own})
-        for axis, (measure, label) in zip(line, _MEASURES.items(), strict=True):
+        for axis, (measure, label) in zip(row_of_axes, _MEASURES.items(), strict=True):
             grid = np.full((len(methods), len(layers)), np.nan)
             for row in own:
                 value = getattr(row, measure)
@@ -57,7 +57,7 @@ def evaluation_heatmaps(trait: str, rows: Sequence[EvaluationRow]) -> bytes:
 
 
 def steering_curves(trait: str, results: SteeringResults) -> bytes:
-    """A PNG of `trait_mean` and `coherence_mean` against the coefficient, one line a layer."""
+    """A PNG of `trait_mean` and `coherence_mean` against the coefficient, one curve per layer."""
     by_layer: dict[int, list[tuple[float, float, float]]] = {}
     for run in results.single_layer_runs:
         by_layer.setdefault(run.layer, []).append((run.coefficient, run.trait_mean, run.coherence_mean))
@@ -77,73 +77,73 @@ def steering_curves(trait: str, results: SteeringResults) -> bytes:
     return _png(figure)
 
 
-def projection_picture(line: TokenScores) -> bytes:
+def projection_picture(projection: TokenScores) -> bytes:
     """A PNG of one capture's projection onto one trait: the trajectory, and below it all layers, token by token.
 
-    The first token, an attention sink whose projection can be a hundred times all others, is left off both
-    scales; the picture says so, and what its value is.
+    The first token, an attention sink whose projection can be a hundred times that of other tokens, is left out
+    of both scales; a label gives its value.
     """
-    n_tokens = len(line.tokens)
+    n_tokens = len(projection.tokens)
     figure = _figure(width=min(_WIDEST, max(7.0, 2.5 + 0.16 * n_tokens)), height=6.4)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1.2])
-    _draw_trajectory(above, line)
-    scores = np.ma.masked_invalid(line.by_layer().T.copy())
+    _draw_trajectory(above, projection)
+    scores = np.ma.masked_invalid(projection.by_layer().T.copy())
     scores[:, 0] = np.ma.masked
-    limit = float(np.abs(scores[list(line.layers), 1:]).max()) if n_tokens > 1 else 0.0
+    limit = float(np.abs(scores[list(projection.layers), 1:]).max()) if n_tokens > 1 else 0.0
     image = below.imshow(
         scores, aspect="auto", cmap="RdBu_r", vmin=-(limit or 1.0), vmax=limit or 1.0, origin="lower",
         interpolation="nearest",
     )  # fmt: skip
     below.set_facecolor("0.85")
-    below.axhline(line.layer, color="black", linewidth=0.8, linestyle=":")
-    below.set_ylabel(f"layer (dotted: the vector's own, {line.layer})", fontsize=8)
+    below.axhline(projection.layer, color="black", linewidth=0.8, linestyle=":")
+    below.set_ylabel(f"layer (dotted: the vector's own, {projection.layer})", fontsize=8)
     figure.colorbar(image, ax=below, label="projection", fraction=0.03, pad=0.01)
     for axis in (above, below):
-        axis.axvline(line.n_prompt_tokens - 0.5, color=_BOUNDARY, linewidth=1, linestyle="--")
-        if line.commitment_point is not None:
-            axis.axvline(line.commitment_point, color=_COMMITMENT, linewidth=1)
+        axis.axvline(projection.n_prompt_tokens - 0.5, color=_BOUNDARY, linewidth=1, linestyle="--")
+        if projection.commitment_point is not None:
+            axis.axvline(projection.commitment_point, color=_COMMITMENT, linewidth=1)
     step = -(-n_tokens // _MOST_LABELS) or 1
     below.set_xticks(range(0, n_tokens, step))
-    labels = [printable(token)[:_LONGEST_LABEL] for token in line.tokens[::step]]
+    labels = [printable(token)[:_LONGEST_LABEL] for token in projection.tokens[::step]]
     for text in below.set_xticklabels(labels, rotation=90, fontsize=6, family=_families()):
         text.set_parse_math(False)  # a token may hold dollars
     below.set_xlim(-0.5, n_tokens - 0.5)
-    figure.suptitle(f"{line.prompt_set}/{line.prompt_id}: {line.title}", fontsize=10)
+    figure.suptitle(f"{projection.prompt_set}/{projection.prompt_id}: {projection.title}", fontsize=10)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # shown as a box
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # drawn as a box
         return _png(figure)
 
 
 @cache
 def _families() -> list[str]:
-    """Fonts for tokens, of which the first that has a character draws it."""
+    """Fonts for tokens; each character is drawn in the first font that has it."""
     from matplotlib.font_manager import get_font_names
 
     installed = set(get_font_names())
     return [*_FONTS, *(name for name in _MORE_FONTS if name in installed)]
 
 
-def _draw_trajectory(axis: Axes, line: TokenScores) -> None:
-    places, scores = np.arange(len(line.tokens)), line.trajectory
-    axis.plot(places[1:], scores[1:], color="#1f77b4", linewidth=1.2, marker=".", markersize=3)
+def _draw_trajectory(axis: Axes, projection: TokenScores) -> None:
+    positions, scores = np.arange(len(projection.tokens)), projection.trajectory
+    axis.plot(positions[1:], scores[1:], color="#1f77b4", linewidth=1.2, marker=".", markersize=3)
     axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     axis.plot([], [], color=_BOUNDARY, linewidth=1, linestyle="--", label="response begins")
-    if line.peak is not None:
-        span = slice(line.peak, line.peak + line.persistence + 1)
+    if projection.peak is not None:
+        span = slice(projection.peak, projection.peak + projection.persistence + 1)
         axis.plot(
-            places[span], scores[span], color=_PERSISTENCE, linewidth=5, alpha=0.4, marker="o", markersize=4,
-            label=f"persistence: {line.persistence} after the peak of |s|, token {line.peak}",
+            positions[span], scores[span], color=_PERSISTENCE, linewidth=5, alpha=0.4, marker="o", markersize=4,
+            label=f"persistence: {projection.persistence} after the peak of |s|, token {projection.peak}",
         )  # fmt: skip
-    if line.commitment_point is not None:
-        axis.plot([], [], color=_COMMITMENT, linewidth=1, label=f"commitment point: {line.commitment_point}")
-    sink = f"token 0 is an attention sink and left off the scale: {scores[0]:+.4g}"
+    if projection.commitment_point is not None:
+        axis.plot([], [], color=_COMMITMENT, linewidth=1, label=f"commitment point: {projection.commitment_point}")
+    sink = f"token 0 is an attention sink, left out of the scale: {scores[0]:+.4g}"
     axis.plot([], [], " ", label=sink)
     axis.legend(fontsize=6, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     axis.set_ylabel("projection", fontsize=8)
 
 
 def _label(name: str) -> str:
-    """A name from a file, as it is: dollars begin no formula, and it is not long."""
+    """A name from a file as a label: shortened, and with dollar signs that do not start a formula."""
     return printable(name)[:_LONGEST_LABEL].replace("$", r"\$")
 
 

@@ -1,4 +1,4 @@
-"""`tlcapture project`: saved captures onto trait vectors."""
+"""`tlcapture project`: project saved captures onto trait vectors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tlcapture.captures.capture import Capture
-from tlcapture.commands.projections import Chooser, VectorChoice, project_capture, traits_to_project
+from tlcapture.commands.projections import project_capture, vector_chooser, without_projection
 from tlcapture.errors import InputError, NumericalError, StorageError
 from tlcapture.runs.display import Display
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
@@ -20,15 +20,18 @@ from tlcapture.runs.run_lock import run_lock
 from tlcapture.runs.shards import Shard
 from tlcapture.storage.files import read_json, write_json
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.choice import VectorChoice
 from tlcapture.traits.projection import dynamics_of_file
 from tlcapture.traits.projection_files import ProjectionFile
+from tlcapture.traits.saved_projections import projection_paths
+from tlcapture.traits.vector_files import traits_with_vectors
 
 
 @dataclass(frozen=True)
 class ProjectOptions:
-    """What to project onto, of which component; `dynamics_only` computes dynamics again and nothing else.
+    """Which vectors to project onto, and which component; `dynamics_only` recomputes the dynamics alone.
 
-    `shard` is taken of the captures that there are when the run begins.
+    `shard` is a share of the captures that exist when the run begins.
     """
 
     vectors: VectorChoice = VectorChoice()
@@ -48,11 +51,11 @@ def run_project(
     """Project all captures of prompt sets.
 
     Raises:
-        InputError: there is no such experiment, prompt set, capture or vector; nothing was written.
+        InputError: the experiment, a prompt set, its captures or the vectors are missing; nothing was written.
     """
     layout.check_exists()
     of_set = layout.prompt_ids if options.dynamics_only else layout.captured
-    ids = {name: _there(layout, name, of_set(name)) for name in prompt_sets}
+    ids = {name: _checked_ids(layout, name, of_set(name)) for name in prompt_sets}
     if options.shard is not None:
         ids = {name: list(options.shard.of(found)) for name, found in ids.items()}
     run = Run.begin(layout, display)
@@ -61,8 +64,7 @@ def run_project(
             with run_lock(run, f"captures of {name}", options.shard, "projection"):
                 _recompute_dynamics(run, name, ids[name], options)
         return run.report
-    if not traits_to_project(layout, options.vectors):
-        raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
+    traits_with_vectors(options.vectors.layout(layout), options.vectors.traits)
     with ExitStack() as stack:
         for name in sorted(prompt_sets):
             stack.enter_context(run_lock(run, f"captures of {name}", options.shard, "projection"))
@@ -91,26 +93,29 @@ class SavedPrompts:
     ids: Sequence[str]
 
     def split(self, most: int) -> list[SavedPrompts]:
+        """Parts of at most `most` prompts."""
         starts = range(0, len(self.ids), most)
         return [SavedPrompts(self.prompt_set, self.ids[start : start + most]) for start in starts]
 
     def label(self) -> str:
+        """A name for messages."""
         return f"{len(self.ids)} prompts of {self.prompt_set}"
 
 
 class ProjectionWorker:
-    """Projects saved captures onto the vectors chosen."""
+    """Projects saved captures onto the chosen vectors."""
 
     def __init__(self, options: ProjectOptions, run: Run, load: object):
         self._options = options
         self._run = run
         self._layout = run.layout
-        self._chooser = Chooser(run, options.vectors)
+        self._chooser = vector_chooser(run, options.vectors)
 
     def prepare(self) -> None:
-        """Vectors are chosen when a first capture shows its measures."""
+        """Load nothing: vectors are chosen when the first capture has been read."""
 
     def do(self, task: SavedPrompts) -> None:
+        """Project a task's captures; a failure of one does not stop the others."""
         with self._run.progress(len(task.ids), task.prompt_set, "prompt") as progress:
             for prompt_id in task.ids:
                 with self._run.attempt(f"{task.prompt_set}/{prompt_id}"):
@@ -121,31 +126,32 @@ class ProjectionWorker:
         raw = self._layout.residual(prompt_set, prompt_id)
         capture = Capture.open(raw)
         if capture.prompt_set != prompt_set or capture.prompt_id != prompt_id:
-            says = f"{capture.prompt_set}/{capture.prompt_id}"
-            raise StorageError(f"{raw}: it says it is {says}: it was moved or renamed")
-        choose = self._chooser.missing if self._options.skip_existing else self._chooser.vectors
-        vectors = choose(capture, self._options.component)
+            recorded = f"{capture.prompt_set}/{capture.prompt_id}"
+            raise StorageError(f"{raw}: its metadata names prompt {recorded}: it was moved or renamed")
+        vectors = self._chooser.vectors(capture, self._options.component)
+        if self._options.skip_existing:
+            vectors = without_projection(self._layout, capture, vectors)
         if not vectors:
             self._run.report.n_skipped += self._options.skip_existing
             return
-        intended = self._options.vectors.experiment is not None
         try:
-            project_capture(self._run, capture, vectors, other_model_intended=intended)
+            project_capture(self._run, capture, vectors)
         except NumericalError as error:
             raise NumericalError(f"{raw}: {error}") from None
         self._run.report.n_prompts += 1
 
 
-def _there(layout: Layout, prompt_set: str, ids: list[str]) -> list[str]:
+def _checked_ids(layout: Layout, prompt_set: str, ids: list[str]) -> list[str]:
+    """Return the ids of a prompt set's captures; raises `InputError` if it has none."""
     if not ids and layout.prompt_ids(prompt_set):
         raise InputError(
-            f"of prompt set {prompt_set!r} only projections were kept (--projections-only), which cannot be projected: "
-            "capture it again"
+            f"prompt set {prompt_set!r} has projections but no captures (--projections-only): capture it again to "
+            "project it"
         )
     if not ids:
-        there = ", ".join(layout.captured_prompt_sets()) or "none"
+        captured = ", ".join(layout.captured_prompt_sets()) or "none"
         raise InputError(
-            f"experiment {layout.experiment!r} has no captures of prompt set {prompt_set!r}; captured sets: {there}"
+            f"experiment {layout.experiment!r} has no captures of prompt set {prompt_set!r}; captured sets: {captured}"
         )
     return ids
 
@@ -156,16 +162,14 @@ def _recompute_dynamics(
     ids: Sequence[str],
     options: ProjectOptions,
 ) -> None:
-    """Read projection files and write them back with new dynamics, all else as it is."""
+    """Rewrite projection files with new dynamics and otherwise unchanged content."""
     layout = run.layout
     with run.progress(len(ids), prompt_set, "prompt") as progress:
         for prompt_id in ids:
             name = f"{prompt_set}/{prompt_id}"
-            paths = [
-                path for path in layout.all_projections(prompt_set, prompt_id) if _is_wanted(layout, path, options)
-            ]
+            paths = projection_paths(layout, prompt_set, prompt_id, options.component, options.vectors.traits)
             if not paths:
-                run.failed(name, "has no projection whose dynamics could be computed again")
+                run.failed(name, "has no projection to recompute the dynamics of")
                 continue
             for path in paths:
                 with run.attempt(name):
@@ -174,13 +178,8 @@ def _recompute_dynamics(
             progress.advance(1)
 
 
-def _is_wanted(layout: Layout, path: Path, options: ProjectOptions) -> bool:
-    trait, component = layout.of_projection(path)
-    return component == options.component and (not options.vectors.traits or trait in options.vectors.traits)
-
-
 def _with_new_dynamics(path: Path) -> dict[str, Any]:
-    """What a projection file holds, its dynamics computed again whatever they were."""
+    """The content of a projection file with recomputed dynamics; the earlier ones may be invalid."""
     content = read_json(path)
     others = (
         {key: value for key, value in content.items() if key != "dynamics"} if isinstance(content, dict) else content

@@ -33,7 +33,8 @@ from tlcapture.storage.validation import first_problem
 from tlcapture.traits.projection import check_fits
 from tlcapture.traits.selection import COHERENT, select
 from tlcapture.traits.steering_files import SteeringResults, SteeringRun
-from tlcapture.traits.vectors import TraitVector, VectorFolder
+from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
+from tlcapture.traits.vectors import TraitVector, read_vector
 
 COEFFICIENTS = (0.1, 0.2, 0.3)
 _SEARCH_START, _SEARCH_STEPS = 0.1, 5
@@ -69,13 +70,7 @@ def run_steer(
         InputError: a trait has no vectors or no steering questions; nothing was written.
     """
     layout.check_exists()
-    existing = layout.traits()
-    for trait in options.traits:
-        if trait not in existing:
-            raise InputError(f"no vectors for trait {str(trait)!r} in {layout.folder}: run 'tlcapture extract' first")
-    traits = options.traits or tuple(existing)
-    if not traits:
-        raise InputError(f"experiment {layout.experiment!r} has no trait vectors: run 'tlcapture extract' first")
+    traits = traits_with_vectors(layout, options.traits)
     tasks = [SteeringTask(trait, read_questions(Datasets(layout.root), trait)) for trait in traits]
     run = Run.begin(layout, display)
     make, n_runs = partial(ModelWorker, _steer_one, options), _n_runs(options, executor.known_model(load).n_layers)
@@ -211,12 +206,12 @@ def search_coefficient(score: Callable[[float], SteeringRun]) -> float:
 
 def _vectors(layout: Layout, trait: Trait, model: Model, options: SteerOptions) -> Iterator[TraitVector]:
     """The vectors to steer with: of the methods in `options`, or of the selected one."""
-    folder = VectorFolder(layout, trait)
+    folder = VectorFiles(layout, trait)
     available = folder.available("residual")
     methods = options.methods or (select(folder, "residual", model.n_layers).method,)
     for method in methods:
         for layer in options.layers or available.get(method, ()):
-            vector = folder.read("residual", method, layer)
+            vector = read_vector(folder, "residual", method, layer)
             check_fits(vector, model.n_layers, model.d_model)
             yield vector
 
@@ -227,7 +222,7 @@ class _Results:
     def __init__(self, run: Run, trait: Trait, model: Model, judge: Judge | None):
         layout = run.layout
         self._path = layout.steering(trait)
-        self._files = VectorFolder(layout, trait)
+        self._files = VectorFiles(layout, trait)
         self._run = run
         self._content: dict[str, Any] = {"baseline": {}, "runs": []}
         if lexists(self._path):

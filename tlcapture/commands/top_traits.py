@@ -1,4 +1,4 @@
-"""What a projected prompt set shows at a glance: by prompt, the trait that rose most and where it committed."""
+"""The summary of a projected prompt set: for each prompt, the trait that rose most and where it committed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from statistics import mean, pstdev
 from tlcapture.errors import StorageError
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.projection_files import ProjectionFile
+from tlcapture.traits.saved_projections import projection_paths
 
 FEWEST_TO_COMPARE = 3
 
@@ -17,10 +18,9 @@ FEWEST_TO_COMPARE = 3
 class TopTrait:
     """The trait that rose most in a prompt's response.
 
-    `rise` is the mean of the trajectory over the response minus that over the prompt (without its
-    first token, an attention sink), in standard deviations over the prompt set, its mean taken off:
-    how far the prompt stands out from the set. A set of fewer than three prompts has no such measure;
-    the rise is then in standard deviations of the trajectory itself.
+    `rise` starts as the mean of the trajectory over the response minus its mean over the prompt (without the first
+    token, an attention sink). It is standardised over the prompt set, and so measures how far the prompt stands
+    out. For a set of fewer than three prompts it is in standard deviations of the trajectory instead.
     """
 
     prompt_id: str
@@ -32,12 +32,12 @@ class TopTrait:
 
 
 def top_traits(layout: Layout, prompt_set: str, component: str = "residual") -> list[TopTrait]:
-    """For each prompt of a set that has projections, the trait that rose most."""
+    """The trait that rose most in each prompt of a set that has projections."""
     by_trait: dict[str, dict[str, ProjectionFile]] = {}
     for prompt_id in layout.prompt_ids(prompt_set):
-        for path in layout.all_projections(prompt_set, prompt_id):
-            trait, of_component = layout.of_projection(path)
-            if of_component == component and (content := _read(path)):
+        for path in projection_paths(layout, prompt_set, prompt_id, component):
+            if content := _read(path):
+                trait, _ = layout.of_projection(path)
                 by_trait.setdefault(str(trait), {})[prompt_id] = content
     rises = {trait: _rises(contents) for trait, contents in by_trait.items()}
     tops = []
@@ -50,7 +50,7 @@ def top_traits(layout: Layout, prompt_set: str, component: str = "residual") -> 
 
 
 def _read(path: Path) -> ProjectionFile | None:
-    """A projection file; `None` for a damaged one, which the run has named already, and one without dynamics."""
+    """A projection file; `None` for a damaged one, which the run has reported, and for one without dynamics."""
     try:
         content = ProjectionFile.read(path)
     except StorageError:

@@ -26,9 +26,8 @@ from tlcapture.errors import InputError
 from tlcapture.names import Trait
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
-from tlcapture.traits.saved_projections import check_component
 from tlcapture.traits.token_scores import TokenScores
-from tlcapture.views.hooks import hook
+from tlcapture.views.hooks import check_component, hook
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -245,27 +244,27 @@ class ExplorableCapture(ABC):
         component: str = "residual",
         vector_experiment: str | None = None,
     ) -> list[Projection]:
-        from tlcapture.traits.origin import check_origin, origin_notes
+        from tlcapture.traits.choice import VectorChoice, choose_vectors
+        from tlcapture.traits.missing_vectors import no_component_vectors
         from tlcapture.traits.projection import project
-        from tlcapture.traits.selection import select
-        from tlcapture.traits.vectors import VectorFolder
 
         capture, source = self._captured, self._source(vector_experiment)
-        chosen, notes = [], []
-        for trait in named_traits(source, traits, check_component(component)):
-            folder = VectorFolder(source, trait)
-            selection = select(folder, component, capture.n_layers, layer=layer, method=method)
-            vector = folder.read(component, selection.method, selection.layer)
-            check_origin(vector, capture.metadata)
-            intended = vector_experiment is not None
-            found = origin_notes(vector, capture.metadata, other_model_intended=intended)
-            notes += [f"{trait}: {note}" for note in found]
-            notes += [f"{trait}: {selection.warning}"] if selection.warning else []
-            chosen.append((vector, selection))
+        named = tuple(Trait.parse(name) for name in traits)
+        choice = VectorChoice(layer if isinstance(layer, str) else index(layer), method, vector_experiment, named)
+        found = choose_vectors(source, choice, capture, check_component(component))
+        if found.failures:
+            raise found.failures[0][1]
+        if not found.vectors:
+            raise no_component_vectors(source, component)
+        notes = []
+        for chosen in found.vectors:
+            doubts = [*chosen.notes(capture.metadata), chosen.selection.warning]
+            notes += [f"{chosen.vector.trait}: {doubt}" for doubt in doubts if doubt]
         for note in notes:
             warnings.warn(note, stacklevel=3)
         tokens = tuple(capture.tokens)
-        projections = project(capture.prompt.residual, capture.response.residual, chosen)
+        pairs = [(chosen.vector, chosen.selection) for chosen in found.vectors]
+        projections = project(capture.prompt.residual, capture.response.residual, pairs)
         return [replace(projection, tokens=tokens) for projection in projections]
 
     def _source(self, vector_experiment: str | None) -> Layout:
@@ -297,20 +296,3 @@ class ExplorableCapture(ABC):
             commitment_point=dynamics.commitment_point,
             persistence=dynamics.persistence,
         )
-
-
-def named_traits(source: Layout, names: Sequence[str], component: str) -> list[Trait]:
-    """The traits that are named, or all with vectors of the component. Raises `InputError` for none, or one
-    without any."""
-    from tlcapture.traits.vector_files import VectorFiles
-
-    there = source.traits()
-    listed = ", ".join(map(str, there)) or f"none; run 'tlcapture extract --experiment {source.experiment}'"
-    traits = list(dict.fromkeys(Trait.parse(name) for name in names))
-    for trait in traits:
-        if trait not in there:
-            raise InputError(f"no vectors for trait {str(trait)!r} in {source.folder}; traits there are: {listed}")
-    with_vectors = [trait for trait in there if VectorFiles(source, trait).available(component)]
-    if not traits and not with_vectors:
-        raise InputError(f"no {component} vectors in {source.folder}; traits there are: {listed}")
-    return traits or with_vectors

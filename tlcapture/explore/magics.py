@@ -21,10 +21,11 @@ from IPython.display import display
 
 from tlcapture.errors import TlcaptureError
 from tlcapture.explore.experiment import Experiment
-from tlcapture.explore.explorable_capture import named_traits
 from tlcapture.models.embedded import NAME
 from tlcapture.models.lazy_model import LazyModel
+from tlcapture.names import Trait
 from tlcapture.text import printable
+from tlcapture.traits.vector_files import traits_with_vectors
 
 if TYPE_CHECKING:
     from tlcapture.explore.live_capture import LiveCapture
@@ -124,7 +125,7 @@ class CaptureMagics(Magics):
 def _check_trait(exp: Experiment | None, trait: str) -> None:
     if exp is None:
         raise TlcaptureError(f"--trait {trait}: no vectors: set exp = Experiment(...) to use its vectors")
-    named_traits(exp.layout, [trait], "residual")
+    traits_with_vectors(exp.layout, [Trait.parse(trait)])
 
 
 def _words(line: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tlcapture.errors import InputError
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.missing_vectors import extract_command
 
 
 class MissingError(InputError):
@@ -33,7 +34,7 @@ def captures(layout: Layout, prompt_set: str) -> MissingError:
 def projections(layout: Layout, prompt_set: str) -> MissingError:
     """For a prompt without projections; the command extracts vectors first if there are none."""
     if not layout.traits():
-        return MissingError("no trait vectors to project onto", f"tlcapture extract --experiment {layout.experiment}")
+        return MissingError("no trait vectors to project onto", extract_command(layout))
     command = f"tlcapture project --experiment {layout.experiment} --prompt-set {prompt_set}"
     return MissingError("not projected onto this trait", command)
 
@@ -46,10 +47,7 @@ def add_on(layout: Layout, prompt_set: str, kind: str) -> MissingError:
 
 
 def vectors(layout: Layout, trait: object) -> MissingError:
-    """For a trait without vectors."""
-    return MissingError(
-        f"no vectors of {trait}", f"tlcapture extract --experiment {layout.experiment} --traits {trait}"
-    )
+    return MissingError(f"no vectors of {trait}", extract_command(layout, [trait]))
 
 
 def evaluation(layout: Layout) -> MissingError:

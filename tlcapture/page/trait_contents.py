@@ -10,7 +10,7 @@ from tlcapture.names import Trait
 from tlcapture.page import missing
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.evaluation_files import read_evaluation
-from tlcapture.traits.selection import Selection, ranked, select
+from tlcapture.traits.selection import Selection, n_layers_of_origin, runner_up, select
 from tlcapture.traits.steering_files import SteeringResults
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.views.hooks import COMPONENTS
@@ -38,12 +38,11 @@ def _component_vectors(files: VectorFiles, component: str) -> dict[str, Any] | N
     available = files.available(component)
     if not available:
         return None
-    metadata = files.metadata(component)
-    n_layers = int(metadata.get("num_layers") or 1 + max(map(max, available.values())))
+    metadata, n_layers = files.metadata(component), n_layers_of_origin(files, component)
     found: dict[str, Any] = {"available": available, "n_layers": n_layers, "metadata": metadata}
     try:
         chosen = select(files, component, n_layers)
-        rival = next((each for each in ranked(files, component, available) if each.layer != chosen.layer), None)
+        rival = runner_up(files, component, chosen)
         found |= {"selected": _selection(chosen), "runner_up": _selection(rival) if rival else None}
     except TlcaptureError as error:
         found |= {"selected": None, "problem": str(error)}

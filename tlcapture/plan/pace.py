@@ -11,7 +11,7 @@ import torch
 
 from tlcapture.captures.from_generation import capture_of
 from tlcapture.commands.capture_outputs import Outputs, add_ons, write_capture
-from tlcapture.commands.projections import Chosen, project_capture
+from tlcapture.commands.projections import project_capture
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Generation
 from tlcapture.models.loading import Model
@@ -21,6 +21,7 @@ from tlcapture.plan.cost import Pace, Workload
 from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.runs.run import Run
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.choice import ChosenVector
 from tlcapture.traits.selection import Selection, fallback_layer
 from tlcapture.traits.vectors import TraitVector
 
@@ -62,21 +63,27 @@ def _prompt(number: int, token_ids: Sequence[int]) -> TokenizedPrompt:
     )
 
 
-def _random_vectors(model: Model, count: int, wanted: Outputs) -> Chosen:
+def _random_vectors(model: Model, count: int, wanted: Outputs) -> list[ChosenVector]:
     layer = min(wanted.kept.layers, key=lambda kept: abs(kept - fallback_layer(model.n_layers)))
     return [
-        (
+        ChosenVector(
             TraitVector(
                 Trait("plan", f"t{number}"), "residual", "probe", layer, "plan", torch.randn(model.d_model), {}
             ),
             Selection(layer, "probe", "override"),
+            other_model_intended=True,
         )
         for number in range(count)
     ]
 
 
 def _capture(
-    model: Model, prompts: Sequence[TokenizedPrompt], size: int, workload: Workload, layout: Layout, chosen: Chosen
+    model: Model,
+    prompts: Sequence[TokenizedPrompt],
+    size: int,
+    workload: Workload,
+    layout: Layout,
+    chosen: Sequence[ChosenVector],
 ) -> int:
     """Capture prompts and write the workload's files; returns the number of new tokens."""
     options, run, n_new = workload.options, Run.silent(layout), 0
@@ -103,7 +110,7 @@ def _capture(
         )
         if wanted.raw:
             write_capture(layout, capture)
-        project_capture(run, capture, chosen, other_model_intended=True)
+        project_capture(run, capture, chosen)
         for write in add_ons(layout, capture, wanted, model, outcome.cache, residual_cache=outcome.cache):
             write()
         n_new += len(outcome.response_ids)

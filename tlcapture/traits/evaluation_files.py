@@ -1,4 +1,4 @@
-"""What `extraction_evaluation.json` holds, checked: how well each vector separates held-out examples."""
+"""The content of `extraction_evaluation.json`, checked: how well each vector separates held-out examples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tlcapture.storage.validation import FileContent, Layer, Number, Share, chec
 
 
 class EvaluationRow(FileContent):
-    """One vector. A row whose effect size is null (NaN, as JSON writes it) decides nothing."""
+    """The evaluation of one vector. A row whose effect size is null (NaN in JSON) is ignored in selections."""
 
     trait: str
     method: str
@@ -41,11 +41,11 @@ class EvaluationRow(FileContent):
 
     @property
     def key(self) -> tuple[str, str, str, int]:
-        """What tells vectors apart."""
+        """Trait, component, method and layer, which identify a vector."""
         return (self.trait, self.component, self.method, self.layer)
 
     def as_written(self) -> dict[str, Any]:
-        """The row with the fields that the file has, and no others."""
+        """The row with only those fields that the file has."""
         return self.model_dump(exclude_unset=True)
 
 
@@ -54,12 +54,12 @@ class _EvaluationFile(FileContent):
 
 
 def read_evaluation(path: Path) -> list[EvaluationRow]:
-    """All rows; none where there is no such file. Raises `StorageError` for a file that is no evaluation."""
+    """All rows; none for a missing file. Raises `StorageError` for a file that is not an evaluation."""
     return checked(_EvaluationFile, read_json(path), path, "evaluation").all_results if lexists(path) else []
 
 
 def best_by_trait(rows: Iterable[EvaluationRow]) -> dict[str, EvaluationRow]:
-    """The row with the largest effect size of each trait: among residual vectors, or all where none is."""
+    """Each trait's row with the largest effect size, among residual vectors, or all vectors if none is residual."""
     measured = [row for row in rows if row.val_effect_size is not None]
     best: dict[str, EvaluationRow] = {}
     for row in [row for row in measured if row.component == "residual"] or measured:

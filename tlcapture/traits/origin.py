@@ -1,17 +1,16 @@
-"""Whether a vector belongs to what is projected onto it: what cannot match is refused, what differs is said.
+"""Whether a vector and the activations projected onto it belong together: mismatches raise, differences are noted.
 
-Only what both sides record is compared: files of earlier versions and of other tools record less.
+Only what both record is compared: files of earlier versions and of other tools record less.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tlcapture.captures.provenance import RAW
 from tlcapture.errors import VectorError
-from tlcapture.views.hooks import COMPONENT_HOOKS
+from tlcapture.views.hooks import COMPONENT_HOOKS, at_any_layer
 
 if TYPE_CHECKING:
     from tlcapture.traits.vectors import TraitVector
@@ -34,41 +33,38 @@ _SHOWN = (
 
 
 def check_origin(vector: TraitVector, capture: Metadata) -> None:
-    """Raise `VectorError` for a vector that cannot match the activations of a capture, whoever meant it to.
-
-    `capture` is the capture's metadata.
-    """
+    """Raise `VectorError` for a vector that cannot match the activations of a capture, given its metadata."""
     origin = vector.metadata
     name = f"the {vector.method} vector of {vector.trait} at layer {vector.layer} in experiment {vector.experiment!r}"
     component = origin.get("component", vector.component)
     if component != vector.component:
-        raise VectorError(f"{name} is recorded as one of {component}, not of {vector.component}: extract it again")
+        raise VectorError(f"{name} is recorded as a vector of {component}, not of {vector.component}: extract it again")
     hook, expected = origin.get("hook"), COMPONENT_HOOKS[vector.component]
-    if hook is not None and _of_any_layer(str(hook)) != expected:
+    if hook is not None and at_any_layer(str(hook)) != expected:
         raise VectorError(f"{name} was read out at {hook}, but {expected} is projected: extract it at that hook")
     for what, metadata in ((name, origin), ("the capture", capture)):
         processing = metadata.get("weight_processing", RAW)
         if processing not in (RAW, None):
             raise VectorError(
-                f"{what} is of weights processed by {processing!r}, whose basis is another: expected weight_processing "
-                f"{RAW!r}; make it again from weights as they are"
+                f"{what} has weight_processing {processing!r}, which changes the basis of activations: expected "
+                f"{RAW!r}; make it again from unprocessed weights"
             )
     layers = (origin.get("num_layers"), capture.get("n_layers"))
     if _same_name(vector, capture) and None not in layers and layers[0] != layers[1]:
         raise VectorError(
-            f"{name} is of a model of {layers[0]} layers, the capture of one of {layers[1]}, although both are called "
-            f"{vector.model!r}: extract it from the captured one"
+            f"{name} is from a model with {layers[0]} layers, the capture from one with {layers[1]}, although both are "
+            f"named {vector.model!r}: extract it from the captured model"
         )
 
 
 def origin_notes(vector: TraitVector, capture: Metadata, *, other_model_intended: bool) -> list[str]:
-    """What differs between a vector's origin and a capture's, a line each naming both values.
+    """What differs between a vector's origin and a capture's: one note per difference, with both values.
 
-    Another model is no news where it was intended; what else differs is said all the same.
+    Another model is left out where it was intended; all other differences are noted anyway.
     """
     origin = vector.metadata
     if not origin:
-        return ["the vectors have no metadata.json: they are of unknown origin"]
+        return ["the vectors have no metadata.json: their origin is unknown"]
     same_weights = _same_weights(vector, capture)
     notes = [] if same_weights or other_model_intended else [_other_model(vector, capture)]
     if same_weights:
@@ -77,8 +73,8 @@ def origin_notes(vector: TraitVector, capture: Metadata, *, other_model_intended
             notes.append(f"the vector was extracted {ran[0]}, the capture made {ran[1]}: they differ by rounding")
     templates = [metadata.get("chat_template") for metadata in (origin, capture)]
     if None not in templates and templates[0] != templates[1]:
-        said = [f"with{'' if used else 'out'} a chat template" for used in templates]
-        notes.append(f"the vector was extracted {said[0]}, the capture made {said[1]}")
+        how = [f"with{'' if used else 'out'} a chat template" for used in templates]
+        notes.append(f"the vector was extracted {how[0]}, the capture made {how[1]}")
     counts = [_bos_count(metadata) for metadata in (origin, capture)]
     if None not in counts and counts[0] != counts[1]:
         notes.append(f"the vector's examples begin with {counts[0]} BOS, the capture's prompt with {counts[1]}")
@@ -86,28 +82,28 @@ def origin_notes(vector: TraitVector, capture: Metadata, *, other_model_intended
 
 
 def recorded_origin(origin: Metadata) -> dict[str, Any]:
-    """What is recorded of a vector's origin, for the metadata of what is made with it."""
+    """The fields of a vector's metadata that projection files repeat."""
     return {key: origin[key] for key in _SHOWN if key in origin}
 
 
 def described_origin(origin: Metadata) -> str:
-    """The same in one line; what is not recorded is left out."""
+    """A vector's origin as one line of text, given its metadata; fields that are not recorded are left out."""
     if not origin:
         return "unknown origin: no metadata.json"
-    told = {key: value for key, value in origin.items() if value is not None}
-    marks = [f"{label} {str(told[key])[:8]}" for key, label in _MARKS.items() if key in told]
-    parts = [str(told.get("extraction_model", "unknown model")) + (f" ({', '.join(marks)})" if marks else "")]
-    parts += [_how_it_ran(origin) or "", str(told.get("hook", "")), str(told.get("position", ""))]
-    if "chat_template" in told:
-        parts.append("chat template" if told["chat_template"] else "no chat template")
+    known = {key: value for key, value in origin.items() if value is not None}
+    versions = [f"{label} {str(known[key])[:8]}" for key, label in _VERSIONS.items() if key in known]
+    parts = [str(known.get("extraction_model", "unknown model")) + (f" ({', '.join(versions)})" if versions else "")]
+    parts += [_how_it_ran(origin) or "", str(known.get("hook", "")), str(known.get("position", ""))]
+    if "chat_template" in known:
+        parts.append("chat template" if known["chat_template"] else "no chat template")
     if _bos_count(origin) is not None:
         parts.append(f"{_bos_count(origin)} BOS")
-    if "tlcapture_version" in told:
-        parts.append(f"tlcapture {told['tlcapture_version']}")
+    if "tlcapture_version" in known:
+        parts.append(f"tlcapture {known['tlcapture_version']}")
     return ", ".join(part for part in parts if part)
 
 
-_MARKS = {"model_revision": "revision", "model_fingerprint": "weights"}
+_VERSIONS = {"model_revision": "revision", "model_fingerprint": "weights"}
 
 
 def _other_model(vector: TraitVector, capture: Metadata) -> str:
@@ -118,8 +114,8 @@ def _other_model(vector: TraitVector, capture: Metadata) -> str:
         if None not in revisions and revisions[0] != revisions[1]:
             detail += f" (revision {revisions[0]} and {revisions[1]})"
     return (
-        f"the vector was extracted from model {vector.model!r}, the capture is of "
-        f"{capture.get('inference_model')!r}{detail}; --vector-experiment says that this is meant"
+        f"the vector was extracted from model {vector.model!r}, the capture is from "
+        f"{capture.get('inference_model')!r}{detail}; if this is intended, name the experiment with --vector-experiment"
     )
 
 
@@ -128,10 +124,10 @@ def _same_name(vector: TraitVector, capture: Metadata) -> bool:
 
 
 def _same_weights(vector: TraitVector, capture: Metadata) -> bool:
-    marks = [metadata.get("model_fingerprint") for metadata in (vector.metadata, capture)]
-    # A model that the user loaded has a mark of another kind: only its name can be compared.
-    if all(marks) and len({str(mark).startswith("tl-") for mark in marks}) == 1:
-        return marks[0] == marks[1]
+    fingerprints = [metadata.get("model_fingerprint") for metadata in (vector.metadata, capture)]
+    # A model that the user loaded has a fingerprint of another kind: only its name can be compared.
+    if all(fingerprints) and len({str(each).startswith("tl-") for each in fingerprints}) == 1:
+        return fingerprints[0] == fingerprints[1]
     revisions = [metadata.get("model_revision") for metadata in (vector.metadata, capture)]
     return _same_name(vector, capture) and (None in revisions or revisions[0] == revisions[1])
 
@@ -145,8 +141,3 @@ def _bos_count(metadata: Metadata) -> int | None:
     bos = metadata.get("bos")
     count = bos.get("count") if isinstance(bos, Mapping) else None
     return count if isinstance(count, int) else None
-
-
-def _of_any_layer(hook: str) -> str:
-    """`blocks.L.hook_x`, `blocks.{layer}.hook_x` or `blocks.12.hook_x` as `blocks.{L}.hook_x`."""
-    return re.sub(r"^blocks\.(\{\w+\}|\w+)\.", "blocks.{L}.", hook)

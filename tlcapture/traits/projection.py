@@ -30,7 +30,7 @@ from tlcapture.traits.vectors import TraitVector
 from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.residual import ResidualStream
 
-_PIECE = 2**24  # numbers that are multiplied together
+_PIECE = 2**24  # activations per matrix product
 
 PromptScores = Float[Tensor, "n_prompt_tokens n_layers n_sublayers"]
 ResponseScores = Float[Tensor, "n_response_tokens n_layers n_sublayers"]
@@ -41,9 +41,8 @@ class Projection:
     """One capture's projection onto one trait vector.
 
     `prompt` and `response` are `[n_tokens, n_layers, n_sublayers]`, in units of the activations;
-    `sublayers` are the residual points that the capture keeps, or `attn_out` alone. Of layers that it
-    does not keep the scores are NaN; `layers` are those it keeps. `tokens` are the capture's, where they
-    are known.
+    `sublayers` are the residual points that the capture keeps, or `attn_out` alone. `layers` are the layers
+    that it keeps; the scores of all others are NaN. `tokens` are the capture's, where they are known.
     """
 
     vector: TraitVector
@@ -69,9 +68,9 @@ class Projection:
         return head + (self.coloured()._repr_html_() if self.tokens else "")
 
     def coloured(self) -> ColouredTokens:
-        """The tokens, coloured by the trajectory; raises `InputError` for a projection that has none."""
+        """The tokens, coloured by the trajectory; raises `InputError` for a projection without tokens."""
         if not self.tokens:
-            raise InputError("this projection was made without its tokens: take that of a capture, cap.project(trait)")
+            raise InputError("this projection has no tokens: use that of a capture, cap.project(trait)")
         label = f"{self.vector.trait}, {self._title()}"
         return ColouredTokens(self.tokens, len(self.prompt), self.trajectory.tolist(), label)
 
@@ -80,11 +79,12 @@ class Projection:
 
     @property
     def trajectory(self) -> Trajectory:
-        """`s[t]`: the last sublayer's projection at the vector's own layer, prompt and response in one line."""
+        """`s[t]`: the last sublayer's projection at the vector's own layer, prompt and response as one sequence."""
         return torch.cat([part[:, self.vector.layer, -1] for part in (self.prompt, self.response)])
 
     @property
     def dynamics(self) -> Dynamics:
+        """The dynamics of the trajectory."""
         return dynamics(self.trajectory, len(self.prompt))
 
     def to_json(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class Projection:
         }
 
     def _scores_to_json(self, scores: Tensor) -> Any:
-        """`[n_tokens][n_layers][n_sublayers]`, with null in place of each layer that is not kept."""
+        """`[n_tokens][n_layers][n_sublayers]`, with null for each layer that is not kept."""
         n_layers = scores.shape[1]
         if len(self.layers) == n_layers:
             return rounded_for_json(scores.float().numpy(), PROJECTION_DIGITS)
@@ -125,7 +125,7 @@ def project(
     """Project prompt and response onto vectors of one component, in one matrix product each.
 
     Raises:
-        VectorError: a vector has another width than the activations, or a layer that the model has not or the
+        VectorError: a vector has another width than the activations, or a layer that the model does not have or the
             capture does not keep.
         NumericalError: a projection is NaN or inf.
     """
@@ -146,21 +146,19 @@ def project(
 
 
 def check_fits(vector: TraitVector, n_layers: int, d_model: int) -> None:
-    """Raise `VectorError` for a vector of another width, or of a layer the captured model has not."""
+    """Raise `VectorError` for a vector of another width, or of a layer that the model does not have."""
     origin = f"{vector.method} vector of {vector.trait} at layer {vector.layer} in experiment {vector.experiment!r}"
     if len(vector.vector) != d_model:
         raise VectorError(
-            f"the {origin} has {len(vector.vector)} numbers, but the activations have {d_model}: it belongs to a model "
-            "of another width; extract it from this one"
+            f"the {origin} has width {len(vector.vector)}, but the activations have width {d_model}: it is from "
+            "another model; extract it from this one"
         )
     if vector.layer >= n_layers:
-        raise VectorError(
-            f"the {origin} is of no layer of the captured model, which has 0 to {n_layers - 1}: it belongs to another"
-        )
+        raise VectorError(f"the {origin} is from another model: the captured one has layers 0 to {n_layers - 1}")
 
 
 def check_kept(vector: TraitVector, kept: KeptPoints) -> None:
-    """Raise `VectorError` where a capture does not keep what the trajectory on a vector is taken from."""
+    """Raise `VectorError` where a capture does not keep the activations of a vector's trajectory."""
     origin = f"the {vector.method} vector of {vector.trait} is of layer {vector.layer}"
     if vector.layer not in kept.layers:
         raise VectorError(
@@ -181,7 +179,7 @@ def unit_directions(vectors: Sequence[TraitVector]) -> Vectors:
 
 
 def dynamics_of_file(content: ProjectionFile) -> Dynamics:
-    """The dynamics of a projection file, computed again from the projections it holds."""
+    """The dynamics of a projection file, recomputed from its scores."""
     prompt, response = content.trajectory
     return dynamics(torch.tensor([*prompt, *response], dtype=torch.float64), len(prompt))
 
@@ -197,7 +195,7 @@ def _scores(part: ResidualStream, component: str, directions: Vectors) -> Float[
         found = _products(part.points, directions)[torch.tensor(kept.rows)].permute(
             3, 2, 0, 1
         )  # of [n_points, n_tokens, n_vectors]
-    found = found.contiguous()  # a vector's scores are taken out together
+    found = found.contiguous()  # each vector's scores are read as one block
     if len(kept.layers) == kept.n_layers:
         return found
     whole = found.new_full((*found.shape[:2], kept.n_layers, found.shape[3]), torch.nan)
@@ -206,7 +204,7 @@ def _scores(part: ResidualStream, component: str, directions: Vectors) -> Float[
 
 
 def _products(activations: Tensor, directions: Vectors) -> Tensor:
-    # In pieces, since float32 takes twice what is stored.
+    # In pieces: float32 takes twice the memory of stored activations.
     rows = max(1, _PIECE // max(1, activations[0].numel()))
     products = torch.cat([piece.float() @ directions.T for piece in activations.split(rows)])
     if not products.isfinite().all():

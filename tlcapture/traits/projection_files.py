@@ -1,4 +1,4 @@
-"""What projection files hold, checked, without torch.
+"""The content of projection files, checked. Loads no torch.
 
 ProjectionFile.read(path).trajectory      # (prompt, response), at the vector's own layer
 """
@@ -16,7 +16,7 @@ from tlcapture.text import as_ranges
 
 
 class Part(FileContent):
-    """Prompt or response; a file need not repeat how many tokens there are, nor hold the text."""
+    """Prompt or response. The number of tokens and the text are optional."""
 
     tokens: list[str]
     text: str = ""
@@ -25,19 +25,19 @@ class Part(FileContent):
     @model_validator(mode="after")
     def _counts_agree(self) -> Part:
         if self.n_tokens not in (None, len(self.tokens)):
-            raise ValueError(f"n_tokens says {self.n_tokens}, but there are {len(self.tokens)} tokens")
+            raise ValueError(f"n_tokens is {self.n_tokens}, but tokens has {len(self.tokens)}")
         return self
 
 
 class Scores(FileContent):
-    """`[n_tokens][n_layers][n_sublayers]` of each part, null in place of a layer that the capture did not keep."""
+    """`[n_tokens][n_layers][n_sublayers]` of each part, null for a layer that the capture did not keep."""
 
     prompt: list[list[list[Number] | None]]
     response: list[list[list[Number] | None]]
 
 
 class DynamicsRecord(FileContent):
-    """The dynamics as they were when the file was written."""
+    """The dynamics, as computed when the file was written."""
 
     commitment_point: Count | None
     persistence: Count
@@ -47,7 +47,7 @@ class DynamicsRecord(FileContent):
 
 
 class VectorSource(FileContent):
-    """The vector and how it was chosen; the trajectory is taken at its layer."""
+    """The vector and how it was selected; the trajectory is taken at its layer."""
 
     layer: Layer
     trait: str | None = None
@@ -60,6 +60,8 @@ class VectorSource(FileContent):
 
 
 class ProjectionMetadata(FileContent):
+    """The vector, the capture, and what is doubtful about projecting one onto the other."""
+
     vector_source: VectorSource
     sublayers: list[str] | None = Field(default=None, min_length=1)
     layers: list[Layer] | None = None
@@ -80,37 +82,40 @@ class ProjectionFile(FileContent):
 
     @classmethod
     def read(cls, path: Path) -> ProjectionFile:
-        """Read a projection file; raises `StorageError` for anything that is none."""
+        """Read a projection file; raises `StorageError` for any other file."""
         return cls.parse(read_json(path), path)
 
     @classmethod
     def parse(cls, content: Any, path: Path) -> ProjectionFile:
-        return checked(cls, content, path, "projection")
+        """Check the content of a projection file; raises `StorageError` with file, field and reason."""
+        return checked(cls, content, path, "projection file")
 
     @property
     def tokens(self) -> list[str]:
+        """Tokens of prompt and response as one sequence."""
         return self.prompt.tokens + self.response.tokens
 
     @property
     def scores(self) -> list[list[list[float] | None]]:
-        """Prompt and response in one line."""
+        """Scores of prompt and response as one sequence."""
         return self.projections.prompt + self.projections.response
 
     @property
     def n_layers(self) -> int:
+        """Layers of the model, whether kept or not."""
         return len(self.scores[0])
 
     @property
     def layers(self) -> list[int]:
-        """Those that the capture kept."""
+        """The layers that the capture kept."""
         return [layer for layer, at in enumerate(self.scores[0]) if at is not None]
 
     @property
     def trajectory(self) -> tuple[list[float], list[float]]:
-        """The last sublayer's scores at the vector's own layer, prompt and response apart."""
+        """The last sublayer's scores at the vector's own layer, of prompt and of response."""
         layer = self.metadata.vector_source.layer
         prompt, response = (
-            [at[-1] for token in part if (at := token[layer]) is not None]  # null at none: the layer was kept
+            [at[-1] for token in part if (at := token[layer]) is not None]  # never null: the layer was kept
             for part in (self.projections.prompt, self.projections.response)
         )
         return prompt, response
@@ -121,14 +126,14 @@ class ProjectionFile(FileContent):
             n_tokens, n_scores = len(getattr(self, name).tokens), len(getattr(self.projections, name))
             if n_tokens != n_scores:
                 raise ValueError(
-                    f"it has not as many projections as tokens: {n_scores} for {n_tokens} tokens of the {name}"
+                    f"the numbers of projections and tokens differ: {n_scores} for {n_tokens} tokens of the {name}"
                 )
         if not self.scores:
             raise ValueError("it has no tokens")
         n_layers, n_sublayers = len(self.scores[0]), max((len(at) for at in self.scores[0] if at), default=0)
         shape = [None if at is None else n_sublayers for at in self.scores[0]]
         if any([None if at is None else len(at) for at in token] != shape for token in self.scores):
-            raise ValueError("its tokens have not all as many layers and sublayers")
+            raise ValueError("its tokens differ in their numbers of layers or sublayers")
         if not n_sublayers:
             raise ValueError("its tokens have no scores")
         self._check_metadata(n_layers, n_sublayers)
@@ -140,10 +145,10 @@ class ProjectionFile(FileContent):
         if layer >= n_layers:
             raise ValueError(f"a vector of layer {layer}, but scores of {n_layers} layers")
         if layer not in self.layers or self.metadata.layers not in (None, self.layers):
-            said = "" if self.metadata.layers is None else f", and metadata says {as_ranges(self.metadata.layers)}"
-            raise ValueError(f"a vector of layer {layer}, but scores of layers {as_ranges(self.layers)}{said}")
+            stated = "" if self.metadata.layers is None else f", and metadata states {as_ranges(self.metadata.layers)}"
+            raise ValueError(f"a vector of layer {layer}, but scores of layers {as_ranges(self.layers)}{stated}")
         if sublayers is not None and len(sublayers) != n_sublayers:
-            raise ValueError(f"{n_sublayers} scores a layer, but {len(sublayers)} sublayers")
+            raise ValueError(f"{n_sublayers} scores per layer, but {len(sublayers)} sublayers")
 
     def _check_dynamics(self, n_tokens: int) -> None:
         found = self.dynamics
@@ -156,4 +161,4 @@ class ProjectionFile(FileContent):
         for name, expected in (("velocity", n_tokens - 1), ("acceleration", max(0, n_tokens - 2))):
             values = getattr(found, name)
             if values is not None and len(values) != expected:
-                raise ValueError(f"{name} has {len(values)} numbers for {n_tokens} tokens, expected {expected}")
+                raise ValueError(f"{name} has {len(values)} values for {n_tokens} tokens, expected {expected}")

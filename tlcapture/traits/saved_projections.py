@@ -1,15 +1,22 @@
-"""The projection files of a prompt set, read together. No torch."""
+"""The projection files of a prompt or of a prompt set. Loads no torch."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tlcapture.errors import InputError
+from tlcapture.errors import InputError, StorageError
 from tlcapture.names import Trait
+from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.token_scores import TokenScores
-from tlcapture.views.hooks import COMPONENTS
+from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.views.hooks import check_component
+
+if TYPE_CHECKING:
+    from tlcapture.traits.vectors import TraitVector
 
 
 def saved_projections(
@@ -17,58 +24,73 @@ def saved_projections(
 ) -> list[TokenScores]:
     """The projections in the files of a prompt set, in the order of its prompts and then of traits.
 
-    Warns where some captures have none. Raises `InputError`, naming the command that makes them, where
-    there is none at all, or none of a trait that is asked for.
+    Warns about captures without projections. Raises `InputError`, naming the command that projects, if no
+    capture has a projection, or none onto a trait that is named.
     """
     check_component(component)
     ids = layout.prompt_ids(prompt_set)
     if not ids:
-        there = ", ".join(layout.prompt_sets()) or "none"
+        available = ", ".join(layout.prompt_sets()) or "none"
         raise InputError(
-            f"experiment {layout.experiment!r} has no captures of prompt set {prompt_set!r}; captured sets: {there}; "
-            f"run 'tlcapture capture --experiment {layout.experiment} --prompt-set {prompt_set}'"
+            f"experiment {layout.experiment!r} has no captures of prompt set {prompt_set!r}; captured sets: "
+            f"{available}; run 'tlcapture capture --experiment {layout.experiment} --prompt-set {prompt_set}'"
         )
     names = [traits] if isinstance(traits, str) else traits
     wanted = None if names is None else list(dict.fromkeys(Trait.parse(name) for name in names))
     by_prompt = {prompt_id: projections_of(layout, prompt_set, prompt_id, component, wanted) for prompt_id in ids}
-    lines = [line for found in by_prompt.values() for line in found]
-    without = [trait for trait in wanted or () if str(trait) not in {line.trait for line in lines}]
-    if not lines or without:
+    projections = [projection for found in by_prompt.values() for projection in found]
+    without = [trait for trait in wanted or () if str(trait) not in {each.trait for each in projections}]
+    if not projections or without:
         raise no_projections(layout, prompt_set, component, without)
     bare = [prompt_id for prompt_id, found in by_prompt.items() if not found]
     if bare:
         which = f"{len(bare)} of {len(ids)} captures of {prompt_set!r}"
         warnings.warn(f"{which} have no projection and are left out: {', '.join(bare)}", stacklevel=3)
-    return lines
+    return projections
 
 
 def projections_of(
     layout: Layout, prompt_set: str, prompt_id: str, component: str, traits: Sequence[Trait] | None = None
 ) -> list[TokenScores]:
     """A prompt's projections, in the order of traits; of all traits where none is named."""
-    found = [(layout.of_projection(path), path) for path in layout.all_projections(prompt_set, prompt_id)]
-    return [
-        TokenScores.read(path)
-        for (trait, of_component), path in found
-        if of_component == component and (not traits or trait in traits)
-    ]
+    return [TokenScores.read(path) for path in projection_paths(layout, prompt_set, prompt_id, component, traits)]
+
+
+def projection_paths(
+    layout: Layout, prompt_set: str, prompt_id: str, component: str, traits: Sequence[Trait] | None = None
+) -> list[Path]:
+    """A prompt's projection files of a component, in the order of traits; of all traits where none is named."""
+    wanted = []
+    for path in layout.all_projections(prompt_set, prompt_id):
+        trait, of_component = layout.of_projection(path)
+        if of_component == component and (not traits or trait in traits):
+            wanted.append(path)
+    return wanted
 
 
 def no_projections(layout: Layout, prompt_set: str, component: str, traits: Sequence[Trait] = ()) -> InputError:
-    """The error for a prompt set without projections (onto some traits), with the command that makes them."""
+    """The error for a prompt set without projections (onto some traits), with the command that projects."""
     onto = f" onto {', '.join(map(str, traits))}" if traits else ""
     options = f"--experiment {layout.experiment} --prompt-set {prompt_set}"
     options += "" if component == "residual" else f" --component {component}"
     options += f" --traits {','.join(map(str, traits))}" if traits else ""
-    there = sorted({str(trait) for trait, found in layout.projection_folders(prompt_set) if found == component})
+    available = sorted({str(trait) for trait, found in layout.projection_folders(prompt_set) if found == component})
     return InputError(
         f"experiment {layout.experiment!r} has no {component} projections of prompt set {prompt_set!r}{onto}; "
-        f"traits there are: {', '.join(there) or 'none'}; run 'tlcapture project {options}'"
+        f"available traits: {', '.join(available) or 'none'}; run 'tlcapture project {options}'"
     )
 
 
-def check_component(component: str) -> str:
-    """Return `component`, or raise `InputError`."""
-    if component not in COMPONENTS:
-        raise InputError(f"no component {component!r}: choose one of {', '.join(COMPONENTS)}")
-    return component
+def is_projected(layout: Layout, prompt_set: str, prompt_id: str, vector: TraitVector) -> bool:
+    """Whether a prompt's projection file is of this vector, and no older than the vector and the raw capture."""
+    path = layout.projection(vector.trait, vector.component, prompt_set, prompt_id)
+    files = VectorFiles(Layout(layout.root, vector.experiment), vector.trait)
+    sources = (layout.residual(prompt_set, prompt_id), files.file(vector.component, vector.method, vector.layer))
+    newest = max(each.stat().st_mtime_ns for each in sources if each.is_file())
+    if not path.is_file() or path.stat().st_mtime_ns < newest:
+        return False
+    try:
+        recorded = read_json(path)["metadata"]["vector_source"]
+        return all(recorded[key] == getattr(vector, key) for key in ("experiment", "method", "layer"))
+    except (StorageError, KeyError, TypeError):
+        return False

@@ -3,7 +3,7 @@
 In this order: the best coherent single-layer steering run (`coherence_mean >= 70`, the largest
 `trait_mean` over the baseline); the largest held-out effect size; layer 16, or where the model has no
 layer 16 the layer nearest to 0.6 of its depth, with a warning. An override wins over all of them. A score
-is only that of the vector it was measured on: one that was made anew since has none.
+counts only for the vector it was measured on: a vector that was extracted again since has no score.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from operator import index
 from os.path import lexists
 from typing import SupportsIndex
 
-from tlcapture.errors import InputError, VectorError
+from tlcapture.errors import InputError
 from tlcapture.traits.evaluation_files import EvaluationRow, read_evaluation
+from tlcapture.traits.missing_vectors import no_vector, no_vectors_by_method
 from tlcapture.traits.steering_files import SteeringResults, SteeringRun
 from tlcapture.traits.vector_files import VectorFiles
 
@@ -26,7 +27,11 @@ FALLBACK_DEPTH = 0.6
 
 @dataclass(frozen=True)
 class Selection:
-    """The vector chosen: layer, method, by what (`steering|effect_size|fallback|override`), its score."""
+    """The selected vector: its layer and method, what selected it, and its score.
+
+    `selected_by` is `steering`, `effect_size`, `fallback` or `override`; `warning` states why the selection is
+    doubtful.
+    """
 
     layer: int
     method: str
@@ -36,145 +41,165 @@ class Selection:
 
 
 def select(
-    folder: VectorFiles,
+    files: VectorFiles,
     component: str,
     n_layers: int,
     *,
     layer: SupportsIndex | str = "auto",
     method: str | None = None,
 ) -> Selection:
-    """Choose among the vectors of a trait and component.
+    """Select one of a trait's vectors of a component, for a model with `n_layers`.
 
     Args:
-        layer: a layer, which overrides; `auto`; or `default`: the fallback without looking for scores.
+        layer: a layer, which overrides all scores; `auto`; or `default`: the fallback, whatever the scores are.
         method: only vectors by this method.
 
     Raises:
-        VectorError: there is no such vector.
+        VectorError: no vector matches.
+        InputError: `layer` is another word.
+        StorageError: a file with scores is damaged.
     """
-    available = folder.available(component)
+    available = files.available(component)
     if method is not None:
         available = {name: layers for name, layers in available.items() if name == method}
     if not available:
-        wanted = f"{component} vectors" + (f" by {method!r}" if method else "")
-        raise VectorError(
-            f"no {wanted} for {folder.trait} in experiment {folder.layout.experiment!r}: run 'tlcapture extract' first"
-        )
+        raise no_vectors_by_method(files.layout, files.trait, component, method)
     if not isinstance(layer, str):
-        layer = index(layer)  # a NumPy integer counts too
-        best = next(ranked(folder, component, available), None) if method is None else None
-        return Selection(layer, _method_at(folder, component, available, layer, best), "override")
+        layer = index(layer)  # a NumPy integer is valid too
+        best = next(_ranked(files, component, available), None) if method is None else None
+        return Selection(layer, _method_at(files, component, available, layer, best), "override")
     if layer not in ("auto", "default"):
         raise InputError(f"layer {layer!r} is neither a number nor 'auto'")
     notes = []
     if layer == "auto":
-        best = next(ranked(folder, component, available), None)
+        best = next(_ranked(files, component, available), None)
         if best is not None:
             return best
-        if _has_earlier_scores(folder, component):
+        if _has_earlier_scores(files, component):
             notes.append("its scores are of earlier vectors: run 'tlcapture evaluate' again")
     return _fallback(available, n_layers, notes)
 
 
 def fallback_layer(n_layers: int) -> int:
-    """Layer 16, or the layer nearest to 0.6 of a shallower model's depth."""
+    """Layer 16, or for a model without it the layer nearest to 0.6 of its depth."""
     return FALLBACK_LAYER if n_layers > FALLBACK_LAYER else round(FALLBACK_DEPTH * (n_layers - 1))
 
 
-def steering_runs(folder: VectorFiles) -> list[SteeringRun]:
-    """The single-layer runs of a trait's steering results that are of the vectors there are now; raises
-    `StorageError` for a damaged file."""
-    return [run for run in _all_steering_runs(folder) if _is_current(folder, run, run.component)]
+def steering_runs(files: VectorFiles) -> list[SteeringRun]:
+    """The single-layer runs of a trait's steering results that were made with its present vectors.
+
+    Raises `StorageError` for a damaged file.
+    """
+    return [run for run in _all_steering_runs(files) if _is_current(files, run, run.component)]
 
 
-def effect_sizes(folder: VectorFiles, component: str) -> dict[tuple[str, int], float]:
-    """Held-out effect sizes of a trait by method and layer, of the vectors there are now; raises `StorageError` for
-    a damaged file."""
+def effect_sizes(files: VectorFiles, component: str) -> dict[tuple[str, int], float]:
+    """Held-out effect sizes of a trait's present vectors, by method and layer.
+
+    Raises `StorageError` for a damaged file.
+    """
     return {
         (row.method, row.layer): row.val_effect_size
-        for row in _all_rows(folder, component)
-        if row.val_effect_size is not None and _is_current(folder, row, component)
+        for row in _all_rows(files, component)
+        if row.val_effect_size is not None and _is_current(files, row, component)
     }
 
 
-def ranked(folder: VectorFiles, component: str, available: Mapping[str, list[int]]) -> Iterator[Selection]:
-    """All candidates that have a score, best first: coherent steering runs, or else effect sizes. Whether a score is
-    of the vector that is there now is looked at when its turn comes."""
+def _ranked(files: VectorFiles, component: str, available: Mapping[str, list[int]]) -> Iterator[Selection]:
+    """All candidates with a score, best first: coherent steering runs, or effect sizes if there are no such runs.
+
+    Whether a score is of the present vector is checked one candidate at a time, since it reads the vector.
+    """
     steered = [
         (Selection(run.layer, run.method, "steering", run.delta), run)
-        for run in _all_steering_runs(folder)
+        for run in _all_steering_runs(files)
         if run.component == component and run.layer in available.get(run.method, ()) and run.coherence_mean >= COHERENT
     ]
-    best = next(in_order := _current(folder, component, steered), None)
+    best = next(in_order := _current(files, component, steered), None)
     if best is not None:
         yield best
         yield from in_order
         return
-    rows = {(row.method, row.layer): row for row in _all_rows(folder, component) if row.val_effect_size is not None}
+    rows = {(row.method, row.layer): row for row in _all_rows(files, component) if row.val_effect_size is not None}
     measured = [
         (Selection(layer, method, "effect_size", row.val_effect_size), row)
         for (method, layer), row in rows.items()
         if layer in available.get(method, ())
     ]
-    yield from _current(folder, component, measured)
+    yield from _current(files, component, measured)
+
+
+def runner_up(files: VectorFiles, component: str, selection: Selection) -> Selection | None:
+    """The best candidate with a score at another layer than the selected one."""
+    candidates = _ranked(files, component, files.available(component))
+    return next((each for each in candidates if each.layer != selection.layer), None)
+
+
+def n_layers_of_origin(files: VectorFiles, component: str) -> int:
+    """Layers of the model that a trait's vectors were extracted from; without metadata, up to their last layer.
+
+    Raises `ValueError` for a component without vectors.
+    """
+    recorded = files.metadata(component).get("num_layers")
+    return int(recorded or 1 + max(map(max, files.available(component).values())))
 
 
 def _current(
-    folder: VectorFiles, component: str, scored: Iterable[tuple[Selection, SteeringRun | EvaluationRow]]
+    files: VectorFiles, component: str, scored: Iterable[tuple[Selection, SteeringRun | EvaluationRow]]
 ) -> Iterator[Selection]:
     for selection, score in sorted(scored, key=lambda pair: _score(pair[0]), reverse=True):
-        if _is_current(folder, score, component):
+        if _is_current(files, score, component):
             yield selection
 
 
-def _all_steering_runs(folder: VectorFiles) -> list[SteeringRun]:
-    path = folder.layout.steering(folder.trait)
+def _all_steering_runs(files: VectorFiles) -> list[SteeringRun]:
+    path = files.layout.steering(files.trait)
     return SteeringResults.read(path).single_layer_runs if lexists(path) else []
 
 
-def _all_rows(folder: VectorFiles, component: str) -> list[EvaluationRow]:
-    rows = read_evaluation(folder.layout.evaluation)
-    return [row for row in rows if (row.trait, row.component) == (str(folder.trait), component)]
+def _all_rows(files: VectorFiles, component: str) -> list[EvaluationRow]:
+    rows = read_evaluation(files.layout.evaluation)
+    return [row for row in rows if (row.trait, row.component) == (str(files.trait), component)]
 
 
-def _is_current(folder: VectorFiles, score: SteeringRun | EvaluationRow, component: str) -> bool:
-    """Whether a score is of the vector that lies there now. Scores of other tools do not say, and are believed."""
-    if score.vector_digest is None or not folder.file(component, score.method, score.layer).is_file():
+def _is_current(files: VectorFiles, score: SteeringRun | EvaluationRow, component: str) -> bool:
+    """Whether a score is of the present vector. Scores of other tools do not record a vector, and are trusted."""
+    if score.vector_digest is None or not files.file(component, score.method, score.layer).is_file():
         return True
-    return score.vector_digest == folder.digest(component, score.method, score.layer)
+    return score.vector_digest == files.digest(component, score.method, score.layer)
 
 
-def _has_earlier_scores(folder: VectorFiles, component: str) -> bool:
-    rows, runs = _all_rows(folder, component), _all_steering_runs(folder)
+def _has_earlier_scores(files: VectorFiles, component: str) -> bool:
+    rows, runs = _all_rows(files, component), _all_steering_runs(files)
     return not (
-        all(_is_current(folder, row, component) for row in rows)
-        and all(_is_current(folder, run, component) for run in runs if run.component == component)
+        all(_is_current(files, row, component) for row in rows)
+        and all(_is_current(files, run, component) for run in runs if run.component == component)
     )
 
 
 def _fallback(available: Mapping[str, list[int]], n_layers: int, notes: Sequence[str]) -> Selection:
     wanted = fallback_layer(n_layers)
     method = next(iter(available))
-    layer = min(available[method], key=lambda there: (abs(there - wanted), there))
+    layer = min(available[method], key=lambda each: (abs(each - wanted), each))
     notes = list(notes)
     if wanted != FALLBACK_LAYER:
         notes.append(f"the model has no layer {FALLBACK_LAYER}")
     if layer != wanted:
-        notes.append(f"there is no vector at layer {wanted}")
+        notes.append(f"no vector at layer {wanted}")
     reason = f" ({', '.join(notes)})" if notes else ""
     warning = f"layer {layer} by default{reason}, not by steering or effect size"
     return Selection(layer, method, "fallback", None, warning)
 
 
 def _method_at(
-    folder: VectorFiles, component: str, available: Mapping[str, list[int]], layer: int, best: Selection | None
+    files: VectorFiles, component: str, available: Mapping[str, list[int]], layer: int, best: Selection | None
 ) -> str:
-    """The method that would be selected, if it has the layer, or the first in the order of preference that has."""
+    """The method that would be selected, if it has the layer, or the first in the order of preference that does."""
     preferred = [] if best is None else [best.method]
     for method in [*preferred, *available]:
         if layer in available[method]:
             return method
-    raise folder.missing(component, next(iter(available)), layer)
+    raise no_vector(files.layout, files.trait, component, next(iter(available)), layer, files.available(component))
 
 
 def _score(selection: Selection) -> float:

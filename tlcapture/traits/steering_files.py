@@ -1,4 +1,4 @@
-"""What a trait's steering `results.json` holds, checked."""
+"""The content of a trait's steering `results.json`, checked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tlcapture.storage.validation import Count, FileContent, Layer, Number, Perc
 
 
 class SteeringConfig(FileContent):
-    """What was steered with. Runs of several layers are recorded too, and decide nothing here."""
+    """The vectors added during a run. Runs with several layers are recorded too, but never select a vector."""
 
     layers: list[Layer] = Field(min_length=1)
     methods: list[str] = Field(min_length=1)
@@ -30,11 +30,15 @@ class SteeringMeans(FileContent):
 
 
 class SteeringBaseline(FileContent):
+    """Means without steering, 0 to 100."""
+
     trait_mean: Percent
     coherence_mean: Percent | None = None
 
 
 class SteeringRecord(FileContent):
+    """One run: its settings, its scores, and the digest of the vector."""
+
     config: SteeringConfig
     result: SteeringMeans
     vector_digest: str | None = None
@@ -42,7 +46,7 @@ class SteeringRecord(FileContent):
 
 @dataclass(frozen=True)
 class SteeringRun:
-    """One single-layer steering run: what it was, its scores, and its gain over the baseline."""
+    """One single-layer steering run: its settings, its scores, and `delta`, the gain over the baseline."""
 
     layer: int
     method: str
@@ -55,21 +59,25 @@ class SteeringRun:
 
 
 class SteeringResults(FileContent):
+    """A trait's steering runs and their baseline."""
+
     baseline: SteeringBaseline
     runs: list[SteeringRecord]
     metadata: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> SteeringResults:
-        """Read a trait's results; raises `StorageError` for a file that holds none."""
+        """Read a trait's results; raises `StorageError` for any other file."""
         return cls.parse(read_json(path), path)
 
     @classmethod
     def parse(cls, content: Any, path: Path) -> SteeringResults:
+        """Check the content of a results file; raises `StorageError` with file, field and reason."""
         return checked(cls, content, path, "steering results")
 
     @property
     def single_layer_runs(self) -> list[SteeringRun]:
+        """The runs that steered at one layer."""
         return [self._run(each) for each in self.runs if len(each.config.layers) == 1]
 
     def _run(self, record: SteeringRecord) -> SteeringRun:

@@ -1,8 +1,8 @@
-"""One capture's tokens and their projection onto one trait, as figures, frames and pictures take them. No torch.
+"""One capture's tokens and their projection onto one trait, for figures, frames and pictures. Loads no torch.
 
-line = TokenScores.read(path)      # a projection file
-line.trajectory                        # [n_tokens], at the vector's own layer
-line.at(5)                             # [n_tokens], residual_out of layer 5 on the same vector
+scores = TokenScores.read(path)        # a projection file
+scores.trajectory                      # [n_tokens], at the vector's own layer
+scores.at(5)                           # [n_tokens], residual_out of layer 5 on the same vector
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ Scores = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class TokenScores:
-    """Tokens of a prompt and its response in one line, and what their activations are on a trait's vector.
+    """Tokens of a prompt and its response as one sequence, and their projection onto a trait's vector.
 
     Attributes:
         layer: the vector's own layer, at which the trajectory is taken.
         scores: `[n_tokens, n_layers, n_sublayers]`, in units of the activations; the sublayers are named by
             `sublayers`, the last of them being `residual_out` (or `attn_out`). NaN at layers that the capture did
             not keep.
-        layers: those that it kept.
-        commitment_point, persistence: the dynamics; token indices count over the whole line.
+        layers: the layers that the capture kept.
+        commitment_point, persistence: the dynamics; token indices count over the whole sequence.
     """
 
     prompt_set: str
@@ -52,7 +52,7 @@ class TokenScores:
         if self.scores.ndim != 3 or len(self.scores) != len(self.tokens):
             raise StorageError(f"scores of shape {list(self.scores.shape)} for {len(self.tokens)} tokens")
         if self.scores.shape[2] != len(self.sublayers) or not self.sublayers:
-            raise StorageError(f"{self.scores.shape[2]} scores a layer, but {len(self.sublayers)} sublayers")
+            raise StorageError(f"{self.scores.shape[2]} scores per layer, but {len(self.sublayers)} sublayers")
         if not 0 <= self.layer < self.n_layers:
             raise StorageError(f"a vector of layer {self.layer}, but scores of {self.n_layers} layers")
         if self.layer not in self.layers or not set(self.layers) <= set(range(self.n_layers)):
@@ -64,6 +64,7 @@ class TokenScores:
 
     @property
     def n_layers(self) -> int:
+        """Layers of the model, whether kept or not."""
         return int(self.scores.shape[1])
 
     @property
@@ -73,18 +74,18 @@ class TokenScores:
 
     @property
     def peak(self) -> int | None:
-        """The token at which `|s|` is largest, from which persistence counts; the first one is left out."""
+        """Index of the token with the largest `|s|`, the first token left out; persistence counts from it."""
         return int(np.abs(self.trajectory[1:]).argmax()) + 1 if len(self.tokens) > 1 else None
 
     @property
     def title(self) -> str:
-        """What the scores are, in a few words."""
+        """Trait, component, method and layer, as a title for figures."""
         return f"{self.trait}, {self.component}, {self.method} of layer {self.layer}"
 
     def at(self, layer: int, sublayer: str | None = None) -> Scores:
         """`[n_tokens]`: the scores at a layer, of a sublayer or of the last one.
 
-        Raises `InputError` for a layer or a sublayer that there is not.
+        Raises `InputError` for a layer or a sublayer that the projection does not have.
         """
         if layer not in self.layers:
             raise InputError(f"no layer {layer}: the projection has layers {as_ranges(self.layers)}")
@@ -98,7 +99,7 @@ class TokenScores:
 
     @classmethod
     def read(cls, path: Path) -> TokenScores:
-        """Read a projection file; raises `StorageError` for anything that is none."""
+        """Read a projection file; raises `StorageError` for any other file."""
         content = ProjectionFile.read(path)
         metadata, dynamics = content.metadata, content.dynamics
         source = metadata.vector_source
@@ -111,7 +112,7 @@ class TokenScores:
         }
         lacking = [name for name, value in needed.items() if value is None]
         if lacking or dynamics is None:
-            raise StorageError(f"{path}: no whole projection file: it lacks {', '.join(lacking)}")
+            raise StorageError(f"{path}: not a complete projection file: it lacks {', '.join(lacking)}")
         none = [np.nan] * len(metadata.sublayers or ())  # in place of a layer that was not kept
         return cls(
             prompt_set=str(metadata.prompt_set),

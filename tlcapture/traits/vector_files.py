@@ -1,4 +1,4 @@
-"""Trait vectors on disk: which there are, where, and what is recorded of their origin. Loads no torch.
+"""Trait vectors on disk: which exist, their paths, and the record of their origin. Loads no torch.
 
 extraction/{category}/{trait}/vectors/{method}_layer{L}.pt      float32 [d_model]
                                       metadata.json
@@ -8,7 +8,7 @@ extraction/{category}/{trait}/vectors/{method}_layer{L}.pt      float32 [d_model
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from os.path import lexists
@@ -17,21 +17,20 @@ from typing import Any
 
 from pydantic import Field
 
-from tlcapture.errors import VectorError
 from tlcapture.names import Trait
 from tlcapture.storage.files import read_bytes, read_json, remove, write_json
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.validation import FileContent, Layer, checked
-from tlcapture.text import as_ranges
+from tlcapture.traits.missing_vectors import no_vectors, no_vectors_of_trait
 
 METHODS = ("probe", "mean_diff", "gradient")  # in the order of preference
 _PREFIX = {"residual": "", "attn_out": "attn_out_"}
-# Only names that `file` gives back: another way of writing the same layer would be found and then not read.
+# Only names that `file` generates: a layer written in another way (layer007) would be listed but could not be read.
 _FILE = re.compile(r"(?P<method>[A-Za-z0-9_.-]+)_layer(?P<layer>0|[1-9][0-9]{0,3})\.pt")
 
 
 class VectorMetadata(FileContent):
-    """What `metadata.json` may say; every field is optional, since other tools write fewer."""
+    """The content of `metadata.json`; every field is optional, since other tools write fewer."""
 
     extraction_model: str | None = None
     methods: list[str] = Field(default_factory=list)
@@ -45,7 +44,7 @@ class VectorMetadata(FileContent):
 
 
 class VectorSplit(FileContent):
-    """How the examples were split into those that the vectors were fitted to and those held out."""
+    """How the examples were split into those for fitting and those held out."""
 
     seed: int | None = None
 
@@ -59,10 +58,11 @@ class VectorFiles:
 
     @property
     def path(self) -> Path:
+        """The folder of the vectors."""
         return self.layout.vectors(self.trait)
 
     def available(self, component: str) -> dict[str, list[int]]:
-        """The layers there are, by method, methods in the order of preference."""
+        """The layers that have a vector, by method, methods in the order of preference."""
         found: dict[str, list[int]] = {}
         for path in self.path.glob("*.pt"):
             is_attn = path.name.startswith(_PREFIX["attn_out"])
@@ -71,21 +71,23 @@ class VectorFiles:
             match = _FILE.fullmatch(path.name.removeprefix(_PREFIX[component]))
             if match:
                 found.setdefault(match["method"], []).append(int(match["layer"]))
-        order = {method: place for place, method in enumerate(METHODS)}
+        order = {method: rank for rank, method in enumerate(METHODS)}
         return {method: sorted(found[method]) for method in sorted(found, key=lambda m: (order.get(m, 99), m))}
 
     def file(self, component: str, method: str, layer: int) -> Path:
+        """The path of one vector, whether it exists or not."""
         return self.layout.own(self.path / f"{_PREFIX[component]}{method}_layer{layer}.pt")
 
     def digest(self, component: str, method: str, layer: int) -> str:
-        """What tells a vector from one that takes its place: evaluation and steering record it."""
+        """A digest of one vector's file, which evaluation and steering record to recognise a replaced vector."""
         return blake2b(read_bytes(self.file(component, method, layer)), digest_size=8).hexdigest()
 
     def metadata_file(self, component: str) -> Path:
+        """The path of the record of the vectors' origin."""
         return self.layout.own(self.path / f"{_PREFIX[component]}metadata.json")
 
     def metadata(self, component: str) -> dict[str, Any]:
-        """What is recorded of the vectors' origin; empty where another tool left no record."""
+        """The record of the vectors' origin; empty where another tool left none."""
         path = self.metadata_file(component)
         if not lexists(path):
             return {}
@@ -93,23 +95,31 @@ class VectorFiles:
         checked(VectorMetadata, value, path, "vector metadata")
         return dict(value)
 
-    def missing(self, component: str, method: str, layer: int) -> VectorError:
-        """The error for a vector that is not there, naming those that are."""
-        there = self.available(component)
-        listed = "; ".join(f"{name}: {as_ranges(layers)}" for name, layers in there.items()) or "none"
-        return VectorError(
-            f"no {component} vector of {self.trait} by {method!r} at layer {layer} in experiment "
-            f"{self.layout.experiment!r}; layers there are: {listed}"
-        )
-
     def remove_all(self, component: str, methods: Iterable[str], layers: Iterable[int]) -> list[Path]:
-        """Remove the vectors of some methods and layers, where they are there, and the record of their origin;
-        returns the vectors' files that there were."""
+        """Remove existing vectors of some methods and layers, and the record of their origin.
+
+        Returns the vectors' files that were removed.
+        """
         wanted = list(layers)
         files = [self.file(component, method, layer) for method in methods for layer in wanted]
-        there = [path for path in files if lexists(path)]
-        remove([self.metadata_file(component), *there])
-        return there
+        existing = [path for path in files if lexists(path)]
+        remove([self.metadata_file(component), *existing])
+        return existing
 
     def write_metadata(self, component: str, metadata: Mapping[str, Any]) -> None:
+        """Write the record of the vectors' origin."""
         write_json(self.metadata_file(component), dict(metadata), indent=True)
+
+
+def traits_with_vectors(layout: Layout, named: Sequence[Trait] = ()) -> list[Trait]:
+    """The traits named, each once, or all with vectors where none is named.
+
+    Raises `InputError` for an experiment without vectors, and for a named trait without any.
+    """
+    available = layout.traits()
+    if not available and not named:
+        raise no_vectors(layout)
+    for trait in named:
+        if trait not in available:
+            raise no_vectors_of_trait(layout, trait)
+    return list(dict.fromkeys(named)) or available

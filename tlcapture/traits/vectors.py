@@ -1,4 +1,4 @@
-"""Trait vectors: reading one with everything that is known of its origin, and writing one."""
+"""A trait vector: reading one with everything that is recorded of its origin, and writing one."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from tlcapture.names import Trait
 from tlcapture.shapes import Vector
 from tlcapture.storage.files import Written, read_tensors, write_tensors
 from tlcapture.storage.tensors import described, is_plain
+from tlcapture.traits.missing_vectors import no_vector
 from tlcapture.traits.vector_files import VectorFiles
 
 
 @dataclass(frozen=True)
 class TraitVector:
-    """A direction `[d_model]` for a trait, and where it comes from. `metadata` is empty if unknown."""
+    """A direction `[d_model]` for a trait, and its origin.
+
+    `metadata` is that of the extraction, empty for a vector of unknown origin.
+    """
 
     trait: Trait
     component: str
@@ -33,28 +37,33 @@ class TraitVector:
         return None if name is None else str(name)
 
 
-class VectorFolder(VectorFiles):
-    """The vectors of one trait in one experiment."""
+def read_vector(files: VectorFiles, component: str, method: str, layer: int) -> TraitVector:
+    """Read one of a trait's vectors, in float32.
 
-    def read(self, component: str, method: str, layer: int) -> TraitVector:
-        """Read one vector; raises `VectorError` where there is none or it is no usable direction."""
-        path = self.file(component, method, layer)
-        if not path.is_file():
-            raise self.missing(component, method, layer)
-        value = read_tensors(path)
-        if not is_plain(value) or value.ndim != 1:
-            raise VectorError(f"{path}: expected a one-dimensional float tensor, got {described(value)}")
-        vector = value.detach().float()
-        if not vector.isfinite().all() or not vector.any():
-            raise VectorError(f"{path}: the vector is zero, or holds NaN or inf")
-        metadata = self.metadata(component)
-        listed = method in metadata.get("methods", ()) and layer in metadata.get("layers", ())
-        origin = metadata if listed else {}
-        width = origin.get("hidden_dim")
-        if width not in (None, len(vector)):
-            raise VectorError(f"{path}: {len(vector)} numbers, but {self.metadata_file(component).name} says {width}")
-        return TraitVector(self.trait, component, method, layer, self.layout.experiment, vector, origin)
+    Raises:
+        VectorError: the vector is missing, is not a finite non-zero one-dimensional tensor, or has another width than
+            its metadata states.
+        StorageError: a file is damaged.
+    """
+    path = files.file(component, method, layer)
+    if not path.is_file():
+        raise no_vector(files.layout, files.trait, component, method, layer, files.available(component))
+    value = read_tensors(path)
+    if not is_plain(value) or value.ndim != 1:
+        raise VectorError(f"{path}: expected a one-dimensional float tensor, got {described(value)}")
+    vector = value.detach().float()
+    if not vector.isfinite().all() or not vector.any():
+        raise VectorError(f"{path}: the vector is zero, or holds NaN or inf")
+    metadata = files.metadata(component)
+    listed = method in metadata.get("methods", ()) and layer in metadata.get("layers", ())
+    origin = metadata if listed else {}
+    width = origin.get("hidden_dim")
+    if width not in (None, len(vector)):
+        name = files.metadata_file(component).name
+        raise VectorError(f"{path}: the vector has width {len(vector)}, but {name} gives {width}")
+    return TraitVector(files.trait, component, method, layer, files.layout.experiment, vector, origin)
 
-    def write(self, component: str, method: str, layer: int, vector: Vector) -> Written:
-        """Write one vector."""
-        return write_tensors(self.file(component, method, layer), vector.float().clone())
+
+def write_vector(files: VectorFiles, component: str, method: str, layer: int, vector: Vector) -> Written:
+    """Write one of a trait's vectors, `[d_model]`, in float32."""
+    return write_tensors(files.file(component, method, layer), vector.float().clone())

@@ -1,4 +1,4 @@
-"""Attention patterns, token by token: what each token looked at, by layer and head."""
+"""Attention patterns: the weights with which each token attends to earlier ones, by layer and head."""
 
 from __future__ import annotations
 

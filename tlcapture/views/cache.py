@@ -11,8 +11,8 @@ Cache = Mapping[str, Tensor]
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """`torch.stack`, without a copy where the tensors lie at even distances in one storage, as those of one
-    run do and those of one file."""
+    """`torch.stack`, without a copy where the tensors are evenly spaced in one storage, as those of one run or of
+    one file are."""
     first = tensors[0]
     offsets = [tensor.storage_offset() for tensor in tensors]
     distance = offsets[1] - offsets[0] if len(tensors) > 1 else first.numel()

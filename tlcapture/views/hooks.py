@@ -1,4 +1,4 @@
-"""The hook table: which TransformerLens hook holds what, by layer. Loads no torch.
+"""The hook table: which TransformerLens hook holds which activation, by layer. Loads no torch.
 
 hook("residual_out", 12)       # "blocks.12.hook_resid_post"
 hook("pattern", 12)            # "blocks.12.attn.hook_pattern"
@@ -6,21 +6,40 @@ hook("pattern", 12)            # "blocks.12.attn.hook_pattern"
 
 from __future__ import annotations
 
+import re
+
+from tlcapture.errors import InputError
+
 POINTS = ("residual_in", "after_attn", "residual_out")  # the residual points of a layer, in the order they are computed
-COMPONENTS = ("residual", "attn_out")  # the activations that vectors are made from, and captures projected onto
+COMPONENTS = ("residual", "attn_out")  # the activations that vectors are extracted from and captures projected at
+# What a layer computes, in that order.
 HOOKS = {
     "residual_in": "blocks.{L}.hook_resid_pre",
-    "after_attn": "blocks.{L}.hook_resid_mid",
-    "residual_out": "blocks.{L}.hook_resid_post",
-    "attn_out": "blocks.{L}.hook_attn_out",
+    "query": "blocks.{L}.attn.hook_q",
+    "key": "blocks.{L}.attn.hook_k",
+    "value": "blocks.{L}.attn.hook_v",
     "pattern": "blocks.{L}.attn.hook_pattern",
+    "mixed_values": "blocks.{L}.attn.hook_z",
+    "attn_out": "blocks.{L}.hook_attn_out",
+    "after_attn": "blocks.{L}.hook_resid_mid",
+    "mlp_pre": "blocks.{L}.mlp.hook_pre",
+    "mlp_pre_linear": "blocks.{L}.mlp.hook_pre_linear",
+    "mlp_post": "blocks.{L}.mlp.hook_post",
+    "mlp_out": "blocks.{L}.hook_mlp_out",
+    "residual_out": "blocks.{L}.hook_resid_post",
 }
 COMPONENT_HOOKS = {"residual": HOOKS["residual_out"], "attn_out": HOOKS["attn_out"]}
+PARALLEL_AFTER_ATTN = f"{HOOKS['residual_in']} + {HOOKS['attn_out']}"  # where attention and MLP run in parallel
 
 
 def hook(name: str, layer: int) -> str:
-    """The hook of a layer's residual point, attention output or pattern, as TransformerLens names it."""
+    """TransformerLens's name of an activation in `HOOKS` at a layer."""
     return HOOKS[name].format(L=layer)
+
+
+def layer_hooks(layer: int) -> list[str]:
+    """Every hook in the table at a layer, in the order a layer computes them."""
+    return [hook(name, layer) for name in HOOKS]
 
 
 def component_hooks(component: str, n_layers: int) -> list[str]:
@@ -28,6 +47,18 @@ def component_hooks(component: str, n_layers: int) -> list[str]:
     return [COMPONENT_HOOKS[component].format(L=layer) for layer in range(n_layers)]
 
 
+def check_component(component: str) -> str:
+    """Return `component`, or raise `InputError` for a name that is not in `COMPONENTS`."""
+    if component not in COMPONENTS:
+        raise InputError(f"no component {component!r}: choose one of {', '.join(COMPONENTS)}")
+    return component
+
+
+def at_any_layer(name: str) -> str:
+    """`blocks.12.hook_x`, `blocks.L.hook_x` or `blocks.{layer}.hook_x` as in the table: `blocks.{L}.hook_x`."""
+    return re.sub(r"^blocks\.(\{\w+\}|\w+)\.", "blocks.{L}.", name)
+
+
 def is_pattern(name: str) -> bool:
-    """Whether a hook holds attention patterns, `[batch, head, pos, key]`, and not one row per token."""
-    return name.endswith("hook_pattern")
+    """Whether a hook holds attention patterns, `[batch, head, pos, key]`, rather than one row per token."""
+    return name.endswith(HOOKS["pattern"].removeprefix("blocks.{L}"))

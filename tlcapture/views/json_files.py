@@ -1,6 +1,6 @@
-"""What attention and logit-lens files hold, checked: a head, and an entry for each token.
+"""The content of attention and logit-lens files, checked: a head, and an entry per token.
 
-A file may be large. `page/entries.py` reads single entries of it, and each is checked when it is read.
+A file may be large. `page/entries.py` reads single entries, and each is checked when it is read.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from tlcapture.errors import StorageError
-from tlcapture.storage.validation import Count, FileContent, Layer, Share, checked, first_problem, not_valid
+from tlcapture.storage.validation import Count, FileContent, Layer, Share, checked, first_problem
 
 Measure = Annotated[int, Field(ge=1, le=10_000)]
 Pattern = list[list[Share]]  # [head][key]
@@ -20,9 +20,9 @@ Entry = TypeVar("Entry", bound="_Entry")
 
 
 class PerTokenHead(FileContent):
-    """What a file holds besides its entries."""
+    """The content of a file apart from its entries."""
 
-    what: ClassVar[str] = "attention or logit-lens"
+    what: ClassVar[str] = "file of attention patterns or a logit lens"
 
     tokens: list[str]
     n_prompt_tokens: Count
@@ -38,19 +38,23 @@ class PerTokenHead(FileContent):
     def _counts_agree(self) -> PerTokenHead:
         n_response = len(self.tokens) - self.n_prompt_tokens
         if n_response < 0 or self.n_response_tokens not in (None, n_response):
-            said = "" if self.n_response_tokens is None else f" and {self.n_response_tokens} of the response"
-            raise ValueError(f"{len(self.tokens)} tokens, but it says {self.n_prompt_tokens} of the prompt{said}")
+            stated = "" if self.n_response_tokens is None else f" and {self.n_response_tokens} of the response"
+            raise ValueError(f"{len(self.tokens)} tokens, but it states {self.n_prompt_tokens} of the prompt{stated}")
         return self
 
 
 class AttentionHead(PerTokenHead):
-    what = "attention"
+    """The head of a file of attention patterns."""
+
+    what = "attention patterns"
 
     n_heads: Measure
 
 
 class LensHead(PerTokenHead):
-    what = "logit-lens"
+    """The head of a logit-lens file."""
+
+    what = "logit lens"
 
     top_k: Annotated[int, Field(ge=1)]
 
@@ -66,10 +70,11 @@ class _Entry(FileContent):
         """The entry of a file with a head; raises `StorageError` for another."""
         entry = checked(cls, value, path, head.what)
         if len(entry.by_layer) != head.n_layers:
-            problem = f"token {entry.token_idx} has {len(entry.by_layer)} layers, not {head.n_layers}"
-            raise not_valid(path, head.what, problem)
+            raise StorageError(
+                f"{path}: no {head.what}: token {entry.token_idx} has {len(entry.by_layer)} layers, not {head.n_layers}"
+            )
         if entry.token_idx >= len(head.tokens):
-            raise not_valid(path, head.what, f"token {entry.token_idx} of {len(head.tokens)}")
+            raise StorageError(f"{path}: no {head.what}: token {entry.token_idx} of {len(head.tokens)}")
         return entry
 
 
@@ -81,10 +86,12 @@ class AttentionEntry(_Entry):
 
     @classmethod
     def of(cls, value: Any, path: Path, head: PerTokenHead) -> AttentionEntry:
+        """The entry of a file with a head; raises `StorageError` if a layer lacks the weights of a head."""
         entry = super().of(value, path, head)
         if isinstance(head, AttentionHead) and any(len(pattern) != head.n_heads for pattern in entry.by_layer):
-            problem = f"token {entry.token_idx} does not have {head.n_heads} heads in every layer"
-            raise not_valid(path, head.what, problem)
+            raise StorageError(
+                f"{path}: no {head.what}: token {entry.token_idx} has not {head.n_heads} heads in every layer"
+            )
         return entry
 
     @model_validator(mode="after")
@@ -93,17 +100,19 @@ class AttentionEntry(_Entry):
         if self.context_size not in (None, size):
             raise ValueError(f"context_size {self.context_size} of token {self.token_idx}")
         if any(len(weights) != size for pattern in self.by_layer for weights in pattern):
-            raise ValueError(f"token {self.token_idx} has not {size} weights in every head")
+            raise ValueError(f"token {self.token_idx} does not have {size} weights in every head")
         return self
 
 
 class Prediction(FileContent):
+    """A predicted token and its probability."""
+
     token: str
     prob: Share
 
 
 class _OfLayer(FileContent):
-    """The token that came, as one layer would have predicted it; ranks count from 1."""
+    """The actual next token's rank, from 1, and probability in one layer's prediction."""
 
     actual_rank: Annotated[int, Field(ge=1)]
     actual_prob: Share
@@ -111,6 +120,8 @@ class _OfLayer(FileContent):
 
 
 class LensLayer(_OfLayer):
+    """One layer's prediction, likeliest tokens first."""
+
     top_k: list[Prediction] = Field(min_length=1)
 
 
@@ -134,7 +145,7 @@ class _OverviewLayer(_OfLayer):
 
 
 class LensOverview(_Entry):
-    """The same for a look at all tokens: of each layer's many predictions only the likeliest is checked."""
+    """The predictions of one token for an overview of all: only the likeliest of each layer is checked."""
 
     actual_next_token: str
     by_layer: list[_OverviewLayer]
@@ -144,7 +155,7 @@ _PATTERN = TypeAdapter(Pattern)
 
 
 def pattern_of_layer(entry: Any, layer: int, path: Path) -> Pattern:
-    """One layer's weights of an attention entry, all others unchecked; raises `StorageError` where it has none."""
+    """One layer's weights of an attention entry, other layers unchecked; raises `StorageError` for a missing layer."""
     try:
         return _PATTERN.validate_python(entry["by_layer"][layer], strict=True)
     except ValidationError as error:

@@ -1,10 +1,10 @@
 """Which residual points of a model a capture keeps: all of them, or some layers, or some points of each.
 
     kept = KeptPoints(30, layers=(8, 12, 16), points=("residual_out",))
-    kept.places                     # (18, 26, 34): where these lie among the 61 points of the whole model
-    kept.row(12, "residual_out")    # 1: where one lies in a buffer of the kept ones
+    kept.point_indices              # (18, 26, 34): indices among the 61 points of the whole model
+    kept.row(12, "residual_out")    # 1: row of a buffer of the kept points
 
-`residual_in` of a layer is `residual_out` of the one before it: where both are kept they are one row.
+`residual_in` of a layer is `residual_out` of the layer before: where both are kept they share a row.
 Loads no torch.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from operator import index
 from typing import Any, SupportsIndex
 
 from tlcapture.errors import InputError, StorageError
@@ -21,7 +22,10 @@ from tlcapture.views.hooks import POINTS
 
 
 def point_index(layer: int, point: str) -> int:
-    """Where a layer's residual point lies among those of the whole model, in the order they are computed."""
+    """The index of a layer's residual point among those of the whole model, in the order they are computed.
+
+    Raises `InputError` for a name that is not a residual point.
+    """
     if point not in POINTS:
         raise InputError(f"no residual point {point!r}: choose one of {', '.join(POINTS)}, attn_out")
     return 2 * layer + POINTS.index(point)
@@ -29,9 +33,9 @@ def point_index(layer: int, point: str) -> int:
 
 @dataclass(frozen=True)
 class KeptPoints:
-    """The layers and points that are kept of a model of `n_layers`, both in the model's order.
+    """The layers and points that are kept of a model with `n_layers`, both in the model's order.
 
-    Raises `InputError` for a layer or a point that there is not, and where none is left.
+    Raises `InputError` for a layer or a point that the model does not have, and for an empty selection.
     """
 
     n_layers: int
@@ -51,24 +55,27 @@ class KeptPoints:
 
     @classmethod
     def of(cls, n_layers: int, layers: Iterable[int] = (), points: Iterable[str] = ()) -> KeptPoints:
-        """What options ask for: all layers, and all points, where none is named."""
+        """The layers and points named; all of them where none is named."""
         return cls(n_layers, tuple(layers) or tuple(range(n_layers)), tuple(points) or POINTS)
 
     @classmethod
     def of_file(cls, metadata: Mapping[str, Any], layers: Iterable[int], points: Iterable[str]) -> KeptPoints:
-        """What a file holds, by what it has under `activations`; raises `StorageError` where its metadata, which
-        names no layers where all are kept, says otherwise."""
+        """The layers and points under `activations` of a file. Its metadata may leave them out where all are kept.
+
+        Raises `StorageError` where metadata and activations disagree.
+        """
         n_layers, found = int(metadata["n_layers"]), (sorted(layers), [point for point in POINTS if point in points])
-        said = (list(metadata.get("layers") or range(n_layers)), list(metadata.get("points") or POINTS))
-        if found != said:
+        stated = (list(metadata.get("layers") or range(n_layers)), list(metadata.get("points") or POINTS))
+        if found != stated:
             raise StorageError(
-                f"it holds {', '.join(found[1])} of layers {as_ranges(found[0])}, but its metadata says "
-                f"{', '.join(said[1])} of layers {as_ranges(said[0])}"
+                f"it holds {', '.join(found[1])} of layers {as_ranges(found[0])}, but its metadata states "
+                f"{', '.join(stated[1])} of layers {as_ranges(stated[0])}"
             )
         return cls(n_layers, tuple(found[0]), tuple(found[1]))
 
     @property
     def is_all(self) -> bool:
+        """Whether every point of every layer is kept."""
         return self.layers == tuple(range(self.n_layers)) and self.points == POINTS
 
     @property
@@ -77,40 +84,42 @@ class KeptPoints:
         return self.layers == tuple(range(self.n_layers)) and "residual_out" in self.points
 
     @cached_property
-    def places(self) -> tuple[int, ...]:
-        """What lies in a buffer of the kept points, as indices among those of the whole model, ascending."""
+    def point_indices(self) -> tuple[int, ...]:
+        """Indices of the kept points among those of the whole model, ascending: the rows of a buffer."""
         return tuple(sorted({point_index(layer, point) for layer in self.layers for point in self.points}))
 
     @cached_property
     def rows(self) -> list[list[int]]:
-        """`[layer][point]` of what is kept: where each lies in a buffer of the kept points."""
-        row_of = {place: row for row, place in enumerate(self.places)}
+        """`[layer][point]` of what is kept: the row of each in a buffer of the kept points."""
+        row_of = {point: row for row, point in enumerate(self.point_indices)}
         return [[row_of[point_index(layer, point)] for point in self.points] for layer in self.layers]
 
     def includes(self, other: KeptPoints) -> bool:
-        """Whether all that another keeps is kept here."""
+        """Whether everything that `other` keeps is kept here too."""
         return set(self.layers) >= set(other.layers) and set(self.points) >= set(other.points)
 
-    def row(self, layer: int, point: str) -> int:
-        """Where a layer's point lies in a buffer of the kept ones; raises `InputError` for one that is not."""
-        self.check_layer(layer)
-        place = point_index(layer, point)
+    def row(self, layer: object, point: str) -> int:
+        """The row of a layer's point in a buffer of the kept points; raises `InputError` for a point not kept."""
+        wanted = point_index(self.check_layer(layer), point)
         if point not in self.points:
             raise InputError(f"{point} was not kept: {self.described()}; capture again without --points")
-        return self.places.index(place)
+        return self.point_indices.index(wanted)
 
-    def layer_row(self, layer: int) -> int:
-        """Where a layer lies among those that are kept; raises like `row`."""
-        self.check_layer(layer)
-        return self.layers.index(layer)
+    def layer_row(self, layer: object) -> int:
+        """The index of a layer among the kept layers; raises `InputError` for a layer not kept."""
+        return self.layers.index(self.check_layer(layer))
 
-    def check_layer(self, layer: int) -> None:
+    def check_layer(self, layer: object) -> int:
+        """Return a layer as an `int`; raises `InputError` for anything but a layer that is kept."""
         if not isinstance(layer, SupportsIndex):
-            raise InputError(f"layer {layer!r} is no number: the model has layers 0 to {self.n_layers - 1}")
-        if not 0 <= layer < self.n_layers:
-            raise InputError(f"no layer {layer}: the model has layers 0 to {self.n_layers - 1}")
-        if layer not in self.layers:
-            raise InputError(f"layer {layer} was not kept: {self.described()}; capture again with --layers {layer}")
+            raise InputError(f"layer {layer!r} is not a number: the model has layers 0 to {self.n_layers - 1}")
+        number = index(layer)
+        if not 0 <= number < self.n_layers:
+            raise InputError(f"no layer {number}: the model has layers 0 to {self.n_layers - 1}")
+        if number not in self.layers:
+            raise InputError(f"layer {number} was not kept: {self.described()}; capture again with --layers {number}")
+        return number
 
     def described(self) -> str:
+        """What is kept, as a clause for messages."""
         return f"the capture has {', '.join(self.points)} of layers {as_ranges(self.layers)}"

@@ -24,8 +24,8 @@ from tlcapture.views.hooks import hook
 
 TOP_K = 50
 _GROUP = 64  # neighbours in the vocabulary that are compared together
-_LANES = 128  # of eight bytes, which are added up within a byte each: at most 255
-CHUNK = 256  # tokens whose logits over the whole vocabulary are in memory at a time
+_LANES = 128  # of eight bytes; each byte counts to at most 255
+CHUNK = 256  # tokens whose logits over the whole vocabulary are in memory at one time
 
 
 def logit_lens_hooks(n_layers: int) -> list[str]:
@@ -37,8 +37,8 @@ def logit_lens_hooks(n_layers: int) -> list[str]:
 class LogitLens:
     """Predictions for every token that has a next one, by layer.
 
-    `top_ids`, `top_probs`: the `top_k` likeliest ids and their probabilities, likeliest first;
-    `actual_rank` counts from 1; `actual_prob` is that of the token that came.
+    `top_ids` and `top_probs` are the `top_k` likeliest ids and their probabilities, likeliest first;
+    `actual_rank` (from 1) and `actual_prob` are those of the actual next token.
     """
 
     top_ids: Int[Tensor, "n_layers n_predictions top_k"]
@@ -61,7 +61,7 @@ class LogitLens:
     ) -> dict[str, Any]:
         """The content of `{id}_logit_lens.json`; probabilities have 4 significant digits.
 
-        The lists `top_k`, nearly all of it, are JSON already: fragments that `write_json` takes as they are.
+        The lists `top_k`, nearly all of the content, are encoded already: `write_json` writes fragments unchanged.
         """
         n_layers, n_predictions, top_k = self.top_ids.shape
         pieces = _pieces_of_json(self.top_ids.flatten().tolist(), self.top_probs, token_texts)
@@ -105,12 +105,12 @@ def logit_lens_view(
     *,
     top_k: int = TOP_K,
 ) -> LogitLens:
-    """Read every layer of one prompt's run through the model's unembedding.
+    """Predictions from the residual stream after every layer of one prompt's run.
 
     Args:
-        residual_out: the `[n_tokens, d_model]` residual stream behind a layer.
-        token_ids: ids of the same tokens; the rank of a next token comes from its id.
-        unembed: the model's final norm, unembedding and soft cap; what it returns is overwritten.
+        residual_out: the `[n_tokens, d_model]` residual stream after a layer.
+        token_ids: ids of the same tokens, in which the actual next tokens are ranked.
+        unembed: the model's final norm, unembedding and soft cap; the tensor that it returns is overwritten.
         top_k: how many predictions of each layer are kept, at least 1.
     """
     if top_k < 1:
@@ -125,8 +125,10 @@ def logit_lens_view(
 
 
 def _pieces_of_json(ids: list[int], probs: Tensor, token_texts: Callable[[Sequence[int]], list[str]]) -> list[bytes]:
-    """Top predictions as JSON objects, of which there are as many as 150,000 in a file: two pieces each, the first
-    of which closes the object before it."""
+    """Top predictions as JSON objects, as many as 150,000 per file, in two pieces each.
+
+    The first piece of an object closes the object before it.
+    """
     unique = list(set(ids))
     heads = {
         number: b'},{"token":%b,"prob":' % orjson.dumps(text)
@@ -140,35 +142,40 @@ def _pieces_of_json(ids: list[int], probs: Tensor, token_texts: Callable[[Sequen
 
 
 def _predictions(logits: Logits, next_ids: Int[Tensor, " n_predictions"], top_k: int) -> tuple[Tensor, ...]:
-    """Of each row: ids of the likeliest, their probabilities, rank and probability of the token that came."""
+    """For each row: ids of the likeliest tokens, their probabilities, rank and probability of the actual token."""
     logits = logits.float()
     next_ids = next_ids.to(logits.device)
     top_ids = _top(logits, min(top_k, logits.shape[-1]))
     actual = logits.gather(-1, next_ids[:, None])
     rank = _n_above(logits, actual) + 1
-    # In place: nobody else holds the logits, and fresh memory of their size costs as much as the softmax itself.
+    # In place: nothing else uses the logits, and allocating memory of their size costs as much as the softmax.
     probs = torch.softmax(logits, dim=-1, out=logits)
     found = (top_ids, probs.gather(-1, top_ids), rank, probs.gather(-1, next_ids[:, None])[:, 0])
     return tuple(each.cpu() for each in found)
 
 
 def _top(logits: Logits, top_k: int) -> Int[Tensor, "n_predictions top_k"]:
-    """Indices of `logits.topk(top_k)`, from the `top_k` groups of neighbours with the largest maxima: no other
-    group can hold one of the largest, and a group's maximum is cheaper than sorting it."""
+    """Indices of `logits.topk(top_k)`, searched in the `top_k` groups of neighbours with the largest maxima.
+
+    No other group can hold one of the largest, and a group's maximum is cheaper than sorting it.
+    """
     n_groups = logits.shape[-1] // _GROUP
     if n_groups <= top_k:
         return logits.topk(top_k, dim=-1).indices
     grouped = logits[:, : n_groups * _GROUP].unflatten(-1, (n_groups, _GROUP))
     groups = grouped.amax(dim=-1).topk(top_k, dim=-1, sorted=False).indices.sort(dim=-1).values
-    places = (groups[..., None] * _GROUP + torch.arange(_GROUP, device=logits.device)).flatten(1)
+    candidates = (groups[..., None] * _GROUP + torch.arange(_GROUP, device=logits.device)).flatten(1)
     rest = torch.arange(n_groups * _GROUP, logits.shape[-1], device=logits.device).expand(len(logits), -1)
-    places = torch.cat([places, rest], dim=1)
-    return places.gather(-1, logits.gather(-1, places).topk(top_k, dim=-1).indices)
+    candidates = torch.cat([candidates, rest], dim=1)
+    return candidates.gather(-1, logits.gather(-1, candidates).topk(top_k, dim=-1).indices)
 
 
 def _n_above(logits: Logits, actual: Tensor) -> Int[Tensor, " n_predictions"]:
-    """How many logits of each row are above the row's `actual`: bytes of 0 and 1 that are added eight at a time,
-    which a CPU does faster than what a sum of booleans widens them to."""
+    """How many logits of each row are above the row's `actual`.
+
+    Booleans are bytes of 0 and 1. They are added eight at a time, as 64-bit integers, which is faster on a CPU than
+    `sum`, which widens each boolean first.
+    """
     width = logits.shape[-1]
     n_groups = -(-width // (8 * _LANES))
     above = torch.empty(len(logits), n_groups * 8 * _LANES, dtype=torch.bool, device=logits.device)

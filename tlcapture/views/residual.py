@@ -1,9 +1,8 @@
 """The residual stream at every point of every layer.
 
 Residual points, in the order they are computed, share one buffer: `residual_in` of layer 0, then for
-each layer `after_attn` and `residual_out`. `residual_in` of a later layer is `residual_out` of the one
-before it, so it takes no room of its own. Of a capture that keeps only some layers or points, the buffer
-holds only those.
+each layer `after_attn` and `residual_out`. `residual_in` of a later layer is `residual_out` of the layer
+before and is not stored twice. The buffer of a capture that keeps only some layers or points holds only those.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class ResidualStream:
     """The residual stream of some tokens, and the attention outputs where they were captured.
 
     `points` is `[2 * n_layers + 1, n_tokens, d_model]`, `attn_out` `[n_layers, n_tokens, d_model]`. Where `only`
-    says what is kept of the model, they are `[len(only.places), ...]` and `[len(only.layers), ...]`.
+    states what is kept of the model, they are `[len(only.point_indices), ...]` and `[len(only.layers), ...]`.
     """
 
     points: ResidualPoints
@@ -49,16 +48,18 @@ class ResidualStream:
 
     @cached_property
     def kept(self) -> KeptPoints:
+        """Which layers and points the buffers hold."""
         return KeptPoints.of(self.n_layers) if self.only is None else self.only
 
     @property
     def n_tokens(self) -> int:
+        """Tokens whose activations are held."""
         return int(self.points.shape[1])
 
     def at(self, layer: int, point: str) -> Residual:
         """The activations `[n_tokens, d_model]` of a layer at a residual point, or its `attn_out`.
 
-        Raises `InputError` for what is not kept, naming what is.
+        Raises `InputError` for a layer or point that is not kept, naming those that are.
         """
         if point == "attn_out":
             row = self.kept.layer_row(layer)
@@ -83,14 +84,14 @@ def residual_hooks(
     """The activations the view reads, the residual points first and in the buffer's order."""
     kept = KeptPoints.of(n_layers) if only is None else only
     points, before = [], []
-    for place in kept.places:
-        layer, is_between = divmod(place, 2)
-        if is_between and hook("after_attn", layer) not in hook_names:
+    for point in kept.point_indices:
+        layer, is_after_attn = divmod(point, 2)
+        if is_after_attn and hook("after_attn", layer) not in hook_names:
             # Parallel blocks never compute a residual between attention and MLP.
             points.append(hook("attn_out", layer))
             before.append(_between_layers(layer))
         else:
-            points.append(hook("after_attn", layer) if is_between else _between_layers(layer))
+            points.append(hook("after_attn", layer) if is_after_attn else _between_layers(layer))
     extra = [hook("attn_out", layer) for layer in kept.layers] if attn_out else []
     return list(dict.fromkeys([*points, *before, *extra]))
 
@@ -100,23 +101,23 @@ def residual_view(
 ) -> ResidualStream:
     """The residual stream of a cache: all of it, or what `only` keeps.
 
-    Where blocks run attention and MLP in parallel there is no `hook_resid_mid`: `after_attn` is then
+    Blocks that run attention and MLP in parallel have no `hook_resid_mid`: `after_attn` is then
     `hook_resid_pre + hook_attn_out`, the residual stream as if attention alone had written to it.
     """
     kept = KeptPoints.of(n_layers) if only is None else only
-    points = [_at_place(cache, place) for place in kept.places]
+    points = [_at_point(cache, point) for point in kept.point_indices]
     outputs = [cache[hook("attn_out", layer)] for layer in kept.layers] if attn_out else None
     return ResidualStream(stacked(points), None if outputs is None else stacked(outputs), only)
 
 
 def _between_layers(layer: int) -> str:
-    """The hook of what goes into a layer, which is what comes out of the one before."""
+    """The hook of a layer's input, which is the output of the layer before."""
     return hook("residual_out", layer - 1) if layer else hook("residual_in", 0)
 
 
-def _at_place(cache: Cache, place: int) -> Tensor:
-    layer, is_between = divmod(place, 2)
-    if not is_between:
+def _at_point(cache: Cache, point: int) -> Tensor:
+    layer, is_after_attn = divmod(point, 2)
+    if not is_after_attn:
         return cache[_between_layers(layer)]
     mid = cache.get(hook("after_attn", layer))
     return cache[_between_layers(layer)] + cache[hook("attn_out", layer)] if mid is None else mid

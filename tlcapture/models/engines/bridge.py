@@ -18,6 +18,7 @@ from tlcapture.models.engines.hooked_config import architecture_of
 from tlcapture.models.engines.tokenizers import for_transformer_lens, without_filled_in_bos
 from tlcapture.models.sizes import Measures
 from tlcapture.shapes import Logits, Mask, Residual, Rows, Tokens
+from tlcapture.text import first_line
 from tlcapture.views.hooks import hook, is_pattern
 
 
@@ -156,7 +157,7 @@ def bridge_model(model: Any, tokenizer: Any, *, name: str, mark: str, device: st
     except (ModelError, torch.OutOfMemoryError):
         raise
     except (ValueError, NotImplementedError, AttributeError, RuntimeError, ProcessRefusedError) as error:
-        reason = f"TransformerBridge does not run {architecture_of(model.config)}: {_first_line(error)}"
+        reason = f"TransformerBridge does not run {architecture_of(model.config)}: {first_line(error)}"
         raise ModelError(f"{name}: {reason}") from None
     return bridge
 
@@ -185,7 +186,3 @@ def from_transformer_bridge(bridge: Any, *, name: str | None = None) -> BridgeMo
     model = BridgeModel(bridge, tokenizer, hf.config, generation_config, name or bridge.cfg.model_name, mark)
     model.check()
     return model
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,154 @@
+"""Choosing the vectors that activations are projected onto: one rule for the command line, the page and Python.
+
+    choose_vectors(layout, VectorChoice(layer=12), capture, "residual").vectors
+
+`traits/selection.py` selects one of a trait's vectors by its scores. Here it is read, and checked against the
+activations. The failures of some traits are part of the result, so that the others can still be projected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from tlcapture.errors import TlcaptureError
+from tlcapture.names import Trait
+from tlcapture.storage.layout import Layout
+from tlcapture.traits.origin import check_origin, origin_notes
+from tlcapture.traits.projection import check_fits, check_kept
+from tlcapture.traits.selection import Selection, select
+from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
+from tlcapture.traits.vectors import TraitVector, read_vector
+from tlcapture.views.kept_points import KeptPoints
+
+
+@dataclass(frozen=True)
+class VectorChoice:
+    """Which vectors are asked for.
+
+    Attributes:
+        layer: a layer; `auto`, the selected one; or `default`, the fallback whatever the scores are.
+        method: only vectors by this method.
+        experiment: the experiment to take vectors from, where it is not the capture's own.
+        traits: all traits with vectors where none is named.
+    """
+
+    layer: int | str = "auto"
+    method: str | None = None
+    experiment: str | None = None
+    traits: tuple[Trait, ...] = ()
+
+    def layout(self, layout: Layout) -> Layout:
+        """The experiment that vectors are taken from, for captures in `layout`."""
+        return layout if self.experiment is None else Layout(layout.root, self.experiment)
+
+
+@runtime_checkable
+class Subject(Protocol):
+    """What vectors are chosen for: a capture, or what is known of one whose activations were not saved."""
+
+    @property
+    def n_layers(self) -> int:
+        """Layers of the model."""
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+
+    @property
+    def kept(self) -> KeptPoints:
+        """The layers and residual points that are available."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Metadata as a capture file holds them."""
+
+
+@dataclass(frozen=True)
+class ChosenVector:
+    """A trait's vector and how it was selected.
+
+    `other_model_intended` states that the vector's experiment was named, so that another model is expected.
+    """
+
+    vector: TraitVector
+    selection: Selection
+    other_model_intended: bool = False
+
+    def notes(self, capture: Mapping[str, Any]) -> list[str]:
+        """What differs between the vector's origin and a capture's, given the capture's metadata."""
+        return origin_notes(self.vector, capture, other_model_intended=self.other_model_intended)
+
+
+@dataclass(frozen=True)
+class ChosenVectors:
+    """A vector per trait, in the order of the traits, and why others have none."""
+
+    vectors: Sequence[ChosenVector]
+    failures: Sequence[tuple[Trait, TlcaptureError]]
+
+
+def choose_vectors(source: Layout, choice: VectorChoice, subject: Subject, component: str) -> ChosenVectors:
+    """Choose a vector for each trait, among those of the experiment `source`.
+
+    Traits without vectors of the component are left out, unless they are named.
+
+    Raises:
+        InputError: a trait or an experiment that is asked for has no vectors at all.
+    """
+    is_asked_for = choice.traits or choice.experiment is not None
+    traits = traits_with_vectors(source, choice.traits) if is_asked_for else source.traits()
+    vectors: list[ChosenVector] = []
+    failures: list[tuple[Trait, TlcaptureError]] = []
+    for trait in traits:
+        files = VectorFiles(source, trait)
+        if not choice.traits and not files.available(component):
+            continue
+        try:
+            vectors.append(choose_vector(files, choice, subject, component))
+        except TlcaptureError as error:
+            failures.append((trait, error))
+    return ChosenVectors(vectors, failures)
+
+
+def choose_vector(files: VectorFiles, choice: VectorChoice, subject: Subject, component: str) -> ChosenVector:
+    """Choose one trait's vector, and read it.
+
+    Raises:
+        VectorError: no vector matches, or the selected one is damaged or cannot belong to the activations.
+        StorageError: a file with scores is damaged.
+    """
+    selection = select(files, component, subject.n_layers, layer=choice.layer, method=choice.method)
+    vector = read_vector(files, component, selection.method, selection.layer)
+    check_fits(vector, subject.n_layers, subject.d_model)
+    check_kept(vector, subject.kept)
+    check_origin(vector, subject.metadata)
+    return ChosenVector(vector, selection, other_model_intended=choice.experiment is not None)
+
+
+class VectorChooser:
+    """Chooses vectors once for all captures of the same shape and origin.
+
+    `on_chosen` is called with each new choice, to report its failures and warnings once.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        choice: VectorChoice,
+        on_chosen: Callable[[ChosenVectors], None] = lambda chosen: None,
+    ):
+        self._source = choice.layout(layout)
+        self._choice = choice
+        self._on_chosen = on_chosen
+        self._chosen: dict[Hashable, ChosenVectors] = {}
+
+    def vectors(self, subject: Subject, component: str) -> Sequence[ChosenVector]:
+        """The vector of each trait that has one which fits."""
+        origin = (subject.metadata.get("inference_model"), subject.metadata.get("weight_processing"))
+        key = (component, subject.kept, subject.d_model, origin)
+        if key not in self._chosen:
+            self._chosen[key] = choose_vectors(self._source, self._choice, subject, component)
+            self._on_chosen(self._chosen[key])
+        return self._chosen[key].vectors

@@ -1,0 +1,61 @@
+"""The errors for missing trait vectors. Each names the command that extracts them. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from tlcapture.errors import InputError, VectorError
+from tlcapture.names import Trait
+from tlcapture.storage.layout import Layout
+from tlcapture.text import as_ranges
+
+
+def extract_command(layout: Layout, traits: Iterable[object] = ()) -> str:
+    """The command that extracts an experiment's vectors, of all traits where none is named."""
+    named = ",".join(map(str, traits))
+    return f"tlcapture extract --experiment {layout.experiment}" + (f" --traits {named}" if named else "")
+
+
+def no_vectors(layout: Layout) -> InputError:
+    """The error for an experiment without any vectors."""
+    return InputError(f"experiment {layout.experiment!r} has no trait vectors: run '{extract_command(layout)}'")
+
+
+def no_vectors_of_trait(layout: Layout, trait: Trait) -> InputError:
+    """The error for a trait without vectors, naming the traits that have some."""
+    return InputError(
+        f"no vectors for trait {str(trait)!r} in {layout.folder}; available traits: {_available(layout)}; "
+        f"run '{extract_command(layout, [trait])}'"
+    )
+
+
+def no_component_vectors(layout: Layout, component: str) -> InputError:
+    """The error for an experiment whose vectors are all of another component."""
+    return InputError(
+        f"no {component} vectors in {layout.folder}; available traits: {_available(layout)}; "
+        f"run '{extract_command(layout)}'"
+    )
+
+
+def no_vectors_by_method(layout: Layout, trait: Trait, component: str, method: str | None) -> VectorError:
+    """The error for a trait without vectors of a component, or without any by a method."""
+    by = "" if method is None else f" by {method!r}"
+    return VectorError(
+        f"no {component} vectors{by} for {trait} in experiment {layout.experiment!r}: "
+        f"run '{extract_command(layout, [trait])}'"
+    )
+
+
+def no_vector(
+    layout: Layout, trait: Trait, component: str, method: str, layer: int, available: Mapping[str, Sequence[int]]
+) -> VectorError:
+    """The error for one missing vector; `available` holds the layers that have one, by method."""
+    listed = "; ".join(f"{name}: {as_ranges(layers)}" for name, layers in available.items()) or "none"
+    return VectorError(
+        f"no {component} vector of {trait} by {method!r} at layer {layer} in experiment {layout.experiment!r}; "
+        f"available layers: {listed}"
+    )
+
+
+def _available(layout: Layout) -> str:
+    return ", ".join(map(str, layout.traits())) or "none"
