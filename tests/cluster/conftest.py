@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,28 @@ from tlcapture.models.loading import load_model
 TEXTS = [f"tell me {'more ' * number}of it" for number in range(12)]
 
 
+# The cluster has a process of its own, so that drivers may be forks of the tests' process: Ray survives no fork.
+_CLUSTER = """
+import sys
+import ray
+context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+print("at", context.address_info["gcs_address"], flush=True)
+sys.stdin.read()
+ray.shutdown()
+"""
+
+
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
     """The address of a cluster that runs until the end of these tests."""
-    import ray
-
-    context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-    yield str(context.address_info["gcs_address"])
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")  # as Ray tells the children of the process that starts a cluster
+        words = [sys.executable, "-c", _CLUSTER]
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as cluster:
+            assert cluster.stdout is not None and cluster.stdin is not None
+            yield next(line.split()[1] for line in cluster.stdout if line.startswith("at "))
+            cluster.stdin.close()
+            cluster.wait(timeout=60)
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,24 +18,14 @@ import pytest
 
 from tests.cluster.conftest import words_of
 from tests.evidence import Evidence
-from tests.faults.commands import contents
+from tests.faults.commands import Command, contents
 
 RAY = ("--executor", "ray", "--workers", "2")
 
 
-def program(*words: object, **options: Any) -> subprocess.Popen[str]:
+def program(*words: object) -> subprocess.CompletedProcess[str]:
     """The real program, in a process of its own."""
-    command = [sys.executable, "-m", "tlcapture", *map(str, words)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-
-
-def wait_for(condition: Callable[[], Any], running: subprocess.Popen[str]) -> Any:
-    deadline = time.monotonic() + 120
-    while not (found := condition()):
-        assert running.poll() is None, running.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    return found
+    return subprocess.run([sys.executable, "-m", "tlcapture", *map(str, words)], capture_output=True, text=True)
 
 
 def captured(root: Path) -> list[Path]:
@@ -61,38 +52,50 @@ def plain(value: Any) -> Any:
 
 
 @pytest.fixture
-def run(ray_address: str, busy: Path) -> Callable[..., subprocess.Popen[str]]:
+def run(ray_address: str, busy: Path, tmp_path: Path) -> Callable[..., Command]:
     """Start the capture on the cluster."""
-    return lambda *words: program(*words_of(busy), *RAY, "--ray-address", ray_address, *words)
+    return lambda *words: Command(tmp_path / "output", *words_of(busy), *RAY, "--ray-address", ray_address, *words)
+
+
+def can_mount_unseen() -> bool:
+    return subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode == 0
+
+
+def mount_unseen(folder: Path, content: Path) -> None:
+    """Mount a disk in a folder that no other process sees there, with a copy of the content."""
+    if ctypes.CDLL(None, use_errno=True).unshare(0x00020000):  # CLONE_NEWNS
+        raise OSError(ctypes.get_errno(), "unshare")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], check=True)
+    shutil.copytree(content, folder, dirs_exist_ok=True)
 
 
 def test_a_cluster_writes_the_files_of_a_local_run(
-    run: Callable[..., subprocess.Popen[str]], busy: Path, by_one_process: dict[str, Any]
+    ray_address: str, busy: Path, by_one_process: dict[str, Any]
 ) -> None:
-    running = run("--json")
-    stdout, stderr = running.communicate()
-    assert running.returncode == 0, stderr
+    done = program(*words_of(busy), *RAY, "--ray-address", ray_address, "--json")
+    assert done.returncode == 0, done.stderr
     assert same_but_for_the_model_folder(contents(busy / "experiments" / "exp"), by_one_process)
-    summary = json.loads(stdout)
+    summary = json.loads(done.stdout)
     assert (summary["prompts"], summary["failures"], summary["retried"]) == (12, [], [])
     assert summary["new_tokens"] == n_response_tokens(by_one_process)
     assert summary["files"]["folders"]["inference/raw/residual/busy"]["files"] == 12
     assert (summary["cluster"]["workers"], summary["cluster"]["pieces"]) == (2, 6)
     assert summary["model"]["engine"] == "hooked"
-    assert stderr.count(" of 6 batches") == 6
+    assert done.stderr.count(" of 6 batches") == 6
 
 
 def test_the_batch_of_a_killed_worker_is_run_again(
-    run: Callable[..., subprocess.Popen[str]], busy: Path, by_one_process: dict[str, Any], evidence: Evidence
+    run: Callable[..., Command], busy: Path, by_one_process: dict[str, Any], evidence: Evidence
 ) -> None:
     log = busy / "log"
     running = run("--log-file", str(log))
-    wait_for(lambda: captured(busy), running)
+    running.wait_for(lambda: captured(busy))
     os.kill(int(re.findall(r"process (\d+), takes", log.read_text())[-1]), signal.SIGKILL)
-    stdout, stderr = running.communicate()
-    assert running.returncode == 0, stderr
-    assert "died; its batch is run again: 2 prompts of busy" in stdout
-    assert "1 batches run again because their worker died" in stdout
+    done = running.end()
+    assert done.code == 0, done.stderr
+    assert "died; its batch is run again: 2 prompts of busy" in done.stdout
+    assert "1 batches run again because their worker died" in done.stdout
     assert same_but_for_the_model_folder(contents(busy / "experiments" / "exp"), by_one_process)
     evidence.survived(
         "a Ray worker killed in the middle", "kill -9 of one of two", "its batch is run again; the files of a local run"
@@ -100,17 +103,16 @@ def test_the_batch_of_a_killed_worker_is_run_again(
 
 
 def test_a_killed_driver_is_resumed_with_skip_existing(
-    run: Callable[..., subprocess.Popen[str]], busy: Path, by_one_process: dict[str, Any], evidence: Evidence
+    run: Callable[..., Command], busy: Path, by_one_process: dict[str, Any], evidence: Evidence
 ) -> None:
     killed = run()
-    wait_for(lambda: captured(busy), killed)
-    killed.kill()
-    killed.communicate()
+    killed.wait_for(lambda: captured(busy))
+    killed.send(signal.SIGKILL)
+    assert killed.end().code == -signal.SIGKILL
     before = len(captured(busy))
     assert before < 12
-    resumed = run("--skip-existing")
-    _, stderr = resumed.communicate()
-    assert resumed.returncode == 0, stderr
+    resumed = run("--skip-existing").end()
+    assert resumed.code == 0, resumed.stderr
     assert same_but_for_the_model_folder(contents(busy / "experiments" / "exp"), by_one_process)
     evidence.survived(
         "the driver of a Ray cluster killed in the middle",
@@ -119,15 +121,13 @@ def test_a_killed_driver_is_resumed_with_skip_existing(
     )
 
 
-def test_ctrl_c_keeps_what_workers_did(
-    run: Callable[..., subprocess.Popen[str]], busy: Path, by_one_process: dict[str, Any]
-) -> None:
+def test_ctrl_c_keeps_what_workers_did(run: Callable[..., Command], busy: Path, by_one_process: dict[str, Any]) -> None:
     running = run()
-    wait_for(lambda: captured(busy), running)
-    running.send_signal(signal.SIGINT)
-    _, stderr = running.communicate()
-    assert running.returncode == 130, stderr
-    assert "stopped by Ctrl-C; to resume: tlcapture capture" in stderr
+    running.wait_for(lambda: captured(busy))
+    running.send(signal.SIGINT)
+    done = running.end()
+    assert done.code == 130, done.stderr
+    assert "stopped by Ctrl-C; to go on: tlcapture capture" in done.stderr
     n_whole = len(captured(busy))
     assert 0 < n_whole < 12
     found = plain(contents(busy / "experiments" / "exp"))
@@ -137,40 +137,45 @@ def test_ctrl_c_keeps_what_workers_did(
 
 @pytest.mark.parametrize("collect", [False, True])
 def test_a_root_that_workers_do_not_see_is_refused_unless_files_are_sent_back(
-    ray_address: str, busy: Path, tmp_path: Path, by_one_process: dict[str, Any], collect: bool
+    ray_address: str,
+    busy: Path,
+    tmp_path: Path,
+    by_one_process: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    collect: bool,
 ) -> None:
     """The driver has a mount namespace of its own: workers see an empty folder at its root."""
+    if not can_mount_unseen():
+        pytest.skip("mount namespaces cannot be made here")
     hidden, result = tmp_path / "hidden", tmp_path / "result"
     hidden.mkdir()
-    words = [str(word) for word in (*words_of(hidden), *RAY, "--ray-address", ray_address, "--model", hidden / "model")]
-    words += ["--allow-model-change"] + ["--collect"] * collect
-    script = (
-        f'mount -t tmpfs tmpfs "{hidden}" && cp -r "{busy}"/. "{hidden}" && "$@"; code=$?; '
-        f'cp -r "{hidden}/experiments/exp" "{result}"; ls -A "{hidden}" >&2; exit $code'
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setenv("TLCAPTURE_CACHE", str(tmp_path / "cache"))
+
+    def bring_out() -> None:
+        shutil.copytree(hidden / "experiments" / "exp", result)
+        (tmp_path / "left").write_text(str(list(hidden.glob(".tlcapture-*"))))
+
+    words = (*words_of(hidden), *RAY, "--ray-address", ray_address, "--model", hidden / "model", "--allow-model-change")
+    collected = ["--collect"] if collect else []
+    command = Command(
+        tmp_path / "output", *words, *collected, before=lambda: mount_unseen(hidden, busy), after=bring_out
     )
-    command = ["unshare", "--mount", "sh", "-c", script, "sh", sys.executable, "-m", "tlcapture", *words]
-    environment = {**os.environ, "TLCAPTURE_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if "unshare failed" in done.stderr or "unshare: " in done.stderr:
-        pytest.skip(f"mount namespaces cannot be made here: {done.stderr.strip()}")
+    done = command.end()
     assert "Traceback" not in done.stderr, done.stderr
+    assert (tmp_path / "left").read_text() == "[]"
     if collect:
-        assert done.returncode == 0, done.stderr
+        assert done.code == 0, done.stderr
         assert same_but_for_the_model_folder(contents(result), by_one_process)
         assert json.loads((result / "config.json").read_bytes())["inference_model"] == str(hidden / "model")
         return
-    assert done.returncode == 2, done.stderr
+    assert done.code == 2, done.stderr
     assert "does not see" in done.stderr
     assert "pass --collect" in done.stderr
     assert not (result / "inference").exists()
-    assert ".tlcapture-" not in done.stderr.splitlines()[-1]
 
 
 def test_every_command_gives_the_same_on_a_cluster_as_locally(ray_address: str, busy: Path, tmp_path: Path) -> None:
-    import shutil
-
-    from tests.faults.commands import Command
-
     for trait in ("loud", "warm"):
         questions = [{"id": str(n), "question": f"q{n}?", "positive": "YES", "negative": "no"} for n in range(2)]
         path = busy / "datasets" / "traits" / "tone" / trait / "steering.json"
@@ -189,9 +194,8 @@ def test_every_command_gives_the_same_on_a_cluster_as_locally(ray_address: str, 
         local = Command(tmp_path / "output", name, "--root", here, *common).end()
         assert local.code == 0, local.stderr
         cluster = ("--executor", "ray", "--workers", "1", "--ray-address", ray_address)
-        running = program(name, "--root", busy, *common, *cluster)
-        _, stderr = running.communicate()
-        assert running.returncode == 0, stderr
+        done = Command(tmp_path / "output", name, "--root", busy, *common, *cluster).end()
+        assert done.code == 0, done.stderr
     found, expected = (contents_of_json(root / "experiments" / "exp") for root in (busy, here))
     assert found == expected
 
@@ -212,8 +216,8 @@ def without_times(value: Any) -> Any:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--workers", "2"), "--workers needs --executor ray"),
-        (("--collect",), "--collect needs --executor ray"),
+        (("--workers", "2"), "--workers goes with --executor ray"),
+        (("--collect",), "--collect goes with --executor ray"),
         (("--executor", "ray", "--gpus-per-worker", "64"), "too few for a worker of 1 and 64"),
         (("--executor", "ray", "--cpus-per-worker", "64"), "too few for a worker of 64 and 0"),
     ],
@@ -221,7 +225,9 @@ def without_times(value: Any) -> Any:
 def test_options_that_a_cluster_cannot_meet_are_refused(
     ray_address: str, busy: Path, words: tuple[str, ...], message: str, tlcapture: Any
 ) -> None:
-    result = tlcapture(*words_of(busy), *words)
+    """These connect the tests' process itself, after the drivers above were forked from it."""
+    address = ("--ray-address", ray_address) if "--executor" in words else ()
+    result = tlcapture(*words_of(busy), *words, *address)
     assert result.exit_code == 2
     assert message in result.stderr
 
@@ -235,8 +241,7 @@ def test_without_ray_the_error_says_how_to_install_it(
     assert 'needs Ray: run pip install "tlcapture[ray]"' in result.stderr
 
 
-def test_an_address_without_a_cluster_is_an_error(busy: Path) -> None:
-    running = program(*words_of(busy), "--executor", "ray", "--ray-address", "127.0.0.1:1")
-    _, stderr = running.communicate()
-    assert running.returncode == 2, stderr
-    assert "no Ray cluster at '127.0.0.1:1'" in stderr.splitlines()[-1]
+def test_an_address_without_a_cluster_is_an_error(busy: Path, tlcapture: Any) -> None:
+    result = tlcapture(*words_of(busy), "--executor", "ray", "--ray-address", "127.0.0.1:1")
+    assert result.exit_code == 2
+    assert "no Ray cluster at '127.0.0.1:1'" in result.stderr.splitlines()[-1]
