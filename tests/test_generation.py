@@ -34,6 +34,32 @@ def outcomes(model: Model, names: list[str], **options: Any) -> dict[str, Genera
     return {outcome.prompt.id: outcome for outcome in generate(model, prompts, hooks=hooks, **options)}
 
 
+@pytest.mark.parametrize("engine", tiny.ENGINES)
+def test_run_with_cache_drives_every_forward_pass_and_its_dict_is_what_is_captured(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dict that each call returns is filled with the number of the call, which is then what is captured."""
+    model = tiny.model("llama", engine)
+    run_with_cache, n_calls = type(model.tl).run_with_cache, 0
+
+    def numbered(self: Any, *args: Any, **options: Any) -> Any:
+        nonlocal n_calls
+        output, cache = run_with_cache(self, *args, **options)
+        n_calls += 1
+        return output, {name: torch.full_like(activation, n_calls) for name, activation in cache.items()}
+
+    monkeypatch.setattr(type(model.tl), "run_with_cache", numbered)
+    found = outcomes(model, ["4", "9"], batch_size=2, max_new_tokens=5, sampling=GREEDY)
+    generations = [outcome for outcome in found.values() if isinstance(outcome, Generation)]
+    assert len(generations) == 2
+    assert n_calls == 1 + max(len(generation.response_ids) for generation in generations)
+    for outcome in generations:
+        n_prompt = len(outcome.prompt.token_ids)
+        expected = torch.tensor([1.0] * n_prompt + [2.0 + step for step in range(len(outcome.response_ids))])
+        for captured in outcome.cache.values():
+            assert torch.equal(captured, expected[:, None].expand_as(captured))
+
+
 def test_sampled_responses_do_not_depend_on_batch_size_or_order() -> None:
     model = tiny.model("llama")
     names = list(PROMPTS)
