@@ -263,7 +263,7 @@ def test_a_vector_that_cannot_match_fails_its_trait_alone(project: Run, projecte
     result = project()
     assert result.exit_code == 1
     assert result.stderr.count("failed: tone/loud: the probe vector of tone/loud at layer 1") == 1
-    assert "weights processed by 'fold_ln'" in result.stderr
+    assert "has weight_processing 'fold_ln'" in result.stderr
     assert not projected.exists()
     assert len(list((projected.parents[2] / "warm" / "residual_stream" / "short").iterdir())) == 3
 

@@ -359,7 +359,7 @@ def test_layers_that_are_one_tensor_are_refused_before_they_fill_memory(layout: 
         for by_point in activations.values():
             by_point.update(dict.fromkeys(by_point, one))
     torch.save(value, path)
-    with pytest.raises(StorageError, match="several are the same memory") as caught:
+    with pytest.raises(StorageError, match="several share the same memory") as caught:
         Capture.open(path)
     check_refusal(caught.value, path)
     evidence.tried("capture", "layers that are one tensor")

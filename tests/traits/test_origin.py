@@ -68,7 +68,7 @@ def test_a_vector_of_the_captured_model_has_no_notes() -> None:
         (vector(hook="ln_final.hook_normalized"), {}, r"was read out at ln_final\.hook_normalized"),
         (vector(weight_processing="fold_ln"), {}, "vector .* has weight_processing 'fold_ln'"),
         (vector(), {"weight_processing": "center_writing_weights"}, "the capture has weight_processing 'center"),
-        (vector(num_layers=4), {}, "of a model of 4 layers, the capture of one of 3, although both .* 'org/model'"),
+        (vector(num_layers=4), {}, "from a model with 4 layers, the capture from one with 3, although both .* 'org"),
     ],
 )
 def test_a_vector_that_cannot_match_is_an_error_naming_both_sides(found: TraitVector, captured: Any, said: str) -> None:
