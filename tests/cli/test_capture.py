@@ -208,9 +208,9 @@ def test_kept_captures_with_other_sampling_settings_are_reported(capture: Run, t
 
 def test_removed_files_of_an_earlier_capture_are_reported(capture: Run, raw: Path) -> None:
     first = capture("--attention", "--layer-internals", 1, "--limit", 2, "--temperature", 0)
-    assert "removed" not in first.stdout
+    assert "runs removed" not in first.stdout
     alike = capture("--limit", 2, "--temperature", 0)
-    assert "removed" not in alike.stdout
+    assert "runs removed" not in alike.stdout
     other = capture("--attention", "--limit", 1, "--temperature", 3, "--seed", 1)
     assert "1 files of earlier runs removed and not written again" in other.stdout
     assert [path.name for path in (raw.parents[1] / "internals" / "short").glob("*.pt")] == ["2_L1.pt"]
