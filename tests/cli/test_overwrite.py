@@ -159,7 +159,7 @@ def test_replay_asks_for_another_capture(reason: str, capture: Run, data: Path) 
     assert files_of(data) == before
     refused = capture("--replay", "--overwrite")
     assert refused.exit_code == 2
-    assert "--replay keeps raw residuals as they are: --overwrite needs a capture of their own" in refused.output
+    assert "--replay does not change raw residuals: leave it out to use --overwrite" in refused.output
 
 
 def test_projections_only_removes_it_and_writes_projections(reason: str, capture: Run, data: Path, raw: Path) -> None:

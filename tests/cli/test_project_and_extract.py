@@ -125,7 +125,7 @@ def test_batch_size_changes_no_vector(extract: Run, vectors: Path) -> None:
         (("--traits", "tone/quiet"), "no examples for trait 'tone/quiet'"),
         (("--methods", "magic"), "no method 'magic': choose among probe, mean_diff, gradient"),
         (("--layers", "5"), "--layers 5: the model has layers 0 to 2"),
-        (("--layers", "x"), "no list of layer numbers"),
+        (("--layers", "x"), "not a list of layer numbers"),
     ],
 )
 def test_wrong_usage_of_extract(extract: Run, data: Path, words: tuple[str, ...], said: str) -> None:
@@ -332,7 +332,7 @@ def test_a_failed_extraction_leaves_earlier_vectors_as_they_were(
     )
     result = extract("--seed", 5)
     assert result.exit_code == 1
-    assert "failed: tone/loud: gradient gave a vector that is zero or holds NaN or inf" in result.stderr
+    assert "failed: tone/loud: gradient gave a vector that is zero or contains NaN or inf" in result.stderr
     assert {path: path.read_bytes() for path in vectors.iterdir()} == before
 
 

@@ -155,7 +155,7 @@ def test_prompts_with_projections_alone_are_shown_like_others(
     assert "short: the trait that rose most" in capture(*ONLY).output
     exp = Experiment("exp", data)
     assert set(exp.to_pandas("short", layers="all").prompt_id) == {"1", "2", "3"}
-    with pytest.raises(KeyError, match="of this prompt only projections were kept"):
+    with pytest.raises(KeyError, match="only projections of this prompt were kept"):
         exp.captures("short")[1]
     contents = Contents(data)
     assert contents.experiments()[0]["prompt_sets"] == ["short"]

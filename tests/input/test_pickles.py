@@ -220,7 +220,7 @@ def test_a_damaged_or_foreign_converted_model_is_refused(
     cache: Path, marker: Path, evidence: Evidence, damage: str
 ) -> None:
     DAMAGES[damage](cache, marker)
-    with pytest.raises(ModelError, match="remove the folder, and it is made again") as caught:
+    with pytest.raises(ModelError, match="remove the folder to convert it again") as caught:
         load_model(embedded.NAME, device="cpu")
     check_refusal(caught.value, cache)
     assert not marker.exists()

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from tlcapture.errors import StorageError
-from tlcapture.storage.validation import Count, FileContent, Layer, Share, checked, first_problem
+from tlcapture.storage.validation import Count, FileContent, Layer, Share, checked, first_problem, not_valid
 
 Measure = Annotated[int, Field(ge=1, le=10_000)]
 Pattern = list[list[Share]]  # [head][key]
@@ -22,7 +22,7 @@ Entry = TypeVar("Entry", bound="_Entry")
 class PerTokenHead(FileContent):
     """The content of a file apart from its entries."""
 
-    what: ClassVar[str] = "file of attention patterns or a logit lens"
+    what: ClassVar[str] = "attention or logit lens"
 
     tokens: list[str]
     n_prompt_tokens: Count
@@ -46,7 +46,7 @@ class PerTokenHead(FileContent):
 class AttentionHead(PerTokenHead):
     """The head of a file of attention patterns."""
 
-    what = "attention patterns"
+    what = "attention"
 
     n_heads: Measure
 
@@ -70,11 +70,10 @@ class _Entry(FileContent):
         """The entry of a file with a head; raises `StorageError` for another."""
         entry = checked(cls, value, path, head.what)
         if len(entry.by_layer) != head.n_layers:
-            raise StorageError(
-                f"{path}: no {head.what}: token {entry.token_idx} has {len(entry.by_layer)} layers, not {head.n_layers}"
-            )
+            n_layers = len(entry.by_layer)
+            raise not_valid(path, head.what, f"token {entry.token_idx} has {n_layers} layers, not {head.n_layers}")
         if entry.token_idx >= len(head.tokens):
-            raise StorageError(f"{path}: no {head.what}: token {entry.token_idx} of {len(head.tokens)}")
+            raise not_valid(path, head.what, f"token {entry.token_idx} of {len(head.tokens)}")
         return entry
 
 
@@ -89,8 +88,8 @@ class AttentionEntry(_Entry):
         """The entry of a file with a head; raises `StorageError` if a layer lacks the weights of a head."""
         entry = super().of(value, path, head)
         if isinstance(head, AttentionHead) and any(len(pattern) != head.n_heads for pattern in entry.by_layer):
-            raise StorageError(
-                f"{path}: no {head.what}: token {entry.token_idx} has not {head.n_heads} heads in every layer"
+            raise not_valid(
+                path, head.what, f"token {entry.token_idx} does not have {head.n_heads} heads in every layer"
             )
         return entry
 
