@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,13 +14,16 @@ from tlcapture.views.hooks import is_pattern
 
 Kind = tuple[int | str, ...]
 PATTERN: Kind = ("pattern",)
+_SHARE = 0.5  # of an accelerator's free memory that recorded activations may take
 
 
 class Recorder:
     """Collects activations step by step and returns them prompt by prompt.
 
-    Each prompt's activations of one shape share a buffer `[name, token, ...]` in main memory, which is
-    written in place, without padding; those of a step are stacked first if they have to leave an accelerator.
+    A prompt's activations of one shape share a buffer `[name, token, ...]` in main memory, without padding. On a CPU
+    every step is written into these buffers. On an accelerator, a batch's steps stay there, in a buffer
+    `[name, prompt, column, ...]` whose columns are the positions of the left-padded batch, and a prompt's activations
+    are copied to main memory once, when it has ended; where that buffer does not fit, every step is copied.
     Patterns, whose last axis grows, are kept step by step.
 
     Prompts are numbered in the order of `prompt_lengths`, which are in tokens.
@@ -33,6 +37,7 @@ class Recorder:
         self._filled = [0] * len(prompt_lengths)
         self._groups: dict[Kind, list[str]] = {}
         self._buffers: dict[tuple[Kind, int], Tensor] = {}
+        self._on_device: dict[Kind, Tensor | None] = {}  # `None` where the buffer does not fit
         self._patterns: list[tuple[list[int], Tensor]] = []
 
     def record(self, indices: Sequence[int], cache: Cache) -> None:
@@ -50,6 +55,8 @@ class Recorder:
                 activations = [activation.to("cpu") for activation in activations]
             if kind == PATTERN:
                 self._patterns.append((list(indices), torch.stack(activations).to("cpu")))
+            elif (buffer := self._device_buffer(kind, activations)) is not None:
+                self._write_on_device(buffer, indices, activations)
             else:
                 self._write(kind, indices, n_new, activations)
         for index, count in zip(indices, n_new, strict=True):
@@ -61,6 +68,8 @@ class Recorder:
         for kind, names in self._groups.items():
             if kind == PATTERN:
                 whole = self._whole_pattern(index)
+            elif (buffer := self._on_device[kind]) is not None:
+                whole = self._leave_device(buffer, index)
             else:
                 whole = self._buffers.pop((kind, index))[:, : self._filled[index]]
             cache.update(zip(names, whole.unbind(), strict=True))
@@ -76,6 +85,40 @@ class Recorder:
                 torch.stack([activation[row, -count:] for activation in activations], out=target)
             else:
                 target.copy_(stacked[:, row, -count:])
+
+    @property
+    def _width(self) -> int:
+        """The columns of the left-padded prompts; a response begins in the next one."""
+        return max(self._lengths)
+
+    def _device_buffer(self, kind: Kind, activations: list[Tensor]) -> Tensor | None:
+        """The buffer of a kind on the accelerator that the activations are on, made at the first step."""
+        if kind not in self._on_device:
+            first = activations[0]
+            columns = self._width + self._max_new_tokens
+            shape = (len(activations), len(self._lengths), columns, *first.shape[2:])
+            fits = first.is_cuda and math.prod(shape) * first.itemsize <= _SHARE * _free(first.device)
+            self._on_device[kind] = first.new_empty(shape) if fits else None
+        return self._on_device[kind]
+
+    def _write_on_device(self, buffer: Tensor, indices: Sequence[int], activations: list[Tensor]) -> None:
+        """Write one step, in which all prompts are read, or all continue: its columns end at the same one."""
+        n_filled = self._filled[indices[0]]
+        stop = self._width + (n_filled + 1 - self._lengths[indices[0]] if n_filled else 0)
+        n_columns = min(activation.shape[1] for activation in activations)  # rotated keys are those of all tokens so far
+        columns = slice(stop - n_columns, stop)
+        stacked = torch.stack([activation[:, -n_columns:] for activation in activations])
+        if len(indices) == indices[-1] + 1 - indices[0]:  # consecutive, as long as no prompt between them has ended
+            buffer[:, indices[0] : indices[-1] + 1, columns] = stacked
+        else:
+            buffer[:, torch.tensor(indices, device=buffer.device), columns] = stacked
+
+    def _leave_device(self, buffer: Tensor, index: int) -> Tensor:
+        """A prompt's activations `[name, n_tokens, ...]` in main memory."""
+        start = self._width - self._lengths[index]
+        block = buffer[:, index, start : start + self._filled[index]]
+        pinned = torch.empty(block.shape, dtype=block.dtype, pin_memory=True)  # pageable memory takes longer to reach
+        return pinned.copy_(block)
 
     def _buffer(self, kind: Kind, index: int, activations: list[Tensor]) -> Tensor:
         if (kind, index) not in self._buffers:
@@ -108,3 +151,9 @@ def check_hooks(hooks: Sequence[str]) -> None:
 def _kind(name: str, activation: Tensor) -> Kind:
     """What has to be equal for activations to share a buffer."""
     return PATTERN if is_pattern(name) else (*activation.shape[2:], str(activation.dtype))
+
+
+def _free(device: torch.device) -> int:
+    """Free bytes of an accelerator, including those that torch holds for tensors to come."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + held

@@ -57,10 +57,13 @@ def choose_tokens(logits: LastLogits, temperature: float, generators: Sequence[t
     """
     if temperature == 0:
         return logits.argmax(dim=-1).tolist()
-    heights = logits.cpu().double()
+    device = logits.device if logits.is_cuda else torch.device("cpu")  # not all accelerators have float64
+    heights = logits.to(device, torch.float64)
     # With 0 as the largest, no temperature overflows.
     heights = heights - heights.amax(dim=-1, keepdim=True)
     heights = (heights / temperature).softmax(dim=-1).cumsum(dim=-1)
-    draws = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
+    draws = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators]).to(
+        device
+    )
     tokens = torch.searchsorted(heights, draws * heights[:, -1:], right=True)
     return tokens[:, 0].clamp(max=logits.shape[-1] - 1).tolist()
