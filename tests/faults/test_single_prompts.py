@@ -43,7 +43,7 @@ def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_failed_prompts_are_named_and_do_not_change_the_others(
+def test_prompts_that_fail_are_named_and_do_not_change_the_others(
     odd_model: Path, tmp_path: Path, evidence: Evidence
 ) -> None:
     def capture(name: str, ids: list[str]) -> tuple[int, str]:
