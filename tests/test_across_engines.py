@@ -1,4 +1,4 @@
-"""What was captured and extracted on one engine, or under another TransformerLens, is read on every other one."""
+"""Captures and vectors of each engine and TransformerLens version are readable with every other one."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ from tlcapture.models.checkpoints import fingerprint
 from tlcapture.storage.files import read_json
 
 MAKERS = (*tiny.ENGINES, *sorted(path.name for path in STORED.iterdir()))
-ROUNDED = 1e-3  # what files with 4 significant digits may differ by
-Made = Callable[[str], Path]
+ROUNDED = 1e-3  # tolerance for files with 4 significant digits
+GetFolder = Callable[[str], Path]
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Made:
-    """The folder of the experiment of a maker: an engine of this environment, or one of `tests/stored`."""
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> GetFolder:
+    """Returns the experiment folder of a maker: an engine of this environment, or a folder of `tests/stored`."""
 
     @cache
-    def make(maker: str) -> Path:
+    def folder(maker: str) -> Path:
         if maker in tiny.ENGINES:
             return make_experiment(tmp_path_factory.mktemp(maker), tiny_folder, maker)
         return STORED / maker
 
-    return make
+    return folder
 
 
 @pytest.fixture
-def copied(tmp_path: Path, made: Made) -> Made:
-    """A root of a test's own with a copy of a maker's experiment, without its views."""
+def copied(tmp_path: Path, made: GetFolder) -> GetFolder:
+    """Copies a maker's experiment without its views into a new root."""
 
     def copy(maker: str, name: str = "exp") -> Path:
         if not (tmp_path / "datasets").exists():
@@ -67,27 +67,30 @@ def copied(tmp_path: Path, made: Made) -> Made:
 
 
 def attention(folder: Path) -> list[Tensor]:
-    """The weights of each token's attention, `[layer, head, key]`."""
+    """Attention weights of each token, `[layer, head, key]`."""
     return [torch.tensor(entry["by_layer"]) for entry in read_json(folder / ATTENTION)["attention"]]
 
 
 def lens(folder: Path) -> list[Any]:
+    """Rank and probability of the actual token, and the top probabilities, for each token and layer."""
     entries = [layer for token in read_json(folder / LOGIT_LENS)["predictions"] for layer in token["by_layer"]]
     return [(entry["actual_rank"], entry["actual_prob"], *(top["prob"] for top in entry["top_k"])) for entry in entries]
 
 
 def internals(folder: Path) -> dict[str, Tensor]:
+    """The activations of an internals file in float32."""
     content = torch.load(folder / INTERNALS, weights_only=True)
     return {name: value.float() for name, value in content.items() if isinstance(value, Tensor)}
 
 
 def projections(folder: Path) -> Tensor:
+    """The projections of prompt and response, `[token, ...]`."""
     parts = read_json(folder / PROJECTION)["projections"]
     return torch.tensor([*parts["prompt"], *parts["response"]])
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-def test_every_maker_captured_the_same_tokens_of_the_same_checkpoint(maker: str, made: Made) -> None:
+def test_captures_of_all_makers_have_the_same_tokens_and_checkpoint(maker: str, made: GetFolder) -> None:
     capture = Capture.open(made(maker) / RESIDUALS)
     assert capture.metadata["model_fingerprint"] == fingerprint(tiny.hf_model("llama"))
     assert capture.metadata["engine"] == maker.split("-")[0]
@@ -99,8 +102,8 @@ def test_every_maker_captured_the_same_tokens_of_the_same_checkpoint(maker: str,
 
 @pytest.mark.parametrize("engine", tiny.ENGINES)
 @pytest.mark.parametrize("maker", MAKERS)
-def test_a_capture_is_replayed_to_what_the_engine_itself_captures(
-    maker: str, engine: str, made: Made, copied: Made, tiny_folder: Path
+def test_a_replay_on_any_engine_equals_a_capture_on_that_engine(
+    maker: str, engine: str, made: GetFolder, copied: GetFolder, tiny_folder: Path
 ) -> None:
     folder, own = copied(maker), made(engine)
     runs_on = ("--model", tiny_folder, "--engine", engine, "--device", "cpu")
@@ -110,8 +113,8 @@ def test_a_capture_is_replayed_to_what_the_engine_itself_captures(
     assert len(lens(own)) == 3 * 6
     for ours, theirs in zip(lens(folder), lens(own), strict=True):
         assert ours == pytest.approx(theirs, rel=ROUNDED)
-    for there in {own, made(maker)} - {STORED / maker}:
-        ours, theirs = internals(folder), internals(there)
+    for other in {own, made(maker)} - {STORED / maker}:
+        ours, theirs = internals(folder), internals(other)
         assert ours.keys() == theirs.keys()
         for name, activation in ours.items():
             assert relative(activation, theirs[name]) < ROUNDED, name
@@ -119,8 +122,8 @@ def test_a_capture_is_replayed_to_what_the_engine_itself_captures(
 
 @pytest.mark.parametrize("extracted_by", MAKERS)
 @pytest.mark.parametrize("captured_by", MAKERS)
-def test_a_capture_of_any_engine_is_projected_onto_vectors_of_any_other(
-    captured_by: str, extracted_by: str, made: Made, copied: Made
+def test_captures_of_any_maker_can_be_projected_onto_vectors_of_any_other(
+    captured_by: str, extracted_by: str, made: GetFolder, copied: GetFolder
 ) -> None:
     folder, vectors = copied(captured_by), copied(extracted_by, "other")
     (folder / PROJECTION).unlink()
@@ -140,8 +143,8 @@ def test_a_capture_of_any_engine_is_projected_onto_vectors_of_any_other(
 
 @pytest.mark.parametrize("engine", tiny.ENGINES)
 @pytest.mark.parametrize("maker", MAKERS)
-def test_the_cache_of_a_capture_has_transformerlens_methods_on_every_engine(
-    maker: str, engine: str, copied: Made, monkeypatch: pytest.MonkeyPatch
+def test_the_activation_cache_of_a_capture_works_on_every_engine(
+    maker: str, engine: str, copied: GetFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exp = Experiment("exp", copied(maker).parents[1])
     monkeypatch.setitem(exp.__dict__, "model", tiny.model("llama", engine))

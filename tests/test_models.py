@@ -154,7 +154,7 @@ def test_a_bridge_with_processed_weights_is_refused() -> None:
     bridge = users_bridge()
     with quiet_loading():
         bridge.enable_compatibility_mode(disable_warnings=True)
-    with pytest.raises(ModelError, match="its norms folded: boot it anew"):
+    with pytest.raises(ModelError, match="with its norms folded: boot it again"):
         as_model(bridge)
 
 
@@ -165,10 +165,10 @@ def test_a_bridge_without_tokenizer_is_refused() -> None:
         as_model(bridge)
 
 
-def test_a_bridge_around_something_else_than_a_hugging_face_model_is_refused() -> None:
+def test_a_bridge_that_does_not_wrap_a_hugging_face_model_is_refused() -> None:
     bridge = users_bridge()
     bridge.original_model = torch.nn.Linear(1, 1)
-    with pytest.raises(ModelError, match="not around a Hugging Face model: boot it with boot_transformers"):
+    with pytest.raises(ModelError, match="does not wrap a Hugging Face model: boot it with boot_transformers"):
         as_model(bridge)
 
 

@@ -1,6 +1,6 @@
-"""Checkpoints of images and text: their text is captured, and loading them starts no process.
+"""Multimodal checkpoints: only text is captured, and loading them starts no process.
 
-TransformerLens runs `pip install torchvision` where a checkpoint's processor cannot be loaded.
+TransformerLens runs `pip install torchvision` if a checkpoint's processor cannot be loaded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tlcapture.models.loading import from_hugging_face, load_model
 from tlcapture.views.residual import residual_hooks, residual_view
 
 NAME = "gemma3_multimodal"
-IDS = [0, *range(40, 70)]  # longer than the window of attention
+IDS = [0, *range(40, 70)]  # longer than the sliding window of attention
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / NAME
     tiny.hf_model(NAME).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
-    said = {"image_processor_type": "Gemma3ImageProcessor", "processor_class": "Gemma3Processor"}
-    (folder / "preprocessor_config.json").write_text(json.dumps(said))
+    config = {"image_processor_type": "Gemma3ImageProcessor", "processor_class": "Gemma3Processor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
     with pytest.raises(AttributeError, match="boi_token"):
         transformers.AutoProcessor.from_pretrained(folder)
     return folder
@@ -44,13 +44,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What would have been started; nothing is."""
+    """The functions through which the test tried to start a process; none is started."""
     found: list[str] = []
 
     def recorded(name: str) -> Callable[..., Any]:
         def start(*args: Any, **options: Any) -> Any:
             found.append(name)
-            raise RuntimeError("a test starts nothing")
+            raise RuntimeError("processes are blocked in this test")
 
         return start
 
@@ -61,7 +61,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def test_a_checkpoint_whose_processor_cannot_be_loaded_starts_nothing_and_equals_hugging_face(
+def test_a_checkpoint_without_a_loadable_processor_equals_hugging_face_and_starts_no_process(
     folder: Path, started: list[str]
 ) -> None:
     model = load_model(str(folder))
@@ -76,18 +76,18 @@ def test_a_checkpoint_whose_processor_cannot_be_loaded_starts_nothing_and_equals
     torch.testing.assert_close(model.unembed(last), theirs.logits[0], rtol=1e-4, atol=1e-4)
 
 
-def test_no_processor_is_loaded_even_where_one_could_be(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
+def test_a_loadable_processor_is_not_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[object] = []
     for name in ("AutoProcessor", "AutoFeatureExtractor", "AutoImageProcessor"):
-        loads = staticmethod(lambda *args, **options: asked.append(args))
+        loads = staticmethod(lambda *args, **options: loaded.append(args))
         monkeypatch.setattr(getattr(transformers, name), "from_pretrained", loads)
     before = transformers.AutoProcessor.from_pretrained
     assert load_model(str(folder)).tl.processor is None
-    assert asked == []
+    assert loaded == []
     assert transformers.AutoProcessor.from_pretrained is before
 
 
-STARTS: dict[str, Callable[[], Any]] = {
+PROCESS_STARTERS: dict[str, Callable[[], Any]] = {
     "run": lambda: subprocess.run([sys.executable, "-c", ""]),
     "check_call": lambda: subprocess.check_call([sys.executable, "-c", ""]),
     "popen": lambda: os.popen("true").close(),
@@ -98,36 +98,37 @@ STARTS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", list(STARTS))
-def test_whatever_starts_a_process_within_transformerlens_refuses_the_model_in_one_line(
-    way: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("starter", list(PROCESS_STARTERS))
+def test_a_model_that_starts_a_process_when_it_is_loaded_is_refused_with_a_one_line_error(
+    starter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformer_lens.model_bridge import TransformerBridge
 
-    monkeypatch.setattr(TransformerBridge, "boot_transformers", lambda *args, **options: STARTS[way]())
+    monkeypatch.setattr(TransformerBridge, "boot_transformers", lambda *args, **options: PROCESS_STARTERS[starter]())
     with pytest.raises(ModelError) as caught:
         from_hugging_face(tiny.hf_model("llama"), tiny.tokenizer(), name="tiny", engine="bridge")
-    said = str(caught.value)
-    assert said.startswith("tiny: TransformerBridge does not run LlamaForCausalLM: loading a model starts no process")
-    assert "\n" not in said
+    message = str(caught.value)
+    expected = "tiny: TransformerBridge does not run LlamaForCausalLM: loading a model must not start a process: "
+    assert message.startswith(expected)
+    assert "\n" not in message
 
 
-def test_processes_and_processors_of_others_are_not_disturbed(folder: Path) -> None:
+def test_other_threads_may_start_processes_and_load_processors(folder: Path) -> None:
     seen: list[object] = []
 
-    def elsewhere() -> None:
+    def in_another_thread() -> None:
         seen.append(subprocess.run([sys.executable, "-c", ""]).returncode)
         try:
             seen.append(transformers.AutoProcessor.from_pretrained(folder))
         except AttributeError:
-            seen.append("asked")
+            seen.append("not blocked")
 
     with text_only():
-        thread = threading.Thread(target=elsewhere)
+        thread = threading.Thread(target=in_another_thread)
         thread.start()
         thread.join()
         with pytest.raises(ProcessRefusedError):
             subprocess.run([sys.executable, "-c", ""])
         assert transformers.AutoProcessor.from_pretrained(folder) is None
-    assert seen == [0, "asked"]
+    assert seen == [0, "not blocked"]
     assert subprocess.run([sys.executable, "-c", ""]).returncode == 0

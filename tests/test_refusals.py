@@ -1,4 +1,4 @@
-"""What an engine does not compute as Hugging Face does is refused there, with the reason in one line."""
+"""Engines refuse models that they cannot compute exactly as Hugging Face does, with a one-line reason."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ NOT_ON_HOOKED: dict[str, tuple[Any, str]] = {
         lambda: transformers.GPT2Config(**tiny._GPT2_NAMES, add_cross_attention=True),
         "cross attention",
     ),
-    "opt_norm_behind": (
+    "opt_norm_after": (
         lambda: transformers.OPTConfig(**_OPT, do_layer_norm_before=False),
-        "OPT with the norm behind each sublayer",
+        "OPT with the norm after each sublayer",
     ),
     "opt_projected": (
         lambda: transformers.OPTConfig(**{**_OPT, "word_embed_proj_dim": 16}),
@@ -95,13 +95,13 @@ NOT_ON_HOOKED: dict[str, tuple[Any, str]] = {
 }
 
 
-def made(config: Any) -> Any:
+def build(config: Any) -> Any:
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
 
 def reason(model: Any, engine: str) -> str:
-    """The one line with which an engine refuses a model."""
+    """The one-line error with which an engine refuses a model."""
     with pytest.raises(ModelError) as caught:
         from_hugging_face(model, tiny.tokenizer(), name="tiny", engine=engine)
     assert "\n" not in str(caught.value)
@@ -110,23 +110,23 @@ def reason(model: Any, engine: str) -> str:
 
 @tiny.needs_hooked
 @pytest.mark.parametrize("architecture", list(NOT_ON_HOOKED))
-def test_hooked_says_what_it_does_not_compute(architecture: str, evidence: Evidence) -> None:
+def test_hooked_names_the_unsupported_feature(architecture: str, evidence: Evidence) -> None:
     config, what = NOT_ON_HOOKED[architecture]
-    said = f"HookedTransformer does not compute {what}"
-    assert reason(made(config()), "hooked") == f"engine 'hooked' does not cover 'tiny': {said}; use --engine bridge"
-    evidence.refused(architecture, "hooked", said)
+    message = f"HookedTransformer does not compute {what}"
+    assert reason(build(config()), "hooked") == f"engine 'hooked' does not cover 'tiny': {message}; use --engine bridge"
+    evidence.refused(architecture, "hooked", message)
 
 
 @tiny.needs_hooked
-def test_hooked_lists_the_architectures_it_covers(evidence: Evidence) -> None:
-    said = reason(made(transformers.BloomConfig(**_SMALL, n_layer=2, n_head=4)), "hooked")
-    assert "BloomForCausalLM is not among GPT2LMHeadModel, " in said
-    assert "Gemma3ForCausalLM" in said
-    evidence.refused("bloom", "hooked", "BloomForCausalLM is not among the architectures it has a config for")
+def test_hooked_lists_its_supported_architectures(evidence: Evidence) -> None:
+    message = reason(build(transformers.BloomConfig(**_SMALL, n_layer=2, n_head=4)), "hooked")
+    assert "BloomForCausalLM is not one of GPT2LMHeadModel, " in message
+    assert "Gemma3ForCausalLM" in message
+    evidence.refused("bloom", "hooked", "BloomForCausalLM is not one of the supported architectures")
 
 
 @tiny.needs_hooked
-def test_hooked_takes_no_quantised_weights(evidence: Evidence) -> None:
+def test_hooked_refuses_quantised_weights(evidence: Evidence) -> None:
     model = copy.deepcopy(tiny.hf_model("llama"))
     model.config.quantization_config = {"quant_method": "gptq"}
     assert "its weights are quantised" in reason(model, "hooked")
@@ -134,13 +134,13 @@ def test_hooked_takes_no_quantised_weights(evidence: Evidence) -> None:
 
 
 @pytest.mark.parametrize("architecture", list(tiny.BRIDGE_ONLY))
-def test_auto_takes_the_bridge_for_what_hooked_refuses(architecture: str) -> None:
+def test_auto_uses_the_bridge_for_models_that_hooked_refuses(architecture: str) -> None:
     model = copy.deepcopy(tiny.hf_model(architecture))
     assert from_hugging_face(model, tiny.tokenizer(), name="tiny", engine="auto").engine == "bridge"
 
 
-_LOGITS = "it does more to its logits than norm, unembedding and soft cap, which a logit lens would silently leave out"
-_CACHE = "TransformerBridge computes another attention for it token by token in a padded batch than in one pass"
+_LOGITS = "its logits involve more than final norm, unembedding and soft cap, which a logit lens would silently omit"
+_CACHE = "TransformerBridge computes different attention for it token by token in a padded batch than in one pass"
 NOT_ON_BRIDGE: dict[str, tuple[Any, str]] = {
     "granite": (
         lambda: transformers.GraniteConfig(**tiny._GROUPED, logits_scaling=3.0),
@@ -149,13 +149,13 @@ NOT_ON_BRIDGE: dict[str, tuple[Any, str]] = {
     "cohere": (lambda: transformers.CohereConfig(**tiny._GROUPED), f"CohereForCausalLM is not supported: {_LOGITS}"),
     "mamba": (
         lambda: transformers.MambaConfig(**_SMALL, num_hidden_layers=2),
-        "MambaForCausalLM is not supported: TransformerBridge gives it no blocks.0.hook_attn_out",
+        "MambaForCausalLM is not supported: TransformerBridge has no blocks.0.hook_attn_out for it",
     ),
     "opt_projected": (
         NOT_ON_HOOKED["opt_projected"][0],
-        "OPTForCausalLM is not supported: TransformerBridge gives it no ln_final",
+        "OPTForCausalLM is not supported: TransformerBridge has no ln_final for it",
     ),
-    "opt_norm_behind": (NOT_ON_HOOKED["opt_norm_behind"][0], "TransformerBridge does not run OPTForCausalLM"),
+    "opt_norm_after": (NOT_ON_HOOKED["opt_norm_after"][0], "TransformerBridge does not run OPTForCausalLM"),
     "ctrl": (
         lambda: transformers.CTRLConfig(vocab_size=tiny.VOCABULARY, n_embd=32, n_layer=2, n_head=4, dff=64),
         "TransformerBridge does not run CTRLLMHeadModel",
@@ -170,15 +170,14 @@ if "hooked" in tiny.ENGINES:
 
 
 @pytest.mark.parametrize("architecture", list(NOT_ON_BRIDGE))
-def test_the_bridge_says_what_it_does_not_compute(architecture: str, evidence: Evidence) -> None:
+def test_the_bridge_gives_the_reason_for_a_refusal(architecture: str, evidence: Evidence) -> None:
     config, what = NOT_ON_BRIDGE[architecture]
-    said = reason(made(config()), "bridge")
-    assert said.startswith(f"tiny: {what}")
+    assert reason(build(config()), "bridge").startswith(f"tiny: {what}")
     evidence.refused(architecture, "bridge", what)
 
 
-def test_prompts_beyond_the_length_where_longrope_changes_are_refused(evidence: Evidence) -> None:
-    """From there on one long row gives all rows of its batch, and its own earlier tokens, other frequencies."""
+def test_prompts_longer_than_the_longrope_threshold_are_refused(evidence: Evidence) -> None:
+    """Beyond it, one long row changes the frequencies of all rows of its batch and of its own earlier tokens."""
     model = tiny.model("phi3_longrope", "bridge")
     long, short = (
         TokenizedPrompt("set", name, "", "", tuple(random_ids(length)), None, False)

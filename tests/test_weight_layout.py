@@ -1,4 +1,4 @@
-"""The memory layout changes where weights lie and nothing else."""
+"""The memory layout of weights changes no values, shapes or outputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = tiny.needs_hooked
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_outputs_are_the_same_bits_as_in_row_major_order(name: str) -> None:
+def test_outputs_equal_those_of_row_major_weights_bit_for_bit(name: str) -> None:
     laid_out = tiny.model(name).tl
     row_major = copy.deepcopy(laid_out)
     for parameter in row_major.parameters():
@@ -34,29 +34,29 @@ def test_outputs_are_the_same_bits_as_in_row_major_order(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2"])
-def test_no_linear_call_copies_its_weight(name: str) -> None:
+def test_linear_layers_do_not_copy_their_weights(name: str) -> None:
     model = tiny.model(name).tl
     for block in model.blocks:
         attention = block.attn
         for weight in (attention.W_Q, attention._W_K, attention._W_V):
-            asked = einops.rearrange(weight, "head d_model d_head -> (head d_head) d_model")
-            assert asked.data_ptr() == weight.data_ptr()
-        asked = einops.rearrange(attention.W_O, "head d_head d_model -> d_model (head d_head)").contiguous()
-        assert asked.data_ptr() == attention.W_O.data_ptr()
+            needed = einops.rearrange(weight, "head d_model d_head -> (head d_head) d_model")
+            assert needed.data_ptr() == weight.data_ptr()
+        needed = einops.rearrange(attention.W_O, "head d_head d_model -> d_model (head d_head)").contiguous()
+        assert needed.data_ptr() == attention.W_O.data_ptr()
         for weight in (block.mlp.W_in, block.mlp.W_gate, block.mlp.W_out):
             assert weight.T.contiguous().data_ptr() == weight.data_ptr()
     assert model.unembed.W_U.T.contiguous().data_ptr() == model.unembed.W_U.data_ptr()
 
 
 @given(st.permutations(range(3)))
-def test_any_order_keeps_values_and_shape(order: list[int]) -> None:
+def test_every_memory_order_keeps_values_and_shape(order: list[int]) -> None:
     weight = torch.arange(24.0).reshape(2, 3, 4)
     laid_out = lay_out(weight, tuple(order))
     assert torch.equal(laid_out, weight)
     assert laid_out.permute(*order).is_contiguous()
 
 
-def test_weights_that_are_multiplied_as_they_are_stay_row_major() -> None:
+def test_weights_that_are_not_transposed_stay_row_major() -> None:
     weight = torch.zeros(3, 4)
     assert memory_order("blocks.0.mlp.W_in", weight, gated_mlp=False) == (0, 1)
     assert memory_order("blocks.0.mlp.W_in", weight, gated_mlp=True) == (1, 0)

@@ -1,5 +1,4 @@
-"""The wheel carries the data, so that an installed tlcapture knows the shipped sets and traits, and asks for
-versions that it works with."""
+"""The wheel contains the shipped prompt sets and traits, and requires only supported versions."""
 
 from __future__ import annotations
 
@@ -16,8 +15,8 @@ from packaging.requirements import Requirement
 TOP = Path(__file__).parents[1]
 
 
-def test_the_wheel_ships_the_datasets_and_every_module(tmp_path: Path) -> None:
-    source = tmp_path / "source"  # building leaves folders behind
+def test_the_wheel_contains_the_datasets_and_every_module(tmp_path: Path) -> None:
+    source = tmp_path / "source"  # building creates folders next to the source
     for name in ("tlcapture", "datasets"):
         shutil.copytree(TOP / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
@@ -39,14 +38,14 @@ def test_the_wheel_ships_the_datasets_and_every_module(tmp_path: Path) -> None:
     _check_transformers(needed)
 
 
-def test_transformers_that_renamed_the_cache_are_not_asked_for() -> None:
+def test_versions_of_transformers_that_renamed_the_cache_are_excluded() -> None:
     config = configparser.ConfigParser()
     config.read(TOP / "setup.cfg")
     _check_transformers(config["options"]["install_requires"].split())
 
 
 def _check_transformers(lines: list[str]) -> None:
-    """From 5.24 on, transformers calls `past_key_values` `cache`, which TransformerLens does not know."""
+    """transformers 5.24 renamed `past_key_values` to `cache`, which TransformerLens does not support."""
     (transformers,) = (each for each in map(Requirement, lines) if each.name == "transformers")
     allowed = list(transformers.specifier.filter(["5.8.1", "5.9.0", "5.23.0", "5.24.0", "5.24.1", "6.0.0"]))
     assert allowed == ["5.9.0", "5.23.0"]

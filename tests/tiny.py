@@ -1,4 +1,4 @@
-"""Tiny seeded random models of many architectures, and a byte-level tokenizer for them."""
+"""Tiny seeded random models of many architectures, with a byte-level tokenizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tlcapture.models.engines.hooked import has_hooked_transformer
 
-# The engines of the TransformerLens that is installed; the first is what `auto` takes for most models.
+# Engines of the installed TransformerLens; `auto` uses the first one for most models.
 ENGINES = ("hooked", "bridge") if has_hooked_transformer() else ("bridge",)
 needs_hooked = pytest.mark.skipif("hooked" not in ENGINES, reason="TransformerLens 4 has no HookedTransformer")
 
@@ -27,7 +27,7 @@ CHAT_TEMPLATE = (
 
 
 def tokenizer(*, chat_template: str | None = CHAT_TEMPLATE, bos: bool = True) -> Any:
-    """One token a byte, and four special ones; ids 0 to 3 are special."""
+    """A tokenizer with one token per byte and four special tokens, whose ids are 0 to 3."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate([*SPECIAL, *alphabet])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -127,7 +127,7 @@ CONFIGS: dict[str, Any] = {
     "phi3": lambda: transformers.Phi3Config(**_GROUPED, sliding_window=12),
 }
 
-_HALF_OF_16 = [1.0, 1.3, 1.7, 2.0]  # one number for each pair of the rotated part of a head
+_HALF_OF_16 = [1.0, 1.3, 1.7, 2.0]  # one factor per rotated pair of dimensions of a head
 BRIDGE_ONLY: dict[str, Any] = {
     "llama_biased": lambda: transformers.LlamaConfig(**_GROUPED, attention_bias=True, mlp_bias=True),
     "llama_yarn": lambda: transformers.LlamaConfig(
@@ -161,14 +161,14 @@ BRIDGE_ONLY: dict[str, Any] = {
     ),
 }
 
-# Whose keys say how far away they are: TransformerBridge 3 gives them other attention token by token, 4 does not.
+# Models with ALiBi. TransformerBridge 3 computes wrong attention for them token by token; version 4 does not.
 _SMALL = {"vocab_size": VOCABULARY, "hidden_size": D_MODEL, "num_hidden_layers": 2, "num_attention_heads": N_HEADS}
 ALIBI: dict[str, Any] = {
     "mpt": lambda: transformers.MptConfig(vocab_size=VOCABULARY, d_model=D_MODEL, n_layers=2, n_heads=N_HEADS),
     "falcon_alibi": lambda: transformers.FalconConfig(**_SMALL, alibi=True, bos_token_id=0, eos_token_id=1),
 }
 
-# Whose text model is one part beside others; transformers loads them by the same class as models of text alone.
+# Models whose text model is one of several parts; transformers loads them with the class for text-only models.
 MULTIMODAL: dict[str, Any] = {
     "gemma3_multimodal": lambda: transformers.Gemma3Config(
         text_config=CONFIGS["gemma3"]().to_dict(),
@@ -190,7 +190,7 @@ MULTIMODAL: dict[str, Any] = {
 
 @cache
 def hf_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A random model; norms, biases and embeddings are random too, so that none can be left out unseen.
+    """A random Hugging Face model. Norms, biases and embeddings are random too, so omitting one changes the output.
 
     Buffers stay in float32, as in a checkpoint that transformers loads in 16 bits.
     """
@@ -211,8 +211,10 @@ def hf_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 @cache
 def model(name: str, engine: str = ENGINES[0], dtype: torch.dtype = torch.float32) -> Any:
-    """The same as a tlcapture model, `plain` being the hooked engine without its fast forward pass. The
-    bridge wraps a copy, since it changes the modules it wraps."""
+    """The tlcapture model with the weights of `hf_model(name, dtype)`.
+
+    The engine `plain` is `hooked` without the fast forward pass. The bridge wraps a copy, since it modifies modules.
+    """
     import copy
 
     from tlcapture.models.loading import from_hugging_face

@@ -1,4 +1,4 @@
-"""The output files of a prompt: which are wanted, which are missing, and writing them."""
+"""The output files of a prompt: which ones are requested, which ones are missing, and how they are written."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.logit_lens import logit_lens_hooks, logit_lens_view
 from tlcapture.views.residual import residual_hooks
 
-# What to do about a file in the place of a capture that is none, or none that can be read.
-REPLACE = "use --overwrite to replace it and what was made from it"
+# Advice for a file at the path of a capture that cannot be read as one.
+REPLACE = "use --overwrite to replace it and all files derived from it"
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """The outputs wanted of a prompt: its residual stream and the add-ons.
+    """The requested outputs of a prompt: its residual stream and add-ons.
 
     Attributes:
-        kept: the layers and points of the residual stream that are kept.
-        residual: whether the residual stream is captured.
-        raw: whether a captured residual stream is written, rather than only projected.
-        attn_out: whether attention outputs are captured with it.
-        attention: whether attention patterns are written.
-        logit_lens: whether logit-lens predictions are written.
-        internals: layers whose internals are written.
+        kept: the layers and points of the residual stream to keep.
+        residual: whether to capture the residual stream.
+        raw: whether to write the captured residual stream, rather than only its projections.
+        attn_out: whether to capture attention outputs as well.
+        attention: whether to write attention patterns.
+        logit_lens: whether to write logit-lens predictions.
+        internals: the layers whose internals are written.
     """
 
     kept: KeptPoints
@@ -58,11 +58,11 @@ class Outputs:
 
     @property
     def needs_pass(self) -> bool:
-        """Whether more activations are needed than the residual stream has."""
+        """Whether activations other than the residual stream are needed."""
         return self.attention or bool(self.internals)
 
     def _is_held_by(self, raw: Path) -> bool:
-        """Whether a raw residual file exists, can be read, and has all layers and points that are wanted."""
+        """Whether a raw residual file exists, can be read, and has all requested layers and points."""
         if not raw.is_file():
             return False
         try:
@@ -73,7 +73,7 @@ class Outputs:
         return capture.kept.includes(self.kept) and (has_attn_out or not self.attn_out)
 
     def missing(self, layout: Layout, prompt_set: str, prompt_id: str) -> Outputs:
-        """The outputs of these that do not exist yet, or that are older than the prompt's capture."""
+        """The requested outputs that do not exist yet or are older than the prompt's capture."""
         raw = layout.residual(prompt_set, prompt_id)
         if not self._is_held_by(raw):
             return self
@@ -81,7 +81,7 @@ class Outputs:
         return self.lacking(layout, prompt_set, prompt_id, since=captured)
 
     def lacking(self, layout: Layout, prompt_set: str, prompt_id: str, *, since: int = 0) -> Outputs:
-        """The add-ons of these that do not exist or were modified before `since`, in nanoseconds since the epoch."""
+        """The requested add-ons that do not exist or were modified before `since`, in nanoseconds since the epoch."""
 
         def lacks(path: Path) -> bool:
             return not path.is_file() or path.stat().st_mtime_ns < since
@@ -97,13 +97,13 @@ class Outputs:
         )
 
     def live_hooks(self, model: Model) -> list[str]:
-        """The activations that a live run captures; first those that are kept, in the order of their buffer."""
+        """The activations that a generation captures; those to keep come first, in the order of their buffer."""
         names = residual_hooks(model.n_layers, model.hook_names, attn_out=self.attn_out, only=self.kept)
         names += logit_lens_hooks(model.n_layers) if self.logit_lens else []
         return list(dict.fromkeys([*names, *self.pass_hooks(model)]))
 
     def pass_hooks(self, model: Model) -> list[str]:
-        """The activations that add-ons need and the residual stream does not have."""
+        """The activations that add-ons need beyond the residual stream."""
         names = attention_hooks(model.n_layers) if self.attention else []
         for layer in self.internals:
             names += internals_hooks(layer, model.hook_names)
@@ -115,8 +115,8 @@ def write_capture(
 ) -> Written:
     """Write the raw residual file, and remove files derived from another capture of the prompt.
 
-    They are removed after the new file was written completely and before it is renamed to its path, so that no derived
-    file ever exists next to a capture from which it was not made. `on_removed` is called with their paths.
+    They are removed after the new file was written completely and before it is renamed to its path, so that a derived
+    file never exists next to a capture other than its source. `on_removed` is called with their paths.
     """
     prompt_set, prompt_id = capture.prompt_set, capture.prompt_id
     path = layout.residual(prompt_set, prompt_id)
@@ -130,8 +130,10 @@ def write_capture(
 
 
 def remove_stale(layout: Layout, capture: Capture) -> Sequence[Path]:
-    """Remove files derived from another run of a prompt whose capture is only projected, and a raw file there that
-    cannot be read; returns their paths."""
+    """Remove the files derived from an earlier capture of a prompt whose new capture is only projected.
+
+    A raw file of the prompt that cannot be read is removed too. Returns the paths of the removed files.
+    """
     raw = layout.residual(capture.prompt_set, capture.prompt_id)
     unreadable = [raw] if raw.is_file() and saved_capture(raw, overwrite=True) is None else []
     before = CaptureRecord.find(layout, capture.prompt_set, capture.prompt_id)
@@ -145,12 +147,12 @@ def remove_stale(layout: Layout, capture: Capture) -> Sequence[Path]:
 def add_ons(
     layout: Layout, capture: Capture, wanted: Outputs, model: Model, cache: Cache, residual_cache: Cache | None
 ) -> Iterator[Write]:
-    """Compute the add-ons of a capture one after another; yields the function that writes the file of each.
+    """Compute the add-ons of a capture one after another; yields a function that writes each one's file.
 
     Args:
         cache: the activations named by `Outputs.pass_hooks`.
-        residual_cache: the residual stream as it was computed, for the logit lens; `None` to use that of the capture,
-            which is rounded to the dtype in which it was saved.
+        residual_cache: the computed residual stream for the logit lens; `None` to use that of the capture, which is
+            rounded to the dtype in which it was saved.
     """
     names = {"prompt_id": capture.prompt_id, "prompt_set": capture.prompt_set}
     where = (capture.prompt_set, capture.prompt_id)
@@ -201,14 +203,16 @@ def _internals_content(capture: Capture, cache: Cache, layer: int) -> dict[str, 
 
 
 def saved_capture(raw: Path, *, overwrite: bool, advice: str = REPLACE) -> Capture | None:
-    """The capture in a prompt's place; `None` where there is none, or with `overwrite` what cannot be read as one.
+    """The capture stored at `raw`; `None` if no file exists, or if `overwrite` is set and it cannot be read.
 
     Raises:
-        StorageError: what is there is not to be replaced, since it cannot be told whose it is.
+        StorageError: the path is not a regular file, or the file cannot be read and `overwrite` is not set. It is not
+            replaced, since it may belong to another program; the message ends with `advice`.
     """
     if not raw.is_file():
         if raw.exists():
-            raise StorageError(f"{raw}: expected a file, {'a folder' if raw.is_dir() else 'no file'} is there: move it")
+            found = "a folder" if raw.is_dir() else "something that is not a regular file"
+            raise StorageError(f"{raw}: expected a file, found {found}: move it")
         return None
     try:
         return Capture.open(raw)

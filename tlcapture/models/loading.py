@@ -140,11 +140,11 @@ def from_hugging_face(
         config.architectures = [type(model).__name__]
     chosen = pick_engine(name, engine, config)
     model = model.eval().requires_grad_(False)
-    mark = checkpoint_fingerprint or fingerprint(model)
+    identity = {"name": name, "checkpoint_fingerprint": checkpoint_fingerprint or fingerprint(model)}
     with quiet_loading():
         if chosen == "hooked":
-            return hooked_model(model, tokenizer, name=name, mark=mark, device=device, n_devices=n_devices, fast=fast)
-        return bridge_model(model, tokenizer, name=name, mark=mark, device=device)
+            return hooked_model(model, tokenizer, **identity, device=device, n_devices=n_devices, fast=fast)
+        return bridge_model(model, tokenizer, **identity, device=device)
 
 
 def as_model(model: Any) -> Model:

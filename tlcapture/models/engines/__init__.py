@@ -1,1 +1,1 @@
-"""What runs a model: the one place that knows what differs between engines, and between versions of TransformerLens."""
+"""The engines that run a model. They handle all differences between engines and between TransformerLens versions."""

@@ -1,4 +1,4 @@
-"""What every engine offers: a model that runs step by step and hands out activations under TransformerLens's names.
+"""The interface of every engine: a model that runs step by step and returns activations by hook name.
 
 state = model.start(batch_size=1)
 step = model.step(tokens, mask, state, hooks={"blocks.5.hook_resid_post"}, want_logits=True)
@@ -18,22 +18,36 @@ from tlcapture.models.sizes import Measures
 from tlcapture.shapes import LastLogits, Logits, Mask, Residual, Rows, Tokens, Vector
 from tlcapture.views.hooks import hook
 
-OWN_MARK = "tl-"  # begins the fingerprint of a model that was not loaded here
+EXTERNAL_PREFIX = "tl-"  # prefix of the fingerprints of models that tlcapture did not load itself
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one forward pass left: the last position's logits, where asked for, and the activations."""
+    """The result of one forward pass.
+
+    Attributes:
+        logits: logits of the last position, `[batch, d_vocab]`; `None` unless they were requested.
+        cache: the requested activations by hook name, `[batch, pos, ...]`.
+    """
 
     logits: LastLogits | None
     cache: dict[str, Tensor]
 
 
 class Model(ABC):
-    """A TransformerLens model on one of the engines, its tokenizer and its measures.
+    """A TransformerLens model on one of the engines, with its tokenizer and dimensions.
 
-    `tl` is the TransformerLens model itself (`HookedTransformer` or `TransformerBridge`), `hf_config`
-    and `generation_config` the checkpoint's own.
+    Attributes:
+        engine: `hooked` or `bridge`.
+        tl: the TransformerLens model (`HookedTransformer` or `TransformerBridge`).
+        tokenizer: the checkpoint's tokenizer.
+        hf_config: the Hugging Face config of the checkpoint, or `None`.
+        generation_config: the generation config of the checkpoint, or `None`.
+        name: the name by which the model was loaded.
+        fingerprint: a hash of the weights.
+        n_ctx: the longest supported sequence, in tokens.
+        dtype: the dtype of the weights.
+        device: the device of the embedding, where tokens are sent.
     """
 
     engine: str
@@ -51,7 +65,7 @@ class Model(ABC):
         self.n_heads = int(cfg.n_heads)
         self.n_key_value_heads = int(getattr(cfg, "n_key_value_heads", None) or cfg.n_heads)
         self.d_head = int(cfg.d_head)
-        self.n_ctx = _steady_context(hf_config, int(cfg.n_ctx))
+        self.n_ctx = _context_with_fixed_frequencies(hf_config, int(cfg.n_ctx))
         self.d_vocab = int(cfg.d_vocab)
         weight = next(iter(tl.parameters()))
         self.dtype: torch.dtype = weight.dtype
@@ -59,11 +73,12 @@ class Model(ABC):
 
     @property
     def last_device(self) -> torch.device:
-        """Where the final norm and the unembedding are; `device` is where tokens go in."""
+        """The device of the final norm and the unembedding; `device` is that of the embedding."""
         return next(iter(self.tl.unembed.parameters())).device
 
     @property
     def measures(self) -> Measures:
+        """The dimensions that determine memory and compute cost."""
         return Measures(
             n_layers=self.n_layers,
             d_model=self.d_model,
@@ -76,71 +91,82 @@ class Model(ABC):
 
     @property
     def revision(self) -> str | None:
-        """The hub's commit hash of the checkpoint; `None` for one that did not come from there."""
+        """The Hugging Face Hub commit hash of the checkpoint; `None` if it was not loaded from the Hub."""
         return getattr(self.hf_config, "_commit_hash", None)
 
     @property
     def hook_names(self) -> Set[str]:
-        """Names of all activations that the model can hand out, in TransformerLens's words."""
+        """TransformerLens names of all activations that the model can return."""
         return self.tl.hook_dict.keys()
 
     @property
     def has_parallel_blocks(self) -> bool:
-        """Whether blocks run attention and MLP side by side, with no residual in between."""
+        """Whether attention and MLP of a block run in parallel, with no residual point between them."""
         return hook("after_attn", 0) not in self.hook_names
 
     @abstractmethod
     def start(self, batch_size: int) -> Any:
-        """A state without any position: the keys and values of a batch, and its mask."""
+        """An empty state for a batch: its key-value cache and attention mask, with no positions yet."""
 
     @abstractmethod
     def step(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str], *, want_logits: bool) -> Step:
-        """Run `run_with_cache` on the next positions of a batch and extend `state` by them.
+        """Call `run_with_cache` on the next positions of a batch and append them to `state`.
 
-        `mask` is 0 where `tokens` is left padding. `hooks` names the activations to hand out; they
-        have the shapes of TransformerLens, `[batch, pos, ...]` (patterns `[batch, head, pos, key]`).
+        Args:
+            tokens: token ids of the new positions, `[batch, pos]`.
+            mask: 0 where `tokens` is left padding, else 1, `[batch, pos]`.
+            state: the state of the batch from `start`, modified in place.
+            hooks: names of the activations to return, in the shapes of TransformerLens: `[batch, pos, ...]`, attention
+                patterns `[batch, head, pos, key]`.
+            want_logits: whether to compute the logits of the last position.
         """
 
     def prompt_steps(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str]) -> Iterator[tuple[slice, Step]]:
-        """Run the prompts of a batch that has just started: in one step, or in as many parts as are faster.
+        """Run the prompts of a new batch, in one step or in several micro-batches if that is faster.
 
-        Yields which rows a part has, and its step; a part's positions are the last ones of `tokens`, as many as
-        its longest prompt has.
+        Yields:
+            The rows of each micro-batch and its step. Its positions are the last ones of `tokens`, as many as its
+            longest prompt has.
         """
         yield slice(0, len(tokens)), self.step(tokens, mask, state, hooks, want_logits=True)
 
     @abstractmethod
     def keep(self, state: Any, rows: Rows) -> None:
-        """Drop all but `rows` from the state of a batch."""
+        """Drop all rows from the state of a batch except `rows`, a boolean mask `[batch]`."""
 
     @abstractmethod
     def branch(self, state: Any, rows: Sequence[int]) -> Any:
-        """A new state whose rows are copies of the given rows of another, which stays as it is."""
+        """A new state whose rows are copies of the given rows of `state`, which is not modified."""
 
     @abstractmethod
     def unembed(self, residual: Residual) -> Logits:
-        """The model's own final norm, unembedding and soft cap, applied to any residual stream: logits that nobody
-        else holds, whoever hooked the unembedding."""
+        """Logits `[..., d_vocab]` of a residual stream `[..., d_model]`: final norm, unembedding and soft cap.
+
+        The result is a new tensor: it shares no memory with tensors that hooks on the unembedding received.
+        """
 
     @torch.no_grad()
     def final_norm(self, residual: Residual) -> Residual:
-        """The model's own final norm, in float32 and on the device of `residual`."""
+        """The residual stream `[..., d_model]` after the model's final norm, in float32 on the device of `residual`."""
         flat = residual.reshape(1, -1, self.d_model).to(self.last_device, self.dtype)
         return self.tl.ln_final(flat).reshape(residual.shape).to(residual.device, torch.float32)
 
     def final_norm_gain(self) -> Vector:
-        """The final norm's gain, whatever its kind: half the difference of its answers to a vector of
-        mean 0 and mean square 1 and to its negative, in which a bias cancels."""
+        """The gain of the final norm, `[d_model]`, for any kind of norm.
+
+        It is half the difference between the norm's outputs for a vector of mean 0 and mean square 1 and for its
+        negative, so that a bias cancels.
+        """
         probe = torch.ones(self.d_model)
         probe[1::2] = -1
         return (self.final_norm(probe) - self.final_norm(-probe)) / 2 * probe
 
 
-def _steady_context(config: Any, n_ctx: int) -> int:
-    """For how many positions a model's rotary frequencies are what they are for one.
+def _context_with_fixed_frequencies(config: Any, n_ctx: int) -> int:
+    """The context length within which a model's rotary frequencies are constant.
 
-    Those of LongRoPE become others for all tokens, and all rows of a batch, once one row is longer than
-    the length of pretraining: what a prompt yields would depend on what runs beside it and comes after it.
+    LongRoPE switches to other frequencies for all tokens in all rows of a batch as soon as one row is longer than the
+    pretraining length, so the activations of a prompt would depend on other prompts of its batch and on later tokens.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     return min(n_ctx, int(rope["original_max_position_embeddings"])) if rope.get("rope_type") == "longrope" else n_ctx

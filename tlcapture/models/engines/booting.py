@@ -1,7 +1,7 @@
-"""What TransformerLens may not do while it puts its hooks around a model.
+"""Restrictions on TransformerLens while it wraps a model.
 
-For a checkpoint of images or audio it loads the processor of those, and where that fails it runs `pip install
-torchvision`. Text alone is captured here: no processor is loaded, and whatever would start a process is refused.
+For an image or audio checkpoint, TransformerLens loads the processor and, if that fails, runs `pip install
+torchvision`. tlcapture captures only text: no processor is loaded, and any attempt to start a process raises an error.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from functools import cache
 from typing import Any
 
 _PROCESSORS = ("AutoProcessor", "AutoFeatureExtractor", "AutoImageProcessor")
-# The audit events of everything in Python that starts a process.
-_STARTS = frozenset(
+# Python's audit events for starting a process.
+_PROCESS_EVENTS = frozenset(
     [
         "subprocess.Popen",
         "os.system",
@@ -28,35 +28,38 @@ _STARTS = frozenset(
         "pty.spawn",
     ]
 )
-_one_at_a_time = threading.Lock()
+_lock = threading.Lock()
 _guarded = threading.local()
 
 
 class ProcessRefusedError(PermissionError):
-    """A process that a model's loading would have started."""
+    """Loading a model tried to start a process."""
 
 
 @contextmanager
 def text_only() -> Iterator[None]:
-    """Within the context this thread starts no process and is given no processor; other threads are not disturbed."""
-    _watch()
-    with _one_at_a_time, ExitStack() as stack:
+    """Block processes and processors in this thread while the context is active; other threads are not affected."""
+    _install_audit_hook()
+    with _lock, ExitStack() as stack:
         for name in _PROCESSORS:
-            stack.enter_context(_withheld(name))
-        _guarded.here = True
+            stack.enter_context(_without_processor(name))
+        _guarded.active = True
         try:
             yield
         finally:
-            _guarded.here = False
+            _guarded.active = False
 
 
 @cache
-def _watch() -> None:
-    """Have this process refuse, once and for all, what a guarded thread would start."""
+def _install_audit_hook() -> None:
+    """Refuse to start processes from guarded threads; the hook stays installed until this process ends."""
 
-    def refuse(event: str, args: tuple[Any, ...], starts: frozenset[str] = _STARTS, guarded: Any = _guarded) -> None:
-        if event in starts and getattr(guarded, "here", False):
-            raise ProcessRefusedError(f"loading a model starts no process, and it would start {_command(event, args)}")
+    # The defaults keep these names available to calls at interpreter shutdown, when module globals may be gone.
+    def refuse(
+        event: str, args: tuple[Any, ...], starts: frozenset[str] = _PROCESS_EVENTS, guarded: Any = _guarded
+    ) -> None:
+        if event in starts and getattr(guarded, "active", False):
+            raise ProcessRefusedError(f"loading a model must not start a process: {_command(event, args)}")
 
     sys.addaudithook(refuse)
 
@@ -67,19 +70,19 @@ def _command(event: str, args: tuple[Any, ...]) -> str:
 
 
 @contextmanager
-def _withheld(name: str) -> Iterator[None]:
-    """Within the context `from_pretrained` of one of transformers' classes gives a guarded thread `None`."""
+def _without_processor(name: str) -> Iterator[None]:
+    """Make `from_pretrained` of a transformers class return `None` in guarded threads while the context is active."""
     import transformers
 
     try:
         kind = getattr(transformers, name)
         original = vars(kind)["from_pretrained"]
-    except Exception:  # what it needs is missing or broken, so that nobody is given one
+    except Exception:  # a dependency is missing or broken, so the class cannot load a processor
         yield
         return
 
     def from_pretrained(*args: Any, **options: Any) -> Any:
-        return None if getattr(_guarded, "here", False) else original.__get__(None, kind)(*args, **options)
+        return None if getattr(_guarded, "active", False) else original.__get__(None, kind)(*args, **options)
 
     kind.from_pretrained = staticmethod(from_pretrained)
     try:

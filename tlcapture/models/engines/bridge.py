@@ -1,4 +1,4 @@
-"""The engine `bridge`: TransformerLens's TransformerBridge around the Hugging Face model."""
+"""The engine `bridge`: TransformerLens's TransformerBridge, which wraps the Hugging Face model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tlcapture.errors import ModelError
 from tlcapture.models.checkpoints import fingerprint
-from tlcapture.models.engines.base import OWN_MARK, Model, Step
+from tlcapture.models.engines.base import EXTERNAL_PREFIX, Model, Step
 from tlcapture.models.engines.booting import ProcessRefusedError, text_only
 from tlcapture.models.engines.hooked_config import architecture_of
 from tlcapture.models.engines.tokenizers import for_transformer_lens, without_filled_in_bos
@@ -29,20 +29,22 @@ class _BridgeState:
 
 
 class BridgeModel(Model):
-    """TransformerBridge: the Hugging Face model itself, with TransformerLens's hooks around it."""
+    """A TransformerBridge: the Hugging Face model itself with TransformerLens's hooks."""
 
     engine = "bridge"
 
     @property
     def measures(self) -> Measures:
-        # TransformerBridge's own config knows no MLP width of OPT.
+        """The dimensions from the Hugging Face config, since that of TransformerBridge lacks the MLP width of OPT."""
         return Measures.of(self.hf_config)
 
     def start(self, batch_size: int) -> _BridgeState:
+        """An empty state; the first step creates its `past_key_values`."""
         return _BridgeState(torch.zeros(batch_size, 0, dtype=torch.long, device=self.device))
 
     @torch.no_grad()
     def step(self, tokens: Tokens, mask: Mask, state: _BridgeState, hooks: Set[str], *, want_logits: bool) -> Step:
+        """Call `run_with_cache` with position ids that skip left padding; patterns cover all keys so far."""
         state.mask = torch.cat([state.mask, mask.to(self.device)], dim=1)
         positions = (state.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         (logits, state.past), cache = self.tl.run_with_cache(
@@ -60,11 +62,13 @@ class BridgeModel(Model):
         return Step(logits[:, -1] if want_logits else None, handed_out)
 
     def keep(self, state: _BridgeState, rows: Rows) -> None:
+        """Drop all rows from the mask and `past_key_values` except `rows`, a boolean mask `[batch]`."""
         rows = rows.to(self.device)
         state.mask = state.mask[rows]
         state.past.batch_select_indices(rows.nonzero()[:, 0])
 
     def branch(self, state: _BridgeState, rows: Sequence[int]) -> _BridgeState:
+        """A new state with copies of the given rows of the mask and `past_key_values`."""
         index = torch.tensor(rows, device=self.device)
         past = copy.deepcopy(state.past)
         if past is not None:
@@ -73,6 +77,7 @@ class BridgeModel(Model):
 
     @torch.no_grad()
     def unembed(self, residual: Residual) -> Logits:
+        """Logits `[..., d_vocab]` of a residual stream `[..., d_model]`, with the soft cap of the checkpoint."""
         flat = residual.reshape(1, -1, self.d_model).to(self.last_device, self.dtype)
         logits = self.tl.unembed(self.tl.ln_final(flat)).clone()
         cap = getattr(self.hf_config, "final_logit_softcapping", None)
@@ -81,27 +86,28 @@ class BridgeModel(Model):
         return logits.reshape(*residual.shape[:-1], logits.shape[-1])
 
     def check(self) -> None:
-        """Raise `ModelError` for an architecture whose activations would not be here what they are elsewhere."""
+        """Raise `ModelError` if a required hook is missing or activations would differ from those of Hugging Face."""
         first, last = hook("attn_out", 0), hook("residual_out", self.n_layers - 1)
-        lacking = [name for name in (last, first, hook("pattern", 0)) if name not in self.hook_names]
-        lacking += [name for name in ("ln_final", "unembed") if not hasattr(self.tl, name)]
-        if lacking:
-            raise self._refusal(f"TransformerBridge gives it no {lacking[0]}")
+        missing = [name for name in (last, first, hook("pattern", 0)) if name not in self.hook_names]
+        missing += [name for name in ("ln_final", "unembed") if not hasattr(self.tl, name)]
+        if missing:
+            raise self._refusal(f"TransformerBridge has no {missing[0]} for it")
         tokens = torch.arange(1, 7).unsqueeze(0) % self.d_vocab
         whole = self.step(tokens, torch.ones_like(tokens), self.start(1), {first, last}, want_logits=True)
         assert whole.logits is not None
-        if not _alike(self.unembed(whole.cache[last][:, -1]), whole.logits):
+        if not _is_close(self.unembed(whole.cache[last][:, -1]), whole.logits):
             raise self._refusal(
-                "it does more to its logits than norm, unembedding and soft cap, which a logit lens would silently "
-                "leave out"
+                "its logits involve more than final norm, unembedding and soft cap, which a logit lens would silently "
+                "omit"
             )
-        if not _alike(self._padded_and_in_two_steps(tokens, first), whole.cache[first][0]):
+        if not _is_close(self._padded_and_in_two_steps(tokens, first), whole.cache[first][0]):
             raise self._refusal(
-                "TransformerBridge computes another attention for it token by token in a padded batch than in one pass"
+                "TransformerBridge computes different attention for it token by token in a padded batch than in one "
+                "pass"
             )
 
     def _padded_and_in_two_steps(self, tokens: Tokens, hook: str) -> Tensor:
-        """An activation of tokens whose last one follows in a step of its own, beside a longer row."""
+        """An activation `[pos, ...]` of `tokens` in a batch with a longer row, the last token in a separate step."""
         n_pad, n_tokens = 2, tokens.shape[1]
         longer = tokens.flip(1)[:, :n_pad]
         rows = torch.cat([torch.cat([torch.zeros_like(longer), longer]), tokens.expand(2, -1)], dim=1)
@@ -116,27 +122,29 @@ class BridgeModel(Model):
         return ModelError(f"{self.name}: {architecture_of(self.hf_config)} is not supported: {reason}")
 
 
-def _alike(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two activations are the same but for the rounding of 16 bits.
+def _is_close(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two activations are equal up to 16-bit rounding.
 
-    A model whose own are NaN or inf is let pass: that is no matter of its architecture, and captures say so.
+    Non-finite activations of the model itself are accepted: they do not depend on the architecture, and captures
+    report them.
     """
     ours, theirs = ours.float(), theirs.float()
     return not theirs.isfinite().all() or torch.allclose(ours, theirs, rtol=0.05, atol=0.05 * float(theirs.abs().max()))
 
 
 def _with_all_keys(name: str, activation: Tensor, n_keys: int) -> Tensor:
-    """A pattern over all keys so far: Hugging Face drops those that have left a sliding window."""
+    """A pattern padded with zeros to all keys so far, since Hugging Face drops keys outside a sliding window."""
     missing = n_keys - activation.shape[-1] if is_pattern(name) else 0
     return torch.nn.functional.pad(activation, (missing, 0)) if missing else activation
 
 
-def bridge_model(model: Any, tokenizer: Any, *, name: str, mark: str, device: str) -> BridgeModel:
-    """The Hugging Face model within a TransformerBridge, which changes its modules.
+def bridge_model(model: Any, tokenizer: Any, *, name: str, checkpoint_fingerprint: str, device: str) -> BridgeModel:
+    """Wrap a Hugging Face model in a TransformerBridge, which modifies its modules.
 
-    A model that was loaded over several devices stays where it is.
+    A model that was loaded across several devices is not moved.
 
-    Raises `ModelError` for an architecture that the bridge does not run, or runs otherwise than Hugging Face.
+    Raises:
+        ModelError: the bridge does not run this architecture, or its activations differ from those of Hugging Face.
     """
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -152,7 +160,7 @@ def bridge_model(model: Any, tokenizer: Any, *, name: str, mark: str, device: st
                 device=None if is_spread else device,
                 dtype=model.dtype,
             )
-        bridge = BridgeModel(tl, tokenizer, model.config, model.generation_config, name, mark)
+        bridge = BridgeModel(tl, tokenizer, model.config, model.generation_config, name, checkpoint_fingerprint)
         bridge.check()
     except (ModelError, torch.OutOfMemoryError):
         raise
@@ -163,26 +171,29 @@ def bridge_model(model: Any, tokenizer: Any, *, name: str, mark: str, device: st
 
 
 def from_transformer_bridge(bridge: Any, *, name: str | None = None) -> BridgeModel:
-    """Take a `TransformerBridge` that somebody else booted; it must be unprocessed and have a tokenizer.
+    """Use an existing `TransformerBridge`; its weights must be unprocessed and it must have a tokenizer.
 
-    Raises `ModelError` for one whose norms were folded into its weights, as its basis is another one, for one that is
-    not around a Hugging Face model, and for an architecture whose activations would not be what they are elsewhere.
+    Raises:
+        ModelError: it has no tokenizer; its norms are folded into its weights, which changes the basis of its residual
+            stream; it does not wrap a Hugging Face model; or its activations differ from those of Hugging Face.
     """
     if bridge.tokenizer is None:
         raise ModelError("the TransformerBridge has no tokenizer: set its attribute tokenizer")
     if bridge._weights_processed:
         raise ModelError(
-            "the TransformerBridge has processed weights, its norms folded: boot it anew, without "
+            "the TransformerBridge has processed weights, with its norms folded: boot it again without "
             "enable_compatibility_mode or with enable_compatibility_mode(no_processing=True)"
         )
     from transformers import PretrainedConfig
 
     hf = bridge.original_model
     if not isinstance(getattr(hf, "config", None), PretrainedConfig):
-        raise ModelError("the TransformerBridge is not around a Hugging Face model: boot it with boot_transformers")
-    # The bridge has put modules of its own into the model: its mark is comparable with its like only.
-    mark, generation_config = f"{OWN_MARK}{fingerprint(hf)}", getattr(hf, "generation_config", None)
+        raise ModelError("the TransformerBridge does not wrap a Hugging Face model: boot it with boot_transformers")
+    # The bridge adds modules to the model, so its fingerprint differs from that of the checkpoint.
+    external_fingerprint = f"{EXTERNAL_PREFIX}{fingerprint(hf)}"
+    generation_config = getattr(hf, "generation_config", None)
     tokenizer = without_filled_in_bos(bridge.tokenizer)
-    model = BridgeModel(bridge, tokenizer, hf.config, generation_config, name or bridge.cfg.model_name, mark)
+    name = name or bridge.cfg.model_name
+    model = BridgeModel(bridge, tokenizer, hf.config, generation_config, name, external_fingerprint)
     model.check()
     return model

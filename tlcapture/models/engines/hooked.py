@@ -1,7 +1,7 @@
 """The engine `hooked`: TransformerLens's HookedTransformer, for the architectures that `hooked_config` covers.
 
-TransformerLens 4 has it no more: everything from TransformerLens that only version 3 has is imported here, in
-`hooked_config` or in `fast`, and when it is needed.
+TransformerLens 4 removed HookedTransformer: code that only version 3 has is imported lazily, and only in this module,
+in `hooked_config` and in `fast`.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ import torch
 
 from tlcapture.errors import ModelError
 from tlcapture.models.checkpoints import fingerprint
-from tlcapture.models.engines.base import OWN_MARK, Model, Step
+from tlcapture.models.engines.base import EXTERNAL_PREFIX, Model, Step
 from tlcapture.models.engines.hooked_config import hooked_fields, weight_converter
 from tlcapture.models.engines.tokenizers import for_transformer_lens, without_filled_in_bos
 from tlcapture.models.engines.weight_layout import lay_out, lay_out_in_place, memory_order
 from tlcapture.models.fast.forward import unembed
 from tlcapture.shapes import Logits, Mask, Residual, Rows, Tokens
 
-FAST = os.environ.get("TLCAPTURE_FAST", "1") != "0"  # whether models are made FastHookedTransformer
+FAST = os.environ.get("TLCAPTURE_FAST", "1") != "0"  # whether models are loaded as FastHookedTransformer
 
 
 def has_hooked_transformer() -> bool:
-    """Whether the TransformerLens that is installed has HookedTransformer."""
+    """Whether the installed TransformerLens has HookedTransformer."""
     return int(version("transformer_lens").split(".")[0]) < 4
 
 
 def require_hooked_transformer() -> None:
-    """Raise `ModelError` where there is none, with what to install."""
+    """Raise `ModelError`, which names the version to install, if TransformerLens has no HookedTransformer."""
     if not has_hooked_transformer():
         raise ModelError(
             f"engine 'hooked' needs HookedTransformer, which TransformerLens {version('transformer_lens')} does not "
@@ -40,12 +40,12 @@ def require_hooked_transformer() -> None:
 
 
 class HookedModel(Model):
-    """HookedTransformer, or FastHookedTransformer: every step is a call of its `run_with_cache`."""
+    """A HookedTransformer or FastHookedTransformer: every step is a call of its `run_with_cache`."""
 
     engine = "hooked"
 
     def start(self, batch_size: int) -> Any:
-        """An empty `past_kv_cache`, which calls of `tl` take as well."""
+        """An empty `past_kv_cache`, which can also be passed to `tl` directly."""
         if self._is_fast:
             return self.tl.start_cache(batch_size)
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
@@ -54,6 +54,7 @@ class HookedModel(Model):
 
     @torch.no_grad()
     def step(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str], *, want_logits: bool) -> Step:
+        """Call `run_with_cache`, which extends the `past_kv_cache` of `state` in place."""
         residual, cache = self.tl.run_with_cache(
             tokens.to(self.device),
             names_filter=hooks.__contains__,
@@ -66,24 +67,28 @@ class HookedModel(Model):
         return Step(self.unembed(residual[:, -1:])[:, 0] if want_logits else None, cache)
 
     def prompt_steps(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str]) -> Iterator[tuple[slice, Step]]:
+        """Run the prompts of a new batch: in micro-batches by FastHookedTransformer, else in one step."""
         if not self._is_fast:
             yield from super().prompt_steps(tokens, mask, state, hooks)
             return
-        for rows, width, part in self.tl.parts(mask.to(self.device), state):
+        for rows, width, part in self.tl.micro_batches(mask.to(self.device), state):
             yield rows, self.step(tokens[rows, -width:], mask[rows, -width:], part, hooks, want_logits=True)
 
     def keep(self, state: Any, rows: Rows) -> None:
+        """Drop all rows from the cache except `rows`, a boolean mask `[batch]`."""
         from tlcapture.models.fast.cache import keep_rows
 
         keep_rows(state, rows.to(self.device))
 
     def branch(self, state: Any, rows: Sequence[int]) -> Any:
+        """A new cache with copies of the given rows."""
         from tlcapture.models.fast.cache import branch_rows
 
         return branch_rows(state, rows, self.tl.cfg)
 
     @torch.no_grad()
     def unembed(self, residual: Residual) -> Logits:
+        """Logits `[..., d_vocab]` of a residual stream `[..., d_model]`: final norm, unembedding and soft cap."""
         from transformer_lens.utilities import apply_softcap
 
         flat = residual.reshape(1, -1, self.d_model).to(self.last_device, self.dtype)
@@ -100,24 +105,39 @@ class HookedModel(Model):
 
 
 def hooked_model(
-    model: Any, tokenizer: Any, *, name: str, mark: str, device: str, n_devices: int = 1, fast: bool = FAST
+    model: Any,
+    tokenizer: Any,
+    *,
+    name: str,
+    checkpoint_fingerprint: str,
+    device: str,
+    n_devices: int = 1,
+    fast: bool = FAST,
 ) -> HookedModel:
-    """A HookedTransformer with the weights of a Hugging Face model of an architecture that it covers.
+    """A HookedTransformer with the weights of a Hugging Face model of a supported architecture.
 
-    Its blocks are spread evenly over `n_devices`, from `device` on; with `fast` it is a FastHookedTransformer.
+    Args:
+        device: the device of the model, the first one if there are several.
+        n_devices: the number of devices over which the blocks are spread evenly.
+        fast: whether to make it a FastHookedTransformer.
+
+    Raises:
+        ModelError: HookedTransformer does not compute something that the config asks for.
     """
     tl = _hooked_transformer(model, tokenizer, name, device, n_devices, fast)
-    return HookedModel(tl, tokenizer, model.config, model.generation_config, name, mark)
+    return HookedModel(tl, tokenizer, model.config, model.generation_config, name, checkpoint_fingerprint)
 
 
 def from_hooked_transformer(hooked: Any, *, name: str | None = None) -> HookedModel:
-    """Take a `HookedTransformer` that somebody else loaded; it must be unprocessed and have a tokenizer.
+    """Use an existing `HookedTransformer`; its weights must be unprocessed and it must have a tokenizer.
 
-    The model itself is changed: its class becomes FastHookedTransformer, which computes the same by a faster forward
-    pass (unless `TLCAPTURE_FAST=0`, or its class is another one already), and its weights are laid out anew in memory.
+    The model is modified in place: its class becomes FastHookedTransformer, which computes the same values with a
+    faster forward pass (unless `TLCAPTURE_FAST=0` or it is an instance of a subclass), and the memory layout of its
+    weights changes.
 
-    Raises `ModelError` for one whose norms were folded into its weights, as its basis is another one, and under
-    TransformerLens 4, which has no HookedTransformer.
+    Raises:
+        ModelError: it has no tokenizer; its norms are folded into its weights, which changes the basis of its residual
+            stream; or TransformerLens 4 is installed, which has no HookedTransformer.
     """
     require_hooked_transformer()
     if hooked.tokenizer is None:
@@ -130,13 +150,14 @@ def from_hooked_transformer(hooked: Any, *, name: str | None = None) -> HookedMo
     lay_out_in_place(hooked)
     if FAST:
         make_fast(hooked)
-    # TransformerLens's own parameters have other names: its mark is comparable with its like only.
-    mark = f"{OWN_MARK}{fingerprint(hooked)}"
-    return HookedModel(hooked, without_filled_in_bos(hooked.tokenizer), None, None, name or hooked.cfg.model_name, mark)
+    # TransformerLens names parameters differently, so its fingerprint differs from that of the checkpoint.
+    external_fingerprint = f"{EXTERNAL_PREFIX}{fingerprint(hooked)}"
+    tokenizer, name = without_filled_in_bos(hooked.tokenizer), name or hooked.cfg.model_name
+    return HookedModel(hooked, tokenizer, None, None, name, external_fingerprint)
 
 
 def make_fast(hooked: Any) -> None:
-    """Make a FastHookedTransformer of a HookedTransformer, in place; a class of somebody's own stays what it is."""
+    """Turn a HookedTransformer into a FastHookedTransformer in place; instances of subclasses are not changed."""
     from transformer_lens import HookedTransformer
 
     from tlcapture.models.fast.transformer import FastHookedTransformer
@@ -146,7 +167,7 @@ def make_fast(hooked: Any) -> None:
 
 
 def _hooked_transformer(model: Any, tokenizer: Any, name: str, device: str, n_devices: int, fast: bool) -> Any:
-    """A HookedTransformer that takes over the weights of a Hugging Face model, unprocessed."""
+    """A HookedTransformer with the unprocessed weights of a Hugging Face model."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
     from transformer_lens.loading_from_pretrained import fill_missing_keys
 
@@ -157,16 +178,16 @@ def _hooked_transformer(model: Any, tokenizer: Any, name: str, device: str, n_de
     hooked = HookedTransformer(cfg, move_to_device=False)
     weights = fill_missing_keys(hooked, weight_converter(model.config)(model, cfg))
     gated = bool(cfg.gated_mlp)
-    first = device if n_devices == 1 else "cpu"  # the whole need not fit on one device
+    first = device if n_devices == 1 else "cpu"  # the whole model may not fit on one device
     laid_out = {
         key: lay_out(value.detach().to(first, value.dtype if not value.is_floating_point() else cfg.dtype), order)
         for key, value in weights.items()
         for order in [memory_order(key, value, gated_mlp=gated)]
     }
-    # A converter may name biases that the architecture has not; they are zero, or the model is another.
+    # Converters may add zero biases that the architecture does not have; nonzero ones mean a different model.
     unexpected = hooked.load_state_dict(laid_out, strict=False, assign=True).unexpected_keys
     if any(laid_out[key].any() for key in unexpected):
-        raise ModelError(f"{name}: HookedTransformer has no place for its weights {', '.join(unexpected)}")
+        raise ModelError(f"{name}: HookedTransformer has no parameters for its weights {', '.join(unexpected)}")
     hooked.requires_grad_(False)
     if n_devices == 1:
         hooked.to(device, print_details=False)
@@ -179,10 +200,11 @@ def _hooked_transformer(model: Any, tokenizer: Any, name: str, device: str, n_de
 
 
 def spread(hooked: Any) -> None:
-    """Put each block where HookedTransformer's forward pass sends the residual stream for it, what comes before
-    the blocks beside the first, and what comes after them beside the last.
+    """Move each block of a HookedTransformer to the device to which its forward pass sends the residual stream.
 
-    (`move_model_modules_to_device` goes by free memory, and would have blocks elsewhere than their input.)
+    Modules before the blocks go to the device of the first block, modules after them to that of the last.
+    TransformerLens's `move_model_modules_to_device` chooses devices by free memory, so a block may not be on the device
+    of its input.
     """
     from transformer_lens.utilities.multi_gpu import get_device_for_block_index
 

@@ -1,8 +1,8 @@
-"""Hugging Face config -> HookedTransformerConfig, by architecture rather than by name.
+"""Convert a Hugging Face config to a HookedTransformerConfig by architecture rather than by model name.
 
-TransformerLens knows most models by a list of names. What it can run is wider: any checkpoint of an
-architecture it has weight conversion for. This module holds that table. A config that asks for
-something HookedTransformer does not compute is refused with the reason, never approximated.
+TransformerLens has a list of supported model names, but it can run any checkpoint of an architecture for which it has a
+weight converter. This module maps architectures to their configs. A config with a feature that HookedTransformer does
+not compute is refused with the reason, never approximated.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Fields = dict[str, Any]
 
 
 def covers(config: Any) -> str | None:
-    """Why HookedTransformer cannot run the model of this Hugging Face config; `None` if it can."""
+    """The reason why HookedTransformer cannot run the model of a Hugging Face config; `None` if it can."""
     architecture = architecture_of(config)
     if architecture not in _ARCHITECTURES:
-        return f"{architecture} is not among {', '.join(sorted(_ARCHITECTURES))}"
+        return f"{architecture} is not one of {', '.join(sorted(_ARCHITECTURES))}"
     if getattr(config, "quantization_config", None):
         return "its weights are quantised"
     try:
@@ -32,18 +32,23 @@ def covers(config: Any) -> str | None:
     activation = fields["act_fn"]
     if activation not in SUPPORTED_ACTIVATIONS:
         return f"HookedTransformer does not compute the activation {activation!r}"
-    if activation == "xielu":  # no converter fills them in
+    if activation == "xielu":  # no converter sets its parameters
         return "HookedTransformer does not compute the activation 'xielu' with learned parameters"
     return None
 
 
 def architecture_of(config: Any) -> str:
+    """The first architecture named in a Hugging Face config, or `unknown architecture`."""
     names = getattr(config, "architectures", None) or ["unknown architecture"]
     return str(names[0])
 
 
 def hooked_fields(config: Any) -> Fields:
-    """The fields of a `HookedTransformerConfig` for the model of a Hugging Face config."""
+    """The fields of a `HookedTransformerConfig` for the model of a Hugging Face config.
+
+    Raises:
+        ModelError: HookedTransformer does not compute something that the config asks for.
+    """
     fields = _ARCHITECTURES[architecture_of(config)](config)
     return {
         "original_architecture": architecture_of(config),
@@ -54,7 +59,7 @@ def hooked_fields(config: Any) -> Fields:
 
 
 def weight_converter(config: Any) -> Callable[[Any, Any], dict[str, Any]]:
-    """TransformerLens's own conversion of the architecture's weights: (model, cfg) -> state dict."""
+    """TransformerLens's weight converter for the architecture: `(model, cfg)` -> state dict."""
     from transformer_lens.pretrained import weight_conversions
 
     return getattr(weight_conversions, _CONVERTERS[architecture_of(config)])
@@ -75,7 +80,7 @@ def _gpt2(config: Any) -> Fields:
 
 
 def _gpt_names(config: Any) -> Fields:
-    """What GPT-2 and GPT-J share: the names of their sizes, and LayerNorm."""
+    """Fields shared by GPT-2 and GPT-J: the config names of their sizes, and LayerNorm."""
     return {
         "d_model": config.n_embd,
         "d_head": config.n_embd // config.n_head,
@@ -144,7 +149,7 @@ def _gpt_neox(config: Any) -> Fields:
 
 
 def _opt(config: Any) -> Fields:
-    _refuse(not config.do_layer_norm_before, "OPT with the norm behind each sublayer")
+    _refuse(not config.do_layer_norm_before, "OPT with the norm after each sublayer")
     _refuse(config.word_embed_proj_dim != config.hidden_size, "OPT with projected embeddings")
     _refuse(not config.enable_bias, "OPT without biases")
     return {
@@ -199,7 +204,7 @@ def _gemma2(config: Any) -> Fields:
 
 
 def _gemma3(config: Any) -> Fields:
-    """Gemma-3's text model: rotary embeddings of local layers have a base of their own and are never scaled."""
+    """Gemma-3's text model, whose local layers have a separate rotary base and no rotary scaling."""
     _refuse(config.attention_bias, "Gemma-3 with attention biases")
     _refuse(bool(config.use_bidirectional_attention), "Gemma-3 with attention in both directions")
     kinds = config.rope_parameters
@@ -220,7 +225,7 @@ def _gemma3(config: Any) -> Fields:
 
 def _olmo2(config: Any) -> Fields:
     _refuse(config.attention_bias, "OLMo-2 with attention biases")
-    # TransformerLens's converter cuts keys and values into as many heads as there are of queries.
+    # TransformerLens's converter splits keys and values into as many heads as queries.
     _refuse(config.num_key_value_heads != config.num_attention_heads, "OLMo-2 with grouped queries")
     return _gated_rms(config, plain_heads_without_groups=True)
 
@@ -232,10 +237,12 @@ def _phi3(config: Any) -> Fields:
 
 
 def _gated_rms(config: Any, rope: Fields | None = None, *, plain_heads_without_groups: bool = False) -> Fields:
-    """What Llama and its descendants share: RMS norms, rotary positions, a gated MLP, grouped queries.
+    """Fields shared by Llama and its descendants: RMS norms, rotary positions, a gated MLP, grouped queries.
 
-    `rope` stands for the config's own rotary parameters, where those differ between layers.
-    TransformerLens's converters differ in whether they name ungrouped keys and values as grouped.
+    Args:
+        rope: rotary parameters that replace those of the config, for models whose layers differ in them.
+        plain_heads_without_groups: whether the weight converter uses the parameter names of ungrouped attention if
+            there are as many key-value heads as query heads; converters of TransformerLens differ in this.
     """
     d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     groups = config.num_key_value_heads
@@ -296,7 +303,7 @@ def _rotary(rope: Fields) -> Fields:
 
 
 def _windows(config: Any, *, everywhere: bool = False) -> Fields:
-    """Sliding-window attention, layer by layer as the Hugging Face config has it."""
+    """Fields for sliding-window attention, layer by layer as in the Hugging Face config."""
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
     if types is None:

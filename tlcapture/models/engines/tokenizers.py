@@ -1,4 +1,4 @@
-"""Tokenizers that TransformerLens may change, and one as its checkpoint has it."""
+"""Tokenizers for TransformerLens, which modifies them, and the removal of its modifications."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def for_transformer_lens(tokenizer: Any, name: str) -> Any:
-    """A tokenizer that TransformerLens may keep.
+    """A copy of a tokenizer that TransformerLens can modify.
 
-    It fills in missing special tokens, which ours must not have; and it would load the tokenizer once
-    more, from wherever it came, were it not told that this one adds BOS.
+    TransformerLens fills in missing special tokens, which the original must not have. The copy claims to add BOS, since
+    TransformerLens would otherwise load the tokenizer again from `name`.
     """
     own = copy.deepcopy(tokenizer)
     own.init_kwargs.setdefault("name_or_path", name)
@@ -19,7 +19,7 @@ def for_transformer_lens(tokenizer: Any, name: str) -> Any:
 
 
 def without_filled_in_bos(tokenizer: Any) -> Any:
-    """A tokenizer as its checkpoint has it: TransformerLens fills in EOS where there is no BOS."""
+    """A tokenizer without the BOS token that TransformerLens filled in: it uses EOS if a checkpoint has no BOS."""
     if tokenizer.bos_token != tokenizer.eos_token or tokenizer.init_kwargs.get("bos_token") is not None:
         return tokenizer
     own = copy.deepcopy(tokenizer)
