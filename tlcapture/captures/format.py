@@ -131,7 +131,7 @@ class CaptureContent(FileContent):
     def check(cls, value: Any, path: Path) -> CaptureContent:
         """The content of a file; raises `StorageError` with file, field and reason."""
         check_version(value, path)
-        return checked(cls, value, path, "raw residual file")
+        return checked(cls, value, path, "raw residual")
 
     @model_validator(mode="after")
     def _is_of_one_model(self) -> CaptureContent:

@@ -97,7 +97,7 @@ def read_index(path: Path) -> tuple[CaptureIndex, dict[str, Any], dict[str, Resi
             return None
         value = json.loads(archive.read(NAME))
         check_version(value, path)
-        index = checked(CaptureIndex, value, path, "raw residual file")
+        index = checked(CaptureIndex, value, path, "raw residual")
         kept = index.kept
         only = None if kept.is_all else kept
         return index, value["metadata"], {name: _stream(archive, getattr(index, name), only) for name in PARTS}

@@ -88,7 +88,7 @@ class ProjectionFile(FileContent):
     @classmethod
     def parse(cls, content: Any, path: Path) -> ProjectionFile:
         """Check the content of a projection file; raises `StorageError` with file, field and reason."""
-        return checked(cls, content, path, "projection file")
+        return checked(cls, content, path, "projection")
 
     @property
     def tokens(self) -> list[str]:
