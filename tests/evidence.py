@@ -1,6 +1,6 @@
-"""What tests saw, gathered into docs/reliability.md: `make reliability` runs them and writes it.
+"""Collect test results for docs/reliability.md, which `make reliability` writes.
 
-A test hands over a row when its own assertions hold; a row in the document is a test that passed.
+A test adds a row after its assertions have passed, so each row of the page is a test that passed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tests import reliability_page
 
 @dataclass
 class Evidence:
-    """Rows of the document, kept for as long as the tests run."""
+    """The rows of the page, collected during a test session."""
 
     faults: dict[str, tuple[str, str]] = field(default_factory=dict)
     inputs: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
@@ -22,21 +22,22 @@ class Evidence:
     refusals: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def survived(self, fault: str, how: str, outcome: str) -> None:
-        """A fault that was injected, how, and what was left afterwards."""
+        """Add an injected fault, how it was injected, and the outcome."""
         self.faults[fault] = (how, outcome)
 
     def tried(self, reader: str, kind: str, count: int = 1) -> None:
-        """Inputs of a kind (`truncated`, `wrong types` ...) that a reader refused or read rightly."""
+        """Add inputs of one kind (`truncated`, `wrong types` ...) that a reader refused or read correctly."""
         self.inputs[reader, kind] += count
 
     def deviated(self, architecture: str, engine: str, what: str, value: float) -> None:
-        """The relative deviation from Hugging Face of `what` (`prompt`, `decode` ...); the largest is kept."""
+        """Add the relative deviation of `what` (`prompt`, `decode` ...) from Hugging Face; the largest one is kept."""
         key = (architecture, engine, what)
         self.deviations[key] = max(value, self.deviations.get(key, 0.0))
 
     def refused(self, architecture: str, engine: str, reason: str) -> None:
-        """An engine that does not run an architecture, and the reason it gives."""
+        """Add an engine that refuses an architecture, with the reason in its error."""
         self.refusals[architecture, engine] = reason
 
     def write(self, path: Path) -> None:
+        """Write the page to `path`."""
         path.write_text(reliability_page.page(self), encoding="utf-8")

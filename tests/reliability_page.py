@@ -1,4 +1,4 @@
-"""The form of docs/reliability.md."""
+"""The format of docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tests.evidence import Evidence
 
-HEAD = """# What was tried, and what happened
+HEAD = """# What was tested, with results
 
-Every row comes from a test that passed: `make reliability` runs them and writes this page.
+Each row comes from a test that passed: `make reliability` runs the tests and writes this page.
 """
 
 
 def page(evidence: Evidence) -> str:
-    """The whole document."""
+    """The page as Markdown."""
     return "\n".join([HEAD, *_faults(evidence), *_inputs(evidence), *_architectures(evidence)])
 
 
 def _faults(evidence: Evidence) -> list[str]:
     rows = [(name, *row) for name, row in evidence.faults.items()]
-    return ["## Faults injected into the real command\n", _table(("fault", "how", "what was left"), rows)]
+    return ["## Faults injected into the real command\n", _table(("fault", "how", "outcome"), rows)]
 
 
 def _inputs(evidence: Evidence) -> list[str]:
@@ -32,8 +32,11 @@ def _inputs(evidence: Evidence) -> list[str]:
         (reader, str(sum(count for _, count in found)), ", ".join(f"{kind} {count}" for kind, count in sorted(found)))
         for reader, found in sorted(kinds.items())
     ]
-    text = "Each was read rightly or refused in one line with file and reason: no traceback, no hang, no number.\n"
-    return ["## Inputs tried\n", text, _table(("reader", "inputs", "of which"), rows)]
+    text = (
+        "Each input was read correctly or refused with a one-line error that names the file and the reason: "
+        "no traceback, no hang, no wrong number.\n"
+    )
+    return ["## Inputs tested\n", text, _table(("reader", "inputs", "by kind"), rows)]
 
 
 def _architectures(evidence: Evidence) -> list[str]:
@@ -45,8 +48,8 @@ def _architectures(evidence: Evidence) -> list[str]:
         for name, engine in pairs
     ]  # fmt: skip
     text = (
-        "Tiny random models, every weight random: the largest deviation from Hugging Face over hidden states, "
-        "attention patterns and logits, as a share of the largest value.\n"
+        "Tiny models with random weights: the largest deviation from Hugging Face in hidden states, attention patterns "
+        "and logits, as a fraction of the largest value.\n"
     )
     head = ("architecture", "engine", *columns, "refused, with the reason")
     return ["## Architectures and engines\n", text, _table(head, rows)]

@@ -115,7 +115,7 @@ def _in_folder(words: tuple[str, ...], folder: Path) -> list[Any]:
     return [folder / "out" / word if word in ("pictures", "page.html") else word for word in words]
 
 
-# What each reader makes of each damage is tried in `test_json_files`; here it is what the commands make of it.
+# `test_json_files` covers the readers on all kinds of damage; these tests cover the commands.
 @pytest.mark.parametrize(("reader", "damage"), some_of_each(COMMANDS, DAMAGES, 3))
 def test_a_damaged_file_is_named_in_an_error_of_one_line(
     tlcapture: Run, layout: Layout, tmp_path: Path, evidence: Evidence, reader: str, damage: str
