@@ -23,7 +23,7 @@ RAY = ("--executor", "ray", "--workers", "2")
 
 
 def program(*words: object, **options: Any) -> subprocess.Popen[str]:
-    """The real program, in a process of its own."""
+    """The real program in a separate process."""
     command = [sys.executable, "-m", "tlcapture", *map(str, words)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
@@ -139,7 +139,7 @@ def test_ctrl_c_keeps_what_workers_did(
 def test_a_root_that_workers_do_not_see_is_refused_unless_files_are_sent_back(
     ray_address: str, busy: Path, tmp_path: Path, by_one_process: dict[str, Any], collect: bool
 ) -> None:
-    """The driver has a mount namespace of its own: workers see an empty folder at its root."""
+    """The driver runs in a separate mount namespace, so that workers see an empty folder at its root."""
     hidden, result = tmp_path / "hidden", tmp_path / "result"
     hidden.mkdir()
     words = [str(word) for word in (*words_of(hidden), *RAY, "--ray-address", ray_address, "--model", hidden / "model")]

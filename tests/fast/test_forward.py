@@ -84,7 +84,7 @@ def test_olmo_2_is_computed_by_transformer_lens() -> None:
     assert not FastForward.supports(tiny.model("olmo2").tl)
 
 
-HOOKED = [
+EDITED_POINTS = [
     "hook_embed",
     "blocks.1.hook_resid_pre",
     "blocks.1.ln1.hook_normalized",
@@ -107,7 +107,7 @@ HOOKED = [
 ]
 
 
-@pytest.mark.parametrize("name", HOOKED)
+@pytest.mark.parametrize("name", EDITED_POINTS)
 def test_the_value_that_a_hook_returns_is_used_downstream(name: str) -> None:
     def edit(activation: Tensor, hook: Any) -> Tensor:
         return activation * 1.5

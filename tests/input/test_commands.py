@@ -31,7 +31,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "an array": lambda path: path.write_text("[1, 2]"),
     "null": lambda path: path.write_text("null"),
     "UTF-16": lambda path: path.write_bytes(path.read_bytes().decode("latin-1").encode("utf-16")),
-    "bytes that are no text": lambda path: path.write_bytes(b'{"a": "\xff\xfe"}'),
+    "bytes that are not text": lambda path: path.write_bytes(b'{"a": "\xff\xfe"}'),
     "deep nesting": lambda path: path.write_text("[" * 100_000),
     "NaN": lambda path: path.write_text('{"baseline": {"trait_mean": NaN}}'),
     "1e999": lambda path: path.write_text('{"a": 1e999}'),

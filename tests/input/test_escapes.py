@@ -120,7 +120,7 @@ def test_arguments_that_are_not_valid_text_are_refused_with_a_printable_error(
     option: str,
     word: str,
 ) -> None:
-    """A shell hands over bytes that are no UTF-8 as lone surrogates."""
+    """Python decodes arguments that are not valid UTF-8 with lone surrogates."""
     monkeypatch.chdir(root)  # some of the words name folders
     words = {"--experiment": "exp", "--model": tiny_folder, "--max-new-tokens": 1, "--no-project": None}
     if option not in ("--prompt", "--prompt-set"):

@@ -98,7 +98,7 @@ def test_examples_without_words_or_pairs_can_be_checked(
     evidence.tried("examples, JSON lines", "no words, no pairs")
 
 
-PLACES: dict[str, Callable[[Path], object]] = {
+NOT_FILES: dict[str, Callable[[Path], object]] = {
     "a folder": lambda path: path.mkdir(),
     "nothing": lambda path: None,
     "a link to nothing": lambda path: path.symlink_to("nowhere"),
@@ -106,11 +106,11 @@ PLACES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("what", sorted(PLACES))
+@pytest.mark.parametrize("what", sorted(NOT_FILES))
 def test_a_path_that_is_not_a_regular_file_is_named(
     folder: Path, tmp_path: Path, evidence: Evidence, what: str
 ) -> None:
-    PLACES[what](folder / "positive.jsonl")
+    NOT_FILES[what](folder / "positive.jsonl")
     with pytest.raises(InputError, match=r"no positive\.jsonl") as caught:
         read_examples(Datasets(tmp_path), ODD)
     check_refusal(caught.value, folder)
