@@ -85,7 +85,7 @@ demo: $(READY) ## Extract trait vectors and watch them in ten answers of the emb
 	$(BIN)/tlcapture extract --experiment demo --component residual
 	$(BIN)/tlcapture capture --experiment demo --prompt-set single_trait --attention --logit-lens --temperature 0
 
-bench: $(BENCH_READY) ## Every speed that matters beside its rivals, into benchmarks/RESULTS.md (half an hour)
+bench: $(BENCH_READY) ## Measure all workloads and write benchmarks/RESULTS.md (half an hour)
 	$(BIN)/python benchmarks/bench.py $(FLAGS)
 
 bench-quick: $(BENCH_READY) ## Most of them in two minutes, on the screen only

@@ -1,9 +1,9 @@
-"""Every workload that tlcapture's speed is judged by, in one table.
+"""Run all benchmarks of tlcapture and print their results as one table.
 
     python benchmarks/bench.py [--quick] [--rounds 5] [--only w1,w6]
 
-Rivals take turns within one run; figures are medians of ratios round by round, with their spread. The
-table goes to the screen and, when every workload ran in full, to RESULTS.md above its remarks.
+The compared implementations alternate within a run; results are medians of the ratios of each round, with their range.
+The table is printed and, if all workloads ran in full, written to RESULTS.md above its remarks.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ END_OF_TABLE = "<!-- what follows is written by hand -->"
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="Two rounds of smaller workloads; leaves RESULTS.md alone.")
+@click.option("--quick", is_flag=True, help="Run two rounds of smaller workloads; do not write RESULTS.md.")
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1))
-@click.option("--only", default="", help="Workloads to run, comma-separated; leaves RESULTS.md alone.")
+@click.option("--only", default="", help="Workloads to run, comma-separated; do not write RESULTS.md.")
 def main(quick: bool, rounds: int, only: str) -> None:
     """Measure and print a Markdown table."""
     from generation_speed import Bench, accelerator, products, w1, w1_half, w2, w3, w4
     from measure import HEAD, machine
     from output_speed import w5, w6, w7, w8, w9, w10, w11
 
-    slow = (w3, w1_half, w9, w10)  # left out of a quick run
+    slow = (w3, w1_half, w9, w10)  # omitted from a quick run
     workloads = {work.__name__: work for work in (w1, w1_half, w2, w3, w4, w5, w6, w7, w8, w9, w10, w11)}
     workloads |= {"products": products, "gpu": accelerator}
     chosen = [name.strip() for name in only.split(",") if name.strip()] or [

@@ -1,9 +1,9 @@
-"""Two workers of a Ray cluster beside one, each with one thread, and both beside a local run: time and files.
+"""Compare the throughput of one and two Ray workers with one thread each, and their files with those of a local run.
 
     python benchmarks/cluster_speed.py [--prompts 32] [--new-tokens 30] [--rounds 3]
 
-The embedded model captures the same prompts in the same batches. What is measured is the time in which
-workers were at work, their start and the loading of the model apart.
+The embedded model captures the same prompts in the same batches. The measured time excludes starting the workers and
+loading the model.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main(prompts: int, new_tokens: int, rounds: int) -> None:
 
 
 def make_prompt_set(root: Path, count: int) -> None:
-    """The first prompts of all shipped sets, as one set."""
+    """Write a prompt set with the first `count` prompts of the shipped sets."""
     datasets = Datasets(root)
     texts = [prompt.text for name in datasets.prompt_sets() for prompt in read_prompt_set(datasets, name).prompts]
     rows = [{"id": str(number), "text": text} for number, text in enumerate(texts[:count], start=1)]
@@ -66,7 +66,7 @@ def make_prompt_set(root: Path, count: int) -> None:
 
 
 def capture(root: Path, experiment: str, new_tokens: int, *words: str) -> dict[str, Any]:
-    """Capture the set with one thread a process; returns the summary."""
+    """Capture the set with one thread per process; returns the summary."""
     command = [
         sys.executable, "-m", "tlcapture", "capture", "--root", str(root), "--experiment", experiment,
         "--prompt-set", "many", "--max-new-tokens", str(new_tokens), "--temperature", "0",
@@ -78,12 +78,12 @@ def capture(root: Path, experiment: str, new_tokens: int, *words: str) -> dict[s
 
 
 def compare(root: Path, one: str, other: str) -> None:
-    """Say how many files of two experiments are the same, names of experiments and dates aside."""
+    """Print how many files of two experiments are equal, except for the experiment's name and dates."""
     found = [contents(root / "experiments" / name) for name in (one, other)]
     for value in (each for content in found for each in content.values()):
         value.get("metadata", {}).pop("inference_experiment", None)
     same = sum(found[0][name] == found[1].get(name) for name in found[0])
-    click.echo(f"{same} of {len(found[0])} files of the cluster equal those of a local run to the last bit")
+    click.echo(f"{same} of {len(found[0])} files of the cluster equal those of a local run bit for bit")
     if same != len(found[0]) or len(found[0]) != len(found[1]):
         raise SystemExit(1)
 

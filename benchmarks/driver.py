@@ -1,10 +1,10 @@
-"""What it costs that `run_with_cache` drives every step: this tree beside another, user's own calls beside the loop.
+"""Compare this checkout with another one, and direct calls of the model with steps of the generation loop.
 
     python benchmarks/driver.py --baseline DIR [--rounds 7] [--only "step 1,w2"] [--processor-time]
 
-DIR is a checkout of the state to compare with (`git worktree add DIR REVISION`). Each tree runs in a process of its
-own with the embedded model loaded, and the two take turns; figures are medians of ratios round by round. On a machine
-that others load, `--processor-time` counts what the processor worked on a single thread, not what passed meanwhile.
+DIR is a checkout of the revision to compare with (`git worktree add DIR REVISION`). Each checkout runs in a separate
+process with the embedded model loaded, and the two alternate; results are medians of the ratios of each round. On a
+busy machine, use `--processor-time` to measure the CPU time of a single thread instead of wall-clock time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import click
 _HERE = Path(__file__).resolve().parent
 _SECONDS = "seconds "
 _PROMPT, _STEPS, _GENERATED = 40, 10, 50
-# What a worker can run: in both trees, and in this one alone.
+# Workloads of both checkouts, with the largest acceptable ratio, and workloads of this one alone.
 _OLD_AND_NEW = {
     "step 1": (f"{_STEPS} steps of one prompt", 1.03),
     "step 10": (f"{_STEPS} steps of ten prompts", 1.03),
@@ -37,7 +37,7 @@ _CALLS = {
 
 
 class Worker:
-    """A tree's own process, which runs what it is told and says how long it took."""
+    """A process of one checkout, which runs workloads and reports their durations."""
 
     def __init__(self, tree: Path, processor_time: bool):
         command = [sys.executable, str(_HERE / "driver.py"), "--worker", str(tree.resolve())]
@@ -49,6 +49,7 @@ class Worker:
         self._process = subprocess.Popen(command, env=environment, **pipes)
 
     def run(self, name: str) -> float:
+        """Run a workload; returns its duration in seconds."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(f"{name}\n")
         self._process.stdin.flush()
@@ -58,23 +59,24 @@ class Worker:
         raise click.ClickException(f"a worker ended with exit status {self._process.wait()}")
 
     def end(self) -> None:
+        """Wait for the process to end."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
 
 
 def work(tree: Path, clock: Callable[[], float]) -> None:
-    """A worker: names of works from standard input, seconds to standard output."""
+    """Run a worker, which reads names of workloads from standard input and writes durations to standard output."""
     sys.path[:0] = [str(tree), str(tree / "benchmarks")]
-    import rivals
     import torch
     from generation_speed import Bench
+    from implementations import ours
 
     import tlcapture
     from tlcapture.views.residual import residual_hooks
 
     if not Path(tlcapture.__file__).resolve().is_relative_to(tree):
-        raise SystemExit(f"{tlcapture.__file__} is not of {tree}")
+        raise SystemExit(f"{tlcapture.__file__} is not in {tree}")
     bench = Bench(1, quick=False)
     model = bench.model
     hooks = frozenset(residual_hooks(model.n_layers, model.hook_names))
@@ -105,8 +107,8 @@ def work(tree: Path, clock: Callable[[], float]) -> None:
     prepared: dict[str, Callable[[], Callable[[], object]]] = {
         "step 1": lambda: steps(1, step),
         "step 10": lambda: steps(10, step),
-        "w1": lambda: lambda: rivals.ours(model, bench.task(10, 10)),
-        "w2": lambda: lambda: rivals.ours(model, bench.task(1, 1)),
+        "w1": lambda: lambda: ours(model, bench.task(10, 10)),
+        "w2": lambda: lambda: ours(model, bench.task(1, 1)),
         "loop": lambda: loop,
         "run_with_cache": lambda: steps(
             1, lambda state, one: model.tl.run_with_cache(one, names_filter=names, past_kv_cache=state)
@@ -123,14 +125,14 @@ def work(tree: Path, clock: Callable[[], float]) -> None:
 
 @click.command()
 @click.option("--baseline", type=click.Path(exists=True, file_okay=False, path_type=Path), help="The other checkout.")
-@click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="How often each takes its turn.")
-@click.option("--only", default="", help="Works to run, comma-separated, of those that --help lists.")
-@click.option("--processor-time", is_flag=True, help="Time of the processor, on a single thread.")
+@click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="Rounds to measure.")
+@click.option("--only", default="", help="Workloads to run, comma-separated.")
+@click.option("--processor-time", is_flag=True, help="Measure CPU time on a single thread.")
 @click.option("--worker", hidden=True, type=click.Path(exists=True, path_type=Path))
 def main(baseline: Path | None, rounds: int, only: str, processor_time: bool, worker: Path | None) -> None:
-    """Measure and print a Markdown table; without --baseline a user's own calls only.
+    """Measure and print a Markdown table; without --baseline, only direct calls of the model.
 
-    Works: step 1, step 10, w1, w2; run_with_cache, call, generate.
+    Workloads: step 1, step 10, w1, w2; run_with_cache, call, generate.
     """
     if worker is not None:
         return work(worker, time.process_time if processor_time else time.perf_counter)
@@ -138,7 +140,7 @@ def main(baseline: Path | None, rounds: int, only: str, processor_time: bool, wo
 
     chosen = {name.strip() for name in only.split(",") if name.strip()} or {*_OLD_AND_NEW, *_CALLS}
     if unknown := chosen - {*_OLD_AND_NEW, *_CALLS}:
-        raise click.UsageError(f"no work {', '.join(unknown)}: choose from {', '.join([*_OLD_AND_NEW, *_CALLS])}")
+        raise click.UsageError(f"no workload {', '.join(unknown)}: choose from {', '.join([*_OLD_AND_NEW, *_CALLS])}")
     trees = {"new": _HERE.parent} | ({"old": baseline} if baseline is not None else {})
     workers = {name: Worker(tree, processor_time) for name, tree in trees.items()}
     click.echo(HEAD)
@@ -158,14 +160,14 @@ def main(baseline: Path | None, rounds: int, only: str, processor_time: bool, wo
             each.end()
 
 
-def _in_turn(rivals: dict[str, tuple[Worker, str]], rounds: int) -> dict[str, list[float]]:
-    """Seconds that each worker says it took in every round, the workers alternating, after one unmeasured round."""
-    times: dict[str, list[float]] = {rival: [] for rival in rivals}
+def _in_turn(workloads: dict[str, tuple[Worker, str]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each workload by round, the workloads alternating, after one unmeasured round."""
+    times: dict[str, list[float]] = {name: [] for name in workloads}
     for number in range(rounds + 1):
-        for rival, (worker, name) in rivals.items():
-            taken = worker.run(name)
+        for name, (worker, workload) in workloads.items():
+            taken = worker.run(workload)
             if number:
-                times[rival].append(taken)
+                times[name].append(taken)
     return times
 
 

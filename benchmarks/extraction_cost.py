@@ -1,10 +1,10 @@
-"""What extracting one trait costs: time and peak memory, with the shared prefix run once and without.
+"""Measure time and peak memory of extracting one trait, with the shared prefix run once or in every example.
 
     python benchmarks/extraction_cost.py [--trait style/formality] [--rounds 3]
 
-Each measurement is a process of its own, so that its peak is its own; the model's load is not counted in
-the time, and its memory is given apart. The second table times the probe fits of all layers one after
-another and over two processes.
+Each measurement runs in a separate process, so that peaks are independent. Times exclude loading the model, whose
+memory is reported separately. The last line compares fitting the probes of all layers sequentially with fitting them in
+two processes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VARIANTS = ("with the prefix in every example", "with the prefix once")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--measure", hidden=True, type=click.Choice(VARIANTS))
 def main(trait: str, rounds: int, measure: str | None) -> None:
-    """Measure and print two Markdown tables."""
+    """Measure and print a Markdown table and two comparisons."""
     if measure:
         click.echo(json.dumps(_measure(trait, measure)))
         return
@@ -40,7 +40,7 @@ def main(trait: str, rounds: int, measure: str | None) -> None:
         variant: {key: statistics.median(each[key] for each in runs) for key in runs[0]}
         for variant, runs in found.items()
     }
-    click.echo(f"{trait}, all layers, three methods, both components; medians of {rounds} processes in turn\n")
+    click.echo(f"{trait}, all layers, three methods, both components; medians of {rounds} alternating processes\n")
     click.echo("| examples run | read-out, s | fits, s | peak memory, MB | of which model and libraries, MB |")
     click.echo("| --- | --- | --- | --- | --- |")
     for variant, values in median.items():
@@ -50,7 +50,7 @@ def main(trait: str, rounds: int, measure: str | None) -> None:
     click.echo(f"\nread-out, once / in every example: {statistics.median(ratios):.2f} (of {len(ratios)} rounds)\n")
     last = median[VARIANTS[1]]
     click.echo(
-        f"probe fits of all layers: one after another {last['in_turn']:.2f} s, two processes {last['processes']:.2f} s"
+        f"probe fits of all layers: sequentially {last['in_turn']:.2f} s, in two processes {last['processes']:.2f} s"
     )
 
 

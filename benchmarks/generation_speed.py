@@ -1,4 +1,4 @@
-"""W1 to W4 and the accelerator's: generation with capture beside generation with and without."""
+"""Workloads W1 to W4, `products` and `gpu`: generation with capture, compared with other implementations."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import rivals
+import implementations
 import torch
+from implementations import Task
 from measure import Row, in_turn, medians, ratios, seconds
-from rivals import Task
 from torch.nn import functional
 
 from tlcapture.models.embedded import embedded_folder
@@ -26,7 +26,7 @@ from tlcapture.views.residual import residual_hooks
 
 @dataclass
 class Bench:
-    """The embedded model and its rivals; `quick` does less of everything."""
+    """The embedded model in tlcapture and Hugging Face, and the size of workloads, which `quick` reduces."""
 
     rounds: int
     quick: bool
@@ -65,13 +65,14 @@ class Bench:
 
     def against_hugging_face(self, task: Task) -> dict[str, Any]:
         return {
-            "ours": lambda: rivals.ours(self.model, task),
-            "with hidden states": lambda: rivals.hugging_face(self.reference, task, hidden_states=True),
-            "plain": lambda: rivals.hugging_face(self.reference, task, hidden_states=False),
+            "ours": lambda: implementations.ours(self.model, task),
+            "with hidden states": lambda: implementations.hugging_face(self.reference, task, hidden_states=True),
+            "plain": lambda: implementations.hugging_face(self.reference, task, hidden_states=False),
         }
 
 
 def w1(bench: Bench) -> Iterator[Row]:
+    """Ten prompts in one batch."""
     task = bench.task(10, 10)
     works = bench.against_hugging_face(task)
     if not bench.quick:
@@ -87,8 +88,9 @@ def w1(bench: Bench) -> Iterator[Row]:
 
 
 def w1_half(bench: Bench) -> Iterator[Row]:
+    """Ten prompts in one batch, in bfloat16."""
     half = Bench(bench.rounds, bench.quick, "bfloat16")
-    # In 16 bits the rivals need not write the same tokens, so all write as many as they may.
+    # In 16 bits, implementations may generate different tokens, so all generate the maximum number.
     half.model.generation_config = half.reference.generation_config
     for config in (half.reference.config, half.reference.generation_config):
         config.eos_token_id = None
@@ -101,6 +103,7 @@ def w1_half(bench: Bench) -> Iterator[Row]:
 
 
 def w2(bench: Bench) -> Iterator[Row]:
+    """One prompt."""
     works = bench.against_hugging_face(bench.task(1, 1))
     _check_tokens(works)
     times = in_turn(works, bench.rounds)
@@ -110,11 +113,11 @@ def w2(bench: Bench) -> Iterator[Row]:
 
 
 def w3(bench: Bench) -> Iterator[Row]:
-    """64 prompts of 20 to 400 tokens of running text, in random order."""
-    line = [token for prompt in bench.prompts for token in prompt.token_ids]
+    """64 prompts of 20 to 400 tokens of continuous text, in random order."""
+    token_ids = [token for prompt in bench.prompts for token in prompt.token_ids]
     lengths = torch.linspace(20, 400, 16 if bench.quick else 64).int()
     lengths = lengths[torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0))].tolist()
-    text = line * (2 * 400 // len(line) + 2)
+    text = token_ids * (2 * 400 // len(token_ids) + 2)
     prompts = [
         TokenizedPrompt("lengths", str(number), "", "", tuple(text[number : number + length]), None, False)
         for number, length in enumerate(lengths)
@@ -122,11 +125,13 @@ def w3(bench: Bench) -> Iterator[Row]:
     new_tokens, sizes = 16, (8,) if bench.quick else (8, 16, 32)
 
     def theirs(size: int) -> Any:
-        return lambda: rivals.hugging_face(bench.reference, Task(prompts, new_tokens, size), hidden_states=True)
+        return lambda: implementations.hugging_face(
+            bench.reference, Task(prompts, new_tokens, size), hidden_states=True
+        )
 
     tried = {size: seconds(theirs(size)) for size in sizes}
     best = min(tried, key=tried.__getitem__)
-    works = {"ours": lambda: rivals.ours(bench.model, Task(prompts, new_tokens, 16)), "theirs": theirs(best)}
+    works = {"ours": lambda: implementations.ours(bench.model, Task(prompts, new_tokens, 16)), "theirs": theirs(best)}
     _check_tokens(works)
     times = in_turn(works, bench.rounds)
     note = (
@@ -136,6 +141,7 @@ def w3(bench: Bench) -> Iterator[Row]:
 
 
 def w4(bench: Bench) -> Iterator[Row]:
+    """One decode step after 1,000 tokens of context, compared with one after 100."""
     model = bench.model
     hooks = frozenset(residual_hooks(model.n_layers, model.hook_names))
     for batch_size, must, aim in ((1, 1.6, 1.3), (10, None, None)):
@@ -159,7 +165,7 @@ def w4(bench: Bench) -> Iterator[Row]:
 
 
 def products(bench: Bench) -> Iterator[Row]:
-    """Why `fast` multiplies few rows otherwise than `functional.linear` does."""
+    """Products of few rows as computed by `fast`, compared with `functional.linear`."""
     assert isinstance(bench.model, HookedModel)
     hooked = bench.model.tl
     gates = [block.mlp.W_gate.T for block in hooked.blocks]
@@ -179,7 +185,7 @@ def products(bench: Bench) -> Iterator[Row]:
 
 
 def accelerator(bench: Bench) -> Iterator[Row]:
-    """Random weights in the shape of Gemma-2-2B, bfloat16, on the GPU; nothing where there is none."""
+    """A model of random weights with the shape of Gemma-2-2B in bfloat16 on the GPU; no rows without a GPU."""
     if not torch.cuda.is_available():
         return
     from transformers import AutoModelForCausalLM, Gemma2Config
@@ -195,8 +201,8 @@ def accelerator(bench: Bench) -> Iterator[Row]:
         ]
         task = Task(prompts, 50, batch_size)
         works = {
-            "ours": lambda task=task: rivals.ours(model, task),
-            "plain": lambda task=task: rivals.hugging_face(reference, task, hidden_states=False),
+            "ours": lambda task=task: implementations.ours(model, task),
+            "plain": lambda task=task: implementations.hugging_face(reference, task, hidden_states=False),
         }
         times = in_turn(works, bench.rounds)
         tokens = batch_size * task.new_tokens
@@ -209,7 +215,7 @@ def accelerator(bench: Bench) -> Iterator[Row]:
 
 
 def _bandwidth() -> float:
-    """Bytes a second that the GPU copies, read and written."""
+    """The bandwidth of copies on the GPU in bytes per second, reads and writes together."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
 
@@ -225,12 +231,12 @@ def _other_tools(bench: Bench, task: Task) -> dict[str, Any]:
 
     wrapped = TransformersModel(bench.reference, tokenizer=bench.model.tokenizer, task="text-generation")
     hooked = load_model("smollm2", engine="hooked", device="cpu", dtype=bench.dtype, fast=False).tl
-    for parameter in hooked.parameters():  # as TransformerLens itself loads them
+    for parameter in hooked.parameters():  # the layout in which TransformerLens loads them
         parameter.data = parameter.data.contiguous()
-    stops = rivals.own_stops(bench.model)
+    stops = implementations.own_stops(bench.model)
     return {
-        "nnsight": lambda: rivals.nnsight(wrapped, task),
-        "TransformerLens loop": lambda: rivals.transformer_lens(hooked, task, stops),
+        "nnsight": lambda: implementations.nnsight(wrapped, task),
+        "TransformerLens loop": lambda: implementations.transformer_lens(hooked, task, stops),
     }
 
 
@@ -238,11 +244,11 @@ def _check_tokens(works: dict[str, Any]) -> None:
     found = {name: work() for name, work in works.items()}
     for name, tokens in found.items():
         if tokens != found["ours"]:
-            raise SystemExit(f"{name} wrote other greedy tokens than ours: the comparison is void")
+            raise SystemExit(f"{name} generated different greedy tokens from ours, so the comparison is invalid")
 
 
 def _check_hidden_states(bench: Bench) -> None:
-    """Ours equal what Hugging Face's `generate` itself hands out, step by step."""
+    """Exit unless our residual stream equals the hidden states from each step of Hugging Face's `generate`."""
     from tlcapture.generation.loop import generate
     from tlcapture.generation.sampling import Sampling
 
@@ -262,4 +268,4 @@ def _check_hidden_states(bench: Bench) -> None:
         theirs = torch.cat([step[layer + 1][0] for step in output.hidden_states])
         mine = found.cache[f"blocks.{layer}.hook_resid_post"][: len(theirs)]
         if (mine - theirs).abs().max() > 1e-4 * theirs.abs().max():
-            raise SystemExit(f"our residual stream behind layer {layer} is not Hugging Face's")
+            raise SystemExit(f"our residual stream after layer {layer} differs from that of Hugging Face")

@@ -1,4 +1,4 @@
-"""Measuring rivals in turn, and the rows of the table that comes of it."""
+"""Measure implementations in alternation, and format the results as rows of a table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Row:
-    """One workload's outcome; a smaller figure is better unless `at_least`."""
+    """One result of a workload; a smaller figure is better unless `at_least`."""
 
     workload: str
     what: str
@@ -54,13 +54,13 @@ HEAD = (
 )
 
 
-def in_turn(rivals: dict[str, Work], rounds: int) -> dict[str, list[float]]:
-    """Seconds that each rival took in every round, the rivals alternating (A B A B ...), after one unmeasured round."""
-    for work in rivals.values():
+def in_turn(works: dict[str, Work], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each implementation by round, in alternation (A B A B ...), after one unmeasured round."""
+    for work in works.values():
         work()
-    times: dict[str, list[float]] = {name: [] for name in rivals}
+    times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
-        for name, work in rivals.items():
+        for name, work in works.items():
             times[name].append(seconds(work))
     return times
 
@@ -72,7 +72,7 @@ def seconds(work: Work) -> float:
 
 
 def ratios(times: dict[str, list[float]], ours: str, theirs: str) -> list[float]:
-    """Our time as a share of theirs, round by round."""
+    """Our time divided by theirs in each round."""
     return [a / b for a, b in zip(times[ours], times[theirs], strict=True)]
 
 
@@ -82,7 +82,7 @@ def medians(times: dict[str, list[float]], *, milli: bool = False) -> str:
 
 
 def command(*arguments: str, root: Path | None = None) -> Work:
-    """A command of this Python to run to its end, its output unseen."""
+    """A function that runs `python ARGUMENTS` to completion and discards its output."""
 
     def run() -> None:
         run_child(arguments, root)
@@ -91,7 +91,7 @@ def command(*arguments: str, root: Path | None = None) -> Work:
 
 
 def run_child(arguments: Sequence[str], root: Path | None = None) -> str:
-    """Run `python ARGUMENTS`; returns what it says."""
+    """Run `python ARGUMENTS`; returns its standard output."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     if root is not None:
         environment["TLCAPTURE_ROOT"] = str(root)
@@ -101,7 +101,7 @@ def run_child(arguments: Sequence[str], root: Path | None = None) -> str:
     return done.stdout
 
 
-# A new program's peak counts from that of the process that started it: of this one it would be the models loaded here.
+# The peak of a new process includes that of its parent, which here would include the models loaded by the benchmarks.
 _SMALL_PARENT = """
 import os, subprocess, sys
 child = subprocess.Popen([sys.executable, *sys.argv[1:]], stdout=subprocess.DEVNULL)
@@ -113,12 +113,12 @@ sys.exit(child.returncode)
 
 
 def peak_memory(arguments: Sequence[str], root: Path | None = None) -> int:
-    """The peak of the resident memory of `python ARGUMENTS` in bytes (on Linux)."""
+    """The peak resident memory of `python ARGUMENTS` in bytes (Linux only)."""
     return int(run_child(("-c", _SMALL_PARENT, *arguments), root))
 
 
 def machine() -> str:
-    """The machine and the versions, in one line."""
+    """A line that describes the machine and the package versions."""
     import torch
 
     names = ("torch", "transformer_lens", "transformers", "nnsight", "orjson", "numpy")

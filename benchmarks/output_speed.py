@@ -1,4 +1,4 @@
-"""W5 to W11: projection, logit lens, files, start-up, memory."""
+"""Workloads W5 to W11: projection, logit lens, files, start-up, memory."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ def _capture(bench: Bench, generation: Generation) -> Capture:
 
 
 def w5(bench: Bench) -> Iterator[Row]:
+    """Project captures onto traits, compared with reading the captures."""
     n_captures, n_traits = (20, 20) if bench.quick else (100, 20)
     generator = torch.Generator().manual_seed(0)
     with tempfile.TemporaryDirectory() as root:
@@ -94,10 +95,10 @@ def w5(bench: Bench) -> Iterator[Row]:
                 for points in stream:
                     torch.mm(points.flatten(0, 1), directions)
 
-        def places() -> None:
+        def empty_files() -> None:
             for trait in layout.traits():
                 for number in range(n_captures):
-                    write_bytes(layout.projection(trait, "residual", "places", str(number)), b"")
+                    write_bytes(layout.projection(trait, "residual", "empty", str(number)), b"")
 
         def project() -> None:
             report = run_project(layout, [capture.prompt_set], ProjectOptions())
@@ -108,17 +109,18 @@ def w5(bench: Bench) -> Iterator[Row]:
             "reading": read,
             "without files": without_files,
             "products": products,
-            "empty files": places,
+            "empty files": empty_files,
         }
         times = in_turn(works, bench.rounds)
     note = f"{n_captures} captures, {size / 1e6:.0f} MB, {n_captures * n_traits} files written: {medians(times)}"
     yield Row("W5", "projecting / reading the bytes once", ratios(times, "ours", "reading"), 3, 1.5, note=note)
-    yield Row("W5", "the same without its files / reading", ratios(times, "without files", "reading"))
-    yield Row("W5", "its matrix products alone, of float32 in memory / reading", ratios(times, "products", "reading"))
-    yield Row("W5", "as many empty files put in place / reading", ratios(times, "empty files", "reading"))
+    yield Row("W5", "projecting without writing files / reading", ratios(times, "without files", "reading"))
+    yield Row("W5", "only its matrix products, of float32 in memory / reading", ratios(times, "products", "reading"))
+    yield Row("W5", "writing as many empty files / reading", ratios(times, "empty files", "reading"))
 
 
 def w6(bench: Bench) -> Iterator[Row]:
+    """The logit lens, compared with `torch.mm` of the same size."""
     model, generation = bench.model, _generation(bench)
     token_ids = generation.token_ids
     rows = min(CHUNK, len(token_ids) - 1)
@@ -141,6 +143,7 @@ def w6(bench: Bench) -> Iterator[Row]:
 
 
 def w7(bench: Bench) -> Iterator[Row]:
+    """Write attention and logit-lens files, compared with `json.dump`."""
     model, generation = bench.model, _generation(bench)
     tokens = [str(token) for token in generation.token_ids]
     names: dict[str, Any] = {"prompt_id": "1", "prompt_set": "bench", "tokens": tokens, "n_prompt_tokens": 10}
@@ -177,6 +180,7 @@ def w7(bench: Bench) -> Iterator[Row]:
 
 
 def w8(bench: Bench) -> Iterator[Row]:
+    """`tlcapture --help`, compared with importing Click."""
     works = {"--help": command("-m", "tlcapture", "--help"), "import click": command("-c", "import click")}
     times = in_turn(works, 2 * bench.rounds)
     figures = ratios(times, "--help", "import click")
@@ -198,6 +202,7 @@ torch.save(output.hidden_states, sys.argv[2])
 
 
 def w9(bench: Bench) -> Iterator[Row]:
+    """The time of a command until its first captured token, compared with transformers."""
     from tlcapture.models.embedded import embedded_folder
 
     with tempfile.TemporaryDirectory() as folder:
@@ -213,6 +218,7 @@ def w9(bench: Bench) -> Iterator[Row]:
 
 
 def w10(bench: Bench) -> Iterator[Row]:
+    """Peak memory of capturing 64 prompts, compared with 8."""
     prompts = read_prompt_set(Datasets(Path()), "single_trait").prompts
     many = [{"id": str(number), "text": prompts[number % len(prompts)].text} for number in range(64)]
     figures, peaks = [], []
@@ -232,7 +238,7 @@ def w10(bench: Bench) -> Iterator[Row]:
 
 
 def w11(bench: Bench) -> Iterator[Row]:
-    """Model time is that within forward passes and unembedding, those of the logit lens included."""
+    """The share of a capture outside forward passes and unembedding, which include those of the logit lens."""
     model, spent = bench.model, [0.0]
 
     def timed(work: Any) -> Any:
@@ -278,7 +284,7 @@ def w11(bench: Bench) -> Iterator[Row]:
                 report = run_capture(Layout(Path(root), "bench"), [prompt_set], options, Load())  # type: ignore[arg-type]
                 whole = time.perf_counter() - start
                 assert not report.failures
-                if number:  # the first is not measured
+                if number:  # the first round is not measured
                     figures.append(1 - spent[0] / whole)
                     wholes.append(whole)
     finally:

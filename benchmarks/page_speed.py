@@ -1,9 +1,9 @@
-"""The page on a large experiment: time to the first view, what moving costs, memory of browser and server.
+"""Measure the page on a large experiment: time to the first view and of navigation, memory of browser and server.
 
     python benchmarks/page_speed.py [--prompts 200] [--rounds 5]
 
-One prompt of the embedded model is captured with attention and logit lens and projected onto ten
-traits; its files then stand (as hard links) for all prompts of the set, and the page is walked through.
+One prompt is captured by the embedded model with attention and logit lens and projected onto ten traits. Hard links to
+its files serve as the files of all other prompts of the set.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import click
 import psutil
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' browser
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the tests' browser
 
 from tests.browser import Watched, browser, server
 from tlcapture.names import Trait
@@ -48,12 +48,12 @@ def main(prompts: int, rounds: int) -> None:
             click.echo(f"first view: median {statistics.median(first):.2f} s ({min(first):.2f} to {max(first):.2f})")
             before = resident(process.pid)
             for view in ("dynamics", "layers", "lens", "attention", "vectors", "compare"):
-                moves = [walk(page, view, number % prompts + 1) for number in range(10)]
+                moves = [navigate(page, view, number % prompts + 1) for number in range(10)]
                 click.echo(f"another prompt in {view}: median {statistics.median(moves) * 1000:.0f} ms")
             click.echo(f"browser, after these: {memory_of(page)}")
             memory = []
             for number in range(1, prompts + 1):
-                walk(page, "attention" if number % 2 else "lens", number)
+                navigate(page, "attention" if number % 2 else "lens", number)
                 memory.append(resident(process.pid))
             click.echo(f"browser, after attention and logit lens of {prompts} prompts: {memory_of(page)}")
             quarter = max(1, len(memory) // 4)
@@ -63,11 +63,11 @@ def main(prompts: int, rounds: int) -> None:
                 f"last quarter / second: {growth:.3f}"
             )
             if page.wrong:
-                raise SystemExit(f"the page went wrong: {page.wrong[:3]}")
+                raise SystemExit(f"errors on the page: {page.wrong[:3]}")
 
 
 def make_experiment(root: Path, prompts: int) -> int:
-    """Experiment `big`; returns the bytes that all its JSON files hold."""
+    """Create the experiment `big`; returns the total size of its JSON files in bytes."""
     from tlcapture.cli.main import main as command
 
     layout = Layout(root, "big")
@@ -92,7 +92,7 @@ def make_experiment(root: Path, prompts: int) -> int:
 
 
 def first_view(page: Watched, base: str) -> float:
-    """Seconds from asking for the page to its first view drawn, in a fresh document."""
+    """Seconds from requesting the page in a new document until its first view is drawn."""
     page.page.goto("about:blank")
     start = time.perf_counter()
     page.page.goto(f"{base}#experiment=big")
@@ -100,13 +100,15 @@ def first_view(page: Watched, base: str) -> float:
     return time.perf_counter() - start
 
 
-def walk(page: Watched, view: str, prompt: int) -> float:
+def navigate(page: Watched, view: str, prompt: int) -> float:
+    """Seconds to switch to a view of a prompt."""
     start = time.perf_counter()
     page.open(f"experiment=big&set=single_trait&view={view}&prompt={prompt}&token=60")
     return time.perf_counter() - start
 
 
 def resident(pid: int) -> int:
+    """Resident memory of a process in bytes."""
     return int(psutil.Process(pid).memory_info().rss)
 
 
@@ -115,13 +117,13 @@ def memory_of(page: Watched) -> str:
 
 
 def resident_browser() -> int:
-    """Resident memory of all processes of the browser together."""
+    """Total resident memory of all processes of the browser in bytes."""
     children = psutil.Process().children(recursive=True)
     return sum(each.memory_info().rss for each in children if "chrom" in each.name())
 
 
 def heap(page: Watched) -> float:
-    """MiB that the page's own script holds."""
+    """Heap memory of the page's script in MiB."""
     session: Any = page.page.context.new_cdp_session(page.page)
     metrics = session.send("Runtime.getHeapUsage")
     return float(metrics["usedSize"]) / MEGA

@@ -1,10 +1,10 @@
-"""What captures of 100, 1,000 and 5,000 prompts cost, beside what `tlcapture plan` says of them.
+"""Measure captures of 100, 1,000 and 5,000 prompts, and compare them with the estimates of `tlcapture plan`.
 
     python benchmarks/scale_cost.py [--sizes 100,1000,5000] [--write docs/scale.md]
 
-A tiny Llama of random weights captures prompts of a few tokens, residual stream and projections, with one
-thread. The rate of the smallest run, in new tokens a second, is what predicts the time of all; bytes are predicted
-from the model's config and the mean lengths alone. `--write` puts the tables between the markers of a file.
+A tiny random Llama captures residual stream and projections of short prompts with one thread. The rate of the smallest
+run, in new tokens per second, predicts the duration of all runs; bytes are predicted only from the model's config and
+the mean lengths. `--write` inserts the table between the markers of a file.
 """
 
 from __future__ import annotations
@@ -41,9 +41,13 @@ VARIANTS = {
 
 @click.command()
 @click.option("--sizes", default="100,1000,5000", show_default=True)
-@click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="A file with the markers.")
+@click.option(
+    "--write",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A file with the markers between which to insert the table.",
+)
 def main(sizes: str, write: Path | None) -> None:
-    """Measure and print two Markdown tables."""
+    """Measure and print a Markdown table."""
     counts = sorted(int(size) for size in sizes.split(","))
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -69,26 +73,27 @@ def _tables(root: Path, model: Path, counts: Sequence[int]) -> Iterator[str]:
     yield "| captured | prompts | files | bytes predicted | measured | off by | seconds predicted | measured | off by |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     rates: dict[str, float] = {}
-    begins = statistics.median(_capture(root, model, 1, ())["seconds"] for _ in range(3))
+    startup = statistics.median(_capture(root, model, 1, ())["seconds"] for _ in range(3))
     for name, (views, options) in VARIANTS.items():
         for count in counts if name == next(iter(VARIANTS)) else counts[:2]:
             found = _capture(root, model, count, options)
-            rates.setdefault(name, found["new_tokens"] / (found["seconds"] - begins))
+            rates.setdefault(name, found["new_tokens"] / (found["seconds"] - startup))
             kept = [word for word in options if word != "--projections-only"]
-            yield _row(name, count, found, _plan(root, model, count, views, found, rates[name], kept), begins)
+            yield _row(name, count, found, _plan(root, model, count, views, found, rates[name], kept), startup)
     yield ""
-    said = "; ".join(f"{rate:.0f} a second ({name})" for name, rate in rates.items())
+    rates_text = "; ".join(f"{rate:.0f} per second ({name})" for name, rate in rates.items())
     yield from textwrap.wrap(
-        f"Seconds are {begins:.1f} to begin (the median of three captures of one prompt) and new tokens by the rate of "
-        f"the {counts[0]} prompts of the same kind, whose own seconds are therefore no test: {said}. Calling a block's "
-        f"operations takes {_seconds_a_layer(model) * 1e3:.2f} ms a layer and step there.",
+        f"Predicted seconds are {startup:.1f} for start-up (the median of three captures of one prompt) plus new "
+        f"tokens divided by the rate measured with {counts[0]} prompts, so the rows with {counts[0]} prompts do not "
+        f"test the prediction. Rates: {rates_text}. The overhead of calling a block's operations is "
+        f"{_seconds_per_layer(model) * 1e3:.2f} ms per layer and step.",
         _WIDTH,
     )
 
 
-def _row(name: str, count: int, found: dict[str, Any], plan: dict[str, Any], begins: float) -> str:
+def _row(name: str, count: int, found: dict[str, Any], plan: dict[str, Any], startup: float) -> str:
     n_bytes, seconds = found["files"]["bytes"], found["seconds"]
-    predicted = begins + plan["worker_hours"] * 3600
+    predicted = startup + plan["worker_hours"] * 3600
     cells = (
         name, f"{count:,}", f"{found['files']['count']:,}", f"{plan['bytes'] / 1e6:.2f} MB", f"{n_bytes / 1e6:.2f} MB",
         f"{plan['bytes'] / n_bytes - 1:+.1%}", f"{predicted:.1f}", f"{seconds:.1f}", f"{predicted / seconds - 1:+.1%}",
@@ -97,7 +102,7 @@ def _row(name: str, count: int, found: dict[str, Any], plan: dict[str, Any], beg
 
 
 def _capture(root: Path, model: Path, count: int, options: Sequence[str]) -> dict[str, Any]:
-    """Capture `count` prompts and take the files away again; what the command says of itself, and mean lengths."""
+    """Capture `count` prompts and delete the files; returns the command's summary with mean lengths."""
     name = f"n{count}"
     texts = [f"{'x' * (number % 33)} {number:04d}" for number in range(count)]
     prompts = [{"id": str(number), "text": text} for number, text in enumerate(texts)]
@@ -105,12 +110,12 @@ def _capture(root: Path, model: Path, count: int, options: Sequence[str]) -> dic
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps({"name": name, "prompts": prompts}))
     experiment = root / "experiments" / name
-    said = _run(
+    output = _run(
         root, "capture", "--experiment", name, "--model", model, "--prompt-set", name, "--no-chat-template",
         "--vector-experiment", "vectors", "--max-new-tokens", NEW_TOKENS, "--temperature", 0, "--batch-size", 16,
         "--layer", 4, "--json", *options,
     )  # fmt: skip
-    found: dict[str, Any] = json.loads(said.splitlines()[-1])
+    found: dict[str, Any] = json.loads(output.splitlines()[-1])
     files = [*experiment.glob("inference/tone/loud/residual_stream/*/*.json")]
     lengths = [json.loads(path.read_bytes()) for path in files]
     found["prompt_tokens"] = statistics.mean(each["prompt"]["n_tokens"] for each in lengths)
@@ -122,17 +127,17 @@ def _capture(root: Path, model: Path, count: int, options: Sequence[str]) -> dic
 def _plan(
     root: Path, model: Path, count: int, views: str, found: dict[str, Any], rate: float, options: Sequence[str]
 ) -> dict[str, Any]:
-    said = _run(
+    output = _run(
         root, "plan", "--model", model, "--prompts", count, "--prompt-tokens", round(found["prompt_tokens"]),
         "--new-tokens", round(found["response_tokens"]), "--views", views, "--traits", len(TRAITS),
         "--tokens-per-second", rate, "--json", *options,
     )  # fmt: skip
-    planned: dict[str, Any] = json.loads(said)
+    planned: dict[str, Any] = json.loads(output)
     return planned
 
 
 def _run(root: Path, *words: object) -> str:
-    """Run a command of tlcapture in a process of its own, with one thread; returns its standard output."""
+    """Run a tlcapture command in a separate process with one thread; returns its standard output."""
     environment = {**os.environ, "TLCAPTURE_ROOT": str(root), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tlcapture", *map(str, words)]
     done = subprocess.run(command, cwd=TOP, env=environment, capture_output=True, text=True)
@@ -142,7 +147,7 @@ def _run(root: Path, *words: object) -> str:
 
 
 def _make_model(root: Path) -> Path:
-    """A folder with a tiny Llama of random weights, and a tokenizer of one token a byte."""
+    """A folder with a tiny random Llama and a tokenizer with one token per byte."""
     import torch
     import transformers
 
@@ -169,8 +174,8 @@ def _make_traits(root: Path) -> None:
             (folder / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _seconds_a_layer(model_folder: Path) -> float:
-    """The median step of a model too small for anything but calling operations to matter, by layer."""
+def _seconds_per_layer(model_folder: Path) -> float:
+    """Seconds per layer of the median step of a tiny model, which is the overhead of calling operations."""
     import torch
 
     from tlcapture.models.loading import load_model

@@ -1,4 +1,4 @@
-"""Promise 1: every activation equals Hugging Face's at that point, on every architecture and engine."""
+"""Every activation equals that of Hugging Face at the same point, for every architecture and engine."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from tlcapture.views.logit_lens import logit_lens_view
 from tlcapture.views.residual import residual_hooks, residual_view
 
 ENGINES = ("hooked", "plain", "bridge") if "hooked" in tiny.ENGINES else tiny.ENGINES
-# OLMo-2 has no fast forward pass: `plain` is what `hooked` runs.
-CLAIMED = [(name, engine) for name in tiny.CONFIGS for engine in ENGINES if (name, engine) != ("olmo2", "plain")]
-CLAIMED += [(name, "bridge") for name in tiny.BRIDGE_ONLY]
-if "hooked" not in tiny.ENGINES:  # TransformerLens 4, whose bridge gets ALiBi right
-    CLAIMED += [(name, "bridge") for name in tiny.ALIBI]
+# OLMo-2 has no fast forward pass: `hooked` equals `plain`.
+SUPPORTED = [(name, engine) for name in tiny.CONFIGS for engine in ENGINES if (name, engine) != ("olmo2", "plain")]
+SUPPORTED += [(name, "bridge") for name in tiny.BRIDGE_ONLY]
+if "hooked" not in tiny.ENGINES:  # TransformerLens 4, whose bridge computes ALiBi correctly
+    SUPPORTED += [(name, "bridge") for name in tiny.ALIBI]
 LONGER_THAN_ANY_WINDOW = 40
 N_DECODED = 12
 BFLOAT16 = torch.bfloat16
 
-each_claim = pytest.mark.parametrize(("architecture", "engine"), CLAIMED)
+each_supported_model = pytest.mark.parametrize(("architecture", "engine"), SUPPORTED)
 
 
 @pytest.fixture(params=ENGINES)
@@ -40,29 +40,32 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 
 class Deviations:
-    """The largest deviation of each kind that a test saw, handed over once all are within the bound."""
+    """The largest deviation of each kind in a test, added to the evidence if all are within the bound."""
 
     def __init__(self, evidence: Evidence, architecture: str, engine: str):
         self._evidence = evidence
         self._key = (architecture, "hooked, fast=False" if engine == "plain" else engine)
         self._largest: dict[str, float] = {}
 
-    def saw(self, what: str, ours: Tensor, theirs: Tensor) -> None:
+    def record(self, what: str, ours: Tensor, theirs: Tensor) -> None:
+        """Add the relative deviation of a tensor of kind `what`."""
         self._largest[what] = max(relative(ours, theirs), self._largest.get(what, 0.0))
 
-    def are_below(self, bound: float) -> None:
+    def assert_below(self, bound: float) -> None:
+        """Assert that all deviations are below a bound, and add them to the evidence."""
         assert all(value < bound for value in self._largest.values()), self._largest
         for what, value in self._largest.items():
             self._evidence.deviated(*self._key, what, value)
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
-    """The largest deviation, as a share of the largest value."""
+    """The largest absolute deviation divided by the largest absolute value of `theirs`."""
     assert ours.shape == theirs.shape
     return float((ours.cpu() - theirs.cpu()).abs().max() / theirs.abs().max())
 
 
 def random_ids(length: int, seed: int = 0) -> list[int]:
+    """Ids of ordinary tokens, without special ones."""
     generator = torch.Generator().manual_seed(seed)
     return [int(i) for i in torch.randint(4, tiny.VOCABULARY, (length,), generator=generator)]
 
@@ -84,30 +87,30 @@ def run(model: Model, prompts: list[list[int]], **options: Any) -> list[Generati
     return sorted(outcomes, key=lambda outcome: int(outcome.prompt.id))
 
 
-@each_claim
+@each_supported_model
 def test_residuals_attentions_lens_and_logits_equal_hugging_face(
     architecture: str, engine: str, evidence: Evidence
 ) -> None:
     model = tiny.model(architecture, engine)
     ids = random_ids(LONGER_THAN_ANY_WINDOW)
     theirs = run_hugging_face(architecture, ids)
-    seen = Deviations(evidence, architecture, engine)
+    deviations = Deviations(evidence, architecture, engine)
     hooks = [*residual_hooks(model.n_layers, model.hook_names, attn_out=True), *attention_hooks(model.n_layers)]
     cache = teacher_force(model, ids, hooks)
     stream = residual_view(cache, model.n_layers, attn_out=True)
     for layer in range(model.n_layers):
-        seen.saw("prompt", stream.at(layer, "residual_in"), theirs.hidden_states[layer][0])
-        seen.saw("prompt", cache[f"blocks.{layer}.attn.hook_pattern"], theirs.attentions[layer][0])
-    # Hugging Face's last hidden state is behind the final norm, ours before: they meet in the logits.
+        deviations.record("prompt", stream.at(layer, "residual_in"), theirs.hidden_states[layer][0])
+        deviations.record("prompt", cache[f"blocks.{layer}.attn.hook_pattern"], theirs.attentions[layer][0])
+    # Hugging Face's last hidden state is after the final norm, ours before it: compare logits instead.
     last = stream.at(model.n_layers - 1, "residual_out")
-    seen.saw("prompt", model.unembed(last), theirs.logits[0])
+    deviations.record("prompt", model.unembed(last), theirs.logits[0])
     lens = logit_lens_view(lambda layer: last, 1, ids, model.unembed)
     probabilities = theirs.logits[0, :-1].softmax(dim=-1)
-    seen.saw("prompt", lens.actual_prob[0], probabilities.gather(1, torch.tensor(ids[1:])[:, None])[:, 0])
-    seen.are_below(1e-4)
+    deviations.record("prompt", lens.actual_prob[0], probabilities.gather(1, torch.tensor(ids[1:])[:, None])[:, 0])
+    deviations.assert_below(1e-4)
 
 
-# The module of a Hugging Face block whose input is the residual stream behind attention.
+# The module of a Hugging Face block whose input is the residual stream after attention.
 READS_AFTER_ATTENTION = {
     "gpt2": "transformer.h.{}.ln_2",
     "gpt_neox_sequential": "gpt_neox.layers.{}.post_attention_layernorm",
@@ -120,7 +123,7 @@ READS_AFTER_ATTENTION = {
 
 
 @pytest.mark.parametrize("name", list(READS_AFTER_ATTENTION))
-def test_after_attn_is_what_the_second_norm_reads(name: str, engine: str) -> None:
+def test_after_attn_equals_the_input_of_the_second_norm(name: str, engine: str) -> None:
     model, reference, ids = tiny.model(name, engine), tiny.hf_model(name), random_ids(12)
     read: dict[int, Tensor] = {}
     handles = [
@@ -137,7 +140,7 @@ def test_after_attn_is_what_the_second_norm_reads(name: str, engine: str) -> Non
         assert relative(stream.at(layer, "after_attn"), read[layer]) < 1e-4
 
 
-@each_claim
+@each_supported_model
 def test_residual_points_add_up(architecture: str, engine: str) -> None:
     model = tiny.model(architecture, engine)
     ids = random_ids(12)
@@ -151,7 +154,7 @@ def test_residual_points_add_up(architecture: str, engine: str) -> None:
     assert relative(stream.at(1, "residual_out"), expected) < 1e-5
 
 
-@each_claim
+@each_supported_model
 def test_generated_tokens_and_their_activations_equal_hugging_face(
     architecture: str, engine: str, evidence: Evidence
 ) -> None:
@@ -169,31 +172,29 @@ def test_generated_tokens_and_their_activations_equal_hugging_face(
             pad_token_id=1,
         )
     assert list(generation.token_ids) == tokens[0].tolist()
-    # One pass over all tokens: the last generated one has its activations too, and none is shifted.
+    # One pass over all tokens shows that activations are not shifted and that the last generated token has them too.
     theirs = run_hugging_face(architecture, tokens[0].tolist())
-    seen = Deviations(evidence, architecture, engine)
+    deviations = Deviations(evidence, architecture, engine)
     stream = residual_view(generation.cache, model.n_layers)
     assert stream.n_tokens == tokens.shape[1] > len(ids)
     for what, span in (("prompt", slice(0, len(ids))), ("decode", slice(len(ids), None))):
         for layer in range(model.n_layers):
-            seen.saw(what, stream.at(layer, "residual_in")[span], theirs.hidden_states[layer][0, span])
+            deviations.record(what, stream.at(layer, "residual_in")[span], theirs.hidden_states[layer][0, span])
             pattern = generation.cache[f"blocks.{layer}.attn.hook_pattern"]
-            seen.saw(what, pattern[:, span], theirs.attentions[layer][0, :, span])
+            deviations.record(what, pattern[:, span], theirs.attentions[layer][0, :, span])
         last = stream.at(model.n_layers - 1, "residual_out")
-        seen.saw(what, model.unembed(last[span]), theirs.logits[0, span])
-    seen.are_below(1e-4)
+        deviations.record(what, model.unembed(last[span]), theirs.logits[0, span])
+    deviations.assert_below(1e-4)
 
 
-@each_claim
-def test_a_left_padded_batch_yields_what_each_prompt_yields_alone(
-    architecture: str, engine: str, evidence: Evidence
-) -> None:
+@each_supported_model
+def test_a_left_padded_batch_equals_each_prompt_alone(architecture: str, engine: str, evidence: Evidence) -> None:
     model = tiny.model(architecture, engine)
     prompts = [random_ids(length, seed=length) for length in (3, 30, 17)]
     options = {"max_new_tokens": 8, "sampling": Sampling(temperature=0)}
     together = run(model, prompts, batch_size=3, **options)
     alone = run(model, prompts, batch_size=1, **options)
-    seen = Deviations(evidence, architecture, engine)
+    deviations = Deviations(evidence, architecture, engine)
     for batched, single in zip(together, alone, strict=True):
         assert batched.response_ids == single.response_ids
         for name, activation in single.cache.items():
@@ -201,18 +202,20 @@ def test_a_left_padded_batch_yields_what_each_prompt_yields_alone(
         theirs = run_hugging_face(architecture, list(batched.token_ids))
         stream = residual_view(batched.cache, model.n_layers)
         for layer in range(model.n_layers):
-            seen.saw("padded batch", stream.at(layer, "residual_in"), theirs.hidden_states[layer][0])
+            deviations.record("padded batch", stream.at(layer, "residual_in"), theirs.hidden_states[layer][0])
             pattern = batched.cache[f"blocks.{layer}.attn.hook_pattern"]
-            seen.saw("padded batch", pattern, theirs.attentions[layer][0])
-    seen.are_below(1e-4)
+            deviations.record("padded batch", pattern, theirs.attentions[layer][0])
+    deviations.assert_below(1e-4)
 
 
-@each_claim
-def test_in_bfloat16_it_errs_about_as_little_as_hugging_face(
+@each_supported_model
+def test_the_error_in_bfloat16_is_close_to_that_of_hugging_face(
     architecture: str, engine: str, evidence: Evidence
 ) -> None:
-    """Against float32, a prompt and four decode steps, at every layer and in the logits: an error (a norm) of at
-    most 1.5 times that of Hugging Face in bfloat16, and of at most a tenth of the activations themselves."""
+    """A prompt and four decode steps, at every layer and in the logits, compared with Hugging Face in float32.
+
+    The norm of the error is at most 1.5 times that of Hugging Face in bfloat16, and a tenth of that of the activations.
+    """
     model, ids = tiny.model(architecture, engine, BFLOAT16), random_ids(LONGER_THAN_ANY_WINDOW)
     exact = run_hugging_face(architecture, ids)
     with torch.no_grad():
@@ -229,17 +232,17 @@ def test_in_bfloat16_it_errs_about_as_little_as_hugging_face(
     for layer in range(model.n_layers):
         hidden = (theirs.hidden_states[layer][0], exact.hidden_states[layer][0])
         triples.append((stream.at(layer, "residual_in"), *hidden))
-    seen = Deviations(evidence, architecture, engine)
+    deviations = Deviations(evidence, architecture, engine)
     for ours, other, true in triples:
         error, its_error = ((each.float().cpu() - true).norm() / true.norm() for each in (ours, other))
         assert error <= 1.5 * its_error
         assert error < 0.1
-        seen.saw("bfloat16", ours.float(), true)
-    seen.are_below(0.3)
+        deviations.record("bfloat16", ours.float(), true)
+    deviations.assert_below(0.3)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "gpt_neo", "mistral", "phi3"])
-def test_layers_with_a_window_are_those_hugging_face_says_and_see_no_further(name: str, engine: str) -> None:
+def test_sliding_window_layers_match_the_config_and_attend_only_within_the_window(name: str, engine: str) -> None:
     model, config = tiny.model(name, engine), tiny.hf_model(name).config
     window = config.window_size if name == "gpt_neo" else config.sliding_window
     if name == "gpt_neo":
@@ -261,8 +264,8 @@ def test_layers_with_a_window_are_those_hugging_face_says_and_see_no_further(nam
 
 
 @pytest.mark.parametrize("cap", ["attn_logit_softcapping", "final_logit_softcapping"])
-def test_each_soft_cap_of_gemma_2_bites(cap: str) -> None:
-    """Without it the tiny model is another one: equality with Hugging Face does test both."""
+def test_each_soft_cap_of_gemma_2_changes_the_logits(cap: str) -> None:
+    """Logits differ without it, so equality with Hugging Face tests both soft caps."""
     free, ids = copy.deepcopy(tiny.hf_model("gemma2")), random_ids(LONGER_THAN_ANY_WINDOW)
     setattr(free.config, cap, None)
     for layer in free.model.layers:

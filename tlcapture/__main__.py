@@ -1,3 +1,5 @@
+"""Run the command line with `python -m tlcapture`."""
+
 from tlcapture.cli.main import main
 
 main()

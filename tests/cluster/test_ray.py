@@ -24,7 +24,7 @@ RAY = ("--executor", "ray", "--workers", "2")
 
 
 def program(*words: object) -> subprocess.CompletedProcess[str]:
-    """The real program, in a process of its own."""
+    """The real program, in a separate process."""
     return subprocess.run([sys.executable, "-m", "tlcapture", *map(str, words)], capture_output=True, text=True)
 
 
@@ -144,7 +144,7 @@ def test_a_root_that_workers_do_not_see_is_refused_unless_files_are_sent_back(
     monkeypatch: pytest.MonkeyPatch,
     collect: bool,
 ) -> None:
-    """The driver has a mount namespace of its own: workers see an empty folder at its root."""
+    """The driver runs in a separate mount namespace, so that workers see an empty folder at its root."""
     if not can_mount_unseen():
         pytest.skip("mount namespaces cannot be made here")
     hidden, result = tmp_path / "hidden", tmp_path / "result"

@@ -1,4 +1,4 @@
-"""The fast forward pass shows what TransformerLens's own shows: at every hook point, edited or not."""
+"""The fast forward pass has the activations of TransformerLens at every hook point, with and without edits."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def architecture(request: pytest.FixtureRequest) -> str:
 
 
 def is_fast(model: Model) -> bool:
-    """Whether a batch that begins now is computed by the fast forward pass."""
+    """Whether the fast forward pass would compute a new batch."""
     from tlcapture.models.fast.cache import FastCache
 
     return isinstance(model.start(1), FastCache)
 
 
 def steps(model: Model, hooks: set[str]) -> list[dict[str, Tensor]]:
-    """A padded prompt step of three rows and two decode steps, one row dropped between them."""
+    """Activations and logits of a padded prompt of three rows and two decode steps, the second without one row."""
     tokens = torch.tensor([random_ids(20, seed=row) for row in range(3)])
     mask = torch.ones_like(tokens)
     mask[0, :7], mask[2, :15] = 0, 0
@@ -47,44 +47,44 @@ def steps(model: Model, hooks: set[str]) -> list[dict[str, Tensor]]:
     for step in (first, second, third):
         assert step.logits is not None
         caches.append({**step.cache, "logits": step.logits})
-    seen = torch.cat([mask, one], dim=1)
+    longer = torch.cat([mask, one], dim=1)
     return [
-        {name: without_padding(name, activation, shown.bool()) for name, activation in cache.items()}
-        for cache, shown in zip(caches, (mask, seen, torch.cat([seen, one], dim=1)[[0, 2]]), strict=True)
+        {name: without_padding(activation, mask_so_far.bool()) for name, activation in cache.items()}
+        for cache, mask_so_far in zip(caches, (mask, longer, torch.cat([longer, one], dim=1)[[0, 2]]), strict=True)
     ]
 
 
-def without_padding(name: str, activation: Tensor, shown: Tensor) -> Tensor:
-    """What padding yields is nobody's business; rotated keys are those of all positions so far."""
-    if activation.shape[:2] == shown.shape:
-        return activation[shown]
-    if activation.ndim == 4 and activation.shape[2] == shown.shape[1]:
-        return activation.transpose(1, 2)[shown]
+def without_padding(activation: Tensor, mask: Tensor) -> Tensor:
+    """An activation without the rows of padding, whose values are unspecified, if it has all positions of the mask."""
+    if activation.shape[:2] == mask.shape:
+        return activation[mask]
+    if activation.ndim == 4 and activation.shape[2] == mask.shape[1]:
+        return activation.transpose(1, 2)[mask]
     return activation
 
 
-def test_every_hook_point_shows_what_transformer_lens_shows(architecture: str) -> None:
+def test_every_hook_point_equals_transformer_lens(architecture: str) -> None:
     fast, plain = tiny.model(architecture), tiny.model(architecture, "plain")
     assert is_fast(fast) and not is_fast(plain)
     with torch.no_grad():
         _, everything = plain.tl.run_with_cache(torch.tensor([random_ids(4)]), return_cache_object=False)
-    outside = ("ln_final", "unembed")  # behind the last block: both engines leave them to `unembed`
+    outside = ("ln_final", "unembed")  # after the last block: both engines compute them in `unembed`
     hooks = {name for name in everything if not name.startswith(outside)}
     assert len(hooks) > 16 * plain.n_layers
     for ours, theirs in zip(steps(fast, hooks), steps(plain, hooks), strict=True):
         assert ours.keys() == theirs.keys() == hooks | {"logits"}
         for name in ours:
-            seen = theirs[name].isfinite()  # masked scores are -inf
-            assert torch.equal(ours[name].isfinite(), seen), name
-            assert relative(ours[name][seen], theirs[name][seen]) < 1e-4, name
+            finite = theirs[name].isfinite()  # masked scores are -inf
+            assert torch.equal(ours[name].isfinite(), finite), name
+            assert relative(ours[name][finite], theirs[name][finite]) < 1e-4, name
 
 
-def test_olmo_2_is_left_to_transformer_lens() -> None:
-    """Its norms stand behind the sublayers, and those of queries and keys span all heads."""
+def test_olmo_2_is_computed_by_transformer_lens() -> None:
+    """Its norms come after the sublayers, and those of queries and keys span all heads."""
     assert not FastForward.supports(tiny.model("olmo2").tl)
 
 
-HOOKED = [
+EDITED_POINTS = [
     "hook_embed",
     "blocks.1.hook_resid_pre",
     "blocks.1.ln1.hook_normalized",
@@ -107,8 +107,8 @@ HOOKED = [
 ]
 
 
-@pytest.mark.parametrize("name", HOOKED)
-def test_what_a_hook_returns_is_what_goes_on(name: str) -> None:
+@pytest.mark.parametrize("name", EDITED_POINTS)
+def test_the_value_that_a_hook_returns_is_used_downstream(name: str) -> None:
     def edit(activation: Tensor, hook: Any) -> Tensor:
         return activation * 1.5
 
@@ -130,7 +130,7 @@ def test_hooks_of_the_unembedding_are_called(name: str) -> None:
         assert relative(model.unembed(residual), 2 * before) < 1e-5
 
 
-def test_a_bias_of_the_unembedding_that_somebody_sets_is_added() -> None:
+def test_a_nonzero_bias_of_the_unembedding_is_added() -> None:
     model, residual = tiny.model("llama"), torch.randn(4, tiny.D_MODEL)
     before, bias = model.unembed(residual), model.tl.unembed.b_U
     try:
@@ -140,7 +140,7 @@ def test_a_bias_of_the_unembedding_that_somebody_sets_is_added() -> None:
         bias.data.zero_()
 
 
-def test_options_it_does_not_know_leave_the_work_to_transformer_lens() -> None:
+def test_unsupported_options_are_computed_by_transformer_lens() -> None:
     model = tiny.model("llama")
     model.tl.set_use_attn_result(True)
     try:
@@ -157,7 +157,7 @@ def test_options_it_does_not_know_leave_the_work_to_transformer_lens() -> None:
         model.tl.set_use_attn_result(False)
 
 
-def test_weights_that_somebody_replaced_are_seen() -> None:
+def test_replaced_weights_are_used() -> None:
     plain, name = tiny.model("qwen2", "plain"), "blocks.2.hook_resid_post"
     model = from_hooked_transformer(copy.deepcopy(plain.tl))
     weights = [each.tl.blocks[1].attn.W_O for each in (model, plain)]
@@ -175,7 +175,7 @@ def test_weights_that_somebody_replaced_are_seen() -> None:
 
 @pytest.mark.parametrize("module", ["", "blocks.1", "blocks.1.attn", "blocks.1.ln1", "blocks.1.mlp"])
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
-def test_hooks_of_modules_are_left_to_transformer_lens(module: str, register: str) -> None:
+def test_models_with_module_hooks_are_computed_by_transformer_lens(module: str, register: str) -> None:
     calls: list[Any] = []
     model = tiny.model("llama")
     handle = getattr(model.tl.get_submodule(module), register)(lambda *args: calls.append(args))
@@ -187,7 +187,7 @@ def test_hooks_of_modules_are_left_to_transformer_lens(module: str, register: st
     assert is_fast(model)
 
 
-def test_a_hook_before_a_hook_point_is_left_to_transformer_lens() -> None:
+def test_models_with_pre_hooks_are_computed_by_transformer_lens() -> None:
     model = tiny.model("llama")
     handle = model.tl.blocks[1].hook_resid_pre.register_forward_pre_hook(lambda point, args: (args[0] * 1.5,))
     try:
@@ -197,7 +197,7 @@ def test_a_hook_before_a_hook_point_is_left_to_transformer_lens() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_activations_that_somebody_replaced_are_those_of_each_block(architecture: str) -> None:
+def test_a_replaced_activation_function_is_used(architecture: str) -> None:
     hooks = {"blocks.1.mlp.hook_pre", "blocks.1.mlp.hook_post", "blocks.2.hook_resid_post"}
     before = steps(tiny.model(architecture), hooks)
     found = []
@@ -205,7 +205,7 @@ def test_activations_that_somebody_replaced_are_those_of_each_block(architecture
         mlp = model.tl.blocks[1].mlp
         original = mlp.act_fn
         try:
-            mlp.act_fn = lambda x: x  # its input itself, which must not be written to
+            mlp.act_fn = lambda x: x  # returns its input, which must not be modified
             found.append(steps(model, hooks))
         finally:
             mlp.act_fn = original
@@ -217,8 +217,8 @@ def test_activations_that_somebody_replaced_are_those_of_each_block(architecture
 @pytest.mark.parametrize(
     "name", ["hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_pattern", "attn.hook_z"]
 )
-def test_hooks_may_return_wider_numbers_than_the_model_has(name: str) -> None:
-    """As float32 vectors make of a bfloat16 stream."""
+def test_hooks_may_return_a_wider_dtype_than_the_model(name: str) -> None:
+    """For example, by adding a float32 vector to a bfloat16 residual stream."""
     last, found = {"blocks.2.hook_resid_post"}, []
     for mode in ("fast", "plain"):
         half = tiny.hf_model("llama", torch.bfloat16)
@@ -227,11 +227,11 @@ def test_hooks_may_return_wider_numbers_than_the_model_has(name: str) -> None:
         with model.tl.hooks(fwd_hooks=[hook]):
             found.append([cache["blocks.2.hook_resid_post"].float() for cache in steps(model, last)])
     for ours, theirs in zip(*found, strict=True):
-        assert relative(ours, theirs) < 0.1  # as far apart as bfloat16 lets them be
+        assert relative(ours, theirs) < 0.1  # the precision of bfloat16
 
 
-def test_scores_that_overflow_are_not_taken_for_padding() -> None:
-    """Watched attention of float16 whose products are beyond its range: NaN, which generation refuses, and no zeros."""
+def test_overflowing_scores_are_not_mistaken_for_padding() -> None:
+    """Unfused float16 attention whose products overflow gives NaN, which generation refuses, rather than zeros."""
     half = tiny.hf_model("qwen2", torch.float16)
     model = from_hugging_face(half, tiny.tokenizer(), name="half", engine="hooked", fast=True)
     for block in model.tl.blocks:
@@ -242,7 +242,7 @@ def test_scores_that_overflow_are_not_taken_for_padding() -> None:
         assert not (sums == 0).any()
 
 
-def test_a_branch_goes_its_own_way() -> None:
+def test_a_branch_does_not_change_the_original_state() -> None:
     model, last = tiny.model("llama"), {"blocks.2.hook_resid_post"}
     tokens = torch.tensor([random_ids(10), random_ids(10, seed=1)])
     state = model.start(2)
@@ -256,7 +256,7 @@ def test_a_branch_goes_its_own_way() -> None:
     assert relative(along, fresh.cache["blocks.2.hook_resid_post"][:, -1:]) < 1e-5
 
 
-def test_more_tokens_than_the_first_buffer_holds_equal_one_pass() -> None:
+def test_decoding_beyond_the_capacity_of_the_first_buffer_equals_one_pass() -> None:
     model, last = tiny.model("gemma2"), {"blocks.2.hook_resid_post"}
     tokens = torch.tensor([random_ids(150)])
     state = model.start(1)
@@ -269,7 +269,7 @@ def test_more_tokens_than_the_first_buffer_holds_equal_one_pass() -> None:
 
 
 @pytest.mark.parametrize("n_rows", [1, 3, 10, 15, 16])
-def test_unembedding_in_slices_equals_unembedding_at_once(n_rows: int) -> None:
+def test_unembedding_few_rows_equals_hugging_face(n_rows: int) -> None:
     model = tiny.model("llama")
     residual = torch.randn(n_rows, tiny.D_MODEL, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -278,8 +278,8 @@ def test_unembedding_in_slices_equals_unembedding_at_once(n_rows: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gemma"])
-def test_in_half_precision_it_errs_no_more_than_hugging_face(name: str) -> None:
-    """Against float32, at every layer: at most 1.5 times the error of Hugging Face in bfloat16."""
+def test_the_error_in_half_precision_is_close_to_that_of_hugging_face(name: str) -> None:
+    """At every layer, the error relative to float32 is at most 1.5 times that of Hugging Face in bfloat16."""
     exact, half = tiny.hf_model(name), tiny.hf_model(name, torch.bfloat16)
     model = from_hugging_face(half, tiny.tokenizer(), name="tiny-half", engine="hooked")
     tokens = torch.tensor([random_ids(30, seed=row) for row in range(8)])

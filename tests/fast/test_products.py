@@ -1,4 +1,4 @@
-"""Products of few rows, against float64."""
+"""Products of few rows equal those in float64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional
 from tlcapture.models.fast.products import linear, wide_linear
 
 
-def check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, found: torch.Tensor) -> None:
+def check_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, found: torch.Tensor) -> None:
     expected = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
     assert found.shape == expected.shape
     assert found.dtype == x.dtype
@@ -23,30 +23,30 @@ def check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, foun
 @pytest.mark.parametrize("shape", [(1,), (2,), (3,), (4,), (5,), (1, 1), (3, 1), (1, 4), (2, 3)])
 @pytest.mark.parametrize("n_out", [1, 2, 7, 48])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_as_functional_linear(shape: tuple[int, ...], n_out: int, dtype: torch.dtype) -> None:
+def test_linear_equals_functional_linear(shape: tuple[int, ...], n_out: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, weight, bias = (torch.randn(*size).to(dtype) for size in ((*shape, 24), (n_out, 24), (n_out,)))
     for b in (None, bias):
-        check(x, weight, b, linear(x, weight, b))
-        check(x, weight.T.contiguous().T, b, linear(x, weight.T.contiguous().T, b))
-    turned = x.transpose(0, -2) if x.ndim > 2 else x
-    check(turned, weight, None, linear(turned, weight).contiguous())
+        check_product(x, weight, b, linear(x, weight, b))
+        check_product(x, weight.T.contiguous().T, b, linear(x, weight.T.contiguous().T, b))
+    transposed = x.transpose(0, -2) if x.ndim > 2 else x
+    check_product(transposed, weight, None, linear(transposed, weight).contiguous())
 
 
 @pytest.mark.parametrize("n_rows", [1, 3, 10, 200, 300])
 @pytest.mark.parametrize("n_out", [100, 1024, 1500])
-def test_the_same_for_a_weight_as_wide_as_a_vocabulary(n_rows: int, n_out: int) -> None:
+def test_wide_linear_equals_functional_linear(n_rows: int, n_out: int) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(n_rows, 24), torch.randn(n_out, 24)
-    check(x, weight, None, wide_linear(x, weight))
+    check_product(x, weight, None, wide_linear(x, weight))
 
 
 @pytest.mark.parametrize("multiply", [linear, wide_linear])
-def test_no_rows_are_no_rows(multiply: Callable[..., torch.Tensor]) -> None:
+def test_empty_inputs_have_empty_products(multiply: Callable[..., torch.Tensor]) -> None:
     assert multiply(torch.empty(0, 24), torch.randn(2000, 24)).shape == (0, 2000)
 
 
-def test_a_bias_is_added_to_and_an_operand_never_written_to() -> None:
+def test_operands_and_bias_are_not_modified() -> None:
     x, weight, bias = torch.randn(1, 8), torch.randn(6, 8), torch.randn(6)
     before = [each.clone() for each in (x, weight, bias)]
     linear(x, weight, bias)

@@ -1,4 +1,4 @@
-"""A FastHookedTransformer answers a user's own calls as HookedTransformer does, and drives every step of a capture."""
+"""A FastHookedTransformer gives the results of HookedTransformer in direct calls, and runs every step of a capture."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def without_gradients(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @contextmanager
 def passes(tl: Any) -> Iterator[list[str]]:
-    """Who computed each forward pass of `tl` within the context: `fast`, or `TransformerLens`."""
+    """Record which implementation computes each forward pass of `tl`: `fast` or `TransformerLens`."""
     from transformer_lens import HookedTransformer
 
     seen: list[str] = []
@@ -55,7 +55,7 @@ def passes(tl: Any) -> Iterator[list[str]]:
 
 
 def pair(architecture: str = "llama") -> tuple[Any, Any]:
-    """A FastHookedTransformer and the HookedTransformer of the same weights."""
+    """A FastHookedTransformer and a HookedTransformer with the same weights."""
     from transformer_lens import HookedTransformer
 
     fast, plain = tiny.model(architecture).tl, tiny.model(architecture, "plain").tl
@@ -72,7 +72,7 @@ def batch(width: int = 12, rows: int = 3) -> tuple[Tensor, Tensor]:
 
 
 def agree(ours: Any, theirs: Any, bound: float = 1e-4) -> None:
-    """Both are the same: tensors, dicts and tuples of tensors, `None`; infinite where the other is."""
+    """Assert that tensors, or dicts or tuples of tensors, are close, with non-finite values at the same indices."""
     if isinstance(theirs, Tensor):
         assert ours.shape == theirs.shape and ours.dtype == theirs.dtype and ours.device == theirs.device
         finite = theirs.isfinite()
@@ -81,7 +81,7 @@ def agree(ours: Any, theirs: Any, bound: float = 1e-4) -> None:
             assert relative(ours[finite], theirs[finite]) < bound
     elif hasattr(theirs, "keys"):
         assert set(ours.keys()) == set(theirs.keys())
-        for name in theirs.keys():  # noqa: SIM118  an ActivationCache is no dict
+        for name in theirs.keys():  # noqa: SIM118  an ActivationCache is not a dict
             agree(ours[name], theirs[name], bound)
     elif isinstance(theirs, (tuple, list)):
         assert type(ours) is type(theirs) and len(ours) == len(theirs)
@@ -92,7 +92,7 @@ def agree(ours: Any, theirs: Any, bound: float = 1e-4) -> None:
 
 
 def both(call: Callable[[Any], Any], architecture: str = "llama", *, by: str = "fast") -> Any:
-    """What a call yields of either model, the same; ours computed by `by`."""
+    """Assert that a call has the same result on both models, and that `by` computed ours; returns our result."""
     fast, plain = pair(architecture)
     with passes(fast) as seen:
         ours = call(fast)
@@ -115,18 +115,18 @@ def test_every_forward_pass_of_a_capture_is_a_fast_one() -> None:
     assert set(seen) == {"fast"}
 
 
-def test_prompts_in_parts_are_as_many_calls_of_run_with_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_micro_batch_of_prompts_is_a_call_of_run_with_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     from tlcapture.models.fast import forward
 
     model, calls = tiny.model("llama"), []
     run_with_cache = type(model.tl).run_with_cache
 
-    def watched(self: Any, *args: Any, **options: Any) -> Any:
+    def recording(self: Any, *args: Any, **options: Any) -> Any:
         calls.append(len(args[0]))
         return run_with_cache(self, *args, **options)
 
-    monkeypatch.setattr(forward, "_PART", {"cpu": 24, "cuda": 24})
-    monkeypatch.setattr(type(model.tl), "run_with_cache", watched)
+    monkeypatch.setattr(forward, "_MAX_POSITIONS", {"cpu": 24, "cuda": 24})
+    monkeypatch.setattr(type(model.tl), "run_with_cache", recording)
     tokens = torch.ones(5, 12, dtype=torch.long)
     state = model.start(5)
     steps = list(model.prompt_steps(tokens, torch.ones_like(tokens), state, {"hook_embed"}))
@@ -135,11 +135,11 @@ def test_prompts_in_parts_are_as_many_calls_of_run_with_cache(monkeypatch: pytes
     assert calls == [2, 2, 1, 5]
 
 
-# A user's own calls
+# Direct calls of the model
 
 
 @pytest.mark.parametrize("architecture", NAMES)
-def test_run_with_cache_returns_all_that_hooked_transformer_returns(architecture: str) -> None:
+def test_run_with_cache_returns_every_activation_of_hooked_transformer(architecture: str) -> None:
     tokens, mask = batch()
     _, cache = both(lambda tl: tl.run_with_cache(tokens), architecture)
     assert {"ln_final.hook_scale", "ln_final.hook_normalized", "unembed.hook_in", "unembed.hook_out"} <= cache.keys()
@@ -153,22 +153,22 @@ CACHE_OPTIONS: dict[str, dict[str, Any]] = {
     "no name": {"names_filter": []},
     "a device": {"device": "cpu", "names_filter": ["hook_embed"]},
     "without batch": {"remove_batch_dim": True},
-    "a place": {"pos_slice": -1},
-    "some places": {"pos_slice": (2, 9, 3)},
-    "places by number": {"pos_slice": [1, 4], "names_filter": ["hook_embed", "blocks.1.attn.hook_z"]},
+    "one position": {"pos_slice": -1},
+    "a range of positions": {"pos_slice": (2, 9, 3)},
+    "a list of positions": {"pos_slice": [1, 4], "names_filter": ["hook_embed", "blocks.1.attn.hook_z"]},
     "a dict": {"return_cache_object": False},
     "contexts": {"clear_contexts": True},
     "loss": {"return_type": "loss"},
-    "loss by token": {"return_type": "loss", "loss_per_token": True},
+    "loss per token": {"return_type": "loss", "loss_per_token": True},
     "both": {"return_type": "both"},
     "nothing": {"return_type": None},
-    "the stream": {"stop_at_layer": tiny.N_LAYERS},
+    "the residual stream": {"stop_at_layer": tiny.N_LAYERS},
     "one row": {},
 }
 
 
 @pytest.mark.parametrize("what", CACHE_OPTIONS)
-def test_options_of_run_with_cache_mean_what_they_mean_to_hooked_transformer(what: str) -> None:
+def test_options_of_run_with_cache_have_the_effect_they_have_in_hooked_transformer(what: str) -> None:
     rows = batch()[0][:1] if "batch" in what else batch()[0][0] if what == "one row" else batch()[0]
     both(lambda tl: tl.run_with_cache(rows, **CACHE_OPTIONS[what]))
 
@@ -201,7 +201,7 @@ def test_token_by_token_with_a_cache_equals_hooked_transformer(architecture: str
 
 
 @pytest.mark.parametrize("architecture", NAMES)
-def test_generate_writes_the_same_tokens(architecture: str) -> None:
+def test_generate_returns_the_tokens_of_hooked_transformer(architecture: str) -> None:
     tokens = batch()[0]
     options = {"max_new_tokens": 8, "do_sample": False, "stop_at_eos": False, "verbose": False}
     both(lambda tl: tl.generate(tokens, **options), architecture)
@@ -211,15 +211,15 @@ def test_generate_writes_the_same_tokens(architecture: str) -> None:
     both(lambda tl: tl.generate(tokens, use_past_kv_cache=False, **options), architecture, by="TransformerLens")
 
 
-def test_generate_unembeds_no_position_but_the_last_unless_somebody_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_unembeds_only_the_last_position_unless_hooks_need_all(monkeypatch: pytest.MonkeyPatch) -> None:
     tl, widths = pair()[0], []
     logits = FastForward.logits
 
-    def watched(self: Any, normed: Tensor, points: Any) -> Tensor:
+    def recording(self: Any, normed: Tensor, points: Any) -> Tensor:
         widths.append(normed.shape[1])
         return logits(self, normed, points)
 
-    monkeypatch.setattr(FastForward, "logits", watched)
+    monkeypatch.setattr(FastForward, "logits", recording)
     options = {"max_new_tokens": 2, "do_sample": False, "stop_at_eos": False, "verbose": False}
     tl.generate(batch()[0], **options)
     with tl.hooks(fwd_hooks=[("ln_final.hook_scale", lambda activation, hook: None)]):
@@ -227,7 +227,7 @@ def test_generate_unembeds_no_position_but_the_last_unless_somebody_watches(monk
     assert widths == [1, 1, 12, 1]
 
 
-def test_hooks_see_and_edit_every_step_of_generate() -> None:
+def test_hooks_receive_and_edit_every_step_of_generate() -> None:
     def run(tl: Any) -> Any:
         seen: list[tuple[int, ...]] = []
 
@@ -243,10 +243,10 @@ def test_hooks_see_and_edit_every_step_of_generate() -> None:
     both(run)
 
 
-# What is handed to TransformerLens
+# Calls that TransformerLens computes
 
 
-def test_gradients_of_weights_are_left_to_transformer_lens() -> None:
+def test_gradients_of_weights_are_computed_by_transformer_lens() -> None:
     model = from_hooked_transformer(copy.deepcopy(tiny.model("llama", "plain").tl))
     weight = model.tl.blocks[1].mlp.W_out.requires_grad_(True)
     with passes(model.tl) as seen:
@@ -257,7 +257,7 @@ def test_gradients_of_weights_are_left_to_transformer_lens() -> None:
     assert seen == ["fast"]
 
 
-def test_gradients_of_what_a_hook_returns_are_left_to_transformer_lens() -> None:
+def test_gradients_of_hook_results_are_computed_by_transformer_lens() -> None:
     tl = pair()[0]
     vector = torch.zeros(tiny.D_MODEL, requires_grad=True)
     with tl.hooks(fwd_hooks=[("blocks.1.hook_resid_post", lambda a, hook: a + vector)]), passes(tl) as seen:
@@ -265,14 +265,14 @@ def test_gradients_of_what_a_hook_returns_are_left_to_transformer_lens() -> None
     assert seen == ["TransformerLens"] and vector.grad is not None and vector.grad.abs().sum() > 0
 
 
-def test_with_gradients_enabled_but_nothing_that_asks_for_any_it_is_fast() -> None:
+def test_with_gradients_enabled_but_not_required_it_is_fast() -> None:
     plain = pair()[1]
     assert torch.is_grad_enabled() and not any(weight.requires_grad for weight in plain.parameters())
     both(lambda tl: tl.run_with_cache(batch()[0]))
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-def test_hooks_for_gradients_are_left_to_transformer_lens() -> None:
+def test_backward_hooks_for_gradients_are_run_by_transformer_lens() -> None:
     def run(tl: Any) -> Any:
         seen: list[Tensor] = []
         vector = torch.zeros(tiny.D_MODEL, requires_grad=True)
@@ -289,17 +289,17 @@ def test_hooks_for_gradients_are_left_to_transformer_lens() -> None:
 
 
 @pytest.mark.parametrize("stop", [0, 1, -1])
-def test_an_early_stop_is_left_to_transformer_lens(stop: int) -> None:
+def test_an_early_stop_is_computed_by_transformer_lens(stop: int) -> None:
     both(lambda tl: tl.run_with_cache(batch()[0], stop_at_layer=stop), by="TransformerLens")
 
 
 @pytest.mark.parametrize("start", [0, 1, -1])
-def test_a_later_start_is_left_to_transformer_lens(start: int) -> None:
+def test_a_later_start_is_computed_by_transformer_lens(start: int) -> None:
     stream = torch.randn(2, 6, tiny.D_MODEL, generator=torch.Generator().manual_seed(0))
     both(lambda tl: tl.run_with_cache(stream, start_at_layer=start), by="TransformerLens")
 
 
-def test_a_cache_of_its_own_is_left_to_transformer_lens() -> None:
+def test_a_cache_of_transformer_lens_is_extended_by_transformer_lens() -> None:
     from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
     def run(tl: Any) -> Any:
@@ -313,7 +313,7 @@ def test_a_cache_of_its_own_is_left_to_transformer_lens() -> None:
 
 
 @pytest.mark.parametrize("architecture", NAMES)
-def test_a_frozen_cache_is_left_to_transformer_lens_with_all_that_it_holds(architecture: str) -> None:
+def test_a_frozen_cache_is_read_by_transformer_lens(architecture: str) -> None:
     fast, plain = tiny.model(architecture), tiny.model(architecture, "plain")
     tokens, mask = batch()
     found = []
@@ -328,21 +328,21 @@ def test_a_frozen_cache_is_left_to_transformer_lens_with_all_that_it_holds(archi
     agree(*found)
 
 
-def test_a_batch_goes_on_with_transformer_lens_where_options_change_half_way() -> None:
+def test_transformer_lens_continues_a_batch_after_its_cache_was_converted() -> None:
     found = []
     for model in (tiny.model("llama"), tiny.model("llama", "plain")):
         tokens, mask = batch()
         cache = model.start(3)
         model.tl(tokens, attention_mask=mask, past_kv_cache=cache)
         early = model.tl(tokens[:, :1], past_kv_cache=cache, stop_at_layer=tiny.N_LAYERS)
-        assert cache.entries[0].past_keys.shape[1] == 13  # whoever looks gets TransformerLens's
+        assert cache.entries[0].past_keys.shape[1] == 13  # converts the cache to TransformerLens's format
         model.keep(cache, torch.tensor([True, False, True]))
         branch = model.branch(cache, [1, 1])
         found.append([early, *(model.tl(tokens[:2, 2:4], past_kv_cache=each) for each in (cache, branch))])
     agree(*found)
 
 
-def test_keys_and_values_of_another_model_are_not_taken_for_its_own() -> None:
+def test_a_cache_of_another_model_is_continued_by_transformer_lens() -> None:
     ours, other = tiny.model("llama"), from_hooked_transformer(copy.deepcopy(tiny.model("llama").tl))
     tokens, mask = batch()
     cache, one = ours.start(3), tokens[:, :1]
@@ -356,7 +356,8 @@ def test_keys_and_values_of_another_model_are_not_taken_for_its_own() -> None:
 # Hooks
 
 
-def _placed(tl: Any) -> dict[str, int]:
+def _n_hooks(tl: Any) -> dict[str, int]:
+    """The number of hooks of each hook point that has some."""
     return {name: len(point.fwd_hooks) for name, point in tl.hook_dict.items() if point.fwd_hooks}
 
 
@@ -365,27 +366,27 @@ def test_hooks_are_removed_exactly_where_hooked_transformer_removes_them() -> No
     for tl in pair():
         log: list[Any] = []
 
-        def said(word: str, log: list[Any] = log) -> Callable[..., None]:
+        def logger(word: str, log: list[Any] = log) -> Callable[..., None]:
             return lambda activation, hook: log.append(word)
 
         try:
-            tl.add_hook(name, said("added"))
-            tl.add_perma_hook(name, said("permanent"))
-            with tl.hooks(fwd_hooks=[(name, said("left"))], reset_hooks_end=False):
-                tl.run_with_cache(batch()[0])  # one level deeper: the hook stays
-            log.append(_placed(tl))
-            with tl.hooks(fwd_hooks=[(lambda each: each == name, said("outer"))]):
-                log.append(_placed(tl))
-                tl.run_with_hooks(batch()[0], fwd_hooks=[(name, said("inner"))])
+            tl.add_hook(name, logger("added"))
+            tl.add_perma_hook(name, logger("permanent"))
+            with tl.hooks(fwd_hooks=[(name, logger("left"))], reset_hooks_end=False):
+                tl.run_with_cache(batch()[0])  # runs one context level deeper, so the hook stays
+            log.append(_n_hooks(tl))
+            with tl.hooks(fwd_hooks=[(lambda each: each == name, logger("outer"))]):
+                log.append(_n_hooks(tl))
+                tl.run_with_hooks(batch()[0], fwd_hooks=[(name, logger("inner"))])
                 tl.run_with_cache(batch()[0])
-                log.append(_placed(tl))
-            log.append(_placed(tl))  # the one that was left is of the level that ended
+                log.append(_n_hooks(tl))
+            log.append(_n_hooks(tl))  # removed too: the remaining hook belongs to the level that ended
             tl.run_with_cache(batch()[0], reset_hooks_end=False, names_filter=name)
-            log.append(_placed(tl))
+            log.append(_n_hooks(tl))
             tl.reset_hooks()
-            log.append(_placed(tl))
+            log.append(_n_hooks(tl))
             tl.reset_hooks(including_permanent=True)
-            log.append(_placed(tl))
+            log.append(_n_hooks(tl))
         finally:
             tl.reset_hooks(including_permanent=True)
         found.append(log)
@@ -393,7 +394,7 @@ def test_hooks_are_removed_exactly_where_hooked_transformer_removes_them() -> No
     assert found[0][-1] == {} and len(found[0]) > 12
 
 
-def test_what_is_cached_is_what_hooks_made_of_it_and_hooks_may_run_the_model() -> None:
+def test_cached_activations_include_edits_by_hooks_which_may_run_the_model() -> None:
     def run(tl: Any) -> Any:
         inner: list[Any] = []
 
@@ -410,7 +411,7 @@ def test_what_is_cached_is_what_hooks_made_of_it_and_hooks_may_run_the_model() -
     both(run)
 
 
-def test_caching_hooks_serve_whoever_places_them() -> None:
+def test_caching_hooks_work_when_the_caller_adds_them() -> None:
     name = "blocks.1.hook_resid_post"
 
     def run(tl: Any) -> Any:
@@ -425,7 +426,7 @@ def test_caching_hooks_serve_whoever_places_them() -> None:
     both(run)
 
 
-def test_an_error_within_a_pass_leaves_no_hook() -> None:
+def test_an_error_during_a_pass_leaves_no_hooks() -> None:
     tl = pair()[0]
 
     def fail(activation: Tensor, hook: Any) -> None:
@@ -433,14 +434,14 @@ def test_an_error_within_a_pass_leaves_no_hook() -> None:
 
     with pytest.raises(RuntimeError, match="broken"), tl.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", fail)]):
         tl.run_with_cache(batch()[0])
-    assert not _placed(tl) and not tl._watchers and tl.context_level == 0
+    assert not _n_hooks(tl) and not tl._caching_hooks and tl.context_level == 0
     both(lambda tl: tl.run_with_cache(batch()[0]))
 
 
 # The model
 
 
-def test_only_a_model_that_is_handed_over_becomes_a_fast_one() -> None:
+def test_only_plain_hooked_transformers_are_converted_to_fast_ones() -> None:
     from transformer_lens import HookedTransformer
 
     mine = copy.deepcopy(tiny.model("llama", "plain").tl)
@@ -467,7 +468,7 @@ def test_copies_and_pickles_compute_with_their_own_weights() -> None:
         assert torch.equal(tl(batch()[0]), before)
 
 
-def test_keys_and_values_made_in_inference_mode_serve_outside_it() -> None:
+def test_a_cache_created_in_inference_mode_can_be_extended_outside_it() -> None:
     model, tokens = tiny.model("llama"), batch()[0]
     cache = model.start(3)
     with torch.inference_mode():

@@ -92,7 +92,7 @@ def test_a_read_only_folder_is_refused(start: Start, fresh: Path, small_disk: Di
     evidence.survived(
         "a read-only folder",
         "a disk mounted read-only",
-        "refused in one line before the model is loaded, exit status 1",
+        "refused with a one-line error before the model is loaded, exit status 1",
     )
 
 

@@ -1,4 +1,4 @@
-"""A capture file's content, made by hand."""
+"""The content of a valid capture file, without a model."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ N_LAYERS, WIDTH, N_PROMPT, N_RESPONSE = 3, 8, 4, 5
 
 
 def part(n_tokens: int, *, n_layers: int = N_LAYERS, width: int = WIDTH, seed: int = 0) -> dict[str, Any]:
-    """A part of a file, its activations views of one buffer as the real ones are."""
+    """The prompt or response of a file, with activations that are views of one buffer, as in real files."""
     buffer = torch.randn(2 * n_layers + 1, n_tokens, width, generator=torch.Generator().manual_seed(seed))
     outputs = torch.randn(n_layers, n_tokens, width, generator=torch.Generator().manual_seed(seed + 1))
     names = ("residual_in", "after_attn", "residual_out")
     activations = {
-        layer: {**{name: buffer[2 * layer + place] for place, name in enumerate(names)}, "attn_out": outputs[layer]}
+        layer: {**{name: buffer[2 * layer + index] for index, name in enumerate(names)}, "attn_out": outputs[layer]}
         for layer in range(n_layers)
     }
     tokens = [f"t{number}" for number in range(n_tokens)]
@@ -28,7 +28,7 @@ def part(n_tokens: int, *, n_layers: int = N_LAYERS, width: int = WIDTH, seed: i
 
 
 def content() -> dict[str, Any]:
-    """The whole of a file, capture 1 of the prompt set `odd`."""
+    """The content of a file: capture 1 of the prompt set `odd`."""
     metadata = {
         "inference_model": "tiny",
         "inference_experiment": "exp",

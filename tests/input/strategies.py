@@ -1,4 +1,4 @@
-"""Files that are wrong in every way we could think of, made from one that is right."""
+"""Hypothesis strategies that damage a valid file in many ways."""
 
 from __future__ import annotations
 
@@ -36,27 +36,28 @@ _RAW = "@raw@"
 
 @dataclass(frozen=True)
 class Damaged:
-    """The bytes of a file, and in which way they are wrong."""
+    """The bytes of a damaged file, and the kind of damage."""
 
     kind: str
     data: bytes
 
     def put(self, path: Path) -> Path:
+        """Write the file, with its folders; returns its path."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(self.data)
         return path
 
 
-def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The way to every value within a JSON value, the whole first."""
+def paths_within(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The keys and indices that lead to each value within a JSON value, starting with the whole value."""
     yield at
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, each in inner:
-        yield from places(each, (*at, key))
+        yield from paths_within(each, (*at, key))
 
 
 def replaced(value: Any, at: tuple[Any, ...], new: Any) -> Any:
-    """A copy with another value at a place."""
+    """A copy with the value at `at` replaced by `new`."""
     if not at:
         return new
     changed = copy.deepcopy(value)
@@ -68,7 +69,7 @@ def replaced(value: Any, at: tuple[Any, ...], new: Any) -> Any:
 
 
 def without(value: Any, at: tuple[Any, ...]) -> Any:
-    """A copy without what is at a place."""
+    """A copy without the value at `at`."""
     changed = copy.deepcopy(value)
     parent = changed
     for key in at[:-1]:
@@ -78,15 +79,15 @@ def without(value: Any, at: tuple[Any, ...]) -> Any:
 
 
 def with_literal(value: Any, at: tuple[Any, ...], literal: str) -> bytes:
-    """The file with a literal at a place that Python's own JSON writer would not write."""
+    """A JSON file with a literal at `at` that Python's JSON encoder would not write."""
     return json.dumps(replaced(value, at, _RAW)).replace(f'"{_RAW}"', literal).encode()
 
 
 @st.composite
 def damaged_json(draw: st.DrawFn, value: Any, kind: str | None = None) -> Damaged:
-    """A damaged file whose content should be `value`, damaged in this way or any."""
+    """A file with the content `value`, damaged in the given way or in a random one."""
     kind = kind or draw(st.sampled_from(KINDS))
-    return Damaged(kind, draw(_MAKERS[kind](value, sorted(places(value), key=repr))))
+    return Damaged(kind, draw(_MAKERS[kind](value, sorted(paths_within(value), key=repr))))
 
 
 def _at(ways: list[tuple[Any, ...]], make: Callable[[tuple[Any, ...]], st.SearchStrategy[bytes]]) -> Any:
@@ -104,19 +105,19 @@ def _encoded(value: Any) -> Any:
     encodings = ["utf-16", "utf-16-le", "utf-32", "utf-8-sig", "cp037"]
     bad = [b"\xff", b"\x80", b"\xc3", b"\xed\xa0\x80", b"\xf5\x80\x80\x80", b"\0"]
     cut = st.integers(0, len(text)).flatmap(
-        lambda place: st.sampled_from(bad).map(lambda b: text[:place].encode() + b + text[place:].encode())
+        lambda index: st.sampled_from(bad).map(lambda b: text[:index].encode() + b + text[index:].encode())
     )
     return st.sampled_from(encodings).map(text.encode) | cut
 
 
 def _duplicated(value: Any, at: tuple[Any, ...], new: Any) -> bytes:
-    """An object that names one key twice, first with another value."""
+    """A JSON object with a duplicate key, whose first value is `new`."""
     key = next(iter(value))
     return f"{{{json.dumps(key)}: {json.dumps(new)}, {json.dumps(value)[1:]}".encode()
 
 
 _NESTED = [b"[" * DEEP, b"[" * DEEP + b"]" * DEEP, b'{"a":' * DEEP, b"[" * 900 + b"]" * 900]
-_NO_JSON = [b"", b" ", b"\0" * 10, b"null", b"{", b"PK\x03\x04", b"'a'"]
+_NOT_JSON = [b"", b" ", b"\0" * 10, b"null", b"{", b"PK\x03\x04", b"'a'"]
 _MAKERS: dict[str, Callable[[Any, list[tuple[Any, ...]]], st.SearchStrategy[bytes]]] = {
     "wrong types": lambda value, ways: _at(
         ways, lambda at: ANY_JSON.map(lambda new: json.dumps(replaced(value, at, new)).encode())
@@ -144,7 +145,7 @@ _MAKERS: dict[str, Callable[[Any, list[tuple[Any, ...]]], st.SearchStrategy[byte
     "truncated": lambda value, ways: st.integers(0, len(json.dumps(value)) - 1).map(
         lambda size: json.dumps(value).encode()[:size]
     ),
-    "empty or no JSON": lambda value, ways: st.sampled_from(_NO_JSON) | st.binary(max_size=40),
+    "empty or not JSON": lambda value, ways: st.sampled_from(_NOT_JSON) | st.binary(max_size=40),
 }  # fmt: skip
 KINDS = sorted(_MAKERS)
 
@@ -160,7 +161,7 @@ def _lists(value: Any, ways: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
 
 
 def _reshaped(value: Any, at: tuple[Any, ...]) -> list[Any]:
-    """A list that is empty, one shorter, one longer, wrapped once more, or whose last item is a list."""
+    """Variants of a list: empty, one shorter, one longer, nested, with a list as last item, and reversed."""
     for key in at:
         value = value[key]
     items = value if isinstance(value, list) else [value]
@@ -171,7 +172,7 @@ def try_all(
     evidence: Evidence, reader: str, files: st.SearchStrategy[Damaged], check: Callable[[Damaged], object],
     examples: int = 300,
 ) -> None:  # fmt: skip
-    """Check a reader on many files, and hand over how many there were of each kind."""
+    """Check a reader on many files, and add the number of each kind of damage to the evidence."""
     counts: Counter[str] = Counter()
 
     @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -186,13 +187,13 @@ def try_all(
 
 
 def some_of_each(names: Iterable[str], kinds: Iterable[str], count: int) -> list[tuple[str, str]]:
-    """Pairs of a name and a kind of damage: `count` kinds for each name, taken in turn, so that each kind is tried."""
+    """Pairs of a name and a kind of damage: `count` kinds for each name, in rotation, so that every kind is used."""
     kinds = itertools.cycle(sorted(kinds))
     return [(name, kind) for name in sorted(names) for kind in itertools.islice(kinds, count)]
 
 
 def check_refusal(error: object, *paths: Path) -> None:
-    """An error is one line that names the file, or one of several, and comes from no type checker of these tests."""
+    """Assert that an error is one line that names one of the paths and does not come from the tests' type checker."""
     text = str(error)
     assert any(str(path) in text for path in paths), text
     assert len(text.splitlines()) == 1, text

@@ -1,4 +1,4 @@
-"""The index of a capture: it says what the pickle says, or it is not there, or the file is refused in one line."""
+"""The index of a capture file agrees with its pickle or is absent; otherwise the file is refused."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def made(
         stream = ResidualStream(points, outputs, None if kept.is_all else kept)
         return CapturedPart("".join(tokens), tokens, list(range(n_tokens)), stream)
 
-    said = {} if kept.is_all else {"layers": list(kept.layers), "points": list(kept.points)}
-    return Capture(part(N_PROMPT), part(n_response), {**METADATA, **said, **more})
+    choice = {} if kept.is_all else {"layers": list(kept.layers), "points": list(kept.points)}
+    return Capture(part(N_PROMPT), part(n_response), {**METADATA, **choice, **more})
 
 
 def check_same(one: Capture, other: Capture) -> None:
@@ -73,7 +73,7 @@ def has_index(path: Path) -> bool:
 
 
 def saved_again(path: Path) -> Path:
-    """The file as it is when its pickle has been loaded and saved by hand, which leaves the index behind."""
+    """A copy of a capture file that was loaded and saved with torch, which drops the index."""
     again = path.with_name(f"again-{path.name}")
     torch.save(torch.load(path, weights_only=True, mmap=True), again)
     return again
@@ -82,8 +82,8 @@ def saved_again(path: Path) -> Path:
 @pytest.mark.parametrize("attn_out", [True, False])
 @pytest.mark.parametrize("kept", [ALL, SOME])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("n_response", [N_PROMPT, N_RESPONSE, 0])  # storages of one size too, and of none
-def test_a_capture_opens_alike_by_its_index_and_by_its_pickle(
+@pytest.mark.parametrize("n_response", [N_PROMPT, N_RESPONSE, 0])  # storages of equal size and empty ones too
+def test_a_capture_opens_the_same_with_and_without_its_index(
     tmp_path: Path, kept: KeptPoints, dtype: torch.dtype, attn_out: bool, n_response: int
 ) -> None:
     capture = made(kept, dtype, attn_out=attn_out, n_response=n_response)
@@ -96,29 +96,27 @@ def test_a_capture_opens_alike_by_its_index_and_by_its_pickle(
     check_same(Capture.open(again), capture)
 
 
-def test_the_same_capture_is_the_same_bytes(tmp_path: Path) -> None:
+def test_equal_captures_have_identical_files(tmp_path: Path) -> None:
     for name in ("1.pt", "2.pt"):
         made().save(tmp_path / name)
     assert (tmp_path / "1.pt").read_bytes() == (tmp_path / "2.pt").read_bytes()
 
 
-def test_an_opened_capture_can_be_changed_and_its_file_stays_as_it_is(tmp_path: Path) -> None:
+def test_changing_an_opened_capture_does_not_change_its_file(tmp_path: Path) -> None:
     path = made().save(tmp_path / "1.pt").path
     Capture.open(path).prompt.residual.points.zero_()
     check_same(Capture.open(path), made())
 
 
 @pytest.mark.parametrize("more", [{"odd": (1, 2)}, {"odd": {1: 2}}, {"odd": b"x"}, {"odd": {(1, 2): 3}}])
-def test_what_json_would_say_otherwise_has_no_index_and_opens_by_its_pickle(
-    tmp_path: Path, more: dict[str, Any]
-) -> None:
+def test_a_capture_that_json_cannot_represent_has_no_index(tmp_path: Path, more: dict[str, Any]) -> None:
     path = made(**more).save(tmp_path / "1.pt").path
     assert not has_index(path)
     check_same(Capture.open(path), made(**more))
 
 
-def test_an_index_that_would_name_other_numbers_than_the_pickle_is_not_written(tmp_path: Path) -> None:
-    """Were torch to number storages in another order, here because two parts share one."""
+def test_no_index_is_written_if_it_would_refer_to_other_storages_than_the_pickle(tmp_path: Path) -> None:
+    """torch may number storages in another order, here because two parts share one."""
     whole = made(attn_out=False, n_response=N_PROMPT)
     capture = replace(whole, response=replace(whole.prompt, text="the same again"))
     path = capture.save(tmp_path / "1.pt").path
@@ -136,8 +134,8 @@ def with_index(path: Path, data: bytes) -> Path:
     return again
 
 
-def test_indexes_that_are_wrong_in_every_way(tmp_path: Path, evidence: Evidence) -> None:
-    """What opens has as many numbers as tokens, all of them from the file."""
+def test_damaged_indexes_are_refused_or_read_correctly(tmp_path: Path, evidence: Evidence) -> None:
+    """A capture that opens has activations for each token, all of them from the file."""
     path = made(system_prompt=None).save(tmp_path / "1.pt").path
     bare = saved_again(path).read_bytes()
 
@@ -163,7 +161,7 @@ def any_json() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("part", "name", "change", "said"),
+    ("part", "name", "change", "reason"),
     [
         ("prompt", "points", {"record": "data/9"}, "no record data/9"),
         ("prompt", "points", {"record": "data/1"}, "its record data/1 has"),
@@ -173,8 +171,8 @@ def any_json() -> Any:
         ("prompt", "points", {"shape": [7, N_PROMPT, -WIDTH]}, "prompt.points.shape[2]"),
     ],
 )
-def test_an_index_that_is_not_of_this_file_is_refused(
-    tmp_path: Path, part: str, name: str, change: dict[str, Any], said: str
+def test_an_index_of_another_file_is_refused(
+    tmp_path: Path, part: str, name: str, change: dict[str, Any], reason: str
 ) -> None:
     path = made().save(tmp_path / "1.pt").path
     index = index_of(path)
@@ -182,18 +180,18 @@ def test_an_index_that_is_not_of_this_file_is_refused(
     odd = with_index(path, json.dumps(index).encode())
     with pytest.raises(StorageError) as caught:
         Capture.open(odd)
-    assert said in str(caught.value)
+    assert reason in str(caught.value)
     check_refusal(caught.value, odd)
 
 
-def test_an_index_of_another_version_says_so(tmp_path: Path) -> None:
+def test_an_index_of_another_version_is_refused(tmp_path: Path) -> None:
     path = made().save(tmp_path / "1.pt").path
     odd = with_index(path, json.dumps({**index_of(path), "format_version": 2}).encode())
     with pytest.raises(StorageError, match="format version 2, this tlcapture reads 1"):
         Capture.open(odd)
 
 
-def test_damage_to_an_index_and_to_what_it_points_at_is_refused(tmp_path: Path, evidence: Evidence) -> None:
+def test_damage_to_an_index_or_to_its_records_is_refused(tmp_path: Path, evidence: Evidence) -> None:
     path = made().save(tmp_path / "1.pt").path
     whole = path.read_bytes()
     at = whole.index(b'"inference_model"')
@@ -208,7 +206,7 @@ def test_damage_to_an_index_and_to_what_it_points_at_is_refused(tmp_path: Path, 
     with pytest.raises(StorageError, match="record data/0 is not where it should be") as caught:
         Capture.open(path)
     check_refusal(caught.value, path)
-    evidence.tried("index of a capture", "bytes changed", 2)
+    evidence.tried("index of a capture", "changed bytes", 2)
 
 
 def test_two_records_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -230,7 +228,7 @@ def test_an_open_capture_holds_no_file_open(tmp_path: Path, by_index: bool) -> N
 
 
 def test_a_file_that_is_replaced_while_it_is_opened_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two runs with texts of one length, neither is taken for the other, nor half of each."""
+    """Two captures with texts of equal length are neither confused nor mixed."""
     path, other = (made(dtype=torch.float16).save(tmp_path / name).path for name in ("1.pt", "2.pt"))
     tensors = Archive.tensors
 

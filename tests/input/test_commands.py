@@ -31,7 +31,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "an array": lambda path: path.write_text("[1, 2]"),
     "null": lambda path: path.write_text("null"),
     "UTF-16": lambda path: path.write_bytes(path.read_bytes().decode("latin-1").encode("utf-16")),
-    "bytes that are no text": lambda path: path.write_bytes(b'{"a": "\xff\xfe"}'),
+    "bytes that are not text": lambda path: path.write_bytes(b'{"a": "\xff\xfe"}'),
     "deep nesting": lambda path: path.write_text("[" * 100_000),
     "NaN": lambda path: path.write_text('{"baseline": {"trait_mean": NaN}}'),
     "1e999": lambda path: path.write_text('{"a": 1e999}'),
@@ -115,7 +115,7 @@ def _in_folder(words: tuple[str, ...], folder: Path) -> list[Any]:
     return [folder / "out" / word if word in ("pictures", "page.html") else word for word in words]
 
 
-# What each reader makes of each damage is tried in `test_json_files`; here it is what the commands make of it.
+# `test_json_files` covers the readers on all kinds of damage; these tests cover the commands.
 @pytest.mark.parametrize(("reader", "damage"), some_of_each(COMMANDS, DAMAGES, 3))
 def test_a_damaged_file_is_named_in_an_error_of_one_line(
     tlcapture: Run, layout: Layout, tmp_path: Path, evidence: Evidence, reader: str, damage: str

@@ -120,7 +120,7 @@ def test_arguments_that_are_not_valid_text_are_refused_with_a_printable_error(
     option: str,
     word: str,
 ) -> None:
-    """A shell hands over bytes that are no UTF-8 as lone surrogates."""
+    """Python decodes arguments that are not valid UTF-8 with lone surrogates."""
     monkeypatch.chdir(root)  # some of the words name folders
     words = {"--experiment": "exp", "--model": tiny_folder, "--max-new-tokens": 1, "--no-project": None}
     if option not in ("--prompt", "--prompt-set"):
@@ -130,7 +130,7 @@ def test_arguments_that_are_not_valid_text_are_refused_with_a_printable_error(
     assert result.exit_code in (0, 1, 2)
     assert not dangerous(result.stdout + result.stderr)
     (result.stdout + result.stderr).encode()
-    evidence.tried("words of the command line", option)
+    evidence.tried("command-line arguments", option)
 
 
 def test_printable_removes_every_control_character(evidence: Evidence) -> None:

@@ -1,4 +1,4 @@
-"""Contrastive examples: a line that is wrong is named with its file, and all that is read can be checked."""
+"""Contrastive examples: errors name the file and line, and all examples that are read can be checked."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def one_line(file: Damaged) -> Damaged:
-    """A file of good lines with the damaged one among them, its own newlines gone."""
+    """A file of valid lines and one damaged line, with the newlines of the damaged line removed."""
     good = [json.dumps(row).encode() for row in ROWS]
     return Damaged(file.kind, b"\n".join([*good[:2], file.data.replace(b"\n", b" "), *good[2:]]))
 
 
-def test_lines_of_json(folder: Path, evidence: Evidence, tmp_path: Path) -> None:
+def test_damaged_json_lines_are_refused_or_read_correctly(folder: Path, evidence: Evidence, tmp_path: Path) -> None:
     path = folder / "positive.jsonl"
 
     def check(file: Damaged) -> None:
@@ -55,7 +55,7 @@ def test_lines_of_json(folder: Path, evidence: Evidence, tmp_path: Path) -> None
     try_all(evidence, "examples, JSON lines", damaged_json(ROWS[0]), check, examples=200)
 
 
-def test_plain_text(folder: Path, evidence: Evidence, tmp_path: Path) -> None:
+def test_damaged_plain_text_is_refused_or_read_correctly(folder: Path, evidence: Evidence, tmp_path: Path) -> None:
     path = folder / "positive.txt"
     bytes_of = st.binary(max_size=30).map(lambda data: Damaged("any bytes", data))
     texts = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=10), max_size=8)
@@ -98,7 +98,7 @@ def test_examples_without_words_or_pairs_can_be_checked(
     evidence.tried("examples, JSON lines", "no words, no pairs")
 
 
-PLACES: dict[str, Callable[[Path], object]] = {
+NOT_FILES: dict[str, Callable[[Path], object]] = {
     "a folder": lambda path: path.mkdir(),
     "nothing": lambda path: None,
     "a link to nothing": lambda path: path.symlink_to("nowhere"),
@@ -106,9 +106,11 @@ PLACES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("what", sorted(PLACES))
-def test_what_is_no_file_is_named(folder: Path, tmp_path: Path, evidence: Evidence, what: str) -> None:
-    PLACES[what](folder / "positive.jsonl")
+@pytest.mark.parametrize("what", sorted(NOT_FILES))
+def test_a_path_that_is_not_a_regular_file_is_named(
+    folder: Path, tmp_path: Path, evidence: Evidence, what: str
+) -> None:
+    NOT_FILES[what](folder / "positive.jsonl")
     with pytest.raises(InputError, match=r"no positive\.jsonl") as caught:
         read_examples(Datasets(tmp_path), ODD)
     check_refusal(caught.value, folder)

@@ -75,7 +75,7 @@ def test_every_file_and_the_page_keep_ids_texts_and_tokens(captured: Path, evide
         assert served["text"] == capture.response.text
         assert exp.captures("odd")[number].token_ids == capture.token_ids
         assert exp.captures("odd")[number].logit_lens().tokens == capture.tokens
-        evidence.tried("tokens that are half a character", name)
+        evidence.tried("tokens that are part of a character", name)
     assert halves, "no response was cut within a character: raise --max-new-tokens"
 
 
@@ -95,7 +95,7 @@ def test_replay_uses_ids_instead_of_token_texts(tlcapture: Run, captured: Path, 
             for content in (before[path], after)
         )
         assert again == pytest.approx(flat, abs=2e-3)
-    evidence.tried("tokens that are half a character", "replayed", len(files))
+    evidence.tried("tokens that are part of a character", "replayed", len(files))
 
 
 def test_ranks_are_computed_from_ids_if_tokens_have_equal_texts(captured: Path, evidence: Evidence) -> None:
@@ -110,11 +110,11 @@ def test_ranks_are_computed_from_ids_if_tokens_have_equal_texts(captured: Path, 
     lens = read(captured / "analysis/per_token/odd/1_logit_lens.json")
     checked = 0
     for entry in lens["predictions"]:
-        place = entry["token_idx"]
-        came = capture.token_ids[place + 1]
-        row = logits[place]
+        index = entry["token_idx"]
+        came = capture.token_ids[index + 1]
+        row = logits[index]
         if abs(float(torch.sort(row - row[came]).values.abs()[1])) > 1e-2:
             assert entry["by_layer"][-1]["actual_rank"] == pytest.approx(1 + int((row > row[came]).sum()), abs=1)
             checked += 1
     assert checked > 5
-    evidence.tried("tokens that are half a character", "ranked by id", checked)
+    evidence.tried("tokens that are part of a character", "ranked by id", checked)

@@ -1,6 +1,6 @@
-"""Every reader of JSON: a damaged file is refused in one line with its path, or what is read is what it holds.
+"""JSON readers: a damaged file is refused with a one-line error that names it, or its content is read correctly.
 
-The oracle is Python's own `json` beside hand-written rules of the format, never the readers' models.
+The oracle is Python's `json` module with separate rules for each format, never the readers' own models.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def is_number(value: Any) -> bool:
 
 
 def content_of(file: Damaged) -> Any:
-    """What the file holds, by Python's own reader."""
+    """The content of the file as read by Python's `json` module."""
     return json.loads(file.data.decode("utf-8"))
 
 
 def reads(path: Path, read: Callable[[], Any]) -> Any:
-    """What a reader gives, or `None` for a file it refuses rightly."""
+    """The result of a reader, or `None` if it refuses the file with a proper error."""
     try:
         return read()
     except TlcaptureError as error:
@@ -57,7 +57,7 @@ def reads(path: Path, read: Callable[[], Any]) -> Any:
         return None
 
 
-def test_prompt_sets(tmp_path: Path, evidence: Evidence) -> None:
+def test_damaged_prompt_sets(tmp_path: Path, evidence: Evidence) -> None:
     prompts = [{"id": "1", "text": "hello", "note": "n"}, {"id": 2, "text": "é", "system_prompt": "x"}]
     good = {"name": "mine", "description": "d", "system_prompt": "s", "prompts": prompts}
     path = tmp_path / "datasets" / "inference" / "mine.json"
@@ -75,7 +75,7 @@ def test_prompt_sets(tmp_path: Path, evidence: Evidence) -> None:
     try_all(evidence, "prompt set", damaged_json(good), check)
 
 
-def test_config(tmp_path: Path, evidence: Evidence) -> None:
+def test_damaged_configs(tmp_path: Path, evidence: Evidence) -> None:
     good = {"extraction_model": "a", "inference_model": "b", "use_chat_template": True, "system_prompt": None, "x": [1]}
     layout = Layout(tmp_path, "exp")
     path = layout.config
@@ -105,7 +105,7 @@ def test_config(tmp_path: Path, evidence: Evidence) -> None:
     try_all(evidence, "config.json", damaged_json(good), check)
 
 
-def test_metadata_of_vectors(tmp_path: Path, evidence: Evidence) -> None:
+def test_damaged_vector_metadata(tmp_path: Path, evidence: Evidence) -> None:
     good = {"extraction_model": "m", "methods": ["probe"], "layers": [1, 2], "num_layers": 3, "hidden_dim": 4,
             "position": "response_mean", "split": {"seed": 0}, "model_fingerprint": "f"}  # fmt: skip
     folder = VectorFiles(Layout(tmp_path, "exp"), ODD)
@@ -143,7 +143,7 @@ ROW = {
 }
 
 
-def test_evaluation(tmp_path: Path, evidence: Evidence) -> None:
+def test_damaged_evaluations(tmp_path: Path, evidence: Evidence) -> None:
     rows = [ROW, {"trait": TRAIT, "method": "probe", "layer": 2, "val_effect_size": 0.5}]
     layout = Layout(tmp_path, "exp")
     folder = VectorFiles(layout, ODD)
@@ -188,7 +188,7 @@ SHORT_RUN = {"config": {"layers": [2], "methods": ["probe"]}, "result": {"trait_
 RESULTS = {"baseline": {"trait_mean": 50.0, "coherence_mean": 100.0}, "runs": [RUN, SHORT_RUN]}
 
 
-def test_steering_results(tmp_path: Path, evidence: Evidence) -> None:
+def test_damaged_steering_results(tmp_path: Path, evidence: Evidence) -> None:
     folder = VectorFiles(Layout(tmp_path, "exp"), ODD)
     for layer in (1, 2):
         write_vector(VectorFiles(folder.layout, ODD), "residual", "probe", layer, torch.ones(4))
@@ -214,7 +214,7 @@ def test_steering_results(tmp_path: Path, evidence: Evidence) -> None:
     try_all(evidence, "steering results", damaged_json(RESULTS), check)
 
 
-def test_steering_results_of_few_fields_are_drawn(tmp_path: Path) -> None:
+def test_steering_results_with_few_fields_are_drawn(tmp_path: Path) -> None:
     layout = Layout(tmp_path, "exp")
     layout.steering(ODD).parent.mkdir(parents=True)
     layout.steering(ODD).write_text(json.dumps({"baseline": {"trait_mean": 50}, "runs": RESULTS["runs"]}))
@@ -222,7 +222,7 @@ def test_steering_results_of_few_fields_are_drawn(tmp_path: Path) -> None:
     assert layout.picture(ODD, "steering").is_file()
 
 
-def test_steering_questions(tmp_path: Path, evidence: Evidence) -> None:
+def test_damaged_steering_questions(tmp_path: Path, evidence: Evidence) -> None:
     good = {"questions": [{"id": "1", "question": "why?", "positive": "yes", "negative": "no"}]}
     path = tmp_path / "datasets" / "traits" / TRAIT / "steering.json"
 
@@ -235,11 +235,11 @@ def test_steering_questions(tmp_path: Path, evidence: Evidence) -> None:
     try_all(evidence, "steering questions", damaged_json(good), check)
 
 
-# -- what a capture's analyses hold --------------------------------------------------------------------
+# -- files derived from a capture --------------------------------------------------------------------
 
 
 def are_scores(content: dict[str, Any]) -> bool:
-    """Whether the projections of a file are finite numbers of one shape, one row a token."""
+    """Whether the projections of a file are finite numbers of one shape, one row per token."""
     tokens = [*content["prompt"]["tokens"], *content["response"]["tokens"]]
     rows = [*content["projections"]["prompt"], *content["projections"]["response"]]
     shapes = {(len(row), len(at)) for row in rows for at in row}
@@ -251,7 +251,7 @@ def are_scores(content: dict[str, Any]) -> bool:
     return numbers and counts and is_layer and len(shapes) == 1 and len(rows) == len(tokens)
 
 
-def test_projection_files(tmp_path: Path, evidence: Evidence) -> None:
+def test_damaged_projection_files(tmp_path: Path, evidence: Evidence) -> None:
     layout = Layout(tmp_path, "exp")
     raw = layout.residual("odd", "1")
     raw.parent.mkdir(parents=True)
@@ -276,15 +276,15 @@ def test_projection_files(tmp_path: Path, evidence: Evidence) -> None:
 
 
 @pytest.mark.parametrize(
-    ("at", "value", "said"),
+    ("at", "value", "reason"),
     [
         (("metadata", "vector_source", "layer"), N_LAYERS, "a vector of layer 3, but scores of 3 layers"),
         (("metadata", "sublayers"), ["residual_out"], "3 scores per layer, but 1 sublayers"),
         (("prompt", "n_tokens"), 3, "prompt: n_tokens is 3, but tokens has 2"),
         (("response", "tokens"), ["a"], "response: n_tokens is 4, but tokens has 1"),
         (("projections", "prompt"), [], "the numbers of projections and tokens differ: 0 for 2 tokens of the prompt"),
-        (("projections", "prompt", 0), [[1.0]], "differ in their numbers of layers or sublayers"),
-        (("projections", "prompt", 0, 1), [1.0, 2.0], "differ in their numbers of layers or sublayers"),
+        (("projections", "prompt", 0), [[1.0]], "its tokens differ in their numbers of layers or sublayers"),
+        (("projections", "prompt", 0, 1), [1.0, 2.0], "its tokens differ in their numbers of layers or sublayers"),
         (("projections", "prompt", 0, 1, 0), "1.0", "projections.prompt[0][1][0]: Input should be a valid number"),
         (("projections", "prompt", 0, 1, 0), True, "projections.prompt[0][1][0]: Input should be a valid number"),
         (("projections", "prompt", 0, 1, 0), None, "projections.prompt[0][1][0]: Input should be a valid number"),
@@ -294,16 +294,16 @@ def test_projection_files(tmp_path: Path, evidence: Evidence) -> None:
         (("dynamics", "velocity"), [1.0], "velocity has 1 values for 6 tokens, expected 5"),
     ],
 )
-def test_a_projection_file_that_disagrees_with_itself_says_where(
-    tmp_path: Path, evidence: Evidence, at: tuple[str | int, ...], value: Any, said: str
+def test_an_inconsistent_projection_file_is_refused_with_the_field(
+    tmp_path: Path, evidence: Evidence, at: tuple[str | int, ...], value: Any, reason: str
 ) -> None:
     path = tmp_path / "1.json"
     path.write_text(json.dumps(replaced(projection(1), at, value)))
     with pytest.raises(StorageError) as caught:
         TokenScores.read(path)
     assert f"{path}: not a valid projection file: " in str(caught.value)
-    assert said in str(caught.value)
-    evidence.tried("projection file", "parts that disagree")
+    assert reason in str(caught.value)
+    evidence.tried("projection file", "inconsistent parts")
 
 
 @pytest.mark.parametrize(
@@ -320,13 +320,13 @@ def test_a_projection_file_that_disagrees_with_itself_says_where(
         ("metadata", "projection_date"),
     ],
 )
-def test_a_projection_file_may_leave_out_what_no_number_depends_on(tmp_path: Path, at: tuple[str, ...]) -> None:
+def test_a_projection_file_may_omit_descriptive_fields(tmp_path: Path, at: tuple[str, ...]) -> None:
     path = tmp_path / "1.json"
     path.write_text(json.dumps(without(projection(1), at)))
     assert TokenScores.read(path).layer == 1
 
 
-def test_dynamics_are_computed_again_from_sound_projections_alone(tmp_path: Path, evidence: Evidence) -> None:
+def test_dynamics_are_recomputed_only_from_valid_projections(tmp_path: Path, evidence: Evidence) -> None:
     layout = Layout(tmp_path, "exp")
     raw = layout.residual("odd", "1")
     raw.parent.mkdir(parents=True)
@@ -354,7 +354,7 @@ def test_dynamics_are_computed_again_from_sound_projections_alone(tmp_path: Path
     try_all(evidence, "projection file, --dynamics-only", damaged_json(projection(1)), check)
 
 
-def test_attention_files(tmp_path: Path, evidence: Evidence) -> None:
+def test_damaged_attention_files(tmp_path: Path, evidence: Evidence) -> None:
     path = tmp_path / "1_attention.json"
 
     def check(file: Damaged) -> None:
@@ -376,7 +376,7 @@ def test_attention_files(tmp_path: Path, evidence: Evidence) -> None:
     assert heads_of_file(attention(), path, 1).shape[0] == N_HEADS
 
 
-def test_logit_lens_files(tmp_path: Path, evidence: Evidence) -> None:
+def test_damaged_logit_lens_files(tmp_path: Path, evidence: Evidence) -> None:
     path = tmp_path / "1_logit_lens.json"
 
     def check(file: Damaged) -> None:

@@ -1,4 +1,4 @@
-"""Names and links from outside never lead out of the experiment, whether to read or to write."""
+"""Names and links cannot be used to read or write files outside the experiment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pickle that would run code is refused unexecuted, wherever it lies and whatever it is called."""
+"""Pickles that would run code are refused without being executed, whatever their path and format."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TRAIT = Trait("style", "odd")
 
 
 class Harmful:
-    """Unpickled, it makes a folder: what it did shows."""
+    """An object whose unpickling creates a folder."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -40,7 +40,7 @@ class Harmful:
 
 
 class HarmfulState(Harmful):
-    """The same by the way of `__setstate__` and a global that is looked up by name."""
+    """An object whose unpickling creates a folder by calling `eval`."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (eval, (f"__import__('os').mkdir({str(self.marker)!r})",))
@@ -59,7 +59,7 @@ def as_old_torch_file(value: Any, path: Path) -> None:
 
 
 def as_zip_of_pickles(value: Any, path: Path) -> None:
-    """Every member of the archive is the pickle."""
+    """Write an archive of which every member is the pickle."""
     torch.save({"x": torch.ones(3)}, path)
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
@@ -68,7 +68,7 @@ def as_zip_of_pickles(value: Any, path: Path) -> None:
             archive.writestr(name, pickle.dumps(value))
 
 
-WAYS: list[Callable[[Any, Path], None]] = [as_torch_file, as_bare_pickle, as_old_torch_file, as_zip_of_pickles]
+FORMATS: list[Callable[[Any, Path], None]] = [as_torch_file, as_bare_pickle, as_old_torch_file, as_zip_of_pickles]
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def marker(tmp_path: Path) -> Path:
     return tmp_path / "harmed"
 
 
-def test_these_pickles_do_harm_where_they_are_opened_carelessly(tmp_path: Path) -> None:
+def test_the_pickles_run_code_when_loaded_without_protection(tmp_path: Path) -> None:
     for number, kind in enumerate((Harmful, HarmfulState)):
         marker = tmp_path / str(number)
         as_torch_file(kind(marker), tmp_path / "x.pt")
@@ -84,19 +84,19 @@ def test_these_pickles_do_harm_where_they_are_opened_carelessly(tmp_path: Path) 
         assert marker.is_dir()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("write", FORMATS)
 @pytest.mark.parametrize("kind", [Harmful, HarmfulState])
-def test_captures_vectors_and_internals(
-    tmp_path: Path, marker: Path, evidence: Evidence, kind: type[Harmful], way: Callable[[Any, Path], None]
+def test_harmful_captures_vectors_and_internals_are_refused(
+    tmp_path: Path, marker: Path, evidence: Evidence, kind: type[Harmful], write: Callable[[Any, Path], None]
 ) -> None:
     layout = Layout(tmp_path, "exp")
     raw, internals = layout.residual("odd", "1"), layout.internals("odd", "1", 0)
     vector = VectorFiles(layout, TRAIT).file("residual", "probe", 1)
     for path in (raw, internals, vector):
         path.parent.mkdir(parents=True)
-    way({**captures.content(), "extra": kind(marker)}, raw)
-    way({"blocks.0.hook_resid_pre": torch.ones(1), "extra": kind(marker)}, internals)
-    way(kind(marker), vector)
+    write({**captures.content(), "extra": kind(marker)}, raw)
+    write({"blocks.0.hook_resid_pre": torch.ones(1), "extra": kind(marker)}, internals)
+    write(kind(marker), vector)
     readers: list[tuple[Path, Callable[[], object]]] = [
         (raw, lambda: Capture.open(raw)),
         (internals, lambda: read_tensors(internals)),
@@ -110,7 +110,7 @@ def test_captures_vectors_and_internals(
     assert not marker.exists()
 
 
-def only_weights(folder: Path, target: Path) -> Path:
+def without_weights(folder: Path, target: Path) -> Path:
     """A copy of a model's folder without its weights."""
     shutil.copytree(folder, target)
     for path in target.glob("*.safetensors"):
@@ -119,12 +119,12 @@ def only_weights(folder: Path, target: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "model-00001-of-00001.safetensors"])
-@pytest.mark.parametrize("way", WAYS)
-def test_weights_of_a_models_folder(
-    tmp_path: Path, tiny_folder: Path, marker: Path, evidence: Evidence, name: str, way: Callable[[Any, Path], None]
+@pytest.mark.parametrize("write", FORMATS)
+def test_harmful_weights_of_a_model_folder_are_refused(
+    tmp_path: Path, tiny_folder: Path, marker: Path, evidence: Evidence, name: str, write: Callable[[Any, Path], None]
 ) -> None:
-    folder = only_weights(tiny_folder, tmp_path / "model")
-    way({"lm_head.weight": Harmful(marker), "x": torch.ones(3)}, folder / name)
+    folder = without_weights(tiny_folder, tmp_path / "model")
+    write({"lm_head.weight": Harmful(marker), "x": torch.ones(3)}, folder / name)
     with pytest.raises(ModelError) as caught:
         load_model(str(folder), device="cpu")
     check_refusal(caught.value, folder)
@@ -132,7 +132,7 @@ def test_weights_of_a_models_folder(
     evidence.tried("pickle that runs code", "weights of a model")
 
 
-def test_other_files_of_a_models_folder_are_not_opened(
+def test_other_files_of_a_model_folder_are_not_opened(
     tmp_path: Path, tiny_folder: Path, marker: Path, evidence: Evidence
 ) -> None:
     folder = tmp_path / "model"
@@ -144,7 +144,7 @@ def test_other_files_of_a_models_folder_are_not_opened(
     assert not marker.exists()
 
 
-def test_a_checkpoints_own_code_is_never_run_nor_offered(
+def test_custom_code_of_a_checkpoint_is_never_run_or_offered(
     tmp_path: Path, tiny_folder: Path, marker: Path, evidence: Evidence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import json
@@ -171,7 +171,7 @@ def test_a_checkpoints_own_code_is_never_run_nor_offered(
 
 @pytest.fixture
 def cache(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder in which a tiny model stands as the converted one."""
+    """A cache folder with a tiny model in place of the converted embedded model."""
     source = tmp_path / "package" / "tiny.gguf"
     source.parent.mkdir()
     source.write_bytes(b"gguf")
@@ -189,25 +189,25 @@ def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def _exchange(path: Path) -> None:
+def _overwrite_end(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-10:] = bytes(10)
     path.write_bytes(bytes(data))
 
 
 DAMAGES: dict[str, Callable[[Path, Path], object]] = {
-    "weights cut off": lambda folder, marker: _truncate(folder / "model.safetensors"),
-    "weights of another model": lambda folder, marker: _exchange(folder / "model.safetensors"),
-    "weights gone": lambda folder, marker: (folder / "model.safetensors").unlink(),
-    "config cut off": lambda folder, marker: _truncate(folder / "config.json"),
-    "config empty": lambda folder, marker: (folder / "config.json").write_text(""),
+    "truncated weights": lambda folder, marker: _truncate(folder / "model.safetensors"),
+    "weights of another model": lambda folder, marker: _overwrite_end(folder / "model.safetensors"),
+    "missing weights": lambda folder, marker: (folder / "model.safetensors").unlink(),
+    "truncated config": lambda folder, marker: _truncate(folder / "config.json"),
+    "empty config": lambda folder, marker: (folder / "config.json").write_text(""),
     "another config": lambda folder, marker: (folder / "config.json").write_text('{"model_type": "gpt2"}'),
-    "tokenizer cut off": lambda folder, marker: _truncate(folder / "tokenizer.json"),
-    "a pickle beside them": lambda folder, marker: as_torch_file(Harmful(marker), folder / "pytorch_model.bin"),
-    "a program beside them": lambda folder, marker: (folder / "modeling_own.py").write_text("x = 1"),
-    "record gone": lambda folder, marker: (folder / "converted.json").unlink(),
-    "record damaged": lambda folder, marker: (folder / "converted.json").write_text("["),
-    "all gone": lambda folder, marker: [path.unlink() for path in folder.iterdir()],
+    "truncated tokenizer": lambda folder, marker: _truncate(folder / "tokenizer.json"),
+    "an extra pickle": lambda folder, marker: as_torch_file(Harmful(marker), folder / "pytorch_model.bin"),
+    "an extra program": lambda folder, marker: (folder / "modeling_own.py").write_text("x = 1"),
+    "missing record": lambda folder, marker: (folder / "converted.json").unlink(),
+    "damaged record": lambda folder, marker: (folder / "converted.json").write_text("["),
+    "no files": lambda folder, marker: [path.unlink() for path in folder.iterdir()],
 }
 
 

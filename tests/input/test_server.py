@@ -120,7 +120,7 @@ FILES = {
 ASKED = [f"/api/{path.format(**VALID)}" for path in RESOURCES.values()]
 
 
-# Each reader has hundreds of damaged files of its own in `test_json_files`; here it is what the server makes of them.
+# `test_json_files` covers the readers on all kinds of damage; these tests cover the server.
 @pytest.mark.parametrize(("name", "kind"), some_of_each(FILES, KINDS, 5))
 def test_every_resource_over_damaged_files(
     client: TestClient, root: Path, evidence: Evidence, name: str, kind: str
@@ -139,7 +139,7 @@ def test_an_additional_field_that_is_nested_too_deeply(client: TestClient, root:
         (root / "experiments" / "exp" / name).parent.mkdir(parents=True, exist_ok=True)
         (root / "experiments" / "exp" / name).write_text(nested)
     assert [check(client, path) for path in ASKED].count(422) == 1  # metadata of vectors is shown as it is
-    evidence.tried("server, deep nesting", "a further field", len(FILES))
+    evidence.tried("server, deep nesting", "an extra field", len(FILES))
 
 
 @pytest.mark.parametrize("name", [*sorted(FILES), "inference/raw/residual/odd/1.pt", "config.json"])
@@ -192,7 +192,7 @@ def test_files_outside_of_the_experiments_are_not_served(client: TestClient, roo
     for way in ways:
         for prefix in ("/", "/api/", "/static/", "/api/exp/", "/api/exp/sets/", "/api/exp/sets/odd/"):
             check(client, f"{prefix}{way}")
-            evidence.tried("server, any path", "towards a secret file")
+            evidence.tried("server, any path", "to a secret file")
 
 
 # -- hosts, and the real server over a socket ----------------------------------------------------------
@@ -269,5 +269,5 @@ def test_the_real_server_listens_on_loopback_only_and_survives_invalid_requests(
         assert b"root:" not in answer
         if b"evil" in request:
             assert b'"exp"' not in answer
-        evidence.tried("server, over a socket", "no request, or a crooked one")
+        evidence.tried("server, over a socket", "malformed requests")
     assert b'"exp"' in raw_answer(port, b"GET /api/experiments" + _END)

@@ -1,4 +1,4 @@
-"""Captures and vectors: no whole set of plain finite numbers is refused in one line; all else is read as it is."""
+"""Captures and vectors: valid files are read exactly, and all others are refused with a one-line error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.evidence import Evidence
 from tests.input import captures
 from tests.input.captures import N_PROMPT, WIDTH
-from tests.input.strategies import ANY_JSON, Damaged, check_refusal, places, replaced, try_all, without
+from tests.input.strategies import ANY_JSON, Damaged, check_refusal, paths_within, replaced, try_all, without
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.project import ProjectOptions, run_project
 from tlcapture.errors import StorageError, TlcaptureError, VectorError
@@ -45,7 +45,7 @@ def layout(tmp_path: Path) -> Layout:
 
 
 def is_sound(value: Any) -> bool:
-    """The rules of the format, written down once more."""
+    """Whether a capture obeys the rules of the format, written independently of the reader."""
     shapes, counts = set(), []
     for name in ("prompt", "response"):
         part = value[name]
@@ -58,12 +58,12 @@ def is_sound(value: Any) -> bool:
         for layer in range(1, len(part["activations"])):
             before, after = part["activations"][layer - 1], part["activations"][layer]
             counts.append(torch.equal(before["residual_out"], after["residual_in"]))
-    said = (value["metadata"]["d_model"], value["metadata"]["n_layers"])
-    return all(counts) and len({shape[2] for shape in shapes}) <= 2 and {shape[:2] for shape in shapes} == {said}
+    stated = (value["metadata"]["d_model"], value["metadata"]["n_layers"])
+    return all(counts) and len({shape[2] for shape in shapes}) <= 2 and {shape[:2] for shape in shapes} == {stated}
 
 
 def check_capture(layout: Layout, file: Damaged) -> None:
-    """It is refused by `Capture.open` and by the command alike, or it holds what it says."""
+    """Assert that `Capture.open` and the command both refuse a file, or that its content is read correctly."""
     path = file.put(layout.residual("odd", "1"))
     try:
         capture = Capture.open(path)
@@ -111,7 +111,7 @@ ODD_VALUES: dict[str, Callable[[torch.Tensor], Any]] = {
 
 def odd_values() -> st.SearchStrategy[Damaged]:
     good = captures.content()
-    tensors = [at for at in places(good) if len(at) == 4 and at[1] == "activations"]
+    tensors = [at for at in paths_within(good) if len(at) == 4 and at[1] == "activations"]
     return st.tuples(st.sampled_from(tensors), st.sampled_from(sorted(ODD_VALUES))).map(
         lambda pair: Damaged("odd tensors", packed(replaced(good, pair[0], ODD_VALUES[pair[1]](_found(good, pair[0])))))
     )
@@ -125,7 +125,7 @@ def _found(value: Any, at: tuple[Any, ...]) -> Any:
 
 def odd_structure() -> st.SearchStrategy[Damaged]:
     good = captures.content()
-    ways = sorted(places(good), key=repr)
+    ways = sorted(paths_within(good), key=repr)
     odd = ANY_JSON | st.sampled_from([float("nan"), float("inf"), 10**400, -1, 2**31, True, 0.5, b"x", (), {1: 2}])
     return st.sampled_from(ways).flatmap(
         lambda at: odd.map(lambda new: Damaged("wrong types", packed(replaced(good, at, new))))
@@ -138,26 +138,26 @@ def odd_bytes() -> st.SearchStrategy[Damaged]:
     whole = packed(captures.content())
     cut = st.integers(0, len(whole) - 1).map(lambda size: Damaged("truncated", whole[:size]))
     flipped = st.integers(0, 600).map(
-        lambda at: Damaged("bytes changed", whole[: 60 + at] + bytes([whole[60 + at] ^ 0xFF]) + whole[61 + at :])
+        lambda at: Damaged("changed bytes", whole[: 60 + at] + bytes([whole[60 + at] ^ 0xFF]) + whole[61 + at :])
     )
     other = st.sampled_from([b"", b"\0" * 100, b"{}", b"PK\x03\x04", b"\x80\x02.", packed(torch.ones(3)), packed([])])
     return cut | flipped | other.map(lambda data: Damaged("no such file", data))
 
 
-def test_captures_with_odd_tensors(layout: Layout, evidence: Evidence) -> None:
+def test_captures_with_odd_tensors_are_refused_or_read_correctly(layout: Layout, evidence: Evidence) -> None:
     try_all(evidence, "capture", odd_values(), lambda file: check_capture(layout, file), examples=150)
 
 
-def test_captures_of_another_structure(layout: Layout, evidence: Evidence) -> None:
+def test_captures_of_another_structure_are_refused_or_read_correctly(layout: Layout, evidence: Evidence) -> None:
     try_all(evidence, "capture", odd_structure(), lambda file: check_capture(layout, file), examples=250)
 
 
-def test_captures_that_are_cut_off_or_changed(layout: Layout, evidence: Evidence) -> None:
+def test_truncated_or_changed_captures_are_refused_or_read_correctly(layout: Layout, evidence: Evidence) -> None:
     try_all(evidence, "capture", odd_bytes(), lambda file: check_capture(layout, file), examples=120)
 
 
-def test_a_tensor_that_is_longer_than_what_is_stored_of_it_is_refused(layout: Layout, evidence: Evidence) -> None:
-    """One byte of the pickle says how many numbers a storage has, and torch maps as many."""
+def test_a_tensor_longer_than_its_storage_is_refused(layout: Layout, evidence: Evidence) -> None:
+    """torch maps as many values as one byte of the pickle states, even if fewer are stored."""
     whole, path = packed(captures.content()), layout.residual("odd", "1")
     path.parent.mkdir(parents=True, exist_ok=True)
     seen = 0
@@ -168,17 +168,17 @@ def test_a_tensor_that_is_longer_than_what_is_stored_of_it_is_refused(layout: La
         except StorageError as error:
             seen += "do not match those of its records" in str(error)
     assert seen
-    evidence.tried("capture", "another size than stored", seen)
+    evidence.tried("capture", "size larger than stored", seen)
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("at", [(0, 0, 0), (3, 2, 5), (6, 3, 7)])
-def test_a_saved_number_that_is_none_is_never_projected(
+def test_captures_with_nan_or_inf_are_never_projected(
     layout: Layout, evidence: Evidence, number: float, at: tuple[int, int, int]
 ) -> None:
     value = captures.content()
-    point, token, place = at
-    value["prompt"]["activations"][min(point // 2, 2)][POINTS[point - 2 * min(point // 2, 2)]][token, place] = number
+    point, token, channel = at
+    value["prompt"]["activations"][min(point // 2, 2)][POINTS[point - 2 * min(point // 2, 2)]][token, channel] = number
     path = layout.residual("odd", "1")
     torch.save(value, path)
     report = run_project(layout, ["odd"], ProjectOptions())
@@ -189,7 +189,7 @@ def test_a_saved_number_that_is_none_is_never_projected(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "reason"),
     [
         ({"prompt_id": "2"}, "its metadata names prompt odd/2"),
         ({"prompt_set": "other"}, "its metadata names prompt other/1"),
@@ -200,18 +200,20 @@ def test_a_saved_number_that_is_none_is_never_projected(
         ({"n_layers": True}, "metadata.n_layers"),
     ],
 )
-def test_metadata_that_disagrees_is_said(layout: Layout, evidence: Evidence, change: dict[str, Any], said: str) -> None:
+def test_inconsistent_metadata_is_reported(
+    layout: Layout, evidence: Evidence, change: dict[str, Any], reason: str
+) -> None:
     value = captures.content()
     value["metadata"] |= change
     torch.save(value, layout.residual("odd", "1"))
     (failure,) = run_project(layout, ["odd"], ProjectOptions()).failures
-    assert said in failure.reason
+    assert reason in failure.reason
     assert str(layout.residual("odd", "1")) in failure.reason
-    evidence.tried("capture", "metadata that disagrees")
+    evidence.tried("capture", "inconsistent metadata")
 
 
 @pytest.mark.parametrize("ids", [[-1] * N_PROMPT, [True] * N_PROMPT, [1.0] * N_PROMPT, [2**40] * N_PROMPT, [1], "1234"])
-def test_token_ids_that_are_none_are_refused(layout: Layout, evidence: Evidence, ids: Any) -> None:
+def test_invalid_token_ids_are_refused(layout: Layout, evidence: Evidence, ids: Any) -> None:
     value = captures.content()
     value["prompt"]["token_ids"] = ids
     path = layout.residual("odd", "1")
@@ -223,7 +225,7 @@ def test_token_ids_that_are_none_are_refused(layout: Layout, evidence: Evidence,
 
 
 def repacked(path: Path, compression: int) -> None:
-    """Write the archive again, its members compressed or not."""
+    """Rewrite the archive with its members compressed or stored."""
     with zipfile.ZipFile(path) as archive:
         members = {info.filename: archive.read(info) for info in archive.infolist()}
     with zipfile.ZipFile(path, "w", compression) as archive:
@@ -231,7 +233,7 @@ def repacked(path: Path, compression: int) -> None:
             archive.writestr(name, data)
 
 
-def test_compressed_tensors_are_refused_since_torch_would_map_their_bytes_as_numbers(
+def test_compressed_tensors_are_refused_because_torch_would_map_compressed_bytes(
     layout: Layout, evidence: Evidence
 ) -> None:
     path = layout.residual("odd", "1")
@@ -243,7 +245,7 @@ def test_compressed_tensors_are_refused_since_torch_would_map_their_bytes_as_num
     evidence.tried("capture", "compressed")
 
 
-def test_separate_tensors_are_read_as_those_of_one_buffer_are(layout: Layout) -> None:
+def test_separate_tensors_are_read_like_views_of_one_buffer(layout: Layout) -> None:
     value = captures.content()
     separate = captures.content()
     for part in ("prompt", "response"):
@@ -261,7 +263,7 @@ def test_separate_tensors_are_read_as_those_of_one_buffer_are(layout: Layout) ->
 
 
 @pytest.mark.parametrize("kind", sorted({*ODD_VALUES} - {"a parameter", "a clone", "other numbers", "another dtype"}))
-def test_a_vector_of_another_kind_is_refused(layout: Layout, evidence: Evidence, kind: str) -> None:
+def test_a_vector_with_an_odd_tensor_is_refused(layout: Layout, evidence: Evidence, kind: str) -> None:
     folder = VectorFiles(layout, TRAIT)
     path = folder.file("residual", "probe", 1)
     good = torch.ones(WIDTH) if kind not in ("transposed", "one axis less") else torch.ones(WIDTH, WIDTH, 2)
@@ -278,7 +280,7 @@ def test_a_vector_of_another_kind_is_refused(layout: Layout, evidence: Evidence,
 
 
 @pytest.mark.parametrize("numbers", [[float("nan")] * 8, [float("inf")] * 8, [0.0] * 8, [1e300] * 8, [1e-320] * 8, []])
-def test_a_vector_that_is_no_direction_in_float32_is_refused(
+def test_a_vector_without_a_finite_direction_in_float32_is_refused(
     layout: Layout, evidence: Evidence, numbers: list[float]
 ) -> None:
     folder = VectorFiles(layout, TRAIT)
@@ -292,7 +294,7 @@ def test_a_vector_that_is_no_direction_in_float32_is_refused(
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-20, 1e20, 1e38])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_a_parameter_of_any_float_and_length_is_the_same_direction(
+def test_vectors_of_any_float_dtype_and_norm_are_normalized_to_the_same_direction(
     layout: Layout, scale: float, dtype: torch.dtype
 ) -> None:
     torch.save(captures.content(), layout.residual("odd", "1"))
@@ -308,7 +310,7 @@ def test_a_parameter_of_any_float_and_length_is_the_same_direction(
     assert not usable or path.read_text().split('"metadata"')[0] == expected
 
 
-def test_cut_off_and_foreign_vectors(layout: Layout, evidence: Evidence) -> None:
+def test_truncated_and_foreign_vectors_are_refused(layout: Layout, evidence: Evidence) -> None:
     folder = VectorFiles(layout, TRAIT)
     path = folder.file("residual", "probe", 1)
     whole = packed(torch.ones(WIDTH))
@@ -328,14 +330,14 @@ def test_cut_off_and_foreign_vectors(layout: Layout, evidence: Evidence) -> None
     "name", ["probe_layer03.pt", "probe_layer\u0663.pt", "probe_layer99999.pt", "pro\x1bbe_layer1.pt", "a b_layer1.pt",
              "probe_layer-1.pt", "probe_layer1.pt.pt", "_layer1.pt"]
 )  # fmt: skip
-def test_a_file_of_another_name_is_no_vector(layout: Layout, evidence: Evidence, name: str) -> None:
+def test_a_file_with_an_unexpected_name_is_not_a_vector(layout: Layout, evidence: Evidence, name: str) -> None:
     folder = VectorFiles(layout, TRAIT)
     torch.save(torch.ones(WIDTH), folder.path / name)
     assert folder.available("residual") == {"probe": [1]}
     evidence.tried("vector", "odd file names")
 
 
-def test_metadata_that_hold_themselves_or_one_value_a_million_times_end(layout: Layout, evidence: Evidence) -> None:
+def test_recursive_or_huge_metadata_are_refused_quickly(layout: Layout, evidence: Evidence) -> None:
     path = layout.residual("odd", "1")
     for kind in ("itself", "one value a million times"):
         value = captures.content()
@@ -348,10 +350,10 @@ def test_metadata_that_hold_themselves_or_one_value_a_million_times_end(layout: 
             assert Capture.open(path).metadata["more"]
         except StorageError as error:
             check_refusal(error, path)
-        evidence.tried("capture", f"metadata that hold {kind}")
+        evidence.tried("capture", f"metadata that contain {kind}")
 
 
-def test_layers_that_are_one_tensor_are_refused_before_they_fill_memory(layout: Layout, evidence: Evidence) -> None:
+def test_layers_that_share_one_tensor_are_refused_before_they_fill_memory(layout: Layout, evidence: Evidence) -> None:
     path, value = layout.residual("odd", "1"), captures.content()
     for part in ("prompt", "response"):
         activations = value[part]["activations"]
@@ -362,7 +364,7 @@ def test_layers_that_are_one_tensor_are_refused_before_they_fill_memory(layout: 
     with pytest.raises(StorageError, match="several share the same memory") as caught:
         Capture.open(path)
     check_refusal(caught.value, path)
-    evidence.tried("capture", "layers that are one tensor")
+    evidence.tried("capture", "layers sharing one tensor")
 
 
 def test_a_torchscript_program_is_refused(tmp_path: Path, evidence: Evidence) -> None:

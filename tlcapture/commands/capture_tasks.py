@@ -95,10 +95,14 @@ class HasTokenizer(Protocol):
     """What planning needs of a model: the number of its layers, and its tokenizer."""
 
     @property
-    def n_layers(self) -> int: ...
+    def n_layers(self) -> int:
+        """The number of layers of the model."""
+        ...
 
     @property
-    def tokenizer(self) -> Any: ...
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer of the model."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,7 @@ class ExtractionTask:
         return str(self.examples.trait)
 
     def size(self) -> int:
+        """The number of examples, positive and negative ones together."""
         return len(self.examples.items)
 
 

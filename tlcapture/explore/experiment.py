@@ -127,6 +127,7 @@ class AllCaptures(Mapping[str, "Captures"]):
         self._experiment = experiment
 
     def __call__(self, prompt_set: str) -> Captures:
+        """The captures of a prompt set, empty if it has none."""
         return Captures(self._experiment, prompt_set)
 
     def __getitem__(self, prompt_set: str) -> Captures:

@@ -105,7 +105,7 @@ class Recorder:
         """Write one step, in which all prompts are read, or all continue: its columns end at the same one."""
         n_filled = self._filled[indices[0]]
         stop = self._width + (n_filled + 1 - self._lengths[indices[0]] if n_filled else 0)
-        n_columns = min(activation.shape[1] for activation in activations)  # rotated keys are those of all tokens so far
+        n_columns = min(activation.shape[1] for activation in activations)  # rotated keys have all so far
         columns = slice(stop - n_columns, stop)
         stacked = torch.stack([activation[:, -n_columns:] for activation in activations])
         if len(indices) == indices[-1] + 1 - indices[0]:  # consecutive, as long as no prompt between them has ended

@@ -47,6 +47,7 @@ def add_on(layout: Layout, prompt_set: str, kind: str) -> MissingError:
 
 
 def vectors(layout: Layout, trait: object) -> MissingError:
+    """For a trait without vectors."""
     return MissingError(f"no vectors of {trait}", extract_command(layout, [trait]))
 
 

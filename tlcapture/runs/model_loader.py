@@ -72,6 +72,11 @@ class ModelLoader:
         return ModelFiles.of(self.name)
 
     def __call__(self) -> Model:
+        """The model, loaded on the first call.
+
+        Raises:
+            ModelError: it cannot be loaded.
+        """
         return self._model
 
     @cached_property

@@ -1,22 +1,27 @@
 """HookedTransformer with a forward pass that does less work between its matrix products.
 
-    hooked = FastHookedTransformer(cfg)                                # what `load_model` makes of a checkpoint
-    logits, cache = hooked.run_with_cache(tokens)                      # TransformerLens's own, over `forward`
+    hooked = FastHookedTransformer(cfg)                                # as created by `load_model`
+    logits, cache = hooked.run_with_cache(tokens)                      # that of TransformerLens
     cache = FastCache.init_cache(hooked.cfg, hooked.cfg.device, 1)
-    logits = hooked(tokens, past_kv_cache=cache)                       # and so on, token by token
+    logits = hooked(tokens, past_kv_cache=cache)                       # decode token by token
 
-`transformer.FastHookedTransformer` is the model, a subclass whose `forward` computes by `forward.FastForward` what
-that supports and hands all else to TransformerLens; `cache.FastCache` is its `past_kv_cache`. Both exist where
-TransformerLens has HookedTransformer, and are imported from their modules when they are needed.
+`transformer.FastHookedTransformer` is a subclass whose `forward` runs `forward.FastForward` for supported calls and
+that of TransformerLens for all others; `cache.FastCache` is its `past_kv_cache`. Both need a TransformerLens with
+HookedTransformer, so they are imported lazily from their modules.
 
-The same parameters, the same hook points with the same tensors, the same values to float tolerance; a
-reader who wants to know what is computed can skip this module and read TransformerLens. What differs:
-keys are rotated once and kept rotated, in buffers that are written to in place; grouped keys and values
-are never repeated; attention is fused unless somebody watches its scores or pattern; masks, positions
-and rotary tables are made once a step, not once a layer; products of few rows take another way (`products`);
-and a hook point that nobody hooked is not called. Left to TransformerLens are calls with gradients, those that begin
-or end between layers, hooks of modules themselves, and options that FastForward does not know. With
-`load_model(..., fast=False)` or the environment variable `TLCAPTURE_FAST=0` models are HookedTransformer itself.
+Parameters, hook points and the tensors at hook points are those of HookedTransformer, with values equal to float
+tolerance. To learn what is computed, read TransformerLens instead. The differences:
+
+- Keys are rotated once and stored rotated, in buffers that are written to in place.
+- Grouped keys and values are never repeated.
+- Attention is fused unless its scores or pattern are needed.
+- Masks, positions and rotary tables are computed once per step instead of once per layer.
+- Products of few rows are computed in pieces (`products`).
+- Hook points without hooks are not called.
+
+TransformerLens computes calls with gradients, calls that begin or end between layers, models with hooks on modules
+rather than hook points, and options that FastForward does not support. With `load_model(..., fast=False)` or the
+environment variable `TLCAPTURE_FAST=0`, models are plain HookedTransformers.
 """
 
 from tlcapture.models.fast.forward import FastForward

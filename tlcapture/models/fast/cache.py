@@ -1,6 +1,6 @@
-"""TransformerLens's cache of keys and values, with those of the fast forward pass in it.
+"""A `past_kv_cache` of TransformerLens that stores the keys and values of the fast forward pass.
 
-Only imported where TransformerLens has HookedTransformer.
+Import it only if TransformerLens has HookedTransformer.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from tlcapture.shapes import Rows
 
 
 class FastCache(TransformerLensKeyValueCache):
-    """A `past_kv_cache` that FastForward writes to in place, and all else reads as TransformerLens's own.
+    """A `past_kv_cache` that FastForward updates in place and other code reads as that of TransformerLens.
 
-    `state` holds the keys and values while FastForward alone deals with them. Whoever asks for `entries` (as
-    TransformerLens's blocks do, and `freeze`) gets them in TransformerLens's form; from then on `state` is `None`
-    and the cache is one like any other of TransformerLens's.
+    Attributes:
+        state: the keys and values while only FastForward uses the cache. The first access to `entries`, for example by
+            TransformerLens's blocks or `freeze`, converts them; `state` is then `None`, and the cache behaves like that
+            of TransformerLens.
+        computed_by: the forward pass that computed the keys and values; `None` before the first pass.
+        is_converted: whether the cache was created by TransformerLens and converted by `convert`.
     """
 
     state: FastState | None
@@ -36,26 +39,26 @@ class FastCache(TransformerLensKeyValueCache):
         self._cfg, self._device = cfg, device
         self._entries: list[Any] | None = None
         self.state = FastState.empty(batch_size, torch.device(device or cfg.device))
-        self.computed_by: FastForward | None = None  # set by the first pass, which looks at the model anew
-        self.is_adopted = False
+        self.computed_by: FastForward | None = None  # set by the first pass, which reads the current model
+        self.is_converted = False
 
     @classmethod
     def init_cache(cls, cfg: Any, device: torch.device | str | None, batch_size: int = 1) -> FastCache:
-        """An empty cache, with the arguments of TransformerLens's own `init_cache`."""
+        """An empty cache, with the signature of TransformerLens's `init_cache`."""
         return cls(cfg, device, batch_size)
 
     @staticmethod
-    def adopt(cache: TransformerLensKeyValueCache, cfg: Any) -> None:
-        """Make a FastCache of an empty cache of TransformerLens's, in place: one that `generate` made for itself."""
+    def convert(cache: TransformerLensKeyValueCache, cfg: Any) -> None:
+        """Turn an empty TransformerLens cache into a FastCache in place, for example one created by `generate`."""
         batch_size, device = len(cache.previous_attention_mask), cache.previous_attention_mask.device
         vars(cache).pop("entries")
         cache.__class__ = FastCache
         cache._begin(cfg, device, batch_size)
-        cache.is_adopted = True
+        cache.is_converted = True
 
     @property
     def entries(self) -> list[Any]:
-        """Keys and values by layer, `[batch, pos, n_kv_heads, d_head]`, as TransformerLens keeps them."""
+        """Keys and values of each layer in TransformerLens's format, `[batch, pos, n_kv_heads, d_head]`."""
         if self._entries is None:
             assert self.state is not None
             batch_size = len(self.state.mask)
@@ -69,21 +72,21 @@ class FastCache(TransformerLensKeyValueCache):
 
     @property
     def length(self) -> int:
-        """How many positions there are keys and values of."""
+        """The number of positions in the cache."""
         return self.entries[0].past_keys.shape[1] if self.state is None else self.state.length
 
     def __repr__(self) -> str:
         return f"FastCache(batch {len(self.previous_attention_mask)}, {self.length} positions, frozen={self.frozen})"
 
-    def part(self, rows: slice, state: FastState) -> FastCache:
-        """A cache without any position for some rows, whose keys and values go to `state`, a piece of this one's."""
-        part = FastCache(self._cfg, self._device, rows.stop - rows.start)
-        part.state, part.computed_by = state, self.computed_by
-        return part
+    def micro_batch(self, rows: slice, state: FastState) -> FastCache:
+        """An empty cache for some rows, which stores keys and values in `state`, a view of this cache's state."""
+        cache = FastCache(self._cfg, self._device, rows.stop - rows.start)
+        cache.state, cache.computed_by = state, self.computed_by
+        return cache
 
 
 def keep_rows(cache: TransformerLensKeyValueCache, rows: Rows) -> None:
-    """Drop all but `rows`, a mask `[batch]`, from a cache of either kind."""
+    """Drop all rows from a FastCache or a TransformerLens cache except `rows`, a boolean mask `[batch]`."""
     cache.previous_attention_mask = cache.previous_attention_mask[rows]
     if isinstance(cache, FastCache) and cache.state is not None:
         return cache.state.keep(rows)
@@ -93,7 +96,7 @@ def keep_rows(cache: TransformerLensKeyValueCache, rows: Rows) -> None:
 
 
 def branch_rows(cache: TransformerLensKeyValueCache, rows: Sequence[int], cfg: Any) -> TransformerLensKeyValueCache:
-    """A new cache whose rows are copies of the given rows of another, which stays as it is."""
+    """A new cache whose rows are copies of the given rows of `cache`, which is not modified."""
     mask: Tensor = cache.previous_attention_mask
     index = torch.tensor(rows, device=mask.device)
     if isinstance(cache, FastCache) and cache.state is not None:
@@ -102,9 +105,9 @@ def branch_rows(cache: TransformerLensKeyValueCache, rows: Sequence[int], cfg: A
         branched: TransformerLensKeyValueCache = fast
     else:
         branched = TransformerLensKeyValueCache.init_cache(cfg, mask.device, len(rows))
-        # TransformerLens extends its cache by making new tensors: nothing of the old one is written to.
-        for entry, origin in zip(branched.entries, cache.entries, strict=True):
-            chosen = index.to(origin.past_keys.device)
-            entry.past_keys, entry.past_values = origin.past_keys[chosen], origin.past_values[chosen]
+        # TransformerLens extends its cache with new tensors and never writes to existing ones.
+        for entry, source in zip(branched.entries, cache.entries, strict=True):
+            chosen = index.to(source.past_keys.device)
+            entry.past_keys, entry.past_values = source.past_keys[chosen], source.past_values[chosen]
     branched.previous_attention_mask = mask[index]
     return branched

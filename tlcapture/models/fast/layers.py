@@ -1,4 +1,4 @@
-"""What a pass reads of TransformerLens's modules, and its dealings with their hook points."""
+"""The weights and hook points of TransformerLens's modules, as used by the fast forward pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "silu": functional.silu,
     "gelu": functional.gelu,
-    # Three names in TransformerLens for one function.
+    # TransformerLens has three names for the same function.
     "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
     "gelu_fast": lambda x: functional.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
@@ -21,13 +21,13 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class HookPoints:
-    """A pass's dealings with TransformerLens's hook points: who hooked them is called, what is wanted is kept.
+    """Calls the hooks of TransformerLens's hook points and keeps requested activations during a forward pass.
 
     Args:
         hook_dict: the model's hook points by name.
-        wanted: names of the points whose activations are to be kept.
-        kept: the dict that they are put into.
-        savers: names of points, and functions of TransformerLens's to be called there as if they were hooks.
+        wanted: names of the points whose activations to keep.
+        kept: the dict in which activations are stored by name.
+        caching_hooks: names of points and TransformerLens's caching functions, which are called like hooks.
     """
 
     def __init__(
@@ -35,38 +35,40 @@ class HookPoints:
         hook_dict: Mapping[str, Any],
         wanted: Iterable[str] = (),
         kept: dict[str, Tensor] | None = None,
-        savers: Iterable[tuple[str, Callable[..., Any]]] = (),
+        caching_hooks: Iterable[tuple[str, Callable[..., Any]]] = (),
     ):
         self._wanted = {hook_dict[name]: name for name in wanted}
         self._kept = {} if kept is None else kept
-        self._savers: dict[Any, list[Callable[..., Any]]] = {}
-        for name, save in savers:
-            self._savers.setdefault(hook_dict[name], []).append(save)
+        self._caching_hooks: dict[Any, list[Callable[..., Any]]] = {}
+        for name, save in caching_hooks:
+            self._caching_hooks.setdefault(hook_dict[name], []).append(save)
 
-    def watches(self, point: Any) -> bool:
-        return point in self._wanted or bool(point._forward_hooks) or point in self._savers
+    def is_used(self, point: Any) -> bool:
+        """Whether the activation at a hook point is kept or passed to a hook."""
+        return point in self._wanted or bool(point._forward_hooks) or point in self._caching_hooks
 
     def pass_through(self, point: Any, activation: Tensor) -> Tensor:
-        """The activation, or what those who hooked the point make of it."""
+        """The activation after the hooks of a point have been applied to it; it is kept if requested."""
         if point._forward_hooks:
             activation = point(activation)
         if point in self._wanted:
             self._kept[self._wanted[point]] = activation
-        if self._savers:
-            for save in self._savers.get(point, ()):
+        if self._caching_hooks:
+            for save in self._caching_hooks.get(point, ()):
                 save(activation, hook=point)
         return activation
 
     def norm(self, norm: Norm, x: Tensor) -> Tensor:
-        # Whoever hooked the stream may have made it wider than the model.
-        if self.watches(norm.hook_scale) or self.watches(norm.hook_normalized) or x.dtype != norm.weight.dtype:
-            return self._watched_norm(norm, x)
+        """The output of a norm, of the shape of `x`, `[..., d]`; uses torch's fused norm if no hook needs its scale."""
+        # Hooks may have returned a residual stream of a wider dtype than that of the model.
+        if self.is_used(norm.hook_scale) or self.is_used(norm.hook_normalized) or x.dtype != norm.weight.dtype:
+            return self._unfused_norm(norm, x)
         if norm.bias is None:
             return functional.rms_norm(x, norm.shape, norm.weight, norm.eps)
         return functional.layer_norm(x, norm.shape, norm.weight, norm.bias, norm.eps)
 
-    def _watched_norm(self, norm: Norm, x: Tensor) -> Tensor:
-        # TransformerLens shows queries and keys of all heads to their norms in one line.
+    def _unfused_norm(self, norm: Norm, x: Tensor) -> Tensor:
+        # TransformerLens flattens queries and keys to `[batch * pos * head, d_head]` before their norms.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide.flatten(0, -2) if x.ndim > 3 else wide
         if norm.bias is not None:
@@ -77,7 +79,7 @@ class HookPoints:
 
 
 class Norm:
-    """What a pass reads of a norm, as plain attributes, which are found sooner than those of a module."""
+    """Weights and hook points of a norm as plain attributes, which are faster than those of a module."""
 
     def __init__(self, norm: Any):
         self.weight: Tensor = norm.w
@@ -89,8 +91,11 @@ class Norm:
 
 
 class Layer:
-    """What a pass reads of a block, likewise; weights are `[out, in]`, views of the block's parameters laid out
-    for it, and biases `None` where they are zero."""
+    """Weights and hook points of a block as plain attributes.
+
+    Weights are `[out, in]`: views of the block's parameters, whose memory layout allows them without a copy. Biases
+    that are zero are `None`.
+    """
 
     def __init__(self, block: Any):
         from transformer_lens.utilities import SUPPORTED_ACTIVATIONS
@@ -102,17 +107,17 @@ class Layer:
         grouped = "_" if "_W_K" in attn._parameters else ""
         names = (("W_Q", "b_Q"), (f"{grouped}W_K", f"{grouped}b_K"), (f"{grouped}W_V", f"{grouped}b_V"))
         self.query, self.key, self.value = (
-            (getattr(attn, weight).permute(0, 2, 1).flatten(0, 1), _unless_zero(getattr(attn, bias).flatten()))
+            (getattr(attn, weight).permute(0, 2, 1).flatten(0, 1), _none_if_zero(getattr(attn, bias).flatten()))
             for weight, bias in names
         )
-        self.out = (attn.W_O.permute(2, 0, 1).flatten(1), _unless_zero(attn.b_O))
-        # The function in place of which there is a faster one, or that of the block, which may have learned it.
+        self.out = (attn.W_O.permute(2, 0, 1).flatten(1), _none_if_zero(attn.b_O))
+        # A fused version if the block uses a known activation; a custom one may have parameters of its own.
         fast = _ACTIVATIONS.get(mlp.cfg.act_fn) if mlp.act_fn is SUPPORTED_ACTIVATIONS.get(mlp.cfg.act_fn) else None
         self.activate = fast or mlp.act_fn
-        self.activates_anew = fast is not None
+        self.activation_is_new_tensor = fast is not None  # it may be written to in place
         self.mlp_gate: Tensor | None = mlp.W_gate.T if mlp.cfg.gated_mlp else None
-        self.mlp_in = (mlp.W_in.T, _unless_zero(mlp.b_in))
-        self.mlp_out = (mlp.W_out.T, _unless_zero(mlp.b_out))
+        self.mlp_in = (mlp.W_in.T, _none_if_zero(mlp.b_in))
+        self.mlp_out = (mlp.W_out.T, _none_if_zero(mlp.b_out))
         both_sides = block.cfg.use_normalization_before_and_after
         self.ln1, self.ln2 = Norm(block.ln1), Norm(block.ln2)
         self.ln1_post = Norm(block.ln1_post) if both_sides else None
@@ -128,5 +133,5 @@ class Layer:
         self.hook_pre_linear = getattr(mlp, "hook_pre_linear", None)
 
 
-def _unless_zero(bias: Tensor) -> Tensor | None:
+def _none_if_zero(bias: Tensor) -> Tensor | None:
     return bias if bias.any() else None

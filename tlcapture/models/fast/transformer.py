@@ -1,11 +1,11 @@
-"""A HookedTransformer whose own forward pass is FastForward, for the calls that it supports.
+"""A HookedTransformer that uses FastForward for the calls that it supports.
 
-Only imported where TransformerLens has HookedTransformer. What differs from it:
+Import it only if TransformerLens has HookedTransformer. The differences from HookedTransformer:
 
-- `forward` computes supported calls by FastForward and hands all others to TransformerLens.
-- `run_with_cache` is TransformerLens's. The activations that it asks for go to FastForward by name, which puts them
-  into the dict that is returned; PyTorch hooks are placed for them only where TransformerLens computes.
-- Hooks are removed from the hook points that have any, not from all.
+- `forward` computes supported calls with FastForward and all others with TransformerLens.
+- `run_with_cache` is that of TransformerLens. FastForward stores the requested activations directly in the returned
+  dict; PyTorch hooks are added for them only if TransformerLens computes the call.
+- Hooks are removed only from the hook points that have some.
 """
 
 from __future__ import annotations
@@ -37,9 +37,12 @@ _RETURN_TYPES = (None, "logits", "loss", "both")
 
 
 class CachingHooks(list[tuple[str, Callable[..., Any]]]):
-    """TransformerLens's hooks for a cache, as `(name, function)`, and the dict that they put activations into.
+    """TransformerLens's hooks for an activation cache: a list of `(name, function)`.
 
-    `plain` says that activations are put there as they are: not moved, cut or relieved of an axis.
+    Attributes:
+        names: the names of the original hooks.
+        cache: the dict in which the hooks store activations.
+        plain: whether activations are stored unchanged, i.e. not moved to a device, sliced or squeezed.
     """
 
     def __init__(self, hooks: list[tuple[str, Callable[..., Any]]], cache: dict[str, Tensor], *, plain: bool):
@@ -49,25 +52,26 @@ class CachingHooks(list[tuple[str, Callable[..., Any]]]):
         self.plain = plain
 
     @property
-    def is_whole(self) -> bool:
-        """Whether nobody added hooks to the list, or took any away."""
+    def is_unchanged(self) -> bool:
+        """Whether no hooks were added to or removed from the list."""
         return len(self) == len(self.names)
 
 
 class FastHookedTransformer(HookedTransformer):
-    """HookedTransformer with the forward pass of `tlcapture.models.fast`; in all else the same."""
+    """A HookedTransformer with the forward pass of `tlcapture.models.fast` and otherwise unchanged behaviour."""
 
-    # Defaults of the class: a model may become one of these after it was made.
+    # Class attributes, since an existing HookedTransformer may be converted by assigning its class.
     _fast: FastForward | None = None
-    _watchers: tuple[CachingHooks, ...] = ()
-    _adopts = False
+    _caching_hooks: tuple[CachingHooks, ...] = ()
+    _converts_caches = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: all but what is derived from the weights."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_fast", "_watchers", "_adopts")}
+        """The attributes for copies and pickles, without those derived from the weights."""
+        derived = ("_fast", "_caching_hooks", "_converts_caches")
+        return {name: value for name, value in self.__dict__.items() if name not in derived}
 
-    def look(self) -> FastForward | None:
-        """The fast forward pass over the model as it is now, its weights and options; `None` if unsupported."""
+    def fast_forward(self) -> FastForward | None:
+        """The fast forward pass for the current weights and options of the model; `None` if they are not supported."""
         if not FastForward.supports(self):
             return None
         if self._fast is None:
@@ -77,22 +81,29 @@ class FastHookedTransformer(HookedTransformer):
         return self._fast
 
     def start_cache(self, batch_size: int) -> TransformerLensKeyValueCache:
-        """An empty cache of keys and values, for FastForward where it supports the model as it is now."""
+        """An empty `past_kv_cache`: a FastCache if FastForward supports the model, else that of TransformerLens."""
         kind = FastCache if FastForward.supports(self) else TransformerLensKeyValueCache
         return kind.init_cache(self.cfg, self.embed.W_E.device, batch_size)
 
-    def parts(
+    def micro_batches(
         self, mask: Mask, cache: TransformerLensKeyValueCache
     ) -> Iterator[tuple[slice, int, TransformerLensKeyValueCache]]:
-        """The rows of a batch of prompts in parts that are run one by one, each with its width and its own cache,
-        which is a piece of `cache`, an empty one; all rows at once where FastForward does not support the model."""
-        fast = self.look() if isinstance(cache, FastCache) else None
+        """Split a batch of left-padded prompts into micro-batches, or yield all rows if FastForward is not supported.
+
+        Args:
+            mask: 0 where the prompts are padded, else 1, `[batch, pos]`.
+            cache: the empty cache of the batch.
+
+        Yields:
+            The rows of each micro-batch, the length of its longest prompt, and its cache, a view of `cache`.
+        """
+        fast = self.fast_forward() if isinstance(cache, FastCache) else None
         if fast is None or not isinstance(cache, FastCache) or cache.state is None:
             yield slice(0, len(mask)), mask.shape[1], cache
             return
         cache.computed_by, cache.previous_attention_mask = fast, mask
-        for rows, width, state in fast.parts(mask, cache.state):
-            yield rows, width, cache.part(rows, state)
+        for rows, width, state in fast.micro_batches(mask, cache.state):
+            yield rows, width, cache.micro_batch(rows, state)
 
     def get_caching_hooks(
         self,
@@ -103,6 +114,7 @@ class FastHookedTransformer(HookedTransformer):
         cache: dict[str, Tensor] | None = None,
         pos_slice: Any = None,
     ) -> tuple[dict[str, Tensor], list[Any], list[Any]]:
+        """TransformerLens's cache, forward and backward hooks; forward hooks are `CachingHooks`."""
         if isinstance(names_filter, list):
             names_filter = frozenset(names_filter).__contains__
         pos_slice = Slice.unwrap(pos_slice)
@@ -120,39 +132,44 @@ class FastHookedTransformer(HookedTransformer):
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> Iterator[Any]:
-        if not isinstance(fwd_hooks, CachingHooks) or not fwd_hooks.is_whole or bwd_hooks or not reset_hooks_end:
+        """TransformerLens's context of temporary hooks; unchanged `CachingHooks` are passed to FastForward instead."""
+        if not isinstance(fwd_hooks, CachingHooks) or not fwd_hooks.is_unchanged or bwd_hooks or not reset_hooks_end:
             with super().hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
                 yield self
             return
-        before = self._watchers
+        before = self._caching_hooks
         with super().hooks([], [], reset_hooks_end, clear_contexts):
-            self._watchers = (*before, fwd_hooks)
+            self._caching_hooks = (*before, fwd_hooks)
             try:
                 yield self
             finally:
-                self._watchers = before
+                self._caching_hooks = before
 
     def remove_all_hook_fns(
         self, direction: str = "both", including_permanent: bool = False, level: int | None = None
     ) -> None:
+        """Remove hooks as TransformerLens does, but visit only the hook points that have some."""
         for point in self.hook_points():
             if point.fwd_hooks or point.bwd_hooks:
                 point.remove_hooks(direction, including_permanent=including_permanent, level=level)
 
     def get_pos_offset(self, past_kv_cache: Any, batch_size: int) -> int:
+        """The number of positions in the cache, without converting a FastCache to TransformerLens's format."""
         if not isinstance(past_kv_cache, FastCache) or past_kv_cache.state is None:
             return super().get_pos_offset(past_kv_cache, batch_size)
         assert len(past_kv_cache.state.mask) == batch_size
         return past_kv_cache.length
 
     def generate(self, *args: Any, **options: Any) -> Any:
-        with self._adopting():
+        """TransformerLens's `generate`, with the cache that it creates converted to a FastCache."""
+        with self._converting_caches():
             return super().generate(*args, **options)
 
     def generate_stream(self, *args: Any, **options: Any) -> Iterator[Any]:
+        """TransformerLens's `generate_stream`, with the cache that it creates converted to a FastCache."""
         stream = iter(super().generate_stream(*args, **options))
         while True:
-            with self._adopting():
+            with self._converting_caches():
                 try:
                     tokens = next(stream)
                 except StopIteration:
@@ -160,13 +177,13 @@ class FastHookedTransformer(HookedTransformer):
             yield tokens
 
     @contextmanager
-    def _adopting(self) -> Iterator[None]:
-        """Within the context, empty caches of TransformerLens's that are passed in are made fast ones."""
-        before, self._adopts = self._adopts, True
+    def _converting_caches(self) -> Iterator[None]:
+        """Convert empty TransformerLens caches passed to `forward` to FastCaches while the context is active."""
+        before, self._converts_caches = self._converts_caches, True
         try:
             yield
         finally:
-            self._adopts = before
+            self._converts_caches = before
 
     def forward(
         self,
@@ -182,10 +199,10 @@ class FastHookedTransformer(HookedTransformer):
         stop_at_layer: int | None = None,
         past_kv_cache: Any = None,
     ) -> Any:
-        """TransformerLens's forward pass, with its arguments and results."""
-        if self._adopts and type(past_kv_cache) is TransformerLensKeyValueCache and not past_kv_cache.frozen:
+        """TransformerLens's forward pass with its arguments and results; FastForward runs supported calls."""
+        if self._converts_caches and type(past_kv_cache) is TransformerLensKeyValueCache and not past_kv_cache.frozen:
             if past_kv_cache.entries[0].past_keys.shape[1] == 0:
-                FastCache.adopt(past_kv_cache, self.cfg)
+                FastCache.convert(past_kv_cache, self.cfg)
         fast = None
         if (
             return_type in _RETURN_TYPES
@@ -193,17 +210,17 @@ class FastHookedTransformer(HookedTransformer):
             and shortformer_pos_embed is None
             and tokens is None
         ):
-            fast = self._fast_for(input, past_kv_cache)
+            fast = self._fast_forward_for(input, past_kv_cache)
         with LocallyOverridenDefaults(self, prepend_bos=prepend_bos, padding_side=padding_side):
             if fast is not None and start_at_layer is None:
                 ready = self._tokens_and_mask(input, prepend_bos, padding_side, attention_mask, past_kv_cache)
                 if ready is not None:
                     return self._run(fast, None, *ready, past_kv_cache, return_type, loss_per_token, stop_at_layer)
             elif fast is not None and start_at_layer == 0 and return_type == "logits":
-                whole = self._whole_mask(input, attention_mask, past_kv_cache)
+                whole = self._full_mask(input, attention_mask, past_kv_cache)
                 if whole is not None:
                     return self._run(fast, input, None, whole, past_kv_cache, "logits", False, stop_at_layer)
-        return self._hand_over(
+        return self._transformer_lens_forward(
             input,
             return_type=return_type,
             loss_per_token=loss_per_token,
@@ -217,30 +234,32 @@ class FastHookedTransformer(HookedTransformer):
             past_kv_cache=past_kv_cache,
         )
 
-    def _fast_for(self, input: Any, cache: Any) -> FastForward | None:
-        """What computes a call with this `past_kv_cache`; the model is looked at when a text begins."""
+    def _fast_forward_for(self, input: Any, cache: Any) -> FastForward | None:
+        """The FastForward for a call, refreshed unless the cache has positions; `None` for TransformerLens."""
         if isinstance(cache, FastCache):
             if cache.state is None or cache.frozen:
                 return None
             if cache.computed_by is None:
-                cache.computed_by = self.look()
+                cache.computed_by = self.fast_forward()
             fast = cache.computed_by if cache.computed_by is self._fast else None
         else:
-            fast = self.look() if cache is None else None
+            fast = self.fast_forward() if cache is None else None
         return None if fast is None or self._needs_gradients(fast, input) else fast
 
     def _needs_gradients(self, fast: FastForward, input: Any) -> bool:
         if not torch.is_grad_enabled():
             return False
-        # What hooks return may ask for gradients, which is only known once it is too late.
+        # Hooks may return tensors that require gradients, which is only known after they ran.
         hooked = any(point._forward_hooks or point._backward_hooks for point in self.hook_points())
-        return hooked or fast.learns() or (isinstance(input, Tensor) and input.requires_grad)
+        return hooked or fast.requires_grad() or (isinstance(input, Tensor) and input.requires_grad)
 
     def _tokens_and_mask(
         self, input: Any, prepend_bos: Any, padding_side: Any, mask: Tensor | None, cache: FastCache | None
     ) -> tuple[Tensor, Tensor | None] | None:
-        """Token ids `[batch, pos]` and the mask of all positions so far as `input_to_embed` has them, the mask `None`
-        where it makes none; `None` for what TransformerLens is to decide on."""
+        """Token ids `[batch, pos]` and the mask of all positions so far, as in TransformerLens's `input_to_embed`.
+
+        The mask is `None` if `input_to_embed` computes none. The result is `None` if TransformerLens must run the call.
+        """
         if isinstance(input, Tensor):
             tokens = input
         elif self.tokenizer is not None and isinstance(input, (str, list)):
@@ -263,9 +282,11 @@ class FastHookedTransformer(HookedTransformer):
         mask = mask.to(tokens.device)
         return tokens, mask if cache is None else cache.append_attention_mask(mask)
 
-    def _whole_mask(self, residual: Any, mask: Tensor | None, cache: FastCache | None) -> Tensor | None:
-        """The mask of all positions so far for a residual stream `[batch, pos, d_model]` before the first block, as
-        `generate` passes both; `None` for what TransformerLens is to decide on."""
+    def _full_mask(self, residual: Any, mask: Tensor | None, cache: FastCache | None) -> Tensor | None:
+        """The mask of all positions so far for a residual stream `[batch, pos, d_model]` before the first block.
+
+        `generate` passes both. The result is `None` if TransformerLens must run the call.
+        """
         if cache is None or not isinstance(residual, Tensor) or residual.ndim != 3 or not _fits(self, residual, cache):
             return None
         shape = (len(residual), cache.length + residual.shape[1])
@@ -284,7 +305,7 @@ class FastHookedTransformer(HookedTransformer):
         loss_per_token: bool,
         stop_at_layer: int | None,
     ) -> Any:
-        """A supported call: from the tokens, or from the residual stream before the first block."""
+        """Compute a supported call from tokens or from the residual stream before the first block."""
         given = tokens if residual is None else residual
         assert given is not None
         batch, n_new = given.shape[:2]
@@ -298,8 +319,13 @@ class FastHookedTransformer(HookedTransformer):
         residual = fast(residual, whole, state, points)
         if stop_at_layer is not None:
             return residual
-        if cache is not None and cache.is_adopted and return_type == "logits" and not self._end_is_watched(points):
-            residual = residual[:, -1:]  # `generate` reads no other position's logits
+        if (
+            cache is not None
+            and cache.is_converted
+            and return_type == "logits"
+            and not self._has_hooks_after_blocks(points)
+        ):
+            residual = residual[:, -1:]  # `generate` uses only the logits of the last position
         normed = fast.final_norm(residual, points)
         if return_type is None:
             return None
@@ -309,32 +335,31 @@ class FastHookedTransformer(HookedTransformer):
         loss = self.loss_fn(logits, tokens, mask, per_token=loss_per_token)
         return loss if return_type == "loss" else Output(logits, loss)
 
-    def _end_is_watched(self, points: HookPoints) -> bool:
+    def _has_hooks_after_blocks(self, points: HookPoints) -> bool:
         ends = (self.ln_final.hook_scale, self.ln_final.hook_normalized, self.unembed.hook_in, self.unembed.hook_out)
-        return any(points.watches(point) for point in ends)
+        return any(points.is_used(point) for point in ends)
 
     def _points(self) -> HookPoints:
-        """The hook points, with those who wait for a cache."""
-        if not self._watchers:
+        """The hook points, with the activations that enclosing `run_with_cache` calls requested."""
+        if not self._caching_hooks:
             return HookPoints(self.hook_dict)
-        *others, last = self._watchers
+        *outer, last = self._caching_hooks
         if not last.plain:
-            return HookPoints(self.hook_dict, savers=[pair for each in self._watchers for pair in each])
-        return HookPoints(self.hook_dict, last.names, last.cache, [pair for each in others for pair in each])
+            return HookPoints(self.hook_dict, caching_hooks=[pair for each in self._caching_hooks for pair in each])
+        return HookPoints(self.hook_dict, last.names, last.cache, [pair for each in outer for pair in each])
 
-    def _hand_over(self, input: Any, **options: Any) -> Any:
-        """The call computed by TransformerLens, with PyTorch hooks for those who wait for a cache; whoever
-        entered `hooks` for them removes them."""
-        watchers, self._watchers = self._watchers, ()
-        for watcher in watchers:
-            for name, hook in watcher:
+    def _transformer_lens_forward(self, input: Any, **options: Any) -> Any:
+        """Compute a call with TransformerLens; caching hooks become PyTorch hooks until `hooks` removes them."""
+        requested, self._caching_hooks = self._caching_hooks, ()
+        for caching_hooks in requested:
+            for name, hook in caching_hooks:
                 self._enable_hook(name, hook, "fwd")
         return super().forward(input, **options)
 
 
 def _fits(tl: Any, given: Tensor, cache: FastCache | None) -> bool:
-    """Whether `[batch, pos, ...]` is not empty, has the rows of the cache and stays within the model's context."""
+    """Whether `[batch, pos, ...]` is not empty, has the batch size of the cache and fits the model's context."""
     batch, n_new = given.shape[:2]
     start = 0 if cache is None else cache.length
-    alike = cache is None or (cache.state is not None and len(cache.state.mask) == batch)
-    return alike and batch > 0 and n_new > 0 and start + n_new <= tl.cfg.n_ctx
+    same_batch = cache is None or (cache.state is not None and len(cache.state.mask) == batch)
+    return same_batch and batch > 0 and n_new > 0 and start + n_new <= tl.cfg.n_ctx

@@ -1,4 +1,7 @@
-"""Ways to generate with activations, each as its users would write it. All return `{prompt number: new token ids}`."""
+"""Implementations of generation with activations, as users of each library would write them.
+
+All return new token ids by prompt id.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ Found = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class Task:
-    """Prompts to answer greedily, in batches of so many."""
+    """Prompts to continue greedily, with the number of new tokens and the batch size."""
 
     prompts: Sequence[TokenizedPrompt]
     new_tokens: int
@@ -48,7 +51,7 @@ def ours(model: Model, task: Task) -> Found:
 
 
 def hugging_face(reference: Any, task: Task, *, hidden_states: bool) -> Found:
-    """`generate`, plain or with the residual stream behind every layer."""
+    """Hugging Face `generate`, optionally with the residual stream after every layer."""
 
     def run(tokens: Tensor, mask: Tensor) -> Tensor:
         output = reference.generate(
@@ -70,18 +73,18 @@ def nnsight(wrapped: Any, task: Task) -> Found:
     def run(tokens: Tensor, mask: Tensor) -> Tensor:
         inputs = {"input_ids": tokens, "attention_mask": mask}
         with wrapped.generate(inputs, max_new_tokens=task.new_tokens, do_sample=False) as tracer:
-            kept = list().save()  # noqa: C408  nnsight follows what is called, not what is written
+            kept = list().save()  # noqa: C408  nnsight traces calls, not literals
             for _ in tracer.iter[: task.new_tokens]:
                 for layer in wrapped.model.layers:
                     kept.append(layer.output)
             output = tracer.result.save()
-        return output  # noqa: RET504  nnsight binds it where the context ends
+        return output  # noqa: RET504  nnsight assigns it when the context ends
 
     return _batches(task, run, wrapped.config.eos_token_id)
 
 
 def transformer_lens(hooked: Any, task: Task, stops: frozenset[int]) -> Found:
-    """A plain loop of `run_with_cache` with TransformerLens's own cache of keys and values."""
+    """A loop of TransformerLens's `run_with_cache` with its key-value cache."""
     from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
     names = [name for name in hooked.hook_dict if name.endswith(("hook_resid_mid", "hook_resid_post"))]
@@ -90,7 +93,7 @@ def transformer_lens(hooked: Any, task: Task, stops: frozenset[int]) -> Found:
     @torch.no_grad()
     def run(tokens: Tensor, mask: Tensor) -> Tensor:
         past = TransformerLensKeyValueCache.init_cache(hooked.cfg, "cpu", len(tokens))
-        line, kept, step = tokens, [], tokens
+        sequence, kept, step = tokens, [], tokens
         ended = torch.zeros(len(tokens), dtype=torch.bool)
         for _ in range(task.new_tokens):
             logits, cache = hooked.run_with_cache(
@@ -102,21 +105,22 @@ def transformer_lens(hooked: Any, task: Task, stops: frozenset[int]) -> Found:
             )
             kept.append(cache)
             step = logits[:, -1].argmax(dim=-1, keepdim=True)
-            line = torch.cat([line, step], dim=1)
+            sequence = torch.cat([sequence, step], dim=1)
             ended |= torch.tensor([int(token) in stops for token in step[:, 0]])
             if ended.all():
                 break
-        return line
+        return sequence
 
     return _batches(task, run, stops)
 
 
 def own_stops(model: Model) -> frozenset[int]:
+    """The ids of the tokens at which tlcapture stops."""
     return stop_ids(model.tokenizer, model.generation_config)
 
 
 def _batches(task: Task, run: Callable[[Tensor, Tensor], Tensor], stops: int | frozenset[int] | None) -> Found:
-    """Left-padded batches in the order of the prompts; what comes behind a stop token is cut off."""
+    """Run left-padded batches in the order of the prompts; tokens after a stop token are removed."""
     ends, found = {stops} if isinstance(stops, int) else stops or set(), {}
     for start in range(0, len(task.prompts), task.batch_size):
         batch = task.prompts[start : start + task.batch_size]
@@ -126,9 +130,9 @@ def _batches(task: Task, run: Callable[[Tensor, Tensor], Tensor], stops: int | f
         for row, prompt in enumerate(batch):
             tokens[row, width - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
             mask[row, width - len(prompt.token_ids) :] = 1
-        lines = run(tokens, mask)
+        sequences = run(tokens, mask)
         for row, prompt in enumerate(batch):
-            response = lines[row, width:].tolist()
-            end = next((place for place, token in enumerate(response) if token in ends), len(response))
+            response = sequences[row, width:].tolist()
+            end = next((index for index, token in enumerate(response) if token in ends), len(response))
             found[prompt.id] = response[: end + 1]
     return found
