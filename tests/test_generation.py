@@ -250,7 +250,7 @@ def test_prompts_run_in_parts_give_the_activations_of_one_pass(monkeypatch: pyte
     hooks = [*residual_hooks(model.n_layers, model.hook_names), *attention_hooks(model.n_layers)]
     options: Any = {"hooks": hooks, "max_new_tokens": 6, "sampling": GREEDY, "batch_size": 5}
     at_once = {each.prompt.id: each for each in generate(model, prompts, **options)}
-    monkeypatch.setattr(forward, "_PART", {"cpu": 24})
+    monkeypatch.setattr(forward, "_MAX_POSITIONS", {"cpu": 24})
     reserve = FastState.reserve
 
     def reserve_poisoned(self: FastState, *args: Any) -> torch.Tensor:

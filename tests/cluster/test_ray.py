@@ -127,7 +127,7 @@ def test_ctrl_c_keeps_what_workers_did(run: Callable[..., Command], busy: Path, 
     running.send(signal.SIGINT)
     done = running.end()
     assert done.code == 130, done.stderr
-    assert "stopped by Ctrl-C; to go on: tlcapture capture" in done.stderr
+    assert "stopped by Ctrl-C; to resume: tlcapture capture" in done.stderr
     n_whole = len(captured(busy))
     assert 0 < n_whole < 12
     found = plain(contents(busy / "experiments" / "exp"))
@@ -216,8 +216,8 @@ def without_times(value: Any) -> Any:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--workers", "2"), "--workers goes with --executor ray"),
-        (("--collect",), "--collect goes with --executor ray"),
+        (("--workers", "2"), "--workers needs --executor ray"),
+        (("--collect",), "--collect needs --executor ray"),
         (("--executor", "ray", "--gpus-per-worker", "64"), "too few for a worker of 1 and 64"),
         (("--executor", "ray", "--cpus-per-worker", "64"), "too few for a worker of 64 and 0"),
     ],

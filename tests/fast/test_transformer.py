@@ -259,7 +259,7 @@ def test_gradients_of_weights_are_computed_by_transformer_lens() -> None:
 
 def test_gradients_of_hook_results_are_computed_by_transformer_lens() -> None:
     tl = pair()[0]
-    vector = torch.zeros(tiny.D_MODEL, requires_grad=True)
+    vector = torch.zeros(tiny.D_MODEL, requires_grad=True, device=tl.cfg.device)
     with tl.hooks(fwd_hooks=[("blocks.1.hook_resid_post", lambda a, hook: a + vector)]), passes(tl) as seen:
         tl(batch()[0], return_type="loss").backward()
     assert seen == ["TransformerLens"] and vector.grad is not None and vector.grad.abs().sum() > 0
@@ -275,7 +275,7 @@ def test_with_gradients_enabled_but_not_required_it_is_fast() -> None:
 def test_backward_hooks_for_gradients_are_run_by_transformer_lens() -> None:
     def run(tl: Any) -> Any:
         seen: list[Tensor] = []
-        vector = torch.zeros(tiny.D_MODEL, requires_grad=True)
+        vector = torch.zeros(tiny.D_MODEL, requires_grad=True, device=tl.cfg.device)
         tl.add_hook("hook_embed", lambda a, hook: a + vector)
         tl.add_hook("blocks.1.hook_resid_post", lambda grad, hook: seen.append(grad.clone()), dir="bwd")
         try:

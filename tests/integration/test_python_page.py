@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tlcapture.traits.projected_tokens import ProjectedTokens
 
 import tlcapture
 from tlcapture import Capture, Experiment
@@ -25,12 +24,13 @@ from tlcapture.explore.saved_capture import SavedCapture
 from tlcapture.traits.dynamics import Dynamics
 from tlcapture.traits.projection import Projection
 from tlcapture.traits.selection import Selection
+from tlcapture.traits.token_scores import TokenScores
 from tlcapture.traits.vectors import TraitVector
 
 PAGE = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
 CLASSES = (
     Experiment, AllCaptures, Captures, Capture, CapturedPart, SavedCapture, LiveCapture, Projection, Dynamics,
-    TraitVector, Selection, ProjectedTokens, AttentionHeads, LogitLensTable, ColouredTokens, CaptureFigures,
+    TraitVector, Selection, TokenScores, AttentionHeads, LogitLensTable, ColouredTokens, CaptureFigures,
     OfflineFigure, tlcapture.PromptSet, tlcapture.TlcaptureError,
 )  # fmt: skip
 # Classes whose sections refer to those of other classes.
