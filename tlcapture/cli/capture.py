@@ -29,6 +29,7 @@ from tlcapture.cli.options import (
     shard_option,
     vector_options,
 )
+from tlcapture.cli.tables import Column
 from tlcapture.cli.work import working
 
 if TYPE_CHECKING:
@@ -193,8 +194,15 @@ def _show_estimate(
 ) -> None:
     from tlcapture.commands.capture import estimate_capture
     from tlcapture.storage.files import free_bytes
+    from tlcapture.text import format_bytes
 
     estimate, free = estimate_capture(layout, sets, options, load), free_bytes(layout.folder)
     console.uses(estimate={**estimate.to_json(), "free": free})
-    for line in estimate.lines(free):
-        console.line(line)
+    completed = f", {estimate.n_completed} captures to complete" if estimate.n_completed else ""
+    console.line(f"{estimate.n_prompts} prompts to capture{completed}; at most about:")
+    kinds = {**estimate.by_kind, "total": (estimate.n_files, estimate.n_bytes)}
+    rows = [(kind, f"{count} files", format_bytes(size)) for kind, (count, size) in kinds.items()]
+    console.table([Column(), Column(right=True), Column(right=True)], rows)
+    console.line(f"free on the device: {format_bytes(free)}")
+    for failed in estimate.failures:
+        console.line(f"would fail: {failed}")

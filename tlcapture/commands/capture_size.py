@@ -19,7 +19,6 @@ from tlcapture.errors import InputError, StorageError
 from tlcapture.models.sizes import Measures
 from tlcapture.runs.report import Failed
 from tlcapture.storage.layout import Layout
-from tlcapture.text import format_bytes
 from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 from tlcapture.views.logit_lens import TOP_K
 
@@ -90,16 +89,6 @@ class CaptureSize:
     def replaced(self) -> int:
         """The size in bytes of the existing captures that will be replaced."""
         return sum(path.stat().st_size for path in self.replaces if path.is_file())
-
-    def lines(self, n_free: int) -> Iterator[str]:
-        """A table of the files by kind, and the free bytes `n_free`, as lines of text."""
-        completed = f", {self.n_completed} captures to complete" if self.n_completed else ""
-        yield f"{self.n_prompts} prompts to capture{completed}; at most about:"
-        for kind, (count, size) in {**self.by_kind, "total": (self.n_files, self.n_bytes)}.items():
-            yield f"{kind:<16}{count:>8} files{format_bytes(size):>12}"
-        yield f"free on the device: {format_bytes(n_free)}"
-        for failed in self.failures:
-            yield f"would fail: {failed}"
 
     def to_json(self) -> dict[str, Any]:
         """All numbers as plain values."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from tlcapture.captures.capture import Capture
 from tlcapture.models.checkpoints import quiet_loading
 from tlcapture.models.lazy_model import LazyModel
-from tlcapture.views.hooks import hook
+from tlcapture.views.hooks import POINTS, hook
 
 if TYPE_CHECKING:
     from transformer_lens import ActivationCache
@@ -32,16 +32,13 @@ def activation_cache(capture: Capture, load: Callable[[], Model]) -> ActivationC
     with quiet_loading():
         from transformer_lens import ActivationCache
 
-    hooks = {"hook_resid_pre": "residual_in", "hook_resid_mid": "after_attn", "hook_resid_post": "residual_out"}
-    if capture.metadata.get("parallel_blocks"):
-        del hooks["hook_resid_mid"]
+    points = [point for point in POINTS if point in capture.kept.points]
+    if capture.metadata.get("parallel_blocks") and "after_attn" in points:
+        points.remove("after_attn")
     if capture.prompt.residual.attn_out is not None:
-        hooks["hook_attn_out"] = "attn_out"
+        points.append("attn_out")
     entries = {
-        f"blocks.{layer}.{hook}": capture.residual(layer, point).float()
-        for layer in capture.kept.layers
-        for hook, point in hooks.items()
-        if point in (*capture.kept.points, "attn_out")
+        hook(point, layer): capture.residual(layer, point).float() for layer in capture.kept.layers for point in points
     }
     lazy = LazyModel(load, str(capture.metadata["inference_model"]))
     model = _ModelOfCache(lazy, n_layers=capture.n_layers, d_model=int(capture.metadata["d_model"]))
