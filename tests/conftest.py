@@ -61,7 +61,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--reliability") and config.getoption("numprocesses", None):
         raise pytest.UsageError("--reliability gathers what one process saw: leave out -n")
-    config.addinivalue_line("markers", "xdist_group(name): tests of one name run in one process")
     config.stash[EVIDENCE] = Evidence()
 
 
@@ -73,14 +72,25 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
     order = list(dict.fromkeys(_GROUPS.values()))
-    items.sort(key=lambda item: order.index(_group(item)) if _group(item) in order else len(order))
+    groups = {item: _group(item.nodeid) for item in items}
+    items.sort(key=lambda item: order.index(groups[item]) if groups[item] in order else len(order))
 
 
-def _group(item: pytest.Item) -> str:
-    file = item.nodeid.split("::")[0]
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give all tests of a group to one process, in the order of collection."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid)
+
+    return ByGroup(config, log)
+
+
+def _group(nodeid: str) -> str:
+    """The group of a test; most files are a group of their own."""
+    file = nodeid.split("::")[0]
     return next((group for path, group in _GROUPS.items() if file.startswith(path)), file)
 
 

@@ -111,7 +111,7 @@ def test_a_killed_driver_is_resumed_with_skip_existing(
     assert killed.end().code == -signal.SIGKILL
     before = len(captured(busy))
     assert before < 12
-    resumed = run("--skip-existing").end()
+    resumed = run("--skip-existing", "--workers", 1).end()
     assert resumed.code == 0, resumed.stderr
     assert same_but_for_the_model_folder(contents(busy / "experiments" / "exp"), by_one_process)
     evidence.survived(
@@ -157,7 +157,7 @@ def test_a_root_that_workers_do_not_see_is_refused_unless_files_are_sent_back(
         (tmp_path / "left").write_text(str(list(hidden.glob(".tlcapture-*"))))
 
     words = (*words_of(hidden), *RAY, "--ray-address", ray_address, "--model", hidden / "model", "--allow-model-change")
-    collected = ["--collect"] if collect else []
+    collected = ["--collect", "--workers", 1] if collect else []
     command = Command(
         tmp_path / "output", *words, *collected, before=lambda: mount_unseen(hidden, busy), after=bring_out
     )
