@@ -94,16 +94,16 @@ bench-quick: $(BENCH_READY) ## Most of them in two minutes, on the screen only
 bench-page: $(READY) chromium ## Time and memory of the page on 200 prompts
 	$(BIN)/python benchmarks/page_speed.py $(FLAGS)
 
-bench-cluster: $(READY) ## Two workers of a Ray cluster beside one, and their files beside a local run's
+bench-cluster: $(READY) ## Compare two workers of a Ray cluster with one, and their files with a local run's
 	$(BIN)/python benchmarks/cluster_speed.py $(FLAGS)
 
 bench-extract: $(READY) ## Time and memory of extracting one trait's vectors
 	$(BIN)/python benchmarks/extraction_cost.py
 
-bench-scale: $(READY) ## Bytes and time of 100, 1,000 and 5,000 prompts beside what is predicted, into docs/scale.md
+bench-scale: $(READY) ## Compare measured bytes and time of 100, 1,000 and 5,000 prompts with the prediction, into docs/scale.md
 	$(BIN)/python benchmarks/scale_cost.py --write docs/scale.md $(FLAGS)
 
-bench-driver: $(BENCH_READY) ## Steps and captures beside those of the checkout BASELINE, a user's own calls beside the loop
+bench-driver: $(BENCH_READY) ## Compare steps and captures with those of the checkout BASELINE, and direct calls of the model with the loop
 	$(BIN)/python benchmarks/driver.py $(if $(BASELINE),--baseline $(BASELINE)) $(FLAGS)
 
 all_prompt_sets: $(READY) ## Capture every prompt set

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,14 @@ def work(tree: Path, clock: Callable[[], float]) -> None:
     sys.path[:0] = [str(tree), str(tree / "benchmarks")]
     import torch
     from generation_speed import Bench
-    from implementations import ours
 
     import tlcapture
     from tlcapture.views.residual import residual_hooks
 
     if not Path(tlcapture.__file__).resolve().is_relative_to(tree):
         raise SystemExit(f"{tlcapture.__file__} is not in {tree}")
+    is_earlier = not (tree / "benchmarks" / "implementations.py").exists()  # the module was called rivals
+    ours = import_module("rivals" if is_earlier else "implementations").ours
     bench = Bench(1, quick=False)
     model = bench.model
     hooks = frozenset(residual_hooks(model.n_layers, model.hook_names))
