@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import click
@@ -14,7 +15,7 @@ from tlcapture.text import parse_bytes
 from tlcapture.views.hooks import COMPONENTS, POINTS
 
 
-class _Parsed(click.ParamType):
+class _Parsed(click.ParamType, ABC):
     """A type that parses text. The help shows its name as it is written, not in capitals."""
 
     def get_metavar(self, *args: Any, **kwargs: Any) -> str:
@@ -28,9 +29,9 @@ class _Parsed(click.ParamType):
         except (InputError, ValueError) as error:
             self.fail(str(error), param, ctx)
 
+    @abstractmethod
     def _parse(self, text: str) -> Any:
         """The value; raises `InputError` or `ValueError` with a message for the user."""
-        raise NotImplementedError
 
 
 class LayerOrWord(_Parsed):
