@@ -77,6 +77,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.index(groups[item]) if groups[item] in order else len(order))
 
 
+@pytest.hookimpl(optionalhook=True)  # environments without pytest-xdist do not know it
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Give all tests of a group to one process, in the order of collection."""
     from xdist.scheduler import LoadScopeScheduling
