@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @click.command(context_settings=HELP_NAMES)
 @location_options
-@grid_options("evaluate")
+@grid_options("evaluate", "probe,mean_diff,gradient,imported")
 @click.option(
     "--against-steering",
     is_flag=True,

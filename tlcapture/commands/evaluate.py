@@ -27,7 +27,8 @@ from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant
 from tlcapture.text import as_ranges
 from tlcapture.traits.evaluation_files import EvaluationRow, best_by_trait, read_evaluation
-from tlcapture.traits.vector_files import METHODS, VectorFiles, traits_with_vectors
+from tlcapture.traits.projection import check_fits
+from tlcapture.traits.vector_files import IMPORTED, METHODS, VectorFiles, traits_with_vectors
 from tlcapture.traits.vectors import TraitVector, read_vector
 from tlcapture.views.hooks import COMPONENTS
 
@@ -39,7 +40,7 @@ class EvaluateOptions:
     """Which vectors to evaluate; empty `traits` and `layers` mean all of them."""
 
     traits: tuple[Trait, ...] = ()
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = (*METHODS, IMPORTED)
     layers: tuple[int, ...] = ()
     components: tuple[str, ...] = COMPONENTS
     batch_size: int | None = None
@@ -102,29 +103,38 @@ def _evaluate(run: Run, trait: Trait, model: Model, options: EvaluateOptions) ->
         methods = [method for method in options.methods if method in available]
         if not methods:
             continue
-        metadata = folder.metadata(component)
-        if not metadata:
-            raise VectorError(
-                f"{folder.path}: metadata.json, which lists the held-out examples, is missing: extract the trait again"
-            )
-        seed, position = (metadata.get("split") or {}).get("seed"), metadata.get("position")
-        if seed is None or position is None:
-            file = folder.metadata_file(component)
-            raise VectorError(f"{file}: split or position of the examples is missing: extract the trait again")
+        metadata = {} if methods == [IMPORTED] else folder.metadata(component)
+        seed, position = (options.seed, "auto") if methods == [IMPORTED] else _split_and_position(folder, component)
         prepared = prepared or prepare_examples(
             Datasets(layout.root), layout, trait, model, seed=seed, position=position
         )
-        if prepared.digest != metadata.get("examples") or model.fingerprint != metadata.get("model_fingerprint"):
+        extracted_from = (metadata.get("examples"), metadata.get("model_fingerprint"))
+        if methods != [IMPORTED] and extracted_from != (prepared.digest, model.fingerprint):
             raise VectorError("examples or model have changed since the vectors were extracted: extract them again")
         activations = read_out(model, prepared.readings, [component], batch_size=options.batch_size)[component]
         baseline = random_baseline(activations, prepared.labels, prepared.held_out, seed=options.seed)
         for method in methods:
             layers = [layer for layer in available[method] if not options.layers or layer in options.layers]
             vectors = [read_vector(folder, component, method, layer) for layer in layers]
+            for vector in vectors:
+                check_fits(vector, model.n_layers, model.d_model)
             rows += _rows(layout, vectors, activations, prepared, baseline, options.seed)
     for note in _doubts(rows):
         run.warn(f"{trait}: {note}")
     return rows
+
+
+def _split_and_position(folder: VectorFiles, component: str) -> tuple[int, str]:
+    """The seed of the split into examples for fitting and held-out ones, and the position at which they were read."""
+    metadata, file = folder.metadata(component), folder.metadata_file(component)
+    if not metadata:
+        raise VectorError(
+            f"{folder.path}: {file.name}, which lists the held-out examples, is missing: extract the trait again"
+        )
+    seed, position = (metadata.get("split") or {}).get("seed"), metadata.get("position")
+    if seed is None or position is None:
+        raise VectorError(f"{file}: split or position of the examples is missing: extract the trait again")
+    return seed, position
 
 
 def _rows(
@@ -166,7 +176,7 @@ def _row(
         "n_val": int(prepared.held_out.sum()),
         "random_auroc": _number(baseline.mean[vector.layer]),
         "random_auroc_p95": _number(baseline.p95[vector.layer]),
-        "cosine_to_methods": _cosines(vector, [(m, vector.trait, m) for m in METHODS if m != vector.method], layout),
+        "cosine_to_methods": _cosines(vector, [(m, vector.trait, m) for m in (*METHODS, IMPORTED) if m != vector.method], layout),
         "cosine_to_traits": _cosines(
             vector, [(str(t), t, vector.method) for t in layout.traits() if t != vector.trait], layout
         ),
