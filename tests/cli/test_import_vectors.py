@@ -78,12 +78,17 @@ def test_a_file_that_the_tool_wrote_is_read_at_the_layers_at_which_the_tool_read
     for layer, vector in found.items():
         assert torch.allclose(vector, expected[layer], atol=1e-5)
     metadata = files(root).metadata(component, "imported")
-    assert metadata["hook"] == {"residual": "blocks.{L}.hook_resid_post", "attn_out": "blocks.{L}.hook_attn_out"}[component]
+    assert (
+        metadata["hook"]
+        == {"residual": "blocks.{L}.hook_resid_post", "attn_out": "blocks.{L}.hook_attn_out"}[component]
+    )
     assert (metadata["methods"], metadata["num_layers"], metadata["hidden_dim"]) == (["imported"], N, D)
     source = metadata["imported"]
     assert (source["tool"], source["file"]) == (tool, name)
     is_hidden_states = tool == "persona-vectors"
-    assert source["convention"] == {"attn_out": None}.get(component, "hidden_states" if is_hidden_states else "resid_post")
+    assert source["convention"] == {"attn_out": None}.get(
+        component, "hidden_states" if is_hidden_states else "resid_post"
+    )
     assert source["file_layers"] == [layer + is_hidden_states for layer in range(N)]
     assert "next: tlcapture project --experiment exp --all-prompt-sets --traits tone/loud" in result.output
 
@@ -101,7 +106,9 @@ def test_what_is_special_about_a_file_is_said(bring: Run, root: Path) -> None:
 
 
 @pytest.mark.parametrize("convention", ["hidden_states", "resid_post", "resid_pre"])
-@pytest.mark.parametrize("form", ["table.pt", "numbers.pt", "list.pt", "names.safetensors", "one.safetensors", "hooks.pt"])
+@pytest.mark.parametrize(
+    "form", ["table.pt", "numbers.pt", "list.pt", "names.safetensors", "one.safetensors", "hooks.pt"]
+)
 def test_projections_onto_an_imported_vector_equal_those_of_hugging_faces_hidden_states(
     bring: Run, capture: Run, tlcapture: Run, root: Path, tmp_path: Path, form: str, convention: str
 ) -> None:
@@ -113,7 +120,9 @@ def test_projections_onto_an_imported_vector_equal_those_of_hugging_faces_hidden
         )
     states = loud - soft
     rows = {"hidden_states": states, "resid_post": states[1:], "resid_pre": states[:-1]}[convention]
-    names = {"resid_pre": "blocks.{}.hook_resid_pre", "resid_post": "blocks.{}.hook_resid_post"}.get(convention, "h.{}.x")
+    names = {"resid_pre": "blocks.{}.hook_resid_pre", "resid_post": "blocks.{}.hook_resid_post"}.get(
+        convention, "h.{}.x"
+    )
     content = {
         "table.pt": rows,
         "list.pt": list(rows),
@@ -167,9 +176,10 @@ def test_the_other_commands_and_the_page_take_imported_vectors(
     runs = read_json(Layout(root, "exp").steering(LOUD))["runs"]
     assert [run["config"]["methods"] for run in runs] == [["imported"]]
     assert capture().exit_code == 0
-    assert read_json(Layout(root, "exp").projection(LOUD, "residual", "short", "1"))["metadata"]["vector_source"][
-        "method"
-    ] == "imported"
+    assert (
+        read_json(Layout(root, "exp").projection(LOUD, "residual", "short", "1"))["metadata"]["vector_source"]["method"]
+        == "imported"
+    )
     shown = Contents(root).vectors("exp", "tone", "loud")
     assert shown["components"]["residual"]["metadata"]["imported"]["file"] == "repeng.gguf"
     assert tlcapture("view", "--experiment", "exp", "--export", root / "page.html").exit_code == 0
@@ -188,8 +198,17 @@ def test_imported_and_extracted_vectors_do_not_replace_each_other(
     assert {path.name: path.read_bytes() for path in files(root).path.glob("imported*")} == mine
     assert tlcapture("evaluate", "--experiment", "exp", "--traits", "tone/loud").exit_code == 0
     rows = read_json(Layout(root, "exp").evaluation)["all_results"]
-    assert {row["method"] for row in rows if row["component"] == "residual"} == {"probe", "mean_diff", "gradient", "imported"}
-    assert all("imported" in row["cosine_to_methods"] for row in rows if (row["component"], row["method"]) == ("residual", "probe"))
+    assert {row["method"] for row in rows if row["component"] == "residual"} == {
+        "probe",
+        "mean_diff",
+        "gradient",
+        "imported",
+    }
+    assert all(
+        "imported" in row["cosine_to_methods"]
+        for row in rows
+        if (row["component"], row["method"]) == ("residual", "probe")
+    )
 
 
 def test_importing_over_imported_vectors_needs_overwrite_and_leaves_no_mixture(

@@ -155,13 +155,23 @@ def vector_options(default_layer: str) -> Decorator:
             help="Layer of the vectors to project onto; auto: by steering or effect size, per trait.  "
             f"[default: {default_layer}]",
         ),
-        click.option("--method", metavar="METHOD", help="probe, mean_diff, gradient or imported.  [default: the one selected]"),
+        click.option(
+            "--method", metavar="METHOD", help="probe, mean_diff, gradient or imported.  [default: the one selected]"
+        ),
         click.option(
             "--vector-experiment", metavar="NAME", help="Use vectors of experiment NAME, even from another model."
         ),
         collected(VectorOptions, "vectors"),
     )
 
+
+examples_as_option = click.option(
+    "--examples-as",
+    type=click.Choice(["texts", "scenarios", "auto"]),
+    default="auto",
+    show_default=True,
+    help="What each line of .txt examples is: a text to read, or a scenario that the model completes; auto: texts, a guess.",
+)
 
 # -- stored activations ---------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import click
 
 from tlcapture.cli.console import Console, one_line_errors
 from tlcapture.cli.option_types import OneTrait, Traits
-from tlcapture.cli.options import HELP_NAMES, Location, location_options, root_option
+from tlcapture.cli.options import HELP_NAMES, Location, examples_as_option, location_options, root_option
 from tlcapture.cli.tables import Column, echo_table
 from tlcapture.cli.work import working
 from tlcapture.names import Trait
@@ -30,16 +30,20 @@ def traits() -> None:
 
 @traits.command(context_settings=HELP_NAMES)
 @_trait_option
+@examples_as_option
 @root_option
 @one_line_errors
-def check(chosen: tuple[Trait, ...], root: Path) -> None:
+def check(chosen: tuple[Trait, ...], examples_as: str, root: Path) -> None:
     """Check contrastive examples: counts, duplicates, lengths, and whether words alone reveal the side."""
     from tlcapture.extraction.example_checks import check_examples
-    from tlcapture.extraction.examples import read_examples
+    from tlcapture.extraction.examples import GUESS, read_examples
     from tlcapture.storage.layout import Datasets
 
     datasets = Datasets(root)
-    found = [check_examples(read_examples(datasets, trait)) for trait in chosen or datasets.traits()]
+    examples = [read_examples(datasets, trait, examples_as=examples_as) for trait in chosen or datasets.traits()]
+    if any(each.is_guess for each in examples):
+        Console().warn(GUESS)
+    found = [check_examples(each) for each in examples]
     names = ("positive", "negative", "pairs", "duplicates", "length ratio", "by prompt", "by response", "leaking")
     echo_table([Column("trait"), *(Column(name, right=True) for name in names)], map(_counts, found))
     for each in found:
@@ -118,7 +122,9 @@ def list_(location: Location, component: str) -> None:
     help="Which activation the vectors are for.  [default: what the file says, or residual]",
 )
 @click.option("--model", metavar="NAME", help="Model that the vectors are of.  [default: the experiment's]")
-@click.option("--allow-model-change", is_flag=True, help="Continue even if the experiment has used another model so far.")
+@click.option(
+    "--allow-model-change", is_flag=True, help="Continue even if the experiment has used another model so far."
+)
 @click.option("--overwrite", is_flag=True, help="Replace vectors that were imported before.")
 @working
 def import_(

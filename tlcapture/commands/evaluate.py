@@ -11,6 +11,7 @@ import torch
 
 from tlcapture.errors import VectorError
 from tlcapture.extraction.evaluation import RandomBaseline, Separation, random_baseline, separation
+from tlcapture.extraction.examples import AUTO, GUESS
 from tlcapture.extraction.prepared_examples import PreparedExamples, prepare_examples
 from tlcapture.extraction.readout import Activations, read_out
 from tlcapture.models.loading import Model
@@ -45,6 +46,7 @@ class EvaluateOptions:
     components: tuple[str, ...] = COMPONENTS
     batch_size: int | None = None
     seed: int = 0
+    examples_as: str = AUTO
 
 
 def run_evaluate(
@@ -97,20 +99,24 @@ def _evaluate(run: Run, trait: Trait, model: Model, options: EvaluateOptions) ->
     layout = run.layout
     folder = VectorFiles(layout, trait)
     rows: list[Row] = []
-    prepared: PreparedExamples | None = None
+    by_reading: dict[tuple[int, str, str], PreparedExamples] = {}
     for component in options.components:
         available = folder.available(component)
         methods = [method for method in options.methods if method in available]
         if not methods:
             continue
-        metadata = {} if methods == [IMPORTED] else folder.metadata(component)
-        seed, position = (options.seed, "auto") if methods == [IMPORTED] else _split_and_position(folder, component)
-        prepared = prepared or prepare_examples(
-            Datasets(layout.root), layout, trait, model, seed=seed, position=position
-        )
-        extracted_from = (metadata.get("examples"), metadata.get("model_fingerprint"))
-        if methods != [IMPORTED] and extracted_from != (prepared.digest, model.fingerprint):
+        are_extracted = methods != [IMPORTED]
+        metadata = folder.metadata(component) if are_extracted else {}
+        seed, position = _split_and_position(folder, component) if are_extracted else (options.seed, "auto")
+        reading = (seed, position, metadata.get("examples_as") or options.examples_as)
+        if reading not in by_reading:
+            by_reading[reading] = _prepare(layout, trait, model, *reading)
+        prepared = by_reading[reading]
+        made_from = (metadata.get("examples"), metadata.get("model_fingerprint"))
+        if are_extracted and made_from != (prepared.digest, model.fingerprint):
             raise VectorError("examples or model have changed since the vectors were extracted: extract them again")
+        if prepared.examples.is_guess and not are_extracted:
+            run.warn(GUESS)
         activations = read_out(model, prepared.readings, [component], batch_size=options.batch_size)[component]
         baseline = random_baseline(activations, prepared.labels, prepared.held_out, seed=options.seed)
         for method in methods:
@@ -122,6 +128,13 @@ def _evaluate(run: Run, trait: Trait, model: Model, options: EvaluateOptions) ->
     for note in _doubts(rows):
         run.warn(f"{trait}: {note}")
     return rows
+
+
+def _prepare(
+    layout: Layout, trait: Trait, model: Model, seed: int, position: str, examples_as: str
+) -> PreparedExamples:
+    datasets = Datasets(layout.root)
+    return prepare_examples(datasets, layout, trait, model, seed=seed, position=position, examples_as=examples_as)
 
 
 def _split_and_position(folder: VectorFiles, component: str) -> tuple[int, str]:
@@ -176,7 +189,9 @@ def _row(
         "n_val": int(prepared.held_out.sum()),
         "random_auroc": _number(baseline.mean[vector.layer]),
         "random_auroc_p95": _number(baseline.p95[vector.layer]),
-        "cosine_to_methods": _cosines(vector, [(m, vector.trait, m) for m in (*METHODS, IMPORTED) if m != vector.method], layout),
+        "cosine_to_methods": _cosines(
+            vector, [(m, vector.trait, m) for m in (*METHODS, IMPORTED) if m != vector.method], layout
+        ),
         "cosine_to_traits": _cosines(
             vector, [(str(t), t, vector.method) for t in layout.traits() if t != vector.trait], layout
         ),

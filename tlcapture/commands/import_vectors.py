@@ -152,5 +152,7 @@ def _show(run: Run, options: ImportOptions, found: ToolVectors, placed: Placed) 
     for reason in placed.left_out:
         run.line(f"left out: {reason}")
     component = "" if placed.component == "residual" else f" --component {placed.component}"
-    command = f"tlcapture project --experiment {run.layout.experiment} --all-prompt-sets --traits {options.trait}{component}"
+    command = (
+        f"tlcapture project --experiment {run.layout.experiment} --all-prompt-sets --traits {options.trait}{component}"
+    )
     run.line(f"next: {command}")

@@ -113,9 +113,7 @@ def _agreed(path: Path, option: str, said: str | None, asked: str | None) -> str
     return said or asked
 
 
-def _convention(
-    path: Path, found: ToolVectors, asked: str | None, n_layers: int | None
-) -> tuple[str, list[str]]:
+def _convention(path: Path, found: ToolVectors, asked: str | None, n_layers: int | None) -> tuple[str, list[str]]:
     """The convention and, where it is a guess, a note."""
     known = _agreed(path, "--convention", found.convention, asked)
     if known is not None:
@@ -145,9 +143,7 @@ def _checked_depth(path: Path, found: ToolVectors, convention: str | None, n_lay
     return n_layers
 
 
-def _from_start(
-    path: Path, rows: Mapping[int, Any], convention: str | None, n_layers: int | None
-) -> dict[int, Any]:
+def _from_start(path: Path, rows: Mapping[int, Any], convention: str | None, n_layers: int | None) -> dict[int, Any]:
     """The rows by numbers that count from the start."""
     if min(rows) >= 0:
         return dict(rows)

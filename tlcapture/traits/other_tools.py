@@ -113,7 +113,9 @@ def _gguf_tensor(tensor: Any) -> Any:
     """A tensor of a GGUF file as one of torch; quantised ones, which no tool writes for vectors, as they are stored."""
     from gguf import GGMLQuantizationType, dequantize
 
-    data = dequantize(tensor.data, tensor.tensor_type) if tensor.tensor_type == GGMLQuantizationType.BF16 else tensor.data
+    data = (
+        dequantize(tensor.data, tensor.tensor_type) if tensor.tensor_type == GGMLQuantizationType.BF16 else tensor.data
+    )
     return torch.from_numpy(data.copy())
 
 
@@ -164,7 +166,9 @@ def _layer_of(path: Path, key: Any) -> int:
         return key
     numbers = re.findall(r"(?:^-)?\d+", key) if isinstance(key, str) else []
     if len(numbers) != 1 or len(numbers[0]) > 5:
-        raise VectorError(f"{path}: {printable(str(key))[:80]!r} does not hold one layer number: expected tensors by layer")
+        raise VectorError(
+            f"{path}: {printable(str(key))[:80]!r} does not hold one layer number: expected tensors by layer"
+        )
     return int(numbers[0])
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from os.path import lexists
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -43,6 +43,7 @@ class VectorMetadata(FileContent):
     position: str | None = None
     model_fingerprint: str | None = None
     examples: str | None = None
+    examples_as: Literal["texts", "scenarios"] | None = None
     split: VectorSplit | None = None
 
 
