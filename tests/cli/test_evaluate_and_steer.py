@@ -142,7 +142,7 @@ def steering_file(data: Path, content: object) -> None:
     "content",
     [
         {"questions": ["why {answer}?", "what?"], "eval_prompt": EVAL_PROMPT},
-        {"instruction": [{"pos": "be loud", "neg": "be soft"}], "questions": ["why {answer}?", "what?"], "eval_prompt": EVAL_PROMPT},
+        {"instruction": [{"pos": "a"}], "questions": ["why {answer}?", "what?"], "eval_prompt": EVAL_PROMPT},
         ["why {answer}?", "what?"],
         [{"question": "why {answer}?"}, {"id": "b", "question": "what?", "positive": "x", "negative": "y"}],
     ],
@@ -172,7 +172,7 @@ def test_plain_questions_are_scored_by_a_judge_that_is_asked_their_eval_prompt(
 def test_a_refusal_is_no_score_and_another_eval_prompt_is_another_scorer(
     tlcapture: Run, vectors: Path, data: Path, judge_server: tuple[str, list[str], list[str]]
 ) -> None:
-    url, asked, answers = judge_server
+    url, _, answers = judge_server
     path = vectors / "steering" / "tone" / "loud" / "results.json"
     steering_file(data, {"questions": ["why?"], "eval_prompt": EVAL_PROMPT})
     answers[0] = "REFUSAL"

@@ -299,27 +299,27 @@ def cut(path: Path, source: Path, keep: float) -> Path:
     return path
 
 
-POST = ("--convention", "resid_post")
+POST, HIDDEN = ("--convention", "resid_post"), ("--convention", "hidden_states")
 BAD: dict[str, tuple[Callable[[Path], Path], tuple[str, ...], str]] = {
     "no such file": (lambda f: f / "x.pt", (), "no such file"),
     "another width": (lambda f: saved(f / "x.pt", torch.ones(3, 8)), POST, "has width 8, expected 32"),
-    "NaN": (lambda f: saved(f / "x.pt", broken(table(3), torch.nan)), POST, "layer 1: the vector is zero, or holds NaN"),
-    "zero": (lambda f: saved(f / "x.pt", broken(table(3), 0.0)), POST, "layer 1: the vector is zero, or holds NaN"),
+    "NaN": (lambda f: saved(f / "x.pt", broken(table(3), torch.nan)), POST, "layer 1: the vector is zero, or"),
+    "zero": (lambda f: saved(f / "x.pt", broken(table(3), 0.0)), POST, "layer 1: the vector is zero, or"),
     "one vector": (lambda f: saved(f / "x.pt", table(1)[0]), POST, "save it as {layer: vector}"),
     "rank 3": (lambda f: saved(f / "x.pt", table(3)[None]), POST, "expected a float tensor [n_layers, d_model]"),
     "rank 2 by layer": (lambda f: saved(f / "x.pt", {0: table(2), 1: table(2)}), POST, "layer 0: expected a one-dim"),
     "integers": (lambda f: saved(f / "x.pt", torch.ones(3, D, dtype=torch.int64)), POST, "expected a float tensor"),
     "as many rows as layers": (lambda f: saved(f / "x.pt", table(3)), (), "could be counted in several ways"),
-    "no embedding row": (lambda f: saved(f / "x.pt", table(3)), ("--convention", "hidden_states"), "3 rows, expected 4"),
+    "no embedding row": (lambda f: saved(f / "x.pt", table(3)), HIDDEN, "3 rows, expected 4"),
     "an embedding row": (lambda f: saved(f / "x.pt", table(4)), POST, "4 rows, expected 3 for resid_post"),
-    "another depth": (lambda f: saved(f / "x.pt", table(13)), ("--convention", "hidden_states"), "13 rows, expected 4"),
+    "another depth": (lambda f: saved(f / "x.pt", table(13)), HIDDEN, "13 rows, expected 4"),
     "numbers of layers": (lambda f: saved(f / "x.pt", {1: table(1)[0]}), (), "could be counted in several ways"),
     "two numbers": (lambda f: saved(f / "x.pt", {"h.1.2": table(1)[0]}), POST, "does not hold one layer number"),
     "no number": (lambda f: saved(f / "x.pt", {"vector": table(1)[0]}), POST, "does not hold one layer number"),
     "the same layer twice": (lambda f: saved(f / "x.pt", {"a.1": table(1)[0], 1: table(1)[0]}), POST, "second entry"),
     "an MLP": (lambda f: saved(f / "x.pt", {"blocks.1.hook_mlp_out": table(1)[0]}), POST, "has no place"),
-    "another hook": (lambda f: saved(f / "x.pt", {"blocks.1.hook_resid_pre": table(1)[0]}), POST, "leave out --convention"),
-    "only the embedding": (lambda f: saved(f / "x.pt", {0: table(1)[0]}), ("--convention", "resid_pre"), "no vector in it"),
+    "another hook": (lambda f: saved(f / "x.pt", {"blocks.1.hook_resid_pre": table(1)[0]}), POST, "leave out --conv"),
+    "only the embedding": (lambda f: saved(f / "x.pt", {0: table(1)[0]}), ("--convention", "resid_pre"), "no vector"),
     "only beyond": (lambda f: saved(f / "x.pt", {9: table(1)[0]}), POST, "layers 9 lie beyond the model's 3 layers"),
     "nothing": (lambda f: saved(f / "x.pt", {}), POST, "no vectors in it"),
     "a pickle with code": (lambda f: saved(f / "x.pt", Malicious()), (), "not opened for safety"),
@@ -335,8 +335,8 @@ BAD: dict[str, tuple[Callable[[Path], Path], tuple[str, ...], str]] = {
         lambda f: gguf(f / "x.gguf", architecture="llama", tensors={"output.weight": table(1)[0]}), (),
         "a GGUF file of 'llama', expected one of 'controlvector'",
     ),
-    "another name in GGUF": (lambda f: gguf(f / "x.gguf", tensors={"bias": table(1)[0]}), (), "is not named direction.L"),
-    "GGUF counted otherwise": (lambda f: FILES / "repeng.gguf", ("--convention", "hidden_states"), "leave out --convention"),
+    "another name in GGUF": (lambda f: gguf(f / "x.gguf", tensors={"bias": table(1)[0]}), (), "not named direction.L"),
+    "GGUF counted otherwise": (lambda f: FILES / "repeng.gguf", HIDDEN, "leave out --convention"),
     "an MLP's steering vector": (lambda f: FILES / "steering_vectors_mlp.pt", (), "layer type 'mlp' have no place"),
     "residual as attention": (
         lambda f: FILES / "steering_vectors_decoder_block.pt", ("--component", "attn_out"), "leave out --component",

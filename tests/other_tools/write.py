@@ -4,8 +4,8 @@
     PYTHONPATH=TOOLS:. python -m tests.other_tools.write
 
 The model is the tiny Llama of `tests/tiny.py`. Every vector is the difference between two texts of an activation at the
-last token, which each tool reads in its own way, and which `expected.safetensors` holds as Hugging Face's `hidden_states`
-have it, and as hooks on its blocks and attention modules see it. persona-vectors is not a package: its file is written as its
+last token. Each tool reads it in its own way; `expected.safetensors` holds it as in Hugging Face's `hidden_states`, and
+as hooks on its blocks and attention modules see it. persona-vectors is not a package: its file is written as its
 `generate_vec.py` does, by stacking the mean differences of all hidden states.
 """
 
@@ -25,7 +25,7 @@ LOUD, SOFT = "say it LOUD", "say it soft"
 
 
 def differences(model: Any, tokenizer: Any) -> dict[str, torch.Tensor]:
-    """The differences, at the last token, of `hidden_states` `[n_layers + 1, d]` and of module outputs `[n_layers, d]`."""
+    """Differences at the last token: of `hidden_states` `[n_layers + 1, d]` and of module outputs `[n_layers, d]`."""
     found: dict[str, dict[str, list[torch.Tensor]]] = {}
     for text in (LOUD, SOFT):
         seen = found[text] = {"blocks": [], "attn_out": []}

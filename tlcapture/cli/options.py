@@ -170,7 +170,7 @@ examples_as_option = click.option(
     type=click.Choice(["texts", "scenarios", "auto"]),
     default="auto",
     show_default=True,
-    help="What each line of .txt examples is: a text to read, or a scenario that the model completes; auto: texts, a guess.",
+    help="What lines of .txt examples are: texts to read, or scenarios that the model completes; auto: texts, a guess.",
 )
 
 # -- stored activations ---------------------------------------------------------------------------

@@ -113,8 +113,8 @@ def list_(location: Location, component: str) -> None:
 @click.option(
     "--convention",
     type=click.Choice(["hidden_states", "resid_post", "resid_pre"]),
-    help="How the file counts layers: Hugging Face's hidden states, whose 0 is the embedding; outputs of blocks; inputs of "
-    "blocks.  [default: what the file says]",
+    help="How the file counts layers: Hugging Face's hidden states, whose 0 is the embedding; outputs of blocks; "
+    "inputs of blocks.  [default: what the file says]",
 )
 @click.option(
     "--component",

@@ -98,8 +98,8 @@ def _check_free(files: VectorFiles, component: str, overwrite: bool) -> None:
     existing = files.available(component).get(IMPORTED)
     if existing and not overwrite:
         raise InputError(
-            f"{files.trait} has imported {component} vectors already, at layers {as_ranges(existing)}: pass --overwrite to "
-            "replace them, or import as another trait"
+            f"{files.trait} has imported {component} vectors already, at layers {as_ranges(existing)}: pass "
+            "--overwrite to replace them, or import as another trait"
         )
 
 

@@ -116,8 +116,8 @@ def _check_completions(task: SteeringTask) -> None:
     missing = sum(question.completions is None for question in task.questions)
     if missing:
         raise InputError(
-            f"{missing} of {len(task.questions)} steering questions of {task.trait} have no completions: likelihood scores "
-            'need a "positive" and a "negative" one for each; add them to steering.json, or score with --judge URL'
+            f"{missing} of {len(task.questions)} steering questions of {task.trait} have no completions: likelihood "
+            'scores need a "positive" and a "negative" one for each; add them there, or score with --judge URL'
         )
 
 

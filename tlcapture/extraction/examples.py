@@ -27,8 +27,8 @@ from tlcapture.storage.validation import first_problem
 HELD_OUT_SHARE = 0.2
 TEXTS, SCENARIOS, AUTO = "texts", "scenarios", "auto"  # what the lines of a .txt file are; auto: texts, a guess
 GUESS = (
-    "lines of .txt examples are read as bare texts, which is a guess: if the model is to complete them, pass --examples-as "
-    "scenarios; if not, --examples-as texts"
+    "lines of .txt examples are read as bare texts, which is a guess: if the model is to complete them, pass "
+    "--examples-as scenarios; if not, --examples-as texts"
 )
 _FEWEST = 4
 
@@ -66,7 +66,7 @@ class LabelledExample:
 class Examples:
     """All examples of a trait, positive ones first, each side in the order of its file.
 
-    `lines_as` is what the lines of .txt files were read as, `texts` or `scenarios`; `None` where there are no such files.
+    `lines_as` is what the lines of .txt files were read as, `texts` or `scenarios`; `None` where there are none.
     `is_guess` tells whether that was a guess.
     """
 

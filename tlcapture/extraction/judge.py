@@ -1,8 +1,8 @@
 """An optional judge for steering: any server with OpenAI's chat completions API.
 
 Without a judge, the default, `trait_mean` comes from likelihoods. A request, one per response, contains the trait's
-name and definition, the question and the steered response; or it is the trait's own `eval_prompt`, with the question and
-the response in place of `{question}` and `{answer}`.
+name and definition, the question and the steered response; or it is the trait's own `eval_prompt`, with the question
+and the response in place of `{question}` and `{answer}`.
 """
 
 from __future__ import annotations

@@ -85,8 +85,8 @@ def place(
         raise VectorError(f"{path}: no vector in it has a place: {'; '.join(left_out)}")
     if n_layers is not None and n_layers - 1 in placed and (known == "hidden_states" or found.tool == REPENG):
         notes.append(
-            f"the vector at layer {n_layers - 1} was read from Hugging Face's last hidden state, which has passed the final "
-            "norm: another basis than residual_out, so prefer earlier layers"
+            f"the vector at layer {n_layers - 1} was read from Hugging Face's last hidden state, which has passed the "
+            "final norm: another basis than residual_out, so prefer earlier layers"
         )
     width = d_model or _width(next(iter(placed.values())))
     return Placed(
@@ -101,8 +101,8 @@ def place(
 
 
 _MODULE_OUTPUT = (
-    "attn_out is what attention adds to the residual stream: in models that norm it first (Gemma 2 and 3, OLMo 2), vectors "
-    "read at the attention module's own output are of another basis"
+    "attn_out is what attention adds to the residual stream: in models that norm it first (Gemma 2 and 3, OLMo 2), "
+    "vectors read at the attention module's own output are of another basis"
 )
 
 
@@ -120,11 +120,11 @@ def _convention(path: Path, found: ToolVectors, asked: str | None, n_layers: int
         return known, []
     if n_layers is not None and set(found.rows) == set(range(n_layers + 1)):
         return "hidden_states", [
-            f"{n_layers + 1} vectors for {n_layers} layers: read as --convention hidden_states, whose row 0 is the embedding"
+            f"{n_layers + 1} vectors for {n_layers} layers: read as --convention hidden_states, row 0 is the embedding"
         ]
     raise InputError(
-        f"{path}: layers {_listed(found.rows)} could be counted in several ways: give --convention hidden_states (Hugging "
-        "Face's, 0 is the embedding), resid_post (outputs of blocks) or resid_pre (inputs of blocks)"
+        f"{path}: layers {_listed(found.rows)} could be counted in several ways: give --convention hidden_states "
+        "(Hugging Face's, 0 is the embedding), resid_post (outputs of blocks) or resid_pre (inputs of blocks)"
     )
 
 
@@ -137,8 +137,8 @@ def _checked_depth(path: Path, found: ToolVectors, convention: str | None, n_lay
         return len(found.rows) - extra
     if len(found.rows) != n_layers + extra:
         raise VectorError(
-            f"{path}: {len(found.rows)} rows, expected {n_layers + extra} for {convention or 'attn_out'} of a model with "
-            f"{n_layers} layers: give another --convention, or import vectors of this model"
+            f"{path}: {len(found.rows)} rows, expected {n_layers + extra} for {convention or 'attn_out'} of a model "
+            f"with {n_layers} layers: give another --convention, or import vectors of this model"
         )
     return n_layers
 

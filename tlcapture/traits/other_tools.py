@@ -4,7 +4,7 @@
 | --- | --- |
 | persona-vectors' `.pt` | a tensor `[n_layers + 1, d_model]`, whose row 0 is the embedding |
 | repeng's (and llama.cpp's) GGUF control vector | `direction.L`: the output of block L |
-| steering-vectors' `SteeringVector`, by `torch.save` | `layer_activations[L]`: the output of block L or of its attention |
+| steering-vectors' object, by `torch.save` | `layer_activations[L]`: the output of block L, or of its attention |
 | `.pt` or `.safetensors` | a tensor with one row per layer, or tensors by layer: numbers, or names with one number |
 
 Where each layer's vector belongs in a model is decided in `traits/layer_conventions.py`.
