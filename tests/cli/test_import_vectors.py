@@ -185,6 +185,26 @@ def test_the_other_commands_and_the_page_take_imported_vectors(
     assert tlcapture("view", "--experiment", "exp", "--export", root / "page.html").exit_code == 0
 
 
+def test_traits_that_were_imported_without_examples_do_not_keep_others_from_being_scored(
+    bring: Run, tlcapture: Run, root: Path
+) -> None:
+    for trait in ("persona/evil", "tone/loud"):
+        assert bring(FILES / "repeng.gguf", "--trait", trait).exit_code == 0
+    evaluated = tlcapture("evaluate", "--experiment", "exp")
+    assert evaluated.exit_code == 0, evaluated.output
+    assert "left out: no examples to score the imported vectors of persona/evil" in evaluated.stderr
+    questions = [{"question": "a?", "positive": "b", "negative": "c"}]
+    (root / "datasets" / "traits" / "tone" / "loud" / "steering.json").write_text(json.dumps(questions))
+    steer = ("steer", "--experiment", "exp", "--layers", 1, "--coefficients", "0.1")
+    steered = tlcapture(*steer)
+    assert steered.exit_code == 0, steered.output
+    assert "left out: no examples for trait 'persona/evil'" in steered.stderr
+    for command in (("evaluate", "--experiment", "exp"), steer):
+        named = tlcapture(*command, "--traits", "persona/evil")
+        assert named.exit_code != 0
+        assert "no examples for trait 'persona/evil'" in named.stderr
+
+
 def test_imported_and_extracted_vectors_do_not_replace_each_other(
     bring: Run, extract: Run, tlcapture: Run, root: Path
 ) -> None:

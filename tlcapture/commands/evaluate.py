@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tlcapture.errors import VectorError
+from tlcapture.errors import InputError, VectorError
 from tlcapture.extraction.evaluation import RandomBaseline, Separation, random_baseline, separation
 from tlcapture.extraction.examples import AUTO, GUESS
 from tlcapture.extraction.prepared_examples import PreparedExamples, prepare_examples
@@ -63,10 +63,24 @@ def run_evaluate(
     """
     layout.check_exists()
     traits = traits_with_vectors(layout, options.traits)
+    unscored = [] if options.traits else _without_examples(layout, traits)
+    if unscored and len(unscored) == len(traits):
+        raise InputError(f"no examples to score the imported vectors of {', '.join(map(str, unscored))}")
     run = Run.begin(layout, display)
+    for trait in unscored:
+        run.warn(f"left out: no examples to score the imported vectors of {trait}")
+        traits.remove(trait)
     make = partial(ModelWorker, _evaluate_one, options)
     executor.run(Work(make, load, traits, lambda trait: 1, "trait", str), run)
     return run.report
+
+
+def _without_examples(layout: Layout, traits: Sequence[Trait]) -> list[Trait]:
+    """The traits that have no examples and only imported vectors, which were not made from any."""
+    with_examples = Datasets(layout.root).traits()
+    files = {trait: VectorFiles(layout, trait) for trait in traits if trait not in with_examples}
+    methods = {trait: {*found.available("residual"), *found.available("attn_out")} for trait, found in files.items()}
+    return [trait for trait, found in methods.items() if found == {IMPORTED}]
 
 
 def _evaluate_one(run: Run, model: Model, options: EvaluateOptions, trait: Trait) -> None:

@@ -72,12 +72,10 @@ def run_steer(
             a judge; nothing was written.
     """
     layout.check_exists()
-    traits = traits_with_vectors(layout, options.traits)
-    tasks = [SteeringTask(trait, read_questions(Datasets(layout.root), trait)) for trait in traits]
-    if options.judge is None:
-        for task in tasks:
-            _check_completions(task)
+    tasks, left_out = _tasks(layout, options)
     run = Run.begin(layout, display)
+    for reason in left_out:
+        run.warn(f"left out: {reason}")
     make, n_runs = partial(ModelWorker, _steer_one, options), _n_runs(options, executor.known_model(load).n_layers)
     executor.run(Work(make, load, tasks, lambda task: n_runs, "run", str), run)
     return run.report
@@ -97,6 +95,24 @@ class SteeringTask:
 
     def __str__(self) -> str:
         return str(self.trait)
+
+
+def _tasks(layout: Layout, options: SteerOptions) -> tuple[list[SteeringTask], list[str]]:
+    """The traits that can be steered and scored, and why others are left out, which no trait is that was named."""
+    tasks, left_out = [], []
+    for trait in traits_with_vectors(layout, options.traits):
+        try:
+            task = SteeringTask(trait, read_questions(Datasets(layout.root), trait))
+            if options.judge is None:
+                _check_completions(task)
+            tasks.append(task)
+        except InputError as error:
+            if options.traits:
+                raise
+            left_out.append(error)
+    if not tasks:
+        raise left_out[0]
+    return tasks, list(map(str, left_out))
 
 
 def _steer_one(run: Run, model: Model, options: SteerOptions, task: SteeringTask) -> None:
