@@ -120,7 +120,7 @@ def test_a_killed_driver_is_resumed_with_skip_existing(
     run: Callable[..., Command], busy: Path, by_one_process: dict[str, Any], evidence: Evidence
 ) -> None:
     log = busy / "log"
-    killed = run("--log-file", str(log))
+    killed = run("--workers", 1, "--log-file", str(log))
     killed.wait_for(lambda: captured(busy))
     killed.send(signal.SIGKILL)
     assert killed.end().code == -signal.SIGKILL
@@ -138,7 +138,7 @@ def test_a_killed_driver_is_resumed_with_skip_existing(
 
 
 def test_ctrl_c_keeps_what_workers_did(run: Callable[..., Command], busy: Path, by_one_process: dict[str, Any]) -> None:
-    running = run()
+    running = run("--workers", 1)
     running.wait_for(lambda: captured(busy))
     running.send(signal.SIGINT)
     done = running.end()
