@@ -144,14 +144,14 @@ def check_soft_caps(model: Model, runs: Sequence[ReferenceRun]) -> Check:
     verdicts, details = [], []
     run = max(runs, key=_n_tokens)
     last = hook("residual_out", model.n_layers - 1)
-    cache = _forced(model, run, [last, *attention_hooks(model.n_layers)])
+    cache = _forced(model, run, [last, *attention_hooks(model.n_layers, model.hook_names)])
     if final:
         logits = model.unembed(cache[last]).float().cpu()
         found, largest = deviation(logits, run.logits), float(logits.abs().max())
         verdicts.append(_within(found, _bound(model, run, model.n_layers)) if largest <= final else FAILED)
         details.append(f"logits up to {largest:.3g} under a cap of {final:g}, deviation {found:.1e}")
     if scores and run.patterns is not None:
-        ours = torch.stack([cache[name].float() for name in attention_hooks(model.n_layers)])
+        ours = torch.stack([cache[name].float() for name in attention_hooks(model.n_layers, model.hook_names)])
         found = deviation(ours, run.patterns)
         verdicts.append(_within(found, BOUNDS[model.dtype]))
         details.append(f"attention under a cap of {scores:g}, deviation {found:.1e}")

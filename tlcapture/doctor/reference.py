@@ -5,7 +5,8 @@ It is run and released before the model under test is loaded, so that only one m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,16 +65,37 @@ def reference_run(hf_model: Any, prompt_ids: Sequence[int], new_tokens: int = NE
 
 @torch.no_grad()
 def _whole(hf_model: Any, ids: Sequence[int], n_prompt_tokens: int) -> ReferenceRun:
-    out = hf_model(_batch_of_one(hf_model, ids), use_cache=False, output_hidden_states=True, output_attentions=True)
-    patterns = [pattern for pattern in out.attentions or () if pattern is not None]
-    complete = len(patterns) == len(out.hidden_states) - 1
+    with _layer_inputs(hf_model) as inputs:
+        out = hf_model(_batch_of_one(hf_model, ids), use_cache=False, output_hidden_states=True, output_attentions=True)
+    # Models without attention return no attentions, and outputs of layers rather than inputs as hidden states.
+    hidden = inputs if len(inputs) == len(out.hidden_states) - 1 else out.hidden_states[:-1]
+    patterns = [pattern for pattern in getattr(out, "attentions", None) or () if pattern is not None]
+    complete = len(patterns) == len(hidden)
     return ReferenceRun(
         tuple(ids),
         n_prompt_tokens,
-        torch.stack([state[0].float().cpu() for state in out.hidden_states[:-1]]),
+        torch.stack([state[0].float().cpu() for state in hidden]),
         out.logits[0].float().cpu(),
         torch.stack([pattern[0].float().cpu() for pattern in patterns]) if complete else None,
     )
+
+
+@contextmanager
+def _layer_inputs(hf_model: Any) -> Iterator[list[Tensor]]:
+    """The input of each layer of a pass in the context, in order."""
+    n_layers = getattr(hf_model.config.get_text_config(), "num_hidden_layers", 0)
+    inputs: list[Tensor] = []
+
+    def record(module: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        inputs.append((args[0] if args else options["hidden_states"]).detach())
+
+    stacks = [each for each in hf_model.modules() if isinstance(each, torch.nn.ModuleList) and len(each) == n_layers]
+    handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for stack in stacks for layer in stack]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _exact(hf_model: Any, run: ReferenceRun) -> ReferenceRun:
