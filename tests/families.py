@@ -17,13 +17,13 @@ _SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "intermediate_size": 48,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 256,
     "bos_token_id": 0,
     "eos_token_id": 1,
     "pad_token_id": 1,
 }
 _UNGROUPED = {"num_key_value_heads": 4}
-_GPT_NAMES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+_GPT_NAMES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _ROUTED_EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1}

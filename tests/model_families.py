@@ -230,9 +230,9 @@ engine, where its family runs here: `tlcapture doctor --model NAME` checks the c
 What some families have otherwise:
 
 - **Hybrids** (Qwen3-Next, Qwen3.5, LFM2, Jamba, Bamba, Granite MoE Hybrid, OLMo Hybrid): residual stream, logit lens
-  and projections are there at every layer. Attention and `attn_out` are there where a layer has attention; elsewhere JSON
-  files have `null` and `.pt` files no key. `after_attn` is `residual_in` plus the output of the layer's mixer, be it
-  attention, a recurrence or a convolution. Models without attention (Mamba) have neither.
+  and projections are there at every layer. Attention and `attn_out` are there where a layer has attention; elsewhere
+  JSON files have `null` and `.pt` files no key. `after_attn` is `residual_in` plus the output of the layer's mixer, be
+  it attention, a recurrence or a convolution. Models without attention (Mamba) have neither.
 - **Attention and a recurrence side by side** (Falcon-H1): `after_attn` is `residual_in` plus both; `attn_out` is
   attention's part.
 - **Experts** (Mixtral, Qwen3 MoE, gpt-oss, ...): an expert's neurons have no hooks. `--layer-internals` keeps the

@@ -24,7 +24,8 @@ NEW_TOKENS = 3
 class ReferenceRun:
     """A prompt and its greedy continuation through Hugging Face, in float32 on the CPU.
 
-    `hidden[layer]` is the input of a layer; `patterns` is `None` for an architecture that does not return them.
+    `hidden[layer]` is the input of a layer; `patterns` are those of the layers with attention,
+    `None` for an architecture that does not return them.
     `rounding` holds the deviations of Hugging Face's own run in 16 bits from `hidden`, and last from `logits`; `None`
     if the checkpoint was run in float32, or if float32 did not fit in memory.
     """
@@ -33,7 +34,7 @@ class ReferenceRun:
     n_prompt_tokens: int
     hidden: Float[Tensor, "n_layers n_tokens d_model"]
     logits: Float[Tensor, "n_tokens d_vocab"]
-    patterns: Float[Tensor, "n_layers n_heads n_tokens n_tokens"] | None
+    patterns: Float[Tensor, "n_attention_layers n_heads n_tokens n_tokens"] | None
     rounding: tuple[float, ...] | None = None
 
 
@@ -69,14 +70,13 @@ def _whole(hf_model: Any, ids: Sequence[int], n_prompt_tokens: int) -> Reference
         out = hf_model(_batch_of_one(hf_model, ids), use_cache=False, output_hidden_states=True, output_attentions=True)
     # Models without attention return no attentions, and outputs of layers rather than inputs as hidden states.
     hidden = inputs if len(inputs) == len(out.hidden_states) - 1 else out.hidden_states[:-1]
-    patterns = [pattern for pattern in getattr(out, "attentions", None) or () if pattern is not None]
-    complete = len(patterns) == len(hidden)
+    patterns = [each for each in getattr(out, "attentions", None) or () if each is not None and each.ndim == 4]
     return ReferenceRun(
         tuple(ids),
         n_prompt_tokens,
         torch.stack([state[0].float().cpu() for state in hidden]),
         out.logits[0].float().cpu(),
-        torch.stack([pattern[0].float().cpu() for pattern in patterns]) if complete else None,
+        torch.stack([pattern[0].float().cpu() for pattern in patterns]) if patterns else None,
     )
 
 

@@ -25,19 +25,23 @@ _ALSO_NAMED = {"PhimoeForCausalLM": "PhiMoEForCausalLM"}
 
 @cache
 def register_adapters() -> None:
-    """Add the adapters to those of TransformerLens; its own for the same architectures are kept."""
-    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+    """Add the adapters to those of TransformerLens, where it has none for an architecture."""
+    from transformer_lens.factories.architecture_adapter_factory import (
+        SUPPORTED_ARCHITECTURES,
+        ArchitectureAdapterFactory,
+    )
 
     from tlcapture.models.engines.hooked import has_hooked_transformer
 
-    adapter = _adapter()
-    for name in _LIKE_LLAMA:
-        SUPPORTED_ARCHITECTURES.setdefault(name, adapter)
-    for name, known in _ALSO_NAMED.items():
-        if known in SUPPORTED_ARCHITECTURES:
-            SUPPORTED_ARCHITECTURES.setdefault(name, SUPPORTED_ARCHITECTURES[known])
+    like_llama = _adapter()
+    found = dict.fromkeys(_LIKE_LLAMA, like_llama)
+    found |= {name: SUPPORTED_ARCHITECTURES[known] for name, known in _ALSO_NAMED.items()}
+    found = {name: adapter for name, adapter in found.items() if name not in SUPPORTED_ARCHITECTURES}
     if has_hooked_transformer():
-        SUPPORTED_ARCHITECTURES.update(dict.fromkeys(_COMPUTED_OTHERWISE_IN_3, adapter))
+        found |= dict.fromkeys(_COMPUTED_OTHERWISE_IN_3, like_llama)
+    for name, adapter in found.items():
+        SUPPORTED_ARCHITECTURES[name] = adapter
+        ArchitectureAdapterFactory.register_adapter(name, adapter)
 
 
 def _adapter() -> type[Any]:
