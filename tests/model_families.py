@@ -201,7 +201,7 @@ def _cells(outcome: dict[str, Any]) -> list[str]:
         return [f"refused: {outcome['refusal']}", "", "", ""]
     numbers = [outcome[name] for name in ("hidden", "attention", "lens")]
     return [
-        *("none" if number is None else f"{number:.0e}" for number in numbers),
+        *("none" if number is None else f"{number:.0e}" if number else "0" for number in numbers),
         f"{outcome['tokens']}/{outcome['n_tokens']}",
     ]
 

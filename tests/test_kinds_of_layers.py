@@ -330,6 +330,25 @@ def test_a_model_without_attention_is_captured_and_says_what_it_has_not(
         assert what in refused.output and "Traceback" not in refused.output
 
 
+@pytest.mark.parametrize("family", ["Qwen3-Next", "LFM2", "Jamba", "Mamba", "DeepSeek-V3"])
+def test_the_estimate_of_attention_and_raw_files_fits_what_is_written(
+    family: str, folder: Callable[[str], Path], root: Path, tlcapture: Callable[..., Result]
+) -> None:
+    """Layers without attention have no weights in JSON; a long prompt, so that what they would add shows."""
+    path = folder(family)
+    add_ons = () if family == "Mamba" else ("--attention",)
+    words = ("capture", "--experiment", "e", "--prompt", "abcdef" * 20, "--max-new-tokens", 1)
+    options = (*words, "--model", path, *add_ons)
+    said = json.loads(tlcapture(*options, "--dry-run", "--json").stdout)["estimate"]
+    assert tlcapture(*options).exit_code == 0
+    written = {"raw residual": "inference/raw/residual/adhoc/1.pt"}
+    if add_ons:
+        written["attention"] = "analysis/per_token/adhoc/1_attention.json"
+    for kind, name in written.items():
+        ratio = said["kinds"][kind]["bytes"] / (root / "experiments/e" / name).stat().st_size
+        assert 0.7 < ratio < 1.4, (kind, ratio)
+
+
 @pytest.mark.parametrize("family", ["Mamba", "Jamba", "RWKV", "Zamba2"])
 def test_doctor_says_what_it_cannot_check(
     family: str, folder: Callable[[str], Path], tlcapture: Callable[..., Result]

@@ -24,10 +24,10 @@ NEW_TOKENS = 3
 class ReferenceRun:
     """A prompt and its greedy continuation through Hugging Face, in float32 on the CPU.
 
-    `hidden[layer]` is the input of a layer; `patterns` are those of the layers with attention,
-    `None` for an architecture that does not return them.
-    `rounding` holds the deviations of Hugging Face's own run in 16 bits from `hidden`, and last from `logits`; `None`
-    if the checkpoint was run in float32, or if float32 did not fit in memory.
+    `hidden[layer]` is the input of a layer; `patterns` are those of the layers with attention, `None` for an
+    architecture that does not return them. `rounding` holds the deviations of Hugging Face's own run in 16 bits from
+    `hidden`, and last from `logits`, `pattern_rounding` that from `patterns`; `None` if the checkpoint was run in
+    float32, or if float32 did not fit in memory.
     """
 
     token_ids: tuple[int, ...]
@@ -36,6 +36,7 @@ class ReferenceRun:
     logits: Float[Tensor, "n_tokens d_vocab"]
     patterns: Float[Tensor, "n_attention_layers n_heads n_tokens n_tokens"] | None
     rounding: tuple[float, ...] | None = None
+    pattern_rounding: float | None = None
 
 
 def reference_runs(hf_model: Any, prompts: Sequence[Sequence[int]]) -> list[ReferenceRun]:
@@ -101,7 +102,8 @@ def _layer_inputs(hf_model: Any) -> Iterator[list[Tensor]]:
 def _exact(hf_model: Any, run: ReferenceRun) -> ReferenceRun:
     exact = _whole(hf_model, run.token_ids, run.n_prompt_tokens)
     rounding = [deviation(one, other) for one, other in zip(run.hidden, exact.hidden, strict=True)]
-    return replace(exact, rounding=(*rounding, deviation(run.logits, exact.logits)))
+    patterns = None if run.patterns is None or exact.patterns is None else deviation(run.patterns, exact.patterns)
+    return replace(exact, rounding=(*rounding, deviation(run.logits, exact.logits)), pattern_rounding=patterns)
 
 
 def deviation(ours: Tensor, theirs: Tensor) -> float:

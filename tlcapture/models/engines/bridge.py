@@ -28,13 +28,11 @@ from tlcapture.models.engines.hook_layouts import (
 from tlcapture.models.engines.hooked_config import architecture_of
 from tlcapture.models.engines.more_adapters import register_adapters
 from tlcapture.models.engines.tokenizers import for_transformer_lens, without_filled_in_bos
-from tlcapture.models.sizes import Measures
+from tlcapture.models.sizes import WITHOUT_ATTENTION, Measures, layer_kinds
 from tlcapture.shapes import Logits, Mask, Residual, Rows, Tokens
 from tlcapture.text import first_line
 from tlcapture.views.hooks import HOOKS, POINTS, at_any_layer, hook, is_pattern, layer_hooks
 
-# Config entries of layers without attention.
-_WITHOUT_ATTENTION = ("linear_attention", "conv", "mamba", "recurrent", "moe", "mlp")
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 # Every block that has these holds them as `[batch, pos, d_model]`.
 _ALWAYS_PLAIN = {HOOKS[name] for name in (*POINTS, "attn_out", "mixer_out", "mlp_out")}
@@ -59,7 +57,7 @@ class BridgeModel(Model):
     @property
     def can_continue_in_pieces(self) -> bool:
         """Not of recurrent layers: for several tokens, those of some models (Jamba) begin at an empty state again."""
-        return set(_layer_kinds(self.hf_config)) <= _ATTENTION
+        return set(layer_kinds(self.hf_config)) <= _ATTENTION
 
     def start(self, batch_size: int) -> _BridgeState:
         """An empty state; the first step creates its `past_key_values`, other caches are created here."""
@@ -232,13 +230,8 @@ class BridgeModel(Model):
 
 def _has_attention(config: Any, layer: int) -> bool:
     """Whether the config of a hybrid does not name a layer as one whose mixer is recurrent or a convolution."""
-    kinds = _layer_kinds(config)
-    return layer >= len(kinds) or kinds[layer] not in _WITHOUT_ATTENTION
-
-
-def _layer_kinds(config: Any) -> list[str]:
-    text = config.get_text_config()
-    return list(getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ())
+    kinds = layer_kinds(config)
+    return layer >= len(kinds) or kinds[layer] not in WITHOUT_ATTENTION
 
 
 def _is_close(ours: Tensor, theirs: Tensor) -> bool:

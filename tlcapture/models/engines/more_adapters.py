@@ -58,7 +58,7 @@ def _adapter() -> type[Any]:
             super().__init__(cfg)
             self._set_rms_rotary_defaults()
             self.supports_fold_ln = False
-            self.weight_processing_conversions = {}
+            self.weight_processing_conversions: dict[str, Any] = {}
             attention = components.AttentionBridge(
                 name="self_attn",
                 config=self.cfg,
