@@ -247,7 +247,7 @@ def test_prompts_run_in_parts_give_the_activations_of_one_pass(monkeypatch: pyte
     hf = tiny.hf_model("llama")
     model = from_hugging_face(hf, tiny.tokenizer(), name="llama", engine="hooked", fast=True)
     prompts = [as_prompt(random_ids(length, seed=length), str(length)) for length in (30, 29, 12, 5, 4)]
-    hooks = [*residual_hooks(model.n_layers, model.hook_names), *attention_hooks(model.n_layers)]
+    hooks = [*residual_hooks(model.n_layers, model.hook_names), *attention_hooks(model.n_layers, model.hook_names)]
     options: Any = {"hooks": hooks, "max_new_tokens": 6, "sampling": GREEDY, "batch_size": 5}
     at_once = {each.prompt.id: each for each in generate(model, prompts, **options)}
     monkeypatch.setattr(forward, "_MAX_POSITIONS", {"cpu": 24})
@@ -272,7 +272,7 @@ def test_prompts_run_in_parts_give_the_activations_of_one_pass(monkeypatch: pyte
 def test_wanted_prompts_have_bit_identical_outcomes_when_all_are_wanted() -> None:
     model = tiny.model("llama")
     prompts = [as_prompt(random_ids(length, seed=length), str(length)) for length in (30, 29, 12, 5, 4)]
-    hooks = [*residual_hooks(model.n_layers, model.hook_names), *attention_hooks(model.n_layers)]
+    hooks = [*residual_hooks(model.n_layers, model.hook_names), *attention_hooks(model.n_layers, model.hook_names)]
     counted: list[int] = []
     options: Any = {"hooks": hooks, "max_new_tokens": 6, "sampling": GREEDY, "batch_size": 2}
     everything = {each.prompt.id: each for each in generate(model, prompts, **options)}

@@ -147,9 +147,9 @@ NOT_ON_BRIDGE: dict[str, tuple[Any, str]] = {
         f"GraniteForCausalLM is not supported: {_LOGITS}",
     ),
     "cohere": (lambda: transformers.CohereConfig(**tiny._GROUPED), f"CohereForCausalLM is not supported: {_LOGITS}"),
-    "mamba": (
-        lambda: transformers.MambaConfig(**_SMALL, num_hidden_layers=2),
-        "MambaForCausalLM is not supported: TransformerBridge has no blocks.0.hook_attn_out for it",
+    "rwkv": (
+        lambda: transformers.RwkvConfig(**_SMALL, num_hidden_layers=2),
+        "RwkvForCausalLM is not supported: TransformerBridge has no blocks.0.attn.hook_pattern for it",
     ),
     "opt_projected": (
         NOT_ON_HOOKED["opt_projected"][0],

@@ -30,7 +30,9 @@ def capture_of(
     only = None if kept is None or kept.is_all else kept
     prompt = generation.prompt
     n_prompt, n_tokens = len(prompt.token_ids), len(generation.token_ids)
-    stream = residual_view(generation.cache, model.n_layers, attn_out=attn_out, only=only)
+    stream = residual_view(
+        generation.cache, model.n_layers, attn_out=attn_out, only=only, with_attention=model.with_attention
+    )
     dtype = storage_dtype(stream, save_dtype)
     texts = token_texts(model.tokenizer, generation.token_ids)
     response_text = decode(model.tokenizer, generation.response_ids)
@@ -47,6 +49,7 @@ def capture_of(
         **model_record(model),
         "hooks": point_hooks(model, attn_out=attn_out, points=stream.kept.points),
         "parallel_blocks": model.has_parallel_blocks,
+        **({} if model.with_attention is None else {"attention_layers": list(model.with_attention)}),
         "temperature": sampling.temperature,
         "seed": sampling.seed,
         "max_new_tokens": max_new_tokens,

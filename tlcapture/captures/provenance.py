@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from tlcapture.version import __version__
-from tlcapture.views.hooks import HOOKS, PARALLEL_AFTER_ATTN, POINTS
+from tlcapture.views.hooks import HOOKS, POINTS, at_any_layer, hook, mixer_hook
 
 if TYPE_CHECKING:
     from tlcapture.models.loading import Model
@@ -32,8 +32,8 @@ def model_record(model: Model) -> dict[str, Any]:
 def point_hooks(model: Model, *, attn_out: bool, points: Iterable[str] = POINTS) -> dict[str, str]:
     """The hook of each captured residual point, and of `attn_out` if it is captured."""
     hooks = {point: HOOKS[point] for point in [*points, *(["attn_out"] if attn_out else [])]}
-    if model.has_parallel_blocks and "after_attn" in hooks:
-        hooks["after_attn"] = PARALLEL_AFTER_ATTN
+    if "after_attn" in hooks and hook("after_attn", 0) not in model.hook_names:
+        hooks["after_attn"] = f"{HOOKS['residual_in']} + {at_any_layer(mixer_hook(0, model.hook_names))}"
     return hooks
 
 

@@ -13,7 +13,7 @@ from tlcapture.errors import InputError, NumericalError
 from tlcapture.extraction.examples import AUTO, GUESS, Examples, read_examples
 from tlcapture.extraction.methods import FITS, Labels, LayerVectors
 from tlcapture.extraction.prepared_examples import PreparedExamples, prepare_examples
-from tlcapture.extraction.readout import Activations, read_out
+from tlcapture.extraction.readout import Activations, component_layers, read_out
 from tlcapture.models.loading import Model
 from tlcapture.names import Trait
 from tlcapture.prompts.tokenization import bos_policy
@@ -26,6 +26,7 @@ from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.config import update_config
 from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.text import as_ranges
 from tlcapture.traits.vector_files import METHODS, VectorFiles
 from tlcapture.traits.vectors import write_vector
 from tlcapture.views.hooks import COMPONENT_HOOKS, COMPONENTS
@@ -101,26 +102,39 @@ def _extract(
     run: Run, model: Model, options: ExtractOptions, examples: Examples, on_examples: Callable[[int], None]
 ) -> None:
     layout = run.layout
-    layers = options.layers or tuple(range(model.n_layers))
+    layers = _layers(model, options)
     prepared = prepare_examples(
         Datasets(layout.root), layout, examples.trait, model, position=options.position, examples=examples
     )
     activations = read_out(
-        model, prepared.readings, options.components, batch_size=options.batch_size, on_examples=on_examples
+        model, prepared.readings, tuple(layers), batch_size=options.batch_size, on_examples=on_examples
     )
     labels, train = prepared.labels, ~prepared.held_out
     # All vectors are fitted before any is written, so that a failure leaves earlier vectors unchanged.
     fitted = {
         component: {
-            method: _fit(method, values[list(layers)][:, train], labels[train], options.seed)
+            method: _fit(method, values[list(layers[component])][:, train], labels[train], options.seed)
             for method in options.methods
         }
         for component, values in activations.items()
     }
     for component, vectors in fitted.items():
-        metadata = _metadata(layout, component, model, options, layers, prepared)
+        metadata = _metadata(layout, component, model, options, layers[component], prepared)
         with run_lock(run, f"vectors of {examples.trait}"):
             _write(VectorFiles(layout, examples.trait), component, vectors, metadata, run)
+
+
+def _layers(model: Model, options: ExtractOptions) -> dict[str, tuple[int, ...]]:
+    """The layers at which each component is extracted; components that the model has at none of them are left out."""
+    found = {}
+    for component in options.components:
+        available = component_layers(model, component)
+        wanted = options.layers or available
+        if layers := tuple(layer for layer in wanted if layer in available):
+            found[component] = layers
+    if not found:
+        raise InputError(f"attn_out: expected a layer with attention, which are {as_ranges(model.attention_layers)}")
+    return found
 
 
 def _fit(method: str, activations: Activations, labels: Labels, seed: int) -> LayerVectors:

@@ -5,7 +5,8 @@ It is run and released before the model under test is loaded, so that only one m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,17 +24,19 @@ NEW_TOKENS = 3
 class ReferenceRun:
     """A prompt and its greedy continuation through Hugging Face, in float32 on the CPU.
 
-    `hidden[layer]` is the input of a layer; `patterns` is `None` for an architecture that does not return them.
-    `rounding` holds the deviations of Hugging Face's own run in 16 bits from `hidden`, and last from `logits`; `None`
-    if the checkpoint was run in float32, or if float32 did not fit in memory.
+    `hidden[layer]` is the input of a layer; `patterns` are those of the layers with attention, `None` for an
+    architecture that does not return them. `rounding` holds the deviations of Hugging Face's own run in 16 bits from
+    `hidden`, and last from `logits`, `pattern_rounding` that from `patterns`; `None` if the checkpoint was run in
+    float32, or if float32 did not fit in memory.
     """
 
     token_ids: tuple[int, ...]
     n_prompt_tokens: int
     hidden: Float[Tensor, "n_layers n_tokens d_model"]
     logits: Float[Tensor, "n_tokens d_vocab"]
-    patterns: Float[Tensor, "n_layers n_heads n_tokens n_tokens"] | None
+    patterns: Float[Tensor, "n_attention_layers n_heads n_tokens n_tokens"] | None
     rounding: tuple[float, ...] | None = None
+    pattern_rounding: float | None = None
 
 
 def reference_runs(hf_model: Any, prompts: Sequence[Sequence[int]]) -> list[ReferenceRun]:
@@ -64,22 +67,43 @@ def reference_run(hf_model: Any, prompt_ids: Sequence[int], new_tokens: int = NE
 
 @torch.no_grad()
 def _whole(hf_model: Any, ids: Sequence[int], n_prompt_tokens: int) -> ReferenceRun:
-    out = hf_model(_batch_of_one(hf_model, ids), use_cache=False, output_hidden_states=True, output_attentions=True)
-    patterns = [pattern for pattern in out.attentions or () if pattern is not None]
-    complete = len(patterns) == len(out.hidden_states) - 1
+    with _layer_inputs(hf_model) as inputs:
+        out = hf_model(_batch_of_one(hf_model, ids), use_cache=False, output_hidden_states=True, output_attentions=True)
+    # Models without attention return no attentions, and outputs of layers rather than inputs as hidden states.
+    hidden = inputs if len(inputs) == len(out.hidden_states) - 1 else out.hidden_states[:-1]
+    patterns = [each for each in getattr(out, "attentions", None) or () if each is not None and each.ndim == 4]
     return ReferenceRun(
         tuple(ids),
         n_prompt_tokens,
-        torch.stack([state[0].float().cpu() for state in out.hidden_states[:-1]]),
+        torch.stack([state[0].float().cpu() for state in hidden]),
         out.logits[0].float().cpu(),
-        torch.stack([pattern[0].float().cpu() for pattern in patterns]) if complete else None,
+        torch.stack([pattern[0].float().cpu() for pattern in patterns]) if patterns else None,
     )
+
+
+@contextmanager
+def _layer_inputs(hf_model: Any) -> Iterator[list[Tensor]]:
+    """The input of each layer of a pass in the context, in order."""
+    n_layers = getattr(hf_model.config.get_text_config(), "num_hidden_layers", 0)
+    inputs: list[Tensor] = []
+
+    def record(module: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        inputs.append((args[0] if args else options["hidden_states"]).detach())
+
+    stacks = [each for each in hf_model.modules() if isinstance(each, torch.nn.ModuleList) and len(each) == n_layers]
+    handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for stack in stacks for layer in stack]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _exact(hf_model: Any, run: ReferenceRun) -> ReferenceRun:
     exact = _whole(hf_model, run.token_ids, run.n_prompt_tokens)
     rounding = [deviation(one, other) for one, other in zip(run.hidden, exact.hidden, strict=True)]
-    return replace(exact, rounding=(*rounding, deviation(run.logits, exact.logits)))
+    patterns = None if run.patterns is None or exact.patterns is None else deviation(run.patterns, exact.patterns)
+    return replace(exact, rounding=(*rounding, deviation(run.logits, exact.logits)), pattern_rounding=patterns)
 
 
 def deviation(ours: Tensor, theirs: Tensor) -> float:

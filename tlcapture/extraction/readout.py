@@ -87,7 +87,7 @@ def read_out(
     batch_size: int | None = None,
     on_examples: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Activations]:
-    """Mean activations `[n_layers, n_examples, d_model]` in float32, by component.
+    """Mean activations `[n_layers, n_examples, d_model]` in float32, by component; 0 at layers without the component.
 
     Examples of similar length share a forward pass, and only the means are kept. A `batch_size` of `None` takes
     what fits in free memory; out of memory, it is halved. `on_examples` is called with the size of each batch that
@@ -101,12 +101,13 @@ def read_out(
     longest = max((len(reading.token_ids) for reading in readings), default=0)
     if longest > model.n_ctx:
         raise InputError(f"an example has {longest} tokens, the model's context is {model.n_ctx}")
-    names = {part: component_hooks(part, model.n_layers) for part in components}
+    layers = {part: list(component_layers(model, part)) for part in components}
+    names = {part: component_hooks(part, layers[part]) for part in components}
     hooks = frozenset(name for part in components for name in names[part])
     means = {part: torch.zeros(model.n_layers, len(readings), model.d_model) for part in components}
     waiting = sorted(range(len(readings)), key=lambda number: len(readings[number].token_ids), reverse=True)
     size = batch_size or fitting_batch_size(model, longest, len(readings), hooks)
-    prefix = shared_prefix(readings)
+    prefix = shared_prefix(readings) if model.can_continue_in_pieces else 0
     state = model.start(1)
     if prefix:
         tokens = torch.tensor([readings[0].token_ids[:prefix]])
@@ -125,13 +126,18 @@ def read_out(
             release_memory()
             continue
         for part, values in read.items():
-            means[part][:, batch] = values
+            means[part][torch.tensor(layers[part])[:, None], torch.tensor(batch)] = values
         waiting = waiting[size:]
         on_examples(len(batch))
     for part, values in means.items():
         if not values.isfinite().all():
             raise NumericalError(f"{part} activations of the examples contain NaN or inf: try --dtype float32")
     return means
+
+
+def component_layers(model: Model, component: str) -> tuple[int, ...]:
+    """The layers at which a model has a component: `attn_out` is at those with attention."""
+    return model.attention_layers if component == "attn_out" else tuple(range(model.n_layers))
 
 
 def shared_prefix(readings: Sequence[Reading]) -> int:

@@ -29,7 +29,7 @@ from tlcapture.models.engines.hooked import (
     hooked_model,
     require_hooked_transformer,
 )
-from tlcapture.models.engines.hooked_config import covers
+from tlcapture.models.engines.hooked_config import architecture_of, covers
 from tlcapture.models.lazy_model import LazyModel
 from tlcapture.models.sizes import Measures
 
@@ -174,6 +174,11 @@ def pick_engine(name: str, engine: str, config: Any) -> str:
     """The engine that runs a model; raises `ModelError`, with the reason, if the requested one cannot."""
     if engine not in ENGINES:
         raise ModelError(f"no engine {engine!r}: choose one of {', '.join(ENGINES)}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"model {name!r} has an encoder and a decoder ({architecture_of(config)}): expected one that continues its "
+            "own text"
+        )
     if engine == "bridge" or (engine == "auto" and not has_hooked_transformer()):
         return "bridge"
     require_hooked_transformer()
