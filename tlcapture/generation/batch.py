@@ -45,7 +45,10 @@ class Batch:
         self._model = model
         self._prompts = prompts
         self._settings = settings
-        self._stops = stop_ids(model.tokenizer, model.generation_config)
+        self._stops = {
+            templated: stop_ids(model.tokenizer, model.generation_config, chat_template=templated)
+            for templated in {prompt.chat_template for prompt in prompts}
+        }
         self._recorder = Recorder(settings.hooks, [len(p.token_ids) for p in prompts], settings.max_new_tokens)
         self._generators = [prompt_generator(settings.sampling.seed, prompt) for prompt in prompts]
         self._responses: list[list[int]] = [[] for _ in prompts]
@@ -88,9 +91,11 @@ class Batch:
             logits = self._run_tokens(chosen)
 
     def _stop_reasons(self) -> list[str | None]:
-        return [
-            stop_reason(self._responses[index], self._stops, self._settings.max_new_tokens) for index in self._running
-        ]
+        n_new = self._settings.max_new_tokens
+        return [stop_reason(self._responses[index], self._stops_of(index), n_new) for index in self._running]
+
+    def _stops_of(self, index: int) -> frozenset[int]:
+        return self._stops[self._prompts[index].chat_template]
 
     def _keep(self, stays: Sequence[bool]) -> None:
         """Drop the rows of prompts that have ended."""
