@@ -288,7 +288,9 @@ class TaskPlanner:
         asked = {"temperature": sampling.temperature, "max_new_tokens": self._options.max_new_tokens}
         if sampling.temperature != 0:
             asked["seed"] = sampling.seed
-        differs = any(saved.metadata.get(name) not in (None, value) for name, value in asked.items() if value is not None)
+        differs = any(
+            saved.metadata.get(name) not in (None, value) for name, value in asked.items() if value is not None
+        )
         if differs or (saved.metadata.get("sampling") or {}).get("source", PLAIN) != sampling.source:
             self._other_sampling.append(saved.prompt_id)
 

@@ -85,7 +85,9 @@ def sampling_for(asked: AskedSampling, model: Model) -> Sampling:
     if getattr(config, "do_sample", None):
         other.pop("penalty_alpha", None)  # contrastive search does not sample
     if other:
-        raise InputError(f"--sampling checkpoint: {_described(other)} of the checkpoint cannot be followed; leave it out")
+        raise InputError(
+            f"--sampling checkpoint: {_described(other)} of the checkpoint cannot be followed; leave it out"
+        )
     temperature = asked.temperature
     if temperature is None:
         own = getattr(config, "temperature", None)

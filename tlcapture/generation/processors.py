@@ -1,8 +1,8 @@
 """What changes the logits before a token is chosen: penalties, suppressed and forced tokens, top-k, top-p and others.
 
-The rules are those of Hugging Face's `generate`, under its names and in its order, computed by its public classes. Rules
-that depend on a prompt's own tokens are applied to each row by itself, without its padding. Only the repetition penalty,
-which many checkpoints set, is computed here for the whole batch on its device: by a mask of the tokens that each row has.
+The rules are those of Hugging Face's `generate`, under its names and in its order, computed by its public classes.
+Rules that depend on a prompt's own tokens are applied to each row by itself, without its padding. Only the repetition
+penalty, which many checkpoints set, is computed here, for the whole batch on its device.
 
 Source of the order: `GenerationMixin._get_logits_processor` of transformers.
 """

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from tlcapture.errors import InputError
@@ -108,7 +109,7 @@ def _forms(messages: Sequence[Message]) -> Iterator[_Form]:
     """The forms in which a template may take a conversation, in the order in which they are tried."""
     yield _as_given
     yield _as_parts
-    if any(_is_mergeable(one, other) for one, other in zip(messages, messages[1:], strict=False)):
+    if any(_is_mergeable(one, other) for one, other in pairwise(messages)):
         yield _merged
         yield lambda given: _as_parts(_merged(given))
 
@@ -152,7 +153,7 @@ def _checked(render: Callable[[Sequence[Message]], str], messages: Sequence[Mess
     in_order = sorted((span, index) for index, span in enumerate(found.spans) if span is not None)
     merged = [
         messages[index]["role"]
-        for (span, index), (following, _) in zip(in_order, in_order[1:], strict=False)
+        for (span, index), (following, _) in pairwise(in_order)
         if not text[span.stop : following.start].strip()
     ]
     dropped = [f"thinking of message {index + 1}" for index in found.dropped]

@@ -117,7 +117,7 @@ def _marked_starts(
         contents[piece.message] = content[:at] + mark + content[at:]
     marked = [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
     found: dict[str, list[int]] = {mark: [] for mark in marks}
-    unmarked = []
+    unmarked: list[str] = []
     for character in render(marked) or "":
         if character in found:
             found[character].append(len(unmarked))
