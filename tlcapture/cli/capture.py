@@ -11,7 +11,7 @@ import click
 from tlcapture.cli.cluster import ClusterOptions, cluster_options
 from tlcapture.cli.console import Console, show_top_traits
 from tlcapture.cli.grouping import collected
-from tlcapture.cli.option_types import LayerOrWord
+from tlcapture.cli.option_types import LayerOrWord, if_given
 from tlcapture.cli.options import (
     HELP_NAMES,
     KeptOptions,
@@ -125,7 +125,10 @@ class _Settings:
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
-    help="Sampling temperature; 0 is greedy.  [default: 0.7, or the checkpoint's with --sampling checkpoint]",
+    default=0.7,
+    show_default=True,
+    callback=if_given,
+    help="Sampling temperature; 0 is greedy. With --sampling checkpoint, the default is the checkpoint's own.",
 )
 @click.option(
     "--sampling",
