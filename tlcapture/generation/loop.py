@@ -3,10 +3,10 @@
     for outcome in generate(model, prompts, hooks=hooks, max_new_tokens=50):
         ...  # a Generation for each prompt, as soon as it has stopped
 
-In float32 the outcome of a prompt does not depend on the prompts that run beside it: padding is masked and cut off, rows
-that have stopped leave the batch, and sampling noise comes from the prompt's own generator. In 16 bits it depends on the
-batch's shape by rounding; the same batches give the same bits. The last generated token gets one more forward pass, so
-that every token has its activations.
+In float32 the outcome of a prompt does not depend on the prompts that run beside it: padding is masked and cut off,
+rows that have stopped leave the batch, and sampling noise comes from the prompt's own generator. In 16 bits it depends
+on the batch's shape by rounding; the same batches give the same bits. The last generated token gets one more forward
+pass, so that every token has its activations.
 """
 
 from __future__ import annotations
