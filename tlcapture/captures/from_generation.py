@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tlcapture.captures.capture import Capture, CapturedPart, storage_dtype
-from tlcapture.captures.provenance import is_same_computation, model_record, now, point_hooks
+from tlcapture.captures.provenance import is_same_computation, model_record, now, point_hooks, template_record
 from tlcapture.errors import StorageError
 from tlcapture.generation.outcomes import Generation
 from tlcapture.generation.sampling import Sampling
@@ -50,12 +50,12 @@ def capture_of(
         "hooks": point_hooks(model, attn_out=attn_out, points=stream.kept.points),
         "parallel_blocks": model.has_parallel_blocks,
         **({} if model.with_attention is None else {"attention_layers": list(model.with_attention)}),
-        "temperature": sampling.temperature,
-        "seed": sampling.seed,
+        **sampling.record(),
         "max_new_tokens": max_new_tokens,
         "stop_reason": generation.stop_reason,
         "system_prompt": prompt.system_prompt,
         "chat_template": prompt.chat_template,
+        **template_record(prompt.merged, prompt.dropped),
         "bos": bos_policy(model.tokenizer, prompt.token_ids, chat_template=prompt.chat_template),
         "capture_date": now(),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,11 @@ def model_record(model: Model) -> dict[str, Any]:
         "layer_convention": LAYERS,
         "tlcapture_version": __version__,
     }
+
+
+def template_record(merged: Sequence[str], dropped: Sequence[str]) -> dict[str, Any]:
+    """What the chat template merged and left out, as metadata; nothing where it did neither."""
+    return {name: list(each) for name, each in (("merged", merged), ("dropped", dropped)) if each}
 
 
 def point_hooks(model: Model, *, attn_out: bool, points: Iterable[str] = POINTS) -> dict[str, str]:

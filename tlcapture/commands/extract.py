@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tlcapture.captures.provenance import model_record, now
+from tlcapture.captures.provenance import model_record, now, template_record
 from tlcapture.errors import InputError, NumericalError
 from tlcapture.extraction.examples import AUTO, GUESS, Examples, read_examples
 from tlcapture.extraction.methods import FITS, Labels, LayerVectors
@@ -204,6 +204,7 @@ def _metadata(
         "position": prepared.position,
         **model_record(model),
         "chat_template": prepared.typical.chat_template,
+        **template_record(prepared.typical.merged, prepared.typical.dropped),
         "bos": bos_policy(model.tokenizer, prepared.typical.token_ids, chat_template=prepared.typical.chat_template),
         "split": prepared.examples.split_record(options.seed),
         "examples": prepared.digest,

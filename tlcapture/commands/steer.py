@@ -18,7 +18,7 @@ from tlcapture.extraction.judge import Judge
 from tlcapture.extraction.steering import Question, SteeringQuestions, SteeringScore, SteeringScorer
 from tlcapture.models.loading import Model
 from tlcapture.names import Trait
-from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
+from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize, unknown_token
 from tlcapture.runs.display import Display, Progress
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
 from tlcapture.runs.model_loader import ModelLoader
@@ -210,8 +210,9 @@ class _Trials:
 
 def _prompts(layout: Layout, model: Model, questions: Sequence[Question]) -> list[TokenizedPrompt]:
     config = read_config(layout)
-    return [
-        tokenize(
+    prompts = []
+    for question in questions:
+        prompt = tokenize(
             model.tokenizer,
             question.question,
             prompt_set="steering",
@@ -219,8 +220,11 @@ def _prompts(layout: Layout, model: Model, questions: Sequence[Question]) -> lis
             system_prompt=config.system_prompt,
             chat_template=config.use_chat_template,
         )
-        for question in questions
-    ]
+        unknown = unknown_token(model.tokenizer, prompt.token_ids, model.d_vocab)
+        if unknown is not None:
+            raise InputError(f"steering question {question.id}: {unknown}")
+        prompts.append(prompt)
+    return prompts
 
 
 def search_coefficient(score: Callable[[float], SteeringRun]) -> float:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tlcapture.doctor.reference import ReferenceRun, deviation
-from tlcapture.errors import NumericalError, TlcaptureError
+from tlcapture.errors import InputError, NumericalError, TlcaptureError
 from tlcapture.generation.loop import generate, teacher_force
 from tlcapture.generation.outcomes import Failure, Generation
 from tlcapture.generation.sampling import Sampling
@@ -57,15 +57,26 @@ def guarded(name: str, check: Callable[..., Check], *args: Any) -> Check:
 
 
 def probe_prompts(tokenizer: Any) -> list[TokenizedPrompt]:
-    """A short and a long prompt, tokenised as in a capture."""
+    """A short and a long prompt, tokenised as in a capture; without the chat template if it cannot render them."""
+    try:
+        return _probe_prompts(tokenizer, None)
+    except InputError:
+        return _probe_prompts(tokenizer, False)
+
+
+def _probe_prompts(tokenizer: Any, chat_template: bool | None) -> list[TokenizedPrompt]:
     return [
-        tokenize(tokenizer, text, prompt_set="doctor", prompt_id=str(number)) for number, text in enumerate(TEXTS, 1)
+        tokenize(tokenizer, text, prompt_set="doctor", prompt_id=str(number), chat_template=chat_template)
+        for number, text in enumerate(TEXTS, 1)
     ]
 
 
 def check_bos(tokenizer: Any) -> Check:
-    """Check that a prompt begins with one BOS, with and without the chat template, if the tokenizer has a BOS."""
-    prompts = [probe_prompts(tokenizer)[0]]
+    """Check that a prompt begins with one BOS, with and without the chat template, if the tokenizer has a BOS.
+
+    It fails with the reason if the chat template cannot render a prompt.
+    """
+    prompts = [_probe_prompts(tokenizer, None)[0]]
     if prompts[0].chat_template:
         prompts.append(tokenize(tokenizer, TEXTS[0], prompt_set="doctor", prompt_id="plain", chat_template=False))
     found = []

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from tlcapture.doctor import checks
 from tlcapture.doctor.checks import Check, guarded
 from tlcapture.doctor.reference import ReferenceRun, load_reference, reference_runs
-from tlcapture.models.checkpoints import fetch, quiet_loading, source_of
+from tlcapture.models.checkpoints import fetch, fetch_tokenizer, quiet_loading, source_of
 from tlcapture.models.loading import Model, pick_device, pick_dtype, pick_engine
 from tlcapture.models.memory import release_memory
 from tlcapture.runs.model_loader import ModelLoader
@@ -43,7 +43,7 @@ def _reference_runs(load: ModelLoader) -> list[ReferenceRun]:
         source = source_of(load.name)
         config = fetch(load.name, "AutoConfig", source)
         pick_engine(load.name, load.engine, config)
-        tokenizer = fetch(load.name, "AutoTokenizer", source)
+        tokenizer = fetch_tokenizer(load.name, source)
     load.display.line(f"loading {load.name} with transformers alone, for comparison ...")
     reference = load_reference(load.name, device, pick_dtype(load.dtype, device, config))
     runs = reference_runs(reference, [prompt.token_ids for prompt in checks.probe_prompts(tokenizer)])

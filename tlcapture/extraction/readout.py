@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,8 +24,7 @@ from tlcapture.extraction.examples import Example
 from tlcapture.generation.padding import right_pad
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import fitting_batch_size, is_out_of_memory, release_memory
-from tlcapture.prompts.chat_template import render_chat, uses_chat_template
-from tlcapture.prompts.tokenization import with_bos
+from tlcapture.prompts.tokenization import TokenizedPrompt, encode, place_response
 from tlcapture.views.hooks import component_hooks
 
 Activations = Float[Tensor, "n_layers n_examples d_model"]
@@ -36,13 +35,18 @@ POSITIONS = ("auto", "response_mean", "last_prompt_token", "all_mean")
 
 @dataclass(frozen=True)
 class Reading:
-    """An example as token ids, with the span `start` to `stop` of tokens over which its mean is taken."""
+    """An example as token ids, with the span `start` to `stop` of tokens over which its mean is taken.
+
+    `merged` and `dropped` are what the chat template merged or left out, see `RenderedChat`.
+    """
 
     token_ids: tuple[int, ...]
     start: int
     stop: int
     position: str
     chat_template: bool = False
+    merged: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
 
 
 def tokenize_example(
@@ -55,28 +59,46 @@ def tokenize_example(
 ) -> Reading:
     """Tokenise an example as the model sees it, up to the last token that is read out.
 
-    Raises `InputError` for a position that is unknown or that the example does not have.
+    Raises `InputError` for a position that is unknown or that the example does not have, and where the chat template
+    rejects the example.
     """
-    if position not in POSITIONS:
-        raise InputError(f"no position {position!r}: choose one of {', '.join(POSITIONS)}")
+    _check_position(position, is_text=example.text is not None)
     if example.text is not None:
-        if position not in ("auto", "all_mean"):
-            raise InputError(f"--position {position}: a bare text has no response; use all_mean")
-        ids = with_bos(tokenizer, tokenizer(example.text)["input_ids"])
+        ids = encode(tokenizer, example.text)
         return Reading(tuple(ids), min(1, len(ids) - 1), len(ids), "all_mean")
     assert example.prompt is not None and example.response is not None
-    templated = uses_chat_template(tokenizer, chat_template)
-    if templated:
-        system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-        rendered = render_chat(tokenizer, [*system, {"role": "user", "content": example.prompt}])
-        prompt = tokenizer(rendered, add_special_tokens=False)["input_ids"]
-    else:
-        prompt = with_bos(tokenizer, tokenizer(example.prompt + "\n")["input_ids"])
-    whole = (*prompt, *tokenizer(example.response, add_special_tokens=False)["input_ids"])
+    placed = place_response(
+        tokenizer,
+        example.prompt,
+        example.response,
+        system_prompt=system_prompt,
+        chat_template=chat_template,
+        separator="\n",
+    )
+    found = _reading(placed.token_ids, placed.start, position)
+    return replace(found, chat_template=placed.chat_template, merged=placed.merged, dropped=placed.dropped)
+
+
+def generated_reading(prompt: TokenizedPrompt, response_ids: Sequence[int], *, position: str = "auto") -> Reading:
+    """The reading of a response that the model gave to a prompt itself; raises like `tokenize_example`."""
+    _check_position(position, is_text=False)
+    found = _reading((*prompt.token_ids, *response_ids), len(prompt.token_ids), position)
+    return replace(found, chat_template=prompt.chat_template, merged=prompt.merged, dropped=prompt.dropped)
+
+
+def _check_position(position: str, *, is_text: bool) -> None:
+    if position not in POSITIONS:
+        raise InputError(f"no position {position!r}: choose one of {', '.join(POSITIONS)}")
+    if is_text and position not in ("auto", "all_mean"):
+        raise InputError(f"--position {position}: a bare text has no response; use all_mean")
+
+
+def _reading(ids: tuple[int, ...], n_prompt: int, position: str) -> Reading:
+    """The reading of a response after `n_prompt` tokens."""
     if position == "last_prompt_token":
-        return Reading(tuple(prompt), len(prompt) - 1, len(prompt), position, templated)
-    start = 1 if position == "all_mean" else len(prompt)
-    return Reading(whole, start, len(whole), "response_mean" if position == "auto" else position, templated)
+        return Reading(ids[:n_prompt], n_prompt - 1, n_prompt, position)
+    start = 1 if position == "all_mean" else n_prompt
+    return Reading(ids, start, len(ids), "response_mean" if position == "auto" else position)
 
 
 def read_out(

@@ -20,7 +20,7 @@ Contrastive Activation Addition" (2023).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,13 +28,14 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
+from tlcapture.errors import InputError
 from tlcapture.generation.interventions import Intervention, Steer, applied
 from tlcapture.generation.loop import continue_from, prefill
 from tlcapture.generation.outcomes import Failure, Outcome
 from tlcapture.generation.padding import right_pad
 from tlcapture.generation.sampling import GREEDY, STOP_TOKEN
 from tlcapture.models.loading import Model
-from tlcapture.prompts.tokenization import TokenizedPrompt, decode
+from tlcapture.prompts.tokenization import TokenizedPrompt, decode, place_response, unknown_token
 from tlcapture.shapes import Mask, Tokens, Vector
 from tlcapture.views.hooks import hook
 
@@ -122,6 +123,15 @@ class SteeringScore:
         return float(100 * self.coherence.mean())
 
 
+@dataclass(frozen=True)
+class _Answers:
+    """An answer per question: a state of each prompt up to its last token, which is not in it; that token and the
+    answer's."""
+
+    state: Any
+    rows: list[list[int]]
+
+
 class SteeringScorer:
     """Scores a model on a trait's questions while a vector steers it.
 
@@ -140,15 +150,12 @@ class SteeringScorer:
         self._model = model
         self._prompts = prompts
         self._new_tokens = new_tokens
-        self._prefilled = prefill(model, prompts)
+        self._states: dict[tuple[tuple[int, ...], ...], Any] = {}
         own = self._respond()
-        self._own_cost = self._cost(own)
-        # Where there are no completions, the model's own response takes their place in the typical norm.
-        texts = [
-            [list(ids)] * 2 if pair is None else [self._ids(text) for text in pair]
-            for pair, ids in zip(completions, own, strict=True)
-        ]
-        self._positive, self._negative = ([pair[side] for pair in texts] for side in (0, 1))
+        self._own_cost = self._cost(self._generated(own))
+        self._positive, self._negative = (
+            self._given([None if pair is None else pair[side] for pair in completions], own) for side in (0, 1)
+        )
         self._is_scored = torch.tensor([pair is not None for pair in completions])
         self._norms: dict[int, float] = {}
 
@@ -158,7 +165,7 @@ class SteeringScorer:
         A prompt without completions counts with the tokens of the model's own response.
         """
         if layer not in self._norms:
-            norms = [self._residual_norms(layer, texts) for texts in (self._positive, self._negative)]
+            norms = [self._residual_norms(layer, answers) for answers in (self._positive, self._negative)]
             self._norms[layer] = float(torch.cat(norms).median())
         return self._norms[layer]
 
@@ -177,34 +184,72 @@ class SteeringScorer:
     def _score(self, interventions: Sequence[Intervention]) -> SteeringScore:
         positive_cost, negative_cost = (self._cost(each, interventions) for each in (self._positive, self._negative))
         responses = self._respond(interventions)
-        excess = (self._cost(responses) - self._own_cost).clamp(min=0)
+        excess = (self._cost(self._generated(responses)) - self._own_cost).clamp(min=0)
         texts = [decode(self._model.tokenizer, ids) for ids in responses]
         trait = (negative_cost - positive_cost).sigmoid().where(self._is_scored, torch.nan)
         return SteeringScore(trait, (-excess).exp(), texts)
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self._model.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _given(self, texts: Sequence[str | None], own: Sequence[Sequence[int]]) -> _Answers:
+        """Given answers to the prompts, placed as the chat template places them.
 
-    def _branch(self) -> Any:
-        return self._model.branch(self._prefilled, range(len(self._prompts)))
+        The model's own response takes the place of a missing one.
+        """
+        prefixes: list[tuple[int, ...]] = []
+        answers: list[Sequence[int]] = []
+        for prompt, text, response in zip(self._prompts, texts, own, strict=True):
+            if text is None:
+                prefixes.append(tuple(prompt.token_ids))
+                answers.append(response)
+                continue
+            placed = place_response(
+                self._model.tokenizer,
+                prompt.source_text,
+                text,
+                system_prompt=prompt.system_prompt,
+                chat_template=prompt.chat_template,
+            )
+            unknown = unknown_token(self._model.tokenizer, placed.token_ids, self._model.d_vocab)
+            if unknown is not None:
+                raise InputError(f"steering question {prompt.id}: {unknown}")
+            prefixes.append(placed.token_ids[: placed.start])
+            answers.append(placed.token_ids[placed.start :])
+        return self._answers(tuple(prefixes), answers)
 
-    def _after_prompts(self, texts: Sequence[Sequence[int]]) -> tuple[Tokens, Mask]:
-        """The last prompt token of each question and a text after it, to run from a branch."""
-        return right_pad([[prompt.token_ids[-1], *ids] for prompt, ids in zip(self._prompts, texts, strict=True)])
+    def _generated(self, responses: Sequence[Sequence[int]]) -> _Answers:
+        """The model's own responses, which follow the prompts directly."""
+        return self._answers(self._prompt_ids, responses)
 
-    def _residual_norms(self, layer: int, texts: Sequence[Sequence[int]]) -> Float[Tensor, " n_tokens"]:
-        tokens, mask = self._after_prompts(texts)
-        return self._residual_out(layer, tokens, mask).float().norm(dim=-1)[mask.bool()]
+    def _answers(self, prefixes: tuple[tuple[int, ...], ...], texts: Sequence[Sequence[int]]) -> _Answers:
+        rows = [[prefix[-1], *text] for prefix, text in zip(prefixes, texts, strict=True)]
+        return _Answers(self._state(prefixes), rows)
 
-    def _residual_out(self, layer: int, tokens: Tokens, mask: Mask) -> Float[Tensor, "batch pos d_model"]:
+    @property
+    def _prompt_ids(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(prompt.token_ids for prompt in self._prompts)
+
+    def _state(self, prefixes: tuple[tuple[int, ...], ...]) -> Any:
+        """The state of all tokens of the prefixes but the last, made once; in most templates all have the same."""
+        if prefixes not in self._states:
+            prompts = [replace(prompt, token_ids=ids) for prompt, ids in zip(self._prompts, prefixes, strict=True)]
+            self._states[prefixes] = prefill(self._model, prompts)
+        return self._states[prefixes]
+
+    def _branch(self, state: Any) -> Any:
+        return self._model.branch(state, range(len(self._prompts)))
+
+    def _residual_norms(self, layer: int, answers: _Answers) -> Float[Tensor, " n_tokens"]:
+        tokens, mask = right_pad(answers.rows)
+        return self._residual_out(layer, tokens, mask, answers.state).float().norm(dim=-1)[mask.bool()]
+
+    def _residual_out(self, layer: int, tokens: Tokens, mask: Mask, state: Any) -> Float[Tensor, "batch pos d_model"]:
         name = hook("residual_out", layer)
-        return self._model.step(tokens, mask, self._branch(), {name}, want_logits=False).cache[name]
+        return self._model.step(tokens, mask, self._branch(state), {name}, want_logits=False).cache[name]
 
-    def _cost(self, texts: Sequence[Sequence[int]], interventions: Sequence[Intervention] = ()) -> PerQuestion:
-        """Nats per token of a text after each question's prompt; 0 for an empty text."""
-        tokens, mask = self._after_prompts(texts)
+    def _cost(self, answers: _Answers, interventions: Sequence[Intervention] = ()) -> PerQuestion:
+        """Nats per token of each question's answer; 0 for an empty one."""
+        tokens, mask = right_pad(answers.rows)
         with applied(self._model, interventions):
-            residual = self._residual_out(self._model.n_layers - 1, tokens, mask)
+            residual = self._residual_out(self._model.n_layers - 1, tokens, mask, answers.state)
         logits = self._model.unembed(residual[:, :-1]).float()
         costs = torch.nn.functional.cross_entropy(
             logits.transpose(1, 2), tokens[:, 1:].to(logits.device), reduction="none"
@@ -216,7 +261,7 @@ class SteeringScorer:
         """The greedy response to each question, without its stop token."""
         outcomes = continue_from(
             self._model,
-            self._branch(),
+            self._branch(self._state(self._prompt_ids)),
             self._prompts,
             max_new_tokens=self._new_tokens,
             sampling=GREEDY,

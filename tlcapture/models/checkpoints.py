@@ -15,6 +15,7 @@ import torch
 from tlcapture.errors import ModelError
 from tlcapture.models import embedded
 
+_TOKENIZER_FILES = ("*tokenizer*", "*vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "*.gguf")
 _UNQUANTISED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -51,6 +52,25 @@ def fetch(name: str, kind: str, source: str, **options: Any) -> Any:
             f"model {name!r} cannot be loaded: expected {embedded.NAME!r}, a folder of Hugging Face weights or the "
             f"name of a model on the hub: {reason[:300]}"
         ) from None
+
+
+def fetch_tokenizer(name: str, source: str) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises `ModelError` if the checkpoint has none: transformers then makes one that knows special tokens only.
+    """
+    advice = "copy tokenizer.json and tokenizer_config.json from the checkpoint that it was made from"
+    try:
+        tokenizer = fetch(name, "AutoTokenizer", source)
+    except ModelError:
+        folder = Path(source)
+        if folder.is_dir() and not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
+            raise ModelError(f"model {name!r} has no tokenizer files: {advice}") from None
+        raise
+    added = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
+    if len({*tokenizer.get_vocab().values()} - added) < 2:
+        raise ModelError(f"model {name!r} has no tokenizer vocabulary: {advice}")
+    return tokenizer
 
 
 def fetch_weights(name: str, source: str, *, n_devices: int = 1) -> Any:

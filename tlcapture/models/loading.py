@@ -19,7 +19,15 @@ import torch
 
 from tlcapture.errors import ModelError
 from tlcapture.models import embedded
-from tlcapture.models.checkpoints import cast, fetch, fetch_weights, fingerprint, quiet_loading, source_of
+from tlcapture.models.checkpoints import (
+    cast,
+    fetch,
+    fetch_tokenizer,
+    fetch_weights,
+    fingerprint,
+    quiet_loading,
+    source_of,
+)
 from tlcapture.models.engines.base import Model
 from tlcapture.models.engines.bridge import bridge_model, from_transformer_bridge
 from tlcapture.models.engines.hooked import (
@@ -64,7 +72,7 @@ def outline_model(name: str) -> ModelOutline:
     """Read a model's config and tokenizer; raises `ModelError` if it is not found."""
     with quiet_loading():
         source = source_of(name)
-        return ModelOutline(fetch(name, "AutoTokenizer", source), Measures.of(fetch(name, "AutoConfig", source)))
+        return ModelOutline(fetch_tokenizer(name, source), Measures.of(fetch(name, "AutoConfig", source)))
 
 
 def load_model(
@@ -100,10 +108,10 @@ def load_model(
         source = source_of(name) if source is None else str(source)
         config = fetch(name, "AutoConfig", source)
         chosen = pick_engine(name, engine, config)
+        tokenizer = fetch_tokenizer(name, source)
         model = fetch_weights(name, source, n_devices=n_devices if chosen == "bridge" else 1)
         checkpoint_fingerprint = fingerprint(model)
         cast(model, pick_dtype(dtype, target, config))
-        tokenizer = fetch(name, "AutoTokenizer", source)
         where: dict[str, Any] = {"device": str(target), "n_devices": n_devices}
         return from_hugging_face(
             model,
