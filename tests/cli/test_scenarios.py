@@ -58,8 +58,8 @@ def mean_state(text: str, *, completed: bool) -> torch.Tensor:
         ids += [2, *tokenizer("assistant\n")["input_ids"]]
         start = len(ids)
         new = model.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False, eos_token_id=[1, 3])
-        response = tokenizer.decode(new[0, start:], skip_special_tokens=True).strip()
-        ids += tokenizer(response, add_special_tokens=False)["input_ids"]
+        response = new[0, start:].tolist()
+        ids += response[:-1] if response[-1] in (1, 3) else response
     return model(torch.tensor([ids]), output_hidden_states=True).hidden_states[2][0][start:].mean(dim=0)
 
 
