@@ -14,8 +14,8 @@ from tlcapture.errors import ModelError
 from tlcapture.models.checkpoints import fingerprint
 from tlcapture.models.engines.base import EXTERNAL_PREFIX, Model, Step
 from tlcapture.models.engines.booting import ProcessRefusedError, text_only
-from tlcapture.models.engines.cache_names import share_cache_names
 from tlcapture.models.engines.hooked_config import architecture_of
+from tlcapture.models.engines.newer_transformers import support_newer_transformers
 from tlcapture.models.engines.tokenizers import for_transformer_lens, without_filled_in_bos
 from tlcapture.models.sizes import Measures
 from tlcapture.shapes import Logits, Mask, Residual, Rows, Tokens
@@ -161,7 +161,7 @@ def bridge_model(model: Any, tokenizer: Any, *, name: str, checkpoint_fingerprin
                 device=None if is_spread else device,
                 dtype=model.dtype,
             )
-        share_cache_names(tl.original_model)
+        support_newer_transformers(tl.original_model, model.dtype)
         bridge = BridgeModel(tl, tokenizer, model.config, model.generation_config, name, checkpoint_fingerprint)
         bridge.check()
     except (ModelError, torch.OutOfMemoryError):
@@ -196,7 +196,7 @@ def from_transformer_bridge(bridge: Any, *, name: str | None = None) -> BridgeMo
     generation_config = getattr(hf, "generation_config", None)
     tokenizer = without_filled_in_bos(bridge.tokenizer)
     name = name or bridge.cfg.model_name
-    share_cache_names(hf)
+    support_newer_transformers(hf, hf.dtype)
     model = BridgeModel(bridge, tokenizer, hf.config, generation_config, name, external_fingerprint)
     model.check()
     return model

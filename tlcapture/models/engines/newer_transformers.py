@@ -1,8 +1,11 @@
-"""The names of the key-value cache in calls between TransformerLens and transformers.
+"""What TransformerLens's components do not know of transformers 5.24.
 
-transformers 5.24 renamed `past_key_values` and `cache_params` to `cache`. TransformerLens (up to 4.3) knows only the old
-names: its attention then runs without the earlier positions. Here each of its components finds the cache under every
-name, and the modules of transformers get the name that they take.
+The key-value cache has another name: `past_key_values` and `cache_params` became `cache`. TransformerLens (up to 4.3)
+looks for the old names only, so that its attention would run without the earlier positions. Here each of its components
+finds the cache under every name, and the modules of transformers get the name that they take.
+
+The cache keeps the dtypes of keys and values apart. TransformerLens leaves keys rotated by float32 angles (OLMo-2) in
+float32, next to values in 16 bits. Here they return to the model's dtype, as in transformers.
 """
 
 from __future__ import annotations
@@ -11,23 +14,26 @@ import inspect
 import logging
 from typing import Any
 
+import torch
 from torch import nn
 
 _NEW = "cache"
 _OLD = ("past_key_values", "cache_params")
+_ROTATED = ("hook_rot_q", "hook_rot_k")
 
 
-def share_cache_names(original_model: nn.Module) -> None:
-    """Let a bridged Hugging Face model and its TransformerLens components call the cache by different names.
-
-    Does nothing for models whose modules take `past_key_values`, as all do before transformers 5.24.
-    """
-    takes_new = [module for module in original_model.modules() if _takes_new_name(module)]
-    components = [module for module in original_model.modules() if _takes_new_name(_wrapped(module))]
+def support_newer_transformers(original_model: nn.Module, dtype: torch.dtype) -> None:
+    """Adapt the TransformerLens components in a bridged Hugging Face model, whose weights have the given dtype."""
+    modules = list(original_model.modules())
+    takes_new = [module for module in modules if _takes_new_name(module)]
     for module in takes_new:
         module.register_forward_pre_hook(_only_the_new_name, with_kwargs=True)
-    for component in components:
-        component.register_forward_pre_hook(_every_name, with_kwargs=True)
+    for module in modules:
+        if _takes_new_name(_wrapped(module)):
+            module.register_forward_pre_hook(_every_name, with_kwargs=True)
+        for name in _ROTATED:
+            if name in module._modules:
+                module.get_submodule(name).register_forward_pre_hook(lambda hook, args: args[0].to(dtype))
     if takes_new:
         logging.getLogger("transformers.utils.generic").addFilter(_is_not_about_the_names)
 
