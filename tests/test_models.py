@@ -45,8 +45,8 @@ def test_with_transformerlens_4_auto_chooses_the_bridge_and_hooked_names_what_to
     monkeypatch.setattr("tlcapture.models.engines.hooked.version", lambda package: installed)
     assert load_model(str(tiny_folder)).engine == "bridge"
     message = (
-        f"engine 'hooked' needs HookedTransformer, which TransformerLens {installed} does not have: "
-        'use --engine bridge, or pip install "transformer_lens>=3.9,<4"'
+        f"engine 'hooked' is missing: TransformerLens {installed} has no HookedTransformer; "
+        'pip install "transformer_lens<4" gives engine hooked; or use --engine bridge'
     )
     for refused in (
         lambda: load_model(str(tiny_folder), engine="hooked"),

@@ -36,6 +36,7 @@ from tlcapture.models.engines.hooked import (
     has_hooked_transformer,
     hooked_model,
     require_hooked_transformer,
+    why_no_hooked_transformer,
 )
 from tlcapture.models.engines.hooked_config import architecture_of, covers
 from tlcapture.models.lazy_model import LazyModel
@@ -196,6 +197,11 @@ def pick_engine(name: str, engine: str, config: Any) -> str:
     if engine == "auto":
         return "bridge"
     raise ModelError(f"engine 'hooked' does not cover {name!r}: {reason}; use --engine bridge")
+
+
+def why_bridge(config: Any) -> str:
+    """Why `auto` takes the engine `bridge` for a model."""
+    return why_no_hooked_transformer() or f"engine hooked does not cover it: {covers(config)}"
 
 
 def pick_device(device: str) -> torch.device:

@@ -90,8 +90,13 @@ class ModelLoader:
         dtype = str(model.dtype).removeprefix("torch.")
         facts = {"name": model.name, "engine": model.engine, "device": str(model.device), "dtype": dtype}
         self.display.uses(model={**facts, "fingerprint": model.fingerprint})
-        self.display.line(
-            f"{self.name} on engine {model.engine}, {model.device}, {dtype}: {model.n_layers} layers, "
-            f"d_model {model.d_model}"
-        )
+        sizes = f"{model.n_layers} layers, d_model {model.d_model}"
+        self.display.line(f"{self.name} on engine {model.engine}, {model.device}, {dtype}: {sizes}{self._why(model)}")
         return model
+
+    def _why(self, model: Model) -> str:
+        """Why the model does not run on the default engine, in brackets; empty if it does or if another was chosen."""
+        from tlcapture.models.loading import why_bridge
+
+        is_fallback = self.engine == "auto" and model.engine == "bridge"
+        return f" ({why_bridge(model.hf_config)})" if is_fallback else ""

@@ -27,6 +27,7 @@ from tlcapture.models.engines.hook_layouts import (
 )
 from tlcapture.models.engines.hooked_config import architecture_of
 from tlcapture.models.engines.more_adapters import register_adapters
+from tlcapture.models.engines.newer_transformers import support_newer_transformers
 from tlcapture.models.engines.tokenizers import for_transformer_lens, without_filled_in_bos
 from tlcapture.models.sizes import WITHOUT_ATTENTION, Measures, layer_kinds
 from tlcapture.shapes import Logits, Mask, Residual, Rows, Tokens
@@ -273,6 +274,7 @@ def bridge_model(model: Any, tokenizer: Any, *, name: str, checkpoint_fingerprin
                 device=None if is_spread else device,
                 dtype=model.dtype,
             )
+        support_newer_transformers(tl.original_model, model.dtype)
         bridge = BridgeModel(tl, tokenizer, model.config, model.generation_config, name, checkpoint_fingerprint)
         bridge.check()
     except (ModelError, torch.OutOfMemoryError):
@@ -314,6 +316,7 @@ def from_transformer_bridge(bridge: Any, *, name: str | None = None) -> BridgeMo
     generation_config = getattr(hf, "generation_config", None)
     tokenizer = without_filled_in_bos(bridge.tokenizer)
     name = name or bridge.cfg.model_name
+    support_newer_transformers(hf, hf.dtype)
     model = BridgeModel(bridge, tokenizer, hf.config, generation_config, name, external_fingerprint)
     model.check()
     return model

@@ -30,13 +30,19 @@ def has_hooked_transformer() -> bool:
     return int(version("transformer_lens").split(".")[0]) < 4
 
 
+def why_no_hooked_transformer() -> str | None:
+    """Why the engine `hooked`, the faster one, is missing and how to get it; `None` if it is there."""
+    if has_hooked_transformer():
+        return None
+    installed = version("transformer_lens")
+    return f'TransformerLens {installed} has no HookedTransformer; pip install "transformer_lens<4" gives engine hooked'
+
+
 def require_hooked_transformer() -> None:
     """Raise `ModelError`, which names the version to install, if TransformerLens has no HookedTransformer."""
-    if not has_hooked_transformer():
-        raise ModelError(
-            f"engine 'hooked' needs HookedTransformer, which TransformerLens {version('transformer_lens')} does not "
-            'have: use --engine bridge, or pip install "transformer_lens>=3.9,<4"'
-        )
+    reason = why_no_hooked_transformer()
+    if reason is not None:
+        raise ModelError(f"engine 'hooked' is missing: {reason}; or use --engine bridge")
 
 
 class HookedModel(Model):
