@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from tlcapture.cli.cluster import ClusterOptions, cluster_options
 from tlcapture.cli.console import Console, show_top_traits
 from tlcapture.cli.grouping import collected
-from tlcapture.cli.option_types import LayerOrWord, if_given
+from tlcapture.cli.option_types import LayerOrWord
 from tlcapture.cli.options import (
     HELP_NAMES,
     KeptOptions,
@@ -96,6 +97,12 @@ class _Settings:
         )
 
 
+def _own_temperature(context: click.Context, option: click.Parameter, value: float) -> float | None:
+    """The temperature; `None`, the checkpoint's own, if only `--sampling checkpoint` was given."""
+    is_default = context.get_parameter_source("temperature") is ParameterSource.DEFAULT
+    return None if is_default and context.params["sampling"] == "checkpoint" else value
+
+
 @click.command(context_settings=HELP_NAMES)
 @location_options
 @prompt_set_options
@@ -127,7 +134,7 @@ class _Settings:
     type=click.FloatRange(min=0),
     default=0.7,
     show_default=True,
-    callback=if_given,
+    callback=_own_temperature,
     help="Sampling temperature; 0 is greedy. With --sampling checkpoint, the default is the checkpoint's own.",
 )
 @click.option(
@@ -135,6 +142,7 @@ class _Settings:
     type=click.Choice(["plain", "checkpoint"]),
     default="plain",
     show_default=True,
+    is_eager=True,  # the default of --temperature depends on it
     help="plain: by temperature alone; checkpoint: as its generation config says (penalties, top-k, top-p ...).",
 )
 @click.option("--skip-existing", is_flag=True, help="Write only missing files.")
