@@ -1,4 +1,4 @@
-"""The wheel contains the shipped prompt sets and traits, and requires only supported versions."""
+"""The wheel contains every module, and the shipped prompt sets and traits."""
 
 from __future__ import annotations
 
