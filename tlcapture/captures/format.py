@@ -23,8 +23,13 @@ Size = Annotated[int, Field(ge=1)]
 
 
 def check_version(value: Any, path: Path) -> None:
-    """Raise `StorageError` for a file of another version."""
+    """Raise `StorageError` for a file of another version, and for one without a version, which no tlcapture wrote."""
     version = value.get("format_version") if isinstance(value, dict) else FORMAT_VERSION
+    if version is None:
+        raise StorageError(
+            f"{path}: not a raw residual file of tlcapture, since it has no format_version: captures of other "
+            "tools are not read, because their rows may belong to other tokens and their points to other hooks"
+        )
     if isinstance(version, int) and version != FORMAT_VERSION:
         raise StorageError(f"{path}: format version {version}, this tlcapture reads {FORMAT_VERSION}")
 

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from tlcapture.runs.shards import Shard
     from tlcapture.storage.layout import Layout
 
+_MOST_PATHS = 20  # that a dry run lists
+
 
 @dataclass(frozen=True)
 class _Settings:
@@ -129,7 +131,7 @@ class _Settings:
     help="Sampling temperature; 0 is greedy.",
 )
 @click.option("--skip-existing", is_flag=True, help="Write only missing files.")
-@click.option("--overwrite", is_flag=True, help="Replace raw files that cannot be read, and files derived from them.")
+@click.option("--overwrite", is_flag=True, help="Replace files that cannot be read, and those derived from them, too.")
 @click.option("--dry-run", is_flag=True, help="Only report how many prompts, files and bytes would be written.")
 @click.option("--limit", type=click.IntRange(1, 2**31 - 1), metavar="N", help="Only the first prompts of each set.")
 @shard_option
@@ -173,7 +175,7 @@ def capture(
 
     report = run_capture(layout, sets, options, load, console, executor)
     # Projections of an earlier run would look like this run's, had this one written nothing.
-    if options.project and (report.n_files or not report.failures):
+    if options.projects and (report.n_files or not report.failures):
         for prompt_set in sets:
             show_top_traits(console, layout, prompt_set.name)
 
@@ -196,13 +198,28 @@ def _show_estimate(
     from tlcapture.storage.files import free_bytes
     from tlcapture.text import format_bytes
 
-    estimate, free = estimate_capture(layout, sets, options, load), free_bytes(layout.folder)
-    console.uses(estimate={**estimate.to_json(), "free": free})
+    (estimate, affected), free = estimate_capture(layout, sets, options, load), free_bytes(layout.folder)
+    failures = [*estimate.failures, *affected.failures]
+    changes = {
+        name: [path.relative_to(layout.folder).as_posix() for path in paths]
+        for name, paths in (("replaces", affected.replaced), ("removes", affected.removed))
+    }
+    facts = {**estimate.to_json(), **changes, "failures": [failed._asdict() for failed in failures], "free": free}
+    console.uses(estimate=facts)
     completed = f", {estimate.n_completed} captures to complete" if estimate.n_completed else ""
     console.line(f"{estimate.n_prompts} prompts to capture{completed}; at most about:")
     kinds = {**estimate.by_kind, "total": (estimate.n_files, estimate.n_bytes)}
     rows = [(kind, f"{count} files", format_bytes(size)) for kind, (count, size) in kinds.items()]
     console.table([Column(), Column(right=True), Column(right=True)], rows)
     console.line(f"free on the device: {format_bytes(free)}")
-    for failed in estimate.failures:
+    _show_changes(console, "would replace", changes["replaces"])
+    _show_changes(console, "would remove, unless the tokens stay the same", changes["removes"])
+    for failed in failures:
         console.line(f"would fail: {failed}")
+
+
+def _show_changes(console: Console, what: str, paths: Sequence[str]) -> None:
+    for path in paths[:_MOST_PATHS]:
+        console.line(f"{what}: {path}")
+    if len(paths) > _MOST_PATHS:
+        console.line(f"{what}: {len(paths) - _MOST_PATHS} more files (--json lists all)")

@@ -61,10 +61,10 @@ class Datasets:
             f"and in the package; existing sets: {existing}"
         )
 
-    def traits(self) -> list[Trait]:
-        """All traits that have contrastive examples, sorted."""
+    def traits(self, *, own: bool = False) -> list[Trait]:
+        """All traits that have contrastive examples, or the root's `own` ones alone, sorted."""
         found = set()
-        for folder in self.folders:
+        for folder in self.folders[:1] if own else self.folders:
             for path in folder.glob("traits/*/*"):
                 if path.is_dir() and all(map(is_safe_name, (path.parent.name, path.name))):
                     found.add(Trait(path.parent.name, path.name))
