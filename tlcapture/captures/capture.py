@@ -22,6 +22,7 @@ from tlcapture.captures.format import FORMAT_VERSION, CaptureContent, PartConten
 from tlcapture.captures.index import add_index, read_index
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError, NumericalError, StorageError
+from tlcapture.names import PromptId
 from tlcapture.shapes import Residual
 from tlcapture.storage.files import Hook, Written, read_tensors, write_tensors
 from tlcapture.views.cache import stacked
@@ -77,9 +78,10 @@ class Capture:
         return ColouredTokens(self.tokens, len(self.prompt.tokens), label=", ".join(facts))._repr_html_()
 
     @property
-    def prompt_id(self) -> str:
-        """Id of the prompt in its set."""
-        return str(self.metadata["prompt_id"])
+    def prompt_id(self) -> PromptId:
+        """Id of the prompt in its set: a text or a number."""
+        found = self.metadata["prompt_id"]
+        return found if isinstance(found, int) else str(found)
 
     @property
     def prompt_set(self) -> str:

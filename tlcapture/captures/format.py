@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from tlcapture.errors import StorageError, TlcaptureError
-from tlcapture.names import is_safe_name
+from tlcapture.names import PromptId, is_prompt_set, prompt_id_problem
 from tlcapture.storage.tensors import described, is_plain
 from tlcapture.storage.validation import FileContent, Layer, checked
 from tlcapture.views.hooks import POINTS
@@ -38,7 +38,7 @@ class CaptureMetadata(FileContent):
     """Metadata of a capture; further fields record more of how it was made."""
 
     prompt_set: str
-    prompt_id: str
+    prompt_id: PromptId
     n_layers: Annotated[int, Field(ge=1, le=10_000)]
     d_model: Size
     inference_model: str
@@ -52,11 +52,18 @@ class CaptureMetadata(FileContent):
     layers: Annotated[list[Layer] | None, Field(min_length=1)] = None
     points: Annotated[list[str] | None, Field(min_length=1)] = None
 
-    @field_validator("prompt_set", "prompt_id")
+    @field_validator("prompt_set")
     @classmethod
-    def _is_a_safe_name(cls, value: str) -> str:
-        if not is_safe_name(value):
+    def _is_a_prompt_set(cls, value: str) -> str:
+        if not is_prompt_set(value):
             raise ValueError(f"{value!r} is not a safe file name")
+        return value
+
+    @field_validator("prompt_id")
+    @classmethod
+    def _is_an_id(cls, value: PromptId) -> PromptId:
+        if problem := prompt_id_problem(value):
+            raise ValueError(problem)
         return value
 
 

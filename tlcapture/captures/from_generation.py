@@ -55,6 +55,7 @@ def capture_of(
         "chat_template": prompt.chat_template,
         "bos": bos_policy(model.tokenizer, prompt.token_ids, chat_template=prompt.chat_template),
         "capture_date": now(),
+        **({"prompt_fields": dict(prompt.fields)} if prompt.fields else {}),
     }
     return Capture(
         CapturedPart(prompt.text, texts[:n_prompt], list(prompt.token_ids), stream.tokens(0, n_prompt, dtype)),

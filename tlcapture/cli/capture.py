@@ -163,43 +163,53 @@ def capture(
     Writes raw residuals to experiments/NAME/inference/raw/residual, add-ons next to them, and projections
     onto the experiment's trait vectors if it has any.
     """
-    sets = _prompt_sets(location, prompt_sets, settings.prompt)
+    sets, refused = _prompt_sets(location, prompt_sets, settings.prompt)
     layout = location.layout
     load = model.loader_for(layout, "inference_model", console)
     executor = cluster.make_executor(settings.batch_size, can_collect=not settings.projections_only)
     options = settings.capture_options(kept, vectors)
     if settings.dry_run:
-        _show_estimate(console, layout, sets, options, load)
+        _show_estimate(console, layout, sets, refused, options, load)
         return
     from tlcapture.commands.capture import run_capture
 
-    report = run_capture(layout, sets, options, load, console, executor)
+    report = run_capture(layout, sets, options, load, console, executor, refused)
     # Projections of an earlier run would look like this run's, had this one written nothing.
     if options.projects and (report.n_files or not report.failures):
         for prompt_set in sets:
             show_top_traits(console, layout, prompt_set.name)
 
 
-def _prompt_sets(location: Location, chosen: PromptSetOptions, prompt: str | None) -> list[PromptSet]:
-    from tlcapture.prompts.prompt_sets import adhoc, read_prompt_set
+def _prompt_sets(
+    location: Location, chosen: PromptSetOptions, prompt: str | None
+) -> tuple[list[PromptSet], list[tuple[str, str]]]:
+    """The prompt sets to capture, and the names of those among all that cannot be read, with the reasons."""
+    from tlcapture.prompts.prompt_sets import adhoc, read_all_prompt_sets, read_prompt_set
 
     if sum([chosen.prompt_set is not None, prompt is not None, chosen.all_prompt_sets]) != 1:
         raise click.UsageError("give one of --prompt-set NAME, --prompt TEXT and --all-prompt-sets")
     if prompt is not None:
-        return [adhoc(prompt)]
-    datasets = location.datasets
-    return [read_prompt_set(datasets, name) for name in chosen.prompt_set or datasets.prompt_sets()]
+        return [adhoc(prompt)], []
+    if chosen.prompt_set is None:
+        return read_all_prompt_sets(location.datasets)
+    return [read_prompt_set(location.datasets, name) for name in chosen.prompt_set], []
 
 
 def _show_estimate(
-    console: Console, layout: Layout, sets: Sequence[PromptSet], options: CaptureOptions, load: ModelLoader
+    console: Console,
+    layout: Layout,
+    sets: Sequence[PromptSet],
+    refused: Sequence[tuple[str, str]],
+    options: CaptureOptions,
+    load: ModelLoader,
 ) -> None:
     from tlcapture.commands.capture import estimate_capture
+    from tlcapture.runs.report import Failed
     from tlcapture.storage.files import free_bytes
     from tlcapture.text import format_bytes
 
     (estimate, affected), free = estimate_capture(layout, sets, options, load), free_bytes(layout.folder)
-    failures = [*estimate.failures, *affected.failures]
+    failures = [*(Failed(*each) for each in refused), *estimate.failures, *affected.failures]
     changes = {
         name: [path.relative_to(layout.folder).as_posix() for path in paths]
         for name, paths in (("replaces", affected.replaced), ("removes", affected.removed))

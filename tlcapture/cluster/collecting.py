@@ -52,7 +52,7 @@ def store_outputs(layout: Layout, files: Mapping[str, bytes], done: Done, *, ove
     files = {name: content for name, content in files.items() if name not in kept}
     raw = [name for name in files if "/inference/raw/residual/" in name]
     others = [name for name in files if name not in raw and not name.endswith("/config.json")]
-    markers = [layout.unfinished(*_prompt(layout.root / name)) for name in raw]
+    markers = [layout.unfinished(*layout.of_residual(layout.root / name)) for name in raw]
     for marker in markers:
         write_bytes(marker, b"")
     written = [_store_capture(layout, layout.root / name, files[name]) for name in raw]
@@ -66,7 +66,7 @@ def _not_replaceable(layout: Layout, files: Mapping[str, bytes]) -> list[Failed]
     found = []
     for name in files:
         path = layout.root / name
-        others = derived_files(layout, *_prompt(path)) if "/inference/raw/residual/" in name else []
+        others = derived_files(layout, *layout.of_residual(path)) if "/inference/raw/residual/" in name else []
         try:
             for each in (path, *others) if path.suffix in (".pt", ".json") and path.name != "config.json" else ():
                 check_replaceable(layout, each)
@@ -82,11 +82,6 @@ def _store_capture(layout: Layout, path: Path, content: bytes) -> Written:
         capture = Capture.open(new)
         update_config(layout, inference_model=str(capture.metadata["inference_model"]))
         if not is_alike(path, capture):
-            remove(derived_files(layout, *_prompt(path)))
+            remove(derived_files(layout, *layout.of_residual(path)))
 
     return write_bytes(path, content, before_replacing=remove_derived)
-
-
-def _prompt(path: Path) -> tuple[str, str]:
-    """Prompt set and id of a raw residual file."""
-    return path.parent.name, path.stem

@@ -11,6 +11,7 @@ from tlcapture.commands.capture_outputs import Outputs
 from tlcapture.commands.capture_tasks import CaptureOptions, CaptureTask
 from tlcapture.commands.projections import without_projection
 from tlcapture.errors import InputError, StorageError
+from tlcapture.names import PromptId
 from tlcapture.runs.report import Failed
 from tlcapture.storage.layout import Layout, derived_files
 from tlcapture.traits.choice import VectorChooser
@@ -45,7 +46,9 @@ class AffectedFiles:
                 found._add_saved(layout, options, name, prompt_id, wanted, chooser)
         return found
 
-    def _add_fresh(self, layout: Layout, options: CaptureOptions, name: str, prompt_id: str, wanted: Outputs) -> None:
+    def _add_fresh(
+        self, layout: Layout, options: CaptureOptions, name: str, prompt_id: PromptId, wanted: Outputs
+    ) -> None:
         raw = layout.residual(name, prompt_id)
         existing = [path for path in (raw, *derived_files(layout, name, prompt_id)) if path.is_file()]
         if not existing:
@@ -60,7 +63,7 @@ class AffectedFiles:
         layout: Layout,
         options: CaptureOptions,
         name: str,
-        prompt_id: str,
+        prompt_id: PromptId,
         wanted: Outputs,
         chooser: VectorChooser,
     ) -> None:
@@ -82,7 +85,7 @@ class AffectedFiles:
         self.replaced += [path for path in paths if path.is_file()]
 
 
-def _projections(layout: Layout, options: CaptureOptions, name: str, prompt_id: str) -> Iterator[Path]:
+def _projections(layout: Layout, options: CaptureOptions, name: str, prompt_id: PromptId) -> Iterator[Path]:
     """The projection files that a capture writes, whether they exist or not."""
     source = options.vectors.layout(layout)
     try:

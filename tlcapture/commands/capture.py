@@ -47,8 +47,11 @@ def run_capture(
     load: ModelLoader,
     display: Display = Display(),
     executor: Executor = LocalExecutor(),
+    refused: Sequence[tuple[str, str]] = (),
 ) -> RunReport:
     """Capture prompt sets into an experiment. The model is loaded only if something has to be computed.
+
+    `refused` are names of prompt sets that could not be read, with the reasons; they are added to the failures.
 
     Returns:
         What was written and which prompts failed.
@@ -59,6 +62,8 @@ def run_capture(
     """
     _check(layout, options)
     run = Run.begin(layout, display)
+    for what, reason in refused:
+        run.failed(what, reason)
     known_model = partial(executor.known_model, load)
     planner = TaskPlanner(layout, options, read_config(layout), load.name, known_model)
     tasks = planner.tasks(prompt_sets)

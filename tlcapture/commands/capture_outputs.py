@@ -15,6 +15,7 @@ from tlcapture.captures.from_generation import is_alike
 from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.errors import NumericalError, StorageError
 from tlcapture.models.loading import Model
+from tlcapture.names import PromptId
 from tlcapture.prompts.tokenization import token_texts
 from tlcapture.runs.background_writer import Write
 from tlcapture.runs.existing_files import is_readable
@@ -73,7 +74,7 @@ class Outputs:
         has_attn_out = capture.prompt.residual.attn_out is not None
         return capture.kept.includes(self.kept) and (has_attn_out or not self.attn_out)
 
-    def add_on_files(self, layout: Layout, prompt_set: str, prompt_id: str) -> list[Path]:
+    def add_on_files(self, layout: Layout, prompt_set: str, prompt_id: PromptId) -> list[Path]:
         """The files of the requested add-ons, whether they exist or not."""
         where = (prompt_set, prompt_id)
         return [
@@ -82,7 +83,7 @@ class Outputs:
             *(layout.internals(*where, layer) for layer in self.internals),
         ]
 
-    def missing(self, layout: Layout, prompt_set: str, prompt_id: str, *, overwrite: bool = False) -> Outputs:
+    def missing(self, layout: Layout, prompt_set: str, prompt_id: PromptId, *, overwrite: bool = False) -> Outputs:
         """The requested outputs that do not exist yet or are older than the prompt's capture.
 
         With `overwrite`, files of add-ons that cannot be read count as missing.
@@ -94,7 +95,7 @@ class Outputs:
         return self.lacking(layout, prompt_set, prompt_id, since=captured, overwrite=overwrite)
 
     def lacking(
-        self, layout: Layout, prompt_set: str, prompt_id: str, *, since: int = 0, overwrite: bool = False
+        self, layout: Layout, prompt_set: str, prompt_id: PromptId, *, since: int = 0, overwrite: bool = False
     ) -> Outputs:
         """The requested add-ons that do not exist or were modified before `since`, in nanoseconds since the epoch."""
 
@@ -178,7 +179,7 @@ def add_ons(
             rounded to the dtype in which it was saved.
         save_dtype: the dtype of internals in their files, or `auto`.
     """
-    names = {"prompt_id": capture.prompt_id, "prompt_set": capture.prompt_set}
+    names: dict[str, Any] = {"prompt_id": capture.prompt_id, "prompt_set": capture.prompt_set}
     where = (capture.prompt_set, capture.prompt_id)
     tokens, n_prompt = capture.tokens, len(capture.prompt.tokens)
     if wanted.attention:

@@ -17,6 +17,7 @@ from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.projections import ExistingProjections, without_projection
 from tlcapture.errors import InputError, StorageError
 from tlcapture.generation.sampling import Sampling
+from tlcapture.names import PromptId
 from tlcapture.prompts.prompt_sets import Prompt, PromptSet
 from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
 from tlcapture.runs.existing_files import OVERWRITE, check_replaceable
@@ -134,11 +135,11 @@ class CaptureTask:
 
     prompt_set: PromptSet
     batched: Sequence[TokenizedPrompt]
-    fresh: frozenset[str]
-    saved: Mapping[str, Outputs]
+    fresh: frozenset[PromptId]
+    saved: Mapping[PromptId, Outputs]
     refused: Sequence[tuple[str, str]]
     unreadable: Sequence[tuple[str, str]] = ()
-    other_sampling: Sequence[str] = ()
+    other_sampling: Sequence[PromptId] = ()
 
     @property
     def failing(self) -> Sequence[tuple[str, str]]:
@@ -152,7 +153,7 @@ class CaptureTask:
 
     def label(self) -> str:
         """The name of the task in messages."""
-        ids = [*sorted(self.fresh), *self.saved]
+        ids = [*sorted(self.fresh, key=str), *self.saved]
         return f"{self.prompt_set.name}/{ids[0]}" if len(ids) == 1 else f"{len(ids)} prompts of {self.prompt_set.name}"
 
     def split(self, most: int) -> list[CaptureTask]:
@@ -194,7 +195,7 @@ class TaskPlanner:
         self._config = config
         self._model_name = model_name
         self._model = model
-        self._other_sampling: list[str] = []
+        self._other_sampling: list[PromptId] = []
         self._chooser = VectorChooser(layout, options.vectors)
 
     def tasks(self, prompt_sets: Sequence[PromptSet]) -> list[CaptureTask]:
@@ -215,10 +216,10 @@ class TaskPlanner:
         prompts = prompt_set.prompts[: self._options.limit]
         if self._options.shard is not None:
             prompts = list(self._options.shard.of(prompts))
-        saved: dict[str, Outputs] = {}
+        saved: dict[PromptId, Outputs] = {}
         refused: list[tuple[str, str]] = []
         unreadable: list[tuple[str, str]] = []
-        fresh: set[str] = set()
+        fresh: set[PromptId] = set()
         self._other_sampling = []
         advice = "capture it again with --overwrite" if self._options.replay else REPLACE
         for prompt in prompts:
@@ -247,7 +248,7 @@ class TaskPlanner:
                     refused.append((f"{prompt_set.name}/{prompt.id}", str(error)))
         return CaptureTask(prompt_set, batched, frozenset(fresh), saved, refused, unreadable, self._other_sampling)
 
-    def _check_replaceable(self, prompt_set: str, prompt_id: str, wanted: Outputs, saved: Capture | None) -> None:
+    def _check_replaceable(self, prompt_set: str, prompt_id: PromptId, wanted: Outputs, saved: Capture | None) -> None:
         """Raise `StorageError` if a file cannot be read that would be replaced, removed, or passed over as present."""
         if wanted.residual or saved is None:
             files = derived_files(self._layout, prompt_set, prompt_id)
@@ -338,7 +339,7 @@ class TaskPlanner:
         return prompt_set.system_prompt_of(prompt, self._config.system_prompt)
 
     def _tokenized(self, prompt_set: PromptSet, prompt: Prompt) -> TokenizedPrompt:
-        return tokenize(
+        tokenized = tokenize(
             self._model().tokenizer,
             prompt.text,
             prompt_set=prompt_set.name,
@@ -346,3 +347,4 @@ class TaskPlanner:
             system_prompt=self._system_prompt(prompt_set, prompt),
             chat_template=self.asked_template,
         )
+        return replace(tokenized, fields=prompt.fields)

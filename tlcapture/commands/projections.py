@@ -11,7 +11,7 @@ from typing import Any
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.provenance import now
 from tlcapture.commands.capture_records import CaptureRecord
-from tlcapture.names import Trait
+from tlcapture.names import PromptId, Trait
 from tlcapture.runs.existing_files import check_replaceable, is_readable
 from tlcapture.runs.run import Run
 from tlcapture.storage.files import read_json, write_json
@@ -52,7 +52,7 @@ def without_projection(
 
 
 def _is_projected(
-    layout: Layout, prompt_set: str, prompt_id: str, vector: TraitVector, existing: ExistingProjections
+    layout: Layout, prompt_set: str, prompt_id: PromptId, vector: TraitVector, existing: ExistingProjections
 ) -> bool:
     """Whether a prompt has a projection that is kept, no older than the raw capture and the vector it is onto."""
     path = layout.projection(vector.trait, vector.component, prompt_set, prompt_id)

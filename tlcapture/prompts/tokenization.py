@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from tlcapture.errors import InputError
+from tlcapture.names import PromptId
 from tlcapture.prompts.chat_template import render_chat, uses_chat_template
 
 # Decoded texts by tokenizer and token id: one logit lens needs thousands of them, and the next needs the same ones.
@@ -25,15 +26,17 @@ class TokenizedPrompt:
         token_ids: ids of the rendered text.
         system_prompt: the system prompt, if any.
         chat_template: whether the chat template was applied.
+        fields: further keys of the prompt in its set.
     """
 
     prompt_set: str
-    id: str
+    id: PromptId
     source_text: str
     text: str
     token_ids: tuple[int, ...]
     system_prompt: str | None
     chat_template: bool
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 def tokenize(
@@ -41,7 +44,7 @@ def tokenize(
     text: str,
     *,
     prompt_set: str,
-    prompt_id: str,
+    prompt_id: PromptId,
     system_prompt: str | None = None,
     chat_template: bool | None = None,
 ) -> TokenizedPrompt:

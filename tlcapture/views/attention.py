@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tlcapture.names import PromptId
 from tlcapture.shapes import Patterns
 from tlcapture.storage.rounding import WEIGHT_DIGITS, rounded_for_json
 from tlcapture.views.cache import Cache, stacked
@@ -26,7 +27,7 @@ class AttentionPatterns:
         return f"AttentionPatterns({n_layers} layers, {n_heads} heads, {n_tokens} tokens)"
 
     def to_json(
-        self, *, prompt_id: str, prompt_set: str, tokens: Sequence[str], n_prompt_tokens: int
+        self, *, prompt_id: PromptId, prompt_set: str, tokens: Sequence[str], n_prompt_tokens: int
     ) -> dict[str, Any]:
         """The content of `{id}_attention.json`; weights have 4 significant digits."""
         n_layers, n_heads, n_tokens, _ = self.patterns.shape
