@@ -52,8 +52,8 @@ def check_prompt_set(name: str) -> str:
     """Return the name of a prompt set, or raise `InputError`."""
     if not isinstance(name, str) or not is_prompt_set(name):
         raise InputError(
-            f"prompt set {name!r} is not a safe file name: use letters, digits, '.', '_' and '-', and '/' between the "
-            f"names of folders (at most {_LONGEST}, in at most {MOST_FOLDERS} parts, none empty or starting with '.' or '-')"
+            f"prompt set {name!r} is not a safe file name: use letters, digits, '.', '_' and '-', and '/' after the "
+            f"name of a folder (at most {_LONGEST}, in at most {MOST_FOLDERS} parts, not starting with '.' or '-')"
         )
     return name
 

@@ -47,7 +47,7 @@ class _Carried:
                 continue
             except (TlcaptureError, OSError) as error:
                 missing[path] = {"what": self.contents.problem(error), "command": ""}
-                self.on_problem(self.contents.problem(error))
+                self.on_problem(str(error))
                 continue
             left -= len(packed)
             if left < 0:
@@ -65,7 +65,7 @@ class _Carried:
     def read(self, name: str, parameters: dict[str, str]) -> Any:
         value = getattr(self.contents, name)(**parameters)
         for problem in value.get("problems", ()) if isinstance(value, dict) else ():
-            self.on_problem(problem)
+            self.on_problem(f"{self.contents.root}/{problem}")  # which names files below the root
         return value
 
 
