@@ -8,7 +8,8 @@ FLAGS ?=
 # How many processes share the tests; each takes 2 GB.
 JOBS ?= 2
 
-PROMPT_SETS := $(notdir $(basename $(wildcard datasets/inference/*.json)))
+# A set in a subfolder has its path as its name: make general/mine.
+PROMPT_SETS := $(sort $(patsubst datasets/inference/%.json,%,$(shell find -L datasets/inference -name '*.json' -not -path '*/.*')))
 READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.bench-ready
 VENV_TL4 := .venv-tl4
@@ -20,7 +21,7 @@ TESTS_TL4 := tests/test_parity.py tests/test_models.py tests/test_multimodal.py 
   tests/integration/test_embedded_model.py::test_a_batch_writes_what_hugging_face_writes_and_every_residual_is_its_hidden_state
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chromium test test-tl4 test-fresh test-cuda reliability models-page lint format demo bench bench-quick bench-page bench-cluster bench-extract bench-scale bench-driver view screenshots all_prompt_sets clean $(PROMPT_SETS)
+.PHONY: help setup chromium test test-tl4 test-fresh test-cuda reliability models-page lint format demo bench bench-quick bench-page bench-cluster bench-extract bench-scale bench-driver view screenshots all_prompt_sets clean $(PROMPT_SETS) $(addprefix project-,$(PROMPT_SETS))
 
 help: ## Show this help
 	@echo "Targets:"
@@ -133,6 +134,10 @@ all_prompt_sets: $(READY) ## Capture every prompt set
 
 $(PROMPT_SETS): $(READY)
 	$(BIN)/tlcapture capture --experiment $(EXPERIMENT) --prompt-set $@ $(FLAGS)
+
+# By name, since % matches no target with a slash; project-% is for sets that were captured from elsewhere.
+$(addprefix project-,$(PROMPT_SETS)): $(READY)
+	$(BIN)/tlcapture project --experiment $(EXPERIMENT) --prompt-set $(patsubst project-%,%,$@) $(FLAGS)
 
 project-%: $(READY)
 	$(BIN)/tlcapture project --experiment $(EXPERIMENT) --prompt-set $* $(FLAGS)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tlcapture.errors import InputError
-from tlcapture.prompts.prompt_sets import PromptSet, read_prompt_set
+from tlcapture.prompts.prompt_sets import PromptSet, read_all_prompt_sets, read_prompt_set
 from tlcapture.storage.layout import Datasets
 
 VALID = {"name": "mine", "description": "d", "prompts": [{"id": "1", "text": "hello", "note": "n"}]}
@@ -32,8 +32,54 @@ def test_a_valid_set_is_read(tmp_path: Path) -> None:
     assert [(prompt.id, prompt.text) for prompt in prompt_set.prompts] == [("1", "hello")]
 
 
-def test_integer_ids_become_strings(tmp_path: Path) -> None:
-    assert read(tmp_path, with_prompts({"id": 7, "text": "x"})).prompts[0].id == "7"
+def test_an_id_keeps_its_type(tmp_path: Path) -> None:
+    prompts = read(tmp_path, with_prompts({"id": 7, "text": "x"}, {"id": "8", "text": "y"})).prompts
+    assert [prompt.id for prompt in prompts] == [7, "8"]
+
+
+def test_a_name_is_a_title_and_further_keys_are_kept(tmp_path: Path) -> None:
+    content = {
+        "name": "My best prompts",
+        "version": 3,
+        "prompts": [{"id": 1, "prompt": "x", "label": {"a": [1, None]}}],
+    }
+    found = read(tmp_path, content)
+    assert (found.name, found.title) == ("mine", "My best prompts")
+    assert (found.prompts[0].text, found.prompts[0].fields) == ("x", {"label": {"a": [1, None]}})
+    assert found.model_extra == {"version": 3}
+
+
+def test_a_bare_list_is_a_set(tmp_path: Path) -> None:
+    found = read(tmp_path, [{"id": "a", "prompt": "one"}, {"id": 2, "text": "two", "note": "n"}])
+    assert (found.name, found.title) == ("mine", "mine")
+    assert [(prompt.id, prompt.text, prompt.fields) for prompt in found.prompts] == [("a", "one", {}), (2, "two", {})]
+
+
+def test_a_set_in_a_subfolder_is_found_by_its_path(tmp_path: Path) -> None:
+    folder = tmp_path / "datasets" / "inference" / "general" / "deep"
+    folder.mkdir(parents=True)
+    (folder / "mine.json").write_text(json.dumps([{"id": 1, "text": "x"}]))
+    (folder / "a b.json").write_text(json.dumps([{"id": 1, "text": "x"}]))
+    (folder / ".hidden.json").write_text("{}")
+    (folder.parent / ".ipynb_checkpoints").mkdir()
+    (folder.parent / ".ipynb_checkpoints" / "x.json").write_text("{}")
+    datasets = Datasets(tmp_path)
+    assert set(datasets.prompt_sets()) == {*PACKAGED, "general/deep/mine"}
+    assert read_prompt_set(datasets, "general/deep/mine").name == "general/deep/mine"
+    sets, refused = read_all_prompt_sets(datasets)
+    assert {each.name for each in sets} == set(datasets.prompt_sets())
+    ((name, reason),) = refused
+    assert name == "general/deep/a b"
+    assert "is not a safe file name" in reason
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x", "/x", "a//b", "a/", "/", "", ".", "a/../b", "a/.b", "a/-b", "a\\b", "x/" * 64 + "x", "a/" + "x" * 128],
+)
+def test_a_name_cannot_leave_the_folder_of_prompt_sets(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="is not a safe file name"):
+        read_prompt_set(Datasets(tmp_path), name)
 
 
 def test_the_most_specific_system_prompt_wins(tmp_path: Path) -> None:
@@ -52,7 +98,19 @@ def test_the_most_specific_system_prompt_wins(tmp_path: Path) -> None:
         ('{"name": "mine",\n "prompts": [}', "line 2, column 14: not valid JSON"),
         ("", "not valid JSON"),
         ("[" * 5000, "not valid JSON"),
-        ([], "the whole file: "),
+        ([], "prompts: List should have at least 1 item"),
+        (5, "the whole file: "),
+        (["hello"], "prompts[0]: "),
+        ([{"prompt": "x"}], "prompts[0].id: Field required"),
+        ([{"id": 1, "prompt": "x", "text": "y"}], "prompts[0]: both text and prompt: leave out one of them"),
+        ([{"id": 1, "messages": []}], "prompts[0]: messages: conversations are not supported"),
+        ([{"id": 1, "text": "x"}, {"id": "1", "text": "y"}], "ids 1 and '1' would have the same files"),
+        ([{"id": 1.5, "text": "x"}], "prompts[0].id: id 1.5: expected a text or a whole number"),
+        ([{"id": 1.0, "text": "x"}], "prompts[0].id: id 1.0: expected a text or a whole number"),
+        ([{"id": None, "text": "x"}], "prompts[0].id: id None: expected a text or a whole number"),
+        ([{"id": -1, "text": "x"}], "prompts[0].id: id -1 is not a safe file name"),
+        ([{"id": 2**53, "text": "x"}], "above 9007199254740991: write it as a text"),
+        ([{"id": 10**30, "text": "x"}], "expected a text or a whole number of at most 9007199254740991"),
         ({"name": "mine"}, "prompts: Field required"),
         (with_prompts(), "prompts: "),
         (with_prompts({"id": "1"}), "prompts[0].text: Field required"),
@@ -64,8 +122,7 @@ def test_the_most_specific_system_prompt_wins(tmp_path: Path) -> None:
         (with_prompts({"id": "a\0", "text": "a"}), "not a safe file name"),
         (with_prompts({"id": True, "text": "a"}), "prompts[0].id"),
         (with_prompts({"id": "1", "text": 5}), "prompts[0].text"),
-        (with_prompts({"id": "1", "text": "a", "txt": "b"}), "prompts[0].txt: Extra inputs"),
-        ({**VALID, "name": "other"}, "name: expected 'mine'"),
+        ({**VALID, "name": 5}, "name: expected a text"),
     ],
 )
 def test_an_invalid_set_is_refused_with_file_and_field(tmp_path: Path, content: Any, expected: str) -> None:

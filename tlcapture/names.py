@@ -3,8 +3,13 @@
 A safe name can only mean a file directly inside the folder it is joined to: letters, digits, `.`, `_` and
 `-`, not starting with `.` or `-`, at most 128 characters.
 
-    >>> check_name("single_trait", "prompt set")
-    'single_trait'
+A prompt set may lie in subfolders: its name is a path of safe names, `general/mine`. A prompt's id is a safe name, or
+a number, whose digits are one.
+
+    >>> check_name("my_exp", "experiment")
+    'my_exp'
+    >>> check_prompt_set("general/mine")
+    'general/mine'
 """
 
 from __future__ import annotations
@@ -14,7 +19,12 @@ from dataclasses import dataclass
 
 from tlcapture.errors import InputError
 
-_SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+MOST_FOLDERS = 8  # parts of the name of a prompt set
+_LONGEST = 128
+_LARGEST = 2**53 - 1
+_SAFE = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{_LONGEST - 1}}}")
+
+PromptId = int | str  # an id has in every file the type that it has in its prompt set
 
 
 def is_safe_name(name: str) -> bool:
@@ -30,6 +40,38 @@ def check_name(name: str, what: str) -> str:
             "(at most 128, not starting with '.' or '-')"
         )
     return name
+
+
+def is_prompt_set(name: str) -> bool:
+    """Whether `name` is the name of a prompt set: safe names joined by `/`, together no longer than one of them."""
+    parts = name.split("/")
+    return len(name) <= _LONGEST and len(parts) <= MOST_FOLDERS and all(map(is_safe_name, parts))
+
+
+def check_prompt_set(name: str) -> str:
+    """Return the name of a prompt set, or raise `InputError`."""
+    if not isinstance(name, str) or not is_prompt_set(name):
+        raise InputError(
+            f"prompt set {name!r} is not a safe file name: use letters, digits, '.', '_' and '-', and '/' after the "
+            f"name of a folder (at most {_LONGEST}, in at most {MOST_FOLDERS} parts, not starting with '.' or '-')"
+        )
+    return name
+
+
+def prompt_id_problem(value: object) -> str | None:
+    """Why a value cannot be the id of a prompt; `None` for a safe name or a whole number that JSON holds exactly."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return f"id {value!r}: expected a text or a whole number of at most {_LARGEST}"
+    if isinstance(value, int) and value > _LARGEST:
+        return f"id {value}: JSON readers lose digits of numbers above {_LARGEST}: write it as a text"
+    if not is_safe_name(str(value)):
+        return f"id {value!r} is not a safe file name (letters, digits, '.', '_', '-')"
+    return None
+
+
+def file_name(prompt_id: PromptId) -> str:
+    """The name of a prompt in file names; raises `InputError` for an id that is not safe."""
+    return check_name(str(prompt_id), "prompt id")
 
 
 @dataclass(frozen=True, order=True)

@@ -268,7 +268,22 @@ def test_layer_internals_can_be_repeated(capture: Run, raw: Path) -> None:
     assert value["metadata"]["prompt_id"] == "1"
     saved = Capture.open(raw / "1.pt")
     assert value["token_ids"] == saved.token_ids
-    assert torch.allclose(value["blocks.2.hook_resid_post"], saved.residual(2).float(), rtol=1e-2, atol=1e-2)
+    assert torch.allclose(value["blocks.2.hook_resid_post"], saved.residual(2), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("words", "compute"), [((), "float32"), (("--replay",), "float32"), ((), "bfloat16")])
+@pytest.mark.parametrize("dtype", ["auto", "float32", "float16", "bfloat16"])
+def test_internals_follow_the_save_dtype(
+    capture: Run, raw: Path, dtype: str, words: tuple[str, ...], compute: str
+) -> None:
+    runs = ("--dtype", compute, "--device", "cpu", "--limit", 1)
+    assert capture(*runs).exit_code == 0
+    assert capture(*runs, "--layer-internals", 1, "--save-dtype", dtype, *words).exit_code == 0
+    value = torch.load(raw.parents[1] / "internals" / "short" / "1_L1.pt", weights_only=True)
+    floats = {key: each for key, each in value.items() if isinstance(each, torch.Tensor)}
+    assert len(floats) > 8
+    expected = {"float32": "float16", "bfloat16": "bfloat16"}[compute] if dtype == "auto" else dtype
+    assert {each.dtype for each in floats.values()} == {getattr(torch, expected)}
 
 
 def test_all_internals_imply_attention_and_logit_lens(capture: Run, raw: Path, analysis: Path) -> None:

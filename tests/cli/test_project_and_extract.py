@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from click.testing import Result
 
 from tests import tiny
+from tests.cli.conftest import make_trait
 from tlcapture.captures.capture import Capture
 from tlcapture.storage.files import read_json
 
@@ -425,3 +427,23 @@ def test_two_prompts_are_compared_with_themselves(capture: Run, extract: Run) ->
     assert extract("--methods", "probe").exit_code == 0
     assert "against its own spread along the tokens" in capture("--limit", 2).stdout
     assert "against the other prompts of the set" in capture().stdout
+
+
+def test_extract_takes_the_roots_own_traits_and_packaged_ones_when_asked(
+    tlcapture: Run, data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_trait(tmp_path / "package", "pack/age", "in", "out")
+    monkeypatch.setattr("tlcapture.storage.layout.shipped_datasets", lambda: tmp_path / "package" / "datasets")
+
+    def extracted(experiment: str, *words: object) -> set[str]:
+        quick = ("--methods", "mean_diff", "--layers", 1, "--component", "residual")
+        done = tlcapture("extract", "--experiment", experiment, "--model", tiny_folder, *quick, *words)
+        assert done.exit_code == 0, done.output
+        folder = data / "experiments" / experiment / "extraction"
+        return {path.parent.relative_to(folder).as_posix() for path in folder.rglob("vectors")}
+
+    assert extracted("own") == {"tone/loud", "tone/warm"}
+    assert extracted("all", "--traits", "all") == {"tone/loud", "tone/warm", "pack/age"}
+    assert extracted("named", "--traits", "pack/age") == {"pack/age"}
+    shutil.rmtree(data / "datasets" / "traits")
+    assert extracted("none") == {"pack/age"}

@@ -99,6 +99,33 @@ def test_a_cluster_writes_the_files_of_a_local_run(
     assert done.stderr.count(" of 6 batches") == 6
 
 
+def test_a_file_that_cannot_be_read_is_kept_on_a_cluster_too(ray_address: str, busy: Path) -> None:
+    prompts = [{"id": number, "text": f"say {number}"} for number in (1, 2, 3)]
+    path = busy / "datasets" / "inference" / "general" / "mine.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(prompts))
+    experiment = busy / "experiments" / "exp"
+    raw = experiment / "inference" / "raw" / "residual" / "general" / "mine"
+    raw.mkdir(parents=True)
+    (raw / "2.pt").write_text("mine")
+    common = ("--root", busy, "--experiment", "exp", "--prompt-set", "general/mine", *RAY, "--ray-address", ray_address)
+    done = program("capture", *common, "--max-new-tokens", 3, "--skip-existing")
+    assert done.returncode == 1
+    assert f"failed: general/mine/2: {raw / '2.pt'}: " in done.stderr
+    assert (raw / "2.pt").read_text() == "mine"
+    assert sorted(each.name for each in raw.glob("*.pt")) == ["1.pt", "2.pt", "3.pt"]
+    (raw / "2.pt").unlink()
+    bad, good = (experiment / f"inference/tone/loud/residual_stream/general/mine/{n}.json" for n in (1, 3))
+    bad.write_text("{")
+    before = good.stat().st_mtime_ns
+    done = program("project", *common)
+    assert done.returncode == 1
+    assert f"failed: general/mine/1: {bad}: " in done.stderr
+    assert bad.read_text() == "{"
+    assert json.loads(good.read_text())["metadata"]["prompt_id"] == 3
+    assert good.stat().st_mtime_ns > before
+
+
 def test_the_batch_of_a_killed_worker_is_run_again(
     run: Callable[..., Command], busy: Path, by_one_process: dict[str, Any], evidence: Evidence
 ) -> None:

@@ -96,8 +96,9 @@ def test_the_error_for_a_refused_prompt_has_no_control_characters(
     for text in TEXTS.values():
         for content in (
             {"name": "x", "prompts": [{"id": text, "text": "a"}]},
-            {"name": text, "prompts": [{"id": "1", "text": "a"}]},
-            {"name": "x", "prompts": [{"id": "1", "text": "a", text: "b"}]},
+            {"name": text, "prompts": [{"id": text, "text": "a"}]},
+            {"name": "x", "prompts": [{"id": "1", text: "b"}]},
+            {"name": "x", "prompts": [{"id": "1", "text": {text: text}}]},
         ):
             (folder / "x.json").write_text(json.dumps(content))
             result = tlcapture("capture", "--experiment", "exp", "--prompt-set", "x")

@@ -67,9 +67,12 @@ def test_damaged_prompt_sets(tmp_path: Path, evidence: Evidence) -> None:
         found = reads(path, lambda: read_prompt_set(Datasets(tmp_path), "mine"))
         if found is None:
             return
-        prompts = content_of(file)["prompts"]
-        assert [(each.id, each.text) for each in found.prompts] == [(str(p["id"]), p["text"]) for p in prompts]
-        assert all(is_safe_name(each.id) and each.text.strip() for each in found.prompts)
+        content = content_of(file)
+        prompts = content if isinstance(content, list) else content["prompts"]
+        expected = [(p["id"], p["prompt"] if "prompt" in p else p["text"]) for p in prompts]
+        assert [(each.id, each.text) for each in found.prompts] == expected
+        assert [type(each.id) for each in found.prompts] == [type(each) for each, _ in expected]
+        assert all(is_safe_name(str(each.id)) and each.text.strip() for each in found.prompts)
         assert found.name == "mine"
 
     try_all(evidence, "prompt set", damaged_json(good), check)

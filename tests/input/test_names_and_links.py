@@ -41,16 +41,23 @@ def paths_of(root: Path, name: str) -> list[Callable[[], Path]]:
     layout = Layout(root, "exp")
     return [
         lambda: Layout(root, name).config,
-        lambda: layout.residual(name, "1"),
         lambda: layout.residual("odd", name),
-        lambda: layout.internals(name, "1", 0),
         lambda: layout.internals("odd", name, 0),
         lambda: layout.attention("odd", name),
-        lambda: layout.logit_lens(name, "1"),
-        lambda: layout.projection(ODD, "residual", name, "1"),
         lambda: layout.projection(ODD, "residual", "odd", name),
         lambda: layout.vectors(Trait.parse(f"{name}/a")),
         lambda: layout.steering(Trait.parse(f"a/{name}")),
+    ]
+
+
+def paths_of_set(root: Path, name: str) -> list[Callable[[], Path]]:
+    layout = Layout(root, "exp")
+    return [
+        lambda: layout.residual(name, "1"),
+        lambda: layout.unfinished(name, "1"),
+        lambda: layout.internals(name, "1", 0),
+        lambda: layout.logit_lens(name, "1"),
+        lambda: layout.projection(ODD, "residual", name, "1"),
         lambda: Datasets(root).prompt_set_file(name),
     ]
 
@@ -58,24 +65,28 @@ def paths_of(root: Path, name: str) -> list[Callable[[], Path]]:
 def test_a_name_is_one_file_below_its_folder_or_refused(tmp_path: Path, evidence: Evidence) -> None:
     counts: Counter[str] = Counter()
 
+    def path_or_none(make: Callable[[], Path]) -> Path | None:
+        try:
+            path = make()
+        except InputError as error:
+            refusal = str(error)
+            assert len(refusal.splitlines()) == 1
+            refusal.encode()
+            return None
+        assert Path(os.path.normpath(path)) == path
+        assert path.is_relative_to(tmp_path / "experiments") or path.is_relative_to(Path.cwd())
+        assert path.name.encode().isascii()
+        return path
+
     @settings(max_examples=300, deadline=None, database=None)
     @given(NAMES)
     def attempt(name: str) -> None:
+        stripped = name.strip()  # a trait is read from a list with spaces after its commas
         for make in paths_of(tmp_path, name):
-            refusal = None
-            try:
-                path = make()
-            except InputError as error:
-                refusal = str(error)
-            if refusal is not None:
-                assert len(refusal.splitlines()) == 1
-                refusal.encode()
-            else:
-                stripped = name.strip()  # a trait is read from a list with spaces after its commas
-                assert is_safe_name(stripped)
-                assert Path(os.path.normpath(path)) == path
-                assert path.is_relative_to(tmp_path / "experiments") or path.is_relative_to(Path.cwd())
-                assert path.name.encode().isascii()
+            assert path_or_none(make) is None or is_safe_name(stripped)
+        for make in paths_of_set(tmp_path, name):
+            path = path_or_none(make)
+            assert path is None or all(map(is_safe_name, name.split("/")))
         counts["refused" if not is_safe_name(name) else "taken as they are"] += 1
 
     attempt()

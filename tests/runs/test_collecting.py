@@ -44,6 +44,19 @@ def test_a_returned_capture_is_stored_and_files_derived_from_another_are_removed
     assert not layout.unfinished("odd", "1").exists()
 
 
+def test_a_returned_capture_of_a_set_in_a_subfolder_replaces_what_was_derived_from_another(tmp_path: Path) -> None:
+    layout = Layout(tmp_path, "exp")
+    name = RAW.replace("odd", "general/mine")
+    lens = layout.logit_lens("general/mine", "1")
+    lens.parent.mkdir(parents=True)
+    lens.write_text("{}")
+    done = store_outputs(layout, {name: packed(prompt_set="general/mine", prompt_id=1)}, Done())
+    assert [written.path for written in done.written] == [tmp_path / name]
+    assert Capture.open(tmp_path / name).prompt_id == 1
+    assert not lens.exists()
+    assert not layout.unfinished("general/mine", "1").exists()
+
+
 def test_an_invalid_capture_replaces_nothing(tmp_path: Path) -> None:
     layout = Layout(tmp_path, "exp")
     store_outputs(layout, {RAW: packed()}, Done())
@@ -53,3 +66,20 @@ def test_an_invalid_capture_replaces_nothing(tmp_path: Path) -> None:
     assert (tmp_path / RAW).read_bytes() == before
     assert layout.unfinished("odd", "1").exists()  # so that the next run captures the prompt again
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_without_overwrite_a_file_that_cannot_be_read_is_kept_and_named(tmp_path: Path) -> None:
+    layout = Layout(tmp_path, "exp")
+    path = tmp_path / RAW
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    done = store_outputs(layout, {RAW: packed()}, Done(), overwrite=False)
+    assert [failed.what for failed in done.failures] == [RAW]
+    assert not done.written
+    assert path.read_text() == "mine"
+    path.unlink()
+    lens = layout.logit_lens("odd", "1")
+    lens.parent.mkdir(parents=True)
+    lens.write_text("mine")
+    assert store_outputs(layout, {RAW: packed()}, Done(), overwrite=False).failures
+    assert (lens.read_text(), path.exists()) == ("mine", False)

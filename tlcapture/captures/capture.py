@@ -9,7 +9,7 @@ The file is opened memory-mapped: activations are read only when they are used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isnan
 from pathlib import Path
@@ -22,6 +22,7 @@ from tlcapture.captures.format import FORMAT_VERSION, CaptureContent, PartConten
 from tlcapture.captures.index import add_index, read_index
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError, NumericalError, StorageError
+from tlcapture.names import PromptId
 from tlcapture.shapes import Residual
 from tlcapture.storage.files import Hook, Written, read_tensors, write_tensors
 from tlcapture.views.cache import stacked
@@ -77,9 +78,10 @@ class Capture:
         return ColouredTokens(self.tokens, len(self.prompt.tokens), label=", ".join(facts))._repr_html_()
 
     @property
-    def prompt_id(self) -> str:
-        """Id of the prompt in its set."""
-        return str(self.metadata["prompt_id"])
+    def prompt_id(self) -> PromptId:
+        """Id of the prompt in its set: a text or a number."""
+        found = self.metadata["prompt_id"]
+        return found if isinstance(found, int) else str(found)
 
     @property
     def prompt_set(self) -> str:
@@ -168,13 +170,17 @@ def storage_dtype(residual: ResidualStream, dtype: str) -> torch.dtype:
     `auto` keeps the dtype of 16-bit activations. For wider ones it is float16 if every value fits, and otherwise
     bfloat16. Raises `NumericalError` for NaN or inf, and for a value that the dtype named cannot hold.
     """
-    tensors = [residual.points] + ([] if residual.attn_out is None else [residual.attn_out])
+    return common_dtype([residual.points] + ([] if residual.attn_out is None else [residual.attn_out]), dtype)
+
+
+def common_dtype(tensors: Sequence[Tensor], dtype: str) -> torch.dtype:
+    """The dtype to store float tensors in together, by the rule and with the errors of `storage_dtype`."""
     extremes = [float(extreme) for tensor in tensors if tensor.numel() for extreme in tensor.aminmax()]
     largest = max((abs(extreme) for extreme in extremes), default=0.0)
     largest = float("nan") if any(isnan(extreme) for extreme in extremes) else largest
     if not largest < float("inf"):  # NaN too
         raise NumericalError("the activations hold NaN or inf: try --dtype float32 or bfloat16")
-    target = _save_dtype(dtype, residual.points.dtype, largest)
+    target = _save_dtype(dtype, max((tensor.dtype for tensor in tensors), key=lambda each: each.itemsize), largest)
     if largest > torch.finfo(target).max:
         raise NumericalError(
             f"an activation of {largest:.4g} does not fit {dtype} (at most {torch.finfo(target).max:.4g}): "

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from tlcapture.errors import StorageError, TlcaptureError
-from tlcapture.names import is_safe_name
+from tlcapture.names import PromptId, is_prompt_set, prompt_id_problem
 from tlcapture.storage.tensors import described, is_plain
 from tlcapture.storage.validation import FileContent, Layer, checked
 from tlcapture.text import as_ranges
@@ -25,8 +25,13 @@ Size = Annotated[int, Field(ge=1)]
 
 
 def check_version(value: Any, path: Path) -> None:
-    """Raise `StorageError` for a file of another version."""
+    """Raise `StorageError` for a file of another version, and for one without a version, which no tlcapture wrote."""
     version = value.get("format_version") if isinstance(value, dict) else FORMAT_VERSION
+    if version is None:
+        raise StorageError(
+            f"{path}: not a raw residual file of tlcapture, since it has no format_version: captures of other "
+            "tools are not read, because their rows may belong to other tokens and their points to other hooks"
+        )
     if isinstance(version, int) and version != FORMAT_VERSION:
         raise StorageError(f"{path}: format version {version}, this tlcapture reads {FORMAT_VERSION}")
 
@@ -35,7 +40,7 @@ class CaptureMetadata(FileContent):
     """Metadata of a capture; further fields record more of how it was made."""
 
     prompt_set: str
-    prompt_id: str
+    prompt_id: PromptId
     n_layers: Annotated[int, Field(ge=1, le=10_000)]
     d_model: Size
     inference_model: str
@@ -50,11 +55,18 @@ class CaptureMetadata(FileContent):
     points: Annotated[list[str] | None, Field(min_length=1)] = None
     attention_layers: list[Layer] | None = None
 
-    @field_validator("prompt_set", "prompt_id")
+    @field_validator("prompt_set")
     @classmethod
-    def _is_a_safe_name(cls, value: str) -> str:
-        if not is_safe_name(value):
+    def _is_a_prompt_set(cls, value: str) -> str:
+        if not is_prompt_set(value):
             raise ValueError(f"{value!r} is not a safe file name")
+        return value
+
+    @field_validator("prompt_id")
+    @classmethod
+    def _is_an_id(cls, value: PromptId) -> PromptId:
+        if problem := prompt_id_problem(value):
+            raise ValueError(problem)
         return value
 
 

@@ -58,6 +58,7 @@ def capture_of(
         **template_record(prompt.merged, prompt.dropped),
         "bos": bos_policy(model.tokenizer, prompt.token_ids, chat_template=prompt.chat_template),
         "capture_date": now(),
+        **({"prompt_fields": dict(prompt.fields)} if prompt.fields else {}),
     }
     return Capture(
         CapturedPart(prompt.text, texts[:n_prompt], list(prompt.token_ids), stream.tokens(0, n_prompt, dtype)),

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from tlcapture.runs.shards import Shard
     from tlcapture.storage.layout import Layout
 
+_MOST_PATHS = 20  # that a dry run lists
+
 
 @dataclass(frozen=True)
 class _Settings:
@@ -146,7 +148,7 @@ def _own_temperature(context: click.Context, option: click.Parameter, value: flo
     help="plain: by temperature alone; checkpoint: as its generation config says (penalties, top-k, top-p ...).",
 )
 @click.option("--skip-existing", is_flag=True, help="Write only missing files.")
-@click.option("--overwrite", is_flag=True, help="Replace raw files that cannot be read, and files derived from them.")
+@click.option("--overwrite", is_flag=True, help="Replace files that cannot be read, and those derived from them, too.")
 @click.option("--dry-run", is_flag=True, help="Only report how many prompts, files and bytes would be written.")
 @click.option("--limit", type=click.IntRange(1, 2**31 - 1), metavar="N", help="Only the first prompts of each set.")
 @shard_option
@@ -178,48 +180,73 @@ def capture(
     Writes raw residuals to experiments/NAME/inference/raw/residual, add-ons next to them, and projections
     onto the experiment's trait vectors if it has any.
     """
-    sets = _prompt_sets(location, prompt_sets, settings.prompt)
+    sets, refused = _prompt_sets(location, prompt_sets, settings.prompt)
     layout = location.layout
     load = model.loader_for(layout, "inference_model", console)
     executor = cluster.make_executor(settings.batch_size, can_collect=not settings.projections_only)
     options = settings.capture_options(kept, vectors)
     if settings.dry_run:
-        _show_estimate(console, layout, sets, options, load)
+        _show_estimate(console, layout, sets, refused, options, load)
         return
     from tlcapture.commands.capture import run_capture
 
-    report = run_capture(layout, sets, options, load, console, executor)
+    report = run_capture(layout, sets, options, load, console, executor, refused)
     # Projections of an earlier run would look like this run's, had this one written nothing.
-    if options.project and (report.n_files or not report.failures):
+    if options.projects and (report.n_files or not report.failures):
         for prompt_set in sets:
             show_top_traits(console, layout, prompt_set.name)
 
 
-def _prompt_sets(location: Location, chosen: PromptSetOptions, prompt: str | None) -> list[PromptSet]:
-    from tlcapture.prompts.prompt_sets import adhoc, read_prompt_set
+def _prompt_sets(
+    location: Location, chosen: PromptSetOptions, prompt: str | None
+) -> tuple[list[PromptSet], list[tuple[str, str]]]:
+    """The prompt sets to capture, and the names of those among all that cannot be read, with the reasons."""
+    from tlcapture.prompts.prompt_sets import adhoc, read_all_prompt_sets, read_prompt_set
 
     if sum([chosen.prompt_set is not None, prompt is not None, chosen.all_prompt_sets]) != 1:
         raise click.UsageError("give one of --prompt-set NAME, --prompt TEXT and --all-prompt-sets")
     if prompt is not None:
-        return [adhoc(prompt)]
-    datasets = location.datasets
-    return [read_prompt_set(datasets, name) for name in chosen.prompt_set or datasets.prompt_sets()]
+        return [adhoc(prompt)], []
+    if chosen.prompt_set is None:
+        return read_all_prompt_sets(location.datasets)
+    return [read_prompt_set(location.datasets, name) for name in chosen.prompt_set], []
 
 
 def _show_estimate(
-    console: Console, layout: Layout, sets: Sequence[PromptSet], options: CaptureOptions, load: ModelLoader
+    console: Console,
+    layout: Layout,
+    sets: Sequence[PromptSet],
+    refused: Sequence[tuple[str, str]],
+    options: CaptureOptions,
+    load: ModelLoader,
 ) -> None:
     from tlcapture.commands.capture import estimate_capture
+    from tlcapture.runs.report import Failed
     from tlcapture.storage.files import free_bytes
     from tlcapture.text import format_bytes
 
-    estimate, free = estimate_capture(layout, sets, options, load), free_bytes(layout.folder)
-    console.uses(estimate={**estimate.to_json(), "free": free})
+    (estimate, affected), free = estimate_capture(layout, sets, options, load), free_bytes(layout.folder)
+    failures = [*(Failed(*each) for each in refused), *estimate.failures, *affected.failures]
+    changes = {
+        name: [path.relative_to(layout.folder).as_posix() for path in paths]
+        for name, paths in (("replaces", affected.replaced), ("removes", affected.removed))
+    }
+    facts = {**estimate.to_json(), **changes, "failures": [failed._asdict() for failed in failures], "free": free}
+    console.uses(estimate=facts)
     completed = f", {estimate.n_completed} captures to complete" if estimate.n_completed else ""
     console.line(f"{estimate.n_prompts} prompts to capture{completed}; at most about:")
     kinds = {**estimate.by_kind, "total": (estimate.n_files, estimate.n_bytes)}
     rows = [(kind, f"{count} files", format_bytes(size)) for kind, (count, size) in kinds.items()]
     console.table([Column(), Column(right=True), Column(right=True)], rows)
     console.line(f"free on the device: {format_bytes(free)}")
-    for failed in estimate.failures:
+    _show_changes(console, "would replace", changes["replaces"])
+    _show_changes(console, "would remove, unless the tokens stay the same", changes["removes"])
+    for failed in failures:
         console.line(f"would fail: {failed}")
+
+
+def _show_changes(console: Console, what: str, paths: Sequence[str]) -> None:
+    for path in paths[:_MOST_PATHS]:
+        console.line(f"{what}: {path}")
+    if len(paths) > _MOST_PATHS:
+        console.line(f"{what}: {len(paths) - _MOST_PATHS} more files (--json lists all)")

@@ -58,13 +58,14 @@ def evaluate(
     """Measure how well trait vectors separate held-out examples."""
     layout = location.layout
     if against_steering:
-        _compare(console, layout, grid.traits)
+        _compare(console, layout, grid.traits or ())
         return
     from tlcapture.commands.evaluate import EvaluateOptions, best_rows, draw_heatmaps, run_evaluate
 
     executor = cluster.make_executor(can_collect=False)
     load = model.loader_for(layout, "extraction_model", console)
-    options = EvaluateOptions(grid.traits, grid.methods, grid.layers, grid.component, batch_size, seed, examples_as)
+    traits = grid.traits or ()
+    options = EvaluateOptions(traits, grid.methods, grid.layers, grid.component, batch_size, seed, examples_as)
     report = run_evaluate(layout, options, load, console, executor)
     if lexists(layout.evaluation):
         draw_heatmaps(layout, report)

@@ -23,7 +23,7 @@ from tlcapture.cli.work import working
 
 @click.command(context_settings=HELP_NAMES)
 @location_options
-@grid_options("extract")
+@grid_options("extract", default_traits="the root's own, or the packaged ones where it has none")
 @click.option(
     "--position",
     type=click.Choice(["auto", "response_mean", "last_prompt_token", "all_mean"]),

@@ -96,21 +96,34 @@ shard_option = click.option(
 
 @dataclass(frozen=True)
 class GridOptions:
-    """Vectors of which traits, by which methods, at which layers, for which components; no traits or layers: all."""
+    """Vectors of which traits, by which methods, at which layers, for which components; no traits or layers: all.
 
-    traits: tuple[Trait, ...]
+    `traits` is `None` where none is named and the command has a default of its own.
+    """
+
+    traits: tuple[Trait, ...] | None
     methods: tuple[str, ...]
     layers: tuple[int, ...]
     component: tuple[str, ...]
 
 
-def grid_options(verb: str, methods: str = "probe,mean_diff,gradient") -> Decorator:
+def grid_options(
+    verb: str, methods: str = "probe,mean_diff,gradient", *, default_traits: str | None = None
+) -> Decorator:
     """Options that choose a grid of vectors, with a verb that says what is done with them, such as `extract`.
 
-    `methods` are those that are taken by default.
+    `methods` are those that are taken by default; `default_traits` describes the traits that the command takes where
+    none is named, all of them where it is `None`.
     """
+    traits = click.option(
+        "--traits",
+        type=Traits(),
+        default=None if default_traits else "all",
+        show_default=default_traits or True,
+        help=f"Traits to {verb}.",
+    )
     return together(
-        click.option("--traits", type=Traits(), default="all", show_default=True, help=f"Traits to {verb}."),
+        traits,
         click.option(
             "--methods",
             type=Names(),

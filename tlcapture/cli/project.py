@@ -39,6 +39,7 @@ class _Settings:
     component: str
     dynamics_only: bool
     skip_existing: bool
+    overwrite: bool
     shard: Shard | None
     plot: Path | None
 
@@ -51,6 +52,7 @@ class _Settings:
             component=self.component,
             dynamics_only=self.dynamics_only,
             skip_existing=self.skip_existing,
+            overwrite=self.overwrite,
             shard=self.shard,
         )
 
@@ -69,6 +71,7 @@ class _Settings:
 )
 @click.option("--dynamics-only", is_flag=True, help="Only recompute the dynamics of existing projections.")
 @click.option("--skip-existing", is_flag=True, help="Write only missing files.")
+@click.option("--overwrite", is_flag=True, help="Replace projections that cannot be read, too.")
 @shard_option
 @click.option(
     "--plot",

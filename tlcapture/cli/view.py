@@ -65,30 +65,38 @@ def view(
             raise InputError(
                 f"experiment {location.experiment!r} has no captures of prompt set {name!r}; captured sets: {listed}"
             )
-    if export is not None:
-        _export(location, chosen, export, max_size)
+    is_whole = export is None or _export(location, chosen, export, max_size)
     if png is not None:
         _draw(layout, chosen, png, all_required=prompt_set is not None)
     if export is None and png is None:
         _serve(location, prompt_set, port, open_browser=not no_browser)
+    if not is_whole:
+        raise SystemExit(1)
 
 
-def _export(location: Location, prompt_sets: tuple[str, ...], target: Path, megabytes: float) -> None:
+def _export(location: Location, prompt_sets: tuple[str, ...], target: Path, megabytes: float) -> bool:
+    """Export the page; returns whether every file could be read."""
     from tlcapture.page.export import export_page
     from tlcapture.text import format_bytes
 
-    left_out = export_page(location.root, location.experiment, prompt_sets, target, megabytes=megabytes)
+    problems: dict[str, None] = {}
+    left_out = export_page(
+        location.root, location.experiment, prompt_sets, target, megabytes=megabytes, on_problem=problems.setdefault
+    )
     click.echo(f"wrote {target} ({format_bytes(target.stat().st_size)})")
     for label in left_out:
         click.secho(f"left out, over --max-size {megabytes:g}: {label}", fg="yellow", err=True)
+    for problem in problems:
+        click.secho(printable(f"failed: {problem}"), fg="red", err=True)
+    return not problems
 
 
 def _draw(layout: Layout, prompt_sets: tuple[str, ...], folder: Path, *, all_required: bool) -> None:
     """Draw prompt sets; one without projections is an error if all are required, or if no set has any."""
     from tlcapture.commands.pictures import write_pictures
-    from tlcapture.errors import InputError
+    from tlcapture.errors import InputError, StorageError
 
-    refused = []
+    refused, damaged = [], []
     for name in prompt_sets:
         try:
             written = write_pictures(layout, name, layout.prompt_ids(name), folder, display=Console())
@@ -98,7 +106,12 @@ def _draw(layout: Layout, prompt_sets: tuple[str, ...], folder: Path, *, all_req
                 raise
             Console().warn(str(error))
             continue
+        except StorageError as error:
+            damaged.append(str(error))
+            continue
         click.echo(f"wrote {len(written)} pictures of {name} in {folder}")
+    if damaged:
+        raise StorageError("; ".join(damaged))
 
 
 def _serve(location: Location, prompt_set: tuple[str, ...] | None, port: int | None, *, open_browser: bool) -> None:

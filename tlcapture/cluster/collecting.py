@@ -8,7 +8,9 @@ from pathlib import Path
 
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.from_generation import is_alike
-from tlcapture.runs.report import Done
+from tlcapture.errors import StorageError
+from tlcapture.runs.existing_files import check_replaceable
+from tlcapture.runs.report import Done, Failed
 from tlcapture.storage.config import update_config
 from tlcapture.storage.files import Written, read_bytes, remove, write_bytes
 from tlcapture.storage.layout import Layout, derived_files
@@ -34,25 +36,43 @@ def file_contents(layout: Layout, paths: Sequence[Path]) -> dict[str, bytes]:
     return {path.relative_to(layout.root).as_posix(): read_bytes(path) for path in paths if path.is_file()}
 
 
-def store_outputs(layout: Layout, files: Mapping[str, bytes], done: Done) -> Done:
+def store_outputs(layout: Layout, files: Mapping[str, bytes], done: Done, *, overwrite: bool = True) -> Done:
     """Write a worker's files to where a local run would have written them.
 
     Args:
         files: content by path relative to the root.
         done: what the worker did.
+        overwrite: replace files that cannot be read, too; otherwise they are kept, and added to the failures.
 
     Returns:
         What the worker did, with the files as they were written here.
     """
+    failures = [] if overwrite else _not_replaceable(layout, files)
+    kept = {failed.what for failed in failures}
+    files = {name: content for name, content in files.items() if name not in kept}
     raw = [name for name in files if "/inference/raw/residual/" in name]
     others = [name for name in files if name not in raw and not name.endswith("/config.json")]
-    markers = [layout.unfinished(*_prompt(layout.root / name)) for name in raw]
+    markers = [layout.unfinished(*layout.of_residual(layout.root / name)) for name in raw]
     for marker in markers:
         write_bytes(marker, b"")
     written = [_store_capture(layout, layout.root / name, files[name]) for name in raw]
     written += [write_bytes(layout.root / name, files[name]) for name in others]
     remove(markers)
-    return replace(done, written=written)
+    return replace(done, written=written, failures=[*done.failures, *failures])
+
+
+def _not_replaceable(layout: Layout, files: Mapping[str, bytes]) -> list[Failed]:
+    """The files, by path relative to the root, that would replace or remove one that cannot be read."""
+    found = []
+    for name in files:
+        path = layout.root / name
+        others = derived_files(layout, *layout.of_residual(path)) if "/inference/raw/residual/" in name else []
+        try:
+            for each in (path, *others) if path.suffix in (".pt", ".json") and path.name != "config.json" else ():
+                check_replaceable(layout, each)
+        except StorageError as error:
+            found.append(Failed(name, str(error)))
+    return found
 
 
 def _store_capture(layout: Layout, path: Path, content: bytes) -> Written:
@@ -62,11 +82,6 @@ def _store_capture(layout: Layout, path: Path, content: bytes) -> Written:
         capture = Capture.open(new)
         update_config(layout, inference_model=str(capture.metadata["inference_model"]))
         if not is_alike(path, capture):
-            remove(derived_files(layout, *_prompt(path)))
+            remove(derived_files(layout, *layout.of_residual(path)))
 
     return write_bytes(path, content, before_replacing=remove_derived)
-
-
-def _prompt(path: Path) -> tuple[str, str]:
-    """Prompt set and id of a raw residual file."""
-    return path.parent.name, path.stem

@@ -119,7 +119,7 @@ class Scheduler:
     def _keep(self, result: Result) -> None:
         done = result.done
         if result.files is not None:
-            done = store_outputs(self._run.layout, result.files, done)
+            done = store_outputs(self._run.layout, result.files, done, overwrite=self._work.overwrite)
         self._run.add(done)
 
     def _replace(self, worker: WorkerHandle, batch: Batch | None, error: Exception) -> None:

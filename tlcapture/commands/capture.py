@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 
+from tlcapture.commands.affected_files import AffectedFiles
 from tlcapture.commands.capture_size import CaptureSize, n_projections
-from tlcapture.commands.capture_tasks import CaptureOptions, CaptureTask, TaskPlanner
+from tlcapture.commands.capture_tasks import NO_CHOICE, CaptureOptions, CaptureTask, TaskPlanner
 from tlcapture.commands.capture_worker import CaptureWorker
 from tlcapture.errors import InputError, NoSpaceError, StorageError
 from tlcapture.logger import get_logger
@@ -46,8 +47,11 @@ def run_capture(
     load: ModelLoader,
     display: Display = Display(),
     executor: Executor = LocalExecutor(),
+    refused: Sequence[tuple[str, str]] = (),
 ) -> RunReport:
     """Capture prompt sets into an experiment. The model is loaded only if something has to be computed.
+
+    `refused` are names of prompt sets that could not be read, with the reasons; they are added to the failures.
 
     Returns:
         What was written and which prompts failed.
@@ -58,6 +62,8 @@ def run_capture(
     """
     _check(layout, options)
     run = Run.begin(layout, display)
+    for what, reason in refused:
+        run.failed(what, reason)
     known_model = partial(executor.known_model, load)
     planner = TaskPlanner(layout, options, read_config(layout), load.name, known_model)
     tasks = planner.tasks(prompt_sets)
@@ -67,7 +73,7 @@ def run_capture(
     for task in tasks:
         if task.other_sampling:
             run.warn(_other_sampling_warning(task))
-    busy = {task.prompt_set.name for task in tasks if task.has_work or (task.saved and options.project)}
+    busy = {task.prompt_set.name for task in tasks if task.has_work or (task.saved and options.projects)}
     run.report.n_skipped += sum(len(task.saved) for task in tasks if task.prompt_set.name not in busy)
     with ExitStack() as stack:
         # Always in the same order, so that no two runs wait for each other.
@@ -88,6 +94,7 @@ def run_capture(
                 split=CaptureTask.split,
                 reads=[options.vectors.layout(layout)],
                 inputs=lambda task: [layout.residual(task.prompt_set.name, prompt_id) for prompt_id in task.saved],
+                overwrite=options.overwrite,
             ),
             run,
         )
@@ -105,21 +112,22 @@ def _other_sampling_warning(task: CaptureTask) -> str:
 
 def estimate_capture(
     layout: Layout, prompt_sets: Sequence[PromptSet], options: CaptureOptions, load: ModelLoader
-) -> CaptureSize:
-    """The size of what `run_capture` would write, from the model's config and tokenizer alone; writes nothing."""
+) -> tuple[CaptureSize, AffectedFiles]:
+    """The size of what `run_capture` would write, and which existing files it would change; writes nothing.
+
+    The model's weights are not loaded.
+    """
     _check(layout, options)
     outline = load.outline
     planner = TaskPlanner(layout, options, read_config(layout), load.name, lambda: outline)
-    return CaptureSize.of(planner.tasks(prompt_sets), layout, options, lambda: outline.measures)
+    tasks = planner.tasks(prompt_sets)
+    affected = AffectedFiles.of(tasks, layout, options, outline.n_layers)
+    return CaptureSize.of(tasks, layout, options, lambda: outline.measures), affected
 
 
 def _check(layout: Layout, options: CaptureOptions) -> None:
-    if options.replay and options.capture_attn:
-        raise InputError("--replay does not change raw residuals: leave it out to capture attention outputs")
-    if options.replay and (options.layers or options.points):
-        raise InputError("--replay does not change raw residuals: leave it out to use --layers and --points")
-    if options.replay and options.overwrite:
-        raise InputError("--replay does not change raw residuals: leave it out to use --overwrite")
+    if options.replay:
+        _check_replay(options)
     if options.projections_only:
         _check_projections_only(layout, options)
     for folder in (layout.folder.parent, layout.folder):
@@ -127,8 +135,29 @@ def _check(layout: Layout, options: CaptureOptions) -> None:
             raise InputError(f"{folder}: expected a folder, found a file")
     if layout.folder.exists() and not os.access(layout.folder, os.W_OK):
         raise StorageError(f"{layout.folder}: cannot be written to")
-    if options.project:
+    if options.projects:
         _check_vectors(layout, options)
+
+
+def _check_replay(options: CaptureOptions) -> None:
+    if options.projections_only:
+        raise InputError("--projections-only keeps only projections: leave out --replay and --no-project")
+    if options.capture_attn:
+        raise InputError("--replay does not change raw residuals: leave it out to capture attention outputs")
+    if options.layers or options.points:
+        raise InputError("--replay does not change raw residuals: leave it out to use --layers and --points")
+    if options.overwrite:
+        raise InputError("--replay does not change raw residuals: leave it out to use --overwrite")
+    if options.project and options.vectors != NO_CHOICE:
+        raise InputError(
+            "--replay leaves projections as they are: leave out --layer, --method and --vector-experiment, which "
+            "'tlcapture project' takes"
+        )
+    if not (options.attention or options.logit_lens or options.internals):
+        raise InputError(
+            "--replay makes what it is asked for: add --attention, --logit-lens or --layer-internals ('tlcapture "
+            "project' makes projections)"
+        )
 
 
 def _check_vectors(layout: Layout, options: CaptureOptions) -> None:
@@ -152,7 +181,7 @@ def _check_vectors(layout: Layout, options: CaptureOptions) -> None:
 
 
 def _check_projections_only(layout: Layout, options: CaptureOptions) -> None:
-    if options.replay or not options.project:
+    if not options.project:
         raise InputError("--projections-only keeps only projections: leave out --replay and --no-project")
     if options.internals:
         raise InputError("--projections-only keeps no raw activations: leave out --layer-internals")

@@ -10,13 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
-from tlcapture.captures.capture import Capture
+from tlcapture.captures.capture import Capture, common_dtype
 from tlcapture.captures.from_generation import is_alike
 from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.errors import NumericalError, StorageError
 from tlcapture.models.loading import Model
+from tlcapture.names import PromptId
 from tlcapture.prompts.tokenization import token_texts
 from tlcapture.runs.background_writer import Write
+from tlcapture.runs.existing_files import is_readable
 from tlcapture.storage.files import Written, remove, write_json, write_tensors
 from tlcapture.storage.layout import Layout, derived_files
 from tlcapture.views.attention import attention_hooks, attention_view
@@ -72,19 +74,35 @@ class Outputs:
         has_attn_out = capture.prompt.residual.attn_out is not None
         return capture.kept.includes(self.kept) and (has_attn_out or not self.attn_out)
 
-    def missing(self, layout: Layout, prompt_set: str, prompt_id: str) -> Outputs:
-        """The requested outputs that do not exist yet or are older than the prompt's capture."""
+    def add_on_files(self, layout: Layout, prompt_set: str, prompt_id: PromptId) -> list[Path]:
+        """The files of the requested add-ons, whether they exist or not."""
+        where = (prompt_set, prompt_id)
+        return [
+            *([layout.attention(*where)] if self.attention else []),
+            *([layout.logit_lens(*where)] if self.logit_lens else []),
+            *(layout.internals(*where, layer) for layer in self.internals),
+        ]
+
+    def missing(self, layout: Layout, prompt_set: str, prompt_id: PromptId, *, overwrite: bool = False) -> Outputs:
+        """The requested outputs that do not exist yet or are older than the prompt's capture.
+
+        With `overwrite`, files of add-ons that cannot be read count as missing.
+        """
         raw = layout.residual(prompt_set, prompt_id)
         if not self._is_held_by(raw):
             return self
         captured = raw.stat().st_mtime_ns
-        return self.lacking(layout, prompt_set, prompt_id, since=captured)
+        return self.lacking(layout, prompt_set, prompt_id, since=captured, overwrite=overwrite)
 
-    def lacking(self, layout: Layout, prompt_set: str, prompt_id: str, *, since: int = 0) -> Outputs:
+    def lacking(
+        self, layout: Layout, prompt_set: str, prompt_id: PromptId, *, since: int = 0, overwrite: bool = False
+    ) -> Outputs:
         """The requested add-ons that do not exist or were modified before `since`, in nanoseconds since the epoch."""
 
         def lacks(path: Path) -> bool:
-            return not path.is_file() or path.stat().st_mtime_ns < since
+            if not path.is_file() or path.stat().st_mtime_ns < since:
+                return True
+            return overwrite and not is_readable(layout, path)
 
         return Outputs(
             self.kept,
@@ -145,7 +163,13 @@ def remove_stale(layout: Layout, capture: Capture) -> Sequence[Path]:
 
 
 def add_ons(
-    layout: Layout, capture: Capture, wanted: Outputs, model: Model, cache: Cache, residual_cache: Cache | None
+    layout: Layout,
+    capture: Capture,
+    wanted: Outputs,
+    model: Model,
+    cache: Cache,
+    residual_cache: Cache | None,
+    save_dtype: str,
 ) -> Iterator[Write]:
     """Compute the add-ons of a capture one after another; yields a function that writes each one's file.
 
@@ -153,8 +177,9 @@ def add_ons(
         cache: the activations named by `Outputs.pass_hooks`.
         residual_cache: the computed residual stream for the logit lens; `None` to use that of the capture, which is
             rounded to the dtype in which it was saved.
+        save_dtype: the dtype of internals in their files, or `auto`.
     """
-    names = {"prompt_id": capture.prompt_id, "prompt_set": capture.prompt_set}
+    names: dict[str, Any] = {"prompt_id": capture.prompt_id, "prompt_set": capture.prompt_set}
     where = (capture.prompt_set, capture.prompt_id)
     tokens, n_prompt = capture.tokens, len(capture.prompt.tokens)
     if wanted.attention:
@@ -182,14 +207,20 @@ def add_ons(
         )
     for layer in wanted.internals:
         path, content = layout.internals(*where, layer), _internals_content(capture, cache, layer)
-        yield partial(_write_internals, path, content)
+        yield partial(_write_internals, path, content, save_dtype)
 
 
-def _write_internals(path: Path, content: dict[str, Any]) -> Written:
-    for name, value in content.items():
-        if isinstance(value, Tensor) and not value.isfinite().all():
+def _write_internals(path: Path, content: dict[str, Any], save_dtype: str) -> Written:
+    floats = {name: value for name, value in content.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    for name, value in floats.items():
+        if not value.isfinite().all():
             raise NumericalError(f"{name} holds NaN or inf: try --dtype float32 or bfloat16")
-    return write_tensors(path, content)
+    dtype = common_dtype(list(floats.values()), save_dtype)
+    stored = {
+        name: value if save_dtype == "auto" and value.itemsize <= dtype.itemsize else value.to(dtype)
+        for name, value in floats.items()
+    }
+    return write_tensors(path, {**content, **stored})
 
 
 def _internals_content(capture: Capture, cache: Cache, layer: int) -> dict[str, Any]:

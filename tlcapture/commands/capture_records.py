@@ -15,6 +15,7 @@ from tlcapture.captures.capture import Capture
 from tlcapture.captures.provenance import is_same_computation, model_record, point_hooks
 from tlcapture.errors import InputError, StorageError
 from tlcapture.models.loading import Model
+from tlcapture.names import PromptId
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
 from tlcapture.views.kept_points import KeptPoints
@@ -35,9 +36,10 @@ class CaptureRecord:
         return str(self.metadata["prompt_set"])
 
     @property
-    def prompt_id(self) -> str:
-        """Id of the prompt in its set."""
-        return str(self.metadata["prompt_id"])
+    def prompt_id(self) -> PromptId:
+        """Id of the prompt in its set: a text or a number."""
+        found = self.metadata["prompt_id"]
+        return found if isinstance(found, int) else str(found)
 
     @property
     def n_layers(self) -> int:
@@ -63,7 +65,7 @@ class CaptureRecord:
         return cls({**measures, **model_record(model), **recorded})
 
     @classmethod
-    def find(cls, layout: Layout, prompt_set: str, prompt_id: str) -> CaptureRecord | None:
+    def find(cls, layout: Layout, prompt_set: str, prompt_id: PromptId) -> CaptureRecord | None:
         """The capture that a prompt's projections were made from.
 
         `None` for projections that do not record it, are of different runs, or are damaged.
@@ -75,7 +77,7 @@ class CaptureRecord:
                 made_from = cls(
                     content["metadata"]["capture"], content["prompt"]["tokens"] + content["response"]["tokens"]
                 )
-                is_of_prompt = (made_from.prompt_set, made_from.prompt_id) == (prompt_set, prompt_id)
+                is_of_prompt = (made_from.prompt_set, str(made_from.prompt_id)) == (prompt_set, str(prompt_id))
                 if made_from.n_layers < 1 or made_from.d_model < 1 or not made_from.kept.layers or not is_of_prompt:
                     return None
             except (StorageError, InputError, KeyError, TypeError, ValueError):

@@ -134,7 +134,7 @@ def _tensors(m: Measures, n_tokens: int, wanted: Outputs, options: CaptureOption
     heads = (2 * m.n_heads + 2 * m.n_key_value_heads) * m.d_head
     row = heads + 3 * m.d_mlp + 5 * m.d_model + m.n_heads * n_tokens
     for _ in wanted.internals:
-        yield "layer internals", text + 4 * n_tokens * row
+        yield "layer internals", text + _BYTES[options.save_dtype] * n_tokens * row
 
 
 def _json(m: Measures, n_tokens: int, wanted: Outputs) -> Iterator[tuple[str, float]]:
@@ -149,7 +149,7 @@ def _json(m: Measures, n_tokens: int, wanted: Outputs) -> Iterator[tuple[str, fl
 
 def n_projections(layout: Layout, options: CaptureOptions) -> int:
     """The number of vectors that each capture will be projected onto."""
-    if not options.project:
+    if not options.projects:
         return 0
     source = options.vectors.layout(layout)
     components = ["residual", *(["attn_out"] if options.capture_attn else [])]

@@ -14,19 +14,22 @@ from typing import Any, Protocol, TypeVar
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.capture_outputs import REPLACE, Outputs, saved_capture
 from tlcapture.commands.capture_records import CaptureRecord
-from tlcapture.commands.projections import without_projection
+from tlcapture.commands.projections import ExistingProjections, without_projection
 from tlcapture.errors import InputError, StorageError
 from tlcapture.generation.checkpoint_sampling import AskedSampling
 from tlcapture.generation.sampling import PLAIN, Sampling
+from tlcapture.names import PromptId
 from tlcapture.prompts.prompt_sets import Prompt, PromptSet
 from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
+from tlcapture.runs.existing_files import OVERWRITE, check_replaceable
 from tlcapture.runs.shards import Shard
 from tlcapture.storage.config import ExperimentConfig
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.layout import Layout, derived_files
 from tlcapture.traits.choice import VectorChoice, VectorChooser
 from tlcapture.views.kept_points import KeptPoints
 
 ALL_LAYERS = "all"
+NO_CHOICE = VectorChoice(layer="default")  # that of a command line without options for vectors
 T = TypeVar("T")
 
 
@@ -38,7 +41,7 @@ class CaptureOptions:
         internals: layers whose internals are written, or `"all"`.
         layers: layers of the residual stream that are kept; all where empty.
         points: points of the residual stream that are kept; all where empty.
-        overwrite: allow files that cannot be read to be replaced by captures.
+        overwrite: replace or remove files that cannot be read, too.
         projections_only: write projections and no raw residual.
         shard: the share of the prompts that are captured, after `limit` is applied.
     """
@@ -54,7 +57,7 @@ class CaptureOptions:
     replay: bool = False
     skip_existing: bool = False
     overwrite: bool = False
-    vectors: VectorChoice = VectorChoice(layer="default")
+    vectors: VectorChoice = NO_CHOICE
     max_new_tokens: int = 50
     sampling: AskedSampling = Sampling()
     save_dtype: str = "auto"
@@ -63,6 +66,17 @@ class CaptureOptions:
     shard: Shard | None = None
     chat_template: bool | None = None
     system_prompt: str | None = None
+
+    @property
+    def projects(self) -> bool:
+        """Whether captures are projected; a replay leaves projections as they are."""
+        return self.project and not self.replay
+
+    @property
+    def existing(self) -> ExistingProjections:
+        """Which projections `skip_existing` keeps: of a saved capture those onto any vector, if none is asked for."""
+        onto_any = self.vectors == NO_CHOICE and not self.projections_only
+        return ExistingProjections(onto_any, self.overwrite)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -122,11 +136,11 @@ class CaptureTask:
 
     prompt_set: PromptSet
     batched: Sequence[TokenizedPrompt]
-    fresh: frozenset[str]
-    saved: Mapping[str, Outputs]
+    fresh: frozenset[PromptId]
+    saved: Mapping[PromptId, Outputs]
     refused: Sequence[tuple[str, str]]
     unreadable: Sequence[tuple[str, str]] = ()
-    other_sampling: Sequence[str] = ()
+    other_sampling: Sequence[PromptId] = ()
 
     @property
     def failing(self) -> Sequence[tuple[str, str]]:
@@ -140,7 +154,7 @@ class CaptureTask:
 
     def label(self) -> str:
         """The name of the task in messages."""
-        ids = [*sorted(self.fresh), *self.saved]
+        ids = [*sorted(self.fresh, key=str), *self.saved]
         return f"{self.prompt_set.name}/{ids[0]}" if len(ids) == 1 else f"{len(ids)} prompts of {self.prompt_set.name}"
 
     def split(self, most: int) -> list[CaptureTask]:
@@ -182,7 +196,7 @@ class TaskPlanner:
         self._config = config
         self._model_name = model_name
         self._model = model
-        self._other_sampling: list[str] = []
+        self._other_sampling: list[PromptId] = []
         self._chooser = VectorChooser(layout, options.vectors)
 
     def tasks(self, prompt_sets: Sequence[PromptSet]) -> list[CaptureTask]:
@@ -203,10 +217,10 @@ class TaskPlanner:
         prompts = prompt_set.prompts[: self._options.limit]
         if self._options.shard is not None:
             prompts = list(self._options.shard.of(prompts))
-        saved: dict[str, Outputs] = {}
+        saved: dict[PromptId, Outputs] = {}
         refused: list[tuple[str, str]] = []
         unreadable: list[tuple[str, str]] = []
-        fresh: set[str] = set()
+        fresh: set[PromptId] = set()
         self._other_sampling = []
         advice = "capture it again with --overwrite" if self._options.replay else REPLACE
         for prompt in prompts:
@@ -214,6 +228,7 @@ class TaskPlanner:
             try:
                 existing = saved_capture(raw, overwrite=self._options.overwrite, advice=advice)
                 wanted = self._lacking(prompt_set, prompt, raw, existing)
+                self._check_replaceable(prompt_set.name, prompt.id, wanted, existing)
             except StorageError as error:
                 unreadable.append((name, str(error)))
                 continue
@@ -234,6 +249,16 @@ class TaskPlanner:
                     refused.append((f"{prompt_set.name}/{prompt.id}", str(error)))
         return CaptureTask(prompt_set, batched, frozenset(fresh), saved, refused, unreadable, self._other_sampling)
 
+    def _check_replaceable(self, prompt_set: str, prompt_id: PromptId, wanted: Outputs, saved: Capture | None) -> None:
+        """Raise `StorageError` if a file cannot be read that would be replaced, removed, or passed over as present."""
+        if wanted.residual or saved is None:
+            files = derived_files(self._layout, prompt_set, prompt_id)
+        else:
+            files = self._options.outputs(saved.n_layers).add_on_files(self._layout, prompt_set, prompt_id)
+        advice = f"leave out --replay and {OVERWRITE}" if self._options.replay else OVERWRITE
+        for path in files:
+            check_replaceable(self._layout, path, overwrite=self._options.overwrite, advice=advice)
+
     def _lacking(self, prompt_set: PromptSet, prompt: Prompt, raw: Path, saved: Capture | None) -> Outputs:
         """The outputs that a prompt lacks, given its saved capture; raises `_PromptError` where it cannot have them."""
         options, layout = self._options, self._layout
@@ -248,7 +273,7 @@ class TaskPlanner:
             return wanted
         if not options.replay and not self._is_whole_and_of(saved, prompt_set, prompt):
             return wanted
-        lacking = wanted.missing(layout, prompt_set.name, prompt.id)
+        lacking = wanted.missing(layout, prompt_set.name, prompt.id, overwrite=options.overwrite)
         if lacking.logit_lens and not (saved.kept.has_all_outputs or options.replay):
             return wanted  # the logit lens needs layers that were not kept
         if not lacking.residual and not options.replay:
@@ -266,9 +291,9 @@ class TaskPlanner:
                 found is not None
                 and self._is_whole_and_of(found, prompt_set, prompt)
                 and found.kept.includes(wanted.kept)
-                and not wanted.lacking(layout, *names)
+                and not wanted.lacking(layout, *names, overwrite=options.overwrite)
                 and not any(
-                    without_projection(layout, found, self._chooser.vectors(found, component))
+                    without_projection(layout, found, self._chooser.vectors(found, component), options.existing)
                     for component in options.components
                 )
             )
@@ -276,7 +301,9 @@ class TaskPlanner:
                 self._note_sampling(found)
             return wanted.lacking(layout, *names) if is_done else wanted
         if options.skip_existing and self._is_whole_and_of(saved, prompt_set, prompt):
-            return replace(options.outputs(saved.n_layers).missing(layout, *names), residual=False)
+            return replace(
+                options.outputs(saved.n_layers).missing(layout, *names, overwrite=options.overwrite), residual=False
+            )
         raise _PromptError(
             f"--projections-only would leave projections of one run next to the raw capture of another, {raw}: "
             "remove it, or run 'tlcapture project'"
@@ -317,7 +344,7 @@ class TaskPlanner:
         return prompt_set.system_prompt_of(prompt, self._config.system_prompt)
 
     def _tokenized(self, prompt_set: PromptSet, prompt: Prompt) -> TokenizedPrompt:
-        return tokenize(
+        tokenized = tokenize(
             self._model().tokenizer,
             prompt.text,
             prompt_set=prompt_set.name,
@@ -325,3 +352,4 @@ class TaskPlanner:
             system_prompt=self._system_prompt(prompt_set, prompt),
             chat_template=self.asked_template,
         )
+        return replace(tokenized, fields=prompt.fields)

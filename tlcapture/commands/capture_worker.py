@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.from_generation import capture_of
 from tlcapture.commands.capture_outputs import Outputs, add_ons, remove_stale, saved_capture, write_capture
@@ -26,9 +28,11 @@ from tlcapture.generation.sampling import Sampling
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import is_out_of_memory, release_memory
 from tlcapture.runs.background_writer import BackgroundWriter
+from tlcapture.runs.existing_files import check_replaceable
 from tlcapture.runs.run import Run
 from tlcapture.storage.config import update_config
 from tlcapture.storage.files import remove, write_bytes
+from tlcapture.storage.layout import derived_files
 
 
 class CaptureWorker:
@@ -128,10 +132,11 @@ class CaptureWorker:
         self, name: str, generation: Generation, sampling: Sampling, wanted: Outputs, writer: BackgroundWriter
     ) -> None:
         options = self.options
-        # Another tool may have put a file there since the run was planned.
-        saved_capture(
-            self.layout.residual(generation.prompt.prompt_set, generation.prompt.id), overwrite=options.overwrite
-        )
+        # Another tool may have put files there since the run was planned.
+        where = (generation.prompt.prompt_set, generation.prompt.id)
+        saved_capture(self.layout.residual(*where), overwrite=options.overwrite)
+        for path in derived_files(self.layout, *where):
+            check_replaceable(self.layout, path, overwrite=options.overwrite)
         capture = capture_of(
             generation,
             self.model,
@@ -151,7 +156,9 @@ class CaptureWorker:
             self._removed += remove_stale(self.layout, capture)
         self._project(capture, only=not wanted.raw)
         cache = generation.cache
-        files = add_ons(self.layout, capture, wanted, self.model, cache, residual_cache=cache)
+        files = add_ons(
+            self.layout, capture, wanted, self.model, cache, residual_cache=cache, save_dtype=options.save_dtype
+        )
         writer.write(name, files, then=lambda: remove([marker]))
         self.run.report.n_prompts += 1
 
@@ -186,9 +193,15 @@ class CaptureWorker:
                 )
             hooks = wanted.pass_hooks(self.model)
             cache = teacher_force(self.model, capture.token_ids, hooks) if hooks else {}
-            for write in add_ons(self.layout, capture, wanted, self.model, cache, residual_cache=None):
+            save_dtype = self.options.save_dtype
+            if save_dtype == "auto" and capture.prompt.residual.points.dtype == torch.float32:
+                save_dtype = "float32"  # as the capture was saved
+            for write in add_ons(
+                self.layout, capture, wanted, self.model, cache, residual_cache=None, save_dtype=save_dtype
+            ):
                 self.run.wrote(write())
-        self._project(capture, only_missing=self.options.skip_existing)
+        if not self.options.replay:
+            self._project(capture, only_missing=self.options.skip_existing)
 
     def _check_model(self, capture: Capture) -> None:
         fingerprint = capture.metadata.get("model_fingerprint")
@@ -213,5 +226,5 @@ class CaptureWorker:
         for component in components:
             vectors = self._chooser.vectors(capture, component)
             if only_missing:
-                vectors = without_projection(self.layout, capture, vectors)
-            project_capture(self.run, capture, vectors, only=only)
+                vectors = without_projection(self.layout, capture, vectors, self.options.existing)
+            project_capture(self.run, capture, vectors, only=only, overwrite=self.options.overwrite)

@@ -34,9 +34,12 @@ from tlcapture.views.hooks import COMPONENT_HOOKS, COMPONENTS
 
 @dataclass(frozen=True)
 class ExtractOptions:
-    """What to extract; empty `traits` and `layers` mean all of them."""
+    """What to extract; empty `traits` and `layers` mean all of them.
 
-    traits: tuple[Trait, ...] = ()
+    `traits` of `None` are those of the root, or of the package where the root has none.
+    """
+
+    traits: tuple[Trait, ...] | None = None
     methods: tuple[str, ...] = METHODS
     layers: tuple[int, ...] = ()
     components: tuple[str, ...] = COMPONENTS
@@ -59,7 +62,8 @@ def run_extract(
         InputError: a trait, method or layer is unknown, or an example is wrong; nothing was written.
     """
     datasets = Datasets(layout.root)
-    traits = options.traits or tuple(datasets.traits())
+    own = datasets.traits(own=True) if options.traits is None else []
+    traits = options.traits or own or datasets.traits()
     for method in options.methods:
         if method not in FITS:
             raise InputError(f"no method {method!r}: choose among {', '.join(FITS)}")

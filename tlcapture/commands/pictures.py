@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tlcapture.commands.plots import projection_picture
+from tlcapture.errors import StorageError
 from tlcapture.names import Trait
 from tlcapture.runs.display import Display
 from tlcapture.storage.files import write_bytes
@@ -31,7 +32,7 @@ def write_pictures(
 
     Raises:
         InputError: none of the prompts has a projection; the message names the command that projects.
-        StorageError: a projection file is damaged, or a picture cannot be written.
+        StorageError: a projection file is damaged (all others are drawn), or a picture cannot be written.
     """
     check_component(component)
     files = [
@@ -39,15 +40,23 @@ def write_pictures(
     ]
     if not files:
         raise no_projections(layout, prompt_set, component, traits)
-    written = []
+    written: list[Path] = []
+    failures: list[str] = []
     with display.progress(len(files), f"{prompt_set} pictures", "picture") as progress:
         for file in files:
-            scores = TokenScores.read(file)
+            progress.advance(1)
+            try:
+                scores = TokenScores.read(file)
+            except StorageError as error:
+                failures.append(str(error))
+                continue
             trait, _ = layout.of_projection(file)
             picture = folder / layout.projection(trait, component, prompt_set, file.stem).relative_to(
                 layout.folder / "inference"
             ).with_suffix(".png")
             write_bytes(picture, projection_picture(scores))
             written.append(picture)
-            progress.advance(1)
+    if failures:
+        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+        raise StorageError(f"{len(written)} of {len(files)} pictures of {prompt_set} were drawn: {failures[0]}{more}")
     return written

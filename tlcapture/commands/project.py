@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tlcapture.captures.capture import Capture
-from tlcapture.commands.projections import project_capture, vector_chooser, without_projection
+from tlcapture.commands.projections import ExistingProjections, project_capture, vector_chooser, without_projection
 from tlcapture.errors import InputError, NumericalError, StorageError
 from tlcapture.runs.display import Display
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
@@ -31,13 +31,15 @@ from tlcapture.traits.vector_files import traits_with_vectors
 class ProjectOptions:
     """Which vectors to project onto, and which component; `dynamics_only` recomputes the dynamics alone.
 
-    `shard` is a share of the captures that exist when the run begins.
+    `overwrite` replaces files that cannot be read, too. `shard` is a share of the captures that exist when the run
+    begins.
     """
 
     vectors: VectorChoice = VectorChoice()
     component: str = "residual"
     dynamics_only: bool = False
     skip_existing: bool = False
+    overwrite: bool = False
     shard: Shard | None = None
 
 
@@ -79,6 +81,7 @@ def run_project(
                 split=SavedPrompts.split,
                 reads=[options.vectors.layout(layout)],
                 inputs=lambda task: [layout.residual(task.prompt_set, each) for each in task.ids],
+                overwrite=options.overwrite,
             ),
             run,
         )
@@ -125,17 +128,18 @@ class ProjectionWorker:
     def _project(self, prompt_set: str, prompt_id: str) -> None:
         raw = self._layout.residual(prompt_set, prompt_id)
         capture = Capture.open(raw)
-        if capture.prompt_set != prompt_set or capture.prompt_id != prompt_id:
+        if capture.prompt_set != prompt_set or str(capture.prompt_id) != prompt_id:
             recorded = f"{capture.prompt_set}/{capture.prompt_id}"
             raise StorageError(f"{raw}: its metadata names prompt {recorded}: it was moved or renamed")
         vectors = self._chooser.vectors(capture, self._options.component)
         if self._options.skip_existing:
-            vectors = without_projection(self._layout, capture, vectors)
+            existing = ExistingProjections(overwrite=self._options.overwrite)
+            vectors = without_projection(self._layout, capture, vectors, existing)
         if not vectors:
             self._run.report.n_skipped += self._options.skip_existing
             return
         try:
-            project_capture(self._run, capture, vectors)
+            project_capture(self._run, capture, vectors, overwrite=self._options.overwrite)
         except NumericalError as error:
             raise NumericalError(f"{raw}: {error}") from None
         self._run.report.n_prompts += 1

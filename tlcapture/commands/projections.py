@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.provenance import now
 from tlcapture.commands.capture_records import CaptureRecord
-from tlcapture.names import Trait
+from tlcapture.names import PromptId, Trait
+from tlcapture.runs.existing_files import check_replaceable, is_readable
 from tlcapture.runs.run import Run
-from tlcapture.storage.files import write_json
+from tlcapture.storage.files import read_json, write_json
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.choice import ChosenVector, ChosenVectors, VectorChoice, VectorChooser
 from tlcapture.traits.projection import Projection, project
-from tlcapture.traits.saved_projections import is_projected
+from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.traits.vectors import TraitVector
+
+
+@dataclass(frozen=True)
+class ExistingProjections:
+    """Which existing projections are kept where only missing ones are made.
+
+    Attributes:
+        onto_any: those onto any vector of the trait, rather than onto the chosen one alone.
+        overwrite: none that cannot be read; otherwise such a file is an error.
+    """
+
+    onto_any: bool = False
+    overwrite: bool = False
 
 
 def vector_chooser(run: Run, choice: VectorChoice) -> VectorChooser:
@@ -24,11 +41,41 @@ def vector_chooser(run: Run, choice: VectorChoice) -> VectorChooser:
 
 
 def without_projection(
-    layout: Layout, capture: Capture | CaptureRecord, chosen: Sequence[ChosenVector]
+    layout: Layout, capture: Capture | CaptureRecord, chosen: Sequence[ChosenVector], existing: ExistingProjections
 ) -> list[ChosenVector]:
-    """The vectors without a projection of the capture, or with one older than the capture or the vector."""
+    """The vectors without a projection of the capture, or with one older than the capture or the vector.
+
+    Raises `StorageError` for a projection file that cannot be read and is not to be overwritten.
+    """
     ids = (capture.prompt_set, capture.prompt_id)
-    return [each for each in chosen if not is_projected(layout, *ids, each.vector)]
+    return [each for each in chosen if not _is_projected(layout, *ids, each.vector, existing)]
+
+
+def _is_projected(
+    layout: Layout, prompt_set: str, prompt_id: PromptId, vector: TraitVector, existing: ExistingProjections
+) -> bool:
+    """Whether a prompt has a projection that is kept, no older than the raw capture and the vector it is onto."""
+    path = layout.projection(vector.trait, vector.component, prompt_set, prompt_id)
+    check_replaceable(layout, path, overwrite=existing.overwrite)
+    if not path.is_file() or (existing.overwrite and not is_readable(layout, path)):
+        return False
+    source = _recorded_source(path)
+    is_onto_it = all(source.get(key) == getattr(vector, key) for key in ("experiment", "method", "layer"))
+    if not (is_onto_it or existing.onto_any):
+        return False
+    origins = [layout.residual(prompt_set, prompt_id)]
+    if is_onto_it:
+        files = VectorFiles(Layout(layout.root, vector.experiment), vector.trait)
+        origins.append(files.file(vector.component, vector.method, vector.layer))
+    newest = max((each.stat().st_mtime_ns for each in origins if each.is_file()), default=0)
+    return path.stat().st_mtime_ns >= newest
+
+
+def _recorded_source(path: Path) -> dict[str, Any]:
+    try:
+        return dict(read_json(path)["metadata"]["vector_source"])
+    except (KeyError, TypeError, ValueError):
+        return {}
 
 
 def _report(run: Run, chosen: ChosenVectors) -> None:
@@ -38,13 +85,18 @@ def _report(run: Run, chosen: ChosenVectors) -> None:
 
 
 def project_capture(
-    run: Run, capture: Capture, chosen: Sequence[ChosenVector], *, only: bool = False
+    run: Run, capture: Capture, chosen: Sequence[ChosenVector], *, only: bool = False, overwrite: bool = False
 ) -> list[Projection]:
     """Project a capture onto vectors and write a file for each; returns the projections.
 
     Where `only` projections are kept, the files hold the capture's metadata too.
+
+    Raises:
+        StorageError: a file to be replaced cannot be read, and `overwrite` is not set; none was written.
     """
     layout = run.layout
+    for each in chosen:
+        check_replaceable(layout, _path(layout, capture, each.vector), overwrite=overwrite)
     pairs = [(each.vector, each.selection) for each in chosen]
     projections = project(capture.prompt.residual, capture.response.residual, pairs)
     notes = [each.notes(capture.metadata) for each in chosen]
@@ -52,12 +104,15 @@ def project_capture(
     _warn_together(doubts, run)
     for projection, found in zip(projections, notes, strict=True):
         vector = projection.vector
-        path = layout.projection(vector.trait, vector.component, capture.prompt_set, capture.prompt_id)
         content = _file_content(layout, capture, projection, [f"{vector.trait}: {note}" for note in found])
         if only:
             content["metadata"]["capture"] = dict(capture.metadata)
-        run.wrote(write_json(path, content))
+        run.wrote(write_json(_path(layout, capture, vector), content))
     return projections
+
+
+def _path(layout: Layout, capture: Capture, vector: TraitVector) -> Path:
+    return layout.projection(vector.trait, vector.component, capture.prompt_set, capture.prompt_id)
 
 
 def _warn_together(doubts: Iterable[tuple[Trait, str | None]], run: Run) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tlcapture.errors import InputError, StorageError
+from tlcapture.names import PromptId
 from tlcapture.text import printable
 from tlcapture.views.json_files import AttentionHead, pattern_of_layer
 
@@ -43,7 +44,7 @@ class AttentionHeads:
     """
 
     prompt_set: str
-    prompt_id: str
+    prompt_id: PromptId
     layer: int
     tokens: Sequence[str]
     n_prompt_tokens: int

@@ -2,7 +2,7 @@
 
 | column | meaning |
 | --- | --- |
-| `prompt_id` | as in the prompt set, a string |
+| `prompt_id` | as in the prompt set, a text or a number |
 | `token_idx` | index over prompt and response as one sequence |
 | `token` | its text |
 | `part` | `prompt` or `response` |

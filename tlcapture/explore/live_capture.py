@@ -11,7 +11,7 @@ for cap in capture(model, ["What is a lighthouse for?"], max_new_tokens=20):
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -109,13 +109,16 @@ def capture(
     runner = as_model(model)
     prompt_set = _as_prompt_set(prompts)
     tokenized = [
-        tokenize(
-            runner.tokenizer,
-            prompt.text,
-            prompt_set=prompt_set.name,
-            prompt_id=prompt.id,
-            system_prompt=prompt_set.system_prompt_of(prompt, system_prompt),
-            chat_template=chat_template,
+        replace(
+            tokenize(
+                runner.tokenizer,
+                prompt.text,
+                prompt_set=prompt_set.name,
+                prompt_id=prompt.id,
+                system_prompt=prompt_set.system_prompt_of(prompt, system_prompt),
+                chat_template=chat_template,
+            ),
+            fields=prompt.fields,
         )
         for prompt in prompt_set.prompts
     ]

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tlcapture.errors import StorageError
+from tlcapture.names import PromptId
 from tlcapture.text import printable
 from tlcapture.views.json_files import LensEntry, LensHead
 
@@ -37,7 +38,7 @@ class LogitLensTable:
     """
 
     prompt_set: str
-    prompt_id: str
+    prompt_id: PromptId
     tokens: Sequence[str]
     n_prompt_tokens: int
     top_tokens: Sequence[Sequence[Sequence[str]]] = field(repr=False)
@@ -107,7 +108,7 @@ class LogitLensTable:
         return f'<td title="{title}" style="{colour}">{likeliest}</td>'
 
 
-def table_of_file(content: Mapping[str, Any], path: Path, prompt_set: str, prompt_id: str) -> LogitLensTable:
+def table_of_file(content: Mapping[str, Any], path: Path, prompt_set: str, prompt_id: PromptId) -> LogitLensTable:
     """The table of the parsed JSON of a logit-lens file.
 
     Raises `StorageError` if the content does not have that form.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tlcapture.errors import InputError
 from tlcapture.explore.explorable_capture import ExplorableCapture
+from tlcapture.names import PromptId
 from tlcapture.storage.layout import Layout
 
 if TYPE_CHECKING:
@@ -26,17 +27,22 @@ class SavedCapture(ExplorableCapture):
     Has every attribute of `Capture`, such as `tokens`, `prompt`, `response` and `residual(layer, point)`.
     """
 
-    def __init__(self, experiment: Experiment, prompt_set: str, prompt_id: str):
+    def __init__(self, experiment: Experiment, prompt_set: str, name: str):
         self.experiment = experiment
         self.prompt_set = prompt_set
-        self.prompt_id = prompt_id
+        self._name = name  # of its files
+
+    @property
+    def prompt_id(self) -> PromptId:
+        """Id of the prompt in its set: a text or a number."""
+        return self.capture.prompt_id
 
     @cached_property
     def capture(self) -> Capture:
         """The opened file; raises `StorageError` if it is damaged."""
         from tlcapture.captures.capture import Capture
 
-        return Capture.open(self.experiment.layout.residual(self.prompt_set, self.prompt_id))
+        return Capture.open(self.experiment.layout.residual(self.prompt_set, self._name))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -72,7 +78,7 @@ class SavedCapture(ExplorableCapture):
     def _add_on(self, kind: str) -> Path | None:
         layout = self.experiment.layout
         path_of = layout.attention if kind == "attention" else layout.logit_lens
-        path, raw = path_of(self.prompt_set, self.prompt_id), layout.residual(self.prompt_set, self.prompt_id)
+        path, raw = path_of(self.prompt_set, self._name), layout.residual(self.prompt_set, self._name)
         # A file older than the capture belongs to an earlier run of the prompt.
         is_current = path.is_file() and path.stat().st_mtime_ns >= raw.stat().st_mtime_ns
         return path if is_current else None

@@ -26,6 +26,7 @@ from tlcapture.generation.sampling import Sampling
 from tlcapture.logger import get_logger
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import fitting_batch_size, is_out_of_memory, release_memory
+from tlcapture.names import PromptId
 from tlcapture.prompts.tokenization import TokenizedPrompt, unknown_token
 from tlcapture.views.cache import Cache
 
@@ -41,7 +42,7 @@ def generate(
     sampling: Sampling = Sampling(),
     interventions: Sequence[Intervention] = (),
     batch_size: int | None = None,
-    wanted: Collection[str] | None = None,
+    wanted: Collection[PromptId] | None = None,
     on_tokens: Callable[[int], None] = lambda count: None,
 ) -> Iterator[Outcome]:
     """Run prompts and yield an outcome for each, in the order in which they finish.
@@ -154,7 +155,9 @@ class _Queue:
 class _InFlight:
     """The wanted prompts of a batch that have no outcome yet, and the tokens that were reported for each."""
 
-    def __init__(self, batch: Sequence[TokenizedPrompt], wanted: Collection[str], on_tokens: Callable[[int], None]):
+    def __init__(
+        self, batch: Sequence[TokenizedPrompt], wanted: Collection[PromptId], on_tokens: Callable[[int], None]
+    ):
         self.batch = batch
         self._n_tokens = {index: 0 for index, prompt in enumerate(batch) if prompt.id in wanted}
         self._on_tokens = on_tokens

@@ -7,6 +7,7 @@ exported pages.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os.path import lexists
 from pathlib import Path
@@ -20,7 +21,7 @@ from tlcapture.page import missing
 from tlcapture.page.average import average_trajectory
 from tlcapture.page.token_entries import TokenEntries
 from tlcapture.page.trait_contents import vectors_of
-from tlcapture.prompts.prompt_sets import read_prompt_set
+from tlcapture.prompts.prompt_sets import Prompt, read_prompt_set
 from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.views.hooks import COMPONENTS
@@ -41,6 +42,19 @@ RESOURCES = {
 _TEXT_AT_THE_START = re.compile(rb'\{\s*"prompt"\s*:\s*\{\s*"text"\s*:\s*("(?:[^"\\]|\\.)*")')
 _HEAD = 2**16
 _NUMBER = re.compile("[0-9]{1,9}")
+_SLASH = "~"  # in place of the slashes of a prompt set in addresses; no name has one
+
+
+def address(resource: str, parameters: Mapping[str, str]) -> str:
+    """The path of a resource; a prompt set in a subfolder is one part of it."""
+    return RESOURCES[resource].format(
+        **{key: text.replace("/", _SLASH) if key == "prompt_set" else text for key, text in parameters.items()}
+    )
+
+
+def from_address(parameters: Mapping[str, str]) -> dict[str, str]:
+    """The parameters of a resource from the parts of its path."""
+    return {key: text.replace(_SLASH, "/") if key == "prompt_set" else text for key, text in parameters.items()}
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,7 @@ class Contents:
             except InputError:
                 continue
             prompt_sets = layout.prompt_sets()
-            traits = sorted({str(trait) for trait in layout.traits()} | set(_projected(layout, "*")))
+            traits = sorted({str(trait) for trait in layout.traits()} | set(_projected(layout)))
             found.append({"name": folder.name, "prompt_sets": prompt_sets, "traits": traits})
         return found
 
@@ -71,11 +85,11 @@ class Contents:
         ids = layout.prompt_ids(prompt_set)
         if not ids:
             raise missing.captures(layout, prompt_set)
-        texts = self._prompt_texts(prompt_set)
+        listed = self._prompts(prompt_set)
         prompts = [
             {
-                "id": prompt_id,
-                "text": _shown_text(layout, prompt_set, prompt_id, texts.get(prompt_id)),
+                "id": listed[prompt_id].id if prompt_id in listed else prompt_id,
+                "text": _shown_text(layout, prompt_set, prompt_id, listed.get(prompt_id)),
                 "attention": layout.attention(prompt_set, prompt_id).is_file(),
                 "logit_lens": layout.logit_lens(prompt_set, prompt_id).is_file(),
             }
@@ -92,7 +106,7 @@ class Contents:
                 content = ProjectionFile.read(path)
                 projection = _projection(layout, path, content)
             except TlcaptureError as error:
-                found["problems"].append(self._problem(error))
+                found["problems"].append(self.problem(error))
                 continue
             if found["tokens"] is None:
                 n_prompt = len(content.prompt.tokens)
@@ -119,9 +133,7 @@ class Contents:
         if not path.is_file():
             raise missing.projections(layout, prompt_set)
         content = ProjectionFile.read(path)
-        if content.metadata.sublayers is None:
-            raise StorageError(f"{path}: metadata.sublayers is missing: it names the residual points of the scores")
-        return {"sublayers": content.metadata.sublayers, "scores": content.scores}
+        return {"sublayers": content.sublayers(component), "scores": content.scores}
 
     def lens(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
         """The most likely next token, and rank and probability of the actual one, for every token and layer."""
@@ -171,7 +183,7 @@ class Contents:
                 try:
                     trajectories.append(ProjectionFile.read(path).trajectory)
                 except StorageError as error:
-                    problems.append(self._problem(error))
+                    problems.append(self.problem(error))
         if not trajectories:
             raise missing.projections(layout, prompt_set)
         return {**average_trajectory(trajectories), "problems": problems}
@@ -199,14 +211,14 @@ class Contents:
                 return _head(PerTokenHead.of(TokenEntries(path).rest, path))
         return {}
 
-    def _problem(self, error: TlcaptureError) -> str:
+    def problem(self, error: TlcaptureError | OSError) -> str:
         """The message of an error, with paths relative to the root."""
         return str(error).replace(f"{self.root}/", "", 1)
 
-    def _prompt_texts(self, prompt_set: str) -> dict[str, str]:
-        """Prompt texts of the prompt set file by id; empty if the file is missing or invalid."""
+    def _prompts(self, prompt_set: str) -> dict[str, Prompt]:
+        """The prompts of the prompt set file by file name; empty if the file is missing or invalid."""
         try:
-            return {prompt.id: prompt.text for prompt in read_prompt_set(Datasets(self.root), prompt_set).prompts}
+            return {str(prompt.id): prompt for prompt in read_prompt_set(Datasets(self.root), prompt_set).prompts}
         except TlcaptureError:
             return {}
 
@@ -223,14 +235,15 @@ def _index(token: str) -> int:
     return int(token)
 
 
-def _projected(layout: Layout, prompt_set: str) -> list[str]:
-    """Traits that any prompt of a set is projected onto."""
+def _projected(layout: Layout, prompt_set: str | None = None) -> list[str]:
+    """Traits that any prompt of a set, or of any set, is projected onto."""
     folders = layout.projection_folders(prompt_set)
     return sorted({str(trait) for trait, _ in folders})
 
 
-def _shown_text(layout: Layout, prompt_set: str, prompt_id: str, text: str | None) -> str:
-    """The prompt set's `text` of a prompt if the captured prompt contains it, else the captured prompt."""
+def _shown_text(layout: Layout, prompt_set: str, prompt_id: str, prompt: Prompt | None) -> str:
+    """The text of a prompt in its set if the captured prompt contains it, else the captured prompt."""
+    text = prompt.text if prompt else None
     for path in layout.all_projections(prompt_set, prompt_id):
         if not path.is_file():
             continue

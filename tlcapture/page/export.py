@@ -5,17 +5,17 @@ from __future__ import annotations
 import base64
 import gzip
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from tlcapture.errors import InputError, StorageError
+from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.names import Trait
 from tlcapture.page.assets import exported_page
-from tlcapture.page.contents import RESOURCES, Contents
+from tlcapture.page.contents import Contents, address
 from tlcapture.page.missing import MissingError
 from tlcapture.storage.files import write_bytes
 from tlcapture.storage.layout import Layout
@@ -31,6 +31,7 @@ class _Carried:
     room: int
     elements: list[str] = field(default_factory=list)
     missing: dict[str, dict[str, str]] = field(default_factory=dict)
+    on_problem: Callable[[str], object] = lambda problem: None
     left_out: list[str] = field(default_factory=list)
 
     def add(self, label: str, resources: Sequence[tuple[str, dict[str, str]]], *, needed: bool = False) -> None:
@@ -38,11 +39,15 @@ class _Carried:
         made, missing = [], {}
         left = self.room
         for name, parameters in resources:
-            path = RESOURCES[name].format(**parameters)
+            path = address(name, parameters)
             try:
                 packed = _pack(path, self.read(name, parameters))
             except MissingError as error:
                 missing[path] = {"what": error.what, "command": error.command}
+                continue
+            except (TlcaptureError, OSError) as error:
+                missing[path] = {"what": self.contents.problem(error), "command": ""}
+                self.on_problem(str(error))
                 continue
             left -= len(packed)
             if left < 0:
@@ -58,22 +63,31 @@ class _Carried:
         self.missing |= missing
 
     def read(self, name: str, parameters: dict[str, str]) -> Any:
-        return getattr(self.contents, name)(**parameters)
+        value = getattr(self.contents, name)(**parameters)
+        for problem in value.get("problems", ()) if isinstance(value, dict) else ():
+            self.on_problem(f"{self.contents.root}/{problem}")  # which names files below the root
+        return value
 
 
 def export_page(
-    root: Path, experiment: str, prompt_sets: Sequence[str], target: Path, *, megabytes: float = DEFAULT_MEGABYTES
+    root: Path,
+    experiment: str,
+    prompt_sets: Sequence[str],
+    target: Path,
+    *,
+    megabytes: float = DEFAULT_MEGABYTES,
+    on_problem: Callable[[str], object] = lambda problem: None,
 ) -> list[str]:
     """Write the page with an experiment's data to `target`; returns labels of the data that did not fit.
 
     Trajectories, vectors and layers are added first, then the logit lens and attention of each prompt, until the
-    data reaches `megabytes`.
+    data reaches `megabytes`. A file that cannot be read is left out, and `on_problem` is called with the reason.
 
     Raises `InputError` if the overview alone does not fit.
     """
     layout = Layout(root, experiment)
     contents = _Only(root, experiment, tuple(prompt_sets))
-    carried = _Carried(contents, int(megabytes * 2**20))
+    carried = _Carried(contents, int(megabytes * 2**20), on_problem=on_problem)
     prompts = [(name, prompt_id) for name in prompt_sets for prompt_id in layout.prompt_ids(name)]
     overview: list[tuple[str, dict[str, str]]] = [("experiments", {})]
     overview += [("prompt_set", {"experiment": experiment, "prompt_set": name}) for name in prompt_sets]
@@ -126,7 +140,7 @@ def _tokens(contents: Contents, kind: str, where: dict[str, str]) -> Iterator[tu
     yield kind, where
     try:
         tokens = contents.tokens_of(kind, **where)
-    except MissingError:
+    except (TlcaptureError, OSError):
         tokens = [0]  # requested, so that the page can show what is missing
     for token in tokens:
         yield f"{kind}_token", {**where, "token": str(token)}

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tlcapture.errors import InputError, TlcaptureError
 from tlcapture.page.assets import POLICY, plotly_script, served_page, static_file
-from tlcapture.page.contents import RESOURCES, Contents
+from tlcapture.page.contents import RESOURCES, Contents, from_address
 from tlcapture.page.missing import MissingError
 from tlcapture.text import printable
 
@@ -116,7 +116,7 @@ def _resource(read: Callable[..., Any]) -> Callable[[Request], Any]:
             return _refusal(422, f"a file has content that cannot be shown: {error}")
 
     async def endpoint(request: Request) -> Response:
-        return await run_in_threadpool(answer, **request.path_params)
+        return await run_in_threadpool(answer, **from_address(request.path_params))
 
     return endpoint
 

@@ -112,7 +112,9 @@ def _capture(
         if wanted.raw:
             write_capture(layout, capture)
         project_capture(run, capture, chosen)
-        for write in add_ons(layout, capture, wanted, model, outcome.cache, residual_cache=outcome.cache):
+        for write in add_ons(
+            layout, capture, wanted, model, outcome.cache, residual_cache=outcome.cache, save_dtype=options.save_dtype
+        ):
             write()
         n_new += len(outcome.response_ids)
     return n_new

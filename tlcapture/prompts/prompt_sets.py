@@ -1,17 +1,20 @@
 """Prompt sets: their format, reading and validation. Importing this module loads no torch.
 
-{"name": "single_trait", "description": "...", "system_prompt": "optional",
- "prompts": [{"id": "1", "text": "...", "note": "optional", "system_prompt": "optional"}]}
+{"name": "a title, optional", "description": "...", "system_prompt": "optional",
+ "prompts": [{"id": 1, "text": "...", "note": "optional", "system_prompt": "optional", "any other key": "kept"}]}
+
+A bare list of prompts is a prompt set too, and `prompt` another name for `text`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tlcapture.errors import InputError, StorageError
-from tlcapture.names import is_safe_name
+from tlcapture.names import PromptId, check_prompt_set, prompt_id_problem
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Datasets
 from tlcapture.storage.validation import first_problem
@@ -23,28 +26,45 @@ class Prompt(BaseModel):
     """One prompt of a set.
 
     Attributes:
-        id: a safe file name (letters, digits, `.`, `_`, `-`); an integer is converted to a string.
+        id: a safe file name (letters, digits, `.`, `_`, `-`) or a whole number; it keeps its type in all files.
         text: the prompt, not empty.
         note: a comment, not given to the model.
         system_prompt: overrides the system prompt of the set and of the experiment.
+        fields: all other keys, which metadata hold as `prompt_fields`.
 
-    Raises `pydantic.ValidationError` for an invalid value or an unknown field.
+    Raises `pydantic.ValidationError` for an invalid value.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True)
 
-    id: str
+    id: PromptId
     text: str
     note: str | None = None
     system_prompt: str | None = None
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The keys of the prompt that have no meaning here, with their values."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_may_be_called_prompt(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        if "messages" in value:
+            raise ValueError("messages: conversations are not supported: give one text")
+        if "prompt" not in value:
+            return value
+        if "text" in value:
+            raise ValueError("both text and prompt: leave out one of them")
+        return {("text" if key == "prompt" else key): each for key, each in value.items()}
+
     @field_validator("id", mode="before")
     @classmethod
-    def _id_is_a_safe_name(cls, value: object) -> object:
-        if isinstance(value, int) and not isinstance(value, bool):
-            value = str(value)
-        if isinstance(value, str) and not is_safe_name(value):
-            raise ValueError(f"id {value!r} is not a safe file name (letters, digits, '.', '_', '-')")
+    def _id_is_valid(cls, value: object) -> object:
+        if problem := prompt_id_problem(value):
+            raise ValueError(problem)
         return value
 
     @field_validator("text")
@@ -60,32 +80,45 @@ class Prompt(BaseModel):
 
 
 class PromptSet(BaseModel):
-    """A named list of prompts.
+    """A named list of prompts; further keys are kept.
 
     Attributes:
-        name: the file name without `.json`.
+        name: the file's path below `datasets/inference/` without `.json`, for example `mine` or `general/mine`.
+        title: what the file calls the set; its name where it does not say.
         description: what the set is for.
         system_prompt: used for every prompt that has none of its own.
-        prompts: at least one; ids are unique, ignoring case.
+        prompts: at least one; ids are unique as file names, ignoring case.
 
-    Raises `pydantic.ValidationError` for an invalid value or an unknown field.
+    Raises `pydantic.ValidationError` for an invalid value.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True)
 
     name: str
+    title: str = ""
     description: str = ""
     system_prompt: str | None = None
     prompts: list[Prompt] = Field(min_length=1)
 
+    @field_validator("name")
+    @classmethod
+    def _name_is_safe(cls, value: str) -> str:
+        try:
+            return check_prompt_set(value)
+        except InputError as error:
+            raise ValueError(str(error)) from None
+
     @model_validator(mode="after")
     def _ids_are_unique(self) -> PromptSet:
-        seen: set[str] = set()
+        seen: dict[str, PromptId] = {}
         for prompt in self.prompts:
             # On some file systems, names that differ only in case are the same file.
-            if prompt.id.lower() in seen:
+            name = str(prompt.id).lower()
+            if name in seen and type(seen[name]) is not type(prompt.id):
+                raise ValueError(f"ids {seen[name]!r} and {prompt.id!r} would have the same files")
+            if name in seen:
                 raise ValueError(f"id {prompt.id!r} occurs twice in prompts")
-            seen.add(prompt.id.lower())
+            seen[name] = prompt.id
         return self
 
     def system_prompt_of(self, prompt: Prompt, default: str | None = None) -> str | None:
@@ -98,23 +131,39 @@ class PromptSet(BaseModel):
 
 def read_prompt_set(datasets: Datasets, name: str) -> PromptSet:
     """Read a prompt set by name; raises `InputError`, with file and field, if it is missing or invalid."""
-    return read_prompt_file(datasets.prompt_set_file(name))
+    return read_prompt_file(datasets.prompt_set_file(name), name)
 
 
-def read_prompt_file(path: Path) -> PromptSet:
+def read_prompt_file(path: Path, name: str | None = None) -> PromptSet:
     """Read and validate one prompt set file; raises `InputError`, with file and field, if it is invalid.
 
-    The file name must be the name of the set.
+    `name` is the name of the set, that of the file by default; what the file calls it is a title.
     """
+    name = path.stem if name is None else name
     try:
-        prompt_set = PromptSet.model_validate(read_json(path))
+        value = read_json(path)
+        content = {"prompts": value} if isinstance(value, list) else value
+        if isinstance(content, dict):
+            if not isinstance(content.get("name", name), str):
+                raise InputError(f"{path}: name: expected a text")
+            content = {**content, "name": name, "title": content.get("title", content.get("name", name))}
+        return PromptSet.model_validate(content)
     except StorageError as error:
         raise InputError(str(error)) from None
     except ValidationError as error:
         raise InputError(f"{path}: {first_problem(error)}") from None
-    if prompt_set.name != path.stem:
-        raise InputError(f"{path}: name: expected {path.stem!r}, the file's name, got {prompt_set.name!r}")
-    return prompt_set
+
+
+def read_all_prompt_sets(datasets: Datasets) -> tuple[list[PromptSet], list[tuple[str, str]]]:
+    """All prompt sets, and the names of those that cannot be read, with the reasons."""
+    found: list[PromptSet] = []
+    refused: list[tuple[str, str]] = []
+    for name, path in datasets.prompt_set_files().items():
+        try:
+            found.append(read_prompt_file(path, name))
+        except InputError as error:
+            refused.append((name, str(error)))
+    return found, refused
 
 
 def adhoc(text: str) -> PromptSet:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from tlcapture.errors import InputError
+from tlcapture.names import PromptId
 from tlcapture.prompts.chat_template import RenderedChat, render_chat, uses_chat_template
 
 # Decoded texts by tokenizer and token id: one logit lens needs thousands of them, and the next needs the same ones.
@@ -26,10 +27,11 @@ class TokenizedPrompt:
         system_prompt: the system prompt, if any.
         chat_template: whether the chat template was applied.
         merged, dropped: what the chat template merged or left out, see `RenderedChat`.
+        fields: further keys of the prompt in its set.
     """
 
     prompt_set: str
-    id: str
+    id: PromptId
     source_text: str
     text: str
     token_ids: tuple[int, ...]
@@ -37,6 +39,7 @@ class TokenizedPrompt:
     chat_template: bool
     merged: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def tokenize(
     text: str,
     *,
     prompt_set: str,
-    prompt_id: str,
+    prompt_id: PromptId,
     system_prompt: str | None = None,
     chat_template: bool | None = None,
 ) -> TokenizedPrompt:

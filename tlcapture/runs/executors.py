@@ -45,6 +45,7 @@ class Work:
         split: splits a task into tasks of at most the given number of prompts, to share it among workers.
         reads: other experiments that the tasks read.
         inputs: the files that a task reads, apart from vectors and the experiment's config.
+        overwrite: replace files that cannot be read, too.
     """
 
     make: Make
@@ -56,6 +57,7 @@ class Work:
     split: Callable[[Any, int], Sequence[Any]] = lambda task, most: [task]
     reads: Sequence[Layout] = ()
     inputs: Callable[[Any], Sequence[Path]] = lambda task: ()
+    overwrite: bool = False
 
 
 class Executor(Protocol):

@@ -1,6 +1,6 @@
 """The paths of all files: the only module that knows the folders of a root and of an experiment.
 
-    root/datasets/inference/{prompt_set}.json
+    root/datasets/inference/{prompt_set}.json             (a set in a subfolder has its path as its name: general/mine)
     root/datasets/traits/{category}/{trait}/
     root/experiments/{experiment}/config.json
                                   extraction/{category}/{trait}/vectors/
@@ -15,12 +15,24 @@ Prompt sets and trait examples that a root's `datasets/` does not have are looke
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from os import scandir
 from os.path import islink, join, realpath
 from pathlib import Path
 
 from tlcapture.errors import InputError, StorageError
-from tlcapture.names import Trait, check_name, is_safe_name
+from tlcapture.names import (
+    MOST_FOLDERS,
+    PromptId,
+    Trait,
+    check_name,
+    check_prompt_set,
+    file_name,
+    is_prompt_set,
+    is_safe_name,
+)
 
 STREAM_FOLDERS = {"residual": "residual_stream", "attn_out": "attn_stream"}
 
@@ -30,6 +42,17 @@ def shipped_datasets() -> Path:
     package = Path(__file__).resolve().parents[1]
     inside = package / "datasets"
     return inside if inside.is_dir() else package.parent / "datasets"
+
+
+def subfolders(folder: Path, depth: int = MOST_FOLDERS) -> Iterator[tuple[str, Path]]:
+    """The folders below a folder, hidden ones apart, each after its path relative to it: `a/`, `a/b/`."""
+    names: list[str] = []
+    with suppress(OSError), scandir(folder) as entries:  # it does not exist, cannot be read, or is a link to itself
+        names = sorted(each.name for each in entries if each.is_dir() and not each.name.startswith("."))
+    for name in names if depth else ():
+        yield f"{name}/", folder / name
+        for below, path in subfolders(folder / name, depth - 1):
+            yield f"{name}/{below}", path
 
 
 @dataclass(frozen=True)
@@ -44,13 +67,22 @@ class Datasets:
         return [self.root / "datasets", shipped_datasets()]
 
     def prompt_sets(self) -> list[str]:
-        """The names of all prompt sets, sorted."""
-        found = {path.stem for folder in self.folders for path in folder.glob("inference/*.json")}
-        return sorted(filter(is_safe_name, found))
+        """The names of all prompt sets, sorted, those in subfolders included."""
+        return [name for name in self.prompt_set_files() if is_prompt_set(name)]
+
+    def prompt_set_files(self) -> dict[str, Path]:
+        """The files of all prompt sets by name, sorted, preferably in the root; a name need not be a valid one."""
+        found: dict[str, Path] = {}
+        for folder in (each / "inference" for each in self.folders):
+            for below, parent in [("", folder), *subfolders(folder)]:
+                for path in parent.glob("[!.]*.json"):
+                    if not path.is_dir():
+                        found.setdefault(below + path.stem, path)
+        return dict(sorted(found.items()))
 
     def prompt_set_file(self, name: str) -> Path:
         """The file of a prompt set, preferably in the root; raises `InputError` if there is none."""
-        check_name(name, "prompt set")
+        check_prompt_set(name)
         for folder in self.folders:
             path = folder / "inference" / f"{name}.json"
             if path.is_file():
@@ -61,10 +93,10 @@ class Datasets:
             f"and in the package; existing sets: {existing}"
         )
 
-    def traits(self) -> list[Trait]:
-        """All traits that have contrastive examples, sorted."""
+    def traits(self, *, own: bool = False) -> list[Trait]:
+        """All traits that have contrastive examples, or the root's `own` ones alone, sorted."""
         found = set()
-        for folder in self.folders:
+        for folder in self.folders[:1] if own else self.folders:
             for path in folder.glob("traits/*/*"):
                 if path.is_dir() and all(map(is_safe_name, (path.parent.name, path.name))):
                     found.add(Trait(path.parent.name, path.name))
@@ -142,7 +174,7 @@ class Layout:
 
     def lock(self, name: str) -> Path:
         """The lock file for something that two runs must not do at the same time in this experiment."""
-        return self.own(self.folder / ".locks" / f"{name.replace('/', '-')}.lock")
+        return self.own(self.folder / ".locks" / f"{name.replace('/', '+')}.lock")
 
     def shard_lock(self, name: str, shard: str) -> Path:
         """The lock file for a shard of what `lock(name)` is for."""
@@ -158,37 +190,37 @@ class Layout:
 
     # -- captures ---------------------------------------------------------------------------------
 
-    def residual(self, prompt_set: str, prompt_id: str) -> Path:
+    def residual(self, prompt_set: str, prompt_id: PromptId) -> Path:
         """The raw residual file of a prompt, its capture."""
-        return self.own(self._raw("residual", prompt_set) / f"{check_name(prompt_id, 'prompt id')}.pt")
+        return self.own(self._raw("residual", prompt_set) / f"{file_name(prompt_id)}.pt")
 
-    def unfinished(self, prompt_set: str, prompt_id: str) -> Path:
+    def unfinished(self, prompt_set: str, prompt_id: PromptId) -> Path:
         """The marker file of a prompt whose files are being written, or were being written by a run that was killed."""
-        return self.own(self._raw("residual", prompt_set) / f".{check_name(prompt_id, 'prompt id')}.unfinished")
+        return self.own(self._raw("residual", prompt_set) / f".{file_name(prompt_id)}.unfinished")
 
-    def internals(self, prompt_set: str, prompt_id: str, layer: int) -> Path:
+    def internals(self, prompt_set: str, prompt_id: PromptId, layer: int) -> Path:
         """The internals file of a prompt and layer."""
         folder = self._raw("internals", prompt_set)
-        return self.own(folder / f"{check_name(prompt_id, 'prompt id')}_L{layer}.pt")
+        return self.own(folder / f"{file_name(prompt_id)}_L{layer}.pt")
 
-    def all_internals(self, prompt_set: str, prompt_id: str) -> list[Path]:
+    def all_internals(self, prompt_set: str, prompt_id: PromptId) -> list[Path]:
         """The existing internals files of a prompt, of all layers."""
-        stem = check_name(prompt_id, "prompt id")
+        stem = file_name(prompt_id)
         folder = self.own(self._raw("internals", prompt_set))
         return [self.own(path) for path in folder.glob(f"{stem}_L*.pt") if path.stem[len(stem) + 2 :].isdigit()]
 
-    def attention(self, prompt_set: str, prompt_id: str) -> Path:
+    def attention(self, prompt_set: str, prompt_id: PromptId) -> Path:
         """The attention file of a prompt."""
-        return self.own(self._analysis(prompt_set) / f"{check_name(prompt_id, 'prompt id')}_attention.json")
+        return self.own(self._analysis(prompt_set) / f"{file_name(prompt_id)}_attention.json")
 
-    def logit_lens(self, prompt_set: str, prompt_id: str) -> Path:
+    def logit_lens(self, prompt_set: str, prompt_id: PromptId) -> Path:
         """The logit-lens file of a prompt."""
-        return self.own(self._analysis(prompt_set) / f"{check_name(prompt_id, 'prompt id')}_logit_lens.json")
+        return self.own(self._analysis(prompt_set) / f"{file_name(prompt_id)}_logit_lens.json")
 
     def captured_prompt_sets(self) -> list[str]:
         """The prompt sets with at least one capture, sorted."""
-        found = self._listed("inference/raw/residual/*")
-        return [path.name for path in found if is_safe_name(path.name) and self.captured(path.name)]
+        found = self._prompt_set_folders(self.folder / "inference" / "raw" / "residual")
+        return sorted(name for name, _ in found if self.captured(name))
 
     def captured(self, prompt_set: str) -> list[str]:
         """The ids of captured prompts of a set: numbers in numerical order, then names."""
@@ -197,20 +229,39 @@ class Layout:
 
     def prompt_ids(self, prompt_set: str) -> list[str]:
         """The ids of prompts with a capture or projections: numbers in numerical order, then names."""
-        projected = {path.stem for folder in self._projected(prompt_set) for path in folder.glob("*.json")}
+        projected = {path.stem for _, folder in self._projected(prompt_set) for path in folder.glob("*.json")}
         return sorted({*self.captured(prompt_set), *filter(is_safe_name, projected)}, key=_natural)
 
     def prompt_sets(self) -> list[str]:
         """The prompt sets with a capture or projections, sorted."""
-        projected = {folder.name for folder in self._projected("*") if any(folder.glob("*.json"))}
-        return sorted({*self.captured_prompt_sets(), *filter(is_safe_name, projected)})
+        return sorted({*self.captured_prompt_sets(), *(name for name, _ in self._projected())})
 
-    def _projected(self, prompt_set: str) -> list[Path]:
-        """The projection folders of a prompt set, or of all sets for `*`, for all traits and components."""
-        pattern = "*" if prompt_set == "*" else check_name(prompt_set, "prompt set")
-        streams = STREAM_FOLDERS.values()
-        found = [path for stream in streams for path in self._listed(f"inference/*/*/{stream}/{pattern}")]
-        return [path for path in found if path.relative_to(self.folder / "inference").parts[0] != "raw"]
+    def _prompt_set_folders(self, folder: Path) -> Iterator[tuple[str, Path]]:
+        """The folders below a folder that may hold files of a prompt set, by its name; none behind links out."""
+        for name, path in subfolders(folder):
+            if is_prompt_set(name[:-1]) and self._leads_out(path) is None:
+                yield name[:-1], path
+
+    def _streams(self) -> Iterator[tuple[Trait, str, Path]]:
+        """Trait, component and folder of all projections, of all prompt sets."""
+        for component, stream in STREAM_FOLDERS.items():
+            for path in self._listed(f"inference/*/*/{stream}"):
+                category, name = path.parents[1].name, path.parent.name
+                if is_safe_name(category) and is_safe_name(name) and category != "raw":
+                    yield Trait(category, name), component, path
+
+    def _projected(self, prompt_set: str | None = None) -> Iterator[tuple[str, Path]]:
+        """The folders with projections of a prompt set, or of all sets, for all traits and components, by set."""
+        for _, _, stream in self._streams():
+            yield from self._with_projections(stream, prompt_set)
+
+    def _with_projections(self, stream: Path, prompt_set: str | None) -> Iterator[tuple[str, Path]]:
+        if prompt_set is None:
+            found = self._prompt_set_folders(stream)
+        else:
+            folder = stream / check_prompt_set(prompt_set)
+            found = iter([(prompt_set, folder)] if self._leads_out(folder) is None else [])
+        yield from ((name, folder) for name, folder in found if any(folder.glob("*.json")))
 
     # -- traits -----------------------------------------------------------------------------------
 
@@ -232,39 +283,43 @@ class Layout:
         """The steering results of a trait."""
         return self.own(self.folder / "steering" / trait.category / trait.name / "results.json")
 
-    def projection(self, trait: Trait, component: str, prompt_set: str, prompt_id: str) -> Path:
+    def projection(self, trait: Trait, component: str, prompt_set: str, prompt_id: PromptId) -> Path:
         """The projection file of a prompt onto a trait's vector; `component` is `residual` or `attn_out`."""
         folder = self.folder / "inference" / trait.category / trait.name / STREAM_FOLDERS[component]
-        name = f"{check_name(prompt_id, 'prompt id')}.json"
-        return self.own(folder / check_name(prompt_set, "prompt set") / name)
+        name = f"{file_name(prompt_id)}.json"
+        return self.own(folder / check_prompt_set(prompt_set) / name)
 
-    def all_projections(self, prompt_set: str, prompt_id: str) -> list[Path]:
+    def all_projections(self, prompt_set: str, prompt_id: PromptId) -> list[Path]:
         """The existing projection files of a prompt, for all traits and components, sorted."""
-        check_name(prompt_set, "prompt set")
-        name = f"{check_name(prompt_id, 'prompt id')}.json"
+        check_prompt_set(prompt_set)
+        name = f"{file_name(prompt_id)}.json"
         inference = self.folder / "inference"
         return sorted(
             self.own(path)
             for stream in STREAM_FOLDERS.values()
             for path in inference.glob(f"*/*/{stream}/{prompt_set}/{name}")
+            if path.relative_to(inference).parts[0] != "raw"
         )
 
-    def projection_folders(self, prompt_set: str) -> list[tuple[Trait, str]]:
-        """Trait and component of all projection folders of a prompt set, or of all sets for `*`, sorted."""
-        pattern = "*" if prompt_set == "*" else check_name(prompt_set, "prompt set")
-        found = set()
-        for component, stream in STREAM_FOLDERS.items():
-            for path in self._listed(f"inference/*/*/{stream}/{pattern}"):
-                category, name = path.parents[2].name, path.parents[1].name
-                if is_safe_name(category) and is_safe_name(name):
-                    found.add((Trait(category, name), component))
+    def projection_folders(self, prompt_set: str | None = None) -> list[tuple[Trait, str]]:
+        """The traits and components that prompts of a set, or of any set, are projected onto, sorted."""
+        found = {
+            (trait, component)
+            for trait, component, stream in self._streams()
+            if any(self._with_projections(stream, prompt_set))
+        }
         return sorted(found)
 
     def of_projection(self, path: Path) -> tuple[Trait, str]:
         """Trait and component of a projection file, from its path."""
-        stream, name, category = path.parents[1], path.parents[2].name, path.parents[3].name
-        components = {folder: component for component, folder in STREAM_FOLDERS.items()}
-        return Trait(category, name), components[stream.name]
+        place = place_of_projection(path.relative_to(self.folder))
+        assert place is not None
+        return place.trait, place.component
+
+    def of_residual(self, path: Path) -> tuple[str, str]:
+        """Prompt set and id of a raw residual file, from its path."""
+        place = path.relative_to(self.folder / "inference" / "raw" / "residual")
+        return place.parent.as_posix(), place.stem
 
     def picture(self, trait: Trait, kind: str) -> Path:
         """The PNG file of a trait; `kind` is `evaluation` or `steering`."""
@@ -274,10 +329,31 @@ class Layout:
     # -- parts ------------------------------------------------------------------------------------
 
     def _raw(self, kind: str, prompt_set: str) -> Path:
-        return self.folder / "inference" / "raw" / kind / check_name(prompt_set, "prompt set")
+        return self.folder / "inference" / "raw" / kind / check_prompt_set(prompt_set)
 
     def _analysis(self, prompt_set: str) -> Path:
-        return self.folder / "analysis" / "per_token" / check_name(prompt_set, "prompt set")
+        return self.folder / "analysis" / "per_token" / check_prompt_set(prompt_set)
+
+
+@dataclass(frozen=True)
+class ProjectionPlace:
+    """What the path of a projection file says: its trait, component, prompt set, and the name of its prompt."""
+
+    trait: Trait
+    component: str
+    prompt_set: str
+    prompt_id: str
+
+
+def place_of_projection(path: Path) -> ProjectionPlace | None:
+    """What a path says of a projection file; `None` for one that is not the path of such a file in an experiment."""
+    parts = path.parts
+    for component, stream in STREAM_FOLDERS.items():
+        for at in (each for each, part in enumerate(parts) if part == stream):
+            if at >= 3 and parts[at - 3] == "inference" and len(parts) > at + 2:
+                trait = Trait(parts[at - 2], parts[at - 1])
+                return ProjectionPlace(trait, component, "/".join(parts[at + 1 : -1]), path.stem)
+    return None
 
 
 def _natural(name: str) -> tuple[int, int, str]:
@@ -285,7 +361,7 @@ def _natural(name: str) -> tuple[int, int, str]:
     return (0, int(name), name) if name.isdecimal() else (1, 0, name)
 
 
-def derived_files(layout: Layout, prompt_set: str, prompt_id: str) -> list[Path]:
+def derived_files(layout: Layout, prompt_set: str, prompt_id: PromptId) -> list[Path]:
     """The existing files that were made from a prompt's raw residual: attention, logit lens, internals, projections."""
     files = [layout.attention(prompt_set, prompt_id), layout.logit_lens(prompt_set, prompt_id)]
     files += layout.all_internals(prompt_set, prompt_id) + layout.all_projections(prompt_set, prompt_id)

@@ -10,9 +10,13 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from tlcapture.names import PromptId
 from tlcapture.storage.files import read_json
 from tlcapture.storage.validation import Count, FileContent, Layer, Number, checked
 from tlcapture.text import as_ranges
+from tlcapture.views.hooks import POINTS
+
+_MOST_LAYERS = 1000
 
 
 class Part(FileContent):
@@ -66,7 +70,7 @@ class ProjectionMetadata(FileContent):
     sublayers: list[str] | None = Field(default=None, min_length=1)
     layers: list[Layer] | None = None
     prompt_set: str | None = None
-    prompt_id: str | None = None
+    prompt_id: PromptId | None = None
     inference_model: str | None = None
     warnings: list[str] = Field(default_factory=list)
 
@@ -89,6 +93,14 @@ class ProjectionFile(FileContent):
     def parse(cls, content: Any, path: Path) -> ProjectionFile:
         """Check the content of a projection file; raises `StorageError` with file, field and reason."""
         return checked(cls, content, path, "projection")
+
+    def sublayers(self, component: str = "residual") -> list[str]:
+        """Names of the scores of a layer, those of the file or the usual ones of a component."""
+        n_scores = len(next(at for at in self.scores[0] if at))
+        usual = list(POINTS) if n_scores == len(POINTS) else [f"score {number}" for number in range(n_scores)]
+        if n_scores == 1:
+            usual = ["attn_out" if component == "attn_out" else "residual_out"]
+        return self.metadata.sublayers or usual
 
     @property
     def tokens(self) -> list[str]:
@@ -120,6 +132,27 @@ class ProjectionFile(FileContent):
         )
         return prompt, response
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_a_place_for_every_layer(cls, value: Any) -> Any:
+        """Put null in place of the layers that a slim file lacks, which holds only those of its list `layers`."""
+        try:
+            layers = value.get("layers") or value["metadata"].get("layers")
+            parts = {name: value["projections"][name] for name in ("prompt", "response")}
+            rows = [row for part in parts.values() for row in part]
+            is_slim = (
+                all(isinstance(layer, int) and 0 <= layer < _MOST_LAYERS for layer in layers)
+                and len(set(layers)) == len(layers)
+                and max(layers) >= len(layers)
+                and all(len(row) == len(layers) for row in rows)
+            )
+        except (AttributeError, KeyError, TypeError, ValueError):  # not a slim file: checked by the other validators
+            return value
+        if not is_slim:
+            return value
+        spread = {name: [_spread(row, layers) for row in part] for name, part in parts.items()}
+        return {**value, "projections": {**value["projections"], **spread}}
+
     @model_validator(mode="after")
     def _is_of_one_shape(self) -> ProjectionFile:
         for name in ("prompt", "response"):
@@ -144,7 +177,7 @@ class ProjectionFile(FileContent):
         layer, sublayers = self.metadata.vector_source.layer, self.metadata.sublayers
         if layer >= n_layers:
             raise ValueError(f"a vector of layer {layer}, but scores of {n_layers} layers")
-        if layer not in self.layers or self.metadata.layers not in (None, self.layers):
+        if layer not in self.layers or sorted(self.metadata.layers or self.layers) != self.layers:
             stated = "" if self.metadata.layers is None else f", and metadata states {as_ranges(self.metadata.layers)}"
             raise ValueError(f"a vector of layer {layer}, but scores of layers {as_ranges(self.layers)}{stated}")
         if sublayers is not None and len(sublayers) != n_sublayers:
@@ -162,3 +195,10 @@ class ProjectionFile(FileContent):
             values = getattr(found, name)
             if values is not None and len(values) != expected:
                 raise ValueError(f"{name} has {len(values)} values for {n_tokens} tokens, expected {expected}")
+
+
+def _spread(row: list[Any], layers: list[int]) -> list[Any]:
+    found: list[Any] = [None] * (max(layers) + 1)
+    for layer, scores in zip(layers, row, strict=True):
+        found[layer] = scores
+    return found

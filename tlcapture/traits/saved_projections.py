@@ -5,18 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from tlcapture.errors import InputError, StorageError
+from tlcapture.errors import InputError
 from tlcapture.names import Trait
-from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.token_scores import TokenScores
-from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.views.hooks import check_component
-
-if TYPE_CHECKING:
-    from tlcapture.traits.vectors import TraitVector
 
 
 def saved_projections(
@@ -79,18 +73,3 @@ def no_projections(layout: Layout, prompt_set: str, component: str, traits: Sequ
         f"experiment {layout.experiment!r} has no {component} projections of prompt set {prompt_set!r}{onto}; "
         f"available traits: {', '.join(available) or 'none'}; run 'tlcapture project {options}'"
     )
-
-
-def is_projected(layout: Layout, prompt_set: str, prompt_id: str, vector: TraitVector) -> bool:
-    """Whether a prompt's projection file is of this vector, and no older than the vector and the raw capture."""
-    path = layout.projection(vector.trait, vector.component, prompt_set, prompt_id)
-    files = VectorFiles(Layout(layout.root, vector.experiment), vector.trait)
-    sources = (layout.residual(prompt_set, prompt_id), files.file(vector.component, vector.method, vector.layer))
-    newest = max(each.stat().st_mtime_ns for each in sources if each.is_file())
-    if not path.is_file() or path.stat().st_mtime_ns < newest:
-        return False
-    try:
-        recorded = read_json(path)["metadata"]["vector_source"]
-        return all(recorded[key] == getattr(vector, key) for key in ("experiment", "method", "layer"))
-    except (StorageError, KeyError, TypeError):
-        return False

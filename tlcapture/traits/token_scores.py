@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tlcapture.errors import InputError, StorageError
+from tlcapture.names import PromptId
+from tlcapture.storage.layout import place_of_projection
 from tlcapture.text import as_ranges
 from tlcapture.traits.projection_files import ProjectionFile
 
@@ -35,7 +38,7 @@ class TokenScores:
     """
 
     prompt_set: str
-    prompt_id: str
+    prompt_id: PromptId
     trait: str
     component: str
     method: str
@@ -99,32 +102,35 @@ class TokenScores:
 
     @classmethod
     def read(cls, path: Path) -> TokenScores:
-        """Read a projection file; raises `StorageError` for any other file."""
+        """Read a projection file; raises `StorageError` for any other file.
+
+        Labels that the file lacks are taken from its path.
+        """
         content = ProjectionFile.read(path)
         metadata, dynamics = content.metadata, content.dynamics
-        source = metadata.vector_source
-        needed = {
-            "dynamics": dynamics,
-            "metadata.prompt_set": metadata.prompt_set,
-            "metadata.prompt_id": metadata.prompt_id,
-            "metadata.sublayers": metadata.sublayers,
-            **{f"metadata.vector_source.{name}": getattr(source, name) for name in ("trait", "component", "method")},
+        source, place = metadata.vector_source, place_of_projection(path)
+        labels: dict[str, Any] = {
+            "prompt_set": metadata.prompt_set or (place and place.prompt_set),
+            "prompt_id": place.prompt_id if metadata.prompt_id is None and place else metadata.prompt_id,
+            "trait": source.trait or (place and str(place.trait)),
+            "component": source.component or (place and place.component),
         }
-        lacking = [name for name, value in needed.items() if value is None]
+        lacking = [name for name, value in {"dynamics": dynamics, **labels}.items() if value is None]
         if lacking or dynamics is None:
-            raise StorageError(f"{path}: not a complete projection file: it lacks {', '.join(lacking)}")
-        none = [np.nan] * len(metadata.sublayers or ())  # in place of a layer that was not kept
+            raise StorageError(
+                f"{path}: not a complete projection file: it lacks {', '.join(lacking)}"
+                + (": run 'tlcapture project --dynamics-only'" if lacking == ["dynamics"] else "")
+            )
+        sublayers = content.sublayers(labels["component"])
+        none = [np.nan] * len(sublayers)  # in place of a layer that was not kept
         return cls(
-            prompt_set=str(metadata.prompt_set),
-            prompt_id=str(metadata.prompt_id),
-            trait=str(source.trait),
-            component=str(source.component),
-            method=str(source.method),
+            **labels,
+            method=source.method or "unknown",
             layer=source.layer,
             tokens=content.tokens,
             n_prompt_tokens=len(content.prompt.tokens),
             scores=np.array([[none if at is None else at for at in token] for token in content.scores], np.float64),
-            sublayers=metadata.sublayers or (),
+            sublayers=sublayers,
             layers=content.layers,
             commitment_point=dynamics.commitment_point,
             persistence=dynamics.persistence,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tlcapture.errors import InputError
+from tlcapture.names import PromptId
 from tlcapture.shapes import Patterns
 from tlcapture.storage.rounding import WEIGHT_DIGITS, rounded_for_json
 from tlcapture.text import as_ranges
@@ -31,7 +32,7 @@ class AttentionPatterns:
         return f"AttentionPatterns({self.n_layers} layers{without}, {n_heads} heads, {n_tokens} tokens)"
 
     def to_json(
-        self, *, prompt_id: str, prompt_set: str, tokens: Sequence[str], n_prompt_tokens: int
+        self, *, prompt_id: PromptId, prompt_set: str, tokens: Sequence[str], n_prompt_tokens: int
     ) -> dict[str, Any]:
         """The content of `{id}_attention.json`.
 

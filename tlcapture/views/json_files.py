@@ -5,17 +5,23 @@ A file may be large. `page/entries.py` reads single entries, and each is checked
 
 from __future__ import annotations
 
+import mmap
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
+import orjson
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from tlcapture.errors import InputError, StorageError
+from tlcapture.storage.files import read_json
 from tlcapture.storage.validation import Count, FileContent, Layer, Share, checked, first_problem, not_valid
 from tlcapture.text import as_ranges
 
 Measure = Annotated[int, Field(ge=1, le=10_000)]
 Pattern = list[list[Share]]  # [head][key]
+_FIRST_ENTRY = re.compile(rb'\{\s*"token_idx"')
+_TAIL = 256
 Head = TypeVar("Head", bound="PerTokenHead")
 Entry = TypeVar("Entry", bound="_Entry")
 
@@ -24,6 +30,7 @@ class PerTokenHead(FileContent):
     """The content of a file apart from its entries."""
 
     what: ClassVar[str] = "attention or logit lens"
+    entries: ClassVar[str] = ""
 
     tokens: list[str]
     n_prompt_tokens: Count
@@ -34,6 +41,16 @@ class PerTokenHead(FileContent):
     def of(cls: type[Head], value: Any, path: Path) -> Head:
         """The head of a file; raises `StorageError` for another."""
         return checked(cls, value, path, cls.what)
+
+    @classmethod
+    def check_file(cls, path: Path) -> None:
+        """Raise `StorageError` for a file that is cut off or of another kind; of its entries, only the end is read."""
+        value = _without_entries(path)
+        if value is None:
+            value = read_json(path)
+        head = cls.of(value, path)
+        if not isinstance((head.model_extra or {}).get(cls.entries), list):
+            raise not_valid(path, cls.what, f"{cls.entries}: expected a list")
 
     @model_validator(mode="after")
     def _counts_agree(self) -> PerTokenHead:
@@ -48,6 +65,7 @@ class AttentionHead(PerTokenHead):
     """The head of a file of attention patterns."""
 
     what = "attention"
+    entries = "attention"
 
     n_heads: Measure
 
@@ -56,8 +74,26 @@ class LensHead(PerTokenHead):
     """The head of a logit-lens file."""
 
     what = "logit lens"
+    entries = "predictions"
 
     top_k: Annotated[int, Field(ge=1)]
+
+
+def _without_entries(path: Path) -> Any:
+    """The content of a file whose entries come last, with none of them; `None` for any other file."""
+    try:
+        if not path.stat().st_size:
+            return None
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            first = _FIRST_ENTRY.search(data)
+            end = data[-_TAIL:].translate(None, b" \t\r\n")
+            if first is None or not end.endswith(b"]}]}"):  # of a list, an entry, all entries, the file
+                return None
+            return orjson.loads(data[: first.start()] + b"]}")
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
+    except orjson.JSONDecodeError:
+        return None
 
 
 class _Entry(FileContent):

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tlcapture.errors import InputError
+from tlcapture.names import PromptId
 from tlcapture.shapes import Logits, Residual
 from tlcapture.storage.rounding import PROBABILITY_DIGITS, round_significant, rounded_for_json
 from tlcapture.views.hooks import hook
@@ -53,7 +54,7 @@ class LogitLens:
     def to_json(
         self,
         *,
-        prompt_id: str,
+        prompt_id: PromptId,
         prompt_set: str,
         tokens: Sequence[str],
         n_prompt_tokens: int,

@@ -102,7 +102,7 @@ tl.views.dynamics = {
       const score = vector.score === null || vector.score === undefined ? "" : ` (${tl.number(vector.score)})`;
       facts.replaceChildren(
         element("p", { className: "note" }, element("b", {}, state.trait), `: ${commits}; peak velocity ${tl.number(dynamics.peak_velocity)}; `
-          + `persists ${dynamics.persistence} tokens, ${peak} to ${last}. Vector: ${vector.method} at layer ${vector.layer}, ${vector.component}, chosen by ${vector.selected_by}${score}, from ${vector.experiment} (${vector.model ?? "unknown model"}).`),
+          + `persists ${dynamics.persistence} tokens, ${peak} to ${last}. Vector: ${vector.method ?? "unknown method"} at layer ${vector.layer}, ${vector.component ?? own.component}, chosen by ${vector.selected_by ?? "an unknown rule"}${score}, from ${vector.experiment ?? "an unknown experiment"} (${vector.model ?? "unknown model"}).`),
         ...own.warnings.map((warning) => element("p", { className: "warning" }, warning)));
     }
 

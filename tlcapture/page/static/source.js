@@ -36,6 +36,9 @@ tl.source = (() => {
     return new Response(unpacked).json();
   }
 
+  /** A prompt set in a subfolder as one part of a path. */
+  const named = (set) => set.replaceAll("/", "~");
+
   /** A promise of a resource, given the parts of its path; rejects with `Missing`. */
   function get(...parts) {
     const path = parts.map((part) => encodeURIComponent(part)).join("/");
@@ -50,20 +53,21 @@ tl.source = (() => {
     return found;
   }
 
-  const ofPrompt = (state, ...rest) => get(state.experiment, "sets", state.set, state.prompt, ...rest);
+  const ofPrompt = (state, ...rest) => get(state.experiment, "sets", named(state.set), state.prompt, ...rest);
 
   return {
     exported,
     Missing,
     experiments: () => get("experiments"),
-    promptSet: (experiment, set) => get(experiment, "sets", set),
+    promptSet: (experiment, set) => get(experiment, "sets", named(set)).then((found) => (
+      { ...found, prompts: found.prompts.map((prompt) => ({ ...prompt, id: String(prompt.id) })) })),
     prompt: (state) => ofPrompt(state),
     layers: (state) => ofPrompt(state, "layers", ...state.trait.split("/"), state.component),
     lens: (state) => ofPrompt(state, "lens"),
     lensToken: (state, token) => ofPrompt(state, "lens", token),
     attention: (state) => ofPrompt(state, "attention"),
     attentionToken: (state, token) => ofPrompt(state, "attention", token),
-    average: (experiment, set, trait, component) => get(experiment, "averages", set, ...trait.split("/"), component),
+    average: (experiment, set, trait, component) => get(experiment, "averages", named(set), ...trait.split("/"), component),
     vectors: (state) => get(state.experiment, "vectors", ...state.trait.split("/")),
   };
 })();

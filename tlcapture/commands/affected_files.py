@@ -1,0 +1,98 @@
+"""Which existing files a capture will replace or remove, for `--dry-run`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tlcapture.captures.capture import Capture
+from tlcapture.commands.capture_outputs import Outputs
+from tlcapture.commands.capture_tasks import CaptureOptions, CaptureTask
+from tlcapture.commands.projections import without_projection
+from tlcapture.errors import InputError, StorageError
+from tlcapture.names import PromptId
+from tlcapture.runs.report import Failed
+from tlcapture.storage.layout import Layout, derived_files
+from tlcapture.traits.choice import VectorChooser
+from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
+
+
+@dataclass
+class AffectedFiles:
+    """Existing files that a capture will change.
+
+    Attributes:
+        replaced: files that will be written again.
+        removed: other files derived from captures that will be replaced; those of a capture whose tokens stay the
+            same are kept.
+        failures: saved captures with a projection that cannot be read, and so are not completed.
+    """
+
+    replaced: list[Path] = field(default_factory=list)
+    removed: list[Path] = field(default_factory=list)
+    failures: list[Failed] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, tasks: Sequence[CaptureTask], layout: Layout, options: CaptureOptions, n_layers: int) -> AffectedFiles:
+        """The files that tasks will change, for a model with `n_layers` layers."""
+        found, chooser = cls(), VectorChooser(layout, options.vectors)
+        for task in tasks:
+            name = task.prompt_set.name
+            for prompt in task.batched:
+                if prompt.id in task.fresh:
+                    found._add_fresh(layout, options, name, prompt.id, options.outputs(n_layers))
+            for prompt_id, wanted in task.saved.items():
+                found._add_saved(layout, options, name, prompt_id, wanted, chooser)
+        return found
+
+    def _add_fresh(
+        self, layout: Layout, options: CaptureOptions, name: str, prompt_id: PromptId, wanted: Outputs
+    ) -> None:
+        raw = layout.residual(name, prompt_id)
+        existing = [path for path in (raw, *derived_files(layout, name, prompt_id)) if path.is_file()]
+        if not existing:
+            return
+        written = {raw} if wanted.raw else set()
+        written |= {*wanted.add_on_files(layout, name, prompt_id), *_projections(layout, options, name, prompt_id)}
+        self.replaced += [path for path in existing if path in written]
+        self.removed += [path for path in existing if path not in written]
+
+    def _add_saved(
+        self,
+        layout: Layout,
+        options: CaptureOptions,
+        name: str,
+        prompt_id: PromptId,
+        wanted: Outputs,
+        chooser: VectorChooser,
+    ) -> None:
+        self.replaced += [path for path in wanted.add_on_files(layout, name, prompt_id) if path.is_file()]
+        raw = layout.residual(name, prompt_id)
+        if not options.projects or not raw.is_file():
+            return
+        try:
+            capture = Capture.open(raw)
+            chosen = [
+                vector
+                for component in ("residual", *(["attn_out"] if capture.prompt.residual.attn_out is not None else []))
+                for vector in without_projection(layout, capture, chooser.vectors(capture, component), options.existing)
+            ]
+        except StorageError as error:
+            self.failures.append(Failed(f"{name}/{prompt_id}", str(error)))
+            return
+        paths = (layout.projection(each.vector.trait, each.vector.component, name, prompt_id) for each in chosen)
+        self.replaced += [path for path in paths if path.is_file()]
+
+
+def _projections(layout: Layout, options: CaptureOptions, name: str, prompt_id: PromptId) -> Iterator[Path]:
+    """The projection files that a capture writes, whether they exist or not."""
+    source = options.vectors.layout(layout)
+    try:
+        traits = traits_with_vectors(source, options.vectors.traits) if options.projects else []
+    except InputError:  # there are no vectors
+        return
+    for trait in traits:
+        for component in options.components:
+            if VectorFiles(source, trait).available(component):
+                yield layout.projection(trait, component, name, prompt_id)

@@ -1,0 +1,58 @@
+"""Which existing files of an experiment may be replaced or removed: those that can be read as what their place says.
+
+A file that cannot be read may be of another program, or hold what is worth saving, so it is kept unless the user
+says otherwise.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tlcapture.captures.capture import Capture
+from tlcapture.errors import StorageError
+from tlcapture.storage.files import read_json, read_tensors
+from tlcapture.storage.layout import Layout
+from tlcapture.storage.validation import not_valid
+from tlcapture.views.json_files import AttentionHead, LensHead
+
+OVERWRITE = "use --overwrite to replace or remove it"
+
+
+def check_replaceable(layout: Layout, path: Path, *, overwrite: bool = False, advice: str = OVERWRITE) -> None:
+    """Raise `StorageError`, with `advice`, for an existing file that cannot be read, unless `overwrite` is set.
+
+    Of JSON files that may be large, only the beginning and the end are read.
+    """
+    if overwrite or not path.is_file():
+        return
+    try:
+        check_readable(layout, path)
+    except StorageError as error:
+        raise StorageError(f"{error}: {advice}") from None
+
+
+def is_readable(layout: Layout, path: Path) -> bool:
+    """Whether a file holds what its place in an experiment says."""
+    try:
+        check_readable(layout, path)
+    except StorageError:
+        return False
+    return True
+
+
+def check_readable(layout: Layout, path: Path) -> None:
+    """Raise `StorageError` for a file that does not hold what its place in an experiment says."""
+    place = path.relative_to(layout.folder).parts
+    if place[:3] == ("inference", "raw", "residual"):
+        Capture.open(path)
+    elif place[:3] == ("inference", "raw", "internals"):
+        content = read_tensors(path)
+        if not isinstance(content, dict) or "token_ids" not in content:
+            raise not_valid(path, "layer internals", "it has no token_ids")
+    elif place[0] == "analysis":
+        head = AttentionHead if path.name.endswith("_attention.json") else LensHead
+        head.check_file(path)
+    else:
+        content = read_json(path)
+        if not isinstance(content, dict) or "projections" not in content:
+            raise not_valid(path, "projection", "it has no projections")
