@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcapture.models.checkpoints import cast, fetch_weights, quiet_loading, source_of
+from tlcapture.models.deviation import deviation
 from tlcapture.models.memory import is_out_of_memory
 
 NEW_TOKENS = 3
@@ -80,13 +81,6 @@ def _exact(hf_model: Any, run: ReferenceRun) -> ReferenceRun:
     exact = _whole(hf_model, run.token_ids, run.n_prompt_tokens)
     rounding = [deviation(one, other) for one, other in zip(run.hidden, exact.hidden, strict=True)]
     return replace(exact, rounding=(*rounding, deviation(run.logits, exact.logits)))
-
-
-def deviation(ours: Tensor, theirs: Tensor) -> float:
-    """The largest norm of a difference along the last axis, as a share of that of `theirs`; NaN if either has NaN."""
-    ours, theirs = ours.float().cpu(), theirs.float().cpu()
-    smallest = torch.finfo(torch.float32).tiny
-    return float(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=smallest)).max())
 
 
 def load_reference(name: str, device: torch.device, dtype: torch.dtype) -> Any:

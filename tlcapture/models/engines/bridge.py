@@ -77,10 +77,12 @@ class BridgeModel(Model):
 
     @torch.no_grad()
     def unembed(self, residual: Residual) -> Logits:
-        """Logits `[..., d_vocab]` of a residual stream `[..., d_model]`, with the soft cap of the checkpoint."""
+        """Logits `[..., d_vocab]` of a residual stream `[..., d_model]`, with the checkpoint's scale and soft cap."""
         flat = residual.reshape(1, -1, self.d_model).to(self.last_device, self.dtype)
         logits = self.tl.unembed(self.tl.ln_final(flat)).clone()
-        cap = getattr(self.hf_config, "final_logit_softcapping", None)
+        if self.logit_scale != 1:
+            logits *= self.logit_scale
+        cap = getattr(self.hf_config.get_text_config(), "final_logit_softcapping", None)
         if cap:
             logits = torch.tanh(logits / cap) * cap
         return logits.reshape(*residual.shape[:-1], logits.shape[-1])
@@ -97,8 +99,8 @@ class BridgeModel(Model):
         assert whole.logits is not None
         if not _is_close(self.unembed(whole.cache[last][:, -1]), whole.logits):
             raise self._refusal(
-                "its logits involve more than final norm, unembedding and soft cap, which a logit lens would silently "
-                "omit"
+                "its logits involve more than final norm, unembedding, scale and soft cap, which a logit lens would "
+                "silently omit"
             )
         if not _is_close(self._padded_and_in_two_steps(tokens, first), whole.cache[first][0]):
             raise self._refusal(
@@ -164,7 +166,15 @@ def bridge_model(model: Any, tokenizer: Any, *, name: str, checkpoint_fingerprin
         bridge.check()
     except (ModelError, torch.OutOfMemoryError):
         raise
-    except (ValueError, NotImplementedError, AttributeError, RuntimeError, ProcessRefusedError) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ImportError,
+        RuntimeError,
+        ProcessRefusedError,
+    ) as error:
         reason = f"TransformerBridge does not run {architecture_of(model.config)}: {first_line(error)}"
         raise ModelError(f"{name}: {reason}") from None
     return bridge
