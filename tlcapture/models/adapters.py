@@ -96,11 +96,14 @@ def _merged(model: Any, adapter: Adapter, name: str) -> Any:
     if config.is_prompt_learning or config.is_adaption_prompt:
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         raise ModelError(f"model {name!r}: an adapter of type {kind} has no weights to merge into those of the model")
-    _resize(model, peft.load_peft_weights(adapter.source, device="cpu"), name)
+    weights = peft.load_peft_weights(adapter.source, device="cpu")
+    _resize(model, weights, name)
     device = str(model.device)
     adapted = peft.PeftModel.from_pretrained(model, adapter.source, torch_device=device)
     found = adapted.load_adapter(adapter.source, "default", torch_device=device)
-    wrong = sorted({*found.missing_keys, *found.unexpected_keys})
+    # peft writes the modules of a model whose vocabulary was extended twice.
+    extra = {key for key in found.unexpected_keys if key.replace(".modules_to_save.", ".") not in {*weights} - {key}}
+    wrong = sorted({*found.missing_keys, *extra})
     if wrong:
         raise ModelError(f"model {name!r}: its adapter does not fit {adapter.base!r}: {listed(wrong)}")
     return adapted.merge_and_unload()
@@ -122,8 +125,8 @@ def _resize(model: Any, weights: dict[str, Any], name: str) -> None:
     is_tied = outer["output"] is not None and outer["input"].weight is outer["output"].weight
     if len(saved) < 2 and not is_tied:
         raise ModelError(
-            f"model {name!r}: its adapter has {n_tokens} tokens at the {next(iter(saved))} only: expected the embedding "
-            "and the unembedding, which would be random for its new tokens"
+            f"model {name!r}: its adapter adds tokens at the {next(iter(saved))} only: expected {n_tokens} rows of "
+            "both embedding and unembedding, which would be random for the new tokens"
         )
     model.resize_token_embeddings(n_tokens, mean_resizing=False)
 

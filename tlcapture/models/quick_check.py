@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -89,10 +90,8 @@ class PassedCheck:
 
     def remember(self) -> None:
         """Write the record; where the cache folder is not writable, the check is made again the next time."""
-        try:
+        with suppress(StorageError):
             write_json(self.path, dict(self.facts), indent=True)
-        except StorageError:
-            pass
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """The text model of a checkpoint that has other parts too, such as one for images.
 
-Its causal language model is built from the parts of the whole, so that it shares their weights and equals what the whole
-computes for text. An engine then runs it like a checkpoint that has only text.
+Its causal language model is built from the parts of the whole, so that it shares their weights and equals what the
+whole computes for text. An engine then runs it like a checkpoint that has only text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tlcapture.errors import ModelError
 from tlcapture.text import first_line
 
 # Text configs without a causal language model of their own -> the architecture whose weights and, for text, whose
-# computation they share, with what its config must state. Their rotary positions have three axes, which are equal for text.
+# computation they share, with what its config must state. Their rotary positions have three axes, equal for text.
 _EQUIVALENT: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_vl_text": ("qwen2", {}),
     "qwen2_5_vl_text": ("qwen2", {}),
@@ -111,4 +111,4 @@ def _causal_class(config: Any) -> Any:
 
 def _class_of(config: Any, auto_class: Any) -> Any:
     mapping = getattr(auto_class, "_model_mapping", {})
-    return mapping[type(config)] if type(config) in mapping else None
+    return mapping.get(type(config), None)

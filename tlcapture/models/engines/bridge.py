@@ -13,7 +13,7 @@ from torch import Tensor
 from tlcapture.errors import ModelError
 from tlcapture.models.checkpoints import fingerprint
 from tlcapture.models.engines.base import EXTERNAL_PREFIX, Model, Step
-from tlcapture.models.engines.booting import ProcessRefusedError, text_only
+from tlcapture.models.engines.booting import text_only
 from tlcapture.models.engines.hooked_config import architecture_of
 from tlcapture.models.engines.tokenizers import for_transformer_lens, without_filled_in_bos
 from tlcapture.models.sizes import Measures
@@ -173,7 +173,7 @@ def bridge_model(model: Any, tokenizer: Any, *, name: str, checkpoint_fingerprin
         AttributeError,
         ImportError,
         RuntimeError,
-        ProcessRefusedError,
+        PermissionError,
     ) as error:
         reason = f"TransformerBridge does not run {architecture_of(model.config)}: {first_line(error)}"
         raise ModelError(f"{name}: {reason}") from None
