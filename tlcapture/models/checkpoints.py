@@ -118,8 +118,7 @@ def fetch_weights(
             f"model {name!r} has weights that no module takes, and which change nothing: {listed(extra)}: check that "
             "config.json belongs to these weights"
         )
-    if quantised.is_dequantised(config):
-        quantised.forget(model)
+    model = quantised.dequantised(model, config)
     return model if adapter is None else adapters.merged(model, adapter, name)
 
 

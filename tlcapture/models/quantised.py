@@ -1,6 +1,7 @@
 """Quantised checkpoints: which are loaded, and what the others need.
 
-Formats that transformers can undo with no other package are loaded with their weights dequantised.
+Where transformers can dequantise the weights, they are loaded dequantised. A model whose layers round activations to 8
+bits as well is then computed without that rounding.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from typing import Any
 
 from tlcapture.errors import ModelError
 
-# Method -> the class of transformers that dequantises its weights on loading.
-_DEQUANTISED = {
+# Method -> the class of transformers that dequantises its weights while they are loaded.
+_WHILE_LOADING = {
     "fp8": "FineGrainedFP8Config",
     "mxfp8": "FineGrainedFP8Config",
     "mxfp4": "Mxfp4Config",
     "compressed-tensors": "CompressedTensorsConfig",
 }
+_AFTERWARDS = ("bitsandbytes",)  # methods whose weights transformers dequantises once they are loaded
 # Method -> modules that transformers imports for it, and the name to install where it is another one.
 _NEEDS: dict[str, tuple[str, ...]] = {
     "fp8": ("accelerate",),
@@ -72,7 +74,7 @@ def method_of(config: Any) -> str | None:
 
 def is_dequantised(config: Any) -> bool:
     """Whether the weights of a quantised checkpoint are dequantised on loading."""
-    return method_of(config) in _DEQUANTISED
+    return method_of(config) in (*_WHILE_LOADING, *_AFTERWARDS)
 
 
 def loading_options(config: Any, name: str) -> dict[str, Any]:
@@ -95,20 +97,25 @@ def loading_options(config: Any, name: str) -> dict[str, Any]:
             f"model {name!r} is quantised by the method {method!r}, which needs packages that are not installed: "
             f"run 'pip install {' '.join(missing)}', or use weights that are not quantised"
         )
-    if method not in _DEQUANTISED:
+    if method not in _WHILE_LOADING:
         return {}
     import transformers
 
-    return {"quantization_config": getattr(transformers, _DEQUANTISED[method])(dequantize=True)}
+    return {"quantization_config": getattr(transformers, _WHILE_LOADING[method])(dequantize=True)}
 
 
-def forget(model: Any) -> None:
-    """Remove what a Hugging Face model whose weights have been dequantised still states about their quantisation."""
+def dequantised(model: Any, config: Any) -> Any:
+    """A Hugging Face model, loaded with `loading_options`, without quantisation; unchanged if it stays quantised."""
+    if not is_dequantised(config):
+        return model
+    if method_of(config) in _AFTERWARDS:
+        model = model.dequantize(dtype=model.dtype)
     model.hf_quantizer = None
     model.is_quantized = False
-    for config in (model.config, model.config.get_text_config()):
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+    for part in (model.config, model.config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return model
 
 
 def are_scales(names: Sequence[str]) -> bool:

@@ -54,7 +54,8 @@ class QuickReference:
         """Run the short prompt. A model in 16 bits runs in float32 as well, if memory allows; its dtype is restored."""
         run = _run(hf_model, _short_prompt(hf_model))
         dtype = next(hf_model.parameters()).dtype
-        if dtype == torch.float32 or not _fits_in_float32(hf_model):
+        is_packed = bool(getattr(hf_model, "is_quantized", False))
+        if dtype == torch.float32 or is_packed or not _fits_in_float32(hf_model):
             return run
         cast(hf_model, torch.float32)
         exact = _run(hf_model, run.token_ids)
