@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -235,7 +236,16 @@ def test_a_model_without_an_adapter_is_loaded_without_peft(tmp_path: Path, monke
     assert load_model(str(write_base(tmp_path / "base"))).n_layers == tiny.N_LAYERS
 
 
-def test_the_files_of_an_adapter_are_found_for_workers(tmp_path: Path) -> None:
+@needs_peft
+def test_a_worker_receives_an_adapter_together_with_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TLCAPTURE_CACHE", str(tmp_path / "cache"))
     folder = write_adapter(tmp_path / "adapter", str(write_base(tmp_path / "base")))
     files = ModelFiles.of(folder)
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(files.sizes)
+    assert files.found() == Path(folder).resolve()
+    contents = {name: files.send(name) for name in files.sizes}
+    shutil.rmtree(folder)
+    shutil.rmtree(tmp_path / "base")  # a machine that has neither
+    assert files.found() is None
+    received = files.receive(contents.__getitem__)
+    assert files.found() == received
+    assert_equals_merged(load_model(folder, source=received), merged_by_hand())

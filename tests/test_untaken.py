@@ -104,7 +104,7 @@ def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
 
 def test_scales_without_a_quantisation_in_the_config_are_refused(tmp_path: Path) -> None:
     folder = write(tmp_path, {"model.layers.0.mlp.up_proj.weight_scale_inv": torch.ones(1, 1)})
-    with pytest.raises(ModelError, match="weight_scale_inv.*expected a quantization_config"):
+    with pytest.raises(ModelError, match=r"weight_scale_inv.*expected a quantization_config"):
         load_model(folder)
 
 

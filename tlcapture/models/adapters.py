@@ -17,6 +17,7 @@ from tlcapture.errors import ModelError
 from tlcapture.models.untaken import listed
 
 CONFIG = "adapter_config.json"
+BASE = "base"  # a folder in that of an adapter with the model that it is for, as workers of a cluster receive it
 # Options of `from_pretrained` with which transformers does not find an adapter, to inject it without merging.
 NOT_BY_TRANSFORMERS = {"adapter_kwargs": {"subfolder": "merged-by-tlcapture"}}
 _WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")
@@ -60,9 +61,10 @@ def adapter_of(source: str) -> Adapter | None:
         raise ModelError(
             f"{path}: expected a PEFT adapter whose base_model_name_or_path names the model that it is for"
         )
-    beside = (folder if folder.is_dir() else Path()) / base
-    if (beside / "config.json").is_file():
-        return Adapter(source, str(beside))
+    near = [folder / BASE, folder / base] if folder.is_dir() else []
+    for path in [*near, Path(base)]:
+        if any((path / file).is_file() for file in ("config.json", CONFIG)):
+            return Adapter(source, str(path))
     if Path(base).is_absolute() or base.startswith("."):
         raise ModelError(f"{source}: an adapter for the model {base}, which is not there")
     return Adapter(source, base)
