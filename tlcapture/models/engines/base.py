@@ -140,7 +140,7 @@ class Model(ABC):
 
     @abstractmethod
     def unembed(self, residual: Residual) -> Logits:
-        """Logits `[..., d_vocab]` of a residual stream `[..., d_model]`: final norm, unembedding and soft cap.
+        """Logits `[..., d_vocab]` of a residual stream `[..., d_model]`: final norm, unembedding, scale and soft cap.
 
         The result is a new tensor: it shares no memory with tensors that hooks on the unembedding received.
         """
