@@ -14,13 +14,13 @@ BENCH_READY := $(VENV)/.bench-ready
 VENV_TL4 := .venv-tl4
 READY_TL4 := $(VENV_TL4)/.ready
 # What depends on TransformerLens: engines, generation, views, parity, files of the other version, the embedded model.
-TESTS_TL4 := tests/test_parity.py tests/test_models.py tests/test_multimodal.py tests/test_refusals.py tests/test_generation.py \
+TESTS_TL4 := tests/test_parity.py tests/test_models.py tests/test_multimodal.py tests/test_refusals.py tests/test_model_families.py tests/test_kinds_of_layers.py tests/test_generation.py \
   tests/test_across_engines.py tests/test_quick_check.py tests/test_text_models.py tests/test_logit_scale.py \
   tests/test_adapters.py tests/test_untaken.py tests/test_quantised.py tests/views tests/extraction/test_steering.py \
   tests/integration/test_embedded_model.py::test_a_batch_writes_what_hugging_face_writes_and_every_residual_is_its_hidden_state
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chromium test test-tl4 test-cuda reliability lint format demo bench bench-quick bench-page bench-cluster bench-extract bench-scale bench-driver view screenshots all_prompt_sets clean $(PROMPT_SETS)
+.PHONY: help setup chromium test test-tl4 test-cuda reliability models-page lint format demo bench bench-quick bench-page bench-cluster bench-extract bench-scale bench-driver view screenshots all_prompt_sets clean $(PROMPT_SETS)
 
 help: ## Show this help
 	@echo "Targets:"
@@ -71,6 +71,11 @@ reliability: $(READY) ## Faults, clusters, bad input and parity once more, and w
 
 test-cuda: $(READY) ## The model tests on a CUDA device
 	TLCAPTURE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/test_parity.py tests/test_generation.py tests/fast $(FLAGS)
+
+models-page: $(READY) $(READY_TL4) ## Compare tiny models of many families with Hugging Face, with both versions of TransformerLens, into docs/models.md
+	$(BIN)/python -m tests.model_families measure
+	$(VENV_TL4)/bin/python -m tests.model_families measure
+	$(BIN)/python -m tests.model_families write
 
 lint: $(READY) ## Check style, types and the order of packages
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ import click
 
 _HERE = Path(__file__).resolve().parent
 _SECONDS = "seconds "
-_PROMPT, _STEPS, _GENERATED = 40, 10, 50
+_PROMPT, _STEPS, _GENERATED = 40, 50, 50
 # Workloads of both checkouts, with the largest acceptable ratio, and workloads of this one alone.
 _OLD_AND_NEW = {
     "step 1": (f"{_STEPS} steps of one prompt", 1.03),

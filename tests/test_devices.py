@@ -56,7 +56,8 @@ def test_too_few_devices_are_an_error(tiny_folder: Any, engine: str) -> None:
 def captured(model: Model) -> tuple[dict[str, Any], Any]:
     from tests.test_parity import run
 
-    hooks = [*residual_hooks(model.n_layers, model.hook_names, attn_out=True), *attention_hooks(model.n_layers)]
+    hooks = residual_hooks(model.n_layers, model.hook_names, attn_out=True)
+    hooks += attention_hooks(model.n_layers, model.hook_names)
     first, second = run(model, [random_ids(9), random_ids(5, seed=1)], max_new_tokens=4)
     assert set(hooks) == set(first.cache)
     lens = logit_lens_view(

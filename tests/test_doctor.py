@@ -34,7 +34,7 @@ from tlcapture.models.engines.base import Step
 from tlcapture.models.loading import Model, from_hugging_face
 
 TWICE = "{{ bos_token }}" + tiny.CHAT_TEMPLATE
-NAMES = ["BOS", "padding", "stop ids", "raw basis", "batch", "captured", "soft caps", "range"]
+NAMES = ["BOS", "padding", "stop ids", "raw basis", "attention", "batch", "captured", "soft caps", "range"]
 PROMPTS = probe_prompts(tiny.tokenizer())
 
 
@@ -57,7 +57,7 @@ def test_a_sound_model_passes_every_check(name: str, engine: str) -> None:
     found = list(check_model(tiny.model(name, engine), runs(name)))
     assert [check.name for check in found] == NAMES
     capless = "ok" if name == "gemma2" else "not applicable"
-    assert [check.verdict for check in found] == ["ok"] * 6 + [capless, "ok"], found
+    assert [check.verdict for check in found] == ["ok"] * 7 + [capless, "ok"], found
     assert all("\n" not in check.detail for check in found)
     assert "deviation from Hugging Face" in found[3].detail and "1.0e-04 allowed" in found[3].detail
 
@@ -179,7 +179,7 @@ def test_nan_weights_fail_every_check_they_affect(engine: str) -> None:
         hf.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
 
     found = {check.name: check for check in check_model(fresh("llama", engine, damage), runs("llama"))}
-    for name in ("raw basis", "batch", "captured", "range"):
+    for name in ("raw basis", "attention", "batch", "captured", "range"):
         assert found[name].verdict == "failed", found[name]
     assert "blocks.1.hook_resid_post is NaN or inf in float32" in found["range"].detail
     assert "the model's logits are NaN or inf" in found["batch"].detail

@@ -73,6 +73,19 @@ def test_sampled_responses_do_not_depend_on_batch_size_or_order() -> None:
             assert together[name].stop_reason == alone[name].stop_reason
 
 
+@pytest.mark.parametrize("engine", tiny.ENGINES)
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_in_16_bits_the_same_batches_give_the_same_bits(engine: str, temperature: float) -> None:
+    """Tokens and activations; another batch size may round differently."""
+    model = tiny.model("llama", engine, torch.bfloat16)
+    options = {"max_new_tokens": 8, "sampling": Sampling(temperature, seed=5), "batch_size": 2}
+    first, second = (outcomes(model, list(PROMPTS), **options) for _ in range(2))
+    for name, outcome in first.items():
+        assert outcome.response_ids == second[name].response_ids
+        for hook, activation in outcome.cache.items():
+            assert torch.equal(activation, second[name].cache[hook])
+
+
 def test_noise_differs_between_seeds_prompts_and_prompt_sets() -> None:
     model, ids = tiny.model("llama"), random_ids(10)
     hooks = residual_hooks(model.n_layers, model.hook_names)
@@ -109,7 +122,7 @@ def test_rows_that_stop_leave_the_batch_and_keep_their_last_token() -> None:
     watched.__dict__.update(model.__dict__)
     sampling = Sampling(temperature=3.0, seed=0)  # high enough for stop ids to be sampled
     found = outcomes(watched, list(PROMPTS), batch_size=5, max_new_tokens=120, sampling=sampling)
-    stops = stop_ids(model.tokenizer, model.generation_config)
+    stops = stop_ids(model.tokenizer, model.generation_config, chat_template=False)
     reasons = {outcome.stop_reason for outcome in found.values()}
     assert "stop_token" in reasons
     assert sizes[0] == 5
@@ -247,7 +260,7 @@ def test_prompts_run_in_parts_give_the_activations_of_one_pass(monkeypatch: pyte
     hf = tiny.hf_model("llama")
     model = from_hugging_face(hf, tiny.tokenizer(), name="llama", engine="hooked", fast=True)
     prompts = [as_prompt(random_ids(length, seed=length), str(length)) for length in (30, 29, 12, 5, 4)]
-    hooks = [*residual_hooks(model.n_layers, model.hook_names), *attention_hooks(model.n_layers)]
+    hooks = [*residual_hooks(model.n_layers, model.hook_names), *attention_hooks(model.n_layers, model.hook_names)]
     options: Any = {"hooks": hooks, "max_new_tokens": 6, "sampling": GREEDY, "batch_size": 5}
     at_once = {each.prompt.id: each for each in generate(model, prompts, **options)}
     monkeypatch.setattr(forward, "_MAX_POSITIONS", {"cpu": 24})
@@ -272,7 +285,7 @@ def test_prompts_run_in_parts_give_the_activations_of_one_pass(monkeypatch: pyte
 def test_wanted_prompts_have_bit_identical_outcomes_when_all_are_wanted() -> None:
     model = tiny.model("llama")
     prompts = [as_prompt(random_ids(length, seed=length), str(length)) for length in (30, 29, 12, 5, 4)]
-    hooks = [*residual_hooks(model.n_layers, model.hook_names), *attention_hooks(model.n_layers)]
+    hooks = [*residual_hooks(model.n_layers, model.hook_names), *attention_hooks(model.n_layers, model.hook_names)]
     counted: list[int] = []
     options: Any = {"hooks": hooks, "max_new_tokens": 6, "sampling": GREEDY, "batch_size": 2}
     everything = {each.prompt.id: each for each in generate(model, prompts, **options)}

@@ -21,10 +21,9 @@ _MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 SCALED: dict[str, Callable[[], Any]] = {
     "granite": lambda: transformers.GraniteConfig(**tiny._GROUPED, logits_scaling=3.0, residual_multiplier=0.7),
     "granitemoe": lambda: transformers.GraniteMoeConfig(**tiny._GROUPED, logits_scaling=3.0, **_MOE),
+    "cohere": lambda: transformers.CohereConfig(**tiny._GROUPED, logit_scale=0.3),
+    "cohere2": lambda: transformers.Cohere2Config(**tiny._GROUPED, logit_scale=0.3),
 }
-if "hooked" not in tiny.ENGINES:  # TransformerLens 3 computes the rotary embeddings of Cohere differently
-    SCALED["cohere"] = lambda: transformers.CohereConfig(**tiny._GROUPED, logit_scale=0.3)
-    SCALED["cohere2"] = lambda: transformers.Cohere2Config(**tiny._GROUPED, logit_scale=0.3)
 
 
 def hf_model(name: str) -> Any:

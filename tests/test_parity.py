@@ -80,7 +80,8 @@ def as_prompt(ids: list[int], name: str = "1") -> TokenizedPrompt:
 
 
 def run(model: Model, prompts: list[list[int]], **options: Any) -> list[Generation]:
-    hooks = [*residual_hooks(model.n_layers, model.hook_names, attn_out=True), *attention_hooks(model.n_layers)]
+    hooks = residual_hooks(model.n_layers, model.hook_names, attn_out=True)
+    hooks += attention_hooks(model.n_layers, model.hook_names)
     named = [as_prompt(ids, str(number)) for number, ids in enumerate(prompts)]
     outcomes = list(generate(model, named, hooks=hooks, **options))
     assert all(isinstance(outcome, Generation) for outcome in outcomes)
@@ -95,7 +96,8 @@ def test_residuals_attentions_lens_and_logits_equal_hugging_face(
     ids = random_ids(LONGER_THAN_ANY_WINDOW)
     theirs = run_hugging_face(architecture, ids)
     deviations = Deviations(evidence, architecture, engine)
-    hooks = [*residual_hooks(model.n_layers, model.hook_names, attn_out=True), *attention_hooks(model.n_layers)]
+    hooks = residual_hooks(model.n_layers, model.hook_names, attn_out=True)
+    hooks += attention_hooks(model.n_layers, model.hook_names)
     cache = teacher_force(model, ids, hooks)
     stream = residual_view(cache, model.n_layers, attn_out=True)
     for layer in range(model.n_layers):
@@ -251,7 +253,7 @@ def test_sliding_window_layers_match_the_config_and_attend_only_within_the_windo
         kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * model.n_layers
     if name.startswith(("gemma", "gpt")):
         assert len(set(kinds)) == 2
-    cache = teacher_force(model, random_ids(LONGER_THAN_ANY_WINDOW), attention_hooks(model.n_layers))
+    cache = teacher_force(model, random_ids(LONGER_THAN_ANY_WINDOW), attention_hooks(model.n_layers, model.hook_names))
     for layer, kind in enumerate(kinds):
         pattern = cache[f"blocks.{layer}.attn.hook_pattern"]
         beyond = torch.ones_like(pattern[0], dtype=torch.bool).tril(-window)

@@ -18,6 +18,7 @@ from tlcapture.errors import ModelError
 from tlcapture.models import loading
 from tlcapture.models.checkpoints import cast
 from tlcapture.models.deviation import deviation
+from tlcapture.models.engines import bridge
 from tlcapture.models.engines.base import Model
 from tlcapture.models.loading import from_hugging_face, load_model
 from tlcapture.models.quick_check import N_TOKENS, QuickReference, quick_check
@@ -61,7 +62,21 @@ def hunyuan(folder: Path) -> str:
     return saved(model, folder)
 
 
+@pytest.fixture
+def without_own_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TransformerBridge with the adapters of TransformerLens alone, as released."""
+    from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+    from transformer_lens.model_bridge.supported_architectures.hunyuan_v1_dense import (
+        HunYuanDenseV1ArchitectureAdapter,
+    )
+
+    bridge.register_adapters()
+    adapters = {**ArchitectureAdapterFactory._adapters, "HunYuanDenseV1ForCausalLM": HunYuanDenseV1ArchitectureAdapter}
+    monkeypatch.setattr(ArchitectureAdapterFactory, "_adapters", adapters)
+
+
 @tiny.needs_hooked
+@pytest.mark.usefixtures("without_own_adapters")
 def test_an_architecture_that_transformerlens_computes_differently_is_refused_by_layer(tmp_path: Path) -> None:
     folder = hunyuan(tmp_path / "hunyuan")
     with pytest.raises(ModelError) as caught:
@@ -72,12 +87,12 @@ def test_an_architecture_that_transformerlens_computes_differently_is_refused_by
     assert load_model(folder, check=False).engine == "bridge"
 
 
-@pytest.mark.skipif("hooked" in tiny.ENGINES, reason="TransformerLens 3 computes HunYuan differently")
-def test_what_the_installed_transformerlens_computes_right_passes(tmp_path: Path) -> None:
+def test_what_is_computed_as_hugging_face_does_passes(tmp_path: Path) -> None:
     assert load_model(hunyuan(tmp_path / "hunyuan")).engine == "bridge"
 
 
 @tiny.needs_hooked
+@pytest.mark.usefixtures("without_own_adapters")
 def test_the_command_line_refuses_it_and_no_check_skips(tlcapture: Callable[..., Result], tmp_path: Path) -> None:
     folder = hunyuan(tmp_path / "hunyuan")
     sets = tmp_path / "datasets" / "inference"
@@ -212,6 +227,7 @@ def test_a_model_that_hugging_face_cannot_run_is_loaded_with_a_warning(
         load_model(saved(tiny.hf_model("llama"), tmp_path / "llama"))
 
 
+@pytest.mark.usefixtures("without_own_adapters")
 def test_doctor_reports_what_the_quick_check_refuses(tmp_path: Path) -> None:
     """Its own checks say more, so that a model that fails the quick check is loaded all the same."""
     from tlcapture.doctor.run import run_doctor

@@ -141,9 +141,9 @@ def test_auto_uses_the_bridge_for_models_that_hooked_refuses(architecture: str) 
 
 _CACHE = "TransformerBridge computes different attention for it token by token in a padded batch than in one pass"
 NOT_ON_BRIDGE: dict[str, tuple[Any, str]] = {
-    "mamba": (
-        lambda: transformers.MambaConfig(**_SMALL, num_hidden_layers=2),
-        "MambaForCausalLM is not supported: TransformerBridge has no blocks.0.hook_attn_out for it",
+    "rwkv": (
+        lambda: transformers.RwkvConfig(**_SMALL, num_hidden_layers=2),
+        "RwkvForCausalLM is not supported: TransformerBridge has no blocks.0.attn.hook_pattern for it",
     ),
     "opt_projected": (
         NOT_ON_HOOKED["opt_projected"][0],

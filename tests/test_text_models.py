@@ -14,7 +14,6 @@ import transformers
 from tests import tiny
 from tlcapture.generation.loop import teacher_force
 from tlcapture.models.checkpoints import fingerprint
-from tlcapture.models.engines.hooked import has_hooked_transformer
 from tlcapture.models.loading import load_model, outline_model
 from tlcapture.models.text_models import auto_class_of
 from tlcapture.views.residual import residual_hooks, residual_view
@@ -113,16 +112,15 @@ WHOLE: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         "Qwen2ForCausalLM",
     ),
-}
-if not has_hooked_transformer():  # TransformerLens 3 computes the rotary embeddings of Cohere differently
-    WHOLE["aya_vision"] = (
+    "aya_vision": (
         lambda: transformers.AyaVisionConfig(
             text_config=transformers.Cohere2Config(**tiny._GROUPED, logit_scale=0.3).to_dict(),
             vision_config=_SIGLIP,
             image_token_index=10,
         ),
         "Cohere2ForCausalLM",
-    )
+    ),
+}
 
 IDS = [0, *range(40, 70)]
 

@@ -74,7 +74,7 @@ def test_the_system_prompt_comes_before_the_user_text() -> None:
 
 def test_the_system_prompt_is_merged_into_the_user_message_if_the_template_has_no_system_role() -> None:
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
-    assert "user\nbe kind\n\nhi" in render_chat(tiny.tokenizer(chat_template=GEMMA_LIKE), messages)
+    assert "user\nbe kind\n\nhi" in render_chat(tiny.tokenizer(chat_template=GEMMA_LIKE), messages).text
 
 
 def test_stop_ids_come_from_tokenizer_generation_config_and_chat_template() -> None:

@@ -28,6 +28,7 @@ def python(code: str) -> str:
         ["capture", "--help"],
         ["evaluate", "-h"],
         ["traits", "list", "-h"],
+        ["traits", "import", "-h"],
         ["project", "-h"],
         ["extract", "-h"],
         ["shell", "-h"],
@@ -110,7 +111,7 @@ OPTIONS = {
     "capture": "experiment prompt-set prompt all-prompt-sets attention logit-lens layer-internals capture-attn "
     "no-project replay layer method max-new-tokens temperature skip-existing model engine device dtype save-dtype "
     "batch-size seed limit vector-experiment root allow-model-change layers points projections-only shard dry-run "
-    "overwrite",
+    "overwrite sampling",
     "project": "experiment prompt-set all-prompt-sets traits layer method component dynamics-only skip-existing "
     "vector-experiment root shard",
     "extract": "experiment traits methods layers component model engine device dtype batch-size seed root",

@@ -10,10 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.cluster.conftest import words_of
@@ -35,6 +37,18 @@ def captured(root: Path) -> list[Path]:
 def same_but_for_the_model_folder(found: dict[str, Any], expected: dict[str, Any]) -> bool:
     """Whether two experiments hold the same, except for the recorded name of the model's folder."""
     return json.dumps(plain(found), sort_keys=True) == json.dumps(plain(expected), sort_keys=True)
+
+
+def process_ids(log: Path) -> list[int]:
+    """The processes of the workers that were given a batch, the last one last."""
+    return [int(found) for found in re.findall(r"process (\d+), takes", log.read_text())]
+
+
+def wait_until_dead(processes: list[int]) -> None:
+    deadline = time.monotonic() + 60
+    while any(psutil.pid_exists(process) for process in processes):
+        assert time.monotonic() < deadline, "a worker outlives its driver"
+        time.sleep(0.01)
 
 
 def n_response_tokens(captures: dict[str, Any]) -> int:
@@ -91,7 +105,7 @@ def test_the_batch_of_a_killed_worker_is_run_again(
     log = busy / "log"
     running = run("--log-file", str(log))
     running.wait_for(lambda: captured(busy))
-    os.kill(int(re.findall(r"process (\d+), takes", log.read_text())[-1]), signal.SIGKILL)
+    os.kill(process_ids(log)[-1], signal.SIGKILL)
     done = running.end()
     assert done.code == 0, done.stderr
     assert "died; its batch is run again: 2 prompts of busy" in done.stdout
@@ -105,10 +119,12 @@ def test_the_batch_of_a_killed_worker_is_run_again(
 def test_a_killed_driver_is_resumed_with_skip_existing(
     run: Callable[..., Command], busy: Path, by_one_process: dict[str, Any], evidence: Evidence
 ) -> None:
-    killed = run()
+    log = busy / "log"
+    killed = run("--workers", 1, "--log-file", str(log))
     killed.wait_for(lambda: captured(busy))
     killed.send(signal.SIGKILL)
     assert killed.end().code == -signal.SIGKILL
+    wait_until_dead(process_ids(log))  # the next run removes temporary files of dead processes only
     before = len(captured(busy))
     assert before < 12
     resumed = run("--skip-existing", "--workers", 1).end()
@@ -122,7 +138,7 @@ def test_a_killed_driver_is_resumed_with_skip_existing(
 
 
 def test_ctrl_c_keeps_what_workers_did(run: Callable[..., Command], busy: Path, by_one_process: dict[str, Any]) -> None:
-    running = run()
+    running = run("--workers", 1)
     running.wait_for(lambda: captured(busy))
     running.send(signal.SIGINT)
     done = running.end()

@@ -48,7 +48,10 @@ def prompts(smollm2: Any) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def runs(smollm2: Any, prompts: list[Any]) -> dict[str, Generation]:
-    hooks = [*residual_hooks(smollm2.n_layers, smollm2.hook_names), *attention_hooks(smollm2.n_layers)]
+    hooks = [
+        *residual_hooks(smollm2.n_layers, smollm2.hook_names),
+        *attention_hooks(smollm2.n_layers, smollm2.hook_names),
+    ]
     greedy = Sampling(temperature=0)
     outcomes = generate(smollm2, prompts, hooks=hooks, max_new_tokens=NEW_TOKENS, sampling=greedy, batch_size=4)
     return {outcome.prompt.id: outcome for outcome in outcomes if isinstance(outcome, Generation)}

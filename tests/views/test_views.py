@@ -152,7 +152,7 @@ def test_a_single_token_has_no_prediction() -> None:
 
 def test_attention_rows_reach_up_to_their_token_and_sum_to_one() -> None:
     model, ids = tiny.model("gemma2"), random_ids(30)
-    view = attention_view(teacher_force(model, ids, attention_hooks(model.n_layers)), model.n_layers)
+    view = attention_view(teacher_force(model, ids, attention_hooks(model.n_layers, model.hook_names)), model.n_layers)
     value = through_json(view.to_json(**NAMES, tokens=["x"] * 30, n_prompt_tokens=10))
     assert (value["n_layers"], value["n_heads"], value["n_response_tokens"]) == (3, 4, 20)
     attentions = run_hugging_face("gemma2", ids).attentions
@@ -167,13 +167,13 @@ def test_attention_rows_reach_up_to_their_token_and_sum_to_one() -> None:
 
 
 def test_attention_weights_have_four_digits() -> None:
-    view = AttentionPatterns(torch.tensor([[[[1.0, 0.0], [0.123456, 0.876544]]]]))
+    view = AttentionPatterns(torch.tensor([[[[1.0, 0.0], [0.123456, 0.876544]]]]), 1, (0,))
     value = through_json(view.to_json(**NAMES, tokens=["a", "b"], n_prompt_tokens=1))
     assert value["attention"][1]["by_layer"] == [[[0.1235, 0.8765]]]
 
 
 def test_nan_attention_is_an_error() -> None:
-    view = AttentionPatterns(torch.full((1, 1, 1, 1), float("nan")))
+    view = AttentionPatterns(torch.full((1, 1, 1, 1), float("nan")), 1, (0,))
     with pytest.raises(NumericalError, match="NaN"):
         view.to_json(**NAMES, tokens=["a"], n_prompt_tokens=1)
 

@@ -153,7 +153,7 @@ class Capture:
             return cls(both[0], both[1], metadata)
         value = read_tensors(path)
         content = CaptureContent.check(value, path)
-        parts = [_part_from_file(part, content.kept) for part in (content.prompt, content.response)]
+        parts = [_part_from_file(part, content) for part in (content.prompt, content.response)]
         return cls(parts[0], parts[1], dict(value["metadata"]))
 
     def _part(self, part: str) -> CapturedPart:
@@ -194,19 +194,23 @@ def _save_dtype(name: str, compute: torch.dtype, largest: float) -> torch.dtype:
 def _part_to_file(part: CapturedPart) -> dict[str, Any]:
     stream = part.residual
     activations: dict[int, dict[str, Tensor]] = {}
-    names = [*stream.kept.points, *([] if stream.attn_out is None else ["attn_out"])]
+    outputs = () if stream.attn_out is None else stream.output_layers
     for layer in stream.kept.layers:
+        names = [*stream.kept.points, *(["attn_out"] if layer in outputs else [])]
         activations[layer] = {name: stream.at(layer, name) for name in names}
     return {"text": part.text, "tokens": part.tokens, "token_ids": part.token_ids, "activations": activations}
 
 
-def _part_from_file(part: PartContent, kept: KeptPoints) -> CapturedPart:
-    activations = part.activations
+def _part_from_file(part: PartContent, content: CaptureContent) -> CapturedPart:
+    activations, kept, attention = part.activations, content.kept, content.metadata.attention_layers
     by_index = {point_index(layer, point): activations[layer][point] for layer in kept.layers for point in kept.points}
     points = [by_index[number] for number in kept.point_indices]
-    outputs = [activations[layer]["attn_out"] for layer in kept.layers if "attn_out" in activations[layer]]
+    outputs = [activations[layer]["attn_out"] for layer in part.output_layers]
     # A file may hold parameters, which carry gradients.
     residual = ResidualStream(
-        stacked(points).detach(), stacked(outputs).detach() if outputs else None, None if kept.is_all else kept
+        stacked(points).detach(),
+        stacked(outputs).detach() if outputs else None,
+        None if kept.is_all else kept,
+        None if attention is None else tuple(attention),
     )
     return CapturedPart(part.text, part.tokens, part.token_ids, residual)

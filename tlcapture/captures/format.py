@@ -13,8 +13,10 @@ from tlcapture.errors import StorageError, TlcaptureError
 from tlcapture.names import is_safe_name
 from tlcapture.storage.tensors import described, is_plain
 from tlcapture.storage.validation import FileContent, Layer, checked
+from tlcapture.text import as_ranges
 from tlcapture.views.hooks import POINTS
 from tlcapture.views.kept_points import KeptPoints, point_index
+from tlcapture.views.residual import layers_with_attention
 
 FORMAT_VERSION = 1
 
@@ -46,6 +48,7 @@ class CaptureMetadata(FileContent):
     stop_reason: str | None = None
     layers: Annotated[list[Layer] | None, Field(min_length=1)] = None
     points: Annotated[list[str] | None, Field(min_length=1)] = None
+    attention_layers: list[Layer] | None = None
 
     @field_validator("prompt_set", "prompt_id")
     @classmethod
@@ -73,7 +76,7 @@ class PartContent(FileContent):
         if not points & set(POINTS) or points - {*POINTS, "attn_out"}:
             raise ValueError(f"activations of {', '.join(sorted(points))}: expected {', '.join(POINTS)} (, attn_out)")
         for layer, by_point in sorted(self.activations.items()):
-            if set(by_point) != points:
+            if set(by_point) | {"attn_out"} != points | {"attn_out"}:
                 raise ValueError(
                     f"layers {layer} and {min(self.activations)} hold different activations: layer {layer} has "
                     f"{', '.join(sorted(by_point))}"
@@ -88,8 +91,13 @@ class PartContent(FileContent):
 
     @property
     def points(self) -> set[str]:
-        """The points of each layer, `attn_out` included."""
-        return set(self.activations[min(self.activations)])
+        """The points of each layer, and `attn_out` if any layer has it."""
+        return {*self.activations[min(self.activations)], *(["attn_out"] if self.output_layers else [])}
+
+    @property
+    def output_layers(self) -> tuple[int, ...]:
+        """The layers with `attn_out`."""
+        return tuple(layer for layer in sorted(self.activations) if "attn_out" in self.activations[layer])
 
     @property
     def first(self) -> Tensor:
@@ -146,9 +154,14 @@ class CaptureContent(FileContent):
         if self.prompt.points != self.response.points or set(self.prompt.activations) != set(self.response.activations):
             raise ValueError("prompt and response hold different activations")
         try:
-            _ = self.kept
+            with_attention = layers_with_attention(self.kept, self.metadata.attention_layers)
         except TlcaptureError as error:
             raise ValueError(str(error)) from None
+        for part in (self.prompt, self.response):
+            if part.output_layers not in ((), with_attention):
+                raise ValueError(
+                    f"attn_out of layers {as_ranges(part.output_layers)}: expected layers {as_ranges(with_attention)}"
+                )
         return self
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tlcapture.captures.capture import Capture, CapturedPart, storage_dtype
-from tlcapture.captures.provenance import is_same_computation, model_record, now, point_hooks
+from tlcapture.captures.provenance import is_same_computation, model_record, now, point_hooks, template_record
 from tlcapture.errors import StorageError
 from tlcapture.generation.outcomes import Generation
 from tlcapture.generation.sampling import Sampling
@@ -30,7 +30,9 @@ def capture_of(
     only = None if kept is None or kept.is_all else kept
     prompt = generation.prompt
     n_prompt, n_tokens = len(prompt.token_ids), len(generation.token_ids)
-    stream = residual_view(generation.cache, model.n_layers, attn_out=attn_out, only=only)
+    stream = residual_view(
+        generation.cache, model.n_layers, attn_out=attn_out, only=only, with_attention=model.with_attention
+    )
     dtype = storage_dtype(stream, save_dtype)
     texts = token_texts(model.tokenizer, generation.token_ids)
     response_text = decode(model.tokenizer, generation.response_ids)
@@ -47,12 +49,13 @@ def capture_of(
         **model_record(model),
         "hooks": point_hooks(model, attn_out=attn_out, points=stream.kept.points),
         "parallel_blocks": model.has_parallel_blocks,
-        "temperature": sampling.temperature,
-        "seed": sampling.seed,
+        **({} if model.with_attention is None else {"attention_layers": list(model.with_attention)}),
+        **sampling.record(),
         "max_new_tokens": max_new_tokens,
         "stop_reason": generation.stop_reason,
         "system_prompt": prompt.system_prompt,
         "chat_template": prompt.chat_template,
+        **template_record(prompt.merged, prompt.dropped),
         "bos": bos_policy(model.tokenizer, prompt.token_ids, chat_template=prompt.chat_template),
         "capture_date": now(),
     }

@@ -22,7 +22,7 @@ from tlcapture.storage.archives import Archive, append_record
 from tlcapture.storage.files import opening
 from tlcapture.storage.validation import FileContent, checked
 from tlcapture.views.kept_points import KeptPoints
-from tlcapture.views.residual import ResidualStream
+from tlcapture.views.residual import ResidualStream, layers_with_attention
 
 NAME = "tlcapture.json"
 PARTS = ("prompt", "response")
@@ -71,6 +71,7 @@ class CaptureIndex(FileContent):
     @model_validator(mode="after")
     def _is_of_one_capture(self) -> CaptureIndex:
         kept, width = self.kept, self.metadata.d_model
+        outputs = layers_with_attention(kept, self.metadata.attention_layers)
         if (self.prompt.attn_out is None) != (self.response.attn_out is None):
             raise ValueError("prompt and response hold different activations")
         for name in PARTS:
@@ -80,7 +81,7 @@ class CaptureIndex(FileContent):
                 raise ValueError(
                     f"{name}: {n_tokens} tokens, but {len(part.token_ids)} token_ids: numbers must be equal"
                 )
-            for stored, n_rows in ((part.points, len(kept.point_indices)), (part.attn_out, len(kept.layers))):
+            for stored, n_rows in ((part.points, len(kept.point_indices)), (part.attn_out, len(outputs))):
                 if stored is not None and stored.shape != [n_rows, n_tokens, width]:
                     raise ValueError(f"{name}: {stored.shape}, expected {[n_rows, n_tokens, width]}")
         return self
@@ -100,7 +101,9 @@ def read_index(path: Path) -> tuple[CaptureIndex, dict[str, Any], dict[str, Resi
         index = checked(CaptureIndex, value, path, "raw residual")
         kept = index.kept
         only = None if kept.is_all else kept
-        return index, value["metadata"], {name: _stream(archive, getattr(index, name), only) for name in PARTS}
+        attention = index.metadata.attention_layers
+        layers = None if attention is None else tuple(attention)
+        return index, value["metadata"], {name: _stream(archive, getattr(index, name), only, layers) for name in PARTS}
 
 
 def add_index(path: Path, content: Mapping[str, Any], streams: Mapping[str, ResidualStream]) -> None:
@@ -126,10 +129,12 @@ def add_index(path: Path, content: Mapping[str, Any], streams: Mapping[str, Resi
         append_record(path, NAME, data)
 
 
-def _stream(archive: Archive, part: IndexedPart, only: KeptPoints | None) -> ResidualStream:
+def _stream(
+    archive: Archive, part: IndexedPart, only: KeptPoints | None, with_attention: tuple[int, ...] | None = None
+) -> ResidualStream:
     stored = [each for each in (part.points, part.attn_out) if each is not None]
     points, *outputs = archive.tensors([(each.record, getattr(torch, each.dtype), each.shape) for each in stored])
-    return ResidualStream(points, outputs[0] if outputs else None, only)
+    return ResidualStream(points, outputs[0] if outputs else None, only, with_attention)
 
 
 def _is_same(one: ResidualStream, other: ResidualStream) -> bool:

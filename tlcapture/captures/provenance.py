@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from tlcapture.version import __version__
-from tlcapture.views.hooks import HOOKS, PARALLEL_AFTER_ATTN, POINTS
+from tlcapture.views.hooks import HOOKS, POINTS, at_any_layer, hook, mixer_hook
 
 if TYPE_CHECKING:
     from tlcapture.models.loading import Model
@@ -29,11 +29,16 @@ def model_record(model: Model) -> dict[str, Any]:
     }
 
 
+def template_record(merged: Sequence[str], dropped: Sequence[str]) -> dict[str, Any]:
+    """What the chat template merged and left out, as metadata; nothing where it did neither."""
+    return {name: list(each) for name, each in (("merged", merged), ("dropped", dropped)) if each}
+
+
 def point_hooks(model: Model, *, attn_out: bool, points: Iterable[str] = POINTS) -> dict[str, str]:
     """The hook of each captured residual point, and of `attn_out` if it is captured."""
     hooks = {point: HOOKS[point] for point in [*points, *(["attn_out"] if attn_out else [])]}
-    if model.has_parallel_blocks and "after_attn" in hooks:
-        hooks["after_attn"] = PARALLEL_AFTER_ATTN
+    if "after_attn" in hooks and hook("after_attn", 0) not in model.hook_names:
+        hooks["after_attn"] = f"{HOOKS['residual_in']} + {at_any_layer(mixer_hook(0, model.hook_names))}"
     return hooks
 
 

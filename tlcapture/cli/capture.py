@@ -11,7 +11,7 @@ import click
 from tlcapture.cli.cluster import ClusterOptions, cluster_options
 from tlcapture.cli.console import Console, show_top_traits
 from tlcapture.cli.grouping import collected
-from tlcapture.cli.option_types import LayerOrWord
+from tlcapture.cli.option_types import LayerOrWord, if_given
 from tlcapture.cli.options import (
     HELP_NAMES,
     KeptOptions,
@@ -53,7 +53,8 @@ class _Settings:
     projections_only: bool
     replay: bool
     max_new_tokens: int
-    temperature: float
+    temperature: float | None
+    sampling: str
     skip_existing: bool
     overwrite: bool
     dry_run: bool
@@ -68,7 +69,7 @@ class _Settings:
     def capture_options(self, kept: KeptOptions, vectors: VectorOptions) -> CaptureOptions:
         """What to capture and how."""
         from tlcapture.commands.capture_tasks import ALL_LAYERS, CaptureOptions
-        from tlcapture.generation.sampling import Sampling
+        from tlcapture.generation.checkpoint_sampling import asked_sampling
 
         layers = tuple(layer for layer in self.layer_internals if isinstance(layer, int))
         return CaptureOptions(
@@ -85,7 +86,7 @@ class _Settings:
             overwrite=self.overwrite,
             vectors=vectors.choice("default"),
             max_new_tokens=self.max_new_tokens,
-            sampling=Sampling(self.temperature, self.seed),
+            sampling=asked_sampling(self.sampling, self.temperature, self.seed),
             save_dtype=self.save_dtype,
             batch_size=self.batch_size,
             limit=self.limit,
@@ -126,7 +127,15 @@ class _Settings:
     type=click.FloatRange(min=0),
     default=0.7,
     show_default=True,
-    help="Sampling temperature; 0 is greedy.",
+    callback=if_given,
+    help="Sampling temperature; 0 is greedy. With --sampling checkpoint, the default is the checkpoint's own.",
+)
+@click.option(
+    "--sampling",
+    type=click.Choice(["plain", "checkpoint"]),
+    default="plain",
+    show_default=True,
+    help="plain: by temperature alone; checkpoint: as its generation config says (penalties, top-k, top-p ...).",
 )
 @click.option("--skip-existing", is_flag=True, help="Write only missing files.")
 @click.option("--overwrite", is_flag=True, help="Replace raw files that cannot be read, and files derived from them.")

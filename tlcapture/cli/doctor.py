@@ -27,7 +27,7 @@ _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 def doctor(model: str, engine: EngineOptions) -> None:
     """Check a model's activations against Hugging Face.
 
-    One line per check: BOS, padding, stop ids, residuals against Hugging Face, batched against single
+    One line per check: BOS, padding, stop ids, residuals and attention against Hugging Face, batched against single
     prompts, captured against recomputed activations, soft caps, the dtype's range. Exit status: 0 if all
     checks passed, 1 if one failed, 2 if the model cannot be loaded.
     """

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from tlcapture.errors import InputError
 from tlcapture.names import Trait, split_names
@@ -86,6 +87,15 @@ class Traits(_Parsed):
         if not traits:
             raise ValueError("contains no trait.")
         return traits
+
+
+class OneTrait(_Parsed):
+    """One trait."""
+
+    name = "a/b"
+
+    def _parse(self, text: str) -> Trait:
+        return Trait.parse(text)
 
 
 class LayerList(_Parsed):
@@ -179,3 +189,9 @@ class Components(click.Choice):
             return value
         name = super().convert(value, param, ctx)
         return COMPONENTS if name == "all" else (name,)
+
+
+def if_given(context: click.Context, option: click.Parameter, value: Any) -> Any:
+    """A callback of an option whose default depends on others: the value, or `None` if the option was not given."""
+    is_default = context.get_parameter_source(str(option.name)) is ParameterSource.DEFAULT
+    return None if is_default else value

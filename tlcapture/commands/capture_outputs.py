@@ -104,7 +104,7 @@ class Outputs:
 
     def pass_hooks(self, model: Model) -> list[str]:
         """The activations that add-ons need beyond the residual stream."""
-        names = attention_hooks(model.n_layers) if self.attention else []
+        names = attention_hooks(model.n_layers, model.hook_names) if self.attention else []
         for layer in self.internals:
             names += internals_hooks(layer, model.hook_names)
         return list(dict.fromkeys(names))

@@ -139,7 +139,8 @@ def _tensors(m: Measures, n_tokens: int, wanted: Outputs, options: CaptureOption
 
 def _json(m: Measures, n_tokens: int, wanted: Outputs) -> Iterator[tuple[str, float]]:
     if wanted.attention:
-        n_weights = m.n_layers * m.n_heads * n_tokens * (n_tokens + 1) / 2
+        n_layers = m.n_layers if m.n_attention_layers is None else m.n_attention_layers
+        n_weights = n_layers * m.n_heads * n_tokens * (n_tokens + 1) / 2
         yield "attention", _PER_FILE + n_weights * _PER_WEIGHT
     if wanted.logit_lens:
         n_predictions = max(0, n_tokens - 1) * m.n_layers * min(TOP_K, m.d_vocab)

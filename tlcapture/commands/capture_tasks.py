@@ -16,7 +16,8 @@ from tlcapture.commands.capture_outputs import REPLACE, Outputs, saved_capture
 from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.projections import without_projection
 from tlcapture.errors import InputError, StorageError
-from tlcapture.generation.sampling import Sampling
+from tlcapture.generation.checkpoint_sampling import AskedSampling
+from tlcapture.generation.sampling import PLAIN, Sampling
 from tlcapture.prompts.prompt_sets import Prompt, PromptSet
 from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
 from tlcapture.runs.shards import Shard
@@ -55,7 +56,7 @@ class CaptureOptions:
     overwrite: bool = False
     vectors: VectorChoice = VectorChoice(layer="default")
     max_new_tokens: int = 50
-    sampling: Sampling = Sampling()
+    sampling: AskedSampling = Sampling()
     save_dtype: str = "auto"
     batch_size: int | None = None
     limit: int | None = None
@@ -283,10 +284,14 @@ class TaskPlanner:
 
     def _note_sampling(self, saved: Capture | CaptureRecord) -> None:
         """Note a prompt whose capture is kept although its sampling settings differ, as far as they are recorded."""
-        asked = {"temperature": self._options.sampling.temperature, "max_new_tokens": self._options.max_new_tokens}
-        if self._options.sampling.temperature:
-            asked["seed"] = self._options.sampling.seed
-        if any(saved.metadata.get(name) not in (None, value) for name, value in asked.items()):
+        sampling = self._options.sampling
+        asked = {"temperature": sampling.temperature, "max_new_tokens": self._options.max_new_tokens}
+        if sampling.temperature != 0:
+            asked["seed"] = sampling.seed
+        differs = any(
+            saved.metadata.get(name) not in (None, value) for name, value in asked.items() if value is not None
+        )
+        if differs or (saved.metadata.get("sampling") or {}).get("source", PLAIN) != sampling.source:
             self._other_sampling.append(saved.prompt_id)
 
     def _is_whole_and_of(self, saved: Capture | CaptureRecord, prompt_set: PromptSet, prompt: Prompt) -> bool:

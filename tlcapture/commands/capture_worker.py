@@ -19,8 +19,10 @@ from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.capture_tasks import CaptureOptions, CaptureTask
 from tlcapture.commands.projections import project_capture, vector_chooser, without_projection
 from tlcapture.errors import InputError
+from tlcapture.generation.checkpoint_sampling import sampling_for, unfollowed
 from tlcapture.generation.loop import generate, teacher_force
 from tlcapture.generation.outcomes import Failure, Generation
+from tlcapture.generation.sampling import Sampling
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import is_out_of_memory, release_memory
 from tlcapture.runs.background_writer import BackgroundWriter
@@ -82,6 +84,13 @@ class CaptureWorker:
     def _generate(self, task: CaptureTask) -> None:
         model, options = self.model, self.options
         wanted = options.outputs(model.n_layers)
+        sampling = sampling_for(options.sampling, model)
+        not_followed = unfollowed(sampling, model)
+        if not_followed is not None:
+            self.run.warn(not_followed)
+        for prompt in task.batched:
+            if prompt.dropped:
+                self.run.warn("the chat template leaves out the thinking of earlier messages (metadata: dropped)")
         if options.projections_only:
             self._check_vectors(wanted)
         total = len(task.fresh) * options.max_new_tokens
@@ -100,7 +109,7 @@ class CaptureWorker:
                 wanted=task.fresh,
                 hooks=wanted.live_hooks(model),
                 max_new_tokens=options.max_new_tokens,
-                sampling=options.sampling,
+                sampling=sampling,
                 batch_size=options.batch_size,
                 on_tokens=on_tokens,
             ):
@@ -109,13 +118,15 @@ class CaptureWorker:
                     self.run.failed(name, outcome.reason)
                     continue
                 with self._attempt(name):
-                    self._write(name, outcome, wanted, writer)
+                    self._write(name, outcome, sampling, wanted, writer)
                 progress.advance(
                     options.max_new_tokens - len(outcome.response_ids),
                     done=f"{name}: {len(outcome.response_ids)} tokens, {outcome.stop_reason}",
                 )
 
-    def _write(self, name: str, generation: Generation, wanted: Outputs, writer: BackgroundWriter) -> None:
+    def _write(
+        self, name: str, generation: Generation, sampling: Sampling, wanted: Outputs, writer: BackgroundWriter
+    ) -> None:
         options = self.options
         # Another tool may have put a file there since the run was planned.
         saved_capture(
@@ -125,7 +136,7 @@ class CaptureWorker:
             generation,
             self.model,
             experiment=self.layout.experiment,
-            sampling=options.sampling,
+            sampling=sampling,
             max_new_tokens=options.max_new_tokens,
             attn_out=options.capture_attn,
             save_dtype=options.save_dtype,

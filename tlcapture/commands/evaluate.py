@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from tlcapture.errors import VectorError
+from tlcapture.errors import InputError, VectorError
 from tlcapture.extraction.evaluation import RandomBaseline, Separation, random_baseline, separation
+from tlcapture.extraction.examples import AUTO, GUESS
 from tlcapture.extraction.prepared_examples import PreparedExamples, prepare_examples
 from tlcapture.extraction.readout import Activations, read_out
 from tlcapture.models.loading import Model
@@ -27,7 +28,8 @@ from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant
 from tlcapture.text import as_ranges
 from tlcapture.traits.evaluation_files import EvaluationRow, best_by_trait, read_evaluation
-from tlcapture.traits.vector_files import METHODS, VectorFiles, traits_with_vectors
+from tlcapture.traits.projection import check_fits
+from tlcapture.traits.vector_files import IMPORTED, METHODS, VectorFiles, traits_with_vectors
 from tlcapture.traits.vectors import TraitVector, read_vector
 from tlcapture.views.hooks import COMPONENTS
 
@@ -39,11 +41,12 @@ class EvaluateOptions:
     """Which vectors to evaluate; empty `traits` and `layers` mean all of them."""
 
     traits: tuple[Trait, ...] = ()
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = (*METHODS, IMPORTED)
     layers: tuple[int, ...] = ()
     components: tuple[str, ...] = COMPONENTS
     batch_size: int | None = None
     seed: int = 0
+    examples_as: str = AUTO
 
 
 def run_evaluate(
@@ -60,10 +63,24 @@ def run_evaluate(
     """
     layout.check_exists()
     traits = traits_with_vectors(layout, options.traits)
+    unscored = [] if options.traits else _without_examples(layout, traits)
+    if unscored and len(unscored) == len(traits):
+        raise InputError(f"no examples to score the imported vectors of {', '.join(map(str, unscored))}")
     run = Run.begin(layout, display)
+    for trait in unscored:
+        run.warn(f"left out: no examples to score the imported vectors of {trait}")
+        traits.remove(trait)
     make = partial(ModelWorker, _evaluate_one, options)
     executor.run(Work(make, load, traits, lambda trait: 1, "trait", str), run)
     return run.report
+
+
+def _without_examples(layout: Layout, traits: Sequence[Trait]) -> list[Trait]:
+    """The traits that have no examples and only imported vectors, which were not made from any."""
+    with_examples = Datasets(layout.root).traits()
+    files = {trait: VectorFiles(layout, trait) for trait in traits if trait not in with_examples}
+    methods = {trait: {*found.available("residual"), *found.available("attn_out")} for trait, found in files.items()}
+    return [trait for trait, found in methods.items() if found == {IMPORTED}]
 
 
 def _evaluate_one(run: Run, model: Model, options: EvaluateOptions, trait: Trait) -> None:
@@ -96,35 +113,55 @@ def _evaluate(run: Run, trait: Trait, model: Model, options: EvaluateOptions) ->
     layout = run.layout
     folder = VectorFiles(layout, trait)
     rows: list[Row] = []
-    prepared: PreparedExamples | None = None
+    by_reading: dict[tuple[int, str, str], PreparedExamples] = {}
     for component in options.components:
         available = folder.available(component)
         methods = [method for method in options.methods if method in available]
         if not methods:
             continue
-        metadata = folder.metadata(component)
-        if not metadata:
-            raise VectorError(
-                f"{folder.path}: metadata.json, which lists the held-out examples, is missing: extract the trait again"
-            )
-        seed, position = (metadata.get("split") or {}).get("seed"), metadata.get("position")
-        if seed is None or position is None:
-            file = folder.metadata_file(component)
-            raise VectorError(f"{file}: split or position of the examples is missing: extract the trait again")
-        prepared = prepared or prepare_examples(
-            Datasets(layout.root), layout, trait, model, seed=seed, position=position
-        )
-        if prepared.digest != metadata.get("examples") or model.fingerprint != metadata.get("model_fingerprint"):
+        are_extracted = methods != [IMPORTED]
+        metadata = folder.metadata(component) if are_extracted else {}
+        seed, position = _split_and_position(folder, component) if are_extracted else (options.seed, "auto")
+        reading = (seed, position, metadata.get("examples_as") or options.examples_as)
+        if reading not in by_reading:
+            by_reading[reading] = _prepare(layout, trait, model, *reading)
+        prepared = by_reading[reading]
+        made_from = (metadata.get("examples"), metadata.get("model_fingerprint"))
+        if are_extracted and made_from != (prepared.digest, model.fingerprint):
             raise VectorError("examples or model have changed since the vectors were extracted: extract them again")
+        if prepared.examples.is_guess and not are_extracted:
+            run.warn(GUESS)
         activations = read_out(model, prepared.readings, [component], batch_size=options.batch_size)[component]
         baseline = random_baseline(activations, prepared.labels, prepared.held_out, seed=options.seed)
         for method in methods:
             layers = [layer for layer in available[method] if not options.layers or layer in options.layers]
             vectors = [read_vector(folder, component, method, layer) for layer in layers]
+            for vector in vectors:
+                check_fits(vector, model.n_layers, model.d_model)
             rows += _rows(layout, vectors, activations, prepared, baseline, options.seed)
     for note in _doubts(rows):
         run.warn(f"{trait}: {note}")
     return rows
+
+
+def _prepare(
+    layout: Layout, trait: Trait, model: Model, seed: int, position: str, examples_as: str
+) -> PreparedExamples:
+    datasets = Datasets(layout.root)
+    return prepare_examples(datasets, layout, trait, model, seed=seed, position=position, examples_as=examples_as)
+
+
+def _split_and_position(folder: VectorFiles, component: str) -> tuple[int, str]:
+    """The seed of the split into examples for fitting and held-out ones, and the position at which they were read."""
+    metadata, file = folder.metadata(component), folder.metadata_file(component)
+    if not metadata:
+        raise VectorError(
+            f"{folder.path}: {file.name}, which lists the held-out examples, is missing: extract the trait again"
+        )
+    seed, position = (metadata.get("split") or {}).get("seed"), metadata.get("position")
+    if seed is None or position is None:
+        raise VectorError(f"{file}: split or position of the examples is missing: extract the trait again")
+    return seed, position
 
 
 def _rows(
@@ -166,7 +203,9 @@ def _row(
         "n_val": int(prepared.held_out.sum()),
         "random_auroc": _number(baseline.mean[vector.layer]),
         "random_auroc_p95": _number(baseline.p95[vector.layer]),
-        "cosine_to_methods": _cosines(vector, [(m, vector.trait, m) for m in METHODS if m != vector.method], layout),
+        "cosine_to_methods": _cosines(
+            vector, [(m, vector.trait, m) for m in (*METHODS, IMPORTED) if m != vector.method], layout
+        ),
         "cosine_to_traits": _cosines(
             vector, [(str(t), t, vector.method) for t in layout.traits() if t != vector.trait], layout
         ),

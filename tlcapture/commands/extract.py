@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tlcapture.captures.provenance import model_record, now
+from tlcapture.captures.provenance import model_record, now, template_record
 from tlcapture.errors import InputError, NumericalError
-from tlcapture.extraction.examples import Examples, read_examples
+from tlcapture.extraction.examples import AUTO, GUESS, Examples, read_examples
 from tlcapture.extraction.methods import FITS, Labels, LayerVectors
 from tlcapture.extraction.prepared_examples import PreparedExamples, prepare_examples
-from tlcapture.extraction.readout import Activations, read_out
+from tlcapture.extraction.readout import Activations, component_layers, read_out
 from tlcapture.models.loading import Model
 from tlcapture.names import Trait
 from tlcapture.prompts.tokenization import bos_policy
@@ -26,6 +26,7 @@ from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.config import update_config
 from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.text import as_ranges
 from tlcapture.traits.vector_files import METHODS, VectorFiles
 from tlcapture.traits.vectors import write_vector
 from tlcapture.views.hooks import COMPONENT_HOOKS, COMPONENTS
@@ -40,6 +41,7 @@ class ExtractOptions:
     layers: tuple[int, ...] = ()
     components: tuple[str, ...] = COMPONENTS
     position: str = "auto"
+    examples_as: str = AUTO
     batch_size: int | None = None
     seed: int = 0
 
@@ -61,12 +63,14 @@ def run_extract(
     for method in options.methods:
         if method not in FITS:
             raise InputError(f"no method {method!r}: choose among {', '.join(FITS)}")
-    examples = [read_examples(datasets, trait, seed=options.seed) for trait in traits]
+    examples = [read_examples(datasets, trait, seed=options.seed, examples_as=options.examples_as) for trait in traits]
     known = executor.known_model(load)
     for layer in options.layers:
         if not 0 <= layer < known.n_layers:
             raise InputError(f"--layers {layer}: the model has layers 0 to {known.n_layers - 1}")
     run = Run.begin(layout, display)
+    if any(each.is_guess for each in examples):
+        run.warn(GUESS)
     make, tasks = partial(ModelWorker, _extract_one, options), [ExtractionTask(each) for each in examples]
     executor.run(Work(make, load, tasks, ExtractionTask.size, "example", str), run)
     return run.report
@@ -98,26 +102,39 @@ def _extract(
     run: Run, model: Model, options: ExtractOptions, examples: Examples, on_examples: Callable[[int], None]
 ) -> None:
     layout = run.layout
-    layers = options.layers or tuple(range(model.n_layers))
+    layers = _layers(model, options)
     prepared = prepare_examples(
         Datasets(layout.root), layout, examples.trait, model, position=options.position, examples=examples
     )
     activations = read_out(
-        model, prepared.readings, options.components, batch_size=options.batch_size, on_examples=on_examples
+        model, prepared.readings, tuple(layers), batch_size=options.batch_size, on_examples=on_examples
     )
     labels, train = prepared.labels, ~prepared.held_out
     # All vectors are fitted before any is written, so that a failure leaves earlier vectors unchanged.
     fitted = {
         component: {
-            method: _fit(method, values[list(layers)][:, train], labels[train], options.seed)
+            method: _fit(method, values[list(layers[component])][:, train], labels[train], options.seed)
             for method in options.methods
         }
         for component, values in activations.items()
     }
     for component, vectors in fitted.items():
-        metadata = _metadata(layout, component, model, options, layers, prepared)
+        metadata = _metadata(layout, component, model, options, layers[component], prepared)
         with run_lock(run, f"vectors of {examples.trait}"):
             _write(VectorFiles(layout, examples.trait), component, vectors, metadata, run)
+
+
+def _layers(model: Model, options: ExtractOptions) -> dict[str, tuple[int, ...]]:
+    """The layers at which each component is extracted; components that the model has at none of them are left out."""
+    found = {}
+    for component in options.components:
+        available = component_layers(model, component)
+        wanted = options.layers or available
+        if layers := tuple(layer for layer in wanted if layer in available):
+            found[component] = layers
+    if not found:
+        raise InputError(f"attn_out: expected a layer with attention, which are {as_ranges(model.attention_layers)}")
+    return found
 
 
 def _fit(method: str, activations: Activations, labels: Labels, seed: int) -> LayerVectors:
@@ -187,7 +204,9 @@ def _metadata(
         "position": prepared.position,
         **model_record(model),
         "chat_template": prepared.typical.chat_template,
+        **template_record(prepared.typical.merged, prepared.typical.dropped),
         "bos": bos_policy(model.tokenizer, prepared.typical.token_ids, chat_template=prepared.typical.chat_template),
         "split": prepared.examples.split_record(options.seed),
         "examples": prepared.digest,
+        **({} if prepared.examples.lines_as is None else {"examples_as": prepared.examples.lines_as}),
     }

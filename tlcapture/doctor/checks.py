@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tlcapture.doctor.reference import ReferenceRun
-from tlcapture.errors import NumericalError, TlcaptureError
+from tlcapture.errors import InputError, NumericalError, TlcaptureError
 from tlcapture.generation.loop import generate, teacher_force
 from tlcapture.generation.outcomes import Failure, Generation
 from tlcapture.generation.sampling import Sampling
@@ -24,6 +24,7 @@ from tlcapture.models.deviation import BOUNDS, allowed, deviation
 from tlcapture.models.loading import Model
 from tlcapture.prompts.chat_template import stop_ids
 from tlcapture.prompts.tokenization import TokenizedPrompt, bos_policy, tokenize
+from tlcapture.text import as_ranges
 from tlcapture.views.attention import attention_hooks
 from tlcapture.views.hooks import hook
 from tlcapture.views.residual import residual_hooks, residual_view
@@ -55,15 +56,26 @@ def guarded(name: str, check: Callable[..., Check], *args: Any) -> Check:
 
 
 def probe_prompts(tokenizer: Any) -> list[TokenizedPrompt]:
-    """A short and a long prompt, tokenised as in a capture."""
+    """A short and a long prompt, tokenised as in a capture; without the chat template if it cannot render them."""
+    try:
+        return _probe_prompts(tokenizer, None)
+    except InputError:
+        return _probe_prompts(tokenizer, False)
+
+
+def _probe_prompts(tokenizer: Any, chat_template: bool | None) -> list[TokenizedPrompt]:
     return [
-        tokenize(tokenizer, text, prompt_set="doctor", prompt_id=str(number)) for number, text in enumerate(TEXTS, 1)
+        tokenize(tokenizer, text, prompt_set="doctor", prompt_id=str(number), chat_template=chat_template)
+        for number, text in enumerate(TEXTS, 1)
     ]
 
 
 def check_bos(tokenizer: Any) -> Check:
-    """Check that a prompt begins with one BOS, with and without the chat template, if the tokenizer has a BOS."""
-    prompts = [probe_prompts(tokenizer)[0]]
+    """Check that a prompt begins with one BOS, with and without the chat template, if the tokenizer has a BOS.
+
+    It fails with the reason if the chat template cannot render a prompt.
+    """
+    prompts = [_probe_prompts(tokenizer, None)[0]]
     if prompts[0].chat_template:
         prompts.append(tokenize(tokenizer, TEXTS[0], prompt_set="doctor", prompt_id="plain", chat_template=False))
     found = []
@@ -134,6 +146,22 @@ def check_raw_basis(model: Model, runs: Sequence[ReferenceRun]) -> Check:
     return Check("raw basis", _within(worst, 1), f"{detail}, over {sum(map(_n_tokens, runs))} tokens")
 
 
+def check_attention(model: Model, runs: Sequence[ReferenceRun]) -> Check:
+    """Check that the patterns of prompt and decode steps equal Hugging Face's in the layers that have attention."""
+    layers, run = model.attention_layers, max(runs, key=_n_tokens)
+    if not layers:
+        return Check("attention", NOT_APPLICABLE, "no layer has attention: there are no patterns and no attn_out")
+    if run.patterns is None or len(run.patterns) != len(layers):
+        return Check("attention", NOT_APPLICABLE, "Hugging Face does not return the patterns of each of these layers")
+    names = attention_hooks(model.n_layers, model.hook_names)
+    cache = _forced(model, run, names)
+    found = deviation(torch.stack([cache[name].float() for name in names]), run.patterns)
+    where = "" if model.with_attention is None else f" at layers {as_ranges(layers)}, the others have no attention"
+    bound = BOUNDS[model.dtype] if run.pattern_rounding is None else 4 * run.pattern_rounding + 1e-3
+    detail = f"deviation of patterns from Hugging Face {found:.1e}, {bound:.1e} allowed{where}"
+    return Check("attention", _within(found, bound), detail)
+
+
 def check_soft_caps(model: Model, runs: Sequence[ReferenceRun]) -> Check:
     """Check that logits and attention patterns equal Hugging Face's under the soft caps that the config sets."""
     config = _text_config(model.hf_config)
@@ -143,14 +171,14 @@ def check_soft_caps(model: Model, runs: Sequence[ReferenceRun]) -> Check:
     verdicts, details = [], []
     run = max(runs, key=_n_tokens)
     last = hook("residual_out", model.n_layers - 1)
-    cache = _forced(model, run, [last, *attention_hooks(model.n_layers)])
+    cache = _forced(model, run, [last, *attention_hooks(model.n_layers, model.hook_names)])
     if final:
         logits = model.unembed(cache[last]).float().cpu()
         found, largest = deviation(logits, run.logits), float(logits.abs().max())
         verdicts.append(_within(found, _bound(model, run, model.n_layers)) if largest <= final else FAILED)
         details.append(f"logits up to {largest:.3g} under a cap of {final:g}, deviation {found:.1e}")
-    if scores and run.patterns is not None:
-        ours = torch.stack([cache[name].float() for name in attention_hooks(model.n_layers)])
+    if scores and run.patterns is not None and len(run.patterns) == len(model.attention_layers):
+        ours = torch.stack([cache[name].float() for name in attention_hooks(model.n_layers, model.hook_names)])
         found = deviation(ours, run.patterns)
         verdicts.append(_within(found, BOUNDS[model.dtype]))
         details.append(f"attention under a cap of {scores:g}, deviation {found:.1e}")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tlcapture.models.checkpoints import cast, fetch_weights, quiet_loading, source_of
 from tlcapture.models.deviation import deviation
+from tlcapture.models.layer_inputs import layer_inputs
 from tlcapture.models.memory import is_out_of_memory
 
 NEW_TOKENS = 3
@@ -24,17 +25,19 @@ NEW_TOKENS = 3
 class ReferenceRun:
     """A prompt and its greedy continuation through Hugging Face, in float32 on the CPU.
 
-    `hidden[layer]` is the input of a layer; `patterns` is `None` for an architecture that does not return them.
-    `rounding` holds the deviations of Hugging Face's own run in 16 bits from `hidden`, and last from `logits`; `None`
-    if the checkpoint was run in float32, or if float32 did not fit in memory.
+    `hidden[layer]` is the input of a layer; `patterns` are those of the layers with attention, `None` for an
+    architecture that does not return them. `rounding` holds the deviations of Hugging Face's own run in 16 bits from
+    `hidden`, and last from `logits`, `pattern_rounding` that from `patterns`; `None` if the checkpoint was run in
+    float32, or if float32 did not fit in memory.
     """
 
     token_ids: tuple[int, ...]
     n_prompt_tokens: int
     hidden: Float[Tensor, "n_layers n_tokens d_model"]
     logits: Float[Tensor, "n_tokens d_vocab"]
-    patterns: Float[Tensor, "n_layers n_heads n_tokens n_tokens"] | None
+    patterns: Float[Tensor, "n_attention_layers n_heads n_tokens n_tokens"] | None
     rounding: tuple[float, ...] | None = None
+    pattern_rounding: float | None = None
 
 
 def reference_runs(hf_model: Any, prompts: Sequence[Sequence[int]]) -> list[ReferenceRun]:
@@ -65,22 +68,25 @@ def reference_run(hf_model: Any, prompt_ids: Sequence[int], new_tokens: int = NE
 
 @torch.no_grad()
 def _whole(hf_model: Any, ids: Sequence[int], n_prompt_tokens: int) -> ReferenceRun:
-    out = hf_model(_batch_of_one(hf_model, ids), use_cache=False, output_hidden_states=True, output_attentions=True)
-    patterns = [pattern for pattern in out.attentions or () if pattern is not None]
-    complete = len(patterns) == len(out.hidden_states) - 1
+    with layer_inputs(hf_model) as inputs:
+        out = hf_model(_batch_of_one(hf_model, ids), use_cache=False, output_hidden_states=True, output_attentions=True)
+    # Models without attention return no attentions, and outputs of layers rather than inputs as hidden states.
+    hidden = inputs if len(inputs) == len(out.hidden_states) - 1 else out.hidden_states[:-1]
+    patterns = [each for each in getattr(out, "attentions", None) or () if each is not None and each.ndim == 4]
     return ReferenceRun(
         tuple(ids),
         n_prompt_tokens,
-        torch.stack([state[0].float().cpu() for state in out.hidden_states[:-1]]),
+        torch.stack([state[0].float().cpu() for state in hidden]),
         out.logits[0].float().cpu(),
-        torch.stack([pattern[0].float().cpu() for pattern in patterns]) if complete else None,
+        torch.stack([pattern[0].float().cpu() for pattern in patterns]) if patterns else None,
     )
 
 
 def _exact(hf_model: Any, run: ReferenceRun) -> ReferenceRun:
     exact = _whole(hf_model, run.token_ids, run.n_prompt_tokens)
     rounding = [deviation(one, other) for one, other in zip(run.hidden, exact.hidden, strict=True)]
-    return replace(exact, rounding=(*rounding, deviation(run.logits, exact.logits)))
+    patterns = None if run.patterns is None or exact.patterns is None else deviation(run.patterns, exact.patterns)
+    return replace(exact, rounding=(*rounding, deviation(run.logits, exact.logits)), pattern_rounding=patterns)
 
 
 def load_reference(name: str, device: torch.device, dtype: torch.dtype) -> Any:

@@ -31,6 +31,7 @@ def check_model(model: Model, runs: Sequence[ReferenceRun]) -> Iterator[Check]:
     yield guarded("padding", checks.check_padding, model, prompts)
     yield guarded("stop ids", checks.check_stop_ids, model.tokenizer, model.generation_config)
     yield guarded("raw basis", checks.check_raw_basis, model, runs)
+    yield guarded("attention", checks.check_attention, model, runs)
     yield guarded("batch", checks.check_batch, model, prompts)
     yield guarded("captured", checks.check_recomputed, model, prompts)
     yield guarded("soft caps", checks.check_soft_caps, model, runs)

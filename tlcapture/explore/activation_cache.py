@@ -24,7 +24,8 @@ def activation_cache(capture: Capture, load: Callable[[], Model]) -> ActivationC
     """A cache of the stored residual points (and `attn_out`), each `[n_tokens, d_model]` in float32.
 
     The cache has no batch axis. It holds stored activations and nothing derived from them: the difference of two
-    rounded residuals is not an activation. Models with parallel blocks have no `hook_resid_mid`.
+    rounded residuals is not an activation. Models with parallel blocks have no `hook_resid_mid`, and layers without
+    attention no `hook_attn_out`.
 
     Args:
         load: returns the captured model; called by the first cache method that needs it.
@@ -33,13 +34,12 @@ def activation_cache(capture: Capture, load: Callable[[], Model]) -> ActivationC
         from transformer_lens import ActivationCache
 
     points = [point for point in POINTS if point in capture.kept.points]
-    if capture.metadata.get("parallel_blocks") and "after_attn" in points:
+    if "after_attn" in points and "+" in (capture.metadata.get("hooks") or {}).get("after_attn", ""):
         points.remove("after_attn")
+    at = [(point, layer) for layer in capture.kept.layers for point in points]
     if capture.prompt.residual.attn_out is not None:
-        points.append("attn_out")
-    entries = {
-        hook(point, layer): capture.residual(layer, point).float() for layer in capture.kept.layers for point in points
-    }
+        at += [("attn_out", layer) for layer in capture.prompt.residual.output_layers]
+    entries = {hook(point, layer): capture.residual(layer, point).float() for point, layer in at}
     lazy = LazyModel(load, str(capture.metadata["inference_model"]))
     model = _ModelOfCache(lazy, n_layers=capture.n_layers, d_model=int(capture.metadata["d_model"]))
     cached = _WithFinalScale(entries, model, capture.n_layers, capture.kept.described())

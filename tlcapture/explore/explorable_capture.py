@@ -26,6 +26,7 @@ from tlcapture.errors import InputError
 from tlcapture.names import Trait
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
+from tlcapture.text import as_ranges
 from tlcapture.traits.token_scores import TokenScores
 from tlcapture.views.hooks import check_component, hook
 
@@ -83,7 +84,7 @@ class ExplorableCapture(ABC):
         Args:
             trait: `category/name`.
             layer: the vector's layer; `auto` selects it.
-            method: `probe`, `mean_diff` or `gradient`; the selected one by default.
+            method: `probe`, `mean_diff`, `gradient` or `imported`; the selected one by default.
             component: `residual` or `attn_out`.
             vector_experiment: the experiment whose vectors are used, even if they were extracted from another model.
 
@@ -152,7 +153,7 @@ class ExplorableCapture(ABC):
         """The attention patterns of all heads of a layer.
 
         They are read from the experiment's attention file of this capture, or computed by a forward pass over its
-        tokens. Raises `InputError` if the layer does not exist.
+        tokens. Raises `InputError` if the layer does not exist or has no attention.
         """
         layer_index, n_layers = index(layer), self._captured.n_layers
         if not 0 <= layer_index < n_layers:
@@ -212,6 +213,8 @@ class ExplorableCapture(ABC):
         from tlcapture.generation.loop import teacher_force
 
         name = hook("pattern", layer)
+        if name not in self._model().hook_names:
+            raise InputError(f"layer {layer} has no attention: layers {as_ranges(self._model().attention_layers)} have")
         patterns = teacher_force(self._model(), self._captured.token_ids, [name])[name].float().numpy()
         return AttentionHeads(**self._labels(), layer=layer, patterns=patterns, source="a forward pass")
 

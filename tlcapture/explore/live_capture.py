@@ -21,9 +21,10 @@ from tlcapture.captures.from_generation import capture_of
 from tlcapture.errors import InputError
 from tlcapture.explore.experiment import Experiment
 from tlcapture.explore.explorable_capture import ExplorableCapture
+from tlcapture.generation.checkpoint_sampling import asked_sampling, sampling_for, unfollowed
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure
-from tlcapture.generation.sampling import Sampling
+from tlcapture.logger import get_logger
 from tlcapture.models.loading import Model, as_model
 from tlcapture.prompts.prompt_sets import ADHOC, Prompt, PromptSet
 from tlcapture.prompts.tokenization import tokenize
@@ -31,6 +32,8 @@ from tlcapture.storage.layout import Layout
 from tlcapture.storage.validation import first_problem
 from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.residual import residual_hooks
+
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -61,7 +64,8 @@ def capture(
     prompts: PromptSet | Iterable[str | Prompt] | str,
     *,
     max_new_tokens: int = 50,
-    temperature: float = 0.7,
+    temperature: float | None = None,
+    sampling: str = "plain",
     seed: int = 0,
     batch_size: int | None = None,
     capture_attn: bool = False,
@@ -80,7 +84,8 @@ def capture(
         prompts: a text, several texts or prompts, or a prompt set. Texts become prompts 1, 2, ... of the set
             `adhoc`.
         max_new_tokens: the maximum length of a response, in tokens.
-        temperature: 0 is greedy.
+        temperature: 0 is greedy; by default 0.7, or the checkpoint's own with `sampling="checkpoint"`.
+        sampling: `plain`, or `checkpoint` to follow the checkpoint's generation config.
         seed: with prompt set and prompt id, it determines the sampled tokens.
         batch_size: how many prompts run together; by default as many as fit in free memory.
         capture_attn: whether to capture `attn_out`, too.
@@ -100,6 +105,7 @@ def capture(
         raise InputError(f"max_new_tokens is {max_new_tokens}: expected at least 0")
     if vectors is not None and not isinstance(vectors, Experiment):
         raise InputError(f"vectors: expected an Experiment, got {type(vectors).__name__}: Experiment({vectors!r})?")
+    asked = asked_sampling(sampling, temperature, seed)
     runner = as_model(model)
     prompt_set = _as_prompt_set(prompts)
     tokenized = [
@@ -113,11 +119,14 @@ def capture(
         )
         for prompt in prompt_set.prompts
     ]
-    sampling = Sampling(temperature, seed)
+    chosen = sampling_for(asked, runner)
+    not_followed = unfollowed(chosen, runner)
+    if not_followed is not None:
+        _log.warning(not_followed)
     kept = KeptPoints.of(runner.n_layers, layers, points)
     hooks = residual_hooks(runner.n_layers, runner.hook_names, attn_out=capture_attn, only=kept)
     for outcome in generate(
-        runner, tokenized, hooks=hooks, max_new_tokens=max_new_tokens, sampling=sampling, batch_size=batch_size
+        runner, tokenized, hooks=hooks, max_new_tokens=max_new_tokens, sampling=chosen, batch_size=batch_size
     ):
         if isinstance(outcome, Failure):
             raise outcome.error(f"prompt {outcome.prompt.prompt_set}/{outcome.prompt.id}: {outcome.reason}")
@@ -125,7 +134,7 @@ def capture(
             outcome,
             runner,
             experiment=ADHOC,
-            sampling=sampling,
+            sampling=chosen,
             max_new_tokens=max_new_tokens,
             attn_out=capture_attn,
             save_dtype=save_dtype,

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from tlcapture.errors import InputError
-from tlcapture.extraction.examples import Example, Examples, read_examples
+from tlcapture.errors import InputError, TlcaptureError
+from tlcapture.extraction.examples import AUTO, Example, Examples, read_examples
 from tlcapture.extraction.methods import Labels
-from tlcapture.extraction.readout import Reading, tokenize_example
+from tlcapture.extraction.readout import Reading, generated_reading, tokenize_example
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure
-from tlcapture.generation.sampling import GREEDY
+from tlcapture.generation.sampling import GREEDY, STOP_TOKEN
 from tlcapture.models.loading import Model
 from tlcapture.names import Trait
-from tlcapture.prompts.tokenization import decode, tokenize
-from tlcapture.storage.config import read_config
+from tlcapture.prompts.tokenization import TokenizedPrompt, decode, tokenize, unknown_token
+from tlcapture.storage.config import ExperimentConfig, read_config
 from tlcapture.storage.layout import Datasets, Layout
 
 NEW_TOKENS = 40
@@ -63,23 +64,18 @@ def prepare_examples(
     seed: int = 0,
     position: str = "auto",
     examples: Examples | None = None,
+    examples_as: str = AUTO,
 ) -> PreparedExamples:
     """Read a trait's examples and prepare them; prompts without a response get the model's greedy response.
 
     Raises `InputError` for invalid examples, and for a prompt to which the model gives no response.
     """
-    examples = examples or read_examples(datasets, trait, seed=seed)
+    examples = examples or read_examples(datasets, trait, seed=seed, examples_as=examples_as)
     config = read_config(layout)
-    answered = _answered([item.example for item in examples.items], model, layout)
+    generated = _generated([item.example for item in examples.items], model, config, position)
     readings = [
-        tokenize_example(
-            model.tokenizer,
-            example,
-            position=position,
-            chat_template=config.use_chat_template,
-            system_prompt=config.system_prompt,
-        )
-        for example in answered
+        generated[number] if number in generated else _tokenized(item.example, model, config, position)
+        for number, item in enumerate(examples.items)
     ]
     return PreparedExamples(
         examples,
@@ -89,28 +85,59 @@ def prepare_examples(
     )
 
 
-def _answered(examples: Sequence[Example], model: Model, layout: Layout) -> list[Example]:
-    """The examples, with the model's greedy response to each prompt that has no response."""
-    config = read_config(layout)
-    open_ones = {str(number): item for number, item in enumerate(examples) if item.prompt and item.response is None}
-    prompts = [
-        tokenize(
+def _tokenized(example: Example, model: Model, config: ExperimentConfig, position: str) -> Reading:
+    with _named(example):
+        reading = tokenize_example(
             model.tokenizer,
-            item.prompt or "",
-            prompt_set="examples",
-            prompt_id=number,
-            system_prompt=config.system_prompt,
+            example,
+            position=position,
             chat_template=config.use_chat_template,
+            system_prompt=config.system_prompt,
         )
-        for number, item in open_ones.items()
-    ]
-    answered = list(examples)
+        unknown = unknown_token(model.tokenizer, reading.token_ids, model.d_vocab)
+        if unknown is not None:
+            raise InputError(unknown)
+    return reading
+
+
+def _generated(
+    examples: Sequence[Example], model: Model, config: ExperimentConfig, position: str
+) -> dict[int, Reading]:
+    """Readings of the examples without a response, by number, with the model's greedy response to each."""
+    prompts = []
+    for number, example in enumerate(examples):
+        if example.prompt is not None and example.response is None:
+            with _named(example):
+                prompts.append(_prompt(example.prompt, number, model, config))
+    found = {}
     for outcome in generate(model, prompts, hooks=[], max_new_tokens=NEW_TOKENS, sampling=GREEDY):
-        if isinstance(outcome, Failure):
-            raise outcome.error(f"example {outcome.prompt.source_text[:40]!r}: {outcome.reason}")
         number = int(outcome.prompt.id)
-        response = decode(model.tokenizer, outcome.response_ids).strip()
-        if not response:
-            raise InputError(f"example {outcome.prompt.source_text[:40]!r}: the model's response is empty")
-        answered[number] = answered[number].model_copy(update={"response": response})
-    return answered
+        with _named(examples[number]):
+            if isinstance(outcome, Failure):
+                raise outcome.error(outcome.reason)
+            ids = outcome.response_ids[:-1] if outcome.stop_reason == STOP_TOKEN else outcome.response_ids
+            if not decode(model.tokenizer, ids).strip():
+                raise InputError("the model's response is empty")
+            found[number] = generated_reading(outcome.prompt, ids, position=position)
+    return found
+
+
+def _prompt(text: str, number: int, model: Model, config: ExperimentConfig) -> TokenizedPrompt:
+    return tokenize(
+        model.tokenizer,
+        text,
+        prompt_set="examples",
+        prompt_id=str(number),
+        system_prompt=config.system_prompt,
+        chat_template=config.use_chat_template,
+    )
+
+
+@contextmanager
+def _named(example: Example) -> Iterator[None]:
+    """Errors begin with the start of the example."""
+    try:
+        yield
+    except TlcaptureError as error:
+        text = example.text or example.prompt or ""
+        raise type(error)(f"example {text[:40]!r}: {error}") from None

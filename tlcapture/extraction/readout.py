@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,8 +24,7 @@ from tlcapture.extraction.examples import Example
 from tlcapture.generation.padding import right_pad
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import fitting_batch_size, is_out_of_memory, release_memory
-from tlcapture.prompts.chat_template import render_chat, uses_chat_template
-from tlcapture.prompts.tokenization import with_bos
+from tlcapture.prompts.tokenization import TokenizedPrompt, encode, place_response
 from tlcapture.views.hooks import component_hooks
 
 Activations = Float[Tensor, "n_layers n_examples d_model"]
@@ -36,13 +35,18 @@ POSITIONS = ("auto", "response_mean", "last_prompt_token", "all_mean")
 
 @dataclass(frozen=True)
 class Reading:
-    """An example as token ids, with the span `start` to `stop` of tokens over which its mean is taken."""
+    """An example as token ids, with the span `start` to `stop` of tokens over which its mean is taken.
+
+    `merged` and `dropped` are what the chat template merged or left out, see `RenderedChat`.
+    """
 
     token_ids: tuple[int, ...]
     start: int
     stop: int
     position: str
     chat_template: bool = False
+    merged: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
 
 
 def tokenize_example(
@@ -55,28 +59,46 @@ def tokenize_example(
 ) -> Reading:
     """Tokenise an example as the model sees it, up to the last token that is read out.
 
-    Raises `InputError` for a position that is unknown or that the example does not have.
+    Raises `InputError` for a position that is unknown or that the example does not have, and where the chat template
+    rejects the example.
     """
-    if position not in POSITIONS:
-        raise InputError(f"no position {position!r}: choose one of {', '.join(POSITIONS)}")
+    _check_position(position, is_text=example.text is not None)
     if example.text is not None:
-        if position not in ("auto", "all_mean"):
-            raise InputError(f"--position {position}: a bare text has no response; use all_mean")
-        ids = with_bos(tokenizer, tokenizer(example.text)["input_ids"])
+        ids = encode(tokenizer, example.text)
         return Reading(tuple(ids), min(1, len(ids) - 1), len(ids), "all_mean")
     assert example.prompt is not None and example.response is not None
-    templated = uses_chat_template(tokenizer, chat_template)
-    if templated:
-        system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-        rendered = render_chat(tokenizer, [*system, {"role": "user", "content": example.prompt}])
-        prompt = tokenizer(rendered, add_special_tokens=False)["input_ids"]
-    else:
-        prompt = with_bos(tokenizer, tokenizer(example.prompt + "\n")["input_ids"])
-    whole = (*prompt, *tokenizer(example.response, add_special_tokens=False)["input_ids"])
+    placed = place_response(
+        tokenizer,
+        example.prompt,
+        example.response,
+        system_prompt=system_prompt,
+        chat_template=chat_template,
+        separator="\n",
+    )
+    found = _reading(placed.token_ids, placed.start, position)
+    return replace(found, chat_template=placed.chat_template, merged=placed.merged, dropped=placed.dropped)
+
+
+def generated_reading(prompt: TokenizedPrompt, response_ids: Sequence[int], *, position: str = "auto") -> Reading:
+    """The reading of a response that the model gave to a prompt itself; raises like `tokenize_example`."""
+    _check_position(position, is_text=False)
+    found = _reading((*prompt.token_ids, *response_ids), len(prompt.token_ids), position)
+    return replace(found, chat_template=prompt.chat_template, merged=prompt.merged, dropped=prompt.dropped)
+
+
+def _check_position(position: str, *, is_text: bool) -> None:
+    if position not in POSITIONS:
+        raise InputError(f"no position {position!r}: choose one of {', '.join(POSITIONS)}")
+    if is_text and position not in ("auto", "all_mean"):
+        raise InputError(f"--position {position}: a bare text has no response; use all_mean")
+
+
+def _reading(ids: tuple[int, ...], n_prompt: int, position: str) -> Reading:
+    """The reading of a response after `n_prompt` tokens."""
     if position == "last_prompt_token":
-        return Reading(tuple(prompt), len(prompt) - 1, len(prompt), position, templated)
-    start = 1 if position == "all_mean" else len(prompt)
-    return Reading(whole, start, len(whole), "response_mean" if position == "auto" else position, templated)
+        return Reading(ids[:n_prompt], n_prompt - 1, n_prompt, position)
+    start = 1 if position == "all_mean" else n_prompt
+    return Reading(ids, start, len(ids), "response_mean" if position == "auto" else position)
 
 
 def read_out(
@@ -87,7 +109,7 @@ def read_out(
     batch_size: int | None = None,
     on_examples: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Activations]:
-    """Mean activations `[n_layers, n_examples, d_model]` in float32, by component.
+    """Mean activations `[n_layers, n_examples, d_model]` in float32, by component; 0 at layers without the component.
 
     Examples of similar length share a forward pass, and only the means are kept. A `batch_size` of `None` takes
     what fits in free memory; out of memory, it is halved. `on_examples` is called with the size of each batch that
@@ -101,12 +123,13 @@ def read_out(
     longest = max((len(reading.token_ids) for reading in readings), default=0)
     if longest > model.n_ctx:
         raise InputError(f"an example has {longest} tokens, the model's context is {model.n_ctx}")
-    names = {part: component_hooks(part, model.n_layers) for part in components}
+    layers = {part: list(component_layers(model, part)) for part in components}
+    names = {part: component_hooks(part, layers[part]) for part in components}
     hooks = frozenset(name for part in components for name in names[part])
     means = {part: torch.zeros(model.n_layers, len(readings), model.d_model) for part in components}
     waiting = sorted(range(len(readings)), key=lambda number: len(readings[number].token_ids), reverse=True)
     size = batch_size or fitting_batch_size(model, longest, len(readings), hooks)
-    prefix = shared_prefix(readings)
+    prefix = shared_prefix(readings) if model.can_continue_in_pieces else 0
     state = model.start(1)
     if prefix:
         tokens = torch.tensor([readings[0].token_ids[:prefix]])
@@ -125,13 +148,18 @@ def read_out(
             release_memory()
             continue
         for part, values in read.items():
-            means[part][:, batch] = values
+            means[part][torch.tensor(layers[part])[:, None], torch.tensor(batch)] = values
         waiting = waiting[size:]
         on_examples(len(batch))
     for part, values in means.items():
         if not values.isfinite().all():
             raise NumericalError(f"{part} activations of the examples contain NaN or inf: try --dtype float32")
     return means
+
+
+def component_layers(model: Model, component: str) -> tuple[int, ...]:
+    """The layers at which a model has a component: `attn_out` is at those with attention."""
+    return model.attention_layers if component == "attn_out" else tuple(range(model.n_layers))
 
 
 def shared_prefix(readings: Sequence[Reading]) -> int:

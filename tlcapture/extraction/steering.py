@@ -20,21 +20,22 @@ Contrastive Activation Addition" (2023).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
+from tlcapture.errors import InputError
 from tlcapture.generation.interventions import Intervention, Steer, applied
 from tlcapture.generation.loop import continue_from, prefill
 from tlcapture.generation.outcomes import Failure, Outcome
 from tlcapture.generation.padding import right_pad
 from tlcapture.generation.sampling import GREEDY, STOP_TOKEN
 from tlcapture.models.loading import Model
-from tlcapture.prompts.tokenization import TokenizedPrompt, decode
+from tlcapture.prompts.tokenization import TokenizedPrompt, decode, place_response, unknown_token
 from tlcapture.shapes import Mask, Tokens, Vector
 from tlcapture.views.hooks import hook
 
@@ -44,27 +45,68 @@ PerQuestion = Float[Tensor, " n_questions"]
 
 
 class Question(BaseModel):
-    """An open question with a completion that shows the trait and one that shows its opposite."""
+    """An open question, and where likelihoods are to score it, completions that show the trait and its opposite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    id: str
+    id: str = ""
     question: str = Field(min_length=1)
-    positive: str = Field(min_length=1)
-    negative: str = Field(min_length=1)
+    positive: str | None = Field(default=None, min_length=1)
+    negative: str | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _has_both_or_neither(self) -> Question:
+        if (self.positive is None) != (self.negative is None):
+            raise ValueError('expected both "positive" and "negative", or neither')
+        return self
+
+    @property
+    def completions(self) -> tuple[str, str] | None:
+        """The positive and the negative completion, if it has them."""
+        return None if self.positive is None or self.negative is None else (self.positive, self.negative)
 
 
 class SteeringQuestions(BaseModel):
-    """The content of `steering.json`."""
+    """The content of `steering.json`.
+
+    Questions are objects or plain strings, also as a bare list, and get their number as id where they have none. The
+    fields are those of persona-vectors too: `eval_prompt` is what a judge is asked, with `{question}` and `{answer}` in
+    it; `instruction` is not used.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     questions: list[Question] = Field(min_length=1)
+    eval_prompt: str | None = None
+    instruction: Any = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_strings(cls, value: Any) -> Any:
+        content = {"questions": value} if isinstance(value, list) else value
+        if not isinstance(content, dict) or not isinstance(content.get("questions"), list):
+            return content
+        asked = [{"question": each} if isinstance(each, str) else each for each in content["questions"]]
+        numbered = [
+            {**each, "id": each.get("id", str(number))} if isinstance(each, dict) else each
+            for number, each in enumerate(asked, start=1)
+        ]
+        return {**content, "questions": numbered}
+
+    @field_validator("eval_prompt")
+    @classmethod
+    def _shows_the_answer(cls, value: str | None) -> str | None:
+        if value is not None and "{answer}" not in value:
+            raise ValueError("expected {answer} in it, in whose place the judge reads the response")
+        return value
 
 
 @dataclass(frozen=True)
 class SteeringScore:
-    """Scores of one steering run and its responses, by question; scores are 0 to 1, their means 0 to 100."""
+    """Scores of one steering run and its responses, by question; scores are 0 to 1, their means 0 to 100.
+
+    The trait's score of a question that was not scored is NaN, and no part of the mean.
+    """
 
     trait: PerQuestion
     coherence: PerQuestion
@@ -73,12 +115,21 @@ class SteeringScore:
     @property
     def trait_mean(self) -> float:
         """100 times the mean over questions; 50 where positive and negative completion are equally likely."""
-        return float(100 * self.trait.mean())
+        return float(100 * self.trait.nanmean())
 
     @property
     def coherence_mean(self) -> float:
         """100 times the mean over questions; 100 where steering makes no response less likely."""
         return float(100 * self.coherence.mean())
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """An answer per question: a state of each prompt up to its last token, which is not in it; that token and the
+    answer's."""
+
+    state: Any
+    rows: list[list[int]]
 
 
 class SteeringScorer:
@@ -89,23 +140,32 @@ class SteeringScorer:
     """
 
     def __init__(
-        self, model: Model, prompts: Sequence[TokenizedPrompt], completions: Sequence[tuple[str, str]],
+        self, model: Model, prompts: Sequence[TokenizedPrompt], completions: Sequence[tuple[str, str] | None],
         *, new_tokens: int = NEW_TOKENS,
     ):  # fmt: skip
-        """`completions` are the positive and the negative one of each prompt; responses have up to `new_tokens`."""
+        """`completions` are the positive and the negative one of each prompt; responses have up to `new_tokens`.
+
+        A prompt may have no completions: the trait's score is then NaN, to be replaced by a judge's.
+        """
         self._model = model
         self._prompts = prompts
         self._new_tokens = new_tokens
-        self._positive = [self._ids(positive) for positive, _ in completions]
-        self._negative = [self._ids(negative) for _, negative in completions]
-        self._prefilled = prefill(model, prompts)
-        self._own_cost = self._cost(self._respond())
+        self._states: dict[tuple[tuple[int, ...], ...], Any] = {}
+        own = self._respond()
+        self._own_cost = self._cost(self._generated(own))
+        self._positive, self._negative = (
+            self._given([None if pair is None else pair[side] for pair in completions], own) for side in (0, 1)
+        )
+        self._is_scored = torch.tensor([pair is not None for pair in completions])
         self._norms: dict[int, float] = {}
 
     def typical_norm(self, layer: int) -> float:
-        """The median norm of `residual_out` at a layer over the tokens of both completions, unsteered."""
+        """The median norm of `residual_out` at a layer over the tokens of both completions, unsteered.
+
+        A prompt without completions counts with the tokens of the model's own response.
+        """
         if layer not in self._norms:
-            norms = [self._residual_norms(layer, texts) for texts in (self._positive, self._negative)]
+            norms = [self._residual_norms(layer, answers) for answers in (self._positive, self._negative)]
             self._norms[layer] = float(torch.cat(norms).median())
         return self._norms[layer]
 
@@ -124,33 +184,72 @@ class SteeringScorer:
     def _score(self, interventions: Sequence[Intervention]) -> SteeringScore:
         positive_cost, negative_cost = (self._cost(each, interventions) for each in (self._positive, self._negative))
         responses = self._respond(interventions)
-        excess = (self._cost(responses) - self._own_cost).clamp(min=0)
+        excess = (self._cost(self._generated(responses)) - self._own_cost).clamp(min=0)
         texts = [decode(self._model.tokenizer, ids) for ids in responses]
-        return SteeringScore((negative_cost - positive_cost).sigmoid(), (-excess).exp(), texts)
+        trait = (negative_cost - positive_cost).sigmoid().where(self._is_scored, torch.nan)
+        return SteeringScore(trait, (-excess).exp(), texts)
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self._model.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _given(self, texts: Sequence[str | None], own: Sequence[Sequence[int]]) -> _Answers:
+        """Given answers to the prompts, placed as the chat template places them.
 
-    def _branch(self) -> Any:
-        return self._model.branch(self._prefilled, range(len(self._prompts)))
+        The model's own response takes the place of a missing one.
+        """
+        prefixes: list[tuple[int, ...]] = []
+        answers: list[Sequence[int]] = []
+        for prompt, text, response in zip(self._prompts, texts, own, strict=True):
+            if text is None:
+                prefixes.append(tuple(prompt.token_ids))
+                answers.append(response)
+                continue
+            placed = place_response(
+                self._model.tokenizer,
+                prompt.source_text,
+                text,
+                system_prompt=prompt.system_prompt,
+                chat_template=prompt.chat_template,
+            )
+            unknown = unknown_token(self._model.tokenizer, placed.token_ids, self._model.d_vocab)
+            if unknown is not None:
+                raise InputError(f"steering question {prompt.id}: {unknown}")
+            prefixes.append(placed.token_ids[: placed.start])
+            answers.append(placed.token_ids[placed.start :])
+        return self._answers(tuple(prefixes), answers)
 
-    def _after_prompts(self, texts: Sequence[Sequence[int]]) -> tuple[Tokens, Mask]:
-        """The last prompt token of each question and a text after it, to run from a branch."""
-        return right_pad([[prompt.token_ids[-1], *ids] for prompt, ids in zip(self._prompts, texts, strict=True)])
+    def _generated(self, responses: Sequence[Sequence[int]]) -> _Answers:
+        """The model's own responses, which follow the prompts directly."""
+        return self._answers(self._prompt_ids, responses)
 
-    def _residual_norms(self, layer: int, texts: Sequence[Sequence[int]]) -> Float[Tensor, " n_tokens"]:
-        tokens, mask = self._after_prompts(texts)
-        return self._residual_out(layer, tokens, mask).float().norm(dim=-1)[mask.bool()]
+    def _answers(self, prefixes: tuple[tuple[int, ...], ...], texts: Sequence[Sequence[int]]) -> _Answers:
+        rows = [[prefix[-1], *text] for prefix, text in zip(prefixes, texts, strict=True)]
+        return _Answers(self._state(prefixes), rows)
 
-    def _residual_out(self, layer: int, tokens: Tokens, mask: Mask) -> Float[Tensor, "batch pos d_model"]:
+    @property
+    def _prompt_ids(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(prompt.token_ids for prompt in self._prompts)
+
+    def _state(self, prefixes: tuple[tuple[int, ...], ...]) -> Any:
+        """The state of all tokens of the prefixes but the last, made once; in most templates all have the same."""
+        if prefixes not in self._states:
+            prompts = [replace(prompt, token_ids=ids) for prompt, ids in zip(self._prompts, prefixes, strict=True)]
+            self._states[prefixes] = prefill(self._model, prompts)
+        return self._states[prefixes]
+
+    def _branch(self, state: Any) -> Any:
+        return self._model.branch(state, range(len(self._prompts)))
+
+    def _residual_norms(self, layer: int, answers: _Answers) -> Float[Tensor, " n_tokens"]:
+        tokens, mask = right_pad(answers.rows)
+        return self._residual_out(layer, tokens, mask, answers.state).float().norm(dim=-1)[mask.bool()]
+
+    def _residual_out(self, layer: int, tokens: Tokens, mask: Mask, state: Any) -> Float[Tensor, "batch pos d_model"]:
         name = hook("residual_out", layer)
-        return self._model.step(tokens, mask, self._branch(), {name}, want_logits=False).cache[name]
+        return self._model.step(tokens, mask, self._branch(state), {name}, want_logits=False).cache[name]
 
-    def _cost(self, texts: Sequence[Sequence[int]], interventions: Sequence[Intervention] = ()) -> PerQuestion:
-        """Nats per token of a text after each question's prompt; 0 for an empty text."""
-        tokens, mask = self._after_prompts(texts)
+    def _cost(self, answers: _Answers, interventions: Sequence[Intervention] = ()) -> PerQuestion:
+        """Nats per token of each question's answer; 0 for an empty one."""
+        tokens, mask = right_pad(answers.rows)
         with applied(self._model, interventions):
-            residual = self._residual_out(self._model.n_layers - 1, tokens, mask)
+            residual = self._residual_out(self._model.n_layers - 1, tokens, mask, answers.state)
         logits = self._model.unembed(residual[:, :-1]).float()
         costs = torch.nn.functional.cross_entropy(
             logits.transpose(1, 2), tokens[:, 1:].to(logits.device), reduction="none"
@@ -162,7 +261,7 @@ class SteeringScorer:
         """The greedy response to each question, without its stop token."""
         outcomes = continue_from(
             self._model,
-            self._branch(),
+            self._branch(self._state(self._prompt_ids)),
             self._prompts,
             max_new_tokens=self._new_tokens,
             sampling=GREEDY,

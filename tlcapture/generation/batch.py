@@ -12,6 +12,7 @@ from tlcapture.errors import NumericalError
 from tlcapture.generation.interventions import LAST_POSITION, Intervention, applied
 from tlcapture.generation.outcomes import Failure, Generation, Outcome
 from tlcapture.generation.padding import left_pad
+from tlcapture.generation.processors import LogitProcessors, PromptTokens
 from tlcapture.generation.recording import Recorder
 from tlcapture.generation.sampling import Sampling, choose_tokens, prompt_generator, stop_reason
 from tlcapture.models.engines.base import Step
@@ -45,9 +46,17 @@ class Batch:
         self._model = model
         self._prompts = prompts
         self._settings = settings
-        self._stops = stop_ids(model.tokenizer, model.generation_config)
+        self._stops = {
+            templated: stop_ids(model.tokenizer, model.generation_config, chat_template=templated)
+            for templated in {prompt.chat_template for prompt in prompts}
+        }
         self._recorder = Recorder(settings.hooks, [len(p.token_ids) for p in prompts], settings.max_new_tokens)
         self._generators = [prompt_generator(settings.sampling.seed, prompt) for prompt in prompts]
+        self._processors = LogitProcessors(
+            settings.sampling.rules,
+            settings.sampling.temperature,
+            [PromptTokens(p.token_ids, self._stops[p.chat_template], settings.max_new_tokens) for p in prompts],
+        )
         self._responses: list[list[int]] = [[] for _ in prompts]
         self._running = list(range(len(prompts)))  # the prompt in each row of the state
         self._state: Any = None
@@ -75,6 +84,8 @@ class Batch:
             if None not in reasons:
                 return
             assert logits is not None
+            if self._processors:
+                logits = self._processors(logits, self._running, self._responses)
             finite = logits.amax(dim=-1).isfinite().tolist()  # -inf is a probability of 0, NaN and +inf are not
             stays = [reason is None and is_finite for reason, is_finite in zip(reasons, finite, strict=True)]
             for index, reason, is_finite in zip(self._running, reasons, finite, strict=True):
@@ -88,9 +99,11 @@ class Batch:
             logits = self._run_tokens(chosen)
 
     def _stop_reasons(self) -> list[str | None]:
-        return [
-            stop_reason(self._responses[index], self._stops, self._settings.max_new_tokens) for index in self._running
-        ]
+        n_new = self._settings.max_new_tokens
+        return [stop_reason(self._responses[index], self._stops_of(index), n_new) for index in self._running]
+
+    def _stops_of(self, index: int) -> frozenset[int]:
+        return self._stops[self._prompts[index].chat_template]
 
     def _keep(self, stays: Sequence[bool]) -> None:
         """Drop the rows of prompts that have ended."""
@@ -101,7 +114,10 @@ class Batch:
     def _choose(self, logits: LastLogits) -> list[int]:
         """Choose the next token of each running prompt and append it to the response."""
         generators = [self._generators[index] for index in self._running]
-        chosen = choose_tokens(logits, self._settings.sampling.temperature, generators)
+        temperature = self._settings.sampling.temperature
+        if self._processors and temperature:
+            temperature = 1.0  # the processors have divided by it
+        chosen = choose_tokens(logits, temperature, generators)
         for index, token in zip(self._running, chosen, strict=True):
             self._responses[index].append(token)
         return chosen

@@ -3,9 +3,10 @@
     for outcome in generate(model, prompts, hooks=hooks, max_new_tokens=50):
         ...  # a Generation for each prompt, as soon as it has stopped
 
-The outcome of a prompt does not depend on the prompts that run beside it: padding is masked and cut off, rows that
-have stopped leave the batch, and sampling noise comes from the prompt's own generator. The last
-generated token gets one more forward pass, so that every token has its activations.
+In float32 the outcome of a prompt does not depend on the prompts that run beside it: padding is masked and cut off,
+rows that have stopped leave the batch, and sampling noise comes from the prompt's own generator. In 16 bits it depends
+on the batch's shape by rounding; the same batches give the same bits. The last generated token gets one more forward
+pass, so that every token has its activations.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tlcapture.generation.sampling import Sampling
 from tlcapture.logger import get_logger
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import fitting_batch_size, is_out_of_memory, release_memory
-from tlcapture.prompts.tokenization import TokenizedPrompt
+from tlcapture.prompts.tokenization import TokenizedPrompt, unknown_token
 from tlcapture.views.cache import Cache
 
 _log = get_logger(__name__)
@@ -63,10 +64,11 @@ def generate(
     ids = frozenset(prompt.id for prompt in prompts) if wanted is None else frozenset(wanted)
     fitting = []
     for prompt in prompts:
-        if len(prompt.token_ids) + max_new_tokens <= model.n_ctx:
+        reason = _unfit(model, prompt, max_new_tokens)
+        if reason is None:
             fitting.append(prompt)
         elif prompt.id in ids:
-            yield _too_long(prompt, max_new_tokens, model.n_ctx)
+            yield Failure(prompt, reason, InputError)
     longest = max((len(prompt.token_ids) for prompt in fitting), default=0) + max_new_tokens
     queue = _Queue(fitting, batch_size or fitting_batch_size(model, longest, len(fitting), hooks))
     settings = Settings(hooks, max_new_tokens, sampling, interventions)
@@ -190,13 +192,14 @@ def _run_batch(model: Model, in_flight: _InFlight, settings: Settings) -> Iterat
             return
 
 
-def _too_long(prompt: TokenizedPrompt, max_new_tokens: int, n_ctx: int) -> Failure:
+def _unfit(model: Model, prompt: TokenizedPrompt, max_new_tokens: int) -> str | None:
+    """Why a model cannot run a prompt; `None` if it can."""
     length = len(prompt.token_ids)
-    return Failure(
-        prompt,
+    if length + max_new_tokens <= model.n_ctx:
+        return unknown_token(model.tokenizer, prompt.token_ids, model.d_vocab)
+    return (
         f"does not fit: {length} prompt tokens and {max_new_tokens} new ones are more than the model's context of "
-        f"{n_ctx}; shorten the prompt or lower --max-new-tokens",
-        InputError,
+        f"{model.n_ctx}; shorten the prompt or lower --max-new-tokens"
     )
 
 

@@ -47,6 +47,7 @@ class Recorder:
         """
         if not self._groups:
             for name in self._order:
+                self._check_shape(name, cache[name], indices)
                 self._groups.setdefault(_kind(name, cache[name]), []).append(name)
         n_new = [1 if self._filled[index] else self._lengths[index] for index in indices]
         for kind, names in self._groups.items():
@@ -61,6 +62,16 @@ class Recorder:
                 self._write(kind, indices, n_new, activations)
         for index, count in zip(indices, n_new, strict=True):
             self._filled[index] += count
+
+    def _check_shape(self, name: str, activation: Tensor, indices: Sequence[int]) -> None:
+        """Raise `InputError` for an activation of the first step that does not lie token by token."""
+        shape, axis, longest = activation.shape, 2 if is_pattern(name) else 1, max(self._lengths)
+        at_least = max(self._lengths[index] for index in indices)
+        if len(shape) <= axis or shape[0] != len(indices) or not at_least <= shape[axis] <= longest:
+            raise InputError(
+                f"{name} does not lie token by token: its shape is {list(shape)} for {len(indices)} prompts of up to "
+                f"{longest} tokens"
+            )
 
     def take(self, index: int) -> Cache:
         """All activations of a prompt: `[n_tokens, ...]` by name, in the prompt's own buffers."""

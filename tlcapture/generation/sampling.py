@@ -6,10 +6,12 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from tlcapture.errors import InputError
+from tlcapture.generation.processors import NO_RULES, LogitRules
 from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.shapes import LastLogits
 
@@ -17,19 +19,34 @@ STOP_TOKEN = "stop_token"
 MAX_NEW_TOKENS = "max_new_tokens"
 
 
+PLAIN, CHECKPOINT = "plain", "checkpoint"
+SAMPLINGS = (PLAIN, CHECKPOINT)
+DEFAULT_TEMPERATURE = 0.7
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How next tokens are chosen. Temperature 0 is greedy; the seed is combined with each prompt's set and id.
 
+    `rules` change the logits first; `source` says whether they are those of the checkpoint.
+
     Raises `InputError` for a temperature that is negative, NaN or infinite.
     """
 
-    temperature: float = 0.7
+    temperature: float = DEFAULT_TEMPERATURE
     seed: int = 0
+    rules: LogitRules = NO_RULES
+    source: str = PLAIN
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise InputError(f"temperature {self.temperature}: expected a number of at least 0; 0 is greedy")
+
+    def record(self) -> dict[str, Any]:
+        """The sampling as metadata; without `sampling` where only temperature and seed matter."""
+        rules = self.rules.active(greedy=self.temperature == 0)
+        more = {"sampling": {"source": self.source, **rules}} if rules or self.source != PLAIN else {}
+        return {"temperature": self.temperature, "seed": self.seed, **more}
 
 
 GREEDY = Sampling(temperature=0)

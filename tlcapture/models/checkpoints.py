@@ -17,6 +17,7 @@ from tlcapture.models import adapters, embedded, quantised
 from tlcapture.models.text_models import auto_class_of, text_config_of
 from tlcapture.models.untaken import listed, untaken
 
+_TOKENIZER_FILES = ("*tokenizer*", "*vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "*.gguf")
 _UNQUANTISED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -68,9 +69,25 @@ def fetch_config(name: str, source: str) -> Any:
 
 
 def fetch_tokenizer(name: str, source: str) -> Any:
-    """The tokenizer of a checkpoint: an adapter's own, or that of the model that it is for."""
+    """The tokenizer of a checkpoint: an adapter's own, or that of the model that it is for.
+
+    Raises `ModelError` if the checkpoint has none: transformers then makes one that knows special tokens only.
+    """
     adapter = adapters.adapter_of(source)
-    return fetch(name, "AutoTokenizer", source if adapter is None else adapter.tokenizer_source)
+    if adapter is not None and adapter.tokenizer_source != source:
+        return fetch_tokenizer(name, source_of(adapter.tokenizer_source))
+    advice = "copy tokenizer.json and tokenizer_config.json from the checkpoint that it was made from"
+    try:
+        tokenizer = fetch(name, "AutoTokenizer", source)
+    except ModelError:
+        folder = Path(source)
+        if folder.is_dir() and not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
+            raise ModelError(f"model {name!r} has no tokenizer files: {advice}") from None
+        raise
+    added = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
+    if len({*tokenizer.get_vocab().values()} - added) < 2:
+        raise ModelError(f"model {name!r} has no tokenizer vocabulary: {advice}")
+    return tokenizer
 
 
 def fetch_weights(

@@ -39,7 +39,7 @@ from tlcapture.models.engines.hooked import (
     hooked_model,
     require_hooked_transformer,
 )
-from tlcapture.models.engines.hooked_config import covers
+from tlcapture.models.engines.hooked_config import architecture_of, covers
 from tlcapture.models.lazy_model import LazyModel
 from tlcapture.models.quick_check import PassedCheck, QuickReference, quick_check
 from tlcapture.models.sizes import Measures
@@ -138,6 +138,7 @@ def _load(
         source = source_of(name) if source is None else str(source)
         config = fetch_config(name, source)
         chosen = pick_engine(name, engine, config)
+        tokenizer = fetch_tokenizer(name, source)
         whole = fetch_weights(name, source, n_devices=n_devices if chosen == "bridge" else 1, warn=warn)
         model = text_model_of(whole)
         checkpoint_fingerprint = fingerprint(model)
@@ -147,7 +148,6 @@ def _load(
         passed = PassedCheck.of(model.config, **where, **facts)
         reference = _reference(whole, name, warn) if check and not passed.exists() else None
         del whole
-        tokenizer = fetch_tokenizer(name, source)
         loaded = from_hugging_face(
             model, tokenizer, name=name, engine=chosen, checkpoint_fingerprint=checkpoint_fingerprint, **where
         )
@@ -224,6 +224,11 @@ def pick_engine(name: str, engine: str, config: Any) -> str:
     """The engine that runs a model; raises `ModelError`, with the reason, if the requested one cannot."""
     if engine not in ENGINES:
         raise ModelError(f"no engine {engine!r}: choose one of {', '.join(ENGINES)}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"model {name!r} has an encoder and a decoder ({architecture_of(config)}): expected one that continues its "
+            "own text"
+        )
     if engine == "bridge" or (engine == "auto" and not has_hooked_transformer()):
         return "bridge"
     require_hooked_transformer()

@@ -25,6 +25,7 @@ from tlcapture.models.checkpoints import cast
 from tlcapture.models.deviation import allowed, deviation
 from tlcapture.models.embedded import cache_folder
 from tlcapture.models.engines.base import Model
+from tlcapture.models.layer_inputs import layer_inputs
 from tlcapture.storage.files import write_json
 from tlcapture.version import __version__
 from tlcapture.views.hooks import hook
@@ -145,13 +146,14 @@ def _engine_run(model: Model, n_hidden: int, token_ids: tuple[int, ...]) -> list
 def _run(hf_model: Any, token_ids: tuple[int, ...]) -> QuickReference:
     device = hf_model.get_input_embeddings().weight.device
     ids = torch.tensor([token_ids], device=device)
-    out = hf_model(input_ids=ids, use_cache=False, output_hidden_states=True)
-    logits = out.logits[0].float().cpu()
-    states = [state[0].float().cpu() for state in out.hidden_states or ()]
-    text = hf_model.config.get_text_config()
-    # Some architectures return other states than the input of every layer.
-    complete = len(states) == text.num_hidden_layers + 1 and all(state.ndim == 2 for state in states)
-    return QuickReference(token_ids, tuple(states[:-1]) if complete else (), logits)
+    with layer_inputs(hf_model) as inputs:
+        out = hf_model(input_ids=ids, use_cache=False, output_hidden_states=True)
+    n_layers = hf_model.config.get_text_config().num_hidden_layers
+    hidden = inputs if len(inputs) == n_layers else (out.hidden_states or ())[:-1]
+    # Some architectures return other states than one per layer.
+    fits = len(hidden) == n_layers and all(state.ndim == 3 for state in hidden)
+    states = tuple(state[0].float().cpu() for state in hidden) if fits else ()
+    return QuickReference(token_ids, states, out.logits[0].float().cpu())
 
 
 def _short_prompt(hf_model: Any) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import torch
 from tlcapture.captures.from_generation import capture_of
 from tlcapture.commands.capture_outputs import Outputs, add_ons, write_capture
 from tlcapture.commands.projections import project_capture
+from tlcapture.generation.checkpoint_sampling import sampling_for
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Generation
 from tlcapture.models.loading import Model
@@ -87,13 +88,13 @@ def _capture(
 ) -> int:
     """Capture prompts and write the workload's files; returns the number of new tokens."""
     options, run, n_new = workload.options, Run.silent(layout), 0
-    wanted = options.outputs(model.n_layers)
+    wanted, sampling = options.outputs(model.n_layers), sampling_for(options.sampling, model)
     for outcome in generate(
         model,
         prompts,
         hooks=wanted.live_hooks(model),
         max_new_tokens=options.max_new_tokens,
-        sampling=options.sampling,
+        sampling=sampling,
         batch_size=size,
     ):
         if not isinstance(outcome, Generation):
@@ -102,7 +103,7 @@ def _capture(
             outcome,
             model,
             experiment=layout.experiment,
-            sampling=options.sampling,
+            sampling=sampling,
             max_new_tokens=options.max_new_tokens,
             attn_out=wanted.attn_out,
             save_dtype=options.save_dtype,

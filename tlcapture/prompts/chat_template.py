@@ -1,12 +1,46 @@
-"""The model's chat template: rendering conversations, and the tokens that end a response."""
+"""The model's chat template: rendering conversations, and the tokens that end a response.
+
+A rendering is checked: the text of every message has to be there, so that no message is lost without a word.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from tlcapture.errors import InputError
+from tlcapture.prompts.message_spans import Message, Span, find_messages
+from tlcapture.text import first_line
+
+ADVICE = "use --no-chat-template"
 
 _PROBE = "tlcapture"
+_PART = re.compile(r"""\{['"]type['"]: ['"]text['"],""")  # a content part that was printed as it is
+
+
+@dataclass(frozen=True)
+class RenderedChat:
+    """A conversation as the chat template renders it.
+
+    Attributes:
+        text: the rendering.
+        spans: where the text of each message is; `None` for a message without text.
+        merged: roles of messages that only white space separates from the next one, such as a system message that the
+            template can only put at the start of the user message.
+        dropped: what the template leaves out by design: the thinking of earlier assistant messages.
+    """
+
+    text: str
+    spans: tuple[Span | None, ...]
+    merged: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+
+class _RenderingError(Exception):
+    """The template cannot render a conversation as it was given; another form of it may do."""
 
 
 def uses_chat_template(tokenizer: Any, requested: bool | None) -> bool:
@@ -16,63 +50,140 @@ def uses_chat_template(tokenizer: Any, requested: bool | None) -> bool:
         requested: `True` or `False` decides; `None` uses the template if the tokenizer has one.
 
     Raises:
-        InputError: a template is requested and the tokenizer has none.
+        InputError: a template is requested and the tokenizer has none, or several and none of them is the default.
     """
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    if requested and not has_template:
-        raise InputError("a chat template was requested, but the model's tokenizer has none: use --no-chat-template")
-    return has_template if requested is None else requested
+    template = getattr(tokenizer, "chat_template", None)
+    if requested is False:
+        return False
+    if requested and not template:
+        raise InputError(f"a chat template was requested, but the model's tokenizer has none: {ADVICE}")
+    if isinstance(template, dict) and template and "default" not in template:
+        raise InputError(
+            f"the model's tokenizer has several chat templates ({', '.join(sorted(template))}) and none is called "
+            f"default: rename one of them in the tokenizer's files, or {ADVICE}"
+        )
+    return bool(template)
 
 
-def render_chat(tokenizer: Any, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
+def render_chat(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> RenderedChat:
     """Apply the chat template to `messages`, each with `role` and `content`.
 
-    If the template refuses a system message, its content is put at the start of the first user message.
+    Where the template does not render the text of every message, it gets each content as a list of parts, and system
+    messages at the start of the user messages after them.
 
     Raises:
-        InputError: the template cannot render the messages.
+        InputError: the template fails, or alters or leaves out the text of a message.
     """
-    from jinja2.exceptions import TemplateError
+    reasons = []
+    for form in _forms(messages):
 
-    try:
+        def render(given: Sequence[Message], form: _Form = form) -> str:
+            return _render(tokenizer, form(given), add_generation_prompt)
+
         try:
-            return _render(tokenizer, messages, add_generation_prompt)
-        except TemplateError:
-            if messages[0]["role"] != "system":
-                raise
-        system, user, *rest = messages
-        merged = {"role": "user", "content": f"{system['content']}\n\n{user['content']}"}
-        return _render(tokenizer, [merged, *rest], add_generation_prompt)
-    except TemplateError as error:
-        raise InputError(f"the model's chat template refuses the prompt ({error}): use --no-chat-template") from None
+            return _checked(render, messages)
+        except _RenderingError as error:
+            reasons.append(str(error))
+    raise InputError(f"the model's chat template {reasons[0]}: {ADVICE}")
 
 
-def stop_ids(tokenizer: Any, generation_config: Any) -> frozenset[int]:
+def stop_ids(tokenizer: Any, generation_config: Any, *, chat_template: bool = True) -> frozenset[int]:
     """All token ids that end a response.
 
-    These are the end-of-sequence ids of the tokenizer and the generation config, and the special token that the
-    chat template puts after an assistant message.
+    These are the end-of-sequence ids of the tokenizer and the generation config and, with `chat_template`, the special
+    token that the chat template puts after an assistant message.
     """
     found: set[int] = set()
     for ids in (tokenizer.eos_token_id, getattr(generation_config, "eos_token_id", None)):
         found.update([ids] if isinstance(ids, int) else ids or [])
-    end_of_turn = _end_of_turn(tokenizer)
+    end_of_turn = _end_of_turn(tokenizer) if chat_template else None
     if end_of_turn is not None:
         found.add(end_of_turn)
     return frozenset(found)
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+_Form = Callable[[Sequence[Message]], list[dict[str, Any]]]
+
+
+def _forms(messages: Sequence[Message]) -> Iterator[_Form]:
+    """The forms in which a template may take a conversation, in the order in which they are tried."""
+    yield _as_given
+    yield _as_parts
+    if any(_is_mergeable(one, other) for one, other in pairwise(messages)):
+        yield _merged
+        yield lambda given: _as_parts(_merged(given))
+
+
+def _as_given(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    return [dict(message) for message in messages]
+
+
+def _as_parts(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+
+
+def _merged(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages with each system message at the start of the user message after it."""
+    merged: list[dict[str, Any]] = []
+    for message in messages:
+        if merged and _is_mergeable(merged[-1], message):
+            message = {**message, "content": f"{merged.pop()['content']}\n\n{message['content']}"}
+        merged.append(dict(message))
+    return merged
+
+
+def _is_mergeable(message: Message, following: Message) -> bool:
+    return (message["role"], following["role"]) == ("system", "user")
+
+
+def _checked(render: Callable[[Sequence[Message]], str], messages: Sequence[Message]) -> RenderedChat:
+    text = render(messages)
+    if _PART.search(text) and not any(_PART.search(message["content"]) for message in messages):
+        raise _RenderingError("prints content parts as they are")
+
+    def render_marked(marked: Sequence[Message]) -> str | None:
+        try:
+            return render(marked)
+        except _RenderingError:
+            return None
+
+    found = find_messages(text, messages, render_marked)
+    if found.missing is not None:
+        raise _RenderingError(f"leaves out or alters the text of the {messages[found.missing]['role']} message")
+    in_order = sorted((span, index) for index, span in enumerate(found.spans) if span is not None)
+    merged = [
+        messages[index]["role"]
+        for (span, index), (following, _) in pairwise(in_order)
+        if not text[span.stop : following.start].strip()
+    ]
+    dropped = [f"thinking of message {index + 1}" for index in found.dropped]
+    return RenderedChat(text, found.spans, tuple(merged), tuple(dropped))
+
+
+def _render(tokenizer: Any, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+    from jinja2.exceptions import TemplateError
+
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except Exception as error:  # a template can raise whatever Python raises
+        reason = first_line(error)
+        if type(error) is TemplateError:  # what raise_exception raises
+            raise _RenderingError(f"refuses the prompt ({reason})") from None
+        raise _RenderingError(f"fails ({type(error).__name__}: {reason})") from None
+    return str(rendered)
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:
-    """The special token directly after an assistant message, if the chat template has one."""
+    """The special token directly after an assistant message, if there is a chat template that has one."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-    rendered = render_chat(tokenizer, messages, add_generation_prompt=False)
-    after = rendered.rpartition(_PROBE)[2]
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    try:
+        rendered = render_chat(tokenizer, messages, add_generation_prompt=False)
+    except InputError:
+        return None
+    span = rendered.spans[-1]
+    assert span is not None
+    ids = tokenizer(rendered.text[span.stop :], add_special_tokens=False)["input_ids"]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return ids[0] if ids and ids[0] in special else None

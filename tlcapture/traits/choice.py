@@ -122,7 +122,7 @@ def choose_vector(files: VectorFiles, choice: VectorChoice, subject: Subject, co
     selection = select(files, component, subject.n_layers, layer=choice.layer, method=choice.method)
     vector = read_vector(files, component, selection.method, selection.layer)
     check_fits(vector, subject.n_layers, subject.d_model)
-    check_kept(vector, subject.kept)
+    check_kept(vector, subject.kept, subject.metadata.get("attention_layers"))
     check_origin(vector, subject.metadata)
     return ChosenVector(vector, selection, other_model_intended=choice.experiment is not None)
 

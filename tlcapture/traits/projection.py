@@ -42,7 +42,8 @@ class Projection:
 
     `prompt` and `response` are `[n_tokens, n_layers, n_sublayers]`, in units of the activations;
     `sublayers` are the residual points that the capture keeps, or `attn_out` alone. `layers` are the layers
-    that it keeps; the scores of all others are NaN. `tokens` are the capture's, where they are known.
+    that it keeps (for `attn_out`, those of them that have attention); the scores of all others are NaN. `tokens`
+    are the capture's, where they are known.
     """
 
     vector: TraitVector
@@ -134,13 +135,13 @@ def project(
     component = chosen[0][0].component
     for vector, _ in chosen:
         check_fits(vector, prompt.n_layers, prompt.points.shape[-1])
-        check_kept(vector, prompt.kept)
-    kept = prompt.kept
-    sublayers = kept.points if component == "residual" else ("attn_out",)
+        check_kept(vector, prompt.kept, prompt.with_attention)
+    sublayers = prompt.kept.points if component == "residual" else ("attn_out",)
+    layers = prompt.kept.layers if component == "residual" else prompt.output_layers
     directions = unit_directions([vector for vector, _ in chosen])
     scores = [_scores(part, component, directions) for part in (prompt, response)]
     return [
-        Projection(vector, selection, scores[0][number], scores[1][number], kept.layers, sublayers)
+        Projection(vector, selection, scores[0][number], scores[1][number], layers, sublayers)
         for number, (vector, selection) in enumerate(chosen)
     ]
 
@@ -157,13 +158,20 @@ def check_fits(vector: TraitVector, n_layers: int, d_model: int) -> None:
         raise VectorError(f"the {origin} is from another model: the captured one has layers 0 to {n_layers - 1}")
 
 
-def check_kept(vector: TraitVector, kept: KeptPoints) -> None:
-    """Raise `VectorError` where a capture does not keep the activations of a vector's trajectory."""
+def check_kept(vector: TraitVector, kept: KeptPoints, with_attention: Sequence[int] | None = None) -> None:
+    """Raise `VectorError` where a capture does not keep the activations of a vector's trajectory.
+
+    `with_attention` are the layers that have `attn_out`; `None` where all have it.
+    """
     origin = f"the {vector.method} vector of {vector.trait} is of layer {vector.layer}"
     if vector.layer not in kept.layers:
         raise VectorError(
             f"{origin}, but only layers {as_ranges(kept.layers)} were kept: choose another with --layer, or recapture "
             f"with --layers {','.join(map(str, sorted({*kept.layers, vector.layer})))}"
+        )
+    if vector.component == "attn_out" and with_attention is not None and vector.layer not in with_attention:
+        raise VectorError(
+            f"{origin}, which has no attention: choose one of layers {as_ranges(with_attention)} with --layer"
         )
     if vector.component == "residual" and "residual_out" not in kept.points:
         raise VectorError(
@@ -185,21 +193,22 @@ def dynamics_of_file(content: ProjectionFile) -> Dynamics:
 
 
 def _scores(part: ResidualStream, component: str, directions: Vectors) -> Float[Tensor, "n_vectors ..."]:
-    """`[n_vectors, n_tokens, n_layers, n_sublayers]`, NaN where a layer is not kept."""
+    """`[n_vectors, n_tokens, n_layers, n_sublayers]`, NaN where a layer is not kept or has no attn_out."""
     kept = part.kept
     if component == "attn_out":
         if part.attn_out is None:
             raise VectorError("the capture holds no attn_out: capture again with --capture-attn")
-        found = _products(part.attn_out, directions).permute(2, 1, 0).unsqueeze(-1)
+        layers, found = part.output_layers, _products(part.attn_out, directions).permute(2, 1, 0).unsqueeze(-1)
     else:
+        layers = kept.layers
         found = _products(part.points, directions)[torch.tensor(kept.rows)].permute(
             3, 2, 0, 1
         )  # of [n_points, n_tokens, n_vectors]
     found = found.contiguous()  # each vector's scores are read as one block
-    if len(kept.layers) == kept.n_layers:
+    if len(layers) == kept.n_layers:
         return found
     whole = found.new_full((*found.shape[:2], kept.n_layers, found.shape[3]), torch.nan)
-    whole[:, :, list(kept.layers)] = found
+    whole[:, :, list(layers)] = found
     return whole
 
 

@@ -2,59 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from tlcapture.errors import InputError
 from tlcapture.shapes import Patterns
 from tlcapture.storage.rounding import WEIGHT_DIGITS, rounded_for_json
+from tlcapture.text import as_ranges
 from tlcapture.views.cache import Cache, stacked
-from tlcapture.views.hooks import hook
+from tlcapture.views.hooks import attention_layers, hook
 
 
 @dataclass(frozen=True, repr=False)
 class AttentionPatterns:
-    """Weights `[n_layers, n_heads, query, key]`, each query's row summing to 1 over keys up to itself."""
+    """Weights `[len(layers), n_heads, query, key]` of the layers with attention, over keys up to each query.
+
+    Each row sums to 1, or to less where a model has attention sinks that take a share of it (gpt-oss).
+    """
 
     patterns: Patterns
+    n_layers: int
+    layers: tuple[int, ...]
 
     def __repr__(self) -> str:
-        n_layers, n_heads, n_tokens, _ = self.patterns.shape
-        return f"AttentionPatterns({n_layers} layers, {n_heads} heads, {n_tokens} tokens)"
+        _, n_heads, n_tokens, _ = self.patterns.shape
+        without = "" if len(self.layers) == self.n_layers else f", attention in {as_ranges(self.layers)}"
+        return f"AttentionPatterns({self.n_layers} layers{without}, {n_heads} heads, {n_tokens} tokens)"
 
     def to_json(
         self, *, prompt_id: str, prompt_set: str, tokens: Sequence[str], n_prompt_tokens: int
     ) -> dict[str, Any]:
-        """The content of `{id}_attention.json`; weights have 4 significant digits."""
-        n_layers, n_heads, n_tokens, _ = self.patterns.shape
+        """The content of `{id}_attention.json`.
+
+        Weights have 4 significant digits; in place of those of a layer without attention is null.
+        """
+        _, n_heads, n_tokens, _ = self.patterns.shape
         return {
             "prompt_id": prompt_id,
             "prompt_set": prompt_set,
-            "n_layers": n_layers,
+            "n_layers": self.n_layers,
             "n_heads": n_heads,
             "tokens": list(tokens),
             "n_prompt_tokens": n_prompt_tokens,
             "n_response_tokens": n_tokens - n_prompt_tokens,
             "attention": [
-                {"token_idx": token, "context_size": token + 1, "by_layer": _rows(self.patterns, token)}
+                {"token_idx": token, "context_size": token + 1, "by_layer": self._by_layer(token)}
                 for token in range(n_tokens)
             ],
         }
 
+    def _by_layer(self, token: int) -> Any:
+        """One token's weights `[n_layers][n_heads][token + 1]`, rounded; null for layers without attention."""
+        rows = rounded_for_json(self.patterns[:, :, token, : token + 1].float().numpy(), WEIGHT_DIGITS)
+        if len(self.layers) == self.n_layers:
+            return rows
+        found = dict(zip(self.layers, rows, strict=True))
+        return [found.get(layer) for layer in range(self.n_layers)]
 
-def _rows(patterns: Patterns, token: int) -> NDArray[np.float32]:
-    """One token's weights `[n_layers, n_heads, token + 1]`, rounded."""
-    return rounded_for_json(patterns[:, :, token, : token + 1].float().numpy(), WEIGHT_DIGITS)
 
+def attention_hooks(n_layers: int, hook_names: Set[str]) -> list[str]:
+    """The activations the view reads.
 
-def attention_hooks(n_layers: int) -> list[str]:
-    """The activations the view reads."""
-    return [hook("pattern", layer) for layer in range(n_layers)]
+    Raises `InputError` for a model without attention.
+    """
+    layers = attention_layers(n_layers, hook_names)
+    if not layers:
+        raise InputError("the model has no attention, so there are no attention patterns: leave out --attention")
+    return [hook("pattern", layer) for layer in layers]
 
 
 def attention_view(cache: Cache, n_layers: int) -> AttentionPatterns:
-    """The patterns of all layers of a cache."""
-    return AttentionPatterns(stacked([cache[name] for name in attention_hooks(n_layers)]))
+    """The patterns of a cache that holds those of all layers with attention."""
+    layers = attention_layers(n_layers, cache.keys())
+    return AttentionPatterns(stacked([cache[hook("pattern", layer)] for layer in layers]), n_layers, layers)

@@ -7,6 +7,7 @@ hook("pattern", 12)            # "blocks.12.attn.hook_pattern"
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Set
 
 from tlcapture.errors import InputError
 
@@ -21,15 +22,18 @@ HOOKS = {
     "pattern": "blocks.{L}.attn.hook_pattern",
     "mixed_values": "blocks.{L}.attn.hook_z",
     "attn_out": "blocks.{L}.hook_attn_out",
+    "mixer_out": "blocks.{L}.hook_mixer_out",
     "after_attn": "blocks.{L}.hook_resid_mid",
     "mlp_pre": "blocks.{L}.mlp.hook_pre",
     "mlp_pre_linear": "blocks.{L}.mlp.hook_pre_linear",
     "mlp_post": "blocks.{L}.mlp.hook_post",
+    "experts_in": "blocks.{L}.mlp.hook_in",
+    "router_scores": "blocks.{L}.mlp.hook_router_scores",
+    "experts_out": "blocks.{L}.mlp.hook_out",
     "mlp_out": "blocks.{L}.hook_mlp_out",
     "residual_out": "blocks.{L}.hook_resid_post",
 }
 COMPONENT_HOOKS = {"residual": HOOKS["residual_out"], "attn_out": HOOKS["attn_out"]}
-PARALLEL_AFTER_ATTN = f"{HOOKS['residual_in']} + {HOOKS['attn_out']}"  # where attention and MLP run in parallel
 
 
 def hook(name: str, layer: int) -> str:
@@ -42,9 +46,19 @@ def layer_hooks(layer: int) -> list[str]:
     return [hook(name, layer) for name in HOOKS]
 
 
-def component_hooks(component: str, n_layers: int) -> list[str]:
-    """The hooks of a component at all layers."""
-    return [COMPONENT_HOOKS[component].format(L=layer) for layer in range(n_layers)]
+def attention_layers(n_layers: int, hook_names: Set[str]) -> tuple[int, ...]:
+    """The layers with attention: all but those of hybrids whose mixer is recurrent or a convolution."""
+    return tuple(layer for layer in range(n_layers) if hook("pattern", layer) in hook_names)
+
+
+def mixer_hook(layer: int, hook_names: Set[str]) -> str:
+    """The hook of what a layer's attention or other mixer adds to the residual stream."""
+    return next(name for kind in ("attn_out", "mixer_out") if (name := hook(kind, layer)) in hook_names)
+
+
+def component_hooks(component: str, layers: Iterable[int]) -> list[str]:
+    """The hooks of a component at some layers."""
+    return [COMPONENT_HOOKS[component].format(L=layer) for layer in layers]
 
 
 def check_component(component: str) -> str:

@@ -7,18 +7,26 @@ from collections.abc import Set
 from torch import Tensor
 
 from tlcapture.views.cache import Cache
-from tlcapture.views.hooks import layer_hooks
+from tlcapture.views.hooks import hook, layer_hooks
 
 
 def internals_hooks(layer: int, hook_names: Set[str]) -> list[str]:
-    """The layer's activations that the model has, in the order they are computed."""
-    return [name for name in layer_hooks(layer) if name in hook_names]
+    """The layer's activations that the model has, in the order they are computed.
+
+    An MLP of experts has no neurons of its own: in place of `mlp.hook_pre` and `hook_post`, its input `mlp.hook_in`,
+    its output `mlp.hook_out` and the router's scores `mlp.hook_router_scores` are taken.
+    """
+    names = [name for name in layer_hooks(layer) if name in hook_names]
+    if hook("mlp_pre", layer) not in hook_names:
+        return names
+    return [name for name in names if name not in (hook("experts_in", layer), hook("experts_out", layer))]
 
 
 def internals_view(cache: Cache, layer: int) -> dict[str, Tensor]:
     """The layer's part of a cache, each tensor in memory of its own.
 
     Queries, keys and values are those before rotary embedding, `[n_tokens, n_heads, d_head]` (keys and
-    values with as many heads as the model keeps); patterns are `[n_heads, n_tokens, n_tokens]`.
+    values with as many heads as the model keeps; those of latent attention, as in DeepSeek-V3, are rotated and have
+    all heads). Patterns are `[n_heads, n_tokens, n_tokens]`, router scores `[n_tokens, n_experts]`.
     """
     return {name: cache[name].clone() for name in layer_hooks(layer) if name in cache}

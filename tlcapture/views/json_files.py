@@ -10,8 +10,9 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
-from tlcapture.errors import StorageError
+from tlcapture.errors import InputError, StorageError
 from tlcapture.storage.validation import Count, FileContent, Layer, Share, checked, first_problem, not_valid
+from tlcapture.text import as_ranges
 
 Measure = Annotated[int, Field(ge=1, le=10_000)]
 Pattern = list[list[Share]]  # [head][key]
@@ -78,16 +79,21 @@ class _Entry(FileContent):
 
 
 class AttentionEntry(_Entry):
-    """What one token attends to: `by_layer[layer][head]` has one weight for each token up to it."""
+    """What one token attends to: `by_layer[layer][head]` has one weight for each token up to it.
 
-    by_layer: list[Pattern]
+    A layer without attention is null.
+    """
+
+    by_layer: list[Pattern | None]
     context_size: int | None = None
 
     @classmethod
     def of(cls, value: Any, path: Path, head: PerTokenHead) -> AttentionEntry:
         """The entry of a file with a head; raises `StorageError` if a layer lacks the weights of a head."""
         entry = super().of(value, path, head)
-        if isinstance(head, AttentionHead) and any(len(pattern) != head.n_heads for pattern in entry.by_layer):
+        if isinstance(head, AttentionHead) and any(
+            pattern is not None and len(pattern) != head.n_heads for pattern in entry.by_layer
+        ):
             raise not_valid(
                 path, head.what, f"token {entry.token_idx} does not have {head.n_heads} heads in every layer"
             )
@@ -98,7 +104,7 @@ class AttentionEntry(_Entry):
         size = self.token_idx + 1
         if self.context_size not in (None, size):
             raise ValueError(f"context_size {self.context_size} of token {self.token_idx}")
-        if any(len(weights) != size for pattern in self.by_layer for weights in pattern):
+        if any(len(weights) != size for pattern in self.by_layer for weights in pattern or ()):
             raise ValueError(f"token {self.token_idx} does not have {size} weights in every head")
         return self
 
@@ -154,8 +160,14 @@ _PATTERN = TypeAdapter(Pattern)
 
 
 def pattern_of_layer(entry: Any, layer: int, path: Path) -> Pattern:
-    """One layer's weights of an attention entry, other layers unchecked; raises `StorageError` for a missing layer."""
+    """One layer's weights of an attention entry, other layers unchecked.
+
+    Raises `InputError` for a layer without attention, and `StorageError` for a missing one.
+    """
     try:
+        if entry["by_layer"][layer] is None:
+            with_attention = [n for n, pattern in enumerate(entry["by_layer"]) if pattern is not None]
+            raise InputError(f"layer {layer} has no attention: layers {as_ranges(with_attention)} have")
         return _PATTERN.validate_python(entry["by_layer"][layer], strict=True)
     except ValidationError as error:
         raise StorageError(f"{path}: no weights of layer {layer}: {first_problem(error)}") from None

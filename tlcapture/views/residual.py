@@ -7,7 +7,7 @@ before and is not stored twice. The buffer of a capture that keeps only some lay
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from tlcapture.errors import InputError
 from tlcapture.shapes import LayerOutputs, Residual, ResidualPoints
+from tlcapture.text import as_ranges
 from tlcapture.views.cache import Cache, stacked
-from tlcapture.views.hooks import hook
+from tlcapture.views.hooks import attention_layers, hook, mixer_hook
 from tlcapture.views.kept_points import KeptPoints
 
 
@@ -26,12 +27,14 @@ class ResidualStream:
     """The residual stream of some tokens, and the attention outputs where they were captured.
 
     `points` is `[2 * n_layers + 1, n_tokens, d_model]`, `attn_out` `[n_layers, n_tokens, d_model]`. Where `only`
-    states what is kept of the model, they are `[len(only.point_indices), ...]` and `[len(only.layers), ...]`.
+    states what is kept of the model, they are `[len(only.point_indices), ...]` and `[len(only.layers), ...]`; where
+    `with_attention` names the layers that have attention, `attn_out` holds only those of them that are kept.
     """
 
     points: ResidualPoints
     attn_out: LayerOutputs | None = None
     only: KeptPoints | None = None
+    with_attention: tuple[int, ...] | None = None
 
     def __repr__(self) -> str:
         dtype = str(self.points.dtype).removeprefix("torch.")
@@ -52,6 +55,11 @@ class ResidualStream:
         return KeptPoints.of(self.n_layers) if self.only is None else self.only
 
     @property
+    def output_layers(self) -> tuple[int, ...]:
+        """The kept layers that have attention: the rows of `attn_out`."""
+        return layers_with_attention(self.kept, self.with_attention)
+
+    @property
     def n_tokens(self) -> int:
         """Tokens whose activations are held."""
         return int(self.points.shape[1])
@@ -59,13 +67,18 @@ class ResidualStream:
     def at(self, layer: int, point: str) -> Residual:
         """The activations `[n_tokens, d_model]` of a layer at a residual point, or its `attn_out`.
 
-        Raises `InputError` for a layer or point that is not kept, naming those that are.
+        Raises `InputError` for a layer or point that is not kept, and for `attn_out` of a layer without attention,
+        naming those that are there.
         """
         if point == "attn_out":
-            row = self.kept.layer_row(layer)
+            layer = self.kept.check_layer(layer)
             if self.attn_out is None:
                 raise InputError("attn_out was not captured: capture again with --capture-attn")
-            return self.attn_out[row]
+            if layer not in self.output_layers:
+                raise InputError(
+                    f"layer {layer} has no attention: attn_out is of layers {as_ranges(self.output_layers)}"
+                )
+            return self.attn_out[self.output_layers.index(layer)]
         return self.points[self.kept.row(layer, point)]
 
     def tokens(self, start: int, stop: int, dtype: torch.dtype) -> ResidualStream:
@@ -75,39 +88,60 @@ class ResidualStream:
             return tensor[:, start:stop].to(dtype, copy=True, memory_format=torch.contiguous_format)
 
         outputs = None if self.attn_out is None else copy(self.attn_out)
-        return ResidualStream(copy(self.points), outputs, self.only)
+        return ResidualStream(copy(self.points), outputs, self.only, self.with_attention)
+
+
+def layers_with_attention(kept: KeptPoints, with_attention: Sequence[int] | None) -> tuple[int, ...]:
+    """The kept layers that have attention; `with_attention` is `None` where all have it."""
+    return kept.layers if with_attention is None else tuple(n for n in kept.layers if n in with_attention)
 
 
 def residual_hooks(
     n_layers: int, hook_names: Set[str], *, attn_out: bool = False, only: KeptPoints | None = None
 ) -> list[str]:
-    """The activations the view reads, the residual points first and in the buffer's order."""
+    """The activations the view reads, the residual points first and in the buffer's order.
+
+    Raises `InputError` where `attn_out` is asked of layers without attention alone.
+    """
     kept = KeptPoints.of(n_layers) if only is None else only
     points, before = [], []
     for point in kept.point_indices:
         layer, is_after_attn = divmod(point, 2)
         if is_after_attn and hook("after_attn", layer) not in hook_names:
             # Parallel blocks never compute a residual between attention and MLP.
-            points.append(hook("attn_out", layer))
+            points.append(mixer_hook(layer, hook_names))
             before.append(_between_layers(layer))
         else:
             points.append(hook("after_attn", layer) if is_after_attn else _between_layers(layer))
-    extra = [hook("attn_out", layer) for layer in kept.layers] if attn_out else []
+    outputs = layers_with_attention(kept, attention_layers(n_layers, hook_names)) if attn_out else ()
+    if attn_out and not outputs:
+        raise InputError("no layer that is kept has attention, so there is no attn_out: leave out --capture-attn")
+    extra = [hook("attn_out", layer) for layer in outputs]
     return list(dict.fromkeys([*points, *before, *extra]))
 
 
 def residual_view(
-    cache: Cache, n_layers: int, *, attn_out: bool = False, only: KeptPoints | None = None
+    cache: Cache,
+    n_layers: int,
+    *,
+    attn_out: bool = False,
+    only: KeptPoints | None = None,
+    with_attention: tuple[int, ...] | None = None,
 ) -> ResidualStream:
     """The residual stream of a cache: all of it, or what `only` keeps.
 
     Blocks that run attention and MLP in parallel have no `hook_resid_mid`: `after_attn` is then
-    `hook_resid_pre + hook_attn_out`, the residual stream as if attention alone had written to it.
+    `hook_resid_pre + hook_attn_out`, the residual stream as if attention alone had written to it. In layers whose
+    mixer is another one, `after_attn` is `residual_in` plus that mixer's output, and there is no `attn_out`.
+
+    Args:
+        with_attention: the layers that have attention; `None` where all have it.
     """
     kept = KeptPoints.of(n_layers) if only is None else only
     points = [_at_point(cache, point) for point in kept.point_indices]
-    outputs = [cache[hook("attn_out", layer)] for layer in kept.layers] if attn_out else None
-    return ResidualStream(stacked(points), None if outputs is None else stacked(outputs), only)
+    layers = layers_with_attention(kept, with_attention)
+    outputs = stacked([cache[hook("attn_out", layer)] for layer in layers]) if attn_out and layers else None
+    return ResidualStream(stacked(points), outputs, only, with_attention)
 
 
 def _between_layers(layer: int) -> str:
@@ -120,4 +154,4 @@ def _at_point(cache: Cache, point: int) -> Tensor:
     if not is_after_attn:
         return cache[_between_layers(layer)]
     mid = cache.get(hook("after_attn", layer))
-    return cache[_between_layers(layer)] + cache[hook("attn_out", layer)] if mid is None else mid
+    return cache[_between_layers(layer)] + cache[mixer_hook(layer, cache.keys())] if mid is None else mid

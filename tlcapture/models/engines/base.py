@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from tlcapture.models.sizes import Measures
 from tlcapture.shapes import LastLogits, Logits, Mask, Residual, Rows, Tokens, Vector
-from tlcapture.views.hooks import hook
+from tlcapture.views.hooks import attention_layers, hook
 
 EXTERNAL_PREFIX = "tl-"  # prefix of the fingerprints of models that tlcapture did not load itself
 
@@ -99,10 +100,25 @@ class Model(ABC):
         """TransformerLens names of all activations that the model can return."""
         return self.tl.hook_dict.keys()
 
+    @cached_property
+    def attention_layers(self) -> tuple[int, ...]:
+        """The layers with attention: all but those of hybrids whose mixer is recurrent or a convolution."""
+        return attention_layers(self.n_layers, self.hook_names)
+
+    @property
+    def with_attention(self) -> tuple[int, ...] | None:
+        """The layers with attention, or `None` if all have it."""
+        return None if len(self.attention_layers) == self.n_layers else self.attention_layers
+
     @property
     def has_parallel_blocks(self) -> bool:
         """Whether attention and MLP of a block run in parallel, with no residual point between them."""
-        return hook("after_attn", 0) not in self.hook_names
+        return hook("after_attn", 0) not in self.hook_names and self.with_attention is None
+
+    @property
+    def can_continue_in_pieces(self) -> bool:
+        """Whether several tokens at once after others that are in a state give the same as all tokens at once."""
+        return True
 
     @abstractmethod
     def start(self, batch_size: int) -> Any:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from inspect import signature
 from typing import Any
 
 import torch
@@ -14,12 +17,25 @@ from tlcapture.errors import ModelError
 from tlcapture.models.checkpoints import fingerprint
 from tlcapture.models.engines.base import EXTERNAL_PREFIX, Model, Step
 from tlcapture.models.engines.booting import text_only
+from tlcapture.models.engines.hook_layouts import (
+    PLAIN,
+    by_token,
+    layouts,
+    recordable_hooks,
+    router_modules,
+    router_scores,
+)
 from tlcapture.models.engines.hooked_config import architecture_of
+from tlcapture.models.engines.more_adapters import register_adapters
 from tlcapture.models.engines.tokenizers import for_transformer_lens, without_filled_in_bos
-from tlcapture.models.sizes import Measures
+from tlcapture.models.sizes import WITHOUT_ATTENTION, Measures, layer_kinds
 from tlcapture.shapes import Logits, Mask, Residual, Rows, Tokens
 from tlcapture.text import first_line
-from tlcapture.views.hooks import hook, is_pattern
+from tlcapture.views.hooks import HOOKS, POINTS, at_any_layer, hook, is_pattern, layer_hooks
+
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+# Every block that has these holds them as `[batch, pos, d_model]`.
+_ALWAYS_PLAIN = {HOOKS[name] for name in (*POINTS, "attn_out", "mixer_out", "mlp_out")}
 
 
 @dataclass
@@ -38,41 +54,118 @@ class BridgeModel(Model):
         """The dimensions from the Hugging Face config, since that of TransformerBridge lacks the MLP width of OPT."""
         return Measures.of(self.hf_config)
 
+    @property
+    def can_continue_in_pieces(self) -> bool:
+        """Not of recurrent layers: for several tokens, those of some models (Jamba) begin at an empty state again."""
+        return set(layer_kinds(self.hf_config)) <= _ATTENTION
+
     def start(self, batch_size: int) -> _BridgeState:
-        """An empty state; the first step creates its `past_key_values`."""
-        return _BridgeState(torch.zeros(batch_size, 0, dtype=torch.long, device=self.device))
+        """An empty state; the first step creates its `past_key_values`, other caches are created here."""
+        mask = torch.zeros(batch_size, 0, dtype=torch.long, device=self.device)
+        if self._cache_name == "past_key_values":
+            return _BridgeState(mask)
+        from transformers import DynamicCache
+
+        return _BridgeState(mask, DynamicCache(config=self.hf_config))
+
+    @cached_property
+    def _cache_name(self) -> str:
+        """The argument for the cache, which models without attention (Mamba) name `cache_params`."""
+        arguments = signature(self.tl.original_model.forward).parameters
+        return "cache_params" if "cache_params" in arguments else "past_key_values"
+
+    @cached_property
+    def hook_names(self) -> Set[str]:
+        """Names of all activations that the model can return, with the scores of experts' routers."""
+        return recordable_hooks(self.tl.hook_dict, self.n_layers) | self._routers.keys()
 
     @torch.no_grad()
     def step(self, tokens: Tokens, mask: Mask, state: _BridgeState, hooks: Set[str], *, want_logits: bool) -> Step:
         """Call `run_with_cache` with position ids that skip left padding; patterns cover all keys so far."""
+        laid_out = {name: self._layout(name) for name in hooks}
         state.mask = torch.cat([state.mask, mask.to(self.device)], dim=1)
         positions = (state.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        (logits, state.past), cache = self.tl.run_with_cache(
-            tokens.to(self.device),
-            names_filter=sorted(hooks),
-            return_cache_object=False,
-            return_type="logits_and_cache",
-            attention_mask=state.mask,
-            position_ids=positions,
-            past_key_values=state.past,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        handed_out = {name: _with_all_keys(name, cache[name], state.mask.shape[1]) for name in hooks}
+        logits, cache = self._run(tokens, positions, state, hooks)
+        handed_out = {}
+        for name, layout in laid_out.items():
+            activation = _with_all_keys(name, by_token(cache[name], layout, len(tokens)), state.mask.shape[1])
+            handed_out[name] = self._by_head(name, activation)
         return Step(logits[:, -1] if want_logits else None, handed_out)
+
+    def _run(
+        self, tokens: Tokens, positions: Tokens, state: _BridgeState, hooks: Set[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits of the last position and activations as TransformerLens returns them."""
+        # Without attention, the mask is that of the new tokens.
+        mask = state.mask if self._cache_name == "past_key_values" else state.mask[:, -tokens.shape[1] :]
+        routers = {name: self._routers[name] for name in hooks & self._routers.keys()}
+        scores: dict[str, Tensor] = {}
+        with router_scores(routers, scores):
+            (logits, past), cache = self.tl.run_with_cache(
+                tokens.to(self.device),
+                names_filter=sorted(hooks - routers.keys()),
+                return_cache_object=False,
+                return_type="logits_and_cache",
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=True,
+                logits_to_keep=1,
+                **{self._cache_name: state.past},
+            )
+        state.past = state.past if past is None else past
+        return logits, {**cache, **scores}
+
+    @cached_property
+    def _routers(self) -> dict[str, tuple[Any, int]]:
+        """The routers of experts by the name of their scores."""
+        return {hook("router_scores", layer): found for layer, found in router_modules(self.tl.original_model).items()}
+
+    def _layout(self, name: str) -> str:
+        """How the activation of a hook lies; raises `ModelError` unless it lies token by token."""
+        if is_pattern(name) or at_any_layer(name) in _ALWAYS_PLAIN:
+            return PLAIN
+        if name not in self._layouts:
+            raise ModelError(
+                f"{name} of {architecture_of(self.hf_config)} does not lie token by token and cannot be recorded"
+            )
+        return self._layouts[name]
+
+    @cached_property
+    def _layouts(self) -> dict[str, str]:
+        names = {name for layer in range(self.n_layers) for name in layer_hooks(layer)} & set(self.hook_names)
+
+        def shapes_of(n_prompts: int, n_tokens: int) -> dict[str, tuple[int, ...]]:
+            tokens = torch.ones(n_prompts, n_tokens, dtype=torch.long, device=self.device)
+            state = self.start(n_prompts)
+            state.mask = torch.ones_like(tokens)
+            _, cache = self._run(tokens, tokens.cumsum(dim=1) - 1, state, names)
+            return {name: tuple(activation.shape) for name, activation in cache.items()}
+
+        with torch.no_grad():
+            return layouts(shapes_of)
+
+    def _by_head(self, name: str, activation: Tensor) -> Tensor:
+        """Queries and mixed values with an axis of heads, where TransformerLens's config has another width of heads."""
+        kind = at_any_layer(name)
+        if kind == HOOKS["query"] and getattr(self.tl.cfg, "gated_q_proj", False):
+            return activation[..., ::2, :]  # each head's query is followed by its gate
+        if kind == HOOKS["mixed_values"] and activation.ndim == 4 and activation.shape[2] != self.n_heads:
+            return activation.flatten(2).unflatten(2, (self.n_heads, -1))
+        return activation
 
     def keep(self, state: _BridgeState, rows: Rows) -> None:
         """Drop all rows from the mask and `past_key_values` except `rows`, a boolean mask `[batch]`."""
         rows = rows.to(self.device)
         state.mask = state.mask[rows]
-        state.past.batch_select_indices(rows.nonzero()[:, 0])
+        # Also selects the states of recurrent layers, which batch_select_indices leaves as they are.
+        state.past.reorder_cache(rows.nonzero()[:, 0])
 
     def branch(self, state: _BridgeState, rows: Sequence[int]) -> _BridgeState:
         """A new state with copies of the given rows of the mask and `past_key_values`."""
         index = torch.tensor(rows, device=self.device)
         past = copy.deepcopy(state.past)
         if past is not None:
-            past.batch_select_indices(index)
+            past.reorder_cache(index)
         return _BridgeState(state.mask[index], past)
 
     @torch.no_grad()
@@ -89,24 +182,37 @@ class BridgeModel(Model):
 
     def check(self) -> None:
         """Raise `ModelError` if a required hook is missing or activations would differ from those of Hugging Face."""
-        first, last = hook("attn_out", 0), hook("residual_out", self.n_layers - 1)
-        missing = [name for name in (last, first, hook("pattern", 0)) if name not in self.hook_names]
+        missing = [name for layer in range(self.n_layers) for name in self._missing_hooks(layer)]
         missing += [name for name in ("ln_final", "unembed") if not hasattr(self.tl, name)]
         if missing:
             raise self._refusal(f"TransformerBridge has no {missing[0]} for it")
+        last = hook("residual_out", self.n_layers - 1)
+        # Rounding in 16 bits grows with depth, but the state of a recurrent layer shows in no attention.
+        probed = hook("attn_out", 0) if self.with_attention is None else last
         tokens = torch.arange(1, 7).unsqueeze(0) % self.d_vocab
-        whole = self.step(tokens, torch.ones_like(tokens), self.start(1), {first, last}, want_logits=True)
+        whole = self.step(tokens, torch.ones_like(tokens), self.start(1), {probed, last}, want_logits=True)
         assert whole.logits is not None
         if not _is_close(self.unembed(whole.cache[last][:, -1]), whole.logits):
             raise self._refusal(
                 "its logits involve more than final norm, unembedding, scale and soft cap, which a logit lens would "
                 "silently omit"
             )
-        if not _is_close(self._padded_and_in_two_steps(tokens, first), whole.cache[first][0]):
+        if not _is_close(self._padded_and_in_two_steps(tokens, probed), whole.cache[probed][0]):
             raise self._refusal(
                 "TransformerBridge computes different attention for it token by token in a padded batch than in one "
                 "pass"
             )
+
+    def _missing_hooks(self, layer: int) -> list[str]:
+        """Required hooks that a layer does not have."""
+        needed = [hook("residual_out", layer)]
+        if layer in self.attention_layers:
+            needed += [hook("attn_out", layer)]
+        elif _has_attention(self.hf_config, layer):
+            needed += [hook("pattern", layer)]
+        elif not any(hook(name, layer) in self.hook_names for name in ("after_attn", "attn_out", "mixer_out")):
+            needed += [hook("mixer_out", layer)]
+        return [name for name in needed if name not in self.hook_names]
 
     def _padded_and_in_two_steps(self, tokens: Tokens, hook: str) -> Tensor:
         """An activation `[pos, ...]` of `tokens` in a batch with a longer row, the last token in a separate step."""
@@ -122,6 +228,12 @@ class BridgeModel(Model):
 
     def _refusal(self, reason: str) -> ModelError:
         return ModelError(f"{self.name}: {architecture_of(self.hf_config)} is not supported: {reason}")
+
+
+def _has_attention(config: Any, layer: int) -> bool:
+    """Whether the config of a hybrid does not name a layer as one whose mixer is recurrent or a convolution."""
+    kinds = layer_kinds(config)
+    return layer >= len(kinds) or kinds[layer] not in WITHOUT_ATTENTION
 
 
 def _is_close(ours: Tensor, theirs: Tensor) -> bool:
@@ -150,6 +262,7 @@ def bridge_model(model: Any, tokenizer: Any, *, name: str, checkpoint_fingerprin
     """
     from transformer_lens.model_bridge import TransformerBridge
 
+    register_adapters()
     is_spread = bool(getattr(model, "hf_device_map", None))
     if not is_spread:
         model.to(device)
@@ -175,9 +288,16 @@ def bridge_model(model: Any, tokenizer: Any, *, name: str, checkpoint_fingerprin
         RuntimeError,
         PermissionError,
     ) as error:
-        reason = f"TransformerBridge does not run {architecture_of(model.config)}: {first_line(error)}"
+        reason = f"TransformerBridge does not run {architecture_of(model.config)}: {_why(error)}"
         raise ModelError(f"{name}: {reason}") from None
     return bridge
+
+
+def _why(error: Exception) -> str:
+    """The reason of a failed boot, without TransformerLens's list of all architectures that it has."""
+    if "Could not determine supported architecture" in str(error):
+        return f"TransformerLens {version('transformer_lens')} has no adapter for it"
+    return first_line(error)
 
 
 def from_transformer_bridge(bridge: Any, *, name: str | None = None) -> BridgeModel:

@@ -20,8 +20,10 @@ tl.views.attention = {
       async update(state, changed, data) {
         const token = Math.min(state.token ?? data.n_prompt_tokens, data.tokens.length - 1);
         const { by_layer: layers } = await tl.source.attentionToken(state, token);
-        const nLayers = layers.length, nHeads = layers[0].length;
-        const layer = Math.min(state.layer ?? nLayers - 1, nLayers - 1), head = Math.min(state.head, nHeads - 1);
+        // Layers without attention, in hybrid models, are null.
+        const present = layers.flatMap((heads, index) => (heads ? [index] : []));
+        const nHeads = layers[present[0]].length;
+        const layer = present.findLast((index) => index <= (state.layer ?? layers.length - 1)) ?? present[0], head = Math.min(state.head, nHeads - 1);
         const weights = layers[layer][head];
         const measure = MEASURES[state.measure] ? state.measure : "entropy";
         const [label, of] = MEASURES[measure];
@@ -29,13 +31,13 @@ tl.views.attention = {
         tl.reading.paint((index) => colours.amount(weights[index] ?? null, most), (index) => (index <= token ? tl.number(weights[index]) : "later token"), `attention of token ${token}, layer ${layer}, head ${head}`);
         controls.replaceChildren(
           tl.choice("colour of a head", Object.entries(MEASURES).map(([key, [text]]) => [key, text]), measure, (value) => tl.state.set({ measure: value })),
-          tl.choice("layer", layers.map((_, index) => [String(index), String(index)]), String(layer), (value) => tl.state.set({ layer: Number(value) })),
-          tl.choice("head", layers[0].map((_, index) => [String(index), String(index)]), String(head), (value) => tl.state.set({ head: Number(value) })));
+          tl.choice("layer", present.map((index) => [String(index), String(index)]), String(layer), (value) => tl.state.set({ layer: Number(value) })),
+          tl.choice("head", layers[layer].map((_, index) => [String(index), String(index)]), String(head), (value) => tl.state.set({ head: Number(value) })));
         const frame = { type: "rect", x0: head - 0.5, x1: head + 0.5, y0: layer - 0.5, y1: layer + 0.5, line: { color: colours.css("--accent"), width: 2.5 } };
         const hover = weights.map((_, index) => `${index} ${tl.plain(tl.quoted(data.tokens[index]))}`);
         await Promise.all([
           grid.draw([{
-            type: "heatmap", z: layers.map((heads) => heads.map((each) => of(each, data.n_prompt_tokens))), colorscale: colours.amountScale(), colorbar: { thickness: 12 },
+            type: "heatmap", z: layers.map((heads) => (heads ?? Array(nHeads).fill(null)).map((each) => each && of(each, data.n_prompt_tokens))), colorscale: colours.amountScale(), colorbar: { thickness: 12 },
             hovertemplate: "layer %{y}, head %{x}: %{z:.3~g}<extra></extra>",
           }], { title: { text: `${label} at token ${token} ${tl.plain(tl.quoted(data.tokens[token]))}`, font: { size: 13 } }, xaxis: { title: { text: "head" }, dtick: nHeads > 16 ? 4 : 1 }, yaxis: { title: { text: "layer" } }, shapes: [frame] }),
           pattern.draw([{ type: "bar", y: weights, text: hover, marker: { color: "rgb(126,70,190)" }, textposition: "none", hovertemplate: "%{text}: %{y:.3~g}<extra></extra>" }], {

@@ -1,0 +1,37 @@
+"""Every family of docs/models.md runs as the page says and equals Hugging Face, or is refused for that reason."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import pytest
+
+from tests.families import FAMILIES
+from tests.model_families import DOCS, measure, page, recorded
+
+BOUND = 1e-4
+AIM = 60
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_family_equals_hugging_face_or_is_refused(family: str) -> None:
+    outcome = measure(family)
+    on_the_page = recorded().get(version("transformer_lens"))
+    if on_the_page is not None:
+        expected = on_the_page["families"][family]["float32"]
+        assert (outcome.engine, outcome.refusal) == (expected["engine"], expected["refusal"])
+    if outcome.engine is None:
+        assert outcome.refusal and "\n" not in outcome.refusal
+        return
+    assert outcome.hidden is not None and outcome.lens is not None
+    assert max(outcome.hidden, outcome.attention or 0, outcome.lens) < BOUND, outcome
+    assert outcome.tokens == outcome.n_tokens
+
+
+def test_the_page_shows_what_was_measured_with_two_versions_of_transformer_lens() -> None:
+    found = recorded()
+    assert [tl_version.split(".")[0] for tl_version in found] == ["3", "4"]
+    assert (DOCS / "models.md").read_text(encoding="utf-8") == page()
+    for measured in found.values():
+        assert list(measured["families"]) == list(FAMILIES)
+        assert sum(each["float32"]["engine"] is not None for each in measured["families"].values()) >= AIM

@@ -1,0 +1,137 @@
+"""The sampling of a checkpoint's own generation config: followed where it is asked for, otherwise said."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tlcapture.errors import InputError
+from tlcapture.generation.processors import FOR_SAMPLING, LogitProcessors, LogitRules, PromptTokens
+from tlcapture.generation.sampling import CHECKPOINT, DEFAULT_TEMPERATURE, PLAIN, SAMPLINGS, Sampling
+from tlcapture.models.loading import Model
+from tlcapture.text import first_line
+
+# Values with which a setting changes nothing, apart from None, 0 and empty lists.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "encoder_repetition_penalty": (1,),
+    "repetition_penalty": (1,),
+    "top_p": (1,),
+    "typical_p": (1,),
+    "guidance_scale": (1,),
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+}
+# What generate does where a generation config does not set it.
+_GENERATE_TEMPERATURE, _GENERATE_TOP_K = 1.0, 50
+# Settings of other ways to generate than choosing one token after another from one model's logits.
+_OTHER_WAYS = (
+    "num_beams",
+    "num_beam_groups",
+    "constraints",
+    "force_words_ids",
+    "penalty_alpha",
+    "dola_layers",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "use_mtp",
+    "guidance_scale",
+    "watermarking_config",
+    "token_healing",
+    "stop_strings",
+)
+
+
+@dataclass(frozen=True)
+class CheckpointSampling:
+    """The sampling of a checkpoint, which is known once the model is; a temperature takes the place of its own."""
+
+    temperature: float | None = None
+    seed: int = 0
+    source: str = CHECKPOINT
+
+    def __post_init__(self) -> None:
+        Sampling(self.temperature or 0)  # checks it
+
+
+AskedSampling = Sampling | CheckpointSampling
+
+
+def asked_sampling(source: str, temperature: float | None, seed: int) -> AskedSampling:
+    """The sampling of options; the temperature is 0.7, or the checkpoint's own with `source` `checkpoint`.
+
+    Raises `InputError` for an unknown source or an invalid temperature.
+    """
+    if source not in SAMPLINGS:
+        raise InputError(f"no sampling {source!r}: choose one of {', '.join(SAMPLINGS)}")
+    if source == CHECKPOINT:
+        return CheckpointSampling(temperature, seed)
+    return Sampling(DEFAULT_TEMPERATURE if temperature is None else temperature, seed)
+
+
+def sampling_for(asked: AskedSampling, model: Model) -> Sampling:
+    """The sampling of a model that was asked for; a checkpoint's is what Hugging Face's `generate` does with it.
+
+    Raises:
+        InputError: the checkpoint asks for what cannot be followed, or for values that it cannot have.
+    """
+    if isinstance(asked, Sampling):
+        return asked
+    config = model.generation_config
+    if config is None:
+        raise InputError(f"--sampling checkpoint: {model.name} has no generation config; use --temperature")
+    other = _settings(config, _OTHER_WAYS)
+    if getattr(config, "do_sample", None):
+        other.pop("penalty_alpha", None)  # contrastive search does not sample
+    if other:
+        raise InputError(
+            f"--sampling checkpoint: {_described(other)} of the checkpoint cannot be followed; leave it out"
+        )
+    temperature = asked.temperature
+    if temperature is None:
+        own = getattr(config, "temperature", None)
+        temperature = (_GENERATE_TEMPERATURE if own is None else own) if getattr(config, "do_sample", None) else 0
+    found = _settings(config, tuple(LogitRules.__dataclass_fields__))
+    if getattr(config, "top_k", None) is None:
+        found["top_k"] = _GENERATE_TOP_K
+    try:
+        sampling = Sampling(temperature, asked.seed, LogitRules(**found), CHECKPOINT)
+        _try_out(sampling, model)
+    except (ValueError, TypeError, IndexError) as error:
+        raise InputError(f"--sampling checkpoint: the generation config is not valid: {first_line(error)}") from None
+    return sampling
+
+
+def unfollowed(sampling: Sampling, model: Model) -> str | None:
+    """What the checkpoint's generation config asks for and the sampling does not do, in one sentence."""
+    if sampling.source != PLAIN or model.generation_config is None:
+        return None
+    names = [name for name in LogitRules.__dataclass_fields__ if sampling.temperature or name not in FOR_SAMPLING]
+    rules, other = (_settings(model.generation_config, each) for each in (tuple(names), _OTHER_WAYS))
+    if not rules and not other:
+        return None
+    said = f"the checkpoint's own sampling is not followed: {_described({**rules, **other})}"
+    return said if other else f"{said} (--sampling checkpoint follows it)"
+
+
+def _settings(config: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """The settings of a generation config that change something."""
+    found = {name: getattr(config, name, None) for name in names}
+    return {name: value for name, value in found.items() if _changes(name, value)}
+
+
+def _changes(name: str, value: Any) -> bool:
+    if value is None or name.endswith("token_id"):  # 0 is a token
+        return value is not None
+    return value not in ([], {}, 0, *_NEUTRAL.get(name, ()))
+
+
+def _described(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {str(value)[:40]}" for name, value in settings.items())
+
+
+def _try_out(sampling: Sampling, model: Model) -> None:
+    """Apply every rule once, so that a value that it cannot have is found before any prompt runs."""
+    prompts = [PromptTokens((0,), frozenset({0}), max_new_tokens=1)]
+    LogitProcessors(sampling.rules, sampling.temperature, prompts)(torch.zeros(1, model.d_vocab), [0], [[]])

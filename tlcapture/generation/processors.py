@@ -1,0 +1,216 @@
+"""What changes the logits before a token is chosen: penalties, suppressed and forced tokens, top-k, top-p and others.
+
+The rules are those of Hugging Face's `generate`, under its names and in its order, computed by its public classes.
+Rules that depend on a prompt's own tokens are applied to each row by itself, without its padding. Only the repetition
+penalty, which many checkpoints set, is computed here, for the whole batch on its device.
+
+Source of the order: `GenerationMixin._get_logits_processor` of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from tlcapture.shapes import LastLogits
+
+Processor = Callable[[Any, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class LogitRules:
+    """Rules in the order in which they apply, with the names and values of a generation config; `None` is no rule.
+
+    Those from `top_h` on choose what is sampled from, after the temperature; a greedy choice ignores them.
+
+    Raises `ValueError` for a penalty that is not positive.
+    """
+
+    sequence_bias: Any = None
+    encoder_repetition_penalty: float | None = None
+    repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    encoder_no_repeat_ngram_size: int | None = None
+    bad_words_ids: Any = None
+    min_length: int | None = None
+    min_new_tokens: int | None = None
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: Any = None
+    exponential_decay_length_penalty: Any = None
+    suppress_tokens: Any = None
+    begin_suppress_tokens: Any = None
+    top_h: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    epsilon_cutoff: float | None = None
+    eta_cutoff: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.repetition_penalty is not None and not self.repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty {self.repetition_penalty}: expected a number above 0")
+
+    def active(self, *, greedy: bool) -> dict[str, Any]:
+        """The rules that there are, by name; without those for sampling if the choice is greedy."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            name: value for name, value in found.items() if value is not None and not (greedy and name in FOR_SAMPLING)
+        }
+
+
+FOR_SAMPLING = ("top_h", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+NO_RULES = LogitRules()
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """What rules depend on for one prompt: its token ids, the stop ids of its response, and how long it may get."""
+
+    token_ids: Sequence[int]
+    stops: frozenset[int]
+    max_new_tokens: int
+
+
+class LogitProcessors:
+    """Applies rules to the logits of a batch, step by step.
+
+    Args:
+        rules: the rules.
+        temperature: 0 is greedy.
+        prompts: all prompts of the batch.
+    """
+
+    def __init__(self, rules: LogitRules, temperature: float, prompts: Sequence[PromptTokens]):
+        self._rules = rules.active(greedy=temperature == 0)
+        self._temperature = temperature
+        self._prompts = prompts
+        self._made: dict[tuple[str, int], Processor] = {}
+        self._seen: Tensor | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._rules)
+
+    def __call__(self, logits: LastLogits, rows: Sequence[int], responses: Sequence[Sequence[int]]) -> LastLogits:
+        """Logits in float32 after all rules, divided by the temperature unless that is 0.
+
+        Args:
+            logits: one row for each prompt of `rows`.
+            rows: numbers of the prompts that are running.
+            responses: the response of every prompt of the batch so far.
+        """
+        scores = logits.float()
+        for name in self._rules:
+            if name in FOR_SAMPLING:
+                continue
+            if name == "repetition_penalty":
+                scores = self._penalised(scores, rows, responses)
+            elif name in _FOR_BATCH:
+                scores = self._for_batch(name, scores)
+            else:
+                scores = self._row_by_row(name, scores, rows, responses)
+        if self._temperature:
+            # With 0 as the largest, no temperature overflows.
+            scores = (scores - scores.amax(dim=-1, keepdim=True)) / max(self._temperature, 1e-20)
+        for name in self._rules:
+            if name in FOR_SAMPLING:
+                scores = self._for_batch(name, scores)
+        return scores
+
+    def _for_batch(self, name: str, scores: LastLogits) -> LastLogits:
+        if (name, 0) not in self._made:
+            self._made[name, 0] = _FOR_BATCH[name](self._rules[name], scores.device)
+        return self._made[name, 0](None, scores)
+
+    def _row_by_row(
+        self, name: str, scores: LastLogits, rows: Sequence[int], responses: Sequence[Sequence[int]]
+    ) -> LastLogits:
+        changed = []
+        for row, own in zip(rows, scores.split(1), strict=True):
+            prompt = self._prompts[row]
+            if (name, row) not in self._made:
+                self._made[name, row] = _FOR_ROW[name](self._rules[name], prompt, scores.device)
+            ids = torch.tensor([[*prompt.token_ids, *responses[row]]], device=scores.device)
+            changed.append(self._made[name, row](ids, own))
+        return torch.cat(changed)
+
+    def _penalised(self, scores: LastLogits, rows: Sequence[int], responses: Sequence[Sequence[int]]) -> LastLogits:
+        """Positive logits of tokens that a row already has divided by the penalty, negative ones multiplied by it."""
+        if self._seen is None:
+            self._seen = torch.zeros(len(self._prompts), scores.shape[1], dtype=torch.bool, device=scores.device)
+            for row, prompt in enumerate(self._prompts):
+                _mark(self._seen, [row] * len(prompt.token_ids), prompt.token_ids)
+        last = {row: responses[row][-1] for row in rows if responses[row]}
+        _mark(self._seen, list(last), list(last.values()))
+        seen = self._seen if len(rows) == len(self._seen) else self._seen[list(rows)]
+        penalty = self._rules["repetition_penalty"]
+        return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+
+def _mark(seen: Bool[Tensor, "n_prompts d_vocab"], rows: Sequence[int], tokens: Sequence[int]) -> None:
+    """Mark tokens as seen; an embedding may have more rows than there are logits."""
+    known = [(row, token) for row, token in zip(rows, tokens, strict=True) if token < seen.shape[1]]
+    if known:
+        at = torch.tensor(known, device=seen.device)
+        seen[at[:, 0], at[:, 1]] = True
+
+
+def _classes() -> Any:
+    import transformers
+
+    return transformers
+
+
+def _stops(prompt: PromptTokens, device: torch.device) -> Tensor:
+    return torch.tensor(sorted(prompt.stops), device=device, dtype=torch.long)
+
+
+def _ids(prompt: PromptTokens, device: torch.device) -> Tensor:
+    return torch.tensor([list(prompt.token_ids)], device=device)
+
+
+# Makers of Hugging Face's processors that are the same for all rows ...
+_FOR_BATCH: dict[str, Callable[[Any, torch.device], Processor]] = {
+    "suppress_tokens": lambda value, device: _classes().SuppressTokensLogitsProcessor(value, device=device),
+    "top_h": lambda value, device: _classes().TopHLogitsWarper(top_h=value),
+    "top_k": lambda value, device: _classes().TopKLogitsWarper(top_k=value),
+    "top_p": lambda value, device: _classes().TopPLogitsWarper(top_p=value),
+    "min_p": lambda value, device: _classes().MinPLogitsWarper(min_p=value),
+    "typical_p": lambda value, device: _classes().TypicalLogitsWarper(mass=value),
+    "epsilon_cutoff": lambda value, device: _classes().EpsilonLogitsWarper(epsilon=value),
+    "eta_cutoff": lambda value, device: _classes().EtaLogitsWarper(epsilon=value, device=device),
+}
+
+# ... and of those that read the ids of a row.
+_FOR_ROW: dict[str, Callable[[Any, PromptTokens, torch.device], Processor]] = {
+    "sequence_bias": lambda value, prompt, device: _classes().SequenceBiasLogitsProcessor(sequence_bias=value),
+    "encoder_repetition_penalty": lambda value, prompt, device: _classes().EncoderRepetitionPenaltyLogitsProcessor(
+        penalty=value, encoder_input_ids=_ids(prompt, device)
+    ),
+    "no_repeat_ngram_size": lambda value, prompt, device: _classes().NoRepeatNGramLogitsProcessor(value),
+    "encoder_no_repeat_ngram_size": lambda value, prompt, device: _classes().EncoderNoRepeatNGramLogitsProcessor(
+        value, _ids(prompt, device)
+    ),
+    "bad_words_ids": lambda value, prompt, device: _classes().NoBadWordsLogitsProcessor(value, _stops(prompt, device)),
+    "min_length": lambda value, prompt, device: _classes().MinLengthLogitsProcessor(
+        value, _stops(prompt, device), device=device
+    ),
+    "min_new_tokens": lambda value, prompt, device: _classes().MinNewTokensLengthLogitsProcessor(
+        len(prompt.token_ids), value, _stops(prompt, device), device=device
+    ),
+    "forced_bos_token_id": lambda value, prompt, device: _classes().ForcedBOSTokenLogitsProcessor(value),
+    "forced_eos_token_id": lambda value, prompt, device: _classes().ForcedEOSTokenLogitsProcessor(
+        len(prompt.token_ids) + prompt.max_new_tokens, value, device=device
+    ),
+    "exponential_decay_length_penalty": lambda value, prompt, device: _classes().ExponentialDecayLengthPenalty(
+        value, _stops(prompt, device), len(prompt.token_ids)
+    ),
+    "begin_suppress_tokens": lambda value, prompt, device: _classes().SuppressTokensAtBeginLogitsProcessor(
+        value, len(prompt.token_ids), device=device
+    ),
+}

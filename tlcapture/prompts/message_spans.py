@@ -1,0 +1,147 @@
+"""Where the text of each message is in a rendered conversation.
+
+A text such as `user` may also occur in what the template itself writes. The conversation is therefore rendered once
+more with a mark, a private-use character, in every text: where the two renderings are otherwise equal, the marks show
+where the texts are. A template that depends on more than the first and last characters of a text may render it
+differently with a mark; its texts are then searched for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+Message = Mapping[str, str]  # role and content
+
+_THINKING_TAG = re.compile(r"</?think(?:ing)?>|</?seed:think>|\[/?THINK\]|<\|(?:START|END)_THINKING\|>")
+_MARKED_AT = (1 / 2, 1 / 4, 3 / 4)  # of a text's length
+_PRIVATE_USE = range(0xF0000, 0x10FFFE)
+
+
+class Span(NamedTuple):
+    """A run of characters of a rendering."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class FoundMessages:
+    """Where messages are in a rendering.
+
+    Attributes:
+        spans: the span of each message, with the white space at its ends where the rendering keeps that; `None` for a
+            message without text.
+        dropped: indices of earlier assistant messages whose thinking is left out.
+        missing: the index of a message whose text is altered or left out, the last one if there are several.
+    """
+
+    spans: tuple[Span | None, ...]
+    dropped: tuple[int, ...] = ()
+    missing: int | None = None
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Text of a message without white space at its ends: a whole message, or what is between its thinking tags."""
+
+    message: int
+    start: int  # in the message's content
+    text: str
+    can_be_dropped: bool = False
+
+
+def find_messages(
+    text: str, messages: Sequence[Message], render: Callable[[Sequence[Message]], str | None]
+) -> FoundMessages:
+    """Find the messages that `text` is the rendering of; `render` renders others, and returns `None` if it fails.
+
+    User and assistant messages have to be in order. A system message may be anywhere: some templates put it in front
+    of the last user message.
+    """
+    pieces = [piece for index in range(len(messages)) for piece in _pieces(messages, index)]
+    by_mark = (_marked_starts(text, messages, pieces, share, render) for share in _MARKED_AT)
+    starts = next((each for each in by_mark if each is not None), None)
+    if starts is None:
+        starts = [[match.start() for match in re.finditer(re.escape(piece.text), text)] for piece in pieces]
+    placed: dict[_Piece, int] = {}
+    dropped: set[int] = set()
+    limit = len(text)
+    for piece, options in reversed(list(zip(pieces, starts, strict=True))):
+        before = [start for start in options if start + len(piece.text) <= limit]
+        is_system = messages[piece.message]["role"] == "system"
+        if not before and not (is_system and options):
+            if not piece.can_be_dropped:
+                return FoundMessages((), missing=piece.message)
+            dropped.add(piece.message)
+            continue
+        placed[piece] = (before or options)[-1]
+        if not is_system:
+            limit = placed[piece]
+    kept = {piece: at for piece, at in placed.items() if not (piece.can_be_dropped and piece.message in dropped)}
+    spans = tuple(_span(text, index, message, kept) for index, message in enumerate(messages))
+    return FoundMessages(spans, tuple(sorted(dropped)))
+
+
+def _pieces(messages: Sequence[Message], index: int) -> list[_Piece]:
+    """The pieces of a message. Templates write thinking tags, and the white space around them, in their own way."""
+    content, role = messages[index]["content"], messages[index]["role"]
+    tags = list(_THINKING_TAG.finditer(content)) if role == "assistant" else []
+    edges = [0, *(edge for tag in tags for edge in tag.span()), len(content)]
+    thinking_ends = tags[-1].start() if tags and index < len(messages) - 1 else 0
+    found = []
+    for start, stop in zip(edges[::2], edges[1::2], strict=True):
+        part = content[start:stop]
+        if part.strip():
+            start += len(part) - len(part.lstrip())
+            found.append(_Piece(index, start, part.strip(), can_be_dropped=start < thinking_ends))
+    return found
+
+
+def _marked_starts(
+    text: str,
+    messages: Sequence[Message],
+    pieces: Sequence[_Piece],
+    share: float,
+    render: Callable[[Sequence[Message]], str | None],
+) -> list[list[int]] | None:
+    """Where each piece starts in `text`; `None` if a mark at this share of its length changes the rendering."""
+    marks = _unused_characters(text, len(pieces))
+    cuts = [int(share * len(piece.text)) for piece in pieces]
+    contents = [message["content"] for message in messages]
+    for piece, cut, mark in reversed(list(zip(pieces, cuts, marks, strict=True))):
+        content, at = contents[piece.message], piece.start + cut
+        contents[piece.message] = content[:at] + mark + content[at:]
+    marked = [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
+    found: dict[str, list[int]] = {mark: [] for mark in marks}
+    unmarked: list[str] = []
+    for character in render(marked) or "":
+        if character in found:
+            found[character].append(len(unmarked))
+        else:
+            unmarked.append(character)
+    if "".join(unmarked) != text:
+        return None
+    return [
+        [at - cut for at in found[mark] if at >= cut and text.startswith(piece.text, at - cut)]
+        for piece, cut, mark in zip(pieces, cuts, marks, strict=True)
+    ]
+
+
+def _unused_characters(text: str, count: int) -> list[str]:
+    used = set(text)
+    return list(islice((mark for mark in map(chr, _PRIVATE_USE) if mark not in used), count))
+
+
+def _span(text: str, index: int, message: Message, placed: Mapping[_Piece, int]) -> Span | None:
+    own = [(at, at + len(piece.text)) for piece, at in placed.items() if piece.message == index]
+    if not own:
+        return None
+    start, stop, content = min(own)[0], max(own)[1], message["content"]
+    before, after = content[: len(content) - len(content.lstrip())], content[len(content.rstrip()) :]
+    if before and text.endswith(before, 0, start):
+        start -= len(before)
+    return Span(start, stop + len(after) if text.startswith(after, stop) else stop)
