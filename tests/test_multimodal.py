@@ -5,6 +5,7 @@ TransformerLens runs `pip install torchvision` if a checkpoint's processor canno
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -66,7 +67,7 @@ def test_a_checkpoint_without_a_loadable_processor_equals_hugging_face_and_start
 ) -> None:
     model = load_model(str(folder))
     assert started == []
-    assert (model.engine, model.n_layers, model.d_model) == ("bridge", tiny.N_LAYERS, tiny.D_MODEL)
+    assert (model.engine, model.n_layers, model.d_model) == (tiny.ENGINES[0], tiny.N_LAYERS, tiny.D_MODEL)
     with torch.no_grad():
         theirs = tiny.hf_model(NAME)(torch.tensor([IDS]), output_hidden_states=True)
     stream = residual_view(teacher_force(model, IDS, residual_hooks(model.n_layers, model.hook_names)), model.n_layers)
@@ -82,7 +83,8 @@ def test_a_loadable_processor_is_not_loaded(folder: Path, monkeypatch: pytest.Mo
         loads = staticmethod(lambda *args, **options: loaded.append(args))
         monkeypatch.setattr(getattr(transformers, name), "from_pretrained", loads)
     before = transformers.AutoProcessor.from_pretrained
-    assert load_model(str(folder)).tl.processor is None
+    whole = copy.deepcopy(tiny.hf_model(NAME))
+    assert from_hugging_face(whole, tiny.tokenizer(), name=str(folder), engine="bridge").tl.processor is None
     assert loaded == []
     assert transformers.AutoProcessor.from_pretrained is before
 

@@ -139,14 +139,8 @@ def test_auto_uses_the_bridge_for_models_that_hooked_refuses(architecture: str) 
     assert from_hugging_face(model, tiny.tokenizer(), name="tiny", engine="auto").engine == "bridge"
 
 
-_LOGITS = "its logits involve more than final norm, unembedding and soft cap, which a logit lens would silently omit"
 _CACHE = "TransformerBridge computes different attention for it token by token in a padded batch than in one pass"
 NOT_ON_BRIDGE: dict[str, tuple[Any, str]] = {
-    "granite": (
-        lambda: transformers.GraniteConfig(**tiny._GROUPED, logits_scaling=3.0),
-        f"GraniteForCausalLM is not supported: {_LOGITS}",
-    ),
-    "cohere": (lambda: transformers.CohereConfig(**tiny._GROUPED), f"CohereForCausalLM is not supported: {_LOGITS}"),
     "rwkv": (
         lambda: transformers.RwkvConfig(**_SMALL, num_hidden_layers=2),
         "RwkvForCausalLM is not supported: TransformerBridge has no blocks.0.attn.hook_pattern for it",
@@ -174,6 +168,21 @@ def test_the_bridge_gives_the_reason_for_a_refusal(architecture: str, evidence: 
     config, what = NOT_ON_BRIDGE[architecture]
     assert reason(build(config()), "bridge").startswith(f"tiny: {what}")
     evidence.refused(architecture, "bridge", what)
+
+
+def test_logits_that_involve_more_than_the_lens_computes_are_refused(evidence: Evidence) -> None:
+    model = copy.deepcopy(tiny.hf_model("llama"))
+    original = model.forward
+
+    def shifted(*args: Any, **options: Any) -> Any:
+        out = original(*args, **options)
+        out.logits = out.logits.roll(1, dims=-1)
+        return out
+
+    model.forward = shifted
+    what = "its logits involve more than final norm, unembedding, scale and soft cap, which a logit lens would silently"
+    assert reason(model, "bridge").startswith(f"tiny: LlamaForCausalLM is not supported: {what} omit")
+    evidence.refused("llama, with other logits", "bridge", f"{what} omit")
 
 
 def test_prompts_longer_than_the_longrope_threshold_are_refused(evidence: Evidence) -> None:

@@ -258,10 +258,14 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class ModelOptions(EngineOptions):
-    """Which model an experiment uses, and how to run it; a model of `None` is the experiment's own."""
+    """Which model an experiment uses, and how to run it; a model of `None` is the experiment's own.
+
+    `no_check` skips the comparison with Hugging Face on loading.
+    """
 
     model: str | None
     allow_model_change: bool
+    no_check: bool
 
     def loader_for(self, layout: Layout, role: str, display: Display) -> ModelLoader:
         """The loader of the experiment's model in a role.
@@ -281,6 +285,7 @@ class ModelOptions(EngineOptions):
             device=self.device,
             dtype=self.dtype,
             n_devices=self.n_devices,
+            check=not self.no_check,
         )
 
 
@@ -322,5 +327,10 @@ model_options = together(
         "--allow-model-change", is_flag=True, help="Continue even if the experiment has used another model so far."
     ),
     _engine_options,
+    click.option(
+        "--no-check",
+        is_flag=True,
+        help="Skip comparing a short prompt with Hugging Face, done once per checkpoint and versions.",
+    ),
     collected(ModelOptions, "model"),
 )

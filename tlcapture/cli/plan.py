@@ -160,13 +160,13 @@ def plan(
     Reads only the model's config, unless --measure loads the model. Writes nothing.
     """
     speed.check()
-    from tlcapture.models.checkpoints import fetch, quiet_loading, source_of
+    from tlcapture.models.checkpoints import fetch_config, quiet_loading, source_of
     from tlcapture.models.sizes import Measures
     from tlcapture.plan.cost import cost_of
     from tlcapture.plan.reductions import reductions
 
     with quiet_loading():
-        config = fetch(model, "AutoConfig", source_of(model))
+        config = fetch_config(model, source_of(model))
     measures = Measures.of(config)
     workload = wanted.workload(kept)
     cost = cost_of(workload, measures)

@@ -9,7 +9,7 @@ from typing import Any
 
 from tlcapture.captures.provenance import LAYERS, now
 from tlcapture.errors import InputError, ModelError
-from tlcapture.models.checkpoints import fetch, quiet_loading, source_of
+from tlcapture.models.checkpoints import fetch_config, quiet_loading, source_of
 from tlcapture.models.sizes import Measures
 from tlcapture.names import Trait
 from tlcapture.runs.display import Display
@@ -79,7 +79,7 @@ def _known_model(model: str | None, *, is_asked: bool) -> tuple[Measures | None,
         return None, None, [f"the experiment has no model yet (--model NAME): {unchecked}"]
     try:
         with quiet_loading():
-            config = fetch(model, "AutoConfig", source_of(model))
+            config = fetch_config(model, source_of(model))
     except ModelError as error:
         if is_asked:
             raise

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tlcapture.doctor.reference import ReferenceRun, deviation
+from tlcapture.doctor.reference import ReferenceRun
 from tlcapture.errors import InputError, NumericalError, TlcaptureError
 from tlcapture.generation.loop import generate, teacher_force
 from tlcapture.generation.outcomes import Failure, Generation
 from tlcapture.generation.sampling import Sampling
+from tlcapture.models.deviation import BOUNDS, allowed, deviation
 from tlcapture.models.loading import Model
 from tlcapture.prompts.chat_template import stop_ids
 from tlcapture.prompts.tokenization import TokenizedPrompt, bos_policy, tokenize
@@ -34,8 +35,6 @@ TEXTS = (
     "A lighthouse keeper writes down the weather every evening: wind, clouds and the height of the waves. "
     "What would a sailor who reads the book a hundred years later learn from it?",
 )
-# As shares of a token's norm; rounding in 16 bits grows with depth.
-BOUNDS = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 3e-1}
 NEW_TOKENS = 4
 
 
@@ -269,7 +268,7 @@ def _generated(model: Model, prompts: Sequence[TokenizedPrompt], batch_size: int
 
 def _bound(model: Model, run: ReferenceRun, index: int) -> float:
     """The largest deviation allowed at a layer's `residual_in`, or at index `n_layers` of the logits."""
-    return BOUNDS[model.dtype] if run.rounding is None else 4 * run.rounding[index] + 1e-3
+    return allowed(model.dtype, None if run.rounding is None else run.rounding[index])
 
 
 def _within(found: float, bound: float) -> str:

@@ -5,8 +5,7 @@ It is run and released before the model under test is loaded, so that only one m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcapture.models.checkpoints import cast, fetch_weights, quiet_loading, source_of
+from tlcapture.models.deviation import deviation
+from tlcapture.models.layer_inputs import layer_inputs
 from tlcapture.models.memory import is_out_of_memory
 
 NEW_TOKENS = 3
@@ -67,7 +68,7 @@ def reference_run(hf_model: Any, prompt_ids: Sequence[int], new_tokens: int = NE
 
 @torch.no_grad()
 def _whole(hf_model: Any, ids: Sequence[int], n_prompt_tokens: int) -> ReferenceRun:
-    with _layer_inputs(hf_model) as inputs:
+    with layer_inputs(hf_model) as inputs:
         out = hf_model(_batch_of_one(hf_model, ids), use_cache=False, output_hidden_states=True, output_attentions=True)
     # Models without attention return no attentions, and outputs of layers rather than inputs as hidden states.
     hidden = inputs if len(inputs) == len(out.hidden_states) - 1 else out.hidden_states[:-1]
@@ -81,36 +82,11 @@ def _whole(hf_model: Any, ids: Sequence[int], n_prompt_tokens: int) -> Reference
     )
 
 
-@contextmanager
-def _layer_inputs(hf_model: Any) -> Iterator[list[Tensor]]:
-    """The input of each layer of a pass in the context, in order."""
-    n_layers = getattr(hf_model.config.get_text_config(), "num_hidden_layers", 0)
-    inputs: list[Tensor] = []
-
-    def record(module: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        inputs.append((args[0] if args else options["hidden_states"]).detach())
-
-    stacks = [each for each in hf_model.modules() if isinstance(each, torch.nn.ModuleList) and len(each) == n_layers]
-    handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for stack in stacks for layer in stack]
-    try:
-        yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _exact(hf_model: Any, run: ReferenceRun) -> ReferenceRun:
     exact = _whole(hf_model, run.token_ids, run.n_prompt_tokens)
     rounding = [deviation(one, other) for one, other in zip(run.hidden, exact.hidden, strict=True)]
     patterns = None if run.patterns is None or exact.patterns is None else deviation(run.patterns, exact.patterns)
     return replace(exact, rounding=(*rounding, deviation(run.logits, exact.logits)), pattern_rounding=patterns)
-
-
-def deviation(ours: Tensor, theirs: Tensor) -> float:
-    """The largest norm of a difference along the last axis, as a share of that of `theirs`; NaN if either has NaN."""
-    ours, theirs = ours.float().cpu(), theirs.float().cpu()
-    smallest = torch.finfo(torch.float32).tiny
-    return float(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=smallest)).max())
 
 
 def load_reference(name: str, device: torch.device, dtype: torch.dtype) -> Any:

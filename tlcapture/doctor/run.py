@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from tlcapture.doctor import checks
 from tlcapture.doctor.checks import Check, guarded
 from tlcapture.doctor.reference import ReferenceRun, load_reference, reference_runs
-from tlcapture.models.checkpoints import fetch, fetch_tokenizer, quiet_loading, source_of
+from tlcapture.models.checkpoints import fetch_config, fetch_tokenizer, quiet_loading, source_of
 from tlcapture.models.loading import Model, pick_device, pick_dtype, pick_engine
 from tlcapture.models.memory import release_memory
 from tlcapture.runs.model_loader import ModelLoader
@@ -20,7 +21,7 @@ def run_doctor(load: ModelLoader) -> Iterator[Check]:
         ModelError: the model cannot be loaded, or the engine does not cover it.
     """
     runs = _reference_runs(load)
-    yield from check_model(load(), runs)
+    yield from check_model(replace(load, check=False)(), runs)  # these checks say more
 
 
 def check_model(model: Model, runs: Sequence[ReferenceRun]) -> Iterator[Check]:
@@ -41,7 +42,7 @@ def _reference_runs(load: ModelLoader) -> list[ReferenceRun]:
     device = pick_device(load.device)
     with quiet_loading():
         source = source_of(load.name)
-        config = fetch(load.name, "AutoConfig", source)
+        config = fetch_config(load.name, source)
         pick_engine(load.name, load.engine, config)
         tokenizer = fetch_tokenizer(load.name, source)
     load.display.line(f"loading {load.name} with transformers alone, for comparison ...")

@@ -100,7 +100,7 @@ class _ModelOfCache:
         if isinstance(tokens, Tensor):
             tokens = tokens.to(model.device)
         directions = model.tl.tokens_to_residual_directions(tokens)
-        return directions.to("cpu", torch.float32) * model.final_norm_gain()
+        return directions.to("cpu", torch.float32) * model.final_norm_gain() * model.logit_scale
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from tlcapture.errors import ModelError
-from tlcapture.models import embedded
+from tlcapture.models import adapters, embedded, quantised
+from tlcapture.models.text_models import auto_class_of, text_config_of
+from tlcapture.models.untaken import listed, untaken
 
 _TOKENIZER_FILES = ("*tokenizer*", "*vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "*.gguf")
 _UNQUANTISED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -22,13 +24,14 @@ _UNQUANTISED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def source_of(name: str) -> str:
     """The source of a model's weights: a local folder, or a name on the hub.
 
-    Raises `ModelError` for a folder without `config.json`, and if the embedded model is not installed.
+    Raises `ModelError` for a folder that holds neither a model nor an adapter, and if the embedded model is not
+    installed.
     """
     if name == embedded.NAME:
         return str(embedded.embedded_folder())
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not any((folder / kept).is_file() for kept in ("config.json", adapters.CONFIG)):
             raise ModelError(f"{folder}: not a folder of Hugging Face weights: it has no config.json")
         return str(folder)
     return name
@@ -54,11 +57,25 @@ def fetch(name: str, kind: str, source: str, **options: Any) -> Any:
         ) from None
 
 
+def fetch_config(name: str, source: str) -> Any:
+    """The config of the causal language model of a checkpoint, or of the model that an adapter is for.
+
+    It states a quantisation only if the weights stay quantised. Raises `ModelError` if it cannot be loaded.
+    """
+    config = _whole_config(name, source)
+    if quantised.is_dequantised(config):
+        config.quantization_config = None
+    return text_config_of(config)
+
+
 def fetch_tokenizer(name: str, source: str) -> Any:
-    """The tokenizer of a checkpoint.
+    """The tokenizer of a checkpoint: an adapter's own, or that of the model that it is for.
 
     Raises `ModelError` if the checkpoint has none: transformers then makes one that knows special tokens only.
     """
+    adapter = adapters.adapter_of(source)
+    if adapter is not None and adapter.tokenizer_source != source:
+        return fetch_tokenizer(name, source_of(adapter.tokenizer_source))
     advice = "copy tokenizer.json and tokenizer_config.json from the checkpoint that it was made from"
     try:
         tokenizer = fetch(name, "AutoTokenizer", source)
@@ -73,28 +90,60 @@ def fetch_tokenizer(name: str, source: str) -> Any:
     return tokenizer
 
 
-def fetch_weights(name: str, source: str, *, n_devices: int = 1) -> Any:
+def fetch_weights(
+    name: str, source: str, *, n_devices: int = 1, warn: Callable[[str], None] = lambda text: None
+) -> Any:
     """The Hugging Face model in its checkpoint's dtype, in main memory or distributed over CUDA devices.
 
-    Raises `ModelError` if the checkpoint lacks weights.
+    An adapter is merged into the weights; weights are dequantised if transformers can do so without more packages.
+
+    Args:
+        warn: called with a text about weights in the files that no module takes.
+
+    Raises `ModelError` if the checkpoint lacks weights, or packages that it needs are not installed.
     """
+    adapter = adapters.adapter_of(source)
+    if adapter is not None and adapter.base != source:
+        base = source_of(adapter.base)
+        return adapters.merged(fetch_weights(adapter.base, base, n_devices=n_devices, warn=warn), adapter, name)
+    config = fetch(name, "AutoConfig", source)
     model, found = fetch(
         name,
-        "AutoModelForCausalLM",
+        auto_class_of(config),
         source,
         dtype="auto",
         attn_implementation="eager",  # the only implementation that returns attention patterns
         output_loading_info=True,
+        **quantised.loading_options(config, name),
         **_over(n_devices),
+        **({} if adapter is None else adapters.NOT_BY_TRANSFORMERS),
     )
     missing = sorted(map(str, [*found.get("missing_keys", ()), *found.get("mismatched_keys", ())]))
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ModelError(
-            f"model {name!r} is incomplete: its checkpoint has no fitting {', '.join(missing[:3])}{more}; they would "
-            "be initialised at random"
+            f"model {name!r} is incomplete: its checkpoint has no fitting {listed(missing)}; they would be initialised "
+            "at random"
         )
-    return model
+    extra = untaken(found.get("unexpected_keys", ()), model.config)
+    if quantised.are_scales(extra):
+        raise ModelError(
+            f"model {name!r} has weights that only quantised checkpoints have ({listed(extra)}): expected a "
+            "quantization_config in config.json"
+        )
+    if extra:
+        warn(
+            f"model {name!r} has weights that no module takes, and which change nothing: {listed(extra)}: check that "
+            "config.json belongs to these weights"
+        )
+    model = quantised.dequantised(model, config)
+    return model if adapter is None else adapters.merged(model, adapter, name)
+
+
+def _whole_config(name: str, source: str) -> Any:
+    adapter = adapters.adapter_of(source)
+    if adapter is not None and adapter.base != source:
+        return _whole_config(adapter.base, source_of(adapter.base))
+    return fetch(name, "AutoConfig", source)
 
 
 def _over(n_devices: int) -> dict[str, Any]:

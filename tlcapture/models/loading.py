@@ -11,6 +11,8 @@ Face's at the same point. `engines/` contains the differences between them.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from tlcapture.errors import ModelError
 from tlcapture.models import embedded
 from tlcapture.models.checkpoints import (
     cast,
-    fetch,
+    fetch_config,
     fetch_tokenizer,
     fetch_weights,
     fingerprint,
@@ -40,7 +42,10 @@ from tlcapture.models.engines.hooked import (
 )
 from tlcapture.models.engines.hooked_config import architecture_of, covers
 from tlcapture.models.lazy_model import LazyModel
+from tlcapture.models.quick_check import PassedCheck, QuickReference, quick_check
 from tlcapture.models.sizes import Measures
+from tlcapture.models.text_models import text_model_of
+from tlcapture.text import first_line
 
 __all__ = [
     "Model",
@@ -73,7 +78,7 @@ def outline_model(name: str) -> ModelOutline:
     """Read a model's config and tokenizer; raises `ModelError` if it is not found."""
     with quiet_loading():
         source = source_of(name)
-        return ModelOutline(fetch_tokenizer(name, source), Measures.of(fetch(name, "AutoConfig", source)))
+        return ModelOutline(fetch_tokenizer(name, source), Measures.of(fetch_config(name, source)))
 
 
 def load_model(
@@ -85,11 +90,15 @@ def load_model(
     source: str | Path | None = None,
     n_devices: int = 1,
     fast: bool = FAST,
+    check: bool = True,
+    warn: Callable[[str], None] | None = None,
 ) -> Model:
     """Load a model with the unprocessed weights of its checkpoint.
 
+    Of a checkpoint with other parts, such as one for images, the text model is taken. An adapter is merged.
+
     Args:
-        name: `smollm2` (the embedded model), a local folder of Hugging Face weights, or a hub name.
+        name: `smollm2` (the embedded model), a local folder of Hugging Face weights or of an adapter, or a hub name.
         engine: `hooked`, `bridge`, or `auto`, which is `hooked` if TransformerLens has it (version 3) and it supports
             the architecture.
         device: `cuda`, `mps`, `cpu` (or any torch device), or `auto`, the first of these that is available.
@@ -99,30 +108,63 @@ def load_model(
         n_devices: the number of CUDA devices that the model is distributed over, in one process.
         fast: whether a HookedTransformer has the forward pass of `tlcapture.models.fast`; the default is `False`
             with the environment variable `TLCAPTURE_FAST=0`.
+        check: whether to compare a short prompt with Hugging Face's own forward pass, once per checkpoint and versions.
+        warn: called with what to know before relying on the model; the default is `warnings.warn`.
 
     Raises:
-        ModelError: the model is not found, the engine does not support it, or there are too few devices.
+        ModelError: the model is not found, the engine does not support it or computes something else than Hugging
+            Face, a package is missing, or there are too few devices.
     """
+    notes: list[str] = []
+    model = _load(name, engine, device, dtype, source, n_devices, fast, check, notes.append)
+    for note in notes:
+        warnings.warn(note, stacklevel=2) if warn is None else warn(note)
+    return model
+
+
+def _load(
+    name: str,
+    engine: str,
+    device: str,
+    dtype: str,
+    source: str | Path | None,
+    n_devices: int,
+    fast: bool,
+    check: bool,
+    warn: Callable[[str], None],
+) -> Model:
     target = pick_device(device)
     check_devices(n_devices, target)
     with quiet_loading():
         source = source_of(name) if source is None else str(source)
-        config = fetch(name, "AutoConfig", source)
+        config = fetch_config(name, source)
         chosen = pick_engine(name, engine, config)
         tokenizer = fetch_tokenizer(name, source)
-        model = fetch_weights(name, source, n_devices=n_devices if chosen == "bridge" else 1)
+        whole = fetch_weights(name, source, n_devices=n_devices if chosen == "bridge" else 1, warn=warn)
+        model = text_model_of(whole)
         checkpoint_fingerprint = fingerprint(model)
-        cast(model, pick_dtype(dtype, target, config))
-        where: dict[str, Any] = {"device": str(target), "n_devices": n_devices}
-        return from_hugging_face(
-            model,
-            tokenizer,
-            name=name,
-            engine=chosen,
-            checkpoint_fingerprint=checkpoint_fingerprint,
-            fast=fast,
-            **where,
+        cast(whole, pick_dtype(dtype, target, config))
+        where: dict[str, Any] = {"device": str(target), "n_devices": n_devices, "fast": fast}
+        facts = {"engine": chosen, "dtype": model.dtype, "fingerprint": checkpoint_fingerprint}
+        passed = PassedCheck.of(model.config, **where, **facts)
+        reference = _reference(whole, name, warn) if check and not passed.exists() else None
+        del whole
+        loaded = from_hugging_face(
+            model, tokenizer, name=name, engine=chosen, checkpoint_fingerprint=checkpoint_fingerprint, **where
         )
+        if reference is not None:
+            quick_check(loaded, reference)
+            passed.remember()
+        return loaded
+
+
+def _reference(hf_model: Any, name: str, warn: Callable[[str], None]) -> QuickReference | None:
+    """Hugging Face's run of the short prompt; `None`, with a warning, if it cannot run it."""
+    try:
+        return QuickReference.of(hf_model.eval())
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, MemoryError) as error:
+        warn(f"model {name!r} is not compared with Hugging Face, whose own forward pass failed: {first_line(error)}")
+        return None
 
 
 def from_hugging_face(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tlcapture.models.adapters import BASE, adapter_of
 from tlcapture.models.embedded import cache_folder
 from tlcapture.storage.files import read_bytes, write_bytes, write_folder
 from tlcapture.storage.locks import locked
@@ -24,12 +25,14 @@ class ModelFiles:
     Attributes:
         name: as given to `load_model`.
         folder: where the driver has the files.
-        sizes: bytes by file name.
+        sizes: bytes by file name; the files of the model that an adapter is for are sent as `base/...`.
+        base: where the driver has those, for an adapter without full weights.
     """
 
     name: str
     folder: Path
     sizes: Mapping[str, int]
+    base: Path | None = None
 
     @classmethod
     def of(cls, name: str) -> ModelFiles:
@@ -39,15 +42,21 @@ class ModelFiles:
         """
         from tlcapture.models.checkpoints import source_of
 
-        folder = Path(source_of(name))
-        if not folder.is_dir():
-            folder = _snapshot(name)
-        files = sorted({path for pattern in _WANTED for path in folder.glob(pattern) if path.is_file()})
-        return cls(name, folder.resolve(), {path.name: path.stat().st_size for path in files})
+        source = source_of(name)
+        adapter = adapter_of(source)
+        folder = _folder_of(source)
+        sizes = {path.name: path.stat().st_size for path in _files_in(folder)}
+        if adapter is None or adapter.base == source:
+            return cls(name, folder, sizes)
+        base = _folder_of(source_of(adapter.base))
+        sizes |= {f"{BASE}/{path.name}": path.stat().st_size for path in _files_in(base)}
+        return cls(name, folder, sizes, base)
 
     def found(self) -> Path | None:
         """The folder with these files on this machine, if any."""
-        return next((folder for folder in (self.folder, self._copy()) if self._are_in(folder)), None)
+        if self._are(self._path):
+            return self.folder
+        return self._copy() if self._are(self._copy().joinpath) else None
 
     def receive(self, content: Callable[[str], bytes]) -> Path:
         """Copy the files to the cache folder, unless this machine has them; returns their folder.
@@ -64,7 +73,7 @@ class ModelFiles:
 
     def send(self, name: str) -> bytes:
         """The content of a file."""
-        return read_bytes(self.folder / name)
+        return read_bytes(self._path(name))
 
     def _fill(self, folder: Path, content: Callable[[str], bytes]) -> None:
         for name in self.sizes:
@@ -74,8 +83,21 @@ class ModelFiles:
         digest = hashlib.blake2b(repr((self.name, sorted(self.sizes.items()))).encode(), digest_size=8).hexdigest()
         return cache_folder() / f"sent-{digest}"
 
-    def _are_in(self, folder: Path) -> bool:
-        return all((folder / name).is_file() and (folder / name).stat().st_size == n for name, n in self.sizes.items())
+    def _path(self, name: str) -> Path:
+        """Where the driver has a file."""
+        inner = name.removeprefix(f"{BASE}/")
+        return self.folder / name if self.base is None or inner == name else self.base / inner
+
+    def _are(self, path: Callable[[str], Path]) -> bool:
+        return all(path(name).is_file() and path(name).stat().st_size == n for name, n in self.sizes.items())
+
+
+def _folder_of(source: str) -> Path:
+    return (Path(source) if Path(source).is_dir() else _snapshot(source)).resolve()
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted({path for pattern in _WANTED for path in folder.glob(pattern) if path.is_file()})
 
 
 def _snapshot(name: str) -> Path:

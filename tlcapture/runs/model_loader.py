@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class ModelLoader:
     """Loads a model when it is first called, with a message to the display; further calls return the same model.
 
-    `source` is the folder of the model's files where they are not found by `name`.
+    `source` is the folder of the model's files where they are not found by `name`; `check` is whether a short prompt is
+    compared with Hugging Face, as in `load_model`.
     """
 
     name: str
@@ -31,6 +32,7 @@ class ModelLoader:
     dtype: str = "auto"
     n_devices: int = 1
     source: Path | None = None
+    check: bool = True
 
     @classmethod
     def settle(
@@ -45,6 +47,7 @@ class ModelLoader:
         device: str,
         dtype: str,
         n_devices: int,
+        check: bool = True,
     ) -> ModelLoader:
         """The loader of an experiment's model in a role.
 
@@ -52,7 +55,7 @@ class ModelLoader:
             InputError: the model asked for is not the one that the experiment uses in this role.
         """
         name = settle_model(layout, role, model, NAME, allow_change=allow_model_change)
-        return cls(name, display, engine, device, dtype, n_devices)
+        return cls(name, display, engine, device, dtype, n_devices, check=check)
 
     def silent(self) -> ModelLoader:
         """A loader of the same model that shows no messages, and that can be sent to another process."""
@@ -86,7 +89,8 @@ class ModelLoader:
         first_time = self.name == NAME and self.source is None and not is_converted()
         self.display.line(f"loading {self.name}{', converting it once first' if first_time else ''} ...")
         where: dict[str, Any] = {"device": self.device, "n_devices": self.n_devices, "source": self.source}
-        model = load_model(self.name, engine=self.engine, dtype=self.dtype, **where)
+        checks: dict[str, Any] = {"check": self.check, "warn": self.display.warn}
+        model = load_model(self.name, engine=self.engine, dtype=self.dtype, **where, **checks)
         dtype = str(model.dtype).removeprefix("torch.")
         facts = {"name": model.name, "engine": model.engine, "device": str(model.device), "dtype": dtype}
         self.display.uses(model={**facts, "fingerprint": model.fingerprint})

@@ -1,7 +1,7 @@
 """The logit lens: what each layer's residual stream would predict if it were the last.
 
-Each layer's `residual_out` goes through the model's own final norm, unembedding and soft cap, with
-that layer's own normalisation scale. The last layer is the model's own next-token distribution.
+Each layer's `residual_out` goes through the model's own final norm, unembedding, scale and soft cap,
+with that layer's own normalisation scale. The last layer is the model's own next-token distribution.
 
 Source: nostalgebraist, "interpreting GPT: the logit lens" (LessWrong, 2020).
 """

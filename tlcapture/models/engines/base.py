@@ -156,7 +156,7 @@ class Model(ABC):
 
     @abstractmethod
     def unembed(self, residual: Residual) -> Logits:
-        """Logits `[..., d_vocab]` of a residual stream `[..., d_model]`: final norm, unembedding and soft cap.
+        """Logits `[..., d_vocab]` of a residual stream `[..., d_model]`: final norm, unembedding, scale and soft cap.
 
         The result is a new tensor: it shares no memory with tensors that hooks on the unembedding received.
         """
@@ -167,6 +167,11 @@ class Model(ABC):
         flat = residual.reshape(1, -1, self.d_model).to(self.last_device, self.dtype)
         return self.tl.ln_final(flat).reshape(residual.shape).to(residual.device, torch.float32)
 
+    @property
+    def logit_scale(self) -> float:
+        """What the model multiplies the output of its unembedding by, before a soft cap."""
+        return _logit_scale(self.hf_config.get_text_config()) if self.hf_config is not None else 1.0
+
     def final_norm_gain(self) -> Vector:
         """The gain of the final norm, `[d_model]`, for any kind of norm.
 
@@ -176,6 +181,13 @@ class Model(ABC):
         probe = torch.ones(self.d_model)
         probe[1::2] = -1
         return (self.final_norm(probe) - self.final_norm(-probe)) / 2 * probe
+
+
+def _logit_scale(config: Any) -> float:
+    factors = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse
+    scale = float(next(filter(None, (getattr(config, name, None) for name in factors)), 1.0))
+    divisor = float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides, HyperCLOVA X multiplies
+    return scale * divisor if str(config.model_type).startswith("hyperclovax") else scale / divisor
 
 
 def _context_with_fixed_frequencies(config: Any, n_ctx: int) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tlcapture.errors import ModelError
 from tlcapture.models.checkpoints import fingerprint
 from tlcapture.models.engines.base import EXTERNAL_PREFIX, Model, Step
-from tlcapture.models.engines.booting import ProcessRefusedError, text_only
+from tlcapture.models.engines.booting import text_only
 from tlcapture.models.engines.hook_layouts import (
     PLAIN,
     by_token,
@@ -171,10 +171,12 @@ class BridgeModel(Model):
 
     @torch.no_grad()
     def unembed(self, residual: Residual) -> Logits:
-        """Logits `[..., d_vocab]` of a residual stream `[..., d_model]`, with the soft cap of the checkpoint."""
+        """Logits `[..., d_vocab]` of a residual stream `[..., d_model]`, with the checkpoint's scale and soft cap."""
         flat = residual.reshape(1, -1, self.d_model).to(self.last_device, self.dtype)
         logits = self.tl.unembed(self.tl.ln_final(flat)).clone()
-        cap = getattr(self.hf_config, "final_logit_softcapping", None)
+        if self.logit_scale != 1:
+            logits *= self.logit_scale
+        cap = getattr(self.hf_config.get_text_config(), "final_logit_softcapping", None)
         if cap:
             logits = torch.tanh(logits / cap) * cap
         return logits.reshape(*residual.shape[:-1], logits.shape[-1])
@@ -193,8 +195,8 @@ class BridgeModel(Model):
         assert whole.logits is not None
         if not _is_close(self.unembed(whole.cache[last][:, -1]), whole.logits):
             raise self._refusal(
-                "its logits involve more than final norm, unembedding and soft cap, which a logit lens would silently "
-                "omit"
+                "its logits involve more than final norm, unembedding, scale and soft cap, which a logit lens would "
+                "silently omit"
             )
         if not _is_close(self._padded_and_in_two_steps(tokens, probed), whole.cache[probed][0]):
             raise self._refusal(
@@ -279,7 +281,15 @@ def bridge_model(model: Any, tokenizer: Any, *, name: str, checkpoint_fingerprin
         bridge.check()
     except (ModelError, torch.OutOfMemoryError):
         raise
-    except (ValueError, NotImplementedError, AttributeError, RuntimeError, ProcessRefusedError) as error:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ImportError,
+        RuntimeError,
+        PermissionError,
+    ) as error:
         reason = f"TransformerBridge does not run {architecture_of(model.config)}: {_why(error)}"
         raise ModelError(f"{name}: {reason}") from None
     return bridge

@@ -11,6 +11,8 @@ from typing import Any
 
 # Architectures of which TransformerLens 3 normalises queries and keys before it rotates them, rather than after.
 _COMPUTED_OTHERWISE_IN_3 = ("HunYuanDenseV1ForCausalLM",)
+# Architectures of which TransformerLens 3 rotates halves of queries and keys, rather than neighbours.
+_ROTATED_OTHERWISE_IN_3 = ("CohereForCausalLM", "Cohere2ForCausalLM")
 _LIKE_LLAMA = (
     "CwmForCausalLM",
     "DiffLlamaForCausalLM",
@@ -39,17 +41,38 @@ def register_adapters() -> None:
     found = {name: adapter for name, adapter in found.items() if name not in SUPPORTED_ARCHITECTURES}
     if has_hooked_transformer():
         found |= dict.fromkeys(_COMPUTED_OTHERWISE_IN_3, like_llama)
+        found |= {name: _with_own_attention(SUPPORTED_ARCHITECTURES[name]) for name in _ROTATED_OTHERWISE_IN_3}
     for name, adapter in found.items():
         SUPPORTED_ARCHITECTURES[name] = adapter
         ArchitectureAdapterFactory.register_adapter(name, adapter)
 
 
+def _with_own_attention(adapter: type[Any]) -> type[Any]:
+    """An adapter of which attention is computed by transformers."""
+
+    class WithOwnAttention(adapter):
+        def __init__(self, cfg: Any) -> None:
+            super().__init__(cfg)
+            self.component_mapping["blocks"].submodules["attn"] = _own_attention(self.cfg)
+
+    return WithOwnAttention
+
+
+def _own_attention(cfg: Any) -> Any:
+    from transformer_lens.model_bridge.generalized_components import AttentionBridge, LinearBridge
+
+    return AttentionBridge(
+        name="self_attn",
+        config=cfg,
+        submodules={key: LinearBridge(name=f"{key}_proj") for key in "qkvo"},
+        maintain_native_attention=True,
+        requires_attention_mask=True,
+    )
+
+
 def _adapter() -> type[Any]:
     from transformer_lens.model_bridge import generalized_components as components
     from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
-
-    def linear(**names: str) -> dict[str, Any]:
-        return {key: components.LinearBridge(name=name) for key, name in names.items()}
 
     class LikeLlamaAdapter(ArchitectureAdapter):
         """Modules named as those of Llama, each computed by transformers."""
@@ -59,13 +82,6 @@ def _adapter() -> type[Any]:
             self._set_rms_rotary_defaults()
             self.supports_fold_ln = False
             self.weight_processing_conversions: dict[str, Any] = {}
-            attention = components.AttentionBridge(
-                name="self_attn",
-                config=self.cfg,
-                submodules=linear(q="q_proj", k="k_proj", v="v_proj", o="o_proj"),
-                maintain_native_attention=True,
-                requires_attention_mask=True,
-            )
             # A block of experts has none of these projections, unlike a dense one.
             mlp = components.MoEBridge(
                 name="mlp",
@@ -79,7 +95,7 @@ def _adapter() -> type[Any]:
             blocks = {
                 "ln1": components.RMSNormalizationBridge(name="input_layernorm", config=self.cfg),
                 "ln2": components.RMSNormalizationBridge(name="post_attention_layernorm", config=self.cfg),
-                "attn": attention,
+                "attn": _own_attention(self.cfg),
                 "mlp": mlp,
             }
             self.component_mapping = {

@@ -1,0 +1,251 @@
+"""PEFT adapters are merged into the weights of their model, as peft and Hugging Face do, or refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests import tiny
+from tlcapture.doctor.run import run_doctor
+from tlcapture.errors import ModelError
+from tlcapture.generation.loop import teacher_force
+from tlcapture.models.deviation import deviation
+from tlcapture.models.loading import load_model, outline_model
+from tlcapture.models.transfer import ModelFiles
+from tlcapture.runs.display import Display
+from tlcapture.runs.model_loader import ModelLoader
+from tlcapture.views.residual import residual_hooks, residual_view
+
+IDS = [0, *range(40, 60)]
+RANK, ALPHA = 4, 12
+TARGETS = {"self_attn.q_proj": (32, 32), "self_attn.v_proj": (16, 32), "mlp.down_proj": (32, 64)}
+needs_peft = pytest.mark.skipif("not __import__('importlib.util').util.find_spec('peft')", reason="peft is missing")
+
+
+@cache
+def lora() -> dict[str, torch.Tensor]:
+    """The weights of an adapter for three linear maps of every layer of the tiny Llama, by name."""
+    generator = torch.Generator().manual_seed(3)
+    weights = {}
+    for layer in range(tiny.N_LAYERS):
+        for target, (n_out, n_in) in TARGETS.items():
+            name = f"base_model.model.model.layers.{layer}.{target}"
+            weights[f"{name}.lora_A.weight"] = torch.randn(RANK, n_in, generator=generator) * 0.3
+            weights[f"{name}.lora_B.weight"] = torch.randn(n_out, RANK, generator=generator) * 0.3
+    return weights
+
+
+def merged_by_hand(dtype: torch.dtype = torch.float32) -> Any:
+    """The tiny Llama with W + (alpha / rank) B A in place of the adapted W."""
+    model = copy.deepcopy(tiny.hf_model("llama"))
+    with torch.no_grad():
+        for name, a in lora().items():
+            if name.endswith("lora_A.weight"):
+                b = lora()[name.replace("lora_A", "lora_B")]
+                path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+                model.get_submodule(path).weight.add_(ALPHA / RANK * b @ a)
+    return model
+
+
+def write_base(folder: Path, name: str = "llama") -> Path:
+    tiny.hf_model(name).save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_adapter(folder: Path, base: str | None, weights: dict[str, torch.Tensor] | None = None, **config: Any) -> str:
+    folder.mkdir(exist_ok=True)
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "target_modules": [target.split(".")[1] for target in TARGETS],
+        **config,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(lora() if weights is None else weights, folder / "adapter_model.safetensors")
+    return str(folder)
+
+
+def one_line(name: str, **options: Any) -> str:
+    with pytest.raises(ModelError) as caught:
+        load_model(name, check=False, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def assert_equals_merged(model: Any, theirs: Any, ids: list[int] = IDS) -> None:
+    with torch.no_grad():
+        out = theirs(torch.tensor([ids]), output_hidden_states=True)
+    stream = residual_view(teacher_force(model, ids, residual_hooks(model.n_layers, model.hook_names)), model.n_layers)
+    for layer in range(model.n_layers):
+        assert deviation(stream.at(layer, "residual_in"), out.hidden_states[layer][0]) < 1e-4
+    logits = model.unembed(stream.at(model.n_layers - 1, "residual_out"))
+    assert deviation(logits, out.logits[0]) < 1e-4
+
+
+@needs_peft
+@pytest.mark.parametrize("engine", tiny.ENGINES)
+def test_an_adapter_beside_full_weights_is_merged(engine: str, tmp_path: Path) -> None:
+    folder = write_adapter(write_base(tmp_path / "both"), "some/model-that-is-not-there")
+    assert_equals_merged(load_model(folder, engine=engine), merged_by_hand())
+
+
+@needs_peft
+@pytest.mark.parametrize("engine", tiny.ENGINES)
+@pytest.mark.parametrize("relative", [False, True])
+def test_an_adapter_alone_is_loaded_with_its_base(engine: str, relative: bool, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    folder = write_adapter(tmp_path / "adapter", "../base" if relative else str(base))
+    model = load_model(folder, engine=engine)
+    assert_equals_merged(model, merged_by_hand())
+    assert model.name == folder
+    assert outline_model(folder).measures == model.measures
+
+
+@needs_peft
+def test_the_merged_weights_equal_those_of_peft_in_the_dtype_of_the_checkpoint(tmp_path: Path) -> None:
+    import peft
+    import transformers
+
+    base = tmp_path / "base"
+    tiny.hf_model("llama", torch.bfloat16).save_pretrained(base)
+    tiny.tokenizer().save_pretrained(base)
+    torch.manual_seed(0)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    settings = peft.LoraConfig(
+        r=4, lora_alpha=16, use_rslora=True, target_modules="all-linear", modules_to_save=["lm_head"], bias="none"
+    )
+    tuned = peft.get_peft_model(plain, settings)
+    with torch.no_grad():
+        for name, weight in tuned.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                weight.add_(torch.randn_like(weight) * 0.2)
+    tuned.save_pretrained(tmp_path / "adapter")
+    again = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    theirs = peft.PeftModel.from_pretrained(again, tmp_path / "adapter").merge_and_unload()
+    theirs.save_pretrained(tmp_path / "merged")
+    tiny.tokenizer().save_pretrained(tmp_path / "merged")
+    ours = load_model(str(tmp_path / "adapter"))
+    assert ours.fingerprint == load_model(str(tmp_path / "merged")).fingerprint
+    assert ours.fingerprint != load_model(str(base)).fingerprint
+    assert_equals_merged(ours, theirs.float())
+
+
+@needs_peft
+def test_added_tokens_get_the_rows_of_the_adapter(tmp_path: Path) -> None:
+    import peft
+
+    base = write_base(tmp_path / "base")
+    larger = copy.deepcopy(tiny.hf_model("llama"))
+    larger.resize_token_embeddings(tiny.VOCABULARY + 2, mean_resizing=False)
+    tuned = peft.get_peft_model(
+        larger, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    )
+    with torch.no_grad():
+        for name, weight in tuned.named_parameters():
+            if "modules_to_save" in name:
+                weight.add_(torch.randn_like(weight))
+    tuned.peft_config["default"].base_model_name_or_path = str(base)
+    tuned.save_pretrained(tmp_path / "adapter")
+    model = load_model(str(tmp_path / "adapter"))
+    assert model.d_vocab == tiny.VOCABULARY + 2
+    assert_equals_merged(model, tuned.merge_and_unload(), [*IDS, tiny.VOCABULARY, tiny.VOCABULARY + 1])
+
+
+@needs_peft
+def test_doctor_compares_with_the_merged_model(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "adapter", str(write_base(tmp_path / "base")))
+    checks = {check.name: check for check in run_doctor(ModelLoader(folder, Display()))}
+    assert checks["raw basis"].verdict == "ok"
+
+
+@needs_peft
+@pytest.mark.parametrize("layer", ["model.layers.7.self_attn.q_proj", "model.layers.0.self_attn.k_proj"])
+def test_an_adapter_with_weights_for_other_modules_is_refused(layer: str, tmp_path: Path) -> None:
+    name = f"base_model.model.{layer}.lora_A.weight"
+    folder = write_adapter(
+        tmp_path / "adapter", str(write_base(tmp_path / "base")), {**lora(), name: torch.zeros(RANK, 32)}
+    )
+    assert "its adapter does not fit" in one_line(folder) and layer in one_line(folder)
+
+
+@needs_peft
+def test_an_adapter_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    weights = {name: weight for name, weight in lora().items() if ".layers.1." not in name}
+    folder = write_adapter(tmp_path / "adapter", str(write_base(tmp_path / "base")), weights)
+    assert "its adapter does not fit" in one_line(folder)
+
+
+@needs_peft
+def test_an_adapter_of_another_width_is_refused(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "adapter", str(write_base(tmp_path / "base", "llama_ungrouped")))
+    assert "its adapter cannot be merged" in one_line(folder)
+
+
+@needs_peft
+def test_an_adapter_without_weights_to_merge_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    write_adapter(folder, str(write_base(tmp_path / "base")))
+    settings = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    (folder / "adapter_config.json").write_text(
+        json.dumps({**settings, "base_model_name_or_path": str(tmp_path / "base")})
+    )
+    assert "an adapter of type PROMPT_TUNING has no weights to merge" in one_line(str(folder))
+
+
+@pytest.mark.parametrize("engine", tiny.ENGINES)
+@pytest.mark.parametrize("beside", [True, False])
+def test_without_peft_an_adapter_is_refused_with_the_command_that_installs_it(
+    beside: bool, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    base = write_base(tmp_path / "base")
+    message = one_line(write_adapter(base if beside else tmp_path / "adapter", str(base)), engine=engine)
+    assert "has a PEFT adapter" in message and "pip install peft" in message
+
+
+def test_a_base_that_is_not_there_is_named(tmp_path: Path) -> None:
+    missing = tmp_path / "nowhere"
+    assert f"an adapter for the model {missing}, which is not there" in one_line(
+        write_adapter(tmp_path / "one", str(missing))
+    )
+    assert "'some-org/some-model' cannot be loaded" in one_line(write_adapter(tmp_path / "two", "some-org/some-model"))
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"base_model_name_or_path": null}', '"text"'])
+def test_an_adapter_config_that_names_no_model_is_refused(content: str, tmp_path: Path) -> None:
+    folder = Path(write_adapter(tmp_path / "adapter", None))
+    (folder / "adapter_config.json").write_text(content)
+    assert "expected a PEFT adapter whose base_model_name_or_path names" in one_line(str(folder))
+
+
+def test_a_model_without_an_adapter_is_loaded_without_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)  # importing it fails
+    assert load_model(str(write_base(tmp_path / "base"))).n_layers == tiny.N_LAYERS
+
+
+@needs_peft
+def test_a_worker_receives_an_adapter_together_with_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TLCAPTURE_CACHE", str(tmp_path / "cache"))
+    folder = write_adapter(tmp_path / "adapter", str(write_base(tmp_path / "base")))
+    files = ModelFiles.of(folder)
+    assert files.found() == Path(folder).resolve()
+    contents = {name: files.send(name) for name in files.sizes}
+    shutil.rmtree(folder)
+    shutil.rmtree(tmp_path / "base")  # a machine that has neither
+    assert files.found() is None
+    received = files.receive(contents.__getitem__)
+    assert files.found() == received
+    assert_equals_merged(load_model(folder, source=received), merged_by_hand())

@@ -1,0 +1,147 @@
+"""LoRA and other PEFT adapters: finding the model that an adapter is for, and merging the adapter into its weights.
+
+An adapter is a folder or a repository on the hub with `adapter_config.json`. Full weights beside it are the weights
+that it adapts; without them, the adapter's config names them. peft is imported only to merge.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tlcapture.errors import ModelError
+from tlcapture.models.untaken import listed
+
+CONFIG = "adapter_config.json"
+BASE = "base"  # a folder in that of an adapter with the model that it is for, as workers of a cluster receive it
+# Options of `from_pretrained` with which transformers does not find an adapter, to inject it without merging.
+NOT_BY_TRANSFORMERS = {"adapter_kwargs": {"subfolder": "merged-by-tlcapture"}}
+_WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter, and the model that it adapts; both are folders or names on the hub.
+
+    `base` equals `source` where full weights are beside the adapter.
+    """
+
+    source: str
+    base: str
+
+    @property
+    def tokenizer_source(self) -> str:
+        """Where the tokenizer is: beside the adapter if it has one."""
+        folder = Path(self.source)
+        has_one = not folder.is_dir() or any((folder / name).is_file() for name in _TOKENIZERS)
+        return self.source if has_one else self.base
+
+
+def adapter_of(source: str) -> Adapter | None:
+    """The adapter in a folder or a repository on the hub; `None` if it has none.
+
+    Raises `ModelError` if its config is not valid, or names no model.
+    """
+    path = _config_of(source)
+    if path is None:
+        return None
+    folder = Path(source)
+    if folder.is_dir() and (folder / "config.json").is_file() and any(map(any, map(folder.glob, _WEIGHTS))):
+        return Adapter(source, source)
+    try:
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise ModelError(
+            f"{path}: expected a PEFT adapter whose base_model_name_or_path names the model that it is for"
+        )
+    near = [folder / BASE, folder / base] if folder.is_dir() else []
+    for path in [*near, Path(base)]:
+        if any((path / file).is_file() for file in ("config.json", CONFIG)):
+            return Adapter(source, str(path))
+    if Path(base).is_absolute() or base.startswith("."):
+        raise ModelError(f"{source}: an adapter for the model {base}, which is not there")
+    return Adapter(source, base)
+
+
+def merged(model: Any, adapter: Adapter, name: str) -> Any:
+    """The Hugging Face model with an adapter merged into its weights, in their dtype.
+
+    Raises `ModelError` if peft is not installed, the adapter cannot be merged, or its weights do not fit the model.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ModelError(
+            f"model {name!r} has a PEFT adapter, which is merged with peft: expected that it is installed, "
+            "run 'pip install peft', or move adapter_config.json away to use the weights without it"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _merged(model, adapter, name)
+    except (ModelError, MemoryError):
+        raise
+    except Exception as error:  # peft raises many kinds for adapters that do not fit
+        reason = " ".join(str(error).split())
+        raise ModelError(f"model {name!r}: its adapter cannot be merged: {reason[:300]}") from None
+
+
+def _merged(model: Any, adapter: Adapter, name: str) -> Any:
+    import peft
+
+    config = peft.PeftConfig.from_pretrained(adapter.source)
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        raise ModelError(f"model {name!r}: an adapter of type {kind} has no weights to merge into those of the model")
+    weights = peft.load_peft_weights(adapter.source, device="cpu")
+    _resize(model, weights, name)
+    device = str(model.device)
+    adapted = peft.PeftModel.from_pretrained(model, adapter.source, torch_device=device)
+    found = adapted.load_adapter(adapter.source, "default", torch_device=device)
+    # peft writes the modules of a model whose vocabulary was extended twice.
+    extra = {key for key in found.unexpected_keys if key.replace(".modules_to_save.", ".") not in {*weights} - {key}}
+    wrong = sorted({*found.missing_keys, *extra})
+    if wrong:
+        raise ModelError(f"model {name!r}: its adapter does not fit {adapter.base!r}: {listed(wrong)}")
+    return adapted.merge_and_unload()
+
+
+def _resize(model: Any, weights: dict[str, Any], name: str) -> None:
+    """Give a model the vocabulary of an adapter that was trained with additional tokens."""
+    outer = {"input": model.get_input_embeddings(), "output": model.get_output_embeddings()}
+    names = {module: path for path, module in model.named_modules()}
+    saved = {
+        kind: weight.shape[0]
+        for kind, module in outer.items()
+        for key, weight in weights.items()
+        if f".{names.get(module)}." in f".{key}" and key.endswith(".weight") and "lora_" not in key
+    }
+    n_tokens = max(saved.values(), default=0)
+    if n_tokens <= outer["input"].weight.shape[0]:
+        return
+    is_tied = outer["output"] is not None and outer["input"].weight is outer["output"].weight
+    if len(saved) < 2 and not is_tied:
+        raise ModelError(
+            f"model {name!r}: its adapter adds tokens at the {next(iter(saved))} only: expected {n_tokens} rows of "
+            "both embedding and unembedding, which would be random for the new tokens"
+        )
+    model.resize_token_embeddings(n_tokens, mean_resizing=False)
+
+
+def _config_of(source: str) -> Path | None:
+    if Path(source).is_dir():
+        path = Path(source) / CONFIG
+        return path if path.is_file() else None
+    from transformers.utils import cached_file
+
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
+    try:
+        found = cached_file(source, CONFIG, **quiet)
+    except (OSError, ValueError):  # not a name on the hub either, which loading its config reports
+        return None
+    return None if found is None else Path(found)
