@@ -248,19 +248,32 @@ def test_traits_check_reports_problems_of_examples(tlcapture: Run, data: Path) -
         rows[1] = rows[0]
         (folder / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = tlcapture("traits", "check", "--traits", "tone/leaky")
-    assert result.exit_code == 0
-    assert "2 examples occur twice" in result.output
-    assert "times as many words" in result.output
-    assert "the side can be guessed from the prompt alone 100% of the time: the topic leaks" in result.output
-    assert "pairs whose prompts leak: " in result.output
+    assert result.exit_code == 1
+    assert "tone/leaky: 2 examples occur twice" in result.output
+    for cue in ("characters", "words", "tokens"):
+        assert (
+            f"tone/leaky: {cue}: 1.00, 1.00 of the pairs, expected 0.35 to 0.65 (by chance 0.32 to 0.68)"
+            in result.output
+        )
+    assert "tone/leaky: by prompt: 1.00, expected 0.35 to 0.65" in result.output
 
 
-def test_traits_check_finds_no_duplicates_or_unequal_lengths_in_the_shipped_examples(tlcapture: Run) -> None:
+def test_traits_check_passes_on_the_shipped_examples_and_prints_its_bounds(tlcapture: Run) -> None:
     result = tlcapture("traits", "check")
-    assert result.exit_code == 0
+    assert result.exit_code == 0, result.output
     assert len(result.output.splitlines()) >= 11
-    assert "occur twice" not in result.output
-    assert "times as many words" not in result.output
+    assert "*" not in result.output
+    assert "Bounds: 0.35 to 0.65 for lengths" in result.output
+    assert "0.25 to 0.75 for the words of other traits" in result.output
+    assert "95 % of the time by chance: " in result.output
+
+
+def test_an_unreadable_trait_does_not_keep_another_from_being_checked(tlcapture: Run, data: Path) -> None:
+    (data / "datasets" / "traits" / "tone" / "loud" / "positive.jsonl").write_text("{")
+    result = tlcapture("traits", "check", "--traits", "tone/warm")
+    assert "\ntone/warm     10 " in result.stdout
+    assert "not compared with tone/loud: " in result.stderr
+    assert tlcapture("traits", "check").exit_code == 2
 
 
 @pytest.mark.parametrize(

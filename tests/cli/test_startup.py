@@ -29,6 +29,7 @@ def python(code: str) -> str:
         ["evaluate", "-h"],
         ["traits", "list", "-h"],
         ["traits", "import", "-h"],
+        ["traits", "check", "-h"],
         ["project", "-h"],
         ["extract", "-h"],
         ["shell", "-h"],
@@ -63,6 +64,17 @@ def test_listing_vectors_loads_no_torch(tmp_path: Path) -> None:
     lines = python(code).splitlines()
     assert lines[0].startswith("trait ")
     assert lines[-1] == "False"
+
+
+def test_checking_examples_loads_no_torch() -> None:
+    code = (
+        "import sys\nfrom tlcapture.cli.main import main\n"
+        "try:\n    main(['traits', 'check'])\nexcept SystemExit as end:\n    assert not end.code\n"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    lines = python(code).splitlines()
+    assert lines[0].startswith("trait ")
+    assert lines[-1] == "[]"
 
 
 def test_public_names_exist_and_others_do_not() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,9 +91,9 @@ def test_examples_without_words_or_pairs_can_be_checked(
 ) -> None:
     for side in ("positive", "negative"):
         (folder / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = check_examples(read_examples(Datasets(tmp_path), ODD))
-    assert math.isfinite(found.length_ratio)
-    assert 0 <= found.response_accuracy <= 1
+    (found,) = check_examples([read_examples(Datasets(tmp_path), ODD)])
+    assert all(cue.auroc is None or 0 <= cue.auroc <= 1 for cue in found.cues.values())
+    assert all(cue.in_pairs is None or 0 <= cue.in_pairs <= 1 for cue in found.cues.values())
     evidence.tried("examples, JSON lines", "no words, no pairs")
 
 

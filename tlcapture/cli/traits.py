@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,11 @@ from tlcapture.names import Trait
 from tlcapture.text import printable
 
 if TYPE_CHECKING:
-    from tlcapture.extraction.checks import Check
+    from tlcapture.extraction.example_checks import Cue, ExampleCheck
+    from tlcapture.extraction.examples import Examples
+    from tlcapture.storage.layout import Datasets
+
+_MOST_SIZES = 3  # shown of the numbers of examples that traits have
 
 _trait_option = click.option(
     "--traits", "chosen", type=Traits(), default="all", show_default=True, help="Traits to check."
@@ -34,7 +40,10 @@ def traits() -> None:
 @root_option
 @one_line_errors
 def check(chosen: tuple[Trait, ...], examples_as: str, root: Path) -> None:
-    """Check contrastive examples: counts, duplicates, lengths, and whether words alone reveal the side."""
+    """Check contrastive examples: duplicates, lengths, and words that reveal the side.
+
+    The exit status is 1 if a check fails: docs/traits.md says why each of them matters.
+    """
     from tlcapture.extraction.example_checks import check_examples
     from tlcapture.extraction.examples import GUESS, read_examples
     from tlcapture.storage.layout import Datasets
@@ -43,28 +52,57 @@ def check(chosen: tuple[Trait, ...], examples_as: str, root: Path) -> None:
     examples = [read_examples(datasets, trait, examples_as=examples_as) for trait in chosen or datasets.traits()]
     if any(each.is_guess for each in examples):
         Console().warn(GUESS)
-    found = [check_examples(each) for each in examples]
-    names = ("positive", "negative", "pairs", "duplicates", "length ratio", "by prompt", "by response", "leaking")
-    echo_table([Column("trait"), *(Column(name, right=True) for name in names)], map(_counts, found))
-    for each in found:
-        for concern in each.concerns:
-            click.secho(printable(f"{each.trait}: {concern}"), fg="yellow")
-        if each.leaking_pairs:
-            click.echo(printable(f"{each.trait}: pairs whose prompts leak: {', '.join(each.leaking_pairs)}"))
+    others = _readable(datasets, [trait for trait in datasets.traits() if chosen and trait not in chosen])
+    found = check_examples(examples, others)
+    _echo_checks(found)
+    concerns = [f"{each.trait}: {concern}" for each in found for concern in each.concerns]
+    for concern in concerns:
+        click.secho(printable(concern), fg="yellow")
+    if concerns:
+        sys.exit(1)
 
 
-def _counts(found: Check) -> tuple[str, ...]:
-    return (
-        str(found.trait),
-        str(found.n_positive),
-        str(found.n_negative),
-        str(found.n_pairs),
-        str(found.duplicates),
-        f"{found.length_ratio:.2f}",
-        "-" if found.prompt_accuracy is None else f"{found.prompt_accuracy:.0%}",
-        f"{found.response_accuracy:.0%}",
-        str(len(found.leaking_pairs)),
-    )
+def _readable(datasets: Datasets, unchosen: Sequence[Trait]) -> list[Examples]:
+    """The examples of the traits that are not checked themselves; those that cannot be read are named."""
+    from tlcapture.errors import TlcaptureError
+    from tlcapture.extraction.examples import read_examples
+
+    found = []
+    for trait in unchosen:
+        try:
+            found.append(read_examples(datasets, trait))
+        except TlcaptureError as error:
+            click.secho(printable(f"not compared with {trait}: {error}"), fg="yellow", err=True)
+    return found
+
+
+def _echo_checks(found: Sequence[ExampleCheck]) -> None:
+    from tlcapture.extraction.example_checks import BOUNDS, OTHER_WORDS_BOUNDS
+    from tlcapture.extraction.surface_cues import chance_interval, embedded_tokenizer
+
+    names = list(dict.fromkeys(name for each in found for name in each.cues))
+    columns = [Column("trait"), *(Column(name, right=True) for name in ("pairs", "twice", *names))]
+    echo_table(columns, [_cells(each, names) for each in found])
+    sizes = sorted({(each.n_positive, each.n_negative) for each in found})[:_MOST_SIZES]
+    chance = ", ".join("{:.2f} to {:.2f} for {} and {}".format(*chance_interval(*size), *size) for size in sizes)
+    click.echo("AUROC of positive against negative examples: 0.5 tells nothing. An asterisk marks what fails.")
+    click.echo(f"95 % of the time by chance: {chance} examples.")
+    click.echo("Bounds: {:.2f} to {:.2f} for lengths, over all and within pairs, and by prompt;".format(*BOUNDS))
+    click.echo("        {:.2f} to {:.2f} for the words of other traits; no example twice.".format(*OTHER_WORDS_BOUNDS))
+    click.echo("Only reported: by response, and in style/ characters a word, since both are part of the matter.")
+    if not embedded_tokenizer():
+        click.echo("Tokens are counted as words and marks: the embedded model's tokenizer has not been converted yet.")
+
+
+def _cells(found: ExampleCheck, names: Sequence[str]) -> tuple[str, ...]:
+    counts = (f"{found.n_pairs}", f"{found.duplicates}{'*' if found.duplicates else ''}")
+    return (str(found.trait), *counts, *(_cell(found.cues.get(name)) for name in names))
+
+
+def _cell(cue: Cue | None) -> str:
+    if cue is None or cue.auroc is None:
+        return "-"
+    return f"{cue.auroc:.2f}{'*' if cue.leaks else ''}"
 
 
 @traits.command("list", context_settings=HELP_NAMES)

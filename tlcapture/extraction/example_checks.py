@@ -1,109 +1,187 @@
-"""Checks of contrastive examples without a model: duplicates, length, and topics that reveal the side."""
+"""Checks of contrastive examples without a model: duplicates, and what reveals the side without the trait.
+
+    checks = check_examples([read_examples(datasets, trait) for trait in datasets.traits()])
+
+A vector found from examples whose positive side is longer, or about other topics, follows length or topic. Each cue is
+therefore scored as a detector of the side: the area under its curve (AUROC) is how often a positive example has more of
+it than a negative one, 0.5 where it tells nothing. `surface_cues` holds the measures.
+"""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from tlcapture.extraction.examples import Examples, LabelledExample
+from tlcapture.extraction.surface_cues import (
+    Labels,
+    Values,
+    area_under_curve,
+    chance_interval,
+    characters,
+    characters_a_word,
+    held_out_words_auroc,
+    share_in_pairs,
+    tokens,
+    word_classifier,
+    words,
+)
+from tlcapture.names import Trait
 
-_FOLDS = 5
-_SURE = 0.8
-_IMBALANCE = 1.25
-_LEAK = 0.65
+BOUNDS = (0.35, 0.65)
+"""Of lengths, over all examples and within pairs, and of what the prompt's words reveal: nearly three standard
+deviations of chance for 64 examples a side."""
+
+OTHER_WORDS_BOUNDS = (0.25, 0.75)
+"""Of the words of another trait's examples: wider, since each trait is compared with all others in both directions."""
+
+LENGTHS = {"characters": characters, "tokens": tokens, "words": words, "characters a word": characters_a_word}
+BY_PROMPT = "by prompt"
+BY_RESPONSE = "by response"
+OTHER_WORDS = "other traits' words"
+_STYLE = "style"
+
+
+@dataclass(frozen=True)
+class Cue:
+    """What one cue tells of the side.
+
+    Attributes:
+        auroc: 0 to 1; 0.5 tells nothing, and below 0.5 the negative side has more of it. `None`: does not apply.
+        in_pairs: the share of pairs whose positive example has more of it; `None` for words, and without pairs.
+        bounds: what it must lie within; `None` for a cue that is only reported.
+        of: the other trait that an AUROC of `OTHER_WORDS` is about, with the direction.
+    """
+
+    name: str
+    auroc: float | None
+    in_pairs: float | None = None
+    bounds: tuple[float, float] | None = BOUNDS
+    of: str = ""
+
+    @property
+    def leaks(self) -> bool:
+        """Whether it lies outside its bounds, over all examples or within pairs."""
+        return not all(self._within(value) for value in (self.auroc, self.in_pairs))
+
+    def _within(self, value: float | None) -> bool:
+        return value is None or self.bounds is None or self.bounds[0] <= value <= self.bounds[1]
 
 
 @dataclass(frozen=True)
 class ExampleCheck:
-    """The findings on one trait's examples.
+    """The findings on one trait's examples: counts, and its cues by name."""
 
-    Attributes:
-        length_ratio: mean words of a positive over mean words of a negative response.
-        prompt_accuracy: how often a bag-of-words classifier finds the side from the prompt alone, by
-            cross-validation over whole pairs; `None` without prompts. Near 0.5, prompts do not reveal the side.
-        response_accuracy: how often it finds the side from the response (or text): how far single words show the
-            trait.
-        leaking_pairs: pairs both of whose prompts it assigns to the right side with a probability over 0.8.
-    """
-
-    trait: str
+    trait: Trait
     n_positive: int
     n_negative: int
     n_pairs: int
     duplicates: int
-    length_ratio: float
-    prompt_accuracy: float | None
-    response_accuracy: float
-    leaking_pairs: list[str]
+    cues: dict[str, Cue]
 
     @property
     def concerns(self) -> list[str]:
-        """What a user should fix or know of, one line each."""
-        found = []
-        if self.duplicates:
-            found.append(f"{self.duplicates} examples occur twice")
-        if not 1 / _IMBALANCE <= self.length_ratio <= _IMBALANCE:
-            found.append(f"positive responses have {self.length_ratio:.2f} times as many words as negative ones")
-        if self.prompt_accuracy is not None and self.prompt_accuracy > _LEAK:
-            found.append(
-                f"the side can be guessed from the prompt alone {self.prompt_accuracy:.0%} of the time: the topic leaks"
-            )
-        return found
+        """What is wrong with the examples, one line each."""
+        found = [f"{self.duplicates} examples occur twice"] if self.duplicates else []
+        return found + [self._concern(cue) for cue in self.cues.values() if cue.leaks]
+
+    def _concern(self, cue: Cue) -> str:
+        low, high = cue.bounds or (0.0, 1.0)
+        chance = "by chance {:.2f} to {:.2f}".format(*chance_interval(self.n_positive, self.n_negative))
+        in_pairs = "" if cue.in_pairs is None else f", {cue.in_pairs:.2f} of the pairs"
+        what = f"{cue.name} ({cue.of})" if cue.of else cue.name
+        return f"{what}: {cue.auroc:.2f}{in_pairs}, expected {low:.2f} to {high:.2f} ({chance})"
 
 
-def check_examples(examples: Examples) -> ExampleCheck:
-    """Check a trait's examples for duplicates, unequal lengths and leaks of topic."""
+def check_examples(chosen: Sequence[Examples], others: Sequence[Examples] = ()) -> list[ExampleCheck]:
+    """Check the examples of the chosen traits, their words against those of all chosen and other traits."""
+    every = [_Vocabulary(each, word_classifier(_texts(each.items), _labels(each.items))) for each in (*chosen, *others)]
+    return [_check(own, [each for each in every if each is not own]) for own in every[: len(chosen)]]
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """A trait's examples, and the classifier of their words."""
+
+    examples: Examples
+    classify: Callable[[Sequence[str]], Values]
+
+    def on(self, other: _Vocabulary) -> float:
+        """How well these words tell the sides of another trait's examples apart, as an AUROC."""
+        items = other.examples.items
+        return area_under_curve(self.classify(_texts(items)), _labels(items))
+
+
+def _check(own: _Vocabulary, others: Sequence[_Vocabulary]) -> ExampleCheck:
+    examples = own.examples
     items = examples.items
-    texts = [item.example.text or item.example.response or item.example.prompt or "" for item in items]
-    prompts = [item.example.prompt or "" for item in items]
-    sides = {side: {i.example.pair for i in items if i.positive == side and i.example.pair} for side in (True, False)}
-    words = {side: [len(t.split()) for t, i in zip(texts, items, strict=True) if i.positive == side] for side in sides}
-    prompt_probs = _side_probabilities(prompts, items) if any(prompts) else None
+    labels = _labels(items)
+    pairs = {side: {i.example.pair for i in items if i.positive == side and i.example.pair} for side in (True, False)}
     return ExampleCheck(
-        trait=str(examples.trait),
-        n_positive=len(words[True]),
-        n_negative=len(words[False]),
-        n_pairs=len(sides[True] & sides[False]),
-        duplicates=sum(count - 1 for count in Counter(zip(prompts, texts, strict=True)).values()),
-        length_ratio=float(np.mean(words[True]) / max(np.mean(words[False]), 1e-9)),
-        prompt_accuracy=None if prompt_probs is None else float((prompt_probs > 0.5).mean()),
-        response_accuracy=float((_side_probabilities(texts, items) > 0.5).mean()),
-        leaking_pairs=[] if prompt_probs is None else _leaking(prompt_probs, items),
+        trait=examples.trait,
+        n_positive=int(labels.sum()),
+        n_negative=int((~labels).sum()),
+        n_pairs=len(pairs[True] & pairs[False]),
+        duplicates=_duplicates(items),
+        cues={cue.name: cue for cue in (*_lengths(examples), *_words(items, labels), _worst(own, others))},
     )
 
 
-def _side_probabilities(texts: Sequence[str], items: Sequence[LabelledExample]) -> np.ndarray:
-    """The probability that a bag-of-words classifier, trained on other pairs, gives to each text's own side.
+def _lengths(examples: Examples) -> Iterable[Cue]:
+    """The lengths of responses, and the characters of prompts where they differ between the sides."""
+    items = examples.items
+    labels, texts = _labels(items), _texts(items)
+    pairs = [item.example.pair for item in items]
+    for name, measure in LENGTHS.items():
+        values = np.array([measure(text) for text in texts], dtype=float)
+        only_reported = examples.trait.category == _STYLE and name == "characters a word"
+        bounds = None if only_reported else BOUNDS
+        yield Cue(name, area_under_curve(values, labels), share_in_pairs(values, labels, pairs), bounds)
+    if any(item.example.response for item in items):
+        values = np.array([characters(text) for text in _prompts(items)], dtype=float)
+        yield Cue("prompt's characters", area_under_curve(values, labels), share_in_pairs(values, labels, pairs))
 
-    It is 0.5 for texts without words, and if only one side is left to train on.
-    """
-    from sklearn.feature_extraction.text import CountVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GroupKFold
 
-    labels = np.array([item.positive for item in items])
+def _words(items: Sequence[LabelledExample], labels: Labels) -> Iterable[Cue]:
     groups = [item.example.pair or f"{item.positive} {number}" for number, item in enumerate(items)]
-    own = np.full(len(texts), 0.5)
-    n_folds = min(_FOLDS, len(set(groups)))
-    if n_folds < 2 or not any(re.search(r"\w", text) for text in texts):
-        return own
-    counts = CountVectorizer(token_pattern=r"\w+", binary=True).fit_transform(texts)
-    for train, test in GroupKFold(n_folds).split(counts, labels, groups):
-        if len(set(labels[train])) < 2:
-            continue
-        model = LogisticRegression(max_iter=1000).fit(counts[train], labels[train])
-        positive = model.predict_proba(counts[test])[:, 1]
-        own[test] = np.where(labels[test], positive, 1 - positive)
-    return own
+    prompts = _prompts(items)
+    yield Cue(BY_PROMPT, held_out_words_auroc(prompts, labels, groups) if any(prompts) else None)
+    yield Cue(BY_RESPONSE, held_out_words_auroc(_texts(items), labels, groups), bounds=None)
 
 
-def _leaking(probabilities: np.ndarray, items: Sequence[LabelledExample]) -> list[str]:
-    by_pair: dict[str, list[float]] = {}
-    for probability, item in zip(probabilities, items, strict=True):
-        if item.example.pair:
-            by_pair.setdefault(item.example.pair, []).append(float(probability))
-    return sorted(pair for pair, both in by_pair.items() if len(both) > 1 and min(both) > _SURE)
+def _worst(own: _Vocabulary, others: Sequence[_Vocabulary]) -> Cue:
+    """The AUROC farthest from 0.5 of another trait's words on these examples, or of their words on another trait's.
+
+    A trait that shares examples with this one is left out: it is the same trait under another name.
+    """
+    found: list[tuple[float, str]] = []
+    examples = {item.example for item in own.examples.items}
+    for other in others:
+        if examples.isdisjoint(item.example for item in other.examples.items):
+            found.append((other.on(own), f"of {other.examples.trait} on these"))
+            found.append((own.on(other), f"these on {other.examples.trait}"))
+    worst, of = max(found, key=lambda each: abs(each[0] - 0.5), default=(None, ""))
+    return Cue(OTHER_WORDS, worst, bounds=OTHER_WORDS_BOUNDS, of=of)
+
+
+def _labels(items: Sequence[LabelledExample]) -> Labels:
+    return np.array([item.positive for item in items])
+
+
+def _prompts(items: Sequence[LabelledExample]) -> list[str]:
+    return [item.example.prompt or "" for item in items]
+
+
+def _texts(items: Sequence[LabelledExample]) -> list[str]:
+    """What the activations are read from: the response, the bare text, or a prompt without a response."""
+    return [item.example.text or item.example.response or item.example.prompt or "" for item in items]
+
+
+def _duplicates(items: Sequence[LabelledExample]) -> int:
+    """How many examples repeat another one of either side, but for blanks and capitals."""
+    both = zip(_prompts(items), _texts(items), strict=True)
+    counts = Counter((" ".join(p.lower().split()), " ".join(t.lower().split())) for p, t in both)
+    return sum(count - 1 for count in counts.values())
