@@ -66,7 +66,7 @@ def test_checkpoints_have_different_fingerprints() -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"name": "no/such-model-anywhere"}, "model 'no/such-model-anywhere' cannot be loaded"),
+        ({"name": "no/such-model-anywhere"}, "model 'no/such-model-anywhere' is neither a folder nor in the hub cache"),
         ({"engine": "steam"}, "no engine 'steam'"),
         ({"device": "abacus"}, "device 'abacus' cannot be used here"),
         ({"dtype": "int3"}, "no dtype 'int3'"),

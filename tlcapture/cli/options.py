@@ -231,6 +231,7 @@ class ModelOptions(EngineOptions):
     """Which model an experiment uses, and how to run it; a model of `None` is the experiment's own."""
 
     model: str | None
+    revision: str | None
     allow_model_change: bool
 
     def loader_for(self, layout: Layout, role: str, display: Display) -> ModelLoader:
@@ -245,13 +246,21 @@ class ModelOptions(EngineOptions):
             layout,
             role,
             display,
-            model=self.model,
+            model=self._named(),
             allow_model_change=self.allow_model_change,
             engine=self.engine,
             device=self.device,
             dtype=self.dtype,
             n_devices=self.n_devices,
         )
+
+    def _named(self) -> str | None:
+        """The model with its revision, such as `org/model@main`."""
+        if self.revision is None:
+            return self.model
+        if self.model is None or "@" in self.model:
+            raise click.UsageError("--revision needs --model with a name on the hub, without '@'")
+        return f"{self.model}@{self.revision}"
 
 
 _engine_options = together(
@@ -285,9 +294,10 @@ model_options = together(
     click.option(
         "--model",
         metavar="NAME",
-        help="smollm2 (embedded), a folder of Hugging Face weights, or a hub name.  "
+        help="smollm2 (embedded), a folder of Hugging Face weights, a GGUF file, or a hub name (also name@revision).  "
         "[default: the experiment's, or smollm2]",
     ),
+    click.option("--revision", metavar="REV", help="Branch, tag or commit of a model on the hub.  [default: main]"),
     click.option(
         "--allow-model-change", is_flag=True, help="Continue even if the experiment has used another model so far."
     ),

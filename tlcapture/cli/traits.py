@@ -33,11 +33,14 @@ def traits() -> None:
 @one_line_errors
 def check(chosen: tuple[Trait, ...], root: Path) -> None:
     """Check contrastive examples: counts, duplicates, lengths, and whether words alone reveal the side."""
-    from tlcapture.extraction.example_checks import check_examples
-    from tlcapture.extraction.examples import read_examples
     from tlcapture.storage.layout import Datasets
 
     datasets = Datasets(root)
+    for trait in chosen:
+        datasets.trait_folder(trait)
+    from tlcapture.extraction.example_checks import check_examples
+    from tlcapture.extraction.examples import read_examples
+
     found = [check_examples(read_examples(datasets, trait)) for trait in chosen or datasets.traits()]
     names = ("positive", "negative", "pairs", "duplicates", "length ratio", "by prompt", "by response", "leaking")
     echo_table([Column("trait"), *(Column(name, right=True) for name in names)], map(_counts, found))

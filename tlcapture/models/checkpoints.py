@@ -7,30 +7,17 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from tlcapture.errors import ModelError
 from tlcapture.models import embedded
+from tlcapture.models.sources import source_of
+
+__all__ = ["cast", "count_parameters", "fetch", "fetch_weights", "fingerprint", "quiet_loading", "source_of"]
 
 _UNQUANTISED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def source_of(name: str) -> str:
-    """The source of a model's weights: a local folder, or a name on the hub.
-
-    Raises `ModelError` for a folder without `config.json`, and if the embedded model is not installed.
-    """
-    if name == embedded.NAME:
-        return str(embedded.embedded_folder())
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"{folder}: not a folder of Hugging Face weights: it has no config.json")
-        return str(folder)
-    return name
 
 
 def fetch(name: str, kind: str, source: str, **options: Any) -> Any:

@@ -33,6 +33,7 @@ from tlcapture.models.engines.hooked import (
 from tlcapture.models.engines.hooked_config import covers
 from tlcapture.models.lazy_model import LazyModel
 from tlcapture.models.sizes import Measures
+from tlcapture.models.sources import commit_of
 
 __all__ = [
     "Model",
@@ -64,7 +65,7 @@ class ModelOutline:
 def outline_model(name: str) -> ModelOutline:
     """Read a model's config and tokenizer; raises `ModelError` if it is not found."""
     with quiet_loading():
-        source = source_of(name)
+        source = source_of(name, weights=False)
         return ModelOutline(fetch(name, "AutoTokenizer", source), Measures.of(fetch(name, "AutoConfig", source)))
 
 
@@ -81,7 +82,8 @@ def load_model(
     """Load a model with the unprocessed weights of its checkpoint.
 
     Args:
-        name: `smollm2` (the embedded model), a local folder of Hugging Face weights, or a hub name.
+        name: `smollm2` (the embedded model), a local folder of Hugging Face weights, a GGUF file, or a hub name, with
+            a revision if it is `name@revision`.
         engine: `hooked`, `bridge`, or `auto`, which is `hooked` if TransformerLens has it (version 3) and it supports
             the architecture.
         device: `cuda`, `mps`, `cpu` (or any torch device), or `auto`, the first of these that is available.
@@ -102,6 +104,7 @@ def load_model(
         config = fetch(name, "AutoConfig", source)
         chosen = pick_engine(name, engine, config)
         model = fetch_weights(name, source, n_devices=n_devices if chosen == "bridge" else 1)
+        model.config._commit_hash = commit_of(source)
         checkpoint_fingerprint = fingerprint(model)
         cast(model, pick_dtype(dtype, target, config))
         tokenizer = fetch(name, "AutoTokenizer", source)

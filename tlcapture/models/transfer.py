@@ -37,11 +37,9 @@ class ModelFiles:
 
         Raises `ModelError` if the model is not found.
         """
-        from tlcapture.models.checkpoints import source_of
+        from tlcapture.models.sources import source_of
 
         folder = Path(source_of(name))
-        if not folder.is_dir():
-            folder = _snapshot(name)
         files = sorted({path for pattern in _WANTED for path in folder.glob(pattern) if path.is_file()})
         return cls(name, folder.resolve(), {path.name: path.stat().st_size for path in files})
 
@@ -72,19 +70,8 @@ class ModelFiles:
 
     def _copy(self) -> Path:
         digest = hashlib.blake2b(repr((self.name, sorted(self.sizes.items()))).encode(), digest_size=8).hexdigest()
-        return cache_folder() / f"sent-{digest}"
+        # A folder of the hub cache is named by its commit, which captures record.
+        return cache_folder() / f"sent-{digest}" / self.folder.name
 
     def _are_in(self, folder: Path) -> bool:
         return all((folder / name).is_file() and (folder / name).stat().st_size == n for name, n in self.sizes.items())
-
-
-def _snapshot(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    from tlcapture.errors import ModelError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(_WANTED)))
-    except Exception as error:  # the hub client raises many kinds
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"model {name!r} cannot be downloaded: {reason}") from None
