@@ -36,7 +36,10 @@ CASES = {
     "capture: no such set": ("capture --experiment new --prompt-set none", "no prompt set 'none'"),
     "capture: no model": (f"capture --experiment new --prompt hi --model {MISSING}", "no such folder"),
     "capture: no such vectors": ("capture --experiment new --prompt hi --vector-experiment none", "'none'"),
-    "capture: revision without model": ("capture --experiment new --prompt hi --revision x", "--revision needs --model"),
+    "capture: revision without model": (
+        "capture --experiment new --prompt hi --revision x",
+        "--revision needs --model",
+    ),
     "capture: dry run": (f"capture --experiment new --prompt hi --dry-run --model {MISSING}", "no such folder"),
     "view: no experiment": ("view --experiment none", "no experiment 'none'"),
     "view: no such set": ("view --experiment exp --prompt-set none", "no captures of prompt set 'none'"),

@@ -13,6 +13,7 @@ import torch
 
 from tlcapture.errors import ModelError
 from tlcapture.models import embedded
+from tlcapture.models.processes import no_processes
 from tlcapture.models.sources import source_of
 
 __all__ = ["cast", "count_parameters", "fetch", "fetch_weights", "fingerprint", "quiet_loading", "source_of"]
@@ -29,7 +30,8 @@ def fetch(name: str, kind: str, source: str, **options: Any) -> Any:
 
     try:
         # Explicit, because transformers otherwise asks whether to run the code of a checkpoint.
-        return getattr(transformers, kind).from_pretrained(source, trust_remote_code=False, **options)
+        with no_processes():
+            return getattr(transformers, kind).from_pretrained(source, trust_remote_code=False, **options)
     except MemoryError:
         raise
     except Exception as error:  # transformers raises many kinds for invalid folders

@@ -13,10 +13,11 @@ from torch import Tensor
 from tlcapture.errors import ModelError
 from tlcapture.models.checkpoints import fingerprint
 from tlcapture.models.engines.base import EXTERNAL_PREFIX, Model, Step
-from tlcapture.models.engines.booting import ProcessRefusedError, text_only
+from tlcapture.models.engines.booting import text_only
 from tlcapture.models.engines.hooked_config import architecture_of
 from tlcapture.models.engines.newer_transformers import support_newer_transformers
 from tlcapture.models.engines.tokenizers import for_transformer_lens, without_filled_in_bos
+from tlcapture.models.processes import ProcessRefusedError
 from tlcapture.models.sizes import Measures
 from tlcapture.shapes import Logits, Mask, Residual, Rows, Tokens
 from tlcapture.text import first_line
