@@ -240,3 +240,85 @@ def test_only_folders_of_the_hub_cache_have_a_commit(tmp_path: Path) -> None:
     assert commit_of(str(tmp_path / ("c" * 40))) == "c" * 40
     assert commit_of(str(tmp_path)) is None
     assert load_model("smollm2").revision is None
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small GGUF file, written with the gguf package from the weights of a tiny Llama."""
+    import gguf
+    from transformers import AutoTokenizer
+
+    from tlcapture.models.embedded import embedded_folder
+
+    hf = tiny.hf_model("llama")
+    config, state = hf.config, hf.state_dict()
+    tokenizer = AutoTokenizer.from_pretrained(embedded_folder())
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)[: config.vocab_size - 1]
+    writer.add_token_list([*vocabulary, "ab"])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in state.items():
+        kind, dot, suffix = name.rpartition(".")
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(kind.split(".")[-1])
+        if heads:  # llama.cpp rotates adjacent pairs of a head's dimensions
+            weight = weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+        writer.add_tensor(f"{names.get_name(kind)}{dot}{suffix}", weight.float().contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("given", ["file", "folder"])
+def test_a_gguf_file_or_its_folder_equals_the_weights_that_it_was_written_from(
+    given: str, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TLCAPTURE_CACHE", str(tmp_path))
+    model = load_model(str(gguf if given == "file" else gguf.parent))
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        expected = tiny.hf_model("llama")(ids).logits
+    last = f"blocks.{model.n_layers - 1}.hook_resid_post"
+    cache = model.step(ids, torch.ones_like(ids), model.start(1), {last}, want_logits=False).cache
+    torch.testing.assert_close(model.unembed(cache[last]), expected, rtol=1e-4, atol=1e-4)
+    (converted,) = tmp_path.iterdir()
+    before = {path: path.stat().st_mtime_ns for path in converted.iterdir()}
+    load_model(str(gguf))
+    assert {path: path.stat().st_mtime_ns for path in converted.iterdir()} == before
+
+
+def test_gguf_files_of_equal_name_and_size_are_not_confused(
+    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TLCAPTURE_CACHE", str(tmp_path / "cache"))
+    other = tmp_path / gguf.name
+    data = bytearray(gguf.read_bytes())
+    data[-4:] = torch.tensor([0.5]).numpy().tobytes()
+    other.write_bytes(data)
+    assert source_of(str(other)) != source_of(str(gguf))
+
+
+def test_a_damaged_gguf_file_and_a_folder_with_several_are_refused_in_one_line(gguf: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(gguf.read_bytes()[:1000])
+    with pytest.raises(ModelError, match=r"damaged\.gguf: transformers cannot read this GGUF file") as caught:
+        source_of(str(damaged))
+    assert "\n" not in str(caught.value)
+    (tmp_path / "second.gguf").touch()
+    with pytest.raises(ModelError, match=r"several GGUF files: name one: damaged\.gguf, second\.gguf"):
+        check_name(str(tmp_path))

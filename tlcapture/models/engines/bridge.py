@@ -17,6 +17,7 @@ from tlcapture.models.engines.booting import text_only
 from tlcapture.models.engines.hooked_config import architecture_of
 from tlcapture.models.engines.newer_transformers import support_newer_transformers
 from tlcapture.models.engines.tokenizers import for_transformer_lens, without_filled_in_bos
+from tlcapture.models.engines.versions import version_advice
 from tlcapture.models.processes import ProcessRefusedError
 from tlcapture.models.sizes import Measures
 from tlcapture.shapes import Logits, Mask, Residual, Rows, Tokens
@@ -105,7 +106,7 @@ class BridgeModel(Model):
         if not _is_close(self._padded_and_in_two_steps(tokens, first), whole.cache[first][0]):
             raise self._refusal(
                 "TransformerBridge computes different attention for it token by token in a padded batch than in one "
-                "pass"
+                f"pass; {version_advice()}"
             )
 
     def _padded_and_in_two_steps(self, tokens: Tokens, hook: str) -> Tensor:
@@ -169,7 +170,8 @@ def bridge_model(model: Any, tokenizer: Any, *, name: str, checkpoint_fingerprin
         raise
     except (ValueError, NotImplementedError, AttributeError, RuntimeError, ProcessRefusedError) as error:
         reason = f"TransformerBridge does not run {architecture_of(model.config)}: {first_line(error)}"
-        raise ModelError(f"{name}: {reason}") from None
+        advice = "" if isinstance(error, ProcessRefusedError) else f"; {version_advice()}"
+        raise ModelError(f"{name}: {reason}{advice}") from None
     return bridge
 
 
