@@ -236,7 +236,7 @@ def test_its_exit_status_is_that_of_the_worst_check(tlcapture: Callable[..., Res
     assert "failed          BOS        2 by the chat template" in result.stdout
     missing = tlcapture("doctor", "--model", tmp_path / "nowhere")
     assert missing.exit_code == 2
-    assert "cannot be loaded" in missing.stderr
+    assert "no such folder" in missing.stderr
     biased = tmp_path / "biased"
     tiny.hf_model("llama_biased").save_pretrained(biased)
     tiny.tokenizer().save_pretrained(biased)

@@ -19,6 +19,8 @@ from tlcapture.explore.live_capture import capture
 from tlcapture.models.checkpoints import cast, fingerprint, quiet_loading
 from tlcapture.models.engines.tokenizers import for_transformer_lens
 from tlcapture.models.loading import as_model, from_hooked_transformer, from_hugging_face, load_model
+from tlcapture.runs.display import Display
+from tlcapture.runs.model_loader import ModelLoader
 
 
 def test_a_local_folder_is_loaded_and_auto_chooses_hooked_if_available(tiny_folder: Path) -> None:
@@ -36,6 +38,49 @@ def test_auto_chooses_the_bridge_if_hooked_does_not_cover_the_architecture() -> 
     assert from_hugging_face(model, tiny.tokenizer(), name="biased").engine == "bridge"
     with pytest.raises(ModelError, match=r"'hooked' does not cover 'biased'.*attention biases; use --engine bridge"):
         from_hugging_face(model, tiny.tokenizer(), name="biased", engine="hooked")
+
+
+class _Lines(Display):
+    """A display that keeps its lines."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def line(self, text: str = "") -> None:
+        self.lines.append(text)
+
+
+@pytest.mark.parametrize(
+    ("engine", "installed", "reason"),
+    [
+        (
+            "auto",
+            "4.3.0",
+            'TransformerLens 4.3.0 has no HookedTransformer; pip install "transformer_lens<4" gives engine ',
+        ),
+        ("bridge", "4.3.0", None),
+        pytest.param("auto", "3.9.0", None, marks=tiny.needs_hooked),
+    ],
+)
+def test_a_model_on_the_bridge_says_once_why_unless_the_bridge_was_asked_for(
+    engine: str, installed: str, reason: str | None, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tlcapture.models.engines.hooked.version", lambda package: installed)
+    display = _Lines()
+    load = ModelLoader(str(tiny_folder), display, engine=engine)
+    assert load() is load()
+    (line,) = [line for line in display.lines if " on engine " in line]
+    assert (f"({reason}" in line) if reason else line.endswith(f"d_model {tiny.D_MODEL}")
+
+
+@tiny.needs_hooked
+def test_an_architecture_that_hooked_does_not_cover_says_why_it_runs_on_the_bridge(tmp_path: Path) -> None:
+    tiny.hf_model("llama_biased").save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    display = _Lines()
+    ModelLoader(str(tmp_path), display)()
+    assert "(engine hooked does not cover it: " in display.lines[-1]
+    assert "attention biases" in display.lines[-1]
 
 
 @pytest.mark.parametrize("installed", ["4.0.0", "4.3.0"])
@@ -66,7 +111,7 @@ def test_checkpoints_have_different_fingerprints() -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"name": "no/such-model-anywhere"}, "model 'no/such-model-anywhere' cannot be loaded"),
+        ({"name": "no/such-model-anywhere"}, "model 'no/such-model-anywhere' is neither a folder nor in the hub cache"),
         ({"engine": "steam"}, "no engine 'steam'"),
         ({"device": "abacus"}, "device 'abacus' cannot be used here"),
         ({"dtype": "int3"}, "no dtype 'int3'"),

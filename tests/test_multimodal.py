@@ -22,8 +22,9 @@ import transformers
 from tests import tiny
 from tlcapture.errors import ModelError
 from tlcapture.generation.loop import teacher_force
-from tlcapture.models.engines.booting import ProcessRefusedError, text_only
+from tlcapture.models.engines.booting import text_only
 from tlcapture.models.loading import from_hugging_face, load_model
+from tlcapture.models.processes import ProcessRefusedError
 from tlcapture.views.residual import residual_hooks, residual_view
 
 NAME = "gemma3_multimodal"
@@ -75,6 +76,70 @@ def test_a_checkpoint_without_a_loadable_processor_equals_hugging_face_and_start
         torch.testing.assert_close(stream.at(layer, "residual_in"), theirs.hidden_states[layer][0], rtol=0, atol=1e-4)
     last = stream.at(model.n_layers - 1, "residual_out")
     torch.testing.assert_close(model.unembed(last), theirs.logits[0], rtol=1e-4, atol=1e-4)
+
+
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_WIDTHS = dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 16)
+OTHERS: dict[str, Callable[[], Any]] = {
+    "Gemma4": lambda: transformers.Gemma4Config(
+        text_config={
+            **tiny._GROUPED,
+            "head_dim": 16,
+            "global_head_dim": 16,
+            "sliding_window": 12,
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+        vision_config=_VISION,
+        image_token_id=10,
+        boi_token_id=11,
+        eoi_token_id=12,
+    ),
+    "Llama4": lambda: transformers.Llama4Config(
+        text_config={**tiny._GROUPED, "head_dim": 16, "intermediate_size_mlp": 64, "num_local_experts": 2},
+        vision_config={**_VISION, **_WIDTHS},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", list(OTHERS))
+def test_checkpoints_of_other_families_start_no_process_and_equal_hugging_face(
+    family: str, tmp_path: Path, started: list[str]
+) -> None:
+    torch.manual_seed(0)
+    whole = getattr(transformers, f"{family}ForConditionalGeneration")(OTHERS[family]()).eval()
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.normal_(std=0.2)
+    whole.save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    kinds = {"image_processor_type": f"{family}ImageProcessor", "processor_class": f"{family}Processor"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(kinds))
+    model = load_model(str(tmp_path))
+    assert started == []
+    ids = IDS[:8]
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    with torch.no_grad():
+        theirs = hf(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    stream = residual_view(teacher_force(model, ids, residual_hooks(model.n_layers, model.hook_names)), model.n_layers)
+    for layer in range(model.n_layers):
+        torch.testing.assert_close(stream.at(layer, "residual_in"), theirs[layer][0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"])
+def test_transformers_may_not_start_a_process_either(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install = staticmethod(lambda *args, **options: subprocess.check_call(["pip", "install", "torchvision"]))
+    monkeypatch.setattr(getattr(transformers, kind), "from_pretrained", install)
+    with pytest.raises(ModelError, match="loading a model must not start a process: pip install torchvision"):
+        load_model(str(folder))
 
 
 def test_a_loadable_processor_is_not_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

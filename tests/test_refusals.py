@@ -15,6 +15,7 @@ from tests.test_parity import random_ids
 from tlcapture.errors import ModelError
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure
+from tlcapture.models.engines.bridge import BridgeModel
 from tlcapture.models.loading import from_hugging_face
 from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.views.residual import residual_hooks
@@ -200,3 +201,30 @@ def test_prompts_longer_than_the_longrope_threshold_are_refused(evidence: Eviden
     evidence.refused(
         "phi3_longrope, beyond original_max_position_embeddings", "bridge", "does not fit the model's context"
     )
+
+
+@pytest.mark.parametrize(
+    ("lens", "hugging_face", "advice"),
+    [
+        ("3.9.0", "5.23.0", 'pip install "transformer_lens>=4,<5" may help'),
+        ("4.3.0", "5.24.1", 'pip install "transformer_lens<4" may help'),
+        ("4.3.0", "5.31.0.dev0", 'pip install "transformers<5.25" may help'),
+    ],
+)
+def test_a_refusal_because_of_versions_names_them_and_the_command_that_may_help(
+    lens: str, hugging_face: str, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if each step ignored the cache, which is what a new name of it did under transformers 5.24."""
+    installed = {"transformer_lens": lens, "transformers": hugging_face}
+    monkeypatch.setattr("tlcapture.models.engines.versions.version", installed.__getitem__)
+    step = BridgeModel.step
+
+    def forgetful(
+        self: BridgeModel, tokens: torch.Tensor, mask: torch.Tensor, state: object, *args: object, **options: object
+    ) -> object:
+        return step(self, tokens, mask, self.start(len(tokens)), *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(BridgeModel, "step", forgetful)
+    with pytest.raises(ModelError) as caught:
+        from_hugging_face(copy.deepcopy(tiny.hf_model("llama")), tiny.tokenizer(), name="tiny", engine="bridge")
+    assert str(caught.value).endswith(f"found TransformerLens {lens} and transformers {hugging_face}; {advice}")

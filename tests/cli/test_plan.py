@@ -165,7 +165,7 @@ def test_a_sufficient_budget_needs_no_reduction(tlcapture: Run, tiny_folder: Pat
         (("--gpu", "h100", "--measure"), "give one of --tokens-per-second, --measure and --gpu"),
         (("--layers", "3"), "--layers 3: the model has layers 0 to 2"),
         (("--views", "residual,internals:9"), "--layer-internals 9: the model has layers 0 to 2"),
-        (("--model", "nowhere/nothing"), "cannot be loaded"),
+        (("--model", "nowhere/nothing"), "neither a folder nor in the hub cache"),
     ],
 )
 def test_wrong_usage_is_reported_in_one_line(

@@ -376,7 +376,7 @@ def test_a_file_that_is_not_a_capture_fails_alone(project: Run, projected: Path)
     [
         (("--experiment", "exp", "--prompt-set", "short"), "no experiment 'exp'"),
         (("--experiment", "exp"), "give one of --prompt-set NAME and --all-prompt-sets"),
-        (("--experiment", "exp", "--all-prompt-sets"), "has no captures"),
+        (("--experiment", "exp", "--all-prompt-sets"), "no experiment 'exp'"),
     ],
 )
 def test_wrong_usage_of_project(tlcapture: Run, data: Path, words: tuple[str, ...], said: str) -> None:

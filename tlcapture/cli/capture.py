@@ -183,6 +183,10 @@ def capture(
     sets, refused = _prompt_sets(location, prompt_sets, settings.prompt)
     layout = location.layout
     load = model.loader_for(layout, "inference_model", console)
+    if not settings.skip_existing:  # with it, there may be nothing to do that needs the model
+        load.require()
+    if vectors.vector_experiment is not None and not settings.no_project:
+        _check_vectors(location, vectors.vector_experiment)
     executor = cluster.make_executor(settings.batch_size, can_collect=not settings.projections_only)
     options = settings.capture_options(kept, vectors)
     if settings.dry_run:
@@ -210,6 +214,14 @@ def _prompt_sets(
     if chosen.prompt_set is None:
         return read_all_prompt_sets(location.datasets)
     return [read_prompt_set(location.datasets, name) for name in chosen.prompt_set], []
+
+
+def _check_vectors(location: Location, experiment: str) -> None:
+    """Raise `InputError` if the experiment that vectors are taken from has none."""
+    from tlcapture.storage.layout import Layout
+    from tlcapture.traits.vector_files import traits_with_vectors
+
+    traits_with_vectors(Layout(location.root, experiment))
 
 
 def _show_estimate(

@@ -20,7 +20,7 @@ _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
     default="smollm2",
     show_default=True,
     metavar="NAME",
-    help="smollm2 (embedded), a folder of Hugging Face weights, or a hub name.",
+    help="smollm2 (embedded), a folder of Hugging Face weights, a GGUF file, or a hub name (also name@revision).",
 )
 @engine_options
 @one_line_errors
@@ -31,10 +31,12 @@ def doctor(model: str, engine: EngineOptions) -> None:
     prompts, captured against recomputed activations, soft caps, the dtype's range. Exit status: 0 if all
     checks passed, 1 if one failed, 2 if the model cannot be loaded.
     """
+    load = engine.loader(model, Console())
+    load.require()
     from tlcapture.doctor.run import run_doctor
 
     failed = False
-    for check in run_doctor(engine.loader(model, Console())):
+    for check in run_doctor(load):
         # A check can take minutes, so each row is printed when it is known.
         echo_table(_COLUMNS, [(Coloured(check.verdict, _COLOURS.get(check.verdict)), check.name, check.detail)])
         failed = failed or check.verdict == "failed"

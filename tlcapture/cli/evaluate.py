@@ -56,14 +56,19 @@ def evaluate(
     cluster: ClusterOptions,
 ) -> None:
     """Measure how well trait vectors separate held-out examples."""
+    from tlcapture.traits.vector_files import traits_with_vectors
+
     layout = location.layout
+    layout.check_exists()
     if against_steering:
         _compare(console, layout, grid.traits or ())
         return
+    traits_with_vectors(layout, grid.traits or ())
+    load = model.loader_for(layout, "extraction_model", console)
+    load.require()
     from tlcapture.commands.evaluate import EvaluateOptions, best_rows, draw_heatmaps, run_evaluate
 
     executor = cluster.make_executor(can_collect=False)
-    load = model.loader_for(layout, "extraction_model", console)
     traits = grid.traits or ()
     options = EvaluateOptions(traits, grid.methods, grid.layers, grid.component, batch_size, seed, examples_as)
     report = run_evaluate(layout, options, load, console, executor)

@@ -49,11 +49,14 @@ def extract(
     cluster: ClusterOptions,
 ) -> None:
     """Extract trait vectors from the contrastive examples in datasets/traits."""
+    layout = location.layout
+    for trait in grid.traits or ():
+        location.datasets.trait_folder(trait)
+    load = model.loader_for(layout, "extraction_model", console)
+    load.require()
     from tlcapture.commands.extract import ExtractOptions, run_extract
 
-    layout = location.layout
     executor = cluster.make_executor(can_collect=False)
-    load = model.loader_for(layout, "extraction_model", console)
     options = ExtractOptions(
         traits=grid.traits,
         methods=grid.methods,

@@ -264,6 +264,7 @@ class ModelOptions(EngineOptions):
     """
 
     model: str | None
+    revision: str | None
     allow_model_change: bool
     no_check: bool
 
@@ -279,7 +280,7 @@ class ModelOptions(EngineOptions):
             layout,
             role,
             display,
-            model=self.model,
+            model=self._named(),
             allow_model_change=self.allow_model_change,
             engine=self.engine,
             device=self.device,
@@ -287,6 +288,14 @@ class ModelOptions(EngineOptions):
             n_devices=self.n_devices,
             check=not self.no_check,
         )
+
+    def _named(self) -> str | None:
+        """The model with its revision, such as `org/model@main`."""
+        if self.revision is None:
+            return self.model
+        if self.model is None or "@" in self.model:
+            raise click.UsageError("--revision needs --model with a name on the hub, without '@'")
+        return f"{self.model}@{self.revision}"
 
 
 _engine_options = together(
@@ -320,9 +329,10 @@ model_options = together(
     click.option(
         "--model",
         metavar="NAME",
-        help="smollm2 (embedded), a folder of Hugging Face weights, or a hub name.  "
+        help="smollm2 (embedded), a folder of Hugging Face weights, a GGUF file, or a hub name (also name@revision).  "
         "[default: the experiment's, or smollm2]",
     ),
+    click.option("--revision", metavar="REV", help="Branch, tag or commit of a model on the hub.  [default: main]"),
     click.option(
         "--allow-model-change", is_flag=True, help="Continue even if the experiment has used another model so far."
     ),

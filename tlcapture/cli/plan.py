@@ -90,7 +90,7 @@ class _PaceOptions:
     default="smollm2",
     show_default=True,
     metavar="NAME",
-    help="smollm2 (embedded), a folder with a Hugging Face config, or a hub name.",
+    help="smollm2 (embedded), a folder with a Hugging Face config, a GGUF file, or a hub name (also name@revision).",
 )
 @click.option("--prompts", type=click.IntRange(min=1), required=True, help="Number of prompts.")
 @click.option(
@@ -160,13 +160,17 @@ def plan(
     Reads only the model's config, unless --measure loads the model. Writes nothing.
     """
     speed.check()
-    from tlcapture.models.checkpoints import fetch_config, quiet_loading, source_of
+    from tlcapture.models.sources import check_name
+
+    check_name(model)
+    from tlcapture.models.checkpoints import fetch_config, quiet_loading
     from tlcapture.models.sizes import Measures
+    from tlcapture.models.sources import source_of
     from tlcapture.plan.cost import cost_of
     from tlcapture.plan.reductions import reductions
 
     with quiet_loading():
-        config = fetch_config(model, source_of(model))
+        config = fetch_config(model, source_of(model, weights=False))
     measures = Measures.of(config)
     workload = wanted.workload(kept)
     cost = cost_of(workload, measures)

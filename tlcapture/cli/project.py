@@ -91,10 +91,12 @@ def project(
     cluster: ClusterOptions,
 ) -> None:
     """Project saved captures onto trait vectors."""
+    layout = location.layout
+    names = _captured_prompt_sets(layout, prompt_sets, dynamics_only=settings.dynamics_only)
+    _check_request(location, names, vectors.vector_experiment, settings)
     from tlcapture.commands.project import run_project
 
-    layout, executor = location.layout, cluster.make_executor()
-    names = _captured_prompt_sets(layout, prompt_sets, dynamics_only=settings.dynamics_only)
+    executor = cluster.make_executor()
     report = run_project(layout, names, settings.project_options(vectors), console, executor)
     for name in names:
         # Projections of an earlier run would look like this run's, had this one written nothing.
@@ -110,11 +112,26 @@ def project(
                 console.line(f"{name}: {len(drawn)} pictures in {settings.plot}")
 
 
+def _check_request(
+    location: Location, names: tuple[str, ...], vector_experiment: str | None, settings: _Settings
+) -> None:
+    """Raise `InputError` if captures or vectors are missing."""
+    from tlcapture.commands.saved_prompts import saved_prompts
+    from tlcapture.storage.layout import Layout
+    from tlcapture.traits.vector_files import traits_with_vectors
+
+    for name in names:
+        saved_prompts(location.layout, name, dynamics_only=settings.dynamics_only)
+    if not settings.dynamics_only:
+        traits_with_vectors(Layout(location.root, vector_experiment or location.experiment), settings.traits)
+
+
 def _captured_prompt_sets(layout: Layout, chosen: PromptSetOptions, *, dynamics_only: bool) -> tuple[str, ...]:
     from tlcapture.errors import InputError
 
     if (chosen.prompt_set is not None) == chosen.all_prompt_sets:
         raise click.UsageError("give one of --prompt-set NAME and --all-prompt-sets")
+    layout.check_exists()
     captured = layout.prompt_sets if dynamics_only else layout.captured_prompt_sets
     names = chosen.prompt_set or tuple(captured())
     if not names:

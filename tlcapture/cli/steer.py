@@ -68,11 +68,16 @@ def steer(
 
     Decoding is always greedy, so --seed has no effect. Runs that are already in results.json are not repeated.
     """
+    from tlcapture.traits.vector_files import traits_with_vectors
+
+    layout = location.layout
+    layout.check_exists()
+    traits_with_vectors(layout, settings.traits)
+    load = model.loader_for(layout, "extraction_model", console)
+    load.require()
     from tlcapture.commands.steer import draw_curves, run_steer
 
     options = settings.steer_options()
-    layout = location.layout
     executor = cluster.make_executor(can_collect=False)
-    load = model.loader_for(layout, "extraction_model", console)
     report = run_steer(layout, options, load, console, executor)
     draw_curves(layout, options.traits or tuple(layout.traits()), report)

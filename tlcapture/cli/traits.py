@@ -44,11 +44,14 @@ def check(chosen: tuple[Trait, ...], examples_as: str, root: Path) -> None:
 
     The exit status is 1 if a check fails: docs/traits.md says why each of them matters.
     """
-    from tlcapture.extraction.example_checks import check_examples
-    from tlcapture.extraction.examples import GUESS, read_examples
     from tlcapture.storage.layout import Datasets
 
     datasets = Datasets(root)
+    for trait in chosen:
+        datasets.trait_folder(trait)
+    from tlcapture.extraction.example_checks import check_examples
+    from tlcapture.extraction.examples import GUESS, read_examples
+
     examples = [read_examples(datasets, trait, examples_as=examples_as) for trait in chosen or datasets.traits()]
     if any(each.is_guess for each in examples):
         Console().warn(GUESS)

@@ -9,8 +9,9 @@ from typing import Any
 
 from tlcapture.captures.provenance import LAYERS, now
 from tlcapture.errors import InputError, ModelError
-from tlcapture.models.checkpoints import fetch_config, quiet_loading, source_of
+from tlcapture.models.checkpoints import fetch_config, quiet_loading
 from tlcapture.models.sizes import Measures
+from tlcapture.models.sources import source_of
 from tlcapture.names import Trait
 from tlcapture.runs.display import Display
 from tlcapture.runs.report import RunReport

@@ -11,7 +11,8 @@ from typing import Any
 
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.projections import ExistingProjections, project_capture, vector_chooser, without_projection
-from tlcapture.errors import InputError, NumericalError, StorageError
+from tlcapture.commands.saved_prompts import saved_prompts
+from tlcapture.errors import NumericalError, StorageError
 from tlcapture.runs.display import Display
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
 from tlcapture.runs.report import RunReport
@@ -56,8 +57,7 @@ def run_project(
         InputError: the experiment, a prompt set, its captures or the vectors are missing; nothing was written.
     """
     layout.check_exists()
-    of_set = layout.prompt_ids if options.dynamics_only else layout.captured
-    ids = {name: _checked_ids(layout, name, of_set(name)) for name in prompt_sets}
+    ids = {name: saved_prompts(layout, name, dynamics_only=options.dynamics_only) for name in prompt_sets}
     if options.shard is not None:
         ids = {name: list(options.shard.of(found)) for name, found in ids.items()}
     run = Run.begin(layout, display)
@@ -143,21 +143,6 @@ class ProjectionWorker:
         except NumericalError as error:
             raise NumericalError(f"{raw}: {error}") from None
         self._run.report.n_prompts += 1
-
-
-def _checked_ids(layout: Layout, prompt_set: str, ids: list[str]) -> list[str]:
-    """Return the ids of a prompt set's captures; raises `InputError` if it has none."""
-    if not ids and layout.prompt_ids(prompt_set):
-        raise InputError(
-            f"prompt set {prompt_set!r} has projections but no captures (--projections-only): capture it again to "
-            "project it"
-        )
-    if not ids:
-        captured = ", ".join(layout.captured_prompt_sets()) or "none"
-        raise InputError(
-            f"experiment {layout.experiment!r} has no captures of prompt set {prompt_set!r}; captured sets: {captured}"
-        )
-    return ids
 
 
 def _recompute_dynamics(

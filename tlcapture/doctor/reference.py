@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcapture.models.checkpoints import cast, fetch_weights, quiet_loading, source_of
+from tlcapture.models.checkpoints import cast, fetch_weights, quiet_loading
 from tlcapture.models.deviation import deviation
 from tlcapture.models.layer_inputs import layer_inputs
 from tlcapture.models.memory import is_out_of_memory
+from tlcapture.models.sources import source_of
 
 NEW_TOKENS = 3
 

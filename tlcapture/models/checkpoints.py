@@ -14,27 +14,13 @@ import torch
 
 from tlcapture.errors import ModelError
 from tlcapture.models import adapters, embedded, quantised
+from tlcapture.models.processes import no_processes
+from tlcapture.models.sources import source_of
 from tlcapture.models.text_models import auto_class_of, text_config_of
 from tlcapture.models.untaken import listed, untaken
 
 _TOKENIZER_FILES = ("*tokenizer*", "*vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "*.gguf")
 _UNQUANTISED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def source_of(name: str) -> str:
-    """The source of a model's weights: a local folder, or a name on the hub.
-
-    Raises `ModelError` for a folder that holds neither a model nor an adapter, and if the embedded model is not
-    installed.
-    """
-    if name == embedded.NAME:
-        return str(embedded.embedded_folder())
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not any((folder / kept).is_file() for kept in ("config.json", adapters.CONFIG)):
-            raise ModelError(f"{folder}: not a folder of Hugging Face weights: it has no config.json")
-        return str(folder)
-    return name
 
 
 def fetch(name: str, kind: str, source: str, **options: Any) -> Any:
@@ -46,7 +32,8 @@ def fetch(name: str, kind: str, source: str, **options: Any) -> Any:
 
     try:
         # Explicit, because transformers otherwise asks whether to run the code of a checkpoint.
-        return getattr(transformers, kind).from_pretrained(source, trust_remote_code=False, **options)
+        with no_processes():
+            return getattr(transformers, kind).from_pretrained(source, trust_remote_code=False, **options)
     except MemoryError:
         raise
     except Exception as error:  # transformers raises many kinds for invalid folders

@@ -17,7 +17,7 @@ from pathlib import Path
 import orjson
 import platformdirs
 
-from tlcapture.errors import ModelError
+from tlcapture.errors import ModelError, TlcaptureError
 from tlcapture.storage.files import write_folder, write_json
 
 NAME = "smollm2"
@@ -51,18 +51,37 @@ def embedded_folder() -> Path:
     Raises `ModelError` if the package is not installed, or the folder is not writable or damaged.
     """
     source = gguf_file()
+    return _converted(source, _folder_for(source))
+
+
+def is_converted() -> bool:
+    """Whether the embedded model has been converted."""
+    return _folder_for(gguf_file()).is_dir()
+
+
+def converted(source: Path) -> Path:
+    """The folder with Hugging Face weights and tokenizer of a GGUF file, dequantised on first use.
+
+    Raises `ModelError` if transformers cannot read the file, or the folder is not writable or damaged.
+    """
     folder = _folder_for(source)
+    digest = hashlib.blake2b(_size_and_hash(source).encode(), digest_size=8).hexdigest()
+    try:
+        return _converted(source, folder.with_name(f"{folder.name}-{digest}"))
+    except (TlcaptureError, MemoryError):
+        raise
+    except Exception as error:  # transformers and gguf raise many kinds for files that they cannot read
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{source}: transformers cannot read this GGUF file: {reason}") from None
+
+
+def _converted(source: Path, folder: Path) -> Path:
     if not folder.is_dir():
         write_folder(folder, lambda target: _convert(source, target))
     if not folder.is_dir():
         raise ModelError(f"{folder}: the converted model could not be written: is the folder writable?")
     _check_converted(folder)
     return folder
-
-
-def is_converted() -> bool:
-    """Whether the embedded model has been converted."""
-    return _folder_for(gguf_file()).is_dir()
 
 
 def _folder_for(source: Path) -> Path:

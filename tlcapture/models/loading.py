@@ -28,7 +28,6 @@ from tlcapture.models.checkpoints import (
     fetch_weights,
     fingerprint,
     quiet_loading,
-    source_of,
 )
 from tlcapture.models.engines.base import Model
 from tlcapture.models.engines.bridge import bridge_model, from_transformer_bridge
@@ -44,6 +43,7 @@ from tlcapture.models.engines.hooked_config import architecture_of, covers
 from tlcapture.models.lazy_model import LazyModel
 from tlcapture.models.quick_check import PassedCheck, QuickReference, quick_check
 from tlcapture.models.sizes import Measures
+from tlcapture.models.sources import commit_of, source_of
 from tlcapture.models.text_models import text_model_of
 from tlcapture.text import first_line
 
@@ -77,7 +77,7 @@ class ModelOutline:
 def outline_model(name: str) -> ModelOutline:
     """Read a model's config and tokenizer; raises `ModelError` if it is not found."""
     with quiet_loading():
-        source = source_of(name)
+        source = source_of(name, weights=False)
         return ModelOutline(fetch_tokenizer(name, source), Measures.of(fetch_config(name, source)))
 
 
@@ -98,7 +98,8 @@ def load_model(
     Of a checkpoint with other parts, such as one for images, the text model is taken. An adapter is merged.
 
     Args:
-        name: `smollm2` (the embedded model), a local folder of Hugging Face weights or of an adapter, or a hub name.
+        name: `smollm2` (the embedded model), a local folder of Hugging Face weights or of an adapter, a GGUF file, or a
+            hub name, with a revision if it is `name@revision`.
         engine: `hooked`, `bridge`, or `auto`, which is `hooked` if TransformerLens has it (version 3) and it supports
             the architecture.
         device: `cuda`, `mps`, `cpu` (or any torch device), or `auto`, the first of these that is available.
@@ -142,6 +143,7 @@ def _load(
         tokenizer = fetch_tokenizer(name, source)
         whole = fetch_weights(name, source, n_devices=n_devices if chosen == "bridge" else 1, warn=warn)
         model = text_model_of(whole)
+        model.config._commit_hash = commit_of(source)
         checkpoint_fingerprint = fingerprint(model)
         cast(whole, pick_dtype(dtype, target, config))
         where: dict[str, Any] = {"device": str(target), "n_devices": n_devices, "fast": fast}

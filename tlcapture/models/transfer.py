@@ -40,7 +40,7 @@ class ModelFiles:
 
         Raises `ModelError` if the model is not found.
         """
-        from tlcapture.models.checkpoints import source_of
+        from tlcapture.models.sources import source_of
 
         source = source_of(name)
         adapter = adapter_of(source)
@@ -81,7 +81,8 @@ class ModelFiles:
 
     def _copy(self) -> Path:
         digest = hashlib.blake2b(repr((self.name, sorted(self.sizes.items()))).encode(), digest_size=8).hexdigest()
-        return cache_folder() / f"sent-{digest}"
+        # A folder of the hub cache is named by its commit, which captures record.
+        return cache_folder() / f"sent-{digest}" / self.folder.name
 
     def _path(self, name: str) -> Path:
         """Where the driver has a file."""
@@ -93,20 +94,8 @@ class ModelFiles:
 
 
 def _folder_of(source: str) -> Path:
-    return (Path(source) if Path(source).is_dir() else _snapshot(source)).resolve()
+    return Path(source).resolve()
 
 
 def _files_in(folder: Path) -> list[Path]:
     return sorted({path for pattern in _WANTED for path in folder.glob(pattern) if path.is_file()})
-
-
-def _snapshot(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    from tlcapture.errors import ModelError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(_WANTED)))
-    except Exception as error:  # the hub client raises many kinds
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"model {name!r} cannot be downloaded: {reason}") from None

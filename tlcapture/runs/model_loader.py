@@ -57,6 +57,13 @@ class ModelLoader:
         name = settle_model(layout, role, model, NAME, allow_change=allow_model_change)
         return cls(name, display, engine, device, dtype, n_devices, check=check)
 
+    def require(self) -> None:
+        """Raise `ModelError` if the model cannot be there, within a few seconds and without importing torch."""
+        from tlcapture.models.sources import check_name
+
+        if self.source is None:
+            check_name(self.name)
+
     def silent(self) -> ModelLoader:
         """A loader of the same model that shows no messages, and that can be sent to another process."""
         return replace(self, display=Display())

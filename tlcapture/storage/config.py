@@ -47,7 +47,7 @@ def settle_model(layout: Layout, role: str, asked: str | None, default: str, *, 
     """The model an experiment uses in a role (`inference_model` or `extraction_model`).
 
     The first run records the model, later runs read it. Where no model is recorded for the role, that of the other
-    role is used. Local folders are recorded by their absolute path, so that they are found from any directory.
+    role is used. Local files are recorded by their absolute path, so that they are found from any directory.
 
     Raises:
         InputError: `asked` differs from the recorded model and `allow_change` is not set.
@@ -64,8 +64,9 @@ def settle_model(layout: Layout, role: str, asked: str | None, default: str, *, 
 
 
 def _full_name(model: str) -> str:
-    folder = Path(model).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else model
+    path = Path(model).expanduser()
+    is_local = path.is_dir() or (path.suffix == ".gguf" and path.is_file())
+    return str(path.resolve()) if is_local else model
 
 
 def update_config(layout: Layout, **fields: Any) -> None:

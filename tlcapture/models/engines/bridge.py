@@ -29,6 +29,8 @@ from tlcapture.models.engines.hooked_config import architecture_of
 from tlcapture.models.engines.more_adapters import register_adapters
 from tlcapture.models.engines.newer_transformers import support_newer_transformers
 from tlcapture.models.engines.tokenizers import for_transformer_lens, without_filled_in_bos
+from tlcapture.models.engines.versions import version_advice
+from tlcapture.models.processes import ProcessRefusedError
 from tlcapture.models.sizes import WITHOUT_ATTENTION, Measures, layer_kinds
 from tlcapture.shapes import Logits, Mask, Residual, Rows, Tokens
 from tlcapture.text import first_line
@@ -201,7 +203,7 @@ class BridgeModel(Model):
         if not _is_close(self._padded_and_in_two_steps(tokens, probed), whole.cache[probed][0]):
             raise self._refusal(
                 "TransformerBridge computes different attention for it token by token in a padded batch than in one "
-                "pass"
+                f"pass; {version_advice()}"
             )
 
     def _missing_hooks(self, layer: int) -> list[str]:
@@ -288,10 +290,11 @@ def bridge_model(model: Any, tokenizer: Any, *, name: str, checkpoint_fingerprin
         AttributeError,
         ImportError,
         RuntimeError,
-        PermissionError,
+        ProcessRefusedError,
     ) as error:
         reason = f"TransformerBridge does not run {architecture_of(model.config)}: {_why(error)}"
-        raise ModelError(f"{name}: {reason}") from None
+        advice = "" if isinstance(error, ProcessRefusedError) else f"; {version_advice()}"
+        raise ModelError(f"{name}: {reason}{advice}") from None
     return bridge
 
 
