@@ -29,9 +29,12 @@ from tlcapture.models.sources import check_name, commit_of, source_of
 
 TOP = Path(__file__).parents[1]
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
-LOAD = (
-    "from tlcapture.models.loading import load_model; model = load_model({name!r}); print(model.name, model.revision)"
-)
+LOAD = f"""
+from tlcapture.models.loading import load_model
+for engine in {tiny.ENGINES!r}:
+    model = load_model("org/tiny", engine=engine)
+    print(model.name, model.revision)
+"""
 FIND = "from tlcapture.models.sources import source_of; print(source_of({name!r}))"
 CHECK = "from tlcapture.models.sources import check_name; check_name({name!r})"
 
@@ -152,8 +155,8 @@ def test_a_cached_model_loads_without_asking_the_network_and_its_commit_is_recor
     silent: str, tmp_path: Path, folders: dict[str, Path]
 ) -> None:
     put_in_cache(tmp_path, "org/tiny", folders["main"])
-    done = run_python(LOAD.format(name="org/tiny"), tmp_path, silent)
-    assert done.stdout.split() == ["org/tiny", COMMITS["main"]], done.stderr
+    done = run_python(LOAD, tmp_path, silent)
+    assert done.stdout.split() == ["org/tiny", COMMITS["main"]] * len(tiny.ENGINES), done.stderr
 
 
 def test_the_cached_ref_wins_and_a_revision_that_is_not_cached_asks(
