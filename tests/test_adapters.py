@@ -221,7 +221,9 @@ def test_a_base_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert f"an adapter for the model {missing}, which is not there" in one_line(
         write_adapter(tmp_path / "one", str(missing))
     )
-    assert "'some-org/some-model' cannot be loaded" in one_line(write_adapter(tmp_path / "two", "some-org/some-model"))
+    assert "model 'some-org/some-model' is neither a folder nor in the hub cache" in one_line(
+        write_adapter(tmp_path / "two", "some-org/some-model")
+    )
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "{", '{"base_model_name_or_path": null}', '"text"'])

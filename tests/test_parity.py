@@ -170,7 +170,7 @@ def test_generated_tokens_and_their_activations_equal_hugging_face(
             attention_mask=torch.ones(1, len(ids), dtype=torch.long),
             max_new_tokens=N_DECODED,
             do_sample=False,
-            eos_token_id=sorted({1, 3}),
+            eos_token_id=1,  # the prompts are plain, so that the end of a turn does not end them
             pad_token_id=1,
         )
     assert list(generation.token_ids) == tokens[0].tolist()

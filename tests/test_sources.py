@@ -299,7 +299,7 @@ def test_a_gguf_file_or_its_folder_equals_the_weights_that_it_was_written_from(
     last = f"blocks.{model.n_layers - 1}.hook_resid_post"
     cache = model.step(ids, torch.ones_like(ids), model.start(1), {last}, want_logits=False).cache
     torch.testing.assert_close(model.unembed(cache[last]), expected, rtol=1e-4, atol=1e-4)
-    (converted,) = tmp_path.iterdir()
+    (converted,) = {path.parent for path in tmp_path.rglob("config.json")}
     before = {path: path.stat().st_mtime_ns for path in converted.iterdir()}
     load_model(str(gguf))
     assert {path: path.stat().st_mtime_ns for path in converted.iterdir()} == before
