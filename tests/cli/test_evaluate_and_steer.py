@@ -42,10 +42,33 @@ def test_evaluate_writes_rows_best_vectors_and_pictures(tlcapture: Run, vectors:
     assert set(value["best_vectors"]) == {"tone/loud", "tone/warm"}
     best = value["best_vectors"]["tone/loud"]
     own = [each for each in value["all_results"] if each["trait"] == "tone/loud"]
-    assert best["val_effect_size"] == max(each["val_effect_size"] for each in own)
+    assert best["cv_effect_size"] == max(each["cv_effect_size"] for each in own)
+    assert 0 <= best["nested_auroc"] <= 1
+    assert 0 < best["p"] <= 1
+    assert set(best["baselines"]) == {"layer 0", "bag of words", "characters", "tokens", "characters a word"}
+    assert sum(best["chosen_layers"].values()) == 5
+    assert best["verdict"] in result.output
+    assert {name: set(row) for name, row in value["cross_trait"].items()} == {
+        "tone/loud": {"tone/loud", "tone/warm"},
+        "tone/warm": {"tone/loud", "tone/warm"},
+    }
     picture = vectors / "extraction" / "tone" / "loud" / "evaluation.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "random AUROC" in result.output
+    assert "loading" not in result.output  # activations are those that extract kept
+
+
+def test_activations_are_read_again_where_they_were_not_kept(tlcapture: Run, vectors: Path) -> None:
+    words = ("evaluate", "--experiment", "exp", "--component", "residual")
+    assert tlcapture(*words).exit_code == 0
+    path = vectors / "extraction" / "extraction_evaluation.json"
+    with_kept = read_json(path)
+    for kept in (vectors / "extraction").glob("*/*/activations/*.pt"):
+        kept.unlink()
+    path.unlink()
+    again = tlcapture(*words)
+    assert again.exit_code == 0, again.output
+    assert "loading" in again.output
+    assert read_json(path) == with_kept
 
 
 def test_evaluating_some_vectors_keeps_the_rows_of_other_vectors(tlcapture: Run, vectors: Path) -> None:

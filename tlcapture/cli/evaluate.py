@@ -26,7 +26,7 @@ from tlcapture.names import Trait
 
 if TYPE_CHECKING:
     from tlcapture.storage.layout import Layout
-    from tlcapture.traits.evaluation_files import EvaluationRow
+    from tlcapture.traits.evaluation_files import Evaluation, TraitEvaluation
 
 
 @click.command(context_settings=HELP_NAMES)
@@ -57,7 +57,7 @@ def evaluate(
     if against_steering:
         _compare(console, layout, grid.traits)
         return
-    from tlcapture.commands.evaluate import EvaluateOptions, best_rows, draw_heatmaps, run_evaluate
+    from tlcapture.commands.evaluate import EvaluateOptions, best_vectors, draw_heatmaps, run_evaluate
 
     executor = cluster.make_executor(can_collect=False)
     load = model.loader_for(layout, "extraction_model", console)
@@ -65,31 +65,58 @@ def evaluate(
     report = run_evaluate(layout, options, load, console, executor)
     if lexists(layout.evaluation):
         draw_heatmaps(layout, report)
-        _table(console, best_rows(layout))
+        _print(console, best_vectors(layout))
 
 
-def _table(console: Console, rows: list[EvaluationRow]) -> None:
-    """Print the best vector of each trait; a row that another tool wrote may lack some measures."""
-    columns = [Column("trait"), Column("method")]
-    names = ("layer", "AUROC", "d", "95 % interval", "accuracy", "random AUROC", "its p95")
-    columns += [Column(name, right=True) for name in names]
+def _print(console: Console, evaluation: Evaluation) -> None:
+    """Print how well each trait's choice does, what it adds over words and lengths, and how traits are told apart."""
+    found = evaluation.by_trait
+    columns = [Column("trait"), Column("vector")]
+    names = ("AUROC", "sd", "Hedges g", "layer 0", "words", "lengths", "p")
     console.line()
-    console.table(columns, map(_cells, rows))
+    console.table([*columns, *(Column(name, right=True) for name in names)], map(_cells, found.items()))
+    console.line()
+    console.line("AUROC, sd, g: nested cross-validation over pairs, which chooses layer and method inside")
+    console.line("p: share of 200 labellings, shuffled within pairs, whose best vector separates as well")
+    for trait, each in found.items():
+        if each.verdict is not None:
+            chosen = ", ".join(f"{name} ({count})" for name, count in each.chosen_layers.items())
+            console.line(f"{trait}: {each.verdict}; folds chose {chosen}")
+    _print_cross_traits(console, evaluation.cross_traits)
     console.line()
 
 
-def _cells(row: EvaluationRow) -> tuple[str, ...]:
+def _cells(pair: tuple[str, TraitEvaluation]) -> tuple[str, ...]:
+    trait, found = pair
+    lengths = [value for name, value in found.baselines.items() if name not in ("layer 0", "bag of words")]
     return (
-        row.trait,
-        row.method,
-        str(row.layer),
-        _number(row.val_auroc, ".3f"),
-        _number(row.val_effect_size, ".2f"),
-        " to ".join(f"{bound:.2f}" for bound in row.val_effect_size_interval or ()) or "-",
-        _number(row.val_accuracy, ".2f"),
-        _number(row.random_auroc, ".2f"),
-        _number(row.random_auroc_p95, ".2f"),
+        trait,
+        f"{found.method} {found.layer}",
+        _number(found.nested_auroc, ".3f"),
+        _number(found.nested_sd, ".3f"),
+        _number(found.nested_effect_size, ".2f"),
+        _number(found.baselines.get("layer 0"), ".3f"),
+        _number(found.baselines.get("bag of words"), ".3f"),
+        _number(max(lengths, default=None), ".3f"),
+        _number(found.p, ".3f"),
     )
+
+
+def _print_cross_traits(console: Console, matrix: dict[str, dict[str, float]]) -> None:
+    if len(matrix) < 2:
+        return
+    names = sorted({*matrix, *(name for row in matrix.values() for name in row)})
+    console.line()
+    console.line("AUROC of each trait's vector (rows) on each trait's examples (columns, in the same order)")
+    columns = [Column("vector"), *(Column(str(number), right=True) for number in range(1, len(names) + 1))]
+    rows = [
+        (
+            f"{names.index(trait) + 1 if trait in names else '-'} {trait}",
+            *(_number(row.get(name), ".2f") for name in names),
+        )
+        for trait, row in sorted(matrix.items())
+    ]
+    console.table(columns, rows)
 
 
 def _number(value: float | None, form: str) -> str:

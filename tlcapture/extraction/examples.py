@@ -67,6 +67,11 @@ class Examples:
         """How many examples of a side are held out, or are not."""
         return sum(item.positive == positive and item.held_out == held_out for item in self.items)
 
+    @property
+    def groups(self) -> list[str]:
+        """The pair of each example, or a name of its own: examples of a group are never split."""
+        return [_key("positive" if i.positive else "negative", n, i.example) for n, i in enumerate(self.items)]
+
     def split_record(self, seed: int) -> dict[str, Any]:
         """The split as it is recorded in metadata: counts, the seed, and the pairs that are held out."""
         pairs = sorted({item.example.pair for item in self.items if item.held_out and item.example.pair})

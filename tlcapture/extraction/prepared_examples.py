@@ -27,12 +27,16 @@ NEW_TOKENS = 40
 
 @dataclass(frozen=True)
 class PreparedExamples:
-    """Examples as token ids; `labels` (whether positive) and `held_out` have one entry per example."""
+    """Examples as token ids.
+
+    `labels` (whether positive), `held_out` and `texts` (the response or bare text) have one entry per example.
+    """
 
     examples: Examples
     readings: list[Reading]
     labels: Labels
     held_out: Labels
+    texts: list[str]
 
     @property
     def typical(self) -> Reading:
@@ -86,6 +90,7 @@ def prepare_examples(
         readings,
         torch.tensor([item.positive for item in examples.items]),
         torch.tensor([item.held_out for item in examples.items]),
+        [example.response or example.text or "" for example in answered],
     )
 
 

@@ -99,9 +99,9 @@ def effect_sizes(files: VectorFiles, component: str) -> dict[tuple[str, int], fl
     Raises `StorageError` for a damaged file.
     """
     return {
-        (row.method, row.layer): row.val_effect_size
+        (row.method, row.layer): row.effect_size
         for row in _all_rows(files, component)
-        if row.val_effect_size is not None and _is_current(files, row, component)
+        if row.effect_size is not None and _is_current(files, row, component)
     }
 
 
@@ -120,9 +120,9 @@ def _ranked(files: VectorFiles, component: str, available: Mapping[str, list[int
         yield best
         yield from in_order
         return
-    rows = {(row.method, row.layer): row for row in _all_rows(files, component) if row.val_effect_size is not None}
+    rows = {(row.method, row.layer): row for row in _all_rows(files, component) if row.effect_size is not None}
     measured = [
-        (Selection(layer, method, "effect_size", row.val_effect_size), row)
+        (Selection(layer, method, "effect_size", row.effect_size), row)
         for (method, layer), row in rows.items()
         if layer in available.get(method, ())
     ]
