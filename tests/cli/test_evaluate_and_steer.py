@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import Result
@@ -150,6 +151,94 @@ def test_a_judge_replaces_the_likelihoods_of_the_trait_mean(
     assert result.exit_code == 1
     assert "expected a number from 0 to 100, got 'very much'" in result.stderr
     assert tlcapture(*words, "--judge", "ftp://x").exit_code == 2
+
+
+EVAL_PROMPT = 'Score {answer} as a reply to {question}, as in {"score": 1}, from 0 to 100, or say REFUSAL.'
+STEER = ("steer", "--experiment", "exp", "--traits", "tone/loud", "--layers", 1, "--coefficients", "0.1")
+
+
+def steering_file(data: Path, content: object) -> None:
+    (data / "datasets" / "traits" / "tone" / "loud" / "steering.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"questions": ["why {answer}?", "what?"], "eval_prompt": EVAL_PROMPT},
+        {"instruction": [{"pos": "a"}], "questions": ["why {answer}?", "what?"], "eval_prompt": EVAL_PROMPT},
+        ["why {answer}?", "what?"],
+        [{"question": "why {answer}?"}, {"id": "b", "question": "what?", "positive": "x", "negative": "y"}],
+    ],
+)  # fmt: skip
+def test_plain_questions_are_scored_by_a_judge_that_is_asked_their_eval_prompt(
+    tlcapture: Run, vectors: Path, data: Path, judge_server: tuple[str, list[str], list[str]], content: Any
+) -> None:
+    url, asked, _ = judge_server
+    steering_file(data, content)
+    result = tlcapture(*STEER, "--judge", url)
+    assert result.exit_code == 0, result.output
+    value = read_json(vectors / "steering" / "tone" / "loud" / "results.json")
+    (run,) = value["runs"]
+    assert (run["result"]["trait_mean"], run["result"]["n"]) == (72.0, 2)
+    assert run["result"]["coherence_mean"] > 0
+    steered = asked[-2:]  # after two of the baseline
+    for text, question, response in zip(steered, ["why {answer}?", "what?"], run["responses"], strict=True):
+        if isinstance(content, dict):
+            # The oracle: a plain replacement of the placeholders, the question's own braces being text.
+            before, after = EVAL_PROMPT.split("{answer}")
+            assert text == before + response + after.replace("{question}", question)
+        else:
+            assert f"Question: {question}" in text
+            assert f"Response: {response}" in text
+
+
+def test_a_refusal_is_no_score_and_another_eval_prompt_is_another_scorer(
+    tlcapture: Run, vectors: Path, data: Path, judge_server: tuple[str, list[str], list[str]]
+) -> None:
+    url, _, answers = judge_server
+    path = vectors / "steering" / "tone" / "loud" / "results.json"
+    steering_file(data, {"questions": ["why?"], "eval_prompt": EVAL_PROMPT})
+    answers[0] = "REFUSAL"
+    result = tlcapture(*STEER, "--judge", url)
+    assert result.exit_code == 1
+    assert "it answered REFUSAL to every response" in result.stderr
+    answers[0] = "40"
+    assert tlcapture(*STEER, "--judge", url).exit_code == 0
+    first = read_json(path)["metadata"]["scored_by"]
+    steering_file(data, {"questions": ["why?"], "eval_prompt": EVAL_PROMPT + " Be strict."})
+    answers[0] = "20"
+    assert tlcapture(*STEER, "--judge", url).exit_code == 0
+    value = read_json(path)
+    assert first.startswith(f"judge {url}, eval_prompt ")
+    assert value["metadata"]["scored_by"] != first
+    assert [run["result"]["trait_mean"] for run in value["runs"]] == [20.0]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (["why?", "what?"], "2 of 2 steering questions of tone/loud have no completions: likelihood scores need"),
+        (
+            {"questions": ["why?", {"question": "a?", "positive": "x", "negative": "y"}], "eval_prompt": "{answer}"},
+            "1 of 2 steering questions of tone/loud have no completions",
+        ),
+        ({"questions": ["why?"], "eval_prompt": "Score it."}, "steering.json: eval_prompt: expected {answer} in it"),
+        ([{"question": "a?", "positive": "x"}], 'expected both "positive" and "negative", or neither'),
+        ({"questions": ["why?"], "eval_promt": "{answer}"}, "steering.json: eval_promt"),
+        ([], "steering.json: questions"),
+        ([""], "steering.json: questions[0]"),
+        ([3], "steering.json: questions[0]"),
+    ],
+)
+def test_questions_that_cannot_be_scored_are_refused_before_the_model_is_loaded(
+    tlcapture: Run, vectors: Path, data: Path, content: Any, said: str
+) -> None:
+    steering_file(data, content)
+    result = tlcapture(*STEER)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert "loading" not in result.stdout
 
 
 def test_selection_and_comparison_use_both_measures(tlcapture: Run, vectors: Path) -> None:

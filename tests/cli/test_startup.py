@@ -28,6 +28,7 @@ def python(code: str) -> str:
         ["capture", "--help"],
         ["evaluate", "-h"],
         ["traits", "list", "-h"],
+        ["traits", "import", "-h"],
         ["project", "-h"],
         ["extract", "-h"],
         ["shell", "-h"],

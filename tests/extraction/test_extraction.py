@@ -64,7 +64,13 @@ def test_plain_text_files_are_read_as_one_example_per_line(tmp_path: Path) -> No
     write_side(tmp_path, "positive.txt", ["one", "two", "", "three", "four", "five"])
     write_side(tmp_path, "negative.jsonl", [{"text": f"n{n}"} for n in range(5)])
     examples = read_examples(Datasets(tmp_path), TRAIT)
-    assert [item.example.text for item in examples.items if item.positive] == ["one", "two", "three", "four", "five"]
+    lines = ["one", "two", "three", "four", "five"]
+    assert [item.example.text for item in examples.items if item.positive] == lines
+    assert (examples.lines_as, examples.is_guess) == ("texts", True)
+    scenarios = read_examples(Datasets(tmp_path), TRAIT, examples_as="scenarios")
+    assert [item.example.prompt for item in scenarios.items if item.positive] == lines
+    assert [item.example.text for item in scenarios.items if not item.positive] == [f"n{n}" for n in range(5)]
+    assert (scenarios.lines_as, scenarios.is_guess) == ("scenarios", False)
     assert examples.count(positive=True, held_out=True) == 1
     assert examples.count(positive=False, held_out=True) == 1
 

@@ -85,6 +85,27 @@ def test_steering_along_the_unembedding_of_a_completion_makes_it_likelier() -> N
     assert scorer.score(2, towards, 2.0).trait_mean > scorer.baseline().trait_mean
 
 
+def test_without_completions_the_typical_norm_is_that_of_the_models_own_responses() -> None:
+    model = tiny.model("llama")
+    prompts = [tokenize(model.tokenizer, q, prompt_set="s", prompt_id=str(n)) for n, q in enumerate(QUESTIONS)]
+    scorer = SteeringScorer(model, prompts, [None] * len(prompts), new_tokens=3)
+    score = scorer.baseline()
+    assert score.trait.isnan().all()
+    assert score.coherence_mean == pytest.approx(100, abs=1e-3)
+    norms = []
+    with torch.no_grad():
+        for prompt in prompts:
+            ids = list(prompt.token_ids)
+            for _ in range(3):
+                best = int(tiny.hf_model("llama")(torch.tensor([ids])).logits[0, -1].argmax())
+                if best == model.tokenizer.eos_token_id:
+                    break
+                ids.append(best)
+            hidden = tiny.hf_model("llama")(torch.tensor([ids]), output_hidden_states=True).hidden_states[2][0]
+            norms.append(hidden[len(prompt.token_ids) - 1 :].norm(dim=-1))
+    assert scorer.typical_norm(1) == pytest.approx(float(torch.cat(norms).median()), rel=1e-4)
+
+
 def test_the_search_finds_the_largest_coherent_coefficient() -> None:
     from types import SimpleNamespace
 

@@ -223,14 +223,22 @@ def test_steering_results_with_few_fields_are_drawn(tmp_path: Path) -> None:
 
 
 def test_damaged_steering_questions(tmp_path: Path, evidence: Evidence) -> None:
-    good = {"questions": [{"id": "1", "question": "why?", "positive": "yes", "negative": "no"}]}
+    question = {"id": "1", "question": "why?", "positive": "yes", "negative": "no"}
+    good = {"questions": [question, "what?"], "eval_prompt": "Rate {answer} to {question}"}
     path = tmp_path / "datasets" / "traits" / TRAIT / "steering.json"
 
     def check(file: Damaged) -> None:
         file.put(path)
         found = reads(path, lambda: read_questions(Datasets(tmp_path), ODD))
         if found is not None:
-            assert [each.model_dump() for each in found] == content_of(file)["questions"]
+            content = content_of(file)
+            asked = content if isinstance(content, list) else content["questions"]
+            assert found.eval_prompt == (None if isinstance(content, list) else content.get("eval_prompt"))
+            for number, (one, given) in enumerate(zip(found.questions, asked, strict=True), start=1):
+                given = {"question": given} if isinstance(given, str) else given
+                bare = {"id": str(number), "positive": None, "negative": None}
+                assert one.model_dump() == {**bare, **given}
+                assert (one.completions is None) == (given.get("positive") is None)
 
     try_all(evidence, "steering questions", damaged_json(good), check)
 

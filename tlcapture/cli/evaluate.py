@@ -15,6 +15,7 @@ from tlcapture.cli.options import (
     Location,
     ModelOptions,
     batch_size_option,
+    examples_as_option,
     grid_options,
     location_options,
     model_options,
@@ -31,12 +32,13 @@ if TYPE_CHECKING:
 
 @click.command(context_settings=HELP_NAMES)
 @location_options
-@grid_options("evaluate")
+@grid_options("evaluate", "probe,mean_diff,gradient,imported")
 @click.option(
     "--against-steering",
     is_flag=True,
     help="Evaluate nothing; compare effect sizes with steering results, layer by layer.",
 )
+@examples_as_option
 @model_options
 @cluster_options
 @batch_size_option
@@ -47,6 +49,7 @@ def evaluate(
     location: Location,
     grid: GridOptions,
     against_steering: bool,
+    examples_as: str,
     batch_size: int | None,
     seed: int,
     model: ModelOptions,
@@ -61,7 +64,7 @@ def evaluate(
 
     executor = cluster.make_executor(can_collect=False)
     load = model.loader_for(layout, "extraction_model", console)
-    options = EvaluateOptions(grid.traits, grid.methods, grid.layers, grid.component, batch_size, seed)
+    options = EvaluateOptions(grid.traits, grid.methods, grid.layers, grid.component, batch_size, seed, examples_as)
     report = run_evaluate(layout, options, load, console, executor)
     if lexists(layout.evaluation):
         draw_heatmaps(layout, report)

@@ -12,6 +12,7 @@ from tlcapture.cli.options import (
     Location,
     ModelOptions,
     batch_size_option,
+    examples_as_option,
     grid_options,
     location_options,
     model_options,
@@ -30,6 +31,7 @@ from tlcapture.cli.work import working
     show_default=True,
     help="Which activations are read; auto: the mean over the response, or over a text without one.",
 )
+@examples_as_option
 @model_options
 @cluster_options
 @batch_size_option
@@ -40,6 +42,7 @@ def extract(
     location: Location,
     grid: GridOptions,
     position: str,
+    examples_as: str,
     batch_size: int | None,
     seed: int,
     model: ModelOptions,
@@ -57,6 +60,7 @@ def extract(
         layers=grid.layers,
         components=grid.component,
         position=position,
+        examples_as=examples_as,
         batch_size=batch_size,
         seed=seed,
     )

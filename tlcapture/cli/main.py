@@ -16,7 +16,7 @@ COMMANDS = {
     "steer": "Add trait vectors during generation and score the effect.",
     "view": "View captures and vectors in the browser.",
     "shell": "Explore an experiment in IPython.",
-    "traits": "Check contrastive examples; list the selected vectors.",
+    "traits": "Check contrastive examples; list or import vectors.",
     "doctor": "Check a model's activations against Hugging Face.",
     "plan": "Estimate the size and time of a capture.",
 }

@@ -88,6 +88,15 @@ class Traits(_Parsed):
         return traits
 
 
+class OneTrait(_Parsed):
+    """One trait."""
+
+    name = "a/b"
+
+    def _parse(self, text: str) -> Trait:
+        return Trait.parse(text)
+
+
 class LayerList(_Parsed):
     """Comma-separated layer indices, or `all`, which is read as an empty tuple."""
 

@@ -104,14 +104,17 @@ class GridOptions:
     component: tuple[str, ...]
 
 
-def grid_options(verb: str) -> Decorator:
-    """Options that choose a grid of vectors, with a verb that says what is done with them, such as `extract`."""
+def grid_options(verb: str, methods: str = "probe,mean_diff,gradient") -> Decorator:
+    """Options that choose a grid of vectors, with a verb that says what is done with them, such as `extract`.
+
+    `methods` are those that are taken by default.
+    """
     return together(
         click.option("--traits", type=Traits(), default="all", show_default=True, help=f"Traits to {verb}."),
         click.option(
             "--methods",
             type=Names(),
-            default="probe,mean_diff,gradient",
+            default=methods,
             show_default=True,
             help="Methods that find the directions.",
         ),
@@ -152,13 +155,23 @@ def vector_options(default_layer: str) -> Decorator:
             help="Layer of the vectors to project onto; auto: by steering or effect size, per trait.  "
             f"[default: {default_layer}]",
         ),
-        click.option("--method", metavar="METHOD", help="probe, mean_diff or gradient.  [default: the one selected]"),
+        click.option(
+            "--method", metavar="METHOD", help="probe, mean_diff, gradient or imported.  [default: the one selected]"
+        ),
         click.option(
             "--vector-experiment", metavar="NAME", help="Use vectors of experiment NAME, even from another model."
         ),
         collected(VectorOptions, "vectors"),
     )
 
+
+examples_as_option = click.option(
+    "--examples-as",
+    type=click.Choice(["texts", "scenarios", "auto"]),
+    default="auto",
+    show_default=True,
+    help="What lines of .txt examples are: texts to read, or scenarios that the model completes; auto: texts, a guess.",
+)
 
 # -- stored activations ---------------------------------------------------------------------------
 

@@ -10,8 +10,8 @@ from typing import Any
 from tlcapture.commands.cross_traits import cross_trait_aurocs
 from tlcapture.commands.evaluation_rows import EvaluatedComponent, best_vector, doubts, rows_of
 from tlcapture.commands.extract import kept_activations
-from tlcapture.errors import VectorError
-from tlcapture.extraction.examples import Examples, read_examples
+from tlcapture.errors import InputError, VectorError
+from tlcapture.extraction.examples import AUTO, GUESS, Examples, read_examples
 from tlcapture.extraction.kept_activations import KeptActivations, source_digest
 from tlcapture.extraction.prepared_examples import prepare_examples
 from tlcapture.extraction.readout import read_out
@@ -27,7 +27,8 @@ from tlcapture.storage.config import read_config
 from tlcapture.storage.files import write_bytes, write_json
 from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.traits.evaluation_files import Evaluation, EvaluationRow, best_by_trait, read_evaluation
-from tlcapture.traits.vector_files import METHODS, VectorFiles, traits_with_vectors
+from tlcapture.traits.projection import check_fits
+from tlcapture.traits.vector_files import IMPORTED, METHODS, VectorFiles, traits_with_vectors
 from tlcapture.traits.vectors import read_vector
 from tlcapture.views.hooks import COMPONENTS
 
@@ -37,11 +38,12 @@ class EvaluateOptions:
     """Which vectors to evaluate; empty `traits` and `layers` mean all of them."""
 
     traits: tuple[Trait, ...] = ()
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = (*METHODS, IMPORTED)
     layers: tuple[int, ...] = ()
     components: tuple[str, ...] = COMPONENTS
     batch_size: int | None = None
     seed: int = 0
+    examples_as: str = AUTO
 
 
 def run_evaluate(
@@ -58,10 +60,24 @@ def run_evaluate(
     """
     layout.check_exists()
     traits = traits_with_vectors(layout, options.traits)
+    unscored = [] if options.traits else _without_examples(layout, traits)
+    if unscored and len(unscored) == len(traits):
+        raise InputError(f"no examples to score the imported vectors of {', '.join(map(str, unscored))}")
     run = Run.begin(layout, display)
+    for trait in unscored:
+        run.warn(f"left out: no examples to score the imported vectors of {trait}")
+        traits.remove(trait)
     executor.run(Work(partial(_Worker, options), load, traits, lambda trait: 1, "trait", str), run)
     _write_cross_traits(run, traits)
     return run.report
+
+
+def _without_examples(layout: Layout, traits: Sequence[Trait]) -> list[Trait]:
+    """The traits that have no examples and only imported vectors, which were not made from any."""
+    with_examples = Datasets(layout.root).traits()
+    files = {trait: VectorFiles(layout, trait) for trait in traits if trait not in with_examples}
+    methods = {trait: {*found.available("residual"), *found.available("attn_out")} for trait, found in files.items()}
+    return [trait for trait, found in methods.items() if found == {IMPORTED}]
 
 
 class _Worker:
@@ -119,9 +135,8 @@ def _evaluate(
         methods = [method for method in options.methods if method in available]
         if not methods:
             continue
-        seed, position = _split_and_position(files, component)
-        examples = read_examples(Datasets(layout.root), trait, seed=seed)
-        kept = _activations(run, files, component, examples, position, options, model)
+        reading = _Reading.of(files, component, methods, options)
+        kept = _activations(run, files, component, reading, options, model)
         vectors = {
             method: [
                 read_vector(files, component, method, layer)
@@ -130,22 +145,49 @@ def _evaluate(
             ]
             for method in methods
         }
-        made = rows_of(layout, examples, kept, vectors, options.seed)
+        for vector in (vector for of_method in vectors.values() for vector in of_method):
+            check_fits(vector, *kept.activations.shape[::2])
+        made = rows_of(layout, reading.examples, kept, vectors, options.seed)
         for note in doubts(made.rows):
             run.warn(f"{trait}: {note}")
         found[component] = made
     return found
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """How the examples are read: as those that the vectors were extracted from, or as the options say.
+
+    `made_from` are the digests of the examples and of the model that extracted vectors record; `None` where all vectors
+    were imported.
+    """
+
+    examples: Examples
+    position: str
+    made_from: tuple[str | None, str | None] | None
+
+    @classmethod
+    def of(cls, files: VectorFiles, component: str, methods: Sequence[str], options: EvaluateOptions) -> _Reading:
+        datasets, trait = Datasets(files.layout.root), files.trait
+        if methods == [IMPORTED]:
+            examples = read_examples(datasets, trait, seed=options.seed, examples_as=options.examples_as)
+            return cls(examples, "auto", None)
+        metadata = files.metadata(component)
+        seed, position = _split_and_position(files, component)
+        examples_as = metadata.get("examples_as") or options.examples_as
+        examples = read_examples(datasets, trait, seed=seed, examples_as=examples_as)
+        return cls(examples, position, (metadata.get("examples"), metadata.get("model_fingerprint")))
+
+
 def _split_and_position(files: VectorFiles, component: str) -> tuple[int, str]:
-    metadata = files.metadata(component)
+    """The seed of the split into examples for fitting and held-out ones, and the position at which they were read."""
+    metadata, file = files.metadata(component), files.metadata_file(component)
     if not metadata:
         raise VectorError(
-            f"{files.path}: metadata.json, which lists the held-out examples, is missing: extract the trait again"
+            f"{files.path}: {file.name}, which lists the held-out examples, is missing: extract the trait again"
         )
     seed, position = (metadata.get("split") or {}).get("seed"), metadata.get("position")
     if seed is None or position is None:
-        file = files.metadata_file(component)
         raise VectorError(f"{file}: split or position of the examples is missing: extract the trait again")
     return int(seed), str(position)
 
@@ -154,8 +196,7 @@ def _activations(
     run: Run,
     files: VectorFiles,
     component: str,
-    examples: Examples,
-    position: str,
+    reading: _Reading,
     options: EvaluateOptions,
     model: Callable[[], Model],
 ) -> KeptActivations:
@@ -163,25 +204,22 @@ def _activations(
 
     Raises `VectorError` if examples or model have changed since the vectors were extracted.
     """
-    layout, metadata = run.layout, files.metadata(component)
-    path = layout.example_activations(files.trait, component)
-    kept = KeptActivations.read(path)
-    source = source_digest(examples, read_config(layout), position)
-    if kept is not None and (kept.source, kept.examples, kept.fingerprint) == (
-        source,
-        metadata.get("examples"),
-        metadata.get("model_fingerprint"),
-    ):
+    layout, path = run.layout, run.layout.example_activations(files.trait, component)
+    kept = KeptActivations.read(path) if reading.made_from is not None else None
+    source = source_digest(reading.examples, read_config(layout), reading.position)
+    if kept is not None and kept.source == source and (kept.examples, kept.fingerprint) == reading.made_from:
         return kept
-    seed = metadata["split"]["seed"]
     prepared = prepare_examples(
-        Datasets(layout.root), layout, files.trait, model(), seed=seed, position=position, examples=examples
+        Datasets(layout.root), layout, files.trait, model(), position=reading.position, examples=reading.examples
     )
-    if prepared.digest != metadata.get("examples") or model().fingerprint != metadata.get("model_fingerprint"):
+    if reading.made_from not in (None, (prepared.digest, model().fingerprint)):
         raise VectorError("examples or model have changed since the vectors were extracted: extract them again")
+    if reading.examples.is_guess and reading.made_from is None:
+        run.warn(GUESS)
     activations = read_out(model(), prepared.readings, [component], batch_size=options.batch_size)[component]
     kept = kept_activations(layout, component, model(), prepared, activations)
-    run.wrote(kept.write(path))
+    if reading.made_from is not None:
+        run.wrote(kept.write(path))
     return kept
 
 

@@ -27,7 +27,7 @@ from tlcapture.storage.layout import Layout
 from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant
 from tlcapture.text import as_ranges
 from tlcapture.traits.evaluation_files import EvaluationRow
-from tlcapture.traits.vector_files import METHODS, VectorFiles
+from tlcapture.traits.vector_files import IMPORTED, METHODS, VectorFiles
 from tlcapture.traits.vectors import TraitVector, read_vector
 
 Row = dict[str, Any]
@@ -171,7 +171,9 @@ def _row(layout: Layout, vector: TraitVector, number: int, found: Separation, co
         "null_auroc_p95": _number(common.null_p95),
         "bag_of_words_auroc": _number(words),
         "length_auroc": _number(max(lengths)),
-        "cosine_to_methods": _cosines(vector, [(m, vector.trait, m) for m in METHODS if m != vector.method], layout),
+        "cosine_to_methods": _cosines(
+            vector, [(m, vector.trait, m) for m in (*METHODS, IMPORTED) if m != vector.method], layout
+        ),
         "cosine_to_traits": _cosines(
             vector, [(str(t), t, vector.method) for t in layout.traits() if t != vector.trait], layout
         ),

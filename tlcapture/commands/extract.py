@@ -10,7 +10,7 @@ from typing import Any
 
 from tlcapture.captures.provenance import model_record, now
 from tlcapture.errors import InputError, NumericalError
-from tlcapture.extraction.examples import Examples, read_examples
+from tlcapture.extraction.examples import AUTO, GUESS, Examples, read_examples
 from tlcapture.extraction.kept_activations import KeptActivations, source_digest
 from tlcapture.extraction.methods import FITS, Labels, LayerVectors
 from tlcapture.extraction.prepared_examples import PreparedExamples, prepare_examples
@@ -41,6 +41,7 @@ class ExtractOptions:
     layers: tuple[int, ...] = ()
     components: tuple[str, ...] = COMPONENTS
     position: str = "auto"
+    examples_as: str = AUTO
     batch_size: int | None = None
     seed: int = 0
 
@@ -62,12 +63,14 @@ def run_extract(
     for method in options.methods:
         if method not in FITS:
             raise InputError(f"no method {method!r}: choose among {', '.join(FITS)}")
-    examples = [read_examples(datasets, trait, seed=options.seed) for trait in traits]
+    examples = [read_examples(datasets, trait, seed=options.seed, examples_as=options.examples_as) for trait in traits]
     known = executor.known_model(load)
     for layer in options.layers:
         if not 0 <= layer < known.n_layers:
             raise InputError(f"--layers {layer}: the model has layers 0 to {known.n_layers - 1}")
     run = Run.begin(layout, display)
+    if any(each.is_guess for each in examples):
+        run.warn(GUESS)
     make, tasks = partial(ModelWorker, _extract_one, options), [ExtractionTask(each) for each in examples]
     executor.run(Work(make, load, tasks, ExtractionTask.size, "example", str), run)
     return run.report
@@ -209,4 +212,5 @@ def _metadata(
         "bos": bos_policy(model.tokenizer, prepared.typical.token_ids, chat_template=prepared.typical.chat_template),
         "split": prepared.examples.split_record(options.seed),
         "examples": prepared.digest,
+        **({} if prepared.examples.lines_as is None else {"examples_as": prepared.examples.lines_as}),
     }

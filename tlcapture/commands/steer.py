@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import blake2b
 from os.path import lexists
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from tlcapture.captures.provenance import now
-from tlcapture.errors import InputError, StorageError
+from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.extraction.judge import Judge
 from tlcapture.extraction.steering import Question, SteeringQuestions, SteeringScore, SteeringScorer
 from tlcapture.models.loading import Model
@@ -67,12 +68,14 @@ def run_steer(
     """Steer with every trait's vectors and write `results.json` after every run; existing runs are skipped.
 
     Raises:
-        InputError: a trait has no vectors or no steering questions; nothing was written.
+        InputError: a trait has no vectors or no steering questions, or questions that only a judge can score, without
+            a judge; nothing was written.
     """
     layout.check_exists()
-    traits = traits_with_vectors(layout, options.traits)
-    tasks = [SteeringTask(trait, read_questions(Datasets(layout.root), trait)) for trait in traits]
+    tasks, left_out = _tasks(layout, options)
     run = Run.begin(layout, display)
+    for reason in left_out:
+        run.warn(f"left out: {reason}")
     make, n_runs = partial(ModelWorker, _steer_one, options), _n_runs(options, executor.known_model(load).n_layers)
     executor.run(Work(make, load, tasks, lambda task: n_runs, "run", str), run)
     return run.report
@@ -83,10 +86,33 @@ class SteeringTask:
     """A trait and the questions that the model answers while it is steered."""
 
     trait: Trait
-    questions: Sequence[Question]
+    asked: SteeringQuestions
+
+    @property
+    def questions(self) -> Sequence[Question]:
+        """The questions."""
+        return self.asked.questions
 
     def __str__(self) -> str:
         return str(self.trait)
+
+
+def _tasks(layout: Layout, options: SteerOptions) -> tuple[list[SteeringTask], list[str]]:
+    """The traits that can be steered and scored, and why others are left out, which no trait is that was named."""
+    tasks, left_out = [], []
+    for trait in traits_with_vectors(layout, options.traits):
+        try:
+            task = SteeringTask(trait, read_questions(Datasets(layout.root), trait))
+            if options.judge is None:
+                _check_completions(task)
+            tasks.append(task)
+        except InputError as error:
+            if options.traits:
+                raise
+            left_out.append(error)
+    if not tasks:
+        raise left_out[0]
+    return tasks, list(map(str, left_out))
 
 
 def _steer_one(run: Run, model: Model, options: SteerOptions, task: SteeringTask) -> None:
@@ -102,14 +128,23 @@ def _steer_one(run: Run, model: Model, options: SteerOptions, task: SteeringTask
         run.report.n_prompts += len(task.questions)
 
 
-def read_questions(datasets: Datasets, trait: Trait) -> list[Question]:
+def _check_completions(task: SteeringTask) -> None:
+    missing = sum(question.completions is None for question in task.questions)
+    if missing:
+        raise InputError(
+            f"{missing} of {len(task.questions)} steering questions of {task.trait} have no completions: likelihood "
+            'scores need a "positive" and a "negative" one for each; add them there, or score with --judge URL'
+        )
+
+
+def read_questions(datasets: Datasets, trait: Trait) -> SteeringQuestions:
     """The steering questions of a trait, in `steering.json` next to its examples.
 
     Raises `InputError` if the file is missing or invalid.
     """
     path = datasets.trait_folder(trait) / "steering.json"
     try:
-        return SteeringQuestions.model_validate(read_json(path)).questions
+        return SteeringQuestions.model_validate(read_json(path))
     except StorageError as error:
         raise InputError(str(error)) from None
     except ValidationError as error:
@@ -137,9 +172,9 @@ class _Trials:
     def begin(cls, run: Run, model: Model, judge: Judge | None, task: SteeringTask, progress: Progress) -> _Trials:
         """Ready to score, with the baseline of the unsteered model recorded."""
         prompts = _prompts(run.layout, model, task.questions)
-        results = _Results(run, task.trait, model, judge)
+        results = _Results(run, task.trait, model, _scored_by(judge, task.asked.eval_prompt))
         definition = _definition(Datasets(run.layout.root), task.trait)
-        scorer = SteeringScorer(model, prompts, [(question.positive, question.negative) for question in task.questions])
+        scorer = SteeringScorer(model, prompts, [question.completions for question in task.questions])
         trials = cls(task, scorer, judge, definition, results, progress)
         results.set_baseline(trials._judged(scorer.baseline()))
         return trials
@@ -158,16 +193,19 @@ class _Trials:
         """The score with the judge's verdicts in place of likelihoods, if there is a judge."""
         if self.judge is None:
             return score
-        verdicts = [
-            self.judge.score(
-                trait=str(self.task.trait),
-                definition=self.definition,
-                question=question.question,
-                response=response,
-            )
-            for question, response in zip(self.task.questions, score.responses, strict=True)
-        ]
-        return replace(score, trait=torch.tensor(verdicts))
+        pairs = zip(self.task.questions, score.responses, strict=True)
+        verdicts = [self._verdict(self.judge, question.question, response) for question, response in pairs]
+        scored = [verdict for verdict in verdicts if verdict is not None]
+        if not scored:
+            raise TlcaptureError(f"judge {self.judge.url}: it answered REFUSAL to every response to {self.task.trait}")
+        return replace(score, trait=torch.tensor([torch.nan if each is None else each for each in verdicts]))
+
+    def _verdict(self, judge: Judge, question: str, response: str) -> float | None:
+        eval_prompt = self.task.asked.eval_prompt
+        if eval_prompt is not None:
+            return judge.score_by(eval_prompt, question=question, response=response)
+        trait = str(self.task.trait)
+        return judge.score(trait=trait, definition=self.definition, question=question, response=response)
 
 
 def _prompts(layout: Layout, model: Model, questions: Sequence[Question]) -> list[TokenizedPrompt]:
@@ -219,7 +257,7 @@ def _vectors(layout: Layout, trait: Trait, model: Model, options: SteerOptions) 
 class _Results:
     """A trait's `results.json`, written after every run."""
 
-    def __init__(self, run: Run, trait: Trait, model: Model, judge: Judge | None):
+    def __init__(self, run: Run, trait: Trait, model: Model, scored_by: str):
         layout = run.layout
         self._path = layout.steering(trait)
         self._files = VectorFiles(layout, trait)
@@ -228,13 +266,13 @@ class _Results:
         if lexists(self._path):
             before = read_json(self._path)
             metadata = SteeringResults.parse(before, self._path).metadata
-            if (metadata.get("model_fingerprint"), metadata.get("scored_by")) == (model.fingerprint, _scorer(judge)):
+            if (metadata.get("model_fingerprint"), metadata.get("scored_by")) == (model.fingerprint, scored_by):
                 self._content = before
         self._content["metadata"] = {
             "model": model.name,
             "model_fingerprint": model.fingerprint,
             "engine": model.engine,
-            "scored_by": _scorer(judge),
+            "scored_by": scored_by,
             "timestamp": now(),
         }
 
@@ -255,7 +293,7 @@ class _Results:
         config = _config(vector, coefficient)
         run = {
             "config": config,
-            "result": {**_means(score), "n": len(score.trait)},
+            "result": {**_means(score), "n": int((~score.trait.isnan()).sum())},
             "vector_timestamp": vector.metadata.get("timestamp"),
             "vector_digest": self._files.digest(vector.component, vector.method, vector.layer),
             "responses": score.responses,
@@ -268,8 +306,12 @@ class _Results:
         return SteeringResults.parse({**self._content, "runs": [run]}, self._path).single_layer_runs[0]
 
 
-def _scorer(judge: Judge | None) -> str:
-    return "likelihood" if judge is None else f"judge {judge.url}"
+def _scored_by(judge: Judge | None, eval_prompt: str | None) -> str:
+    """What scores `trait_mean`; runs that were scored in different ways are never mixed."""
+    if judge is None:
+        return "likelihood"
+    asked = "" if eval_prompt is None else f", eval_prompt {blake2b(eval_prompt.encode(), digest_size=4).hexdigest()}"
+    return f"judge {judge.url}{asked}"
 
 
 def _definition(datasets: Datasets, trait: Trait) -> str:

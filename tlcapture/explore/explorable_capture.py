@@ -83,7 +83,7 @@ class ExplorableCapture(ABC):
         Args:
             trait: `category/name`.
             layer: the vector's layer; `auto` selects it.
-            method: `probe`, `mean_diff` or `gradient`; the selected one by default.
+            method: `probe`, `mean_diff`, `gradient` or `imported`; the selected one by default.
             component: `residual` or `attn_out`.
             vector_experiment: the experiment whose vectors are used, even if they were extracted from another model.
 

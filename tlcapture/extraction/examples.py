@@ -4,7 +4,8 @@
 
 One JSON object per line: `{"text"}`, `{"prompt", "response"}`, or `{"prompt"}`, to which the model itself
 responds, with an optional `"pair"` that ties a positive example to the negative one on the same topic.
-`positive.txt` and `negative.txt`, one bare text per line, are read as well.
+`positive.txt` and `negative.txt` are read as well: each line is a bare text, or a scenario, a prompt that the model
+completes. The files do not say which.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ from tlcapture.storage.layout import Datasets
 from tlcapture.storage.validation import first_problem
 
 HELD_OUT_SHARE = 0.2
+TEXTS, SCENARIOS, AUTO = "texts", "scenarios", "auto"  # what the lines of a .txt file are; auto: texts, a guess
+GUESS = (
+    "lines of .txt examples are read as bare texts, which is a guess: if the model is to complete them, pass "
+    "--examples-as scenarios; if not, --examples-as texts"
+)
 _FEWEST = 4
 
 
@@ -58,10 +64,16 @@ class LabelledExample:
 
 @dataclass(frozen=True)
 class Examples:
-    """All examples of a trait, positive ones first, each side in the order of its file."""
+    """All examples of a trait, positive ones first, each side in the order of its file.
+
+    `lines_as` is what the lines of .txt files were read as, `texts` or `scenarios`; `None` where there are none.
+    `is_guess` tells whether that was a guess.
+    """
 
     trait: Trait
     items: list[LabelledExample]
+    lines_as: str | None = None
+    is_guess: bool = False
 
     def count(self, *, positive: bool, held_out: bool) -> int:
         """How many examples of a side are held out, or are not."""
@@ -86,13 +98,16 @@ class Examples:
         }
 
 
-def read_examples(datasets: Datasets, trait: Trait, *, seed: int = 0) -> Examples:
+def read_examples(datasets: Datasets, trait: Trait, *, seed: int = 0, examples_as: str = AUTO) -> Examples:
     """Read both sides of a trait and choose the examples that are held out, both examples of a pair together.
+
+    `examples_as` is what each line of a .txt file is: one of `texts`, `scenarios` and `auto`.
 
     Raises `InputError` if a side is missing or too small, and with file and line for an invalid example.
     """
     folder = datasets.trait_folder(trait)
-    sides = {name: _read_side(folder, name) for name in ("positive", "negative")}
+    lines_as = TEXTS if examples_as == AUTO else examples_as
+    sides = {name: _read_side(folder, name, lines_as) for name in ("positive", "negative")}
     for name, examples in sides.items():
         if len(examples) < _FEWEST:
             raise InputError(f"{folder}: {len(examples)} {name} examples, expected at least {_FEWEST}")
@@ -102,7 +117,9 @@ def read_examples(datasets: Datasets, trait: Trait, *, seed: int = 0) -> Example
         for name, examples in sides.items()
         for number, example in enumerate(examples)
     ]
-    return Examples(trait, items)
+    if not any(_lines_file(folder, name) for name in sides):
+        return Examples(trait, items)
+    return Examples(trait, items, lines_as, is_guess=examples_as == AUTO)
 
 
 def _held_out_keys(sides: dict[str, list[Example]], seed: int) -> set[str]:
@@ -121,13 +138,19 @@ def _key(side: str, number: int, example: Example) -> str:
     return f"pair {example.pair}" if example.pair is not None else f"{side} {number:06d}"
 
 
-def _read_side(folder: Path, name: str) -> list[Example]:
-    lines_file, text_file = folder / f"{name}.jsonl", folder / f"{name}.txt"
-    if lines_file.is_file():
-        return [_parse(lines_file, number, line) for number, line in _lines(lines_file)]
-    if text_file.is_file():
-        return [Example(text=line) for _, line in _lines(text_file)]
-    raise InputError(f"{folder}: no {lines_file.name} (nor {text_file.name}): expected one example per line")
+def _lines_file(folder: Path, name: str) -> Path | None:
+    """The .txt file of a side, if it is the one that is read."""
+    path = folder / f"{name}.txt"
+    return path if path.is_file() and not (folder / f"{name}.jsonl").is_file() else None
+
+
+def _read_side(folder: Path, name: str, lines_as: str) -> list[Example]:
+    objects_file, text_file = folder / f"{name}.jsonl", _lines_file(folder, name)
+    if objects_file.is_file():
+        return [_parse(objects_file, number, line) for number, line in _lines(objects_file)]
+    if text_file is not None:
+        return [Example(**{"text" if lines_as == TEXTS else "prompt": line}) for _, line in _lines(text_file)]
+    raise InputError(f"{folder}: no {objects_file.name} (nor {name}.txt): expected one example per line")
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from tlcapture.errors import InputError
-from tlcapture.extraction.examples import Example, Examples, read_examples
+from tlcapture.extraction.examples import AUTO, Example, Examples, read_examples
 from tlcapture.extraction.methods import Labels
 from tlcapture.extraction.readout import Reading, tokenize_example
 from tlcapture.generation.loop import generate
@@ -67,12 +67,13 @@ def prepare_examples(
     seed: int = 0,
     position: str = "auto",
     examples: Examples | None = None,
+    examples_as: str = AUTO,
 ) -> PreparedExamples:
     """Read a trait's examples and prepare them; prompts without a response get the model's greedy response.
 
     Raises `InputError` for invalid examples, and for a prompt to which the model gives no response.
     """
-    examples = examples or read_examples(datasets, trait, seed=seed)
+    examples = examples or read_examples(datasets, trait, seed=seed, examples_as=examples_as)
     config = read_config(layout)
     answered = _answered([item.example for item in examples.items], model, layout)
     readings = [

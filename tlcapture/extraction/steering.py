@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from tlcapture.generation.interventions import Intervention, Steer, applied
@@ -44,27 +44,68 @@ PerQuestion = Float[Tensor, " n_questions"]
 
 
 class Question(BaseModel):
-    """An open question with a completion that shows the trait and one that shows its opposite."""
+    """An open question, and where likelihoods are to score it, completions that show the trait and its opposite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    id: str
+    id: str = ""
     question: str = Field(min_length=1)
-    positive: str = Field(min_length=1)
-    negative: str = Field(min_length=1)
+    positive: str | None = Field(default=None, min_length=1)
+    negative: str | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _has_both_or_neither(self) -> Question:
+        if (self.positive is None) != (self.negative is None):
+            raise ValueError('expected both "positive" and "negative", or neither')
+        return self
+
+    @property
+    def completions(self) -> tuple[str, str] | None:
+        """The positive and the negative completion, if it has them."""
+        return None if self.positive is None or self.negative is None else (self.positive, self.negative)
 
 
 class SteeringQuestions(BaseModel):
-    """The content of `steering.json`."""
+    """The content of `steering.json`.
+
+    Questions are objects or plain strings, also as a bare list, and get their number as id where they have none. The
+    fields are those of persona-vectors too: `eval_prompt` is what a judge is asked, with `{question}` and `{answer}` in
+    it; `instruction` is not used.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     questions: list[Question] = Field(min_length=1)
+    eval_prompt: str | None = None
+    instruction: Any = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_strings(cls, value: Any) -> Any:
+        content = {"questions": value} if isinstance(value, list) else value
+        if not isinstance(content, dict) or not isinstance(content.get("questions"), list):
+            return content
+        asked = [{"question": each} if isinstance(each, str) else each for each in content["questions"]]
+        numbered = [
+            {**each, "id": each.get("id", str(number))} if isinstance(each, dict) else each
+            for number, each in enumerate(asked, start=1)
+        ]
+        return {**content, "questions": numbered}
+
+    @field_validator("eval_prompt")
+    @classmethod
+    def _shows_the_answer(cls, value: str | None) -> str | None:
+        if value is not None and "{answer}" not in value:
+            raise ValueError("expected {answer} in it, in whose place the judge reads the response")
+        return value
 
 
 @dataclass(frozen=True)
 class SteeringScore:
-    """Scores of one steering run and its responses, by question; scores are 0 to 1, their means 0 to 100."""
+    """Scores of one steering run and its responses, by question; scores are 0 to 1, their means 0 to 100.
+
+    The trait's score of a question that was not scored is NaN, and no part of the mean.
+    """
 
     trait: PerQuestion
     coherence: PerQuestion
@@ -73,7 +114,7 @@ class SteeringScore:
     @property
     def trait_mean(self) -> float:
         """100 times the mean over questions; 50 where positive and negative completion are equally likely."""
-        return float(100 * self.trait.mean())
+        return float(100 * self.trait.nanmean())
 
     @property
     def coherence_mean(self) -> float:
@@ -89,21 +130,33 @@ class SteeringScorer:
     """
 
     def __init__(
-        self, model: Model, prompts: Sequence[TokenizedPrompt], completions: Sequence[tuple[str, str]],
+        self, model: Model, prompts: Sequence[TokenizedPrompt], completions: Sequence[tuple[str, str] | None],
         *, new_tokens: int = NEW_TOKENS,
     ):  # fmt: skip
-        """`completions` are the positive and the negative one of each prompt; responses have up to `new_tokens`."""
+        """`completions` are the positive and the negative one of each prompt; responses have up to `new_tokens`.
+
+        A prompt may have no completions: the trait's score is then NaN, to be replaced by a judge's.
+        """
         self._model = model
         self._prompts = prompts
         self._new_tokens = new_tokens
-        self._positive = [self._ids(positive) for positive, _ in completions]
-        self._negative = [self._ids(negative) for _, negative in completions]
         self._prefilled = prefill(model, prompts)
-        self._own_cost = self._cost(self._respond())
+        own = self._respond()
+        self._own_cost = self._cost(own)
+        # Where there are no completions, the model's own response takes their place in the typical norm.
+        texts = [
+            [list(ids)] * 2 if pair is None else [self._ids(text) for text in pair]
+            for pair, ids in zip(completions, own, strict=True)
+        ]
+        self._positive, self._negative = ([pair[side] for pair in texts] for side in (0, 1))
+        self._is_scored = torch.tensor([pair is not None for pair in completions])
         self._norms: dict[int, float] = {}
 
     def typical_norm(self, layer: int) -> float:
-        """The median norm of `residual_out` at a layer over the tokens of both completions, unsteered."""
+        """The median norm of `residual_out` at a layer over the tokens of both completions, unsteered.
+
+        A prompt without completions counts with the tokens of the model's own response.
+        """
         if layer not in self._norms:
             norms = [self._residual_norms(layer, texts) for texts in (self._positive, self._negative)]
             self._norms[layer] = float(torch.cat(norms).median())
@@ -126,7 +179,8 @@ class SteeringScorer:
         responses = self._respond(interventions)
         excess = (self._cost(responses) - self._own_cost).clamp(min=0)
         texts = [decode(self._model.tokenizer, ids) for ids in responses]
-        return SteeringScore((negative_cost - positive_cost).sigmoid(), (-excess).exp(), texts)
+        trait = (negative_cost - positive_cost).sigmoid().where(self._is_scored, torch.nan)
+        return SteeringScore(trait, (-excess).exp(), texts)
 
     def _ids(self, text: str) -> list[int]:
         return list(self._model.tokenizer(text, add_special_tokens=False)["input_ids"])

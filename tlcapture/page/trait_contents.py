@@ -38,10 +38,12 @@ def _component_vectors(files: VectorFiles, component: str) -> dict[str, Any] | N
     available = files.available(component)
     if not available:
         return None
-    metadata, n_layers = files.metadata(component), n_layers_of_origin(files, component)
+    n_layers = n_layers_of_origin(files, component)
+    metadata = files.metadata(component, next(iter(available)))
     found: dict[str, Any] = {"available": available, "n_layers": n_layers, "metadata": metadata}
     try:
         chosen = select(files, component, n_layers)
+        found["metadata"] = files.metadata(component, chosen.method)
         rival = runner_up(files, component, chosen)
         found |= {"selected": _selection(chosen), "runner_up": _selection(rival) if rival else None}
     except TlcaptureError as error:

@@ -28,6 +28,7 @@ _SHOWN = (
     "chat_template",
     "bos",
     "layer_convention",
+    "imported",
     "tlcapture_version",
 )
 
@@ -94,6 +95,9 @@ def described_origin(origin: Metadata) -> str:
     versions = [f"{label} {str(known[key])[:8]}" for key, label in _VERSIONS.items() if key in known]
     parts = [str(known.get("extraction_model", "unknown model")) + (f" ({', '.join(versions)})" if versions else "")]
     parts += [_how_it_ran(origin) or "", str(known.get("hook", "")), str(known.get("position", ""))]
+    if isinstance(known.get("imported"), Mapping):
+        source = known["imported"]
+        parts.append(f"imported from {source.get('file')} ({source.get('convention') or source.get('tool')})")
     if "chat_template" in known:
         parts.append("chat template" if known["chat_template"] else "no chat template")
     if _bos_count(origin) is not None:
@@ -113,6 +117,8 @@ def _other_model(vector: TraitVector, capture: Metadata) -> str:
         revisions = (vector.metadata.get("model_revision"), capture.get("model_revision"))
         if None not in revisions and revisions[0] != revisions[1]:
             detail += f" (revision {revisions[0]} and {revisions[1]})"
+    if vector.model is None:
+        return "the vectors do not name their model: it is not known to be the captured one"
     return (
         f"the vector was extracted from model {vector.model!r}, the capture is from "
         f"{capture.get('inference_model')!r}{detail}; if this is intended, name the experiment with --vector-experiment"

@@ -140,8 +140,9 @@ def n_layers_of_origin(files: VectorFiles, component: str) -> int:
 
     Raises `ValueError` for a component without vectors.
     """
-    recorded = files.metadata(component).get("num_layers")
-    return int(recorded or 1 + max(map(max, files.available(component).values())))
+    available = files.available(component)
+    recorded = (files.metadata(component, method).get("num_layers") for method in available)
+    return int(next(filter(None, recorded), None) or 1 + max(map(max, available.values())))
 
 
 def _current(

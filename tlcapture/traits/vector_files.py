@@ -3,6 +3,8 @@
 extraction/{category}/{trait}/vectors/{method}_layer{L}.pt      float32 [d_model]
                                       metadata.json
                                       attn_out_{method}_layer{L}.pt, attn_out_metadata.json
+
+Vectors that another tool made are of the method `imported`, with a record of their own, `imported_metadata.json`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from os.path import lexists
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -24,6 +26,7 @@ from tlcapture.storage.validation import FileContent, Layer, checked
 from tlcapture.traits.missing_vectors import no_vectors, no_vectors_of_trait
 
 METHODS = ("probe", "mean_diff", "gradient")  # in the order of preference
+IMPORTED = "imported"  # the method of vectors that another tool made; it comes last
 _PREFIX = {"residual": "", "attn_out": "attn_out_"}
 # Only names that `file` generates: a layer written in another way (layer007) would be listed but could not be read.
 _FILE = re.compile(r"(?P<method>[A-Za-z0-9_.-]+)_layer(?P<layer>0|[1-9][0-9]{0,3})\.pt")
@@ -40,6 +43,7 @@ class VectorMetadata(FileContent):
     position: str | None = None
     model_fingerprint: str | None = None
     examples: str | None = None
+    examples_as: Literal["texts", "scenarios"] | None = None
     split: VectorSplit | None = None
 
 
@@ -72,7 +76,8 @@ class VectorFiles:
             if match:
                 found.setdefault(match["method"], []).append(int(match["layer"]))
         order = {method: rank for rank, method in enumerate(METHODS)}
-        return {method: sorted(found[method]) for method in sorted(found, key=lambda m: (order.get(m, 99), m))}
+        ranked = sorted(found, key=lambda method: (method == IMPORTED, order.get(method, 99), method))
+        return {method: sorted(found[method]) for method in ranked}
 
     def file(self, component: str, method: str, layer: int) -> Path:
         """The path of one vector, whether it exists or not."""
@@ -82,13 +87,14 @@ class VectorFiles:
         """A digest of one vector's file, which evaluation and steering record to recognise a replaced vector."""
         return blake2b(read_bytes(self.file(component, method, layer)), digest_size=8).hexdigest()
 
-    def metadata_file(self, component: str) -> Path:
-        """The path of the record of the vectors' origin."""
-        return self.layout.own(self.path / f"{_PREFIX[component]}metadata.json")
+    def metadata_file(self, component: str, method: str | None = None) -> Path:
+        """The path of the record of the vectors' origin; imported ones have one of their own."""
+        kind = f"{IMPORTED}_" if method == IMPORTED else ""
+        return self.layout.own(self.path / f"{_PREFIX[component]}{kind}metadata.json")
 
-    def metadata(self, component: str) -> dict[str, Any]:
-        """The record of the vectors' origin; empty where another tool left none."""
-        path = self.metadata_file(component)
+    def metadata(self, component: str, method: str | None = None) -> dict[str, Any]:
+        """The record of the vectors' origin, by a method; empty where another tool left none."""
+        path = self.metadata_file(component, method)
         if not lexists(path):
             return {}
         value = read_json(path)
@@ -96,19 +102,19 @@ class VectorFiles:
         return dict(value)
 
     def remove_all(self, component: str, methods: Iterable[str], layers: Iterable[int]) -> list[Path]:
-        """Remove existing vectors of some methods and layers, and the record of their origin.
+        """Remove existing vectors of some methods and layers, and the records of their origin.
 
         Returns the vectors' files that were removed.
         """
-        wanted = list(layers)
-        files = [self.file(component, method, layer) for method in methods for layer in wanted]
+        wanted, of = list(layers), list(methods)
+        files = [self.file(component, method, layer) for method in of for layer in wanted]
         existing = [path for path in files if lexists(path)]
-        remove([self.metadata_file(component), *existing])
+        remove([*(self.metadata_file(component, method) for method in of), *existing])
         return existing
 
-    def write_metadata(self, component: str, metadata: Mapping[str, Any]) -> None:
-        """Write the record of the vectors' origin."""
-        write_json(self.metadata_file(component), dict(metadata), indent=True)
+    def write_metadata(self, component: str, metadata: Mapping[str, Any], method: str | None = None) -> None:
+        """Write the record of the vectors' origin, by a method."""
+        write_json(self.metadata_file(component, method), dict(metadata), indent=True)
 
 
 def traits_with_vectors(layout: Layout, named: Sequence[Trait] = ()) -> list[Trait]:

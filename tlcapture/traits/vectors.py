@@ -54,12 +54,12 @@ def read_vector(files: VectorFiles, component: str, method: str, layer: int) -> 
     vector = value.detach().float()
     if not vector.isfinite().all() or not vector.any():
         raise VectorError(f"{path}: the vector is zero, or holds NaN or inf")
-    metadata = files.metadata(component)
+    metadata = files.metadata(component, method)
     listed = method in metadata.get("methods", ()) and layer in metadata.get("layers", ())
     origin = metadata if listed else {}
     width = origin.get("hidden_dim")
     if width not in (None, len(vector)):
-        name = files.metadata_file(component).name
+        name = files.metadata_file(component, method).name
         raise VectorError(f"{path}: the vector has width {len(vector)}, but {name} gives {width}")
     return TraitVector(files.trait, component, method, layer, files.layout.experiment, vector, origin)
 

@@ -23,7 +23,8 @@ tl.views.vectors = {
       };
       const score = selected.score === null ? "" : `, ${tl.number(selected.score)}`;
       const next = rival ? ` Next: ${rival.method} at layer ${rival.layer}, ${tl.number(rival.score)}.` : "";
-      const made = found.metadata.extraction_model ? ` From ${found.metadata.extraction_model}, read at ${found.metadata.position ?? "an unknown position"}.` : " Unknown origin: no metadata.json.";
+      const { imported } = found.metadata;
+      const made = imported ? ` Imported from ${imported.file}, ${imported.convention ?? "attention outputs"}.` : found.metadata.extraction_model ? ` From ${found.metadata.extraction_model}, read at ${found.metadata.position ?? "an unknown position"}.` : " Unknown origin: no metadata.json.";
       return element("p", {}, element("b", {}, component), `: ${selected.method} at layer ${selected.layer}${score}, because ${reasons[selected.selected_by] ?? selected.selected_by}.${next}${made}`,
         selected.warning ? element("span", { className: "warning" }, ` ${selected.warning}.`) : null);
     }

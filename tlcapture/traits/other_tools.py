@@ -1,0 +1,195 @@
+"""Vector files of other tools, read as vectors by the layer number that the tool gave them.
+
+| file | what is read |
+| --- | --- |
+| persona-vectors' `.pt` | a tensor `[n_layers + 1, d_model]`, whose row 0 is the embedding |
+| repeng's (and llama.cpp's) GGUF control vector | `direction.L`: the output of block L |
+| steering-vectors' object, by `torch.save` | `layer_activations[L]`: the output of block L, or of its attention |
+| `.pt` or `.safetensors` | a tensor with one row per layer, or tensors by layer: numbers, or names with one number |
+
+Where each layer's vector belongs in a model is decided in `traits/layer_conventions.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tlcapture.errors import StorageError, VectorError
+from tlcapture.storage.files import opening, read_tensors
+from tlcapture.storage.tensors import described, is_plain
+from tlcapture.text import printable
+
+PERSONA_VECTORS, REPENG, STEERING_VECTORS = "persona-vectors", "repeng", "steering-vectors"
+_STEERING_VECTOR = "steering_vectors.steering_vector.SteeringVector"
+_PARTS = {"decoder_block": "residual", "self_attn": "attn_out"}  # steering-vectors' layer types that have a place here
+# Parts of a name that say which activation it is, in the order in which they are looked for.
+_ACTIVATIONS = {
+    "resid_post": ("residual", "resid_post"),
+    "resid_pre": ("residual", "resid_pre"),
+    "resid_mid": None,
+    "mlp": None,
+    "norm": None,
+    "attn": ("attn_out", None),
+    "attention": ("attn_out", None),
+}
+
+
+@dataclass(frozen=True)
+class ToolVectors:
+    """The vectors in a file of another tool.
+
+    Attributes:
+        tool: the tool that writes such files; `None` where many do.
+        rows: tensors by the file's own number of their layer, not checked yet.
+        is_table: whether they are the rows of one tensor, so that their number tells that of the model's layers.
+        component: which activation they are for, where the file says so.
+        convention: what a number means (a name of `layer_conventions.CONVENTIONS`), where the file says so.
+        model_type: the architecture of their model, where the file says so.
+    """
+
+    tool: str | None
+    rows: Mapping[int, Any]
+    is_table: bool = False
+    component: str | None = None
+    convention: str | None = None
+    model_type: str | None = None
+
+
+def read_tool_vectors(path: Path) -> ToolVectors:
+    """Read a vector file of another tool; no code in it is run.
+
+    Raises:
+        StorageError: the file cannot be read.
+        VectorError: it holds something else than vectors by layer, or vectors of an activation that has no place here.
+    """
+    with opening(path), path.open("rb") as file:
+        start = file.read(4)
+    if start == b"GGUF":
+        return _of_gguf(path)
+    if path.suffix.lower() == ".gguf":
+        raise StorageError(f"{path}: not a GGUF file: it does not begin with 'GGUF'")
+    if path.suffix.lower() == ".safetensors":
+        return _of_tensors(path, _safetensors(path))
+    if not start.startswith(b"PK"):
+        raise StorageError(
+            f"{path}: not a file of vectors: expected one by torch.save, a .safetensors file or a GGUF control vector"
+        )
+    return _of_tensors(path, read_tensors(path, records=(_STEERING_VECTOR,)))
+
+
+def _safetensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    with opening(path):
+        return dict(load_file(path))
+
+
+def _of_gguf(path: Path) -> ToolVectors:
+    from gguf import GGUFReader
+
+    with opening(path):
+        reader = GGUFReader(path)
+        fields = {name: reader.get_field(f"{name}") for name in ("general.architecture", "controlvector.model_hint")}
+        architecture, hint = (field and str(field.contents()) for field in fields.values())
+        tensors = {tensor.name: _gguf_tensor(tensor) for tensor in reader.tensors}
+    if architecture != "controlvector":
+        raise VectorError(f"{path}: a GGUF file of {printable(str(architecture))!r}, expected one of 'controlvector'")
+    layers = {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"direction\.(-?\d{1,4})", name)
+        if match is None:
+            raise VectorError(f"{path}: the tensor {printable(name)!r} is not named direction.L with a layer L")
+        layers[int(match[1])] = tensor
+    return ToolVectors(REPENG, _some(path, layers), False, "residual", "resid_post", hint or None)
+
+
+def _gguf_tensor(tensor: Any) -> Any:
+    """A tensor of a GGUF file as one of torch; quantised ones, which no tool writes for vectors, as they are stored."""
+    from gguf import GGMLQuantizationType, dequantize
+
+    data = (
+        dequantize(tensor.data, tensor.tensor_type) if tensor.tensor_type == GGMLQuantizationType.BF16 else tensor.data
+    )
+    return torch.from_numpy(data.copy())
+
+
+def _of_tensors(path: Path, value: Any) -> ToolVectors:
+    if isinstance(value, dict) and "layer_activations" in value:
+        return _of_steering_vector(path, value)
+    if isinstance(value, dict) and len(value) == 1 and getattr(next(iter(value.values())), "ndim", 1) == 2:
+        (value,) = value.values()  # one table by its name
+    if isinstance(value, list | tuple):
+        return ToolVectors(None, _some(path, dict(enumerate(value))), is_table=True)
+    if isinstance(value, dict):
+        return _by_layer(path, value)
+    if not is_plain(value) or value.ndim != 2:
+        hint = "; a single vector needs its layer: save it as {layer: vector}" if getattr(value, "ndim", 0) == 1 else ""
+        raise VectorError(f"{path}: expected a float tensor [n_layers, d_model], got {described(value)}{hint}")
+    tool = PERSONA_VECTORS if path.stem.endswith(("_avg_diff", "_last_diff")) else None
+    return ToolVectors(tool, _some(path, dict(enumerate(value))), is_table=True)
+
+
+def _of_steering_vector(path: Path, value: Mapping[str, Any]) -> ToolVectors:
+    kind, layers = value.get("layer_type", "decoder_block"), value["layer_activations"]
+    if kind not in _PARTS:
+        raise VectorError(
+            f"{path}: vectors of layer type {printable(str(kind))!r} have no place: only those of decoder_block "
+            "(residual_out) and self_attn (attn_out) are imported"
+        )
+    if not isinstance(layers, dict) or not all(type(layer) is int for layer in layers):
+        raise VectorError(f"{path}: layer_activations: expected tensors by layer number")
+    component = _PARTS[kind]
+    convention = "resid_post" if component == "residual" else None
+    return ToolVectors(STEERING_VECTORS, _some(path, layers), False, component, convention)
+
+
+def _by_layer(path: Path, value: Mapping[Any, Any]) -> ToolVectors:
+    """Tensors by layer numbers or by names."""
+    layers: dict[int, Any] = {}
+    for key, tensor in value.items():
+        layer = _layer_of(path, key)
+        if layer in layers:
+            raise VectorError(f"{path}: {printable(str(key))!r} is the second entry of layer {layer}")
+        layers[layer] = tensor
+    component, convention = _named_activation(path, value)
+    return ToolVectors(None, _some(path, layers), False, component, convention)
+
+
+def _layer_of(path: Path, key: Any) -> int:
+    if type(key) is int:
+        return key
+    numbers = re.findall(r"(?:^-)?\d+", key) if isinstance(key, str) else []
+    if len(numbers) != 1 or len(numbers[0]) > 5:
+        raise VectorError(
+            f"{path}: {printable(str(key))[:80]!r} does not hold one layer number: expected tensors by layer"
+        )
+    return int(numbers[0])
+
+
+def _named_activation(path: Path, names: Iterable[Any]) -> tuple[str | None, str | None]:
+    """Component and convention that the names of a file's tensors say, such as `blocks.3.hook_resid_post`."""
+    found: set[tuple[str | None, str | None]] = set()
+    for name in names:
+        part = next((part for part in _ACTIVATIONS if part in str(name).lower()), "")
+        said = _ACTIVATIONS.get(part, (None, None))
+        if said is None:
+            raise VectorError(
+                f"{path}: {printable(str(name))[:80]!r} names an activation that has no place: only vectors of the "
+                "residual stream and of attention outputs are imported"
+            )
+        found.add(said)
+    if len(found) > 1:
+        raise VectorError(f"{path}: its names are of several activations: import each from a file of its own")
+    return found.pop() if found else (None, None)
+
+
+def _some(path: Path, rows: Mapping[int, Any]) -> Mapping[int, Any]:
+    if not rows:
+        raise VectorError(f"{path}: no vectors in it")
+    return rows
