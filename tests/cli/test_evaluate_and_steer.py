@@ -99,7 +99,19 @@ def test_steer_writes_results_and_skips_existing_runs(tlcapture: Run, vectors: P
     configs = [run["config"] for run in value["runs"]]
     assert [(c["layers"], c["coefficients"]) for c in configs] == [([n], [x]) for n in (0, 2) for x in (0.1, 0.5)]
     assert all(c["methods"] == ["mean_diff"] and c["component"] == "residual" for c in configs)
-    assert all(set(run["result"]) == {"trait_mean", "coherence_mean", "n"} for run in value["runs"])
+    scores = {"trait_mean", "coherence_mean", "gain", "standard_error", "n"}
+    assert all(set(run["result"]) - {"null"} == scores for run in value["runs"])
+    base = value["baseline"]["trait_mean"]
+    assert all(run["result"]["gain"] == pytest.approx(run["result"]["trait_mean"] - base) for run in value["runs"])
+    ranked = sorted(value["runs"], key=lambda r: (r["result"]["coherence_mean"] >= 70, r["result"]["gain"]))
+    assert ["null" in run["result"] for run in ranked] == [False, True, True, True]
+    assert all(len(run["result"]["null"]) == 20 for run in ranked[1:])
+    for found, layer in zip(value["monitoring"], (0, 2), strict=True):
+        assert (found["layer"], found["method"], found["n"]) == (layer, "mean_diff", 12)
+        assert found["coefficients"] == [0, 0.1, 0.5]
+        assert len(found["null"]) == 20
+        assert f"{found['rank_correlation']:+.2f}" in result.output
+    assert "the 95th percentile of random vectors' best gains" in result.output
     assert (path.parent / "steering.png").read_bytes().startswith(b"\x89PNG")
     again = tlcapture(*words, "--methods", "mean_diff")
     assert "wrote 1 files" in again.output  # the picture
@@ -181,7 +193,9 @@ def test_plain_questions_are_scored_by_a_judge_that_is_asked_their_eval_prompt(
     (run,) = value["runs"]
     assert (run["result"]["trait_mean"], run["result"]["n"]) == (72.0, 2)
     assert run["result"]["coherence_mean"] > 0
-    steered = asked[-2:]  # after two of the baseline
+    assert len(asked) == 2 + 2 + 20 * 2  # the baseline, the run, and random vectors in place of its vector
+    steered = asked[2:4]
+    assert run["result"]["null"] == [0.0] * 20
     for text, question, response in zip(steered, ["why {answer}?", "what?"], run["responses"], strict=True):
         if isinstance(content, dict):
             # The oracle: a plain replacement of the placeholders, the question's own braces being text.
@@ -256,11 +270,21 @@ def test_selection_and_comparison_use_both_measures(tlcapture: Run, vectors: Pat
     assert "chat template, 1 BOS" in origin
     words = ("--methods", "mean_diff", "--coefficients", "0.01")
     assert tlcapture("steer", "--experiment", "exp", *words).exit_code == 0
-    assert tlcapture("traits", "list", "--experiment", "exp").output.count("steering") == 2
+    # No gain of 0.01 typical norms beats those of random vectors.
+    assert tlcapture("traits", "list", "--experiment", "exp").output.count("effect_size") == 2
+    for path in (vectors / "steering").glob("*/*/results.json"):
+        value = json.loads(path.read_text())
+        for run in value["runs"]:
+            run["result"].pop("null", None)
+        path.write_text(json.dumps(value))
+    listed = tlcapture("traits", "list", "--experiment", "exp").output
+    assert listed.count(" steering ") == 2
+    assert "tone/loud, tone/warm: its steering gain was not compared with random vectors" in listed
     compared = tlcapture("evaluate", "--experiment", "exp", "--against-steering")
     assert compared.exit_code == 0
-    assert compared.output.count("tone/") == 2
-    assert "pooled" in compared.output
+    lines = [line.split() for line in compared.output.splitlines()]
+    assert ["tone/loud", "3", "-", "-"] in lines
+    assert "fewer than 8 points: a trait needs 8 vectors that were evaluated and steered" in compared.output
 
 
 def test_traits_check_reports_problems_of_examples(tlcapture: Run, data: Path) -> None:

@@ -45,6 +45,7 @@ class Batch:
         self._model = model
         self._prompts = prompts
         self._settings = settings
+        self._interventions = settings.interventions  # for the running prompts
         self._stops = stop_ids(model.tokenizer, model.generation_config)
         self._recorder = Recorder(settings.hooks, [len(p.token_ids) for p in prompts], settings.max_new_tokens)
         self._generators = [prompt_generator(settings.sampling.seed, prompt) for prompt in prompts]
@@ -95,7 +96,9 @@ class Batch:
     def _keep(self, stays: Sequence[bool]) -> None:
         """Drop the rows of prompts that have ended."""
         if not all(stays):
-            self._model.keep(self._state, torch.tensor(stays))
+            rows = torch.tensor(stays)
+            self._model.keep(self._state, rows)
+            self._interventions = [each.of_rows(rows) for each in self._interventions]
             self._running = [index for index, stay in zip(self._running, stays, strict=True) if stay]
 
     def _choose(self, logits: LastLogits) -> list[int]:
@@ -109,7 +112,7 @@ class Batch:
     def _read_prompts(self) -> LastLogits:
         tokens, mask = left_pad([prompt.token_ids for prompt in self._prompts])
         last_logits = []
-        with applied(self._model, self._settings.interventions, LAST_POSITION):
+        with applied(self._model, self._interventions, LAST_POSITION):
             for rows, step in self._model.prompt_steps(tokens, mask, self._state, self._recorder.names):
                 self._recorder.record(self._running[rows], step.cache)
                 last_logits.append(step.logits)
@@ -127,7 +130,7 @@ class Batch:
         return step.logits
 
     def _step(self, tokens: Tokens, mask: Mask, *, want_logits: bool) -> Step:
-        with applied(self._model, self._settings.interventions, LAST_POSITION):
+        with applied(self._model, self._interventions, LAST_POSITION):
             return self._model.step(tokens, mask, self._state, self._recorder.names, want_logits=want_logits)
 
     def _generation(self, index: int, reason: str) -> Generation:
