@@ -278,13 +278,14 @@ def test_selection_and_comparison_use_both_measures(tlcapture: Run, vectors: Pat
             run["result"].pop("null", None)
         path.write_text(json.dumps(value))
     listed = tlcapture("traits", "list", "--experiment", "exp").output
-    assert listed.count(" steering ") == 2
+    assert [line.split()[3] for line in listed.splitlines()[1:3]] == ["steering"] * 2
     assert "tone/loud, tone/warm: its steering gain was not compared with random vectors" in listed
     compared = tlcapture("evaluate", "--experiment", "exp", "--against-steering")
     assert compared.exit_code == 0
     lines = [line.split() for line in compared.output.splitlines()]
-    assert ["tone/loud", "3", "-", "-"] in lines
-    assert "fewer than 8 points: a trait needs 8 vectors that were evaluated and steered" in compared.output
+    assert ["tone/loud", "3", "3", "-", "-"] in lines
+    assert ["pooled", "6", "6", "-", "-"] in lines
+    assert "a correlation needs vectors at 8 layers that were evaluated and steered" in compared.output
 
 
 def test_traits_check_reports_problems_of_examples(tlcapture: Run, data: Path) -> None:

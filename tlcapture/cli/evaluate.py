@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from os.path import lexists
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -26,6 +27,9 @@ from tlcapture.cli.work import working
 from tlcapture.names import Trait
 
 if TYPE_CHECKING:
+    from tlcapture.commands.evaluate import EvaluateOptions
+    from tlcapture.runs.executors import Executor
+    from tlcapture.runs.model_loader import ModelLoader
     from tlcapture.storage.layout import Layout
     from tlcapture.traits.evaluation_files import Evaluation, TraitEvaluation
 
@@ -36,7 +40,13 @@ if TYPE_CHECKING:
 @click.option(
     "--against-steering",
     is_flag=True,
-    help="Evaluate nothing; compare effect sizes with steering results, layer by layer.",
+    help="Evaluate nothing; correlate effect sizes with steering gains, vector by vector.",
+)
+@click.option(
+    "--examples",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Score the selected vectors, or those of --methods and --layers, on another dataset of their trait.",
 )
 @examples_as_option
 @model_options
@@ -49,6 +59,7 @@ def evaluate(
     location: Location,
     grid: GridOptions,
     against_steering: bool,
+    examples: Path | None,
     examples_as: str,
     batch_size: int | None,
     seed: int,
@@ -65,10 +76,46 @@ def evaluate(
     executor = cluster.make_executor(can_collect=False)
     load = model.loader_for(layout, "extraction_model", console)
     options = EvaluateOptions(grid.traits, grid.methods, grid.layers, grid.component, batch_size, seed, examples_as)
+    if examples is not None:
+        _score_elsewhere(console, layout, options, examples, load, executor)
+        return
     report = run_evaluate(layout, options, load, console, executor)
     if lexists(layout.evaluation):
         draw_heatmaps(layout, report)
         _print(console, best_vectors(layout))
+
+
+def _score_elsewhere(
+    console: Console, layout: Layout, options: EvaluateOptions, folder: Path, load: ModelLoader, executor: Executor
+) -> None:
+    """Score vectors on the examples in a folder, and print how well they carry over."""
+    from tlcapture.commands.carry_over import CarryOverOptions, run_carry_over
+    from tlcapture.commands.evaluate import EvaluateOptions, best_vectors
+
+    methods = () if options.methods == EvaluateOptions.methods else options.methods
+    grid = (options.traits, methods, options.layers, options.components)
+    wanted = CarryOverOptions(folder, *grid, options.batch_size, options.examples_as)
+    run_carry_over(layout, wanted, load, console, executor)
+    names = ("n", "AUROC", "chance p95", "p", "Hedges g", "95 % interval")
+    rows = [
+        (
+            trait,
+            f"{row.method} {row.layer}" + ("" if row.component == "residual" else f" {row.component}"),
+            f"{row.n_positive} + {row.n_negative}",
+            _number(row.auroc, ".3f"),
+            _number(row.null_auroc_p95, ".3f"),
+            _number(row.p, ".3f"),
+            _number(row.effect_size, ".2f"),
+            " to ".join(_number(bound, ".2f") for bound in row.effect_size_interval or ()),
+        )
+        for trait, found in best_vectors(layout).carry_over_to(wanted.name).items()
+        for row in found
+    ]
+    console.line()
+    columns = [Column("trait"), Column("vector"), *(Column(name, right=True) for name in names)]
+    console.table(columns, rows)
+    console.line(f"on the examples of {wanted.name}; chance: their labels shuffled within pairs, or all where unpaired")
+    console.line()
 
 
 def _print(console: Console, evaluation: Evaluation) -> None:
@@ -128,10 +175,18 @@ def _number(value: float | None, form: str) -> str:
 
 def _compare(console: Console, layout: Layout, traits: tuple[Trait, ...]) -> None:
     """Print the rank correlation of effect size with steering gain, per trait and pooled."""
-    from tlcapture.commands.against_steering import against_steering
+    from tlcapture.commands.against_steering import FEWEST_LAYERS, against_steering
 
     found = against_steering(layout, traits or tuple(layout.traits()))
     lines = [(line.trait, line) for line in found.by_trait]
     lines += [("pooled", found.pooled), ("pooled, ranks within trait", found.within)]
-    columns = [Column("trait"), Column("layers", right=True), Column("Spearman rho", right=True)]
-    console.table(columns, [(name, str(line.n), _number(line.rho, "+.3f")) for name, line in lines])
+    names = ("vectors", "layers", "Spearman rho", "p")
+    rows = [
+        (name, str(line.n_vectors), str(line.n_layers), _number(line.rho, "+.3f"), _number(line.p, ".3f"))
+        for name, line in lines
+    ]
+    console.table([Column("trait"), *(Column(name, right=True) for name in names)], rows)
+    console.line("p: share of permutations of the gains within each trait that correlate as much, in either direction")
+    if any(line.n_layers < FEWEST_LAYERS for _, line in lines):
+        needed = f"none over fewer than {FEWEST_LAYERS} layers, where chance gives large ones"
+        console.line(f"a correlation needs vectors at {FEWEST_LAYERS} layers that were evaluated and steered; {needed}")

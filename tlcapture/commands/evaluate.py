@@ -236,7 +236,9 @@ def _merged(layout: Layout, found: Mapping[str, EvaluatedComponent]) -> dict[str
         summary = component.summary if is_new and component is not None else _summary_of(before, trait)
         best[trait] = best_vector(row, summary)
     cross = before.cross_trait if isinstance(before.cross_trait, dict) else {}
-    return {"all_results": [row.as_written() for row in merged], "best_vectors": best, "cross_trait": cross}
+    others = before.model_dump(exclude_unset=True)
+    rows = [row.as_written() for row in merged]
+    return {**others, "all_results": rows, "best_vectors": best, "cross_trait": cross}
 
 
 def _summary_of(before: Evaluation, trait: str) -> Mapping[str, Any]:

@@ -105,7 +105,11 @@ def read_examples(datasets: Datasets, trait: Trait, *, seed: int = 0, examples_a
 
     Raises `InputError` if a side is missing or too small, and with file and line for an invalid example.
     """
-    folder = datasets.trait_folder(trait)
+    return examples_in(datasets.trait_folder(trait), trait, seed=seed, examples_as=examples_as)
+
+
+def examples_in(folder: Path, trait: Trait, *, seed: int = 0, examples_as: str = AUTO) -> Examples:
+    """The examples in a folder, as `read_examples` reads them."""
     lines_as = TEXTS if examples_as == AUTO else examples_as
     sides = {name: _read_side(folder, name, lines_as) for name in ("positive", "negative")}
     for name, examples in sides.items():

@@ -74,11 +74,16 @@ class TraitEvaluation(FileContent):
 
 
 class Evaluation(FileContent):
-    """The content of the file; `cross_trait` is the AUROC of each trait's vector on the examples of each trait."""
+    """The content of the file.
+
+    `cross_trait` is the AUROC of each trait's vector on the examples of each trait, `carry_over` the scores on other
+    datasets by their name and trait.
+    """
 
     all_results: list[EvaluationRow]
     best_vectors: Any = None  # other tools write other things here
     cross_trait: Any = None
+    carry_over: Any = None
 
     @classmethod
     def read(cls, path: Path) -> Evaluation:
@@ -94,6 +99,35 @@ class Evaluation(FileContent):
     def cross_traits(self) -> dict[str, dict[str, float]]:
         """The rows of `cross_trait` that have the form of ours."""
         return {trait: row.root for trait, row in _valid(_CrossTraitRow, self.cross_trait).items()}
+
+    @property
+    def carry_overs(self) -> dict[str, dict[str, Any]]:
+        """What `carry_over` holds by dataset and trait, in a new dict."""
+        found = self.carry_over if isinstance(self.carry_over, dict) else {}
+        return {name: dict(by_trait) for name, by_trait in found.items() if isinstance(by_trait, dict)}
+
+    def carry_over_to(self, dataset: str) -> dict[str, list[CarryOverRow]]:
+        """The scores on a dataset by trait, those that have the form of ours."""
+        return {trait: rows.root for trait, rows in _valid(_CarryOverRows, self.carry_overs.get(dataset)).items()}
+
+
+class CarryOverRow(FileContent):
+    """The score of one vector on another dataset of its trait; `p` is the share of shuffles that score as well."""
+
+    method: str
+    layer: Layer
+    component: str = "residual"
+    auroc: Share
+    effect_size: Number | None = None
+    effect_size_interval: list[Number | None] | None = Field(default=None, min_length=2, max_length=2)
+    null_auroc_p95: Share | None = None
+    p: Share | None = None
+    n_positive: int | None = None
+    n_negative: int | None = None
+
+
+class _CarryOverRows(RootModel[list[CarryOverRow]]):
+    pass
 
 
 class _CrossTraitRow(RootModel[dict[str, Share]]):
