@@ -120,6 +120,31 @@ def test_steer_writes_results_and_skips_existing_runs(tlcapture: Run, vectors: P
     assert len(read_json(path)["runs"]) > 4
 
 
+def test_random_vectors_are_added_to_earlier_results_and_runs_of_other_questions_are_made_again(
+    tlcapture: Run, vectors: Path, data: Path
+) -> None:
+    words = (*STEER, "--methods", "probe")
+    assert tlcapture(*words).exit_code == 0
+    path = vectors / "steering" / "tone" / "loud" / "results.json"
+    made = read_json(path)
+    earlier = json.loads(json.dumps(made))
+    for name in ("gain", "standard_error", "null"):
+        earlier["runs"][0]["result"].pop(name)
+    del earlier["monitoring"], earlier["metadata"]["questions"]
+    earlier["runs"][0]["responses"][0] = "as it was"
+    path.write_text(json.dumps(earlier))
+    assert tlcapture(*words).exit_code == 0
+    again = read_json(path)
+    assert again["runs"][0]["responses"][0] == "as it was"  # not repeated
+    assert again["runs"][0]["result"]["null"] == made["runs"][0]["result"]["null"]
+    assert len(again["monitoring"]) == 1
+    steering_file(data, {"questions": [{**each, "positive": "quite another"} for each in QUESTIONS]})
+    assert tlcapture(*words).exit_code == 0
+    other = read_json(path)
+    assert other["runs"][0]["responses"] == made["runs"][0]["responses"]
+    assert other["runs"][0]["result"]["trait_mean"] != made["runs"][0]["result"]["trait_mean"]
+
+
 @pytest.fixture
 def judge_server() -> Iterator[tuple[str, list[str], list[str]]]:
     """A local judge: its address, the requests it received, and its answers."""
