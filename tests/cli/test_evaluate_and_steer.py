@@ -43,10 +43,33 @@ def test_evaluate_writes_rows_best_vectors_and_pictures(tlcapture: Run, vectors:
     assert set(value["best_vectors"]) == {"tone/loud", "tone/warm"}
     best = value["best_vectors"]["tone/loud"]
     own = [each for each in value["all_results"] if each["trait"] == "tone/loud"]
-    assert best["val_effect_size"] == max(each["val_effect_size"] for each in own)
+    assert best["cv_effect_size"] == max(each["cv_effect_size"] for each in own)
+    assert 0 <= best["nested_auroc"] <= 1
+    assert 0 < best["p"] <= 1
+    assert set(best["baselines"]) == {"layer 0", "bag of words", "characters", "tokens", "characters a word"}
+    assert sum(best["chosen_layers"].values()) == 5
+    assert best["verdict"] in result.output
+    assert {name: set(row) for name, row in value["cross_trait"].items()} == {
+        "tone/loud": {"tone/loud", "tone/warm"},
+        "tone/warm": {"tone/loud", "tone/warm"},
+    }
     picture = vectors / "extraction" / "tone" / "loud" / "evaluation.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "random AUROC" in result.output
+    assert "loading" not in result.output  # activations are those that extract kept
+
+
+def test_activations_are_read_again_where_they_were_not_kept(tlcapture: Run, vectors: Path) -> None:
+    words = ("evaluate", "--experiment", "exp", "--component", "residual")
+    assert tlcapture(*words).exit_code == 0
+    path = vectors / "extraction" / "extraction_evaluation.json"
+    with_kept = read_json(path)
+    for kept in (vectors / "extraction").glob("*/*/activations/*.pt"):
+        kept.unlink()
+    path.unlink()
+    again = tlcapture(*words)
+    assert again.exit_code == 0, again.output
+    assert "loading" in again.output
+    assert read_json(path) == with_kept
 
 
 def test_evaluating_some_vectors_keeps_the_rows_of_other_vectors(tlcapture: Run, vectors: Path) -> None:
@@ -76,13 +99,50 @@ def test_steer_writes_results_and_skips_existing_runs(tlcapture: Run, vectors: P
     configs = [run["config"] for run in value["runs"]]
     assert [(c["layers"], c["coefficients"]) for c in configs] == [([n], [x]) for n in (0, 2) for x in (0.1, 0.5)]
     assert all(c["methods"] == ["mean_diff"] and c["component"] == "residual" for c in configs)
-    assert all(set(run["result"]) == {"trait_mean", "coherence_mean", "n"} for run in value["runs"])
+    scores = {"trait_mean", "coherence_mean", "gain", "standard_error", "n"}
+    assert all(set(run["result"]) - {"null"} == scores for run in value["runs"])
+    base = value["baseline"]["trait_mean"]
+    assert all(run["result"]["gain"] == pytest.approx(run["result"]["trait_mean"] - base) for run in value["runs"])
+    ranked = sorted(value["runs"], key=lambda r: (r["result"]["coherence_mean"] >= 70, r["result"]["gain"]))
+    assert ["null" in run["result"] for run in ranked] == [False, True, True, True]
+    assert all(len(run["result"]["null"]) == 20 for run in ranked[1:])
+    for found, layer in zip(value["monitoring"], (0, 2), strict=True):
+        assert (found["layer"], found["method"], found["n"]) == (layer, "mean_diff", 12)
+        assert found["coefficients"] == [0, 0.1, 0.5]
+        assert len(found["null"]) == 20
+        assert f"{found['rank_correlation']:+.2f}" in result.output
+    assert "the 95th percentile of random vectors' best gains" in result.output
     assert (path.parent / "steering.png").read_bytes().startswith(b"\x89PNG")
     again = tlcapture(*words, "--methods", "mean_diff")
     assert "wrote 1 files" in again.output  # the picture
     more = tlcapture("steer", "--experiment", "exp", "--traits", "tone/loud", "--layers", 1, "--search")
     assert more.exit_code == 0
     assert len(read_json(path)["runs"]) > 4
+
+
+def test_random_vectors_are_added_to_earlier_results_and_runs_of_other_questions_are_made_again(
+    tlcapture: Run, vectors: Path, data: Path
+) -> None:
+    words = (*STEER, "--methods", "probe")
+    assert tlcapture(*words).exit_code == 0
+    path = vectors / "steering" / "tone" / "loud" / "results.json"
+    made = read_json(path)
+    earlier = json.loads(json.dumps(made))
+    for name in ("gain", "standard_error", "null"):
+        earlier["runs"][0]["result"].pop(name)
+    del earlier["monitoring"], earlier["metadata"]["questions"]
+    earlier["runs"][0]["responses"][0] = "as it was"
+    path.write_text(json.dumps(earlier))
+    assert tlcapture(*words).exit_code == 0
+    again = read_json(path)
+    assert again["runs"][0]["responses"][0] == "as it was"  # not repeated
+    assert again["runs"][0]["result"]["null"] == made["runs"][0]["result"]["null"]
+    assert len(again["monitoring"]) == 1
+    steering_file(data, {"questions": [{**each, "positive": "quite another"} for each in QUESTIONS]})
+    assert tlcapture(*words).exit_code == 0
+    other = read_json(path)
+    assert other["runs"][0]["responses"] == made["runs"][0]["responses"]
+    assert other["runs"][0]["result"]["trait_mean"] != made["runs"][0]["result"]["trait_mean"]
 
 
 @pytest.fixture
@@ -158,7 +218,9 @@ def test_plain_questions_are_scored_by_a_judge_that_is_asked_their_eval_prompt(
     (run,) = value["runs"]
     assert (run["result"]["trait_mean"], run["result"]["n"]) == (72.0, 2)
     assert run["result"]["coherence_mean"] > 0
-    steered = asked[-2:]  # after two of the baseline
+    assert len(asked) == 2 + 2 + 20 * 2  # the baseline, the run, and random vectors in place of its vector
+    steered = asked[2:4]
+    assert run["result"]["null"] == [0.0] * 20
     for text, question, response in zip(steered, ["why {answer}?", "what?"], run["responses"], strict=True):
         if isinstance(content, dict):
             # The oracle: a plain replacement of the placeholders, the question's own braces being text.
@@ -233,11 +295,22 @@ def test_selection_and_comparison_use_both_measures(tlcapture: Run, vectors: Pat
     assert "chat template, 1 BOS" in origin
     words = ("--methods", "mean_diff", "--coefficients", "0.01")
     assert tlcapture("steer", "--experiment", "exp", *words).exit_code == 0
-    assert tlcapture("traits", "list", "--experiment", "exp").output.count("steering") == 2
+    # No gain of 0.01 typical norms beats those of random vectors.
+    assert tlcapture("traits", "list", "--experiment", "exp").output.count("effect_size") == 2
+    for path in (vectors / "steering").glob("*/*/results.json"):
+        value = json.loads(path.read_text())
+        for run in value["runs"]:
+            run["result"].pop("null", None)
+        path.write_text(json.dumps(value))
+    listed = tlcapture("traits", "list", "--experiment", "exp").output
+    assert [line.split()[3] for line in listed.splitlines()[1:3]] == ["steering"] * 2
+    assert "tone/loud, tone/warm: its steering gain was not compared with random vectors" in listed
     compared = tlcapture("evaluate", "--experiment", "exp", "--against-steering")
     assert compared.exit_code == 0
-    assert compared.output.count("tone/") == 2
-    assert "pooled" in compared.output
+    lines = [line.split() for line in compared.output.splitlines()]
+    assert ["tone/loud", "3", "3", "-", "-"] in lines
+    assert ["pooled", "6", "6", "-", "-"] in lines
+    assert "a correlation needs vectors at 8 layers that were evaluated and steered" in compared.output
 
 
 def test_traits_check_reports_problems_of_examples(tlcapture: Run, data: Path) -> None:

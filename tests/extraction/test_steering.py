@@ -9,8 +9,10 @@ import torch
 
 from tests import tiny
 from tlcapture.errors import NumericalError
-from tlcapture.extraction.steering import SteeringScorer
+from tlcapture.extraction.monitoring import monitoring
+from tlcapture.extraction.steering import Addition, SteeringScorer, random_directions
 from tlcapture.generation.interventions import Steer, applied
+from tlcapture.generation.loop import generate
 from tlcapture.prompts.tokenization import tokenize
 
 QUESTIONS = ["how are you?", "what is it", "why should anybody care about that?"]
@@ -58,6 +60,88 @@ def test_steering_adds_the_vector_to_residual_out_and_leaves_no_hook(engine: str
     assert torch.allclose(steered["blocks.1.hook_resid_post"], expected, atol=1e-5)
     assert not torch.allclose(steered["blocks.2.hook_resid_post"], plain["blocks.2.hook_resid_post"], atol=1e-2)
     assert all(torch.equal(activation, plain[name]) for name, activation in run().items())
+
+
+@pytest.mark.parametrize("engine", tiny.ENGINES)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_additions_that_share_a_batch_score_as_they_do_alone(name: str, engine: str) -> None:
+    scorer, _ = scorer_of(tiny.model(name, engine), new_tokens=6)
+    drawn = random_directions(tiny.D_MODEL, 3)
+    additions = [Addition(0, drawn[0], 0.3), Addition(2, drawn[1], 2.0), Addition(0, drawn[2], -0.5)]
+    together = scorer.scores(additions)
+    assert len({tuple(each.responses) for each in together}) > 1
+    for addition, score, trait in zip(additions, together, scorer.trait_scores(additions), strict=True):
+        alone = scorer.score(addition.layer, addition.vector, addition.coefficient)
+        assert score.responses == alone.responses
+        assert torch.allclose(score.trait, alone.trait, atol=1e-5)
+        assert torch.allclose(score.coherence, alone.coherence, atol=1e-4)
+        assert torch.allclose(trait, alone.trait, atol=1e-5)
+
+
+def test_rows_that_have_stopped_take_their_addends_along() -> None:
+    addends = torch.arange(6.0).reshape(3, 2)
+    left = Steer(0, addends).of_rows(torch.tensor([True, False, True]))
+    changed = left.change(torch.zeros(2, 4, 2))
+    assert torch.equal(changed, torch.tensor([[0.0, 1.0], [4.0, 5.0]])[:, None].expand(2, 4, 2))
+    with pytest.raises(ValueError, match="addends of 2 rows for a batch of 3"):
+        left.change(torch.zeros(3, 4, 2))
+    model = tiny.model("llama")
+    prompt = tokenize(model.tokenizer, "x", prompt_set="s", prompt_id="1")
+    with pytest.raises(ValueError, match="interventions by row"):
+        list(generate(model, [prompt], hooks=[], interventions=[Steer(0, torch.zeros(1, tiny.D_MODEL))]))
+
+
+def test_the_standard_error_is_that_of_the_differences_between_questions() -> None:
+    scorer, _ = scorer_of(tiny.model("llama"), new_tokens=2)
+    baseline = scorer.baseline()
+    steered = scorer.score(1, torch.randn(tiny.D_MODEL, generator=torch.Generator().manual_seed(1)), 1.0)
+    gains = [100 * (float(a) - float(b)) for a, b in zip(steered.trait, baseline.trait, strict=True)]
+    mean = sum(gains) / 3
+    expected = (sum((gain - mean) ** 2 for gain in gains) / 2 / 3) ** 0.5
+    assert steered.standard_error(baseline.trait) == pytest.approx(expected, rel=1e-4)
+    assert sum(gains) / 3 == pytest.approx(steered.trait_mean - baseline.trait_mean, abs=1e-3)
+
+
+def test_a_projection_that_grows_with_the_coefficient_follows_it_and_random_ones_do_not() -> None:
+    generator = torch.Generator().manual_seed(3)
+    vector = torch.nn.functional.normalize(torch.randn(64, generator=generator), dim=0)
+    coefficients = [0.0, 0.1, 0.2, 0.3]
+    activations = torch.randn(4, 16, 64, generator=generator)
+    along = torch.einsum("cqd,d->cq", activations, vector)
+    wanted = torch.arange(4.0)[:, None] + 10 * torch.randn(16, generator=generator)  # questions differ by far more
+    activations += (wanted - along)[..., None] * vector
+    found = monitoring(coefficients, activations, vector, random_directions(64))
+    assert found.rank_correlation == pytest.approx(1.0)
+    assert monitoring(coefficients, activations, -vector, random_directions(64)).rank_correlation == pytest.approx(-1)
+    assert found.projections == pytest.approx((wanted.mean(dim=1)).tolist(), abs=1e-4)
+    assert len(found.null) == 20
+    assert max(map(abs, found.null)) < 0.9
+    assert found.p == pytest.approx(1 / 21)
+    assert found.n == 64
+
+
+def test_few_or_empty_responses_have_no_correlation_and_equal_ones_have_none_either() -> None:
+    drawn = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    few = monitoring([0.0, 0.1], drawn, drawn[0, 0], random_directions(8))
+    assert (few.rank_correlation, few.p, few.n) == (None, None, 6)
+    same = monitoring([0.0, 0.1], torch.ones(2, 4, 8), torch.ones(8), random_directions(8))
+    assert (same.rank_correlation, same.p) == (0.0, 1.0)
+    empty = monitoring([0.0, 0.1], torch.full((2, 4, 8), torch.nan), torch.ones(8), random_directions(8))
+    assert (empty.projections, empty.rank_correlation, empty.n) == ([None, None], None, 0)
+
+
+@pytest.mark.parametrize("engine", tiny.ENGINES)
+def test_responses_are_read_back_as_hugging_face_reads_them(engine: str) -> None:
+    scorer, prompts = scorer_of(tiny.model("llama", engine), new_tokens=2)
+    texts = ["fine", "not so good", ""]
+    found = scorer.read(1, texts)
+    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        ids = tiny.tokenizer()(text, add_special_tokens=False)["input_ids"]
+        tokens = torch.tensor([[*prompt.token_ids, *ids]])
+        with torch.no_grad():
+            hidden = tiny.hf_model("llama")(tokens, output_hidden_states=True).hidden_states[2][0]
+        expected = hidden[len(prompt.token_ids) :].mean(dim=0)
+        assert torch.allclose(found[number], expected, atol=1e-4, equal_nan=True)
 
 
 def test_a_steered_model_without_finite_logits_is_an_error() -> None:

@@ -31,7 +31,7 @@ def page_root(embedded_root: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     done = CliRunner().invoke(main, words, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     run = {"config": {"layers": [8], "methods": ["mean_diff"], "coefficients": [0.2], "component": "residual"},
-           "result": {"trait_mean": 71.0, "coherence_mean": 93.0, "n": 15}}  # fmt: skip
+           "result": {"trait_mean": 71.0, "coherence_mean": 93.0, "null": [float(n) for n in range(21)]}}  # fmt: skip
     results = {"baseline": {"trait_mean": 40.0, "coherence_mean": 100.0}, "runs": [run]}
     write(root / "experiments" / "exp" / "steering" / TRAIT / "results.json", results)
     return root
@@ -187,7 +187,14 @@ def test_vectors_show_evaluation_steering_and_selection(page: Watched, page_root
     by_layer = sorted(rows, key=lambda row: row["layer"])
     assert page.traces(0)[0]["z"] == [[row["val_effect_size"] for row in by_layer]]
     assert page.traces(1)[0]["z"][0] == [row["val_auroc"] for row in by_layer]
-    assert page.traces(2)[0]["y"] == [40.0, 71.0]
+    assert page.traces(1)[0]["y"][-1] == "shuffled, p95"
+    assert page.traces(1)[0]["z"][-1] == [row["null_auroc_p95"] for row in by_layer]
+    evaluation = json.loads(path.read_text())
+    assert evaluation["best_vectors"][TRAIT]["verdict"] in page.text("#view")
+    gains = 3 if len(evaluation["cross_trait"]) > 1 else 2
+    assert page.traces(gains)[0]["y"] == [0, 31.0]
+    assert page.traces(gains)[1]["y"][:2] == [0, 19.0]
+    assert page.traces(gains + 1)[0]["y"] == [100.0, 93.0]
     assert "mean_diff at layer 8, 31, because its steering run changes the trait most" in page.text("#view")
 
 

@@ -110,7 +110,35 @@ def test_steering_runs_are_listed_with_their_baseline(contents: Contents) -> Non
     found = contents.vectors("exp", "style", "odd")
     assert found["steering"]["baseline"] == baseline
     assert found["steering"]["runs"][0]["coefficient"] == 0.2
+    assert found["steering"]["runs"][0]["gain"] == 10.0
+    assert found["steering"]["chance"] is None
     assert found["components"]["residual"]["selected"]["selected_by"] == "steering"
+
+
+def test_gains_come_with_their_null_and_vectors_with_their_verdict(contents: Contents) -> None:
+    folder = contents.root / "experiments" / "exp"
+    config = {"layers": [1], "methods": ["probe"], "coefficients": [0.2], "component": "residual"}
+    null = [float(n) for n in range(21)]
+    result = {"trait_mean": 60.0, "coherence_mean": 90.0, "standard_error": 2.0, "null": null}
+    monitored = {"layer": 1, "method": "probe", "coefficients": [0.0, 0.2], "rank_correlation": 0.9, "null": null,
+                 "p": 0.05}  # fmt: skip
+    content = {"baseline": {"trait_mean": 50.0}, "runs": [{"config": config, "result": result}],
+               "monitoring": [monitored]}  # fmt: skip
+    write(folder / "steering" / TRAIT / "results.json", content)
+    rows = [{"trait": TRAIT, "method": "probe", "layer": 1, "val_auroc": 0.9, "val_effect_size": 1.0}]
+    best = {TRAIT: {"layer": 1, "method": "probe", "nested_auroc": 0.8, "verdict": "adds nothing", "p": 0.2}}
+    evaluation = {"all_results": rows, "best_vectors": best, "cross_trait": {TRAIT: {TRAIT: 0.9, "a/b": 0.4}}}
+    write(folder / "extraction" / "extraction_evaluation.json", evaluation)
+    found = contents.vectors("exp", "style", "odd")
+    assert found["steering"]["runs"][0]["null"] == [0.0, 19.0]
+    assert found["steering"]["runs"][0]["standard_error"] == 2.0
+    assert found["steering"]["chance"] == 19.0
+    assert found["steering"]["monitoring"] == [
+        {"layer": 1, "method": "probe", "rank_correlation": 0.9, "p": 0.05, "null": 19.0}
+    ]
+    assert found["components"]["residual"]["selected"]["selected_by"] == "effect_size"  # 10 is less than 19
+    assert found["evaluation"]["trait"]["verdict"] == "adds nothing"
+    assert found["evaluation"]["cross_trait"] == {"traits": ["a/b", TRAIT], "aurocs": [[None, None], [0.4, 0.9]]}
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def evaluation(files: VectorFiles, *rows: dict[str, Any]) -> None:
     files.layout.evaluation.write_text(json.dumps(content))
 
 
-def steering(files: VectorFiles, *runs: tuple[int, float, float]) -> None:
+def steering(files: VectorFiles, *runs: tuple[int, float, float], nulls: dict[int, list[float]] | None = None) -> None:
     path = files.layout.steering(TRAIT)
     path.parent.mkdir(parents=True)
     content = {
@@ -43,7 +43,8 @@ def steering(files: VectorFiles, *runs: tuple[int, float, float]) -> None:
         "runs": [
             {
                 "config": {"layers": [layer], "methods": ["mean_diff"], "coefficients": [1.0], "component": "residual"},
-                "result": {"trait_mean": trait_mean, "coherence_mean": coherence, "n": 16},
+                "result": {"trait_mean": trait_mean, "coherence_mean": coherence, "n": 16}
+                | ({"null": nulls[layer]} if nulls and layer in nulls else {}),
             }
             for layer, trait_mean, coherence in runs
         ],
@@ -85,6 +86,29 @@ def test_the_best_coherent_steering_run_comes_first(files: VectorFiles) -> None:
     steering(files, (8, 60.0, 90.0), (10, 75.0, 71.0), (12, 95.0, 69.9))
     found = select(files, "residual", 30)
     assert (found.layer, found.method, found.selected_by, found.score) == (10, "mean_diff", "steering", 35.0)
+
+
+def test_results_without_random_vectors_select_as_ever_and_are_said_to_have_none(files: VectorFiles) -> None:
+    steering(files, (10, 75.0, 90.0))
+    found = select(files, "residual", 30)
+    assert (found.layer, found.selected_by) == (10, "steering")
+    assert found.warning is not None
+    assert "was not compared with random vectors" in found.warning
+
+
+def test_a_gain_is_taken_only_where_it_beats_the_best_gains_of_random_vectors(files: VectorFiles) -> None:
+    evaluation(files, {"method": "probe", "layer": 4, "val_effect_size": 9.0})
+    # The best of each random vector: 0 to 17, 20 and 30; their 95th percentile is 20.5, at 0.05 of the way.
+    nulls = {8: [float(n) for n in range(18)] + [-9.0, 30.0], 10: [-1.0] * 18 + [20.0, -9.0]}
+    assert np.quantile([*range(18), 20, 30], 0.95) == pytest.approx(20.5)
+    steering(files, (8, 60.6, 90.0), (10, 60.4, 90.0), nulls=nulls)
+    found = select(files, "residual", 30)
+    assert (found.layer, found.selected_by, found.warning) == (8, "steering", None)
+    files.layout.steering(TRAIT).unlink()
+    files.layout.steering(TRAIT).parent.rmdir()
+    steering(files, (8, 60.4, 90.0), (10, 60.4, 90.0), nulls=nulls)
+    found = select(files, "residual", 30)
+    assert (found.layer, found.method, found.selected_by) == (4, "probe", "effect_size")
 
 
 def test_effect_size_comes_second(files: VectorFiles) -> None:

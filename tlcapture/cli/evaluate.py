@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from os.path import lexists
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -26,8 +27,11 @@ from tlcapture.cli.work import working
 from tlcapture.names import Trait
 
 if TYPE_CHECKING:
+    from tlcapture.commands.evaluate import EvaluateOptions
+    from tlcapture.runs.executors import Executor
+    from tlcapture.runs.model_loader import ModelLoader
     from tlcapture.storage.layout import Layout
-    from tlcapture.traits.evaluation_files import EvaluationRow
+    from tlcapture.traits.evaluation_files import Evaluation, TraitEvaluation
 
 
 @click.command(context_settings=HELP_NAMES)
@@ -36,7 +40,13 @@ if TYPE_CHECKING:
 @click.option(
     "--against-steering",
     is_flag=True,
-    help="Evaluate nothing; compare effect sizes with steering results, layer by layer.",
+    help="Evaluate nothing; correlate effect sizes with steering gains, vector by vector.",
+)
+@click.option(
+    "--examples",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Score the selected vectors, or those of --methods and --layers, on another dataset of their trait.",
 )
 @examples_as_option
 @model_options
@@ -49,6 +59,7 @@ def evaluate(
     location: Location,
     grid: GridOptions,
     against_steering: bool,
+    examples: Path | None,
     examples_as: str,
     batch_size: int | None,
     seed: int,
@@ -66,39 +77,102 @@ def evaluate(
     traits_with_vectors(layout, grid.traits or ())
     load = model.loader_for(layout, "extraction_model", console)
     load.require()
-    from tlcapture.commands.evaluate import EvaluateOptions, best_rows, draw_heatmaps, run_evaluate
+    from tlcapture.commands.evaluate import EvaluateOptions, best_vectors, draw_heatmaps, run_evaluate
 
     executor = cluster.make_executor(can_collect=False)
     traits = grid.traits or ()
     options = EvaluateOptions(traits, grid.methods, grid.layers, grid.component, batch_size, seed, examples_as)
+    if examples is not None:
+        _score_elsewhere(console, layout, options, examples, load, executor)
+        return
     report = run_evaluate(layout, options, load, console, executor)
     if lexists(layout.evaluation):
         draw_heatmaps(layout, report)
-        _table(console, best_rows(layout))
+        _print(console, best_vectors(layout))
 
 
-def _table(console: Console, rows: list[EvaluationRow]) -> None:
-    """Print the best vector of each trait; a row that another tool wrote may lack some measures."""
-    columns = [Column("trait"), Column("method")]
-    names = ("layer", "AUROC", "d", "95 % interval", "accuracy", "random AUROC", "its p95")
-    columns += [Column(name, right=True) for name in names]
+def _score_elsewhere(
+    console: Console, layout: Layout, options: EvaluateOptions, folder: Path, load: ModelLoader, executor: Executor
+) -> None:
+    """Score vectors on the examples in a folder, and print how well they carry over."""
+    from tlcapture.commands.carry_over import CarryOverOptions, run_carry_over
+    from tlcapture.commands.evaluate import EvaluateOptions, best_vectors
+
+    methods = () if options.methods == EvaluateOptions.methods else options.methods
+    grid = (options.traits, methods, options.layers, options.components)
+    wanted = CarryOverOptions(folder, *grid, options.batch_size, options.examples_as)
+    run_carry_over(layout, wanted, load, console, executor)
+    names = ("n", "AUROC", "chance p95", "p", "Hedges g", "95 % interval")
+    rows = [
+        (
+            trait,
+            f"{row.method} {row.layer}" + ("" if row.component == "residual" else f" {row.component}"),
+            f"{row.n_positive} + {row.n_negative}",
+            _number(row.auroc, ".3f"),
+            _number(row.null_auroc_p95, ".3f"),
+            _number(row.p, ".3f"),
+            _number(row.effect_size, ".2f"),
+            " to ".join(_number(bound, ".2f") for bound in row.effect_size_interval or ()),
+        )
+        for trait, found in best_vectors(layout).carry_over_to(wanted.name).items()
+        for row in found
+    ]
     console.line()
-    console.table(columns, map(_cells, rows))
+    columns = [Column("trait"), Column("vector"), *(Column(name, right=True) for name in names)]
+    console.table(columns, rows)
+    console.line(f"on the examples of {wanted.name}; chance: their labels shuffled within pairs, or all where unpaired")
     console.line()
 
 
-def _cells(row: EvaluationRow) -> tuple[str, ...]:
+def _print(console: Console, evaluation: Evaluation) -> None:
+    """Print how well each trait's choice does, what it adds over words and lengths, and how traits are told apart."""
+    found = evaluation.by_trait
+    columns = [Column("trait"), Column("vector")]
+    names = ("AUROC", "sd", "Hedges g", "layer 0", "words", "lengths", "p")
+    console.line()
+    console.table([*columns, *(Column(name, right=True) for name in names)], map(_cells, found.items()))
+    console.line()
+    console.line("AUROC, sd, g: nested cross-validation over pairs, which chooses layer and method inside")
+    console.line("p: share of 200 labellings, shuffled within pairs, whose best vector separates as well")
+    for trait, each in found.items():
+        if each.verdict is not None:
+            chosen = ", ".join(f"{name} ({count})" for name, count in each.chosen_layers.items())
+            console.line(f"{trait}: {each.verdict}; folds chose {chosen}")
+    _print_cross_traits(console, evaluation.cross_traits)
+    console.line()
+
+
+def _cells(pair: tuple[str, TraitEvaluation]) -> tuple[str, ...]:
+    trait, found = pair
+    lengths = [value for name, value in found.baselines.items() if name not in ("layer 0", "bag of words")]
     return (
-        row.trait,
-        row.method,
-        str(row.layer),
-        _number(row.val_auroc, ".3f"),
-        _number(row.val_effect_size, ".2f"),
-        " to ".join(f"{bound:.2f}" for bound in row.val_effect_size_interval or ()) or "-",
-        _number(row.val_accuracy, ".2f"),
-        _number(row.random_auroc, ".2f"),
-        _number(row.random_auroc_p95, ".2f"),
+        trait,
+        f"{found.method} {found.layer}",
+        _number(found.nested_auroc, ".3f"),
+        _number(found.nested_sd, ".3f"),
+        _number(found.nested_effect_size, ".2f"),
+        _number(found.baselines.get("layer 0"), ".3f"),
+        _number(found.baselines.get("bag of words"), ".3f"),
+        _number(max(lengths, default=None), ".3f"),
+        _number(found.p, ".3f"),
     )
+
+
+def _print_cross_traits(console: Console, matrix: dict[str, dict[str, float]]) -> None:
+    if len(matrix) < 2:
+        return
+    names = sorted({*matrix, *(name for row in matrix.values() for name in row)})
+    console.line()
+    console.line("AUROC of each trait's vector (rows) on each trait's examples (columns, in the same order)")
+    columns = [Column("vector"), *(Column(str(number), right=True) for number in range(1, len(names) + 1))]
+    rows = [
+        (
+            f"{names.index(trait) + 1 if trait in names else '-'} {trait}",
+            *(_number(row.get(name), ".2f") for name in names),
+        )
+        for trait, row in sorted(matrix.items())
+    ]
+    console.table(columns, rows)
 
 
 def _number(value: float | None, form: str) -> str:
@@ -107,10 +181,18 @@ def _number(value: float | None, form: str) -> str:
 
 def _compare(console: Console, layout: Layout, traits: tuple[Trait, ...]) -> None:
     """Print the rank correlation of effect size with steering gain, per trait and pooled."""
-    from tlcapture.commands.against_steering import against_steering
+    from tlcapture.commands.against_steering import FEWEST_LAYERS, against_steering
 
     found = against_steering(layout, traits or tuple(layout.traits()))
     lines = [(line.trait, line) for line in found.by_trait]
     lines += [("pooled", found.pooled), ("pooled, ranks within trait", found.within)]
-    columns = [Column("trait"), Column("layers", right=True), Column("Spearman rho", right=True)]
-    console.table(columns, [(name, str(line.n), _number(line.rho, "+.3f")) for name, line in lines])
+    names = ("vectors", "layers", "Spearman rho", "p")
+    rows = [
+        (name, str(line.n_vectors), str(line.n_layers), _number(line.rho, "+.3f"), _number(line.p, ".3f"))
+        for name, line in lines
+    ]
+    console.table([Column("trait"), *(Column(name, right=True) for name in names)], rows)
+    console.line("p: share of permutations of the gains within each trait that correlate as much, in either direction")
+    if any(line.n_layers < FEWEST_LAYERS for _, line in lines):
+        needed = f"none over fewer than {FEWEST_LAYERS} layers, where chance gives large ones"
+        console.line(f"a correlation needs vectors at {FEWEST_LAYERS} layers that were evaluated and steered; {needed}")

@@ -12,11 +12,14 @@ from tlcapture.cli.console import Console
 from tlcapture.cli.grouping import collected
 from tlcapture.cli.option_types import LayerList, Names, NumberList, Traits
 from tlcapture.cli.options import HELP_NAMES, Location, ModelOptions, location_options, model_options, seed_option
+from tlcapture.cli.tables import Column
 from tlcapture.cli.work import working
 from tlcapture.names import Trait
 
 if TYPE_CHECKING:
     from tlcapture.commands.steer import SteerOptions
+    from tlcapture.storage.layout import Layout
+    from tlcapture.traits.steering_files import SteeringMonitoring, SteeringResults, SteeringRun
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,9 @@ def steer(
 ) -> None:
     """Add trait vectors while the model generates, and score the effect.
 
-    Decoding is always greedy, so --seed has no effect. Runs that are already in results.json are not repeated.
+    At the three cells with the largest gains 20 random vectors are added as well, and the steered responses are read
+    back without steering. Decoding is always greedy, so --seed has no effect. Runs that are already in results.json
+    are not repeated.
     """
     from tlcapture.traits.vector_files import traits_with_vectors
 
@@ -80,4 +85,65 @@ def steer(
     options = settings.steer_options()
     executor = cluster.make_executor(can_collect=False)
     report = run_steer(layout, options, load, console, executor)
-    draw_curves(layout, options.traits or tuple(layout.traits()), report)
+    traits = options.traits or tuple(layout.traits())
+    draw_curves(layout, traits, report)
+    _print(console, layout, traits)
+
+
+def _print(console: Console, layout: Layout, traits: tuple[Trait, ...]) -> None:
+    """Print the largest gains beside those of random vectors, and whether projections follow."""
+    from tlcapture.traits.selection import COHERENT
+    from tlcapture.traits.steering_files import SteeringResults, largest_by_chance
+
+    found = {trait: SteeringResults.read(layout.steering(trait)) for trait in traits if _has_results(layout, trait)}
+    names = ("gain", "se", "random p95", "coherence", "follows", "random p95", "p")
+    rows, notes = [], []
+    for trait, results in found.items():
+        runs = [run for run in results.single_layer_runs if run.null]
+        rows += [_cells(trait, results, run) for run in sorted(runs, key=lambda run: -run.delta)]
+        chance = largest_by_chance(runs)
+        best = max((run.delta for run in runs if run.coherence_mean >= COHERENT), default=None)
+        if chance is not None:
+            says = "no coherent run" if best is None else f"best gain {best:+.1f}"
+            beats = best is not None and best > chance
+            verdict = "beats" if beats else "does not beat"
+            notes.append(f"{trait}: {says} {verdict} {chance:+.1f}, the 95th percentile of random vectors' best gains")
+    if not rows:
+        return
+    console.line()
+    columns = [Column("trait"), Column("vector"), Column("x", right=True)]
+    console.table([*columns, *(Column(name, right=True) for name in names)], rows)
+    console.line()
+    console.line("gain: points of trait_mean over the unsteered model; se: its standard error over questions")
+    console.line("follows: rank correlation of a response's projection, read without steering, with the coefficient")
+    for note in notes:
+        console.line(note)
+    console.line()
+
+
+def _has_results(layout: Layout, trait: Trait) -> bool:
+    return layout.steering(trait).is_file()
+
+
+def _cells(trait: Trait, results: SteeringResults, run: SteeringRun) -> tuple[str, ...]:
+    from tlcapture.traits.steering_files import percentile_95
+
+    monitored = next((each for each in results.monitoring if _is_of(each, run)), None)
+    rho = None if monitored is None else monitored.rank_correlation
+    return (
+        str(trait),
+        f"{run.method} {run.layer}",
+        f"{run.coefficient:g}",
+        f"{run.delta:+.1f}",
+        "-" if run.standard_error is None else f"{run.standard_error:.1f}",
+        f"{percentile_95(run.null or ()):+.1f}",
+        f"{run.coherence_mean:.0f}",
+        "-" if rho is None else f"{rho:+.2f}",
+        "-" if monitored is None or rho is None else f"{percentile_95(monitored.null):+.2f}",
+        "-" if monitored is None or monitored.p is None else f"{monitored.p:.2f}",
+    )
+
+
+def _is_of(monitored: SteeringMonitoring, run: SteeringRun) -> bool:
+    key = (monitored.component, monitored.method, monitored.layer)
+    return key == (run.component, run.method, run.layer)

@@ -123,6 +123,7 @@ def list_(location: Location, component: str) -> None:
     with_vectors = traits_with_vectors(layout)
     rows: list[tuple[str, ...]] = []
     origins: dict[str, list[str]] = {}
+    notes: dict[str, list[str]] = {}
     for trait in with_vectors:
         folder = VectorFiles(layout, trait)
         if not folder.available(component):
@@ -130,6 +131,8 @@ def list_(location: Location, component: str) -> None:
             continue
         found = select(folder, component, n_layers_of_origin(folder, component))
         origins.setdefault(described_origin(folder.metadata(component, found.method)), []).append(str(trait))
+        if found.warning is not None:
+            notes.setdefault(found.warning, []).append(str(trait))
         score = "-" if found.score is None else f"{found.score:.3f}"
         rival = runner_up(folder, component, found)
         second = "-" if rival is None else f"{rival.method} at layer {rival.layer}, {rival.score:.3f}"
@@ -143,6 +146,8 @@ def list_(location: Location, component: str) -> None:
         Column("runner-up"),
     ]
     echo_table(columns, rows)
+    for note, names in notes.items():
+        click.secho(printable(f"{', '.join(names)}: {note}"), fg="yellow")
     for origin, names in origins.items():
         click.echo(printable(f"{'all' if len(origins) == 1 else ', '.join(names)}: {origin}"))
 

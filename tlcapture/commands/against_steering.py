@@ -1,9 +1,12 @@
-"""Whether effect size is a proxy for steering: their rank correlation over layers, on the user's own model."""
+"""Whether effect size is a proxy for steering: their rank correlation over vectors, on the user's own model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
 
 from tlcapture.errors import InputError
 from tlcapture.names import Trait
@@ -11,66 +14,95 @@ from tlcapture.storage.layout import Layout
 from tlcapture.traits.selection import COHERENT, effect_sizes, steering_runs
 from tlcapture.traits.vector_files import VectorFiles
 
-_FEWEST = 3
+FEWEST_LAYERS = 8
+PERMUTATIONS = 2000
 
 
 @dataclass(frozen=True)
 class Correlation:
-    """Spearman's rank correlation over `n` layers; `None` for fewer than three, or where nothing varies."""
+    """Spearman's rank correlation over vectors.
+
+    Attributes:
+        n_vectors: how many vectors have an effect size and a coherent steering run.
+        n_layers: at how many layers they are, those of different traits counted each.
+        rho: the correlation; `None` for fewer than eight layers, or where nothing varies.
+        p: the share of 2,000 permutations of the gains within each trait with a correlation as large in absolute value.
+    """
 
     trait: str
-    n: int
-    rho: float | None
+    n_vectors: int
+    n_layers: int
+    rho: float | None = None
+    p: float | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Correlations by trait; over all layers of all traits; and over ranks taken within each trait first."""
+    """Correlations by trait; over all vectors of all traits; and over ranks taken within each trait first."""
 
     by_trait: list[Correlation]
     pooled: Correlation
     within: Correlation
 
 
+@dataclass(frozen=True)
+class _Points:
+    """A trait's vectors: layer, effect size and best coherent gain of each."""
+
+    trait: str
+    layers: list[int]
+    sizes: list[float]
+    gains: list[float]
+
+    def ranked(self) -> _Points:
+        """With ranks scaled to 0 to 1, so that traits with more vectors do not weigh more."""
+        from scipy.stats import rankdata
+
+        scale = max(1, len(self.layers) - 1)
+        sizes, gains = (((rankdata(each) - 1) / scale).tolist() for each in (self.sizes, self.gains))
+        return _Points(self.trait, self.layers, sizes, gains)
+
+
 def against_steering(layout: Layout, traits: Sequence[Trait]) -> Comparison:
-    """Compare held-out effect size with the best coherent gain of steering by the same vector, over layers.
+    """Compare effect size with the best coherent gain of steering by the same vector.
 
     Raises `InputError` if no trait has both.
     """
-    by_trait, pooled, within = [], [], []
-    for trait in traits:
-        pairs = _pairs(VectorFiles(layout, trait))
-        by_trait.append(_correlation(str(trait), pairs))
-        pooled += pairs
-        if len(pairs) >= _FEWEST:
-            ranks = (_ranks([pair[column] for pair in pairs]) for column in (0, 1))
-            within += list(zip(*ranks, strict=True))
-    if not pooled:
+    points = [_points(VectorFiles(layout, trait)) for trait in traits]
+    if not any(each.layers for each in points):
         raise InputError("no trait has effect sizes and steering results: run 'tlcapture evaluate' and 'steer' first")
-    return Comparison(by_trait, _correlation("pooled", pooled), _correlation("within", within))
+    return Comparison(
+        [_correlation(each.trait, [each]) for each in points],
+        _correlation("pooled", points),
+        _correlation("within", [each.ranked() for each in points if len(each.layers) > 1]),
+    )
 
 
-def _pairs(folder: VectorFiles) -> list[tuple[float, float]]:
-    sizes = effect_sizes(folder, "residual")
+def _points(files: VectorFiles) -> _Points:
+    sizes = effect_sizes(files, "residual")
     best: dict[tuple[str, int], float] = {}
-    for run in steering_runs(folder):
+    for run in steering_runs(files):
         key = (run.method, run.layer)
         if run.component == "residual" and run.coherence_mean >= COHERENT and key in sizes:
             best[key] = max(best.get(key, run.delta), run.delta)
-    return [(sizes[key], best[key]) for key in sorted(best)]
+    keys = sorted(best)
+    return _Points(str(files.trait), [key[1] for key in keys], [sizes[key] for key in keys], [best[k] for k in keys])
 
 
-def _correlation(name: str, pairs: Sequence[tuple[float, float]]) -> Correlation:
-    from scipy.stats import spearmanr
-
-    columns = list(zip(*pairs, strict=True))
-    if len(pairs) < _FEWEST or any(len(set(column)) == 1 for column in columns):
-        return Correlation(name, len(pairs), None)
-    return Correlation(name, len(pairs), float(spearmanr(*columns).statistic))
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    """Ranks scaled to 0 to 1, so that traits with more layers do not weigh more."""
+def _correlation(name: str, points: Sequence[_Points]) -> Correlation:
     from scipy.stats import rankdata
 
-    return [(float(rank) - 1) / (len(values) - 1) for rank in rankdata(values)]
+    n_layers = sum(len(set(each.layers)) for each in points)
+    sizes, gains = (np.array([value for each in points for value in getattr(each, key)]) for key in ("sizes", "gains"))
+    if n_layers < FEWEST_LAYERS or min(np.ptp(sizes), np.ptp(gains)) == 0:
+        return Correlation(name, len(sizes), n_layers)
+    generator, starts = np.random.default_rng(0), np.cumsum([0, *(len(each.layers) for each in points)])
+    blocks = [np.arange(start, stop) for start, stop in pairwise(starts)]
+    shuffled = np.stack(
+        [np.concatenate([generator.permutation(block) for block in blocks]) for _ in range(PERMUTATIONS)]
+    )
+    x, y = rankdata(sizes), rankdata(gains)
+    x, y = (x - x.mean()) / np.linalg.norm(x - x.mean()), (y - y.mean()) / np.linalg.norm(y - y.mean())
+    rho = float(x @ y)
+    as_large = np.abs(y[shuffled] @ x) >= abs(rho) - 1e-12
+    return Correlation(name, len(sizes), n_layers, rho, float((1 + as_large.sum()) / (1 + PERMUTATIONS)))

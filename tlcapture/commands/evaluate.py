@@ -1,39 +1,36 @@
-"""`tlcapture evaluate`: how well an experiment's vectors separate the held-out examples."""
+"""`tlcapture evaluate`: how well an experiment's vectors separate examples that took no part in finding them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
-import torch
-
+from tlcapture.commands.cross_traits import cross_trait_aurocs
+from tlcapture.commands.evaluation_rows import EvaluatedComponent, best_vector, doubts, rows_of
+from tlcapture.commands.extract import kept_activations
 from tlcapture.errors import InputError, VectorError
-from tlcapture.extraction.evaluation import RandomBaseline, Separation, random_baseline, separation
-from tlcapture.extraction.examples import AUTO, GUESS
-from tlcapture.extraction.prepared_examples import PreparedExamples, prepare_examples
-from tlcapture.extraction.readout import Activations, read_out
+from tlcapture.extraction.examples import AUTO, GUESS, Examples, read_examples
+from tlcapture.extraction.kept_activations import KeptActivations, source_digest
+from tlcapture.extraction.prepared_examples import prepare_examples
+from tlcapture.extraction.readout import read_out
 from tlcapture.models.loading import Model
 from tlcapture.names import Trait
 from tlcapture.runs.display import Display
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
 from tlcapture.runs.model_loader import ModelLoader
-from tlcapture.runs.model_worker import ModelWorker
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
+from tlcapture.storage.config import read_config
 from tlcapture.storage.files import write_bytes, write_json
 from tlcapture.storage.layout import Datasets, Layout
-from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant
-from tlcapture.text import as_ranges
-from tlcapture.traits.evaluation_files import EvaluationRow, best_by_trait, read_evaluation
+from tlcapture.traits.evaluation_files import Evaluation, EvaluationRow, best_by_trait, read_evaluation
 from tlcapture.traits.projection import check_fits
 from tlcapture.traits.vector_files import IMPORTED, METHODS, VectorFiles, traits_with_vectors
-from tlcapture.traits.vectors import TraitVector, read_vector
+from tlcapture.traits.vectors import read_vector
 from tlcapture.views.hooks import COMPONENTS
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -70,8 +67,8 @@ def run_evaluate(
     for trait in unscored:
         run.warn(f"left out: no examples to score the imported vectors of {trait}")
         traits.remove(trait)
-    make = partial(ModelWorker, _evaluate_one, options)
-    executor.run(Work(make, load, traits, lambda trait: 1, "trait", str), run)
+    executor.run(Work(partial(_Worker, options), load, traits, lambda trait: 1, "trait", str), run)
+    _write_cross_traits(run, traits)
     return run.report
 
 
@@ -83,18 +80,36 @@ def _without_examples(layout: Layout, traits: Sequence[Trait]) -> list[Trait]:
     return [trait for trait, found in methods.items() if found == {IMPORTED}]
 
 
-def _evaluate_one(run: Run, model: Model, options: EvaluateOptions, trait: Trait) -> None:
-    with run.progress(1, str(trait), "trait") as progress:
-        rows = _evaluate(run, trait, model, options)
-        if rows:
-            with run_lock(run, "the evaluation"):
-                run.wrote(write_json(run.layout.evaluation, _merged(run.layout, rows), indent=True))
-        progress.advance(1, done=f"{trait}: evaluated")
+class _Worker:
+    """Evaluates one trait after another; the model is loaded only if activations have to be read again."""
+
+    def __init__(self, options: EvaluateOptions, run: Run, load: Callable[[], Model] | None):
+        self._options = options
+        self._run = run
+        self._load = load
+
+    def prepare(self) -> None:
+        """Nothing: activations are usually those that `extract` kept."""
+
+    def do(self, trait: Trait) -> None:
+        """Evaluate a trait; an error is reported and does not stop the run."""
+        with self._run.attempt(str(trait)), self._run.progress(1, str(trait), "trait") as progress:
+            found = _evaluate(self._run, trait, self._options, lambda: self._model)
+            if found:
+                with run_lock(self._run, "the evaluation"):
+                    content = _merged(self._run.layout, found)
+                    self._run.wrote(write_json(self._run.layout.evaluation, content, indent=True))
+            progress.advance(1, done=f"{trait}: evaluated")
+
+    @cached_property
+    def _model(self) -> Model:
+        assert self._load is not None
+        return self._load()
 
 
-def best_rows(layout: Layout) -> list[EvaluationRow]:
-    """The best row of each trait in the evaluation file, by trait."""
-    return [row for _, row in sorted(best_by_trait(read_evaluation(layout.evaluation)).items())]
+def best_vectors(layout: Layout) -> Evaluation:
+    """The evaluation file, with each trait's best vector and what was found of the trait."""
+    return Evaluation.read(layout.evaluation)
 
 
 def draw_heatmaps(layout: Layout, report: RunReport) -> None:
@@ -109,147 +124,136 @@ def draw_heatmaps(layout: Layout, report: RunReport) -> None:
         report.wrote(write_bytes(path, evaluation_heatmaps(trait, rows)))
 
 
-def _evaluate(run: Run, trait: Trait, model: Model, options: EvaluateOptions) -> list[Row]:
-    layout = run.layout
-    folder = VectorFiles(layout, trait)
-    rows: list[Row] = []
-    by_reading: dict[tuple[int, str, str], PreparedExamples] = {}
+def _evaluate(
+    run: Run, trait: Trait, options: EvaluateOptions, model: Callable[[], Model]
+) -> dict[str, EvaluatedComponent]:
+    """What was found, by component."""
+    layout, files = run.layout, VectorFiles(run.layout, trait)
+    found: dict[str, EvaluatedComponent] = {}
     for component in options.components:
-        available = folder.available(component)
+        available = files.available(component)
         methods = [method for method in options.methods if method in available]
         if not methods:
             continue
-        are_extracted = methods != [IMPORTED]
-        metadata = folder.metadata(component) if are_extracted else {}
-        seed, position = _split_and_position(folder, component) if are_extracted else (options.seed, "auto")
-        reading = (seed, position, metadata.get("examples_as") or options.examples_as)
-        if reading not in by_reading:
-            by_reading[reading] = _prepare(layout, trait, model, *reading)
-        prepared = by_reading[reading]
-        made_from = (metadata.get("examples"), metadata.get("model_fingerprint"))
-        if are_extracted and made_from != (prepared.digest, model.fingerprint):
-            raise VectorError("examples or model have changed since the vectors were extracted: extract them again")
-        if prepared.examples.is_guess and not are_extracted:
-            run.warn(GUESS)
-        activations = read_out(model, prepared.readings, [component], batch_size=options.batch_size)[component]
-        baseline = random_baseline(activations, prepared.labels, prepared.held_out, seed=options.seed)
-        for method in methods:
-            layers = [layer for layer in available[method] if not options.layers or layer in options.layers]
-            vectors = [read_vector(folder, component, method, layer) for layer in layers]
-            for vector in vectors:
-                check_fits(vector, model.n_layers, model.d_model)
-            rows += _rows(layout, vectors, activations, prepared, baseline, options.seed)
-    for note in _doubts(rows):
-        run.warn(f"{trait}: {note}")
-    return rows
+        reading = _Reading.of(files, component, methods, options)
+        kept = _activations(run, files, component, reading, options, model)
+        vectors = {
+            method: [
+                read_vector(files, component, method, layer)
+                for layer in available[method]
+                if not options.layers or layer in options.layers
+            ]
+            for method in methods
+        }
+        for vector in (vector for of_method in vectors.values() for vector in of_method):
+            check_fits(vector, *kept.activations.shape[::2])
+        made = rows_of(layout, reading.examples, kept, vectors, options.seed)
+        for note in doubts(made.rows):
+            run.warn(f"{trait}: {note}")
+        found[component] = made
+    return found
 
 
-def _prepare(
-    layout: Layout, trait: Trait, model: Model, seed: int, position: str, examples_as: str
-) -> PreparedExamples:
-    datasets = Datasets(layout.root)
-    return prepare_examples(datasets, layout, trait, model, seed=seed, position=position, examples_as=examples_as)
+@dataclass(frozen=True)
+class _Reading:
+    """How the examples are read: as those that the vectors were extracted from, or as the options say.
+
+    `made_from` are the digests of the examples and of the model that extracted vectors record; `None` where all vectors
+    were imported.
+    """
+
+    examples: Examples
+    position: str
+    made_from: tuple[str | None, str | None] | None
+
+    @classmethod
+    def of(cls, files: VectorFiles, component: str, methods: Sequence[str], options: EvaluateOptions) -> _Reading:
+        datasets, trait = Datasets(files.layout.root), files.trait
+        if methods == [IMPORTED]:
+            examples = read_examples(datasets, trait, seed=options.seed, examples_as=options.examples_as)
+            return cls(examples, "auto", None)
+        metadata = files.metadata(component)
+        seed, position = _split_and_position(files, component)
+        examples_as = metadata.get("examples_as") or options.examples_as
+        examples = read_examples(datasets, trait, seed=seed, examples_as=examples_as)
+        return cls(examples, position, (metadata.get("examples"), metadata.get("model_fingerprint")))
 
 
-def _split_and_position(folder: VectorFiles, component: str) -> tuple[int, str]:
+def _split_and_position(files: VectorFiles, component: str) -> tuple[int, str]:
     """The seed of the split into examples for fitting and held-out ones, and the position at which they were read."""
-    metadata, file = folder.metadata(component), folder.metadata_file(component)
+    metadata, file = files.metadata(component), files.metadata_file(component)
     if not metadata:
         raise VectorError(
-            f"{folder.path}: {file.name}, which lists the held-out examples, is missing: extract the trait again"
+            f"{files.path}: {file.name}, which lists the held-out examples, is missing: extract the trait again"
         )
     seed, position = (metadata.get("split") or {}).get("seed"), metadata.get("position")
     if seed is None or position is None:
         raise VectorError(f"{file}: split or position of the examples is missing: extract the trait again")
-    return seed, position
+    return int(seed), str(position)
 
 
-def _rows(
-    layout: Layout,
-    vectors: Sequence[TraitVector],
-    activations: Activations,
-    prepared: PreparedExamples,
-    baseline: RandomBaseline,
-    seed: int,
-) -> list[Row]:
-    if not vectors:
-        return []
-    layers = [vector.layer for vector in vectors]
-    stacked = torch.stack([vector.vector for vector in vectors])
-    found = separation(stacked, activations[layers], prepared.labels, prepared.held_out, seed=seed)
-    return [_row(layout, vector, number, found, baseline, prepared) for number, vector in enumerate(vectors)]
+def _activations(
+    run: Run,
+    files: VectorFiles,
+    component: str,
+    reading: _Reading,
+    options: EvaluateOptions,
+    model: Callable[[], Model],
+) -> KeptActivations:
+    """The activations that `extract` kept, if examples and vectors are still those; otherwise they are read again.
+
+    Raises `VectorError` if examples or model have changed since the vectors were extracted.
+    """
+    layout, path = run.layout, run.layout.example_activations(files.trait, component)
+    kept = KeptActivations.read(path) if reading.made_from is not None else None
+    source = source_digest(reading.examples, read_config(layout), reading.position)
+    if kept is not None and kept.source == source and (kept.examples, kept.fingerprint) == reading.made_from:
+        return kept
+    prepared = prepare_examples(
+        Datasets(layout.root), layout, files.trait, model(), position=reading.position, examples=reading.examples
+    )
+    if reading.made_from not in (None, (prepared.digest, model().fingerprint)):
+        raise VectorError("examples or model have changed since the vectors were extracted: extract them again")
+    if reading.examples.is_guess and reading.made_from is None:
+        run.warn(GUESS)
+    activations = read_out(model(), prepared.readings, [component], batch_size=options.batch_size)[component]
+    kept = kept_activations(layout, component, model(), prepared, activations)
+    if reading.made_from is not None:
+        run.wrote(kept.write(path))
+    return kept
 
 
-def _row(
-    layout: Layout,
-    vector: TraitVector,
-    number: int,
-    found: Separation,
-    baseline: RandomBaseline,
-    prepared: PreparedExamples,
-) -> Row:
-    effect = _number(found.effect_size[number])
-    return {
-        "trait": str(vector.trait),
-        "method": vector.method,
-        "layer": vector.layer,
-        "component": vector.component,
-        "vector_digest": VectorFiles(layout, vector.trait).digest(vector.component, vector.method, vector.layer),
-        "val_accuracy": _number(found.accuracy[number]),
-        "val_auroc": _number(found.auroc[number]),
-        "val_effect_size": effect,
-        "val_effect_size_interval": [_number(bound) for bound in found.interval[number]],
-        "polarity": "positive" if effect > 0 else "negative",
-        "n_val": int(prepared.held_out.sum()),
-        "random_auroc": _number(baseline.mean[vector.layer]),
-        "random_auroc_p95": _number(baseline.p95[vector.layer]),
-        "cosine_to_methods": _cosines(
-            vector, [(m, vector.trait, m) for m in (*METHODS, IMPORTED) if m != vector.method], layout
-        ),
-        "cosine_to_traits": _cosines(
-            vector, [(str(t), t, vector.method) for t in layout.traits() if t != vector.trait], layout
-        ),
-    }
-
-
-def _cosines(vector: TraitVector, others: Sequence[tuple[str, Trait, str]], layout: Layout) -> dict[str, float]:
-    """Cosines to the existing vectors of other methods or traits at the same layer."""
-    cosines = {}
-    for name, trait, method in others:
-        folder = VectorFiles(layout, trait)
-        if folder.file(vector.component, method, vector.layer).is_file():
-            other = read_vector(folder, vector.component, method, vector.layer).vector
-            if other.shape == vector.vector.shape:
-                cosines[name] = _number(torch.nn.functional.cosine_similarity(vector.vector, other, dim=0))
-    return cosines
-
-
-def _doubts(rows: Sequence[Row]) -> list[str]:
-    """At which layers vectors are no better than chance, one note per method and component."""
-    no_better: dict[str, list[int]] = {}
-    with_zero: dict[str, list[int]] = {}
-    for row in rows:
-        name = f"{row['component']} {row['method']}"
-        low, high = row["val_effect_size_interval"]
-        if row["val_auroc"] <= row["random_auroc_p95"]:
-            no_better.setdefault(name, []).append(row["layer"])
-        if low <= 0 <= high:
-            with_zero.setdefault(name, []).append(row["layer"])
-    notes = [f"{name} is no better than random directions at layers {as_ranges(at)}" for name, at in no_better.items()]
-    return notes + [
-        f"the interval of the effect size of {name} includes zero at layers {as_ranges(at)}"
-        for name, at in with_zero.items()
-    ]
-
-
-def _merged(layout: Layout, rows: Sequence[Row]) -> dict[str, Any]:
+def _merged(layout: Layout, found: Mapping[str, EvaluatedComponent]) -> dict[str, Any]:
     """The content of the evaluation file, with earlier rows of the same vectors replaced by new ones."""
-    made = [EvaluationRow.model_validate(row) for row in rows]
-    kept = {row.key: row for row in [*read_evaluation(layout.evaluation), *made]}
+    before = Evaluation.read(layout.evaluation)
+    made = [EvaluationRow.model_validate(row) for each in found.values() for row in each.rows]
+    kept = {row.key: row for row in [*before.all_results, *made]}
     merged = [kept[key] for key in sorted(kept)]
-    best = {trait: row.as_written() for trait, row in best_by_trait(merged).items()}
-    return {"all_results": [row.as_written() for row in merged], "best_vectors": best}
+    best: dict[str, Any] = {}
+    for trait, row in best_by_trait(merged).items():
+        component = found.get(row.component)
+        is_new = component is not None and component.trait == trait
+        summary = component.summary if is_new and component is not None else _summary_of(before, trait)
+        best[trait] = best_vector(row, summary)
+    cross = before.cross_trait if isinstance(before.cross_trait, dict) else {}
+    others = before.model_dump(exclude_unset=True)
+    rows = [row.as_written() for row in merged]
+    return {**others, "all_results": rows, "best_vectors": best, "cross_trait": cross}
 
 
-def _number(value: torch.Tensor) -> float:
-    return float(round_significant(float(value), PROJECTION_DIGITS))
+def _summary_of(before: Evaluation, trait: str) -> Mapping[str, Any]:
+    """What an earlier run found of a trait as a whole, without the fields of its best row."""
+    found = before.by_trait.get(trait)
+    names = ("nested_auroc", "nested_sd", "nested_effect_size", "chosen_layers", "baselines", "p", "verdict")
+    return {} if found is None else {name: getattr(found, name) for name in names if name in found.model_fields_set}
+
+
+def _write_cross_traits(run: Run, traits: Sequence[Trait]) -> None:
+    """Score every trait's selected vector on every trait's examples, where their activations were kept."""
+    layout = run.layout
+    if not layout.evaluation.is_file():
+        return
+    matrix = cross_trait_aurocs(layout)
+    with run_lock(run, "the evaluation"):
+        content = Evaluation.read(layout.evaluation).model_dump(exclude_unset=True)
+        run.wrote(write_json(layout.evaluation, {**content, "cross_trait": matrix}, indent=True))

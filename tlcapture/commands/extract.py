@@ -11,6 +11,7 @@ from typing import Any
 from tlcapture.captures.provenance import model_record, now, template_record
 from tlcapture.errors import InputError, NumericalError
 from tlcapture.extraction.examples import AUTO, GUESS, Examples, read_examples
+from tlcapture.extraction.kept_activations import KeptActivations, source_digest
 from tlcapture.extraction.methods import FITS, Labels, LayerVectors
 from tlcapture.extraction.prepared_examples import PreparedExamples, prepare_examples
 from tlcapture.extraction.readout import Activations, component_layers, read_out
@@ -24,7 +25,7 @@ from tlcapture.runs.model_worker import ModelWorker
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
-from tlcapture.storage.config import update_config
+from tlcapture.storage.config import read_config, update_config
 from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.text import as_ranges
 from tlcapture.traits.vector_files import METHODS, VectorFiles
@@ -123,8 +124,10 @@ def _extract(
         for component, values in activations.items()
     }
     for component, vectors in fitted.items():
+        kept = kept_activations(layout, component, model, prepared, activations[component])
         metadata = _metadata(layout, component, model, options, layers[component], prepared)
         with run_lock(run, f"vectors of {examples.trait}"):
+            run.wrote(kept.write(layout.example_activations(examples.trait, component)))
             _write(VectorFiles(layout, examples.trait), component, vectors, metadata, run)
 
 
@@ -139,6 +142,22 @@ def _layers(model: Model, options: ExtractOptions) -> dict[str, tuple[int, ...]]
     if not found:
         raise InputError(f"attn_out: expected a layer with attention, which are {as_ranges(model.attention_layers)}")
     return found
+
+
+def kept_activations(
+    layout: Layout, component: str, model: Model, prepared: PreparedExamples, activations: Activations
+) -> KeptActivations:
+    """The activations of a trait's examples with all that tells whether they are still those of its examples."""
+    return KeptActivations(
+        activations,
+        prepared.texts,
+        [reading.stop - reading.start for reading in prepared.readings],
+        prepared.digest,
+        source_digest(prepared.examples, read_config(layout), prepared.position),
+        model.name,
+        model.fingerprint,
+        prepared.position,
+    )
 
 
 def _fit(method: str, activations: Activations, labels: Labels, seed: int) -> LayerVectors:

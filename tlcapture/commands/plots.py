@@ -28,7 +28,7 @@ _WIDEST = 18.0
 _BOUNDARY, _COMMITMENT, _PERSISTENCE = "#555555", "#2ca02c", "#ff7f0e"
 _FONTS = ("DejaVu Sans Mono", "DejaVu Sans")  # installed with Matplotlib
 _MORE_FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans Arabic", "Noto Sans", "Arial Unicode MS")
-_MEASURES = {"val_effect_size": "effect size (Cohen's d)", "val_auroc": "AUROC"}
+_MEASURES = {"val_effect_size": "effect size (Hedges' g)", "val_auroc": "AUROC"}
 
 
 def evaluation_heatmaps(trait: str, rows: Sequence[EvaluationRow]) -> bytes:
@@ -57,21 +57,27 @@ def evaluation_heatmaps(trait: str, rows: Sequence[EvaluationRow]) -> bytes:
 
 
 def steering_curves(trait: str, results: SteeringResults) -> bytes:
-    """A PNG of `trait_mean` and `coherence_mean` against the coefficient, one curve per layer."""
+    """A PNG of gain and `coherence_mean` against the coefficient, one curve per layer.
+
+    Bars from the smallest to the largest gain of random vectors stand at the runs that have any.
+    """
     by_layer: dict[int, list[tuple[float, float, float]]] = {}
     for run in results.single_layer_runs:
-        by_layer.setdefault(run.layer, []).append((run.coefficient, run.trait_mean, run.coherence_mean))
+        by_layer.setdefault(run.layer, []).append((run.coefficient, run.delta, run.coherence_mean))
     figure = _figure(width=10, height=3.6)
     left, right = figure.subplots(1, 2)
-    for axis, column, label in ((left, 1, "trait_mean"), (right, 2, "coherence_mean")):
+    for axis, column, label in ((left, 1, "gain in trait_mean"), (right, 2, "coherence_mean")):
         for layer in sorted(by_layer):
-            start = (0.0, results.baseline.trait_mean, results.baseline.coherence_mean or 100.0)
+            start = (0.0, 0.0, results.baseline.coherence_mean or 100.0)
             points = sorted([start, *by_layer[layer]])
             axis.plot([p[0] for p in points], [p[column] for p in points], marker="o", label=f"layer {layer}")
         axis.set_xlabel("coefficient")
         axis.set_title(label)
-        axis.set_ylim(0, 100)
+    right.set_ylim(0, 100)
     right.axhline(70, linestyle=":", color="grey")
+    for run in results.single_layer_runs:
+        if run.null:
+            left.vlines(run.coefficient, min(run.null), max(run.null), color="grey", linewidth=4, alpha=0.4)
     left.legend(fontsize=7)
     figure.suptitle(trait)
     return _png(figure)

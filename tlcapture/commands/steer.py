@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from hashlib import blake2b
 from os.path import lexists
-from typing import Any
 
 import torch
 from pydantic import ValidationError
 
-from tlcapture.captures.provenance import now
+from tlcapture.commands.steering_results import Results, scored_by
 from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.extraction.judge import Judge
-from tlcapture.extraction.steering import Question, SteeringQuestions, SteeringScore, SteeringScorer
+from tlcapture.extraction.monitoring import monitoring
+from tlcapture.extraction.steering import (
+    Addition,
+    Question,
+    SteeringQuestions,
+    SteeringScore,
+    SteeringScorer,
+    random_directions,
+)
 from tlcapture.models.loading import Model
 from tlcapture.names import Trait
 from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize, unknown_token
@@ -27,9 +33,8 @@ from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.config import read_config
-from tlcapture.storage.files import read_bytes, read_json, write_bytes, write_json
+from tlcapture.storage.files import read_bytes, read_json, write_bytes
 from tlcapture.storage.layout import Datasets, Layout
-from tlcapture.storage.rounding import round_significant
 from tlcapture.storage.validation import first_problem
 from tlcapture.traits.projection import check_fits
 from tlcapture.traits.selection import COHERENT, select
@@ -38,8 +43,8 @@ from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 from tlcapture.traits.vectors import TraitVector, read_vector
 
 COEFFICIENTS = (0.1, 0.2, 0.3)
+N_NULLS = 3  # cells at which random vectors are added too
 _SEARCH_START, _SEARCH_STEPS = 0.1, 5
-_DIGITS = 5
 
 
 @dataclass(frozen=True)
@@ -119,12 +124,15 @@ def _steer_one(run: Run, model: Model, options: SteerOptions, task: SteeringTask
     n_runs = _n_runs(options, model.n_layers)
     with run_lock(run, f"steering of {task.trait}"), run.progress(n_runs, str(task.trait), "run") as progress:
         trials = _Trials.begin(run, model, options.judge, task, progress)
-        for vector in _vectors(run.layout, task.trait, model, options):
+        vectors = list(_vectors(run.layout, task.trait, model, options))
+        for vector in vectors:
             if options.search:
                 search_coefficient(partial(trials.score, vector))
             else:
-                for coefficient in options.coefficients:
-                    trials.score(vector, coefficient)
+                trials.score_all(vector, options.coefficients)
+        trials.add_nulls()
+        for vector in vectors:
+            trials.monitor(vector)
         run.report.n_prompts += len(task.questions)
 
 
@@ -154,7 +162,8 @@ def read_questions(datasets: Datasets, trait: Trait) -> SteeringQuestions:
 def _n_runs(options: SteerOptions, n_layers: int) -> int:
     """The number of runs per trait; 0 for a search, whose length is not known in advance."""
     per_layer = max(1, len(options.methods)) * len(options.coefficients)
-    return 0 if options.search else len(options.layers or range(n_layers)) * per_layer
+    cells = len(options.layers or range(n_layers)) * per_layer
+    return 0 if options.search else cells + min(N_NULLS, cells)
 
 
 @dataclass(frozen=True)
@@ -165,29 +174,69 @@ class _Trials:
     scorer: SteeringScorer
     judge: Judge | None
     definition: str
-    results: _Results
+    results: Results
+    baseline: SteeringScore
     progress: Progress
 
     @classmethod
     def begin(cls, run: Run, model: Model, judge: Judge | None, task: SteeringTask, progress: Progress) -> _Trials:
         """Ready to score, with the baseline of the unsteered model recorded."""
         prompts = _prompts(run.layout, model, task.questions)
-        results = _Results(run, task.trait, model, _scored_by(judge, task.asked.eval_prompt))
+        results = Results(run, task.trait, model, scored_by(judge, task.asked.eval_prompt), task.asked)
         definition = _definition(Datasets(run.layout.root), task.trait)
         scorer = SteeringScorer(model, prompts, [question.completions for question in task.questions])
-        trials = cls(task, scorer, judge, definition, results, progress)
-        results.set_baseline(trials._judged(scorer.baseline()))
+        trials = cls(task, scorer, judge, definition, results, scorer.baseline(), progress)
+        results.set_baseline(trials._judged(trials.baseline))
         return trials
 
     def score(self, vector: TraitVector, coefficient: float) -> SteeringRun:
         """The run with this vector and coefficient: an earlier one, or one that is made and recorded now."""
-        found = self.results.find(vector, coefficient)
-        if found is None:
-            steered = self._judged(self.scorer.score(vector.layer, vector.vector, coefficient))
-            found = self.results.add(vector, coefficient, steered)
-        done = f"{self.task.trait} layer {vector.layer} x {coefficient:g}: trait {found.trait_mean:.1f}, "
-        self.progress.advance(1, done=f"{done}coherence {found.coherence_mean:.1f}")
-        return found
+        return self.score_all(vector, [coefficient])[0]
+
+    def score_all(self, vector: TraitVector, coefficients: Sequence[float]) -> list[SteeringRun]:
+        """The runs with this vector and several coefficients; those that are made now share batches."""
+        missing = [each for each in coefficients if self.results.find(vector, each) is None]
+        made = self.scorer.scores([Addition(vector.layer, vector.vector, each) for each in missing])
+        for coefficient, score in zip(missing, made, strict=True):
+            self.results.add(vector, coefficient, self._judged(score))
+        runs = []
+        for coefficient in coefficients:
+            found = self.results.find(vector, coefficient)
+            assert found is not None
+            done = f"{self.task.trait} layer {vector.layer} x {coefficient:g}: gain {found.delta:+.1f}, "
+            self.progress.advance(1, done=f"{done}coherence {found.coherence_mean:.1f}")
+            runs.append(found)
+        return runs
+
+    def add_nulls(self) -> None:
+        """Steer with random vectors of the same norm at the cells with the largest gains, where it was not done yet."""
+        for run in self.results.largest_gains(N_NULLS):
+            if run.null is None:
+                self.results.set_null(run, self._random_gains(run))
+            cell = f"{self.task.trait} layer {run.layer} x {run.coefficient:g}"
+            self.progress.advance(1, done=f"{cell}: random vectors added")
+
+    def _random_gains(self, run: SteeringRun) -> list[float]:
+        directions = random_directions(self.scorer.d_model)
+        additions = [Addition(run.layer, direction, run.coefficient) for direction in directions]
+        if self.judge is None:
+            means = [float(100 * score.nanmean()) for score in self.scorer.trait_scores(additions)]
+        else:
+            means = [self._judged(score).trait_mean for score in self.scorer.scores(additions)]
+        return [mean - self.results.baseline_mean for mean in means]
+
+    def monitor(self, vector: TraitVector) -> None:
+        """Read the vector's steered responses without steering, and record whether projections follow."""
+        responses = {each: self.results.responses(vector, each) for each in self.results.coefficients(vector)}
+        by_coefficient = {each: texts for each, texts in responses.items() if texts is not None} | {
+            0.0: self.baseline.responses
+        }
+        coefficients = sorted(by_coefficient)
+        if len(coefficients) < 2 or self.results.has_monitoring(vector, coefficients):
+            return
+        read = torch.stack([self.scorer.read(vector.layer, by_coefficient[each]) for each in coefficients])
+        found = monitoring(coefficients, read, vector.vector, random_directions(self.scorer.d_model))
+        self.results.set_monitoring(vector, found)
 
     def _judged(self, score: SteeringScore) -> SteeringScore:
         """The score with the judge's verdicts in place of likelihoods, if there is a judge."""
@@ -258,83 +307,9 @@ def _vectors(layout: Layout, trait: Trait, model: Model, options: SteerOptions) 
             yield vector
 
 
-class _Results:
-    """A trait's `results.json`, written after every run."""
-
-    def __init__(self, run: Run, trait: Trait, model: Model, scored_by: str):
-        layout = run.layout
-        self._path = layout.steering(trait)
-        self._files = VectorFiles(layout, trait)
-        self._run = run
-        self._content: dict[str, Any] = {"baseline": {}, "runs": []}
-        if lexists(self._path):
-            before = read_json(self._path)
-            metadata = SteeringResults.parse(before, self._path).metadata
-            if (metadata.get("model_fingerprint"), metadata.get("scored_by")) == (model.fingerprint, scored_by):
-                self._content = before
-        self._content["metadata"] = {
-            "model": model.name,
-            "model_fingerprint": model.fingerprint,
-            "engine": model.engine,
-            "scored_by": scored_by,
-            "timestamp": now(),
-        }
-
-    def set_baseline(self, score: SteeringScore) -> None:
-        self._content["baseline"] = _means(score)
-
-    def find(self, vector: TraitVector, coefficient: float) -> SteeringRun | None:
-        """The recorded run with the same vector and coefficient, if there is one."""
-        config, made = _config(vector, coefficient), vector.metadata.get("timestamp")
-        digest = self._files.digest(vector.component, vector.method, vector.layer)
-        for run in self._content["runs"]:
-            has_same_vector = run.get("vector_timestamp") == made and run.get("vector_digest") in (None, digest)
-            if run["config"] == config and has_same_vector:
-                return self._parsed(run)
-        return None
-
-    def add(self, vector: TraitVector, coefficient: float, score: SteeringScore) -> SteeringRun:
-        config = _config(vector, coefficient)
-        run = {
-            "config": config,
-            "result": {**_means(score), "n": int((~score.trait.isnan()).sum())},
-            "vector_timestamp": vector.metadata.get("timestamp"),
-            "vector_digest": self._files.digest(vector.component, vector.method, vector.layer),
-            "responses": score.responses,
-        }
-        self._content["runs"] = [*(each for each in self._content["runs"] if each["config"] != config), run]
-        self._run.wrote(write_json(self._path, self._content, indent=True))
-        return self._parsed(run)
-
-    def _parsed(self, run: dict[str, Any]) -> SteeringRun:
-        return SteeringResults.parse({**self._content, "runs": [run]}, self._path).single_layer_runs[0]
-
-
-def _scored_by(judge: Judge | None, eval_prompt: str | None) -> str:
-    """What scores `trait_mean`; runs that were scored in different ways are never mixed."""
-    if judge is None:
-        return "likelihood"
-    asked = "" if eval_prompt is None else f", eval_prompt {blake2b(eval_prompt.encode(), digest_size=4).hexdigest()}"
-    return f"judge {judge.url}{asked}"
-
-
 def _definition(datasets: Datasets, trait: Trait) -> str:
     path = datasets.trait_folder(trait) / "definition.md"
     return read_bytes(path).decode("utf-8", "replace").strip() if path.is_file() else ""
-
-
-def _config(vector: TraitVector, coefficient: float) -> dict[str, Any]:
-    return {
-        "layers": [vector.layer],
-        "methods": [vector.method],
-        "coefficients": [coefficient],
-        "component": vector.component,
-    }
-
-
-def _means(score: SteeringScore) -> dict[str, float]:
-    means = {"trait_mean": score.trait_mean, "coherence_mean": score.coherence_mean}
-    return {name: float(round_significant(value, _DIGITS)) for name, value in means.items()}
 
 
 def draw_curves(layout: Layout, traits: Sequence[Trait], report: RunReport) -> None:

@@ -79,6 +79,11 @@ class Examples:
         """How many examples of a side are held out, or are not."""
         return sum(item.positive == positive and item.held_out == held_out for item in self.items)
 
+    @property
+    def groups(self) -> list[str]:
+        """The pair of each example, or a name of its own: examples of a group are never split."""
+        return [_key("positive" if i.positive else "negative", n, i.example) for n, i in enumerate(self.items)]
+
     def split_record(self, seed: int) -> dict[str, Any]:
         """The split as it is recorded in metadata: counts, the seed, and the pairs that are held out."""
         pairs = sorted({item.example.pair for item in self.items if item.held_out and item.example.pair})
@@ -100,7 +105,11 @@ def read_examples(datasets: Datasets, trait: Trait, *, seed: int = 0, examples_a
 
     Raises `InputError` if a side is missing or too small, and with file and line for an invalid example.
     """
-    folder = datasets.trait_folder(trait)
+    return examples_in(datasets.trait_folder(trait), trait, seed=seed, examples_as=examples_as)
+
+
+def examples_in(folder: Path, trait: Trait, *, seed: int = 0, examples_as: str = AUTO) -> Examples:
+    """The examples in a folder, as `read_examples` reads them."""
     lines_as = TEXTS if examples_as == AUTO else examples_as
     sides = {name: _read_side(folder, name, lines_as) for name in ("positive", "negative")}
     for name, examples in sides.items():

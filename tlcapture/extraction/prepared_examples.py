@@ -28,12 +28,16 @@ NEW_TOKENS = 40
 
 @dataclass(frozen=True)
 class PreparedExamples:
-    """Examples as token ids; `labels` (whether positive) and `held_out` have one entry per example."""
+    """Examples as token ids.
+
+    `labels` (whether positive), `held_out` and `texts` (the response or bare text) have one entry per example.
+    """
 
     examples: Examples
     readings: list[Reading]
     labels: Labels
     held_out: Labels
+    texts: list[str]
 
     @property
     def typical(self) -> Reading:
@@ -73,15 +77,21 @@ def prepare_examples(
     examples = examples or read_examples(datasets, trait, seed=seed, examples_as=examples_as)
     config = read_config(layout)
     generated = _generated([item.example for item in examples.items], model, config, position)
-    readings = [
-        generated[number] if number in generated else _tokenized(item.example, model, config, position)
-        for number, item in enumerate(examples.items)
-    ]
+    readings, texts = [], []
+    for number, item in enumerate(examples.items):
+        if number in generated:
+            reading, text = generated[number]
+        else:
+            reading = _tokenized(item.example, model, config, position)
+            text = item.example.response or item.example.text or ""
+        readings.append(reading)
+        texts.append(text)
     return PreparedExamples(
         examples,
         readings,
         torch.tensor([item.positive for item in examples.items]),
         torch.tensor([item.held_out for item in examples.items]),
+        texts,
     )
 
 
@@ -102,8 +112,8 @@ def _tokenized(example: Example, model: Model, config: ExperimentConfig, positio
 
 def _generated(
     examples: Sequence[Example], model: Model, config: ExperimentConfig, position: str
-) -> dict[int, Reading]:
-    """Readings of the examples without a response, by number, with the model's greedy response to each."""
+) -> dict[int, tuple[Reading, str]]:
+    """Readings and texts of the model's greedy responses to the examples without one, by number."""
     prompts = []
     for number, example in enumerate(examples):
         if example.prompt is not None and example.response is None:
@@ -116,9 +126,10 @@ def _generated(
             if isinstance(outcome, Failure):
                 raise outcome.error(outcome.reason)
             ids = outcome.response_ids[:-1] if outcome.stop_reason == STOP_TOKEN else outcome.response_ids
-            if not decode(model.tokenizer, ids).strip():
+            text = decode(model.tokenizer, ids).strip()
+            if not text:
                 raise InputError("the model's response is empty")
-            found[number] = generated_reading(outcome.prompt, ids, position=position)
+            found[number] = (generated_reading(outcome.prompt, ids, position=position), text)
     return found
 
 

@@ -19,7 +19,7 @@ Contrastive Activation Addition" (2023).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,20 +28,24 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
-from tlcapture.errors import InputError
+from tlcapture.errors import InputError, NumericalError
 from tlcapture.generation.interventions import Intervention, Steer, applied
 from tlcapture.generation.loop import continue_from, prefill
 from tlcapture.generation.outcomes import Failure, Outcome
 from tlcapture.generation.padding import right_pad
 from tlcapture.generation.sampling import GREEDY, STOP_TOKEN
 from tlcapture.models.loading import Model
+from tlcapture.models.memory import bytes_per_prompt, free_memory
 from tlcapture.prompts.tokenization import TokenizedPrompt, decode, place_response, unknown_token
-from tlcapture.shapes import Mask, Tokens, Vector
+from tlcapture.shapes import Mask, Tokens, Vector, Vectors
 from tlcapture.views.hooks import hook
 
 NEW_TOKENS = 24
+RANDOM_VECTORS = 20
+_SHARE = 0.25  # of free memory for the rows of a batch
 
 PerQuestion = Float[Tensor, " n_questions"]
+PerRow = Float[Tensor, " batch"]
 
 
 class Question(BaseModel):
@@ -122,6 +126,30 @@ class SteeringScore:
         """100 times the mean over questions; 100 where steering makes no response less likely."""
         return float(100 * self.coherence.mean())
 
+    def standard_error(self, baseline: PerQuestion) -> float:
+        """The standard error of the gain, in points: that of the questions' differences from their baseline.
+
+        NaN with fewer than two questions that have both scores.
+        """
+        gains = 100 * (self.trait - baseline)
+        gains = gains[~gains.isnan()]
+        return float(gains.std() / len(gains) ** 0.5) if len(gains) > 1 else float("nan")
+
+
+@dataclass(frozen=True, eq=False)
+class Addition:
+    """A vector that is added at a layer, `coefficient` typical residual norms long."""
+
+    layer: int
+    vector: Vector
+    coefficient: float
+
+
+def random_directions(d_model: int, n: int = RANDOM_VECTORS) -> Vectors:
+    """Directions without a meaning, the same ones at every layer and in every run: `[n, d_model]`, of length 1."""
+    drawn = torch.randn(n, d_model, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.normalize(drawn, dim=-1)
+
 
 @dataclass(frozen=True)
 class _Answers:
@@ -130,6 +158,10 @@ class _Answers:
 
     state: Any
     rows: list[list[int]]
+
+    def repeated(self, copies: int) -> _Answers:
+        """The same answers several times, one after the other."""
+        return replace(self, rows=self.rows * copies)
 
 
 class SteeringScorer:
@@ -159,6 +191,11 @@ class SteeringScorer:
         self._is_scored = torch.tensor([pair is not None for pair in completions])
         self._norms: dict[int, float] = {}
 
+    @property
+    def d_model(self) -> int:
+        """The width of the residual stream."""
+        return self._model.d_model
+
     def typical_norm(self, layer: int) -> float:
         """The median norm of `residual_out` at a layer over the tokens of both completions, unsteered.
 
@@ -174,20 +211,65 @@ class SteeringScorer:
 
         Raises `NumericalError` where the steered model's logits are NaN or inf.
         """
-        addend = torch.nn.functional.normalize(vector.float(), dim=0) * coefficient * self.typical_norm(layer)
-        return self._score([Steer(layer, addend)])
+        return self.scores([Addition(layer, vector, coefficient)])[0]
+
+    def scores(self, additions: Sequence[Addition]) -> list[SteeringScore]:
+        """The scores under each addition; they share batches, in which every row has its own addend."""
+        return [score for batch in self._batches(additions) for score in self._score(len(batch), self._steer(batch))]
+
+    def trait_scores(self, additions: Sequence[Addition]) -> list[PerQuestion]:
+        """The likelihood scores of the trait under each addition, without responses."""
+        return [score for batch in self._batches(additions) for score in self._trait(len(batch), self._steer(batch))]
 
     def baseline(self) -> SteeringScore:
         """The scores of the unsteered model; its coherence is 100 by definition."""
-        return self._score([])
+        return self._score(1, [])[0]
 
-    def _score(self, interventions: Sequence[Intervention]) -> SteeringScore:
-        positive_cost, negative_cost = (self._cost(each, interventions) for each in (self._positive, self._negative))
-        responses = self._respond(interventions)
-        excess = (self._cost(self._generated(responses)) - self._own_cost).clamp(min=0)
+    def read(self, layer: int, texts: Sequence[str]) -> Float[Tensor, "n_questions d_model"]:
+        """The mean `residual_out` of the unsteered model over each question's response; NaN for an empty one."""
+        ids = [self._model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        answers = self._generated(ids)
+        tokens, mask = right_pad(answers.rows)
+        weights = mask[:, 1:].float()
+        residual = self._residual_out(layer, tokens, mask, answers.state)[:, 1:].float().cpu()
+        return torch.einsum("bpd,bp->bd", residual, weights) / weights.sum(dim=1, keepdim=True)
+
+    def _batches(self, additions: Sequence[Addition]) -> Iterator[Sequence[Addition]]:
+        """As many additions at a time as fit in memory."""
+        texts = max(len(row) for row in (*self._positive.rows, *self._negative.rows))
+        longest = max(len(prompt.token_ids) for prompt in self._prompts) + max(self._new_tokens, texts)
+        one = len(self._prompts) * bytes_per_prompt(self._model, longest, [hook("residual_out", 0)])
+        size = max(1, int(_SHARE * free_memory(self._model.device) / one))
+        for start in range(0, len(additions), size):
+            yield additions[start : start + size]
+
+    def _steer(self, additions: Sequence[Addition]) -> list[Intervention]:
+        """Interventions by row: all questions with the first addition, then all with the second, and so on."""
+        by_layer: dict[int, Tensor] = {}
+        n = len(self._prompts)
+        for number, each in enumerate(additions):
+            rows = by_layer.setdefault(each.layer, torch.zeros(n * len(additions), self._model.d_model))
+            unit = torch.nn.functional.normalize(each.vector.float(), dim=0)
+            rows[n * number : n * (number + 1)] = unit * each.coefficient * self.typical_norm(each.layer)
+        return [Steer(layer, rows) for layer, rows in by_layer.items()]
+
+    def _trait(self, copies: int, interventions: Sequence[Intervention]) -> list[PerQuestion]:
+        sides = (self._positive, self._negative)
+        positive_cost, negative_cost = (self._cost(each.repeated(copies), interventions) for each in sides)
+        found = (negative_cost - positive_cost).sigmoid().where(self._is_scored.repeat(copies), torch.nan)
+        if not found[self._is_scored.repeat(copies)].isfinite().all():
+            raise NumericalError("steering: the model's logits are NaN or inf: try --dtype float32")
+        return list(found.split(len(self._prompts)))
+
+    def _score(self, copies: int, interventions: Sequence[Intervention]) -> list[SteeringScore]:
+        responses = self._respond(copies, interventions)
+        excess = (self._cost(self._generated(responses)) - self._own_cost.repeat(copies)).clamp(min=0)
         texts = [decode(self._model.tokenizer, ids) for ids in responses]
-        trait = (negative_cost - positive_cost).sigmoid().where(self._is_scored, torch.nan)
-        return SteeringScore(trait, (-excess).exp(), texts)
+        n = len(self._prompts)
+        return [
+            SteeringScore(trait, (-excess[n * number :][:n]).exp(), texts[n * number :][:n])
+            for number, trait in enumerate(self._trait(copies, interventions))
+        ]
 
     def _given(self, texts: Sequence[str | None], own: Sequence[Sequence[int]]) -> _Answers:
         """Given answers to the prompts, placed as the chat template places them.
@@ -216,11 +298,11 @@ class SteeringScorer:
         return self._answers(tuple(prefixes), answers)
 
     def _generated(self, responses: Sequence[Sequence[int]]) -> _Answers:
-        """The model's own responses, which follow the prompts directly."""
+        """The model's own responses, once or several times each, which follow the prompts directly."""
         return self._answers(self._prompt_ids, responses)
 
     def _answers(self, prefixes: tuple[tuple[int, ...], ...], texts: Sequence[Sequence[int]]) -> _Answers:
-        rows = [[prefix[-1], *text] for prefix, text in zip(prefixes, texts, strict=True)]
+        rows = [[prefixes[row % len(prefixes)][-1], *text] for row, text in enumerate(texts)]
         return _Answers(self._state(prefixes), rows)
 
     @property
@@ -234,8 +316,8 @@ class SteeringScorer:
             self._states[prefixes] = prefill(self._model, prompts)
         return self._states[prefixes]
 
-    def _branch(self, state: Any) -> Any:
-        return self._model.branch(state, range(len(self._prompts)))
+    def _branch(self, state: Any, copies: int) -> Any:
+        return self._model.branch(state, [*range(len(self._prompts))] * copies)
 
     def _residual_norms(self, layer: int, answers: _Answers) -> Float[Tensor, " n_tokens"]:
         tokens, mask = right_pad(answers.rows)
@@ -243,26 +325,31 @@ class SteeringScorer:
 
     def _residual_out(self, layer: int, tokens: Tokens, mask: Mask, state: Any) -> Float[Tensor, "batch pos d_model"]:
         name = hook("residual_out", layer)
-        return self._model.step(tokens, mask, self._branch(state), {name}, want_logits=False).cache[name]
+        branch = self._branch(state, len(tokens) // len(self._prompts))
+        return self._model.step(tokens, mask, branch, {name}, want_logits=False).cache[name]
 
-    def _cost(self, answers: _Answers, interventions: Sequence[Intervention] = ()) -> PerQuestion:
-        """Nats per token of each question's answer; 0 for an empty one."""
+    def _cost(self, answers: _Answers, interventions: Sequence[Intervention] = ()) -> PerRow:
+        """Nats per token of answers to the questions, once or several times each; 0 for an empty one."""
         tokens, mask = right_pad(answers.rows)
         with applied(self._model, interventions):
             residual = self._residual_out(self._model.n_layers - 1, tokens, mask, answers.state)
-        logits = self._model.unembed(residual[:, :-1]).float()
-        costs = torch.nn.functional.cross_entropy(
-            logits.transpose(1, 2), tokens[:, 1:].to(logits.device), reduction="none"
-        ).cpu()
+        n = len(self._prompts)  # the logits of all rows together may not fit in memory
+        parts = zip(residual[:, :-1].split(n), tokens[:, 1:].split(n), strict=True)
+        costs = torch.cat([self._costs_of(*part) for part in parts])
         counts = mask[:, 1:].sum(dim=1)
         return (costs * mask[:, 1:]).sum(dim=1) / counts.clamp(min=1)
 
-    def _respond(self, interventions: Sequence[Intervention] = ()) -> list[tuple[int, ...]]:
-        """The greedy response to each question, without its stop token."""
+    def _costs_of(self, residual: Tensor, tokens: Tokens) -> Float[Tensor, "batch pos"]:
+        logits = self._model.unembed(residual).float()
+        targets = tokens.to(logits.device)
+        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").cpu()
+
+    def _respond(self, copies: int = 1, interventions: Sequence[Intervention] = ()) -> list[tuple[int, ...]]:
+        """The greedy responses to the questions, without stop tokens, once for every copy."""
         outcomes = continue_from(
             self._model,
-            self._branch(self._state(self._prompt_ids)),
-            self._prompts,
+            self._branch(self._state(self._prompt_ids), copies),
+            [*self._prompts] * copies,
             max_new_tokens=self._new_tokens,
             sampling=GREEDY,
             interventions=interventions,

@@ -46,6 +46,7 @@ class Batch:
         self._model = model
         self._prompts = prompts
         self._settings = settings
+        self._interventions = settings.interventions  # for the running prompts
         self._stops = {
             templated: stop_ids(model.tokenizer, model.generation_config, chat_template=templated)
             for templated in {prompt.chat_template for prompt in prompts}
@@ -108,7 +109,9 @@ class Batch:
     def _keep(self, stays: Sequence[bool]) -> None:
         """Drop the rows of prompts that have ended."""
         if not all(stays):
-            self._model.keep(self._state, torch.tensor(stays))
+            rows = torch.tensor(stays)
+            self._model.keep(self._state, rows)
+            self._interventions = [each.of_rows(rows) for each in self._interventions]
             self._running = [index for index, stay in zip(self._running, stays, strict=True) if stay]
 
     def _choose(self, logits: LastLogits) -> list[int]:
@@ -125,7 +128,7 @@ class Batch:
     def _read_prompts(self) -> LastLogits:
         tokens, mask = left_pad([prompt.token_ids for prompt in self._prompts])
         last_logits = []
-        with applied(self._model, self._settings.interventions, LAST_POSITION):
+        with applied(self._model, self._interventions, LAST_POSITION):
             for rows, step in self._model.prompt_steps(tokens, mask, self._state, self._recorder.names):
                 self._recorder.record(self._running[rows], step.cache)
                 last_logits.append(step.logits)
@@ -143,7 +146,7 @@ class Batch:
         return step.logits
 
     def _step(self, tokens: Tokens, mask: Mask, *, want_logits: bool) -> Step:
-        with applied(self._model, self._settings.interventions, LAST_POSITION):
+        with applied(self._model, self._interventions, LAST_POSITION):
             return self._model.step(tokens, mask, self._state, self._recorder.names, want_logits=want_logits)
 
     def _generation(self, index: int, reason: str) -> Generation:

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from tlcapture.models.loading import Model
-from tlcapture.shapes import Vector
+from tlcapture.shapes import Rows, RowVectors, Vector
 from tlcapture.views.hooks import hook
 
 ALL_POSITIONS = slice(None)
@@ -36,13 +36,22 @@ class Intervention(ABC):
     def change(self, activation: Tensor) -> Tensor:
         """The changed activation `[batch, pos, ...]`, as a new tensor of the given shape, device and dtype."""
 
+    @property
+    def is_by_row(self) -> bool:
+        """Whether rows of a batch are changed differently."""
+        return False
+
+    def of_rows(self, rows: Rows) -> Intervention:
+        """The intervention for a batch of which only some rows are left, `[batch]`."""
+        return self
+
 
 @dataclass(frozen=True, eq=False)
 class Steer(Intervention):
-    """Adds `addend` to `residual_out` of a layer."""
+    """Adds `addend` to `residual_out` of a layer: one vector for all rows of a batch, or one per row."""
 
     layer: int
-    addend: Vector
+    addend: Vector | RowVectors
 
     @property
     def hook_name(self) -> str:
@@ -50,8 +59,25 @@ class Steer(Intervention):
         return hook("residual_out", self.layer)
 
     def change(self, activation: Tensor) -> Tensor:
-        """The activation plus the addend at every position."""
-        return activation + self.addend.to(activation.device, activation.dtype)
+        """The activation plus the addend at every position.
+
+        Raises `ValueError` if addends are by row and the batch has another number of rows.
+        """
+        addend = self.addend.to(activation.device, activation.dtype)
+        if not self.is_by_row:
+            return activation + addend
+        if len(addend) != len(activation):
+            raise ValueError(f"addends of {len(addend)} rows for a batch of {len(activation)}")
+        return activation + addend.unsqueeze(1)
+
+    @property
+    def is_by_row(self) -> bool:
+        """Whether there is one addend per row."""
+        return self.addend.ndim == 2
+
+    def of_rows(self, rows: Rows) -> Steer:
+        """The addends of the rows that are left."""
+        return Steer(self.layer, self.addend[rows]) if self.is_by_row else self
 
 
 @contextmanager

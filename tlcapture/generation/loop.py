@@ -60,8 +60,11 @@ def generate(
 
     Raises:
         InputError: the activations of a hook are not stored token by token.
+        ValueError: an intervention changes rows differently; prompts are sorted into batches here.
     """
     check_hooks(hooks)
+    if any(each.is_by_row for each in interventions):
+        raise ValueError("interventions by row need continue_from, which runs prompts as one batch in their order")
     ids = frozenset(prompt.id for prompt in prompts) if wanted is None else frozenset(wanted)
     fitting = []
     for prompt in prompts:

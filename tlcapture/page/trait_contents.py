@@ -9,11 +9,13 @@ from tlcapture.errors import StorageError, TlcaptureError
 from tlcapture.names import Trait
 from tlcapture.page import missing
 from tlcapture.storage.layout import Layout
-from tlcapture.traits.evaluation_files import read_evaluation
+from tlcapture.traits.evaluation_files import Evaluation
 from tlcapture.traits.selection import Selection, n_layers_of_origin, runner_up, select
-from tlcapture.traits.steering_files import SteeringResults
+from tlcapture.traits.steering_files import SteeringResults, largest_by_chance, percentile_95
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.views.hooks import COMPONENTS
+
+_OF_TRAIT = ("nested_auroc", "nested_sd", "nested_effect_size", "chosen_layers", "baselines", "p", "verdict")
 
 
 def vectors_of(layout: Layout, trait: Trait) -> dict[str, Any]:
@@ -58,11 +60,21 @@ def _selection(selection: Selection) -> dict[str, Any]:
 
 def _evaluation(layout: Layout, trait: Trait) -> dict[str, Any]:
     try:
-        of_trait = [row for row in read_evaluation(layout.evaluation) if row.trait == str(trait)]
+        content = Evaluation.read(layout.evaluation)
     except StorageError as error:
         return {"problem": str(error)}
+    of_trait = [row for row in content.all_results if row.trait == str(trait)]
     rows = [row.as_written() for row in of_trait if None not in (row.val_effect_size, row.val_auroc)]
-    return {"rows": rows} if rows else {"missing": missing.evaluation(layout).to_json()}
+    if not rows:
+        return {"missing": missing.evaluation(layout).to_json()}
+    found = content.by_trait.get(str(trait))
+    matrix = content.cross_traits
+    names = sorted({*matrix, *(name for row in matrix.values() for name in row)})
+    return {
+        "rows": rows,
+        "trait": None if found is None else found.model_dump(include={*_OF_TRAIT}),
+        "cross_trait": {"traits": names, "aurocs": [[matrix.get(a, {}).get(b) for b in names] for a in names]},
+    }
 
 
 def _steering(layout: Layout, trait: Trait) -> dict[str, Any]:
@@ -73,7 +85,18 @@ def _steering(layout: Layout, trait: Trait) -> dict[str, Any]:
         results = SteeringResults.read(path)
     except StorageError as error:
         return {"problem": str(error)}
-    names = ("layer", "method", "component", "coefficient", "trait_mean", "coherence_mean")
-    runs = [{name: getattr(run, name) for name in names} for run in results.single_layer_runs]
+    names = ("layer", "method", "component", "coefficient", "trait_mean", "coherence_mean", "standard_error")
+    found = results.single_layer_runs
+    runs = [
+        {name: getattr(run, name) for name in names}
+        | {"gain": run.delta, "null": [min(run.null), percentile_95(run.null)] if run.null else None}
+        for run in found
+    ]
     baseline = {name: getattr(results.baseline, name) for name in ("trait_mean", "coherence_mean")}
-    return {"baseline": baseline, "runs": runs}
+    monitoring = [
+        {"layer": each.layer, "method": each.method, "rank_correlation": each.rank_correlation, "p": each.p}
+        | {"null": percentile_95(each.null)}
+        for each in results.monitoring
+        if each.rank_correlation is not None and each.null
+    ]
+    return {"baseline": baseline, "runs": runs, "chance": largest_by_chance(found), "monitoring": monitoring}

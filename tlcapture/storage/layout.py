@@ -274,6 +274,10 @@ class Layout:
         names = ((path.parent.parent.name, path.parent.name) for path in self._listed("extraction/*/*/vectors"))
         return sorted(Trait(*pair) for pair in names if all(map(is_safe_name, pair)))
 
+    def example_activations(self, trait: Trait, component: str) -> Path:
+        """The file of the activations that a trait's vectors were fitted on."""
+        return self.own(self.vectors(trait).parent / "activations" / f"{component}.pt")
+
     @property
     def evaluation(self) -> Path:
         """The evaluation file of the experiment's vectors."""

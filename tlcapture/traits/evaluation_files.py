@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from os.path import lexists
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, field_validator
 
 from tlcapture.errors import InputError
 from tlcapture.names import Trait
@@ -26,8 +27,12 @@ class EvaluationRow(FileContent):
     val_auroc: Share | None = None
     val_accuracy: Share | None = None
     val_effect_size_interval: list[Number] | None = Field(default=None, min_length=2, max_length=2)
-    random_auroc: Share | None = None
-    random_auroc_p95: Share | None = None
+    cv_auroc: Share | None = None
+    cv_effect_size: Number | None = None
+    null_auroc_p95: Share | None = None
+    layer0_auroc: Share | None = None
+    bag_of_words_auroc: Share | None = None
+    length_auroc: Share | None = None
     vector_digest: str | None = None
 
     @field_validator("trait")
@@ -40,6 +45,11 @@ class EvaluationRow(FileContent):
         return value
 
     @property
+    def effect_size(self) -> float | None:
+        """The effect size by which vectors are selected: cross-validated over all pairs, where it was measured so."""
+        return self.val_effect_size if self.cv_effect_size is None else self.cv_effect_size
+
+    @property
     def key(self) -> tuple[str, str, str, int]:
         """Trait, component, method and layer, which identify a vector."""
         return (self.trait, self.component, self.method, self.layer)
@@ -49,18 +59,100 @@ class EvaluationRow(FileContent):
         return self.model_dump(exclude_unset=True)
 
 
-class _EvaluationFile(FileContent):
+class TraitEvaluation(FileContent):
+    """The selected vector of a trait, and how well such a choice does on pairs that took no part in it."""
+
+    layer: Layer
+    method: str
+    nested_auroc: Share | None = None
+    nested_sd: Number | None = None
+    nested_effect_size: Number | None = None
+    chosen_layers: dict[str, int] = Field(default_factory=dict)
+    baselines: dict[str, Share] = Field(default_factory=dict)
+    p: Share | None = None
+    verdict: str | None = None
+
+
+class Evaluation(FileContent):
+    """The content of the file.
+
+    `cross_trait` is the AUROC of each trait's vector on the examples of each trait, `carry_over` the scores on other
+    datasets by their name and trait.
+    """
+
     all_results: list[EvaluationRow]
+    best_vectors: Any = None  # other tools write other things here
+    cross_trait: Any = None
+    carry_over: Any = None
+
+    @classmethod
+    def read(cls, path: Path) -> Evaluation:
+        """Read a file, an empty evaluation where it is missing; raises `StorageError` for any other file."""
+        return checked(cls, read_json(path), path, "evaluation") if lexists(path) else cls(all_results=[])
+
+    @property
+    def by_trait(self) -> dict[str, TraitEvaluation]:
+        """The evaluations in `best_vectors` that have the form of ours."""
+        return _valid(TraitEvaluation, self.best_vectors)
+
+    @property
+    def cross_traits(self) -> dict[str, dict[str, float]]:
+        """The rows of `cross_trait` that have the form of ours."""
+        return {trait: row.root for trait, row in _valid(_CrossTraitRow, self.cross_trait).items()}
+
+    @property
+    def carry_overs(self) -> dict[str, dict[str, Any]]:
+        """What `carry_over` holds by dataset and trait, in a new dict."""
+        found = self.carry_over if isinstance(self.carry_over, dict) else {}
+        return {name: dict(by_trait) for name, by_trait in found.items() if isinstance(by_trait, dict)}
+
+    def carry_over_to(self, dataset: str) -> dict[str, list[CarryOverRow]]:
+        """The scores on a dataset by trait, those that have the form of ours."""
+        return {trait: rows.root for trait, rows in _valid(_CarryOverRows, self.carry_overs.get(dataset)).items()}
+
+
+class CarryOverRow(FileContent):
+    """The score of one vector on another dataset of its trait; `p` is the share of shuffles that score as well."""
+
+    method: str
+    layer: Layer
+    component: str = "residual"
+    auroc: Share
+    effect_size: Number | None = None
+    effect_size_interval: list[Number | None] | None = Field(default=None, min_length=2, max_length=2)
+    null_auroc_p95: Share | None = None
+    p: Share | None = None
+    n_positive: int | None = None
+    n_negative: int | None = None
+
+
+class _CarryOverRows(RootModel[list[CarryOverRow]]):
+    pass
+
+
+class _CrossTraitRow(RootModel[dict[str, Share]]):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+Valid = TypeVar("Valid", bound=BaseModel)
+
+
+def _valid(kind: type[Valid], values: Any) -> dict[str, Valid]:
+    found = {}
+    for name, value in values.items() if isinstance(values, dict) else ():
+        with suppress(ValidationError):
+            found[str(name)] = kind.model_validate(value)
+    return found
 
 
 def read_evaluation(path: Path) -> list[EvaluationRow]:
     """All rows; none for a missing file. Raises `StorageError` for a file that is not an evaluation."""
-    return checked(_EvaluationFile, read_json(path), path, "evaluation").all_results if lexists(path) else []
+    return Evaluation.read(path).all_results
 
 
 def best_by_trait(rows: Iterable[EvaluationRow]) -> dict[str, EvaluationRow]:
     """Each trait's row with the largest effect size, among residual vectors, or all vectors if none is residual."""
-    measured = [row for row in rows if row.val_effect_size is not None]
+    measured = [row for row in rows if row.effect_size is not None]
     best: dict[str, EvaluationRow] = {}
     for row in [row for row in measured if row.component == "residual"] or measured:
         if row.trait not in best or _size(row) > _size(best[row.trait]):
@@ -69,4 +161,4 @@ def best_by_trait(rows: Iterable[EvaluationRow]) -> dict[str, EvaluationRow]:
 
 
 def _size(row: EvaluationRow) -> float:
-    return float("-inf") if row.val_effect_size is None else row.val_effect_size
+    return float("-inf") if row.effect_size is None else row.effect_size

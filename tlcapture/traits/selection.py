@@ -1,8 +1,8 @@
 """Which of a trait's vectors to use.
 
-In this order: the best coherent single-layer steering run (`coherence_mean >= 70`, the largest
-`trait_mean` over the baseline); the largest held-out effect size; layer 16, or where the model has no
-layer 16 the layer nearest to 0.6 of its depth, with a warning. An override wins over all of them. A score
+In this order: the best coherent single-layer steering run (`coherence_mean >= 70`, the largest gain over the baseline,
+if it beats the 95th percentile of the best gains of random vectors); the largest effect size; layer 16, or where the
+model has no layer 16 the layer nearest to 0.6 of its depth, with a warning. An override wins over all of them. A score
 counts only for the vector it was measured on: a vector that was extracted again since has no score.
 """
 
@@ -17,12 +17,13 @@ from typing import SupportsIndex
 from tlcapture.errors import InputError
 from tlcapture.traits.evaluation_files import EvaluationRow, read_evaluation
 from tlcapture.traits.missing_vectors import no_vector, no_vectors_by_method
-from tlcapture.traits.steering_files import SteeringResults, SteeringRun
+from tlcapture.traits.steering_files import SteeringResults, SteeringRun, largest_by_chance
 from tlcapture.traits.vector_files import VectorFiles
 
 COHERENT = 70
 FALLBACK_LAYER = 16
 FALLBACK_DEPTH = 0.6
+NO_NULL = "its steering gain was not compared with random vectors: run 'tlcapture steer' again to have them"
 
 
 @dataclass(frozen=True)
@@ -99,30 +100,37 @@ def effect_sizes(files: VectorFiles, component: str) -> dict[tuple[str, int], fl
     Raises `StorageError` for a damaged file.
     """
     return {
-        (row.method, row.layer): row.val_effect_size
+        (row.method, row.layer): row.effect_size
         for row in _all_rows(files, component)
-        if row.val_effect_size is not None and _is_current(files, row, component)
+        if row.effect_size is not None and _is_current(files, row, component)
     }
 
 
 def _ranked(files: VectorFiles, component: str, available: Mapping[str, list[int]]) -> Iterator[Selection]:
     """All candidates with a score, best first: coherent steering runs, or effect sizes if there are no such runs.
 
+    Where random vectors were added too, a run counts only if its gain is beyond what they reach by chance.
+
     Whether a score is of the present vector is checked one candidate at a time, since it reads the vector.
     """
+    runs = [run for run in _all_steering_runs(files) if run.component == component]
+    chance = largest_by_chance(runs)
+    note = NO_NULL if chance is None else None
     steered = [
-        (Selection(run.layer, run.method, "steering", run.delta), run)
-        for run in _all_steering_runs(files)
-        if run.component == component and run.layer in available.get(run.method, ()) and run.coherence_mean >= COHERENT
+        (Selection(run.layer, run.method, "steering", run.delta, note), run)
+        for run in runs
+        if run.layer in available.get(run.method, ())
+        and run.coherence_mean >= COHERENT
+        and (chance is None or run.delta > chance)
     ]
     best = next(in_order := _current(files, component, steered), None)
     if best is not None:
         yield best
         yield from in_order
         return
-    rows = {(row.method, row.layer): row for row in _all_rows(files, component) if row.val_effect_size is not None}
+    rows = {(row.method, row.layer): row for row in _all_rows(files, component) if row.effect_size is not None}
     measured = [
-        (Selection(layer, method, "effect_size", row.val_effect_size), row)
+        (Selection(layer, method, "effect_size", row.effect_size), row)
         for (method, layer), row in rows.items()
         if layer in available.get(method, ())
     ]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from tlcapture.storage.files import read_json
-from tlcapture.storage.validation import Count, FileContent, Layer, Number, Percent, checked
+from tlcapture.storage.validation import Count, FileContent, Layer, Number, Percent, Share, checked
 
 
 class SteeringConfig(FileContent):
@@ -22,11 +24,14 @@ class SteeringConfig(FileContent):
 
 
 class SteeringMeans(FileContent):
-    """Means over the questions, 0 to 100."""
+    """Means over the questions, 0 to 100; `gain` is the change from the baseline, `null` that of random vectors."""
 
     trait_mean: Percent
     coherence_mean: Percent
     n: Count | None = None
+    gain: Number | None = None
+    standard_error: Number | None = None
+    null: list[Number] | None = Field(default=None, min_length=1)
 
 
 class SteeringBaseline(FileContent):
@@ -44,9 +49,33 @@ class SteeringRecord(FileContent):
     vector_digest: str | None = None
 
 
+def largest_by_chance(runs: Iterable[SteeringRun]) -> float | None:
+    """The 95th percentile of the random vectors' best gains over all runs that have a null; `None` if none has.
+
+    Number i of every null is the gain of the same random vector.
+    """
+    nulls = [run.null for run in runs if run.null]
+    if not nulls:
+        return None
+    return percentile_95([max(gains) for gains in zip_longest(*nulls, fillvalue=float("-inf"))])
+
+
+def percentile_95(values: Sequence[float]) -> float:
+    """The 95th percentile, interpolated linearly between values; NaN of none."""
+    if not values:
+        return float("nan")
+    ordered = sorted(values)
+    position = 0.95 * (len(ordered) - 1)
+    low = int(position)
+    return ordered[low] + (position - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
+
+
 @dataclass(frozen=True)
 class SteeringRun:
-    """One single-layer steering run: its settings, its scores, and `delta`, the gain over the baseline."""
+    """One single-layer steering run: its settings, its scores, and `delta`, the gain over the baseline.
+
+    `null` are the gains of random vectors of the same norm at the same layer and coefficient, where they were measured.
+    """
 
     layer: int
     method: str
@@ -56,6 +85,23 @@ class SteeringRun:
     coherence_mean: float
     delta: float
     vector_digest: str | None = None
+    standard_error: float | None = None
+    null: tuple[float, ...] | None = None
+
+
+class SteeringMonitoring(FileContent):
+    """How the projections of responses steered with one vector follow the coefficient, beside random vectors."""
+
+    layer: Layer
+    method: str
+    component: str = "residual"
+    coefficients: list[Number]
+    projections: list[Number | None] = Field(default_factory=list)
+    rank_correlation: Number | None
+    null: list[Number] = Field(default_factory=list)
+    p: Share | None = None
+    n: Count | None = None
+    vector_digest: str | None = None
 
 
 class SteeringResults(FileContent):
@@ -63,6 +109,7 @@ class SteeringResults(FileContent):
 
     baseline: SteeringBaseline
     runs: list[SteeringRecord]
+    monitoring: list[SteeringMonitoring] = Field(default_factory=list)
     metadata: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod
@@ -91,4 +138,6 @@ class SteeringResults(FileContent):
             coherence_mean=result.coherence_mean,
             delta=result.trait_mean - self.baseline.trait_mean,
             vector_digest=record.vector_digest,
+            standard_error=result.standard_error,
+            null=None if result.null is None else tuple(result.null),
         )

@@ -5,8 +5,8 @@ tl.views.vectors = {
   withoutPrompt: true,
   create(container) {
     const { element, colours } = tl;
-    const chosen = element("div"), heats = element("div", { className: "side-by-side" }), curves = element("div", { className: "side-by-side" });
-    container.append(chosen, heats, element("hr"), curves);
+    const chosen = element("div"), matrix = element("div"), heats = element("div", { className: "side-by-side" }), curves = element("div", { className: "side-by-side" });
+    container.append(chosen, heats, matrix, element("hr"), curves);
     let figures = [];
     const figure = (name, height) => {
       const made = tl.figure({ name, height });
@@ -18,7 +18,7 @@ tl.views.vectors = {
       const { selected, runner_up: rival } = found;
       if (!selected) return element("p", { className: "warning" }, `${component}: ${found.problem}`);
       const reasons = {
-        steering: "its steering run changes the trait most while the text stays coherent", effect_size: "it has the largest held-out effect size",
+        steering: "its steering run changes the trait most while the text stays coherent", effect_size: "it has the largest effect size",
         fallback: "vectors have been neither evaluated nor steered", override: "it was requested",
       };
       const score = selected.score === null ? "" : `, ${tl.number(selected.score)}`;
@@ -27,6 +27,24 @@ tl.views.vectors = {
       const made = imported ? ` Imported from ${imported.file}, ${imported.convention ?? "attention outputs"}.` : found.metadata.extraction_model ? ` From ${found.metadata.extraction_model}, read at ${found.metadata.position ?? "an unknown position"}.` : " Unknown origin: no metadata.json.";
       return element("p", {}, element("b", {}, component), `: ${selected.method} at layer ${selected.layer}${score}, because ${reasons[selected.selected_by] ?? selected.selected_by}.${next}${made}`,
         selected.warning ? element("span", { className: "warning" }, ` ${selected.warning}.`) : null);
+    }
+
+    // What the trait's vectors show beyond words, lengths and the embeddings.
+    function verdict({ trait }) {
+      if (!trait || !trait.verdict) return null;
+      const deviation = trait.nested_sd === null ? "" : ` ± ${tl.number(trait.nested_sd)}`;
+      const others = Object.entries(trait.baselines).map(([name, value]) => `${name} ${tl.number(value)}`).join(", ");
+      return element("p", { className: "verdict" }, element("b", {}, "verdict"), `: ${trait.verdict}. AUROC ${tl.number(trait.nested_auroc)}${deviation} on pairs that chose nothing; without the model's layers: ${others}.`);
+    }
+
+    function drawMatrix({ cross_trait: found }) {
+      matrix.replaceChildren();
+      if (!found || found.traits.length < 2) return [];
+      const made = figure("cross_trait", 120 + 26 * found.traits.length);
+      matrix.append(made.element);
+      const labels = found.traits.map((name) => tl.plain(name));
+      return [made.draw([{ type: "heatmap", x: labels, y: labels, z: found.aurocs, zmin: 0, zmax: 1, colorscale: colours.amountScale(), colorbar: { thickness: 12 }, hovertemplate: "%{y} on the examples of %{x}: %{z:.3~f}<extra></extra>" }],
+        { title: { text: "AUROC of each trait's vector (rows) on each trait's examples (columns)", font: { size: 13 } }, xaxis: { tickangle: 30 }, yaxis: { autorange: "reversed" }, margin: { l: 150, r: 14, t: 30, b: 90 } })];
     }
 
     function drawHeats(state, found) {
@@ -43,11 +61,11 @@ tl.views.vectors = {
         const selected = found.components[component]?.selected;
         const at = selected ? [layers.indexOf(selected.layer), methods.indexOf(selected.method)] : [-1, -1];
         const shapes = at.includes(-1) ? [] : [{ type: "rect", x0: selected.layer - 0.5, x1: selected.layer + 0.5, y0: at[1] - 0.5, y1: at[1] + 0.5, line: { color: colours.css("--accent"), width: 2.5 } }];
-        return [["val_effect_size", "effect size (Cohen's d)"], ["val_auroc", "AUROC"]].map(([key, label]) => {
+        return [["val_effect_size", "effect size (Hedges' g)"], ["val_auroc", "AUROC"]].map(([key, label]) => {
           const made = figure(`${key}_${component}`, 164 + 34 * methods.length);
-          // A row for the 95th percentile of random directions, which every useful vector exceeds.
-          const random = layers.map((layer) => own.find((row) => row.layer === layer)?.random_auroc_p95 ?? null);
-          const compared = key === "val_auroc" && random.some((value) => value !== null) ? [["random, p95", random]] : [];
+          // A row for what chance reaches: the best vector of shuffled labels, or in earlier files a random direction.
+          const chance = ["null_auroc_p95", "random_auroc_p95"].map((field) => layers.map((layer) => own.find((row) => row.layer === layer)?.[field] ?? null));
+          const compared = [["shuffled, p95", chance[0]], ["random, p95", chance[1]]].filter(([, values]) => key === "val_auroc" && values.some((value) => value !== null)).slice(0, 1);
           const range = key === "val_auroc" ? { zmin: 0.5, zmax: 1 } : { zmin: 0, zmax: Math.max(...own.map((row) => row[key]), 1e-9) };
           const job = made.draw([{ type: "heatmap", x: layers, y: [...methods, ...compared.map(([name]) => name)], z: [...grid(key), ...compared.map(([, values]) => values)], colorscale: colours.amountScale(), colorbar: { thickness: 12 }, ...range, hovertemplate: `%{y}, layer %{x}: %{z:.3~f}<extra></extra>` }],
             { title: { text: `${component}: held-out ${label}`, font: { size: 13 } }, xaxis: { title: { text: "layer" } }, margin: { l: 84, r: 14, t: 30, b: 38 }, shapes });
@@ -59,23 +77,29 @@ tl.views.vectors = {
     }
 
     function drawCurves(found) {
-      const { runs, baseline, problem } = found.steering;
+      const { runs, baseline, chance, monitoring, problem } = found.steering;
       if (!runs) {
         curves.replaceChildren(problem ? element("p", { className: "warning" }, problem) : tl.emptyState(new tl.source.Missing(found.steering.missing)));
         return [];
       }
       const groups = [...new Set(runs.map((run) => `${run.method}, layer ${run.layer}`))];
-      const drawn = [["trait_mean", "trait"], ["coherence_mean", "coherence"]].map(([key, label]) => {
+      const drawn = [["gain", "gain in trait_mean"], ["coherence_mean", "coherence"]].map(([key, label]) => {
         const made = figure(`steering_${key}`, 320);
         const traces = groups.map((group, number) => {
           const own = runs.filter((run) => `${run.method}, layer ${run.layer}` === group);
-          const points = [[0, baseline[key]], ...own.map((run) => [run.coefficient, run[key]])].sort((a, b) => a[0] - b[0]);
-          return { x: points.map(([x]) => x), y: points.map(([, y]) => y), name: group, mode: "lines+markers", line: { color: colours.trait(groups, groups[number]) }, hovertemplate: `${tl.plain(group)}<br>coefficient %{x}: %{y:.1f}<extra></extra>` };
+          const points = [[0, key === "gain" ? 0 : baseline[key], 0], ...own.map((run) => [run.coefficient, run[key], run.standard_error ?? 0])].sort((a, b) => a[0] - b[0]);
+          const bars = key === "gain" ? { error_y: { type: "data", array: points.map(([, , error]) => error), thickness: 1, width: 2 } } : {};
+          return { x: points.map(([x]) => x), y: points.map(([, y]) => y), ...bars, name: group, mode: "lines+markers", line: { color: colours.trait(groups, groups[number]) }, hovertemplate: `${tl.plain(group)}<br>coefficient %{x}: %{y:.1f}<extra></extra>` };
         });
+        const nulls = key === "gain" ? runs.filter((run) => run.null) : [];
+        if (nulls.length) traces.push({ x: nulls.flatMap((run) => [run.coefficient, run.coefficient, null]), y: nulls.flatMap((run) => [...run.null, null]), name: "random vectors, up to p95", mode: "lines", opacity: 0.4, line: { color: colours.css("--faint"), width: 9 }, hovertemplate: "random vectors<br>coefficient %{x}: %{y:+.1f}<extra></extra>" });
         const shapes = key === "coherence_mean" ? [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: 70, y1: 70, line: { dash: "dot", color: colours.css("--faint") } }] : [];
-        return { element: made.element, job: made.draw(traces, { title: { text: `steering: ${label} (${key})`, font: { size: 13 } }, xaxis: { title: { text: "coefficient" } }, yaxis: { range: [0, 102] }, shapes, showlegend: groups.length > 1 && key === "trait_mean", legend: { font: { size: 10 } } }) };
+        return { element: made.element, job: made.draw(traces, { title: { text: `steering: ${label}`, font: { size: 13 } }, xaxis: { title: { text: "coefficient" } }, yaxis: key === "gain" ? {} : { range: [0, 102] }, shapes, showlegend: traces.length > 1 && key === "gain", legend: { font: { size: 10 } } }) };
       });
-      curves.replaceChildren(...drawn.map((each) => each.element));
+      const beyond = chance === null ? "No random vectors were added, so these gains may be chance." : `95 % of random vectors reach at most ${tl.number(chance)} at the cells where they were added; a larger gain selects a vector.`;
+      const follows = monitoring.map((each) => `${each.method} at layer ${each.layer} ${tl.number(each.rank_correlation)} (random vectors up to ${tl.number(each.null)}, p = ${tl.number(each.p)})`).join("; ");
+      const notes = [element("p", { className: "note" }, `Gains over the unsteered model's ${tl.number(baseline.trait_mean)}, with standard errors over questions. ${beyond}`), follows ? element("p", { className: "note" }, `Do projections of the responses, read without steering, follow the coefficient? Rank correlation: ${follows}.`) : null];
+      curves.replaceChildren(...drawn.map((each) => each.element), element("div", {}, ...notes));
       return drawn.map((each) => each.job);
     }
 
@@ -85,8 +109,8 @@ tl.views.vectors = {
         const found = await tl.source.vectors(state);
         figures.splice(0).forEach((each) => each.remove());
         chosen.replaceChildren(element("p", { className: "note" }, `Vectors of ${found.trait} in ${state.experiment}; a frame marks the selected one.`),
-          ...Object.entries(found.components).map(([component, each]) => why(component, each)));
-        await Promise.all([...drawHeats(state, found), ...drawCurves(found)]);
+          ...Object.entries(found.components).map(([component, each]) => why(component, each)), verdict(found.evaluation));
+        await Promise.all([...drawHeats(state, found), ...drawMatrix(found.evaluation), ...drawCurves(found)]);
       },
       remove: () => figures.forEach((each) => each.remove()),
     };

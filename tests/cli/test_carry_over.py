@@ -1,0 +1,105 @@
+"""`tlcapture evaluate --examples`: vectors on another dataset of their trait."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import Result
+
+from tests import tiny
+from tests.cli.conftest import make_trait
+from tlcapture.storage.files import read_json
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def elsewhere(extract: Run, data: Path) -> Path:
+    """A folder with another dataset of `tone/loud`, and an experiment with vectors of both traits."""
+    assert extract("--component", "residual").exit_code == 0
+    make_trait(data / "other", "tone/loud", "NOISE", "hush")
+    return data / "other" / "datasets" / "traits"
+
+
+def stored(data: Path) -> dict[str, dict[str, list[dict[str, object]]]]:
+    content = read_json(data / "experiments" / "exp" / "extraction" / "extraction_evaluation.json")
+    found: dict[str, dict[str, list[dict[str, object]]]] = content["carry_over"]
+    return found
+
+
+def test_the_selected_vector_is_scored_on_folders_of_traits(tlcapture: Run, data: Path, elsewhere: Path) -> None:
+    assert tlcapture("evaluate", "--experiment", "exp", "--component", "residual").exit_code == 0
+    result = tlcapture("evaluate", "--experiment", "exp", "--examples", elsewhere)
+    assert result.exit_code == 0, result.output
+    assert set(stored(data)) == {"traits"}
+    ((trait, (row,)),) = stored(data)["traits"].items()
+    assert trait == "tone/loud"
+    best = read_json(data / "experiments" / "exp" / "extraction" / "extraction_evaluation.json")["best_vectors"][trait]
+    assert (row["method"], row["layer"]) == (best["method"], best["layer"])
+    assert f"{row['auroc']:.3f}" in result.output
+    assert tlcapture("evaluate", "--experiment", "exp", "--component", "residual").exit_code == 0
+    assert stored(data)["traits"] == {trait: [row]}  # evaluating again keeps it
+
+
+def test_scores_are_those_of_the_activations_that_hugging_face_gives(
+    tlcapture: Run, data: Path, elsewhere: Path
+) -> None:
+    import torch
+
+    words = ("--methods", "mean_diff", "--layers", "1", "--component", "residual")
+    folder = elsewhere / "tone" / "loud"
+    result = tlcapture("evaluate", "--experiment", "exp", "--traits", "tone/loud", "--examples", folder, *words)
+    assert result.exit_code == 0, result.output
+    (row,) = stored(data)["loud"]["tone/loud"]
+    path = data / "experiments" / "exp" / "extraction" / "tone" / "loud" / "vectors" / "mean_diff_layer1.pt"
+    vector = torch.load(path)
+    tokenizer, scores = tiny.tokenizer(), {}
+    for side in ("positive", "negative"):
+        scores[side] = []
+        for line in (folder / f"{side}.jsonl").read_text().splitlines():
+            example = json.loads(line)
+            chat = [{"role": "user", "content": example["prompt"]}]
+            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = [*prompt, *tokenizer(example["response"], add_special_tokens=False)["input_ids"]]
+            with torch.no_grad():
+                hidden = tiny.hf_model("llama")(torch.tensor([ids]), output_hidden_states=True).hidden_states[2][0]
+            scores[side].append(float(hidden[len(prompt) :].mean(dim=0) @ vector / vector.norm()))
+    positive, negative = np.array(scores["positive"]), np.array(scores["negative"])
+    wins = (positive[:, None] > negative).mean()
+    pooled = np.sqrt((positive.var(ddof=1) + negative.var(ddof=1)) / 2)
+    g = (1 - 3 / (4 * 18 - 1)) * (positive.mean() - negative.mean()) / pooled
+    assert row["auroc"] == pytest.approx(wins, abs=0.005)
+    assert row["effect_size"] == pytest.approx(g, rel=1e-3)
+    low, high = row["effect_size_interval"]  # type: ignore[misc]
+    assert low < g < high
+    # All 1,024 ways to exchange labels within ten pairs are the exact null.
+    flips = [np.array([n >> k & 1 for k in range(10)], dtype=bool) for n in range(1024)]
+    null = []
+    for flip in flips:
+        a, b = np.where(flip, negative, positive), np.where(flip, positive, negative)
+        null.append((a[:, None] > b).mean())
+    assert row["p"] == pytest.approx(np.mean(np.array(null) >= wins - 1e-9), abs=0.04)
+    assert row["null_auroc_p95"] == pytest.approx(np.quantile(null, 0.95), abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("folder", "words", "said"),
+    [
+        ("nowhere", (), "expected a folder with positive.jsonl and negative.jsonl"),
+        ("tone/loud", (), "it holds examples of one trait: name the trait with --traits"),
+        ("", ("--traits", "tone/warm"), "found no folder tone/warm"),
+        ("tone", (), "found no folder tone/loud, tone/warm"),
+    ],
+)
+def test_a_folder_without_such_examples_is_refused(
+    tlcapture: Run, elsewhere: Path, folder: str, words: tuple[str, ...], said: str
+) -> None:
+    result = tlcapture("evaluate", "--experiment", "exp", "--examples", elsewhere / folder, *words)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert len(result.stderr.splitlines()) == 1

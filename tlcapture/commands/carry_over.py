@@ -1,0 +1,208 @@
+"""`tlcapture evaluate --examples`: whether vectors carry over to another dataset of the same trait."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tlcapture.errors import InputError, VectorError
+from tlcapture.extraction.cross_validation import relabelled
+from tlcapture.extraction.evaluation import CONFIDENCE, auroc, effect_size_interval, hedges_g
+from tlcapture.extraction.examples import Examples, examples_in
+from tlcapture.extraction.prepared_examples import prepare_examples
+from tlcapture.extraction.readout import read_out
+from tlcapture.models.loading import Model
+from tlcapture.names import Trait
+from tlcapture.runs.display import Display
+from tlcapture.runs.executors import Executor, LocalExecutor, Work
+from tlcapture.runs.model_loader import ModelLoader
+from tlcapture.runs.model_worker import ModelWorker
+from tlcapture.runs.report import RunReport
+from tlcapture.runs.run import Run
+from tlcapture.runs.run_lock import run_lock
+from tlcapture.storage.files import write_json
+from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant
+from tlcapture.traits.evaluation_files import Evaluation
+from tlcapture.traits.projection import check_fits
+from tlcapture.traits.selection import select
+from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
+from tlcapture.traits.vectors import TraitVector, read_vector
+
+LABELLINGS = 1000
+
+
+@dataclass(frozen=True)
+class CarryOverOptions:
+    """Which vectors to score on which examples; without `methods` and `layers` the selected vector of each component.
+
+    `folder` holds examples of one trait, or a folder {category}/{trait} for each.
+    """
+
+    folder: Path
+    traits: tuple[Trait, ...] = ()
+    methods: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    components: tuple[str, ...] = ("residual",)
+    batch_size: int | None = None
+    examples_as: str = "auto"
+
+    @property
+    def name(self) -> str:
+        """The name of the dataset: that of its folder."""
+        return self.folder.resolve().name
+
+
+@dataclass(frozen=True)
+class CarryOverTask:
+    """A trait, and the examples of another dataset of it."""
+
+    trait: Trait
+    examples: Examples
+
+    def __str__(self) -> str:
+        return str(self.trait)
+
+
+def run_carry_over(
+    layout: Layout,
+    options: CarryOverOptions,
+    load: ModelLoader,
+    display: Display = Display(),
+    executor: Executor = LocalExecutor(),
+) -> RunReport:
+    """Score vectors on examples that took no part in anything, and write `carry_over` in the evaluation file.
+
+    Raises:
+        InputError: the folder has no examples of a trait with vectors; nothing was written.
+    """
+    layout.check_exists()
+    tasks = _tasks(layout, options)
+    run = Run.begin(layout, display)
+    executor.run(Work(partial(ModelWorker, _carry_over, options), load, tasks, lambda task: 1, "trait", str), run)
+    return run.report
+
+
+def _tasks(layout: Layout, options: CarryOverOptions) -> list[CarryOverTask]:
+    folder, traits = options.folder, traits_with_vectors(layout, options.traits)
+    if not folder.is_dir():
+        raise InputError(f"--examples {folder}: expected a folder with positive.jsonl and negative.jsonl")
+    read = partial(examples_in, examples_as=options.examples_as)
+    if any((folder / f"positive.{end}").is_file() for end in ("jsonl", "txt")):
+        if len(traits) != 1:
+            raise InputError(f"--examples {folder}: it holds examples of one trait: name the trait with --traits")
+        return [CarryOverTask(traits[0], read(folder, traits[0]))]
+    found = [trait for trait in traits if (folder / trait.category / trait.name).is_dir()]
+    missing = [str(trait) for trait in options.traits if trait not in found]
+    if missing or not found:
+        raise InputError(
+            f"--examples {folder}: expected positive.jsonl and negative.jsonl there or in {{category}}/{{trait}}, "
+            f"found no folder {', '.join(missing or map(str, traits))}"
+        )
+    return [CarryOverTask(trait, read(folder / trait.category / trait.name, trait)) for trait in found]
+
+
+def _carry_over(run: Run, model: Model, options: CarryOverOptions, task: CarryOverTask) -> None:
+    with run.progress(1, str(task.trait), "trait") as progress:
+        rows = [row for component in options.components for row in _rows(run.layout, model, options, task, component)]
+        with run_lock(run, "the evaluation"):
+            content = Evaluation.read(run.layout.evaluation)
+            stored = content.carry_overs
+            stored.setdefault(options.name, {})[str(task.trait)] = rows
+            value = {**content.model_dump(exclude_unset=True), "carry_over": stored}
+            run.wrote(write_json(run.layout.evaluation, value, indent=True))
+        progress.advance(1, done=f"{task.trait}: scored on {options.name}")
+
+
+def _rows(
+    layout: Layout, model: Model, options: CarryOverOptions, task: CarryOverTask, component: str
+) -> list[dict[str, Any]]:
+    files = VectorFiles(layout, task.trait)
+    vectors = list(_vectors(files, model, options, component))
+    if not vectors:
+        return []
+    position = files.metadata(component).get("position")
+    prepared = prepare_examples(
+        Datasets(layout.root),
+        layout,
+        task.trait,
+        model,
+        position=position if position == "last_prompt_token" else "auto",
+        examples=task.examples,
+    )
+    read = read_out(model, prepared.readings, [component], batch_size=options.batch_size)[component]
+    score = partial(_row, task.examples, prepared.digest, files)
+    return [
+        score(vector, read[vector.layer] @ torch.nn.functional.normalize(vector.vector, dim=0)) for vector in vectors
+    ]
+
+
+def _vectors(files: VectorFiles, model: Model, options: CarryOverOptions, component: str) -> Sequence[TraitVector]:
+    available = files.available(component)
+    if not available:
+        return []
+    if options.methods or options.layers:
+        wanted = [
+            (method, layer)
+            for method in options.methods or available
+            for layer in available.get(method, ())
+            if not options.layers or layer in options.layers
+        ]
+    else:
+        chosen = select(files, component, model.n_layers)
+        wanted = [(chosen.method, chosen.layer)]
+    vectors = [read_vector(files, component, method, layer) for method, layer in wanted]
+    for vector in vectors:
+        check_fits(vector, model.n_layers, model.d_model)
+        if vector.metadata.get("model_fingerprint") not in (None, model.fingerprint):
+            raise VectorError(
+                f"the {vector.method} vector at layer {vector.layer} is of another model: extract it again"
+            )
+    return vectors
+
+
+def _row(
+    examples: Examples, digest: str, files: VectorFiles, vector: TraitVector, scores: torch.Tensor
+) -> dict[str, Any]:
+    """The measures of one vector; its null are labels shuffled within pairs, or over unpaired examples."""
+    labels = torch.tensor([item.positive for item in examples.items])
+    drawn = relabelled(labels, examples.groups, LABELLINGS)
+    null = torch.stack([auroc(scores, each) for each in drawn])
+    found = auroc(scores, labels)
+    positive, negative, paired = _sides(examples, scores)
+    interval = effect_size_interval(positive[None], negative[None], paired=paired)[0]
+    return {
+        "method": vector.method,
+        "layer": vector.layer,
+        "component": vector.component,
+        "auroc": _number(found),
+        "effect_size": _number(hedges_g(positive, negative)),
+        "effect_size_interval": [_number(bound) for bound in interval],
+        "null_auroc_p95": _number(null.quantile(CONFIDENCE)),
+        "p": _number((1 + (null >= found).sum()) / (1 + LABELLINGS)),
+        "n_positive": len(positive),
+        "n_negative": len(negative),
+        "examples": digest,
+        "vector_digest": files.digest(vector.component, vector.method, vector.layer),
+    }
+
+
+def _sides(examples: Examples, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Positive and negative scores, and whether they are pairs; pairs come in the same order."""
+    positive, negative = (
+        {i.example.pair: float(score) for i, score in zip(examples.items, scores, strict=True) if i.positive == side}
+        for side in (True, False)
+    )
+    if None not in positive and positive.keys() == negative.keys() and 2 * len(positive) == len(scores):
+        return torch.tensor(list(positive.values())), torch.tensor([negative[pair] for pair in positive]), True
+    labels = torch.tensor([item.positive for item in examples.items])
+    return scores[labels], scores[~labels], False
+
+
+def _number(value: torch.Tensor) -> float | None:
+    return float(round_significant(float(value), PROJECTION_DIGITS)) if torch.isfinite(value) else None

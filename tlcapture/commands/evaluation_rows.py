@@ -1,0 +1,206 @@
+"""The rows and the summary that `tlcapture evaluate` writes for one trait and component."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tlcapture.extraction.baselines import BAG_OF_WORDS, Baseline, text_baselines, verdict
+from tlcapture.extraction.cross_validation import (
+    OUTER_FOLDS,
+    CrossValidated,
+    cross_validate,
+    folds,
+    largest_by_chance,
+)
+from tlcapture.extraction.evaluation import CONFIDENCE, Separation, separation
+from tlcapture.extraction.examples import Examples
+from tlcapture.extraction.kept_activations import KeptActivations
+from tlcapture.extraction.many_fits import Span
+from tlcapture.extraction.methods import FITS
+from tlcapture.names import Trait
+from tlcapture.storage.layout import Layout
+from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant
+from tlcapture.text import as_ranges
+from tlcapture.traits.evaluation_files import EvaluationRow
+from tlcapture.traits.vector_files import IMPORTED, METHODS, VectorFiles
+from tlcapture.traits.vectors import TraitVector, read_vector
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EvaluatedComponent:
+    """The rows of a trait's vectors of one component, and what was found of all of them together."""
+
+    trait: str
+    rows: list[Row]
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Common:
+    """What all rows of a component share."""
+
+    cross_validated: CrossValidated | None
+    null_p95: float | None
+    baselines: Sequence[Baseline]
+    n_held_out: int
+
+
+def rows_of(
+    layout: Layout,
+    examples: Examples,
+    kept: KeptActivations,
+    vectors: Mapping[str, Sequence[TraitVector]],
+    seed: int,
+) -> EvaluatedComponent:
+    """Score a component's vectors, given by method, on the activations of the trait's examples."""
+    labels = torch.tensor([item.positive for item in examples.items])
+    held_out = torch.tensor([item.held_out for item in examples.items])
+    groups, trait = examples.groups, str(examples.trait)
+    span = Span.of(kept.activations, seed=seed)
+    grid = {method: [v.layer for v in found] for method, found in vectors.items() if method in FITS and found}
+    outer = folds(groups, labels, OUTER_FOLDS, seed=seed)
+    baselines = text_baselines(kept.texts, kept.n_tokens, labels, outer)
+    largest = largest_by_chance(span, labels, groups, held_out, grid, seed=seed)
+    try:
+        validated = cross_validate(span, labels, groups, grid, seed=seed) if grid else None
+    except ValueError:
+        validated = None
+    common = _Common(
+        validated,
+        float(largest.quantile(CONFIDENCE)) if len(largest) else None,
+        baselines,
+        int(held_out.sum()),
+    )
+    rows: list[Row] = []
+    paired = _is_paired(examples)
+    for found in vectors.values():
+        if found:
+            stacked = torch.stack([vector.vector for vector in found])
+            layers = [vector.layer for vector in found]
+            separated = separation(stacked, kept.activations[layers], labels, held_out, paired=paired)
+            rows += [_row(layout, vector, number, separated, common) for number, vector in enumerate(found)]
+    if validated is None or not rows:
+        return EvaluatedComponent(trait, rows)
+    first = Baseline.of("layer 0", validated.layer_0, labels, outer)
+    best = max(row["val_auroc"] or 0 for row in rows)
+    p = (1 + int((largest >= best).sum())) / (1 + len(largest))
+    compared = [*baselines, first]
+    judged = verdict(validated.nested, compared, labels, groups, p, seed=seed)
+    return EvaluatedComponent(
+        trait,
+        rows,
+        {
+            "nested_auroc": _number(validated.nested.auroc),
+            "nested_sd": _number(validated.nested.auroc_sd),
+            "nested_effect_size": _number(validated.nested.effect_size),
+            "chosen_layers": dict(Counter(f"{method} {layer}" for method, layer in validated.nested.chosen)),
+            "baselines": {each.name: _number(each.auroc) for each in compared},
+            "gain": _number(judged.gain),
+            "gain_interval": [_number(bound) for bound in judged.interval],
+            "p": _number(p),
+            "verdict": judged.text,
+        },
+    )
+
+
+def best_vector(row: EvaluationRow, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry of a trait in `best_vectors`: the row of its selected vector, and the summary of the trait."""
+    return {**row.as_written(), **summary}
+
+
+def doubts(rows: Sequence[Row]) -> list[str]:
+    """At which layers vectors are no better than chance, one note per method and component."""
+    no_better: dict[str, list[int]] = {}
+    with_zero: dict[str, list[int]] = {}
+    undefined: dict[str, list[int]] = {}
+    for row in rows:
+        name = f"{row['component']} {row['method']}"
+        low, high = row["val_effect_size_interval"]
+        if None not in (row["null_auroc_p95"], row["val_auroc"]) and row["val_auroc"] <= row["null_auroc_p95"]:
+            no_better.setdefault(name, []).append(row["layer"])
+        if low is None or high is None:
+            undefined.setdefault(name, []).append(row["layer"])
+        elif low <= 0 <= high:
+            with_zero.setdefault(name, []).append(row["layer"])
+    notes = [
+        f"{name} is no better than the best vector of shuffled labels at layers {as_ranges(at)}"
+        for name, at in no_better.items()
+    ]
+    notes += [
+        f"the effect size of {name} is undefined at layers {as_ranges(at)}: it needs two held-out examples a side that "
+        "differ"
+        for name, at in undefined.items()
+    ]
+    return notes + [
+        f"the interval of the effect size of {name} includes zero at layers {as_ranges(at)}"
+        for name, at in with_zero.items()
+    ]
+
+
+def _is_paired(examples: Examples) -> bool:
+    """Whether the held-out examples of both sides are pairs, in the same order."""
+    sides = [[i.example.pair for i in examples.items if i.held_out and i.positive == side] for side in (True, False)]
+    return sides[0] == sides[1] and None not in sides[0] and len(set(sides[0])) == len(sides[0])
+
+
+def _row(layout: Layout, vector: TraitVector, number: int, found: Separation, common: _Common) -> Row:
+    effect = _number(found.effect_size[number])
+    validated = common.cross_validated
+    has_fits = validated is not None and vector.method in validated.auroc
+    lengths = [each.auroc for each in common.baselines if each.name != BAG_OF_WORDS]
+    words = next(each.auroc for each in common.baselines if each.name == BAG_OF_WORDS)
+    row = {
+        "trait": str(vector.trait),
+        "method": vector.method,
+        "layer": vector.layer,
+        "component": vector.component,
+        "vector_digest": VectorFiles(layout, vector.trait).digest(vector.component, vector.method, vector.layer),
+        "val_accuracy": _number(found.accuracy[number]),
+        "val_auroc": _number(found.auroc[number]),
+        "val_effect_size": effect,
+        "val_effect_size_interval": [_number(bound) for bound in found.interval[number]],
+        "polarity": None if effect is None else "positive" if effect > 0 else "negative",
+        "n_val": common.n_held_out,
+        "null_auroc_p95": _number(common.null_p95),
+        "bag_of_words_auroc": _number(words),
+        "length_auroc": _number(max(lengths)),
+        "cosine_to_methods": _cosines(
+            vector, [(m, vector.trait, m) for m in (*METHODS, IMPORTED) if m != vector.method], layout
+        ),
+        "cosine_to_traits": _cosines(
+            vector, [(str(t), t, vector.method) for t in layout.traits() if t != vector.trait], layout
+        ),
+    }
+    if has_fits and validated is not None:
+        row |= {
+            "cv_auroc": _number(validated.auroc[vector.method][vector.layer]),
+            "cv_effect_size": _number(validated.effect_size[vector.method][vector.layer]),
+            "layer0_auroc": _number(validated.auroc[vector.method][0]),
+        }
+    return row
+
+
+def _cosines(vector: TraitVector, others: Sequence[tuple[str, Trait, str]], layout: Layout) -> dict[str, float | None]:
+    """Cosines to the existing vectors of other methods or traits at the same layer."""
+    cosines = {}
+    for name, trait, method in others:
+        folder = VectorFiles(layout, trait)
+        if folder.file(vector.component, method, vector.layer).is_file():
+            other = read_vector(folder, vector.component, method, vector.layer).vector
+            if other.shape == vector.vector.shape:
+                cosines[name] = _number(torch.nn.functional.cosine_similarity(vector.vector, other, dim=0))
+    return cosines
+
+
+def _number(value: torch.Tensor | float | None) -> float | None:
+    """A number as it is written; `None` for one that is undefined."""
+    if value is None or not torch.isfinite(torch.as_tensor(value)):
+        return None
+    return float(round_significant(float(value), PROJECTION_DIGITS))

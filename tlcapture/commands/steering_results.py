@@ -1,0 +1,201 @@
+"""A trait's `results.json` while it is steered: what it holds already, and what is added to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from hashlib import blake2b
+from os.path import lexists
+from typing import Any
+
+import torch
+
+from tlcapture.captures.provenance import now
+from tlcapture.extraction.judge import Judge
+from tlcapture.extraction.monitoring import Monitoring
+from tlcapture.extraction.steering import PerQuestion, SteeringQuestions, SteeringScore
+from tlcapture.models.loading import Model
+from tlcapture.names import Trait
+from tlcapture.runs.run import Run
+from tlcapture.storage.files import read_json, write_json
+from tlcapture.storage.rounding import round_significant
+from tlcapture.traits.selection import COHERENT
+from tlcapture.traits.steering_files import SteeringResults, SteeringRun
+from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.traits.vectors import TraitVector
+
+_DIGITS = 5
+
+
+class Results:
+    """A trait's `results.json`, written after every run. Runs of another model, scorer or questions are dropped."""
+
+    def __init__(self, run: Run, trait: Trait, model: Model, scored_by: str, asked: SteeringQuestions):
+        layout = run.layout
+        self._path = layout.steering(trait)
+        self._files = VectorFiles(layout, trait)
+        self._run = run
+        self._content: dict[str, Any] = {"baseline": {}, "runs": []}
+        questions = _digest(repr(asked.questions))
+        if lexists(self._path):
+            before = read_json(self._path)
+            made = SteeringResults.parse(before, self._path).metadata
+            is_same = (made.get("model_fingerprint"), made.get("scored_by")) == (model.fingerprint, scored_by)
+            if is_same and made.get("questions") in (None, questions):
+                self._content = before
+        self._content["metadata"] = {
+            "model": model.name,
+            "model_fingerprint": model.fingerprint,
+            "engine": model.engine,
+            "scored_by": scored_by,
+            "questions": questions,
+            "timestamp": now(),
+        }
+        self._baseline: PerQuestion | None = None
+
+    def set_baseline(self, score: SteeringScore) -> None:
+        """Record the unsteered model's scores, from which gains are counted."""
+        self._content["baseline"] = _means(score)
+        self._baseline = score.trait
+
+    @property
+    def baseline_mean(self) -> float:
+        """The unsteered model's `trait_mean`."""
+        return float(self._content["baseline"]["trait_mean"])
+
+    def find(self, vector: TraitVector, coefficient: float) -> SteeringRun | None:
+        """The recorded run with the same vector and coefficient, if there is one."""
+        record = self._record(vector, coefficient)
+        return None if record is None else self._parsed(record)
+
+    def responses(self, vector: TraitVector, coefficient: float) -> list[str] | None:
+        """The responses of a recorded run, where they were recorded."""
+        found = (self._record(vector, coefficient) or {}).get("responses")
+        return found if isinstance(found, list) and all(isinstance(each, str) for each in found) else None
+
+    def coefficients(self, vector: TraitVector) -> list[float]:
+        """The coefficients with which a vector was recorded, in ascending order."""
+        runs = SteeringResults.parse(self._content, self._path).single_layer_runs
+        key = (vector.component, vector.method, vector.layer)
+        used = {run.coefficient for run in runs if (run.component, run.method, run.layer) == key}
+        return sorted(each for each in used if self._record(vector, each) is not None)
+
+    def add(self, vector: TraitVector, coefficient: float, score: SteeringScore) -> SteeringRun:
+        """Record a run."""
+        assert self._baseline is not None
+        config = _config(vector, coefficient)
+        error = score.standard_error(self._baseline)
+        means = _means(score)
+        run = {
+            "config": config,
+            "result": {
+                **means,
+                "gain": _number(means["trait_mean"] - self.baseline_mean),
+                "standard_error": _number(error),
+                "n": int((~score.trait.isnan()).sum()),
+            },
+            "vector_timestamp": vector.metadata.get("timestamp"),
+            "vector_digest": self._files.digest(vector.component, vector.method, vector.layer),
+            "responses": score.responses,
+        }
+        self._content["runs"] = [*(each for each in self._content["runs"] if each["config"] != config), run]
+        self._write()
+        return self._parsed(run)
+
+    def largest_gains(self, n: int) -> list[SteeringRun]:
+        """The runs of present vectors with the largest gains, coherent ones first."""
+        current = [run for run in self._content["runs"] if self._is_current(run)]
+        runs = SteeringResults.parse({**self._content, "runs": current}, self._path).single_layer_runs
+        return sorted(runs, key=lambda run: (run.coherence_mean >= COHERENT, run.delta), reverse=True)[:n]
+
+    def set_null(self, run: SteeringRun, gains: Sequence[float]) -> None:
+        """Record the gains of random vectors in place of a run's vector."""
+        for record in self._content["runs"]:
+            if self._parsed_config(record) == (run.component, run.method, run.layer, run.coefficient):
+                record["result"]["null"] = [_number(gain) for gain in gains]
+        self._write()
+
+    def has_monitoring(self, vector: TraitVector, coefficients: Sequence[float]) -> bool:
+        """Whether the responses of these runs have been read back."""
+        digest = self._files.digest(vector.component, vector.method, vector.layer)
+        return any(
+            each["vector_digest"] == digest and each["coefficients"] == list(coefficients)
+            for each in self._content.get("monitoring", ())
+            if _key(each) == (vector.component, vector.method, vector.layer)
+        )
+
+    def set_monitoring(self, vector: TraitVector, found: Monitoring) -> None:
+        """Record how the projections of a vector's steered responses follow the coefficient."""
+        key = (vector.component, vector.method, vector.layer)
+        values = {name: _rounded(value) for name, value in asdict(found).items()}
+        made = {"layer": vector.layer, "method": vector.method, "component": vector.component, **values}
+        others = [each for each in self._content.get("monitoring", ()) if _key(each) != key]
+        self._content["monitoring"] = [*others, {**made, "vector_digest": self._files.digest(*key)}]
+        self._write()
+
+    def _record(self, vector: TraitVector, coefficient: float) -> dict[str, Any] | None:
+        config, made = _config(vector, coefficient), vector.metadata.get("timestamp")
+        for run in self._content["runs"]:
+            if run["config"] == config and run.get("vector_timestamp") == made and self._is_current(run):
+                return dict(run)
+        return None
+
+    def _is_current(self, run: dict[str, Any]) -> bool:
+        config, digest = run["config"], run.get("vector_digest")
+        component, method, layer = config.get("component", "residual"), config["methods"][0], config["layers"][0]
+        if digest is None:
+            return True
+        has_file = self._files.file(component, method, layer).is_file()
+        return has_file and digest == self._files.digest(component, method, layer)
+
+    def _parsed_config(self, record: dict[str, Any]) -> tuple[str, str, int, float] | None:
+        if len(record["config"]["layers"]) > 1:
+            return None
+        run = self._parsed(record)
+        return (run.component, run.method, run.layer, run.coefficient)
+
+    def _parsed(self, run: dict[str, Any]) -> SteeringRun:
+        return SteeringResults.parse({**self._content, "runs": [run]}, self._path).single_layer_runs[0]
+
+    def _write(self) -> None:
+        self._run.wrote(write_json(self._path, self._content, indent=True))
+
+
+def scored_by(judge: Judge | None, eval_prompt: str | None) -> str:
+    """What scores `trait_mean`; runs that were scored in different ways are never mixed."""
+    if judge is None:
+        return "likelihood"
+    asked = "" if eval_prompt is None else f", eval_prompt {_digest(eval_prompt, 4)}"
+    return f"judge {judge.url}{asked}"
+
+
+def _digest(text: str, size: int = 8) -> str:
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size).hexdigest()
+
+
+def _key(monitored: dict[str, Any]) -> tuple[str, str, int]:
+    return (monitored["component"], monitored["method"], monitored["layer"])
+
+
+def _config(vector: TraitVector, coefficient: float) -> dict[str, Any]:
+    return {
+        "layers": [vector.layer],
+        "methods": [vector.method],
+        "coefficients": [coefficient],
+        "component": vector.component,
+    }
+
+
+def _means(score: SteeringScore) -> dict[str, float]:
+    means = {"trait_mean": score.trait_mean, "coherence_mean": score.coherence_mean}
+    return {name: float(round_significant(value, _DIGITS)) for name, value in means.items()}
+
+
+def _number(value: float) -> float | None:
+    return float(round_significant(value, _DIGITS)) if torch.isfinite(torch.tensor(value)) else None
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return _number(value) if isinstance(value, float) else value

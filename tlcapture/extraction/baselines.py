@@ -1,0 +1,148 @@
+"""What separates the examples without a model: their words and their lengths, scored as vectors are.
+
+A vector has shown something only where it beats these and the embeddings of layer 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tlcapture.extraction.cross_validation import NestedScore
+from tlcapture.extraction.evaluation import CONFIDENCE, auroc
+from tlcapture.extraction.many_fits import Training
+from tlcapture.extraction.methods import Labels
+
+BAG_OF_WORDS = "bag of words"
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A score of the examples that uses no layer beyond the first.
+
+    Attributes:
+        name: `bag of words`, `layer 0`, `characters`, `tokens` or `characters a word`.
+        auroc: the mean of the outer folds.
+        scores: each example's score in the fold that left it out, `[n_examples]`.
+    """
+
+    name: str
+    auroc: float
+    scores: Float[Tensor, " n_examples"]
+
+    @classmethod
+    def of(cls, name: str, scores: Float[Tensor, " n_examples"], labels: Labels, outer: Training) -> Baseline:
+        """A baseline from scores of the folds that left each example out."""
+        folds = [out for out in outer if (out & labels).any() and (out & ~labels).any()] or [torch.ones_like(labels)]
+        rates = torch.stack([auroc(scores[out], labels[out]) for out in folds])
+        return cls(name, float(rates.mean()), scores)
+
+
+def text_baselines(texts: Sequence[str], n_tokens: Sequence[int], labels: Labels, outer: Training) -> list[Baseline]:
+    """Words, characters, tokens and characters a word, each held out by the folds of the vectors.
+
+    Args:
+        texts: what is read out of each example: its response, or its text.
+        n_tokens: the number of tokens of each.
+        outer: which examples each fold leaves out, `[n_folds, n_examples]`.
+    """
+    words = [max(1, len(re.findall(r"\w+", text))) for text in texts]
+    measures = {
+        "characters": [float(len(text)) for text in texts],
+        "tokens": [float(number) for number in n_tokens],
+        "characters a word": [len(text) / number for text, number in zip(texts, words, strict=True)],
+    }
+    found = [Baseline.of(BAG_OF_WORDS, _bag_of_words(texts, labels, outer), labels, outer)]
+    return [*found, *(measured(name, torch.tensor(each), labels, outer) for name, each in measures.items())]
+
+
+def measured(name: str, values: Float[Tensor, " n_examples"], labels: Labels, outer: Training) -> Baseline:
+    """The baseline of one number per example, whose direction each fold takes from its training examples."""
+    scores = torch.zeros(len(values))
+    for left_out in outer:
+        positive, negative = values[~left_out & labels].mean(), values[~left_out & ~labels].mean()
+        scores[left_out] = (values[left_out] - (positive + negative) / 2) * (positive - negative).sign()
+    return Baseline.of(name, scores, labels, outer)
+
+
+def _bag_of_words(texts: Sequence[str], labels: Labels, outer: Training) -> Float[Tensor, " n_examples"]:
+    """The log-odds that a logistic regression on the words of the training examples gives to each left-out text."""
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    scores = torch.zeros(len(texts))
+    if not any(re.search(r"\w", text) for text in texts):
+        return scores
+    counts = CountVectorizer(token_pattern=r"\w+", binary=True).fit_transform(texts)
+    targets = labels.numpy()
+    for left_out in outer.numpy():
+        if len(set(targets[~left_out])) == 2:
+            words = LogisticRegression(max_iter=1000).fit(counts[~left_out], targets[~left_out])
+            scores[torch.from_numpy(left_out)] = torch.from_numpy(words.decision_function(counts[left_out])).float()
+    return scores
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a vector adds over the best baseline.
+
+    Attributes:
+        baseline: the baseline with the largest AUROC.
+        gain: by how much the nested AUROC is larger, over all examples together.
+        interval: 95 % of a bootstrap over pairs.
+        p: the share of random labellings whose best vector separates as well on the held-out examples.
+        text: one line.
+    """
+
+    baseline: Baseline
+    gain: float
+    interval: tuple[float, float]
+    p: float
+    text: str
+
+
+def verdict(
+    nested: NestedScore,
+    baselines: Sequence[Baseline],
+    labels: Labels,
+    groups: Sequence[str],
+    p: float,
+    *,
+    seed: int = 0,
+) -> Verdict:
+    """Compare a nested score with the best baseline on the same left-out examples."""
+    best = max(baselines, key=lambda each: each.auroc)
+    gain = float(auroc(nested.scores, labels) - auroc(best.scores, labels))
+    low, high = _gain_interval(nested.scores, best.scores, labels, groups, seed)
+    if not p <= 1 - CONFIDENCE:
+        text = f"no better than vectors of shuffled labels (p = {p:.2f})"
+    elif low > 0:
+        text = f"adds {gain:+.3f} AUROC ({low:+.3f} to {high:+.3f}) over {best.name} ({best.auroc:.3f})"
+    else:
+        text = f"adds nothing over {best.name} ({best.auroc:.3f}) that these examples can show"
+    return Verdict(best, gain, (low, high), p, text)
+
+
+def _gain_interval(
+    ours: Tensor, theirs: Tensor, labels: Labels, groups: Sequence[str], seed: int
+) -> tuple[float, float]:
+    members: dict[str, list[int]] = {}
+    for number, group in enumerate(groups):
+        members.setdefault(group, []).append(number)
+    generator, names = np.random.default_rng(seed), list(members)
+    gains = []
+    for _ in range(RESAMPLES):
+        drawn = [number for n in generator.integers(len(names), size=len(names)) for number in members[names[n]]]
+        sides = labels[drawn]
+        if sides.any() and not sides.all():
+            gains.append(float(auroc(ours[drawn], sides) - auroc(theirs[drawn], sides)))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(gains, [tail, 1 - tail]) if gains else (float("nan"), float("nan"))
+    return float(low), float(high)

@@ -1,0 +1,217 @@
+"""Choosing layer and method, and scoring the choice, by nested cross-validation over pairs; the null of relabelling.
+
+Both examples of a pair are always on the same side of a split. The choice (the layer and method with the largest effect
+size) is made by cross-validation within the training examples of an outer fold, and scored on the examples that are
+left out of it.
+
+Source: Varma and Simon, "Bias in error estimation when using cross-validation for model selection" (2006).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tlcapture.extraction.evaluation import auroc, hedges_g
+from tlcapture.extraction.many_fits import Span, Training
+from tlcapture.extraction.methods import Labels
+
+OUTER_FOLDS, INNER_FOLDS = 5, 4
+RELABELLINGS = 200
+
+PerLayer = Float[Tensor, " n_layers"]
+
+
+@dataclass(frozen=True)
+class NestedScore:
+    """How well vectors separate pairs that took no part in choosing their layer and method.
+
+    Attributes:
+        auroc: the mean of the outer folds; `auroc_sd` is their standard deviation.
+        effect_size: Hedges' g of the calibrated scores of all outer folds together.
+        chosen: the layer and method that each outer fold chose.
+        scores: each example's calibrated score in the fold that left it out, `[n_examples]`.
+    """
+
+    auroc: float
+    auroc_sd: float
+    effect_size: float
+    chosen: list[tuple[str, int]]
+    scores: Float[Tensor, " n_examples"]
+
+
+@dataclass(frozen=True)
+class CrossValidated:
+    """Scores of every method and layer by the outer folds, and of the nested choice among them.
+
+    `auroc` and `effect_size` have one value per layer, by method; `layer_0` are each example's scores, by the first
+    method, at layer 0 in the fold that left it out.
+    """
+
+    auroc: Mapping[str, PerLayer]
+    effect_size: Mapping[str, PerLayer]
+    nested: NestedScore
+    layer_0: Float[Tensor, " n_examples"]
+
+
+def folds(groups: Sequence[str], labels: Labels, n_folds: int, *, seed: int = 0) -> Bool[Tensor, "n_folds n_examples"]:
+    """Which examples each fold leaves out: whole groups, dealt evenly, pairs first.
+
+    There are fewer folds where there are fewer groups.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    names = sorted(set(groups))
+    members = {name: [number for number, group in enumerate(groups) if group == name] for name in names}
+    kinds: dict[tuple[bool, ...], list[str]] = {}
+    for number in torch.randperm(len(names), generator=generator).tolist():
+        name = names[number]
+        kinds.setdefault(tuple(sorted({bool(labels[each]) for each in members[name]})), []).append(name)
+    dealt = [name for kind in sorted(kinds, reverse=True) for name in kinds[kind]]
+    left_out = torch.zeros(max(1, min(n_folds, len(names))), len(groups), dtype=torch.bool)
+    for number, name in enumerate(dealt):
+        left_out[number % len(left_out), members[name]] = True
+    return left_out
+
+
+def cross_validate(
+    span: Span, labels: Labels, groups: Sequence[str], grid: Mapping[str, Sequence[int]], *, seed: int = 0
+) -> CrossValidated:
+    """Nested cross-validation over methods and layers.
+
+    Args:
+        grid: the layers among which to choose, by method.
+
+    Raises:
+        ValueError: there are not enough examples to leave some out twice.
+    """
+    outer = folds(groups, labels, OUTER_FOLDS, seed=seed)
+    inner = [_inner_folds(groups, labels, left_out, seed) for left_out in outer]
+    training = torch.cat([~outer, *(~left_out & ~each for left_out, each in zip(outer, inner, strict=True))])
+    if not all(_has_both(row, labels) for row in training):
+        raise ValueError("too few examples of a side to leave some out twice")
+    scores = {
+        method: _calibrated(span.scores(method, training, labels[None])[:, 0], training, labels) for method in grid
+    }
+    n_outer = len(outer)
+    by_outer = {method: values[:n_outer] for method, values in scores.items()}
+    starts = [n_outer + sum(map(len, inner[:number])) for number in range(n_outer)]
+    chosen, nested = [], torch.zeros(len(labels))
+    for number, left_out in enumerate(outer):
+        within = {m: values[starts[number] : starts[number] + len(inner[number])] for m, values in scores.items()}
+        sizes = {m: _effect_size(values, inner[number], labels) for m, values in within.items()}
+        method, layer = _best(sizes, grid)
+        chosen.append((method, layer))
+        nested[left_out] = by_outer[method][number, layer, left_out]
+    by_fold = [float(auroc(nested[out], labels[out])) for out in outer if _has_both(out, labels)]
+    aurocs = torch.tensor(by_fold if by_fold else [float(auroc(nested, labels))])
+    score = NestedScore(
+        float(aurocs.mean()),
+        float(aurocs.std()) if len(aurocs) > 1 else float("nan"),
+        float(hedges_g(nested[labels], nested[~labels])),
+        chosen,
+        nested,
+    )
+    return CrossValidated(
+        {method: _auroc(values, outer, labels) for method, values in by_outer.items()},
+        {method: _effect_size(values, outer, labels) for method, values in by_outer.items()},
+        score,
+        _pooled(next(iter(by_outer.values())), outer)[0][0],
+    )
+
+
+def relabelled(
+    labels: Labels, groups: Sequence[str], n_labellings: int = RELABELLINGS, *, seed: int = 0
+) -> Bool[Tensor, "n_labellings n_examples"]:
+    """Random labellings: the labels of a pair are exchanged or not, those of unpaired examples are shuffled."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = {name: [n for n, group in enumerate(groups) if group == name] for name in dict.fromkeys(groups)}
+    drawn = labels.expand(n_labellings, -1).clone()
+    single: list[int] = []
+    for members in pairs.values():
+        if len({bool(labels[member]) for member in members}) == 2:
+            exchanged = torch.rand(n_labellings, generator=generator) < 0.5
+            drawn[:, members] ^= exchanged[:, None]
+        else:
+            single += members
+    if single:
+        order = torch.rand(n_labellings, len(single), generator=generator).argsort(dim=1)
+        drawn[:, single] = labels[single][order]
+    return drawn
+
+
+def largest_by_chance(
+    span: Span,
+    labels: Labels,
+    groups: Sequence[str],
+    held_out: Labels,
+    grid: Mapping[str, Sequence[int]],
+    *,
+    seed: int = 0,
+) -> Float[Tensor, " n_labellings"]:
+    """The largest held-out AUROC over all methods and layers of the grid, for each of 200 random labellings.
+
+    Every labelling is fitted on the training examples and scored on the held-out ones, as the vectors are.
+    """
+    drawn = relabelled(labels, groups, seed=seed)
+    drawn = drawn[[_has_both(~held_out, each) and _has_both(held_out, each) for each in drawn]]
+    largest = torch.zeros(len(drawn))
+    for method, layers in grid.items():
+        scores = span.scores(method, ~held_out[None], drawn)[0][:, list(layers)][..., held_out]
+        for number, each in enumerate(drawn):
+            largest[number] = max(float(largest[number]), float(auroc(scores[number], each[held_out]).max()))
+    return largest
+
+
+def _inner_folds(groups: Sequence[str], labels: Labels, left_out: Labels, seed: int) -> Training:
+    kept = (~left_out).nonzero().flatten().tolist()
+    found = folds([groups[n] for n in kept], labels[kept], INNER_FOLDS, seed=seed + 1)
+    whole = torch.zeros(len(found), len(labels), dtype=torch.bool)
+    whole[:, kept] = found
+    return whole
+
+
+def _has_both(rows: Labels, labels: Labels) -> bool:
+    return bool((rows & labels).any() and (rows & ~labels).any())
+
+
+def _calibrated(scores: Tensor, training: Training, labels: Labels) -> Float[Tensor, "n_folds n_layers n_examples"]:
+    """Scores at 0 for the mean of the negative and 1 for the mean of the positive training examples of each fold."""
+    positive, negative = (
+        torch.stack([scores[n][:, row & side].mean(dim=-1) for n, row in enumerate(training)])
+        for side in (labels, ~labels)
+    )
+    distance = positive - negative
+    distance = torch.where(distance.abs() > 0, distance, torch.ones_like(distance))
+    return (scores - negative.unsqueeze(-1)) / distance.unsqueeze(-1)
+
+
+def _pooled(scores: Tensor, left_out: Training) -> tuple[Float[Tensor, "n_layers n_seen"], Labels]:
+    """Each example's score in the fold that leaves it out; which examples are left out by any."""
+    pooled = torch.zeros_like(scores[0])
+    for values, rows in zip(scores, left_out, strict=True):
+        pooled[:, rows] = values[:, rows]
+    seen = left_out.any(dim=0)
+    return pooled[:, seen], seen
+
+
+def _effect_size(scores: Tensor, left_out: Training, labels: Labels) -> PerLayer:
+    pooled, seen = _pooled(scores, left_out)
+    return hedges_g(pooled[:, labels[seen]], pooled[:, ~labels[seen]])
+
+
+def _auroc(scores: Tensor, left_out: Training, labels: Labels) -> PerLayer:
+    found = [auroc(v[:, out], labels[out]) for v, out in zip(scores, left_out, strict=True) if _has_both(out, labels)]
+    if found:
+        return torch.stack(found).mean(dim=0)
+    pooled, seen = _pooled(scores, left_out)
+    return auroc(pooled, labels[seen])
+
+
+def _best(sizes: Mapping[str, PerLayer], grid: Mapping[str, Sequence[int]]) -> tuple[str, int]:
+    """The method and layer with the largest effect size; an undefined one counts as the smallest."""
+    candidates = [(method, layer) for method, layers in grid.items() for layer in layers]
+    return max(candidates, key=lambda each: float(sizes[each[0]][each[1]].nan_to_num(nan=-torch.inf)))
