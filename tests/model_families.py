@@ -70,7 +70,7 @@ def measure(name: str, dtype: str = "float32") -> Outcome:
             model = load_model(folder, device="cpu", dtype=dtype)
         except ModelError as error:
             reason = str(error).removeprefix(f"{folder}: ").replace(f"model {folder!r}", "it")
-            return Outcome(architecture, refusal=reason)
+            return Outcome(architecture, refusal=reason.partition("; found TransformerLens")[0])  # the same for both
         theirs = class_of(source.config).from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
         cast(theirs, getattr(torch, dtype))
         return _compared(architecture, model, theirs.eval())

@@ -68,7 +68,7 @@ def test_prompts_and_tokens_reach_the_terminal_and_the_page_as_plain_text(
     ]
     for words in commands:
         result = tlcapture(*words)
-        assert result.exit_code == 0, result.output
+        assert result.exit_code == int(words[:2] == ("traits", "check")), result.output  # words tell the sides apart
         assert not dangerous(result.stdout + result.stderr), words
     sizes = [len(path.read_bytes()) for path in hostile.glob("experiments/exp/inference/raw/residual/hostile/*.pt")]
     assert len(sizes) == len(TEXTS)
