@@ -38,6 +38,7 @@ class _Settings:
     traits: tuple[Trait, ...]
     component: str
     dynamics_only: bool
+    centered: bool
     skip_existing: bool
     shard: Shard | None
     plot: Path | None
@@ -50,6 +51,7 @@ class _Settings:
             vectors=vectors.choice("auto", self.traits),
             component=self.component,
             dynamics_only=self.dynamics_only,
+            centered=self.centered,
             skip_existing=self.skip_existing,
             shard=self.shard,
         )
@@ -68,6 +70,7 @@ class _Settings:
     help="Which activations are projected.",
 )
 @click.option("--dynamics-only", is_flag=True, help="Only recompute the dynamics of existing projections.")
+@click.option("--centered", is_flag=True, help="Subtract the mean activation of the training examples first.")
 @click.option("--skip-existing", is_flag=True, help="Write only missing files.")
 @shard_option
 @click.option(

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
+from tlcapture.commands.held_out_calibrations import keep_held_out_calibrations
+from tlcapture.commands.reference import keep_reference
 from tlcapture.errors import VectorError
+from tlcapture.extraction.calibrating import calibrations
 from tlcapture.extraction.evaluation import RandomBaseline, Separation, random_baseline, separation
 from tlcapture.extraction.prepared_examples import PreparedExamples, prepare_examples
 from tlcapture.extraction.readout import Activations, read_out
@@ -67,6 +70,7 @@ def run_evaluate(
 
 
 def _evaluate_one(run: Run, model: Model, options: EvaluateOptions, trait: Trait) -> None:
+    keep_reference(run, model, options.components, options.batch_size)
     with run.progress(1, str(trait), "trait") as progress:
         rows = _evaluate(run, trait, model, options)
         if rows:
@@ -118,13 +122,26 @@ def _evaluate(run: Run, trait: Trait, model: Model, options: EvaluateOptions) ->
             raise VectorError("examples or model have changed since the vectors were extracted: extract them again")
         activations = read_out(model, prepared.readings, [component], batch_size=options.batch_size)[component]
         baseline = random_baseline(activations, prepared.labels, prepared.held_out, seed=options.seed)
+        held_out = {}
         for method in methods:
             layers = [layer for layer in available[method] if not options.layers or layer in options.layers]
             vectors = [read_vector(folder, component, method, layer) for layer in layers]
             rows += _rows(layout, vectors, activations, prepared, baseline, options.seed)
+            held_out[method] = _held_out_calibrations(vectors, activations, prepared)
+        keep_held_out_calibrations(run, folder, component, held_out)
     for note in _doubts(rows):
         run.warn(f"{trait}: {note}")
     return rows
+
+
+def _held_out_calibrations(
+    vectors: Sequence[TraitVector], activations: Activations, prepared: PreparedExamples
+) -> dict[str, Any]:
+    layers, held_out = [vector.layer for vector in vectors], prepared.held_out
+    if not vectors:
+        return {}
+    stacked = torch.stack([vector.vector for vector in vectors])
+    return calibrations(stacked, activations[layers][:, held_out], prepared.labels[held_out], layers)
 
 
 def _rows(

@@ -10,6 +10,7 @@ from typing import Any
 
 from tlcapture.captures.provenance import model_record, now
 from tlcapture.errors import InputError, NumericalError
+from tlcapture.extraction.calibrating import calibrations
 from tlcapture.extraction.examples import Examples, read_examples
 from tlcapture.extraction.methods import FITS, Labels, LayerVectors
 from tlcapture.extraction.prepared_examples import PreparedExamples, prepare_examples
@@ -26,6 +27,8 @@ from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.config import update_config
 from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.traits.calibration import CALIBRATION, HELD_OUT, merged_calibrations
+from tlcapture.traits.mean_activations import write_means
 from tlcapture.traits.vector_files import METHODS, VectorFiles
 from tlcapture.traits.vectors import write_vector
 from tlcapture.views.hooks import COMPONENT_HOOKS, COMPONENTS
@@ -115,9 +118,16 @@ def _extract(
         for component, values in activations.items()
     }
     for component, vectors in fitted.items():
+        trained = activations[component][:, train]
         metadata = _metadata(layout, component, model, options, layers, prepared)
+        metadata[CALIBRATION] = {
+            method: calibrations(by_layer, trained[list(layers)], labels[train], layers)
+            for method, by_layer in vectors.items()
+        }
+        files = VectorFiles(layout, examples.trait)
         with run_lock(run, f"vectors of {examples.trait}"):
-            _write(VectorFiles(layout, examples.trait), component, vectors, metadata, run)
+            _write(files, component, vectors, metadata, run)
+            run.wrote(write_means(files, component, trained.mean(dim=1)))
 
 
 def _fit(method: str, activations: Activations, labels: Labels, seed: int) -> LayerVectors:
@@ -149,6 +159,8 @@ def _write(
         both = {*methods, *metadata["methods"]}
         metadata["layers"] = sorted({*layers, *metadata["layers"]})
         metadata["methods"] = [*(m for m in METHODS if m in both), *sorted(both - {*METHODS})]
+        for name in (CALIBRATION, HELD_OUT):
+            metadata[name] = merged_calibrations(before.get(name), metadata.get(name))
     else:
         # Before any is written: if the run is killed, vectors are of unknown origin rather than of a wrong one.
         removed = folder.remove_all(component, methods, layers)

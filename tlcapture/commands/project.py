@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tlcapture.captures.capture import Capture
-from tlcapture.commands.projections import project_capture, vector_chooser, without_projection
+from tlcapture.commands.projections import ChanceLevels, massive_line, project_capture, vector_chooser, without_projection
 from tlcapture.errors import InputError, NumericalError, StorageError
 from tlcapture.runs.display import Display
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
@@ -23,6 +23,7 @@ from tlcapture.storage.layout import Layout
 from tlcapture.traits.choice import VectorChoice
 from tlcapture.traits.projection import dynamics_of_file
 from tlcapture.traits.projection_files import ProjectionFile
+from tlcapture.traits.rises import DEFINITIONS
 from tlcapture.traits.saved_projections import projection_paths
 from tlcapture.traits.vector_files import traits_with_vectors
 
@@ -31,12 +32,15 @@ from tlcapture.traits.vector_files import traits_with_vectors
 class ProjectOptions:
     """Which vectors to project onto, and which component; `dynamics_only` recomputes the dynamics alone.
 
+    `centered` subtracts the mean activation of each vector's training examples first.
+
     `shard` is a share of the captures that exist when the run begins.
     """
 
     vectors: VectorChoice = VectorChoice()
     component: str = "residual"
     dynamics_only: bool = False
+    centered: bool = False
     skip_existing: bool = False
     shard: Shard | None = None
 
@@ -110,6 +114,7 @@ class ProjectionWorker:
         self._run = run
         self._layout = run.layout
         self._chooser = vector_chooser(run, options.vectors)
+        self._levels = ChanceLevels(run)
 
     def prepare(self) -> None:
         """Load nothing: vectors are chosen when the first capture has been read."""
@@ -135,10 +140,13 @@ class ProjectionWorker:
             self._run.report.n_skipped += self._options.skip_existing
             return
         try:
-            project_capture(self._run, capture, vectors)
+            found = project_capture(self._run, capture, vectors, self._levels, centred=self._options.centered)
         except NumericalError as error:
             raise NumericalError(f"{raw}: {error}") from None
         self._run.report.n_prompts += 1
+        line = massive_line(found)
+        if line is not None:
+            self._run.line(f"{prompt_set}/{prompt_id}: {line}")
 
 
 def _checked_ids(layout: Layout, prompt_set: str, ids: list[str]) -> list[str]:
@@ -179,10 +187,16 @@ def _recompute_dynamics(
 
 
 def _with_new_dynamics(path: Path) -> dict[str, Any]:
-    """The content of a projection file with recomputed dynamics; the earlier ones may be invalid."""
+    """The content of a projection file with recomputed dynamics; the earlier ones may be invalid.
+
+    What random directions did is kept only where it was measured by the same definitions.
+    """
     content = read_json(path)
     others = (
         {key: value for key, value in content.items() if key != "dynamics"} if isinstance(content, dict) else content
     )
-    dynamics = dynamics_of_file(ProjectionFile.parse(others, path)).to_json()
-    return {**content, "dynamics": dynamics}
+    checked = ProjectionFile.parse(others, path)
+    metadata = {**content["metadata"], "definitions": DEFINITIONS}
+    if checked.metadata.definitions != DEFINITIONS:
+        metadata.pop("chance", None)
+    return {**content, "dynamics": dynamics_of_file(checked).to_json(), "metadata": metadata}

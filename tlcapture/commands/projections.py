@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.provenance import now
 from tlcapture.commands.capture_records import CaptureRecord
+from tlcapture.errors import StorageError
 from tlcapture.names import Trait
 from tlcapture.runs.run import Run
 from tlcapture.storage.files import write_json
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.chance import RandomDirections
 from tlcapture.traits.choice import ChosenVector, ChosenVectors, VectorChoice, VectorChooser
+from tlcapture.traits.mean_activations import mean_activation
 from tlcapture.traits.projection import Projection, project
+from tlcapture.traits.reference import Reference, read_reference
+from tlcapture.traits.rises import DEFINITIONS
 from tlcapture.traits.saved_projections import is_projected
+from tlcapture.traits.vectors import TraitVector
 
 
 def vector_chooser(run: Run, choice: VectorChoice) -> VectorChooser:
@@ -37,16 +44,52 @@ def _report(run: Run, chosen: ChosenVectors) -> None:
     _warn_together([(each.vector.trait, each.selection.warning) for each in chosen.vectors], run)
 
 
+@dataclass
+class ChanceLevels:
+    """The random directions to compare a capture with: one set for each experiment of vectors and component."""
+
+    run: Run
+    _made: dict[Hashable, RandomDirections] = field(default_factory=dict)
+
+    def of(self, capture: Capture, chosen: Sequence[ChosenVector]) -> RandomDirections | None:
+        """The directions for a capture and the vectors that it is projected onto; `None` without vectors."""
+        if not chosen:
+            return None
+        vector, stream = chosen[0].vector, capture.prompt.residual
+        shape = stream.n_layers, stream.points.shape[-1]
+        key = (vector.experiment, vector.component, shape)
+        if key not in self._made:
+            self._made[key] = RandomDirections(self._reference(vector, shape), *shape)
+        return self._made[key]
+
+    def _reference(self, vector: TraitVector, shape: tuple[int, int]) -> Reference | None:
+        try:
+            reference = read_reference(Layout(self.run.layout.root, vector.experiment), vector.component)
+        except StorageError as error:
+            self.run.warn(str(error))
+            return None
+        return reference if reference is not None and reference.fits(*shape) else None
+
+
 def project_capture(
-    run: Run, capture: Capture, chosen: Sequence[ChosenVector], *, only: bool = False
+    run: Run,
+    capture: Capture,
+    chosen: Sequence[ChosenVector],
+    levels: ChanceLevels,
+    *,
+    only: bool = False,
+    centred: bool = False,
 ) -> list[Projection]:
     """Project a capture onto vectors and write a file for each; returns the projections.
 
-    Where `only` projections are kept, the files hold the capture's metadata too.
+    Where `only` projections are kept, the files hold the capture's metadata too. If `centred`, the mean activation of
+    each vector's training examples is subtracted first.
     """
     layout = run.layout
     pairs = [(each.vector, each.selection) for each in chosen]
-    projections = project(capture.prompt.residual, capture.response.residual, pairs)
+    prompt, response = capture.prompt.residual, capture.response.residual
+    centre = partial(mean_activation, layout.root) if centred else None
+    projections = project(prompt, response, pairs, random=levels.of(capture, chosen), centre=centre)
     notes = [each.notes(capture.metadata) for each in chosen]
     doubts = [(each.vector.trait, note) for each, found in zip(chosen, notes, strict=True) for note in found]
     _warn_together(doubts, run)
@@ -58,6 +101,17 @@ def project_capture(
             content["metadata"]["capture"] = dict(capture.metadata)
         run.wrote(write_json(path, content))
     return projections
+
+
+def massive_line(projections: Sequence[Projection]) -> str | None:
+    """What massive dimensions carry of centred projections, as a line of text; `None` for other projections."""
+    found = [each for each in projections if each.centred is not None]
+    if not found:
+        return None
+    shares = [f"{each.vector.trait} {each.centred.variance_share:.0%}" for each in found if each.centred]
+    dimensions = sorted({number for each in found if each.centred for number in each.centred.massive_dimensions})
+    named = ", ".join(map(str, dimensions[:8])) + (", ..." if len(dimensions) > 8 else "")
+    return f"massive dimensions ({named or 'none'}) carry of the variance: {', '.join(shares)}"
 
 
 def _warn_together(doubts: Iterable[tuple[Trait, str | None]], run: Run) -> None:
@@ -81,8 +135,13 @@ def _file_content(layout: Layout, capture: Capture, projection: Projection, note
         "vector_source": projection.source(),
         "layers": projection.layers,
         "sublayers": projection.sublayers,
+        "definitions": DEFINITIONS,
         "projection_date": now(),
     }
+    if projection.chance is not None:
+        metadata["chance"] = projection.chance.to_json()
+    if projection.centred is not None:
+        metadata["centered"] = projection.centred.to_json()
     if notes:
         metadata["warnings"] = notes
     heads = {

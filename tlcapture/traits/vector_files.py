@@ -21,6 +21,7 @@ from tlcapture.names import Trait
 from tlcapture.storage.files import read_bytes, read_json, remove, write_json
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.validation import FileContent, Layer, checked
+from tlcapture.traits.calibration import CalibrationRecord
 from tlcapture.traits.missing_vectors import no_vectors, no_vectors_of_trait
 
 METHODS = ("probe", "mean_diff", "gradient")  # in the order of preference
@@ -41,6 +42,11 @@ class VectorMetadata(FileContent):
     model_fingerprint: str | None = None
     examples: str | None = None
     split: VectorSplit | None = None
+    calibration: Calibrations | None = None
+    held_out_calibration: Calibrations | None = None
+
+
+Calibrations = dict[str, dict[str, CalibrationRecord]]  # by method and layer
 
 
 class VectorSplit(FileContent):
@@ -86,6 +92,10 @@ class VectorFiles:
         """The path of the record of the vectors' origin."""
         return self.layout.own(self.path / f"{_PREFIX[component]}metadata.json")
 
+    def mean_file(self, component: str) -> Path:
+        """The path of the mean activations of the training examples."""
+        return self.layout.own(self.path / f"{_PREFIX[component]}training_mean.pt")
+
     def metadata(self, component: str) -> dict[str, Any]:
         """The record of the vectors' origin; empty where another tool left none."""
         path = self.metadata_file(component)
@@ -103,7 +113,7 @@ class VectorFiles:
         wanted = list(layers)
         files = [self.file(component, method, layer) for method in methods for layer in wanted]
         existing = [path for path in files if lexists(path)]
-        remove([self.metadata_file(component), *existing])
+        remove([self.metadata_file(component), self.mean_file(component), *existing])
         return existing
 
     def write_metadata(self, component: str, metadata: Mapping[str, Any]) -> None:
