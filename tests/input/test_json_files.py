@@ -21,7 +21,7 @@ from tests.page.conftest import N_HEADS, N_LAYERS, TRAIT, attention, logit_lens,
 from tlcapture.commands.evaluate import best_rows, draw_heatmaps
 from tlcapture.commands.project import ProjectOptions, run_project
 from tlcapture.commands.steer import draw_curves, read_questions
-from tlcapture.commands.top_traits import top_traits
+from tlcapture.commands.top_traits import summary_of
 from tlcapture.errors import StorageError, TlcaptureError
 from tlcapture.explore.attention_heads import heads_of_file
 from tlcapture.explore.logit_lens_table import table_of_file
@@ -270,7 +270,7 @@ def test_damaged_projection_files(tmp_path: Path, evidence: Evidence) -> None:
             assert list(line.tokens) == [*content["prompt"]["tokens"], *content["response"]["tokens"]]
             point = content["dynamics"]["commitment_point"]
             assert point is None or (type(point) is int and 0 <= point < len(rows))
-        top_traits(layout, "odd")
+        summary_of(layout, "odd")
 
     try_all(evidence, "projection file", damaged_json(projection(1)), check)
 
