@@ -347,9 +347,9 @@ def test_dynamics_are_recomputed_only_from_valid_projections(tmp_path: Path, evi
         line = [row[layer][-1] for row in [*before["projections"]["prompt"], *before["projections"]["response"]]]
         velocity = [later - earlier for earlier, later in pairwise(line)]
         assert after["dynamics"]["velocity"] == pytest.approx(velocity, rel=1e-5, abs=1e-300)
-        assert {k: v for k, v in after.items() if k != "dynamics"} == {
-            k: v for k, v in read_json(file.put(path)).items() if k != "dynamics"
-        }
+        others = {k: v for k, v in read_json(file.put(path)).items() if k != "dynamics"}
+        others["metadata"] = {**others["metadata"], "definitions": 2}
+        assert {k: v for k, v in after.items() if k != "dynamics"} == others
 
     try_all(evidence, "projection file, --dynamics-only", damaged_json(projection(1)), check)
 

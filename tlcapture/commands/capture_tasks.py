@@ -53,7 +53,7 @@ class CaptureOptions:
     replay: bool = False
     skip_existing: bool = False
     overwrite: bool = False
-    vectors: VectorChoice = VectorChoice(layer="default")
+    vectors: VectorChoice = VectorChoice()
     max_new_tokens: int = 50
     sampling: Sampling = Sampling()
     save_dtype: str = "auto"
