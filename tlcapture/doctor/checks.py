@@ -219,14 +219,14 @@ def check_massive_dimensions(model: Model, prompts: Sequence[TokenizedPrompt]) -
         for dimension in massive_dimensions(activations):
             layers_of.setdefault(dimension, []).append(layer)
     if not layers_of:
-        return Check("massive dims", OK, "none")
+        return Check("massive", OK, "none")
     common = sorted(layers_of, key=lambda dimension: (-len(layers_of[dimension]), dimension))
     named = ", ".join(f"{each} (layers {as_ranges(layers_of[each])})" for each in common[:_MOST_NAMED])
     more = f" and {len(common) - _MOST_NAMED} more" if len(common) > _MOST_NAMED else ""
     middle = model.n_layers // 2
     share = norm_share(tokens[middle], massive_dimensions(tokens[middle]))
     detail = f"{named}{more}; after layer {middle} they carry {share:.0%} of the squared norm"
-    return Check("massive dims", OK, f"{detail}: see project --centered")
+    return Check("massive", OK, f"{detail}: see project --centered")
 
 
 def _forced(model: Model, run: ReferenceRun, hooks: Sequence[str]) -> dict[str, Tensor]:
