@@ -98,11 +98,11 @@ def _permuted(rest: Values, n_response: int, n_permutations: int) -> Values:
     means = _moving_mean(np.take(rest, np.arange(-_REACH, n_tokens + _REACH) % n_tokens, axis=1))
     # The largest mean among a permutation's inner tokens is the first of them in descending order.
     order = np.argsort(-means, axis=1)
-    inner = dealt.inner.T[order]
-    first = inner.argmax(axis=1)
+    first = np.take(dealt.inner, order, axis=1).argmax(axis=2).T
     largest = np.take_along_axis(np.take_along_axis(means, order, axis=1), first, axis=1)
     largest = np.where(dealt.inner.any(axis=1), largest, -np.inf)
-    largest = np.maximum(largest, rest[:, dealt.edges].mean(axis=3).max(axis=2))
+    at_edges = (rest @ dealt.edge_weights).reshape(len(rest), -1, n_permutations).max(axis=1)
+    largest = np.maximum(largest, at_edges)
     return largest - rest @ dealt.prompt_weights
 
 
@@ -110,13 +110,13 @@ def _permuted(rest: Values, n_response: int, n_permutations: int) -> Values:
 class _Dealt:
     """Which tokens the permutations deal to the response.
 
-    `inner` `[n_permutations, n_tokens]` are those that are smoothed with the neighbours they had, `edges` `[n_permutations, n_edges,
-    SMOOTHED]` the tokens over which each of the others is smoothed; `prompt_weights` `[n_tokens, n_permutations]`
-    gives the mean of the tokens that are dealt to the prompt.
+    `inner` `[n_permutations, n_tokens]` are those that are smoothed with the neighbours they had; `edge_weights` `[n_tokens,
+    n_edges * n_permutations]` gives the smoothed values of the others, and `prompt_weights` `[n_tokens, n_permutations]` the mean of
+    the tokens that are dealt to the prompt.
     """
 
     inner: NDArray[np.bool_]
-    edges: NDArray[np.int64]
+    edge_weights: Values
     prompt_weights: Values
 
 
@@ -135,4 +135,7 @@ def _dealt(n_tokens: int, n_response: int, n_permutations: int) -> _Dealt:
     np.put_along_axis(inner, responses[:, at_edge], values=False, axis=1)
     window = np.arange(-_REACH, _REACH + 1)
     edges = responses[:, np.clip(at_edge[:, None] + window, 0, n_response - 1)]
-    return _Dealt(inner, edges, weights)
+    edge_weights = np.zeros((n_tokens, len(at_edge), n_permutations))
+    rows, columns = np.arange(n_permutations)[:, None, None], np.arange(len(at_edge))[:, None]
+    np.add.at(edge_weights, (edges, columns, rows), 1 / SMOOTHED)
+    return _Dealt(inner, edge_weights.reshape(n_tokens, -1), weights)
