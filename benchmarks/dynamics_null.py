@@ -1,9 +1,9 @@
-"""Which null tells a change of level from chance? Compares several in a simulation: `python benchmarks/dynamics_null.py`.
+"""Which null tells a change of level from chance? A simulation: `python benchmarks/dynamics_null.py`.
 
-Steps of 0, 2, 3 and 5 standard deviations in white noise, and series without a step that are autoregressive of first order. The
-step is anywhere at least three tokens from both ends. For each null: how often series without a change have a
-change point (at most 7, 10 and 17 % are wanted of white noise, AR(0.5) and AR(0.8) of 50 tokens), how often a step is
-found exactly and within one token, and how often leaving out the last token changes what is found.
+Steps of 0, 2, 3 and 5 standard deviations in white noise, and series without a step that are autoregressive of first
+order. The step is anywhere at least three tokens from both ends. For each null: how often series without a change
+have a change point (at most 7, 10 and 17 % are wanted of white noise, AR(0.5) and AR(0.8) of 50 tokens), how often a
+step is found exactly and within one token, and how often leaving out the last token changes what is found.
 
 | null | source |
 | --- | --- |
@@ -180,7 +180,9 @@ def main(trials: int) -> None:
     heads = [*(f"false, AR({each:g})" for each in COEFFICIENTS)]
     heads += [f"step of {each:g} sd: exact / within 1 / changed" for each in HEIGHTS]
     for n_tokens in (50, 20):
-        click.echo(f"\n{n_tokens} tokens, {trials} trials\n\n| null | {' | '.join(heads)} |\n|{' --- |' * (1 + len(heads))}")
+        click.echo(
+            f"\n{n_tokens} tokens, {trials} trials\n\n| null | {' | '.join(heads)} |\n|{' --- |' * (1 + len(heads))}"
+        )
         for name, find in NULLS.items():
             click.echo(f"| {name} | {' | '.join(row(find, n_tokens, trials))} |")
 

@@ -152,7 +152,8 @@ def test_a_projection_file_has_the_documented_form(project: Run, projected: Path
         assert value[part] == {"text": captured.text, "tokens": captured.tokens, "n_tokens": len(captured.tokens)}
         assert torch.tensor(value["projections"][part]).shape == (len(captured.tokens), 3, 3)
     assert list(value["dynamics"]) == [
-        "commitment_point", "commitment_shift", "commitment_p", "peak_velocity", "persistence", "velocity", "acceleration"
+        "commitment_point", "commitment_shift", "commitment_p", "peak_velocity", "persistence", "velocity",
+        "acceleration",
     ]  # fmt: skip
     n_tokens = len(raw.tokens)
     assert len(value["dynamics"]["velocity"]) == n_tokens - 1

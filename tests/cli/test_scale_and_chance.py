@@ -27,9 +27,7 @@ TRAITS = ("tone/loud", "tone/warm")
 
 
 @pytest.fixture
-def evaluated(
-    data: Path, extract: Run, tlcapture: Run, once: Callable[..., Result], tiny_folder: Path
-) -> Layout:
+def evaluated(data: Path, extract: Run, tlcapture: Run, once: Callable[..., Result], tiny_folder: Path) -> Layout:
     """An experiment with vectors of the residual stream that were evaluated, and their reference."""
     layout = Layout(data, "exp")
 
@@ -63,7 +61,9 @@ def test_calibrations_are_the_means_of_training_and_of_held_out_examples(evaluat
                 scores = activations[layer].double() @ vector_of(evaluated, "tone/loud", layer, method)
                 found = metadata[name][method][str(layer)]
                 assert found["positive_mean"] == pytest.approx(float(scores[chosen & prepared.labels].mean()), abs=1e-4)
-                assert found["negative_mean"] == pytest.approx(float(scores[chosen & ~prepared.labels].mean()), abs=1e-4)
+                assert found["negative_mean"] == pytest.approx(
+                    float(scores[chosen & ~prepared.labels].mean()), abs=1e-4
+                )
     means = torch.load(evaluated.vectors(trait) / "training_mean.pt", weights_only=True)
     assert torch.allclose(means, activations[:, ~prepared.held_out].mean(dim=1), atol=1e-5)
 
@@ -226,7 +226,9 @@ def test_a_single_prompt_is_compared_with_the_reference(evaluated: Layout, captu
     assert reference is not None
     unit = vector_of(evaluated, top.trait, source["layer"], source["method"])
     over = (reference.response_means - reference.prompt_means)[source["layer"]].double() @ unit
-    scores = {part: [token[source["layer"]][-1] for token in value["projections"][part]] for part in ("prompt", "response")}
+    scores = {
+        part: [token[source["layer"]][-1] for token in value["projections"][part]] for part in ("prompt", "response")
+    }
     rise = np.mean(scores["response"]) - np.mean(scores["prompt"][1:])
     assert top.rise == pytest.approx((rise - float(over.mean())) / float(over.std()), rel=1e-3)
     assert top.chance is not None

@@ -28,7 +28,7 @@ def of(values: list[float], n_prompt: int = 0):
 
 
 def steps(height: float, n_tokens: int) -> tuple[Series, NDArray[np.int64]]:
-    """White noise of variance 1 with a step, and the first token after each step, anywhere three tokens from the ends."""
+    """White noise of variance 1 with a step, at least three tokens from the ends, and the first token after it."""
     generator = np.random.default_rng([7, n_tokens, int(height)])
     at = generator.integers(3, n_tokens - 2, TRIALS)
     return generator.standard_normal((TRIALS, n_tokens)) + height * (np.arange(n_tokens) >= at[:, None]), at

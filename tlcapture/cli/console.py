@@ -151,7 +151,8 @@ def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
 def show_top_traits(console: Console, layout: Layout, prompt_set: str, component: str = "residual") -> None:
     """Print, for each prompt, the trait that rose more than chance, where it committed, and the response.
 
-    Below, how many projections commit and persist, beside random directions. For a large set, print only how to view it.
+    Below, how many projections commit and persist, beside random directions. For a large set, print only how to view
+    it.
     """
     from tlcapture.commands.top_traits import FEWEST_TO_COMPARE, summary_of
 
@@ -166,7 +167,9 @@ def show_top_traits(console: Console, layout: Layout, prompt_set: str, component
     console.line()
     is_set, has_chance = n_prompts >= FEWEST_TO_COMPARE, any(top.chance is not None for top in summary.tops)
     alone = "the reference prompts" if has_chance else "its own spread along the tokens"
-    console.line(f"{prompt_set}: the trait that rose most, against {'the other prompts of the set' if is_set else alone}")
+    console.line(
+        f"{prompt_set}: the trait that rose most, against {'the other prompts of the set' if is_set else alone}"
+    )
     console.line()
     columns = [Column("prompt", right=True), Column("trait"), Column("rise", right=True), Column("chance", right=True)]
     columns += [Column("calibrated", right=True), Column("response")]
@@ -198,9 +201,9 @@ def _notes(layout: Layout, summary: Summary, *, has_chance: bool) -> Iterator[st
     found = summary.findings
     if found is not None:
         yield (
-            f"of {found.n_projections} projections {found.commit} commit and {found.persist} persist, of random directions "
-            f"{found.random_commit:.0%} and {found.random_persist:.0%}; more clearly than 95 % of them: "
-            f"{found.clearly_commit} commit, {found.clearly_persist} persist"
+            f"of {found.n_projections} projections {found.commit} commit and {found.persist} persist, of random "
+            f"directions {found.random_commit:.0%} and {found.random_persist:.0%}; more clearly than 95 % of them, as chance lets "
+            f"{0.05 * found.n_projections:.0f}: {found.clearly_commit} commit, {found.clearly_persist} persist"
         )
     yield ""
 

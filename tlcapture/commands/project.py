@@ -10,8 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from tlcapture.captures.capture import Capture
-from tlcapture.commands.projections import ChanceLevels, massive_line, project_capture, vector_chooser, without_projection
+from tlcapture.commands.projections import (
+    ChanceLevels,
+    massive_line,
+    project_capture,
+    vector_chooser,
+    without_projection,
+)
 from tlcapture.errors import InputError, NumericalError, StorageError
+from tlcapture.names import Trait
 from tlcapture.runs.display import Display
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
 from tlcapture.runs.report import RunReport
@@ -21,7 +28,7 @@ from tlcapture.runs.shards import Shard
 from tlcapture.storage.files import read_json, write_json
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.choice import VectorChoice
-from tlcapture.traits.projection import dynamics_of_file
+from tlcapture.traits.projection import Centred, dynamics_of_file
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.rises import DEFINITIONS
 from tlcapture.traits.saved_projections import projection_paths
@@ -115,6 +122,7 @@ class ProjectionWorker:
         self._layout = run.layout
         self._chooser = vector_chooser(run, options.vectors)
         self._levels = ChanceLevels(run)
+        self._centred: list[tuple[Trait, Centred]] = []
 
     def prepare(self) -> None:
         """Load nothing: vectors are chosen when the first capture has been read."""
@@ -126,6 +134,9 @@ class ProjectionWorker:
                 with self._run.attempt(f"{task.prompt_set}/{prompt_id}"):
                     self._project(task.prompt_set, prompt_id)
                 progress.advance(1)
+        if self._centred:
+            self._run.line(f"{task.prompt_set}: {massive_line(self._centred)}")
+            self._centred = []
 
     def _project(self, prompt_set: str, prompt_id: str) -> None:
         raw = self._layout.residual(prompt_set, prompt_id)
@@ -144,9 +155,7 @@ class ProjectionWorker:
         except NumericalError as error:
             raise NumericalError(f"{raw}: {error}") from None
         self._run.report.n_prompts += 1
-        line = massive_line(found)
-        if line is not None:
-            self._run.line(f"{prompt_set}/{prompt_id}: {line}")
+        self._centred += [(each.vector.trait, each.centred) for each in found if each.centred is not None]
 
 
 def _checked_ids(layout: Layout, prompt_set: str, ids: list[str]) -> list[str]:

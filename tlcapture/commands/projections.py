@@ -18,7 +18,7 @@ from tlcapture.storage.layout import Layout
 from tlcapture.traits.chance import RandomDirections
 from tlcapture.traits.choice import ChosenVector, ChosenVectors, VectorChoice, VectorChooser
 from tlcapture.traits.mean_activations import mean_activation
-from tlcapture.traits.projection import Projection, project
+from tlcapture.traits.projection import Centred, Projection, project
 from tlcapture.traits.reference import Reference, read_reference
 from tlcapture.traits.rises import DEFINITIONS
 from tlcapture.traits.saved_projections import is_projected
@@ -103,13 +103,13 @@ def project_capture(
     return projections
 
 
-def massive_line(projections: Sequence[Projection]) -> str | None:
-    """What massive dimensions carry of centred projections, as a line of text; `None` for other projections."""
-    found = [each for each in projections if each.centred is not None]
-    if not found:
-        return None
-    shares = [f"{each.vector.trait} {each.centred.variance_share:.0%}" for each in found if each.centred]
-    dimensions = sorted({number for each in found if each.centred for number in each.centred.massive_dimensions})
+def massive_line(centred: Sequence[tuple[Trait, Centred]]) -> str:
+    """What massive dimensions carry of the variance of centred projections, the mean by trait, as a line of text."""
+    by_trait: dict[str, list[float]] = {}
+    for trait, found in centred:
+        by_trait.setdefault(str(trait), []).append(found.variance_share)
+    shares = [f"{trait} {sum(found) / len(found):.0%}" for trait, found in by_trait.items()]
+    dimensions = sorted({number for _, found in centred for number in found.massive_dimensions})
     named = ", ".join(map(str, dimensions[:8])) + (", ..." if len(dimensions) > 8 else "")
     return f"massive dimensions ({named or 'none'}) carry of the variance: {', '.join(shares)}"
 

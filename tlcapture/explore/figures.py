@@ -174,9 +174,7 @@ def _over_tokens(tokens: Sequence[str], n_prompt_tokens: int, title: str) -> Off
     return figure
 
 
-def _add_trajectory(
-    figure: OfflineFigure, projection: TokenScores, line: NDArray[np.float64], colour: str
-) -> None:
+def _add_trajectory(figure: OfflineFigure, projection: TokenScores, line: NDArray[np.float64], colour: str) -> None:
     scores = line.copy()
     scores[0] = np.nan
     name = plotly_text(f"{projection.trait} (layer {projection.layer})")

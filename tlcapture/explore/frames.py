@@ -9,7 +9,7 @@
 | `trait` | `category/name` |
 | `layer` | the layer whose activation was projected |
 | `score` | the projection `h . v / ||v||`, `h` being `residual_out` (or `attn_out`) of that layer |
-| `calibrated` | the score with the negative examples' mean at 0 and the positive ones' at 1; NaN where that is not known |
+| `calibrated` | the score with the negative examples' mean at 0 and the positive ones' at 1; NaN where unknown |
 
 A trait has one vector, of one layer; rows of other layers project their activations onto that vector. Its examples
 were read out at its own layer, so rows of other layers have no `calibrated` score.

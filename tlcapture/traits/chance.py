@@ -1,8 +1,8 @@
 """What random directions do on the same activations as a trait's vector: the chance level of its dynamics and rises.
 
-A random direction is a random combination of the responses of the reference prompts (`traits/reference`), less their mean, and
-so has the covariance of the activations, as the difference of two groups of unrelated examples would. Without a reference,
-directions are isotropic.
+A random direction is a random combination of the responses of the reference prompts (`traits/reference`), less their
+mean, and so has the covariance of the activations, as the difference of two groups of unrelated examples would.
+Without a reference, directions are isotropic.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcapture.storage.rounding import PROBABILITY_DIGITS, round_significant
-from tlcapture.traits.change_points import LEVEL, Values
+from tlcapture.traits.change_points import Values
 from tlcapture.traits.dynamics import Motion
 from tlcapture.traits.reference import Reference
 from tlcapture.traits.vectors import TraitVector
@@ -29,6 +29,7 @@ _PERMUTATIONS = 39
 _ISOTROPIC = 64  # isotropic directions that are combined, instead of responses
 
 Basis = Float[Tensor, "n_basis d_model"]
+Directions = Float[Tensor, "n_vectors n_directions n_basis"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class ChanceLevel:
         rises: how far each rises, the mean over the response less that over the prompt.
         reference_rises: the mean and deviation of the vector's rise over the reference prompts; `None` without any.
         standardised: the rises of the random directions, each in deviations of its own over the reference prompts.
+
+    Rises are rounded to 4 significant digits.
     """
 
     covariance: str
@@ -67,11 +70,9 @@ class ChanceLevel:
             "persist": self.persist,
             "commitment": self.commitment,
             "persistence": self.persistence,
-            "rises": round_significant(self.rises, PROBABILITY_DIGITS),
+            "rises": self.rises,
             "reference_rises": own,
-            "standardised_rises": None
-            if self.standardised is None
-            else round_significant(self.standardised, PROBABILITY_DIGITS),
+            "standardised_rises": self.standardised,
         }
 
 
@@ -91,22 +92,16 @@ class RandomDirections:
 
         `activations` `[n_tokens, d_model]` of the capture are those of each vector's layer.
         """
-        moving: dict[int, tuple[Tensor, Motion]] = {}
-        levels = []
-        for row, vector in enumerate(vectors):
-            layer = self._at(vector.layer)
-            if vector.layer not in moving:
-                on_basis = activations[vector.layer].float() @ layer.basis.T
-                trajectories = layer.weights("all") @ on_basis.T
-                motion = Motion.of(trajectories, n_prompt_tokens, n_permutations=_PERMUTATIONS)
-                moving[vector.layer] = on_basis, motion
-            levels.append(layer.level(vector, *moving[vector.layer], n_prompt_tokens, own, row))
-        return levels
-
-    def _at(self, layer: int) -> _Layer:
-        if layer not in self._layers:
-            self._layers[layer] = _Layer(layer, self.reference, self.d_model)
-        return self._layers[layer]
+        levels: dict[int, ChanceLevel] = {}
+        for layer in dict.fromkeys(vector.layer for vector in vectors):
+            rows = [row for row, vector in enumerate(vectors) if vector.layer == layer]
+            if layer not in self._layers:
+                self._layers[layer] = _Layer(layer, self.reference, self.d_model)
+            found = self._layers[layer].levels(
+                activations[layer], [vectors[row] for row in rows], n_prompt_tokens, own, rows
+            )
+            levels |= dict(zip(rows, found, strict=True))
+        return [levels[row] for row in range(len(vectors))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +109,8 @@ class _Layer:
     number: int
     reference: Reference | None
     d_model: int
-    _weights: dict[str, Tensor] = field(default_factory=dict)
+    _directions: dict[tuple[str, ...], Directions] = field(default_factory=dict)
+    _of_reference: dict[tuple[str, ...], tuple[Values, Values]] = field(default_factory=dict)
 
     @cached_property
     def basis(self) -> Basis:
@@ -129,62 +125,80 @@ class _Layer:
         source = repr(self.basis.double().sum(dim=1).tolist()).encode()
         return blake2b(source, digest_size=8).hexdigest()
 
-    def weights(self, name: str) -> Float[Tensor, "n_directions n_basis"]:
-        """Directions of length 1, as combinations of the basis."""
-        if name not in self._weights:
-            drawn = torch.randn(N_DIRECTIONS, len(self.basis), generator=_generator(name, self.number))
-            lengths = (drawn @ self.basis).norm(dim=1, keepdim=True)
-            self._weights[name] = drawn / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)
-        return self._weights[name]
+    def directions(self, *names: str) -> Directions:
+        """Directions of length 1 as combinations of the basis, 200 for each name."""
+        if names not in self._directions:
+            each = []
+            for name in names:
+                drawn = torch.randn(N_DIRECTIONS, len(self.basis), generator=_generator(name, self.number))
+                lengths = (drawn @ self.basis).norm(dim=1, keepdim=True)
+                each.append(drawn / lengths.clamp(min=torch.finfo(lengths.dtype).tiny))
+            self._directions[names] = torch.stack(each)
+        return self._directions[names]
 
-    def level(
-        self, vector: TraitVector, on_basis: Tensor, motion: Motion, n_prompt_tokens: int, own: Motion, row: int
-    ) -> ChanceLevel:
-        weights = self.weights(str(vector.trait))
-        difference = on_basis[n_prompt_tokens:].mean(dim=0) - on_basis[1:n_prompt_tokens].mean(dim=0)
-        has_both = 1 < n_prompt_tokens < len(on_basis)
-        rises = (weights @ difference).double().numpy() if has_both else np.zeros(N_DIRECTIONS)
-        own_reference, deviations = self._reference_rises(vector, weights)
-        return ChanceLevel(
-            "isotropic" if self.reference is None else "reference",
-            self.digest,
-            int(motion.commits.sum()),
-            int(motion.persists.sum()),
-            _share(motion.changes, own.changes, row),
-            _share(motion.rises, own.rises, row),
-            rises,
-            own_reference,
-            None if deviations is None else (rises - deviations[0]) / deviations[1],
+    def levels(
+        self,
+        activations: Float[Tensor, "n_tokens d_model"],
+        vectors: Sequence[TraitVector],
+        n_prompt_tokens: int,
+        own: Motion,
+        rows: Sequence[int],
+    ) -> list[ChanceLevel]:
+        """The chance level of each vector, whose statistics are in the given rows of `own`."""
+        on_basis = activations.float() @ self.basis.T
+        motion = Motion.of(self.directions("all")[0] @ on_basis.T, n_prompt_tokens, n_permutations=_PERMUTATIONS)
+        directions = self.directions(*(str(vector.trait) for vector in vectors))
+        rises = np.zeros(directions.shape[:2])
+        if 1 < n_prompt_tokens < len(on_basis):
+            difference = on_basis[n_prompt_tokens:].mean(dim=0) - on_basis[1:n_prompt_tokens].mean(dim=0)
+            rises = (directions @ difference).double().numpy()
+        found = self._reference_rises(vectors, directions)
+        standardised = None if found is None else _rounded((rises - found[0][:, 1:]) / found[1][:, 1:])
+        commitment, persistence = (
+            _shares(random, measured, rows)
+            for random, measured in ((motion.changes, own.changes), (motion.rises, own.rises))
         )
+        rises = _rounded(rises)
+        return [
+            ChanceLevel(
+                "isotropic" if self.reference is None else "reference",
+                self.digest,
+                int(motion.commits.sum()),
+                int(motion.persists.sum()),
+                commitment[number],
+                persistence[number],
+                rises[number],
+                None if found is None else (float(found[0][number, 0]), float(found[1][number, 0])),
+                None if standardised is None else standardised[number],
+            )
+            for number in range(len(vectors))
+        ]
 
-    def _reference_rises(
-        self, vector: TraitVector, weights: Tensor
-    ) -> tuple[tuple[float, float] | None, tuple[Values, Values] | None]:
-        """Mean and deviation of rises over the reference prompts, of the vector and of random directions."""
+    def _reference_rises(self, vectors: Sequence[TraitVector], directions: Directions) -> tuple[Values, Values] | None:
+        """Mean and deviation of rises over the reference prompts `[n_vectors, 1 + 200]`, each vector's own first."""
         if self.reference is None:
-            return None, None
-        key = f"rises of {vector.trait}"
-        if key not in self._weights:
+            return None
+        names = tuple(f"{vector.trait} {vector.method}" for vector in vectors)
+        if names not in self._of_reference:
             means = self.reference
             moved = (means.response_means[self.number] - means.prompt_means[self.number]).double()
-            unit = vector.vector.double() / vector.vector.double().norm()
-            of_random = moved @ self.basis.double().T @ weights.double().T
-            found = torch.cat([(moved @ unit).unsqueeze(1), of_random], dim=1)
-            self._weights[key] = torch.stack([found.mean(dim=0), found.std(dim=0).clamp(min=1e-30)])
-        mean, sd = self._weights[key].numpy()
-        return (float(mean[0]), float(sd[0])), (mean[1:], sd[1:])
+            units = torch.nn.functional.normalize(torch.stack([each.vector for each in vectors]).double(), dim=1)
+            random = torch.einsum("pd,bd,vrb->pvr", moved, self.basis.double(), directions.double())
+            found = torch.cat([(moved @ units.T).unsqueeze(2), random], dim=2)
+            self._of_reference[names] = found.mean(dim=0).numpy(), found.std(dim=0).clamp(min=1e-30).numpy()
+        return self._of_reference[names]
 
 
-def beats_chance(share: float | None) -> bool:
-    """Whether a statistic is larger than that of 95 % of random directions, given the share that reaches it."""
-    return share is not None and share <= LEVEL
-
-
-def _share(random: Any, own: Any, row: int) -> float | None:
-    """The share of random directions whose statistic is at least as large as that of a row."""
+def _shares(random: Any, own: Any, rows: Sequence[int]) -> list[float | None]:
+    """The share of random directions whose statistic is at least as large as that of each row."""
     if random is None or own is None:
-        return None
-    return float((random.strength >= own.strength[row]).mean())
+        return [None] * len(rows)
+    shares = (random.strength[:, None] >= own.strength[list(rows)]).mean(axis=0)
+    return [float(share) for share in shares]
+
+
+def _rounded(values: Values) -> Values:
+    return round_significant(values, PROBABILITY_DIGITS)
 
 
 def _generator(name: str, layer: int) -> torch.Generator:

@@ -4,13 +4,13 @@ The change point is the split into two levels with the smallest squared error (C
 Schemes", 1954; Bai, "Least squares estimation of a shift in linear processes", 1994), at least `MARGIN` tokens from
 both ends.
 
-Neighbouring tokens are correlated, and a correlated series drifts: its two halves differ without any change. Its clarity
-`T`, the shift in standard deviations of the residuals, is therefore compared with that of simulated series without a
-change, of the same length and with the same lag-1 correlation of the residuals. These series are autoregressive of first
-order, with coefficients evenly spaced from -0.2 to 0.9. The simulation draws its coefficient rather than estimating
-it from the residuals, since the fitted step removes part of the correlation (Andrews, "Exactly Median-Unbiased Estimation
-of First Order Autoregressive/Unit Root Models", 1993), more so in short series. `benchmarks/dynamics_null.py` compares this null with
-permutations, a plug-in coefficient and self-normalisation.
+Neighbouring tokens are correlated, and a correlated series drifts: its two halves differ without any change. Its
+clarity `T`, the shift in standard deviations of the residuals, is therefore compared with that of simulated series
+without a change, of the same length and with the same lag-1 correlation of the residuals. These series are
+autoregressive of first order, with coefficients evenly spaced from -0.2 to 0.9. The simulation draws its coefficient
+rather than estimating it from the residuals, since the fitted step removes part of the correlation (Andrews, "Exactly
+Median-Unbiased Estimation of First Order Autoregressive/Unit Root Models", 1993), more so in short series.
+`benchmarks/dynamics_null.py` compares this null with permutations, a plug-in coefficient and self-normalisation.
 """
 
 from __future__ import annotations

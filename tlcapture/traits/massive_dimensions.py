@@ -39,8 +39,8 @@ def norm_share(activations: Activations, dimensions: tuple[int, ...]) -> float:
 def massive_share(activations: Activations, direction: Vector) -> tuple[tuple[int, ...], float]:
     """The massive dimensions, and the share of the variance of a projection over tokens that they carry.
 
-    A projection is the sum of a part on the massive dimensions and a rest; the share of a part is its covariance with the
-    whole, divided by the variance of the whole, and shares add up to 1 (one may be negative).
+    A projection is the sum of a part on the massive dimensions and a rest; the share of a part is its covariance with
+    the whole, divided by the variance of the whole, and shares add up to 1 (one may be negative).
     """
     dimensions = massive_dimensions(activations)
     parts = activations[1:].double() * direction.double()

@@ -68,9 +68,9 @@ class Projection:
 
     `prompt` and `response` are `[n_tokens, n_layers, n_sublayers]`, in units of the activations;
     `sublayers` are the residual points that the capture keeps, or `attn_out` alone. `layers` are the layers
-    that it keeps; the scores of all others are NaN. `chance` is what random directions do on the same capture, where that
-    was measured; `centred` what was subtracted from every score, if anything was. `tokens` are the capture's, where they are
-    known.
+    that it keeps; the scores of all others are NaN. `chance` is what random directions do on the same capture, where
+    that was measured; `centred` what was subtracted from every score, if anything was. `tokens` are the capture's,
+    where they are known.
     """
 
     vector: TraitVector

@@ -2,9 +2,9 @@
 
     extraction/reference.pt     attn_out_reference.pt for that component
 
-`evaluate` stores, for each prompt of the packaged prompt sets, the mean activation over the prompt (its first token left out)
-and over the model's greedy response, at every layer. A direction's rises over these prompts follow from them, whether
-it is a trait's vector or random.
+`evaluate` stores, for each prompt of the packaged prompt sets, the mean activation over the prompt (its first token
+left out) and over the model's greedy response, at every layer. A direction's rises over these prompts follow from
+them, whether it is a trait's vector or random.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """How far a response rises above its prompt, how long it stays there, and whether chance alone does. Loads no torch.
 
-The baseline is the mean of the prompt, its first token left out. The response is smoothed over five tokens. Its peak counts
-where it exceeds the baseline by more than in 95 % of block permutations: prompt and response, as one closed ring of
-tokens, are cut into blocks, and the blocks are dealt anew to prompt and response. Blocks keep neighbouring
-tokens together, which are correlated (Künsch, "The Jackknife and the Bootstrap for General Stationary Observations", 1989; Politis and
-Romano, "A circular block-resampling procedure for stationary data", 1992). A dealt token keeps the neighbours
-it was smoothed with, except at the edges of the response.
+The baseline is the mean of the prompt, its first token left out. The response is smoothed over five tokens. Its peak
+counts where it exceeds the baseline by more than in 95 % of block permutations: prompt and response, as one closed
+ring of tokens, are cut into blocks, and the blocks are dealt anew to prompt and response. Blocks keep neighbouring
+tokens together, which are correlated (Künsch, "The Jackknife and the Bootstrap for General Stationary Observations",
+1989; Politis and Romano, "A circular block-resampling procedure for stationary data", 1992). A dealt token keeps the
+neighbours it was smoothed with, except at the edges of the response.
 """
 
 from __future__ import annotations
@@ -110,9 +110,9 @@ def _permuted(rest: Values, n_response: int, n_permutations: int) -> Values:
 class _Dealt:
     """Which tokens the permutations deal to the response.
 
-    `inner` `[n_permutations, n_tokens]` are those that are smoothed with the neighbours they had; `edge_weights` `[n_tokens,
-    n_edges * n_permutations]` gives the smoothed values of the others, and `prompt_weights` `[n_tokens, n_permutations]` the mean of
-    the tokens that are dealt to the prompt.
+    `inner` `[n_permutations, n_tokens]` are those that are smoothed with the neighbours they had; `edge_weights`
+    `[n_tokens, n_edges * n_permutations]` gives the smoothed values of the others, and `prompt_weights` `[n_tokens,
+    n_permutations]` the mean of the tokens that are dealt to the prompt.
     """
 
     inner: NDArray[np.bool_]

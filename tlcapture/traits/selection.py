@@ -174,9 +174,7 @@ def _has_earlier_scores(files: VectorFiles, component: str) -> bool:
     )
 
 
-def _fallback(
-    available: Mapping[str, list[int]], n_layers: int, notes: Sequence[str], evaluate: str
-) -> Selection:
+def _fallback(available: Mapping[str, list[int]], n_layers: int, notes: Sequence[str], evaluate: str) -> Selection:
     wanted = fallback_layer(n_layers)
     method = next(iter(available))
     layer = min(available[method], key=lambda each: (abs(each - wanted), each))
