@@ -202,8 +202,9 @@ def _notes(layout: Layout, summary: Summary, *, has_chance: bool) -> Iterator[st
     if found is not None:
         yield (
             f"of {found.n_projections} projections {found.commit} commit and {found.persist} persist, of random "
-            f"directions {found.random_commit:.0%} and {found.random_persist:.0%}; more clearly than 95 % of them, as chance lets "
-            f"{0.05 * found.n_projections:.0f}: {found.clearly_commit} commit, {found.clearly_persist} persist"
+            f"directions {found.random_commit:.0%} and {found.random_persist:.0%}; more clearly than 95 % of them, "
+            f"as chance lets {0.05 * found.n_projections:.0f}: {found.clearly_commit} commit, "
+            f"{found.clearly_persist} persist"
         )
     yield ""
 
