@@ -108,6 +108,7 @@ format: $(READY) ## Format the code
 
 demo: $(READY) ## Extract trait vectors and watch them in ten answers of the embedded model
 	$(BIN)/tlcapture extract --experiment demo --component residual
+	$(BIN)/tlcapture evaluate --experiment demo --component residual
 	$(BIN)/tlcapture capture --experiment demo --prompt-set single_trait --attention --logit-lens --temperature 0
 
 bench: $(BENCH_READY) ## Measure all workloads and write benchmarks/RESULTS.md (half an hour)
@@ -148,9 +149,8 @@ view: $(READY) ## Open the page on EXPERIMENT
 	$(BIN)/tlcapture view --experiment $(EXPERIMENT) $(FLAGS)
 
 screenshots: $(READY) chromium ## Pictures of the page for the documentation, from the experiment of `make demo`
-	$(BIN)/tlcapture evaluate --experiment demo
 	$(BIN)/tlcapture steer --experiment demo --traits style/formality --layers 8,12,16 --coefficients=-0.2,0.2,0.4
-	$(BIN)/tlcapture capture --experiment demo --prompt-set dynamic --temperature 0 --layer auto
+	$(BIN)/tlcapture capture --experiment demo --prompt-set dynamic --temperature 0
 	$(BIN)/python -m docs.screenshots
 
 clean: ## Remove the environment and build leftovers (experiments stay)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from generation_speed import Bench
@@ -17,6 +18,7 @@ from tlcapture.captures.capture import Capture
 from tlcapture.captures.from_generation import capture_of
 from tlcapture.commands.capture import CaptureOptions, run_capture
 from tlcapture.commands.project import ProjectOptions, run_project
+from tlcapture.commands.projections import ChanceLevels
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Generation
 from tlcapture.generation.sampling import Sampling
@@ -104,8 +106,13 @@ def w5(bench: Bench) -> Iterator[Row]:
             report = run_project(layout, [capture.prompt_set], ProjectOptions())
             assert report.n_files == n_captures * n_traits and not report.failures
 
+        def without_chance() -> None:
+            with patch.object(ChanceLevels, "of", lambda self, capture, chosen: None):
+                project()
+
         works = {
             "ours": project,
+            "without chance": without_chance,
             "reading": read,
             "without files": without_files,
             "products": products,
@@ -115,6 +122,9 @@ def w5(bench: Bench) -> Iterator[Row]:
     note = f"{n_captures} captures, {size / 1e6:.0f} MB, {n_captures * n_traits} files written: {medians(times)}"
     yield Row("W5", "projecting / reading the bytes once", ratios(times, "ours", "reading"), 3, 1.5, note=note)
     yield Row("W5", "projecting without writing files / reading", ratios(times, "without files", "reading"))
+    yield Row(
+        "W5", "projecting / without the chance levels of dynamics", ratios(times, "ours", "without chance"), 1.2, 1.1
+    )
     yield Row("W5", "only its matrix products, of float32 in memory / reading", ratios(times, "products", "reading"))
     yield Row("W5", "writing as many empty files / reading", ratios(times, "empty files", "reading"))
 

@@ -18,6 +18,7 @@ from tlcapture.doctor.checks import (
     Check,
     check_batch,
     check_bos,
+    check_massive_dimensions,
     check_padding,
     check_range,
     check_raw_basis,
@@ -34,7 +35,7 @@ from tlcapture.models.engines.base import Step
 from tlcapture.models.loading import Model, from_hugging_face
 
 TWICE = "{{ bos_token }}" + tiny.CHAT_TEMPLATE
-NAMES = ["BOS", "padding", "stop ids", "raw basis", "attention", "batch", "captured", "soft caps", "range"]
+NAMES = ["BOS", "padding", "stop ids", "raw basis", "attention", "batch", "captured", "soft caps", "range", "massive"]
 PROMPTS = probe_prompts(tiny.tokenizer())
 
 
@@ -57,7 +58,7 @@ def test_a_sound_model_passes_every_check(name: str, engine: str) -> None:
     found = list(check_model(tiny.model(name, engine), runs(name)))
     assert [check.name for check in found] == NAMES
     capless = "ok" if name == "gemma2" else "not applicable"
-    assert [check.verdict for check in found] == ["ok"] * 7 + [capless, "ok"], found
+    assert [check.verdict for check in found] == ["ok"] * 7 + [capless, "ok", "ok"], found
     assert all("\n" not in check.detail for check in found)
     assert "deviation from Hugging Face" in found[3].detail and "1.0e-04 allowed" in found[3].detail
 
@@ -203,6 +204,16 @@ def test_activations_out_of_range_of_a_dtype_are_reported(
 
     found = check_range(fresh("llama", change=enlarge), PROMPTS)
     assert (found.verdict, expected in found.detail) == (verdict, True), found
+
+
+def test_massive_dimensions_are_named_with_their_layers_and_their_share_of_the_norm() -> None:
+    def enlarge(hf: Any) -> None:
+        hf.model.embed_tokens.weight[:, 5] *= 1000
+
+    found = check_massive_dimensions(fresh("llama", change=enlarge), PROMPTS)
+    assert found.verdict == "ok"
+    assert found.detail.startswith("5 (layers 0 to 2); after layer 1 they carry ")
+    assert check_massive_dimensions(fresh("llama"), PROMPTS).detail == "none"
 
 
 def test_a_deviation_is_a_share_of_each_tokens_own_norm() -> None:

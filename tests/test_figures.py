@@ -12,6 +12,7 @@ from tests.samples import HOSTILE, N_LAYERS, N_PROMPT, TOKENS, heads, prediction
 from tlcapture.errors import InputError
 from tlcapture.explore.figures import attention_figure, layers_figure, lens_figure, trajectory_figure
 from tlcapture.explore.offline_figure import OfflineFigure, plotly_text
+from tlcapture.traits.calibration import Calibration
 
 
 def boundary(figure: OfflineFigure) -> float:
@@ -31,15 +32,29 @@ def test_a_trajectory_is_the_projection_at_the_vectors_layer_without_the_sink() 
 
 
 def test_a_trajectory_marks_the_commitment_point_and_persistence() -> None:
-    figure = trajectory_figure([projected(commitment_point=5, persistence=0)])
+    figure = trajectory_figure([projected(commitment_point=5, persistence=1)])
     _, span, diamond = figure.data
     assert (list(diamond.x), list(diamond.y)) == ([5], [25])
-    assert list(span.x) == [7]  # the peak of |s| after the sink is the last token
+    assert list(span.x) == [7]  # the smoothed response peaks at its last token
     scores = projected().scores
-    scores[1:, 2, -1] = [-60, -40, -30, 1, 2, 3, 4]
-    low = projected(scores=scores, commitment_point=None, persistence=2)
-    _, span = trajectory_figure([low]).data  # no diamond
-    assert list(span.x) == [1, 2, 3]
+    scores[1:, 2, -1] = [90, 80, 30, 8, 9, 3, -70]
+    early = projected(scores=scores, commitment_point=None, persistence=3)
+    _, span = trajectory_figure([early]).data  # no diamond
+    assert list(span.x) == [3, 4, 5]
+    (_,) = trajectory_figure([projected(commitment_point=None, persistence=None)]).data
+    assert projected(definitions=1, persistence=2).peak is None  # its persistence counts from another peak
+
+
+def test_trajectories_are_calibrated_where_all_vectors_have_a_scale() -> None:
+    scale = Calibration(negative_mean=20.0, positive_mean=30.0)
+    one, other = projected(calibration=scale), projected(calibration=Calibration(50.0, 0.0))
+    drawn = trajectory_figure([one, other])
+    lines = [trace for trace in drawn.data if trace.mode == "lines+markers" and len(trace.x) == len(one.tokens)]
+    assert list(lines[0].y[1:]) == pytest.approx([(value - 20) / 10 for value in one.trajectory[1:]])
+    assert list(lines[1].y[1:]) == pytest.approx([(50 - value) / 50 for value in one.trajectory[1:]])
+    assert any(shape.y0 == shape.y1 == 0.5 for shape in drawn.layout.shapes)
+    for raw in (trajectory_figure([one], calibrated=False), trajectory_figure([one, projected()])):
+        assert list(raw.data[0].y[1:]) == list(one.trajectory[1:])
 
 
 def test_there_is_one_line_per_trait_and_at_least_one_trait() -> None:

@@ -20,6 +20,7 @@ from tests.families import build
 from tests.test_parity import as_prompt, random_ids, relative
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.index import NAME as INDEX
+from tlcapture.commands.reference import keep_reference
 from tlcapture.errors import InputError, ModelError, StorageError
 from tlcapture.extraction.readout import Reading, read_out
 from tlcapture.generation.loop import generate, teacher_force
@@ -29,8 +30,11 @@ from tlcapture.generation.sampling import Sampling
 from tlcapture.models.engines.hook_layouts import BY_HEAD, FLAT, PLAIN, layouts
 from tlcapture.models.loading import Model, from_hugging_face
 from tlcapture.page.contents import Contents
+from tlcapture.runs.run import Run
 from tlcapture.storage.archives import Archive
 from tlcapture.storage.files import read_tensors
+from tlcapture.storage.layout import Layout
+from tlcapture.traits.reference import read_reference
 from tlcapture.traits.token_scores import TokenScores
 from tlcapture.views.attention import attention_hooks, attention_view
 from tlcapture.views.hooks import hook
@@ -235,6 +239,14 @@ def test_layouts_are_found_whatever_the_other_axes_are() -> None:
         "flat": FLAT,
     }
     assert len(found) == 8 + 8 + 12
+
+
+def test_the_reference_of_a_hybrid_is_zero_at_layers_without_attention(tmp_path: Path) -> None:
+    layout, hybrid = Layout(tmp_path, "e"), model("LFM2")
+    keep_reference(Run.silent(layout), hybrid, ["attn_out"])
+    found = read_reference(layout, "attn_out")
+    assert found is not None and found.fits(hybrid.n_layers, hybrid.d_model)
+    assert [bool(means.any()) for means in found.response_means] == [False, True]
 
 
 # -- commands ------------------------------------------------------------------------------------------------------

@@ -315,7 +315,8 @@ def test_captures_are_projected_at_the_default_layer_unless_told_not_to(
     assert not projected.exists()
     result = capture()
     assert result.exit_code == 0
-    assert "layer 1 by default (the model has no layer 16)" in result.stderr
+    assert result.stderr.count("layer 1 by default (the model has no layer 16)") == 1
+    assert "'tlcapture evaluate --experiment exp' would choose one" in result.stderr
     assert names(projected) == ["1.json", "2.json", "3.json"]
     assert read_json(projected / "1.json")["metadata"]["vector_source"]["selected_by"] == "fallback"
     assert "the trait that rose most" in result.output

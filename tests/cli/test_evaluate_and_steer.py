@@ -55,7 +55,10 @@ def test_evaluate_writes_rows_best_vectors_and_pictures(tlcapture: Run, vectors:
     }
     picture = vectors / "extraction" / "tone" / "loud" / "evaluation.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "loading" not in result.output  # activations are those that extract kept
+    assert "loading" in result.output  # for the reference of ordinary prompts alone
+    again = tlcapture("evaluate", "--experiment", "exp", "--component", "residual")
+    assert again.exit_code == 0, again.output
+    assert "loading" not in again.output  # activations are those that extract kept
 
 
 def test_activations_are_read_again_where_they_were_not_kept(tlcapture: Run, vectors: Path) -> None:

@@ -228,7 +228,8 @@ def test_a_projection_without_labels_is_read(tlcapture: Run, root: Path, form: s
     done = tlcapture("project", "--experiment", "exp", "--prompt-set", "odd", "--dynamics-only")
     assert done.exit_code == 0, done.output
     content = json.loads(path.read_text())
-    assert without(content, "dynamics") == without(given, "dynamics")
+    expected = {**given, "metadata": {**given["metadata"], "definitions": 2}}
+    assert without(content, "dynamics") == without(expected, "dynamics")
     assert content["dynamics"]["velocity"] == [b - a for a, b in pairwise(trajectory)]
     (shown,) = Contents(root).prompt("exp", "odd", "1")["projections"]
     assert shown["trajectory"] == trajectory

@@ -168,6 +168,8 @@ def test_the_other_commands_and_the_page_take_imported_vectors(
     assert tlcapture("evaluate", *exp).exit_code == 0
     rows = read_json(Layout(root, "exp").evaluation)["all_results"]
     assert [(row["method"], row["layer"]) for row in rows] == [("imported", layer) for layer in range(N)]
+    assert set(files(root).metadata("residual", "imported")["held_out_calibration"]) == {"imported"}
+    assert not files(root).metadata_file("residual").exists()
     folder = root / "datasets" / "traits" / "tone" / "loud"
     (folder / "steering.json").write_text(
         json.dumps({"questions": [{"id": "1", "question": "a?", "positive": "b", "negative": "c"}]})
@@ -217,6 +219,8 @@ def test_imported_and_extracted_vectors_do_not_replace_each_other(
     assert extract("--position", "all_mean").exit_code == 0  # replaces the extracted ones
     assert {path.name: path.read_bytes() for path in files(root).path.glob("imported*")} == mine
     assert tlcapture("evaluate", "--experiment", "exp", "--traits", "tone/loud").exit_code == 0
+    assert set(files(root).metadata("residual")["held_out_calibration"]) == {"probe", "mean_diff", "gradient"}
+    assert set(files(root).metadata("residual", "imported")["held_out_calibration"]) == {"imported"}
     rows = read_json(Layout(root, "exp").evaluation)["all_results"]
     assert {row["method"] for row in rows if row["component"] == "residual"} == {
         "probe",

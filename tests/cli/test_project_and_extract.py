@@ -47,7 +47,8 @@ def test_vectors_and_metadata_have_the_documented_form(extract: Run, vectors: Pa
     expected = {
         f"{p}{m}_layer{n}.pt" for p in ("", "attn_out_") for m in ("probe", "mean_diff", "gradient") for n in range(3)
     }
-    assert {path.name for path in vectors.iterdir()} == expected | {"metadata.json", "attn_out_metadata.json"}
+    kept = {f"{prefix}{name}" for prefix in ("", "attn_out_") for name in ("metadata.json", "training_mean.pt")}
+    assert {path.name for path in vectors.iterdir()} == expected | kept
     vector = torch.load(vectors / "probe_layer1.pt", weights_only=True)
     assert vector.shape == (32,)
     assert vector.dtype == torch.float32
@@ -80,10 +81,16 @@ def test_vectors_and_metadata_have_the_documented_form(extract: Run, vectors: Pa
 
 def test_methods_layers_and_component_narrow_the_extraction(extract: Run, vectors: Path) -> None:
     assert extract("--methods", "mean_diff", "--layers", "0,2", "--component", "residual").exit_code == 0
-    assert {path.name for path in vectors.iterdir()} == {"mean_diff_layer0.pt", "mean_diff_layer2.pt", "metadata.json"}
+    assert {path.name for path in vectors.iterdir()} == {
+        "mean_diff_layer0.pt", "mean_diff_layer2.pt", "metadata.json", "training_mean.pt"
+    }  # fmt: skip
     assert extract("--methods", "probe", "--layers", "1", "--component", "residual").exit_code == 0
     metadata = read_json(vectors / "metadata.json")
     assert (metadata["methods"], metadata["layers"]) == (["probe", "mean_diff"], [0, 1, 2])
+    assert {method: list(found) for method, found in metadata["calibration"].items()} == {
+        "mean_diff": ["0", "2"],
+        "probe": ["1"],
+    }
 
 
 def test_prompts_without_responses_are_answered_by_the_model(extract: Run, data: Path, vectors: Path) -> None:
@@ -146,14 +153,19 @@ def test_a_projection_file_has_the_documented_form(project: Run, projected: Path
     for part, captured in (("prompt", raw.prompt), ("response", raw.response)):
         assert value[part] == {"text": captured.text, "tokens": captured.tokens, "n_tokens": len(captured.tokens)}
         assert torch.tensor(value["projections"][part]).shape == (len(captured.tokens), 3, 3)
-    assert list(value["dynamics"]) == ["commitment_point", "peak_velocity", "persistence", "velocity", "acceleration"]
+    assert list(value["dynamics"]) == [
+        "commitment_point", "commitment_shift", "commitment_p", "peak_velocity", "persistence", "velocity",
+        "acceleration",
+    ]  # fmt: skip
     n_tokens = len(raw.tokens)
     assert len(value["dynamics"]["velocity"]) == n_tokens - 1
     metadata = value["metadata"]
     assert metadata["sublayers"] == ["residual_in", "after_attn", "residual_out"]
     source = metadata["vector_source"]
-    origin = source.pop("origin")
+    assert metadata["definitions"] == 2
+    origin, calibration = source.pop("origin"), source.pop("calibration")
     recorded = read_json(projected.parents[4] / "extraction" / "tone" / "loud" / "vectors" / "metadata.json")
+    assert calibration == recorded["calibration"]["probe"]["1"]
     assert origin == {key: recorded[key] for key in origin}
     assert {"hook", "position", "model_fingerprint", "model_revision", "engine", "dtype", "bos"} <= origin.keys()
     assert source == {

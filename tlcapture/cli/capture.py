@@ -87,7 +87,7 @@ class _Settings:
             replay=self.replay,
             skip_existing=self.skip_existing,
             overwrite=self.overwrite,
-            vectors=vectors.choice("default"),
+            vectors=vectors.choice("auto"),
             max_new_tokens=self.max_new_tokens,
             sampling=asked_sampling(self.sampling, self.temperature, self.seed),
             save_dtype=self.save_dtype,
@@ -122,7 +122,7 @@ def _own_temperature(context: click.Context, option: click.Parameter, value: flo
 @click.option("--no-project", is_flag=True, help="Do not project onto the experiment's trait vectors.")
 @click.option("--projections-only", is_flag=True, help="Keep only projections, no raw activations.")
 @click.option("--replay", is_flag=True, help="Generate nothing; compute add-ons from saved captures.")
-@vector_options(default_layer="16")
+@vector_options(default_layer="auto, or 16 where nothing was evaluated")
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(0, 2**31 - 1),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from tqdm import tqdm
 
-    from tlcapture.commands.top_traits import TopTrait
+    from tlcapture.commands.top_traits import Summary, TopTrait
     from tlcapture.runs.record import Invocation, RecordedReport
     from tlcapture.runs.report import RunReport
     from tlcapture.storage.layout import Layout
@@ -149,32 +149,68 @@ def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def show_top_traits(console: Console, layout: Layout, prompt_set: str, component: str = "residual") -> None:
-    """Print, for each prompt, which trait rose most, where it committed, and the response.
+    """Print, for each prompt, the trait that rose more than chance, where it committed, and the response.
 
-    For a large set, print only how to view it.
+    Below, how many projections commit and persist, beside random directions. For a large set, print only how to view
+    it.
     """
-    from tlcapture.commands.top_traits import FEWEST_TO_COMPARE, top_traits
+    from tlcapture.commands.top_traits import FEWEST_TO_COMPARE, summary_of
 
     n_prompts = len(layout.prompt_ids(prompt_set))
     if n_prompts > _MOST_SHOWN and layout.projection_folders(prompt_set):
         look = f"view them with 'tlcapture view --experiment {layout.experiment}'"
         console.line(f"{prompt_set}: {n_prompts} prompts are too many to list; {look}")
         return
-    tops = top_traits(layout, prompt_set, component)
-    if not tops:
+    summary = summary_of(layout, prompt_set, component)
+    if not summary.tops:
         return
     console.line()
-    against = "the other prompts of the set" if n_prompts >= FEWEST_TO_COMPARE else "its own spread along the tokens"
-    console.line(f"{prompt_set}: the trait that rose most, against {against}")
+    is_set, has_chance = n_prompts >= FEWEST_TO_COMPARE, any(top.chance is not None for top in summary.tops)
+    alone = "the reference prompts" if has_chance else "its own spread along the tokens"
+    console.line(
+        f"{prompt_set}: the trait that rose most, against {'the other prompts of the set' if is_set else alone}"
+    )
     console.line()
-    columns = [Column("prompt", right=True), Column("trait"), Column("rise", right=True), Column("response")]
-    console.table(columns, [(top.prompt_id, top.trait, f"{top.rise:+.1f} sd", _response(top)) for top in tops])
+    columns = [Column("prompt", right=True), Column("trait"), Column("rise", right=True), Column("chance", right=True)]
+    columns += [Column("calibrated", right=True), Column("response")]
+    console.table(columns, map(_row, summary.tops))
     console.line()
+    for line in _notes(layout, summary, has_chance=has_chance):
+        console.line(line)
 
 
-def _response(top: TopTrait) -> tuple[str, str]:
-    commits = "does not commit" if top.token is None else f"commits at token {top.commitment_point}: {top.token!r}"
-    return commits, top.response
+def _row(top: TopTrait) -> tuple[Cell, ...]:
+    trait = top.trait if top.stands_out else "none stands out" if top.chance is not None else f"{top.trait} (?)"
+    chance = "unknown" if top.chance is None else f"{top.chance:.1f} sd"
+    shown = top.stands_out or top.chance is None
+    calibrated = "" if top.calibrated is None or not shown else f"{top.calibrated:.2f}"
+    commits = "" if top.token is None or not shown else f"commits at token {top.commitment_point}: {top.token!r}"
+    response = (commits, top.response) if commits else (top.response,)
+    return top.prompt_id, trait, f"{top.rise:+.1f} sd", chance, calibrated, response
+
+
+def _notes(layout: Layout, summary: Summary, *, has_chance: bool) -> Iterator[str]:
+    if has_chance:
+        yield (
+            "chance: what the largest of as many random directions stays below in 95 % of draws"
+            + ("; calibrated: 0 the negative examples, 1 the positive ones" if _is_calibrated(summary) else "")
+        )
+    else:
+        again = f"tlcapture project --experiment {layout.experiment}"
+        yield f"whether these rises are within chance is unknown: 'tlcapture evaluate', then '{again}', measures it"
+    found = summary.findings
+    if found is not None:
+        yield (
+            f"of {found.n_projections} projections {found.commit} commit and {found.persist} persist, of random "
+            f"directions {found.random_commit:.0%} and {found.random_persist:.0%}; more clearly than 95 % of them, "
+            f"as chance lets {0.05 * found.n_projections:.0f}: {found.clearly_commit} commit, "
+            f"{found.clearly_persist} persist"
+        )
+    yield ""
+
+
+def _is_calibrated(summary: Summary) -> bool:
+    return any(top.calibrated is not None and (top.stands_out or top.chance is None) for top in summary.tops)
 
 
 def _log() -> logging.Logger:

@@ -38,6 +38,7 @@ class _Settings:
     traits: tuple[Trait, ...]
     component: str
     dynamics_only: bool
+    centered: bool
     skip_existing: bool
     overwrite: bool
     shard: Shard | None
@@ -51,6 +52,7 @@ class _Settings:
             vectors=vectors.choice("auto", self.traits),
             component=self.component,
             dynamics_only=self.dynamics_only,
+            centered=self.centered,
             skip_existing=self.skip_existing,
             overwrite=self.overwrite,
             shard=self.shard,
@@ -70,6 +72,7 @@ class _Settings:
     help="Which activations are projected.",
 )
 @click.option("--dynamics-only", is_flag=True, help="Only recompute the dynamics of existing projections.")
+@click.option("--centered", is_flag=True, help="Subtract the mean activation of the training examples first.")
 @click.option("--skip-existing", is_flag=True, help="Write only missing files.")
 @click.option("--overwrite", is_flag=True, help="Replace projections that cannot be read, too.")
 @shard_option

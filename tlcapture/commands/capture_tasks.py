@@ -29,7 +29,7 @@ from tlcapture.traits.choice import VectorChoice, VectorChooser
 from tlcapture.views.kept_points import KeptPoints
 
 ALL_LAYERS = "all"
-NO_CHOICE = VectorChoice(layer="default")  # that of a command line without options for vectors
+NO_CHOICE = VectorChoice()  # that of a command line without options for vectors
 T = TypeVar("T")
 
 

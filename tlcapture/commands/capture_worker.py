@@ -19,7 +19,7 @@ from tlcapture.captures.from_generation import capture_of
 from tlcapture.commands.capture_outputs import Outputs, add_ons, remove_stale, saved_capture, write_capture
 from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.capture_tasks import CaptureOptions, CaptureTask
-from tlcapture.commands.projections import project_capture, vector_chooser, without_projection
+from tlcapture.commands.projections import ChanceLevels, project_capture, vector_chooser, without_projection
 from tlcapture.errors import InputError
 from tlcapture.generation.checkpoint_sampling import sampling_for, unfollowed
 from tlcapture.generation.loop import generate, teacher_force
@@ -49,6 +49,7 @@ class CaptureWorker:
         self.options = options
         self._load = load
         self._chooser = vector_chooser(run, options.vectors)
+        self._levels = ChanceLevels(run)
         self._removed: list[Path] = []
 
     @cached_property
@@ -227,4 +228,4 @@ class CaptureWorker:
             vectors = self._chooser.vectors(capture, component)
             if only_missing:
                 vectors = without_projection(self.layout, capture, vectors, self.options.existing)
-            project_capture(self.run, capture, vectors, only=only, overwrite=self.options.overwrite)
+            project_capture(self.run, capture, vectors, self._levels, only=only, overwrite=self.options.overwrite)

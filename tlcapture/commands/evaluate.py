@@ -10,6 +10,8 @@ from typing import Any
 from tlcapture.commands.cross_traits import cross_trait_aurocs
 from tlcapture.commands.evaluation_rows import EvaluatedComponent, best_vector, doubts, rows_of
 from tlcapture.commands.extract import kept_activations
+from tlcapture.commands.held_out_calibrations import held_out_calibrations, keep_held_out_calibrations
+from tlcapture.commands.reference import has_reference, keep_reference
 from tlcapture.errors import InputError, VectorError
 from tlcapture.extraction.examples import AUTO, GUESS, Examples, read_examples
 from tlcapture.extraction.kept_activations import KeptActivations, source_digest
@@ -81,7 +83,10 @@ def _without_examples(layout: Layout, traits: Sequence[Trait]) -> list[Trait]:
 
 
 class _Worker:
-    """Evaluates one trait after another; the model is loaded only if activations have to be read again."""
+    """Evaluates one trait after another.
+
+    The model is loaded only if activations have to be read again, or if it has no reference of ordinary prompts yet.
+    """
 
     def __init__(self, options: EvaluateOptions, run: Run, load: Callable[[], Model] | None):
         self._options = options
@@ -99,7 +104,19 @@ class _Worker:
                 with run_lock(self._run, "the evaluation"):
                     content = _merged(self._run.layout, found)
                     self._run.wrote(write_json(self._run.layout.evaluation, content, indent=True))
+            self._keep_reference(found)
             progress.advance(1, done=f"{trait}: evaluated")
+
+    def _keep_reference(self, found: Mapping[str, EvaluatedComponent]) -> None:
+        """Make the references that the evaluated components lack; the model is loaded only where one is missing."""
+        layout, is_loaded = self._run.layout, "_model" in vars(self)
+        wanted = {component: each.model_fingerprint for component, each in found.items()}
+        if not is_loaded and all(has_reference(layout, *each) for each in wanted.items()):
+            return
+        ours = [component for component, fingerprint in wanted.items() if fingerprint == self._model.fingerprint]
+        if len(ours) < len(wanted):
+            self._run.warn(f"no reference of ordinary prompts: the vectors are not of {self._model.name!r}")
+        keep_reference(self._run, self._model, ours, self._options.batch_size)
 
     @cached_property
     def _model(self) -> Model:
@@ -148,6 +165,7 @@ def _evaluate(
         for vector in (vector for of_method in vectors.values() for vector in of_method):
             check_fits(vector, *kept.activations.shape[::2])
         made = rows_of(layout, reading.examples, kept, vectors, options.seed)
+        keep_held_out_calibrations(run, files, component, held_out_calibrations(reading.examples, kept, vectors))
         for note in doubts(made.rows):
             run.warn(f"{trait}: {note}")
         found[component] = made

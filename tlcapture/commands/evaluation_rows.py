@@ -35,9 +35,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class EvaluatedComponent:
-    """The rows of a trait's vectors of one component, and what was found of all of them together."""
+    """The rows of a trait's vectors of one component, and what was found of all of them together.
+
+    `model_fingerprint` is of the model that read the examples.
+    """
 
     trait: str
+    model_fingerprint: str
     rows: list[Row]
     summary: Mapping[str, Any] = field(default_factory=dict)
 
@@ -87,7 +91,7 @@ def rows_of(
             separated = separation(stacked, kept.activations[layers], labels, held_out, paired=paired)
             rows += [_row(layout, vector, number, separated, common) for number, vector in enumerate(found)]
     if validated is None or not rows:
-        return EvaluatedComponent(trait, rows)
+        return EvaluatedComponent(trait, kept.fingerprint, rows)
     first = Baseline.of("layer 0", validated.layer_0, labels, outer)
     best = max(row["val_auroc"] or 0 for row in rows)
     p = (1 + int((largest >= best).sum())) / (1 + len(largest))
@@ -95,6 +99,7 @@ def rows_of(
     judged = verdict(validated.nested, compared, labels, groups, p, seed=seed)
     return EvaluatedComponent(
         trait,
+        kept.fingerprint,
         rows,
         {
             "nested_auroc": _number(validated.nested.auroc),

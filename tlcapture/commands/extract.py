@@ -10,6 +10,7 @@ from typing import Any
 
 from tlcapture.captures.provenance import model_record, now, template_record
 from tlcapture.errors import InputError, NumericalError
+from tlcapture.extraction.calibrating import calibrations
 from tlcapture.extraction.examples import AUTO, GUESS, Examples, read_examples
 from tlcapture.extraction.kept_activations import KeptActivations, source_digest
 from tlcapture.extraction.methods import FITS, Labels, LayerVectors
@@ -28,6 +29,8 @@ from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.config import read_config, update_config
 from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.text import as_ranges
+from tlcapture.traits.calibration import CALIBRATION, HELD_OUT, merged_calibrations
+from tlcapture.traits.mean_activations import write_means
 from tlcapture.traits.vector_files import METHODS, VectorFiles
 from tlcapture.traits.vectors import write_vector
 from tlcapture.views.hooks import COMPONENT_HOOKS, COMPONENTS
@@ -124,11 +127,17 @@ def _extract(
         for component, values in activations.items()
     }
     for component, vectors in fitted.items():
-        kept = kept_activations(layout, component, model, prepared, activations[component])
-        metadata = _metadata(layout, component, model, options, layers[component], prepared)
+        values, at = activations[component], layers[component]
+        kept, trained = kept_activations(layout, component, model, prepared, values), values[:, train]
+        metadata = _metadata(layout, component, model, options, at, prepared)
+        metadata[CALIBRATION] = {
+            method: calibrations(by_layer, trained[list(at)], labels[train], at) for method, by_layer in vectors.items()
+        }
+        files = VectorFiles(layout, examples.trait)
         with run_lock(run, f"vectors of {examples.trait}"):
             run.wrote(kept.write(layout.example_activations(examples.trait, component)))
-            _write(VectorFiles(layout, examples.trait), component, vectors, metadata, run)
+            _write(files, component, vectors, metadata, run)
+            run.wrote(write_means(files, component, trained.mean(dim=1)))
 
 
 def _layers(model: Model, options: ExtractOptions) -> dict[str, tuple[int, ...]]:
@@ -189,6 +198,8 @@ def _write(
         both = {*methods, *metadata["methods"]}
         metadata["layers"] = sorted({*layers, *metadata["layers"]})
         metadata["methods"] = [*(m for m in METHODS if m in both), *sorted(both - {*METHODS})]
+        for name in (CALIBRATION, HELD_OUT):
+            metadata[name] = merged_calibrations(before.get(name), metadata.get(name))
     else:
         # Before any is written: if the run is killed, vectors are of unknown origin rather than of a wrong one.
         removed = folder.remove_all(component, methods, layers)

@@ -130,22 +130,25 @@ def _families() -> list[str]:
 
 
 def _draw_trajectory(axis: Axes, projection: TokenScores) -> None:
-    positions, scores = np.arange(len(projection.tokens)), projection.trajectory
+    positions, calibrated = np.arange(len(projection.tokens)), projection.calibrated
+    scores = projection.trajectory if calibrated is None else calibrated
     axis.plot(positions[1:], scores[1:], color="#1f77b4", linewidth=1.2, marker=".", markersize=3)
     axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     axis.plot([], [], color=_BOUNDARY, linewidth=1, linestyle="--", label="response begins")
+    if calibrated is not None:
+        axis.axhline(0.5, color="0.6", linewidth=0.8, linestyle=":", label="halfway between the examples")
     if projection.peak is not None:
-        span = slice(projection.peak, projection.peak + projection.persistence + 1)
+        span = slice(projection.peak, projection.peak + (projection.persistence or 0))
         axis.plot(
             positions[span], scores[span], color=_PERSISTENCE, linewidth=5, alpha=0.4, marker="o", markersize=4,
-            label=f"persistence: {projection.persistence} after the peak of |s|, token {projection.peak}",
+            label=f"persistence: {projection.persistence} tokens from the peak, token {projection.peak}",
         )  # fmt: skip
     if projection.commitment_point is not None:
         axis.plot([], [], color=_COMMITMENT, linewidth=1, label=f"commitment point: {projection.commitment_point}")
     sink = f"token 0 is an attention sink, left out of the scale: {scores[0]:+.4g}"
     axis.plot([], [], " ", label=sink)
     axis.legend(fontsize=6, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
-    axis.set_ylabel("projection", fontsize=8)
+    axis.set_ylabel("projection" if calibrated is None else "projection, calibrated\n(examples at 0 and 1)", fontsize=8)
 
 
 def _label(name: str) -> str:

@@ -10,9 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from tlcapture.captures.capture import Capture
-from tlcapture.commands.projections import ExistingProjections, project_capture, vector_chooser, without_projection
+from tlcapture.commands.projections import (
+    ChanceLevels,
+    ExistingProjections,
+    massive_line,
+    project_capture,
+    vector_chooser,
+    without_projection,
+)
 from tlcapture.commands.saved_prompts import saved_prompts
 from tlcapture.errors import NumericalError, StorageError
+from tlcapture.names import Trait
 from tlcapture.runs.display import Display
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
 from tlcapture.runs.report import RunReport
@@ -22,8 +30,9 @@ from tlcapture.runs.shards import Shard
 from tlcapture.storage.files import read_json, write_json
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.choice import VectorChoice
-from tlcapture.traits.projection import dynamics_of_file
+from tlcapture.traits.projection import Centred, dynamics_of_file
 from tlcapture.traits.projection_files import ProjectionFile
+from tlcapture.traits.rises import DEFINITIONS
 from tlcapture.traits.saved_projections import projection_paths
 from tlcapture.traits.vector_files import traits_with_vectors
 
@@ -32,13 +41,14 @@ from tlcapture.traits.vector_files import traits_with_vectors
 class ProjectOptions:
     """Which vectors to project onto, and which component; `dynamics_only` recomputes the dynamics alone.
 
-    `overwrite` replaces files that cannot be read, too. `shard` is a share of the captures that exist when the run
-    begins.
+    `centered` subtracts the mean activation of each vector's training examples first. `overwrite` replaces files that
+    cannot be read, too. `shard` is a share of the captures that exist when the run begins.
     """
 
     vectors: VectorChoice = VectorChoice()
     component: str = "residual"
     dynamics_only: bool = False
+    centered: bool = False
     skip_existing: bool = False
     overwrite: bool = False
     shard: Shard | None = None
@@ -113,6 +123,8 @@ class ProjectionWorker:
         self._run = run
         self._layout = run.layout
         self._chooser = vector_chooser(run, options.vectors)
+        self._levels = ChanceLevels(run)
+        self._centred: list[tuple[Trait, Centred]] = []
 
     def prepare(self) -> None:
         """Load nothing: vectors are chosen when the first capture has been read."""
@@ -124,6 +136,9 @@ class ProjectionWorker:
                 with self._run.attempt(f"{task.prompt_set}/{prompt_id}"):
                     self._project(task.prompt_set, prompt_id)
                 progress.advance(1)
+        if self._centred:
+            self._run.line(f"{task.prompt_set}: {massive_line(self._centred)}")
+            self._centred = []
 
     def _project(self, prompt_set: str, prompt_id: str) -> None:
         raw = self._layout.residual(prompt_set, prompt_id)
@@ -139,10 +154,18 @@ class ProjectionWorker:
             self._run.report.n_skipped += self._options.skip_existing
             return
         try:
-            project_capture(self._run, capture, vectors, overwrite=self._options.overwrite)
+            found = project_capture(
+                self._run,
+                capture,
+                vectors,
+                self._levels,
+                centred=self._options.centered,
+                overwrite=self._options.overwrite,
+            )
         except NumericalError as error:
             raise NumericalError(f"{raw}: {error}") from None
         self._run.report.n_prompts += 1
+        self._centred += [(each.vector.trait, each.centred) for each in found if each.centred is not None]
 
 
 def _recompute_dynamics(
@@ -168,10 +191,16 @@ def _recompute_dynamics(
 
 
 def _with_new_dynamics(path: Path) -> dict[str, Any]:
-    """The content of a projection file with recomputed dynamics; the earlier ones may be invalid."""
+    """The content of a projection file with recomputed dynamics; the earlier ones may be invalid.
+
+    What random directions did is kept only where it was measured by the same definitions.
+    """
     content = read_json(path)
     others = (
         {key: value for key, value in content.items() if key != "dynamics"} if isinstance(content, dict) else content
     )
-    dynamics = dynamics_of_file(ProjectionFile.parse(others, path)).to_json()
-    return {**content, "dynamics": dynamics}
+    checked = ProjectionFile.parse(others, path)
+    metadata = {**content["metadata"], "definitions": DEFINITIONS}
+    if checked.metadata.definitions != DEFINITIONS:
+        metadata.pop("chance", None)
+    return {**content, "dynamics": dynamics_of_file(checked).to_json(), "metadata": metadata}

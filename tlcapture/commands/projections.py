@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,18 @@ from typing import Any
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.provenance import now
 from tlcapture.commands.capture_records import CaptureRecord
+from tlcapture.errors import StorageError
 from tlcapture.names import PromptId, Trait
 from tlcapture.runs.existing_files import check_replaceable, is_readable
 from tlcapture.runs.run import Run
 from tlcapture.storage.files import read_json, write_json
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.chance import RandomDirections
 from tlcapture.traits.choice import ChosenVector, ChosenVectors, VectorChoice, VectorChooser
-from tlcapture.traits.projection import Projection, project
+from tlcapture.traits.mean_activations import mean_activation
+from tlcapture.traits.projection import Centred, Projection, project
+from tlcapture.traits.reference import Reference, read_reference
+from tlcapture.traits.rises import DEFINITIONS
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import TraitVector
 
@@ -84,12 +89,47 @@ def _report(run: Run, chosen: ChosenVectors) -> None:
     _warn_together([(each.vector.trait, each.selection.warning) for each in chosen.vectors], run)
 
 
+@dataclass
+class ChanceLevels:
+    """The random directions to compare a capture with: one set for each experiment of vectors and component."""
+
+    run: Run
+    _made: dict[Hashable, RandomDirections] = field(default_factory=dict)
+
+    def of(self, capture: Capture, chosen: Sequence[ChosenVector]) -> RandomDirections | None:
+        """The directions for a capture and the vectors that it is projected onto; `None` without vectors."""
+        if not chosen:
+            return None
+        vector, stream = chosen[0].vector, capture.prompt.residual
+        shape = stream.n_layers, stream.points.shape[-1]
+        key = (vector.experiment, vector.component, shape)
+        if key not in self._made:
+            self._made[key] = RandomDirections(self._reference(vector, shape), *shape)
+        return self._made[key]
+
+    def _reference(self, vector: TraitVector, shape: tuple[int, int]) -> Reference | None:
+        try:
+            reference = read_reference(Layout(self.run.layout.root, vector.experiment), vector.component)
+        except StorageError as error:
+            self.run.warn(str(error))
+            return None
+        return reference if reference is not None and reference.fits(*shape) else None
+
+
 def project_capture(
-    run: Run, capture: Capture, chosen: Sequence[ChosenVector], *, only: bool = False, overwrite: bool = False
+    run: Run,
+    capture: Capture,
+    chosen: Sequence[ChosenVector],
+    levels: ChanceLevels,
+    *,
+    only: bool = False,
+    centred: bool = False,
+    overwrite: bool = False,
 ) -> list[Projection]:
     """Project a capture onto vectors and write a file for each; returns the projections.
 
-    Where `only` projections are kept, the files hold the capture's metadata too.
+    Where `only` projections are kept, the files hold the capture's metadata too. If `centred`, the mean activation of
+    each vector's training examples is subtracted first.
 
     Raises:
         StorageError: a file to be replaced cannot be read, and `overwrite` is not set; none was written.
@@ -98,7 +138,9 @@ def project_capture(
     for each in chosen:
         check_replaceable(layout, _path(layout, capture, each.vector), overwrite=overwrite)
     pairs = [(each.vector, each.selection) for each in chosen]
-    projections = project(capture.prompt.residual, capture.response.residual, pairs)
+    prompt, response = capture.prompt.residual, capture.response.residual
+    centre = partial(mean_activation, layout.root) if centred else None
+    projections = project(prompt, response, pairs, random=levels.of(capture, chosen), centre=centre)
     notes = [each.notes(capture.metadata) for each in chosen]
     doubts = [(each.vector.trait, note) for each, found in zip(chosen, notes, strict=True) for note in found]
     _warn_together(doubts, run)
@@ -113,6 +155,17 @@ def project_capture(
 
 def _path(layout: Layout, capture: Capture, vector: TraitVector) -> Path:
     return layout.projection(vector.trait, vector.component, capture.prompt_set, capture.prompt_id)
+
+
+def massive_line(centred: Sequence[tuple[Trait, Centred]]) -> str:
+    """What massive dimensions carry of the variance of centred projections, the mean by trait, as a line of text."""
+    by_trait: dict[str, list[float]] = {}
+    for trait, found in centred:
+        by_trait.setdefault(str(trait), []).append(found.variance_share)
+    shares = [f"{trait} {sum(found) / len(found):.0%}" for trait, found in by_trait.items()]
+    dimensions = sorted({number for _, found in centred for number in found.massive_dimensions})
+    named = ", ".join(map(str, dimensions[:8])) + (", ..." if len(dimensions) > 8 else "")
+    return f"massive dimensions ({named or 'none'}) carry of the variance: {', '.join(shares)}"
 
 
 def _warn_together(doubts: Iterable[tuple[Trait, str | None]], run: Run) -> None:
@@ -136,8 +189,13 @@ def _file_content(layout: Layout, capture: Capture, projection: Projection, note
         "vector_source": projection.source(),
         "layers": projection.layers,
         "sublayers": projection.sublayers,
+        "definitions": DEFINITIONS,
         "projection_date": now(),
     }
+    if projection.chance is not None:
+        metadata["chance"] = projection.chance.to_json()
+    if projection.centred is not None:
+        metadata["centered"] = projection.centred.to_json()
     if notes:
         metadata["warnings"] = notes
     heads = {

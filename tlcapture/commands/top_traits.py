@@ -1,38 +1,86 @@
-"""The summary of a projected prompt set: for each prompt, the trait that rose most and where it committed."""
+"""The summary of a projected prompt set: for each prompt, the trait that rose most, if it rose more than chance."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, pstdev
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tlcapture.errors import StorageError
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.change_points import LEVEL
 from tlcapture.traits.projection_files import ProjectionFile
+from tlcapture.traits.rises import DEFINITIONS
 from tlcapture.traits.saved_projections import projection_paths
 
 FEWEST_TO_COMPARE = 3
 
+_Values = NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class TopTrait:
-    """The trait that rose most in a prompt's response.
+    """The trait that rose most in a prompt's response, and the chance level of its rise.
 
-    `rise` starts as the mean of the trajectory over the response minus its mean over the prompt (without the first
-    token, an attention sink). It is standardised over the prompt set, and so measures how far the prompt stands
-    out. For a set of fewer than three prompts it is in standard deviations of the trajectory instead.
+    A rise is the mean of the trajectory over the response less its mean over the prompt (without the first token, an
+    attention sink), in standard deviations: over the prompt set, so that it measures how far the prompt stands out;
+    for a set of fewer than three prompts, over the reference prompts.
+
+    Attributes:
+        chance: what the largest of as many random directions as there are traits stays below in 95 % of 200 draws;
+            `None` where that was not measured.
+        commitment_point, token: where it commits; `None` where it does not, or random directions do as clearly.
+        calibrated: the mean of the response on the scale of the vector's examples; `None` where that is unknown.
     """
 
     prompt_id: str
     trait: str
     rise: float
+    chance: float | None
     commitment_point: int | None
     token: str | None
+    calibrated: float | None
     response: str
 
+    @property
+    def stands_out(self) -> bool:
+        """Whether the trait rose more than the largest of random directions does in 95 % of draws."""
+        return self.chance is not None and self.rise > self.chance
 
-def top_traits(layout: Layout, prompt_set: str, component: str = "residual") -> list[TopTrait]:
-    """The trait that rose most in each prompt of a set that has projections."""
+
+@dataclass(frozen=True)
+class Findings:
+    """How many projections commit and persist, and how many random directions on the same captures.
+
+    Attributes:
+        n_projections: those with dynamics of the present definitions and a chance level.
+        commit, persist: how many of them do.
+        clearly_commit, clearly_persist: how many do more clearly than 95 % of random directions.
+        random_commit, random_persist: the shares of random directions that do.
+    """
+
+    n_projections: int
+    commit: int
+    persist: int
+    clearly_commit: int
+    clearly_persist: int
+    random_commit: float
+    random_persist: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What stands out in a projected prompt set."""
+
+    tops: Sequence[TopTrait]
+    findings: Findings | None
+
+
+def summary_of(layout: Layout, prompt_set: str, component: str = "residual") -> Summary:
+    """The trait that rose most in each prompt of a set that has projections, and how many commit and persist."""
     by_trait: dict[str, dict[str, ProjectionFile]] = {}
     for prompt_id in layout.prompt_ids(prompt_set):
         for path in projection_paths(layout, prompt_set, prompt_id, component):
@@ -44,9 +92,17 @@ def top_traits(layout: Layout, prompt_set: str, component: str = "residual") -> 
     for prompt_id in layout.prompt_ids(prompt_set):
         candidates = {trait: values[prompt_id] for trait, values in rises.items() if prompt_id in values}
         if candidates:
-            top = max(candidates, key=lambda name: candidates[name])
-            tops.append(_top(prompt_id, top, candidates[top], by_trait[top][prompt_id]))
-    return tops
+            top = max(candidates, key=lambda name: candidates[name].own)
+            tops.append(_top(prompt_id, top, candidates, by_trait[top][prompt_id]))
+    return Summary(tops, _findings([each for contents in by_trait.values() for each in contents.values()]))
+
+
+@dataclass(frozen=True)
+class _Rise:
+    """A standardised rise, and those of random directions at the same layer, in the order of the draws."""
+
+    own: float
+    random: _Values | None
 
 
 def _read(path: Path) -> ProjectionFile | None:
@@ -58,21 +114,74 @@ def _read(path: Path) -> ProjectionFile | None:
     return content if content.dynamics is not None else None
 
 
-def _rises(contents: dict[str, ProjectionFile]) -> dict[str, float]:
-    raw, spread = {}, {}
+def _rises(contents: Mapping[str, ProjectionFile]) -> dict[str, _Rise]:
+    """A trait's rise in each prompt of a set."""
+    raw: dict[str, float] = {}
     for prompt_id, content in contents.items():
         prompt, response = content.trajectory
-        before = prompt[1:]
-        if before and response:
-            raw[prompt_id] = mean(response) - mean(before)
-            spread[prompt_id] = pstdev([*before, *response])
+        if prompt[1:] and response:
+            raw[prompt_id] = float(np.mean(response) - np.mean(prompt[1:]))
     if len(raw) < FEWEST_TO_COMPARE:
-        return {prompt_id: rise / (spread[prompt_id] or 1.0) for prompt_id, rise in raw.items()}
-    centre, scale = mean(raw.values()), pstdev(raw.values()) or 1.0
-    return {prompt_id: (rise - centre) / scale for prompt_id, rise in raw.items()}
+        return {prompt_id: _against_reference(rise, contents[prompt_id]) for prompt_id, rise in raw.items()}
+    own = _standardised(np.array(list(raw.values())))
+    chances = [contents[prompt_id].metadata.chance for prompt_id in raw]
+    is_comparable = len({None if each is None else (each.directions, each.n_directions) for each in chances}) == 1
+    random = _standardised(np.array([each.rises for each in chances if each])) if is_comparable and chances[0] else None
+    return {
+        prompt_id: _Rise(float(own[row]), None if random is None else random[row]) for row, prompt_id in enumerate(raw)
+    }
 
 
-def _top(prompt_id: str, trait: str, rise: float, content: ProjectionFile) -> TopTrait:
-    point = content.dynamics.commitment_point if content.dynamics else None
+def _against_reference(rise: float, content: ProjectionFile) -> _Rise:
+    """A rise in deviations over the reference prompts, or where there are none, of the trajectory along its tokens."""
+    chance = content.metadata.chance
+    if chance is None or chance.reference_rises is None or chance.standardised_rises is None:
+        prompt, response = content.trajectory
+        return _Rise(rise / (float(np.std([*prompt[1:], *response])) or 1.0), None)
+    reference = chance.reference_rises
+    return _Rise((rise - reference.mean) / reference.sd, np.array(chance.standardised_rises))
+
+
+def _standardised(values: _Values) -> _Values:
+    """Standard scores over the first axis; 0 where all are equal."""
+    deviation = values.std(axis=0)
+    return np.asarray((values - values.mean(axis=0)) / np.where(deviation > 0, deviation, 1.0))
+
+
+def _top(prompt_id: str, trait: str, candidates: Mapping[str, _Rise], content: ProjectionFile) -> TopTrait:
+    random = [each.random for each in candidates.values() if each.random is not None]
+    is_known = len(random) == len(candidates) and len({len(each) for each in random}) == 1
+    chance = float(np.quantile(np.max(random, axis=0), 1 - LEVEL)) if is_known else None
+    point = content.dynamics.commitment_point if content.dynamics and _is_clear(content, "commitment") else None
     token = None if point is None else content.tokens[point]
-    return TopTrait(prompt_id, trait, rise, point, token, content.response.text)
+    scale, response = content.calibration, content.trajectory[1]
+    calibrated = None if scale is None else float(scale.calibrated(np.mean(response)))
+    own = candidates[trait].own
+    return TopTrait(prompt_id, trait, own, chance, point, token, calibrated, content.response.text)
+
+
+def _is_clear(content: ProjectionFile, statistic: str) -> bool:
+    """Whether a commitment or a persistence is clearer than in 95 % of random directions; if unknown, it is not."""
+    chance = content.metadata.chance
+    share = None if chance is None else getattr(chance, statistic)
+    return share is not None and share <= LEVEL and content.metadata.definitions == DEFINITIONS
+
+
+def _findings(contents: Sequence[ProjectionFile]) -> Findings | None:
+    known = [each for each in contents if each.metadata.definitions == DEFINITIONS and each.metadata.chance is not None]
+    dynamics = [each.dynamics for each in known if each.dynamics is not None]
+    if not known:
+        return None
+    commit = [each.commitment_point is not None for each in dynamics]
+    persist = [each.persistence is not None for each in dynamics]
+    chances = [each.metadata.chance for each in known if each.metadata.chance is not None]
+    n_random = sum(each.n_directions for each in chances)
+    return Findings(
+        len(known),
+        sum(commit),
+        sum(persist),
+        sum(found and _is_clear(each, "commitment") for each, found in zip(known, commit, strict=True)),
+        sum(found and _is_clear(each, "persistence") for each, found in zip(known, persist, strict=True)),
+        sum(each.commit for each in chances) / n_random,
+        sum(each.persist for each in chances) / n_random,
+    )

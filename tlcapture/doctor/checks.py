@@ -25,6 +25,7 @@ from tlcapture.models.loading import Model
 from tlcapture.prompts.chat_template import stop_ids
 from tlcapture.prompts.tokenization import TokenizedPrompt, bos_policy, tokenize
 from tlcapture.text import as_ranges
+from tlcapture.traits.massive_dimensions import massive_dimensions, norm_share
 from tlcapture.views.attention import attention_hooks
 from tlcapture.views.hooks import hook
 from tlcapture.views.residual import residual_hooks, residual_view
@@ -36,6 +37,7 @@ TEXTS = (
     "What would a sailor who reads the book a hundred years later learn from it?",
 )
 NEW_TOKENS = 4
+_MOST_NAMED = 6  # massive dimensions
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,26 @@ def check_range(model: Model, prompts: Sequence[TokenizedPrompt]) -> Check:
     if share > 0.5:
         return Check("range", WARNING, f"{detail}: other prompts may exceed it")
     return Check("range", OK, detail)
+
+
+def check_massive_dimensions(model: Model, prompts: Sequence[TokenizedPrompt]) -> Check:
+    """Name the massive dimensions of the residual stream after each layer; having some is not a fault."""
+    hooks = [hook("residual_out", layer) for layer in range(model.n_layers)]
+    cache = teacher_force(model, max(prompts, key=_length).token_ids, hooks)
+    tokens = [cache[name].float().cpu() for name in hooks]
+    layers_of: dict[int, list[int]] = {}
+    for layer, activations in enumerate(tokens):
+        for dimension in massive_dimensions(activations):
+            layers_of.setdefault(dimension, []).append(layer)
+    if not layers_of:
+        return Check("massive", OK, "none")
+    common = sorted(layers_of, key=lambda dimension: (-len(layers_of[dimension]), dimension))
+    named = ", ".join(f"{each} (layers {as_ranges(layers_of[each])})" for each in common[:_MOST_NAMED])
+    more = f" and {len(common) - _MOST_NAMED} more" if len(common) > _MOST_NAMED else ""
+    middle = model.n_layers // 2
+    share = norm_share(tokens[middle], massive_dimensions(tokens[middle]))
+    detail = f"{named}{more}; after layer {middle} they carry {share:.0%} of the squared norm"
+    return Check("massive", OK, f"{detail}: see project --centered")
 
 
 def _forced(model: Model, run: ReferenceRun, hooks: Sequence[str]) -> dict[str, Tensor]:

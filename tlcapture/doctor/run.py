@@ -37,6 +37,7 @@ def check_model(model: Model, runs: Sequence[ReferenceRun]) -> Iterator[Check]:
     yield guarded("captured", checks.check_recomputed, model, prompts)
     yield guarded("soft caps", checks.check_soft_caps, model, runs)
     yield guarded("range", checks.check_range, model, prompts)
+    yield guarded("massive", checks.check_massive_dimensions, model, prompts)
 
 
 def _reference_runs(load: ModelLoader) -> list[ReferenceRun]:

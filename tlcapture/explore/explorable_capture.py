@@ -283,7 +283,9 @@ class ExplorableCapture(ABC):
     def _with_tokens(self, projection: Projection) -> TokenScores:
         import torch
 
-        capture, dynamics = self._captured, projection.dynamics
+        from tlcapture.traits.calibration import Calibration, CalibrationRecord
+
+        capture, dynamics, calibration = self._captured, projection.dynamics, projection.calibration
         return TokenScores(
             prompt_set=capture.prompt_set,
             prompt_id=capture.prompt_id,
@@ -298,4 +300,5 @@ class ExplorableCapture(ABC):
             layers=projection.layers,
             commitment_point=dynamics.commitment_point,
             persistence=dynamics.persistence,
+            calibration=None if calibration is None else Calibration.of_record(CalibrationRecord(**calibration)),
         )

@@ -23,26 +23,40 @@ from tlcapture.text import printable
 from tlcapture.traits.token_scores import TokenScores
 
 _COLOURS = plotly.colors.qualitative.D3
+CALIBRATED = "projection: negative examples at 0, positive at 1"
 _MOST_LABELS = 80  # tick labels on a token axis; longer texts label every second, third, ... token
 
 
-def trajectory_figure(projections: Sequence[TokenScores]) -> OfflineFigure:
+def trajectory_figure(projections: Sequence[TokenScores], *, calibrated: bool = True) -> OfflineFigure:
     """Trajectories of one capture over its tokens, one line per trait.
 
-    A diamond marks the commitment point, the thick segment persistence (starting at the peak of `|s|`), and the
-    dashed line the start of the response. Raises `InputError` if `projections` is empty.
+    A diamond marks the commitment point, the thick segment persistence (starting at the peak of the smoothed response),
+    and the dashed line the start of the response. If `calibrated`, and all vectors have a calibration, the negative
+    examples are at 0 and the positive ones at 1, with a dotted line halfway. Raises `InputError` if `projections` is
+    empty.
     """
     if not projections:
         raise InputError("no trait to draw: name one that has vectors")
     first = projections[0]
     figure = _over_tokens(first.tokens, first.n_prompt_tokens, f"{first.prompt_set}/{first.prompt_id}")
-    for trace_index, projection in enumerate(projections):
-        _add_trajectory(figure, projection, _COLOURS[trace_index % len(_COLOURS)])
-    sinks = ", ".join(f"{projection.trajectory[0]:+.4g}" for projection in projections[:3])
+    is_calibrated = calibrated and all(each.calibration is not None for each in projections)
+    lines = [drawn_trajectory(each, calibrated=is_calibrated) for each in projections]
+    for trace_index, (projection, line) in enumerate(zip(projections, lines, strict=True)):
+        _add_trajectory(figure, projection, line, _COLOURS[trace_index % len(_COLOURS)])
+    sinks = ", ".join(f"{line[0]:+.4g}" for line in lines[:3])
     sinks += ", ..." if len(projections) > 3 else ""
     _note(figure, f"token 0, an attention sink, is off the scale: {sinks}")
     figure.update_yaxes(title_text="projection", zeroline=True, zerolinecolor="#999999")
+    if is_calibrated:
+        figure.update_yaxes(title_text=CALIBRATED)
+        figure.add_hline(y=0.5, line_dash="dot", line_color="#999999")
     return figure
+
+
+def drawn_trajectory(projection: TokenScores, *, calibrated: bool) -> NDArray[np.float64]:
+    """A copy of a trajectory, on the scale of the vector's examples if `calibrated` and there is one."""
+    found = projection.calibrated if calibrated else None
+    return projection.trajectory.copy() if found is None else found
 
 
 def layers_figure(projection: TokenScores, point: str | None = None) -> OfflineFigure:
@@ -160,8 +174,8 @@ def _over_tokens(tokens: Sequence[str], n_prompt_tokens: int, title: str) -> Off
     return figure
 
 
-def _add_trajectory(figure: OfflineFigure, projection: TokenScores, colour: str) -> None:
-    scores: NDArray[np.float64] = projection.trajectory.copy()
+def _add_trajectory(figure: OfflineFigure, projection: TokenScores, line: NDArray[np.float64], colour: str) -> None:
+    scores = line.copy()
     scores[0] = np.nan
     name = plotly_text(f"{projection.trait} (layer {projection.layer})")
     common: dict[str, Any] = {
@@ -172,7 +186,7 @@ def _add_trajectory(figure: OfflineFigure, projection: TokenScores, colour: str)
     whole = {"mode": "lines+markers", "line": {"color": colour, "width": 1.5}, "marker": {"size": 4}}
     figure.add_trace(go.Scatter(x=np.arange(len(scores)), y=scores, name=name, **whole, **common))
     if projection.peak is not None:
-        span = slice(projection.peak, projection.peak + projection.persistence + 1)
+        span = slice(projection.peak, projection.peak + (projection.persistence or 0))
         figure.add_trace(
             go.Scatter(
                 x=np.arange(len(scores))[span],

@@ -9,8 +9,10 @@
 | `trait` | `category/name` |
 | `layer` | the layer whose activation was projected |
 | `score` | the projection `h . v / ||v||`, `h` being `residual_out` (or `attn_out`) of that layer |
+| `calibrated` | the score with the negative examples' mean at 0 and the positive ones' at 1; NaN where unknown |
 
-A trait has one vector, of one layer; rows of other layers project their activations onto that vector.
+A trait has one vector, of one layer; rows of other layers project their activations onto that vector. Its examples
+were read out at its own layer, so rows of other layers have no `calibrated` score.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from operator import index
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tlcapture.errors import InputError
 from tlcapture.traits.token_scores import TokenScores
@@ -27,7 +30,7 @@ from tlcapture.traits.token_scores import TokenScores
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-COLUMNS = ("prompt_id", "token_idx", "token", "part", "trait", "layer", "score")
+COLUMNS = ("prompt_id", "token_idx", "token", "part", "trait", "layer", "score", "calibrated")
 
 Layers = str | SupportsIndex | Iterable[SupportsIndex]
 
@@ -56,11 +59,17 @@ def tidy_frame(projections: Sequence[TokenScores], layers: Layers = "own") -> Da
                     "trait": [projection.trait] * n_tokens,
                     "layer": [layer] * n_tokens,
                     "score": projection.at(layer).tolist(),
+                    "calibrated": _calibrated(projection, layer).tolist(),
                 }
             )
     columns = {name: [value for piece in pieces for value in piece[name]] for name in COLUMNS}
-    kinds = {"token_idx": "int64", "layer": "int64", "score": "float64"}
+    kinds = {"token_idx": "int64", "layer": "int64", "score": "float64", "calibrated": "float64"}
     return pandas.DataFrame(columns).astype(kinds)
+
+
+def _calibrated(projection: TokenScores, layer: int) -> NDArray[np.float64]:
+    found = projection.calibrated if layer == projection.layer else None
+    return np.full(len(projection.tokens), np.nan) if found is None else found
 
 
 def _chosen(projection: TokenScores, layers: Layers) -> list[int]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from os.path import lexists
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 
 from tlcapture.errors import InputError, StorageError, TlcaptureError
@@ -24,6 +25,7 @@ from tlcapture.page.trait_contents import vectors_of
 from tlcapture.prompts.prompt_sets import Prompt, read_prompt_set
 from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.traits.projection_files import ProjectionFile
+from tlcapture.traits.rises import DEFINITIONS, peak_of
 from tlcapture.views.hooks import COMPONENTS
 from tlcapture.views.json_files import AttentionEntry, AttentionHead, LensEntry, LensHead, LensOverview, PerTokenHead
 
@@ -176,17 +178,22 @@ class Contents:
     def average(self, experiment: str, prompt_set: str, category: str, name: str, component: str) -> dict[str, Any]:
         """Mean and standard deviation of a prompt set's trajectories, aligned at the first response token."""
         layout, trait = self._layout(experiment), Trait.parse(f"{category}/{name}")
-        trajectories, problems = [], []
+        trajectories, scales, problems = [], [], []
         for prompt_id in layout.prompt_ids(prompt_set):
             path = layout.projection(trait, _component(component), prompt_set, prompt_id)
             if path.is_file():
                 try:
-                    trajectories.append(ProjectionFile.read(path).trajectory)
+                    content = ProjectionFile.read(path)
+                    trajectories.append(content.trajectory)
+                    scales.append(content.calibration)
                 except StorageError as error:
                     problems.append(self.problem(error))
         if not trajectories:
             raise missing.projections(layout, prompt_set)
-        return {**average_trajectory(trajectories), "problems": problems}
+        # Captures that are projected onto different vectors have no scale in common.
+        scale = scales[0] if all(each == scales[0] for each in scales) else None
+        calibration = None if scale is None else asdict(scale)
+        return {**average_trajectory(trajectories), "calibration": calibration, "problems": problems}
 
     def vectors(self, experiment: str, category: str, name: str) -> dict[str, Any]:
         """A trait's vectors with the selected one, their evaluation and steering results."""
@@ -264,15 +271,30 @@ def _projection(layout: Layout, path: Path, content: ProjectionFile) -> dict[str
     dynamics = content.dynamics
     if dynamics is None or dynamics.velocity is None or dynamics.acceleration is None:
         raise StorageError(f"{path}: its dynamics are incomplete: run 'tlcapture project --dynamics-only'")
+    scale, is_current = content.calibration, content.metadata.definitions == DEFINITIONS
+    warnings = list(content.metadata.warnings)
+    if not is_current:
+        warnings.append("its dynamics follow earlier definitions: run 'tlcapture project --dynamics-only'")
+    has_peak = is_current and dynamics.persistence is not None
+    trajectory = [*prompt, *response]
     return {
         "trait": str(trait),
         "component": component,
-        "trajectory": [*prompt, *response],
+        "trajectory": trajectory,
         "dynamics": dynamics.model_dump(exclude_unset=True),
+        "peak": peak_of(np.array(trajectory), len(prompt)) if has_peak else None,
+        "calibration": None if scale is None else asdict(scale),
+        "chance": _chance(content),
         "vector": content.metadata.vector_source.model_dump(exclude_unset=True),
         "model": content.metadata.inference_model,
-        "warnings": content.metadata.warnings,
+        "warnings": warnings,
     }
+
+
+def _chance(content: ProjectionFile) -> dict[str, Any] | None:
+    """How many random directions commit and persist on the same capture, and which share does as clearly."""
+    names = ("n_directions", "commit", "persist", "commitment", "persistence")
+    return None if content.metadata.chance is None else {name: getattr(content.metadata.chance, name) for name in names}
 
 
 def _head(head: PerTokenHead) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 
 from tlcapture.captures.from_generation import capture_of
 from tlcapture.commands.capture_outputs import Outputs, add_ons, write_capture
-from tlcapture.commands.projections import project_capture
+from tlcapture.commands.projections import ChanceLevels, project_capture
 from tlcapture.generation.checkpoint_sampling import sampling_for
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Generation
@@ -88,6 +88,7 @@ def _capture(
 ) -> int:
     """Capture prompts and write the workload's files; returns the number of new tokens."""
     options, run, n_new = workload.options, Run.silent(layout), 0
+    levels = ChanceLevels(run)
     wanted, sampling = options.outputs(model.n_layers), sampling_for(options.sampling, model)
     for outcome in generate(
         model,
@@ -111,7 +112,7 @@ def _capture(
         )
         if wanted.raw:
             write_capture(layout, capture)
-        project_capture(run, capture, chosen)
+        project_capture(run, capture, chosen, levels)
         for write in add_ons(
             layout, capture, wanted, model, outcome.cache, residual_cache=outcome.cache, save_dtype=options.save_dtype
         ):

@@ -283,6 +283,11 @@ class Layout:
         """The evaluation file of the experiment's vectors."""
         return self.own(self.folder / "extraction" / "extraction_evaluation.json")
 
+    def reference(self, component: str) -> Path:
+        """The mean activations on the packaged prompts, of a component, beside the vectors."""
+        name = "reference.pt" if component == "residual" else f"{component}_reference.pt"
+        return self.own(self.folder / "extraction" / name)
+
     def steering(self, trait: Trait) -> Path:
         """The steering results of a trait."""
         return self.own(self.folder / "steering" / trait.category / trait.name / "results.json")

@@ -28,7 +28,7 @@ class VectorChoice:
     """Which vectors are asked for.
 
     Attributes:
-        layer: a layer; `auto`, the selected one; or `default`, the fallback whatever the scores are.
+        layer: a layer, or `auto`, the selected one.
         method: only vectors by this method.
         experiment: the experiment to take vectors from, where it is not the capture's own.
         traits: all traits with vectors where none is named.

@@ -1,32 +1,32 @@
-"""How a trait moves along a response: velocity, commitment, persistence.
+"""How a trait moves along a response: velocity, commitment, persistence, each beside its chance level.
 
 Let `s[t]` be the trajectory: the projection at the vector's own layer over prompt and response tokens
-as one sequence. Indices count over the whole sequence.
+as one sequence. Indices count over the whole sequence. `change_points` and `rises` have the definitions and sources.
 
 The first token of a sequence is an attention sink: its activations, and so its projection, can be a
 hundred times those of all other tokens whatever the text (Xiao et al., "Efficient Streaming Language
 Models with Attention Sinks", 2023; Sun et al., "Massive Activations in Large Language Models", 2024).
-The peaks below leave it out; velocity and acceleration include all tokens.
+Every statistic leaves it out; velocity and acceleration include all tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tlcapture.errors import NumericalError
 from tlcapture.shapes import Trajectory
-from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant
+from tlcapture.storage.rounding import PROBABILITY_DIGITS, PROJECTION_DIGITS, round_significant
+from tlcapture.traits.change_points import LEVEL, SHORTEST, ChangePoints, Values, change_points
+from tlcapture.traits.rises import Rises, rises
 
-_Values = NDArray[np.float64]
-
-_SHORTEST_RESPONSE = 4
+Trajectories = Float[Tensor, "n_trajectories n_tokens"]
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,21 @@ class Dynamics:
     Attributes:
         velocity: `s[t+1] - s[t]`, one value fewer than tokens, in units of the projection per token.
         acceleration: the difference of the velocity, one value fewer again.
-        peak_velocity: the largest `|velocity|` after the first token; 0 for fewer than three tokens.
-        commitment_point: index of the first response token from which the trajectory stays in its final band;
-            `None` if it does not settle, and for fewer than four response tokens.
-        persistence: how many tokens directly after the peak of `|s|` (the first token left out) stay at or
-            above half of it.
+        peak_velocity: the largest `|velocity|` of a step into the response or within it; 0 without such a step.
+        commitment_point: index of the response token at which the trajectory changes its level; `None` where series
+            without a change have one as clear in more than 5 %, and for fewer than eight response tokens.
+        commitment_shift: the mean of the response from its best change point on less the mean before; `None` for
+            fewer than eight response tokens.
+        commitment_p: how often series without a change have one as clear; `None` as above.
+        persistence: how many tokens from the peak of the smoothed response on, itself counted, stay at or above the
+            baseline plus half of the peak's rise; `None` where the rise is within chance.
     """
 
     commitment_point: int | None
+    commitment_shift: float | None
+    commitment_p: float | None
     peak_velocity: float
-    persistence: int
+    persistence: int | None
     velocity: Float[Tensor, " n_velocities"]
     acceleration: Float[Tensor, " n_accelerations"]
 
@@ -53,7 +58,9 @@ class Dynamics:
         """The key `dynamics` of a projection file, rounded to 6 significant digits."""
         return {
             "commitment_point": self.commitment_point,
-            "peak_velocity": float(round_significant(self.peak_velocity, PROJECTION_DIGITS)),
+            "commitment_shift": _rounded(self.commitment_shift, PROJECTION_DIGITS),
+            "commitment_p": _rounded(self.commitment_p, PROBABILITY_DIGITS),
+            "peak_velocity": _rounded(self.peak_velocity, PROJECTION_DIGITS),
             "persistence": self.persistence,
             "velocity": round_significant(self.velocity.numpy(), PROJECTION_DIGITS),
             "acceleration": round_significant(self.acceleration.numpy(), PROJECTION_DIGITS),
@@ -65,38 +72,67 @@ def dynamics(trajectory: Trajectory, n_prompt_tokens: int) -> Dynamics:
 
     Raises `NumericalError` for NaN or inf.
     """
-    values = trajectory.double().numpy(force=True)  # for so few numbers NumPy is faster than torch
-    if not np.isfinite(values).all():
-        raise NumericalError("the trajectory holds NaN or inf")
-    velocity = np.diff(values)
-    return Dynamics(
-        commitment_point=_commitment_point(values[n_prompt_tokens:], n_prompt_tokens),
-        peak_velocity=float(np.abs(velocity[1:]).max(initial=0.0)),
-        persistence=_persistence(values[1:]),
-        velocity=torch.from_numpy(velocity),
-        acceleration=torch.from_numpy(np.diff(velocity)),
-    )
+    return Motion.of(trajectory.unsqueeze(0), n_prompt_tokens).dynamics()[0]
 
 
-def _commitment_point(response: _Values, offset: int) -> int | None:
-    """The settling time: where the response enters, and does not leave again, a band of a quarter of its range
-    around the mean of its last quarter."""
-    if len(response) < _SHORTEST_RESPONSE:
-        return None
-    last = response[-(len(response) // 4) :]
-    final = last.mean().clip(last.min(), last.max())  # rounding may move the mean of equal numbers away from them
-    band = (response.max() - response.min()) / 4
-    outside = np.flatnonzero(np.abs(response - final) > band)
-    if not len(outside):
-        return offset
-    settled = int(outside[-1]) + 1
-    return offset + settled if settled < len(response) else None
+@dataclass(frozen=True)
+class Motion:
+    """The change points and rises of several trajectories `[n_trajectories, n_tokens]` of one capture.
+
+    `changes` are `None` for responses of fewer than eight tokens, `rises` without a response or a baseline.
+    """
+
+    values: Values
+    n_prompt_tokens: int
+    changes: ChangePoints | None
+    rises: Rises | None
+
+    @classmethod
+    def of(cls, trajectories: Trajectories, n_prompt_tokens: int, **settings: int) -> Motion:
+        """Find them, with `n_permutations` among the settings of `rises`; raises `NumericalError` for NaN or inf."""
+        values = trajectories.double().numpy(force=True)  # for so few numbers NumPy is faster than torch
+        if not np.isfinite(values).all():
+            raise NumericalError("the trajectory holds NaN or inf")
+        response = values[:, max(1, n_prompt_tokens) :]
+        has_rise = n_prompt_tokens >= 2 and response.shape[1] > 0
+        return cls(
+            values,
+            n_prompt_tokens,
+            change_points(response) if response.shape[1] >= SHORTEST else None,
+            rises(values, n_prompt_tokens, **settings) if has_rise else None,
+        )
+
+    def dynamics(self) -> Sequence[Dynamics]:
+        """The dynamics of each trajectory."""
+        return [self._dynamics_of(row) for row in range(len(self.values))]
+
+    @property
+    def commits(self) -> Any:
+        """Which trajectories have a change point that chance does not explain, `[n_trajectories]`."""
+        return self._none if self.changes is None else self.changes.p <= LEVEL
+
+    @property
+    def persists(self) -> Any:
+        """Which trajectories rise further than chance does, `[n_trajectories]`."""
+        return self._none if self.rises is None else self.rises.is_beyond_chance
+
+    @property
+    def _none(self) -> Any:
+        return np.zeros(len(self.values), dtype=bool)
+
+    def _dynamics_of(self, row: int) -> Dynamics:
+        velocity = np.diff(self.values[row])
+        changes, begins = self.changes, max(1, self.n_prompt_tokens)
+        return Dynamics(
+            commitment_point=begins + int(changes.index[row]) if changes and self.commits[row] else None,
+            commitment_shift=float(changes.shift[row]) if changes else None,
+            commitment_p=float(changes.p[row]) if changes else None,
+            peak_velocity=float(np.abs(velocity[max(1, self.n_prompt_tokens - 1) :]).max(initial=0.0)),
+            persistence=int(self.rises.persistence[row]) if self.rises and self.persists[row] else None,
+            velocity=torch.from_numpy(velocity),
+            acceleration=torch.from_numpy(np.diff(velocity)),
+        )
 
 
-def _persistence(values: _Values) -> int:
-    if not len(values):
-        return 0
-    size = np.abs(values)
-    peak = int(size.argmax())
-    below = np.flatnonzero(size[peak + 1 :] < size[peak] / 2)
-    return int(below[0]) if len(below) else len(size) - peak - 1
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else float(round_significant(value, digits))

@@ -8,7 +8,7 @@ Engineering" (2023), and Chen et al., "Persona Vectors" (2025).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -19,10 +19,13 @@ from torch import Tensor
 
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError, NumericalError, VectorError
-from tlcapture.shapes import Trajectory, Vectors
-from tlcapture.storage.rounding import PROJECTION_DIGITS, rounded_for_json
+from tlcapture.shapes import Trajectory, Vector, Vectors
+from tlcapture.storage.rounding import PROBABILITY_DIGITS, PROJECTION_DIGITS, round_significant, rounded_for_json
 from tlcapture.text import as_ranges
-from tlcapture.traits.dynamics import Dynamics, dynamics
+from tlcapture.traits.calibration import recorded_calibration, shifted
+from tlcapture.traits.chance import ChanceLevel, RandomDirections
+from tlcapture.traits.dynamics import Dynamics, Motion, dynamics
+from tlcapture.traits.massive_dimensions import massive_share
 from tlcapture.traits.origin import recorded_origin
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.selection import Selection
@@ -36,14 +39,38 @@ PromptScores = Float[Tensor, "n_prompt_tokens n_layers n_sublayers"]
 ResponseScores = Float[Tensor, "n_response_tokens n_layers n_sublayers"]
 
 
+@dataclass(frozen=True)
+class Centred:
+    """What was subtracted from the scores of a projection, and what its massive dimensions carry.
+
+    Attributes:
+        offset: the projection of the mean activation of the training examples at the vector's layer.
+        massive_dimensions: the dimensions of the capture's activations there that are massive.
+        variance_share: the share of the variance of the trajectory that they carry, its first token left out.
+    """
+
+    offset: float
+    massive_dimensions: tuple[int, ...]
+    variance_share: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The key `centered` of a projection file's metadata."""
+        return {
+            "offset": float(round_significant(self.offset, PROJECTION_DIGITS)),
+            "massive_dimensions": self.massive_dimensions,
+            "massive_variance_share": float(round_significant(self.variance_share, PROBABILITY_DIGITS)),
+        }
+
+
 @dataclass(frozen=True, repr=False)
 class Projection:
     """One capture's projection onto one trait vector.
 
     `prompt` and `response` are `[n_tokens, n_layers, n_sublayers]`, in units of the activations;
     `sublayers` are the residual points that the capture keeps, or `attn_out` alone. `layers` are the layers
-    that it keeps (for `attn_out`, those of them that have attention); the scores of all others are NaN. `tokens`
-    are the capture's, where they are known.
+    that it keeps (for `attn_out`, those of them that have attention); the scores of all others are NaN. `chance` is
+    what random directions do on the same capture, where that was measured; `centred` what was subtracted from every
+    score, if anything was. `tokens` are the capture's, where they are known.
     """
 
     vector: TraitVector
@@ -52,16 +79,19 @@ class Projection:
     response: ResponseScores
     layers: tuple[int, ...]
     sublayers: tuple[str, ...]
+    dynamics: Dynamics
+    chance: ChanceLevel | None = None
+    centred: Centred | None = None
     tokens: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         score = "" if self.selection.score is None else f" {self.selection.score:.3g}"
-        settled = self.dynamics.commitment_point
+        point, persistence = self.dynamics.commitment_point, self.dynamics.persistence
         return (
             f"Projection({self.vector.trait}, {self._title()} (by {self.selection.selected_by}{score}), "
             f"{len(self.prompt)} + {len(self.response)} tokens, "
-            f"{'does not commit' if settled is None else f'commits at token {settled}'}, "
-            f"persistence {self.dynamics.persistence})"
+            f"{'does not commit' if point is None else f'commits at token {point}'}, "
+            f"{'does not persist' if persistence is None else f'persistence {persistence}'})"
         )
 
     def _repr_html_(self) -> str:
@@ -81,12 +111,13 @@ class Projection:
     @property
     def trajectory(self) -> Trajectory:
         """`s[t]`: the last sublayer's projection at the vector's own layer, prompt and response as one sequence."""
-        return torch.cat([part[:, self.vector.layer, -1] for part in (self.prompt, self.response)])
+        return _trajectory(self.vector, self.prompt, self.response)
 
     @property
-    def dynamics(self) -> Dynamics:
-        """The dynamics of the trajectory."""
-        return dynamics(self.trajectory, len(self.prompt))
+    def calibration(self) -> dict[str, Any] | None:
+        """Where the vector's examples lie on the scale of the scores; `None` where that is not recorded."""
+        record = recorded_calibration(self.vector.metadata, self.vector.method, self.vector.layer)
+        return record if self.centred is None else shifted(record, self.centred.offset)
 
     def to_json(self) -> dict[str, Any]:
         """The keys `projections` and `dynamics` of a projection file."""
@@ -116,14 +147,24 @@ class Projection:
             "component": self.vector.component,
             "selected_by": self.selection.selected_by,
             "score": self.selection.score,
+            "calibration": self.calibration,
             "origin": recorded_origin(self.vector.metadata),
         }
 
 
 def project(
-    prompt: ResidualStream, response: ResidualStream, chosen: Sequence[tuple[TraitVector, Selection]]
+    prompt: ResidualStream,
+    response: ResidualStream,
+    chosen: Sequence[tuple[TraitVector, Selection]],
+    *,
+    random: RandomDirections | None = None,
+    centre: Callable[[TraitVector], Vector] | None = None,
 ) -> list[Projection]:
     """Project prompt and response onto vectors of one component, in one matrix product each.
+
+    Args:
+        random: directions whose dynamics and rises are measured too, as a chance level.
+        centre: the mean activation at a vector's layer, to subtract from all activations before they are projected.
 
     Raises:
         VectorError: a vector has another width than the activations, or a layer that the model does not have or the
@@ -136,13 +177,21 @@ def project(
     for vector, _ in chosen:
         check_fits(vector, prompt.n_layers, prompt.points.shape[-1])
         check_kept(vector, prompt.kept, prompt.with_attention)
+    vectors = [vector for vector, _ in chosen]
     sublayers = prompt.kept.points if component == "residual" else ("attn_out",)
     layers = prompt.kept.layers if component == "residual" else prompt.output_layers
-    directions = unit_directions([vector for vector, _ in chosen])
-    scores = [_scores(part, component, directions) for part in (prompt, response)]
+    scores = [_scores(part, component, unit_directions(vectors)) for part in (prompt, response)]
+    at_own_layer = _own_layers(prompt, response, component, vectors) if random or centre else {}
+    centred = [None] * len(vectors) if centre is None else _subtract(scores, vectors, at_own_layer, centre)
+    n_prompt = prompt.n_tokens
+    trajectories = [_trajectory(each, scores[0][row], scores[1][row]) for row, each in enumerate(vectors)]
+    motion = Motion.of(torch.stack(trajectories), n_prompt)
+    chance = random.levels(at_own_layer, vectors, n_prompt, motion) if random else [None] * len(vectors)
     return [
-        Projection(vector, selection, scores[0][number], scores[1][number], layers, sublayers)
-        for number, (vector, selection) in enumerate(chosen)
+        Projection(
+            vector, selection, scores[0][row], scores[1][row], layers, sublayers, found, chance[row], centred[row]
+        )
+        for row, ((vector, selection), found) in enumerate(zip(chosen, motion.dynamics(), strict=True))
     ]
 
 
@@ -190,6 +239,35 @@ def dynamics_of_file(content: ProjectionFile) -> Dynamics:
     """The dynamics of a projection file, recomputed from its scores."""
     prompt, response = content.trajectory
     return dynamics(torch.tensor([*prompt, *response], dtype=torch.float64), len(prompt))
+
+
+def _trajectory(vector: TraitVector, prompt: PromptScores, response: ResponseScores) -> Trajectory:
+    return torch.cat([part[:, vector.layer, -1] for part in (prompt, response)])
+
+
+def _own_layers(
+    prompt: ResidualStream, response: ResidualStream, component: str, vectors: Sequence[TraitVector]
+) -> dict[int, Float[Tensor, "n_tokens d_model"]]:
+    """The activations at the vectors' layers, of prompt and response as one sequence."""
+    point = "residual_out" if component == "residual" else component
+    layers = {vector.layer for vector in vectors}
+    return {layer: torch.cat([part.at(layer, point) for part in (prompt, response)]) for layer in layers}
+
+
+def _subtract(
+    scores: Sequence[Tensor],
+    vectors: Sequence[TraitVector],
+    activations: dict[int, Tensor],
+    centre: Callable[[TraitVector], Vector],
+) -> list[Centred | None]:
+    """Subtract the projection of each vector's mean activation from its scores."""
+    found: list[Centred | None] = []
+    for row, (vector, unit) in enumerate(zip(vectors, unit_directions(vectors), strict=True)):
+        offset = float(centre(vector).double() @ unit.double())
+        for part in scores:
+            part[row] -= offset
+        found.append(Centred(offset, *massive_share(activations[vector.layer], unit)))
+    return found
 
 
 def _scores(part: ResidualStream, component: str, directions: Vectors) -> Float[Tensor, "n_vectors ..."]:

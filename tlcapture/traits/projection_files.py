@@ -12,8 +12,9 @@ from pydantic import Field, model_validator
 
 from tlcapture.names import PromptId
 from tlcapture.storage.files import read_json
-from tlcapture.storage.validation import Count, FileContent, Layer, Number, checked
+from tlcapture.storage.validation import Count, FileContent, Layer, Number, Share, checked
 from tlcapture.text import as_ranges
+from tlcapture.traits.calibration import Calibration, CalibrationRecord
 from tlcapture.views.hooks import POINTS
 
 _MOST_LAYERS = 1000
@@ -44,7 +45,9 @@ class DynamicsRecord(FileContent):
     """The dynamics, as computed when the file was written."""
 
     commitment_point: Count | None
-    persistence: Count
+    persistence: Count | None
+    commitment_shift: Number | None = None
+    commitment_p: Share | None = None
     peak_velocity: Number | None = None
     velocity: list[Number] | None = None
     acceleration: list[Number] | None = None
@@ -61,6 +64,38 @@ class VectorSource(FileContent):
     experiment: str | None = None
     selected_by: str | None = None
     score: Number | None = None
+    calibration: CalibrationRecord | None = None
+
+
+class ReferenceRises(FileContent):
+    """Mean and deviation of a vector's rise over the reference prompts."""
+
+    mean: Number
+    sd: Number = Field(gt=0)
+
+
+class ChanceRecord(FileContent):
+    """What random directions do on the same capture; see `ChanceLevel` in `traits/chance`."""
+
+    n_directions: int = Field(ge=1)
+    directions: str
+    commit: Count
+    persist: Count
+    commitment: Share | None = None
+    persistence: Share | None = None
+    rises: list[Number]
+    reference_rises: ReferenceRises | None = None
+    standardised_rises: list[Number] | None = None
+
+    @model_validator(mode="after")
+    def _counts_agree(self) -> ChanceRecord:
+        if max(self.commit, self.persist) > self.n_directions:
+            raise ValueError(f"more than its {self.n_directions} directions commit or persist")
+        for name in ("rises", "standardised_rises"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.n_directions:
+                raise ValueError(f"{name} has {len(values)} values for {self.n_directions} directions")
+        return self
 
 
 class ProjectionMetadata(FileContent):
@@ -73,6 +108,8 @@ class ProjectionMetadata(FileContent):
     prompt_id: PromptId | None = None
     inference_model: str | None = None
     warnings: list[str] = Field(default_factory=list)
+    definitions: int = Field(default=1, ge=1)
+    chance: ChanceRecord | None = None
 
 
 class ProjectionFile(FileContent):
@@ -111,6 +148,11 @@ class ProjectionFile(FileContent):
     def scores(self) -> list[list[list[float] | None]]:
         """Scores of prompt and response as one sequence."""
         return self.projections.prompt + self.projections.response
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """Where the vector's examples lie on the scale of the scores; `None` where that is not recorded."""
+        return Calibration.of_record(self.metadata.vector_source.calibration)
 
     @property
     def n_layers(self) -> int:
@@ -189,7 +231,7 @@ class ProjectionFile(FileContent):
             return
         if found.commitment_point is not None and found.commitment_point >= n_tokens:
             raise ValueError(f"commitment point {found.commitment_point} of {n_tokens} tokens")
-        if found.persistence >= n_tokens:
+        if found.persistence is not None and found.persistence >= n_tokens:
             raise ValueError(f"persistence of {found.persistence} in {n_tokens} tokens")
         for name, expected in (("velocity", n_tokens - 1), ("acceleration", max(0, n_tokens - 2))):
             values = getattr(found, name)

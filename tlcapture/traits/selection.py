@@ -52,7 +52,7 @@ def select(
     """Select one of a trait's vectors of a component, for a model with `n_layers`.
 
     Args:
-        layer: a layer, which overrides all scores; `auto`; or `default`: the fallback, whatever the scores are.
+        layer: a layer, which overrides all scores, or `auto`.
         method: only vectors by this method.
 
     Raises:
@@ -69,16 +69,13 @@ def select(
         layer = index(layer)  # a NumPy integer is valid too
         best = next(_ranked(files, component, available), None) if method is None else None
         return Selection(layer, _method_at(files, component, available, layer, best), "override")
-    if layer not in ("auto", "default"):
+    if layer != "auto":
         raise InputError(f"layer {layer!r} is neither a number nor 'auto'")
-    notes = []
-    if layer == "auto":
-        best = next(_ranked(files, component, available), None)
-        if best is not None:
-            return best
-        if _has_earlier_scores(files, component):
-            notes.append("its scores are of earlier vectors: run 'tlcapture evaluate' again")
-    return _fallback(available, n_layers, notes)
+    best = next(_ranked(files, component, available), None)
+    if best is not None:
+        return best
+    notes = ["its scores are of earlier vectors"] if _has_earlier_scores(files, component) else []
+    return _fallback(available, n_layers, notes, f"tlcapture evaluate --experiment {files.layout.experiment}")
 
 
 def fallback_layer(n_layers: int) -> int:
@@ -186,7 +183,7 @@ def _has_earlier_scores(files: VectorFiles, component: str) -> bool:
     )
 
 
-def _fallback(available: Mapping[str, list[int]], n_layers: int, notes: Sequence[str]) -> Selection:
+def _fallback(available: Mapping[str, list[int]], n_layers: int, notes: Sequence[str], evaluate: str) -> Selection:
     wanted = fallback_layer(n_layers)
     method = next(iter(available))
     layer = min(available[method], key=lambda each: (abs(each - wanted), each))
@@ -196,7 +193,7 @@ def _fallback(available: Mapping[str, list[int]], n_layers: int, notes: Sequence
     if layer != wanted:
         notes.append(f"no vector at layer {wanted}")
     reason = f" ({', '.join(notes)})" if notes else ""
-    warning = f"layer {layer} by default{reason}, not by steering or effect size"
+    warning = f"layer {layer} by default{reason}, not by steering or effect size: '{evaluate}' would choose one"
     return Selection(layer, method, "fallback", None, warning)
 
 

@@ -19,7 +19,9 @@ from tlcapture.errors import InputError, StorageError
 from tlcapture.names import PromptId
 from tlcapture.storage.layout import place_of_projection
 from tlcapture.text import as_ranges
+from tlcapture.traits.calibration import Calibration
 from tlcapture.traits.projection_files import ProjectionFile
+from tlcapture.traits.rises import DEFINITIONS, peak_of
 
 Scores = NDArray[np.float64]
 
@@ -35,6 +37,8 @@ class TokenScores:
             not keep.
         layers: the layers that the capture kept.
         commitment_point, persistence: the dynamics; token indices count over the whole sequence.
+        calibration: where the vector's examples lie on the scale of the scores; `None` where that is not recorded.
+        definitions: those that the dynamics follow; 1 for files made before they had a number.
     """
 
     prompt_set: str
@@ -49,7 +53,9 @@ class TokenScores:
     sublayers: Sequence[str]
     layers: Sequence[int]
     commitment_point: int | None
-    persistence: int
+    persistence: int | None
+    calibration: Calibration | None = None
+    definitions: int = DEFINITIONS
 
     def __post_init__(self) -> None:
         if self.scores.ndim != 3 or len(self.scores) != len(self.tokens):
@@ -77,8 +83,18 @@ class TokenScores:
 
     @property
     def peak(self) -> int | None:
-        """Index of the token with the largest `|s|`, the first token left out; persistence counts from it."""
-        return int(np.abs(self.trajectory[1:]).argmax()) + 1 if len(self.tokens) > 1 else None
+        """Index of the response token where the smoothed trajectory is largest, from which persistence counts.
+
+        `None` where the rise is within chance, and for dynamics by earlier definitions.
+        """
+        if self.persistence is None or self.definitions < DEFINITIONS:
+            return None
+        return peak_of(self.trajectory, self.n_prompt_tokens)
+
+    @property
+    def calibrated(self) -> Scores | None:
+        """The trajectory on the scale on which the negative examples' mean is 0 and the positive ones' is 1."""
+        return None if self.calibration is None else self.calibration.calibrated(self.trajectory)
 
     @property
     def title(self) -> str:
@@ -134,4 +150,6 @@ class TokenScores:
             layers=content.layers,
             commitment_point=dynamics.commitment_point,
             persistence=dynamics.persistence,
+            calibration=content.calibration,
+            definitions=metadata.definitions,
         )

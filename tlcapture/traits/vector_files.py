@@ -23,6 +23,7 @@ from tlcapture.names import Trait
 from tlcapture.storage.files import read_bytes, read_json, remove, write_json
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.validation import FileContent, Layer, checked
+from tlcapture.traits.calibration import CalibrationRecord
 from tlcapture.traits.missing_vectors import no_vectors, no_vectors_of_trait
 
 METHODS = ("probe", "mean_diff", "gradient")  # in the order of preference
@@ -45,6 +46,11 @@ class VectorMetadata(FileContent):
     examples: str | None = None
     examples_as: Literal["texts", "scenarios"] | None = None
     split: VectorSplit | None = None
+    calibration: Calibrations | None = None
+    held_out_calibration: Calibrations | None = None
+
+
+Calibrations = dict[str, dict[str, CalibrationRecord]]  # by method and layer
 
 
 class VectorSplit(FileContent):
@@ -92,6 +98,10 @@ class VectorFiles:
         kind = f"{IMPORTED}_" if method == IMPORTED else ""
         return self.layout.own(self.path / f"{_PREFIX[component]}{kind}metadata.json")
 
+    def mean_file(self, component: str) -> Path:
+        """The path of the mean activations of the training examples."""
+        return self.layout.own(self.path / f"{_PREFIX[component]}training_mean.pt")
+
     def metadata(self, component: str, method: str | None = None) -> dict[str, Any]:
         """The record of the vectors' origin, by a method; empty where another tool left none."""
         path = self.metadata_file(component, method)
@@ -109,7 +119,8 @@ class VectorFiles:
         wanted, of = list(layers), list(methods)
         files = [self.file(component, method, layer) for method in of for layer in wanted]
         existing = [path for path in files if lexists(path)]
-        remove([*(self.metadata_file(component, method) for method in of), *existing])
+        means = [self.mean_file(component)] if {*of} - {IMPORTED} else []
+        remove([*(self.metadata_file(component, method) for method in of), *means, *existing])
         return existing
 
     def write_metadata(self, component: str, metadata: Mapping[str, Any], method: str | None = None) -> None:

@@ -24,12 +24,12 @@ tl.views.compare = {
       const label = side.average ? `mean of ${side.experiment}/${side.set}` : `${side.experiment}/${side.set}/${side.prompt}`;
       if (side.average) {
         const mean = await tl.source.average(side.experiment, side.set, trait, component);
-        return { label, x: mean.position, y: mean.mean, sd: mean.sd, n: mean.n, count: mean.n_captures, problems: mean.problems };
+        return { label, x: mean.position, y: mean.mean, sd: mean.sd, n: mean.n, count: mean.n_captures, problems: mean.problems, calibration: mean.calibration };
       }
       const data = await tl.source.prompt(side);
       const own = data.projections.find((each) => each.trait === trait && each.component === component);
       if (!own) throw new tl.source.Missing(data.missing || { what: `${label} is not projected onto ${trait}`, command: `tlcapture project --experiment ${side.experiment} --prompt-set ${side.set}` });
-      return { label, x: own.trajectory.map((_, index) => index - data.n_prompt_tokens), y: own.trajectory, data, own, problems: data.problems };
+      return { label, x: own.trajectory.map((_, index) => index - data.n_prompt_tokens), y: own.trajectory, data, own, problems: data.problems, calibration: own.calibration };
     }
 
     async function pickersOf(side, experiments, number) {
@@ -82,7 +82,7 @@ tl.views.compare = {
         const response = side.y.filter((_, index) => side.x[index] >= 0);
         const mean = response.reduce((sum, value) => sum + value, 0) / (response.length || 1);
         const own = side.own?.dynamics;
-        return element("tr", {}, [number === 0 ? "A" : "B", tl.number(mean), own ? own.commitment_point ?? "none" : "\u2013", own ? tl.number(own.peak_velocity) : "\u2013", own ? own.persistence : "\u2013"].map((text) => element("td", {}, String(text))));
+        return element("tr", {}, [number === 0 ? "A" : "B", tl.number(mean), own ? own.commitment_point ?? "none" : "\u2013", own ? tl.number(own.peak_velocity) : "\u2013", own ? own.persistence ?? "none" : "\u2013"].map((text) => element("td", {}, String(text))));
       });
       facts.replaceChildren(element("table", {}, element("thead", {}, element("tr", {}, ["", "mean over the response", "commitment point", "peak velocity", "persistence"].map((text) => element("th", {}, text)))), element("tbody", {}, rows)),
         ...found.flatMap((side) => side.problems || []).map((problem) => element("p", { className: "warning" }, problem)));
@@ -111,6 +111,13 @@ tl.views.compare = {
         if (!state.prompt2 || !listed.includes(second.prompt)) second.prompt = listed.find((id) => second.set !== state.set || second.experiment !== state.experiment || id !== state.prompt) ?? listed[0] ?? "";
         pickers.replaceChildren(...await Promise.all(both.map((side, number) => pickersOf(side, experiments, number))));
         found = await Promise.all(both.map((side) => load(side, state)));
+        const calibrated = tl.isCalibrated(state, ...found);
+        if (calibrated) {
+          for (const side of found) {
+            side.y = side.y.map((value) => tl.calibrated(side, value));
+            if (side.sd) side.sd = side.sd.map((value) => (value === null ? null : value / Math.abs(side.calibration.positive_mean - side.calibration.negative_mean)));
+          }
+        }
         marks = [tl.lineAt(-0.5, colours.css("--faint"), "dash", 1)];
         const seen = found.flatMap(onScale), low = Math.min(...seen), high = Math.max(...seen), pad = (high - low || 1) * 0.07;
         const layout = (title) => ({
@@ -120,7 +127,7 @@ tl.views.compare = {
         drawFacts();
         mark(state);
         await Promise.all([
-          overlay.draw(found.flatMap(tracesOf), { ...layout(`${state.trait}, ${state.component}`), showlegend: true, legend: { orientation: "h", y: -0.2 } }),
+          overlay.draw(found.flatMap(tracesOf), { ...layout(`${state.trait}, ${state.component}${calibrated ? ", calibrated: negative examples at 0, positive at 1" : ""}`), showlegend: true, legend: { orientation: "h", y: -0.2 } }),
           ...sides.map((side, number) => side.draw(tracesOf(found[number], number), layout(tl.plain(found[number].label)))),
         ]);
       },

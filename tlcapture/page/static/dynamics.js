@@ -5,12 +5,14 @@ tl.views = {};
 /** The projection onto the chosen trait and component. */
 tl.projectionOf = (data, state) => data.projections.find((each) => each.trait === state.trait && each.component === state.component);
 
-/** The trajectory's peak after the first token, and the last token of its persistence. */
-tl.persistenceOf = ({ trajectory, dynamics }) => {
-  let peak = 1;
-  trajectory.forEach((value, index) => { if (index > 1 && Math.abs(value) > Math.abs(trajectory[peak])) peak = index; });
-  return [peak, peak + (dynamics.persistence || 0)];
-};
+/** The peak of the smoothed response and the last token of its persistence; null where the rise is within chance. */
+tl.persistenceOf = ({ peak, dynamics }) => (peak === null || peak === undefined ? null : [peak, peak + Math.max(dynamics.persistence, 1) - 1]);
+
+/** A value on the scale of the vector's examples: the negative ones at 0, the positive ones at 1. */
+tl.calibrated = ({ calibration }, value) => (value - calibration.negative_mean) / (calibration.positive_mean - calibration.negative_mean);
+
+/** Whether a projection is shown on that scale. */
+tl.isCalibrated = (state, ...projections) => state.calibrated && projections.every((each) => each.calibration);
 
 tl.views.dynamics = {
   title: "Trait dynamics",
@@ -41,7 +43,9 @@ tl.views.dynamics = {
       const number = (value) => tl.number(value), shown = shownTraits(state, all);
       const hover = data.tokens.map((token, index) => `${index} ${tl.plain(tl.quoted(token))}`);
       const ofShown = projections.filter((each) => shown.includes(each.trait));
-      const values = new Map(ofShown.map((each) => [each.trait, state.normalise ? normalised(each.trajectory) : each.trajectory]));
+      const calibrated = !state.normalise && tl.isCalibrated(state, ...ofShown);
+      const scaled = (each) => (state.normalise ? normalised(each.trajectory) : calibrated ? each.trajectory.map((value) => tl.calibrated(each, value)) : each.trajectory);
+      const values = new Map(ofShown.map((each) => [each.trait, scaled(each)]));
       const traces = ofShown.map((each) => ({
         x: data.tokens.map((_, index) => index), y: values.get(each.trait), text: hover, name: each.trait, mode: "lines",
         line: { color: colours.trait(all, each.trait), width: each.trait === state.trait ? 3 : 1.3 },
@@ -57,7 +61,8 @@ tl.views.dynamics = {
       });
       const own = ofShown.find((each) => each.trait === state.trait);
       marks = [tl.lineAt(data.n_prompt_tokens - 0.5, colours.css("--faint"), "dash", 1)];
-      if (own && data.tokens.length > 1) {
+      if (calibrated) marks.push({ type: "line", xref: "paper", yref: "y", x0: 0, x1: 1, y0: 0.5, y1: 0.5, line: { color: colours.css("--faint"), width: 1, dash: "dot" } });
+      if (own && tl.persistenceOf(own)) {
         const [peak, last] = tl.persistenceOf(own);
         marks.push({ type: "rect", xref: "x", yref: "paper", x0: peak - 0.5, x1: last + 0.5, y0: 0, y1: 1, line: { width: 0 }, fillcolor: colours.trait(all, own.trait), opacity: 0.13 });
       }
@@ -71,7 +76,7 @@ tl.views.dynamics = {
         notes.append(element("p", { className: "note" }, `The first token, an attention sink, is off the scale: ${listed}.`));
       }
       return lines.draw(traces, {
-        title: { text: state.normalise ? "projection, in standard deviations of each trajectory" : "projection h\u00b7v / \u2016v\u2016", font: { size: 13 } },
+        title: { text: state.normalise ? "projection, in standard deviations of each trajectory" : calibrated ? "projection, calibrated: negative examples at 0, positive at 1" : "projection h\u00b7v / \u2016v\u2016", font: { size: 13 } },
         xaxis: { title: { text: "token" }, range: [-0.5, data.tokens.length - 0.5] }, yaxis: seen.length ? { range: [low - pad, high + pad] } : {},
         shapes: [...marks, ...here(state)],
       });
@@ -97,12 +102,16 @@ tl.views.dynamics = {
     function tell(state, data, own) {
       const { dynamics, vector } = own;
       const point = dynamics.commitment_point;
-      const [peak, last] = tl.persistenceOf(own);
-      const commits = point === null || point === undefined ? "does not commit" : `commits at ${point} ${tl.quoted(data.tokens[point])}`;
+      const span = tl.persistenceOf(own), { chance } = own;
+      const p = dynamics.commitment_p === null || dynamics.commitment_p === undefined ? "" : ` (p ${tl.number(dynamics.commitment_p)})`;
+      const commits = (point === null || point === undefined ? "does not commit" : `commits at ${point} ${tl.quoted(data.tokens[point])}`) + p;
+      const persists = span ? `persists ${dynamics.persistence} tokens, ${span[0]} to ${span[1]}` : "its rise is within chance";
+      const clear = (share, found) => (found ? (share <= 0.05 ? ", clearer than 95 %" : ", not clearer than 95 %") : "");
+      const random = chance ? ` Of ${chance.n_directions} random directions ${chance.commit} commit${clear(chance.commitment, point !== null)}, ${chance.persist} persist${clear(chance.persistence, span)}.` : "";
       const score = vector.score === null || vector.score === undefined ? "" : ` (${tl.number(vector.score)})`;
       facts.replaceChildren(
         element("p", { className: "note" }, element("b", {}, state.trait), `: ${commits}; peak velocity ${tl.number(dynamics.peak_velocity)}; `
-          + `persists ${dynamics.persistence} tokens, ${peak} to ${last}. Vector: ${vector.method ?? "unknown method"} at layer ${vector.layer}, ${vector.component ?? own.component}, chosen by ${vector.selected_by ?? "an unknown rule"}${score}, from ${vector.experiment ?? "an unknown experiment"} (${vector.model ?? "unknown model"}).`),
+          + `${persists}.${random} Vector: ${vector.method ?? "unknown method"} at layer ${vector.layer}, ${vector.component ?? own.component}, chosen by ${vector.selected_by ?? "an unknown rule"}${score}, from ${vector.experiment ?? "an unknown experiment"} (${vector.model ?? "unknown model"}).`),
         ...own.warnings.map((warning) => element("p", { className: "warning" }, warning)));
     }
 
@@ -112,7 +121,9 @@ tl.views.dynamics = {
         const all = [...new Set(data.projections.map((each) => each.trait))].sort();
         const own = tl.projectionOf(data, state);
         if (!own) throw new tl.source.Missing(data.missing || { what: `not projected onto ${state.trait || "any trait"}`, command: `tlcapture project --experiment ${state.experiment} --prompt-set ${state.set}` });
-        tl.reading.paint((index) => colours.diverging(own.trajectory[index], colours.reach(own.trajectory)), (index) => tl.number(own.trajectory[index]), `${state.trait}`);
+        const line = tl.isCalibrated(state, own) ? own.trajectory.map((value) => tl.calibrated(own, value)) : own.trajectory;
+        const middle = line === own.trajectory ? 0 : 0.5, fromMiddle = line.map((value) => value - middle);
+        tl.reading.paint((index) => colours.diverging(fromMiddle[index], colours.reach(fromMiddle)), (index) => tl.number(line[index]), `${state.trait}`);
         if ([...changed].every((key) => key === "token" || key === "layer" || key === "head")) {
           lines.mark([...marks, ...here(state)]);
           motion.mark([marks[0], ...here(state)]);
@@ -126,6 +137,7 @@ tl.views.dynamics = {
         }, element("i", { style: { background: colours.trait(all, trait) } }), trait)));
         controls.replaceChildren(
           tl.toggle("normalise for comparison", state.normalise, (on) => tl.state.set({ normalise: on })),
+          tl.toggle("calibrated", state.calibrated, (on) => tl.state.set({ calibrated: on })),
           element("button", { onclick: () => tl.state.set({ shown: "" }, { quietly: true }) }, "all traits"),
           element("button", { onclick: () => tl.state.set({ shown: state.trait }, { quietly: true }) }, "this trait only"));
         tell(state, data, own);

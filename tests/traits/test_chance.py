@@ -1,0 +1,123 @@
+"""Random directions: their covariance, and what they count."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tlcapture.errors import StorageError
+from tlcapture.names import Trait
+from tlcapture.storage.layout import Layout
+from tlcapture.traits.chance import N_DIRECTIONS, RandomDirections, _Layer
+from tlcapture.traits.projection import project
+from tlcapture.traits.reference import Reference, read_reference
+from tlcapture.traits.selection import Selection
+from tlcapture.traits.vectors import TraitVector
+from tlcapture.views.residual import ResidualStream
+
+WIDTH, LAYERS = 32, 3
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def vector(layer: int = 1, name: str = "a", seed: int = 5) -> TraitVector:
+    return TraitVector(Trait("c", name), "residual", "probe", layer, "exp", random(WIDTH, seed=seed), {})
+
+
+def stream(n_tokens: int, seed: int) -> ResidualStream:
+    return ResidualStream(random(2 * LAYERS + 1, n_tokens, WIDTH, seed=seed))
+
+
+def reference(scale: float = 1.0) -> Reference:
+    means = random(LAYERS, 40, WIDTH, seed=2), random(LAYERS, 40, WIDTH, seed=3)
+    means[1][:, :, 4] *= scale
+    return Reference("print", "digest", [f"set/{number}" for number in range(40)], *means)
+
+
+def projected(directions: RandomDirections, *vectors: TraitVector, response: ResidualStream | None = None):
+    chosen = [(each, Selection(each.layer, each.method, "override")) for each in vectors]
+    return project(stream(30, 7), response or stream(50, 8), chosen, random=directions)
+
+
+def test_random_directions_commit_as_seldom_as_chance_allows() -> None:
+    (found,) = projected(RandomDirections(None, LAYERS, WIDTH), vector())
+    assert found.chance is not None
+    assert found.chance.covariance == "isotropic"
+    assert found.chance.commit <= 0.1 * N_DIRECTIONS
+    assert found.chance.persist <= 0.12 * N_DIRECTIONS
+    assert found.dynamics.commitment_point is None or found.chance.commitment is not None
+
+
+def test_a_change_that_all_directions_share_is_not_a_finding_of_one() -> None:
+    """A template can shift the level of every direction: the vector commits, but not more clearly than they do."""
+    response = stream(50, 8)
+    response.points[:, 25:] += 3 * random(WIDTH, seed=9)
+    (found,) = projected(RandomDirections(None, LAYERS, WIDTH), vector(), response=response)
+    assert found.dynamics.commitment_point == pytest.approx(30 + 25, abs=1)
+    assert found.chance is not None
+    assert found.chance.commit > 0.5 * N_DIRECTIONS
+    assert (found.chance.commitment or 0) > 0.05
+
+
+def test_a_change_along_the_vector_alone_is_clearer_than_that_of_random_directions() -> None:
+    each, response = vector(), stream(50, 8)
+    response.points[:, 25:] += 3 * each.vector / each.vector.norm()
+    (found,) = projected(RandomDirections(None, LAYERS, WIDTH), each, response=response)
+    assert found.chance is not None
+    assert found.chance.commitment is not None
+    assert found.chance.commitment <= 0.05
+
+
+def test_directions_have_the_covariance_of_the_reference() -> None:
+    directions = RandomDirections(reference(scale=100.0), LAYERS, WIDTH)
+    layer = directions._layers.setdefault(1, _Layer(1, directions.reference, WIDTH))
+    drawn = layer.directions("all")[0] @ layer.basis
+    assert torch.allclose(drawn.norm(dim=1), torch.ones(N_DIRECTIONS), atol=1e-4)
+    assert (drawn[:, 4].abs() > 0.9).float().mean() > 0.8
+
+
+def test_rises_are_those_of_the_directions_and_standardised_over_the_reference() -> None:
+    made = reference()
+    directions, each = RandomDirections(made, LAYERS, WIDTH), vector()
+    (found,) = projected(directions, each)
+    layer = directions._layers.setdefault(1, _Layer(1, directions.reference, WIDTH))
+    drawn = (layer.directions("c/a")[0] @ layer.basis).double()
+    moved = stream(50, 8).at(1, "residual_out").mean(dim=0) - stream(30, 7).at(1, "residual_out")[1:].mean(dim=0)
+    assert found.chance is not None
+    assert np.allclose(found.chance.rises, (drawn @ moved.double()).numpy(), rtol=1e-3, atol=1e-5)
+    over = (made.response_means[1] - made.prompt_means[1]).double()
+    expected = (drawn @ moved.double() - (over @ drawn.T).mean(dim=0)) / (over @ drawn.T).std(dim=0)
+    assert found.chance.standardised is not None
+    assert np.allclose(found.chance.standardised, expected.numpy(), rtol=1e-3, atol=1e-4)
+    own = over @ (each.vector.double() / each.vector.double().norm())
+    assert found.chance.reference_rises == pytest.approx((float(own.mean()), float(own.std())))
+
+
+def test_traits_of_one_layer_have_directions_of_their_own_and_every_run_the_same() -> None:
+    one, other = projected(RandomDirections(None, LAYERS, WIDTH), vector(name="a"), vector(name="b"))
+    (again,) = projected(RandomDirections(None, LAYERS, WIDTH), vector(name="a"))
+    assert one.chance is not None
+    assert other.chance is not None
+    assert again.chance is not None
+    assert not np.allclose(one.chance.rises, other.chance.rises)
+    assert one.chance.rises.tolist() == again.chance.rises.tolist()
+    assert one.chance.commit == other.chance.commit == again.chance.commit
+
+
+def test_a_reference_is_read_as_it_was_written_and_a_damaged_one_refused(tmp_path: Path) -> None:
+    layout = Layout(tmp_path, "exp")
+    assert read_reference(layout, "residual") is None
+    made = reference()
+    made.write(layout, "residual")
+    found = read_reference(layout, "residual")
+    assert found is not None
+    assert torch.equal(found.response_means, made.response_means)
+    assert found.prompts == made.prompts
+    torch.save({"format_version": 1, "prompts": ["a"]}, layout.reference("residual"))
+    with pytest.raises(StorageError, match="not a valid reference: prompt_means: expected a finite tensor"):
+        read_reference(layout, "residual")

@@ -1,0 +1,206 @@
+"""What random directions do on the same activations as a trait's vector: the chance level of its dynamics and rises.
+
+A random direction is a random combination of the responses of the reference prompts (`traits/reference`), less their
+mean, and so has the covariance of the activations, as the difference of two groups of unrelated examples would.
+Without a reference, directions are isotropic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tlcapture.storage.rounding import PROBABILITY_DIGITS, round_significant
+from tlcapture.traits.change_points import Values
+from tlcapture.traits.dynamics import Motion
+from tlcapture.traits.reference import Reference
+from tlcapture.traits.vectors import TraitVector
+
+N_DIRECTIONS = 200
+_PERMUTATIONS = 39
+_ISOTROPIC = 64  # isotropic directions that are combined, instead of responses
+
+Basis = Float[Tensor, "n_basis d_model"]
+Directions = Float[Tensor, "n_vectors n_directions n_basis"]
+
+
+@dataclass(frozen=True)
+class ChanceLevel:
+    """What 200 random directions do at a vector's layer, on one capture.
+
+    Attributes:
+        covariance: `reference`, or `isotropic` without a reference.
+        directions: a digest; rises of two captures are of the same directions if it is equal.
+        commit, persist: how many commit, and how many persist.
+        commitment, persistence: the share whose change point or peak is at least as clear as the vector's; `None`
+            where there are no such statistics.
+        rises: how far each rises, the mean over the response less that over the prompt.
+        reference_rises: the mean and deviation of the vector's rise over the reference prompts; `None` without any.
+        standardised: the rises of the random directions, each in deviations of its own over the reference prompts.
+
+    Rises are rounded to 4 significant digits.
+    """
+
+    covariance: str
+    directions: str
+    commit: int
+    persist: int
+    commitment: float | None
+    persistence: float | None
+    rises: Values
+    reference_rises: tuple[float, float] | None
+    standardised: Values | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The key `chance` of a projection file's metadata."""
+        own = None if self.reference_rises is None else dict(zip(("mean", "sd"), self.reference_rises, strict=True))
+        return {
+            "n_directions": N_DIRECTIONS,
+            "covariance": self.covariance,
+            "directions": self.directions,
+            "commit": self.commit,
+            "persist": self.persist,
+            "commitment": self.commitment,
+            "persistence": self.persistence,
+            "rises": self.rises,
+            "reference_rises": own,
+            "standardised_rises": self.standardised,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class RandomDirections:
+    """Random directions of one component of one model; those of a layer and a trait are always the same."""
+
+    reference: Reference | None
+    n_layers: int
+    d_model: int
+    _layers: dict[int, _Layer] = field(default_factory=dict)
+
+    def levels(
+        self, activations: dict[int, Tensor], vectors: Sequence[TraitVector], n_prompt_tokens: int, own: Motion
+    ) -> list[ChanceLevel]:
+        """The chance level of each vector, whose `own` change points and rises are those of the same row.
+
+        `activations` `[n_tokens, d_model]` of the capture are those of each vector's layer.
+        """
+        levels: dict[int, ChanceLevel] = {}
+        for layer in dict.fromkeys(vector.layer for vector in vectors):
+            rows = [row for row, vector in enumerate(vectors) if vector.layer == layer]
+            if layer not in self._layers:
+                self._layers[layer] = _Layer(layer, self.reference, self.d_model)
+            found = self._layers[layer].levels(
+                activations[layer], [vectors[row] for row in rows], n_prompt_tokens, own, rows
+            )
+            levels |= dict(zip(rows, found, strict=True))
+        return [levels[row] for row in range(len(vectors))]
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    number: int
+    reference: Reference | None
+    d_model: int
+    _directions: dict[tuple[str, ...], Directions] = field(default_factory=dict)
+    _of_reference: dict[tuple[str, ...], tuple[Values, Values]] = field(default_factory=dict)
+
+    @cached_property
+    def basis(self) -> Basis:
+        """What directions are combined from."""
+        if self.reference is None:
+            return torch.randn(_ISOTROPIC, self.d_model, generator=_generator("basis", self.number))
+        responses = self.reference.response_means[self.number].float()
+        return responses - responses.mean(dim=0)
+
+    @cached_property
+    def digest(self) -> str:
+        source = repr(self.basis.double().sum(dim=1).tolist()).encode()
+        return blake2b(source, digest_size=8).hexdigest()
+
+    def directions(self, *names: str) -> Directions:
+        """Directions of length 1 as combinations of the basis, 200 for each name."""
+        if names not in self._directions:
+            each = []
+            for name in names:
+                drawn = torch.randn(N_DIRECTIONS, len(self.basis), generator=_generator(name, self.number))
+                lengths = (drawn @ self.basis).norm(dim=1, keepdim=True)
+                each.append(drawn / lengths.clamp(min=torch.finfo(lengths.dtype).tiny))
+            self._directions[names] = torch.stack(each)
+        return self._directions[names]
+
+    def levels(
+        self,
+        activations: Float[Tensor, "n_tokens d_model"],
+        vectors: Sequence[TraitVector],
+        n_prompt_tokens: int,
+        own: Motion,
+        rows: Sequence[int],
+    ) -> list[ChanceLevel]:
+        """The chance level of each vector, whose statistics are in the given rows of `own`."""
+        on_basis = activations.float() @ self.basis.T
+        motion = Motion.of(self.directions("all")[0] @ on_basis.T, n_prompt_tokens, n_permutations=_PERMUTATIONS)
+        directions = self.directions(*(str(vector.trait) for vector in vectors))
+        rises = np.zeros(directions.shape[:2])
+        if 1 < n_prompt_tokens < len(on_basis):
+            difference = on_basis[n_prompt_tokens:].mean(dim=0) - on_basis[1:n_prompt_tokens].mean(dim=0)
+            rises = (directions @ difference).double().numpy()
+        found = self._reference_rises(vectors, directions)
+        standardised = None if found is None else _rounded((rises - found[0][:, 1:]) / found[1][:, 1:])
+        commitment, persistence = (
+            _shares(random, measured, rows)
+            for random, measured in ((motion.changes, own.changes), (motion.rises, own.rises))
+        )
+        rises = _rounded(rises)
+        return [
+            ChanceLevel(
+                "isotropic" if self.reference is None else "reference",
+                self.digest,
+                int(motion.commits.sum()),
+                int(motion.persists.sum()),
+                commitment[number],
+                persistence[number],
+                rises[number],
+                None if found is None else (float(found[0][number, 0]), float(found[1][number, 0])),
+                None if standardised is None else standardised[number],
+            )
+            for number in range(len(vectors))
+        ]
+
+    def _reference_rises(self, vectors: Sequence[TraitVector], directions: Directions) -> tuple[Values, Values] | None:
+        """Mean and deviation of rises over the reference prompts `[n_vectors, 1 + 200]`, each vector's own first."""
+        if self.reference is None:
+            return None
+        names = tuple(f"{vector.trait} {vector.method}" for vector in vectors)
+        if names not in self._of_reference:
+            means = self.reference
+            moved = (means.response_means[self.number] - means.prompt_means[self.number]).double()
+            units = torch.nn.functional.normalize(torch.stack([each.vector for each in vectors]).double(), dim=1)
+            random = torch.einsum("pd,bd,vrb->pvr", moved, self.basis.double(), directions.double())
+            found = torch.cat([(moved @ units.T).unsqueeze(2), random], dim=2)
+            self._of_reference[names] = found.mean(dim=0).numpy(), found.std(dim=0).clamp(min=1e-30).numpy()
+        return self._of_reference[names]
+
+
+def _shares(random: Any, own: Any, rows: Sequence[int]) -> list[float | None]:
+    """The share of random directions whose statistic is at least as large as that of each row."""
+    if random is None or own is None:
+        return [None] * len(rows)
+    shares = (random.strength[:, None] >= own.strength[list(rows)]).mean(axis=0)
+    return [float(share) for share in shares]
+
+
+def _rounded(values: Values) -> Values:
+    return round_significant(values, PROBABILITY_DIGITS)
+
+
+def _generator(name: str, layer: int) -> torch.Generator:
+    seed = blake2b(f"{name}, layer {layer}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(seed, "big"))

@@ -1,0 +1,143 @@
+"""The change point of a response, and how likely chance alone gives one as clear. Loads no torch.
+
+The change point is the split into two levels with the smallest squared error (CUSUM; Page, "Continuous Inspection
+Schemes", 1954; Bai, "Least squares estimation of a shift in linear processes", 1994), at least `MARGIN` tokens from
+both ends.
+
+Neighbouring tokens are correlated, and a correlated series drifts: its two halves differ without any change. Its
+clarity `T`, the shift in standard deviations of the residuals, is therefore compared with that of simulated series
+without a change, of the same length and with the same lag-1 correlation of the residuals. These series are
+autoregressive of first order, with coefficients evenly spaced from -0.2 to 0.9. The simulation draws its coefficient
+rather than estimating it from the residuals, since the fitted step removes part of the correlation (Andrews, "Exactly
+Median-Unbiased Estimation of First Order Autoregressive/Unit Root Models", 1993), more so in short series.
+`benchmarks/dynamics_null.py` compares this null with permutations, a plug-in coefficient and self-normalisation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+Values = NDArray[np.float64]
+
+MARGIN = 3
+SHORTEST = 8  # tokens of a response that can have a change point
+LEVEL = 0.05
+COEFFICIENTS = np.linspace(-0.2, 0.9, 12)
+_DRAWS = 2000  # per coefficient
+_MOST_NUMBERS = 2_400_000  # of a simulation, which has fewer draws for longer series
+_FEWEST_DRAWS = 250
+_PER_BIN = 1000  # simulated series of similar correlation
+_EXACT_LENGTHS = 24  # longer series are compared with simulated ones whose length differs by up to 3 %
+_LENGTH_STEP = 1.06
+
+
+@dataclass(frozen=True)
+class ChangePoints:
+    """The change points of several series, one number each.
+
+    Attributes:
+        index: the first token of the second level.
+        shift: the mean after it minus the mean before.
+        p: how often a series without a change has one as clear.
+        strength: the clarity, in units of that which 5 % of series without a change exceed.
+    """
+
+    index: NDArray[np.int64]
+    shift: Values
+    p: Values
+    strength: Values
+
+
+def change_points(series: Values) -> ChangePoints:
+    """The change point of each row of `series`, `[n_series, n_tokens]`, of at least `SHORTEST` tokens."""
+    index, shift, clarity, correlation = _fitted(series)
+    null = _null(_simulated_length(series.shape[1]))
+    return ChangePoints(index, shift, null.p(clarity, correlation), clarity / null.threshold(correlation))
+
+
+def _fitted(series: Values) -> tuple[NDArray[np.int64], Values, Values, Values]:
+    """Index and size of the shift, its clarity, and the lag-1 correlation of the residuals."""
+    n_tokens = series.shape[1]
+    split = np.arange(MARGIN, n_tokens - MARGIN + 1)
+    centred = series - series.mean(axis=1, keepdims=True)
+    before = np.cumsum(centred, axis=1)[:, split - 1]
+    cusum = -before * np.sqrt(n_tokens / (split * (n_tokens - split)))
+    best = np.abs(cusum).argmax(axis=1)
+    rows = np.arange(len(series))
+    size, index = cusum[rows, best], split[best]
+    shift = size * np.sqrt(n_tokens / (index * (n_tokens - index)))
+    is_after = np.arange(n_tokens) >= index[:, None]
+    residuals = centred - shift[:, None] * (is_after - (1 - index / n_tokens)[:, None])
+    squares = np.einsum("st,st->s", residuals, residuals)
+    rounding = np.einsum("st,st->s", centred, centred) * 1e-20 + np.square(series).max(axis=1) * n_tokens * 1e-30
+    is_noisy = squares > rounding
+    scale = np.where(is_noisy, squares, 1.0)
+    correlation = np.where(is_noisy, np.einsum("st,st->s", residuals[:, 1:], residuals[:, :-1]) / scale, 0.0)
+    # A step without noise is as clear as can be; a constant series has no step.
+    clear = np.where(np.square(size) > rounding, np.inf, 0.0)
+    clarity = np.where(is_noisy, np.abs(size) / np.sqrt(scale / (n_tokens - 2)), clear)
+    return index, shift, clarity, correlation
+
+
+def _simulated_length(n_tokens: int) -> int:
+    if n_tokens <= _EXACT_LENGTHS:
+        return n_tokens
+    steps = round(np.log(n_tokens / _EXACT_LENGTHS) / np.log(_LENGTH_STEP))
+    return round(_EXACT_LENGTHS * _LENGTH_STEP**steps)
+
+
+@dataclass(frozen=True)
+class _Null:
+    """Clarities of series without a change, in bins of similar lag-1 correlation of the residuals.
+
+    `correlations` `[n_bins]` increase; `clarities` `[n_bins, n_per_bin]` are sorted.
+    """
+
+    correlations: Values
+    clarities: Values
+    thresholds: Values
+
+    def threshold(self, correlation: Values) -> Values:
+        """The clarity that 5 % of series without a change exceed."""
+        return np.interp(correlation, self.correlations, self.thresholds)
+
+    def p(self, clarity: Values, correlation: Values) -> Values:
+        """The share of series without a change that are as clear, interpolated between bins; never 0."""
+        position = np.interp(correlation, self.correlations, np.arange(len(self.correlations)))
+        lower = np.minimum(position.astype(np.int64), len(self.correlations) - 2)
+        weight = position - lower
+        return (1 - weight) * self._p_in(lower, clarity) + weight * self._p_in(lower + 1, clarity)
+
+    def _p_in(self, bins: NDArray[np.int64], clarity: Values) -> Values:
+        p = np.empty_like(clarity)
+        for each in np.unique(bins):
+            chosen = bins == each
+            below = np.searchsorted(self.clarities[each], clarity[chosen])
+            p[chosen] = (self.clarities.shape[1] - below + 1) / (self.clarities.shape[1] + 1)
+        return p
+
+
+@lru_cache(maxsize=256)
+def _null(n_tokens: int) -> _Null:
+    generator = np.random.default_rng(n_tokens)
+    n_draws = int(np.clip(_MOST_NUMBERS // (len(COEFFICIENTS) * n_tokens), _FEWEST_DRAWS, _DRAWS))
+    found = [_fitted(autoregressive(each, (n_draws, n_tokens), generator))[2:] for each in COEFFICIENTS]
+    clarity, correlation = (np.concatenate(values) for values in zip(*found, strict=True))
+    order = np.argsort(correlation, kind="stable")
+    order = order[len(order) % _PER_BIN // 2 :][: len(order) // _PER_BIN * _PER_BIN].reshape(-1, _PER_BIN)
+    clarities = np.sort(clarity[order], axis=1)
+    thresholds = np.maximum.accumulate(np.quantile(clarities, 1 - LEVEL, axis=1))
+    return _Null(correlation[order].mean(axis=1), clarities, thresholds)
+
+
+def autoregressive(coefficient: float, shape: tuple[int, int], generator: np.random.Generator) -> Values:
+    """Stationary autoregressive series of first order and variance 1, `[n_series, n_tokens]`."""
+    noise = generator.standard_normal(shape[::-1])  # by token, so that each step is contiguous
+    noise[1:] *= np.sqrt(1 - coefficient**2)
+    for token in range(1, shape[1]):
+        noise[token] += coefficient * noise[token - 1]
+    return np.ascontiguousarray(noise.T)

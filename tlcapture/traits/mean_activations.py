@@ -1,0 +1,45 @@
+"""The mean activation of a trait's training examples at every layer, stored beside its vectors.
+
+extraction/{category}/{trait}/vectors/training_mean.pt      float32 [n_layers, d_model]; attn_out_training_mean.pt
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tlcapture.errors import VectorError
+from tlcapture.shapes import Vector
+from tlcapture.storage.files import Written, read_tensors, write_tensors
+from tlcapture.storage.layout import Layout
+from tlcapture.storage.tensors import described, is_plain
+from tlcapture.traits.missing_vectors import extract_command
+from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.traits.vectors import TraitVector
+
+
+def write_means(files: VectorFiles, component: str, means: Float[Tensor, "n_layers d_model"]) -> Written:
+    """Write the mean activations of a trait's training examples."""
+    return write_tensors(files.mean_file(component), means.float().clone())
+
+
+def mean_activation(root: Path, vector: TraitVector) -> Vector:
+    """The mean activation of a vector's training examples at its layer.
+
+    Raises `VectorError` where none is stored, naming the command that stores it, or where it does not fit the vector.
+    """
+    layout = Layout(root, vector.experiment)
+    path = VectorFiles(layout, vector.trait).mean_file(vector.component)
+    if not path.is_file():
+        raise VectorError(
+            f"{path}: the mean activation that --centered subtracts is missing: "
+            f"run '{extract_command(layout, [vector.trait])}'"
+        )
+    means = read_tensors(path)
+    if not is_plain(means) or means.ndim != 2 or not means.isfinite().all():
+        raise VectorError(f"{path}: expected a finite tensor [n_layers, d_model], got {described(means)}")
+    if vector.layer >= len(means) or means.shape[1] != len(vector.vector):
+        raise VectorError(f"{path}: its shape {list(means.shape)} does not fit the vector of layer {vector.layer}")
+    return means[vector.layer].float()
