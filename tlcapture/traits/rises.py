@@ -138,7 +138,7 @@ def _dealt(n_tokens: int, n_response: int, n_permutations: int) -> _Dealt:
         order = np.concatenate([blocks[block] for block in generator.permutation(len(blocks))])
         response = (order[-n_response:] + generator.integers(n_tokens)) % n_tokens
         prompt_weights[response, each] = 0
-        np.add.at(edge_weights, (response[window], np.arange(len(at_edge))[:, None], each), 1 / SMOOTHED)
+        np.add.at(edge_weights[:, :, each], (response[window], np.arange(len(at_edge))[:, None]), 1 / SMOOTHED)
         runs = list(_runs(np.delete(response, at_edge), n_tokens))
         inner[: len(runs), each] = [(length - 1) * n_tokens + first for first, length in runs]
     return _Dealt(inner, edge_weights.reshape(n_tokens, -1), prompt_weights)
