@@ -143,7 +143,7 @@ def test_documented_defaults() -> None:
     params = {p.name: p for p in command_of("capture").params}
     layer = params["layer"]
     assert isinstance(layer, click.Option)
-    assert (layer.help or "").endswith("[default: 16]")
+    assert (layer.help or "").endswith("[default: auto, or 16 where nothing was evaluated]")
     defaults = {name: p.default for name, p in params.items()}
     assert (defaults["max_new_tokens"], defaults["temperature"]) == (50, 0.7)
     assert (defaults["seed"], defaults["batch_size"], defaults["save_dtype"]) == (0, "auto", "auto")

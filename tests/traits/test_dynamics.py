@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tlcapture.errors import NumericalError
 from tlcapture.traits.change_points import LEVEL, autoregressive, change_points
 from tlcapture.traits.dynamics import Motion, dynamics
-from tlcapture.traits.rises import SMOOTHED, peak_of, rises, smoothed
+from tlcapture.traits.rises import BLOCK, SMOOTHED, _permuted, peak_of, rises, smoothed
 
 TRIALS = 4000
 N_PROMPT = 40
@@ -77,6 +77,24 @@ def test_chance_seldom_persists_whatever_the_length_of_the_prompt(n_prompt: int)
     for name, coefficient in COEFFICIENTS.items():
         series = autoregressive(coefficient, (1000, n_prompt + 50), np.random.default_rng([5, n_prompt]))
         assert rises(series, n_prompt).is_beyond_chance.mean() <= MOST_FALSE[name] + 0.02
+
+
+@pytest.mark.parametrize(("n_prompt", "n_response"), [(40, 50), (3, 5), (2, 1), (5, 8), (100, 7), (3, 40)])
+def test_permuted_rises_are_those_of_dealt_blocks(n_prompt: int, n_response: int) -> None:
+    """Against a slow computation of each permutation on its own."""
+    rest = np.random.default_rng(0).standard_normal((3, n_prompt + n_response))[:, 1:]
+    n_tokens, n_permutations = rest.shape[1], 20
+    found = _permuted(rest, n_response, n_permutations)
+    generator = np.random.default_rng([n_tokens, n_response])
+    blocks = np.array_split(np.arange(n_tokens), -(-n_tokens // BLOCK))
+    on_ring = np.mean([np.roll(rest, shift, axis=1) for shift in range(-2, 3)], axis=0)
+    for permutation in range(n_permutations):
+        order = np.concatenate([blocks[each] for each in generator.permutation(len(blocks))])
+        response = (order[-n_response:] + generator.integers(n_tokens)) % n_tokens
+        prompt = np.setdiff1d(np.arange(n_tokens), response)
+        line = smoothed(rest[:, response])
+        line[:, 2 : n_response - 2] = on_ring[:, response[2 : n_response - 2]]
+        assert np.allclose(found[:, permutation], line.max(axis=1) - rest[:, prompt].mean(axis=1))
 
 
 def test_a_sustained_rise_persists() -> None:

@@ -19,12 +19,14 @@ from tlcapture.errors import InputError, StorageError
 from tlcapture.models.sizes import Measures
 from tlcapture.runs.report import Failed
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.chance import N_DIRECTIONS
 from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 from tlcapture.views.logit_lens import TOP_K
 
 _PER_WEIGHT = 9.5  # an attention weight: 4 significant digits and a comma
 _PER_PREDICTION = 35.0  # {"token": ..., "prob": ...}
 _PER_PROJECTION = 9.7  # 6 significant digits
+_PER_RISE = 8.5  # 4 significant digits, a sign and an exponent at times
 _PER_NULL = 5  # a layer without activations
 _PER_FILE = 2000  # names, metadata, and what the container adds
 _PER_PROJECTION_FILE = 1000  # the vector and where it comes from
@@ -115,7 +117,7 @@ def sizes(
     kept = wanted.kept
     row = len(kept.layers) * len(kept.points) * _PER_PROJECTION + (kept.n_layers - len(kept.layers)) * _PER_NULL
     row += 2 * _PER_PROJECTION + _PER_TOKEN  # velocity and acceleration
-    overhead = _PER_PROJECTION_FILE + (0 if wanted.raw else _PER_CAPTURE)
+    overhead = _PER_PROJECTION_FILE + N_DIRECTIONS * _PER_RISE + (0 if wanted.raw else _PER_CAPTURE)
     yield from chain(
         _tensors(measures, n_tokens, wanted, options),
         _json(measures, n_tokens, wanted),

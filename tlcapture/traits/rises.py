@@ -10,6 +10,7 @@ neighbours it was smoothed with, except at the edges of the response.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -93,29 +94,32 @@ def _moving_mean(padded: Values) -> Values:
 
 def _permuted(rest: Values, n_response: int, n_permutations: int) -> Values:
     """Rises `[n_trajectories, n_permutations]` of permuted trajectories."""
-    n_tokens = rest.shape[1]
+    n_series, n_tokens = rest.shape
     dealt = _dealt(n_tokens, n_response, n_permutations)
     means = _moving_mean(np.take(rest, np.arange(-_REACH, n_tokens + _REACH) % n_tokens, axis=1))
-    # The largest mean among a permutation's inner tokens is the first of them in descending order.
-    order = np.argsort(-means, axis=1)
-    first = np.take(dealt.inner, order, axis=1).argmax(axis=2).T
-    largest = np.take_along_axis(np.take_along_axis(means, order, axis=1), first, axis=1)
-    largest = np.where(dealt.inner.any(axis=1), largest, -np.inf)
-    at_edges = (rest @ dealt.edge_weights).reshape(len(rest), -1, n_permutations).max(axis=1)
-    largest = np.maximum(largest, at_edges)
-    return largest - rest @ dealt.prompt_weights
+    ring = np.concatenate([means, means], axis=1)
+    runs = [means]  # the largest mean of each run of 1, 2, ... BLOCK tokens on the ring, by its first token
+    for length in range(1, BLOCK):
+        start = length % n_tokens
+        runs.append(np.maximum(runs[-1], ring[:, start : start + n_tokens]))
+    runs.append(np.full_like(means, -np.inf))
+    inner = np.take(np.concatenate(runs, axis=1), dealt.inner, axis=1)
+    at_edges = (rest @ dealt.edge_weights).reshape(n_series, -1, n_permutations)
+    return np.maximum(inner.max(axis=1), at_edges.max(axis=1)) - rest @ dealt.prompt_weights
 
 
 @dataclass(frozen=True)
 class _Dealt:
     """Which tokens the permutations deal to the response.
 
-    `inner` `[n_permutations, n_tokens]` are those that are smoothed with the neighbours they had; `edge_weights`
-    `[n_tokens, n_edges * n_permutations]` gives the smoothed values of the others, and `prompt_weights` `[n_tokens,
-    n_permutations]` the mean of the tokens that are dealt to the prompt.
+    Attributes:
+        inner: `[n_runs, n_permutations]`, the runs of tokens that are smoothed with the neighbours they had, as
+            `(length - 1) * n_tokens + first`; where there are fewer, one that stands for no token.
+        edge_weights: `[n_tokens, n_edges * n_permutations]`, which give the smoothed values of the other tokens.
+        prompt_weights: `[n_tokens, n_permutations]`, which give the mean of the tokens that are dealt to the prompt.
     """
 
-    inner: NDArray[np.bool_]
+    inner: NDArray[np.int64]
     edge_weights: Values
     prompt_weights: Values
 
@@ -124,18 +128,25 @@ class _Dealt:
 def _dealt(n_tokens: int, n_response: int, n_permutations: int) -> _Dealt:
     generator = np.random.default_rng([n_tokens, n_response])
     blocks = np.array_split(np.arange(n_tokens), -(-n_tokens // BLOCK))
-    responses = np.empty((n_permutations, n_response), dtype=np.int64)
-    for row in responses:
-        order = np.concatenate([blocks[each] for each in generator.permutation(len(blocks))])
-        row[:] = (order[-n_response:] + generator.integers(n_tokens)) % n_tokens
-    inner = np.zeros((n_permutations, n_tokens), dtype=bool)
-    np.put_along_axis(inner, responses, values=True, axis=1)
-    weights = ~inner.T / (n_tokens - n_response)
-    at_edge = np.unique([*range(min(_REACH, n_response)), *range(max(0, n_response - _REACH), n_response)])
-    np.put_along_axis(inner, responses[:, at_edge], values=False, axis=1)
-    window = np.arange(-_REACH, _REACH + 1)
-    edges = responses[:, np.clip(at_edge[:, None] + window, 0, n_response - 1)]
+    at_edge = sorted({*range(min(_REACH, n_response)), *range(max(0, n_response - _REACH), n_response)})
+    window = np.clip(np.add.outer(at_edge, np.arange(-_REACH, _REACH + 1)), 0, n_response - 1)
+    n_runs = len(blocks) + 1  # the ring may be cut within a block
+    inner = np.full((n_runs, n_permutations), BLOCK * n_tokens)
     edge_weights = np.zeros((n_tokens, len(at_edge), n_permutations))
-    rows, columns = np.arange(n_permutations)[:, None, None], np.arange(len(at_edge))[:, None]
-    np.add.at(edge_weights, (edges, columns, rows), 1 / SMOOTHED)
-    return _Dealt(inner, edge_weights.reshape(n_tokens, -1), weights)
+    prompt_weights = np.full((n_tokens, n_permutations), 1 / (n_tokens - n_response))
+    for each in range(n_permutations):
+        order = np.concatenate([blocks[block] for block in generator.permutation(len(blocks))])
+        response = (order[-n_response:] + generator.integers(n_tokens)) % n_tokens
+        prompt_weights[response, each] = 0
+        np.add.at(edge_weights[:, :, each], (response[window], np.arange(len(at_edge))[:, None]), 1 / SMOOTHED)
+        runs = list(_runs(np.delete(response, at_edge), n_tokens))
+        inner[: len(runs), each] = [(length - 1) * n_tokens + first for first, length in runs]
+    return _Dealt(inner, edge_weights.reshape(n_tokens, -1), prompt_weights)
+
+
+def _runs(tokens: NDArray[np.int64], n_tokens: int) -> Iterator[tuple[int, int]]:
+    """First token and length of the runs of neighbours on the ring, of at most `BLOCK` tokens."""
+    ends = [*(np.flatnonzero(np.diff(tokens) % n_tokens != 1) + 1).tolist(), len(tokens)]
+    for start, stop in zip([0, *ends], ends, strict=False):
+        for first in range(start, stop, BLOCK):
+            yield int(tokens[first]), min(BLOCK, stop - first)
