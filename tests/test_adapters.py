@@ -221,9 +221,8 @@ def test_a_base_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert f"an adapter for the model {missing}, which is not there" in one_line(
         write_adapter(tmp_path / "one", str(missing))
     )
-    assert "model 'some-org/some-model' is neither a folder nor in the hub cache" in one_line(
-        write_adapter(tmp_path / "two", "some-org/some-model")
-    )
+    unknown = one_line(write_adapter(tmp_path / "two", "some-org/some-model", revision="v2"))
+    assert "is an adapter: model 'some-org/some-model@v2' is neither a folder nor in the hub cache" in unknown
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "{", '{"base_model_name_or_path": null}', '"text"'])

@@ -1,6 +1,6 @@
 """LoRA and other PEFT adapters: finding the model that an adapter is for, and merging the adapter into its weights.
 
-An adapter is a folder or a repository on the hub with `adapter_config.json`. Full weights beside it are the weights
+An adapter is a folder with `adapter_config.json`. Full weights beside it are the weights
 that it adapts; without them, the adapter's config names them. peft is imported only to merge.
 """
 
@@ -26,7 +26,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vo
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter, and the model that it adapts; both are folders or names on the hub.
+    """The folder of an adapter, and the model that it adapts: a folder or a name on the hub.
 
     `base` equals `source` where full weights are beside the adapter.
     """
@@ -38,36 +38,41 @@ class Adapter:
     def tokenizer_source(self) -> str:
         """Where the tokenizer is: beside the adapter if it has one."""
         folder = Path(self.source)
-        has_one = not folder.is_dir() or any((folder / name).is_file() for name in _TOKENIZERS)
+        has_one = any((folder / name).is_file() for name in _TOKENIZERS)
         return self.source if has_one else self.base
 
 
 def adapter_of(source: str) -> Adapter | None:
-    """The adapter in a folder or a repository on the hub; `None` if it has none.
+    """The adapter in a folder; `None` if it has none.
 
     Raises `ModelError` if its config is not valid, or names no model.
     """
-    path = _config_of(source)
-    if path is None:
-        return None
     folder = Path(source)
-    if folder.is_dir() and (folder / "config.json").is_file() and any(map(any, map(folder.glob, _WEIGHTS))):
+    if not (folder / CONFIG).is_file():
+        return None
+    if (folder / "config.json").is_file() and any(map(any, map(folder.glob, _WEIGHTS))):
         return Adapter(source, source)
-    try:
-        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
-        base = None
-    if not isinstance(base, str) or not base:
-        raise ModelError(
-            f"{path}: expected a PEFT adapter whose base_model_name_or_path names the model that it is for"
-        )
-    near = [folder / BASE, folder / base] if folder.is_dir() else []
-    for path in [*near, Path(base)]:
+    base, revision = _named_base(folder / CONFIG)
+    for path in (folder / BASE, folder / base, Path(base)):
         if any((path / file).is_file() for file in ("config.json", CONFIG)):
             return Adapter(source, str(path))
     if Path(base).is_absolute() or base.startswith("."):
         raise ModelError(f"{source}: an adapter for the model {base}, which is not there")
-    return Adapter(source, base)
+    return Adapter(source, f"{base}@{revision}" if revision else base)
+
+
+def _named_base(path: Path) -> tuple[str, str | None]:
+    """The name of the model that an adapter's config states, and its revision if it states one."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        base, revision = config["base_model_name_or_path"], config.get("revision")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        base, revision = None, None
+    if not isinstance(base, str) or not base:
+        raise ModelError(
+            f"{path}: expected a PEFT adapter whose base_model_name_or_path names the model that it is for"
+        )
+    return base, revision if isinstance(revision, str) else None
 
 
 def merged(model: Any, adapter: Adapter, name: str) -> Any:
@@ -131,17 +136,3 @@ def _resize(model: Any, weights: dict[str, Any], name: str) -> None:
             "both embedding and unembedding, which would be random for the new tokens"
         )
     model.resize_token_embeddings(n_tokens, mean_resizing=False)
-
-
-def _config_of(source: str) -> Path | None:
-    if Path(source).is_dir():
-        path = Path(source) / CONFIG
-        return path if path.is_file() else None
-    from transformers.utils import cached_file
-
-    quiet = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
-    try:
-        found = cached_file(source, CONFIG, **quiet)
-    except (OSError, ValueError):  # not a name on the hub either, which loading its config reports
-        return None
-    return None if found is None else Path(found)

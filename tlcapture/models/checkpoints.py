@@ -62,7 +62,7 @@ def fetch_tokenizer(name: str, source: str) -> Any:
     """
     adapter = adapters.adapter_of(source)
     if adapter is not None and adapter.tokenizer_source != source:
-        return fetch_tokenizer(name, source_of(adapter.tokenizer_source))
+        return fetch_tokenizer(name, _base_of(adapter, name, weights=False))
     advice = "copy tokenizer.json and tokenizer_config.json from the checkpoint that it was made from"
     try:
         tokenizer = fetch(name, "AutoTokenizer", source)
@@ -91,7 +91,7 @@ def fetch_weights(
     """
     adapter = adapters.adapter_of(source)
     if adapter is not None and adapter.base != source:
-        base = source_of(adapter.base)
+        base = _base_of(adapter, name, weights=True)
         return adapters.merged(fetch_weights(adapter.base, base, n_devices=n_devices, warn=warn), adapter, name)
     config = fetch(name, "AutoConfig", source)
     model, found = fetch(
@@ -129,8 +129,16 @@ def fetch_weights(
 def _whole_config(name: str, source: str) -> Any:
     adapter = adapters.adapter_of(source)
     if adapter is not None and adapter.base != source:
-        return _whole_config(adapter.base, source_of(adapter.base))
+        return _whole_config(adapter.base, _base_of(adapter, name, weights=False))
     return fetch(name, "AutoConfig", source)
+
+
+def _base_of(adapter: adapters.Adapter, name: str, *, weights: bool) -> str:
+    """The folder of the model that an adapter is for; raises `ModelError`, naming both, if it is not found."""
+    try:
+        return source_of(adapter.base, weights=weights)
+    except ModelError as error:
+        raise ModelError(f"model {name!r} is an adapter: {error}") from None
 
 
 def _over(n_devices: int) -> dict[str, Any]:
