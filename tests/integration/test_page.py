@@ -80,9 +80,14 @@ def analysis_file(root: Path, kind: str) -> dict[str, Any]:
 
 
 def trajectory(content: dict[str, Any]) -> list[float]:
-    layer = content["metadata"]["vector_source"]["layer"]
-    parts = content["projections"]
-    return [token[layer][-1] for token in [*parts["prompt"], *parts["response"]]]
+    """A file's projections at the vector's layer, on the scale of its training examples where it has one."""
+    source, parts = content["metadata"]["vector_source"], content["projections"]
+    raw = [token[source["layer"]][-1] for token in [*parts["prompt"], *parts["response"]]]
+    scale = source.get("calibration")
+    if not scale:
+        return raw
+    distance = scale["positive_mean"] - scale["negative_mean"]
+    return [(value - scale["negative_mean"]) / distance for value in raw]
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -98,7 +103,9 @@ def test_trajectories_equal_those_of_the_files(page: Watched, page_root: Path) -
     drawn = {trace["name"]: trace["y"] for trace in page.traces() if trace["mode"] == "lines"}
     for trait in ("behavioral/refusal", TRAIT):
         expected = trajectory(projection_file(page_root, trait=trait))
-        assert drawn[trait][1:] == expected[1:]  # the first may be off the scale, and is then left out
+        assert drawn[trait][1:] == pytest.approx(
+            expected[1:], rel=1e-5
+        )  # the first may be off the scale, and is then left out
     content = projection_file(page_root)
     text = content["prompt"]["tokens"] + content["response"]["tokens"]
     shown = [span.text_content() for span in page.page.query_selector_all("#strip .token")]
@@ -256,7 +263,7 @@ def test_compared_trajectories_are_aligned_at_the_first_response_token(page: Wat
     first = projection_file(page_root, 1)
     trace = names["A: exp/single_trait/1"]
     assert trace["x"][0] == -first["prompt"]["n_tokens"]
-    assert trace["y"] == trajectory(first)
+    assert trace["y"] == pytest.approx(trajectory(first), rel=1e-5)
     assert names["B: exp/single_trait/2"]["y"] == trajectory(projection_file(page_root, 2))
     page.page.click("text=mean of the set")
     page.settled()
