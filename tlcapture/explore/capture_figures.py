@@ -21,11 +21,15 @@ class CaptureFigures:
     def __repr__(self) -> str:
         return "figures: .trajectory(*traits), .layers(trait), .logit_lens(), .attention(layer, head)"
 
-    def trajectory(self, *traits: str, **how: Any) -> OfflineFigure:
-        """Trajectories over the tokens, one line per trait; all traits with vectors if none is named."""
+    def trajectory(self, *traits: str, calibrated: bool = True, **how: Any) -> OfflineFigure:
+        """Trajectories over the tokens, one line per trait; all traits with vectors if none is named.
+
+        Where all vectors have a calibration, the negative examples are at 0 and the positive ones at 1;
+        `calibrated=False` draws raw projections.
+        """
         from tlcapture.explore.figures import trajectory_figure
 
-        return trajectory_figure(self._capture.projected(*traits, **how))
+        return trajectory_figure(self._capture.projected(*traits, **how), calibrated=calibrated)
 
     def layers(self, trait: str, point: str | None = None, **how: Any) -> OfflineFigure:
         """A heatmap, layers by tokens, of the projection onto a trait's vector.
