@@ -169,7 +169,7 @@ def test_of_all_sets_a_bad_one_is_named_and_the_others_run(
     assert refused.exit_code == 2
 
 
-@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a//b", "a/", "a/../../b"])
+@pytest.mark.parametrize("name", ["../x", "/x", "a//b", "a/", "a/../../b"])
 def test_a_set_outside_the_folder_is_refused(capture: Run, tlcapture: Run, data: Path, name: str) -> None:
     (data / "x.json").write_text(json.dumps([{"id": 1, "text": "hi"}]))
     for result in (

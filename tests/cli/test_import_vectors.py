@@ -307,8 +307,10 @@ def test_another_architecture_in_a_control_vector_is_said(bring: Run, tmp_path: 
 
 
 class Malicious:
+    """Unpickled, it makes a file in the current folder."""
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (Path("/tmp/must-not-exist-tlcapture"),))
+        return (Path.touch, (Path("made-by-a-pickle"),))
 
 
 def broken(value: torch.Tensor, number: float) -> torch.Tensor:
@@ -380,17 +382,18 @@ def _pickled(path: Path, value: Any) -> Path:
 
 @pytest.mark.parametrize("case", BAD)
 def test_what_cannot_be_imported_is_refused_in_one_line_and_nothing_is_written(
-    bring: Run, root: Path, tmp_path: Path, case: str
+    bring: Run, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     make, words, said = BAD[case]
     (tmp_path / "given").mkdir()
+    monkeypatch.chdir(tmp_path)
     result = bring(make(tmp_path / "given"), *words)
     assert result.exit_code in (1, 2)
     assert said in result.stderr
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.splitlines()) == 1
     assert not (root / "experiments").exists()
-    assert not Path("/tmp/must-not-exist-tlcapture").exists()
+    assert not list(tmp_path.rglob("made-by-a-pickle"))
 
 
 def test_another_model_than_the_experiments_is_refused(bring: Run, tlcapture: Run, root: Path) -> None:
