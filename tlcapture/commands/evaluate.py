@@ -70,7 +70,7 @@ def run_evaluate(
         run.warn(f"left out: no examples to score the imported vectors of {trait}")
         traits.remove(trait)
     executor.run(Work(partial(_Worker, options), load, traits, lambda trait: 1, "trait", str), run)
-    _write_cross_traits(run, traits)
+    _write_cross_traits(run)
     return run.report
 
 
@@ -266,7 +266,7 @@ def _summary_of(before: Evaluation, trait: str) -> Mapping[str, Any]:
     return {} if found is None else {name: getattr(found, name) for name in names if name in found.model_fields_set}
 
 
-def _write_cross_traits(run: Run, traits: Sequence[Trait]) -> None:
+def _write_cross_traits(run: Run) -> None:
     """Score every trait's selected vector on every trait's examples, where their activations were kept."""
     layout = run.layout
     if not layout.evaluation.is_file():

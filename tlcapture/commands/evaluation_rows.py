@@ -93,7 +93,7 @@ def rows_of(
     if validated is None or not rows:
         return EvaluatedComponent(trait, kept.fingerprint, rows)
     first = Baseline.of("layer 0", validated.layer_0, labels, outer)
-    best = max(row["val_auroc"] or 0 for row in rows)
+    best = max((row["val_auroc"] or 0 for row in rows if row["method"] in grid), default=0)
     p = (1 + int((largest >= best).sum())) / (1 + len(largest))
     compared = [*baselines, first]
     judged = verdict(validated.nested, compared, labels, groups, p, seed=seed)

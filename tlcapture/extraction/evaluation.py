@@ -83,8 +83,8 @@ def effect_size_interval(
     deviation = _pooled_deviation(positive, negative).double().numpy()
     with np.errstate(divide="ignore", invalid="ignore"):
         size = (positive.mean(dim=-1) - negative.mean(dim=-1)).double().numpy() / deviation
-    freedom, scale = np.full(len(size), n_positive + n_negative - 2.0), np.full(len(size), n_positive / 1.0)
-    scale = np.sqrt(n_positive * n_negative / (n_positive + n_negative)) * np.ones(len(size))
+    freedom = np.full(len(size), n_positive + n_negative - 2.0)
+    scale = np.full(len(size), np.sqrt(n_positive * n_negative / (n_positive + n_negative)))
     if paired:
         spread = positive - positive.mean(dim=-1, keepdim=True), negative - negative.mean(dim=-1, keepdim=True)
         covariance = (spread[0] * spread[1]).double().sum(dim=-1).numpy() / (n_positive - 1)
