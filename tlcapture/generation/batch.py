@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.shapes import LastLogits, Mask, NextTokens, Tokens
 
 Ended = dict[int, str | None]  # why prompts have ended, by index; `None`: their logits are not finite
+Outcomes = deque[tuple[int, Outcome]]
 
 
 @dataclass(frozen=True)
@@ -88,21 +90,22 @@ class Batch:
         Outcomes are yielded while the next tokens are being run.
         """
         if not self._settings.max_new_tokens:
-            yield from self._outcomes(dict.fromkeys(self._running, MAX_NEW_TOKENS))
+            yield from _handed_out(self._outcomes(dict.fromkeys(self._running, MAX_NEW_TOKENS)))
             return
-        ended: Ended = {}
+        outcomes: Outcomes = deque()
         while self._running:
             assert logits is not None
             tokens, copy = self._choose(logits)
             try:
                 logits = self._run_tokens(tokens)
             except Exception:
-                yield from self._outcomes(ended)
+                yield from _handed_out(outcomes)
                 raise
-            yield from self._outcomes(ended)
+            yield from _handed_out(outcomes)
             ended = self._read_choice(copy.read(), on_tokens)
+            outcomes = self._outcomes(ended)
             logits = self._keep([index not in ended for index in self._running], logits)
-        yield from self._outcomes(ended)
+        yield from _handed_out(outcomes)
 
     def _choose(self, logits: LastLogits) -> tuple[NextTokens, Download]:
         """Choose the next token of each running prompt; the copy has -1 where the logits are not finite."""
@@ -174,9 +177,12 @@ class Batch:
         with applied(self._model, self._interventions, LAST_POSITION):
             return self._model.step(tokens, mask, self._state, self._recorder.names, want_logits=want_logits)
 
-    def _outcomes(self, ended: Ended) -> Iterator[tuple[int, Outcome]]:
-        for index, reason in ended.items():
-            yield index, self._not_finite(index) if reason is None else self._generation(index, reason)
+    def _outcomes(self, ended: Ended) -> Outcomes:
+        """The outcomes of prompts that have ended, whose activations begin to leave the device."""
+        return deque(
+            (index, self._not_finite(index) if reason is None else self._generation(index, reason))
+            for index, reason in ended.items()
+        )
 
     def _generation(self, index: int, reason: str) -> Generation:
         return Generation(self._prompts[index], tuple(self._responses[index]), reason, self._recorder.take(index))
@@ -185,3 +191,9 @@ class Batch:
         position = len(self._prompts[index].token_ids) + len(self._responses[index])
         reason = f"the model's logits are NaN or inf at token {position}: try --dtype float32"
         return Failure(self._prompts[index], reason, NumericalError)
+
+
+def _handed_out(outcomes: Outcomes) -> Iterator[tuple[int, Outcome]]:
+    """The outcomes, of which none is kept."""
+    while outcomes:
+        yield outcomes.popleft()
