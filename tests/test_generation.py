@@ -13,9 +13,10 @@ from tests.test_parity import as_prompt, random_ids, relative
 from tlcapture.errors import InputError, NumericalError, OutOfMemoryError
 from tlcapture.generation.interventions import Steer
 from tlcapture.generation.loop import continue_from, generate, prefill, teacher_force
+from tlcapture.generation.noise import GumbelNoise, stream_start
 from tlcapture.generation.outcomes import Failure, Generation
 from tlcapture.generation.padding import left_pad, right_pad
-from tlcapture.generation.sampling import GREEDY, Sampling, choose_tokens
+from tlcapture.generation.sampling import GREEDY, Sampling, choose_tokens, n_numbers
 from tlcapture.models.engines.base import Step
 from tlcapture.models.fast import forward
 from tlcapture.models.fast.state import FastState
@@ -32,6 +33,12 @@ def outcomes(model: Model, names: list[str], **options: Any) -> dict[str, Genera
     prompts = [as_prompt(PROMPTS[name], name) for name in names]
     hooks = residual_hooks(model.n_layers, model.hook_names)
     return {outcome.prompt.id: outcome for outcome in generate(model, prompts, hooks=hooks, **options)}
+
+
+def noise(n_rows: int, d_vocab: int) -> torch.Tensor:
+    """The noise of a first step, with a stream for each row."""
+    starts = [stream_start(0, as_prompt([5], str(row))) for row in range(n_rows)]
+    return GumbelNoise(starts, n_numbers(d_vocab), 1, torch.device("cpu")).next()
 
 
 @pytest.mark.parametrize("engine", tiny.ENGINES)
@@ -103,8 +110,7 @@ def test_noise_differs_between_seeds_prompts_and_prompt_sets() -> None:
 
 def test_sampling_follows_the_softmax_of_the_logits() -> None:
     logits = torch.tensor([[2.0, 0.0, 1.0, -1.0]])
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.tensor([choose_tokens(logits, 0.5, [generator])[0] for _ in range(20_000)])
+    draws = choose_tokens(logits.expand(20_000, -1), 0.5, noise(20_000, 4)).tokens
     shares = torch.bincount(draws, minlength=4) / len(draws)
     assert torch.allclose(shares, (logits[0] / 0.5).softmax(0).float(), atol=0.01)
 
@@ -215,8 +221,7 @@ def test_tokens_of_prompts_that_run_again_are_taken_back(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-307, 5e-324])
 def test_a_temperature_near_zero_chooses_the_likeliest_token(temperature: float) -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) * 10
-    generators = [torch.Generator().manual_seed(row) for row in range(3)]
-    assert choose_tokens(logits, temperature, generators) == logits.argmax(dim=-1).tolist()
+    assert choose_tokens(logits, temperature, noise(3, 50)).tokens.tolist() == logits.argmax(dim=-1).tolist()
 
 
 @pytest.mark.parametrize("name", ["blocks.1.attn.hook_attn_scores", "ln_final.hook_scale", "unembed.hook_out"])

@@ -11,6 +11,7 @@ Axes:
 | `n_points` | residual points of a model: `2 * n_layers + 1`, in the order they are computed |
 | `d_model` | width of the residual stream |
 | `d_vocab` | size of the vocabulary |
+| `n_numbers` | random numbers that choose a token |
 | `n_vectors` | trait vectors that are projected together |
 """
 
@@ -33,3 +34,5 @@ Vectors = Float[Tensor, "n_vectors d_model"]
 RowVectors = Float[Tensor, "batch d_model"]
 Trajectory = Float[Tensor, " n_tokens"]
 Rows = Bool[Tensor, " batch"]
+NextTokens = Int[Tensor, " batch"]
+Noise = Float[Tensor, "batch n_numbers"]

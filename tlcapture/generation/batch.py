@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tlcapture.errors import NumericalError
 from tlcapture.generation.interventions import LAST_POSITION, Intervention, applied
+from tlcapture.generation.noise import GumbelNoise, stream_start
 from tlcapture.generation.outcomes import Failure, Generation, Outcome
 from tlcapture.generation.padding import left_pad
 from tlcapture.generation.processors import LogitProcessors, PromptTokens
 from tlcapture.generation.recording import Recorder
-from tlcapture.generation.sampling import Sampling, choose_tokens, prompt_generator, stop_reason
+from tlcapture.generation.sampling import MAX_NEW_TOKENS, Sampling, choose_tokens, n_numbers, stop_reason
+from tlcapture.generation.transfers import Download, upload
 from tlcapture.models.engines.base import Step
 from tlcapture.models.loading import Model
 from tlcapture.prompts.chat_template import stop_ids
 from tlcapture.prompts.tokenization import TokenizedPrompt
-from tlcapture.shapes import LastLogits, Mask, Tokens
+from tlcapture.shapes import LastLogits, Mask, NextTokens, Tokens
+
+Ended = dict[int, str | None]  # why prompts have ended, by index; `None`: their logits are not finite
+Outcomes = deque[tuple[int, Outcome]]
 
 
 @dataclass(frozen=True)
@@ -52,13 +59,14 @@ class Batch:
             for templated in {prompt.chat_template for prompt in prompts}
         }
         self._recorder = Recorder(settings.hooks, [len(p.token_ids) for p in prompts], settings.max_new_tokens)
-        self._generators = [prompt_generator(settings.sampling.seed, prompt) for prompt in prompts]
+        self._noise: GumbelNoise | None = None  # made when the vocabulary and the device of the logits are known
         self._processors = LogitProcessors(
             settings.sampling.rules,
             settings.sampling.temperature,
             [PromptTokens(p.token_ids, self._stops[p.chat_template], settings.max_new_tokens) for p in prompts],
         )
         self._responses: list[list[int]] = [[] for _ in prompts]
+        self._n_new = 0  # tokens of every response that is still running
         self._running = list(range(len(prompts)))  # the prompt in each row of the state
         self._state: Any = None
 
@@ -77,53 +85,73 @@ class Batch:
     def _respond(
         self, logits: LastLogits | None, on_tokens: Callable[[Sequence[int]], None]
     ) -> Iterator[tuple[int, Outcome]]:
-        while True:
-            reasons = self._stop_reasons()
-            for index, reason in zip(self._running, reasons, strict=True):
-                if reason is not None:
-                    yield index, self._generation(index, reason)
-            if None not in reasons:
-                return
+        """Choose and run tokens, which stay on the device: main memory gets a copy while they are being run.
+
+        Outcomes are yielded while the next tokens are being run.
+        """
+        if not self._settings.max_new_tokens:
+            yield from _handed_out(self._outcomes(dict.fromkeys(self._running, MAX_NEW_TOKENS)))
+            return
+        outcomes: Outcomes = deque()
+        while self._running:
             assert logits is not None
-            if self._processors:
-                logits = self._processors(logits, self._running, self._responses)
-            finite = logits.amax(dim=-1).isfinite().tolist()  # -inf is a probability of 0, NaN and +inf are not
-            stays = [reason is None and is_finite for reason, is_finite in zip(reasons, finite, strict=True)]
-            for index, reason, is_finite in zip(self._running, reasons, finite, strict=True):
-                if reason is None and not is_finite:
-                    yield index, self._not_finite(index)
-            if not any(stays):
-                return
-            self._keep(stays)
-            chosen = self._choose(logits[torch.tensor(stays, device=logits.device)])
-            on_tokens(self._running)
-            logits = self._run_tokens(chosen)
+            tokens, copy = self._choose(logits)
+            try:
+                logits = self._run_tokens(tokens)
+            except Exception:
+                yield from _handed_out(outcomes)
+                raise
+            yield from _handed_out(outcomes)
+            ended = self._read_choice(copy.read(), on_tokens)
+            outcomes = self._outcomes(ended)
+            logits = self._keep([index not in ended for index in self._running], logits)
+        yield from _handed_out(outcomes)
 
-    def _stop_reasons(self) -> list[str | None]:
-        n_new = self._settings.max_new_tokens
-        return [stop_reason(self._responses[index], self._stops_of(index), n_new) for index in self._running]
+    def _choose(self, logits: LastLogits) -> tuple[NextTokens, Download]:
+        """Choose the next token of each running prompt; the copy has -1 where the logits are not finite."""
+        sampling = self._settings.sampling
+        temperature = sampling.temperature
+        if self._processors:
+            logits = self._processors(logits)
+            temperature = 1.0 if temperature else 0  # the processors have divided by it
+        if temperature and self._noise is None:
+            starts = [stream_start(sampling.seed, self._prompts[index]) for index in self._running]
+            width = n_numbers(logits.shape[-1])
+            self._noise = GumbelNoise(starts, width, self._settings.max_new_tokens, logits.device)
+        choice = choose_tokens(logits, temperature, None if self._noise is None else self._noise.next())
+        self._processors.append(choice.tokens)
+        self._n_new += 1
+        return choice.tokens, Download(torch.where(choice.is_finite, choice.tokens, -1))
 
-    def _stops_of(self, index: int) -> frozenset[int]:
-        return self._stops[self._prompts[index].chat_template]
-
-    def _keep(self, stays: Sequence[bool]) -> None:
-        """Drop the rows of prompts that have ended."""
-        if not all(stays):
-            rows = torch.tensor(stays)
-            self._model.keep(self._state, rows)
-            self._interventions = [each.of_rows(rows) for each in self._interventions]
-            self._running = [index for index, stay in zip(self._running, stays, strict=True) if stay]
-
-    def _choose(self, logits: LastLogits) -> list[int]:
-        """Choose the next token of each running prompt and append it to the response."""
-        generators = [self._generators[index] for index in self._running]
-        temperature = self._settings.sampling.temperature
-        if self._processors and temperature:
-            temperature = 1.0  # the processors have divided by it
-        chosen = choose_tokens(logits, temperature, generators)
-        for index, token in zip(self._running, chosen, strict=True):
+    def _read_choice(self, tokens: Sequence[int], on_tokens: Callable[[Sequence[int]], None]) -> Ended:
+        """Extend the responses; the prompts that have ended."""
+        chosen = {index: token for index, token in zip(self._running, tokens, strict=True) if token >= 0}
+        for index, token in chosen.items():
             self._responses[index].append(token)
-        return chosen
+        if chosen:
+            on_tokens(list(chosen))
+        reasons = {index: self._stop_reason(index) if index in chosen else None for index in self._running}
+        return {index: reason for index, reason in reasons.items() if reason is not None or index not in chosen}
+
+    def _stop_reason(self, index: int) -> str | None:
+        stops = self._stops[self._prompts[index].chat_template]
+        return stop_reason(self._responses[index], stops, self._settings.max_new_tokens)
+
+    def _keep(self, stays: Sequence[bool], logits: LastLogits | None) -> Tensor | None:
+        """Drop the rows of prompts that have ended; the logits of the others."""
+        if all(stays):
+            return logits
+        kept = [row for row, stay in enumerate(stays) if stay]
+        self._running = [self._running[row] for row in kept]
+        if logits is None or not kept:
+            return None
+        rows = torch.tensor(stays)
+        self._model.keep(self._state, rows)
+        self._interventions = [each.of_rows(rows) for each in self._interventions]
+        self._processors.keep(kept)
+        if self._noise is not None:
+            self._noise.keep(kept)
+        return logits.index_select(0, upload(kept, logits.device))
 
     def _read_prompts(self) -> LastLogits:
         tokens, mask = left_pad([prompt.token_ids for prompt in self._prompts])
@@ -134,20 +162,27 @@ class Batch:
                 last_logits.append(step.logits)
         return torch.cat([each for each in last_logits if each is not None])
 
-    def _run_tokens(self, chosen: Sequence[int]) -> LastLogits | None:
+    def _run_tokens(self, chosen: NextTokens) -> LastLogits | None:
         """Run the tokens just chosen, the last ones of responses too, whose activations are recorded; the logits
-        if any response goes on."""
-        goes_on = None in self._stop_reasons()
-        if not goes_on and not self._settings.hooks:
+        if any response may go on."""
+        may_go_on = self._n_new < self._settings.max_new_tokens
+        if not may_go_on and not self._settings.hooks:
             return None
-        tokens = torch.tensor(chosen)[:, None]
-        step = self._step(tokens, torch.ones_like(tokens), want_logits=goes_on)
+        tokens = chosen[:, None]
+        step = self._step(tokens, torch.ones_like(tokens), want_logits=may_go_on)
         self._recorder.record(self._running, step.cache)
         return step.logits
 
     def _step(self, tokens: Tokens, mask: Mask, *, want_logits: bool) -> Step:
         with applied(self._model, self._interventions, LAST_POSITION):
             return self._model.step(tokens, mask, self._state, self._recorder.names, want_logits=want_logits)
+
+    def _outcomes(self, ended: Ended) -> Outcomes:
+        """The outcomes of prompts that have ended, whose activations begin to leave the device."""
+        return deque(
+            (index, self._not_finite(index) if reason is None else self._generation(index, reason))
+            for index, reason in ended.items()
+        )
 
     def _generation(self, index: int, reason: str) -> Generation:
         return Generation(self._prompts[index], tuple(self._responses[index]), reason, self._recorder.take(index))
@@ -156,3 +191,9 @@ class Batch:
         position = len(self._prompts[index].token_ids) + len(self._responses[index])
         reason = f"the model's logits are NaN or inf at token {position}: try --dtype float32"
         return Failure(self._prompts[index], reason, NumericalError)
+
+
+def _handed_out(outcomes: Outcomes) -> Iterator[tuple[int, Outcome]]:
+    """The outcomes, of which none is kept."""
+    while outcomes:
+        yield outcomes.popleft()

@@ -134,4 +134,4 @@ def _described(settings: dict[str, Any]) -> str:
 def _try_out(sampling: Sampling, model: Model) -> None:
     """Apply every rule once, so that a value that it cannot have is found before any prompt runs."""
     prompts = [PromptTokens((0,), frozenset({0}), max_new_tokens=1)]
-    LogitProcessors(sampling.rules, sampling.temperature, prompts)(torch.zeros(1, model.d_vocab), [0], [[]])
+    LogitProcessors(sampling.rules, sampling.temperature, prompts)(torch.zeros(1, model.d_vocab))

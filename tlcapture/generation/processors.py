@@ -9,7 +9,7 @@ Source of the order: `GenerationMixin._get_logits_processor` of transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from tlcapture.shapes import LastLogits
+from tlcapture.generation.transfers import upload
+from tlcapture.shapes import LastLogits, NextTokens
 
 Processor = Callable[[Any, Tensor], Tensor]
 
@@ -80,6 +81,9 @@ class PromptTokens:
 class LogitProcessors:
     """Applies rules to the logits of a batch, step by step.
 
+    Prompts and responses are kept on the device of the logits, one row per running prompt: `append` adds a step's
+    tokens, `keep` drops rows.
+
     Args:
         rules: the rules.
         temperature: 0 is greedy.
@@ -90,30 +94,27 @@ class LogitProcessors:
         self._rules = rules.active(greedy=temperature == 0)
         self._temperature = temperature
         self._prompts = prompts
+        self._rows = list(range(len(prompts)))  # the prompt in each row
+        self._responses: list[NextTokens] = []  # by step
+        self._prompt_ids: dict[int, Tensor] = {}
         self._made: dict[tuple[str, int], Processor] = {}
         self._seen: Tensor | None = None
 
     def __bool__(self) -> bool:
         return bool(self._rules)
 
-    def __call__(self, logits: LastLogits, rows: Sequence[int], responses: Sequence[Sequence[int]]) -> LastLogits:
-        """Logits in float32 after all rules, divided by the temperature unless that is 0.
-
-        Args:
-            logits: one row for each prompt of `rows`.
-            rows: numbers of the prompts that are running.
-            responses: the response of every prompt of the batch so far.
-        """
+    def __call__(self, logits: LastLogits) -> LastLogits:
+        """Logits of the running prompts in float32 after all rules, divided by the temperature unless that is 0."""
         scores = logits.float()
         for name in self._rules:
             if name in FOR_SAMPLING:
                 continue
             if name == "repetition_penalty":
-                scores = self._penalised(scores, rows, responses)
+                scores = self._penalised(scores)
             elif name in _FOR_BATCH:
                 scores = self._for_batch(name, scores)
             else:
-                scores = self._row_by_row(name, scores, rows, responses)
+                scores = self._row_by_row(name, scores)
         if self._temperature:
             # With 0 as the largest, no temperature overflows.
             scores = (scores - scores.amax(dim=-1, keepdim=True)) / max(self._temperature, 1e-20)
@@ -122,42 +123,61 @@ class LogitProcessors:
                 scores = self._for_batch(name, scores)
         return scores
 
+    def append(self, tokens: NextTokens) -> None:
+        """Add the token chosen for each running prompt."""
+        if self._rules:
+            self._responses.append(tokens)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows except those with these indices."""
+        self._rows = [self._rows[row] for row in rows]
+        self._responses = [tokens.index_select(0, upload(rows, tokens.device)) for tokens in self._responses]
+        if self._seen is not None:
+            self._seen = self._seen.index_select(0, upload(rows, self._seen.device))
+
     def _for_batch(self, name: str, scores: LastLogits) -> LastLogits:
         if (name, 0) not in self._made:
             self._made[name, 0] = _FOR_BATCH[name](self._rules[name], scores.device)
         return self._made[name, 0](None, scores)
 
-    def _row_by_row(
-        self, name: str, scores: LastLogits, rows: Sequence[int], responses: Sequence[Sequence[int]]
-    ) -> LastLogits:
+    def _row_by_row(self, name: str, scores: LastLogits) -> LastLogits:
         changed = []
-        for row, own in zip(rows, scores.split(1), strict=True):
-            prompt = self._prompts[row]
+        for ids, row, own in zip(self._ids(scores.device), self._rows, scores.split(1), strict=True):
             if (name, row) not in self._made:
-                self._made[name, row] = _FOR_ROW[name](self._rules[name], prompt, scores.device)
-            ids = torch.tensor([[*prompt.token_ids, *responses[row]]], device=scores.device)
+                self._made[name, row] = _FOR_ROW[name](self._rules[name], self._prompts[row], scores.device)
             changed.append(self._made[name, row](ids, own))
         return torch.cat(changed)
 
-    def _penalised(self, scores: LastLogits, rows: Sequence[int], responses: Sequence[Sequence[int]]) -> LastLogits:
+    def _ids(self, device: torch.device) -> Iterator[Tensor]:
+        """The tokens so far of each running prompt, `[1, n_tokens]`."""
+        responses = torch.stack(self._responses, dim=1) if self._responses else None
+        for number, row in enumerate(self._rows):
+            if row not in self._prompt_ids:
+                self._prompt_ids[row] = _ids(self._prompts[row], device)
+            ids = self._prompt_ids[row]
+            yield ids if responses is None else torch.cat([ids, responses[number : number + 1]], dim=1)
+
+    def _penalised(self, scores: LastLogits) -> LastLogits:
         """Positive logits of tokens that a row already has divided by the penalty, negative ones multiplied by it."""
         if self._seen is None:
-            self._seen = torch.zeros(len(self._prompts), scores.shape[1], dtype=torch.bool, device=scores.device)
-            for row, prompt in enumerate(self._prompts):
-                _mark(self._seen, [row] * len(prompt.token_ids), prompt.token_ids)
-        last = {row: responses[row][-1] for row in rows if responses[row]}
-        _mark(self._seen, list(last), list(last.values()))
-        seen = self._seen if len(rows) == len(self._seen) else self._seen[list(rows)]
+            self._seen = self._in_prompts(scores)
+        if self._responses:
+            self._seen.scatter_(1, self._responses[-1][:, None], True)
         penalty = self._rules["repetition_penalty"]
-        return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+        return torch.where(self._seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
-
-def _mark(seen: Bool[Tensor, "n_prompts d_vocab"], rows: Sequence[int], tokens: Sequence[int]) -> None:
-    """Mark tokens as seen; an embedding may have more rows than there are logits."""
-    known = [(row, token) for row, token in zip(rows, tokens, strict=True) if token < seen.shape[1]]
-    if known:
-        at = torch.tensor(known, device=seen.device)
-        seen[at[:, 0], at[:, 1]] = True
+    def _in_prompts(self, scores: LastLogits) -> Bool[Tensor, "batch d_vocab"]:
+        """Which tokens each running prompt has; an embedding may have more rows than there are logits."""
+        d_vocab = scores.shape[1]
+        known = [
+            number * d_vocab + token
+            for number, row in enumerate(self._rows)
+            for token in self._prompts[row].token_ids
+            if token < d_vocab
+        ]
+        seen = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+        seen.view(-1).index_fill_(0, upload(known, scores.device), True)
+        return seen
 
 
 def _classes() -> Any:

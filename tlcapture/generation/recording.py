@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from tlcapture.errors import InputError
+from tlcapture.generation.device_buffers import (
+    SHARE,
+    DeviceBuffer,
+    Triangles,
+    columns_that_fit,
+    n_weights,
+    whole_patterns,
+)
+from tlcapture.generation.transfers import Copies, in_main_memory
 from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import is_pattern
 
 Kind = tuple[int | str, ...]
-PATTERN: Kind = ("pattern",)
-_SHARE = 0.5  # of an accelerator's free memory that recorded activations may take
+Part = Callable[[], Tensor]  # returns activations `[name, ...]`, once they have arrived in main memory
 
 
 class Recorder:
     """Collects activations step by step and returns them prompt by prompt.
 
-    A prompt's activations of one shape share a buffer `[name, token, ...]` in main memory, without padding. On a CPU
-    every step is written into these buffers. On an accelerator, a batch's steps stay there, in a buffer
-    `[name, prompt, column, ...]` whose columns are the positions of the left-padded batch, and a prompt's activations
-    are copied to main memory once, when it has ended; where that buffer does not fit, every step is copied.
-    Patterns, whose last axis grows, are kept step by step.
+    A prompt's activations of one shape share a buffer in main memory, without padding. On a CPU every step is written
+    into these buffers. On an accelerator a step is written into buffers there, from which activations are copied while
+    the model goes on; where they do not fit, every step is copied. Of patterns only the triangles are kept.
 
     Prompts are numbered in the order of `prompt_lengths`, which are in tokens.
     """
@@ -37,27 +43,31 @@ class Recorder:
         self._filled = [0] * len(prompt_lengths)
         self._groups: dict[Kind, list[str]] = {}
         self._buffers: dict[tuple[Kind, int], Tensor] = {}
-        self._on_device: dict[Kind, Tensor | None] = {}  # `None` where the buffer does not fit
-        self._patterns: list[tuple[list[int], Tensor]] = []
+        self._on_device: dict[Kind, DeviceBuffer | None] = {}  # `None` where nothing fits
+        self._triangles: dict[Kind, Triangles] = {}
+        self._copies: Copies | None = None
 
     def record(self, indices: Sequence[int], cache: Cache) -> None:
         """Record one step: the left-padded prompts with these indices, or the next token of each.
 
-        `cache` has one row per index, `[batch, pos, ...]`.
+        `cache` has one row per index, `[batch, pos, ...]`, and its tensors are not kept.
         """
         if not self._groups:
             for name in self._order:
                 self._check_shape(name, cache[name], indices)
                 self._groups.setdefault(_kind(name, cache[name]), []).append(name)
         n_new = [1 if self._filled[index] else self._lengths[index] for index in indices]
+        stop = self._next_column(indices)
         for kind, names in self._groups.items():
             activations = [cache[name] for name in names]
             if len({activation.device for activation in activations}) > 1:
                 activations = [activation.to("cpu") for activation in activations]
-            if kind == PATTERN:
-                self._patterns.append((list(indices), torch.stack(activations).to("cpu")))
+            # Rotated keys have all columns so far.
+            n_columns = min(each.shape[_token_axis(names[0])] for each in activations) if stop == self._width else 1
+            if is_pattern(names[0]):
+                self._triangles_of(kind, activations).write(indices, activations, stop, n_columns)
             elif (buffer := self._device_buffer(kind, activations)) is not None:
-                self._write_on_device(buffer, indices, activations)
+                buffer.write(indices, activations, stop, n_columns)
             else:
                 self._write(kind, indices, n_new, activations)
         for index, count in zip(indices, n_new, strict=True):
@@ -65,7 +75,7 @@ class Recorder:
 
     def _check_shape(self, name: str, activation: Tensor, indices: Sequence[int]) -> None:
         """Raise `InputError` for an activation of the first step that does not lie token by token."""
-        shape, axis, longest = activation.shape, 2 if is_pattern(name) else 1, max(self._lengths)
+        shape, axis, longest = activation.shape, _token_axis(name), max(self._lengths)
         at_least = max(self._lengths[index] for index in indices)
         if len(shape) <= axis or shape[0] != len(indices) or not at_least <= shape[axis] <= longest:
             raise InputError(
@@ -73,18 +83,52 @@ class Recorder:
                 f"{longest} tokens"
             )
 
-    def take(self, index: int) -> Cache:
-        """All activations of a prompt: `[n_tokens, ...]` by name, in the prompt's own buffers."""
-        cache: dict[str, Tensor] = {}
-        for kind, names in self._groups.items():
-            if kind == PATTERN:
-                whole = self._whole_pattern(index)
-            elif (buffer := self._on_device[kind]) is not None:
-                whole = self._leave_device(buffer, index)
-            else:
-                whole = self._buffers.pop((kind, index))[:, : self._filled[index]]
-            cache.update(zip(names, whole.unbind(), strict=True))
-        return {name: cache[name] for name in self._order}
+    def take(self, index: int) -> Recorded:
+        """All activations of a prompt: `[n_tokens, ...]` by name, in the prompt's own buffers.
+
+        The first read of one waits until it has arrived in main memory.
+        """
+        return Recorded(self._order, [(names, self._part(kind, index)) for kind, names in self._groups.items()])
+
+    def _part(self, kind: Kind, index: int) -> Part:
+        n_tokens = self._filled[index]
+        if kind in self._triangles:
+            triangle = self._triangles[kind].own(index, self._width - self._lengths[index], n_tokens)
+            arrived = self._leaving(triangle)
+            return lambda: whole_patterns(arrived(), n_tokens)
+        buffer = self._on_device.get(kind)
+        if buffer is None:
+            whole = self._buffers.pop((kind, index))[:, :n_tokens]
+            return lambda: whole
+        return self._once_copied(buffer.take(index, n_tokens))
+
+    def _leaving(self, tensor: Tensor) -> Part:
+        """A tensor on its way to main memory."""
+        if not _has_own_memory(tensor.device):
+            tensor = tensor.to("cpu")
+            return lambda: tensor
+        copies = self._copies_from(tensor.device)
+        copies.lend(tensor)
+        target = in_main_memory(tensor.shape, tensor.dtype, pinned=True)
+        copies.copy(target, tensor)
+        return self._once_copied(target)
+
+    def _once_copied(self, target: Tensor) -> Part:
+        """A tensor in main memory, once what has been copied so far has arrived."""
+        copies = self._copies
+        assert copies is not None
+        mark = copies.mark()
+
+        def arrived() -> Tensor:
+            copies.wait(mark)
+            return target
+
+        return arrived
+
+    def _copies_from(self, device: torch.device) -> Copies:
+        if self._copies is None:
+            self._copies = Copies(device)
+        return self._copies
 
     def _write(self, kind: Kind, indices: Sequence[int], n_new: Sequence[int], activations: list[Tensor]) -> None:
         # Long prompts are copied straight into their buffers; everything else leaves its device as one tensor.
@@ -102,34 +146,38 @@ class Recorder:
         """The columns of the left-padded prompts; a response begins in the next one."""
         return max(self._lengths)
 
-    def _device_buffer(self, kind: Kind, activations: list[Tensor]) -> Tensor | None:
+    def _next_column(self, indices: Sequence[int]) -> int:
+        """The column after those of a step, in which all prompts are read or all continue."""
+        n_filled = self._filled[indices[0]]
+        return self._width + (n_filled + 1 - self._lengths[indices[0]] if n_filled else 0)
+
+    def _device_buffer(self, kind: Kind, activations: list[Tensor]) -> DeviceBuffer | None:
         """The buffer of a kind on the accelerator that the activations are on, made at the first step."""
         if kind not in self._on_device:
-            first = activations[0]
-            columns = self._width + self._max_new_tokens
-            shape = (len(activations), len(self._lengths), columns, *first.shape[2:])
-            fits = first.is_cuda and math.prod(shape) * first.itemsize <= _SHARE * _free(first.device)
-            self._on_device[kind] = first.new_empty(shape) if fits else None
+            first, n_places, n_rows = activations[0], len(activations), len(self._lengths)
+            n_held = 0
+            if _has_own_memory(first.device):
+                columns = self._width + self._max_new_tokens
+                n_held = columns_that_fit(first, n_places, n_rows, columns, _free(first.device))
+            self._on_device[kind] = (
+                DeviceBuffer(
+                    first, n_places, self._lengths, self._max_new_tokens, n_held, self._copies_from(first.device)
+                )
+                if n_held
+                else None
+            )
         return self._on_device[kind]
 
-    def _write_on_device(self, buffer: Tensor, indices: Sequence[int], activations: list[Tensor]) -> None:
-        """Write one step, in which all prompts are read, or all continue: its columns end at the same one."""
-        n_filled = self._filled[indices[0]]
-        stop = self._width + (n_filled + 1 - self._lengths[indices[0]] if n_filled else 0)
-        n_columns = min(activation.shape[1] for activation in activations)  # rotated keys have all so far
-        columns = slice(stop - n_columns, stop)
-        stacked = torch.stack([activation[:, -n_columns:] for activation in activations])
-        if len(indices) == indices[-1] + 1 - indices[0]:  # consecutive, as long as no prompt between them has ended
-            buffer[:, indices[0] : indices[-1] + 1, columns] = stacked
-        else:
-            buffer[:, torch.tensor(indices, device=buffer.device), columns] = stacked
-
-    def _leave_device(self, buffer: Tensor, index: int) -> Tensor:
-        """A prompt's activations `[name, n_tokens, ...]` in main memory."""
-        start = self._width - self._lengths[index]
-        block = buffer[:, index, start : start + self._filled[index]]
-        pinned = torch.empty(block.shape, dtype=block.dtype, pin_memory=True)  # pageable memory takes longer to reach
-        return pinned.copy_(block)
+    def _triangles_of(self, kind: Kind, patterns: list[Tensor]) -> Triangles:
+        """The triangles of a kind, made at the first step on the device of the patterns if they fit there."""
+        if kind not in self._triangles:
+            first = patterns[0]
+            n_columns, n_rows = self._width + self._max_new_tokens, len(self._lengths)
+            n_bytes = n_rows * len(patterns) * first.shape[1] * n_weights(n_columns) * first.itemsize
+            fits = _has_own_memory(first.device) and n_bytes <= SHARE * _free(first.device)
+            device = first.device if fits else torch.device("cpu")
+            self._triangles[kind] = Triangles(first, len(patterns), n_rows, n_columns, device)
+        return self._triangles[kind]
 
     def _buffer(self, kind: Kind, index: int, activations: list[Tensor]) -> Tensor:
         if (kind, index) not in self._buffers:
@@ -137,16 +185,30 @@ class Recorder:
             self._buffers[kind, index] = torch.empty(shape, dtype=activations[0].dtype)
         return self._buffers[kind, index]
 
-    def _whole_pattern(self, index: int) -> Tensor:
-        """`[name, head, n_tokens, n_tokens]` from the pieces `[name, head, pos, key]` of all steps."""
-        pieces = [stacked[:, indices.index(index)] for indices, stacked in self._patterns if index in indices]
-        length = self._lengths[index]
-        n_tokens = length + len(pieces) - 1
-        whole = pieces[0].new_zeros(*pieces[0].shape[:2], n_tokens, n_tokens)
-        whole[:, :, :length, :length] = pieces[0][:, :, -length:, -length:]
-        for token, piece in enumerate(pieces[1:], start=length):
-            whole[:, :, token, : token + 1] = piece[:, :, 0, -(token + 1) :]
-        return whole
+
+class Recorded(Mapping[str, Tensor]):
+    """Activations by name, which are waited for when they are read."""
+
+    def __init__(self, order: Sequence[str], parts: Sequence[tuple[Sequence[str], Part]]):
+        self._order = order
+        self._parts: dict[str, tuple[Sequence[str], Part]] = {name: part for part in parts for name in part[0]}
+        self._arrived: dict[str, Tensor] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, name: str) -> Tensor:
+        with self._lock:
+            if name not in self._arrived:
+                names, part = self._parts[name]
+                self._arrived.update(zip(names, part().unbind(), strict=True))
+                for each in names:
+                    del self._parts[each]
+            return self._arrived[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._order)
+
+    def __len__(self) -> int:
+        return len(self._order)
 
 
 def check_hooks(hooks: Sequence[str]) -> None:
@@ -161,7 +223,19 @@ def check_hooks(hooks: Sequence[str]) -> None:
 
 def _kind(name: str, activation: Tensor) -> Kind:
     """What has to be equal for activations to share a buffer."""
-    return PATTERN if is_pattern(name) else (*activation.shape[2:], str(activation.dtype))
+    if is_pattern(name):
+        return ("pattern", activation.shape[1], str(activation.dtype))
+    return (*activation.shape[2:], str(activation.dtype))
+
+
+def _token_axis(name: str) -> int:
+    """The axis of the tokens of a step; patterns are `[batch, head, query, key]`."""
+    return 2 if is_pattern(name) else 1
+
+
+def _has_own_memory(device: torch.device) -> bool:
+    """Whether the device has memory of its own, which copies leave beside its work."""
+    return device.type == "cuda"
 
 
 def _free(device: torch.device) -> int:

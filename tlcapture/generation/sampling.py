@@ -1,19 +1,18 @@
-"""Choosing the next token: greedily or by sampling, with one random generator per prompt, and when to stop."""
+"""Choosing the next token: greedily or by sampling, with one stream of random numbers per prompt, and when to stop."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tlcapture.errors import InputError
 from tlcapture.generation.processors import NO_RULES, LogitRules
-from tlcapture.prompts.tokenization import TokenizedPrompt
-from tlcapture.shapes import LastLogits
+from tlcapture.shapes import LastLogits, NextTokens, Noise, Rows
 
 STOP_TOKEN = "stop_token"
 MAX_NEW_TOKENS = "max_new_tokens"
@@ -22,6 +21,8 @@ MAX_NEW_TOKENS = "max_new_tokens"
 PLAIN, CHECKPOINT = "plain", "checkpoint"
 SAMPLINGS = (PLAIN, CHECKPOINT)
 DEFAULT_TEMPERATURE = 0.7
+_LOWEST_TEMPERATURE = 1e-30  # a number of float32; it chooses the likeliest token, as all lower ones do
+_CPU_CHUNK = 2**18  # logits, 1 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -59,28 +60,67 @@ def stop_reason(response: Sequence[int], stops: frozenset[int], max_new_tokens: 
     return MAX_NEW_TOKENS if len(response) >= max_new_tokens else None
 
 
-def prompt_generator(seed: int, prompt: TokenizedPrompt) -> torch.Generator:
-    """A prompt's own random generator, seeded by the seed, the prompt set and the prompt's id."""
-    name = f"{seed}\0{prompt.prompt_set}\0{prompt.id}".encode()
-    number = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 1
-    return torch.Generator().manual_seed(number)
+@dataclass(frozen=True)
+class Choice:
+    """The next token of each row, on the device of the logits.
+
+    Attributes:
+        tokens: token ids `[batch]`, of the vocabulary in any case.
+        is_finite: whether the largest logit is finite, `[batch]`: -inf is a probability of 0, NaN and +inf are not. It
+            is NaN if any is.
+    """
+
+    tokens: NextTokens
+    is_finite: Rows
 
 
-def choose_tokens(logits: LastLogits, temperature: float, generators: Sequence[torch.Generator]) -> list[int]:
-    """The next token of each row: the likeliest, or a draw by inverting the distribution function at a random number.
+def choose_tokens(logits: LastLogits, temperature: float, noise: Noise | None = None) -> Choice:
+    """The next token of each row: the likeliest, or a draw from the softmax.
 
-    Each token takes one number from its prompt's own generator, and the sum is in float64, so that the other rows of
-    the batch change neither.
+    A draw is the argmax of log probabilities plus Gumbel noise (Maddison, Tarlow and Minka 2014, "A* sampling"), first
+    over groups of tokens and then over the tokens of the group drawn. So a draw takes `n_numbers` of noise instead of
+    one number per token, and rounding changes it only where two candidates are equal up to rounding.
+
+    Args:
+        noise: the rows' noise, `[batch, n_numbers(d_vocab)]`; not used at temperature 0.
     """
     if temperature == 0:
-        return logits.argmax(dim=-1).tolist()
-    device = logits.device if logits.is_cuda else torch.device("cpu")  # not all accelerators have float64
-    heights = logits.to(device, torch.float64)
-    # With 0 as the largest, no temperature overflows.
-    heights = heights - heights.amax(dim=-1, keepdim=True)
-    heights = (heights / temperature).softmax(dim=-1).cumsum(dim=-1)
-    draws = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators]).to(
-        device
-    )
-    tokens = torch.searchsorted(heights, draws * heights[:, -1:], right=True)
-    return tokens[:, 0].clamp(max=logits.shape[-1] - 1).tolist()
+        likeliest = logits.argmax(dim=-1, keepdim=True)
+        return Choice(likeliest[:, 0], logits.gather(-1, likeliest)[:, 0].isfinite())
+    assert noise is not None
+    d_vocab, n_groups = logits.shape[-1], _n_groups(logits.shape[-1])
+    largest = logits.amax(dim=-1, keepdim=True).float()
+    temperature = max(temperature, _LOWEST_TEMPERATURE)
+    groups = _group_sums(logits, largest, temperature, n_groups).log_().add_(noise[:, :n_groups])
+    # A group's tokens are n_groups apart.
+    tokens = torch.arange(0, d_vocab, n_groups, device=logits.device) + groups.argmax(dim=-1, keepdim=True)
+    inside = tokens.clamp(max=d_vocab - 1)
+    scores = logits.gather(-1, inside).float().sub_(largest).div_(temperature).add_(noise[:, n_groups:])
+    chosen = scores.masked_fill_(tokens >= d_vocab, -math.inf).argmax(dim=-1, keepdim=True)
+    return Choice(inside.gather(-1, chosen)[:, 0], largest[:, 0].isfinite())
+
+
+def n_numbers(d_vocab: int) -> int:
+    """The random numbers that a draw from a vocabulary takes: one per group, and one per token of a group."""
+    n_groups = _n_groups(d_vocab)
+    return n_groups + math.ceil(d_vocab / n_groups)
+
+
+def _n_groups(d_vocab: int) -> int:
+    return math.isqrt(d_vocab - 1) + 1
+
+
+def _group_sums(logits: LastLogits, largest: Tensor, temperature: float, n_groups: int) -> Tensor:
+    """Sums `[batch, n_groups]` of the exponentials of each group's tokens, whose largest is 1 in every row."""
+    n_rows, d_vocab = logits.shape
+    n_whole = d_vocab // n_groups
+    # On a CPU, a few rows at a time stay in its cache.
+    at_once = max(1, min(n_rows, _CPU_CHUNK // d_vocab)) if logits.device.type == "cpu" else n_rows
+    scratch = logits.new_empty(at_once, d_vocab, dtype=torch.float32)
+    sums = scratch.new_empty(n_rows, n_groups)
+    for start in range(0, n_rows, at_once):
+        rows = slice(start, min(start + at_once, n_rows))
+        heights = scratch[: rows.stop - start].copy_(logits[rows]).sub_(largest[rows]).div_(temperature).exp_()
+        torch.sum(heights[:, : n_whole * n_groups].unflatten(1, (n_whole, n_groups)), dim=1, out=sums[rows])
+        sums[rows, : d_vocab - n_whole * n_groups] += heights[:, n_whole * n_groups :]
+    return sums

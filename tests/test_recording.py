@@ -1,0 +1,206 @@
+"""Recording on a device: the same activations as on a CPU, whatever fits there and however late copies are done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import tiny
+from tests.test_parity import as_prompt, random_ids, relative
+from tlcapture.generation import batch, device_buffers, recording
+from tlcapture.generation.loop import generate
+from tlcapture.generation.outcomes import Generation
+from tlcapture.generation.recording import Recorder
+from tlcapture.generation.sampling import Sampling
+from tlcapture.generation.transfers import Copies
+from tlcapture.models.loading import Model, load_model
+from tlcapture.views.attention import attention_hooks
+from tlcapture.views.internals import internals_hooks
+from tlcapture.views.residual import residual_hooks
+
+LENGTHS = (31, 22, 15, 9, 4)
+
+
+class LateCopies(Copies):
+    """Copies of a device that are done as late as they may be."""
+
+    def __init__(self, device: torch.device):
+        self._begun: list[tuple[Tensor, Tensor]] = []
+        self._n_done = 0
+
+    def lend(self, tensor: Tensor) -> None:
+        pass
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        assert source.is_contiguous() and target.is_contiguous(), "a copy in pieces holds up the host"
+        self._begun.append((target.zero_(), source))
+
+    def mark(self) -> int:
+        return len(self._begun)
+
+    def wait(self, mark: int) -> None:
+        for target, source in self._begun[self._n_done : mark]:
+            target.copy_(source)
+        self._n_done = max(self._n_done, mark)
+
+    def hold_up_device(self) -> None:
+        self.wait(self.mark())
+
+
+def hooks_of(model: Model) -> list[str]:
+    names = model.hook_names
+    found = residual_hooks(model.n_layers, names, attn_out=True) + attention_hooks(model.n_layers, names)
+    return [*found, *(name for name in internals_hooks(1, names) if name not in found)]
+
+
+def run(model: Model, *, n_new: int = 12, temperature: float = 3.0) -> dict[str, Generation]:
+    """Generations of a batch of which some rows stop early; activations are read when all have ended."""
+    prompts = [as_prompt(random_ids(length, seed=length), str(length)) for length in LENGTHS]
+    sampling = Sampling(temperature, seed=1)
+    outcomes = generate(
+        model, prompts, hooks=hooks_of(model), max_new_tokens=n_new, sampling=sampling, batch_size=len(prompts)
+    )
+    return {each.prompt.id: each for each in list(outcomes) if isinstance(each, Generation)}
+
+
+@pytest.fixture(autouse=True)
+def early_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "stop_ids", lambda *args, **options: frozenset(range(30)))
+
+
+def as_on_a_device(patch: pytest.MonkeyPatch, *, free: float, chunk: int = 5, few: int = 256) -> None:
+    patch.setattr(recording, "Copies", LateCopies)
+    patch.setattr(recording, "_has_own_memory", lambda device: True)
+    patch.setattr(recording, "_free", lambda device: free)
+    patch.setattr(device_buffers, "_CHUNK", chunk)
+    patch.setattr(device_buffers, "_FEW", few)
+
+
+A_COLUMN = 5 * 7 * tiny.D_MODEL * 4 * 2  # five rows, seven hooks, float32, of twice as many free bytes
+
+
+@pytest.mark.parametrize(
+    ("free", "chunk", "few"),
+    [
+        (2**40, 5, 256),
+        (2**40, 1, 256),
+        (2**40, 64, 256),
+        (2**40, 5, 0),
+        (40 * A_COLUMN, 5, 256),
+        (7 * A_COLUMN, 7, 0),
+        (A_COLUMN, 32, 0),
+        (0, 5, 256),
+    ],
+)
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_activations_recorded_on_a_device_are_those_recorded_in_main_memory(
+    kind: str, free: int, chunk: int, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.model(kind, tiny.ENGINES[0])
+    expected = run(model)
+    as_on_a_device(monkeypatch, free=free, chunk=chunk, few=few)
+    found = run(model)
+    assert found.keys() == expected.keys() and len(found) == len(LENGTHS)
+    assert len({len(each.response_ids) for each in found.values()}) > 1, "rows should end at different steps"
+    for name, each in expected.items():
+        assert found[name].response_ids == each.response_ids
+        assert list(found[name].cache) == list(each.cache)
+        for hook, activation in each.cache.items():
+            assert found[name].cache[hook].shape == activation.shape
+            assert torch.equal(found[name].cache[hook], activation), hook
+
+
+def test_what_fits_on_the_device_decides_how_many_columns_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    like = torch.zeros(2, 3, 8)
+    a_column = 10 * 4 * 8 * 4
+    for free, n_held in ((2 * 100 * a_column, 100), (2 * 99 * a_column, 32), (2 * 9 * a_column, 9), (a_column, 0)):
+        assert device_buffers.columns_that_fit(like, 4, 10, 100, free) == n_held
+
+
+def test_a_long_response_takes_only_the_main_memory_that_it_fills(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_a_device(monkeypatch, free=2**40)
+    recorder = Recorder(["a"], [3], max_new_tokens=100_000)
+    recorder.record([0], {"a": torch.ones(1, 3, 4)})
+    recorder.record([0], {"a": torch.full((1, 1, 4), 2.0)})
+    taken = recorder.take(0)["a"]
+    assert taken[:, 0].tolist() == [1, 1, 1, 2]
+    assert taken.untyped_storage().nbytes() == 4 * 4 * 4
+
+
+def test_a_cache_waits_for_its_own_copies_when_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_a_device(monkeypatch, free=2**40)
+    waited: list[int] = []
+    wait = LateCopies.wait
+    monkeypatch.setattr(LateCopies, "wait", lambda self, mark: waited.append(mark) or wait(self, mark))
+    recorder = Recorder(["a", "b"], [3, 2], max_new_tokens=1)
+    recorder.record([0, 1], {name: torch.ones(2, 3, 4) for name in "ab"})
+    first, second = recorder.take(0), recorder.take(1)
+    assert not waited
+    assert list(second) == ["a", "b"] and len(second) == 2 and "a" in second and "c" not in second
+    assert second["a"].sum() == 8 and second["b"].sum() == 8
+    assert waited == [2], "once for all activations of a buffer"
+    assert first["b"].sum() == 12
+
+
+def test_patterns_are_kept_as_triangles_and_are_zero_above_the_diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "blocks.0.attn.hook_pattern"
+    recorder = Recorder([name], [4, 2], max_new_tokens=2)
+    generator = torch.Generator().manual_seed(0)
+    prompt, step = torch.rand(2, 3, 4, 4, generator=generator), torch.rand(2, 3, 1, 5, generator=generator)
+    recorder.record([0, 1], {name: prompt})
+    recorder.record([0, 1], {name: step})
+    (triangles,) = recorder._triangles.values()
+    assert triangles._buffer.shape == (2, 1, 3, 6 * 7 // 2)
+    for row, pad in ((0, 0), (1, 2)):
+        expected = torch.zeros(3, 5 - pad, 5 - pad)
+        expected[:, :-1, :-1] = prompt[row, :, pad:, pad:].tril()
+        expected[:, -1] = step[row, :, 0, pad:]
+        assert torch.equal(recorder.take(row)[name], expected)
+
+
+@contextmanager
+def nothing_waits() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@needs_cuda
+@tiny.needs_hooked
+@pytest.mark.parametrize("free", [None, 7 * A_COLUMN, 0])
+def test_captures_on_cuda_equal_those_of_a_cpu_and_no_choice_or_recording_waits(
+    free: int | None, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu, cuda = (load_model(str(tiny_folder), engine="hooked", device=device) for device in ("cpu", "cuda"))
+    expected = run(cpu)
+    if free is not None:
+        monkeypatch.setattr(recording, "_free", lambda device: free)
+    if free != 0:  # where nothing fits, every step is copied
+
+        def watched(original: Any) -> Any:
+            def call(*args: Any, **options: Any) -> Any:
+                with nothing_waits():
+                    return original(*args, **options)
+
+            return call
+
+        run(cuda)  # what is made once may wait
+        monkeypatch.setattr(batch.Batch, "_choose", watched(batch.Batch._choose))
+        monkeypatch.setattr(Recorder, "record", watched(Recorder.record))
+        monkeypatch.setattr(Recorder, "take", watched(Recorder.take))
+    found = run(cuda)
+    for name, each in expected.items():
+        assert found[name].response_ids == each.response_ids
+        for hook, activation in each.cache.items():
+            assert relative(found[name].cache[hook], activation) < 1e-3, hook

@@ -1,0 +1,154 @@
+"""Activations of a batch on its device, until they leave for main memory while the model goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tlcapture.generation.transfers import Copies, in_main_memory, upload
+
+_CHUNK = 32  # columns that leave together
+_FEW = 256  # new tokens up to which memory for all of them is pinned from the start
+SHARE = 0.5  # of an accelerator's free memory that recorded activations may take
+
+
+class DeviceBuffer:
+    """Activations of one shape, `[row, column, place, ...]`: rows are prompts, places are hooks.
+
+    Columns are the positions of the left-padded batch. If all fit, they leave in chunks while the response is
+    generated, or as a whole when it has ended if it may become long; otherwise the buffer holds one chunk of columns
+    at a time, and the device waits for their copies before it writes the next.
+
+    Args:
+        like: an activation `[batch, pos, ...]`.
+        lengths: tokens of each prompt.
+        n_held: the columns that the buffer holds.
+    """
+
+    def __init__(
+        self, like: Tensor, n_places: int, lengths: Sequence[int], max_new_tokens: int, n_held: int, copies: Copies
+    ):
+        self._buffer = like.new_empty(len(lengths), n_held, n_places, *like.shape[2:])
+        self._copies = copies
+        copies.lend(self._buffer)
+        self._width = max(lengths)
+        self._max_new_tokens = max_new_tokens
+        self._n_held = n_held
+        self._is_whole = n_held >= self._width + max_new_tokens
+        self._starts = [self._width - length for length in lengths]
+        self._left = list(self._starts)  # the first column of each row that has not left yet
+        self._targets: dict[int, Tensor] = {}
+
+    def write(self, indices: Sequence[int], activations: Sequence[Tensor], stop: int, n_columns: int) -> None:
+        """Write the last `n_columns` of activations `[batch, pos, ...]` of these rows; `stop` is the column after."""
+        column = stop - n_columns
+        while column < stop:
+            last = min(stop, column - column % self._n_held + self._n_held)
+            if not self._is_whole and column % self._n_held == 0:
+                self._copies.hold_up_device()
+            pieces = [each[:, each.shape[1] - stop + column : each.shape[1] - stop + last] for each in activations]
+            self._write_piece(indices, pieces, column % self._n_held)
+            if not self._is_whole and last % self._n_held == 0:
+                self._leave(indices, last)
+            column = last
+        if self._is_whole and self._max_new_tokens <= _FEW:
+            self._leave(indices, stop - stop % _CHUNK)
+
+    def take(self, index: int, n_tokens: int) -> Tensor:
+        """A row's activations `[place, n_tokens, ...]` in main memory, once the copies begun so far are done."""
+        self._leave([index], self._starts[index] + n_tokens, n_tokens)
+        return self._targets.pop(index)[:n_tokens].transpose(0, 1)
+
+    def _write_piece(self, indices: Sequence[int], pieces: Sequence[Tensor], first: int) -> None:
+        n_columns = pieces[0].shape[1]
+        if n_columns == 1:
+            _put(self._buffer[:, first], indices, torch.stack([piece[:, 0] for piece in pieces], dim=1))
+            return
+        for place, piece in enumerate(pieces):  # stacked, whole prompts would take their memory twice
+            _put(self._buffer[:, first : first + n_columns, place], indices, piece)
+
+    def _leave(self, indices: Sequence[int], stop: int, n_tokens: int | None = None) -> None:
+        """Copy the columns before `stop` of these rows to main memory, if they have not left yet."""
+        for index in indices:
+            first, start = self._left[index], self._starts[index]
+            if first < stop:
+                source = self._buffer[index, first % self._n_held : (stop - 1) % self._n_held + 1]
+                self._copies.copy(self._target(index, n_tokens)[first - start : stop - start], source)
+                self._left[index] = stop
+
+    def _target(self, index: int, n_tokens: int | None) -> Tensor:
+        if index not in self._targets:
+            at_most = self._width - self._starts[index] + self._max_new_tokens
+            shape = (n_tokens or at_most, *self._buffer.shape[2:])
+            # Memory that is not pinned is only taken as it is written.
+            self._targets[index] = in_main_memory(shape, self._buffer.dtype, pinned=self._is_whole)
+        return self._targets[index]
+
+
+def _put(target: Tensor, indices: Sequence[int], values: Tensor) -> None:
+    """Write values into some rows of a tensor."""
+    if len(indices) == indices[-1] + 1 - indices[0]:  # consecutive, as long as no prompt between them has ended
+        target[indices[0] : indices[-1] + 1] = values
+    else:
+        target.index_copy_(0, upload(indices, target.device), values)
+
+
+def columns_that_fit(like: Tensor, n_places: int, n_rows: int, n_columns: int, free: int) -> int:
+    """The columns for which a `DeviceBuffer` has room: all, else a chunk, else 0.
+
+    Args:
+        like: an activation `[batch, pos, ...]`.
+        free: free bytes of the device.
+    """
+    a_column = n_rows * n_places * math.prod(like.shape[2:]) * like.itemsize
+    room = int(SHARE * free) // max(1, a_column)
+    return n_columns if room >= n_columns else min(_CHUNK, room)
+
+
+class Triangles:
+    """Attention patterns, `[row, place, head, weight]`: of each query the weights of the keys up to it.
+
+    Queries and keys are the columns of the left-padded batch; a query begins after the keys of those before it.
+    """
+
+    def __init__(self, like: Tensor, n_places: int, n_rows: int, n_columns: int, device: torch.device):
+        """`like` is a pattern `[batch, head, pos, key]`; `device` is where to keep them."""
+        shape = (n_rows, n_places, like.shape[1], n_weights(n_columns))
+        self._buffer = torch.empty(shape, dtype=like.dtype, device=device)
+
+    def write(self, indices: Sequence[int], patterns: Sequence[Tensor], stop: int, n_columns: int) -> None:
+        """Write patterns `[batch, head, pos, key]` of the last `n_columns` queries before the column `stop`."""
+        device = self._buffer.device
+        first = stop - n_columns
+        if n_columns == 1:
+            n_keys = min(stop, patterns[0].shape[-1])
+            stacked = torch.stack([pattern[:, :, -1, -n_keys:] for pattern in patterns], dim=1).to(device)
+            _put(self._buffer[..., n_weights(stop) - n_keys : n_weights(stop)], indices, stacked)
+            return
+        query, key = torch.tril_indices(n_columns, n_columns, device=device)
+        at = (query + first) * (query + first + 1) // 2 + key + first
+        for place, pattern in enumerate(patterns):
+            weights = pattern[:, :, -n_columns:, -n_columns:].to(device)
+            flat = weights.flatten(2).index_select(2, query * n_columns + key)
+            self._buffer[indices[0] : indices[-1] + 1, place].index_copy_(2, at, flat)
+
+    def own(self, index: int, start: int, n_tokens: int) -> Tensor:
+        """The triangle `[place, head, weight]` of a row's own tokens, which begin at the column `start`."""
+        query, key = torch.tril_indices(n_tokens, n_tokens, device=self._buffer.device) + start
+        return self._buffer[index].index_select(-1, query * (query + 1) // 2 + key)
+
+
+def whole_patterns(triangle: Tensor, n_tokens: int) -> Tensor:
+    """Patterns `[place, head, n_tokens, n_tokens]` of a triangle `[place, head, weight]`."""
+    whole = triangle.new_zeros(*triangle.shape[:2], n_tokens, n_tokens)
+    for token in range(n_tokens):
+        whole[:, :, token, : token + 1] = triangle[:, :, n_weights(token) : n_weights(token + 1)]
+    return whole
+
+
+def n_weights(n_queries: int) -> int:
+    """The weights of so many queries, of which each has one key more than the one before."""
+    return n_queries * (n_queries + 1) // 2
