@@ -133,5 +133,14 @@ class Layer:
         self.hook_pre_linear = getattr(mlp, "hook_pre_linear", None)
 
 
+def identity(value: Any) -> Any:
+    """What is equal for two layers, norms or other values if a step recorded with one does what the other would."""
+    if isinstance(value, Tensor):
+        return value.data_ptr(), value.shape, value.stride(), value.dtype
+    if isinstance(value, (Layer, Norm)):
+        return identity(tuple(vars(value).values()))
+    return tuple(map(identity, value)) if isinstance(value, tuple) else value
+
+
 def _none_if_zero(bias: Tensor) -> Tensor | None:
     return bias if bias.any() else None
