@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tlcapture.models.fast.cache import FastCache
 from tlcapture.models.fast.state import FastState, Step
-from tlcapture.shapes import Mask, Tokens
+from tlcapture.shapes import Mask, MaskSoFar, Tokens
 
 
 @dataclass
@@ -105,7 +105,7 @@ class FixedCache(FastCache):
         fixed.state, fixed.computed_by = state, cache.computed_by
         return fixed
 
-    def append_attention_mask(self, attention_mask: Mask) -> Mask:
+    def append_attention_mask(self, attention_mask: Mask) -> MaskSoFar:
         """The mask of all keys, in which the positions of the new tokens are now 1."""
         assert isinstance(self.state, FixedState) and self.state.position is not None
         return self.state.mask.index_fill_(1, self.state.position, 1)
