@@ -236,7 +236,9 @@ class FastForward:
         z = z.reshape(batch, heads, n_queries, d_head)
         fully_masked = step.fully_masked(layer.kind) if n_queries > 1 else None
         z = fire(layer.hook_z, (z if fully_masked is None else z.masked_fill(fully_masked, 0)).transpose(1, 2))
-        return linear(z.reshape(batch, n_queries, -1).to(layer.out[0].dtype), *layer.out)
+        # Flat, since torch multiplies the weight with each row of a batch separately if the heads of a row lie apart.
+        flat = z.reshape(batch * n_queries, -1).to(layer.out[0].dtype)
+        return linear(flat, *layer.out).view(batch, n_queries, -1)
 
     def _unfused_attention(
         self, layer: Layer, q: Tensor, keys: Tensor, values: Tensor, step: Step, points: HookPoints
