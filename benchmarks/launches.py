@@ -24,6 +24,7 @@ from typing import Any
 
 FREE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view", "lift_fresh", "detach")
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "item", "equal", "is_nonzero", "unique")
+COPIES = ("copy_", "_to_copy")
 WHOLE = ("rms_norm", "layer_norm", "scaled_dot_product_attention", "flex_attention")
 SHAPE = {
     "hidden_size": 2304,
@@ -86,16 +87,16 @@ def watching(seen: Seen) -> Iterator[None]:
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             name = func.overloadpacket.__name__
             tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
-            devices = {each.device.type for each in tensors if each.ndim or name in ("copy_", "_to_copy")}
-            reads = name in READS or (
-                name in ("index", "index_put", "index_put_")
-                and any(each.dtype == torch.bool for each in tree_leaves(args[1]) if isinstance(each, torch.Tensor))
+            is_read = any(each.is_cuda for each in tensors) and (
+                name in READS
+                or (name in ("index", "index_put", "index_put_") and torch.bool in {each.dtype for each in tensors[1:]})
             )
             found = 0 if name == "_local_scalar_dense" else func(*args, **(kwargs or {}))
             made = [each for each in tree_leaves(found) if isinstance(each, torch.Tensor)]
             if seen.is_on:
-                crosses = len(devices | {each.device.type for each in made}) > 1
-                if "cuda" in devices and (reads or crosses):
+                # Numbers of Python are tensors without axes on the CPU, which need no copy.
+                devices = {each.device.type for each in (*tensors, *made) if each.ndim or name in COPIES}
+                if is_read or len(devices) > 1:
                     seen.blocking[name] += 1
                 if not func.is_view and name not in FREE and any(each.is_cuda and each.numel() for each in made):
                     seen.launches[name] += 1
@@ -142,8 +143,7 @@ def fake_model() -> Any:
     import torch
     import transformers
 
-    from tlcapture.models.engines import hooked
-    from tlcapture.models.engines.weight_layout import memory_order
+    from tlcapture.models.engines import hooked, weight_layout
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
     config = transformers.Gemma2Config(**SHAPE, architectures=["Gemma2ForCausalLM"])
@@ -154,13 +154,15 @@ def fake_model() -> Any:
     for prefix, module in tl.named_modules():
         for name, weight in module._parameters.items():
             if weight is not None:
-                order = memory_order(f"{prefix}.{name}", weight, gated_mlp=True)
+                order = weight_layout.memory_order(f"{prefix}.{name}", weight, gated_mlp=True)
                 laid_out = torch.empty([weight.shape[axis] for axis in order], dtype=weight.dtype, device="cuda")
                 shaped = laid_out.permute(sorted(range(len(order)), key=order.__getitem__))
                 module._parameters[name] = torch.nn.Parameter(shaped, requires_grad=False)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
+    if hasattr(weight_layout, "join_in_place"):
+        weight_layout.join_in_place(tl)
     hooked.make_fast(tl)
     return hooked.HookedModel(tl, None, config, None, "gemma", "fake")
 

@@ -18,7 +18,7 @@ from tlcapture.models.checkpoints import fingerprint
 from tlcapture.models.engines.base import EXTERNAL_PREFIX, Model, Step
 from tlcapture.models.engines.hooked_config import hooked_fields, weight_converter
 from tlcapture.models.engines.tokenizers import for_transformer_lens, without_filled_in_bos
-from tlcapture.models.engines.weight_layout import lay_out, lay_out_in_place, memory_order
+from tlcapture.models.engines.weight_layout import join_in_place, lay_out, lay_out_in_place, memory_order
 from tlcapture.models.fast.forward import unembed
 from tlcapture.shapes import Logits, Mask, Residual, Rows, Tokens
 
@@ -185,6 +185,7 @@ def from_hooked_transformer(hooked: Any, *, name: str | None = None) -> HookedMo
     lay_out_in_place(hooked)
     if FAST:
         make_fast(hooked)
+        join_in_place(hooked)
     # TransformerLens names parameters differently, so its fingerprint differs from that of the checkpoint.
     external_fingerprint = f"{EXTERNAL_PREFIX}{fingerprint(hooked)}"
     tokenizer, name = without_filled_in_bos(hooked.tokenizer), name or hooked.cfg.model_name
@@ -231,6 +232,8 @@ def _hooked_transformer(model: Any, tokenizer: Any, name: str, device: str, n_de
     hooked.set_tokenizer(for_transformer_lens(tokenizer, name))
     if fast:
         make_fast(hooked)
+        if n_devices == 1:
+            join_in_place(hooked)
     return hooked.eval()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tlcapture.models.fast.layers import HookPoints, Layer, Norm, identity
+from tlcapture.models.fast.layers import HookPoints, Layer, Norm, beside, identity
 from tlcapture.models.fast.products import linear, wide_linear
 from tlcapture.models.fast.state import FastState, Step
 from tlcapture.shapes import Logits, Mask, MaskSoFar, Residual, Tokens
@@ -196,8 +196,12 @@ class FastForward:
         if layer.mlp_gate is None:
             post = layer.activate(fire(layer.hook_pre, linear(x, *layer.mlp_in)))
         else:
-            pre = fire(layer.hook_pre, linear(x, layer.mlp_gate))
-            pre_linear = fire(layer.hook_pre_linear, linear(x, layer.mlp_in[0]))
+            if layer.gate_and_in is None:
+                pre, pre_linear = linear(x, layer.mlp_gate), linear(x, layer.mlp_in[0])
+            else:
+                pre, pre_linear = linear(x, layer.gate_and_in).chunk(2, dim=-1)
+            pre = points.pass_part(layer.hook_pre, pre)
+            pre_linear = points.pass_part(layer.hook_pre_linear, pre_linear)
             post = layer.activate(pre)
             post = post.mul_(pre_linear) if layer.activation_is_new_tensor else post * pre_linear
             if layer.mlp_in[1] is not None:
@@ -208,14 +212,12 @@ class FastForward:
         fire, attn = points.pass_through, layer.attn
         batch, n_queries, _ = x.shape
         heads, kv_heads, d_head = self._n_heads, self._n_kv_heads, self._shape[2]
-        q = fire(layer.hook_q, linear(x, *layer.query).view(batch, n_queries, heads, d_head))
-        k = fire(layer.hook_k, linear(x, *layer.key).view(batch, n_queries, kv_heads, d_head))
-        v = fire(layer.hook_v, linear(x, *layer.value).view(batch, n_queries, kv_heads, d_head))
+        q, k, v = self._queries_keys_values(layer, x, points)
         if layer.qk_norms is not None:
             q, k = (points.norm(norm, each) for norm, each in zip(layer.qk_norms, (q, k), strict=True))
         if self._rotary:
-            rotation = self._rotation(layer, step)
-            q, k = fire(layer.hook_rot_q, _rotate(q, *rotation)), _rotate(k, *rotation)
+            q, k = self._rotated(q, k, *self._rotation(layer, step))
+            q = fire(layer.hook_rot_q, q)
         keys, values = step.append(store, k, v)
         if self._rotary and points.is_used(layer.hook_rot_k):
             # A copy, since the buffer is modified later.
@@ -240,14 +242,37 @@ class FastForward:
         flat = z.reshape(batch * n_queries, -1).to(layer.out[0].dtype)
         return linear(flat, *layer.out).view(batch, n_queries, -1)
 
+    def _queries_keys_values(self, layer: Layer, x: Tensor, points: HookPoints) -> list[Tensor]:
+        """`[batch, pos, head, d_head]` of each: parts of one product if its weights lie together in memory."""
+        heads = (self._n_heads, self._n_kv_heads, self._n_kv_heads)
+        if layer.qkv is None:
+            parts = [linear(x, *product) for product in (layer.query, layer.key, layer.value)]
+        else:
+            parts = list(linear(x, *layer.qkv).split([count * self._shape[2] for count in heads], dim=-1))
+        hooks = (layer.hook_q, layer.hook_k, layer.hook_v)
+        return [
+            points.pass_part(hook, part.view(*x.shape[:2], count, self._shape[2]))
+            for hook, part, count in zip(hooks, parts, heads, strict=True)
+        ]
+
+    def _rotated(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, adjacent_pairs: bool) -> tuple[Tensor, Tensor]:
+        """Rotated queries and keys, together if they are next to each other in one tensor."""
+        both = beside(q, k)
+        if both is None:
+            return _rotate(q, cos, sin, adjacent_pairs), _rotate(k, cos, sin, adjacent_pairs)
+        q, k = _rotate(both, cos, sin, adjacent_pairs).split([q.shape[2], k.shape[2]], dim=2)
+        return q, k
+
     def _unfused_attention(
         self, layer: Layer, q: Tensor, keys: Tensor, values: Tensor, step: Step, points: HookPoints
     ) -> Tensor:
         """Attention that computes scores and pattern explicitly, with softmax in float32 as in Hugging Face."""
-        # Scaling queries before the product makes overflow of 16-bit floats less likely.
-        scores = q / layer.attn.attn_scale @ keys.transpose(-1, -2)
+        # Scaling within the product makes overflow of 16-bit floats less likely.
+        scale = layer.attn.attn_scale * (layer.cap if layer.cap > 0 else 1)
+        transposed = keys.flatten(0, 1).transpose(-1, -2)
+        scores = torch.baddbmm(q.new_empty(()), q.flatten(0, 1), transposed, beta=0, alpha=1 / scale)
         if layer.cap > 0:
-            scores = torch.tanh(scores / layer.cap) * layer.cap
+            scores = scores.tanh_().mul_(layer.cap)
         scores = scores.view(len(q), self._n_heads, -1, step.stop)
         masked, fully_masked = step.masked(layer.kind), step.fully_masked(layer.kind)
         if masked is not None:
