@@ -73,6 +73,8 @@ class Batch:
     def run(self, on_tokens: Callable[[Sequence[int]], None]) -> Iterator[tuple[int, Outcome]]:
         """Run the prompts from their first token on."""
         self._state = self._model.start(len(self._prompts))
+        longest = max(len(prompt.token_ids) for prompt in self._prompts)
+        self._model.reserve(self._state, longest + self._settings.max_new_tokens)
         yield from self._respond(self._read_prompts(), on_tokens)
 
     def continue_from(self, state: Any, on_tokens: Callable[[Sequence[int]], None]) -> Iterator[tuple[int, Outcome]]:

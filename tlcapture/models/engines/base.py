@@ -124,6 +124,13 @@ class Model(ABC):
     def start(self, batch_size: int) -> Any:
         """An empty state for a batch: its key-value cache and attention mask, with no positions yet."""
 
+    def reserve(self, state: Any, n_positions: int) -> None:
+        """Reserve memory for all positions that an empty state will have.
+
+        Steps after the prompts are then of one token per row, which is not padding, and the tensors of a `Step` may be
+        overwritten by the next one.
+        """
+
     @abstractmethod
     def step(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str], *, want_logits: bool) -> Step:
         """Call `run_with_cache` on the next positions of a batch and append them to `state`.

@@ -18,7 +18,7 @@ from tlcapture.models.checkpoints import fingerprint
 from tlcapture.models.engines.base import EXTERNAL_PREFIX, Model, Step
 from tlcapture.models.engines.hooked_config import hooked_fields, weight_converter
 from tlcapture.models.engines.tokenizers import for_transformer_lens, without_filled_in_bos
-from tlcapture.models.engines.weight_layout import lay_out, lay_out_in_place, memory_order
+from tlcapture.models.engines.weight_layout import join_in_place, lay_out, lay_out_in_place, memory_order
 from tlcapture.models.fast.forward import unembed
 from tlcapture.shapes import Logits, Mask, Residual, Rows, Tokens
 
@@ -50,6 +50,8 @@ class HookedModel(Model):
 
     engine = "hooked"
 
+    _decoder: Any = None  # the last one: later batches use it again
+
     def start(self, batch_size: int) -> Any:
         """An empty `past_kv_cache`, which can also be passed to `tl` directly."""
         if self._is_fast:
@@ -58,9 +60,36 @@ class HookedModel(Model):
 
         return TransformerLensKeyValueCache.init_cache(self.tl.cfg, self.device, batch_size)
 
+    def reserve(self, state: Any, n_positions: int) -> None:
+        """Let a new batch decode in buffers of fixed shape, where the device gains from it."""
+        if not self._is_fast:
+            return
+        from tlcapture.models.fast import decoder
+
+        if self.device.type not in decoder.FIXED_ON or getattr(state, "state", None) is None:
+            return
+        n_rows, weight = len(state.previous_attention_mask), self.tl.embed.W_E
+        n_positions = decoder.capacity(n_positions, self.n_ctx)
+        if self._decoder is None or not self._decoder.fits(n_rows, n_positions, weight):
+            self._decoder = None  # its memory may be needed
+            shape = (self.n_layers, self.n_key_value_heads, self.d_head)
+            self._decoder = decoder.Decoder(n_rows, n_positions, shape, weight)
+        self._decoder.lend(state, n_positions)
+
     @torch.no_grad()
     def step(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str], *, want_logits: bool) -> Step:
-        """Call `run_with_cache`, which extends the `past_kv_cache` of `state` in place."""
+        """Call `run_with_cache`, which extends the `past_kv_cache` of `state` in place, or replay such a call."""
+        decoder = getattr(state, "decoder", None)
+        if decoder is None or not decoder.can_step(state, tokens):
+            return self._run(tokens, mask, state, hooks, want_logits=want_logits)
+
+        def run(tokens: Tokens, mask: Mask, state: Any, hooks: Set[str]) -> Any:
+            step = self._run(tokens, mask, state, hooks, want_logits=True)
+            return step.logits, step.cache
+
+        return Step(*decoder.step(state, tokens, hooks, run, is_hooked=self.tl.is_hooked))
+
+    def _run(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str], *, want_logits: bool) -> Step:
         residual, cache = self.tl.run_with_cache(
             tokens.to(self.device),
             names_filter=hooks.__contains__,
@@ -84,7 +113,7 @@ class HookedModel(Model):
         """Drop all rows from the cache except `rows`, a boolean mask `[batch]`."""
         from tlcapture.models.fast.cache import keep_rows
 
-        keep_rows(state, rows.to(self.device))
+        keep_rows(state, rows)
 
     def branch(self, state: Any, rows: Sequence[int]) -> Any:
         """A new cache with copies of the given rows."""
@@ -156,6 +185,7 @@ def from_hooked_transformer(hooked: Any, *, name: str | None = None) -> HookedMo
     lay_out_in_place(hooked)
     if FAST:
         make_fast(hooked)
+        join_in_place(hooked)
     # TransformerLens names parameters differently, so its fingerprint differs from that of the checkpoint.
     external_fingerprint = f"{EXTERNAL_PREFIX}{fingerprint(hooked)}"
     tokenizer, name = without_filled_in_bos(hooked.tokenizer), name or hooked.cfg.model_name
@@ -202,6 +232,8 @@ def _hooked_transformer(model: Any, tokenizer: Any, name: str, device: str, n_de
     hooked.set_tokenizer(for_transformer_lens(tokenizer, name))
     if fast:
         make_fast(hooked)
+        if n_devices == 1:
+            join_in_place(hooked)
     return hooked.eval()
 
 

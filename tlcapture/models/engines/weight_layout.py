@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # Last component of a parameter's name -> memory order of its axes, from slowest to fastest.
@@ -48,3 +49,27 @@ def lay_out_in_place(module: Any) -> None:
     gated = bool(module.cfg.gated_mlp)
     for name, parameter in module.named_parameters():
         parameter.data = lay_out(parameter.data, memory_order(name, parameter, gated_mlp=gated))
+
+
+def join_in_place(hooked: Any) -> None:
+    """Let weights that multiply the same input lie one after another in memory, so that one product can have all.
+
+    They remain parameters of their own, with their shapes, values and order of axes in memory.
+    """
+    for block in hooked.blocks:
+        attn, mlp = block.attn._parameters, block.mlp._parameters
+        grouped = "_" if "_W_K" in attn else ""
+        for kind in "Wb":
+            _join(attn, [f"{kind}_Q", f"{grouped}{kind}_K", f"{grouped}{kind}_V"])
+        _join(mlp, ["W_gate", "W_in"])
+
+
+def _join(parameters: dict[str, Any], names: list[str]) -> None:
+    found = [parameters[name] for name in names if parameters.get(name) is not None]
+    if len(found) < len(names) or len({(each.device, each.dtype) for each in found}) > 1:
+        return
+    orders = [sorted(range(each.ndim), key=each.stride, reverse=True) for each in found]
+    in_memory = [each.data.permute(order) for each, order in zip(found, orders, strict=True)]
+    pieces = torch.cat([each.flatten() for each in in_memory]).split([each.numel() for each in found])
+    for parameter, piece, laid_out, order in zip(found, pieces, in_memory, orders, strict=True):
+        parameter.data = piece.view(laid_out.shape).permute(sorted(range(len(order)), key=order.__getitem__))

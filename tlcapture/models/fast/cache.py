@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
 from tlcapture.models.fast.forward import FastForward
-from tlcapture.models.fast.state import FastState
+from tlcapture.models.fast.state import FastState, rows_of
 from tlcapture.shapes import Rows
 
 
@@ -26,9 +26,11 @@ class FastCache(TransformerLensKeyValueCache):
             of TransformerLens.
         computed_by: the forward pass that computed the keys and values; `None` before the first pass.
         is_converted: whether the cache was created by TransformerLens and converted by `convert`.
+        decoder: the Decoder that lent the state its store, or `None`.
     """
 
     state: FastState | None
+    decoder: Any = None
 
     def __init__(self, cfg: Any, device: torch.device | str | None, batch_size: int):
         self.previous_attention_mask = torch.empty(batch_size, 0, device=device, dtype=torch.int)
@@ -86,13 +88,13 @@ class FastCache(TransformerLensKeyValueCache):
 
 
 def keep_rows(cache: TransformerLensKeyValueCache, rows: Rows) -> None:
-    """Drop all rows from a FastCache or a TransformerLens cache except `rows`, a boolean mask `[batch]`."""
-    cache.previous_attention_mask = cache.previous_attention_mask[rows]
+    """Drop all rows from a FastCache or a TransformerLens cache except `rows`, a boolean mask `[batch]` on the CPU."""
+    kept = [row for row, stays in enumerate(rows.tolist()) if stays]
+    cache.previous_attention_mask = rows_of(cache.previous_attention_mask, kept)
     if isinstance(cache, FastCache) and cache.state is not None:
-        return cache.state.keep(rows)
+        return cache.state.keep(kept)
     for entry in cache.entries:
-        kept = rows.to(entry.past_keys.device)
-        entry.past_keys, entry.past_values = entry.past_keys[kept], entry.past_values[kept]
+        entry.past_keys, entry.past_values = rows_of(entry.past_keys, kept), rows_of(entry.past_values, kept)
 
 
 def branch_rows(cache: TransformerLensKeyValueCache, rows: Sequence[int], cfg: Any) -> TransformerLensKeyValueCache:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tlcapture.models.fast.layers import HookPoints, Layer, Norm
+from tlcapture.models.fast.layers import HookPoints, Layer, Norm, beside, identity
 from tlcapture.models.fast.products import linear, wide_linear
 from tlcapture.models.fast.state import FastState, Step
 from tlcapture.shapes import Logits, Mask, MaskSoFar, Residual, Tokens
@@ -91,6 +91,16 @@ class FastForward:
         """Whether any of the model's weights requires gradients."""
         return any(weight.requires_grad for weight in self._parameters)
 
+    def tensors(self) -> list[Any]:
+        """The model's weights and rotary tables, and the layers with what was made of them."""
+        tl = self._tl
+        return [self._layers, self._final_norm, *(each.detach() for each in (*tl.parameters(), *tl.buffers()))]
+
+    def version(self) -> tuple[Any, ...]:
+        """Equal as long as the weights lie where they did and the options are what they were."""
+        parts = [self._final_norm, *self._layers]
+        return (str(self._tl.cfg), [each.data_ptr() for each in self._parameters], *map(identity, parts))
+
     def micro_batches(self, mask: Mask, state: FastState) -> Iterator[tuple[slice, int, FastState]]:
         """Split a batch of left-padded prompts into micro-batches whose intermediate tensors stay small.
 
@@ -118,38 +128,27 @@ class FastForward:
             yield slice(start, stop), width, FastState(mask[start:stop, :0], view)
             start = stop
 
-    def embed(self, tokens: Tokens, start: int, mask: MaskSoFar, points: HookPoints) -> Residual:
-        """The residual stream before the first block, `[batch, pos, d_model]`.
+    def begin(self, mask: MaskSoFar, state: FastState) -> Step:
+        """What all layers share in a pass over new positions of `state`; `mask` has all positions so far and these."""
+        return state.begin(mask, self._n_heads // self._n_kv_heads, self._tl.cfg.window_size)
 
-        Args:
-            tokens: token ids `[batch, pos]` at the positions from `start` on.
-            mask: the mask of all positions so far, including those of `tokens`.
-        """
+    def embed(self, tokens: Tokens, step: Step, points: HookPoints) -> Residual:
+        """The residual stream before the first block, `[batch, pos, d_model]`, of tokens `[batch, pos]`."""
         tl = self._tl
         residual = points.pass_through(tl.hook_embed, tl.embed(tokens))
         if not self._rotary:
-            residual = residual + points.pass_through(tl.hook_pos_embed, tl.pos_embed(tokens, start, mask))
+            residual = residual + points.pass_through(tl.hook_pos_embed, step.embed_positions(tl.pos_embed, tokens))
         return residual
 
-    def __call__(self, residual: Residual, mask: MaskSoFar, state: FastState, points: HookPoints) -> Residual:
+    def __call__(self, residual: Residual, step: Step, state: FastState, points: HookPoints) -> Residual:
         """The residual stream after the last block, `[batch, pos, d_model]`.
 
         Args:
             residual: the residual stream before the first block at the new positions, `[batch, pos, d_model]`.
-            mask: the mask of all positions so far, including the new ones.
+            step: that of the new positions, from `begin`.
             state: keys and values so far; those of the new positions are appended.
             points: calls hooks and keeps activations.
         """
-        start, state.mask = state.length, mask
-        step = Step(
-            mask,
-            start,
-            state.length,
-            self._n_heads // self._n_kv_heads,
-            residual.dtype,
-            self._tl.cfg.window_size,
-            padded=not bool(mask.all()),
-        )
         store = state.reserve(state.length, self._shape, residual)
         for layer, keys_and_values in zip(self._layers, store.unbind(), strict=True):
             residual = self._block(layer, residual, step, keys_and_values, points)
@@ -168,7 +167,7 @@ class FastForward:
     def keys_and_values(self, state: FastState) -> list[tuple[Tensor, Tensor]]:
         """Unrotated keys, and values, of each layer in TransformerLens's format, `[batch, pos, n_kv_heads, d_head]`."""
         assert state.store is not None
-        step = Step(state.mask, 0, state.length, 1, state.store.dtype, None, padded=True)
+        step = Step(state.mask, 0, state.length, 1, None, padded=True)
         found = []
         for layer, pair in zip(self._layers, state.store[..., : state.length, :].unbind(), strict=True):
             keys, values = (each.transpose(1, 2) for each in pair.unbind())
@@ -197,8 +196,12 @@ class FastForward:
         if layer.mlp_gate is None:
             post = layer.activate(fire(layer.hook_pre, linear(x, *layer.mlp_in)))
         else:
-            pre = fire(layer.hook_pre, linear(x, layer.mlp_gate))
-            pre_linear = fire(layer.hook_pre_linear, linear(x, layer.mlp_in[0]))
+            if layer.gate_and_in is None:
+                pre, pre_linear = linear(x, layer.mlp_gate), linear(x, layer.mlp_in[0])
+            else:
+                pre, pre_linear = linear(x, layer.gate_and_in).chunk(2, dim=-1)
+            pre = points.pass_part(layer.hook_pre, pre)
+            pre_linear = points.pass_part(layer.hook_pre_linear, pre_linear)
             post = layer.activate(pre)
             post = post.mul_(pre_linear) if layer.activation_is_new_tensor else post * pre_linear
             if layer.mlp_in[1] is not None:
@@ -209,17 +212,13 @@ class FastForward:
         fire, attn = points.pass_through, layer.attn
         batch, n_queries, _ = x.shape
         heads, kv_heads, d_head = self._n_heads, self._n_kv_heads, self._shape[2]
-        q = fire(layer.hook_q, linear(x, *layer.query).view(batch, n_queries, heads, d_head))
-        k = fire(layer.hook_k, linear(x, *layer.key).view(batch, n_queries, kv_heads, d_head))
-        v = fire(layer.hook_v, linear(x, *layer.value).view(batch, n_queries, kv_heads, d_head))
+        q, k, v = self._queries_keys_values(layer, x, points)
         if layer.qk_norms is not None:
             q, k = (points.norm(norm, each) for norm, each in zip(layer.qk_norms, (q, k), strict=True))
         if self._rotary:
-            rotation = self._rotation(layer, step)
-            q, k = fire(layer.hook_rot_q, _rotate(q, *rotation)), _rotate(k, *rotation)
-        keys, values = store[..., : step.stop, :].unbind()
-        keys[:, :, step.start :] = k.transpose(1, 2)
-        values[:, :, step.start :] = v.transpose(1, 2)
+            q, k = self._rotated(q, k, *self._rotation(layer, step))
+            q = fire(layer.hook_rot_q, q)
+        keys, values = step.append(store, k, v)
         if self._rotary and points.is_used(layer.hook_rot_k):
             # A copy, since the buffer is modified later.
             keys = fire(layer.hook_rot_k, keys.transpose(1, 2).clone()).transpose(1, 2)
@@ -234,29 +233,54 @@ class FastForward:
             )
         else:
             z = functional.scaled_dot_product_attention(
-                grouped, keys, values, attn_mask=step.bias(layer.kind), scale=1 / attn.attn_scale
+                grouped, keys, values, attn_mask=step.bias(layer.kind, q.dtype), scale=1 / attn.attn_scale
             )
         z = z.reshape(batch, heads, n_queries, d_head)
-        fully_masked = step.fully_masked(layer.kind)
+        fully_masked = step.fully_masked(layer.kind) if n_queries > 1 else None
         z = fire(layer.hook_z, (z if fully_masked is None else z.masked_fill(fully_masked, 0)).transpose(1, 2))
-        return linear(z.reshape(batch, n_queries, -1).to(layer.out[0].dtype), *layer.out)
+        # Flat, since torch multiplies the weight with each row of a batch separately if the heads of a row lie apart.
+        flat = z.reshape(batch * n_queries, -1).to(layer.out[0].dtype)
+        return linear(flat, *layer.out).view(batch, n_queries, -1)
+
+    def _queries_keys_values(self, layer: Layer, x: Tensor, points: HookPoints) -> list[Tensor]:
+        """`[batch, pos, head, d_head]` of each: parts of one product if its weights lie together in memory."""
+        heads = (self._n_heads, self._n_kv_heads, self._n_kv_heads)
+        if layer.qkv is None:
+            parts = [linear(x, *product) for product in (layer.query, layer.key, layer.value)]
+        else:
+            parts = list(linear(x, *layer.qkv).split([count * self._shape[2] for count in heads], dim=-1))
+        hooks = (layer.hook_q, layer.hook_k, layer.hook_v)
+        return [
+            points.pass_part(hook, part.view(*x.shape[:2], count, self._shape[2]))
+            for hook, part, count in zip(hooks, parts, heads, strict=True)
+        ]
+
+    def _rotated(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, adjacent_pairs: bool) -> tuple[Tensor, Tensor]:
+        """Rotated queries and keys, together if they are next to each other in one tensor."""
+        both = beside(q, k)
+        if both is None:
+            return _rotate(q, cos, sin, adjacent_pairs), _rotate(k, cos, sin, adjacent_pairs)
+        q, k = _rotate(both, cos, sin, adjacent_pairs).split([q.shape[2], k.shape[2]], dim=2)
+        return q, k
 
     def _unfused_attention(
         self, layer: Layer, q: Tensor, keys: Tensor, values: Tensor, step: Step, points: HookPoints
     ) -> Tensor:
         """Attention that computes scores and pattern explicitly, with softmax in float32 as in Hugging Face."""
-        # Scaling queries before the product makes overflow of 16-bit floats less likely.
-        scores = q / layer.attn.attn_scale @ keys.transpose(-1, -2)
+        # Scaling within the product makes overflow of 16-bit floats less likely.
+        scale = layer.attn.attn_scale * (layer.cap if layer.cap > 0 else 1)
+        transposed = keys.flatten(0, 1).transpose(-1, -2)
+        scores = torch.baddbmm(q.new_empty(()), q.flatten(0, 1), transposed, beta=0, alpha=1 / scale)
         if layer.cap > 0:
-            scores = torch.tanh(scores / layer.cap) * layer.cap
+            scores = scores.tanh_().mul_(layer.cap)
         scores = scores.view(len(q), self._n_heads, -1, step.stop)
-        allowed = step.allowed(layer.kind)
-        if allowed is not None:
-            scores = scores.masked_fill(~allowed, -torch.inf)
+        masked, fully_masked = step.masked(layer.kind), step.fully_masked(layer.kind)
+        if masked is not None:
+            scores = scores.masked_fill(masked, -torch.inf)
         scores = points.pass_through(layer.hook_attn_scores, scores)
         pattern = functional.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-        if allowed is not None and step.padded:
-            pattern = pattern.masked_fill(~allowed.any(dim=-1, keepdim=True), 0.0)  # padding attends to nothing
+        if fully_masked is not None:
+            pattern = pattern.masked_fill(fully_masked, 0.0)  # padding attends to nothing
         pattern = points.pass_through(layer.hook_pattern, pattern)
         return pattern.to(values.dtype).reshape(*q.shape[:3], step.stop) @ values
 
@@ -266,8 +290,7 @@ class FastForward:
             attn, cfg = layer.attn, layer.attn.cfg
             if attn.rotary_cos.shape[0] < step.stop:
                 attn._extend_rotary_embeddings(min(cfg.n_ctx, max(step.stop, 2 * attn.rotary_cos.shape[0])))
-            positions = (step.mask.cumsum(dim=1) - 1).clamp(min=0)[:, step.start :]
-            cos, sin = attn.rotary_cos[positions, None], attn.rotary_sin[positions, None]
+            cos, sin = attn.rotary_cos[step.positions, None], attn.rotary_sin[step.positions, None]
             if cfg.rotary_adjacent_pairs:
                 sin[..., ::2].neg_()
             else:

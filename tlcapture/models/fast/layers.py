@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,10 @@ class HookPoints:
                 save(activation, hook=point)
         return activation
 
+    def pass_part(self, point: Any, part: Tensor) -> Tensor:
+        """As `pass_through`, of a part of a larger tensor, which hooks get and the cache keeps as a tensor of its own."""
+        return self.pass_through(point, part.contiguous() if self.is_used(point) else part)
+
     def norm(self, norm: Norm, x: Tensor) -> Tensor:
         """The output of a norm, of the shape of `x`, `[..., d]`; uses torch's fused norm if no hook needs its scale."""
         # Hooks may have returned a residual stream of a wider dtype than that of the model.
@@ -106,10 +110,12 @@ class Layer:
         self.cap = float(attn.cfg.attn_scores_soft_cap)
         grouped = "_" if "_W_K" in attn._parameters else ""
         names = (("W_Q", "b_Q"), (f"{grouped}W_K", f"{grouped}b_K"), (f"{grouped}W_V", f"{grouped}b_V"))
-        self.query, self.key, self.value = (
-            (getattr(attn, weight).permute(0, 2, 1).flatten(0, 1), _none_if_zero(getattr(attn, bias).flatten()))
+        products = [
+            (getattr(attn, weight).permute(0, 2, 1).flatten(0, 1), getattr(attn, bias).flatten())
             for weight, bias in names
-        )
+        ]
+        self.query, self.key, self.value = ((weight, _none_if_zero(bias)) for weight, bias in products)
+        self.qkv = _joined_product(products)
         self.out = (attn.W_O.permute(2, 0, 1).flatten(1), _none_if_zero(attn.b_O))
         # A fused version if the block uses a known activation; a custom one may have parameters of its own.
         fast = _ACTIVATIONS.get(mlp.cfg.act_fn) if mlp.act_fn is SUPPORTED_ACTIVATIONS.get(mlp.cfg.act_fn) else None
@@ -117,6 +123,7 @@ class Layer:
         self.activation_is_new_tensor = fast is not None  # it may be written to in place
         self.mlp_gate: Tensor | None = mlp.W_gate.T if mlp.cfg.gated_mlp else None
         self.mlp_in = (mlp.W_in.T, _none_if_zero(mlp.b_in))
+        self.gate_and_in = None if self.mlp_gate is None else joined([self.mlp_gate, self.mlp_in[0]])
         self.mlp_out = (mlp.W_out.T, _none_if_zero(mlp.b_out))
         both_sides = block.cfg.use_normalization_before_and_after
         self.ln1, self.ln2 = Norm(block.ln1), Norm(block.ln2)
@@ -131,6 +138,44 @@ class Layer:
         self.hook_attn_scores, self.hook_pattern = attn.hook_attn_scores, attn.hook_pattern
         self.hook_pre, self.hook_post = mlp.hook_pre, mlp.hook_post
         self.hook_pre_linear = getattr(mlp, "hook_pre_linear", None)
+
+
+def identity(value: Any) -> Any:
+    """What is equal for two layers, norms or other values if a step recorded with one does what the other would."""
+    if isinstance(value, Tensor):
+        return value.data_ptr(), value.shape, value.stride(), value.dtype
+    if isinstance(value, (Layer, Norm)):
+        return identity(tuple(vars(value).values()))
+    return tuple(map(identity, value)) if isinstance(value, tuple) else value
+
+
+def _joined_product(products: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None] | None:
+    """One weight and bias for several products of the same input; `None` if they do not lie together."""
+    weights, biases = zip(*products, strict=True)
+    weight = joined(weights)
+    if weight is None or all(not bias.any() for bias in biases):
+        return None if weight is None else (weight, None)
+    bias = joined(biases)
+    return None if bias is None else (weight, bias)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor | None:
+    """Tensors that lie one after another in memory as one, along the first axis; `None` if they do not."""
+    first, end = parts[0], parts[0].storage_offset()
+    for part in parts:
+        same = part.untyped_storage()._cdata == first.untyped_storage()._cdata and part.dtype == first.dtype
+        if not same or not part.is_contiguous() or part.storage_offset() != end or part.shape[1:] != first.shape[1:]:
+            return None
+        end += part.numel()
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+
+
+def beside(q: Tensor, k: Tensor) -> Tensor | None:
+    """Queries and keys `[batch, pos, head, d_head]` as one tensor if keys follow queries in each row of a larger one."""
+    follows = k.storage_offset() == q.storage_offset() + q.shape[2] * q.shape[3] and q.stride() == k.stride()
+    if not follows or q.untyped_storage()._cdata != k.untyped_storage()._cdata or q.stride(2) != q.shape[3]:
+        return None
+    return q.as_strided((*q.shape[:2], q.shape[2] + k.shape[2], q.shape[3]), q.stride())
 
 
 def _none_if_zero(bias: Tensor) -> Tensor | None:

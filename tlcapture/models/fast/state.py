@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tlcapture.shapes import Mask, Rows
+from tlcapture.shapes import Mask, Tokens
 
 _MIN_GROWTH = 64  # the fewest positions by which the buffer of keys and values grows
 
@@ -36,15 +38,21 @@ class FastState:
         """The number of positions so far."""
         return self.mask.shape[1]
 
-    def keep(self, rows: Rows) -> None:
-        """Drop all rows except `rows`, a boolean mask `[batch]`; they are moved within the store."""
-        self.mask = self.mask[rows]
+    def begin(self, mask: Mask, groups: int, window: int | None) -> Step:
+        """The step from the positions so far to those of `mask`, which has all; they become those of the state."""
+        start, self.mask = self.length, mask
+        # On a GPU, a mask of ones is cheaper than the synchronization needed to find that there is no padding.
+        padded = mask.device.type != "cpu" or not bool(mask.all())
+        return Step(mask, start, self.length, groups, window, padded)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows except these, in ascending order; they are moved within the store."""
+        self.mask = rows_of(self.mask, rows)
         if self.store is not None:
-            kept = rows.nonzero()[:, 0].tolist()
-            for new_row, row in enumerate(kept):
+            for new_row, row in enumerate(rows):
                 if new_row != row:
                     self.store[:, :, new_row, :, : self.length] = self.store[:, :, row, :, : self.length]
-            self.store = self.store[:, :, : len(kept)]
+            self.store = self.store[:, :, : len(rows)]
 
     def branch(self, rows: Sequence[int]) -> FastState:
         """A new state with copies of the given rows."""
@@ -71,6 +79,11 @@ class FastState:
         return self.store
 
 
+def rows_of(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """A copy of some rows; unlike with an index, nothing has to reach the device for it."""
+    return torch.stack([tensor[row] for row in rows]) if rows else tensor[:0]
+
+
 @dataclass
 class Step:
     """Data shared by all layers of a forward pass; masks and rotary tables are computed on first use.
@@ -80,7 +93,6 @@ class Step:
         start: index of the first new position.
         stop: number of positions so far, including the new ones.
         groups: number of query heads per key-value head.
-        dtype: dtype of the residual stream.
         window: size of the sliding window in local layers.
         padded: whether any position is masked.
         rotations: cosines and sines by kind of layer, `global` or `local`.
@@ -90,13 +102,34 @@ class Step:
     start: int
     stop: int
     groups: int
-    dtype: torch.dtype
     window: int | None
     padded: bool
     rotations: dict[str, tuple[Tensor, Tensor, bool]] = field(default_factory=dict)
     _allowed: dict[str, Tensor | None] = field(default_factory=dict)
-    _bias: dict[str, Tensor | None] = field(default_factory=dict)
+    _masked: dict[str, Tensor | None] = field(default_factory=dict)
+    _bias: dict[tuple[str, torch.dtype], Tensor | None] = field(default_factory=dict)
     _fully_masked: dict[str, Tensor | None] = field(default_factory=dict)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """The position of each new token in its row, without padding, `[batch, query]`."""
+        return (self.mask.cumsum(dim=1) - 1).clamp(min=0)[:, self.start :]
+
+    def embed_positions(self, pos_embed: Any, tokens: Tokens) -> Tensor:
+        """The output of TransformerLens's `PosEmbed` for new tokens, `[batch, query, d_model]`."""
+        return pos_embed(tokens, self.start, self.mask)
+
+    def append(self, store: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values of a layer, `[batch, n_kv_heads, key, d_head]`, with new ones appended to its store.
+
+        Args:
+            store: the layer's keys and values, `[2, batch, n_kv_heads, capacity, d_head]`.
+            keys, values: those of the new positions, `[batch, query, n_kv_heads, d_head]`.
+        """
+        all_keys, all_values = store[..., : self.stop, :].unbind()
+        all_keys[:, :, self.start :] = keys.transpose(1, 2)
+        all_values[:, :, self.start :] = values.transpose(1, 2)
+        return all_keys, all_values
 
     def allowed(self, kind: str) -> Tensor | None:
         """The keys that each query may attend to, `[batch or 1, 1, query, key]`; `None` if they are all keys."""
@@ -115,10 +148,17 @@ class Step:
                 self._allowed[kind] = allowed & self.mask[:, None, None].bool() if self.padded else allowed
         return self._allowed[kind]
 
+    def masked(self, kind: str) -> Tensor | None:
+        """The opposite of `allowed`; `None` if no key is masked."""
+        if kind not in self._masked:
+            allowed = self.allowed(kind)
+            self._masked[kind] = None if allowed is None else ~allowed
+        return self._masked[kind]
+
     def fully_masked(self, kind: str) -> Tensor | None:
-        """The queries without any key, which are padding, `[batch, 1, query, 1]`; `None` if there are none."""
+        """The queries without any key, which are padding, `[batch, 1, query, 1]`; `None` if there is no padding."""
         if kind not in self._fully_masked:
-            allowed = self.allowed(kind) if self.padded and self.stop - self.start > 1 else None
+            allowed = self.allowed(kind) if self.padded else None
             self._fully_masked[kind] = None if allowed is None else ~allowed.any(dim=-1, keepdim=True)
         return self._fully_masked[kind]
 
@@ -130,21 +170,21 @@ class Step:
         has_all_keys = kind != "local" or self.window is None or self.stop <= self.window
         return self.start == 0 and self.stop > 1 and not self.padded and has_all_keys and self.mask.device.type == "cpu"
 
-    def bias(self, kind: str) -> Tensor | None:
-        """The mask `allowed` as a bias to add to attention scores, `[batch or 1, 1, groups * query, key]`.
+    def bias(self, kind: str, dtype: torch.dtype) -> Tensor | None:
+        """The mask `allowed` as a bias to add to attention scores of a dtype, `[batch or 1, 1, groups * query, key]`.
 
         Query heads that share keys are concatenated along the queries. Masked keys have half the lowest finite value
         instead of -inf, so that rows that consist only of padding stay finite. `None` if no key is masked.
         """
-        if kind not in self._bias:
-            allowed = self.allowed(kind)
+        if (kind, dtype) not in self._bias:
+            masked = self.masked(kind)
             bias: Tensor | None = None
-            if allowed is not None:
-                batch, _, n_queries, n_keys = allowed.shape
-                bias = torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device)
-                bias.masked_fill_(~allowed, torch.finfo(self.dtype).min / 2)
+            if masked is not None:
+                batch, _, n_queries, n_keys = masked.shape
+                bias = torch.zeros(masked.shape, dtype=dtype, device=masked.device)
+                bias.masked_fill_(masked, torch.finfo(dtype).min / 2)
                 if n_queries > 1:
                     bias = bias[:, :, None].expand(-1, -1, self.groups, -1, -1)
                     bias = bias.reshape(batch, 1, self.groups * n_queries, n_keys)
-            self._bias[kind] = bias
-        return self._bias[kind]
+            self._bias[kind, dtype] = bias
+        return self._bias[kind, dtype]

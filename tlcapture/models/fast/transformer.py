@@ -85,6 +85,14 @@ class FastHookedTransformer(HookedTransformer):
         kind = FastCache if FastForward.supports(self) else TransformerLensKeyValueCache
         return kind.init_cache(self.cfg, self.embed.W_E.device, batch_size)
 
+    @property
+    def is_hooked(self) -> bool:
+        """Whether hooks are called or activations cached by anything other than the next call."""
+        return bool(self._caching_hooks) or any(
+            point._forward_hooks or point._forward_pre_hooks or point._backward_hooks
+            for point in self.hook_dict.values()
+        )
+
     def micro_batches(
         self, mask: Mask, cache: TransformerLensKeyValueCache
     ) -> Iterator[tuple[slice, int, TransformerLensKeyValueCache]]:
@@ -313,10 +321,11 @@ class FastHookedTransformer(HookedTransformer):
         assert state is not None
         points = self._points()
         whole = torch.ones(batch, n_new, dtype=torch.long, device=given.device) if mask is None else mask.long()
+        step = fast.begin(whole, state)
         if residual is None:
             assert tokens is not None
-            residual = fast.embed(tokens, state.length, whole, points)
-        residual = fast(residual, whole, state, points)
+            residual = fast.embed(tokens, step, points)
+        residual = fast(residual, step, state, points)
         if stop_at_layer is not None:
             return residual
         if (

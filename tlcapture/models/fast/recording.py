@@ -1,0 +1,92 @@
+"""A step of a model recorded as a CUDA graph, which a replay runs again without Python and without launches.
+
+A recorded step reads and writes the tensors that it had when it was recorded: its inputs are written into them before a
+replay, and its results are the tensors that the recorded call returned.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+class Tape:
+    """Records calls as CUDA graphs on a stream and in a memory pool of their own.
+
+    The first call of a shape has to run on the stream before it is recorded: libraries set themselves up in it.
+    """
+
+    def __init__(self, device: torch.device):
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def run(self, call: Callable[[], Result]) -> Result:
+        """Run a call on the stream, after what the current stream was given and before what it will be given."""
+        with self._alone():
+            return call()
+
+    def record(self, call: Callable[[], Result]) -> Recorded[Result]:
+        """Record a call, which is not run. Raises `RuntimeError` if it cannot be recorded."""
+        graph = torch.cuda.CUDAGraph()
+        with self._alone(), _without_collection():
+            # Other threads, which copy and write, may go on.
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                result = call()
+            except BaseException:
+                _end_failed(graph)
+                raise
+            graph.capture_end()
+        return Recorded(graph, result)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            yield
+        current.wait_stream(self._stream)
+
+
+class Recorded(Generic[Result]):
+    """A recorded call and what it returned: tensors that every replay fills anew.
+
+    Attributes:
+        holds: the tensors that the call read, which have to stay where they are.
+    """
+
+    holds: Any = None
+
+    def __init__(self, graph: Any, result: Result):
+        self._graph = graph
+        self._result = result
+
+    def replay(self) -> Result:
+        """Run the call again on the current stream."""
+        self._graph.replay()
+        return self._result
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Keep Python from freeing other tensors and graphs in between."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _end_failed(graph: Any) -> None:
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        pass  # the first error says more
