@@ -19,7 +19,7 @@ from tlcapture.models.engines.base import EXTERNAL_PREFIX, Model, Step
 from tlcapture.models.engines.hooked_config import hooked_fields, weight_converter
 from tlcapture.models.engines.tokenizers import for_transformer_lens, without_filled_in_bos
 from tlcapture.models.engines.weight_layout import join_in_place, lay_out, lay_out_in_place, memory_order
-from tlcapture.models.fast.forward import unembed
+from tlcapture.models.fast.forward import final_norm, unembed
 from tlcapture.shapes import Logits, Mask, Residual, Rows, Tokens
 
 FAST = os.environ.get("TLCAPTURE_FAST", "1") != "0"  # whether models are loaded as FastHookedTransformer
@@ -127,8 +127,11 @@ class HookedModel(Model):
         from transformer_lens.utilities import apply_softcap
 
         flat = residual.reshape(1, -1, self.d_model).to(self.last_device, self.dtype)
-        normed = self.tl.ln_final(flat) if self.tl.cfg.normalization_type is not None else flat
-        logits = unembed(self.tl.unembed, normed[0]) if self._is_fast else self.tl.unembed(normed)[0].clone()
+        if self._is_fast:
+            logits = unembed(self.tl.unembed, final_norm(self.tl, flat)[0])
+        else:
+            normed = self.tl.ln_final(flat) if self.tl.cfg.normalization_type is not None else flat
+            logits = self.tl.unembed(normed)[0].clone()
         logits = apply_softcap(logits, self.tl.cfg.output_logits_soft_cap)
         return logits.reshape(*residual.shape[:-1], logits.shape[-1])
 

@@ -271,11 +271,13 @@ class FastForward:
         scale = layer.attn.attn_scale * (layer.cap if layer.cap > 0 else 1)
         transposed = keys.flatten(0, 1).transpose(-1, -2)
         scores = torch.baddbmm(q.new_empty(()), q.flatten(0, 1), transposed, beta=0, alpha=1 / scale)
-        if layer.cap > 0:
-            scores = scores.tanh_().mul_(layer.cap)
         scores = scores.view(len(q), self._n_heads, -1, step.stop)
         masked, fully_masked = step.masked(layer.kind), step.fully_masked(layer.kind)
-        if masked is not None:
+        if layer.cap > 0:
+            penalty = step.penalty(layer.kind, scores.dtype)
+            scores = scores.tanh_()  # of finite values, to which the penalty may be added
+            scores = scores * layer.cap if penalty is None else torch.add(penalty, scores, alpha=layer.cap)
+        elif masked is not None:
             scores = scores.masked_fill(masked, -torch.inf)
         scores = points.pass_through(layer.hook_attn_scores, scores)
         pattern = functional.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
@@ -297,6 +299,17 @@ class FastForward:
                 sin[..., : sin.shape[-1] // 2].neg_()
             step.rotations[layer.kind] = (cos, sin, bool(cfg.rotary_adjacent_pairs))
         return step.rotations[layer.kind]
+
+
+def final_norm(tl: Any, residual: Tensor) -> Tensor:
+    """The output of a HookedTransformer's final norm for `[1, pos, d_model]`, by torch's fused norm if it has no hooks."""
+    from transformer_lens.components import LayerNorm, RMSNorm
+
+    norm = tl.ln_final
+    hooked = any(each._forward_hooks or each._forward_pre_hooks for each in norm.modules())
+    if hooked or type(norm) not in (LayerNorm, RMSNorm):
+        return norm(residual) if tl.cfg.normalization_type is not None else residual
+    return HookPoints({}).norm(Norm(norm), residual)
 
 
 def unembed(module: Any, normed: Tensor) -> Tensor:

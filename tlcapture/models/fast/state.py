@@ -107,6 +107,7 @@ class Step:
     rotations: dict[str, tuple[Tensor, Tensor, bool]] = field(default_factory=dict)
     _allowed: dict[str, Tensor | None] = field(default_factory=dict)
     _masked: dict[str, Tensor | None] = field(default_factory=dict)
+    _penalty: dict[tuple[str, torch.dtype], Tensor | None] = field(default_factory=dict)
     _bias: dict[tuple[str, torch.dtype], Tensor | None] = field(default_factory=dict)
     _fully_masked: dict[str, Tensor | None] = field(default_factory=dict)
 
@@ -154,6 +155,14 @@ class Step:
             allowed = self.allowed(kind)
             self._masked[kind] = None if allowed is None else ~allowed
         return self._masked[kind]
+
+    def penalty(self, kind: str, dtype: torch.dtype) -> Tensor | None:
+        """-inf where `masked`, else 0, in a dtype, `[batch or 1, 1, query, key]`; `None` if no key is masked."""
+        if (kind, dtype) not in self._penalty:
+            masked = self.masked(kind)
+            zeros = None if masked is None else torch.zeros(masked.shape, dtype=dtype, device=masked.device)
+            self._penalty[kind, dtype] = None if zeros is None else zeros.masked_fill_(masked, -torch.inf)
+        return self._penalty[kind, dtype]
 
     def fully_masked(self, kind: str) -> Tensor | None:
         """The queries without any key, which are padding, `[batch, 1, query, 1]`; `None` if there is no padding."""
