@@ -52,17 +52,26 @@ class Worker:
 
     def run(self, workload: str) -> dict[str, Any]:
         """What a workload measured; raises `WorkloadError` if it failed or the process has ended."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        self.begin(workload)
+        return self.result()
+
+    def begin(self, workload: str) -> None:
+        assert self._process.stdin is not None
+        self._workload = workload
         try:
             self._process.stdin.write(f"{workload}\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise WorkloadError(f"{self.name} has ended: {self._last_words()}") from None
+
+    def result(self) -> dict[str, Any]:
+        """What the workload that was begun measured."""
+        assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith(RESULT):
                 found: dict[str, Any] = json.loads(line.removeprefix(RESULT))
                 if "error" in found:
-                    raise WorkloadError(f"{self.name}, {workload}: {found['error']}")
+                    raise WorkloadError(f"{self.name}, {self._workload}: {found['error']}")
                 return found
         raise WorkloadError(f"{self.name} has ended: {self._last_words()}")
 
@@ -116,8 +125,9 @@ class Session:
         self.report.machine |= maker.run("make the model")
         for name, tree in self.trees.items():
             self.workers[name] = Worker(name, tree, self.work, self.device)
-        for worker in self.workers.values():
-            self.report.loaded[worker.name] = worker.run("load")
+            self.workers[name].begin("load")
+        for name in self.trees:
+            self.report.loaded[name] = self.workers[name].result()
 
     def in_turn(self, batch: int, workloads: Sequence[tuple[str, str]]) -> None:
         """Run workloads `(worker, name)` in turn, one round more than counted."""
@@ -207,12 +217,12 @@ class Session:
     def tests(self) -> None:
         for worker in self.workers.values():
             worker.end()
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "8", "-p", "no:cacheprovider", *_TESTS]
+        # After an interrupt pytest still says what has failed.
+        limit = ["timeout", "--signal=INT", str(max(30, int(self.seconds_left)))]
+        command = [*limit, sys.executable, "-m", "pytest", "-q", "-n", "12", "-p", "no:cacheprovider", *_TESTS]
         tree = self.trees["this"]
         where = environment(tree, TLCAPTURE_TEST_DEVICE=self.device)
-        done = subprocess.run(
-            command, env=where, cwd=tree, capture_output=True, text=True, timeout=max(30.0, self.seconds_left)
-        )
+        done = subprocess.run(command, env=where, cwd=tree, capture_output=True, text=True)
         self.report.tests = done.stdout.strip().splitlines()[-1].strip("= ")
         self.report.failures = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
         self.report.test_output = done.stdout[-60_000:]

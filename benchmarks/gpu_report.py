@@ -53,7 +53,7 @@ class Report:
         )
         shape = "Gemma-2-2B" if self.shape == "gemma-2-2b" else "a tiny model"
         before = "; `before` is the tree of --baseline, measured in turn with `this`" if "before" in self.trees else ""
-        loading = ", ".join(f"{name} {each['seconds']:.1f} s" for name, each in self.loaded.items() if each)
+        loading = ", ".join(f"{name} {each['seconds']:.1f} s" for name, each in self.loaded.items())
         return (
             f"Written by `make bench-gpu`: {machine}. Random weights in the shape of {shape} "
             f"({self.machine.get('model_GB', 0):.1f} GB), prompts of 100 tokens, 50 new tokens, medians of "

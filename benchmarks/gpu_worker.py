@@ -112,8 +112,6 @@ class HuggingFace(Workloads):
     def run(self, workload: str) -> dict[str, Any]:
         if workload == "make the model":
             return self.make()
-        if workload == "load":
-            return {}
         name, batch = workload.rsplit(" ", 1)
         if name == "long":
             return self.timed(lambda: self.generate(int(batch), n_tokens=LONG - NEW_TOKENS))
@@ -196,7 +194,7 @@ class Ours(Workloads):
 
         start = time.perf_counter()
         dtype = "bfloat16" if self.cuda else "float32"
-        self.model = load_model(str(self.work / "model"), device=self.device, dtype=dtype)
+        self.model = load_model(str(self.work / "model"), device=self.device, dtype=dtype, check=False)
         return {"seconds": time.perf_counter() - start, "engine": self.model.engine}
 
     def tokenized(self, batch: int, n_tokens: int) -> list[Any]:
