@@ -25,10 +25,13 @@ def main(quick: bool, rounds: int, only: str) -> None:
     from generation_speed import Bench, accelerator, products, w1, w1_half, w2, w3, w4
     from measure import HEAD, machine
     from output_speed import w5, w6, w7, w8, w9, w10, w11
+    from sampling_speed import NOT_MEASURED, large_vocabulary, sampling, w1_bridge, w1_sampled
 
-    slow = (w3, w1_half, w9, w10)  # omitted from a quick run
+    slow = (w3, w1_half, w9, w10, w1_bridge)  # omitted from a quick run
     workloads = {work.__name__: work for work in (w1, w1_half, w2, w3, w4, w5, w6, w7, w8, w9, w10, w11)}
+    workloads |= {work.__name__: work for work in (w1_sampled, w1_bridge, large_vocabulary, sampling)}
     workloads |= {"products": products, "gpu": accelerator}
+    not_measured = {"gpu": ("GPU", "Gemma-2-2B's shape, ours / HF plain", "no GPU on this machine"), **NOT_MEASURED}
     chosen = [name.strip() for name in only.split(",") if name.strip()] or [
         name for name, work in workloads.items() if not (quick and work in slow)
     ]
@@ -40,7 +43,8 @@ def main(quick: bool, rounds: int, only: str) -> None:
     for name in chosen:
         rows = [row.markdown() for row in workloads[name](bench)]
         if not rows:
-            rows = ["| GPU | Gemma-2-2B's shape, ours / HF plain | | | | | not measured: no GPU on this machine | |"]
+            workload, what, why = not_measured[name]
+            rows = [f"| {workload} | {what} | | | | | not measured: {why} | |"]
         click.echo("\n".join(rows))
         lines += rows
     if not quick and not only:

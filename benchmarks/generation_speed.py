@@ -31,10 +31,11 @@ class Bench:
     rounds: int
     quick: bool
     dtype: str = "float32"
+    engine: str = "hooked"
 
     @cached_property
     def model(self) -> Model:
-        return load_model("smollm2", engine="hooked", device="cpu", dtype=self.dtype)
+        return load_model("smollm2", engine=self.engine, device="cpu", dtype=self.dtype)
 
     @cached_property
     def reference(self) -> Any:

@@ -25,23 +25,23 @@ Found = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class Task:
-    """Prompts to continue greedily, with the number of new tokens and the batch size."""
+    """Prompts to continue, with the number of new tokens and the batch size; temperature 0 is greedy."""
 
     prompts: Sequence[TokenizedPrompt]
     new_tokens: int
     batch_size: int
+    temperature: float = 0
 
 
 def ours(model: Model, task: Task) -> Found:
     """tlcapture: the residual stream at every point of every layer."""
     hooks, found = residual_hooks(model.n_layers, model.hook_names), {}
-    greedy = Sampling(temperature=0)
     for outcome in generate(
         model,
         task.prompts,
         hooks=hooks,
         max_new_tokens=task.new_tokens,
-        sampling=greedy,
+        sampling=Sampling(task.temperature),
         batch_size=task.batch_size,
     ):
         assert isinstance(outcome, Generation)
@@ -53,14 +53,17 @@ def ours(model: Model, task: Task) -> Found:
 def hugging_face(reference: Any, task: Task, *, hidden_states: bool) -> Found:
     """Hugging Face `generate`, optionally with the residual stream after every layer."""
 
+    sampled = {"do_sample": True, "temperature": task.temperature, "top_k": 0}
+    sampling: dict[str, Any] = sampled if task.temperature else {"do_sample": False}
+
     def run(tokens: Tensor, mask: Tensor) -> Tensor:
         output = reference.generate(
             tokens.to(reference.device),
             attention_mask=mask.to(reference.device),
             max_new_tokens=task.new_tokens,
-            do_sample=False,
             output_hidden_states=hidden_states,
             return_dict_in_generate=True,
+            **sampling,
         )
         return output.sequences
 

@@ -90,12 +90,12 @@ def command(*arguments: str, root: Path | None = None) -> Work:
     return run
 
 
-def run_child(arguments: Sequence[str], root: Path | None = None) -> str:
-    """Run `python ARGUMENTS`; returns its standard output."""
+def run_child(arguments: Sequence[str], root: Path | None = None, python: Path = Path(sys.executable)) -> str:
+    """Run `PYTHON ARGUMENTS`; returns its standard output."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     if root is not None:
         environment["TLCAPTURE_ROOT"] = str(root)
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([str(python), *arguments], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)}: exit {done.returncode}: {done.stderr[-500:]}")
     return done.stdout

@@ -32,7 +32,7 @@ class DeviceBuffer:
         self, like: Tensor, n_places: int, lengths: Sequence[int], max_new_tokens: int, n_held: int, copies: Copies
     ):
         self._buffer = like.new_empty(len(lengths), n_held, n_places, *like.shape[2:])
-        self._copies = copies
+        self.copies = copies
         copies.lend(self._buffer)
         self._width = max(lengths)
         self._max_new_tokens = max_new_tokens
@@ -48,7 +48,7 @@ class DeviceBuffer:
         while column < stop:
             last = min(stop, column - column % self._n_held + self._n_held)
             if not self._is_whole and column % self._n_held == 0:
-                self._copies.hold_up_device()
+                self.copies.hold_up_device()
             pieces = [each[:, each.shape[1] - stop + column : each.shape[1] - stop + last] for each in activations]
             self._write_piece(indices, pieces, column % self._n_held)
             if not self._is_whole and last % self._n_held == 0:
@@ -76,7 +76,7 @@ class DeviceBuffer:
             first, start = self._left[index], self._starts[index]
             if first < stop:
                 source = self._buffer[index, first % self._n_held : (stop - 1) % self._n_held + 1]
-                self._copies.copy(self._target(index, n_tokens)[first - start : stop - start], source)
+                self.copies.copy(self._target(index, n_tokens)[first - start : stop - start], source)
                 self._left[index] = stop
 
     def _target(self, index: int, n_tokens: int | None) -> Tensor:

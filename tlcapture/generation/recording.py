@@ -45,7 +45,7 @@ class Recorder:
         self._buffers: dict[tuple[Kind, int], Tensor] = {}
         self._on_device: dict[Kind, DeviceBuffer | None] = {}  # `None` where nothing fits
         self._triangles: dict[Kind, Triangles] = {}
-        self._copies: Copies | None = None
+        self._copies: dict[torch.device, Copies] = {}
 
     def record(self, indices: Sequence[int], cache: Cache) -> None:
         """Record one step: the left-padded prompts with these indices, or the next token of each.
@@ -100,7 +100,7 @@ class Recorder:
         if buffer is None:
             whole = self._buffers.pop((kind, index))[:, :n_tokens]
             return lambda: whole
-        return self._once_copied(buffer.take(index, n_tokens))
+        return _once_copied(buffer.take(index, n_tokens), buffer.copies)
 
     def _leaving(self, tensor: Tensor) -> Part:
         """A tensor on its way to main memory."""
@@ -111,24 +111,12 @@ class Recorder:
         copies.lend(tensor)
         target = in_main_memory(tensor.shape, tensor.dtype, pinned=True)
         copies.copy(target, tensor)
-        return self._once_copied(target)
-
-    def _once_copied(self, target: Tensor) -> Part:
-        """A tensor in main memory, once what has been copied so far has arrived."""
-        copies = self._copies
-        assert copies is not None
-        mark = copies.mark()
-
-        def arrived() -> Tensor:
-            copies.wait(mark)
-            return target
-
-        return arrived
+        return _once_copied(target, copies)
 
     def _copies_from(self, device: torch.device) -> Copies:
-        if self._copies is None:
-            self._copies = Copies(device)
-        return self._copies
+        if device not in self._copies:
+            self._copies[device] = Copies(device)
+        return self._copies[device]
 
     def _write(self, kind: Kind, indices: Sequence[int], n_new: Sequence[int], activations: list[Tensor]) -> None:
         # Long prompts are copied straight into their buffers; everything else leaves its device as one tensor.
@@ -184,6 +172,17 @@ class Recorder:
             shape = (len(activations), self._lengths[index] + self._max_new_tokens, *activations[0].shape[2:])
             self._buffers[kind, index] = torch.empty(shape, dtype=activations[0].dtype)
         return self._buffers[kind, index]
+
+
+def _once_copied(target: Tensor, copies: Copies) -> Part:
+    """A tensor in main memory, once what has been copied so far has arrived."""
+    mark = copies.mark()
+
+    def arrived() -> Tensor:
+        copies.wait(mark)
+        return target
+
+    return arrived
 
 
 class Recorded(Mapping[str, Tensor]):

@@ -25,11 +25,13 @@ from tlcapture.models.engines.hook_layouts import (
     router_modules,
     router_scores,
 )
+from tlcapture.models.engines.hooked import FAST
 from tlcapture.models.engines.hooked_config import architecture_of
 from tlcapture.models.engines.more_adapters import register_adapters
 from tlcapture.models.engines.newer_transformers import support_newer_transformers
 from tlcapture.models.engines.tokenizers import for_transformer_lens, without_filled_in_bos
 from tlcapture.models.engines.versions import version_advice
+from tlcapture.models.fast.linear_modules import make_linears_fast
 from tlcapture.models.processes import ProcessRefusedError
 from tlcapture.models.sizes import WITHOUT_ATTENTION, Measures, layer_kinds
 from tlcapture.shapes import Logits, Mask, Residual, Rows, Tokens
@@ -48,9 +50,17 @@ class _BridgeState:
 
 
 class BridgeModel(Model):
-    """A TransformerBridge: the Hugging Face model itself with TransformerLens's hooks."""
+    """A TransformerBridge: the Hugging Face model itself with TransformerLens's hooks.
+
+    Its linear modules become `FastLinear`, unless `TLCAPTURE_FAST=0`.
+    """
 
     engine = "bridge"
+
+    def __init__(self, tl: Any, *args: Any):
+        if FAST:
+            make_linears_fast(tl)
+        super().__init__(tl, *args)
 
     @property
     def measures(self) -> Measures:
@@ -106,7 +116,7 @@ class BridgeModel(Model):
         with router_scores(routers, scores):
             (logits, past), cache = self.tl.run_with_cache(
                 tokens.to(self.device),
-                names_filter=sorted(hooks - routers.keys()),
+                names_filter=(hooks - routers.keys()).__contains__,
                 return_cache_object=False,
                 return_type="logits_and_cache",
                 attention_mask=mask,

@@ -1,0 +1,121 @@
+"""Workloads at temperature 0.7, and W1 on the engine `bridge`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from generation_speed import Bench
+from implementations import Task
+from measure import Row, in_turn, medians, ratios, run_child
+from torch import Tensor
+
+from tlcapture.generation.loop import generate
+from tlcapture.generation.noise import GumbelNoise
+from tlcapture.generation.sampling import Sampling, choose_tokens, n_numbers
+from tlcapture.models.loading import from_hugging_face
+from tlcapture.prompts.tokenization import TokenizedPrompt
+
+TEMPERATURE = 0.7
+TL4 = Path(__file__).parents[1] / ".venv-tl4/bin/python"
+
+
+def w1_sampled(bench: Bench) -> Iterator[Row]:
+    """Ten prompts in one batch at temperature 0.7, without stop tokens, so that all responses are equally long."""
+    own = Bench(bench.rounds, bench.quick)
+    own.model.generation_config = own.reference.generation_config
+    for config in (own.reference.config, own.reference.generation_config):
+        config.eos_token_id = None
+    task = Task(own.prompts[:10], own.new_tokens, 10, temperature=TEMPERATURE)
+    own.model.tokenizer.eos_token = own.model.tokenizer.chat_template = None
+    times = in_turn(own.against_hugging_face(task), bench.rounds)
+    note = medians(times)
+    yield Row("W1 sampled", "ours / HF with hidden states", ratios(times, "ours", "with hidden states"), note=note)
+    yield Row("W1 sampled", "ours / HF sampling", ratios(times, "ours", "plain"), 0.55, 0.55)
+
+
+def large_vocabulary(bench: Bench) -> Iterator[Row]:
+    """A model of random weights of width 512 with a vocabulary of 200,000, at 32 rows, without capture."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=200_000, hidden_size=512, intermediate_size=1376, num_hidden_layers=4, num_attention_heads=8
+    )
+    config.eos_token_id = None
+    reference = LlamaForCausalLM(config).eval()
+    model = from_hugging_face(reference, bench.tokenizer, name="large vocabulary", engine="hooked", device="cpu")
+    prompts = [
+        TokenizedPrompt("large", str(n), "", "", tuple(torch.randint(5, 9000, (10,)).tolist()), None, False)
+        for n in range(32)
+    ]
+
+    def run(temperature: float) -> Any:
+        sampling = Sampling(temperature)
+        return lambda: list(
+            generate(model, prompts, hooks=[], max_new_tokens=bench.new_tokens, sampling=sampling, batch_size=32)
+        )
+
+    times = in_turn({"greedy": run(0), "sampled": run(TEMPERATURE)}, bench.rounds)
+    figures, note = ratios(times, "greedy", "sampled"), medians(times)
+    yield Row("large vocabulary", "speed of sampling / of greedy", figures, 0.8, 0.9, at_least=True, note=note)
+
+
+def sampling(bench: Bench) -> Iterator[Row]:
+    """Choosing 64 tokens of a vocabulary of 256,000, beside the inverse distribution function that did it before."""
+    n_rows, d_vocab = 64, 256_000
+    logits = torch.randn(n_rows, d_vocab, generator=torch.Generator().manual_seed(0)) * 3
+    generators = [torch.Generator().manual_seed(row) for row in range(n_rows)]
+    noise = GumbelNoise(range(n_rows), n_numbers(d_vocab), 16, logits.device)
+    works = {
+        "now": lambda: choose_tokens(logits, TEMPERATURE, noise.next()).tokens.tolist(),
+        "before": lambda: _by_inverse(logits, generators),
+    }
+    times = in_turn(works, 4 * bench.rounds)
+    milliseconds = [1000 * each for each in times["now"]]
+    note = medians(times, milli=True)
+    yield Row("sampling", "64 x 256,000, now / before", ratios(times, "now", "before"), 0.2, 0.2, note=note)
+    yield Row("sampling", "64 x 256,000, in ms", milliseconds, 120, 80)
+
+
+def _by_inverse(logits: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
+    """The draws of commit ba751499: the distribution function in float64, inverted at a random number."""
+    heights = logits.to("cpu", torch.float64)
+    heights = heights - heights.amax(dim=-1, keepdim=True)
+    heights = (heights / TEMPERATURE).softmax(dim=-1).cumsum(dim=-1)
+    draws = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
+    tokens = torch.searchsorted(heights, draws * heights[:, -1:], right=True)
+    return tokens[:, 0].clamp(max=logits.shape[-1] - 1).tolist()
+
+
+def w1_bridge(bench: Bench) -> Iterator[Row]:
+    """Ten prompts in one batch on the engine `bridge` of TransformerLens 4; no rows without its environment."""
+    if not TL4.exists():
+        return
+    program = "\n".join(
+        (
+            f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]",
+            "from generation_speed import Bench; from sampling_speed import bridge_times",
+            f"bridge_times(Bench({bench.rounds}, {bench.quick}, engine='bridge'))",
+        )
+    )
+    times = json.loads(run_child(("-c", program), python=TL4).splitlines()[-1])
+    figures = ratios(times, "ours", "with hidden states")
+    yield Row("W1 bridge", "ours / HF with hidden states", figures, 1.05, 1.0, note=medians(times))
+    yield Row("W1 bridge", "ours / HF plain", ratios(times, "ours", "plain"))
+
+
+def bridge_times(bench: Bench) -> None:
+    """Print the seconds of each implementation as JSON."""
+    works = bench.against_hugging_face(bench.task(10, 10))
+    found = {name: work() for name, work in works.items()}
+    if any(tokens != found["ours"] for tokens in found.values()):
+        raise SystemExit("the implementations generated different greedy tokens, so the comparison is invalid")
+    print(json.dumps(in_turn(works, bench.rounds)))
+
+
+# What the rows of a workload that was not run would compare, and why it was not.
+NOT_MEASURED = {"w1_bridge": ("W1 bridge", "ours / HF with hidden states", "no .venv-tl4 (make test-tl4 makes it)")}
