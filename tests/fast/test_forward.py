@@ -32,26 +32,30 @@ def is_fast(model: Model) -> bool:
     return isinstance(model.start(1), FastCache)
 
 
-def steps(model: Model, hooks: set[str]) -> list[dict[str, Tensor]]:
-    """Activations and logits of a padded prompt of three rows and two decode steps, the second without one row."""
+def steps(model: Model, hooks: set[str], *, reserve: bool = False) -> list[dict[str, Tensor]]:
+    """Activations and logits of a padded prompt of three rows and three decode steps, the last two without one row."""
     tokens = torch.tensor([random_ids(20, seed=row) for row in range(3)])
     mask = torch.ones_like(tokens)
     mask[0, :7], mask[2, :15] = 0, 0
     state = model.start(3)
-    first = model.step(tokens, mask, state, hooks, want_logits=True)
-    one = torch.ones(3, 1, dtype=torch.long)
-    second = model.step(tokens[:, :1], one, state, hooks, want_logits=True)
-    model.keep(state, torch.tensor([True, False, True]))
-    third = model.step(tokens[:2, 1:2], one[:2], state, hooks, want_logits=True)
-    caches = []
-    for step in (first, second, third):
+    if reserve:
+        model.reserve(state, 23)
+    one, found = torch.ones(3, 1, dtype=torch.long), []
+
+    def step(tokens: Tensor, mask: Tensor, so_far: Tensor) -> Tensor:
+        step = model.step(tokens, mask, state, hooks, want_logits=True)
         assert step.logits is not None
-        caches.append({**step.cache, "logits": step.logits})
-    longer = torch.cat([mask, one], dim=1)
-    return [
-        {name: without_padding(activation, mask_so_far.bool()) for name, activation in cache.items()}
-        for cache, mask_so_far in zip(caches, (mask, longer, torch.cat([longer, one], dim=1)[[0, 2]]), strict=True)
-    ]
+        cache = {**step.cache, "logits": step.logits}
+        so_far = torch.cat([so_far, mask], dim=1)
+        found.append({name: without_padding(each, so_far.bool()).clone() for name, each in cache.items()})
+        return so_far
+
+    so_far = step(tokens, mask, mask[:, :0])
+    so_far = step(tokens[:, :1], one, so_far)
+    model.keep(state, torch.tensor([True, False, True]))
+    so_far = step(tokens[:2, 1:2], one[:2], so_far[[0, 2]])
+    step(tokens[:2, 2:3], one[:2], so_far)
+    return found
 
 
 def without_padding(activation: Tensor, mask: Tensor) -> Tensor:

@@ -74,6 +74,8 @@ def generate(
         elif prompt.id in ids:
             yield Failure(prompt, reason, InputError)
     longest = max((len(prompt.token_ids) for prompt in fitting), default=0) + max_new_tokens
+    if batch_size is None:
+        model.release()
     queue = _Queue(fitting, batch_size or fitting_batch_size(model, longest, len(fitting), hooks))
     settings = Settings(hooks, max_new_tokens, sampling, interventions)
     while queue:
@@ -86,6 +88,7 @@ def generate(
         else:
             continue
         # Outside the handler: the error's traceback refers to the batch, whose memory is to be released.
+        model.release()
         release_memory()
         in_flight.take_back_tokens()
         if queue.batch_size == 1:

@@ -131,6 +131,9 @@ class Model(ABC):
         overwritten by the next one.
         """
 
+    def release(self) -> None:  # noqa: B027  most engines keep nothing
+        """Free the memory that was reserved for a batch and kept for the next."""
+
     @abstractmethod
     def step(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str], *, want_logits: bool) -> Step:
         """Call `run_with_cache` on the next positions of a batch and append them to `state`.

@@ -76,6 +76,10 @@ class HookedModel(Model):
             self._decoder = decoder.Decoder(n_rows, n_positions, shape, weight)
         self._decoder.lend(state, n_positions)
 
+    def release(self) -> None:
+        """Free the buffers and recorded steps that are kept for the next batch."""
+        self._decoder = None
+
     @torch.no_grad()
     def step(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str], *, want_logits: bool) -> Step:
         """Call `run_with_cache`, which extends the `past_kv_cache` of `state` in place, or replay such a call."""

@@ -43,8 +43,11 @@ class Decoder:
     """The buffers of a batch, and the steps recorded for them.
 
     Attributes:
+        records: whether steps on CUDA are recorded; no longer once that has failed.
         seconds: the time spent on recording, in seconds.
     """
+
+    records = RECORD
 
     def __init__(self, n_rows: int, n_positions: int, shape: tuple[int, int, int], like: Tensor):
         n_layers, n_heads, d_head = shape
@@ -56,7 +59,7 @@ class Decoder:
             self._tokens = torch.zeros(n_rows, 1, dtype=torch.long, device=like.device)
             self._ones = torch.ones_like(self._tokens)
             self._position = torch.zeros(1, dtype=torch.long, device=like.device)
-        self._tape = Tape(like.device) if like.is_cuda and RECORD else None
+        self._tape = Tape(like.device) if like.is_cuda and self.records else None
         self._seen: set[Key] = set()
         self._recorded: dict[Key, Recorded[Result]] = {}
         self._version: Any = None
@@ -115,7 +118,7 @@ class Decoder:
         self._position.fill_(start)
         n_keys = min(self._limit, -(-(start + 1) // _KEYS) * _KEYS)
         if is_hooked or self._tape is None:
-            logits, kept = self._run(cache, n_rows, n_keys, hooks, run)
+            logits, kept = self._call(cache, (n_rows, n_keys, frozenset(hooks)), run)()
         else:
             self._size = _next_size(self._size, n_rows)
             logits, kept = self._replay(cache, (self._size, n_keys, frozenset(hooks)), run)
@@ -140,23 +143,19 @@ class Decoder:
             self._recorded.clear()
             self._seen.clear()
 
-    def _run(self, cache: FastCache, n_rows: int, n_keys: int, hooks: Set[str], run: Run) -> Result:
-        """Run the model on some rows of the buffers and some of their keys."""
+    def _call(self, cache: FastCache, key: Key, run: Run) -> Callable[[], Result]:
+        """A call of the model on some rows of the buffers and some of their keys."""
+        n_rows, n_keys, hooks = key
         state = FixedState(self._mask[:n_rows, :n_keys], self._store[:, :, :n_rows], self._position, cache.length)
         fixed = FixedCache.over(state, cache)
-        return run(self._tokens[:n_rows], self._ones[:n_rows], fixed, hooks)
+        return lambda: run(self._tokens[:n_rows], self._ones[:n_rows], fixed, hooks)
 
     def _replay(self, cache: FastCache, key: Key, run: Run) -> Result:
         """Replay the step of a key; run it the first time, and record it the second time."""
-        assert self._tape is not None
-        n_rows, n_keys, hooks = key
-
-        def call() -> Result:
-            return self._run(cache, n_rows, n_keys, hooks, run)
-
-        assert cache.computed_by is not None
+        assert self._tape is not None and cache.computed_by is not None
         if key in self._recorded:
             return self._recorded[key].replay()
+        call = self._call(cache, key, run)
         if key not in self._seen:
             self._seen.add(key)
             return self._tape.run(call)
@@ -165,8 +164,10 @@ class Decoder:
             with torch.inference_mode(False):
                 recorded = self._tape.record(call)
         except RuntimeError as error:
-            _log.warning("decode steps are not recorded on this device: %s", str(error).partition("\n")[0])
             self._tape = None
+            if not isinstance(error, torch.OutOfMemoryError):
+                Decoder.records = False
+                _log.warning("decode steps are run, not replayed: %s", str(error).partition("\n")[0])
             self._recorded.clear()
             return call()
         finally:
@@ -175,7 +176,7 @@ class Decoder:
             del self._recorded[next(iter(self._recorded))]
         recorded.holds = cache.computed_by.tensors()
         self._recorded[key] = recorded
-        _log.debug("recorded a decode step of %d rows and %d keys; %.2f s so far", n_rows, n_keys, self.seconds)
+        _log.debug("recorded a decode step of %d rows and %d keys; %.2f s so far", *key[:2], self.seconds)
         return recorded.replay()
 
 

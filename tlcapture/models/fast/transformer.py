@@ -87,8 +87,10 @@ class FastHookedTransformer(HookedTransformer):
 
     @property
     def is_hooked(self) -> bool:
-        """Whether hooks are called or activations cached by anything other than the next call."""
-        return bool(self._caching_hooks) or any(
+        """Whether others see a call of `run_with_cache`: hooks, or a method that replaces its own or `forward`."""
+        methods = (self.run_with_cache, self.forward)
+        replaced = [getattr(method, "__func__", None) for method in methods] != [*_METHODS]
+        return replaced or bool(self._caching_hooks) or any(
             point._forward_hooks or point._forward_pre_hooks or point._backward_hooks
             for point in self.hook_dict.values()
         )
@@ -364,6 +366,9 @@ class FastHookedTransformer(HookedTransformer):
             for name, hook in caching_hooks:
                 self._enable_hook(name, hook, "fwd")
         return super().forward(input, **options)
+
+
+_METHODS = (FastHookedTransformer.run_with_cache, FastHookedTransformer.forward)
 
 
 def _fits(tl: Any, given: Tensor, cache: FastCache | None) -> bool:
