@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,14 @@ def tlcapture(root: Path) -> Callable[..., Result]:
         return CliRunner().invoke(main, [str(word) for word in words], catch_exceptions=False)
 
     return run
+
+
+@contextmanager
+def short_references() -> Iterator[None]:
+    """Let `evaluate` make its reference of short responses to the ordinary prompts; most of its time goes there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tlcapture.commands.reference.NEW_TOKENS", 2)
+        yield
 
 
 @pytest.fixture(scope="session")
