@@ -56,7 +56,7 @@ def _resolved(hint: Any, fn: FunctionType) -> Any:
 
 
 def _has_array(hint: Any) -> bool:
-    return isclass(hint) and issubclass(hint, jaxtyping.AbstractArray) or any(map(_has_array, get_args(hint)))
+    return (isclass(hint) and issubclass(hint, jaxtyping.AbstractArray)) or any(map(_has_array, get_args(hint)))
 
 
 jaxtyping.jaxtyped = jaxtyped  # what the import hook decorates with

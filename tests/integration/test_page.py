@@ -44,7 +44,7 @@ def page_root(embedded_root: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def hostile_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An experiment with hostile tokens, and `kept`, whose projections of prompt 1 lack layer 0 and all other points."""
+    """An experiment with hostile tokens, and `kept`, whose projections of prompt 1 lack layer 0 and two points."""
     root = write_experiment(tmp_path_factory.mktemp("hostile"))
     kept = Path(shutil.copytree(root / "experiments" / "exp", root / "experiments" / "kept"))
     path = kept / "inference/style/odd/residual_stream/odd/1.json"
