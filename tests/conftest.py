@@ -43,6 +43,8 @@ from tests.evidence import Evidence  # noqa: E402
 
 collect_ignore = ["fresh"]  # tests of an installed package: `make test-fresh`
 
+_STOPPED = (130, 143)  # a command in the tests' process takes their Ctrl-C and SIGTERM for its own
+
 EVIDENCE = pytest.StashKey[Evidence]()
 
 # Files whose tests share what takes long to make run in one process, and what takes longest runs first, so that the
@@ -147,7 +149,10 @@ def tlcapture(root: Path) -> Callable[..., Result]:
     from tlcapture.cli.main import main
 
     def run(*words: object) -> Result:
-        return CliRunner().invoke(main, [str(word) for word in words], catch_exceptions=False)
+        result = CliRunner().invoke(main, [str(word) for word in words], catch_exceptions=False)
+        if result.exit_code in _STOPPED:
+            pytest.exit("a signal that was sent to the tests", returncode=result.exit_code)
+        return result
 
     return run
 
