@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,8 @@ from tests.evidence import Evidence  # noqa: E402
 
 collect_ignore = ["fresh"]  # tests of an installed package: `make test-fresh`
 
+_STOPPED = (130, 143)  # a command in the tests' process takes their Ctrl-C and SIGTERM for its own
+
 EVIDENCE = pytest.StashKey[Evidence]()
 
 # Files whose tests share what takes long to make run in one process, and what takes longest runs first, so that the
@@ -77,6 +81,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = list(dict.fromkeys(_GROUPS.values()))
     groups = {item: _group(item.nodeid) for item in items}
     items.sort(key=lambda item: order.index(groups[item]) if groups[item] in order else len(order))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported by now out of garbage collections, which would go through a million objects each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)  # environments without pytest-xdist do not know it
@@ -139,9 +149,20 @@ def tlcapture(root: Path) -> Callable[..., Result]:
     from tlcapture.cli.main import main
 
     def run(*words: object) -> Result:
-        return CliRunner().invoke(main, [str(word) for word in words], catch_exceptions=False)
+        result = CliRunner().invoke(main, [str(word) for word in words], catch_exceptions=False)
+        if result.exit_code in _STOPPED:
+            pytest.exit("a signal that was sent to the tests", returncode=result.exit_code)
+        return result
 
     return run
+
+
+@contextmanager
+def short_references() -> Iterator[None]:
+    """Let `evaluate` make its reference of short responses to the ordinary prompts; most of its time goes there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tlcapture.commands.reference.NEW_TOKENS", 2)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,28 @@ def test_a_template_that_fails_or_loses_text_is_refused_with_the_reason(template
     assert "\n" not in str(caught.value)
     plain = tokenize(tokenizer_with(template), "hi", prompt_set="s", prompt_id="1", chat_template=False)
     assert plain.token_ids == (BOS, *tiny.tokenizer()("hi", add_special_tokens=False)["input_ids"])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{{ lipsum(n=10 ** 9) }}",
+        "{{ range(99999) | map('string') | join }}" * 99,
+    ],
+)
+def test_a_template_that_does_not_end_is_refused_and_stops_nothing_else(template: str) -> None:
+    seen = []
+    before = sys.gettrace()
+    sys.settrace(trace := lambda frame, event, argument: seen.append(frame))
+    try:
+        with pytest.raises(InputError, match=r"template does not end within [\d,]+ steps: use --no-chat-template"):
+            rendered(template + TURNS, USER)
+        assert sys.gettrace() is trace
+    finally:
+        sys.settrace(before)
+    assert rendered(TURNS, *[USER, ANSWER] * 500).text.count("<turn>") == 1000
 
 
 def test_a_text_that_the_template_itself_writes_does_not_stand_for_a_lost_message() -> None:

@@ -140,9 +140,9 @@ def test_other_versions_are_checked_again(
     load_model(folder)
     from tlcapture.models import quick_check as module
 
-    installed = module.version
+    found = module.installed
     newer = {"transformers": "99.0"}
-    monkeypatch.setattr(module, "version", lambda library: newer.get(library) or installed(library))
+    monkeypatch.setattr(module, "installed", lambda library: newer.get(library) or found(library))
     load_model(folder)
     assert len(runs) == 2
 

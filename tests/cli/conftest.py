@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import Result
+
+from tests.conftest import short_references
 
 Run = Callable[..., Result]
 
@@ -37,6 +39,12 @@ def make_data(root: Path) -> Path:
     make_trait(root, "tone/loud", "LOUD", "soft")
     make_trait(root, "tone/warm", "warm", "cold")
     return root
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _short_references() -> Iterator[None]:
+    with short_references():
+        yield
 
 
 @pytest.fixture

@@ -16,6 +16,14 @@ HEAVY = ("torch", "transformers", "transformer_lens")
 MISSING = "/no/such/model"
 
 CASES = {
+    "capture: no such root": ("capture --experiment new --prompt hi --root no/such", "'no/such' does not exist"),
+    "extract: no such root": ("extract --experiment new --root no/such", "'no/such' does not exist"),
+    "view: no such root": ("view --experiment exp --export x.html --root no/such", "'no/such' does not exist"),
+    "view: nothing to export": (
+        "view --experiment empty --export x.html",
+        "'empty' has no captures to show: make some",
+    ),
+    "view: nothing to draw": ("view --experiment empty --png pictures", "'empty' has no captures to show: make some"),
     "project: no experiment": ("project --experiment none --all-prompt-sets", "no experiment 'none'"),
     "project: no such set": ("project --experiment exp --prompt-set none", "no captures of prompt set 'none'"),
     "project: no such trait": ("project --experiment exp --all-prompt-sets --traits a/b", "'a/b'"),
@@ -59,6 +67,7 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, l
     """Exit status, lines of standard error, and heavy modules imported, by case; all in one process without torch."""
     root = tmp_path_factory.mktemp("root")
     copytree(STORED, root / "experiments" / "exp")
+    (root / "experiments" / "empty").mkdir()
     code = f"""
 import contextlib, io, json, sys
 from tlcapture.cli.main import main
@@ -79,7 +88,8 @@ print(json.dumps(found))
     )  # fmt: skip
     import json
 
-    assert sorted(path.name for path in (Path(root) / "experiments").iterdir()) == ["exp"]
+    assert sorted(path.name for path in (Path(root) / "experiments").iterdir()) == ["empty", "exp"]
+    assert sorted(path.name for path in Path(root).iterdir()) == ["experiments"]
     return {case: tuple(result) for case, result in json.loads(done.stdout).items()}  # type: ignore[misc]
 
 

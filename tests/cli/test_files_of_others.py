@@ -79,6 +79,21 @@ def test_a_number_as_id_samples_what_its_digits_sample(capture: Run, data: Path,
     assert responses[0] == responses[1]
 
 
+def test_a_further_key_that_nearly_has_a_meaning_is_said_once(capture: Run, data: Path, raw: Path) -> None:
+    prompts = [{"id": n, "text": "hi", "sytem_prompt": "Be brief.", "source": "a book", "tags": []} for n in (1, 2)]
+    content = {"prompts": prompts, "System-Prompt": "x", "licence": "CC0", "version": 2}
+    (data / "datasets" / "inference" / "odd.json").write_text(json.dumps(content))
+    result = capture("--prompt-set", "odd", "--no-project", prompts=())
+    assert result.exit_code == 0
+    said = [line for line in result.stderr.splitlines() if "without a meaning" in line]
+    assert [line.split(": ", 1)[1] for line in said] == [
+        "odd: 'System-Prompt' is kept as a key without a meaning here: is it 'system_prompt'?",
+        "odd: 'sytem_prompt' is kept as a key without a meaning here: is it 'system_prompt'?",
+    ]
+    metadata = torch.load(raw.parent / "odd" / "1.pt", weights_only=True)["metadata"]
+    assert metadata["prompt_fields"]["sytem_prompt"] == "Be brief."
+
+
 def test_further_keys_of_a_prompt_are_in_all_metadata(capture: Run, extract: Run, data: Path, raw: Path) -> None:
     fields = {"topic": "sea", "labels": [1, None, {"a": 0.5}]}
     prompts = [{"id": 1, "text": "hi", **fields}, {"id": 2, "text": "ho"}]

@@ -11,12 +11,19 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import make_prompt_set, make_trait
+from tests.conftest import short_references
 from tests.faults.commands import Command, contents
 from tlcapture.models.loading import load_model
 
 TEXTS = ["hello there", "tell me more of it"]
 ADD_ONS = ("--attention", "--logit-lens", "--layer-internals", "1")
 Start = Callable[..., Command]
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _short_references() -> Iterator[None]:
+    with short_references():
+        yield
 
 
 @pytest.fixture(scope="session")

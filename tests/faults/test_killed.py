@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Any
 
 from tests.evidence import Evidence
 from tests.faults.commands import Command, Ended, contents
-from tests.faults.conftest import Start, capture_words
+from tests.faults.conftest import Start
 
 
 def die_at(change_number: int) -> None:
@@ -130,16 +129,13 @@ def _whole(root: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_killed_program_leaves_a_record_with_status_running(fresh: Path, tiny_folder: Path) -> None:
-    words = [str(word) for word in capture_words(fresh, tiny_folder)]
-    program = subprocess.Popen([sys.executable, "-m", "tlcapture", *words], stderr=subprocess.PIPE)
+def test_a_killed_run_leaves_a_record_with_status_running(start: Start, fresh: Path) -> None:
     records = fresh / "experiments" / "exp" / "runs"
-    while not list(records.glob("*-capture-*.json")):
-        assert program.poll() is None
-        time.sleep(0.001)
-    program.kill()
-    program.communicate()
+    killed = start()
+    killed.wait_for(lambda: list(records.glob("*-capture-*.json")))
+    killed.send(signal.SIGKILL)
+    assert killed.end().code == -signal.SIGKILL
     (record,) = (json.loads(path.read_bytes()) for path in records.glob("*-capture-*.json"))
     assert record["status"] == "running"
     assert record["arguments"]["prompt_set"] == ["short"]
-    assert Command(fresh.parent / "output", *words, "--skip-existing").end().code == 0
+    assert start("--skip-existing").end().code == 0

@@ -24,11 +24,16 @@ HERE = f"experiment=exp&set=single_trait&prompt=1&trait={TRAIT}"
 
 @pytest.fixture(scope="module")
 def page_root(embedded_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The experiment of the embedded model with an evaluation and steering results."""
+    """The experiment of the embedded model with an evaluation and steering results.
+
+    It has no reference of ordinary prompts, which takes long to make and which the page does not show.
+    """
     root = tmp_path_factory.mktemp("page")
     shutil.copytree(embedded_root, root, dirs_exist_ok=True)
     words = ["evaluate", "--experiment", "exp", "--root", str(root), "--component", "residual"]
-    done = CliRunner().invoke(main, words, catch_exceptions=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tlcapture.commands.evaluate.keep_reference", lambda *args: None)
+        done = CliRunner().invoke(main, words, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     run = {"config": {"layers": [8], "methods": ["mean_diff"], "coefficients": [0.2], "component": "residual"},
            "result": {"trait_mean": 71.0, "coherence_mean": 93.0, "null": [float(n) for n in range(21)]}}  # fmt: skip
@@ -39,7 +44,16 @@ def page_root(embedded_root: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def hostile_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_experiment(tmp_path_factory.mktemp("hostile"))
+    """An experiment with hostile tokens, and `kept`, whose projections of prompt 1 lack layer 0 and two points."""
+    root = write_experiment(tmp_path_factory.mktemp("hostile"))
+    kept = Path(shutil.copytree(root / "experiments" / "exp", root / "experiments" / "kept"))
+    path = kept / "inference/style/odd/residual_stream/odd/1.json"
+    content = json.loads(path.read_text())
+    for part, tokens in content["projections"].items():
+        content["projections"][part] = [[None, token[1][2:], token[2][2:]] for token in tokens]
+    content["metadata"] |= {"layers": [1, 2], "sublayers": ["residual_out"]}
+    write(path, content)
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +74,35 @@ def hostile_address(hostile_root: Path) -> Iterator[str]:
         yield base
 
 
+@pytest.fixture(scope="module")
+def opened(context: Any, address: str) -> Watched:
+    return Watched(context, address)
+
+
+@pytest.fixture(scope="module")
+def opened_hostile(context: Any, hostile_address: str) -> Watched:
+    return Watched(context, hostile_address)
+
+
 @pytest.fixture
-def page(context: Any, address: str) -> Iterator[Watched]:
-    """A page; the test fails if it logged an error or sent a request to another host."""
-    watched = Watched(context, address)
-    yield watched
-    watched.page.close()
-    assert watched.wrong == []
+def page(opened: Watched) -> Iterator[Watched]:
+    """A page, loaded once for all tests, since it keeps its state in its address."""
+    yield opened
+    finished(opened)
+
+
+@pytest.fixture
+def hostile(opened_hostile: Watched) -> Iterator[Watched]:
+    """A page on hostile tokens, loaded once too."""
+    yield opened_hostile
+    finished(opened_hostile)
+
+
+def finished(watched: Watched) -> None:
+    """Leave the page for the next test; fails if it logged an error or sent a request to another host."""
+    watched.page.evaluate("document.querySelector('dialog').close(); document.activeElement.blur()")
+    wrong, watched.wrong = watched.wrong, []
+    assert wrong == []
 
 
 def projection_file(root: Path, prompt: int = 1, trait: str = TRAIT) -> dict[str, Any]:
@@ -140,27 +176,18 @@ def test_layers_show_every_residual_point(page: Watched, page_root: Path) -> Non
         assert [[row[layer][point] for row in scores] for layer in range(len(scores[0]))] == heat["z"]
 
 
-def test_layers_that_were_not_kept_are_blank_and_skipped_by_the_keyboard(context: Any, tmp_path: Path) -> None:
-    path = write_experiment(tmp_path) / "experiments/exp/inference/style/odd/residual_stream/odd/1.json"
+def test_layers_that_were_not_kept_are_blank_and_skipped_by_the_keyboard(hostile: Watched, hostile_root: Path) -> None:
+    path = hostile_root / "experiments/kept/inference/style/odd/residual_stream/odd/1.json"
     content = json.loads(path.read_text())
-    for part, tokens in content["projections"].items():
-        content["projections"][part] = [[None, token[1][2:], token[2][2:]] for token in tokens]
-    content["metadata"] |= {"layers": [1, 2], "sublayers": ["residual_out"]}
-    write(path, content)
     scores = [*content["projections"]["prompt"], *content["projections"]["response"]]
-    with server(tmp_path, "exp") as (base, _):
-        watched = Watched(context, base)
-        watched.open("view=layers&experiment=exp&set=odd&prompt=1&trait=style/odd&token=3")
-        (heat,), (profile,) = watched.traces(0), watched.traces(1)
-        assert heat["z"] == [[None] * len(scores), *([row[layer][0] for row in scores] for layer in (1, 2))]
-        assert (profile["x"], profile["y"]) == ([1, 2], [scores[3][1][0], scores[3][2][0]])
-        assert "that the capture kept (1, 2)" in str(watched.page.text_content("#view"))
-        for key, layer in (("ArrowDown", 1), ("ArrowUp", 2), ("ArrowUp", 2), ("ArrowDown", 1)):
-            watched.page.keyboard.press(key)
-            watched.settled()
-            assert f"at layer {layer}, residual_out: " in str(watched.page.text_content("#status"))
-        watched.page.close()
-        assert watched.wrong == []
+    hostile.open("view=layers&experiment=kept&set=odd&prompt=1&trait=style/odd&token=3")
+    (heat,), (profile,) = hostile.traces(0), hostile.traces(1)
+    assert heat["z"] == [[None] * len(scores), *([row[layer][0] for row in scores] for layer in (1, 2))]
+    assert (profile["x"], profile["y"]) == ([1, 2], [scores[3][1][0], scores[3][2][0]])
+    assert "that the capture kept (1, 2)" in str(hostile.page.text_content("#view"))
+    for key, layer in (("ArrowDown", 1), ("ArrowUp", 2), ("ArrowUp", 2), ("ArrowDown", 1)):
+        hostile.press(key)
+        assert f"at layer {layer}, residual_out: " in str(hostile.page.text_content("#status"))
 
 
 def test_the_lens_shows_ranks_and_lists_the_top_fifty_on_a_click(page: Watched, page_root: Path) -> None:
@@ -292,33 +319,27 @@ def test_light_and_dark_differ_and_stay_in_the_address(page: Watched) -> None:
     assert len(seen) == 2
 
 
-def test_hostile_tokens_are_escaped(context: Any, hostile_address: str) -> None:
-    page = Watched(context, hostile_address)
+def test_hostile_tokens_are_escaped(hostile: Watched) -> None:
     for view in VIEWS:
-        page.open(f"view={view}&experiment=exp&set=odd&prompt=1&trait=style/odd&token=2")
-        page.page.mouse.move(400, 500)
+        hostile.open(f"view={view}&experiment=exp&set=odd&prompt=1&trait=style/odd&token=2")
+        hostile.page.mouse.move(400, 500)
         if view != "vectors":
-            shown = [each.text_content() for each in page.page.query_selector_all(".token")]
+            shown = [each.text_content() for each in hostile.page.query_selector_all(".token")]
             assert HOSTILE in shown
             assert HOSTILE_TOKENS[2] in shown
-        assert page.page.query_selector("img") is None
-        assert page.page.title() != "owned"
-    assert page.wrong == []
-    page.page.close()
+        assert hostile.page.query_selector("img") is None
+        assert hostile.page.title() != "owned"
 
 
-def test_missing_data_names_the_command(context: Any, hostile_address: str) -> None:
-    page = Watched(context, hostile_address)
+def test_missing_data_names_the_command(hostile: Watched) -> None:
     for view, prompt, command in (
         ("lens", 2, "tlcapture capture --experiment exp --prompt-set odd --logit-lens --replay"),
         ("attention", 2, "tlcapture capture --experiment exp --prompt-set odd --attention --replay"),
         ("dynamics", 3, "tlcapture project --experiment exp --prompt-set odd"),
         ("vectors", 1, "tlcapture steer --experiment exp --traits style/odd"),
     ):
-        page.open(f"view={view}&experiment=exp&set=odd&prompt={prompt}&trait=style/odd")
-        assert page.text(".empty code") == command
-    assert page.wrong == []
-    page.page.close()
+        hostile.open(f"view={view}&experiment=exp&set=odd&prompt={prompt}&trait=style/odd")
+        assert hostile.text(".empty code") == command
 
 
 def test_an_exported_page_works_offline(context: Any, page_root: Path, tmp_path: Path) -> None:

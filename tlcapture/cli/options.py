@@ -57,11 +57,11 @@ class Location:
 
 root_option = click.option(
     "--root",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=click.Path(exists=True, file_okay=False, path_type=Path),  # a mistyped one would be made
     default=Path("."),
     envvar="TLCAPTURE_ROOT",
     show_default="current folder",
-    help="Folder that holds datasets/ and experiments/.  [env: TLCAPTURE_ROOT]",
+    help="Existing folder that holds datasets/ and experiments/.  [env: TLCAPTURE_ROOT]",
 )
 
 location_options = together(

@@ -69,7 +69,7 @@ def table_lines(columns: Sequence[Column], rows: Iterable[Sequence[Cell]], width
         table.add_column(
             _text(column.name),
             justify="right" if column.right else "left",
-            min_width=column.min_width or None,
+            min_width=max(1, column.min_width),  # a modifier alone has no width, and would be left out
             no_wrap=width is None,
             overflow="fold",
         )

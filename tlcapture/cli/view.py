@@ -65,6 +65,11 @@ def view(
             raise InputError(
                 f"experiment {location.experiment!r} has no captures of prompt set {name!r}; captured sets: {listed}"
             )
+    if (export or png) and not captured and (png or not layout.traits()):
+        raise InputError(
+            f"experiment {location.experiment!r} has no captures to show: make some with tlcapture capture "
+            f"--experiment {location.experiment} --prompt-set NAME"
+        )
     is_whole = export is None or _export(location, chosen, export, max_size)
     if png is not None:
         _draw(layout, chosen, png, all_required=prompt_set is not None)

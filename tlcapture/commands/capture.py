@@ -21,7 +21,7 @@ from tlcapture.commands.capture_tasks import NO_CHOICE, CaptureOptions, CaptureT
 from tlcapture.commands.capture_worker import CaptureWorker
 from tlcapture.errors import InputError, NoSpaceError, StorageError
 from tlcapture.logger import get_logger
-from tlcapture.prompts.prompt_sets import PromptSet
+from tlcapture.prompts.prompt_sets import PromptSet, mistyped_keys
 from tlcapture.runs.display import Display
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
 from tlcapture.runs.model_loader import ModelLoader
@@ -64,6 +64,8 @@ def run_capture(
     run = Run.begin(layout, display)
     for what, reason in refused:
         run.failed(what, reason)
+    for note in (note for prompt_set in prompt_sets for note in mistyped_keys(prompt_set)):
+        run.warn(note)
     known_model = partial(executor.known_model, load)
     planner = TaskPlanner(layout, options, read_config(layout), load.name, known_model)
     tasks = planner.tasks(prompt_sets)

@@ -11,7 +11,6 @@ import hashlib
 import json
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from tlcapture.models.embedded import cache_folder
 from tlcapture.models.engines.base import Model
 from tlcapture.models.layer_inputs import layer_inputs
 from tlcapture.storage.files import write_json
-from tlcapture.version import __version__
+from tlcapture.version import __version__, installed
 from tlcapture.views.hooks import hook
 
 N_TOKENS = 12
@@ -76,7 +75,7 @@ class PassedCheck:
         """The record for a model by its Hugging Face config and further facts, such as its fingerprint."""
         content = {key: value for key, value in config.to_dict().items() if key not in _ORIGIN}
         hashed = hashlib.blake2b(json.dumps(content, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
-        versions = {"tlcapture": __version__} | {library: version(library) for library in _LIBRARIES}
+        versions = {"tlcapture": __version__} | {library: installed(library) for library in _LIBRARIES}
         every = {**facts, "config": hashed, **versions}
         return cls(tuple((key, str(value)) for key, value in every.items()))
 
@@ -121,8 +120,9 @@ def quick_check(model: Model, reference: QuickReference) -> None:
 
 def _differs(model: Model, where: str, found: float, bound: float) -> str:
     other = "try --engine bridge, " if model.engine == "hooked" else ""
+    lens = installed("transformer_lens")
     return (
-        f"{model.name}: TransformerLens {version('transformer_lens')} on engine {model.engine} computes something else "
+        f"{model.name}: TransformerLens {lens} on engine {model.engine} computes something else "
         f"than Hugging Face: {where} deviates by {found:.2g} of its norm, {bound:.1g} allowed; {other}see the full "
         f"check with 'tlcapture doctor --model {model.name}', or skip this one with --no-check"
     )

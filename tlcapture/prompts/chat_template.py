@@ -13,9 +13,12 @@ from typing import Any
 
 from tlcapture.errors import InputError
 from tlcapture.prompts.message_spans import Message, Span, find_messages
+from tlcapture.prompts.step_limit import StepLimitError, step_limit
 from tlcapture.text import first_line
 
 ADVICE = "use --no-chat-template"
+
+MAX_STEPS = 2_000_000  # lines of Python that one rendering may run; published templates take hundreds a message
 
 _PROBE = "tlcapture"
 _PART = re.compile(r"""\{['"]type['"]: ['"]text['"],""")  # a content part that was printed as it is
@@ -72,7 +75,7 @@ def render_chat(tokenizer: Any, messages: Sequence[Message], *, add_generation_p
     messages at the start of the user messages after them.
 
     Raises:
-        InputError: the template fails, or alters or leaves out the text of a message.
+        InputError: the template fails or does not end, or alters or leaves out the text of a message.
     """
     reasons = []
     for form in _forms(messages):
@@ -163,8 +166,12 @@ def _checked(render: Callable[[Sequence[Message]], str], messages: Sequence[Mess
 def _render(tokenizer: Any, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
     from jinja2.exceptions import TemplateError
 
+    options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
     try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        with step_limit(MAX_STEPS):
+            rendered = tokenizer.apply_chat_template(messages, **options)
+    except StepLimitError:
+        raise InputError(f"the model's chat template does not end within {MAX_STEPS:,} steps: {ADVICE}") from None
     except Exception as error:  # a template can raise whatever Python raises
         reason = first_line(error)
         if type(error) is TemplateError:  # what raise_exception raises

@@ -8,6 +8,7 @@ A bare list of prompts is a prompt set too, and `prompt` another name for `text`
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,19 @@ def read_all_prompt_sets(datasets: Datasets) -> tuple[list[PromptSet], list[tupl
         except InputError as error:
             refused.append((name, str(error)))
     return found, refused
+
+
+def mistyped_keys(prompt_set: PromptSet) -> list[str]:
+    """Further keys that nearly have the name of one with a meaning, each as a line of text, once."""
+    kinds: list[tuple[dict[str, Any], set[str]]] = [(prompt_set.model_extra or {}, set(PromptSet.model_fields))]
+    kinds += [(prompt.model_extra or {}, {*Prompt.model_fields, "prompt"}) for prompt in prompt_set.prompts]
+    found: dict[str, None] = {}
+    for further, known in kinds:
+        for key in further:
+            meant = get_close_matches(key.lower().replace("-", "_"), known, n=1, cutoff=0.8) if len(key) > 3 else []
+            if meant:
+                found[f"{prompt_set.name}: {key!r} is kept as a key without a meaning here: is it {meant[0]!r}?"] = None
+    return list(found)
 
 
 def adhoc(text: str) -> PromptSet:

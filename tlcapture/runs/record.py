@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from tlcapture.errors import StorageError
 from tlcapture.runs.report import RunReport
 from tlcapture.storage.files import Written, write_json
 from tlcapture.storage.layout import Layout
-from tlcapture.version import __version__
+from tlcapture.version import __version__, installed
 
 _PACKAGES = ("torch", "transformer_lens", "transformers", "numpy")
 RUNNING = "running"
@@ -111,7 +111,7 @@ def _surroundings() -> dict[str, Any]:
     versions: dict[str, str | None] = {"tlcapture": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            versions[package] = version(package)
+            versions[package] = installed(package)
         except PackageNotFoundError:
             versions[package] = None
     system = {"platform": platform.platform(), "machine": platform.machine(), "cpus": os.cpu_count()}

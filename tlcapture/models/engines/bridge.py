@@ -6,7 +6,6 @@ import copy
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from inspect import signature
 from typing import Any
 
@@ -36,6 +35,7 @@ from tlcapture.models.processes import ProcessRefusedError
 from tlcapture.models.sizes import WITHOUT_ATTENTION, Measures, layer_kinds
 from tlcapture.shapes import Logits, Mask, Residual, Rows, Tokens
 from tlcapture.text import first_line
+from tlcapture.version import installed
 from tlcapture.views.hooks import HOOKS, POINTS, at_any_layer, hook, is_pattern, layer_hooks
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
@@ -311,7 +311,7 @@ def bridge_model(model: Any, tokenizer: Any, *, name: str, checkpoint_fingerprin
 def _why(error: Exception) -> str:
     """The reason of a failed boot, without TransformerLens's list of all architectures that it has."""
     if "Could not determine supported architecture" in str(error):
-        return f"TransformerLens {version('transformer_lens')} has no adapter for it"
+        return f"TransformerLens {installed('transformer_lens')} has no adapter for it"
     return first_line(error)
 
 

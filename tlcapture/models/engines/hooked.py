@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence, Set
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -21,21 +20,22 @@ from tlcapture.models.engines.tokenizers import for_transformer_lens, without_fi
 from tlcapture.models.engines.weight_layout import join_in_place, lay_out, lay_out_in_place, memory_order
 from tlcapture.models.fast.forward import final_norm, unembed
 from tlcapture.shapes import Logits, Mask, Residual, Rows, Tokens
+from tlcapture.version import installed
 
 FAST = os.environ.get("TLCAPTURE_FAST", "1") != "0"  # whether models are loaded as FastHookedTransformer
 
 
 def has_hooked_transformer() -> bool:
     """Whether the installed TransformerLens has HookedTransformer."""
-    return int(version("transformer_lens").split(".")[0]) < 4
+    return int(installed("transformer_lens").split(".")[0]) < 4
 
 
 def why_no_hooked_transformer() -> str | None:
     """Why the engine `hooked`, the faster one, is missing and how to get it; `None` if it is there."""
     if has_hooked_transformer():
         return None
-    installed = version("transformer_lens")
-    return f'TransformerLens {installed} has no HookedTransformer; pip install "transformer_lens<4" gives engine hooked'
+    found = installed("transformer_lens")
+    return f'TransformerLens {found} has no HookedTransformer; pip install "transformer_lens<4" gives engine hooked'
 
 
 def require_hooked_transformer() -> None:

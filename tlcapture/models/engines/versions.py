@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from tlcapture.version import installed as version
 
 _NEWEST_TRIED = (5, 24)  # of transformers; see `make test-fresh`
 
