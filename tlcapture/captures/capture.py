@@ -57,8 +57,8 @@ class CapturedPart:
 class Capture:
     """One prompt's capture. `metadata` is the metadata of the file format.
 
-    `spans` say which tokens of prompt and response are which turn, thinking or answer; there are none in files that were
-    written before there were spans.
+    `spans` say which tokens of prompt and response are which turn, thinking or answer; files that were written before
+    there were spans have none.
     """
 
     prompt: CapturedPart

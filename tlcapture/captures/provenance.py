@@ -43,7 +43,9 @@ def dropped_warning(dropped: Sequence[str]) -> str:
 
 def no_answer_warning(names: Sequence[str]) -> str:
     """What to say of prompts whose responses were cut off before their answers began."""
-    which = names[0] if len(names) == 1 else f"{len(names)} prompts ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+    which = (
+        names[0] if len(names) == 1 else f"{len(names)} prompts ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+    )
     end = "the response ends" if len(names) == 1 else "responses end"
     return f"{which}: {end} within thinking, without an answer: raise --max-new-tokens, or try --thinking off"
 

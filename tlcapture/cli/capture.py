@@ -214,7 +214,9 @@ def capture(
         return
     from tlcapture.commands.capture import run_capture
 
-    report = run_capture(layout, sets, options, load, console, executor, refused, renumber=numbered_on if given else None)
+    report = run_capture(
+        layout, sets, options, load, console, executor, refused, renumber=numbered_on if given else None
+    )
     # Projections of an earlier run would look like this run's, had this one written nothing.
     if options.projects and (report.n_files or not report.failures):
         for prompt_set in sets:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,12 +43,12 @@ def given_prompts(texts: Sequence[str], files: Sequence[Path]) -> PromptSet:
     if texts.count("-") > 1:
         raise InputError("--prompt -: standard input can be read once")
     read: list[Any] = [_standard_input() if text == "-" else text for text in texts]
-    return adhoc([*read, *map(_read, files)])
+    return adhoc([*read, *(_read(path) for path in files)])
 
 
 def _standard_input() -> str:
     try:
-        return click.get_binary_stream("stdin").read().decode().rstrip("\n")
+        return sys.stdin.buffer.read().decode().rstrip("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"--prompt -: not UTF-8 text ({error.reason} at byte {error.start})") from None
 

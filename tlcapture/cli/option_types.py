@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import json
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 

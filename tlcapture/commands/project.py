@@ -35,8 +35,8 @@ from tlcapture.traits.choice import VectorChoice
 from tlcapture.traits.projection import Centred, dynamics_of_file
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.rises import DEFINITIONS
-from tlcapture.traits.span_dynamics import by_span
 from tlcapture.traits.saved_projections import projection_paths
+from tlcapture.traits.span_dynamics import by_span
 from tlcapture.traits.vector_files import traits_with_vectors
 
 

@@ -185,9 +185,7 @@ def _as_prompt_set(prompts: PromptSet | Iterable[Any] | str) -> PromptSet:
     try:
         return PromptSet(name=ADHOC, prompts=[_as_prompt(number, each) for number, each in enumerate(given, start=1)])
     except ValidationError as error:
-        raise InputError(
-            f"expected texts, lists of messages, Prompts or a PromptSet: {first_problem(error)}"
-        ) from None
+        raise InputError(f"expected texts, lists of messages, Prompts or a PromptSet: {first_problem(error)}") from None
 
 
 def _as_prompt(number: int, given: Any) -> Any:

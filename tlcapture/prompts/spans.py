@@ -20,18 +20,19 @@ from pydantic import model_validator
 from tlcapture.storage.validation import Count, FileContent
 
 Kind = Literal["turn", "thinking", "answer", "template"]
+Role = Literal["system", "user", "assistant", "tool"]
 Offsets = Sequence[tuple[int, int]]  # the characters of each token, from the first to the one after the last
 
 NO_OFFSETS = "the tokenizer does not say which characters its tokens have"
 NO_TEXT = "it has no text"
-NO_TOKEN = "no token has most of its characters here"  # noqa: S105  not a password
+NO_TOKEN = "no token has most of its characters here"
 
 
 class TokenSpan(FileContent):
     """A run of tokens with one meaning; `start` and `stop` are `None`, with a reason, where it was not found."""
 
     kind: Kind
-    role: str | None
+    role: Role | None
     start: Count | None
     stop: Count | None
     reason: str | None = None
@@ -66,7 +67,7 @@ class Piece(NamedTuple):
     start: int
     stop: int
     kind: Kind
-    role: str | None
+    role: Role | None
 
 
 def spans_of_text(pieces: Iterable[Piece], length: int, offsets: Offsets, first: int = 0) -> list[TokenSpan]:
@@ -98,7 +99,7 @@ def spans_of_text(pieces: Iterable[Piece], length: int, offsets: Offsets, first:
     return spans
 
 
-def unfound(role: str | None, reason: str) -> TokenSpan:
+def unfound(role: Role | None, reason: str) -> TokenSpan:
     """A turn whose tokens are not known."""
     return TokenSpan(kind="turn", role=role, start=None, stop=None, reason=reason)
 

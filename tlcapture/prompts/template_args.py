@@ -1,4 +1,7 @@
-"""Values that a chat template reads: `--thinking on|off`, where it has such a switch, and `--template-arg`. Loads no torch."""
+"""Values that a chat template reads: `--thinking on|off`, where it has such a switch, and `--template-arg`.
+
+Importing this module loads no torch.
+"""
 
 from __future__ import annotations
 
@@ -53,10 +56,13 @@ def _switch(tokenizer: Any, given: Mapping[str, Any]) -> str:
     """The name of the value that turns thinking on and off: renderings with it on and off differ."""
     for name in _SWITCHES:
         if name in given:
-            raise InputError(f"--thinking and --template-arg {name} are one switch of the chat template: give one of them")
+            raise InputError(
+                f"--thinking and --template-arg {name} are one switch of the chat template: give one of them"
+            )
         if _mentions(tokenizer, name):
             on, off = (
-                render_chat(tokenizer, [_QUESTION], template_args={**given, name: value}).text for value in (True, False)
+                render_chat(tokenizer, [_QUESTION], template_args={**given, name: value}).text
+                for value in (True, False)
             )
             if on != off:
                 return name

@@ -10,11 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
-from tlcapture.prompts.spans import Piece, TokenSpan, spans_of_text
+from tlcapture.prompts.spans import Kind, Piece, TokenSpan, spans_of_text
 
 RESPONSE_TEMPLATE, REASONING_CONTENT, TABLE = "response_template", "reasoning_content", "table"
 THINKING_TOKENS = 1024  # of a response by default: a thinking model answers a short question within about a thousand
@@ -72,7 +71,9 @@ class ThinkingMarkers:
         """Whether a response after this end of a prompt begins with thinking, as far as the template says."""
         fields = [each for each in self.fields if each.kind == "thinking"]
         opened = max((match.end() for each in fields for match in each.open.finditer(opening)), default=-1)
-        closed = max((match.end() for each in fields if each.close for match in each.close.finditer(opening)), default=-1)
+        closed = max(
+            (match.end() for each in fields if each.close for match in each.close.finditer(opening)), default=-1
+        )
         if opened >= 0:
             return closed <= opened
         return self.source != TABLE
@@ -83,7 +84,7 @@ class ThinkingMarkers:
         close = {} if field.close is None else {"close": _readable(field.close)}
         return {"markers": self.source, "open": _readable(field.open), **close}
 
-    def _regions(self, text: str, at: int, n_before: int) -> Iterator[tuple[str, int, int]]:
+    def _regions(self, text: str, at: int, n_before: int) -> Iterator[tuple[Kind, int, int]]:
         """Kind, start and stop of all parts, without the white space next to markers."""
         after_marker = False
         while True:
@@ -244,14 +245,14 @@ def _of_rendering(tokenizer: Any) -> ThinkingMarkers | None:
 def _between(whole: str, prompt: str, bare: str) -> ThinkingMarkers | None:
     """The markers in a rendering of a thought and an answer, given those of the question with and without a prompt."""
     thought, answer = whole.index(_THOUGHT), whole.index(_ANSWER)
-    before = len(commonprefix([whole[:thought], prompt]))
+    before = _n_shared(whole[:thought], prompt)
     opening = whole[before:thought].strip() or _last_tag(whole[:thought])
     closing = whole[thought + len(_THOUGHT) : answer]
     end = _TAG.search(closing)
     if not opening or end is None:
         return None
     close = closing[: end.end()].strip()
-    header = prompt[len(commonprefix([prompt, bare])) :].strip()
+    header = prompt[_n_shared(prompt, bare) :].strip()
     following = closing[end.end() :].strip().removeprefix(header).strip()
     if not following:
         return ThinkingMarkers(REASONING_CONTENT, (_literal("thinking", opening, close),))
@@ -261,6 +262,12 @@ def _between(whole: str, prompt: str, bare: str) -> ThinkingMarkers | None:
         return _channels(REASONING_CONTENT)
     fields = (_literal("thinking", opening, close), _literal("answer", following, *ends))
     return ThinkingMarkers(REASONING_CONTENT, fields, rest="template")
+
+
+def _n_shared(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (left, right) in pairs if left != right), min(len(one), len(other)))
 
 
 def _last_tag(text: str) -> str:

@@ -272,9 +272,7 @@ def _opening(turns: Sequence[Message], chat: RenderedChat) -> str:
     return chat.text[max(others, default=0) :]
 
 
-def _spans(
-    turns: Sequence[Message], chat: RenderedChat, offsets: Offsets | None, n_added: int
-) -> list[TokenSpan]:
+def _spans(turns: Sequence[Message], chat: RenderedChat, offsets: Offsets | None, n_added: int) -> list[TokenSpan]:
     """The spans of a prompt before whose text the tokenizer put `n_added` tokens; turns without text come last."""
     roles = [turn["role"] for turn in turns]
     if offsets is None:
