@@ -4,7 +4,7 @@
  "prompts": [{"id": 1, "text": "...", "note": "optional", "system_prompt": "optional", "any other key": "kept"},
              {"id": 2, "messages": [{"role": "user", "content": "..."}, ...]}]}
 
-A prompt is a text or a conversation. A bare list of prompts is a prompt set too, and `prompt` another name for `text`.
+A prompt is a text or a conversation. A bare list of prompts is a prompt set too, and `prompt` another name for either.
 """
 
 from __future__ import annotations
@@ -57,6 +57,10 @@ class Prompt(BaseModel):
     def _text_may_be_called_prompt(cls, value: object) -> object:
         if not isinstance(value, dict):
             return value
+        if isinstance(value.get("prompt"), list):
+            value = {("messages" if key == "prompt" else key): each for key, each in value.items()}
+        if value.get("messages", ()) is None:
+            value = {key: each for key, each in value.items() if key != "messages"}
         if "messages" in value:
             return _with_text_of_messages(value)
         if "prompt" not in value:
