@@ -22,7 +22,7 @@ from tlcapture.generation.sampling import Sampling
 from tlcapture.models.loading import load_model
 from tlcapture.prompts import tokenization
 from tlcapture.prompts.prompt_sets import read_prompt_file
-from tlcapture.prompts.tokenization import tokenize
+from tlcapture.prompts.tokenization import token_texts, tokenize
 from tlcapture.storage.layout import shipped_datasets
 from tlcapture.views.residual import residual_hooks
 
@@ -85,7 +85,7 @@ def _seconds_alone(model: Any, prompts: Any) -> float:
     """The seconds that tokenising with spans takes more than without, and those for the spans of responses."""
     from tlcapture.prompts.thinking import response_spans
 
-    times = []
+    ids, times = list(range(1000, 1000 + N_NEW)), []
     for _ in range(20):
         start = time.perf_counter()
         found = [_tokenized(model, prompt) for prompt in prompts]
@@ -95,7 +95,8 @@ def _seconds_alone(model: Any, prompts: Any) -> float:
                 _tokenized(model, prompt)
         end = time.perf_counter()
         for each in found:
-            response_spans(model.tokenizer, each.opening, [" token"] * N_NEW, len(each.token_ids), stopped=False)
+            tokens = token_texts(model.tokenizer, ids)
+            response_spans(model.tokenizer, each.opening, ids, tokens, len(each.token_ids), stopped=False)
         times.append((middle - start) - (end - middle) + (time.perf_counter() - end))
     return median(times)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -66,6 +68,9 @@ def texts_of(tokenizer: Any, token_ids: Any, spans: Any, kind: str = "turn") -> 
 
 def rendering(tokenizer: Any, name: str, messages: list[Any], **options: Any) -> str:
     """What Hugging Face renders."""
+    if name == "gemma" and messages[0]["role"] == "system":  # refuses one: it is merged with the user's message
+        system, user, *others = messages
+        messages = [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *others]
     if name in IN_PARTS:
         messages = [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in messages]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
@@ -95,8 +100,6 @@ def test_a_turn_has_the_tokens_that_change_with_its_text(name: str, conversation
     def render(given: list[Any]) -> str:
         return rendering(tokenizer, name, given, add_generation_prompt=not is_open)
 
-    if name.startswith("gemma") and messages[0] is SYSTEM:
-        pytest.skip("the system text is at the start of the user's: tested with the texts")
     offsets = tokenizer(found.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     for index, (_, tokens) in enumerate(turns):
         start, stop = where_it_changes(render, messages, index)
@@ -134,12 +137,11 @@ def test_a_last_assistant_message_is_continued_as_hugging_face_does(name: str) -
 def test_the_result_of_a_tool_is_found_or_its_absence_is_refused(name: str) -> None:
     tokenizer, result = tokenizer_with(PUBLISHED[name]), 'sunny,\n"very" warm'
     messages = check_messages([USER, TOOL_CALL, {"role": "tool", "content": result}])
-    try:
-        found = prompt_of(tokenizer, list(messages))
-    except InputError as error:
-        assert any(each in str(error) for each in ("leaves out or alters the text of the tool", "refuses", "fails"))
-        assert name in ("cohere2", "gemma", "gemma3", "llava_next", "phi3", "phi3_5")
+    if name in ("cohere2", "gemma", "gemma3", "llava_next", "phi3", "phi3_5"):
+        with pytest.raises(InputError, match=r"leaves out or alters the text of the tool|refuses|fails"):
+            prompt_of(tokenizer, list(messages))
         return
+    found = prompt_of(tokenizer, list(messages))
     (text,) = [text for role, text in texts_of(tokenizer, found.token_ids, found.spans) if role == "tool"]
     encoded = 'sunny,\\n\\"very\\" warm'
     assert text in (result, encoded, f'"{encoded}"')
@@ -163,6 +165,12 @@ def test_a_text_and_a_conversation_of_that_text_are_the_same_prompt() -> None:
             for given_messages in (messages, whole):
                 found = tokenize(tokenizer, "", messages=given_messages, system_prompt=system, **options)
                 assert (found.token_ids, found.spans, found.text) == (text.token_ids, text.spans, text.text)
+
+
+def test_a_prompt_with_spans_can_be_sent_to_another_process() -> None:
+    tokenizer = tokenizer_with(PUBLISHED["qwen3"])
+    found = prompt_of(tokenizer, [SYSTEM, USER], template_args=template_args(tokenizer, "off", {}))
+    assert pickle.loads(pickle.dumps(found)) == found
 
 
 def test_without_a_template_the_texts_are_turns_and_a_conversation_is_refused() -> None:
@@ -207,10 +215,10 @@ def test_a_token_belongs_to_the_span_with_most_of_its_characters(lengths: list[i
     cuts = sorted({0, length, *data.draw(st.lists(st.integers(0, length), max_size=5))})
     pieces = [
         Piece(start, stop, "turn", "user")
-        for number, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False))
+        for number, (start, stop) in enumerate(pairwise(cuts))
         if number % 2 == 0 and start < stop
     ]
-    found = labels_of(spans_of_text(pieces, length, list(zip(edges, edges[1:], strict=False))), len(lengths))
+    found = labels_of(spans_of_text(pieces, length, list(pairwise(edges))), len(lengths))
     owner = ["template"] * length
     for piece in pieces:
         owner[piece.start : piece.stop] = ["turn"] * (piece.stop - piece.start)
@@ -242,14 +250,14 @@ def test_a_span_has_tokens_or_a_reason(span: dict[str, Any], reason: str) -> Non
 def of_response(tokenizer: Any, opening: str, response: str, *, stopped: bool = False) -> tuple[Any, Any]:
     """The texts of thinking and answer, and the markers."""
     ids = tokenizer(response, add_special_tokens=False)["input_ids"]
-    spans, markers = response_spans(tokenizer, opening, token_texts(tokenizer, ids), 10, stopped=stopped)
+    spans, markers = response_spans(tokenizer, opening, ids, token_texts(tokenizer, ids), 10, stopped=stopped)
     shifted = [span.model_copy(update={"start": span.start - 10, "stop": span.stop - 10}) for span in spans]
     assert all(kind is not None for kind, _ in labels_of(shifted, len(ids)))
     found = {}
     for kind in ("thinking", "answer"):
-        texts = [text for _, text in texts_of(tokenizer, ids, shifted, kind)]
-        assert len(texts) <= 1
-        found[kind] = texts[0] if texts else None
+        of_kind = [ids[slice(*span.found)] for span in shifted if span.kind == kind]
+        assert len(of_kind) <= 1
+        found[kind] = tokenizer.decode(of_kind[0]) if of_kind else None
     return (found["thinking"], found["answer"]), markers
 
 
@@ -329,6 +337,7 @@ def test_channels_other_than_analysis_are_the_answer() -> None:
         ("<turn>assistant\n", "<seed:think>so</seed:think>yes", ("so", "yes")),
         ("<turn>assistant\n", "◁think▷so◁/think▷yes", ("so", "yes")),
         ("<turn>assistant\n", "<thi", (None, "<thi")),
+        ("<turn>assistant\n<think>\n", "\u6d77\u6c34\U0001f30a</think>\u76d0", ("\u6d77\u6c34\U0001f30a", "\u76d0")),
         ("", "yes", (None, "yes")),
         ("", "", (None, None)),
     ],
@@ -344,9 +353,9 @@ def test_markers_that_no_template_tells_of_are_those_of_the_table(
 def test_a_stop_token_is_part_of_no_text() -> None:
     tokenizer = tiny.tokenizer()
     ids = [*tokenizer("yes", add_special_tokens=False)["input_ids"], 3]
-    spans, _ = response_spans(tokenizer, "", token_texts(tokenizer, ids), 5, stopped=True)
+    spans, _ = response_spans(tokenizer, "", ids, token_texts(tokenizer, ids), 5, stopped=True)
     assert [(span.kind, span.found) for span in spans] == [("answer", (5, 8)), ("template", (8, 9))]
-    only = response_spans(tokenizer, "", ["</turn>"], 5, stopped=True)[0]
+    only = response_spans(tokenizer, "", [3], ["</turn>"], 5, stopped=True)[0]
     assert [(span.kind, span.found) for span in only] == [("template", (5, 6))]
 
 

@@ -45,7 +45,12 @@ def capture_of(
     texts = token_texts(model.tokenizer, generation.token_ids)
     response_text = decode(model.tokenizer, generation.response_ids)
     spans, markers = response_spans(
-        model.tokenizer, prompt.opening, texts[n_prompt:], n_prompt, stopped=generation.stop_reason == "stop_token"
+        model.tokenizer,
+        prompt.opening,
+        generation.response_ids,
+        texts[n_prompt:],
+        n_prompt,
+        stopped=generation.stop_reason == "stop_token",
     )
     metadata = {
         "inference_model": model.name,

@@ -20,6 +20,7 @@ THINKING_TOKENS = 1024  # of a response by default: a thinking model answers a s
 
 _QUESTION, _THOUGHT, _ANSWER = "tlcapture question", "tlcapture thought", "tlcapture answer"
 _FIELDS_OF_THINKING = ("thinking", "reasoning_content", "reasoning")
+_PART, _MOST_PARTS = "\ufffd", 4  # what a token of some bytes of a character decodes to; characters have up to 4 bytes
 _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|◁[^◁▷\s]+▷")
 
 _cached: WeakKeyDictionary[Any, tuple[Any, ThinkingMarkers | None]] = WeakKeyDictionary()
@@ -154,13 +155,13 @@ _TABLE = (
 
 
 def response_spans(
-    tokenizer: Any, opening: str, tokens: Sequence[str], first: int, *, stopped: bool
+    tokenizer: Any, opening: str, token_ids: Sequence[int], tokens: Sequence[str], first: int, *, stopped: bool
 ) -> tuple[list[TokenSpan], dict[str, Any] | None]:
     """The spans of a response, and the markers of thinking as metadata hold them.
 
     Args:
         opening: see `ThinkingMarkers.pieces`.
-        tokens: the texts of the response's tokens.
+        token_ids, tokens: the response's tokens, and their texts.
         first: the index of its first token.
         stopped: whether the last token is a stop token, which belongs to no text.
 
@@ -168,16 +169,28 @@ def response_spans(
     """
     if not tokens:
         return [], None
-    ends: list[int] = []
-    for token in tokens:
-        ends.append((ends[-1] if ends else 0) + len(token))
-    offsets = list(zip([0, *ends[:-1]], ends, strict=True))
-    length = offsets[-1][0] if stopped else ends[-1]
-    response = "".join(tokens)[:length]
+    whole, offsets = _with_offsets(tokenizer, token_ids, tokens)
+    length = offsets[-1][0] if stopped else len(whole)
+    response = whole[:length]
     markers = thinking_markers(tokenizer) or _table_entry(opening, response)
     pieces = [Piece(0, length, "answer", "assistant")] if markers is None else markers.pieces(opening, response)
-    spans = spans_of_text([each for each in pieces if each.start < each.stop], ends[-1], offsets, first)
+    spans = spans_of_text([each for each in pieces if each.start < each.stop], len(whole), offsets, first)
     return spans, None if markers is None else markers.to_json()
+
+
+def _with_offsets(tokenizer: Any, token_ids: Sequence[int], tokens: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
+    """The text of tokens, and the characters of each; tokens that share a character have the same ones."""
+    text, offsets, at = "", [], 0
+    while at < len(tokens):
+        end, piece = at + 1, tokens[at]
+        if piece.endswith(_PART):
+            for end in range(at + 1, min(at + 1 + _MOST_PARTS, len(tokens) + 1)):
+                piece = str(tokenizer.decode(list(token_ids[at:end]), clean_up_tokenization_spaces=False))
+                if not piece.endswith(_PART):
+                    break
+        offsets += [(len(text), len(text) + len(piece))] * (end - at)
+        text, at = text + piece, end
+    return text, offsets
 
 
 def thinks(tokenizer: Any, opening: str) -> bool:
