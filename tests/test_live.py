@@ -13,7 +13,7 @@ from tlcapture.views.kept_points import KeptPoints
 
 INVALID: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no prompt": ([], {}, "no prompts: give at least one text"),
-    "a number": ([3], {}, "expected texts, Prompts or a PromptSet: "),
+    "a number": ([3], {}, "expected texts, lists of messages, Prompts or a PromptSet: "),
     "an empty text": ("", {}, "text is empty"),
     "a negative length": ("hi", {"max_new_tokens": -2}, "max_new_tokens is -2: expected at least 0"),
     "a name of vectors": ("hi", {"vectors": "exp"}, r"expected an Experiment, got str: Experiment\('exp'\)"),

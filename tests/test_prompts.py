@@ -103,7 +103,7 @@ def test_the_most_specific_system_prompt_wins(tmp_path: Path) -> None:
         (["hello"], "prompts[0]: "),
         ([{"prompt": "x"}], "prompts[0].id: Field required"),
         ([{"id": 1, "prompt": "x", "text": "y"}], "prompts[0]: both text and prompt: leave out one of them"),
-        ([{"id": 1, "messages": []}], "prompts[0]: messages: conversations are not supported"),
+        ([{"id": 1, "messages": []}], "prompts[0]: messages: expected at least one"),
         ([{"id": 1, "text": "x"}, {"id": "1", "text": "y"}], "ids 1 and '1' would have the same files"),
         ([{"id": 1.5, "text": "x"}], "prompts[0].id: id 1.5: expected a text or a whole number"),
         ([{"id": 1.0, "text": "x"}], "prompts[0].id: id 1.0: expected a text or a whole number"),

@@ -26,6 +26,26 @@ _REDS, _BLUES = (231, 224, 217, 210, 203), (231, 189, 153, 117, 75)
 _RESET, _DIM, _GREEN = "\x1b[0m", "\x1b[2m", "\x1b[32m"
 
 
+Label = tuple[str | None, str | None]
+# By what a token is: the background in HTML, and the colour in a terminal.
+_BY_SPAN = {
+    "template": ("transparent", _DIM),
+    "system": ("rgba(148,103,189,0.22)", "\x1b[35m"),
+    "user": ("rgba(31,119,180,0.22)", "\x1b[34m"),
+    "assistant": ("rgba(23,190,207,0.22)", "\x1b[36m"),
+    "tool": ("rgba(140,86,75,0.22)", "\x1b[31m"),
+    "thinking": ("rgba(255,187,0,0.26)", "\x1b[33m"),
+    "answer": (_RESPONSE, _GREEN),
+}
+
+
+def _name_of(label: Label) -> str | None:
+    """What a token is: the role of its turn, or `thinking`, `answer` or `template`."""
+    kind, role = label
+    name = role if kind == "turn" else kind
+    return name if name in _BY_SPAN else None
+
+
 def scale_of(scores: Sequence[float]) -> float:
     """The largest `|score|` after the first token; 1 if there are no others, or all are 0."""
     return max((abs(score) for score in scores[1:]), default=0.0) or 1.0
@@ -38,16 +58,20 @@ class ColouredTokens:
     Attributes:
         scores: one score per token, or `None` to colour by part alone.
         label: what the scores are, for the caption and for the tooltip of a token.
+        spans: kind and role of the span of each token, where spans are known; without scores, they give the colours.
     """
 
     tokens: Sequence[str]
     n_prompt_tokens: int
     scores: Sequence[float] | None = None
     label: str = ""
+    spans: Sequence[Label] = ()
 
     def __post_init__(self) -> None:
         if self.scores is not None and len(self.scores) != len(self.tokens):
             raise ValueError(f"{len(self.scores)} scores for {len(self.tokens)} tokens")
+        if self.spans and len(self.spans) != len(self.tokens):
+            raise ValueError(f"{len(self.spans)} labels of spans for {len(self.tokens)} tokens")
         if self.scores is not None and not all(map(math.isfinite, self.scores)):
             raise ValueError("a score is NaN or inf")
 
@@ -77,7 +101,8 @@ class ColouredTokens:
 
     def _caption(self) -> str:
         if self.scores is None:
-            return self.label
+            names = dict.fromkeys(name for label in self.spans if (name := _name_of(label)) is not None)
+            return ": ".join(filter(None, (self.label, ", ".join(names)))) if self.spans else self.label
         scale = f"{scale_of(self.scores):.4g}"
         return f"{self.label}: blue \u2212{scale} to red +{scale}, the first token left out of the scale".lstrip(": ")
 
@@ -94,7 +119,7 @@ class ColouredTokens:
 
     def _style(self, index: int) -> str:
         if self.scores is None:
-            return f"background:{_PROMPT if index < self.n_prompt_tokens else _RESPONSE}"
+            return f"background:{self._colours(index)[0]}"
         if index == 0:
             return _SINK
         strength = self._strength(index)
@@ -103,15 +128,23 @@ class ColouredTokens:
 
     def _title(self, index: int) -> str:
         part = "prompt" if index < self.n_prompt_tokens else "response"
+        if self.spans and (name := _name_of(self.spans[index])) is not None:
+            part = f"{part}, {name}"
         title = f"{index} {part} {printable(self.tokens[index])!r}"
         if self.scores is None:
             return title
         note = " (attention sink: left out of the scale)" if index == 0 else ""
         return f"{title}\n{self.label} {self.scores[index]:+.4g}{note}"
 
+    def _colours(self, index: int) -> tuple[str, str]:
+        """The background of a token in HTML and its colour in a terminal, by span, or by part where there is none."""
+        if self.spans and (name := _name_of(self.spans[index])) is not None:
+            return _BY_SPAN[name]
+        return (_PROMPT, _DIM) if index < self.n_prompt_tokens else (_RESPONSE, _GREEN)
+
     def _ansi_colour(self, index: int) -> str:
         if self.scores is None:
-            return _DIM if index < self.n_prompt_tokens else _GREEN
+            return self._colours(index)[1]
         if index == 0:
             return _DIM
         strength = self._strength(index)

@@ -33,7 +33,7 @@ def test_a_raw_file_has_exactly_the_documented_form(capture: Run, raw: Path) -> 
     assert "wrote 3 files" in result.output
     assert names(raw) == ["1.pt", "2.pt", "3.pt"]
     value = torch.load(raw / "1.pt", weights_only=True, mmap=True)
-    assert set(value) == {"format_version", "prompt", "response", "metadata"}
+    assert set(value) == {"format_version", "prompt", "response", "metadata", "spans"}
     assert value["format_version"] == 1
     for part in ("prompt", "response"):
         assert set(value[part]) == {"text", "tokens", "token_ids", "activations"}

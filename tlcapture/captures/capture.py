@@ -23,6 +23,7 @@ from tlcapture.captures.index import add_index, read_index
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError, NumericalError, StorageError
 from tlcapture.names import PromptId
+from tlcapture.prompts.spans import TokenSpan, labels_of
 from tlcapture.shapes import Residual
 from tlcapture.storage.files import Hook, Written, read_tensors, write_tensors
 from tlcapture.views.cache import stacked
@@ -54,11 +55,16 @@ class CapturedPart:
 
 @dataclass(frozen=True)
 class Capture:
-    """One prompt's capture. `metadata` is the metadata of the file format."""
+    """One prompt's capture. `metadata` is the metadata of the file format.
+
+    `spans` say which tokens of prompt and response are which turn, thinking or answer; files that were written before
+    there were spans have none.
+    """
 
     prompt: CapturedPart
     response: CapturedPart
     metadata: Mapping[str, Any] = field(repr=False)
+    spans: tuple[TokenSpan, ...] = field(default=(), kw_only=True, repr=False)
 
     def __repr__(self) -> str:
         tokens = f"{len(self.prompt.tokens)} + {len(self.response.tokens)} tokens"
@@ -75,7 +81,12 @@ class Capture:
             facts.append(f"{self.metadata['engine']} in {self.metadata['dtype']}")
         if self.metadata.get("stop_reason"):
             facts.append(f"ended by {self.metadata['stop_reason']}")
-        return ColouredTokens(self.tokens, len(self.prompt.tokens), label=", ".join(facts))._repr_html_()
+        return self.coloured_by_part(", ".join(facts))._repr_html_()
+
+    def coloured_by_part(self, label: str = "") -> ColouredTokens:
+        """The tokens in the colours of their spans, or of prompt and response where there are none."""
+        labels = labels_of(self.spans, len(self.tokens)) if self.spans else ()
+        return ColouredTokens(self.tokens, len(self.prompt.tokens), label=label, spans=labels)
 
     @property
     def prompt_id(self) -> PromptId:
@@ -113,6 +124,12 @@ class Capture:
         """Ids of the tokens of prompt and response."""
         return self.prompt.token_ids + self.response.token_ids
 
+    @property
+    def lacks_answer(self) -> bool:
+        """Whether the response was cut off before its answer began: within its thinking, or right after it."""
+        found = [span.kind for span in self.spans if span.found and span.found[0] >= len(self.prompt.tokens)]
+        return bool(found) and "answer" not in found and self.metadata.get("stop_reason") == "max_new_tokens"
+
     def residual(self, layer: int, point: str = "residual_out", part: str = "all") -> Residual:
         """Activations `[n_tokens, d_model]` of a layer at a residual point, or its `attn_out`.
 
@@ -134,6 +151,7 @@ class Capture:
             "prompt": _part_to_file(self.prompt),
             "response": _part_to_file(self.response),
             "metadata": dict(self.metadata),
+            **({"spans": [span.to_json() for span in self.spans]} if self.spans else {}),
         }
         parts = {"prompt": self.prompt.residual, "response": self.response.residual}
 
@@ -152,11 +170,11 @@ class Capture:
                 CapturedPart(part.text, part.tokens, part.token_ids, streams[name])
                 for name, part in (("prompt", index.prompt), ("response", index.response))
             ]
-            return cls(both[0], both[1], metadata)
+            return cls(both[0], both[1], metadata, spans=index.spans)
         value = read_tensors(path)
         content = CaptureContent.check(value, path)
         parts = [_part_from_file(part, content) for part in (content.prompt, content.response)]
-        return cls(parts[0], parts[1], dict(value["metadata"]))
+        return cls(parts[0], parts[1], dict(value["metadata"]), spans=content.spans)
 
     def _part(self, part: str) -> CapturedPart:
         if part not in ("prompt", "response"):

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, Strict, field_validator, model_validator
 from torch import Tensor
 
 from tlcapture.errors import StorageError, TlcaptureError
 from tlcapture.names import PromptId, is_prompt_set, prompt_id_problem
+from tlcapture.prompts.spans import TokenSpan, check_spans
 from tlcapture.storage.tensors import described, is_plain
 from tlcapture.storage.validation import FileContent, Layer, checked
 from tlcapture.text import as_ranges
@@ -22,6 +23,7 @@ FORMAT_VERSION = 1
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Size = Annotated[int, Field(ge=1)]
+Spans = Annotated[tuple[TokenSpan, ...], Strict(False)]  # a list in files
 
 
 def check_version(value: Any, path: Path) -> None:
@@ -54,6 +56,9 @@ class CaptureMetadata(FileContent):
     layers: Annotated[list[Layer] | None, Field(min_length=1)] = None
     points: Annotated[list[str] | None, Field(min_length=1)] = None
     attention_layers: list[Layer] | None = None
+    messages: list[dict[str, Any]] | None = None
+    template_args: dict[str, Any] | None = None
+    thinking: dict[str, str] | None = None
 
     @field_validator("prompt_set")
     @classmethod
@@ -146,6 +151,7 @@ class CaptureContent(FileContent):
     prompt: PartContent
     response: PartContent
     metadata: CaptureMetadata
+    spans: Spans = ()
 
     @classmethod
     def check(cls, value: Any, path: Path) -> CaptureContent:
@@ -174,6 +180,11 @@ class CaptureContent(FileContent):
                 raise ValueError(
                     f"attn_out of layers {as_ranges(part.output_layers)}: expected layers {as_ranges(with_attention)}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _has_spans_of_its_tokens(self) -> CaptureContent:
+        check_spans(self.spans, len(self.prompt.tokens) + len(self.response.tokens))
         return self
 
     @property

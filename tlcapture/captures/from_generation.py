@@ -5,11 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from tlcapture.captures.capture import Capture, CapturedPart, storage_dtype
-from tlcapture.captures.provenance import is_same_computation, model_record, now, point_hooks, template_record
+from tlcapture.captures.provenance import (
+    conversation_record,
+    is_same_computation,
+    model_record,
+    now,
+    point_hooks,
+    template_record,
+)
 from tlcapture.errors import StorageError
 from tlcapture.generation.outcomes import Generation
 from tlcapture.generation.sampling import Sampling
 from tlcapture.models.loading import Model
+from tlcapture.prompts.thinking import response_spans
 from tlcapture.prompts.tokenization import bos_policy, decode, token_texts
 from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.residual import residual_view
@@ -36,6 +44,14 @@ def capture_of(
     dtype = storage_dtype(stream, save_dtype)
     texts = token_texts(model.tokenizer, generation.token_ids)
     response_text = decode(model.tokenizer, generation.response_ids)
+    spans, markers = response_spans(
+        model.tokenizer,
+        prompt.opening,
+        generation.response_ids,
+        texts[n_prompt:],
+        n_prompt,
+        stopped=generation.stop_reason == "stop_token",
+    )
     metadata = {
         "inference_model": model.name,
         "inference_experiment": experiment,
@@ -56,6 +72,7 @@ def capture_of(
         "system_prompt": prompt.system_prompt,
         "chat_template": prompt.chat_template,
         **template_record(prompt.merged, prompt.dropped),
+        **conversation_record(prompt.messages, prompt.template_args, markers),
         "bos": bos_policy(model.tokenizer, prompt.token_ids, chat_template=prompt.chat_template),
         "capture_date": now(),
         **({"prompt_fields": dict(prompt.fields)} if prompt.fields else {}),
@@ -66,6 +83,7 @@ def capture_of(
             response_text, texts[n_prompt:], list(generation.response_ids), stream.tokens(n_prompt, n_tokens, dtype)
         ),
         metadata,
+        spans=(*prompt.spans, *spans),
     )
 
 

@@ -17,7 +17,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from tlcapture.captures.format import FORMAT_VERSION, CaptureMetadata, TokenId, check_version
+from tlcapture.captures.format import FORMAT_VERSION, CaptureMetadata, Spans, TokenId, check_version
+from tlcapture.prompts.spans import check_spans
 from tlcapture.storage.archives import Archive, append_record
 from tlcapture.storage.files import opening
 from tlcapture.storage.validation import FileContent, checked
@@ -61,6 +62,7 @@ class CaptureIndex(FileContent):
     prompt: IndexedPart
     response: IndexedPart
     metadata: CaptureMetadata
+    spans: Spans = ()
 
     @property
     def kept(self) -> KeptPoints:
@@ -70,6 +72,7 @@ class CaptureIndex(FileContent):
 
     @model_validator(mode="after")
     def _is_of_one_capture(self) -> CaptureIndex:
+        check_spans(self.spans, len(self.prompt.tokens) + len(self.response.tokens))
         kept, width = self.kept, self.metadata.d_model
         outputs = layers_with_attention(kept, self.metadata.attention_layers)
         if (self.prompt.attn_out is None) != (self.response.attn_out is None):
@@ -112,6 +115,7 @@ def add_index(path: Path, content: Mapping[str, Any], streams: Mapping[str, Resi
     `content` is the content of the file, `streams` are the activations of its parts.
     """
     value: dict[str, Any] = {"format_version": FORMAT_VERSION, "metadata": content["metadata"]}
+    value.update({"spans": content["spans"]} if "spans" in content else {})
     number = count()  # torch numbers storages in the order of the pickle: in each layer the points come first
     for name in PARTS:
         value[name] = {key: content[name][key] for key in ("text", "tokens", "token_ids")}

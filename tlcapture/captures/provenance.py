@@ -34,6 +34,34 @@ def template_record(merged: Sequence[str], dropped: Sequence[str]) -> dict[str, 
     return {name: list(each) for name, each in (("merged", merged), ("dropped", dropped)) if each}
 
 
+def dropped_warning(dropped: Sequence[str]) -> str:
+    """What to say of a prompt of which the chat template leaves something out."""
+    kinds = sorted({each.split(" of message ")[0] for each in dropped})
+    which = " and ".join("the thinking of earlier messages" if each == "thinking" else f"{each!r}" for each in kinds)
+    return f"the chat template leaves out {which} (metadata: dropped)"
+
+
+def no_answer_warning(names: Sequence[str]) -> str:
+    """What to say of prompts whose responses were cut off before their answers began."""
+    which = (
+        names[0] if len(names) == 1 else f"{len(names)} prompts ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+    )
+    end = "the response ends" if len(names) == 1 else "responses end"
+    return f"{which}: {end} within thinking, without an answer: raise --max-new-tokens, or try --thinking off"
+
+
+def conversation_record(
+    messages: Sequence[Mapping[str, Any]], template_args: Mapping[str, Any], thinking: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """A conversation, values for the chat template, and the markers of thinking, as metadata; nothing without them."""
+    record = {
+        "messages": [dict(message) for message in messages],
+        "template_args": dict(template_args),
+        "thinking": dict(thinking or {}),
+    }
+    return {name: value for name, value in record.items() if value}
+
+
 def point_hooks(model: Model, *, attn_out: bool, points: Iterable[str] = POINTS) -> dict[str, str]:
     """The hook of each captured residual point, and of `attn_out` if it is captured."""
     hooks = {point: HOOKS[point] for point in [*points, *(["attn_out"] if attn_out else [])]}

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 from tlcapture.cli.cluster import ClusterOptions, cluster_options
 from tlcapture.cli.console import Console, show_top_traits
+from tlcapture.cli.given_prompts import given_prompt_options, given_prompts
 from tlcapture.cli.grouping import collected
-from tlcapture.cli.option_types import LayerOrWord
+from tlcapture.cli.option_types import LayerOrWord, TemplateArg
 from tlcapture.cli.options import (
     HELP_NAMES,
     KeptOptions,
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from tlcapture.runs.shards import Shard
     from tlcapture.storage.layout import Layout
 
+_NEW_TOKENS = 50  # of a response, by default
 _MOST_PATHS = 20  # that a dry run lists
 
 
@@ -47,7 +50,8 @@ _MOST_PATHS = 20  # that a dry run lists
 class _Settings:
     """The options of `capture` alone, and of how it generates and stores."""
 
-    prompt: str | None
+    prompt: tuple[str, ...]
+    prompt_file: tuple[Path, ...]
     attention: bool
     logit_lens: bool
     layer_internals: tuple[int | str, ...]
@@ -55,7 +59,7 @@ class _Settings:
     no_project: bool
     projections_only: bool
     replay: bool
-    max_new_tokens: int
+    max_new_tokens: int | None
     temperature: float | None
     sampling: str
     skip_existing: bool
@@ -66,6 +70,8 @@ class _Settings:
     save_dtype: str
     chat_template: bool | None
     system_prompt: str | None
+    thinking: str | None
+    template_arg: tuple[tuple[str, Any], ...]
     batch_size: int | None
     seed: int
 
@@ -88,7 +94,8 @@ class _Settings:
             skip_existing=self.skip_existing,
             overwrite=self.overwrite,
             vectors=vectors.choice("auto"),
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens,
+            longer_where_thinking=self.max_new_tokens is None,
             sampling=asked_sampling(self.sampling, self.temperature, self.seed),
             save_dtype=self.save_dtype,
             batch_size=self.batch_size,
@@ -96,6 +103,8 @@ class _Settings:
             shard=self.shard,
             chat_template=self.chat_template,
             system_prompt=self.system_prompt,
+            thinking=self.thinking,
+            template_args=dict(self.template_arg),
         )
 
 
@@ -108,7 +117,7 @@ def _own_temperature(context: click.Context, option: click.Parameter, value: flo
 @click.command(context_settings=HELP_NAMES)
 @location_options
 @prompt_set_options
-@click.option("--prompt", metavar="TEXT", help="A single prompt, captured as prompt 1 of the prompt set adhoc.")
+@given_prompt_options
 @click.option("--attention", is_flag=True, help="Attention patterns of all layers and heads, as JSON.")
 @click.option("--logit-lens", is_flag=True, help="Top predictions of every layer, as JSON.")
 @click.option(
@@ -127,9 +136,7 @@ def _own_temperature(context: click.Context, option: click.Parameter, value: flo
     "--max-new-tokens",
     type=click.IntRange(0, 2**31 - 1),
     metavar="N",
-    default=50,
-    show_default=True,
-    help="Maximum length of a response.",
+    help=f"Maximum length of a response.  [default: {_NEW_TOKENS}, or 1024 where the chat template makes models think]",
 )
 @click.option(
     "--temperature",
@@ -159,6 +166,14 @@ def _own_temperature(context: click.Context, option: click.Parameter, value: flo
     help="Apply the chat template to prompts, or not.  [default: apply it if the model has one]",
 )
 @click.option("--system-prompt", metavar="TEXT", help="System prompt for all prompts, instead of their own.")
+@click.option(
+    "--thinking",
+    type=click.Choice(["on", "off"]),
+    help="Turn thinking on or off, where the chat template has such a switch.  [default: the template's]",
+)
+@click.option(
+    "--template-arg", type=TemplateArg(), multiple=True, help="Any other value for the chat template; repeatable."
+)
 @model_options
 @cluster_options
 @batch_size_option
@@ -180,8 +195,9 @@ def capture(
     Writes raw residuals to experiments/NAME/inference/raw/residual, add-ons next to them, and projections
     onto the experiment's trait vectors if it has any.
     """
-    sets, refused = _prompt_sets(location, prompt_sets, settings.prompt)
     layout = location.layout
+    given = _given(prompt_sets, settings)
+    sets, refused = ([given], []) if given is not None else _prompt_sets(location, prompt_sets)
     load = model.loader_for(layout, "inference_model", console)
     if not settings.skip_existing:  # with it, there may be nothing to do that needs the model
         load.require()
@@ -189,28 +205,36 @@ def capture(
         _check_vectors(location, vectors.vector_experiment)
     executor = cluster.make_executor(settings.batch_size, can_collect=not settings.projections_only)
     options = settings.capture_options(kept, vectors)
+    from tlcapture.commands.adhoc_prompts import numbered_on
+
+    if given is not None:
+        sets = [numbered_on(layout, given)]
     if settings.dry_run:
         _show_estimate(console, layout, sets, refused, options, load)
         return
     from tlcapture.commands.capture import run_capture
 
-    report = run_capture(layout, sets, options, load, console, executor, refused)
+    report = run_capture(
+        layout, sets, options, load, console, executor, refused, renumber=numbered_on if given else None
+    )
     # Projections of an earlier run would look like this run's, had this one written nothing.
     if options.projects and (report.n_files or not report.failures):
         for prompt_set in sets:
             show_top_traits(console, layout, prompt_set.name)
 
 
-def _prompt_sets(
-    location: Location, chosen: PromptSetOptions, prompt: str | None
-) -> tuple[list[PromptSet], list[tuple[str, str]]]:
-    """The prompt sets to capture, and the names of those among all that cannot be read, with the reasons."""
-    from tlcapture.prompts.prompt_sets import adhoc, read_all_prompt_sets, read_prompt_set
-
-    if sum([chosen.prompt_set is not None, prompt is not None, chosen.all_prompt_sets]) != 1:
+def _given(chosen: PromptSetOptions, settings: _Settings) -> PromptSet | None:
+    """The prompts that are given as text or files; `None` where prompt sets are named."""
+    is_given = bool(settings.prompt or settings.prompt_file)
+    if sum([chosen.prompt_set is not None, is_given, chosen.all_prompt_sets]) != 1:
         raise click.UsageError("give one of --prompt-set NAME, --prompt TEXT and --all-prompt-sets")
-    if prompt is not None:
-        return [adhoc(prompt)], []
+    return given_prompts(settings.prompt, settings.prompt_file) if is_given else None
+
+
+def _prompt_sets(location: Location, chosen: PromptSetOptions) -> tuple[list[PromptSet], list[tuple[str, str]]]:
+    """The prompt sets to capture, and the names of those among all that cannot be read, with the reasons."""
+    from tlcapture.prompts.prompt_sets import read_all_prompt_sets, read_prompt_set
+
     if chosen.prompt_set is None:
         return read_all_prompt_sets(location.datasets)
     return [read_prompt_set(location.datasets, name) for name in chosen.prompt_set], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from abc import ABC, abstractmethod
 from typing import Any
@@ -60,6 +61,21 @@ class BatchSize(_Parsed):
         if text.isdecimal() and 0 < int(text) < 2**31:
             return int(text)
         raise ValueError(f"{text!r} is neither a number of at least 1 nor 'auto'.")
+
+
+class TemplateArg(_Parsed):
+    """The name of a value for the chat template, and the value: JSON, or else a text."""
+
+    name = "KEY=VALUE"
+
+    def _parse(self, text: str) -> tuple[str, Any]:
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise ValueError(f"{text!r} is not KEY=VALUE with a name such as enable_thinking.")
+        try:
+            return key, json.loads(value)
+        except ValueError:
+            return key, value
 
 
 class Names(_Parsed):

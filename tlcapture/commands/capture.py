@@ -11,7 +11,7 @@ This module checks the request, plans the tasks, takes the locks and starts the 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -48,10 +48,12 @@ def run_capture(
     display: Display = Display(),
     executor: Executor = LocalExecutor(),
     refused: Sequence[tuple[str, str]] = (),
+    renumber: Callable[[Layout, PromptSet], PromptSet] | None = None,
 ) -> RunReport:
     """Capture prompt sets into an experiment. The model is loaded only if something has to be computed.
 
     `refused` are names of prompt sets that could not be read, with the reasons; they are added to the failures.
+    `renumber` gives prompts ids that are free, once no other run writes captures of their set.
 
     Returns:
         What was written and which prompts failed.
@@ -81,7 +83,9 @@ def run_capture(
         # Always in the same order, so that no two runs wait for each other.
         locks = [run_lock(run, f"captures of {name}", options.shard) for name in sorted(busy)]
         waited = [stack.enter_context(lock) for lock in locks]
-        if any(waited):
+        if renumber is not None:
+            prompt_sets = [renumber(layout, each) for each in prompt_sets]
+        if any(waited) or renumber is not None:
             tasks = planner.tasks(prompt_sets)
         for what, reason in (each for task in tasks for each in task.failing):
             run.failed(what, reason)
@@ -90,7 +94,7 @@ def run_capture(
                 partial(CaptureWorker, options),
                 load,
                 [task for task in tasks if task.prompt_set.name in busy],
-                size=lambda task: len(task.fresh) * options.max_new_tokens,
+                size=lambda task: len(task.fresh) * task.max_new_tokens,
                 unit="token",
                 label=CaptureTask.label,
                 split=CaptureTask.split,

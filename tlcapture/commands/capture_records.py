@@ -20,7 +20,16 @@ from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
 from tlcapture.views.kept_points import KeptPoints
 
-_SAME_FOR_A_RUN = ("inference_model", "prompt_text", "system_prompt", "chat_template", "layers", "points")
+_SAME_FOR_A_RUN = (
+    "inference_model",
+    "prompt_text",
+    "messages",
+    "system_prompt",
+    "chat_template",
+    "template_args",
+    "layers",
+    "points",
+)
 
 
 @dataclass(frozen=True)

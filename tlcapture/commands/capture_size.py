@@ -66,7 +66,7 @@ class CaptureSize:
             found.failures += [Failed(*each) for each in task.failing]
             for prompt in task.batched:
                 if prompt.id in task.fresh:
-                    n_tokens = len(prompt.token_ids) + options.max_new_tokens
+                    n_tokens = len(prompt.token_ids) + task.max_new_tokens
                     wanted = options.outputs(measures().n_layers)
                     found.n_prompts += 1
                     found.replaces.append(layout.residual(name, prompt.id))

@@ -7,7 +7,8 @@ files can be compared with the free space.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -19,7 +20,10 @@ from tlcapture.errors import InputError, StorageError
 from tlcapture.generation.checkpoint_sampling import AskedSampling
 from tlcapture.generation.sampling import PLAIN, Sampling
 from tlcapture.names import PromptId
+from tlcapture.prompts.chat_template import NO_ARGS
 from tlcapture.prompts.prompt_sets import Prompt, PromptSet
+from tlcapture.prompts.template_args import template_args
+from tlcapture.prompts.thinking import THINKING_TOKENS
 from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
 from tlcapture.runs.existing_files import OVERWRITE, check_replaceable
 from tlcapture.runs.shards import Shard
@@ -44,6 +48,10 @@ class CaptureOptions:
         overwrite: replace or remove files that cannot be read, too.
         projections_only: write projections and no raw residual.
         shard: the share of the prompts that are captured, after `limit` is applied.
+        max_new_tokens: the maximum length of a response.
+        longer_where_thinking: let it be at least `THINKING_TOKENS` where the chat template makes the model think.
+        thinking: `on` or `off`, the chat template's switch; `None` leaves its default.
+        template_args: other values for the chat template.
     """
 
     attention: bool = False
@@ -66,6 +74,9 @@ class CaptureOptions:
     shard: Shard | None = None
     chat_template: bool | None = None
     system_prompt: str | None = None
+    longer_where_thinking: bool = False
+    thinking: str | None = None
+    template_args: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def projects(self) -> bool:
@@ -131,6 +142,8 @@ class CaptureTask:
         saved: ids of prompts that have a capture, with the outputs that they lack.
         refused: names of prompts that cannot be captured as asked, with the reasons.
         unreadable: names of prompts with a raw file that cannot be read and is not to be replaced, with the reasons.
+        max_new_tokens: the maximum length of a response, as far as the model's context allows it by default.
+        longest: the number of tokens of the longest prompt of the set.
         other_sampling: ids of prompts that are kept although they were captured with other sampling settings.
     """
 
@@ -141,6 +154,8 @@ class CaptureTask:
     refused: Sequence[tuple[str, str]]
     unreadable: Sequence[tuple[str, str]] = ()
     other_sampling: Sequence[PromptId] = ()
+    max_new_tokens: int = 50
+    longest: int = 0
 
     @property
     def failing(self) -> Sequence[tuple[str, str]]:
@@ -247,7 +262,22 @@ class TaskPlanner:
                 if prompt.id in fresh:
                     fresh.remove(prompt.id)
                     refused.append((f"{prompt_set.name}/{prompt.id}", str(error)))
-        return CaptureTask(prompt_set, batched, frozenset(fresh), saved, refused, unreadable, self._other_sampling)
+        return CaptureTask(
+            prompt_set,
+            batched,
+            frozenset(fresh),
+            saved,
+            refused,
+            unreadable,
+            self._other_sampling,
+            self._most_tokens(any(prompt.thinks for prompt in batched)),
+            max((len(prompt.token_ids) for prompt in batched), default=0),
+        )
+
+    def _most_tokens(self, thinks: bool) -> int:
+        """The maximum length of a response to prompts that begin with thinking, or do not."""
+        asked = self._options.max_new_tokens
+        return max(asked, THINKING_TOKENS) if thinks and self._options.longer_where_thinking else asked
 
     def _check_replaceable(self, prompt_set: str, prompt_id: PromptId, wanted: Outputs, saved: Capture | None) -> None:
         """Raise `StorageError` if a file cannot be read that would be replaced, removed, or passed over as present."""
@@ -312,7 +342,8 @@ class TaskPlanner:
     def _note_sampling(self, saved: Capture | CaptureRecord) -> None:
         """Note a prompt whose capture is kept although its sampling settings differ, as far as they are recorded."""
         sampling = self._options.sampling
-        asked = {"temperature": sampling.temperature, "max_new_tokens": self._options.max_new_tokens}
+        thinks = "thinking" in saved.metadata
+        asked = {"temperature": sampling.temperature, "max_new_tokens": self._most_tokens(thinks)}
         if sampling.temperature != 0:
             asked["seed"] = sampling.seed
         differs = any(
@@ -327,6 +358,8 @@ class TaskPlanner:
         return (
             not self._layout.unfinished(prompt_set.name, prompt.id).exists()
             and saved.metadata.get("prompt_text") == prompt.text
+            and _turns(saved.metadata.get("messages")) == _turns(prompt.messages)
+            and saved.metadata.get("template_args", {}) == self._template_args(saved)
             and saved.metadata.get("system_prompt") == self._system_prompt(prompt_set, prompt)
             and saved.metadata["inference_model"] == self._model_name
             and asked in (None, saved.metadata.get("chat_template"))
@@ -351,5 +384,25 @@ class TaskPlanner:
             prompt_id=prompt.id,
             system_prompt=self._system_prompt(prompt_set, prompt),
             chat_template=self.asked_template,
+            messages=prompt.messages,
+            template_args=self._all_template_args,
         )
         return replace(tokenized, fields=prompt.fields)
+
+    @cached_property
+    def _all_template_args(self) -> Mapping[str, Any]:
+        options = self._options
+        if options.thinking is None and not options.template_args:
+            return NO_ARGS
+        return template_args(
+            self._model().tokenizer, options.thinking, options.template_args, chat_template=self.asked_template
+        )
+
+    def _template_args(self, saved: Capture | CaptureRecord) -> Mapping[str, Any]:
+        """The values for the chat template that a saved capture would have if it were of the same run."""
+        return self._all_template_args if saved.metadata.get("chat_template") is not False else NO_ARGS
+
+
+def _turns(messages: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
+    """Messages to compare: the system message is compared as the system prompt."""
+    return [dict(message) for number, message in enumerate(messages or ()) if number or message["role"] != "system"]

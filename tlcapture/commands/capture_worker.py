@@ -16,6 +16,7 @@ import torch
 
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.from_generation import capture_of
+from tlcapture.captures.provenance import dropped_warning, no_answer_warning
 from tlcapture.commands.capture_outputs import Outputs, add_ons, remove_stale, saved_capture, write_capture
 from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.capture_tasks import CaptureOptions, CaptureTask
@@ -51,6 +52,7 @@ class CaptureWorker:
         self._chooser = vector_chooser(run, options.vectors)
         self._levels = ChanceLevels(run)
         self._removed: list[Path] = []
+        self._unanswered: list[str] = []
 
     @cached_property
     def model(self) -> Model:
@@ -69,7 +71,9 @@ class CaptureWorker:
                 self._generate(task)
             finally:
                 self.run.removed(self._removed)
-                self._removed = []
+                if self._unanswered:
+                    self.run.warn(no_answer_warning(self._unanswered))
+                self._removed, self._unanswered = [], []
         self._complete(task)
 
     @contextmanager
@@ -93,12 +97,14 @@ class CaptureWorker:
         not_followed = unfollowed(sampling, model)
         if not_followed is not None:
             self.run.warn(not_followed)
+        # A default that is longer for thinking must not keep prompts from fitting.
+        max_new_tokens = max(options.max_new_tokens, min(task.max_new_tokens, model.n_ctx - task.longest))
         for prompt in task.batched:
             if prompt.dropped:
-                self.run.warn("the chat template leaves out the thinking of earlier messages (metadata: dropped)")
+                self.run.warn(dropped_warning(prompt.dropped))
         if options.projections_only:
             self._check_vectors(wanted)
-        total = len(task.fresh) * options.max_new_tokens
+        total = len(task.fresh) * max_new_tokens
         with (
             self.run.progress(total, task.prompt_set.name, "token") as progress,
             BackgroundWriter(self.run) as writer,
@@ -113,7 +119,7 @@ class CaptureWorker:
                 task.batched,
                 wanted=task.fresh,
                 hooks=wanted.live_hooks(model),
-                max_new_tokens=options.max_new_tokens,
+                max_new_tokens=max_new_tokens,
                 sampling=sampling,
                 batch_size=options.batch_size,
                 on_tokens=on_tokens,
@@ -123,14 +129,20 @@ class CaptureWorker:
                     self.run.failed(name, outcome.reason)
                     continue
                 with self._attempt(name):
-                    self._write(name, outcome, sampling, wanted, writer)
+                    self._write(name, outcome, sampling, wanted, writer, max_new_tokens)
                 progress.advance(
-                    options.max_new_tokens - len(outcome.response_ids),
+                    max_new_tokens - len(outcome.response_ids),
                     done=f"{name}: {len(outcome.response_ids)} tokens, {outcome.stop_reason}",
                 )
 
     def _write(
-        self, name: str, generation: Generation, sampling: Sampling, wanted: Outputs, writer: BackgroundWriter
+        self,
+        name: str,
+        generation: Generation,
+        sampling: Sampling,
+        wanted: Outputs,
+        writer: BackgroundWriter,
+        max_new_tokens: int,
     ) -> None:
         options = self.options
         # Another tool may have put files there since the run was planned.
@@ -143,11 +155,13 @@ class CaptureWorker:
             self.model,
             experiment=self.layout.experiment,
             sampling=sampling,
-            max_new_tokens=options.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             attn_out=options.capture_attn,
             save_dtype=options.save_dtype,
             kept=wanted.kept,
         )
+        if capture.lacks_answer:
+            self._unanswered.append(name)
         marker = self.layout.unfinished(capture.prompt_set, capture.prompt_id)
         update_config(self.layout, inference_model=self.model.name)
         write_bytes(marker, b"")

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.projections import (
     ChanceLevels,
@@ -34,6 +36,7 @@ from tlcapture.traits.projection import Centred, dynamics_of_file
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.rises import DEFINITIONS
 from tlcapture.traits.saved_projections import projection_paths
+from tlcapture.traits.span_dynamics import by_span
 from tlcapture.traits.vector_files import traits_with_vectors
 
 
@@ -203,4 +206,8 @@ def _with_new_dynamics(path: Path) -> dict[str, Any]:
     metadata = {**content["metadata"], "definitions": DEFINITIONS}
     if checked.metadata.definitions != DEFINITIONS:
         metadata.pop("chance", None)
-    return {**content, "dynamics": dynamics_of_file(checked).to_json(), "metadata": metadata}
+    dynamics = dynamics_of_file(checked).to_json()
+    if checked.spans:
+        trajectory = np.array([[*checked.trajectory[0], *checked.trajectory[1]]])
+        dynamics["by_span"] = by_span(trajectory, checked.spans)[0]
+    return {**content, "dynamics": dynamics, "metadata": metadata}

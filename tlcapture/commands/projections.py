@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.provenance import now
 from tlcapture.commands.capture_records import CaptureRecord
@@ -23,6 +25,7 @@ from tlcapture.traits.mean_activations import mean_activation
 from tlcapture.traits.projection import Centred, Projection, project
 from tlcapture.traits.reference import Reference, read_reference
 from tlcapture.traits.rises import DEFINITIONS
+from tlcapture.traits.span_dynamics import by_span
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import TraitVector
 
@@ -144,13 +147,25 @@ def project_capture(
     notes = [each.notes(capture.metadata) for each in chosen]
     doubts = [(each.vector.trait, note) for each, found in zip(chosen, notes, strict=True) for note in found]
     _warn_together(doubts, run)
-    for projection, found in zip(projections, notes, strict=True):
+    spans = span_dynamics(projections, capture)
+    for projection, found, of_spans in zip(projections, notes, spans, strict=True):
         vector = projection.vector
         content = _file_content(layout, capture, projection, [f"{vector.trait}: {note}" for note in found])
+        if capture.spans:
+            content["spans"] = [span.to_json() for span in capture.spans]
+            content["dynamics"]["by_span"] = of_spans
         if only:
             content["metadata"]["capture"] = dict(capture.metadata)
         run.wrote(write_json(_path(layout, capture, vector), content))
     return projections
+
+
+def span_dynamics(projections: Sequence[Projection], capture: Capture) -> list[list[dict[str, Any]]]:
+    """The dynamics of each projection of a capture within each of its spans."""
+    if not projections:
+        return []
+    trajectories = [projection.trajectory.double().numpy() for projection in projections]
+    return by_span(np.stack(trajectories), capture.spans)
 
 
 def _path(layout: Layout, capture: Capture, vector: TraitVector) -> Path:

@@ -106,18 +106,19 @@ class ExplorableCapture(ABC):
         return [self._with_tokens(projection) for projection in self._project(traits, **how)]
 
     def coloured(self, trait: str | None = None, **how: Any) -> ColouredTokens:
-        """The tokens, coloured by their projection onto a trait, or by prompt and response if none is given.
+        """The tokens, coloured by their projection onto a trait, or by turn, thinking and answer if none is given.
 
         `how` are the options of `project`.
         """
         if trait is not None:
             return self.project(trait, **how).coloured()
-        return ColouredTokens(self._captured.tokens, len(self._captured.prompt.tokens))
+        return self._captured.coloured_by_part()
 
     def to_pandas(self, traits: Iterable[str] | str | None = None, layers: Layers = "own", **how: Any) -> DataFrame:
         """Projections as a tidy data frame.
 
-        Columns are `prompt_id`, `token_idx`, `token`, `part`, `trait`, `layer` and `score`.
+        Columns are `prompt_id`, `token_idx`, `token`, `part`, `span`, `role`, `trait`, `layer`, `score` and
+        `calibrated`.
 
         Args:
             traits: one or several; all that have vectors by default.
@@ -301,4 +302,5 @@ class ExplorableCapture(ABC):
             commitment_point=dynamics.commitment_point,
             persistence=dynamics.persistence,
             calibration=None if calibration is None else Calibration.of_record(CalibrationRecord(**calibration)),
+            spans=capture.spans,
         )

@@ -6,6 +6,8 @@
 | `token_idx` | index over prompt and response as one sequence |
 | `token` | its text |
 | `part` | `prompt` or `response` |
+| `span` | `turn`, `thinking`, `answer`, or `template` for what the chat template writes; null where unknown |
+| `role` | whose turn it is: `system`, `user`, `assistant` or `tool`; null for template tokens |
 | `trait` | `category/name` |
 | `layer` | the layer whose activation was projected |
 | `score` | the projection `h . v / ||v||`, `h` being `residual_out` (or `attn_out`) of that layer |
@@ -25,12 +27,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tlcapture.errors import InputError
+from tlcapture.prompts.spans import labels_of
 from tlcapture.traits.token_scores import TokenScores
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-COLUMNS = ("prompt_id", "token_idx", "token", "part", "trait", "layer", "score", "calibrated")
+COLUMNS = ("prompt_id", "token_idx", "token", "part", "span", "role", "trait", "layer", "score", "calibrated")
 
 Layers = str | SupportsIndex | Iterable[SupportsIndex]
 
@@ -48,6 +51,7 @@ def tidy_frame(projections: Sequence[TokenScores], layers: Layers = "own") -> Da
     pieces: list[dict[str, Any]] = []
     for projection in projections:
         n_tokens = len(projection.tokens)
+        labels = labels_of(projection.spans, n_tokens)
         parts = np.where(np.arange(n_tokens) < projection.n_prompt_tokens, "prompt", "response")
         for layer in _chosen(projection, layers):
             pieces.append(
@@ -56,6 +60,8 @@ def tidy_frame(projections: Sequence[TokenScores], layers: Layers = "own") -> Da
                     "token_idx": range(n_tokens),
                     "token": list(projection.tokens),
                     "part": parts.tolist(),
+                    "span": [kind for kind, _ in labels],
+                    "role": [role for _, role in labels],
                     "trait": [projection.trait] * n_tokens,
                     "layer": [layer] * n_tokens,
                     "score": projection.at(layer).tolist(),

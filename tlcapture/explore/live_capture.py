@@ -10,7 +10,7 @@ for cap in capture(model, ["What is a lighthouse for?"], max_new_tokens=20):
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.from_generation import capture_of
+from tlcapture.captures.provenance import no_answer_warning
 from tlcapture.errors import InputError
 from tlcapture.explore.experiment import Experiment
 from tlcapture.explore.explorable_capture import ExplorableCapture
@@ -26,12 +27,18 @@ from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure
 from tlcapture.logger import get_logger
 from tlcapture.models.loading import Model, as_model
+from tlcapture.prompts.chat_template import NO_ARGS
+from tlcapture.prompts.message_spans import Message
 from tlcapture.prompts.prompt_sets import ADHOC, Prompt, PromptSet
-from tlcapture.prompts.tokenization import tokenize
+from tlcapture.prompts.template_args import template_args as all_template_args
+from tlcapture.prompts.thinking import THINKING_TOKENS
+from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.validation import first_problem
 from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.residual import residual_hooks
+
+NEW_TOKENS = 50  # of a response, by default
 
 _log = get_logger(__name__)
 
@@ -61,9 +68,9 @@ class LiveCapture(Capture, ExplorableCapture):
 
 def capture(
     model: Any,
-    prompts: PromptSet | Iterable[str | Prompt] | str,
+    prompts: PromptSet | Iterable[str | Prompt | Message | Sequence[Message]] | str,
     *,
-    max_new_tokens: int = 50,
+    max_new_tokens: int | None = None,
     temperature: float | None = None,
     sampling: str = "plain",
     seed: int = 0,
@@ -74,6 +81,8 @@ def capture(
     save_dtype: str = "auto",
     system_prompt: str | None = None,
     chat_template: bool | None = None,
+    thinking: str | None = None,
+    template_args: Mapping[str, Any] = NO_ARGS,
     vectors: Experiment | None = None,
 ) -> Iterator[LiveCapture]:
     """Generate from prompts and yield a `LiveCapture` for each as soon as its response is complete.
@@ -81,9 +90,10 @@ def capture(
     Args:
         model: a model that `load_model` returns, a name that it accepts, or an unprocessed HookedTransformer or
             TransformerBridge.
-        prompts: a text, several texts or prompts, or a prompt set. Texts become prompts 1, 2, ... of the set
-            `adhoc`.
-        max_new_tokens: the maximum length of a response, in tokens.
+        prompts: a text, a conversation (a list of messages `{"role": ..., "content": ...}`), several of them, or a
+            prompt set. They become prompts 1, 2, ... of the set `adhoc`.
+        max_new_tokens: the maximum length of a response, in tokens; by default 50, or 1,024 where the chat template
+            makes the model think.
         temperature: 0 is greedy; by default 0.7, or the checkpoint's own with `sampling="checkpoint"`.
         sampling: `plain`, or `checkpoint` to follow the checkpoint's generation config.
         seed: with prompt set and prompt id, it determines the sampled tokens.
@@ -93,6 +103,8 @@ def capture(
         save_dtype: dtype of the captured activations: `float32`, `float16`, `bfloat16` or `auto`.
         system_prompt: for prompts that have none of their own.
         chat_template: whether to apply the chat template; by default if the tokenizer has one.
+        thinking: `on` or `off` where the chat template has a switch for thinking.
+        template_args: other values for the chat template.
         vectors: the experiment whose vectors the captures are projected onto by default.
 
     Raises:
@@ -101,13 +113,14 @@ def capture(
         OutOfMemoryError: a prompt does not fit in memory, even alone in its batch.
         NumericalError: a prompt's logits are NaN or inf.
     """
-    if max_new_tokens < 0:
+    if max_new_tokens is not None and max_new_tokens < 0:
         raise InputError(f"max_new_tokens is {max_new_tokens}: expected at least 0")
     if vectors is not None and not isinstance(vectors, Experiment):
         raise InputError(f"vectors: expected an Experiment, got {type(vectors).__name__}: Experiment({vectors!r})?")
     asked = asked_sampling(sampling, temperature, seed)
     runner = as_model(model)
     prompt_set = _as_prompt_set(prompts)
+    values = all_template_args(runner.tokenizer, thinking, template_args, chat_template=chat_template)
     tokenized = [
         replace(
             tokenize(
@@ -117,6 +130,8 @@ def capture(
                 prompt_id=prompt.id,
                 system_prompt=prompt_set.system_prompt_of(prompt, system_prompt),
                 chat_template=chat_template,
+                messages=prompt.messages,
+                template_args=values,
             ),
             fields=prompt.fields,
         )
@@ -126,10 +141,11 @@ def capture(
     not_followed = unfollowed(chosen, runner)
     if not_followed is not None:
         _log.warning(not_followed)
+    most_tokens = _most_tokens(max_new_tokens, tokenized, runner.n_ctx)
     kept = KeptPoints.of(runner.n_layers, layers, points)
     hooks = residual_hooks(runner.n_layers, runner.hook_names, attn_out=capture_attn, only=kept)
     for outcome in generate(
-        runner, tokenized, hooks=hooks, max_new_tokens=max_new_tokens, sampling=chosen, batch_size=batch_size
+        runner, tokenized, hooks=hooks, max_new_tokens=most_tokens, sampling=chosen, batch_size=batch_size
     ):
         if isinstance(outcome, Failure):
             raise outcome.error(f"prompt {outcome.prompt.prompt_set}/{outcome.prompt.id}: {outcome.reason}")
@@ -138,26 +154,43 @@ def capture(
             runner,
             experiment=ADHOC,
             sampling=chosen,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=most_tokens,
             attn_out=capture_attn,
             save_dtype=save_dtype,
             kept=kept,
         )
         layout = None if vectors is None else vectors.layout
-        yield LiveCapture(made.prompt, made.response, made.metadata, runner, layout)
+        if made.lacks_answer:
+            _log.warning(no_answer_warning([f"{made.prompt_set}/{made.prompt_id}"]))
+        yield LiveCapture(made.prompt, made.response, made.metadata, runner, layout, spans=made.spans)
 
 
-def _as_prompt_set(prompts: PromptSet | Iterable[str | Prompt] | str) -> PromptSet:
+def _most_tokens(asked: int | None, prompts: Sequence[TokenizedPrompt], n_ctx: int) -> int:
+    """The maximum length of a response: as asked, or by default longer for models that think, as far as it fits."""
+    if asked is not None:
+        return asked
+    if not any(prompt.thinks for prompt in prompts):
+        return NEW_TOKENS
+    return max(NEW_TOKENS, min(THINKING_TOKENS, n_ctx - max(len(prompt.token_ids) for prompt in prompts)))
+
+
+def _as_prompt_set(prompts: PromptSet | Iterable[Any] | str) -> PromptSet:
     if isinstance(prompts, PromptSet):
         return prompts
     given = [prompts] if isinstance(prompts, str) else list(prompts)
+    if given and all(isinstance(each, Mapping) for each in given):
+        given = [given]  # the messages of one conversation
     if not given:
         raise InputError("no prompts: give at least one text")
     try:
-        made = [
-            Prompt(id=str(prompt_id), text=prompt) if isinstance(prompt, str) else prompt
-            for prompt_id, prompt in enumerate(given, start=1)
-        ]
-        return PromptSet(name=ADHOC, prompts=made)
+        return PromptSet(name=ADHOC, prompts=[_as_prompt(number, each) for number, each in enumerate(given, start=1)])
     except ValidationError as error:
-        raise InputError(f"expected texts, Prompts or a PromptSet: {first_problem(error)}") from None
+        raise InputError(f"expected texts, lists of messages, Prompts or a PromptSet: {first_problem(error)}") from None
+
+
+def _as_prompt(number: int, given: Any) -> Any:
+    if isinstance(given, str):
+        return Prompt(id=str(number), text=given)
+    if isinstance(given, list | tuple):
+        return Prompt.model_validate({"id": str(number), "messages": given})
+    return given

@@ -113,6 +113,7 @@ class Contents:
             if found["tokens"] is None:
                 n_prompt = len(content.prompt.tokens)
                 found |= {"tokens": content.tokens, "n_prompt_tokens": n_prompt, "text": content.response.text}
+                found["spans"] = [span.to_json() for span in content.spans]
             if content.tokens != found["tokens"]:
                 found["problems"].append(
                     f"{path.relative_to(self.root)}: its tokens differ from those of the other projections"

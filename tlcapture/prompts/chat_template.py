@@ -6,9 +6,10 @@ A rendering is checked: the text of every message has to be there, so that no me
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 from tlcapture.errors import InputError
@@ -19,6 +20,7 @@ from tlcapture.text import first_line
 ADVICE = "use --no-chat-template"
 
 MAX_STEPS = 2_000_000  # lines of Python that one rendering may run; published templates take hundreds a message
+NO_ARGS: Mapping[str, Any] = MappingProxyType({})
 
 _PROBE = "tlcapture"
 _PART = re.compile(r"""\{['"]type['"]: ['"]text['"],""")  # a content part that was printed as it is
@@ -33,7 +35,8 @@ class RenderedChat:
         spans: where the text of each message is; `None` for a message without text.
         merged: roles of messages that only white space separates from the next one, such as a system message that the
             template can only put at the start of the user message.
-        dropped: what the template leaves out by design: the thinking of earlier assistant messages.
+        dropped: what the template leaves out by design: the thinking of earlier assistant messages, and further keys of
+            messages that it does not read.
     """
 
     text: str
@@ -68,11 +71,17 @@ def uses_chat_template(tokenizer: Any, requested: bool | None) -> bool:
     return bool(template)
 
 
-def render_chat(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> RenderedChat:
+def render_chat(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = True,
+    template_args: Mapping[str, Any] = NO_ARGS,
+) -> RenderedChat:
     """Apply the chat template to `messages`, each with `role` and `content`.
 
     Where the template does not render the text of every message, it gets each content as a list of parts, and system
-    messages at the start of the user messages after them.
+    messages at the start of the user messages after them. `template_args` are values that the template may read.
 
     Raises:
         InputError: the template fails or does not end, or alters or leaves out the text of a message.
@@ -81,7 +90,7 @@ def render_chat(tokenizer: Any, messages: Sequence[Message], *, add_generation_p
     for form in _forms(messages):
 
         def render(given: Sequence[Message], form: _Form = form) -> str:
-            return _render(tokenizer, form(given), add_generation_prompt)
+            return _render(tokenizer, form(given), add_generation_prompt, template_args)
 
         try:
             return _checked(render, messages)
@@ -160,13 +169,30 @@ def _checked(render: Callable[[Sequence[Message]], str], messages: Sequence[Mess
         if not text[span.stop : following.start].strip()
     ]
     dropped = [f"thinking of message {index + 1}" for index in found.dropped]
+    dropped += [f"{key} of message {index + 1}" for index, key in _unread_keys(render, messages, text)]
     return RenderedChat(text, found.spans, tuple(merged), tuple(dropped))
 
 
-def _render(tokenizer: Any, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+def _unread_keys(
+    render: Callable[[Sequence[Message]], str], messages: Sequence[Message], text: str
+) -> Iterator[tuple[int, str]]:
+    """The keys of messages, other than role and content, without which the rendering is the same."""
+    for index, message in enumerate(messages):
+        for key in message.keys() - {"role", "content"}:
+            without = {name: value for name, value in message.items() if name != key}
+            try:
+                if render([*messages[:index], without, *messages[index + 1 :]]) == text:
+                    yield index, key
+            except _RenderingError:  # the template needs it
+                continue
+
+
+def _render(
+    tokenizer: Any, messages: list[dict[str, Any]], add_generation_prompt: bool, template_args: Mapping[str, Any]
+) -> str:
     from jinja2.exceptions import TemplateError
 
-    options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, **template_args}
     try:
         with step_limit(MAX_STEPS):
             rendered = tokenizer.apply_chat_template(messages, **options)

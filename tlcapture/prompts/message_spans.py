@@ -3,7 +3,8 @@
 A text such as `user` may also occur in what the template itself writes. The conversation is therefore rendered once
 more with a mark, a private-use character, in every text: where the two renderings are otherwise equal, the marks show
 where the texts are. A template that depends on more than the first and last characters of a text may render it
-differently with a mark; its texts are then searched for.
+differently with a mark; its texts are then searched for. A tool's result may be encoded: its span is what changes
+with it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-Message = Mapping[str, str]  # role and content
+Message = Mapping[str, Any]  # role and content, and further keys that a template may read
 
 _THINKING_TAG = re.compile(r"</?think(?:ing)?>|</?seed:think>|\[/?THINK\]|<\|(?:START|END)_THINKING\|>")
 _MARKED_AT = (1 / 2, 1 / 4, 3 / 4)  # of a text's length
@@ -68,6 +69,7 @@ def find_messages(
     if starts is None:
         starts = [[match.start() for match in re.finditer(re.escape(piece.text), text)] for piece in pieces]
     placed: dict[_Piece, int] = {}
+    encoded: dict[int, Span] = {}
     dropped: set[int] = set()
     limit = len(text)
     for piece, options in reversed(list(zip(pieces, starts, strict=True))):
@@ -75,14 +77,18 @@ def find_messages(
         is_system = messages[piece.message]["role"] == "system"
         if not before and not (is_system and options):
             if not piece.can_be_dropped:
-                return FoundMessages((), missing=piece.message)
+                span = _encoded(text, messages, piece.message, render)
+                if span is None or span.stop > limit:
+                    return FoundMessages((), missing=piece.message)
+                encoded[piece.message], limit = span, span.start
+                continue
             dropped.add(piece.message)
             continue
         placed[piece] = (before or options)[-1]
         if not is_system:
             limit = placed[piece]
     kept = {piece: at for piece, at in placed.items() if not (piece.can_be_dropped and piece.message in dropped)}
-    spans = tuple(_span(text, index, message, kept) for index, message in enumerate(messages))
+    spans = tuple(encoded.get(index) or _span(text, index, message, kept) for index, message in enumerate(messages))
     return FoundMessages(spans, tuple(sorted(dropped)))
 
 
@@ -129,6 +135,19 @@ def _marked_starts(
         [at - cut for at in found[mark] if at >= cut and text.startswith(piece.text, at - cut)]
         for piece, cut, mark in zip(pieces, cuts, marks, strict=True)
     ]
+
+
+def _encoded(
+    text: str, messages: Sequence[Message], index: int, render: Callable[[Sequence[Message]], str | None]
+) -> Span | None:
+    """Where the result of a tool is that the template encodes, such as JSON with escapes: what changes with it."""
+    if messages[index]["role"] != "tool":
+        return None
+    mark = _unused_characters(text, 1)[0]
+    changed = render([{**each, "content": mark} if n == index else each for n, each in enumerate(messages)])
+    before, found, after = (changed or "").partition(mark)
+    is_around = text.startswith(before) and text.endswith(after) and len(before) + len(after) < len(text)
+    return Span(len(before), len(text) - len(after)) if found and mark not in after and is_around else None
 
 
 def _unused_characters(text: str, count: int) -> list[str]:

@@ -1,13 +1,15 @@
 """Prompt sets: their format, reading and validation. Importing this module loads no torch.
 
 {"name": "a title, optional", "description": "...", "system_prompt": "optional",
- "prompts": [{"id": 1, "text": "...", "note": "optional", "system_prompt": "optional", "any other key": "kept"}]}
+ "prompts": [{"id": 1, "text": "...", "note": "optional", "system_prompt": "optional", "any other key": "kept"},
+             {"id": 2, "messages": [{"role": "user", "content": "..."}, ...]}]}
 
-A bare list of prompts is a prompt set too, and `prompt` another name for `text`.
+A prompt is a text or a conversation. A bare list of prompts is a prompt set too, and `prompt` another name for either.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tlcapture.errors import InputError, StorageError
 from tlcapture.names import PromptId, check_prompt_set, prompt_id_problem
+from tlcapture.prompts.conversations import check_messages, system_prompt_of, text_of
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Datasets
 from tlcapture.storage.validation import first_problem
@@ -28,7 +31,8 @@ class Prompt(BaseModel):
 
     Attributes:
         id: a safe file name (letters, digits, `.`, `_`, `-`) or a whole number; it keeps its type in all files.
-        text: the prompt, not empty.
+        text: the prompt, not empty; for a conversation the text of its last user message.
+        messages: the messages of a conversation (see `prompts/conversations`); empty for a text.
         note: a comment, not given to the model.
         system_prompt: overrides the system prompt of the set and of the experiment.
         fields: all other keys, which metadata hold as `prompt_fields`.
@@ -40,6 +44,7 @@ class Prompt(BaseModel):
 
     id: PromptId
     text: str
+    messages: tuple[dict[str, Any], ...] = ()
     note: str | None = None
     system_prompt: str | None = None
 
@@ -53,8 +58,12 @@ class Prompt(BaseModel):
     def _text_may_be_called_prompt(cls, value: object) -> object:
         if not isinstance(value, dict):
             return value
+        if isinstance(value.get("prompt"), list):
+            value = {("messages" if key == "prompt" else key): each for key, each in value.items()}
+        if value.get("messages", ()) is None:
+            value = {key: each for key, each in value.items() if key != "messages"}
         if "messages" in value:
-            raise ValueError("messages: conversations are not supported: give one text")
+            return _with_text_of_messages(value)
         if "prompt" not in value:
             return value
         if "text" in value:
@@ -73,11 +82,34 @@ class Prompt(BaseModel):
     def _text_is_not_empty(cls, value: str) -> str:
         if not value.strip():
             raise ValueError("text is empty")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise ValueError("text contains half of a surrogate pair, which is not a Unicode character") from None
+        return _unicode(value, "text")
+
+    @field_validator("messages")
+    @classmethod
+    def _messages_are_unicode(cls, value: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        for number, message in enumerate(value, start=1):
+            _unicode(message["content"], f"message {number}: content")
         return value
+
+
+def _unicode(text: str, what: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} contains half of a surrogate pair, which is not a Unicode character") from None
+    return text
+
+
+def _with_text_of_messages(value: dict[Any, Any]) -> dict[Any, Any]:
+    """A conversation with its checked messages, and the text that stands for it."""
+    if "prompt" in value or ("text" in value and value.get("text") is not None):
+        raise ValueError("both messages and text: leave out one of them")
+    if not isinstance(value["messages"], list | tuple):
+        raise ValueError("messages: expected a list")
+    messages = check_messages(value["messages"])
+    if value.get("system_prompt") is not None and system_prompt_of(messages) is not None:
+        raise ValueError("both system_prompt and a system message: leave out one of them")
+    return {**value, "messages": messages, "text": text_of(messages)}
 
 
 class PromptSet(BaseModel):
@@ -123,8 +155,8 @@ class PromptSet(BaseModel):
         return self
 
     def system_prompt_of(self, prompt: Prompt, default: str | None = None) -> str | None:
-        """The prompt's own system prompt, else the set's, else `default` (the experiment's)."""
-        for candidate in (prompt.system_prompt, self.system_prompt):
+        """The prompt's own system prompt or message, else the set's, else `default` (the experiment's)."""
+        for candidate in (prompt.system_prompt, system_prompt_of(prompt.messages), self.system_prompt):
             if candidate is not None:
                 return candidate
         return default
@@ -180,9 +212,13 @@ def mistyped_keys(prompt_set: PromptSet) -> list[str]:
     return list(found)
 
 
-def adhoc(text: str) -> PromptSet:
-    """A single text as prompt 1 of the prompt set `adhoc`."""
+def adhoc(prompts: Sequence[str | Sequence[Any]]) -> PromptSet:
+    """Texts, or lists of messages, as prompts 1, 2, ... of the prompt set `adhoc`."""
     try:
-        return PromptSet(name=ADHOC, description="given on the command line", prompts=[Prompt(id="1", text=text)])
+        made = [
+            Prompt.model_validate({"id": str(number), "text" if isinstance(given, str) else "messages": given})
+            for number, given in enumerate(prompts, start=1)
+        ]
+        return PromptSet(name=ADHOC, description="given on the command line", prompts=made)
     except ValidationError as error:
         raise InputError(f"--prompt: {first_problem(error)}") from None

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from tlcapture.errors import InputError
 from tlcapture.names import PromptId
-from tlcapture.prompts.chat_template import RenderedChat, render_chat, uses_chat_template
+from tlcapture.prompts.chat_template import ADVICE, NO_ARGS, RenderedChat, render_chat, uses_chat_template
+from tlcapture.prompts.conversations import conversation, is_continued
+from tlcapture.prompts.message_spans import Message, Span
+from tlcapture.prompts.spans import (
+    NO_OFFSETS,
+    NO_TEXT,
+    Offsets,
+    Piece,
+    TokenSpan,
+    spans_of_text,
+    unfound,
+)
+from tlcapture.prompts.thinking import thinks
 
 # Decoded texts by tokenizer and token id: one logit lens needs thousands of them, and the next needs the same ones.
 _texts: WeakKeyDictionary[Any, dict[int, str]] = WeakKeyDictionary()
@@ -28,6 +41,11 @@ class TokenizedPrompt:
         chat_template: whether the chat template was applied.
         merged, dropped: what the chat template merged or left out, see `RenderedChat`.
         fields: further keys of the prompt in its set.
+        messages: the messages of a conversation, as given; empty for a text.
+        template_args: values that were given to the chat template.
+        spans: which tokens are which turn, and which the template's.
+        opening: the end of the rendered text, after the last message that is not the assistant's.
+        thinks: whether a response is expected to begin with thinking.
     """
 
     prompt_set: str
@@ -40,6 +58,11 @@ class TokenizedPrompt:
     merged: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     fields: Mapping[str, Any] = field(default_factory=dict)
+    messages: tuple[Message, ...] = ()
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    spans: tuple[TokenSpan, ...] = ()
+    opening: str = ""
+    thinks: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +90,8 @@ def tokenize(
     prompt_id: PromptId,
     system_prompt: str | None = None,
     chat_template: bool | None = None,
+    messages: Sequence[Message] = (),
+    template_args: Mapping[str, Any] = NO_ARGS,
 ) -> TokenizedPrompt:
     """Render and tokenize one prompt.
 
@@ -74,25 +99,49 @@ def tokenize(
     start with exactly one BOS if the tokenizer has a BOS token.
 
     Args:
+        system_prompt: the system message; it takes the place of one in `messages`.
         chat_template: see `uses_chat_template`.
+        messages: a conversation in place of the text. A last assistant message is left open, to be continued.
+        template_args: values for the chat template.
 
     Raises:
-        InputError: the text is not valid Unicode, has no tokens, or the chat template rejects it.
+        InputError: the text is not valid Unicode, has no tokens, the chat template rejects it, or it is a conversation
+            and there is no chat template.
     """
     name = f"prompt {prompt_set}/{prompt_id}"
-    for part in (text, system_prompt or ""):
-        _check_unicode(part, name)
+    turns = conversation(text, messages, system_prompt)
+    for turn in turns:
+        _check_unicode(turn["content"], name)
     templated = uses_chat_template(tokenizer, chat_template)
     if templated:
-        chat = render_chat(tokenizer, _conversation(text, system_prompt))
-        ids = list(tokenizer(chat.text, add_special_tokens=False)["input_ids"])
+        chat = _rendered(tokenizer, turns, template_args)
+        ids, offsets = _with_offsets(tokenizer, chat.text)
+        n_added = 0
     else:
-        chat = RenderedChat(_plain(text, system_prompt), ())
+        if [turn["role"] for turn in turns if turn["role"] != "system"] != ["user"]:
+            raise InputError(f"{name}: a conversation needs a chat template, and none is used here: give one text")
+        chat = _plain_chat(turns)
+        bare, offsets = _with_offsets(tokenizer, chat.text)
         ids = encode(tokenizer, chat.text)
+        n_added = len(ids) - len(bare)
     if not ids:
         raise InputError(f"{name}: its text has no tokens")
+    opening = _opening(turns, chat) if templated else ""
     return TokenizedPrompt(
-        prompt_set, prompt_id, text, chat.text, tuple(ids), system_prompt, templated, chat.merged, chat.dropped
+        prompt_set,
+        prompt_id,
+        text,
+        chat.text,
+        tuple(ids),
+        system_prompt,
+        templated,
+        chat.merged,
+        chat.dropped,
+        messages=tuple(messages),
+        template_args=dict(template_args),
+        spans=tuple(_spans(turns, chat, offsets, n_added)),
+        opening=opening,
+        thinks=templated and thinks(tokenizer, opening),
     )
 
 
@@ -120,7 +169,7 @@ def place_response(
         whole = encode(tokenizer, before + response)
         bare, start = _tokens_from(tokenizer, before + response, len(before))
         return PlacedResponse(tuple(whole), len(whole) - len(bare) + start, templated)
-    messages = [*_conversation(prompt, system_prompt), {"role": "assistant", "content": response}]
+    messages = [*conversation(prompt, (), system_prompt), {"role": "assistant", "content": response}]
     chat = render_chat(tokenizer, messages, add_generation_prompt=False)
     span = chat.spans[-1]
     if span is None:
@@ -194,9 +243,56 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def _conversation(text: str, system_prompt: str | None) -> list[dict[str, str]]:
-    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    return [*system, {"role": "user", "content": text}]
+def _rendered(tokenizer: Any, turns: Sequence[Message], template_args: Mapping[str, Any]) -> RenderedChat:
+    """A conversation up to where the response begins: after a generation prompt, or within the last message."""
+    if not is_continued(turns):
+        return render_chat(tokenizer, turns, template_args=template_args)
+    chat = render_chat(tokenizer, turns, add_generation_prompt=False, template_args=template_args)
+    last = chat.spans[-1]
+    if last is None or any(span is not None and span.start > last.start for span in chat.spans):
+        raise InputError(f"the model's chat template cannot leave the last assistant message open: {ADVICE}")
+    return replace(chat, text=chat.text[: last.stop])
+
+
+def _plain_chat(turns: Sequence[Message]) -> RenderedChat:
+    """A text, with a system prompt before it, as it is."""
+    texts = [turn["content"] for turn in turns if turn["content"] or turn["role"] == "user"]
+    text = "\n\n".join(texts)
+    user = Span(len(text) - len(texts[-1]), len(text))
+    system = Span(0, len(texts[0])) if len(texts) > 1 else None
+    return RenderedChat(text, tuple(system if turn["role"] == "system" else user for turn in turns))
+
+
+def _opening(turns: Sequence[Message], chat: RenderedChat) -> str:
+    others = [
+        span.stop
+        for turn, span in zip(turns, chat.spans, strict=True)
+        if span is not None and not (turn is turns[-1] and turn["role"] == "assistant")
+    ]
+    return chat.text[max(others, default=0) :]
+
+
+def _spans(turns: Sequence[Message], chat: RenderedChat, offsets: Offsets | None, n_added: int) -> list[TokenSpan]:
+    """The spans of a prompt before whose text the tokenizer put `n_added` tokens; turns without text come last."""
+    roles = [turn["role"] for turn in turns]
+    if offsets is None:
+        return [unfound(role, NO_OFFSETS) for role in roles]
+    placed = zip(roles, chat.spans, strict=True)
+    pieces = [Piece(*span, "turn", role) for role, span in placed if span is not None]
+    added = [TokenSpan(kind="template", role=None, start=0, stop=n_added)] if n_added else []
+    found = added + spans_of_text(pieces, len(chat.text), offsets, n_added)
+    return found + [unfound(role, NO_TEXT) for role, span in zip(roles, chat.spans, strict=True) if span is None]
+
+
+def _with_offsets(tokenizer: Any, text: str) -> tuple[list[int], Offsets | None]:
+    """The ids of a text without added special tokens, and the characters of each; `None` where these are unknown."""
+    if getattr(tokenizer, "is_fast", False):
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(found["input_ids"]), found["offset_mapping"]
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    texts = token_texts(tokenizer, ids)
+    ends = list(accumulate(map(len, texts)))
+    return ids, list(zip([0, *ends[:-1]], ends, strict=True)) if "".join(texts) == text else None
 
 
 def _plain(text: str, system_prompt: str | None) -> str:

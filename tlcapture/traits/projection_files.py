@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from tlcapture.names import PromptId
+from tlcapture.prompts.spans import TokenSpan, check_spans
 from tlcapture.storage.files import read_json
 from tlcapture.storage.validation import Count, FileContent, Layer, Number, Share, checked
 from tlcapture.text import as_ranges
@@ -41,6 +42,20 @@ class Scores(FileContent):
     response: list[list[list[Number] | None]]
 
 
+class SpanDynamics(FileContent):
+    """The mean and the dynamics of the trajectory within one span."""
+
+    kind: str
+    role: str | None
+    start: Count
+    stop: Count
+    mean: Number | None
+    peak_velocity: Number | None
+    commitment_point: Count | None = None
+    commitment_shift: Number | None = None
+    commitment_p: Share | None = None
+
+
 class DynamicsRecord(FileContent):
     """The dynamics, as computed when the file was written."""
 
@@ -51,6 +66,7 @@ class DynamicsRecord(FileContent):
     peak_velocity: Number | None = None
     velocity: list[Number] | None = None
     acceleration: list[Number] | None = None
+    by_span: list[SpanDynamics] | None = None
 
 
 class VectorSource(FileContent):
@@ -120,6 +136,7 @@ class ProjectionFile(FileContent):
     projections: Scores
     metadata: ProjectionMetadata
     dynamics: DynamicsRecord | None = None
+    spans: list[TokenSpan] = Field(default_factory=list)
 
     @classmethod
     def read(cls, path: Path) -> ProjectionFile:
@@ -213,6 +230,7 @@ class ProjectionFile(FileContent):
             raise ValueError("its tokens have no scores")
         self._check_metadata(n_layers, n_sublayers)
         self._check_dynamics(len(self.scores))
+        check_spans(self.spans, len(self.tokens))
         return self
 
     def _check_metadata(self, n_layers: int, n_sublayers: int) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from tlcapture.errors import InputError, StorageError
 from tlcapture.names import PromptId
+from tlcapture.prompts.spans import TokenSpan
 from tlcapture.storage.layout import place_of_projection
 from tlcapture.text import as_ranges
 from tlcapture.traits.calibration import Calibration
@@ -38,6 +39,7 @@ class TokenScores:
         layers: the layers that the capture kept.
         commitment_point, persistence: the dynamics; token indices count over the whole sequence.
         calibration: where the vector's examples lie on the scale of the scores; `None` where that is not recorded.
+        spans: which tokens are which turn, thinking or answer; none in files that were written before there were spans.
         definitions: those that the dynamics follow; 1 for files made before they had a number.
     """
 
@@ -56,6 +58,7 @@ class TokenScores:
     persistence: int | None
     calibration: Calibration | None = None
     definitions: int = DEFINITIONS
+    spans: Sequence[TokenSpan] = ()
 
     def __post_init__(self) -> None:
         if self.scores.ndim != 3 or len(self.scores) != len(self.tokens):
@@ -152,4 +155,5 @@ class TokenScores:
             persistence=dynamics.persistence,
             calibration=content.calibration,
             definitions=metadata.definitions,
+            spans=tuple(content.spans),
         )

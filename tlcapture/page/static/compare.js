@@ -70,7 +70,7 @@ tl.views.compare = {
         const box = element("div");
         if (!side.data) return { box: element("p", { className: "note" }, `${side.label}: ${side.count} captures; the band is one standard deviation. First tokens, which are attention sinks, are excluded.`) };
         const strip = tl.strip(box, (index) => moveTo(index - side.data.n_prompt_tokens));
-        strip.show(side.data.tokens, side.data.n_prompt_tokens);
+        strip.show(side.data.tokens, side.data.n_prompt_tokens, side.data.spans);
         strip.paint((index) => colours.diverging(side.y[index], most), (index) => tl.number(side.y[index]));
         return { box, strip, side };
       });

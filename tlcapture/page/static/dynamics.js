@@ -99,6 +99,13 @@ tl.views.dynamics = {
 
     const here = (state) => (state.token === null ? [] : [tl.lineAt(state.token, colours.css("--accent"))]);
 
+    /** The mean over each turn, over thinking and over the answer. */
+    function meansOf(spans) {
+      const known = (spans ?? []).filter(({ mean }) => mean !== null && mean !== undefined);
+      const text = known.map(({ kind, role, mean }) => `${kind === "turn" ? role : kind} ${tl.number(mean)}`).join(", ");
+      return text ? [element("p", { className: "note" }, `Means: ${text}.`)] : [];
+    }
+
     function tell(state, data, own) {
       const { dynamics, vector } = own;
       const point = dynamics.commitment_point;
@@ -112,6 +119,7 @@ tl.views.dynamics = {
       facts.replaceChildren(
         element("p", { className: "note" }, element("b", {}, state.trait), `: ${commits}; peak velocity ${tl.number(dynamics.peak_velocity)}; `
           + `${persists}.${random} Vector: ${vector.method ?? "unknown method"} at layer ${vector.layer}, ${vector.component ?? own.component}, chosen by ${vector.selected_by ?? "an unknown rule"}${score}, from ${vector.experiment ?? "an unknown experiment"} (${vector.model ?? "unknown model"}).`),
+        ...meansOf(dynamics.by_span),
         ...own.warnings.map((warning) => element("p", { className: "warning" }, warning)));
     }
 

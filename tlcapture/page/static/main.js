@@ -23,8 +23,8 @@
       byId("status").replaceChildren(painted.what ? `Colour: ${painted.what}. ` : "", "Choose a token with the mouse or the arrow keys.");
       return;
     }
-    const part = now.token < data.n_prompt_tokens ? "prompt" : "response";
-    byId("status").replaceChildren("token ", element("b", {}, `${now.token} ${tl.quoted(data.tokens[now.token])}`), ` of the ${part}`,
+    const part = now.token < data.n_prompt_tokens ? "prompt" : "response", name = tl.spanNames(data.tokens.length, data.spans)[now.token];
+    byId("status").replaceChildren("token ", element("b", {}, `${now.token} ${tl.quoted(data.tokens[now.token])}`), ` of the ${part}${name ? `, ${name}` : ""}`,
       painted.what ? `; ${painted.what}: ` : "", element("b", {}, painted.textOf(now.token)));
   }
 
@@ -92,7 +92,7 @@
       drawHeader(settled);
       const readable = Boolean(data?.tokens) && !Kind.ownText && !Kind.withoutPrompt;
       byId("reading").classList.toggle("without", !readable);
-      if (data?.tokens && data !== before) strip.show(data.tokens, data.n_prompt_tokens);
+      if (data?.tokens && data !== before) strip.show(data.tokens, data.n_prompt_tokens, data.spans);
       if (!data?.tokens && !Kind.withoutPrompt) throw new source.Missing(data?.missing ?? { what: "no data for this prompt" });
       if (viewName !== now.view || !view) {
         fresh();

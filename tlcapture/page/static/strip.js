@@ -1,19 +1,30 @@
 "use strict";
+/** What each token is: the role of its turn, or thinking, answer or template; null where that is not known. */
+tl.spanNames = (nTokens, spans) => {
+  const names = Array(nTokens).fill(null);
+  for (const { kind, role, start, stop } of spans ?? []) if (start !== null) names.fill(kind === "turn" ? role : kind, start, stop);
+  return names;
+};
+
 // The text of a capture, token by token, in the colours of the view.
 tl.strip = (container, choose) => {
   const { element } = tl;
-  let spans = [];
+  let spans = [], names = [];
   container.addEventListener("click", (event) => {
     const token = event.target.closest(".token");
     if (token) choose(Number(token.dataset.token));
   });
   return {
-    /** Show tokens; the response starts at index `nPrompt`. */
-    show(tokens, nPrompt) {
-      spans = tokens.map((token, index) => element("span", { className: index < nPrompt ? "token prompt" : "token", "data-token": String(index) },
+    /** Show tokens, underlined by what they are where that is known; the response starts at index `nPrompt`. */
+    show(tokens, nPrompt, known) {
+      names = tl.spanNames(tokens.length, known);
+      const kindOf = (index) => (names[index] ? ` of-${names[index]}` : "");
+      spans = tokens.map((token, index) => element("span", { className: `${index < nPrompt ? "token prompt" : "token"}${kindOf(index)}`, "data-token": String(index) },
         tl.visible(token), token.includes("\n") ? "\n" : null));
       const children = [...spans];
       if (nPrompt < tokens.length) children.splice(nPrompt, 0, element("span", { className: "boundary" }, "response"));
+      const kinds = [...new Set(names)].filter(Boolean);
+      if (kinds.length) children.push(element("div", { className: "legend" }, kinds.map((name) => element("span", { className: `of-${name}` }, name))));
       container.replaceChildren(...children);
       container.className = "strip";
     },
@@ -21,7 +32,7 @@ tl.strip = (container, choose) => {
     paint(colourOf, textOf = () => "") {
       spans.forEach((span, index) => {
         span.style.backgroundColor = colourOf(index);
-        span.title = `${index} ${textOf(index)}`;
+        span.title = `${index} ${names[index] ? `${names[index]} ` : ""}${textOf(index)}`;
       });
     },
     choose(index) {

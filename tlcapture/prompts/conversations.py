@@ -1,0 +1,68 @@
+"""Conversations: the messages of a prompt, checked. Loads no torch.
+
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How do tides work?"}]
+
+Roles are system, user, assistant and tool. A last assistant message is the beginning of the response, which goes on
+from there. Further keys of a message, such as `tool_calls`, are given to the chat template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tlcapture.prompts.message_spans import Message
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def check_messages(messages: Sequence[Any]) -> tuple[Message, ...]:
+    """The messages of a conversation; raises `ValueError` for an invalid one, with its number."""
+    if not messages:
+        raise ValueError("messages: expected at least one")
+    checked = tuple(_checked(number, message) for number, message in enumerate(messages, start=1))
+    if checked[-1]["role"] == "assistant" and not checked[-1]["content"].strip():
+        raise ValueError(f"message {len(checked)}: the last assistant message is empty: leave it out")
+    return checked
+
+
+def system_prompt_of(messages: Sequence[Message]) -> str | None:
+    """The text of the system message of a conversation, if it has one."""
+    return str(messages[0]["content"]) if messages and messages[0]["role"] == "system" else None
+
+
+def conversation(text: str, messages: Sequence[Message], system_prompt: str | None) -> list[Message]:
+    """The messages of a prompt, a text or a conversation, with `system_prompt` as their system message, if any."""
+    turns = list(messages) or [{"role": "user", "content": text}]
+    if system_prompt is None:
+        return turns
+    own = turns[0] if turns[0]["role"] == "system" else {"role": "system"}
+    return [{**own, "content": system_prompt}, *(turns[1:] if turns[0]["role"] == "system" else turns)]
+
+
+def text_of(messages: Sequence[Message]) -> str:
+    """The text that stands for a conversation where one is shown: the last one of a user, else the last of all."""
+    of_user = [message["content"] for message in messages if message["role"] == "user"]
+    return str((of_user or [messages[-1]["content"]])[-1])
+
+
+def is_continued(messages: Sequence[Message]) -> bool:
+    """Whether a response goes on from the last message rather than beginning a new one."""
+    return bool(messages) and messages[-1]["role"] == "assistant"
+
+
+def _checked(number: int, message: Any) -> Message:
+    name = f"message {number}"
+    if not isinstance(message, Mapping) or not all(isinstance(key, str) for key in message):
+        raise ValueError(f'{name}: expected {{"role", "content"}}, got {type(message).__name__}')
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise ValueError(f"{name}: role {role!r}: expected one of {', '.join(ROLES)}")
+    others = {key: value for key, value in message.items() if key not in ("role", "content") and value is not None}
+    if content is None and others and role == "assistant":
+        content = ""  # a message that only calls tools
+    if not isinstance(content, str):
+        raise ValueError(f"{name}: content: expected a text, got {type(content).__name__}")
+    if not content.strip() and role in ("user", "tool"):
+        raise ValueError(f"{name}: content is empty")
+    return {"role": role, "content": content, **others}

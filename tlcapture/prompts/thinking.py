@@ -1,0 +1,311 @@
+"""Where the thinking of a response ends and its answer begins. Loads no torch.
+
+Markers of thinking are taken from the tokenizer's `response_template` (which transformers' `parse_response` reads),
+else from how the chat template renders an assistant message with `reasoning_content`, else from the table below.
+The end of the prompt is read too, since some templates open the thinking there, or close it at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
+
+from tlcapture.prompts.spans import Kind, Piece, TokenSpan, spans_of_text
+
+RESPONSE_TEMPLATE, REASONING_CONTENT, TABLE = "response_template", "reasoning_content", "table"
+THINKING_TOKENS = 1024  # of a response by default: a thinking model answers a short question within about a thousand
+
+_QUESTION, _THOUGHT, _ANSWER = "tlcapture question", "tlcapture thought", "tlcapture answer"
+_FIELDS_OF_THINKING = ("thinking", "reasoning_content", "reasoning")
+_PART, _MOST_PARTS = "\ufffd", 4  # what a token of some bytes of a character decodes to; characters have up to 4 bytes
+_TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|◁[^◁▷\s]+▷")
+
+_cached: WeakKeyDictionary[Any, tuple[Any, ThinkingMarkers | None]] = WeakKeyDictionary()
+
+
+class _Field(NamedTuple):
+    """A part of a response between two markers; one without an end goes on to the end of the response."""
+
+    kind: Literal["thinking", "answer"]
+    open: Any  # a compiled pattern, of the module re or regex
+    close: Any | None
+
+
+@dataclass(frozen=True)
+class ThinkingMarkers:
+    """How the parts of a response are marked.
+
+    Attributes:
+        source: `response_template`, `reasoning_content` or `table`.
+        fields: the marked parts.
+        rest: the kind of text outside of them.
+        rest_end: what ends such text, if anything does.
+        anchor: where the response begins in the prompt's last part; the whole of it is read where there is none.
+    """
+
+    source: str
+    fields: tuple[_Field, ...]
+    rest: Literal["answer", "template"] = "answer"
+    rest_end: Any | None = None
+    anchor: Any | None = None
+
+    def pieces(self, opening: str, response: str) -> list[Piece]:
+        """The thinking and the answer within a response, as runs of its characters.
+
+        `opening` is the end of the prompt: what comes after the last message that is not the assistant's.
+        """
+        text, n_before = opening + response, len(opening)
+        start = 0
+        if self.anchor is not None:
+            start = max((match.end() for match in self.anchor.finditer(opening)), default=0)
+        found = []
+        for kind, begin, end in self._regions(text, start, n_before):
+            begin, end = max(0, begin - n_before), end - n_before
+            if kind != "template" and begin < end:
+                found.append(Piece(begin, end, kind, "assistant"))
+        return found
+
+    def thinks(self, opening: str) -> bool:
+        """Whether a response after this end of a prompt begins with thinking, as far as the template says."""
+        fields = [each for each in self.fields if each.kind == "thinking"]
+        opened = max((match.end() for each in fields for match in each.open.finditer(opening)), default=-1)
+        closed = max(
+            (match.end() for each in fields if each.close for match in each.close.finditer(opening)), default=-1
+        )
+        if opened >= 0:
+            return closed <= opened
+        return self.source != TABLE
+
+    def to_json(self) -> dict[str, Any]:
+        """The markers as metadata hold them."""
+        field = next(each for each in self.fields if each.kind == "thinking")
+        close = {} if field.close is None else {"close": _readable(field.close)}
+        return {"markers": self.source, "open": _readable(field.open), **close}
+
+    def _regions(self, text: str, at: int, n_before: int) -> Iterator[tuple[Kind, int, int]]:
+        """Kind, start and stop of all parts, without the white space next to markers."""
+        after_marker = False
+        while True:
+            opens = [(match.start(), -len(match[0]), field, match) for field, match in self._opens(text, at, n_before)]
+            following = min(opens, key=lambda each: each[:2], default=None)
+            stop = len(text) if following is None else following[0]
+            for begin, end in self._unmarked(text, at, stop):
+                yield self.rest, *_trimmed(text, begin, end, start=after_marker or begin > at, stop=end < len(text))
+            if following is None:
+                return
+            field, match = following[2:]
+            close = None if field.close is None else field.close.search(text, match.end())
+            end = len(text) if close is None else close.start()
+            yield field.kind, *_trimmed(text, match.end(), end, start=True, stop=close is not None)
+            if close is None:
+                return
+            at, after_marker = max(close.end(), match.end()), True
+
+    def _opens(self, text: str, at: int, n_before: int) -> Iterator[tuple[_Field, Any]]:
+        for field in self.fields:
+            match = field.open.search(text, at)
+            # The table is a guess: an answer may mention such a marker.
+            is_certain = self.source != TABLE or field.kind == "answer"
+            if match and match[0] and (is_certain or not text[n_before : match.start()].strip()):
+                yield field, match
+
+    def _unmarked(self, text: str, at: int, stop: int) -> Iterator[tuple[int, int]]:
+        for match in self.rest_end.finditer(text, at, stop) if self.rest_end is not None else ():
+            if match[0]:
+                yield at, match.start()
+                at = match.end()
+        yield at, stop
+
+
+def _literal(kind: Literal["thinking", "answer"], opening: str, *closing: str) -> _Field:
+    close = re.compile("|".join(map(re.escape, closing))) if closing else None
+    return _Field(kind, re.compile(re.escape(opening)), close)
+
+
+def _channels(source: str) -> ThinkingMarkers:
+    """gpt-oss's harmony format: the channel `analysis` is thinking, all others are the answer."""
+    message = re.compile(r"<\|channel\|>[^\n]*?<\|message\|>")
+    return ThinkingMarkers(
+        source,
+        (
+            _literal("thinking", "<|channel|>analysis<|message|>", "<|end|>"),
+            _Field("answer", message, re.compile(r"<\|(?:end|return|call)\|>")),
+        ),
+        rest="template",
+    )
+
+
+_TAGS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("◁think▷", "◁/think▷"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel>thought\n", "<channel|>"),
+)
+_RESPONSE = _literal("answer", "<|START_RESPONSE|>", "<|END_RESPONSE|>")
+_TABLE = (
+    _channels(TABLE),
+    *(ThinkingMarkers(TABLE, (_literal("thinking", *tags), _RESPONSE)) for tags in _TAGS),
+)
+
+
+def response_spans(
+    tokenizer: Any, opening: str, token_ids: Sequence[int], tokens: Sequence[str], first: int, *, stopped: bool
+) -> tuple[list[TokenSpan], dict[str, Any] | None]:
+    """The spans of a response, and the markers of thinking as metadata hold them.
+
+    Args:
+        opening: see `ThinkingMarkers.pieces`.
+        token_ids, tokens: the response's tokens, and their texts.
+        first: the index of its first token.
+        stopped: whether the last token is a stop token, which belongs to no text.
+
+    The markers are `None` where the model has none that the tokenizer tells of, and the response none of the table.
+    """
+    if not tokens:
+        return [], None
+    whole, offsets = _with_offsets(tokenizer, token_ids, tokens)
+    length = offsets[-1][0] if stopped else len(whole)
+    response = whole[:length]
+    markers = thinking_markers(tokenizer) or _table_entry(opening, response)
+    pieces = [Piece(0, length, "answer", "assistant")] if markers is None else markers.pieces(opening, response)
+    spans = spans_of_text([each for each in pieces if each.start < each.stop], len(whole), offsets, first)
+    return spans, None if markers is None else markers.to_json()
+
+
+def _with_offsets(tokenizer: Any, token_ids: Sequence[int], tokens: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
+    """The text of tokens, and the characters of each; tokens that share a character have the same ones."""
+    text, offsets, at = "", [], 0
+    while at < len(tokens):
+        end, piece = at + 1, tokens[at]
+        if piece.endswith(_PART):
+            for end in range(at + 1, min(at + 1 + _MOST_PARTS, len(tokens) + 1)):
+                piece = str(tokenizer.decode(list(token_ids[at:end]), clean_up_tokenization_spaces=False))
+                if not piece.endswith(_PART):
+                    break
+        offsets += [(len(text), len(text) + len(piece))] * (end - at)
+        text, at = text + piece, end
+    return text, offsets
+
+
+def thinks(tokenizer: Any, opening: str) -> bool:
+    """Whether a response after this end of a prompt is expected to begin with thinking."""
+    markers = thinking_markers(tokenizer) or _table_entry(opening, "")
+    return markers is not None and markers.thinks(opening)
+
+
+def thinking_markers(tokenizer: Any) -> ThinkingMarkers | None:
+    """The markers that a tokenizer tells of; `None` where only the table is left."""
+    state = (getattr(tokenizer, "chat_template", None), getattr(tokenizer, "response_template", None))
+    if tokenizer not in _cached or _cached[tokenizer][0] != state:
+        found = _of_response_template(tokenizer) or _of_rendering(tokenizer)
+        _cached[tokenizer] = state, found
+    return _cached[tokenizer][1]
+
+
+def _table_entry(opening: str, response: str) -> ThinkingMarkers | None:
+    """The entry of the table whose thinking is open at the end of the prompt, or with which the response begins."""
+    for entry in _TABLE:
+        opens = entry.fields[0].open
+        match = opens.search(opening + response)
+        if match and not response[: max(0, match.start() - len(opening))].strip():
+            return entry
+    return None
+
+
+def _of_response_template(tokenizer: Any) -> ThinkingMarkers | None:
+    template = getattr(tokenizer, "response_template", None)
+    if not isinstance(template, Mapping):
+        return None
+    try:
+        from transformers.utils.chat_parsing.response_templates import load_response_template
+
+        spec = load_response_template(dict(template))
+    except (ImportError, ValueError, TypeError):  # an earlier transformers, or a template of another version
+        return None
+    fields = [
+        _Field("thinking" if name in _FIELDS_OF_THINKING else "answer", field.open_re, field.close_re)
+        for name, field in spec.fields.items()
+        if field.open_re is not None
+    ]
+    if not any(field.kind == "thinking" for field in fields):
+        return None
+    if spec.implicit is None:
+        return ThinkingMarkers(RESPONSE_TEMPLATE, tuple(fields), "template", None, spec.start_anchor_re)
+    end = spec.fields[spec.implicit].close_re
+    return ThinkingMarkers(RESPONSE_TEMPLATE, tuple(fields), "answer", end, spec.start_anchor_re)
+
+
+def _of_rendering(tokenizer: Any) -> ThinkingMarkers | None:
+    """The markers around `reasoning_content` in the chat template's rendering."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    user = {"role": "user", "content": _QUESTION}
+    bare, prompt = _rendered(tokenizer, [user], False), _rendered(tokenizer, [user], True)
+    for key in ("reasoning_content", "thinking"):
+        answer = {"role": "assistant", "content": _ANSWER, key: _THOUGHT}
+        whole = _rendered(tokenizer, [user, answer], False) or ""
+        if whole.count(_THOUGHT) == 1 and whole.find(_ANSWER) > whole.find(_THOUGHT) and prompt is not None:
+            return _between(whole, prompt, bare or "")
+    return None
+
+
+def _between(whole: str, prompt: str, bare: str) -> ThinkingMarkers | None:
+    """The markers in a rendering of a thought and an answer, given those of the question with and without a prompt."""
+    thought, answer = whole.index(_THOUGHT), whole.index(_ANSWER)
+    before = _n_shared(whole[:thought], prompt)
+    opening = whole[before:thought].strip() or _last_tag(whole[:thought])
+    closing = whole[thought + len(_THOUGHT) : answer]
+    end = _TAG.search(closing)
+    if not opening or end is None:
+        return None
+    close = closing[: end.end()].strip()
+    header = prompt[_n_shared(prompt, bare) :].strip()
+    following = closing[end.end() :].strip().removeprefix(header).strip()
+    if not following:
+        return ThinkingMarkers(REASONING_CONTENT, (_literal("thinking", opening, close),))
+    after = _TAG.search(whole, answer + len(_ANSWER))
+    ends = [close, *([after[0]] if after else [])]
+    if opening.startswith("<|channel|>"):
+        return _channels(REASONING_CONTENT)
+    fields = (_literal("thinking", opening, close), _literal("answer", following, *ends))
+    return ThinkingMarkers(REASONING_CONTENT, fields, rest="template")
+
+
+def _n_shared(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (left, right) in pairs if left != right), min(len(one), len(other)))
+
+
+def _last_tag(text: str) -> str:
+    tags = list(_TAG.finditer(text.rstrip()))
+    return tags[-1][0] if tags and tags[-1].end() == len(text.rstrip()) else ""
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str | None:
+    conversation = [dict(message) for message in messages]
+    try:
+        return str(
+            tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
+        )
+    except Exception:  # a template can raise whatever Python raises
+        return None
+
+
+def _trimmed(text: str, begin: int, end: int, *, start: bool, stop: bool) -> tuple[int, int]:
+    """A run of characters without the white space next to a marker, where one is at its start or stop."""
+    while start and begin < end and text[begin].isspace():
+        begin += 1
+    while stop and begin < end and text[end - 1].isspace():
+        end -= 1
+    return begin, end
+
+
+def _readable(pattern: Any) -> str:
+    return re.sub(r"\\(.)", r"\1", pattern.pattern) if "\\n" not in pattern.pattern else str(pattern.pattern)
