@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.provenance import now
@@ -42,7 +44,7 @@ class ExistingProjections:
 
 def vector_chooser(run: Run, choice: VectorChoice) -> VectorChooser:
     """A chooser of vectors whose failures and warnings are reported on a run."""
-    return VectorChooser(run.layout, choice, on_chosen=partial(_report, run))
+    return VectorChooser(run.layout, choice, on_chosen=partial(report_choice, run))
 
 
 def without_projection(
@@ -83,7 +85,8 @@ def _recorded_source(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _report(run: Run, chosen: ChosenVectors) -> None:
+def report_choice(run: Run, chosen: ChosenVectors) -> None:
+    """Report the failures and warnings of a choice of vectors on a run."""
     for trait, error in chosen.failures:
         run.failed(str(trait), error)
     _warn_together([(each.vector.trait, each.selection.warning) for each in chosen.vectors], run)
@@ -95,6 +98,10 @@ class ChanceLevels:
 
     run: Run
     _made: dict[Hashable, RandomDirections] = field(default_factory=dict)
+
+    def reporting_to(self, run: Run) -> ChanceLevels:
+        """The same, whose warnings go to another run."""
+        return replace(self, run=run)
 
     def of(self, capture: Capture, chosen: Sequence[ChosenVector]) -> RandomDirections | None:
         """The directions for a capture and the vectors that it is projected onto; `None` without vectors."""
@@ -125,8 +132,9 @@ def project_capture(
     only: bool = False,
     centred: bool = False,
     overwrite: bool = False,
+    device: torch.device | None = None,
 ) -> list[Projection]:
-    """Project a capture onto vectors and write a file for each; returns the projections.
+    """Project a capture onto vectors, on a device, and write a file for each; returns the projections.
 
     Where `only` projections are kept, the files hold the capture's metadata too. If `centred`, the mean activation of
     each vector's training examples is subtracted first.
@@ -140,7 +148,7 @@ def project_capture(
     pairs = [(each.vector, each.selection) for each in chosen]
     prompt, response = capture.prompt.residual, capture.response.residual
     centre = partial(mean_activation, layout.root) if centred else None
-    projections = project(prompt, response, pairs, random=levels.of(capture, chosen), centre=centre)
+    projections = project(prompt, response, pairs, random=levels.of(capture, chosen), centre=centre, device=device)
     notes = [each.notes(capture.metadata) for each in chosen]
     doubts = [(each.vector.trait, note) for each, found in zip(chosen, notes, strict=True) for note in found]
     _warn_together(doubts, run)
