@@ -17,8 +17,8 @@ from tlcapture.errors import NumericalError, StorageError
 from tlcapture.models.loading import Model
 from tlcapture.names import PromptId
 from tlcapture.prompts.tokenization import token_texts
-from tlcapture.runs.background_writer import Write
 from tlcapture.runs.existing_files import is_readable
+from tlcapture.shapes import Residual
 from tlcapture.storage.files import Written, remove, write_json, write_tensors
 from tlcapture.storage.layout import Layout, derived_files
 from tlcapture.views.attention import attention_hooks, attention_view
@@ -26,8 +26,10 @@ from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import hook
 from tlcapture.views.internals import internals_hooks, internals_view
 from tlcapture.views.kept_points import KeptPoints
-from tlcapture.views.logit_lens import logit_lens_hooks, logit_lens_view
+from tlcapture.views.logit_lens import LogitLens, logit_lens_hooks, logit_lens_view
 from tlcapture.views.residual import residual_hooks
+
+Write = Callable[[], Written]
 
 # Advice for a file at the path of a capture that cannot be read as one.
 REPLACE = "use --overwrite to replace it and all files derived from it"
@@ -170,6 +172,7 @@ def add_ons(
     cache: Cache,
     residual_cache: Cache | None,
     save_dtype: str,
+    lens: LogitLens | None = None,
 ) -> Iterator[Write]:
     """Compute the add-ons of a capture one after another; yields a function that writes each one's file.
 
@@ -178,6 +181,7 @@ def add_ons(
         residual_cache: the computed residual stream for the logit lens; `None` to use that of the capture, which is
             rounded to the dtype in which it was saved.
         save_dtype: the dtype of internals in their files, or `auto`.
+        lens: the logit lens, where it was computed already.
     """
     names: dict[str, Any] = {"prompt_id": capture.prompt_id, "prompt_set": capture.prompt_set}
     where = (capture.prompt_set, capture.prompt_id)
@@ -188,17 +192,16 @@ def add_ons(
             layout.attention(*where), view.to_json(**names, tokens=tokens, n_prompt_tokens=n_prompt)
         )
     if wanted.logit_lens:
-        lens = logit_lens_view(
+        found = lens or lens_of(
+            model,
+            capture.token_ids,
             lambda layer: (
                 capture.residual(layer) if residual_cache is None else residual_cache[hook("residual_out", layer)]
             ),
-            model.n_layers,
-            capture.token_ids,
-            model.unembed,
         )
         yield lambda: write_json(
             layout.logit_lens(*where),
-            lens.to_json(
+            found.to_json(
                 **names,
                 tokens=tokens,
                 n_prompt_tokens=n_prompt,
@@ -208,6 +211,11 @@ def add_ons(
     for layer in wanted.internals:
         path, content = layout.internals(*where, layer), _internals_content(capture, cache, layer)
         yield partial(_write_internals, path, content, save_dtype)
+
+
+def lens_of(model: Model, token_ids: Sequence[int], residual_out: Callable[[int], Residual]) -> LogitLens:
+    """The logit lens of tokens, computed where the model's unembedding is; `residual_out` gives that of a layer."""
+    return logit_lens_view(residual_out, model.n_layers, token_ids, model.unembed, device=model.last_device)
 
 
 def _write_internals(path: Path, content: dict[str, Any], save_dtype: str) -> Written:

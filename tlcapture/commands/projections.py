@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.provenance import now
 from tlcapture.commands.capture_records import CaptureRecord
-from tlcapture.errors import StorageError
+from tlcapture.errors import StorageError, TlcaptureError
 from tlcapture.names import PromptId, Trait
 from tlcapture.runs.existing_files import check_replaceable, is_readable
+from tlcapture.runs.display import Display
+from tlcapture.runs.report import CollectingReport, Done
 from tlcapture.runs.run import Run
 from tlcapture.storage.files import read_json, write_json
 from tlcapture.storage.layout import Layout
@@ -45,7 +48,7 @@ class ExistingProjections:
 
 def vector_chooser(run: Run, choice: VectorChoice) -> VectorChooser:
     """A chooser of vectors whose failures and warnings are reported on a run."""
-    return VectorChooser(run.layout, choice, on_chosen=partial(_report, run))
+    return VectorChooser(run.layout, choice, on_chosen=partial(report_choice, run))
 
 
 def without_projection(
@@ -86,7 +89,8 @@ def _recorded_source(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _report(run: Run, chosen: ChosenVectors) -> None:
+def report_choice(run: Run, chosen: ChosenVectors) -> None:
+    """Report the failures and warnings of a choice of vectors on a run."""
     for trait, error in chosen.failures:
         run.failed(str(trait), error)
     _warn_together([(each.vector.trait, each.selection.warning) for each in chosen.vectors], run)
@@ -98,6 +102,10 @@ class ChanceLevels:
 
     run: Run
     _made: dict[Hashable, RandomDirections] = field(default_factory=dict)
+
+    def reporting_to(self, run: Run) -> ChanceLevels:
+        """The same, whose warnings go to another run."""
+        return replace(self, run=run)
 
     def of(self, capture: Capture, chosen: Sequence[ChosenVector]) -> RandomDirections | None:
         """The directions for a capture and the vectors that it is projected onto; `None` without vectors."""
@@ -128,11 +136,12 @@ def project_capture(
     only: bool = False,
     centred: bool = False,
     overwrite: bool = False,
+    scores: Sequence[Tensor] | None = None,
 ) -> list[Projection]:
     """Project a capture onto vectors and write a file for each; returns the projections.
 
     Where `only` projections are kept, the files hold the capture's metadata too. If `centred`, the mean activation of
-    each vector's training examples is subtracted first.
+    each vector's training examples is subtracted first. `scores` are those of `scores_of`, where they are known.
 
     Raises:
         StorageError: a file to be replaced cannot be read, and `overwrite` is not set; none was written.
@@ -143,7 +152,8 @@ def project_capture(
     pairs = [(each.vector, each.selection) for each in chosen]
     prompt, response = capture.prompt.residual, capture.response.residual
     centre = partial(mean_activation, layout.root) if centred else None
-    projections = project(prompt, response, pairs, random=levels.of(capture, chosen), centre=centre)
+    random = levels.of(capture, chosen)
+    projections = project(prompt, response, pairs, random=random, centre=centre, scores=scores)
     notes = [each.notes(capture.metadata) for each in chosen]
     doubts = [(each.vector.trait, note) for each, found in zip(chosen, notes, strict=True) for note in found]
     _warn_together(doubts, run)
@@ -166,6 +176,34 @@ def span_dynamics(projections: Sequence[Projection], capture: Capture) -> list[l
         return []
     trajectories = [projection.trajectory.double().numpy() for projection in projections]
     return by_span(np.stack(trajectories), capture.spans)
+
+
+@dataclass(frozen=True)
+class ProjectionTask:
+    """The projection of a saved capture by another process: its file, the vectors, and the scores."""
+
+    layout: Layout
+    raw: Path
+    chosen: Sequence[ChosenVector]
+    scores: Sequence[Tensor]
+    overwrite: bool
+
+    def do(self) -> tuple[Done, TlcaptureError | None]:
+        """Write the projections; returns what was done, and the error that ended it."""
+        report, error = CollectingReport(self.layout.folder), None
+        run = Run(self.layout, report, Display())
+        levels = _levels_of(self.layout).reporting_to(run)
+        try:
+            capture = Capture.open(self.raw)
+            project_capture(run, capture, self.chosen, levels, overwrite=self.overwrite, scores=self.scores)
+        except TlcaptureError as found:
+            error = found
+        return report.drain(), error
+
+
+@lru_cache(maxsize=1)
+def _levels_of(layout: Layout) -> ChanceLevels:
+    return ChanceLevels(Run.silent(layout))
 
 
 def _path(layout: Layout, capture: Capture, vector: TraitVector) -> Path:

@@ -159,12 +159,14 @@ def project(
     *,
     random: RandomDirections | None = None,
     centre: Callable[[TraitVector], Vector] | None = None,
+    scores: Sequence[Tensor] | None = None,
 ) -> list[Projection]:
     """Project prompt and response onto vectors of one component, in one matrix product each.
 
     Args:
         random: directions whose dynamics and rises are measured too, as a chance level.
         centre: the mean activation at a vector's layer, to subtract from all activations before they are projected.
+        scores: those of `scores_of`, where they were computed already.
 
     Raises:
         VectorError: a vector has another width than the activations, or a layer that the model does not have or the
@@ -180,7 +182,7 @@ def project(
     vectors = [vector for vector, _ in chosen]
     sublayers = prompt.kept.points if component == "residual" else ("attn_out",)
     layers = prompt.kept.layers if component == "residual" else prompt.output_layers
-    scores = [_scores(part, component, unit_directions(vectors)) for part in (prompt, response)]
+    scores = scores_of(prompt, response, vectors) if scores is None else scores
     at_own_layer = _own_layers(prompt, response, component, vectors) if random or centre else {}
     centred = [None] * len(vectors) if centre is None else _subtract(scores, vectors, at_own_layer, centre)
     n_prompt = prompt.n_tokens
@@ -193,6 +195,18 @@ def project(
         )
         for row, ((vector, selection), found) in enumerate(zip(chosen, motion.dynamics(), strict=True))
     ]
+
+
+def scores_of(
+    prompt: ResidualStream, response: ResidualStream, vectors: Sequence[TraitVector], device: torch.device | None = None
+) -> list[Tensor]:
+    """The scores `[n_vectors, n_tokens, n_layers, n_sublayers]` of prompt and of response, in one matrix product each.
+
+    They are NaN for a layer without activations. `device` is where the products are computed, by default where the
+    activations are. Raises `NumericalError` for NaN or inf among the activations.
+    """
+    directions = unit_directions(vectors).to(prompt.points.device if device is None else device)
+    return [_scores(part, vectors[0].component, directions) for part in (prompt, response)]
 
 
 def check_fits(vector: TraitVector, n_layers: int, d_model: int) -> None:
@@ -291,9 +305,11 @@ def _scores(part: ResidualStream, component: str, directions: Vectors) -> Float[
 
 
 def _products(activations: Tensor, directions: Vectors) -> Tensor:
+    """Products on the device of the directions, to which all activations are moved together."""
+    activations = activations.to(directions.device)
     # In pieces: float32 takes twice the memory of stored activations.
     rows = max(1, _PIECE // max(1, activations[0].numel()))
-    products = torch.cat([piece.float() @ directions.T for piece in activations.split(rows)])
+    products = torch.cat([piece.float() @ directions.T for piece in activations.split(rows)]).cpu()
     if not products.isfinite().all():
         raise NumericalError("a projection is NaN or inf: the captured activations are damaged")
     return products
