@@ -135,8 +135,9 @@ def project_capture(
         StorageError: a file to be replaced cannot be read, and `overwrite` is not set; none was written.
     """
     layout = run.layout
-    for each in chosen:
-        check_replaceable(layout, _path(layout, capture, each.vector), overwrite=overwrite)
+    paths = [_path(layout, capture, each.vector) for each in chosen]
+    for path in paths:
+        check_replaceable(layout, path, overwrite=overwrite)
     pairs = [(each.vector, each.selection) for each in chosen]
     prompt, response = capture.prompt.residual, capture.response.residual
     centre = partial(mean_activation, layout.root) if centred else None
@@ -144,12 +145,12 @@ def project_capture(
     notes = [each.notes(capture.metadata) for each in chosen]
     doubts = [(each.vector.trait, note) for each, found in zip(chosen, notes, strict=True) for note in found]
     _warn_together(doubts, run)
-    for projection, found in zip(projections, notes, strict=True):
-        vector = projection.vector
-        content = _file_content(layout, capture, projection, [f"{vector.trait}: {note}" for note in found])
+    for path, projection, found in zip(paths, projections, notes, strict=True):
+        named = [f"{projection.vector.trait}: {note}" for note in found]
+        content = _file_content(layout, capture, projection, named)
         if only:
             content["metadata"]["capture"] = dict(capture.metadata)
-        run.wrote(write_json(_path(layout, capture, vector), content))
+        run.wrote(write_json(path, content))
     return projections
 
 
