@@ -38,10 +38,10 @@ _CALLS = {
 
 
 class Worker:
-    """A process of one checkout, which runs workloads and reports their durations."""
+    """A process of one checkout, which runs a script's workloads and reports their durations."""
 
-    def __init__(self, tree: Path, processor_time: bool):
-        command = [sys.executable, str(_HERE / "driver.py"), "--worker", str(tree.resolve())]
+    def __init__(self, tree: Path, processor_time: bool, script: Path = Path(__file__)):
+        command = [sys.executable, str(script), "--worker", str(tree.resolve())]
         environment = dict(os.environ)
         if processor_time:
             command.append("--processor-time")
@@ -118,8 +118,13 @@ def work(tree: Path, clock: Callable[[], float]) -> None:
         "call": lambda: steps(1, lambda state, one: model.tl(one, past_kv_cache=state)),
         "generate": lambda: lambda: model.tl.generate(prompts(1), **options),
     }
+    serve(lambda name: prepared[name](), clock)
+
+
+def serve(prepare: Callable[[str], Callable[[], object]], clock: Callable[[], float]) -> None:
+    """Read names of workloads from standard input, and write their durations to standard output."""
     for line in sys.stdin:
-        run = prepared[line.strip()]()
+        run = prepare(line.strip())
         start = clock()
         run()
         print(f"{_SECONDS}{clock() - start}", flush=True)
@@ -149,12 +154,12 @@ def main(baseline: Path | None, rounds: int, only: str, processor_time: bool, wo
     try:
         for name, (what, must) in _OLD_AND_NEW.items():
             if name in chosen and baseline is not None:
-                times = _in_turn({tree: (worker, name) for tree, worker in workers.items()}, rounds)
+                times = in_turn_by_worker({tree: (worker, name) for tree, worker in workers.items()}, rounds)
                 row = Row("driver", f"{what}: new / old", ratios(times, "new", "old"), must, 1.0, note=medians(times))
                 click.echo(row.markdown())
         for name, (what, beside) in _CALLS.items():
             if name in chosen:
-                times = _in_turn({"call": (workers["new"], name), "loop": (workers["new"], beside)}, rounds)
+                times = in_turn_by_worker({"call": (workers["new"], name), "loop": (workers["new"], beside)}, rounds)
                 row = Row("user calls", what, ratios(times, "call", "loop"), 1.1, 1.0, note=medians(times))
                 click.echo(row.markdown())
     finally:
@@ -162,7 +167,7 @@ def main(baseline: Path | None, rounds: int, only: str, processor_time: bool, wo
             each.end()
 
 
-def _in_turn(workloads: dict[str, tuple[Worker, str]], rounds: int) -> dict[str, list[float]]:
+def in_turn_by_worker(workloads: dict[str, tuple[Worker, str]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each workload by round, the workloads alternating, after one unmeasured round."""
     times: dict[str, list[float]] = {name: [] for name in workloads}
     for number in range(rounds + 1):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import nct
 
-from tlcapture.extraction.evaluation import effect_size_interval
+from tlcapture.extraction.evaluation import _noncentrality, effect_size_interval
 
 N_PAIRS, TRIALS = 13, 2000
 
@@ -30,3 +32,19 @@ def test_the_interval_of_thirteen_pairs_covers_the_effect_size(effect: float) ->
 @pytest.mark.parametrize("effect", [0.0, 3.0, 6.0])
 def test_the_interval_of_unpaired_examples_covers_the_effect_size(effect: float) -> None:
     assert 0.92 <= coverage(effect, 0.0, paired=False) <= 0.98
+
+
+@pytest.mark.parametrize("freedom", [4.0, 19.3, 38.0, 70.0])
+def test_bounds_are_those_of_the_noncentral_t_distribution_however_large_the_effect(freedom: float) -> None:
+    t = np.linspace(-30, 40, 141)
+    for share in (0.025, 0.975):
+        bound = _noncentrality(t, np.full_like(t, freedom), share)
+        assert (np.diff(bound) > 0).all()
+        with np.errstate(all="ignore"):
+            found = nct.cdf(t, freedom, bound)
+        assert np.isfinite(found).mean() > 0.9
+        assert np.allclose(found[np.isfinite(found)], share, atol=1e-3)
+
+
+def test_a_direction_without_variance_has_no_interval() -> None:
+    assert effect_size_interval(torch.ones(1, 5), torch.zeros(1, 5), paired=True).isnan().all()

@@ -121,3 +121,22 @@ def test_a_reference_is_read_as_it_was_written_and_a_damaged_one_refused(tmp_pat
     torch.save({"format_version": 1, "prompts": ["a"]}, layout.reference("residual"))
     with pytest.raises(StorageError, match="not a valid reference: prompt_means: expected a finite tensor"):
         read_reference(layout, "residual")
+
+
+@pytest.mark.parametrize("at_once", [1, 2**18])
+def test_vectors_of_several_layers_have_the_chance_levels_that_each_has_alone(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tlcapture.traits.chance._MOST_NUMBERS", at_once)
+    vectors = [vector(2, "a"), vector(0, "b"), vector(2, "c"), vector(1, "d")]
+    together = projected(RandomDirections(reference(), LAYERS, WIDTH), *vectors)
+    for each, found in zip(vectors, together, strict=True):
+        (alone,) = projected(RandomDirections(reference(), LAYERS, WIDTH), each)
+        assert alone.chance is not None
+        assert found.chance is not None
+        for name in ("directions", "commit", "persist", "commitment", "persistence"):
+            assert getattr(found.chance, name) == getattr(alone.chance, name), name
+        assert np.allclose(found.chance.rises, alone.chance.rises, rtol=1e-3)
+        assert found.chance.reference_rises == pytest.approx(alone.chance.reference_rises)
+        assert found.chance.standardised is not None
+        assert np.allclose(found.chance.standardised, alone.chance.standardised, rtol=1e-3, atol=1e-3)

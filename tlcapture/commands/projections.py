@@ -147,8 +147,9 @@ def project_capture(
         StorageError: a file to be replaced cannot be read, and `overwrite` is not set; none was written.
     """
     layout = run.layout
-    for each in chosen:
-        check_replaceable(layout, _path(layout, capture, each.vector), overwrite=overwrite)
+    paths = [_path(layout, capture, each.vector) for each in chosen]
+    for path in paths:
+        check_replaceable(layout, path, overwrite=overwrite)
     pairs = [(each.vector, each.selection) for each in chosen]
     prompt, response = capture.prompt.residual, capture.response.residual
     centre = partial(mean_activation, layout.root) if centred else None
@@ -158,15 +159,15 @@ def project_capture(
     doubts = [(each.vector.trait, note) for each, found in zip(chosen, notes, strict=True) for note in found]
     _warn_together(doubts, run)
     spans = span_dynamics(projections, capture)
-    for projection, found, of_spans in zip(projections, notes, spans, strict=True):
-        vector = projection.vector
-        content = _file_content(layout, capture, projection, [f"{vector.trait}: {note}" for note in found])
+    for path, projection, found, of_spans in zip(paths, projections, notes, spans, strict=True):
+        named = [f"{projection.vector.trait}: {note}" for note in found]
+        content = _file_content(layout, capture, projection, named)
         if capture.spans:
             content["spans"] = [span.to_json() for span in capture.spans]
             content["dynamics"]["by_span"] = of_spans
         if only:
             content["metadata"]["capture"] = dict(capture.metadata)
-        run.wrote(write_json(_path(layout, capture, vector), content))
+        run.wrote(write_json(path, content))
     return projections
 
 

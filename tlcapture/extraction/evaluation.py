@@ -16,6 +16,7 @@ from tlcapture.extraction.methods import Labels, LayerVectors
 from tlcapture.extraction.readout import Activations
 
 CONFIDENCE = 0.95
+_NODES = 128
 
 Scores = Float[Tensor, "*directions n_examples"]
 PerDirection = Float[Tensor, "*directions"]
@@ -128,13 +129,19 @@ def _pooled_deviation(positive: Tensor, negative: Tensor) -> Tensor:
 
 
 def _noncentrality(t: np.ndarray, freedom: np.ndarray, share: float) -> np.ndarray:
-    """The noncentrality at which a share of the noncentral t distribution lies below `t`; NaN where `t` is."""
-    from scipy.stats import nct
+    """The noncentrality at which a share of the noncentral t distribution lies below `t`; NaN where `t` is.
 
-    low, high = t - 40 - 2 * np.abs(t), t + 40 + 2 * np.abs(t)
-    for _ in range(60):
-        middle = (low + high) / 2
-        with np.errstate(all="ignore"):
-            below = nct.cdf(t, freedom, middle) > share
-        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    That share is the mean of normal probabilities over the chi distribution of the deviation, by Gauss-Legendre
+    quadrature over its quantiles: `scipy.stats.nct` is NaN for noncentralities far from a large `t`.
+    """
+    from scipy.special import gammaincinv, ndtr
+
+    nodes, weights = np.polynomial.legendre.leggauss(_NODES)
+    with np.errstate(invalid="ignore"):
+        at = t[:, None] * np.sqrt(2 * gammaincinv(freedom[:, None] / 2, (nodes + 1) / 2) / freedom[:, None])
+        low, high = t - 12 - 4 * np.abs(t), t + 12 + 4 * np.abs(t)
+        for _ in range(60):
+            middle = (low + high) / 2
+            below = ndtr(at - middle[:, None]) @ (weights / 2) > share
+            low, high = np.where(below, middle, low), np.where(below, high, middle)
     return np.where(np.isfinite(t), (low + high) / 2, np.nan)

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from functools import cache
-from math import floor, log10
+from math import floor, isfinite, log10
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -42,6 +42,13 @@ def round_significant(values: ArrayLike, digits: int) -> NDArray[np.float64]:
         rounded = np.asarray(rounded)
         rounded[~exact] = [float(f"{number:.{digits - 1}e}") for number in numbers[~exact]]
     return rounded
+
+
+def round_number(value: float, digits: int) -> float:
+    """Round one number to `digits` significant decimal digits; raises `NumericalError` for NaN or inf."""
+    if not isfinite(value):
+        raise NumericalError(f"expected a finite number, got {value}")
+    return float(f"{value:.{digits - 1}e}")
 
 
 def rounded_for_json(values: NDArray[np.float32], digits: int) -> NDArray[np.float32]:

@@ -7,7 +7,7 @@ Without a reference, directions are isotropic.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -27,8 +27,10 @@ from tlcapture.traits.vectors import TraitVector
 N_DIRECTIONS = 200
 _PERMUTATIONS = 19  # with which a level of 5 % is still exact
 _ISOTROPIC = 64  # isotropic directions that are combined, instead of responses
+_MOST_NUMBERS = 2**18  # of trajectories whose motion is found at once
 
 Basis = Float[Tensor, "n_basis d_model"]
+OnBasis = Float[Tensor, "n_tokens n_basis"]
 Directions = Float[Tensor, "n_vectors n_directions n_basis"]
 
 
@@ -92,16 +94,33 @@ class RandomDirections:
 
         `activations` `[n_tokens, d_model]` of the capture are those of each vector's layer.
         """
+        rows_of: dict[int, list[int]] = {}
+        for row, vector in enumerate(vectors):
+            rows_of.setdefault(vector.layer, []).append(row)
+        on_basis = {layer: activations[layer].float() @ self._layer(layer).basis.T for layer in rows_of}
         levels: dict[int, ChanceLevel] = {}
-        for layer in dict.fromkeys(vector.layer for vector in vectors):
-            rows = [row for row, vector in enumerate(vectors) if vector.layer == layer]
-            if layer not in self._layers:
-                self._layers[layer] = _Layer(layer, self.reference, self.d_model)
-            found = self._layers[layer].levels(
-                activations[layer], [vectors[row] for row in rows], n_prompt_tokens, own, rows
-            )
+        for layer, motion in self._motions(on_basis, n_prompt_tokens):
+            rows = rows_of[layer]
+            found = self._layer(layer).levels(on_basis[layer], [vectors[row] for row in rows], motion, own, rows)
             levels |= dict(zip(rows, found, strict=True))
         return [levels[row] for row in range(len(vectors))]
+
+    def _layer(self, number: int) -> _Layer:
+        if number not in self._layers:
+            self._layers[number] = _Layer(number, self.reference, self.d_model)
+        return self._layers[number]
+
+    def _motions(self, on_basis: dict[int, OnBasis], n_prompt_tokens: int) -> Iterator[tuple[int, Motion]]:
+        """The motion of each layer's random directions, those of several layers found at once."""
+        n_tokens = len(next(iter(on_basis.values())))
+        n_at_once = max(1, _MOST_NUMBERS // (N_DIRECTIONS * n_tokens))
+        layers = list(on_basis)
+        for start in range(0, len(layers), n_at_once):
+            some = layers[start : start + n_at_once]
+            trajectories = torch.cat([self._layer(layer).directions("all")[0] @ on_basis[layer].T for layer in some])
+            motion = Motion.of(trajectories, n_prompt_tokens, n_permutations=_PERMUTATIONS)
+            for number, layer in enumerate(some):
+                yield layer, motion.of_rows(slice(number * N_DIRECTIONS, (number + 1) * N_DIRECTIONS))
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,18 +156,15 @@ class _Layer:
         return self._directions[names]
 
     def levels(
-        self,
-        activations: Float[Tensor, "n_tokens d_model"],
-        vectors: Sequence[TraitVector],
-        n_prompt_tokens: int,
-        own: Motion,
-        rows: Sequence[int],
+        self, on_basis: OnBasis, vectors: Sequence[TraitVector], motion: Motion, own: Motion, rows: Sequence[int]
     ) -> list[ChanceLevel]:
-        """The chance level of each vector, whose statistics are in the given rows of `own`."""
-        on_basis = activations.float() @ self.basis.T
-        motion = Motion.of(self.directions("all")[0] @ on_basis.T, n_prompt_tokens, n_permutations=_PERMUTATIONS)
+        """The chance level of each vector, whose statistics are in the given rows of `own`.
+
+        `motion` is that of the layer's random directions; `on_basis` are the products of activations and basis.
+        """
         directions = self.directions(*(str(vector.trait) for vector in vectors))
         rises = np.zeros(directions.shape[:2])
+        n_prompt_tokens = motion.n_prompt_tokens
         if 1 < n_prompt_tokens < len(on_basis):
             difference = on_basis[n_prompt_tokens:].mean(dim=0) - on_basis[1:n_prompt_tokens].mean(dim=0)
             rises = (directions @ difference).double().numpy()

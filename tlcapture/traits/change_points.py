@@ -17,11 +17,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Values = NDArray[np.float64]
+Values = NDArray[np.floating[Any]]  # float64, or float32 where trajectories are many
 
 MARGIN = 3
 SHORTEST = 8  # tokens of a response that can have a change point
@@ -55,29 +56,29 @@ class ChangePoints:
 
 def change_points(series: Values) -> ChangePoints:
     """The change point of each row of `series`, `[n_series, n_tokens]`, of at least `SHORTEST` tokens."""
-    index, shift, clarity, correlation = _fitted(series)
+    index, shift, clarity, correlation = _fitted(np.ascontiguousarray(series.T))
     null = _null(_simulated_length(series.shape[1]))
     return ChangePoints(index, shift, null.p(clarity, correlation), clarity / null.threshold(correlation))
 
 
 def _fitted(series: Values) -> tuple[NDArray[np.int64], Values, Values, Values]:
-    """Index and size of the shift, its clarity, and the lag-1 correlation of the residuals."""
-    n_tokens = series.shape[1]
+    """Index, shift, clarity and the lag-1 correlation of the residuals of each column of `[n_tokens, n_series]`."""
+    n_tokens, n_series = series.shape
     split = np.arange(MARGIN, n_tokens - MARGIN + 1)
-    centred = series - series.mean(axis=1, keepdims=True)
-    before = np.cumsum(centred, axis=1)[:, split - 1]
-    cusum = -before * np.sqrt(n_tokens / (split * (n_tokens - split)))
-    best = np.abs(cusum).argmax(axis=1)
-    rows = np.arange(len(series))
-    size, index = cusum[rows, best], split[best]
-    shift = size * np.sqrt(n_tokens / (index * (n_tokens - index)))
-    is_after = np.arange(n_tokens) >= index[:, None]
-    residuals = centred - shift[:, None] * (is_after - (1 - index / n_tokens)[:, None])
-    squares = np.einsum("st,st->s", residuals, residuals)
-    rounding = np.einsum("st,st->s", centred, centred) * 1e-20 + np.square(series).max(axis=1) * n_tokens * 1e-30
+    centred = series - series.mean(axis=0)
+    before = np.cumsum(centred[: split[-1]], axis=0)[MARGIN - 1 :]
+    cusum = before * -np.sqrt(n_tokens / (split * (n_tokens - split))).astype(series.dtype)[:, None]
+    best = np.abs(cusum).argmax(axis=0)
+    size, index = cusum[best, np.arange(n_series)], split[best]
+    shift = size * np.sqrt(n_tokens / (index * (n_tokens - index))).astype(series.dtype)
+    after = (index / n_tokens).astype(series.dtype) * shift  # the mean of the second level, that of the series being 0
+    residuals = centred - np.where(np.arange(n_tokens)[:, None] >= index, after, after - shift)
+    squares = np.einsum("ts,ts->s", residuals, residuals)
+    largest = np.maximum(series.max(axis=0), -series.min(axis=0))
+    rounding = np.einsum("ts,ts->s", centred, centred) * 1e-20 + np.square(largest) * n_tokens * 1e-30
     is_noisy = squares > rounding
     scale = np.where(is_noisy, squares, 1.0)
-    correlation = np.where(is_noisy, np.einsum("st,st->s", residuals[:, 1:], residuals[:, :-1]) / scale, 0.0)
+    correlation = np.where(is_noisy, np.einsum("ts,ts->s", residuals[1:], residuals[:-1]) / scale, 0.0)
     # A step without noise is as clear as can be; a constant series has no step.
     clear = np.where(np.square(size) > rounding, np.inf, 0.0)
     clarity = np.where(is_noisy, np.abs(size) / np.sqrt(scale / (n_tokens - 2)), clear)
@@ -128,7 +129,7 @@ class _Null:
 def _null(n_tokens: int) -> _Null:
     generator = np.random.default_rng(n_tokens)
     n_draws = int(np.clip(_MOST_NUMBERS // (len(COEFFICIENTS) * n_tokens), _FEWEST_DRAWS, _DRAWS))
-    found = [_fitted(autoregressive(each, (n_draws, n_tokens), generator))[2:] for each in COEFFICIENTS]
+    found = [_fitted(autoregressive(each, (n_draws, n_tokens), generator).T)[2:] for each in COEFFICIENTS]
     clarity, correlation = (np.concatenate(values) for values in zip(*found, strict=True))
     order = np.argsort(correlation, kind="stable")
     order = order[len(order) % _PER_BIN // 2 :][: len(order) // _PER_BIN * _PER_BIN].reshape(-1, _PER_BIN)
@@ -143,4 +144,4 @@ def autoregressive(coefficient: float, shape: tuple[int, int], generator: np.ran
     noise[1:] *= np.sqrt(1 - coefficient**2)
     for token in range(1, shape[1]):
         noise[token] += coefficient * noise[token - 1]
-    return np.ascontiguousarray(noise.T)
+    return noise.T

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,10 +22,11 @@ from torch import Tensor
 
 from tlcapture.errors import NumericalError
 from tlcapture.shapes import Trajectory
-from tlcapture.storage.rounding import PROBABILITY_DIGITS, PROJECTION_DIGITS, round_significant
+from tlcapture.storage.rounding import PROBABILITY_DIGITS, PROJECTION_DIGITS, round_number, round_significant
 from tlcapture.traits.change_points import LEVEL, SHORTEST, ChangePoints, Values, change_points
 from tlcapture.traits.rises import Rises, rises
 
+Found = TypeVar("Found", ChangePoints, Rises)
 Trajectories = Float[Tensor, "n_trajectories n_tokens"]
 
 
@@ -60,7 +61,7 @@ class Dynamics:
             "commitment_point": self.commitment_point,
             "commitment_shift": _rounded(self.commitment_shift, PROJECTION_DIGITS),
             "commitment_p": _rounded(self.commitment_p, PROBABILITY_DIGITS),
-            "peak_velocity": _rounded(self.peak_velocity, PROJECTION_DIGITS),
+            "peak_velocity": round_number(self.peak_velocity, PROJECTION_DIGITS),
             "persistence": self.persistence,
             "velocity": round_significant(self.velocity.numpy(), PROJECTION_DIGITS),
             "acceleration": round_significant(self.acceleration.numpy(), PROJECTION_DIGITS),
@@ -72,7 +73,7 @@ def dynamics(trajectory: Trajectory, n_prompt_tokens: int) -> Dynamics:
 
     Raises `NumericalError` for NaN or inf.
     """
-    return Motion.of(trajectory.unsqueeze(0), n_prompt_tokens).dynamics()[0]
+    return Motion.of(trajectory.double().unsqueeze(0), n_prompt_tokens).dynamics()[0]
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,11 @@ class Motion:
 
     @classmethod
     def of(cls, trajectories: Trajectories, n_prompt_tokens: int, **settings: int) -> Motion:
-        """Find them, with `n_permutations` among the settings of `rises`; raises `NumericalError` for NaN or inf."""
-        values = trajectories.double().numpy(force=True)  # for so few numbers NumPy is faster than torch
+        """Find them, with `n_permutations` among the settings of `rises`; raises `NumericalError` for NaN or inf.
+
+        They are computed in the dtype of the trajectories, float64 or float32.
+        """
+        values = trajectories.numpy(force=True)  # for so few numbers NumPy is faster than torch
         if not np.isfinite(values).all():
             raise NumericalError("the trajectory holds NaN or inf")
         response = values[:, max(1, n_prompt_tokens) :]
@@ -101,6 +105,11 @@ class Motion:
             change_points(response) if response.shape[1] >= SHORTEST else None,
             rises(values, n_prompt_tokens, **settings) if has_rise else None,
         )
+
+    def of_rows(self, rows: slice) -> Motion:
+        """That of some of the trajectories."""
+        changes, found = _rows_of(self.changes, rows), _rows_of(self.rises, rows)
+        return Motion(self.values[rows], self.n_prompt_tokens, changes, found)
 
     def dynamics(self) -> Sequence[Dynamics]:
         """The dynamics of each trajectory."""
@@ -134,5 +143,11 @@ class Motion:
         )
 
 
+def _rows_of(found: Found | None, rows: slice) -> Found | None:
+    if found is None:
+        return None
+    return type(found)(**{name: values[rows] for name, values in vars(found).items()})
+
+
 def _rounded(value: float | None, digits: int) -> float | None:
-    return None if value is None else float(round_significant(value, digits))
+    return None if value is None else round_number(value, digits)

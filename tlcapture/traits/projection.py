@@ -187,7 +187,7 @@ def project(
     centred = [None] * len(vectors) if centre is None else _subtract(scores, vectors, at_own_layer, centre)
     n_prompt = prompt.n_tokens
     trajectories = [_trajectory(each, scores[0][row], scores[1][row]) for row, each in enumerate(vectors)]
-    motion = Motion.of(torch.stack(trajectories), n_prompt)
+    motion = Motion.of(torch.stack(trajectories).double(), n_prompt)
     chance = random.levels(at_own_layer, vectors, n_prompt, motion) if random else [None] * len(vectors)
     return [
         Projection(

@@ -10,7 +10,6 @@ neighbours it was smoothed with, except at the edges of the response.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -54,21 +53,20 @@ class Rises:
 
 def rises(trajectories: Values, n_prompt_tokens: int, n_permutations: int = PERMUTATIONS) -> Rises:
     """The rises of trajectories `[n_trajectories, n_tokens]`; at least two prompt tokens and one of the response."""
-    rest = trajectories[:, 1:]  # without the attention sink
+    rest = np.ascontiguousarray(trajectories[:, 1:].T)  # without the attention sink, each token's values together
     n_response = trajectories.shape[1] - n_prompt_tokens
-    n_before = rest.shape[1] - n_response
-    baseline = rest[:, :n_before].mean(axis=1)
-    response = smoothed(rest[:, n_before:])
-    rows, peak = np.arange(len(rest)), response.argmax(axis=1)
-    rise = response[rows, peak] - baseline
-    half = baseline + rise / 2
-    is_below = (response < half[:, None]) & (np.arange(n_response) > peak[:, None])
-    end = np.where(is_below.any(axis=1), is_below.argmax(axis=1), n_response)
+    n_before = len(rest) - n_response
+    baseline = rest[:n_before].mean(axis=0)
+    response = smoothed(rest[n_before:].T).T
+    columns, peak = np.arange(rest.shape[1]), response.argmax(axis=0)
+    rise = response[peak, columns] - baseline
+    is_below = (response < baseline + rise / 2) & (np.arange(n_response)[:, None] > peak)
+    end = np.where(is_below.any(axis=0), is_below.argmax(axis=0), n_response)
     null = _permuted(rest, n_response, n_permutations)
-    rounding = 1e-9 * np.abs(rest).max(axis=1)
-    p = (1 + (null >= (rise - rounding)[:, None]).sum(axis=1)) / (1 + n_permutations)
-    spread = null.std(axis=1)
-    strength = (rise - null.mean(axis=1)) / np.where(spread > rounding, spread, np.inf)
+    rounding = max(1e-9, 8 * np.finfo(rest.dtype).eps) * np.maximum(rest.max(axis=0), -rest.min(axis=0))
+    p = (1 + (null >= rise - rounding).sum(axis=0)) / (1 + n_permutations)
+    spread = null.std(axis=0)
+    strength = (rise - null.mean(axis=0)) / np.where(spread > rounding, spread, np.inf)
     return Rises(baseline, rise, peak, end - peak, p, strength)
 
 
@@ -80,32 +78,38 @@ def peak_of(trajectory: Values, n_prompt_tokens: int) -> int | None:
 
 def smoothed(values: Values) -> Values:
     """Centred means over `SMOOTHED` tokens along the last axis, the first and last value repeated beyond the edges."""
-    width = [(0, 0)] * (values.ndim - 1) + [(_REACH, _REACH)]
-    return _moving_mean(np.pad(values, width, mode="edge"))
+    by_token = np.moveaxis(values, -1, 0)
+    padded = np.concatenate([by_token[:1]] * _REACH + [by_token] + [by_token[-1:]] * _REACH)
+    return np.moveaxis(_moving_mean(padded), 0, -1)
 
 
 def _moving_mean(padded: Values) -> Values:
-    n_tokens = padded.shape[-1] - SMOOTHED + 1
-    total = padded[..., :n_tokens].copy()
-    for offset in range(1, SMOOTHED):
-        total += padded[..., offset : offset + n_tokens]
-    return total / SMOOTHED
+    """Means over `SMOOTHED` tokens along the first axis."""
+    n_tokens = len(padded) - SMOOTHED + 1
+    total = padded[:n_tokens] + padded[1 : 1 + n_tokens]
+    for offset in range(2, SMOOTHED):
+        total += padded[offset : offset + n_tokens]
+    total /= SMOOTHED
+    return total
 
 
 def _permuted(rest: Values, n_response: int, n_permutations: int) -> Values:
-    """Rises `[n_trajectories, n_permutations]` of permuted trajectories."""
-    n_series, n_tokens = rest.shape
+    """Rises `[n_permutations, n_trajectories]` of permuted trajectories `[n_tokens, n_trajectories]`."""
+    n_tokens, n_series = rest.shape
     dealt = _dealt(n_tokens, n_response, n_permutations)
-    means = _moving_mean(np.take(rest, np.arange(-_REACH, n_tokens + _REACH) % n_tokens, axis=1))
-    ring = np.concatenate([means, means], axis=1)
-    runs = [means]  # the largest mean of each run of 1, 2, ... BLOCK tokens on the ring, by its first token
+    # The largest mean of each run of 1, 2, ... BLOCK tokens on the ring, by its first token; and no run at all.
+    runs = np.empty((BLOCK * n_tokens + 1, n_series), dtype=rest.dtype)
+    runs[-1] = -np.inf
+    means = runs[:n_tokens]
+    means[:] = _moving_mean(np.take(rest, np.arange(-_REACH, n_tokens + _REACH) % n_tokens, axis=0))
+    ring = np.concatenate([means, np.take(means, np.arange(BLOCK) % n_tokens, axis=0)])
     for length in range(1, BLOCK):
-        start = length % n_tokens
-        runs.append(np.maximum(runs[-1], ring[:, start : start + n_tokens]))
-    runs.append(np.full_like(means, -np.inf))
-    inner = np.take(np.concatenate(runs, axis=1), dealt.inner, axis=1)
-    at_edges = (rest @ dealt.edge_weights).reshape(n_series, -1, n_permutations)
-    return np.maximum(inner.max(axis=1), at_edges.max(axis=1)) - rest @ dealt.prompt_weights
+        shorter, longer = ((length - 1 + more) * n_tokens for more in (0, 1))
+        np.maximum(runs[shorter:longer], ring[length : length + n_tokens], out=runs[longer : longer + n_tokens])
+    inner = np.take(runs, dealt.inner, axis=0).max(axis=0)
+    near_edges = np.take(rest, dealt.near_edges, axis=0).reshape(len(dealt.near_edges), -1)
+    at_edges = (dealt.edge_weights.astype(rest.dtype) @ near_edges).reshape(-1, n_permutations, n_series)
+    return np.maximum(inner, at_edges.max(axis=0)) - dealt.prompt_weights.astype(rest.dtype) @ rest
 
 
 @dataclass(frozen=True)
@@ -115,38 +119,52 @@ class _Dealt:
     Attributes:
         inner: `[n_runs, n_permutations]`, the runs of tokens that are smoothed with the neighbours they had, as
             `(length - 1) * n_tokens + first`; where there are fewer, one that stands for no token.
-        edge_weights: `[n_tokens, n_edges * n_permutations]`, which give the smoothed values of the other tokens.
-        prompt_weights: `[n_tokens, n_permutations]`, which give the mean of the tokens that are dealt to the prompt.
+        near_edges: `[n_near, n_permutations]`, the tokens that the others are smoothed over.
+        edge_weights: `[n_edges, n_near]`, which give their smoothed values.
+        prompt_weights: `[n_permutations, n_tokens]`, which give the mean of the tokens that are dealt to the prompt.
     """
 
     inner: NDArray[np.int64]
+    near_edges: NDArray[np.int64]
     edge_weights: Values
     prompt_weights: Values
 
 
 @lru_cache(maxsize=64)
 def _dealt(n_tokens: int, n_response: int, n_permutations: int) -> _Dealt:
-    generator = np.random.default_rng([n_tokens, n_response])
-    blocks = np.array_split(np.arange(n_tokens), -(-n_tokens // BLOCK))
+    response = _permutations(n_tokens, n_permutations, np.random.default_rng([n_tokens, n_response]))[:, -n_response:]
     at_edge = sorted({*range(min(_REACH, n_response)), *range(max(0, n_response - _REACH), n_response)})
     window = np.clip(np.add.outer(at_edge, np.arange(-_REACH, _REACH + 1)), 0, n_response - 1)
-    n_runs = len(blocks) + 1  # the ring may be cut within a block
-    inner = np.full((n_runs, n_permutations), BLOCK * n_tokens)
-    edge_weights = np.zeros((n_tokens, len(at_edge), n_permutations))
-    prompt_weights = np.full((n_tokens, n_permutations), 1 / (n_tokens - n_response))
-    for each in range(n_permutations):
-        order = np.concatenate([blocks[block] for block in generator.permutation(len(blocks))])
-        response = (order[-n_response:] + generator.integers(n_tokens)) % n_tokens
-        prompt_weights[response, each] = 0
-        np.add.at(edge_weights[:, :, each], (response[window], np.arange(len(at_edge))[:, None]), 1 / SMOOTHED)
-        runs = list(_runs(np.delete(response, at_edge), n_tokens))
-        inner[: len(runs), each] = [(length - 1) * n_tokens + first for first, length in runs]
-    return _Dealt(inner, edge_weights.reshape(n_tokens, -1), prompt_weights)
+    near = np.unique(window)
+    edge_weights = (window[:, :, None] == near).mean(axis=1)
+    prompt_weights = np.full((n_permutations, n_tokens), 1 / (n_tokens - n_response))
+    prompt_weights[np.arange(n_permutations)[:, None], response] = 0
+    inner = _runs(np.delete(response, at_edge, axis=1), n_tokens)
+    return _Dealt(inner, response[:, near].T, edge_weights, prompt_weights)
 
 
-def _runs(tokens: NDArray[np.int64], n_tokens: int) -> Iterator[tuple[int, int]]:
-    """First token and length of the runs of neighbours on the ring, of at most `BLOCK` tokens."""
-    ends = [*(np.flatnonzero(np.diff(tokens) % n_tokens != 1) + 1).tolist(), len(tokens)]
-    for start, stop in zip([0, *ends], ends, strict=False):
-        for first in range(start, stop, BLOCK):
-            yield int(tokens[first]), min(BLOCK, stop - first)
+def _permutations(n_tokens: int, n_permutations: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    """The ring of tokens with its blocks permuted and the whole turned, `[n_permutations, n_tokens]`."""
+    blocks = np.array_split(np.arange(n_tokens), -(-n_tokens // BLOCK))
+    drawn = [(generator.permutation(len(blocks)), generator.integers(n_tokens)) for _ in range(n_permutations)]
+    order, turn = np.array([each for each, _ in drawn]), np.array([each for _, each in drawn])
+    sizes = np.array([len(each) for each in blocks])[order].ravel()
+    first = np.array([each[0] for each in blocks])[order].ravel()
+    tokens = np.repeat(first - (np.cumsum(sizes) - sizes), sizes) + np.arange(n_permutations * n_tokens)
+    return np.asarray((tokens.reshape(n_permutations, n_tokens) + turn[:, None]) % n_tokens)
+
+
+def _runs(tokens: NDArray[np.int64], n_tokens: int) -> NDArray[np.int64]:
+    """The runs of neighbours on the ring in each row of tokens, of at most `BLOCK`: the field `inner` of `_Dealt`."""
+    n_rows, n_inner = tokens.shape
+    if not n_inner:
+        return np.full((1, n_rows), BLOCK * n_tokens)
+    place = np.arange(n_inner)
+    begins = np.diff(tokens, axis=1, prepend=tokens[:, :1]) % n_tokens != 1
+    since = place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)
+    rows, columns = np.nonzero(since % BLOCK == 0)
+    lengths = np.diff(rows * n_inner + columns, append=n_rows * n_inner)
+    number = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    inner = np.full((number.max() + 1, n_rows), BLOCK * n_tokens)
+    inner[number, rows] = (lengths - 1) * n_tokens + tokens[rows, columns]
+    return inner
