@@ -65,7 +65,7 @@ class _Lines(Display):
 def test_a_model_on_the_bridge_says_once_why_unless_the_bridge_was_asked_for(
     engine: str, installed: str, reason: str | None, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tlcapture.models.engines.hooked.version", lambda package: installed)
+    monkeypatch.setattr("tlcapture.models.engines.hooked.installed", lambda package: installed)
     display = _Lines()
     load = ModelLoader(str(tiny_folder), display, engine=engine)
     assert load() is load()
@@ -87,7 +87,7 @@ def test_an_architecture_that_hooked_does_not_cover_says_why_it_runs_on_the_brid
 def test_with_transformerlens_4_auto_chooses_the_bridge_and_hooked_names_what_to_install(
     installed: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tlcapture.models.engines.hooked.version", lambda package: installed)
+    monkeypatch.setattr("tlcapture.models.engines.hooked.installed", lambda package: installed)
     assert load_model(str(tiny_folder)).engine == "bridge"
     message = (
         f"engine 'hooked' is missing: TransformerLens {installed} has no HookedTransformer; "
