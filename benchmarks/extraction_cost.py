@@ -41,7 +41,7 @@ def main(trait: str, rounds: int, baseline: Path | None, measure: str | None) ->
     """Measure and print a Markdown table and two comparisons."""
     if measure:
         click.echo(json.dumps(_measure(trait, measure)))
-        return
+        return None
     if baseline is not None:
         return _commands(trait, rounds, {"before": baseline.resolve(), "after": _HERE.parent})
     found: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}

@@ -103,3 +103,33 @@ def test_a_folder_without_such_examples_is_refused(
     assert result.exit_code == 2
     assert said in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_scores_stand_beside_those_of_layer_0_and_of_the_words_of_the_own_examples(
+    tlcapture: Run, data: Path, elsewhere: Path
+) -> None:
+    words = ("--methods", "mean_diff", "--layers", "0,1", "--component", "residual")
+    for folder in (elsewhere, data / "datasets" / "traits"):
+        result = tlcapture("evaluate", "--experiment", "exp", "--traits", "tone/loud", "--examples", folder, *words)
+        assert result.exit_code == 0, result.output
+        first, second = stored(data)["traits"]["tone/loud"]
+        assert first["layer0_auroc"] == second["layer0_auroc"] == first["auroc"]
+    assert second["bag_of_words_auroc"] == 1.0  # on the very examples that the words were learned from
+
+
+def test_a_vector_is_said_to_be_reversed_on_a_dataset_with_its_sides_exchanged(
+    tlcapture: Run, data: Path, elsewhere: Path
+) -> None:
+    own, swapped = data / "datasets" / "traits" / "tone" / "loud", data / "swapped"
+    swapped.mkdir()
+    for side, other in (("positive", "negative"), ("negative", "positive")):
+        (swapped / f"{side}.jsonl").write_bytes((own / f"{other}.jsonl").read_bytes())
+    words = ("--traits", "tone/loud", "--methods", "probe", "--layers", "1", "--component", "residual")
+    said = {}
+    for folder in (own, swapped):
+        result = tlcapture("evaluate", "--experiment", "exp", *words, "--examples", folder)
+        assert result.exit_code == 0, result.output
+        said[folder.name] = "tone/loud: probe 1 is reversed there" in result.output
+    (straight,), (turned,) = (stored(data)[name]["tone/loud"] for name in ("loud", "swapped"))
+    assert turned["auroc"] == pytest.approx(1 - float(str(straight["auroc"])))
+    assert said == {"loud": False, "swapped": True}

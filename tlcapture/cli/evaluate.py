@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tlcapture.runs.executors import Executor
     from tlcapture.runs.model_loader import ModelLoader
     from tlcapture.storage.layout import Layout
-    from tlcapture.traits.evaluation_files import Evaluation, TraitEvaluation
+    from tlcapture.traits.evaluation_files import CarryOverRow, Evaluation, TraitEvaluation
 
 
 @click.command(context_settings=HELP_NAMES)
@@ -102,26 +102,34 @@ def _score_elsewhere(
     grid = (options.traits, methods, options.layers, options.components)
     wanted = CarryOverOptions(folder, *grid, options.batch_size, options.examples_as)
     run_carry_over(layout, wanted, load, console, executor)
-    names = ("n", "AUROC", "chance p95", "p", "Hedges g", "95 % interval")
-    rows = [
+    names = ("n", "AUROC", "chance p95", "p", "layer 0", "words", "Hedges g", "95 % interval")
+    found = best_vectors(layout).carry_over_to(wanted.name)
+    rows = [(trait, row, _vector_name(row)) for trait, scored in found.items() for row in scored]
+    cells = [
         (
             trait,
-            f"{row.method} {row.layer}" + ("" if row.component == "residual" else f" {row.component}"),
+            name,
             f"{row.n_positive} + {row.n_negative}",
-            _number(row.auroc, ".3f"),
-            _number(row.null_auroc_p95, ".3f"),
-            _number(row.p, ".3f"),
+            *(_number(each, ".3f") for each in (row.auroc, row.null_auroc_p95, row.p)),
+            *(_number(each, ".3f") for each in (row.layer0_auroc, row.bag_of_words_auroc)),
             _number(row.effect_size, ".2f"),
             " to ".join(_number(bound, ".2f") for bound in row.effect_size_interval or ()),
         )
-        for trait, found in best_vectors(layout).carry_over_to(wanted.name).items()
-        for row in found
+        for trait, row, name in rows
     ]
     console.line()
     columns = [Column("trait"), Column("vector"), *(Column(name, right=True) for name in names)]
-    console.table(columns, rows)
+    console.table(columns, cells)
     console.line(f"on the examples of {wanted.name}; chance: their labels shuffled within pairs, or all where unpaired")
+    console.line("words: learned from the trait's own examples")
+    for trait, row, name in rows:
+        if row.is_reversed:
+            console.line(f"{trait}: {name} is reversed there: it projects negative examples higher, beyond chance")
     console.line()
+
+
+def _vector_name(row: CarryOverRow) -> str:
+    return f"{row.method} {row.layer}" + ("" if row.component == "residual" else f" {row.component}")
 
 
 def _print(console: Console, evaluation: Evaluation) -> None:

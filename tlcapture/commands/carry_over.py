@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from tlcapture.errors import InputError, VectorError
+from tlcapture.extraction.baselines import bag_of_words
 from tlcapture.extraction.cross_validation import relabelled
 from tlcapture.extraction.evaluation import CONFIDENCE, auroc, effect_size_interval, hedges_g
-from tlcapture.extraction.examples import Examples, examples_in
+from tlcapture.extraction.examples import Examples, examples_in, read_examples
 from tlcapture.extraction.prepared_examples import prepare_examples
 from tlcapture.extraction.readout import read_out
 from tlcapture.models.loading import Model
@@ -136,10 +137,33 @@ def _rows(
         examples=task.examples,
     )
     read = read_out(model, prepared.readings, [component], batch_size=options.batch_size)[component]
-    score = partial(_row, task.examples, prepared.digest, files)
-    return [
-        score(vector, read[vector.layer] @ torch.nn.functional.normalize(vector.vector, dim=0)) for vector in vectors
-    ]
+    words = _words_auroc(layout, task.trait, prepared.texts, prepared.labels)
+    rows = []
+    for vector in vectors:
+        row = _row(task.examples, prepared.digest, files, vector, _scores(read, vector))
+        layer0 = None
+        if 0 in files.available(component).get(vector.method, ()):
+            first = read_vector(files, component, vector.method, 0)
+            layer0 = _number(auroc(_scores(read, first), prepared.labels))
+        rows.append({**row, "layer0_auroc": layer0, "bag_of_words_auroc": words})
+    return rows
+
+
+def _scores(read: torch.Tensor, vector: TraitVector) -> torch.Tensor:
+    return read[vector.layer] @ torch.nn.functional.normalize(vector.vector, dim=0)
+
+
+def _words_auroc(layout: Layout, trait: Trait, texts: Sequence[str], labels: torch.Tensor) -> float | None:
+    """The AUROC of words, learned from the trait's own examples; `None` where those are missing."""
+    try:
+        own = read_examples(Datasets(layout.root), trait)
+    except InputError:
+        return None
+    known = [item for item in own.items if (item.example.text or item.example.response) is not None]
+    all_texts = [item.example.text or item.example.response or "" for item in known] + list(texts)
+    all_labels = torch.cat([torch.tensor([item.positive for item in known]), labels])
+    is_new = torch.arange(len(all_texts)) >= len(known)
+    return _number(auroc(bag_of_words(all_texts, all_labels, is_new[None])[is_new], labels))
 
 
 def _vectors(files: VectorFiles, model: Model, options: CarryOverOptions, component: str) -> Sequence[TraitVector]:

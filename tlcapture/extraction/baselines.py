@@ -59,7 +59,7 @@ def text_baselines(texts: Sequence[str], n_tokens: Sequence[int], labels: Labels
         "tokens": [float(number) for number in n_tokens],
         "characters a word": [len(text) / number for text, number in zip(texts, words, strict=True)],
     }
-    found = [Baseline.of(BAG_OF_WORDS, _bag_of_words(texts, labels, outer), labels, outer)]
+    found = [Baseline.of(BAG_OF_WORDS, bag_of_words(texts, labels, outer), labels, outer)]
     return [*found, *(measured(name, torch.tensor(each), labels, outer) for name, each in measures.items())]
 
 
@@ -72,7 +72,7 @@ def measured(name: str, values: Float[Tensor, " n_examples"], labels: Labels, ou
     return Baseline.of(name, scores, labels, outer)
 
 
-def _bag_of_words(texts: Sequence[str], labels: Labels, outer: Training) -> Float[Tensor, " n_examples"]:
+def bag_of_words(texts: Sequence[str], labels: Labels, outer: Training) -> Float[Tensor, " n_examples"]:
     """The log-odds that a logistic regression on the words of the training examples gives to each left-out text."""
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression

@@ -112,7 +112,11 @@ class Evaluation(FileContent):
 
 
 class CarryOverRow(FileContent):
-    """The score of one vector on another dataset of its trait; `p` is the share of shuffles that score as well."""
+    """The score of one vector on another dataset of its trait; `p` is the share of shuffles that score as well.
+
+    `layer0_auroc` is that of the vector of layer 0, `bag_of_words_auroc` that of words learned from the trait's own
+    examples.
+    """
 
     method: str
     layer: Layer
@@ -122,8 +126,15 @@ class CarryOverRow(FileContent):
     effect_size_interval: list[Number | None] | None = Field(default=None, min_length=2, max_length=2)
     null_auroc_p95: Share | None = None
     p: Share | None = None
+    layer0_auroc: Share | None = None
+    bag_of_words_auroc: Share | None = None
     n_positive: int | None = None
     n_negative: int | None = None
+
+    @property
+    def is_reversed(self) -> bool:
+        """Whether it tells the sides apart the wrong way round, further than 95 % of shuffles do."""
+        return self.null_auroc_p95 is not None and self.auroc < 1 - self.null_auroc_p95
 
 
 class _CarryOverRows(RootModel[list[CarryOverRow]]):
