@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,7 @@ def busy_template(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -
     root = tmp_path_factory.mktemp("busy")
     shutil.copytree(tiny_folder, root / "model")
     make_prompt_set(root, "busy", TEXTS)
+    _make_a_conversation_of_the_first(root / "datasets/inference/busy.json")
     for trait, words in (("loud", ("LOUD", "soft")), ("warm", ("warm", "cold"))):
         make_trait(root, f"tone/{trait}", *words)
     done = Command(root / "output", "extract", "--root", root, "--experiment", "exp", "--model", root / "model",
@@ -56,6 +58,14 @@ def busy_template(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -
     assert done.code == 0, done.stderr
     shutil.rmtree(root / "output")
     return root
+
+
+def _make_a_conversation_of_the_first(path: Path) -> None:
+    content = json.loads(path.read_bytes())
+    first = content["prompts"][0]
+    question = {"role": "user", "content": first.pop("text")}
+    first["messages"] = [question, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "why?"}]
+    path.write_text(json.dumps(content))
 
 
 def words_of(root: Path) -> tuple[object, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,6 +147,21 @@ def test_trajectories_equal_those_of_the_files(page: Watched, page_root: Path) -
     text = content["prompt"]["tokens"] + content["response"]["tokens"]
     shown = [span.text_content() for span in page.page.query_selector_all("#strip .token")]
     assert [token.rstrip("\n") for token in shown] == [token.replace("\n", "\u23ce") for token in text]
+
+
+def test_tokens_are_marked_by_turn_and_answer(page: Watched, page_root: Path) -> None:
+    page.open(f"view=dynamics&{HERE}")
+    content = projection_file(page_root)
+    for kind, name in (("turn", "user"), ("answer", "answer"), ("template", "template")):
+        named = [each for each in content["spans"] if name in (each["kind"], each["role"]) and each["kind"] == kind]
+        expected = [str(token) for each in named for token in range(each["start"], each["stop"])]
+        shown = page.page.query_selector_all(f"#strip .token.of-{name}")
+        assert [token.get_attribute("data-token") for token in shown] == expected
+    legend = [each.text_content() for each in page.page.query_selector_all("#strip .legend span")]
+    assert {"user", "answer", "template"} <= set(legend)
+    (answer,) = [each["mean"] for each in content["dynamics"]["by_span"] if each["kind"] == "answer"]
+    (told,) = re.findall(r"Means: .*answer (\S+)\.", page.text("#view"))
+    assert float(told.replace(",", "")) == pytest.approx(answer, rel=1e-3)
 
 
 def test_velocity_and_acceleration_are_drawn_at_the_later_token(page: Watched, page_root: Path) -> None:

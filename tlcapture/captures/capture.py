@@ -69,6 +69,8 @@ class Capture:
 
     def __repr__(self) -> str:
         tokens = f"{len(self.prompt.tokens)} + {len(self.response.tokens)} tokens"
+        if turns := self.metadata.get("messages"):
+            tokens = f"a conversation of {len(turns)} messages, {tokens}"
         return f"{type(self).__name__}({self.prompt_set}/{self.prompt_id}, {tokens}, {self.response.text[:60]!r})"
 
     def _repr_html_(self) -> str:
