@@ -70,9 +70,14 @@ class Decoder:
         """Whether no other batch uses the buffers and they have room for a batch of a model with weights as `like`."""
         rows, positions = self._mask.shape
         has_room = n_rows <= rows and n_positions <= positions
-        return has_room and self._owner() is None and (self._store.dtype, self._store.device) == (
-            like.dtype,
-            like.device,
+        return (
+            has_room
+            and self._owner() is None
+            and (self._store.dtype, self._store.device)
+            == (
+                like.dtype,
+                like.device,
+            )
         )
 
     def lend(self, cache: FastCache, n_positions: int) -> None:

@@ -90,9 +90,13 @@ class FastHookedTransformer(HookedTransformer):
         """Whether others see a call of `run_with_cache`: hooks, or a method that replaces its own or `forward`."""
         methods = (self.run_with_cache, self.forward)
         replaced = [getattr(method, "__func__", None) for method in methods] != [*_METHODS]
-        return replaced or bool(self._caching_hooks) or any(
-            point._forward_hooks or point._forward_pre_hooks or point._backward_hooks
-            for point in self.hook_dict.values()
+        return (
+            replaced
+            or bool(self._caching_hooks)
+            or any(
+                point._forward_hooks or point._forward_pre_hooks or point._backward_hooks
+                for point in self.hook_dict.values()
+            )
         )
 
     def micro_batches(
