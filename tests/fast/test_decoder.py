@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -226,6 +226,20 @@ def test_steering_and_hooks_are_run_for_the_rows_of_the_batch(monkeypatch: pytes
     with model.tl.hooks(fwd_hooks=[(LAST, see)]):
         found = generated(model, (12, 9, 5))
     assert len(rows) == 1 + max(len(each.response_ids) for each in found.values()) and set(rows) <= {1, 2, 3}
+
+
+def test_whoever_replaces_run_with_cache_sees_every_step(monkeypatch: pytest.MonkeyPatch, tapes: list[Tape]) -> None:
+    model, calls = model_of(), []
+    run_with_cache = type(model.tl).run_with_cache
+
+    def watched(self: Any, *args: Any, **options: Any) -> Any:
+        calls.append(1)
+        return run_with_cache(self, *args, **options)
+
+    monkeypatch.setattr(type(model.tl), "run_with_cache", watched)
+    found = generated(model, (12, 9))
+    assert len(calls) == 1 + max(len(each.response_ids) for each in found.values())
+    assert not tapes[0].n_recorded
 
 
 def test_weights_edited_in_place_are_seen_and_replaced_ones_recorded_anew(tapes: list[Tape]) -> None:

@@ -300,6 +300,26 @@ def test_the_error_in_half_precision_is_close_to_that_of_hugging_face(name: str)
         assert (ours.float() - true).norm() < 1.5 * (other.float() - true).norm()
 
 
+@pytest.mark.parametrize("name", ["gemma2", "qwen2", "gpt2"])
+def test_weights_that_are_multiplied_at_once_are_in_memory_once(name: str) -> None:
+    model = tiny.model(name)
+    layer = FastForward(model.tl)._layers[0]
+    assert layer.qkv is not None and (layer.gate_and_in is not None) == bool(model.tl.cfg.gated_mlp)
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in model.tl.parameters()}
+    in_memory = sum(storage.nbytes() for storage in storages.values())
+    assert in_memory <= sum(each.nbytes for each in model.tl.parameters())  # fewer where the embedding is tied
+    assert layer.qkv[0].untyped_storage().data_ptr() in storages
+
+
+@pytest.mark.parametrize("point", ["attn.hook_q", "attn.hook_k", "attn.hook_v", "mlp.hook_pre", "mlp.hook_pre_linear"])
+def test_activations_computed_at_once_are_kept_as_tensors_of_their_own(point: str) -> None:
+    model = tiny.model("gemma2")
+    tokens = torch.tensor([random_ids(6, seed=row) for row in range(2)])
+    name = f"blocks.1.{point}"
+    kept = model.step(tokens, torch.ones_like(tokens), model.start(2), {name}, want_logits=False).cache[name]
+    assert kept.is_contiguous() and kept.untyped_storage().nbytes() == kept.nbytes
+
+
 def tiny_prompt() -> Any:
     from tests.test_parity import as_prompt
 

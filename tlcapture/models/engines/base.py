@@ -124,7 +124,7 @@ class Model(ABC):
     def start(self, batch_size: int) -> Any:
         """An empty state for a batch: its key-value cache and attention mask, with no positions yet."""
 
-    def reserve(self, state: Any, n_positions: int) -> None:
+    def reserve(self, state: Any, n_positions: int) -> None:  # noqa: B027  most engines reserve nothing
         """Reserve memory for all positions that an empty state will have.
 
         Steps after the prompts are then of one token per row, which is not padding, and the tensors of a `Step` may be

@@ -16,7 +16,9 @@ tolerance. To learn what is computed, read TransformerLens instead. The differen
 - Grouped keys and values are never repeated.
 - Attention is fused unless its scores or pattern are needed.
 - Masks, positions and rotary tables are computed once per step instead of once per layer.
-- Products of few rows are computed in pieces (`products`).
+- Products of few rows are computed in pieces (`products`), and weights that multiply the same input at once.
+- On CUDA, steps of one token run in buffers of fixed shape (`fixed`, `decoder`) and are replayed as CUDA graphs
+  (`recording`).
 - Hook points without hooks are not called.
 
 TransformerLens computes calls with gradients, calls that begin or end between layers, models with hooks on modules

@@ -302,7 +302,7 @@ class FastForward:
 
 
 def final_norm(tl: Any, residual: Tensor) -> Tensor:
-    """The output of a HookedTransformer's final norm for `[1, pos, d_model]`, by torch's fused norm if it has no hooks."""
+    """The output of a HookedTransformer's final norm for `[1, pos, d_model]`; fused if it has no hooks."""
     from transformer_lens.components import LayerNorm, RMSNorm
 
     norm = tl.ln_final

@@ -59,7 +59,7 @@ class HookPoints:
         return activation
 
     def pass_part(self, point: Any, part: Tensor) -> Tensor:
-        """As `pass_through`, of a part of a larger tensor, which hooks get and the cache keeps as a tensor of its own."""
+        """As `pass_through`, of a part of a larger tensor, which hooks and the cache get as a tensor of its own."""
         return self.pass_through(point, part.contiguous() if self.is_used(point) else part)
 
     def norm(self, norm: Norm, x: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ def joined(parts: Sequence[Tensor]) -> Tensor | None:
 
 
 def beside(q: Tensor, k: Tensor) -> Tensor | None:
-    """Queries and keys `[batch, pos, head, d_head]` as one tensor if keys follow queries in each row of a larger one."""
+    """Queries and keys `[batch, pos, head, d_head]` as one tensor, if each row has them so in a larger one."""
     follows = k.storage_offset() == q.storage_offset() + q.shape[2] * q.shape[3] and q.stride() == k.stride()
     if not follows or q.untyped_storage()._cdata != k.untyped_storage()._cdata or q.stride(2) != q.shape[3]:
         return None

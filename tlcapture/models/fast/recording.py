@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -40,7 +40,8 @@ class Tape:
             try:
                 result = call()
             except BaseException:
-                _end_failed(graph)
+                with suppress(RuntimeError):  # the first error says more
+                    graph.capture_end()
                 raise
             graph.capture_end()
         return Recorded(graph, result)
@@ -83,10 +84,3 @@ def _without_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _end_failed(graph: Any) -> None:
-    try:
-        graph.capture_end()
-    except RuntimeError:
-        pass  # the first error says more
