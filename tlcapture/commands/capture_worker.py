@@ -142,7 +142,7 @@ class CaptureWorker:
                     self.run.failed(name, outcome.reason)
                     continue
                 with self._attempt(self.run, name):
-                    # On a CPU the lens is computed here, where it has all threads; other devices take it beside the model.
+                    # On a CPU the lens is computed here, with all threads; other devices compute it beside the model.
                     on_cpu = self.model.last_device.type == "cpu"
                     lens = self._lens(outcome) if wanted.logit_lens and on_cpu else None
                     job = partial(self._write, name, outcome, sampling, wanted, lens)
@@ -306,7 +306,9 @@ class CaptureWorker:
             project_capture(run, capture, chosen, levels, only=only, overwrite=overwrite, scores=scores)
             return
         raw = self.layout.residual(capture.prompt_set, capture.prompt_id)
-        done, error = self._processes.call(ProjectionTask.do, ProjectionTask(self.layout, raw, chosen, scores, overwrite))
+        done, error = self._processes.call(
+            ProjectionTask.do, ProjectionTask(self.layout, raw, chosen, scores, overwrite)
+        )
         run.add(done)
         if error is not None:
             raise error
