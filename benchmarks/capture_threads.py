@@ -3,8 +3,9 @@
     python benchmarks/capture_threads.py [--baseline DIR] [--rounds 3] [--prompts 1000]
 
 Each checkout captures in processes of its own, and the two alternate. A capture has ten traits, each with a vector at a
-layer of its own. W12 is the processor time of the main thread that is not spent in steps and unembedding of the model, as a
-share of all its time; it hardly depends on what else the machine does. W14 is seconds, and needs two free processors.
+layer of its own. W12 is the processor time of the main thread that is not spent in steps and unembedding of the model,
+as a share of all its time; it hardly depends on what else the machine does. W14 is seconds, and needs two free
+processors.
 """
 
 from __future__ import annotations

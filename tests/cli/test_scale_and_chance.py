@@ -14,6 +14,7 @@ from click.testing import Result
 
 from tests.cli.conftest import Run
 from tlcapture.captures.capture import Capture
+from tlcapture.commands import top_traits
 from tlcapture.commands.top_traits import summary_of
 from tlcapture.extraction.prepared_examples import prepare_examples
 from tlcapture.extraction.readout import read_out
@@ -21,6 +22,7 @@ from tlcapture.models.loading import load_model
 from tlcapture.names import Trait
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.reference import read_reference
 
 TRAITS = ("tone/loud", "tone/warm")
@@ -214,6 +216,28 @@ def test_random_traits_seldom_stand_out(tmp_path: Path) -> None:
     tops = summary_of(layout, "short").tops
     assert len(tops) == 60
     assert sum(top.stands_out for top in tops) <= 8  # 3 are expected; more than 8 in 0.3 % of runs
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+@pytest.mark.parametrize("kept", [(), ("--layers", "0,2")])
+def test_the_summary_of_a_run_reads_no_file_that_the_run_wrote(
+    evaluated: Layout, capture: Run, monkeypatch: pytest.MonkeyPatch, kept: tuple[str, ...], processes: int
+) -> None:
+    monkeypatch.setenv("TLCAPTURE_PROCESSES", str(processes))
+    shown, read = [], []
+    summarise, read_file = top_traits.summary_of, ProjectionFile.read
+
+    def summary(layout: Layout, *args: Any) -> Any:
+        monkeypatch.setattr(ProjectionFile, "read", read.append)
+        shown.append(summarise(layout, *args))
+        monkeypatch.setattr(ProjectionFile, "read", read_file)
+        return shown[-1]
+
+    monkeypatch.setattr(top_traits, "summary_of", summary)
+    capture(*kept, "--layer", "2")
+    assert not read
+    assert shown[0].tops
+    assert shown == [summarise(evaluated, "short")]  # the same as from the files
 
 
 def test_a_single_prompt_is_compared_with_the_reference(evaluated: Layout, capture: Run, data: Path) -> None:

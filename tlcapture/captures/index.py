@@ -132,7 +132,7 @@ def index_record(content: Mapping[str, Any], streams: Mapping[str, ResidualStrea
 
 
 def _stored(tensor: Tensor, numbers: Mapping[int, int]) -> dict[str, Any]:
-    """The entry of a tensor; raises `ValueError` if it is not the whole of its storage, and `KeyError` if that is not written."""
+    """The entry of a tensor; raises `ValueError` if it is not all of its storage, `KeyError` if that is missing."""
     storage = tensor.untyped_storage()
     if tensor.storage_offset() or not tensor.is_contiguous() or tensor.nbytes != storage.nbytes():
         raise ValueError("a tensor that shares its storage with others")

@@ -220,7 +220,7 @@ def capture(
     # Projections of an earlier run would look like this run's, had this one written nothing.
     if options.projects and (report.n_files or not report.failures):
         for prompt_set in sets:
-            show_top_traits(console, layout, prompt_set.name)
+            show_top_traits(console, layout, prompt_set.name, known=report.projected)
 
 
 def _given(chosen: PromptSetOptions, settings: _Settings) -> PromptSet | None:

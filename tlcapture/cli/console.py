@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -148,11 +148,17 @@ def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def show_top_traits(console: Console, layout: Layout, prompt_set: str, component: str = "residual") -> None:
+def show_top_traits(
+    console: Console,
+    layout: Layout,
+    prompt_set: str,
+    component: str = "residual",
+    known: Mapping[str, bytes] = {},
+) -> None:
     """Print, for each prompt, the trait that rose more than chance, where it committed, and the response.
 
     Below, how many projections commit and persist, beside random directions. For a large set, print only how to view
-    it.
+    it. `known` is what the run remembers of the projections that it wrote.
     """
     from tlcapture.commands.top_traits import FEWEST_TO_COMPARE, summary_of
 
@@ -161,7 +167,7 @@ def show_top_traits(console: Console, layout: Layout, prompt_set: str, component
         look = f"view them with 'tlcapture view --experiment {layout.experiment}'"
         console.line(f"{prompt_set}: {n_prompts} prompts are too many to list; {look}")
         return
-    summary = summary_of(layout, prompt_set, component)
+    summary = summary_of(layout, prompt_set, component, known)
     if not summary.tops:
         return
     console.line()

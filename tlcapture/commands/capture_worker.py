@@ -148,7 +148,7 @@ class CaptureWorker:
                     self.run.failed(name, outcome.reason)
                     continue
                 with self._attempt(self.run, name):
-                    # On a CPU the lens is computed here, where it has all threads; other devices take it beside the model.
+                    # On a CPU the lens is computed here, with all threads; other devices compute it beside the model.
                     on_cpu = self.model.last_device.type == "cpu"
                     lens = self._lens(outcome) if wanted.logit_lens and on_cpu else None
                     job = partial(self._write, name, outcome, sampling, wanted, max_new_tokens, lens)

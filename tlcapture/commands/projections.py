@@ -14,10 +14,11 @@ from torch import Tensor
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.provenance import now
 from tlcapture.commands.capture_records import CaptureRecord
+from tlcapture.commands.top_traits import essentials
 from tlcapture.errors import StorageError, TlcaptureError
 from tlcapture.names import PromptId, Trait
-from tlcapture.runs.existing_files import check_replaceable, is_readable
 from tlcapture.runs.display import Display
+from tlcapture.runs.existing_files import check_replaceable, is_readable
 from tlcapture.runs.report import CollectingReport, Done
 from tlcapture.runs.run import Run
 from tlcapture.storage.files import read_json, write_json
@@ -168,6 +169,7 @@ def project_capture(
         if only:
             content["metadata"]["capture"] = dict(capture.metadata)
         run.wrote(write_json(path, content))
+        run.report.remember({path.relative_to(layout.folder).as_posix(): essentials(content)})
     return projections
 
 

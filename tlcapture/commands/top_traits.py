@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from tlcapture.errors import StorageError
@@ -79,12 +81,36 @@ class Summary:
     findings: Findings | None
 
 
-def summary_of(layout: Layout, prompt_set: str, component: str = "residual") -> Summary:
-    """The trait that rose most in each prompt of a set that has projections, and how many commit and persist."""
+def essentials(content: Mapping[str, Any]) -> bytes:
+    """What a summary needs of the content of a projection file: the JSON of one with the vector's own layer alone."""
+    metadata = content["metadata"]
+    layer = metadata["vector_source"]["layer"]
+    scores = {part: _of_layer(values, layer) for part, values in content["projections"].items()}
+    dynamics = {name: value for name, value in content["dynamics"].items() if name not in ("velocity", "acceleration")}
+    slim = {**metadata, "layers": [layer], "sublayers": metadata["sublayers"][-1:]}
+    return orjson.dumps(
+        {**content, "projections": scores, "dynamics": dynamics, "metadata": slim}, option=orjson.OPT_SERIALIZE_NUMPY
+    )
+
+
+def _of_layer(scores: Any, layer: int) -> Any:
+    """The last score of each token at a layer, `[n_tokens][1][1]`."""
+    if isinstance(scores, np.ndarray):
+        return np.ascontiguousarray(scores[:, layer : layer + 1, -1:])
+    return [[at[layer][-1:]] for at in scores]
+
+
+def summary_of(
+    layout: Layout, prompt_set: str, component: str = "residual", known: Mapping[str, bytes] = {}
+) -> Summary:
+    """The trait that rose most in each prompt of a set that has projections, and how many commit and persist.
+
+    `known` are the `essentials` of files that were just written, by path relative to the experiment; they are not read.
+    """
     by_trait: dict[str, dict[str, ProjectionFile]] = {}
     for prompt_id in layout.prompt_ids(prompt_set):
         for path in projection_paths(layout, prompt_set, prompt_id, component):
-            if content := _read(path):
+            if content := _read(path, known.get(path.relative_to(layout.folder).as_posix())):
                 trait, _ = layout.of_projection(path)
                 by_trait.setdefault(str(trait), {})[prompt_id] = content
     rises = {trait: _rises(contents) for trait, contents in by_trait.items()}
@@ -105,10 +131,10 @@ class _Rise:
     random: _Values | None
 
 
-def _read(path: Path) -> ProjectionFile | None:
+def _read(path: Path, known: bytes | None) -> ProjectionFile | None:
     """A projection file; `None` for a damaged one, which the run has reported, and for one without dynamics."""
     try:
-        content = ProjectionFile.read(path)
+        content = ProjectionFile.read(path) if known is None else ProjectionFile.parse(orjson.loads(known), path)
     except StorageError:
         return None
     return content if content.dynamics is not None else None

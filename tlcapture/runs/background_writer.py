@@ -1,8 +1,8 @@
 """Writing the files of prompts in other threads while the model continues.
 
-Everything that is left to do for a finished prompt is one job: converting its activations, projecting them, making JSON,
-writing the files. A job has a run of its own, whose report is added to that of the whole run in the order of the prompts,
-so that the report does not depend on which prompt was written first. What the waiting jobs hold in memory is bounded.
+Everything that is left to do for a finished prompt is one job: converting its activations, projecting them, making
+JSON, writing the files. A job has a run of its own, whose report is added to that of the whole run in the order of the
+prompts, so that the report does not depend on which prompt was written first. What the jobs hold in memory is bounded.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class BackgroundWriter:
         """Let a thread do a job, after waiting until the memory that jobs hold allows for it.
 
         Args:
-            job: gets a run to report to; what it raises is raised by the next call of the writer, in the caller's thread.
+            job: gets a run to report to; what it raises is raised in the caller's thread by a later call of the writer.
             n_bytes: the memory that the job holds. One job may hold more than all are allowed to.
 
         Raises:

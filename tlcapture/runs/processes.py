@@ -1,7 +1,7 @@
 """Other Python processes for what would keep this one from computing: statistics and JSON, which need Python's lock.
 
-A process takes a second to start, in which the work is done here. It ends when its input does, so also when this process is
-killed. It is not of `multiprocessing`, which runs the user's own script again in each process.
+A process takes a second to start, in which the work is done here. It ends when its input does, so also when this
+process is killed. It is not of `multiprocessing`, which runs the user's own script again in each process.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Processes:
             Thread(target=_make_ready, args=(each, self._free), daemon=True).start()
 
     def call(self, function: Callable[..., Result], *args: Any) -> Result:
-        """The result of a function of a module for picklable arguments, from a process if one is ready, or from here."""
+        """The result of a module's function for picklable arguments, from a process if one is ready, else from here."""
         if not any(each.is_usable or self._is_asked_for for each in self._started):
             return function(*args)
         process = self._free.get()
@@ -92,7 +92,7 @@ class _Process:
             raise _ProcessEndedError from None
         if error is not None:
             raise error
-        return result  # type: ignore[no-any-return]
+        return result
 
     def end(self) -> None:
         """Let the process end."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tlcapture.storage.files import Written
 
 _MOST_LISTED = 10_000
+_MOST_REMEMBERED = 4000  # projections, of some 6 KB each
 _log = get_logger(__name__)
 
 
@@ -90,6 +91,7 @@ class Done:
     n_skipped: int = 0
     n_tokens: int = 0
     n_removed: int = 0
+    projected: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass
@@ -101,6 +103,8 @@ class RunReport:
         started: when the run started, on the monotonic clock.
         n_removed: files of earlier runs that were removed and not written again.
         retried: batches of work that were run again after their worker died.
+        projected: what the summary needs of projections that were written, by path relative to the folder, as JSON; not
+            of all in a large run.
     """
 
     folder: Path
@@ -112,6 +116,7 @@ class RunReport:
     failures: list[Failed] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     retried: list[str] = field(default_factory=list)
+    projected: dict[str, bytes] = field(default_factory=dict)
     files: WrittenFiles = field(init=False)
 
     def __post_init__(self) -> None:
@@ -125,6 +130,12 @@ class RunReport:
     def wrote(self, written: Written) -> None:
         """Count a file that was written."""
         self.files.add(written)
+
+    def remember(self, projected: Mapping[str, bytes]) -> None:
+        """Keep what the summary needs of some projections, as far as there is room for it."""
+        for name, content in projected.items():
+            if len(self.projected) < _MOST_REMEMBERED:
+                self.projected[name] = content
 
     def failed(self, what: str, reason: object) -> None:
         """Add a failure."""
@@ -151,6 +162,7 @@ class RunReport:
         self.n_skipped += other.n_skipped
         self.n_tokens += other.n_tokens
         self.n_removed += other.n_removed
+        self.remember(other.projected)
 
     @property
     def seconds(self) -> float:
@@ -210,7 +222,9 @@ class CollectingReport(RunReport):
             self.n_skipped,
             self.n_tokens,
             self.n_removed,
+            self.projected,
         )
+        self.projected = {}
         self._written, self.failures, self.warnings = [], [], []
         self.n_prompts = self.n_skipped = self.n_tokens = self.n_removed = 0
         return done
