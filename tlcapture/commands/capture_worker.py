@@ -19,6 +19,7 @@ from tlcapture.captures.from_generation import capture_of
 from tlcapture.commands.capture_outputs import Outputs, add_ons, remove_stale, saved_capture, write_capture
 from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.capture_tasks import CaptureOptions, CaptureTask
+from tlcapture.commands.kept_positions import wanted_positions
 from tlcapture.commands.projections import ChanceLevels, project_capture, vector_chooser, without_projection
 from tlcapture.errors import InputError
 from tlcapture.generation.checkpoint_sampling import sampling_for, unfollowed
@@ -33,6 +34,7 @@ from tlcapture.runs.run import Run
 from tlcapture.storage.config import update_config
 from tlcapture.storage.files import remove, write_bytes
 from tlcapture.storage.layout import derived_files
+from tlcapture.views.kept_tokens import Positions
 
 
 class CaptureWorker:
@@ -148,6 +150,7 @@ class CaptureWorker:
             save_dtype=options.save_dtype,
             kept=wanted.kept,
         )
+        whole, capture = capture, capture.only(wanted_positions(wanted.tokens, capture, fresh=True))
         marker = self.layout.unfinished(capture.prompt_set, capture.prompt_id)
         update_config(self.layout, inference_model=self.model.name)
         write_bytes(marker, b"")
@@ -155,7 +158,7 @@ class CaptureWorker:
             self.run.wrote(write_capture(self.layout, capture, self._removed.extend))
         else:
             self._removed += remove_stale(self.layout, capture)
-        self._project(capture, only=not wanted.raw)
+        self._project(whole, only=not wanted.raw, kept=capture.positions)
         cache = generation.cache
         files = add_ons(
             self.layout, capture, wanted, self.model, cache, residual_cache=cache, save_dtype=options.save_dtype
@@ -192,6 +195,12 @@ class CaptureWorker:
                     f"the logit lens needs residual_out of every layer, but {capture.kept.described()}: "
                     "capture it again with --logit-lens"
                 )
+            positions = wanted_positions(wanted.tokens, capture, fresh=False)
+            if wanted.logit_lens and not capture.positions.includes(positions):
+                raise InputError(
+                    f"the logit lens needs residual_out of the tokens that it is kept of, but only "
+                    f"{capture.positions.described()}: leave out --tokens, or capture it again with --logit-lens"
+                )
             hooks = wanted.pass_hooks(self.model)
             cache = teacher_force(self.model, capture.token_ids, hooks) if hooks else {}
             save_dtype = self.options.save_dtype
@@ -220,7 +229,9 @@ class CaptureWorker:
         if not any(self._chooser.vectors(will_be, component) for component in self.options.components):
             raise InputError("--projections-only: no trait has a vector that fits, so nothing would be kept")
 
-    def _project(self, capture: Capture, *, only_missing: bool = False, only: bool = False) -> None:
+    def _project(
+        self, capture: Capture, *, only_missing: bool = False, only: bool = False, kept: Positions | None = None
+    ) -> None:
         if not self.options.project:
             return
         components = ["residual"] + (["attn_out"] if capture.prompt.residual.attn_out is not None else [])
@@ -228,4 +239,6 @@ class CaptureWorker:
             vectors = self._chooser.vectors(capture, component)
             if only_missing:
                 vectors = without_projection(self.layout, capture, vectors, self.options.existing)
-            project_capture(self.run, capture, vectors, self._levels, only=only, overwrite=self.options.overwrite)
+            project_capture(
+                self.run, capture, vectors, self._levels, only=only, overwrite=self.options.overwrite, kept=kept
+            )

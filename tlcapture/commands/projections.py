@@ -25,6 +25,11 @@ from tlcapture.traits.reference import Reference, read_reference
 from tlcapture.traits.rises import DEFINITIONS
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import TraitVector
+from tlcapture.views.kept_tokens import Positions
+
+TOKENS_MISSING = (
+    "captures of some tokens (--tokens) were projected: what needs the others is null; capture again to have it"
+)
 
 
 @dataclass(frozen=True)
@@ -125,11 +130,13 @@ def project_capture(
     only: bool = False,
     centred: bool = False,
     overwrite: bool = False,
+    kept: Positions | None = None,
 ) -> list[Projection]:
     """Project a capture onto vectors and write a file for each; returns the projections.
 
     Where `only` projections are kept, the files hold the capture's metadata too. If `centred`, the mean activation of
-    each vector's training examples is subtracted first.
+    each vector's training examples is subtracted first. The files hold the scores of the tokens in `kept`, by default
+    those that the capture holds; all that it holds are projected.
 
     Raises:
         StorageError: a file to be replaced cannot be read, and `overwrite` is not set; none was written.
@@ -140,13 +147,17 @@ def project_capture(
     pairs = [(each.vector, each.selection) for each in chosen]
     prompt, response = capture.prompt.residual, capture.response.residual
     centre = partial(mean_activation, layout.root) if centred else None
-    projections = project(prompt, response, pairs, random=levels.of(capture, chosen), centre=centre)
+    held, random = capture.positions, levels.of(capture, chosen)
+    if chosen and not held.is_all:
+        run.warn(TOKENS_MISSING)
+    projections = project(prompt, response, pairs, random=random, centre=centre, held=held)
     notes = [each.notes(capture.metadata) for each in chosen]
     doubts = [(each.vector.trait, note) for each, found in zip(chosen, notes, strict=True) for note in found]
     _warn_together(doubts, run)
     for projection, found in zip(projections, notes, strict=True):
         vector = projection.vector
-        content = _file_content(layout, capture, projection, [f"{vector.trait}: {note}" for note in found])
+        texts = [f"{vector.trait}: {note}" for note in found]
+        content = _file_content(layout, capture, projection, texts, kept or held)
         if only:
             content["metadata"]["capture"] = dict(capture.metadata)
         run.wrote(write_json(_path(layout, capture, vector), content))
@@ -161,9 +172,10 @@ def massive_line(centred: Sequence[tuple[Trait, Centred]]) -> str:
     """What massive dimensions carry of the variance of centred projections, the mean by trait, as a line of text."""
     by_trait: dict[str, list[float]] = {}
     for trait, found in centred:
-        by_trait.setdefault(str(trait), []).append(found.variance_share)
+        if found.variance_share is not None:
+            by_trait.setdefault(str(trait), []).append(found.variance_share)
     shares = [f"{trait} {sum(found) / len(found):.0%}" for trait, found in by_trait.items()]
-    dimensions = sorted({number for _, found in centred for number in found.massive_dimensions})
+    dimensions = sorted({number for _, found in centred for number in found.massive_dimensions or ()})
     named = ", ".join(map(str, dimensions[:8])) + (", ..." if len(dimensions) > 8 else "")
     return f"massive dimensions ({named or 'none'}) carry of the variance: {', '.join(shares)}"
 
@@ -179,7 +191,9 @@ def _warn_together(doubts: Iterable[tuple[Trait, str | None]], run: Run) -> None
         run.warn(f"{named}: {text}")
 
 
-def _file_content(layout: Layout, capture: Capture, projection: Projection, notes: list[str]) -> dict[str, Any]:
+def _file_content(
+    layout: Layout, capture: Capture, projection: Projection, notes: list[str], kept: Positions
+) -> dict[str, Any]:
     parts = {"prompt": capture.prompt, "response": capture.response}
     metadata = {
         "inference_model": capture.metadata["inference_model"],
@@ -191,7 +205,10 @@ def _file_content(layout: Layout, capture: Capture, projection: Projection, note
         "sublayers": projection.sublayers,
         "definitions": DEFINITIONS,
         "projection_date": now(),
+        **kept.record(),
     }
+    if not kept.is_all:
+        metadata["means"] = projection.means()
     if projection.chance is not None:
         metadata["chance"] = projection.chance.to_json()
     if projection.centred is not None:
@@ -201,4 +218,4 @@ def _file_content(layout: Layout, capture: Capture, projection: Projection, note
     heads = {
         name: {"text": part.text, "tokens": part.tokens, "n_tokens": len(part.tokens)} for name, part in parts.items()
     }
-    return {**heads, **projection.to_json(), "metadata": metadata}
+    return {**heads, **projection.to_json(kept), "metadata": metadata}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tlcapture.models.loading import Model
 
 _CAPTURE_ATTRIBUTES = (
-    "prompt", "response", "metadata", "tokens", "token_ids", "residual", "n_layers", "d_model", "save",
+    "prompt", "response", "metadata", "tokens", "token_ids", "positions", "residual", "n_layers", "d_model", "save",
 )  # fmt: skip
 
 
