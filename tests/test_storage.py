@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import time
+import weakref
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from tlcapture.errors import StorageError
+from tlcapture.storage import archives
 from tlcapture.storage.files import (
     _temporary,
     read_json,
@@ -42,6 +46,47 @@ def test_tensors_and_plain_values_are_read_back_and_views_are_written_once(tmp_p
     value = read_tensors(path)
     assert torch.equal(torch.stack(value["views"][:4]), buffer)
     assert value["text"] == "é"
+
+
+@pytest.mark.parametrize("largest", [2**31, 64])  # a record that needs 64-bit sizes would have gigabytes
+def test_archives_hold_what_torch_save_writes_and_are_intact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: int
+) -> None:
+    monkeypatch.setattr(archives, "_LARGEST", largest)
+    buffer = torch.randn(3, 7)
+    value = {
+        "views": {0: buffer[0], 1: buffer[1:], 2: buffer.T},
+        "half": torch.randn(5).bfloat16(),
+        "none": torch.empty(0, 4),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "flags": torch.tensor([True, False]),
+        "same": [buffer, "é", None, 2**40, (1.5, b"x")],
+    }
+    write_tensors(tmp_path / "ours.pt", value)
+    torch.save(value, tmp_path / "theirs.pt")
+    with zipfile.ZipFile(tmp_path / "ours.pt") as ours, zipfile.ZipFile(tmp_path / "theirs.pt") as theirs:
+        assert ours.testzip() is None  # every checksum is right
+        names = [each.filename.partition("/")[2] for each in ours.infolist()]
+        assert names == [each.filename.partition("/")[2] for each in theirs.infolist()][: len(names)]
+        for name in names:
+            assert ours.read(f"archive/{name}") == theirs.read(f"theirs/{name}"), name
+    for mmap in (False, True):
+        loaded = torch.load(tmp_path / "ours.pt", weights_only=True, mmap=mmap)
+        assert str(loaded) == str(value)
+        assert loaded["views"][0].data_ptr() == loaded["same"][0].data_ptr()
+    assert loaded["half"].data_ptr() % 64 == 0 or largest == 64
+
+
+def test_memory_of_what_was_written_is_released_at_once(tmp_path: Path) -> None:
+    tensor = torch.randn(10)
+    storage = weakref.ref(tensor.untyped_storage())
+    gc.disable()
+    try:
+        write_tensors(tmp_path / "x.pt", {"x": tensor})
+        del tensor
+        assert storage() is None
+    finally:
+        gc.enable()
 
 
 def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.evidence import Evidence
 from tests.faults.commands import Command, Ended, contents
 from tests.faults.conftest import Start, capture_words
@@ -34,10 +36,16 @@ def die_at(change_number: int) -> None:
 
 
 def test_a_run_killed_before_any_change_of_the_experiment_can_be_resumed(
-    start: Start, template: Path, uninterrupted: dict[str, Any], tmp_path: Path, evidence: Evidence
+    start: Start,
+    template: Path,
+    uninterrupted: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    evidence: Evidence,
 ) -> None:
     killed = 0
     for number in range(1, 1000):
+        monkeypatch.setenv("TLCAPTURE_WRITERS", str(number % 3))  # the files are written here, or by one or two threads
         root = tmp_path / f"root{number}"
         shutil.copytree(template, root)
         ended = start(root=root, before=lambda number=number: die_at(number)).end()

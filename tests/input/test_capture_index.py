@@ -18,7 +18,7 @@ from tests.input.strategies import ANY_JSON, Damaged, check_refusal, damaged_jso
 from tlcapture.captures.capture import Capture, CapturedPart
 from tlcapture.captures.index import NAME
 from tlcapture.errors import StorageError, TlcaptureError
-from tlcapture.storage.archives import Archive, append_record
+from tlcapture.storage.archives import Archive
 from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.residual import ResidualStream
 
@@ -54,6 +54,12 @@ def made(
 
     choice = {} if kept.is_all else {"layers": list(kept.layers), "points": list(kept.points)}
     return Capture(part(N_PROMPT), part(n_response), {**METADATA, **choice, **more})
+
+
+def append_record(path: Path, name: str, data: bytes) -> None:
+    with zipfile.ZipFile(path, "a") as archive:
+        folder = archive.namelist()[0].partition("/")[0]
+        archive.writestr(f"{folder}/{name}", data)
 
 
 def check_same(one: Capture, other: Capture) -> None:
@@ -115,13 +121,28 @@ def test_a_capture_that_json_cannot_represent_has_no_index(tmp_path: Path, more:
     check_same(Capture.open(path), made(**more))
 
 
-def test_no_index_is_written_if_it_would_refer_to_other_storages_than_the_pickle(tmp_path: Path) -> None:
-    """torch may number storages in another order, here because two parts share one."""
+def test_parts_that_share_a_storage_share_its_record(tmp_path: Path) -> None:
     whole = made(attn_out=False, n_response=N_PROMPT)
     capture = replace(whole, response=replace(whole.prompt, text="the same again"))
     path = capture.save(tmp_path / "1.pt").path
-    assert not has_index(path)
+    assert {index_of(path)[part]["points"]["record"] for part in ("prompt", "response")} == {"data/0"}
     check_same(Capture.open(path), capture)
+
+
+def test_no_index_is_written_for_activations_that_are_part_of_a_storage(tmp_path: Path) -> None:
+    whole = made(attn_out=False)
+    points = torch.cat([whole.prompt.residual.points, whole.prompt.residual.points])
+    part = replace(whole.prompt, residual=replace(whole.prompt.residual, points=points[: len(points) // 2]))
+    path = replace(whole, prompt=part).save(tmp_path / "1.pt").path
+    assert not has_index(path)
+    check_same(Capture.open(path), whole)
+
+
+def test_a_file_is_not_read_to_make_its_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    monkeypatch.setattr(Archive, "__init__", lambda self, path: opened.append(path))
+    made().save(tmp_path / "1.pt")
+    assert not opened
 
 
 def index_of(path: Path) -> Any:

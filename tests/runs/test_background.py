@@ -1,89 +1,204 @@
-"""Writing files in another thread: in order, completely, and with every failure reported."""
+"""Writing files in other threads: completely, within bounded memory, and with every failure reported."""
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
-from collections.abc import Callable
+import weakref
 from pathlib import Path
 
 import pytest
 
 from tlcapture.errors import NoSpaceError, StorageError
-from tlcapture.runs.background_writer import BackgroundWriter
+from tlcapture.runs.background_writer import BackgroundWriter, Job
+from tlcapture.runs.display import Display
+from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
 from tlcapture.storage.files import Written
 from tlcapture.storage.layout import Layout
 
+LAYOUT = Layout(Path("x"), "exp")
+WRITERS = [0, 1, 3]
 
-def test_all_files_are_written_in_order_by_another_thread_before_the_context_ends() -> None:
-    run, written, threads = Run.silent(Layout(Path("x"), "exp")), [], set()
 
-    def file(number: int) -> Callable[[], Written]:
-        def write() -> Written:
-            time.sleep(0.01)
-            written.append(number)
-            threads.add(threading.get_ident())
-            return Written(Path("x"), number)
+def file(number: int, seconds: float = 0.0) -> Job:
+    def write(run: Run) -> None:
+        time.sleep(seconds)
+        run.wrote(Written(Path(f"x/{number}"), number))
 
-        return write
+    return write
 
-    with BackgroundWriter(run) as writer:
-        for prompt in range(3):
-            writer.write(str(prompt), [file(2 * prompt), file(2 * prompt + 1)])
-    assert written == list(range(6))
-    assert threads.isdisjoint({threading.get_ident()})
+
+def failing(error: Exception) -> Job:
+    def write(run: Run) -> None:
+        raise error
+
+    return write
+
+
+def numbers(run: Run) -> list[int]:
+    return [size for _, size in run.report.files.listed]
+
+
+@pytest.mark.parametrize("n_writers", WRITERS)
+def test_all_jobs_are_done_and_reported_in_their_order_before_the_context_ends(n_writers: int) -> None:
+    run = Run.silent(LAYOUT)
+    with BackgroundWriter(run, n_writers) as writer:
+        for number in range(6):
+            writer.submit(file(number, 0.01 * (6 - number)))  # later ones end first
+    assert numbers(run) == list(range(6))
     assert (run.report.n_files, run.report.files.size) == (6, 15)
 
 
-def test_a_file_that_fails_is_reported_and_the_others_are_written() -> None:
-    run = Run.silent(Layout(Path("x"), "exp"))
+@pytest.mark.parametrize("n_writers", WRITERS)
+def test_jobs_run_at_the_same_time_in_as_many_other_threads_as_there_are_writers(n_writers: int) -> None:
+    together, threads = threading.Barrier(max(1, n_writers)), set()
 
-    def fail() -> Written:
-        raise StorageError("disk full")
+    def job(run: Run) -> None:
+        threads.add(threading.get_ident())
+        together.wait(timeout=10)
 
+    with BackgroundWriter(Run.silent(LAYOUT), n_writers) as writer:
+        for _ in range(2 * max(1, n_writers)):
+            writer.submit(job)
+    assert len(threads) == max(1, n_writers)
+    assert (threading.get_ident() in threads) == (n_writers == 0)
+
+
+def test_the_switch_does_everything_in_the_thread_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TLCAPTURE_WRITERS", "0")
+    run, threads = Run.silent(LAYOUT), []
     with BackgroundWriter(run) as writer:
-        writer.write("set/1", [fail, lambda: Written(Path("x"), 7)])
-    assert run.report.failures == [("set/1", "disk full")]
-    assert run.report.n_files == 1
+        writer.submit(lambda run: threads.append(threading.current_thread()))
+        assert threads == [threading.current_thread()]
 
 
-def test_queued_files_are_written_even_if_the_run_is_interrupted() -> None:
-    run = Run.silent(Layout(Path("x"), "exp"))
+def test_waiting_jobs_hold_no_more_memory_than_allowed_unless_one_alone_needs_more() -> None:
+    lock, held, most = threading.Lock(), 0, 0
+
+    def job(n_bytes: int) -> Job:
+        def work(run: Run) -> None:
+            nonlocal held
+            time.sleep(0.005)
+            with lock:
+                held -= n_bytes
+
+        return work
+
+    with BackgroundWriter(Run.silent(LAYOUT), 3, most_bytes=100) as writer:
+        for n_bytes in [40, 40, 40, 10, 10, 250, 40, 100, 1, 60, 60] * 3:
+            writer.submit(job(n_bytes), n_bytes)
+            with lock:
+                held += n_bytes
+                most = max(most, held if n_bytes < 250 else held - 150)
+    assert 80 <= most <= 100
+
+
+def test_what_a_job_held_is_released_when_it_ends() -> None:
+    class Activations:
+        pass
+
+    held = Activations()
+    alive = weakref.ref(held)
+
+    def job(run: Run, held: Activations) -> None:
+        run.wrote(Written(Path("x"), 1))
+
+    gc.disable()
+    try:
+        with BackgroundWriter(Run.silent(LAYOUT), 1) as writer:
+            writer.submit(lambda run, held=held: job(run, held))  # type: ignore[misc]
+            del held
+            writer.submit(file(1))
+            writer.finish()
+            assert alive() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("n_writers", WRITERS)
+def test_failures_and_warnings_of_a_job_are_those_of_the_run_reported_in_the_thread_of_the_caller(
+    n_writers: int,
+) -> None:
+    class Shown(Display):
+        def warn(self, text: str) -> None:
+            shown.append((text, threading.current_thread()))
+
+    shown: list[tuple[str, threading.Thread]] = []
+    run = Run(LAYOUT, RunReport(LAYOUT.folder), Shown())
+
+    def job(run: Run) -> None:
+        run.warn("odd")
+        for name, error in (("set/1", StorageError("no")), ("set/2", StorageError("not that either"))):
+            with run.attempt(name):
+                raise error
+        run.report.n_prompts += 1
+
+    with BackgroundWriter(run, n_writers) as writer:
+        writer.submit(job)
+        writer.submit(job)
+    assert run.report.failures == [("set/1", "no"), ("set/2", "not that either")] * 2
+    assert run.report.n_prompts == 2
+    assert shown == [("odd", threading.current_thread())]
+
+
+def test_ended_jobs_are_reported_while_the_model_continues() -> None:
+    run, ended = Run.silent(LAYOUT), threading.Event()
+
+    def last(run: Run) -> None:
+        ended.set()
+
+    with BackgroundWriter(run, 1) as writer:
+        writer.submit(file(7))
+        writer.submit(last)
+        assert ended.wait(10)
+        writer.collect()
+        assert numbers(run) == [7]
+
+
+@pytest.mark.parametrize("n_writers", [1, 3])
+def test_submitted_jobs_are_done_even_if_the_run_is_interrupted(n_writers: int) -> None:
+    run = Run.silent(LAYOUT)
 
     def break_off() -> None:
-        with BackgroundWriter(run) as writer:
-            writer.write("set/1", [lambda: Written(Path("x"), 3)])
+        with BackgroundWriter(run, n_writers) as writer:
+            for number in range(5):
+                writer.submit(file(number, 0.01))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         break_off()
-    assert run.report.n_files == 1
+    assert numbers(run) == list(range(5))
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_running_out_of_memory_fails_the_prompt_of_the_files(error: Exception) -> None:
-    run, done = Run.silent(Layout(Path("x"), "exp")), []
+def test_a_full_disk_ends_the_run_after_what_was_written_is_reported() -> None:
+    run, begun = Run.silent(LAYOUT), []
 
-    def fail(how: Exception) -> Written:
-        raise how
-
-    with BackgroundWriter(run) as writer:
-        writer.write("set/1", [lambda: fail(error), lambda: fail(StorageError("no")), lambda: Written(Path("x"), 1)])
-        writer.write("set/2", [lambda: Written(Path("x"), 1)], then=lambda: done.append("set/2"))
-    assert run.report.failures == [("set/1", "out of memory while its files were written"), ("set/1", "no")]
-    assert run.report.n_files == 2
-    assert done == ["set/2"]
-
-
-def test_a_full_disk_ends_the_run_after_the_written_files_are_reported() -> None:
-    run = Run.silent(Layout(Path("x"), "exp"))
-
-    def fail() -> Written:
+    def full(run: Run) -> None:
+        run.wrote(Written(Path("x/1"), 7))
         raise NoSpaceError("disk full")
 
-    writer = BackgroundWriter(run)
-    writer.write("set/1", [fail, lambda: Written(Path("x"), 7)])
-    with pytest.raises(NoSpaceError):
+    def later(run: Run) -> None:
+        begun.append(1)
+
+    hold = threading.Event()
+    writer = BackgroundWriter(run, 1)
+    for job in (lambda run: hold.wait(10), file(3), full, later):
+        writer.submit(job)
+    hold.set()
+    with pytest.raises(NoSpaceError, match="disk full"):
         writer.finish()
-    assert run.report.n_files == 1
+    writer.finish()
+    assert numbers(run) == [3, 7]
+    assert not begun  # nothing more is tried on a full disk
+
+
+@pytest.mark.parametrize("n_writers", WRITERS)
+def test_an_error_of_the_program_is_raised_in_the_thread_of_the_caller(n_writers: int) -> None:
+    def fail() -> None:
+        with BackgroundWriter(Run.silent(LAYOUT), n_writers) as writer:
+            writer.submit(failing(ZeroDivisionError("a bug")))
+
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        fail()

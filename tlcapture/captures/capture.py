@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from tlcapture.captures.format import FORMAT_VERSION, CaptureContent, PartContent
-from tlcapture.captures.index import add_index, read_index
+from tlcapture.captures.index import NAME as INDEX
+from tlcapture.captures.index import index_record, read_index
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError, NumericalError, StorageError
 from tlcapture.names import PromptId
@@ -169,11 +170,11 @@ class Capture:
         }
         parts = {"prompt": self.prompt.residual, "response": self.response.residual}
 
-        def finish(new: Path) -> None:
-            add_index(new, value, parts)
-            before_replacing(new)
+        def index(storages: Sequence[Any]) -> dict[str, bytes]:
+            record = index_record(value, parts, storages)
+            return {INDEX: record} if record else {}
 
-        return write_tensors(path, value, before_replacing=finish)
+        return write_tensors(path, value, more=index, before_replacing=before_replacing)
 
     @classmethod
     def open(cls, path: Path) -> Capture:

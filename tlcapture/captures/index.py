@@ -8,8 +8,7 @@ file without an index (of another tool, or saved again by hand) is read from its
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from itertools import count
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tlcapture.captures.format import FORMAT_VERSION, CaptureMetadata, TokenId, check_version, held_of_part
-from tlcapture.storage.archives import Archive, append_record
+from tlcapture.storage.archives import Archive
 from tlcapture.storage.files import opening
 from tlcapture.storage.validation import FileContent, checked
 from tlcapture.views.kept_points import KeptPoints
@@ -112,27 +111,34 @@ def read_index(path: Path) -> tuple[CaptureIndex, dict[str, Any], dict[str, Resi
         return index, value["metadata"], {name: _stream(archive, getattr(index, name), only, layers) for name in PARTS}
 
 
-def add_index(path: Path, content: Mapping[str, Any], streams: Mapping[str, ResidualStream]) -> None:
-    """Add an index to a file that was just written, if index and pickle give the same content.
+def index_record(content: Mapping[str, Any], streams: Mapping[str, ResidualStream], storages: Sequence[Any]) -> bytes:
+    """The index of a file that is being written; empty where it could not give exactly the content of the pickle.
 
-    `content` is the content of the file, `streams` are the activations of its parts.
+    `content` is the content of the file, `streams` are the activations of its parts, and `storages` those that the
+    archive holds.
     """
     value: dict[str, Any] = {"format_version": FORMAT_VERSION, "metadata": content["metadata"]}
-    number = count()  # torch numbers storages in the order of the pickle: in each layer the points come first
-    for name in PARTS:
-        value[name] = {key: content[name][key] for key in ("text", "tokens", "token_ids")}
-        value[name]["points"] = Stored.of(streams[name].points, next(number))
-        outputs = streams[name].attn_out
-        value[name]["attn_out"] = None if outputs is None else Stored.of(outputs, next(number))
+    numbers = {storage._cdata: number for number, storage in enumerate(storages)}
     try:
+        for name in PARTS:
+            value[name] = {key: content[name][key] for key in ("text", "tokens", "token_ids")}
+            value[name]["points"] = _stored(streams[name].points, numbers)
+            outputs = streams[name].attn_out
+            value[name]["attn_out"] = None if outputs is None else _stored(outputs, numbers)
+            IndexedPart.model_validate(value[name])
         data = json.dumps(value).encode()
-        archive = Archive(path)
-        mapped = {name: _stream(archive, IndexedPart.model_validate(value[name]), None) for name in PARTS}
-    except (TypeError, ValueError):  # metadata that JSON cannot hold, or storages in another order than expected
-        return
-    is_exact = json.loads(data) == value  # JSON turns tuples into lists, and keys that are numbers into strings
-    if is_exact and all(_is_same(mapped[name], streams[name]) for name in PARTS):
-        append_record(path, NAME, data)
+        is_exact = json.loads(data) == value  # JSON turns tuples into lists, and keys that are numbers into strings
+    except (TypeError, ValueError, KeyError):  # metadata that JSON cannot hold, or a tensor that is part of another
+        return b""
+    return data if is_exact else b""
+
+
+def _stored(tensor: Tensor, numbers: Mapping[int, int]) -> dict[str, Any]:
+    """The entry of a tensor; raises `ValueError` if it is not the whole of its storage, and `KeyError` if that is not written."""
+    storage = tensor.untyped_storage()
+    if tensor.storage_offset() or not tensor.is_contiguous() or tensor.nbytes != storage.nbytes():
+        raise ValueError("a tensor that shares its storage with others")
+    return Stored.of(tensor, numbers[storage._cdata])
 
 
 def _stream(
@@ -141,8 +147,3 @@ def _stream(
     stored = [each for each in (part.points, part.attn_out) if each is not None]
     points, *outputs = archive.tensors([(each.record, getattr(torch, each.dtype), each.shape) for each in stored])
     return ResidualStream(points, outputs[0] if outputs else None, only, with_attention)
-
-
-def _is_same(one: ResidualStream, other: ResidualStream) -> bool:
-    outputs = one.attn_out is None or (other.attn_out is not None and one.attn_out.equal(other.attn_out))
-    return one.points.equal(other.points) and outputs

@@ -22,9 +22,9 @@ from tlcapture.models.transfer import ModelFiles
 from tlcapture.runs.display import Display, Progress
 from tlcapture.runs.executors import Make, Worker
 from tlcapture.runs.model_loader import ModelLoader
-from tlcapture.runs.report import Done, RunReport
+from tlcapture.runs.report import CollectingReport, Done
 from tlcapture.runs.run import Run
-from tlcapture.storage.files import Written, read_bytes, write_bytes
+from tlcapture.storage.files import read_bytes, write_bytes
 from tlcapture.storage.layout import Layout
 
 
@@ -60,33 +60,6 @@ class State:
 
     units: int
     facts: Mapping[str, Any]
-
-
-class _WorkerReport(RunReport):
-    """A report that also keeps everything since it was last sent to the driver."""
-
-    def __init__(self, folder: Path):
-        super().__init__(folder)
-        self._written: list[Written] = []
-
-    def wrote(self, written: Written) -> None:
-        super().wrote(written)
-        self._written.append(written)
-
-    def drain(self) -> Done:
-        """What was done since the last call."""
-        done = Done(
-            self._written,
-            self.failures,
-            self.warnings,
-            self.n_prompts,
-            self.n_skipped,
-            self.n_tokens,
-            self.n_removed,
-        )
-        self._written, self.failures, self.warnings = [], [], []
-        self.n_prompts = self.n_skipped = self.n_tokens = self.n_removed = 0
-        return done
 
 
 class _WorkerDisplay(Display, Progress):
@@ -154,7 +127,7 @@ class WorkerActor:
         self._write_inputs(inputs or {})
         self._make = make
         self._worker: Worker | None = None
-        self._report = _WorkerReport(self._layout.folder)
+        self._report = CollectingReport(self._layout.folder)
         self._display = _WorkerDisplay(unit)
 
     def locate(self, probe: Path, content: bytes) -> WorkerLocation:

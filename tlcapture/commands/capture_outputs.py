@@ -18,7 +18,6 @@ from tlcapture.errors import NumericalError, StorageError
 from tlcapture.models.loading import Model
 from tlcapture.names import PromptId
 from tlcapture.prompts.tokenization import token_texts
-from tlcapture.runs.background_writer import Write
 from tlcapture.runs.existing_files import is_readable
 from tlcapture.shapes import Residual
 from tlcapture.storage.files import Written, remove, write_json, write_tensors
@@ -29,8 +28,10 @@ from tlcapture.views.hooks import hook
 from tlcapture.views.internals import internals_hooks, internals_view
 from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.kept_tokens import KeptTokens, Positions
-from tlcapture.views.logit_lens import logit_lens_hooks, logit_lens_view
+from tlcapture.views.logit_lens import LogitLens, logit_lens_hooks, logit_lens_view
 from tlcapture.views.residual import residual_hooks
+
+Write = Callable[[], Written]
 
 # Advice for a file at the path of a capture that cannot be read as one.
 REPLACE = "use --overwrite to replace it and all files derived from it"
@@ -178,6 +179,7 @@ def add_ons(
     cache: Cache,
     residual_cache: Cache | None,
     save_dtype: str,
+    lens: LogitLens | None = None,
 ) -> Iterator[Write]:
     """Compute the add-ons of a capture one after another; yields a function that writes each one's file.
 
@@ -186,6 +188,7 @@ def add_ons(
         residual_cache: the computed residual stream for the logit lens; `None` to use that of the capture, which is
             rounded to the dtype in which it was saved.
         save_dtype: the dtype of internals in their files, or `auto`.
+        lens: the logit lens, where it was computed already.
     """
     names: dict[str, Any] = {"prompt_id": capture.prompt_id, "prompt_set": capture.prompt_set}
     where = (capture.prompt_set, capture.prompt_id)
@@ -197,16 +200,19 @@ def add_ons(
             layout.attention(*where), view.to_json(**names, tokens=tokens, n_prompt_tokens=n_prompt)
         )
     if wanted.logit_lens:
-        lens = logit_lens_view(
-            _residual_out(capture, residual_cache, positions),
-            model.n_layers,
+        held = capture.positions if residual_cache is None else Positions.of(None, n_prompt, len(tokens))
+        found = lens or lens_of(
+            model,
             capture.token_ids,
-            model.unembed,
-            positions=positions,
+            lambda layer: (
+                capture.residual(layer) if residual_cache is None else residual_cache[hook("residual_out", layer)]
+            ),
+            positions,
+            held,
         )
         yield lambda: write_json(
             layout.logit_lens(*where),
-            lens.to_json(
+            found.to_json(
                 **names,
                 tokens=tokens,
                 n_prompt_tokens=n_prompt,
@@ -218,15 +224,26 @@ def add_ons(
         yield partial(_write_internals, path, content, save_dtype)
 
 
-def _residual_out(capture: Capture, cache: Cache | None, positions: Positions) -> Callable[[int], Residual]:
-    """`residual_out` of a layer at some tokens, `[n_positions, d_model]`: as computed, or without a cache as saved."""
+def lens_of(
+    model: Model,
+    token_ids: Sequence[int],
+    residual_out: Callable[[int], Residual],
+    positions: Positions,
+    held: Positions,
+) -> LogitLens:
+    """The logit lens at some tokens, computed where the model's unembedding is.
 
-    def rows(layer: int) -> Residual:
-        found = capture.residual(layer) if cache is None else cache[hook("residual_out", layer)]
-        held = capture.positions if cache is None else Positions.of(None, positions.n_prompt, positions.n_tokens)
-        return found if held.kept == positions.kept else found[[held.kept.index(each) for each in positions.kept]]
-
-    return rows
+    `residual_out` gives that of a layer at the tokens in `held`, which are these and maybe more.
+    """
+    rows = positions.rows_in(held)
+    return logit_lens_view(
+        residual_out if rows is None else lambda layer: residual_out(layer)[rows],
+        model.n_layers,
+        token_ids,
+        model.unembed,
+        positions=positions,
+        device=model.last_device,
+    )
 
 
 def _write_internals(path: Path, content: dict[str, Any], save_dtype: str) -> Written:
@@ -244,9 +261,10 @@ def _write_internals(path: Path, content: dict[str, Any], save_dtype: str) -> Wr
 
 def _internals_content(capture: Capture, cache: Cache, layer: int, positions: Positions) -> dict[str, Any]:
     metadata = {key: value for key, value in capture.metadata.items() if key != "positions"}
+    view = internals_view(cache, layer) if positions.is_all else internals_view(cache, layer, positions)
     return {
         **positions.record(),
-        **internals_view(cache, layer, positions),
+        **view,
         "tokens": capture.tokens,
         "token_ids": capture.token_ids,
         "n_prompt_tokens": len(capture.prompt.tokens),

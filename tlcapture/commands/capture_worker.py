@@ -1,40 +1,45 @@
 """Carrying out the tasks of a capture: generating from fresh prompts, and completing saved captures.
 
-While a prompt's files are being written, a marker file is stored next to them. A killed run leaves the marker, and the
-next run captures that prompt again. It does not complete the prompt from its stored activations, which are rounded, so
-that the files are those of an uninterrupted run.
+A prompt's files are written by another thread while the model continues. Meanwhile, a marker file is stored next to
+them. A killed run leaves the marker, and the next run captures that prompt again. It does not complete the prompt from
+its stored activations, which are rounded, so that the files are those of an uninterrupted run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from threading import Lock
 
 import torch
 
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.from_generation import capture_of
-from tlcapture.commands.capture_outputs import Outputs, add_ons, remove_stale, saved_capture, write_capture
+from tlcapture.commands.capture_outputs import Outputs, add_ons, lens_of, remove_stale, saved_capture, write_capture
 from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.capture_tasks import CaptureOptions, CaptureTask
 from tlcapture.commands.kept_positions import wanted_positions
-from tlcapture.commands.projections import ChanceLevels, project_capture, vector_chooser, without_projection
-from tlcapture.errors import InputError
+from tlcapture.commands.projections import ChanceLevels, project_capture, report_choice, without_projection
+from tlcapture.errors import InputError, OutOfMemoryError
 from tlcapture.generation.checkpoint_sampling import sampling_for, unfollowed
 from tlcapture.generation.loop import generate, teacher_force
 from tlcapture.generation.outcomes import Failure, Generation
 from tlcapture.generation.sampling import Sampling
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import is_out_of_memory, release_memory
+from tlcapture.models.streams import own_stream
 from tlcapture.runs.background_writer import BackgroundWriter
 from tlcapture.runs.existing_files import check_replaceable
 from tlcapture.runs.run import Run
 from tlcapture.storage.config import update_config
 from tlcapture.storage.files import remove, write_bytes
 from tlcapture.storage.layout import derived_files
-from tlcapture.views.kept_tokens import Positions
+from tlcapture.traits.choice import ChosenVector, ChosenVectors, VectorChooser
+from tlcapture.views.hooks import hook
+from tlcapture.views.kept_tokens import Positions, kept_of
+from tlcapture.views.logit_lens import LogitLens
 
 
 class CaptureWorker:
@@ -50,8 +55,10 @@ class CaptureWorker:
         self.layout = run.layout
         self.options = options
         self._load = load
-        self._chooser = vector_chooser(run, options.vectors)
+        self._chosen: list[ChosenVectors] = []  # choices that were not reported yet
+        self._chooser = VectorChooser(run.layout, options.vectors, on_chosen=self._chosen.append)
         self._levels = ChanceLevels(run)
+        self._lock = Lock()  # for what the threads of the writer share
         self._removed: list[Path] = []
 
     @cached_property
@@ -75,15 +82,15 @@ class CaptureWorker:
         self._complete(task)
 
     @contextmanager
-    def _attempt(self, name: str) -> Iterator[None]:
+    def _attempt(self, run: Run, name: str) -> Iterator[None]:
         """Work on one prompt, whose failure, including lack of memory, does not stop the run."""
         try:
-            with self.run.attempt(name):
+            with run.attempt(name):
                 yield
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            self.run.failed(name, "out of memory: the outputs for this prompt do not fit in memory")
+            run.failed(name, "out of memory: the outputs for this prompt do not fit in memory")
             release_memory()
 
     # -- fresh prompts ----------------------------------------------------------------------------
@@ -108,6 +115,7 @@ class CaptureWorker:
 
             def on_tokens(count: int) -> None:
                 self.run.report.n_tokens += count
+                writer.collect()
                 progress.advance(count)
 
             for outcome in generate(
@@ -124,15 +132,43 @@ class CaptureWorker:
                 if isinstance(outcome, Failure):
                     self.run.failed(name, outcome.reason)
                     continue
-                with self._attempt(name):
-                    self._write(name, outcome, sampling, wanted, writer)
+                with self._attempt(self.run, name):
+                    # On a CPU the lens is computed here, where it has all threads; other devices take it beside the model.
+                    on_cpu = self.model.last_device.type == "cpu"
+                    lens = self._lens(outcome, wanted) if wanted.logit_lens and on_cpu else None
+                    job = partial(self._write, name, outcome, sampling, wanted, lens)
+                    writer.submit(job, 2 * sum(each.nbytes for each in outcome.cache.values()))
                 progress.advance(
                     options.max_new_tokens - len(outcome.response_ids),
                     done=f"{name}: {len(outcome.response_ids)} tokens, {outcome.stop_reason}",
                 )
 
+    def _lens(self, generation: Generation, wanted: Outputs) -> LogitLens:
+        ids, n_prompt = generation.token_ids, len(generation.prompt.token_ids)
+        kept, whole = (kept_of(tokens, n_prompt, len(ids)) for tokens in (wanted.tokens, None))
+        return lens_of(self.model, ids, lambda layer: generation.cache[hook("residual_out", layer)], kept, whole)
+
     def _write(
-        self, name: str, generation: Generation, sampling: Sampling, wanted: Outputs, writer: BackgroundWriter
+        self,
+        name: str,
+        generation: Generation,
+        sampling: Sampling,
+        wanted: Outputs,
+        lens: LogitLens | None,
+        run: Run,
+    ) -> None:
+        """Write all files of a prompt, in a thread of the writer."""
+        with self._attempt(run, name), own_stream(self.model.last_device):
+            self._write_files(name, generation, sampling, wanted, lens, run)
+
+    def _write_files(
+        self,
+        name: str,
+        generation: Generation,
+        sampling: Sampling,
+        wanted: Outputs,
+        lens: LogitLens | None,
+        run: Run,
     ) -> None:
         options = self.options
         # Another tool may have put files there since the run was planned.
@@ -152,19 +188,24 @@ class CaptureWorker:
         )
         whole, capture = capture, capture.only(wanted_positions(wanted.tokens, capture, fresh=True))
         marker = self.layout.unfinished(capture.prompt_set, capture.prompt_id)
-        update_config(self.layout, inference_model=self.model.name)
+        with self._lock:
+            update_config(self.layout, inference_model=self.model.name)
         write_bytes(marker, b"")
         if wanted.raw:
-            self.run.wrote(write_capture(self.layout, capture, self._removed.extend))
+            run.wrote(write_capture(self.layout, capture, self._removed.extend))
         else:
             self._removed += remove_stale(self.layout, capture)
-        self._project(whole, only=not wanted.raw, kept=capture.positions)
-        cache = generation.cache
-        files = add_ons(
-            self.layout, capture, wanted, self.model, cache, residual_cache=cache, save_dtype=options.save_dtype
-        )
-        writer.write(name, files, then=lambda: remove([marker]))
-        self.run.report.n_prompts += 1
+        self._project(run, whole, only=not wanted.raw, kept=capture.positions, device=self.model.last_device)
+        del whole
+        run.report.n_prompts += 1
+        cache, n_failures = generation.cache, len(run.report.failures)
+        for write in add_ons(
+            self.layout, capture, wanted, self.model, cache, cache, save_dtype=options.save_dtype, lens=lens
+        ):
+            with run.attempt(name), _within_memory():
+                run.wrote(write())
+        if len(run.report.failures) == n_failures:
+            remove([marker])
 
     # -- saved captures --------------------------------------------------------------------------------
 
@@ -178,7 +219,7 @@ class CaptureWorker:
                 if self.options.projections_only and not raw.is_file():
                     report.n_skipped += 1
                     continue
-                with self._attempt(name):
+                with self._attempt(self.run, name):
                     self._replay(Capture.open(raw), wanted)
                 if len(report.failures) == n_failures:
                     if report.n_files > n_files:
@@ -211,7 +252,7 @@ class CaptureWorker:
             ):
                 self.run.wrote(write())
         if not self.options.replay:
-            self._project(capture, only_missing=self.options.skip_existing)
+            self._project(self.run, capture, only_missing=self.options.skip_existing)
 
     def _check_model(self, capture: Capture) -> None:
         fingerprint = capture.metadata.get("model_fingerprint")
@@ -226,19 +267,43 @@ class CaptureWorker:
     def _check_vectors(self, wanted: Outputs) -> None:
         """Raise `InputError` before prompts run if no vector fits, so that nothing would be kept of them."""
         will_be = CaptureRecord.of_model(self.model, wanted.kept, attn_out=wanted.attn_out)
-        if not any(self._chooser.vectors(will_be, component) for component in self.options.components):
+        if not any(self._vectors(self.run, will_be, component) for component in self.options.components):
             raise InputError("--projections-only: no trait has a vector that fits, so nothing would be kept")
 
+    def _vectors(self, run: Run, subject: Capture | CaptureRecord, component: str) -> Sequence[ChosenVector]:
+        """The vectors for a capture; a new choice is reported on `run`."""
+        with self._lock:
+            vectors = self._chooser.vectors(subject, component)
+            while self._chosen:
+                report_choice(run, self._chosen.pop())
+        return vectors
+
     def _project(
-        self, capture: Capture, *, only_missing: bool = False, only: bool = False, kept: Positions | None = None
+        self,
+        run: Run,
+        capture: Capture,
+        *,
+        only_missing: bool = False,
+        only: bool = False,
+        kept: Positions | None = None,
+        device: torch.device | None = None,
     ) -> None:
         if not self.options.project:
             return
         components = ["residual"] + (["attn_out"] if capture.prompt.residual.attn_out is not None else [])
         for component in components:
-            vectors = self._chooser.vectors(capture, component)
+            vectors = self._vectors(run, capture, component)
             if only_missing:
                 vectors = without_projection(self.layout, capture, vectors, self.options.existing)
-            project_capture(
-                self.run, capture, vectors, self._levels, only=only, overwrite=self.options.overwrite, kept=kept
-            )
+            levels, overwrite = self._levels.reporting_to(run), self.options.overwrite
+            project_capture(run, capture, vectors, levels, only=only, overwrite=overwrite, kept=kept, device=device)
+
+
+@contextmanager
+def _within_memory() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError("out of memory while its files were written") from None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.provenance import now
@@ -47,7 +49,7 @@ class ExistingProjections:
 
 def vector_chooser(run: Run, choice: VectorChoice) -> VectorChooser:
     """A chooser of vectors whose failures and warnings are reported on a run."""
-    return VectorChooser(run.layout, choice, on_chosen=partial(_report, run))
+    return VectorChooser(run.layout, choice, on_chosen=partial(report_choice, run))
 
 
 def without_projection(
@@ -88,7 +90,8 @@ def _recorded_source(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _report(run: Run, chosen: ChosenVectors) -> None:
+def report_choice(run: Run, chosen: ChosenVectors) -> None:
+    """Report the failures and warnings of a choice of vectors on a run."""
     for trait, error in chosen.failures:
         run.failed(str(trait), error)
     _warn_together([(each.vector.trait, each.selection.warning) for each in chosen.vectors], run)
@@ -100,6 +103,10 @@ class ChanceLevels:
 
     run: Run
     _made: dict[Hashable, RandomDirections] = field(default_factory=dict)
+
+    def reporting_to(self, run: Run) -> ChanceLevels:
+        """The same, whose warnings go to another run."""
+        return replace(self, run=run)
 
     def of(self, capture: Capture, chosen: Sequence[ChosenVector]) -> RandomDirections | None:
         """The directions for a capture and the vectors that it is projected onto; `None` without vectors."""
@@ -131,8 +138,9 @@ def project_capture(
     centred: bool = False,
     overwrite: bool = False,
     kept: Positions | None = None,
+    device: torch.device | None = None,
 ) -> list[Projection]:
-    """Project a capture onto vectors and write a file for each; returns the projections.
+    """Project a capture onto vectors, on a device, and write a file for each; returns the projections.
 
     Where `only` projections are kept, the files hold the capture's metadata too. If `centred`, the mean activation of
     each vector's training examples is subtracted first. The files hold the scores of the tokens in `kept`, by default
@@ -150,7 +158,7 @@ def project_capture(
     held, random = capture.positions, levels.of(capture, chosen)
     if chosen and not held.is_all:
         run.warn(TOKENS_MISSING)
-    projections = project(prompt, response, pairs, random=random, centre=centre, held=held)
+    projections = project(prompt, response, pairs, random=random, centre=centre, held=held, device=device)
     notes = [each.notes(capture.metadata) for each in chosen]
     doubts = [(each.vector.trait, note) for each, found in zip(chosen, notes, strict=True) for note in found]
     _warn_together(doubts, run)

@@ -1,34 +1,59 @@
-"""Writing files in another thread while the model continues.
+"""Writing the files of prompts in other threads while the model continues.
 
-The next prompt runs while the attention and logit lens of a prompt are converted to JSON. At most one prompt's files
-are queued at a time, so that memory does not grow.
+Everything that is left to do for a finished prompt is one job: converting its activations, projecting them, making JSON,
+writing the files. A job has a run of its own, whose report is added to that of the whole run in the order of the prompts,
+so that the report does not depend on which prompt was written first. What the waiting jobs hold in memory is bounded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import NamedTuple
 
-from tlcapture.errors import NoSpaceError, OutOfMemoryError
-from tlcapture.models.memory import is_out_of_memory
+import psutil
+
+from tlcapture.errors import NoSpaceError
+from tlcapture.runs.display import Display
+from tlcapture.runs.report import CollectingReport, Done
 from tlcapture.runs.run import Run
-from tlcapture.storage.files import Written
 
-Write = Callable[[], Written]
+Job = Callable[[Run], object]
+_SWITCH = "TLCAPTURE_WRITERS"  # the number of threads; 0 does everything in the caller's thread
+_MOST_WRITERS = 8
+_SHARE = 0.125  # of free memory that jobs may hold
+_MOST_BYTES = 4 * 2**30
+
+
+class _Ended(NamedTuple):
+    done: Done
+    error: BaseException | None
+
+
+class _Submitted(NamedTuple):
+    n_bytes: int
+    future: Future[_Ended]
 
 
 class BackgroundWriter:
-    """Writes files in the order in which they are queued, and reports to the run what was written and what failed.
+    """Does jobs in other threads, and reports to the run what they wrote and what failed.
 
-    As a context manager it writes everything that was queued before the context ends, also if that is by an error.
+    As a context manager it does everything that was submitted before the context ends, also if that is by an error.
+
+    Args:
+        n_writers: the number of threads; `None` takes one for two processors.
+        most_bytes: what jobs that have not ended may hold in memory; `None` takes a share of what is free.
     """
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, n_writers: int | None = None, most_bytes: int | None = None):
         self._run = run
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")
-        self._name = ""
-        self._waiting: list[Future[Written]] = []
-        self._then: Callable[[], object] = _nothing
+        self._n_writers = _n_writers() if n_writers is None else n_writers
+        self._most_bytes = _most_bytes() if most_bytes is None else most_bytes
+        self._pool = ThreadPoolExecutor(max(1, self._n_writers), "writer")
+        self._submitted: deque[_Submitted] = deque()
+        self._is_full = False  # the device, so that no job need begin
 
     def __enter__(self) -> BackgroundWriter:
         return self
@@ -37,50 +62,68 @@ class BackgroundWriter:
         self._pool.shutdown(wait=True)
         self.finish()
 
-    def write(self, name: str, files: Iterable[Write], *, then: Callable[[], object] = lambda: None) -> None:
-        """Queue the files of a prompt, after waiting for those of the previous prompt.
+    def submit(self, job: Job, n_bytes: int = 0) -> None:
+        """Let a thread do a job, after waiting until the memory that jobs hold allows for it.
 
         Args:
-            name: of the prompt, for failures.
-            files: functions that each write a file; they run in the other thread.
-            then: called in the caller's thread after all files were written; not called if one failed.
+            job: gets a run to report to; what it raises is raised by the next call of the writer, in the caller's thread.
+            n_bytes: the memory that the job holds. One job may hold more than all are allowed to.
 
         Raises:
             NoSpaceError: the device is full; no further files can be written.
         """
-        files = list(files)
-        self.finish()
-        if not files:
-            then()
-            return
-        self._name, self._then = name, then
-        self._waiting = [self._pool.submit(write) for write in files]
+        self.collect()
+        while self._n_bytes and self._n_bytes + n_bytes > self._most_bytes:
+            wait([each.future for each in self._submitted if not each.future.done()], return_when=FIRST_COMPLETED)
+            self.collect()
+        if self._n_writers:
+            self._submitted.append(_Submitted(n_bytes, self._pool.submit(self._do, job)))
+        else:
+            self._add([self._do(job)])
+
+    def collect(self) -> None:
+        """Report the jobs that have ended, in the order of their submission, as far as none before them goes on."""
+        ended = []
+        while self._submitted and self._submitted[0].future.done():
+            ended.append(self._submitted.popleft().future.result())
+        self._add(ended)
 
     def finish(self) -> None:
-        """Wait for the files that are queued; raises `NoSpaceError` if the device is full."""
-        waiting, self._waiting = self._waiting, []
-        then, self._then = self._then, _nothing
-        before, full = len(self._run.report.failures), None
-        for future in waiting:
-            try:
-                with self._run.attempt(self._name):
-                    self._run.wrote(_result(future))
-            except NoSpaceError as error:  # after the results of the other files were reported
-                full = full or error
-        if full is not None:
-            raise full
-        if len(self._run.report.failures) == before:
-            then()
+        """Wait for all jobs and report them; raises `NoSpaceError` if the device is full."""
+        wait([each.future for each in self._submitted])
+        self.collect()
+
+    @property
+    def _n_bytes(self) -> int:
+        return sum(each.n_bytes for each in self._submitted if not each.future.done())
+
+    def _do(self, job: Job) -> _Ended:
+        """Do a job, whose files are reported even if it ends with an error."""
+        report = CollectingReport(self._run.layout.folder)
+        error: BaseException | None = None
+        try:
+            if not self._is_full:
+                job(Run(self._run.layout, report, Display()))
+        except BaseException as found:
+            error = found
+            self._is_full |= isinstance(found, NoSpaceError)
+        return _Ended(report.drain(), error)
+
+    def _add(self, ended: list[_Ended]) -> None:
+        for each in ended:
+            self._run.add(each.done)
+        errors = [each.error for each in ended if each.error is not None]
+        if errors:
+            raise errors[0]
 
 
-def _result(future: Future[Written]) -> Written:
-    try:
-        return future.result()
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemoryError("out of memory while its files were written") from None
+def _n_writers() -> int:
+    """As many threads as `TLCAPTURE_WRITERS` says, or one for two processors: the model needs some too."""
+    if (asked := os.environ.get(_SWITCH, "")).isdecimal():
+        return int(asked)
+    n_processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(_MOST_WRITERS, n_processors // 2))
 
 
-def _nothing() -> None:
-    pass
+def _most_bytes() -> int:
+    return min(_MOST_BYTES, int(_SHARE * psutil.virtual_memory().available))

@@ -81,7 +81,7 @@ class WrittenFiles:
 
 @dataclass(frozen=True)
 class Done:
-    """What a worker in another process did, as it is sent to the driver."""
+    """What was done elsewhere, as it is added to the report of the run: by another process or thread."""
 
     written: Sequence[Written] = ()
     failures: Sequence[Failed] = ()
@@ -143,7 +143,7 @@ class RunReport:
             self.failed(what, error)
 
     def add(self, other: Done) -> None:
-        """Add what a worker in another process did, except for its warnings."""
+        """Add what was done elsewhere, except for its warnings."""
         for written in other.written:
             self.wrote(written)
         self.failures += other.failures
@@ -186,3 +186,31 @@ class RunReport:
             "warnings": self.warnings,
             "retried": self.retried,
         }
+
+
+class CollectingReport(RunReport):
+    """A report that also keeps everything since it was last added to that of the whole run."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self._written: list[Written] = []
+
+    def wrote(self, written: Written) -> None:
+        """Count a file that was written."""
+        super().wrote(written)
+        self._written.append(written)
+
+    def drain(self) -> Done:
+        """What was done since the last call."""
+        done = Done(
+            self._written,
+            self.failures,
+            self.warnings,
+            self.n_prompts,
+            self.n_skipped,
+            self.n_tokens,
+            self.n_removed,
+        )
+        self._written, self.failures, self.warnings = [], [], []
+        self.n_prompts = self.n_skipped = self.n_tokens = self.n_removed = 0
+        return done

@@ -24,7 +24,7 @@ import orjson
 
 from tlcapture.errors import NoSpaceError, StorageError
 from tlcapture.logger import get_logger
-from tlcapture.storage.archives import Archive
+from tlcapture.storage.archives import Archive, MoreRecords, write_archive
 from tlcapture.text import format_bytes
 
 _log = get_logger(__name__)
@@ -95,8 +95,14 @@ def read_bytes(path: Path) -> bytes:
         raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def write_tensors(path: Path, value: Any, *, before_replacing: Hook = lambda new: None) -> Written:
-    """Write tensors and plain values with `torch.save`.
+def write_tensors(
+    path: Path,
+    value: Any,
+    *,
+    more: MoreRecords = lambda storages: {},
+    before_replacing: Hook = lambda new: None,
+) -> Written:
+    """Write tensors and plain values for `torch.load`, and further records that it ignores.
 
     Tensors that are views of the same storage share it in the file too. A view of a larger storage would write all of
     that storage, so callers pass clones of what is to be kept.
@@ -107,12 +113,10 @@ def write_tensors(path: Path, value: Any, *, before_replacing: Hook = lambda new
         NoSpaceError: the device is full, over its quota or read-only.
         StorageError: the file cannot be written for another reason.
     """
-    import torch
 
     def write(temporary: Path) -> None:
-        # Through a Python file object, whose errors have a reason; those of torch's own writer do not.
         with temporary.open("wb") as file:
-            torch.save(value, file)
+            write_archive(file, value, more)
 
     return _write(path, write, sum(_storages(value).values()), before_replacing)
 
@@ -237,7 +241,7 @@ def _write(
 
 
 def _cannot_write(path: Path, error: BaseException, needed: int) -> StorageError:
-    """The error for a file that could not be written. torch wraps the error of the file into one of its own."""
+    """The error for a file that could not be written."""
     cause = error if isinstance(error, OSError) else error.__context__
     number = cause.errno if isinstance(cause, OSError) else None
     reason = os.strerror(number) if number else str(error).splitlines()[0]

@@ -193,6 +193,7 @@ def project(
     random: RandomDirections | None = None,
     centre: Callable[[TraitVector], Vector] | None = None,
     held: Positions | None = None,
+    device: torch.device | None = None,
 ) -> list[Projection]:
     """Project prompt and response onto vectors of one component, in one matrix product each.
 
@@ -200,6 +201,7 @@ def project(
         held: of which tokens prompt and response have activations; `None` means all.
         random: directions whose dynamics and rises are measured too, as a chance level.
         centre: the mean activation at a vector's layer, to subtract from all activations before they are projected.
+        device: where the products are computed, by default where the activations are.
 
     Raises:
         VectorError: a vector has another width than the activations, or a layer that the model does not have or the
@@ -215,7 +217,8 @@ def project(
     vectors = [vector for vector, _ in chosen]
     sublayers = prompt.kept.points if component == "residual" else ("attn_out",)
     layers = prompt.kept.layers if component == "residual" else prompt.output_layers
-    scores = [_scores(part, component, unit_directions(vectors)) for part in (prompt, response)]
+    directions = unit_directions(vectors).to(prompt.points.device if device is None else device)
+    scores = [_scores(part, component, directions) for part in (prompt, response)]
     at_own_layer = _own_layers(prompt, response, component, vectors) if random or centre else {}
     held = held or Positions.of(None, prompt.n_tokens, prompt.n_tokens + response.n_tokens)
     centred = [None] * len(vectors) if centre is None else _subtract(scores, vectors, at_own_layer, centre, held)
@@ -340,9 +343,11 @@ def _scores(part: ResidualStream, component: str, directions: Vectors) -> Float[
 
 
 def _products(activations: Tensor, directions: Vectors) -> Tensor:
+    """Products on the device of the directions, to which all activations are moved together."""
+    activations = activations.to(directions.device)
     # In pieces: float32 takes twice the memory of stored activations.
     rows = max(1, _PIECE // max(1, activations[0].numel()))
-    products = torch.cat([piece.float() @ directions.T for piece in activations.split(rows)])
+    products = torch.cat([piece.float() @ directions.T for piece in activations.split(rows)]).cpu()
     if not products.isfinite().all():
         raise NumericalError("a projection is NaN or inf: the captured activations are damaged")
     return products

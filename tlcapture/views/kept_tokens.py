@@ -72,6 +72,11 @@ class Positions:
         """Whether everything that `other` holds is held here too."""
         return set(self.kept) >= set(other.kept)
 
+    def rows_in(self, held: Positions) -> list[int] | None:
+        """Where each of them lies among the rows of `held`, which includes them; `None` where they are the same."""
+        row_of = {position: row for row, position in enumerate(held.kept)}
+        return None if self.kept == held.kept else [row_of[position] for position in self.kept]
+
     def has_all(self, start: int, stop: int) -> bool:
         """Whether every token from `start` to before `stop` is held."""
         return sum(start <= each < stop for each in self.kept) == max(0, stop - start)

@@ -21,6 +21,7 @@ from tlcapture.errors import InputError
 from tlcapture.names import PromptId
 from tlcapture.shapes import Logits, Residual
 from tlcapture.storage.rounding import PROBABILITY_DIGITS, round_significant, rounded_for_json
+from tlcapture.views.cache import stacked
 from tlcapture.views.hooks import hook
 from tlcapture.views.kept_tokens import Positions
 
@@ -110,6 +111,7 @@ def logit_lens_view(
     *,
     top_k: int = TOP_K,
     positions: Positions | None = None,
+    device: torch.device | None = None,
 ) -> LogitLens:
     """Predictions from the residual stream after every layer of one prompt's run.
 
@@ -119,18 +121,28 @@ def logit_lens_view(
         unembed: the model's final norm, unembedding and soft cap; the tensor that it returns is overwritten.
         top_k: how many predictions of each layer are kept, at least 1.
         positions: the tokens that predictions are made after, as far as they have a next one; `None` means all.
+        device: where `unembed` computes. All layers go there together, and their predictions come back together.
     """
     if top_k < 1:
         raise InputError(f"top_k is {top_k}: expected at least 1")
     after = range(len(token_ids) - 1) if positions is None else positions.with_next
-    next_ids = torch.tensor([token_ids[token + 1] for token in after], dtype=torch.long)
-    by_layer = []
-    for layer in range(n_layers):
-        pieces = zip(residual_out(layer)[: len(next_ids)].split(CHUNK), next_ids.split(CHUNK), strict=True)
-        found = [_predictions(unembed(residual), ids, top_k) for residual, ids in pieces]
-        by_layer.append([torch.cat(column) for column in zip(*found, strict=True)])
-    top_ids, top_probs, rank, prob = (torch.stack(column) for column in zip(*by_layer, strict=True))
+    next_ids = torch.tensor([token_ids[token + 1] for token in after], dtype=torch.long, device=device)
+    layers = [residual_out(layer)[: len(next_ids)] for layer in range(n_layers)]
+    pieces = []
+    for start in range(0, max(1, len(next_ids)), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        residuals = _on_device([layer[chunk] for layer in layers], device)
+        found = [_predictions(unembed(residual), next_ids[chunk], top_k) for residual in residuals]
+        pieces.append([torch.stack(column) for column in zip(*found, strict=True)])
+    top_ids, top_probs, rank, prob = (torch.cat(column, dim=1).cpu() for column in zip(*pieces, strict=True))
     return LogitLens(top_ids, top_probs, rank, prob, positions)
+
+
+def _on_device(residuals: Sequence[Residual], device: torch.device | None) -> Sequence[Residual]:
+    """The residuals of all layers on a device, moved there as one tensor."""
+    if device is None or all(each.device == device for each in residuals):
+        return residuals
+    return stacked(residuals).to(device).unbind()
 
 
 def _pieces_of_json(ids: list[int], probs: Tensor, token_texts: Callable[[Sequence[int]], list[str]]) -> list[bytes]:
@@ -159,8 +171,7 @@ def _predictions(logits: Logits, next_ids: Int[Tensor, " n_predictions"], top_k:
     rank = _n_above(logits, actual) + 1
     # In place: nothing else uses the logits, and allocating memory of their size costs as much as the softmax.
     probs = torch.softmax(logits, dim=-1, out=logits)
-    found = (top_ids, probs.gather(-1, top_ids), rank, probs.gather(-1, next_ids[:, None])[:, 0])
-    return tuple(each.cpu() for each in found)
+    return top_ids, probs.gather(-1, top_ids), rank, probs.gather(-1, next_ids[:, None])[:, 0]
 
 
 def _top(logits: Logits, top_k: int) -> Int[Tensor, "n_predictions top_k"]:
