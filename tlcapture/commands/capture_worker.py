@@ -22,14 +22,16 @@ from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.capture_tasks import CaptureOptions, CaptureTask
 from tlcapture.commands.kept_positions import wanted_positions
 from tlcapture.commands.projections import ChanceLevels, project_capture, report_choice, without_projection
+from tlcapture.commands.replay import as_prompt, check_replayable, replayed
 from tlcapture.errors import InputError, OutOfMemoryError
 from tlcapture.generation.checkpoint_sampling import sampling_for, unfollowed
-from tlcapture.generation.loop import generate, teacher_force
+from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure, Generation
 from tlcapture.generation.sampling import Sampling
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import is_out_of_memory, release_memory
 from tlcapture.models.streams import own_stream
+from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.runs.background_writer import BackgroundWriter
 from tlcapture.runs.existing_files import check_replaceable
 from tlcapture.runs.run import Run
@@ -37,6 +39,7 @@ from tlcapture.storage.config import update_config
 from tlcapture.storage.files import remove, write_bytes
 from tlcapture.storage.layout import derived_files
 from tlcapture.traits.choice import ChosenVector, ChosenVectors, VectorChooser
+from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import hook
 from tlcapture.views.kept_tokens import Positions, kept_of
 from tlcapture.views.logit_lens import LogitLens
@@ -210,57 +213,65 @@ class CaptureWorker:
     # -- saved captures --------------------------------------------------------------------------------
 
     def _complete(self, task: CaptureTask) -> None:
-        prompt_set = task.prompt_set.name
-        with self.run.progress(len(task.saved), f"{prompt_set}, saved", "prompt") as progress:
+        prompt_set, names = task.prompt_set.name, {}
+        sequences: dict[tuple[str, ...], list[TokenizedPrompt]] = {}  # by the activations that are wanted of them
+        with (
+            self.run.progress(len(task.saved), f"{prompt_set}, saved", "prompt") as progress,
+            BackgroundWriter(self.run) as writer,
+        ):
             for prompt_id, wanted in task.saved.items():
-                name, report = f"{prompt_set}/{prompt_id}", self.run.report
-                n_files, n_failures = report.n_files, len(report.failures)
-                raw = self.layout.residual(prompt_set, prompt_id)
+                name, raw = f"{prompt_set}/{prompt_id}", self.layout.residual(prompt_set, prompt_id)
                 if self.options.projections_only and not raw.is_file():
-                    report.n_skipped += 1
+                    self.run.report.n_skipped += 1
                     continue
                 with self._attempt(self.run, name):
-                    self._replay(Capture.open(raw), wanted)
-                if len(report.failures) == n_failures:
-                    if report.n_files > n_files:
-                        report.n_prompts += 1
-                    else:
-                        report.n_skipped += 1
-                progress.advance(1, done=f"{name}: {report.n_files - n_files} files")
+                    capture = Capture.open(raw)
+                    if wanted.needs_pass or wanted.logit_lens:
+                        check_replayable(capture, wanted, self.model)
+                    if wanted.needs_pass:
+                        hooks = tuple(wanted.pass_hooks(self.model))
+                        sequences.setdefault(hooks, []).append(as_prompt(capture, prompt_id))
+                        names[prompt_id] = name, raw, wanted
+                        continue
+                    self._submit_saved(writer, name, capture, wanted, {})
+                progress.advance(1, done=name)
+            for outcome in replayed(self.model, sequences, self.options.batch_size) if sequences else ():
+                name, raw, wanted = names[outcome.prompt.id]
+                with self._attempt(self.run, name):
+                    if isinstance(outcome, Failure):
+                        raise outcome.error(outcome.reason)
+                    self._submit_saved(writer, name, Capture.open(raw), wanted, outcome.cache)
+                progress.advance(1, done=name)
 
-    def _replay(self, capture: Capture, wanted: Outputs) -> None:
-        if wanted.needs_pass or wanted.logit_lens:
-            self._check_model(capture)
-            if wanted.logit_lens and not capture.kept.has_all_outputs:
-                raise InputError(
-                    f"the logit lens needs residual_out of every layer, but {capture.kept.described()}: "
-                    "capture it again with --logit-lens"
-                )
-            positions = wanted_positions(wanted.tokens, capture, fresh=False)
-            if wanted.logit_lens and not capture.positions.includes(positions):
-                raise InputError(
-                    f"the logit lens needs residual_out of the tokens that it is kept of, but only "
-                    f"{capture.positions.described()}: leave out --tokens, or capture it again with --logit-lens"
-                )
-            hooks = wanted.pass_hooks(self.model)
-            cache = teacher_force(self.model, capture.token_ids, hooks) if hooks else {}
-            save_dtype = self.options.save_dtype
-            if save_dtype == "auto" and capture.prompt.residual.points.dtype == torch.float32:
-                save_dtype = "float32"  # as the capture was saved
-            for write in add_ons(
-                self.layout, capture, wanted, self.model, cache, residual_cache=None, save_dtype=save_dtype
-            ):
-                self.run.wrote(write())
-        if not self.options.replay:
-            self._project(self.run, capture, only_missing=self.options.skip_existing)
+    def _submit_saved(
+        self, writer: BackgroundWriter, name: str, capture: Capture, wanted: Outputs, cache: Cache
+    ) -> None:
+        lens = None
+        if wanted.logit_lens and self.model.last_device.type == "cpu":  # where it has all threads
+            kept = wanted_positions(wanted.tokens, capture, fresh=False)
+            lens = lens_of(self.model, capture.token_ids, capture.residual, kept, capture.positions)
+        job = partial(self._complete_saved, name, capture, wanted, cache, lens)
+        writer.submit(job, 2 * sum(each.nbytes for each in (*cache.values(), capture.response.residual.points)))
 
-    def _check_model(self, capture: Capture) -> None:
-        fingerprint = capture.metadata.get("model_fingerprint")
-        if fingerprint != self.model.fingerprint:
-            raise InputError(
-                f"captured from {capture.metadata.get('inference_model')!r} (fingerprint {fingerprint}), not from "
-                f"{self.model.name!r} ({self.model.fingerprint}): replay it with the same model"
-            )
+    def _complete_saved(
+        self, name: str, capture: Capture, wanted: Outputs, cache: Cache, lens: LogitLens | None, run: Run
+    ) -> None:
+        """Write what a saved capture lacks, in a thread of the writer."""
+        with self._attempt(run, name):
+            if wanted.needs_pass or wanted.logit_lens:
+                save_dtype = self.options.save_dtype
+                if save_dtype == "auto" and capture.prompt.residual.points.dtype == torch.float32:
+                    save_dtype = "float32"  # as the capture was saved
+                with own_stream(self.model.last_device):
+                    for write in add_ons(
+                        self.layout, capture, wanted, self.model, cache, None, save_dtype=save_dtype, lens=lens
+                    ):
+                        run.wrote(write())
+            if not self.options.replay:
+                self._project(run, capture, only_missing=self.options.skip_existing)
+        if not run.report.failures:
+            run.report.n_prompts += run.report.n_files > 0
+            run.report.n_skipped += run.report.n_files == 0
 
     # -- projection ---------------------------------------------------------------------------------------
 
