@@ -23,12 +23,13 @@ END_OF_TABLE = "<!-- what follows is written by hand -->"
 def main(quick: bool, rounds: int, only: str) -> None:
     """Measure and print a Markdown table."""
     from generation_speed import Bench, accelerator, products, w1, w1_half, w2, w3, w4
+    from long_context import flat
     from measure import HEAD, machine
     from output_speed import w5, w6, w7, w8, w9, w10, w11
 
     slow = (w3, w1_half, w9, w10)  # omitted from a quick run
     workloads = {work.__name__: work for work in (w1, w1_half, w2, w3, w4, w5, w6, w7, w8, w9, w10, w11)}
-    workloads |= {"products": products, "gpu": accelerator}
+    workloads |= {"flat": flat, "products": products, "gpu": accelerator}
     chosen = [name.strip() for name in only.split(",") if name.strip()] or [
         name for name, work in workloads.items() if not (quick and work in slow)
     ]

@@ -369,34 +369,3 @@ def test_a_failed_prompts_tokens_are_not_taken_back_when_memory_runs_out(monkeyp
     assert isinstance(failed, Failure) and isinstance(generated, Generation)
     tokens_of_failed = 2
     assert sum(counted) == tokens_of_failed + len(generated.response_ids)
-
-
-@tiny.needs_hooked
-def test_time_per_token_does_not_grow_over_four_thousand_new_tokens() -> None:
-    """The last quarter takes as long as the first, apart from what attention over more keys costs."""
-    import time
-
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=tiny.VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=8192, bos_token_id=0, eos_token_id=[],
-    )  # fmt: skip
-    model = from_hugging_face(LlamaForCausalLM(config).eval(), tiny.tokenizer(), name="long", engine="hooked")
-    times: list[float] = []
-
-    def on_tokens(count: int) -> None:
-        times.extend([time.thread_time()] * (count > 0))
-
-    hooks = residual_hooks(model.n_layers, model.hook_names)
-    (found,) = generate(
-        model, [as_prompt(random_ids(8))], hooks=hooks, max_new_tokens=4096, sampling=GREEDY, on_tokens=on_tokens
-    )
-    assert isinstance(found, Generation)
-    if len(found.response_ids) < 4096:
-        pytest.skip("the model stopped")
-    assert found.cache[hooks[0]].shape[0] == 8 + 4096
-    steps = torch.tensor(times).double().diff()
-    first, last = (float(steps[quarter].median()) for quarter in (slice(100, 1024), slice(-1024, None)))
-    assert last / first < 1.6
