@@ -1,6 +1,6 @@
 """Run all benchmarks of tlcapture and print their results as one table.
 
-    python benchmarks/bench.py [--quick] [--rounds 5] [--only w1,w6]
+    python benchmarks/bench.py [--quick] [--rounds 5] [--only w1,w6] [--baseline DIR]
 
 The compared implementations alternate within a run; results are medians of the ratios of each round, with their range.
 The table is printed and, if all workloads ran in full, written to RESULTS.md above its remarks.
@@ -8,6 +8,7 @@ The table is printed and, if all workloads ran in full, written to RESULTS.md ab
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -20,15 +21,27 @@ END_OF_TABLE = "<!-- what follows is written by hand -->"
 @click.option("--quick", is_flag=True, help="Run two rounds of smaller workloads; do not write RESULTS.md.")
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1))
 @click.option("--only", default="", help="Workloads to run, comma-separated; do not write RESULTS.md.")
-def main(quick: bool, rounds: int, only: str) -> None:
+@click.option(
+    "--baseline",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Another checkout, which W12 and W14 measure too.",
+)
+def main(quick: bool, rounds: int, only: str, baseline: Path | None) -> None:
     """Measure and print a Markdown table."""
+    import capture_threads
     from generation_speed import Bench, accelerator, products, w1, w1_half, w2, w3, w4
     from long_context import flat
-    from measure import HEAD, machine
+    from measure import HEAD, Row, machine
     from output_speed import w5, w6, w7, w8, w9, w10, w11
 
-    slow = (w3, w1_half, w9, w10)  # omitted from a quick run
-    workloads = {work.__name__: work for work in (w1, w1_half, w2, w3, w4, w5, w6, w7, w8, w9, w10, w11)}
+    def w12(bench: Bench) -> Iterator[Row]:
+        yield from capture_threads.w12(bench.rounds, capture_threads.trees_of(baseline))
+
+    def w14(bench: Bench) -> Iterator[Row]:
+        yield from capture_threads.w14(bench.rounds, capture_threads.trees_of(baseline), 200 if quick else 1000)
+
+    slow = (w3, w1_half, w9, w10, w12, w14)  # omitted from a quick run
+    workloads = {work.__name__: work for work in (w1, w1_half, w2, w3, w4, w5, w6, w7, w8, w9, w10, w11, w12, w14)}
     workloads |= {"flat": flat, "products": products, "gpu": accelerator}
     chosen = [name.strip() for name in only.split(",") if name.strip()] or [
         name for name, work in workloads.items() if not (quick and work in slow)

@@ -21,7 +21,13 @@ from tlcapture.commands.capture_outputs import Outputs, add_ons, lens_of, remove
 from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.capture_tasks import CaptureOptions, CaptureTask
 from tlcapture.commands.kept_positions import wanted_positions
-from tlcapture.commands.projections import ChanceLevels, project_capture, report_choice, without_projection
+from tlcapture.commands.projections import (
+    ChanceLevels,
+    ProjectionTask,
+    project_capture,
+    report_choice,
+    without_projection,
+)
 from tlcapture.commands.replay import as_prompt, check_replayable, replayed
 from tlcapture.errors import InputError, OutOfMemoryError
 from tlcapture.generation.checkpoint_sampling import sampling_for, unfollowed
@@ -34,11 +40,13 @@ from tlcapture.models.streams import own_stream
 from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.runs.background_writer import BackgroundWriter
 from tlcapture.runs.existing_files import check_replaceable
+from tlcapture.runs.processes import Processes
 from tlcapture.runs.run import Run
 from tlcapture.storage.config import update_config
 from tlcapture.storage.files import remove, write_bytes
 from tlcapture.storage.layout import derived_files
 from tlcapture.traits.choice import ChosenVector, ChosenVectors, VectorChooser
+from tlcapture.traits.projection import scores_of
 from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import hook
 from tlcapture.views.kept_tokens import Positions, kept_of
@@ -61,6 +69,7 @@ class CaptureWorker:
         self._chosen: list[ChosenVectors] = []  # choices that were not reported yet
         self._chooser = VectorChooser(run.layout, options.vectors, on_chosen=self._chosen.append)
         self._levels = ChanceLevels(run)
+        self._processes = Processes()
         self._lock = Lock()  # for what the threads of the writer share
         self._removed: list[Path] = []
 
@@ -111,6 +120,8 @@ class CaptureWorker:
         if options.projections_only:
             self._check_vectors(wanted)
         total = len(task.fresh) * options.max_new_tokens
+        if options.projects or wanted.attention or wanted.logit_lens:
+            self._processes.announce(len(task.fresh))
         with (
             self.run.progress(total, task.prompt_set.name, "token") as progress,
             BackgroundWriter(self.run) as writer,
@@ -306,8 +317,30 @@ class CaptureWorker:
             vectors = self._vectors(run, capture, component)
             if only_missing:
                 vectors = without_projection(self.layout, capture, vectors, self.options.existing)
-            levels, overwrite = self._levels.reporting_to(run), self.options.overwrite
-            project_capture(run, capture, vectors, levels, only=only, overwrite=overwrite, kept=kept, device=device)
+            if vectors:
+                self._project_onto(run, capture, vectors, only, device, kept)
+
+    def _project_onto(
+        self,
+        run: Run,
+        capture: Capture,
+        chosen: Sequence[ChosenVector],
+        only: bool,
+        device: torch.device | None,
+        kept: Positions | None,
+    ) -> None:
+        overwrite, streams = self.options.overwrite, (capture.prompt.residual, capture.response.residual)
+        scores = scores_of(*streams, [each.vector for each in chosen], device)
+        has_whole_file = kept is None or kept.is_all  # which another process reads
+        if only or device is None or not has_whole_file:
+            levels = self._levels.reporting_to(run)
+            project_capture(run, capture, chosen, levels, only=only, overwrite=overwrite, kept=kept, scores=scores)
+            return
+        raw = self.layout.residual(capture.prompt_set, capture.prompt_id)
+        done, error = self._processes.call(ProjectionTask.do, ProjectionTask(self.layout, raw, chosen, scores, overwrite))
+        run.add(done)
+        if error is not None:
+            raise error
 
 
 @contextmanager

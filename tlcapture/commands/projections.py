@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.provenance import now
 from tlcapture.commands.capture_records import CaptureRecord
-from tlcapture.errors import StorageError
+from tlcapture.errors import StorageError, TlcaptureError
 from tlcapture.names import PromptId, Trait
+from tlcapture.runs.display import Display
 from tlcapture.runs.existing_files import check_replaceable, is_readable
+from tlcapture.runs.report import CollectingReport, Done
 from tlcapture.runs.run import Run
 from tlcapture.storage.files import read_json, write_json
 from tlcapture.storage.layout import Layout
@@ -138,13 +140,13 @@ def project_capture(
     centred: bool = False,
     overwrite: bool = False,
     kept: Positions | None = None,
-    device: torch.device | None = None,
+    scores: Sequence[Tensor] | None = None,
 ) -> list[Projection]:
-    """Project a capture onto vectors, on a device, and write a file for each; returns the projections.
+    """Project a capture onto vectors and write a file for each; returns the projections.
 
     Where `only` projections are kept, the files hold the capture's metadata too. If `centred`, the mean activation of
     each vector's training examples is subtracted first. The files hold the scores of the tokens in `kept`, by default
-    those that the capture holds; all that it holds are projected.
+    those that the capture holds; all that it holds are projected. `scores` are those of `scores_of`, where known.
 
     Raises:
         StorageError: a file to be replaced cannot be read, and `overwrite` is not set; none was written.
@@ -158,7 +160,7 @@ def project_capture(
     held, random = capture.positions, levels.of(capture, chosen)
     if chosen and not held.is_all:
         run.warn(TOKENS_MISSING)
-    projections = project(prompt, response, pairs, random=random, centre=centre, held=held, device=device)
+    projections = project(prompt, response, pairs, random=random, centre=centre, held=held, scores=scores)
     notes = [each.notes(capture.metadata) for each in chosen]
     doubts = [(each.vector.trait, note) for each, found in zip(chosen, notes, strict=True) for note in found]
     _warn_together(doubts, run)
@@ -170,6 +172,34 @@ def project_capture(
             content["metadata"]["capture"] = dict(capture.metadata)
         run.wrote(write_json(_path(layout, capture, vector), content))
     return projections
+
+
+@dataclass(frozen=True)
+class ProjectionTask:
+    """The projection of a saved capture by another process: its file, the vectors, and the scores."""
+
+    layout: Layout
+    raw: Path
+    chosen: Sequence[ChosenVector]
+    scores: Sequence[Tensor]
+    overwrite: bool
+
+    def do(self) -> tuple[Done, TlcaptureError | None]:
+        """Write the projections; returns what was done, and the error that ended it."""
+        report, error = CollectingReport(self.layout.folder), None
+        run = Run(self.layout, report, Display())
+        levels = _levels_of(self.layout).reporting_to(run)
+        try:
+            capture = Capture.open(self.raw)
+            project_capture(run, capture, self.chosen, levels, overwrite=self.overwrite, scores=self.scores)
+        except TlcaptureError as found:
+            error = found
+        return report.drain(), error
+
+
+@lru_cache(maxsize=1)
+def _levels_of(layout: Layout) -> ChanceLevels:
+    return ChanceLevels(Run.silent(layout))
 
 
 def _path(layout: Layout, capture: Capture, vector: TraitVector) -> Path:

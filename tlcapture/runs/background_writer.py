@@ -17,6 +17,7 @@ import psutil
 
 from tlcapture.errors import NoSpaceError
 from tlcapture.runs.display import Display
+from tlcapture.runs.processes import n_processors
 from tlcapture.runs.report import CollectingReport, Done
 from tlcapture.runs.run import Run
 
@@ -121,8 +122,7 @@ def _n_writers() -> int:
     """As many threads as `TLCAPTURE_WRITERS` says, or one for two processors: the model needs some too."""
     if (asked := os.environ.get(_SWITCH, "")).isdecimal():
         return int(asked)
-    n_processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(_MOST_WRITERS, n_processors // 2))
+    return max(1, min(_MOST_WRITERS, n_processors() // 2))
 
 
 def _most_bytes() -> int:

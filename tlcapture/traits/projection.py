@@ -193,7 +193,7 @@ def project(
     random: RandomDirections | None = None,
     centre: Callable[[TraitVector], Vector] | None = None,
     held: Positions | None = None,
-    device: torch.device | None = None,
+    scores: Sequence[Tensor] | None = None,
 ) -> list[Projection]:
     """Project prompt and response onto vectors of one component, in one matrix product each.
 
@@ -201,7 +201,7 @@ def project(
         held: of which tokens prompt and response have activations; `None` means all.
         random: directions whose dynamics and rises are measured too, as a chance level.
         centre: the mean activation at a vector's layer, to subtract from all activations before they are projected.
-        device: where the products are computed, by default where the activations are.
+        scores: those of `scores_of`, where they were computed already.
 
     Raises:
         VectorError: a vector has another width than the activations, or a layer that the model does not have or the
@@ -217,13 +217,12 @@ def project(
     vectors = [vector for vector, _ in chosen]
     sublayers = prompt.kept.points if component == "residual" else ("attn_out",)
     layers = prompt.kept.layers if component == "residual" else prompt.output_layers
-    directions = unit_directions(vectors).to(prompt.points.device if device is None else device)
-    scores = [_scores(part, component, directions) for part in (prompt, response)]
+    scores = scores_of(prompt, response, vectors) if scores is None else scores
     at_own_layer = _own_layers(prompt, response, component, vectors) if random or centre else {}
     held = held or Positions.of(None, prompt.n_tokens, prompt.n_tokens + response.n_tokens)
     centred = [None] * len(vectors) if centre is None else _subtract(scores, vectors, at_own_layer, centre, held)
     if not held.is_all:
-        whole = with_gaps(torch.cat(scores, dim=1).transpose(0, 1), held).transpose(0, 1)
+        whole = with_gaps(torch.cat(list(scores), dim=1).transpose(0, 1), held).transpose(0, 1)
         scores = list(whole.tensor_split([held.n_prompt], dim=1))
     trajectories = [_trajectory(each, scores[0][row], scores[1][row]) for row, each in enumerate(vectors)]
     motion = Motion.of(torch.stack(trajectories), held.n_prompt, held)
@@ -243,6 +242,18 @@ def project(
         )
         for row, ((vector, selection), found) in enumerate(zip(chosen, motion.dynamics(), strict=True))
     ]
+
+
+def scores_of(
+    prompt: ResidualStream, response: ResidualStream, vectors: Sequence[TraitVector], device: torch.device | None = None
+) -> list[Tensor]:
+    """The scores `[n_vectors, n_tokens, n_layers, n_sublayers]` of prompt and of response, in one matrix product each.
+
+    They are NaN for a layer without activations. `device` is where the products are computed, by default where the
+    activations are. Raises `NumericalError` for NaN or inf among the activations.
+    """
+    directions = unit_directions(vectors).to(prompt.points.device if device is None else device)
+    return [_scores(part, vectors[0].component, directions) for part in (prompt, response)]
 
 
 def check_fits(vector: TraitVector, n_layers: int, d_model: int) -> None:

@@ -1,0 +1,153 @@
+"""Other Python processes for what would keep this one from computing: statistics and JSON, which need Python's lock.
+
+A process takes a second to start, in which the work is done here. It ends when its input does, so also when this process is
+killed. It is not of `multiprocessing`, which runs the user's own script again in each process.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, TypeVar
+
+from tlcapture.logger import get_logger
+
+Result = TypeVar("Result")
+
+_SWITCH = "TLCAPTURE_PROCESSES"  # the number of processes, to which all work goes from the beginning
+_MOST = 4
+_WORTH_WHILE = 400  # prompts, divided by the number of processors
+_PROGRAM = "from tlcapture.runs.processes import serve; serve()"
+_log = get_logger(__name__)
+
+
+class Processes:
+    """Processes that are started once enough prompts were announced to be worth it."""
+
+    def __init__(self) -> None:
+        asked = os.environ.get(_SWITCH, "")
+        self._is_asked_for = asked.isdecimal()
+        self._count = int(asked) if self._is_asked_for else min(_MOST, n_processors() // 2)
+        self._n_prompts = 0
+        self._started: list[_Process] = []
+        self._free: SimpleQueue[_Process] = SimpleQueue()
+        weakref.finalize(self, _end, self._started)
+
+    def announce(self, n_prompts: int) -> None:
+        """Start the processes if there is work for them."""
+        self._n_prompts += n_prompts
+        if self._started or not (self._is_asked_for or self._n_prompts * n_processors() >= _WORTH_WHILE):
+            return
+        self._started += [_Process() for _ in range(self._count)]
+        for each in self._started:
+            Thread(target=_make_ready, args=(each, self._free), daemon=True).start()
+
+    def call(self, function: Callable[..., Result], *args: Any) -> Result:
+        """The result of a function of a module for picklable arguments, from a process if one is ready, or from here."""
+        if not any(each.is_usable or self._is_asked_for for each in self._started):
+            return function(*args)
+        process = self._free.get()
+        try:
+            return process.call(function, *args) if process.is_usable else function(*args)
+        except _ProcessEndedError:
+            _log.warning("a process that writes files ended: its work is done in this one")
+            return function(*args)
+        finally:
+            self._free.put(process)
+
+
+class _ProcessEndedError(Exception):
+    pass
+
+
+class _Process:
+    """A process that calls one function after another."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self._popen = subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for this process alone
+        )
+        self.is_usable = False
+
+    def call(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Raises what the function raises, and `_ProcessEndedError` if the process has ended."""
+        assert self._popen.stdin is not None and self._popen.stdout is not None
+        try:
+            self._popen.stdin.write(pickle.dumps((function, args)))
+            self._popen.stdin.flush()
+            result, error = pickle.load(self._popen.stdout)
+        except (OSError, EOFError, pickle.UnpicklingError):
+            self.is_usable = False
+            raise _ProcessEndedError from None
+        if error is not None:
+            raise error
+        return result  # type: ignore[no-any-return]
+
+    def end(self) -> None:
+        """Let the process end."""
+        assert self._popen.stdin is not None and self._popen.stdout is not None
+        try:
+            self._popen.stdin.close()
+            self._popen.stdout.close()
+        except OSError:  # it has ended already
+            pass
+        self._popen.wait()
+
+
+def n_processors() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def serve() -> None:
+    """Call functions as a process: their pickles come on standard input, results go to standard output."""
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # for what else is printed
+    while True:
+        try:
+            function, args = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        result, failure = None, None
+        try:
+            result = function(*args)
+        except Exception as error:
+            failure = error
+        replies.write(pickle.dumps((result, failure)))
+        replies.flush()
+
+
+def _make_ready(process: _Process, free: SimpleQueue[_Process]) -> None:
+    import torch
+
+    try:
+        process.call(_prepare, torch.get_num_threads())
+        process.is_usable = True
+    except _ProcessEndedError:
+        _log.warning("a process that writes files did not start")
+    free.put(process)
+
+
+def _prepare(n_threads: int) -> None:
+    """Import what the work needs, and use as many threads as in the parent, for the same bits."""
+    import torch
+
+    import tlcapture.traits.projection  # noqa: F401
+
+    torch.set_num_threads(n_threads)
+
+
+def _end(processes: list[_Process]) -> None:
+    for each in processes:
+        each.end()
