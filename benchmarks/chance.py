@@ -35,6 +35,8 @@ def main(experiment: str, prompt_set: str, root: Path) -> None:
     for prompt_id in layout.prompt_ids(prompt_set):
         for path in layout.all_projections(prompt_set, prompt_id):
             content = ProjectionFile.read(path)
+            if not content.positions.is_all:
+                continue
             prompt, response = content.trajectory
             values = np.array([*prompt, *response])
             rows = np.tile(values, (1 + SHUFFLES, 1))

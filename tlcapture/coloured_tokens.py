@@ -46,9 +46,9 @@ def _name_of(label: Label) -> str | None:
     return name if name in _BY_SPAN else None
 
 
-def scale_of(scores: Sequence[float]) -> float:
+def scale_of(scores: Sequence[float | None]) -> float:
     """The largest `|score|` after the first token; 1 if there are no others, or all are 0."""
-    return max((abs(score) for score in scores[1:]), default=0.0) or 1.0
+    return max((abs(score) for score in scores[1:] if score is not None), default=0.0) or 1.0
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,14 +56,14 @@ class ColouredTokens:
     """The tokens of a prompt and its response as one sequence, to be displayed in colour.
 
     Attributes:
-        scores: one score per token, or `None` to colour by part alone.
+        scores: one score per token, `None` for those without one; or `None` to colour by part alone.
         label: what the scores are, for the caption and for the tooltip of a token.
         spans: kind and role of the span of each token, where spans are known; without scores, they give the colours.
     """
 
     tokens: Sequence[str]
     n_prompt_tokens: int
-    scores: Sequence[float] | None = None
+    scores: Sequence[float | None] | None = None
     label: str = ""
     spans: Sequence[Label] = ()
 
@@ -72,7 +72,7 @@ class ColouredTokens:
             raise ValueError(f"{len(self.scores)} scores for {len(self.tokens)} tokens")
         if self.spans and len(self.spans) != len(self.tokens):
             raise ValueError(f"{len(self.spans)} labels of spans for {len(self.tokens)} tokens")
-        if self.scores is not None and not all(map(math.isfinite, self.scores)):
+        if self.scores is not None and not all(score is None or math.isfinite(score) for score in self.scores):
             raise ValueError("a score is NaN or inf")
 
     def __repr__(self) -> str:
@@ -107,9 +107,9 @@ class ColouredTokens:
         return f"{self.label}: blue \u2212{scale} to red +{scale}, the first token left out of the scale".lstrip(": ")
 
     def _strength(self, index: int) -> float:
-        """A token's score as a share of the scale, from -1 to 1."""
+        """A token's score as a share of the scale, from -1 to 1; 0 without a score."""
         assert self.scores is not None
-        return max(-1.0, min(1.0, self.scores[index] / scale_of(self.scores)))
+        return max(-1.0, min(1.0, (self.scores[index] or 0.0) / scale_of(self.scores)))
 
     def _span(self, index: int) -> str:
         token = escape(printable(self.tokens[index]))
@@ -133,8 +133,11 @@ class ColouredTokens:
         title = f"{index} {part} {printable(self.tokens[index])!r}"
         if self.scores is None:
             return title
+        score = self.scores[index]
+        if score is None:
+            return f"{title}\n{self.label}: not kept"
         note = " (attention sink: left out of the scale)" if index == 0 else ""
-        return f"{title}\n{self.label} {self.scores[index]:+.4g}{note}"
+        return f"{title}\n{self.label} {score:+.4g}{note}"
 
     def _colours(self, index: int) -> tuple[str, str]:
         """The background of a token in HTML and its colour in a terminal, by span, or by part where there is none."""

@@ -10,7 +10,8 @@ The file is opened memory-mapped: activations are read only when they are used.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from tlcapture.shapes import Residual
 from tlcapture.storage.files import Hook, Written, read_tensors, write_tensors
 from tlcapture.views.cache import stacked
 from tlcapture.views.kept_points import KeptPoints, point_index
+from tlcapture.views.kept_tokens import Positions, stated_positions
 from tlcapture.views.residual import ResidualStream
 
 SAVE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -36,22 +38,32 @@ SAVE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": t
 
 @dataclass(frozen=True)
 class CapturedPart:
-    """Prompt or response: its text, its tokens, and the residual stream at each of them."""
+    """Prompt or response: its text, its tokens, and the residual stream at each of them.
+
+    `positions` are the indices within the part of those tokens whose activations are held; `None` means all.
+    """
 
     text: str
     tokens: list[str]
     token_ids: list[int]
     residual: ResidualStream = field(repr=False)
+    positions: tuple[int, ...] | None = None
 
     def _repr_html_(self) -> str:
         return ColouredTokens(self.tokens, 0)._repr_html_()
 
     def __post_init__(self) -> None:
-        if not len(self.tokens) == len(self.token_ids) == self.residual.n_tokens:
+        n_held = len(self.tokens if self.positions is None else self.positions)
+        if len(self.tokens) != len(self.token_ids) or n_held != self.residual.n_tokens:
             raise StorageError(
                 f"a part with {len(self.tokens)} tokens, {len(self.token_ids)} ids and activations of "
                 f"{self.residual.n_tokens} tokens: numbers must be equal"
             )
+
+    def only(self, positions: Sequence[int]) -> CapturedPart:
+        """The same part with the activations of some of its tokens, in memory of their own."""
+        rows = positions if self.positions is None else [self.positions.index(each) for each in positions]
+        return replace(self, residual=self.residual.select(rows), positions=tuple(positions))
 
 
 @dataclass(frozen=True)
@@ -79,6 +91,7 @@ class Capture:
             str(self.metadata["inference_model"]),
             f"{len(self.prompt.tokens)} prompt and {len(self.response.tokens)} response tokens",
             f"{self.n_layers} layers" + ("" if self.kept.is_all else f", {self.kept.described()}"),
+            *([] if self.positions.is_all else [self.positions.described()]),
         ]
         if self.metadata.get("engine") and self.metadata.get("dtype"):
             facts.append(f"{self.metadata['engine']} in {self.metadata['dtype']}")
@@ -133,11 +146,30 @@ class Capture:
         found = [span.kind for span in self.spans if span.found and span.found[0] >= len(self.prompt.tokens)]
         return bool(found) and "answer" not in found and self.metadata.get("stop_reason") == "max_new_tokens"
 
+    @cached_property
+    def positions(self) -> Positions:
+        """The tokens whose activations are held: all, unless it was captured with `--tokens`."""
+        n_prompt = len(self.prompt.tokens)
+        return stated_positions(self.metadata, n_prompt, n_prompt + len(self.response.tokens))
+
+    def only(self, positions: Positions) -> Capture:
+        """The same capture with the activations of some of its tokens, in memory of their own.
+
+        The capture itself where these are all. Raises `InputError` if it does not hold all of them.
+        """
+        if positions.kept == self.positions.kept:
+            return self
+        if not self.positions.includes(positions):
+            raise InputError(f"{self.prompt_set}/{self.prompt_id}: only {self.positions.described()}")
+        prompt, response = self.prompt.only(positions.prompt), self.response.only(positions.response)
+        metadata = {**self.metadata, **positions.record()}
+        return replace(self, prompt=prompt, response=response, metadata=metadata)
+
     def residual(self, layer: int, point: str = "residual_out", part: str = "all") -> Residual:
         """Activations `[n_tokens, d_model]` of a layer at a residual point, or its `attn_out`.
 
-        `part` is `prompt`, `response` or `all`. Raises `InputError` for a layer or point that the capture does not
-        keep, naming those that it does.
+        `part` is `prompt`, `response` or `all`. A capture of some tokens has rows for those in `positions` alone.
+        Raises `InputError` for a layer or point that the capture does not keep, naming those that it does.
         """
         if part == "all":
             parts = [self.prompt, self.response]
@@ -170,13 +202,16 @@ class Capture:
         if (found := read_index(path)) is not None:
             index, metadata, streams = found
             both = [
-                CapturedPart(part.text, part.tokens, part.token_ids, streams[name])
+                CapturedPart(part.text, part.tokens, part.token_ids, streams[name], index.held(name))
                 for name, part in (("prompt", index.prompt), ("response", index.response))
             ]
             return cls(both[0], both[1], metadata, spans=index.spans)
         value = read_tensors(path)
         content = CaptureContent.check(value, path)
-        parts = [_part_from_file(part, content) for part in (content.prompt, content.response)]
+        parts = [
+            _part_from_file(part, content, content.held(name))
+            for name, part in (("prompt", content.prompt), ("response", content.response))
+        ]
         return cls(parts[0], parts[1], dict(value["metadata"]), spans=content.spans)
 
     def _part(self, part: str) -> CapturedPart:
@@ -228,7 +263,7 @@ def _part_to_file(part: CapturedPart) -> dict[str, Any]:
     return {"text": part.text, "tokens": part.tokens, "token_ids": part.token_ids, "activations": activations}
 
 
-def _part_from_file(part: PartContent, content: CaptureContent) -> CapturedPart:
+def _part_from_file(part: PartContent, content: CaptureContent, positions: tuple[int, ...] | None) -> CapturedPart:
     activations, kept, attention = part.activations, content.kept, content.metadata.attention_layers
     by_index = {point_index(layer, point): activations[layer][point] for layer in kept.layers for point in kept.points}
     points = [by_index[number] for number in kept.point_indices]
@@ -240,4 +275,4 @@ def _part_from_file(part: PartContent, content: CaptureContent) -> CapturedPart:
         None if kept.is_all else kept,
         None if attention is None else tuple(attention),
     )
-    return CapturedPart(part.text, part.tokens, part.token_ids, residual)
+    return CapturedPart(part.text, part.tokens, part.token_ids, residual, positions)

@@ -13,10 +13,11 @@ from tlcapture.errors import StorageError, TlcaptureError
 from tlcapture.names import PromptId, is_prompt_set, prompt_id_problem
 from tlcapture.prompts.spans import TokenSpan, check_spans
 from tlcapture.storage.tensors import described, is_plain
-from tlcapture.storage.validation import FileContent, Layer, checked
+from tlcapture.storage.validation import Count, FileContent, Layer, checked
 from tlcapture.text import as_ranges
 from tlcapture.views.hooks import POINTS
 from tlcapture.views.kept_points import KeptPoints, point_index
+from tlcapture.views.kept_tokens import stated_positions
 from tlcapture.views.residual import layers_with_attention
 
 FORMAT_VERSION = 1
@@ -59,6 +60,7 @@ class CaptureMetadata(FileContent):
     messages: list[dict[str, Any]] | None = None
     template_args: dict[str, Any] | None = None
     thinking: dict[str, str] | None = None
+    positions: list[Count] | None = None
 
     @field_validator("prompt_set")
     @classmethod
@@ -76,7 +78,7 @@ class CaptureMetadata(FileContent):
 
 
 class PartContent(FileContent):
-    """Prompt or response. Activations are `{layer: {point: [n_tokens, d_model]}}`."""
+    """Prompt or response. Activations are `{layer: {point: [n_tokens, d_model]}}`, of the tokens that are held."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
@@ -125,8 +127,6 @@ class PartContent(FileContent):
     def _check_tensor(self, name: str, tensor: Tensor, first: Tensor) -> None:
         if not is_plain(tensor) or tensor.ndim != 2:
             raise ValueError(f"{name}: expected floats [n_tokens, d_model], got {described(tensor)}")
-        if len(tensor) != len(self.tokens):
-            raise ValueError(f"{name}: activations of {len(tensor)} tokens, but tokens has {len(self.tokens)}")
         if tensor.shape != first.shape or tensor.dtype != first.dtype:
             raise ValueError(f"{name}: {described(tensor)}, but others are {described(first)}")
 
@@ -187,11 +187,36 @@ class CaptureContent(FileContent):
         check_spans(self.spans, len(self.prompt.tokens) + len(self.response.tokens))
         return self
 
+    @model_validator(mode="after")
+    def _has_a_row_for_each_token(self) -> CaptureContent:
+        for name, part in (("prompt", self.prompt), ("response", self.response)):
+            n_rows, held = len(part.first), self.held(name)
+            if n_rows != len(part.tokens if held is None else held):
+                stated = f"tokens has {len(part.tokens)}" if held is None else f"positions names {len(held)} of them"
+                raise ValueError(f"{name}: activations of {n_rows} tokens, but {stated}")
+        return self
+
+    def held(self, part: str) -> tuple[int, ...] | None:
+        """The indices within a part of the tokens whose activations the file holds; `None` if it holds all."""
+        return held_of_part(self, part)
+
     @property
     def kept(self) -> KeptPoints:
         """Which layers and points the file holds; raises `StorageError` if its metadata disagrees."""
         stated = self.metadata.model_dump(include={"n_layers", "layers", "points"})
         return KeptPoints.of_file(stated, self.prompt.activations, self.prompt.points)
+
+
+def held_of_part(content: Any, part: str) -> tuple[int, ...] | None:
+    """The indices within a part of the tokens whose activations a file holds; `None` if it holds all.
+
+    Raises `ValueError` for positions that are not those of tokens.
+    """
+    if content.metadata.positions is None:
+        return None
+    n_prompt = len(content.prompt.tokens)
+    found = stated_positions(content.metadata, n_prompt, n_prompt + len(content.response.tokens))
+    return found.prompt if part == "prompt" else found.response
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

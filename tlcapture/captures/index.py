@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from tlcapture.captures.format import FORMAT_VERSION, CaptureMetadata, Spans, TokenId, check_version
+from tlcapture.captures.format import FORMAT_VERSION, CaptureMetadata, Spans, TokenId, check_version, held_of_part
 from tlcapture.prompts.spans import check_spans
 from tlcapture.storage.archives import Archive
 from tlcapture.storage.files import opening
@@ -69,6 +69,10 @@ class CaptureIndex(FileContent):
         metadata = self.metadata
         return KeptPoints.of(metadata.n_layers, metadata.layers or (), metadata.points or ())
 
+    def held(self, part: str) -> tuple[int, ...] | None:
+        """The indices within a part of the tokens whose activations the file holds; `None` if it holds all."""
+        return held_of_part(self, part)
+
     @model_validator(mode="after")
     def _is_of_one_capture(self) -> CaptureIndex:
         check_spans(self.spans, len(self.prompt.tokens) + len(self.response.tokens))
@@ -83,9 +87,11 @@ class CaptureIndex(FileContent):
                 raise ValueError(
                     f"{name}: {n_tokens} tokens, but {len(part.token_ids)} token_ids: numbers must be equal"
                 )
+            held = self.held(name)
+            n_held = n_tokens if held is None else len(held)
             for stored, n_rows in ((part.points, len(kept.point_indices)), (part.attn_out, len(outputs))):
-                if stored is not None and stored.shape != [n_rows, n_tokens, width]:
-                    raise ValueError(f"{name}: {stored.shape}, expected {[n_rows, n_tokens, width]}")
+                if stored is not None and stored.shape != [n_rows, n_held, width]:
+                    raise ValueError(f"{name}: {stored.shape}, expected {[n_rows, n_held, width]}")
         return self
 
 

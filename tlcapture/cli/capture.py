@@ -88,6 +88,7 @@ class _Settings:
             capture_attn=self.capture_attn,
             layers=kept.layers,
             points=kept.points,
+            tokens=kept.tokens,
             project=not self.no_project,
             projections_only=self.projections_only,
             replay=self.replay,

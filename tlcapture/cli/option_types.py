@@ -14,6 +14,7 @@ from tlcapture.names import Trait, split_names
 from tlcapture.runs.shards import Shard
 from tlcapture.text import parse_bytes
 from tlcapture.views.hooks import COMPONENTS, POINTS
+from tlcapture.views.kept_tokens import FORMS, KeptTokens
 
 
 class _Parsed(click.ParamType, ABC):
@@ -48,6 +49,15 @@ class LayerOrWord(_Parsed):
         if text.isdecimal():
             return int(text)
         raise ValueError(f"{text!r} is neither a layer number nor {' or '.join(map(repr, self.words))}.")
+
+
+class Tokens(_Parsed):
+    """Tokens of the response, as `KeptTokens` reads them."""
+
+    name = FORMS
+
+    def _parse(self, text: str) -> KeptTokens:
+        return KeptTokens.parse(text)
 
 
 class BatchSize(_Parsed):

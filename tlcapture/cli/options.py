@@ -17,6 +17,7 @@ from tlcapture.cli.option_types import (
     Names,
     Points,
     ShardOf,
+    Tokens,
     Traits,
 )
 from tlcapture.names import Trait
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from tlcapture.runs.model_loader import ModelLoader
     from tlcapture.storage.layout import Datasets, Layout
     from tlcapture.traits.choice import VectorChoice
+    from tlcapture.views.kept_tokens import KeptTokens
 
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
@@ -191,10 +193,11 @@ examples_as_option = click.option(
 
 @dataclass(frozen=True)
 class KeptOptions:
-    """Layers and points of the residual stream to keep; empty: all."""
+    """Layers and points of the residual stream to keep; empty: all. Tokens to keep in every file; `None`: all."""
 
     layers: tuple[int, ...]
     points: tuple[str, ...]
+    tokens: KeptTokens | None
 
 
 kept_options = together(
@@ -207,6 +210,12 @@ kept_options = together(
         default="all",
         show_default=True,
         help=f"Residual points to keep from each layer: {', '.join(POINTS)}.",
+    ),
+    click.option(
+        "--tokens",
+        type=Tokens(),
+        help="Keep only these tokens of the response, in every file; A:B is a slice as in Python. Projections and "
+        "dynamics are computed over all tokens first.  [default: prompt and response]",
     ),
     collected(KeptOptions, "kept"),
 )

@@ -53,6 +53,7 @@ class _WorkloadOptions:
             internals=ALL_LAYERS if "internals" in self.views else layers,
             layers=kept.layers,
             points=kept.points,
+            tokens=kept.tokens,
             save_dtype=self.save_dtype,
             batch_size=self.batch_size,
             max_new_tokens=self.new_tokens,

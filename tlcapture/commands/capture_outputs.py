@@ -13,6 +13,7 @@ from torch import Tensor
 from tlcapture.captures.capture import Capture, common_dtype
 from tlcapture.captures.from_generation import is_alike
 from tlcapture.commands.capture_records import CaptureRecord
+from tlcapture.commands.kept_positions import lacks_positions, wanted_positions
 from tlcapture.errors import NumericalError, StorageError
 from tlcapture.models.loading import Model
 from tlcapture.names import PromptId
@@ -26,6 +27,7 @@ from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import hook
 from tlcapture.views.internals import internals_hooks, internals_view
 from tlcapture.views.kept_points import KeptPoints
+from tlcapture.views.kept_tokens import KeptTokens, Positions
 from tlcapture.views.logit_lens import LogitLens, logit_lens_hooks, logit_lens_view
 from tlcapture.views.residual import residual_hooks
 
@@ -47,6 +49,7 @@ class Outputs:
         attention: whether to write attention patterns.
         logit_lens: whether to write logit-lens predictions.
         internals: the layers whose internals are written.
+        tokens: the tokens of which all of these are kept; `None` means all, or for a saved capture those it holds.
     """
 
     kept: KeptPoints
@@ -56,6 +59,7 @@ class Outputs:
     attention: bool = False
     logit_lens: bool = False
     internals: tuple[int, ...] = ()
+    tokens: KeptTokens | None = None
 
     def __bool__(self) -> bool:
         return self.residual or self.needs_pass or self.logit_lens
@@ -74,7 +78,9 @@ class Outputs:
         except StorageError:
             return False
         has_attn_out = capture.prompt.residual.attn_out is not None
-        return capture.kept.includes(self.kept) and (has_attn_out or not self.attn_out)
+        wanted = wanted_positions(self.tokens, capture, fresh=self.residual)
+        has_rows = capture.positions.includes(wanted) or not self.residual
+        return capture.kept.includes(self.kept) and has_rows and (has_attn_out or not self.attn_out)
 
     def add_on_files(self, layout: Layout, prompt_set: str, prompt_id: PromptId) -> list[Path]:
         """The files of the requested add-ons, whether they exist or not."""
@@ -104,7 +110,7 @@ class Outputs:
         def lacks(path: Path) -> bool:
             if not path.is_file() or path.stat().st_mtime_ns < since:
                 return True
-            return overwrite and not is_readable(layout, path)
+            return lacks_positions(path, self.tokens) or (overwrite and not is_readable(layout, path))
 
         return Outputs(
             self.kept,
@@ -114,6 +120,7 @@ class Outputs:
             attention=self.attention and lacks(layout.attention(prompt_set, prompt_id)),
             logit_lens=self.logit_lens and lacks(layout.logit_lens(prompt_set, prompt_id)),
             internals=tuple(n for n in self.internals if lacks(layout.internals(prompt_set, prompt_id, n))),
+            tokens=self.tokens,
         )
 
     def live_hooks(self, model: Model) -> list[str]:
@@ -186,18 +193,22 @@ def add_ons(
     names: dict[str, Any] = {"prompt_id": capture.prompt_id, "prompt_set": capture.prompt_set}
     where = (capture.prompt_set, capture.prompt_id)
     tokens, n_prompt = capture.tokens, len(capture.prompt.tokens)
+    positions = wanted_positions(wanted.tokens, capture, fresh=residual_cache is not None)
     if wanted.attention:
-        view = attention_view(cache, model.n_layers)
+        view = attention_view(cache, model.n_layers).only(positions)
         yield lambda: write_json(
             layout.attention(*where), view.to_json(**names, tokens=tokens, n_prompt_tokens=n_prompt)
         )
     if wanted.logit_lens:
+        held = capture.positions if residual_cache is None else Positions.of(None, n_prompt, len(tokens))
         found = lens or lens_of(
             model,
             capture.token_ids,
             lambda layer: (
                 capture.residual(layer) if residual_cache is None else residual_cache[hook("residual_out", layer)]
             ),
+            positions,
+            held,
         )
         yield lambda: write_json(
             layout.logit_lens(*where),
@@ -209,13 +220,30 @@ def add_ons(
             ),
         )
     for layer in wanted.internals:
-        path, content = layout.internals(*where, layer), _internals_content(capture, cache, layer)
+        path, content = layout.internals(*where, layer), _internals_content(capture, cache, layer, positions)
         yield partial(_write_internals, path, content, save_dtype)
 
 
-def lens_of(model: Model, token_ids: Sequence[int], residual_out: Callable[[int], Residual]) -> LogitLens:
-    """The logit lens of tokens, computed where the model's unembedding is; `residual_out` gives that of a layer."""
-    return logit_lens_view(residual_out, model.n_layers, token_ids, model.unembed, device=model.last_device)
+def lens_of(
+    model: Model,
+    token_ids: Sequence[int],
+    residual_out: Callable[[int], Residual],
+    positions: Positions,
+    held: Positions,
+) -> LogitLens:
+    """The logit lens at some tokens, computed where the model's unembedding is.
+
+    `residual_out` gives that of a layer at the tokens in `held`, which are these and maybe more.
+    """
+    rows = positions.rows_in(held)
+    return logit_lens_view(
+        residual_out if rows is None else lambda layer: residual_out(layer)[rows],
+        model.n_layers,
+        token_ids,
+        model.unembed,
+        positions=positions,
+        device=model.last_device,
+    )
 
 
 def _write_internals(path: Path, content: dict[str, Any], save_dtype: str) -> Written:
@@ -231,13 +259,16 @@ def _write_internals(path: Path, content: dict[str, Any], save_dtype: str) -> Wr
     return write_tensors(path, {**content, **stored})
 
 
-def _internals_content(capture: Capture, cache: Cache, layer: int) -> dict[str, Any]:
+def _internals_content(capture: Capture, cache: Cache, layer: int, positions: Positions) -> dict[str, Any]:
+    metadata = {key: value for key, value in capture.metadata.items() if key != "positions"}
+    view = internals_view(cache, layer) if positions.is_all else internals_view(cache, layer, positions)
     return {
-        **internals_view(cache, layer),
+        **positions.record(),
+        **view,
         "tokens": capture.tokens,
         "token_ids": capture.token_ids,
         "n_prompt_tokens": len(capture.prompt.tokens),
-        "metadata": dict(capture.metadata),
+        "metadata": {**metadata, **positions.record()},
     }
 
 

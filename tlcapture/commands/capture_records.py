@@ -19,6 +19,7 @@ from tlcapture.names import PromptId
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
 from tlcapture.views.kept_points import KeptPoints
+from tlcapture.views.kept_tokens import KeptTokens, Positions, kept_of, stated_positions
 
 _SAME_FOR_A_RUN = (
     "inference_model",
@@ -34,10 +35,11 @@ _SAME_FOR_A_RUN = (
 
 @dataclass(frozen=True)
 class CaptureRecord:
-    """Metadata and tokens of a capture that was projected and not saved."""
+    """Metadata and tokens of a capture that was projected and not saved, and of which tokens projections were kept."""
 
     metadata: Mapping[str, Any]
     tokens: Sequence[str] = ()
+    positions: Positions | None = None
 
     @property
     def prompt_set(self) -> str:
@@ -83,9 +85,10 @@ class CaptureRecord:
         for path in layout.all_projections(prompt_set, prompt_id):
             try:
                 content = read_json(path)
-                made_from = cls(
-                    content["metadata"]["capture"], content["prompt"]["tokens"] + content["response"]["tokens"]
-                )
+                n_prompt = len(content["prompt"]["tokens"])
+                tokens = content["prompt"]["tokens"] + content["response"]["tokens"]
+                positions = stated_positions(content["metadata"], n_prompt, len(tokens))
+                made_from = cls(content["metadata"]["capture"], tokens, positions)
                 is_of_prompt = (made_from.prompt_set, str(made_from.prompt_id)) == (prompt_set, str(prompt_id))
                 if made_from.n_layers < 1 or made_from.d_model < 1 or not made_from.kept.layers or not is_of_prompt:
                     return None
@@ -97,9 +100,15 @@ class CaptureRecord:
     def _is_of_the_run_of(self, other: CaptureRecord) -> bool:
         return (
             self.tokens == other.tokens
+            and self.positions == other.positions
             and is_same_computation(self.metadata, other.metadata)
             and all(self.metadata.get(key) == other.metadata.get(key) for key in _SAME_FOR_A_RUN)
         )
+
+    def holds(self, tokens: KeptTokens | None) -> bool:
+        """Whether the projections of all chosen tokens were kept; without a choice, of all tokens."""
+        held = self.positions
+        return held is not None and held.includes(kept_of(tokens, held.n_prompt, held.n_tokens))
 
     def is_like(self, capture: Capture) -> bool:
         """Whether a capture has the same tokens, computed by the same model in the same way."""

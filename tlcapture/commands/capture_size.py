@@ -15,12 +15,14 @@ from typing import Any
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.capture_outputs import Outputs
 from tlcapture.commands.capture_tasks import CaptureOptions, CaptureTask
+from tlcapture.commands.kept_positions import wanted_positions
 from tlcapture.errors import InputError, StorageError
 from tlcapture.models.sizes import Measures
 from tlcapture.runs.report import Failed
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.chance import N_DIRECTIONS
 from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
+from tlcapture.views.kept_tokens import KeptTokens, Positions, kept_of
 from tlcapture.views.logit_lens import TOP_K
 
 _PER_WEIGHT = 9.5  # an attention weight: 4 significant digits and a comma
@@ -33,6 +35,8 @@ _PER_PROJECTION_FILE = 1000  # the vector and where it comes from
 _PER_CAPTURE = 850  # the metadata of a capture that is not kept
 _PER_VIEW = 90  # the description of a tensor in a `.pt` file, and the padding before it
 _PER_TOKEN = 6  # its text and id
+_PER_TOKEN_OF_TENSORS = 24  # the same as Python values and, for raw residuals, in the index
+_PER_POSITION = 5  # the index of a token
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "auto": 2}
 
 
@@ -66,16 +70,17 @@ class CaptureSize:
             found.failures += [Failed(*each) for each in task.failing]
             for prompt in task.batched:
                 if prompt.id in task.fresh:
-                    n_tokens = len(prompt.token_ids) + task.max_new_tokens
+                    n_prompt = len(prompt.token_ids)
+                    kept = kept_of(options.tokens, n_prompt, n_prompt + task.max_new_tokens)
                     wanted = options.outputs(measures().n_layers)
                     found.n_prompts += 1
                     found.replaces.append(layout.residual(name, prompt.id))
-                    found._add(sizes(measures(), n_tokens, wanted, options, n_vectors))
+                    found._add(sizes(measures(), kept, wanted, options, n_vectors))
             for prompt_id, wanted in task.saved.items():
                 if wanted:
                     found.n_completed += 1
-                    n_tokens = _n_saved_tokens(layout.residual(name, prompt_id))
-                    found._add(sizes(measures(), n_tokens, wanted, options, 0))
+                    kept = _kept_of_saved(layout.residual(name, prompt_id), options.tokens)
+                    found._add(sizes(measures(), kept, wanted, options, 0))
         return found
 
     @property
@@ -111,42 +116,49 @@ class CaptureSize:
 
 
 def sizes(
-    measures: Measures, n_tokens: int, wanted: Outputs, options: CaptureOptions, n_projections: int
+    measures: Measures, tokens: Positions, wanted: Outputs, options: CaptureOptions, n_projections: int
 ) -> Iterator[tuple[str, float]]:
-    """Kind and size in bytes of each file of a prompt with `n_tokens` tokens, including its response."""
+    """Kind and size in bytes of each file of a prompt and its response, of which `tokens` are kept."""
     kept = wanted.kept
     row = len(kept.layers) * len(kept.points) * _PER_PROJECTION + (kept.n_layers - len(kept.layers)) * _PER_NULL
-    row += 2 * _PER_PROJECTION + _PER_TOKEN  # velocity and acceleration
+    each = 2 * _PER_PROJECTION + _PER_TOKEN  # velocity and acceleration, of all tokens
     overhead = _PER_PROJECTION_FILE + N_DIRECTIONS * _PER_RISE + (0 if wanted.raw else _PER_CAPTURE)
+    projection = overhead + tokens.n_tokens * each + len(tokens.kept) * row + _positions(tokens)
     yield from chain(
-        _tensors(measures, n_tokens, wanted, options),
-        _json(measures, n_tokens, wanted),
-        (("projection", overhead + n_tokens * row) for _ in range(n_projections)),
+        _tensors(measures, tokens, wanted, options),
+        _json(measures, tokens, wanted),
+        (("projection", projection) for _ in range(n_projections)),
     )
 
 
-def _tensors(m: Measures, n_tokens: int, wanted: Outputs, options: CaptureOptions) -> Iterator[tuple[str, float]]:
-    text = _PER_FILE + _PER_TOKEN * n_tokens
+def _positions(tokens: Positions) -> int:
+    """The size of the list `positions`."""
+    return 0 if tokens.is_all else _PER_POSITION * len(tokens.kept)
+
+
+def _tensors(m: Measures, tokens: Positions, wanted: Outputs, options: CaptureOptions) -> Iterator[tuple[str, float]]:
+    n_kept = len(tokens.kept)
+    text = _PER_FILE + _PER_TOKEN_OF_TENSORS * tokens.n_tokens + _positions(tokens)
     if wanted.residual and wanted.raw:
         n_layers = len(wanted.kept.layers)
         n_points = len(wanted.kept.point_indices) + n_layers * wanted.attn_out
         n_views = 2 * n_layers * (len(wanted.kept.points) + wanted.attn_out)
-        yield "raw residual", text + n_views * _PER_VIEW + n_points * n_tokens * m.d_model * _BYTES[options.save_dtype]
+        yield "raw residual", text + n_views * _PER_VIEW + n_points * n_kept * m.d_model * _BYTES[options.save_dtype]
     # Queries, keys, values and their mix; pre-activation, gate, activation; the residual stream and both outputs.
     heads = (2 * m.n_heads + 2 * m.n_key_value_heads) * m.d_head
-    row = heads + 3 * m.d_mlp + 5 * m.d_model + m.n_heads * n_tokens
+    row = heads + 3 * m.d_mlp + 5 * m.d_model + m.n_heads * tokens.n_tokens
     for _ in wanted.internals:
-        yield "layer internals", text + _BYTES[options.save_dtype] * n_tokens * row
+        yield "layer internals", text + _BYTES[options.save_dtype] * n_kept * row
 
 
-def _json(m: Measures, n_tokens: int, wanted: Outputs) -> Iterator[tuple[str, float]]:
+def _json(m: Measures, tokens: Positions, wanted: Outputs) -> Iterator[tuple[str, float]]:
     if wanted.attention:
         n_layers = m.n_layers if m.n_attention_layers is None else m.n_attention_layers
-        n_weights = n_layers * m.n_heads * n_tokens * (n_tokens + 1) / 2
-        yield "attention", _PER_FILE + n_weights * _PER_WEIGHT
+        n_weights = n_layers * m.n_heads * sum(token + 1 for token in tokens.kept)
+        yield "attention", _PER_FILE + _positions(tokens) + n_weights * _PER_WEIGHT
     if wanted.logit_lens:
-        n_predictions = max(0, n_tokens - 1) * m.n_layers * min(TOP_K, m.d_vocab)
-        yield "logit lens", _PER_FILE + n_predictions * _PER_PREDICTION
+        n_predictions = len(tokens.with_next) * m.n_layers * min(TOP_K, m.d_vocab)
+        yield "logit lens", _PER_FILE + _positions(tokens) + n_predictions * _PER_PREDICTION
 
 
 def n_projections(layout: Layout, options: CaptureOptions) -> int:
@@ -162,8 +174,9 @@ def n_projections(layout: Layout, options: CaptureOptions) -> int:
     return sum(bool(VectorFiles(source, trait).available(component)) for trait in traits for component in components)
 
 
-def _n_saved_tokens(raw: Path) -> int:
+def _kept_of_saved(raw: Path, tokens: KeptTokens | None) -> Positions:
+    """The tokens that add-ons of a saved capture are kept of."""
     try:
-        return len(Capture.open(raw).token_ids)
+        return wanted_positions(tokens, Capture.open(raw), fresh=False)
     except StorageError:
-        return 0
+        return Positions((), 0, 0)

@@ -31,6 +31,7 @@ from tlcapture.storage.config import ExperimentConfig
 from tlcapture.storage.layout import Layout, derived_files
 from tlcapture.traits.choice import VectorChoice, VectorChooser
 from tlcapture.views.kept_points import KeptPoints
+from tlcapture.views.kept_tokens import KeptTokens
 
 ALL_LAYERS = "all"
 NO_CHOICE = VectorChoice()  # that of a command line without options for vectors
@@ -45,6 +46,7 @@ class CaptureOptions:
         internals: layers whose internals are written, or `"all"`.
         layers: layers of the residual stream that are kept; all where empty.
         points: points of the residual stream that are kept; all where empty.
+        tokens: tokens that all views are kept of; `None` means all.
         overwrite: replace or remove files that cannot be read, too.
         projections_only: write projections and no raw residual.
         shard: the share of the prompts that are captured, after `limit` is applied.
@@ -60,6 +62,7 @@ class CaptureOptions:
     capture_attn: bool = False
     layers: tuple[int, ...] = ()
     points: tuple[str, ...] = ()
+    tokens: KeptTokens | None = None
     project: bool = True
     projections_only: bool = False
     replay: bool = False
@@ -114,6 +117,7 @@ class CaptureOptions:
             attention=self.attention or everything,
             logit_lens=self.logit_lens or everything,
             internals=layers,
+            tokens=self.tokens,
         )
 
 
@@ -321,6 +325,7 @@ class TaskPlanner:
                 found is not None
                 and self._is_whole_and_of(found, prompt_set, prompt)
                 and found.kept.includes(wanted.kept)
+                and found.holds(wanted.tokens)
                 and not wanted.lacking(layout, *names, overwrite=options.overwrite)
                 and not any(
                     without_projection(layout, found, self._chooser.vectors(found, component), options.existing)

@@ -21,6 +21,7 @@ from tlcapture.captures.provenance import dropped_warning, no_answer_warning
 from tlcapture.commands.capture_outputs import Outputs, add_ons, lens_of, remove_stale, saved_capture, write_capture
 from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.capture_tasks import CaptureOptions, CaptureTask
+from tlcapture.commands.kept_positions import wanted_positions
 from tlcapture.commands.projections import (
     ChanceLevels,
     ProjectionTask,
@@ -28,14 +29,16 @@ from tlcapture.commands.projections import (
     report_choice,
     without_projection,
 )
+from tlcapture.commands.replay import as_prompt, check_replayable, replayed
 from tlcapture.errors import InputError, OutOfMemoryError
 from tlcapture.generation.checkpoint_sampling import sampling_for, unfollowed
-from tlcapture.generation.loop import generate, teacher_force
+from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure, Generation
 from tlcapture.generation.sampling import Sampling
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import is_out_of_memory, release_memory
 from tlcapture.models.streams import own_stream
+from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.runs.background_writer import BackgroundWriter
 from tlcapture.runs.existing_files import check_replaceable
 from tlcapture.runs.processes import Processes
@@ -45,7 +48,9 @@ from tlcapture.storage.files import remove, write_bytes
 from tlcapture.storage.layout import derived_files
 from tlcapture.traits.choice import ChosenVector, ChosenVectors, VectorChooser
 from tlcapture.traits.projection import scores_of
+from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import hook
+from tlcapture.views.kept_tokens import Positions, kept_of
 from tlcapture.views.logit_lens import LogitLens
 
 
@@ -150,7 +155,7 @@ class CaptureWorker:
                 with self._attempt(self.run, name):
                     # On a CPU the lens is computed here, with all threads; other devices compute it beside the model.
                     on_cpu = self.model.last_device.type == "cpu"
-                    lens = self._lens(outcome) if wanted.logit_lens and on_cpu else None
+                    lens = self._lens(outcome, wanted) if wanted.logit_lens and on_cpu else None
                     job = partial(self._write, name, outcome, sampling, wanted, max_new_tokens, lens)
                     writer.submit(job, 2 * sum(each.nbytes for each in outcome.cache.values()))
                 progress.advance(
@@ -158,8 +163,10 @@ class CaptureWorker:
                     done=f"{name}: {len(outcome.response_ids)} tokens, {outcome.stop_reason}",
                 )
 
-    def _lens(self, generation: Generation) -> LogitLens:
-        return lens_of(self.model, generation.token_ids, lambda layer: generation.cache[hook("residual_out", layer)])
+    def _lens(self, generation: Generation, wanted: Outputs) -> LogitLens:
+        ids, n_prompt = generation.token_ids, len(generation.prompt.token_ids)
+        kept, whole = (kept_of(tokens, n_prompt, len(ids)) for tokens in (wanted.tokens, None))
+        return lens_of(self.model, ids, lambda layer: generation.cache[hook("residual_out", layer)], kept, whole)
 
     def _write(
         self,
@@ -203,6 +210,7 @@ class CaptureWorker:
         )
         if capture.lacks_answer:
             self._unanswered.append(name)
+        whole, capture = capture, capture.only(wanted_positions(wanted.tokens, capture, fresh=True))
         marker = self.layout.unfinished(capture.prompt_set, capture.prompt_id)
         with self._lock:
             update_config(self.layout, inference_model=self.model.name)
@@ -211,7 +219,8 @@ class CaptureWorker:
             run.wrote(write_capture(self.layout, capture, self._removed.extend))
         else:
             self._removed += remove_stale(self.layout, capture)
-        self._project(run, capture, only=not wanted.raw, device=self.model.last_device)
+        self._project(run, whole, only=not wanted.raw, kept=capture.positions, device=self.model.last_device)
+        del whole
         run.report.n_prompts += 1
         cache, n_failures = generation.cache, len(run.report.failures)
         for write in add_ons(
@@ -225,51 +234,65 @@ class CaptureWorker:
     # -- saved captures --------------------------------------------------------------------------------
 
     def _complete(self, task: CaptureTask) -> None:
-        prompt_set = task.prompt_set.name
-        with self.run.progress(len(task.saved), f"{prompt_set}, saved", "prompt") as progress:
+        prompt_set, names = task.prompt_set.name, {}
+        sequences: dict[tuple[str, ...], list[TokenizedPrompt]] = {}  # by the activations that are wanted of them
+        with (
+            self.run.progress(len(task.saved), f"{prompt_set}, saved", "prompt") as progress,
+            BackgroundWriter(self.run) as writer,
+        ):
             for prompt_id, wanted in task.saved.items():
-                name, report = f"{prompt_set}/{prompt_id}", self.run.report
-                n_files, n_failures = report.n_files, len(report.failures)
-                raw = self.layout.residual(prompt_set, prompt_id)
+                name, raw = f"{prompt_set}/{prompt_id}", self.layout.residual(prompt_set, prompt_id)
                 if self.options.projections_only and not raw.is_file():
-                    report.n_skipped += 1
+                    self.run.report.n_skipped += 1
                     continue
                 with self._attempt(self.run, name):
-                    self._replay(Capture.open(raw), wanted)
-                if len(report.failures) == n_failures:
-                    if report.n_files > n_files:
-                        report.n_prompts += 1
-                    else:
-                        report.n_skipped += 1
-                progress.advance(1, done=f"{name}: {report.n_files - n_files} files")
+                    capture = Capture.open(raw)
+                    if wanted.needs_pass or wanted.logit_lens:
+                        check_replayable(capture, wanted, self.model)
+                    if wanted.needs_pass:
+                        hooks = tuple(wanted.pass_hooks(self.model))
+                        sequences.setdefault(hooks, []).append(as_prompt(capture, prompt_id))
+                        names[prompt_id] = name, raw, wanted
+                        continue
+                    self._submit_saved(writer, name, capture, wanted, {})
+                progress.advance(1, done=name)
+            for outcome in replayed(self.model, sequences, self.options.batch_size) if sequences else ():
+                name, raw, wanted = names[outcome.prompt.id]
+                with self._attempt(self.run, name):
+                    if isinstance(outcome, Failure):
+                        raise outcome.error(outcome.reason)
+                    self._submit_saved(writer, name, Capture.open(raw), wanted, outcome.cache)
+                progress.advance(1, done=name)
 
-    def _replay(self, capture: Capture, wanted: Outputs) -> None:
-        if wanted.needs_pass or wanted.logit_lens:
-            self._check_model(capture)
-            if wanted.logit_lens and not capture.kept.has_all_outputs:
-                raise InputError(
-                    f"the logit lens needs residual_out of every layer, but {capture.kept.described()}: "
-                    "capture it again with --logit-lens"
-                )
-            hooks = wanted.pass_hooks(self.model)
-            cache = teacher_force(self.model, capture.token_ids, hooks) if hooks else {}
-            save_dtype = self.options.save_dtype
-            if save_dtype == "auto" and capture.prompt.residual.points.dtype == torch.float32:
-                save_dtype = "float32"  # as the capture was saved
-            for write in add_ons(
-                self.layout, capture, wanted, self.model, cache, residual_cache=None, save_dtype=save_dtype
-            ):
-                self.run.wrote(write())
-        if not self.options.replay:
-            self._project(self.run, capture, only_missing=self.options.skip_existing)
+    def _submit_saved(
+        self, writer: BackgroundWriter, name: str, capture: Capture, wanted: Outputs, cache: Cache
+    ) -> None:
+        lens = None
+        if wanted.logit_lens and self.model.last_device.type == "cpu":  # where it has all threads
+            kept = wanted_positions(wanted.tokens, capture, fresh=False)
+            lens = lens_of(self.model, capture.token_ids, capture.residual, kept, capture.positions)
+        job = partial(self._complete_saved, name, capture, wanted, cache, lens)
+        writer.submit(job, 2 * sum(each.nbytes for each in (*cache.values(), capture.response.residual.points)))
 
-    def _check_model(self, capture: Capture) -> None:
-        fingerprint = capture.metadata.get("model_fingerprint")
-        if fingerprint != self.model.fingerprint:
-            raise InputError(
-                f"captured from {capture.metadata.get('inference_model')!r} (fingerprint {fingerprint}), not from "
-                f"{self.model.name!r} ({self.model.fingerprint}): replay it with the same model"
-            )
+    def _complete_saved(
+        self, name: str, capture: Capture, wanted: Outputs, cache: Cache, lens: LogitLens | None, run: Run
+    ) -> None:
+        """Write what a saved capture lacks, in a thread of the writer."""
+        with self._attempt(run, name):
+            if wanted.needs_pass or wanted.logit_lens:
+                save_dtype = self.options.save_dtype
+                if save_dtype == "auto" and capture.prompt.residual.points.dtype == torch.float32:
+                    save_dtype = "float32"  # as the capture was saved
+                with own_stream(self.model.last_device):
+                    for write in add_ons(
+                        self.layout, capture, wanted, self.model, cache, None, save_dtype=save_dtype, lens=lens
+                    ):
+                        run.wrote(write())
+            if not self.options.replay:
+                self._project(run, capture, only_missing=self.options.skip_existing)
+        if not run.report.failures:
+            run.report.n_prompts += run.report.n_files > 0
+            run.report.n_skipped += run.report.n_files == 0
 
     # -- projection ---------------------------------------------------------------------------------------
 
@@ -294,6 +317,7 @@ class CaptureWorker:
         *,
         only_missing: bool = False,
         only: bool = False,
+        kept: Positions | None = None,
         device: torch.device | None = None,
     ) -> None:
         if not self.options.project:
@@ -304,16 +328,23 @@ class CaptureWorker:
             if only_missing:
                 vectors = without_projection(self.layout, capture, vectors, self.options.existing)
             if vectors:
-                self._project_onto(run, capture, vectors, only, device)
+                self._project_onto(run, capture, vectors, only, device, kept)
 
     def _project_onto(
-        self, run: Run, capture: Capture, chosen: Sequence[ChosenVector], only: bool, device: torch.device | None
+        self,
+        run: Run,
+        capture: Capture,
+        chosen: Sequence[ChosenVector],
+        only: bool,
+        device: torch.device | None,
+        kept: Positions | None,
     ) -> None:
         overwrite, streams = self.options.overwrite, (capture.prompt.residual, capture.response.residual)
         scores = scores_of(*streams, [each.vector for each in chosen], device)
-        if only or device is None:
+        has_whole_file = kept is None or kept.is_all  # which another process reads
+        if only or device is None or not has_whole_file:
             levels = self._levels.reporting_to(run)
-            project_capture(run, capture, chosen, levels, only=only, overwrite=overwrite, scores=scores)
+            project_capture(run, capture, chosen, levels, only=only, overwrite=overwrite, kept=kept, scores=scores)
             return
         raw = self.layout.residual(capture.prompt_set, capture.prompt_id)
         done, error = self._processes.call(

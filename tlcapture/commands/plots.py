@@ -87,7 +87,7 @@ def projection_picture(projection: TokenScores) -> bytes:
     """A PNG of one capture's projection onto one trait: the trajectory, and below it all layers, token by token.
 
     The first token, an attention sink whose projection can be a hundred times that of other tokens, is left out
-    of both scales; a label gives its value.
+    of both scales; a label gives its value. Tokens that were not kept are blank.
     """
     n_tokens = len(projection.tokens)
     figure = _figure(width=min(_WIDEST, max(7.0, 2.5 + 0.16 * n_tokens)), height=6.4)
@@ -95,7 +95,7 @@ def projection_picture(projection: TokenScores) -> bytes:
     _draw_trajectory(above, projection)
     scores = np.ma.masked_invalid(projection.by_layer().T.copy())
     scores[:, 0] = np.ma.masked
-    limit = float(np.abs(scores[list(projection.layers), 1:]).max()) if n_tokens > 1 else 0.0
+    limit = float(np.abs(np.ma.filled(scores[list(projection.layers), 1:], 0.0)).max(initial=0.0))
     image = below.imshow(
         scores, aspect="auto", cmap="RdBu_r", vmin=-(limit or 1.0), vmax=limit or 1.0, origin="lower",
         interpolation="nearest",
@@ -145,8 +145,8 @@ def _draw_trajectory(axis: Axes, projection: TokenScores) -> None:
         )  # fmt: skip
     if projection.commitment_point is not None:
         axis.plot([], [], color=_COMMITMENT, linewidth=1, label=f"commitment point: {projection.commitment_point}")
-    sink = f"token 0 is an attention sink, left out of the scale: {scores[0]:+.4g}"
-    axis.plot([], [], " ", label=sink)
+    if not np.isnan(scores[0]):
+        axis.plot([], [], " ", label=f"token 0 is an attention sink, left out of the scale: {scores[0]:+.4g}")
     axis.legend(fontsize=6, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     axis.set_ylabel("projection" if calibrated is None else "projection, calibrated\n(examples at 0 and 1)", fontsize=8)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.projections import (
+    TOKENS_MISSING,
     ChanceLevels,
     ExistingProjections,
     massive_line,
@@ -139,9 +140,9 @@ class ProjectionWorker:
                 with self._run.attempt(f"{task.prompt_set}/{prompt_id}"):
                     self._project(task.prompt_set, prompt_id)
                 progress.advance(1)
-        if self._centred:
+        if any(each.variance_share is not None for _, each in self._centred):
             self._run.line(f"{task.prompt_set}: {massive_line(self._centred)}")
-            self._centred = []
+        self._centred = []
 
     def _project(self, prompt_set: str, prompt_id: str) -> None:
         raw = self._layout.residual(prompt_set, prompt_id)
@@ -188,7 +189,10 @@ def _recompute_dynamics(
                 continue
             for path in paths:
                 with run.attempt(name):
-                    run.wrote(write_json(path, _with_new_dynamics(path)))
+                    content = _with_new_dynamics(path)
+                    if "positions" in content["metadata"]:
+                        run.warn(TOKENS_MISSING)
+                    run.wrote(write_json(path, content))
             run.report.n_prompts += 1
             progress.advance(1)
 

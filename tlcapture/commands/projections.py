@@ -32,6 +32,11 @@ from tlcapture.traits.rises import DEFINITIONS
 from tlcapture.traits.span_dynamics import by_span
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import TraitVector
+from tlcapture.views.kept_tokens import Positions
+
+TOKENS_MISSING = (
+    "captures of some tokens (--tokens) were projected: what needs the others is null; capture again to have it"
+)
 
 
 @dataclass(frozen=True)
@@ -137,12 +142,14 @@ def project_capture(
     only: bool = False,
     centred: bool = False,
     overwrite: bool = False,
+    kept: Positions | None = None,
     scores: Sequence[Tensor] | None = None,
 ) -> list[Projection]:
     """Project a capture onto vectors and write a file for each; returns the projections.
 
     Where `only` projections are kept, the files hold the capture's metadata too. If `centred`, the mean activation of
-    each vector's training examples is subtracted first. `scores` are those of `scores_of`, where they are known.
+    each vector's training examples is subtracted first. The files hold the scores of the tokens in `kept`, by default
+    those that the capture holds; all that it holds are projected. `scores` are those of `scores_of`, where known.
 
     Raises:
         StorageError: a file to be replaced cannot be read, and `overwrite` is not set; none was written.
@@ -154,15 +161,17 @@ def project_capture(
     pairs = [(each.vector, each.selection) for each in chosen]
     prompt, response = capture.prompt.residual, capture.response.residual
     centre = partial(mean_activation, layout.root) if centred else None
-    random = levels.of(capture, chosen)
-    projections = project(prompt, response, pairs, random=random, centre=centre, scores=scores)
+    held, random = capture.positions, levels.of(capture, chosen)
+    if chosen and not held.is_all:
+        run.warn(TOKENS_MISSING)
+    projections = project(prompt, response, pairs, random=random, centre=centre, held=held, scores=scores)
     notes = [each.notes(capture.metadata) for each in chosen]
     doubts = [(each.vector.trait, note) for each, found in zip(chosen, notes, strict=True) for note in found]
     _warn_together(doubts, run)
     spans = span_dynamics(projections, capture)
     for path, projection, found, of_spans in zip(paths, projections, notes, spans, strict=True):
         named = [f"{projection.vector.trait}: {note}" for note in found]
-        content = _file_content(layout, capture, projection, named)
+        content = _file_content(layout, capture, projection, named, kept or held)
         if capture.spans:
             content["spans"] = [span.to_json() for span in capture.spans]
             content["dynamics"]["by_span"] = of_spans
@@ -217,9 +226,10 @@ def massive_line(centred: Sequence[tuple[Trait, Centred]]) -> str:
     """What massive dimensions carry of the variance of centred projections, the mean by trait, as a line of text."""
     by_trait: dict[str, list[float]] = {}
     for trait, found in centred:
-        by_trait.setdefault(str(trait), []).append(found.variance_share)
+        if found.variance_share is not None:
+            by_trait.setdefault(str(trait), []).append(found.variance_share)
     shares = [f"{trait} {sum(found) / len(found):.0%}" for trait, found in by_trait.items()]
-    dimensions = sorted({number for _, found in centred for number in found.massive_dimensions})
+    dimensions = sorted({number for _, found in centred for number in found.massive_dimensions or ()})
     named = ", ".join(map(str, dimensions[:8])) + (", ..." if len(dimensions) > 8 else "")
     return f"massive dimensions ({named or 'none'}) carry of the variance: {', '.join(shares)}"
 
@@ -235,7 +245,9 @@ def _warn_together(doubts: Iterable[tuple[Trait, str | None]], run: Run) -> None
         run.warn(f"{named}: {text}")
 
 
-def _file_content(layout: Layout, capture: Capture, projection: Projection, notes: list[str]) -> dict[str, Any]:
+def _file_content(
+    layout: Layout, capture: Capture, projection: Projection, notes: list[str], kept: Positions
+) -> dict[str, Any]:
     parts = {"prompt": capture.prompt, "response": capture.response}
     metadata = {
         "inference_model": capture.metadata["inference_model"],
@@ -247,7 +259,10 @@ def _file_content(layout: Layout, capture: Capture, projection: Projection, note
         "sublayers": projection.sublayers,
         "definitions": DEFINITIONS,
         "projection_date": now(),
+        **kept.record(),
     }
+    if not kept.is_all:
+        metadata["means"] = projection.means()
     if projection.chance is not None:
         metadata["chance"] = projection.chance.to_json()
     if projection.centred is not None:
@@ -257,4 +272,4 @@ def _file_content(layout: Layout, capture: Capture, projection: Projection, note
     heads = {
         name: {"text": part.text, "tokens": part.tokens, "n_tokens": len(part.tokens)} for name, part in parts.items()
     }
-    return {**heads, **projection.to_json(), "metadata": metadata}
+    return {**heads, **projection.to_json(kept), "metadata": metadata}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -144,15 +145,16 @@ def _rises(contents: Mapping[str, ProjectionFile]) -> dict[str, _Rise]:
     """A trait's rise in each prompt of a set."""
     raw: dict[str, float] = {}
     for prompt_id, content in contents.items():
-        prompt, response = content.trajectory
-        if prompt[1:] and response:
-            raw[prompt_id] = float(np.mean(response) - np.mean(prompt[1:]))
+        rise = _mean(content, "response") - _mean(content, "prompt")
+        if not isnan(rise):
+            raw[prompt_id] = rise
     if len(raw) < FEWEST_TO_COMPARE:
         return {prompt_id: _against_reference(rise, contents[prompt_id]) for prompt_id, rise in raw.items()}
     own = _standardised(np.array(list(raw.values())))
     chances = [contents[prompt_id].metadata.chance for prompt_id in raw]
     is_comparable = len({None if each is None else (each.directions, each.n_directions) for each in chances}) == 1
-    random = _standardised(np.array([each.rises for each in chances if each])) if is_comparable and chances[0] else None
+    measured = [each.rises for each in chances if each is not None and each.rises is not None]
+    random = _standardised(np.array(measured)) if is_comparable and len(measured) == len(raw) else None
     return {
         prompt_id: _Rise(float(own[row]), None if random is None else random[row]) for row, prompt_id in enumerate(raw)
     }
@@ -162,10 +164,27 @@ def _against_reference(rise: float, content: ProjectionFile) -> _Rise:
     """A rise in deviations over the reference prompts, or where there are none, of the trajectory along its tokens."""
     chance = content.metadata.chance
     if chance is None or chance.reference_rises is None or chance.standardised_rises is None:
-        prompt, response = content.trajectory
-        return _Rise(rise / (float(np.std([*prompt[1:], *response])) or 1.0), None)
+        return _Rise(rise / (_deviation(content) or 1.0), None)
     reference = chance.reference_rises
     return _Rise((rise - reference.mean) / reference.sd, np.array(chance.standardised_rises))
+
+
+def _mean(content: ProjectionFile, part: str) -> float:
+    """The mean of a trajectory over prompt or response, the first token left out; NaN where it is not known."""
+    if content.metadata.means is not None:
+        found = getattr(content.metadata.means, part)
+        return nan if found is None else float(found)
+    prompt, response = content.trajectory
+    values = prompt[1:] if part == "prompt" else response
+    return float(np.mean(values)) if values else nan
+
+
+def _deviation(content: ProjectionFile) -> float:
+    """The deviation of a trajectory along its tokens, the first left out; 0 where it is not known."""
+    if content.metadata.means is not None:
+        return content.metadata.means.deviation or 0.0
+    prompt, response = content.trajectory
+    return float(np.std([*prompt[1:], *response]))
 
 
 def _standardised(values: _Values) -> _Values:
@@ -180,8 +199,8 @@ def _top(prompt_id: str, trait: str, candidates: Mapping[str, _Rise], content: P
     chance = float(np.quantile(np.max(random, axis=0), 1 - LEVEL)) if is_known else None
     point = content.dynamics.commitment_point if content.dynamics and _is_clear(content, "commitment") else None
     token = None if point is None else content.tokens[point]
-    scale, response = content.calibration, content.trajectory[1]
-    calibrated = None if scale is None else float(scale.calibrated(np.mean(response)))
+    scale = content.calibration
+    calibrated = None if scale is None else float(scale.calibrated(np.float64(_mean(content, "response"))))
     own = candidates[trait].own
     return TopTrait(prompt_id, trait, own, chance, point, token, calibrated, content.response.text)
 
@@ -202,6 +221,7 @@ def _findings(contents: Sequence[ProjectionFile]) -> Findings | None:
     persist = [each.persistence is not None for each in dynamics]
     chances = [each.metadata.chance for each in known if each.metadata.chance is not None]
     n_random = sum(each.n_directions for each in chances)
+    n_risen = sum(each.n_directions for each in chances if each.persist is not None)
     return Findings(
         len(known),
         sum(commit),
@@ -209,5 +229,5 @@ def _findings(contents: Sequence[ProjectionFile]) -> Findings | None:
         sum(found and _is_clear(each, "commitment") for each, found in zip(known, commit, strict=True)),
         sum(found and _is_clear(each, "persistence") for each, found in zip(known, persist, strict=True)),
         sum(each.commit for each in chances) / n_random,
-        sum(each.persist for each in chances) / n_random,
+        sum(each.persist or 0 for each in chances) / max(1, n_risen),
     )

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 def activation_cache(capture: Capture, load: Callable[[], Model]) -> ActivationCache:
     """A cache of the stored residual points (and `attn_out`), each `[n_tokens, d_model]` in float32.
 
+    A capture of some tokens has rows for those in its `positions`.
+
     The cache has no batch axis. It holds stored activations and nothing derived from them: the difference of two
     rounded residuals is not an activation. Models with parallel blocks have no `hook_resid_mid`, and layers without
     attention no `hook_attn_out`.

@@ -37,7 +37,8 @@ class AttentionHeads:
         layer: counts from 0.
         tokens: texts of all tokens, prompt first.
         n_prompt_tokens: how many of them belong to the prompt.
-        patterns: `[n_heads, query, key]`, float32; each row sums to 1 over the keys up to its query.
+        patterns: `[n_heads, query, key]`, float32; each row sums to 1 over the keys up to its query. Rows of queries
+            that were not kept are NaN.
         source: a file name, or `a forward pass` over the capture's tokens.
 
     Raises `StorageError` if the patterns do not match the tokens.
@@ -54,6 +55,11 @@ class AttentionHeads:
     def __post_init__(self) -> None:
         if self.patterns.ndim != 3 or self.patterns.shape[1:] != (len(self.tokens), len(self.tokens)):
             raise StorageError(f"patterns of shape {list(self.patterns.shape)} for {len(self.tokens)} tokens")
+
+    @property
+    def positions(self) -> list[int]:
+        """The tokens whose weights were kept: all, unless it was captured with `--tokens`."""
+        return np.flatnonzero(~np.isnan(self.patterns[0, :, 0])).tolist()
 
     @property
     def n_heads(self) -> int:
@@ -75,11 +81,13 @@ class AttentionHeads:
 
     def _repr_html_(self) -> str:
         bundle = _circuitsvis()
-        if bundle is None or len(self.tokens) > _MOST_TOKENS:
+        n_missing = len(self.tokens) - len(self.positions)
+        if bundle is None or len(self.tokens) > _MOST_TOKENS or n_missing:
+            which = f"{n_missing} tokens were not kept" if n_missing else f"more than {_MOST_TOKENS} tokens"
             why = (
                 "pip install 'tlcapture[ipython]' to draw them here"
                 if bundle is None
-                else f"more than {_MOST_TOKENS} tokens: draw one head with cap.plot.attention(layer, head)"
+                else f"{which}: draw one head with cap.plot.attention(layer, head)"
             )
             return f"<code>{escape(repr(self))}</code> <small>{escape(why)}</small>"
         return _element(
@@ -96,17 +104,18 @@ class AttentionHeads:
 def heads_of_file(content: Mapping[str, Any], path: Path, layer: int) -> NDArray[np.float32]:
     """A layer's weights `[n_heads, query, key]` from the parsed JSON of an attention file.
 
-    Raises `StorageError` if the content does not have that form.
+    Rows of queries that the file does not hold are NaN. Raises `StorageError` if the content does not have that form.
     """
     head = AttentionHead.of({key: value for key, value in content.items() if key != "attention"}, path)
-    entries, n_tokens = content.get("attention"), len(head.tokens)
-    if not isinstance(entries, list) or [_token_index(entry) for entry in entries] != list(range(n_tokens)):
+    entries, n_tokens, held = content.get("attention"), len(head.tokens), head.positions_held
+    if not isinstance(entries, list) or [_token_index(entry) for entry in entries] != list(held.kept):
         raise StorageError(f"{path}: it does not have one entry per token")
-    rows = [pattern_of_layer(entry, layer, path) for entry in entries]
-    if any(len(row) != head.n_heads or any(len(w) != token + 1 for w in row) for token, row in enumerate(rows)):
+    rows = {token: pattern_of_layer(entry, layer, path) for token, entry in zip(held.kept, entries, strict=True)}
+    if any(len(row) != head.n_heads or any(len(w) != token + 1 for w in row) for token, row in rows.items()):
         raise StorageError(f"{path}: expected patterns of {head.n_heads} heads and {n_tokens} tokens")
-    patterns = np.zeros((head.n_heads, n_tokens, n_tokens), dtype=np.float32)
-    for token, row in enumerate(rows):
+    patterns = np.full((head.n_heads, n_tokens, n_tokens), 0 if held.is_all else np.nan, dtype=np.float32)
+    for token, row in rows.items():
+        patterns[:, token] = 0
         patterns[:, token, : token + 1] = row
     return patterns
 

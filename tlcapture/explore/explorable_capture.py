@@ -187,7 +187,9 @@ class ExplorableCapture(ABC):
         from tlcapture.views.logit_lens import logit_lens_view
 
         capture, model = self._captured, self._model()
-        lens = logit_lens_view(capture.residual, capture.n_layers, capture.token_ids, model.unembed)
+        lens = logit_lens_view(
+            capture.residual, capture.n_layers, capture.token_ids, model.unembed, positions=capture.positions
+        )
         unique = lens.top_ids.unique().tolist()
         texts = dict(zip(unique, token_texts(model.tokenizer, unique), strict=True))
         return LogitLensTable(
@@ -197,6 +199,7 @@ class ExplorableCapture(ABC):
             actual_rank=lens.actual_rank.numpy(),
             actual_prob=lens.actual_prob.double().numpy(),
             source="its residuals",
+            positions=self._positions,
         )
 
     def _saved_heads(self, layer: int) -> AttentionHeads | None:
@@ -217,7 +220,15 @@ class ExplorableCapture(ABC):
         if name not in self._model().hook_names:
             raise InputError(f"layer {layer} has no attention: layers {as_ranges(self._model().attention_layers)} have")
         patterns = teacher_force(self._model(), self._captured.token_ids, [name])[name].float().numpy()
+        if self._positions is not None:  # those of a file would lack the same
+            patterns[:, [token for token in range(len(patterns[0])) if token not in self._positions]] = float("nan")
         return AttentionHeads(**self._labels(), layer=layer, patterns=patterns, source="a forward pass")
+
+    @property
+    def _positions(self) -> tuple[int, ...] | None:
+        """The tokens that the capture holds; `None` where it holds all."""
+        held = self._captured.positions
+        return None if held.is_all else held.kept
 
     def _labels(self) -> dict[str, Any]:
         """Fields that `AttentionHeads` and `LogitLensTable` have in common."""
@@ -268,7 +279,8 @@ class ExplorableCapture(ABC):
             warnings.warn(note, stacklevel=3)
         tokens = tuple(capture.tokens)
         pairs = [(chosen.vector, chosen.selection) for chosen in found.vectors]
-        projections = project(capture.prompt.residual, capture.response.residual, pairs)
+        prompt, response = capture.prompt.residual, capture.response.residual
+        projections = project(prompt, response, pairs, held=capture.positions)
         return [replace(projection, tokens=tokens) for projection in projections]
 
     def _source(self, vector_experiment: str | None) -> Layout:
@@ -303,4 +315,5 @@ class ExplorableCapture(ABC):
             persistence=dynamics.persistence,
             calibration=None if calibration is None else Calibration.of_record(CalibrationRecord(**calibration)),
             spans=capture.spans,
+            positions=self._positions,
         )

@@ -43,9 +43,10 @@ def trajectory_figure(projections: Sequence[TokenScores], *, calibrated: bool = 
     lines = [drawn_trajectory(each, calibrated=is_calibrated) for each in projections]
     for trace_index, (projection, line) in enumerate(zip(projections, lines, strict=True)):
         _add_trajectory(figure, projection, line, _COLOURS[trace_index % len(_COLOURS)])
-    sinks = ", ".join(f"{line[0]:+.4g}" for line in lines[:3])
-    sinks += ", ..." if len(projections) > 3 else ""
-    _note(figure, f"token 0, an attention sink, is off the scale: {sinks}")
+    if not any(np.isnan(line[0]) for line in lines):
+        sinks = ", ".join(f"{line[0]:+.4g}" for line in lines[:3])
+        sinks += ", ..." if len(projections) > 3 else ""
+        _note(figure, f"token 0, an attention sink, is off the scale: {sinks}")
     figure.update_yaxes(title_text="projection", zeroline=True, zerolinecolor="#999999")
     if is_calibrated:
         figure.update_yaxes(title_text=CALIBRATED)
@@ -62,7 +63,7 @@ def drawn_trajectory(projection: TokenScores, *, calibrated: bool) -> NDArray[np
 def layers_figure(projection: TokenScores, point: str | None = None) -> OfflineFigure:
     """A heatmap, layers by tokens, of activations projected onto one trait's vector.
 
-    The scale is symmetric about 0; the dotted line is the vector's own layer. Layers that were not kept are blank.
+    The scale is symmetric about 0; the dotted line is the vector's own layer. What was not kept is blank.
 
     Args:
         point: a residual point; `residual_out` (or `attn_out`) by default.
@@ -70,7 +71,8 @@ def layers_figure(projection: TokenScores, point: str | None = None) -> OfflineF
     Raises `InputError` if the projection does not have that point.
     """
     by_layer = projection.by_layer(point).T
-    limit = float(np.abs(by_layer[list(projection.layers), 1:]).max(initial=0.0)) or 1.0
+    known = np.abs(by_layer[list(projection.layers), 1:])
+    limit = float(known[~np.isnan(known)].max(initial=0.0)) or 1.0
     drawn = by_layer.copy()
     drawn[:, 0] = np.nan
     title = f"{projection.prompt_set}/{projection.prompt_id}: {projection.title}, {point or projection.sublayers[-1]}"
@@ -98,12 +100,13 @@ def lens_figure(table: LogitLensTable) -> OfflineFigure:
     """A heatmap, layers by tokens, of the most likely next token, coloured by its probability."""
     texts = [[printable(cell[0]) for cell in row] for row in table.top_tokens]
     hover = [
-        [_lens_hover(table, layer, token) for token in range(table.n_predictions)] for layer in range(table.n_layers)
+        [_lens_hover(table, layer, column) for column in range(table.n_predictions)] for layer in range(table.n_layers)
     ]
     title = f"{table.prompt_set}/{table.prompt_id}: logit lens"
-    figure = _over_tokens(table.tokens[: table.n_predictions], table.n_prompt_tokens, title)
+    figure = _over_tokens(table.tokens[:-1], table.n_prompt_tokens, title)
     figure.add_trace(
         go.Heatmap(
+            x=list(table.after),
             z=table.top_probs[:, :, 0],
             zmin=0,
             zmax=1,
@@ -200,7 +203,7 @@ def _add_trajectory(figure: OfflineFigure, projection: TokenScores, line: NDArra
                 legendgroup=name,
             )
         )
-    if projection.commitment_point is not None:
+    if projection.commitment_point is not None and not np.isnan(scores[projection.commitment_point]):
         at = projection.commitment_point
         figure.add_trace(
             go.Scatter(
@@ -228,6 +231,7 @@ def _hover_texts(tokens: Sequence[str]) -> NDArray[np.object_]:
     return np.array(texts, dtype=object)
 
 
-def _lens_hover(table: LogitLensTable, layer: int, token: int) -> str:
-    lines = [f"{token} {printable(table.tokens[token])!r}, layer {layer}", *table.described(layer, token)]
+def _lens_hover(table: LogitLensTable, layer: int, column: int) -> str:
+    token = table.after[column]
+    lines = [f"{token} {printable(table.tokens[token])!r}, layer {layer}", *table.described(layer, column)]
     return "<br>".join(map(plotly_text, lines))

@@ -13,8 +13,9 @@
 | `score` | the projection `h . v / ||v||`, `h` being `residual_out` (or `attn_out`) of that layer |
 | `calibrated` | the score with the negative examples' mean at 0 and the positive ones' at 1; NaN where unknown |
 
-A trait has one vector, of one layer; rows of other layers project their activations onto that vector. Its examples
-were read out at its own layer, so rows of other layers have no `calibrated` score.
+There is a row for each token that was kept. A trait has one vector, of one layer; rows of other layers project their
+activations onto that vector. Its examples were read out at its own layer, so rows of other layers have no `calibrated`
+score.
 """
 
 from __future__ import annotations
@@ -50,22 +51,23 @@ def tidy_frame(projections: Sequence[TokenScores], layers: Layers = "own") -> Da
 
     pieces: list[dict[str, Any]] = []
     for projection in projections:
-        n_tokens = len(projection.tokens)
-        labels = labels_of(projection.spans, n_tokens)
-        parts = np.where(np.arange(n_tokens) < projection.n_prompt_tokens, "prompt", "response")
+        kept = list(projection.kept_tokens)
+        n_kept = len(kept)
+        labels = labels_of(projection.spans, len(projection.tokens))
+        parts = np.where(np.array(kept, dtype=np.int64) < projection.n_prompt_tokens, "prompt", "response")
         for layer in _chosen(projection, layers):
             pieces.append(
                 {
-                    "prompt_id": [projection.prompt_id] * n_tokens,
-                    "token_idx": range(n_tokens),
-                    "token": list(projection.tokens),
+                    "prompt_id": [projection.prompt_id] * n_kept,
+                    "token_idx": kept,
+                    "token": [projection.tokens[token] for token in kept],
                     "part": parts.tolist(),
-                    "span": [kind for kind, _ in labels],
-                    "role": [role for _, role in labels],
-                    "trait": [projection.trait] * n_tokens,
-                    "layer": [layer] * n_tokens,
-                    "score": projection.at(layer).tolist(),
-                    "calibrated": _calibrated(projection, layer).tolist(),
+                    "span": [labels[token][0] for token in kept],
+                    "role": [labels[token][1] for token in kept],
+                    "trait": [projection.trait] * n_kept,
+                    "layer": [layer] * n_kept,
+                    "score": projection.at(layer)[kept].tolist(),
+                    "calibrated": _calibrated(projection, layer)[kept].tolist(),
                 }
             )
     columns = {name: [value for piece in pieces for value in piece[name]] for name in COLUMNS}

@@ -36,6 +36,7 @@ from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.validation import first_problem
 from tlcapture.views.kept_points import KeptPoints
+from tlcapture.views.kept_tokens import KeptTokens, kept_of
 from tlcapture.views.residual import residual_hooks
 
 NEW_TOKENS = 50  # of a response, by default
@@ -78,6 +79,7 @@ def capture(
     capture_attn: bool = False,
     layers: Iterable[int] = (),
     points: Iterable[str] = (),
+    tokens: str | None = None,
     save_dtype: str = "auto",
     system_prompt: str | None = None,
     chat_template: bool | None = None,
@@ -100,6 +102,8 @@ def capture(
         batch_size: how many prompts run together; by default as many as fit in free memory.
         capture_attn: whether to capture `attn_out`, too.
         layers, points: layers and residual points to keep; all by default.
+        tokens: tokens of the response to keep: `response`, `last`, `first:N` or `A:B`, a slice as in Python; prompt and
+            response by default. `positions` of a capture says which it holds.
         save_dtype: dtype of the captured activations: `float32`, `float16`, `bfloat16` or `auto`.
         system_prompt: for prompts that have none of their own.
         chat_template: whether to apply the chat template; by default if the tokenizer has one.
@@ -117,6 +121,7 @@ def capture(
         raise InputError(f"max_new_tokens is {max_new_tokens}: expected at least 0")
     if vectors is not None and not isinstance(vectors, Experiment):
         raise InputError(f"vectors: expected an Experiment, got {type(vectors).__name__}: Experiment({vectors!r})?")
+    kept_tokens = None if tokens is None else KeptTokens.parse(tokens)
     asked = asked_sampling(sampling, temperature, seed)
     runner = as_model(model)
     prompt_set = _as_prompt_set(prompts)
@@ -159,6 +164,7 @@ def capture(
             save_dtype=save_dtype,
             kept=kept,
         )
+        made = made.only(kept_of(kept_tokens, len(made.prompt.tokens), len(made.tokens)))
         layout = None if vectors is None else vectors.layout
         if made.lacks_answer:
             _log.warning(no_answer_warning([f"{made.prompt_set}/{made.prompt_id}"]))

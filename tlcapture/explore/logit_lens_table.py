@@ -22,17 +22,18 @@ _MOST_LISTED = 5  # predictions listed for a cell
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LogitLensTable:
-    """The next-token predictions of every layer, after each token but the last.
+    """The next-token predictions of every layer, after each token but the last, or after those that were kept.
 
     Attributes:
         prompt_set, prompt_id: the capture.
         tokens: texts of all tokens, prompt first.
         n_prompt_tokens: how many of them belong to the prompt.
-        top_tokens: `[layer][token][k]`, texts of the most likely next tokens, most likely first.
+        top_tokens: `[layer][prediction][k]`, texts of the most likely next tokens, most likely first.
         top_probs: `[n_layers, n_predictions, k]`, their probabilities.
         actual_rank: `[n_layers, n_predictions]`, the rank of the actual next token; 1 is the most likely.
         actual_prob: `[n_layers, n_predictions]`, its probability.
         source: a file name, or `its residuals` for stored residuals and the model's unembedding.
+        positions: the tokens that were kept; `None` means all.
 
     Raises `StorageError` if the shapes do not match the tokens.
     """
@@ -46,9 +47,10 @@ class LogitLensTable:
     actual_rank: NDArray[np.int64] = field(repr=False)
     actual_prob: NDArray[np.float64] = field(repr=False)
     source: str
+    positions: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        shape = (len(self.top_tokens), len(self.tokens) - 1)
+        shape = (len(self.top_tokens), self.n_predictions)
         if not self.top_probs.shape[:2] == self.actual_rank.shape == self.actual_prob.shape == shape:
             raise StorageError(f"predictions of shape {list(self.top_probs.shape)} for {len(self.tokens)} tokens")
 
@@ -59,18 +61,25 @@ class LogitLensTable:
 
     @property
     def n_predictions(self) -> int:
-        """Number of tokens that have a next token."""
-        return len(self.tokens) - 1
+        """Number of tokens that have a next token, of those that were kept."""
+        return len(self.after)
 
-    def described(self, layer: int, token: int) -> list[str]:
-        """Lines that list the predictions of a layer after a token, and the rank of the actual next token."""
-        top = zip(self.top_tokens[layer][token][:_MOST_LISTED], self.top_probs[layer, token], strict=False)
+    @property
+    def after(self) -> Sequence[int]:
+        """The token that each prediction is made after."""
+        last = len(self.tokens) - 1
+        return range(last) if self.positions is None else [each for each in self.positions if each < last]
+
+    def described(self, layer: int, column: int) -> list[str]:
+        """Lines that list one prediction of a layer, and the rank of the actual next token."""
+        top = zip(self.top_tokens[layer][column][:_MOST_LISTED], self.top_probs[layer, column], strict=False)
         lines = [f"{prob:.4g} {printable(text)!r}" for text, prob in top]
-        rank, prob = self.actual_rank[layer, token], self.actual_prob[layer, token]
-        return [*lines, f"actual next token: {printable(self.tokens[token + 1])!r}, rank {rank}, {prob:.4g}"]
+        rank, prob = self.actual_rank[layer, column], self.actual_prob[layer, column]
+        following = printable(self.tokens[self.after[column] + 1])
+        return [*lines, f"actual next token: {following!r}, rank {rank}, {prob:.4g}"]
 
     def __repr__(self) -> str:
-        ranks = self.actual_rank[-1, max(0, self.n_prompt_tokens - 1) :]
+        ranks = self.actual_rank[-1, self._first_of_response :]
         first = f", the last layer ranks {int((ranks == 1).sum())} of {len(ranks)} response tokens first"
         return (
             f"LogitLensTable({self.prompt_set}/{self.prompt_id}, {self.n_layers} layers, {self.n_predictions} "
@@ -80,13 +89,14 @@ class LogitLensTable:
     def _repr_html_(self) -> str:
         """A table of the most likely next tokens, layers down and tokens across; a part of it for long captures."""
         columns = self._columns()
-        head = "".join(f"<th>{escape(printable(self.tokens[token]))}</th>" for token in columns)
+        head = "".join(f"<th>{escape(printable(self.tokens[self.after[column]]))}</th>" for column in columns)
         rows = "".join(
-            f"<tr><th>{layer}</th>{''.join(self._cell(layer, token) for token in columns)}</tr>"
+            f"<tr><th>{layer}</th>{''.join(self._cell(layer, column) for column in columns)}</tr>"
             for layer in reversed(range(self.n_layers))
         )
-        whole = len(columns) == self.n_predictions
-        part = "" if whole else f"; tokens {columns.start} to {columns.stop - 1} of {len(self.tokens)}"
+        shown = [self.after[column] for column in columns]
+        whole = len(columns) == len(self.tokens) - 1 or not shown
+        part = "" if whole else f"; tokens {shown[0]} to {shown[-1]} of {len(self.tokens)}"
         caption = f"{self.prompt_set}/{self.prompt_id}: most likely next token by layer{part}"
         return (
             f'<div class="tlcapture-lens" style="overflow-x:auto"><div style="opacity:0.7">{escape(caption)}</div>'
@@ -95,16 +105,21 @@ class LogitLensTable:
         )
 
     def _columns(self) -> range:
-        """The tokens to show: all, or for long captures those from which the response is predicted."""
+        """The predictions to show: all, or for long captures those of the response."""
         if self.n_predictions <= _MOST_COLUMNS:
             return range(self.n_predictions)
-        start = max(0, min(self.n_prompt_tokens - 1, self.n_predictions - _MOST_COLUMNS))
+        start = max(0, min(self._first_of_response, self.n_predictions - _MOST_COLUMNS))
         return range(start, start + _MOST_COLUMNS)
 
-    def _cell(self, layer: int, token: int) -> str:
-        title = escape("\n".join(self.described(layer, token)))
-        colour = f"background:rgba(31,119,180,{0.7 * float(self.top_probs[layer, token, 0]):.3f})"
-        likeliest = escape(printable(self.top_tokens[layer][token][0]))
+    @property
+    def _first_of_response(self) -> int:
+        """The prediction of the first token of the response, or of a later one."""
+        return sum(token < self.n_prompt_tokens - 1 for token in self.after)
+
+    def _cell(self, layer: int, column: int) -> str:
+        title = escape("\n".join(self.described(layer, column)))
+        colour = f"background:rgba(31,119,180,{0.7 * float(self.top_probs[layer, column, 0]):.3f})"
+        likeliest = escape(printable(self.top_tokens[layer][column][0]))
         return f'<td title="{title}" style="{colour}">{likeliest}</td>'
 
 
@@ -116,7 +131,8 @@ def table_of_file(content: Mapping[str, Any], path: Path, prompt_set: str, promp
     head = LensHead.of({key: value for key, value in content.items() if key != "predictions"}, path)
     found = content.get("predictions")
     entries = [LensEntry.of(entry, path, head) for entry in (found if isinstance(found, list) else [])]
-    if [entry.token_idx for entry in entries] != list(range(len(head.tokens) - 1)):
+    held = head.positions_held
+    if [entry.token_idx for entry in entries] != list(held.with_next):
         raise StorageError(f"{path}: it does not have one entry per token that has a next token")
     if any(len(layer.top_k) != head.top_k for entry in entries for layer in entry.by_layer):
         raise StorageError(f"{path}: it does not have {head.top_k} predictions in every layer")
@@ -135,4 +151,5 @@ def table_of_file(content: Mapping[str, Any], path: Path, prompt_set: str, promp
         actual_rank=np.array(ranks, dtype=np.int64).reshape(shape),
         actual_prob=np.array(actual, dtype=np.float64).reshape(shape),
         source=path.name,
+        positions=None if held.is_all else held.kept,
     )

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from tlcapture.models.loading import Model
 
 _CAPTURE_ATTRIBUTES = (
-    "prompt", "response", "metadata", "tokens", "token_ids", "residual", "n_layers", "d_model", "save", "spans",
+    "prompt", "response", "metadata", "tokens", "token_ids", "positions", "residual", "n_layers", "d_model",
+    "save", "spans",
 )  # fmt: skip
 
 

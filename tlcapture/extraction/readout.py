@@ -128,7 +128,7 @@ def read_out(
     hooks = frozenset(name for part in components for name in names[part])
     means = {part: torch.zeros(model.n_layers, len(readings), model.d_model) for part in components}
     waiting = sorted(range(len(readings)), key=lambda number: len(readings[number].token_ids), reverse=True)
-    size = batch_size or fitting_batch_size(model, longest, len(readings), hooks)
+    size = batch_size or fitting_batch_size(model, longest, len(readings), hooks, in_one_step=True)
     prefix = shared_prefix(readings) if model.can_continue_in_pieces else 0
     state = model.start(1)
     if prefix:

@@ -73,10 +73,11 @@ def generate(
             fitting.append(prompt)
         elif prompt.id in ids:
             yield Failure(prompt, reason, InputError)
-    longest = max((len(prompt.token_ids) for prompt in fitting), default=0) + max_new_tokens
+    longest = max((len(prompt.token_ids) for prompt in fitting), default=0)
     if batch_size is None:
         model.release()
-    queue = _Queue(fitting, batch_size or fitting_batch_size(model, longest, len(fitting), hooks))
+    size = batch_size or fitting_batch_size(model, longest + max_new_tokens, len(fitting), hooks, longest)
+    queue = _Queue(fitting, size)
     settings = Settings(hooks, max_new_tokens, sampling, interventions)
     while queue:
         in_flight = _InFlight(queue.next_batch(), ids, on_tokens)

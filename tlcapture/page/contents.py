@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import isnan
 from os.path import lexists
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.rises import DEFINITIONS, peak_of
 from tlcapture.views.hooks import COMPONENTS
 from tlcapture.views.json_files import AttentionEntry, AttentionHead, LensEntry, LensHead, LensOverview, PerTokenHead
+from tlcapture.views.kept_tokens import spread_rows
 
 RESOURCES = {
     "experiments": "experiments",
@@ -130,13 +132,20 @@ class Contents:
     def layers(
         self, experiment: str, prompt_set: str, prompt_id: str, category: str, name: str, component: str
     ) -> dict[str, Any]:
-        """The projection onto one trait's vector: `scores[token][layer][point]`, null at layers that were not kept."""
+        """The projection onto one trait's vector: `scores[token][layer][point]`, null at what was not kept.
+
+        `layers` are those that were, where the file holds only some tokens.
+        """
         layout, trait = self._layout(experiment), Trait.parse(f"{category}/{name}")
         path = layout.projection(trait, _component(component), prompt_set, prompt_id)
         if not path.is_file():
             raise missing.projections(layout, prompt_set)
         content = ProjectionFile.read(path)
-        return {"sublayers": content.sublayers(component), "scores": content.scores}
+        found, held = {"sublayers": content.sublayers(component), "scores": content.scores}, content.positions
+        if held.is_all:
+            return found
+        scores = spread_rows(content.scores, held, [None] * content.n_layers)
+        return {**found, "scores": scores, "layers": content.layers}
 
     def lens(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
         """The most likely next token, and rank and probability of the actual one, for every token and layer."""
@@ -276,12 +285,13 @@ def _projection(layout: Layout, path: Path, content: ProjectionFile) -> dict[str
     warnings = list(content.metadata.warnings)
     if not is_current:
         warnings.append("its dynamics follow earlier definitions: run 'tlcapture project --dynamics-only'")
-    has_peak = is_current and dynamics.persistence is not None
+    held = content.positions
+    has_peak = is_current and dynamics.persistence is not None and held.has_all(held.n_prompt, held.n_tokens)
     trajectory = [*prompt, *response]
     return {
         "trait": str(trait),
         "component": component,
-        "trajectory": trajectory,
+        "trajectory": [None if isnan(score) else score for score in trajectory],
         "dynamics": dynamics.model_dump(exclude_unset=True),
         "peak": peak_of(np.array(trajectory), len(prompt)) if has_peak else None,
         "calibration": None if scale is None else asdict(scale),
@@ -289,6 +299,7 @@ def _projection(layout: Layout, path: Path, content: ProjectionFile) -> dict[str
         "vector": content.metadata.vector_source.model_dump(exclude_unset=True),
         "model": content.metadata.inference_model,
         "warnings": warnings,
+        **({} if held.is_all else {"kept": held.described()}),
     }
 
 
@@ -299,4 +310,6 @@ def _chance(content: ProjectionFile) -> dict[str, Any] | None:
 
 
 def _head(head: PerTokenHead) -> dict[str, Any]:
-    return {"tokens": head.tokens, "n_prompt_tokens": head.n_prompt_tokens, "n_layers": head.n_layers}
+    held = head.positions_held
+    kept = {} if held.is_all else {"positions": list(held.kept), "kept": held.described()}
+    return {"tokens": head.tokens, "n_prompt_tokens": head.n_prompt_tokens, "n_layers": head.n_layers, **kept}

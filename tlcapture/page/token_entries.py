@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from json import JSONDecoder
 from pathlib import Path
@@ -46,7 +46,8 @@ class TokenEntries:
 
     def __getitem__(self, token_idx: int) -> dict[str, Any]:
         if token_idx not in self._spans:
-            raise InputError(f"{self.path.name} has no token {token_idx}")
+            partial = "" if "positions" not in self.rest else ": it was captured with --tokens, without this one"
+            raise InputError(f"{self.path.name} has no token {token_idx}{partial}")
         start, stop = self._spans[token_idx]
         with self.path.open("rb") as file:
             file.seek(start)
@@ -80,14 +81,21 @@ def _scan(path: Path, _modified: int, size: int) -> tuple[dict[int, tuple[int, i
             last = starts[-1][0]
             end = last + _length_of_first_value(data[last:])
             stops = [start for start, _ in starts[1:]] + [end]
-            if [token for _, token in starts] != list(range(len(starts))):
-                raise StorageError(f"{path}: its entries are not for tokens 0, 1, 2, ...")
+            tokens, rest = [token for _, token in starts], data[: starts[0][0]] + data[end:]
+            if tokens != list(range(len(starts))) and not _are_kept(tokens, _parse(path, rest)):
+                raise StorageError(f"{path}: its entries are not for tokens 0, 1, 2, ... nor for its positions")
             spans = {token: (start, stop) for (start, token), stop in zip(starts, stops, strict=True)}
-            return spans, data[: starts[0][0]] + data[end:]
+            return spans, rest
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):  # not UTF-8, not JSON, or an integer of thousands of digits
         raise StorageError(f"{path}: its last entry is cut off or damaged") from None
+
+
+def _are_kept(tokens: Sequence[int], rest: Mapping[str, Any]) -> bool:
+    """Whether tokens are those that a file names in `positions`; the last token has no entry in a logit lens."""
+    kept = rest.get("positions")
+    return isinstance(kept, list) and tokens in (kept, kept[:-1])
 
 
 def _length_of_first_value(data: bytes) -> int:

@@ -18,6 +18,7 @@ from tlcapture.commands.capture_size import sizes
 from tlcapture.commands.capture_tasks import CaptureOptions
 from tlcapture.models.sizes import Measures
 from tlcapture.plan.accelerators import Accelerator
+from tlcapture.views.kept_tokens import kept_of
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,9 @@ def cost_of(workload: Workload, measures: Measures) -> Cost:
     """
     options = workload.options
     wanted = options.outputs(measures.n_layers)
-    n_tokens = workload.prompt_tokens + options.max_new_tokens
+    kept = kept_of(options.tokens, workload.prompt_tokens, workload.prompt_tokens + options.max_new_tokens)
     found: dict[str, ViewCost] = {}
-    for kind, size in sizes(measures, n_tokens, wanted, options, workload.n_projections):
+    for kind, size in sizes(measures, kept, wanted, options, workload.n_projections):
         before = found.get(kind, ViewCost(0, 0.0))
         found[kind] = ViewCost(before.files + 1, before.each + size)
     return Cost(workload.n_prompts, found)

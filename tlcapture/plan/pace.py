@@ -37,7 +37,8 @@ def measured_pace(model: Model, workload: Workload) -> Pace:
     options = workload.options
     wanted = options.outputs(model.n_layers)
     n_tokens = workload.prompt_tokens + options.max_new_tokens
-    size = options.batch_size or fitting_batch_size(model, n_tokens, workload.n_prompts, wanted.live_hooks(model))
+    hooks, prompt_tokens = wanted.live_hooks(model), workload.prompt_tokens
+    size = options.batch_size or fitting_batch_size(model, n_tokens, workload.n_prompts, hooks, prompt_tokens)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.d_vocab, ((_BATCHES + 1) * size, workload.prompt_tokens), generator=generator)
     prompts = [_prompt(number, row) for number, row in enumerate(ids.tolist())]

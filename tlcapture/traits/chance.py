@@ -23,6 +23,7 @@ from tlcapture.traits.change_points import Values
 from tlcapture.traits.dynamics import Motion
 from tlcapture.traits.reference import Reference
 from tlcapture.traits.vectors import TraitVector
+from tlcapture.views.kept_tokens import Positions
 
 N_DIRECTIONS = 200
 _PERMUTATIONS = 19  # with which a level of 5 % is still exact
@@ -45,6 +46,7 @@ class ChanceLevel:
         commitment, persistence: the share whose change point or peak is at least as clear as the vector's; `None`
             where there are no such statistics.
         rises: how far each rises, the mean over the response less that over the prompt.
+        persist, persistence, rises, standardised: `None` where they need a token that the capture does not hold.
         reference_rises: the mean and deviation of the vector's rise over the reference prompts; `None` without any.
         standardised: the rises of the random directions, each in deviations of its own over the reference prompts.
 
@@ -54,10 +56,10 @@ class ChanceLevel:
     covariance: str
     directions: str
     commit: int
-    persist: int
+    persist: int | None
     commitment: float | None
     persistence: float | None
-    rises: Values
+    rises: Values | None
     reference_rises: tuple[float, float] | None
     standardised: Values | None
 
@@ -88,20 +90,26 @@ class RandomDirections:
     _layers: dict[int, _Layer] = field(default_factory=dict)
 
     def levels(
-        self, activations: dict[int, Tensor], vectors: Sequence[TraitVector], n_prompt_tokens: int, own: Motion
-    ) -> list[ChanceLevel]:
+        self, activations: dict[int, Tensor], vectors: Sequence[TraitVector], held: Positions, own: Motion
+    ) -> Sequence[ChanceLevel | None]:
         """The chance level of each vector, whose `own` change points and rises are those of the same row.
 
-        `activations` `[n_tokens, d_model]` of the capture are those of each vector's layer.
+        `activations` `[n_held, d_model]` of the capture are those of each vector's layer, at the tokens that are held.
+        Without every token of the response there is no chance level.
         """
+        if not held.has_all(max(1, held.n_prompt), held.n_tokens):
+            return [None] * len(vectors)
         rows_of: dict[int, list[int]] = {}
         for row, vector in enumerate(vectors):
             rows_of.setdefault(vector.layer, []).append(row)
-        on_basis = {layer: activations[layer].float() @ self._layer(layer).basis.T for layer in rows_of}
+        on_basis = {
+            layer: with_gaps(activations[layer].float() @ self._layer(layer).basis.T, held) for layer in rows_of
+        }
         levels: dict[int, ChanceLevel] = {}
-        for layer, motion in self._motions(on_basis, n_prompt_tokens):
+        for layer, motion in self._motions(on_basis, held):
             rows = rows_of[layer]
-            found = self._layer(layer).levels(on_basis[layer], [vectors[row] for row in rows], motion, own, rows)
+            own_vectors = [vectors[row] for row in rows]
+            found = self._layer(layer).levels(on_basis[layer], own_vectors, motion, own, rows, held)
             levels |= dict(zip(rows, found, strict=True))
         return [levels[row] for row in range(len(vectors))]
 
@@ -110,7 +118,7 @@ class RandomDirections:
             self._layers[number] = _Layer(number, self.reference, self.d_model)
         return self._layers[number]
 
-    def _motions(self, on_basis: dict[int, OnBasis], n_prompt_tokens: int) -> Iterator[tuple[int, Motion]]:
+    def _motions(self, on_basis: dict[int, OnBasis], held: Positions) -> Iterator[tuple[int, Motion]]:
         """The motion of each layer's random directions, those of several layers found at once."""
         n_tokens = len(next(iter(on_basis.values())))
         n_at_once = max(1, _MOST_NUMBERS // (N_DIRECTIONS * n_tokens))
@@ -118,7 +126,7 @@ class RandomDirections:
         for start in range(0, len(layers), n_at_once):
             some = layers[start : start + n_at_once]
             trajectories = torch.cat([self._layer(layer).directions("all")[0] @ on_basis[layer].T for layer in some])
-            motion = Motion.of(trajectories, n_prompt_tokens, n_permutations=_PERMUTATIONS)
+            motion = Motion.of(trajectories, held.n_prompt, held, n_permutations=_PERMUTATIONS)
             for number, layer in enumerate(some):
                 yield layer, motion.of_rows(slice(number * N_DIRECTIONS, (number + 1) * N_DIRECTIONS))
 
@@ -156,34 +164,40 @@ class _Layer:
         return self._directions[names]
 
     def levels(
-        self, on_basis: OnBasis, vectors: Sequence[TraitVector], motion: Motion, own: Motion, rows: Sequence[int]
+        self,
+        on_basis: OnBasis,
+        vectors: Sequence[TraitVector],
+        motion: Motion,
+        own: Motion,
+        rows: Sequence[int],
+        held: Positions,
     ) -> list[ChanceLevel]:
         """The chance level of each vector, whose statistics are in the given rows of `own`.
 
         `motion` is that of the layer's random directions; `on_basis` are the products of activations and basis.
         """
+        n_prompt_tokens, has_rises = held.n_prompt, held.has_all(1, held.n_tokens)
         directions = self.directions(*(str(vector.trait) for vector in vectors))
         rises = np.zeros(directions.shape[:2])
-        n_prompt_tokens = motion.n_prompt_tokens
         if 1 < n_prompt_tokens < len(on_basis):
             difference = on_basis[n_prompt_tokens:].mean(dim=0) - on_basis[1:n_prompt_tokens].mean(dim=0)
             rises = (directions @ difference).double().numpy()
-        found = self._reference_rises(vectors, directions)
+        found = self._reference_rises(vectors, directions) if has_rises else None
         standardised = None if found is None else _rounded((rises - found[0][:, 1:]) / found[1][:, 1:])
         commitment, persistence = (
             _shares(random, measured, rows)
             for random, measured in ((motion.changes, own.changes), (motion.rises, own.rises))
         )
-        rises = _rounded(rises)
+        rounded = _rounded(rises) if has_rises else None
         return [
             ChanceLevel(
                 "isotropic" if self.reference is None else "reference",
                 self.digest,
                 int(motion.commits.sum()),
-                int(motion.persists.sum()),
+                int(motion.persists.sum()) if has_rises else None,
                 commitment[number],
                 persistence[number],
-                rises[number],
+                None if rounded is None else rounded[number],
                 None if found is None else (float(found[0][number, 0]), float(found[1][number, 0])),
                 None if standardised is None else standardised[number],
             )
@@ -203,6 +217,15 @@ class _Layer:
             found = torch.cat([(moved @ units.T).unsqueeze(2), random], dim=2)
             self._of_reference[names] = found.mean(dim=0).numpy(), found.std(dim=0).clamp(min=1e-30).numpy()
         return self._of_reference[names]
+
+
+def with_gaps(rows: Tensor, held: Positions) -> Tensor:
+    """`[n_tokens, ...]` from `[n_held, ...]`, NaN at the tokens that are not held."""
+    if held.is_all:
+        return rows
+    whole = rows.new_full((held.n_tokens, *rows.shape[1:]), torch.nan)
+    whole[list(held.kept)] = rows
+    return whole
 
 
 def _shares(random: Any, own: Any, rows: Sequence[int]) -> list[float | None]:

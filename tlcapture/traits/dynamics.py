@@ -7,6 +7,9 @@ The first token of a sequence is an attention sink: its activations, and so its 
 hundred times those of all other tokens whatever the text (Xiao et al., "Efficient Streaming Language
 Models with Attention Sinks", 2023; Sun et al., "Massive Activations in Large Language Models", 2024).
 Every statistic leaves it out; velocity and acceleration include all tokens.
+
+Where the scores of some tokens are missing (NaN), a statistic that needs one of them is `None`, and so are the steps of
+velocity and acceleration that do.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from tlcapture.shapes import Trajectory
 from tlcapture.storage.rounding import PROBABILITY_DIGITS, PROJECTION_DIGITS, round_number, round_significant
 from tlcapture.traits.change_points import LEVEL, SHORTEST, ChangePoints, Values, change_points
 from tlcapture.traits.rises import Rises, rises
+from tlcapture.views.kept_tokens import Positions
 
 Found = TypeVar("Found", ChangePoints, Rises)
 Trajectories = Float[Tensor, "n_trajectories n_tokens"]
@@ -35,7 +39,8 @@ class Dynamics:
     """Velocity, commitment and persistence of a trajectory.
 
     Attributes:
-        velocity: `s[t+1] - s[t]`, one value fewer than tokens, in units of the projection per token.
+        velocity: `s[t+1] - s[t]`, one value fewer than tokens, in units of the projection per token; NaN where a token
+            is missing.
         acceleration: the difference of the velocity, one value fewer again.
         peak_velocity: the largest `|velocity|` of a step into the response or within it; 0 without such a step.
         commitment_point: index of the response token at which the trajectory changes its level; `None` where series
@@ -45,12 +50,14 @@ class Dynamics:
         commitment_p: how often series without a change have one as clear; `None` as above.
         persistence: how many tokens from the peak of the smoothed response on, itself counted, stay at or above the
             baseline plus half of the peak's rise; `None` where the rise is within chance.
+
+    `peak_velocity`, commitment and persistence are `None`, too, where they need a token that is missing.
     """
 
     commitment_point: int | None
     commitment_shift: float | None
     commitment_p: float | None
-    peak_velocity: float
+    peak_velocity: float | None
     persistence: int | None
     velocity: Float[Tensor, " n_velocities"]
     acceleration: Float[Tensor, " n_accelerations"]
@@ -61,26 +68,27 @@ class Dynamics:
             "commitment_point": self.commitment_point,
             "commitment_shift": _rounded(self.commitment_shift, PROJECTION_DIGITS),
             "commitment_p": _rounded(self.commitment_p, PROBABILITY_DIGITS),
-            "peak_velocity": round_number(self.peak_velocity, PROJECTION_DIGITS),
+            "peak_velocity": _rounded(self.peak_velocity, PROJECTION_DIGITS),
             "persistence": self.persistence,
-            "velocity": round_significant(self.velocity.numpy(), PROJECTION_DIGITS),
-            "acceleration": round_significant(self.acceleration.numpy(), PROJECTION_DIGITS),
+            "velocity": _steps(self.velocity.numpy()),
+            "acceleration": _steps(self.acceleration.numpy()),
         }
 
 
-def dynamics(trajectory: Trajectory, n_prompt_tokens: int) -> Dynamics:
+def dynamics(trajectory: Trajectory, n_prompt_tokens: int, held: Positions | None = None) -> Dynamics:
     """The dynamics of a trajectory `[n_tokens]` whose first `n_prompt_tokens` belong to the prompt.
 
-    Raises `NumericalError` for NaN or inf.
+    `held` are the tokens that have a score; the others are NaN. Raises `NumericalError` for NaN or inf in their place.
     """
-    return Motion.of(trajectory.double().unsqueeze(0), n_prompt_tokens).dynamics()[0]
+    return Motion.of(trajectory.double().unsqueeze(0), n_prompt_tokens, held).dynamics()[0]
 
 
 @dataclass(frozen=True)
 class Motion:
     """The change points and rises of several trajectories `[n_trajectories, n_tokens]` of one capture.
 
-    `changes` are `None` for responses of fewer than eight tokens, `rises` without a response or a baseline.
+    `changes` are `None` for responses of fewer than eight tokens, `rises` without a response or a baseline, and both
+    where they need a token that is missing.
     """
 
     values: Values
@@ -89,20 +97,26 @@ class Motion:
     rises: Rises | None
 
     @classmethod
-    def of(cls, trajectories: Trajectories, n_prompt_tokens: int, **settings: int) -> Motion:
-        """Find them, with `n_permutations` among the settings of `rises`; raises `NumericalError` for NaN or inf.
+    def of(
+        cls, trajectories: Trajectories, n_prompt_tokens: int, held: Positions | None = None, **settings: int
+    ) -> Motion:
+        """Find them, with `n_permutations` among the settings of `rises`, in the dtype of the trajectories.
 
-        They are computed in the dtype of the trajectories, float64 or float32.
+        `held` are the tokens that have scores; `None` means all. Raises `NumericalError` for NaN or inf in their place.
         """
         values = trajectories.numpy(force=True)  # for so few numbers NumPy is faster than torch
-        if not np.isfinite(values).all():
+        n_tokens = values.shape[1]
+        held = held or Positions.of(None, n_prompt_tokens, n_tokens)
+        if not np.isfinite(values if held.is_all else values[:, list(held.kept)]).all():
             raise NumericalError("the trajectory holds NaN or inf")
-        response = values[:, max(1, n_prompt_tokens) :]
-        has_rise = n_prompt_tokens >= 2 and response.shape[1] > 0
+        begins = max(1, n_prompt_tokens)
+        response = values[:, begins:]
+        has_change = response.shape[1] >= SHORTEST and held.has_all(begins, n_tokens)
+        has_rise = n_prompt_tokens >= 2 and response.shape[1] > 0 and held.has_all(1, n_tokens)
         return cls(
             values,
             n_prompt_tokens,
-            change_points(response) if response.shape[1] >= SHORTEST else None,
+            change_points(response) if has_change else None,
             rises(values, n_prompt_tokens, **settings) if has_rise else None,
         )
 
@@ -132,11 +146,12 @@ class Motion:
     def _dynamics_of(self, row: int) -> Dynamics:
         velocity = np.diff(self.values[row])
         changes, begins = self.changes, max(1, self.n_prompt_tokens)
+        peak_velocity = float(np.abs(velocity[max(1, self.n_prompt_tokens - 1) :]).max(initial=0.0))
         return Dynamics(
             commitment_point=begins + int(changes.index[row]) if changes and self.commits[row] else None,
             commitment_shift=float(changes.shift[row]) if changes else None,
             commitment_p=float(changes.p[row]) if changes else None,
-            peak_velocity=float(np.abs(velocity[max(1, self.n_prompt_tokens - 1) :]).max(initial=0.0)),
+            peak_velocity=None if np.isnan(peak_velocity) else peak_velocity,
             persistence=int(self.rises.persistence[row]) if self.rises and self.persists[row] else None,
             velocity=torch.from_numpy(velocity),
             acceleration=torch.from_numpy(np.diff(velocity)),
@@ -147,6 +162,16 @@ def _rows_of(found: Found | None, rows: slice) -> Found | None:
     if found is None:
         return None
     return type(found)(**{name: values[rows] for name, values in vars(found).items()})
+
+
+def _steps(values: Values) -> Any:
+    """Rounded for JSON, with null in place of steps from or to a token that is missing."""
+    known = ~np.isnan(values)
+    if known.all():
+        return round_significant(values, PROJECTION_DIGITS)
+    found = np.full(values.shape, None, dtype=object)
+    found[known] = round_significant(values[known], PROJECTION_DIGITS)
+    return found.tolist()
 
 
 def _rounded(value: float | None, digits: int) -> float | None:

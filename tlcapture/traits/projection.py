@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from math import isnan
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from tlcapture.shapes import Trajectory, Vector, Vectors
 from tlcapture.storage.rounding import PROBABILITY_DIGITS, PROJECTION_DIGITS, round_significant, rounded_for_json
 from tlcapture.text import as_ranges
 from tlcapture.traits.calibration import recorded_calibration, shifted
-from tlcapture.traits.chance import ChanceLevel, RandomDirections
+from tlcapture.traits.chance import ChanceLevel, RandomDirections, with_gaps
 from tlcapture.traits.dynamics import Dynamics, Motion, dynamics
 from tlcapture.traits.massive_dimensions import massive_share
 from tlcapture.traits.origin import recorded_origin
@@ -31,6 +32,7 @@ from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.selection import Selection
 from tlcapture.traits.vectors import TraitVector
 from tlcapture.views.kept_points import KeptPoints
+from tlcapture.views.kept_tokens import Positions
 from tlcapture.views.residual import ResidualStream
 
 _PIECE = 2**24  # activations per matrix product
@@ -47,18 +49,22 @@ class Centred:
         offset: the projection of the mean activation of the training examples at the vector's layer.
         massive_dimensions: the dimensions of the capture's activations there that are massive.
         variance_share: the share of the variance of the trajectory that they carry, its first token left out.
+
+    The last two are `None` where the capture does not hold every token.
     """
 
     offset: float
-    massive_dimensions: tuple[int, ...]
-    variance_share: float
+    massive_dimensions: tuple[int, ...] | None
+    variance_share: float | None
 
     def to_json(self) -> dict[str, Any]:
         """The key `centered` of a projection file's metadata."""
         return {
             "offset": float(round_significant(self.offset, PROJECTION_DIGITS)),
             "massive_dimensions": self.massive_dimensions,
-            "massive_variance_share": float(round_significant(self.variance_share, PROBABILITY_DIGITS)),
+            "massive_variance_share": None
+            if self.variance_share is None
+            else float(round_significant(self.variance_share, PROBABILITY_DIGITS)),
         }
 
 
@@ -70,7 +76,8 @@ class Projection:
     `sublayers` are the residual points that the capture keeps, or `attn_out` alone. `layers` are the layers
     that it keeps (for `attn_out`, those of them that have attention); the scores of all others are NaN. `chance` is
     what random directions do on the same capture, where that was measured; `centred` what was subtracted from every
-    score, if anything was. `tokens` are the capture's, where they are known.
+    score, if anything was. `tokens` are the capture's, where they are known. The scores of tokens that the capture does
+    not hold (`held`, where that is not all of them) are NaN.
     """
 
     vector: TraitVector
@@ -83,6 +90,7 @@ class Projection:
     chance: ChanceLevel | None = None
     centred: Centred | None = None
     tokens: tuple[str, ...] = ()
+    held: Positions | None = None
 
     def __repr__(self) -> str:
         score = "" if self.selection.score is None else f" {self.selection.score:.3g}"
@@ -90,9 +98,14 @@ class Projection:
         return (
             f"Projection({self.vector.trait}, {self._title()} (by {self.selection.selected_by}{score}), "
             f"{len(self.prompt)} + {len(self.response)} tokens, "
-            f"{'does not commit' if point is None else f'commits at token {point}'}, "
-            f"{'does not persist' if persistence is None else f'persistence {persistence}'})"
+            f"{self._does_not('commit', len(self.prompt)) if point is None else f'commits at token {point}'}, "
+            f"{self._does_not('persist', 1) if persistence is None else f'persistence {persistence}'})"
         )
+
+    def _does_not(self, what: str, start: int) -> str:
+        """That a trajectory does not do something; unknown unless the capture holds all tokens from `start` on."""
+        is_known = self.held is None or self.held.has_all(max(1, start), self.held.n_tokens)
+        return f"does not {what}" if is_known else f"unknown whether it {what}s"
 
     def _repr_html_(self) -> str:
         head = f"<code>{escape(repr(self))}</code>"
@@ -103,7 +116,8 @@ class Projection:
         if not self.tokens:
             raise InputError("this projection has no tokens: use that of a capture, cap.project(trait)")
         label = f"{self.vector.trait}, {self._title()}"
-        return ColouredTokens(self.tokens, len(self.prompt), self.trajectory.tolist(), label)
+        scores = [None if isnan(score) else score for score in self.trajectory.tolist()]
+        return ColouredTokens(self.tokens, len(self.prompt), scores, label)
 
     def _title(self) -> str:
         return f"{self.vector.component}, {self.vector.method} of layer {self.vector.layer}"
@@ -119,9 +133,28 @@ class Projection:
         record = recorded_calibration(self.vector.metadata, self.vector.method, self.vector.layer)
         return record if self.centred is None else shifted(record, self.centred.offset)
 
-    def to_json(self) -> dict[str, Any]:
-        """The keys `projections` and `dynamics` of a projection file."""
+    def means(self) -> dict[str, float | None]:
+        """Of the trajectory: its mean over the prompt and over the response, and its deviation over both.
+
+        The first token is left out; null where there is no token, or one that the capture does not hold.
+        """
+        values, begins = self.trajectory.double(), len(self.prompt)
+        parts = {"prompt": values[1:begins].mean(), "response": values[max(1, begins) :].mean()}
+        found = {**parts, "deviation": values[1:].std(correction=0)}
+        return {
+            name: None if each.isnan() else float(round_significant(float(each), PROJECTION_DIGITS))
+            for name, each in found.items()
+        }
+
+    def to_json(self, kept: Positions | None = None) -> dict[str, Any]:
+        """The keys `projections` and `dynamics` of a projection file, with the scores of the tokens in `kept`.
+
+        They are tokens that the capture holds; `None` means all of those.
+        """
+        kept = kept or self.held
         scores = {"prompt": self.prompt, "response": self.response}
+        if kept is not None and not kept.is_all:
+            scores = {"prompt": self.prompt[list(kept.prompt)], "response": self.response[list(kept.response)]}
         return {
             "projections": {part: self._scores_to_json(values) for part, values in scores.items()},
             "dynamics": self.dynamics.to_json(),
@@ -159,11 +192,13 @@ def project(
     *,
     random: RandomDirections | None = None,
     centre: Callable[[TraitVector], Vector] | None = None,
+    held: Positions | None = None,
     scores: Sequence[Tensor] | None = None,
 ) -> list[Projection]:
     """Project prompt and response onto vectors of one component, in one matrix product each.
 
     Args:
+        held: of which tokens prompt and response have activations; `None` means all.
         random: directions whose dynamics and rises are measured too, as a chance level.
         centre: the mean activation at a vector's layer, to subtract from all activations before they are projected.
         scores: those of `scores_of`, where they were computed already.
@@ -184,14 +219,26 @@ def project(
     layers = prompt.kept.layers if component == "residual" else prompt.output_layers
     scores = scores_of(prompt, response, vectors) if scores is None else scores
     at_own_layer = _own_layers(prompt, response, component, vectors) if random or centre else {}
-    centred = [None] * len(vectors) if centre is None else _subtract(scores, vectors, at_own_layer, centre)
-    n_prompt = prompt.n_tokens
+    held = held or Positions.of(None, prompt.n_tokens, prompt.n_tokens + response.n_tokens)
+    centred = [None] * len(vectors) if centre is None else _subtract(scores, vectors, at_own_layer, centre, held)
+    if not held.is_all:
+        whole = with_gaps(torch.cat(list(scores), dim=1).transpose(0, 1), held).transpose(0, 1)
+        scores = list(whole.tensor_split([held.n_prompt], dim=1))
     trajectories = [_trajectory(each, scores[0][row], scores[1][row]) for row, each in enumerate(vectors)]
-    motion = Motion.of(torch.stack(trajectories).double(), n_prompt)
-    chance = random.levels(at_own_layer, vectors, n_prompt, motion) if random else [None] * len(vectors)
+    motion = Motion.of(torch.stack(trajectories).double(), held.n_prompt, held)
+    chance = random.levels(at_own_layer, vectors, held, motion) if random else [None] * len(vectors)
     return [
         Projection(
-            vector, selection, scores[0][row], scores[1][row], layers, sublayers, found, chance[row], centred[row]
+            vector,
+            selection,
+            scores[0][row],
+            scores[1][row],
+            layers,
+            sublayers,
+            found,
+            chance[row],
+            centred[row],
+            held=None if held.is_all else held,
         )
         for row, ((vector, selection), found) in enumerate(zip(chosen, motion.dynamics(), strict=True))
     ]
@@ -252,7 +299,7 @@ def unit_directions(vectors: Sequence[TraitVector]) -> Vectors:
 def dynamics_of_file(content: ProjectionFile) -> Dynamics:
     """The dynamics of a projection file, recomputed from its scores."""
     prompt, response = content.trajectory
-    return dynamics(torch.tensor([*prompt, *response], dtype=torch.float64), len(prompt))
+    return dynamics(torch.tensor([*prompt, *response], dtype=torch.float64), len(prompt), content.positions)
 
 
 def _trajectory(vector: TraitVector, prompt: PromptScores, response: ResponseScores) -> Trajectory:
@@ -273,6 +320,7 @@ def _subtract(
     vectors: Sequence[TraitVector],
     activations: dict[int, Tensor],
     centre: Callable[[TraitVector], Vector],
+    held: Positions,
 ) -> list[Centred | None]:
     """Subtract the projection of each vector's mean activation from its scores."""
     found: list[Centred | None] = []
@@ -280,7 +328,8 @@ def _subtract(
         offset = float(centre(vector).double() @ unit.double())
         for part in scores:
             part[row] -= offset
-        found.append(Centred(offset, *massive_share(activations[vector.layer], unit)))
+        massive = massive_share(activations[vector.layer], unit) if held.is_all else (None, None)
+        found.append(Centred(offset, *massive))
     return found
 
 

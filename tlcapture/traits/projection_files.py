@@ -5,6 +5,7 @@ ProjectionFile.read(path).trajectory      # (prompt, response), at the vector's 
 
 from __future__ import annotations
 
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tlcapture.storage.validation import Count, FileContent, Layer, Number, Shar
 from tlcapture.text import as_ranges
 from tlcapture.traits.calibration import Calibration, CalibrationRecord
 from tlcapture.views.hooks import POINTS
+from tlcapture.views.kept_tokens import Positions, spread_rows, stated_positions
 
 _MOST_LAYERS = 1000
 
@@ -36,7 +38,10 @@ class Part(FileContent):
 
 
 class Scores(FileContent):
-    """`[n_tokens][n_layers][n_sublayers]` of each part, null for a layer that the capture did not keep."""
+    """`[n_tokens][n_layers][n_sublayers]` of each part, null for a layer that the capture did not keep.
+
+    A file with `positions` holds those tokens alone.
+    """
 
     prompt: list[list[list[Number] | None]]
     response: list[list[list[Number] | None]]
@@ -64,8 +69,8 @@ class DynamicsRecord(FileContent):
     commitment_shift: Number | None = None
     commitment_p: Share | None = None
     peak_velocity: Number | None = None
-    velocity: list[Number] | None = None
-    acceleration: list[Number] | None = None
+    velocity: list[Number | None] | None = None
+    acceleration: list[Number | None] | None = None
     by_span: list[SpanDynamics] | None = None
 
 
@@ -96,16 +101,16 @@ class ChanceRecord(FileContent):
     n_directions: int = Field(ge=1)
     directions: str
     commit: Count
-    persist: Count
+    persist: Count | None
     commitment: Share | None = None
     persistence: Share | None = None
-    rises: list[Number]
+    rises: list[Number] | None
     reference_rises: ReferenceRises | None = None
     standardised_rises: list[Number] | None = None
 
     @model_validator(mode="after")
     def _counts_agree(self) -> ChanceRecord:
-        if max(self.commit, self.persist) > self.n_directions:
+        if max(self.commit, self.persist or 0) > self.n_directions:
             raise ValueError(f"more than its {self.n_directions} directions commit or persist")
         for name in ("rises", "standardised_rises"):
             values = getattr(self, name)
@@ -114,8 +119,19 @@ class ChanceRecord(FileContent):
         return self
 
 
+class Means(FileContent):
+    """Of the trajectory over all tokens but the first: means of prompt and response, deviation of both together."""
+
+    prompt: Number | None
+    response: Number | None
+    deviation: Number | None
+
+
 class ProjectionMetadata(FileContent):
-    """The vector, the capture, and what is doubtful about projecting one onto the other."""
+    """The vector, the capture, and what is doubtful about projecting one onto the other.
+
+    `positions` are the tokens whose scores the file holds, and `means` were taken before others were dropped.
+    """
 
     vector_source: VectorSource
     sublayers: list[str] | None = Field(default=None, min_length=1)
@@ -126,6 +142,8 @@ class ProjectionMetadata(FileContent):
     warnings: list[str] = Field(default_factory=list)
     definitions: int = Field(default=1, ge=1)
     chance: ChanceRecord | None = None
+    positions: list[Count] | None = None
+    means: Means | None = None
 
 
 class ProjectionFile(FileContent):
@@ -150,6 +168,8 @@ class ProjectionFile(FileContent):
 
     def sublayers(self, component: str = "residual") -> list[str]:
         """Names of the scores of a layer, those of the file or the usual ones of a component."""
+        if not self.scores:
+            return self.metadata.sublayers or []
         n_scores = len(next(at for at in self.scores[0] if at))
         usual = list(POINTS) if n_scores == len(POINTS) else [f"score {number}" for number in range(n_scores)]
         if n_scores == 1:
@@ -162,8 +182,14 @@ class ProjectionFile(FileContent):
         return self.prompt.tokens + self.response.tokens
 
     @property
+    def positions(self) -> Positions:
+        """The tokens that have scores."""
+        n_prompt = len(self.prompt.tokens)
+        return stated_positions(self.metadata, n_prompt, n_prompt + len(self.response.tokens))
+
+    @property
     def scores(self) -> list[list[list[float] | None]]:
-        """Scores of prompt and response as one sequence."""
+        """Scores of prompt and response as one sequence, of the tokens in `positions`."""
         return self.projections.prompt + self.projections.response
 
     @property
@@ -174,22 +200,22 @@ class ProjectionFile(FileContent):
     @property
     def n_layers(self) -> int:
         """Layers of the model, whether kept or not."""
-        return len(self.scores[0])
+        return len(self.scores[0]) if self.scores else max(self.layers) + 1
 
     @property
     def layers(self) -> list[int]:
         """The layers that the capture kept."""
+        if not self.scores:
+            return list(self.metadata.layers or ())
         return [layer for layer, at in enumerate(self.scores[0]) if at is not None]
 
     @property
     def trajectory(self) -> tuple[list[float], list[float]]:
-        """The last sublayer's scores at the vector's own layer, of prompt and of response."""
-        layer = self.metadata.vector_source.layer
-        prompt, response = (
-            [at[-1] for token in part if (at := token[layer]) is not None]  # never null: the layer was kept
-            for part in (self.projections.prompt, self.projections.response)
-        )
-        return prompt, response
+        """The last sublayer's scores at the vector's own layer, of prompt and response; NaN without one."""
+        layer, n_prompt = self.metadata.vector_source.layer, len(self.prompt.tokens)
+        rows = [at[-1] for token in self.scores if (at := token[layer]) is not None]  # never null: the layer was kept
+        whole = spread_rows(rows, self.positions, nan)
+        return whole[:n_prompt], whole[n_prompt:]
 
     @model_validator(mode="before")
     @classmethod
@@ -214,14 +240,16 @@ class ProjectionFile(FileContent):
 
     @model_validator(mode="after")
     def _is_of_one_shape(self) -> ProjectionFile:
+        held = self.positions
         for name in ("prompt", "response"):
-            n_tokens, n_scores = len(getattr(self, name).tokens), len(getattr(self.projections, name))
+            n_tokens, n_scores = len(getattr(held, name)), len(getattr(self.projections, name))
             if n_tokens != n_scores:
                 raise ValueError(
                     f"the numbers of projections and tokens differ: {n_scores} for {n_tokens} tokens of the {name}"
                 )
-        if not self.scores:
-            raise ValueError("it has no tokens")
+        if not held.kept:
+            self._check_without_scores(held)
+            return self
         n_layers, n_sublayers = len(self.scores[0]), max((len(at) for at in self.scores[0] if at), default=0)
         shape = [None if at is None else n_sublayers for at in self.scores[0]]
         if any([None if at is None else len(at) for at in token] != shape for token in self.scores):
@@ -229,9 +257,21 @@ class ProjectionFile(FileContent):
         if not n_sublayers:
             raise ValueError("its tokens have no scores")
         self._check_metadata(n_layers, n_sublayers)
-        self._check_dynamics(len(self.scores))
+        self._check_dynamics(held.n_tokens)
         check_spans(self.spans, len(self.tokens))
         return self
+
+    def _check_without_scores(self, held: Positions) -> None:
+        """Check a file of a response that is shorter than the tokens that were to be kept."""
+        layers, sublayers = self.metadata.layers, self.metadata.sublayers
+        if not held.n_tokens:
+            raise ValueError("it has no tokens")
+        if not layers or not sublayers:
+            raise ValueError("it has no scores, and its metadata does not state layers and sublayers")
+        layer = self.metadata.vector_source.layer
+        if layer not in layers:
+            raise ValueError(f"a vector of layer {layer}, but layers {as_ranges(layers)} were kept")
+        self._check_dynamics(held.n_tokens)
 
     def _check_metadata(self, n_layers: int, n_sublayers: int) -> None:
         layer, sublayers = self.metadata.vector_source.layer, self.metadata.sublayers

@@ -23,6 +23,7 @@ from tlcapture.text import as_ranges
 from tlcapture.traits.calibration import Calibration
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.rises import DEFINITIONS, peak_of
+from tlcapture.views.kept_tokens import spread_rows
 
 Scores = NDArray[np.float64]
 
@@ -34,13 +35,14 @@ class TokenScores:
     Attributes:
         layer: the vector's own layer, at which the trajectory is taken.
         scores: `[n_tokens, n_layers, n_sublayers]`, in units of the activations; the sublayers are named by
-            `sublayers`, the last of them being `residual_out` (or `attn_out`). NaN at layers that the capture did
-            not keep.
+            `sublayers`, the last of them being `residual_out` (or `attn_out`). NaN at layers and tokens that the
+            capture did not keep.
         layers: the layers that the capture kept.
         commitment_point, persistence: the dynamics; token indices count over the whole sequence.
         calibration: where the vector's examples lie on the scale of the scores; `None` where that is not recorded.
         spans: which tokens are which turn, thinking or answer; none in files that were written before there were spans.
         definitions: those that the dynamics follow; 1 for files made before they had a number.
+        positions: the tokens that have scores; `None` means all.
     """
 
     prompt_set: str
@@ -59,6 +61,7 @@ class TokenScores:
     calibration: Calibration | None = None
     definitions: int = DEFINITIONS
     spans: Sequence[TokenSpan] = ()
+    positions: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if self.scores.ndim != 3 or len(self.scores) != len(self.tokens):
@@ -69,10 +72,15 @@ class TokenScores:
             raise StorageError(f"a vector of layer {self.layer}, but scores of {self.n_layers} layers")
         if self.layer not in self.layers or not set(self.layers) <= set(range(self.n_layers)):
             raise StorageError(f"a vector of layer {self.layer}, but scores of layers {as_ranges(self.layers)}")
-        if not np.isfinite(self.scores[:, list(self.layers)]).all():
+        if not np.isfinite(self.scores[np.ix_(self.kept_tokens, list(self.layers))]).all():
             raise StorageError("a score is NaN or inf")
         if self.commitment_point is not None and not 0 <= self.commitment_point < len(self.tokens):
             raise StorageError(f"commitment point {self.commitment_point} of {len(self.tokens)} tokens")
+
+    @property
+    def kept_tokens(self) -> Sequence[int]:
+        """Indices of the tokens that have scores."""
+        return range(len(self.tokens)) if self.positions is None else self.positions
 
     @property
     def n_layers(self) -> int:
@@ -88,9 +96,12 @@ class TokenScores:
     def peak(self) -> int | None:
         """Index of the response token where the smoothed trajectory is largest, from which persistence counts.
 
-        `None` where the rise is within chance, and for dynamics by earlier definitions.
+        `None` where the rise is within chance, for dynamics by earlier definitions, and where a token of the response
+        has no score.
         """
         if self.persistence is None or self.definitions < DEFINITIONS:
+            return None
+        if np.isnan(self.trajectory[self.n_prompt_tokens :]).any():
             return None
         return peak_of(self.trajectory, self.n_prompt_tokens)
 
@@ -142,13 +153,15 @@ class TokenScores:
             )
         sublayers = content.sublayers(labels["component"])
         none = [np.nan] * len(sublayers)  # in place of a layer that was not kept
+        rows = [[none if at is None else at for at in token] for token in content.scores]
+        held = content.positions
         return cls(
             **labels,
             method=source.method or "unknown",
             layer=source.layer,
             tokens=content.tokens,
             n_prompt_tokens=len(content.prompt.tokens),
-            scores=np.array([[none if at is None else at for at in token] for token in content.scores], np.float64),
+            scores=np.array(spread_rows(rows, held, [none] * content.n_layers), np.float64),
             sublayers=sublayers,
             layers=content.layers,
             commitment_point=dynamics.commitment_point,
@@ -156,4 +169,5 @@ class TokenScores:
             calibration=content.calibration,
             definitions=metadata.definitions,
             spans=tuple(content.spans),
+            positions=None if held.is_all else held.kept,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tlcapture.errors import InputError
@@ -13,21 +13,30 @@ from tlcapture.storage.rounding import WEIGHT_DIGITS, rounded_for_json
 from tlcapture.text import as_ranges
 from tlcapture.views.cache import Cache, stacked
 from tlcapture.views.hooks import attention_layers, hook
+from tlcapture.views.kept_tokens import Positions
 
 
 @dataclass(frozen=True, repr=False)
 class AttentionPatterns:
     """Weights `[len(layers), n_heads, query, key]` of the layers with attention, over keys up to each query.
 
-    Each row sums to 1, or to less where a model has attention sinks that take a share of it (gpt-oss).
+    Each row sums to 1, or to less where a model has attention sinks that take a share of it (gpt-oss). The queries are
+    the tokens in `positions`; `None` means all.
     """
 
     patterns: Patterns
     n_layers: int
     layers: tuple[int, ...]
+    positions: Positions | None = None
+
+    def only(self, positions: Positions) -> AttentionPatterns:
+        """The weights of some of the queries, in memory of their own; itself where these are all."""
+        if positions.is_all:
+            return self
+        return replace(self, patterns=self.patterns[:, :, list(positions.kept)], positions=positions)
 
     def __repr__(self) -> str:
-        _, n_heads, n_tokens, _ = self.patterns.shape
+        _, n_heads, _, n_tokens = self.patterns.shape
         without = "" if len(self.layers) == self.n_layers else f", attention in {as_ranges(self.layers)}"
         return f"AttentionPatterns({self.n_layers} layers{without}, {n_heads} heads, {n_tokens} tokens)"
 
@@ -36,10 +45,13 @@ class AttentionPatterns:
     ) -> dict[str, Any]:
         """The content of `{id}_attention.json`.
 
-        Weights have 4 significant digits; in place of those of a layer without attention is null.
+        Weights have 4 significant digits; in place of those of a layer without attention is null. There is an entry for
+        each query, with weights of all tokens up to it; `positions` names the queries where these are not all.
         """
-        _, n_heads, n_tokens, _ = self.patterns.shape
+        _, n_heads, _, n_tokens = self.patterns.shape
+        queries = range(n_tokens) if self.positions is None else self.positions.kept
         return {
+            **({} if self.positions is None else self.positions.record()),
             "prompt_id": prompt_id,
             "prompt_set": prompt_set,
             "n_layers": self.n_layers,
@@ -48,14 +60,14 @@ class AttentionPatterns:
             "n_prompt_tokens": n_prompt_tokens,
             "n_response_tokens": n_tokens - n_prompt_tokens,
             "attention": [
-                {"token_idx": token, "context_size": token + 1, "by_layer": self._by_layer(token)}
-                for token in range(n_tokens)
+                {"token_idx": token, "context_size": token + 1, "by_layer": self._by_layer(row, token)}
+                for row, token in enumerate(queries)
             ],
         }
 
-    def _by_layer(self, token: int) -> Any:
+    def _by_layer(self, row: int, token: int) -> Any:
         """One token's weights `[n_layers][n_heads][token + 1]`, rounded; null for layers without attention."""
-        rows = rounded_for_json(self.patterns[:, :, token, : token + 1].float().numpy(), WEIGHT_DIGITS)
+        rows = rounded_for_json(self.patterns[:, :, row, : token + 1].float().numpy(), WEIGHT_DIGITS)
         if len(self.layers) == self.n_layers:
             return rows
         found = dict(zip(self.layers, rows, strict=True))

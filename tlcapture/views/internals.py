@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Set
 
+import torch
 from torch import Tensor
 
 from tlcapture.views.cache import Cache
-from tlcapture.views.hooks import hook, layer_hooks
+from tlcapture.views.hooks import hook, is_pattern, layer_hooks
+from tlcapture.views.kept_tokens import Positions
 
 
 def internals_hooks(layer: int, hook_names: Set[str]) -> list[str]:
@@ -22,11 +24,17 @@ def internals_hooks(layer: int, hook_names: Set[str]) -> list[str]:
     return [name for name in names if name not in (hook("experts_in", layer), hook("experts_out", layer))]
 
 
-def internals_view(cache: Cache, layer: int) -> dict[str, Tensor]:
+def internals_view(cache: Cache, layer: int, positions: Positions | None = None) -> dict[str, Tensor]:
     """The layer's part of a cache, each tensor in memory of its own.
+
+    `positions` limits it to some tokens: patterns to these queries, and all other activations to these rows.
 
     Queries, keys and values are those before rotary embedding, `[n_tokens, n_heads, d_head]` (keys and
     values with as many heads as the model keeps; those of latent attention, as in DeepSeek-V3, are rotated and have
     all heads). Patterns are `[n_heads, n_tokens, n_tokens]`, router scores `[n_tokens, n_experts]`.
     """
-    return {name: cache[name].clone() for name in layer_hooks(layer) if name in cache}
+    found = {name: cache[name] for name in layer_hooks(layer) if name in cache}
+    if positions is None:
+        return {name: tensor.clone() for name, tensor in found.items()}
+    rows = torch.tensor(positions.kept, dtype=torch.long)
+    return {name: tensor.index_select(1 if is_pattern(name) else 0, rows) for name, tensor in found.items()}

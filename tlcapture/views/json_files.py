@@ -17,6 +17,7 @@ from tlcapture.errors import InputError, StorageError
 from tlcapture.storage.files import read_json
 from tlcapture.storage.validation import Count, FileContent, Layer, Share, checked, first_problem, not_valid
 from tlcapture.text import as_ranges
+from tlcapture.views.kept_tokens import Positions, stated_positions
 
 Measure = Annotated[int, Field(ge=1, le=10_000)]
 Pattern = list[list[Share]]  # [head][key]
@@ -27,7 +28,7 @@ Entry = TypeVar("Entry", bound="_Entry")
 
 
 class PerTokenHead(FileContent):
-    """The content of a file apart from its entries."""
+    """The content of a file apart from its entries, which it has for the tokens in `positions`, by default for all."""
 
     what: ClassVar[str] = "attention or logit lens"
     entries: ClassVar[str] = ""
@@ -36,6 +37,12 @@ class PerTokenHead(FileContent):
     n_prompt_tokens: Count
     n_layers: Measure
     n_response_tokens: Count | None = None
+    positions: list[Count] | None = None
+
+    @property
+    def positions_held(self) -> Positions:
+        """The tokens that the file is of."""
+        return stated_positions(self, self.n_prompt_tokens, len(self.tokens))
 
     @classmethod
     def of(cls: type[Head], value: Any, path: Path) -> Head:
@@ -43,12 +50,15 @@ class PerTokenHead(FileContent):
         return checked(cls, value, path, cls.what)
 
     @classmethod
+    def read(cls: type[Head], path: Path) -> Head:
+        """The head of a file; raises `StorageError` for another, and for one that is cut off."""
+        value = _without_entries(path)
+        return cls.of(read_json(path) if value is None else value, path)
+
+    @classmethod
     def check_file(cls, path: Path) -> None:
         """Raise `StorageError` for a file that is cut off or of another kind; of its entries, only the end is read."""
-        value = _without_entries(path)
-        if value is None:
-            value = read_json(path)
-        head = cls.of(value, path)
+        head = cls.read(path)
         if not isinstance((head.model_extra or {}).get(cls.entries), list):
             raise not_valid(path, cls.what, f"{cls.entries}: expected a list")
 
@@ -58,6 +68,7 @@ class PerTokenHead(FileContent):
         if n_response < 0 or self.n_response_tokens not in (None, n_response):
             stated = "" if self.n_response_tokens is None else f" and {self.n_response_tokens} of the response"
             raise ValueError(f"{len(self.tokens)} tokens, but it states {self.n_prompt_tokens} of the prompt{stated}")
+        _ = self.positions_held
         return self
 
 

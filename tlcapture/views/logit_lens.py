@@ -23,6 +23,7 @@ from tlcapture.shapes import Logits, Residual
 from tlcapture.storage.rounding import PROBABILITY_DIGITS, round_significant, rounded_for_json
 from tlcapture.views.cache import stacked
 from tlcapture.views.hooks import hook
+from tlcapture.views.kept_tokens import Positions
 
 TOP_K = 50
 _GROUP = 64  # neighbours in the vocabulary that are compared together
@@ -37,7 +38,7 @@ def logit_lens_hooks(n_layers: int) -> list[str]:
 
 @dataclass(frozen=True, repr=False)
 class LogitLens:
-    """Predictions for every token that has a next one, by layer.
+    """Predictions for every token that has a next one (or for those of them in `positions`), by layer.
 
     `top_ids` and `top_probs` are the `top_k` likeliest ids and their probabilities, likeliest first;
     `actual_rank` (from 1) and `actual_prob` are those of the actual next token.
@@ -47,6 +48,7 @@ class LogitLens:
     top_probs: Float[Tensor, "n_layers n_predictions top_k"]
     actual_rank: Int[Tensor, "n_layers n_predictions"]
     actual_prob: Float[Tensor, "n_layers n_predictions"]
+    positions: Positions | None = None
 
     def __repr__(self) -> str:
         n_layers, n_predictions, top_k = self.top_ids.shape
@@ -70,17 +72,19 @@ class LogitLens:
         actual = round_significant(self.actual_prob.numpy(), PROBABILITY_DIGITS).tolist()
         ranks = self.actual_rank.tolist()
 
-        def layer_json(layer: int, token: int) -> dict[str, Any]:
-            start = 2 * (layer * n_predictions + token) * top_k
+        def layer_json(layer: int, column: int) -> dict[str, Any]:
+            start = 2 * (layer * n_predictions + column) * top_k
             tops = b"".join(pieces[start : start + 2 * top_k])
             return {
                 "layer": layer,
                 "top_k": orjson.Fragment(b"[%b}]" % tops[len(b"},") :]),
-                "actual_rank": ranks[layer][token],
-                "actual_prob": actual[layer][token],
+                "actual_rank": ranks[layer][column],
+                "actual_prob": actual[layer][column],
             }
 
+        after = range(n_predictions) if self.positions is None else self.positions.with_next
         return {
+            **({} if self.positions is None else self.positions.record()),
             "prompt_id": prompt_id,
             "prompt_set": prompt_set,
             "tokens": list(tokens),
@@ -92,9 +96,9 @@ class LogitLens:
                 {
                     "token_idx": token,
                     "actual_next_token": tokens[token + 1],
-                    "by_layer": [layer_json(layer, token) for layer in range(n_layers)],
+                    "by_layer": [layer_json(layer, column) for layer in range(n_layers)],
                 }
-                for token in range(n_predictions)
+                for column, token in enumerate(after)
             ],
         }
 
@@ -106,28 +110,32 @@ def logit_lens_view(
     unembed: Callable[[Residual], Logits],
     *,
     top_k: int = TOP_K,
+    positions: Positions | None = None,
     device: torch.device | None = None,
 ) -> LogitLens:
     """Predictions from the residual stream after every layer of one prompt's run.
 
     Args:
-        residual_out: the `[n_tokens, d_model]` residual stream after a layer.
+        residual_out: the `[n_tokens, d_model]` residual stream after a layer, at the tokens in `positions`.
         token_ids: ids of the same tokens, in which the actual next tokens are ranked.
         unembed: the model's final norm, unembedding and soft cap; the tensor that it returns is overwritten.
         top_k: how many predictions of each layer are kept, at least 1.
+        positions: the tokens that predictions are made after, as far as they have a next one; `None` means all.
         device: where `unembed` computes. All layers go there together, and their predictions come back together.
     """
     if top_k < 1:
         raise InputError(f"top_k is {top_k}: expected at least 1")
-    next_ids = torch.tensor(token_ids[1:], dtype=torch.long, device=device)
-    layers = [residual_out(layer)[:-1] for layer in range(n_layers)]
+    after = range(len(token_ids) - 1) if positions is None else positions.with_next
+    next_ids = torch.tensor([token_ids[token + 1] for token in after], dtype=torch.long, device=device)
+    layers = [residual_out(layer)[: len(next_ids)] for layer in range(n_layers)]
     pieces = []
     for start in range(0, max(1, len(next_ids)), CHUNK):
         chunk = slice(start, start + CHUNK)
         residuals = _on_device([layer[chunk] for layer in layers], device)
         found = [_predictions(unembed(residual), next_ids[chunk], top_k) for residual in residuals]
         pieces.append([torch.stack(column) for column in zip(*found, strict=True)])
-    return LogitLens(*(torch.cat(column, dim=1).cpu() for column in zip(*pieces, strict=True)))
+    top_ids, top_probs, rank, prob = (torch.cat(column, dim=1).cpu() for column in zip(*pieces, strict=True))
+    return LogitLens(top_ids, top_probs, rank, prob, positions)
 
 
 def _on_device(residuals: Sequence[Residual], device: torch.device | None) -> Sequence[Residual]:

@@ -8,7 +8,7 @@ before and is not stored twice. The buffer of a capture that keeps only some lay
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -89,6 +89,12 @@ class ResidualStream:
 
         outputs = None if self.attn_out is None else copy(self.attn_out)
         return ResidualStream(copy(self.points), outputs, self.only, self.with_attention)
+
+    def select(self, rows: Sequence[int]) -> ResidualStream:
+        """A copy of some of the tokens, in memory of its own."""
+        index = torch.tensor(list(rows), dtype=torch.long)
+        outputs = None if self.attn_out is None else self.attn_out[:, index]
+        return replace(self, points=self.points[:, index], attn_out=outputs)
 
 
 def layers_with_attention(kept: KeptPoints, with_attention: Sequence[int] | None) -> tuple[int, ...]:

@@ -116,6 +116,16 @@ class Model(ABC):
         return hook("after_attn", 0) not in self.hook_names and self.with_attention is None
 
     @property
+    def most_prompt_positions(self) -> int | None:
+        """The most positions of one of the `prompt_steps`, unless one prompt has more; `None` if there is one step."""
+        return None
+
+    @property
+    def computes_scores(self) -> bool:
+        """Whether attention scores are computed as a tensor even if nobody asks for the pattern."""
+        return True
+
+    @property
     def can_continue_in_pieces(self) -> bool:
         """Whether several tokens at once after others that are in a state give the same as all tokens at once."""
         return True

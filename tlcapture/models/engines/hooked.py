@@ -113,6 +113,20 @@ class HookedModel(Model):
         for rows, width, part in self.tl.micro_batches(mask.to(self.device), state):
             yield rows, self.step(tokens[rows, -width:], mask[rows, -width:], part, hooks, want_logits=True)
 
+    @property
+    def most_prompt_positions(self) -> int | None:
+        """Those of a micro-batch."""
+        if not self._is_fast:
+            return None
+        from tlcapture.models.fast.forward import most_positions
+
+        return most_positions(self.device)
+
+    @property
+    def computes_scores(self) -> bool:
+        """Whether they are soft-capped, or TransformerLens computes them."""
+        return not self._is_fast or float(getattr(self.tl.cfg, "attn_scores_soft_cap", -1.0)) > 0
+
     def keep(self, state: Any, rows: Rows) -> None:
         """Drop all rows from the cache except `rows`, a boolean mask `[batch]`."""
         from tlcapture.models.fast.cache import keep_rows

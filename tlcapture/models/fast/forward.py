@@ -20,6 +20,11 @@ _MAX_POSITIONS = {"cpu": 1024}
 _MAX_POSITIONS_OF_OTHER_DEVICES = 2**14
 
 
+def most_positions(device: torch.device) -> int:
+    """The most prompt positions of a micro-batch on a device, unless one prompt has more."""
+    return _MAX_POSITIONS.get(device.type, _MAX_POSITIONS_OF_OTHER_DEVICES)
+
+
 class FastForward:
     """Computes embedding, blocks and logits of the HookedTransformers for which `supports` is true."""
 
@@ -115,7 +120,7 @@ class FastForward:
         state.mask = mask
         store = state.reserve(n_positions, self._shape, self._tl.embed.W_E)
         lengths = mask.sum(dim=1).tolist()
-        max_positions = _MAX_POSITIONS.get(mask.device.type, _MAX_POSITIONS_OF_OTHER_DEVICES)
+        max_positions = most_positions(mask.device)
         start = 0
         while start < batch:
             stop = start + 1

@@ -18,7 +18,8 @@ tl.views.attention = {
 
     return {
       async update(state, changed, data) {
-        const token = Math.min(state.token ?? data.n_prompt_tokens, data.tokens.length - 1);
+        const { positions } = await tl.source.attention(state);
+        const token = Math.min(state.token ?? (positions ? positions[0] ?? 0 : data.n_prompt_tokens), data.tokens.length - 1);
         const { by_layer: layers } = await tl.source.attentionToken(state, token);
         // Layers without attention, in hybrid models, are null.
         const present = layers.flatMap((heads, index) => (heads ? [index] : []));

@@ -62,7 +62,7 @@ tl.views.compare = {
     }
 
     /** The values that determine the scale, without first tokens, which are attention sinks. */
-    const onScale = (side) => (side.data ? side.y.slice(1) : side.y.flatMap((mean, index) => [mean - (side.sd[index] ?? 0), mean + (side.sd[index] ?? 0)]));
+    const onScale = (side) => (side.data ? side.y.slice(1).filter((value) => value !== null) : side.y.flatMap((mean, index) => [mean - (side.sd[index] ?? 0), mean + (side.sd[index] ?? 0)]));
 
     function drawTexts(state) {
       const most = Math.max(...found.filter((side) => side.data).map((side) => colours.reach(side.y)), 1e-9);
@@ -79,10 +79,10 @@ tl.views.compare = {
 
     function drawFacts() {
       const rows = found.map((side, number) => {
-        const response = side.y.filter((_, index) => side.x[index] >= 0);
+        const response = side.y.filter((value, index) => value !== null && side.x[index] >= 0);
         const mean = response.reduce((sum, value) => sum + value, 0) / (response.length || 1);
         const own = side.own?.dynamics;
-        return element("tr", {}, [number === 0 ? "A" : "B", tl.number(mean), own ? own.commitment_point ?? "none" : "\u2013", own ? tl.number(own.peak_velocity) : "\u2013", own ? own.persistence ?? "none" : "\u2013"].map((text) => element("td", {}, String(text))));
+        return element("tr", {}, [number === 0 ? "A" : "B", response.length ? tl.number(mean) : "\u2013", own ? own.commitment_point ?? "none" : "\u2013", own ? tl.number(own.peak_velocity) : "\u2013", own ? own.persistence ?? "none" : "\u2013"].map((text) => element("td", {}, String(text))));
       });
       facts.replaceChildren(element("table", {}, element("thead", {}, element("tr", {}, ["", "mean over the response", "commitment point", "peak velocity", "persistence"].map((text) => element("th", {}, text)))), element("tbody", {}, rows)),
         ...found.flatMap((side) => side.problems || []).map((problem) => element("p", { className: "warning" }, problem)));

@@ -8,8 +8,8 @@ tl.projectionOf = (data, state) => data.projections.find((each) => each.trait ==
 /** The peak of the smoothed response and the last token of its persistence; null where the rise is within chance. */
 tl.persistenceOf = ({ peak, dynamics }) => (peak === null || peak === undefined ? null : [peak, peak + Math.max(dynamics.persistence, 1) - 1]);
 
-/** A value on the scale of the vector's examples: the negative ones at 0, the positive ones at 1. */
-tl.calibrated = ({ calibration }, value) => (value - calibration.negative_mean) / (calibration.positive_mean - calibration.negative_mean);
+/** A value on the scale of the vector's examples: the negative ones at 0, the positive ones at 1; null for a token that was not kept. */
+tl.calibrated = ({ calibration }, value) => (value === null ? null : (value - calibration.negative_mean) / (calibration.positive_mean - calibration.negative_mean));
 
 /** Whether a projection is shown on that scale. */
 tl.isCalibrated = (state, ...projections) => state.calibrated && projections.every((each) => each.calibration);
@@ -33,10 +33,10 @@ tl.views.dynamics = {
 
     /** Standard scores; mean and deviation exclude the first token. */
     function normalised(values) {
-      const rest = values.slice(1);
+      const rest = values.slice(1).filter((value) => value !== null);
       const mean = rest.reduce((sum, value) => sum + value, 0) / (rest.length || 1);
       const sd = Math.sqrt(rest.reduce((sum, value) => sum + (value - mean) ** 2, 0) / (rest.length || 1)) || 1;
-      return values.map((value) => (value - mean) / sd);
+      return values.map((value) => (value === null ? null : (value - mean) / sd));
     }
 
     function drawLines(state, data, projections, all) {
@@ -66,15 +66,17 @@ tl.views.dynamics = {
         const [peak, last] = tl.persistenceOf(own);
         marks.push({ type: "rect", xref: "x", yref: "paper", x0: peak - 0.5, x1: last + 0.5, y0: 0, y1: 1, line: { width: 0 }, fillcolor: colours.trait(all, own.trait), opacity: 0.13 });
       }
-      const seen = [...values.values()].flatMap((line) => line.slice(1));
+      const seen = [...values.values()].flatMap((line) => line.slice(1)).filter((value) => value !== null);
       const low = Math.min(...seen), high = Math.max(...seen), pad = (high - low || 1) * 0.07;
       notes.replaceChildren();
-      const off = ofShown.filter((each) => { const first = values.get(each.trait)[0]; return first < low - pad || first > high + pad; });
+      const off = ofShown.filter((each) => { const first = values.get(each.trait)[0]; return first !== null && (first < low - pad || first > high + pad); });
       for (const trace of traces) if (off.some((each) => each.trait === trace.name)) trace.y = [null, ...trace.y.slice(1)];
       if (off.length) {
         const listed = off.map((each) => `${each.trait} ${number(values.get(each.trait)[0])}`).join(", ");
         notes.append(element("p", { className: "note" }, `The first token, an attention sink, is off the scale: ${listed}.`));
       }
+      const kept = ofShown.find((each) => each.kept)?.kept;
+      if (kept) notes.append(element("p", { className: "note" }, `Of this capture, ${kept}.`));
       return lines.draw(traces, {
         title: { text: state.normalise ? "projection, in standard deviations of each trajectory" : calibrated ? "projection, calibrated: negative examples at 0, positive at 1" : "projection h\u00b7v / \u2016v\u2016", font: { size: 13 } },
         xaxis: { title: { text: "token" }, range: [-0.5, data.tokens.length - 0.5] }, yaxis: seen.length ? { range: [low - pad, high + pad] } : {},
@@ -111,10 +113,12 @@ tl.views.dynamics = {
       const point = dynamics.commitment_point;
       const span = tl.persistenceOf(own), { chance } = own;
       const p = dynamics.commitment_p === null || dynamics.commitment_p === undefined ? "" : ` (p ${tl.number(dynamics.commitment_p)})`;
-      const commits = (point === null || point === undefined ? "does not commit" : `commits at ${point} ${tl.quoted(data.tokens[point])}`) + p;
-      const persists = span ? `persists ${dynamics.persistence} tokens, ${span[0]} to ${span[1]}` : "its rise is within chance";
+      const commits = (point === null || point === undefined ? (unknown && !p ? "its commitment needs tokens that were not kept" : "does not commit") : `commits at ${point} ${tl.quoted(data.tokens[point])}`) + p;
+      const unknown = own.kept && dynamics.peak_velocity === null; // projected again, without the tokens that were not kept
+      const persists = span ? `persists ${dynamics.persistence} tokens, ${span[0]} to ${span[1]}` : own.kept && dynamics.persistence !== null ? `persists ${dynamics.persistence} tokens`
+        : unknown ? "its persistence needs tokens that were not kept" : "its rise is within chance";
       const clear = (share, found) => (found ? (share <= 0.05 ? ", clearer than 95 %" : ", not clearer than 95 %") : "");
-      const random = chance ? ` Of ${chance.n_directions} random directions ${chance.commit} commit${clear(chance.commitment, point !== null)}, ${chance.persist} persist${clear(chance.persistence, span)}.` : "";
+      const random = chance ? ` Of ${chance.n_directions} random directions ${chance.commit} commit${clear(chance.commitment, point !== null)}${chance.persist === null ? "" : `, ${chance.persist} persist${clear(chance.persistence, span)}`}.` : "";
       const score = vector.score === null || vector.score === undefined ? "" : ` (${tl.number(vector.score)})`;
       facts.replaceChildren(
         element("p", { className: "note" }, element("b", {}, state.trait), `: ${commits}; peak velocity ${tl.number(dynamics.peak_velocity)}; `
@@ -130,7 +134,7 @@ tl.views.dynamics = {
         const own = tl.projectionOf(data, state);
         if (!own) throw new tl.source.Missing(data.missing || { what: `not projected onto ${state.trait || "any trait"}`, command: `tlcapture project --experiment ${state.experiment} --prompt-set ${state.set}` });
         const line = tl.isCalibrated(state, own) ? own.trajectory.map((value) => tl.calibrated(own, value)) : own.trajectory;
-        const middle = line === own.trajectory ? 0 : 0.5, fromMiddle = line.map((value) => value - middle);
+        const middle = line === own.trajectory ? 0 : 0.5, fromMiddle = line.map((value) => (value === null ? null : value - middle));
         tl.reading.paint((index) => colours.diverging(fromMiddle[index], colours.reach(fromMiddle)), (index) => tl.number(line[index]), `${state.trait}`);
         if ([...changed].every((key) => key === "token" || key === "layer" || key === "head")) {
           lines.mark([...marks, ...here(state)]);

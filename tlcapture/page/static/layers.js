@@ -27,7 +27,7 @@ tl.views.layers = {
     function drawProfile(state, data) {
       const token = state.token ?? Math.min(data.n_prompt_tokens, data.tokens.length - 1);
       const traces = found.sublayers.map((name, index) => ({
-        x: kept, y: kept.map((layer) => found.scores[token][layer][index]), name, mode: "lines",
+        x: kept, y: kept.map((layer) => found.scores[token][layer]?.[index] ?? null), name, mode: "lines",
         line: { width: name === state.point ? 2.5 : 1.2, dash: ["dot", "dash", "solid"][index + 3 - found.sublayers.length] },
         hovertemplate: `layer %{x}<br>${name} %{y:.4~g}<extra></extra>`,
       }));
@@ -47,11 +47,11 @@ tl.views.layers = {
         found = latest;
         own = { n_prompt_tokens: data.n_prompt_tokens, layer: projection.vector.layer };
         const nLayers = found.scores[0].length, points = found.sublayers;
-        kept = found.scores[0].flatMap((scores, at) => (scores === null ? [] : [at])); // null: the capture did not keep the layer
+        kept = found.layers ?? found.scores[0].flatMap((scores, at) => (scores === null ? [] : [at])); // null: the capture did not keep the layer
         const wish = state.layer ?? own.layer;
         const layer = kept.reduce((best, each) => (Math.abs(each - wish) < Math.abs(best - wish) ? each : best));
         const point = points.includes(state.point) ? state.point : points[points.length - 1];
-        const line = found.scores.map((token) => token[layer][points.indexOf(point)]);
+        const line = found.scores.map((token) => token[layer]?.[points.indexOf(point)] ?? null); // null: the capture did not keep the token
         const most = colours.reach(line);
         tl.reading.paint((index) => colours.diverging(line[index], most), (index) => tl.number(line[index]), `${state.trait} at layer ${layer}, ${point}`, line);
         if (same) {
@@ -67,7 +67,7 @@ tl.views.layers = {
         heats.replaceChildren(...[...figures.values()].map((figure) => figure.element));
         const grids = wanted.map((name) => Array.from({ length: nLayers }, (_, at) => found.scores.map((token) => (token[at] === null ? null : token[at][points.indexOf(name)]))));
         const reach = reachOf(grids), text = data.tokens.map((token, index) => `${index} ${tl.plain(tl.quoted(token))}`);
-        notes.replaceChildren(element("p", { className: "note" }, `Projection onto the vector of layer ${own.layer} (dotted) at every layer${kept.length < nLayers ? ` that the capture kept (${kept.join(", ")})` : ""}. The colour scale ends at \u00b1${tl.number(reach, 3)}, the 99th percentile without the first token, an attention sink.`));
+        notes.replaceChildren(element("p", { className: "note" }, `Projection onto the vector of layer ${own.layer} (dotted) at every layer${kept.length < nLayers ? ` that the capture kept (${kept.join(", ")})` : ""}. The colour scale ends at \u00b1${tl.number(reach, 3)}, the 99th percentile without the first token, an attention sink.${projection.kept ? ` Of this capture, ${projection.kept}.` : ""}`));
         await Promise.all([...wanted.map((name, number) => figures.get(name).draw([{
           type: "heatmap", z: grids[number], text: Array(nLayers).fill(text), zmin: -reach, zmax: reach, zmid: 0, colorscale: colours.divergingScale(), colorbar: { thickness: 12 },
           hovertemplate: "%{text}<br>layer %{y}: %{z:.4~g}<extra></extra>",

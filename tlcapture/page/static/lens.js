@@ -53,10 +53,10 @@ tl.views.lens = {
     return {
       async update(state, changed, data) {
         const lens = await tl.source.lens(state);
-        if (!lens.token_idx.length) throw new tl.source.Missing({ what: "a capture of one token has no next token to predict" });
+        if (!lens.token_idx.length) throw new tl.source.Missing({ what: lens.kept ? `of this capture, ${lens.kept}, none of which has a next one` : "a capture of one token has no next token to predict" });
         const nLayers = lens.n_layers, last = nLayers - 1;
         const layer = Math.min(state.layer ?? last, last);
-        const at = Math.max(0, Math.min(lens.token_idx.length - 1, lens.token_idx.indexOf(state.token ?? lens.token_idx[Math.max(0, data.n_prompt_tokens - 1)])));
+        const at = Math.max(0, Math.min(lens.token_idx.length - 1, lens.token_idx.indexOf(state.token ?? Math.max(0, data.n_prompt_tokens - 1))));
         const ofLayer = new Map(lens.token_idx.map((token, index) => [token + 1, index]));
         const probability = (index) => (ofLayer.has(index) ? lens.actual_prob[ofLayer.get(index)][layer] : null);
         tl.reading.paint((index) => colours.amount(probability(index)),
