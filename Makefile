@@ -23,7 +23,7 @@ TESTS_TL4 := tests/test_parity.py tests/test_models.py tests/test_multimodal.py 
   tests/integration/test_embedded_model.py::test_a_batch_writes_what_hugging_face_writes_and_every_residual_is_its_hidden_state
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chromium test test-tl4 test-fresh test-cuda reliability models-page lint format demo bench bench-quick bench-page bench-cluster bench-extract bench-scale bench-driver bench-launches view screenshots all_prompt_sets clean $(PROMPT_SETS) $(addprefix project-,$(PROMPT_SETS))
+.PHONY: help setup chromium test test-tl4 test-fresh test-cuda reliability models-page lint format demo bench bench-quick bench-page bench-cluster bench-extract bench-scale bench-driver bench-launches bench-gpu bench-gpu-wheels view screenshots all_prompt_sets clean $(PROMPT_SETS) $(addprefix project-,$(PROMPT_SETS))
 
 help: ## Show this help
 	@echo "Targets:"
@@ -134,6 +134,19 @@ bench-launches: $(READY) ## Count the kernel launches of a decode step on a GPU,
 
 bench-driver: $(BENCH_READY) ## Compare steps and captures with those of the checkout BASELINE, and direct calls of the model with the loop
 	$(BIN)/python benchmarks/driver.py $(if $(BASELINE),--baseline $(BASELINE)) $(FLAGS)
+
+# On a machine with a GPU, Python 3.12, torch and transformers, where no package can be installed: the wheels of the other
+# packages come along in .gpu, from a machine with a registry.
+GPU_PYTHON ?= python3
+bench-gpu: ## Measure on a GPU, with BASELINE beside it, and write benchmarks/GPU.md (six minutes; no registry needed)
+	@ls .gpu/wheels/*.whl >/dev/null 2>&1 || { echo "no wheels in .gpu/wheels: run make bench-gpu-wheels where there is a registry, and copy .gpu here"; exit 2; }
+	$(GPU_PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target .gpu/site .gpu/wheels/*.whl
+	PYTHONPATH=$(CURDIR)/.gpu/site $(GPU_PYTHON) benchmarks/gpu.py $(if $(BASELINE),--baseline $(BASELINE)) $(FLAGS)
+
+bench-gpu-wheels: ## Download the wheels that bench-gpu needs, for Python 3.12 on Linux
+	rm -rf .gpu/wheels
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --dest .gpu/wheels --requirement benchmarks/gpu-wheels.txt \
+	  --python-version 3.12 --implementation cp $(addprefix --platform ,manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64 manylinux1_x86_64)
 
 all_prompt_sets: $(READY) ## Capture every prompt set
 	$(BIN)/tlcapture capture --experiment $(EXPERIMENT) --all-prompt-sets $(FLAGS)

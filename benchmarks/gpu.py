@@ -1,0 +1,282 @@
+"""Measure on a GPU: generation beside Hugging Face, launches, whole captures, memory, and the tests of the model.
+
+    python benchmarks/gpu.py [--baseline DIR] [--out benchmarks] [--seconds 345]
+
+Random weights in the shape of Gemma-2-2B, bfloat16, prompts of 100 tokens, 50 new tokens. Hugging Face, this checkout
+and the one in DIR each have a process with the model loaded, and take turns; a figure is the median of its rounds after
+one that is not counted. What has not begun when the seconds are over is left out and named. Writes GPU.md and gpu.json.
+
+It needs torch, transformers and a GPU, and no network: `make bench-gpu-wheels` downloads everything else beforehand,
+for Python 3.12 on Linux. `--shape tiny --device cpu` tries the script anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+from gpu_report import Report
+
+HERE = Path(__file__).resolve().parent
+BATCHES = (1, 10, 64)
+OURS = ("nothing", "residual", "residual and attention", "residual and lens")
+RESULT = "result "
+_TESTS = ("tests/test_parity.py", "tests/test_generation.py", "tests/test_sampling.py", "tests/fast")
+
+
+class WorkloadError(Exception):
+    """A workload that failed, with its reason."""
+
+
+class Worker:
+    """A process with the model loaded that runs workloads by name, for one tree of the project or for Hugging Face."""
+
+    def __init__(self, name: str, tree: Path, work: Path, device: str):
+        self.name = name
+        self._log = (work / f"{name}.log").open("w")
+        command = [sys.executable, str(HERE / "gpu_worker.py"), name, str(work), device]
+        self._process = subprocess.Popen(
+            command, env=environment(tree), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
+        )
+
+    def run(self, workload: str) -> dict[str, Any]:
+        """What a workload measured; raises `WorkloadError` if it failed or the process has ended."""
+        self.begin(workload)
+        return self.result()
+
+    def begin(self, workload: str) -> None:
+        assert self._process.stdin is not None
+        self._workload = workload
+        try:
+            self._process.stdin.write(f"{workload}\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise WorkloadError(f"{self.name} has ended: {self._last_words()}") from None
+
+    def result(self) -> dict[str, Any]:
+        """What the workload that was begun measured."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(RESULT):
+                found: dict[str, Any] = json.loads(line.removeprefix(RESULT))
+                if "error" in found:
+                    raise WorkloadError(f"{self.name}, {self._workload}: {found['error']}")
+                return found
+        raise WorkloadError(f"{self.name} has ended: {self._last_words()}")
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _last_words(self) -> str:
+        lines = Path(self._log.name).read_text().strip().splitlines()
+        return lines[-1][:300] if lines else "no message"
+
+
+def environment(tree: Path, **more: str) -> dict[str, str]:
+    """The environment of a child process that imports the package from a tree."""
+    path = os.pathsep.join(filter(None, [str(tree), os.environ.get("PYTHONPATH")]))
+    offline = {"HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    return {**os.environ, **offline, "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path, **more}
+
+
+@dataclass
+class Session:
+    """What is measured, on which trees, and until when."""
+
+    trees: dict[str, Path]
+    work: Path
+    device: str
+    rounds: int
+    until: float
+    report: Report
+    workers: dict[str, Worker] = field(default_factory=dict)
+
+    @property
+    def seconds_left(self) -> float:
+        return self.until - time.monotonic()
+
+    def part(self, name: str, needs: float, measure: Callable[[], None]) -> None:
+        """Measure a part if there is time for it; a failure is noted, and the other parts go on."""
+        if self.seconds_left < needs:
+            self.report.notes.append(f"Left out: {name}, with {self.seconds_left:.0f} s left.")
+            return
+        start = time.monotonic()
+        try:
+            measure()
+        except (WorkloadError, subprocess.SubprocessError, OSError, ValueError) as error:
+            self.report.notes.append(f"Failed: {name}: {error}")
+        click.echo(f"{name}: {time.monotonic() - start:.1f} s, {self.seconds_left:.0f} s left", err=True)
+
+    def start_workers(self) -> None:
+        maker = Worker("hugging face", self.trees["this"], self.work, self.device)
+        self.workers["hugging face"] = maker
+        self.report.machine |= maker.run("make the model")
+        for name, tree in self.trees.items():
+            self.workers[name] = Worker(name, tree, self.work, self.device)
+            self.workers[name].begin("load")
+        for name in self.trees:
+            self.report.loaded[name] = self.workers[name].result()
+
+    def in_turn(self, batch: int, workloads: Sequence[tuple[str, str]]) -> None:
+        """Run workloads `(worker, name)` in turn, one round more than counted."""
+        figures: dict[tuple[str, str], list[dict[str, Any]]] = {each: [] for each in workloads}
+        for number in range(self.rounds + 1):
+            for worker, name in list(figures):
+                if number and self.seconds_left < 15:
+                    break
+                try:
+                    found = self.workers[worker].run(f"{name} {batch}")
+                except WorkloadError as error:
+                    self.report.notes.append(f"Failed: {error}")
+                    del figures[worker, name]
+                    continue
+                if number:
+                    figures[worker, name].append(found)
+        for (worker, name), found_each in figures.items():
+            if found_each:
+                self.report.add_speed(
+                    worker,
+                    name,
+                    batch,
+                    [each["tokens"] / each["seconds"] for each in found_each],
+                    statistics.median(each.get("peak_GB", 0) for each in found_each),
+                )
+
+    def speeds(self, batch: int) -> None:
+        theirs = [("hugging face", name) for name in ("plain", "hidden states")]
+        self.in_turn(batch, [*theirs, *((tree, name) for name in OURS for tree in self.trees)])
+
+    def sampled_speeds(self) -> None:
+        workers = ["hugging face", *self.trees]
+        self.in_turn(BATCHES[-1], [(worker, "temperature 0.7") for worker in workers])
+
+    def once(self, workload: str, into: dict[str, Any], workers: Sequence[str]) -> None:
+        for worker in workers:
+            into[worker] = self.workers[worker].run(workload)
+
+    def whole_captures(self) -> None:
+        disks = {"memory": self.work}
+        disks["disk"] = Path(tempfile.mkdtemp(dir=self.report.disk_folder))
+        cases = [
+            ("memory", "ten traits", ()),
+            ("memory", "no traits", ("--no-project",)),
+            ("memory", "ten traits, temperature 0.7", ("--temperature", "0.7")),
+            ("disk", "ten traits", ()),
+        ]
+        try:
+            for place, what, options in cases:
+                for name, tree in self.trees.items():
+                    if place == "disk" and name != "this":
+                        continue
+                    if self.seconds_left < 40:
+                        self.report.notes.append(f"Left out: files to {place}, {what}, {name}.")
+                        continue
+                    self.report.captures.append(self._whole_capture(name, tree, disks[place], place, what, options))
+        finally:
+            shutil.rmtree(disks["disk"], ignore_errors=True)
+
+    def _whole_capture(
+        self, name: str, tree: Path, folder: Path, place: str, what: str, options: Sequence[str]
+    ) -> dict[str, Any]:
+        root = folder / f"root-{name}"
+        prepare = [sys.executable, str(HERE / "gpu_worker.py"), "prepare", str(self.work), str(root)]
+        subprocess.run(prepare, env=environment(tree), check=True, capture_output=True)
+        temperature = () if "--temperature" in options else ("--temperature", "0")
+        command = [sys.executable, "-m", "tlcapture", "capture", "--root", str(root), "--experiment", "bench"]
+        command += ["--model", str(self.work / "model"), "--prompt-set", "bench", "--max-new-tokens", "50"]
+        command += ["--batch-size", "64", "--device", self.device, "--json", *temperature, *options]
+        limit = max(30.0, self.seconds_left)
+        done = subprocess.run(command, env=environment(tree), capture_output=True, text=True, timeout=limit)
+        if done.returncode:
+            raise WorkloadError(f"{name}, {what}: exit {done.returncode}: {done.stderr.strip()[-300:]}")
+        said = json.loads(done.stdout.strip().splitlines()[-1])
+        files = [path.stat().st_size for path in (root / "experiments/bench/inference").rglob("*") if path.is_file()]
+        shutil.rmtree(root)
+        return {
+            "tree": name,
+            "place": place,
+            "what": what,
+            "seconds": said["seconds"],
+            "tokens_per_s": said["new_tokens"] / said["seconds"],
+            "files": len(files),
+            "GB": sum(files) / 1e9,
+        }
+
+    def tests(self) -> None:
+        for worker in self.workers.values():
+            worker.end()
+        # After an interrupt pytest still says what has failed.
+        limit = ["timeout", "--signal=INT", str(max(30, int(self.seconds_left)))]
+        command = [*limit, sys.executable, "-m", "pytest", "-q", "-n", "12", "-p", "no:cacheprovider", *_TESTS]
+        tree = self.trees["this"]
+        where = environment(tree, TLCAPTURE_TEST_DEVICE=self.device)
+        done = subprocess.run(command, env=where, cwd=tree, capture_output=True, text=True)
+        self.report.tests = done.stdout.strip().splitlines()[-1].strip("= ")
+        self.report.failures = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        self.report.test_output = done.stdout[-60_000:]
+
+
+@click.command()
+@click.option("--baseline", type=click.Path(exists=True, file_okay=False, path_type=Path), help="An earlier checkout.")
+@click.option("--out", default=HERE, type=click.Path(file_okay=False, path_type=Path), help="Where GPU.md is written.")
+@click.option("--seconds", default=345.0, show_default=True, help="Begin nothing after that many seconds.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Rounds to measure.")
+@click.option("--shape", default="gemma-2-2b", type=click.Choice(["gemma-2-2b", "tiny"]), show_default=True)
+@click.option("--device", default="cuda", show_default=True)
+@click.option("--disk", default=None, help="A folder on a disk, for files; the current folder by default.")
+@click.option("--skip", default="", help="Parts to leave out, comma-separated, by the names that are printed.")
+def main(
+    baseline: Path | None, out: Path, seconds: float, rounds: int, shape: str, device: str, disk: str | None, skip: str
+) -> None:
+    """Measure on a GPU and write GPU.md."""
+    until = time.monotonic() + seconds
+    trees = {"this": HERE.parent} | ({"before": baseline.resolve()} if baseline is not None else {})
+    report = Report(list(trees), rounds, shape, disk or str(Path.cwd()))
+    out.mkdir(parents=True, exist_ok=True)
+    skipped = {name.strip() for name in skip.split(",")}
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        work = Path(folder)
+        (work / "shape").write_text(shape)
+        session = Session(trees, work, device, rounds, until, report)
+        everyone = ["hugging face", *trees]
+        parts: list[tuple[str, float, Callable[[], None]]] = [
+            ("start", 30, session.start_workers),
+            *((f"batch {batch}", 20.0, lambda batch=batch: session.speeds(batch)) for batch in reversed(BATCHES)),
+            ("temperature 0.7", 20, session.sampled_speeds),
+            ("profile", 20, lambda: session.once("profile", report.profiles, list(trees))),
+            ("memory", 20, lambda: session.once("long 1", report.memory, everyone)),
+            ("captures", 45, session.whole_captures),
+            ("compiled", 90, lambda: session.once("compiled 64", report.compiled, ["hugging face"])),
+            ("tests", 40, session.tests),
+        ]
+        try:
+            for name, needs, measure in parts:
+                if name not in skipped:
+                    session.part(name, needs, measure)
+                    (out / "gpu.json").write_text(report.json())
+                    (out / "GPU.md").write_text(report.markdown())
+        finally:
+            for worker in session.workers.values():
+                worker.end()
+            for log in work.glob("*.log"):
+                text = log.read_text()
+                if "Traceback" in text:
+                    (out / log.name.replace(" ", "-")).write_text(text[-200_000:])
+    click.echo(report.markdown())
+
+
+if __name__ == "__main__":
+    main()
