@@ -20,8 +20,8 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# Kinds of devices on which weights that multiply the same input do so in one product. On a CPU that saves 2 % of a step,
-# but gives other bits than weights that do not lie together.
+# Kinds of devices on which weights that multiply the same input do so in one product. On a CPU that saves 2 % of a
+# step, but gives other bits than weights that do not lie together.
 JOINED_ON = {"cuda"}
 
 
