@@ -18,7 +18,7 @@ from tlcapture.generation.interventions import Steer
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Generation
 from tlcapture.generation.sampling import GREEDY, Sampling
-from tlcapture.models.fast import decoder
+from tlcapture.models.fast import decoder, layers
 from tlcapture.models.loading import Model, from_hooked_transformer, from_hugging_face
 from tlcapture.views.attention import attention_hooks
 from tlcapture.views.residual import residual_hooks
@@ -68,6 +68,7 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
         self._tape = made[-1]
 
     monkeypatch.setattr(decoder, "FIXED_ON", {"cpu", "cuda"})
+    monkeypatch.setattr(layers, "JOINED_ON", {"cpu", "cuda"})
     monkeypatch.setattr(decoder.Decoder, "__init__", with_tape)
     return made
 
@@ -78,6 +79,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param == "replayed":
         request.getfixturevalue("tapes")
     monkeypatch.setattr(decoder, "FIXED_ON", {"cpu", "cuda"})
+    monkeypatch.setattr(layers, "JOINED_ON", {"cpu", "cuda"})
     monkeypatch.setattr(decoder.Decoder, "records", False)
     return str(request.param)
 

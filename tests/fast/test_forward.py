@@ -13,6 +13,7 @@ from tests import tiny
 from tests.test_parity import random_ids, relative
 from tlcapture.generation.loop import generate
 from tlcapture.generation.sampling import Sampling
+from tlcapture.models.fast import layers
 from tlcapture.models.fast.forward import FastForward
 from tlcapture.models.loading import Model, from_hooked_transformer, from_hugging_face
 from tlcapture.views.residual import residual_hooks
@@ -301,7 +302,8 @@ def test_the_error_in_half_precision_is_close_to_that_of_hugging_face(name: str)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "qwen2", "gpt2"])
-def test_weights_that_are_multiplied_at_once_are_in_memory_once(name: str) -> None:
+def test_weights_that_are_multiplied_at_once_are_in_memory_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "JOINED_ON", {"cpu", "cuda"})
     model = tiny.model(name)
     layer = FastForward(model.tl)._layers[0]
     assert layer.qkv is not None and (layer.gate_and_in is not None) == bool(model.tl.cfg.gated_mlp)
@@ -312,7 +314,10 @@ def test_weights_that_are_multiplied_at_once_are_in_memory_once(name: str) -> No
 
 
 @pytest.mark.parametrize("point", ["attn.hook_q", "attn.hook_k", "attn.hook_v", "mlp.hook_pre", "mlp.hook_pre_linear"])
-def test_activations_computed_at_once_are_kept_as_tensors_of_their_own(point: str) -> None:
+def test_activations_computed_at_once_are_kept_as_tensors_of_their_own(
+    point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "JOINED_ON", {"cpu", "cuda"})
     model = tiny.model("gemma2")
     tokens = torch.tensor([random_ids(6, seed=row) for row in range(2)])
     name = f"blocks.1.{point}"

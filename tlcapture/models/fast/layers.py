@@ -20,6 +20,11 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# Kinds of devices on which weights that multiply the same input do so in one product. On a CPU that saves 2 % of a
+# step, but gives other bits than weights that do not lie together.
+JOINED_ON = {"cuda"}
+
+
 class HookPoints:
     """Calls the hooks of TransformerLens's hook points and keeps requested activations during a forward pass.
 
@@ -123,7 +128,8 @@ class Layer:
         self.activation_is_new_tensor = fast is not None  # it may be written to in place
         self.mlp_gate: Tensor | None = mlp.W_gate.T if mlp.cfg.gated_mlp else None
         self.mlp_in = (mlp.W_in.T, _none_if_zero(mlp.b_in))
-        self.gate_and_in = None if self.mlp_gate is None else joined([self.mlp_gate, self.mlp_in[0]])
+        joins = self.mlp_gate is not None and self.mlp_gate.device.type in JOINED_ON
+        self.gate_and_in = joined([mlp.W_gate.T, self.mlp_in[0]]) if joins else None
         self.mlp_out = (mlp.W_out.T, _none_if_zero(mlp.b_out))
         both_sides = block.cfg.use_normalization_before_and_after
         self.ln1, self.ln2 = Norm(block.ln1), Norm(block.ln2)
@@ -152,7 +158,7 @@ def identity(value: Any) -> Any:
 def _joined_product(products: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None] | None:
     """One weight and bias for several products of the same input; `None` if they do not lie together."""
     weights, biases = zip(*products, strict=True)
-    weight = joined(weights)
+    weight = joined(weights) if weights[0].device.type in JOINED_ON else None
     if weight is None or all(not bias.any() for bias in biases):
         return None if weight is None else (weight, None)
     bias = joined(biases)
