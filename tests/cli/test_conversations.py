@@ -50,6 +50,7 @@ def with_template(name: str, folder: Path, tiny_folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:.*by default")
 def test_spans_are_in_raw_files_projections_frames_and_on_the_page(
     capture: Run, extract: Run, data: Path, talks: Path
 ) -> None:
@@ -75,6 +76,9 @@ def test_spans_are_in_raw_files_projections_frames_and_on_the_page(
     for each in by_span:
         values = trajectory[each["start"] : each["stop"]]
         assert each["mean"] == pytest.approx(sum(values) / len(values), rel=1e-4, abs=1e-5)
+
+    in_python = Experiment("exp", data).captures["talks"]["1"].by_span("tone/loud")
+    assert [each["mean"] for each in in_python] == pytest.approx([each["mean"] for each in by_span], rel=1e-4)
 
     frame = Experiment("exp", data).to_pandas("talks", traits="tone/loud")
     rows = frame[frame.prompt_id == 1]
