@@ -50,6 +50,7 @@ def with_template(name: str, folder: Path, tiny_folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:.*by default")
 def test_spans_are_in_raw_files_projections_frames_and_on_the_page(
     capture: Run, extract: Run, data: Path, talks: Path
 ) -> None:
@@ -75,6 +76,9 @@ def test_spans_are_in_raw_files_projections_frames_and_on_the_page(
     for each in by_span:
         values = trajectory[each["start"] : each["stop"]]
         assert each["mean"] == pytest.approx(sum(values) / len(values), rel=1e-4, abs=1e-5)
+
+    in_python = Experiment("exp", data).captures["talks"]["1"].by_span("tone/loud")
+    assert [each["mean"] for each in in_python] == pytest.approx([each["mean"] for each in by_span], rel=1e-4)
 
     frame = Experiment("exp", data).to_pandas("talks", traits="tone/loud")
     rows = frame[frame.prompt_id == 1]
@@ -286,9 +290,7 @@ def test_a_response_that_ends_within_its_thinking_is_said(
     model = with_template("deepseek_r1_distill", tmp_path / "r1", tiny_folder)
     words = ("capture", "--experiment", "exp", "--model", model, "--temperature", 0)
     result = tlcapture(*words, "--prompt", "hi", "--max-new-tokens", 3)
-    said = (
-        "adhoc/1: the response ends within thinking, without an answer: raise --max-new-tokens, or try --thinking off"
-    )
+    said = "adhoc/1: the response ends within thinking, without an answer: raise --max-new-tokens\n"
     assert said in result.output
     kinds = [(span.kind, span.role) for span in adhoc(data).spans if span.kind != "template"]
     assert kinds == [("turn", "user"), ("thinking", "assistant")]
@@ -298,6 +300,11 @@ def test_a_response_that_ends_within_its_thinking_is_said(
     )
     assert estimate["estimate"]["bytes"] > 5 * short["estimate"]["bytes"]
     tlcapture(*words, "--prompt", "hey")
+    with_a_switch = with_template("nemotron_3_nano", tmp_path / "nemotron", tiny_folder)
+    words = ("--experiment", "other", "--model", with_a_switch, "--max-new-tokens", 3)
+    result = tlcapture("capture", *words, "--prompt", "hi", "--prompt", "ho")
+    assert "2 prompts (adhoc/1, adhoc/2): responses end within thinking, without an answer: " in result.output
+    assert "raise --max-new-tokens, or try --thinking off" in result.output
     assert adhoc(data, "2").metadata["max_new_tokens"] == 256 - len(adhoc(data, "2").prompt.tokens)
 
 

@@ -41,13 +41,17 @@ def dropped_warning(dropped: Sequence[str]) -> str:
     return f"the chat template leaves out {which} (metadata: dropped)"
 
 
-def no_answer_warning(names: Sequence[str]) -> str:
-    """What to say of prompts whose responses were cut off before their answers began."""
+def no_answer_warning(names: Sequence[str], *, has_switch: bool) -> str:
+    """What to say of prompts whose responses were cut off before their answers began, and what helps.
+
+    `has_switch` says whether thinking can be turned off.
+    """
     which = (
         names[0] if len(names) == 1 else f"{len(names)} prompts ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
     )
     end = "the response ends" if len(names) == 1 else "responses end"
-    return f"{which}: {end} within thinking, without an answer: raise --max-new-tokens, or try --thinking off"
+    or_off = ", or try --thinking off" if has_switch else ""
+    return f"{which}: {end} within thinking, without an answer: raise --max-new-tokens{or_off}"
 
 
 def conversation_record(

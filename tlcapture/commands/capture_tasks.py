@@ -21,6 +21,7 @@ from tlcapture.generation.checkpoint_sampling import AskedSampling
 from tlcapture.generation.sampling import PLAIN, Sampling
 from tlcapture.names import PromptId
 from tlcapture.prompts.chat_template import NO_ARGS
+from tlcapture.prompts.conversations import without_system
 from tlcapture.prompts.prompt_sets import Prompt, PromptSet
 from tlcapture.prompts.template_args import template_args
 from tlcapture.prompts.thinking import THINKING_TOKENS
@@ -363,8 +364,8 @@ class TaskPlanner:
         return (
             not self._layout.unfinished(prompt_set.name, prompt.id).exists()
             and saved.metadata.get("prompt_text") == prompt.text
-            and _turns(saved.metadata.get("messages")) == _turns(prompt.messages)
-            and saved.metadata.get("template_args", {}) == self._template_args(saved)
+            and without_system(saved.metadata.get("messages")) == without_system(prompt.messages)
+            and saved.metadata.get("template_args", {}) == self._all_template_args
             and saved.metadata.get("system_prompt") == self._system_prompt(prompt_set, prompt)
             and saved.metadata["inference_model"] == self._model_name
             and asked in (None, saved.metadata.get("chat_template"))
@@ -402,12 +403,3 @@ class TaskPlanner:
         return template_args(
             self._model().tokenizer, options.thinking, options.template_args, chat_template=self.asked_template
         )
-
-    def _template_args(self, saved: Capture | CaptureRecord) -> Mapping[str, Any]:
-        """The values for the chat template that a saved capture would have if it were of the same run."""
-        return self._all_template_args if saved.metadata.get("chat_template") is not False else NO_ARGS
-
-
-def _turns(messages: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
-    """Messages to compare: the system message is compared as the system prompt."""
-    return [dict(message) for number, message in enumerate(messages or ()) if number or message["role"] != "system"]

@@ -38,6 +38,7 @@ from tlcapture.generation.sampling import Sampling
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import is_out_of_memory, release_memory
 from tlcapture.models.streams import own_stream
+from tlcapture.prompts.template_args import has_switch
 from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.runs.background_writer import BackgroundWriter
 from tlcapture.runs.existing_files import check_replaceable
@@ -93,7 +94,8 @@ class CaptureWorker:
             finally:
                 self.run.removed(self._removed)
                 if self._unanswered:
-                    self.run.warn(no_answer_warning(self._unanswered))
+                    can_be_off = has_switch(self.model.tokenizer, task.batched[0].template_args)
+                    self.run.warn(no_answer_warning(self._unanswered, has_switch=can_be_off))
                 self._removed, self._unanswered = [], []
         self._complete(task)
 

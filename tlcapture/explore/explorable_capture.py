@@ -105,6 +105,16 @@ class ExplorableCapture(ABC):
         """
         return [self._with_tokens(projection) for projection in self._project(traits, **how)]
 
+    def by_span(self, trait: str, **how: Any) -> list[dict[str, Any]]:
+        """The mean and the dynamics of the projection onto a trait within each turn, the thinking and the answer.
+
+        The entries are those of `dynamics.by_span` in projection files. `how` are the options of `project`.
+        """
+        from tlcapture.traits.span_dynamics import by_span
+
+        trajectory = self._project([trait], **how)[0].trajectory.double().numpy()
+        return by_span(trajectory[None], self._captured.spans)[0]
+
     def coloured(self, trait: str | None = None, **how: Any) -> ColouredTokens:
         """The tokens, coloured by their projection onto a trait, or by turn, thinking and answer if none is given.
 

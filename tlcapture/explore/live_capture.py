@@ -30,6 +30,7 @@ from tlcapture.models.loading import Model, as_model
 from tlcapture.prompts.chat_template import NO_ARGS
 from tlcapture.prompts.message_spans import Message
 from tlcapture.prompts.prompt_sets import ADHOC, Prompt, PromptSet
+from tlcapture.prompts.template_args import has_switch
 from tlcapture.prompts.template_args import template_args as all_template_args
 from tlcapture.prompts.thinking import THINKING_TOKENS
 from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
@@ -167,7 +168,8 @@ def capture(
         made = made.only(kept_of(kept_tokens, len(made.prompt.tokens), len(made.tokens)))
         layout = None if vectors is None else vectors.layout
         if made.lacks_answer:
-            _log.warning(no_answer_warning([f"{made.prompt_set}/{made.prompt_id}"]))
+            name, can_be_off = f"{made.prompt_set}/{made.prompt_id}", has_switch(runner.tokenizer, values)
+            _log.warning(no_answer_warning([name], has_switch=can_be_off))
         yield LiveCapture(made.prompt, made.response, made.metadata, runner, layout, spans=made.spans)
 
 

@@ -40,6 +40,11 @@ def conversation(text: str, messages: Sequence[Message], system_prompt: str | No
     return [{**own, "content": system_prompt}, *(turns[1:] if turns[0]["role"] == "system" else turns)]
 
 
+def without_system(messages: Sequence[Message] | None) -> list[dict[str, Any]]:
+    """The messages of a conversation but the system message, which is compared as the system prompt."""
+    return [dict(message) for number, message in enumerate(messages or ()) if number or message["role"] != "system"]
+
+
 def text_of(messages: Sequence[Message]) -> str:
     """The text that stands for a conversation where one is shown: the last one of a user, else the last of all."""
     of_user = [message["content"] for message in messages if message["role"] == "user"]

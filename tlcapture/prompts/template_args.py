@@ -52,6 +52,14 @@ def template_args(
     return {_switch(tokenizer, given): THINKING[thinking], **given}
 
 
+def has_switch(tokenizer: Any, given: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer's chat template has a switch for thinking that `given` values do not set."""
+    try:
+        return bool(_switch(tokenizer, given))
+    except InputError:
+        return False
+
+
 def _switch(tokenizer: Any, given: Mapping[str, Any]) -> str:
     """The name of the value that turns thinking on and off: renderings with it on and off differ."""
     for name in _SWITCHES:
