@@ -12,7 +12,7 @@ import pytest
 from click.testing import Result
 
 from tests import tiny
-from tlcapture.commands.capture_tasks import CaptureOptions
+from tlcapture.commands.capture_options import CaptureOptions
 from tlcapture.errors import InputError
 from tlcapture.models.checkpoints import count_parameters
 from tlcapture.models.sizes import Measures

@@ -36,7 +36,7 @@ from tlcapture.cli.tables import Column
 from tlcapture.cli.work import working
 
 if TYPE_CHECKING:
-    from tlcapture.commands.capture_tasks import CaptureOptions
+    from tlcapture.commands.capture_options import CaptureOptions
     from tlcapture.prompts.prompt_sets import PromptSet
     from tlcapture.runs.model_loader import ModelLoader
     from tlcapture.runs.shards import Shard
@@ -77,7 +77,7 @@ class _Settings:
 
     def capture_options(self, kept: KeptOptions, vectors: VectorOptions) -> CaptureOptions:
         """What to capture and how."""
-        from tlcapture.commands.capture_tasks import ALL_LAYERS, CaptureOptions
+        from tlcapture.commands.capture_options import ALL_LAYERS, CaptureOptions
         from tlcapture.generation.checkpoint_sampling import asked_sampling
 
         layers = tuple(layer for layer in self.layer_internals if isinstance(layer, int))

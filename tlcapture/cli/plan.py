@@ -15,7 +15,7 @@ from tlcapture.cli.plan_output import Estimate
 from tlcapture.plan.accelerators import ACCELERATORS
 
 if TYPE_CHECKING:
-    from tlcapture.commands.capture_tasks import CaptureOptions
+    from tlcapture.commands.capture_options import CaptureOptions
     from tlcapture.plan.cost import Pace, Workload
 
 _DEFAULT_BATCH = 16
@@ -42,7 +42,7 @@ class _WorkloadOptions:
         return Workload(self.prompts, self.prompt_tokens, options, vectors)
 
     def _capture_options(self, kept: KeptOptions) -> CaptureOptions:
-        from tlcapture.commands.capture_tasks import ALL_LAYERS, CaptureOptions
+        from tlcapture.commands.capture_options import ALL_LAYERS, CaptureOptions
 
         layers = tuple(int(view.partition(":")[2]) for view in self.views if view.startswith("internals:"))
         return CaptureOptions(

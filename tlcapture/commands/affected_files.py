@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tlcapture.captures.capture import Capture
+from tlcapture.commands.capture_options import CaptureOptions
 from tlcapture.commands.capture_outputs import Outputs
-from tlcapture.commands.capture_tasks import CaptureOptions, CaptureTask
+from tlcapture.commands.capture_tasks import CaptureTask
 from tlcapture.commands.projections import without_projection
 from tlcapture.errors import InputError, StorageError
 from tlcapture.names import PromptId

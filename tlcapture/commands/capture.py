@@ -16,8 +16,9 @@ from contextlib import ExitStack
 from functools import partial
 
 from tlcapture.commands.affected_files import AffectedFiles
+from tlcapture.commands.capture_options import NO_CHOICE, CaptureOptions
 from tlcapture.commands.capture_size import CaptureSize, n_projections
-from tlcapture.commands.capture_tasks import NO_CHOICE, CaptureOptions, CaptureTask, TaskPlanner
+from tlcapture.commands.capture_tasks import CaptureTask, TaskPlanner
 from tlcapture.commands.capture_worker import CaptureWorker
 from tlcapture.errors import InputError, NoSpaceError, StorageError
 from tlcapture.logger import get_logger

@@ -7,18 +7,18 @@ files can be compared with the free space.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from tlcapture.captures.capture import Capture
+from tlcapture.commands.capture_options import CaptureOptions
 from tlcapture.commands.capture_outputs import REPLACE, Outputs, saved_capture
 from tlcapture.commands.capture_records import CaptureRecord
-from tlcapture.commands.projections import ExistingProjections, without_projection
+from tlcapture.commands.projections import without_projection
 from tlcapture.errors import InputError, StorageError
-from tlcapture.generation.checkpoint_sampling import AskedSampling
-from tlcapture.generation.sampling import PLAIN, Sampling
+from tlcapture.generation.sampling import PLAIN
 from tlcapture.names import PromptId
 from tlcapture.prompts.chat_template import NO_ARGS
 from tlcapture.prompts.conversations import without_system
@@ -27,99 +27,11 @@ from tlcapture.prompts.template_args import template_args
 from tlcapture.prompts.thinking import THINKING_TOKENS
 from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
 from tlcapture.runs.existing_files import OVERWRITE, check_replaceable
-from tlcapture.runs.shards import Shard
 from tlcapture.storage.config import ExperimentConfig
 from tlcapture.storage.layout import Layout, derived_files
-from tlcapture.traits.choice import VectorChoice, VectorChooser
-from tlcapture.views.kept_points import KeptPoints
-from tlcapture.views.kept_tokens import KeptTokens
+from tlcapture.traits.choice import VectorChooser
 
-ALL_LAYERS = "all"
-NO_CHOICE = VectorChoice()  # that of a command line without options for vectors
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class CaptureOptions:
-    """What to capture, and how.
-
-    Attributes:
-        internals: layers whose internals are written, or `"all"`.
-        layers: layers of the residual stream that are kept; all where empty.
-        points: points of the residual stream that are kept; all where empty.
-        tokens: tokens that all views are kept of; `None` means all.
-        overwrite: replace or remove files that cannot be read, too.
-        projections_only: write projections and no raw residual.
-        shard: the share of the prompts that are captured, after `limit` is applied.
-        max_new_tokens: the maximum length of a response.
-        longer_where_thinking: let it be at least `THINKING_TOKENS` where the chat template makes the model think.
-        thinking: `on` or `off`, the chat template's switch; `None` leaves its default.
-        template_args: other values for the chat template.
-    """
-
-    attention: bool = False
-    logit_lens: bool = False
-    internals: tuple[int, ...] | str = ()
-    capture_attn: bool = False
-    layers: tuple[int, ...] = ()
-    points: tuple[str, ...] = ()
-    tokens: KeptTokens | None = None
-    project: bool = True
-    projections_only: bool = False
-    replay: bool = False
-    skip_existing: bool = False
-    overwrite: bool = False
-    vectors: VectorChoice = NO_CHOICE
-    max_new_tokens: int = 50
-    sampling: AskedSampling = Sampling()
-    save_dtype: str = "auto"
-    batch_size: int | None = None
-    limit: int | None = None
-    shard: Shard | None = None
-    chat_template: bool | None = None
-    system_prompt: str | None = None
-    longer_where_thinking: bool = False
-    thinking: str | None = None
-    template_args: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def projects(self) -> bool:
-        """Whether captures are projected; a replay leaves projections as they are."""
-        return self.project and not self.replay
-
-    @property
-    def existing(self) -> ExistingProjections:
-        """Which projections `skip_existing` keeps: of a saved capture those onto any vector, if none is asked for."""
-        onto_any = self.vectors == NO_CHOICE and not self.projections_only
-        return ExistingProjections(onto_any, self.overwrite)
-
-    @property
-    def components(self) -> tuple[str, ...]:
-        """The components that are captured and projected."""
-        return ("residual", "attn_out") if self.capture_attn else ("residual",)
-
-    def outputs(self, n_layers: int) -> Outputs:
-        """The outputs wanted of each prompt, for a model with `n_layers` layers.
-
-        Raises:
-            InputError: internals, layers or points that the model does not have.
-        """
-        everything = self.internals == ALL_LAYERS
-        asked = range(n_layers) if self.internals == ALL_LAYERS else (int(layer) for layer in self.internals)
-        layers = tuple(sorted(set(asked)))
-        for layer in layers:
-            if layer >= n_layers:
-                raise InputError(f"--layer-internals {layer}: the model has layers 0 to {n_layers - 1}")
-        return Outputs(
-            KeptPoints.of(n_layers, self.layers, self.points),
-            residual=not self.replay,
-            raw=not self.projections_only,
-            attn_out=self.capture_attn,
-            attention=self.attention or everything,
-            logit_lens=self.logit_lens or everything,
-            internals=layers,
-            tokens=self.tokens,
-        )
 
 
 class HasTokenizer(Protocol):

@@ -18,9 +18,10 @@ import torch
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.from_generation import capture_of
 from tlcapture.captures.provenance import dropped_warning, no_answer_warning
+from tlcapture.commands.capture_options import CaptureOptions
 from tlcapture.commands.capture_outputs import Outputs, add_ons, lens_of, remove_stale, saved_capture, write_capture
 from tlcapture.commands.capture_records import CaptureRecord
-from tlcapture.commands.capture_tasks import CaptureOptions, CaptureTask
+from tlcapture.commands.capture_tasks import CaptureTask
 from tlcapture.commands.kept_positions import wanted_positions
 from tlcapture.commands.projections import (
     ChanceLevels,

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tlcapture.commands.capture_options import CaptureOptions
 from tlcapture.commands.capture_size import sizes
-from tlcapture.commands.capture_tasks import CaptureOptions
 from tlcapture.models.sizes import Measures
 from tlcapture.plan.accelerators import Accelerator
 from tlcapture.views.kept_tokens import kept_of
