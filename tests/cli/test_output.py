@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
+from tlcapture.captures.capture import Capture
+
 Run = Callable[..., Result]
 
 
@@ -17,7 +19,8 @@ def test_json_is_alone_on_standard_output(capture: Run, raw: Path) -> None:
     result = capture("--json", "--attention")
     summary = json.loads(result.stdout)
     assert (summary["status"], summary["exit_code"], summary["error"]) == ("done", 0, None)
-    assert (summary["prompts"], summary["new_tokens"], summary["failures"]) == (3, 18, [])
+    n_new = sum(len(Capture.open(path).response.token_ids) for path in raw.glob("*.pt"))
+    assert (summary["prompts"], summary["new_tokens"], summary["failures"]) == (3, n_new, [])
     assert summary["files"]["count"] == 6
     assert summary["files"]["folders"]["inference/raw/residual/short"]["files"] == 3
     assert summary["model"]["n_layers" if "n_layers" in summary["model"] else "engine"]

@@ -149,13 +149,13 @@ def test_a_projection_file_has_the_documented_form(project: Run, projected: Path
     assert result.exit_code == 0, result.output
     value = read_json(projected / "2.json")
     raw = Capture.open(projected.parents[3] / "raw" / "residual" / "short" / "2.pt")
-    assert list(value) == ["prompt", "response", "projections", "dynamics", "metadata"]
+    assert list(value) == ["prompt", "response", "projections", "dynamics", "metadata", "spans"]
     for part, captured in (("prompt", raw.prompt), ("response", raw.response)):
         assert value[part] == {"text": captured.text, "tokens": captured.tokens, "n_tokens": len(captured.tokens)}
         assert torch.tensor(value["projections"][part]).shape == (len(captured.tokens), 3, 3)
     assert list(value["dynamics"]) == [
         "commitment_point", "commitment_shift", "commitment_p", "peak_velocity", "persistence", "velocity",
-        "acceleration",
+        "acceleration", "by_span",
     ]  # fmt: skip
     n_tokens = len(raw.tokens)
     assert len(value["dynamics"]["velocity"]) == n_tokens - 1

@@ -73,3 +73,15 @@ def test_processes_end_with_a_killed_parent_whose_script_they_do_not_run_again(t
     else:
         raise AssertionError("the process goes on")
     assert (tmp_path / "again").read_text() == "x"
+
+
+def test_processes_import_what_their_parent_does_and_not_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("tlcapture.py", "torch.py"):
+        (tmp_path / name).write_text("raise RuntimeError('of the current folder')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TLCAPTURE_PROCESSES", "1")
+    processes = Processes()
+    processes.announce(1)
+    assert processes.call(os.getpid) != os.getpid()

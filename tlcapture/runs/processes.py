@@ -23,7 +23,8 @@ Result = TypeVar("Result")
 _SWITCH = "TLCAPTURE_PROCESSES"  # the number of processes, to which all work goes from the beginning
 _MOST = 4
 _WORTH_WHILE = 400  # prompts, divided by the number of processors
-_PROGRAM = "from tlcapture.runs.processes import serve; serve()"
+# The modules are those that this process would import, whatever the current folder holds.
+_PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from tlcapture.runs.processes import serve; serve()"
 _log = get_logger(__name__)
 
 
@@ -70,12 +71,10 @@ class _Process:
     """A process that calls one function after another."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._popen = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM],
+            [sys.executable, "-c", _PROGRAM, *sys.path],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment,
             start_new_session=True,  # Ctrl-C is for this process alone
         )
         self.is_usable = False

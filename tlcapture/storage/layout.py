@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from os import scandir
-from os.path import islink, join, realpath
+from os.path import exists, islink, join, realpath
 from pathlib import Path
 
 from tlcapture.errors import InputError, StorageError
@@ -303,12 +303,14 @@ class Layout:
         check_prompt_set(prompt_set)
         name = f"{file_name(prompt_id)}.json"
         inference = self.folder / "inference"
-        return sorted(
-            self.own(path)
+        places = (
+            join(inference, category, trait, stream, prompt_set, name)
+            for category in _folders_in(inference)
+            if category != "raw"
+            for trait in _folders_in(inference / category)
             for stream in STREAM_FOLDERS.values()
-            for path in inference.glob(f"*/*/{stream}/{prompt_set}/{name}")
-            if path.relative_to(inference).parts[0] != "raw"
         )
+        return sorted(self.own(Path(place)) for place in places if exists(place))
 
     def projection_folders(self, prompt_set: str | None = None) -> list[tuple[Trait, str]]:
         """The traits and components that prompts of a set, or of any set, are projected onto, sorted."""
@@ -363,6 +365,13 @@ def place_of_projection(path: Path) -> ProjectionPlace | None:
                 trait = Trait(parts[at - 2], parts[at - 1])
                 return ProjectionPlace(trait, component, "/".join(parts[at + 1 : -1]), path.stem)
     return None
+
+
+def _folders_in(folder: Path) -> list[str]:
+    """Names of the folders in a folder, links to folders too."""
+    with suppress(OSError), scandir(folder) as entries:
+        return [entry.name for entry in entries if entry.is_dir()]
+    return []
 
 
 def _natural(name: str) -> tuple[int, int, str]:

@@ -113,8 +113,8 @@ tl.views.dynamics = {
       const point = dynamics.commitment_point;
       const span = tl.persistenceOf(own), { chance } = own;
       const p = dynamics.commitment_p === null || dynamics.commitment_p === undefined ? "" : ` (p ${tl.number(dynamics.commitment_p)})`;
-      const commits = (point === null || point === undefined ? (unknown && !p ? "its commitment needs tokens that were not kept" : "does not commit") : `commits at ${point} ${tl.quoted(data.tokens[point])}`) + p;
       const unknown = own.kept && dynamics.peak_velocity === null; // projected again, without the tokens that were not kept
+      const commits = (point === null || point === undefined ? (unknown && !p ? "its commitment needs tokens that were not kept" : "does not commit") : `commits at ${point} ${tl.quoted(data.tokens[point])}`) + p;
       const persists = span ? `persists ${dynamics.persistence} tokens, ${span[0]} to ${span[1]}` : own.kept && dynamics.persistence !== null ? `persists ${dynamics.persistence} tokens`
         : unknown ? "its persistence needs tokens that were not kept" : "its rise is within chance";
       const clear = (share, found) => (found ? (share <= 0.05 ? ", clearer than 95 %" : ", not clearer than 95 %") : "");
