@@ -83,4 +83,4 @@ def _switch(tokenizer: Any, given: Mapping[str, Any]) -> str:
 def _mentions(tokenizer: Any, name: str) -> bool:
     template = tokenizer.chat_template
     source = template["default"] if isinstance(template, dict) else template
-    return re.search(rf"\b{re.escape(name)}\b", source) is not None
+    return source is not None and re.search(rf"\b{re.escape(name)}\b", source) is not None
