@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tlcapture.generation.transfers import Copies, in_main_memory, upload
+from tlcapture.generation.transfers import Copies, upload
 
 _CHUNK = 32  # columns that leave together
-_FEW = 256  # new tokens up to which memory for all of them is pinned from the start
+_FEW = 256  # new tokens up to which main memory for all of them is taken from the start
 SHARE = 0.5  # of an accelerator's free memory that recorded activations may take
 
 
@@ -83,8 +83,7 @@ class DeviceBuffer:
         if index not in self._targets:
             at_most = self._width - self._starts[index] + self._max_new_tokens
             shape = (n_tokens or at_most, *self._buffer.shape[2:])
-            # Memory that is not pinned is only taken as it is written.
-            self._targets[index] = in_main_memory(shape, self._buffer.dtype, pinned=self._is_whole)
+            self._targets[index] = torch.empty(shape, dtype=self._buffer.dtype)
         return self._targets[index]
 
 
