@@ -103,6 +103,8 @@ class Batch:
 
         What has been recorded stays and moves to main memory. Tokens that nobody has been told of are chosen again.
         """
+        for index in indices:
+            self._recorder.rewind(index, len(self.prompts[index].token_ids) + len(self._responses[index]))
         self._recorder.leave_devices()
         reasons = {index: self._stop_reason(index) for index in indices}
         ended = {index: reason for index, reason in reasons.items() if reason is not None}

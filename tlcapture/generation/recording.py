@@ -100,6 +100,10 @@ class Recorder:
             if (buffer := self._on_device.get(kind)) is not None:
                 buffer.forget(index)
 
+    def rewind(self, index: int, n_tokens: int) -> None:
+        """Let the next token recorded of a prompt be the one after its first `n_tokens`."""
+        self._filled[index] = n_tokens
+
     def leave_devices(self) -> None:
         """Move the activations of all prompts that have not ended to main memory, where further steps are recorded."""
         for kind, buffer in self._on_device.items():
