@@ -86,14 +86,42 @@ class Recorder:
     def take(self, index: int) -> Recorded:
         """All activations of a prompt: `[n_tokens, ...]` by name, in the prompt's own buffers.
 
-        The first read of one waits until it has arrived in main memory.
+        The first read of one waits until it has arrived in main memory. A call that runs out of memory can be repeated.
         """
         parts, n_bytes = [], 0
         for kind, names in self._groups.items():
             part, more = self._part(kind, index)
             parts.append((names, part))
             n_bytes += more
+        self.forget(index)
         return Recorded(self._order, parts, n_bytes)
+
+    def forget(self, index: int) -> None:
+        """Keep no activations of a prompt, which has ended."""
+        self._filled[index] = 0
+        for kind in self._groups:
+            self._buffers.pop((kind, index), None)
+            if (buffer := self._on_device.get(kind)) is not None:
+                buffer.forget(index)
+
+    def rewind(self, index: int, n_tokens: int) -> None:
+        """Let the next token recorded of a prompt be the one after its first `n_tokens`."""
+        self._filled[index] = n_tokens
+
+    def leave_devices(self) -> None:
+        """Move the activations of all prompts that have not ended to main memory, where further steps are recorded."""
+        for kind, buffer in self._on_device.items():
+            if buffer is not None:
+                moved = {
+                    (kind, index): buffer.with_room(index, n_tokens)
+                    for index, n_tokens in enumerate(self._filled)
+                    if n_tokens
+                }
+                buffer.copies.wait(buffer.copies.mark())
+                self._buffers.update(moved)
+                self._on_device[kind] = None
+        for triangles in self._triangles.values():
+            triangles.leave_device()
 
     def _part(self, kind: Kind, index: int) -> tuple[Part, int]:
         """The activations of a kind, and their bytes."""
@@ -105,7 +133,7 @@ class Recorder:
             return lambda: whole_patterns(arrived(), n_tokens), n_bytes
         buffer = self._on_device.get(kind)
         if buffer is None:
-            whole = self._buffers.pop((kind, index))[:, :n_tokens]
+            whole = self._buffers[kind, index][:, :n_tokens]
             return lambda: whole, whole.nbytes
         taken = buffer.take(index, n_tokens)
         return _once_copied(taken, buffer.copies), taken.nbytes
