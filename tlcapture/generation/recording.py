@@ -17,7 +17,7 @@ from tlcapture.generation.device_buffers import (
     n_weights,
     whole_patterns,
 )
-from tlcapture.generation.transfers import Copies
+from tlcapture.generation.transfers import Copies, in_main_memory
 from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import is_pattern
 
@@ -145,7 +145,7 @@ class Recorder:
             return lambda: tensor
         copies = self._copies_from(tensor.device)
         copies.lend(tensor)
-        target = torch.empty(tensor.shape, dtype=tensor.dtype)
+        target = in_main_memory(tensor.shape, tensor.dtype, pinned=True)
         copies.copy(target, tensor)
         return _once_copied(target, copies)
 
