@@ -107,7 +107,7 @@ class Batch:
             self._recorder.rewind(index, len(self.prompts[index].token_ids) + len(self._responses[index]))
         self._recorder.leave_devices()
         reasons = {index: self._stop_reason(index) for index in indices}
-        ended = {index: reason for index, reason in reasons.items() if reason is not None}
+        ended: Ended = {index: reason for index, reason in reasons.items() if reason is not None}
         yield from self._outcomes(ended)
         self._begin([index for index in indices if index not in ended])
         if self._running:
