@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -164,6 +165,27 @@ def test_what_was_recorded_leaves_the_device_before_prompts_are_read_again(monke
     run(model)
     assert len(set(recorders)) == 1
     assert on_device and not any(on_device)
+
+
+@pytest.mark.parametrize("engine", tiny.ENGINES)
+def test_the_state_that_was_too_large_is_gone_before_prompts_are_read_again(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.model("llama", engine)
+    states: list[weakref.ref[Any]] = []
+    start = type(model).start
+
+    def started(self: Model, batch_size: int) -> Any:
+        if states:
+            assert states[-1]() is None
+        state = start(self, batch_size)
+        states.append(weakref.ref(state))
+        return state
+
+    monkeypatch.setattr(type(model), "start", started)
+    Steps(monkeypatch, model, lambda number, *shape: number == 3)
+    run(model)
+    assert len(states) > 1
 
 
 def test_patterns_leave_the_device_too(monkeypatch: pytest.MonkeyPatch) -> None:
