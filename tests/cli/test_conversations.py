@@ -362,3 +362,21 @@ def test_what_a_template_drops_is_said(
     )
     found = Capture.open(data / "experiments/exp/inference/raw/residual/talks/1.pt")
     assert found.metadata["dropped"] == ["thinking of message 2", "name of message 3"]
+
+
+@pytest.mark.parametrize(
+    ("name", "thinking"),
+    [("qwen3", ()), ("qwen3", ("--thinking", "off")), ("deepseek_r1_distill", ())],
+)
+def test_a_longer_response_by_default_is_no_other_setting(
+    tlcapture: Run, tiny_folder: Path, tmp_path: Path, name: str, thinking: tuple[str, ...]
+) -> None:
+    """The context of 256 tokens has no room for the 1,024 of the default."""
+    model = with_template(name, tmp_path / name, tiny_folder)
+    words = ("capture", "--experiment", "exp", "--model", model, "--prompt", "hi", "--temperature", 0, *thinking)
+    assert tlcapture(*words).exit_code == 0
+    again = tlcapture(*words, "--skip-existing")
+    assert "nothing was missing" in again.output
+    assert "another temperature" not in again.output
+    other = tlcapture(*words, "--skip-existing", "--max-new-tokens", 7)
+    assert "kept the capture of prompt 1 made with another temperature, seed or --max-new-tokens" in other.output
