@@ -233,11 +233,16 @@ class Ours(Workloads):
         return sum(len(outcome.response_ids) for outcome in outcomes)
 
     def capture_with_lens(self, batch: int) -> int:
-        from tlcapture import capture
+        from inspect import signature
 
+        from tlcapture import capture
+        from tlcapture.views.logit_lens import logit_lens_view
+
+        has_device = "device" in signature(logit_lens_view).parameters  # earlier trees go through the host
+        place = {"device": self.model.last_device} if has_device else {}
         n_tokens = 0
         for captured in capture(self.model, texts(batch), max_new_tokens=NEW_TOKENS, batch_size=batch, temperature=0.0):
-            captured.logit_lens()
+            logit_lens_view(captured.residual, self.model.n_layers, captured.token_ids, self.model.unembed, **place)
             n_tokens += len(captured.response.token_ids)
         return n_tokens
 

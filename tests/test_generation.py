@@ -199,7 +199,7 @@ def test_out_of_memory_halves_the_batch_and_fails_only_prompts_that_fit_in_no_ba
         assert found[name].response_ids == outcome.response_ids
 
 
-def test_tokens_of_prompts_that_run_again_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_of_prompts_that_go_on_after_an_error_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, counted, steps = tiny.model("llama"), [], 0
     original = type(model).step
 
@@ -214,7 +214,7 @@ def test_tokens_of_prompts_that_run_again_are_taken_back(monkeypatch: pytest.Mon
     options: Any = {"hooks": [], "max_new_tokens": 6, "sampling": GREEDY, "batch_size": 2}
     prompts = [as_prompt(PROMPTS["9"], "9"), as_prompt(PROMPTS["4"], "4")]
     found = list(generate(model, prompts, on_tokens=counted.append, **options))
-    assert min(counted) < 0
+    assert min(counted) >= 0
     assert sum(counted) == sum(len(each.response_ids) for each in found if isinstance(each, Generation))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from tests import tiny
 from tests.test_parity import as_prompt, random_ids, relative
-from tlcapture.generation import batch, device_buffers, recording
+from tlcapture.generation import batch, device_buffers, recording, transfers
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Generation
 from tlcapture.generation.recording import Recorder
@@ -51,6 +53,41 @@ class LateCopies(Copies):
 
     def hold_up_device(self) -> None:
         self.wait(self.mark())
+
+
+def test_copies_arrive_in_pieces_of_which_few_are_in_transit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams and events that stand in for CUDA's: what is copied to pinned memory is there when an event has come."""
+    released, begun = threading.Event(), []
+
+    class Event:
+        def record(self, stream: object) -> None:
+            begun.append(self)
+
+        def synchronize(self) -> None:
+            assert released.wait(10)
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stub in (
+        ("Stream", lambda device: stream),
+        ("current_stream", lambda device: stream),
+        ("stream", lambda stream: nullcontext()),
+        ("Event", Event),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stub)
+    monkeypatch.setattr(transfers, "_PIECE", 40)
+    monkeypatch.setattr(transfers, "_IN_TRANSIT", 120)
+    copies = Copies(torch.device("cpu"))
+    source, target = torch.randn(5, 11), torch.zeros(5, 11)
+    assert copies.mark() is None
+    copies.wait(copies.mark())
+    copier = threading.Thread(target=copies.copy, args=(target, source))
+    copier.start()
+    copier.join(0.2)
+    assert copier.is_alive() and len(begun) == 3 and not target.any(), "three pieces of forty bytes are in transit"
+    released.set()
+    copier.join(10)
+    copies.wait(copies.mark())
+    assert torch.equal(target, source) and len(begun) == 6
 
 
 def hooks_of(model: Model) -> list[str]:
@@ -111,6 +148,8 @@ def test_activations_recorded_on_a_device_are_those_recorded_in_main_memory(
     for name, each in expected.items():
         assert found[name].response_ids == each.response_ids
         assert list(found[name].cache) == list(each.cache)
+        n_bytes = recording.bytes_of(found[name].cache)
+        assert n_bytes == recording.bytes_of(dict(each.cache))
         for hook, activation in each.cache.items():
             assert found[name].cache[hook].shape == activation.shape
             assert torch.equal(found[name].cache[hook], activation), hook

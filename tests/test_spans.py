@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -30,7 +31,7 @@ from tlcapture import capture
 from tlcapture.errors import InputError
 from tlcapture.prompts.conversations import check_messages
 from tlcapture.prompts.spans import NO_OFFSETS, Piece, TokenSpan, check_spans, labels_of, spans_of_text
-from tlcapture.prompts.template_args import template_args
+from tlcapture.prompts.template_args import has_switch, template_args
 from tlcapture.prompts.thinking import RESPONSE_TEMPLATE, response_spans, thinks
 from tlcapture.prompts.tokenization import TokenizedPrompt, token_texts, tokenize
 
@@ -447,3 +448,12 @@ def test_a_model_whose_template_makes_it_think_gets_more_tokens_by_default(caplo
 def test_thinking_of_a_last_message_that_a_template_drops_is_refused() -> None:
     with pytest.raises(InputError, match="leaves out or alters the text of the assistant message"):
         prompt_of(tokenizer_with(PUBLISHED["deepseek_r1_distill"]), [USER, THOUGHT])
+
+
+def test_a_response_of_template_tokens_alone_lacks_no_answer_where_nothing_marks_thinking() -> None:
+    tokenizer = tokenizer_with(None)
+    (made,) = capture(with_tokenizer(tokenizer), "hi", temperature=0, max_new_tokens=2)
+    n_prompt, n_tokens = len(made.prompt.tokens), len(made.tokens)
+    spans = (TokenSpan(kind="template", role=None, start=n_prompt, stop=n_tokens),)
+    assert not replace(made, spans=spans).lacks_answer
+    assert not has_switch(tokenizer, {})

@@ -144,7 +144,8 @@ class Capture:
     def lacks_answer(self) -> bool:
         """Whether the response was cut off before its answer began: within its thinking, or right after it."""
         found = [span.kind for span in self.spans if span.found and span.found[0] >= len(self.prompt.tokens)]
-        return bool(found) and "answer" not in found and self.metadata.get("stop_reason") == "max_new_tokens"
+        thinks = bool(found) and "thinking" in self.metadata
+        return thinks and "answer" not in found and self.metadata.get("stop_reason") == "max_new_tokens"
 
     @cached_property
     def positions(self) -> Positions:

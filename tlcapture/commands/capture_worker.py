@@ -35,6 +35,7 @@ from tlcapture.errors import InputError, OutOfMemoryError
 from tlcapture.generation.checkpoint_sampling import sampling_for, unfollowed
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure, Generation
+from tlcapture.generation.recording import bytes_of
 from tlcapture.generation.sampling import Sampling
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import is_out_of_memory, release_memory
@@ -160,7 +161,7 @@ class CaptureWorker:
                     on_cpu = self.model.last_device.type == "cpu"
                     lens = self._lens(outcome, wanted) if wanted.logit_lens and on_cpu else None
                     job = partial(self._write, name, outcome, sampling, wanted, max_new_tokens, lens)
-                    writer.submit(job, 2 * sum(each.nbytes for each in outcome.cache.values()))
+                    writer.submit(job, 2 * bytes_of(outcome.cache))
                 progress.advance(
                     max_new_tokens - len(outcome.response_ids),
                     done=f"{name}: {len(outcome.response_ids)} tokens, {outcome.stop_reason}",
@@ -275,7 +276,7 @@ class CaptureWorker:
             kept = wanted_positions(wanted.tokens, capture, fresh=False)
             lens = lens_of(self.model, capture.token_ids, capture.residual, kept, capture.positions)
         job = partial(self._complete_saved, name, capture, wanted, cache, lens)
-        writer.submit(job, 2 * sum(each.nbytes for each in (*cache.values(), capture.response.residual.points)))
+        writer.submit(job, 2 * (bytes_of(cache) + capture.response.residual.points.nbytes))
 
     def _complete_saved(
         self, name: str, capture: Capture, wanted: Outputs, cache: Cache, lens: LogitLens | None, run: Run

@@ -198,7 +198,12 @@ class ExplorableCapture(ABC):
 
         capture, model = self._captured, self._model()
         lens = logit_lens_view(
-            capture.residual, capture.n_layers, capture.token_ids, model.unembed, positions=capture.positions
+            capture.residual,
+            capture.n_layers,
+            capture.token_ids,
+            model.unembed,
+            positions=capture.positions,
+            device=model.last_device,
         )
         unique = lens.top_ids.unique().tolist()
         texts = dict(zip(unique, token_texts(model.tokenizer, unique), strict=True))

@@ -47,41 +47,81 @@ class Batch:
 
     Both yield each prompt's index and outcome as soon as the prompt has ended, and call `on_tokens` after each choice
     of tokens with the indices of the prompts that got one.
+
+    A step of `run` that runs out of memory raises its error once the outcomes so far have been yielded. Then, if the
+    prompts `were_read`, `pause` releases memory, and each call of `resume` goes on with some of those without outcome.
     """
 
     def __init__(self, model: Model, prompts: Sequence[TokenizedPrompt], settings: Settings):
         self._model = model
-        self._prompts = prompts
+        self.prompts = prompts
         self._settings = settings
-        self._interventions = settings.interventions  # for the running prompts
         self._stops = {
             templated: stop_ids(model.tokenizer, model.generation_config, chat_template=templated)
             for templated in {prompt.chat_template for prompt in prompts}
         }
         self._recorder = Recorder(settings.hooks, [len(p.token_ids) for p in prompts], settings.max_new_tokens)
+        self._responses: list[list[int]] = [[] for _ in prompts]
+        self.were_read = False  # whether all prompts have been run and recorded
+        self._begin(range(len(prompts)))
+
+    def _begin(self, indices: Sequence[int]) -> None:
+        """Let some prompts run, whose responses are equally long; an index is that of a prompt in the batch."""
+        settings = self._settings
+        self._running = list(indices)  # the prompt in each row of the state
+        self._n_new = len(self._responses[indices[0]]) if indices else 0  # tokens of every response
+        self._interventions = settings.interventions  # for the running prompts
         self._noise: GumbelNoise | None = None  # made when the vocabulary and the device of the logits are known
         self._processors = LogitProcessors(
             settings.sampling.rules,
             settings.sampling.temperature,
-            [PromptTokens(p.token_ids, self._stops[p.chat_template], settings.max_new_tokens) for p in prompts],
+            [self._prompt_tokens(self.prompts[index]) for index in indices],
         )
-        self._responses: list[list[int]] = [[] for _ in prompts]
-        self._n_new = 0  # tokens of every response that is still running
-        self._running = list(range(len(prompts)))  # the prompt in each row of the state
         self._state: Any = None
+
+    def _prompt_tokens(self, prompt: TokenizedPrompt) -> PromptTokens:
+        return PromptTokens(prompt.token_ids, self._stops[prompt.chat_template], self._settings.max_new_tokens)
+
+    def n_new_tokens(self, index: int) -> int:
+        """The tokens that a prompt's response has so far."""
+        return len(self._responses[index])
 
     def run(self, on_tokens: Callable[[Sequence[int]], None]) -> Iterator[tuple[int, Outcome]]:
         """Run the prompts from their first token on."""
-        self._state = self._model.start(len(self._prompts))
-        longest = max(len(prompt.token_ids) for prompt in self._prompts)
-        self._model.reserve(self._state, longest + self._settings.max_new_tokens)
-        yield from self._respond(self._read_prompts(), on_tokens)
+        logits = self._read()
+        self.were_read = True
+        yield from self._respond(logits, on_tokens)
+
+    def pause(self) -> None:
+        """Release what is on the device, apart from activations that were recorded there."""
+        self._begin(())
+
+    def resume(
+        self, indices: Sequence[int], on_tokens: Callable[[Sequence[int]], None]
+    ) -> Iterator[tuple[int, Outcome]]:
+        """Go on with some of the prompts after `pause`: their tokens so far are read again, as one pass.
+
+        What has been recorded stays and moves to main memory. Tokens that nobody has been told of are chosen again.
+        """
+        for index in indices:
+            self._recorder.rewind(index, len(self.prompts[index].token_ids) + len(self._responses[index]))
+        self._recorder.leave_devices()
+        reasons = {index: self._stop_reason(index) for index in indices}
+        ended: Ended = {index: reason for index, reason in reasons.items() if reason is not None}
+        yield from self._outcomes(ended)
+        self._begin([index for index in indices if index not in ended])
+        if self._running:
+            logits = self._read()
+            if self._processors:
+                for tokens in zip(*(self._responses[index] for index in self._running), strict=True):
+                    self._processors.append(upload(tokens, logits.device))
+            yield from self._respond(logits, on_tokens)
 
     def continue_from(self, state: Any, on_tokens: Callable[[Sequence[int]], None]) -> Iterator[tuple[int, Outcome]]:
         """Run from a state of all prompt tokens but the last, which is extended; the settings name no hooks."""
         assert not self._settings.hooks, "the activations of the tokens in a state are gone"
         self._state = state
-        tokens = torch.tensor([[prompt.token_ids[-1]] for prompt in self._prompts])
+        tokens = torch.tensor([[prompt.token_ids[-1]] for prompt in self.prompts])
         yield from self._respond(self._step(tokens, torch.ones_like(tokens), want_logits=True).logits, on_tokens)
 
     def _respond(
@@ -92,21 +132,21 @@ class Batch:
         Outcomes are yielded while the next tokens are being run.
         """
         if not self._settings.max_new_tokens:
-            yield from _handed_out(self._outcomes(dict.fromkeys(self._running, MAX_NEW_TOKENS)))
+            yield from self._outcomes(dict.fromkeys(self._running, MAX_NEW_TOKENS))
             return
         outcomes: Outcomes = deque()
-        while self._running:
-            assert logits is not None
-            tokens, copy = self._choose(logits)
-            try:
+        try:
+            while self._running:
+                assert logits is not None
+                tokens, copy = self._choose(logits)
                 logits = self._run_tokens(tokens)
-            except Exception:
                 yield from _handed_out(outcomes)
-                raise
+                ended = self._read_choice(copy.read(), on_tokens)
+                outcomes.extend(self._outcomes(ended))
+                logits = self._keep([index not in ended for index in self._running], logits)
+        except Exception:
             yield from _handed_out(outcomes)
-            ended = self._read_choice(copy.read(), on_tokens)
-            outcomes = self._outcomes(ended)
-            logits = self._keep([index not in ended for index in self._running], logits)
+            raise
         yield from _handed_out(outcomes)
 
     def _choose(self, logits: LastLogits) -> tuple[NextTokens, Download]:
@@ -117,26 +157,27 @@ class Batch:
             logits = self._processors(logits)
             temperature = 1.0 if temperature else 0  # the processors have divided by it
         if temperature and self._noise is None:
-            starts = [stream_start(sampling.seed, self._prompts[index]) for index in self._running]
+            starts = [stream_start(sampling.seed, self.prompts[index]) for index in self._running]
             width = n_numbers(logits.shape[-1])
-            self._noise = GumbelNoise(starts, width, self._settings.max_new_tokens, logits.device)
+            self._noise = GumbelNoise(starts, width, self._settings.max_new_tokens, logits.device, self._n_new)
         choice = choose_tokens(logits, temperature, None if self._noise is None else self._noise.next())
         self._processors.append(choice.tokens)
         self._n_new += 1
         return choice.tokens, Download(torch.where(choice.is_finite, choice.tokens, -1))
 
     def _read_choice(self, tokens: Sequence[int], on_tokens: Callable[[Sequence[int]], None]) -> Ended:
-        """Extend the responses; the prompts that have ended."""
+        """Extend the responses; the prompts that have ended, first those without a token."""
         chosen = {index: token for index, token in zip(self._running, tokens, strict=True) if token >= 0}
         for index, token in chosen.items():
             self._responses[index].append(token)
         if chosen:
             on_tokens(list(chosen))
-        reasons = {index: self._stop_reason(index) if index in chosen else None for index in self._running}
-        return {index: reason for index, reason in reasons.items() if reason is not None or index not in chosen}
+        failed: Ended = {index: None for index in self._running if index not in chosen}
+        reasons = {index: self._stop_reason(index) for index in chosen}
+        return failed | {index: reason for index, reason in reasons.items() if reason is not None}
 
     def _stop_reason(self, index: int) -> str | None:
-        stops = self._stops[self._prompts[index].chat_template]
+        stops = self._stops[self.prompts[index].chat_template]
         return stop_reason(self._responses[index], stops, self._settings.max_new_tokens)
 
     def _keep(self, stays: Sequence[bool], logits: LastLogits | None) -> Tensor | None:
@@ -155,12 +196,18 @@ class Batch:
             self._noise.keep(kept)
         return logits.index_select(0, upload(kept, logits.device))
 
-    def _read_prompts(self) -> LastLogits:
-        tokens, mask = left_pad([prompt.token_ids for prompt in self._prompts])
+    def _read(self) -> LastLogits:
+        """Run the tokens so far of the running prompts; what `were_read` before has been recorded already."""
+        tokens, mask = left_pad([[*self.prompts[each].token_ids, *self._responses[each]] for each in self._running])
+        self._state = self._model.start(len(self._running))
+        self._model.reserve(self._state, tokens.shape[1] - self._n_new + self._settings.max_new_tokens)
+        hooks = frozenset[str]() if self.were_read else self._recorder.names
+        from_last_of_prompt = slice(-1 - self._n_new, None)
         last_logits = []
-        with applied(self._model, self._interventions, LAST_POSITION):
-            for rows, step in self._model.prompt_steps(tokens, mask, self._state, self._recorder.names):
-                self._recorder.record(self._running[rows], step.cache)
+        with applied(self._model, self._interventions, from_last_of_prompt):
+            for rows, step in self._model.prompt_steps(tokens, mask, self._state, hooks):
+                if not self.were_read:
+                    self._recorder.record(self._running[rows], step.cache)
                 last_logits.append(step.logits)
         return torch.cat([each for each in last_logits if each is not None])
 
@@ -179,20 +226,19 @@ class Batch:
         with applied(self._model, self._interventions, LAST_POSITION):
             return self._model.step(tokens, mask, self._state, self._recorder.names, want_logits=want_logits)
 
-    def _outcomes(self, ended: Ended) -> Outcomes:
+    def _outcomes(self, ended: Ended) -> Iterator[tuple[int, Outcome]]:
         """The outcomes of prompts that have ended, whose activations begin to leave the device."""
-        return deque(
-            (index, self._not_finite(index) if reason is None else self._generation(index, reason))
-            for index, reason in ended.items()
-        )
+        for index, reason in ended.items():
+            yield index, self._not_finite(index) if reason is None else self._generation(index, reason)
 
     def _generation(self, index: int, reason: str) -> Generation:
-        return Generation(self._prompts[index], tuple(self._responses[index]), reason, self._recorder.take(index))
+        return Generation(self.prompts[index], tuple(self._responses[index]), reason, self._recorder.take(index))
 
     def _not_finite(self, index: int) -> Failure:
-        position = len(self._prompts[index].token_ids) + len(self._responses[index])
+        self._recorder.forget(index)
+        position = len(self.prompts[index].token_ids) + len(self._responses[index])
         reason = f"the model's logits are NaN or inf at token {position}: try --dtype float32"
-        return Failure(self._prompts[index], reason, NumericalError)
+        return Failure(self.prompts[index], reason, NumericalError)
 
 
 def _handed_out(outcomes: Outcomes) -> Iterator[tuple[int, Outcome]]:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tlcapture.generation.transfers import Copies, in_main_memory, upload
+from tlcapture.generation.transfers import Copies, upload
 
 _CHUNK = 32  # columns that leave together
-_FEW = 256  # new tokens up to which memory for all of them is pinned from the start
+_FEW = 256  # new tokens up to which main memory for all of them is taken from the start
 SHARE = 0.5  # of an accelerator's free memory that recorded activations may take
 
 
@@ -60,7 +60,16 @@ class DeviceBuffer:
     def take(self, index: int, n_tokens: int) -> Tensor:
         """A row's activations `[place, n_tokens, ...]` in main memory, once the copies begun so far are done."""
         self._leave([index], self._starts[index] + n_tokens, n_tokens)
-        return self._targets.pop(index)[:n_tokens].transpose(0, 1)
+        return self._targets[index][:n_tokens].transpose(0, 1)
+
+    def with_room(self, index: int, n_tokens: int) -> Tensor:
+        """As `take`, with room for all tokens that the row may get: `[place, token, ...]`."""
+        self._leave([index], self._starts[index] + n_tokens)
+        return self._targets[index].transpose(0, 1)
+
+    def forget(self, index: int) -> None:
+        """Let the memory of a row's activations in main memory be freed once nobody else has it."""
+        self._targets.pop(index, None)
 
     def _write_piece(self, indices: Sequence[int], pieces: Sequence[Tensor], first: int) -> None:
         n_columns = pieces[0].shape[1]
@@ -83,8 +92,7 @@ class DeviceBuffer:
         if index not in self._targets:
             at_most = self._width - self._starts[index] + self._max_new_tokens
             shape = (n_tokens or at_most, *self._buffer.shape[2:])
-            # Memory that is not pinned is only taken as it is written.
-            self._targets[index] = in_main_memory(shape, self._buffer.dtype, pinned=self._is_whole)
+            self._targets[index] = torch.empty(shape, dtype=self._buffer.dtype)
         return self._targets[index]
 
 
@@ -134,6 +142,10 @@ class Triangles:
             weights = pattern[:, :, -n_columns:, -n_columns:].to(device)
             flat = weights.flatten(2).index_select(2, query * n_columns + key)
             self._buffer[indices[0] : indices[-1] + 1, place].index_copy_(2, at, flat)
+
+    def leave_device(self) -> None:
+        """Move to main memory, where further patterns are written too."""
+        self._buffer = self._buffer.to("cpu")
 
     def own(self, index: int, start: int, n_tokens: int) -> Tensor:
         """The triangle `[place, head, weight]` of a row's own tokens, which begin at the column `start`."""

@@ -11,7 +11,7 @@ pass, so that every token has its activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -51,12 +51,12 @@ def generate(
         hooks: names of the activations to capture; those of one shape are kept in one buffer, in
             this order.
         interventions: changes to the model's activations, from the last prompt token on.
-        batch_size: how many prompts run together; `None` takes what fits in free memory. Out of
-            memory, it is halved and the rest of the batch is run again.
+        batch_size: how many prompts run together; `None` takes what fits in free memory. Out of memory, it is halved;
+            prompts that were being answered keep their tokens and activations, and go on from there.
         wanted: ids of the prompts whose outcomes are yielded; `None` means all. Each of them runs in the batch in
             which it would run if all were wanted, so its outcome is bit-identical; batches without any do not run.
         on_tokens: called with the number of new tokens of wanted prompts after every step, and with a negative
-            number for the tokens of prompts that run again because memory ran out.
+            number for the tokens of a prompt that runs again, or fails, because memory ran out while it was alone.
 
     Raises:
         InputError: the activations of a hook are not stored token by token.
@@ -79,24 +79,29 @@ def generate(
     size = batch_size or fitting_batch_size(model, longest + max_new_tokens, len(fitting), hooks, longest)
     queue = _Queue(fitting, size)
     settings = Settings(hooks, max_new_tokens, sampling, interventions)
-    while queue:
-        in_flight = _InFlight(queue.next_batch(), ids, on_tokens)
+    paused: list[_InFlight] = []  # the next one last
+    while paused or queue:
+        in_flight = paused.pop() if paused else _InFlight.of(model, queue.next_batch(), settings, ids)
         try:
-            yield from _run_batch(model, in_flight, settings)
+            yield from in_flight.run(on_tokens)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
         else:
             continue
         # Outside the handler: the error's traceback refers to the batch, whose memory is to be released.
+        in_flight.batch.pause()
         model.release()
         release_memory()
-        in_flight.take_back_tokens()
-        if queue.batch_size == 1:
-            yield _out_of_memory(in_flight.batch[0])
+        queue.halve_batches(in_flight.n_rows)
+        if in_flight.n_rows > 1 and in_flight.batch.were_read:
+            paused += reversed(in_flight.parts(queue.batch_size))
+            continue
+        on_tokens(-in_flight.n_tokens)
+        if in_flight.n_rows == 1 and not in_flight.is_resumed:
+            yield _out_of_memory(in_flight.prompts[0])
         else:
-            queue.put_back(in_flight.unfinished)
-        queue.halve_batches(len(in_flight.batch))
+            queue.put_back(in_flight.prompts)
 
 
 def prefill(model: Model, prompts: Sequence[TokenizedPrompt]) -> Any:
@@ -160,46 +165,55 @@ class _Queue:
 
 
 class _InFlight:
-    """The wanted prompts of a batch that have no outcome yet, and the tokens that were reported for each."""
+    """Prompts of a batch that run together, and which of them are wanted and have no outcome yet."""
 
-    def __init__(
-        self, batch: Sequence[TokenizedPrompt], wanted: Collection[PromptId], on_tokens: Callable[[int], None]
-    ):
+    def __init__(self, batch: Batch, unfinished: Iterable[int], n_rows: int, *, is_resumed: bool):
         self.batch = batch
-        self._n_tokens = {index: 0 for index, prompt in enumerate(batch) if prompt.id in wanted}
-        self._on_tokens = on_tokens
+        self.n_rows = n_rows
+        self.is_resumed = is_resumed
+        self._unfinished = dict.fromkeys(unfinished)  # in their order
+
+    @classmethod
+    def of(
+        cls, model: Model, prompts: Sequence[TokenizedPrompt], settings: Settings, wanted: Collection[PromptId]
+    ) -> _InFlight:
+        """A new batch."""
+        unfinished = [index for index, prompt in enumerate(prompts) if prompt.id in wanted]
+        return cls(Batch(model, prompts, settings), unfinished, len(prompts), is_resumed=False)
+
+    def parts(self, n_rows: int) -> list[_InFlight]:
+        """The unfinished prompts, up to `n_rows` together, to be resumed."""
+        indices = list(self._unfinished)
+        chunks = [indices[start : start + n_rows] for start in range(0, len(indices), n_rows)]
+        return [_InFlight(self.batch, chunk, len(chunk), is_resumed=True) for chunk in chunks]
 
     @property
-    def unfinished(self) -> list[TokenizedPrompt]:
-        return [self.batch[index] for index in self._n_tokens]
+    def prompts(self) -> list[TokenizedPrompt]:
+        """The unfinished prompts."""
+        return [self.batch.prompts[index] for index in self._unfinished]
 
-    def count_tokens(self, indices: Sequence[int]) -> None:
-        """Report one new token for each of these prompts that is wanted."""
-        counted = [index for index in indices if index in self._n_tokens]
-        for index in counted:
-            self._n_tokens[index] += 1
-        self._on_tokens(len(counted))
+    @property
+    def n_tokens(self) -> int:
+        """The tokens that were reported for the unfinished prompts."""
+        return sum(self.batch.n_new_tokens(index) for index in self._unfinished)
 
-    def finish(self, index: int) -> bool:
-        """Register that a prompt has its outcome; returns whether the outcome is wanted."""
-        return self._n_tokens.pop(index, None) is not None
-
-    def take_back_tokens(self) -> None:
-        """Report the tokens of unfinished prompts as a negative number."""
-        self._on_tokens(-sum(self._n_tokens.values()))
-
-
-def _run_batch(model: Model, in_flight: _InFlight, settings: Settings) -> Iterator[Outcome]:
-    """Yield the wanted outcomes of a batch, which ends with the last of them."""
-    batch = in_flight.batch
-    if not in_flight.unfinished:
-        return
-    _log.debug("a batch of %d prompts, up to %d tokens each", len(batch), len(batch[0].token_ids))
-    for index, outcome in Batch(model, batch, settings).run(in_flight.count_tokens):
-        if in_flight.finish(index):
-            yield outcome
-        if not in_flight.unfinished:
+    def run(self, on_tokens: Callable[[int], None]) -> Iterator[Outcome]:
+        """Yield the wanted outcomes; ends with the last of them. Reports tokens of wanted prompts."""
+        if not self._unfinished:
             return
+
+        def count_tokens(indices: Sequence[int]) -> None:
+            on_tokens(sum(index in self._unfinished for index in indices))
+
+        batch = self.batch
+        _log.debug("a batch of %d prompts, up to %d tokens each", self.n_rows, len(self.prompts[0].token_ids))
+        outcomes = batch.resume(list(self._unfinished), count_tokens) if self.is_resumed else batch.run(count_tokens)
+        for index, outcome in outcomes:
+            if index in self._unfinished:
+                del self._unfinished[index]
+                yield outcome
+            if not self._unfinished:
+                return
 
 
 def _unfit(model: Model, prompt: TokenizedPrompt, max_new_tokens: int) -> str | None:

@@ -29,21 +29,22 @@ class GumbelNoise:
         starts: the start of each row's stream, from `stream_start`.
         width: the numbers of a step.
         n_steps: the number of steps that there are at most.
+        first: the first step, counted from 0.
     """
 
-    def __init__(self, starts: Sequence[int], width: int, n_steps: int, device: torch.device):
+    def __init__(self, starts: Sequence[int], width: int, n_steps: int, device: torch.device, first: int = 0):
         self._starts = upload(starts, device)
         self._width = width
         self._n_at_once = max(1, min(_STEPS, n_steps))
         self._device = device
-        self._next = 0
+        self._next = first
         self._ready: Tensor | None = None
 
     def next(self) -> Noise:
         """The noise of the next step, `[batch, width]` in float32."""
         within = self._next % self._n_at_once
         if self._ready is None or within == 0:
-            self._ready = self._compute(self._next)
+            self._ready = self._compute(self._next - within)
         self._next += 1
         return self._ready[within]
 

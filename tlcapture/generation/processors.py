@@ -159,10 +159,11 @@ class LogitProcessors:
 
     def _penalised(self, scores: LastLogits) -> LastLogits:
         """Positive logits of tokens that a row already has divided by the penalty, negative ones multiplied by it."""
+        new = self._responses[-1:]
         if self._seen is None:
-            self._seen = self._in_prompts(scores)
-        if self._responses:
-            self._seen.scatter_(1, self._responses[-1][:, None], True)
+            self._seen, new = self._in_prompts(scores), self._responses
+        for tokens in new:
+            self._seen.scatter_(1, tokens[:, None], True)
         penalty = self._rules["repetition_penalty"]
         return torch.where(self._seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 

@@ -17,7 +17,7 @@ from tlcapture.generation.device_buffers import (
     n_weights,
     whole_patterns,
 )
-from tlcapture.generation.transfers import Copies, in_main_memory
+from tlcapture.generation.transfers import Copies
 from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import is_pattern
 
@@ -86,21 +86,57 @@ class Recorder:
     def take(self, index: int) -> Recorded:
         """All activations of a prompt: `[n_tokens, ...]` by name, in the prompt's own buffers.
 
-        The first read of one waits until it has arrived in main memory.
+        The first read of one waits until it has arrived in main memory. A call that runs out of memory can be repeated.
         """
-        return Recorded(self._order, [(names, self._part(kind, index)) for kind, names in self._groups.items()])
+        parts, n_bytes = [], 0
+        for kind, names in self._groups.items():
+            part, more = self._part(kind, index)
+            parts.append((names, part))
+            n_bytes += more
+        self.forget(index)
+        return Recorded(self._order, parts, n_bytes)
 
-    def _part(self, kind: Kind, index: int) -> Part:
+    def forget(self, index: int) -> None:
+        """Keep no activations of a prompt, which has ended."""
+        self._filled[index] = 0
+        for kind in self._groups:
+            self._buffers.pop((kind, index), None)
+            if (buffer := self._on_device.get(kind)) is not None:
+                buffer.forget(index)
+
+    def rewind(self, index: int, n_tokens: int) -> None:
+        """Let the next token recorded of a prompt be the one after its first `n_tokens`."""
+        self._filled[index] = n_tokens
+
+    def leave_devices(self) -> None:
+        """Move the activations of all prompts that have not ended to main memory, where further steps are recorded."""
+        for kind, buffer in self._on_device.items():
+            if buffer is not None:
+                moved = {
+                    (kind, index): buffer.with_room(index, n_tokens)
+                    for index, n_tokens in enumerate(self._filled)
+                    if n_tokens
+                }
+                buffer.copies.wait(buffer.copies.mark())
+                self._buffers.update(moved)
+                self._on_device[kind] = None
+        for triangles in self._triangles.values():
+            triangles.leave_device()
+
+    def _part(self, kind: Kind, index: int) -> tuple[Part, int]:
+        """The activations of a kind, and their bytes."""
         n_tokens = self._filled[index]
         if kind in self._triangles:
             triangle = self._triangles[kind].own(index, self._width - self._lengths[index], n_tokens)
             arrived = self._leaving(triangle)
-            return lambda: whole_patterns(arrived(), n_tokens)
+            n_bytes = triangle[..., 0].numel() * n_tokens**2 * triangle.itemsize
+            return lambda: whole_patterns(arrived(), n_tokens), n_bytes
         buffer = self._on_device.get(kind)
         if buffer is None:
-            whole = self._buffers.pop((kind, index))[:, :n_tokens]
-            return lambda: whole
-        return _once_copied(buffer.take(index, n_tokens), buffer.copies)
+            whole = self._buffers[kind, index][:, :n_tokens]
+            return lambda: whole, whole.nbytes
+        taken = buffer.take(index, n_tokens)
+        return _once_copied(taken, buffer.copies), taken.nbytes
 
     def _leaving(self, tensor: Tensor) -> Part:
         """A tensor on its way to main memory."""
@@ -109,7 +145,7 @@ class Recorder:
             return lambda: tensor
         copies = self._copies_from(tensor.device)
         copies.lend(tensor)
-        target = in_main_memory(tensor.shape, tensor.dtype, pinned=True)
+        target = torch.empty(tensor.shape, dtype=tensor.dtype)
         copies.copy(target, tensor)
         return _once_copied(target, copies)
 
@@ -186,9 +222,10 @@ def _once_copied(target: Tensor, copies: Copies) -> Part:
 
 
 class Recorded(Mapping[str, Tensor]):
-    """Activations by name, which are waited for when they are read."""
+    """Activations by name, which are waited for when they are read; `n_bytes` is the memory that they take."""
 
-    def __init__(self, order: Sequence[str], parts: Sequence[tuple[Sequence[str], Part]]):
+    def __init__(self, order: Sequence[str], parts: Sequence[tuple[Sequence[str], Part]], n_bytes: int):
+        self.n_bytes = n_bytes
         self._order = order
         self._parts: dict[str, tuple[Sequence[str], Part]] = {name: part for part in parts for name in part[0]}
         self._arrived: dict[str, Tensor] = {}
@@ -208,6 +245,11 @@ class Recorded(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._order)
+
+
+def bytes_of(cache: Cache) -> int:
+    """The memory that activations take, without waiting for them."""
+    return cache.n_bytes if isinstance(cache, Recorded) else sum(each.nbytes for each in cache.values())
 
 
 def check_hooks(hooks: Sequence[str]) -> None:

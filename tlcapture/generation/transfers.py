@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _IN_TRANSIT = 2**28  # bytes
+_PIECE = 2**24  # bytes
 
 
 def upload(numbers: Sequence[int], device: torch.device) -> Tensor:
@@ -40,57 +41,62 @@ class Download:
 class Copies:
     """Copies to main memory on a stream of their own, while the model goes on.
 
-    Pinned memory is reused by torch once the tensors in it are gone. Copies to memory that is not pinned go through
-    pinned memory of at most `_IN_TRANSIT` bytes.
+    A copy goes through pinned memory, of which at most `_IN_TRANSIT` bytes are taken, and from there to its target in
+    a thread. To pin the targets themselves would take longer than to generate what they hold.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
         self._stream: Any = torch.cuda.Stream(device)
-        self._in_transit: deque[tuple[Any, Tensor, Tensor]] = deque()  # event, pinned memory, target
-        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "copies")
+        self._in_transit: deque[tuple[int, Future[None]]] = deque()  # bytes, and the arrival at the target
 
     def lend(self, tensor: Tensor) -> None:
         """Keep the memory of a tensor on the device from being reused before its copies are done."""
         tensor.record_stream(self._stream)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """Begin to copy a contiguous tensor as it will be after the work queued so far."""
+        """Begin to copy a contiguous tensor as it will be after the work queued so far, to a contiguous one."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        pinned = target if target.is_pinned() else in_main_memory(source.shape, source.dtype, pinned=True)
-        with torch.cuda.stream(self._stream):
-            pinned.copy_(source, non_blocking=True)
-        if pinned is not target:
-            self._in_transit.append((self.mark(), pinned, target))
-            self._land(_IN_TRANSIT)
+        n_numbers = max(1, _PIECE // source.itemsize)
+        for piece, onto in zip(source.view(-1).split(n_numbers), target.view(-1).split(n_numbers), strict=True):
+            self._arrive(_IN_TRANSIT - piece.nbytes)
+            pinned = _pinned(piece)
+            with torch.cuda.stream(self._stream):
+                pinned.copy_(piece, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(self._stream)
+            self._in_transit.append((piece.nbytes, self._thread.submit(_land, event, pinned, onto)))
 
-    def mark(self) -> Any:
+    def mark(self) -> Future[None] | None:
         """A mark of the copies begun so far, for `wait`."""
-        event = torch.cuda.Event()
-        event.record(self._stream)
-        return event
+        return self._in_transit[-1][1] if self._in_transit else None
 
-    def wait(self, mark: Any) -> None:
-        """Wait until the copies up to a mark are done."""
-        mark.synchronize()
-        self._land(0)
+    def wait(self, mark: Future[None] | None) -> None:
+        """Wait until the copies up to a mark have arrived; any thread may."""
+        if mark is not None:
+            mark.result()
 
     def hold_up_device(self) -> None:
-        """Let the work queued from now on begin after the copies begun so far."""
+        """Let the work queued from now on begin after the copies begun so far have left the device."""
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
-    def _land(self, at_most: int) -> None:
-        """Move to their targets what is in transit, oldest first, until no more than so many bytes are."""
-        with self._lock:
-            while sum(pinned.nbytes for _, pinned, _ in self._in_transit) > at_most:
-                event, pinned, target = self._in_transit.popleft()
-                event.synchronize()
-                target.copy_(pinned)
+    def _arrive(self, at_most: int) -> None:
+        """Wait until no more than so many bytes are in transit; the last copy stays, as the mark of all."""
+        n_bytes = sum(each for each, _ in self._in_transit)
+        while len(self._in_transit) > 1 and (n_bytes > at_most or self._in_transit[0][1].done()):
+            each, arrival = self._in_transit.popleft()
+            arrival.result()
+            n_bytes -= each
 
 
-def in_main_memory(shape: Sequence[int], dtype: torch.dtype, *, pinned: bool) -> Tensor:
-    """An uninitialised tensor in main memory, pinned if that is asked for and can be had."""
-    if pinned:
-        with suppress(RuntimeError):
-            return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
-    return torch.empty(tuple(shape), dtype=dtype)
+def _land(event: Any, pinned: Tensor, target: Tensor) -> None:
+    event.synchronize()
+    target.copy_(pinned)
+
+
+def _pinned(like: Tensor) -> Tensor:
+    """An uninitialised tensor in main memory, pinned if that can be had. Torch uses such memory again."""
+    with suppress(RuntimeError):
+        return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+    return torch.empty(like.shape, dtype=like.dtype)

@@ -107,7 +107,8 @@ def _switch(tokenizer: Any, given: Mapping[str, Any]) -> str:
 
 def _reads(tokenizer: Any, name: str) -> bool:
     template = tokenizer.chat_template
-    return name in _values_read(template["default"] if isinstance(template, dict) else template)
+    source = template.get("default") if isinstance(template, dict) else template
+    return source is not None and name in _values_read(source)
 
 
 @lru_cache(maxsize=8)
