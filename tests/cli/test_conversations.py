@@ -380,3 +380,18 @@ def test_a_longer_response_by_default_is_no_other_setting(
     assert "another temperature" not in again.output
     other = tlcapture(*words, "--skip-existing", "--max-new-tokens", 7)
     assert "kept the capture of prompt 1 made with another temperature, seed or --max-new-tokens" in other.output
+
+
+@pytest.mark.parametrize("only", [(), ("--projections-only",)])
+def test_a_dry_run_counts_spans_and_messages(
+    capture: Run, extract: Run, data: Path, talks: Path, only: tuple[str, ...]
+) -> None:
+    extract()
+    turns = [{"role": role, "content": "so?"} for _ in range(5) for role in ("user", "assistant")]
+    talks.write_text(json.dumps([{"id": 1, "messages": turns[:-1]}]))
+    words = ("--tokens", "last", "--temperature", 0, *only)
+    estimated = json.loads(capture(*words, "--dry-run", "--json", prompts=("--prompt-set", "talks")).stdout)
+    capture(*words, prompts=("--prompt-set", "talks"))
+    paths = [*(data / "experiments/exp/inference").rglob("1.*")]
+    assert estimated["estimate"]["files"] == len(paths)
+    assert 0.9 < estimated["estimate"]["bytes"] / sum(path.stat().st_size for path in paths) < 1.2
