@@ -30,6 +30,7 @@ from tests.test_chat_templates import (
 from tlcapture import capture
 from tlcapture.errors import InputError
 from tlcapture.prompts.conversations import check_messages
+from tlcapture.prompts.prompt_sets import Prompt
 from tlcapture.prompts.spans import NO_OFFSETS, Piece, TokenSpan, check_spans, labels_of, spans_of_text
 from tlcapture.prompts.template_args import has_switch, template_args
 from tlcapture.prompts.thinking import RESPONSE_TEMPLATE, response_spans, thinks
@@ -419,6 +420,9 @@ def test_prompts_in_python_may_be_texts_and_conversations() -> None:
     assert sorted(each.prompt_id for each in found) == ["1", "2", "3"]
     one, other = (next(each for each in found if each.prompt_id == prompt_id) for prompt_id in ("1", "2"))
     assert one.token_ids == other.token_ids
+    for alone in ({"role": "user", "content": "why?"}, Prompt(id="1", text="why?")):
+        (same,) = capture(model, alone, max_new_tokens=3, temperature=0)
+        assert same.token_ids == one.token_ids
     assert "messages" not in one.metadata
     for wrong, reason in (
         ([[{"role": "poet", "content": "x"}]], "role 'poet': expected one of system, user, assistant, tool"),

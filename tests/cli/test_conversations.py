@@ -259,6 +259,7 @@ def test_a_closed_or_empty_standard_input_is_one_clear_line(tmp_path: Path, redi
         (b"  \n", "a.txt", "a.txt: text: text is empty"),
         (b"[", "a.json", "a.json: line 1, column 2: not valid JSON"),
         (b"3", "a.json", "expected a list of messages"),
+        (b'{"messages": [], "tools": []}', "a.json", 'an object with "messages" alone, found messages, tools'),
         (b"[]", "a.json", "a.json: messages: expected at least one"),
         (b'["a"]', "a.json", 'a.json: message 1: expected {"role", "content"}, got str'),
         (b'[{"role": "user"}]', "a.json", "message 1: content: expected a text, got NoneType"),

@@ -69,10 +69,11 @@ def _read(path: Path) -> tuple[str, Any]:
         content = read_json(path)
     except StorageError as error:
         raise InputError(f"--prompt-file {error}") from None
-    if isinstance(content, dict):
-        content = content.get("messages")
+    if isinstance(content, dict) and content.keys() == {"messages"}:
+        content = content["messages"]
     if not isinstance(content, str | list):
-        raise InputError(f'{name}: expected a list of messages, or an object with "messages"')
+        keys = f", found {', '.join(sorted(content))}" if isinstance(content, dict) else ""
+        raise InputError(f'{name}: expected a list of messages, or an object with "messages" alone{keys}')
     return name, content
 
 

@@ -163,10 +163,8 @@ def _tensors(
         n_layers = len(wanted.kept.layers)
         n_points = len(wanted.kept.point_indices) + n_layers * wanted.attn_out
         n_views = 2 * n_layers * (len(wanted.kept.points) + wanted.attn_out)
-        yield (
-            "raw residual",
-            text + labels + n_views * _PER_VIEW + n_points * n_kept * m.d_model * _BYTES[options.save_dtype],
-        )
+        n_bytes = n_points * n_kept * m.d_model * _BYTES[options.save_dtype]
+        yield "raw residual", text + labels + n_views * _PER_VIEW + n_bytes
     # Queries, keys, values and their mix; pre-activation, gate, activation; the residual stream and both outputs.
     heads = (2 * m.n_heads + 2 * m.n_key_value_heads) * m.d_head
     row = heads + 3 * m.d_mlp + 5 * m.d_model + m.n_heads * tokens.n_tokens
