@@ -29,7 +29,6 @@ import click
 from gpu_report import Report
 
 HERE = Path(__file__).resolve().parent
-BATCHES = (1, 10, 64)
 OURS = ("nothing", "residual", "residual and attention", "residual and lens")
 RESULT = "result "
 _LONG = 4.0  # seconds
@@ -121,17 +120,16 @@ class Session:
         click.echo(f"{name}: {time.monotonic() - start:.1f} s, {self.seconds_left:.0f} s left", err=True)
 
     def start_workers(self) -> None:
-        maker = Worker("hugging face", self.trees["this"], self.work, self.device)
-        self.workers["hugging face"] = maker
-        self.report.machine |= maker.run("make the model")
-        for name, tree in self.trees.items():
+        for name, tree in {"hugging face": self.trees["this"], **self.trees}.items():
             self.workers[name] = Worker(name, tree, self.work, self.device)
+        self.report.machine |= self.workers["hugging face"].run("make the model")
+        for name in self.trees:
             self.workers[name].begin("load")
         for name in self.trees:
             self.report.loaded[name] = self.workers[name].result()
 
     def in_turn(self, batch: int, workloads: Sequence[tuple[str, str]]) -> None:
-        """Run workloads `(worker, name)` in turn, one round more than counted; one round of those that take long."""
+        """Run workloads `(worker, name)` in turn, one round more than counted; those that take long only once."""
         figures: dict[tuple[str, str], list[dict[str, Any]]] = {each: [] for each in workloads}
         for number in range(self.rounds + 1):
             for worker, name in list(figures):
@@ -144,8 +142,8 @@ class Session:
                     self.report.notes.append(f"Failed: {error}")
                     del figures[worker, name]
                     continue
-                if number:
-                    figures[worker, name].append(found)
+                if number or found["seconds"] > _LONG:
+                    done.append(found)
         for (worker, name), found_each in figures.items():
             if found_each:
                 self.report.add_speed(
@@ -162,7 +160,7 @@ class Session:
 
     def sampled_speeds(self) -> None:
         workers = ["hugging face", *self.trees]
-        self.in_turn(BATCHES[-1], [(worker, "temperature 0.7") for worker in workers])
+        self.in_turn(64, [(worker, "temperature 0.7") for worker in workers])
 
     def once(self, workload: str, into: dict[str, Any], workers: Sequence[str]) -> None:
         for worker in workers:
@@ -256,11 +254,13 @@ def main(
         everyone = ["hugging face", *trees]
         parts: list[tuple[str, float, Callable[[], None]]] = [
             ("start", 30, session.start_workers),
-            *((f"batch {batch}", 20.0, lambda batch=batch: session.speeds(batch)) for batch in reversed(BATCHES)),
-            ("temperature 0.7", 20, session.sampled_speeds),
+            ("batch 64", 20, lambda: session.speeds(64)),
+            ("temperature 0.7", 15, session.sampled_speeds),
+            ("captures", 45, session.whole_captures),
+            ("batch 1", 20, lambda: session.speeds(1)),
+            ("batch 10", 20, lambda: session.speeds(10)),
             ("profile", 15, lambda: session.once("profile", report.profiles, list(trees))),
             ("memory", 15, lambda: session.once("long 1", report.memory, everyone)),
-            ("captures", 45, session.whole_captures),
             ("compiled", 90, lambda: session.once("compiled 64", report.compiled, ["hugging face"])),
             ("tests", 40, session.tests),
         ]

@@ -173,6 +173,11 @@ class HuggingFace(Workloads):
 class Ours(Workloads):
     """Generation of the package that PYTHONPATH names."""
 
+    def __init__(self, work: Path, device: str):
+        import transformer_lens  # noqa: F401  while the model is being made
+
+        super().__init__(work, device)
+
     def run(self, workload: str) -> dict[str, Any]:
         if workload == "load":
             return self.load()
