@@ -30,6 +30,7 @@ from tests.test_chat_templates import (
 from tlcapture import capture
 from tlcapture.errors import InputError
 from tlcapture.prompts.conversations import check_messages
+from tlcapture.prompts.prompt_sets import Prompt
 from tlcapture.prompts.spans import NO_OFFSETS, Piece, TokenSpan, check_spans, labels_of, spans_of_text
 from tlcapture.prompts.template_args import has_switch, template_args
 from tlcapture.prompts.thinking import RESPONSE_TEMPLATE, response_spans, thinks
@@ -302,13 +303,25 @@ def test_values_for_a_template_have_to_be_read_by_it() -> None:
     tokenizer = tokenizer_with(PUBLISHED["gptoss"])
     assert template_args(tokenizer, None, {"reasoning_effort": "low"}) == {"reasoning_effort": "low"}
     assert "Reasoning: low" in prompt_of(tokenizer, [USER], template_args={"reasoning_effort": "low"}).text
-    for name in ("reasoning_efort", "tokenize", "messages", "add_generation_prompt"):
+    # The template has `message.thinking`, the words "analysis" and "Knowledge", and sets `message` itself.
+    for name in ("reasoning_efort", "thinking", "analysis", "Knowledge", "message", "raise_exception"):
         with pytest.raises(InputError, match=f"--template-arg {name}: the model's chat template reads no value"):
+            template_args(tokenizer, None, {name: "x"})
+    for name in ("tokenize", "messages", "add_generation_prompt", "return_dict", "conversation"):
+        with pytest.raises(InputError, match=f"--template-arg {name}: tlcapture sets it itself: leave it out"):
             template_args(tokenizer, None, {name: "x"})
     with pytest.raises(InputError, match="--thinking is for a chat template"):
         template_args(tiny.tokenizer(chat_template=None), "off", {})
     with pytest.raises(InputError, match="are one switch"):
         template_args(tokenizer_with(PUBLISHED["qwen3"]), "off", {"enable_thinking": True})
+
+
+@pytest.mark.parametrize("value", [float("nan"), {1}, lambda: None, "\ud800", {1: "x"}])
+def test_what_metadata_cannot_record_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="message 1: 'x': expected a JSON value"):
+        check_messages([{**USER, "x": value}])
+    with pytest.raises(InputError, match="--template-arg tools: expected a JSON value"):
+        template_args(tokenizer_with(PUBLISHED["qwen3"]), None, {"tools": [value]})
 
 
 def test_channels_other_than_analysis_are_the_answer() -> None:
@@ -407,6 +420,9 @@ def test_prompts_in_python_may_be_texts_and_conversations() -> None:
     assert sorted(each.prompt_id for each in found) == ["1", "2", "3"]
     one, other = (next(each for each in found if each.prompt_id == prompt_id) for prompt_id in ("1", "2"))
     assert one.token_ids == other.token_ids
+    for alone in ({"role": "user", "content": "why?"}, Prompt(id="1", text="why?")):
+        (same,) = capture(model, alone, max_new_tokens=3, temperature=0)
+        assert same.token_ids == one.token_ids
     assert "messages" not in one.metadata
     for wrong, reason in (
         ([[{"role": "poet", "content": "x"}]], "role 'poet': expected one of system, user, assistant, tool"),

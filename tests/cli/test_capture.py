@@ -543,7 +543,7 @@ def test_files_derived_from_other_tokens_are_removed(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "give one of --prompt-set NAME, --prompt TEXT and --all-prompt-sets"),
+        ((), "give one of --prompt-set NAME, --prompt TEXT (or --prompt-file FILE) and --all-prompt-sets"),
         (("--prompt-set", "short", "--prompt", "x"), "give one of"),
         (("--prompt-set", "nix"), "no prompt set 'nix'"),
         (("--prompt-set", "../short"), "not a safe file name"),

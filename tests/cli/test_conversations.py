@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,15 +224,46 @@ def test_prompts_come_from_standard_input_and_from_files(
     assert not (data / "experiments/exp/inference/raw/residual/adhoc/4.pt").exists()
 
 
+def test_windows_line_endings_and_byte_order_marks_are_no_part_of_a_prompt(
+    capture: Run, data: Path, tmp_path: Path
+) -> None:
+    files = {
+        "crlf.txt": b"one\r\ntwo\r\n\r\n",
+        "lf.txt": b"one\ntwo\n",
+        "mark.txt": b"\xef\xbb\xbfone\ntwo",
+        "mark.JSON": b'\xef\xbb\xbf[{"role": "user", "content": "three"}]',
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    result = capture(prompts=[word for name in files for word in ("--prompt-file", tmp_path / name)])
+    assert result.exit_code == 0, result.output
+    assert [adhoc(data, prompt_id).metadata["prompt_text"] for prompt_id in ("1", "2")] == ["one\ntwo", "three"]
+    assert adhoc(data, "2").metadata["messages"] == [{"role": "user", "content": "three"}]
+    assert len(list((data / "experiments/exp/inference/raw/residual/adhoc").glob("*.pt"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("redirection", "message"),
+    [("<&-", "--prompt -: standard input is closed"), ("</dev/null", "--prompt -: text: text is empty")],
+)
+def test_a_closed_or_empty_standard_input_is_one_clear_line(tmp_path: Path, redirection: str, message: str) -> None:
+    command = f"{sys.executable} -m tlcapture capture --root {tmp_path} --experiment exp --prompt - {redirection}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, f"error: {message}\n")
+
+
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
         (b"\xff\xfe", "a.txt", "a.txt: not UTF-8 text"),
-        (b"  \n", "a.txt", "text is empty"),
-        (b"[", "a.json", "a.json: not JSON"),
+        (b"  \n", "a.txt", "a.txt: text: text is empty"),
+        (b"[", "a.json", "a.json: line 1, column 2: not valid JSON"),
         (b"3", "a.json", "expected a list of messages"),
-        (b"[]", "a.json", "messages: expected at least one"),
+        (b'{"messages": [], "tools": []}', "a.json", 'an object with "messages" alone, found messages, tools'),
+        (b"[]", "a.json", "a.json: messages: expected at least one"),
+        (b'["a"]', "a.json", 'a.json: message 1: expected {"role", "content"}, got str'),
         (b'[{"role": "user"}]', "a.json", "message 1: content: expected a text, got NoneType"),
+        (b'[{"role": "user", "content": "x", "weight": NaN}]', "a.json", "not valid JSON"),
     ],
 )
 def test_a_file_that_is_no_prompt_is_refused(
@@ -278,10 +311,19 @@ def test_thinking_and_values_for_the_template_are_recorded_and_part_of_the_promp
     for wrong, message in (
         (("--template-arg", "enable_thinking"), "is not KEY=VALUE"),
         (("--template-arg", "colour=1"), "reads no value of this name"),
+        (("--template-arg", "think=1"), "reads no value of this name"),  # the template writes the word
+        (("--template-arg", "message=1"), "reads no value of this name"),  # which it sets itself
+        (("--template-arg", "tokenize=true"), "tokenize: tlcapture sets it itself"),
+        (("--template-arg", "add_generation_prompt=false"), "add_generation_prompt: tlcapture sets it itself"),
+        (("--template-arg", "messages=[]"), "messages: tlcapture sets it itself"),
+        (("--template-arg", "tools=3"), "tools: the model's chat template fails (TypeError: 'int' object is not"),
+        (("--template-arg", "enable_thinking=\udcff"), "expected a JSON value"),
         (("--thinking", "off", "--no-chat-template"), "--thinking is for a chat template"),
     ):
         result = tlcapture(*words, *wrong)
         assert (result.exit_code, message in result.stderr) == (2, True), result.output
+    tlcapture(*words, "--template-arg", "enable_thinking=NaN")
+    assert adhoc(data).metadata["template_args"] == {"enable_thinking": "NaN"}  # JSON has no such number
 
 
 def test_a_response_that_ends_within_its_thinking_is_said(
@@ -321,3 +363,36 @@ def test_what_a_template_drops_is_said(
     )
     found = Capture.open(data / "experiments/exp/inference/raw/residual/talks/1.pt")
     assert found.metadata["dropped"] == ["thinking of message 2", "name of message 3"]
+
+
+@pytest.mark.parametrize(
+    ("name", "thinking"),
+    [("qwen3", ()), ("qwen3", ("--thinking", "off")), ("deepseek_r1_distill", ())],
+)
+def test_a_longer_response_by_default_is_no_other_setting(
+    tlcapture: Run, tiny_folder: Path, tmp_path: Path, name: str, thinking: tuple[str, ...]
+) -> None:
+    """The context of 256 tokens has no room for the 1,024 of the default."""
+    model = with_template(name, tmp_path / name, tiny_folder)
+    words = ("capture", "--experiment", "exp", "--model", model, "--prompt", "hi", "--temperature", 0, *thinking)
+    assert tlcapture(*words).exit_code == 0
+    again = tlcapture(*words, "--skip-existing")
+    assert "nothing was missing" in again.output
+    assert "another temperature" not in again.output
+    other = tlcapture(*words, "--skip-existing", "--max-new-tokens", 7)
+    assert "kept the capture of prompt 1 made with another temperature, seed or --max-new-tokens" in other.output
+
+
+@pytest.mark.parametrize("only", [(), ("--projections-only",)])
+def test_a_dry_run_counts_spans_and_messages(
+    capture: Run, extract: Run, data: Path, talks: Path, only: tuple[str, ...]
+) -> None:
+    extract()
+    turns = [{"role": role, "content": "so?"} for _ in range(5) for role in ("user", "assistant")]
+    talks.write_text(json.dumps([{"id": 1, "messages": turns[:-1]}]))
+    words = ("--tokens", "last", "--temperature", 0, *only)
+    estimated = json.loads(capture(*words, "--dry-run", "--json", prompts=("--prompt-set", "talks")).stdout)
+    capture(*words, prompts=("--prompt-set", "talks"))
+    paths = [*(data / "experiments/exp/inference").rglob("1.*")]
+    assert estimated["estimate"]["files"] == len(paths)
+    assert 0.9 < estimated["estimate"]["bytes"] / sum(path.stat().st_size for path in paths) < 1.2

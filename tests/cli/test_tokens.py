@@ -13,7 +13,7 @@ from click.testing import Result
 
 from tests import tiny
 from tlcapture.captures.capture import Capture
-from tlcapture.errors import InputError
+from tlcapture.errors import InputError, StorageError
 from tlcapture.explore.experiment import Experiment
 from tlcapture.explore.live_capture import capture as capture_live
 from tlcapture.page.contents import Contents
@@ -452,3 +452,16 @@ def test_a_plan_predicts_fewer_bytes_for_fewer_tokens(tlcapture: Run, tiny_folde
     assert grown == 10 * (points * tiny.D_MODEL * 2 + 5)
     assert last["logit lens"]["bytes_per_prompt"] < 0.01 * whole["logit lens"]["bytes_per_prompt"]
     assert last["attention"]["bytes_per_prompt"] < 0.03 * whole["attention"]["bytes_per_prompt"]
+
+
+@pytest.mark.parametrize("tokens", ["first:2", "100:"])
+def test_spans_beyond_the_tokens_are_refused_whatever_was_kept(
+    extract: Run, capture: Run, projected: Path, tokens: str
+) -> None:
+    extract()
+    capture("--tokens", tokens)
+    content = read_json(projected / "1.json")
+    content["spans"][-1]["stop"] = 10_000
+    write_json(projected / "1.json", content)
+    with pytest.raises(StorageError, match="spans: one ends at token 10000 of"):
+        ProjectionFile.read(projected / "1.json")

@@ -228,7 +228,9 @@ def _given(chosen: PromptSetOptions, settings: _Settings) -> PromptSet | None:
     """The prompts that are given as text or files; `None` where prompt sets are named."""
     is_given = bool(settings.prompt or settings.prompt_file)
     if sum([chosen.prompt_set is not None, is_given, chosen.all_prompt_sets]) != 1:
-        raise click.UsageError("give one of --prompt-set NAME, --prompt TEXT and --all-prompt-sets")
+        raise click.UsageError(
+            "give one of --prompt-set NAME, --prompt TEXT (or --prompt-file FILE) and --all-prompt-sets"
+        )
     return given_prompts(settings.prompt, settings.prompt_file) if is_given else None
 
 

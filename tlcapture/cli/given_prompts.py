@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tlcapture.cli.grouping import together
-from tlcapture.errors import InputError
+from tlcapture.errors import InputError, StorageError
 
 if TYPE_CHECKING:
     from tlcapture.prompts.prompt_sets import PromptSet
@@ -42,30 +41,45 @@ def given_prompts(texts: Sequence[str], files: Sequence[Path]) -> PromptSet:
 
     if texts.count("-") > 1:
         raise InputError("--prompt -: standard input can be read once")
-    read: list[Any] = [_standard_input() if text == "-" else text for text in texts]
+    read: list[Any] = [("--prompt -", _standard_input()) if text == "-" else ("--prompt", text) for text in texts]
     return adhoc([*read, *(_read(path) for path in files)])
 
 
 def _standard_input() -> str:
+    name = "--prompt -"
+    if sys.stdin is None:
+        raise InputError(f"{name}: standard input is closed")
     try:
-        return sys.stdin.buffer.read().decode().rstrip("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"--prompt -: not UTF-8 text ({error.reason} at byte {error.start})") from None
-
-
-def _read(path: Path) -> Any:
-    """The text of a file, or the messages of a `.json` file."""
-    try:
-        text = path.read_bytes().decode()
-        content = json.loads(text) if path.suffix == ".json" else text.rstrip("\n")
+        return _text(sys.stdin.buffer.read(), name)
     except OSError as error:
-        raise InputError(f"--prompt-file {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"--prompt-file {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"--prompt-file {path}: not JSON ({error})") from None
-    if isinstance(content, dict):
-        content = content.get("messages")
+        raise InputError(f"{name}: {error.strerror}") from None
+
+
+def _read(path: Path) -> tuple[str, Any]:
+    """The text of a file, or the messages of a `.json` file, after the option that names it."""
+    name = f"--prompt-file {path}"
+    if path.suffix.lower() != ".json":
+        try:
+            return name, _text(path.read_bytes(), name)
+        except OSError as error:
+            raise InputError(f"{name}: {error.strerror}") from None
+    from tlcapture.storage.files import read_json
+
+    try:
+        content = read_json(path)
+    except StorageError as error:
+        raise InputError(f"--prompt-file {error}") from None
+    if isinstance(content, dict) and content.keys() == {"messages"}:
+        content = content["messages"]
     if not isinstance(content, str | list):
-        raise InputError(f'--prompt-file {path}: expected a list of messages, or an object with "messages"')
-    return content
+        keys = f", found {', '.join(sorted(content))}" if isinstance(content, dict) else ""
+        raise InputError(f'{name}: expected a list of messages, or an object with "messages" alone{keys}')
+    return name, content
+
+
+def _text(data: bytes, name: str) -> str:
+    """A text without byte order mark and last newlines; the line endings of Windows are newlines."""
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n").rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start})") from None

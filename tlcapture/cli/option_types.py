@@ -73,6 +73,10 @@ class BatchSize(_Parsed):
         raise ValueError(f"{text!r} is neither a number of at least 1 nor 'auto'.")
 
 
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")
+
+
 class TemplateArg(_Parsed):
     """The name of a value for the chat template, and the value: JSON, or else a text."""
 
@@ -83,8 +87,8 @@ class TemplateArg(_Parsed):
         if not equals or not key.isidentifier():
             raise ValueError(f"{text!r} is not KEY=VALUE with a name such as enable_thinking.")
         try:
-            return key, json.loads(value)
-        except ValueError:
+            return key, json.loads(value, parse_constant=_no_number)
+        except (ValueError, RecursionError):
             return key, value
 
 

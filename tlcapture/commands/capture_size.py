@@ -6,6 +6,7 @@ model. Responses are assumed to have the greatest length allowed, so that less i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -19,6 +20,7 @@ from tlcapture.commands.capture_tasks import CaptureTask
 from tlcapture.commands.kept_positions import wanted_positions
 from tlcapture.errors import InputError, StorageError
 from tlcapture.models.sizes import Measures
+from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.runs.report import Failed
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.chance import N_DIRECTIONS
@@ -38,6 +40,8 @@ _PER_VIEW = 90  # the description of a tensor in a `.pt` file, and the padding b
 _PER_TOKEN = 6  # its text and id
 _PER_TOKEN_OF_TENSORS = 24  # the same as Python values and, for raw residuals, in the index
 _PER_POSITION = 5  # the index of a token
+_PER_SPAN = 110  # twice in a raw file, with its mean and velocity in a projection
+_N_SPANS = 6  # of a question, its answer, and the template around them
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "auto": 2}
 
 
@@ -76,7 +80,7 @@ class CaptureSize:
                     wanted = options.outputs(measures().n_layers)
                     found.n_prompts += 1
                     found.replaces.append(layout.residual(name, prompt.id))
-                    found._add(sizes(measures(), kept, wanted, options, n_vectors))
+                    found._add(sizes(measures(), kept, wanted, options, n_vectors, _labels(prompt)))
             for prompt_id, wanted in task.saved.items():
                 if wanted:
                     found.n_completed += 1
@@ -117,16 +121,24 @@ class CaptureSize:
 
 
 def sizes(
-    measures: Measures, tokens: Positions, wanted: Outputs, options: CaptureOptions, n_projections: int
+    measures: Measures,
+    tokens: Positions,
+    wanted: Outputs,
+    options: CaptureOptions,
+    n_projections: int,
+    labels: int = _N_SPANS * _PER_SPAN,
 ) -> Iterator[tuple[str, float]]:
-    """Kind and size in bytes of each file of a prompt and its response, of which `tokens` are kept."""
+    """Kind and size in bytes of each file of a prompt and its response, of which `tokens` are kept.
+
+    `labels` is the size of spans and messages.
+    """
     kept = wanted.kept
     row = len(kept.layers) * len(kept.points) * _PER_PROJECTION + (kept.n_layers - len(kept.layers)) * _PER_NULL
     each = 2 * _PER_PROJECTION + _PER_TOKEN  # velocity and acceleration, of all tokens
     overhead = _PER_PROJECTION_FILE + N_DIRECTIONS * _PER_RISE + (0 if wanted.raw else _PER_CAPTURE)
-    projection = overhead + tokens.n_tokens * each + len(tokens.kept) * row + _positions(tokens)
+    projection = overhead + tokens.n_tokens * each + len(tokens.kept) * row + _positions(tokens) + labels
     yield from chain(
-        _tensors(measures, tokens, wanted, options),
+        _tensors(measures, tokens, wanted, options, labels),
         _json(measures, tokens, wanted),
         (("projection", projection) for _ in range(n_projections)),
     )
@@ -137,14 +149,22 @@ def _positions(tokens: Positions) -> int:
     return 0 if tokens.is_all else _PER_POSITION * len(tokens.kept)
 
 
-def _tensors(m: Measures, tokens: Positions, wanted: Outputs, options: CaptureOptions) -> Iterator[tuple[str, float]]:
+def _labels(prompt: TokenizedPrompt) -> int:
+    """The size of the spans of a prompt and its response, thinking and answer among them, and of its messages."""
+    return _PER_SPAN * (len(prompt.spans) + 2) + 2 * len(json.dumps(prompt.messages))
+
+
+def _tensors(
+    m: Measures, tokens: Positions, wanted: Outputs, options: CaptureOptions, labels: int
+) -> Iterator[tuple[str, float]]:
     n_kept = len(tokens.kept)
     text = _PER_FILE + _PER_TOKEN_OF_TENSORS * tokens.n_tokens + _positions(tokens)
     if wanted.residual and wanted.raw:
         n_layers = len(wanted.kept.layers)
         n_points = len(wanted.kept.point_indices) + n_layers * wanted.attn_out
         n_views = 2 * n_layers * (len(wanted.kept.points) + wanted.attn_out)
-        yield "raw residual", text + n_views * _PER_VIEW + n_points * n_kept * m.d_model * _BYTES[options.save_dtype]
+        n_bytes = n_points * n_kept * m.d_model * _BYTES[options.save_dtype]
+        yield "raw residual", text + labels + n_views * _PER_VIEW + n_bytes
     # Queries, keys, values and their mix; pre-activation, gate, activation; the residual stream and both outputs.
     heads = (2 * m.n_heads + 2 * m.n_key_value_heads) * m.d_head
     row = heads + 3 * m.d_mlp + 5 * m.d_model + m.n_heads * tokens.n_tokens

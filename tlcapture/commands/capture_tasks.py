@@ -196,6 +196,16 @@ class TaskPlanner:
         asked = self._options.max_new_tokens
         return max(asked, THINKING_TOKENS) if thinks and self._options.longer_where_thinking else asked
 
+    def _most_tokens_asked(self, saved: Capture | CaptureRecord) -> int | None:
+        """The maximum length that a saved response should have had; `None` where its own is one by default.
+
+        By default it is longer for a model that thinks, unless thinking is off, and as far as the context allows it.
+        """
+        asked, found = self._options.max_new_tokens, saved.metadata.get("max_new_tokens")
+        may_be_longer = self._options.longer_where_thinking and "thinking" in saved.metadata
+        is_by_default = may_be_longer and isinstance(found, int) and asked <= found <= THINKING_TOKENS
+        return None if is_by_default else asked
+
     def _check_replaceable(self, prompt_set: str, prompt_id: PromptId, wanted: Outputs, saved: Capture | None) -> None:
         """Raise `StorageError` if a file cannot be read that would be replaced, removed, or passed over as present."""
         if wanted.residual or saved is None:
@@ -260,8 +270,7 @@ class TaskPlanner:
     def _note_sampling(self, saved: Capture | CaptureRecord) -> None:
         """Note a prompt whose capture is kept although its sampling settings differ, as far as they are recorded."""
         sampling = self._options.sampling
-        thinks = "thinking" in saved.metadata
-        asked = {"temperature": sampling.temperature, "max_new_tokens": self._most_tokens(thinks)}
+        asked = {"temperature": sampling.temperature, "max_new_tokens": self._most_tokens_asked(saved)}
         if sampling.temperature != 0:
             asked["seed"] = sampling.seed
         differs = any(

@@ -70,7 +70,7 @@ class LiveCapture(Capture, ExplorableCapture):
 
 def capture(
     model: Any,
-    prompts: PromptSet | Iterable[str | Prompt | Message | Sequence[Message]] | str,
+    prompts: PromptSet | Iterable[str | Prompt | Message | Sequence[Message]] | Prompt | Message | str,
     *,
     max_new_tokens: int | None = None,
     temperature: float | None = None,
@@ -182,10 +182,10 @@ def _most_tokens(asked: int | None, prompts: Sequence[TokenizedPrompt], n_ctx: i
     return max(NEW_TOKENS, min(THINKING_TOKENS, n_ctx - max(len(prompt.token_ids) for prompt in prompts)))
 
 
-def _as_prompt_set(prompts: PromptSet | Iterable[Any] | str) -> PromptSet:
+def _as_prompt_set(prompts: PromptSet | Iterable[Any] | Prompt | str) -> PromptSet:
     if isinstance(prompts, PromptSet):
         return prompts
-    given = [prompts] if isinstance(prompts, str) else list(prompts)
+    given = [prompts] if isinstance(prompts, str | Mapping | Prompt) else list(prompts)
     if given and all(isinstance(each, Mapping) for each in given):
         given = [given]  # the messages of one conversation
     if not given:

@@ -192,7 +192,7 @@ def _render(
 ) -> str:
     from jinja2.exceptions import TemplateError
 
-    options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, **template_args}
+    options = {**template_args, "tokenize": False, "add_generation_prompt": add_generation_prompt}
     try:
         with step_limit(MAX_STEPS):
             rendered = tokenizer.apply_chat_template(messages, **options)

@@ -8,8 +8,11 @@ from there. Further keys of a message, such as `tool_calls`, are given to the ch
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import orjson
 
 from tlcapture.prompts.message_spans import Message
 
@@ -56,6 +59,16 @@ def is_continued(messages: Sequence[Message]) -> bool:
     return bool(messages) and messages[-1]["role"] == "assistant"
 
 
+def is_json(value: Any) -> bool:
+    """Whether a value can be written as JSON: finite numbers, valid Unicode, texts as keys."""
+    try:
+        json.dumps(value, allow_nan=False)
+        orjson.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
 def _checked(number: int, message: Any) -> Message:
     name = f"message {number}"
     if not isinstance(message, Mapping) or not all(isinstance(key, str) for key in message):
@@ -70,4 +83,7 @@ def _checked(number: int, message: Any) -> Message:
         raise ValueError(f"{name}: content: expected a text, got {type(content).__name__}")
     if not content.strip() and role in ("user", "tool"):
         raise ValueError(f"{name}: content is empty")
+    for key, value in others.items():
+        if not is_json([key, value]):
+            raise ValueError(f"{name}: {key!a}: expected a JSON value, which metadata can record")
     return {"role": role, "content": content, **others}

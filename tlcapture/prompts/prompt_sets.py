@@ -212,13 +212,16 @@ def mistyped_keys(prompt_set: PromptSet) -> list[str]:
     return list(found)
 
 
-def adhoc(prompts: Sequence[str | Sequence[Any]]) -> PromptSet:
-    """Texts, or lists of messages, as prompts 1, 2, ... of the prompt set `adhoc`."""
-    try:
-        made = [
-            Prompt.model_validate({"id": str(number), "text" if isinstance(given, str) else "messages": given})
-            for number, given in enumerate(prompts, start=1)
-        ]
-        return PromptSet(name=ADHOC, description="given on the command line", prompts=made)
-    except ValidationError as error:
-        raise InputError(f"--prompt: {first_problem(error)}") from None
+def adhoc(given: Sequence[tuple[str, str | Sequence[Any]]]) -> PromptSet:
+    """Texts, or lists of messages, as prompts 1, 2, ... of the prompt set `adhoc`.
+
+    `given` has each with the option that it was given by, which the message of `InputError` names.
+    """
+    made = []
+    for number, (option, content) in enumerate(given, start=1):
+        kind = "text" if isinstance(content, str) else "messages"
+        try:
+            made.append(Prompt.model_validate({"id": str(number), kind: content}))
+        except ValidationError as error:
+            raise InputError(f"{option}: {first_problem(error).removeprefix('the whole file: ')}") from None
+    return PromptSet(name=ADHOC, description="given on the command line", prompts=made)

@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from tlcapture.errors import InputError
 from tlcapture.prompts.chat_template import ADVICE, render_chat, uses_chat_template
+from tlcapture.prompts.conversations import is_json
 
 THINKING = {"on": True, "off": False}
 
 _SWITCHES = ("enable_thinking", "thinking", "reasoning")  # in the templates of published models
 _QUESTION = {"role": "user", "content": "tlcapture"}
-# Arguments of apply_chat_template that are no values for the template.
+# Arguments of apply_chat_template, and values that it hands over itself.
 _RESERVED = {
-    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "max_length", "messages",
-    "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens", "tokenize",
-    "tokenizer_kwargs", "truncation",
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "conversations", "max_length",
+    "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens",
+    "self", "tokenize", "tokenizer_kwargs", "truncation",
 }  # fmt: skip
+_FUNCTIONS = {"raise_exception", "strftime_now"}  # which transformers hands over
+_GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")  # a tag of transformers' own
 
 
 def template_args(
@@ -35,7 +39,7 @@ def template_args(
         chat_template: see `uses_chat_template`.
 
     Raises:
-        InputError: there is no chat template, or it has no switch or does not read a value that is given.
+        InputError: there is no chat template, or it has no switch, does not read a given value, or fails with it.
     """
     if thinking is None and not given:
         return {}
@@ -44,9 +48,9 @@ def template_args(
     asked = "--thinking" if thinking is not None else "--template-arg"
     if not uses_chat_template(tokenizer, chat_template):
         raise InputError(f"{asked} is for a chat template, and prompts are not rendered with one here: leave it out")
-    for name in given:
-        if name in _RESERVED or not _mentions(tokenizer, name):
-            raise InputError(f"--template-arg {name}: the model's chat template reads no value of this name")
+    for name, value in given.items():
+        _check(tokenizer, name, value)
+    _check_rendering(tokenizer, given)
     if thinking is None:
         return dict(given)
     return {_switch(tokenizer, given): THINKING[thinking], **given}
@@ -60,6 +64,27 @@ def has_switch(tokenizer: Any, given: Mapping[str, Any]) -> bool:
         return False
 
 
+def _check(tokenizer: Any, name: str, value: Any) -> None:
+    if name in _RESERVED:
+        raise InputError(f"--template-arg {name}: tlcapture sets it itself: leave it out")
+    if not _reads(tokenizer, name):
+        raise InputError(f"--template-arg {name}: the model's chat template reads no value of this name")
+    if not is_json(value):
+        raise InputError(f"--template-arg {name}: expected a JSON value, which metadata can record")
+
+
+def _check_rendering(tokenizer: Any, given: Mapping[str, Any]) -> None:
+    """Raise `InputError` if the template fails with these values, and does not without them."""
+    if not given:
+        return
+    try:
+        render_chat(tokenizer, [_QUESTION], template_args=given)
+    except InputError as error:
+        render_chat(tokenizer, [_QUESTION])
+        reason = str(error).removesuffix(f": {ADVICE}")
+        raise InputError(f"--template-arg {', '.join(given)}: {reason}: give another value") from None
+
+
 def _switch(tokenizer: Any, given: Mapping[str, Any]) -> str:
     """The name of the value that turns thinking on and off: renderings with it on and off differ."""
     for name in _SWITCHES:
@@ -67,7 +92,7 @@ def _switch(tokenizer: Any, given: Mapping[str, Any]) -> str:
             raise InputError(
                 f"--thinking and --template-arg {name} are one switch of the chat template: give one of them"
             )
-        if _mentions(tokenizer, name):
+        if _reads(tokenizer, name):
             on, off = (
                 render_chat(tokenizer, [_QUESTION], template_args={**given, name: value}).text
                 for value in (True, False)
@@ -80,7 +105,20 @@ def _switch(tokenizer: Any, given: Mapping[str, Any]) -> str:
     )
 
 
-def _mentions(tokenizer: Any, name: str) -> bool:
+def _reads(tokenizer: Any, name: str) -> bool:
     template = tokenizer.chat_template
-    source = template["default"] if isinstance(template, dict) else template
-    return source is not None and re.search(rf"\b{re.escape(name)}\b", source) is not None
+    source = template.get("default") if isinstance(template, dict) else template
+    return source is not None and name in _values_read(source)
+
+
+@lru_cache(maxsize=8)
+def _values_read(source: str) -> frozenset[str]:
+    """Names of the values that a chat template reads; every word of one that is not valid."""
+    from jinja2 import Environment, TemplateError
+    from jinja2.meta import find_undeclared_variables
+
+    try:
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", source))
+    except TemplateError:
+        return frozenset(re.findall(r"\w+", source))
+    return frozenset(find_undeclared_variables(tree)) - _FUNCTIONS

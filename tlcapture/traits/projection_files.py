@@ -247,6 +247,7 @@ class ProjectionFile(FileContent):
     @model_validator(mode="after")
     def _is_of_one_shape(self) -> ProjectionFile:
         held = self.positions
+        check_spans(self.spans, held.n_tokens)
         for name in ("prompt", "response"):
             n_tokens, n_scores = len(getattr(held, name)), len(getattr(self.projections, name))
             if n_tokens != n_scores:
@@ -264,7 +265,6 @@ class ProjectionFile(FileContent):
             raise ValueError("its tokens have no scores")
         self._check_metadata(n_layers, n_sublayers)
         self._check_dynamics(held.n_tokens)
-        check_spans(self.spans, len(self.tokens))
         return self
 
     def _check_without_scores(self, held: Positions) -> None:

@@ -26,7 +26,7 @@ def by_span(trajectories: Values, spans: Sequence[TokenSpan]) -> list[list[dict[
     An entry has the `kind`, `role`, `start` and `stop` of its span, `mean` over its tokens, and `peak_velocity`, the
     largest `|s[t+1] - s[t]|` of a step into it or within it. Those of `thinking` and `answer` have a `commitment_point`
     (an index over prompt and response), `commitment_shift` and `commitment_p` of their own. Null where a number needs a
-    token that has no score, and where there are too few tokens.
+    token that has no score; a mean and a commitment also where there are too few tokens.
     """
     found: list[list[dict[str, Any]]] = [[] for _ in trajectories]
     for span in spans:

@@ -18,8 +18,9 @@ tl.views.attention = {
 
     return {
       async update(state, changed, data) {
-        const { positions } = await tl.source.attention(state);
+        const { positions, kept } = await tl.source.attention(state);
         const token = Math.min(state.token ?? (positions ? positions[0] ?? 0 : data.n_prompt_tokens), data.tokens.length - 1);
+        if (positions && !positions.includes(token)) throw new tl.source.Missing({ what: `of this capture, ${kept}: not token ${token}` });
         const { by_layer: layers } = await tl.source.attentionToken(state, token);
         // Layers without attention, in hybrid models, are null.
         const present = layers.flatMap((heads, index) => (heads ? [index] : []));
