@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -204,3 +208,55 @@ def test_captures_on_cuda_equal_those_of_a_cpu_and_no_choice_or_recording_waits(
         assert found[name].response_ids == each.response_ids
         for hook, activation in each.cache.items():
             assert relative(found[name].cache[hook], activation) < 1e-3, hook
+
+
+def test_the_size_of_a_cache_is_known_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[int] = []
+    monkeypatch.setattr(LateCopies, "wait", lambda self, mark: waited.append(mark))
+    names = ["a", "b", "blocks.0.attn.hook_pattern"]
+    for free in (0, 2**40):
+        as_on_a_device(monkeypatch, free=free)
+        recorder = Recorder(names, [3, 2], max_new_tokens=2)
+        step = {"a": torch.ones(2, 3, 4), "b": torch.ones(2, 3, 5), names[2]: torch.ones(2, 6, 3, 3)}
+        recorder.record([0, 1], step)
+        recorder.record([0, 1], {**{name: step[name][:, -1:] for name in "ab"}, names[2]: torch.ones(2, 6, 1, 4)})
+        waited.clear()
+        found = recorder.take(1)
+        assert found.n_bytes == 4 * (3 * 4 + 3 * 5 + 6 * 3 * 3)
+        assert not waited
+        assert found.n_bytes == sum(each.nbytes for each in found.values())
+
+
+def test_other_threads_may_wait_for_copies_while_more_are_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is not pinned is filled by way of pinned memory, by whoever waits first."""
+    copies = Copies.__new__(Copies)
+    copies._device, copies._stream, copies._in_transit, copies._lock = None, MagicMock(), deque(), threading.Lock()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(Copies, "mark", lambda self: MagicMock())
+    ended, errors = threading.Event(), []
+
+    def wait() -> None:
+        try:
+            while not ended.is_set():
+                copies.wait(MagicMock())
+        except Exception as error:
+            errors.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=wait) for _ in range(2)]
+    try:
+        for thread in threads:
+            thread.start()
+        targets = [torch.zeros(4) for _ in range(1500)]
+        for number, target in enumerate(targets):
+            copies.copy(target, torch.full((4,), float(number)))
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(before)
+    copies.wait(MagicMock())
+    assert not errors
+    assert all(target.tolist() == [number] * 4 for number, target in enumerate(targets))

@@ -34,6 +34,7 @@ from tlcapture.errors import InputError, OutOfMemoryError
 from tlcapture.generation.checkpoint_sampling import sampling_for, unfollowed
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure, Generation
+from tlcapture.generation.recording import n_bytes_of
 from tlcapture.generation.sampling import Sampling
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import is_out_of_memory, release_memory
@@ -92,8 +93,9 @@ class CaptureWorker:
                 self._generate(task)
             finally:
                 self.run.removed(self._removed)
-                if self._unanswered:
-                    self.run.warn(no_answer_warning(self._unanswered))
+                if self._unanswered:  # which threads found in any order
+                    named = [f"{each.prompt_set}/{each.id}" for each in task.batched]
+                    self.run.warn(no_answer_warning(sorted(self._unanswered, key=named.index)))
                 self._removed, self._unanswered = [], []
         self._complete(task)
 
@@ -157,7 +159,7 @@ class CaptureWorker:
                     on_cpu = self.model.last_device.type == "cpu"
                     lens = self._lens(outcome, wanted) if wanted.logit_lens and on_cpu else None
                     job = partial(self._write, name, outcome, sampling, wanted, max_new_tokens, lens)
-                    writer.submit(job, 2 * sum(each.nbytes for each in outcome.cache.values()))
+                    writer.submit(job, 2 * n_bytes_of(outcome.cache))
                 progress.advance(
                     max_new_tokens - len(outcome.response_ids),
                     done=f"{name}: {len(outcome.response_ids)} tokens, {outcome.stop_reason}",
@@ -272,7 +274,7 @@ class CaptureWorker:
             kept = wanted_positions(wanted.tokens, capture, fresh=False)
             lens = lens_of(self.model, capture.token_ids, capture.residual, kept, capture.positions)
         job = partial(self._complete_saved, name, capture, wanted, cache, lens)
-        writer.submit(job, 2 * sum(each.nbytes for each in (*cache.values(), capture.response.residual.points)))
+        writer.submit(job, 2 * (n_bytes_of(cache) + capture.response.residual.points.nbytes))
 
     def _complete_saved(
         self, name: str, capture: Capture, wanted: Outputs, cache: Cache, lens: LogitLens | None, run: Run

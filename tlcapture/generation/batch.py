@@ -97,8 +97,8 @@ class Batch:
         outcomes: Outcomes = deque()
         while self._running:
             assert logits is not None
-            tokens, copy = self._choose(logits)
             try:
+                tokens, copy = self._choose(logits)
                 logits = self._run_tokens(tokens)
             except Exception:
                 yield from _handed_out(outcomes)

@@ -88,19 +88,22 @@ class Recorder:
 
         The first read of one waits until it has arrived in main memory.
         """
-        return Recorded(self._order, [(names, self._part(kind, index)) for kind, names in self._groups.items()])
+        return Recorded(self._order, [(names, *self._part(kind, index)) for kind, names in self._groups.items()])
 
-    def _part(self, kind: Kind, index: int) -> Part:
+    def _part(self, kind: Kind, index: int) -> tuple[Part, int]:
+        """The activations of a kind, and their size in bytes."""
         n_tokens = self._filled[index]
         if kind in self._triangles:
             triangle = self._triangles[kind].own(index, self._width - self._lengths[index], n_tokens)
             arrived = self._leaving(triangle)
-            return lambda: whole_patterns(arrived(), n_tokens)
+            n_bytes = triangle[..., 0].numel() * n_tokens**2 * triangle.itemsize
+            return lambda: whole_patterns(arrived(), n_tokens), n_bytes
         buffer = self._on_device.get(kind)
         if buffer is None:
             whole = self._buffers.pop((kind, index))[:, :n_tokens]
-            return lambda: whole
-        return _once_copied(buffer.take(index, n_tokens), buffer.copies)
+            return lambda: whole, whole.nbytes
+        target = buffer.take(index, n_tokens)
+        return _once_copied(target, buffer.copies), target.nbytes
 
     def _leaving(self, tensor: Tensor) -> Part:
         """A tensor on its way to main memory."""
@@ -186,11 +189,16 @@ def _once_copied(target: Tensor, copies: Copies) -> Part:
 
 
 class Recorded(Mapping[str, Tensor]):
-    """Activations by name, which are waited for when they are read."""
+    """Activations by name, which are waited for when they are read.
 
-    def __init__(self, order: Sequence[str], parts: Sequence[tuple[Sequence[str], Part]]):
+    Attributes:
+        n_bytes: the size of all of them, for which nothing is waited.
+    """
+
+    def __init__(self, order: Sequence[str], parts: Sequence[tuple[Sequence[str], Part, int]]):
         self._order = order
-        self._parts: dict[str, tuple[Sequence[str], Part]] = {name: part for part in parts for name in part[0]}
+        self.n_bytes = sum(n_bytes for _, _, n_bytes in parts)
+        self._parts = {name: (names, part) for names, part, _ in parts for name in names}
         self._arrived: dict[str, Tensor] = {}
         self._lock = threading.Lock()
 
@@ -208,6 +216,11 @@ class Recorded(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._order)
+
+
+def n_bytes_of(cache: Cache) -> int:
+    """The size of activations in bytes, without waiting for those that have not arrived yet."""
+    return cache.n_bytes if isinstance(cache, Recorded) else sum(each.nbytes for each in cache.values())
 
 
 def check_hooks(hooks: Sequence[str]) -> None:

@@ -61,7 +61,8 @@ class Copies:
         with torch.cuda.stream(self._stream):
             pinned.copy_(source, non_blocking=True)
         if pinned is not target:
-            self._in_transit.append((self.mark(), pinned, target))
+            with self._lock:
+                self._in_transit.append((self.mark(), pinned, target))
             self._land(_IN_TRANSIT)
 
     def mark(self) -> Any:

@@ -23,7 +23,8 @@ Result = TypeVar("Result")
 _SWITCH = "TLCAPTURE_PROCESSES"  # the number of processes, to which all work goes from the beginning
 _MOST = 4
 _WORTH_WHILE = 400  # prompts, divided by the number of processors
-_PROGRAM = "from tlcapture.runs.processes import serve; serve()"
+# Python puts the current folder first, whose files may be named as modules are.
+_PROGRAM = "import sys; sys.path = [*filter(None, sys.path)]; from tlcapture.runs.processes import serve; serve()"
 _log = get_logger(__name__)
 
 
@@ -44,7 +45,12 @@ class Processes:
         self._n_prompts += n_prompts
         if self._started or not (self._is_asked_for or self._n_prompts * n_processors() >= _WORTH_WHILE):
             return
-        self._started += [_Process() for _ in range(self._count)]
+        try:
+            while len(self._started) < self._count:
+                self._started.append(_Process())
+        except OSError as error:
+            _log.warning("a process that writes files cannot be started: %s", error.strerror)
+            self._count = len(self._started)
         for each in self._started:
             Thread(target=_make_ready, args=(each, self._free), daemon=True).start()
 
@@ -70,7 +76,7 @@ class _Process:
     """A process that calls one function after another."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         self._popen = subprocess.Popen(
             [sys.executable, "-c", _PROGRAM],
             stdin=subprocess.PIPE,
@@ -83,13 +89,17 @@ class _Process:
     def call(self, function: Callable[..., Result], *args: Any) -> Result:
         """Raises what the function raises, and `_ProcessEndedError` if the process has ended."""
         assert self._popen.stdin is not None and self._popen.stdout is not None
+        pickled = pickle.dumps((function, args))
         try:
-            self._popen.stdin.write(pickle.dumps((function, args)))
+            self._popen.stdin.write(pickled)
             self._popen.stdin.flush()
             result, error = pickle.load(self._popen.stdout)
         except (OSError, EOFError, pickle.UnpicklingError):
             self.is_usable = False
             raise _ProcessEndedError from None
+        except BaseException:  # the next call would read this one's answer
+            self.is_usable = False
+            raise
         if error is not None:
             raise error
         return result
@@ -124,8 +134,11 @@ def serve() -> None:
             result = function(*args)
         except Exception as error:
             failure = error
-        replies.write(pickle.dumps((result, failure)))
-        replies.flush()
+        try:
+            replies.write(pickle.dumps((result, failure)))
+            replies.flush()
+        except BrokenPipeError:  # nobody waits for the answer any more
+            os._exit(0)
 
 
 def _make_ready(process: _Process, free: SimpleQueue[_Process]) -> None:

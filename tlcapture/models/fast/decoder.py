@@ -109,7 +109,8 @@ class Decoder:
 
         Args:
             run: one call of the model.
-            is_hooked: whether the model has hooks: they are called, and see the rows of the batch only.
+            is_hooked: whether the model has hooks: they are called, and see the rows of the batch and the keys so far
+                only.
 
         Returns:
             Logits `[batch, d_vocab]` and activations by name. A recorded step overwrites them when it is replayed.
@@ -121,7 +122,7 @@ class Decoder:
             self._adopt(cache)
         self._tokens[:n_rows].copy_(tokens)
         self._position.fill_(start)
-        n_keys = min(self._limit, -(-(start + 1) // _KEYS) * _KEYS)
+        n_keys = start + 1 if is_hooked else min(self._limit, -(-(start + 1) // _KEYS) * _KEYS)
         if is_hooked or self._tape is None:
             logits, kept = self._call(cache, (n_rows, n_keys, frozenset(hooks)), run)()
         else:
