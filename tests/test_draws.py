@@ -14,7 +14,7 @@ from tlcapture.generation.loop import generate
 from tlcapture.generation.noise import GumbelNoise, _mixed, _signed, stream_start
 from tlcapture.generation.processors import LogitProcessors, LogitRules, PromptTokens
 from tlcapture.generation.sampling import GREEDY, choose_tokens, n_numbers
-from tlcapture.generation.transfers import Download
+from tlcapture.generation.transfers import Download, upload
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
 
@@ -189,3 +189,14 @@ def test_no_temperature_draws_a_token_that_has_no_probability(
         assert (choice.tokens > 0).all()
         if temperature < 1:
             assert torch.equal(logits.gather(1, choice.tokens[:, None])[:, 0], logits.amax(dim=1))
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu", "cpu"])
+def test_only_cuda_gets_numbers_whose_memory_is_freed_before_they_have_arrived(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy to MPS that does not block reads its source later (pytorch #139550 and #189690)."""
+    asked: list[bool] = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking=False: asked.append(non_blocking) or self)
+    upload([1, 2], torch.device(kind))
+    assert asked == [kind == "cuda"]

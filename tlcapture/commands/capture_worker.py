@@ -128,7 +128,7 @@ class CaptureWorker:
         if options.projections_only:
             self._check_vectors(wanted)
         total = len(task.fresh) * max_new_tokens
-        if options.projects or wanted.attention or wanted.logit_lens:
+        if options.project and wanted.raw and wanted.tokens is None:  # see `_project_onto`
             self._processes.announce(len(task.fresh))
         with (
             self.run.progress(total, task.prompt_set.name, "token") as progress,
