@@ -391,3 +391,21 @@ def test_a_hook_sees_the_keys_so_far_and_none_to_come(point: str, kind: str, mon
     shapes.clear()
     check_equal(found, growing(monkeypatch, call))
     assert seen == shapes
+
+
+def test_copies_of_a_model_and_of_a_state_go_on_without_its_buffers(tapes: list[Tape]) -> None:
+    model = model_of()
+    tokens, one = torch.tensor([random_ids(12)]), torch.ones(1, 1, dtype=torch.long)
+    state = model.start(1)
+    model.reserve(state, 20)
+    model.step(tokens[:, :9], torch.ones(1, 9, dtype=torch.long), state, frozenset(), want_logits=False)
+    model.step(tokens[:, 9:10], one, state, frozenset(), want_logits=False)
+    branch = copy.deepcopy(state)
+    assert copy.deepcopy(model)._decoder is None
+    for position in (10, 11):
+        found = [
+            model.step(tokens[:, position : position + 1], one, each, {LAST}, want_logits=True).cache[LAST].clone()
+            for each in (state, branch)
+        ]
+        assert relative(*found) < 1e-5
+    assert len(tapes) == 1

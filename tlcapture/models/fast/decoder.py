@@ -66,6 +66,9 @@ class Decoder:
         self.seconds = 0.0
         self._owner: Callable[[], FastCache | None] = lambda: None
 
+    def __deepcopy__(self, memo: Any) -> None:
+        """`None`: a copy of a model makes buffers of its own, and a copy of a state goes on without."""
+
     def fits(self, n_rows: int, n_positions: int, like: Tensor) -> bool:
         """Whether no other batch uses the buffers and they have room for a batch of a model with weights as `like`."""
         rows, positions = self._mask.shape
