@@ -19,7 +19,8 @@ Mark = tuple[Any, "Future[None] | None"]  # an event on the stream, and the last
 def upload(numbers: Sequence[int], device: torch.device) -> Tensor:
     """Integers as a tensor `[n]` on a device."""
     tensor = torch.tensor(list(numbers), dtype=torch.long)
-    return tensor.to(device, non_blocking=True)  # few bytes are staged at once, pinned or not
+    # CUDA stages few bytes at once, pinned or not; MPS would read them later, when their memory may be another's.
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 class Download:
