@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tlcapture.runs.processes import Processes
+from tlcapture.runs.processes import Processes, _end
 
 
 @pytest.fixture
@@ -124,3 +124,42 @@ def test_an_interrupted_call_leaves_its_answer_to_no_other(started: Processes, m
         with pytest.raises(KeyboardInterrupt):
             started.call(abs, -2)
     assert started.call(abs, -3) == 3
+
+
+def test_the_work_of_a_process_that_cannot_be_made_ready_is_done_here(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TLCAPTURE_PROCESSES", "1")
+    monkeypatch.setattr("tlcapture.runs.processes._prepare", len)  # which no number has, as if a module were missing
+    processes = Processes()
+    processes.announce(1)
+    assert processes.call(os.getpid) == os.getpid()
+    assert [record.getMessage() for record in caplog.records] == [
+        "a process that writes files did not start: object of type 'int' has no len()"
+    ]
+
+
+def test_a_run_that_ends_early_does_not_wait_for_processes_to_start(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TLCAPTURE_PROCESSES", "1")
+    processes = Processes()
+    processes.announce(1)
+    (process,) = processes._started
+    _end(processes._started)
+    assert process._popen.returncode == -signal.SIGKILL
+    assert processes.call(os.getpid) == os.getpid()  # once whoever waited for its start has given up
+    assert not caplog.records
+
+
+def test_a_process_that_does_not_end_is_killed(started: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tlcapture.runs.processes._PATIENCE", 0.05)
+    os.kill(started.call(os.getpid), signal.SIGSTOP)
+    _end(started._started)
+    assert started._started[0]._popen.returncode == -signal.SIGKILL
+
+
+def test_a_process_that_waits_for_work_ends_by_itself(started: Processes) -> None:
+    started.call(os.getpid)
+    _end(started._started)
+    assert started._started[0]._popen.returncode == 0

@@ -12,17 +12,20 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar
 
 from tlcapture.logger import get_logger
+from tlcapture.text import first_line
 
 Result = TypeVar("Result")
 
 _SWITCH = "TLCAPTURE_PROCESSES"  # the number of processes, to which all work goes from the beginning
 _MOST = 4
 _WORTH_WHILE = 400  # prompts, divided by the number of processors
+_PATIENCE = 10  # seconds until a process that does not end is killed
 # The modules are those that this process would import, whatever the current folder holds.
 _PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from tlcapture.runs.processes import serve; serve()"
 _log = get_logger(__name__)
@@ -83,6 +86,7 @@ class _Process:
             start_new_session=True,  # Ctrl-C is for this process alone
         )
         self.is_usable = False
+        self.is_ending = False
 
     def call(self, function: Callable[..., Result], *args: Any) -> Result:
         """Raises what the function raises, and `_ProcessEndedError` if the process has ended."""
@@ -94,7 +98,7 @@ class _Process:
             result, error = pickle.load(self._popen.stdout)
         except (OSError, EOFError, pickle.UnpicklingError):
             self.is_usable = False
-            raise _ProcessEndedError from None
+            raise _ProcessEndedError("it has ended") from None
         except BaseException:  # the next call would read this one's answer
             self.is_usable = False
             raise
@@ -103,14 +107,19 @@ class _Process:
         return result
 
     def end(self) -> None:
-        """Let the process end."""
+        """Let the process end; one that is still starting, or does what nobody waits for, is killed."""
         assert self._popen.stdin is not None and self._popen.stdout is not None
-        try:
+        self.is_ending = True
+        if not self.is_usable:
+            self._popen.kill()
+        with suppress(OSError):  # it has ended already
             self._popen.stdin.close()
-            self._popen.stdout.close()
-        except OSError:  # it has ended already
-            pass
-        self._popen.wait()
+        try:
+            self._popen.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._popen.kill()
+            self._popen.wait()
+        self._popen.stdout.close()
 
 
 def n_processors() -> int:
@@ -145,9 +154,11 @@ def _make_ready(process: _Process, free: SimpleQueue[_Process]) -> None:
     try:
         process.call(_prepare, torch.get_num_threads())
         process.is_usable = True
-    except _ProcessEndedError:
-        _log.warning("a process that writes files did not start")
-    free.put(process)
+    except Exception as error:
+        if not process.is_ending:
+            _log.warning("a process that writes files did not start: %s", first_line(error))
+    finally:
+        free.put(process)
 
 
 def _prepare(n_threads: int) -> None:
