@@ -14,7 +14,7 @@ from tlcapture.generation.loop import generate
 from tlcapture.generation.noise import GumbelNoise, _mixed, _signed, stream_start
 from tlcapture.generation.processors import LogitProcessors, LogitRules, PromptTokens
 from tlcapture.generation.sampling import GREEDY, choose_tokens, n_numbers
-from tlcapture.generation.transfers import Download
+from tlcapture.generation.transfers import Download, upload
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
 
@@ -171,3 +171,32 @@ def test_a_choice_waits_for_nothing_on_the_device(temperature: float, rules: Log
         processors.append(choice.tokens)
         assert choice.tokens.shape == choice.is_finite.shape == (n_rows,)
         assert choice.tokens.is_meta
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("d_vocab", [2, 3, 1000])
+@pytest.mark.parametrize("temperature", [1e-300, 1e-38, 1e-30, 1e30, 1e38, 1e300])
+def test_no_temperature_draws_a_token_that_has_no_probability(
+    temperature: float, d_vocab: int, dtype: torch.dtype
+) -> None:
+    logits = torch.randn(40, d_vocab, generator=torch.Generator().manual_seed(0)).mul(20).to(dtype)
+    logits[:, 0] = -math.inf
+    prompts = [PromptTokens((5,), frozenset(), 1)] * 40
+    processed = LogitProcessors(LogitRules(top_p=0.999), temperature, prompts)(logits)
+    for scores, divisor in ((logits, temperature), (processed, 1.0)):
+        choice = choose_tokens(scores, divisor, noise(40, d_vocab).next())
+        assert choice.is_finite.all()
+        assert (choice.tokens > 0).all()
+        if temperature < 1:
+            assert torch.equal(logits.gather(1, choice.tokens[:, None])[:, 0], logits.amax(dim=1))
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu", "cpu"])
+def test_only_cuda_gets_numbers_whose_memory_is_freed_before_they_have_arrived(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy to MPS that does not block reads its source later (pytorch #139550 and #189690)."""
+    asked: list[bool] = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking=False: asked.append(non_blocking) or self)
+    upload([1, 2], torch.device(kind))
+    assert asked == [kind == "cuda"]

@@ -374,3 +374,26 @@ def test_a_failed_prompts_tokens_are_not_taken_back_when_memory_runs_out(monkeyp
     assert isinstance(failed, Failure) and isinstance(generated, Generation)
     tokens_of_failed = 2
     assert sum(counted) == tokens_of_failed + len(generated.response_ids)
+
+
+def test_an_outcome_is_kept_when_memory_runs_out_while_the_next_token_is_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, counted, calls = tiny.model("llama"), [], 0
+
+    def choose(logits: Any, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if calls == 3:
+            logits[0] = float("nan")
+        return choose_tokens(logits, *args)
+
+    monkeypatch.setattr("tlcapture.generation.batch.choose_tokens", choose)
+    options: Any = {"hooks": [], "max_new_tokens": 6, "sampling": GREEDY, "batch_size": 2}
+    prompts = [as_prompt(PROMPTS["9"], "9"), as_prompt(PROMPTS["4"], "4")]
+    failed, generated = generate(model, prompts, on_tokens=counted.append, **options)
+    assert isinstance(failed, Failure) and failed.error is NumericalError
+    assert isinstance(generated, Generation) and len(generated.response_ids) == 6
+    assert min(counted) == -3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +14,13 @@ from tests.test_parity import as_prompt, random_ids, relative
 from tests.test_recording import A_COLUMN, as_on_a_device, hooks_of
 from tlcapture.errors import OutOfMemoryError
 from tlcapture.generation import batch as batch_module
+from tlcapture.generation import loop
+from tlcapture.generation.device_buffers import Triangles
 from tlcapture.generation.interventions import Steer
 from tlcapture.generation.loop import generate
 from tlcapture.generation.noise import GumbelNoise
 from tlcapture.generation.outcomes import Failure, Generation, Outcome
-from tlcapture.generation.processors import LogitRules
+from tlcapture.generation.processors import LogitProcessors, LogitRules, PromptTokens
 from tlcapture.generation.recording import Recorder
 from tlcapture.generation.sampling import GREEDY, Sampling
 from tlcapture.models.engines.base import Step
@@ -165,6 +168,35 @@ def test_what_was_recorded_leaves_the_device_before_prompts_are_read_again(monke
     assert on_device and not any(on_device)
 
 
+@pytest.mark.parametrize("engine", tiny.ENGINES)
+def test_the_state_that_was_too_large_is_gone_when_memory_is_released(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.model("llama", engine)
+    states: list[weakref.ref[Any]] = []
+    gone: list[bool] = []
+    start = type(model).start
+
+    def started(self: Model, batch_size: int) -> Any:
+        state = start(self, batch_size)
+        states.append(weakref.ref(state))
+        return state
+
+    monkeypatch.setattr(type(model), "start", started)
+    monkeypatch.setattr(loop, "release_memory", lambda: gone.extend(state() is None for state in states))
+    Steps(monkeypatch, model, lambda number, *shape: number == 3)
+    run(model)
+    assert gone and all(gone)
+
+
+def test_patterns_leave_the_device_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, n_steps = tiny.model("llama", tiny.ENGINES[0]), []
+    steps = Steps(monkeypatch, model, lambda number, *shape: number == 3)
+    monkeypatch.setattr(Triangles, "leave_device", lambda self: n_steps.append(len(steps.shapes)))
+    run(model)
+    assert n_steps[0] == 4, "before the next pass"
+
+
 @tiny.needs_hooked
 def test_steps_of_fixed_shape_go_on_in_buffers_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("llama", "hooked")
@@ -292,6 +324,21 @@ def test_no_new_tokens_are_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Recorder, "take", second_fails)
     assert_same(run(model, max_new_tokens=0), expected)
+
+
+@pytest.mark.parametrize("name", RULES.active(greedy=False))
+def test_rules_that_begin_at_a_later_token_change_logits_as_those_that_saw_every_token(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rules = LogitRules(**{name: getattr(RULES, name)})
+    prompts = [PromptTokens(ids, frozenset({1}), 6) for ids in ([5, 6, 7], [8, 9])]
+    whole, later = (LogitProcessors(rules, 1.0, prompts) for _ in range(2))
+    tokens = torch.randint(2, 12, (5, 2), generator=generator)
+    for each in tokens:
+        whole(torch.randn(2, 300, generator=generator))
+        whole.append(each)
+        later.append(each)
+    logits = torch.randn(2, 300, generator=generator)
+    assert torch.equal(whole(logits), later(logits))
 
 
 @pytest.mark.parametrize("n_steps", [5, 40])

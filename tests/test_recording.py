@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -55,8 +58,19 @@ class LateCopies(Copies):
         self.wait(self.mark())
 
 
+def stand_in_for_cuda(patch: pytest.MonkeyPatch, event: Any) -> None:
+    """Let streams do nothing: what is copied to pinned memory is there when its event has come."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stub in (
+        ("Stream", lambda device: stream),
+        ("current_stream", lambda device: stream),
+        ("stream", lambda stream: nullcontext()),
+        ("Event", event),
+    ):
+        patch.setattr(torch.cuda, name, stub)
+
+
 def test_copies_arrive_in_pieces_of_which_few_are_in_transit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streams and events that stand in for CUDA's: what is copied to pinned memory is there when an event has come."""
     released, begun = threading.Event(), []
 
     class Event:
@@ -66,20 +80,13 @@ def test_copies_arrive_in_pieces_of_which_few_are_in_transit(monkeypatch: pytest
         def synchronize(self) -> None:
             assert released.wait(10)
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, stub in (
-        ("Stream", lambda device: stream),
-        ("current_stream", lambda device: stream),
-        ("stream", lambda stream: nullcontext()),
-        ("Event", Event),
-    ):
-        monkeypatch.setattr(torch.cuda, name, stub)
+    stand_in_for_cuda(monkeypatch, Event)
     monkeypatch.setattr(transfers, "_PIECE", 40)
     monkeypatch.setattr(transfers, "_IN_TRANSIT", 120)
     copies = Copies(torch.device("cpu"))
     source, target = torch.randn(5, 11), torch.zeros(5, 11)
-    assert copies.mark() is None
-    copies.wait(copies.mark())
+    assert copies.mark()[1] is None
+    begun.clear()
     copier = threading.Thread(target=copies.copy, args=(target, source))
     copier.start()
     copier.join(0.2)
@@ -87,7 +94,8 @@ def test_copies_arrive_in_pieces_of_which_few_are_in_transit(monkeypatch: pytest
     released.set()
     copier.join(10)
     copies.wait(copies.mark())
-    assert torch.equal(target, source) and len(begun) == 6
+    assert torch.equal(target, source)
+    assert len(begun) == 6 + 1, "six pieces and a mark"
 
 
 def hooks_of(model: Model) -> list[str]:
@@ -148,8 +156,8 @@ def test_activations_recorded_on_a_device_are_those_recorded_in_main_memory(
     for name, each in expected.items():
         assert found[name].response_ids == each.response_ids
         assert list(found[name].cache) == list(each.cache)
-        n_bytes = recording.bytes_of(found[name].cache)
-        assert n_bytes == recording.bytes_of(dict(each.cache))
+        n_bytes = recording.n_bytes_of(found[name].cache)
+        assert n_bytes == recording.n_bytes_of(dict(each.cache))
         for hook, activation in each.cache.items():
             assert found[name].cache[hook].shape == activation.shape
             assert torch.equal(found[name].cache[hook], activation), hook
@@ -243,3 +251,44 @@ def test_captures_on_cuda_equal_those_of_a_cpu_and_no_choice_or_recording_waits(
         assert found[name].response_ids == each.response_ids
         for hook, activation in each.cache.items():
             assert relative(found[name].cache[hook], activation) < 1e-3, hook
+
+
+def test_the_size_of_a_cache_is_known_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[int] = []
+    monkeypatch.setattr(LateCopies, "wait", lambda self, mark: waited.append(mark))
+    names = ["a", "b", "blocks.0.attn.hook_pattern"]
+    for free in (0, 2**40):
+        as_on_a_device(monkeypatch, free=free)
+        recorder = Recorder(names, [3, 2], max_new_tokens=2)
+        step = {"a": torch.ones(2, 3, 4), "b": torch.ones(2, 3, 5), names[2]: torch.ones(2, 6, 3, 3)}
+        recorder.record([0, 1], step)
+        recorder.record([0, 1], {**{name: step[name][:, -1:] for name in "ab"}, names[2]: torch.ones(2, 6, 1, 4)})
+        waited.clear()
+        found = recorder.take(1)
+        assert found.n_bytes == 4 * (3 * 4 + 3 * 5 + 6 * 3 * 3)
+        assert not waited
+        assert found.n_bytes == sum(each.nbytes for each in found.values())
+
+
+def test_other_threads_may_wait_for_copies_while_more_are_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_for_cuda(monkeypatch, MagicMock)
+    copies = Copies(torch.device("cpu"))
+    targets = [torch.zeros(4) for _ in range(1500)]
+    begun: SimpleQueue[Any] = SimpleQueue()
+
+    def wait() -> bool:
+        while (found := begun.get()) is not None:
+            number, mark = found
+            copies.wait(mark)
+            if targets[number].tolist() != [number] * 4:
+                return False
+        return True
+
+    with ThreadPoolExecutor(2) as threads:
+        waiting = [threads.submit(wait) for _ in range(2)]
+        for number, target in enumerate(targets):
+            copies.copy(target, torch.full((4,), float(number)))
+            begun.put((number, copies.mark()))
+        for _ in waiting:
+            begun.put(None)
+        assert all(each.result() for each in waiting)

@@ -60,6 +60,7 @@ def test_archives_hold_what_torch_save_writes_and_are_intact(
         "none": torch.empty(0, 4),
         "parameter": torch.nn.Parameter(torch.ones(2)),
         "flags": torch.tensor([True, False]),
+        "float8": torch.ones(4).to(torch.float8_e4m3fn),
         "same": [buffer, "é", None, 2**40, (1.5, b"x")],
     }
     write_tensors(tmp_path / "ours.pt", value)

@@ -667,3 +667,32 @@ def test_activations_too_large_for_float16_are_saved_in_bfloat16_or_refused(
     assert result.exit_code == 1
     assert "does not fit float16" in result.stderr
     assert Capture.open(raw / "1.pt").residual(0).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("words", "starts"),
+    [
+        ((), True),
+        (("--no-project", "--attention"), False),
+        (("--projections-only",), False),
+        (("--tokens", "last"), False),
+    ],
+)
+def test_processes_are_started_only_if_they_will_have_work(
+    capture: Run, extract: Run, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], starts: bool
+) -> None:
+    from tlcapture.runs.processes import Processes
+
+    called: list[object] = []
+    call = Processes.call
+
+    def noting(self: Processes, *args: object) -> object:
+        called.append(args)
+        return call(self, *args)
+
+    announced: list[int] = []
+    monkeypatch.setattr(Processes, "call", noting)
+    monkeypatch.setattr(Processes, "announce", lambda self, n_prompts: announced.append(n_prompts))
+    extract()
+    assert capture(*words).exit_code == 0
+    assert bool(announced) == bool(called) == starts

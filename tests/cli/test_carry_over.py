@@ -105,6 +105,29 @@ def test_a_folder_without_such_examples_is_refused(
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_examples_whose_sides_are_the_same_are_refused(tlcapture: Run, data: Path, elsewhere: Path) -> None:
+    folder = elsewhere / "tone" / "loud"
+    rows = (folder / "negative.jsonl").read_text().splitlines()
+    (folder / "positive.jsonl").write_text("\n".join(reversed(rows)))
+    result = tlcapture("evaluate", "--experiment", "exp", "--examples", elsewhere)
+    assert result.exit_code == 2
+    assert f"{folder}: positive and negative examples are the same" in result.stderr
+
+
+def test_sides_that_do_not_vary_have_no_effect_size(tlcapture: Run, data: Path, elsewhere: Path) -> None:
+    folder = elsewhere / "tone" / "loud"
+    for side, word in (("positive", "NOISE"), ("negative", "hush")):
+        rows = [{"pair": str(n), "prompt": "say it", "response": word} for n in range(6)]
+        (folder / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("--methods", "probe", "--layers", "1", "--component", "residual")
+    result = tlcapture("evaluate", "--experiment", "exp", "--examples", elsewhere, *words)
+    assert result.exit_code == 0, result.output
+    (row,) = stored(data)["traits"]["tone/loud"]
+    assert (row["effect_size"], row["effect_size_interval"]) == (None, [None, None])
+    assert row["auroc"] in (0.0, 1.0)
+    assert "- to -" not in result.output
+
+
 def test_scores_stand_beside_those_of_layer_0_and_of_the_words_of_the_own_examples(
     tlcapture: Run, data: Path, elsewhere: Path
 ) -> None:

@@ -84,6 +84,15 @@ def test_evaluating_some_vectors_keeps_the_rows_of_other_vectors(tlcapture: Run,
     assert sum(row["trait"] == "tone/warm" for row in rows) == 9
 
 
+def test_evaluating_one_trait_changes_nothing_of_another(tlcapture: Run, vectors: Path) -> None:
+    path, words = vectors / "extraction" / "extraction_evaluation.json", ("evaluate", "--experiment", "exp")
+    assert tlcapture(*words, "--traits", "tone/warm", "--component", "residual").exit_code == 0
+    before = read_json(path)["best_vectors"]["tone/warm"]
+    assert len(before["gain_interval"]) == 2
+    assert tlcapture(*words, "--traits", "tone/loud", "--component", "residual").exit_code == 0
+    assert read_json(path)["best_vectors"]["tone/warm"] == before
+
+
 def test_changed_examples_are_not_evaluated(tlcapture: Run, vectors: Path, data: Path) -> None:
     file = data / "datasets" / "traits" / "tone" / "loud" / "positive.jsonl"
     file.write_text(file.read_text().replace("LOUD", "NOISY"))
@@ -115,6 +124,7 @@ def test_steer_writes_results_and_skips_existing_runs(tlcapture: Run, vectors: P
         assert len(found["null"]) == 20
         assert f"{found['rank_correlation']:+.2f}" in result.output
     assert "the 95th percentile of random vectors' best gains" in result.output
+    assert "no coherent run does not beat" not in result.output
     assert (path.parent / "steering.png").read_bytes().startswith(b"\x89PNG")
     again = tlcapture(*words, "--methods", "mean_diff")
     assert "wrote 1 files" in again.output  # the picture
@@ -375,7 +385,17 @@ def test_wrong_usage(tlcapture: Run, data: Path, words: tuple[str, ...], message
     assert message in result.stderr
 
 
-@pytest.mark.parametrize("content", ["{", "{}", '{"questions": []}', '{"questions": [{"id": "1"}]}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "{}",
+        '{"questions": []}',
+        '{"questions": [{"id": "1"}]}',
+        '["how?", "why?", "how?"]',
+        '[{"question": "how?", "positive": "so", "negative": "so"}]',
+    ],
+)
 def test_damaged_steering_questions_are_reported_with_their_file(
     tlcapture: Run, vectors: Path, data: Path, content: str
 ) -> None:

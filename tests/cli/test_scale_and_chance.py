@@ -139,8 +139,11 @@ def test_without_a_training_mean_centred_names_the_command(evaluated: Layout, ca
     assert capture("--no-project").exit_code == 0
     (evaluated.vectors(Trait.parse("tone/loud")) / "training_mean.pt").unlink()
     result = tlcapture("project", "--experiment", "exp", "--prompt-set", "short", "--centered")
-    assert result.exit_code == 1
-    assert "run 'tlcapture extract --experiment exp --traits tone/loud'" in result.stderr
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()  # for all captures together
+    assert "run 'tlcapture extract --experiment exp --traits tone/loud'" in line
+    one = ("--traits", "tone/warm")
+    assert tlcapture("project", "--experiment", "exp", "--prompt-set", "short", "--centered", *one).exit_code == 0
 
 
 def test_dynamics_only_brings_an_earlier_file_to_the_present_definitions(
@@ -238,6 +241,26 @@ def test_the_summary_of_a_run_reads_no_file_that_the_run_wrote(
     assert not read
     assert shown[0].tops
     assert shown == [summarise(evaluated, "short")]  # the same as from the files
+
+
+def test_equal_prompts_do_not_stand_out_by_rounding(tmp_path: Path) -> None:
+    layout, rise = Layout(tmp_path, "exp"), 0.1
+    own = {"tone/loud": [rise, rise, rise * (1 + 1e-6)]}
+    put_rises(layout, own, {"tone/loud": np.full((3, 200), rise)})
+    assert [(top.rise, top.stands_out) for top in summary_of(layout, "short").tops] == [(0.0, False)] * 3
+
+
+def test_the_summary_says_where_random_directions_have_no_reference(
+    data: Path, extract: Run, capture: Run, tlcapture: Run, tiny_folder: Path
+) -> None:
+    said = "random directions are isotropic for lack of a reference"
+    assert extract("--component", "residual").exit_code == 0
+    assert said in capture().output
+    evaluated = tlcapture("evaluate", "--experiment", "exp", "--component", "residual", "--model", tiny_folder)
+    assert evaluated.exit_code == 0
+    result = tlcapture("project", "--experiment", "exp", "--prompt-set", "short")
+    assert result.exit_code == 0
+    assert said not in result.output
 
 
 def test_a_single_prompt_is_compared_with_the_reference(evaluated: Layout, capture: Run, data: Path) -> None:

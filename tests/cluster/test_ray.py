@@ -289,3 +289,30 @@ def test_an_address_without_a_cluster_is_an_error(busy: Path, tlcapture: Any) ->
     result = tlcapture(*words_of(busy), "--executor", "ray", "--ray-address", "127.0.0.1:1")
     assert result.exit_code == 2
     assert "no Ray cluster at '127.0.0.1:1'" in result.stderr.splitlines()[-1]
+
+
+def test_a_worker_leaves_the_other_processors_of_its_machine_to_other_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tlcapture.cluster.actor import WorkerActor
+    from tlcapture.runs.background_writer import BackgroundWriter
+    from tlcapture.runs.processes import Processes
+    from tlcapture.runs.run import Run
+    from tlcapture.storage.layout import Layout
+
+    for name in ("TLCAPTURE_WRITERS", "TLCAPTURE_PROCESSES"):
+        monkeypatch.setenv(name, "4")  # so that what the worker sets is undone
+    monkeypatch.delenv("TLCAPTURE_WRITERS")
+    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
+    monkeypatch.setattr("tlcapture.runs.background_writer.n_processors", lambda: 64)
+    layout, made = Layout(tmp_path, "exp"), []
+
+    class Worker:
+        def __init__(self, run: Run, load: object):
+            made.append((BackgroundWriter(run)._n_writers, Processes()._count))
+
+        def prepare(self) -> None:
+            pass
+
+    assert WorkerActor(layout, Worker, "token", None, None, 4, None).prepare() is None  # type: ignore[arg-type]
+    assert made == [(2, 0)]

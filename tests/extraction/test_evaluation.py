@@ -37,6 +37,16 @@ def test_an_effect_size_of_too_few_or_equal_examples_is_undefined() -> None:
         assert effect_size_interval(positive, negative, paired=False).isnan().all()
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_an_effect_size_of_rounding_errors_is_undefined(scale: float) -> None:
+    rounding = 1 + torch.randn(3, 8) * 1e-7
+    positive, negative = 3.0 * rounding[:, :4] * scale, 2.0 * rounding[:, 4:] * scale
+    assert hedges_g(positive, negative).isnan().all()
+    assert effect_size_interval(positive, negative, paired=True).isnan().all()
+    spread = torch.randn(3, 4) * 1e-4 * scale  # a thousand times as much is a deviation
+    assert hedges_g(positive + spread, negative).isfinite().all()
+
+
 def test_a_planted_direction_separates() -> None:
     activations, labels, direction = planted(n=200)
     held_out = torch.arange(200) % 5 == 0

@@ -174,3 +174,18 @@ def test_the_shipped_examples_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(found) == 10
     assert {str(each.trait): each.concerns for each in found} == {str(each.trait): [] for each in found}
     assert all((each.n_positive, each.n_negative, each.n_pairs) == (64, 64, 64) for each in found)
+
+
+def test_the_outlook_of_positivity_is_independent_of_events_and_lengths(tmp_path: Path) -> None:
+    sides: dict[bool, dict[str, Example]] = {True: {}, False: {}}
+    for item in read_examples(Datasets(tmp_path), Trait("affect", "positivity")).items:
+        sides[item.positive][str(item.example.pair)] = item.example
+    assert {pair: each.prompt for pair, each in sides[True].items()} == {
+        pair: each.prompt for pair, each in sides[False].items()
+    }
+    longer = {
+        int(pair): len(str(each.response)) > len(str(sides[False][pair].response)) for pair, each in sides[True].items()
+    }
+    # In odd pairs something bad happens, in the others something good, or in multiples of four nothing in particular.
+    for kind in ([1, 3], [2], [0]):
+        assert np.mean([longer[pair] for pair in longer if pair % 4 in kind]) == 0.5

@@ -369,3 +369,43 @@ def test_recorded_steps_equal_run_ones_and_nothing_waits_for_the_device(
 
     for ours, theirs in zip(decoded(record=True), decoded(record=False), strict=True):
         assert relative(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("point", ["hook_pattern", "hook_attn_scores", "hook_rot_k"])
+def test_a_hook_sees_the_keys_so_far_and_none_to_come(point: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last key of a pattern is the new token itself, as in TransformerLens."""
+    model, shapes = model_of(), []
+
+    def change(activation: Tensor, hook: Any) -> Tensor:
+        shapes.append(activation.shape)
+        changed = activation.clone()
+        changed[:, -1] *= 0.5  # of a rotated key
+        changed[..., -1] *= 0.5  # of a pattern
+        return changed
+
+    def call() -> dict[str, Any]:
+        with model.tl.hooks(fwd_hooks=[(f"blocks.0.attn.{point}", change)]):
+            return generated(model, (12, 9), n_new=5)
+
+    found, seen = call(), list(shapes)
+    shapes.clear()
+    check_equal(found, growing(monkeypatch, call))
+    assert seen == shapes
+
+
+def test_copies_of_a_model_and_of_a_state_go_on_without_its_buffers(tapes: list[Tape]) -> None:
+    model = model_of()
+    tokens, one = torch.tensor([random_ids(12)]), torch.ones(1, 1, dtype=torch.long)
+    state = model.start(1)
+    model.reserve(state, 20)
+    model.step(tokens[:, :9], torch.ones(1, 9, dtype=torch.long), state, frozenset(), want_logits=False)
+    model.step(tokens[:, 9:10], one, state, frozenset(), want_logits=False)
+    branch = copy.deepcopy(state)
+    assert copy.deepcopy(model)._decoder is None
+    for position in (10, 11):
+        found = [
+            model.step(tokens[:, position : position + 1], one, each, {LAST}, want_logits=True).cache[LAST].clone()
+            for each in (state, branch)
+        ]
+        assert relative(*found) < 1e-5
+    assert len(tapes) == 1

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tlcapture.errors import NoSpaceError, StorageError
+from tlcapture.runs import background_writer
 from tlcapture.runs.background_writer import BackgroundWriter, Job
 from tlcapture.runs.display import Display
 from tlcapture.runs.report import RunReport
@@ -202,3 +203,28 @@ def test_an_error_of_the_program_is_raised_in_the_thread_of_the_caller(n_writers
 
     with pytest.raises(ZeroDivisionError, match="a bug"):
         fail()
+
+
+def test_a_second_signal_drops_jobs_that_have_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, begun, go_on = Run.silent(LAYOUT), threading.Event(), threading.Event()
+
+    def first(run: Run) -> None:
+        run.wrote(Written(Path("x/7"), 7))
+        begun.set()
+        go_on.wait(10)
+
+    def interrupted(futures: object) -> None:
+        begun.wait(10)
+        raise KeyboardInterrupt
+
+    writer = BackgroundWriter(run, 1)
+    for job in (first, file(8), file(9)):
+        writer.submit(job)
+    monkeypatch.setattr(background_writer, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt), writer:
+        pass
+    go_on.set()
+    for thread in writer._pool._threads:
+        thread.join(10)
+    writer.collect()
+    assert numbers(run) == [7]

@@ -75,13 +75,52 @@ def test_processes_end_with_a_killed_parent_whose_script_they_do_not_run_again(t
     assert (tmp_path / "again").read_text() == "x"
 
 
-def test_processes_import_what_their_parent_does_and_not_from_the_current_folder(
+def test_a_folder_whose_files_are_named_as_modules_does_no_harm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("tlcapture.py", "torch.py"):
-        (tmp_path / name).write_text("raise RuntimeError('of the current folder')\n")
+    for name in ("pickle", "queue", "tlcapture", "torch"):
+        (tmp_path / f"{name}.py").write_text("open('was_run', 'w')\nraise SystemExit(1)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TLCAPTURE_PROCESSES", "1")
     processes = Processes()
     processes.announce(1)
     assert processes.call(os.getpid) != os.getpid()
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_a_process_finds_the_modules_that_an_interactive_session_finds_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "only_here.py").write_text("def answer():\n    return 42\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.setenv("TLCAPTURE_PROCESSES", "1")
+    processes = Processes()
+    processes.announce(1)
+    assert processes.call(__import__("only_here").answer) == 42
+    assert processes._started[0].is_usable
+
+
+def test_without_a_program_to_start_the_work_is_done_here(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TLCAPTURE_PROCESSES", "2")
+    monkeypatch.setattr(sys, "executable", "")  # of a program that embeds Python
+    processes = Processes()
+    for _ in range(2):
+        processes.announce(1)
+        assert processes.call(os.getpid) == os.getpid()
+    assert len(caplog.records) == 1
+
+
+def test_an_interrupted_call_leaves_its_answer_to_no_other(started: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert started.call(abs, -1) == 1
+
+    def interrupted(file: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tlcapture.runs.processes.pickle.load", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            started.call(abs, -2)
+    assert started.call(abs, -3) == 3

@@ -137,11 +137,12 @@ def test_the_change_point_has_the_smallest_squared_error_of_all_splits(values: l
     assert errors[found] == pytest.approx(min(errors.values()), abs=1e-6)
 
 
-@pytest.mark.parametrize("height", [0.1, 0.7, -1.1, 1e-30])
+@pytest.mark.parametrize("height", [0.1, 0.7, -1.1, 3.3, 1e-30])
 def test_equal_numbers_neither_commit_nor_persist(height: float) -> None:
-    for length in range(1, 40):
+    for length in (*range(1, 40), 5000):
         found = dynamics(torch.full((2 + length,), height, dtype=torch.float64), 2)
         assert (found.commitment_point, found.persistence) == (None, None)
+        assert found.commitment_shift in (None, 0.0)
 
 
 @pytest.mark.parametrize("length", range(8))

@@ -143,6 +143,15 @@ def test_the_fallback_is_layer_16_with_a_warning(files: VectorFiles) -> None:
     assert "'tlcapture evaluate --experiment exp' would choose one" in found.warning
 
 
+def test_evaluating_again_is_no_advice_where_evaluation_found_no_effect_size(files: VectorFiles) -> None:
+    evaluation(files, *({"method": "probe", "layer": layer, "val_effect_size": None} for layer in (2, 4)))
+    warning = str(select(files, "residual", 30).warning)
+    assert "tlcapture evaluate" not in warning
+    assert (
+        "its examples give no effect size: others, or 'tlcapture steer --experiment exp', would choose one" in warning
+    )
+
+
 @pytest.mark.parametrize(("n_layers", "layer"), [(30, 16), (17, 16), (16, 9), (12, 7), (6, 3), (1, 0)])
 def test_shallower_models_fall_back_to_six_tenths_of_their_depth(n_layers: int, layer: int) -> None:
     assert fallback_layer(n_layers) == layer

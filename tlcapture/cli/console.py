@@ -196,14 +196,11 @@ def _row(top: TopTrait) -> tuple[Cell, ...]:
 
 
 def _notes(layout: Layout, summary: Summary, *, has_chance: bool) -> Iterator[str]:
+    again = f"'tlcapture evaluate', then 'tlcapture project --experiment {layout.experiment}'"
     if has_chance:
-        yield (
-            "chance: what the largest of as many random directions stays below in 95 % of draws"
-            + ("; calibrated: 0 the negative examples, 1 the positive ones" if _is_calibrated(summary) else "")
-        )
+        yield "chance: what the largest of as many random directions stays below in 95 % of draws" + _scale(summary)
     else:
-        again = f"tlcapture project --experiment {layout.experiment}"
-        yield f"whether these rises are within chance is unknown: 'tlcapture evaluate', then '{again}', measures it"
+        yield f"whether these rises are within chance is unknown: {again}, measures it" + _scale(summary)
     found = summary.findings
     if found is not None:
         yield (
@@ -212,11 +209,14 @@ def _notes(layout: Layout, summary: Summary, *, has_chance: bool) -> Iterator[st
             f"as chance lets {0.05 * found.n_projections:.0f}: {found.clearly_commit} commit, "
             f"{found.clearly_persist} persist"
         )
+        if found.is_isotropic:
+            yield f"random directions are isotropic for lack of a reference: {again}, takes the activations' covariance"
     yield ""
 
 
-def _is_calibrated(summary: Summary) -> bool:
-    return any(top.calibrated is not None and (top.stands_out or top.chance is None) for top in summary.tops)
+def _scale(summary: Summary) -> str:
+    is_shown = any(top.calibrated is not None and (top.stands_out or top.chance is None) for top in summary.tops)
+    return "; calibrated: 0 the negative examples, 1 the positive ones" if is_shown else ""
 
 
 def _log() -> logging.Logger:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os.path import lexists
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,7 +114,7 @@ def _score_elsewhere(
             *(_number(each, ".3f") for each in (row.auroc, row.null_auroc_p95, row.p)),
             *(_number(each, ".3f") for each in (row.layer0_auroc, row.bag_of_words_auroc)),
             _number(row.effect_size, ".2f"),
-            " to ".join(_number(bound, ".2f") for bound in row.effect_size_interval or ()),
+            _interval(row.effect_size_interval),
         )
         for trait, row, name in rows
     ]
@@ -128,6 +129,10 @@ def _score_elsewhere(
     console.line()
 
 
+def _interval(bounds: Sequence[float | None] | None) -> str:
+    return "-" if bounds is None or None in bounds else " to ".join(_number(bound, ".2f") for bound in bounds)
+
+
 def _vector_name(row: CarryOverRow) -> str:
     return f"{row.method} {row.layer}" + ("" if row.component == "residual" else f" {row.component}")
 
@@ -138,6 +143,8 @@ def _print(console: Console, evaluation: Evaluation) -> None:
     columns = [Column("trait"), Column("vector")]
     names = ("AUROC", "sd", "Hedges g", "layer 0", "words", "lengths", "p")
     console.line()
+    if not found:
+        console.line("no vector has an effect size, so that none is selected")
     console.table([*columns, *(Column(name, right=True) for name in names)], map(_cells, found.items()))
     console.line()
     console.line("AUROC, sd, g: nested cross-validation over pairs, which chooses layer and method inside")
@@ -152,7 +159,8 @@ def _print(console: Console, evaluation: Evaluation) -> None:
 
 def _cells(pair: tuple[str, TraitEvaluation]) -> tuple[str, ...]:
     trait, found = pair
-    lengths = [value for name, value in found.baselines.items() if name not in ("layer 0", "bag of words")]
+    others = ("layer 0", "bag of words")
+    lengths = [value for name, value in found.baselines.items() if name not in others and value is not None]
     return (
         trait,
         f"{found.method} {found.layer}",

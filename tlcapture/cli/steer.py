@@ -104,10 +104,9 @@ def _print(console: Console, layout: Layout, traits: tuple[Trait, ...]) -> None:
         chance = largest_by_chance(runs)
         best = max((run.delta for run in runs if run.coherence_mean >= COHERENT), default=None)
         if chance is not None:
+            beats = "beats" if best is None or best > chance else "does not beat"
             says = "no coherent run" if best is None else f"best gain {best:+.1f}"
-            beats = best is not None and best > chance
-            verdict = "beats" if beats else "does not beat"
-            notes.append(f"{trait}: {says} {verdict} {chance:+.1f}, the 95th percentile of random vectors' best gains")
+            notes.append(f"{trait}: {says} {beats} {chance:+.1f}, the 95th percentile of random vectors' best gains")
     if not rows:
         return
     console.line()

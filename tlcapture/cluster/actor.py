@@ -185,6 +185,9 @@ class WorkerActor:
             import torch
 
             torch.set_num_threads(self._threads)
+            # The other processors of the machine are for other workers.
+            os.environ["TLCAPTURE_PROCESSES"] = "0"
+            os.environ.setdefault("TLCAPTURE_WRITERS", str(max(1, self._threads // 2)))
             self._worker = self._make(Run(self._layout, self._report, self._display), self._loader())
         return self._worker
 

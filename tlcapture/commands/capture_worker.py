@@ -35,7 +35,7 @@ from tlcapture.errors import InputError, OutOfMemoryError
 from tlcapture.generation.checkpoint_sampling import sampling_for, unfollowed
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure, Generation
-from tlcapture.generation.recording import bytes_of
+from tlcapture.generation.recording import n_bytes_of
 from tlcapture.generation.sampling import Sampling
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import is_out_of_memory, release_memory
@@ -95,9 +95,10 @@ class CaptureWorker:
                 self._generate(task)
             finally:
                 self.run.removed(self._removed)
-                if self._unanswered:
+                if self._unanswered:  # which threads found in any order
+                    named = [f"{each.prompt_set}/{each.id}" for each in task.batched]
                     can_be_off = has_switch(self.model.tokenizer, task.batched[0].template_args)
-                    self.run.warn(no_answer_warning(self._unanswered, has_switch=can_be_off))
+                    self.run.warn(no_answer_warning(sorted(self._unanswered, key=named.index), has_switch=can_be_off))
                 self._removed, self._unanswered = [], []
         self._complete(task)
 
@@ -130,7 +131,7 @@ class CaptureWorker:
         if options.projections_only:
             self._check_vectors(wanted)
         total = len(task.fresh) * max_new_tokens
-        if options.projects or wanted.attention or wanted.logit_lens:
+        if options.project and wanted.raw and wanted.tokens is None:  # see `_project_onto`
             self._processes.announce(len(task.fresh))
         with (
             self.run.progress(total, task.prompt_set.name, "token") as progress,
@@ -161,7 +162,7 @@ class CaptureWorker:
                     on_cpu = self.model.last_device.type == "cpu"
                     lens = self._lens(outcome, wanted) if wanted.logit_lens and on_cpu else None
                     job = partial(self._write, name, outcome, sampling, wanted, max_new_tokens, lens)
-                    writer.submit(job, 2 * bytes_of(outcome.cache))
+                    writer.submit(job, 2 * n_bytes_of(outcome.cache))
                 progress.advance(
                     max_new_tokens - len(outcome.response_ids),
                     done=f"{name}: {len(outcome.response_ids)} tokens, {outcome.stop_reason}",
@@ -276,7 +277,7 @@ class CaptureWorker:
             kept = wanted_positions(wanted.tokens, capture, fresh=False)
             lens = lens_of(self.model, capture.token_ids, capture.residual, kept, capture.positions)
         job = partial(self._complete_saved, name, capture, wanted, cache, lens)
-        writer.submit(job, 2 * (bytes_of(cache) + capture.response.residual.points.nbytes))
+        writer.submit(job, 2 * (n_bytes_of(cache) + capture.response.residual.points.nbytes))
 
     def _complete_saved(
         self, name: str, capture: Capture, wanted: Outputs, cache: Cache, lens: LogitLens | None, run: Run

@@ -93,7 +93,7 @@ def _tasks(layout: Layout, options: CarryOverOptions) -> list[CarryOverTask]:
     folder, traits = options.folder, traits_with_vectors(layout, options.traits)
     if not folder.is_dir():
         raise InputError(f"--examples {folder}: expected a folder with positive.jsonl and negative.jsonl")
-    read = partial(examples_in, examples_as=options.examples_as)
+    read = partial(_read, options.examples_as)
     if any((folder / f"positive.{end}").is_file() for end in ("jsonl", "txt")):
         if len(traits) != 1:
             raise InputError(f"--examples {folder}: it holds examples of one trait: name the trait with --traits")
@@ -106,6 +106,16 @@ def _tasks(layout: Layout, options: CarryOverOptions) -> list[CarryOverTask]:
             f"found no folder {', '.join(missing or map(str, traits))}"
         )
     return [CarryOverTask(trait, read(folder / trait.category / trait.name, trait)) for trait in found]
+
+
+def _read(examples_as: str, folder: Path, trait: Trait) -> Examples:
+    examples = examples_in(folder, trait, examples_as=examples_as)
+    sides: dict[bool, set[tuple[str | None, ...]]] = {True: set(), False: set()}
+    for item in examples.items:
+        sides[item.positive].add((item.example.text, item.example.prompt, item.example.response))
+    if sides[True] == sides[False]:
+        raise InputError(f"--examples {folder}: positive and negative examples are the same")
+    return examples
 
 
 def _carry_over(run: Run, model: Model, options: CarryOverOptions, task: CarryOverTask) -> None:

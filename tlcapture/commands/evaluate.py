@@ -153,6 +153,7 @@ def _evaluate(
         if not methods:
             continue
         reading = _Reading.of(files, component, methods, options)
+        _check_held_out(reading.examples)
         kept = _activations(run, files, component, reading, options, model)
         vectors = {
             method: [
@@ -170,6 +171,14 @@ def _evaluate(
             run.warn(f"{trait}: {note}")
         found[component] = made
     return found
+
+
+def _check_held_out(examples: Examples) -> None:
+    if not all(examples.count(positive=side, held_out=True) for side in (True, False)):
+        raise InputError(
+            "no examples are held out on one or both sides: expected at least three pairs, or three unpaired examples "
+            "a side"
+        )
 
 
 @dataclass(frozen=True)
@@ -247,23 +256,17 @@ def _merged(layout: Layout, found: Mapping[str, EvaluatedComponent]) -> dict[str
     made = [EvaluationRow.model_validate(row) for each in found.values() for row in each.rows]
     kept = {row.key: row for row in [*before.all_results, *made]}
     merged = [kept[key] for key in sorted(kept)]
+    known = {trait: each.summary for trait, each in before.by_trait.items()}
     best: dict[str, Any] = {}
     for trait, row in best_by_trait(merged).items():
         component = found.get(row.component)
         is_new = component is not None and component.trait == trait
-        summary = component.summary if is_new and component is not None else _summary_of(before, trait)
+        summary = component.summary if is_new and component is not None else known.get(trait, {})
         best[trait] = best_vector(row, summary)
     cross = before.cross_trait if isinstance(before.cross_trait, dict) else {}
     others = before.model_dump(exclude_unset=True)
     rows = [row.as_written() for row in merged]
     return {**others, "all_results": rows, "best_vectors": best, "cross_trait": cross}
-
-
-def _summary_of(before: Evaluation, trait: str) -> Mapping[str, Any]:
-    """What an earlier run found of a trait as a whole, without the fields of its best row."""
-    found = before.by_trait.get(trait)
-    names = ("nested_auroc", "nested_sd", "nested_effect_size", "chosen_layers", "baselines", "p", "verdict")
-    return {} if found is None else {name: getattr(found, name) for name in names if name in found.model_fields_set}
 
 
 def _write_cross_traits(run: Run) -> None:

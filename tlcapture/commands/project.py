@@ -33,6 +33,7 @@ from tlcapture.runs.shards import Shard
 from tlcapture.storage.files import read_json, write_json
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.choice import VectorChoice
+from tlcapture.traits.mean_activations import check_means
 from tlcapture.traits.projection import Centred, dynamics_of_file
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.rises import DEFINITIONS
@@ -80,7 +81,9 @@ def run_project(
             with run_lock(run, f"captures of {name}", options.shard, "projection"):
                 _recompute_dynamics(run, name, ids[name], options)
         return run.report
-    traits_with_vectors(options.vectors.layout(layout), options.vectors.traits)
+    traits = traits_with_vectors(options.vectors.layout(layout), options.vectors.traits)
+    if options.centered:
+        check_means(options.vectors.layout(layout), traits, options.component)
     with ExitStack() as stack:
         for name in sorted(prompt_sets):
             stack.enter_context(run_lock(run, f"captures of {name}", options.shard, "projection"))

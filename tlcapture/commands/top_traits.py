@@ -20,6 +20,7 @@ from tlcapture.traits.rises import DEFINITIONS
 from tlcapture.traits.saved_projections import projection_paths
 
 FEWEST_TO_COMPARE = 3
+_ROUNDING = 1e-5  # of projections, which files keep with 6 digits
 
 _Values = NDArray[np.float64]
 
@@ -63,6 +64,7 @@ class Findings:
         commit, persist: how many of them do.
         clearly_commit, clearly_persist: how many do more clearly than 95 % of random directions.
         random_commit, random_persist: the shares of random directions that do.
+        is_isotropic: whether some random directions had no reference, and so not the activations' covariance.
     """
 
     n_projections: int
@@ -72,6 +74,7 @@ class Findings:
     clearly_persist: int
     random_commit: float
     random_persist: float
+    is_isotropic: bool
 
 
 @dataclass(frozen=True)
@@ -188,9 +191,10 @@ def _deviation(content: ProjectionFile) -> float:
 
 
 def _standardised(values: _Values) -> _Values:
-    """Standard scores over the first axis; 0 where all are equal."""
+    """Standard scores over the first axis; 0 where all are equal but for rounding, as those of equal prompts are."""
     deviation = values.std(axis=0)
-    return np.asarray((values - values.mean(axis=0)) / np.where(deviation > 0, deviation, 1.0))
+    differ = deviation > _ROUNDING * np.abs(values).max(axis=0)
+    return np.where(differ, (values - values.mean(axis=0)) / np.where(differ, deviation, 1.0), 0.0)
 
 
 def _top(prompt_id: str, trait: str, candidates: Mapping[str, _Rise], content: ProjectionFile) -> TopTrait:
@@ -230,4 +234,5 @@ def _findings(contents: Sequence[ProjectionFile]) -> Findings | None:
         sum(found and _is_clear(each, "persistence") for each, found in zip(known, persist, strict=True)),
         sum(each.commit for each in chances) / n_random,
         sum(each.persist or 0 for each in chances) / max(1, n_risen),
+        any(each.is_isotropic for each in chances),
     )

@@ -17,6 +17,7 @@ from tlcapture.extraction.readout import Activations
 
 CONFIDENCE = 0.95
 _NODES = 128
+_ROUNDING = 1e-6  # of the largest score: what float32 leaves where all scores of a side are equal
 
 Scores = Float[Tensor, "*directions n_examples"]
 PerDirection = Float[Tensor, "*directions"]
@@ -51,7 +52,7 @@ def hedges_g(
 ) -> PerDirection:
     """The difference of means over the pooled standard deviation, corrected for small samples.
 
-    NaN with fewer than two examples a side, and where the standard deviation is 0.
+    NaN with fewer than two examples a side, and where the standard deviation is 0 but for rounding.
 
     Source: Hedges, "Distribution theory for Glass's estimator of effect size and related estimators" (1981).
     """
@@ -60,7 +61,7 @@ def hedges_g(
         return torch.full(positive.shape[:-1], torch.nan)
     difference = positive.mean(dim=-1) - negative.mean(dim=-1)
     deviation = _pooled_deviation(positive, negative)
-    return torch.where(deviation > 0, (1 - 3 / (4 * freedom - 1)) * difference / deviation, torch.nan)
+    return torch.where(deviation.isfinite(), (1 - 3 / (4 * freedom - 1)) * difference / deviation, torch.nan)
 
 
 def effect_size_interval(
@@ -123,9 +124,12 @@ def separation(
 
 
 def _pooled_deviation(positive: Tensor, negative: Tensor) -> Tensor:
+    """The pooled standard deviation; NaN where it is no more than rounding."""
     n_positive, n_negative = positive.shape[-1], negative.shape[-1]
     squares = positive.var(dim=-1) * (n_positive - 1) + negative.var(dim=-1) * (n_negative - 1)
-    return (squares / (n_positive + n_negative - 2)).sqrt()
+    deviation = (squares / (n_positive + n_negative - 2)).sqrt()
+    largest = torch.maximum(positive.abs().amax(dim=-1), negative.abs().amax(dim=-1))
+    return torch.where(deviation > _ROUNDING * largest, deviation, torch.nan)
 
 
 def _noncentrality(t: np.ndarray, freedom: np.ndarray, share: float) -> np.ndarray:

@@ -62,6 +62,8 @@ class Question(BaseModel):
     def _has_both_or_neither(self) -> Question:
         if (self.positive is None) != (self.negative is None):
             raise ValueError('expected both "positive" and "negative", or neither')
+        if self.positive is not None and self.positive == self.negative:
+            raise ValueError('"positive" and "negative" are the same, which no vector can tell apart')
         return self
 
     @property
@@ -96,6 +98,16 @@ class SteeringQuestions(BaseModel):
             for number, each in enumerate(asked, start=1)
         ]
         return {**content, "questions": numbered}
+
+    @field_validator("questions")
+    @classmethod
+    def _differ(cls, value: list[Question]) -> list[Question]:
+        seen: dict[tuple[str, str | None, str | None], int] = {}
+        for number, each in enumerate(value, start=1):
+            first = seen.setdefault((each.question, each.positive, each.negative), number)
+            if first != number:
+                raise ValueError(f"question {number} is the same as question {first}: expected each once")
+        return value
 
     @field_validator("eval_prompt")
     @classmethod

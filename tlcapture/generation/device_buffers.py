@@ -6,12 +6,14 @@ import math
 from collections.abc import Sequence
 
 import torch
+from psutil import virtual_memory
 from torch import Tensor
 
-from tlcapture.generation.transfers import Copies, upload
+from tlcapture.generation.transfers import Copies, in_main_memory, upload
 
 _CHUNK = 32  # columns that leave together
 _FEW = 256  # new tokens up to which main memory for all of them is taken from the start
+_PINNED = 0.125  # of free main memory that may be pinned
 SHARE = 0.5  # of an accelerator's free memory that recorded activations may take
 
 
@@ -38,6 +40,8 @@ class DeviceBuffer:
         self._max_new_tokens = max_new_tokens
         self._n_held = n_held
         self._is_whole = n_held >= self._width + max_new_tokens
+        # Torch takes up to twice the bytes that are pinned.
+        self._is_pinned = self._is_whole and 2 * self._buffer.nbytes <= _PINNED * virtual_memory().available
         self._starts = [self._width - length for length in lengths]
         self._left = list(self._starts)  # the first column of each row that has not left yet
         self._targets: dict[int, Tensor] = {}
@@ -92,7 +96,7 @@ class DeviceBuffer:
         if index not in self._targets:
             at_most = self._width - self._starts[index] + self._max_new_tokens
             shape = (n_tokens or at_most, *self._buffer.shape[2:])
-            self._targets[index] = torch.empty(shape, dtype=self._buffer.dtype)
+            self._targets[index] = in_main_memory(shape, self._buffer.dtype, pinned=self._is_pinned)
         return self._targets[index]
 
 

@@ -116,8 +116,9 @@ class LogitProcessors:
             else:
                 scores = self._row_by_row(name, scores)
         if self._temperature:
-            # With 0 as the largest, no temperature overflows.
-            scores = (scores - scores.amax(dim=-1, keepdim=True)) / max(self._temperature, 1e-20)
+            # With 0 as the largest, no temperature overflows; the quotient by one beyond float32 would be NaN.
+            temperature = min(max(self._temperature, 1e-20), 1e30)
+            scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature
         for name in self._rules:
             if name in FOR_SAMPLING:
                 scores = self._for_batch(name, scores)

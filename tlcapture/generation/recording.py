@@ -17,7 +17,7 @@ from tlcapture.generation.device_buffers import (
     n_weights,
     whole_patterns,
 )
-from tlcapture.generation.transfers import Copies
+from tlcapture.generation.transfers import Copies, in_main_memory
 from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import is_pattern
 
@@ -145,7 +145,7 @@ class Recorder:
             return lambda: tensor
         copies = self._copies_from(tensor.device)
         copies.lend(tensor)
-        target = torch.empty(tensor.shape, dtype=tensor.dtype)
+        target = in_main_memory(tensor.shape, tensor.dtype, pinned=True)
         copies.copy(target, tensor)
         return _once_copied(target, copies)
 
@@ -227,7 +227,7 @@ class Recorded(Mapping[str, Tensor]):
     def __init__(self, order: Sequence[str], parts: Sequence[tuple[Sequence[str], Part]], n_bytes: int):
         self.n_bytes = n_bytes
         self._order = order
-        self._parts: dict[str, tuple[Sequence[str], Part]] = {name: part for part in parts for name in part[0]}
+        self._parts = {name: (names, part) for names, part in parts for name in names}
         self._arrived: dict[str, Tensor] = {}
         self._lock = threading.Lock()
 
@@ -247,7 +247,7 @@ class Recorded(Mapping[str, Tensor]):
         return len(self._order)
 
 
-def bytes_of(cache: Cache) -> int:
+def n_bytes_of(cache: Cache) -> int:
     """The memory that activations take, without waiting for them."""
     return cache.n_bytes if isinstance(cache, Recorded) else sum(each.nbytes for each in cache.values())
 

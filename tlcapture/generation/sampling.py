@@ -21,7 +21,8 @@ MAX_NEW_TOKENS = "max_new_tokens"
 PLAIN, CHECKPOINT = "plain", "checkpoint"
 SAMPLINGS = (PLAIN, CHECKPOINT)
 DEFAULT_TEMPERATURE = 0.7
-_LOWEST_TEMPERATURE = 1e-30  # a number of float32; it chooses the likeliest token, as all lower ones do
+# Numbers of float32: lower ones choose the likeliest token too, and higher ones any with the same probability.
+_LOWEST_TEMPERATURE, _HIGHEST_TEMPERATURE = 1e-30, 1e30
 _CPU_PIECE = 2**22  # logits, 16 MiB in float32: memory that is taken anew each time costs more than the work
 
 
@@ -90,7 +91,7 @@ def choose_tokens(logits: LastLogits, temperature: float, noise: Noise | None = 
     assert noise is not None
     d_vocab, n_groups = logits.shape[-1], _n_groups(logits.shape[-1])
     largest = logits.amax(dim=-1, keepdim=True).float()
-    temperature = max(temperature, _LOWEST_TEMPERATURE)
+    temperature = min(max(temperature, _LOWEST_TEMPERATURE), _HIGHEST_TEMPERATURE)
     groups = _group_sums(logits, largest, temperature, n_groups).log_().add_(noise[:, :n_groups])
     # A group's tokens are n_groups apart.
     tokens = torch.arange(0, d_vocab, n_groups, device=logits.device) + groups.argmax(dim=-1, keepdim=True)

@@ -13,12 +13,14 @@ from torch import Tensor
 
 _IN_TRANSIT = 2**28  # bytes
 _PIECE = 2**24  # bytes
+Mark = tuple[Any, "Future[None] | None"]  # an event on the stream, and the last arrival
 
 
 def upload(numbers: Sequence[int], device: torch.device) -> Tensor:
     """Integers as a tensor `[n]` on a device."""
     tensor = torch.tensor(list(numbers), dtype=torch.long)
-    return tensor.to(device, non_blocking=True)  # few bytes are staged at once, pinned or not
+    # CUDA stages few bytes at once, pinned or not; MPS would read them later, when their memory may be another's.
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 class Download:
@@ -41,8 +43,8 @@ class Download:
 class Copies:
     """Copies to main memory on a stream of their own, while the model goes on.
 
-    A copy goes through pinned memory, of which at most `_IN_TRANSIT` bytes are taken, and from there to its target in
-    a thread. To pin the targets themselves would take longer than to generate what they hold.
+    Copies to memory that is not pinned go through pinned memory, of which at most `_IN_TRANSIT` bytes are taken, and
+    from there to their target in a thread.
     """
 
     def __init__(self, device: torch.device):
@@ -58,28 +60,37 @@ class Copies:
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Begin to copy a contiguous tensor as it will be after the work queued so far, to a contiguous one."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        if target.is_pinned():
+            with torch.cuda.stream(self._stream):
+                target.copy_(source, non_blocking=True)
+            return
         n_numbers = max(1, _PIECE // source.itemsize)
         for piece, onto in zip(source.view(-1).split(n_numbers), target.view(-1).split(n_numbers), strict=True):
             self._arrive(_IN_TRANSIT - piece.nbytes)
-            pinned = _pinned(piece)
+            pinned = in_main_memory(piece.shape, piece.dtype, pinned=True)
             with torch.cuda.stream(self._stream):
                 pinned.copy_(piece, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(self._stream)
-            self._in_transit.append((piece.nbytes, self._thread.submit(_land, event, pinned, onto)))
+            self._in_transit.append((piece.nbytes, self._thread.submit(_land, self._event(), pinned, onto)))
 
-    def mark(self) -> Future[None] | None:
+    def mark(self) -> Mark:
         """A mark of the copies begun so far, for `wait`."""
-        return self._in_transit[-1][1] if self._in_transit else None
+        return self._event(), self._in_transit[-1][1] if self._in_transit else None
 
-    def wait(self, mark: Future[None] | None) -> None:
+    def wait(self, mark: Mark) -> None:
         """Wait until the copies up to a mark have arrived; any thread may."""
-        if mark is not None:
-            mark.result()
+        event, arrival = mark
+        event.synchronize()
+        if arrival is not None:
+            arrival.result()
 
     def hold_up_device(self) -> None:
         """Let the work queued from now on begin after the copies begun so far have left the device."""
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def _event(self) -> Any:
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return event
 
     def _arrive(self, at_most: int) -> None:
         """Wait until no more than so many bytes are in transit; the last copy stays, as the mark of all."""
@@ -95,8 +106,12 @@ def _land(event: Any, pinned: Tensor, target: Tensor) -> None:
     target.copy_(pinned)
 
 
-def _pinned(like: Tensor) -> Tensor:
-    """An uninitialised tensor in main memory, pinned if that can be had. Torch uses such memory again."""
-    with suppress(RuntimeError):
-        return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
-    return torch.empty(like.shape, dtype=like.dtype)
+def in_main_memory(shape: Sequence[int], dtype: torch.dtype, *, pinned: bool) -> Tensor:
+    """An uninitialised tensor in main memory, pinned if that is asked for and can be had.
+
+    To pin memory takes longer than to fill it, but torch uses it again once the tensors in it are gone.
+    """
+    if pinned:
+        with suppress(RuntimeError):
+            return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+    return torch.empty(tuple(shape), dtype=dtype)

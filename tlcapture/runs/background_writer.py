@@ -41,7 +41,8 @@ class _Submitted(NamedTuple):
 class BackgroundWriter:
     """Does jobs in other threads, and reports to the run what they wrote and what failed.
 
-    As a context manager it does everything that was submitted before the context ends, also if that is by an error.
+    As a context manager it does everything that was submitted before the context ends, also if that is by an error. If
+    that wait is interrupted, jobs that have not begun are dropped.
 
     Args:
         n_writers: the number of threads; `None` takes one for two processors.
@@ -60,8 +61,11 @@ class BackgroundWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(wait=True)
-        self.finish()
+        try:
+            self._wait()
+        finally:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self.collect()
 
     def submit(self, job: Job, n_bytes: int = 0) -> None:
         """Let a thread do a job, after waiting until the memory that jobs hold allows for it.
@@ -86,13 +90,18 @@ class BackgroundWriter:
         """Report the jobs that have ended, in the order of their submission, as far as none before them goes on."""
         ended = []
         while self._submitted and self._submitted[0].future.done():
-            ended.append(self._submitted.popleft().future.result())
+            future = self._submitted.popleft().future
+            if not future.cancelled():
+                ended.append(future.result())
         self._add(ended)
 
     def finish(self) -> None:
         """Wait for all jobs and report them; raises `NoSpaceError` if the device is full."""
-        wait([each.future for each in self._submitted])
+        self._wait()
         self.collect()
+
+    def _wait(self) -> None:
+        wait([each.future for each in self._submitted])
 
     @property
     def _n_bytes(self) -> int:

@@ -45,7 +45,12 @@ class Processes:
         self._n_prompts += n_prompts
         if self._started or not (self._is_asked_for or self._n_prompts * n_processors() >= _WORTH_WHILE):
             return
-        self._started += [_Process() for _ in range(self._count)]
+        try:
+            while len(self._started) < self._count:
+                self._started.append(_Process())
+        except OSError as error:
+            _log.warning("a process that writes files cannot be started: %s", error.strerror)
+            self._count = len(self._started)
         for each in self._started:
             Thread(target=_make_ready, args=(each, self._free), daemon=True).start()
 
@@ -82,13 +87,17 @@ class _Process:
     def call(self, function: Callable[..., Result], *args: Any) -> Result:
         """Raises what the function raises, and `_ProcessEndedError` if the process has ended."""
         assert self._popen.stdin is not None and self._popen.stdout is not None
+        pickled = pickle.dumps((function, args))
         try:
-            self._popen.stdin.write(pickle.dumps((function, args)))
+            self._popen.stdin.write(pickled)
             self._popen.stdin.flush()
             result, error = pickle.load(self._popen.stdout)
         except (OSError, EOFError, pickle.UnpicklingError):
             self.is_usable = False
             raise _ProcessEndedError from None
+        except BaseException:  # the next call would read this one's answer
+            self.is_usable = False
+            raise
         if error is not None:
             raise error
         return result
@@ -123,8 +132,11 @@ def serve() -> None:
             result = function(*args)
         except Exception as error:
             failure = error
-        replies.write(pickle.dumps((result, failure)))
-        replies.flush()
+        try:
+            replies.write(pickle.dumps((result, failure)))
+            replies.flush()
+        except BrokenPipeError:  # nobody waits for the answer any more
+            os._exit(0)
 
 
 def _make_ready(process: _Process, free: SimpleQueue[_Process]) -> None:

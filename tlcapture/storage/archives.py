@@ -146,14 +146,16 @@ class _Pickler(pickle.Pickler):
         import torch
         from torch.serialization import location_tag
 
-        if not isinstance(each, torch.TypedStorage):
+        if isinstance(each, torch.TypedStorage):
+            storage, kind, size = each._untyped_storage, getattr(torch, each._pickle_storage_type()), each._size()
+        elif isinstance(each, torch.UntypedStorage):  # of a newer dtype, such as float8 or uint16
+            storage, kind, size = each, torch.UntypedStorage, each.nbytes()
+        else:
             return None
-        storage = each._untyped_storage
         if storage._cdata not in self._names:
             self._names[storage._cdata] = str(len(self.storages))
             self.storages.append(storage)
-        kind = getattr(torch, each._pickle_storage_type())
-        return "storage", kind, self._names[storage._cdata], location_tag(storage), each._size()
+        return "storage", kind, self._names[storage._cdata], location_tag(storage), size
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> memoryview:

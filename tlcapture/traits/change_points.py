@@ -65,7 +65,8 @@ def _fitted(series: Values) -> tuple[NDArray[np.int64], Values, Values, Values]:
     """Index, shift, clarity and the lag-1 correlation of the residuals of each column of `[n_tokens, n_series]`."""
     n_tokens, n_series = series.shape
     split = np.arange(MARGIN, n_tokens - MARGIN + 1)
-    centred = series - series.mean(axis=0)
+    centred = series - series[0]  # so that equal numbers are 0 rather than a rounding error
+    centred -= centred.mean(axis=0)
     before = np.cumsum(centred[: split[-1]], axis=0)[MARGIN - 1 :]
     cusum = before * -np.sqrt(n_tokens / (split * (n_tokens - split))).astype(series.dtype)[:, None]
     best = np.abs(cusum).argmax(axis=0)
@@ -80,9 +81,9 @@ def _fitted(series: Values) -> tuple[NDArray[np.int64], Values, Values, Values]:
     scale = np.where(is_noisy, squares, 1.0)
     correlation = np.where(is_noisy, np.einsum("ts,ts->s", residuals[1:], residuals[:-1]) / scale, 0.0)
     # A step without noise is as clear as can be; a constant series has no step.
-    clear = np.where(np.square(size) > rounding, np.inf, 0.0)
-    clarity = np.where(is_noisy, np.abs(size) / np.sqrt(scale / (n_tokens - 2)), clear)
-    return index, shift, clarity, correlation
+    is_step = is_noisy | (np.square(size) > rounding)
+    clarity = np.where(is_noisy, np.abs(size) / np.sqrt(scale / (n_tokens - 2)), np.where(is_step, np.inf, 0.0))
+    return index, np.where(is_step, shift, 0), clarity, correlation
 
 
 def _simulated_length(n_tokens: int) -> int:

@@ -26,7 +26,7 @@ class EvaluationRow(FileContent):
     val_effect_size: Number | None
     val_auroc: Share | None = None
     val_accuracy: Share | None = None
-    val_effect_size_interval: list[Number] | None = Field(default=None, min_length=2, max_length=2)
+    val_effect_size_interval: list[Number | None] | None = Field(default=None, min_length=2, max_length=2)
     cv_auroc: Share | None = None
     cv_effect_size: Number | None = None
     null_auroc_p95: Share | None = None
@@ -68,9 +68,17 @@ class TraitEvaluation(FileContent):
     nested_sd: Number | None = None
     nested_effect_size: Number | None = None
     chosen_layers: dict[str, int] = Field(default_factory=dict)
-    baselines: dict[str, Share] = Field(default_factory=dict)
+    baselines: dict[str, Share | None] = Field(default_factory=dict)
+    gain: Number | None = None
+    gain_interval: list[Number | None] | None = Field(default=None, min_length=2, max_length=2)
     p: Share | None = None
     verdict: str | None = None
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What the file has of the trait as a whole, without the fields of the selected vector."""
+        names = self.model_fields_set & type(self).model_fields.keys() - {"layer", "method"}
+        return {name: getattr(self, name) for name in type(self).model_fields if name in names}
 
 
 class Evaluation(FileContent):

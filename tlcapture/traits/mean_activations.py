@@ -5,12 +5,14 @@ extraction/{category}/{trait}/vectors/training_mean.pt      float32 [n_layers, d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxtyping import Float
 from torch import Tensor
 
-from tlcapture.errors import VectorError
+from tlcapture.errors import InputError, VectorError
+from tlcapture.names import Trait
 from tlcapture.shapes import Vector
 from tlcapture.storage.files import Written, read_tensors, write_tensors
 from tlcapture.storage.layout import Layout
@@ -23,6 +25,17 @@ from tlcapture.traits.vectors import TraitVector
 def write_means(files: VectorFiles, component: str, means: Float[Tensor, "n_layers d_model"]) -> Written:
     """Write the mean activations of a trait's training examples."""
     return write_tensors(files.mean_file(component), means.float().clone())
+
+
+def check_means(layout: Layout, traits: Sequence[Trait], component: str) -> None:
+    """Raise `InputError` if traits have vectors of a component but no mean activations, which `extract` stores."""
+    files = [VectorFiles(layout, trait) for trait in traits]
+    without = [each.trait for each in files if each.available(component) and not each.mean_file(component).is_file()]
+    if without:
+        raise InputError(
+            f"no mean activation to subtract for --centered: {', '.join(map(str, without))}: run "
+            f"'{extract_command(layout, without)}', or choose other traits with --traits"
+        )
 
 
 def mean_activation(root: Path, vector: TraitVector) -> Vector:

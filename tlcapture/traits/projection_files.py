@@ -99,6 +99,7 @@ class ChanceRecord(FileContent):
     """What random directions do on the same capture; see `ChanceLevel` in `traits/chance`."""
 
     n_directions: int = Field(ge=1)
+    covariance: str | None = None
     directions: str
     commit: Count
     persist: Count | None
@@ -107,6 +108,11 @@ class ChanceRecord(FileContent):
     rises: list[Number] | None
     reference_rises: ReferenceRises | None = None
     standardised_rises: list[Number] | None = None
+
+    @property
+    def is_isotropic(self) -> bool:
+        """Whether there was no reference, and so all directions were as likely."""
+        return self.covariance == "isotropic"
 
     @model_validator(mode="after")
     def _counts_agree(self) -> ChanceRecord:

@@ -75,7 +75,7 @@ def select(
     if best is not None:
         return best
     notes = ["its scores are of earlier vectors"] if _has_earlier_scores(files, component) else []
-    return _fallback(available, n_layers, notes, f"tlcapture evaluate --experiment {files.layout.experiment}")
+    return _fallback(available, n_layers, notes, _what_would_choose(files, component))
 
 
 def fallback_layer(n_layers: int) -> int:
@@ -183,7 +183,15 @@ def _has_earlier_scores(files: VectorFiles, component: str) -> bool:
     )
 
 
-def _fallback(available: Mapping[str, list[int]], n_layers: int, notes: Sequence[str], evaluate: str) -> Selection:
+def _what_would_choose(files: VectorFiles, component: str) -> str:
+    """The command that would choose a layer; for evaluated vectors without effect sizes another one."""
+    rows, option = _all_rows(files, component), f"--experiment {files.layout.experiment}"
+    if rows and all(row.effect_size is None and _is_current(files, row, component) for row in rows):
+        return f"its examples give no effect size: others, or 'tlcapture steer {option}',"
+    return f"'tlcapture evaluate {option}'"
+
+
+def _fallback(available: Mapping[str, list[int]], n_layers: int, notes: Sequence[str], remedy: str) -> Selection:
     wanted = fallback_layer(n_layers)
     method = next(iter(available))
     layer = min(available[method], key=lambda each: (abs(each - wanted), each))
@@ -193,7 +201,7 @@ def _fallback(available: Mapping[str, list[int]], n_layers: int, notes: Sequence
     if layer != wanted:
         notes.append(f"no vector at layer {wanted}")
     reason = f" ({', '.join(notes)})" if notes else ""
-    warning = f"layer {layer} by default{reason}, not by steering or effect size: '{evaluate}' would choose one"
+    warning = f"layer {layer} by default{reason}, not by steering or effect size: {remedy} would choose one"
     return Selection(layer, method, "fallback", None, warning)
 
 

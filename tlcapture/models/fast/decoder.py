@@ -66,6 +66,9 @@ class Decoder:
         self.seconds = 0.0
         self._owner: Callable[[], FastCache | None] = lambda: None
 
+    def __deepcopy__(self, memo: Any) -> None:
+        """`None`: a copy of a model makes buffers of its own, and a copy of a state goes on without."""
+
     def fits(self, n_rows: int, n_positions: int, like: Tensor) -> bool:
         """Whether no other batch uses the buffers and they have room for a batch of a model with weights as `like`."""
         rows, positions = self._mask.shape
@@ -109,7 +112,8 @@ class Decoder:
 
         Args:
             run: one call of the model.
-            is_hooked: whether the model has hooks: they are called, and see the rows of the batch only.
+            is_hooked: whether the model has hooks: they are called, and see the rows of the batch and the keys so far
+                only.
 
         Returns:
             Logits `[batch, d_vocab]` and activations by name. A recorded step overwrites them when it is replayed.
@@ -121,7 +125,7 @@ class Decoder:
             self._adopt(cache)
         self._tokens[:n_rows].copy_(tokens)
         self._position.fill_(start)
-        n_keys = min(self._limit, -(-(start + 1) // _KEYS) * _KEYS)
+        n_keys = start + 1 if is_hooked else min(self._limit, -(-(start + 1) // _KEYS) * _KEYS)
         if is_hooked or self._tape is None:
             logits, kept = self._call(cache, (n_rows, n_keys, frozenset(hooks)), run)()
         else:

@@ -23,7 +23,9 @@ class Tape:
     """
 
     def __init__(self, device: torch.device):
-        self._stream = torch.cuda.Stream(device)
+        # torch hands out its 32 streams of a priority again and again. Other threads have streams of priority 0: what
+        # they put on this one while a call is recorded would be recorded too.
+        self._stream = torch.cuda.Stream(device, priority=-1)
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, call: Callable[[], Result]) -> Result:
