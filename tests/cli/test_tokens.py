@@ -21,6 +21,7 @@ from tlcapture.storage.files import read_json, write_json
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.token_scores import TokenScores
+from tlcapture.views.kept_tokens import KeptTokens
 
 Run = Callable[..., Result]
 GREEDY = ("--temperature", 0, "--save-dtype", "float32")
@@ -135,6 +136,18 @@ def test_positions_that_do_not_fit_are_refused(capture: Run, raw: Path, position
     with pytest.raises(InputError.__mro__[1], match=r"1\.pt: not a valid raw residual file: ") as error:
         Capture.open(raw / "1.pt")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("selection", "said"),
+    [
+        ("last", "token 8 of 9 was kept"),
+        ("first:3", "tokens 3 to 5 of 9 were kept"),
+        ("100:", "none of 9 tokens was kept"),
+    ],
+)
+def test_what_was_kept_is_said_in_words(selection: str, said: str) -> None:
+    assert KeptTokens.parse(selection).of(n_prompt=3, n_tokens=9).described() == said
 
 
 def test_files_of_all_tokens_do_not_mention_positions(extract: Run, capture: Run, folder: Path) -> None:

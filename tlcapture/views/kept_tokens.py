@@ -89,6 +89,8 @@ class Positions:
         """What is held, as a clause for messages."""
         if not self.kept:
             return f"none of {self.n_tokens} tokens was kept"
+        if len(self.kept) == 1:
+            return f"token {self.kept[0]} of {self.n_tokens} was kept"
         runs = [self.kept[0]]
         runs += [other for one, other in pairwise(self.kept) if other != one + 1]
         which = f"{self.kept[0]} to {self.kept[-1]}" if len(runs) == 1 else f"{len(self.kept)}"
