@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from bench import END_OF_TABLE as END_OF_TABLES
 from gpu_report import Report
 
 HERE = Path(__file__).resolve().parent
@@ -129,7 +130,7 @@ class Session:
             self.report.loaded[name] = self.workers[name].result()
 
     def in_turn(self, batch: int, workloads: Sequence[tuple[str, str]]) -> None:
-        """Run workloads `(worker, name)` in turn, one round more than counted; those that take long only once."""
+        """Run workloads `(worker, name)` in turn, one round more than counted; one round of those that take long."""
         figures: dict[tuple[str, str], list[dict[str, Any]]] = {each: [] for each in workloads}
         for number in range(self.rounds + 1):
             for worker, name in list(figures):
@@ -142,7 +143,7 @@ class Session:
                     self.report.notes.append(f"Failed: {error}")
                     del figures[worker, name]
                     continue
-                if number or found["seconds"] > _LONG:
+                if number:
                     done.append(found)
         for (worker, name), found_each in figures.items():
             if found_each:
@@ -245,6 +246,8 @@ def main(
     trees = {"this": HERE.parent} | ({"before": baseline.resolve()} if baseline is not None else {})
     report = Report(list(trees), rounds, shape, disk or str(Path.cwd()))
     out.mkdir(parents=True, exist_ok=True)
+    before = (out / "GPU.md").read_text() if (out / "GPU.md").exists() else ""
+    remarks = before.partition(END_OF_TABLES)[2] or "\n"
     skipped = {name.strip() for name in skip.split(",")}
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
@@ -269,7 +272,7 @@ def main(
                 if name not in skipped:
                     session.part(name, needs, measure)
                     (out / "gpu.json").write_text(report.json())
-                    (out / "GPU.md").write_text(report.markdown())
+                    (out / "GPU.md").write_text(f"{report.markdown()}\n{END_OF_TABLES}{remarks}")
         finally:
             for worker in session.workers.values():
                 worker.end()
