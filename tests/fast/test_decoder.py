@@ -18,7 +18,7 @@ from tlcapture.generation.interventions import Steer
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Generation
 from tlcapture.generation.sampling import GREEDY, Sampling
-from tlcapture.models.fast import decoder, layers
+from tlcapture.models.fast import decoder, layers, recording
 from tlcapture.models.loading import Model, from_hooked_transformer, from_hugging_face
 from tlcapture.views.attention import attention_hooks
 from tlcapture.views.residual import residual_hooks
@@ -409,3 +409,11 @@ def test_copies_of_a_model_and_of_a_state_go_on_without_its_buffers(tapes: list[
         ]
         assert relative(*found) < 1e-5
     assert len(tapes) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_no_other_thread_gets_the_stream_on_which_steps_are_recorded() -> None:
+    """torch has 32 streams of a priority, and gives each to several that ask."""
+    device = torch.device("cuda", 0)
+    tape = recording.Tape(device)
+    assert tape._stream.cuda_stream not in {torch.cuda.Stream(device).cuda_stream for _ in range(64)}
