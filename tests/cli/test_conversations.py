@@ -231,7 +231,7 @@ def test_windows_line_endings_and_byte_order_marks_are_no_part_of_a_prompt(
         "crlf.txt": b"one\r\ntwo\r\n\r\n",
         "lf.txt": b"one\ntwo\n",
         "mark.txt": b"\xef\xbb\xbfone\ntwo",
-        "mark.JSON": b'\xef\xbb\xbf[{"role": "user", "content": "three"}]',
+        "c.JSON": b'[{"role": "user",\r\n"content": "three"}]\r\n',
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -260,6 +260,7 @@ def test_a_closed_or_empty_standard_input_is_one_clear_line(tmp_path: Path, redi
         (b"[", "a.json", "a.json: line 1, column 2: not valid JSON"),
         (b"3", "a.json", "expected a list of messages"),
         (b'{"messages": [], "tools": []}', "a.json", 'an object with "messages" alone, found messages, tools'),
+        (b"\xef\xbb\xbf[]", "a.json", "a.json: line 1, column 1: not valid JSON"),  # as in all JSON files
         (b"[]", "a.json", "a.json: messages: expected at least one"),
         (b'["a"]', "a.json", 'a.json: message 1: expected {"role", "content"}, got str'),
         (b'[{"role": "user"}]', "a.json", "message 1: content: expected a text, got NoneType"),

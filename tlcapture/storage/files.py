@@ -14,7 +14,6 @@ import re
 import secrets
 import shutil
 import socket
-from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -65,7 +64,7 @@ def write_json(path: Path, value: Any, *, indent: bool = False) -> Written:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file; raises `StorageError` with file, line and reason if it cannot be read or is not JSON."""
-    data = read_bytes(path).removeprefix(BOM_UTF8)
+    data = read_bytes(path)
     try:
         return orjson.loads(data)
     except orjson.JSONDecodeError as error:
