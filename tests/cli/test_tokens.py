@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -478,3 +479,31 @@ def test_spans_beyond_the_tokens_are_refused_whatever_was_kept(
     write_json(projected / "1.json", content)
     with pytest.raises(StorageError, match="spans: one ends at token 10000 of"):
         ProjectionFile.read(projected / "1.json")
+
+
+@pytest.mark.parametrize("selection", ["first:3", "response"])
+@pytest.mark.filterwarnings("ignore:.*by default")
+def test_spans_of_some_tokens_are_those_of_all_and_means_are_null_once_tokens_are_missing(
+    extract: Run, capture: Run, tlcapture: Run, data: Path, folder: Path, projected: Path, selection: str
+) -> None:
+    extract()
+    capture(*GREEDY, *LONG)
+    whole, frame = read_json(projected / "1.json"), Experiment("exp", data).to_pandas("short", traits="tone/loud")
+    for only in ((), ("--projections-only",)):
+        shutil.rmtree(folder / "inference/raw")
+        assert capture(*GREEDY, *LONG, *only, "--tokens", selection).exit_code == 0
+        part = read_json(projected / "1.json")
+        assert (part["spans"], part["dynamics"]["by_span"]) == (whole["spans"], whole["dynamics"]["by_span"])
+        assert "wrote 0 files" in capture(*GREEDY, *LONG, *only, "--tokens", selection, "--skip-existing").output
+        if not only:
+            rows = Experiment("exp", data).to_pandas("short", traits="tone/loud")
+            keys = ["prompt_id", "token_idx"]
+            both = rows.merge(frame, on=keys, suffixes=("", "_of_all"))
+            assert len(both) == len(rows) == 3 * len(part["metadata"]["positions"])
+            for column in ("token", "part", "span", "role"):
+                assert both[column].tolist() == both[f"{column}_of_all"].tolist()
+            assert tlcapture("project", "--experiment", "exp", "--prompt-set", "short").exit_code == 0
+            again = read_json(projected / "1.json")["dynamics"]["by_span"]
+            is_whole = [each["kind"] == "answer" and selection == "response" for each in again]
+            assert [each["mean"] is not None for each in again] == is_whole
+            assert [each["peak_velocity"] for each in again] == [None] * len(again)
