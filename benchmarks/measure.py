@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 Work = Callable[[], object]
@@ -122,7 +123,7 @@ def machine() -> str:
     import torch
 
     names = ("torch", "transformer_lens", "transformers", "nnsight", "orjson", "numpy")
-    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    versions = ", ".join(f"{name} {version(name)}" for name in names if find_spec(name))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator"
     return (
