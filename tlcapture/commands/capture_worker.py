@@ -135,7 +135,7 @@ class CaptureWorker:
             self._processes.announce(len(task.fresh))
         with (
             self.run.progress(total, task.prompt_set.name, "token") as progress,
-            BackgroundWriter(self.run) as writer,
+            BackgroundWriter(self.run, alone=not self._processes.are_started) as writer,
         ):
 
             def on_tokens(count: int) -> None:
@@ -243,7 +243,7 @@ class CaptureWorker:
         sequences: dict[tuple[str, ...], list[TokenizedPrompt]] = {}  # by the activations that are wanted of them
         with (
             self.run.progress(len(task.saved), f"{prompt_set}, saved", "prompt") as progress,
-            BackgroundWriter(self.run) as writer,
+            BackgroundWriter(self.run, alone=not self._processes.are_started) as writer,
         ):
             for prompt_id, wanted in task.saved.items():
                 name, raw = f"{prompt_set}/{prompt_id}", self.layout.residual(prompt_set, prompt_id)

@@ -14,6 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import psutil
+from threadpoolctl import threadpool_limits
 
 from tlcapture.errors import NoSpaceError
 from tlcapture.runs.display import Display
@@ -46,14 +47,18 @@ class BackgroundWriter:
 
     Args:
         n_writers: the number of threads; `None` takes one for two processors.
+        alone: whether each thread computes by itself. Teams of threads in excess of the processors wait for each other;
+            but where other processes take processors too, OpenMP waits less in them.
         most_bytes: what jobs that have not ended may hold in memory; `None` takes a share of what is free.
     """
 
-    def __init__(self, run: Run, n_writers: int | None = None, most_bytes: int | None = None):
+    def __init__(self, run: Run, n_writers: int | None = None, most_bytes: int | None = None, *, alone: bool = True):
         self._run = run
         self._n_writers = _n_writers() if n_writers is None else n_writers
         self._most_bytes = _most_bytes() if most_bytes is None else most_bytes
-        self._pool = ThreadPoolExecutor(max(1, self._n_writers), "writer")
+        self._pool = ThreadPoolExecutor(
+            max(1, self._n_writers), "writer", initializer=_compute_alone if alone else None
+        )
         self._submitted: deque[_Submitted] = deque()
         self._is_full = False  # the device, so that no job need begin
 
@@ -125,6 +130,14 @@ class BackgroundWriter:
         errors = [each.error for each in ended if each.error is not None]
         if errors:
             raise errors[0]
+
+
+def _compute_alone() -> None:
+    """Let a thread compute by itself."""
+    import torch
+
+    torch.get_num_threads()  # torch chooses the number for a thread when it first needs it
+    threadpool_limits(1, user_api="openmp")
 
 
 def _n_writers() -> int:

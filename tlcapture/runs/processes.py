@@ -43,6 +43,11 @@ class Processes:
         self._free: SimpleQueue[_Process] = SimpleQueue()
         weakref.finalize(self, _end, self._started)
 
+    @property
+    def are_started(self) -> bool:
+        """Whether there are processes, which may be starting still."""
+        return bool(self._started)
+
     def announce(self, n_prompts: int) -> None:
         """Start the processes if there is work for them."""
         self._n_prompts += n_prompts
