@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tlcapture.errors import StorageError
-from tlcapture.storage.locks import locked
+from tlcapture.storage.locks import is_held, locked
 
 HOLD = """
 import pathlib, sys, time
@@ -65,3 +66,19 @@ def test_a_file_system_without_locks_is_used_without_locking(tmp_path: Path, mon
     monkeypatch.setattr(FileLock, "acquire", acquire)
     with locked(tmp_path / "x.lock") as waited:
         assert not waited
+
+
+def test_whether_a_lock_is_held_can_be_asked_by_several_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "x.lock"
+    assert not is_held(path)
+    with locked(path):
+        assert is_held(path)
+    path.touch()
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # another one that asks
+        assert not is_held(path)
+    holder = hold(path, 60)
+    assert is_held(path)
+    holder.kill()
+    holder.wait()
+    assert not is_held(path)

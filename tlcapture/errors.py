@@ -28,7 +28,7 @@ class StorageError(TlcaptureError):
 
 
 class NoSpaceError(StorageError):
-    """A device cannot be written to any more: it is full, a quota is used up, or it is read-only.
+    """A device cannot be written to any more: it is full, a quota is used up, it is read-only, or the run has ended.
 
     It ends a run, whose further results could not be saved.
     """

@@ -157,6 +157,41 @@ def test_a_killed_driver_is_resumed_with_skip_existing(
     )
 
 
+def stopped_cluster(process: int) -> list[psutil.Process]:
+    """Ray's own processes of the cluster to which a worker belongs, stopped: none can end the worker."""
+    found = psutil.Process(process).parents()
+    whole = next(each for each in found if any("gcs_server" in child.name() for child in each.children()))
+    services = [each for each in whole.children() if each.name() in ("gcs_server", "raylet")]
+    for each in services:
+        each.suspend()
+    return services
+
+
+def test_a_worker_changes_no_file_once_its_driver_was_killed(run: Callable[..., Command], busy: Path) -> None:
+    log = busy / "log"
+    killed = run("--workers", 1, "--batch-size", 6, "--log-file", str(log))
+    killed.wait_for(lambda: captured(busy))
+    worker = process_ids(log)[-1]
+    services = stopped_cluster(worker)
+    try:
+        killed.send(signal.SIGKILL)
+        assert killed.end().code == -signal.SIGKILL
+        before = whole_files(busy)
+        time.sleep(4)  # in which it writes six prompts
+        assert psutil.pid_exists(worker)
+        assert whole_files(busy) == before
+    finally:
+        for each in services:
+            each.resume()
+    wait_until_dead([worker])
+    assert whole_files(busy) == before
+
+
+def whole_files(root: Path) -> dict[str, int]:
+    files = (path for path in (root / "experiments").rglob("*") if path.is_file() and path.suffix != ".tmp")
+    return {str(path): path.stat().st_mtime_ns for path in files}
+
+
 def test_ctrl_c_keeps_what_workers_did(run: Callable[..., Command], busy: Path, by_one_process: dict[str, Any]) -> None:
     running = run("--workers", 1)
     running.wait_for(lambda: captured(busy))
@@ -289,6 +324,27 @@ def test_an_address_without_a_cluster_is_an_error(busy: Path, tlcapture: Any) ->
     result = tlcapture(*words_of(busy), "--executor", "ray", "--ray-address", "127.0.0.1:1")
     assert result.exit_code == 2
     assert "no Ray cluster at '127.0.0.1:1'" in result.stderr.splitlines()[-1]
+
+
+def test_a_worker_checks_its_driver_before_each_change(tmp_path: Path) -> None:
+    from tlcapture.cluster.actor import WorkerActor
+    from tlcapture.cluster.pool import Probe
+    from tlcapture.errors import NoSpaceError
+    from tlcapture.storage.files import check_changes, remove, write_bytes
+    from tlcapture.storage.layout import Layout
+
+    kept, new = tmp_path / "kept.json", tmp_path / "new.json"
+    try:
+        with Probe(tmp_path) as probe:
+            actor = WorkerActor(Layout(tmp_path, "exp"), None, "token", None, None, 1, None)  # type: ignore[arg-type]
+            assert actor.locate(probe.path, probe.content).sees_root
+            write_bytes(kept, b"1")
+        for change in (lambda: write_bytes(kept, b"2"), lambda: write_bytes(new, b"2"), lambda: remove([kept])):
+            with pytest.raises(NoSpaceError, match=r"not changed: the run that this worker belongs to has ended"):
+                change()
+    finally:
+        check_changes(lambda path: None)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"kept.json": b"1"}
 
 
 def test_a_worker_leaves_the_other_processors_of_its_machine_to_other_workers(

@@ -14,18 +14,20 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tlcapture.errors import TlcaptureError
+from tlcapture.errors import NoSpaceError, TlcaptureError
 from tlcapture.models.transfer import ModelFiles
 from tlcapture.runs.display import Display, Progress
 from tlcapture.runs.executors import Make, Worker
 from tlcapture.runs.model_loader import ModelLoader
 from tlcapture.runs.report import CollectingReport, Done
 from tlcapture.runs.run import Run
-from tlcapture.storage.files import read_bytes, write_bytes
+from tlcapture.storage.files import check_changes, read_bytes, write_bytes
 from tlcapture.storage.layout import Layout
+from tlcapture.storage.locks import is_held
 
 
 class StopRequested(BaseException):
@@ -131,7 +133,10 @@ class WorkerActor:
         self._display = _WorkerDisplay(unit)
 
     def locate(self, probe: Path, content: bytes) -> WorkerLocation:
-        """The location of this worker. It sees the root if it can read the driver's probe file there and can write."""
+        """The location of this worker. It sees the root if it can read the driver's probe file there and can write.
+
+        From then on it changes files only while the driver holds the lock of the probe file: another run may follow.
+        """
         try:
             seen = probe.read_bytes() == content
             answer = probe.with_name(f"{probe.name}.{os.getpid()}")
@@ -139,6 +144,8 @@ class WorkerActor:
             answer.unlink()
         except OSError:
             seen = False
+        if seen and self._folder is None:
+            check_changes(partial(_check_driver, probe))
         return WorkerLocation(socket.gethostname(), os.getpid(), seen)
 
     def needs_model(self) -> bool:
@@ -217,3 +224,9 @@ class WorkerActor:
     def __del__(self) -> None:
         if getattr(self, "_folder", None) is not None:
             shutil.rmtree(str(self._folder), ignore_errors=True)
+
+
+def _check_driver(probe: Path, path: Path) -> None:
+    """Raise `NoSpaceError`, which ends all work, if the driver has ended, whose probe file this is."""
+    if not is_held(probe):
+        raise NoSpaceError(f"{path}: not changed: the run that this worker belongs to has ended")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -13,9 +13,10 @@ from typing import Any
 
 from tlcapture.cluster.actor import WorkerActor, WorkerLocation
 from tlcapture.cluster.collecting import experiment_inputs
-from tlcapture.errors import InputError
+from tlcapture.errors import InputError, StorageError
 from tlcapture.runs.executors import Work
 from tlcapture.storage.layout import Layout
+from tlcapture.storage.locks import locked
 
 
 class Stage(Enum):
@@ -81,22 +82,29 @@ class WorkerHandle:
 
 
 class Probe:
-    """A temporary file in the root, which tells whether a worker sees the root."""
+    """A temporary file in the root, which tells whether a worker sees the root, and whether the driver is there.
+
+    The driver holds its lock, which the operating system releases when the driver ends.
+    """
 
     def __init__(self, root: Path):
         self.path = root.resolve() / f".tlcapture-{secrets.token_hex(8)}"
         self.content = secrets.token_bytes(16)
+        self._lock = ExitStack()
 
     def __enter__(self) -> Probe:
         try:
+            self._lock.enter_context(locked(self.path))
             self.path.write_bytes(self.content)
-        except OSError as error:
-            raise InputError(f"{self.path.parent}: cannot be written to: {error.strerror}") from None
+        except (OSError, StorageError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{self.path.parent}: cannot be written to: {reason}") from None
         return self
 
     def __exit__(self, *error: object) -> None:
         with suppress(OSError):
             self.path.unlink()
+        self._lock.close()
 
 
 class WorkerPool:

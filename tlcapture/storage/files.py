@@ -38,6 +38,7 @@ _TEMPORARY = re.compile(rf"\..+\.{re.escape(_HOST)}\.(\d+)\.[0-9a-f]+\.tmp")
 
 
 Hook = Callable[[Path], object]
+_check_change: Hook = lambda path: None  # noqa: E731
 
 
 class Written(NamedTuple):
@@ -45,6 +46,12 @@ class Written(NamedTuple):
 
     path: Path
     size: int
+
+
+def check_changes(check: Hook) -> None:
+    """Call `check` with the path of each file before this process writes or removes it; it raises to prevent that."""
+    global _check_change
+    _check_change = check
 
 
 def write_json(path: Path, value: Any, *, indent: bool = False) -> Written:
@@ -170,6 +177,7 @@ def remove(paths: Iterable[Path]) -> int:
     """Remove those of the files that exist; returns how many were removed."""
     count = 0
     for path in paths:
+        _check_change(path)
         with suppress(FileNotFoundError):
             path.unlink()
             count += 1
@@ -227,6 +235,7 @@ def _write(
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        _check_change(path)
         before_replacing(temporary)
         size = temporary.stat().st_size
         temporary.replace(path)

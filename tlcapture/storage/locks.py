@@ -18,6 +18,25 @@ _log = get_logger(__name__)
 _POLL = 0.1  # seconds between two tries
 
 
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock of a file; `False` if there is no such file.
+
+    On a file system without locks, where that cannot be known, whether the file exists.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return path.exists()
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
 @contextmanager
 def locked(path: Path, on_wait: Callable[[], object] = lambda: None) -> Iterator[bool]:
     """Hold the lock of a file; yields whether another process held it first.
