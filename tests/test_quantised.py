@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,12 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from tests import tiny
 from tlcapture.errors import ModelError
 from tlcapture.generation.loop import teacher_force
+from tlcapture.models import quantised
 from tlcapture.models.deviation import deviation
 from tlcapture.models.loading import load_model
 from tlcapture.views.residual import residual_hooks, residual_view
@@ -107,7 +108,6 @@ def test_mxfp4_experts_are_decoded_as_the_format_defines(tmp_path: Path) -> None
         ({"quant_method": "gptq", "bits": 4}, "optimum gptqmodel"),
         ({"quant_method": "awq", "bits": 4}, "gptqmodel"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
-        ({"quant_method": "hqq"}, "hqq"),
         ({"quant_method": "quanto"}, "optimum-quanto"),
         ({"quant_method": "torchao"}, "torchao"),
         ({"quant_method": "auto-round"}, "auto-round"),
@@ -117,13 +117,91 @@ def test_mxfp4_experts_are_decoded_as_the_format_defines(tmp_path: Path) -> None
 def test_a_method_that_needs_a_package_names_it(
     engine: str, quantisation: dict[str, Any], packages: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("bitsandbytes", "compressed_tensors"):
-        monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    monkeypatch.setattr("tlcapture.models.quantised._is_installed", lambda module: module == "accelerate")
     folder = saved(tiny.hf_model("llama"), tmp_path / "model")
     state_quantisation(folder, quantisation)
     with pytest.raises(ModelError) as caught:
         load_model(str(folder), engine=engine)
     assert f"run 'pip install {packages}'" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
+def test_every_method_of_transformers_is_loaded_or_refused_with_what_to_do(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tlcapture.models.quantised._is_installed", lambda module: module == "accelerate")
+    folder = saved(tiny.hf_model("llama"), tmp_path / "model")
+    state_quantisation(folder, {"quant_method": method})
+    if method in ("fp8", "mxfp8", "mxfp4"):
+        assert load_model(str(folder)).engine == tiny.ENGINES[0]  # none of its layers is quantised
+        return
+    with pytest.raises(ModelError) as caught:
+        load_model(str(folder))
+    message = str(caught.value)
+    assert "\n" not in message
+    if method == "bitnet":  # needs no other package: these weights lack what the method stores
+        assert "incomplete" in message or "cannot be loaded" in message
+        return
+    assert "use weights that are not quantised" in message or "expected weights that are not quantised" in message
+
+
+def test_a_method_that_fails_with_its_packages_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tiny.hf_model("llama"), tmp_path / "model")
+    state_quantisation(folder, {"quant_method": "gptq", "bits": 4})
+    monkeypatch.setattr("tlcapture.models.quantised._is_installed", lambda module: True)
+
+    def fail(*args: object, **options: object) -> None:
+        raise NotImplementedError("no kernel\nfor this device")
+
+    monkeypatch.setattr("tlcapture.models.loading.fetch_weights", fail)
+    with pytest.raises(ModelError) as caught:
+        load_model(str(folder), engine="bridge")
+    assert str(caught.value) == (
+        f"model {str(folder)!r} is quantised by the method 'gptq', which does not run here: NotImplementedError: "
+        "no kernel: use weights that are not quantised"
+    )
+
+
+def test_weights_that_cannot_be_dequantised_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tiny.hf_model("llama"), tmp_path / "model")
+    state_quantisation(folder, {"quant_method": "fp8", "activation_scheme": "dynamic"})
+
+    def fail(*args: object) -> None:
+        raise NotImplementedError("unimplemented operator\nfor Float8Tensor")
+
+    monkeypatch.setattr("tlcapture.models.quantised.dequantised", fail)
+    with pytest.raises(
+        ModelError, match=r"'fp8', which does not run here: NotImplementedError: unimplemented operator:"
+    ):
+        load_model(str(folder))
+
+
+def test_a_quantisation_of_the_text_part_alone_is_found() -> None:
+    config = transformers.Gemma3Config()
+    config.text_config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    assert quantised.method_of(config) == "gptq"
+    quantised.forget(config)
+    assert quantised.method_of(config) is None
+
+
+@pytest.mark.parametrize("engine", tiny.ENGINES)
+def test_8_bit_weights_of_torchao_are_those_that_its_layers_multiply_by(engine: str, tmp_path: Path) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    base = saved(tiny.hf_model("llama", torch.bfloat16), tmp_path / "base")
+    settings = transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    packed = transformers.AutoModelForCausalLM.from_pretrained(base, quantization_config=settings)
+    folder, theirs = saved(packed, tmp_path / "quantised"), copy.deepcopy(tiny.hf_model("llama", torch.bfloat16))
+    for name, layer in packed.named_modules():
+        if name.endswith("_proj"):
+            with torch.no_grad():
+                weight = layer(torch.eye(layer.in_features, dtype=torch.bfloat16)).T
+            assert not torch.equal(weight, theirs.get_submodule(name).weight)
+            theirs.get_submodule(name).weight.data = weight.contiguous()
+    assert_equals(load_model(str(folder), engine=engine), theirs.float())
 
 
 @pytest.mark.parametrize("method", ["some-new-method", None])

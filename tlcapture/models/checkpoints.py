@@ -51,7 +51,7 @@ def fetch_config(name: str, source: str) -> Any:
     """
     config = _whole_config(name, source)
     if quantised.is_dequantised(config):
-        config.quantization_config = None
+        quantised.forget(config)
     return text_config_of(config)
 
 
@@ -122,7 +122,8 @@ def fetch_weights(
             f"model {name!r} has weights that no module takes, and which change nothing: {listed(extra)}: check that "
             "config.json belongs to these weights"
         )
-    model = quantised.dequantised(model, config)
+    with quantised.refused_in_one_line(config, name):
+        model = quantised.dequantised(model, config)
     return model if adapter is None else adapters.merged(model, adapter, name)
 
 

@@ -41,6 +41,7 @@ from tlcapture.models.engines.hooked import (
 )
 from tlcapture.models.engines.hooked_config import architecture_of, covers
 from tlcapture.models.lazy_model import LazyModel
+from tlcapture.models.quantised import refused_in_one_line
 from tlcapture.models.quick_check import PassedCheck, QuickReference, quick_check
 from tlcapture.models.sizes import Measures
 from tlcapture.models.sources import commit_of, source_of
@@ -141,23 +142,24 @@ def _load(
         config = fetch_config(name, source)
         chosen = pick_engine(name, engine, config)
         tokenizer = fetch_tokenizer(name, source)
-        whole = fetch_weights(name, source, n_devices=n_devices if chosen == "bridge" else 1, warn=warn)
-        model = text_model_of(whole)
-        model.config._commit_hash = commit_of(source)
-        checkpoint_fingerprint = fingerprint(model)
-        cast(whole, pick_dtype(dtype, target, config))
-        where: dict[str, Any] = {"device": str(target), "n_devices": n_devices, "fast": fast}
-        facts = {"engine": chosen, "dtype": model.dtype, "fingerprint": checkpoint_fingerprint}
-        passed = PassedCheck.of(model.config, **where, **facts)
-        reference = _reference(whole, name, warn) if check and not passed.exists() else None
-        del whole
-        loaded = from_hugging_face(
-            model, tokenizer, name=name, engine=chosen, checkpoint_fingerprint=checkpoint_fingerprint, **where
-        )
-        if reference is not None:
-            quick_check(loaded, reference)
-            passed.remember()
-        return loaded
+        with refused_in_one_line(config, name):
+            whole = fetch_weights(name, source, n_devices=n_devices if chosen == "bridge" else 1, warn=warn)
+            model = text_model_of(whole)
+            model.config._commit_hash = commit_of(source)
+            checkpoint_fingerprint = fingerprint(model)
+            cast(whole, pick_dtype(dtype, target, config))
+            where: dict[str, Any] = {"device": str(target), "n_devices": n_devices, "fast": fast}
+            facts = {"engine": chosen, "dtype": model.dtype, "fingerprint": checkpoint_fingerprint}
+            passed = PassedCheck.of(model.config, **where, **facts)
+            reference = _reference(whole, name, warn) if check and not passed.exists() else None
+            del whole
+            loaded = from_hugging_face(
+                model, tokenizer, name=name, engine=chosen, checkpoint_fingerprint=checkpoint_fingerprint, **where
+            )
+            if reference is not None:
+                quick_check(loaded, reference)
+                passed.remember()
+            return loaded
 
 
 def _reference(hf_model: Any, name: str, warn: Callable[[str], None]) -> QuickReference | None:

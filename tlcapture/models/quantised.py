@@ -7,10 +7,13 @@ bits as well is then computed without that rounding.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from tlcapture.errors import ModelError
+from tlcapture.errors import ModelError, TlcaptureError
+from tlcapture.text import first_line
+from tlcapture.version import installed
 
 # Method -> the class of transformers that dequantises its weights while they are loaded.
 _WHILE_LOADING = {
@@ -19,7 +22,9 @@ _WHILE_LOADING = {
     "mxfp4": "Mxfp4Config",
     "compressed-tensors": "CompressedTensorsConfig",
 }
-_AFTERWARDS = ("bitsandbytes",)  # methods whose weights transformers dequantises once they are loaded
+_AFTERWARDS = ("bitsandbytes", "torchao")  # methods whose weights are dequantised once they are loaded
+# Methods that transformers knows, and whose checkpoints it does not load, whatever is installed.
+_NOT_LOADED = ("hqq", "nvfp4")
 # Method -> modules that transformers imports for it, and the name to install where it is another one.
 _NEEDS: dict[str, tuple[str, ...]] = {
     "fp8": ("accelerate",),
@@ -30,7 +35,6 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "gptq": ("optimum", "gptqmodel"),
     "awq": ("accelerate", "gptqmodel"),
     "auto-round": ("auto_round",),
-    "hqq": ("hqq",),
     "quanto": ("optimum.quanto",),
     "quark": ("quark",),
     "torchao": ("torchao",),
@@ -42,8 +46,9 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "bitnet": ("accelerate",),
     "spqr": ("accelerate", "spqr_quant"),
     "fp_quant": ("fp_quant",),
-    "nvfp4": ("kernels",),
     "sinq": ("sinq",),
+    "fouroversix": ("fouroversix",),
+    "metal": ("kernels",),
 }
 _INSTALLED_AS = {
     "auto_round": "auto-round",
@@ -62,7 +67,9 @@ _SCALES = frozenset(
 
 def method_of(config: Any) -> str | None:
     """The quantisation method in a Hugging Face config; `None` for weights that are not quantised."""
-    found = getattr(config, "quantization_config", None)
+    # transformers takes that of the text part where the whole has none.
+    parts = (config, config.get_text_config(decoder=True))
+    found = next(filter(None, (getattr(part, "quantization_config", None) for part in parts)), None)
     if not found:
         return None
     fields = found if isinstance(found, dict) else found.to_dict()
@@ -77,6 +84,13 @@ def is_dequantised(config: Any) -> bool:
     return method_of(config) in (*_WHILE_LOADING, *_AFTERWARDS)
 
 
+def forget(config: Any) -> None:
+    """Remove the quantisation from a config, as that of dequantised weights."""
+    for part in (config, config.get_text_config(decoder=True)):
+        if getattr(part, "quantization_config", None) is not None:
+            part.quantization_config = None
+
+
 def loading_options(config: Any, name: str) -> dict[str, Any]:
     """Options of `from_pretrained` for a checkpoint, which dequantise its weights where transformers can.
 
@@ -85,6 +99,11 @@ def loading_options(config: Any, name: str) -> dict[str, Any]:
     method = method_of(config)
     if method is None:
         return {}
+    if method in _NOT_LOADED:
+        raise ModelError(
+            f"model {name!r} is quantised by the method {method!r}, whose checkpoints transformers "
+            f"{installed('transformers')} does not load: use weights that are not quantised"
+        )
     if method not in _NEEDS:
         # transformers would take such weights for unquantised ones.
         raise ModelError(
@@ -108,7 +127,9 @@ def dequantised(model: Any, config: Any) -> Any:
     """A Hugging Face model, loaded with `loading_options`, without quantisation; unchanged if it stays quantised."""
     if not is_dequantised(config):
         return model
-    if method_of(config) in _AFTERWARDS:
+    if method_of(config) == "torchao":
+        _dequantise_tensors(model)
+    elif method_of(config) in _AFTERWARDS:
         model = model.dequantize(dtype=model.dtype)
     model.hf_quantizer = None
     model.is_quantized = False
@@ -116,6 +137,35 @@ def dequantised(model: Any, config: Any) -> Any:
         if hasattr(part, "quantization_config"):
             del part.quantization_config
     return model
+
+
+@contextmanager
+def refused_in_one_line(config: Any, name: str) -> Iterator[None]:
+    """Turn every error with a model into a `ModelError` of one line, if its config states a quantisation."""
+    try:
+        yield
+    except TlcaptureError:
+        raise
+    except Exception as error:
+        method = method_of(config)
+        if method is None:
+            raise
+        raise ModelError(
+            f"model {name!r} is quantised by the method {method!r}, which does not run here: "
+            f"{type(error).__name__}: {first_line(error)}: use weights that are not quantised"
+        ) from None
+
+
+def _dequantise_tensors(model: Any) -> None:
+    """Replace the weights that are tensors of another class, as those of torchao, by plain ones."""
+    from torch.nn import Parameter
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if is_traceable_wrapper_subclass(weight):
+                plain = weight.detach().dequantize().to(model.dtype)
+                setattr(module, name, Parameter(plain, requires_grad=False))
 
 
 def are_scales(names: Sequence[str]) -> bool:
