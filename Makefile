@@ -23,7 +23,7 @@ TESTS_TL4 := tests/test_parity.py tests/test_models.py tests/test_multimodal.py 
   tests/integration/test_embedded_model.py::test_a_batch_writes_what_hugging_face_writes_and_every_residual_is_its_hidden_state
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chromium test test-tl4 test-fresh test-cuda reliability models-page lint format demo bench bench-quick bench-page bench-cluster bench-extract bench-project bench-scale bench-driver bench-launches bench-gpu bench-gpu-wheels view screenshots all_prompt_sets clean $(PROMPT_SETS) $(addprefix project-,$(PROMPT_SETS))
+.PHONY: help setup chromium test test-tl4 test-fresh test-bounds test-cuda reliability models-page lint format demo bench bench-quick bench-page bench-cluster bench-extract bench-project bench-scale bench-driver bench-launches bench-gpu bench-gpu-wheels view screenshots all_prompt_sets clean $(PROMPT_SETS) $(addprefix project-,$(PROMPT_SETS))
 
 help: ## Show this help
 	@echo "Targets:"
@@ -77,6 +77,9 @@ test-fresh: ## The installed wheel with the newest versions of everything, in an
 	$(VENV_FRESH)/bin/pip install --quiet build/fresh/*.whl "transformer_lens<4"
 	$(VENV_FRESH)/bin/pip list | grep -i -E '^(torch|transformer)'
 	$(FRESH_TESTS)
+
+test-bounds: $(READY) ## The lower bounds of setup.cfg: the tests that use a package, with the oldest version allowed (NAMES="ray peft")
+	$(BIN)/python -m tests.lower_bounds $(NAMES)
 
 # The page is tested in a real browser. Where nobody may install one, those tests are skipped, and say so.
 chromium:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from tlcapture.version import __version__
@@ -81,4 +81,4 @@ def is_same_computation(one: Mapping[str, Any], other: Mapping[str, Any]) -> boo
 
 def now() -> str:
     """The present time in UTC, in ISO 8601 to the second."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -16,7 +16,7 @@ import platform
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class Invocation:
     command: str
     command_line: str
     arguments: Mapping[str, Any]
-    began: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
+    began: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def to_json(self) -> dict[str, Any]:
         """The fields of the record that describe the command."""
@@ -78,7 +78,7 @@ class RecordedReport(RunReport):
             "status": status,
             "exit_code": exit_code,
             "error": error,
-            "ended": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         if not self._layout.folder.is_dir():
             return self._content(ended)
