@@ -459,3 +459,53 @@ def test_extract_takes_the_roots_own_traits_and_packaged_ones_when_asked(
     assert extracted("named", "--traits", "pack/age") == {"pack/age"}
     shutil.rmtree(data / "datasets" / "traits")
     assert extracted("none") == {"pack/age"}
+
+
+def states(vectors: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in vectors.iterdir()}
+
+
+def test_existing_vectors_are_skipped_without_loading_the_model(
+    extract: Run, vectors: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert extract().exit_code == 0
+    before = states(vectors)
+    monkeypatch.setattr("tlcapture.models.loading.load_model", lambda *args, **options: pytest.fail("was loaded"))
+    monkeypatch.setattr("tlcapture.models.loading._load", lambda *args, **options: pytest.fail("was loaded"))
+    for words in ((), ("--methods", "probe", "--component", "residual"), ("--layers", "1,2")):
+        done = extract("--skip-existing", *words)
+        assert done.exit_code == 0, done.output
+        assert "tone/loud: its vectors exist, from these examples: skipped" in done.output
+        assert states(vectors) == before
+
+
+def test_with_skip_existing_only_what_is_missing_or_has_changed_is_extracted(
+    extract: Run, vectors: Path, data: Path
+) -> None:
+    assert extract().exit_code == 0
+    warm = vectors.parents[1] / "warm" / "vectors"
+    made, kept = states(vectors), states(warm)
+
+    def again(*words: object) -> set[str]:
+        """The traits that a run with --skip-existing extracted again."""
+        nonlocal made, kept
+        done = extract("--skip-existing", *words)
+        assert done.exit_code == 0, done.output
+        changed = {"loud": states(vectors) != made, "warm": states(warm) != kept}
+        made, kept = states(vectors), states(warm)
+        return {name for name, has_changed in changed.items() if has_changed}
+
+    assert again() == set()
+    (vectors / "attn_out_mean_diff_layer2.pt").unlink()
+    assert again() == {"loud"}
+    assert (vectors / "attn_out_mean_diff_layer2.pt").is_file()
+    (warm / "metadata.json").unlink()
+    assert again() == {"warm"}
+    examples = data / "datasets" / "traits" / "tone" / "loud" / "positive.jsonl"
+    lines = examples.read_text().splitlines()
+    examples.write_text("\n".join([lines[0].replace("LOUD", "VERY LOUD"), *lines[1:]]) + "\n")
+    assert again() == {"loud"}
+    assert again("--seed", 1) == {"loud", "warm"}
+    assert again("--seed", 1, "--position", "last_prompt_token") == {"loud", "warm"}
+    assert again("--seed", 1) == set()
+    assert again() == {"loud", "warm"}

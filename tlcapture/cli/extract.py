@@ -32,6 +32,11 @@ from tlcapture.cli.work import working
     help="Which activations are read; auto: the mean over the response, or over a text without one.",
 )
 @examples_as_option
+@click.option(
+    "--skip-existing",
+    is_flag=True,
+    help="Leave out traits whose vectors exist, from the same examples and the model of this name.",
+)
 @model_options
 @cluster_options
 @batch_size_option
@@ -43,6 +48,7 @@ def extract(
     grid: GridOptions,
     position: str,
     examples_as: str,
+    skip_existing: bool,
     batch_size: int | None,
     seed: int,
     model: ModelOptions,
@@ -66,5 +72,6 @@ def extract(
         examples_as=examples_as,
         batch_size=batch_size,
         seed=seed,
+        skip_existing=skip_existing,
     )
     run_extract(layout, options, load, console, executor)

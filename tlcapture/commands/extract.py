@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tlcapture.captures.provenance import model_record, now, template_record
+from tlcapture.commands.existing_vectors import has_vectors
 from tlcapture.errors import InputError, NumericalError
 from tlcapture.extraction.calibrating import calibrations
 from tlcapture.extraction.examples import AUTO, GUESS, Examples, read_examples
@@ -40,7 +41,8 @@ from tlcapture.views.hooks import COMPONENT_HOOKS, COMPONENTS
 class ExtractOptions:
     """What to extract; empty `traits` and `layers` mean all of them.
 
-    `traits` of `None` are those of the root, or of the package where the root has none.
+    `traits` of `None` are those of the root, or of the package where the root has none. With `skip_existing`, a trait
+    is left out where all its vectors exist, from the same examples and the model of the same name.
     """
 
     traits: tuple[Trait, ...] | None = None
@@ -51,6 +53,7 @@ class ExtractOptions:
     examples_as: str = AUTO
     batch_size: int | None = None
     seed: int = 0
+    skip_existing: bool = False
 
 
 def run_extract(
@@ -72,16 +75,45 @@ def run_extract(
         if method not in FITS:
             raise InputError(f"no method {method!r}: choose among {', '.join(FITS)}")
     examples = [read_examples(datasets, trait, seed=options.seed, examples_as=options.examples_as) for trait in traits]
+    missing = [each for each in examples if not (options.skip_existing and _is_extracted(layout, each, options, load))]
+    if not missing:
+        run = Run.begin(layout, display)
+        _skip(run, examples)
+        return run.report
     known = executor.known_model(load)
     for layer in options.layers:
         if not 0 <= layer < known.n_layers:
             raise InputError(f"--layers {layer}: the model has layers 0 to {known.n_layers - 1}")
     run = Run.begin(layout, display)
-    if any(each.is_guess for each in examples):
+    _skip(run, [each for each in examples if each not in missing])
+    if any(each.is_guess for each in missing):
         run.warn(GUESS)
-    make, tasks = partial(ModelWorker, _extract_one, options), [ExtractionTask(each) for each in examples]
+    make, tasks = partial(ModelWorker, _extract_one, options), [ExtractionTask(each) for each in missing]
     executor.run(Work(make, load, tasks, ExtractionTask.size, "example", str), run)
     return run.report
+
+
+def _is_extracted(layout: Layout, examples: Examples, options: ExtractOptions, load: ModelLoader) -> bool:
+    return all(
+        has_vectors(
+            layout,
+            examples,
+            component,
+            options.methods,
+            options.layers,
+            model=load.name,
+            outline=load.outline,
+            position=options.position,
+            seed=options.seed,
+        )
+        for component in options.components
+    )
+
+
+def _skip(run: Run, examples: Sequence[Examples]) -> None:
+    for each in examples:
+        run.line(f"{each.trait}: its vectors exist, from these examples: skipped")
+        run.report.n_skipped += len(each.items)
 
 
 @dataclass(frozen=True)

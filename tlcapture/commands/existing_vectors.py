@@ -1,0 +1,54 @@
+"""Whether a trait's vectors are those that `extract` would make, told without the model's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tlcapture.errors import StorageError
+from tlcapture.extraction.examples import Examples
+from tlcapture.extraction.kept_activations import KeptActivations, source_digest
+from tlcapture.models.loading import ModelOutline
+from tlcapture.storage.config import read_config
+from tlcapture.storage.layout import Layout
+from tlcapture.traits.vector_files import VectorFiles
+
+
+def has_vectors(
+    layout: Layout,
+    examples: Examples,
+    component: str,
+    methods: Sequence[str],
+    layers: Sequence[int],
+    *,
+    model: str,
+    outline: ModelOutline,
+    position: str,
+    seed: int,
+) -> bool:
+    """Whether all vectors of a component exist, from these examples, read at this position by the model of this name.
+
+    Without `layers`, those at every layer that has the component. A file that cannot be read counts as missing here:
+    extracting the trait again reports it.
+    """
+    files = VectorFiles(layout, examples.trait)
+    try:
+        made = files.metadata(component)
+        kept = KeptActivations.read(layout.example_activations(examples.trait, component)) if made else None
+    except StorageError:
+        return False
+    if kept is None or position not in ("auto", kept.position):
+        return False
+    measures = outline.measures
+    with_attention = measures.n_layers if measures.n_attention_layers is None else measures.n_attention_layers
+    count = measures.n_layers if component == "residual" else with_attention
+    available = files.available(component)
+    return (
+        made.get("extraction_model") == kept.model == model
+        and (made.get("examples"), made.get("model_fingerprint")) == (kept.examples, kept.fingerprint)
+        and kept.source == source_digest(examples, read_config(layout), kept.position)
+        and made.get("split") == examples.split_record(seed)
+        and made.get("examples_as") == examples.lines_as
+        and all({*layers} <= {*available.get(each, ())} & {*made.get("layers", ())} for each in methods)
+        and {*methods} <= {*made.get("methods", ())}
+        and (bool(layers) or all(len(available[each]) == count for each in methods))
+    )
