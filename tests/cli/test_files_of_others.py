@@ -15,11 +15,14 @@ from click.testing import Result
 from tests.page.conftest import TRAIT, projection, scores, write, write_experiment
 from tests.page.test_export import carried, manifest
 from tlcapture.captures.capture import Capture
+from tlcapture.errors import InputError, StorageError
 from tlcapture.explore.experiment import Experiment
 from tlcapture.names import Trait
 from tlcapture.page.contents import Contents
 from tlcapture.page.server import page_app
+from tlcapture.prompts.prompt_sets import read_prompt_file
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.token_scores import TokenScores
 
 Run = Callable[..., Result]
@@ -92,6 +95,42 @@ def test_a_further_key_that_nearly_has_a_meaning_is_said_once(capture: Run, data
     ]
     metadata = torch.load(raw.parent / "odd" / "1.pt", weights_only=True)["metadata"]
     assert metadata["prompt_fields"]["sytem_prompt"] == "Be brief."
+
+
+def test_null_is_as_good_as_no_key(tmp_path: Path) -> None:
+    """As tables write what they lack."""
+    nulls = {"text": None, "prompt": None, "messages": None, "note": None, "system_prompt": None, "topic": None}
+    messages = [{"role": "user", "content": "hey"}]
+    prompts = [
+        {**nulls, "id": 1, "text": "hi"},
+        {**nulls, "id": 2, "prompt": "ho"},
+        {**nulls, "id": 3, "messages": messages},
+    ]
+    content = {"name": None, "title": None, "description": None, "system_prompt": None, "prompts": prompts}
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(content))
+    found = read_prompt_file(path)
+    assert (found.name, found.title, found.description, found.system_prompt) == ("mine", "mine", "", None)
+    assert [prompt.text for prompt in found.prompts] == ["hi", "ho", "hey"]
+    assert [prompt.fields for prompt in found.prompts] == [{"topic": None}] * 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (["hi", "ho"], 'prompts[0]: expected {"id", "text"} or {"id", "messages"}, got str'),
+        ([{"id": 1, "text": "hi"}, None], 'prompts[1]: expected {"id", "text"} or {"id", "messages"}, got NoneType'),
+        ({"1": "hi"}, 'expected a list of prompts, or {"prompts": [...]}'),
+        ("hi", 'expected a list of prompts, or {"prompts": [...]}'),
+        ({"prompts": {"1": "hi"}}, "prompts: Input should be a valid list"),
+    ],
+)
+def test_another_shape_is_refused_with_the_one_expected(content: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError) as caught:
+        read_prompt_file(path)
+    assert str(caught.value).removesuffix(" (and 1 more)") == f"{path}: {message}"
 
 
 def test_further_keys_of_a_prompt_are_in_all_metadata(capture: Run, extract: Run, data: Path, raw: Path) -> None:
@@ -218,6 +257,51 @@ def slim(content: Any, place: str) -> Any:
     made = {**content, "projections": kept, "metadata": metadata}
     (metadata if place == "metadata" else made)["layers"] = [0, 2]
     return made
+
+
+def in_order(layers: list[Any], place: str = "top") -> dict[str, Any]:
+    """Only the given layers, in this order, with the list of them; the vector is of layer 2."""
+    content = projection(1)
+    content["projections"] = {
+        part: [[token[int(layer)] for layer in layers] for token in rows]
+        for part, rows in content["projections"].items()
+    }
+    (content if place == "top" else content["metadata"])["layers"] = layers
+    content["metadata"]["vector_source"]["layer"] = 2
+    return content
+
+
+@pytest.mark.parametrize("place", ["top", "metadata"])
+@pytest.mark.parametrize("layers", [[0, 2], [2, 0], [2, 1, 0], [1, 2, 0], [2]])
+def test_a_slim_file_has_its_layers_in_any_order(layers: list[int], place: str, tmp_path: Path) -> None:
+    found = ProjectionFile.parse(in_order(layers, place), tmp_path / "1.json")
+    assert found.layers == sorted(layers)
+    whole = [*found.trajectory[0], *found.trajectory[1]]
+    assert whole == [token[2][-1] for token in scores(1)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": ["0", "2"]}, "layers: expected different numbers of layers"),
+        ({"layers": [0.0, 2.0]}, "layers: expected different numbers of layers"),
+        ({"layers": [2, 2]}, "layers: expected different numbers of layers"),
+        ({"layers": [-1, 2]}, "layers: expected different numbers of layers"),
+        ({"layers": [0, 1, 2, 3]}, "2 scores per token for 4 layers in the list layers"),
+    ],
+)
+def test_a_list_of_layers_that_does_not_say_which_is_refused(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(StorageError, match=message):
+        ProjectionFile.parse({**in_order([0, 2]), **change}, tmp_path / "1.json")
+
+
+def test_scores_in_another_order_of_points_are_not_taken_for_the_trajectory(tmp_path: Path) -> None:
+    content = projection(1)
+    content["metadata"]["sublayers"].reverse()
+    with pytest.raises(StorageError, match="sublayers end with residual_in, expected residual_out or attn_out"):
+        ProjectionFile.parse(content, tmp_path / "1.json")
 
 
 FORMS: dict[str, tuple[Callable[[Any], Any], int]] = {

@@ -5,6 +5,7 @@
              {"id": 2, "messages": [{"role": "user", "content": "..."}, ...]}]}
 
 A prompt is a text or a conversation. A bare list of prompts is a prompt set too, and `prompt` another name for either.
+Null as the value of a key that has a meaning here is as good as no key.
 """
 
 from __future__ import annotations
@@ -56,12 +57,13 @@ class Prompt(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _text_may_be_called_prompt(cls, value: object) -> object:
-        if not isinstance(value, dict):
+        if isinstance(value, cls):
             return value
+        if not isinstance(value, dict):
+            raise ValueError(f'expected {{"id", "text"}} or {{"id", "messages"}}, got {type(value).__name__}')
+        value = _without_nulls(value, {*cls.model_fields, "prompt"} - {"id"})
         if isinstance(value.get("prompt"), list):
             value = {("messages" if key == "prompt" else key): each for key, each in value.items()}
-        if value.get("messages", ()) is None:
-            value = {key: each for key, each in value.items() if key != "messages"}
         if "messages" in value:
             return _with_text_of_messages(value)
         if "prompt" not in value:
@@ -92,6 +94,10 @@ class Prompt(BaseModel):
         return value
 
 
+def _without_nulls(value: dict[Any, Any], known: set[str]) -> dict[Any, Any]:
+    return {key: each for key, each in value.items() if each is not None or key not in known}
+
+
 def _unicode(text: str, what: str) -> str:
     try:
         text.encode()
@@ -102,7 +108,7 @@ def _unicode(text: str, what: str) -> str:
 
 def _with_text_of_messages(value: dict[Any, Any]) -> dict[Any, Any]:
     """A conversation with its checked messages, and the text that stands for it."""
-    if "prompt" in value or ("text" in value and value.get("text") is not None):
+    if "prompt" in value or "text" in value:
         raise ValueError("both messages and text: leave out one of them")
     if not isinstance(value["messages"], list | tuple):
         raise ValueError("messages: expected a list")
@@ -176,10 +182,12 @@ def read_prompt_file(path: Path, name: str | None = None) -> PromptSet:
     try:
         value = read_json(path)
         content = {"prompts": value} if isinstance(value, list) else value
-        if isinstance(content, dict):
-            if not isinstance(content.get("name", name), str):
-                raise InputError(f"{path}: name: expected a text")
-            content = {**content, "name": name, "title": content.get("title", content.get("name", name))}
+        if not isinstance(content, dict) or "prompts" not in content:
+            raise InputError(f'{path}: expected a list of prompts, or {{"prompts": [...]}}')
+        content = _without_nulls(content, {*PromptSet.model_fields})
+        if not isinstance(content.get("name", name), str):
+            raise InputError(f"{path}: name: expected a text")
+        content = {**content, "name": name, "title": content.get("title", content.get("name", name))}
         return PromptSet.model_validate(content)
     except StorageError as error:
         raise InputError(str(error)) from None

@@ -21,6 +21,7 @@ from tlcapture.views.hooks import POINTS
 from tlcapture.views.kept_tokens import Positions, spread_rows, stated_positions
 
 _MOST_LAYERS = 1000
+_LAST = ("residual_out", "attn_out")  # the sublayer whose scores are the trajectory
 
 
 class Part(FileContent):
@@ -226,20 +227,30 @@ class ProjectionFile(FileContent):
     @model_validator(mode="before")
     @classmethod
     def _has_a_place_for_every_layer(cls, value: Any) -> Any:
-        """Put null in place of the layers that a slim file lacks, which holds only those of its list `layers`."""
+        """Put null in place of the layers that a slim file lacks, which holds only those of its list `layers`.
+
+        Each layer goes to its place: the list may be in another order.
+        """
         try:
-            layers = value.get("layers") or value["metadata"].get("layers")
+            stated = value.get("layers")
+            layers = stated or value["metadata"].get("layers")
             parts = {name: value["projections"][name] for name in ("prompt", "response")}
-            rows = [row for part in parts.values() for row in part]
-            is_slim = (
-                all(isinstance(layer, int) and 0 <= layer < _MOST_LAYERS for layer in layers)
-                and len(set(layers)) == len(layers)
-                and max(layers) >= len(layers)
-                and all(len(row) == len(layers) for row in rows)
-            )
-        except (AttributeError, KeyError, TypeError, ValueError):  # not a slim file: checked by the other validators
+            lengths = {len(row) for part in parts.values() for row in part}
+        except (AttributeError, KeyError, TypeError):  # checked by the other validators
             return value
-        if not is_slim:
+        if not isinstance(layers, list) or not layers or not lengths:
+            return value
+        if not all(type(layer) is int and 0 <= layer < _MOST_LAYERS for layer in layers) or len({*layers}) < len(
+            layers
+        ):
+            raise ValueError("layers: expected different numbers of layers, counted from 0")
+        if lengths != {len(layers)}:
+            if stated and max(lengths) <= max(layers):
+                raise ValueError(
+                    f"{as_ranges(sorted(lengths))} scores per token for {len(layers)} layers in the list layers"
+                )
+            return value
+        if layers == list(range(len(layers))):
             return value
         spread = {name: [_spread(row, layers) for row in part] for name, part in parts.items()}
         return {**value, "projections": {**value["projections"], **spread}}
@@ -288,6 +299,10 @@ class ProjectionFile(FileContent):
             raise ValueError(f"a vector of layer {layer}, but scores of layers {as_ranges(self.layers)}{stated}")
         if sublayers is not None and len(sublayers) != n_sublayers:
             raise ValueError(f"{n_sublayers} scores per layer, but {len(sublayers)} sublayers")
+        if sublayers is not None and {*sublayers} & {*_LAST} and sublayers[-1] not in _LAST:
+            raise ValueError(
+                f"sublayers end with {sublayers[-1]}, expected {' or '.join(_LAST)}, the one of the trajectory"
+            )
 
     def _check_dynamics(self, n_tokens: int) -> None:
         found = self.dynamics
