@@ -27,6 +27,8 @@ FOLDERS = TOP / "build" / "bounds"
 REQUIREMENTS = "requirements"
 NOT_HERE = ("torch", "triton", "nvidia-")
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+# Plugins of other packages may need a newer version of one than its bound.
+ENVIRONMENT = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 # What is run with the lower bound of each package of an extra, and of all requirements together.
 COMMANDS: dict[str, tuple[str, ...]] = {
     REQUIREMENTS: (
@@ -47,7 +49,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "playwright": (*PYTEST, "tests/integration/test_page.py"),
     "pytest": (*PYTEST, "tests/test_rounding.py", "tests/cli/test_output.py"),
     "pytest-xdist": (
-        *PYTEST, "--numprocesses", "2", "--dist", "loadscope", "--no-loadscope-reorder", "tests/test_rounding.py",
+        *PYTEST, "-p", "xdist", "--numprocesses", "2", "--dist", "loadscope", "--no-loadscope-reorder",
+        "tests/test_rounding.py",
     ),
     "ruff": ("-m", "ruff", "check", "."),
 }  # fmt: skip
@@ -79,7 +82,9 @@ def main(names: list[str]) -> int:
             status = 1
             continue
         path = os.pathsep.join([str(folder), str(TOP)])
-        done = subprocess.run([sys.executable, *COMMANDS[name]], cwd=TOP, env={**os.environ, "PYTHONPATH": path})
+        done = subprocess.run(
+            [sys.executable, *COMMANDS[name]], cwd=TOP, env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
+        )
         print(f"{name}: {'failed' if done.returncode else 'works'}", flush=True)
         status = status or done.returncode
     return status

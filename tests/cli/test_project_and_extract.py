@@ -506,6 +506,7 @@ def test_with_skip_existing_only_what_is_missing_or_has_changed_is_extracted(
     examples.write_text("\n".join([lines[0].replace("LOUD", "VERY LOUD"), *lines[1:]]) + "\n")
     assert again() == {"loud"}
     assert again("--seed", 1) == {"loud", "warm"}
-    assert again("--seed", 1, "--position", "last_prompt_token") == {"loud", "warm"}
-    assert again("--seed", 1) == set()
-    assert again() == {"loud", "warm"}
+    assert again("--seed", 1, "--position", "all_mean") == {"loud", "warm"}
+    assert again("--seed", 1, "--position", "all_mean") == set()
+    assert again("--seed", 1) == {"loud", "warm"}
+    assert again("--seed", 1, "--position", "response_mean") == set()

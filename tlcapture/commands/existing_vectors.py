@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from tlcapture.errors import StorageError
@@ -36,7 +37,7 @@ def has_vectors(
         kept = KeptActivations.read(layout.example_activations(examples.trait, component)) if made else None
     except StorageError:
         return False
-    if kept is None or position not in ("auto", kept.position):
+    if kept is None or kept.position != (_usual_position(examples) if position == "auto" else position):
         return False
     measures = outline.measures
     with_attention = measures.n_layers if measures.n_attention_layers is None else measures.n_attention_layers
@@ -52,3 +53,9 @@ def has_vectors(
         and {*methods} <= {*made.get("methods", ())}
         and (bool(layers) or all(len(available[each]) == count for each in methods))
     )
+
+
+def _usual_position(examples: Examples) -> str:
+    """What `auto` is for most of the examples (see `extraction/readout`)."""
+    positions = ["response_mean" if item.example.text is None else "all_mean" for item in examples.items]
+    return Counter(positions).most_common(1)[0][0]
