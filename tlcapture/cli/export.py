@@ -15,7 +15,7 @@ from tlcapture.cli.options import HELP_NAMES, Location, location_options
 from tlcapture.cli.work import working
 
 if TYPE_CHECKING:
-    from tlcapture.exchange.manifest import Manifest
+    from tlcapture.exchange.manifest import Format, Manifest
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class _Settings:
 
     prompt_set: tuple[str, ...] | None
     to: Path
-    format: str
+    format: Format
     activations: tuple[int, ...] | None
     points: tuple[str, ...]
     shard_size: int
@@ -73,7 +73,7 @@ def export(console: Console, location: Location, settings: _Settings) -> None:
     layers = settings.activations
     options = ExportOptions(
         to=settings.to,
-        format=settings.format,  # type: ignore[arg-type]  one of those that click lets through
+        format=settings.format,
         prompt_sets=settings.prompt_set or (),
         wanted=Wanted(layers or (), layers == (), settings.points),
         shard_bytes=settings.shard_size,

@@ -229,7 +229,8 @@ class _Rows:
         self._rest: pa.Table | None = None
 
     def take(self, n_rows: int) -> pa.Table:
-        parts, needed = [], n_rows
+        parts: list[pa.Table] = []
+        needed = n_rows
         while needed or not parts:
             if self._rest is None or not len(self._rest):
                 batch = next(self._batches, None)

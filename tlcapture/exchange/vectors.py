@@ -75,7 +75,8 @@ def restore_vectors(layout: Layout, folder: Path) -> list[Written]:
 
     Raises `StorageError` for a damaged file.
     """
-    written, digests = [], {}
+    written: list[Written] = []
+    digests: dict[str, str] = {}
     for path in sorted(folder.glob("vectors/*/*.safetensors")):
         if not (is_safe_name(path.parent.name) and is_safe_name(path.stem)):
             raise StorageError(f"{path}: not the name of a trait")
@@ -131,7 +132,8 @@ def _means(files: VectorFiles) -> dict[str, Tensor]:
 
 def _origins(files: VectorFiles) -> dict[str, Any]:
     """The records of the vectors' origin, and the digests of their files."""
-    records, digests = {}, {}
+    records: dict[str, Any] = {}
+    digests: dict[str, str] = {}
     for component in COMPONENTS:
         for method, layers in files.available(component).items():
             digests |= {_key(component, method, layer): files.digest(component, method, layer) for layer in layers}
