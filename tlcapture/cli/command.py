@@ -117,9 +117,10 @@ def settings_of(root: Path, of: click.Command, ctx: click.Context) -> dict[str, 
                 found[name] = _as_given(value, options[name])
             elif name not in _all_options():
                 raise _no_such(path, key, _all_options())
-    for key, value in tables.get(ctx.info_name or "", {}).items():
+    command_name, own = _own_table(tables, ctx)
+    for key, value in own.items():
         if _name(key) not in options:
-            raise _no_such(path, key, options, f"'tlcapture {ctx.info_name}'")
+            raise _no_such(path, key, options, f"'tlcapture {command_name}'")
         found[_name(key)] = _as_given(value, options[_name(key)])
     return found
 
@@ -128,19 +129,32 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib  # type: ignore[no-redef]
+        import tomli as tomllib
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise click.UsageError(f"{path}: cannot be read: {error}") from None
 
 
-def _check_tables(path: Path, tables: Mapping[str, Any], ctx: click.Context) -> None:
-    from tlcapture.cli.main import COMMANDS
+def _own_table(tables: Mapping[str, Any], ctx: click.Context) -> tuple[str, Mapping[str, Any]]:
+    """The command's name and its table: `[capture]`, or `[traits.list]` for a command of a group."""
+    names: list[str] = []
+    at: click.Context | None = ctx
+    while at is not None and at.parent is not None:
+        names.insert(0, str(at.info_name))
+        at = at.parent
+    found: Any = tables
+    for name in names:
+        found = found.get(name) if isinstance(found, dict) else None
+    return " ".join(names), found if isinstance(found, dict) else {}
 
+
+def _check_tables(path: Path, tables: Mapping[str, Any], ctx: click.Context) -> None:
+    root = ctx.find_root()
+    commands = root.command.list_commands(root) if isinstance(root.command, click.Group) else []
     for name in tables:
-        if name not in COMMANDS:
-            near = get_close_matches(name, COMMANDS, n=1)
+        if commands and name not in commands:
+            near = get_close_matches(name, commands, n=1)
             hint = f": did you mean [{near[0]}]?" if near else ""
             raise click.UsageError(f"{path}: [{name}] is not the name of a command{hint}", ctx=ctx)
 

@@ -78,7 +78,7 @@ def _list_one(root: Path, name: str) -> None:
     click.echo(f"next: tlcapture view --experiment {name}")
 
 
-def _runs(folder: Path) -> list[tuple[str, str, str]]:
+def _runs(folder: Path) -> list[tuple[str, ...]]:
     """Time, status and command line of the last runs; damaged records are left out."""
     from tlcapture.errors import StorageError
     from tlcapture.storage.files import read_json
@@ -90,4 +90,4 @@ def _runs(folder: Path) -> list[tuple[str, str, str]]:
             found.append(tuple(printable(str(record[key])) for key in ("started", "status", "command_line")))
         except (StorageError, KeyError, TypeError):
             continue
-    return found  # type: ignore[return-value]  three of each
+    return found

@@ -68,6 +68,8 @@ def _draw_scatter(axis: Axes, trace: dict[str, Any]) -> None:
 
 
 def _draw_heatmap(axis: Axes, trace: dict[str, Any]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     values = np.ma.masked_invalid(np.asarray(trace["z"], dtype=float))
     x = trace.get("x")
     first = 0.0 if x is None or not len(x) else float(x[0])
@@ -82,7 +84,7 @@ def _draw_heatmap(axis: Axes, trace: dict[str, Any]) -> None:
         extent=(first - 0.5, first + values.shape[1] - 0.5, -0.5, values.shape[0] - 0.5),
     )
     title = ((trace.get("colorbar") or {}).get("title") or {}).get("text", "")
-    axis.yaxis.get_major_locator().set_params(integer=True)
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure = axis.get_figure()
     assert figure is not None
     figure.colorbar(image, ax=axis, label=title, fraction=0.03, pad=0.01)
