@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from tlcapture.runs.display import Display
 from tlcapture.runs.existing_files import check_replaceable, is_readable
 from tlcapture.runs.report import CollectingReport, Done
 from tlcapture.runs.run import Run
-from tlcapture.storage.files import read_json, write_json
+from tlcapture.storage.files import as_json, read_json, write_json
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.chance import RandomDirections
 from tlcapture.traits.choice import ChosenVector, ChosenVectors, VectorChoice, VectorChooser
@@ -169,9 +169,10 @@ def project_capture(
     doubts = [(each.vector.trait, note) for each, found in zip(chosen, notes, strict=True) for note in found]
     _warn_together(doubts, run)
     spans = span_dynamics(projections, capture)
+    shared = _shared_content(layout, capture)
     for path, projection, found, of_spans in zip(paths, projections, notes, spans, strict=True):
         named = [f"{projection.vector.trait}: {note}" for note in found]
-        content = _file_content(layout, capture, projection, named, kept or held)
+        content = _file_content(shared, projection, named, kept or held)
         if capture.spans:
             content["spans"] = [span.to_json() for span in capture.spans]
             content["dynamics"]["by_span"] = of_spans
@@ -245,31 +246,40 @@ def _warn_together(doubts: Iterable[tuple[Trait, str | None]], run: Run) -> None
         run.warn(f"{named}: {text}")
 
 
-def _file_content(
-    layout: Layout, capture: Capture, projection: Projection, notes: list[str], kept: Positions
-) -> dict[str, Any]:
+def _shared_content(layout: Layout, capture: Capture) -> dict[str, Any]:
+    """What all projection files of a capture have."""
     parts = {"prompt": capture.prompt, "response": capture.response}
+    heads = {
+        name: as_json({"text": part.text, "tokens": part.tokens, "n_tokens": len(part.tokens)})
+        for name, part in parts.items()
+    }
     metadata = {
         "inference_model": capture.metadata["inference_model"],
         "inference_experiment": layout.experiment,
         "prompt_id": capture.prompt_id,
         "prompt_set": capture.prompt_set,
+        "definitions": DEFINITIONS,
+        "projection_date": now(),
+    }
+    return {**heads, "metadata": metadata}
+
+
+def _file_content(
+    shared: Mapping[str, Any], projection: Projection, notes: list[str], kept: Positions
+) -> dict[str, Any]:
+    metadata = {
+        **shared["metadata"],
         "vector_source": projection.source(),
         "layers": projection.layers,
         "sublayers": projection.sublayers,
-        "definitions": DEFINITIONS,
-        "projection_date": now(),
         **kept.record(),
     }
     if not kept.is_all:
         metadata["means"] = projection.means()
     if projection.chance is not None:
-        metadata["chance"] = projection.chance.to_json()
+        metadata["chance"] = as_json(projection.chance.to_json())
     if projection.centred is not None:
         metadata["centered"] = projection.centred.to_json()
     if notes:
         metadata["warnings"] = notes
-    heads = {
-        name: {"text": part.text, "tokens": part.tokens, "n_tokens": len(part.tokens)} for name, part in parts.items()
-    }
-    return {**heads, **projection.to_json(kept), "metadata": metadata}
+    return {**shared, **projection.to_json(kept), "metadata": metadata}

@@ -8,7 +8,7 @@ Without a reference, directions are isotropic.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
 from typing import Any
@@ -19,16 +19,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tlcapture.storage.rounding import PROBABILITY_DIGITS, round_significant
-from tlcapture.traits.change_points import Values
-from tlcapture.traits.dynamics import Motion
+from tlcapture.traits.change_points import ChangePoints, Values
+from tlcapture.traits.dynamics import Motion, Strengths
 from tlcapture.traits.reference import Reference
+from tlcapture.traits.rises import Rises
 from tlcapture.traits.vectors import TraitVector
 from tlcapture.views.kept_tokens import Positions
 
 N_DIRECTIONS = 200
 _PERMUTATIONS = 19  # with which a level of 5 % is still exact
+_LAYERS_AT_ONCE = 4  # whose random trajectories fit into a core's cache
+_LARGEST = 1e30  # number that is written as float32
 _ISOTROPIC = 64  # isotropic directions that are combined, instead of responses
-_MOST_NUMBERS = 2**18  # of trajectories whose motion is found at once
 
 Basis = Float[Tensor, "n_basis d_model"]
 OnBasis = Float[Tensor, "n_tokens n_basis"]
@@ -74,9 +76,9 @@ class ChanceLevel:
             "persist": self.persist,
             "commitment": self.commitment,
             "persistence": self.persistence,
-            "rises": self.rises,
+            "rises": _short(self.rises),
             "reference_rises": own,
-            "standardised_rises": self.standardised,
+            "standardised_rises": _short(self.standardised),
         }
 
 
@@ -102,33 +104,28 @@ class RandomDirections:
         rows_of: dict[int, list[int]] = {}
         for row, vector in enumerate(vectors):
             rows_of.setdefault(vector.layer, []).append(row)
-        on_basis = {
-            layer: with_gaps(activations[layer].float() @ self._layer(layer).basis.T, held) for layer in rows_of
-        }
+        on_basis = {layer: self._layer(layer).on_basis(activations[layer], held) for layer in rows_of}
         levels: dict[int, ChanceLevel] = {}
-        for layer, motion in self._motions(on_basis, held):
-            rows = rows_of[layer]
-            own_vectors = [vectors[row] for row in rows]
-            found = self._layer(layer).levels(on_basis[layer], own_vectors, motion, own, rows, held)
+        for layer, random in self._strengths(on_basis, held):
+            rows, chosen = rows_of[layer], [vectors[row] for row in rows_of[layer]]
+            found = self._layer(layer).levels(on_basis[layer], chosen, random, own, rows, held)
             levels |= dict(zip(rows, found, strict=True))
-        return [levels[row] for row in range(len(vectors))]
+        return _rounded([levels[row] for row in range(len(vectors))])
+
+    def _strengths(self, on_basis: dict[int, OnBasis], held: Positions) -> Iterator[tuple[int, Strengths]]:
+        """Those of each layer's random directions, a few layers at once."""
+        layers = list(on_basis)
+        for start in range(0, len(layers), _LAYERS_AT_ONCE):
+            some = layers[start : start + _LAYERS_AT_ONCE]
+            by_token = torch.cat([on_basis[each] @ self._layer(each).directions("all")[0].T for each in some], dim=1)
+            found = Strengths.of(by_token.numpy(force=True).T, held.n_prompt, held, _PERMUTATIONS)
+            for number, layer in enumerate(some):
+                yield layer, found.of_rows(slice(number * N_DIRECTIONS, (number + 1) * N_DIRECTIONS))
 
     def _layer(self, number: int) -> _Layer:
         if number not in self._layers:
             self._layers[number] = _Layer(number, self.reference, self.d_model)
         return self._layers[number]
-
-    def _motions(self, on_basis: dict[int, OnBasis], held: Positions) -> Iterator[tuple[int, Motion]]:
-        """The motion of each layer's random directions, those of several layers found at once."""
-        n_tokens = len(next(iter(on_basis.values())))
-        n_at_once = max(1, _MOST_NUMBERS // (N_DIRECTIONS * n_tokens))
-        layers = list(on_basis)
-        for start in range(0, len(layers), n_at_once):
-            some = layers[start : start + n_at_once]
-            trajectories = torch.cat([self._layer(layer).directions("all")[0] @ on_basis[layer].T for layer in some])
-            motion = Motion.of(trajectories, held.n_prompt, held, n_permutations=_PERMUTATIONS)
-            for number, layer in enumerate(some):
-                yield layer, motion.of_rows(slice(number * N_DIRECTIONS, (number + 1) * N_DIRECTIONS))
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,54 +160,60 @@ class _Layer:
             self._directions[names] = torch.stack(each)
         return self._directions[names]
 
+    def on_basis(self, activations: Tensor, held: Positions) -> OnBasis:
+        """The products of activations of this layer `[n_held, d_model]` and the basis; NaN at tokens not held."""
+        return with_gaps(activations.float() @ self.basis.T, held)
+
     def levels(
         self,
         on_basis: OnBasis,
         vectors: Sequence[TraitVector],
-        motion: Motion,
+        random: Strengths,
         own: Motion,
         rows: Sequence[int],
         held: Positions,
     ) -> list[ChanceLevel]:
-        """The chance level of each vector, whose statistics are in the given rows of `own`.
+        """The chance level of each vector, whose statistics are in the given rows of `own`; rises are not rounded.
 
-        `motion` is that of the layer's random directions; `on_basis` are the products of activations and basis.
+        `random` are the strengths of this layer's random directions.
         """
-        n_prompt_tokens, has_rises = held.n_prompt, held.has_all(1, held.n_tokens)
         directions = self.directions(*(str(vector.trait) for vector in vectors))
-        rises = np.zeros(directions.shape[:2])
-        if 1 < n_prompt_tokens < len(on_basis):
-            difference = on_basis[n_prompt_tokens:].mean(dim=0) - on_basis[1:n_prompt_tokens].mean(dim=0)
-            rises = (directions @ difference).double().numpy()
-        found = self._reference_rises(vectors, directions) if has_rises else None
-        standardised = None if found is None else _rounded((rises - found[0][:, 1:]) / found[1][:, 1:])
-        commitment, persistence = (
-            _shares(random, measured, rows)
-            for random, measured in ((motion.changes, own.changes), (motion.rises, own.rises))
-        )
-        rounded = _rounded(rises) if has_rises else None
+        rises, reference, standardised = self._rises(on_basis, directions, held), None, None
+        if rises is not None and self.reference is not None:
+            reference = self._reference_rises(self.reference, vectors, directions)
+            standardised = (rises - reference[0][:, 1:]) / reference[1][:, 1:]
+        commitment = _shares(random.changes, own.changes, rows)
+        persistence = _shares(random.rises, own.rises, rows)
         return [
             ChanceLevel(
                 "isotropic" if self.reference is None else "reference",
                 self.digest,
-                int(motion.commits.sum()),
-                int(motion.persists.sum()) if has_rises else None,
-                commitment[number],
-                persistence[number],
-                None if rounded is None else rounded[number],
-                None if found is None else (float(found[0][number, 0]), float(found[1][number, 0])),
-                None if standardised is None else standardised[number],
+                int(random.commits.sum()),
+                None if rises is None else int(random.persists.sum()),
+                commitment[row],
+                persistence[row],
+                None if rises is None else rises[row],
+                None if reference is None else (float(reference[0][row, 0]), float(reference[1][row, 0])),
+                None if standardised is None else standardised[row],
             )
-            for number in range(len(vectors))
+            for row in range(len(vectors))
         ]
 
-    def _reference_rises(self, vectors: Sequence[TraitVector], directions: Directions) -> tuple[Values, Values] | None:
-        """Mean and deviation of rises over the reference prompts `[n_vectors, 1 + 200]`, each vector's own first."""
-        if self.reference is None:
+    def _rises(self, on_basis: OnBasis, directions: Directions, held: Positions) -> Values | None:
+        """How far each direction rises `[n_vectors, n_directions]`; `None` where a token that this needs is missing."""
+        if not held.has_all(1, held.n_tokens):
             return None
+        if not 1 < held.n_prompt < held.n_tokens:
+            return np.zeros(directions.shape[:2])
+        difference = on_basis[held.n_prompt :].mean(dim=0) - on_basis[1 : held.n_prompt].mean(dim=0)
+        return (directions @ difference).double().numpy()
+
+    def _reference_rises(
+        self, means: Reference, vectors: Sequence[TraitVector], directions: Directions
+    ) -> tuple[Values, Values]:
+        """Mean and deviation of rises over the reference prompts `[n_vectors, 1 + 200]`, each vector's own first."""
         names = tuple(f"{vector.trait} {vector.method}" for vector in vectors)
         if names not in self._of_reference:
-            means = self.reference
             moved = (means.response_means[self.number] - means.prompt_means[self.number]).double()
             units = torch.nn.functional.normalize(torch.stack([each.vector for each in vectors]).double(), dim=1)
             random = torch.einsum("pd,bd,vrb->pvr", moved, self.basis.double(), directions.double())
@@ -228,16 +231,23 @@ def with_gaps(rows: Tensor, held: Positions) -> Tensor:
     return whole
 
 
-def _shares(random: Any, own: Any, rows: Sequence[int]) -> list[float | None]:
-    """The share of random directions whose statistic is at least as large as that of each row."""
+def _shares(random: Values | None, own: ChangePoints | Rises | None, rows: Sequence[int]) -> list[float | None]:
+    """The share of random directions that are at least as strong as each of the rows of a trait's own statistics."""
     if random is None or own is None:
         return [None] * len(rows)
-    shares = (random.strength[:, None] >= own.strength[list(rows)]).mean(axis=0)
-    return [float(share) for share in shares]
+    return [float(share) for share in (random[:, None] >= own.strength[list(rows)]).mean(axis=0)]
 
 
-def _rounded(values: Values) -> Values:
-    return round_significant(values, PROBABILITY_DIGITS)
+def _rounded(levels: Sequence[ChanceLevel]) -> list[ChanceLevel]:
+    """The same with their rises rounded, all at once."""
+    names = [name for name in ("rises", "standardised") if getattr(levels[0], name) is not None]
+    values = round_significant([[getattr(each, name) for name in names] for each in levels], PROBABILITY_DIGITS)
+    return [replace(each, **dict(zip(names, found, strict=True))) for each, found in zip(levels, values, strict=True)]
+
+
+def _short(values: Values | None) -> Values | None:
+    """Rounded numbers as float32 where they fit, which JSON has with the same digits, in less time."""
+    return values if values is None or np.abs(values).max() > _LARGEST else values.astype(np.float32)
 
 
 def _generator(name: str, layer: int) -> torch.Generator:
