@@ -169,7 +169,7 @@ def project_capture(
     doubts = [(each.vector.trait, note) for each, found in zip(chosen, notes, strict=True) for note in found]
     _warn_together(doubts, run)
     spans = span_dynamics(projections, capture)
-    shared = _shared_content(layout, capture)
+    shared = _OfCapture.of(layout, capture)
     for path, projection, found, of_spans in zip(paths, projections, notes, spans, strict=True):
         named = [f"{projection.vector.trait}: {note}" for note in found]
         content = _file_content(shared, projection, named, kept or held)
@@ -185,8 +185,8 @@ def project_capture(
 
 def span_dynamics(projections: Sequence[Projection], capture: Capture) -> list[list[dict[str, Any]]]:
     """The dynamics of each projection of a capture within each of its spans."""
-    if not projections:
-        return []
+    if not capture.spans:
+        return [[] for _ in projections]
     trajectories = [projection.trajectory.double().numpy() for projection in projections]
     return by_span(np.stack(trajectories), capture.spans)
 
@@ -246,32 +246,38 @@ def _warn_together(doubts: Iterable[tuple[Trait, str | None]], run: Run) -> None
         run.warn(f"{named}: {text}")
 
 
-def _shared_content(layout: Layout, capture: Capture) -> dict[str, Any]:
-    """What all projection files of a capture have."""
-    parts = {"prompt": capture.prompt, "response": capture.response}
-    heads = {
-        name: as_json({"text": part.text, "tokens": part.tokens, "n_tokens": len(part.tokens)})
-        for name, part in parts.items()
-    }
-    metadata = {
-        "inference_model": capture.metadata["inference_model"],
-        "inference_experiment": layout.experiment,
-        "prompt_id": capture.prompt_id,
-        "prompt_set": capture.prompt_set,
-        "definitions": DEFINITIONS,
-        "projection_date": now(),
-    }
-    return {**heads, "metadata": metadata}
+@dataclass(frozen=True)
+class _OfCapture:
+    """What all projection files of a capture have: its two parts as JSON, and the beginning of the metadata."""
+
+    heads: Mapping[str, Any]
+    names: Mapping[str, Any]
+    date: str
+
+    @classmethod
+    def of(cls, layout: Layout, capture: Capture) -> _OfCapture:
+        parts = {"prompt": capture.prompt, "response": capture.response}
+        heads = {
+            name: as_json({"text": part.text, "tokens": part.tokens, "n_tokens": len(part.tokens)})
+            for name, part in parts.items()
+        }
+        names = {
+            "inference_model": capture.metadata["inference_model"],
+            "inference_experiment": layout.experiment,
+            "prompt_id": capture.prompt_id,
+            "prompt_set": capture.prompt_set,
+        }
+        return cls(heads, names, now())
 
 
-def _file_content(
-    shared: Mapping[str, Any], projection: Projection, notes: list[str], kept: Positions
-) -> dict[str, Any]:
+def _file_content(shared: _OfCapture, projection: Projection, notes: list[str], kept: Positions) -> dict[str, Any]:
     metadata = {
-        **shared["metadata"],
+        **shared.names,
         "vector_source": projection.source(),
         "layers": projection.layers,
         "sublayers": projection.sublayers,
+        "definitions": DEFINITIONS,
+        "projection_date": shared.date,
         **kept.record(),
     }
     if not kept.is_all:
@@ -282,4 +288,4 @@ def _file_content(
         metadata["centered"] = projection.centred.to_json()
     if notes:
         metadata["warnings"] = notes
-    return {**shared, **projection.to_json(kept), "metadata": metadata}
+    return {**shared.heads, **projection.to_json(kept), "metadata": metadata}

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from os import scandir
+from os import scandir, sep
 from os.path import exists, islink, join, realpath
 from pathlib import Path
 
@@ -156,8 +156,8 @@ class Layout:
     def _leads_out(self, path: Path) -> Path | None:
         """The first link below the experiment's folder, on the way to `path`, that leads out of it."""
         below = str(self.folder)
-        for part in path.parts[len(self.folder.parts) :]:
-            below = join(below, part)
+        for part in str(path)[len(below) + 1 :].split(sep):
+            below = f"{below}{sep}{part}"
             # Only links are resolved, since that is slow. A link to itself resolves to itself, within the experiment.
             if islink(below) and not Path(realpath(below)).is_relative_to(realpath(self.folder)):
                 return Path(below)

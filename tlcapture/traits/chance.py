@@ -7,8 +7,8 @@ Without a reference, directions are isotropic.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
 from typing import Any
@@ -33,8 +33,8 @@ _LARGEST = 1e30  # number that is written as float32
 _ISOTROPIC = 64  # isotropic directions that are combined, instead of responses
 
 Basis = Float[Tensor, "n_basis d_model"]
-OnBasis = Float[Tensor, "n_tokens n_basis"]
-Directions = Float[Tensor, "n_vectors n_directions n_basis"]
+OnBasis = Float[Tensor, "n_layers n_tokens n_basis"]
+Directions = Float[Tensor, "*n_vectors n_directions n_basis"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class RandomDirections:
     n_layers: int
     d_model: int
     _layers: dict[int, _Layer] = field(default_factory=dict)
+    _drawn: dict[Hashable, _Drawn] = field(default_factory=dict)
 
     def levels(
         self, activations: dict[int, Tensor], vectors: Sequence[TraitVector], held: Positions, own: Motion
@@ -101,31 +102,90 @@ class RandomDirections:
         """
         if not held.has_all(max(1, held.n_prompt), held.n_tokens):
             return [None] * len(vectors)
-        rows_of: dict[int, list[int]] = {}
-        for row, vector in enumerate(vectors):
-            rows_of.setdefault(vector.layer, []).append(row)
-        on_basis = {layer: self._layer(layer).on_basis(activations[layer], held) for layer in rows_of}
-        levels: dict[int, ChanceLevel] = {}
-        for layer, random in self._strengths(on_basis, held):
-            rows, chosen = rows_of[layer], [vectors[row] for row in rows_of[layer]]
-            found = self._layer(layer).levels(on_basis[layer], chosen, random, own, rows, held)
-            levels |= dict(zip(rows, found, strict=True))
-        return _rounded([levels[row] for row in range(len(vectors))])
-
-    def _strengths(self, on_basis: dict[int, OnBasis], held: Positions) -> Iterator[tuple[int, Strengths]]:
-        """Those of each layer's random directions, a few layers at once."""
-        layers = list(on_basis)
-        for start in range(0, len(layers), _LAYERS_AT_ONCE):
-            some = layers[start : start + _LAYERS_AT_ONCE]
-            by_token = torch.cat([on_basis[each] @ self._layer(each).directions("all")[0].T for each in some], dim=1)
-            found = Strengths.of(by_token.numpy(force=True).T, held.n_prompt, held, _PERMUTATIONS)
-            for number, layer in enumerate(some):
-                yield layer, found.of_rows(slice(number * N_DIRECTIONS, (number + 1) * N_DIRECTIONS))
+        drawn = self._drawn_for(vectors)
+        on_basis = torch.stack([self._layer(each).on_basis(activations[each], held) for each in drawn.layers])
+        random = self._strengths(on_basis, drawn.layers, held)
+        commit, persist = (each.reshape(-1, N_DIRECTIONS).sum(axis=1) for each in (random.commits, random.persists))
+        commitment = _shares(random.changes, own.changes, drawn.place)
+        persistence = _shares(random.rises, own.rises, drawn.place)
+        rises = drawn.rises(on_basis, held)
+        over = drawn.over if rises is not None else None
+        rounded = _rounded(rises)
+        standardised = None if rises is None or over is None else _rounded((rises - over.means) / over.deviations)
+        return [
+            ChanceLevel(
+                covariance="isotropic" if self.reference is None else "reference",
+                directions=self._layer(drawn.layers[place]).digest,
+                commit=int(commit[place]),
+                persist=None if rises is None else int(persist[place]),
+                commitment=commitment[row],
+                persistence=persistence[row],
+                rises=None if rounded is None else rounded[row],
+                reference_rises=None if over is None else over.own[row],
+                standardised=None if standardised is None else standardised[row],
+            )
+            for row, place in enumerate(drawn.place)
+        ]
 
     def _layer(self, number: int) -> _Layer:
         if number not in self._layers:
             self._layers[number] = _Layer(number, self.reference, self.d_model)
         return self._layers[number]
+
+    def _drawn_for(self, vectors: Sequence[TraitVector]) -> _Drawn:
+        names = tuple((str(each.trait), each.method, each.layer) for each in vectors)
+        if names not in self._drawn:
+            layers = list(dict.fromkeys(each.layer for each in vectors))
+            directions = torch.stack([self._layer(each.layer).directions(str(each.trait)) for each in vectors])
+            over = None
+            if self.reference is not None:
+                found = [
+                    self._layer(each.layer).reference_rises(each, drawn)
+                    for each, drawn in zip(vectors, directions, strict=True)
+                ]
+                means, deviations = (torch.stack(each).numpy() for each in zip(*found, strict=True))
+                own = [(float(mean), float(sd)) for mean, sd in zip(means[:, 0], deviations[:, 0], strict=True)]
+                over = _OverReference(own, means[:, 1:], deviations[:, 1:])
+            self._drawn[names] = _Drawn(layers, [layers.index(each.layer) for each in vectors], directions, over)
+        return self._drawn[names]
+
+    def _strengths(self, on_basis: OnBasis, layers: Sequence[int], held: Positions) -> Strengths:
+        """Those of the random directions of all layers, `[n_layers * n_directions]`, found for a few at once."""
+        by_token = [on_basis[place] @ self._layer(each).directions("all").T for place, each in enumerate(layers)]
+        starts = range(0, len(layers), _LAYERS_AT_ONCE)
+        some = [torch.cat(by_token[start : start + _LAYERS_AT_ONCE], dim=1).numpy(force=True) for start in starts]
+        return Strengths.together([Strengths.of(each.T, held.n_prompt, held, _PERMUTATIONS) for each in some])
+
+
+@dataclass(frozen=True, eq=False)
+class _OverReference:
+    """Mean and deviation of rises over the reference prompts: of each vector, and of its random directions.
+
+    `means` and `deviations` are `[n_vectors, n_directions]`.
+    """
+
+    own: Sequence[tuple[float, float]]
+    means: Values
+    deviations: Values
+
+
+@dataclass(frozen=True, eq=False)
+class _Drawn:
+    """The random directions of several vectors: their `layers`, each once, and each vector's `place` among them."""
+
+    layers: Sequence[int]
+    place: Sequence[int]
+    directions: Directions
+    over: _OverReference | None
+
+    def rises(self, on_basis: OnBasis, held: Positions) -> Values | None:
+        """How far each direction rises `[n_vectors, n_directions]`; `None` where a token that this needs is missing."""
+        if not held.has_all(1, held.n_tokens):
+            return None
+        if not 1 < held.n_prompt < held.n_tokens:
+            return np.zeros(self.directions.shape[:2])
+        difference = on_basis[:, held.n_prompt :].mean(dim=1) - on_basis[:, 1 : held.n_prompt].mean(dim=1)
+        return torch.bmm(self.directions, difference[self.place].unsqueeze(2)).squeeze(2).double().numpy(force=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,8 +193,7 @@ class _Layer:
     number: int
     reference: Reference | None
     d_model: int
-    _directions: dict[tuple[str, ...], Directions] = field(default_factory=dict)
-    _of_reference: dict[tuple[str, ...], tuple[Values, Values]] = field(default_factory=dict)
+    _directions: dict[str, Directions] = field(default_factory=dict)
 
     @cached_property
     def basis(self) -> Basis:
@@ -149,77 +208,32 @@ class _Layer:
         source = repr(self.basis.double().sum(dim=1).tolist()).encode()
         return blake2b(source, digest_size=8).hexdigest()
 
-    def directions(self, *names: str) -> Directions:
-        """Directions of length 1 as combinations of the basis, 200 for each name."""
-        if names not in self._directions:
-            each = []
-            for name in names:
-                drawn = torch.randn(N_DIRECTIONS, len(self.basis), generator=_generator(name, self.number))
-                lengths = (drawn @ self.basis).norm(dim=1, keepdim=True)
-                each.append(drawn / lengths.clamp(min=torch.finfo(lengths.dtype).tiny))
-            self._directions[names] = torch.stack(each)
-        return self._directions[names]
+    def directions(self, name: str) -> Directions:
+        """200 directions of length 1 as combinations of the basis."""
+        if name not in self._directions:
+            drawn = torch.randn(N_DIRECTIONS, len(self.basis), generator=_generator(name, self.number))
+            lengths = (drawn @ self.basis).norm(dim=1, keepdim=True)
+            self._directions[name] = drawn / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)
+        return self._directions[name]
 
-    def on_basis(self, activations: Tensor, held: Positions) -> OnBasis:
+    def on_basis(self, activations: Tensor, held: Positions) -> Float[Tensor, "n_tokens n_basis"]:
         """The products of activations of this layer `[n_held, d_model]` and the basis; NaN at tokens not held."""
         return with_gaps(activations.float() @ self.basis.T, held)
 
-    def levels(
-        self,
-        on_basis: OnBasis,
-        vectors: Sequence[TraitVector],
-        random: Strengths,
-        own: Motion,
-        rows: Sequence[int],
-        held: Positions,
-    ) -> list[ChanceLevel]:
-        """The chance level of each vector, whose statistics are in the given rows of `own`; rises are not rounded.
+    def reference_rises(self, vector: TraitVector, directions: Directions) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of rises over the reference prompts `[1 + n_directions]`, the vector's own first."""
+        moved, on_basis = self._moved
+        unit = torch.nn.functional.normalize(vector.vector.double(), dim=0)
+        found = torch.cat([(moved @ unit).unsqueeze(1), on_basis @ directions.double().T], dim=1)
+        return found.mean(dim=0), found.std(dim=0).clamp(min=1e-30)
 
-        `random` are the strengths of this layer's random directions.
-        """
-        directions = self.directions(*(str(vector.trait) for vector in vectors))
-        rises, reference, standardised = self._rises(on_basis, directions, held), None, None
-        if rises is not None and self.reference is not None:
-            reference = self._reference_rises(self.reference, vectors, directions)
-            standardised = (rises - reference[0][:, 1:]) / reference[1][:, 1:]
-        commitment = _shares(random.changes, own.changes, rows)
-        persistence = _shares(random.rises, own.rises, rows)
-        return [
-            ChanceLevel(
-                "isotropic" if self.reference is None else "reference",
-                self.digest,
-                int(random.commits.sum()),
-                None if rises is None else int(random.persists.sum()),
-                commitment[row],
-                persistence[row],
-                None if rises is None else rises[row],
-                None if reference is None else (float(reference[0][row, 0]), float(reference[1][row, 0])),
-                None if standardised is None else standardised[row],
-            )
-            for row in range(len(vectors))
-        ]
-
-    def _rises(self, on_basis: OnBasis, directions: Directions, held: Positions) -> Values | None:
-        """How far each direction rises `[n_vectors, n_directions]`; `None` where a token that this needs is missing."""
-        if not held.has_all(1, held.n_tokens):
-            return None
-        if not 1 < held.n_prompt < held.n_tokens:
-            return np.zeros(directions.shape[:2])
-        difference = on_basis[held.n_prompt :].mean(dim=0) - on_basis[1 : held.n_prompt].mean(dim=0)
-        return (directions @ difference).double().numpy()
-
-    def _reference_rises(
-        self, means: Reference, vectors: Sequence[TraitVector], directions: Directions
-    ) -> tuple[Values, Values]:
-        """Mean and deviation of rises over the reference prompts `[n_vectors, 1 + 200]`, each vector's own first."""
-        names = tuple(f"{vector.trait} {vector.method}" for vector in vectors)
-        if names not in self._of_reference:
-            moved = (means.response_means[self.number] - means.prompt_means[self.number]).double()
-            units = torch.nn.functional.normalize(torch.stack([each.vector for each in vectors]).double(), dim=1)
-            random = torch.einsum("pd,bd,vrb->pvr", moved, self.basis.double(), directions.double())
-            found = torch.cat([(moved @ units.T).unsqueeze(2), random], dim=2)
-            self._of_reference[names] = found.mean(dim=0).numpy(), found.std(dim=0).clamp(min=1e-30).numpy()
-        return self._of_reference[names]
+    @cached_property
+    def _moved(self) -> tuple[Tensor, Tensor]:
+        """How far the means of the reference prompts rise `[n_prompts, d_model]`, and the products with the basis."""
+        assert self.reference is not None
+        means = self.reference
+        moved = (means.response_means[self.number] - means.prompt_means[self.number]).double()
+        return moved, moved @ self.basis.double().T
 
 
 def with_gaps(rows: Tensor, held: Positions) -> Tensor:
@@ -231,18 +245,16 @@ def with_gaps(rows: Tensor, held: Positions) -> Tensor:
     return whole
 
 
-def _shares(random: Values | None, own: ChangePoints | Rises | None, rows: Sequence[int]) -> list[float | None]:
-    """The share of random directions that are at least as strong as each of the rows of a trait's own statistics."""
+def _shares(random: Values | None, own: ChangePoints | Rises | None, place: Sequence[int]) -> Sequence[float | None]:
+    """The share of random directions at each vector's layer that are at least as strong as the vector."""
     if random is None or own is None:
-        return [None] * len(rows)
-    return [float(share) for share in (random[:, None] >= own.strength[list(rows)]).mean(axis=0)]
+        return [None] * len(place)
+    of_layer = random.reshape(-1, N_DIRECTIONS)[list(place)]
+    return (of_layer >= own.strength[:, None]).mean(axis=1).tolist()
 
 
-def _rounded(levels: Sequence[ChanceLevel]) -> list[ChanceLevel]:
-    """The same with their rises rounded, all at once."""
-    names = [name for name in ("rises", "standardised") if getattr(levels[0], name) is not None]
-    values = round_significant([[getattr(each, name) for name in names] for each in levels], PROBABILITY_DIGITS)
-    return [replace(each, **dict(zip(names, found, strict=True))) for each, found in zip(levels, values, strict=True)]
+def _rounded(values: Values | None) -> Values | None:
+    return None if values is None else round_significant(values, PROBABILITY_DIGITS)
 
 
 def _short(values: Values | None) -> Values | None:

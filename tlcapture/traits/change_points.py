@@ -81,7 +81,8 @@ def _fitted(series: Values) -> tuple[NDArray[np.int64], Values, Values, Values]:
     size, index = cusum[best, np.arange(n_series)], split[best]
     shift = size * np.sqrt(n_tokens / (index * (n_tokens - index))).astype(series.dtype)
     after = (index / n_tokens).astype(series.dtype) * shift  # the mean of the second level, that of the series being 0
-    residuals = centred - np.where(np.arange(n_tokens)[:, None] >= index, after, after - shift)
+    is_before = np.arange(n_tokens, dtype=np.int32)[:, None] < index.astype(np.int32)
+    residuals = centred - (after - is_before.astype(series.dtype) * shift)
     squares = np.einsum("ts,ts->s", residuals, residuals)
     largest = np.maximum(series.max(axis=0), -series.min(axis=0))
     rounding = np.einsum("ts,ts->s", centred, centred) * 1e-20 + np.square(largest) * n_tokens * 1e-30

@@ -174,10 +174,11 @@ class Strengths:
             persists, risen = rise_strengths(values, n_prompt_tokens, n_permutations)
         return cls(commits, persists, changes, risen)
 
-    def of_rows(self, rows: slice) -> Strengths:
-        """Those of some of the trajectories."""
-        found = (None if each is None else each[rows] for each in (self.changes, self.rises))
-        return Strengths(self.commits[rows], self.persists[rows], *found)
+    @classmethod
+    def together(cls, parts: Sequence[Strengths]) -> Strengths:
+        """Those of several groups of trajectories of the same capture."""
+        found = {name: [getattr(each, name) for each in parts] for name in vars(parts[0])}
+        return cls(**{name: None if each[0] is None else np.concatenate(each) for name, each in found.items()})
 
 
 def _statistics(values: Values, n_prompt_tokens: int, held: Positions | None) -> tuple[bool, bool]:
