@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tlcapture.storage.rounding import PROBABILITY_DIGITS, round_significant
@@ -33,7 +34,7 @@ _LARGEST = 1e30  # number that is written as float32
 _ISOTROPIC = 64  # isotropic directions that are combined, instead of responses
 
 Basis = Float[Tensor, "n_basis d_model"]
-OnBasis = Float[Tensor, "n_layers n_tokens n_basis"]
+OnBasis = Float[Tensor, "n_tokens n_basis"]
 Directions = Float[Tensor, "*n_vectors n_directions n_basis"]
 
 
@@ -103,7 +104,7 @@ class RandomDirections:
         if not held.has_all(max(1, held.n_prompt), held.n_tokens):
             return [None] * len(vectors)
         drawn = self._drawn_for(vectors)
-        on_basis = torch.stack([self._layer(each).on_basis(activations[each], held) for each in drawn.layers])
+        on_basis = [self._layer(each).on_basis(activations[each], held) for each in drawn.layers]
         random = self._strengths(on_basis, drawn.layers, held)
         commit, persist = (each.reshape(-1, N_DIRECTIONS).sum(axis=1) for each in (random.commits, random.persists))
         commitment = _shares(random.changes, own.changes, drawn.place)
@@ -136,22 +137,21 @@ class RandomDirections:
         names = tuple((str(each.trait), each.method, each.layer) for each in vectors)
         if names not in self._drawn:
             layers = list(dict.fromkeys(each.layer for each in vectors))
-            directions = torch.stack([self._layer(each.layer).directions(str(each.trait)) for each in vectors])
-            over = None
-            if self.reference is not None:
-                found = [
-                    self._layer(each.layer).reference_rises(each, drawn)
-                    for each, drawn in zip(vectors, directions, strict=True)
-                ]
-                means, deviations = (torch.stack(each).numpy() for each in zip(*found, strict=True))
-                own = [(float(mean), float(sd)) for mean, sd in zip(means[:, 0], deviations[:, 0], strict=True)]
-                over = _OverReference(own, means[:, 1:], deviations[:, 1:])
-            self._drawn[names] = _Drawn(layers, [layers.index(each.layer) for each in vectors], directions, over)
+            place = [layers.index(each.layer) for each in vectors]
+            rows = [[row for row, each in enumerate(place) if each == number] for number in range(len(layers))]
+            directions, over = [], []
+            for layer, of_layer in zip(layers, rows, strict=True):
+                own, drawn = [vectors[row] for row in of_layer], self._layer(layer)
+                directions.append(torch.stack([drawn.directions(str(each.trait)) for each in own]))
+                if self.reference is not None:
+                    over.append(drawn.reference_rises(own, directions[-1], self.reference))
+            joined = _OverReference.of(over, rows) if over else None
+            self._drawn[names] = _Drawn(layers, place, rows, directions, joined)
         return self._drawn[names]
 
-    def _strengths(self, on_basis: OnBasis, layers: Sequence[int], held: Positions) -> Strengths:
+    def _strengths(self, on_basis: Sequence[OnBasis], layers: Sequence[int], held: Positions) -> Strengths:
         """Those of the random directions of all layers, `[n_layers * n_directions]`, found for a few at once."""
-        by_token = [on_basis[place] @ self._layer(each).directions("all").T for place, each in enumerate(layers)]
+        by_token = [each @ self._layer(layer).directions("all").T for each, layer in zip(on_basis, layers, strict=True)]
         starts = range(0, len(layers), _LAYERS_AT_ONCE)
         some = [torch.cat(by_token[start : start + _LAYERS_AT_ONCE], dim=1).numpy(force=True) for start in starts]
         return Strengths.together([Strengths.of(each.T, held.n_prompt, held, _PERMUTATIONS) for each in some])
@@ -168,24 +168,43 @@ class _OverReference:
     means: Values
     deviations: Values
 
+    @classmethod
+    def of(cls, found: Sequence[tuple[Values, Values]], rows: Sequence[Sequence[int]]) -> _OverReference:
+        """From those of the vectors in some rows, each vector's own first."""
+        means, deviations = (_in_order(each, rows) for each in zip(*found, strict=True))
+        own = [(float(mean), float(sd)) for mean, sd in zip(means[:, 0], deviations[:, 0], strict=True)]
+        return cls(own, means[:, 1:], deviations[:, 1:])
+
 
 @dataclass(frozen=True, eq=False)
 class _Drawn:
-    """The random directions of several vectors: their `layers`, each once, and each vector's `place` among them."""
+    """The random directions of several vectors.
+
+    Attributes:
+        layers: the layers of the vectors, each once.
+        place: of each vector, the place of its layer among them.
+        rows: of each layer, its vectors among them all.
+        directions: of each layer, `[n_vectors, n_directions, n_basis]`.
+        over: their rises over the reference prompts; `None` without any.
+    """
 
     layers: Sequence[int]
     place: Sequence[int]
-    directions: Directions
+    rows: Sequence[Sequence[int]]
+    directions: Sequence[Directions]
     over: _OverReference | None
 
-    def rises(self, on_basis: OnBasis, held: Positions) -> Values | None:
+    def rises(self, on_basis: Sequence[OnBasis], held: Positions) -> Values | None:
         """How far each direction rises `[n_vectors, n_directions]`; `None` where a token that this needs is missing."""
         if not held.has_all(1, held.n_tokens):
             return None
         if not 1 < held.n_prompt < held.n_tokens:
-            return np.zeros(self.directions.shape[:2])
-        difference = on_basis[:, held.n_prompt :].mean(dim=1) - on_basis[:, 1 : held.n_prompt].mean(dim=1)
-        return torch.bmm(self.directions, difference[self.place].unsqueeze(2)).squeeze(2).double().numpy(force=True)
+            return np.zeros((len(self.place), N_DIRECTIONS))
+        found = []
+        for each, directions in zip(on_basis, self.directions, strict=True):
+            difference = each[held.n_prompt :].mean(dim=0) - each[1 : held.n_prompt].mean(dim=0)
+            found.append((directions @ difference).double().numpy(force=True))
+        return _in_order(found, self.rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,24 +235,19 @@ class _Layer:
             self._directions[name] = drawn / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)
         return self._directions[name]
 
-    def on_basis(self, activations: Tensor, held: Positions) -> Float[Tensor, "n_tokens n_basis"]:
+    def on_basis(self, activations: Tensor, held: Positions) -> OnBasis:
         """The products of activations of this layer `[n_held, d_model]` and the basis; NaN at tokens not held."""
         return with_gaps(activations.float() @ self.basis.T, held)
 
-    def reference_rises(self, vector: TraitVector, directions: Directions) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of rises over the reference prompts `[1 + n_directions]`, the vector's own first."""
-        moved, on_basis = self._moved
-        unit = torch.nn.functional.normalize(vector.vector.double(), dim=0)
-        found = torch.cat([(moved @ unit).unsqueeze(1), on_basis @ directions.double().T], dim=1)
-        return found.mean(dim=0), found.std(dim=0).clamp(min=1e-30)
-
-    @cached_property
-    def _moved(self) -> tuple[Tensor, Tensor]:
-        """How far the means of the reference prompts rise `[n_prompts, d_model]`, and the products with the basis."""
-        assert self.reference is not None
-        means = self.reference
-        moved = (means.response_means[self.number] - means.prompt_means[self.number]).double()
-        return moved, moved @ self.basis.double().T
+    def reference_rises(
+        self, vectors: Sequence[TraitVector], directions: Directions, reference: Reference
+    ) -> tuple[Values, Values]:
+        """Mean and deviation of rises over the reference prompts `[n_vectors, 1 + 200]`, each vector's own first."""
+        moved = (reference.response_means[self.number] - reference.prompt_means[self.number]).double()
+        units = torch.nn.functional.normalize(torch.stack([each.vector for each in vectors]).double(), dim=1)
+        random = torch.einsum("pd,bd,vrb->pvr", moved, self.basis.double(), directions.double())
+        found = torch.cat([(moved @ units.T).unsqueeze(2), random], dim=2)
+        return found.mean(dim=0).numpy(), found.std(dim=0).clamp(min=1e-30).numpy()
 
 
 def with_gaps(rows: Tensor, held: Positions) -> Tensor:
@@ -251,6 +265,11 @@ def _shares(random: Values | None, own: ChangePoints | Rises | None, place: Sequ
         return [None] * len(place)
     of_layer = random.reshape(-1, N_DIRECTIONS)[list(place)]
     return (of_layer >= own.strength[:, None]).mean(axis=1).tolist()
+
+
+def _in_order(found: Sequence[NDArray[Any]], rows: Sequence[Sequence[int]]) -> NDArray[Any]:
+    """What was found for the vectors in some rows, as one array in the order of all vectors."""
+    return np.concatenate(found)[np.argsort(np.concatenate(rows))]
 
 
 def _rounded(values: Values | None) -> Values | None:
