@@ -77,9 +77,9 @@ class ChanceLevel:
             "persist": self.persist,
             "commitment": self.commitment,
             "persistence": self.persistence,
-            "rises": _short(self.rises),
+            "rises": self.rises,
             "reference_rises": own,
-            "standardised_rises": _short(self.standardised),
+            "standardised_rises": self.standardised,
         }
 
 
@@ -273,12 +273,11 @@ def _in_order(found: Sequence[NDArray[Any]], rows: Sequence[Sequence[int]]) -> N
 
 
 def _rounded(values: Values | None) -> Values | None:
-    return None if values is None else round_significant(values, PROBABILITY_DIGITS)
-
-
-def _short(values: Values | None) -> Values | None:
-    """Rounded numbers as float32 where they fit, which JSON has with the same digits, in less time."""
-    return values if values is None or np.abs(values).max() > _LARGEST else values.astype(np.float32)
+    """Rounded, as float32 where they fit: JSON has them with the same digits, in less time."""
+    if values is None:
+        return None
+    found = round_significant(values, PROBABILITY_DIGITS)
+    return found if np.abs(found).max() > _LARGEST else found.astype(np.float32)
 
 
 def _generator(name: str, layer: int) -> torch.Generator:
