@@ -169,7 +169,7 @@ def project_capture(
     doubts = [(each.vector.trait, note) for each, found in zip(chosen, notes, strict=True) for note in found]
     _warn_together(doubts, run)
     spans = span_dynamics(projections, capture)
-    shared = _OfCapture.of(layout, capture)
+    shared, folder = _OfCapture.of(layout, capture), layout.folder.as_posix()
     for path, projection, found, of_spans in zip(paths, projections, notes, spans, strict=True):
         named = [f"{projection.vector.trait}: {note}" for note in found]
         content = _file_content(shared, projection, named, kept or held)
@@ -179,7 +179,7 @@ def project_capture(
         if only:
             content["metadata"]["capture"] = dict(capture.metadata)
         run.wrote(write_json(path, content))
-        run.report.remember({path.relative_to(layout.folder).as_posix(): essentials(content)})
+        run.report.remember({path.as_posix().removeprefix(f"{folder}/"): essentials(content)})
     return projections
 
 

@@ -116,7 +116,11 @@ class Motion:
 
     def dynamics(self) -> Sequence[Dynamics]:
         """The dynamics of each trajectory."""
-        return [self._dynamics_of(row) for row in range(len(self.values))]
+        velocity = np.diff(self.values, axis=1)
+        acceleration = np.diff(velocity, axis=1)
+        peaks = np.abs(velocity[:, max(1, self.n_prompt_tokens - 1) :]).max(axis=1, initial=0.0)
+        found = zip(self.commits, self.persists, velocity, acceleration, peaks, strict=True)
+        return [self._dynamics_of(row, *each) for row, each in enumerate(found)]
 
     @property
     def commits(self) -> Any:
@@ -132,18 +136,18 @@ class Motion:
     def _none(self) -> Any:
         return np.zeros(len(self.values), dtype=bool)
 
-    def _dynamics_of(self, row: int) -> Dynamics:
-        velocity = np.diff(self.values[row])
+    def _dynamics_of(
+        self, row: int, commits: bool, persists: bool, velocity: Values, acceleration: Values, peak_velocity: float
+    ) -> Dynamics:
         changes, begins = self.changes, max(1, self.n_prompt_tokens)
-        peak_velocity = float(np.abs(velocity[max(1, self.n_prompt_tokens - 1) :]).max(initial=0.0))
         return Dynamics(
-            commitment_point=begins + int(changes.index[row]) if changes and self.commits[row] else None,
+            commitment_point=begins + int(changes.index[row]) if changes and commits else None,
             commitment_shift=float(changes.shift[row]) if changes else None,
             commitment_p=float(changes.p[row]) if changes else None,
-            peak_velocity=None if np.isnan(peak_velocity) else peak_velocity,
-            persistence=int(self.rises.persistence[row]) if self.rises and self.persists[row] else None,
+            peak_velocity=None if np.isnan(peak_velocity) else float(peak_velocity),
+            persistence=int(self.rises.persistence[row]) if self.rises and persists else None,
             velocity=torch.from_numpy(velocity),
-            acceleration=torch.from_numpy(np.diff(velocity)),
+            acceleration=torch.from_numpy(acceleration),
         )
 
 

@@ -225,8 +225,9 @@ def project(
     if not held.is_all:
         whole = with_gaps(torch.cat(list(scores), dim=1).transpose(0, 1), held).transpose(0, 1)
         scores = list(whole.tensor_split([held.n_prompt], dim=1))
-    trajectories = [_trajectory(each, scores[0][row], scores[1][row]) for row, each in enumerate(vectors)]
-    motion = Motion.of(torch.stack(trajectories).double(), held.n_prompt, held)
+    rows, own = torch.arange(len(vectors)), torch.tensor([each.layer for each in vectors])
+    trajectories = torch.cat([part[rows, :, own, -1] for part in scores], dim=1)
+    motion = Motion.of(trajectories.double(), held.n_prompt, held)
     chance = random.levels(at_own_layer, vectors, held, motion) if random else [None] * len(vectors)
     return [
         Projection(
