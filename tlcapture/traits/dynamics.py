@@ -119,7 +119,7 @@ class Motion:
         velocity = np.diff(self.values, axis=1)
         acceleration = np.diff(velocity, axis=1)
         peaks = np.abs(velocity[:, max(1, self.n_prompt_tokens - 1) :]).max(axis=1, initial=0.0)
-        found = zip(self.commits, self.persists, velocity, acceleration, peaks, strict=True)
+        found = zip(self.commits.tolist(), self.persists.tolist(), velocity, acceleration, peaks.tolist(), strict=True)
         return [self._dynamics_of(row, *each) for row, each in enumerate(found)]
 
     @property
@@ -144,7 +144,7 @@ class Motion:
             commitment_point=begins + int(changes.index[row]) if changes and commits else None,
             commitment_shift=float(changes.shift[row]) if changes else None,
             commitment_p=float(changes.p[row]) if changes else None,
-            peak_velocity=None if np.isnan(peak_velocity) else float(peak_velocity),
+            peak_velocity=None if np.isnan(peak_velocity) else peak_velocity,
             persistence=int(self.rises.persistence[row]) if self.rises and persists else None,
             velocity=torch.from_numpy(velocity),
             acceleration=torch.from_numpy(acceleration),
@@ -181,8 +181,12 @@ class Strengths:
     @classmethod
     def together(cls, parts: Sequence[Strengths]) -> Strengths:
         """Those of several groups of trajectories of the same capture."""
-        found = {name: [getattr(each, name) for each in parts] for name in vars(parts[0])}
-        return cls(**{name: None if each[0] is None else np.concatenate(each) for name, each in found.items()})
+
+        def joined(name: str) -> Any:
+            found = [getattr(each, name) for each in parts]
+            return None if found[0] is None else np.concatenate(found)
+
+        return cls(joined("commits"), joined("persists"), joined("changes"), joined("rises"))
 
 
 def _statistics(values: Values, n_prompt_tokens: int, held: Positions | None) -> tuple[bool, bool]:
