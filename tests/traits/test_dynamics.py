@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from tlcapture.errors import NumericalError
 from tlcapture.traits.change_points import LEVEL, autoregressive, change_points
-from tlcapture.traits.dynamics import Motion, dynamics
+from tlcapture.traits.dynamics import Motion, Strengths, dynamics
 from tlcapture.traits.rises import BLOCK, SMOOTHED, _permuted, peak_of, rises, smoothed
+from tlcapture.views.kept_tokens import Positions
 
 TRIALS = 4000
 N_PROMPT = 40
@@ -95,6 +96,21 @@ def test_permuted_rises_are_those_of_dealt_blocks(n_prompt: int, n_response: int
         line = smoothed(rest[:, response])
         line[:, 2 : n_response - 2] = on_ring[:, response[2 : n_response - 2]]
         assert np.allclose(found[:, permutation], line.max(axis=1) - rest[:, prompt].mean(axis=1))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("n_prompt", "n_tokens"), [(40, 90), (40, 45), (1, 30), (0, 12), (20, 20)])
+def test_random_directions_commit_and_persist_as_their_motion_says(n_prompt: int, n_tokens: int, dtype: type) -> None:
+    series = autoregressive(0.6, (400, n_tokens), np.random.default_rng(6)).astype(dtype)
+    series[:4] = 0.25
+    series[4:100, n_tokens - 9 :] += 4
+    motion = Motion.of(torch.from_numpy(series), n_prompt, n_permutations=19)
+    found = Strengths.of(series, n_prompt, Positions.of(None, n_prompt, n_tokens), 19)
+    assert np.array_equal(found.commits, motion.commits)
+    assert np.array_equal(found.persists, motion.persists)
+    for strengths, known in ((found.changes, motion.changes), (found.rises, motion.rises)):
+        assert (strengths is None) == (known is None)
+        assert known is None or np.array_equal(strengths, known.strength)
 
 
 def test_a_sustained_rise_persists() -> None:

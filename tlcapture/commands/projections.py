@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from tlcapture.runs.display import Display
 from tlcapture.runs.existing_files import check_replaceable, is_readable
 from tlcapture.runs.report import CollectingReport, Done
 from tlcapture.runs.run import Run
-from tlcapture.storage.files import read_json, write_json
+from tlcapture.storage.files import as_json, read_json, write_json
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.chance import RandomDirections
 from tlcapture.traits.choice import ChosenVector, ChosenVectors, VectorChoice, VectorChooser
@@ -169,23 +169,24 @@ def project_capture(
     doubts = [(each.vector.trait, note) for each, found in zip(chosen, notes, strict=True) for note in found]
     _warn_together(doubts, run)
     spans = span_dynamics(projections, capture)
+    shared, folder = _OfCapture.of(layout, capture), layout.folder.as_posix()
     for path, projection, found, of_spans in zip(paths, projections, notes, spans, strict=True):
         named = [f"{projection.vector.trait}: {note}" for note in found]
-        content = _file_content(layout, capture, projection, named, kept or held)
+        content = _file_content(shared, projection, named, kept or held)
         if capture.spans:
             content["spans"] = [span.to_json() for span in capture.spans]
             content["dynamics"]["by_span"] = of_spans
         if only:
             content["metadata"]["capture"] = dict(capture.metadata)
         run.wrote(write_json(path, content))
-        run.report.remember({path.relative_to(layout.folder).as_posix(): essentials(content)})
+        run.report.remember({path.as_posix().removeprefix(f"{folder}/"): essentials(content)})
     return projections
 
 
 def span_dynamics(projections: Sequence[Projection], capture: Capture) -> list[list[dict[str, Any]]]:
     """The dynamics of each projection of a capture within each of its spans."""
-    if not projections:
-        return []
+    if not capture.spans:
+        return [[] for _ in projections]
     trajectories = [projection.trajectory.double().numpy() for projection in projections]
     return by_span(np.stack(trajectories), capture.spans)
 
@@ -245,31 +246,46 @@ def _warn_together(doubts: Iterable[tuple[Trait, str | None]], run: Run) -> None
         run.warn(f"{named}: {text}")
 
 
-def _file_content(
-    layout: Layout, capture: Capture, projection: Projection, notes: list[str], kept: Positions
-) -> dict[str, Any]:
-    parts = {"prompt": capture.prompt, "response": capture.response}
+@dataclass(frozen=True)
+class _OfCapture:
+    """What all projection files of a capture have: its two parts as JSON, and the beginning of the metadata."""
+
+    heads: Mapping[str, Any]
+    names: Mapping[str, Any]
+    date: str
+
+    @classmethod
+    def of(cls, layout: Layout, capture: Capture) -> _OfCapture:
+        parts = {"prompt": capture.prompt, "response": capture.response}
+        heads = {
+            name: as_json({"text": part.text, "tokens": part.tokens, "n_tokens": len(part.tokens)})
+            for name, part in parts.items()
+        }
+        names = {
+            "inference_model": capture.metadata["inference_model"],
+            "inference_experiment": layout.experiment,
+            "prompt_id": capture.prompt_id,
+            "prompt_set": capture.prompt_set,
+        }
+        return cls(heads, names, now())
+
+
+def _file_content(shared: _OfCapture, projection: Projection, notes: list[str], kept: Positions) -> dict[str, Any]:
     metadata = {
-        "inference_model": capture.metadata["inference_model"],
-        "inference_experiment": layout.experiment,
-        "prompt_id": capture.prompt_id,
-        "prompt_set": capture.prompt_set,
+        **shared.names,
         "vector_source": projection.source(),
         "layers": projection.layers,
         "sublayers": projection.sublayers,
         "definitions": DEFINITIONS,
-        "projection_date": now(),
+        "projection_date": shared.date,
         **kept.record(),
     }
     if not kept.is_all:
         metadata["means"] = projection.means()
     if projection.chance is not None:
-        metadata["chance"] = projection.chance.to_json()
+        metadata["chance"] = as_json(projection.chance.to_json())
     if projection.centred is not None:
         metadata["centered"] = projection.centred.to_json()
     if notes:
         metadata["warnings"] = notes
-    heads = {
-        name: {"text": part.text, "tokens": part.tokens, "n_tokens": len(part.tokens)} for name, part in parts.items()
-    }
-    return {**heads, **projection.to_json(kept), "metadata": metadata}
+    return {**shared.heads, **projection.to_json(kept), "metadata": metadata}

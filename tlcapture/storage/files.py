@@ -69,6 +69,11 @@ def write_json(path: Path, value: Any, *, indent: bool = False) -> Written:
         raise StorageError(f"{path}: cannot be written: nested too deeply") from None
 
 
+def as_json(value: Any) -> Any:
+    """A value for `write_json` that is already JSON, since several files or texts have it."""
+    return orjson.Fragment(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY))
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file; raises `StorageError` with file, line and reason if it cannot be read or is not JSON."""
     data = read_bytes(path)

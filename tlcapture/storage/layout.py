@@ -18,7 +18,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from os import scandir
+from functools import cached_property
+from os import scandir, sep
 from os.path import exists, islink, join, realpath
 from pathlib import Path
 
@@ -134,7 +135,7 @@ class Layout:
     def __post_init__(self) -> None:
         check_name(self.experiment, "experiment")
 
-    @property
+    @cached_property
     def folder(self) -> Path:
         """The experiment's folder."""
         return self.root / "experiments" / self.experiment
@@ -160,8 +161,8 @@ class Layout:
     def _leads_out(self, path: Path) -> Path | None:
         """The first link below the experiment's folder, on the way to `path`, that leads out of it."""
         below = str(self.folder)
-        for part in path.parts[len(self.folder.parts) :]:
-            below = join(below, part)
+        for part in str(path)[len(below) + 1 :].split(sep):
+            below = f"{below}{sep}{part}"
             # Only links are resolved, since that is slow. A link to itself resolves to itself, within the experiment.
             if islink(below) and not Path(realpath(below)).is_relative_to(realpath(self.folder)):
                 return Path(below)
@@ -298,9 +299,9 @@ class Layout:
 
     def projection(self, trait: Trait, component: str, prompt_set: str, prompt_id: PromptId) -> Path:
         """The projection file of a prompt onto a trait's vector; `component` is `residual` or `attn_out`."""
-        folder = self.folder / "inference" / trait.category / trait.name / STREAM_FOLDERS[component]
-        name = f"{file_name(prompt_id)}.json"
-        return self.own(folder / check_prompt_set(prompt_set) / name)
+        stream, name = STREAM_FOLDERS[component], f"{file_name(prompt_id)}.json"
+        place = ("inference", trait.category, trait.name, stream, check_prompt_set(prompt_set), name)
+        return self.own(self.folder.joinpath(*place))
 
     def all_projections(self, prompt_set: str, prompt_id: PromptId) -> list[Path]:
         """The existing projection files of a prompt, for all traits and components, sorted."""

@@ -7,7 +7,7 @@ Without a reference, directions are isotropic.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -16,23 +16,26 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tlcapture.storage.rounding import PROBABILITY_DIGITS, round_significant
-from tlcapture.traits.change_points import Values
-from tlcapture.traits.dynamics import Motion
+from tlcapture.traits.change_points import ChangePoints, Values
+from tlcapture.traits.dynamics import Motion, Strengths
 from tlcapture.traits.reference import Reference
+from tlcapture.traits.rises import Rises
 from tlcapture.traits.vectors import TraitVector
 from tlcapture.views.kept_tokens import Positions
 
 N_DIRECTIONS = 200
 _PERMUTATIONS = 19  # with which a level of 5 % is still exact
+_LAYERS_AT_ONCE = 4  # whose random trajectories fit into a core's cache
+_LARGEST = 1e30  # number that is written as float32
 _ISOTROPIC = 64  # isotropic directions that are combined, instead of responses
-_MOST_NUMBERS = 2**18  # of trajectories whose motion is found at once
 
 Basis = Float[Tensor, "n_basis d_model"]
 OnBasis = Float[Tensor, "n_tokens n_basis"]
-Directions = Float[Tensor, "n_vectors n_directions n_basis"]
+Directions = Float[Tensor, "*n_vectors n_directions n_basis"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class RandomDirections:
     n_layers: int
     d_model: int
     _layers: dict[int, _Layer] = field(default_factory=dict)
+    _drawn: dict[Hashable, _Drawn] = field(default_factory=dict)
 
     def levels(
         self, activations: dict[int, Tensor], vectors: Sequence[TraitVector], held: Positions, own: Motion
@@ -99,36 +103,108 @@ class RandomDirections:
         """
         if not held.has_all(max(1, held.n_prompt), held.n_tokens):
             return [None] * len(vectors)
-        rows_of: dict[int, list[int]] = {}
-        for row, vector in enumerate(vectors):
-            rows_of.setdefault(vector.layer, []).append(row)
-        on_basis = {
-            layer: with_gaps(activations[layer].float() @ self._layer(layer).basis.T, held) for layer in rows_of
-        }
-        levels: dict[int, ChanceLevel] = {}
-        for layer, motion in self._motions(on_basis, held):
-            rows = rows_of[layer]
-            own_vectors = [vectors[row] for row in rows]
-            found = self._layer(layer).levels(on_basis[layer], own_vectors, motion, own, rows, held)
-            levels |= dict(zip(rows, found, strict=True))
-        return [levels[row] for row in range(len(vectors))]
+        drawn = self._drawn_for(vectors)
+        on_basis = [self._layer(each).on_basis(activations[each], held) for each in drawn.layers]
+        random = self._strengths(on_basis, drawn.layers, held)
+        commit, persist = (each.reshape(-1, N_DIRECTIONS).sum(axis=1) for each in (random.commits, random.persists))
+        commitment = _shares(random.changes, own.changes, drawn.place)
+        persistence = _shares(random.rises, own.rises, drawn.place)
+        rises = drawn.rises(on_basis, held)
+        over = drawn.over if rises is not None else None
+        rounded = _rounded(rises)
+        standardised = None if rises is None or over is None else _rounded((rises - over.means) / over.deviations)
+        return [
+            ChanceLevel(
+                covariance="isotropic" if self.reference is None else "reference",
+                directions=self._layer(drawn.layers[place]).digest,
+                commit=int(commit[place]),
+                persist=None if rises is None else int(persist[place]),
+                commitment=commitment[row],
+                persistence=persistence[row],
+                rises=None if rounded is None else rounded[row],
+                reference_rises=None if over is None else over.own[row],
+                standardised=None if standardised is None else standardised[row],
+            )
+            for row, place in enumerate(drawn.place)
+        ]
 
     def _layer(self, number: int) -> _Layer:
         if number not in self._layers:
             self._layers[number] = _Layer(number, self.reference, self.d_model)
         return self._layers[number]
 
-    def _motions(self, on_basis: dict[int, OnBasis], held: Positions) -> Iterator[tuple[int, Motion]]:
-        """The motion of each layer's random directions, those of several layers found at once."""
-        n_tokens = len(next(iter(on_basis.values())))
-        n_at_once = max(1, _MOST_NUMBERS // (N_DIRECTIONS * n_tokens))
-        layers = list(on_basis)
-        for start in range(0, len(layers), n_at_once):
-            some = layers[start : start + n_at_once]
-            trajectories = torch.cat([self._layer(layer).directions("all")[0] @ on_basis[layer].T for layer in some])
-            motion = Motion.of(trajectories, held.n_prompt, held, n_permutations=_PERMUTATIONS)
-            for number, layer in enumerate(some):
-                yield layer, motion.of_rows(slice(number * N_DIRECTIONS, (number + 1) * N_DIRECTIONS))
+    def _drawn_for(self, vectors: Sequence[TraitVector]) -> _Drawn:
+        names = tuple((str(each.trait), each.method, each.layer) for each in vectors)
+        if names not in self._drawn:
+            layers = list(dict.fromkeys(each.layer for each in vectors))
+            place = [layers.index(each.layer) for each in vectors]
+            rows = [[row for row, each in enumerate(place) if each == number] for number in range(len(layers))]
+            directions, over = [], []
+            for layer, of_layer in zip(layers, rows, strict=True):
+                own, drawn = [vectors[row] for row in of_layer], self._layer(layer)
+                directions.append(torch.stack([drawn.directions(str(each.trait)) for each in own]))
+                if self.reference is not None:
+                    over.append(drawn.reference_rises(own, directions[-1], self.reference))
+            joined = _OverReference.of(over, rows) if over else None
+            self._drawn[names] = _Drawn(layers, place, rows, directions, joined)
+        return self._drawn[names]
+
+    def _strengths(self, on_basis: Sequence[OnBasis], layers: Sequence[int], held: Positions) -> Strengths:
+        """Those of the random directions of all layers, `[n_layers * n_directions]`, found for a few at once."""
+        by_token = [each @ self._layer(layer).directions("all").T for each, layer in zip(on_basis, layers, strict=True)]
+        starts = range(0, len(layers), _LAYERS_AT_ONCE)
+        some = [torch.cat(by_token[start : start + _LAYERS_AT_ONCE], dim=1).numpy(force=True) for start in starts]
+        return Strengths.together([Strengths.of(each.T, held.n_prompt, held, _PERMUTATIONS) for each in some])
+
+
+@dataclass(frozen=True, eq=False)
+class _OverReference:
+    """Mean and deviation of rises over the reference prompts: of each vector, and of its random directions.
+
+    `means` and `deviations` are `[n_vectors, n_directions]`.
+    """
+
+    own: Sequence[tuple[float, float]]
+    means: Values
+    deviations: Values
+
+    @classmethod
+    def of(cls, found: Sequence[tuple[Values, Values]], rows: Sequence[Sequence[int]]) -> _OverReference:
+        """From those of the vectors in some rows, each vector's own first."""
+        means, deviations = (_in_order(each, rows) for each in zip(*found, strict=True))
+        own = [(float(mean), float(sd)) for mean, sd in zip(means[:, 0], deviations[:, 0], strict=True)]
+        return cls(own, means[:, 1:], deviations[:, 1:])
+
+
+@dataclass(frozen=True, eq=False)
+class _Drawn:
+    """The random directions of several vectors.
+
+    Attributes:
+        layers: the layers of the vectors, each once.
+        place: of each vector, the place of its layer among them.
+        rows: of each layer, its vectors among them all.
+        directions: of each layer, `[n_vectors, n_directions, n_basis]`.
+        over: their rises over the reference prompts; `None` without any.
+    """
+
+    layers: Sequence[int]
+    place: Sequence[int]
+    rows: Sequence[Sequence[int]]
+    directions: Sequence[Directions]
+    over: _OverReference | None
+
+    def rises(self, on_basis: Sequence[OnBasis], held: Positions) -> Values | None:
+        """How far each direction rises `[n_vectors, n_directions]`; `None` where a token that this needs is missing."""
+        if not held.has_all(1, held.n_tokens):
+            return None
+        if not 1 < held.n_prompt < held.n_tokens:
+            return np.zeros((len(self.place), N_DIRECTIONS))
+        found = []
+        for each, directions in zip(on_basis, self.directions, strict=True):
+            difference = each[held.n_prompt :].mean(dim=0) - each[1 : held.n_prompt].mean(dim=0)
+            found.append((directions @ difference).double().numpy(force=True))
+        return _in_order(found, self.rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,8 +212,7 @@ class _Layer:
     number: int
     reference: Reference | None
     d_model: int
-    _directions: dict[tuple[str, ...], Directions] = field(default_factory=dict)
-    _of_reference: dict[tuple[str, ...], tuple[Values, Values]] = field(default_factory=dict)
+    _directions: dict[str, Directions] = field(default_factory=dict)
 
     @cached_property
     def basis(self) -> Basis:
@@ -152,71 +227,27 @@ class _Layer:
         source = repr(self.basis.double().sum(dim=1).tolist()).encode()
         return blake2b(source, digest_size=8).hexdigest()
 
-    def directions(self, *names: str) -> Directions:
-        """Directions of length 1 as combinations of the basis, 200 for each name."""
-        if names not in self._directions:
-            each = []
-            for name in names:
-                drawn = torch.randn(N_DIRECTIONS, len(self.basis), generator=_generator(name, self.number))
-                lengths = (drawn @ self.basis).norm(dim=1, keepdim=True)
-                each.append(drawn / lengths.clamp(min=torch.finfo(lengths.dtype).tiny))
-            self._directions[names] = torch.stack(each)
-        return self._directions[names]
+    def directions(self, name: str) -> Directions:
+        """200 directions of length 1 as combinations of the basis."""
+        if name not in self._directions:
+            drawn = torch.randn(N_DIRECTIONS, len(self.basis), generator=_generator(name, self.number))
+            lengths = (drawn @ self.basis).norm(dim=1, keepdim=True)
+            self._directions[name] = drawn / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)
+        return self._directions[name]
 
-    def levels(
-        self,
-        on_basis: OnBasis,
-        vectors: Sequence[TraitVector],
-        motion: Motion,
-        own: Motion,
-        rows: Sequence[int],
-        held: Positions,
-    ) -> list[ChanceLevel]:
-        """The chance level of each vector, whose statistics are in the given rows of `own`.
+    def on_basis(self, activations: Tensor, held: Positions) -> OnBasis:
+        """The products of activations of this layer `[n_held, d_model]` and the basis; NaN at tokens not held."""
+        return with_gaps(activations.float() @ self.basis.T, held)
 
-        `motion` is that of the layer's random directions; `on_basis` are the products of activations and basis.
-        """
-        n_prompt_tokens, has_rises = held.n_prompt, held.has_all(1, held.n_tokens)
-        directions = self.directions(*(str(vector.trait) for vector in vectors))
-        rises = np.zeros(directions.shape[:2])
-        if 1 < n_prompt_tokens < len(on_basis):
-            difference = on_basis[n_prompt_tokens:].mean(dim=0) - on_basis[1:n_prompt_tokens].mean(dim=0)
-            rises = (directions @ difference).double().numpy()
-        found = self._reference_rises(vectors, directions) if has_rises else None
-        standardised = None if found is None else _rounded((rises - found[0][:, 1:]) / found[1][:, 1:])
-        commitment, persistence = (
-            _shares(random, measured, rows)
-            for random, measured in ((motion.changes, own.changes), (motion.rises, own.rises))
-        )
-        rounded = _rounded(rises) if has_rises else None
-        return [
-            ChanceLevel(
-                "isotropic" if self.reference is None else "reference",
-                self.digest,
-                int(motion.commits.sum()),
-                int(motion.persists.sum()) if has_rises else None,
-                commitment[number],
-                persistence[number],
-                None if rounded is None else rounded[number],
-                None if found is None else (float(found[0][number, 0]), float(found[1][number, 0])),
-                None if standardised is None else standardised[number],
-            )
-            for number in range(len(vectors))
-        ]
-
-    def _reference_rises(self, vectors: Sequence[TraitVector], directions: Directions) -> tuple[Values, Values] | None:
+    def reference_rises(
+        self, vectors: Sequence[TraitVector], directions: Directions, reference: Reference
+    ) -> tuple[Values, Values]:
         """Mean and deviation of rises over the reference prompts `[n_vectors, 1 + 200]`, each vector's own first."""
-        if self.reference is None:
-            return None
-        names = tuple(f"{vector.trait} {vector.method}" for vector in vectors)
-        if names not in self._of_reference:
-            means = self.reference
-            moved = (means.response_means[self.number] - means.prompt_means[self.number]).double()
-            units = torch.nn.functional.normalize(torch.stack([each.vector for each in vectors]).double(), dim=1)
-            random = torch.einsum("pd,bd,vrb->pvr", moved, self.basis.double(), directions.double())
-            found = torch.cat([(moved @ units.T).unsqueeze(2), random], dim=2)
-            self._of_reference[names] = found.mean(dim=0).numpy(), found.std(dim=0).clamp(min=1e-30).numpy()
-        return self._of_reference[names]
+        moved = (reference.response_means[self.number] - reference.prompt_means[self.number]).double()
+        units = torch.nn.functional.normalize(torch.stack([each.vector for each in vectors]).double(), dim=1)
+        random = torch.einsum("pd,bd,vrb->pvr", moved, self.basis.double(), directions.double())
+        found = torch.cat([(moved @ units.T).unsqueeze(2), random], dim=2)
+        return found.mean(dim=0).numpy(), found.std(dim=0).clamp(min=1e-30).numpy()
 
 
 def with_gaps(rows: Tensor, held: Positions) -> Tensor:
@@ -228,16 +259,25 @@ def with_gaps(rows: Tensor, held: Positions) -> Tensor:
     return whole
 
 
-def _shares(random: Any, own: Any, rows: Sequence[int]) -> list[float | None]:
-    """The share of random directions whose statistic is at least as large as that of each row."""
+def _shares(random: Values | None, own: ChangePoints | Rises | None, place: Sequence[int]) -> Sequence[float | None]:
+    """The share of random directions at each vector's layer that are at least as strong as the vector."""
     if random is None or own is None:
-        return [None] * len(rows)
-    shares = (random.strength[:, None] >= own.strength[list(rows)]).mean(axis=0)
-    return [float(share) for share in shares]
+        return [None] * len(place)
+    of_layer = random.reshape(-1, N_DIRECTIONS)[list(place)]
+    return (of_layer >= own.strength[:, None]).mean(axis=1).tolist()
 
 
-def _rounded(values: Values) -> Values:
-    return round_significant(values, PROBABILITY_DIGITS)
+def _in_order(found: Sequence[NDArray[Any]], rows: Sequence[Sequence[int]]) -> NDArray[Any]:
+    """What was found for the vectors in some rows, as one array in the order of all vectors."""
+    return np.concatenate(found)[np.argsort(np.concatenate(rows))]
+
+
+def _rounded(values: Values | None) -> Values | None:
+    """Rounded, as float32 where they fit: JSON has them with the same digits, in less time."""
+    if values is None:
+        return None
+    found = round_significant(values, PROBABILITY_DIGITS)
+    return found if np.abs(found).max() > _LARGEST else found.astype(np.float32)
 
 
 def _generator(name: str, layer: int) -> torch.Generator:

@@ -34,6 +34,7 @@ _FEWEST_DRAWS = 250
 _PER_BIN = 1000  # simulated series of similar correlation
 _EXACT_LENGTHS = 24  # longer series are compared with simulated ones whose length differs by up to 3 %
 _LENGTH_STEP = 1.06
+_MANY = 64  # series
 _RANGE = 1e4  # beyond any clarity that noise has
 
 
@@ -61,19 +62,27 @@ def change_points(series: Values) -> ChangePoints:
     return ChangePoints(index, shift, null.p(clarity, correlation), clarity / null.threshold(correlation))
 
 
+def change_strengths(series: Values) -> tuple[NDArray[np.bool_], Values]:
+    """Which series have a `p` of at most `LEVEL`, and the `strength` of each, as `change_points` finds them."""
+    _, _, clarity, correlation = _fitted(np.ascontiguousarray(series.T))
+    null = _null(_simulated_length(series.shape[1]))
+    return null.is_exceeded(clarity, correlation), clarity / null.threshold(correlation)
+
+
 def _fitted(series: Values) -> tuple[NDArray[np.int64], Values, Values, Values]:
     """Index, shift, clarity and the lag-1 correlation of the residuals of each column of `[n_tokens, n_series]`."""
     n_tokens, n_series = series.shape
     split = np.arange(MARGIN, n_tokens - MARGIN + 1)
     centred = series - series[0]  # so that equal numbers are 0 rather than a rounding error
     centred -= centred.mean(axis=0)
-    before = np.cumsum(centred[: split[-1]], axis=0)[MARGIN - 1 :]
+    before = _sums(centred[: split[-1]])[MARGIN - 1 :]
     cusum = before * -np.sqrt(n_tokens / (split * (n_tokens - split))).astype(series.dtype)[:, None]
     best = np.abs(cusum).argmax(axis=0)
     size, index = cusum[best, np.arange(n_series)], split[best]
     shift = size * np.sqrt(n_tokens / (index * (n_tokens - index))).astype(series.dtype)
     after = (index / n_tokens).astype(series.dtype) * shift  # the mean of the second level, that of the series being 0
-    residuals = centred - np.where(np.arange(n_tokens)[:, None] >= index, after, after - shift)
+    is_before = np.arange(n_tokens, dtype=np.int32)[:, None] < index.astype(np.int32)
+    residuals = centred - (after - is_before.astype(series.dtype) * shift)
     squares = np.einsum("ts,ts->s", residuals, residuals)
     largest = np.maximum(series.max(axis=0), -series.min(axis=0))
     rounding = np.einsum("ts,ts->s", centred, centred) * 1e-20 + np.square(largest) * n_tokens * 1e-30
@@ -84,6 +93,16 @@ def _fitted(series: Values) -> tuple[NDArray[np.int64], Values, Values, Values]:
     is_step = is_noisy | (np.square(size) > rounding)
     clarity = np.where(is_noisy, np.abs(size) / np.sqrt(scale / (n_tokens - 2)), np.where(is_step, np.inf, 0.0))
     return index, np.where(is_step, shift, 0), clarity, correlation
+
+
+def _sums(rows: Values) -> Values:
+    """The cumulative sums of rows, which NumPy takes column by column: slowly where there are many."""
+    if rows.shape[1] < _MANY:
+        return np.cumsum(rows, axis=0)
+    sums = rows.copy()
+    for number in range(1, len(sums)):
+        sums[number] += sums[number - 1]
+    return sums
 
 
 def _simulated_length(n_tokens: int) -> int:
@@ -110,16 +129,33 @@ class _Null:
 
     def p(self, clarity: Values, correlation: Values) -> Values:
         """The share of series without a change that are as clear, interpolated between bins; never 0."""
+        lower, weight = self._between(correlation)
+        return (1 - weight) * self._p_in(lower, clarity) + weight * self._p_in(lower + 1, clarity)
+
+    def is_exceeded(self, clarity: Values, correlation: Values) -> NDArray[np.bool_]:
+        """Where `p` is at most `LEVEL`; it is computed only where it may be."""
+        lower, _ = self._between(correlation)
+        found = clarity > self._least[lower]
+        found[found] = self.p(clarity[found], correlation[found]) <= LEVEL
+        return found
+
+    def _between(self, correlation: Values) -> tuple[NDArray[np.int64], Values]:
+        """The lower of the two bins that each correlation lies between, and the weight of the upper one."""
         position = np.interp(correlation, self.correlations, np.arange(len(self.correlations)))
         lower = np.minimum(position.astype(np.int64), len(self.correlations) - 2)
-        weight = position - lower
-        return (1 - weight) * self._p_in(lower, clarity) + weight * self._p_in(lower + 1, clarity)
+        return lower, position - lower
 
     def _p_in(self, bins: NDArray[np.int64], clarity: Values) -> Values:
         # One sorted array of all bins: the clarities of each lie in a range of their own.
         n_per_bin = self.clarities.shape[1]
         below = np.searchsorted(self._ranges, bins * _RANGE + np.minimum(clarity, _RANGE / 2)) - bins * n_per_bin
         return np.asarray((n_per_bin - below + 1) / (n_per_bin + 1))
+
+    @cached_property
+    def _least(self) -> Values:
+        """For each bin but the last, a clarity at which `p` is above `LEVEL` in that bin and in the next one."""
+        place = int((1 - LEVEL) * self.clarities.shape[1]) - 1
+        return np.minimum(self.clarities[:-1, place], self.clarities[1:, place])
 
     @cached_property
     def _ranges(self) -> Values:

@@ -16,21 +16,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tlcapture.errors import NumericalError
 from tlcapture.shapes import Trajectory
 from tlcapture.storage.rounding import PROBABILITY_DIGITS, PROJECTION_DIGITS, round_number, round_significant
-from tlcapture.traits.change_points import LEVEL, SHORTEST, ChangePoints, Values, change_points
-from tlcapture.traits.rises import Rises, rises
+from tlcapture.traits.change_points import LEVEL, SHORTEST, ChangePoints, Values, change_points, change_strengths
+from tlcapture.traits.rises import Rises, rise_strengths, rises
 from tlcapture.views.kept_tokens import Positions
 
-Found = TypeVar("Found", ChangePoints, Rises)
 Trajectories = Float[Tensor, "n_trajectories n_tokens"]
 
 
@@ -64,14 +64,15 @@ class Dynamics:
 
     def to_json(self) -> dict[str, Any]:
         """The key `dynamics` of a projection file, rounded to 6 significant digits."""
+        velocity, acceleration = _steps(self.velocity.numpy(), self.acceleration.numpy())
         return {
             "commitment_point": self.commitment_point,
             "commitment_shift": _rounded(self.commitment_shift, PROJECTION_DIGITS),
             "commitment_p": _rounded(self.commitment_p, PROBABILITY_DIGITS),
             "peak_velocity": _rounded(self.peak_velocity, PROJECTION_DIGITS),
             "persistence": self.persistence,
-            "velocity": _steps(self.velocity.numpy()),
-            "acceleration": _steps(self.acceleration.numpy()),
+            "velocity": velocity,
+            "acceleration": acceleration,
         }
 
 
@@ -105,29 +106,21 @@ class Motion:
         `held` are the tokens that have scores; `None` means all. Raises `NumericalError` for NaN or inf in their place.
         """
         values = trajectories.numpy(force=True)  # for so few numbers NumPy is faster than torch
-        n_tokens = values.shape[1]
-        held = held or Positions.of(None, n_prompt_tokens, n_tokens)
-        if not np.isfinite(values if held.is_all else values[:, list(held.kept)]).all():
-            raise NumericalError("the trajectory holds NaN or inf")
-        begins = max(1, n_prompt_tokens)
-        response = values[:, begins:]
-        has_change = response.shape[1] >= SHORTEST and held.has_all(begins, n_tokens)
-        has_rise = n_prompt_tokens >= 2 and response.shape[1] > 0 and held.has_all(1, n_tokens)
+        has_change, has_rise = _statistics(values, n_prompt_tokens, held)
         return cls(
             values,
             n_prompt_tokens,
-            change_points(response) if has_change else None,
+            change_points(values[:, max(1, n_prompt_tokens) :]) if has_change else None,
             rises(values, n_prompt_tokens, **settings) if has_rise else None,
         )
 
-    def of_rows(self, rows: slice) -> Motion:
-        """That of some of the trajectories."""
-        changes, found = _rows_of(self.changes, rows), _rows_of(self.rises, rows)
-        return Motion(self.values[rows], self.n_prompt_tokens, changes, found)
-
     def dynamics(self) -> Sequence[Dynamics]:
         """The dynamics of each trajectory."""
-        return [self._dynamics_of(row) for row in range(len(self.values))]
+        velocity = np.diff(self.values, axis=1)
+        acceleration = np.diff(velocity, axis=1)
+        peaks = np.abs(velocity[:, max(1, self.n_prompt_tokens - 1) :]).max(axis=1, initial=0.0)
+        found = zip(self.commits.tolist(), self.persists.tolist(), velocity, acceleration, peaks.tolist(), strict=True)
+        return [self._dynamics_of(row, *each) for row, each in enumerate(found)]
 
     @property
     def commits(self) -> Any:
@@ -143,35 +136,80 @@ class Motion:
     def _none(self) -> Any:
         return np.zeros(len(self.values), dtype=bool)
 
-    def _dynamics_of(self, row: int) -> Dynamics:
-        velocity = np.diff(self.values[row])
+    def _dynamics_of(
+        self, row: int, commits: bool, persists: bool, velocity: Values, acceleration: Values, peak_velocity: float
+    ) -> Dynamics:
         changes, begins = self.changes, max(1, self.n_prompt_tokens)
-        peak_velocity = float(np.abs(velocity[max(1, self.n_prompt_tokens - 1) :]).max(initial=0.0))
         return Dynamics(
-            commitment_point=begins + int(changes.index[row]) if changes and self.commits[row] else None,
+            commitment_point=begins + int(changes.index[row]) if changes and commits else None,
             commitment_shift=float(changes.shift[row]) if changes else None,
             commitment_p=float(changes.p[row]) if changes else None,
             peak_velocity=None if np.isnan(peak_velocity) else peak_velocity,
-            persistence=int(self.rises.persistence[row]) if self.rises and self.persists[row] else None,
+            persistence=int(self.rises.persistence[row]) if self.rises and persists else None,
             velocity=torch.from_numpy(velocity),
-            acceleration=torch.from_numpy(np.diff(velocity)),
+            acceleration=torch.from_numpy(acceleration),
         )
 
 
-def _rows_of(found: Found | None, rows: slice) -> Found | None:
-    if found is None:
-        return None
-    return type(found)(**{name: values[rows] for name, values in vars(found).items()})
+@dataclass(frozen=True)
+class Strengths:
+    """Which of several trajectories of one capture commit and persist, `[n_trajectories]`, and how clearly.
+
+    `changes` are the strengths of change points, `rises` those of rises; `None` where `Motion` has none.
+    """
+
+    commits: NDArray[np.bool_]
+    persists: NDArray[np.bool_]
+    changes: Values | None
+    rises: Values | None
+
+    @classmethod
+    def of(cls, values: Values, n_prompt_tokens: int, held: Positions, n_permutations: int) -> Strengths:
+        """Find them for trajectories `[n_trajectories, n_tokens]`, faster than `Motion` does.
+
+        Those persist that rise further than all of `n_permutations`: 19 are a level of 5 %.
+        """
+        has_change, has_rise = _statistics(values, n_prompt_tokens, held)
+        commits = persists = np.zeros(len(values), dtype=bool)
+        changes = risen = None
+        if has_change:
+            commits, changes = change_strengths(values[:, max(1, n_prompt_tokens) :])
+        if has_rise:
+            persists, risen = rise_strengths(values, n_prompt_tokens, n_permutations)
+        return cls(commits, persists, changes, risen)
+
+    @classmethod
+    def together(cls, parts: Sequence[Strengths]) -> Strengths:
+        """Those of several groups of trajectories of the same capture."""
+
+        def joined(name: str) -> Any:
+            found = [getattr(each, name) for each in parts]
+            return None if found[0] is None else np.concatenate(found)
+
+        return cls(joined("commits"), joined("persists"), joined("changes"), joined("rises"))
 
 
-def _steps(values: Values) -> Any:
-    """Rounded for JSON, with null in place of steps from or to a token that is missing."""
+def _statistics(values: Values, n_prompt_tokens: int, held: Positions | None) -> tuple[bool, bool]:
+    """Whether trajectories have change points, and rises; raises `NumericalError` for NaN or inf at tokens held."""
+    n_tokens = values.shape[1]
+    held = held or Positions.of(None, n_prompt_tokens, n_tokens)
+    if not np.isfinite(values if held.is_all else values[:, list(held.kept)]).all():
+        raise NumericalError("the trajectory holds NaN or inf")
+    begins = max(1, n_prompt_tokens)
+    has_change = n_tokens - begins >= SHORTEST and held.has_all(begins, n_tokens)
+    has_rise = n_prompt_tokens >= 2 and n_tokens > n_prompt_tokens and held.has_all(1, n_tokens)
+    return has_change, has_rise
+
+
+def _steps(*series: Values) -> list[Any]:
+    """Series rounded for JSON, all at once, with null in place of steps from or to a token that is missing."""
+    values, ends = np.concatenate(series), np.cumsum([len(each) for each in series])[:-1]
     known = ~np.isnan(values)
     if known.all():
-        return round_significant(values, PROJECTION_DIGITS)
+        return np.split(round_significant(values, PROJECTION_DIGITS), ends)
     found = np.full(values.shape, None, dtype=object)
     found[known] = round_significant(values[known], PROJECTION_DIGITS)
-    return found.tolist()
+    return [each.tolist() for each in np.split(found, ends)]
 
 
 def _rounded(value: float | None, digits: int) -> float | None:

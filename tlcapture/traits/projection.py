@@ -36,6 +36,7 @@ from tlcapture.views.kept_tokens import Positions
 from tlcapture.views.residual import ResidualStream
 
 _PIECE = 2**24  # activations per matrix product
+_PIECE_ON_CPU = 2**18  # which fit into a core's cache as float32
 
 PromptScores = Float[Tensor, "n_prompt_tokens n_layers n_sublayers"]
 ResponseScores = Float[Tensor, "n_response_tokens n_layers n_sublayers"]
@@ -224,8 +225,9 @@ def project(
     if not held.is_all:
         whole = with_gaps(torch.cat(list(scores), dim=1).transpose(0, 1), held).transpose(0, 1)
         scores = list(whole.tensor_split([held.n_prompt], dim=1))
-    trajectories = [_trajectory(each, scores[0][row], scores[1][row]) for row, each in enumerate(vectors)]
-    motion = Motion.of(torch.stack(trajectories).double(), held.n_prompt, held)
+    rows, own = torch.arange(len(vectors)), torch.tensor([each.layer for each in vectors])
+    trajectories = torch.cat([part[rows, :, own, -1] for part in scores], dim=1)
+    motion = Motion.of(trajectories.double(), held.n_prompt, held)
     chance = random.levels(at_own_layer, vectors, held, motion) if random else [None] * len(vectors)
     return [
         Projection(
@@ -357,7 +359,8 @@ def _products(activations: Tensor, directions: Vectors) -> Tensor:
     """Products on the device of the directions, to which all activations are moved together."""
     activations = activations.to(directions.device)
     # In pieces: float32 takes twice the memory of stored activations.
-    rows = max(1, _PIECE // max(1, activations[0].numel()))
+    piece = _PIECE_ON_CPU if activations.device.type == "cpu" else _PIECE
+    rows = max(1, piece // max(1, activations[0].numel()))
     products = torch.cat([piece.float() @ directions.T for piece in activations.split(rows)]).cpu()
     if not products.isfinite().all():
         raise NumericalError("a projection is NaN or inf: the captured activations are damaged")

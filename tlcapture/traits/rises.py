@@ -53,21 +53,41 @@ class Rises:
 
 def rises(trajectories: Values, n_prompt_tokens: int, n_permutations: int = PERMUTATIONS) -> Rises:
     """The rises of trajectories `[n_trajectories, n_tokens]`; at least two prompt tokens and one of the response."""
-    rest = np.ascontiguousarray(trajectories[:, 1:].T)  # without the attention sink, each token's values together
-    n_response = trajectories.shape[1] - n_prompt_tokens
-    n_before = len(rest) - n_response
-    baseline = rest[:n_before].mean(axis=0)
-    response = smoothed(rest[n_before:].T).T
+    rest, response, baseline = _parts(trajectories, n_prompt_tokens)
+    n_response = len(response)
     columns, peak = np.arange(rest.shape[1]), response.argmax(axis=0)
     rise = response[peak, columns] - baseline
     is_below = (response < baseline + rise / 2) & (np.arange(n_response)[:, None] > peak)
     end = np.where(is_below.any(axis=0), is_below.argmax(axis=0), n_response)
-    null = _permuted(rest, n_response, n_permutations)
-    rounding = max(1e-9, 8 * np.finfo(rest.dtype).eps) * np.maximum(rest.max(axis=0), -rest.min(axis=0))
+    null, rounding = _permuted(rest, n_response, n_permutations), _rounding(rest)
     p = (1 + (null >= rise - rounding).sum(axis=0)) / (1 + n_permutations)
-    spread = null.std(axis=0)
-    strength = (rise - null.mean(axis=0)) / np.where(spread > rounding, spread, np.inf)
-    return Rises(baseline, rise, peak, end - peak, p, strength)
+    return Rises(baseline, rise, peak, end - peak, p, _strength(rise, null, rounding))
+
+
+def rise_strengths(trajectories: Values, n_prompt_tokens: int, n_permutations: int) -> tuple[NDArray[np.bool_], Values]:
+    """Whether each rise is larger than those of all permutations, and the `strength` of `rises`."""
+    rest, response, baseline = _parts(trajectories, n_prompt_tokens)
+    rise, null = response.max(axis=0) - baseline, _permuted(rest, len(response), n_permutations)
+    rounding = _rounding(rest)
+    return null.max(axis=0) < rise - rounding, _strength(rise, null, rounding)
+
+
+def _parts(trajectories: Values, n_prompt_tokens: int) -> tuple[Values, Values, Values]:
+    """All tokens but the first and the smoothed response, a row for each token, and the baselines."""
+    rest = np.ascontiguousarray(trajectories[:, 1:].T)  # without the attention sink, each token's values together
+    n_before = n_prompt_tokens - 1
+    return rest, smoothed(rest[n_before:].T).T, rest[:n_before].mean(axis=0)
+
+
+def _rounding(rest: Values) -> Values:
+    """By how much rises of the same tokens may differ."""
+    return max(1e-9, 8 * np.finfo(rest.dtype).eps) * np.maximum(rest.max(axis=0), -rest.min(axis=0))
+
+
+def _strength(rise: Values, null: Values, rounding: Values) -> Values:
+    mean = null.mean(axis=0)
+    spread = np.sqrt(np.square(null - mean).mean(axis=0))
+    return (rise - mean) / np.where(spread > rounding, spread, np.inf)
 
 
 def peak_of(trajectory: Values, n_prompt_tokens: int) -> int | None:

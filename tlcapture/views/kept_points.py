@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from operator import index
 from typing import Any, SupportsIndex
 
@@ -62,7 +62,10 @@ class KeptPoints:
     @classmethod
     def of(cls, n_layers: int, layers: Iterable[int] = (), points: Iterable[str] = ()) -> KeptPoints:
         """The layers and points named; all of them where none is named."""
-        return cls(n_layers, tuple(layers) or tuple(range(n_layers)), tuple(points) or POINTS)
+        layers, points = tuple(layers), tuple(points)
+        if not layers and not points:
+            return _all_of(n_layers)
+        return cls(n_layers, layers or tuple(range(n_layers)), points or POINTS)
 
     @classmethod
     def of_file(cls, metadata: Mapping[str, Any], layers: Iterable[int], points: Iterable[str]) -> KeptPoints:
@@ -117,7 +120,7 @@ class KeptPoints:
 
     def check_layer(self, layer: object) -> int:
         """Return a layer as an `int`; raises `InputError` for anything but a layer that is kept."""
-        if not isinstance(layer, SupportsIndex):
+        if not isinstance(layer, int | SupportsIndex):  # whether it is an int takes much less time
             raise InputError(f"layer {layer!r} is not a number: the model has layers 0 to {self.n_layers - 1}")
         number = index(layer)
         if not 0 <= number < self.n_layers:
@@ -129,3 +132,8 @@ class KeptPoints:
     def described(self) -> str:
         """What is kept, as a clause for messages."""
         return f"the capture has {', '.join(self.points)} of layers {as_ranges(self.layers)}"
+
+
+@lru_cache(maxsize=64)
+def _all_of(n_layers: int) -> KeptPoints:
+    return KeptPoints(n_layers, tuple(range(n_layers)))

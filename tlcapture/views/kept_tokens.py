@@ -79,6 +79,8 @@ class Positions:
 
     def has_all(self, start: int, stop: int) -> bool:
         """Whether every token from `start` to before `stop` is held."""
+        if self.is_all:
+            return stop <= start or (start >= 0 and stop <= self.n_tokens)
         return sum(start <= each < stop for each in self.kept) == max(0, stop - start)
 
     def record(self) -> dict[str, Any]:
