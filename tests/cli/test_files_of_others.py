@@ -152,7 +152,7 @@ def test_a_set_in_a_subfolder_is_on_the_page(nested: Path, tlcapture: Run) -> No
     from starlette.testclient import TestClient
 
     target = nested / "page.html"
-    done = tlcapture("view", "--experiment", "exp", "--export", target, "--png", nested / "pictures")
+    done = tlcapture("view", "--experiment", "exp", "--export", target)
     assert done.exit_code == 0, done.output
     found = carried(target.read_text())
     with TestClient(page_app(nested), base_url="http://localhost") as client:
@@ -162,7 +162,10 @@ def test_a_set_in_a_subfolder_is_on_the_page(nested: Path, tlcapture: Run) -> No
             assert found[path] == client.get(f"/api/{path}").json()
         assert client.get("/api/exp/sets/..~..~x").status_code == 404
         assert client.get("/api/exp/sets/~etc").status_code == 404
-    assert (nested / "pictures/tone/loud/residual_stream/general/mine/1.png").is_file()
+    done = tlcapture("view", "--experiment", "exp", "--prompt-set", "general/mine", "--png", nested / "pictures")
+    assert done.exit_code == 0, done.output
+    drawn = {path.relative_to(nested / "pictures").as_posix() for path in (nested / "pictures").rglob("*.png")}
+    assert drawn == {f"tone/{name}/residual_stream/general/mine/1.png" for name in ("loud", "warm")}
 
 
 def test_of_all_sets_a_bad_one_is_named_and_the_others_run(

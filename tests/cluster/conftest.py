@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def ray_address() -> Iterator[str]:
 def busy_template(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     """A root with a prompt set of twelve prompts, two traits, their vectors, and the model itself."""
     load_model(str(tiny_folder))  # so that a fork has everything imported
+    import_module("ray")
     root = tmp_path_factory.mktemp("busy")
     shutil.copytree(tiny_folder, root / "model")
     make_prompt_set(root, "busy", TEXTS)
