@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-import tests.typechecking  # noqa: F401  the hook names it
+from tests import typechecking  # the hook names it
 
 # Processes that share the cores compute with their share of them: OpenMP threads in excess wait for each other far
 # longer than they work. It must be known before torch is imported.
@@ -78,6 +78,10 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     path = session.config.getoption("--reliability")
     if path is not None and exitstatus == 0:
         session.config.stash[EVIDENCE].write(path)
+
+
+def pytest_runtest_setup() -> None:
+    typechecking.begin_test()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +238,9 @@ def test_a_projection_without_labels_is_read(tlcapture: Run, root: Path, form: s
     write_experiment(root)
     make, layer = FORMS[form]
     layout = Layout(root, "exp")
-    layout.residual("odd", "3").unlink()  # it has no projection
+    for number in ("2", "3"):
+        layout.residual("odd", number).unlink()
+    layout.projection(Trait.parse(TRAIT), "residual", "odd", "2").unlink()
     path = layout.projection(Trait.parse(TRAIT), "residual", "odd", "1")
     given = make(projection(1))
     write(path, given)
@@ -282,8 +284,11 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("bad", list(BAD))
-@pytest.mark.parametrize("content", ["", "{", '{"a": 1}', "[1, 2]", "\x00\x01"])
+# Two kinds of content for each file, all five in turn.
+CONTENTS = cycle(["", "{", '{"a": 1}', "[1, 2]", "\x00\x01"])
+
+
+@pytest.mark.parametrize(("bad", "content"), [(bad, next(CONTENTS)) for bad in BAD for _ in range(2)])
 def test_a_bad_file_is_named_and_the_rest_is_exported(tlcapture: Run, root: Path, bad: str, content: str) -> None:
     write_experiment(root)
     target = root / "page.html"
