@@ -36,6 +36,7 @@ def ray_address() -> Iterator[str]:
     """The address of a cluster that runs until the end of these tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")  # as Ray tells the children of the process that starts a cluster
+        patch.setenv("RAY_prestart_worker_first_driver", "0")  # processes that no test would use
         words = [sys.executable, "-c", _CLUSTER]
         with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as cluster:
             assert cluster.stdout is not None and cluster.stdin is not None

@@ -25,6 +25,11 @@ from tests.faults.commands import Command, contents
 RAY = ("--executor", "ray", "--workers", "2")
 
 
+def program(*words: object) -> subprocess.CompletedProcess[str]:
+    """The real program, in a separate process."""
+    return subprocess.run([sys.executable, "-m", "tlcapture", *map(str, words)], capture_output=True, text=True)
+
+
 def captured(root: Path) -> list[Path]:
     return list((root / "experiments" / "exp" / "inference" / "raw" / "residual" / "busy").glob("*.pt"))
 
@@ -80,10 +85,10 @@ def mount_unseen(folder: Path, content: Path) -> None:
 
 
 def test_a_cluster_writes_the_files_of_a_local_run(
-    run: Callable[..., Command], busy: Path, by_one_process: dict[str, Any]
+    ray_address: str, busy: Path, by_one_process: dict[str, Any]
 ) -> None:
-    done = run("--json").end()
-    assert done.code == 0, done.stderr
+    done = program(*words_of(busy), *RAY, "--ray-address", ray_address, "--json")
+    assert done.returncode == 0, done.stderr
     assert same_but_for_the_model_folder(contents(busy / "experiments" / "exp"), by_one_process)
     summary = json.loads(done.stdout)
     assert (summary["prompts"], summary["failures"], summary["retried"]) == (12, [], [])
