@@ -15,6 +15,7 @@ from click.testing import Result
 from tests import tiny
 from tests.cli.conftest import heatmaps_in_words
 from tlcapture.storage.files import read_json
+from tlcapture.storage.layout import Datasets
 from tlcapture.traits.evaluation_files import EvaluationRow
 
 Run = Callable[..., Result]
@@ -353,7 +354,9 @@ def test_traits_check_reports_problems_of_examples(tlcapture: Run, data: Path) -
 def test_traits_check_passes_on_the_shipped_examples_and_prints_its_bounds(tlcapture: Run) -> None:
     result = tlcapture("traits", "check")
     assert result.exit_code == 0, result.output
-    assert len(result.output.splitlines()) >= 11
+    rows = [line.split()[:3] for line in result.output.splitlines()[1:11]]
+    assert [row[1:] for row in rows] == [["64", "0"]] * 10
+    assert [row[0] for row in rows] == [str(trait) for trait in Datasets(Path()).traits()]
     assert "*" not in result.output
     assert "Bounds: 0.35 to 0.65 for lengths" in result.output
     assert "0.25 to 0.75 for the words of other traits" in result.output
