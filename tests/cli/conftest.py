@@ -52,7 +52,7 @@ def _quick_evaluations() -> Iterator[None]:
 
 def heatmaps_in_words(trait: str, rows: Sequence[EvaluationRow]) -> bytes:
     """What the heat maps of an evaluation would show."""
-    return f"{trait}: {sorted({(row.component, row.method, row.layer) for row in rows})}".encode()
+    return f"{trait}: {sorted(row.key for row in rows)}".encode()
 
 
 @pytest.fixture
