@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from click.testing import CliRunner, Result
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-import tests.typechecking  # noqa: F401  the hook names it
+from tests import typechecking  # the hook names it
 
 # Processes that share the cores compute with their share of them: OpenMP threads in excess wait for each other far
 # longer than they work. It must be known before torch is imported.
@@ -25,7 +26,8 @@ if _N_PROCESSES > 1:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network, nor waits for it
 
 # Machines are noisy, and time is not what properties are about; CI tries the same examples every time.
-settings.register_profile("patient", deadline=None, derandomize="CI" in os.environ)
+settings.register_profile("patient", deadline=None, derandomize="CI" in os.environ, max_examples=50)
+settings.register_profile("thorough", settings.get_profile("patient"), max_examples=100)
 settings.load_profile("patient")
 
 _CHECKED = [
@@ -67,6 +69,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--reliability") and config.getoption("numprocesses", None):
         raise pytest.UsageError("--reliability gathers what one process saw: leave out -n")
+    if config.getoption("--reliability"):
+        settings.load_profile("thorough")
     config.stash[EVIDENCE] = Evidence()
 
 
@@ -74,6 +78,10 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     path = session.config.getoption("--reliability")
     if path is not None and exitstatus == 0:
         session.config.stash[EVIDENCE].write(path)
+
+
+def pytest_runtest_setup() -> None:
+    typechecking.begin_test()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -121,6 +129,13 @@ def _encodable(value: Any) -> Any:
     return type(value)(map(_encodable, value)) if isinstance(value, list | tuple) else value
 
 
+@pytest.fixture(scope="module")
+def quick_collections() -> None:
+    """Leave what exists by now out of garbage collections, which every out-of-memory error of the module asks for."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def evidence(request: pytest.FixtureRequest) -> Evidence:
     """Where a test says what it saw, for docs/reliability.md."""
@@ -128,12 +143,32 @@ def evidence(request: pytest.FixtureRequest) -> Evidence:
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of Hugging Face weights of a tiny Llama with a chat template."""
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of Hugging Face weights of a tiny Llama with a chat template.
+
+    Commands load it once for each set of options. A test that loads it itself, with a `load_model` that it imported
+    when it was collected, gets a model of its own.
+    """
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     tiny.hf_model("llama").save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tlcapture.models.loading.load_model", _loading_once(folder))
+        yield folder
+
+
+def _loading_once(folder: Path) -> Callable[..., Any]:
+    """`load_model`, which returns the model of an earlier call with the same options where it is that of the folder."""
+    from tlcapture.models.loading import load_model
+
+    load_again = cache(load_model)
+
+    def load(name: str = "smollm2", *words: Any, warn: Any = None, **options: Any) -> Any:
+        if name == str(folder):
+            return load_again(name, *words, **options)
+        return load_model(name, *words, warn=warn, **options)
+
+    return load
 
 
 @pytest.fixture
@@ -158,10 +193,12 @@ def tlcapture(root: Path) -> Callable[..., Result]:
 
 
 @contextmanager
-def short_references() -> Iterator[None]:
-    """Let `evaluate` make its reference of short responses to the ordinary prompts; most of its time goes there."""
+def quick_evaluations() -> Iterator[None]:
+    """Let `evaluate` draw fewer samples, and make its reference of short responses to the ordinary prompts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tlcapture.commands.reference.NEW_TOKENS", 2)
+        patch.setattr("tlcapture.extraction.baselines.RESAMPLES", 100)
+        patch.setattr("tlcapture.extraction.cross_validation.RELABELLINGS", 60)
         yield
 
 

@@ -175,6 +175,7 @@ def test_only_a_prompt_that_does_not_fit_the_context_fails() -> None:
     assert "250 prompt tokens and 10 new ones are more than the model's context of 256" in found["long"].reason
 
 
+@pytest.mark.usefixtures("quick_collections")
 def test_out_of_memory_halves_the_batch_and_fails_only_prompts_that_fit_in_no_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

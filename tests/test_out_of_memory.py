@@ -40,6 +40,7 @@ RULES = LogitRules(
     top_k=200,
 )
 SAMPLINGS = {"greedy": GREEDY, "sampled": Sampling(3.0, seed=1), "with rules": Sampling(3.0, seed=1, rules=RULES)}
+pytestmark = pytest.mark.usefixtures("quick_collections")
 STEERED = [Steer(1, torch.linspace(-2, 2, tiny.D_MODEL))]
 
 

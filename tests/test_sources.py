@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from shutil import copytree
+from typing import Any
 
 import pytest
 import torch
@@ -114,7 +115,7 @@ def hub(folders: dict[str, Path]) -> Iterator[Hub]:
     server.server_close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def silent() -> Iterator[str]:
     """The address of a server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -151,12 +152,28 @@ def test_without_a_network_a_hub_name_is_refused_in_one_line_within_seconds(
     assert not (tmp_path / "experiments").exists()
 
 
-def test_a_cached_model_loads_without_asking_the_network_and_its_commit_is_recorded(
-    silent: str, tmp_path: Path, folders: dict[str, Path]
-) -> None:
-    put_in_cache(tmp_path, "org/tiny", folders["main"])
-    done = run_python(LOAD, tmp_path, silent)
-    assert done.stdout.split() == ["org/tiny", COMMITS["main"]] * len(tiny.ENGINES), done.stderr
+@dataclass(frozen=True)
+class Loads:
+    """What a process without a network did with cached models, in an experiment of its root."""
+
+    done: subprocess.CompletedProcess[str]
+    root: Path
+
+
+@pytest.fixture(scope="module")
+def loads(silent: str, tmp_path_factory: pytest.TempPathFactory, folders: dict[str, Path]) -> Loads:
+    """The loads of `LOAD`, and then a capture with another revision, in one process: it takes long to import all."""
+    root = tmp_path_factory.mktemp("loads")
+    for revision, folder in folders.items():
+        put_in_cache(root / "cache", "org/tiny", folder, revision)
+    words = ["capture", "--experiment", "e", "--root", str(root), "--prompt", "hi", "--max-new-tokens", "2"]
+    code = f"{LOAD}\n{command(*words, '--model', 'org/tiny', '--revision', 'v2')}"
+    return Loads(run_python(code, root / "cache", silent), root)
+
+
+def test_a_cached_model_loads_without_asking_the_network_and_its_commit_is_recorded(loads: Loads) -> None:
+    n_engines = len(tiny.ENGINES)
+    assert loads.done.stdout.split()[: 2 * n_engines] == ["org/tiny", COMMITS["main"]] * n_engines, loads.done.stderr
 
 
 def test_the_cached_ref_wins_and_a_revision_that_is_not_cached_asks(
@@ -204,14 +221,9 @@ def test_what_the_hub_does_not_have_is_refused(name: str, hub: Hub, tmp_path: Pa
     assert "has no such model or revision" in done.stderr.splitlines()[-1]
 
 
-def test_the_option_revision_is_part_of_the_recorded_name(
-    silent: str, tmp_path: Path, folders: dict[str, Path]
-) -> None:
-    put_in_cache(tmp_path / "cache", "org/tiny", folders["v2"], "v2")
-    words = ["capture", "--experiment", "e", "--root", str(tmp_path), "--prompt", "hi", "--max-new-tokens", "2"]
-    done = run_python(command(*words, "--model", "org/tiny", "--revision", "v2"), tmp_path / "cache", silent)
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "experiments" / "e"
+def test_the_option_revision_is_part_of_the_recorded_name(loads: Loads) -> None:
+    assert loads.done.returncode == 0, loads.done.stderr
+    folder = loads.root / "experiments" / "e"
     assert json.loads((folder / "config.json").read_text())["inference_model"] == "org/tiny@v2"
     raw = torch.load(folder / "inference/raw/residual/adhoc/1.pt", weights_only=True)
     assert raw["metadata"]["model_revision"] == COMMITS["v2"]
@@ -239,10 +251,10 @@ def test_a_name_that_cannot_be_a_model_is_refused_in_one_line(name: str, expecte
         assert "\n" not in str(caught.value)
 
 
-def test_only_folders_of_the_hub_cache_have_a_commit(tmp_path: Path) -> None:
+def test_only_folders_of_the_hub_cache_have_a_commit(tmp_path: Path, smollm2: Any) -> None:
     assert commit_of(str(tmp_path / ("c" * 40))) == "c" * 40
     assert commit_of(str(tmp_path)) is None
-    assert load_model("smollm2").revision is None
+    assert smollm2.revision is None
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from click.testing import Result
 
-from tests.conftest import short_references
+from tests.conftest import quick_evaluations
+from tlcapture.traits.evaluation_files import EvaluationRow
 
 Run = Callable[..., Result]
 
@@ -42,9 +43,16 @@ def make_data(root: Path) -> Path:
 
 
 @pytest.fixture(scope="package", autouse=True)
-def _short_references() -> Iterator[None]:
-    with short_references():
+def _quick_evaluations() -> Iterator[None]:
+    """Evaluations draw no heat maps: they take longer than everything else that the command does."""
+    with quick_evaluations(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tlcapture.commands.plots.evaluation_heatmaps", heatmaps_in_words)
         yield
+
+
+def heatmaps_in_words(trait: str, rows: Sequence[EvaluationRow]) -> bytes:
+    """What the heat maps of an evaluation would show."""
+    return f"{trait}: {sorted(row.key for row in rows)}".encode()
 
 
 @pytest.fixture
@@ -100,6 +108,19 @@ def extract(tlcapture: Run, data: Path, tiny_folder: Path, once: Callable[..., R
         return tlcapture(*command) if folder.exists() else once(folder, command, tlcapture)
 
     return run
+
+
+@pytest.fixture
+def evaluated(data: Path, tlcapture: Run, extract: Run, once: Callable[..., Result]) -> Result:
+    """`tlcapture evaluate` of vectors of the residual stream of the root's two traits."""
+
+    def run(*words: str) -> Result:
+        assert extract("--component", "residual").exit_code == 0
+        return tlcapture(*words)
+
+    result = once(data / "experiments" / "exp", ("evaluate", "--experiment", "exp", "--component", "residual"), run)
+    assert result.exit_code == 0, result.output
+    return result
 
 
 @pytest.fixture

@@ -21,6 +21,10 @@ Run = Callable[..., Result]
 def elsewhere(extract: Run, data: Path) -> Path:
     """A folder with another dataset of `tone/loud`, and an experiment with vectors of both traits."""
     assert extract("--component", "residual").exit_code == 0
+    return make_elsewhere(data)
+
+
+def make_elsewhere(data: Path) -> Path:
     make_trait(data / "other", "tone/loud", "NOISE", "hush")
     return data / "other" / "datasets" / "traits"
 
@@ -31,8 +35,8 @@ def stored(data: Path) -> dict[str, dict[str, list[dict[str, object]]]]:
     return found
 
 
-def test_the_selected_vector_is_scored_on_folders_of_traits(tlcapture: Run, data: Path, elsewhere: Path) -> None:
-    assert tlcapture("evaluate", "--experiment", "exp", "--component", "residual").exit_code == 0
+def test_the_selected_vector_is_scored_on_folders_of_traits(tlcapture: Run, data: Path, evaluated: Result) -> None:
+    elsewhere = make_elsewhere(data)
     result = tlcapture("evaluate", "--experiment", "exp", "--examples", elsewhere)
     assert result.exit_code == 0, result.output
     assert set(stored(data)) == {"traits"}

@@ -13,7 +13,10 @@ import pytest
 from click.testing import Result
 
 from tests import tiny
+from tests.cli.conftest import heatmaps_in_words
 from tlcapture.storage.files import read_json
+from tlcapture.storage.layout import Datasets
+from tlcapture.traits.evaluation_files import EvaluationRow
 
 Run = Callable[..., Result]
 QUESTIONS = [
@@ -25,15 +28,18 @@ QUESTIONS = [
 def vectors(extract: Run, data: Path) -> Path:
     """An experiment with vectors of `tone/loud` and `tone/warm`, both with steering questions."""
     assert extract("--component", "residual").exit_code == 0
+    return with_questions(data)
+
+
+def with_questions(data: Path) -> Path:
     for name in ("loud", "warm"):
         path = data / "datasets" / "traits" / "tone" / name / "steering.json"
         path.write_text(json.dumps({"questions": QUESTIONS}))
     return data / "experiments" / "exp"
 
 
-def test_evaluate_writes_rows_best_vectors_and_pictures(tlcapture: Run, vectors: Path) -> None:
-    result = tlcapture("evaluate", "--experiment", "exp", "--component", "residual")
-    assert result.exit_code == 0, result.output
+def test_evaluate_writes_rows_best_vectors_and_pictures(tlcapture: Run, data: Path, evaluated: Result) -> None:
+    result, vectors = evaluated, data / "experiments" / "exp"
     value = read_json(vectors / "extraction" / "extraction_evaluation.json")
     assert len(value["all_results"]) == 2 * 3 * 3
     row = value["all_results"][0]
@@ -53,17 +59,17 @@ def test_evaluate_writes_rows_best_vectors_and_pictures(tlcapture: Run, vectors:
         "tone/loud": {"tone/loud", "tone/warm"},
         "tone/warm": {"tone/loud", "tone/warm"},
     }
-    picture = vectors / "extraction" / "tone" / "loud" / "evaluation.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    for trait in ("tone/loud", "tone/warm"):
+        rows = [EvaluationRow(**each) for each in value["all_results"] if each["trait"] == trait]
+        assert (vectors / "extraction" / trait / "evaluation.png").read_bytes() == heatmaps_in_words(trait, rows)
     assert "loading" in result.output  # for the reference of ordinary prompts alone
     again = tlcapture("evaluate", "--experiment", "exp", "--component", "residual")
     assert again.exit_code == 0, again.output
     assert "loading" not in again.output  # activations are those that extract kept
 
 
-def test_activations_are_read_again_where_they_were_not_kept(tlcapture: Run, vectors: Path) -> None:
-    words = ("evaluate", "--experiment", "exp", "--component", "residual")
-    assert tlcapture(*words).exit_code == 0
+def test_activations_are_read_again_where_they_were_not_kept(tlcapture: Run, data: Path, evaluated: Result) -> None:
+    words, vectors = ("evaluate", "--experiment", "exp", "--component", "residual"), data / "experiments" / "exp"
     path = vectors / "extraction" / "extraction_evaluation.json"
     with_kept = read_json(path)
     for kept in (vectors / "extraction").glob("*/*/activations/*.pt"):
@@ -293,12 +299,13 @@ def test_questions_that_cannot_be_scored_are_refused_before_the_model_is_loaded(
     assert "loading" not in result.stdout
 
 
-def test_selection_and_comparison_use_both_measures(tlcapture: Run, vectors: Path) -> None:
-    assert (
-        "has effect sizes and steering results"
-        in tlcapture("evaluate", "--experiment", "exp", "--against-steering").stderr
-    )
-    tlcapture("evaluate", "--experiment", "exp", "--component", "residual")
+def test_a_comparison_with_steering_needs_both_measures(tlcapture: Run, vectors: Path) -> None:
+    result = tlcapture("evaluate", "--experiment", "exp", "--against-steering")
+    assert "has effect sizes and steering results" in result.stderr
+
+
+def test_selection_and_comparison_use_both_measures(tlcapture: Run, data: Path, evaluated: Result) -> None:
+    vectors = with_questions(data)
     listed = tlcapture("traits", "list", "--experiment", "exp")
     assert listed.exit_code == 0
     assert listed.output.count("effect_size") == 2
@@ -347,7 +354,9 @@ def test_traits_check_reports_problems_of_examples(tlcapture: Run, data: Path) -
 def test_traits_check_passes_on_the_shipped_examples_and_prints_its_bounds(tlcapture: Run) -> None:
     result = tlcapture("traits", "check")
     assert result.exit_code == 0, result.output
-    assert len(result.output.splitlines()) >= 11
+    rows = [line.split()[:3] for line in result.output.splitlines()[1:11]]
+    assert [row[1:] for row in rows] == [["64", "0"]] * 10
+    assert [row[0] for row in rows] == [str(trait) for trait in Datasets(Path()).traits()]
     assert "*" not in result.output
     assert "Bounds: 0.35 to 0.65 for lengths" in result.output
     assert "0.25 to 0.75 for the words of other traits" in result.output

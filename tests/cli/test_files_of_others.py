@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,7 @@ def test_a_set_in_a_subfolder_is_on_the_page(nested: Path, tlcapture: Run) -> No
     from starlette.testclient import TestClient
 
     target = nested / "page.html"
-    done = tlcapture("view", "--experiment", "exp", "--export", target, "--png", nested / "pictures")
+    done = tlcapture("view", "--experiment", "exp", "--export", target)
     assert done.exit_code == 0, done.output
     found = carried(target.read_text())
     with TestClient(page_app(nested), base_url="http://localhost") as client:
@@ -201,7 +201,10 @@ def test_a_set_in_a_subfolder_is_on_the_page(nested: Path, tlcapture: Run) -> No
             assert found[path] == client.get(f"/api/{path}").json()
         assert client.get("/api/exp/sets/..~..~x").status_code == 404
         assert client.get("/api/exp/sets/~etc").status_code == 404
-    assert (nested / "pictures/tone/loud/residual_stream/general/mine/1.png").is_file()
+    done = tlcapture("view", "--experiment", "exp", "--prompt-set", "general/mine", "--png", nested / "pictures")
+    assert done.exit_code == 0, done.output
+    drawn = {path.relative_to(nested / "pictures").as_posix() for path in (nested / "pictures").rglob("*.png")}
+    assert drawn == {f"tone/{name}/residual_stream/general/mine/1.png" for name in ("loud", "warm")}
 
 
 def test_of_all_sets_a_bad_one_is_named_and_the_others_run(
@@ -319,7 +322,9 @@ def test_a_projection_without_labels_is_read(tlcapture: Run, root: Path, form: s
     write_experiment(root)
     make, layer = FORMS[form]
     layout = Layout(root, "exp")
-    layout.residual("odd", "3").unlink()  # it has no projection
+    for number in ("2", "3"):
+        layout.residual("odd", number).unlink()
+    layout.projection(Trait.parse(TRAIT), "residual", "odd", "2").unlink()
     path = layout.projection(Trait.parse(TRAIT), "residual", "odd", "1")
     given = make(projection(1))
     write(path, given)
@@ -363,8 +368,11 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("bad", list(BAD))
-@pytest.mark.parametrize("content", ["", "{", '{"a": 1}', "[1, 2]", "\x00\x01"])
+# Two kinds of content for each file, all five in turn.
+CONTENTS = cycle(["", "{", '{"a": 1}', "[1, 2]", "\x00\x01"])
+
+
+@pytest.mark.parametrize(("bad", "content"), [(bad, next(CONTENTS)) for bad in BAD for _ in range(2)])
 def test_a_bad_file_is_named_and_the_rest_is_exported(tlcapture: Run, root: Path, bad: str, content: str) -> None:
     write_experiment(root)
     target = root / "page.html"

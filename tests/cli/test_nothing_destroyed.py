@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from itertools import cycle, product
 from pathlib import Path
 
 import pytest
@@ -63,9 +64,15 @@ def all_files(folder: Path) -> dict[str, tuple[bytes, int]]:
     }
 
 
-@pytest.mark.parametrize("words", [(), ("--skip-existing",)], ids=["plain", "skip-existing"])
-@pytest.mark.parametrize("damage", list(DAMAGES))
-@pytest.mark.parametrize("kind", list(KINDS))
+WORDS: dict[str, tuple[str, ...]] = {"plain": (), "skip-existing": ("--skip-existing",)}
+# Every kind of file with every damage, in turn without and with the option: each kind and each damage with both.
+CASES = [
+    pytest.param(kind, damage, words, id=f"{kind}-{damage}-{name}")
+    for (kind, damage), (name, words) in zip(product(KINDS, DAMAGES), cycle(WORDS.items()))
+]
+
+
+@pytest.mark.parametrize(("kind", "damage", "words"), CASES)
 def test_a_capture_fails_the_prompt_of_an_unreadable_file_and_keeps_all_its_files(
     capture: Run, folder: Path, data: Path, kind: str, damage: str, words: tuple[str, ...]
 ) -> None:
@@ -82,7 +89,7 @@ def test_a_capture_fails_the_prompt_of_an_unreadable_file_and_keeps_all_its_file
     assert "would fail: short/2: " in capture(*words, *VIEWS, "--dry-run").output
 
 
-@pytest.mark.parametrize("words", [(), ("--skip-existing",)], ids=["plain", "skip-existing"])
+@pytest.mark.parametrize("words", WORDS.values(), ids=WORDS.keys())
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_overwrite_makes_an_unreadable_file_again(
     capture: Run, folder: Path, data: Path, kind: str, words: tuple[str, ...]
@@ -99,7 +106,7 @@ def test_overwrite_makes_an_unreadable_file_again(
     assert "3 prompts skipped" in capture("--skip-existing", *VIEWS).output
 
 
-@pytest.mark.parametrize("words", [(), ("--skip-existing",)], ids=["plain", "skip-existing"])
+@pytest.mark.parametrize("words", WORDS.values(), ids=WORDS.keys())
 @pytest.mark.parametrize("damage", list(DAMAGES))
 def test_project_fails_the_prompt_of_an_unreadable_projection_and_replaces_it_with_overwrite(
     tlcapture: Run, folder: Path, data: Path, damage: str, words: tuple[str, ...]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +28,9 @@ TRAITS = ("tone/loud", "tone/warm")
 
 
 @pytest.fixture
-def evaluated(data: Path, extract: Run, tlcapture: Run, once: Callable[..., Result], tiny_folder: Path) -> Layout:
+def evaluated(data: Path, evaluated: Result) -> Layout:
     """An experiment with vectors of the residual stream that were evaluated, and their reference."""
-    layout = Layout(data, "exp")
-
-    def run(*words: str) -> Result:
-        assert extract("--component", "residual").exit_code == 0
-        return tlcapture("evaluate", "--experiment", "exp", *words, "--model", tiny_folder)
-
-    assert once(layout.folder, ("--component", "residual"), run).exit_code == 0
-    return layout
+    return Layout(data, "exp")
 
 
 def vector_of(layout: Layout, trait: str, layer: int, method: str = "probe") -> torch.Tensor:

@@ -11,6 +11,8 @@ from shutil import copytree
 import click
 import pytest
 
+from tests.cli.conftest import make_trait
+
 TOP = Path(__file__).parents[2]
 HEAVY = ("torch", "transformer_lens", "transformers", "numpy", "pydantic", "rich")
 STORED = TOP / "tests" / "stored" / "hooked-3.9.0"
@@ -66,10 +68,13 @@ def test_listing_vectors_loads_no_torch(tmp_path: Path) -> None:
     assert lines[-1] == "False"
 
 
-def test_checking_examples_loads_no_torch() -> None:
+def test_checking_examples_loads_no_torch(tmp_path: Path) -> None:
+    make_trait(tmp_path, "tone/loud", "loud", "soft")
+    make_trait(tmp_path, "tone/warm", "warm", "cold")
     code = (
         "import sys\nfrom tlcapture.cli.main import main\n"
-        "try:\n    main(['traits', 'check'])\nexcept SystemExit as end:\n    assert not end.code\n"
+        f"try:\n    main(['traits', 'check', '--traits', 'tone/loud,tone/warm', '--root', {str(tmp_path)!r}])\n"
+        "except SystemExit as end:\n    assert end.code == 1  # words tell the sides apart\n"
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )
     lines = python(code).splitlines()

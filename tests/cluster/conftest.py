@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def ray_address() -> Iterator[str]:
     """The address of a cluster that runs until the end of these tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")  # as Ray tells the children of the process that starts a cluster
+        patch.setenv("RAY_prestart_worker_first_driver", "0")  # processes that no test would use
         words = [sys.executable, "-c", _CLUSTER]
         with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as cluster:
             assert cluster.stdout is not None and cluster.stdin is not None
@@ -47,6 +49,7 @@ def ray_address() -> Iterator[str]:
 def busy_template(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     """A root with a prompt set of twelve prompts, two traits, their vectors, and the model itself."""
     load_model(str(tiny_folder))  # so that a fork has everything imported
+    import_module("ray")
     root = tmp_path_factory.mktemp("busy")
     shutil.copytree(tiny_folder, root / "model")
     make_prompt_set(root, "busy", TEXTS)

@@ -99,26 +99,6 @@ def test_a_cluster_writes_the_files_of_a_local_run(
     assert done.stderr.count(" of 6 batches") == 6
 
 
-def test_a_file_that_cannot_be_read_is_kept_on_a_cluster_too(ray_address: str, busy: Path, tmp_path: Path) -> None:
-    prompts = [{"id": number, "text": f"say {number}"} for number in (1, 2, 3)]
-    path = busy / "datasets" / "inference" / "general" / "mine.json"
-    path.parent.mkdir()
-    path.write_text(json.dumps(prompts))
-    experiment = busy / "experiments" / "exp"
-    raw = experiment / "inference" / "raw" / "residual" / "general" / "mine"
-    raw.mkdir(parents=True)
-    (raw / "2.pt").write_text("mine")
-    common = ("--root", busy, "--experiment", "exp", "--prompt-set", "general/mine", "--skip-existing")
-    cluster = ("--executor", "ray", "--workers", 1, "--ray-address", ray_address)
-    done = Command(tmp_path / "output", "capture", *common, "--max-new-tokens", 3, *cluster).end()
-    assert done.code == 1
-    assert f"failed: general/mine/2: {raw / '2.pt'}: " in done.stderr
-    assert (raw / "2.pt").read_text() == "mine"
-    assert sorted(each.name for each in raw.glob("*.pt")) == ["1.pt", "2.pt", "3.pt"]
-    good = experiment / "inference/tone/loud/residual_stream/general/mine/3.json"
-    assert json.loads(good.read_text())["metadata"]["prompt_id"] == 3
-
-
 def test_the_batch_of_a_killed_worker_is_run_again(
     run: Callable[..., Command], busy: Path, by_one_process: dict[str, Any], evidence: Evidence
 ) -> None:
@@ -136,7 +116,7 @@ def test_the_batch_of_a_killed_worker_is_run_again(
     )
 
 
-def test_a_killed_driver_is_resumed_with_skip_existing(
+def test_a_killed_driver_is_resumed_with_skip_existing_which_keeps_a_file_that_it_cannot_read(
     run: Callable[..., Command], busy: Path, by_one_process: dict[str, Any], evidence: Evidence
 ) -> None:
     log = busy / "log"
@@ -147,9 +127,19 @@ def test_a_killed_driver_is_resumed_with_skip_existing(
     wait_until_dead(process_ids(log))  # the next run removes temporary files of dead processes only
     before = len(captured(busy))
     assert before < 12
-    resumed = run("--skip-existing", "--workers", 1).end()
-    assert resumed.code == 0, resumed.stderr
-    assert same_but_for_the_model_folder(contents(busy / "experiments" / "exp"), by_one_process)
+    mine = with_an_unreadable_file(busy)
+    resumed = run("--skip-existing", "--workers", 1, "--prompt-set", "busy,general/mine").end()
+    assert resumed.code == 1, resumed.stderr
+    assert f"failed: general/mine/2: {mine}: " in resumed.stderr
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    found = contents(busy / "experiments" / "exp")
+    assert {name for name in found if "general/mine" in name and name.endswith(".pt")} == {
+        f"inference/raw/residual/general/mine/{number}.pt" for number in (1, 3)
+    }
+    assert found["inference/tone/loud/residual_stream/general/mine/3.json"]["metadata"]["prompt_id"] == 3
+    found = {name: value for name, value in found.items() if "general/mine" not in name}
+    assert same_but_for_the_model_folder(found, by_one_process)
     evidence.survived(
         "the driver of a Ray cluster killed in the middle",
         f"kill -9 when {before} of 12 prompts were captured",
@@ -190,6 +180,17 @@ def test_a_worker_changes_no_file_once_its_driver_was_killed(run: Callable[..., 
 def whole_files(root: Path) -> dict[str, int]:
     files = (path for path in (root / "experiments").rglob("*") if path.is_file() and path.suffix != ".tmp")
     return {str(path): path.stat().st_mtime_ns for path in files}
+
+
+def with_an_unreadable_file(root: Path) -> Path:
+    """Add the set `general/mine` of three prompts, with a file in place of the capture of the second: the file."""
+    path = root / "datasets" / "inference" / "general" / "mine.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps([{"id": number, "text": f"say {number}"} for number in (1, 2, 3)]))
+    file = root / "experiments" / "exp" / "inference" / "raw" / "residual" / "general" / "mine" / "2.pt"
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    return file
 
 
 def test_ctrl_c_keeps_what_workers_did(run: Callable[..., Command], busy: Path, by_one_process: dict[str, Any]) -> None:

@@ -165,6 +165,7 @@ def test_each_position_has_its_span() -> None:
         tokenize_example(tokenizer, Example(text="x"), position="last_prompt_token")
 
 
+@pytest.mark.usefixtures("quick_collections")
 def test_out_of_memory_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("qwen2")
     readings = [tokenize_example(model.tokenizer, Example(prompt="q", response="r" * n)) for n in range(1, 9)]

@@ -22,7 +22,7 @@ def coverage(effect: float, correlation: float, *, paired: bool) -> float:
     return float(((low <= effect) & (effect <= high)).float().mean())
 
 
-@pytest.mark.parametrize("effect", [0.0, 1.0, 2.0, 4.0, 6.0])
+@pytest.mark.parametrize("effect", [0.0, 2.0, 6.0])
 def test_the_interval_of_thirteen_pairs_covers_the_effect_size(effect: float) -> None:
     found = {correlation: coverage(effect, correlation, paired=True) for correlation in (0.0, 0.5, 0.8)}
     print(f"effect size {effect:g}: coverage by correlation within pairs {found}")

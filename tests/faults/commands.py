@@ -5,6 +5,7 @@ The process is a fork of the test process, which has everything imported, so tha
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pkgutil
@@ -99,10 +100,15 @@ class Command:
 
 @cache
 def import_commands() -> None:
-    """Import what commands import when they run, so that no fork has to: it takes longer than most commands."""
+    """Import what commands import when they run, so that no fork has to: it takes longer than most commands.
+
+    What exists then is left out of the garbage collections of forks, which would copy the memory that they go through.
+    """
     for package in (commands, cluster):
         for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             import_module(module.name)
+    gc.collect()
+    gc.freeze()
 
 
 def _run(outputs: list[Path], words: list[str], before: Callable[[], object]) -> int:

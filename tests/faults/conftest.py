@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import make_prompt_set, make_trait
-from tests.conftest import short_references
+from tests.conftest import quick_evaluations
 from tests.faults.commands import Command, contents
-from tlcapture.models.loading import load_model
+from tlcapture.runs.display import Display
+from tlcapture.runs.model_loader import ModelLoader
 
 TEXTS = ["hello there", "tell me more of it"]
 ADD_ONS = ("--attention", "--logit-lens", "--layer-internals", "1")
@@ -21,15 +22,15 @@ Start = Callable[..., Command]
 
 
 @pytest.fixture(scope="package", autouse=True)
-def _short_references() -> Iterator[None]:
-    with short_references():
+def _quick_evaluations() -> Iterator[None]:
+    with quick_evaluations():
         yield
 
 
 @pytest.fixture(scope="session")
 def template(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     """A root with a prompt set, two traits and their vectors, and no captures."""
-    load_model(str(tiny_folder))  # so that a fork has everything imported
+    ModelLoader(str(tiny_folder), Display())()  # so that a fork has everything imported, and the model
     root = tmp_path_factory.mktemp("template")
     make_prompt_set(root, "short", TEXTS)
     make_trait(root, "tone/loud", "LOUD", "soft")

@@ -79,7 +79,9 @@ def test_a_second_signal_stops_immediately(start: Start, fresh: Path, tmp_path: 
     assert not list(raw.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("words", [("evaluate",), ("steer", "--layers", "1", "--coefficients", "0.1,0.2,0.3")])
+@pytest.mark.parametrize(
+    "words", [("evaluate", "--component", "residual"), ("steer", "--layers", "1", "--coefficients", "0.1,0.2,0.3")]
+)
 def test_other_commands_stop_too_and_keep_finished_results(fresh: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
     from tests.faults.commands import Command
 

@@ -13,6 +13,8 @@ from tests.evidence import Evidence
 from tests.faults.commands import Command, contents
 from tests.faults.conftest import Start
 
+RESIDUAL = ("--component", "residual")
+
 
 def test_captures_of_the_same_prompt_set_run_one_after_another(
     start: Start, fresh: Path, uninterrupted: dict[str, Any], evidence: Evidence
@@ -93,7 +95,7 @@ def test_the_lock_of_a_killed_run_blocks_no_other(start: Start, fresh: Path, evi
 def test_simultaneous_evaluations_lose_no_row(fresh: Path, tmp_path: Path, evidence: Evidence) -> None:
     common = ("--root", fresh, "--experiment", "exp")
     both = [
-        Command(tmp_path / "output", "evaluate", *common, "--traits", trait, before=lambda: slow_merge())
+        Command(tmp_path / "output", "evaluate", *common, "--traits", trait, *RESIDUAL, before=lambda: slow_merge())
         for trait in ("tone/loud", "tone/warm")
     ]
     assert [each.end().code for each in both] == [0, 0]

@@ -168,6 +168,11 @@ def _reshaped(value: Any, at: tuple[Any, ...]) -> list[Any]:
     return [[], items[:-1], [*items, *items[-1:]], [items], [*items[:-1], [items[-1:]]], list(reversed(items))]
 
 
+def at_most(examples: int) -> int:
+    """How many examples of a property to try: all for docs/reliability.md, and a third of them in every other run."""
+    return examples if settings.get_current_profile_name() == "thorough" else max(examples // 3, min(examples, 50))
+
+
 def try_all(
     evidence: Evidence, reader: str, files: st.SearchStrategy[Damaged], check: Callable[[Damaged], object],
     examples: int = 300,
@@ -175,7 +180,7 @@ def try_all(
     """Check a reader on many files, and add the number of each kind of damage to the evidence."""
     counts: Counter[str] = Counter()
 
-    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=at_most(examples), deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(files)
     def attempt(file: Damaged) -> None:
         check(file)

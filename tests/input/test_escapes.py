@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from tests.cli.conftest import make_prompt_set, make_trait
 from tests.evidence import Evidence
+from tests.input.strategies import at_most
 from tlcapture.captures.capture import Capture
 from tlcapture.page.contents import Contents
 from tlcapture.text import printable
@@ -135,7 +136,7 @@ def test_arguments_that_are_not_valid_text_are_refused_with_a_printable_error(
 
 
 def test_printable_removes_every_control_character(evidence: Evidence) -> None:
-    @settings(max_examples=500, deadline=None, database=None)
+    @settings(max_examples=at_most(500), deadline=None, database=None)
     @given(st.text(st.characters()) | st.text(st.characters(categories=["Cc", "Cf", "Cs", "Zl", "Zp", "Zs"])))
     def attempt(text: str) -> None:
         shown = printable(text)
@@ -145,4 +146,4 @@ def test_printable_removes_every_control_character(evidence: Evidence) -> None:
         shown.encode()
 
     attempt()
-    evidence.tried("text for a terminal", "any characters", 500)
+    evidence.tried("text for a terminal", "any characters", at_most(500))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.evidence import Evidence
 from tests.input import captures
-from tests.input.strategies import check_refusal
+from tests.input.strategies import at_most, check_refusal
 from tests.page.conftest import TRAIT, write_experiment
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.capture_outputs import write_capture
@@ -78,7 +78,7 @@ def test_a_name_is_one_file_below_its_folder_or_refused(tmp_path: Path, evidence
         assert path.name.encode().isascii()
         return path
 
-    @settings(max_examples=300, deadline=None, database=None)
+    @settings(max_examples=at_most(300), deadline=None, database=None)
     @given(NAMES)
     def attempt(name: str) -> None:
         stripped = name.strip()  # a trait is read from a list with spaces after its commas

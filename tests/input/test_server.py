@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from tests.evidence import Evidence
-from tests.input.strategies import KINDS, Damaged, damaged_json, some_of_each, try_all
+from tests.input.strategies import KINDS, Damaged, at_most, damaged_json, some_of_each, try_all
 from tests.input.test_names_and_links import HOSTILE, LINKS, SECRET, link_out
 from tests.page.conftest import TRAIT, attention, logit_lens, projection, write_experiment
 from tlcapture.page.contents import RESOURCES
@@ -63,7 +63,7 @@ def check(client: TestClient, path: str, method: str = "GET") -> int:
 def test_every_route_with_arbitrary_names(client: TestClient, evidence: Evidence) -> None:
     counts: Counter[str] = Counter()
 
-    @settings(max_examples=250, deadline=None, database=None)
+    @settings(max_examples=at_most(250), deadline=None, database=None)
     @given(st.sampled_from(sorted(RESOURCES)), st.data())
     def attempt(resource: str, data: st.DataObject) -> None:
         changed = data.draw(st.dictionaries(st.sampled_from(sorted(VALID)), SEGMENTS, max_size=2))
@@ -78,14 +78,14 @@ def test_every_route_with_arbitrary_names(client: TestClient, evidence: Evidence
 
 
 def test_arbitrary_paths(client: TestClient, evidence: Evidence) -> None:
-    @settings(max_examples=150, deadline=None, database=None)
+    @settings(max_examples=at_most(150), deadline=None, database=None)
     @given(st.lists(SEGMENTS | st.sampled_from(["api", "static", "sets", "main.js"]), max_size=7), st.booleans())
     def attempt(parts: list[str], raw: bool) -> None:
         made = "/".join(encoded(part) if not raw else quote(encoded(part), safe="%") for part in parts)
         check(client, f"/{made}")
 
     attempt()
-    evidence.tried("server, any path", "GET", 150)
+    evidence.tried("server, any path", "GET", at_most(150))
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND", "CONNECT", "X"])

@@ -15,10 +15,11 @@ import pytest
 from tests.samples import TOKENS, projected
 from tests.test_frames import write
 from tlcapture.commands.pictures import write_pictures
-from tlcapture.commands.plots import projection_picture
+from tlcapture.commands.plots import evaluation_heatmaps, projection_picture
 from tlcapture.errors import InputError, StorageError
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.evaluation_files import EvaluationRow
 
 
 @pytest.fixture
@@ -47,6 +48,20 @@ def test_a_picture_is_a_png_at_the_path_of_its_projection(layout: Layout, tmp_pa
         "tone/warm/residual_stream/short/1.png",
     ]
     assert colours(paths[0].read_bytes()) > 50
+
+
+def test_heat_maps_of_an_evaluation_have_axes_for_each_component_even_where_no_effect_size_is_defined() -> None:
+    effects = {"residual": [None] * 4, "attn_out": [None, 0.5, -1.0, 2.0]}
+    rows = [
+        EvaluationRow(trait="tone/loud", method=method, layer=layer, component=component, val_effect_size=effect,
+                      val_auroc=None if layer == 2 else 0.5 + layer / 10)
+        for component in effects for method in ("probe", "mean_$") for layer, effect in enumerate(effects[component])
+    ]  # fmt: skip
+    one, both = (
+        matplotlib.image.imread(io.BytesIO(evaluation_heatmaps("tone/loud", rows[:n])), format="png") for n in (8, 16)
+    )
+    assert both.shape[0] > 1.4 * one.shape[0]
+    assert len(np.unique(one)) > 50
 
 
 def test_only_the_traits_and_prompts_asked_for_are_drawn(layout: Layout, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tlcapture.storage.locks import locked
 
 
 class Stage(Enum):
-    """The stages of a worker's start, in their order; the values are shown in the progress line."""
+    """The stages of a worker's start, in order; the values are shown in the progress line."""
 
     STARTING = "starting"
     CHECKING_MODEL = "looking for the model"

@@ -156,7 +156,7 @@ def largest_by_chance(
 
     Every labelling is fitted on the training examples and scored on the held-out ones, as the vectors are.
     """
-    drawn = relabelled(labels, groups, seed=seed)
+    drawn = relabelled(labels, groups, RELABELLINGS, seed=seed)
     drawn = drawn[[_has_both(~held_out, each) and _has_both(held_out, each) for each in drawn]]
     largest = torch.zeros(len(drawn))
     for method, layers in grid.items():

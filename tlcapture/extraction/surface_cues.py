@@ -44,7 +44,7 @@ def characters_a_word(text: str) -> float:
 
 
 def tokens(text: str) -> float:
-    """How many tokens the embedded model's tokenizer makes of a text, or words and marks where it is not at hand."""
+    """The number of tokens of a text in the embedded model's tokenizer, or of words and marks where it is missing."""
     tokenizer = embedded_tokenizer()
     return float(len(tokenizer.encode(text, add_special_tokens=False).ids if tokenizer else _TOKEN.findall(text)))
 

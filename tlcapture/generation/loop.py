@@ -3,7 +3,7 @@
     for outcome in generate(model, prompts, hooks=hooks, max_new_tokens=50):
         ...  # a Generation for each prompt, as soon as it has stopped
 
-In float32 the outcome of a prompt does not depend on the prompts that run beside it: padding is masked and cut off,
+In float32 the outcome of a prompt does not depend on the prompts in the same batch: padding is masked and cut off,
 rows that have stopped leave the batch, and sampling noise comes from the prompt's own generator. In 16 bits it depends
 on the batch's shape by rounding; the same batches give the same bits. The last generated token gets one more forward
 pass, so that every token has its activations.
@@ -64,7 +64,7 @@ def generate(
     """
     check_hooks(hooks)
     if any(each.is_by_row for each in interventions):
-        raise ValueError("interventions by row need continue_from, which runs prompts as one batch in their order")
+        raise ValueError("interventions by row need continue_from, which runs prompts as one batch, in order")
     ids = frozenset(prompt.id for prompt in prompts) if wanted is None else frozenset(wanted)
     fitting = []
     for prompt in prompts:
@@ -171,7 +171,7 @@ class _InFlight:
         self.batch = batch
         self.n_rows = n_rows
         self.is_resumed = is_resumed
-        self._unfinished = dict.fromkeys(unfinished)  # in their order
+        self._unfinished = dict.fromkeys(unfinished)  # in order
 
     @classmethod
     def of(

@@ -23,7 +23,7 @@ SAMPLINGS = (PLAIN, CHECKPOINT)
 DEFAULT_TEMPERATURE = 0.7
 # Numbers of float32: lower ones choose the likeliest token too, and higher ones any with the same probability.
 _LOWEST_TEMPERATURE, _HIGHEST_TEMPERATURE = 1e-30, 1e30
-_CPU_PIECE = 2**22  # logits, 16 MiB in float32: memory that is taken anew each time costs more than the work
+_CPU_PIECE = 2**22  # logits, 16 MiB in float32: to allocate memory each time costs more than the work
 
 
 @dataclass(frozen=True)

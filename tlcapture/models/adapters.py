@@ -1,6 +1,6 @@
 """LoRA and other PEFT adapters: finding the model that an adapter is for, and merging the adapter into its weights.
 
-An adapter is a folder with `adapter_config.json`. Full weights beside it are the weights
+An adapter is a folder with `adapter_config.json`. Full weights in the same folder are the weights
 that it adapts; without them, the adapter's config names them. peft is imported only to merge.
 """
 

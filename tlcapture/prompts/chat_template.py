@@ -46,7 +46,7 @@ class RenderedChat:
 
 
 class _RenderingError(Exception):
-    """The template cannot render a conversation as it was given; another form of it may do."""
+    """The template cannot render a conversation as it was given; another form of it may work."""
 
 
 def uses_chat_template(tokenizer: Any, requested: bool | None) -> bool:

@@ -29,7 +29,7 @@ _ALIGNMENT = 64  # bytes to whose multiples records begin, so that mapped tensor
 _PADDING = b"FB"  # the kind of zip's extra field that `torch.save` pads with
 _LARGEST = 2**31 - 2**27  # bytes of a record from which zipfile writes 64-bit sizes
 
-# Makes further records of an archive from its storages in their order, which are `data/0`, `data/1`, ...
+# Makes further records of an archive from its storages in order, which are `data/0`, `data/1`, ...
 MoreRecords = Callable[[Sequence[Any]], Mapping[str, bytes]]
 
 

@@ -64,7 +64,7 @@ class Datasets:
 
     @property
     def folders(self) -> list[Path]:
-        """The folders to search, in their order."""
+        """The folders to search, in order."""
         return [self.root / "datasets", shipped_datasets()]
 
     def prompt_sets(self) -> list[str]:

@@ -2,7 +2,7 @@
 
 The baseline is the mean of the prompt, its first token left out. The response is smoothed over five tokens. Its peak
 counts where it exceeds the baseline by more than in 95 % of block permutations: prompt and response, as one closed
-ring of tokens, are cut into blocks, and the blocks are dealt anew to prompt and response. Blocks keep neighbouring
+ring of tokens, are cut into blocks, and the blocks are shuffled between prompt and response. Blocks keep neighbouring
 tokens together, which are correlated (Künsch, "The Jackknife and the Bootstrap for General Stationary Observations",
 1989; Politis and Romano, "A circular block-resampling procedure for stationary data", 1992). A dealt token keeps the
 neighbours it was smoothed with, except at the edges of the response.

@@ -58,7 +58,7 @@ class Tape:
 
 
 class Recorded(Generic[Result]):
-    """A recorded call and what it returned: tensors that every replay fills anew.
+    """A recorded call and what it returned: tensors that every replay overwrites.
 
     Attributes:
         holds: the tensors that the call read, which have to stay where they are.
