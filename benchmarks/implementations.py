@@ -25,12 +25,16 @@ Found = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class Task:
-    """Prompts to continue, with the number of new tokens and the batch size; temperature 0 is greedy."""
+    """Prompts to continue, with the number of new tokens and the batch size; temperature 0 is greedy.
+
+    `top_k` is that of Hugging Face, where 0 draws from the whole softmax, as tlcapture does.
+    """
 
     prompts: Sequence[TokenizedPrompt]
     new_tokens: int
     batch_size: int
     temperature: float = 0
+    top_k: int = 0
 
 
 def ours(model: Model, task: Task) -> Found:
@@ -53,7 +57,7 @@ def ours(model: Model, task: Task) -> Found:
 def hugging_face(reference: Any, task: Task, *, hidden_states: bool) -> Found:
     """Hugging Face `generate`, optionally with the residual stream after every layer."""
 
-    sampled = {"do_sample": True, "temperature": task.temperature, "top_k": 0}
+    sampled = {"do_sample": True, "temperature": task.temperature, "top_k": task.top_k}
     sampling: dict[str, Any] = sampled if task.temperature else {"do_sample": False}
 
     def run(tokens: Tensor, mask: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import weakref
 from pathlib import Path
 
 import pytest
+import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from tlcapture.errors import NoSpaceError, StorageError
 from tlcapture.runs import background_writer
@@ -65,6 +67,27 @@ def test_jobs_run_at_the_same_time_in_as_many_other_threads_as_there_are_writers
             writer.submit(job)
     assert len(threads) == max(1, n_writers)
     assert (threading.get_ident() in threads) == (n_writers == 0)
+
+
+@pytest.mark.parametrize("n_processes", [0, 2])
+def test_each_thread_computes_alone_and_one_more_waits_for_each_process(n_processes: int) -> None:
+    def n_threads() -> set[int]:
+        blas = [each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"]
+        return {torch.get_num_threads(), *blas}
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        outside, inside = n_threads(), []
+        with threadpool_limits(2, user_api="blas"):
+            with BackgroundWriter(Run.silent(LAYOUT), n_processes=n_processes) as writer:
+                writer.submit(lambda run: inside.append(n_threads()))
+            assert n_threads() == {2}
+        assert inside == [{1}]
+        assert n_threads() == outside
+    finally:
+        torch.set_num_threads(before)
+    assert writer._n_writers - BackgroundWriter(Run.silent(LAYOUT))._n_writers == n_processes
 
 
 def test_the_switch_does_everything_in_the_thread_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:

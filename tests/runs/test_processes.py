@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from threadpoolctl import threadpool_info
 
 from tlcapture.runs.processes import Processes, _end
 
@@ -37,11 +39,31 @@ def test_the_work_of_a_process_that_was_killed_is_done_here(started: Processes) 
     assert started.call(os.getpid) == os.getpid()
 
 
+def n_threads() -> set[int]:
+    """The threads that torch, OpenMP and the products of NumPy have here."""
+    return {torch.get_num_threads(), *(each["num_threads"] for each in threadpool_info())}
+
+
+def test_a_process_computes_with_one_thread_whatever_this_one_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TLCAPTURE_PROCESSES", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        processes = Processes()
+        processes.announce(1)
+        assert len(processes) == 1
+        assert processes.call(os.getpid) != os.getpid()
+        assert processes.call(n_threads) == {1}
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_few_prompts_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TLCAPTURE_PROCESSES", raising=False)
     processes = Processes()
     processes.announce(1)
-    assert not processes._started
+    assert not processes
     assert processes.call(os.getpid) == os.getpid()
 
 
@@ -130,12 +152,12 @@ def test_the_work_of_a_process_that_cannot_be_made_ready_is_done_here(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("TLCAPTURE_PROCESSES", "1")
-    monkeypatch.setattr("tlcapture.runs.processes._prepare", len)  # which no number has, as if a module were missing
+    monkeypatch.setattr("tlcapture.runs.processes._prepare", len)  # which needs a value, as if a module were missing
     processes = Processes()
     processes.announce(1)
     assert processes.call(os.getpid) == os.getpid()
     assert [record.getMessage() for record in caplog.records] == [
-        "a process that writes files did not start: object of type 'int' has no len()"
+        "a process that writes files did not start: len() takes exactly one argument (0 given)"
     ]
 
 

@@ -43,6 +43,11 @@ def test_means_and_velocities_of_spans_leave_out_the_first_token() -> None:
     assert [("commitment_point" in each) for each in found] == [False, False, True, True]
 
 
+def test_each_of_several_trajectories_has_what_it_has_alone() -> None:
+    values = np.random.default_rng(2).normal(0, 1e3, (9, 51)) * 10.0 ** np.arange(-4, 5)[:, None]
+    assert by_span(values, SPANS) == [by_span(row[None], SPANS)[0] for row in values]
+
+
 def test_thinking_and_answer_commit_where_each_steps() -> None:
     noise = np.random.default_rng(0).normal(0, 0.1, (2, 51))
     noise[0, 17:29] += 5  # within thinking

@@ -135,7 +135,7 @@ class CaptureWorker:
             self._processes.announce(len(task.fresh))
         with (
             self.run.progress(total, task.prompt_set.name, "token") as progress,
-            BackgroundWriter(self.run, alone=not self._processes.are_started) as writer,
+            BackgroundWriter(self.run, n_processes=len(self._processes)) as writer,
         ):
 
             def on_tokens(count: int) -> None:
@@ -243,7 +243,7 @@ class CaptureWorker:
         sequences: dict[tuple[str, ...], list[TokenizedPrompt]] = {}  # by the activations that are wanted of them
         with (
             self.run.progress(len(task.saved), f"{prompt_set}, saved", "prompt") as progress,
-            BackgroundWriter(self.run, alone=not self._processes.are_started) as writer,
+            BackgroundWriter(self.run, n_processes=len(self._processes)) as writer,
         ):
             for prompt_id, wanted in task.saved.items():
                 name, raw = f"{prompt_set}/{prompt_id}", self.layout.residual(prompt_set, prompt_id)
@@ -352,9 +352,8 @@ class CaptureWorker:
             project_capture(run, capture, chosen, levels, only=only, overwrite=overwrite, kept=kept, scores=scores)
             return
         raw = self.layout.residual(capture.prompt_set, capture.prompt_id)
-        done, error = self._processes.call(
-            ProjectionTask.do, ProjectionTask(self.layout, raw, chosen, scores, overwrite)
-        )
+        task = ProjectionTask(self.layout, raw, chosen, scores, overwrite, run.report.remembers)
+        done, error = self._processes.call(ProjectionTask.do, task)
         run.add(done)
         if error is not None:
             raise error

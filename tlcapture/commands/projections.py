@@ -179,7 +179,8 @@ def project_capture(
         if only:
             content["metadata"]["capture"] = dict(capture.metadata)
         run.wrote(write_json(path, content))
-        run.report.remember({path.as_posix().removeprefix(f"{folder}/"): essentials(content)})
+        if run.report.remembers:
+            run.report.remember({path.as_posix().removeprefix(f"{folder}/"): essentials(content)})
     return projections
 
 
@@ -193,17 +194,21 @@ def span_dynamics(projections: Sequence[Projection], capture: Capture) -> list[l
 
 @dataclass(frozen=True)
 class ProjectionTask:
-    """The projection of a saved capture by another process: its file, the vectors, and the scores."""
+    """The projection of a saved capture by another process: its file, the vectors, and the scores.
+
+    `remembers` is whether the report of the run has room for what its summary needs.
+    """
 
     layout: Layout
     raw: Path
     chosen: Sequence[ChosenVector]
     scores: Sequence[Tensor]
     overwrite: bool
+    remembers: bool
 
     def do(self) -> tuple[Done, TlcaptureError | None]:
         """Write the projections; returns what was done, and the error that ended it."""
-        report, error = CollectingReport(self.layout.folder), None
+        report, error = CollectingReport(self.layout.folder, whole_remembers=self.remembers), None
         run = Run(self.layout, report, Display())
         levels = _levels_of(self.layout).reporting_to(run)
         try:

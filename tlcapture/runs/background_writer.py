@@ -11,6 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import NamedTuple
 
 import psutil
@@ -27,6 +28,7 @@ _SWITCH = "TLCAPTURE_WRITERS"  # the number of threads; 0 does everything in the
 _MOST_WRITERS = 8
 _SHARE = 0.125  # of free memory that jobs may hold
 _MOST_BYTES = 4 * 2**30
+_ENOUGH_FOR_TWO = 2**16  # numbers, which torch adds up with two threads
 
 
 class _Ended(NamedTuple):
@@ -42,33 +44,36 @@ class _Submitted(NamedTuple):
 class BackgroundWriter:
     """Does jobs in other threads, and reports to the run what they wrote and what failed.
 
+    Each thread computes by itself: teams of threads in excess of the processors wait for each other.
+
     As a context manager it does everything that was submitted before the context ends, also if that is by an error. If
     that wait is interrupted, jobs that have not begun are dropped.
 
     Args:
-        n_writers: the number of threads; `None` takes one for two processors.
-        alone: whether each thread computes by itself. Teams of threads in excess of the processors wait for each other;
-            but where other processes take processors too, OpenMP waits less in them.
+        n_writers: the number of threads; `None` takes one for two processors, and one to wait for each process.
+        n_processes: the number of processes that do a part of the jobs.
         most_bytes: what jobs that have not ended may hold in memory; `None` takes a share of what is free.
     """
 
-    def __init__(self, run: Run, n_writers: int | None = None, most_bytes: int | None = None, *, alone: bool = True):
+    def __init__(self, run: Run, n_writers: int | None = None, most_bytes: int | None = None, *, n_processes: int = 0):
         self._run = run
-        self._n_writers = _n_writers() if n_writers is None else n_writers
+        self._n_writers = _n_writers(n_processes) if n_writers is None else n_writers
         self._most_bytes = _most_bytes() if most_bytes is None else most_bytes
         self._pool = ThreadPoolExecutor(
-            max(1, self._n_writers), "writer", initializer=_compute_alone if alone else None
+            max(1, self._n_writers), "writer", initializer=partial(_compute_alone, with_idle_team=n_processes > 0)
         )
         self._submitted: deque[_Submitted] = deque()
         self._is_full = False  # the device, so that no job need begin
 
     def __enter__(self) -> BackgroundWriter:
+        self._limits = threadpool_limits(1, user_api="blas")  # of NumPy, whose threads wait in loops too
         return self
 
     def __exit__(self, *error: object) -> None:
         try:
             self._wait()
         finally:
+            self._limits.restore_original_limits()
             self._pool.shutdown(wait=False, cancel_futures=True)
             self.collect()
 
@@ -114,7 +119,7 @@ class BackgroundWriter:
 
     def _do(self, job: Job) -> _Ended:
         """Do a job, whose files are reported even if it ends with an error."""
-        report = CollectingReport(self._run.layout.folder)
+        report = CollectingReport(self._run.layout.folder, whole_remembers=self._run.report.remembers)
         error: BaseException | None = None
         try:
             if not self._is_full:
@@ -132,19 +137,25 @@ class BackgroundWriter:
             raise errors[0]
 
 
-def _compute_alone() -> None:
-    """Let a thread compute by itself."""
+def _compute_alone(*, with_idle_team: bool) -> None:
+    """Let a thread compute by itself.
+
+    An idle team of threads makes libgomp count more threads than processors. Then none of them waits for its next work
+    in a loop of milliseconds, in which those of the model would keep other processes from computing.
+    """
     import torch
 
+    if with_idle_team:
+        torch.zeros(_ENOUGH_FOR_TWO).add_(1)
     torch.get_num_threads()  # torch chooses the number for a thread when it first needs it
     threadpool_limits(1, user_api="openmp")
 
 
-def _n_writers() -> int:
+def _n_writers(n_processes: int) -> int:
     """As many threads as `TLCAPTURE_WRITERS` says, or one for two processors: the model needs some too."""
     if (asked := os.environ.get(_SWITCH, "")).isdecimal():
         return int(asked)
-    return max(1, min(_MOST_WRITERS, n_processors() // 2))
+    return max(1, min(_MOST_WRITERS, n_processors() // 2)) + n_processes
 
 
 def _most_bytes() -> int:

@@ -25,6 +25,8 @@ Result = TypeVar("Result")
 _SWITCH = "TLCAPTURE_PROCESSES"  # the number of processes, to which all work goes from the beginning
 _MOST = 4
 _WORTH_WHILE = 400  # prompts, divided by the number of processors
+# Teams of threads in several processes would wait for each other; writer threads compute alone too, for the same bits.
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 _PATIENCE = 10  # seconds until a process that does not end is killed
 # The modules are those that this process would import, whatever the current folder holds.
 _PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from tlcapture.runs.processes import serve; serve()"
@@ -43,10 +45,9 @@ class Processes:
         self._free: SimpleQueue[_Process] = SimpleQueue()
         weakref.finalize(self, _end, self._started)
 
-    @property
-    def are_started(self) -> bool:
-        """Whether there are processes, which may be starting still."""
-        return bool(self._started)
+    def __len__(self) -> int:
+        """The processes that there are, which may be starting still."""
+        return len(self._started)
 
     def announce(self, n_prompts: int) -> None:
         """Start the processes if there is work for them."""
@@ -89,6 +90,7 @@ class _Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for this process alone
+            env={**os.environ, **_ONE_THREAD},
         )
         self.is_usable = False
         self.is_ending = False
@@ -154,10 +156,8 @@ def serve() -> None:
 
 
 def _make_ready(process: _Process, free: SimpleQueue[_Process]) -> None:
-    import torch
-
     try:
-        process.call(_prepare, torch.get_num_threads())
+        process.call(_prepare)
         process.is_usable = True
     except Exception as error:
         if not process.is_ending:
@@ -166,13 +166,9 @@ def _make_ready(process: _Process, free: SimpleQueue[_Process]) -> None:
         free.put(process)
 
 
-def _prepare(n_threads: int) -> None:
-    """Import what the work needs, and use as many threads as in the parent, for the same bits."""
-    import torch
-
+def _prepare() -> None:
+    """Import what the work needs."""
     import tlcapture.traits.projection  # noqa: F401
-
-    torch.set_num_threads(n_threads)
 
 
 def _end(processes: list[_Process]) -> None:

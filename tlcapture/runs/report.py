@@ -131,10 +131,15 @@ class RunReport:
         """Count a file that was written."""
         self.files.add(written)
 
+    @property
+    def remembers(self) -> bool:
+        """Whether there is room for what the summary needs of one more projection."""
+        return len(self.projected) < _MOST_REMEMBERED
+
     def remember(self, projected: Mapping[str, bytes]) -> None:
         """Keep what the summary needs of some projections, as far as there is room for it."""
         for name, content in projected.items():
-            if len(self.projected) < _MOST_REMEMBERED:
+            if self.remembers:
                 self.projected[name] = content
 
     def failed(self, what: str, reason: object) -> None:
@@ -201,11 +206,20 @@ class RunReport:
 
 
 class CollectingReport(RunReport):
-    """A report that also keeps everything since it was last added to that of the whole run."""
+    """A report that also keeps everything since it was last added to that of the whole run.
 
-    def __init__(self, folder: Path):
+    `whole_remembers` is whether that of the whole run has room for what a summary needs.
+    """
+
+    def __init__(self, folder: Path, *, whole_remembers: bool = True):
         super().__init__(folder)
         self._written: list[Written] = []
+        self._whole_remembers = whole_remembers
+
+    @property
+    def remembers(self) -> bool:
+        """Whether there is room here and in the report of the whole run."""
+        return self._whole_remembers and super().remembers
 
     def wrote(self, written: Written) -> None:
         """Count a file that was written."""

@@ -18,6 +18,7 @@ WEIGHT_DIGITS = 4
 PROBABILITY_DIGITS = 4
 PROJECTION_DIGITS = 6
 _LARGEST_EXACT_POWER = 22
+_EXACT_POWERS = np.array([10.0**power for power in range(_LARGEST_EXACT_POWER + 1)])
 
 
 def round_significant(values: ArrayLike, digits: int) -> NDArray[np.float64]:
@@ -35,9 +36,12 @@ def round_significant(values: ArrayLike, digits: int) -> NDArray[np.float64]:
     exponent = np.floor(np.log10(np.where(magnitude > 0, magnitude, 1.0)))
     shift = (digits - 1 - exponent).astype(np.int64)
     # Powers of ten are exact up to 10**22, and a quotient or product of exact numbers rounds once.
-    exact = np.abs(shift) <= _LARGEST_EXACT_POWER
-    scale = 10.0 ** np.where(exact, np.abs(shift), 0)
-    rounded = np.where(shift >= 0, np.rint(numbers * scale) / scale, np.rint(numbers / scale) * scale)
+    power = np.abs(shift)
+    exact = power <= _LARGEST_EXACT_POWER
+    scale = _EXACT_POWERS[np.where(exact, power, 0)]
+    rounded = np.rint(numbers * scale) / scale
+    if (shift < 0).any():
+        rounded = np.where(shift >= 0, rounded, np.rint(numbers / scale) * scale)
     if not exact.all():
         rounded = np.asarray(rounded)
         rounded[~exact] = [float(f"{number:.{digits - 1}e}") for number in numbers[~exact]]

@@ -35,13 +35,12 @@ def by_span(trajectories: Values, spans: Sequence[TokenSpan]) -> list[list[dict[
         start, stop = max(1, span.found[0]), span.found[1]
         values = trajectories[:, start:stop]
         steps = np.abs(np.diff(trajectories[:, max(1, start - 1) : stop], axis=1))
+        means = values.mean(axis=1) if values.shape[1] else np.full(len(values), np.nan)
+        peaks = steps.max(axis=1, initial=0.0)
         commitments = _commitments(values, start) if span.kind in _RESPONSE else [{}] * len(trajectories)
-        for row, commitment in enumerate(commitments):
-            measures = {
-                "mean": _rounded(values[row].mean() if values.shape[1] else None),
-                "peak_velocity": _rounded(steps[row].max(initial=0.0)),
-            }
-            found[row].append({**span.to_json(), **measures, **commitment})
+        measures = zip(found, _rounded(means), _rounded(peaks), commitments, strict=True)
+        for entries, mean, peak, commitment in measures:
+            entries.append({**span.to_json(), "mean": mean, "peak_velocity": peak, **commitment})
     return found
 
 
@@ -49,15 +48,19 @@ def _commitments(values: Values, start: int) -> list[dict[str, Any]]:
     if values.shape[1] < SHORTEST or np.isnan(values).any():
         return [{"commitment_point": None, "commitment_shift": None, "commitment_p": None} for _ in values]
     changes = change_points(values)
+    rounded = (changes.index, changes.p, _rounded(changes.shift), _rounded(changes.p, PROBABILITY_DIGITS))
     return [
         {
             "commitment_point": start + int(index) if p <= LEVEL else None,
-            "commitment_shift": _rounded(shift),
-            "commitment_p": _rounded(p, PROBABILITY_DIGITS),
+            "commitment_shift": shift,
+            "commitment_p": rounded_p,
         }
-        for index, shift, p in zip(changes.index, changes.shift, changes.p, strict=True)
+        for index, p, shift, rounded_p in zip(*rounded, strict=True)
     ]
 
 
-def _rounded(value: float | None, digits: int = PROJECTION_DIGITS) -> float | None:
-    return None if value is None or np.isnan(value) else float(round_significant(value, digits))
+def _rounded(values: Values, digits: int = PROJECTION_DIGITS) -> list[float | None]:
+    """Rounded for JSON, with null in place of NaN."""
+    is_missing = np.isnan(values)
+    rounded = round_significant(np.where(is_missing, 0.0, values), digits).tolist()
+    return [None if missing else number for missing, number in zip(is_missing, rounded, strict=True)]

@@ -30,6 +30,7 @@ from tlcapture.models.engines.more_adapters import register_adapters
 from tlcapture.models.engines.newer_transformers import support_newer_transformers
 from tlcapture.models.engines.tokenizers import for_transformer_lens, without_filled_in_bos
 from tlcapture.models.engines.versions import version_advice
+from tlcapture.models.fast.bridge_components import make_components_fast
 from tlcapture.models.fast.linear_modules import make_linears_fast
 from tlcapture.models.processes import ProcessRefusedError
 from tlcapture.models.sizes import WITHOUT_ATTENTION, Measures, layer_kinds
@@ -52,7 +53,7 @@ class _BridgeState:
 class BridgeModel(Model):
     """A TransformerBridge: the Hugging Face model itself with TransformerLens's hooks.
 
-    Its linear modules become `FastLinear`, unless `TLCAPTURE_FAST=0`.
+    Its linear modules become `FastLinear` and its components those of `bridge_components`, unless `TLCAPTURE_FAST=0`.
     """
 
     engine = "bridge"
@@ -60,6 +61,7 @@ class BridgeModel(Model):
     def __init__(self, tl: Any, *args: Any):
         if FAST:
             make_linears_fast(tl)
+            make_components_fast(tl)
         super().__init__(tl, *args)
 
     @property

@@ -1,0 +1,90 @@
+"""The components of a bridge give the bits of TransformerLens's own, and its hooks act as ever."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import tiny
+from tlcapture.models.engines import bridge
+from tlcapture.models.loading import from_hugging_face
+
+FAMILIES = ["llama", "gpt2", "gpt_neox", "mistral", "qwen3", "gemma2"]
+
+
+def plain(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The bridge with TransformerLens's own components."""
+    with monkeypatch.context() as patch:
+        patch.setattr(bridge, "make_components_fast", lambda tl: None)
+        source = copy.deepcopy(tiny.hf_model(name))
+        return from_hugging_face(source, tiny.tokenizer(), name=f"tiny-{name}", engine="bridge", device=tiny.DEVICE)
+
+
+def tokens() -> Tensor:
+    return torch.randint(4, 200, (2, 9), generator=torch.Generator().manual_seed(0), device=tiny.DEVICE)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_activations_and_logits_have_the_bits_of_transformer_lens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, own = tiny.model(name, "bridge").tl, plain(name, monkeypatch).tl
+    with torch.no_grad():
+        assert torch.equal(fast(tokens()), own(tokens()))
+        found, cache = fast.run_with_cache(tokens(), return_cache_object=False)
+        expected, expected_cache = own.run_with_cache(tokens(), return_cache_object=False)
+    assert torch.equal(found, expected)
+    assert cache.keys() == expected_cache.keys()
+    assert all(torch.equal(cache[each], expected_cache[each]) for each in cache)
+
+
+@pytest.mark.filterwarnings("ignore:.*norm.*")  # of TransformerLens, where a hook edits what a norm divides by
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("point", ["ln1.hook_scale", "ln2.hook_normalized", "hook_out"])
+def test_hooks_change_what_they_change_in_transformer_lens(
+    name: str, point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def doubled(activation: Tensor, *, hook: Any) -> Tensor:
+        return activation * 2
+
+    fast, own = tiny.model(name, "bridge").tl, plain(name, monkeypatch).tl
+    hooks = [(f"blocks.1.{point}", doubled)]
+    with torch.no_grad():
+        found, expected = (each.run_with_hooks(tokens(), fwd_hooks=hooks) for each in (fast, own))
+        assert torch.equal(found, expected)
+        assert not torch.equal(found, fast(tokens()))
+
+
+def test_gradients_are_those_of_transformer_lens(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gradient(tl: Any) -> Tensor:
+        weight = tl.blocks[0].ln1.original_component.weight.requires_grad_(True)
+        (found,) = torch.autograd.grad(tl(tokens()).square().sum(), weight)
+        weight.requires_grad_(False)
+        return found
+
+    assert torch.equal(gradient(tiny.model("llama", "bridge").tl), gradient(plain("llama", monkeypatch).tl))
+
+
+def test_norms_compute_nothing_for_hook_points_without_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def calls(tl: Any) -> int:
+        with torch.no_grad(), torch.profiler.profile() as profile:
+            tl(tokens())
+        return sum(each.count for each in profile.key_averages() if each.key == "aten::rsqrt")
+
+    n_norms = 2 * tiny.N_LAYERS + 1
+    assert calls(tiny.model("llama", "bridge").tl) == n_norms
+    assert calls(plain("llama", monkeypatch).tl) == 2 * n_norms
+
+
+def test_weights_that_accelerate_offloads_are_still_moved_for_a_component() -> None:
+    from accelerate import cpu_offload
+
+    tl = copy.deepcopy(tiny.model("llama", "bridge").tl)
+    with torch.no_grad():
+        expected = tl(tokens())
+        norm = tl.blocks[0].ln1
+        cpu_offload(norm.original_component, execution_device=torch.device(tiny.DEVICE))
+        assert norm.original_component.weight.is_meta
+        assert torch.equal(tl(tokens()), expected)
