@@ -14,6 +14,7 @@ COMMANDS = {
     "extract": "Extract trait vectors from contrastive examples.",
     "evaluate": "Measure how well vectors separate held-out examples.",
     "steer": "Add trait vectors during generation and score the effect.",
+    "compare": "Compare captures of two models on the same tokens.",
     "view": "View captures and vectors in the browser.",
     "shell": "Explore an experiment in IPython.",
     "traits": "Check contrastive examples; list or import vectors.",

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tlcapture.errors import InputError
 from tlcapture.explore.explorable_capture import default_root
@@ -102,6 +102,32 @@ class Experiment:
         from tlcapture.traits.saved_projections import saved_projections
 
         return tidy_frame(saved_projections(self.layout, prompt_set, component=component, traits=traits), layers)
+
+    def compare(self, other: Experiment | str, prompt_set: str | None = None, **how: Any) -> DataFrame:
+        """Compare other captures of the same prompts with this experiment's, as `tlcapture compare` does.
+
+        Differences are those of `other` less this experiment's. Comparisons that are there and current are kept, the
+        others are written. `docs/compare.md` describes the columns.
+
+        Args:
+            other: an experiment, or `EXPERIMENT[/SET[@VARIANT]]` in the same root.
+            prompt_set: the set, or `SET@VARIANT`, of this experiment; all that both have by default.
+            how: `by` (`trait` or `layer`: what there is a row for), `traits`, `layer`, `method`, `vectors` (`a`, `b` or
+                `own`), `vector_experiment`, `kl=False` to leave out the next-token distributions, and `device`.
+
+        Raises `InputError` if there is nothing to compare.
+        """
+        from tlcapture.commands.compared_sets import CaptureSet
+        from tlcapture.explore.comparisons import compare
+
+        own, root = self.layout.experiment, self.layout.root
+        if isinstance(other, Experiment) and other.layout.root != root:
+            raise InputError(
+                f"{other.layout.folder}: in another root than {root}: only experiments of one are compared"
+            )
+        named = other.layout.experiment if isinstance(other, Experiment) else other
+        a = CaptureSet.parse(root, own if prompt_set is None else f"{own}/{prompt_set}")
+        return compare(a, CaptureSet.parse(root, named), **how)
 
     @cached_property
     def model(self) -> Model:

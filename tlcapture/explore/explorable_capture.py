@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from tlcapture.explore.logit_lens_table import LogitLensTable
     from tlcapture.models.loading import Model
     from tlcapture.traits.projection import Projection
+    from tlcapture.views.logit_lens import LogitLens
 
 
 def default_root() -> Path:
@@ -66,6 +67,10 @@ class ExplorableCapture(ABC):
 
     def _add_on(self, kind: str) -> Path | None:
         """The file of `attention` or `logit_lens` that was made from this capture, if it exists."""
+        return None
+
+    def _lens(self) -> LogitLens | None:
+        """The logit lens that was captured, if it was."""
         return None
 
     # -- traits -----------------------------------------------------------------------------------
@@ -197,7 +202,7 @@ class ExplorableCapture(ABC):
         from tlcapture.views.logit_lens import logit_lens_view
 
         capture, model = self._captured, self._model()
-        lens = logit_lens_view(
+        lens = self._lens() or logit_lens_view(
             capture.residual,
             capture.n_layers,
             capture.token_ids,

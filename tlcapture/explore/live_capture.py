@@ -12,19 +12,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property, partial
+from operator import index
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
+from torch import Tensor
 
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.from_generation import capture_of
 from tlcapture.captures.provenance import no_answer_warning
+from tlcapture.commands.capture_options import ALL_LAYERS, CaptureOptions
+from tlcapture.commands.capture_outputs import Outputs, lens_of
+from tlcapture.commands.saving import AddOns, save_into
 from tlcapture.errors import InputError
 from tlcapture.explore.experiment import Experiment
-from tlcapture.explore.explorable_capture import ExplorableCapture
+from tlcapture.explore.explorable_capture import ExplorableCapture, default_root
 from tlcapture.generation.checkpoint_sampling import asked_sampling, sampling_for, unfollowed
 from tlcapture.generation.loop import generate
-from tlcapture.generation.outcomes import Failure
+from tlcapture.generation.outcomes import Failure, Generation
 from tlcapture.logger import get_logger
 from tlcapture.models.loading import Model, as_model
 from tlcapture.prompts.chat_template import NO_ARGS
@@ -34,11 +41,19 @@ from tlcapture.prompts.template_args import has_switch
 from tlcapture.prompts.template_args import template_args as all_template_args
 from tlcapture.prompts.thinking import THINKING_TOKENS
 from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
+from tlcapture.storage.files import Hook
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.validation import first_problem
+from tlcapture.traits.choice import VectorChoice
+from tlcapture.views.attention import attention_view
+from tlcapture.views.hooks import hook
+from tlcapture.views.internals import internals_view
 from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.kept_tokens import KeptTokens, kept_of
-from tlcapture.views.residual import residual_hooks
+from tlcapture.views.logit_lens import LogitLens
+
+if TYPE_CHECKING:
+    from tlcapture.explore.attention_heads import AttentionHeads
 
 NEW_TOKENS = 50  # of a response, by default
 
@@ -52,10 +67,86 @@ class LiveCapture(Capture, ExplorableCapture):
     Attributes:
         model: the model that was captured.
         vectors: the experiment whose vectors are used by default, if any.
+        more: the add-ons that were asked for, if any.
     """
 
     model: Model
     vectors: Layout | None = None
+    more: AddOns | None = None
+
+    def save(
+        self,
+        target: Experiment | str | Path,
+        *,
+        before_replacing: Hook = lambda new: None,
+        allow_model_change: bool = False,
+    ) -> Any:
+        """Save into an experiment, with the files that `tlcapture capture` writes, so that the page shows them.
+
+        These are the raw residual, the projections if there are vectors, of the tokens that are held, and the add-ons
+        that were captured. An experiment that does not exist is made. A prompt of the set `adhoc` gets the id that its
+        text has there, or the next number.
+
+        Args:
+            target: an `Experiment`, its name or its folder; or a path that ends in `.pt`, where the raw residual
+                alone is written.
+            before_replacing: for a path, called with the complete new file, before it replaces an earlier one.
+            allow_model_change: save even if the experiment has captures of another model.
+
+        Returns:
+            The `SavedCapture`, or for a path what was written.
+
+        Raises:
+            InputError: the experiment uses another model, or the target is not an experiment.
+            StorageError: a file cannot be replaced or written.
+        """
+        if isinstance(target, str | Path) and Path(target).suffix == ".pt":
+            return Capture.save(self, Path(target), before_replacing=before_replacing)
+        layout = _layout_of(target)
+        choice = VectorChoice(experiment=self._other_vectors(layout))
+        saved = save_into(
+            layout,
+            self,
+            self.model,
+            self.more,
+            vectors=choice,
+            allow_model_change=allow_model_change,
+        )
+        experiment = target if isinstance(target, Experiment) else Experiment(layout.experiment, layout.root)
+        return experiment.captures[saved.prompt_set][saved.prompt_id]
+
+    def _other_vectors(self, layout: Layout) -> str | None:
+        """The experiment whose vectors were named, where it is another one in the same root."""
+        own = self.vectors
+        return None if own is None or own == layout or own.root != layout.root else own.experiment
+
+    def internals(self, layer: int) -> dict[str, Tensor]:
+        """Everything that a layer computed, under TransformerLens's names; raises `InputError` if it was not captured.
+
+        Patterns are `[n_heads, n_tokens, n_tokens]`, all other activations `[n_tokens, ...]`.
+        """
+        held = () if self.more is None else self.more.wanted.internals
+        if self.more is None or layer not in held:
+            raise InputError(f"no internals of layer {layer} were captured: capture(..., internals=[{layer}])")
+        return internals_view(self.more.cache, layer, None if self.positions.is_all else self.positions)
+
+    @cached_property
+    def _heads(self) -> dict[int, AttentionHeads]:
+        """The patterns that were captured, by layer."""
+        from tlcapture.explore.attention_heads import AttentionHeads
+
+        if self.more is None or not self.more.wanted.attention or not self.positions.is_all:
+            return {}
+        view = attention_view(self.more.cache, self.n_layers)
+        return {
+            layer: AttentionHeads(
+                **self._labels(), layer=layer, patterns=view.patterns[row].float().numpy(), source="the capture"
+            )
+            for row, layer in enumerate(view.layers)
+        }
+
+    def _lens(self) -> LogitLens | None:
+        return None if self.more is None else self.more.lens
 
     @property
     def _captured(self) -> Capture:
@@ -77,6 +168,9 @@ def capture(
     sampling: str = "plain",
     seed: int = 0,
     batch_size: int | None = None,
+    attention: bool = False,
+    logit_lens: bool = False,
+    internals: Iterable[int] | str = (),
     capture_attn: bool = False,
     layers: Iterable[int] = (),
     points: Iterable[str] = (),
@@ -101,6 +195,10 @@ def capture(
         sampling: `plain`, or `checkpoint` to follow the checkpoint's generation config.
         seed: with prompt set and prompt id, it determines the sampled tokens.
         batch_size: how many prompts run together; by default as many as fit in free memory.
+        attention, logit_lens: whether to capture attention patterns of all layers, and the predictions of every layer,
+            rather than to compute them later; `save` writes them.
+        internals: layers of which everything that they compute is captured; `all` takes every layer, with `attention`
+            and `logit_lens`.
         capture_attn: whether to capture `attn_out`, too.
         layers, points: layers and residual points to keep; all by default.
         tokens: tokens of the response to keep: `response`, `last`, `first:N` or `A:B`, a slice as in Python; prompt and
@@ -120,6 +218,8 @@ def capture(
     """
     if max_new_tokens is not None and max_new_tokens < 0:
         raise InputError(f"max_new_tokens is {max_new_tokens}: expected at least 0")
+    if isinstance(internals, str) and internals != ALL_LAYERS:
+        raise InputError(f"internals {internals!r}: expected layers, or {ALL_LAYERS!r}")
     if vectors is not None and not isinstance(vectors, Experiment):
         raise InputError(f"vectors: expected an Experiment, got {type(vectors).__name__}: Experiment({vectors!r})?")
     kept_tokens = None if tokens is None else KeptTokens.parse(tokens)
@@ -149,7 +249,16 @@ def capture(
         _log.warning(not_followed)
     most_tokens = _most_tokens(max_new_tokens, tokenized, runner.n_ctx)
     kept = KeptPoints.of(runner.n_layers, layers, points)
-    hooks = residual_hooks(runner.n_layers, runner.hook_names, attn_out=capture_attn, only=kept)
+    wanted = CaptureOptions(
+        attention=attention,
+        logit_lens=logit_lens,
+        internals=internals if isinstance(internals, str) else tuple(map(index, internals)),
+        capture_attn=capture_attn,
+        layers=kept.layers,
+        points=kept.points,
+        tokens=kept_tokens,
+    ).outputs(runner.n_layers)
+    hooks = wanted.live_hooks(runner)
     for outcome in generate(
         runner, tokenized, hooks=hooks, max_new_tokens=most_tokens, sampling=chosen, batch_size=batch_size
     ):
@@ -166,11 +275,40 @@ def capture(
             kept=kept,
         )
         made = made.only(kept_of(kept_tokens, len(made.prompt.tokens), len(made.tokens)))
+        more = _add_ons(outcome, runner, wanted, save_dtype)
         layout = None if vectors is None else vectors.layout
         if made.lacks_answer:
             name, can_be_off = f"{made.prompt_set}/{made.prompt_id}", has_switch(runner.tokenizer, values)
             _log.warning(no_answer_warning([name], has_switch=can_be_off))
-        yield LiveCapture(made.prompt, made.response, made.metadata, runner, layout, spans=made.spans)
+        yield LiveCapture(made.prompt, made.response, made.metadata, runner, layout, more, spans=made.spans)
+
+
+def _add_ons(outcome: Generation, model: Model, wanted: Outputs, save_dtype: str) -> AddOns | None:
+    """The add-ons of a generation that are wanted, if any; its residual stream is not kept for them."""
+    if not (wanted.needs_pass or wanted.logit_lens):
+        return None
+    lens = None
+    if wanted.logit_lens:
+        n_prompt, n_tokens = len(outcome.prompt.token_ids), len(outcome.token_ids)
+        kept, whole = (kept_of(tokens, n_prompt, n_tokens) for tokens in (wanted.tokens, None))
+        residual = partial(hook, "residual_out")
+        lens = lens_of(model, outcome.token_ids, lambda layer: outcome.cache[residual(layer)], kept, whole)
+    cache = {name: outcome.cache[name] for name in wanted.pass_hooks(model)}
+    return AddOns(wanted, cache, lens, save_dtype)
+
+
+def _layout_of(target: Experiment | str | Path) -> Layout:
+    """The layout of an experiment, given itself, its name or its folder."""
+    if isinstance(target, Experiment):
+        return target.layout
+    if not isinstance(target, str | Path):
+        raise InputError(f"expected an Experiment, its name or its folder, got {type(target).__name__}")
+    path = Path(target)
+    if isinstance(target, str) and len(path.parts) == 1:
+        return Layout(default_root(), target)
+    if path.parent.name != "experiments":
+        raise InputError(f"{path}: not the folder of an experiment: expected .../experiments/NAME, or its name")
+    return Layout(path.parent.parent, path.name)
 
 
 def _most_tokens(asked: int | None, prompts: Sequence[TokenizedPrompt], n_ctx: int) -> int:

@@ -17,6 +17,7 @@ from tlcapture.errors import ModelError
 from tlcapture.models.untaken import listed
 
 CONFIG = "adapter_config.json"
+GIVEN = "adapter"  # a folder in that of a model with an adapter for it, likewise
 BASE = "base"  # a folder in that of an adapter with the model that it is for, as workers of a cluster receive it
 # Options of `from_pretrained` with which transformers does not find an adapter, to inject it without merging.
 NOT_BY_TRANSFORMERS = {"adapter_kwargs": {"subfolder": "merged-by-tlcapture"}}
@@ -59,6 +60,37 @@ def adapter_of(source: str) -> Adapter | None:
     if Path(base).is_absolute() or base.startswith("."):
         raise ModelError(f"{source}: an adapter for the model {base}, which is not there")
     return Adapter(source, f"{base}@{revision}" if revision else base)
+
+
+def given_adapter(folder: str, base: str) -> Adapter:
+    """The adapter in a folder, for a model that is named beside it, whatever model its config names.
+
+    Raises `ModelError` for a folder that does not hold an adapter.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise ModelError(f"adapter {folder!r}: no such folder: expected one with {CONFIG}, as peft saves it")
+    if not (path / CONFIG).is_file():
+        raise ModelError(f"adapter {folder!r}: not an adapter: the folder has no {CONFIG}, with which peft saves one")
+    _named_base(path / CONFIG)
+    return Adapter(str(path), base)
+
+
+def adapter_folder(adapter: str, source: Path | None) -> str:
+    """Where the files of an adapter are: its folder, or one in that of the model where they were sent with it."""
+    sent = None if source is None else source / GIVEN
+    return str(sent) if sent is not None and sent.is_dir() and not Path(adapter).expanduser().is_dir() else adapter
+
+
+def other_base(adapter: Adapter) -> str | None:
+    """The model that an adapter's config names, if that seems to be another than the one it is for."""
+    named, _ = _named_base(Path(adapter.source) / CONFIG)
+    is_same = Path(named).expanduser().resolve() == Path(adapter.base).expanduser().resolve()
+    return None if is_same or _last(named) == _last(adapter.base) else named
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].partition("@")[0].lower()
 
 
 def _named_base(path: Path) -> tuple[str, str | None]:

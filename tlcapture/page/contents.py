@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import orjson
 
+from tlcapture.commands.compare_summary import read_comparisons, summary_of
+from tlcapture.comparison.comparison_files import ComparisonFile
 from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.names import Trait
 from tlcapture.page import missing
@@ -42,6 +44,9 @@ RESOURCES = {
     "attention_token": "{experiment}/sets/{prompt_set}/{prompt_id}/attention/{token}",
     "average": "{experiment}/averages/{prompt_set}/{category}/{name}/{component}",
     "vectors": "{experiment}/vectors/{category}/{name}",
+    "comparisons": "{experiment}/compared",
+    "compared_set": "{experiment}/compared/{other}/{prompt_set}",
+    "comparison": "{experiment}/compared/{other}/{prompt_set}/{prompt_id}",
 }
 _TEXT_AT_THE_START = re.compile(rb'\{\s*"prompt"\s*:\s*\{\s*"text"\s*:\s*("(?:[^"\\]|\\.)*")')
 _HEAD = 2**16
@@ -208,6 +213,28 @@ class Contents:
     def vectors(self, experiment: str, category: str, name: str) -> dict[str, Any]:
         """A trait's vectors with the selected one, their evaluation and steering results."""
         return vectors_of(self._layout(experiment), Trait.parse(f"{category}/{name}"))
+
+    def comparisons(self, experiment: str) -> list[dict[str, Any]]:
+        """What the experiment's prompt sets were compared with."""
+        layout = self._layout(experiment)
+        return [{"other": other, "prompt_set": prompt_set} for other, prompt_set in layout.comparisons()]
+
+    def compared_set(self, experiment: str, other: str, prompt_set: str) -> dict[str, Any]:
+        """The summary of the comparisons of a set, and the names of the compared prompts and samples."""
+        layout = self._layout(experiment)
+        files, problems = read_comparisons(layout, other, prompt_set)
+        if not files:
+            raise missing.comparison(layout, prompt_set)
+        found = summary_of(files, [self.problem(StorageError(each)) for each in problems])
+        return {**found.to_json(), "ids": list(files)}
+
+    def comparison(self, experiment: str, other: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
+        """The comparison of one prompt."""
+        layout = self._layout(experiment)
+        path = layout.comparison(other, prompt_set, prompt_id)
+        if not path.is_file():
+            raise missing.comparison(layout, prompt_set)
+        return ComparisonFile.read(path).model_dump(exclude_unset=True)
 
     def _layout(self, experiment: str) -> Layout:
         layout = Layout(self.root, experiment)

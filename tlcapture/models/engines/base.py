@@ -45,6 +45,7 @@ class Model(ABC):
         hf_config: the Hugging Face config of the checkpoint, or `None`.
         generation_config: the generation config of the checkpoint, or `None`.
         name: the name by which the model was loaded.
+        adapter: the adapter that was merged into its weights, as it was named; `None` without one.
         fingerprint: a hash of the weights.
         n_ctx: the longest supported sequence, in tokens.
         dtype: the dtype of the weights.
@@ -59,6 +60,7 @@ class Model(ABC):
         self.hf_config = hf_config
         self.generation_config = generation_config
         self.name = name
+        self.adapter: str | None = None
         self.fingerprint = fingerprint
         cfg = tl.cfg
         self.n_layers = int(cfg.n_layers)
@@ -71,6 +73,12 @@ class Model(ABC):
         weight = next(iter(tl.parameters()))
         self.dtype: torch.dtype = weight.dtype
         self.device: torch.device = weight.device
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        adapter = f" with adapter {self.adapter!r}" if self.adapter else ""
+        sizes = f"{self.n_layers} layers, d_model {self.d_model}"
+        return f"<model {self.name!r}{adapter} on engine {self.engine}, {self.device}, {dtype}: {sizes}>"
 
     @property
     def last_device(self) -> torch.device:
