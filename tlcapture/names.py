@@ -4,7 +4,7 @@ A safe name can only mean a file directly inside the folder it is joined to: let
 `-`, not starting with `.` or `-`, at most 128 characters.
 
 A prompt set may lie in subfolders: its name is a path of safe names, `general/mine`. A prompt's id is a safe name, or
-a number, whose digits are one.
+a number, whose digits are one. The captures of a variant of a prompt set are a set of their own, `general/mine@lora`.
 
     >>> check_name("my_exp", "experiment")
     'my_exp'
@@ -56,6 +56,38 @@ def check_prompt_set(name: str) -> str:
             f"name of a folder (at most {_LONGEST}, in at most {MOST_FOLDERS} parts, not starting with '.' or '-')"
         )
     return name
+
+
+def is_capture_set(name: str) -> bool:
+    """Whether `name` is that of a prompt set, or of a variant of one: `SET` or `SET@VARIANT`."""
+    prompt_set, at, variant = name.partition("@")
+    return is_prompt_set(prompt_set) and (not at or is_safe_name(variant))
+
+
+def check_capture_set(name: str) -> str:
+    """Return the name of a prompt set or of a variant of one, or raise `InputError`."""
+    if not isinstance(name, str):
+        return check_prompt_set(name)
+    prompt_set, at, variant = name.partition("@")
+    check_prompt_set(prompt_set)
+    if at:
+        check_name(variant, "variant")
+    return name
+
+
+def base_set(name: str) -> str:
+    """The prompt set of `SET` or `SET@VARIANT`."""
+    return name.partition("@")[0]
+
+
+def variant_of(name: str) -> str | None:
+    """The variant of `SET@VARIANT`; `None` for a prompt set itself."""
+    return name.partition("@")[2] or None
+
+
+def of_variant(prompt_set: str, variant: str | None) -> str:
+    """The name of the captures of a prompt set under a variant: `SET`, or `SET@VARIANT`."""
+    return prompt_set if variant is None else f"{prompt_set}@{variant}"
 
 
 def prompt_id_problem(value: object) -> str | None:

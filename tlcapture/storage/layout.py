@@ -10,6 +10,7 @@
                                   steering/{category}/{trait}/
                                   runs/{time}-{command}-{process}.json
 
+Below `inference/` and `analysis/`, a variant of a prompt set has the folder `{prompt_set}@{variant}` beside it.
 Prompt sets and trait examples that a root's `datasets/` does not have are looked up in the installed package.
 """
 
@@ -27,9 +28,11 @@ from tlcapture.names import (
     MOST_FOLDERS,
     PromptId,
     Trait,
+    check_capture_set,
     check_name,
     check_prompt_set,
     file_name,
+    is_capture_set,
     is_prompt_set,
     is_safe_name,
 )
@@ -239,7 +242,7 @@ class Layout:
     def _prompt_set_folders(self, folder: Path) -> Iterator[tuple[str, Path]]:
         """The folders below a folder that may hold files of a prompt set, by its name; none behind links out."""
         for name, path in subfolders(folder):
-            if is_prompt_set(name[:-1]) and self._leads_out(path) is None:
+            if is_capture_set(name[:-1]) and self._leads_out(path) is None:
                 yield name[:-1], path
 
     def _streams(self) -> Iterator[tuple[Trait, str, Path]]:
@@ -259,7 +262,7 @@ class Layout:
         if prompt_set is None:
             found = self._prompt_set_folders(stream)
         else:
-            folder = stream / check_prompt_set(prompt_set)
+            folder = stream / check_capture_set(prompt_set)
             found = iter([(prompt_set, folder)] if self._leads_out(folder) is None else [])
         yield from ((name, folder) for name, folder in found if any(folder.glob("*.json")))
 
@@ -296,11 +299,11 @@ class Layout:
         """The projection file of a prompt onto a trait's vector; `component` is `residual` or `attn_out`."""
         folder = self.folder / "inference" / trait.category / trait.name / STREAM_FOLDERS[component]
         name = f"{file_name(prompt_id)}.json"
-        return self.own(folder / check_prompt_set(prompt_set) / name)
+        return self.own(folder / check_capture_set(prompt_set) / name)
 
     def all_projections(self, prompt_set: str, prompt_id: PromptId) -> list[Path]:
         """The existing projection files of a prompt, for all traits and components, sorted."""
-        check_prompt_set(prompt_set)
+        check_capture_set(prompt_set)
         name = f"{file_name(prompt_id)}.json"
         inference = self.folder / "inference"
         places = (
@@ -340,10 +343,10 @@ class Layout:
     # -- parts ------------------------------------------------------------------------------------
 
     def _raw(self, kind: str, prompt_set: str) -> Path:
-        return self.folder / "inference" / "raw" / kind / check_prompt_set(prompt_set)
+        return self.folder / "inference" / "raw" / kind / check_capture_set(prompt_set)
 
     def _analysis(self, prompt_set: str) -> Path:
-        return self.folder / "analysis" / "per_token" / check_prompt_set(prompt_set)
+        return self.folder / "analysis" / "per_token" / check_capture_set(prompt_set)
 
 
 @dataclass(frozen=True)
