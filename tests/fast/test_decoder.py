@@ -14,7 +14,7 @@ from torch import Tensor
 from tests import tiny
 from tests.fast.test_forward import steps
 from tests.test_parity import as_prompt, random_ids, relative
-from tlcapture.generation.interventions import Steer
+from tlcapture.generation.interventions import Add
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Generation
 from tlcapture.generation.sampling import GREEDY, Sampling
@@ -216,7 +216,7 @@ def test_what_an_earlier_batch_left_does_not_reach_a_later_one(
 
 def test_steering_and_hooks_are_run_for_the_rows_of_the_batch(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     model, rows = model_of(), []
-    steer = Steer(1, torch.linspace(-1, 1, tiny.D_MODEL))
+    steer = Add(layer=1, addend=torch.linspace(-1, 1, tiny.D_MODEL))
 
     def see(activation: Tensor, hook: Any) -> None:
         rows.append(len(activation))

@@ -161,7 +161,7 @@ def remove_stale(layout: Layout, capture: Capture) -> Sequence[Path]:
 
     A raw file of the prompt that cannot be read is removed too. Returns the paths of the removed files.
     """
-    raw = layout.residual(capture.prompt_set, capture.prompt_id)
+    raw = layout.residual(capture.capture_set, capture.prompt_id)
     unreadable = [raw] if raw.is_file() and saved_capture(raw, overwrite=True) is None else []
     before = CaptureRecord.find(layout, capture.prompt_set, capture.prompt_id)
     if not unreadable and before is not None and before.is_like(capture):

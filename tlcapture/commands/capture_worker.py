@@ -351,7 +351,7 @@ class CaptureWorker:
             levels = self._levels.reporting_to(run)
             project_capture(run, capture, chosen, levels, only=only, overwrite=overwrite, kept=kept, scores=scores)
             return
-        raw = self.layout.residual(capture.prompt_set, capture.prompt_id)
+        raw = self.layout.residual(capture.capture_set, capture.prompt_id)
         done, error = self._processes.call(
             ProjectionTask.do, ProjectionTask(self.layout, raw, chosen, scores, overwrite)
         )

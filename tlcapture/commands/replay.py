@@ -36,10 +36,9 @@ def check_replayable(capture: Capture, wanted: Outputs, model: Model) -> None:
 
 
 def as_prompt(capture: Capture, prompt_id: PromptId) -> TokenizedPrompt:
-    """Prompt and response of a capture as one prompt, to which no response is generated."""
-    text = capture.prompt.text + capture.response.text
-    ids = tuple(capture.token_ids)
-    return TokenizedPrompt(capture.prompt_set, prompt_id, text, text, ids, None, chat_template=False)
+    """The prompt of a capture, with its response as a given one."""
+    text, ids, given = capture.prompt.text, tuple(capture.prompt.token_ids), tuple(capture.response.token_ids)
+    return TokenizedPrompt(capture.prompt_set, prompt_id, text, text, ids, None, chat_template=False, given=given)
 
 
 def replayed(

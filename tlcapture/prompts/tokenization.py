@@ -46,6 +46,7 @@ class TokenizedPrompt:
         spans: which tokens are which turn, and which the template's.
         opening: the end of the rendered text, after the last message that is not the assistant's.
         thinks: whether a response is expected to begin with thinking.
+        given: the token ids of a response that is read rather than generated; `None` if one is generated.
     """
 
     prompt_set: str
@@ -63,6 +64,12 @@ class TokenizedPrompt:
     spans: tuple[TokenSpan, ...] = ()
     opening: str = ""
     thinks: bool = False
+    given: tuple[int, ...] | None = None
+
+    @property
+    def read_ids(self) -> tuple[int, ...]:
+        """The tokens that are read: those of the prompt, and of a given response."""
+        return self.token_ids + (self.given or ())
 
 
 @dataclass(frozen=True)
