@@ -284,7 +284,8 @@ def test_a_named_adapter_of_the_same_model_is_merged_without_a_warning(
 def test_an_adapter_scaled_to_zero_leaves_the_weights_as_they_are(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base")
     folder = write_adapter(tmp_path / "lora", str(base), zero_lora())
-    assert load_model(str(base), adapter=folder).fingerprint == load_model(str(base)).fingerprint
+    merged = load_model(str(base), adapter=folder)
+    assert merged.fingerprint == merged.adapted["base_fingerprint"] == load_model(str(base)).fingerprint
 
 
 @needs_peft

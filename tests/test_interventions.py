@@ -118,7 +118,9 @@ def test_interventions_at_one_layer_act_in_the_order_given(engine: str) -> None:
 def test_given_responses_are_read_with_and_without_interventions(engine: str, batch_size: int) -> None:
     model, add = tiny.model("llama", engine), Add(layer=1, addend=ADDEND, where=FIRST_2)
     steered = {each.prompt.id: each for each in run(model, [add], batch_size)}
-    given = [replace(each.prompt, given=each.response_ids[: 1 + number]) for number, each in enumerate(steered.values())]
+    given = [
+        replace(each.prompt, given=each.response_ids[: 1 + number]) for number, each in enumerate(steered.values())
+    ]
     options: Any = {"hooks": POINTS, "batch_size": batch_size}
     for plain, again in zip(generate(model, given, **options), generate(model, given, interventions=[add], **options)):
         before = steered[again.prompt.id]

@@ -24,7 +24,7 @@ def model_record(model: Model) -> dict[str, Any]:
         "weight_processing": RAW,
         "model_fingerprint": model.fingerprint,
         "model_revision": model.revision,
-        **({} if model.adapter is None else {"adapter": model.adapter}),
+        **model.adapted,
         "layer_convention": LAYERS,
         "tlcapture_version": __version__,
     }

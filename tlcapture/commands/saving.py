@@ -80,7 +80,7 @@ def _free_id(layout: Layout, capture: Capture) -> int | str:
     return numbered_on(layout, PromptSet(name=ADHOC, prompts=[prompt])).prompts[0].id
 
 
-def _write(run: Run, capture: Capture, whole: Capture, model: Model, more: AddOns | None, choice: VectorChoice) -> None:
+def _write(run: Run, capture: Capture, model: Model, more: AddOns | None, choice: VectorChoice) -> None:
     layout, where = run.layout, (capture.prompt_set, capture.prompt_id)
     saved_capture(layout.residual(*where), overwrite=False, advice="move it")
     for path in derived_files(layout, *where):

@@ -38,6 +38,7 @@ class LoadedUnembeddings:
 
     def _model(self, metadata: Mapping[str, Any]) -> Model:
         wanted = _wanted(metadata)
+        wanted = wanted.of_base if wanted.has_unembedding_of_base else wanted
         if wanted not in self._models:
             self._run.line(
                 f"loading the unembedding of {wanted.name}" + (" with its adapter" if wanted.adapter else "")
@@ -54,5 +55,5 @@ def _wanted(metadata: Mapping[str, Any]) -> WantedModel:
             f"a capture from {name!r}, a model that tlcapture did not load, cannot have its next-token distributions "
             "computed: leave them out with --no-kl"
         )
-    adapter = metadata.get("adapter")
-    return WantedModel(name, None if adapter is None else str(adapter), str(fingerprint), str(engine), str(dtype))
+    own = {name: metadata.get(name) for name in ("adapter", "base_fingerprint", "adapter_digest")}
+    return WantedModel(name, str(fingerprint), str(engine), str(dtype), **own)

@@ -171,9 +171,17 @@ class Batch:
             width = n_numbers(logits.shape[-1])
             self._noise = GumbelNoise(starts, width, self._settings.max_new_tokens, logits.device, self._n_new)
         choice = choose_tokens(logits, temperature, None if self._noise is None else self._noise.next())
-        self._processors.append(choice.tokens)
+        tokens = self._forced(choice.tokens)
+        self._processors.append(tokens)
         self._n_new += 1
-        return choice.tokens, Download(torch.where(choice.is_finite, choice.tokens, -1))
+        return tokens, Download(torch.where(choice.is_finite, tokens, -1))
+
+    def _forced(self, chosen: NextTokens) -> NextTokens:
+        """The next tokens of responses that are forced, in place of those chosen; all responses of a batch are."""
+        forced = [self.prompts[index].forced for index in self._running]
+        if forced[0] is None:
+            return chosen
+        return upload([response[self._n_new] for response in forced if response is not None], chosen.device)
 
     def _read_choice(self, tokens: Sequence[int], on_tokens: Callable[[Sequence[int]], None]) -> Ended:
         """Extend the responses; the prompts that have ended, first those without a token."""
@@ -187,6 +195,9 @@ class Batch:
         return failed | {index: reason for index, reason in reasons.items() if reason is not None}
 
     def _stop_reason(self, index: int) -> str | None:
+        forced = self.prompts[index].forced
+        if forced is not None:
+            return GIVEN if len(self._responses[index]) >= len(forced) else None
         stops = self._stops[self.prompts[index].chat_template]
         return stop_reason(self._responses[index], stops, self._settings.max_new_tokens)
 

@@ -48,7 +48,8 @@ def generate(
 ) -> Iterator[Outcome]:
     """Run prompts and yield an outcome for each, in the order in which they finish.
 
-    Prompts whose responses are `given` are read with them, and nothing is generated.
+    Prompts whose responses are `given` are read with them, and nothing is generated. Responses that are `forced` are
+    run token by token, in the batches in which they would be generated.
 
     Args:
         hooks: names of the activations to capture; those of one shape are kept in one buffer, in
@@ -65,9 +66,10 @@ def generate(
     Raises:
         InputError: the activations of a hook are not stored token by token.
         ValueError: an intervention changes rows differently; prompts are sorted into batches here. Or responses are
-            given to some prompts only.
+            given to some prompts only, or forced on some, or forced ones are empty or longer than `max_new_tokens`.
     """
     check_hooks(hooks)
+    _check_forced(prompts, max_new_tokens)
     are_given = {prompt.given is not None for prompt in prompts}
     if len(are_given) > 1:
         raise ValueError("expected a given response for each prompt, or for none")
@@ -225,11 +227,19 @@ class _InFlight:
                 return
 
 
+def _check_forced(prompts: Sequence[TokenizedPrompt], max_new_tokens: int) -> None:
+    """Raise `ValueError` for forced responses that cannot run together."""
+    lengths = [len(prompt.forced) for prompt in prompts if prompt.forced is not None]
+    if lengths and (len(lengths) < len(prompts) or not 0 < min(lengths) <= max(lengths) <= max_new_tokens):
+        raise ValueError("expected a forced response of 1 to max_new_tokens tokens for each prompt, or for none")
+
+
 def _unfit(model: Model, prompt: TokenizedPrompt, max_new_tokens: int) -> str | None:
     """Why a model cannot run a prompt; `None` if it can."""
-    length = len(prompt.read_ids)
+    length, forced = len(prompt.read_ids), prompt.forced or ()
+    max_new_tokens = max_new_tokens if prompt.forced is None else len(forced)
     if length + max_new_tokens <= model.n_ctx:
-        return unknown_token(model.tokenizer, prompt.read_ids, model.d_vocab)
+        return unknown_token(model.tokenizer, (*prompt.read_ids, *forced), model.d_vocab)
     return (
         f"does not fit: {length} prompt tokens and {max_new_tokens} new ones are more than the model's context of "
         f"{model.n_ctx}; shorten the prompt or lower --max-new-tokens"

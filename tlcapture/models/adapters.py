@@ -6,8 +6,10 @@ that it adapts; without them, the adapter's config names them. peft is imported 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ BASE = "base"  # a folder in that of an adapter with the model that it is for, a
 # Options of `from_pretrained` with which transformers does not find an adapter, to inject it without merging.
 NOT_BY_TRANSFORMERS = {"adapter_kwargs": {"subfolder": "merged-by-tlcapture"}}
 _WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")
+_IN_A_LAYER = re.compile(r"\.\d+\.")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -74,6 +77,26 @@ def given_adapter(folder: str, base: str) -> Adapter:
         raise ModelError(f"adapter {folder!r}: not an adapter: the folder has no {CONFIG}, with which peft saves one")
     _named_base(path / CONFIG)
     return Adapter(str(path), base)
+
+
+def digest_of(adapter: Adapter) -> str:
+    """16 hex digits that identify an adapter: a hash of its config and weights."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(Path(adapter.source).glob("adapter_*")):
+        if path.is_file():
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def is_within_layers(adapter: Adapter) -> bool:
+    """Whether all weights of an adapter are of numbered layers: none of embedding, final norm or unembedding."""
+    from safetensors import safe_open
+
+    path = Path(adapter.source) / "adapter_model.safetensors"
+    if not path.is_file():
+        return False
+    with safe_open(path, framework="pt") as opened:
+        return all(_IN_A_LAYER.search(name) for name in opened.keys())  # noqa: SIM118  not a mapping
 
 
 def adapter_folder(adapter: str, source: Path | None) -> str:

@@ -21,7 +21,7 @@ import torch
 
 from tlcapture.errors import ModelError
 from tlcapture.models import embedded
-from tlcapture.models.adapters import Adapter, given_adapter, merged, other_base
+from tlcapture.models.adapters import Adapter, digest_of, given_adapter, merged, other_base
 from tlcapture.models.checkpoints import (
     cast,
     fetch_config,
@@ -162,7 +162,10 @@ def _load(
         chosen = pick_engine(name, engine, config)
         tokenizer = fetch_tokenizer(name, source if adapter is None else adapter.tokenizer_source)
         whole = fetch_weights(name, source, n_devices=n_devices if chosen == "bridge" else 1, warn=warn)
-        if adapter is not None:
+        origin: dict[str, str] = {}
+        if adapter is not None and sources.adapter is not None:
+            before = fingerprint(text_model_of(whole))
+            origin = {"adapter": sources.adapter, "adapter_digest": digest_of(adapter), "base_fingerprint": before}
             whole = _adapted(whole, adapter, name, warn)
         model = text_model_of(whole)
         model.config._commit_hash = commit_of(source)
@@ -176,7 +179,7 @@ def _load(
         loaded = from_hugging_face(
             model, tokenizer, name=name, engine=chosen, checkpoint_fingerprint=checkpoint_fingerprint, **where
         )
-        loaded.adapter = sources.adapter
+        loaded.adapted = origin
         if reference is not None:
             quick_check(loaded, reference)
             passed.remember()

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from tlcapture.errors import ModelError
-from tlcapture.models.adapters import adapter_of
+from tlcapture.models.adapters import adapter_of, digest_of, given_adapter, is_within_layers
 from tlcapture.models.checkpoints import cast, fetch, fetch_tokenizer, fingerprint_of, quiet_loading
 from tlcapture.models.engines.base import Model
 from tlcapture.models.loading import DTYPES, from_hugging_face, load_model, pick_device
@@ -31,13 +32,35 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 @dataclass(frozen=True)
 class WantedModel:
-    """The model of a capture: its name, adapter, fingerprint, engine and dtype."""
+    """The model of a capture: its name, fingerprint, engine and dtype, and its adapter, if it has one.
+
+    `base_fingerprint` and `adapter_digest` identify the weights without the adapter, and the adapter.
+    """
 
     name: str
-    adapter: str | None
     fingerprint: str
     engine: str
     dtype: str
+    adapter: str | None = None
+    base_fingerprint: str | None = None
+    adapter_digest: str | None = None
+
+    @property
+    def of_base(self) -> WantedModel:
+        """The model without its adapter."""
+        assert self.base_fingerprint is not None
+        return WantedModel(self.name, self.base_fingerprint, self.engine, self.dtype)
+
+    @property
+    def has_unembedding_of_base(self) -> bool:
+        """Whether the adapter is the one that was captured, and changes numbered layers alone."""
+        if self.adapter is None or self.base_fingerprint is None:
+            return False
+        try:
+            adapter = given_adapter(self.adapter, self.name)
+            return digest_of(adapter) == self.adapter_digest and is_within_layers(adapter)
+        except (ModelError, OSError, SafetensorError):
+            return False
 
 
 def load_unembedding(wanted: WantedModel, device: str = "auto") -> Model:
@@ -45,6 +68,8 @@ def load_unembedding(wanted: WantedModel, device: str = "auto") -> Model:
 
     Raises `ModelError` if the model cannot be loaded, or is another one now.
     """
+    if wanted.has_unembedding_of_base:
+        return load_unembedding(wanted.of_base, device)
     found = None if wanted.adapter else _with_one_layer(wanted, device)
     if found is None:
         options: dict[str, Any] = {} if wanted.adapter is None else {"adapter": wanted.adapter}

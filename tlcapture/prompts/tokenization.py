@@ -47,6 +47,7 @@ class TokenizedPrompt:
         opening: the end of the rendered text, after the last message that is not the assistant's.
         thinks: whether a response is expected to begin with thinking.
         given: the token ids of a response that is read rather than generated; `None` if one is generated.
+        forced: those of a response that is run token by token, as if it were being generated; `None` for any other.
     """
 
     prompt_set: str
@@ -65,6 +66,7 @@ class TokenizedPrompt:
     opening: str = ""
     thinks: bool = False
     given: tuple[int, ...] | None = None
+    forced: tuple[int, ...] | None = None
 
     @property
     def read_ids(self) -> tuple[int, ...]:
