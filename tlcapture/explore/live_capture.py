@@ -11,7 +11,7 @@ for cap in capture(model, ["What is a lighthouse for?"], max_new_tokens=20):
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,8 +20,16 @@ from tlcapture.captures.capture import Capture
 from tlcapture.captures.from_generation import capture_of
 from tlcapture.captures.provenance import no_answer_warning
 from tlcapture.errors import InputError
+from tlcapture.explore.applied_interventions import NO_INTERVENTIONS, AppliedInterventions
 from tlcapture.explore.experiment import Experiment
 from tlcapture.explore.explorable_capture import ExplorableCapture
+from tlcapture.explore.live_interventions import (
+    Hook,
+    given_captures,
+    live_interventions,
+    of_the_same_tokens,
+    prompt_of_capture,
+)
 from tlcapture.generation.checkpoint_sampling import asked_sampling, sampling_for, unfollowed
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure
@@ -36,6 +44,7 @@ from tlcapture.prompts.thinking import THINKING_TOKENS
 from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.validation import first_problem
+from tlcapture.traits.interventions import TraitIntervention
 from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.kept_tokens import KeptTokens, kept_of
 from tlcapture.views.residual import residual_hooks
@@ -52,10 +61,12 @@ class LiveCapture(Capture, ExplorableCapture):
     Attributes:
         model: the model that was captured.
         vectors: the experiment whose vectors are used by default, if any.
+        applied: what was done to the model meanwhile.
     """
 
     model: Model
     vectors: Layout | None = None
+    applied: AppliedInterventions = field(default=NO_INTERVENTIONS, kw_only=True)
 
     @property
     def _captured(self) -> Capture:
@@ -66,6 +77,9 @@ class LiveCapture(Capture, ExplorableCapture):
 
     def _model(self) -> Model:
         return self.model
+
+    def _applied(self) -> AppliedInterventions:
+        return self.applied
 
 
 def capture(
@@ -87,6 +101,9 @@ def capture(
     thinking: str | None = None,
     template_args: Mapping[str, Any] = NO_ARGS,
     vectors: Experiment | None = None,
+    interventions: Iterable[TraitIntervention] = (),
+    hooks: Iterable[Hook] = (),
+    variant: str | None = None,
 ) -> Iterator[LiveCapture]:
     """Generate from prompts and yield a `LiveCapture` for each as soon as its response is complete.
 
@@ -94,7 +111,8 @@ def capture(
         model: a model that `load_model` returns, a name that it accepts, or an unprocessed HookedTransformer or
             TransformerBridge.
         prompts: a text, a conversation (a list of messages `{"role": ..., "content": ...}`), several of them, or a
-            prompt set. They become prompts 1, 2, ... of the set `adhoc`.
+            prompt set. They become prompts 1, 2, ... of the set `adhoc`. Or captures, live or saved: their tokens run
+            again, as one pass, and nothing is generated.
         max_new_tokens: the maximum length of a response, in tokens; by default 50, or 1,024 where the chat template
             makes the model think.
         temperature: 0 is greedy; by default 0.7, or the checkpoint's own with `sampling="checkpoint"`.
@@ -110,7 +128,11 @@ def capture(
         chat_template: whether to apply the chat template; by default if the tokenizer has one.
         thinking: `on` or `off` where the chat template has a switch for thinking.
         template_args: other values for the chat template.
-        vectors: the experiment whose vectors the captures are projected onto by default.
+        vectors: the experiment whose vectors interventions are along, and captures are projected onto by default.
+        interventions: `Steer(...)`, `Ablate(...)` and `Cap(...)`, applied in this order at each layer.
+        hooks: pairs of a hook's name, or of a function that chooses names, and a TransformerLens hook function, which
+            every pass calls before the interventions. They are recorded by name.
+        variant: the name of the variant that the captures are of; by default made of the interventions, if any.
 
     Raises:
         InputError: an argument is invalid, or a prompt does not fit the model's context.
@@ -125,33 +147,29 @@ def capture(
     kept_tokens = None if tokens is None else KeptTokens.parse(tokens)
     asked = asked_sampling(sampling, temperature, seed)
     runner = as_model(model)
-    prompt_set = _as_prompt_set(prompts)
+    sources = given_captures(prompts)
     values = all_template_args(runner.tokenizer, thinking, template_args, chat_template=chat_template)
-    tokenized = [
-        replace(
-            tokenize(
-                runner.tokenizer,
-                prompt.text,
-                prompt_set=prompt_set.name,
-                prompt_id=prompt.id,
-                system_prompt=prompt_set.system_prompt_of(prompt, system_prompt),
-                chat_template=chat_template,
-                messages=prompt.messages,
-                template_args=values,
-            ),
-            fields=prompt.fields,
-        )
-        for prompt in prompt_set.prompts
-    ]
+    if sources is None:
+        tokenized = _tokenized(runner, _as_prompt_set(prompts), system_prompt, chat_template, values)
+    else:
+        tokenized = [prompt_of_capture(runner, each) for each in sources]
     chosen = sampling_for(asked, runner)
     not_followed = unfollowed(chosen, runner)
     if not_followed is not None:
         _log.warning(not_followed)
     most_tokens = _most_tokens(max_new_tokens, tokenized, runner.n_ctx)
     kept = KeptPoints.of(runner.n_layers, layers, points)
-    hooks = residual_hooks(runner.n_layers, runner.hook_names, attn_out=capture_attn, only=kept)
+    layout = None if vectors is None else vectors.layout
+    applied = live_interventions(runner, interventions, hooks, layout, tokenized, batch_size)
     for outcome in generate(
-        runner, tokenized, hooks=hooks, max_new_tokens=most_tokens, sampling=chosen, batch_size=batch_size
+        runner,
+        tokenized,
+        hooks=residual_hooks(runner.n_layers, runner.hook_names, attn_out=capture_attn, only=kept),
+        max_new_tokens=most_tokens,
+        sampling=chosen,
+        interventions=applied.changes(),
+        own_hooks=applied.hooks,
+        batch_size=batch_size,
     ):
         if isinstance(outcome, Failure):
             raise outcome.error(f"prompt {outcome.prompt.prompt_set}/{outcome.prompt.id}: {outcome.reason}")
@@ -164,13 +182,41 @@ def capture(
             attn_out=capture_attn,
             save_dtype=save_dtype,
             kept=kept,
+            variant=applied.variant(variant),
+            interventions=applied.records,
         )
+        if sources is not None:
+            made = of_the_same_tokens(made, sources[tokenized.index(outcome.prompt)])
         made = made.only(kept_of(kept_tokens, len(made.prompt.tokens), len(made.tokens)))
-        layout = None if vectors is None else vectors.layout
         if made.lacks_answer:
             name, can_be_off = f"{made.prompt_set}/{made.prompt_id}", has_switch(runner.tokenizer, values)
             _log.warning(no_answer_warning([name], has_switch=can_be_off))
-        yield LiveCapture(made.prompt, made.response, made.metadata, runner, layout, spans=made.spans)
+        yield LiveCapture(made.prompt, made.response, made.metadata, runner, layout, spans=made.spans, applied=applied)
+
+
+def _tokenized(
+    model: Model,
+    prompt_set: PromptSet,
+    system_prompt: str | None,
+    chat_template: bool | None,
+    template_args: Mapping[str, Any],
+) -> list[TokenizedPrompt]:
+    return [
+        replace(
+            tokenize(
+                model.tokenizer,
+                prompt.text,
+                prompt_set=prompt_set.name,
+                prompt_id=prompt.id,
+                system_prompt=prompt_set.system_prompt_of(prompt, system_prompt),
+                chat_template=chat_template,
+                messages=prompt.messages,
+                template_args=template_args,
+            ),
+            fields=prompt.fields,
+        )
+        for prompt in prompt_set.prompts
+    ]
 
 
 def _most_tokens(asked: int | None, prompts: Sequence[TokenizedPrompt], n_ctx: int) -> int:

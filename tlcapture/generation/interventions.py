@@ -118,7 +118,9 @@ def _less(activation: Tensor, direction: Vector, excess: Callable[[Tensor], Tens
 
 
 @contextmanager
-def applied(model: Model, interventions: Sequence[Intervention], positions: Positions = ALL_POSITIONS) -> Iterator[None]:
+def applied(
+    model: Model, interventions: Sequence[Intervention], positions: Positions = ALL_POSITIONS
+) -> Iterator[None]:
     """Within the context, change the activations at `positions` of every forward pass; hooks of the user stay."""
     with acting(model, [(each, positions) for each in interventions]):
         yield
