@@ -23,7 +23,6 @@ from tlcapture.generation.sampling import GIVEN, Choice, Sampling
 from tlcapture.generation.thinking_rows import thinking_rows, thinking_tokens
 from tlcapture.generation.where import EVERYWHERE, FROM_LAST_PROMPT_TOKEN, PROMPT, RESPONSE, THINKING, Where
 
-
 LENGTHS = (17, 9, 4, 1)
 N_NEW = 6
 POINTS = [f"blocks.{layer}.hook_resid_post" for layer in range(tiny.N_LAYERS)]
@@ -38,7 +37,7 @@ WHERES = {
     FIRST_2: lambda token, n_prompt: n_prompt <= token < n_prompt + 2,
 }
 each_where = pytest.mark.parametrize("where", WHERES, ids=str)
-each_engine = pytest.mark.parametrize("engine", (*tiny.ENGINES, *(["plain"] if "hooked" in tiny.ENGINES else [])))
+each_engine = pytest.mark.parametrize("engine", [*tiny.ENGINES, *(["plain"] if "hooked" in tiny.ENGINES else [])])
 each_batch_size = pytest.mark.parametrize("batch_size", [1, 4])
 
 
@@ -122,7 +121,8 @@ def test_given_responses_are_read_with_and_without_interventions(engine: str, ba
         replace(each.prompt, given=each.response_ids[: 1 + number]) for number, each in enumerate(steered.values())
     ]
     options: Any = {"hooks": POINTS, "batch_size": batch_size}
-    for plain, again in zip(generate(model, given, **options), generate(model, given, interventions=[add], **options)):
+    both = [list(generate(model, given, interventions=changes, **options)) for changes in ([], [add])]
+    for plain, again in zip(*both, strict=True):
         before = steered[again.prompt.id]
         assert again.stop_reason == plain.stop_reason == GIVEN and again.response_ids == again.prompt.given
         for point in POINTS:
@@ -143,14 +143,14 @@ def test_own_hooks_are_called_in_every_pass_before_the_interventions(engine: str
     model, seen = tiny.model("llama", engine), []
 
     def double(activation: Tensor, hook: Any) -> Tensor:
-        seen.append(hook.name)
+        seen.append(len(activation))
         return 2 * activation
 
     for outcome in run(model, [Add(layer=1, addend=ADDEND)], own_hooks=[(POINTS[1], double)]):
         plain = teacher_force(model, outcome.token_ids, POINTS)[POINTS[1]]
         expected = 2 * plain + acts(FROM_LAST_PROMPT_TOKEN, outcome)[:, None] * ADDEND
         torch.testing.assert_close(outcome.cache[POINTS[1]], expected, atol=4e-5, rtol=1e-4)
-    assert set(seen) == {POINTS[1]}
+    assert len(seen) >= 1 + N_NEW
 
 
 # -- thinking -------------------------------------------------------------------------------------
@@ -184,9 +184,8 @@ def test_rows_are_followed_on_the_device_as_by_their_text(are_tokens: bool) -> N
     tokenizer = thinking_tokenizer("<hm>", "</hm>", are_tokens=are_tokens)
     generator = torch.Generator().manual_seed(2)
     vocabulary = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("<hm>", "</hm>", "a", "b\n", "ä")]
-    rows = [
-        sum((vocabulary[int(i)] for i in torch.randint(0, 5, (40,), generator=generator)), [])[:60] for _ in range(5)
-    ]
+    drawn = torch.randint(0, 5, (5, 40), generator=generator).tolist()
+    rows = [[token for number in each for token in vocabulary[number]] for each in drawn]
     openings = ["", "<hm>", "a<hm>b</hm>", "<hm>x", ""]
     length = min(map(len, rows))
     rows = [row[:length] for row in rows]
@@ -216,7 +215,8 @@ def test_an_intervention_on_thinking_acts_at_its_tokens(
     else:
         texts = ["<h>ab</h>cd", "ab</h>c<h>d"]
         scripts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        inside = [[int(each) for each in thinking_tokens(tokenizer, *pair)] for pair in zip(("", "<h>"), scripts)]
+        pairs = zip(("", "<h>"), scripts, strict=True)
+        inside = [[int(each) for each in thinking_tokens(tokenizer, *pair)] for pair in pairs]
     monkeypatch.setattr(model, "tokenizer", tokenizer)
     prompts = [
         replace(as_prompt(random_ids(7, seed=1), "0"), opening=""),

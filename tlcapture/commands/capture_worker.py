@@ -7,11 +7,13 @@ its stored activations, which are rounded, so that the files are those of an uni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import torch
 
@@ -30,13 +32,14 @@ from tlcapture.commands.projections import (
     report_choice,
     without_projection,
 )
-from tlcapture.commands.replay import as_prompt, check_replayable, replayed
+from tlcapture.commands.replay import Pass, as_prompt, check_replayable, replayed
 from tlcapture.errors import InputError, OutOfMemoryError
 from tlcapture.generation.checkpoint_sampling import sampling_for, unfollowed
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure, Generation
 from tlcapture.generation.recording import n_bytes_of
 from tlcapture.generation.sampling import Sampling
+from tlcapture.generation.typical_norms import NORMS_MEASURED, norms_over_prompts
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import is_out_of_memory, release_memory
 from tlcapture.models.streams import own_stream
@@ -51,6 +54,7 @@ from tlcapture.storage.files import remove, write_bytes
 from tlcapture.storage.layout import derived_files
 from tlcapture.traits.choice import ChosenVector, ChosenVectors, VectorChooser
 from tlcapture.traits.projection import scores_of
+from tlcapture.traits.resolved_interventions import ResolvedIntervention, of_records
 from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import hook
 from tlcapture.views.kept_tokens import Positions, kept_of
@@ -77,6 +81,7 @@ class CaptureWorker:
         self._lock = Lock()  # for what the threads of the writer share
         self._removed: list[Path] = []
         self._unanswered: list[str] = []
+        self._again: dict[str, tuple[ResolvedIntervention, ...]] = {}  # by their records
 
     @cached_property
     def model(self) -> Model:
@@ -96,7 +101,7 @@ class CaptureWorker:
             finally:
                 self.run.removed(self._removed)
                 if self._unanswered:  # which threads found in any order
-                    named = [f"{each.prompt_set}/{each.id}" for each in task.batched]
+                    named = [f"{task.capture_set}/{each.id}" for each in task.batched]
                     can_be_off = has_switch(self.model.tokenizer, task.batched[0].template_args)
                     self.run.warn(no_answer_warning(sorted(self._unanswered, key=named.index), has_switch=can_be_off))
                 self._removed, self._unanswered = [], []
@@ -130,11 +135,13 @@ class CaptureWorker:
                 self.run.warn(dropped_warning(prompt.dropped))
         if options.projections_only:
             self._check_vectors(wanted)
+        resolved = self._with_norms(task)
+        records = [each.record for each in resolved]
         total = len(task.fresh) * max_new_tokens
         if options.project and wanted.raw and wanted.tokens is None:  # see `_project_onto`
             self._processes.announce(len(task.fresh))
         with (
-            self.run.progress(total, task.prompt_set.name, "token") as progress,
+            self.run.progress(total, task.capture_set, "token") as progress,
             BackgroundWriter(self.run, alone=not self._processes.are_started) as writer,
         ):
 
@@ -150,10 +157,11 @@ class CaptureWorker:
                 hooks=wanted.live_hooks(model),
                 max_new_tokens=max_new_tokens,
                 sampling=sampling,
+                interventions=[change for each in resolved for change in each.interventions()],
                 batch_size=options.batch_size,
                 on_tokens=on_tokens,
             ):
-                name = f"{outcome.prompt.prompt_set}/{outcome.prompt.id}"
+                name = f"{task.capture_set}/{outcome.prompt.id}"
                 if isinstance(outcome, Failure):
                     self.run.failed(name, outcome.reason)
                     continue
@@ -161,12 +169,22 @@ class CaptureWorker:
                     # On a CPU the lens is computed here, with all threads; other devices compute it beside the model.
                     on_cpu = self.model.last_device.type == "cpu"
                     lens = self._lens(outcome, wanted) if wanted.logit_lens and on_cpu else None
-                    job = partial(self._write, name, outcome, sampling, wanted, max_new_tokens, lens)
+                    job = partial(self._write, name, outcome, sampling, wanted, max_new_tokens, lens, records)
                     writer.submit(job, 2 * n_bytes_of(outcome.cache))
                 progress.advance(
                     max_new_tokens - len(outcome.response_ids),
                     done=f"{name}: {len(outcome.response_ids)} tokens, {outcome.stop_reason}",
                 )
+
+    def _with_norms(self, task: CaptureTask) -> Sequence[ResolvedIntervention]:
+        """The interventions, whose typical norms are measured on the unsteered prompts where the vectors have none."""
+        resolved = self.options.resolved
+        layers = sorted({layer for each in resolved if each.lacks_norms for layer in each.layers})
+        if not layers:
+            return resolved
+        norms = norms_over_prompts(self.model, task.norm_prompts, layers, self.options.batch_size)
+        self.run.warn(NORMS_MEASURED)
+        return [each.with_norms(norms) for each in resolved]
 
     def _lens(self, generation: Generation, wanted: Outputs) -> LogitLens:
         ids, n_prompt = generation.token_ids, len(generation.prompt.token_ids)
@@ -181,11 +199,12 @@ class CaptureWorker:
         wanted: Outputs,
         max_new_tokens: int,
         lens: LogitLens | None,
+        records: Sequence[Mapping[str, Any]],
         run: Run,
     ) -> None:
         """Write all files of a prompt, in a thread of the writer."""
         with self._attempt(run, name), own_stream(self.model.last_device):
-            self._write_files(name, generation, sampling, wanted, max_new_tokens, lens, run)
+            self._write_files(name, generation, sampling, wanted, max_new_tokens, lens, records, run)
 
     def _write_files(
         self,
@@ -195,11 +214,12 @@ class CaptureWorker:
         wanted: Outputs,
         max_new_tokens: int,
         lens: LogitLens | None,
+        records: Sequence[Mapping[str, Any]],
         run: Run,
     ) -> None:
         options = self.options
         # Another tool may have put files there since the run was planned.
-        where = (generation.prompt.prompt_set, generation.prompt.id)
+        where = (options.capture_set(generation.prompt.prompt_set), generation.prompt.id)
         saved_capture(self.layout.residual(*where), overwrite=options.overwrite)
         for path in derived_files(self.layout, *where):
             check_replaceable(self.layout, path, overwrite=options.overwrite)
@@ -212,11 +232,13 @@ class CaptureWorker:
             attn_out=options.capture_attn,
             save_dtype=options.save_dtype,
             kept=wanted.kept,
+            variant=options.variant,
+            interventions=records,
         )
         if capture.lacks_answer:
             self._unanswered.append(name)
         whole, capture = capture, capture.only(wanted_positions(wanted.tokens, capture, fresh=True))
-        marker = self.layout.unfinished(capture.prompt_set, capture.prompt_id)
+        marker = self.layout.unfinished(capture.capture_set, capture.prompt_id)
         with self._lock:
             update_config(self.layout, inference_model=self.model.name)
         write_bytes(marker, b"")
@@ -239,14 +261,14 @@ class CaptureWorker:
     # -- saved captures --------------------------------------------------------------------------------
 
     def _complete(self, task: CaptureTask) -> None:
-        prompt_set, names = task.prompt_set.name, {}
-        sequences: dict[tuple[str, ...], list[TokenizedPrompt]] = {}  # by the activations that are wanted of them
+        capture_set, names = task.capture_set, {}
+        sequences: dict[Pass, list[TokenizedPrompt]] = {}
         with (
-            self.run.progress(len(task.saved), f"{prompt_set}, saved", "prompt") as progress,
+            self.run.progress(len(task.saved), f"{capture_set}, saved", "prompt") as progress,
             BackgroundWriter(self.run, alone=not self._processes.are_started) as writer,
         ):
             for prompt_id, wanted in task.saved.items():
-                name, raw = f"{prompt_set}/{prompt_id}", self.layout.residual(prompt_set, prompt_id)
+                name, raw = f"{capture_set}/{prompt_id}", self.layout.residual(capture_set, prompt_id)
                 if self.options.projections_only and not raw.is_file():
                     self.run.report.n_skipped += 1
                     continue
@@ -255,8 +277,9 @@ class CaptureWorker:
                     if wanted.needs_pass or wanted.logit_lens:
                         check_replayable(capture, wanted, self.model)
                     if wanted.needs_pass:
-                        hooks = tuple(wanted.pass_hooks(self.model))
-                        sequences.setdefault(hooks, []).append(as_prompt(capture, prompt_id))
+                        again = self._interventions_of(capture)
+                        key = Pass(tuple(wanted.pass_hooks(self.model)), again)
+                        sequences.setdefault(key, []).append(as_prompt(capture, prompt_id))
                         names[prompt_id] = name, raw, wanted
                         continue
                     self._submit_saved(writer, name, capture, wanted, {})
@@ -268,6 +291,14 @@ class CaptureWorker:
                         raise outcome.error(outcome.reason)
                     self._submit_saved(writer, name, Capture.open(raw), wanted, outcome.cache)
                 progress.advance(1, done=name)
+
+    def _interventions_of(self, capture: Capture) -> tuple[ResolvedIntervention, ...]:
+        """The interventions that a capture was made with, to apply them again; those of equal records are the same."""
+        records = capture.metadata.get("interventions") or ()
+        key = json.dumps(records, sort_keys=True)
+        if key not in self._again:
+            self._again[key] = of_records(records, self.layout.root)
+        return self._again[key]
 
     def _submit_saved(
         self, writer: BackgroundWriter, name: str, capture: Capture, wanted: Outputs, cache: Cache

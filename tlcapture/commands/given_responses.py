@@ -6,7 +6,7 @@ give equal bits: what differs is due to the models, and not to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ from tlcapture.commands.compared_sets import CaptureSet
 from tlcapture.errors import InputError, StorageError
 from tlcapture.names import PromptId, base_set
 from tlcapture.prompts.prompt_sets import Prompt, PromptSet
-from tlcapture.prompts.tokenization import TokenizedPrompt, token_texts
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from functools import partial
 
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.adhoc_prompts import numbered_on
-from tlcapture.commands.capture_outputs import Outputs, add_ons, saved_capture, write_capture
+from tlcapture.commands.capture_outputs import Outputs, add_ons, lens_of, saved_capture, write_capture
 from tlcapture.commands.projections import ChanceLevels, project_capture, report_choice
+from tlcapture.generation.outcomes import Generation
 from tlcapture.models.loading import Model
 from tlcapture.prompts.prompt_sets import ADHOC, Prompt, PromptSet
 from tlcapture.runs.existing_files import check_replaceable
@@ -21,6 +22,8 @@ from tlcapture.storage.files import remove, write_bytes
 from tlcapture.storage.layout import Layout, derived_files
 from tlcapture.traits.choice import VectorChoice, VectorChooser
 from tlcapture.views.cache import Cache
+from tlcapture.views.hooks import hook
+from tlcapture.views.kept_tokens import kept_of
 from tlcapture.views.logit_lens import LogitLens
 
 
@@ -32,6 +35,18 @@ class AddOns:
     cache: Cache
     lens: LogitLens | None
     save_dtype: str
+
+
+def add_ons_of(outcome: Generation, model: Model, wanted: Outputs, save_dtype: str) -> AddOns | None:
+    """The add-ons of a generation that are wanted, if any; its residual stream is not kept for them."""
+    if not (wanted.needs_pass or wanted.logit_lens):
+        return None
+    lens = None
+    if wanted.logit_lens:
+        n_prompt, n_tokens = len(outcome.prompt.token_ids), len(outcome.token_ids)
+        kept, whole = (kept_of(tokens, n_prompt, n_tokens) for tokens in (wanted.tokens, None))
+        lens = lens_of(model, outcome.token_ids, lambda layer: outcome.cache[hook("residual_out", layer)], kept, whole)
+    return AddOns(wanted, {name: outcome.cache[name] for name in wanted.pass_hooks(model)}, lens, save_dtype)
 
 
 def save_into(
@@ -56,7 +71,7 @@ def save_into(
     """
     name = settle_model(layout, "inference_model", model.name, model.name, allow_change=allow_model_change)
     run = Run.silent(layout)
-    with run_lock(run, f"captures of {capture.prompt_set}"):
+    with run_lock(run, f"captures of {capture.capture_set}"):
         saved = _placed(layout, _free_id(layout, capture), capture)
         update_config(layout, inference_model=name)
         _write(run, saved, model, more, vectors)
@@ -81,7 +96,7 @@ def _free_id(layout: Layout, capture: Capture) -> int | str:
 
 
 def _write(run: Run, capture: Capture, model: Model, more: AddOns | None, choice: VectorChoice) -> None:
-    layout, where = run.layout, (capture.prompt_set, capture.prompt_id)
+    layout, where = run.layout, (capture.capture_set, capture.prompt_id)
     saved_capture(layout.residual(*where), overwrite=False, advice="move it")
     for path in derived_files(layout, *where):
         check_replaceable(layout, path, advice="move it")

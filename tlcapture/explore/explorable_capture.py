@@ -19,7 +19,7 @@ from dataclasses import replace
 from functools import cached_property
 from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError
@@ -35,18 +35,34 @@ if TYPE_CHECKING:
     from transformer_lens import ActivationCache
 
     from tlcapture.captures.capture import Capture
+    from tlcapture.explore.applied_interventions import AppliedInterventions
     from tlcapture.explore.attention_heads import AttentionHeads
     from tlcapture.explore.capture_figures import CaptureFigures
     from tlcapture.explore.frames import Layers
     from tlcapture.explore.logit_lens_table import LogitLensTable
     from tlcapture.models.loading import Model
     from tlcapture.traits.projection import Projection
+    from tlcapture.views.cache import Cache
     from tlcapture.views.logit_lens import LogitLens
 
 
 def default_root() -> Path:
     """`TLCAPTURE_ROOT`, or the current folder."""
     return Path(os.environ.get("TLCAPTURE_ROOT") or ".")
+
+
+def layout_of(target: Any) -> Layout:
+    """The layout of an experiment, given itself, its name or its folder; raises `InputError` for anything else."""
+    if isinstance(getattr(target, "layout", None), Layout):
+        return cast(Layout, target.layout)
+    if not isinstance(target, str | Path):
+        raise InputError(f"expected an Experiment, its name or its folder, got {type(target).__name__}")
+    path = Path(target)
+    if isinstance(target, str) and len(path.parts) == 1:
+        return Layout(default_root(), target)
+    if path.parent.name != "experiments":
+        raise InputError(f"{path}: not the folder of an experiment: expected .../experiments/NAME, or its name")
+    return Layout(path.parent.parent, path.name)
 
 
 class ExplorableCapture(ABC):
@@ -64,6 +80,13 @@ class ExplorableCapture(ABC):
     @abstractmethod
     def _model(self) -> Model:
         """The model that was captured."""
+
+    @abstractmethod
+    def _applied(self) -> AppliedInterventions:
+        """What was done to the model while the capture was made.
+
+        Raises `InputError` where it cannot be done again.
+        """
 
     def _add_on(self, kind: str) -> Path | None:
         """The file of `attention` or `logit_lens` that was made from this capture, if it exists."""
@@ -197,7 +220,7 @@ class ExplorableCapture(ABC):
         saved = self._read_add_on("logit_lens")
         if saved is not None:
             path, content = saved
-            return table_of_file(content, path, self._captured.prompt_set, self._captured.prompt_id)
+            return table_of_file(content, path, self._captured.capture_set, self._captured.prompt_id)
         from tlcapture.prompts.tokenization import token_texts
         from tlcapture.views.logit_lens import logit_lens_view
 
@@ -234,15 +257,34 @@ class ExplorableCapture(ABC):
 
     def _computed_heads(self, layer: int) -> AttentionHeads:
         from tlcapture.explore.attention_heads import AttentionHeads
-        from tlcapture.generation.loop import teacher_force
 
         name = hook("pattern", layer)
         if name not in self._model().hook_names:
             raise InputError(f"layer {layer} has no attention: layers {as_ranges(self._model().attention_layers)} have")
-        patterns = teacher_force(self._model(), self._captured.token_ids, [name])[name].float().numpy()
+        patterns = self._forced([name])[name].float().numpy()
         if self._positions is not None:  # those of a file would lack the same
             patterns[:, [token for token in range(len(patterns[0])) if token not in self._positions]] = float("nan")
         return AttentionHeads(**self._labels(), layer=layer, patterns=patterns, source="a forward pass")
+
+    def _forced(self, names: Sequence[str]) -> Cache:
+        """Activations of a pass over the tokens, under the interventions that the capture was made with."""
+        from tlcapture.commands.replay import as_prompt
+        from tlcapture.generation.loop import generate
+        from tlcapture.generation.outcomes import Failure
+
+        capture, applied = self._captured, self._applied()
+        outcome = next(
+            generate(
+                self._model(),
+                [as_prompt(capture, capture.prompt_id)],
+                hooks=names,
+                interventions=applied.changes(),
+                own_hooks=applied.hooks,
+            )
+        )
+        if isinstance(outcome, Failure):
+            raise outcome.error(f"{capture.capture_set}/{capture.prompt_id}: {outcome.reason}")
+        return outcome.cache
 
     @property
     def _positions(self) -> tuple[int, ...] | None:
@@ -254,7 +296,7 @@ class ExplorableCapture(ABC):
         """Fields that `AttentionHeads` and `LogitLensTable` have in common."""
         capture = self._captured
         return {
-            "prompt_set": capture.prompt_set,
+            "prompt_set": capture.capture_set,
             "prompt_id": capture.prompt_id,
             "tokens": capture.tokens,
             "n_prompt_tokens": len(capture.prompt.tokens),
@@ -320,7 +362,7 @@ class ExplorableCapture(ABC):
 
         capture, dynamics, calibration = self._captured, projection.dynamics, projection.calibration
         return TokenScores(
-            prompt_set=capture.prompt_set,
+            prompt_set=capture.capture_set,
             prompt_id=capture.prompt_id,
             trait=str(projection.vector.trait),
             component=projection.vector.component,

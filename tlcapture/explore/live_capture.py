@@ -11,8 +11,8 @@ for cap in capture(model, ["What is a lighthouse for?"], max_new_tokens=20):
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,14 +24,21 @@ from tlcapture.captures.capture import Capture
 from tlcapture.captures.from_generation import capture_of
 from tlcapture.captures.provenance import no_answer_warning
 from tlcapture.commands.capture_options import ALL_LAYERS, CaptureOptions
-from tlcapture.commands.capture_outputs import Outputs, lens_of
-from tlcapture.commands.saving import AddOns, save_into
+from tlcapture.commands.saving import AddOns, add_ons_of, save_into
 from tlcapture.errors import InputError
+from tlcapture.explore.applied_interventions import NO_INTERVENTIONS, AppliedInterventions
 from tlcapture.explore.experiment import Experiment
-from tlcapture.explore.explorable_capture import ExplorableCapture, default_root
+from tlcapture.explore.explorable_capture import ExplorableCapture, layout_of
+from tlcapture.explore.live_interventions import (
+    Hook,
+    given_captures,
+    live_interventions,
+    of_the_same_tokens,
+    prompt_of_capture,
+)
 from tlcapture.generation.checkpoint_sampling import asked_sampling, sampling_for, unfollowed
 from tlcapture.generation.loop import generate
-from tlcapture.generation.outcomes import Failure, Generation
+from tlcapture.generation.outcomes import Failure
 from tlcapture.logger import get_logger
 from tlcapture.models.loading import Model, as_model
 from tlcapture.prompts.chat_template import NO_ARGS
@@ -41,12 +48,12 @@ from tlcapture.prompts.template_args import has_switch
 from tlcapture.prompts.template_args import template_args as all_template_args
 from tlcapture.prompts.thinking import THINKING_TOKENS
 from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
-from tlcapture.storage.files import Hook
+from tlcapture.storage.files import Hook as BeforeReplacing
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.validation import first_problem
 from tlcapture.traits.choice import VectorChoice
+from tlcapture.traits.interventions import TraitIntervention
 from tlcapture.views.attention import attention_view
-from tlcapture.views.hooks import hook
 from tlcapture.views.internals import internals_view
 from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.kept_tokens import KeptTokens, kept_of
@@ -68,17 +75,19 @@ class LiveCapture(Capture, ExplorableCapture):
         model: the model that was captured.
         vectors: the experiment whose vectors are used by default, if any.
         more: the add-ons that were asked for, if any.
+        applied: what was done to the model meanwhile.
     """
 
     model: Model
     vectors: Layout | None = None
     more: AddOns | None = None
+    applied: AppliedInterventions = field(default=NO_INTERVENTIONS, kw_only=True)
 
     def save(
         self,
         target: Experiment | str | Path,
         *,
-        before_replacing: Hook = lambda new: None,
+        before_replacing: BeforeReplacing = lambda new: None,
         allow_model_change: bool = False,
     ) -> Any:
         """Save into an experiment, with the files that `tlcapture capture` writes, so that the page shows them.
@@ -102,7 +111,7 @@ class LiveCapture(Capture, ExplorableCapture):
         """
         if isinstance(target, str | Path) and Path(target).suffix == ".pt":
             return Capture.save(self, Path(target), before_replacing=before_replacing)
-        layout = _layout_of(target)
+        layout = layout_of(target)
         choice = VectorChoice(experiment=self._other_vectors(layout))
         saved = save_into(
             layout,
@@ -113,7 +122,7 @@ class LiveCapture(Capture, ExplorableCapture):
             allow_model_change=allow_model_change,
         )
         experiment = target if isinstance(target, Experiment) else Experiment(layout.experiment, layout.root)
-        return experiment.captures[saved.prompt_set][saved.prompt_id]
+        return experiment.captures[saved.capture_set][saved.prompt_id]
 
     def _other_vectors(self, layout: Layout) -> str | None:
         """The experiment whose vectors were named, where it is another one in the same root."""
@@ -158,6 +167,9 @@ class LiveCapture(Capture, ExplorableCapture):
     def _model(self) -> Model:
         return self.model
 
+    def _applied(self) -> AppliedInterventions:
+        return self.applied
+
 
 def capture(
     model: Any,
@@ -181,6 +193,9 @@ def capture(
     thinking: str | None = None,
     template_args: Mapping[str, Any] = NO_ARGS,
     vectors: Experiment | None = None,
+    interventions: Iterable[TraitIntervention] = (),
+    hooks: Iterable[Hook] = (),
+    variant: str | None = None,
 ) -> Iterator[LiveCapture]:
     """Generate from prompts and yield a `LiveCapture` for each as soon as its response is complete.
 
@@ -188,7 +203,8 @@ def capture(
         model: a model that `load_model` returns, a name that it accepts, or an unprocessed HookedTransformer or
             TransformerBridge.
         prompts: a text, a conversation (a list of messages `{"role": ..., "content": ...}`), several of them, or a
-            prompt set. They become prompts 1, 2, ... of the set `adhoc`.
+            prompt set. They become prompts 1, 2, ... of the set `adhoc`. Or captures, live or saved: their tokens run
+            again, as one pass, and nothing is generated.
         max_new_tokens: the maximum length of a response, in tokens; by default 50, or 1,024 where the chat template
             makes the model think.
         temperature: 0 is greedy; by default 0.7, or the checkpoint's own with `sampling="checkpoint"`.
@@ -208,7 +224,11 @@ def capture(
         chat_template: whether to apply the chat template; by default if the tokenizer has one.
         thinking: `on` or `off` where the chat template has a switch for thinking.
         template_args: other values for the chat template.
-        vectors: the experiment whose vectors the captures are projected onto by default.
+        vectors: the experiment whose vectors interventions are along, and captures are projected onto by default.
+        interventions: `Steer(...)`, `Ablate(...)` and `Cap(...)`, applied in this order at each layer.
+        hooks: pairs of a hook's name, or of a function that chooses names, and a TransformerLens hook function, which
+            every pass calls before the interventions. They are recorded by name.
+        variant: the name of the variant that the captures are of; by default made of the interventions, if any.
 
     Raises:
         InputError: an argument is invalid, or a prompt does not fit the model's context.
@@ -225,30 +245,20 @@ def capture(
     kept_tokens = None if tokens is None else KeptTokens.parse(tokens)
     asked = asked_sampling(sampling, temperature, seed)
     runner = as_model(model)
-    prompt_set = _as_prompt_set(prompts)
+    sources = given_captures(prompts)
     values = all_template_args(runner.tokenizer, thinking, template_args, chat_template=chat_template)
-    tokenized = [
-        replace(
-            tokenize(
-                runner.tokenizer,
-                prompt.text,
-                prompt_set=prompt_set.name,
-                prompt_id=prompt.id,
-                system_prompt=prompt_set.system_prompt_of(prompt, system_prompt),
-                chat_template=chat_template,
-                messages=prompt.messages,
-                template_args=values,
-            ),
-            fields=prompt.fields,
-        )
-        for prompt in prompt_set.prompts
-    ]
+    if sources is None:
+        tokenized = _tokenized(runner, _as_prompt_set(prompts), system_prompt, chat_template, values)
+    else:
+        tokenized = [prompt_of_capture(runner, each) for each in sources]
     chosen = sampling_for(asked, runner)
     not_followed = unfollowed(chosen, runner)
     if not_followed is not None:
         _log.warning(not_followed)
     most_tokens = _most_tokens(max_new_tokens, tokenized, runner.n_ctx)
     kept = KeptPoints.of(runner.n_layers, layers, points)
+    layout = None if vectors is None else vectors.layout
+    applied = live_interventions(runner, interventions, hooks, layout, tokenized, batch_size)
     wanted = CaptureOptions(
         attention=attention,
         logit_lens=logit_lens,
@@ -258,9 +268,15 @@ def capture(
         points=kept.points,
         tokens=kept_tokens,
     ).outputs(runner.n_layers)
-    hooks = wanted.live_hooks(runner)
     for outcome in generate(
-        runner, tokenized, hooks=hooks, max_new_tokens=most_tokens, sampling=chosen, batch_size=batch_size
+        runner,
+        tokenized,
+        hooks=wanted.live_hooks(runner),
+        max_new_tokens=most_tokens,
+        sampling=chosen,
+        interventions=applied.changes(),
+        own_hooks=applied.hooks,
+        batch_size=batch_size,
     ):
         if isinstance(outcome, Failure):
             raise outcome.error(f"prompt {outcome.prompt.prompt_set}/{outcome.prompt.id}: {outcome.reason}")
@@ -273,42 +289,44 @@ def capture(
             attn_out=capture_attn,
             save_dtype=save_dtype,
             kept=kept,
+            variant=applied.variant(variant),
+            interventions=applied.records,
         )
+        if sources is not None:
+            made = of_the_same_tokens(made, sources[tokenized.index(outcome.prompt)])
         made = made.only(kept_of(kept_tokens, len(made.prompt.tokens), len(made.tokens)))
-        more = _add_ons(outcome, runner, wanted, save_dtype)
-        layout = None if vectors is None else vectors.layout
+        more = add_ons_of(outcome, runner, wanted, save_dtype)
         if made.lacks_answer:
             name, can_be_off = f"{made.prompt_set}/{made.prompt_id}", has_switch(runner.tokenizer, values)
             _log.warning(no_answer_warning([name], has_switch=can_be_off))
-        yield LiveCapture(made.prompt, made.response, made.metadata, runner, layout, more, spans=made.spans)
+        yield LiveCapture(
+            made.prompt, made.response, made.metadata, runner, layout, more, spans=made.spans, applied=applied
+        )
 
 
-def _add_ons(outcome: Generation, model: Model, wanted: Outputs, save_dtype: str) -> AddOns | None:
-    """The add-ons of a generation that are wanted, if any; its residual stream is not kept for them."""
-    if not (wanted.needs_pass or wanted.logit_lens):
-        return None
-    lens = None
-    if wanted.logit_lens:
-        n_prompt, n_tokens = len(outcome.prompt.token_ids), len(outcome.token_ids)
-        kept, whole = (kept_of(tokens, n_prompt, n_tokens) for tokens in (wanted.tokens, None))
-        residual = partial(hook, "residual_out")
-        lens = lens_of(model, outcome.token_ids, lambda layer: outcome.cache[residual(layer)], kept, whole)
-    cache = {name: outcome.cache[name] for name in wanted.pass_hooks(model)}
-    return AddOns(wanted, cache, lens, save_dtype)
-
-
-def _layout_of(target: Experiment | str | Path) -> Layout:
-    """The layout of an experiment, given itself, its name or its folder."""
-    if isinstance(target, Experiment):
-        return target.layout
-    if not isinstance(target, str | Path):
-        raise InputError(f"expected an Experiment, its name or its folder, got {type(target).__name__}")
-    path = Path(target)
-    if isinstance(target, str) and len(path.parts) == 1:
-        return Layout(default_root(), target)
-    if path.parent.name != "experiments":
-        raise InputError(f"{path}: not the folder of an experiment: expected .../experiments/NAME, or its name")
-    return Layout(path.parent.parent, path.name)
+def _tokenized(
+    model: Model,
+    prompt_set: PromptSet,
+    system_prompt: str | None,
+    chat_template: bool | None,
+    template_args: Mapping[str, Any],
+) -> list[TokenizedPrompt]:
+    return [
+        replace(
+            tokenize(
+                model.tokenizer,
+                prompt.text,
+                prompt_set=prompt_set.name,
+                prompt_id=prompt.id,
+                system_prompt=prompt_set.system_prompt_of(prompt, system_prompt),
+                chat_template=chat_template,
+                messages=prompt.messages,
+                template_args=template_args,
+            ),
+            fields=prompt.fields,
+        )
+        for prompt in prompt_set.prompts
+    ]
 
 
 def _most_tokens(asked: int | None, prompts: Sequence[TokenizedPrompt], n_ctx: int) -> int:

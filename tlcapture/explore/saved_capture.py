@@ -13,6 +13,7 @@ from tlcapture.storage.layout import Layout
 
 if TYPE_CHECKING:
     from tlcapture.captures.capture import Capture
+    from tlcapture.explore.applied_interventions import AppliedInterventions
     from tlcapture.explore.experiment import Experiment
     from tlcapture.models.loading import Model
 
@@ -75,6 +76,13 @@ class SavedCapture(ExplorableCapture):
                 f"(fingerprint {fingerprint}), but the experiment's model is now {model.name!r} ({model.fingerprint})"
             )
         return model
+
+    def _applied(self) -> AppliedInterventions:
+        from tlcapture.explore.applied_interventions import AppliedInterventions
+        from tlcapture.traits.resolved_interventions import of_records
+
+        records = self.capture.metadata.get("interventions") or ()
+        return AppliedInterventions(of_records(records, self.experiment.layout.root))
 
     def _add_on(self, kind: str) -> Path | None:
         layout = self.experiment.layout

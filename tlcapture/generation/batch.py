@@ -223,6 +223,7 @@ class Batch:
         self._state = self._model.start(len(self._running))
         self._model.reserve(self._state, tokens.shape[1] - self._n_new + self._settings.max_new_tokens)
         hooks = frozenset[str]() if self.were_read else self._recorder.names
+        self._model.prepare(hooks)
         last_logits = []
         with acting(self._model, self._acting.of_read(), self._settings.own_hooks):
             for rows, step in self._model.prompt_steps(tokens, mask, self._state, hooks):

@@ -20,13 +20,14 @@ import orjson
 from tlcapture.commands.compare_summary import read_comparisons, summary_of
 from tlcapture.comparison.comparison_files import ComparisonFile
 from tlcapture.errors import InputError, StorageError, TlcaptureError
-from tlcapture.names import Trait
+from tlcapture.names import Trait, base_set
 from tlcapture.page import missing
 from tlcapture.page.average import average_trajectory
 from tlcapture.page.token_entries import TokenEntries
 from tlcapture.page.trait_contents import vectors_of
 from tlcapture.prompts.prompt_sets import Prompt, read_prompt_set
 from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.traits.intervention_records import described
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.rises import DEFINITIONS, peak_of
 from tlcapture.views.hooks import COMPONENTS
@@ -51,19 +52,31 @@ RESOURCES = {
 _TEXT_AT_THE_START = re.compile(rb'\{\s*"prompt"\s*:\s*\{\s*"text"\s*:\s*("(?:[^"\\]|\\.)*")')
 _HEAD = 2**16
 _NUMBER = re.compile("[0-9]{1,9}")
-_SLASH = "~"  # in place of the slashes of a prompt set in addresses; no name has one
+_IN_ADDRESSES = {"/": "~", "@": "!"}  # characters of a set's name in addresses; no name has these
 
 
 def address(resource: str, parameters: Mapping[str, str]) -> str:
-    """The path of a resource; a prompt set in a subfolder is one part of it."""
+    """The path of a resource; a prompt set in a subfolder is one part of it, and so is a variant."""
     return RESOURCES[resource].format(
-        **{key: text.replace("/", _SLASH) if key == "prompt_set" else text for key, text in parameters.items()}
+        **{key: _in_address(text) if key == "prompt_set" else text for key, text in parameters.items()}
     )
 
 
 def from_address(parameters: Mapping[str, str]) -> dict[str, str]:
     """The parameters of a resource from the parts of its path."""
-    return {key: text.replace(_SLASH, "/") if key == "prompt_set" else text for key, text in parameters.items()}
+    return {key: _from_address(text) if key == "prompt_set" else text for key, text in parameters.items()}
+
+
+def _in_address(name: str) -> str:
+    for character, other in _IN_ADDRESSES.items():
+        name = name.replace(character, other)
+    return name
+
+
+def _from_address(name: str) -> str:
+    for character, other in _IN_ADDRESSES.items():
+        name = name.replace(other, character)
+    return name
 
 
 @dataclass(frozen=True)
@@ -120,6 +133,7 @@ class Contents:
             if found["tokens"] is None:
                 n_prompt = len(content.prompt.tokens)
                 found |= {"tokens": content.tokens, "n_prompt_tokens": n_prompt, "text": content.response.text}
+                found["interventions"] = [described(each) for each in content.metadata.interventions]
                 found["spans"] = [span.to_json() for span in content.spans]
             if content.tokens != found["tokens"]:
                 found["problems"].append(
@@ -262,7 +276,9 @@ class Contents:
     def _prompts(self, prompt_set: str) -> dict[str, Prompt]:
         """The prompts of the prompt set file by file name; empty if the file is missing or invalid."""
         try:
-            return {str(prompt.id): prompt for prompt in read_prompt_set(Datasets(self.root), prompt_set).prompts}
+            return {
+                str(prompt.id): prompt for prompt in read_prompt_set(Datasets(self.root), base_set(prompt_set)).prompts
+            }
         except TlcaptureError:
             return {}
 

@@ -143,6 +143,8 @@ class ProjectionMetadata(FileContent):
     sublayers: list[str] | None = Field(default=None, min_length=1)
     layers: list[Layer] | None = None
     prompt_set: str | None = None
+    variant: str | None = None
+    interventions: list[dict[str, Any]] = Field(default_factory=list)
     prompt_id: PromptId | None = None
     inference_model: str | None = None
     warnings: list[str] = Field(default_factory=list)

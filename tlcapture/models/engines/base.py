@@ -155,6 +155,9 @@ class Model(ABC):
         overwritten by the next one.
         """
 
+    def prepare(self, hooks: Set[str]) -> None:  # noqa: B027  most engines need nothing
+        """Find out what is needed to return these activations, with passes that hooks of a batch must not see."""
+
     def release(self) -> None:  # noqa: B027  most engines keep nothing
         """Free the memory that was reserved for a batch and kept for the next."""
 

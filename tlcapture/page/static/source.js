@@ -37,7 +37,7 @@ tl.source = (() => {
   }
 
   /** A prompt set in a subfolder as one part of a path. */
-  const named = (set) => set.replaceAll("/", "~");
+  const named = (set) => set.replaceAll("/", "~").replaceAll("@", "!");
 
   /** A promise of a resource, given the parts of its path; rejects with `Missing`. */
   function get(...parts) {

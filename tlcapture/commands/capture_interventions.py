@@ -1,0 +1,91 @@
+"""The interventions of a capture: with their vectors, under a variant of their own, and never mixed with others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+from tlcapture.captures.capture import Capture
+from tlcapture.commands.capture_options import CaptureOptions
+from tlcapture.commands.capture_records import CaptureRecord
+from tlcapture.errors import InputError, StorageError
+from tlcapture.models.sizes import Measures
+from tlcapture.names import check_name, variant_of
+from tlcapture.runs.existing_files import OVERWRITE
+from tlcapture.storage.layout import Layout
+from tlcapture.traits.intervention_records import described, identity, variant_name
+from tlcapture.traits.resolved_interventions import resolve
+
+_LONGEST_VARIANT = 64
+
+
+class HasMeasures(Protocol):
+    """What vectors are checked against."""
+
+    @property
+    def measures(self) -> Measures:
+        """The dimensions of the model."""
+        ...
+
+
+def with_interventions(
+    options: CaptureOptions, layout: Layout, model_name: str, model: Callable[[], HasMeasures]
+) -> CaptureOptions:
+    """The options with the vectors of the interventions, and with the name of the variant.
+
+    `model` is called only where there are interventions. Options that have them already are not changed.
+
+    Raises:
+        InputError: a trait, a layer or the variant's name is wrong, or a replay is given interventions.
+        VectorError: a layer has no vector, or one of another width.
+    """
+    if options.variant is not None and len(check_name(options.variant, "variant")) > _LONGEST_VARIANT:
+        raise InputError(f"--variant {options.variant}: at most {_LONGEST_VARIANT} characters")
+    if not options.interventions or options.resolved:
+        return options
+    if options.replay:
+        raise InputError(
+            "--replay applies the interventions that captures were made with: leave out --steer, --ablate and --cap, "
+            "and name the captures with --variant"
+        )
+    measures, choice = model().measures, options.vectors
+    resolved = resolve(
+        options.interventions,
+        choice.layout(layout),
+        n_layers=measures.n_layers,
+        d_model=measures.d_model,
+        model=model_name,
+        method=choice.method,
+    )
+    variant = options.variant or variant_name([each.record for each in resolved])
+    return replace(options, resolved=resolved, variant=variant)
+
+
+def check_same_interventions(layout: Layout, capture_set: str, options: CaptureOptions) -> None:
+    """Raise `InputError` if a variant holds captures under other interventions and is not to be overwritten."""
+    if variant_of(capture_set) is None or options.replay or options.overwrite:
+        return
+    asked = identity(options.intervention_records)
+    for metadata in _metadata_of(layout, capture_set):
+        if identity(metadata.get("interventions")) != asked:
+            held = "; ".join(map(described, metadata.get("interventions") or ())) or "no intervention"
+            raise InputError(
+                f"{capture_set} holds captures under other interventions ({held}): choose another --variant, or "
+                f"{OVERWRITE}"
+            )
+
+
+def _metadata_of(layout: Layout, capture_set: str) -> Iterator[Mapping[str, Any]]:
+    """Metadata of the captures of a set, as far as they can be read, and of those that were only projected."""
+    captured = set(layout.captured(capture_set))
+    for prompt_id in layout.prompt_ids(capture_set):
+        if prompt_id not in captured:
+            record = CaptureRecord.find(layout, capture_set, prompt_id)
+            if record is not None:
+                yield record.metadata
+            continue
+        try:
+            yield Capture.open(layout.residual(capture_set, prompt_id)).metadata
+        except StorageError:  # reported by whoever would replace it
+            continue
