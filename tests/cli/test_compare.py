@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,20 +17,6 @@ from tlcapture.storage.files import read_json
 
 Run = Callable[..., Result]
 TRAITS = ("tone/loud", "tone/warm")
-
-
-@pytest.fixture(scope="session")
-def tuned_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The weights of the tiny Llama, all changed a little, as a finetune changes them."""
-    model = copy.deepcopy(tiny.hf_model("llama"))
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.03)
-    folder = tmp_path_factory.mktemp("models") / "tuned-llama"
-    model.save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -261,11 +246,6 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "an unknown trait": (("exp", "exp", "--traits", "tone/none"), "experiment 'exp' has no trait vectors: run "),
     "vectors twice": (("exp", "exp", "--vectors", "a", "--vector-experiment", "exp"), "leave out --vectors"),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def captured_once() -> dict[str, Path]:
-    return {}
 
 
 @pytest.mark.parametrize("what", REFUSED)

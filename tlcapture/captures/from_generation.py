@@ -86,13 +86,16 @@ def capture_of(
         "capture_date": now(),
         **({"prompt_fields": dict(prompt.fields)} if prompt.fields else {}),
     }
+    all_spans = (*prompt.spans, *spans)
+    if prompt.known is not None:
+        metadata, all_spans = prompt.known.described(metadata), prompt.known.spans
     return Capture(
         CapturedPart(prompt.text, texts[:n_prompt], list(prompt.token_ids), stream.tokens(0, n_prompt, dtype)),
         CapturedPart(
             response_text, texts[n_prompt:], list(generation.response_ids), stream.tokens(n_prompt, n_tokens, dtype)
         ),
         metadata,
-        spans=(*prompt.spans, *spans),
+        spans=all_spans,
     )
 
 

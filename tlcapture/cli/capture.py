@@ -34,11 +34,13 @@ from tlcapture.cli.options import (
     vector_options,
 )
 from tlcapture.cli.tables import Column
+from tlcapture.cli.variants import VariantOptions, check_target, variant_options
 from tlcapture.cli.work import working
 from tlcapture.names import base_set, variant_of
 
 if TYPE_CHECKING:
     from tlcapture.commands.capture_options import CaptureOptions
+    from tlcapture.commands.given_responses import GivenResponses
     from tlcapture.prompts.prompt_sets import PromptSet
     from tlcapture.runs.model_loader import ModelLoader
     from tlcapture.runs.shards import Shard
@@ -78,7 +80,12 @@ class _Settings:
     seed: int
 
     def capture_options(
-        self, kept: KeptOptions, vectors: VectorOptions, changes: InterventionOptions
+        self,
+        kept: KeptOptions,
+        vectors: VectorOptions,
+        changes: InterventionOptions,
+        adapter: str | None,
+        responses_from: GivenResponses | None,
     ) -> CaptureOptions:
         """What to capture and how."""
         from tlcapture.commands.capture_options import ALL_LAYERS, CaptureOptions
@@ -112,6 +119,8 @@ class _Settings:
             template_args=dict(self.template_arg),
             interventions=changes.in_order(),
             variant=changes.variant,
+            adapter=adapter,
+            responses_from=responses_from,
         )
 
 
@@ -140,6 +149,7 @@ def _own_temperature(context: click.Context, option: click.Parameter, value: flo
 @click.option("--replay", is_flag=True, help="Generate nothing; compute add-ons from saved captures.")
 @vector_options(default_layer="auto, or 16 where nothing was evaluated")
 @intervention_options
+@variant_options
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(0, 2**31 - 1),
@@ -196,6 +206,7 @@ def capture(
     kept: KeptOptions,
     vectors: VectorOptions,
     changes: InterventionOptions,
+    of_model: VariantOptions,
     model: ModelOptions,
     cluster: ClusterOptions,
 ) -> None:
@@ -206,9 +217,13 @@ def capture(
     """
     layout = location.layout
     prompt_sets, changes = _named_variant(prompt_sets, changes)
-    given = _given(prompt_sets, settings)
-    sets, refused = ([given], []) if given is not None else _prompt_sets(location, prompt_sets)
-    load = model.loader_for(layout, "inference_model", console)
+    source = of_model.given(location.root)
+    given = None if source is not None else _given(prompt_sets, settings)
+    if source is not None:
+        sets, refused = source.prompt_sets(prompt_sets.prompt_set or ())
+    else:
+        sets, refused = ([given], []) if given is not None else _prompt_sets(location, prompt_sets)
+    load = of_model.adapted(model.loader_for(layout, "inference_model", console))
     if not settings.skip_existing:  # with it, there may be nothing to do that needs the model
         load.require()
     if vectors.vector_experiment is not None and not settings.no_project:
@@ -217,9 +232,10 @@ def capture(
     from tlcapture.commands.adhoc_prompts import numbered_on
     from tlcapture.commands.capture_interventions import with_interventions
 
-    asked = settings.capture_options(kept, vectors, changes)
+    asked = settings.capture_options(kept, vectors, changes, of_model.adapter_path, source)
     options = with_interventions(asked, layout, load.name, lambda: load.outline)
-
+    if source is not None:
+        check_target(source, layout, sets, options.variant)
     if given is not None:
         sets = [numbered_on(layout, given)]
     if settings.dry_run:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from tlcapture.captures.capture import Capture
@@ -40,8 +42,10 @@ def with_interventions(
         InputError: a trait, a layer or the variant's name is wrong, or a replay is given interventions.
         VectorError: a layer has no vector, or one of another width.
     """
+    named, own = options.variant, _variant_of_adapter(options)
     if options.variant is not None and len(check_name(options.variant, "variant")) > _LONGEST_VARIANT:
         raise InputError(f"--variant {options.variant}: at most {_LONGEST_VARIANT} characters")
+    options = replace(options, variant=named or own)
     if not options.interventions or options.resolved:
         return options
     if options.replay:
@@ -58,12 +62,23 @@ def with_interventions(
         model=model_name,
         method=choice.method,
     )
-    variant = options.variant or variant_name([each.record for each in resolved])
-    return replace(options, resolved=resolved, variant=variant)
+    parts = (own, variant_name([each.record for each in resolved]))
+    return replace(options, resolved=resolved, variant=named or "_".join(filter(None, parts))[:_LONGEST_VARIANT])
+
+
+def _variant_of_adapter(options: CaptureOptions) -> str | None:
+    """The name of an adapter's folder as that of a variant; `None` without an adapter."""
+    if options.adapter is None:
+        return None
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(options.adapter).expanduser().resolve().name).lstrip(".-")
+    return name[:_LONGEST_VARIANT] or "adapter"
 
 
 def check_same_interventions(layout: Layout, capture_set: str, options: CaptureOptions) -> None:
-    """Raise `InputError` if a variant holds captures under other interventions and is not to be overwritten."""
+    """Raise `InputError` if a variant holds captures under other interventions and is not to be overwritten.
+
+    Likewise if they are of another adapter, or of the tokens of other captures.
+    """
     if variant_of(capture_set) is None or options.replay or options.overwrite:
         return
     asked = identity(options.intervention_records)
@@ -74,6 +89,21 @@ def check_same_interventions(layout: Layout, capture_set: str, options: CaptureO
                 f"{capture_set} holds captures under other interventions ({held}): choose another --variant, or "
                 f"{OVERWRITE}"
             )
+        for what, held, wanted in (
+            ("adapter", metadata.get("adapter"), options.adapter),
+            ("responses from", _source(metadata), None if options.responses_from is None else "other captures"),
+        ):
+            if (held is None) != (wanted is None) or (what == "adapter" and held != wanted):
+                raise InputError(
+                    f"{capture_set} holds captures with {what} {held or 'none'}: choose another --variant, or "
+                    f"{OVERWRITE}"
+                )
+
+
+def _source(metadata: Mapping[str, Any]) -> str | None:
+    """The experiment that the tokens of a capture are from; `None` where they were generated."""
+    found = metadata.get("tokens_from")
+    return None if found is None else str(found.get("inference_experiment", "other captures"))
 
 
 def _metadata_of(layout: Layout, capture_set: str) -> Iterator[Mapping[str, Any]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tlcapture.commands.capture_outputs import Outputs
+from tlcapture.commands.given_responses import GivenResponses
 from tlcapture.commands.projections import ExistingProjections
 from tlcapture.errors import InputError
 from tlcapture.generation.checkpoint_sampling import AskedSampling
@@ -42,6 +43,8 @@ class CaptureOptions:
         interventions: changes to activations while the model generates.
         variant: the name of the captures beside those of the prompt set alone: `{prompt_set}@{variant}`.
         resolved: the interventions with their vectors; see `with_interventions`.
+        adapter: the folder of an adapter that is merged into the model.
+        responses_from: captures whose tokens are run in place of generated ones.
     """
 
     attention: bool = False
@@ -71,6 +74,8 @@ class CaptureOptions:
     interventions: tuple[TraitIntervention, ...] = ()
     variant: str | None = None
     resolved: tuple[ResolvedIntervention, ...] = ()
+    adapter: str | None = None
+    responses_from: GivenResponses | None = None
 
     def capture_set(self, prompt_set: str) -> str:
         """The set that captures of a prompt set are in: the prompt set, or its variant."""

@@ -18,6 +18,7 @@ from tlcapture.commands.capture_interventions import check_same_interventions
 from tlcapture.commands.capture_options import CaptureOptions
 from tlcapture.commands.capture_outputs import REPLACE, Outputs, saved_capture
 from tlcapture.commands.capture_records import CaptureRecord
+from tlcapture.commands.given_responses import most_new_tokens, prompt_of
 from tlcapture.commands.projections import without_projection
 from tlcapture.errors import InputError, StorageError
 from tlcapture.generation.sampling import PLAIN
@@ -186,6 +187,8 @@ class TaskPlanner:
             else:
                 saved[prompt.id] = wanted
         batched = []
+        if fresh and self._options.responses_from is not None:
+            self._options.responses_from.check_tokenizer(self._model().tokenizer, prompt_set)
         for prompt in prompts if fresh else ():
             try:
                 batched.append(self._tokenized(prompt_set, prompt))
@@ -201,7 +204,7 @@ class TaskPlanner:
             refused,
             unreadable,
             self._other_sampling,
-            self._most_tokens(any(prompt.thinks for prompt in batched)),
+            self._most_tokens(batched),
             max((len(prompt.token_ids) for prompt in batched), default=0),
             self._options.variant,
             self._norm_prompts(prompt_set, limited) if fresh else (),
@@ -215,9 +218,11 @@ class TaskPlanner:
                 found.append(self._tokenized(prompt_set, prompt))
         return found
 
-    def _most_tokens(self, thinks: bool) -> int:
-        """The maximum length of a response to prompts that begin with thinking, or do not."""
-        asked = self._options.max_new_tokens
+    def _most_tokens(self, prompts: Sequence[TokenizedPrompt]) -> int:
+        """The maximum length of a response to prompts, some of which may begin with thinking."""
+        if self._options.responses_from is not None:
+            return most_new_tokens(prompts)
+        asked, thinks = self._options.max_new_tokens, any(prompt.thinks for prompt in prompts)
         return max(asked, THINKING_TOKENS) if thinks and self._options.longer_where_thinking else asked
 
     def _most_tokens_asked(self, saved: Capture | CaptureRecord) -> int | None:
@@ -295,6 +300,8 @@ class TaskPlanner:
 
     def _note_sampling(self, saved: Capture | CaptureRecord) -> None:
         """Note a prompt whose capture is kept although its sampling settings differ, as far as they are recorded."""
+        if self._options.responses_from is not None:
+            return
         sampling = self._options.sampling
         asked = {"temperature": sampling.temperature, "max_new_tokens": self._most_tokens_asked(saved)}
         if sampling.temperature != 0:
@@ -307,15 +314,21 @@ class TaskPlanner:
 
     def _is_whole_and_of(self, saved: Capture | CaptureRecord, prompt_set: PromptSet, prompt: Prompt) -> bool:
         """Whether a capture is complete and of this prompt: the same text, system prompt, template and model."""
-        asked = self.asked_template
-        return (
+        asked, given = self.asked_template, self._options.responses_from
+        is_of_this_model = (
             not self._layout.unfinished(self._options.capture_set(prompt_set.name), prompt.id).exists()
             and identity(saved.metadata.get("interventions")) == identity(self._options.intervention_records)
+            and saved.metadata["inference_model"] == self._model_name
+            and saved.metadata.get("adapter") == self._options.adapter
+        )
+        if not is_of_this_model or given is not None:
+            return is_of_this_model and given is not None and given.are_tokens_of(saved, prompt_set.name, prompt.id)
+        return (
+            "tokens_from" not in saved.metadata
             and saved.metadata.get("prompt_text") == prompt.text
             and without_system(saved.metadata.get("messages")) == without_system(prompt.messages)
             and saved.metadata.get("template_args", {}) == self._all_template_args
             and saved.metadata.get("system_prompt") == self._system_prompt(prompt_set, prompt)
-            and saved.metadata["inference_model"] == self._model_name
             and asked in (None, saved.metadata.get("chat_template"))
         )
 
@@ -331,6 +344,9 @@ class TaskPlanner:
         return prompt_set.system_prompt_of(prompt, self._config.system_prompt)
 
     def _tokenized(self, prompt_set: PromptSet, prompt: Prompt) -> TokenizedPrompt:
+        given = self._options.responses_from
+        if given is not None:
+            return prompt_of(given.capture(prompt_set.name, prompt.id))
         tokenized = tokenize(
             self._model().tokenizer,
             prompt.text,

@@ -24,6 +24,7 @@ from tlcapture.commands.capture_options import CaptureOptions
 from tlcapture.commands.capture_outputs import Outputs, add_ons, lens_of, remove_stale, saved_capture, write_capture
 from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.capture_tasks import CaptureTask
+from tlcapture.commands.given_responses import generate_or_force, longest_forced
 from tlcapture.commands.kept_positions import wanted_positions
 from tlcapture.commands.projections import (
     ChanceLevels,
@@ -35,10 +36,9 @@ from tlcapture.commands.projections import (
 from tlcapture.commands.replay import Pass, as_prompt, check_replayable, replayed
 from tlcapture.errors import InputError, OutOfMemoryError
 from tlcapture.generation.checkpoint_sampling import sampling_for, unfollowed
-from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure, Generation
 from tlcapture.generation.recording import n_bytes_of
-from tlcapture.generation.sampling import Sampling
+from tlcapture.generation.sampling import GREEDY, Sampling
 from tlcapture.generation.typical_norms import NORMS_MEASURED, norms_over_prompts
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import is_out_of_memory, release_memory
@@ -126,10 +126,11 @@ class CaptureWorker:
         wanted = options.outputs(model.n_layers)
         sampling = sampling_for(options.sampling, model)
         not_followed = unfollowed(sampling, model)
-        if not_followed is not None:
+        if not_followed is not None and not options.responses_from:
             self.run.warn(not_followed)
         # A default that is longer for thinking must not keep prompts from fitting.
-        max_new_tokens = max(options.max_new_tokens, min(task.max_new_tokens, model.n_ctx - task.longest))
+        most = longest_forced(task.batched) if options.responses_from else options.max_new_tokens
+        max_new_tokens = max(most, min(task.max_new_tokens, model.n_ctx - task.longest))
         for prompt in task.batched:
             if prompt.dropped:
                 self.run.warn(dropped_warning(prompt.dropped))
@@ -150,13 +151,13 @@ class CaptureWorker:
                 writer.collect()
                 progress.advance(count)
 
-            for outcome in generate(
+            for outcome in generate_or_force(
                 model,
                 task.batched,
                 wanted=task.fresh,
                 hooks=wanted.live_hooks(model),
                 max_new_tokens=max_new_tokens,
-                sampling=sampling,
+                sampling=GREEDY if options.responses_from else sampling,
                 interventions=[change for each in resolved for change in each.interventions()],
                 batch_size=options.batch_size,
                 on_tokens=on_tokens,
@@ -171,10 +172,8 @@ class CaptureWorker:
                     lens = self._lens(outcome, wanted) if wanted.logit_lens and on_cpu else None
                     job = partial(self._write, name, outcome, sampling, wanted, max_new_tokens, lens, records)
                     writer.submit(job, 2 * n_bytes_of(outcome.cache))
-                progress.advance(
-                    max_new_tokens - len(outcome.response_ids),
-                    done=f"{name}: {len(outcome.response_ids)} tokens, {outcome.stop_reason}",
-                )
+                n_new = len(outcome.response_ids)
+                progress.advance(max_new_tokens - n_new, done=f"{name}: {n_new} tokens, {outcome.stop_reason}")
 
     def _with_norms(self, task: CaptureTask) -> Sequence[ResolvedIntervention]:
         """The interventions, whose typical norms are measured on the unsteered prompts where the vectors have none."""

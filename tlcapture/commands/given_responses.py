@@ -6,15 +6,22 @@ give equal bits: what differs is due to the models, and not to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tlcapture.captures.capture import Capture
+from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.compared_sets import CaptureSet
+from tlcapture.commands.replay import as_prompt
 from tlcapture.errors import InputError, StorageError
+from tlcapture.generation.loop import generate
+from tlcapture.generation.outcomes import Outcome
+from tlcapture.models.loading import Model
 from tlcapture.names import PromptId, base_set
+from tlcapture.prompts.known_tokens import KnownTokens
 from tlcapture.prompts.prompt_sets import Prompt, PromptSet
+from tlcapture.prompts.tokenization import TokenizedPrompt, other_tokens
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class GivenResponses:
                 except StorageError as error:
                     refused.append((f"{name}/{prompt_id}", str(error)))
             if prompts:
-                found.append(PromptSet(name=base_set(name), prompts=prompts))
+                found.append(PromptSet.model_construct(name=base_set(name), prompts=prompts))
         return found, refused
 
     def capture(self, prompt_set: str, prompt_id: PromptId) -> Capture:
@@ -62,10 +69,58 @@ class GivenResponses:
     def _capture(self, name: str, prompt_id: PromptId) -> Capture:
         return Capture.open(self.source.layout.residual(name, prompt_id))
 
+    def check_tokenizer(self, tokenizer: Any, prompt_set: PromptSet) -> None:
+        """Raise `InputError` if the tokens of any capture of a set are those of another tokenizer."""
+        for prompt in prompt_set.prompts:
+            capture = self.capture(prompt_set.name, prompt.id)
+            reason = other_tokens(tokenizer, capture.token_ids, capture.tokens)
+            if reason is not None:
+                raise InputError(
+                    f"--responses-from {self}: the tokens of {capture.capture_set}/{capture.prompt_id}, captured from "
+                    f"{capture.metadata['inference_model']!r}, are of another tokenizer than this model's: {reason}"
+                )
+
+    def are_tokens_of(self, saved: Capture | CaptureRecord, prompt_set: str, prompt_id: PromptId) -> bool:
+        """Whether a saved capture is of the tokens that a prompt has there now."""
+        source = self.capture(prompt_set, prompt_id)
+        same = saved.token_ids == source.token_ids if isinstance(saved, Capture) else saved.tokens == source.tokens
+        return same and saved.metadata.get("tokens_from") == KnownTokens.of(source.metadata, ()).origin
+
+
+def prompt_of(capture: Capture) -> TokenizedPrompt:
+    """The prompt of a capture, with its response as a forced one; an empty response is read with it."""
+    response = tuple(capture.response.token_ids)
+    known = KnownTokens.of(capture.metadata, capture.spans)
+    found = replace(as_prompt(capture, capture.prompt_id), given=None, known=known)
+    return replace(found, forced=response) if response else replace(found, given=())
+
+
+def most_new_tokens(prompts: Sequence[TokenizedPrompt]) -> int:
+    """The maximum length of the responses when they were generated, or their greatest length."""
+    lengths = [len(prompt.forced or ()) for prompt in prompts]
+    recorded = [prompt.known.metadata.get("max_new_tokens") for prompt in prompts if prompt.known is not None]
+    return max([*lengths, *(each for each in recorded if isinstance(each, int))], default=0)
+
+
+def longest_forced(prompts: Sequence[TokenizedPrompt]) -> int:
+    """The tokens of the longest forced response."""
+    return max((len(prompt.forced or ()) for prompt in prompts), default=0)
+
+
+def generate_or_force(model: Model, prompts: Sequence[TokenizedPrompt], **how: Any) -> Iterator[Outcome]:
+    """`generate` with prompts whose responses are generated or forced, and apart from them those with an empty one."""
+    for are_empty in (False, True):
+        kind = [prompt for prompt in prompts if (prompt.given is not None) == are_empty]
+        if kind:
+            yield from generate(model, kind, **how)
+
 
 def _prompt(capture: Capture) -> Prompt:
     metadata = capture.metadata
-    messages = metadata.get("messages")
-    content: dict[str, Any] = {"messages": list(messages)} if messages else {"text": metadata.get("prompt_text") or " "}
-    more = {**(metadata.get("prompt_fields") or {}), "system_prompt": metadata.get("system_prompt")}
-    return Prompt.model_validate({**more, **content, "id": capture.prompt_id})
+    return Prompt.model_construct(
+        id=capture.prompt_id,
+        text=metadata.get("prompt_text") or capture.prompt.text,
+        messages=tuple(metadata.get("messages") or ()),
+        system_prompt=metadata.get("system_prompt"),
+        note=None,
+    )

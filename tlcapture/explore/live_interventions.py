@@ -16,31 +16,13 @@ from tlcapture.generation.interventions import HookFunction
 from tlcapture.generation.typical_norms import NORMS_MEASURED, norms_over_prompts
 from tlcapture.logger import get_logger
 from tlcapture.models.loading import Model
+from tlcapture.prompts.known_tokens import KnownTokens
 from tlcapture.prompts.tokenization import TokenizedPrompt, token_texts
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.interventions import TraitIntervention
 from tlcapture.traits.resolved_interventions import resolve
 
 Hook = tuple[str | Callable[[str], bool], HookFunction]
-
-# What a capture of given tokens takes over from the one that they are of.
-_OF_THE_TOKENS = (
-    "prompt_text",
-    "messages",
-    "system_prompt",
-    "chat_template",
-    "template_args",
-    "merged",
-    "dropped",
-    "thinking",
-    "bos",
-    "temperature",
-    "seed",
-    "sampling",
-    "max_new_tokens",
-    "stop_reason",
-    "prompt_fields",
-)
 
 _log = get_logger(__name__)
 
@@ -105,11 +87,8 @@ def prompt_of_capture(model: Model, capture: Capture) -> TokenizedPrompt:
 
 def of_the_same_tokens(made: Capture, source: Capture) -> Capture:
     """A capture of the tokens of another, with what is known of these."""
-    kept = {key: source.metadata[key] for key in _OF_THE_TOKENS if key in source.metadata}
-    others = {key: value for key, value in made.metadata.items() if key not in _OF_THE_TOKENS}
-    origin = ("inference_model", "model_fingerprint", "variant", "interventions")
-    tokens_from = {key: source.metadata[key] for key in origin if key in source.metadata}
-    return replace(made, metadata={**others, **kept, "tokens_from": tokens_from}, spans=source.spans)
+    known = KnownTokens.of(source.metadata, source.spans)
+    return replace(made, metadata=known.described(made.metadata), spans=known.spans)
 
 
 def _own_hooks(model: Model, hooks: Iterable[Hook]) -> Iterable[tuple[str, HookFunction]]:
