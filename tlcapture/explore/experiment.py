@@ -135,12 +135,27 @@ class Experiment:
 
         Raises `InputError` if the experiment has no model yet, `ModelError` if it cannot be loaded.
         """
+        return self._load(None)
+
+    def model_with(self, adapter: str | None) -> Model:
+        """The experiment's model with an adapter merged, loaded on first use; `model` itself without one."""
+        if adapter is None:
+            return self.model
+        if adapter not in self._adapted:
+            self._adapted[adapter] = self._load(adapter)
+        return self._adapted[adapter]
+
+    @cached_property
+    def _adapted(self) -> dict[str, Model]:
+        return {}
+
+    def _load(self, adapter: str | None) -> Model:
         from tlcapture.models.loading import load_model
 
         name = self.config.inference_model or self.config.extraction_model
         if name is None:
             raise InputError(f"experiment {self.layout.experiment!r} has no model yet: capture or extract first")
-        return load_model(name)
+        return load_model(name, adapter=adapter) if adapter else load_model(name)
 
 
 class AllCaptures(Mapping[str, "Captures"]):

@@ -69,7 +69,8 @@ class SavedCapture(ExplorableCapture):
 
     def _model(self) -> Model:
         """The experiment's model; raises `InputError` if the capture is from another one."""
-        model, fingerprint = self.experiment.model, self.capture.metadata.get("model_fingerprint")
+        model = self.experiment.model_with(self.capture.metadata.get("adapter"))
+        fingerprint = self.capture.metadata.get("model_fingerprint")
         if model.fingerprint != fingerprint:
             raise InputError(
                 f"{self.prompt_set}/{self.prompt_id} was captured from {self.capture.metadata['inference_model']!r} "
