@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from tlcapture.generation.interventions import ALL_POSITIONS, Intervention, Positions
 from tlcapture.generation.thinking_rows import ThinkingRows, thinking_rows, thinking_tokens
 from tlcapture.generation.where import EVERYWHERE
+from tlcapture.models.loading import Model
 from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.shapes import NextTokens, Rows
 
@@ -25,17 +25,17 @@ class ActingInterventions:
     def __init__(
         self,
         interventions: Sequence[Intervention],
-        tokenizer: Any,
+        model: Model,
         prompts: Sequence[TokenizedPrompt],
         responses: Sequence[Sequence[int]],
     ):
-        self._interventions = list(interventions)
+        self._interventions = [each.to(model.device) for each in interventions]
         self._prompts = prompts
         self._responses = [[*(prompt.given or ()), *ids] for prompt, ids in zip(prompts, responses, strict=True)]
-        self._tokenizer = tokenizer
+        self._tokenizer = model.tokenizer
         self._thinking: ThinkingRows | None = None
         if any(each.where.needs_thinking for each in self._interventions):
-            self._thinking = thinking_rows(tokenizer, [each.opening for each in prompts], self._responses)
+            self._thinking = thinking_rows(self._tokenizer, [each.opening for each in prompts], self._responses)
         self._n_new = len(self._responses[0]) if self._responses else 0  # tokens of every response
 
     def of_read(self) -> Acting:

@@ -47,6 +47,10 @@ class Intervention(ABC):
     def change(self, activation: Tensor) -> Tensor:
         """The changed activation `[batch, pos, d_model]`, as a new tensor of the given shape, device and dtype."""
 
+    @abstractmethod
+    def to(self, device: torch.device) -> Intervention:
+        """The intervention with its vectors on a device, so that no pass has to copy them."""
+
     @property
     def is_by_row(self) -> bool:
         """Whether rows of a batch are changed differently."""
@@ -76,6 +80,10 @@ class Add(Intervention):
             raise ValueError(f"addends of {len(addend)} rows for a batch of {len(activation)}")
         return activation + addend.unsqueeze(1)
 
+    def to(self, device: torch.device) -> Add:
+        """With the addend on a device."""
+        return replace(self, addend=self.addend.to(device))
+
     @property
     def is_by_row(self) -> bool:
         """Whether there is one addend per row."""
@@ -96,6 +104,10 @@ class Remove(Intervention):
         """The activation without the component, computed in float32 or better."""
         return _less(activation, self.direction, lambda along: along)
 
+    def to(self, device: torch.device) -> Remove:
+        """With the direction on a device."""
+        return replace(self, direction=self.direction.to(device))
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Limit(Intervention):
@@ -107,6 +119,10 @@ class Limit(Intervention):
     def change(self, activation: Tensor) -> Tensor:
         """The activation without what its projection is too large by, computed in float32 or better."""
         return _less(activation, self.direction, lambda along: (along - self.most).clamp_(min=0))
+
+    def to(self, device: torch.device) -> Limit:
+        """With the direction on a device."""
+        return replace(self, direction=self.direction.to(device))
 
 
 def _less(activation: Tensor, direction: Vector, excess: Callable[[Tensor], Tensor]) -> Tensor:
