@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from tlcapture.generation.interventions import ALL_POSITIONS, Intervention, Positions
+from tlcapture.generation.interventions import ALL_POSITIONS, Intervention, Positions, RowMask
 from tlcapture.generation.thinking_rows import ThinkingRows, thinking_rows, thinking_tokens
 from tlcapture.generation.where import EVERYWHERE
+from tlcapture.models.loading import Model
 from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.shapes import NextTokens, Rows
 
@@ -25,17 +25,18 @@ class ActingInterventions:
     def __init__(
         self,
         interventions: Sequence[Intervention],
-        tokenizer: Any,
+        model: Model,
         prompts: Sequence[TokenizedPrompt],
         responses: Sequence[Sequence[int]],
     ):
         self._interventions = list(interventions)
         self._prompts = prompts
         self._responses = [[*(prompt.given or ()), *ids] for prompt, ids in zip(prompts, responses, strict=True)]
-        self._tokenizer = tokenizer
+        self._tokenizer = model.tokenizer
         self._thinking: ThinkingRows | None = None
         if any(each.where.needs_thinking for each in self._interventions):
-            self._thinking = thinking_rows(tokenizer, [each.opening for each in prompts], self._responses)
+            self._thinking = thinking_rows(self._tokenizer, [each.opening for each in prompts], self._responses)
+            self._within = RowMask(torch.zeros(len(prompts), 1, dtype=torch.bool, device=model.device))
         self._n_new = len(self._responses[0]) if self._responses else 0  # tokens of every response
 
     def of_read(self) -> Acting:
@@ -59,11 +60,12 @@ class ActingInterventions:
     def of_token(self, tokens: NextTokens) -> Acting:
         """Those that act in the pass over the next token of each response."""
         number, self._n_new = self._n_new, self._n_new + 1
-        thinking = None if self._thinking is None else self._thinking.read(tokens)[:, None]
+        if self._thinking is not None:
+            self._within.rows[: len(tokens), 0] = self._thinking.read(tokens)
         found: Acting = []
         for each in self._interventions:
-            if thinking is not None and each.where.needs_thinking:
-                found.append((each, thinking))
+            if each.where.needs_thinking:
+                found.append((each, self._within))
             elif each.where.acts_at(number):
                 found.append((each, ALL_POSITIONS))
         return found

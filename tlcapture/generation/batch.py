@@ -74,7 +74,7 @@ class Batch:
         self._n_new = len(self._responses[indices[0]]) if indices else 0  # tokens of every response
         self._acting = ActingInterventions(
             settings.interventions,
-            self._model.tokenizer,
+            self._model,
             [self.prompts[index] for index in indices],
             [self._responses[index] for index in indices],
         )

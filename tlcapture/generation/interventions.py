@@ -20,14 +20,23 @@ from torch import Tensor
 
 from tlcapture.generation.where import EVERYWHERE, FROM_LAST_PROMPT_TOKEN, Where
 from tlcapture.models.loading import Model
+from tlcapture.models.recordable_hooks import RecordableHooks
 from tlcapture.shapes import Rows, RowVectors, Vector
 from tlcapture.views.hooks import hook
 
 ALL_POSITIONS = slice(None)
 
-# Positions of a pass: a slice of them, or a mask `[batch, pos]` of the last ones. The rows of a pass in several
-# micro-batches are one after the other in the mask.
-Positions = slice | Tensor
+
+@dataclass(frozen=True, eq=False)
+class RowMask:
+    """The rows whose next token is changed: a buffer `[batch, 1]` that stays where it is, and is filled anew."""
+
+    rows: Tensor
+
+
+# Positions of a pass: a slice of them, some rows of a step of one token, or a mask `[batch, pos]` of the last ones. The
+# rows of a pass in several micro-batches are one after the other in the mask.
+Positions = slice | RowMask | Tensor
 HookFunction = Callable[..., Any]  # of TransformerLens: activation and hook point -> activation, or None
 
 
@@ -46,6 +55,10 @@ class Intervention(ABC):
     @abstractmethod
     def change(self, activation: Tensor) -> Tensor:
         """The changed activation `[batch, pos, d_model]`, as a new tensor of the given shape, device and dtype."""
+
+    @abstractmethod
+    def to(self, device: torch.device) -> Intervention:
+        """The intervention with its vectors on a device, so that no pass has to copy them."""
 
     @property
     def is_by_row(self) -> bool:
@@ -76,6 +89,10 @@ class Add(Intervention):
             raise ValueError(f"addends of {len(addend)} rows for a batch of {len(activation)}")
         return activation + addend.unsqueeze(1)
 
+    def to(self, device: torch.device) -> Add:
+        """With the addend on a device."""
+        return replace(self, addend=self.addend.to(device))
+
     @property
     def is_by_row(self) -> bool:
         """Whether there is one addend per row."""
@@ -96,6 +113,10 @@ class Remove(Intervention):
         """The activation without the component, computed in float32 or better."""
         return _less(activation, self.direction, lambda along: along)
 
+    def to(self, device: torch.device) -> Remove:
+        """With the direction on a device."""
+        return replace(self, direction=self.direction.to(device))
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Limit(Intervention):
@@ -107,6 +128,10 @@ class Limit(Intervention):
     def change(self, activation: Tensor) -> Tensor:
         """The activation without what its projection is too large by, computed in float32 or better."""
         return _less(activation, self.direction, lambda along: (along - self.most).clamp_(min=0))
+
+    def to(self, device: torch.device) -> Limit:
+        """With the direction on a device."""
+        return replace(self, direction=self.direction.to(device))
 
 
 def _less(activation: Tensor, direction: Vector, excess: Callable[[Tensor], Tensor]) -> Tensor:
@@ -140,12 +165,17 @@ def acting(
     if not changes and not hooks:
         yield
         return
-    with model.tl.hooks(fwd_hooks=[*hooks, *changes]):
+    key = tuple((each, (at.start, at.stop) if isinstance(at, slice) else at) for each, at in interventions)
+    with model.tl.hooks(fwd_hooks=[*hooks, *changes] if hooks else RecordableHooks(changes, key)):
         yield
 
 
 def _hook_function(intervention: Intervention, positions: Positions) -> HookFunction:
-    return _at_slice(intervention, positions) if isinstance(positions, slice) else _by_mask(intervention, positions)
+    if isinstance(positions, slice):
+        return _at_slice(intervention, positions)
+    if isinstance(positions, RowMask):
+        return _at_rows(intervention, positions)
+    return _by_mask(intervention, positions)
 
 
 def _at_slice(intervention: Intervention, positions: slice) -> HookFunction:
@@ -156,6 +186,14 @@ def _at_slice(intervention: Intervention, positions: slice) -> HookFunction:
         changed = activation.clone()
         changed[:, positions] = intervention.change(part)
         return changed
+
+    return change
+
+
+def _at_rows(intervention: Intervention, mask: RowMask) -> HookFunction:
+    def change(activation: Tensor, hook: Any) -> Tensor:
+        rows = mask.rows[: len(activation)].to(activation.device)[..., None]
+        return torch.where(rows, intervention.change(activation), activation)
 
     return change
 

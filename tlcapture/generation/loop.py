@@ -89,7 +89,7 @@ def generate(
         model.release()
     size = batch_size or fitting_batch_size(model, longest + max_new_tokens, len(fitting), hooks, longest)
     queue = _Queue(fitting, size)
-    settings = Settings(hooks, max_new_tokens, sampling, interventions, own_hooks)
+    settings = Settings(hooks, max_new_tokens, sampling, [each.to(model.device) for each in interventions], own_hooks)
     paused: list[_InFlight] = []  # the next one last
     while paused or queue:
         in_flight = paused.pop() if paused else _InFlight.of(model, queue.next_batch(), settings, ids)
@@ -137,7 +137,7 @@ def continue_from(
 
     All prompts run in one batch, without capture. Returns their outcomes in the order of the prompts.
     """
-    settings = Settings((), max_new_tokens, sampling, interventions)
+    settings = Settings((), max_new_tokens, sampling, [each.to(model.device) for each in interventions])
     outcomes = dict(Batch(model, prompts, settings).continue_from(state, lambda indices: None))
     return [outcomes[index] for index in range(len(prompts))]
 
