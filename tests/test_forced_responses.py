@@ -55,7 +55,7 @@ def test_responses_of_different_lengths_leave_the_batch_one_by_one() -> None:
             out = theirs(torch.tensor([outcome.token_ids]), output_hidden_states=True)
         for layer in range(1, model.n_layers):
             torch.testing.assert_close(
-                outcome.cache[hook("residual_in", layer)].cpu(), out.hidden_states[layer][0], rtol=1e-4, atol=1e-4
+                outcome.cache[hook("residual_out", layer - 1)].cpu(), out.hidden_states[layer][0], rtol=1e-4, atol=1e-4
             )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +194,10 @@ class CompareWorker:
 
     def _existing(self, path: Path) -> ComparisonFile | None:
         """The comparison that is there; raises `StorageError` if it cannot be read and is not to be overwritten."""
-        if not path.is_file():
+        if not lexists(path):
             return None
+        if not path.is_file():
+            raise StorageError(f"{path}: expected a file, found something else: move it")
         try:
             return ComparisonFile.read(path)
         except StorageError as error:
