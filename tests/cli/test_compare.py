@@ -13,6 +13,8 @@ from click.testing import Result
 
 from tests import tiny
 from tlcapture.captures.capture import Capture
+from tlcapture.errors import InputError
+from tlcapture.explore.comparisons import COLUMNS
 from tlcapture.storage.files import read_json
 
 Run = Callable[..., Result]
@@ -326,3 +328,46 @@ def test_a_damaged_comparison_is_replaced_only_when_that_is_asked_for(capture: R
     assert "not a valid comparison file" in result.stderr
     assert path.read_text() == '{"a": 1}'
     assert tlcapture("compare", "exp", "exp", "--no-kl", "--overwrite").exit_code == 0
+
+
+def test_a_frame_has_a_row_for_each_token_and_trait_or_layer(both: Callable[..., None], data: Path) -> None:
+    from tlcapture import Experiment
+
+    both("--max-new-tokens", 0)
+    exp = Experiment("exp", data)
+    frame = exp.compare("tuned", "short")
+    assert list(frame.columns) == list(COLUMNS["trait"])
+    files = {name: compared(data, name=name) for name in ("1", "2", "3")}
+    assert len(frame) == sum(len(each["tokens"]) * len(TRAITS) for each in files.values())
+    for row in frame.itertuples():
+        found, trait = files[row.prompt_id], files[row.prompt_id]["traits"][row.trait]
+        at = row.token_idx
+        assert (row.prompt_set, row.token, row.part, row.layer) == (
+            "short",
+            found["tokens"][at],
+            "prompt",
+            trait["layer"],
+        )
+        values = (trait["difference"][at], found["kl"][at], found["residual"]["cosine"][at][row.layer])
+        assert (row.difference, row.kl, row.cosine) == values
+        assert row.norm_ratio == found["residual"]["norm_ratio"][at][row.layer]
+    layers = exp.compare(Experiment("tuned", data), by="layer", traits="tone/loud")
+    assert list(layers.columns) == list(COLUMNS["layer"])
+    assert len(layers) == sum(len(each["tokens"]) * 3 for each in files.values())
+    assert layers.attrs["summary"][0]["n_prompts"] == 3
+    assert exp.compare("tuned", "short", kl=False)["kl"].notna().all()  # what is there and current is kept
+
+
+def test_a_frame_of_what_cannot_be_compared_is_refused(capture: Run, data: Path, tmp_path: Path) -> None:
+    from tlcapture import Experiment
+
+    capture()
+    exp = Experiment("exp", data)
+    with pytest.raises(InputError, match="by='token': expected 'trait' or 'layer'"):
+        exp.compare("exp", by="token")
+    with pytest.raises(InputError, match="no experiment 'none'"):
+        exp.compare("none")
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "experiments" / "exp").mkdir(parents=True)
+    with pytest.raises(InputError, match="in another root"):
+        exp.compare(Experiment("exp", elsewhere))

@@ -208,12 +208,13 @@ class CompareWorker:
     def _vectors(self, sources: Sequence[Layout], a: Capture, b: Capture) -> list[VectorPair]:
         if not sources:
             return []
-        first = self._chosen(sources[0], a)
-        if sources[0] == sources[1]:
-            self._chosen(sources[1], b)  # which must fit them too
-            return [VectorPair(each, each) for each in first.values()]
-        second = self._chosen(sources[1], b)
-        return [VectorPair(vector, second[trait]) for trait, vector in first.items() if trait in second]
+        first, second = self._chosen(sources[0], a), self._chosen(sources[1], b)
+        are_same = sources[0] == sources[1]
+        return [
+            VectorPair(vector, vector if are_same else second[trait])
+            for trait, vector in first.items()
+            if trait in second
+        ]
 
     def _chosen(self, source: Layout, capture: Capture) -> dict[str, TraitVector]:
         if source not in self._choosers:
