@@ -38,7 +38,7 @@ def test_steering_with_a_vector_adds_medians_of_the_unsteered_prompts(engine: st
         again = teacher_force(model, cap.token_ids, ["blocks.1.hook_resid_post"])["blocks.1.hook_resid_post"]
         expected = torch.zeros_like(again)
         expected[len(cap.prompt.tokens) - 1 :] = UNIT * 0.5 * record["typical_norms"][0]
-        torch.testing.assert_close(cap.residual(1) - again, expected, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(cap.residual(1) - again, expected, atol=2e-4, rtol=1e-4)
         assert cap.metadata["variant"].startswith("steer-vector-0.5-L1-") and cap.capture_set.startswith("adhoc@steer")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from typing import Any, Protocol
 
 from tlcapture.captures.capture import Capture
@@ -77,15 +79,11 @@ def check_same_interventions(layout: Layout, capture_set: str, options: CaptureO
 
 
 def _metadata_of(layout: Layout, capture_set: str) -> Iterator[Mapping[str, Any]]:
-    """Metadata of the captures of a set, as far as they can be read, and of those that were only projected."""
-    captured = set(layout.captured(capture_set))
-    for prompt_id in layout.prompt_ids(capture_set):
-        if prompt_id not in captured:
-            record = CaptureRecord.find(layout, capture_set, prompt_id)
-            if record is not None:
-                yield record.metadata
-            continue
-        try:
+    """Metadata of the captures of a set, as far as they can be read, and of one of those that were only projected."""
+    captured = layout.captured(capture_set)
+    for prompt_id in captured:
+        with suppress(StorageError):  # reported by whoever would replace it
             yield Capture.open(layout.residual(capture_set, prompt_id)).metadata
-        except StorageError:  # reported by whoever would replace it
-            continue
+    projected = (each for each in layout.prompt_ids(capture_set) if each not in set(captured))
+    records = (CaptureRecord.find(layout, capture_set, prompt_id) for prompt_id in projected)
+    yield from (record.metadata for record in islice(filter(None, records), 1))
