@@ -366,7 +366,7 @@ def test_a_missing_vector_of_a_layer_and_one_of_another_width_are_named(
         torch.save(torch.ones(7), path)
     result = capture("--steer", f"{LOUD}:1@2")
     assert result.exit_code == 1
-    assert "the vector has width 7, but the model has width 32 and 3 layers" in result.output
+    assert "has width 7, but the activations have width 32" in result.output
 
 
 def test_auto_steers_at_the_selected_layer(capture: Run, extract: Run, layout: Layout) -> None:
@@ -375,7 +375,8 @@ def test_auto_steers_at_the_selected_layer(capture: Run, extract: Run, layout: L
     from tlcapture.traits.vector_files import VectorFiles
 
     ok(extract())
-    ok(capture(*EXACT, "--steer", f"{LOUD}:+0.5@auto", "--variant", "v", "--limit", "1"))
+    done = ok(capture(*EXACT, "--steer", f"{LOUD}:+0.5@auto", "--variant", "v", "--limit", "1", "--no-project"))
+    assert "tone/loud: layer 1 by default" in done.output
     selected = select(VectorFiles(layout, Trait.parse(LOUD)), "residual", tiny.N_LAYERS)
     (record,) = captures(layout, "short@v")["1"].metadata["interventions"]
     assert (record["layers"], record["methods"]) == ([selected.layer], [selected.method])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -12,12 +12,15 @@ from tlcapture.captures.capture import Capture
 from tlcapture.commands.capture_options import CaptureOptions
 from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.errors import InputError, StorageError
+from tlcapture.generation.typical_norms import NORMS_MEASURED, norms_over_prompts
+from tlcapture.models.loading import Model
 from tlcapture.models.sizes import Measures
 from tlcapture.names import check_name, variant_of
+from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.runs.existing_files import OVERWRITE
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.intervention_records import described, identity, variant_name
-from tlcapture.traits.resolved_interventions import resolve
+from tlcapture.traits.resolved_interventions import ResolvedIntervention, resolve
 
 _LONGEST_VARIANT = 64
 
@@ -62,6 +65,18 @@ def with_interventions(
     )
     variant = options.variant or variant_name([each.record for each in resolved])
     return replace(options, resolved=resolved, variant=variant)
+
+
+def with_norms(
+    options: CaptureOptions, model: Model, prompts: Sequence[TokenizedPrompt], warn: Callable[[str], object]
+) -> Sequence[ResolvedIntervention]:
+    """The interventions of the options, whose typical norms are measured on prompts where the vectors have none."""
+    layers = sorted({layer for each in options.resolved if each.lacks_norms for layer in each.layers})
+    if not layers:
+        return options.resolved
+    warn(NORMS_MEASURED)
+    norms = norms_over_prompts(model, prompts, layers, options.batch_size)
+    return [each.with_norms(norms) for each in options.resolved]
 
 
 def check_same_interventions(layout: Layout, capture_set: str, options: CaptureOptions) -> None:
