@@ -382,6 +382,17 @@ def test_auto_steers_at_the_selected_layer(capture: Run, extract: Run, layout: L
     assert (record["layers"], record["methods"]) == ([selected.layer], [selected.method])
 
 
+def test_a_model_that_does_not_think_is_reported_where_an_intervention_acts_on_thinking(
+    capture: Run, extract: Run, layout: Layout
+) -> None:
+    ok(extract())
+    done = ok(capture(*EXACT, "--steer", f"{LOUD}:+0.5@1:thinking", "--variant", "v", "--limit", "1"))
+    assert "interventions at :thinking may act at no token" in done.output
+    ok(capture(*EXACT, "--limit", "1"))
+    (steered, plain) = (captures(layout, name)["1"] for name in ("short@v", "short"))
+    assert steered.token_ids == plain.token_ids and torch.equal(steered.residual(2), plain.residual(2))
+
+
 def test_a_variant_of_projections_alone_is_told_by_its_record(capture: Run, extract: Run, layout: Layout) -> None:
     ok(extract())
     words = (*EXACT, "--projections-only", "--variant", "v")

@@ -52,6 +52,7 @@ from tlcapture.storage.config import update_config
 from tlcapture.storage.files import remove, write_bytes
 from tlcapture.storage.layout import derived_files
 from tlcapture.traits.choice import ChosenVector, ChosenVectors, VectorChooser
+from tlcapture.traits.intervention_records import thinking_doubt
 from tlcapture.traits.projection import scores_of
 from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import hook
@@ -134,6 +135,9 @@ class CaptureWorker:
         if options.projections_only:
             self._check_vectors(wanted)
         resolved = with_norms(options, model, task.norm_prompts, self.run.warn)
+        doubt = thinking_doubt(options.intervention_records, thinks=any(prompt.thinks for prompt in task.batched))
+        if doubt is not None:
+            self.run.warn(doubt)
         records = [each.record for each in resolved]
         total = len(task.fresh) * max_new_tokens
         if options.project and wanted.raw and wanted.tokens is None:  # see `_project_onto`

@@ -18,6 +18,7 @@ from tlcapture.logger import get_logger
 from tlcapture.models.loading import Model
 from tlcapture.prompts.tokenization import TokenizedPrompt, token_texts
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.intervention_records import thinking_doubt
 from tlcapture.traits.interventions import TraitIntervention
 from tlcapture.traits.resolved_interventions import resolve
 
@@ -66,8 +67,10 @@ def live_interventions(
         if not isinstance(each, TraitIntervention):
             raise InputError(f"interventions: expected Steer(...), Ablate(...) or Cap(...), got {each!r}")
     resolved = resolve(asked, vectors, n_layers=model.n_layers, d_model=model.d_model, model=model.name)
-    for doubt in (doubt for each in resolved for doubt in each.doubts):
-        _log.warning(doubt)
+    of_thinking = thinking_doubt([each.record for each in resolved], thinks=any(prompt.thinks for prompt in prompts))
+    for doubt in (*(doubt for each in resolved for doubt in each.doubts), of_thinking):
+        if doubt is not None:
+            _log.warning(doubt)
     layers = sorted({layer for each in resolved if each.lacks_norms for layer in each.layers})
     if layers:
         _log.info(NORMS_MEASURED)
