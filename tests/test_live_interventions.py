@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ import tlcapture
 from tests import tiny
 from tlcapture import Ablate, Cap, Steer, capture
 from tlcapture.captures.capture import Capture
-from tlcapture.errors import InputError, TlcaptureError, VectorError
+from tlcapture.captures.intervention_record import InterventionRecord
+from tlcapture.errors import InputError, StorageError, TlcaptureError, VectorError
 from tlcapture.generation.loop import teacher_force
+from tlcapture.storage.validation import checked
 
 VECTOR = torch.linspace(-1, 2, tiny.D_MODEL)
 UNIT = torch.nn.functional.normalize(VECTOR, dim=0)
@@ -38,7 +41,7 @@ def test_steering_with_a_vector_adds_medians_of_the_unsteered_prompts(engine: st
         again = teacher_force(model, cap.token_ids, ["blocks.1.hook_resid_post"])["blocks.1.hook_resid_post"]
         expected = torch.zeros_like(again)
         expected[len(cap.prompt.tokens) - 1 :] = UNIT * 0.5 * record["typical_norms"][0]
-        torch.testing.assert_close(cap.residual(1) - again, expected, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(cap.residual(1) - again, expected, atol=2e-4, rtol=1e-4)
         assert cap.metadata["variant"].startswith("steer-vector-0.5-L1-") and cap.capture_set.startswith("adhoc@steer")
 
 
@@ -172,3 +175,25 @@ def test_captures_of_another_tokenizer_are_refused(monkeypatch: pytest.MonkeyPat
 
 def test_the_interventions_are_public_names() -> None:
     assert {"Steer", "Ablate", "Cap"} <= set(tlcapture.__all__)
+
+
+def test_a_damaged_record_is_named_with_its_field() -> None:
+    steer = {
+        "kind": "steer",
+        "trait": "tone/loud",
+        "experiment": "exp",
+        "methods": ["probe"],
+        "layers": [1],
+        "vector_digests": ["00"],
+        "where": "response",
+        "coefficient": 0.5,
+    }
+    hook = {"kind": "hook", "hook": "blocks.0.hook_resid_post", "function": "mine.f", "replayable": False}
+    for whole in (steer, hook):
+        checked(InterventionRecord, whole, Path("x.json"), "projection")
+    damaged = [{key: value for key, value in steer.items() if key != name} for name in steer if name != "trait"]
+    damaged += [{**hook, "function": None}, {**steer, "kind": "tilt"}, {**steer, "typical_norms": [1.0, 2.0]}, {}]
+    for each in damaged:
+        with pytest.raises(StorageError, match=r"x.json: not a valid projection file: ") as caught:
+            checked(InterventionRecord, each, Path("x.json"), "projection")
+        assert "\n" not in str(caught.value)

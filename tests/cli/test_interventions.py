@@ -366,7 +366,7 @@ def test_a_missing_vector_of_a_layer_and_one_of_another_width_are_named(
         torch.save(torch.ones(7), path)
     result = capture("--steer", f"{LOUD}:1@2")
     assert result.exit_code == 1
-    assert "the vector has width 7, but the model has width 32 and 3 layers" in result.output
+    assert "has width 7, but the activations have width 32" in result.output
 
 
 def test_auto_steers_at_the_selected_layer(capture: Run, extract: Run, layout: Layout) -> None:
@@ -375,10 +375,22 @@ def test_auto_steers_at_the_selected_layer(capture: Run, extract: Run, layout: L
     from tlcapture.traits.vector_files import VectorFiles
 
     ok(extract())
-    ok(capture(*EXACT, "--steer", f"{LOUD}:+0.5@auto", "--variant", "v", "--limit", "1"))
+    done = ok(capture(*EXACT, "--steer", f"{LOUD}:+0.5@auto", "--variant", "v", "--limit", "1", "--no-project"))
+    assert "tone/loud: layer 1 by default" in done.output
     selected = select(VectorFiles(layout, Trait.parse(LOUD)), "residual", tiny.N_LAYERS)
     (record,) = captures(layout, "short@v")["1"].metadata["interventions"]
     assert (record["layers"], record["methods"]) == ([selected.layer], [selected.method])
+
+
+def test_a_model_that_does_not_think_is_reported_where_an_intervention_acts_on_thinking(
+    capture: Run, extract: Run, layout: Layout
+) -> None:
+    ok(extract())
+    done = ok(capture(*EXACT, "--steer", f"{LOUD}:+0.5@1:thinking", "--variant", "v", "--limit", "1"))
+    assert "interventions at :thinking may act at no token" in done.output
+    ok(capture(*EXACT, "--limit", "1"))
+    (steered, plain) = (captures(layout, name)["1"] for name in ("short@v", "short"))
+    assert steered.token_ids == plain.token_ids and torch.equal(steered.residual(2), plain.residual(2))
 
 
 def test_a_variant_of_projections_alone_is_told_by_its_record(capture: Run, extract: Run, layout: Layout) -> None:

@@ -226,6 +226,7 @@ def test_every_command_gives_the_same_on_a_cluster_as_locally(ray_address: str, 
         ("extract", "--traits", "tone/loud,tone/warm", "--methods", "mean_diff", "--component", "residual"),
         ("evaluate", "--component", "residual", "--methods", "mean_diff"),
         ("steer", "--layers", "1", "--coefficients", "0.2", "--methods", "mean_diff"),
+        ("capture", "--prompt-set", "busy", "--limit", "3", "--max-new-tokens", "4", "--steer", "tone/loud:+0.5@1"),
         ("project", "--prompt-set", "busy"),
     ]
     for name, *words in commands:
@@ -243,6 +244,8 @@ def test_every_command_gives_the_same_on_a_cluster_as_locally(ray_address: str, 
     assert found == expected
     assert found[bad] == "mine"
     assert others in found
+    steered = [name for name in found if "/residual/busy@steer-loud-0.5-L1-" in name]
+    assert len(steered) == 3 and all(found[name]["metadata"]["interventions"] for name in steered)
 
 
 def contents_of_json(experiment: Path) -> Any:

@@ -9,6 +9,7 @@ import torch
 from pydantic import ConfigDict, Field, Strict, field_validator, model_validator
 from torch import Tensor
 
+from tlcapture.captures.intervention_record import InterventionRecord
 from tlcapture.errors import StorageError, TlcaptureError
 from tlcapture.names import PromptId, is_prompt_set, is_safe_name, prompt_id_problem
 from tlcapture.prompts.spans import TokenSpan, check_spans
@@ -62,7 +63,7 @@ class CaptureMetadata(FileContent):
     thinking: dict[str, str] | None = None
     positions: list[Count] | None = None
     variant: str | None = None
-    interventions: list[dict[str, Any]] | None = None
+    interventions: list[InterventionRecord] | None = None
 
     @field_validator("variant")
     @classmethod

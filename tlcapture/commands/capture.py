@@ -69,6 +69,8 @@ def run_capture(
     run = Run.begin(layout, display)
     for what, reason in refused:
         run.failed(what, reason)
+    for doubt in (doubt for each in options.resolved for doubt in each.doubts):
+        run.warn(doubt)
     for note in (note for prompt_set in prompt_sets for note in mistyped_keys(prompt_set)):
         run.warn(note)
     known_model = partial(executor.known_model, load)

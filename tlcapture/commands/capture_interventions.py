@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,12 +14,15 @@ from tlcapture.captures.capture import Capture
 from tlcapture.commands.capture_options import CaptureOptions
 from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.errors import InputError, StorageError
+from tlcapture.generation.typical_norms import NORMS_MEASURED, norms_over_prompts
+from tlcapture.models.loading import Model
 from tlcapture.models.sizes import Measures
 from tlcapture.names import check_name, variant_of
+from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.runs.existing_files import OVERWRITE
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.intervention_records import described, identity, variant_name
-from tlcapture.traits.resolved_interventions import resolve
+from tlcapture.traits.resolved_interventions import ResolvedIntervention, resolve
 
 _LONGEST_VARIANT = 64
 
@@ -74,6 +79,18 @@ def _variant_of_adapter(options: CaptureOptions) -> str | None:
     return name[:_LONGEST_VARIANT] or "adapter"
 
 
+def with_norms(
+    options: CaptureOptions, model: Model, prompts: Sequence[TokenizedPrompt], warn: Callable[[str], object]
+) -> Sequence[ResolvedIntervention]:
+    """The interventions of the options, whose typical norms are measured on prompts where the vectors have none."""
+    layers = sorted({layer for each in options.resolved if each.lacks_norms for layer in each.layers})
+    if not layers:
+        return options.resolved
+    warn(NORMS_MEASURED)
+    norms = norms_over_prompts(model, prompts, layers, options.batch_size)
+    return [each.with_norms(norms) for each in options.resolved]
+
+
 def check_same_interventions(layout: Layout, capture_set: str, options: CaptureOptions) -> None:
     """Raise `InputError` if a variant holds captures under other interventions and is not to be overwritten.
 
@@ -107,15 +124,11 @@ def _source(metadata: Mapping[str, Any]) -> str | None:
 
 
 def _metadata_of(layout: Layout, capture_set: str) -> Iterator[Mapping[str, Any]]:
-    """Metadata of the captures of a set, as far as they can be read, and of those that were only projected."""
-    captured = set(layout.captured(capture_set))
-    for prompt_id in layout.prompt_ids(capture_set):
-        if prompt_id not in captured:
-            record = CaptureRecord.find(layout, capture_set, prompt_id)
-            if record is not None:
-                yield record.metadata
-            continue
-        try:
+    """Metadata of the captures of a set, as far as they can be read, and of one of those that were only projected."""
+    captured = layout.captured(capture_set)
+    for prompt_id in captured:
+        with suppress(StorageError):  # reported by whoever would replace it
             yield Capture.open(layout.residual(capture_set, prompt_id)).metadata
-        except StorageError:  # reported by whoever would replace it
-            continue
+    projected = (each for each in layout.prompt_ids(capture_set) if each not in set(captured))
+    records = (CaptureRecord.find(layout, capture_set, prompt_id) for prompt_id in projected)
+    yield from (record.metadata for record in islice(filter(None, records), 1))

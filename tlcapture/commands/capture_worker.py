@@ -7,7 +7,6 @@ its stored activations, which are rounded, so that the files are those of an uni
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -20,6 +19,7 @@ import torch
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.from_generation import capture_of
 from tlcapture.captures.provenance import dropped_warning, no_answer_warning
+from tlcapture.commands.capture_interventions import with_norms
 from tlcapture.commands.capture_options import CaptureOptions
 from tlcapture.commands.capture_outputs import Outputs, add_ons, lens_of, remove_stale, saved_capture, write_capture
 from tlcapture.commands.capture_records import CaptureRecord
@@ -33,13 +33,12 @@ from tlcapture.commands.projections import (
     report_choice,
     without_projection,
 )
-from tlcapture.commands.replay import Pass, as_prompt, check_replayable, replayed
+from tlcapture.commands.replay import InterventionsAgain, Pass, as_prompt, check_replayable, replayed
 from tlcapture.errors import InputError, OutOfMemoryError
 from tlcapture.generation.checkpoint_sampling import sampling_for, unfollowed
 from tlcapture.generation.outcomes import Failure, Generation
 from tlcapture.generation.recording import n_bytes_of
 from tlcapture.generation.sampling import GREEDY, Sampling
-from tlcapture.generation.typical_norms import NORMS_MEASURED, norms_over_prompts
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import is_out_of_memory, release_memory
 from tlcapture.models.streams import own_stream
@@ -53,8 +52,8 @@ from tlcapture.storage.config import update_config
 from tlcapture.storage.files import remove, write_bytes
 from tlcapture.storage.layout import derived_files
 from tlcapture.traits.choice import ChosenVector, ChosenVectors, VectorChooser
+from tlcapture.traits.intervention_records import thinking_doubt
 from tlcapture.traits.projection import scores_of
-from tlcapture.traits.resolved_interventions import ResolvedIntervention, of_records
 from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import hook
 from tlcapture.views.kept_tokens import Positions, kept_of
@@ -81,7 +80,7 @@ class CaptureWorker:
         self._lock = Lock()  # for what the threads of the writer share
         self._removed: list[Path] = []
         self._unanswered: list[str] = []
-        self._again: dict[str, tuple[ResolvedIntervention, ...]] = {}  # by their records
+        self._again = InterventionsAgain(run.layout.root)
 
     @cached_property
     def model(self) -> Model:
@@ -136,7 +135,10 @@ class CaptureWorker:
                 self.run.warn(dropped_warning(prompt.dropped))
         if options.projections_only:
             self._check_vectors(wanted)
-        resolved = self._with_norms(task)
+        resolved = with_norms(options, model, task.norm_prompts, self.run.warn)
+        doubt = thinking_doubt(options.intervention_records, thinks=any(prompt.thinks for prompt in task.batched))
+        if doubt is not None:
+            self.run.warn(doubt)
         records = [each.record for each in resolved]
         total = len(task.fresh) * max_new_tokens
         if options.project and wanted.raw and wanted.tokens is None:  # see `_project_onto`
@@ -174,16 +176,6 @@ class CaptureWorker:
                     writer.submit(job, 2 * n_bytes_of(outcome.cache))
                 n_new = len(outcome.response_ids)
                 progress.advance(max_new_tokens - n_new, done=f"{name}: {n_new} tokens, {outcome.stop_reason}")
-
-    def _with_norms(self, task: CaptureTask) -> Sequence[ResolvedIntervention]:
-        """The interventions, whose typical norms are measured on the unsteered prompts where the vectors have none."""
-        resolved = self.options.resolved
-        layers = sorted({layer for each in resolved if each.lacks_norms for layer in each.layers})
-        if not layers:
-            return resolved
-        norms = norms_over_prompts(self.model, task.norm_prompts, layers, self.options.batch_size)
-        self.run.warn(NORMS_MEASURED)
-        return [each.with_norms(norms) for each in resolved]
 
     def _lens(self, generation: Generation, wanted: Outputs) -> LogitLens:
         ids, n_prompt = generation.token_ids, len(generation.prompt.token_ids)
@@ -276,8 +268,7 @@ class CaptureWorker:
                     if wanted.needs_pass or wanted.logit_lens:
                         check_replayable(capture, wanted, self.model)
                     if wanted.needs_pass:
-                        again = self._interventions_of(capture)
-                        key = Pass(tuple(wanted.pass_hooks(self.model)), again)
+                        key = Pass(tuple(wanted.pass_hooks(self.model)), self._again.of(capture))
                         sequences.setdefault(key, []).append(as_prompt(capture, prompt_id))
                         names[prompt_id] = name, raw, wanted
                         continue
@@ -290,14 +281,6 @@ class CaptureWorker:
                         raise outcome.error(outcome.reason)
                     self._submit_saved(writer, name, Capture.open(raw), wanted, outcome.cache)
                 progress.advance(1, done=name)
-
-    def _interventions_of(self, capture: Capture) -> tuple[ResolvedIntervention, ...]:
-        """The interventions that a capture was made with, to apply them again; those of equal records are the same."""
-        records = capture.metadata.get("interventions") or ()
-        key = json.dumps(records, sort_keys=True)
-        if key not in self._again:
-            self._again[key] = of_records(records, self.layout.root)
-        return self._again[key]
 
     def _submit_saved(
         self, writer: BackgroundWriter, name: str, capture: Capture, wanted: Outputs, cache: Cache

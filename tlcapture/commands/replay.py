@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.capture_outputs import Outputs
@@ -14,7 +16,7 @@ from tlcapture.generation.outcomes import Outcome
 from tlcapture.models.loading import Model
 from tlcapture.names import PromptId
 from tlcapture.prompts.tokenization import TokenizedPrompt
-from tlcapture.traits.resolved_interventions import ResolvedIntervention
+from tlcapture.traits.resolved_interventions import ResolvedIntervention, of_records
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,22 @@ class Pass:
 
     hooks: tuple[str, ...]
     interventions: tuple[ResolvedIntervention, ...] = ()
+
+
+class InterventionsAgain:
+    """The interventions that captures were made with, to apply them again; those of equal records are the same."""
+
+    def __init__(self, root: Path):
+        self._root = root
+        self._found: dict[str, tuple[ResolvedIntervention, ...]] = {}
+
+    def of(self, capture: Capture) -> tuple[ResolvedIntervention, ...]:
+        """The interventions of a capture; raises `InputError` or `VectorError` where they cannot be applied again."""
+        records = capture.metadata.get("interventions") or ()
+        key = json.dumps(records, sort_keys=True)
+        if key not in self._found:
+            self._found[key] = of_records(records, self._root)
+        return self._found[key]
 
 
 def check_replayable(capture: Capture, wanted: Outputs, model: Model) -> None:

@@ -19,6 +19,7 @@ from tlcapture.models.loading import Model
 from tlcapture.prompts.known_tokens import KnownTokens
 from tlcapture.prompts.tokenization import TokenizedPrompt, token_texts
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.intervention_records import thinking_doubt
 from tlcapture.traits.interventions import TraitIntervention
 from tlcapture.traits.resolved_interventions import resolve
 
@@ -48,6 +49,10 @@ def live_interventions(
         if not isinstance(each, TraitIntervention):
             raise InputError(f"interventions: expected Steer(...), Ablate(...) or Cap(...), got {each!r}")
     resolved = resolve(asked, vectors, n_layers=model.n_layers, d_model=model.d_model, model=model.name)
+    of_thinking = thinking_doubt([each.record for each in resolved], thinks=any(prompt.thinks for prompt in prompts))
+    for doubt in (*(doubt for each in resolved for doubt in each.doubts), of_thinking):
+        if doubt is not None:
+            _log.warning(doubt)
     layers = sorted({layer for each in resolved if each.lacks_norms for layer in each.layers})
     if layers:
         _log.info(NORMS_MEASURED)
@@ -96,8 +101,9 @@ def _own_hooks(model: Model, hooks: Iterable[Hook]) -> Iterable[tuple[str, HookF
         if not isinstance(pair, tuple | list) or len(pair) != 2 or not callable(pair[1]):
             raise InputError(f"hooks: expected pairs of a hook name and a function, got {pair!r}")
         name, function = pair
+        known = [*model.hook_names, *model.tl.hook_dict]
         found = [each for each in model.hook_names if name(each)] if callable(name) else [name]
-        if not found or not set(found) <= set(model.hook_names):
+        if not found or not set(found) <= set(known):
             what = "a name that no hook has" if callable(name) else repr(name)
             raise InputError(f"hooks: the model has no hook {what}: expected one such as 'blocks.0.hook_resid_post'")
         yield from ((each, function) for each in found)

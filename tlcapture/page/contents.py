@@ -133,7 +133,7 @@ class Contents:
             if found["tokens"] is None:
                 n_prompt = len(content.prompt.tokens)
                 found |= {"tokens": content.tokens, "n_prompt_tokens": n_prompt, "text": content.response.text}
-                found["interventions"] = [described(each) for each in content.metadata.interventions]
+                found["interventions"] = [described(each.model_dump()) for each in content.metadata.interventions]
                 found["spans"] = [span.to_json() for span in content.spans]
             if content.tokens != found["tokens"]:
                 found["problems"].append(

@@ -58,3 +58,10 @@ def described(record: Mapping[str, Any]) -> str:
     amount = "" if number is None else f" {record[number]:+g}" if number == "coefficient" else f" to {record[number]:g}"
     where = record["where"].replace("_", " ")
     return f"{record['kind']} {trait}{amount} {at}, {where}"
+
+
+def thinking_doubt(records: Sequence[Mapping[str, Any]], *, thinks: bool) -> str | None:
+    """What to warn of where interventions act within thinking, and no prompt makes the model think."""
+    if thinks or not any(record.get("where") == "thinking" for record in records):
+        return None
+    return "the chat template does not make the model think here: interventions at :thinking may act at no token"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import index
 from typing import Any, ClassVar, SupportsIndex, TypeVar
@@ -107,8 +107,9 @@ class TraitIntervention(ABC):
             numbers = [float(match["number"])] if needs_number else []
         except ValueError:
             raise InputError(f"{text!r}: {match['number']!r} is not a number: expected {cls.form}") from None
+        make: Callable[..., Given] = cls
         try:
-            return cls(match["trait"], *numbers, match["layers"], match["where"])  # type: ignore[call-arg]
+            return make(match["trait"], *numbers, match["layers"], match["where"])
         except InputError as error:
             raise InputError(f"{text!r}: {error}") from None
 

@@ -23,6 +23,8 @@ from tlcapture.shapes import Vector, Vectors
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.intervention_records import PROMPTS, VECTORS, described
 from tlcapture.traits.interventions import ALL, AUTO, KINDS, TraitIntervention
+from tlcapture.traits.origin import check_origin
+from tlcapture.traits.projection import check_fits
 from tlcapture.traits.selection import select
 from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 from tlcapture.traits.vectors import TraitVector, read_vector
@@ -33,11 +35,12 @@ class ResolvedIntervention:
     """An intervention with its vectors, one per layer and of length 1, `[n_layers, d_model]`.
 
     `record` is what metadata hold of it. Its typical norms are missing until they are measured, where the vectors have
-    none.
+    none. `doubts` are what to warn of.
     """
 
     record: Mapping[str, Any]
     units: Vectors
+    doubts: tuple[str, ...] = ()
 
     @property
     def layers(self) -> Sequence[int]:
@@ -109,11 +112,11 @@ def _resolved(
     if isinstance(asked.vector, Trait):
         if source is None:
             raise InputError(f"{asked!r}: say whose vectors of {asked.vector}: vectors=Experiment(...)")
-        found = _trait_vectors(asked, source, n_layers, d_model, method)
+        found, doubts = _trait_vectors(asked, source, n_layers, d_model, model, method)
         vectors, more = [each.vector for each in found], _origin(found, source)
     else:
         layers = _checked_layers(asked, n_layers)
-        found, vectors = [], [_own_vector(asked, d_model)] * len(layers)
+        found, doubts, vectors = [], [], [_own_vector(asked, d_model)] * len(layers)
         more = {"layers": list(layers), "vector_digests": [_digest(vector) for vector in vectors]}
     record |= {**more, "point": "residual_out", "where": str(asked.where)}
     if asked.number_name is not None:
@@ -121,30 +124,32 @@ def _resolved(
     norms = [_stored_norm(each, model) for each in found]
     if asked.kind == "steer" and norms and None not in norms:
         record |= {"typical_norms": norms, "norms_from": VECTORS}
-    return ResolvedIntervention(record, torch.nn.functional.normalize(torch.stack(vectors), dim=-1))
+    return ResolvedIntervention(record, torch.nn.functional.normalize(torch.stack(vectors), dim=-1), tuple(doubts))
 
 
 def _trait_vectors(
-    asked: TraitIntervention, source: Layout, n_layers: int, d_model: int, method: str | None
-) -> list[TraitVector]:
+    asked: TraitIntervention, source: Layout, n_layers: int, d_model: int, model: str, method: str | None
+) -> tuple[list[TraitVector], list[str]]:
+    """The vector of each layer, and what is doubtful about them."""
     files = VectorFiles(source, traits_with_vectors(source, [asked.vector])[0])
+    doubts: list[str | None] = []
     if asked.layers == AUTO:
-        layers: Sequence[int] = [select(files, "residual", n_layers, method=method).layer]
+        selected = select(files, "residual", n_layers, method=method)
+        layers: Sequence[int] = [selected.layer]
+        doubts.append(selected.warning)
     else:
         layers = _checked_layers(asked, n_layers)
     found = []
     for layer in layers:
         chosen = select(files, "residual", n_layers, layer=layer, method=method)
         vector = read_vector(files, "residual", chosen.method, chosen.layer)
-        if len(vector.vector) != d_model or vector.metadata.get("num_layers", n_layers) != n_layers:
-            origin = vector.metadata.get("num_layers")
-            of = f"{len(vector.vector)}" + (f", from a model with {origin} layers" if origin else "")
-            raise VectorError(
-                f"{files.file('residual', chosen.method, layer)}: the vector has width {of}, but the model has width "
-                f"{d_model} and {n_layers} layers: name vectors of this model with --vector-experiment"
-            )
+        check_fits(vector, n_layers, d_model)
+        check_origin(vector, {"inference_model": model, "n_layers": n_layers})
         found.append(vector)
-    return found
+    origins = sorted({str(vector.model or "an unknown model") for vector in found if vector.model != model})
+    if origins:
+        doubts.append(f"the vector is from {' and '.join(origins)}, and is applied to {model}")
+    return found, [f"{asked.vector}: {doubt}" for doubt in doubts if doubt]
 
 
 def _checked_layers(asked: TraitIntervention, n_layers: int) -> Sequence[int]:
