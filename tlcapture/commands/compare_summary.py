@@ -18,6 +18,7 @@ from tlcapture.comparison.comparison_files import ComparisonFile
 from tlcapture.comparison.paired import PairedDifference, interval, paired_differences
 from tlcapture.errors import StorageError
 from tlcapture.names import base_id
+from tlcapture.storage.comparisons import compared, comparison_file
 from tlcapture.storage.layout import Layout
 
 _MOST_TOKENS = 5  # that are listed
@@ -103,9 +104,9 @@ def read_comparisons(layout: Layout, other: str, prompt_set: str) -> tuple[dict[
     """The comparisons of a set with other captures, by prompt or sample, and why some cannot be read."""
     found: dict[str, ComparisonFile] = {}
     problems = []
-    for name in layout.compared(other, prompt_set):
+    for name in compared(layout, other, prompt_set):
         try:
-            found[name] = ComparisonFile.read(layout.comparison(other, prompt_set, name))
+            found[name] = ComparisonFile.read(comparison_file(layout, other, prompt_set, name))
         except StorageError as error:
             problems.append(str(error))
     return found, problems

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tlcapture.errors import InputError
 from tlcapture.names import base_id, base_set, check_capture_set, variant_of
+from tlcapture.storage.comparisons import comparison_file
 from tlcapture.storage.layout import Layout
 
 FORM = "EXPERIMENT[/SET[@VARIANT]]"
@@ -77,7 +78,7 @@ class ComparedSets:
     def path(self, name: str) -> Path:
         """The comparison file of a prompt or sample."""
         assert self.a.name is not None
-        return self.a.layout.comparison(self.other, self.a.name, name)
+        return comparison_file(self.a.layout, self.other, self.a.name, name)
 
     def pairs(self) -> list[tuple[str, str, str]]:
         """Name of the comparison, of the capture of `a` and of that of `b`, for each prompt or sample in both.

@@ -26,6 +26,7 @@ from tlcapture.page.average import average_trajectory
 from tlcapture.page.token_entries import TokenEntries
 from tlcapture.page.trait_contents import vectors_of
 from tlcapture.prompts.prompt_sets import Prompt, read_prompt_set
+from tlcapture.storage.comparisons import comparison_file, comparisons
 from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.traits.intervention_records import described
 from tlcapture.traits.projection_files import ProjectionFile
@@ -231,7 +232,7 @@ class Contents:
     def comparisons(self, experiment: str) -> list[dict[str, Any]]:
         """What the experiment's prompt sets were compared with."""
         layout = self._layout(experiment)
-        return [{"other": other, "prompt_set": prompt_set} for other, prompt_set in layout.comparisons()]
+        return [{"other": other, "prompt_set": prompt_set} for other, prompt_set in comparisons(layout)]
 
     def compared_set(self, experiment: str, other: str, prompt_set: str) -> dict[str, Any]:
         """The summary of the comparisons of a set, and the names of the compared prompts and samples."""
@@ -245,7 +246,7 @@ class Contents:
     def comparison(self, experiment: str, other: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
         """The comparison of one prompt."""
         layout = self._layout(experiment)
-        path = layout.comparison(other, prompt_set, prompt_id)
+        path = comparison_file(layout, other, prompt_set, prompt_id)
         if not path.is_file():
             raise missing.comparison(layout, prompt_set)
         return ComparisonFile.read(path).model_dump(exclude_unset=True)

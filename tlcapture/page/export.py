@@ -17,6 +17,7 @@ from tlcapture.names import Trait
 from tlcapture.page.assets import exported_page
 from tlcapture.page.contents import Contents, address
 from tlcapture.page.missing import MissingError
+from tlcapture.storage.comparisons import compared, comparisons
 from tlcapture.storage.files import write_bytes
 from tlcapture.storage.layout import Layout
 
@@ -101,9 +102,8 @@ def export_page(
             carried.add(f"mean of {name} on {trait}", [("average", of_trait)])
     for prompt in prompts:
         carried.add(f"layers of {'/'.join(prompt)}", list(_layers(layout, *prompt)))
-    comparisons: list[tuple[str, dict[str, str]]] = [("comparisons", {"experiment": experiment})]
-    carried.add("the list of comparisons", comparisons)
-    for other, name in layout.comparisons():
+    carried.add("the list of comparisons", [("comparisons", {"experiment": experiment})])
+    for other, name in comparisons(layout):
         if name in prompt_sets:
             carried.add(f"{name} compared with {other}", list(_compared(layout, other, name)))
     for kind, heading in (("lens", "logit lens"), ("attention", "attention")):
@@ -143,7 +143,7 @@ def _layers(layout: Layout, prompt_set: str, prompt_id: str) -> Iterator[tuple[s
 def _compared(layout: Layout, other: str, prompt_set: str) -> Iterator[tuple[str, dict[str, str]]]:
     where = {"experiment": layout.experiment, "other": other, "prompt_set": prompt_set}
     yield "compared_set", where
-    for prompt_id in layout.compared(other, prompt_set):
+    for prompt_id in compared(layout, other, prompt_set):
         yield "comparison", {**where, "prompt_id": prompt_id}
 
 

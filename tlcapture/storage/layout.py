@@ -34,7 +34,6 @@ from tlcapture.names import (
     check_prompt_set,
     file_name,
     is_capture_set,
-    is_compared_name,
     is_prompt_set,
     is_safe_name,
 )
@@ -222,27 +221,6 @@ class Layout:
         """The logit-lens file of a prompt."""
         return self.own(self._analysis(prompt_set) / f"{file_name(prompt_id)}_logit_lens.json")
 
-    def comparison(self, other: str, prompt_set: str, prompt_id: PromptId) -> Path:
-        """The comparison of a prompt with that of other captures, which `ComparedSets.other` names."""
-        return self.own(self._compared(other, prompt_set) / f"{file_name(prompt_id)}.json")
-
-    def comparisons(self) -> list[tuple[str, str]]:
-        """What prompt sets were compared with, and the sets, sorted."""
-        folder = self.folder / "analysis" / "compare"
-        found = (
-            (other.name, name)
-            for other in sorted(folder.glob("*"))
-            if self._leads_out(other) is None
-            for name, path in self._prompt_set_folders(other)
-            if any(path.glob("*.json"))
-        )
-        return sorted(found)
-
-    def compared(self, other: str, prompt_set: str) -> list[str]:
-        """The names of compared prompts of a set: numbers in numerical order, then names."""
-        found = (path.stem for path in self.own(self._compared(other, prompt_set)).glob("*.json"))
-        return sorted(filter(is_safe_name, found), key=_natural)
-
     def captured_prompt_sets(self) -> list[str]:
         """The prompt sets with at least one capture, sorted."""
         found = self._prompt_set_folders(self.folder / "inference" / "raw" / "residual")
@@ -251,12 +229,12 @@ class Layout:
     def captured(self, prompt_set: str) -> list[str]:
         """The ids of captured prompts of a set: numbers in numerical order, then names."""
         found = (path.stem for path in self.own(self._raw("residual", prompt_set)).glob("*.pt"))
-        return sorted(filter(is_safe_name, found), key=_natural)
+        return sorted(filter(is_safe_name, found), key=natural)
 
     def prompt_ids(self, prompt_set: str) -> list[str]:
         """The ids of prompts with a capture or projections: numbers in numerical order, then names."""
         projected = {path.stem for _, folder in self._projected(prompt_set) for path in folder.glob("*.json")}
-        return sorted({*self.captured(prompt_set), *filter(is_safe_name, projected)}, key=_natural)
+        return sorted({*self.captured(prompt_set), *filter(is_safe_name, projected)}, key=natural)
 
     def prompt_sets(self) -> list[str]:
         """The prompt sets with a capture or projections, sorted."""
@@ -368,11 +346,6 @@ class Layout:
     def _raw(self, kind: str, prompt_set: str) -> Path:
         return self.folder / "inference" / "raw" / kind / check_capture_set(prompt_set)
 
-    def _compared(self, other: str, prompt_set: str) -> Path:
-        if not is_compared_name(other):
-            raise InputError(f"{other!r} does not name captures that were compared")
-        return self.folder / "analysis" / "compare" / other / check_capture_set(prompt_set)
-
     def _analysis(self, prompt_set: str) -> Path:
         return self.folder / "analysis" / "per_token" / check_capture_set(prompt_set)
 
@@ -405,7 +378,7 @@ def _folders_in(folder: Path) -> list[str]:
     return []
 
 
-def _natural(name: str) -> tuple[int, int, str]:
+def natural(name: str) -> tuple[int, int, str]:
     """Sort key: numbers in numerical order, then names."""
     return (0, int(name), name) if name.isdecimal() else (1, 0, name)
 
