@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,7 @@ from tlcapture.commands.saving import AddOns, add_ons_of, save_into
 from tlcapture.errors import InputError
 from tlcapture.explore.applied_interventions import NO_INTERVENTIONS, AppliedInterventions
 from tlcapture.explore.experiment import Experiment
-from tlcapture.explore.explorable_capture import ExplorableCapture, layout_of
+from tlcapture.explore.explorable_capture import ExplorableCapture
 from tlcapture.explore.live_interventions import (
     Hook,
     given_captures,
@@ -36,6 +35,7 @@ from tlcapture.explore.live_interventions import (
     of_the_same_tokens,
     prompt_of_capture,
 )
+from tlcapture.explore.roots import layout_of
 from tlcapture.generation.checkpoint_sampling import asked_sampling, sampling_for, unfollowed
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure
@@ -53,7 +53,7 @@ from tlcapture.storage.layout import Layout
 from tlcapture.storage.validation import first_problem
 from tlcapture.traits.choice import VectorChoice
 from tlcapture.traits.interventions import TraitIntervention
-from tlcapture.views.attention import attention_view
+from tlcapture.views.hooks import hook
 from tlcapture.views.internals import internals_view
 from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.kept_tokens import KeptTokens, kept_of
@@ -129,30 +129,22 @@ class LiveCapture(Capture, ExplorableCapture):
         own = self.vectors
         return None if own is None or own == layout or own.root != layout.root else own.experiment
 
-    def internals(self, layer: int) -> dict[str, Tensor]:
-        """Everything that a layer computed, under TransformerLens's names; raises `InputError` if it was not captured.
-
-        Patterns are `[n_heads, n_tokens, n_tokens]`, all other activations `[n_tokens, ...]`.
-        """
-        held = () if self.more is None else self.more.wanted.internals
-        if self.more is None or layer not in held:
-            raise InputError(f"no internals of layer {layer} were captured: capture(..., internals=[{layer}])")
+    def _saved_internals(self, layer: int) -> dict[str, Tensor] | None:
+        if self.more is None or layer not in self.more.wanted.internals:
+            return None
         return internals_view(self.more.cache, layer, None if self.positions.is_all else self.positions)
 
-    @cached_property
-    def _heads(self) -> dict[int, AttentionHeads]:
-        """The patterns that were captured, by layer."""
+    def _saved_heads(self, layer: int) -> AttentionHeads | None:
         from tlcapture.explore.attention_heads import AttentionHeads
 
-        if self.more is None or not self.more.wanted.attention or not self.positions.is_all:
-            return {}
-        view = attention_view(self.more.cache, self.n_layers)
-        return {
-            layer: AttentionHeads(
-                **self._labels(), layer=layer, patterns=view.patterns[row].float().numpy(), source="the capture"
-            )
-            for row, layer in enumerate(view.layers)
-        }
+        name = hook("pattern", layer)
+        if self.more is None or not self.more.wanted.attention or name not in self.more.cache:
+            return None
+        patterns = self.more.cache[name].float().numpy()
+        if not self.positions.is_all:
+            patterns = patterns.copy()
+            patterns[:, [token for token in range(self.n_tokens) if token not in self.positions.kept]] = float("nan")
+        return AttentionHeads(**self._labels(), layer=layer, patterns=patterns, source="the capture")
 
     def _lens(self) -> LogitLens | None:
         return None if self.more is None else self.more.lens
