@@ -37,6 +37,7 @@ def test_the_commands_capture_one_prompt_set_steered_ablated_and_unchanged(embed
     assert len(commands) == 6
     for command in commands:
         words = [word.replace("my_exp", "page") for word in shlex.split(command)[1:]]
+        exact = ["--save-dtype", "float32"]
         more = {
             "extract": ["--methods", "mean_diff"],
             "capture": [
