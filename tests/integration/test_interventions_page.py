@@ -40,11 +40,7 @@ def test_the_commands_capture_one_prompt_set_steered_ablated_and_unchanged(embed
         exact = ["--save-dtype", "float32"]
         more = {
             "extract": ["--methods", "mean_diff"],
-            "capture": [
-                "--limit",
-                "2",
-                *(["--max-new-tokens", "6", "--save-dtype", "float32"] * ("--replay" not in words)),
-            ],
+            "capture": ["--limit", "2", *([] if "--replay" in words else ["--max-new-tokens", "6", *exact])],
             "project": [],
         }[words[0]]
         run = CliRunner().invoke(main, [*words, "--root", str(embedded_root), *more])

@@ -7,15 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tlcapture.cli.command import command
 from tlcapture.cli.console import one_line_errors
-from tlcapture.cli.options import HELP_NAMES, Location, location_options
+from tlcapture.cli.options import Location, location_options
 
 if TYPE_CHECKING:
     from tlcapture.explore.experiment import Experiment
     from tlcapture.models.loading import Model
 
 
-@click.command(context_settings=HELP_NAMES)
+@command(
+    "tlcapture shell",
+    "tlcapture shell --experiment my_exp",
+)
 @location_options
 @one_line_errors
 def shell(location: Location) -> None:
@@ -45,7 +49,7 @@ def _banner(exp: Experiment) -> str:
     colour = f" -t {trait}" if trait else ""
     tries = [f'%capture_prompt{colour} "How do tides work?"']
     if prompt_set is not None:
-        prompt_id = next(iter(exp.captures[prompt_set]))
+        prompt_id = exp.captures[prompt_set].keys()[0]
         tries.insert(0, f'cap = captures["{prompt_set}"]["{prompt_id}"]; cap.coloured({repr(trait) if trait else ""})')
         tries.append(f'exp.to_pandas("{prompt_set}")' if trait else "cap.logit_lens()")
     else:

@@ -118,6 +118,11 @@ class Datasets:
         )
 
 
+def existing_experiments(root: Path) -> list[str]:
+    """The names of the experiments in a root, sorted."""
+    return sorted(path.name for path in (root / "experiments").glob("[!.]*") if path.is_dir())
+
+
 @dataclass(frozen=True)
 class Layout:
     """The paths of an experiment in a root. Creates no folders and reads no files, but lists folders.
@@ -140,8 +145,7 @@ class Layout:
     def check_exists(self) -> None:
         """Raise `InputError` with the existing experiments if this one does not exist."""
         if not self.folder.is_dir():
-            existing = sorted(path.name for path in self.folder.parent.glob("*") if path.is_dir())
-            listed = ", ".join(existing) or "none"
+            listed = ", ".join(existing_experiments(self.root)) or "none"
             raise InputError(
                 f"no experiment {self.experiment!r}: expected the folder {self.folder}; existing experiments: {listed}"
             )
