@@ -302,23 +302,7 @@ class ExplorableCapture(ABC):
 
     def _forced(self, names: Sequence[str]) -> Cache:
         """Activations of a pass over the tokens, under the interventions that the capture was made with."""
-        from tlcapture.commands.replay import as_prompt
-        from tlcapture.generation.loop import generate
-        from tlcapture.generation.outcomes import Failure
-
-        capture, applied = self._captured, self._applied()
-        outcome = next(
-            generate(
-                self._model(),
-                [as_prompt(capture, capture.prompt_id)],
-                hooks=names,
-                interventions=applied.changes(),
-                own_hooks=applied.hooks,
-            )
-        )
-        if isinstance(outcome, Failure):
-            raise outcome.error(f"{capture.capture_set}/{capture.prompt_id}: {outcome.reason}")
-        return outcome.cache
+        return self._applied().forced(self._model(), self._captured, names)
 
     @property
     def _positions(self) -> tuple[int, ...] | None:
