@@ -124,6 +124,7 @@ def _own_temperature(context: click.Context, option: click.Parameter, value: flo
 @command(
     'tlcapture capture --prompt "How do tides work?"',
     "tlcapture capture --experiment my_exp --prompt-set single_trait --attention --logit-lens",
+    "tlcapture capture --experiment my_exp --prompt-set single_trait --steer behavioral/refusal:+0.2@16",
     cls=InOrder,
 )
 @location_options
