@@ -382,6 +382,16 @@ def test_auto_steers_at_the_selected_layer(capture: Run, extract: Run, layout: L
     assert (record["layers"], record["methods"]) == ([selected.layer], [selected.method])
 
 
+def test_interventions_of_a_settings_file_come_after_those_of_the_command_line(
+    capture: Run, extract: Run, layout: Layout
+) -> None:
+    ok(extract())
+    (layout.root / "tlcapture.toml").write_text(f'[capture]\nablate = ["{LOUD}@0", "{LOUD}@2"]\n')
+    ok(capture(*EXACT, *STEER, "--variant", "v", "--limit", "1"))
+    records = captures(layout, "short@v")["1"].metadata["interventions"]
+    assert [(each["kind"], each["layers"]) for each in records] == [("steer", [1]), ("ablate", [0]), ("ablate", [2])]
+
+
 def test_a_model_that_does_not_think_is_reported_where_an_intervention_acts_on_thinking(
     capture: Run, extract: Run, layout: Layout
 ) -> None:

@@ -137,7 +137,10 @@ def test_add_ons_are_those_that_were_captured(model: Any, monkeypatch: pytest.Mo
     assert plain.more is None
     expected, lens = [plain.attention(layer).patterns for layer in range(3)], plain.logit_lens()
     computed = [plain.internals(layer) for layer in range(3)]
-    monkeypatch.setattr("tlcapture.explore.internals.run_again", lambda *args: pytest.fail("computed again"))
+    monkeypatch.setattr(
+        "tlcapture.explore.applied_interventions.AppliedInterventions.forced",
+        lambda *args: pytest.fail("computed again"),
+    )
     for layer in range(3):
         torch.testing.assert_close(
             torch.tensor(full.attention(layer).patterns), torch.tensor(expected[layer]), rtol=1e-4, atol=1e-6

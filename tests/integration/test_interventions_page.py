@@ -37,10 +37,13 @@ def test_the_commands_capture_one_prompt_set_steered_ablated_and_unchanged(embed
     assert len(commands) == 6
     for command in commands:
         words = [word.replace("my_exp", "page") for word in shlex.split(command)[1:]]
-        limits = ["--limit", "2", "--max-new-tokens", "6"] if words[0] == "capture" and "--replay" not in words else []
-        methods = ["--methods", "mean_diff"] if words[0] == "extract" else []
-        exact = ["--save-dtype", "float32"] if limits else []
-        run = CliRunner().invoke(main, [*words, "--root", str(embedded_root), *limits, *methods, *exact])
+        exact = ["--save-dtype", "float32"]
+        more = {
+            "extract": ["--methods", "mean_diff"],
+            "capture": ["--limit", "2", *([] if "--replay" in words else ["--max-new-tokens", "6", *exact])],
+            "project": [],
+        }[words[0]]
+        run = CliRunner().invoke(main, [*words, "--root", str(embedded_root), *more])
         assert run.exit_code == 0, run.output
     layout = Experiment("page", embedded_root).layout
     plain, ablated, steered = layout.captured_prompt_sets()

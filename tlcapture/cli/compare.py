@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import click
 
 from tlcapture.cli.cluster import ClusterOptions, cluster_options
+from tlcapture.cli.command import command
 from tlcapture.cli.console import Console
 from tlcapture.cli.grouping import collected
 from tlcapture.cli.option_types import Names, Traits
-from tlcapture.cli.options import HELP_NAMES, VectorOptions, root_option, vector_options
+from tlcapture.cli.options import VectorOptions, root_option, vector_options
 from tlcapture.cli.tables import Column
 from tlcapture.cli.work import working
 from tlcapture.names import Trait
@@ -40,7 +41,10 @@ class _Settings:
     overwrite: bool
 
 
-@click.command(context_settings=HELP_NAMES)
+@command(
+    "tlcapture compare my_exp/single_trait my_exp/single_trait@polite",
+    "tlcapture compare base tuned --prompt-set single_trait --traits style/formality --no-kl",
+)
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @root_option

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 import click
 
+from tlcapture.cli.command import Command
 from tlcapture.cli.grouping import collected, together
 from tlcapture.cli.option_types import Intervention
 from tlcapture.traits.interventions import Ablate, Cap, Steer, TraitIntervention
@@ -13,11 +15,11 @@ from tlcapture.traits.interventions import Ablate, Cap, Steer, TraitIntervention
 _ORDER = "tlcapture.order"  # names of the options as they were given, each as often as it was
 
 
-class InOrder(click.Command):
+class InOrder(Command):
     """A command that notes in which order its options were given."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse as click does; the order goes to `ctx.meta`."""
+        """Parse as other commands do; the order goes to `ctx.meta`."""
         given = self.make_parser(ctx).parse_args(args=list(args))[2]
         ctx.meta[_ORDER] = [each.name for each in given]
         return super().parse_args(ctx, args)
@@ -33,10 +35,11 @@ class InterventionOptions:
     variant: str | None
 
     def in_order(self) -> tuple[TraitIntervention, ...]:
-        """All interventions, in the order in which they were given."""
+        """All interventions, in the order in which they were given; then those of `tlcapture.toml`, kind by kind."""
         kinds = {name: iter(getattr(self, name)) for name in ("steer", "ablate", "cap")}
         order: list[str] = click.get_current_context().meta[_ORDER]
-        return tuple(next(kinds[name]) for name in order if name in kinds)
+        given = [next(kinds[name]) for name in order if name in kinds]
+        return (*given, *chain.from_iterable(kinds.values()))
 
 
 intervention_options = together(

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tlcapture.captures.capture import Capture
+from tlcapture.commands.replay import as_prompt
 from tlcapture.generation.interventions import HookFunction, Intervention
+from tlcapture.generation.loop import generate
+from tlcapture.generation.outcomes import Failure
+from tlcapture.models.loading import Model
 from tlcapture.traits.intervention_records import variant_name
 from tlcapture.traits.resolved_interventions import ResolvedIntervention
+from tlcapture.views.cache import Cache
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,14 @@ class AppliedInterventions:
             for name, function in self.hooks
         ]
         return [*(each.record for each in self.resolved), *own]
+
+    def forced(self, model: Model, capture: Capture, names: Sequence[str]) -> Cache:
+        """Activations of a pass over the tokens of a capture under the interventions: `[n_tokens, ...]` by name."""
+        prompt, changes = as_prompt(capture, capture.prompt_id), self.changes()
+        outcome = next(generate(model, [prompt], hooks=names, interventions=changes, own_hooks=self.hooks))
+        if isinstance(outcome, Failure):
+            raise outcome.error(f"{capture.capture_set}/{capture.prompt_id}: {outcome.reason}")
+        return outcome.cache
 
     def variant(self, name: str | None) -> str | None:
         """The variant of the captures: the name given, or one made of the interventions; `None` without any."""

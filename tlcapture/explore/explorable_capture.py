@@ -208,9 +208,7 @@ class ExplorableCapture(ABC):
 
         at = self._layer(layer)
         stored = self._saved_internals(at)
-        return (
-            computed_internals(self._captured, at, self._model().hook_names, self._forced) if stored is None else stored
-        )
+        return computed_internals(self._captured, at, self._model(), self._forced) if stored is None else stored
 
     def attention(self, layer: SupportsIndex) -> AttentionHeads:
         """The attention patterns of all heads of a layer.
@@ -293,9 +291,7 @@ class ExplorableCapture(ABC):
 
     def _forced(self, names: Sequence[str]) -> Cache:
         """Activations of a pass over the tokens, under the interventions that the capture was made with."""
-        from tlcapture.explore.internals import run_again
-
-        return run_again(self._captured, self._model(), self._applied(), names)
+        return self._applied().forced(self._model(), self._captured, names)
 
     @property
     def _positions(self) -> tuple[int, ...] | None:

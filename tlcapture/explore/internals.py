@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ from tlcapture.views.hooks import hook
 from tlcapture.views.internals import internals_hooks, internals_view
 
 if TYPE_CHECKING:
-    from tlcapture.explore.applied_interventions import AppliedInterventions
     from tlcapture.explore.attention_heads import AttentionHeads
     from tlcapture.models.loading import Model
+    from tlcapture.views.cache import Cache
 
 
 def stored_internals(path: Path, capture: Capture, layer: int) -> dict[str, Tensor] | None:
@@ -39,25 +39,14 @@ def stored_internals(path: Path, capture: Capture, layer: int) -> dict[str, Tens
 
 
 def computed_internals(
-    capture: Capture, layer: int, model: Model, run: Callable[[Sequence[str]], Cache]
+    capture: Capture, layer: int, model: Model, forced: Callable[[Sequence[str]], Cache]
 ) -> dict[str, Tensor]:
-    """The internals of a layer, of those tokens that the capture holds; `run` gives activations of a pass over all."""
-    cache = run(internals_hooks(layer, model.hook_names))
+    """The internals of a layer, of the tokens that a capture holds.
+
+    `forced` returns the activations of these names from a forward pass over its tokens.
+    """
+    cache = forced(internals_hooks(layer, model.hook_names))
     return internals_view(cache, layer, None if capture.positions.is_all else capture.positions)
-
-
-def run_again(capture: Capture, model: Model, applied: AppliedInterventions, names: Sequence[str]) -> Cache:
-    """Activations of a pass over the tokens of a capture, under the interventions that it was made with."""
-    from tlcapture.commands.replay import as_prompt
-    from tlcapture.generation.loop import generate
-    from tlcapture.generation.outcomes import Failure
-
-    prompt = as_prompt(capture, capture.prompt_id)
-    how: dict[str, Any] = {"interventions": applied.changes(), "own_hooks": applied.hooks}
-    outcome = next(generate(model, [prompt], hooks=names, **how))
-    if isinstance(outcome, Failure):
-        raise outcome.error(f"{capture.capture_set}/{capture.prompt_id}: {outcome.reason}")
-    return outcome.cache
 
 
 def stored_hooks(

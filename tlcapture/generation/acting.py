@@ -32,7 +32,7 @@ class ActingInterventions:
         self._interventions = list(interventions)
         self._prompts = prompts
         self._responses = [[*(prompt.given or ()), *ids] for prompt, ids in zip(prompts, responses, strict=True)]
-        self._tokenizer = model.tokenizer
+        self._tokenizer, self._device = model.tokenizer, model.device
         self._thinking: ThinkingRows | None = None
         if any(each.where.needs_thinking for each in self._interventions):
             self._thinking = thinking_rows(self._tokenizer, [each.opening for each in prompts], self._responses)
@@ -50,7 +50,7 @@ class ActingInterventions:
             width = max((len(row) - row.index(True) for row in flags if True in row), default=0)
             if width:
                 rows = [([False] * width + row)[-width:] for row in flags]
-                found.append((each, torch.tensor(rows)))
+                found.append((each, torch.tensor(rows, device=self._device)))
         return found
 
     def of_last_prompt_token(self) -> Acting:
