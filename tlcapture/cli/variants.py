@@ -61,7 +61,7 @@ class VariantOptions:
             return None
         context = click.get_current_context()
         for name, option in _OF_THE_TOKENS.items():
-            if context.get_parameter_source(name) not in (None, ParameterSource.DEFAULT):
+            if context.get_parameter_source(name) in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT):
                 raise click.UsageError(f"--responses-from runs tokens that are stored: leave out {option}")
         from tlcapture.commands.compared_sets import CaptureSet
         from tlcapture.commands.given_responses import GivenResponses

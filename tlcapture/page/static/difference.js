@@ -44,7 +44,7 @@ tl.views.difference = {
     }
 
     function drawSummary(summary) {
-      const cells = (name, change) => [name, change.n ? tl.number(change.mean, 3) : "unknown", change.interval ? `${tl.number(change.interval[0], 3)} to ${tl.number(change.interval[1], 3)}` : "\u2013", change.p === null ? "\u2013" : change.p.toFixed(3), change.stands_out ? "stands out" : "within chance"];
+      const cells = (name, change) => [name, change.n ? tl.number(change.mean, 3) : "unknown", change.interval ? `${tl.number(change.interval[0], 3)} to ${tl.number(change.interval[1], 3)}` : "\u2013", change.p === null ? "\u2013" : (Math.round(change.p * 1000 - 1e-9) / 1000).toFixed(3), change.stands_out ? "stands out" : "within chance"];
       const rows = Object.entries(summary.traits).map(([name, change]) => element("tr", {}, cells(name, change).map((text) => element("td", {}, text))));
       const samples = summary.n_files > summary.n_prompts ? `, ${summary.n_files} samples` : "";
       const cut = summary.n_cut ? ` ${summary.n_cut} of ${summary.n_files} pairs of responses differ: token by token, only their beginnings are compared.` : "";
@@ -58,7 +58,8 @@ tl.views.difference = {
       const isRatio = state.quantity === "ratio", rows = isRatio ? found.residual.norm_ratio : found.residual.cosine;
       const change = isRatio ? (value) => Math.log2(value || 1) : (value) => 1 - value, nLayers = rows.find((row) => row)?.length ?? 0;
       const z = Array.from({ length: nLayers }, (_, layer) => rows.map((row) => (row === null || row[layer] === null ? null : change(row[layer]))));
-      const reach = Math.max(...z.map((values) => colours.reach(values)), 1e-12), text = found.tokens.map((token, index) => `${index} ${tl.plain(tl.quoted(token))}`);
+      const sizes = z.flatMap((values) => values.slice(1)).filter((value) => value !== null).map(Math.abs);
+      const reach = sizes.reduce((most, size) => Math.max(most, size), 0) || 1, text = found.tokens.map((token, index) => `${index} ${tl.plain(tl.quoted(token))}`);
       return heat.draw([{ type: "heatmap", z, text: Array(nLayers).fill(text), zmin: isRatio ? -reach : 0, zmax: reach, colorscale: isRatio ? colours.divergingScale() : colours.amountScale(), colorbar: { thickness: 12 }, hovertemplate: "%{text}<br>layer %{y}: %{z:.4~g}<extra></extra>" }],
         { title: { text: isRatio ? "log2 of the norm ratio of residual_out, by layer" : "1 \u2212 cosine of residual_out, by layer", font: { size: 13 } }, xaxis: { title: { text: "token" } }, yaxis: { title: { text: "layer" } }, shapes: marks(state) });
     }
