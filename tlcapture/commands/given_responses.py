@@ -7,7 +7,8 @@ give equal bits: what differs is due to the models, and not to rounding.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tlcapture.captures.capture import Capture
@@ -29,6 +30,7 @@ class GivenResponses:
     """The captures whose tokens are run."""
 
     source: CaptureSet
+    _samples: dict[str, dict[PromptId, list[int | None]]] = field(default_factory=dict, repr=False, compare=False)
 
     def __str__(self) -> str:
         return str(self.source)
@@ -46,33 +48,51 @@ class GivenResponses:
         for name in names:
             if only and base_set(name) not in only:
                 continue
-            prompts = []
-            for prompt_id in self.source.layout.captured(name):
+            prompts: dict[PromptId, Prompt] = {}  # several samples are of one prompt
+            for stem in self.source.layout.captured(name):
                 try:
-                    prompts.append(_prompt(self._capture(name, prompt_id)))
+                    prompt = _prompt(self._capture(name, stem))
+                    prompts.setdefault(prompt.id, prompt)
                 except StorageError as error:
-                    refused.append((f"{name}/{prompt_id}", str(error)))
+                    refused.append((f"{name}/{stem}", str(error)))
             if prompts:
-                found.append(PromptSet.model_construct(name=base_set(name), prompts=prompts))
+                found.append(PromptSet.model_construct(name=base_set(name), prompts=list(prompts.values())))
         return found, refused
 
-    def capture(self, prompt_set: str, prompt_id: PromptId) -> Capture:
-        """The capture of a prompt; raises `StorageError` if it cannot be read."""
-        name = next(each for each in self._names if base_set(each) == prompt_set)
-        return self._capture(name, prompt_id)
+    def capture(self, prompt_set: str, prompt_id: PromptId, sample: int | None = None) -> Capture:
+        """The capture of a prompt, or of one of its samples; raises `StorageError` if it cannot be read."""
+        return self._capture(self._name_of(prompt_set), prompt_id if sample is None else f"{prompt_id}.s{sample}")
+
+    def samples(self, prompt_set: str, prompt_id: PromptId) -> list[int | None]:
+        """The numbers of the samples that a prompt has; `None` stands for a single response."""
+        return self._samples_of(self._name_of(prompt_set)).get(prompt_id, [])
+
+    def _samples_of(self, name: str) -> dict[PromptId, list[int | None]]:
+        if name not in self._samples:
+            found: dict[PromptId, list[int | None]] = {}
+            for stem in self.source.layout.captured(name):
+                with suppress(StorageError):  # reported by `prompt_sets`
+                    capture = self._capture(name, stem)
+                    found.setdefault(capture.prompt_id, []).append(capture.metadata.get("sample"))
+            self._samples[name] = found
+        return self._samples[name]
+
+    def _name_of(self, prompt_set: str) -> str:
+        return next(each for each in self._names if base_set(each) == prompt_set)
 
     @property
     def _names(self) -> list[str]:
         """The captured sets: the one named, or all but variants."""
         return [name for name in self.source.names if self.source.name or base_set(name) == name]
 
-    def _capture(self, name: str, prompt_id: PromptId) -> Capture:
-        return Capture.open(self.source.layout.residual(name, prompt_id))
+    def _capture(self, name: str, stem: PromptId) -> Capture:
+        return Capture.open(self.source.layout.residual(name, stem))
 
     def check_tokenizer(self, tokenizer: Any, prompt_set: PromptSet) -> None:
         """Raise `InputError` if the tokens of any capture of a set are those of another tokenizer."""
-        for prompt in prompt_set.prompts:
-            capture = self.capture(prompt_set.name, prompt.id)
+        pairs = [(each.id, sample) for each in prompt_set.prompts for sample in self.samples(prompt_set.name, each.id)]
+        for prompt_id, sample in pairs:
+            capture = self.capture(prompt_set.name, prompt_id, sample)
             reason = other_tokens(tokenizer, capture.token_ids, capture.tokens)
             if reason is not None:
                 raise InputError(
