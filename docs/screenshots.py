@@ -21,6 +21,7 @@ VIEWS = {
     "vectors": f"trait={TRAIT}",
     "compare": f"trait={TRAIT}&prompt=6&set2=dynamic&average2=1&theme=dark",
 }
+# docs/screenshots/difference.png is of the example in docs/compare.md.
 
 
 @click.command()

@@ -32,6 +32,7 @@ settings.load_profile("patient")
 
 _CHECKED = [
     "tlcapture.captures",
+    "tlcapture.comparison",
     "tlcapture.extraction",
     "tlcapture.generation",
     "tlcapture.models",

@@ -250,3 +250,69 @@ def test_a_worker_receives_an_adapter_together_with_its_base(tmp_path: Path, mon
     received = files.receive(contents.__getitem__)
     assert files.found() == received
     assert_equals_merged(load_model(folder, source=received), merged_by_hand())
+
+
+def zero_lora() -> dict[str, torch.Tensor]:
+    """The adapter, scaled to zero."""
+    return {name: weight * 0 if "lora_B" in name else weight for name, weight in lora().items()}
+
+
+@needs_peft
+@pytest.mark.parametrize("engine", tiny.ENGINES)
+def test_an_adapter_that_is_named_beside_a_model_is_merged_into_it(engine: str, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    folder = write_adapter(tmp_path / "lora", "another/model")
+    with pytest.warns(UserWarning, match=r"says that it is for 'another/model': it is merged into '.*base'"):
+        model = load_model(str(base), engine, adapter=folder)
+    assert_equals_merged(model, merged_by_hand())
+    assert (model.name, model.adapter) == (str(base), folder)
+    assert model.fingerprint == load_model(write_adapter(tmp_path / "same", str(base)), engine).fingerprint
+    assert f"<model {str(base)!r} with adapter {folder!r} on engine {engine}" in repr(model)
+
+
+@needs_peft
+def test_a_named_adapter_of_the_same_model_is_merged_without_a_warning(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    base = write_base(tmp_path / "base")
+    for named in (str(base), "org/base", "org/base@main"):
+        load_model(str(base), adapter=write_adapter(tmp_path / "lora", named), check=False)
+    assert not [each for each in recwarn if "says that it is for" in str(each.message)]
+
+
+@needs_peft
+def test_an_adapter_scaled_to_zero_leaves_the_weights_as_they_are(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    folder = write_adapter(tmp_path / "lora", str(base), zero_lora())
+    merged = load_model(str(base), adapter=folder)
+    assert merged.fingerprint == merged.adapted["base_fingerprint"] == load_model(str(base)).fingerprint
+
+
+@needs_peft
+def test_what_is_not_an_adapter_is_refused_in_one_line(tmp_path: Path) -> None:
+    base = str(write_base(tmp_path / "base"))
+    assert "'nowhere': no such folder: expected one with adapter_config.json" in one_line(base, adapter="nowhere")
+    assert "not an adapter: the folder has no adapter_config.json" in one_line(base, adapter=base)
+    other = write_base(tmp_path / "gpt2", "gpt2")
+    wrong = one_line(str(other), adapter=write_adapter(tmp_path / "lora", base), warn=lambda text: None)
+    assert "its adapter" in wrong
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    assert "names the model that it is for" in one_line(base, adapter=str(tmp_path / "lora"))
+
+
+@needs_peft
+def test_workers_of_a_cluster_receive_a_named_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_base(tmp_path / "base")
+    folder = write_adapter(tmp_path / "lora", str(base))
+    files = ModelFiles.of(str(base), folder)
+    assert "adapter/adapter_model.safetensors" in files.sizes
+    assert files.found() == base
+    expected = load_model(str(base), adapter=folder).fingerprint
+    contents = {name: files.send(name) for name in files.sizes}
+    monkeypatch.setenv("TLCAPTURE_CACHE", str(tmp_path / "cache"))
+    for path in (base, Path(folder)):
+        shutil.rmtree(path)
+    assert files.found() is None
+    loader = ModelLoader(str(base), Display(), source=files.receive(contents.__getitem__), adapter=folder)
+    model = loader()
+    assert (model.fingerprint, model.adapter) == (expected, folder)

@@ -11,7 +11,7 @@ import torch
 from tests import tiny
 from tests.test_parity import as_prompt, random_ids, relative
 from tlcapture.errors import InputError, NumericalError, OutOfMemoryError
-from tlcapture.generation.interventions import Steer
+from tlcapture.generation.interventions import Add
 from tlcapture.generation.loop import continue_from, generate, prefill, teacher_force
 from tlcapture.generation.noise import GumbelNoise, stream_start
 from tlcapture.generation.outcomes import Failure, Generation
@@ -321,7 +321,7 @@ def test_interventions_act_from_the_last_prompt_token_on(engine: str) -> None:
     point = "blocks.1.hook_resid_post"
     options: Any = {"hooks": [point], "max_new_tokens": 5, "sampling": GREEDY, "batch_size": 3}
     prompts = [as_prompt(PROMPTS[name], name) for name in ("22", "9", "4")]
-    for outcome in generate(model, prompts, interventions=[Steer(1, addend)], **options):
+    for outcome in generate(model, prompts, interventions=[Add(layer=1, addend=addend)], **options):
         # residual_out of layer 1 at a token does not depend on what was added to it at earlier tokens.
         plain, steered = teacher_force(model, outcome.token_ids, [point])[point], outcome.cache[point]
         n_before = len(outcome.prompt.token_ids) - 1
@@ -333,7 +333,7 @@ def test_interventions_act_from_the_last_prompt_token_on(engine: str) -> None:
 def test_a_prefilled_state_continues_as_its_prompts_do(engine: str) -> None:
     model, prompts = tiny.model("llama", engine), [as_prompt(PROMPTS[name], name) for name in ("4", "22", "9")]
     state = prefill(model, prompts)
-    for interventions in ([], [Steer(1, torch.linspace(-2, 2, tiny.D_MODEL))]):
+    for interventions in ([], [Add(layer=1, addend=torch.linspace(-2, 2, tiny.D_MODEL))]):
         options: Any = {"max_new_tokens": 8, "sampling": Sampling(2.0, seed=3), "interventions": interventions}
         whole = {each.prompt.id: each for each in generate(model, prompts, hooks=[], **options)}
         continued = continue_from(model, model.branch(state, range(3)), prompts, **options)

@@ -16,7 +16,7 @@ from tlcapture.errors import OutOfMemoryError
 from tlcapture.generation import batch as batch_module
 from tlcapture.generation import loop
 from tlcapture.generation.device_buffers import Triangles
-from tlcapture.generation.interventions import Steer
+from tlcapture.generation.interventions import Add
 from tlcapture.generation.loop import generate
 from tlcapture.generation.noise import GumbelNoise
 from tlcapture.generation.outcomes import Failure, Generation, Outcome
@@ -41,7 +41,7 @@ RULES = LogitRules(
 )
 SAMPLINGS = {"greedy": GREEDY, "sampled": Sampling(3.0, seed=1), "with rules": Sampling(3.0, seed=1, rules=RULES)}
 pytestmark = pytest.mark.usefixtures("quick_collections")
-STEERED = [Steer(1, torch.linspace(-2, 2, tiny.D_MODEL))]
+STEERED = [Add(layer=1, addend=torch.linspace(-2, 2, tiny.D_MODEL))]
 
 
 def stop_at(patch: pytest.MonkeyPatch, n_ids: int) -> None:

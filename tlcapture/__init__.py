@@ -19,19 +19,34 @@ if TYPE_CHECKING:
     from tlcapture.explore.live_capture import capture
     from tlcapture.models.loading import load_model
     from tlcapture.prompts.prompt_sets import Prompt, PromptSet
+    from tlcapture.traits.interventions import Ablate, Cap, Steer
 
 _HOMES = {
+    "Ablate": "tlcapture.traits.interventions",
+    "Cap": "tlcapture.traits.interventions",
     "Capture": "tlcapture.captures.capture",
     "Experiment": "tlcapture.explore.experiment",
     "Prompt": "tlcapture.prompts.prompt_sets",
     "PromptSet": "tlcapture.prompts.prompt_sets",
+    "Steer": "tlcapture.traits.interventions",
     "TlcaptureError": "tlcapture.errors",
     "capture": "tlcapture.explore.live_capture",
     "load_ipython_extension": "tlcapture.explore.magics",  # called by %load_ext tlcapture
     "load_model": "tlcapture.models.loading",
 }
 
-__all__ = ["Capture", "Experiment", "Prompt", "PromptSet", "TlcaptureError", "capture", "load_model"]
+__all__ = [
+    "Ablate",
+    "Cap",
+    "Capture",
+    "Experiment",
+    "Prompt",
+    "PromptSet",
+    "Steer",
+    "TlcaptureError",
+    "capture",
+    "load_model",
+]
 
 
 def __getattr__(name: str) -> Any:

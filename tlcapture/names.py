@@ -4,7 +4,8 @@ A safe name can only mean a file directly inside the folder it is joined to: let
 `-`, not starting with `.` or `-`, at most 128 characters.
 
 A prompt set may lie in subfolders: its name is a path of safe names, `general/mine`. A prompt's id is a safe name, or
-a number, whose digits are one.
+a number, whose digits are one. The captures of a variant of a prompt set are a set of their own, `general/mine@lora`,
+and the samples of prompt 7 are called `7.s1`, `7.s2`, ...
 
     >>> check_name("my_exp", "experiment")
     'my_exp'
@@ -22,6 +23,7 @@ from tlcapture.errors import InputError
 MOST_FOLDERS = 8  # parts of the name of a prompt set
 _LONGEST = 128
 _LARGEST = 2**53 - 1
+_SAMPLE = re.compile(r"(.+)\.s[1-9][0-9]{0,8}")
 _SAFE = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{_LONGEST - 1}}}")
 
 PromptId = int | str  # an id has in every file the type that it has in its prompt set
@@ -56,6 +58,52 @@ def check_prompt_set(name: str) -> str:
             f"name of a folder (at most {_LONGEST}, in at most {MOST_FOLDERS} parts, not starting with '.' or '-')"
         )
     return name
+
+
+def is_capture_set(name: str) -> bool:
+    """Whether `name` is that of a prompt set, or of a variant of one: `SET` or `SET@VARIANT`."""
+    prompt_set, at, variant = name.partition("@")
+    return is_prompt_set(prompt_set) and (not at or is_safe_name(variant))
+
+
+def check_capture_set(name: str) -> str:
+    """Return the name of a prompt set or of a variant of one, or raise `InputError`."""
+    if not isinstance(name, str):
+        return check_prompt_set(name)
+    prompt_set, at, variant = name.partition("@")
+    check_prompt_set(prompt_set)
+    if at:
+        check_name(variant, "variant")
+    return name
+
+
+def base_set(name: str) -> str:
+    """The prompt set of `SET` or `SET@VARIANT`."""
+    return name.partition("@")[0]
+
+
+def variant_of(name: str) -> str | None:
+    """The variant of `SET@VARIANT`; `None` for a prompt set itself."""
+    return name.partition("@")[2] or None
+
+
+def of_variant(prompt_set: str, variant: str | None) -> str:
+    """The name of the captures of a prompt set under a variant: `SET`, or `SET@VARIANT`."""
+    return prompt_set if variant is None else f"{prompt_set}@{variant}"
+
+
+def is_compared_name(name: str) -> bool:
+    """Whether `name` is what compared captures are called in paths: `EXPERIMENT[+SET][@VARIANT]`, `+` for `/`."""
+    rest, at, variant = name.partition("@")
+    experiment, plus, prompt_set = rest.partition("+")
+    is_set = not plus or is_prompt_set(prompt_set.replace("+", "/"))
+    return is_safe_name(experiment) and is_set and (not at or is_safe_name(variant))
+
+
+def base_id(name: str) -> str:
+    """The name of the prompt of a sample, `7` for `7.s1`; any other name unchanged."""
+    found = _SAMPLE.fullmatch(name)
+    return found[1] if found else name
 
 
 def prompt_id_problem(value: object) -> str | None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
 
+from tests import tiny
 from tests.conftest import quick_evaluations
 from tlcapture.traits.evaluation_files import EvaluationRow
 
@@ -84,6 +87,20 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, tuple[str,
         return result
 
     return run_or_copy
+
+
+@pytest.fixture(scope="session")
+def tuned_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of the tiny Llama, all changed a little, as a finetune changes them."""
+    model = copy.deepcopy(tiny.hf_model("llama"))
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.03)
+    folder = tmp_path_factory.mktemp("models") / "tuned-llama"
+    model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

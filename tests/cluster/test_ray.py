@@ -21,6 +21,7 @@ import pytest
 from tests.cluster.conftest import words_of
 from tests.evidence import Evidence
 from tests.faults.commands import Command, contents
+from tests.test_adapters import needs_peft, write_adapter
 
 RAY = ("--executor", "ray", "--workers", "2")
 
@@ -261,6 +262,7 @@ def test_every_command_gives_the_same_on_a_cluster_as_locally(ray_address: str, 
         ("extract", "--traits", "tone/loud,tone/warm", "--methods", "mean_diff", "--component", "residual"),
         ("evaluate", "--component", "residual", "--methods", "mean_diff"),
         ("steer", "--layers", "1", "--coefficients", "0.2", "--methods", "mean_diff"),
+        ("capture", "--prompt-set", "busy", "--limit", "3", "--max-new-tokens", "4", "--steer", "tone/loud:+0.5@1"),
         ("project", "--prompt-set", "busy"),
     ]
     for name, *words in commands:
@@ -278,6 +280,8 @@ def test_every_command_gives_the_same_on_a_cluster_as_locally(ray_address: str, 
     assert found == expected
     assert found[bad] == "mine"
     assert others in found
+    steered = [name for name in found if "/residual/busy@steer-loud-0.5-L1-" in name]
+    assert len(steered) == 3 and all(found[name]["metadata"]["interventions"] for name in steered)
 
 
 def contents_of_json(experiment: Path) -> Any:
@@ -288,7 +292,7 @@ def contents_of_json(experiment: Path) -> Any:
 
 def without_times(value: Any) -> Any:
     if isinstance(value, dict):
-        times = ("timestamp", "vector_timestamp", "projection_date")
+        times = ("timestamp", "vector_timestamp", "projection_date", "comparison_date")
         return {key: without_times(each) for key, each in value.items() if key not in times}
     return [without_times(each) for each in value] if isinstance(value, list) else value
 
@@ -373,3 +377,22 @@ def test_a_worker_leaves_the_other_processors_of_its_machine_to_other_workers(
 
     assert WorkerActor(layout, Worker, "token", None, None, 4, None).prepare() is None  # type: ignore[arg-type]
     assert made == [(2, 0)]
+
+
+@needs_peft
+def test_variants_and_comparisons_are_the_same_on_a_cluster(ray_address: str, busy: Path, tmp_path: Path) -> None:
+    lora = write_adapter(tmp_path / "lora", str(busy / "model"))
+    first = Command(tmp_path / "output", *words_of(busy), "--limit", 3, "--max-new-tokens", 4).end()
+    assert first.code == 0, first.stderr
+    here = Path(shutil.copytree(busy, tmp_path / "here"))
+    capture = ("capture", "--experiment", "exp", "--responses-from", "exp", "--adapter", lora, "--batch-size", 1)
+    for words in (capture, ("compare", "exp/busy", "exp/busy@lora")):
+        local = Command(tmp_path / "output", *words, "--root", here).end()
+        cluster = ("--executor", "ray", "--workers", "1", "--ray-address", ray_address)
+        done = Command(tmp_path / "output", *words, "--root", busy, *cluster).end()
+        assert done.code == local.code == 0, done.stderr + local.stderr
+    found, expected = (contents_of_json(root / "experiments" / "exp") for root in (busy, here))
+    assert found == expected
+    compared = [name for name in found if name.startswith("analysis/compare/exp@lora/busy/")]
+    assert len(compared) == 3
+    assert all(found[name]["kl"][-1] > 0 for name in compared)

@@ -11,7 +11,7 @@ from tests import tiny
 from tlcapture.errors import NumericalError
 from tlcapture.extraction.monitoring import monitoring
 from tlcapture.extraction.steering import Addition, SteeringScorer, random_directions
-from tlcapture.generation.interventions import Steer, applied
+from tlcapture.generation.interventions import Add, applied
 from tlcapture.generation.loop import generate
 from tlcapture.prompts.tokenization import tokenize
 
@@ -53,7 +53,7 @@ def test_steering_adds_the_vector_to_residual_out_and_leaves_no_hook(engine: str
         return model.step(tokens, torch.ones_like(tokens), model.start(1), hooks, want_logits=False).cache
 
     plain, addend = run(), torch.randn(tiny.D_MODEL)
-    with applied(model, [Steer(1, addend)]):
+    with applied(model, [Add(layer=1, addend=addend)]):
         steered = run()
     assert torch.equal(steered["blocks.0.hook_resid_post"], plain["blocks.0.hook_resid_post"])
     expected = plain["blocks.1.hook_resid_post"] + addend
@@ -80,7 +80,7 @@ def test_additions_that_share_a_batch_score_as_they_do_alone(name: str, engine: 
 
 def test_rows_that_have_stopped_take_their_addends_along() -> None:
     addends = torch.arange(6.0).reshape(3, 2)
-    left = Steer(0, addends).of_rows(torch.tensor([True, False, True]))
+    left = Add(layer=0, addend=addends).of_rows(torch.tensor([True, False, True]))
     changed = left.change(torch.zeros(2, 4, 2))
     assert torch.equal(changed, torch.tensor([[0.0, 1.0], [4.0, 5.0]])[:, None].expand(2, 4, 2))
     with pytest.raises(ValueError, match="addends of 2 rows for a batch of 3"):
@@ -88,7 +88,7 @@ def test_rows_that_have_stopped_take_their_addends_along() -> None:
     model = tiny.model("llama")
     prompt = tokenize(model.tokenizer, "x", prompt_set="s", prompt_id="1")
     with pytest.raises(ValueError, match="interventions by row"):
-        list(generate(model, [prompt], hooks=[], interventions=[Steer(0, torch.zeros(1, tiny.D_MODEL))]))
+        list(generate(model, [prompt], hooks=[], interventions=[Add(layer=0, addend=torch.zeros(1, tiny.D_MODEL))]))
 
 
 def test_the_standard_error_is_that_of_the_differences_between_questions() -> None:

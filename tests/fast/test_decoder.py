@@ -14,10 +14,11 @@ from torch import Tensor
 from tests import tiny
 from tests.fast.test_forward import steps
 from tests.test_parity import as_prompt, random_ids, relative
-from tlcapture.generation.interventions import Steer
-from tlcapture.generation.loop import generate
+from tlcapture.generation.interventions import Add, Limit, Remove
+from tlcapture.generation.loop import generate, teacher_force
 from tlcapture.generation.outcomes import Generation
 from tlcapture.generation.sampling import GREEDY, Sampling
+from tlcapture.generation.where import Where
 from tlcapture.models.fast import decoder, layers, recording
 from tlcapture.models.loading import Model, from_hooked_transformer, from_hugging_face
 from tlcapture.views.attention import attention_hooks
@@ -216,7 +217,7 @@ def test_what_an_earlier_batch_left_does_not_reach_a_later_one(
 
 def test_steering_and_hooks_are_run_for_the_rows_of_the_batch(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     model, rows = model_of(), []
-    steer = Steer(1, torch.linspace(-1, 1, tiny.D_MODEL))
+    steer = Add(layer=1, addend=torch.linspace(-1, 1, tiny.D_MODEL))
 
     def see(activation: Tensor, hook: Any) -> None:
         rows.append(len(activation))
@@ -417,3 +418,72 @@ def test_no_other_thread_gets_the_stream_on_which_steps_are_recorded() -> None:
     device = torch.device("cuda", 0)
     tape = recording.Tape(device)
     assert tape._stream.cuda_stream not in {torch.cuda.Stream(device).cuda_stream for _ in range(64)}
+
+
+@pytest.fixture
+def faithful_tapes(monkeypatch: pytest.MonkeyPatch, tapes: list[Tape]) -> list[Tape]:
+    """Replays do what was recorded, with the interventions that were on then, as a CUDA graph does."""
+    init = Recorded.__init__
+
+    def recorded(self: Recorded, tape: Tape, call: Callable[[], Any]) -> None:
+        tl = tiny.model("llama").tl
+        on = tl._recordable
+
+        def call_with_what_was_on() -> Any:
+            now, tl._recordable = tl._recordable, on
+            try:
+                return call()
+            finally:
+                tl._recordable = now
+
+        init(self, tape, call_with_what_was_on)
+
+    monkeypatch.setattr(Recorded, "__init__", recorded)
+    return tapes
+
+
+def test_recorded_steps_hold_interventions_and_are_told_apart_by_them(
+    monkeypatch: pytest.MonkeyPatch, faithful_tapes: list[Tape]
+) -> None:
+    model, unit = model_of(), torch.nn.functional.normalize(torch.linspace(-1, 2, tiny.D_MODEL), dim=0)
+    changes = {
+        "none": [],
+        "added": [Add(layer=1, addend=4 * unit)],
+        "added at first": [Add(layer=1, addend=4 * unit, where=Where("first", 5))],
+        "removed": [Remove(layer=layer, direction=unit) for layer in range(3)],
+        "limited": [Limit(layer=1, direction=unit, most=-0.5), Add(layer=2, addend=-3 * unit)],
+    }
+    for number, name in enumerate([*changes, *changes]):
+        check_equal(
+            generated(model, interventions=changes[name]),
+            growing(monkeypatch, lambda name=name: generated(model, interventions=changes[name])),
+        )
+        model.release() if number % 2 else None
+    assert sum(tape.n_recorded for tape in faithful_tapes) >= len(changes)
+    assert sum(tape.n_replayed for tape in faithful_tapes) > 10 * len(changes)
+
+
+def test_recorded_steps_follow_which_rows_are_thinking(
+    monkeypatch: pytest.MonkeyPatch, faithful_tapes: list[Tape]
+) -> None:
+    model = model_of()
+    plain = growing(monkeypatch, lambda: generated(model))
+    common = torch.tensor([each.response_ids for each in plain.values() if len(each.response_ids) == 20]).flatten()
+    opening, closing = common.bincount().topk(2).indices.tolist()
+    monkeypatch.setattr("tlcapture.generation.thinking_rows.marker_tokens", lambda tokenizer: (opening, closing))
+    change = [Add(layer=1, addend=torch.linspace(-1, 1, tiny.D_MODEL), where=Where("thinking"))]
+    found = generated(model, interventions=change)
+    check_equal(found, growing(monkeypatch, lambda: generated(model, interventions=change)))
+    assert faithful_tapes[0].n_replayed > 5
+    point, n_within = "blocks.1.hook_resid_post", 0
+    for outcome in found.values():
+        ids, n_prompt = outcome.response_ids, len(outcome.prompt.token_ids)
+        within, inside = [False] * n_prompt, False
+        for token in ids:
+            within.append(inside and token != closing)
+            inside = (inside and token != closing) or token == opening
+        n_within += sum(within)
+        before = teacher_force(model, outcome.token_ids, [point])[point]
+        expected = before + torch.tensor(within)[:, None] * torch.linspace(-1, 1, tiny.D_MODEL)
+        assert relative(outcome.cache[point], expected) < 1e-4
+    assert n_within

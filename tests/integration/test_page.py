@@ -15,11 +15,12 @@ from click.testing import CliRunner
 from tests.browser import Watched, browser, server
 from tests.page.conftest import HOSTILE, write, write_experiment
 from tests.page.conftest import TOKENS as HOSTILE_TOKENS
+from tests.page.test_comparisons import comparison
 from tlcapture.cli.main import main
 from tlcapture.page.export import export_page
 
 TRAIT = "style/formality"
-VIEWS = ("dynamics", "layers", "lens", "attention", "vectors", "compare")
+VIEWS = ("dynamics", "layers", "lens", "attention", "vectors", "compare", "difference")
 HERE = f"experiment=exp&set=single_trait&prompt=1&trait={TRAIT}"
 
 
@@ -40,13 +41,35 @@ def page_root(embedded_root: Path, tmp_path_factory: pytest.TempPathFactory) -> 
            "result": {"trait_mean": 71.0, "coherence_mean": 93.0, "null": [float(n) for n in range(21)]}}  # fmt: skip
     results = {"baseline": {"trait_mean": 40.0, "coherence_mean": 100.0}, "runs": [run]}
     write(root / "experiments" / "exp" / "steering" / TRAIT / "results.json", results)
+    write_comparisons(root)
     return root
+
+
+def write_comparisons(root: Path) -> None:
+    """The captures of the experiment compared with those of `other`, a copy that differs as `changed` says."""
+    shutil.copytree(root / "experiments" / "exp", root / "experiments" / "other")
+    done = CliRunner().invoke(main, ["compare", "exp", "other", "--root", str(root)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    for path in (root / "experiments/exp/analysis/compare/other/single_trait").glob("*.json"):
+        write(path, changed(json.loads(path.read_text(encoding="utf-8"))))
+
+
+def changed(content: dict[str, Any]) -> dict[str, Any]:
+    """A comparison in which tokens differ more and more, and the last layer most."""
+    n = len(content["tokens"])
+    content["kl"] = [0.01 * index for index in range(n)]
+    content["residual"]["cosine"] = [[1 - index * layer / 10_000 for layer in range(30)] for index in range(n)]
+    for trait in content["traits"].values():
+        trait["difference"] = [(-1) ** index * 0.1 * index for index in range(n)]
+        trait["mean_b"] = trait["mean_a"] + 1.5
+    return content
 
 
 @pytest.fixture(scope="module")
 def hostile_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An experiment with hostile tokens, and `kept`, whose projections of prompt 1 lack layer 0 and two points."""
     root = write_experiment(tmp_path_factory.mktemp("hostile"))
+    write(root / "experiments/exp/analysis/compare/exp@lora/odd/1.json", comparison(1))
     kept = Path(shutil.copytree(root / "experiments" / "exp", root / "experiments" / "kept"))
     path = kept / "inference/style/odd/residual_stream/odd/1.json"
     content = json.loads(path.read_text())
@@ -318,6 +341,24 @@ def test_compared_trajectories_are_aligned_at_the_first_response_token(page: Wat
     assert at[0] == pytest.approx(sum(each) / 2)
 
 
+def test_differences_are_shown_by_token_and_by_layer(page: Watched, page_root: Path) -> None:
+    path = page_root / "experiments/exp/analysis/compare/other/single_trait/1.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    page.open(f"view=difference&{HERE}")
+    shown = [span.text_content().rstrip("\n") for span in page.page.query_selector_all("#view .token")]
+    assert shown == [token.replace("\n", "\u23ce") for token in content["tokens"]]
+    (line,), (heat,) = page.traces(0), page.traces(1)
+    assert line["y"][1:] == content["traits"][TRAIT]["difference"][1:]
+    assert heat["z"][29] == pytest.approx([1 - row[29] for row in content["residual"]["cosine"]])
+    last = len(content["tokens"]) - 1
+    assert page.text("#view .chips button").startswith(f"{last} ")  # the token that differs most
+    assert "2 prompts" in page.text("#view")
+    assert "1.5" in page.text("#view table")
+    page.open(f"view=difference&{HERE}&quantity=kl&token=5")
+    assert page.traces(0)[0]["y"][1:] == content["kl"][1:]
+    assert page.page.get_attribute("#view .chosen", "data-token") == "5"
+
+
 def test_figures_are_saved_as_png_and_svg(page: Watched) -> None:
     page.open(f"view=dynamics&{HERE}")
     page.page.hover(".figure")
@@ -353,6 +394,7 @@ def test_missing_data_names_the_command(hostile: Watched) -> None:
         ("attention", 2, "tlcapture capture --experiment exp --prompt-set odd --attention --replay"),
         ("dynamics", 3, "tlcapture project --experiment exp --prompt-set odd"),
         ("vectors", 1, "tlcapture steer --experiment exp --traits style/odd"),
+        ("difference", 2, "tlcapture compare exp/odd OTHER"),
     ):
         hostile.open(f"view={view}&experiment=exp&set=odd&prompt={prompt}&trait=style/odd")
         assert hostile.text(".empty code") == command

@@ -24,7 +24,7 @@ from tlcapture.captures.index import NAME as INDEX
 from tlcapture.captures.index import index_record, read_index
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError, NumericalError, StorageError
-from tlcapture.names import PromptId
+from tlcapture.names import PromptId, of_variant
 from tlcapture.prompts.spans import TokenSpan, labels_of
 from tlcapture.shapes import Residual
 from tlcapture.storage.files import Hook, Written, read_tensors, write_tensors
@@ -84,11 +84,11 @@ class Capture:
         tokens = f"{len(self.prompt.tokens)} + {len(self.response.tokens)} tokens"
         if turns := self.metadata.get("messages"):
             tokens = f"a conversation of {len(turns)} messages, {tokens}"
-        return f"{type(self).__name__}({self.prompt_set}/{self.prompt_id}, {tokens}, {self.response.text[:60]!r})"
+        return f"{type(self).__name__}({self.capture_set}/{self.prompt_id}, {tokens}, {self.response.text[:60]!r})"
 
     def _repr_html_(self) -> str:
         facts = [
-            f"{self.prompt_set}/{self.prompt_id}",
+            f"{self.capture_set}/{self.prompt_id}",
             str(self.metadata["inference_model"]),
             f"{len(self.prompt.tokens)} prompt and {len(self.response.tokens)} response tokens",
             f"{self.n_layers} layers" + ("" if self.kept.is_all else f", {self.kept.described()}"),
@@ -115,6 +115,11 @@ class Capture:
     def prompt_set(self) -> str:
         """Name of the prompt set."""
         return str(self.metadata["prompt_set"])
+
+    @property
+    def capture_set(self) -> str:
+        """The set that the capture's files are in: its prompt set, or a variant of it, `SET@VARIANT`."""
+        return of_variant(self.prompt_set, self.metadata.get("variant"))
 
     @property
     def id(self) -> PromptId:
@@ -183,7 +188,7 @@ class Capture:
         if positions.kept == self.positions.kept:
             return self
         if not self.positions.includes(positions):
-            raise InputError(f"{self.prompt_set}/{self.prompt_id}: only {self.positions.described()}")
+            raise InputError(f"{self.capture_set}/{self.prompt_id}: only {self.positions.described()}")
         prompt, response = self.prompt.only(positions.prompt), self.response.only(positions.response)
         metadata = {**self.metadata, **positions.record()}
         return replace(self, prompt=prompt, response=response, metadata=metadata)

@@ -9,8 +9,9 @@ import torch
 from pydantic import ConfigDict, Field, Strict, field_validator, model_validator
 from torch import Tensor
 
+from tlcapture.captures.intervention_record import InterventionRecord
 from tlcapture.errors import StorageError, TlcaptureError
-from tlcapture.names import PromptId, is_prompt_set, prompt_id_problem
+from tlcapture.names import PromptId, is_prompt_set, is_safe_name, prompt_id_problem
 from tlcapture.prompts.spans import TokenSpan, check_spans
 from tlcapture.storage.tensors import described, is_plain
 from tlcapture.storage.validation import Count, FileContent, Layer, checked
@@ -61,6 +62,15 @@ class CaptureMetadata(FileContent):
     template_args: dict[str, Any] | None = None
     thinking: dict[str, str] | None = None
     positions: list[Count] | None = None
+    variant: str | None = None
+    interventions: list[InterventionRecord] | None = None
+
+    @field_validator("variant")
+    @classmethod
+    def _is_a_variant(cls, value: str | None) -> str | None:
+        if value is not None and not is_safe_name(value):
+            raise ValueError(f"{value!r} is not a safe file name")
+        return value
 
     @field_validator("prompt_set")
     @classmethod

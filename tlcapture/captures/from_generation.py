@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tlcapture.captures.capture import Capture, CapturedPart, storage_dtype
 from tlcapture.captures.provenance import (
@@ -12,6 +14,7 @@ from tlcapture.captures.provenance import (
     now,
     point_hooks,
     template_record,
+    variant_record,
 )
 from tlcapture.errors import StorageError
 from tlcapture.generation.outcomes import Generation
@@ -33,8 +36,13 @@ def capture_of(
     attn_out: bool,
     save_dtype: str,
     kept: KeptPoints | None = None,
+    variant: str | None = None,
+    interventions: Sequence[Mapping[str, Any]] = (),
 ) -> Capture:
-    """The capture of a generation, in the dtype to store it in; `kept` limits it to some layers and points."""
+    """The capture of a generation, in the dtype to store it in; `kept` limits it to some layers and points.
+
+    `interventions` are the records of those under which it was generated.
+    """
     only = None if kept is None or kept.is_all else kept
     prompt = generation.prompt
     n_prompt, n_tokens = len(prompt.token_ids), len(generation.token_ids)
@@ -58,6 +66,7 @@ def capture_of(
         "prompt_set": prompt.prompt_set,
         "prompt_id": prompt.id,
         "prompt_text": prompt.source_text,
+        **variant_record(variant, interventions),
         "n_layers": model.n_layers,
         "d_model": model.d_model,
         "layers": list(stream.kept.layers),
@@ -77,13 +86,16 @@ def capture_of(
         "capture_date": now(),
         **({"prompt_fields": dict(prompt.fields)} if prompt.fields else {}),
     }
+    all_spans = (*prompt.spans, *spans)
+    if prompt.known is not None:
+        metadata, all_spans = prompt.known.described(metadata), prompt.known.spans
     return Capture(
         CapturedPart(prompt.text, texts[:n_prompt], list(prompt.token_ids), stream.tokens(0, n_prompt, dtype)),
         CapturedPart(
             response_text, texts[n_prompt:], list(generation.response_ids), stream.tokens(n_prompt, n_tokens, dtype)
         ),
         metadata,
-        spans=(*prompt.spans, *spans),
+        spans=all_spans,
     )
 
 

@@ -24,6 +24,7 @@ def model_record(model: Model) -> dict[str, Any]:
         "weight_processing": RAW,
         "model_fingerprint": model.fingerprint,
         "model_revision": model.revision,
+        **model.adapted,
         "layer_convention": LAYERS,
         "tlcapture_version": __version__,
     }
@@ -66,6 +67,12 @@ def conversation_record(
     return {name: value for name, value in record.items() if value}
 
 
+def variant_record(variant: str | None, interventions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The variant and the interventions as metadata; nothing without them."""
+    record = {"variant": variant, "interventions": [dict(each) for each in interventions]}
+    return {name: value for name, value in record.items() if value}
+
+
 def point_hooks(model: Model, *, attn_out: bool, points: Iterable[str] = POINTS) -> dict[str, str]:
     """The hook of each captured residual point, and of `attn_out` if it is captured."""
     hooks = {point: HOOKS[point] for point in [*points, *(["attn_out"] if attn_out else [])]}
@@ -76,7 +83,8 @@ def point_hooks(model: Model, *, attn_out: bool, points: Iterable[str] = POINTS)
 
 def is_same_computation(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two captures, given their metadata, were computed by the same model in the same way."""
-    return all(one.get(key) == other.get(key) for key in ("model_fingerprint", "engine", "dtype"))
+    same = ("model_fingerprint", "engine", "dtype", "interventions")
+    return all(one.get(key) == other.get(key) for key in same)
 
 
 def now() -> str:

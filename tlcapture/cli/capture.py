@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from tlcapture.cli.command import command
 from tlcapture.cli.console import Console, show_top_traits
 from tlcapture.cli.given_prompts import given_prompt_options, given_prompts
 from tlcapture.cli.grouping import collected
+from tlcapture.cli.interventions import InOrder, InterventionOptions, intervention_options
 from tlcapture.cli.option_types import LayerOrWord, TemplateArg
 from tlcapture.cli.options import (
     KeptOptions,
@@ -33,10 +34,13 @@ from tlcapture.cli.options import (
     vector_options,
 )
 from tlcapture.cli.tables import Column
+from tlcapture.cli.variants import VariantOptions, check_target, variant_options
 from tlcapture.cli.work import working
+from tlcapture.names import base_set, variant_of
 
 if TYPE_CHECKING:
     from tlcapture.commands.capture_options import CaptureOptions
+    from tlcapture.commands.given_responses import GivenResponses
     from tlcapture.prompts.prompt_sets import PromptSet
     from tlcapture.runs.model_loader import ModelLoader
     from tlcapture.runs.shards import Shard
@@ -75,7 +79,14 @@ class _Settings:
     batch_size: int | None
     seed: int
 
-    def capture_options(self, kept: KeptOptions, vectors: VectorOptions) -> CaptureOptions:
+    def capture_options(
+        self,
+        kept: KeptOptions,
+        vectors: VectorOptions,
+        changes: InterventionOptions,
+        adapter: str | None,
+        responses_from: GivenResponses | None,
+    ) -> CaptureOptions:
         """What to capture and how."""
         from tlcapture.commands.capture_options import ALL_LAYERS, CaptureOptions
         from tlcapture.generation.checkpoint_sampling import asked_sampling
@@ -106,6 +117,10 @@ class _Settings:
             system_prompt=self.system_prompt,
             thinking=self.thinking,
             template_args=dict(self.template_arg),
+            interventions=changes.in_order(),
+            variant=changes.variant,
+            adapter=adapter,
+            responses_from=responses_from,
         )
 
 
@@ -118,6 +133,8 @@ def _own_temperature(context: click.Context, option: click.Parameter, value: flo
 @command(
     'tlcapture capture --prompt "How do tides work?"',
     "tlcapture capture --experiment my_exp --prompt-set single_trait --attention --logit-lens",
+    "tlcapture capture --experiment my_exp --prompt-set single_trait --steer behavioral/refusal:+0.2@16",
+    cls=InOrder,
 )
 @location_options
 @prompt_set_options
@@ -136,6 +153,8 @@ def _own_temperature(context: click.Context, option: click.Parameter, value: flo
 @click.option("--projections-only", is_flag=True, help="Keep only projections, no raw activations.")
 @click.option("--replay", is_flag=True, help="Generate nothing; compute add-ons from saved captures.")
 @vector_options(default_layer="auto, or 16 where nothing was evaluated")
+@intervention_options
+@variant_options
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(0, 2**31 - 1),
@@ -191,6 +210,8 @@ def capture(
     settings: _Settings,
     kept: KeptOptions,
     vectors: VectorOptions,
+    changes: InterventionOptions,
+    of_model: VariantOptions,
     model: ModelOptions,
     cluster: ClusterOptions,
 ) -> None:
@@ -200,17 +221,26 @@ def capture(
     onto the experiment's trait vectors if it has any.
     """
     layout = location.layout
-    given = _given(prompt_sets, settings)
-    sets, refused = ([given], []) if given is not None else _prompt_sets(location, prompt_sets)
-    load = model.loader_for(layout, "inference_model", console)
+    prompt_sets, changes = _named_variant(prompt_sets, changes)
+    source = of_model.given(location.root)
+    given = None if source is not None else _given(prompt_sets, settings)
+    if source is not None:
+        sets, refused = source.prompt_sets(prompt_sets.prompt_set or ())
+    else:
+        sets, refused = ([given], []) if given is not None else _prompt_sets(location, prompt_sets)
+    load = of_model.adapted(model.loader_for(layout, "inference_model", console))
     if not settings.skip_existing:  # with it, there may be nothing to do that needs the model
         load.require()
     if vectors.vector_experiment is not None and not settings.no_project:
         _check_vectors(location, vectors.vector_experiment)
     executor = cluster.make_executor(settings.batch_size, can_collect=not settings.projections_only)
-    options = settings.capture_options(kept, vectors)
     from tlcapture.commands.adhoc_prompts import numbered_on
+    from tlcapture.commands.capture_interventions import with_interventions
 
+    asked = settings.capture_options(kept, vectors, changes, of_model.adapter_path, source)
+    options = with_interventions(asked, layout, load.name, lambda: load.outline)
+    if source is not None:
+        check_target(source, layout, sets, options.variant)
     if given is not None:
         sets = [numbered_on(layout, given)]
     if settings.dry_run:
@@ -224,7 +254,7 @@ def capture(
     # Projections of an earlier run would look like this run's, had this one written nothing.
     if options.projects and (report.n_files or not report.failures):
         for prompt_set in sets:
-            show_top_traits(console, layout, prompt_set.name, known=report.projected)
+            show_top_traits(console, layout, options.capture_set(prompt_set.name), known=report.projected)
 
 
 def _given(chosen: PromptSetOptions, settings: _Settings) -> PromptSet | None:
@@ -235,6 +265,19 @@ def _given(chosen: PromptSetOptions, settings: _Settings) -> PromptSet | None:
             "give one of --prompt-set NAME, --prompt TEXT (or --prompt-file FILE) and --all-prompt-sets"
         )
     return given_prompts(settings.prompt, settings.prompt_file) if is_given else None
+
+
+def _named_variant(
+    chosen: PromptSetOptions, changes: InterventionOptions
+) -> tuple[PromptSetOptions, InterventionOptions]:
+    """Prompt sets and their variant, which `--prompt-set SET@VARIANT` names as `--variant` does."""
+    named = {variant_of(name) for name in chosen.prompt_set or ()}
+    if named <= {None}:
+        return chosen, changes
+    if len(named | {changes.variant} - {None}) > 1 or None in named:
+        raise click.UsageError("--prompt-set SET@VARIANT: expected the same variant for all sets, as --variant NAME")
+    sets = tuple(base_set(name) for name in chosen.prompt_set or ())
+    return replace(chosen, prompt_set=sets), replace(changes, variant=named.pop())
 
 
 def _prompt_sets(location: Location, chosen: PromptSetOptions) -> tuple[list[PromptSet], list[tuple[str, str]]]:

@@ -32,7 +32,7 @@ GROUPS: Mapping[str, frozenset[str]] = {
         "What to keep": """attention, logit_lens, layer_internals, capture_attn, layers, points, tokens, save_dtype,
             no_project, projections_only, format, attention_layers, lens_layers, lens_top, views, activations,
             shard_size""",
-        "Trait vectors": "traits, methods, component, layer, method, vector_experiment",
+        "Trait vectors": "traits, methods, component, layer, method, vector_experiment, vectors_of, no_kl",
         "Sampling": """max_new_tokens, temperature, sampling, seed, samples, top_p, top_k, min_p, repetition_penalty,
             stop""",
         "Interventions": "steer, ablate, cap, variant, adapter, coefficients",
@@ -46,11 +46,14 @@ GROUPS: Mapping[str, frozenset[str]] = {
 _STORED = re.compile(r"-?\d{10,}<=x<=\d{10,}|(?<=<=x)<=(?:2147483647|9223372036854775807)")
 
 
-def command(*examples: str, name: str | None = None) -> Callable[[Callable[..., Any]], Command]:
-    """A decorator that makes a `Command` of a function, with examples for the end of its help."""
+def command(
+    *examples: str, name: str | None = None, cls: type[Command] | None = None
+) -> Callable[[Callable[..., Any]], Command]:
+    """A decorator that makes a `Command` of a function, or a `cls`, with examples for the end of its help."""
 
     def decorate(function: Callable[..., Any]) -> Command:
-        return click.command(name, cls=Command, context_settings=help_settings(), examples=examples)(function)
+        kind = cls or Command
+        return click.command(name, cls=kind, context_settings=help_settings(), examples=examples)(function)
 
     return decorate
 

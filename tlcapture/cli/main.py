@@ -15,6 +15,7 @@ COMMANDS = {
     "extract": "Extract trait vectors from contrastive examples.",
     "evaluate": "Measure how well vectors separate held-out examples.",
     "steer": "Add trait vectors during generation and score the effect.",
+    "compare": "Compare captures of two models on the same tokens.",
     "view": "View captures and vectors in the browser.",
     "shell": "Explore an experiment in IPython.",
     "list": "List experiments, their prompt sets, traits and runs.",

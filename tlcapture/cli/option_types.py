@@ -13,6 +13,7 @@ from tlcapture.errors import InputError
 from tlcapture.names import Trait, split_names
 from tlcapture.runs.shards import Shard
 from tlcapture.text import parse_bytes
+from tlcapture.traits.interventions import TraitIntervention
 from tlcapture.views.hooks import COMPONENTS, POINTS
 from tlcapture.views.kept_tokens import FORMS, KeptTokens
 
@@ -90,6 +91,17 @@ class TemplateArg(_Parsed):
             return key, json.loads(value, parse_constant=_no_number)
         except (ValueError, RecursionError):
             return key, value
+
+
+class Intervention(_Parsed):
+    """An intervention along a trait's vector, of a class that parses it."""
+
+    def __init__(self, kind: type[TraitIntervention]):
+        self.kind = kind
+        self.name = kind.form
+
+    def _parse(self, text: str) -> TraitIntervention:
+        return self.kind.parse(text)
 
 
 class Names(_Parsed):

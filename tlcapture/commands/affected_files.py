@@ -39,7 +39,7 @@ class AffectedFiles:
         """The files that tasks will change, for a model with `n_layers` layers."""
         found, chooser = cls(), VectorChooser(layout, options.vectors)
         for task in tasks:
-            name = task.prompt_set.name
+            name = task.capture_set
             for prompt in task.batched:
                 if prompt.id in task.fresh:
                     found._add_fresh(layout, options, name, prompt.id, options.outputs(n_layers))

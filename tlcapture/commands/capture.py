@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from functools import partial
 
 from tlcapture.commands.affected_files import AffectedFiles
+from tlcapture.commands.capture_interventions import with_interventions
 from tlcapture.commands.capture_options import NO_CHOICE, CaptureOptions
 from tlcapture.commands.capture_size import CaptureSize, n_projections
 from tlcapture.commands.capture_tasks import CaptureTask, TaskPlanner
@@ -63,10 +64,13 @@ def run_capture(
         InputError: the request is wrong; nothing was written.
         NoSpaceError: the files would need more space than is free, or the device became full during the run.
     """
+    options = with_interventions(options, layout, load.name, lambda: load.outline)
     _check(layout, options)
     run = Run.begin(layout, display)
     for what, reason in refused:
         run.failed(what, reason)
+    for doubt in (doubt for each in options.resolved for doubt in each.doubts):
+        run.warn(doubt)
     for note in (note for prompt_set in prompt_sets for note in mistyped_keys(prompt_set)):
         run.warn(note)
     known_model = partial(executor.known_model, load)
@@ -78,8 +82,8 @@ def run_capture(
     for task in tasks:
         if task.other_sampling:
             run.warn(_other_sampling_warning(task))
-    busy = {task.prompt_set.name for task in tasks if task.has_work or (task.saved and options.projects)}
-    run.report.n_skipped += sum(len(task.saved) for task in tasks if task.prompt_set.name not in busy)
+    busy = {task.capture_set for task in tasks if task.has_work or (task.saved and options.projects)}
+    run.report.n_skipped += sum(len(task.saved) for task in tasks if task.capture_set not in busy)
     with ExitStack() as stack:
         # Always in the same order, so that no two runs wait for each other.
         locks = [run_lock(run, f"captures of {name}", options.shard) for name in sorted(busy)]
@@ -94,13 +98,13 @@ def run_capture(
             Work(
                 partial(CaptureWorker, options),
                 load,
-                [task for task in tasks if task.prompt_set.name in busy],
+                [task for task in tasks if task.capture_set in busy],
                 size=lambda task: len(task.fresh) * task.max_new_tokens,
                 unit="token",
                 label=CaptureTask.label,
                 split=CaptureTask.split,
                 reads=[options.vectors.layout(layout)],
-                inputs=lambda task: [layout.residual(task.prompt_set.name, prompt_id) for prompt_id in task.saved],
+                inputs=lambda task: [layout.residual(task.capture_set, prompt_id) for prompt_id in task.saved],
                 overwrite=options.overwrite,
             ),
             run,
@@ -112,7 +116,7 @@ def _other_sampling_warning(task: CaptureTask) -> str:
     ids = task.other_sampling
     kept = f"{len(ids)} captures" if len(ids) > 1 else f"the capture of prompt {ids[0]}"
     return (
-        f"{task.prompt_set.name}: kept {kept} made with another temperature, seed or --max-new-tokens: leave out "
+        f"{task.capture_set}: kept {kept} made with another temperature, seed or --max-new-tokens: leave out "
         "--skip-existing to capture again"
     )
 
@@ -124,8 +128,9 @@ def estimate_capture(
 
     The model's weights are not loaded.
     """
-    _check(layout, options)
     outline = load.outline
+    options = with_interventions(options, layout, load.name, lambda: outline)
+    _check(layout, options)
     planner = TaskPlanner(layout, options, read_config(layout), load.name, lambda: outline)
     tasks = planner.tasks(prompt_sets)
     affected = AffectedFiles.of(tasks, layout, options, outline.n_layers)

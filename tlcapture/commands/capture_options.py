@@ -7,12 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tlcapture.commands.capture_outputs import Outputs
+from tlcapture.commands.given_responses import GivenResponses
 from tlcapture.commands.projections import ExistingProjections
 from tlcapture.errors import InputError
 from tlcapture.generation.checkpoint_sampling import AskedSampling
 from tlcapture.generation.sampling import Sampling
+from tlcapture.names import of_variant
 from tlcapture.runs.shards import Shard
 from tlcapture.traits.choice import VectorChoice
+from tlcapture.traits.interventions import TraitIntervention
+from tlcapture.traits.resolved_interventions import ResolvedIntervention
 from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.kept_tokens import KeptTokens
 
@@ -36,6 +40,11 @@ class CaptureOptions:
         longer_where_thinking: let it be at least `THINKING_TOKENS` where the chat template makes the model think.
         thinking: `on` or `off`, the chat template's switch; `None` leaves its default.
         template_args: other values for the chat template.
+        interventions: changes to activations while the model generates.
+        variant: the name of the captures beside those of the prompt set alone: `{prompt_set}@{variant}`.
+        resolved: the interventions with their vectors; see `with_interventions`.
+        adapter: the folder of an adapter that is merged into the model.
+        responses_from: captures whose tokens are run in place of generated ones.
     """
 
     attention: bool = False
@@ -62,6 +71,20 @@ class CaptureOptions:
     longer_where_thinking: bool = False
     thinking: str | None = None
     template_args: Mapping[str, Any] = field(default_factory=dict)
+    interventions: tuple[TraitIntervention, ...] = ()
+    variant: str | None = None
+    resolved: tuple[ResolvedIntervention, ...] = ()
+    adapter: str | None = None
+    responses_from: GivenResponses | None = None
+
+    def capture_set(self, prompt_set: str) -> str:
+        """The set that captures of a prompt set are in: the prompt set, or its variant."""
+        return of_variant(prompt_set, self.variant)
+
+    @property
+    def intervention_records(self) -> list[Mapping[str, Any]]:
+        """The interventions as metadata hold them; norms that have to be measured are missing."""
+        return [each.record for each in self.resolved]
 
     @property
     def projects(self) -> bool:

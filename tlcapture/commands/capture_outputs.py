@@ -145,9 +145,9 @@ def write_capture(
     They are removed after the new file was written completely and before it is renamed to its path, so that a derived
     file never exists next to a capture other than its source. `on_removed` is called with their paths.
     """
-    prompt_set, prompt_id = capture.prompt_set, capture.prompt_id
-    path = layout.residual(prompt_set, prompt_id)
-    derived = [] if is_alike(path, capture) else derived_files(layout, prompt_set, prompt_id)
+    capture_set, prompt_id = capture.capture_set, capture.prompt_id
+    path = layout.residual(capture_set, prompt_id)
+    derived = [] if is_alike(path, capture) else derived_files(layout, capture_set, prompt_id)
 
     def remove_derived(new: Path) -> None:
         remove(derived)
@@ -161,12 +161,12 @@ def remove_stale(layout: Layout, capture: Capture) -> Sequence[Path]:
 
     A raw file of the prompt that cannot be read is removed too. Returns the paths of the removed files.
     """
-    raw = layout.residual(capture.prompt_set, capture.prompt_id)
+    raw = layout.residual(capture.capture_set, capture.prompt_id)
     unreadable = [raw] if raw.is_file() and saved_capture(raw, overwrite=True) is None else []
-    before = CaptureRecord.find(layout, capture.prompt_set, capture.prompt_id)
+    before = CaptureRecord.find(layout, capture.capture_set, capture.prompt_id)
     if not unreadable and before is not None and before.is_like(capture):
         return ()
-    stale = [*derived_files(layout, capture.prompt_set, capture.prompt_id), *unreadable]
+    stale = [*derived_files(layout, capture.capture_set, capture.prompt_id), *unreadable]
     remove(stale)
     return stale
 
@@ -191,7 +191,7 @@ def add_ons(
         lens: the logit lens, where it was computed already.
     """
     names: dict[str, Any] = {"prompt_id": capture.prompt_id, "prompt_set": capture.prompt_set}
-    where = (capture.prompt_set, capture.prompt_id)
+    where = (capture.capture_set, capture.prompt_id)
     tokens, n_prompt = capture.tokens, len(capture.prompt.tokens)
     positions = wanted_positions(wanted.tokens, capture, fresh=residual_cache is not None)
     if wanted.attention:

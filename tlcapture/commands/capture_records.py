@@ -15,7 +15,7 @@ from tlcapture.captures.capture import Capture
 from tlcapture.captures.provenance import is_same_computation, model_record, point_hooks
 from tlcapture.errors import InputError, StorageError
 from tlcapture.models.loading import Model
-from tlcapture.names import PromptId
+from tlcapture.names import PromptId, of_variant
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
 from tlcapture.views.kept_points import KeptPoints
@@ -30,6 +30,7 @@ _SAME_FOR_A_RUN = (
     "template_args",
     "layers",
     "points",
+    "variant",
 )
 
 
@@ -45,6 +46,11 @@ class CaptureRecord:
     def prompt_set(self) -> str:
         """Name of the prompt set."""
         return str(self.metadata["prompt_set"])
+
+    @property
+    def capture_set(self) -> str:
+        """The set that the capture's files are in: its prompt set, or a variant of it, `SET@VARIANT`."""
+        return of_variant(self.prompt_set, self.metadata.get("variant"))
 
     @property
     def prompt_id(self) -> PromptId:
@@ -89,7 +95,7 @@ class CaptureRecord:
                 tokens = content["prompt"]["tokens"] + content["response"]["tokens"]
                 positions = stated_positions(content["metadata"], n_prompt, len(tokens))
                 made_from = cls(content["metadata"]["capture"], tokens, positions)
-                is_of_prompt = (made_from.prompt_set, str(made_from.prompt_id)) == (prompt_set, str(prompt_id))
+                is_of_prompt = (made_from.capture_set, str(made_from.prompt_id)) == (prompt_set, str(prompt_id))
                 if made_from.n_layers < 1 or made_from.d_model < 1 or not made_from.kept.layers or not is_of_prompt:
                     return None
             except (StorageError, InputError, KeyError, TypeError, ValueError):

@@ -71,7 +71,7 @@ class CaptureSize:
         found = cls()
         n_vectors = n_projections(layout, options)
         for task in tasks:
-            name = task.prompt_set.name
+            name = task.capture_set
             found.failures += [Failed(*each) for each in task.failing]
             for prompt in task.batched:
                 if prompt.id in task.fresh:

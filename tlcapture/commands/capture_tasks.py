@@ -7,19 +7,22 @@ files can be compared with the free space.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from tlcapture.captures.capture import Capture
+from tlcapture.commands.capture_interventions import check_same_interventions
 from tlcapture.commands.capture_options import CaptureOptions
 from tlcapture.commands.capture_outputs import REPLACE, Outputs, saved_capture
 from tlcapture.commands.capture_records import CaptureRecord
+from tlcapture.commands.given_responses import most_new_tokens, prompt_of
 from tlcapture.commands.projections import without_projection
 from tlcapture.errors import InputError, StorageError
 from tlcapture.generation.sampling import PLAIN
-from tlcapture.names import PromptId
+from tlcapture.names import PromptId, of_variant
 from tlcapture.prompts.chat_template import NO_ARGS
 from tlcapture.prompts.conversations import without_system
 from tlcapture.prompts.prompt_sets import Prompt, PromptSet
@@ -30,6 +33,7 @@ from tlcapture.runs.existing_files import OVERWRITE, check_replaceable
 from tlcapture.storage.config import ExperimentConfig
 from tlcapture.storage.layout import Layout, derived_files
 from tlcapture.traits.choice import VectorChooser
+from tlcapture.traits.intervention_records import identity
 
 T = TypeVar("T")
 
@@ -61,6 +65,8 @@ class CaptureTask:
         unreadable: names of prompts with a raw file that cannot be read and is not to be replaced, with the reasons.
         max_new_tokens: the maximum length of a response, as far as the model's context allows it by default.
         longest: the number of tokens of the longest prompt of the set.
+        variant: the variant whose captures they are, if any.
+        norm_prompts: all prompts of the set, where typical norms are measured on them.
         other_sampling: ids of prompts that are kept although they were captured with other sampling settings.
     """
 
@@ -73,6 +79,13 @@ class CaptureTask:
     other_sampling: Sequence[PromptId] = ()
     max_new_tokens: int = 50
     longest: int = 0
+    variant: str | None = None
+    norm_prompts: Sequence[TokenizedPrompt] = ()
+
+    @property
+    def capture_set(self) -> str:
+        """The set that the captures are in: the prompt set, or its variant."""
+        return of_variant(self.prompt_set.name, self.variant)
 
     @property
     def failing(self) -> Sequence[tuple[str, str]]:
@@ -87,7 +100,7 @@ class CaptureTask:
     def label(self) -> str:
         """The name of the task in messages."""
         ids = [*sorted(self.fresh, key=str), *self.saved]
-        return f"{self.prompt_set.name}/{ids[0]}" if len(ids) == 1 else f"{len(ids)} prompts of {self.prompt_set.name}"
+        return f"{self.capture_set}/{ids[0]}" if len(ids) == 1 else f"{len(ids)} prompts of {self.capture_set}"
 
     def split(self, most: int) -> list[CaptureTask]:
         """Split into tasks of at most `most` prompts, each a batch of prompts of similar length."""
@@ -146,7 +159,9 @@ class TaskPlanner:
 
     def task(self, prompt_set: PromptSet) -> CaptureTask:
         """The task for a prompt set; prompts that cannot be captured as asked are in its `refused`."""
-        prompts = prompt_set.prompts[: self._options.limit]
+        capture_set = self._options.capture_set(prompt_set.name)
+        check_same_interventions(self._layout, capture_set, self._options)
+        limited = prompts = prompt_set.prompts[: self._options.limit]
         if self._options.shard is not None:
             prompts = list(self._options.shard.of(prompts))
         saved: dict[PromptId, Outputs] = {}
@@ -156,11 +171,11 @@ class TaskPlanner:
         self._other_sampling = []
         advice = "capture it again with --overwrite" if self._options.replay else REPLACE
         for prompt in prompts:
-            name, raw = f"{prompt_set.name}/{prompt.id}", self._layout.residual(prompt_set.name, prompt.id)
+            name, raw = f"{capture_set}/{prompt.id}", self._layout.residual(capture_set, prompt.id)
             try:
                 existing = saved_capture(raw, overwrite=self._options.overwrite, advice=advice)
                 wanted = self._lacking(prompt_set, prompt, raw, existing)
-                self._check_replaceable(prompt_set.name, prompt.id, wanted, existing)
+                self._check_replaceable(capture_set, prompt.id, wanted, existing)
             except StorageError as error:
                 unreadable.append((name, str(error)))
                 continue
@@ -172,13 +187,15 @@ class TaskPlanner:
             else:
                 saved[prompt.id] = wanted
         batched = []
+        if fresh and self._options.responses_from is not None:
+            self._options.responses_from.check_tokenizer(self._model().tokenizer, prompt_set)
         for prompt in prompts if fresh else ():
             try:
                 batched.append(self._tokenized(prompt_set, prompt))
             except InputError as error:
                 if prompt.id in fresh:
                     fresh.remove(prompt.id)
-                    refused.append((f"{prompt_set.name}/{prompt.id}", str(error)))
+                    refused.append((f"{capture_set}/{prompt.id}", str(error)))
         return CaptureTask(
             prompt_set,
             batched,
@@ -187,13 +204,25 @@ class TaskPlanner:
             refused,
             unreadable,
             self._other_sampling,
-            self._most_tokens(any(prompt.thinks for prompt in batched)),
+            self._most_tokens(batched),
             max((len(prompt.token_ids) for prompt in batched), default=0),
+            self._options.variant,
+            self._norm_prompts(prompt_set, limited) if fresh else (),
         )
 
-    def _most_tokens(self, thinks: bool) -> int:
-        """The maximum length of a response to prompts that begin with thinking, or do not."""
-        asked = self._options.max_new_tokens
+    def _norm_prompts(self, prompt_set: PromptSet, prompts: Sequence[Prompt]) -> Sequence[TokenizedPrompt]:
+        """The prompts on which typical norms are measured: all that are captured, by this shard or others."""
+        found = []
+        for prompt in prompts if any(each.lacks_norms for each in self._options.resolved) else ():
+            with suppress(InputError):  # reported by the shard that captures it
+                found.append(self._tokenized(prompt_set, prompt))
+        return found
+
+    def _most_tokens(self, prompts: Sequence[TokenizedPrompt]) -> int:
+        """The maximum length of a response to prompts, some of which may begin with thinking."""
+        if self._options.responses_from is not None:
+            return most_new_tokens(prompts)
+        asked, thinks = self._options.max_new_tokens, any(prompt.thinks for prompt in prompts)
         return max(asked, THINKING_TOKENS) if thinks and self._options.longer_where_thinking else asked
 
     def _most_tokens_asked(self, saved: Capture | CaptureRecord) -> int | None:
@@ -206,12 +235,12 @@ class TaskPlanner:
         is_by_default = may_be_longer and isinstance(found, int) and asked <= found <= THINKING_TOKENS
         return None if is_by_default else asked
 
-    def _check_replaceable(self, prompt_set: str, prompt_id: PromptId, wanted: Outputs, saved: Capture | None) -> None:
+    def _check_replaceable(self, capture_set: str, prompt_id: PromptId, wanted: Outputs, saved: Capture | None) -> None:
         """Raise `StorageError` if a file cannot be read that would be replaced, removed, or passed over as present."""
         if wanted.residual or saved is None:
-            files = derived_files(self._layout, prompt_set, prompt_id)
+            files = derived_files(self._layout, capture_set, prompt_id)
         else:
-            files = self._options.outputs(saved.n_layers).add_on_files(self._layout, prompt_set, prompt_id)
+            files = self._options.outputs(saved.n_layers).add_on_files(self._layout, capture_set, prompt_id)
         advice = f"leave out --replay and {OVERWRITE}" if self._options.replay else OVERWRITE
         for path in files:
             check_replaceable(self._layout, path, overwrite=self._options.overwrite, advice=advice)
@@ -230,7 +259,8 @@ class TaskPlanner:
             return wanted
         if not options.replay and not self._is_whole_and_of(saved, prompt_set, prompt):
             return wanted
-        lacking = wanted.missing(layout, prompt_set.name, prompt.id, overwrite=options.overwrite)
+        capture_set = options.capture_set(prompt_set.name)
+        lacking = wanted.missing(layout, capture_set, prompt.id, overwrite=options.overwrite)
         if lacking.logit_lens and not (saved.kept.has_all_outputs or options.replay):
             return wanted  # the logit lens needs layers that were not kept
         if not lacking.residual and not options.replay:
@@ -239,7 +269,8 @@ class TaskPlanner:
 
     def _lacking_projections(self, prompt_set: PromptSet, prompt: Prompt, raw: Path, saved: Capture | None) -> Outputs:
         """The outputs that a prompt lacks where only projections are kept; raises like `_lacking`."""
-        options, layout, names = self._options, self._layout, (prompt_set.name, prompt.id)
+        options, layout = self._options, self._layout
+        names = (options.capture_set(prompt_set.name), prompt.id)
         if saved is None:
             is_free = not raw.is_file()  # a file that cannot be read is replaced, with all files derived from it
             found = CaptureRecord.find(layout, *names) if options.skip_existing and is_free else None
@@ -269,6 +300,8 @@ class TaskPlanner:
 
     def _note_sampling(self, saved: Capture | CaptureRecord) -> None:
         """Note a prompt whose capture is kept although its sampling settings differ, as far as they are recorded."""
+        if self._options.responses_from is not None:
+            return
         sampling = self._options.sampling
         asked = {"temperature": sampling.temperature, "max_new_tokens": self._most_tokens_asked(saved)}
         if sampling.temperature != 0:
@@ -281,14 +314,21 @@ class TaskPlanner:
 
     def _is_whole_and_of(self, saved: Capture | CaptureRecord, prompt_set: PromptSet, prompt: Prompt) -> bool:
         """Whether a capture is complete and of this prompt: the same text, system prompt, template and model."""
-        asked = self.asked_template
+        asked, given = self.asked_template, self._options.responses_from
+        is_of_this_model = (
+            not self._layout.unfinished(self._options.capture_set(prompt_set.name), prompt.id).exists()
+            and identity(saved.metadata.get("interventions")) == identity(self._options.intervention_records)
+            and saved.metadata["inference_model"] == self._model_name
+            and saved.metadata.get("adapter") == self._options.adapter
+        )
+        if not is_of_this_model or given is not None:
+            return is_of_this_model and given is not None and given.are_tokens_of(saved, prompt_set.name, prompt.id)
         return (
-            not self._layout.unfinished(prompt_set.name, prompt.id).exists()
+            "tokens_from" not in saved.metadata
             and saved.metadata.get("prompt_text") == prompt.text
             and without_system(saved.metadata.get("messages")) == without_system(prompt.messages)
             and saved.metadata.get("template_args", {}) == self._all_template_args
             and saved.metadata.get("system_prompt") == self._system_prompt(prompt_set, prompt)
-            and saved.metadata["inference_model"] == self._model_name
             and asked in (None, saved.metadata.get("chat_template"))
         )
 
@@ -304,6 +344,9 @@ class TaskPlanner:
         return prompt_set.system_prompt_of(prompt, self._config.system_prompt)
 
     def _tokenized(self, prompt_set: PromptSet, prompt: Prompt) -> TokenizedPrompt:
+        given = self._options.responses_from
+        if given is not None:
+            return prompt_of(given.capture(prompt_set.name, prompt.id))
         tokenized = tokenize(
             self._model().tokenizer,
             prompt.text,

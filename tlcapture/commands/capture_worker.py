@@ -7,21 +7,24 @@ its stored activations, which are rounded, so that the files are those of an uni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import torch
 
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.from_generation import capture_of
 from tlcapture.captures.provenance import dropped_warning, no_answer_warning
+from tlcapture.commands.capture_interventions import with_norms
 from tlcapture.commands.capture_options import CaptureOptions
 from tlcapture.commands.capture_outputs import Outputs, add_ons, lens_of, remove_stale, saved_capture, write_capture
 from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.capture_tasks import CaptureTask
+from tlcapture.commands.given_responses import generate_or_force, longest_forced
 from tlcapture.commands.kept_positions import wanted_positions
 from tlcapture.commands.projections import (
     ChanceLevels,
@@ -30,13 +33,12 @@ from tlcapture.commands.projections import (
     report_choice,
     without_projection,
 )
-from tlcapture.commands.replay import as_prompt, check_replayable, replayed
+from tlcapture.commands.replay import InterventionsAgain, Pass, as_prompt, check_replayable, replayed
 from tlcapture.errors import InputError, OutOfMemoryError
 from tlcapture.generation.checkpoint_sampling import sampling_for, unfollowed
-from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure, Generation
 from tlcapture.generation.recording import n_bytes_of
-from tlcapture.generation.sampling import Sampling
+from tlcapture.generation.sampling import GREEDY, Sampling
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import is_out_of_memory, release_memory
 from tlcapture.models.streams import own_stream
@@ -50,6 +52,7 @@ from tlcapture.storage.config import update_config
 from tlcapture.storage.files import remove, write_bytes
 from tlcapture.storage.layout import derived_files
 from tlcapture.traits.choice import ChosenVector, ChosenVectors, VectorChooser
+from tlcapture.traits.intervention_records import thinking_doubt
 from tlcapture.traits.projection import scores_of
 from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import hook
@@ -77,6 +80,7 @@ class CaptureWorker:
         self._lock = Lock()  # for what the threads of the writer share
         self._removed: list[Path] = []
         self._unanswered: list[str] = []
+        self._again = InterventionsAgain(run.layout.root)
 
     @cached_property
     def model(self) -> Model:
@@ -96,7 +100,7 @@ class CaptureWorker:
             finally:
                 self.run.removed(self._removed)
                 if self._unanswered:  # which threads found in any order
-                    named = [f"{each.prompt_set}/{each.id}" for each in task.batched]
+                    named = [f"{task.capture_set}/{each.id}" for each in task.batched]
                     can_be_off = has_switch(self.model.tokenizer, task.batched[0].template_args)
                     self.run.warn(no_answer_warning(sorted(self._unanswered, key=named.index), has_switch=can_be_off))
                 self._removed, self._unanswered = [], []
@@ -121,20 +125,26 @@ class CaptureWorker:
         wanted = options.outputs(model.n_layers)
         sampling = sampling_for(options.sampling, model)
         not_followed = unfollowed(sampling, model)
-        if not_followed is not None:
+        if not_followed is not None and not options.responses_from:
             self.run.warn(not_followed)
         # A default that is longer for thinking must not keep prompts from fitting.
-        max_new_tokens = max(options.max_new_tokens, min(task.max_new_tokens, model.n_ctx - task.longest))
+        most = longest_forced(task.batched) if options.responses_from else options.max_new_tokens
+        max_new_tokens = max(most, min(task.max_new_tokens, model.n_ctx - task.longest))
         for prompt in task.batched:
             if prompt.dropped:
                 self.run.warn(dropped_warning(prompt.dropped))
         if options.projections_only:
             self._check_vectors(wanted)
+        resolved = with_norms(options, model, task.norm_prompts, self.run.warn)
+        doubt = thinking_doubt(options.intervention_records, thinks=any(prompt.thinks for prompt in task.batched))
+        if doubt is not None:
+            self.run.warn(doubt)
+        records = [each.record for each in resolved]
         total = len(task.fresh) * max_new_tokens
         if options.project and wanted.raw and wanted.tokens is None:  # see `_project_onto`
             self._processes.announce(len(task.fresh))
         with (
-            self.run.progress(total, task.prompt_set.name, "token") as progress,
+            self.run.progress(total, task.capture_set, "token") as progress,
             BackgroundWriter(self.run, n_processes=len(self._processes)) as writer,
         ):
 
@@ -143,17 +153,18 @@ class CaptureWorker:
                 writer.collect()
                 progress.advance(count)
 
-            for outcome in generate(
+            for outcome in generate_or_force(
                 model,
                 task.batched,
                 wanted=task.fresh,
                 hooks=wanted.live_hooks(model),
                 max_new_tokens=max_new_tokens,
-                sampling=sampling,
+                sampling=GREEDY if options.responses_from else sampling,
+                interventions=[change for each in resolved for change in each.interventions()],
                 batch_size=options.batch_size,
                 on_tokens=on_tokens,
             ):
-                name = f"{outcome.prompt.prompt_set}/{outcome.prompt.id}"
+                name = f"{task.capture_set}/{outcome.prompt.id}"
                 if isinstance(outcome, Failure):
                     self.run.failed(name, outcome.reason)
                     continue
@@ -161,12 +172,10 @@ class CaptureWorker:
                     # On a CPU the lens is computed here, with all threads; other devices compute it beside the model.
                     on_cpu = self.model.last_device.type == "cpu"
                     lens = self._lens(outcome, wanted) if wanted.logit_lens and on_cpu else None
-                    job = partial(self._write, name, outcome, sampling, wanted, max_new_tokens, lens)
+                    job = partial(self._write, name, outcome, sampling, wanted, max_new_tokens, lens, records)
                     writer.submit(job, 2 * n_bytes_of(outcome.cache))
-                progress.advance(
-                    max_new_tokens - len(outcome.response_ids),
-                    done=f"{name}: {len(outcome.response_ids)} tokens, {outcome.stop_reason}",
-                )
+                n_new = len(outcome.response_ids)
+                progress.advance(max_new_tokens - n_new, done=f"{name}: {n_new} tokens, {outcome.stop_reason}")
 
     def _lens(self, generation: Generation, wanted: Outputs) -> LogitLens:
         ids, n_prompt = generation.token_ids, len(generation.prompt.token_ids)
@@ -181,11 +190,12 @@ class CaptureWorker:
         wanted: Outputs,
         max_new_tokens: int,
         lens: LogitLens | None,
+        records: Sequence[Mapping[str, Any]],
         run: Run,
     ) -> None:
         """Write all files of a prompt, in a thread of the writer."""
         with self._attempt(run, name), own_stream(self.model.last_device):
-            self._write_files(name, generation, sampling, wanted, max_new_tokens, lens, run)
+            self._write_files(name, generation, sampling, wanted, max_new_tokens, lens, records, run)
 
     def _write_files(
         self,
@@ -195,11 +205,12 @@ class CaptureWorker:
         wanted: Outputs,
         max_new_tokens: int,
         lens: LogitLens | None,
+        records: Sequence[Mapping[str, Any]],
         run: Run,
     ) -> None:
         options = self.options
         # Another tool may have put files there since the run was planned.
-        where = (generation.prompt.prompt_set, generation.prompt.id)
+        where = (options.capture_set(generation.prompt.prompt_set), generation.prompt.id)
         saved_capture(self.layout.residual(*where), overwrite=options.overwrite)
         for path in derived_files(self.layout, *where):
             check_replaceable(self.layout, path, overwrite=options.overwrite)
@@ -212,11 +223,13 @@ class CaptureWorker:
             attn_out=options.capture_attn,
             save_dtype=options.save_dtype,
             kept=wanted.kept,
+            variant=options.variant,
+            interventions=records,
         )
         if capture.lacks_answer:
             self._unanswered.append(name)
         whole, capture = capture, capture.only(wanted_positions(wanted.tokens, capture, fresh=True))
-        marker = self.layout.unfinished(capture.prompt_set, capture.prompt_id)
+        marker = self.layout.unfinished(capture.capture_set, capture.prompt_id)
         with self._lock:
             update_config(self.layout, inference_model=self.model.name)
         write_bytes(marker, b"")
@@ -239,14 +252,14 @@ class CaptureWorker:
     # -- saved captures --------------------------------------------------------------------------------
 
     def _complete(self, task: CaptureTask) -> None:
-        prompt_set, names = task.prompt_set.name, {}
-        sequences: dict[tuple[str, ...], list[TokenizedPrompt]] = {}  # by the activations that are wanted of them
+        capture_set, names = task.capture_set, {}
+        sequences: dict[Pass, list[TokenizedPrompt]] = {}
         with (
-            self.run.progress(len(task.saved), f"{prompt_set}, saved", "prompt") as progress,
+            self.run.progress(len(task.saved), f"{capture_set}, saved", "prompt") as progress,
             BackgroundWriter(self.run, n_processes=len(self._processes)) as writer,
         ):
             for prompt_id, wanted in task.saved.items():
-                name, raw = f"{prompt_set}/{prompt_id}", self.layout.residual(prompt_set, prompt_id)
+                name, raw = f"{capture_set}/{prompt_id}", self.layout.residual(capture_set, prompt_id)
                 if self.options.projections_only and not raw.is_file():
                     self.run.report.n_skipped += 1
                     continue
@@ -255,8 +268,8 @@ class CaptureWorker:
                     if wanted.needs_pass or wanted.logit_lens:
                         check_replayable(capture, wanted, self.model)
                     if wanted.needs_pass:
-                        hooks = tuple(wanted.pass_hooks(self.model))
-                        sequences.setdefault(hooks, []).append(as_prompt(capture, prompt_id))
+                        key = Pass(tuple(wanted.pass_hooks(self.model)), self._again.of(capture))
+                        sequences.setdefault(key, []).append(as_prompt(capture, prompt_id))
                         names[prompt_id] = name, raw, wanted
                         continue
                     self._submit_saved(writer, name, capture, wanted, {})
@@ -351,7 +364,7 @@ class CaptureWorker:
             levels = self._levels.reporting_to(run)
             project_capture(run, capture, chosen, levels, only=only, overwrite=overwrite, kept=kept, scores=scores)
             return
-        raw = self.layout.residual(capture.prompt_set, capture.prompt_id)
+        raw = self.layout.residual(capture.capture_set, capture.prompt_id)
         task = ProjectionTask(self.layout, raw, chosen, scores, overwrite, run.report.remembers)
         done, error = self._processes.call(ProjectionTask.do, task)
         run.add(done)

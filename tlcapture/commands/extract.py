@@ -17,6 +17,7 @@ from tlcapture.extraction.kept_activations import KeptActivations, source_digest
 from tlcapture.extraction.methods import FITS, Labels, LayerVectors
 from tlcapture.extraction.prepared_examples import PreparedExamples, prepare_examples
 from tlcapture.extraction.readout import Activations, component_layers, read_out
+from tlcapture.generation.typical_norms import TypicalNorms
 from tlcapture.models.loading import Model
 from tlcapture.names import Trait
 from tlcapture.prompts.tokenization import bos_policy
@@ -146,8 +147,9 @@ def _extract(
     prepared = prepare_examples(
         Datasets(layout.root), layout, examples.trait, model, position=options.position, examples=examples
     )
+    norms = TypicalNorms()
     activations = read_out(
-        model, prepared.readings, tuple(layers), batch_size=options.batch_size, on_examples=on_examples
+        model, prepared.readings, tuple(layers), batch_size=options.batch_size, on_examples=on_examples, norms=norms
     )
     labels, train = prepared.labels, ~prepared.held_out
     # All vectors are fitted before any is written, so that a failure leaves earlier vectors unchanged.
@@ -162,6 +164,8 @@ def _extract(
         values, at = activations[component], layers[component]
         kept, trained = kept_activations(layout, component, model, prepared, values), values[:, train]
         metadata = _metadata(layout, component, model, options, at, prepared)
+        if component == "residual":
+            metadata["typical_norms"] = list(norms.medians().values())
         metadata[CALIBRATION] = {
             method: calibrations(by_layer, trained[list(at)], labels[train], at) for method, by_layer in vectors.items()
         }

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from tlcapture.errors import InputError
-from tlcapture.explore.explorable_capture import default_root
+from tlcapture.explore.roots import default_root
 from tlcapture.explore.saved_capture import SavedCapture
 from tlcapture.storage.config import ExperimentConfig, read_config
 from tlcapture.storage.layout import Layout, existing_experiments
@@ -151,18 +151,59 @@ class Experiment:
 
         return tidy_frame(saved_projections(self.layout, prompt_set, component=component, traits=traits), layers)
 
+    def compare(self, other: Experiment | str, prompt_set: str | None = None, **how: Any) -> DataFrame:
+        """Compare other captures of the same prompts with this experiment's, as `tlcapture compare` does.
+
+        Differences are those of `other` less this experiment's. Comparisons that are there and current are kept, the
+        others are written. `docs/compare.md` describes the columns.
+
+        Args:
+            other: an experiment, or `EXPERIMENT[/SET[@VARIANT]]` in the same root.
+            prompt_set: the set, or `SET@VARIANT`, of this experiment; all that both have by default.
+            how: `by` (`trait` or `layer`: what there is a row for), `traits`, `layer`, `method`, `vectors` (`a`, `b` or
+                `own`), `vector_experiment`, `kl=False` to leave out the next-token distributions, and `device`.
+
+        Raises `InputError` if there is nothing to compare.
+        """
+        from tlcapture.commands.compared_sets import CaptureSet
+        from tlcapture.explore.comparisons import compare
+
+        own, root = self.layout.experiment, self.layout.root
+        if isinstance(other, Experiment) and other.layout.root != root:
+            raise InputError(
+                f"{other.layout.folder}: in another root than {root}: only experiments of one are compared"
+            )
+        named = other.layout.experiment if isinstance(other, Experiment) else other
+        a = CaptureSet.parse(root, own if prompt_set is None else f"{own}/{prompt_set}")
+        return compare(a, CaptureSet.parse(root, named), **how)
+
     @cached_property
     def model(self) -> Model:
         """The experiment's inference model, loaded on first use.
 
         Raises `InputError` if the experiment has no model yet, `ModelError` if it cannot be loaded.
         """
+        return self._load(None)
+
+    def model_with(self, adapter: str | None) -> Model:
+        """The experiment's model with an adapter merged, loaded on first use; `model` itself without one."""
+        if adapter is None:
+            return self.model
+        if adapter not in self._adapted:
+            self._adapted[adapter] = self._load(adapter)
+        return self._adapted[adapter]
+
+    @cached_property
+    def _adapted(self) -> dict[str, Model]:
+        return {}
+
+    def _load(self, adapter: str | None) -> Model:
         from tlcapture.models.loading import load_model
 
         name = self.config.inference_model or self.config.extraction_model
         if name is None:
             raise InputError(f"experiment {self.layout.experiment!r} has no model yet: capture or extract first")
-        return load_model(name)
+        return load_model(name, adapter=adapter) if adapter else load_model(name)
 
 
 class AllCaptures(Mapping[str, "Captures"]):

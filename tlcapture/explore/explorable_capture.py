@@ -11,7 +11,6 @@ Importing this module loads no torch.
 
 from __future__ import annotations
 
-import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError
+from tlcapture.explore.roots import default_root
 from tlcapture.names import Trait
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
@@ -37,17 +37,15 @@ if TYPE_CHECKING:
     from transformer_lens import ActivationCache
 
     from tlcapture.captures.capture import Capture
+    from tlcapture.explore.applied_interventions import AppliedInterventions
     from tlcapture.explore.attention_heads import AttentionHeads
     from tlcapture.explore.capture_figures import CaptureFigures
     from tlcapture.explore.frames import Layers
     from tlcapture.explore.logit_lens_table import LogitLensTable
     from tlcapture.models.loading import Model
     from tlcapture.traits.projection import Projection
-
-
-def default_root() -> Path:
-    """`TLCAPTURE_ROOT`, or the current folder."""
-    return Path(os.environ.get("TLCAPTURE_ROOT") or ".")
+    from tlcapture.views.cache import Cache
+    from tlcapture.views.logit_lens import LogitLens
 
 
 class ExplorableCapture(ABC):
@@ -66,8 +64,19 @@ class ExplorableCapture(ABC):
     def _model(self) -> Model:
         """The model that was captured."""
 
+    @abstractmethod
+    def _applied(self) -> AppliedInterventions:
+        """What was done to the model while the capture was made.
+
+        Raises `InputError` where it cannot be done again.
+        """
+
     def _add_on(self, kind: str, layer: int = 0) -> Path | None:
         """The file of `attention`, `logit_lens`, or the `internals` of a layer that was made from this capture."""
+        return None
+
+    def _lens(self) -> LogitLens | None:
+        """The logit lens that was captured, if it was."""
         return None
 
     # -- traits -----------------------------------------------------------------------------------
@@ -199,7 +208,7 @@ class ExplorableCapture(ABC):
 
         at = self._layer(layer)
         stored = self._saved_internals(at)
-        return computed_internals(self._captured, at, self._model) if stored is None else stored
+        return computed_internals(self._captured, at, self._model(), self._forced) if stored is None else stored
 
     def attention(self, layer: SupportsIndex) -> AttentionHeads:
         """The attention patterns of all heads of a layer.
@@ -226,17 +235,16 @@ class ExplorableCapture(ABC):
 
     @cached_property
     def _logit_lens(self) -> LogitLensTable:
-        from tlcapture.explore.logit_lens_table import LogitLensTable, table_of_file
+        from tlcapture.explore.logit_lens_table import table_of_file, table_of_view
 
         saved = self._read_add_on("logit_lens")
         if saved is not None:
             path, content = saved
-            return table_of_file(content, path, self._captured.prompt_set, self._captured.prompt_id)
-        from tlcapture.prompts.tokenization import token_texts
+            return table_of_file(content, path, self._captured.capture_set, self._captured.prompt_id)
         from tlcapture.views.logit_lens import logit_lens_view
 
         capture, model = self._captured, self._model()
-        lens = logit_lens_view(
+        lens = self._lens() or logit_lens_view(
             capture.residual,
             capture.n_layers,
             capture.token_ids,
@@ -244,17 +252,7 @@ class ExplorableCapture(ABC):
             positions=capture.positions,
             device=model.last_device,
         )
-        unique = lens.top_ids.unique().tolist()
-        texts = dict(zip(unique, token_texts(model.tokenizer, unique), strict=True))
-        return LogitLensTable(
-            **self._labels(),
-            top_tokens=[[[texts[i] for i in cell] for cell in row] for row in lens.top_ids.tolist()],
-            top_probs=lens.top_probs.double().numpy(),
-            actual_rank=lens.actual_rank.numpy(),
-            actual_prob=lens.actual_prob.double().numpy(),
-            source="its residuals",
-            positions=self._positions,
-        )
+        return table_of_view(lens, model.tokenizer, self._positions, self._labels())
 
     def _layer(self, layer: SupportsIndex) -> int:
         """A layer of the model, negative ones counted from the last; raises `InputError` for any other."""
@@ -282,15 +280,18 @@ class ExplorableCapture(ABC):
 
     def _computed_heads(self, layer: int) -> AttentionHeads:
         from tlcapture.explore.attention_heads import AttentionHeads
-        from tlcapture.generation.loop import teacher_force
 
         name = hook("pattern", layer)
         if name not in self._model().hook_names:
             raise InputError(f"layer {layer} has no attention: layers {as_ranges(self._model().attention_layers)} have")
-        patterns = teacher_force(self._model(), self._captured.token_ids, [name])[name].float().numpy()
+        patterns = self._forced([name])[name].float().numpy()
         if self._positions is not None:  # those of a file would lack the same
             patterns[:, [token for token in range(len(patterns[0])) if token not in self._positions]] = float("nan")
         return AttentionHeads(**self._labels(), layer=layer, patterns=patterns, source="a forward pass")
+
+    def _forced(self, names: Sequence[str]) -> Cache:
+        """Activations of a pass over the tokens, under the interventions that the capture was made with."""
+        return self._applied().forced(self._model(), self._captured, names)
 
     @property
     def _positions(self) -> tuple[int, ...] | None:
@@ -302,7 +303,7 @@ class ExplorableCapture(ABC):
         """Fields that `AttentionHeads` and `LogitLensTable` have in common."""
         capture = self._captured
         return {
-            "prompt_set": capture.prompt_set,
+            "prompt_set": capture.capture_set,
             "prompt_id": capture.prompt_id,
             "tokens": capture.tokens,
             "n_prompt_tokens": len(capture.prompt.tokens),
@@ -369,7 +370,7 @@ class ExplorableCapture(ABC):
 
         capture, dynamics, calibration = self._captured, projection.dynamics, projection.calibration
         return TokenScores(
-            prompt_set=capture.prompt_set,
+            prompt_set=capture.capture_set,
             prompt_id=capture.prompt_id,
             trait=str(projection.vector.trait),
             component=projection.vector.component,

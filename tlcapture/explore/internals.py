@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,12 +14,14 @@ from tlcapture.captures.capture import Capture
 from tlcapture.errors import StorageError
 from tlcapture.storage.files import read_tensors
 from tlcapture.storage.tensors import is_plain
+from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import hook
 from tlcapture.views.internals import internals_hooks, internals_view
 
 if TYPE_CHECKING:
     from tlcapture.explore.attention_heads import AttentionHeads
     from tlcapture.models.loading import Model
+    from tlcapture.views.cache import Cache
 
 
 def stored_internals(path: Path, capture: Capture, layer: int) -> dict[str, Tensor] | None:
@@ -36,12 +38,14 @@ def stored_internals(path: Path, capture: Capture, layer: int) -> dict[str, Tens
     return found
 
 
-def computed_internals(capture: Capture, layer: int, load: Callable[[], Model]) -> dict[str, Tensor]:
-    """The internals of a layer by a forward pass over the capture's tokens, of those tokens that it holds."""
-    from tlcapture.generation.loop import teacher_force
+def computed_internals(
+    capture: Capture, layer: int, model: Model, forced: Callable[[Sequence[str]], Cache]
+) -> dict[str, Tensor]:
+    """The internals of a layer, of the tokens that a capture holds.
 
-    model = load()
-    cache = teacher_force(model, capture.token_ids, internals_hooks(layer, model.hook_names))
+    `forced` returns the activations of these names from a forward pass over its tokens.
+    """
+    cache = forced(internals_hooks(layer, model.hook_names))
     return internals_view(cache, layer, None if capture.positions.is_all else capture.positions)
 
 

@@ -11,17 +11,31 @@ for cap in capture(model, ["What is a lighthouse for?"], max_new_tokens=20):
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from operator import index
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
+from torch import Tensor
 
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.from_generation import capture_of
 from tlcapture.captures.provenance import no_answer_warning
+from tlcapture.commands.capture_options import ALL_LAYERS, CaptureOptions
+from tlcapture.commands.saving import AddOns, add_ons_of, save_into
 from tlcapture.errors import InputError
+from tlcapture.explore.applied_interventions import NO_INTERVENTIONS, AppliedInterventions
 from tlcapture.explore.experiment import Experiment
 from tlcapture.explore.explorable_capture import ExplorableCapture
+from tlcapture.explore.live_interventions import (
+    Hook,
+    given_captures,
+    live_interventions,
+    of_the_same_tokens,
+    prompt_of_capture,
+)
+from tlcapture.explore.roots import layout_of
 from tlcapture.generation.checkpoint_sampling import asked_sampling, sampling_for, unfollowed
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure
@@ -34,11 +48,19 @@ from tlcapture.prompts.template_args import has_switch
 from tlcapture.prompts.template_args import template_args as all_template_args
 from tlcapture.prompts.thinking import THINKING_TOKENS
 from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
+from tlcapture.storage.files import Hook as BeforeReplacing
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.validation import first_problem
+from tlcapture.traits.choice import VectorChoice
+from tlcapture.traits.interventions import TraitIntervention
+from tlcapture.views.hooks import hook
+from tlcapture.views.internals import internals_view
 from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.kept_tokens import KeptTokens, kept_of
-from tlcapture.views.residual import residual_hooks
+from tlcapture.views.logit_lens import LogitLens
+
+if TYPE_CHECKING:
+    from tlcapture.explore.attention_heads import AttentionHeads
 
 NEW_TOKENS = 50  # of a response, by default
 
@@ -52,10 +74,80 @@ class LiveCapture(Capture, ExplorableCapture):
     Attributes:
         model: the model that was captured.
         vectors: the experiment whose vectors are used by default, if any.
+        more: the add-ons that were asked for, if any.
+        applied: what was done to the model meanwhile.
     """
 
     model: Model
     vectors: Layout | None = None
+    more: AddOns | None = None
+    applied: AppliedInterventions = field(default=NO_INTERVENTIONS, kw_only=True)
+
+    def save(
+        self,
+        target: Experiment | str | Path,
+        *,
+        before_replacing: BeforeReplacing = lambda new: None,
+        allow_model_change: bool = False,
+    ) -> Any:
+        """Save into an experiment, with the files that `tlcapture capture` writes, so that the page shows them.
+
+        These are the raw residual, the projections if there are vectors, of the tokens that are held, and the add-ons
+        that were captured. An experiment that does not exist is made. A prompt of the set `adhoc` gets the id that its
+        text has there, or the next number.
+
+        Args:
+            target: an `Experiment`, its name or its folder; or a path that ends in `.pt`, where the raw residual
+                alone is written.
+            before_replacing: for a path, called with the complete new file, before it replaces an earlier one.
+            allow_model_change: save even if the experiment has captures of another model.
+
+        Returns:
+            The `SavedCapture`, or for a path what was written.
+
+        Raises:
+            InputError: the experiment uses another model, or the target is not an experiment.
+            StorageError: a file cannot be replaced or written.
+        """
+        if isinstance(target, str | Path) and Path(target).suffix == ".pt":
+            return Capture.save(self, Path(target), before_replacing=before_replacing)
+        layout = layout_of(target)
+        choice = VectorChoice(experiment=self._other_vectors(layout))
+        saved = save_into(
+            layout,
+            self,
+            self.model,
+            self.more,
+            vectors=choice,
+            allow_model_change=allow_model_change,
+        )
+        experiment = target if isinstance(target, Experiment) else Experiment(layout.experiment, layout.root)
+        return experiment.captures[saved.capture_set][saved.prompt_id]
+
+    def _other_vectors(self, layout: Layout) -> str | None:
+        """The experiment whose vectors were named, where it is another one in the same root."""
+        own = self.vectors
+        return None if own is None or own == layout or own.root != layout.root else own.experiment
+
+    def _saved_internals(self, layer: int) -> dict[str, Tensor] | None:
+        if self.more is None or layer not in self.more.wanted.internals:
+            return None
+        return internals_view(self.more.cache, layer, None if self.positions.is_all else self.positions)
+
+    def _saved_heads(self, layer: int) -> AttentionHeads | None:
+        from tlcapture.explore.attention_heads import AttentionHeads
+
+        name = hook("pattern", layer)
+        if self.more is None or not self.more.wanted.attention or name not in self.more.cache:
+            return None
+        patterns = self.more.cache[name].float().numpy()
+        if not self.positions.is_all:
+            patterns = patterns.copy()
+            patterns[:, [token for token in range(self.n_tokens) if token not in self.positions.kept]] = float("nan")
+        return AttentionHeads(**self._labels(), layer=layer, patterns=patterns, source="the capture")
+
+    def _lens(self) -> LogitLens | None:
+        return None if self.more is None else self.more.lens
 
     @property
     def _captured(self) -> Capture:
@@ -67,6 +159,9 @@ class LiveCapture(Capture, ExplorableCapture):
     def _model(self) -> Model:
         return self.model
 
+    def _applied(self) -> AppliedInterventions:
+        return self.applied
+
 
 def capture(
     model: Any,
@@ -77,6 +172,9 @@ def capture(
     sampling: str = "plain",
     seed: int = 0,
     batch_size: int | None = None,
+    attention: bool = False,
+    logit_lens: bool = False,
+    internals: Iterable[int] | str = (),
     capture_attn: bool = False,
     layers: Iterable[int] = (),
     points: Iterable[str] = (),
@@ -87,6 +185,9 @@ def capture(
     thinking: str | None = None,
     template_args: Mapping[str, Any] = NO_ARGS,
     vectors: Experiment | None = None,
+    interventions: Iterable[TraitIntervention] = (),
+    hooks: Iterable[Hook] = (),
+    variant: str | None = None,
 ) -> Iterator[LiveCapture]:
     """Generate from prompts and yield a `LiveCapture` for each as soon as its response is complete.
 
@@ -94,13 +195,18 @@ def capture(
         model: a model that `load_model` returns, a name that it accepts, or an unprocessed HookedTransformer or
             TransformerBridge.
         prompts: a text, a conversation (a list of messages `{"role": ..., "content": ...}`), several of them, or a
-            prompt set. They become prompts 1, 2, ... of the set `adhoc`.
+            prompt set. They become prompts 1, 2, ... of the set `adhoc`. Or captures, live or saved: their tokens run
+            again, as one pass, and nothing is generated.
         max_new_tokens: the maximum length of a response, in tokens; by default 50, or 1,024 where the chat template
             makes the model think.
         temperature: 0 is greedy; by default 0.7, or the checkpoint's own with `sampling="checkpoint"`.
         sampling: `plain`, or `checkpoint` to follow the checkpoint's generation config.
         seed: with prompt set and prompt id, it determines the sampled tokens.
         batch_size: how many prompts run together; by default as many as fit in free memory.
+        attention, logit_lens: whether to capture attention patterns of all layers, and the predictions of every layer,
+            rather than to compute them later; `save` writes them.
+        internals: layers of which everything that they compute is captured; `all` takes every layer, with `attention`
+            and `logit_lens`.
         capture_attn: whether to capture `attn_out`, too.
         layers, points: layers and residual points to keep; all by default.
         tokens: tokens of the response to keep: `response`, `last`, `first:N` or `A:B`, a slice as in Python; prompt and
@@ -110,7 +216,11 @@ def capture(
         chat_template: whether to apply the chat template; by default if the tokenizer has one.
         thinking: `on` or `off` where the chat template has a switch for thinking.
         template_args: other values for the chat template.
-        vectors: the experiment whose vectors the captures are projected onto by default.
+        vectors: the experiment whose vectors interventions are along, and captures are projected onto by default.
+        interventions: `Steer(...)`, `Ablate(...)` and `Cap(...)`, applied in this order at each layer.
+        hooks: pairs of a hook's name, or of a function that chooses names, and a TransformerLens hook function, which
+            every pass calls before the interventions. They are recorded by name.
+        variant: the name of the variant that the captures are of; by default made of the interventions, if any.
 
     Raises:
         InputError: an argument is invalid, or a prompt does not fit the model's context.
@@ -120,38 +230,45 @@ def capture(
     """
     if max_new_tokens is not None and max_new_tokens < 0:
         raise InputError(f"max_new_tokens is {max_new_tokens}: expected at least 0")
+    if isinstance(internals, str) and internals != ALL_LAYERS:
+        raise InputError(f"internals {internals!r}: expected layers, or {ALL_LAYERS!r}")
     if vectors is not None and not isinstance(vectors, Experiment):
         raise InputError(f"vectors: expected an Experiment, got {type(vectors).__name__}: Experiment({vectors!r})?")
     kept_tokens = None if tokens is None else KeptTokens.parse(tokens)
     asked = asked_sampling(sampling, temperature, seed)
     runner = as_model(model)
-    prompt_set = _as_prompt_set(prompts)
+    sources = given_captures(prompts)
     values = all_template_args(runner.tokenizer, thinking, template_args, chat_template=chat_template)
-    tokenized = [
-        replace(
-            tokenize(
-                runner.tokenizer,
-                prompt.text,
-                prompt_set=prompt_set.name,
-                prompt_id=prompt.id,
-                system_prompt=prompt_set.system_prompt_of(prompt, system_prompt),
-                chat_template=chat_template,
-                messages=prompt.messages,
-                template_args=values,
-            ),
-            fields=prompt.fields,
-        )
-        for prompt in prompt_set.prompts
-    ]
+    if sources is None:
+        tokenized = _tokenized(runner, _as_prompt_set(prompts), system_prompt, chat_template, values)
+    else:
+        tokenized = [prompt_of_capture(runner, each) for each in sources]
     chosen = sampling_for(asked, runner)
     not_followed = unfollowed(chosen, runner)
     if not_followed is not None:
         _log.warning(not_followed)
     most_tokens = _most_tokens(max_new_tokens, tokenized, runner.n_ctx)
     kept = KeptPoints.of(runner.n_layers, layers, points)
-    hooks = residual_hooks(runner.n_layers, runner.hook_names, attn_out=capture_attn, only=kept)
+    layout = None if vectors is None else vectors.layout
+    applied = live_interventions(runner, interventions, hooks, layout, tokenized, batch_size)
+    wanted = CaptureOptions(
+        attention=attention,
+        logit_lens=logit_lens,
+        internals=internals if isinstance(internals, str) else tuple(map(index, internals)),
+        capture_attn=capture_attn,
+        layers=kept.layers,
+        points=kept.points,
+        tokens=kept_tokens,
+    ).outputs(runner.n_layers)
     for outcome in generate(
-        runner, tokenized, hooks=hooks, max_new_tokens=most_tokens, sampling=chosen, batch_size=batch_size
+        runner,
+        tokenized,
+        hooks=wanted.live_hooks(runner),
+        max_new_tokens=most_tokens,
+        sampling=chosen,
+        interventions=applied.changes(),
+        own_hooks=applied.hooks,
+        batch_size=batch_size,
     ):
         if isinstance(outcome, Failure):
             raise outcome.error(f"prompt {outcome.prompt.prompt_set}/{outcome.prompt.id}: {outcome.reason}")
@@ -164,13 +281,44 @@ def capture(
             attn_out=capture_attn,
             save_dtype=save_dtype,
             kept=kept,
+            variant=applied.variant(variant),
+            interventions=applied.records,
         )
+        if sources is not None:
+            made = of_the_same_tokens(made, sources[tokenized.index(outcome.prompt)])
         made = made.only(kept_of(kept_tokens, len(made.prompt.tokens), len(made.tokens)))
-        layout = None if vectors is None else vectors.layout
+        more = add_ons_of(outcome, runner, wanted, save_dtype)
         if made.lacks_answer:
             name, can_be_off = f"{made.prompt_set}/{made.prompt_id}", has_switch(runner.tokenizer, values)
             _log.warning(no_answer_warning([name], has_switch=can_be_off))
-        yield LiveCapture(made.prompt, made.response, made.metadata, runner, layout, spans=made.spans)
+        yield LiveCapture(
+            made.prompt, made.response, made.metadata, runner, layout, more, spans=made.spans, applied=applied
+        )
+
+
+def _tokenized(
+    model: Model,
+    prompt_set: PromptSet,
+    system_prompt: str | None,
+    chat_template: bool | None,
+    template_args: Mapping[str, Any],
+) -> list[TokenizedPrompt]:
+    return [
+        replace(
+            tokenize(
+                model.tokenizer,
+                prompt.text,
+                prompt_set=prompt_set.name,
+                prompt_id=prompt.id,
+                system_prompt=prompt_set.system_prompt_of(prompt, system_prompt),
+                chat_template=chat_template,
+                messages=prompt.messages,
+                template_args=template_args,
+            ),
+            fields=prompt.fields,
+        )
+        for prompt in prompt_set.prompts
+    ]
 
 
 def _most_tokens(asked: int | None, prompts: Sequence[TokenizedPrompt], n_ctx: int) -> int:

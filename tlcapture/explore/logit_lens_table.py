@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from tlcapture.errors import StorageError
 from tlcapture.names import PromptId
 from tlcapture.text import printable
 from tlcapture.views.json_files import LensEntry, LensHead
+
+if TYPE_CHECKING:
+    from tlcapture.views.logit_lens import LogitLens
 
 _MOST_COLUMNS = 60
 _MOST_LISTED = 5  # predictions listed for a cell
@@ -152,4 +155,23 @@ def table_of_file(content: Mapping[str, Any], path: Path, prompt_set: str, promp
         actual_prob=np.array(actual, dtype=np.float64).reshape(shape),
         source=path.name,
         positions=None if held.is_all else held.kept,
+    )
+
+
+def table_of_view(
+    lens: LogitLens, tokenizer: Any, positions: tuple[int, ...] | None, labels: Mapping[str, Any]
+) -> LogitLensTable:
+    """The table of a logit lens; `labels` are its capture's."""
+    from tlcapture.prompts.tokenization import token_texts
+
+    unique = lens.top_ids.unique().tolist()
+    texts = dict(zip(unique, token_texts(tokenizer, unique), strict=True))
+    return LogitLensTable(
+        **labels,
+        top_tokens=[[[texts[i] for i in cell] for cell in row] for row in lens.top_ids.tolist()],
+        top_probs=lens.top_probs.double().numpy(),
+        actual_rank=lens.actual_rank.numpy(),
+        actual_prob=lens.actual_prob.double().numpy(),
+        source="its residuals",
+        positions=positions,
     )

@@ -13,6 +13,7 @@ from tlcapture.storage.layout import Layout
 
 if TYPE_CHECKING:
     from tlcapture.captures.capture import Capture
+    from tlcapture.explore.applied_interventions import AppliedInterventions
     from tlcapture.explore.experiment import Experiment
     from tlcapture.models.loading import Model
 
@@ -74,13 +75,21 @@ class SavedCapture(ExplorableCapture):
 
     def _model(self) -> Model:
         """The experiment's model; raises `InputError` if the capture is from another one."""
-        model, fingerprint = self.experiment.model, self.capture.metadata.get("model_fingerprint")
+        model = self.experiment.model_with(self.capture.metadata.get("adapter"))
+        fingerprint = self.capture.metadata.get("model_fingerprint")
         if model.fingerprint != fingerprint:
             raise InputError(
                 f"{self.prompt_set}/{self.prompt_id} was captured from {self.capture.metadata['inference_model']!r} "
                 f"(fingerprint {fingerprint}), but the experiment's model is now {model.name!r} ({model.fingerprint})"
             )
         return model
+
+    def _applied(self) -> AppliedInterventions:
+        from tlcapture.explore.applied_interventions import AppliedInterventions
+        from tlcapture.traits.resolved_interventions import of_records
+
+        records = self.capture.metadata.get("interventions") or ()
+        return AppliedInterventions(of_records(records, self.experiment.layout.root))
 
     def _add_on(self, kind: str, layer: int = 0) -> Path | None:
         layout, ids = self.experiment.layout, (self.prompt_set, self._name)

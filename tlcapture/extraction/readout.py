@@ -22,6 +22,7 @@ from torch import Tensor
 from tlcapture.errors import InputError, NumericalError, OutOfMemoryError
 from tlcapture.extraction.examples import Example
 from tlcapture.generation.padding import right_pad
+from tlcapture.generation.typical_norms import TypicalNorms
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import fitting_batch_size, is_out_of_memory, release_memory
 from tlcapture.prompts.tokenization import TokenizedPrompt, encode, place_response
@@ -108,12 +109,13 @@ def read_out(
     *,
     batch_size: int | None = None,
     on_examples: Callable[[int], None] = lambda count: None,
+    norms: TypicalNorms | None = None,
 ) -> dict[str, Activations]:
     """Mean activations `[n_layers, n_examples, d_model]` in float32, by component; 0 at layers without the component.
 
     Examples of similar length share a forward pass, and only the means are kept. A `batch_size` of `None` takes
     what fits in free memory; out of memory, it is halved. `on_examples` is called with the size of each batch that
-    is done.
+    is done. `norms` collects those of `residual_out` at the tokens that are read out.
 
     Raises:
         InputError: an example is longer than the model's context.
@@ -138,7 +140,7 @@ def read_out(
         batch = waiting[:size]
         try:
             rest = [readings[number] for number in batch]
-            read = _read_batch(model, model.branch(state, [0] * len(batch)), prefix, rest, names, hooks)
+            read = _read_batch(model, model.branch(state, [0] * len(batch)), prefix, rest, names, hooks, norms)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -181,12 +183,13 @@ def _read_batch(
     readings: Sequence[Reading],
     names: dict[str, list[str]],
     hooks: frozenset[str],
+    norms: TypicalNorms | None,
 ) -> dict[str, Activations]:
     """Means of a batch whose first `prefix` tokens are in `state` already."""
     tokens, mask = right_pad([reading.token_ids[prefix:] for reading in readings])
     weights = _weights(readings, prefix, tokens.shape[1])
     step = model.step(tokens, mask, state, hooks, want_logits=False)
-    return {
+    means = {
         part: torch.stack(
             [
                 torch.einsum("bpd,bp->bd", step.cache[name].float(), weights.to(step.cache[name].device)).cpu()
@@ -195,6 +198,10 @@ def _read_batch(
         )
         for part, by_layer in names.items()
     }
+    if norms is not None:
+        for layer, name in enumerate(names.get("residual", ())):
+            norms.add(layer, step.cache[name][(weights > 0).to(step.cache[name].device)])
+    return means
 
 
 def _weights(readings: Sequence[Reading], prefix: int, width: int) -> Float[Tensor, "batch pos"]:

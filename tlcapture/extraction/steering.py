@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from torch import Tensor
 
 from tlcapture.errors import InputError, NumericalError
-from tlcapture.generation.interventions import Intervention, Steer, applied
+from tlcapture.generation.interventions import Add, Intervention, applied
 from tlcapture.generation.loop import continue_from, prefill
 from tlcapture.generation.outcomes import Failure, Outcome
 from tlcapture.generation.padding import right_pad
@@ -263,7 +263,7 @@ class SteeringScorer:
             rows = by_layer.setdefault(each.layer, torch.zeros(n * len(additions), self._model.d_model))
             unit = torch.nn.functional.normalize(each.vector.float(), dim=0)
             rows[n * number : n * (number + 1)] = unit * each.coefficient * self.typical_norm(each.layer)
-        return [Steer(layer, rows) for layer, rows in by_layer.items()]
+        return [Add(layer=layer, addend=rows) for layer, rows in by_layer.items()]
 
     def _trait(self, copies: int, interventions: Sequence[Intervention]) -> list[PerQuestion]:
         sides = (self._positive, self._negative)

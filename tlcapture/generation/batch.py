@@ -11,19 +11,20 @@ import torch
 from torch import Tensor
 
 from tlcapture.errors import NumericalError
-from tlcapture.generation.interventions import LAST_POSITION, Intervention, applied
+from tlcapture.generation.acting import Acting, ActingInterventions
+from tlcapture.generation.interventions import HookFunction, Intervention, acting
 from tlcapture.generation.noise import GumbelNoise, stream_start
 from tlcapture.generation.outcomes import Failure, Generation, Outcome
 from tlcapture.generation.padding import left_pad
 from tlcapture.generation.processors import LogitProcessors, PromptTokens
 from tlcapture.generation.recording import Recorder
-from tlcapture.generation.sampling import MAX_NEW_TOKENS, Sampling, choose_tokens, n_numbers, stop_reason
+from tlcapture.generation.sampling import GIVEN, MAX_NEW_TOKENS, Sampling, choose_tokens, n_numbers, stop_reason
 from tlcapture.generation.transfers import Download, upload
 from tlcapture.models.engines.base import Step
 from tlcapture.models.loading import Model
 from tlcapture.prompts.chat_template import stop_ids
 from tlcapture.prompts.tokenization import TokenizedPrompt
-from tlcapture.shapes import LastLogits, Mask, NextTokens, Tokens
+from tlcapture.shapes import LastLogits, NextTokens, Tokens
 
 Ended = dict[int, str | None]  # why prompts have ended, by index; `None`: their logits are not finite
 Outcomes = deque[tuple[int, Outcome]]
@@ -33,13 +34,14 @@ Outcomes = deque[tuple[int, Outcome]]
 class Settings:
     """How prompts are run: the activations to record, the length and choice of responses, and interventions.
 
-    Interventions act from the last prompt token on.
+    `own_hooks` are TransformerLens's hook functions with the names of their points, which every pass calls.
     """
 
     hooks: Sequence[str] = ()
     max_new_tokens: int = 50
     sampling: Sampling = Sampling()
     interventions: Sequence[Intervention] = ()
+    own_hooks: Sequence[tuple[Any, HookFunction]] = ()
 
 
 class Batch:
@@ -60,7 +62,7 @@ class Batch:
             templated: stop_ids(model.tokenizer, model.generation_config, chat_template=templated)
             for templated in {prompt.chat_template for prompt in prompts}
         }
-        self._recorder = Recorder(settings.hooks, [len(p.token_ids) for p in prompts], settings.max_new_tokens)
+        self._recorder = Recorder(settings.hooks, [len(p.read_ids) for p in prompts], settings.max_new_tokens)
         self._responses: list[list[int]] = [[] for _ in prompts]
         self.were_read = False  # whether all prompts have been run and recorded
         self._begin(range(len(prompts)))
@@ -70,7 +72,12 @@ class Batch:
         settings = self._settings
         self._running = list(indices)  # the prompt in each row of the state
         self._n_new = len(self._responses[indices[0]]) if indices else 0  # tokens of every response
-        self._interventions = settings.interventions  # for the running prompts
+        self._acting = ActingInterventions(
+            settings.interventions,
+            self._model,
+            [self.prompts[index] for index in indices],
+            [self._responses[index] for index in indices],
+        )
         self._noise: GumbelNoise | None = None  # made when the vocabulary and the device of the logits are known
         self._processors = LogitProcessors(
             settings.sampling.rules,
@@ -104,7 +111,7 @@ class Batch:
         What has been recorded stays and moves to main memory. Tokens that nobody has been told of are chosen again.
         """
         for index in indices:
-            self._recorder.rewind(index, len(self.prompts[index].token_ids) + len(self._responses[index]))
+            self._recorder.rewind(index, len(self.prompts[index].read_ids) + len(self._responses[index]))
         self._recorder.leave_devices()
         reasons = {index: self._stop_reason(index) for index in indices}
         ended: Ended = {index: reason for index, reason in reasons.items() if reason is not None}
@@ -122,7 +129,8 @@ class Batch:
         assert not self._settings.hooks, "the activations of the tokens in a state are gone"
         self._state = state
         tokens = torch.tensor([[prompt.token_ids[-1]] for prompt in self.prompts])
-        yield from self._respond(self._step(tokens, torch.ones_like(tokens), want_logits=True).logits, on_tokens)
+        step = self._step(tokens, self._acting.of_last_prompt_token(), want_logits=True)
+        yield from self._respond(step.logits, on_tokens)
 
     def _respond(
         self, logits: LastLogits | None, on_tokens: Callable[[Sequence[int]], None]
@@ -132,7 +140,9 @@ class Batch:
         Outcomes are yielded while the next tokens are being run.
         """
         if not self._settings.max_new_tokens:
-            yield from self._outcomes(dict.fromkeys(self._running, MAX_NEW_TOKENS))
+            are_given = [self.prompts[index].given is not None for index in self._running]
+            reasons = [GIVEN if given else MAX_NEW_TOKENS for given in are_given]
+            yield from self._outcomes(dict(zip(self._running, reasons, strict=True)))
             return
         outcomes: Outcomes = deque()
         try:
@@ -161,9 +171,17 @@ class Batch:
             width = n_numbers(logits.shape[-1])
             self._noise = GumbelNoise(starts, width, self._settings.max_new_tokens, logits.device, self._n_new)
         choice = choose_tokens(logits, temperature, None if self._noise is None else self._noise.next())
-        self._processors.append(choice.tokens)
+        tokens = self._forced(choice.tokens)
+        self._processors.append(tokens)
         self._n_new += 1
-        return choice.tokens, Download(torch.where(choice.is_finite, choice.tokens, -1))
+        return tokens, Download(torch.where(choice.is_finite, tokens, -1))
+
+    def _forced(self, chosen: NextTokens) -> NextTokens:
+        """The next tokens of responses that are forced, in place of those chosen; all responses of a batch are."""
+        forced = [self.prompts[index].forced for index in self._running]
+        if forced[0] is None:
+            return chosen
+        return upload([response[self._n_new] for response in forced if response is not None], chosen.device)
 
     def _read_choice(self, tokens: Sequence[int], on_tokens: Callable[[Sequence[int]], None]) -> Ended:
         """Extend the responses; the prompts that have ended, first those without a token."""
@@ -177,6 +195,9 @@ class Batch:
         return failed | {index: reason for index, reason in reasons.items() if reason is not None}
 
     def _stop_reason(self, index: int) -> str | None:
+        forced = self.prompts[index].forced
+        if forced is not None:
+            return GIVEN if len(self._responses[index]) >= len(forced) else None
         stops = self._stops[self.prompts[index].chat_template]
         return stop_reason(self._responses[index], stops, self._settings.max_new_tokens)
 
@@ -190,7 +211,7 @@ class Batch:
             return None
         rows = torch.tensor(stays)
         self._model.keep(self._state, rows)
-        self._interventions = [each.of_rows(rows) for each in self._interventions]
+        self._acting.keep(rows)
         self._processors.keep(kept)
         if self._noise is not None:
             self._noise.keep(kept)
@@ -198,13 +219,13 @@ class Batch:
 
     def _read(self) -> LastLogits:
         """Run the tokens so far of the running prompts; what `were_read` before has been recorded already."""
-        tokens, mask = left_pad([[*self.prompts[each].token_ids, *self._responses[each]] for each in self._running])
+        tokens, mask = left_pad([[*self.prompts[each].read_ids, *self._responses[each]] for each in self._running])
         self._state = self._model.start(len(self._running))
         self._model.reserve(self._state, tokens.shape[1] - self._n_new + self._settings.max_new_tokens)
         hooks = frozenset[str]() if self.were_read else self._recorder.names
-        from_last_of_prompt = slice(-1 - self._n_new, None)
+        self._model.prepare(hooks)
         last_logits = []
-        with applied(self._model, self._interventions, from_last_of_prompt):
+        with acting(self._model, self._acting.of_read(), self._settings.own_hooks):
             for rows, step in self._model.prompt_steps(tokens, mask, self._state, hooks):
                 if not self.were_read:
                     self._recorder.record(self._running[rows], step.cache)
@@ -217,14 +238,14 @@ class Batch:
         may_go_on = self._n_new < self._settings.max_new_tokens
         if not may_go_on and not self._settings.hooks:
             return None
-        tokens = chosen[:, None]
-        step = self._step(tokens, torch.ones_like(tokens), want_logits=may_go_on)
+        step = self._step(chosen[:, None], self._acting.of_token(chosen), want_logits=may_go_on)
         self._recorder.record(self._running, step.cache)
         return step.logits
 
-    def _step(self, tokens: Tokens, mask: Mask, *, want_logits: bool) -> Step:
-        with applied(self._model, self._interventions, LAST_POSITION):
-            return self._model.step(tokens, mask, self._state, self._recorder.names, want_logits=want_logits)
+    def _step(self, tokens: Tokens, interventions: Acting, *, want_logits: bool) -> Step:
+        mask, names = torch.ones_like(tokens), self._recorder.names
+        with acting(self._model, interventions, self._settings.own_hooks):
+            return self._model.step(tokens, mask, self._state, names, want_logits=want_logits)
 
     def _outcomes(self, ended: Ended) -> Iterator[tuple[int, Outcome]]:
         """The outcomes of prompts that have ended, whose activations begin to leave the device."""
@@ -232,11 +253,13 @@ class Batch:
             yield index, self._not_finite(index) if reason is None else self._generation(index, reason)
 
     def _generation(self, index: int, reason: str) -> Generation:
-        return Generation(self.prompts[index], tuple(self._responses[index]), reason, self._recorder.take(index))
+        prompt = self.prompts[index]
+        response_ids = (*(prompt.given or ()), *self._responses[index])
+        return Generation(prompt, response_ids, reason, self._recorder.take(index))
 
     def _not_finite(self, index: int) -> Failure:
         self._recorder.forget(index)
-        position = len(self.prompts[index].token_ids) + len(self._responses[index])
+        position = len(self.prompts[index].read_ids) + len(self._responses[index])
         reason = f"the model's logits are NaN or inf at token {position}: try --dtype float32"
         return Failure(self.prompts[index], reason, NumericalError)
 

@@ -18,7 +18,7 @@ import torch
 
 from tlcapture.errors import InputError, OutOfMemoryError
 from tlcapture.generation.batch import Batch, Settings
-from tlcapture.generation.interventions import Intervention
+from tlcapture.generation.interventions import HookFunction, Intervention
 from tlcapture.generation.outcomes import Failure, Outcome
 from tlcapture.generation.padding import left_pad
 from tlcapture.generation.recording import check_hooks
@@ -41,16 +41,21 @@ def generate(
     max_new_tokens: int = 50,
     sampling: Sampling = Sampling(),
     interventions: Sequence[Intervention] = (),
+    own_hooks: Sequence[tuple[Any, HookFunction]] = (),
     batch_size: int | None = None,
     wanted: Collection[PromptId] | None = None,
     on_tokens: Callable[[int], None] = lambda count: None,
 ) -> Iterator[Outcome]:
     """Run prompts and yield an outcome for each, in the order in which they finish.
 
+    Prompts whose responses are `given` are read with them, and nothing is generated. Responses that are `forced` are
+    run token by token, in the batches in which they would be generated.
+
     Args:
         hooks: names of the activations to capture; those of one shape are kept in one buffer, in
             this order.
-        interventions: changes to the model's activations, from the last prompt token on.
+        interventions: changes to the model's activations, each at the tokens that its `where` says.
+        own_hooks: TransformerLens's hook functions with the names of their points, which every pass calls.
         batch_size: how many prompts run together; `None` takes what fits in free memory. Out of memory, it is halved;
             prompts that were being answered keep their tokens and activations, and go on from there.
         wanted: ids of the prompts whose outcomes are yielded; `None` means all. Each of them runs in the batch in
@@ -60,9 +65,15 @@ def generate(
 
     Raises:
         InputError: the activations of a hook are not stored token by token.
-        ValueError: an intervention changes rows differently; prompts are sorted into batches here.
+        ValueError: an intervention changes rows differently; prompts are sorted into batches here. Or responses are
+            given to some prompts only, or forced on some, or forced ones are empty or longer than `max_new_tokens`.
     """
     check_hooks(hooks)
+    _check_forced(prompts, max_new_tokens)
+    are_given = {prompt.given is not None for prompt in prompts}
+    if len(are_given) > 1:
+        raise ValueError("expected a given response for each prompt, or for none")
+    max_new_tokens = 0 if True in are_given else max_new_tokens
     if any(each.is_by_row for each in interventions):
         raise ValueError("interventions by row need continue_from, which runs prompts as one batch, in order")
     ids = frozenset(prompt.id for prompt in prompts) if wanted is None else frozenset(wanted)
@@ -73,12 +84,12 @@ def generate(
             fitting.append(prompt)
         elif prompt.id in ids:
             yield Failure(prompt, reason, InputError)
-    longest = max((len(prompt.token_ids) for prompt in fitting), default=0)
+    longest = max((len(prompt.read_ids) for prompt in fitting), default=0)
     if batch_size is None:
         model.release()
     size = batch_size or fitting_batch_size(model, longest + max_new_tokens, len(fitting), hooks, longest)
     queue = _Queue(fitting, size)
-    settings = Settings(hooks, max_new_tokens, sampling, interventions)
+    settings = Settings(hooks, max_new_tokens, sampling, [each.to(model.device) for each in interventions], own_hooks)
     paused: list[_InFlight] = []  # the next one last
     while paused or queue:
         in_flight = paused.pop() if paused else _InFlight.of(model, queue.next_batch(), settings, ids)
@@ -126,7 +137,7 @@ def continue_from(
 
     All prompts run in one batch, without capture. Returns their outcomes in the order of the prompts.
     """
-    settings = Settings((), max_new_tokens, sampling, interventions)
+    settings = Settings((), max_new_tokens, sampling, [each.to(model.device) for each in interventions])
     outcomes = dict(Batch(model, prompts, settings).continue_from(state, lambda indices: None))
     return [outcomes[index] for index in range(len(prompts))]
 
@@ -146,7 +157,7 @@ class _Queue:
 
     def __init__(self, prompts: Sequence[TokenizedPrompt], batch_size: int):
         self.batch_size = batch_size
-        self._prompts = sorted(prompts, key=lambda prompt: len(prompt.token_ids), reverse=True)
+        self._prompts = sorted(prompts, key=lambda prompt: len(prompt.read_ids), reverse=True)
 
     def __bool__(self) -> bool:
         return bool(self._prompts)
@@ -216,11 +227,19 @@ class _InFlight:
                 return
 
 
+def _check_forced(prompts: Sequence[TokenizedPrompt], max_new_tokens: int) -> None:
+    """Raise `ValueError` for forced responses that cannot run together."""
+    lengths = [len(prompt.forced) for prompt in prompts if prompt.forced is not None]
+    if lengths and (len(lengths) < len(prompts) or not 0 < min(lengths) <= max(lengths) <= max_new_tokens):
+        raise ValueError("expected a forced response of 1 to max_new_tokens tokens for each prompt, or for none")
+
+
 def _unfit(model: Model, prompt: TokenizedPrompt, max_new_tokens: int) -> str | None:
     """Why a model cannot run a prompt; `None` if it can."""
-    length = len(prompt.token_ids)
+    length, forced = len(prompt.read_ids), prompt.forced or ()
+    max_new_tokens = max_new_tokens if prompt.forced is None else len(forced)
     if length + max_new_tokens <= model.n_ctx:
-        return unknown_token(model.tokenizer, prompt.token_ids, model.d_vocab)
+        return unknown_token(model.tokenizer, (*prompt.read_ids, *forced), model.d_vocab)
     return (
         f"does not fit: {length} prompt tokens and {max_new_tokens} new ones are more than the model's context of "
         f"{model.n_ctx}; shorten the prompt or lower --max-new-tokens"
@@ -228,5 +247,5 @@ def _unfit(model: Model, prompt: TokenizedPrompt, max_new_tokens: int) -> str | 
 
 
 def _out_of_memory(prompt: TokenizedPrompt) -> Failure:
-    reason = f"out of memory with {len(prompt.token_ids)} prompt tokens, alone in its batch"
+    reason = f"out of memory with {len(prompt.read_ids)} prompt tokens, alone in its batch"
     return Failure(prompt, reason, OutOfMemoryError)

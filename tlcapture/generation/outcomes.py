@@ -14,7 +14,8 @@ from tlcapture.views.cache import Cache
 class Generation:
     """A prompt with its response, and their activations as one sequence.
 
-    `response_ids` includes the stop token if `stop_reason` is `"stop_token"`; the other reason is `"max_new_tokens"`.
+    `response_ids` includes the stop token if `stop_reason` is `"stop_token"`; the other reasons are `"max_new_tokens"`,
+    and `"given"` for a response that was read rather than generated.
     `cache` maps the hook names that were asked for to `[n_tokens, ...]` (patterns `[head, n_tokens, n_tokens]`).
     """
 

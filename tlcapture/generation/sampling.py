@@ -16,6 +16,7 @@ from tlcapture.shapes import LastLogits, NextTokens, Noise, Rows
 
 STOP_TOKEN = "stop_token"
 MAX_NEW_TOKENS = "max_new_tokens"
+GIVEN = "given"  # a response that was read, not generated
 
 
 PLAIN, CHECKPOINT = "plain", "checkpoint"

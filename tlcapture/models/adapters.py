@@ -6,8 +6,10 @@ that it adapts; without them, the adapter's config names them. peft is imported 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +19,12 @@ from tlcapture.errors import ModelError
 from tlcapture.models.untaken import listed
 
 CONFIG = "adapter_config.json"
+GIVEN = "adapter"  # a folder in that of a model with an adapter for it, likewise
 BASE = "base"  # a folder in that of an adapter with the model that it is for, as workers of a cluster receive it
 # Options of `from_pretrained` with which transformers does not find an adapter, to inject it without merging.
 NOT_BY_TRANSFORMERS = {"adapter_kwargs": {"subfolder": "merged-by-tlcapture"}}
 _WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")
+_IN_A_LAYER = re.compile(r"\.\d+\.")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -59,6 +63,57 @@ def adapter_of(source: str) -> Adapter | None:
     if Path(base).is_absolute() or base.startswith("."):
         raise ModelError(f"{source}: an adapter for the model {base}, which is not there")
     return Adapter(source, f"{base}@{revision}" if revision else base)
+
+
+def given_adapter(folder: str, base: str) -> Adapter:
+    """The adapter in a folder, for a model that is named beside it, whatever model its config names.
+
+    Raises `ModelError` for a folder that does not hold an adapter.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise ModelError(f"adapter {folder!r}: no such folder: expected one with {CONFIG}, as peft saves it")
+    if not (path / CONFIG).is_file():
+        raise ModelError(f"adapter {folder!r}: not an adapter: the folder has no {CONFIG}, with which peft saves one")
+    _named_base(path / CONFIG)
+    return Adapter(str(path), base)
+
+
+def digest_of(adapter: Adapter) -> str:
+    """16 hex digits that identify an adapter: a hash of its config and weights."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(Path(adapter.source).glob("adapter_*")):
+        if path.is_file():
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def is_within_layers(adapter: Adapter) -> bool:
+    """Whether all weights of an adapter are of numbered layers: none of embedding, final norm or unembedding."""
+    from safetensors import safe_open
+
+    path = Path(adapter.source) / "adapter_model.safetensors"
+    if not path.is_file():
+        return False
+    with safe_open(path, framework="pt") as opened:
+        return all(_IN_A_LAYER.search(name) for name in opened.keys())  # noqa: SIM118  not a mapping
+
+
+def adapter_folder(adapter: str, source: Path | None) -> str:
+    """Where the files of an adapter are: its folder, or one in that of the model where they were sent with it."""
+    sent = None if source is None else source / GIVEN
+    return str(sent) if sent is not None and sent.is_dir() and not Path(adapter).expanduser().is_dir() else adapter
+
+
+def other_base(adapter: Adapter) -> str | None:
+    """The model that an adapter's config names, if that seems to be another than the one it is for."""
+    named, _ = _named_base(Path(adapter.source) / CONFIG)
+    is_same = Path(named).expanduser().resolve() == Path(adapter.base).expanduser().resolve()
+    return None if is_same or _last(named) == _last(adapter.base) else named
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].partition("@")[0].lower()
 
 
 def _named_base(path: Path) -> tuple[str, str | None]:

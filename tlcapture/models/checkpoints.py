@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -174,8 +174,13 @@ def fingerprint(model: torch.nn.Module) -> str:
 
     `load_model` computes it before casting the weights, so that it does not depend on the compute dtype.
     """
+    return fingerprint_of(sorted(model.named_parameters()))
+
+
+def fingerprint_of(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """The fingerprint of weights in the order of their names."""
     digest = hashlib.blake2b(digest_size=8)
-    for name, weight in sorted(model.named_parameters()):
+    for name, weight in weights:
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         flat = weight.detach().flatten() if weight.is_contiguous() else weight.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.float32)

@@ -42,6 +42,4 @@ class LazyModel:
     def __repr__(self) -> str:
         if self._model is None:
             return f"<model {self._name!r}, loaded on first use>"
-        model = self._model
-        dtype = str(model.dtype).removeprefix("torch.")
-        return f"<model {model.name!r} on engine {model.engine}, {model.device}, {dtype}: {model.n_layers} layers>"
+        return repr(self._model)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 
 from tlcapture.errors import ModelError
 from tlcapture.models import embedded
+from tlcapture.models.adapters import Adapter, digest_of, given_adapter, merged, other_base
 from tlcapture.models.checkpoints import (
     cast,
     fetch_config,
@@ -75,11 +76,12 @@ class ModelOutline:
         return self.measures.n_layers
 
 
-def outline_model(name: str) -> ModelOutline:
-    """Read a model's config and tokenizer; raises `ModelError` if it is not found."""
+def outline_model(name: str, adapter: str | None = None) -> ModelOutline:
+    """Read the config and tokenizer of a model, with an adapter; raises `ModelError` if one is not found."""
     with quiet_loading():
         source = source_of(name, weights=False)
-        return ModelOutline(fetch_tokenizer(name, source), Measures.of(fetch_config(name, source)))
+        own = None if adapter is None else given_adapter(adapter, source).tokenizer_source
+        return ModelOutline(fetch_tokenizer(name, own or source), Measures.of(fetch_config(name, source)))
 
 
 def load_model(
@@ -88,7 +90,9 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     *,
+    adapter: str | None = None,
     source: str | Path | None = None,
+    adapter_source: str | Path | None = None,
     n_devices: int = 1,
     fast: bool = FAST,
     check: bool = True,
@@ -106,7 +110,8 @@ def load_model(
         device: `cuda`, `mps`, `cpu` (or any torch device), or `auto`, the first of these that is available.
         dtype: `float32`, `float16`, `bfloat16`, or `auto`, the checkpoint's dtype on an accelerator and
             float32 on a CPU.
-        source: the folder with the model's files, if they cannot be found by `name`.
+        adapter: a folder with a LoRA or another PEFT adapter, which is merged into the model's weights with peft.
+        source, adapter_source: the folders with the files of either, if they cannot be found by their names.
         n_devices: the number of CUDA devices that the model is distributed over, in one process.
         fast: whether a HookedTransformer has the forward pass of `tlcapture.models.fast`; the default is `False`
             with the environment variable `TLCAPTURE_FAST=0`.
@@ -118,10 +123,24 @@ def load_model(
             Face, a package is missing, or there are too few devices.
     """
     notes: list[str] = []
-    model = _load(name, engine, device, dtype, source, n_devices, fast, check, notes.append)
+    sources = _Sources(source, adapter, adapter_source)
+    model = _load(name, engine, device, dtype, sources, n_devices, fast, check, notes.append)
     for note in notes:
         warnings.warn(note, stacklevel=2) if warn is None else warn(note)
     return model
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """Where a model's files are, unless they are found by its name, and an adapter, with the folder of its files."""
+
+    model: str | Path | None
+    adapter: str | None
+    adapter_folder: str | Path | None
+
+    def adapter_of(self, source: str) -> Adapter | None:
+        """The adapter for the model in a folder."""
+        return None if self.adapter is None else given_adapter(str(self.adapter_folder or self.adapter), source)
 
 
 def _load(
@@ -129,7 +148,7 @@ def _load(
     engine: str,
     device: str,
     dtype: str,
-    source: str | Path | None,
+    sources: _Sources,
     n_devices: int,
     fast: bool,
     check: bool,
@@ -138,12 +157,18 @@ def _load(
     target = pick_device(device)
     check_devices(n_devices, target)
     with quiet_loading():
-        source = source_of(name) if source is None else str(source)
+        source = source_of(name) if sources.model is None else str(sources.model)
+        adapter = sources.adapter_of(source)
         config = fetch_config(name, source)
         chosen = pick_engine(name, engine, config)
-        tokenizer = fetch_tokenizer(name, source)
+        tokenizer = fetch_tokenizer(name, source if adapter is None else adapter.tokenizer_source)
         with refused_in_one_line(config, name):
             whole = fetch_weights(name, source, n_devices=n_devices if chosen == "bridge" else 1, warn=warn)
+            origin: dict[str, str] = {}
+            if adapter is not None and sources.adapter is not None:
+                before = fingerprint(text_model_of(whole))
+                origin = {"adapter": sources.adapter, "adapter_digest": digest_of(adapter), "base_fingerprint": before}
+                whole = _adapted(whole, adapter, name, warn)
             model = text_model_of(whole)
             model.config._commit_hash = commit_of(source)
             checkpoint_fingerprint = fingerprint(model)
@@ -156,10 +181,19 @@ def _load(
             loaded = from_hugging_face(
                 model, tokenizer, name=name, engine=chosen, checkpoint_fingerprint=checkpoint_fingerprint, **where
             )
+            loaded.adapted = origin
             if reference is not None:
                 quick_check(loaded, reference)
                 passed.remember()
             return loaded
+
+
+def _adapted(whole: Any, adapter: Adapter, name: str, warn: Callable[[str], None]) -> Any:
+    """The Hugging Face model with an adapter merged; warns where the adapter says that it is for another model."""
+    other = other_base(replace(adapter, base=name))
+    if other is not None:
+        warn(f"adapter {adapter.source!r} says that it is for {other!r}: it is merged into {name!r}")
+    return merged(whole, adapter, name)
 
 
 def _reference(hf_model: Any, name: str, warn: Callable[[str], None]) -> QuickReference | None:

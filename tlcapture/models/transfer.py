@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tlcapture.models.adapters import BASE, adapter_of
+from tlcapture.models.adapters import BASE, GIVEN, adapter_of
 from tlcapture.models.embedded import cache_folder
 from tlcapture.storage.files import read_bytes, write_bytes, write_folder
 from tlcapture.storage.locks import locked
@@ -27,16 +27,18 @@ class ModelFiles:
         folder: where the driver has the files.
         sizes: bytes by file name; the files of the model that an adapter is for are sent as `base/...`.
         base: where the driver has those, for an adapter without full weights.
+        adapter: where the driver has an adapter for the model, whose files are sent as `adapter/...`.
     """
 
     name: str
     folder: Path
     sizes: Mapping[str, int]
     base: Path | None = None
+    adapter: Path | None = None
 
     @classmethod
-    def of(cls, name: str) -> ModelFiles:
-        """The files of a model by its name; a model on the hub is downloaded once.
+    def of(cls, name: str, given: str | None = None) -> ModelFiles:
+        """The files of a model by its name, and of an adapter for it; a model on the hub is downloaded once.
 
         Raises `ModelError` if the model is not found.
         """
@@ -46,11 +48,14 @@ class ModelFiles:
         adapter = adapter_of(source)
         folder = _folder_of(source)
         sizes = {path.name: path.stat().st_size for path in _files_in(folder)}
+        own = None if given is None else _folder_of(str(Path(given).expanduser()))
+        if own is not None:
+            sizes |= {f"{GIVEN}/{path.name}": path.stat().st_size for path in _files_in(own)}
         if adapter is None or adapter.base == source:
-            return cls(name, folder, sizes)
+            return cls(name, folder, sizes, adapter=own)
         base = _folder_of(source_of(adapter.base))
         sizes |= {f"{BASE}/{path.name}": path.stat().st_size for path in _files_in(base)}
-        return cls(name, folder, sizes, base)
+        return cls(name, folder, sizes, base, own)
 
     def found(self) -> Path | None:
         """The folder with these files on this machine, if any."""
@@ -86,6 +91,8 @@ class ModelFiles:
 
     def _path(self, name: str) -> Path:
         """Where the driver has a file."""
+        if self.adapter is not None and name.startswith(f"{GIVEN}/"):
+            return self.adapter / name.removeprefix(f"{GIVEN}/")
         inner = name.removeprefix(f"{BASE}/")
         return self.folder / name if self.base is None or inner == name else self.base / inner
 

@@ -22,6 +22,7 @@ SCRIPTS = (
     "attention.js",
     "vectors.js",
     "compare.js",
+    "difference.js",
     "main.js",
 )
 _MEDIA_TYPES = {".js": "text/javascript", ".css": "text/css"}

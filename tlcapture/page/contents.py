@@ -17,14 +17,18 @@ from typing import Any
 import numpy as np
 import orjson
 
+from tlcapture.commands.compare_summary import read_comparisons, summary_of
+from tlcapture.comparison.comparison_files import ComparisonFile
 from tlcapture.errors import InputError, StorageError, TlcaptureError
-from tlcapture.names import Trait
+from tlcapture.names import Trait, base_set
 from tlcapture.page import missing
 from tlcapture.page.average import average_trajectory
 from tlcapture.page.token_entries import TokenEntries
 from tlcapture.page.trait_contents import vectors_of
 from tlcapture.prompts.prompt_sets import Prompt, read_prompt_set
+from tlcapture.storage.comparisons import comparison_file, comparisons
 from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.traits.intervention_records import described
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.rises import DEFINITIONS, peak_of
 from tlcapture.views.hooks import COMPONENTS
@@ -42,23 +46,38 @@ RESOURCES = {
     "attention_token": "{experiment}/sets/{prompt_set}/{prompt_id}/attention/{token}",
     "average": "{experiment}/averages/{prompt_set}/{category}/{name}/{component}",
     "vectors": "{experiment}/vectors/{category}/{name}",
+    "comparisons": "{experiment}/compared",
+    "compared_set": "{experiment}/compared/{other}/{prompt_set}",
+    "comparison": "{experiment}/compared/{other}/{prompt_set}/{prompt_id}",
 }
 _TEXT_AT_THE_START = re.compile(rb'\{\s*"prompt"\s*:\s*\{\s*"text"\s*:\s*("(?:[^"\\]|\\.)*")')
 _HEAD = 2**16
 _NUMBER = re.compile("[0-9]{1,9}")
-_SLASH = "~"  # in place of the slashes of a prompt set in addresses; no name has one
+_IN_ADDRESSES = {"/": "~", "@": "!"}  # characters of a set's name in addresses; no name has these
 
 
 def address(resource: str, parameters: Mapping[str, str]) -> str:
-    """The path of a resource; a prompt set in a subfolder is one part of it."""
+    """The path of a resource; a prompt set in a subfolder is one part of it, and so is a variant."""
     return RESOURCES[resource].format(
-        **{key: text.replace("/", _SLASH) if key == "prompt_set" else text for key, text in parameters.items()}
+        **{key: _in_address(text) if key == "prompt_set" else text for key, text in parameters.items()}
     )
 
 
 def from_address(parameters: Mapping[str, str]) -> dict[str, str]:
     """The parameters of a resource from the parts of its path."""
-    return {key: text.replace(_SLASH, "/") if key == "prompt_set" else text for key, text in parameters.items()}
+    return {key: _from_address(text) if key == "prompt_set" else text for key, text in parameters.items()}
+
+
+def _in_address(name: str) -> str:
+    for character, other in _IN_ADDRESSES.items():
+        name = name.replace(character, other)
+    return name
+
+
+def _from_address(name: str) -> str:
+    for character, other in _IN_ADDRESSES.items():
+        name = name.replace(other, character)
+    return name
 
 
 @dataclass(frozen=True)
@@ -115,6 +134,7 @@ class Contents:
             if found["tokens"] is None:
                 n_prompt = len(content.prompt.tokens)
                 found |= {"tokens": content.tokens, "n_prompt_tokens": n_prompt, "text": content.response.text}
+                found["interventions"] = [described(each.model_dump()) for each in content.metadata.interventions]
                 found["spans"] = [span.to_json() for span in content.spans]
             if content.tokens != found["tokens"]:
                 found["problems"].append(
@@ -209,6 +229,28 @@ class Contents:
         """A trait's vectors with the selected one, their evaluation and steering results."""
         return vectors_of(self._layout(experiment), Trait.parse(f"{category}/{name}"))
 
+    def comparisons(self, experiment: str) -> list[dict[str, Any]]:
+        """What the experiment's prompt sets were compared with."""
+        layout = self._layout(experiment)
+        return [{"other": other, "prompt_set": prompt_set} for other, prompt_set in comparisons(layout)]
+
+    def compared_set(self, experiment: str, other: str, prompt_set: str) -> dict[str, Any]:
+        """The summary of the comparisons of a set, and the names of the compared prompts and samples."""
+        layout = self._layout(experiment)
+        files, problems = read_comparisons(layout, other, prompt_set)
+        if not files:
+            raise missing.comparison(layout, prompt_set)
+        found = summary_of(files, [self.problem(StorageError(each)) for each in problems])
+        return {**found.to_json(), "ids": list(files)}
+
+    def comparison(self, experiment: str, other: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
+        """The comparison of one prompt."""
+        layout = self._layout(experiment)
+        path = comparison_file(layout, other, prompt_set, prompt_id)
+        if not path.is_file():
+            raise missing.comparison(layout, prompt_set)
+        return ComparisonFile.read(path).model_dump(exclude_unset=True)
+
     def _layout(self, experiment: str) -> Layout:
         layout = Layout(self.root, experiment)
         layout.check_exists()
@@ -235,7 +277,9 @@ class Contents:
     def _prompts(self, prompt_set: str) -> dict[str, Prompt]:
         """The prompts of the prompt set file by file name; empty if the file is missing or invalid."""
         try:
-            return {str(prompt.id): prompt for prompt in read_prompt_set(Datasets(self.root), prompt_set).prompts}
+            return {
+                str(prompt.id): prompt for prompt in read_prompt_set(Datasets(self.root), base_set(prompt_set)).prompts
+            }
         except TlcaptureError:
             return {}
 

@@ -17,6 +17,7 @@ from tlcapture.names import Trait
 from tlcapture.page.assets import exported_page
 from tlcapture.page.contents import Contents, address
 from tlcapture.page.missing import MissingError
+from tlcapture.storage.comparisons import compared, comparisons
 from tlcapture.storage.files import write_bytes
 from tlcapture.storage.layout import Layout
 
@@ -101,6 +102,10 @@ def export_page(
             carried.add(f"mean of {name} on {trait}", [("average", of_trait)])
     for prompt in prompts:
         carried.add(f"layers of {'/'.join(prompt)}", list(_layers(layout, *prompt)))
+    carried.add("the list of comparisons", [("comparisons", {"experiment": experiment})])
+    for other, name in comparisons(layout):
+        if name in prompt_sets:
+            carried.add(f"{name} compared with {other}", list(_compared(layout, other, name)))
     for kind, heading in (("lens", "logit lens"), ("attention", "attention")):
         for prompt in prompts:
             carried.add(f"{heading} of {'/'.join(prompt)}", list(_tokens(contents, kind, _of(experiment, *prompt))))
@@ -133,6 +138,13 @@ def _layers(layout: Layout, prompt_set: str, prompt_id: str) -> Iterator[tuple[s
         trait, component = layout.of_projection(path)
         where = _of(layout.experiment, prompt_set, prompt_id)
         yield "layers", {**where, **_named(trait), "component": component}
+
+
+def _compared(layout: Layout, other: str, prompt_set: str) -> Iterator[tuple[str, dict[str, str]]]:
+    where = {"experiment": layout.experiment, "other": other, "prompt_set": prompt_set}
+    yield "compared_set", where
+    for prompt_id in compared(layout, other, prompt_set):
+        yield "comparison", {**where, "prompt_id": prompt_id}
 
 
 def _tokens(contents: Contents, kind: str, where: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:

@@ -59,3 +59,9 @@ def evaluation(layout: Layout) -> MissingError:
 def steering(layout: Layout, trait: object) -> MissingError:
     """For a trait that has not been steered."""
     return MissingError("not steered", f"tlcapture steer --experiment {layout.experiment} --traits {trait}")
+
+
+def comparison(layout: Layout, prompt_set: str) -> MissingError:
+    """For a prompt or a set that was not compared."""
+    command = f"tlcapture compare {layout.experiment}/{prompt_set} OTHER"
+    return MissingError(f"{prompt_set} was not compared with other captures", command)

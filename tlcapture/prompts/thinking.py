@@ -58,11 +58,8 @@ class ThinkingMarkers:
         `opening` is the end of the prompt: what comes after the last message that is not the assistant's.
         """
         text, n_before = opening + response, len(opening)
-        start = 0
-        if self.anchor is not None:
-            start = max((match.end() for match in self.anchor.finditer(opening)), default=0)
         found = []
-        for kind, begin, end in self._regions(text, start, n_before):
+        for kind, begin, end in self._regions(text, self._start(opening), n_before):
             begin, end = max(0, begin - n_before), end - n_before
             if kind != "template" and begin < end:
                 found.append(Piece(begin, end, kind, "assistant"))
@@ -79,11 +76,35 @@ class ThinkingMarkers:
             return closed <= opened
         return self.source != TABLE
 
+    def is_open(self, opening: str, response: str) -> bool:
+        """Whether the thinking goes on at the end of a response so far; `opening` is as in `pieces`."""
+        text, at = opening + response, self._start(opening)
+        while opens := list(self._opens(text, at, len(opening))):
+            field, match = min(opens, key=lambda each: (each[1].start(), -len(each[1][0])))
+            close = None if field.close is None else field.close.search(text, match.end())
+            if close is None:
+                return field.kind == "thinking"
+            at = max(close.end(), match.end())
+        return False
+
+    def literals(self) -> tuple[str, str] | None:
+        """The opening and the closing marker of the thinking, if nothing else matters to where it is."""
+        if len(self.fields) != 1 or self.rest != "answer" or self.source == TABLE:
+            return None
+        patterns = [each.pattern for each in (self.fields[0].open, self.fields[0].close) if each is not None]
+        texts = [re.sub(r"\\(.)", r"\1", pattern) for pattern in patterns]
+        is_literal = [re.escape(text) for text in texts] == patterns
+        return (texts[0], texts[1]) if is_literal and len(texts) == 2 else None
+
     def to_json(self) -> dict[str, Any]:
         """The markers as metadata hold them."""
         field = next(each for each in self.fields if each.kind == "thinking")
         close = {} if field.close is None else {"close": _readable(field.close)}
         return {"markers": self.source, "open": _readable(field.open), **close}
+
+    def _start(self, opening: str) -> int:
+        """Where the response begins in the end of the prompt."""
+        return max((match.end() for match in self.anchor.finditer(opening)), default=0) if self.anchor else 0
 
     def _regions(self, text: str, at: int, n_before: int) -> Iterator[tuple[Kind, int, int]]:
         """Kind, start and stop of all parts, without the white space next to markers."""
@@ -191,6 +212,22 @@ def _with_offsets(tokenizer: Any, token_ids: Sequence[int], tokens: Sequence[str
         offsets += [(len(text), len(text) + len(piece))] * (end - at)
         text, at = text + piece, end
     return text, offsets
+
+
+def is_thinking(tokenizer: Any, opening: str, response: str) -> bool:
+    """Whether the thinking goes on at the end of a response so far; `opening` is as in `ThinkingMarkers.pieces`."""
+    markers = thinking_markers(tokenizer) or _table_entry(opening, response)
+    return markers is not None and markers.is_open(opening, response)
+
+
+def marker_tokens(tokenizer: Any) -> tuple[int, int] | None:
+    """The opening and the closing marker of the thinking as token ids, if each is one token and they alone decide."""
+    markers = thinking_markers(tokenizer)
+    literals = None if markers is None else markers.literals()
+    if literals is None:
+        return None
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in literals]
+    return (ids[0][0], ids[1][0]) if [len(each) for each in ids] == [1, 1] else None
 
 
 def thinks(tokenizer: Any, opening: str) -> bool:

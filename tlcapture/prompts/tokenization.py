@@ -12,6 +12,7 @@ from tlcapture.errors import InputError
 from tlcapture.names import PromptId
 from tlcapture.prompts.chat_template import ADVICE, NO_ARGS, RenderedChat, render_chat, uses_chat_template
 from tlcapture.prompts.conversations import conversation, is_continued
+from tlcapture.prompts.known_tokens import KnownTokens
 from tlcapture.prompts.message_spans import Message, Span
 from tlcapture.prompts.spans import (
     NO_OFFSETS,
@@ -46,6 +47,9 @@ class TokenizedPrompt:
         spans: which tokens are which turn, and which the template's.
         opening: the end of the rendered text, after the last message that is not the assistant's.
         thinks: whether a response is expected to begin with thinking.
+        given: the token ids of a response that is read rather than generated; `None` if one is generated.
+        forced: those of a response that is run token by token, as if it were being generated; `None` for any other.
+        known: what is known of tokens that are of another capture.
     """
 
     prompt_set: str
@@ -63,6 +67,14 @@ class TokenizedPrompt:
     spans: tuple[TokenSpan, ...] = ()
     opening: str = ""
     thinks: bool = False
+    given: tuple[int, ...] | None = None
+    forced: tuple[int, ...] | None = None
+    known: KnownTokens | None = None
+
+    @property
+    def read_ids(self) -> tuple[int, ...]:
+        """The tokens that are read: those of the prompt, and of a given response."""
+        return self.token_ids + (self.given or ())
 
 
 @dataclass(frozen=True)
@@ -208,6 +220,12 @@ def unknown_token(tokenizer: Any, ids: Sequence[int], d_vocab: int) -> str | Non
         f"token {tokenizer.convert_ids_to_tokens(unknown)!r} has the id {unknown}, but the model's embedding has "
         f"{d_vocab} rows: leave it out, or resize the embedding"
     )
+
+
+def other_tokens(tokenizer: Any, ids: Sequence[int], texts: Sequence[str]) -> str | None:
+    """Why tokens are not those of a tokenizer, given their ids and texts; `None` if they are."""
+    pairs = zip(ids, token_texts(tokenizer, ids), texts, strict=True)
+    return next((f"token {each} is {text!r} there, and {own!r} here" for each, own, text in pairs if own != text), None)
 
 
 def bos_policy(tokenizer: Any, ids: Sequence[int], *, chat_template: bool) -> dict[str, Any]:

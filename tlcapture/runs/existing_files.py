@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tlcapture.captures.capture import Capture
+from tlcapture.comparison.comparison_files import ComparisonFile
 from tlcapture.errors import StorageError
 from tlcapture.storage.files import read_json, read_tensors
 from tlcapture.storage.layout import Layout
@@ -49,6 +50,8 @@ def check_readable(layout: Layout, path: Path) -> None:
         content = read_tensors(path)
         if not isinstance(content, dict) or "token_ids" not in content:
             raise not_valid(path, "layer internals", "it has no token_ids")
+    elif place[:2] == ("analysis", "compare"):
+        ComparisonFile.read(path)
     elif place[0] == "analysis":
         head = AttentionHead if path.name.endswith("_attention.json") else LensHead
         head.check_file(path)

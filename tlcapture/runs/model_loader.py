@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tlcapture.models.adapters import adapter_folder
 from tlcapture.models.embedded import NAME, is_converted
 from tlcapture.runs.display import Display
 from tlcapture.storage.config import settle_model
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 class ModelLoader:
     """Loads a model when it is first called, with a message to the display; further calls return the same model.
 
-    `source` is the folder of the model's files where they are not found by `name`; `check` is whether a short prompt is
-    compared with Hugging Face, as in `load_model`.
+    `source` is the folder of the model's files where they are not found by `name`, those of an `adapter` in a folder in
+    it; `check` is whether a short prompt is compared with Hugging Face, as in `load_model`.
     """
 
     name: str
@@ -33,6 +34,7 @@ class ModelLoader:
     n_devices: int = 1
     source: Path | None = None
     check: bool = True
+    adapter: str | None = None
 
     @classmethod
     def settle(
@@ -63,6 +65,10 @@ class ModelLoader:
 
         if self.source is None:
             check_name(self.name)
+        if self.adapter is not None:
+            from tlcapture.models.adapters import given_adapter
+
+            given_adapter(self.adapter, self.name)
 
     def silent(self) -> ModelLoader:
         """A loader of the same model that shows no messages, and that can be sent to another process."""
@@ -73,13 +79,13 @@ class ModelLoader:
         """The model's measures and tokenizer, without its weights."""
         from tlcapture.models.loading import outline_model
 
-        return outline_model(self.name)
+        return outline_model(self.name, self.adapter)
 
     def files(self) -> ModelFiles:
         """The model's files; those of a hub model are downloaded once."""
         from tlcapture.models.transfer import ModelFiles
 
-        return ModelFiles.of(self.name)
+        return ModelFiles.of(self.name, self.adapter)
 
     def __call__(self) -> Model:
         """The model, loaded on the first call.
@@ -96,13 +102,19 @@ class ModelLoader:
         first_time = self.name == NAME and self.source is None and not is_converted()
         self.display.line(f"loading {self.name}{', converting it once first' if first_time else ''} ...")
         where: dict[str, Any] = {"device": self.device, "n_devices": self.n_devices, "source": self.source}
+        if self.adapter is not None:
+            where |= {"adapter": self.adapter, "adapter_source": adapter_folder(self.adapter, self.source)}
         checks: dict[str, Any] = {"check": self.check, "warn": self.display.warn}
         model = load_model(self.name, engine=self.engine, dtype=self.dtype, **where, **checks)
         dtype = str(model.dtype).removeprefix("torch.")
-        facts = {"name": model.name, "engine": model.engine, "device": str(model.device), "dtype": dtype}
+        adapter = {} if model.adapter is None else {"adapter": model.adapter}
+        facts = {"name": model.name, **adapter, "engine": model.engine, "device": str(model.device), "dtype": dtype}
         self.display.uses(model={**facts, "fingerprint": model.fingerprint})
         sizes = f"{model.n_layers} layers, d_model {model.d_model}"
-        self.display.line(f"{self.name} on engine {model.engine}, {model.device}, {dtype}: {sizes}{self._why(model)}")
+        merged = "" if self.adapter is None else f" with adapter {self.adapter}"
+        self.display.line(
+            f"{self.name}{merged} on engine {model.engine}, {model.device}, {dtype}: {sizes}{self._why(model)}"
+        )
         return model
 
     def _why(self, model: Model) -> str:

@@ -7,9 +7,11 @@
                                   inference/raw/residual|internals/{prompt_set}/
                                   inference/{category}/{trait}/residual_stream|attn_stream/{prompt_set}/
                                   analysis/per_token/{prompt_set}/
+                                  analysis/compare/{other}/{prompt_set}/
                                   steering/{category}/{trait}/
                                   runs/{time}-{command}-{process}.json
 
+Below `inference/` and `analysis/`, a variant of a prompt set has the folder `{prompt_set}@{variant}` beside it.
 Prompt sets and trait examples that a root's `datasets/` does not have are looked up in the installed package.
 """
 
@@ -28,9 +30,11 @@ from tlcapture.names import (
     MOST_FOLDERS,
     PromptId,
     Trait,
+    check_capture_set,
     check_name,
     check_prompt_set,
     file_name,
+    is_capture_set,
     is_prompt_set,
     is_safe_name,
 )
@@ -230,12 +234,12 @@ class Layout:
     def captured(self, prompt_set: str) -> list[str]:
         """The ids of captured prompts of a set: numbers in numerical order, then names."""
         found = (path.stem for path in self.own(self._raw("residual", prompt_set)).glob("*.pt"))
-        return sorted(filter(is_safe_name, found), key=_natural)
+        return sorted(filter(is_safe_name, found), key=natural)
 
     def prompt_ids(self, prompt_set: str) -> list[str]:
         """The ids of prompts with a capture or projections: numbers in numerical order, then names."""
         projected = {path.stem for _, folder in self._projected(prompt_set) for path in folder.glob("*.json")}
-        return sorted({*self.captured(prompt_set), *filter(is_safe_name, projected)}, key=_natural)
+        return sorted({*self.captured(prompt_set), *filter(is_safe_name, projected)}, key=natural)
 
     def prompt_sets(self) -> list[str]:
         """The prompt sets with a capture or projections, sorted."""
@@ -244,7 +248,7 @@ class Layout:
     def _prompt_set_folders(self, folder: Path) -> Iterator[tuple[str, Path]]:
         """The folders below a folder that may hold files of a prompt set, by its name; none behind links out."""
         for name, path in subfolders(folder):
-            if is_prompt_set(name[:-1]) and self._leads_out(path) is None:
+            if is_capture_set(name[:-1]) and self._leads_out(path) is None:
                 yield name[:-1], path
 
     def _streams(self) -> Iterator[tuple[Trait, str, Path]]:
@@ -264,7 +268,7 @@ class Layout:
         if prompt_set is None:
             found = self._prompt_set_folders(stream)
         else:
-            folder = stream / check_prompt_set(prompt_set)
+            folder = stream / check_capture_set(prompt_set)
             found = iter([(prompt_set, folder)] if self._leads_out(folder) is None else [])
         yield from ((name, folder) for name, folder in found if any(folder.glob("*.json")))
 
@@ -300,12 +304,12 @@ class Layout:
     def projection(self, trait: Trait, component: str, prompt_set: str, prompt_id: PromptId) -> Path:
         """The projection file of a prompt onto a trait's vector; `component` is `residual` or `attn_out`."""
         stream, name = STREAM_FOLDERS[component], f"{file_name(prompt_id)}.json"
-        place = ("inference", trait.category, trait.name, stream, check_prompt_set(prompt_set), name)
+        place = ("inference", trait.category, trait.name, stream, check_capture_set(prompt_set), name)
         return self.own(self.folder.joinpath(*place))
 
     def all_projections(self, prompt_set: str, prompt_id: PromptId) -> list[Path]:
         """The existing projection files of a prompt, for all traits and components, sorted."""
-        check_prompt_set(prompt_set)
+        check_capture_set(prompt_set)
         name = f"{file_name(prompt_id)}.json"
         inference = self.folder / "inference"
         places = (
@@ -345,10 +349,10 @@ class Layout:
     # -- parts ------------------------------------------------------------------------------------
 
     def _raw(self, kind: str, prompt_set: str) -> Path:
-        return self.folder / "inference" / "raw" / kind / check_prompt_set(prompt_set)
+        return self.folder / "inference" / "raw" / kind / check_capture_set(prompt_set)
 
     def _analysis(self, prompt_set: str) -> Path:
-        return self.folder / "analysis" / "per_token" / check_prompt_set(prompt_set)
+        return self.folder / "analysis" / "per_token" / check_capture_set(prompt_set)
 
 
 @dataclass(frozen=True)
@@ -379,7 +383,7 @@ def _folders_in(folder: Path) -> list[str]:
     return []
 
 
-def _natural(name: str) -> tuple[int, int, str]:
+def natural(name: str) -> tuple[int, int, str]:
     """Sort key: numbers in numerical order, then names."""
     return (0, int(name), name) if name.isdecimal() else (1, 0, name)
 

@@ -61,13 +61,15 @@ def check_origin(vector: TraitVector, capture: Metadata) -> None:
 def origin_notes(vector: TraitVector, capture: Metadata, *, other_model_intended: bool) -> list[str]:
     """What differs between a vector's origin and a capture's: one note per difference, with both values.
 
-    Another model is left out where it was intended; all other differences are noted anyway.
+    Another model is left out where it was intended, and where it is the one that the capture's adapter was merged into;
+    all other differences are noted anyway.
     """
     origin = vector.metadata
     if not origin:
         return ["the vectors have no metadata.json: their origin is unknown"]
     same_weights = _same_weights(vector, capture)
-    notes = [] if same_weights or other_model_intended else [_other_model(vector, capture)]
+    is_intended = same_weights or other_model_intended or _is_of_the_base(vector, capture)
+    notes = [] if is_intended else [_other_model(vector, capture)]
     if same_weights:
         ran = [_how_it_ran(metadata) for metadata in (origin, capture)]
         if None not in ran and ran[0] != ran[1]:
@@ -127,6 +129,12 @@ def _other_model(vector: TraitVector, capture: Metadata) -> str:
 
 def _same_name(vector: TraitVector, capture: Metadata) -> bool:
     return vector.model == capture.get("inference_model")
+
+
+def _is_of_the_base(vector: TraitVector, capture: Metadata) -> bool:
+    """Whether a vector is of the model that a capture's adapter was merged into."""
+    base = capture.get("base_fingerprint")
+    return base is not None and base == vector.metadata.get("model_fingerprint")
 
 
 def _same_weights(vector: TraitVector, capture: Metadata) -> bool:

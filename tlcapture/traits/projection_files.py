@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from tlcapture.captures.intervention_record import InterventionRecord
 from tlcapture.names import PromptId
 from tlcapture.prompts.spans import TokenSpan, check_spans
 from tlcapture.storage.files import read_json
@@ -144,6 +145,8 @@ class ProjectionMetadata(FileContent):
     sublayers: list[str] | None = Field(default=None, min_length=1)
     layers: list[Layer] | None = None
     prompt_set: str | None = None
+    variant: str | None = None
+    interventions: list[InterventionRecord] = Field(default_factory=list)
     prompt_id: PromptId | None = None
     inference_model: str | None = None
     warnings: list[str] = Field(default_factory=list)

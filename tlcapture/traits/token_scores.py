@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tlcapture.errors import InputError, StorageError
-from tlcapture.names import PromptId
+from tlcapture.names import PromptId, of_variant
 from tlcapture.prompts.spans import TokenSpan
 from tlcapture.storage.layout import place_of_projection
 from tlcapture.text import as_ranges
@@ -140,7 +140,8 @@ class TokenScores:
         metadata, dynamics = content.metadata, content.dynamics
         source, place = metadata.vector_source, place_of_projection(path)
         labels: dict[str, Any] = {
-            "prompt_set": metadata.prompt_set or (place and place.prompt_set),
+            "prompt_set": (metadata.prompt_set and of_variant(metadata.prompt_set, metadata.variant))
+            or (place and place.prompt_set),
             "prompt_id": place.prompt_id if metadata.prompt_id is None and place else metadata.prompt_id,
             "trait": source.trait or (place and str(place.trait)),
             "component": source.component or (place and place.component),

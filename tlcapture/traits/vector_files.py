@@ -22,7 +22,7 @@ from pydantic import Field
 from tlcapture.names import Trait
 from tlcapture.storage.files import read_bytes, read_json, remove, write_json
 from tlcapture.storage.layout import Layout
-from tlcapture.storage.validation import FileContent, Layer, checked
+from tlcapture.storage.validation import FileContent, Layer, Number, checked
 from tlcapture.traits.calibration import CalibrationRecord
 from tlcapture.traits.missing_vectors import no_vectors, no_vectors_of_trait
 
@@ -48,6 +48,7 @@ class VectorMetadata(FileContent):
     split: VectorSplit | None = None
     calibration: Calibrations | None = None
     held_out_calibration: Calibrations | None = None
+    typical_norms: list[Number] | None = None
 
 
 Calibrations = dict[str, dict[str, CalibrationRecord]]  # by method and layer

@@ -7,7 +7,7 @@ step = model.step(tokens, mask, state, hooks={"blocks.5.hook_resid_post"}, want_
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -45,6 +45,8 @@ class Model(ABC):
         hf_config: the Hugging Face config of the checkpoint, or `None`.
         generation_config: the generation config of the checkpoint, or `None`.
         name: the name by which the model was loaded.
+        adapted: with an adapter that was merged into the weights its name (`adapter`), a hash of its files
+            (`adapter_digest`), and the fingerprint of the weights without it (`base_fingerprint`); empty without one.
         fingerprint: a hash of the weights.
         n_ctx: the longest supported sequence, in tokens.
         dtype: the dtype of the weights.
@@ -59,6 +61,7 @@ class Model(ABC):
         self.hf_config = hf_config
         self.generation_config = generation_config
         self.name = name
+        self.adapted: Mapping[str, str] = {}
         self.fingerprint = fingerprint
         cfg = tl.cfg
         self.n_layers = int(cfg.n_layers)
@@ -71,6 +74,17 @@ class Model(ABC):
         weight = next(iter(tl.parameters()))
         self.dtype: torch.dtype = weight.dtype
         self.device: torch.device = weight.device
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        adapter = f" with adapter {self.adapter!r}" if self.adapter else ""
+        sizes = f"{self.n_layers} layers, d_model {self.d_model}"
+        return f"<model {self.name!r}{adapter} on engine {self.engine}, {self.device}, {dtype}: {sizes}>"
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter that was merged into the weights, as it was named; `None` without one."""
+        return self.adapted.get("adapter")
 
     @property
     def last_device(self) -> torch.device:
@@ -140,6 +154,9 @@ class Model(ABC):
         Steps after the prompts are then of one token per row, which is not padding, and the tensors of a `Step` may be
         overwritten by the next one.
         """
+
+    def prepare(self, hooks: Set[str]) -> None:  # noqa: B027  most engines need nothing
+        """Find out what is needed to return these activations, with passes that hooks of a batch must not see."""
 
     def release(self) -> None:  # noqa: B027  most engines keep nothing
         """Free the memory that was reserved for a batch and kept for the next."""

@@ -94,6 +94,11 @@ class BridgeModel(Model):
         """Names of all activations that the model can return, with the scores of experts' routers."""
         return recordable_hooks(self.tl.hook_dict, self.n_layers) | self._routers.keys()
 
+    def prepare(self, hooks: Set[str]) -> None:
+        """Find out how these activations lie."""
+        for name in hooks:
+            self._layout(name)
+
     @torch.no_grad()
     def step(self, tokens: Tokens, mask: Mask, state: _BridgeState, hooks: Set[str], *, want_logits: bool) -> Step:
         """Call `run_with_cache` with position ids that skip left padding; patterns cover all keys so far."""

@@ -91,7 +91,8 @@ class HookedModel(Model):
             step = self._run(tokens, mask, state, hooks, want_logits=True)
             return step.logits, step.cache
 
-        return Step(*decoder.step(state, tokens, hooks, run, is_hooked=self.tl.is_hooked))
+        on = {"is_hooked": self.tl.is_hooked, "recordable": self.tl.recordable_key}
+        return Step(*decoder.step(state, tokens, hooks, run, **on))
 
     def _run(self, tokens: Tokens, mask: Mask, state: Any, hooks: Set[str], *, want_logits: bool) -> Step:
         residual, cache = self.tl.run_with_cache(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Callable, Set
+from collections.abc import Callable, Hashable, Set
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ _CAPACITY = 64  # capacities are multiples of it
 _KEYS = 512  # the number of keys that a step reads is a multiple of it, or the capacity
 _MOST_RECORDED = 32  # the oldest are dropped
 
-Key = tuple[int, int, frozenset[str]]  # rows, keys, hooks
+Key = tuple[int, int, frozenset[str], tuple[Hashable, ...]]  # rows, keys, hooks, keys of recordable hooks
 Result = tuple[Tensor, dict[str, Tensor]]  # logits of the last position, activations
 # Tokens `[batch, 1]`, their mask, the cache and the hooks -> logits and activations.
 Run = Callable[[Tensor, Tensor, FastCache, Set[str]], Result]
@@ -107,13 +107,23 @@ class Decoder:
             and 0 < state.length < self._limit
         )
 
-    def step(self, cache: FastCache, tokens: Tokens, hooks: Set[str], run: Run, *, is_hooked: bool) -> Result:
+    def step(
+        self,
+        cache: FastCache,
+        tokens: Tokens,
+        hooks: Set[str],
+        run: Run,
+        *,
+        is_hooked: bool,
+        recordable: tuple[Hashable, ...] = (),
+    ) -> Result:
         """Run the next token of each row of the state that was lent the buffers.
 
         Args:
             run: one call of the model.
             is_hooked: whether the model has hooks: they are called, and see the rows of the batch and the keys so far
                 only.
+            recordable: the keys of recordable hooks that are on, with which the step is recorded.
 
         Returns:
             Logits `[batch, d_vocab]` and activations by name. A recorded step overwrites them when it is replayed.
@@ -127,10 +137,10 @@ class Decoder:
         self._position.fill_(start)
         n_keys = start + 1 if is_hooked else min(self._limit, -(-(start + 1) // _KEYS) * _KEYS)
         if is_hooked or self._tape is None:
-            logits, kept = self._call(cache, (n_rows, n_keys, frozenset(hooks)), run)()
+            logits, kept = self._call(cache, (n_rows, n_keys, frozenset(hooks), recordable), run)()
         else:
             self._size = _next_size(self._size, n_rows)
-            logits, kept = self._replay(cache, (self._size, n_keys, frozenset(hooks)), run)
+            logits, kept = self._replay(cache, (self._size, n_keys, frozenset(hooks), recordable), run)
         state.mask = cache.previous_attention_mask = self._adopted = self._mask[:n_rows, : start + 1]
         share = n_rows / len(logits)
         return logits[:n_rows], {name: _part(name, each, share, start + 1) for name, each in kept.items()}
@@ -154,7 +164,7 @@ class Decoder:
 
     def _call(self, cache: FastCache, key: Key, run: Run) -> Callable[[], Result]:
         """A call of the model on some rows of the buffers and some of their keys."""
-        n_rows, n_keys, hooks = key
+        n_rows, n_keys, hooks = key[:3]
         state = FixedState(self._mask[:n_rows, :n_keys], self._store[:, :, :n_rows], self._position, cache.length)
         fixed = FixedCache.over(state, cache)
         return lambda: run(self._tokens[:n_rows], self._ones[:n_rows], fixed, hooks)

@@ -33,6 +33,7 @@ class HookPoints:
         wanted: names of the points whose activations to keep.
         kept: the dict in which activations are stored by name.
         caching_hooks: names of points and TransformerLens's caching functions, which are called like hooks.
+        changes: names of points and hook functions that return another activation, called after the hooks of a point.
     """
 
     def __init__(
@@ -41,21 +42,29 @@ class HookPoints:
         wanted: Iterable[str] = (),
         kept: dict[str, Tensor] | None = None,
         caching_hooks: Iterable[tuple[str, Callable[..., Any]]] = (),
+        changes: Iterable[tuple[str, Callable[..., Any]]] = (),
     ):
         self._wanted = {hook_dict[name]: name for name in wanted}
         self._kept = {} if kept is None else kept
         self._caching_hooks: dict[Any, list[Callable[..., Any]]] = {}
         for name, save in caching_hooks:
             self._caching_hooks.setdefault(hook_dict[name], []).append(save)
+        self._changes: dict[Any, list[Callable[..., Any]]] = {}
+        for name, change in changes:
+            self._changes.setdefault(hook_dict[name], []).append(change)
 
     def is_used(self, point: Any) -> bool:
         """Whether the activation at a hook point is kept or passed to a hook."""
-        return point in self._wanted or bool(point._forward_hooks) or point in self._caching_hooks
+        is_kept = point in self._wanted or point in self._caching_hooks
+        return is_kept or bool(point._forward_hooks) or point in self._changes
 
     def pass_through(self, point: Any, activation: Tensor) -> Tensor:
         """The activation after the hooks of a point have been applied to it; it is kept if requested."""
         if point._forward_hooks:
             activation = point(activation)
+        if self._changes:
+            for change in self._changes.get(point, ()):
+                activation = change(activation, hook=point)
         if point in self._wanted:
             self._kept[self._wanted[point]] = activation
         if self._caching_hooks:

@@ -10,7 +10,7 @@ Import it only if TransformerLens has HookedTransformer. The differences from Ho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,7 @@ from tlcapture.models.fast.cache import FastCache
 from tlcapture.models.fast.forward import FastForward
 from tlcapture.models.fast.layers import HookPoints
 from tlcapture.models.fast.state import FastState
+from tlcapture.models.recordable_hooks import RecordableHooks
 from tlcapture.shapes import Mask
 
 _RETURN_TYPES = (None, "logits", "loss", "both")
@@ -63,11 +64,12 @@ class FastHookedTransformer(HookedTransformer):
     # Class attributes, since an existing HookedTransformer may be converted by assigning its class.
     _fast: FastForward | None = None
     _caching_hooks: tuple[CachingHooks, ...] = ()
+    _recordable: tuple[RecordableHooks, ...] = ()
     _converts_caches = False
 
     def __getstate__(self) -> dict[str, Any]:
         """The attributes for copies and pickles, without those derived from the weights."""
-        derived = ("_fast", "_caching_hooks", "_converts_caches")
+        derived = ("_fast", "_caching_hooks", "_recordable", "_converts_caches")
         return {name: value for name, value in self.__dict__.items() if name not in derived}
 
     def fast_forward(self) -> FastForward | None:
@@ -98,6 +100,11 @@ class FastHookedTransformer(HookedTransformer):
                 for point in self.hook_dict.values()
             )
         )
+
+    @property
+    def recordable_key(self) -> tuple[Hashable, ...]:
+        """The keys of the recordable hooks that are on."""
+        return tuple(each.key for each in self._recordable)
 
     def micro_batches(
         self, mask: Mask, cache: TransformerLensKeyValueCache
@@ -146,18 +153,22 @@ class FastHookedTransformer(HookedTransformer):
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> Iterator[Any]:
-        """TransformerLens's context of temporary hooks; unchanged `CachingHooks` are passed to FastForward instead."""
-        if not isinstance(fwd_hooks, CachingHooks) or not fwd_hooks.is_unchanged or bwd_hooks or not reset_hooks_end:
-            with super().hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
+        """TransformerLens's context of temporary hooks.
+
+        Unchanged `CachingHooks` and `RecordableHooks` are passed to FastForward instead.
+        """
+        before = self._recordable, self._caching_hooks
+        own: Any = fwd_hooks
+        if not bwd_hooks and reset_hooks_end:
+            if isinstance(fwd_hooks, RecordableHooks):
+                own, self._recordable = [], (*self._recordable, fwd_hooks)
+            elif isinstance(fwd_hooks, CachingHooks) and fwd_hooks.is_unchanged:
+                own, self._caching_hooks = [], (*self._caching_hooks, fwd_hooks)
+        try:
+            with super().hooks(own, bwd_hooks, reset_hooks_end, clear_contexts):
                 yield self
-            return
-        before = self._caching_hooks
-        with super().hooks([], [], reset_hooks_end, clear_contexts):
-            self._caching_hooks = (*before, fwd_hooks)
-            try:
-                yield self
-            finally:
-                self._caching_hooks = before
+        finally:
+            self._recordable, self._caching_hooks = before
 
     def remove_all_hook_fns(
         self, direction: str = "both", including_permanent: bool = False, level: int | None = None
@@ -356,18 +367,22 @@ class FastHookedTransformer(HookedTransformer):
 
     def _points(self) -> HookPoints:
         """The hook points, with the activations that enclosing `run_with_cache` calls requested."""
+        changes = [pair for each in self._recordable for pair in each]
         if not self._caching_hooks:
-            return HookPoints(self.hook_dict)
+            return HookPoints(self.hook_dict, changes=changes)
         *outer, last = self._caching_hooks
         if not last.plain:
-            return HookPoints(self.hook_dict, caching_hooks=[pair for each in self._caching_hooks for pair in each])
-        return HookPoints(self.hook_dict, last.names, last.cache, [pair for each in outer for pair in each])
+            pairs = [pair for each in self._caching_hooks for pair in each]
+            return HookPoints(self.hook_dict, caching_hooks=pairs, changes=changes)
+        pairs = [pair for each in outer for pair in each]
+        return HookPoints(self.hook_dict, last.names, last.cache, pairs, changes)
 
     def _transformer_lens_forward(self, input: Any, **options: Any) -> Any:
-        """Compute a call with TransformerLens; caching hooks become PyTorch hooks until `hooks` removes them."""
-        requested, self._caching_hooks = self._caching_hooks, ()
-        for caching_hooks in requested:
-            for name, hook in caching_hooks:
+        """Compute a call with TransformerLens; what FastForward calls become PyTorch hooks until `hooks` ends."""
+        requested = (*self._recordable, *self._caching_hooks)
+        self._recordable, self._caching_hooks = (), ()
+        for hooks in requested:
+            for name, hook in hooks:
                 self._enable_hook(name, hook, "fwd")
         return super().forward(input, **options)
 

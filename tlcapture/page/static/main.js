@@ -59,6 +59,7 @@
       picker("set", "set", (experiments.find((each) => each.name === now.experiment)?.prompt_sets ?? []).map((name) => ({ value: name, text: name })), { prompt: "", token: null }),
       picker("prompt", "prompt", listed.prompts.map((prompt) => ({ value: prompt.id, text: prompt.id, note: tl.visible(prompt.text) })), { token: null }),
       picker("trait", "trait", traits.map((trait) => ({ value: trait, text: trait }))),
+      ...(data?.interventions ?? []).map((text) => element("span", { className: "intervention", title: `captured under an intervention: ${text}` }, text)),
       ...(components.length > 1 ? [tl.choice("of", components.map((each) => [each, each]), now.component, (component) => state.set({ component }))] : []));
     byId("views").replaceChildren(...VIEWS.map(([name, { title }], number) => element("button", { role: "tab", "aria-selected": name === now.view ? "true" : "false", title: `key ${number + 1}`, onclick: () => state.set({ view: name }) }, title)));
     const themes = ["", "light", "dark"], next = themes[(themes.indexOf(now.theme) + 1) % themes.length];

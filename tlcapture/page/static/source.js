@@ -27,9 +27,9 @@ tl.source = (() => {
   }
 
   async function fromPage(path) {
-    const element = document.getElementById("data:" + path);
+    const name = decodeURIComponent(path), element = document.getElementById("data:" + name);
     if (!element) {
-      if (path in exported.missing) throw new Missing(exported.missing[path]);
+      if (name in exported.missing) throw new Missing(exported.missing[name]);
       throw new Missing({ what: "not included in this file", command: exported.command });
     }
     const unpacked = new Blob([bytesOf(element)]).stream().pipeThrough(new DecompressionStream("gzip"));
@@ -37,7 +37,7 @@ tl.source = (() => {
   }
 
   /** A prompt set in a subfolder as one part of a path. */
-  const named = (set) => set.replaceAll("/", "~");
+  const named = (set) => set.replaceAll("/", "~").replaceAll("@", "!");
 
   /** A promise of a resource, given the parts of its path; rejects with `Missing`. */
   function get(...parts) {
@@ -68,6 +68,9 @@ tl.source = (() => {
     attention: (state) => ofPrompt(state, "attention"),
     attentionToken: (state, token) => ofPrompt(state, "attention", token),
     average: (experiment, set, trait, component) => get(experiment, "averages", named(set), ...trait.split("/"), component),
+    comparisons: (experiment) => get(experiment, "compared"),
+    comparedSet: (state, other) => get(state.experiment, "compared", other, named(state.set)),
+    comparison: (state, other, name) => get(state.experiment, "compared", other, named(state.set), name),
     vectors: (state) => get(state.experiment, "vectors", ...state.trait.split("/")),
   };
 })();

@@ -1,0 +1,71 @@
+"""Paired intervals and sign flips, against SciPy's and in simulations."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tlcapture.comparison.paired import LEVEL, paired_differences, smallest_p
+
+
+def test_the_interval_of_a_mean_is_students() -> None:
+    values = np.random.default_rng(0).normal(1.0, 2.0, size=(9, 1))
+    (found,) = paired_differences(values)
+    expected = stats.t.interval(0.95, 8, loc=values.mean(), scale=stats.sem(values[:, 0]))
+    assert (found.low, found.high) == pytest.approx(expected)
+    assert (found.n, found.mean) == (9, pytest.approx(values.mean()))
+
+
+@pytest.mark.parametrize("n", [3, 8, 11])
+def test_the_p_of_one_trait_is_that_of_scipys_exact_sign_flips(n: int) -> None:
+    values = np.random.default_rng(n).normal(0.4, 1.0, size=(n, 1))
+    (found,) = paired_differences(values)
+    expected = stats.permutation_test(
+        (values[:, 0],), lambda each, axis: np.abs(each.mean(axis=axis)), permutation_type="samples",
+        alternative="greater", vectorized=True,
+    )  # fmt: skip
+    assert found.p == pytest.approx(expected.pvalue)
+
+
+def test_traits_that_no_side_favours_stand_out_in_at_most_a_twentieth_of_runs() -> None:
+    generator, n_runs = np.random.default_rng(1), 300
+    for n_prompts in (8, 12):
+        shared = generator.normal(size=(n_runs, n_prompts, 1))
+        values = 0.6 * shared + generator.standard_t(4, size=(n_runs, n_prompts, 10))
+        runs = [any(each.stands_out for each in paired_differences(run)) for run in values]
+        assert np.mean(runs) <= LEVEL + 2.6 * np.sqrt(LEVEL * (1 - LEVEL) / n_runs)
+
+
+def test_a_clear_change_stands_out_among_traits_that_do_not_change() -> None:
+    generator = np.random.default_rng(2)
+    values = generator.normal(size=(12, 10))
+    values[:, 3] += 3
+    found = paired_differences(values)
+    assert [number for number, each in enumerate(found) if each.stands_out] == [3]
+
+
+def test_few_prompts_let_nothing_stand_out() -> None:
+    assert not any(each.stands_out for each in paired_differences(np.full((5, 1), 9.0)))
+    assert paired_differences(np.full((5, 1), 9.0))[0].p == smallest_p(5) == 0.0625
+    assert paired_differences(np.full((6, 1), 9.0))[0].stands_out
+    (one,) = paired_differences(np.array([[9.0]]))
+    assert (one.low, one.p) == (None, 1.0)
+
+
+def test_no_change_at_all_is_within_chance() -> None:
+    (found,) = paired_differences(np.zeros((10, 1)))
+    assert (found.mean, found.low, found.high, found.p) == (0, 0, 0, 1)
+
+
+def test_a_prompt_without_a_value_is_left_out() -> None:
+    values = np.array([[1.0, 2.0], [np.nan, 3.0], [3.0, 4.0]])
+    found = paired_differences(values)
+    assert [(each.n, each.mean) for each in found] == [(2, 2.0), (3, 3.0)]
+    assert paired_differences(np.full((3, 1), np.nan))[0].p is None
+
+
+def test_a_column_of_rounding_does_not_change_the_p_of_others() -> None:
+    values = np.random.default_rng(5).normal(1, 1, size=(10, 1))
+    alone, beside = paired_differences(values)[0], paired_differences(np.hstack([values, np.zeros((10, 3))]))[0]
+    assert alone == beside

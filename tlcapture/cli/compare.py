@@ -1,0 +1,157 @@
+"""`tlcapture compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tlcapture.cli.cluster import ClusterOptions, cluster_options
+from tlcapture.cli.command import command
+from tlcapture.cli.console import Console
+from tlcapture.cli.grouping import collected
+from tlcapture.cli.option_types import Names, Traits
+from tlcapture.cli.options import VectorOptions, root_option, vector_options
+from tlcapture.cli.tables import Column
+from tlcapture.cli.work import working
+from tlcapture.names import Trait
+
+if TYPE_CHECKING:
+    from tlcapture.commands.compare_summary import ComparisonSummary
+
+_FORM = "EXPERIMENT[/SET[@VARIANT]]"
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The options of `compare`."""
+
+    a: str
+    b: str
+    root: Path
+    prompt_set: tuple[str, ...] | None
+    traits: tuple[Trait, ...]
+    vectors_of: str | None
+    no_kl: bool
+    device: str
+    skip_existing: bool
+    overwrite: bool
+
+
+@command(
+    "tlcapture compare my_exp/single_trait my_exp/single_trait@polite",
+    "tlcapture compare base tuned --prompt-set single_trait --traits style/formality --no-kl",
+)
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@root_option
+@click.option("--prompt-set", type=Names(), help="Only these prompt sets of A, comma-separated.")
+@click.option("--traits", type=Traits(), default="all", show_default=True, help="Traits to compare projections onto.")
+@click.option(
+    "--vectors",
+    "vectors_of",
+    type=click.Choice(["a", "b", "own"]),
+    help="Whose vectors both are projected onto; own: each onto its own.  [default: those of A, or of B if A has none]",
+)
+@vector_options(default_layer="auto")
+@click.option("--no-kl", is_flag=True, help="Leave out the next-token distributions; no model is loaded.")
+@click.option(
+    "--device", default="auto", show_default=True, help="cuda, mps or cpu for these; auto: the first available."
+)
+@click.option("--skip-existing", is_flag=True, help="Write only missing and outdated files.")
+@click.option("--overwrite", is_flag=True, help="Replace files that cannot be read, too.")
+@cluster_options
+@collected(_Settings, "settings")
+@working
+def compare(console: Console, settings: _Settings, vectors: VectorOptions, cluster: ClusterOptions) -> None:
+    """Compare captures B with captures A of the same prompts, token by token.
+
+    A and B are EXPERIMENT, EXPERIMENT/SET or EXPERIMENT/SET@VARIANT. Differences are those of B less A: of
+    projections, of residuals (cosine and norm ratio by layer), and of next-token distributions (KL of A from B, in
+    nats). Writes experiments/A/analysis/compare.
+    """
+    from tlcapture.commands.compare import CompareOptions, run_compare
+    from tlcapture.commands.compared_sets import CaptureSet, compared_sets
+
+    sides = [CaptureSet.parse(settings.root, text) for text in (settings.a, settings.b)]
+    sets = compared_sets(*sides, settings.prompt_set or ())
+    options = CompareOptions(
+        vectors.choice("auto", settings.traits),
+        vectors=settings.vectors_of,
+        kl=not settings.no_kl,
+        device=settings.device,
+        skip_existing=settings.skip_existing,
+        overwrite=settings.overwrite,
+    )
+    executor = cluster.make_executor(can_collect=False)
+    report = run_compare(sets, options, console, executor)
+    if report.failures and not report.n_files:
+        return
+    from tlcapture.commands.compare_summary import read_comparisons, summary_of
+
+    summaries = []
+    for each in sets:
+        files, problems = read_comparisons(each.a.layout, each.other, each.a.name or "")
+        if files:
+            summaries.append(summary_of(files, problems))
+    console.uses(comparisons=[each.to_json() for each in summaries])
+    for summary in summaries:
+        _show(console, summary)
+
+
+def _show(console: Console, summary: ComparisonSummary) -> None:
+    console.line()
+    samples = "" if summary.n_files == summary.n_prompts else f", {summary.n_files} samples"
+    console.line(f"{summary.b} less {summary.a}, {summary.n_prompts} prompts{samples}")
+    if summary.traits:
+        columns = [
+            Column("trait"),
+            Column("change", right=True),
+            Column("95 % interval", right=True),
+            Column("p", right=True),
+            Column(),
+        ]
+        console.table(columns, [_row(trait, summary) for trait in summary.traits])
+    for line in _notes(summary):
+        console.line(line)
+
+
+def _row(trait: str, summary: ComparisonSummary) -> tuple[str, ...]:
+    found = summary.traits[trait]
+    if not found.n:
+        return trait, "unknown", "", "", ""
+    interval = "" if found.low is None or found.high is None else f"{found.low:+.3g} to {found.high:+.3g}"
+    p = "" if found.p is None else f"{found.p:.3f}"
+    return trait, f"{found.mean:+.3g}", interval, p, "stands out" if found.stands_out else "within chance"
+
+
+def _notes(summary: ComparisonSummary) -> Iterator[str]:
+    from tlcapture.comparison.paired import LEVEL, smallest_p
+
+    if summary.traits:
+        yield (
+            "change: of the mean projection over the response; p: signs flipped over prompts, corrected for the "
+            f"{len(summary.traits)} traits"
+        )
+        if smallest_p(summary.n_prompts) > LEVEL:
+            yield f"{summary.n_prompts} prompts are too few for any change to stand out from chance: 6 could"
+    if summary.kl is not None:
+        interval = summary.kl.interval
+        bounds = "" if interval is None else f" ({interval[0]:.3g} to {interval[1]:.3g})"
+        yield f"next token: D(a || b) of {summary.kl.mean:.3g} nats{bounds}, mean over the responses"
+    layer = summary.least_alike
+    if layer is not None:
+        yield (
+            f"residual: cosine {summary.cosine[layer]:.6g} at layer {layer}, where it is lowest; norm ratio "
+            f"{summary.norm_ratio[layer]:.4g} there"
+        )
+    if summary.tokens:
+        listed = ", ".join(f"{each.token!r} ({each.prompt_id}, token {each.index})" for each in summary.tokens)
+        yield f"tokens that differ most: {listed}"
+    if summary.n_cut:
+        cut = f"{summary.n_cut} of {summary.n_files} pairs of responses differ"
+        yield f"{cut}: token by token, only their beginnings are compared"
+    yield from (f"not read: {problem}" for problem in summary.problems)

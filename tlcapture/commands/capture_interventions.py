@@ -1,0 +1,134 @@
+"""The interventions of a capture: with their vectors, under a variant of their own, and never mixed with others."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from tlcapture.captures.capture import Capture
+from tlcapture.commands.capture_options import CaptureOptions
+from tlcapture.commands.capture_records import CaptureRecord
+from tlcapture.errors import InputError, StorageError
+from tlcapture.generation.typical_norms import NORMS_MEASURED, norms_over_prompts
+from tlcapture.models.loading import Model
+from tlcapture.models.sizes import Measures
+from tlcapture.names import check_name, variant_of
+from tlcapture.prompts.tokenization import TokenizedPrompt
+from tlcapture.runs.existing_files import OVERWRITE
+from tlcapture.storage.layout import Layout
+from tlcapture.traits.intervention_records import described, identity, variant_name
+from tlcapture.traits.resolved_interventions import ResolvedIntervention, resolve
+
+_LONGEST_VARIANT = 64
+
+
+class HasMeasures(Protocol):
+    """What vectors are checked against."""
+
+    @property
+    def measures(self) -> Measures:
+        """The dimensions of the model."""
+        ...
+
+
+def with_interventions(
+    options: CaptureOptions, layout: Layout, model_name: str, model: Callable[[], HasMeasures]
+) -> CaptureOptions:
+    """The options with the vectors of the interventions, and with the name of the variant.
+
+    `model` is called only where there are interventions. Options that have them already are not changed.
+
+    Raises:
+        InputError: a trait, a layer or the variant's name is wrong, or a replay is given interventions.
+        VectorError: a layer has no vector, or one of another width.
+    """
+    named, own = options.variant, _variant_of_adapter(options)
+    if options.variant is not None and len(check_name(options.variant, "variant")) > _LONGEST_VARIANT:
+        raise InputError(f"--variant {options.variant}: at most {_LONGEST_VARIANT} characters")
+    options = replace(options, variant=named or own)
+    if not options.interventions or options.resolved:
+        return options
+    if options.replay:
+        raise InputError(
+            "--replay applies the interventions that captures were made with: leave out --steer, --ablate and --cap, "
+            "and name the captures with --variant"
+        )
+    measures, choice = model().measures, options.vectors
+    resolved = resolve(
+        options.interventions,
+        choice.layout(layout),
+        n_layers=measures.n_layers,
+        d_model=measures.d_model,
+        model=model_name,
+        method=choice.method,
+    )
+    parts = (own, variant_name([each.record for each in resolved]))
+    return replace(options, resolved=resolved, variant=named or "_".join(filter(None, parts))[:_LONGEST_VARIANT])
+
+
+def _variant_of_adapter(options: CaptureOptions) -> str | None:
+    """The name of an adapter's folder as that of a variant; `None` without an adapter."""
+    if options.adapter is None:
+        return None
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(options.adapter).expanduser().resolve().name).lstrip(".-")
+    return name[:_LONGEST_VARIANT] or "adapter"
+
+
+def with_norms(
+    options: CaptureOptions, model: Model, prompts: Sequence[TokenizedPrompt], warn: Callable[[str], object]
+) -> Sequence[ResolvedIntervention]:
+    """The interventions of the options, whose typical norms are measured on prompts where the vectors have none."""
+    layers = sorted({layer for each in options.resolved if each.lacks_norms for layer in each.layers})
+    if not layers:
+        return options.resolved
+    warn(NORMS_MEASURED)
+    norms = norms_over_prompts(model, prompts, layers, options.batch_size)
+    return [each.with_norms(norms) for each in options.resolved]
+
+
+def check_same_interventions(layout: Layout, capture_set: str, options: CaptureOptions) -> None:
+    """Raise `InputError` if a variant holds captures under other interventions and is not to be overwritten.
+
+    Likewise if they are of another adapter, or of the tokens of other captures.
+    """
+    if variant_of(capture_set) is None or options.replay or options.overwrite:
+        return
+    asked = identity(options.intervention_records)
+    for metadata in _metadata_of(layout, capture_set):
+        if identity(metadata.get("interventions")) != asked:
+            held = "; ".join(map(described, metadata.get("interventions") or ())) or "no intervention"
+            raise InputError(
+                f"{capture_set} holds captures under other interventions ({held}): choose another --variant, or "
+                f"{OVERWRITE}"
+            )
+        for what, held, wanted in (
+            ("adapter", metadata.get("adapter"), options.adapter),
+            ("responses from", _source(metadata), None if options.responses_from is None else "other captures"),
+        ):
+            if (held is None) != (wanted is None) or (what == "adapter" and held != wanted):
+                raise InputError(
+                    f"{capture_set} holds captures with {what} {held or 'none'}: choose another --variant, or "
+                    f"{OVERWRITE}"
+                )
+
+
+def _source(metadata: Mapping[str, Any]) -> str | None:
+    """The experiment that the tokens of a capture are from; `None` where they were generated."""
+    found = metadata.get("tokens_from")
+    return None if found is None else str(found.get("inference_experiment", "other captures"))
+
+
+def _metadata_of(layout: Layout, capture_set: str) -> Iterator[Mapping[str, Any]]:
+    """Metadata of the captures of a set, as far as they can be read, and of one of those that were only projected."""
+    captured = layout.captured(capture_set)
+    for prompt_id in captured:
+        with suppress(StorageError):  # reported by whoever would replace it
+            yield Capture.open(layout.residual(capture_set, prompt_id)).metadata
+    projected = (each for each in layout.prompt_ids(capture_set) if each not in set(captured))
+    records = (CaptureRecord.find(layout, capture_set, prompt_id) for prompt_id in projected)
+    yield from (record.metadata for record in islice(filter(None, records), 1))

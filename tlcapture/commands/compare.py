@@ -1,0 +1,264 @@
+"""`tlcapture compare`: how the captures of one model differ from those of another on the same tokens.
+
+captures of a and b -> shared tokens -> differences of projections, residuals, next-token distributions -> files
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from os.path import lexists
+from pathlib import Path
+from typing import Any
+
+from tlcapture.captures.capture import Capture
+from tlcapture.captures.provenance import now
+from tlcapture.commands.compared_sets import ComparedSets
+from tlcapture.commands.projections import report_choice
+from tlcapture.commands.unembeddings import LoadedUnembeddings
+from tlcapture.comparison.comparing import Comparison, VectorPair, compare_captures
+from tlcapture.comparison.comparison_files import ComparisonFile
+from tlcapture.errors import InputError, StorageError
+from tlcapture.runs.display import Display
+from tlcapture.runs.executors import Executor, LocalExecutor, Work
+from tlcapture.runs.report import RunReport
+from tlcapture.runs.run import Run
+from tlcapture.runs.run_lock import run_lock
+from tlcapture.storage.files import write_json
+from tlcapture.storage.layout import Layout
+from tlcapture.traits.choice import ChosenVector, VectorChoice, VectorChooser
+from tlcapture.traits.missing_vectors import no_vectors
+from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
+from tlcapture.traits.vectors import TraitVector
+from tlcapture.version import __version__
+
+SIDES = ("a", "b", "own")  # whose vectors both sides are projected onto
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What to compare.
+
+    Attributes:
+        choice: which traits and vectors.
+        vectors: whose vectors both captures are projected onto, `a` or `b`, or `own` for each onto its own; `None`:
+            those of `a` if it has any, otherwise those of `b`.
+        kl: whether to compare next-token distributions, for which the final norm and unembedding are loaded.
+        device: where these are computed.
+        skip_existing: keep comparisons that are no older than the captures and vectors they were made from.
+        overwrite: replace files that cannot be read, too.
+    """
+
+    choice: VectorChoice = VectorChoice()
+    vectors: str | None = None
+    kl: bool = True
+    device: str = "auto"
+    skip_existing: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class CompareTask:
+    """Comparisons of one set: the name of each, and of its captures of `a` and of `b`."""
+
+    sets: ComparedSets
+    pairs: Sequence[tuple[str, str, str]]
+
+    def split(self, most: int) -> list[CompareTask]:
+        """Parts of at most `most` comparisons."""
+        starts = range(0, len(self.pairs), most)
+        return [CompareTask(self.sets, self.pairs[start : start + most]) for start in starts]
+
+    def label(self) -> str:
+        """A name for messages."""
+        return f"{len(self.pairs)} prompts of {self.sets.a} and {self.sets.b}"
+
+    def inputs(self) -> list[Path]:
+        """The captures."""
+        a, b = self.sets.a, self.sets.b
+        found = [
+            (a.layout.residual(a.name or "", one), b.layout.residual(b.name or "", two)) for _, one, two in self.pairs
+        ]
+        return [path for pair in found for path in pair]
+
+
+def run_compare(
+    sets: Sequence[ComparedSets],
+    options: CompareOptions,
+    display: Display = Display(),
+    executor: Executor = LocalExecutor(),
+) -> RunReport:
+    """Compare captures, and write a file for each prompt or sample.
+
+    Raises:
+        InputError: vectors or captures are missing; nothing was written.
+    """
+    layout = sets[0].a.layout
+    sources = _vector_sources(sets[0], options)
+    run = Run.begin(layout, display)
+    tasks = [CompareTask(each, each.pairs()) for each in sets]
+    with ExitStack() as stack:
+        for each in sorted(sets, key=lambda found: str(found.a)):
+            stack.enter_context(run_lock(run, f"comparisons of {each.a.name}"))
+        executor.run(
+            Work(
+                partial(CompareWorker, options),
+                None,
+                tasks,
+                size=lambda task: len(task.pairs),
+                unit="prompt",
+                label=CompareTask.label,
+                split=CompareTask.split,
+                reads=[*sources, sets[0].b.layout],
+                inputs=CompareTask.inputs,
+                overwrite=options.overwrite,
+            ),
+            run,
+        )
+    return run.report
+
+
+def _vector_sources(sets: ComparedSets, options: CompareOptions) -> list[Layout]:
+    """The experiments that vectors are taken from, for `a` and for `b`; none where neither has vectors.
+
+    Raises `InputError` if those that are asked for have none.
+    """
+    a, b, choice = sets.a.layout, sets.b.layout, options.choice
+    if choice.experiment is not None:
+        if options.vectors is not None:
+            raise InputError("--vector-experiment names whose vectors are used: leave out --vectors")
+        sources = [Layout(a.root, choice.experiment)] * 2
+        sources[0].check_exists()
+    elif options.vectors == "own":
+        sources = [a, b]
+    elif options.vectors is not None:
+        sources = [a if options.vectors == "a" else b] * 2
+    else:
+        with_some = [each for each in (a, b) if each.traits()]
+        if not with_some and not choice.traits:
+            return []
+        sources = [(with_some or [a])[0]] * 2
+    for source in sources:
+        if not source.traits():
+            raise no_vectors(source)
+        traits_with_vectors(source, choice.traits)
+    return sources
+
+
+class CompareWorker:
+    """Compares captures one by one."""
+
+    def __init__(self, options: CompareOptions, run: Run, load: object):
+        self._options = options
+        self._run = run
+        self._unembeddings = LoadedUnembeddings(run, options.device)
+        self._choosers: dict[Layout, VectorChooser] = {}
+
+    def prepare(self) -> None:
+        """Load nothing: what is needed of a model is known when its captures have been read."""
+
+    def do(self, task: CompareTask) -> None:
+        """Compare the captures of a task; a failure of one pair does not stop the others."""
+        sources = _vector_sources(task.sets, self._options)
+        with self._run.progress(len(task.pairs), f"{task.sets.a}", "prompt") as progress:
+            for name, one, other in task.pairs:
+                with self._run.attempt(f"{task.sets.a.name}/{name}"):
+                    self._compare(task.sets, name, one, other, sources)
+                progress.advance(1)
+
+    def _compare(self, sets: ComparedSets, name: str, one: str, other: str, sources: Sequence[Layout]) -> None:
+        raws = [side.layout.residual(side.name or "", stem) for side, stem in ((sets.a, one), (sets.b, other))]
+        path, options = sets.path(name), self._options
+        existing = self._existing(path)
+        a, b = (Capture.open(raw) for raw in raws)
+        vectors = self._vectors(sources, a, b)
+        if (
+            options.skip_existing
+            and existing
+            and _is_current(self._run.layout.root, path, existing, raws, vectors, kl=options.kl)
+        ):
+            self._run.report.n_skipped += 1
+            return
+        unembeddings = self._unembeddings.of(a, b) if options.kl else None
+        found = compare_captures(a, b, vectors, unembeddings)
+        content = found.to_json(str(sets.a), str(sets.b), self._metadata(found))
+        self._run.wrote(write_json(path, content))
+        self._run.report.n_prompts += 1
+        if found.shared.n_tokens < max(len(a.tokens), len(b.tokens)):
+            self._run.warn(
+                f"{sets.a.name}: some responses differ: only the tokens that both begin with are compared; means of "
+                "responses are of each response as a whole"
+            )
+
+    def _existing(self, path: Path) -> ComparisonFile | None:
+        """The comparison that is there; raises `StorageError` if it cannot be read and is not to be overwritten."""
+        if not lexists(path):
+            return None
+        if not path.is_file():
+            raise StorageError(f"{path}: expected a file, found something else: move it")
+        try:
+            return ComparisonFile.read(path)
+        except StorageError as error:
+            if self._options.overwrite:
+                return None
+            raise StorageError(f"{error}: use --overwrite to replace it") from None
+
+    def _vectors(self, sources: Sequence[Layout], a: Capture, b: Capture) -> list[VectorPair]:
+        if not sources:
+            return []
+        first, second = self._chosen(sources[0], a), self._chosen(sources[1], b)
+        are_same = sources[0] == sources[1]
+        return [
+            VectorPair(vector, vector if are_same else second[trait])
+            for trait, vector in first.items()
+            if trait in second
+        ]
+
+    def _chosen(self, source: Layout, capture: Capture) -> dict[str, TraitVector]:
+        if source not in self._choosers:
+            choice = VectorChoice(
+                self._options.choice.layer, self._options.choice.method, None, self._options.choice.traits
+            )
+            self._choosers[source] = VectorChooser(source, choice, on_chosen=partial(report_choice, self._run))
+        chosen: Sequence[ChosenVector] = self._choosers[source].vectors(capture, "residual")
+        return {str(each.vector.trait): each.vector for each in chosen}
+
+    def _metadata(self, found: Comparison) -> dict[str, Any]:
+        sample = next((each.metadata["sample"] for each in (found.a, found.b) if "sample" in each.metadata), None)
+        return {
+            **({} if sample is None else {"sample": sample}),
+            "vectors": self._options.vectors or "one for both",
+            "models": {name: _model(each) for name, each in (("a", found.a), ("b", found.b))},
+            "comparison_date": now(),
+            "tlcapture_version": __version__,
+        }
+
+
+_OF_A_MODEL = ("inference_model", "adapter", "variant", "interventions", "model_fingerprint", "engine", "dtype")
+
+
+def _model(capture: Capture) -> dict[str, Any]:
+    """What made the activations of a capture."""
+    return {name: capture.metadata[name] for name in _OF_A_MODEL if capture.metadata.get(name) is not None}
+
+
+def _is_current(
+    root: Path, path: Path, existing: ComparisonFile, raws: Sequence[Path], vectors: Sequence[VectorPair], *, kl: bool
+) -> bool:
+    """Whether a comparison is of these vectors, holds what is asked for, and is no older than what it is made from."""
+    made_from = list(raws)
+    for pair in vectors:
+        found = existing.traits.get(str(pair.a.trait))
+        if found is None or (found.layer, found.method) != (pair.a.layer, pair.a.method):
+            return False
+        own = None if found.b is None else (found.b.layer, found.b.method)
+        if own != (None if pair.b is pair.a else (pair.b.layer, pair.b.method)):
+            return False
+        for vector in (pair.a, pair.b):
+            files = VectorFiles(Layout(root, vector.experiment), vector.trait)
+            made_from.append(files.file(vector.component, vector.method, vector.layer))
+    if kl and existing.kl is None:
+        return False
+    return path.stat().st_mtime_ns >= max(each.stat().st_mtime_ns for each in made_from if each.is_file())

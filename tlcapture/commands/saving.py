@@ -1,0 +1,121 @@
+"""Saving a capture that was made in Python into an experiment, with the files that `tlcapture capture` writes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+
+from tlcapture.captures.capture import Capture
+from tlcapture.commands.adhoc_prompts import numbered_on
+from tlcapture.commands.capture_outputs import Outputs, add_ons, lens_of, saved_capture, write_capture
+from tlcapture.commands.projections import ChanceLevels, project_capture, report_choice
+from tlcapture.generation.outcomes import Generation
+from tlcapture.models.loading import Model
+from tlcapture.prompts.prompt_sets import ADHOC, Prompt, PromptSet
+from tlcapture.runs.existing_files import check_replaceable
+from tlcapture.runs.run import Run
+from tlcapture.runs.run_lock import run_lock
+from tlcapture.storage.config import settle_model, update_config
+from tlcapture.storage.files import remove, write_bytes
+from tlcapture.storage.layout import Layout, derived_files
+from tlcapture.traits.choice import VectorChoice, VectorChooser
+from tlcapture.views.cache import Cache
+from tlcapture.views.hooks import hook
+from tlcapture.views.kept_tokens import kept_of
+from tlcapture.views.logit_lens import LogitLens
+
+
+@dataclass(frozen=True)
+class AddOns:
+    """What was captured beside the residual stream: which add-ons, their activations, and the logit lens."""
+
+    wanted: Outputs
+    cache: Cache
+    lens: LogitLens | None
+    save_dtype: str
+
+
+def add_ons_of(outcome: Generation, model: Model, wanted: Outputs, save_dtype: str) -> AddOns | None:
+    """The add-ons of a generation that are wanted, if any; its residual stream is not kept for them."""
+    if not (wanted.needs_pass or wanted.logit_lens):
+        return None
+    lens = None
+    if wanted.logit_lens:
+        n_prompt, n_tokens = len(outcome.prompt.token_ids), len(outcome.token_ids)
+        kept, whole = (kept_of(tokens, n_prompt, n_tokens) for tokens in (wanted.tokens, None))
+        lens = lens_of(model, outcome.token_ids, lambda layer: outcome.cache[hook("residual_out", layer)], kept, whole)
+    return AddOns(wanted, {name: outcome.cache[name] for name in wanted.pass_hooks(model)}, lens, save_dtype)
+
+
+def save_into(
+    layout: Layout,
+    capture: Capture,
+    model: Model,
+    more: AddOns | None,
+    *,
+    vectors: VectorChoice = VectorChoice(),
+    allow_model_change: bool = False,
+) -> Capture:
+    """Write the files of a capture: its raw residual, its projections where there are vectors, and its add-ons.
+
+    The experiment is made if it does not exist. A prompt of the set `adhoc` gets the id that the same text has there,
+    or the next one. Warns of doubtful vectors, and of traits whose vectors do not fit.
+
+    Returns the capture as it was saved.
+
+    Raises:
+        InputError: the experiment uses another model, and that change is not allowed.
+        StorageError: a file that would be replaced cannot be read, or a file cannot be written.
+    """
+    name = settle_model(layout, "inference_model", model.name, model.name, allow_change=allow_model_change)
+    run = Run.silent(layout)
+    with run_lock(run, f"captures of {capture.capture_set}"):
+        saved = _placed(layout, _free_id(layout, capture), capture)
+        update_config(layout, inference_model=name)
+        _write(run, saved, model, more, vectors)
+    for text in (*run.report.warnings, *map(str, run.report.failures)):
+        warnings.warn(text, stacklevel=3)
+    return saved
+
+
+def _placed(layout: Layout, prompt_id: int | str, capture: Capture) -> Capture:
+    metadata = {**capture.metadata, "inference_experiment": layout.experiment, "prompt_id": prompt_id}
+    return Capture(capture.prompt, capture.response, metadata, spans=capture.spans)
+
+
+def _free_id(layout: Layout, capture: Capture) -> int | str:
+    """The id that the capture gets: its own, or for `adhoc` that of its text, or the next number."""
+    if capture.prompt_set != ADHOC:
+        return capture.prompt_id
+    messages = capture.metadata.get("messages")
+    content = {"messages": list(messages)} if messages else {"text": capture.metadata.get("prompt_text")}
+    prompt = Prompt.model_validate({"id": capture.prompt_id, **content})
+    return numbered_on(layout, PromptSet(name=ADHOC, prompts=[prompt])).prompts[0].id
+
+
+def _write(run: Run, capture: Capture, model: Model, more: AddOns | None, choice: VectorChoice) -> None:
+    layout, where = run.layout, (capture.capture_set, capture.prompt_id)
+    saved_capture(layout.residual(*where), overwrite=False, advice="move it")
+    for path in derived_files(layout, *where):
+        check_replaceable(layout, path, advice="move it")
+    marker = layout.unfinished(*where)
+    write_bytes(marker, b"")
+    run.wrote(write_capture(layout, capture))
+    for component in _components(capture):
+        chooser = VectorChooser(layout, choice, on_chosen=partial(report_choice, run))
+        vectors = chooser.vectors(capture, component)
+        if vectors:
+            project_capture(run, capture, vectors, ChanceLevels(run))
+    if more is not None:
+        made = add_ons(
+            layout, capture, more.wanted, model, more.cache, None, save_dtype=more.save_dtype, lens=more.lens
+        )
+        for write in made:
+            run.wrote(write())
+    remove([marker])
+
+
+def _components(capture: Capture) -> Iterable[str]:
+    return ("residual",) if capture.prompt.residual.attn_out is None else ("residual", "attn_out")

@@ -1,0 +1,183 @@
+"""The comparison of two captures, as an object and as the content of its file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isnan
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tlcapture.captures.capture import Capture
+from tlcapture.comparison.differences import Unembed, cosine, divergence, norm_ratio, projected
+from tlcapture.comparison.shared_tokens import SharedTokens, shared_tokens
+from tlcapture.errors import InputError
+from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant
+from tlcapture.traits.vectors import TraitVector
+
+KL = "D(a || b): the expectation under a of log p_a - log p_b, in nats"
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class VectorPair:
+    """The vectors that `a` and `b` are projected onto, for one trait: the same one, or each model's own."""
+
+    a: TraitVector
+    b: TraitVector
+
+
+@dataclass(frozen=True)
+class Unembeddings:
+    """The final norm and unembedding of the models of `a` and `b`, and the size of their vocabulary."""
+
+    a: Unembed
+    b: Unembed
+    d_vocab: int
+
+
+@dataclass(frozen=True)
+class TraitChange:
+    """The difference of projections `[n_held]`, and the mean over the whole response of each side, if it is held."""
+
+    vectors: VectorPair
+    difference: Values
+    mean_a: float | None
+    mean_b: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How `b` differs from `a` at the tokens that both begin with and hold activations of.
+
+    Attributes:
+        cosine, norm_ratio: of `residual_out`, `[n_held, n_layers]`; NaN at layers that one of them does not hold.
+        kl: `D(a || b)` of the next-token distributions in nats, `[n_held]`, if the unembeddings were given.
+    """
+
+    a: Capture
+    b: Capture
+    shared: SharedTokens
+    traits: Sequence[TraitChange]
+    cosine: Values
+    norm_ratio: Values
+    kl: Values | None
+
+    def to_json(self, name_a: str, name_b: str, metadata: dict[str, Any]) -> dict[str, Any]:
+        """The content of a comparison file; tokens without activations are null."""
+        n_tokens = self.shared.n_tokens
+        content = {
+            "a": name_a,
+            "b": name_b,
+            "tokens": self.a.tokens[:n_tokens],
+            "n_prompt_tokens": self.shared.n_prompt,
+            "traits": {str(each.vectors.a.trait): self._trait(each) for each in self.traits},
+            "residual": {
+                "cosine": self._spread([_listed(row) for row in self.cosine]),
+                "norm_ratio": self._spread([_listed(row) for row in self.norm_ratio]),
+            },
+        }
+        if self.kl is not None:
+            content["kl"] = self._spread(_listed(self.kl))
+        rest = {"a": self.a.tokens[n_tokens:], "b": self.b.tokens[n_tokens:]}
+        if any(rest.values()):
+            content["continuations"] = rest
+        own = {"prompt_set": self.a.prompt_set, "prompt_id": self.a.prompt_id, "n_layers": self.a.n_layers}
+        kl = {} if self.kl is None else {"kl": KL}
+        return {**content, "metadata": {**own, **kl, **metadata}}
+
+    def _trait(self, change: TraitChange) -> dict[str, Any]:
+        a, b = change.vectors.a, change.vectors.b
+        other = {} if b is a else {"b": {"experiment": b.experiment, "method": b.method, "layer": b.layer}}
+        return {
+            "layer": a.layer,
+            "method": a.method,
+            "experiment": a.experiment,
+            "difference": self._spread(_listed(change.difference)),
+            "mean_a": _number(change.mean_a),
+            "mean_b": _number(change.mean_b),
+            **other,
+        }
+
+    def _spread(self, rows: Sequence[Any]) -> list[Any]:
+        found: list[Any] = [None] * self.shared.n_tokens
+        for index, row in zip(self.shared.held, rows, strict=True):
+            found[index] = row
+        return found
+
+
+def compare_captures(
+    a: Capture, b: Capture, vectors: Sequence[VectorPair] = (), unembeddings: Unembeddings | None = None
+) -> Comparison:
+    """Compare two captures at the tokens that both begin with.
+
+    Raises:
+        InputError: they share no token, are of models of other sizes or tokenizers, or lack what is asked for.
+        NumericalError: a divergence is not finite.
+    """
+    shared = shared_tokens(a, b)
+    cosines, ratios = _residuals(a, b, shared)
+    return Comparison(
+        a,
+        b,
+        shared,
+        [_trait_change(a, b, shared, pair) for pair in vectors],
+        cosines,
+        ratios,
+        None if unembeddings is None else _divergence(a, b, shared, unembeddings),
+    )
+
+
+def _residuals(a: Capture, b: Capture, shared: SharedTokens) -> tuple[Values, Values]:
+    cosines = np.full((len(shared.held), a.n_layers), np.nan)
+    ratios = cosines.copy()
+    if all("residual_out" in each.kept.points for each in (a, b)):
+        for layer in sorted({*a.kept.layers} & {*b.kept.layers}):
+            one, other = a.residual(layer)[shared.rows_a], b.residual(layer)[shared.rows_b]
+            cosines[:, layer], ratios[:, layer] = cosine(one, other).numpy(), norm_ratio(one, other).numpy()
+    return cosines, ratios
+
+
+def _trait_change(a: Capture, b: Capture, shared: SharedTokens, pair: VectorPair) -> TraitChange:
+    scores_a, scores_b = (
+        projected(each.residual(vector.layer), vector.vector) for each, vector in ((a, pair.a), (b, pair.b))
+    )
+    difference = (scores_b[shared.rows_b] - scores_a[shared.rows_a]).numpy()
+    return TraitChange(pair, difference, _response_mean(a, scores_a), _response_mean(b, scores_b))
+
+
+def _response_mean(capture: Capture, scores: Tensor) -> float | None:
+    """The mean over the response, or where there is none, over the prompt but its first token."""
+    n_prompt, n_tokens = len(capture.prompt.tokens), len(capture.tokens)
+    first = n_prompt if n_tokens > n_prompt else 1
+    held = capture.positions
+    if first >= n_tokens or not held.has_all(first, n_tokens):
+        return None
+    return float(scores[[row for row, index in enumerate(held.kept) if index >= first]].mean())
+
+
+def _divergence(a: Capture, b: Capture, shared: SharedTokens, unembeddings: Unembeddings) -> Values:
+    last = a.n_layers - 1
+    for each in (a, b):
+        if last not in each.kept.layers or "residual_out" not in each.kept.points:
+            raise InputError(
+                f"the next-token distributions need residual_out of layer {last}, but {each.kept.described()}: leave "
+                "them out with --no-kl"
+            )
+    one, other = a.residual(last)[shared.rows_a], b.residual(last)[shared.rows_b]
+    return divergence(one, other, unembeddings.a, unembeddings.b, unembeddings.d_vocab).numpy()
+
+
+def _listed(values: Values) -> list[float | None]:
+    """Rounded numbers, `None` in place of NaN."""
+    known = ~np.isnan(values)
+    rounded = round_significant(np.where(known, values, 0.0), PROJECTION_DIGITS).tolist()
+    return [number if is_known else None for number, is_known in zip(rounded, known, strict=True)]
+
+
+def _number(value: float | None) -> float | None:
+    return None if value is None or isnan(value) else float(round_significant([value], PROJECTION_DIGITS)[0])

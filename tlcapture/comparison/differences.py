@@ -1,0 +1,61 @@
+"""The differences between two captures, token by token: pure functions on activations and logits.
+
+All are of `b` against `a`: projections of `b` less those of `a`, the norm of `b` over that of `a`, and the divergence
+`D(a || b)` of the next-token distributions in nats, the expectation under `a` of `log p_a - log p_b`. They are computed
+in float64, so that equal activations give exactly 0, or a cosine and a ratio of exactly 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tlcapture.errors import NumericalError
+from tlcapture.shapes import Logits, Residual, Trajectory, Vector
+
+_AT_ONCE = 2**24  # logits in float64 that are in memory at once, 128 MiB
+
+Unembed = Callable[[Residual], Logits]
+
+
+def cosine(a: Residual, b: Residual) -> Tensor:
+    """The cosine of the angle between activations `[n_tokens, d_model]`; NaN where one is zero."""
+    one, other = a.double(), b.double()
+    lengths = (one.square().sum(-1) * other.square().sum(-1)).sqrt()
+    return (one * other).sum(-1) / torch.where(lengths > 0, lengths, torch.nan)
+
+
+def norm_ratio(a: Residual, b: Residual) -> Tensor:
+    """The length of `b` over that of `a`, by token; NaN where `a` is zero."""
+    one, other = (each.double().square().sum(-1).sqrt() for each in (a, b))
+    return other / torch.where(one > 0, one, torch.nan)
+
+
+def projected(activations: Residual, vector: Vector) -> Trajectory:
+    """The projections `h . v / ||v||` of activations `[n_tokens, d_model]`, in float64."""
+    unit = vector.double() / vector.double().norm()
+    return (activations.double() * unit).sum(-1)
+
+
+def divergence(a: Residual, b: Residual, unembed_a: Unembed, unembed_b: Unembed, d_vocab: int) -> Trajectory:
+    """`D(a || b)` by token, in nats, of the next-token distributions after residuals `[n_tokens, d_model]`.
+
+    Raises `NumericalError` where it is not finite.
+    """
+    n_rows = max(1, _AT_ONCE // d_vocab)
+    pieces = []
+    for start in range(0, len(a), n_rows):
+        rows = slice(start, start + n_rows)
+        pieces.append(_divergence(unembed_a(a[rows]), unembed_b(b[rows])))
+    found = torch.cat(pieces)
+    if not found.isfinite().all():
+        raise NumericalError("the divergence of the next-token distributions is not finite: leave it out with --no-kl")
+    return found
+
+
+def _divergence(a: Logits, b: Logits) -> Tensor:
+    log_a, log_b = (each.detach().cpu().double().log_softmax(-1) for each in (a, b))
+    surprise = torch.where(log_a == -torch.inf, 0.0, log_a - log_b)
+    return (log_a.exp() * surprise).sum(-1).clamp(min=0)

@@ -1,0 +1,141 @@
+"""Comparisons as tidy data frames: one row per prompt, token and trait, or per prompt, token and layer.
+
+| column | meaning |
+| --- | --- |
+| `prompt_set` | the set of `a`, with its variant |
+| `prompt_id` | as in the prompt set, a text or a number |
+| `sample` | which sample of the prompt; null where it has one response |
+| `token_idx` | index over prompt and response as one sequence |
+| `token` | its text |
+| `part` | `prompt` or `response` |
+| `trait` | `category/name` (`by="trait"`) |
+| `layer` | the layer of the trait's vector, or of the residual |
+| `difference` | the projection of `b` less that of `a` (`by="trait"`) |
+| `cosine`, `norm_ratio` | of `residual_out` at that layer: the angle, and the norm of `b` over that of `a` |
+| `kl` | `D(a || b)` of the next token's distribution, in nats |
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import nan
+from operator import index
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+from tlcapture.commands.compare import CompareOptions, run_compare
+from tlcapture.commands.compare_summary import read_comparisons, summary_of
+from tlcapture.commands.compared_sets import CaptureSet, ComparedSets, compared_sets
+from tlcapture.comparison.comparison_files import ComparisonFile
+from tlcapture.errors import InputError
+from tlcapture.names import Trait, base_id
+from tlcapture.traits.choice import VectorChoice
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+SHARED = ("prompt_set", "prompt_id", "sample", "token_idx", "token", "part")
+COLUMNS = {
+    "trait": (*SHARED, "trait", "layer", "difference", "cosine", "norm_ratio", "kl"),
+    "layer": (*SHARED, "layer", "cosine", "norm_ratio", "kl"),
+}
+_KINDS = {"token_idx": "int64", "layer": "int64", "sample": "Int64"}
+_NUMBERS = ("difference", "cosine", "norm_ratio", "kl")
+
+
+def compare(
+    a: CaptureSet,
+    b: CaptureSet,
+    *,
+    by: str = "trait",
+    traits: Iterable[str] | str | None = None,
+    layer: SupportsIndex | str = "auto",
+    method: str | None = None,
+    vectors: str | None = None,
+    vector_experiment: str | None = None,
+    kl: bool = True,
+    device: str = "auto",
+) -> DataFrame:
+    """Compare captures, keep the comparisons that are current, and return them as a data frame.
+
+    Its `attrs["summary"]` is a list of what each set's comparisons say together.
+
+    Raises:
+        InputError: there is nothing to compare, or an option is wrong.
+        TlcaptureError: no pair could be compared; where only some could not, it warns.
+    """
+    if by not in COLUMNS:
+        raise InputError(f"by={by!r}: expected 'trait' or 'layer'")
+    named = [traits] if isinstance(traits, str) else list(traits or ())
+    choice = VectorChoice(
+        layer if isinstance(layer, str) else index(layer),
+        method,
+        vector_experiment,
+        tuple(Trait.parse(name) for name in named),
+    )
+    sets = compared_sets(a, b)
+    report = run_compare(sets, CompareOptions(choice, vectors, kl=kl, device=device, skip_existing=True))
+    if report.failures and not report.n_files and not report.n_skipped:
+        raise InputError(str(report.failures[0]))
+    for text in (*report.warnings, *map(str, report.failures)):
+        warnings.warn(text, stacklevel=3)
+    found = {each: read_comparisons(each.a.layout, each.other, each.a.name or "") for each in sets}
+    frame = tidy_frame({each: files for each, (files, _) in found.items()}, by, [str(each) for each in choice.traits])
+    frame.attrs["summary"] = [summary_of(*each).to_json() for each in found.values() if each[0]]
+    return frame
+
+
+def tidy_frame(
+    found: Mapping[ComparedSets, Mapping[str, ComparisonFile]], by: str, traits: Sequence[str] = ()
+) -> DataFrame:
+    """A data frame with the columns `COLUMNS[by]`, sorted by set, prompt, trait or layer, and token."""
+    import pandas
+
+    rows = [
+        row
+        for sets, files in found.items()
+        for name, file in files.items()
+        for row in _rows(sets.a.name or "", name, file, by, traits)
+    ]
+    columns = COLUMNS[by]
+    frame = pandas.DataFrame([[row[name] for name in columns] for row in rows], columns=list(columns))
+    kinds = {name: kind for name, kind in _KINDS.items() if name in columns}
+    return frame.astype({**kinds, **{name: "float64" for name in _NUMBERS if name in columns}})
+
+
+def _rows(prompt_set: str, name: str, file: ComparisonFile, by: str, traits: Sequence[str]) -> Iterator[dict[str, Any]]:
+    if by == "layer":
+        for layer in range(file.metadata.n_layers):
+            for token in range(len(file.tokens)):
+                yield {**_of_token(prompt_set, name, file, token), **_of_layer(file, token, layer)}
+        return
+    for trait, each in file.traits.items():
+        if traits and trait not in traits:
+            continue
+        for token in range(len(file.tokens)):
+            difference = each.difference[token]
+            own = {"trait": trait, "difference": nan if difference is None else difference}
+            yield {**_of_token(prompt_set, name, file, token), **own, **_of_layer(file, token, each.layer)}
+
+
+def _of_token(prompt_set: str, name: str, file: ComparisonFile, token: int) -> dict[str, Any]:
+    kl = None if file.kl is None else file.kl[token]
+    sample = file.metadata.sample
+    prompt_id = file.metadata.prompt_id
+    return {
+        "prompt_set": prompt_set,
+        "prompt_id": prompt_id if sample is None or isinstance(prompt_id, int) else base_id(str(prompt_id)),
+        "sample": sample,
+        "token_idx": token,
+        "token": file.tokens[token],
+        "part": "prompt" if token < file.n_prompt_tokens else "response",
+        "kl": nan if kl is None else kl,
+    }
+
+
+def _of_layer(file: ComparisonFile, token: int, layer: int) -> dict[str, Any]:
+    found: dict[str, Any] = {"layer": layer}
+    for name in ("cosine", "norm_ratio"):
+        row = getattr(file.residual, name)[token]
+        found[name] = nan if row is None or row[layer] is None else row[layer]
+    return found

@@ -1,0 +1,29 @@
+"""Where experiments are, in Python. Loads no torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+from tlcapture.errors import InputError
+from tlcapture.storage.layout import Layout
+
+
+def default_root() -> Path:
+    """`TLCAPTURE_ROOT`, or the current folder."""
+    return Path(os.environ.get("TLCAPTURE_ROOT") or ".")
+
+
+def layout_of(target: Any) -> Layout:
+    """The layout of an experiment, given itself, its name or its folder; raises `InputError` for anything else."""
+    if isinstance(getattr(target, "layout", None), Layout):
+        return cast(Layout, target.layout)
+    if not isinstance(target, str | Path):
+        raise InputError(f"expected an Experiment, its name or its folder, got {type(target).__name__}")
+    path = Path(target)
+    if isinstance(target, str) and len(path.parts) == 1:
+        return Layout(default_root(), target)
+    if path.parent.name != "experiments":
+        raise InputError(f"{path}: not the folder of an experiment: expected .../experiments/NAME, or its name")
+    return Layout(path.parent.parent, path.name)

@@ -1,0 +1,52 @@
+"""The typical norm of `residual_out` at a layer: the median over tokens. It is the unit in which a model is steered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tlcapture.generation.loop import generate
+from tlcapture.generation.outcomes import Failure
+from tlcapture.models.loading import Model
+from tlcapture.prompts.tokenization import TokenizedPrompt
+from tlcapture.shapes import Residual
+from tlcapture.views.hooks import hook
+
+NORMS_MEASURED = (
+    "the vectors have no typical norm of this model's residual stream, which 'tlcapture extract' stores: its median "
+    "over the prompts' tokens is the unit of the coefficients (metadata: typical_norms)"
+)
+
+
+class TypicalNorms:
+    """Collects the norms of tokens, layer by layer."""
+
+    def __init__(self) -> None:
+        self._norms: dict[int, list[Tensor]] = {}
+
+    def add(self, layer: int, residual: Residual) -> None:
+        """Add tokens, `[..., d_model]`."""
+        self._norms.setdefault(layer, []).append(residual.float().norm(dim=-1).flatten().cpu())
+
+    def medians(self) -> dict[int, float]:
+        """The median of each layer; of two in the middle their mean."""
+        return {layer: _median(torch.cat(norms)) for layer, norms in sorted(self._norms.items())}
+
+
+def norms_over_prompts(
+    model: Model, prompts: Sequence[TokenizedPrompt], layers: Sequence[int], batch_size: int | None = None
+) -> Mapping[int, float]:
+    """The typical norms over all tokens of prompts, by layer; prompts that the model cannot run are left out."""
+    found, hooks = TypicalNorms(), {layer: hook("residual_out", layer) for layer in layers}
+    for outcome in generate(model, prompts, hooks=list(hooks.values()), max_new_tokens=0, batch_size=batch_size):
+        if not isinstance(outcome, Failure):
+            for layer, name in hooks.items():
+                found.add(layer, outcome.cache[name])
+    return found.medians()
+
+
+def _median(values: Tensor) -> float:
+    ordered, middle = values.double().sort().values, len(values) // 2
+    return float(ordered[[middle - 1, middle]].mean() if len(values) % 2 == 0 else ordered[middle])
