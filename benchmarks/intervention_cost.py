@@ -2,8 +2,8 @@
 
     python benchmarks/intervention_cost.py --rounds 5
 
-Rounds alternate; the ratios are those of the medians of processor time, which other processes disturb less. The coefficient is 0 and the cap out of reach, so that all runs
-write the same tokens.
+Rounds alternate; the ratios are those of the medians of processor time, which other processes disturb less. The
+coefficient is 0 and the cap out of reach, so that all runs write the same tokens.
 """
 
 from __future__ import annotations
