@@ -59,7 +59,7 @@ def _commitments(values: Values, start: int) -> list[dict[str, Any]]:
     ]
 
 
-def _rounded(values: Values, digits: int = PROJECTION_DIGITS) -> list[float | None]:
+def _rounded(values: NDArray[np.floating[Any]], digits: int = PROJECTION_DIGITS) -> list[float | None]:
     """Rounded for JSON, with null in place of NaN."""
     is_missing = np.isnan(values)
     rounded = round_significant(np.where(is_missing, 0.0, values), digits).tolist()

@@ -30,8 +30,8 @@ class _FastNorm(_Fast):
         native = self.original_component
         points = (self.hook_scale, self.hook_normalized)
         if native is None or isinstance(native, nn.Identity) or any(map(_is_hooked, points)):
-            return super()._hf_autograd_forward_with_hooks(x)  # type: ignore[misc, no-any-return]
-        return native(x).to(x.dtype)  # type: ignore[no-any-return]
+            return super()._hf_autograd_forward_with_hooks(x)  # type: ignore[misc]
+        return native(x).to(x.dtype)
 
 
 class _FastBlock(_Fast):
@@ -54,7 +54,7 @@ def make_components_fast(bridge: Any) -> None:
 
 
 @cache
-def _faster(component: type, kind: type) -> type:
+def _faster(component: Any, kind: Any) -> Any:
     return type(component.__name__, (kind, component), {"__module__": component.__module__})
 
 
