@@ -258,11 +258,12 @@ def test_every_command_gives_the_same_on_a_cluster_as_locally(ray_address: str, 
     assert first.code == 0, first.stderr
     here = Path(shutil.copytree(busy, tmp_path / "here"))
     bad, others = "inference/tone/loud/residual_stream/busy/2.json", "inference/tone/loud/residual_stream/busy/1.json"
+    steer = ("--steer", "tone/loud:+0.5@1")
     commands: list[tuple[object, ...]] = [
         ("extract", "--traits", "tone/loud,tone/warm", "--methods", "mean_diff", "--component", "residual"),
         ("evaluate", "--component", "residual", "--methods", "mean_diff"),
         ("steer", "--layers", "1", "--coefficients", "0.2", "--methods", "mean_diff"),
-        ("capture", "--prompt-set", "busy", "--limit", "3", "--max-new-tokens", "4", "--steer", "tone/loud:+0.5@1"),
+        ("capture", "--prompt-set", "busy", "--limit", "3", "--max-new-tokens", "4", "--batch-size", "2", *steer),
         ("project", "--prompt-set", "busy"),
     ]
     for name, *words in commands:
