@@ -2,8 +2,8 @@
 
     python benchmarks/intervention_cost.py --rounds 5
 
-Rounds alternate; the ratios are those of the medians. The coefficient is 0 and the cap out of reach, so that all runs
-write the same tokens.
+Rounds alternate; the ratios are those of the medians of processor time, which other processes disturb less. The
+coefficient is 0 and the cap out of reach, so that all runs write the same tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ N_NEW = 50
 
 
 def main() -> None:
-    """Print the median seconds of each, and its ratio to those of the unchanged model."""
+    """Print the median seconds of processor time of each, and its ratio to those of the unchanged model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
@@ -46,9 +46,9 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(chosen.rounds):
         for name, changes in cases.items():
-            start = time.perf_counter()
+            start = time.process_time()
             _run(model, tokenized, changes)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.process_time() - start)
     base = median(seconds["unchanged"])
     for name, found in seconds.items():
         print(f"{name:34} {median(found):.3f} s: ratio {median(found) / base:.4f} ({chosen.rounds} rounds)")

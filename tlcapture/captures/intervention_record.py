@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -37,7 +38,7 @@ class InterventionRecord(FileContent):
             lacking = [name for name in names if getattr(self, name) is None] + ([] if self.layers else ["layers"])
         if lacking:
             raise ValueError(f"the intervention {self.kind!r} lacks {', '.join(lacking)}")
-        by_layer = [self.vector_digests, *([] if self.trait is None else [self.methods])]
+        by_layer: list[Sequence[object]] = [self.vector_digests, *([] if self.trait is None else [self.methods])]
         by_layer += [] if self.typical_norms is None else [self.typical_norms]
         if self.kind != "hook" and any(len(each) != len(self.layers) for each in by_layer):
             raise ValueError(f"the intervention {self.kind!r} does not have a vector for each of its layers")

@@ -10,10 +10,10 @@ one layer change the activation one after the other, in the order in which they 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class RowMask:
 
 # Positions of a pass: a slice of them, some rows of a step of one token, or a mask `[batch, pos]` of the last ones. The
 # rows of a pass in several micro-batches are one after the other in the mask.
-Positions = slice | RowMask | Tensor
+Positions: TypeAlias = slice | RowMask | Tensor
 HookFunction = Callable[..., Any]  # of TransformerLens: activation and hook point -> activation, or None
 
 
@@ -165,9 +165,14 @@ def acting(
     if not changes and not hooks:
         yield
         return
-    key = tuple((each, (at.start, at.stop) if isinstance(at, slice) else at) for each, at in interventions)
+    key = tuple((each, _key(at)) for each, at in interventions)
     with model.tl.hooks(fwd_hooks=[*hooks, *changes] if hooks else RecordableHooks(changes, key)):
         yield
+
+
+def _key(positions: Positions) -> Hashable:
+    """What is equal for the same positions; Python hashes no slices before 3.12."""
+    return (positions.start, positions.stop) if isinstance(positions, slice) else positions
 
 
 def _hook_function(intervention: Intervention, positions: Positions) -> HookFunction:
