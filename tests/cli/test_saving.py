@@ -94,7 +94,7 @@ def test_texts_become_the_next_prompts_of_adhoc_and_keep_their_ids(data: Path, m
     again = next(package.capture(model, "two", max_new_tokens=3)).save("exp")
     assert again.prompt_id == "2"
     assert len(again.response.tokens) <= 3
-    assert list(Experiment("exp", data).captures["adhoc"]) == ["1", "2"]
+    assert [each.prompt_id for each in Experiment("exp", data).captures["adhoc"].values()] == ["1", "2"]
 
 
 def test_an_experiment_is_made_and_records_its_model(root: Path, model: Any, tiny_folder: Path) -> None:
@@ -145,7 +145,7 @@ def test_add_ons_are_those_that_were_captured(model: Any, monkeypatch: pytest.Mo
         torch.testing.assert_close(
             torch.tensor(full.attention(layer).patterns), torch.tensor(expected[layer]), rtol=1e-4, atol=1e-6
         )
-        torch.testing.assert_close(dict(full.internals(layer)), dict(computed[layer]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(dict(full.internals(layer)), dict(computed[layer]), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(
         *(torch.tensor(each.top_probs) for each in (full.logit_lens(), lens)), rtol=2e-3, atol=1e-4
     )

@@ -76,8 +76,8 @@ def compare(console: Console, settings: _Settings, vectors: VectorOptions, clust
     from tlcapture.commands.compare import CompareOptions, run_compare
     from tlcapture.commands.compared_sets import CaptureSet, compared_sets
 
-    sides = [CaptureSet.parse(settings.root, text) for text in (settings.a, settings.b)]
-    sets = compared_sets(*sides, settings.prompt_set or ())
+    a, b = (CaptureSet.parse(settings.root, text) for text in (settings.a, settings.b))
+    sets = compared_sets(a, b, settings.prompt_set or ())
     options = CompareOptions(
         vectors.choice("auto", settings.traits),
         vectors=settings.vectors_of,

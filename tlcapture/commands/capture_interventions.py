@@ -106,13 +106,13 @@ def check_same_interventions(layout: Layout, capture_set: str, options: CaptureO
                 f"{capture_set} holds captures under other interventions ({held}): choose another --variant, or "
                 f"{OVERWRITE}"
             )
-        for what, held, wanted in (
+        for what, present, wanted in (
             ("adapter", metadata.get("adapter"), options.adapter),
             ("responses from", _source(metadata), None if options.responses_from is None else "other captures"),
         ):
-            if (held is None) != (wanted is None) or (what == "adapter" and held != wanted):
+            if (present is None) != (wanted is None) or (what == "adapter" and present != wanted):
                 raise InputError(
-                    f"{capture_set} holds captures with {what} {held or 'none'}: choose another --variant, or "
+                    f"{capture_set} holds captures with {what} {present or 'none'}: choose another --variant, or "
                     f"{OVERWRITE}"
                 )
 

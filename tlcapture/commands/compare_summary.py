@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import nan
 from typing import Any
 
@@ -119,9 +120,7 @@ def summary_of(files: Mapping[str, ComparisonFile], problems: Sequence[str] = ()
     for name, each in files.items():
         groups.setdefault(name if each.metadata.sample is None else base_id(name), []).append(each)
     traits = sorted({trait for each in files.values() for trait in each.traits})
-    changes = np.array(
-        [[_mean(group, lambda each, t=trait: _change(each, t)) for trait in traits] for group in groups.values()]
-    )
+    changes = np.array([[_mean(group, partial(_change, trait=trait)) for trait in traits] for group in groups.values()])
     kl = [_mean(group, lambda each: _over_response(each, each.kl)) for group in groups.values()]
     by = "kl" if any(each.kl is not None for each in files.values()) else "cosine"
     return ComparisonSummary(

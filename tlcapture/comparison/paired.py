@@ -106,7 +106,7 @@ def _signs(n: int) -> Iterator[Values]:
     """Signs `[n_flips, n]`: all of them, or the given ones and random others."""
     if n <= _MOST_PAIRS_FOR_ALL:
         numbers = np.arange(2**n)
-        yield 1.0 - 2.0 * ((numbers[:, None] >> np.arange(n)) & 1)
+        yield np.float64(1.0) - 2.0 * ((numbers[:, None] >> np.arange(n)) & 1).astype(np.float64)
         return
     yield np.ones((1, n))
     generator = np.random.default_rng(0)
