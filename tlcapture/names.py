@@ -22,6 +22,7 @@ from tlcapture.errors import InputError
 MOST_FOLDERS = 8  # parts of the name of a prompt set
 _LONGEST = 128
 _LARGEST = 2**53 - 1
+COMPACT = ".safetensors"  # the ending of analysis files in the compact form
 _SAFE = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{_LONGEST - 1}}}")
 
 PromptId = int | str  # an id has in every file the type that it has in its prompt set

@@ -16,8 +16,8 @@ from tlcapture.captures.provenance import is_same_computation, model_record, poi
 from tlcapture.errors import InputError, StorageError
 from tlcapture.models.loading import Model
 from tlcapture.names import PromptId
-from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.saved_projections import all_saved
 from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.kept_tokens import KeptTokens, Positions, kept_of, stated_positions
 
@@ -79,12 +79,13 @@ class CaptureRecord:
     def find(cls, layout: Layout, prompt_set: str, prompt_id: PromptId) -> CaptureRecord | None:
         """The capture that a prompt's projections were made from.
 
-        `None` for projections that do not record it, are of different runs, or are damaged.
+        `None` for projections that do not record it, are of different runs, or are damaged. Raises `StorageError` for a
+        damaged shard of several prompts.
         """
         found: list[CaptureRecord] = []
-        for path in layout.all_projections(prompt_set, prompt_id):
+        for saved in all_saved(layout, prompt_set, str(prompt_id)):
             try:
-                content = read_json(path)
+                content = saved.labels()
                 n_prompt = len(content["prompt"]["tokens"])
                 tokens = content["prompt"]["tokens"] + content["response"]["tokens"]
                 positions = stated_positions(content["metadata"], n_prompt, len(tokens))

@@ -231,7 +231,7 @@ class TaskPlanner:
         if not options.replay and not self._is_whole_and_of(saved, prompt_set, prompt):
             return wanted
         lacking = wanted.missing(layout, prompt_set.name, prompt.id, overwrite=options.overwrite)
-        if lacking.logit_lens and not (saved.kept.has_all_outputs or options.replay):
+        if lacking.logit_lens and not (saved.kept.has_outputs(lacking.parts.lens_layers) or options.replay):
             return wanted  # the logit lens needs layers that were not kept
         if not lacking.residual and not options.replay:
             self._note_sampling(saved)

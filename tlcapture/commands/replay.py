@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.capture_outputs import Outputs
 from tlcapture.commands.kept_positions import wanted_positions
 from tlcapture.errors import InputError
 from tlcapture.generation.loop import generate
-from tlcapture.generation.outcomes import Outcome
+from tlcapture.generation.outcomes import Failure, Outcome
+from tlcapture.generation.pattern_spools import Spooling
+from tlcapture.generation.recording import Together
 from tlcapture.models.loading import Model
+from tlcapture.models.memory import batch_bytes, free_memory
 from tlcapture.names import PromptId
 from tlcapture.prompts.tokenization import TokenizedPrompt
+from tlcapture.text import as_ranges
+from tlcapture.views.hooks import is_pattern
 
 
 def check_replayable(capture: Capture, wanted: Outputs, model: Model) -> None:
@@ -23,9 +29,10 @@ def check_replayable(capture: Capture, wanted: Outputs, model: Model) -> None:
             f"captured from {capture.metadata.get('inference_model')!r} (fingerprint {fingerprint}), not from "
             f"{model.name!r} ({model.fingerprint}): replay it with the same model"
         )
-    if wanted.logit_lens and not capture.kept.has_all_outputs:
+    if wanted.logit_lens and not capture.kept.has_outputs(wanted.parts.lens_layers):
+        which = f"layers {as_ranges(wanted.parts.lens_layers)}" if wanted.parts.lens_layers else "every layer"
         raise InputError(
-            f"the logit lens needs residual_out of every layer, but {capture.kept.described()}: "
+            f"the logit lens needs residual_out of {which}, but {capture.kept.described()}: "
             "capture it again with --logit-lens"
         )
     if wanted.logit_lens and not capture.positions.includes(wanted_positions(wanted.tokens, capture, fresh=False)):
@@ -42,12 +49,59 @@ def as_prompt(capture: Capture, prompt_id: PromptId) -> TokenizedPrompt:
     return TokenizedPrompt(capture.prompt_set, prompt_id, text, text, ids, None, chat_template=False)
 
 
+def one_layer_at_a_time(hooks: Sequence[str]) -> list[Sequence[str]]:
+    """The hooks of as many passes as there are patterns, each of one pattern; the first has all other hooks too."""
+    others, patterns = ([name for name in hooks if is_pattern(name) == of] for of in (False, True))
+    return [[*others, *patterns[:1]], *([name] for name in patterns[1:])]
+
+
+def _passes(model: Model, hooks: Sequence[str], n_tokens: int, spooling: Spooling) -> list[Sequence[str]]:
+    """The hooks of each pass over a sequence: all of them together if they fit in half of what is free."""
+    free = free_memory(model.device)
+
+    def fits(names: Sequence[str]) -> bool:
+        return 2 * batch_bytes(model, n_tokens, names, spooled_above=spooling.above).on_device(1) <= free
+
+    groups: list[Sequence[str]] = []
+    for names in [hooks] if fits(hooks) else one_layer_at_a_time(hooks):
+        if groups and fits([*groups[-1], *names]):
+            groups[-1] = [*groups[-1], *names]
+        else:
+            groups.append(names)
+    return groups
+
+
+def _read_in_passes(
+    model: Model, prompt: TokenizedPrompt, groups: Sequence[Sequence[str]], spooling: Spooling
+) -> Outcome:
+    found = []
+    for hooks in groups:
+        (outcome,) = generate(model, [prompt], hooks=hooks, max_new_tokens=0, batch_size=1, spooling=spooling)
+        if isinstance(outcome, Failure):
+            return outcome
+        found.append(outcome)
+    return replace(found[0], cache=Together([outcome.cache for outcome in found]))
+
+
 def replayed(
-    model: Model, sequences: Mapping[tuple[str, ...], Sequence[TokenizedPrompt]], batch_size: int | None
+    model: Model,
+    sequences: Mapping[tuple[str, ...], Sequence[TokenizedPrompt]],
+    batch_size: int | None,
+    spooling: Spooling | None = None,
 ) -> Iterator[Outcome]:
     """Run sequences, given by the activations that are wanted of each, in batches of similar length.
 
-    The cache of each outcome holds these activations at every token; `batch_size` is as in `generate`.
+    The cache of each outcome holds these activations at every token; `batch_size` and `spooling` are as in `generate`.
+    A sequence whose patterns do not fit in memory while it is read is read several times, some layers each time.
     """
     for hooks, prompts in sequences.items():
-        yield from generate(model, prompts, hooks=hooks, max_new_tokens=0, batch_size=batch_size)
+        if spooling is not None and any(map(is_pattern, hooks)):
+            together = []
+            for prompt in prompts:
+                groups = _passes(model, hooks, len(prompt.token_ids), spooling)
+                if len(groups) == 1:
+                    together.append(prompt)
+                else:
+                    yield _read_in_passes(model, prompt, groups, spooling)
+            prompts = together
+        yield from generate(model, prompts, hooks=hooks, max_new_tokens=0, batch_size=batch_size, spooling=spooling)

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError
 from tlcapture.names import Trait
-from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
 from tlcapture.text import as_ranges
 from tlcapture.traits.token_scores import TokenScores
@@ -187,12 +186,13 @@ class ExplorableCapture(ABC):
 
     @cached_property
     def _logit_lens(self) -> LogitLensTable:
-        from tlcapture.explore.logit_lens_table import LogitLensTable, table_of_file
+        from tlcapture.explore.logit_lens_table import LogitLensTable, table_of
+        from tlcapture.views.saved_lens import read_lens
 
-        saved = self._read_add_on("logit_lens")
-        if saved is not None:
-            path, content = saved
-            return table_of_file(content, path, self._captured.prompt_set, self._captured.prompt_id)
+        path = self._add_on("logit_lens")
+        saved = None if path is None else read_lens(path)
+        if saved is not None and saved.head.tokens == self._captured.tokens:  # otherwise of another capture
+            return table_of(saved, self._captured.prompt_set, self._captured.prompt_id)
         from tlcapture.prompts.tokenization import token_texts
         from tlcapture.views.logit_lens import logit_lens_view
 
@@ -218,14 +218,16 @@ class ExplorableCapture(ABC):
         )
 
     def _saved_heads(self, layer: int) -> AttentionHeads | None:
-        from tlcapture.explore.attention_heads import AttentionHeads, heads_of_file
+        from tlcapture.explore.attention_heads import AttentionHeads
+        from tlcapture.views.saved_attention import read_attention
 
-        saved = self._read_add_on("attention")
-        if saved is None:
+        path = self._add_on("attention")
+        saved = None if path is None else read_attention(path)
+        if saved is None or saved.head.tokens != self._captured.tokens:  # of another capture
             return None
-        path, content = saved
-        patterns = heads_of_file(content, path, layer)
-        return AttentionHeads(**self._labels(), layer=layer, patterns=patterns, source=path.name)
+        if layer not in saved.head.kept_layers:  # a forward pass has it
+            return None
+        return AttentionHeads(**self._labels(), layer=layer, patterns=saved.heads(layer), source=saved.path.name)
 
     def _computed_heads(self, layer: int) -> AttentionHeads:
         from tlcapture.explore.attention_heads import AttentionHeads
@@ -254,14 +256,6 @@ class ExplorableCapture(ABC):
             "tokens": capture.tokens,
             "n_prompt_tokens": len(capture.prompt.tokens),
         }
-
-    def _read_add_on(self, kind: str) -> tuple[Path, Any] | None:
-        """The file of a view and its content; `None` if it holds other tokens and so belongs to another capture."""
-        path = self._add_on(kind)
-        if path is None:
-            return None
-        content = read_json(path)
-        return (path, content) if isinstance(content, dict) and content.get("tokens") == self._captured.tokens else None
 
     # -- projections ------------------------------------------------------------------------------
 

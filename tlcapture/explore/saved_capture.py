@@ -79,7 +79,8 @@ class SavedCapture(ExplorableCapture):
     def _add_on(self, kind: str) -> Path | None:
         layout = self.experiment.layout
         path_of = layout.attention if kind == "attention" else layout.logit_lens
-        path, raw = path_of(self.prompt_set, self._name), layout.residual(self.prompt_set, self._name)
+        path = layout.saved(path_of(self.prompt_set, self._name))
+        raw = layout.residual(self.prompt_set, self._name)
         # A file older than the capture belongs to an earlier run of the prompt.
         is_current = path.is_file() and path.stat().st_mtime_ns >= raw.stat().st_mtime_ns
         return path if is_current else None

@@ -21,6 +21,7 @@ from tlcapture.generation.batch import Batch, Settings
 from tlcapture.generation.interventions import Intervention
 from tlcapture.generation.outcomes import Failure, Outcome
 from tlcapture.generation.padding import left_pad
+from tlcapture.generation.pattern_spools import Spooling
 from tlcapture.generation.recording import check_hooks
 from tlcapture.generation.sampling import Sampling
 from tlcapture.logger import get_logger
@@ -44,6 +45,7 @@ def generate(
     batch_size: int | None = None,
     wanted: Collection[PromptId] | None = None,
     on_tokens: Callable[[int], None] = lambda count: None,
+    spooling: Spooling | None = None,
 ) -> Iterator[Outcome]:
     """Run prompts and yield an outcome for each, in the order in which they finish.
 
@@ -57,6 +59,7 @@ def generate(
             which it would run if all were wanted, so its outcome is bit-identical; batches without any do not run.
         on_tokens: called with the number of new tokens of wanted prompts after every step, and with a negative
             number for the tokens of a prompt that runs again, or fails, because memory ran out while it was alone.
+        spooling: where attention patterns are kept that are too large for memory; `None` keeps all in memory.
 
     Raises:
         InputError: the activations of a hook are not stored token by token.
@@ -76,9 +79,12 @@ def generate(
     longest = max((len(prompt.token_ids) for prompt in fitting), default=0)
     if batch_size is None:
         model.release()
-    size = batch_size or fitting_batch_size(model, longest + max_new_tokens, len(fitting), hooks, longest)
+    above = None if spooling is None else spooling.above
+    size = batch_size or fitting_batch_size(
+        model, longest + max_new_tokens, len(fitting), hooks, longest, spooled_above=above
+    )
     queue = _Queue(fitting, size)
-    settings = Settings(hooks, max_new_tokens, sampling, interventions)
+    settings = Settings(hooks, max_new_tokens, sampling, interventions, spooling)
     paused: list[_InFlight] = []  # the next one last
     while paused or queue:
         in_flight = paused.pop() if paused else _InFlight.of(model, queue.next_batch(), settings, ids)

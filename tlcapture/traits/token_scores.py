@@ -136,9 +136,13 @@ class TokenScores:
 
         Labels that the file lacks are taken from its path.
         """
-        content = ProjectionFile.read(path)
+        return cls.of(ProjectionFile.read(path), path, path)
+
+    @classmethod
+    def of(cls, content: ProjectionFile, path: Path, place_of: Path) -> TokenScores:
+        """Those of a projection in the file `path`, whose JSON file would be at `place_of`; raises as `read` does."""
         metadata, dynamics = content.metadata, content.dynamics
-        source, place = metadata.vector_source, place_of_projection(path)
+        source, place = metadata.vector_source, place_of_projection(place_of)
         labels: dict[str, Any] = {
             "prompt_set": metadata.prompt_set or (place and place.prompt_set),
             "prompt_id": place.prompt_id if metadata.prompt_id is None and place else metadata.prompt_id,
