@@ -97,7 +97,7 @@ def test_page_and_python_read_both_forms(capture: Run, data: Path, words: tuple[
                 table.actual_rank.tolist(),
                 table.actual_prob.tolist(),
             ),
-            "numbers": list(table.numbers),
+            "numbers": list(table.layer_numbers),
         }
         weights = [
             contents.attention_token(*where, str(n))["by_layer"] for n in contents.tokens_of("attention", *where)

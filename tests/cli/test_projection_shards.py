@@ -134,12 +134,16 @@ def test_dynamics_only_and_project_work_on_shards(
     extract: Run, capture: Run, tlcapture: Run, data: Path, shards: Path, json_files: Any
 ) -> None:
     extract()
-    capture(*GREEDY, "--format", "compact")
-    before = saved(data)
-    common = ("project", "--experiment", "exp", "--prompt-set", "short")
-    assert tlcapture(*common, "--dynamics-only").exit_code == 0
-    assert saved(data) == before
+    common, after = ("project", "--experiment", "exp", "--prompt-set", "short"), []
+    for form in ("json", "compact"):
+        capture(*GREEDY, "--format", form)
+        before = saved(data)
+        assert tlcapture(*common, "--dynamics-only").exit_code == 0
+        after.append(saved(data))
+    assert after[0] == after[1]
     assert not json_files()
+    assert [path.name for path in (shards / "+").iterdir()] == ["2.safetensors"], "what replaces a shard removes it"
+    assert tlcapture(*common, "--format", "compact").exit_code == 0
     assert tlcapture(*common, "--traits", "tone/loud", "--format", "json").exit_code == 0
     assert len(json_files()) == 3
     assert saved(data) == before
@@ -175,7 +179,7 @@ def test_a_damaged_shard_is_named_and_kept_unless_told(
     capture(*GREEDY, "--format", "compact")
     path, common = shards / "+" / "1.safetensors", ("project", "--experiment", "exp", "--prompt-set", "short")
     before, whole = saved(data), path.read_bytes()
-    for damaged in (whole[:-4], whole[:100], b"", whole.replace(b'"rows":[0,', b'"rows":[9,')):
+    for damaged in (whole[:-4], whole[:100], b"", whole.replace(b'\\"rows\\":[0,', b'\\"rows\\":[9,')):
         path.write_bytes(damaged)
         for words in ((), ("--format", "compact"), ("--dynamics-only",), ("--skip-existing",)):
             refused = tlcapture(*common, *words)

@@ -79,11 +79,14 @@ class CaptureRecord:
     def find(cls, layout: Layout, prompt_set: str, prompt_id: PromptId) -> CaptureRecord | None:
         """The capture that a prompt's projections were made from.
 
-        `None` for projections that do not record it, are of different runs, or are damaged. Raises `StorageError` for a
-        damaged shard of several prompts.
+        `None` for projections that do not record it, are of different runs, or are damaged.
         """
         found: list[CaptureRecord] = []
-        for saved in all_saved(layout, prompt_set, str(prompt_id)):
+        try:
+            every = all_saved(layout, prompt_set, str(prompt_id))
+        except StorageError:  # of a shard
+            return None
+        for saved in every:
             try:
                 content = saved.labels()
                 n_prompt = len(content["prompt"]["tokens"])

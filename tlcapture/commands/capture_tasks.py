@@ -30,6 +30,7 @@ from tlcapture.runs.existing_files import OVERWRITE, check_replaceable
 from tlcapture.storage.config import ExperimentConfig
 from tlcapture.storage.layout import Layout, derived_files
 from tlcapture.traits.choice import VectorChooser
+from tlcapture.traits.saved_projections import merged_files
 
 T = TypeVar("T")
 
@@ -209,7 +210,7 @@ class TaskPlanner:
     def _check_replaceable(self, prompt_set: str, prompt_id: PromptId, wanted: Outputs, saved: Capture | None) -> None:
         """Raise `StorageError` if a file cannot be read that would be replaced, removed, or passed over as present."""
         if wanted.residual or saved is None:
-            files = derived_files(self._layout, prompt_set, prompt_id)
+            files = [*derived_files(self._layout, prompt_set, prompt_id), *merged_files(self._layout, prompt_set)]
         else:
             files = self._options.outputs(saved.n_layers).add_on_files(self._layout, prompt_set, prompt_id)
         advice = f"leave out --replay and {OVERWRITE}" if self._options.replay else OVERWRITE

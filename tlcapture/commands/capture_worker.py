@@ -54,6 +54,7 @@ from tlcapture.storage.files import Written, remove, write_bytes
 from tlcapture.storage.layout import derived_files
 from tlcapture.traits.choice import ChosenVector, ChosenVectors, VectorChooser
 from tlcapture.traits.projection import scores_of
+from tlcapture.traits.saved_projections import merged_files
 from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import hook
 from tlcapture.views.kept_tokens import Positions, kept_of
@@ -212,7 +213,7 @@ class CaptureWorker:
         # Another tool may have put files there since the run was planned.
         where = (generation.prompt.prompt_set, generation.prompt.id)
         saved_capture(self.layout.residual(*where), overwrite=options.overwrite)
-        for path in derived_files(self.layout, *where):
+        for path in [*derived_files(self.layout, *where), *merged_files(self.layout, where[0])]:
             check_replaceable(self.layout, path, overwrite=options.overwrite)
         capture = capture_of(
             generation,

@@ -234,6 +234,6 @@ def _hover_texts(tokens: Sequence[str]) -> NDArray[np.object_]:
 
 def _lens_hover(table: LogitLensTable, row: int, column: int) -> str:
     token = table.after[column]
-    which = f"{token} {printable(table.tokens[token])!r}, layer {table.numbers[row]}"
+    which = f"{token} {printable(table.tokens[token])!r}, layer {table.layer_numbers[row]}"
     lines = [which, *table.described(row, column)]
     return "<br>".join(map(plotly_text, lines))

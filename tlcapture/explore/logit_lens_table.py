@@ -63,7 +63,7 @@ class LogitLensTable:
         return len(self.top_probs)
 
     @property
-    def numbers(self) -> Sequence[int]:
+    def layer_numbers(self) -> Sequence[int]:
         """The number of the layer of each row."""
         return range(self.n_layers) if self.layers is None else self.layers
 
@@ -99,7 +99,7 @@ class LogitLensTable:
         columns = self._columns()
         head = "".join(f"<th>{escape(printable(self.tokens[self.after[column]]))}</th>" for column in columns)
         rows = "".join(
-            f"<tr><th>{self.numbers[row]}</th>{''.join(self._cell(row, column) for column in columns)}</tr>"
+            f"<tr><th>{self.layer_numbers[row]}</th>{''.join(self._cell(row, column) for column in columns)}</tr>"
             for row in reversed(range(self.n_layers))
         )
         shown = [self.after[column] for column in columns]

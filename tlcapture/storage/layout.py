@@ -325,26 +325,24 @@ class Layout:
 
     def shards(self, component: str, prompt_set: str) -> Path:
         """The folder of a prompt set's projections in the compact form."""
-        folder = self.folder / "analysis" / "projections" / STREAM_FOLDERS[component]
-        return self.own(folder / check_prompt_set(prompt_set))
+        return self.own(self._of_shards(component) / check_prompt_set(prompt_set))
+
+    def _of_shards(self, component: str) -> Path:
+        return self.folder / "analysis" / "projections" / STREAM_FOLDERS[component]
 
     def _sharded_sets(self, component: str) -> Iterator[str]:
         """The prompt sets with projections in the compact form."""
-        for name, path in self._prompt_set_folders(
-            self.folder / "analysis" / "projections" / STREAM_FOLDERS[component]
-        ):
+        for name, path in self._prompt_set_folders(self._of_shards(component)):
             if any(path.glob(f"*{COMPACT}")) or any(path.glob(f"+/*{COMPACT}")):
                 yield name
 
     def _sharded(self, prompt_set: str | None = None) -> Iterator[tuple[str, Mapping[str, set[str]]]]:
         """Component, and traits by prompt, of the projections in the compact form, of a prompt set or of all."""
+        from tlcapture.storage.projection_shards import sharded_traits
+
         for component in STREAM_FOLDERS:
             for name in self._sharded_sets(component) if prompt_set is None else [prompt_set]:
-                folder = self.shards(component, name)
-                if folder.is_dir():
-                    from tlcapture.storage.projection_shards import sharded_traits
-
-                    yield component, sharded_traits(folder)
+                yield component, sharded_traits(self.shards(component, name))
 
     def of_projection(self, path: Path) -> tuple[Trait, str]:
         """Trait and component of a projection file, from its path."""
@@ -393,10 +391,7 @@ def place_of_projection(path: Path) -> ProjectionPlace | None:
 
 
 def derived_files(layout: Layout, prompt_set: str, prompt_id: PromptId) -> list[Path]:
-    """The existing files that were made from a prompt's raw residual: attention, logit lens, internals, projections.
-
-    Of projections in shards of several prompts, `take_out` of `shard_writing` removes those of one.
-    """
+    """The existing files that were made from a prompt's raw residual, all but shards of several prompts."""
     files = [*layout.forms(layout.attention(prompt_set, prompt_id))]
     files += layout.forms(layout.logit_lens(prompt_set, prompt_id))
     files += layout.all_internals(prompt_set, prompt_id) + layout.all_projections(prompt_set, prompt_id)

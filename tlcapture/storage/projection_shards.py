@@ -173,7 +173,7 @@ class Shard:
         return list(found.tolist())
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def _opened(path: Path, *_state: int) -> Shard:
     """An open shard; kept until the file changes."""
     file, content = open_compact(path, KIND)

@@ -12,7 +12,7 @@ from tlcapture.errors import InputError
 from tlcapture.names import PromptId, Trait
 from tlcapture.storage.files import Written, read_json, write_json
 from tlcapture.storage.layout import Layout
-from tlcapture.storage.projection_shards import MERGED, Sharded, sharded_of
+from tlcapture.storage.projection_shards import MERGED, Sharded, merged_shards, sharded_of
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.token_scores import TokenScores
 from tlcapture.views.hooks import COMPONENTS, check_component
@@ -140,6 +140,11 @@ def projections_saved(
     """A prompt's projections of a component, in the order of traits; of all traits where none is named."""
     found = all_saved(layout, prompt_set, prompt_id)
     return [each for each in found if each.component == component and (not traits or each.trait in traits)]
+
+
+def merged_files(layout: Layout, prompt_set: str) -> list[Path]:
+    """The shards that hold projections of several prompts of a set."""
+    return [path for component in COMPONENTS for path in merged_shards(layout.shards(component, prompt_set))]
 
 
 def remove_sharded(layout: Layout, prompt_set: str, prompt_id: PromptId) -> list[Path]:
