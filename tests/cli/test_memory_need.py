@@ -45,9 +45,9 @@ def test_the_plan_of_gemma_at_4096_tokens_says_what_it_will_take(tlcapture: Run,
     at_once = (
         2 * n_layers * config.num_attention_heads * (N - 50) ** 2
     )  # the patterns of the pass that reads the prompt
-    assert at_once < memory[()]["prompt"] < 1.5 * at_once
+    assert at_once < memory[()]["prompt"] < 1.7 * at_once
     assert memory[()]["replayed"] < memory[()]["prompt"] / 3
-    assert memory["--attention-layers", "3"]["prompt"] < memory[()]["prompt"] / 3
+    assert memory["--attention-layers", "3"]["prompt"] < memory[()]["prompt"] / 2
     assert memory["--format", "json"]["prompt"] > memory[()]["prompt"] + attention["--format", "json"]
     shown = tlcapture(*words[:-1], "--views", "attention", "--gpu", "h100").stdout
     assert "memory of one prompt at a time in bfloat16" in shown

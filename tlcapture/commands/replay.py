@@ -104,4 +104,6 @@ def replayed(
                 else:
                     yield _read_in_passes(model, prompt, groups, spooling)
             prompts = together
+        if not prompts:
+            continue
         yield from generate(model, prompts, hooks=hooks, max_new_tokens=0, batch_size=batch_size, spooling=spooling)
