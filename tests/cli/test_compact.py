@@ -207,5 +207,5 @@ def test_a_layer_that_was_not_kept_is_said(capture: Run, analysis: Path) -> None
 
     for form, ending in (("json", "json"), ("compact", "safetensors")):
         capture(*VIEWS, "--format", form, "--attention-layers", "0,2")
-        with pytest.raises(InputError, match="layer 1 was not kept: of the attention, layers 0 and 2 were"):
+        with pytest.raises(InputError, match="layer 1 was not kept: of the attention, layers 0, 2 were"):
             read_attention(analysis / f"1_attention.{ending}").heads(1)

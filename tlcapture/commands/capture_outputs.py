@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -38,6 +38,20 @@ Write = Callable[[], Written]
 
 # Advice for a file at the path of a capture that cannot be read as one.
 REPLACE = "use --overwrite to replace it and all files derived from it"
+
+
+class HasHooks(Protocol):
+    """What is needed of a model to name its activations."""
+
+    @property
+    def n_layers(self) -> int:
+        """The number of layers."""
+        ...
+
+    @property
+    def hook_names(self) -> Set[str]:
+        """TransformerLens names of all activations that the model can return."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -128,13 +142,13 @@ class Outputs:
             internals=tuple(n for n in self.internals if lacks(layout.internals(prompt_set, prompt_id, n))),
         )
 
-    def live_hooks(self, model: Model) -> list[str]:
+    def live_hooks(self, model: HasHooks) -> list[str]:
         """The activations that a generation captures; those to keep come first, in the order of their buffer."""
         names = residual_hooks(model.n_layers, model.hook_names, attn_out=self.attn_out, only=self.kept)
         names += logit_lens_hooks(model.n_layers, self.parts.lens_layers) if self.logit_lens else []
         return list(dict.fromkeys([*names, *self.pass_hooks(model)]))
 
-    def pass_hooks(self, model: Model) -> list[str]:
+    def pass_hooks(self, model: HasHooks) -> list[str]:
         """The activations that add-ons need beyond the residual stream."""
         only = self.parts.attention_layers
         names = attention_hooks(model.n_layers, model.hook_names, only) if self.attention else []

@@ -112,7 +112,11 @@ def check_memory(tasks: Sequence[CaptureTask], layout: Layout, options: CaptureO
 def most_memory(tasks: Sequence[CaptureTask], layout: Layout, options: CaptureOptions, model: Model | Sized) -> int:
     """The bytes that the largest prompt takes while it runs alone, beside the weights."""
     largest = _largest(tasks, layout, options, model)
-    return max((memory_need(model, *sizes, replay=replay).n_bytes for _, *sizes, replay in largest), default=0)
+    needs = (
+        memory_need(model, wanted, n_prompt, n_tokens, replay=replay)
+        for _, wanted, n_prompt, n_tokens, replay in largest
+    )
+    return max((need.n_bytes for need in needs), default=0)
 
 
 def _largest(

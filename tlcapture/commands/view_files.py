@@ -82,9 +82,9 @@ def write_lens_file(
             lambda target: write_json(target, lens.to_json(**names, token_texts=token_texts)),
             compact=False,
         )
-    arrays = [each.numpy() for each in (lens.top_ids, lens.top_probs, lens.actual_rank, lens.actual_prob)]
+    tops, actual = (lens.top_ids.numpy(), lens.top_probs.numpy()), (lens.actual_rank.numpy(), lens.actual_prob.numpy())
     return _alone(
-        layout, path, lambda target: write_lens(target, lens.head(**names), *arrays, token_texts), compact=True
+        layout, path, lambda target: write_lens(target, lens.head(**names), *tops, *actual, token_texts), compact=True
     )
 
 

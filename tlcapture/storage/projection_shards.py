@@ -159,8 +159,8 @@ class Shard:
         rows = np.array(form["rows"], dtype=np.int64) + entry.rows[0]
         if len(rows) and not (entry.rows[0] <= rows[0] and rows[-1] < entry.rows[1] and (np.diff(rows) > 0).all()):
             raise ValueError
-        layers = [self.index.layers.index(layer) for layer in form["layers"]]
-        points = [self.index.points.index(point) for point in form["points"]]
+        layers = np.array([self.index.layers.index(layer) for layer in form["layers"]], dtype=np.int64)
+        points = np.array([self.index.points.index(point) for point in form["points"]], dtype=np.int64)
         column = self.index.traits.index(trait)
         return _rounded(self.file.array("scores")[:, column][np.ix_(rows, layers, points)])
 
