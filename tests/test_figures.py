@@ -154,4 +154,4 @@ def test_a_notebook_gets_the_figure_in_the_format_it_supports(
     monkeypatch.setattr("IPython.display.display", lambda bundle, raw: shown.append(bundle))
     trajectory_figure([projected()])._ipython_display_()
     trajectory_figure([projected()]).show()
-    assert [set(bundle) for bundle in shown] == [{kind, "text/plain"}] * 2
+    assert [set(bundle) for bundle in shown] == [{kind, "image/png", "text/plain"}] * 2

@@ -98,7 +98,7 @@ def test_every_command_is_listed_and_defined_in_the_module_of_its_name() -> None
 
     modules = {path.stem for path in (TOP / "tlcapture" / "cli").glob("*.py")}
     values = {name: getattr(import_module(f"tlcapture.cli.{name}"), name, None) for name in modules}
-    found = {name for name, value in values.items() if isinstance(value, click.Command)}
+    found = {value.name for value in values.values() if isinstance(value, click.Command)}
     assert found - {"main"} == set(COMMANDS) == set(main.list_commands(click.Context(main)))
     assert all(command_of(name).name == name for name in COMMANDS)
     assert max(map(len, COMMANDS.values())) <= 66  # they fit on one line of an 80-column terminal

@@ -20,7 +20,7 @@ from tlcapture.traits.vector_files import VectorFiles
 def test_an_experiment_lists_its_prompt_sets_traits_and_captures(exp: Experiment) -> None:
     assert exp.prompt_sets == ["single_trait"]
     assert exp.traits == ["behavioral/refusal", "style/formality"]
-    assert list(exp.captures("single_trait")) == ["1", "2"]
+    assert exp.captures("single_trait").keys() == ["1", "2"]
     assert "single_trait: 2" in repr(exp)
     with pytest.raises(KeyError, match="has captures 1, 2"):
         exp.captures("single_trait")[9]

@@ -29,7 +29,8 @@ from tlcapture.prompts.spans import TokenSpan, labels_of
 from tlcapture.shapes import Residual
 from tlcapture.storage.files import Hook, Written, read_tensors, write_tensors
 from tlcapture.views.cache import stacked
-from tlcapture.views.kept_points import KeptPoints, point_index
+from tlcapture.views.hooks import point_named
+from tlcapture.views.kept_points import KeptPoints, from_the_end, point_index
 from tlcapture.views.kept_tokens import Positions, stated_positions
 from tlcapture.views.residual import ResidualStream
 
@@ -116,6 +117,27 @@ class Capture:
         return str(self.metadata["prompt_set"])
 
     @property
+    def id(self) -> PromptId:
+        """Id of the prompt in its set, `prompt_id`."""
+        return self.prompt_id
+
+    @property
+    def text(self) -> str:
+        """Prompt and response as one text, as the model read and wrote it."""
+        return self.prompt.text + self.response.text
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of prompt and response together."""
+        return len(self.prompt.tokens) + len(self.response.tokens)
+
+    def __len__(self) -> int:
+        return self.n_tokens
+
+    def __bool__(self) -> bool:
+        return True  # also where it has no tokens
+
+    @property
     def n_layers(self) -> int:
         """Layers of the model, whether kept or not."""
         return self.prompt.residual.n_layers
@@ -169,9 +191,13 @@ class Capture:
     def residual(self, layer: int, point: str = "residual_out", part: str = "all") -> Residual:
         """Activations `[n_tokens, d_model]` of a layer at a residual point, or its `attn_out`.
 
-        `part` is `prompt`, `response` or `all`. A capture of some tokens has rows for those in `positions` alone.
+        A negative layer counts from the last one. TransformerLens's names of points, such as `resid_post` or
+        `hook_resid_post`, are taken too. `part` is `prompt`, `response` or `all`. A capture of some tokens has rows for
+        those in `positions` alone.
+
         Raises `InputError` for a layer or point that the capture does not keep, naming those that it does.
         """
+        layer, point = from_the_end(layer, self.n_layers), point_named(point)
         if part == "all":
             parts = [self.prompt, self.response]
             return torch.cat([each.residual.at(layer, point) for each in parts])

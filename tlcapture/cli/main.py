@@ -19,7 +19,10 @@ COMMANDS = {
     "traits": "Check contrastive examples; list or import vectors.",
     "doctor": "Check a model's activations against Hugging Face.",
     "plan": "Estimate the size and time of a capture.",
+    "export": "Write an experiment as a dataset that others open.",
+    "import": "Make an experiment of such a dataset.",
 }
+_MODULES = {"import": "import_experiment"}  # no module can have the name of the command
 
 
 class _Commands(click.Group):
@@ -31,7 +34,8 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = getattr(importlib.import_module(f"tlcapture.cli.{cmd_name}"), cmd_name)
+        module = _MODULES.get(cmd_name, cmd_name)
+        command: click.Command = getattr(importlib.import_module(f"tlcapture.cli.{module}"), module)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -155,6 +155,28 @@ class Points(_Parsed):
         return tuple(point for point in POINTS if point in names)
 
 
+class LayersOrNone(LayerList):
+    """Comma-separated layer indices, `all`, which is read as an empty tuple, or `none`, which is read as `None`."""
+
+    name = "N,M|all|none"
+
+    def _parse(self, text: str) -> tuple[int, ...] | None:  # type: ignore[override]
+        return None if text == "none" else super()._parse(text)
+
+
+class StreamPoints(_Parsed):
+    """Comma-separated residual points and `attn_out`, or `all`."""
+
+    name = "a,b|all"
+
+    def _parse(self, text: str) -> tuple[str, ...]:
+        points = (*POINTS, "attn_out")
+        names = points if text == "all" else tuple(split_names(text))
+        if not names or not set(names) <= set(points):
+            raise ValueError(f"{text!r} is not a list of residual points: {', '.join(points)}.")
+        return tuple(point for point in points if point in names)
+
+
 class ShardOf(_Parsed):
     """`i/n`: shard i of n."""
 

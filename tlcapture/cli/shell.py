@@ -45,7 +45,7 @@ def _banner(exp: Experiment) -> str:
     colour = f" -t {trait}" if trait else ""
     tries = [f'%capture_prompt{colour} "How do tides work?"']
     if prompt_set is not None:
-        prompt_id = next(iter(exp.captures[prompt_set]))
+        prompt_id = exp.captures[prompt_set].keys()[0]
         tries.insert(0, f'cap = captures["{prompt_set}"]["{prompt_id}"]; cap.coloured({repr(trait) if trait else ""})')
         tries.append(f'exp.to_pandas("{prompt_set}")' if trait else "cap.logit_lens()")
     else:

@@ -14,7 +14,8 @@ from tlcapture.runs.existing_files import check_replaceable
 from tlcapture.runs.report import Done, Failed
 from tlcapture.storage.config import update_config
 from tlcapture.storage.files import Written, read_bytes, remove, write_bytes
-from tlcapture.storage.layout import STREAM_FOLDERS, Layout, derived_files, place_of_projection
+from tlcapture.storage.layout import Layout, derived_files
+from tlcapture.storage.projection_places import STREAM_FOLDERS, place_of_projection
 from tlcapture.storage.shard_writing import adopt, take_out
 from tlcapture.traits.saved_projections import remove_sharded
 

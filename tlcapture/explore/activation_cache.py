@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from tlcapture.models.loading import Model
 
 
-def activation_cache(capture: Capture, load: Callable[[], Model]) -> ActivationCache:
+def activation_cache(
+    capture: Capture, load: Callable[[], Model], stored: Callable[[str], Tensor | None] = lambda name: None
+) -> ActivationCache:
     """A cache of the stored residual points (and `attn_out`), each `[n_tokens, d_model]` in float32.
 
     A capture of some tokens has rows for those in its `positions`.
@@ -31,6 +33,7 @@ def activation_cache(capture: Capture, load: Callable[[], Model]) -> ActivationC
 
     Args:
         load: returns the captured model; called by the first cache method that needs it.
+        stored: an activation by its name from another file, in float32, or `None`; called when it is first asked for.
     """
     with quiet_loading():
         from transformer_lens import ActivationCache
@@ -44,24 +47,36 @@ def activation_cache(capture: Capture, load: Callable[[], Model]) -> ActivationC
     entries = {hook(point, layer): capture.residual(layer, point).float() for point, layer in at}
     lazy = LazyModel(load, str(capture.metadata["inference_model"]))
     model = _ModelOfCache(lazy, n_layers=capture.n_layers, d_model=int(capture.metadata["d_model"]))
-    cached = _WithFinalScale(entries, model, capture.n_layers, capture.kept.described())
+    cached = _WithFinalScale(entries, model, capture.n_layers, capture.kept.described(), stored)
     return ActivationCache(cached, model, has_batch_dim=False)
 
 
 class _WithFinalScale(dict[str, Tensor]):
-    """The entries and, computed on first use, the final norm's scale, which needs the model's epsilon."""
+    """The entries and, on first use, what other files hold, and the final norm's scale, which needs the epsilon."""
 
     _KEY = "ln_final.hook_scale"
 
-    def __init__(self, entries: dict[str, Tensor], model: Any, n_layers: int, described: str):
+    def __init__(
+        self,
+        entries: dict[str, Tensor],
+        model: Any,
+        n_layers: int,
+        described: str,
+        stored: Callable[[str], Tensor | None],
+    ):
         super().__init__(entries)
+        self._stored = stored
         self._model = model
         self._described = described
         self._last = hook("residual_out", n_layers - 1)
 
     def __missing__(self, key: str) -> Tensor:
         if key != self._KEY:
-            raise KeyError(f"{key}: {self._described}")
+            found = self._stored(key)
+            if found is None:
+                raise KeyError(f"{key}: {self._described}; patterns and internals are there where they were stored")
+            self[key] = found
+            return found
         last = self[self._last]
         if self._model.normalization_centres:
             last = last - last.mean(dim=-1, keepdim=True)

@@ -1,7 +1,8 @@
 """An experiment as an object, whose captures are opened on first use.
 
 exp = Experiment("my_exp")
-cap = exp.captures("single_trait")["3"]        # or [3], if prompt ids are numbers
+exp.vectors["behavioral/refusal"].scores       # a data frame; also exp.evaluation, exp.steering, exp.runs
+cap = exp.captures["single_trait"][3]          # the prompt with the id 3; .at(0) is the first one
 cap.residual(16, "residual_out")               # [n_tokens, d_model]
 cap.project("behavioral/refusal").trajectory   # [n_tokens]
 cap.plot.trajectory("behavioral/refusal")      # a Plotly figure
@@ -13,23 +14,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from html import escape
+from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from tlcapture.errors import InputError
 from tlcapture.explore.explorable_capture import default_root
 from tlcapture.explore.saved_capture import SavedCapture
 from tlcapture.storage.config import ExperimentConfig, read_config
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.layout import Layout, existing_experiments
 from tlcapture.text import printable
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from tlcapture.explore.experiment_vectors import ExperimentVectors
     from tlcapture.explore.frames import Layers
+    from tlcapture.explore.set_figures import SetFigures
     from tlcapture.models.loading import Model
 
 _MOST_ROWS = 50
+Names = list[str]  # `list` is a method of Experiment
 
 
 class Experiment:
@@ -43,8 +48,23 @@ class Experiment:
     """
 
     def __init__(self, name: str, root: str | Path | None = None):
-        self.layout = Layout(Path(root or default_root()), name)
+        self.layout = Layout(Path(root or default_root()).expanduser(), name)
         self.layout.check_exists()
+
+    @staticmethod
+    def list(root: str | Path | None = None) -> Names:
+        """The names of the experiments in a root, sorted: `Experiment.list()`."""
+        return existing_experiments(Path(root or default_root()).expanduser())
+
+    @property
+    def name(self) -> str:
+        """Its name, that of its folder below `experiments/`."""
+        return self.layout.experiment
+
+    @property
+    def root(self) -> Path:
+        """The folder with `experiments/` and `datasets/`."""
+        return self.layout.root
 
     def __repr__(self) -> str:
         counts = [f"{name}: {len(self.captures(name))}" for name in self.prompt_sets]
@@ -66,12 +86,12 @@ class Experiment:
         return read_config(self.layout)
 
     @property
-    def prompt_sets(self) -> list[str]:
+    def prompt_sets(self) -> Names:
         """Names of the prompt sets with captures."""
         return self.layout.captured_prompt_sets()
 
     @property
-    def traits(self) -> list[str]:
+    def traits(self) -> Names:
         """Names of the traits with vectors, as `category/name`."""
         return [str(trait) for trait in self.layout.traits()]
 
@@ -79,6 +99,34 @@ class Experiment:
     def captures(self) -> AllCaptures:
         """All captures by prompt set: `captures["single_trait"][3]`, or `captures("single_trait")[3]`."""
         return AllCaptures(self)
+
+    @property
+    def vectors(self) -> ExperimentVectors:
+        """The trait vectors: `vectors["behavioral/refusal"].tensors[16]`; `vectors("attn_out")` for that component."""
+        from tlcapture.explore.experiment_vectors import ExperimentVectors
+
+        return ExperimentVectors(self.layout)
+
+    @property
+    def evaluation(self) -> DataFrame:
+        """What `tlcapture evaluate` measured, a row for each vector; empty before it ran."""
+        from tlcapture.explore.experiment_tables import evaluation_frame
+
+        return evaluation_frame(self.layout)
+
+    @property
+    def steering(self) -> DataFrame:
+        """What `tlcapture steer` measured, a row for each layer, method and coefficient; empty before it ran."""
+        from tlcapture.explore.experiment_tables import steering_frame
+
+        return steering_frame(self.layout)
+
+    @property
+    def runs(self) -> DataFrame:
+        """The commands that wrote to the experiment, a row for each run, the earliest first."""
+        from tlcapture.explore.experiment_tables import runs_frame
+
+        return runs_frame(self.layout)
 
     def to_pandas(
         self,
@@ -151,37 +199,73 @@ class AllCaptures(Mapping[str, "Captures"]):
         return list(self)
 
 
-class Captures(Mapping[str, "SavedCapture"]):
-    """The captures of one prompt set, a mapping from prompt id to `SavedCapture`, in the order of their ids.
+class Captures:
+    """The captures of one prompt set, in the order of their ids. Each is opened on first use.
 
-    Captures are opened on first use. Indexing raises `KeyError` for a prompt without a capture.
+    `captures[3]` and `captures["3"]` are the prompt with that id, `captures.at(0)` the first one; iterating gives the
+    captures, `keys()` their ids. Indexing raises `KeyError` for a prompt without a capture.
     """
 
     def __init__(self, experiment: Experiment, prompt_set: str):
         self._experiment = experiment
         self.prompt_set = prompt_set
-        self._ids = experiment.layout.captured(prompt_set)
+        self._ids = dict.fromkeys(experiment.layout.captured(prompt_set))
 
     def __getitem__(self, prompt_id: str | int) -> SavedCapture:
         if str(prompt_id) not in self._ids:
             only = str(prompt_id) in self._experiment.layout.prompt_ids(self.prompt_set)
             hint = "; only projections of this prompt were kept: use .to_pandas(...) of the experiment" if only else ""
-            raise KeyError(
-                f"{prompt_id!r}: prompt set {self.prompt_set!r} has captures {', '.join(self._ids) or 'none'}{hint}"
-            )
+            shown = ", ".join(list(self._ids)[:_MOST_ROWS]) + (", ..." if len(self._ids) > _MOST_ROWS else "")
+            raise KeyError(f"{prompt_id!r}: prompt set {self.prompt_set!r} has captures {shown or 'none'}{hint}")
         return SavedCapture(self._experiment, self.prompt_set, str(prompt_id))
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._ids)
+    def at(self, position: SupportsIndex) -> SavedCapture:
+        """The capture at a position in the order of ids; negative ones count from the end."""
+        ids = list(self._ids)
+        try:
+            return self[ids[index(position)]]
+        except IndexError:
+            raise IndexError(f"{position}: prompt set {self.prompt_set!r} has {len(ids)} captures") from None
+
+    def __iter__(self) -> Iterator[SavedCapture]:
+        return (self[prompt_id] for prompt_id in self._ids)
+
+    def __contains__(self, prompt_id: object) -> bool:
+        return str(prompt_id) in self._ids
 
     def __len__(self) -> int:
         return len(self._ids)
 
+    def keys(self) -> list[str]:
+        """The ids of the captured prompts, as text."""
+        return list(self._ids)
+
+    def values(self) -> list[SavedCapture]:
+        """The captures."""
+        return list(self)
+
+    def items(self) -> list[tuple[str, SavedCapture]]:
+        """The captures with their ids."""
+        return [(prompt_id, self[prompt_id]) for prompt_id in self._ids]
+
+    def to_pandas(self, traits: Iterable[str] | str | None = None, **how: Any) -> DataFrame:
+        """The projection files of the set as a tidy data frame; `how` are the options of `Experiment.to_pandas`."""
+        return self._experiment.to_pandas(self.prompt_set, traits, **how)
+
+    @property
+    def plot(self) -> SetFigures:
+        """Figures of the whole set: `.trajectory("behavioral/refusal")`."""
+        from tlcapture.explore.set_figures import SetFigures
+
+        return SetFigures(self._experiment.layout, self.prompt_set)
+
     def __repr__(self) -> str:
-        return f"Captures({self.prompt_set!r}: {', '.join(self._ids)})"
+        shown = list(self._ids)[:_MOST_ROWS]
+        more = f", and {len(self) - len(shown)} more" if len(shown) < len(self) else ""
+        return f"Captures({self.prompt_set!r}: {', '.join(shown)}{more})"
 
     def _ipython_key_completions_(self) -> list[str]:
-        return list(self)
+        return list(self._ids)
 
     def _repr_html_(self) -> str:
         """A table of token counts and responses of the first captures."""

@@ -28,9 +28,11 @@ from tlcapture.storage.layout import Layout
 from tlcapture.text import as_ranges
 from tlcapture.traits.token_scores import TokenScores
 from tlcapture.views.hooks import check_component, hook
+from tlcapture.views.kept_points import from_the_end
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+    from torch import Tensor
     from transformer_lens import ActivationCache
 
     from tlcapture.captures.capture import Capture
@@ -63,29 +65,36 @@ class ExplorableCapture(ABC):
     def _model(self) -> Model:
         """The model that was captured."""
 
-    def _add_on(self, kind: str) -> Path | None:
-        """The file of `attention` or `logit_lens` that was made from this capture, if it exists."""
+    def _add_on(self, kind: str, layer: int = 0) -> Path | None:
+        """The file of `attention`, `logit_lens`, or the `internals` of a layer that was made from this capture."""
         return None
 
     # -- traits -----------------------------------------------------------------------------------
 
     def project(
         self,
-        trait: str,
+        trait: str | Tensor | Sequence[str],
         *,
-        layer: SupportsIndex | str = "auto",
+        layer: SupportsIndex | str | Sequence[SupportsIndex] = "auto",
         method: str | None = None,
         component: str = "residual",
         vector_experiment: str | None = None,
-    ) -> Projection:
+    ) -> Any:
         """The projection onto a trait's vector, which is selected as `tlcapture project` does.
 
+            cap.project("behavioral/refusal").trajectory
+            cap.project(["behavioral/refusal", "style/formality"], layer=[8, -1])
+            cap.project(direction, layer=12)
+
         Args:
-            trait: `category/name`.
-            layer: the vector's layer; `auto` selects it.
+            trait: `category/name`, several of them, or a direction of one's own `[d_model]`, scaled to length 1.
+            layer: the vector's layer, negative ones counting from the last, or several; `auto` selects it. A direction
+                of one's own needs one.
             method: `probe`, `mean_diff`, `gradient` or `imported`; the selected one by default.
             component: `residual` or `attn_out`.
             vector_experiment: the experiment whose vectors are used, even if they were extracted from another model.
+
+        Returns a `Projection`, or a list of them where several traits or layers are given: by layer, then by trait.
 
         Warns if the vector is of another model or of unknown origin, or if its layer is a default.
 
@@ -93,9 +102,26 @@ class ExplorableCapture(ABC):
             InputError: the trait has no vectors; the message names the traits that have.
             VectorError: the vector does not fit the capture.
         """
-        return self._project(
-            [trait], layer=layer, method=method, component=component, vector_experiment=vector_experiment
-        )[0]
+        layers: list[Any] = [layer] if isinstance(layer, str) or not isinstance(layer, Sequence) else list(layer)
+        how = {"method": method, "component": component, "vector_experiment": vector_experiment}
+        found: list[Projection] = []
+        for at in layers:
+            if isinstance(trait, str):
+                found += self._project([trait], layer=at, **how)  # type: ignore[arg-type]
+            elif isinstance(trait, Sequence):
+                found += self._project(trait, layer=at, **how)  # type: ignore[arg-type]
+            else:
+                found.append(self._project_direction(trait, at, component))
+        is_one = layers == [layer] and (isinstance(trait, str) or not isinstance(trait, Sequence))
+        return found[0] if is_one else found
+
+    def _project_direction(self, direction: Tensor, layer: Any, component: str) -> Projection:
+        from tlcapture.traits.own_direction import project_direction
+
+        if isinstance(layer, str):
+            raise InputError("a direction of one's own has no layer of its own: say which, layer=12")
+        at = from_the_end(layer, self._captured.n_layers)
+        return project_direction(self._captured, direction, index(at), check_component(component))
 
     def projected(self, *traits: str, **how: Any) -> list[TokenScores]:
         """Projections with their tokens, as figures and frames need them; onto all traits with vectors by default.
@@ -152,12 +178,27 @@ class ExplorableCapture(ABC):
     def cache(self) -> ActivationCache:
         """TransformerLens's `ActivationCache` over the stored activations, prompt and response as one sequence.
 
-        Tensors are float32 and have no batch axis. Methods that need the model (`logit_attrs`, anything with
-        `apply_ln`) load it on first use.
+        Tensors are float32 and have no batch axis. Attention patterns and internals are there where the experiment has
+        their files: `cache["pattern", 5]`. Methods that need the model (`logit_attrs`, anything with `apply_ln`) load
+        it on first use.
         """
         from tlcapture.explore.activation_cache import activation_cache
+        from tlcapture.explore.internals import stored_hooks
 
-        return activation_cache(self._captured, self._model)
+        stored = stored_hooks(self._captured.n_layers, self._saved_internals, self._saved_heads)
+        return activation_cache(self._captured, self._model, stored)
+
+    def internals(self, layer: SupportsIndex) -> dict[str, Tensor]:
+        """Everything a layer computed, by TransformerLens's names, such as `blocks.12.mlp.hook_post`.
+
+        It is read from the experiment's internals file of this capture, in the dtype that it was stored in, or computed
+        by a forward pass over its tokens. Raises `InputError` if the layer does not exist.
+        """
+        from tlcapture.explore.internals import computed_internals
+
+        at = self._layer(layer)
+        stored = self._saved_internals(at)
+        return computed_internals(self._captured, at, self._model) if stored is None else stored
 
     def attention(self, layer: SupportsIndex) -> AttentionHeads:
         """The attention patterns of all heads of a layer.
@@ -165,9 +206,7 @@ class ExplorableCapture(ABC):
         They are read from the experiment's attention file of this capture, or computed by a forward pass over its
         tokens. Raises `InputError` if the layer does not exist or has no attention.
         """
-        layer_index, n_layers = index(layer), self._captured.n_layers
-        if not 0 <= layer_index < n_layers:
-            raise InputError(f"no layer {layer_index}: the model has layers 0 to {n_layers - 1}")
+        layer_index = self._layer(layer)
         if layer_index not in self._heads:
             self._heads[layer_index] = self._saved_heads(layer_index) or self._computed_heads(layer_index)
         return self._heads[layer_index]
@@ -216,6 +255,20 @@ class ExplorableCapture(ABC):
             source="its residuals",
             positions=self._positions,
         )
+
+    def _layer(self, layer: SupportsIndex) -> int:
+        """A layer of the model, negative ones counted from the last; raises `InputError` for any other."""
+        n_layers = self._captured.n_layers
+        found = index(from_the_end(layer, n_layers))
+        if not 0 <= found < n_layers:
+            raise InputError(f"no layer {found}: the model has layers 0 to {n_layers - 1}")
+        return found
+
+    def _saved_internals(self, layer: int) -> dict[str, Tensor] | None:
+        from tlcapture.explore.internals import stored_internals
+
+        path = self._add_on("internals", layer)
+        return None if path is None else stored_internals(path, self._captured, layer)
 
     def _saved_heads(self, layer: int) -> AttentionHeads | None:
         from tlcapture.explore.attention_heads import AttentionHeads
@@ -274,7 +327,8 @@ class ExplorableCapture(ABC):
 
         capture, source = self._captured, self._source(vector_experiment)
         named = tuple(Trait.parse(name) for name in traits)
-        choice = VectorChoice(layer if isinstance(layer, str) else index(layer), method, vector_experiment, named)
+        at = layer if isinstance(layer, str) else index(from_the_end(layer, capture.n_layers))
+        choice = VectorChoice(at, method, vector_experiment, named)
         found = choose_vectors(source, choice, capture, check_component(component))
         if found.failures:
             raise found.failures[0][1]

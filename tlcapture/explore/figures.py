@@ -19,6 +19,7 @@ from tlcapture.errors import InputError
 from tlcapture.explore.attention_heads import AttentionHeads
 from tlcapture.explore.logit_lens_table import LogitLensTable
 from tlcapture.explore.offline_figure import OfflineFigure, plotly_text
+from tlcapture.explore.set_means import aligned, mean_and_spread
 from tlcapture.text import printable
 from tlcapture.traits.token_scores import TokenScores
 
@@ -51,6 +52,39 @@ def trajectory_figure(projections: Sequence[TokenScores], *, calibrated: bool = 
     if is_calibrated:
         figure.update_yaxes(title_text=CALIBRATED)
         figure.add_hline(y=0.5, line_dash="dot", line_color="#999999")
+    return figure
+
+
+def mean_trajectory_figure(projections: Sequence[TokenScores], title: str, *, calibrated: bool = True) -> OfflineFigure:
+    """Mean trajectories of many captures over the tokens, one line per trait, with a band of one standard deviation.
+
+    The responses begin together, at 0. Raises `InputError` if `projections` is empty.
+    """
+    if not projections:
+        raise InputError("no trait to draw: name one that has vectors")
+    is_calibrated = calibrated and all(each.calibration is not None for each in projections)
+    by_trait: dict[str, list[TokenScores]] = {}
+    for each in projections:
+        by_trait.setdefault(each.trait, []).append(each)
+    figure = OfflineFigure()
+    for number, (trait, found) in enumerate(by_trait.items()):
+        places, rows = aligned(found, calibrated=is_calibrated)
+        mean, spread = mean_and_spread(rows)
+        colour, name = _COLOURS[number % len(_COLOURS)], plotly_text(f"{trait} ({len(found)} prompts)")
+        drawn = ~np.isnan(mean)
+        x, low, high = places[drawn], (mean - spread)[drawn], (mean + spread)[drawn]
+        band = {"x": [*x, *x[::-1]], "y": [*high, *low[::-1]], "fill": "toself", "fillcolor": colour, "opacity": 0.15}
+        hidden = {"line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "legendgroup": name}
+        figure.add_trace(go.Scatter(**band, **hidden, name=f"{name}: one standard deviation"))
+        hover = f"token %{{x}} of the response<br>{name}: %{{y:.5g}}<extra></extra>"
+        line = {"color": colour, "width": 2}
+        figure.add_trace(go.Scatter(x=x, y=mean[drawn], name=name, line=line, legendgroup=name, hovertemplate=hover))
+    _lay_out(figure, f"{title}: mean over prompts, and one standard deviation")
+    figure.add_vline(x=-0.5, line_dash="dash", line_color="#555555")
+    figure.update_xaxes(title_text="token of the response")
+    figure.update_yaxes(
+        title_text=CALIBRATED if is_calibrated else "projection", zeroline=True, zerolinecolor="#999999"
+    )
     return figure
 
 
@@ -160,13 +194,7 @@ def _over_tokens(tokens: Sequence[str], n_prompt_tokens: int, title: str) -> Off
     step = -(-len(tokens) // _MOST_LABELS) or 1
     ticks = list(range(0, len(tokens), step))
     figure = OfflineFigure()
-    figure.update_layout(
-        title={"text": plotly_text(title), "font": {"size": 14}},
-        template="plotly_white",
-        height=450,
-        margin={"t": 60, "b": 110},
-        legend={"orientation": "h", "y": 1.12},
-    )
+    _lay_out(figure, title)
     figure.update_xaxes(
         tickmode="array",
         tickvals=ticks,
@@ -176,6 +204,16 @@ def _over_tokens(tokens: Sequence[str], n_prompt_tokens: int, title: str) -> Off
     )
     figure.add_vline(x=n_prompt_tokens - 0.5, line_dash="dash", line_color="#555555")
     return figure
+
+
+def _lay_out(figure: OfflineFigure, title: str) -> None:
+    figure.update_layout(
+        title={"text": plotly_text(title), "font": {"size": 14}},
+        template="plotly_white",
+        height=450,
+        margin={"t": 60, "b": 110},
+        legend={"orientation": "h", "y": 1.12},
+    )
 
 
 def _add_trajectory(figure: OfflineFigure, projection: TokenScores, line: NDArray[np.float64], colour: str) -> None:

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import tempfile
 import webbrowser
+from base64 import b64encode
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 import plotly.io as pio
+
+from tlcapture.errors import InputError
+from tlcapture.explore.static_figure import picture
+from tlcapture.storage.files import write_bytes
 
 _MIME = "application/vnd.plotly.v1+json"
 # Plotly renderers of front ends that draw figures themselves, and of those that need HTML.
@@ -36,7 +41,8 @@ class OfflineFigure(go.Figure):
 
     def __repr__(self) -> str:
         title = self.layout.title.text or "untitled"
-        return f"<Plotly figure {title!r}, {len(self.data)} traces: .show() opens it, .write_html(path) saves it>"
+        ways = ".show() opens it, .save(path) saves it as .html, .png or .svg"
+        return f"<Plotly figure {title!r}, {len(self.data)} traces: {ways}>"
 
     def show(self, *args: Any, **options: Any) -> None:
         """Show the figure in the notebook, or in a browser outside of one. Arguments are passed on to Plotly."""
@@ -48,6 +54,18 @@ class OfflineFigure(go.Figure):
             if not webbrowser.open(Path(file.name).as_uri()):
                 print(f"cannot open a browser: the figure is in {file.name}")
 
+    def save(self, path: str | Path) -> Path:
+        """Save the figure as an HTML page, or as a PNG or SVG picture, as the name says; returns the path.
+
+        Pictures are drawn by Matplotlib and need no browser. Raises `InputError` for another kind of name.
+        """
+        path = Path(path).expanduser()
+        form = path.suffix.lower().removeprefix(".")
+        if form not in ("html", "png", "svg"):
+            raise InputError(f"{path.name}: expected a name that ends in .html, .png or .svg")
+        write_bytes(path, str(self.to_html()).encode() if form == "html" else picture(self, form))
+        return path
+
     def _display(self) -> bool:
         """Display the figure if this is a notebook; returns whether it is."""
         renderers = set((pio.renderers.default or "").split("+"))
@@ -55,8 +73,10 @@ class OfflineFigure(go.Figure):
             return False
         from IPython.display import display
 
+        # Where a notebook is shown without a front end that draws figures, on GitHub or by nbconvert, the PNG is.
+        static = {"image/png": b64encode(picture(self, "png")).decode(), "text/plain": repr(self)}
         drawn = {_MIME: self._as_json()} if renderers & _TAKES_DATA else {"text/html": self._repr_html_()}
-        display({**drawn, "text/plain": repr(self)}, raw=True)
+        display({**drawn, **static}, raw=True)
         return True
 
     def _as_json(self) -> Any:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _CAPTURE_ATTRIBUTES = (
     "prompt", "response", "metadata", "tokens", "token_ids", "positions", "residual", "n_layers", "d_model",
-    "save", "spans",
+    "save", "spans", "id", "text", "n_tokens",
 )  # fmt: skip
 
 
@@ -50,6 +50,12 @@ class SavedCapture(ExplorableCapture):
             raise AttributeError(name)
         return getattr(self.capture, name)
 
+    def __len__(self) -> int:
+        return len(self.capture)
+
+    def __bool__(self) -> bool:
+        return True
+
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *_CAPTURE_ATTRIBUTES})
 
@@ -76,11 +82,13 @@ class SavedCapture(ExplorableCapture):
             )
         return model
 
-    def _add_on(self, kind: str) -> Path | None:
-        layout = self.experiment.layout
-        path_of = layout.attention if kind == "attention" else layout.logit_lens
-        path = layout.saved(path_of(self.prompt_set, self._name))
-        raw = layout.residual(self.prompt_set, self._name)
+    def _add_on(self, kind: str, layer: int = 0) -> Path | None:
+        layout, ids = self.experiment.layout, (self.prompt_set, self._name)
+        path = {
+            "attention": layout.saved(layout.attention(*ids)),
+            "logit_lens": layout.saved(layout.logit_lens(*ids)),
+            "internals": layout.internals(*ids, layer),
+        }[kind]
         # A file older than the capture belongs to an earlier run of the prompt.
-        is_current = path.is_file() and path.stat().st_mtime_ns >= raw.stat().st_mtime_ns
+        is_current = path.is_file() and path.stat().st_mtime_ns >= layout.residual(*ids).stat().st_mtime_ns
         return path if is_current else None

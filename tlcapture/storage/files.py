@@ -188,12 +188,12 @@ def remove(paths: Iterable[Path]) -> int:
     return count
 
 
-def sweep_temporaries(folder: Path) -> None:
-    """Remove temporary files below `folder` that killed processes of this machine left behind.
+def sweep_temporaries(folder: Path, *, below: bool = True) -> None:
+    """Remove temporary files in `folder`, and `below` it, that killed processes of this machine left behind.
 
     Those of running processes are kept, and those of other machines that share the folder.
     """
-    for path in list(folder.rglob(".*.tmp")):
+    for path in list(folder.rglob(".*.tmp") if below else folder.glob(".*.tmp")):
         match = _TEMPORARY.fullmatch(path.name)
         if match and not _is_running(int(match[1])):
             if path.is_dir():
@@ -213,7 +213,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     temporary = _temporary(path)
     try:
         temporary.mkdir(parents=True)
-        sweep_temporaries(path.parent)
+        sweep_temporaries(path.parent, below=False)
         fill(temporary)
         with suppress(OSError):
             temporary.rename(path)

@@ -33,8 +33,7 @@ from tlcapture.names import (
     is_safe_name,
 )
 from tlcapture.storage.folders import folders_in, natural, subfolders
-
-STREAM_FOLDERS = {"residual": "residual_stream", "attn_out": "attn_stream"}
+from tlcapture.storage.projection_places import STREAM_FOLDERS, place_of_projection
 
 
 def shipped_datasets() -> Path:
@@ -104,6 +103,11 @@ class Datasets:
         )
 
 
+def existing_experiments(root: Path) -> list[str]:
+    """The names of the experiments in a root, sorted."""
+    return sorted(path.name for path in (root / "experiments").glob("[!.]*") if path.is_dir())
+
+
 @dataclass(frozen=True)
 class Layout:
     """The paths of an experiment in a root. Creates no folders; lists folders, and of files reads indices of shards.
@@ -126,8 +130,7 @@ class Layout:
     def check_exists(self) -> None:
         """Raise `InputError` with the existing experiments if this one does not exist."""
         if not self.folder.is_dir():
-            existing = sorted(path.name for path in self.folder.parent.glob("*") if path.is_dir())
-            listed = ", ".join(existing) or "none"
+            listed = ", ".join(existing_experiments(self.root)) or "none"
             raise InputError(
                 f"no experiment {self.experiment!r}: expected the folder {self.folder}; existing experiments: {listed}"
             )
@@ -367,27 +370,6 @@ class Layout:
 
     def _analysis(self, prompt_set: str) -> Path:
         return self.folder / "analysis" / "per_token" / check_prompt_set(prompt_set)
-
-
-@dataclass(frozen=True)
-class ProjectionPlace:
-    """What the path of a projection file says: its trait, component, prompt set, and the name of its prompt."""
-
-    trait: Trait
-    component: str
-    prompt_set: str
-    prompt_id: str
-
-
-def place_of_projection(path: Path) -> ProjectionPlace | None:
-    """What a path says of a projection file; `None` for one that is not the path of such a file in an experiment."""
-    parts = path.parts
-    for component, stream in STREAM_FOLDERS.items():
-        for at in (each for each, part in enumerate(parts) if part == stream):
-            if at >= 3 and parts[at - 3] == "inference" and len(parts) > at + 2:
-                trait = Trait(parts[at - 2], parts[at - 1])
-                return ProjectionPlace(trait, component, "/".join(parts[at + 1 : -1]), path.stem)
-    return None
 
 
 def derived_files(layout: Layout, prompt_set: str, prompt_id: PromptId) -> list[Path]:

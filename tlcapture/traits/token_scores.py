@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tlcapture.errors import InputError, StorageError
 from tlcapture.names import PromptId
 from tlcapture.prompts.spans import TokenSpan
-from tlcapture.storage.layout import place_of_projection
+from tlcapture.storage.projection_places import place_of_projection
 from tlcapture.text import as_ranges
 from tlcapture.traits.calibration import Calibration
 from tlcapture.traits.projection_files import ProjectionFile

@@ -41,6 +41,12 @@ def hook(name: str, layer: int) -> str:
     return HOOKS[name].format(L=layer)
 
 
+def point_named(name: str) -> str:
+    """Our name of a point for TransformerLens's: `residual_out` for `resid_post` and `hook_resid_post`."""
+    theirs = {HOOKS[each].rpartition(".hook_")[2]: each for each in (*POINTS, "attn_out")}
+    return theirs.get(name.removeprefix("hook_"), name)
+
+
 def layer_hooks(layer: int) -> list[str]:
     """Every hook in the table at a layer, in the order a layer computes them."""
     return [hook(name, layer) for name in HOOKS]

@@ -31,6 +31,12 @@ def point_index(layer: int, point: str) -> int:
     return 2 * layer + POINTS.index(point)
 
 
+def from_the_end(layer: Any, n_layers: int) -> Any:
+    """A layer, of which a negative one counts from the end: -1 is the last. What is no layer is returned as it is."""
+    number = index(layer) if isinstance(layer, SupportsIndex) else 0
+    return number + n_layers if -n_layers <= number < 0 else layer
+
+
 @dataclass(frozen=True)
 class KeptPoints:
     """The layers and points that are kept of a model with `n_layers`, both in the model's order.

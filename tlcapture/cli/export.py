@@ -1,0 +1,102 @@
+"""`tlcapture export`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tlcapture.cli.console import Console
+from tlcapture.cli.grouping import collected
+from tlcapture.cli.option_types import ByteSize, LayersOrNone, Names, StreamPoints
+from tlcapture.cli.options import HELP_NAMES, Location, location_options
+from tlcapture.cli.work import working
+
+if TYPE_CHECKING:
+    from tlcapture.exchange.manifest import Format, Manifest
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The options of `export` alone."""
+
+    prompt_set: tuple[str, ...] | None
+    to: Path
+    format: Format
+    activations: tuple[int, ...] | None
+    points: tuple[str, ...]
+    shard_size: int
+    overwrite: bool
+
+
+@click.command(context_settings=HELP_NAMES)
+@location_options
+@click.option("--prompt-set", type=Names(), help="Prompt sets, comma-separated.  [default: all with captures]")
+@click.option(
+    "--to", type=click.Path(path_type=Path), metavar="DIR", required=True, help="Folder to write; it must not exist."
+)
+@click.option(
+    "--format",
+    type=click.Choice(["datasets", "parquet", "safetensors", "json"]),
+    default="datasets",
+    show_default=True,
+    help="datasets: Parquet with a card, for datasets.load_dataset; parquet: without one; safetensors, json: a file "
+    "for each capture.",
+)
+@click.option(
+    "--activations", type=LayersOrNone(), default="none", show_default=True, help="Layers to export activations of."
+)
+@click.option(
+    "--points",
+    type=StreamPoints(),
+    default="residual_out",
+    show_default=True,
+    help="Residual points to export activations at, attn_out among them.",
+)
+@click.option(
+    "--shard-size", type=ByteSize(), default="500MB", show_default=True, help="Size at which a new Parquet file begins."
+)
+@click.option("--overwrite", is_flag=True, help="Replace an earlier export at the same place.")
+@collected(_Settings, "settings")
+@working
+def export(console: Console, location: Location, settings: _Settings) -> None:
+    """Write an experiment in a form that others open: tokens, spans, scores and vectors, activations on request.
+
+    Vectors are written as safetensors and as GGUF control vectors. "tlcapture import" makes an experiment of it again.
+    """
+    from tlcapture.commands.export import ExportOptions, run_export
+    from tlcapture.exchange.exported import Wanted
+    from tlcapture.runs.run import Run
+
+    layers = settings.activations
+    options = ExportOptions(
+        to=settings.to,
+        format=settings.format,
+        prompt_sets=settings.prompt_set or (),
+        wanted=Wanted(layers or (), layers == (), settings.points),
+        shard_bytes=settings.shard_size,
+        overwrite=settings.overwrite,
+    )
+    location.layout.check_exists()
+    _show(console, settings, run_export(Run.begin(location.layout, console), options))
+
+
+def _show(console: Console, settings: _Settings, manifest: Manifest) -> None:
+    from tlcapture.text import as_ranges, format_bytes
+
+    size = sum(path.stat().st_size for path in settings.to.rglob("*") if path.is_file())
+    console.line(
+        f"{settings.to}: {manifest.n_captures} captures of {len(manifest.prompt_sets)} prompt sets, "
+        f"{manifest.n_tokens} tokens, vectors of {len(manifest.traits)} traits, {format_bytes(size)}"
+    )
+    if manifest.layers:
+        console.line(
+            f"activations: {', '.join(manifest.points)} of layers {as_ranges(manifest.layers)}, {manifest.dtype}"
+        )
+    for each in manifest.left_out:
+        console.line(f"not exported: {each}")
+    if manifest.format == "datasets":
+        console.line(f"open it with datasets.load_dataset({str(settings.to)!r}, split='train')")
+    console.line(f"next: tlcapture import {settings.to} --experiment NAME makes an experiment of it again")

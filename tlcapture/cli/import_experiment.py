@@ -1,0 +1,35 @@
+"""`tlcapture import`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from tlcapture.cli.console import Console
+from tlcapture.cli.options import HELP_NAMES, Location, location_options
+from tlcapture.cli.work import working
+
+
+@click.command("import", context_settings=HELP_NAMES)
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@location_options
+@working
+def import_experiment(console: Console, folder: Path, location: Location) -> None:
+    """Make an experiment of FOLDER, which "tlcapture export" wrote.
+
+    What was exported is equal to the last bit. Where activations were not exported, projections come back, and raw
+    captures do not.
+    """
+    from tlcapture.commands.import_experiment import run_import_experiment
+
+    done = run_import_experiment(location.layout, folder, console)
+    name = location.experiment
+    console.line(
+        f"experiments/{name}: {done.n_captures} captures, {len(done.manifest.traits)} traits, {done.n_files} files"
+    )
+    if done.n_without_activations:
+        console.line(
+            f"{done.n_without_activations} captures came without activations: only their projections are there"
+        )
+    console.line(f"next: tlcapture view --experiment {name}")

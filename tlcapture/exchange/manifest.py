@@ -1,0 +1,63 @@
+"""What a folder of an export says of itself, `tlcapture-export.json`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tlcapture.errors import InputError, StorageError
+from tlcapture.storage.files import read_json, write_json
+from tlcapture.storage.validation import Count, FileContent, checked
+
+NAME = "tlcapture-export.json"
+FORMATS = ("datasets", "parquet", "safetensors", "json")
+Format = Literal["datasets", "parquet", "safetensors", "json"]
+FORMAT_VERSION = 1
+
+
+class Manifest(FileContent):
+    """The form of an export, and what it holds.
+
+    Attributes:
+        n_captures: captures and prompts of which only projections were kept.
+        layers, points: of the activations; no layers where none were exported.
+        left_out: what the experiment has and the export has not.
+    """
+
+    format_version: Annotated[int, Field(ge=1)]
+    format: Format
+    experiment: str
+    model: str | None
+    prompt_sets: list[str]
+    n_captures: Count
+    n_tokens: Count
+    traits: list[str]
+    layers: list[Count]
+    points: list[str]
+    dtype: str | None
+    left_out: list[str]
+    export_date: str
+    tlcapture_version: str
+
+    def write(self, folder: Path) -> None:
+        """Write it to the folder of an export."""
+        write_json(folder / NAME, self.model_dump(), indent=True)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder.
+
+    Raises:
+        InputError: it is not a folder that `tlcapture export` wrote.
+        StorageError: it is damaged, or of a later version.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        raise InputError(f"{folder}: not an export of tlcapture: it has no {NAME}")
+    value = read_json(path)
+    version = value.get("format_version") if isinstance(value, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise StorageError(f"{path}: format version {version}, this tlcapture reads {FORMAT_VERSION}")
+    return checked(Manifest, value, path, "export")

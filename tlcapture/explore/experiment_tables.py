@@ -1,0 +1,73 @@
+"""What an experiment measured, as data frames: evaluations, steering, runs. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from tlcapture.errors import StorageError
+from tlcapture.storage.files import read_json
+from tlcapture.storage.layout import Layout
+from tlcapture.traits.evaluation_files import read_evaluation
+from tlcapture.traits.selection import steering_runs
+from tlcapture.traits.steering_files import percentile_95
+from tlcapture.traits.vector_files import VectorFiles
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+_EVALUATION = ("trait", "component", "method", "layer")
+_STEERING = ("trait", "component", "method", "layer", "coefficient", "trait_mean", "coherence_mean", "gain")
+_RUN = ("command", "status", "started", "seconds", "prompts", "skipped", "files", "bytes", "failures", "warnings")
+
+
+def evaluation_frame(layout: Layout) -> DataFrame:
+    """A row for each vector that `evaluate` scored, with every field of `extraction_evaluation.json`.
+
+    Raises `StorageError` for a damaged file.
+    """
+    from pandas import DataFrame
+
+    rows = [row.as_written() for row in read_evaluation(layout.evaluation)]
+    first = [name for name in _EVALUATION if not rows or any(name in row for row in rows)]
+    frame = DataFrame(rows, columns=None if rows else list(_EVALUATION))
+    if rows and "component" not in frame:
+        frame["component"] = "residual"
+    return frame[[*first, *(name for name in frame.columns if name not in first)]]
+
+
+def steering_frame(layout: Layout) -> DataFrame:
+    """A row for each single-layer steering run that was made with a trait's present vectors.
+
+    `null_p95` is the 95th percentile of the gains of random vectors of the same norm, NaN where they were not measured.
+
+    Raises `StorageError` for a damaged file.
+    """
+    from pandas import DataFrame
+
+    rows = []
+    for trait in layout.traits():
+        for run in steering_runs(VectorFiles(layout, trait)):
+            null = percentile_95(run.null) if run.null else float("nan")
+            found = {"trait": str(trait), "gain": run.delta, "null_p95": null}
+            rows.append({**found, **{name: getattr(run, name) for name in _STEERING if hasattr(run, name)}})
+    return DataFrame(rows, columns=[*_STEERING, "null_p95"])
+
+
+def runs_frame(layout: Layout) -> DataFrame:
+    """A row for each run that wrote to the experiment, the earliest first; damaged records are left out."""
+    from pandas import DataFrame
+
+    return DataFrame(list(_runs(layout)), columns=["name", *_RUN, "command_line"])
+
+
+def _runs(layout: Layout) -> Iterator[dict[str, Any]]:
+    for path in sorted((layout.folder / "runs").glob("*.json")):
+        with suppress(StorageError, AttributeError, TypeError):
+            record = read_json(path)
+            files = record.get("files") or {}
+            row = {name: record.get(name) for name in _RUN}
+            row |= {"files": files.get("count"), "bytes": files.get("bytes")}
+            row |= {name: len(record.get(name) or ()) for name in ("failures", "warnings")}
+            yield {"name": path.stem, **row, "command_line": record.get("command_line")}

@@ -1,0 +1,140 @@
+"""Pictures of our Plotly figures by Matplotlib, which needs no browser: lines, bands, markers and heatmaps."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from html import unescape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+    from matplotlib.axes import Axes
+
+_DPI = 110
+_INCH = 96  # pixels of a figure
+_SYMBOLS = {"diamond": "D", "circle": "o"}
+_DASHES = {"dash": "--", "dot": ":", None: "-", "solid": "-"}
+_SCALES = {"RdBu_r": "RdBu_r", "Blues": "Blues"}
+
+
+def picture(figure: go.Figure, form: str) -> bytes:
+    """A figure as `png` or `svg`. Its traces are scatters and heatmaps, its shapes lines across it."""
+    from matplotlib.figure import Figure
+
+    layout = figure.layout
+    canvas = Figure(figsize=(1000 / _INCH, float(layout.height or 450) / _INCH), layout="constrained")
+    axis = canvas.subplots()
+    for trace in map(_with_arrays, figure.data):
+        draw = _draw_heatmap if trace.get("type") == "heatmap" else _draw_scatter
+        draw(axis, trace)
+    for shape in layout.shapes:
+        _draw_line(axis, shape)
+    _label(axis, figure)
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.25), ncols=3, frameon=False)
+    data = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # drawn as a box
+        canvas.savefig(data, format=form, dpi=_DPI, metadata={"Date": None} if form == "svg" else None)
+    return data.getvalue()
+
+
+def _with_arrays(trace: Any) -> dict[str, Any]:
+    """A trace as a dict, its numbers as arrays rather than as Plotly encodes them."""
+    return {**trace.to_plotly_json(), **{name: trace[name] for name in ("x", "y", "z") if name in trace}}
+
+
+def _draw_scatter(axis: Axes, trace: dict[str, Any]) -> None:
+    x, y = (np.asarray(trace.get(name, ()), dtype=float) for name in ("x", "y"))
+    line, marker = trace.get("line") or {}, trace.get("marker") or {}
+    if trace.get("fill") == "toself":
+        axis.fill(x, y, color=trace.get("fillcolor"), alpha=trace.get("opacity", 1), linewidth=0)
+        return
+    has_markers = "markers" in (trace.get("mode") or "")
+    axis.plot(
+        x,
+        y,
+        color=line.get("color") or marker.get("color"),
+        linewidth=line.get("width", 1.5) if "lines" in (trace.get("mode") or "lines") else 0,
+        marker=_SYMBOLS.get(str(marker.get("symbol")), "o") if has_markers else None,
+        markersize=marker.get("size", 4),
+        alpha=trace.get("opacity", 1),
+        label=None if trace.get("showlegend") is False else _plain(trace.get("name")),
+    )
+
+
+def _draw_heatmap(axis: Axes, trace: dict[str, Any]) -> None:
+    values = np.ma.masked_invalid(np.asarray(trace["z"], dtype=float))
+    x = trace.get("x")
+    first = 0.0 if x is None or not len(x) else float(x[0])
+    image = axis.imshow(
+        values,
+        aspect="auto",
+        origin="lower",
+        interpolation="nearest",
+        vmin=trace.get("zmin"),
+        vmax=trace.get("zmax"),
+        cmap=_colours(trace.get("colorscale")),
+        extent=(first - 0.5, first + values.shape[1] - 0.5, -0.5, values.shape[0] - 0.5),
+    )
+    title = ((trace.get("colorbar") or {}).get("title") or {}).get("text", "")
+    figure = axis.get_figure()
+    assert figure is not None
+    figure.colorbar(image, ax=axis, label=title, fraction=0.03, pad=0.01)
+
+
+def _colours(scale: Any) -> Any:
+    """A Plotly colour scale, by its name or as its list of colours."""
+    if isinstance(scale, str) or scale is None:
+        return _SCALES.get(str(scale), "viridis")
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("scale", [(float(at), _rgb(colour)) for at, colour in scale])
+
+
+def _rgb(colour: str) -> Any:
+    if not colour.startswith("rgb("):
+        return colour
+    return tuple(float(part) / 255 for part in colour[4:-1].split(","))
+
+
+def _draw_line(axis: Axes, shape: Any) -> None:
+    style: dict[str, Any] = {
+        "color": shape.line.color or "black",
+        "linestyle": _DASHES.get(shape.line.dash, "-"),
+        "linewidth": 1,
+    }
+    if shape.x0 == shape.x1:
+        axis.axvline(float(shape.x0), **style)
+    else:
+        axis.axhline(float(shape.y0), **style)
+
+
+def _label(axis: Axes, figure: go.Figure) -> None:
+    layout = figure.layout
+    axis.set_title(_plain(layout.title.text), fontsize=10, loc="left")
+    for own, set_ticks, set_label in (
+        (layout.xaxis, axis.set_xticks, axis.set_xlabel),
+        (layout.yaxis, axis.set_yticks, axis.set_ylabel),
+    ):
+        if own.title.text:
+            set_label(_plain(own.title.text), fontsize=8)
+        if own.tickvals is not None and own.ticktext is not None:
+            rotation = 90 if own is layout.xaxis else 0
+            set_ticks(own.tickvals, [_plain(each) for each in own.ticktext])
+            axis.tick_params(axis="x" if own is layout.xaxis else "y", labelrotation=rotation, labelsize=6)
+    for text in (*axis.get_xticklabels(), *axis.get_yticklabels(), axis.title):
+        text.set_parse_math(False)  # a token may hold dollars
+    if layout.yaxis.autorange == "reversed":
+        axis.invert_yaxis()
+    for note in layout.annotations:
+        if note.text:
+            axis.annotate(_plain(note.text), (0, 1.0), xycoords="axes fraction", fontsize=6, va="bottom", color="0.4")
+
+
+def _plain(text: Any) -> str:
+    """A text that was escaped for Plotly."""
+    return unescape(str(text or ""))

@@ -1,0 +1,36 @@
+"""The projection of a capture onto a direction of one's own, which is no trait's vector."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tlcapture.captures.capture import Capture
+from tlcapture.errors import VectorError
+from tlcapture.names import Trait
+from tlcapture.traits.projection import Projection, project
+from tlcapture.traits.selection import Selection
+from tlcapture.traits.vectors import TraitVector
+
+OWN = Trait("own", "direction")
+_NO_METADATA: Mapping[str, Any] = {}
+
+
+def project_direction(capture: Capture, direction: Tensor, layer: int, component: str) -> Projection:
+    """Project a capture onto a direction `[d_model]` at a layer, as `own/direction`.
+
+    Raises `VectorError` for what is not a finite, non-zero direction of the capture's width.
+    """
+    vector = torch.as_tensor(direction).detach().to("cpu", torch.float32)
+    if vector.shape != (capture.d_model,):
+        raise VectorError(f"a direction of shape {list(vector.shape)}: expected [{capture.d_model}]")
+    if not vector.isfinite().all() or not vector.any():
+        raise VectorError("the direction is zero, or holds NaN or inf")
+    own = TraitVector(OWN, component, "own", layer, "", vector, _NO_METADATA)
+    chosen = [(own, Selection(layer, "own", "override"))]
+    (found,) = project(capture.prompt.residual, capture.response.residual, chosen, held=capture.positions)
+    return replace(found, tokens=tuple(capture.tokens))
