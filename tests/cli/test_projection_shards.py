@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from tests import tiny
 from tlcapture.commands.top_traits import summary_of
+from tlcapture.exchange.exported import Wanted, read_exported
 from tlcapture.explore.experiment import Experiment
 from tlcapture.page.contents import Contents
 from tlcapture.storage import shard_writing
@@ -128,6 +129,21 @@ def test_page_frames_and_summary_are_those_of_json(extract: Run, capture: Run, d
         )
     assert seen[0] == seen[1]
     assert seen[0][2][0]["projections"], "nothing was compared"
+
+
+def test_an_export_does_not_depend_on_the_form(extract: Run, capture: Run, data: Path) -> None:
+    extract()
+    seen = []
+    for form in ("json", "compact"):
+        capture(*GREEDY, "--format", form)
+        exported = [read_exported(Layout(data, "exp"), "short", name, Wanted()) for name in ("1", "2", "3")]
+        for each in exported:
+            for projection in each.record["projections"]:
+                del projection["content"]["metadata"]["projection_date"]
+            each.record.get("metadata", {}).pop("capture_date", None)
+        seen.append([(each.record["projections"], each.columns) for each in exported])
+    assert seen[0] == seen[1]
+    assert len(seen[0][0][0]) == 2
 
 
 def test_dynamics_only_and_project_work_on_shards(

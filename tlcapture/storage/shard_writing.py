@@ -109,20 +109,20 @@ def take_out(folder: Path, prompt_id: str, traits: Iterable[str] | None = None) 
     A shard of several prompts is divided into one of each first, so that to take out many prompts reads it once. A
     damaged shard of the prompt alone is removed, one of several stays.
     """
+    dropped = None if traits is None else set(traits)
     for path in merged_shards(folder):
         with suppress(StorageError):
-            if prompt_id in Shard.open(path).entries:
+            entry = Shard.open(path).entries.get(prompt_id)
+            if entry is not None and (dropped is None or not dropped.isdisjoint(entry.written)):
                 _divide(folder, path)
-    own, stay = shard_of_prompt(folder, prompt_id), dict[str, Sharded]()
-    if traits is not None:
-        with suppress(StorageError):
-            dropped = set(traits)
-            stay = {each.trait: each for each in Shard.open(own).sharded(prompt_id) if each.trait not in dropped}
-    if stay:
+    own, held = shard_of_prompt(folder, prompt_id), dict[str, Sharded]()
+    with suppress(StorageError):
+        held = {each.trait: each for each in Shard.open(own).sharded(prompt_id)}
+    stay = {trait: each for trait, each in held.items() if dropped is not None and trait not in dropped}
+    if stay and len(stay) < len(held):
         contents = {trait: each.content() for trait, each in stay.items()}
         _write(own, [_block(prompt_id, contents, {trait: each.written_ns for trait, each in stay.items()})])
-        return []
-    return [own] if remove([own]) else []
+    return [] if stay else [own] if remove([own]) else []
 
 
 def merge_shards(folder: Path) -> list[Written]:
