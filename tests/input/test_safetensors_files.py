@@ -210,3 +210,17 @@ def test_2000_tokens_take_2_bytes_a_weight_and_open_at_once(tmp_path: Path) -> N
     entry = contents.attention_token("exp", "odd", "1", str(n_tokens - 1))
     assert time.perf_counter() - began < 1
     assert entry["by_layer"][2][3] == pytest.approx([0.0005] * n_tokens, rel=1e-3)
+
+
+def test_an_opened_file_holds_no_descriptor_and_notices_that_it_was_replaced(tmp_path: Path) -> None:
+    """Thousands of shards may be known at one time."""
+    path = tmp_path / "x.safetensors"
+    save_file(ARRAYS, path)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    opened = [TensorFile.open(path) for _ in range(20)]
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert np.array_equal(opened[0].array("a"), ARRAYS["a"])
+    path.unlink()
+    save_file(ARRAYS, path)
+    with pytest.raises(StorageError, match="was replaced while it was being read"):
+        opened[0].array("a")

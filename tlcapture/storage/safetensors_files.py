@@ -11,7 +11,7 @@ Source: https://huggingface.co/docs/safetensors, "Format".
 
 from __future__ import annotations
 
-import mmap
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -101,17 +101,20 @@ def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> byt
 
 @dataclass(frozen=True, eq=False)
 class TensorFile:
-    """An open file: its metadata, and what its tensors are, which are read where they are used."""
+    """A file's metadata, and what its tensors are, which are read where they are used. It holds no open file.
+
+    `_state` tells whether the file at the path is still the same.
+    """
 
     path: Path
     metadata: Mapping[str, str]
     specs: Mapping[str, TensorSpec]
     _starts: Mapping[str, int]
-    _bytes: mmap.mmap
+    _state: tuple[int, ...]
 
     @classmethod
     def open(cls, path: Path) -> TensorFile:
-        """Open a file, whose header and size are checked.
+        """Read the header of a file, which is checked, as its size is.
 
         Raises:
             StorageError: it cannot be read, is not a safetensors file, is cut off, or its header is too long.
@@ -120,29 +123,38 @@ class TensorFile:
             if path.exists() and not path.is_file():  # a pipe would be waited for
                 raise _damaged(path, "expected a file")
             with path.open("rb") as file:
-                size = path.stat().st_size
+                state = _state_of(file)
+                size = state[0]
                 if size < _LENGTH:
                     raise _damaged(path, f"it has {size} bytes")
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                length = int.from_bytes(file.read(_LENGTH), "little")
+                if not 2 <= length <= min(_MOST_HEADER, size - _LENGTH):
+                    at_most = f"at most {_MOST_HEADER} are read"
+                    raise _damaged(path, f"its header would have {length} bytes of {size}, {at_most}")
+                head = file.read(length)
         except OSError as error:
             raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
-        length = int.from_bytes(data[:_LENGTH], "little")
-        if not 2 <= length <= min(_MOST_HEADER, len(data) - _LENGTH):
-            raise _damaged(
-                path, f"its header would have {length} bytes of {len(data)}, at most {_MOST_HEADER} are read"
-            )
-        metadata, specs, starts = _checked(path, data[_LENGTH : _LENGTH + length], len(data) - _LENGTH - length)
         first = _LENGTH + length
-        return cls(path, metadata, specs, {name: first + start for name, start in starts.items()}, data)
+        metadata, specs, starts = _checked(path, head, size - first)
+        return cls(path, metadata, specs, {name: first + start for name, start in starts.items()}, state)
 
     def array(self, name: str) -> NDArray[Any]:
-        """A tensor, memory-mapped and read-only; raises `StorageError` if the file does not have it."""
+        """A tensor, memory-mapped and read-only.
+
+        Raises `StorageError` if the file does not have it, or is no longer the one that was opened.
+        """
         if name not in self.specs:
             raise StorageError(f"{self.path}: it has no tensor {name}")
         spec = self.specs[name]
         if not spec.n_bytes:
             return np.empty(spec.shape, spec.numpy)
-        return np.frombuffer(self._bytes, spec.numpy, prod(spec.shape), self._starts[name]).reshape(spec.shape)
+        try:
+            with self.path.open("rb") as file:
+                if _state_of(file) != self._state:
+                    raise StorageError(f"{self.path}: the file was replaced while it was being read: open it again")
+                return np.memmap(file, spec.numpy, "r", self._starts[name], spec.shape)
+        except OSError as error:
+            raise StorageError(f"{self.path}: cannot be read: {error.strerror}") from None
 
     def check(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
         """Raise `StorageError` unless the file has a tensor with this dtype and shape."""
@@ -150,6 +162,11 @@ class TensorFile:
         if found != TensorSpec(dtype, shape):
             has = "it has none" if found is None else f"it is {found.dtype} {list(found.shape)}"
             raise StorageError(f"{self.path}: expected a tensor {name}, {dtype} {list(shape)}: {has}")
+
+
+def _state_of(file: IO[bytes]) -> tuple[int, ...]:
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev
 
 
 def _checked(

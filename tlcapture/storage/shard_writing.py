@@ -133,16 +133,18 @@ def merge_shards(folder: Path) -> list[Written]:
     """
     made: list[Written] = []
     together: list[_Block] = []
+    n_bytes = 0
     for path in single_shards(folder):
         blocks: list[_Block] = []
         with suppress(StorageError):
             blocks = [_stored_block(shard, entry) for shard in [Shard.open(path)] for entry in shard.index.prompts]
         if len(blocks) != 1 or blocks[0].prompt_id != path.stem:
             continue
-        if together and sum(each.n_bytes for each in together) + blocks[0].n_bytes > MOST_BYTES:
+        if together and n_bytes + blocks[0].n_bytes > MOST_BYTES:
             made += _merged(folder, together)
-            together = []
+            together, n_bytes = [], 0
         together += blocks
+        n_bytes += blocks[0].n_bytes
     made += _merged(folder, together)
     if made:
         _remove_superseded(folder)

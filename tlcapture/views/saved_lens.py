@@ -150,17 +150,21 @@ class _CompactLens(SavedLens):
         return (LensOverview.of(self._content(row, 1), self.path, self.head) for row in range(len(self._after)))
 
     def numbers(self) -> LensNumbers:
-        ids, probs = self._file.array("top_ids"), self._file.array("top_probs")
+        ids, probs, ranks, actual = self._arrays
         return LensNumbers(
             top_tokens=[[self._named(row) for row in layer] for layer in ids.transpose(1, 0, 2)],
             top_probs=_rounded(probs, self.path).transpose(1, 0, 2),
-            actual_rank=self._file.array("actual_rank").T.astype(np.int64),
-            actual_prob=self._file.array("actual_prob").T.copy(),
+            actual_rank=ranks.T.astype(np.int64),
+            actual_prob=actual.T.copy(),
         )
+
+    @cached_property
+    def _arrays(self) -> list[NDArray[Any]]:
+        return [self._file.array(name) for name in _DTYPES]
 
     def _content(self, row: int, top_k: int) -> dict[str, Any]:
         """An entry of the JSON form, with the likeliest `top_k` predictions."""
-        ids, probs, ranks, actual = (self._file.array(name)[row] for name in _DTYPES)
+        ids, probs, ranks, actual = (array[row] for array in self._arrays)
         shown = _rounded(probs[:, :top_k], self.path).tolist()
         return {
             "token_idx": self._after[row],
