@@ -61,6 +61,11 @@ def saved(data: Path) -> dict[str, Any]:
     }
 
 
+def numbers(contents: dict[str, Any]) -> dict[str, Any]:
+    """Scores and steps; chance levels depend on the vectors that are projected together."""
+    return {name: (each["projections"], each["dynamics"]["velocity"]) for name, each in contents.items()}
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -162,11 +167,9 @@ def test_dynamics_only_and_project_work_on_shards(
     assert tlcapture(*common, "--format", "compact").exit_code == 0
     assert tlcapture(*common, "--traits", "tone/loud", "--format", "json").exit_code == 0
     assert len(json_files()) == 3
-    assert saved(data) == before
+    assert numbers(saved(data)) == numbers(before)
     assert tlcapture(*common, "--traits", "tone/warm", "--layer", 1, "--format", "compact").exit_code == 0
-    assert {name for name, content in saved(data).items() if content != before[name]} <= {
-        f"tone/warm/residual_stream/short/{number}.json" for number in (1, 2, 3)
-    }
+    assert numbers(saved(data)) == numbers(before)
     done = tlcapture(*common, "--format", "compact", "--skip-existing")
     assert "wrote 0 files" in done.output or "nothing" in done.output, done.output
     drawn = tlcapture(*common, "--format", "compact", "--plot", data / "pictures")
