@@ -11,12 +11,12 @@ import click
 from click.core import ParameterSource
 
 from tlcapture.cli.cluster import ClusterOptions, cluster_options
+from tlcapture.cli.command import command
 from tlcapture.cli.console import Console, show_top_traits
 from tlcapture.cli.given_prompts import given_prompt_options, given_prompts
 from tlcapture.cli.grouping import collected
 from tlcapture.cli.option_types import LayerOrWord, TemplateArg
 from tlcapture.cli.options import (
-    HELP_NAMES,
     KeptOptions,
     Location,
     ModelOptions,
@@ -116,7 +116,10 @@ def _own_temperature(context: click.Context, option: click.Parameter, value: flo
     return None if is_default and context.params["sampling"] == "checkpoint" else value
 
 
-@click.command(context_settings=HELP_NAMES)
+@command(
+    'tlcapture capture --prompt "How do tides work?"',
+    "tlcapture capture --experiment my_exp --prompt-set single_trait --attention --logit-lens",
+)
 @location_options
 @prompt_set_options
 @given_prompt_options

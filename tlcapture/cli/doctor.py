@@ -6,15 +6,19 @@ import sys
 
 import click
 
+from tlcapture.cli.command import command
 from tlcapture.cli.console import Console, one_line_errors
-from tlcapture.cli.options import HELP_NAMES, EngineOptions, engine_options
+from tlcapture.cli.options import EngineOptions, engine_options
 from tlcapture.cli.tables import Coloured, Column, echo_table
 
 _COLUMNS = (Column(min_width=len("not applicable")), Column(min_width=len("raw basis")), Column())
 _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 
-@click.command(context_settings=HELP_NAMES)
+@command(
+    "tlcapture doctor",
+    "tlcapture doctor --model google/gemma-2-2b-it",
+)
 @click.option(
     "--model",
     default="smollm2",

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from tlcapture.cli.cluster import ClusterOptions, cluster_options
+from tlcapture.cli.command import command
 from tlcapture.cli.console import Console
 from tlcapture.cli.options import (
-    HELP_NAMES,
     GridOptions,
     Location,
     ModelOptions,
@@ -35,7 +35,10 @@ if TYPE_CHECKING:
     from tlcapture.traits.evaluation_files import CarryOverRow, Evaluation, TraitEvaluation
 
 
-@click.command(context_settings=HELP_NAMES)
+@command(
+    "tlcapture evaluate --experiment my_exp",
+    "tlcapture evaluate --experiment my_exp --examples other/refusal --traits behavioral/refusal",
+)
 @location_options
 @grid_options("evaluate", "probe,mean_diff,gradient,imported")
 @click.option(

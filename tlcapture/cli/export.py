@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tlcapture.cli.command import command
 from tlcapture.cli.console import Console
 from tlcapture.cli.grouping import collected
 from tlcapture.cli.option_types import ByteSize, LayersOrNone, Names, StreamPoints
-from tlcapture.cli.options import HELP_NAMES, Location, location_options
+from tlcapture.cli.options import Location, location_options
 from tlcapture.cli.work import working
 
 if TYPE_CHECKING:
@@ -31,7 +32,10 @@ class _Settings:
     overwrite: bool
 
 
-@click.command(context_settings=HELP_NAMES)
+@command(
+    "tlcapture export --experiment my_exp --to shared/my_exp",
+    "tlcapture export --experiment my_exp --to shared/my_exp --activations 12,16",
+)
 @location_options
 @click.option("--prompt-set", type=Names(), help="Prompt sets, comma-separated.  [default: all with captures]")
 @click.option(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import click
 
 from tlcapture.cli.cluster import ClusterOptions, cluster_options
+from tlcapture.cli.command import command
 from tlcapture.cli.console import Console
 from tlcapture.cli.options import (
-    HELP_NAMES,
     GridOptions,
     Location,
     ModelOptions,
@@ -21,7 +21,10 @@ from tlcapture.cli.options import (
 from tlcapture.cli.work import working
 
 
-@click.command(context_settings=HELP_NAMES)
+@command(
+    "tlcapture extract --experiment my_exp",
+    "tlcapture extract --experiment my_exp --traits behavioral/refusal --methods mean_diff --layers 8,12,16",
+)
 @location_options
 @grid_options("extract", default_traits="the root's own, or the packaged ones where it has none")
 @click.option(

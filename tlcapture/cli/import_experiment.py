@@ -6,12 +6,13 @@ from pathlib import Path
 
 import click
 
+from tlcapture.cli.command import command
 from tlcapture.cli.console import Console
-from tlcapture.cli.options import HELP_NAMES, Location, location_options
+from tlcapture.cli.options import Location, location_options
 from tlcapture.cli.work import working
 
 
-@click.command("import", context_settings=HELP_NAMES)
+@command("tlcapture import shared/my_exp --experiment copy", name="import")
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @location_options
 @working

@@ -6,6 +6,7 @@ import importlib
 
 import click
 
+from tlcapture.cli.command import help_settings
 from tlcapture.version import __version__
 
 COMMANDS = {
@@ -16,13 +17,14 @@ COMMANDS = {
     "steer": "Add trait vectors during generation and score the effect.",
     "view": "View captures and vectors in the browser.",
     "shell": "Explore an experiment in IPython.",
+    "list": "List experiments, their prompt sets, traits and runs.",
     "traits": "Check contrastive examples; list or import vectors.",
     "doctor": "Check a model's activations against Hugging Face.",
     "plan": "Estimate the size and time of a capture.",
     "export": "Write an experiment as a dataset that others open.",
     "import": "Make an experiment of such a dataset.",
 }
-_MODULES = {"import": "import_experiment"}  # no module can have the name of the command
+_MODULES = {"import": "import_experiment", "list": "list_experiments"}  # no module can have these names
 
 
 class _Commands(click.Group):
@@ -30,6 +32,18 @@ class _Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            from difflib import get_close_matches
+
+            near = get_close_matches(name, COMMANDS, n=2)
+            hint = f": did you mean {' or '.join(near)}?" if near else f": commands: {', '.join(COMMANDS)}"
+            ctx.fail(f"no such command {name!r}{hint}")
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
@@ -43,7 +57,7 @@ class _Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, context_settings=help_settings())
 @click.version_option(__version__, prog_name="tlcapture")
 def main() -> None:
     """Watch a language model think while it writes.

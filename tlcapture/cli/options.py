@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tlcapture.cli import completion
 from tlcapture.cli.grouping import Decorator, collected, together
 from tlcapture.cli.option_types import (
     BatchSize,
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from tlcapture.storage.layout import Datasets, Layout
     from tlcapture.traits.choice import VectorChoice
     from tlcapture.views.kept_tokens import KeptTokens
-
-HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 
 # -- where ----------------------------------------------------------------------------------------
 
@@ -68,7 +67,15 @@ root_option = click.option(
 )
 
 location_options = together(
-    click.option("--experiment", required=True, metavar="NAME", help="Experiment to work in."),
+    click.option(
+        "--experiment",
+        metavar="NAME",
+        default="default",
+        envvar="TLCAPTURE_EXPERIMENT",
+        show_default=True,
+        shell_complete=completion.experiments,
+        help="Experiment to work in.  [env: TLCAPTURE_EXPERIMENT]",
+    ),
     root_option,
     collected(Location, "location"),
 )
@@ -85,7 +92,9 @@ class PromptSetOptions:
 
 
 prompt_set_options = together(
-    click.option("--prompt-set", type=Names(), help="Prompt sets, comma-separated."),
+    click.option(
+        "--prompt-set", type=Names(), shell_complete=completion.prompt_sets, help="Prompt sets, comma-separated."
+    ),
     click.option("--all-prompt-sets", is_flag=True, help="All prompt sets."),
     collected(PromptSetOptions, "prompt_sets"),
 )
@@ -123,6 +132,7 @@ def grid_options(
         type=Traits(),
         default=None if default_traits else "all",
         show_default=default_traits or True,
+        shell_complete=completion.traits,
         help=f"Traits to {verb}.",
     )
     return together(

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tlcapture.cli.command import command
 from tlcapture.cli.console import Console, one_line_errors
 from tlcapture.cli.grouping import collected
 from tlcapture.cli.option_types import BatchSize, ByteSize, Views
-from tlcapture.cli.options import HELP_NAMES, KeptOptions, kept_options, save_dtype_option
+from tlcapture.cli.options import KeptOptions, kept_options, save_dtype_option
 from tlcapture.cli.plan_output import Estimate
 from tlcapture.plan.accelerators import ACCELERATORS
 
@@ -88,7 +89,10 @@ class _PaceOptions:
         return None if self.gpu is None else _bound(self.gpu, config, workload, self.efficiency)
 
 
-@click.command(context_settings=HELP_NAMES)
+@command(
+    "tlcapture plan --prompts 5000 --prompt-tokens 60 --new-tokens 50",
+    "tlcapture plan --prompts 5000 --prompt-tokens 60 --new-tokens 50 --gpu h100 --budget 50GB",
+)
 @click.option(
     "--model",
     default="smollm2",

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import click
 
 from tlcapture.cli.cluster import ClusterOptions, cluster_options
+from tlcapture.cli.command import command
 from tlcapture.cli.console import Console, show_top_traits
 from tlcapture.cli.grouping import collected
 from tlcapture.cli.option_types import Traits
 from tlcapture.cli.options import (
-    HELP_NAMES,
     Location,
     PromptSetOptions,
     VectorOptions,
@@ -62,7 +62,10 @@ class _Settings:
         )
 
 
-@click.command(context_settings=HELP_NAMES)
+@command(
+    "tlcapture project --experiment my_exp --prompt-set single_trait",
+    "tlcapture project --experiment my_exp --all-prompt-sets --traits style/formality --layer 12",
+)
 @location_options
 @prompt_set_options
 @click.option("--traits", type=Traits(), default="all", show_default=True, help="Traits to project onto.")

@@ -7,15 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tlcapture.cli.command import command
 from tlcapture.cli.console import one_line_errors
-from tlcapture.cli.options import HELP_NAMES, Location, location_options
+from tlcapture.cli.options import Location, location_options
 
 if TYPE_CHECKING:
     from tlcapture.explore.experiment import Experiment
     from tlcapture.models.loading import Model
 
 
-@click.command(context_settings=HELP_NAMES)
+@command(
+    "tlcapture shell",
+    "tlcapture shell --experiment my_exp",
+)
 @location_options
 @one_line_errors
 def shell(location: Location) -> None:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import click
 
 from tlcapture.cli.cluster import ClusterOptions, cluster_options
+from tlcapture.cli.command import command
 from tlcapture.cli.console import Console
 from tlcapture.cli.grouping import collected
 from tlcapture.cli.option_types import LayerList, Names, NumberList, Traits
-from tlcapture.cli.options import HELP_NAMES, Location, ModelOptions, location_options, model_options, seed_option
+from tlcapture.cli.options import Location, ModelOptions, location_options, model_options, seed_option
 from tlcapture.cli.tables import Column
 from tlcapture.cli.work import working
 from tlcapture.names import Trait
@@ -44,7 +45,10 @@ class _Settings:
         return SteerOptions(self.traits, self.methods or (), self.layers, self.coefficients, self.search, judge)
 
 
-@click.command(context_settings=HELP_NAMES)
+@command(
+    "tlcapture steer --experiment my_exp --layers 10,15,20",
+    "tlcapture steer --experiment my_exp --traits style/formality --coefficients 0.1,0.2,0.3",
+)
 @location_options
 @click.option("--traits", type=Traits(), default="all", show_default=True, help="Traits to steer with.")
 @click.option("--methods", type=Names(), help="Methods whose vectors to use.  [default: the one selected per trait]")

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tlcapture.cli.command import Command, help_settings
 from tlcapture.cli.console import Console, one_line_errors
 from tlcapture.cli.option_types import OneTrait, Traits
-from tlcapture.cli.options import HELP_NAMES, Location, examples_as_option, location_options, root_option
+from tlcapture.cli.options import Location, examples_as_option, location_options, root_option
 from tlcapture.cli.tables import Column, echo_table
 from tlcapture.cli.work import working
 from tlcapture.names import Trait
@@ -29,12 +30,16 @@ _trait_option = click.option(
 )
 
 
-@click.group(context_settings=HELP_NAMES)
+@click.group(context_settings=help_settings())
 def traits() -> None:
     """Check the contrastive examples of traits, list the selected vectors, and import those of other tools."""
 
 
-@traits.command(context_settings=HELP_NAMES)
+@traits.command(
+    cls=Command,
+    context_settings=help_settings(),
+    examples=["tlcapture traits check", "tlcapture traits check --traits style/formality"],
+)
 @_trait_option
 @examples_as_option
 @root_option
@@ -108,7 +113,9 @@ def _cell(cue: Cue | None) -> str:
     return f"{cue.auroc:.2f}{'*' if cue.leaks else ''}"
 
 
-@traits.command("list", context_settings=HELP_NAMES)
+@traits.command(
+    "list", cls=Command, context_settings=help_settings(), examples=["tlcapture traits list --experiment my_exp"]
+)
 @location_options
 @click.option("--component", type=click.Choice(["residual", "attn_out"]), default="residual", show_default=True)
 @one_line_errors
@@ -152,7 +159,12 @@ def list_(location: Location, component: str) -> None:
         click.echo(printable(f"{'all' if len(origins) == 1 else ', '.join(names)}: {origin}"))
 
 
-@traits.command("import", context_settings=HELP_NAMES)
+@traits.command(
+    "import",
+    cls=Command,
+    context_settings=help_settings(),
+    examples=["tlcapture traits import refusal.gguf --experiment my_exp --trait behavioral/refusal"],
+)
 @click.argument("file", type=click.Path(path_type=Path))
 @location_options
 @click.option("--trait", type=OneTrait(), required=True, help="Trait that the vectors are of; it may be a new one.")

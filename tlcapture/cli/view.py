@@ -7,16 +7,20 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tlcapture.cli.command import command
 from tlcapture.cli.console import Console, one_line_errors
 from tlcapture.cli.option_types import Names
-from tlcapture.cli.options import HELP_NAMES, Location, location_options
+from tlcapture.cli.options import Location, location_options
 from tlcapture.text import printable
 
 if TYPE_CHECKING:
     from tlcapture.storage.layout import Layout
 
 
-@click.command(context_settings=HELP_NAMES)
+@command(
+    "tlcapture view --experiment my_exp",
+    "tlcapture view --experiment my_exp --export report.html",
+)
 @location_options
 @click.option(
     "--prompt-set", type=Names(), help="Prompt sets to export or draw; the page opens on the first one.  [default: all]"

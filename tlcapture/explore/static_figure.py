@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _DPI = 110
 _INCH = 96  # pixels of a figure
+_LONGEST_LABEL = 14
 _SYMBOLS = {"diamond": "D", "circle": "o"}
 _DASHES = {"dash": "--", "dot": ":", None: "-", "solid": "-"}
 _SCALES = {"RdBu_r": "RdBu_r", "Blues": "Blues"}
@@ -67,6 +68,8 @@ def _draw_scatter(axis: Axes, trace: dict[str, Any]) -> None:
 
 
 def _draw_heatmap(axis: Axes, trace: dict[str, Any]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     values = np.ma.masked_invalid(np.asarray(trace["z"], dtype=float))
     x = trace.get("x")
     first = 0.0 if x is None or not len(x) else float(x[0])
@@ -81,6 +84,7 @@ def _draw_heatmap(axis: Axes, trace: dict[str, Any]) -> None:
         extent=(first - 0.5, first + values.shape[1] - 0.5, -0.5, values.shape[0] - 0.5),
     )
     title = ((trace.get("colorbar") or {}).get("title") or {}).get("text", "")
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure = axis.get_figure()
     assert figure is not None
     figure.colorbar(image, ax=axis, label=title, fraction=0.03, pad=0.01)
@@ -115,7 +119,8 @@ def _draw_line(axis: Axes, shape: Any) -> None:
 
 def _label(axis: Axes, figure: go.Figure) -> None:
     layout = figure.layout
-    axis.set_title(_plain(layout.title.text), fontsize=10, loc="left")
+    axis.set_title(_plain(layout.title.text), fontsize=10, loc="left", pad=16)
+    axis.tick_params(labelsize=7)
     for own, set_ticks, set_label in (
         (layout.xaxis, axis.set_xticks, axis.set_xlabel),
         (layout.yaxis, axis.set_yticks, axis.set_ylabel),
@@ -124,7 +129,7 @@ def _label(axis: Axes, figure: go.Figure) -> None:
             set_label(_plain(own.title.text), fontsize=8)
         if own.tickvals is not None and own.ticktext is not None:
             rotation = 90 if own is layout.xaxis else 0
-            set_ticks(own.tickvals, [_plain(each) for each in own.ticktext])
+            set_ticks(own.tickvals, [_plain(each)[:_LONGEST_LABEL] for each in own.ticktext])
             axis.tick_params(axis="x" if own is layout.xaxis else "y", labelrotation=rotation, labelsize=6)
     for text in (*axis.get_xticklabels(), *axis.get_yticklabels(), axis.title):
         text.set_parse_math(False)  # a token may hold dollars
@@ -132,7 +137,7 @@ def _label(axis: Axes, figure: go.Figure) -> None:
         axis.invert_yaxis()
     for note in layout.annotations:
         if note.text:
-            axis.annotate(_plain(note.text), (0, 1.0), xycoords="axes fraction", fontsize=6, va="bottom", color="0.4")
+            axis.annotate(_plain(note.text), (0, 1.01), xycoords="axes fraction", fontsize=6, va="bottom", color="0.4")
 
 
 def _plain(text: Any) -> str:

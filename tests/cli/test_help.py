@@ -1,0 +1,178 @@
+"""Help in groups, `tlcapture.toml`, suggestions, completion, and `tlcapture list`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from tests.cli.test_startup import command_of
+from tlcapture.cli import completion
+from tlcapture.cli.command import GROUPS, Command
+from tlcapture.cli.main import COMMANDS, main
+
+Run = Callable[..., Result]
+OWN = {"version"}
+
+
+def commands() -> list[tuple[str, click.Command]]:
+    found = [(name, command_of(name)) for name in COMMANDS]
+    groups = [(name, each) for name, each in found if isinstance(each, click.Group)]
+    return [
+        *((name, each) for name, each in found if not isinstance(each, click.Group)),
+        *((f"{name} {own}", each) for name, group in groups for own, each in group.commands.items()),
+    ]
+
+
+@pytest.mark.parametrize(("name", "command"), commands(), ids=lambda each: each if isinstance(each, str) else "")
+def test_the_options_are_in_groups_and_two_examples_follow(name: str, command: click.Command) -> None:
+    assert isinstance(command, Command)
+    said = CliRunner().invoke(main, [*name.split(), "--help"], terminal_width=200).output
+    assert "\nExamples:\n" in said
+    assert command.examples
+    assert all(re.match(rf"tlcapture {name}( |$)", example) for example in command.examples)
+    grouped = {each for names in GROUPS.values() for each in names}
+    options = {str(param.name) for param in command.params if isinstance(param, click.Option)}
+    left = options - grouped
+    assert len(left) <= 6, f"in no group: {left}"
+
+
+@pytest.mark.parametrize(("name", "command"), commands(), ids=lambda each: each if isinstance(each, str) else "")
+def test_no_help_shows_how_a_number_is_stored(name: str, command: click.Command) -> None:
+    said = CliRunner().invoke(main, [*name.split(), "--help"], terminal_width=200).output
+    assert "2147483647" not in said
+    assert "9223372036854775" not in said
+    assert "RANGE" not in said
+
+
+def test_help_is_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tlcapture.cli.command import help_settings
+
+    monkeypatch.setenv("COLUMNS", "150")
+    assert help_settings()["max_content_width"] == 150
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("captur", "capture"), ("projct", "project"), ("lsit", "list")])
+def test_a_mistyped_command_is_answered_with_the_one_that_was_meant(typed: str, meant: str) -> None:
+    done = CliRunner().invoke(main, [typed])
+    assert done.exit_code == 2
+    assert f"no such command {typed!r}: did you mean {meant}" in done.output
+
+
+def test_a_mistyped_option_is_answered_with_the_one_that_was_meant() -> None:
+    assert "--temperature" in CliRunner().invoke(main, ["capture", "--temprature", "0"]).output
+
+
+# -- tlcapture.toml -------------------------------------------------------------------------------
+
+
+def values(root: Path, monkeypatch: pytest.MonkeyPatch, *words: str, command: str = "capture") -> dict[str, Any]:
+    """What the options of a command are for a command line."""
+    found: dict[str, Any] = {}
+    made = command_of(command)
+    monkeypatch.setattr(made, "callback", click.pass_context(lambda ctx, **_: found.update(ctx.params)))
+    done = CliRunner().invoke(main, [command, *words], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return found
+
+
+def test_settings_come_from_the_file_and_the_command_line_wins(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "tlcapture.toml").write_text(
+        'experiment = "mine"\nseed = 3\nmodel = "m"\n[capture]\nmax-new-tokens = 7\nattention = true\nlayers = [1, 2]\n'
+        'layer_internals = [1, "all"]\n[extract]\nseed = 9\n'
+    )
+    found = values(root, monkeypatch, "--prompt", "x", "--seed", "4")
+    assert found["experiment"] == "mine"
+    assert (found["seed"], found["max_new_tokens"], found["model"]) == (4, 7, "m")
+    assert found["attention"] is True
+    assert found["layers"] == (1, 2)
+    assert found["layer_internals"] == (1, "all")
+    assert values(root, monkeypatch, command="extract")["seed"] == 9
+    assert values(root, monkeypatch, command="view")["experiment"] == "mine"
+
+
+def test_the_file_is_that_of_the_root_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TLCAPTURE_ROOT", str(tmp_path))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "tlcapture.toml").write_text('experiment = "there"\n')
+    assert values(tmp_path, monkeypatch)["experiment"] == "default"
+    assert values(tmp_path, monkeypatch, "--root", str(other))["experiment"] == "there"
+    assert values(tmp_path, monkeypatch, f"--root={other}")["experiment"] == "there"
+
+
+def test_the_experiment_is_named_by_the_environment(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "tlcapture.toml").write_text('experiment = "mine"\n')
+    monkeypatch.setenv("TLCAPTURE_EXPERIMENT", "set")
+    assert values(root, monkeypatch)["experiment"] == "set"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("sede = 1", "'sede' is not an option of any command: did you mean seed?"),
+        ("[captur]", "[captur] is not the name of a command: did you mean [capture]?"),
+        ("[capture]\nposition = 1", "'position' is not an option of 'tlcapture capture'"),
+        ("[capture]\nseed = 'x'", "'x' is not a valid integer"),
+        ("seed =", "tlcapture.toml: cannot be read"),
+        ("[capture]\nlayers = ['x']", "'x' is not a list of layer numbers"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line(root: Path, content: str, said: str) -> None:
+    (root / "tlcapture.toml").write_text(content)
+    done = CliRunner().invoke(main, ["capture", "--prompt", "x"])
+    assert done.exit_code == 2
+    assert said in done.output
+    assert "Traceback" not in done.output
+
+
+# -- completion and list --------------------------------------------------------------------------
+
+
+def completed(function: Any, typed: str, **params: Any) -> list[str]:
+    ctx = click.Context(command_of("capture"))
+    ctx.params.update(params)
+    return [item.value for item in function(ctx, None, typed)]
+
+
+def test_the_shell_completes_experiments_prompt_sets_and_traits(data: Path) -> None:
+    (data / "experiments" / "first").mkdir(parents=True)
+    (data / "experiments" / "second").mkdir()
+    assert completed(completion.experiments, "f", root=data) == ["first"]
+    assert completed(completion.prompt_sets, "sh", root=data) == ["short"]
+    assert completed(completion.prompt_sets, "other,sh", root=data) == ["other,short"]
+    assert completed(completion.traits, "tone/", root=data) == ["tone/loud", "tone/warm"]
+
+
+def test_list_shows_experiments_and_what_one_holds(capture: Run, extract: Run, tlcapture: Run, data: Path) -> None:
+    nothing = tlcapture("list")
+    assert nothing.exit_code == 0
+    assert "no experiments" in nothing.output
+    extract()
+    capture("--prompt-set", "short", prompts=())
+    found = tlcapture("list").output
+    assert re.search(r"exp +tiny-llama +1 +3 +2", found)
+    found = tlcapture("list", "--experiment", "exp").output
+    assert re.search(r"short +3 +2", found)
+    assert "vectors of 2 traits: tone/loud, tone/warm" in found
+    assert "tlcapture view --experiment exp" in found
+    (data / "experiments/exp/runs/20200101T000000Z-capture-1.json").write_text(json.dumps([1]))
+    assert tlcapture("list", "--experiment", "exp").exit_code == 0
+    done = tlcapture("list", "--experiment", "nix")
+    assert done.exit_code == 2
+    assert "existing experiments: exp" in done.output
+
+
+def test_the_settings_of_the_page_are_taken(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text()
+    example = re.search(r"```toml\n(.*?)```", page, re.DOTALL)
+    assert example
+    (root / "tlcapture.toml").write_text(example[1])
+    found = values(root, monkeypatch, "--prompt", "x")
+    assert (found["experiment"], found["max_new_tokens"], found["layers"]) == ("gemma", 200, (8, 12, 16))

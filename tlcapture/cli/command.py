@@ -1,0 +1,200 @@
+"""Commands whose help is in groups with examples, and whose options may come from a `tlcapture.toml`.
+
+    @command("tlcapture project --experiment my_exp --prompt-set single_trait")
+    def project() -> None: ...
+
+The file lies in the root. Its keys are the names of options: those at its top are for every command with such an
+option, those in a table such as `[capture]` for that command alone. The command line and environment variables win.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import click
+
+SETTINGS = "tlcapture.toml"
+_OTHER = "Options"
+# The groups of the help, in their order, and what belongs to them. Options that are in none come first.
+GROUPS: Mapping[str, frozenset[str]] = {
+    title: frozenset(names.replace(",", " ").split())
+    for title, names in {
+        "Where": "experiment, root, to, folder",
+        "What to run": """prompt_set, all_prompt_sets, prompt, prompt_file, system_prompt, chat_template, thinking,
+            template_arg, limit, shard, replay, responses_from, skip_existing, overwrite, dry_run, examples,
+            examples_as, position, prompts, prompt_tokens, new_tokens, dynamics_only, centered""",
+        "What to keep": """attention, logit_lens, layer_internals, capture_attn, layers, points, tokens, save_dtype,
+            no_project, projections_only, format, attention_layers, lens_layers, lens_top, views, activations,
+            shard_size""",
+        "Trait vectors": "traits, methods, component, layer, method, vector_experiment",
+        "Sampling": """max_new_tokens, temperature, sampling, seed, samples, top_p, top_k, min_p, repetition_penalty,
+            stop""",
+        "Interventions": "steer, ablate, cap, variant, adapter, coefficients",
+        "Model": "model, revision, allow_model_change, engine, device, n_devices, dtype, no_check, batch_size",
+        "Cluster": """executor, ray_address, workers, gpus_per_worker, cpus_per_worker, collect, gpu, efficiency,
+            tokens_per_second""",
+        "Output": "verbose, quiet, log_file, as_json, plot, export, png, max_size, help",
+    }.items()
+}
+# Limits that only say how a number is stored.
+_STORED = re.compile(r"-?\d{10,}<=x<=\d{10,}|(?<=<=x)<=(?:2147483647|9223372036854775807)")
+
+
+def command(*examples: str, name: str | None = None) -> Callable[[Callable[..., Any]], Command]:
+    """A decorator that makes a `Command` of a function, with examples for the end of its help."""
+
+    def decorate(function: Callable[..., Any]) -> Command:
+        return click.command(name, cls=Command, context_settings=help_settings(), examples=examples)(function)
+
+    return decorate
+
+
+def help_settings() -> dict[str, Any]:
+    """Settings of all commands: `-h`, and help as wide as the terminal."""
+    return {"help_option_names": ["-h", "--help"], "max_content_width": shutil.get_terminal_size().columns}
+
+
+class Command(click.Command):
+    """A command whose help is in groups, and whose options may come from `tlcapture.toml`."""
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **options: Any):
+        super().__init__(*args, **options)
+        self.examples = tuple(examples)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse a command line, with the values of `tlcapture.toml` in place of defaults."""
+        root = _root(args)
+        ctx.default_map = {**(ctx.default_map or {}), **settings_of(root, self, ctx)}
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options in their groups."""
+        group_of = {name: title for title, names in GROUPS.items() for name in names}
+        rows: dict[str, list[tuple[str, str]]] = {title: [] for title in (_OTHER, *GROUPS)}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                name, text = record[0].replace(" RANGE", ""), _without_storage(record[1])
+                rows[group_of.get(str(param.name), _OTHER)].append((name, text))
+        for title, records in rows.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples."""
+        super().format_epilog(ctx, formatter)
+        if self.examples:
+            with formatter.section("Examples"):
+                for example in self.examples:
+                    formatter.write(f"{' ' * formatter.current_indent}{example}\n")
+
+
+def settings_of(root: Path, of: click.Command, ctx: click.Context) -> dict[str, Any]:
+    """The values that a root's `tlcapture.toml` has for a command; none without such a file.
+
+    Raises `click.UsageError` for a file that cannot be read, and for a key that is no option of the command or, at the
+    top, of any command.
+    """
+    path = root / SETTINGS
+    if not path.is_file():
+        return {}
+    content = _read(path)
+    options = {str(param.name): param for param in of.get_params(ctx) if isinstance(param, click.Option)}
+    tables = {name: value for name, value in content.items() if isinstance(value, dict)}
+    _check_tables(path, tables, ctx)
+    found = {}
+    for key, value in content.items():
+        name = _name(key)
+        if not isinstance(value, dict):
+            if name in options:
+                found[name] = _as_given(value, options[name])
+            elif name not in _all_options():
+                raise _no_such(path, key, _all_options())
+    command_name, own = _own_table(tables, ctx)
+    for key, value in own.items():
+        if _name(key) not in options:
+            raise _no_such(path, key, options, f"'tlcapture {command_name}'")
+        found[_name(key)] = _as_given(value, options[_name(key)])
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise click.UsageError(f"{path}: cannot be read: {error}") from None
+
+
+def _own_table(tables: Mapping[str, Any], ctx: click.Context) -> tuple[str, Mapping[str, Any]]:
+    """The command's name and its table: `[capture]`, or `[traits.list]` for a command of a group."""
+    names: list[str] = []
+    at: click.Context | None = ctx
+    while at is not None and at.parent is not None:
+        names.insert(0, str(at.info_name))
+        at = at.parent
+    found: Any = tables
+    for name in names:
+        found = found.get(name) if isinstance(found, dict) else None
+    return " ".join(names), found if isinstance(found, dict) else {}
+
+
+def _check_tables(path: Path, tables: Mapping[str, Any], ctx: click.Context) -> None:
+    root = ctx.find_root()
+    commands = root.command.list_commands(root) if isinstance(root.command, click.Group) else []
+    for name in tables:
+        if commands and name not in commands:
+            near = get_close_matches(name, commands, n=1)
+            hint = f": did you mean [{near[0]}]?" if near else ""
+            raise click.UsageError(f"{path}: [{name}] is not the name of a command{hint}", ctx=ctx)
+
+
+def _all_options() -> frozenset[str]:
+    """The names of the options that belong to a group of the help: those of all commands."""
+    return frozenset().union(*GROUPS.values())
+
+
+def _no_such(path: Path, key: str, options: Mapping[str, Any] | frozenset[str], of: str = "any command") -> Exception:
+    near = get_close_matches(_name(key), options, n=1)
+    hint = f": did you mean {near[0].replace('_', '-')}?" if near else ""
+    return click.UsageError(f"{path}: {key!r} is not an option of {of}{hint}")
+
+
+def _name(key: str) -> str:
+    return {"json": "as_json"}.get(key, key.replace("-", "_"))
+
+
+def _as_given(value: Any, option: click.Option) -> Any:
+    """A value of the file as the command line would give it: a list is comma-separated, or the option is repeated."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, list):
+        return [str(each) for each in value] if option.multiple else ",".join(map(str, value))
+    return [str(value)] if option.multiple else str(value)
+
+
+def _root(args: Sequence[str]) -> Path:
+    """The root that a command line names, before it is parsed: the file with other settings lies there."""
+    named = os.environ.get("TLCAPTURE_ROOT") or "."
+    for place, word in enumerate(args):
+        if word == "--root" and place + 1 < len(args):
+            named = args[place + 1]
+        elif word.startswith("--root="):
+            named = word.removeprefix("--root=")
+    return Path(named).expanduser()
+
+
+def _without_storage(text: str) -> str:
+    """A help text without limits that only say how a number is stored, and others in one form."""
+    text = re.sub(r"\[(\d+)<=x\]", r"[x>=\1]", _STORED.sub("", text))
+    return re.sub(r"\s*\[(?:;\s*)*\]|;\s*(?=\])|(?<=\[);\s*", "", text)

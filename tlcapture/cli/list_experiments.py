@@ -1,0 +1,93 @@
+"""`tlcapture list`: what a root holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from tlcapture.cli.command import command
+from tlcapture.cli.completion import experiments
+from tlcapture.cli.console import one_line_errors
+from tlcapture.cli.options import root_option
+from tlcapture.cli.tables import Column, echo_table
+from tlcapture.text import printable
+
+_MOST_RUNS = 5
+
+
+@command("tlcapture list", "tlcapture list --experiment my_exp", name="list")
+@click.option("--experiment", metavar="NAME", shell_complete=experiments, help="Show this experiment's sets and runs.")
+@root_option
+@one_line_errors
+def list_experiments(experiment: str | None, root: Path) -> None:
+    """List the experiments of a root; or the prompt sets, traits and last runs of one."""
+    if experiment is None:
+        _list_all(root)
+    else:
+        _list_one(root, experiment)
+
+
+def _list_all(root: Path) -> None:
+    from tlcapture.storage.config import read_config
+    from tlcapture.storage.layout import Layout, existing_experiments
+
+    names = existing_experiments(root)
+    if not names:
+        click.echo(f"no experiments in {root / 'experiments'}")
+        click.echo('next: tlcapture capture --prompt "How do tides work?"')
+        return
+    rows = []
+    for name in names:
+        layout = Layout(root, name)
+        config = read_config(layout)
+        sets = layout.prompt_sets()
+        n_captures = sum(len(layout.prompt_ids(each)) for each in sets)
+        model = config.inference_model or config.extraction_model or "-"
+        rows.append(
+            (name, printable(Path(model).name or model), f"{len(sets)}", f"{n_captures}", f"{len(layout.traits())}")
+        )
+    echo_table(
+        [
+            Column("experiment"),
+            Column("model"),
+            *(Column(each, right=True) for each in ("prompt sets", "captures", "traits")),
+        ],
+        rows,
+    )
+    click.echo(f"next: tlcapture list --experiment {names[0]}")
+
+
+def _list_one(root: Path, name: str) -> None:
+    from tlcapture.storage.layout import Layout
+
+    layout = Layout(root, name)
+    layout.check_exists()
+    sets = layout.prompt_sets()
+    if sets:
+        projected = {each: len(layout.projection_folders(each)) for each in sets}
+        rows = [(each, f"{len(layout.prompt_ids(each))}", f"{projected[each]}") for each in sets]
+        echo_table([Column("prompt set"), Column("captures", right=True), Column("projected onto", right=True)], rows)
+    else:
+        click.echo("no captures")
+    click.echo(f"vectors of {len(layout.traits())} traits: {', '.join(map(str, layout.traits())) or 'none'}")
+    runs = _runs(layout.folder)
+    if runs:
+        click.echo()
+        echo_table([Column("last runs"), Column("status"), Column("command")], runs)
+    click.echo(f"next: tlcapture view --experiment {name}")
+
+
+def _runs(folder: Path) -> list[tuple[str, ...]]:
+    """Time, status and command line of the last runs; damaged records are left out."""
+    from tlcapture.errors import StorageError
+    from tlcapture.storage.files import read_json
+
+    found = []
+    for path in sorted((folder / "runs").glob("*.json"))[-_MOST_RUNS:]:
+        try:
+            record = read_json(path)
+            found.append(tuple(printable(str(record[key])) for key in ("started", "status", "command_line")))
+        except (StorageError, KeyError, TypeError):
+            continue
+    return found
