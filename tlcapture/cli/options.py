@@ -215,19 +215,18 @@ class KeptOptions:
     attention_layers: tuple[int, ...]
     lens_layers: tuple[int, ...]
     lens_top: int
-    form: str | None
+    format: str | None
 
     @property
     def parts(self) -> ViewParts:
         """What is kept of attention and logit lens."""
         from tlcapture.commands.view_parts import ViewParts
 
-        return ViewParts(self.attention_layers, self.lens_layers, self.lens_top, self.form)
+        return ViewParts(self.attention_layers, self.lens_layers, self.lens_top, self.format)
 
 
 format_option = click.option(
     "--format",
-    "form",
     type=click.Choice(["json", "compact"]),
     help="Form of analysis files.  [default: json, and compact what JSON would make larger than 64 MB a file]",
 )

@@ -43,7 +43,7 @@ class _Settings:
     skip_existing: bool
     overwrite: bool
     shard: Shard | None
-    form: str | None
+    format: str | None
     plot: Path | None
 
     def project_options(self, vectors: VectorOptions) -> ProjectOptions:
@@ -58,7 +58,7 @@ class _Settings:
             skip_existing=self.skip_existing,
             overwrite=self.overwrite,
             shard=self.shard,
-            form=self.form,
+            form=self.format,
         )
 
 
