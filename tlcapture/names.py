@@ -24,6 +24,7 @@ MOST_FOLDERS = 8  # parts of the name of a prompt set
 _LONGEST = 128
 _LARGEST = 2**53 - 1
 _SAMPLE = re.compile(r"(.+)\.s[1-9][0-9]{0,8}")
+COMPACT = ".safetensors"  # the ending of analysis files in the compact form
 _SAFE = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{_LONGEST - 1}}}")
 
 PromptId = int | str  # an id has in every file the type that it has in its prompt set

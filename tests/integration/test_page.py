@@ -77,6 +77,13 @@ def hostile_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         content["projections"][part] = [[None, token[1][2:], token[2][2:]] for token in tokens]
     content["metadata"] |= {"layers": [1, 2], "sublayers": ["residual_out"]}
     write(path, content)
+    for name, entries in (("attention", "attention"), ("logit_lens", "predictions")):
+        path = kept / f"analysis/per_token/odd/1_{name}.json"
+        content = {"layers": [1, 2], **json.loads(path.read_text())}
+        for entry in content[entries]:
+            others = entry["by_layer"][1:]
+            entry["by_layer"] = [None, *others] if name == "attention" else others
+        write(path, content)
     return root
 
 
@@ -227,6 +234,22 @@ def test_layers_that_were_not_kept_are_blank_and_skipped_by_the_keyboard(hostile
     for key, layer in (("ArrowDown", 1), ("ArrowUp", 2), ("ArrowUp", 2), ("ArrowDown", 1)):
         hostile.press(key)
         assert f"at layer {layer}, residual_out: " in str(hostile.page.text_content("#status"))
+
+
+def test_layers_of_attention_and_lens_that_were_not_kept_are_said(hostile: Watched) -> None:
+    where = "experiment=kept&set=odd&prompt=1&trait=style/odd&token=3"
+    hostile.open(f"view=lens&{where}&layer=0")
+    assert "Kept: layers 1, 2." in hostile.text(".cells .note")
+    assert [row.text_content() for row in hostile.page.query_selector_all(".cells tbody th")] == ["2", "1"]
+    assert hostile.traces()[0]["y"] == [1, 2]
+    assert "Layer 1 after token 3" in hostile.text(".top p"), "the kept layer below or else the first"
+    hostile.page.click("td[data-token='3'][data-layer='2']")
+    hostile.settled()
+    hostile.page.wait_for_selector("text=Layer 2 after token 3")
+    hostile.open(f"view=attention&{where}&layer=0&head=1")
+    assert "kept: layers 1, 2" in hostile.text(".controls")
+    assert hostile.traces()[0]["z"][0] == [None, None]
+    assert "layer 1, head 1" in hostile.text("#view")
 
 
 def test_the_lens_shows_ranks_and_lists_the_top_fifty_on_a_click(page: Watched, page_root: Path) -> None:

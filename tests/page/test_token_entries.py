@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tlcapture.errors import InputError, StorageError
-from tlcapture.page.token_entries import TokenEntries
+from tlcapture.views.token_entries import TokenEntries
 
 TEXTS = st.text(max_size=12) | st.sampled_from(['{"token_idx": 5', '{"token_idx":7,', '"},{', "]}", "\\"])
 ENTRIES = st.lists(st.lists(st.tuples(TEXTS, st.floats(allow_nan=False, allow_infinity=False)), max_size=3), max_size=5)

@@ -13,6 +13,7 @@ from tests.input import captures
 from tlcapture.captures.capture import Capture
 from tlcapture.cluster.collecting import store_outputs
 from tlcapture.errors import StorageError
+from tlcapture.names import Trait
 from tlcapture.runs.report import Done
 from tlcapture.storage.config import read_config
 from tlcapture.storage.layout import Layout
@@ -83,3 +84,31 @@ def test_without_overwrite_a_file_that_cannot_be_read_is_kept_and_named(tmp_path
     lens.write_text("mine")
     assert store_outputs(layout, {RAW: packed()}, Done(), overwrite=False).failures
     assert (lens.read_text(), path.exists()) == ("mine", False)
+
+
+def test_returned_projections_in_the_compact_form_join_those_that_are_there(tmp_path: Path) -> None:
+    """A worker does not see what the experiment holds: other traits stay, and what replaces a JSON file removes it."""
+    from tests.input.test_safetensors_files import shard_file
+    from tlcapture.storage.shard_writing import merge_shards
+    from tlcapture.traits.saved_projections import all_saved
+
+    here, there = Layout(tmp_path / "here", "exp"), Layout(tmp_path / "there", "exp")
+    for layout, trait in ((here, "tone/warm"), (there, "tone/loud")):
+        shard_file(layout.shards("residual", "odd") / "1.safetensors", trait)
+    merge_shards(here.shards("residual", "odd"))
+    old = here.projection(Trait.parse("tone/loud"), "residual", "odd", "1")
+    old.parent.mkdir(parents=True)
+    old.write_text('{"projections": {}}')
+    attention = here.attention("odd", "1")
+    attention.parent.mkdir(parents=True)
+    attention.write_text("{}")
+    name = "experiments/exp/analysis/projections/residual_stream/odd/1.safetensors"
+    sent = {
+        name: (there.root / name).read_bytes(),
+        "experiments/exp/analysis/per_token/odd/1_attention.safetensors": b"",
+    }
+    store_outputs(here, sent, Done())
+    assert [str(each.trait) for each in all_saved(here, "odd", "1")] == ["tone/loud", "tone/warm"]
+    assert [each.content()["projections"]["prompt"][0][0] for each in all_saved(here, "odd", "1")] == [[1.0, 2.0]] * 2
+    assert not old.exists()
+    assert not attention.exists()

@@ -100,6 +100,7 @@ class _Settings:
             layers=kept.layers,
             points=kept.points,
             tokens=kept.tokens,
+            parts=kept.parts,
             project=not self.no_project,
             projections_only=self.projections_only,
             replay=self.replay,
@@ -139,8 +140,8 @@ def _own_temperature(context: click.Context, option: click.Parameter, value: flo
 @location_options
 @prompt_set_options
 @given_prompt_options
-@click.option("--attention", is_flag=True, help="Attention patterns of all layers and heads, as JSON.")
-@click.option("--logit-lens", is_flag=True, help="Top predictions of every layer, as JSON.")
+@click.option("--attention", is_flag=True, help="Attention patterns of all layers and heads.")
+@click.option("--logit-lens", is_flag=True, help="Top predictions of every layer.")
 @click.option(
     "--layer-internals",
     type=LayerOrWord("all"),
@@ -324,6 +325,7 @@ def _show_estimate(
     rows = [(kind, f"{count} files", format_bytes(size)) for kind, (count, size) in kinds.items()]
     console.table([Column(), Column(right=True), Column(right=True)], rows)
     console.line(f"free on the device: {format_bytes(free)}")
+    console.line(f"memory of the largest prompt, beside the weights: {format_bytes(estimate.memory)}")
     _show_changes(console, "would replace", changes["replaces"])
     _show_changes(console, "would remove, unless the tokens stay the same", changes["removes"])
     for failed in failures:

@@ -25,6 +25,7 @@ from tlcapture.names import Trait
 from tlcapture.views.hooks import POINTS
 
 if TYPE_CHECKING:
+    from tlcapture.commands.view_parts import ViewParts
     from tlcapture.runs.display import Display
     from tlcapture.runs.model_loader import ModelLoader
     from tlcapture.storage.layout import Datasets, Layout
@@ -203,11 +204,32 @@ examples_as_option = click.option(
 
 @dataclass(frozen=True)
 class KeptOptions:
-    """Layers and points of the residual stream to keep; empty: all. Tokens to keep in every file; `None`: all."""
+    """Layers and points of the residual stream to keep; empty: all. Tokens to keep in every file; `None`: all.
+
+    And what to keep of attention and logit lens, and the form of their files: see `ViewParts`.
+    """
 
     layers: tuple[int, ...]
     points: tuple[str, ...]
     tokens: KeptTokens | None
+    attention_layers: tuple[int, ...]
+    lens_layers: tuple[int, ...]
+    lens_top: int
+    format: str | None
+
+    @property
+    def parts(self) -> ViewParts:
+        """What is kept of attention and logit lens."""
+        from tlcapture.commands.view_parts import ViewParts
+
+        return ViewParts(self.attention_layers, self.lens_layers, self.lens_top, self.format)
+
+
+format_option = click.option(
+    "--format",
+    type=click.Choice(["json", "compact"]),
+    help="Form of analysis files.  [default: json, and compact what JSON would make larger than 64 MB a file]",
+)
 
 
 kept_options = together(
@@ -227,6 +249,21 @@ kept_options = together(
         help="Keep only these tokens of the response, in every file; A:B is a slice as in Python. Projections and "
         "dynamics are computed over all tokens first.  [default: prompt and response]",
     ),
+    click.option(
+        "--attention-layers", type=LayerList(), default="all", show_default=True, help="Layers of --attention to keep."
+    ),
+    click.option(
+        "--lens-layers", type=LayerList(), default="all", show_default=True, help="Layers of --logit-lens to keep."
+    ),
+    click.option(
+        "--lens-top",
+        type=click.IntRange(1, 2**31 - 1),
+        metavar="K",
+        default=50,
+        show_default=True,
+        help="How many predictions of each layer --logit-lens keeps.",
+    ),
+    format_option,
     collected(KeptOptions, "kept"),
 )
 

@@ -16,6 +16,8 @@ from tlcapture.cli.plan_output import Estimate
 from tlcapture.plan.accelerators import ACCELERATORS
 
 if TYPE_CHECKING:
+    import torch
+
     from tlcapture.commands.capture_options import CaptureOptions
     from tlcapture.plan.cost import Pace, Workload
 
@@ -55,6 +57,7 @@ class _WorkloadOptions:
             layers=kept.layers,
             points=kept.points,
             tokens=kept.tokens,
+            parts=kept.parts,
             save_dtype=self.save_dtype,
             batch_size=self.batch_size,
             max_new_tokens=self.new_tokens,
@@ -168,10 +171,13 @@ def plan(
     from tlcapture.models.sources import check_name
 
     check_name(model)
+    import torch
+
     from tlcapture.models.checkpoints import fetch_config, quiet_loading
     from tlcapture.models.sizes import Measures
     from tlcapture.models.sources import source_of
     from tlcapture.plan.cost import cost_of
+    from tlcapture.plan.memory import memory_of
     from tlcapture.plan.reductions import reductions
 
     with quiet_loading():
@@ -181,7 +187,9 @@ def plan(
     cost = cost_of(workload, measures)
     pace = speed.pace(model, config, workload)
     found = [] if budget is None else reductions(workload, measures, budget)
-    estimate = Estimate(model, measures, workload, cost, pace, workers, budget, found)
+    on_gpu = speed.gpu is not None
+    memory = memory_of(workload, measures, _dtype(config) if on_gpu else torch.float32, "cuda" if on_gpu else "cpu")
+    estimate = Estimate(model, measures, workload, cost, pace, workers, budget, found, memory)
     if as_json:
         import json
 
@@ -197,20 +205,23 @@ def _measured(name: str, workload: Workload) -> Pace:
     return measured_pace(ModelLoader(name, Console(quiet=True))(), workload)
 
 
-def _bound(gpu: str, config: Any, workload: Workload, efficiency: float) -> Pace:
+def _dtype(config: Any) -> torch.dtype:
     import torch
 
+    return getattr(config.get_text_config(), "dtype", None) or torch.float32
+
+
+def _bound(gpu: str, config: Any, workload: Workload, efficiency: float) -> Pace:
     from tlcapture.models.checkpoints import count_parameters
     from tlcapture.models.sizes import Measures
     from tlcapture.plan.cost import bound_pace
 
-    dtype = getattr(config.get_text_config(), "dtype", None) or torch.float32
     return bound_pace(
         gpu,
         ACCELERATORS[gpu],
         Measures.of(config),
         n_parameters=count_parameters(config),
-        bytes_per_weight=dtype.itemsize,
+        bytes_per_weight=_dtype(config).itemsize,
         workload=workload,
         batch_size=workload.options.batch_size or _DEFAULT_BATCH,
         efficiency=efficiency,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +14,7 @@ from tlcapture.text import format_bytes, printable
 if TYPE_CHECKING:
     from tlcapture.models.sizes import Measures
     from tlcapture.plan.cost import Cost, Pace, Workload
+    from tlcapture.plan.memory import Memory
     from tlcapture.plan.reductions import Change, Changes, Reduction
 
 _HOUR = 3600
@@ -32,10 +33,12 @@ class Estimate:
     workers: int
     budget: int | None
     reductions: Sequence[Reduction]
+    memory: Memory
 
     def to_json(self) -> dict[str, Any]:
         """The estimate as an object for JSON."""
         content = {"model": self.model, "workers": self.workers, **self.cost.to_json()}
+        content["memory_per_prompt"] = asdict(self.memory)
         content["new_tokens"] = self.workload.n_new_tokens
         if self.pace is not None:
             content["tokens_per_second"] = self.pace.tokens_per_second
@@ -62,6 +65,7 @@ class Estimate:
         click.echo()
         self._echo_cost()
         click.echo()
+        self._echo_memory()
         self._echo_time()
         if self.budget is not None:
             click.echo()
@@ -76,6 +80,14 @@ class Estimate:
         ]
         total = ("total", str(cost.n_files), format_bytes(cost.bytes_per_prompt), format_bytes(cost.n_bytes))
         echo_table(columns, [*rows, total])
+
+    def _echo_memory(self) -> None:
+        again = self.memory.replayed
+        replayed = "" if again is None else f"; {format_bytes(again)} where --replay adds attention, layer by layer"
+        click.echo(
+            f"memory of one prompt at a time in {self.memory.dtype}, beside the weights: "
+            f"{format_bytes(self.memory.prompt)}{replayed}"
+        )
 
     def _echo_time(self) -> None:
         n_new = self.workload.n_new_tokens

@@ -17,6 +17,7 @@ from tlcapture.cli.options import (
     Location,
     PromptSetOptions,
     VectorOptions,
+    format_option,
     location_options,
     prompt_set_options,
     shard_option,
@@ -42,6 +43,7 @@ class _Settings:
     skip_existing: bool
     overwrite: bool
     shard: Shard | None
+    format: str | None
     plot: Path | None
 
     def project_options(self, vectors: VectorOptions) -> ProjectOptions:
@@ -56,6 +58,7 @@ class _Settings:
             skip_existing=self.skip_existing,
             overwrite=self.overwrite,
             shard=self.shard,
+            form=self.format,
         )
 
 
@@ -79,6 +82,7 @@ class _Settings:
 @click.option("--skip-existing", is_flag=True, help="Write only missing files.")
 @click.option("--overwrite", is_flag=True, help="Replace projections that cannot be read, too.")
 @shard_option
+@format_option
 @click.option(
     "--plot",
     type=click.Path(file_okay=False, path_type=Path),

@@ -9,11 +9,15 @@ from pathlib import Path
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.from_generation import is_alike
 from tlcapture.errors import StorageError
+from tlcapture.names import COMPACT, Trait
 from tlcapture.runs.existing_files import check_replaceable
 from tlcapture.runs.report import Done, Failed
 from tlcapture.storage.config import update_config
 from tlcapture.storage.files import Written, read_bytes, remove, write_bytes
 from tlcapture.storage.layout import Layout, derived_files
+from tlcapture.storage.projection_places import STREAM_FOLDERS, place_of_projection
+from tlcapture.storage.shard_writing import adopt, take_out
+from tlcapture.traits.saved_projections import remove_sharded
 
 _INPUTS = (
     "config.json",
@@ -56,7 +60,7 @@ def store_outputs(layout: Layout, files: Mapping[str, bytes], done: Done, *, ove
     for marker in markers:
         write_bytes(marker, b"")
     written = [_store_capture(layout, layout.root / name, files[name]) for name in raw]
-    written += [write_bytes(layout.root / name, files[name]) for name in others]
+    written += [_store(layout, layout.root / name, files[name]) for name in others]
     remove(markers)
     return replace(done, written=written, failures=[*done.failures, *failures])
 
@@ -68,11 +72,32 @@ def _not_replaceable(layout: Layout, files: Mapping[str, bytes]) -> list[Failed]
         path = layout.root / name
         others = derived_files(layout, *layout.of_residual(path)) if "/inference/raw/residual/" in name else []
         try:
-            for each in (path, *others) if path.suffix in (".pt", ".json") and path.name != "config.json" else ():
+            for each in (
+                (path, *others) if path.suffix in (".pt", ".json", COMPACT) and path.name != "config.json" else ()
+            ):
                 check_replaceable(layout, each)
         except StorageError as error:
             found.append(Failed(name, str(error)))
     return found
+
+
+def _store(layout: Layout, path: Path, content: bytes) -> Written:
+    """Write a file that was made from a capture, in place of what is there in the other form."""
+    place = path.relative_to(layout.folder).parts
+    if place[:2] == ("analysis", "projections"):
+        written, traits = adopt(path.parent, path.stem, content)
+        component = next(name for name, stream in STREAM_FOLDERS.items() if stream == place[2])
+        names = (component, "/".join(place[3:-1]), path.stem)
+        remove(layout.projection(Trait.parse(trait), *names) for trait in traits)
+        return written
+    written = write_bytes(path, content)
+    if (found := place_of_projection(path.relative_to(layout.folder))) is not None:
+        folder = layout.shards(found.component, found.prompt_set)
+        if folder.is_dir():
+            take_out(folder, path.stem, [str(found.trait)])
+    if place[:2] == ("analysis", "per_token"):
+        remove(each for each in layout.forms(path.with_suffix(".json")) if each != path)
+    return written
 
 
 def _store_capture(layout: Layout, path: Path, content: bytes) -> Written:
@@ -83,5 +108,6 @@ def _store_capture(layout: Layout, path: Path, content: bytes) -> Written:
         update_config(layout, inference_model=str(capture.metadata["inference_model"]))
         if not is_alike(path, capture):
             remove(derived_files(layout, *layout.of_residual(path)))
+            remove_sharded(layout, *layout.of_residual(path))
 
     return write_bytes(path, content, before_replacing=remove_derived)

@@ -12,9 +12,10 @@ from tlcapture.commands.capture_outputs import Outputs
 from tlcapture.commands.capture_tasks import CaptureTask
 from tlcapture.commands.projections import without_projection
 from tlcapture.errors import InputError, StorageError
-from tlcapture.names import PromptId
+from tlcapture.names import PromptId, file_name
 from tlcapture.runs.report import Failed
 from tlcapture.storage.layout import Layout, derived_files
+from tlcapture.storage.projection_shards import shard_of_prompt
 from tlcapture.traits.choice import VectorChooser
 from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 
@@ -97,3 +98,4 @@ def _projections(layout: Layout, options: CaptureOptions, name: str, prompt_id: 
         for component in options.components:
             if VectorFiles(source, trait).available(component):
                 yield layout.projection(trait, component, name, prompt_id)
+                yield shard_of_prompt(layout.shards(component, name), file_name(prompt_id))

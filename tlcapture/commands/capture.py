@@ -21,13 +21,16 @@ from tlcapture.commands.capture_options import NO_CHOICE, CaptureOptions
 from tlcapture.commands.capture_size import CaptureSize, n_projections
 from tlcapture.commands.capture_tasks import CaptureTask, TaskPlanner
 from tlcapture.commands.capture_worker import CaptureWorker
+from tlcapture.commands.memory_need import Sized, check_memory, most_memory
+from tlcapture.commands.projection_writing import merge_projections
 from tlcapture.errors import InputError, NoSpaceError, StorageError
 from tlcapture.logger import get_logger
+from tlcapture.models.loading import Model
 from tlcapture.prompts.prompt_sets import PromptSet, mistyped_keys
 from tlcapture.runs.display import Display
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
 from tlcapture.runs.model_loader import ModelLoader
-from tlcapture.runs.report import RunReport
+from tlcapture.runs.report import Failed, RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.config import read_config
@@ -77,6 +80,8 @@ def run_capture(
     planner = TaskPlanner(layout, options, read_config(layout), load.name, known_model)
     tasks = planner.tasks(prompt_sets)
     _check_space(CaptureSize.of(tasks, layout, options, lambda: known_model().measures), layout)
+    if any(task.has_work for task in tasks) and isinstance(model := known_model(), Model):
+        check_memory(tasks, layout, options, model)
     if layout.folder.exists():
         sweep_temporaries(layout.folder)
     for task in tasks:
@@ -109,6 +114,8 @@ def run_capture(
             ),
             run,
         )
+        if options.projects:
+            merge_projections(run, sorted(busy), options.shard)
     return run.report
 
 
@@ -134,7 +141,14 @@ def estimate_capture(
     planner = TaskPlanner(layout, options, read_config(layout), load.name, lambda: outline)
     tasks = planner.tasks(prompt_sets)
     affected = AffectedFiles.of(tasks, layout, options, outline.n_layers)
-    return CaptureSize.of(tasks, layout, options, lambda: outline.measures), affected
+    size = CaptureSize.of(tasks, layout, options, lambda: outline.measures)
+    model = Sized.of(outline.measures, load.device, load.dtype)
+    size.memory = most_memory(tasks, layout, options, model)
+    try:
+        check_memory(tasks, layout, options, model)
+    except InputError as error:
+        size.failures.append(Failed("memory", str(error)))
+    return size, affected
 
 
 def _check(layout: Layout, options: CaptureOptions) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from tlcapture.commands.capture_outputs import Outputs
 from tlcapture.commands.given_responses import GivenResponses
 from tlcapture.commands.projections import ExistingProjections
+from tlcapture.commands.view_parts import ViewParts
 from tlcapture.errors import InputError
 from tlcapture.generation.checkpoint_sampling import AskedSampling
 from tlcapture.generation.sampling import Sampling
@@ -33,6 +34,7 @@ class CaptureOptions:
         layers: layers of the residual stream that are kept; all where empty.
         points: points of the residual stream that are kept; all where empty.
         tokens: tokens that all views are kept of; `None` means all.
+        parts: which layers and predictions of attention and logit lens are kept, and the form of files.
         overwrite: replace or remove files that cannot be read, too.
         projections_only: write projections and no raw residual.
         shard: the share of the prompts that are captured, after `limit` is applied.
@@ -54,6 +56,7 @@ class CaptureOptions:
     layers: tuple[int, ...] = ()
     points: tuple[str, ...] = ()
     tokens: KeptTokens | None = None
+    parts: ViewParts = ViewParts()
     project: bool = True
     projections_only: bool = False
     replay: bool = False
@@ -114,13 +117,16 @@ class CaptureOptions:
         for layer in layers:
             if layer >= n_layers:
                 raise InputError(f"--layer-internals {layer}: the model has layers 0 to {n_layers - 1}")
+        attention, logit_lens = self.attention or everything, self.logit_lens or everything
+        self.parts.check(n_layers, attention=attention, logit_lens=logit_lens)
         return Outputs(
             KeptPoints.of(n_layers, self.layers, self.points),
             residual=not self.replay,
             raw=not self.projections_only,
             attn_out=self.capture_attn,
-            attention=self.attention or everything,
-            logit_lens=self.logit_lens or everything,
+            attention=attention,
+            logit_lens=logit_lens,
             internals=layers,
             tokens=self.tokens,
+            parts=self.parts,
         )

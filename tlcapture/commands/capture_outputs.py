@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -14,15 +14,18 @@ from tlcapture.captures.capture import Capture, common_dtype
 from tlcapture.captures.from_generation import is_alike
 from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.kept_positions import lacks_positions, wanted_positions
+from tlcapture.commands.view_files import write_attention_file, write_lens_file
+from tlcapture.commands.view_parts import ViewParts
 from tlcapture.errors import NumericalError, StorageError
 from tlcapture.models.loading import Model
 from tlcapture.names import PromptId
 from tlcapture.prompts.tokenization import token_texts
 from tlcapture.runs.existing_files import is_readable
 from tlcapture.shapes import Residual
-from tlcapture.storage.files import Written, remove, write_json, write_tensors
+from tlcapture.storage.files import Written, remove, write_tensors
 from tlcapture.storage.layout import Layout, derived_files
-from tlcapture.views.attention import attention_hooks, attention_view
+from tlcapture.traits.saved_projections import remove_sharded
+from tlcapture.views.attention import attention_hooks
 from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import hook
 from tlcapture.views.internals import internals_hooks, internals_view
@@ -37,6 +40,20 @@ Write = Callable[[], Written]
 REPLACE = "use --overwrite to replace it and all files derived from it"
 
 
+class HasHooks(Protocol):
+    """What is needed of a model to name its activations."""
+
+    @property
+    def n_layers(self) -> int:
+        """The number of layers."""
+        ...
+
+    @property
+    def hook_names(self) -> Set[str]:
+        """TransformerLens names of all activations that the model can return."""
+        ...
+
+
 @dataclass(frozen=True)
 class Outputs:
     """The requested outputs of a prompt: its residual stream and add-ons.
@@ -49,6 +66,7 @@ class Outputs:
         attention: whether to write attention patterns.
         logit_lens: whether to write logit-lens predictions.
         internals: the layers whose internals are written.
+        parts: which layers, predictions and form of attention and lens are written.
         tokens: the tokens of which all of these are kept; `None` means all, or for a saved capture those it holds.
     """
 
@@ -60,6 +78,7 @@ class Outputs:
     logit_lens: bool = False
     internals: tuple[int, ...] = ()
     tokens: KeptTokens | None = None
+    parts: ViewParts = ViewParts()
 
     def __bool__(self) -> bool:
         return self.residual or self.needs_pass or self.logit_lens
@@ -86,8 +105,8 @@ class Outputs:
         """The files of the requested add-ons, whether they exist or not."""
         where = (prompt_set, prompt_id)
         return [
-            *([layout.attention(*where)] if self.attention else []),
-            *([layout.logit_lens(*where)] if self.logit_lens else []),
+            *([layout.saved(layout.attention(*where))] if self.attention else []),
+            *([layout.saved(layout.logit_lens(*where))] if self.logit_lens else []),
             *(layout.internals(*where, layer) for layer in self.internals),
         ]
 
@@ -112,26 +131,27 @@ class Outputs:
                 return True
             return lacks_positions(path, self.tokens) or (overwrite and not is_readable(layout, path))
 
-        return Outputs(
-            self.kept,
+        attention, lens = (
+            layout.saved(path_of(prompt_set, prompt_id)) for path_of in (layout.attention, layout.logit_lens)
+        )
+        return replace(
+            self,
             residual=False,
-            raw=self.raw,
-            attn_out=self.attn_out,
-            attention=self.attention and lacks(layout.attention(prompt_set, prompt_id)),
-            logit_lens=self.logit_lens and lacks(layout.logit_lens(prompt_set, prompt_id)),
+            attention=self.attention and (lacks(attention) or self.parts.are_lacked_by(attention)),
+            logit_lens=self.logit_lens and (lacks(lens) or self.parts.are_lacked_by(lens)),
             internals=tuple(n for n in self.internals if lacks(layout.internals(prompt_set, prompt_id, n))),
-            tokens=self.tokens,
         )
 
-    def live_hooks(self, model: Model) -> list[str]:
+    def live_hooks(self, model: HasHooks) -> list[str]:
         """The activations that a generation captures; those to keep come first, in the order of their buffer."""
         names = residual_hooks(model.n_layers, model.hook_names, attn_out=self.attn_out, only=self.kept)
-        names += logit_lens_hooks(model.n_layers) if self.logit_lens else []
+        names += logit_lens_hooks(model.n_layers, self.parts.lens_layers) if self.logit_lens else []
         return list(dict.fromkeys([*names, *self.pass_hooks(model)]))
 
-    def pass_hooks(self, model: Model) -> list[str]:
+    def pass_hooks(self, model: HasHooks) -> list[str]:
         """The activations that add-ons need beyond the residual stream."""
-        names = attention_hooks(model.n_layers, model.hook_names) if self.attention else []
+        only = self.parts.attention_layers
+        names = attention_hooks(model.n_layers, model.hook_names, only) if self.attention else []
         for layer in self.internals:
             names += internals_hooks(layer, model.hook_names)
         return list(dict.fromkeys(names))
@@ -147,11 +167,12 @@ def write_capture(
     """
     capture_set, prompt_id = capture.capture_set, capture.prompt_id
     path = layout.residual(capture_set, prompt_id)
-    derived = [] if is_alike(path, capture) else derived_files(layout, capture_set, prompt_id)
+    derived = None if is_alike(path, capture) else derived_files(layout, capture_set, prompt_id)
 
     def remove_derived(new: Path) -> None:
-        remove(derived)
-        on_removed(derived)
+        if derived is not None:
+            remove(derived)
+            on_removed([*derived, *remove_sharded(layout, capture_set, prompt_id)])
 
     return capture.save(path, before_replacing=remove_derived)
 
@@ -168,7 +189,7 @@ def remove_stale(layout: Layout, capture: Capture) -> Sequence[Path]:
         return ()
     stale = [*derived_files(layout, capture.capture_set, capture.prompt_id), *unreadable]
     remove(stale)
-    return stale
+    return [*stale, *remove_sharded(layout, capture.capture_set, capture.prompt_id)]
 
 
 def add_ons(
@@ -190,15 +211,19 @@ def add_ons(
         save_dtype: the dtype of internals in their files, or `auto`.
         lens: the logit lens, where it was computed already.
     """
-    names: dict[str, Any] = {"prompt_id": capture.prompt_id, "prompt_set": capture.prompt_set}
+    names: dict[str, Any] = {
+        "prompt_id": capture.prompt_id,
+        "prompt_set": capture.prompt_set,
+        "tokens": capture.tokens,
+        "n_prompt_tokens": len(capture.prompt.tokens),
+    }
     where = (capture.capture_set, capture.prompt_id)
     tokens, n_prompt = capture.tokens, len(capture.prompt.tokens)
     positions = wanted_positions(wanted.tokens, capture, fresh=residual_cache is not None)
+    parts = wanted.parts
     if wanted.attention:
-        view = attention_view(cache, model.n_layers).only(positions)
-        yield lambda: write_json(
-            layout.attention(*where), view.to_json(**names, tokens=tokens, n_prompt_tokens=n_prompt)
-        )
+        path, only = layout.attention(*where), parts.attention_layers
+        yield partial(write_attention_file, layout, path, names, cache, model.n_layers, positions, only, parts.form)
     if wanted.logit_lens:
         held = capture.positions if residual_cache is None else Positions.of(None, n_prompt, len(tokens))
         found = lens or lens_of(
@@ -209,16 +234,10 @@ def add_ons(
             ),
             positions,
             held,
+            parts,
         )
-        yield lambda: write_json(
-            layout.logit_lens(*where),
-            found.to_json(
-                **names,
-                tokens=tokens,
-                n_prompt_tokens=n_prompt,
-                token_texts=lambda ids: token_texts(model.tokenizer, ids),
-            ),
-        )
+        texts = partial(token_texts, model.tokenizer)
+        yield partial(write_lens_file, layout, layout.logit_lens(*where), names, found, texts, parts.form)
     for layer in wanted.internals:
         path, content = layout.internals(*where, layer), _internals_content(capture, cache, layer, positions)
         yield partial(_write_internals, path, content, save_dtype)
@@ -230,8 +249,9 @@ def lens_of(
     residual_out: Callable[[int], Residual],
     positions: Positions,
     held: Positions,
+    parts: ViewParts,
 ) -> LogitLens:
-    """The logit lens at some tokens, computed where the model's unembedding is.
+    """The logit lens at some tokens and in some layers, computed where the model's unembedding is.
 
     `residual_out` gives that of a layer at the tokens in `held`, which are these and maybe more.
     """
@@ -241,8 +261,10 @@ def lens_of(
         model.n_layers,
         token_ids,
         model.unembed,
+        top_k=parts.lens_top,
         positions=positions,
         device=model.last_device,
+        only=parts.lens_layers,
     )
 
 

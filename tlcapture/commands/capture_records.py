@@ -16,8 +16,8 @@ from tlcapture.captures.provenance import is_same_computation, model_record, poi
 from tlcapture.errors import InputError, StorageError
 from tlcapture.models.loading import Model
 from tlcapture.names import PromptId, of_variant
-from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.saved_projections import all_saved
 from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.kept_tokens import KeptTokens, Positions, kept_of, stated_positions
 
@@ -88,9 +88,13 @@ class CaptureRecord:
         `None` for projections that do not record it, are of different runs, or are damaged.
         """
         found: list[CaptureRecord] = []
-        for path in layout.all_projections(prompt_set, prompt_id):
+        try:
+            every = all_saved(layout, prompt_set, str(prompt_id))
+        except StorageError:  # of a shard
+            return None
+        for saved in every:
             try:
-                content = read_json(path)
+                content = saved.labels()
                 n_prompt = len(content["prompt"]["tokens"])
                 tokens = content["prompt"]["tokens"] + content["response"]["tokens"]
                 positions = stated_positions(content["metadata"], n_prompt, len(tokens))

@@ -22,14 +22,16 @@ from tlcapture.errors import InputError, StorageError
 from tlcapture.models.sizes import Measures
 from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.runs.report import Failed
+from tlcapture.storage.compact_files import PER_PREDICTION, PER_WEIGHT, is_written_compact
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.chance import N_DIRECTIONS
 from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 from tlcapture.views.kept_tokens import KeptTokens, Positions, kept_of
-from tlcapture.views.logit_lens import TOP_K
 
-_PER_WEIGHT = 9.5  # an attention weight: 4 significant digits and a comma
-_PER_PREDICTION = 35.0  # {"token": ..., "prob": ...}
+_PER_COMPACT_WEIGHT = 2
+_PER_COMPACT_PREDICTION = 8  # its id and probability
+_PER_COMPACT_SCORE = 4
+_PER_TEXT = 12  # an id of the vocabulary with its text
 _PER_PROJECTION = 9.7  # 6 significant digits
 _PER_RISE = 8.5  # 4 significant digits, a sign and an exponent at times
 _PER_NULL = 5  # a layer without activations
@@ -54,6 +56,7 @@ class CaptureSize:
         n_completed: saved captures to which files are added.
         by_kind: number of files and bytes, by kind of file.
         failures: prompts that would fail, with the reasons.
+        memory: bytes that the largest prompt takes while it runs alone, beside the weights.
         replaces: paths of raw residual files that will be written, whether they exist or not.
     """
 
@@ -62,6 +65,7 @@ class CaptureSize:
     by_kind: dict[str, tuple[int, int]] = field(default_factory=dict)
     replaces: list[Path] = field(default_factory=list)
     failures: list[Failed] = field(default_factory=list)
+    memory: int = 0
 
     @classmethod
     def of(
@@ -110,6 +114,7 @@ class CaptureSize:
             "completed": self.n_completed,
             "files": self.n_files,
             "bytes": self.n_bytes,
+            "memory": self.memory,
             "kinds": kinds,
             "failures": [failed._asdict() for failed in self.failures],
         }
@@ -139,9 +144,21 @@ def sizes(
     projection = overhead + tokens.n_tokens * each + len(tokens.kept) * row + _positions(tokens) + labels
     yield from chain(
         _tensors(measures, tokens, wanted, options, labels),
-        _json(measures, tokens, wanted),
-        (("projection", projection) for _ in range(n_projections)),
+        _views(measures, tokens, wanted),
+        _projections(tokens, wanted, n_projections, projection, overhead + labels),
     )
+
+
+def _projections(
+    tokens: Positions, wanted: Outputs, count: int, as_json: float, rest: float
+) -> Iterator[tuple[str, float]]:
+    """A prompt's projections: JSON files, or one shard, in which each has `rest` beside its numbers."""
+    if not is_written_compact(wanted.parts.form, as_json):
+        yield from (("projection", as_json) for _ in range(count))
+    elif count:
+        numbers = len(wanted.kept.layers) * len(wanted.kept.points) + 2
+        text = _PER_FILE + _PER_TOKEN * tokens.n_tokens
+        yield "projection", text + count * (rest + _PER_COMPACT_SCORE * tokens.n_tokens * numbers)
 
 
 def _positions(tokens: Positions) -> int:
@@ -172,14 +189,21 @@ def _tensors(
         yield "layer internals", text + _BYTES[options.save_dtype] * n_kept * row
 
 
-def _json(m: Measures, tokens: Positions, wanted: Outputs) -> Iterator[tuple[str, float]]:
+def _views(m: Measures, tokens: Positions, wanted: Outputs) -> Iterator[tuple[str, float]]:
+    parts, head = wanted.parts, _PER_FILE + _positions(tokens)
     if wanted.attention:
-        n_layers = m.n_layers if m.n_attention_layers is None else m.n_attention_layers
+        n_layers = len(parts.attention_layers) or (m.n_attention_layers or m.n_layers)
         n_weights = n_layers * m.n_heads * sum(token + 1 for token in tokens.kept)
-        yield "attention", _PER_FILE + _positions(tokens) + n_weights * _PER_WEIGHT
+        is_compact = is_written_compact(parts.form, n_weights * PER_WEIGHT)
+        yield "attention", head + n_weights * (_PER_COMPACT_WEIGHT if is_compact else PER_WEIGHT)
     if wanted.logit_lens:
-        n_predictions = len(tokens.with_next) * m.n_layers * min(TOP_K, m.d_vocab)
-        yield "logit lens", _PER_FILE + _positions(tokens) + n_predictions * _PER_PREDICTION
+        n_cells, top = len(tokens.with_next) * (len(parts.lens_layers) or m.n_layers), min(parts.lens_top, m.d_vocab)
+        n_predictions = n_cells * top
+        if is_written_compact(parts.form, n_predictions * PER_PREDICTION):
+            texts = _PER_TEXT * min(m.d_vocab, n_predictions)
+            yield "logit lens", head + texts + n_predictions * _PER_COMPACT_PREDICTION + n_cells * 12
+        else:
+            yield "logit lens", head + n_predictions * PER_PREDICTION
 
 
 def n_projections(layout: Layout, options: CaptureOptions) -> int:

@@ -34,6 +34,7 @@ from tlcapture.storage.config import ExperimentConfig
 from tlcapture.storage.layout import Layout, derived_files
 from tlcapture.traits.choice import VectorChooser
 from tlcapture.traits.intervention_records import identity
+from tlcapture.traits.saved_projections import merged_files
 
 T = TypeVar("T")
 
@@ -238,7 +239,7 @@ class TaskPlanner:
     def _check_replaceable(self, capture_set: str, prompt_id: PromptId, wanted: Outputs, saved: Capture | None) -> None:
         """Raise `StorageError` if a file cannot be read that would be replaced, removed, or passed over as present."""
         if wanted.residual or saved is None:
-            files = derived_files(self._layout, capture_set, prompt_id)
+            files = [*derived_files(self._layout, capture_set, prompt_id), *merged_files(self._layout, capture_set)]
         else:
             files = self._options.outputs(saved.n_layers).add_on_files(self._layout, capture_set, prompt_id)
         advice = f"leave out --replay and {OVERWRITE}" if self._options.replay else OVERWRITE
@@ -261,7 +262,7 @@ class TaskPlanner:
             return wanted
         capture_set = options.capture_set(prompt_set.name)
         lacking = wanted.missing(layout, capture_set, prompt.id, overwrite=options.overwrite)
-        if lacking.logit_lens and not (saved.kept.has_all_outputs or options.replay):
+        if lacking.logit_lens and not (saved.kept.has_outputs(lacking.parts.lens_layers) or options.replay):
             return wanted  # the logit lens needs layers that were not kept
         if not lacking.residual and not options.replay:
             self._note_sampling(saved)

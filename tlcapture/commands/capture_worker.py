@@ -34,9 +34,11 @@ from tlcapture.commands.projections import (
     without_projection,
 )
 from tlcapture.commands.replay import InterventionsAgain, Pass, as_prompt, check_replayable, replayed
+from tlcapture.commands.view_files import WENT_COMPACT, weights_in_memory, went_compact
 from tlcapture.errors import InputError, OutOfMemoryError
 from tlcapture.generation.checkpoint_sampling import sampling_for, unfollowed
 from tlcapture.generation.outcomes import Failure, Generation
+from tlcapture.generation.pattern_spools import Spooling
 from tlcapture.generation.recording import n_bytes_of
 from tlcapture.generation.sampling import GREEDY, Sampling
 from tlcapture.models.loading import Model
@@ -49,11 +51,12 @@ from tlcapture.runs.existing_files import check_replaceable
 from tlcapture.runs.processes import Processes
 from tlcapture.runs.run import Run
 from tlcapture.storage.config import update_config
-from tlcapture.storage.files import remove, write_bytes
+from tlcapture.storage.files import Written, remove, write_bytes
 from tlcapture.storage.layout import derived_files
 from tlcapture.traits.choice import ChosenVector, ChosenVectors, VectorChooser
 from tlcapture.traits.intervention_records import thinking_doubt
 from tlcapture.traits.projection import scores_of
+from tlcapture.traits.saved_projections import merged_files
 from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import hook
 from tlcapture.views.kept_tokens import Positions, kept_of
@@ -163,6 +166,7 @@ class CaptureWorker:
                 interventions=[change for each in resolved for change in each.interventions()],
                 batch_size=options.batch_size,
                 on_tokens=on_tokens,
+                spooling=self._spooling,
             ):
                 name = f"{task.capture_set}/{outcome.prompt.id}"
                 if isinstance(outcome, Failure):
@@ -180,7 +184,14 @@ class CaptureWorker:
     def _lens(self, generation: Generation, wanted: Outputs) -> LogitLens:
         ids, n_prompt = generation.token_ids, len(generation.prompt.token_ids)
         kept, whole = (kept_of(tokens, n_prompt, len(ids)) for tokens in (wanted.tokens, None))
-        return lens_of(self.model, ids, lambda layer: generation.cache[hook("residual_out", layer)], kept, whole)
+        cache, parts = generation.cache, wanted.parts
+        return lens_of(self.model, ids, lambda layer: cache[hook("residual_out", layer)], kept, whole, parts)
+
+    @cached_property
+    def _spooling(self) -> Spooling | None:
+        """Where attention patterns are kept that are too large for memory; JSON, if asked for, is made in memory."""
+        above = weights_in_memory(self.options.parts.form)
+        return None if above is None else Spooling(self.layout.folder, above)
 
     def _write(
         self,
@@ -212,7 +223,7 @@ class CaptureWorker:
         # Another tool may have put files there since the run was planned.
         where = (options.capture_set(generation.prompt.prompt_set), generation.prompt.id)
         saved_capture(self.layout.residual(*where), overwrite=options.overwrite)
-        for path in derived_files(self.layout, *where):
+        for path in [*derived_files(self.layout, *where), *merged_files(self.layout, where[0])]:
             check_replaceable(self.layout, path, overwrite=options.overwrite)
         capture = capture_of(
             generation,
@@ -245,9 +256,14 @@ class CaptureWorker:
             self.layout, capture, wanted, self.model, cache, cache, save_dtype=options.save_dtype, lens=lens
         ):
             with run.attempt(name), _within_memory():
-                run.wrote(write())
+                self._wrote(run, write())
         if len(run.report.failures) == n_failures:
             remove([marker])
+
+    def _wrote(self, run: Run, written: Written) -> None:
+        run.wrote(written)
+        if went_compact(written, self.options.parts.form):
+            run.warn(WENT_COMPACT)
 
     # -- saved captures --------------------------------------------------------------------------------
 
@@ -274,7 +290,9 @@ class CaptureWorker:
                         continue
                     self._submit_saved(writer, name, capture, wanted, {})
                 progress.advance(1, done=name)
-            for outcome in replayed(self.model, sequences, self.options.batch_size) if sequences else ():
+            for outcome in (
+                replayed(self.model, sequences, self.options.batch_size, self._spooling) if sequences else ()
+            ):
                 name, raw, wanted = names[outcome.prompt.id]
                 with self._attempt(self.run, name):
                     if isinstance(outcome, Failure):
@@ -288,7 +306,7 @@ class CaptureWorker:
         lens = None
         if wanted.logit_lens and self.model.last_device.type == "cpu":  # where it has all threads
             kept = wanted_positions(wanted.tokens, capture, fresh=False)
-            lens = lens_of(self.model, capture.token_ids, capture.residual, kept, capture.positions)
+            lens = lens_of(self.model, capture.token_ids, capture.residual, kept, capture.positions, wanted.parts)
         job = partial(self._complete_saved, name, capture, wanted, cache, lens)
         writer.submit(job, 2 * (n_bytes_of(cache) + capture.response.residual.points.nbytes))
 
@@ -305,7 +323,7 @@ class CaptureWorker:
                     for write in add_ons(
                         self.layout, capture, wanted, self.model, cache, None, save_dtype=save_dtype, lens=lens
                     ):
-                        run.wrote(write())
+                        self._wrote(run, write())
             if not self.options.replay:
                 self._project(run, capture, only_missing=self.options.skip_existing)
         if not run.report.failures:
@@ -362,10 +380,17 @@ class CaptureWorker:
         has_whole_file = kept is None or kept.is_all  # which another process reads
         if only or device is None or not has_whole_file:
             levels = self._levels.reporting_to(run)
-            project_capture(run, capture, chosen, levels, only=only, overwrite=overwrite, kept=kept, scores=scores)
+            how: dict[str, Any] = {
+                "overwrite": overwrite,
+                "kept": kept,
+                "scores": scores,
+                "form": self.options.parts.form,
+            }
+            project_capture(run, capture, chosen, levels, only=only, **how)
             return
         raw = self.layout.residual(capture.capture_set, capture.prompt_id)
-        task = ProjectionTask(self.layout, raw, chosen, scores, overwrite, run.report.remembers)
+        form = self.options.parts.form
+        task = ProjectionTask(self.layout, raw, chosen, scores, overwrite, run.report.remembers, form)
         done, error = self._processes.call(ProjectionTask.do, task)
         run.add(done)
         if error is not None:

@@ -237,8 +237,8 @@ def _manifest(
 def _left_out(layout: Layout, files: list[tuple[str, str]], seen: _Seen) -> list[str]:
     """What the experiment has and no export holds, or not this one."""
     kinds = {
-        "attention": lambda name, file: layout.attention(name, file).is_file(),
-        "logit lens": lambda name, file: layout.logit_lens(name, file).is_file(),
+        "attention": lambda name, file: layout.saved(layout.attention(name, file)).is_file(),
+        "logit lens": lambda name, file: layout.saved(layout.logit_lens(name, file)).is_file(),
         "internals": lambda name, file: bool(layout.all_internals(name, file)),
     }
     found = [kind for kind, exists in kinds.items() if any(exists(name, file) for name, file in files)]

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from tlcapture.captures.capture import Capture
 from tlcapture.errors import StorageError
+from tlcapture.storage.compact_files import is_compact
 from tlcapture.storage.files import read_tensors
-from tlcapture.views.json_files import PerTokenHead
+from tlcapture.views.json_files import PerTokenHead, head_of
 from tlcapture.views.kept_tokens import KeptTokens, Positions, kept_of
 
 _HEAD = 512
-_JSON, _PICKLE = b'{"positions":', b"X\t\x00\x00\x00positions"
+_JSON, _PICKLE = (b'{"positions":', b'{"layers":'), b"X\t\x00\x00\x00positions"
 
 
 def wanted_positions(tokens: KeptTokens | None, capture: Capture, *, fresh: bool) -> Positions:
@@ -32,6 +33,9 @@ def lacks_positions(path: Path, tokens: KeptTokens | None) -> bool:
     if tokens is None:
         return False
     try:
+        if is_compact(path):
+            compact = head_of(path)
+            return not compact.positions_held.includes(tokens.of(compact.n_prompt_tokens, len(compact.tokens)))
         with path.open("rb") as file:
             head = file.read(_HEAD)
         if path.suffix == ".json":

@@ -11,8 +11,7 @@ from tlcapture.names import Trait
 from tlcapture.runs.display import Display
 from tlcapture.storage.files import write_bytes
 from tlcapture.storage.layout import Layout
-from tlcapture.traits.saved_projections import no_projections, projection_paths
-from tlcapture.traits.token_scores import TokenScores
+from tlcapture.traits.saved_projections import no_projections, projections_saved
 from tlcapture.views.hooks import check_component
 
 
@@ -36,7 +35,7 @@ def write_pictures(
     """
     check_component(component)
     files = [
-        path for prompt_id in prompt_ids for path in projection_paths(layout, prompt_set, prompt_id, component, traits)
+        each for prompt_id in prompt_ids for each in projections_saved(layout, prompt_set, prompt_id, component, traits)
     ]
     if not files:
         raise no_projections(layout, prompt_set, component, traits)
@@ -46,14 +45,11 @@ def write_pictures(
         for file in files:
             progress.advance(1)
             try:
-                scores = TokenScores.read(file)
+                scores = file.scores()
             except StorageError as error:
                 failures.append(str(error))
                 continue
-            trait, _ = layout.of_projection(file)
-            picture = folder / layout.projection(trait, component, prompt_set, file.stem).relative_to(
-                layout.folder / "inference"
-            ).with_suffix(".png")
+            picture = folder / file.place.relative_to(layout.folder / "inference").with_suffix(".png")
             write_bytes(picture, projection_picture(scores))
             written.append(picture)
     if failures:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tlcapture.captures.capture import Capture
+from tlcapture.commands.projection_writing import merge_projections
 from tlcapture.commands.projections import (
     TOKENS_MISSING,
     ChanceLevels,
@@ -30,14 +30,13 @@ from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
 from tlcapture.runs.shards import Shard
-from tlcapture.storage.files import read_json, write_json
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.choice import VectorChoice
 from tlcapture.traits.mean_activations import check_means
 from tlcapture.traits.projection import Centred, dynamics_of_file
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.rises import DEFINITIONS
-from tlcapture.traits.saved_projections import projection_paths
+from tlcapture.traits.saved_projections import SavedProjection, projections_saved
 from tlcapture.traits.span_dynamics import by_span
 from tlcapture.traits.vector_files import traits_with_vectors
 
@@ -47,7 +46,8 @@ class ProjectOptions:
     """Which vectors to project onto, and which component; `dynamics_only` recomputes the dynamics alone.
 
     `centered` subtracts the mean activation of each vector's training examples first. `overwrite` replaces files that
-    cannot be read, too. `shard` is a share of the captures that exist when the run begins.
+    cannot be read, too. `shard` is a share of the captures that exist when the run begins. `form` is that of the files,
+    as in `ViewParts`.
     """
 
     vectors: VectorChoice = VectorChoice()
@@ -57,6 +57,7 @@ class ProjectOptions:
     skip_existing: bool = False
     overwrite: bool = False
     shard: Shard | None = None
+    form: str | None = None
 
 
 def run_project(
@@ -80,6 +81,7 @@ def run_project(
         for name in prompt_sets:
             with run_lock(run, f"captures of {name}", options.shard, "projection"):
                 _recompute_dynamics(run, name, ids[name], options)
+                merge_projections(run, [name], options.shard)
         return run.report
     traits = traits_with_vectors(options.vectors.layout(layout), options.vectors.traits)
     if options.centered:
@@ -102,6 +104,7 @@ def run_project(
             ),
             run,
         )
+        merge_projections(run, prompt_sets, options.shard)
     return run.report
 
 
@@ -168,6 +171,7 @@ class ProjectionWorker:
                 self._levels,
                 centred=self._options.centered,
                 overwrite=self._options.overwrite,
+                form=self._options.form,
             )
         except NumericalError as error:
             raise NumericalError(f"{raw}: {error}") from None
@@ -186,30 +190,33 @@ def _recompute_dynamics(
     with run.progress(len(ids), prompt_set, "prompt") as progress:
         for prompt_id in ids:
             name = f"{prompt_set}/{prompt_id}"
-            paths = projection_paths(layout, prompt_set, prompt_id, options.component, options.vectors.traits)
-            if not paths:
-                run.failed(name, "has no projection to recompute the dynamics of")
+            found: list[SavedProjection] | None = None
+            with run.attempt(name):
+                found = projections_saved(layout, prompt_set, prompt_id, options.component, options.vectors.traits)
+            if not found:
+                if found is not None:
+                    run.failed(name, "has no projection to recompute the dynamics of")
                 continue
-            for path in paths:
+            for saved in found:
                 with run.attempt(name):
-                    content = _with_new_dynamics(path)
+                    content = _with_new_dynamics(saved)
                     if "positions" in content["metadata"]:
                         run.warn(TOKENS_MISSING)
-                    run.wrote(write_json(path, content))
+                    run.wrote(saved.write(content))
             run.report.n_prompts += 1
             progress.advance(1)
 
 
-def _with_new_dynamics(path: Path) -> dict[str, Any]:
+def _with_new_dynamics(saved: SavedProjection) -> dict[str, Any]:
     """The content of a projection file with recomputed dynamics; the earlier ones may be invalid.
 
     What random directions did is kept only where it was measured by the same definitions.
     """
-    content = read_json(path)
+    content = saved.content()
     others = (
         {key: value for key, value in content.items() if key != "dynamics"} if isinstance(content, dict) else content
     )
-    checked = ProjectionFile.parse(others, path)
+    checked = ProjectionFile.parse(others, saved.path)
     metadata = {**content["metadata"], "definitions": DEFINITIONS}
     if checked.metadata.definitions != DEFINITIONS:
         metadata.pop("chance", None)

@@ -14,14 +14,15 @@ from torch import Tensor
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.provenance import now, variant_record
 from tlcapture.commands.capture_records import CaptureRecord
+from tlcapture.commands.projection_writing import ProjectionFiles
 from tlcapture.commands.top_traits import essentials
 from tlcapture.errors import StorageError, TlcaptureError
 from tlcapture.names import PromptId, Trait
 from tlcapture.runs.display import Display
-from tlcapture.runs.existing_files import check_replaceable, is_readable
+from tlcapture.runs.existing_files import OVERWRITE, check_replaceable, is_readable
 from tlcapture.runs.report import CollectingReport, Done
 from tlcapture.runs.run import Run
-from tlcapture.storage.files import as_json, read_json, write_json
+from tlcapture.storage.files import as_json
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.chance import RandomDirections
 from tlcapture.traits.choice import ChosenVector, ChosenVectors, VectorChoice, VectorChooser
@@ -29,6 +30,7 @@ from tlcapture.traits.mean_activations import mean_activation
 from tlcapture.traits.projection import Centred, Projection, project
 from tlcapture.traits.reference import Reference, read_reference
 from tlcapture.traits.rises import DEFINITIONS
+from tlcapture.traits.saved_projections import SavedProjection, saved_projection
 from tlcapture.traits.span_dynamics import by_span
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import TraitVector
@@ -72,11 +74,17 @@ def _is_projected(
     layout: Layout, prompt_set: str, prompt_id: PromptId, vector: TraitVector, existing: ExistingProjections
 ) -> bool:
     """Whether a prompt has a projection that is kept, no older than the raw capture and the vector it is onto."""
-    path = layout.projection(vector.trait, vector.component, prompt_set, prompt_id)
-    check_replaceable(layout, path, overwrite=existing.overwrite)
-    if not path.is_file() or (existing.overwrite and not is_readable(layout, path)):
+    names = (vector.trait, vector.component, prompt_set, prompt_id)
+    check_replaceable(layout, layout.projection(*names), overwrite=existing.overwrite)
+    try:
+        saved = saved_projection(layout, *names)
+    except StorageError as error:
+        if existing.overwrite:
+            return False
+        raise StorageError(f"{error}: {OVERWRITE}") from None
+    if saved is None or (existing.overwrite and not is_readable(layout, saved.path)):
         return False
-    source = _recorded_source(path)
+    source = _recorded_source(saved)
     is_onto_it = all(source.get(key) == getattr(vector, key) for key in ("experiment", "method", "layer"))
     if not (is_onto_it or existing.onto_any):
         return False
@@ -85,12 +93,12 @@ def _is_projected(
         files = VectorFiles(Layout(layout.root, vector.experiment), vector.trait)
         origins.append(files.file(vector.component, vector.method, vector.layer))
     newest = max((each.stat().st_mtime_ns for each in origins if each.is_file()), default=0)
-    return path.stat().st_mtime_ns >= newest
+    return saved.written_ns >= newest
 
 
-def _recorded_source(path: Path) -> dict[str, Any]:
+def _recorded_source(saved: SavedProjection) -> dict[str, Any]:
     try:
-        return dict(read_json(path)["metadata"]["vector_source"])
+        return dict(saved.labels()["metadata"]["vector_source"])
     except (KeyError, TypeError, ValueError):
         return {}
 
@@ -144,12 +152,14 @@ def project_capture(
     overwrite: bool = False,
     kept: Positions | None = None,
     scores: Sequence[Tensor] | None = None,
+    form: str | None = None,
 ) -> list[Projection]:
-    """Project a capture onto vectors and write a file for each; returns the projections.
+    """Project a capture onto vectors and write a file for each, or a shard for all; returns the projections.
 
     Where `only` projections are kept, the files hold the capture's metadata too. If `centred`, the mean activation of
     each vector's training examples is subtracted first. The files hold the scores of the tokens in `kept`, by default
     those that the capture holds; all that it holds are projected. `scores` are those of `scores_of`, where known.
+    `form` is that of the files, as in `ViewParts`.
 
     Raises:
         StorageError: a file to be replaced cannot be read, and `overwrite` is not set; none was written.
@@ -158,6 +168,8 @@ def project_capture(
     paths = [_path(layout, capture, each.vector) for each in chosen]
     for path in paths:
         check_replaceable(layout, path, overwrite=overwrite)
+    files = ProjectionFiles(run, capture.capture_set, capture.prompt_id, form)
+    files.check_replaceable(overwrite=overwrite)
     pairs = [(each.vector, each.selection) for each in chosen]
     prompt, response = capture.prompt.residual, capture.response.residual
     centre = partial(mean_activation, layout.root) if centred else None
@@ -178,9 +190,10 @@ def project_capture(
             content["dynamics"]["by_span"] = of_spans
         if only:
             content["metadata"]["capture"] = dict(capture.metadata)
-        run.wrote(write_json(path, content))
+        files.add(path, projection.vector, content)
         if run.report.remembers:
             run.report.remember({path.as_posix().removeprefix(f"{folder}/"): essentials(content)})
+    files.write()
     return projections
 
 
@@ -205,6 +218,7 @@ class ProjectionTask:
     scores: Sequence[Tensor]
     overwrite: bool
     remembers: bool
+    form: str | None = None
 
     def do(self) -> tuple[Done, TlcaptureError | None]:
         """Write the projections; returns what was done, and the error that ended it."""
@@ -213,7 +227,8 @@ class ProjectionTask:
         levels = _levels_of(self.layout).reporting_to(run)
         try:
             capture = Capture.open(self.raw)
-            project_capture(run, capture, self.chosen, levels, overwrite=self.overwrite, scores=self.scores)
+            how: dict[str, Any] = {"overwrite": self.overwrite, "scores": self.scores, "form": self.form}
+            project_capture(run, capture, self.chosen, levels, **how)
         except TlcaptureError as found:
             error = found
         return report.drain(), error

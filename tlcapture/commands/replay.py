@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.capture_outputs import Outputs
 from tlcapture.commands.kept_positions import wanted_positions
 from tlcapture.errors import InputError
+from tlcapture.generation.interventions import Intervention
 from tlcapture.generation.loop import generate
-from tlcapture.generation.outcomes import Outcome
+from tlcapture.generation.outcomes import Failure, Outcome
+from tlcapture.generation.pattern_spools import Spooling
+from tlcapture.generation.recording import Together
 from tlcapture.models.loading import Model
+from tlcapture.models.memory import batch_bytes, free_memory
 from tlcapture.names import PromptId
 from tlcapture.prompts.tokenization import TokenizedPrompt
+from tlcapture.text import as_ranges
 from tlcapture.traits.resolved_interventions import ResolvedIntervention, of_records
+from tlcapture.views.hooks import is_pattern
 
 
 @dataclass(frozen=True)
@@ -51,9 +57,10 @@ def check_replayable(capture: Capture, wanted: Outputs, model: Model) -> None:
             f"captured from {capture.metadata.get('inference_model')!r} (fingerprint {fingerprint}), not from "
             f"{model.name!r} ({model.fingerprint}): replay it with the same model"
         )
-    if wanted.logit_lens and not capture.kept.has_all_outputs:
+    if wanted.logit_lens and not capture.kept.has_outputs(wanted.parts.lens_layers):
+        which = f"layers {as_ranges(wanted.parts.lens_layers)}" if wanted.parts.lens_layers else "every layer"
         raise InputError(
-            f"the logit lens needs residual_out of every layer, but {capture.kept.described()}: "
+            f"the logit lens needs residual_out of {which}, but {capture.kept.described()}: "
             "capture it again with --logit-lens"
         )
     if wanted.logit_lens and not capture.positions.includes(wanted_positions(wanted.tokens, capture, fresh=False)):
@@ -79,13 +86,72 @@ def _opening(capture: Capture) -> str:
     return "".join(capture.prompt.tokens[max((end for end in ends if end <= n_prompt), default=0) :])
 
 
+def one_layer_at_a_time(hooks: Sequence[str]) -> list[Sequence[str]]:
+    """The hooks of as many passes as there are patterns, each of one pattern; the first has all other hooks too."""
+    others, patterns = ([name for name in hooks if is_pattern(name) == of] for of in (False, True))
+    return [[*others, *patterns[:1]], *([name] for name in patterns[1:])]
+
+
+def _passes(model: Model, hooks: Sequence[str], n_tokens: int, spooling: Spooling) -> list[Sequence[str]]:
+    """The hooks of each pass over a sequence: all of them together if they fit in half of what is free."""
+    free = free_memory(model.device)
+
+    def fits(names: Sequence[str]) -> bool:
+        return 2 * batch_bytes(model, n_tokens, names, spooled_above=spooling.above).on_device(1) <= free
+
+    groups: list[Sequence[str]] = []
+    for names in [hooks] if fits(hooks) else one_layer_at_a_time(hooks):
+        if groups and fits([*groups[-1], *names]):
+            groups[-1] = [*groups[-1], *names]
+        else:
+            groups.append(names)
+    return groups
+
+
+def _read_in_passes(
+    model: Model,
+    prompt: TokenizedPrompt,
+    groups: Sequence[Sequence[str]],
+    spooling: Spooling,
+    changes: Sequence[Intervention],
+) -> Outcome:
+    found = []
+    for hooks in groups:
+        (outcome,) = generate(model, [prompt], hooks=hooks, interventions=changes, batch_size=1, spooling=spooling)
+        if isinstance(outcome, Failure):
+            return outcome
+        found.append(outcome)
+    return replace(found[0], cache=Together([outcome.cache for outcome in found]))
+
+
 def replayed(
-    model: Model, sequences: Mapping[Pass, Sequence[TokenizedPrompt]], batch_size: int | None
+    model: Model,
+    sequences: Mapping[Pass, Sequence[TokenizedPrompt]],
+    batch_size: int | None,
+    spooling: Spooling | None = None,
 ) -> Iterator[Outcome]:
     """Run sequences, given by what is wanted of their passes, in batches of similar length.
 
-    The cache of each outcome holds these activations at every token; `batch_size` is as in `generate`.
+    The cache of each outcome holds these activations at every token; `batch_size` and `spooling` are as in `generate`.
+    A sequence whose patterns do not fit in memory while it is read is read several times, some layers each time.
     """
     for wanted, prompts in sequences.items():
         changes = [change for each in wanted.interventions for change in each.interventions()]
-        yield from generate(model, prompts, hooks=wanted.hooks, interventions=changes, batch_size=batch_size)
+        if spooling is not None and any(map(is_pattern, wanted.hooks)):
+            together = []
+            for prompt in prompts:
+                groups = _passes(model, wanted.hooks, len(prompt.read_ids), spooling)
+                if len(groups) == 1:
+                    together.append(prompt)
+                else:
+                    yield _read_in_passes(model, prompt, groups, spooling, changes)
+            prompts = together
+        if prompts:
+            yield from generate(
+                model,
+                prompts,
+                hooks=wanted.hooks,
+                interventions=changes,
+                batch_size=batch_size,
+                spooling=spooling,
+            )

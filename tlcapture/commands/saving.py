@@ -45,7 +45,8 @@ def add_ons_of(outcome: Generation, model: Model, wanted: Outputs, save_dtype: s
     if wanted.logit_lens:
         n_prompt, n_tokens = len(outcome.prompt.token_ids), len(outcome.token_ids)
         kept, whole = (kept_of(tokens, n_prompt, n_tokens) for tokens in (wanted.tokens, None))
-        lens = lens_of(model, outcome.token_ids, lambda layer: outcome.cache[hook("residual_out", layer)], kept, whole)
+        residual_out = lambda layer: outcome.cache[hook("residual_out", layer)]  # noqa: E731
+        lens = lens_of(model, outcome.token_ids, residual_out, kept, whole, wanted.parts)
     return AddOns(wanted, {name: outcome.cache[name] for name in wanted.pass_hooks(model)}, lens, save_dtype)
 
 

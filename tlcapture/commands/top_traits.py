@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan, nan
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from tlcapture.storage.layout import Layout
 from tlcapture.traits.change_points import LEVEL
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.rises import DEFINITIONS
-from tlcapture.traits.saved_projections import projection_paths
+from tlcapture.traits.saved_projections import SavedProjection, projections_saved
 
 FEWEST_TO_COMPARE = 3
 _ROUNDING = 1e-5  # of projections, which files keep with 6 digits
@@ -113,10 +112,9 @@ def summary_of(
     """
     by_trait: dict[str, dict[str, ProjectionFile]] = {}
     for prompt_id in layout.prompt_ids(prompt_set):
-        for path in projection_paths(layout, prompt_set, prompt_id, component):
-            if content := _read(path, known.get(path.relative_to(layout.folder).as_posix())):
-                trait, _ = layout.of_projection(path)
-                by_trait.setdefault(str(trait), {})[prompt_id] = content
+        for saved in _saved(layout, prompt_set, prompt_id, component):
+            if content := _read(saved, known.get(saved.place.relative_to(layout.folder).as_posix())):
+                by_trait.setdefault(str(saved.trait), {})[prompt_id] = content
     rises = {trait: _rises(contents) for trait, contents in by_trait.items()}
     tops = []
     for prompt_id in layout.prompt_ids(prompt_set):
@@ -135,10 +133,18 @@ class _Rise:
     random: _Values | None
 
 
-def _read(path: Path, known: bytes | None) -> ProjectionFile | None:
-    """A projection file; `None` for a damaged one, which the run has reported, and for one without dynamics."""
+def _saved(layout: Layout, prompt_set: str, prompt_id: str, component: str) -> list[SavedProjection]:
+    """A prompt's projections; none where a damaged shard may hold them, which the run has reported."""
     try:
-        content = ProjectionFile.read(path) if known is None else ProjectionFile.parse(orjson.loads(known), path)
+        return projections_saved(layout, prompt_set, prompt_id, component)
+    except StorageError:
+        return []
+
+
+def _read(saved: SavedProjection, known: bytes | None) -> ProjectionFile | None:
+    """A projection; `None` for a damaged one, which the run has reported, and for one without dynamics."""
+    try:
+        content = saved.read() if known is None else ProjectionFile.parse(orjson.loads(known), saved.path)
     except StorageError:
         return None
     return content if content.dynamics is not None else None

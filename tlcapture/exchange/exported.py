@@ -23,9 +23,11 @@ from tlcapture.captures.capture import Capture, CapturedPart
 from tlcapture.errors import StorageError
 from tlcapture.names import Trait, prompt_id_problem
 from tlcapture.prompts.spans import TokenSpan, check_spans, labels_of
-from tlcapture.storage.files import Written, read_json, write_json
-from tlcapture.storage.layout import STREAM_FOLDERS, Layout
+from tlcapture.storage.files import Written, write_json
+from tlcapture.storage.layout import Layout
+from tlcapture.storage.projection_places import STREAM_FOLDERS
 from tlcapture.traits.projection_files import ProjectionFile
+from tlcapture.traits.saved_projections import all_saved
 from tlcapture.views.cache import stacked
 from tlcapture.views.hooks import POINTS
 from tlcapture.views.kept_points import KeptPoints, point_index
@@ -94,8 +96,9 @@ def read_exported(layout: Layout, prompt_set: str, file: str, wanted: Wanted) ->
     """
     raw = layout.residual(prompt_set, file)
     capture = Capture.open(raw) if raw.is_file() else None
-    projections = {path: read_json(path) for path in layout.all_projections(prompt_set, file)}
-    contents = {path: ProjectionFile.parse(value, path) for path, value in projections.items()}
+    saved = {each.place: each for each in all_saved(layout, prompt_set, file)}
+    projections = {place: each.content() for place, each in saved.items()}
+    contents = {place: ProjectionFile.parse(value, saved[place].path) for place, value in projections.items()}
     tokens = _common_tokens(raw, capture, contents)
     record, columns = _head(prompt_set, file, capture, contents, tokens)
     record["projections"] = []

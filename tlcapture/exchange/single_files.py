@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tlcapture.errors import StorageError
 from tlcapture.exchange.exported import BULK, ExportedCapture
 from tlcapture.storage.files import read_json, write_json
-from tlcapture.storage.layout import subfolders
+from tlcapture.storage.folders import subfolders
 
 _RECORD = "tlcapture"  # the key of the record in the header of a safetensors file
 

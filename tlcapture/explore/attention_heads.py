@@ -22,7 +22,9 @@ from numpy.typing import NDArray
 from tlcapture.errors import InputError, StorageError
 from tlcapture.names import PromptId
 from tlcapture.text import printable
-from tlcapture.views.json_files import AttentionHead, pattern_of_layer
+from tlcapture.views.saved_attention import heads_of_file
+
+__all__ = ["AttentionHeads", "heads_of_file"]
 
 _MOST_TOKENS = 160  # circuitsvis draws a rectangle per weight
 _BUNDLE = Path("dist", "cdn", "iife.js")
@@ -99,29 +101,6 @@ class AttentionHeads:
                 "tokens": [printable(token) for token in self.tokens],
             },
         )
-
-
-def heads_of_file(content: Mapping[str, Any], path: Path, layer: int) -> NDArray[np.float32]:
-    """A layer's weights `[n_heads, query, key]` from the parsed JSON of an attention file.
-
-    Rows of queries that the file does not hold are NaN. Raises `StorageError` if the content does not have that form.
-    """
-    head = AttentionHead.of({key: value for key, value in content.items() if key != "attention"}, path)
-    entries, n_tokens, held = content.get("attention"), len(head.tokens), head.positions_held
-    if not isinstance(entries, list) or [_token_index(entry) for entry in entries] != list(held.kept):
-        raise StorageError(f"{path}: it does not have one entry per token")
-    rows = {token: pattern_of_layer(entry, layer, path) for token, entry in zip(held.kept, entries, strict=True)}
-    if any(len(row) != head.n_heads or any(len(w) != token + 1 for w in row) for token, row in rows.items()):
-        raise StorageError(f"{path}: expected patterns of {head.n_heads} heads and {n_tokens} tokens")
-    patterns = np.full((head.n_heads, n_tokens, n_tokens), 0 if held.is_all else np.nan, dtype=np.float32)
-    for token, row in rows.items():
-        patterns[:, token] = 0
-        patterns[:, token, : token + 1] = row
-    return patterns
-
-
-def _token_index(entry: Any) -> Any:
-    return entry.get("token_idx") if isinstance(entry, dict) else None
 
 
 def _circuitsvis() -> str | None:

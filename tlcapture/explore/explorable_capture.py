@@ -24,7 +24,6 @@ from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError
 from tlcapture.explore.roots import default_root
 from tlcapture.names import Trait
-from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
 from tlcapture.text import as_ranges
 from tlcapture.traits.token_scores import TokenScores
@@ -235,12 +234,13 @@ class ExplorableCapture(ABC):
 
     @cached_property
     def _logit_lens(self) -> LogitLensTable:
-        from tlcapture.explore.logit_lens_table import table_of_file, table_of_view
+        from tlcapture.explore.logit_lens_table import table_of, table_of_view
+        from tlcapture.views.saved_lens import read_lens
 
-        saved = self._read_add_on("logit_lens")
-        if saved is not None:
-            path, content = saved
-            return table_of_file(content, path, self._captured.capture_set, self._captured.prompt_id)
+        path = self._add_on("logit_lens")
+        saved = None if path is None else read_lens(path)
+        if saved is not None and saved.head.tokens == self._captured.tokens:  # otherwise of another capture
+            return table_of(saved, self._captured.capture_set, self._captured.prompt_id)
         from tlcapture.views.logit_lens import logit_lens_view
 
         capture, model = self._captured, self._model()
@@ -269,14 +269,16 @@ class ExplorableCapture(ABC):
         return None if path is None else stored_internals(path, self._captured, layer)
 
     def _saved_heads(self, layer: int) -> AttentionHeads | None:
-        from tlcapture.explore.attention_heads import AttentionHeads, heads_of_file
+        from tlcapture.explore.attention_heads import AttentionHeads
+        from tlcapture.views.saved_attention import read_attention
 
-        saved = self._read_add_on("attention")
-        if saved is None:
+        path = self._add_on("attention")
+        saved = None if path is None else read_attention(path)
+        if saved is None or saved.head.tokens != self._captured.tokens:  # of another capture
             return None
-        path, content = saved
-        patterns = heads_of_file(content, path, layer)
-        return AttentionHeads(**self._labels(), layer=layer, patterns=patterns, source=path.name)
+        if layer not in saved.head.kept_layers:  # a forward pass has it
+            return None
+        return AttentionHeads(**self._labels(), layer=layer, patterns=saved.heads(layer), source=saved.path.name)
 
     def _computed_heads(self, layer: int) -> AttentionHeads:
         from tlcapture.explore.attention_heads import AttentionHeads
@@ -308,14 +310,6 @@ class ExplorableCapture(ABC):
             "tokens": capture.tokens,
             "n_prompt_tokens": len(capture.prompt.tokens),
         }
-
-    def _read_add_on(self, kind: str) -> tuple[Path, Any] | None:
-        """The file of a view and its content; `None` if it holds other tokens and so belongs to another capture."""
-        path = self._add_on(kind)
-        if path is None:
-            return None
-        content = read_json(path)
-        return (path, content) if isinstance(content, dict) and content.get("tokens") == self._captured.tokens else None
 
     # -- projections ------------------------------------------------------------------------------
 

@@ -134,13 +134,14 @@ def lens_figure(table: LogitLensTable) -> OfflineFigure:
     """A heatmap, layers by tokens, of the most likely next token, coloured by its probability."""
     texts = [[printable(cell[0]) for cell in row] for row in table.top_tokens]
     hover = [
-        [_lens_hover(table, layer, column) for column in range(table.n_predictions)] for layer in range(table.n_layers)
+        [_lens_hover(table, row, column) for column in range(table.n_predictions)] for row in range(table.n_layers)
     ]
     title = f"{table.prompt_set}/{table.prompt_id}: logit lens"
     figure = _over_tokens(table.tokens[:-1], table.n_prompt_tokens, title)
     figure.add_trace(
         go.Heatmap(
             x=list(table.after),
+            y=None if table.layers is None else [str(layer) for layer in table.layers],
             z=table.top_probs[:, :, 0],
             zmin=0,
             zmax=1,
@@ -269,7 +270,8 @@ def _hover_texts(tokens: Sequence[str]) -> NDArray[np.object_]:
     return np.array(texts, dtype=object)
 
 
-def _lens_hover(table: LogitLensTable, layer: int, column: int) -> str:
+def _lens_hover(table: LogitLensTable, row: int, column: int) -> str:
     token = table.after[column]
-    lines = [f"{token} {printable(table.tokens[token])!r}, layer {layer}", *table.described(layer, column)]
+    which = f"{token} {printable(table.tokens[token])!r}, layer {table.layer_numbers[row]}"
+    lines = [which, *table.described(row, column)]
     return "<br>".join(map(plotly_text, lines))

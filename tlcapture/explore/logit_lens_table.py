@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from tlcapture.errors import StorageError
 from tlcapture.names import PromptId
 from tlcapture.text import printable
-from tlcapture.views.json_files import LensEntry, LensHead
+from tlcapture.views.json_files import LensHead
+from tlcapture.views.saved_lens import LensNumbers, SavedLens, lens_numbers
 
 if TYPE_CHECKING:
     from tlcapture.views.logit_lens import LogitLens
@@ -37,6 +38,7 @@ class LogitLensTable:
         actual_prob: `[n_layers, n_predictions]`, its probability.
         source: a file name, or `its residuals` for stored residuals and the model's unembedding.
         positions: the tokens that were kept; `None` means all.
+        layers: the layers that were kept, in the order of the rows; `None` means all.
 
     Raises `StorageError` if the shapes do not match the tokens.
     """
@@ -51,6 +53,7 @@ class LogitLensTable:
     actual_prob: NDArray[np.float64] = field(repr=False)
     source: str
     positions: Sequence[int] | None = None
+    layers: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         shape = (len(self.top_tokens), self.n_predictions)
@@ -59,8 +62,13 @@ class LogitLensTable:
 
     @property
     def n_layers(self) -> int:
-        """Number of layers of the model."""
+        """Number of layers whose predictions were kept: those of the model, unless `layers` names some."""
         return len(self.top_probs)
+
+    @property
+    def layer_numbers(self) -> Sequence[int]:
+        """The number of the layer of each row."""
+        return range(self.n_layers) if self.layers is None else self.layers
 
     @property
     def n_predictions(self) -> int:
@@ -94,8 +102,8 @@ class LogitLensTable:
         columns = self._columns()
         head = "".join(f"<th>{escape(printable(self.tokens[self.after[column]]))}</th>" for column in columns)
         rows = "".join(
-            f"<tr><th>{layer}</th>{''.join(self._cell(layer, column) for column in columns)}</tr>"
-            for layer in reversed(range(self.n_layers))
+            f"<tr><th>{self.layer_numbers[row]}</th>{''.join(self._cell(row, column) for column in columns)}</tr>"
+            for row in reversed(range(self.n_layers))
         )
         shown = [self.after[column] for column in columns]
         whole = len(columns) == len(self.tokens) - 1 or not shown
@@ -133,28 +141,29 @@ def table_of_file(content: Mapping[str, Any], path: Path, prompt_set: str, promp
     """
     head = LensHead.of({key: value for key, value in content.items() if key != "predictions"}, path)
     found = content.get("predictions")
-    entries = [LensEntry.of(entry, path, head) for entry in (found if isinstance(found, list) else [])]
+    numbers = lens_numbers(found if isinstance(found, list) else [], head, path)
+    return _table(head, numbers, path, prompt_set, prompt_id)
+
+
+def table_of(saved: SavedLens, prompt_set: str, prompt_id: PromptId) -> LogitLensTable:
+    """The table of a logit-lens file of either form; raises `StorageError` if it is damaged."""
+    return _table(saved.head, saved.numbers(), saved.path, prompt_set, prompt_id)
+
+
+def _table(head: LensHead, numbers: LensNumbers, path: Path, prompt_set: str, prompt_id: PromptId) -> LogitLensTable:
     held = head.positions_held
-    if [entry.token_idx for entry in entries] != list(held.with_next):
-        raise StorageError(f"{path}: it does not have one entry per token that has a next token")
-    if any(len(layer.top_k) != head.top_k for entry in entries for layer in entry.by_layer):
-        raise StorageError(f"{path}: it does not have {head.top_k} predictions in every layer")
-    by_layer = [[entry.by_layer[layer] for entry in entries] for layer in range(head.n_layers)]
-    shape = (head.n_layers, len(entries))
-    probs = [[[top.prob for top in cell.top_k] for cell in row] for row in by_layer]
-    ranks = [[cell.actual_rank for cell in row] for row in by_layer]
-    actual = [[cell.actual_prob for cell in row] for row in by_layer]
     return LogitLensTable(
         prompt_set=prompt_set,
         prompt_id=prompt_id,
         tokens=head.tokens,
         n_prompt_tokens=head.n_prompt_tokens,
-        top_tokens=[[[top.token for top in cell.top_k] for cell in row] for row in by_layer],
-        top_probs=np.array(probs, dtype=np.float64).reshape(*shape, head.top_k),
-        actual_rank=np.array(ranks, dtype=np.int64).reshape(shape),
-        actual_prob=np.array(actual, dtype=np.float64).reshape(shape),
+        top_tokens=numbers.top_tokens,
+        top_probs=numbers.top_probs,
+        actual_rank=numbers.actual_rank,
+        actual_prob=numbers.actual_prob,
         source=path.name,
         positions=None if held.is_all else held.kept,
+        layers=head.layers,
     )
 
 

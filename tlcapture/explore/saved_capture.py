@@ -94,8 +94,8 @@ class SavedCapture(ExplorableCapture):
     def _add_on(self, kind: str, layer: int = 0) -> Path | None:
         layout, ids = self.experiment.layout, (self.prompt_set, self._name)
         path = {
-            "attention": layout.attention(*ids),
-            "logit_lens": layout.logit_lens(*ids),
+            "attention": layout.saved(layout.attention(*ids)),
+            "logit_lens": layout.saved(layout.logit_lens(*ids)),
             "internals": layout.internals(*ids, layer),
         }[kind]
         # A file older than the capture belongs to an earlier run of the prompt.

@@ -16,6 +16,7 @@ from tlcapture.generation.interventions import HookFunction, Intervention, actin
 from tlcapture.generation.noise import GumbelNoise, stream_start
 from tlcapture.generation.outcomes import Failure, Generation, Outcome
 from tlcapture.generation.padding import left_pad
+from tlcapture.generation.pattern_spools import Spooling
 from tlcapture.generation.processors import LogitProcessors, PromptTokens
 from tlcapture.generation.recording import Recorder
 from tlcapture.generation.sampling import GIVEN, MAX_NEW_TOKENS, Sampling, choose_tokens, n_numbers, stop_reason
@@ -34,7 +35,8 @@ Outcomes = deque[tuple[int, Outcome]]
 class Settings:
     """How prompts are run: the activations to record, the length and choice of responses, and interventions.
 
-    `own_hooks` are TransformerLens's hook functions with the names of their points, which every pass calls.
+    `own_hooks` are TransformerLens's hook functions with the names of their points, which every pass calls. `spooling`
+    is where long patterns are kept; `None`: in memory.
     """
 
     hooks: Sequence[str] = ()
@@ -42,6 +44,7 @@ class Settings:
     sampling: Sampling = Sampling()
     interventions: Sequence[Intervention] = ()
     own_hooks: Sequence[tuple[Any, HookFunction]] = ()
+    spooling: Spooling | None = None
 
 
 class Batch:
@@ -62,7 +65,8 @@ class Batch:
             templated: stop_ids(model.tokenizer, model.generation_config, chat_template=templated)
             for templated in {prompt.chat_template for prompt in prompts}
         }
-        self._recorder = Recorder(settings.hooks, [len(p.read_ids) for p in prompts], settings.max_new_tokens)
+        lengths = [len(prompt.read_ids) for prompt in prompts]
+        self._recorder = Recorder(settings.hooks, lengths, settings.max_new_tokens, settings.spooling)
         self._responses: list[list[int]] = [[] for _ in prompts]
         self.were_read = False  # whether all prompts have been run and recorded
         self._begin(range(len(prompts)))

@@ -21,6 +21,7 @@ from tlcapture.generation.batch import Batch, Settings
 from tlcapture.generation.interventions import HookFunction, Intervention
 from tlcapture.generation.outcomes import Failure, Outcome
 from tlcapture.generation.padding import left_pad
+from tlcapture.generation.pattern_spools import Spooling
 from tlcapture.generation.recording import check_hooks
 from tlcapture.generation.sampling import Sampling
 from tlcapture.logger import get_logger
@@ -45,6 +46,7 @@ def generate(
     batch_size: int | None = None,
     wanted: Collection[PromptId] | None = None,
     on_tokens: Callable[[int], None] = lambda count: None,
+    spooling: Spooling | None = None,
 ) -> Iterator[Outcome]:
     """Run prompts and yield an outcome for each, in the order in which they finish.
 
@@ -62,6 +64,7 @@ def generate(
             which it would run if all were wanted, so its outcome is bit-identical; batches without any do not run.
         on_tokens: called with the number of new tokens of wanted prompts after every step, and with a negative
             number for the tokens of a prompt that runs again, or fails, because memory ran out while it was alone.
+        spooling: where attention patterns are kept that are too large for memory; `None` keeps all in memory.
 
     Raises:
         InputError: the activations of a hook are not stored token by token.
@@ -87,9 +90,13 @@ def generate(
     longest = max((len(prompt.read_ids) for prompt in fitting), default=0)
     if batch_size is None:
         model.release()
-    size = batch_size or fitting_batch_size(model, longest + max_new_tokens, len(fitting), hooks, longest)
+    above = None if spooling is None else spooling.above
+    size = batch_size or fitting_batch_size(
+        model, longest + max_new_tokens, len(fitting), hooks, longest, spooled_above=above
+    )
     queue = _Queue(fitting, size)
-    settings = Settings(hooks, max_new_tokens, sampling, [each.to(model.device) for each in interventions], own_hooks)
+    changes = [each.to(model.device) for each in interventions]
+    settings = Settings(hooks, max_new_tokens, sampling, changes, own_hooks, spooling)
     paused: list[_InFlight] = []  # the next one last
     while paused or queue:
         in_flight = paused.pop() if paused else _InFlight.of(model, queue.next_batch(), settings, ids)

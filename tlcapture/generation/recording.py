@@ -17,6 +17,7 @@ from tlcapture.generation.device_buffers import (
     n_weights,
     whole_patterns,
 )
+from tlcapture.generation.pattern_spools import PatternSpool, SpooledPatterns, Spooling
 from tlcapture.generation.transfers import Copies, in_main_memory
 from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import is_pattern
@@ -30,16 +31,25 @@ class Recorder:
 
     A prompt's activations of one shape share a buffer in main memory, without padding. On a CPU every step is written
     into these buffers. On an accelerator a step is written into buffers there, from which activations are copied while
-    the model goes on; where they do not fit, every step is copied. Of patterns only the triangles are kept.
+    the model goes on; where they do not fit, every step is copied. Of patterns only the triangles are kept, on disk
+    where `spooling` says so.
 
     Prompts are numbered in the order of `prompt_lengths`, which are in tokens.
     """
 
-    def __init__(self, names: Sequence[str], prompt_lengths: Sequence[int], max_new_tokens: int):
+    def __init__(
+        self,
+        names: Sequence[str],
+        prompt_lengths: Sequence[int],
+        max_new_tokens: int,
+        spooling: Spooling | None = None,
+    ):
         self.names = frozenset(names)
         self._order = list(dict.fromkeys(names))
         self._lengths = prompt_lengths
         self._max_new_tokens = max_new_tokens
+        self._spooling = spooling
+        self._spooled: dict[Kind, SpooledPatterns | None] = {}  # `None` where patterns stay in memory
         self._filled = [0] * len(prompt_lengths)
         self._groups: dict[Kind, list[str]] = {}
         self._buffers: dict[tuple[Kind, int], Tensor] = {}
@@ -64,7 +74,9 @@ class Recorder:
                 activations = [activation.to("cpu") for activation in activations]
             # Rotated keys have all columns so far.
             n_columns = min(each.shape[_token_axis(names[0])] for each in activations) if stop == self._width else 1
-            if is_pattern(names[0]):
+            if is_pattern(names[0]) and (spooled := self._spooled_of(kind, activations)) is not None:
+                spooled.write(indices, activations, stop, n_columns)
+            elif is_pattern(names[0]):
                 self._triangles_of(kind, activations).write(indices, activations, stop, n_columns)
             elif (buffer := self._device_buffer(kind, activations)) is not None:
                 buffer.write(indices, activations, stop, n_columns)
@@ -88,13 +100,17 @@ class Recorder:
 
         The first read of one waits until it has arrived in main memory. A call that runs out of memory can be repeated.
         """
-        parts, n_bytes = [], 0
+        parts, n_bytes, spools = [], 0, dict[str, tuple[PatternSpool, int]]()
         for kind, names in self._groups.items():
+            if (spooled := self._spooled.get(kind)) is not None:
+                spool = spooled.take(index, self._filled[index])
+                spools |= {name: (spool, place) for place, name in enumerate(names)}
+                continue
             part, more = self._part(kind, index)
             parts.append((names, part))
             n_bytes += more
         self.forget(index)
-        return Recorded(self._order, parts, n_bytes)
+        return Recorded(self._order, parts, n_bytes, spools)
 
     def forget(self, index: int) -> None:
         """Keep no activations of a prompt, which has ended."""
@@ -103,10 +119,15 @@ class Recorder:
             self._buffers.pop((kind, index), None)
             if (buffer := self._on_device.get(kind)) is not None:
                 buffer.forget(index)
+            if (spooled := self._spooled.get(kind)) is not None:
+                spooled.forget(index)
 
     def rewind(self, index: int, n_tokens: int) -> None:
         """Let the next token recorded of a prompt be the one after its first `n_tokens`."""
         self._filled[index] = n_tokens
+        for spooled in self._spooled.values():
+            if spooled is not None:
+                spooled.rewind(index, n_tokens)
 
     def leave_devices(self) -> None:
         """Move the activations of all prompts that have not ended to main memory, where further steps are recorded."""
@@ -122,6 +143,9 @@ class Recorder:
                 self._on_device[kind] = None
         for triangles in self._triangles.values():
             triangles.leave_device()
+        for spooled in self._spooled.values():
+            if spooled is not None:
+                spooled.flush()
 
     def _part(self, kind: Kind, index: int) -> tuple[Part, int]:
         """The activations of a kind, and their bytes."""
@@ -192,6 +216,18 @@ class Recorder:
             )
         return self._on_device[kind]
 
+    def _spooled_of(self, kind: Kind, patterns: list[Tensor]) -> SpooledPatterns | None:
+        """The spools of a kind, made at the first step; `None` where its patterns are kept in memory."""
+        if kind not in self._spooled:
+            n_columns = self._width + self._max_new_tokens
+            n_all = len(patterns) * patterns[0].shape[1] * n_weights(n_columns)
+            self._spooled[kind] = (
+                None
+                if self._spooling is None or n_all <= self._spooling.above
+                else SpooledPatterns(self._spooling.folder, patterns[0], len(patterns), self._lengths)
+            )
+        return self._spooled[kind]
+
     def _triangles_of(self, kind: Kind, patterns: list[Tensor]) -> Triangles:
         """The triangles of a kind, made at the first step on the device of the patterns if they fit there."""
         if kind not in self._triangles:
@@ -222,16 +258,36 @@ def _once_copied(target: Tensor, copies: Copies) -> Part:
 
 
 class Recorded(Mapping[str, Tensor]):
-    """Activations by name, which are waited for when they are read; `n_bytes` is the memory that they take."""
+    """Activations by name, which are waited for when they are read; `n_bytes` is the memory that they take.
 
-    def __init__(self, order: Sequence[str], parts: Sequence[tuple[Sequence[str], Part]], n_bytes: int):
+    Patterns that are on disk, in `spools` with their place there, are read whenever they are asked for.
+    """
+
+    def __init__(
+        self,
+        order: Sequence[str],
+        parts: Sequence[tuple[Sequence[str], Part]],
+        n_bytes: int,
+        spools: Mapping[str, tuple[PatternSpool, int]] = {},
+    ):
         self.n_bytes = n_bytes
+        self._spools = spools
         self._order = order
         self._parts = {name: (names, part) for names, part in parts for name in names}
         self._arrived: dict[str, Tensor] = {}
         self._lock = threading.Lock()
 
+    def triangle(self, name: str) -> Iterator[Tensor] | None:
+        """The weights `[n_weights, n_heads]` of patterns that are on disk, in chunks; `None` for any others."""
+        if name not in self._spools:
+            return None
+        spool, place = self._spools[name]
+        return spool.triangle(place)
+
     def __getitem__(self, name: str) -> Tensor:
+        if name in self._spools:
+            spool, place = self._spools[name]
+            return spool.pattern(place)
         with self._lock:
             if name not in self._arrived:
                 names, part = self._parts[name]
@@ -247,9 +303,31 @@ class Recorded(Mapping[str, Tensor]):
         return len(self._order)
 
 
+class Together(Mapping[str, Tensor]):
+    """The activations of several passes over the same tokens; `n_bytes` is the memory that they take."""
+
+    def __init__(self, caches: Sequence[Cache]):
+        self.n_bytes = sum(map(n_bytes_of, caches))
+        self._of = {name: cache for cache in caches for name in cache}
+
+    def triangle(self, name: str) -> Iterator[Tensor] | None:
+        """As `Recorded.triangle`."""
+        cache = self._of[name]
+        return cache.triangle(name) if isinstance(cache, Recorded) else None
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._of[name][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._of)
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+
 def n_bytes_of(cache: Cache) -> int:
     """The memory that activations take, without waiting for them."""
-    return cache.n_bytes if isinstance(cache, Recorded) else sum(each.nbytes for each in cache.values())
+    return cache.n_bytes if isinstance(cache, Recorded | Together) else sum(each.nbytes for each in cache.values())
 
 
 def check_hooks(hooks: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -68,27 +69,34 @@ def fitting_batch_size(
     n_prompt_tokens: int | None = None,
     *,
     in_one_step: bool = False,
+    spooled_above: int | None = None,
 ) -> int:
     """The number of prompts of up to `n_tokens` tokens, with their responses, that fit together; at least 1.
 
     `n_prompt_tokens` are those that are read at once, by default all; with `in_one_step`, those of all prompts are.
+    Patterns are on disk of prompts that have over `spooled_above` weights.
     """
     most = min(n_prompts, _MOST.get(model.device.type, _MOST_ELSEWHERE))
-    needed = batch_bytes(model, n_tokens, hooks, n_prompt_tokens, in_one_step=in_one_step)
+    options: dict[str, Any] = {"in_one_step": in_one_step, "spooled_above": spooled_above}
+    needed = batch_bytes(model, n_tokens, hooks, n_prompt_tokens, **options)
     device, main = free_memory(model.device), free_memory(torch.device("cpu"))
     is_main = model.device.type != "cuda"
     return next((size for size in range(most, 1, -1) if needed.fits(size, device, main, is_main=is_main)), 1)
 
 
 def batch_bytes(
-    model: Model,
+    model: Any,
     n_tokens: int,
     hooks: Collection[str],
     n_prompt_tokens: int | None = None,
     *,
     in_one_step: bool = False,
+    spooled_above: int | None = None,
 ) -> BatchBytes:
-    """What prompts take, with the arguments of `fitting_batch_size`."""
+    """What prompts take, with the arguments of `fitting_batch_size`.
+
+    Of `model`, only its sizes, dtype, device and the way it reads prompts are used.
+    """
     m, itemsize = model.measures, model.dtype.itemsize
     read = n_tokens if n_prompt_tokens is None else min(n_tokens, max(1, n_prompt_tokens))
     rows = [name for name in hooks if not is_pattern(name)]
@@ -103,13 +111,15 @@ def batch_bytes(
     keys_and_values = 2 * m.n_layers * m.n_key_value_heads * m.d_head * n_tokens * itemsize
     logits = m.d_vocab * (itemsize + 4 + 8)  # in float32 and float64 too
     decoding = layer + recorded + by_key * n_tokens + logits
+    n_weights = n_patterns * m.n_heads * n_tokens * (n_tokens + 1) // 2
+    is_spooled = spooled_above is not None and n_weights > spooled_above
     return BatchBytes(
         reading=reading,
         at_once=None if at_once is None else max(1, at_once // read),
         per_prompt=int(_GROWTH.get(model.device.type, 1) * keys_and_values) + decoding,
         recorded=n_tokens * recorded,
         # In pieces, step by step, and as a whole when the prompt has ended.
-        patterns=n_patterns * m.n_heads * 2 * n_tokens**2 * itemsize,
+        patterns=0 if is_spooled else n_patterns * m.n_heads * 2 * n_tokens**2 * itemsize,
     )
 
 

@@ -23,7 +23,6 @@ from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.names import Trait, base_set
 from tlcapture.page import missing
 from tlcapture.page.average import average_trajectory
-from tlcapture.page.token_entries import TokenEntries
 from tlcapture.page.trait_contents import vectors_of
 from tlcapture.prompts.prompt_sets import Prompt, read_prompt_set
 from tlcapture.storage.comparisons import comparison_file, comparisons
@@ -31,9 +30,12 @@ from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.traits.intervention_records import described
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.rises import DEFINITIONS, peak_of
+from tlcapture.traits.saved_projections import SavedProjection, all_saved, saved_projection
 from tlcapture.views.hooks import COMPONENTS
-from tlcapture.views.json_files import AttentionEntry, AttentionHead, LensEntry, LensHead, LensOverview, PerTokenHead
+from tlcapture.views.json_files import PerTokenHead, head_of
 from tlcapture.views.kept_tokens import spread_rows
+from tlcapture.views.saved_attention import read_attention
+from tlcapture.views.saved_lens import read_lens
 
 RESOURCES = {
     "experiments": "experiments",
@@ -113,8 +115,8 @@ class Contents:
             {
                 "id": listed[prompt_id].id if prompt_id in listed else prompt_id,
                 "text": _shown_text(layout, prompt_set, prompt_id, listed.get(prompt_id)),
-                "attention": layout.attention(prompt_set, prompt_id).is_file(),
-                "logit_lens": layout.logit_lens(prompt_set, prompt_id).is_file(),
+                "attention": layout.saved(layout.attention(prompt_set, prompt_id)).is_file(),
+                "logit_lens": layout.saved(layout.logit_lens(prompt_set, prompt_id)).is_file(),
             }
             for prompt_id in ids
         ]
@@ -124,10 +126,14 @@ class Contents:
         """A prompt's tokens, and its trajectory and dynamics for every trait that it is projected onto."""
         layout = self._layout(experiment)
         found: dict[str, Any] = {"tokens": None, "n_prompt_tokens": 0, "projections": [], "problems": []}
-        for path in layout.all_projections(prompt_set, prompt_id):
+        try:
+            saved = all_saved(layout, prompt_set, prompt_id)
+        except TlcaptureError as error:  # of a shard
+            saved, found["problems"] = [], [self.problem(error)]
+        for each in saved:
             try:
-                content = ProjectionFile.read(path)
-                projection = _projection(layout, path, content)
+                content = each.read()
+                projection = _projection(each, content)
             except TlcaptureError as error:
                 found["problems"].append(self.problem(error))
                 continue
@@ -138,7 +144,7 @@ class Contents:
                 found["spans"] = [span.to_json() for span in content.spans]
             if content.tokens != found["tokens"]:
                 found["problems"].append(
-                    f"{path.relative_to(self.root)}: its tokens differ from those of the other projections"
+                    f"{each.path.relative_to(self.root)}: its tokens differ from those of the other projections"
                 )
                 continue
             found["projections"].append(projection)
@@ -157,10 +163,10 @@ class Contents:
         `layers` are those that were, where the file holds only some tokens.
         """
         layout, trait = self._layout(experiment), Trait.parse(f"{category}/{name}")
-        path = layout.projection(trait, _component(component), prompt_set, prompt_id)
-        if not path.is_file():
+        saved = saved_projection(layout, trait, _component(component), prompt_set, prompt_id)
+        if saved is None:
             raise missing.projections(layout, prompt_set)
-        content = ProjectionFile.read(path)
+        content = saved.read()
         found, held = {"sublayers": content.sublayers(component), "scores": content.scores}, content.positions
         if held.is_all:
             return found
@@ -168,56 +174,52 @@ class Contents:
         return {**found, "scores": scores, "layers": content.layers}
 
     def lens(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
-        """The most likely next token, and rank and probability of the actual one, for every token and layer."""
-        entries = self._entries(experiment, prompt_set, prompt_id, "logit-lens")
-        head = LensHead.of(entries.rest, entries.path)
+        """The most likely next token, and rank and probability of the actual one, for every token and kept layer."""
+        saved = read_lens(self._view_file(experiment, prompt_set, prompt_id, "logit-lens"))
         found: dict[str, Any] = {name: [] for name in ("token_idx", "actual", "top", "prob", "rank", "actual_prob")}
-        for entry in entries:
-            predictions = LensOverview.of(entry, entries.path, head)
+        for predictions in saved.overview():
             found["token_idx"].append(predictions.token_idx)
             found["actual"].append(predictions.actual_next_token)
             found["top"].append([layer.first.token for layer in predictions.by_layer])
             found["prob"].append([layer.first.prob for layer in predictions.by_layer])
             found["rank"].append([layer.actual_rank for layer in predictions.by_layer])
             found["actual_prob"].append([layer.actual_prob for layer in predictions.by_layer])
-        return {**_head(head), "top_k": head.top_k, **found}
+        return {**_head(saved.head), "top_k": saved.head.top_k, **found}
 
     def lens_token(self, experiment: str, prompt_set: str, prompt_id: str, token: str) -> dict[str, Any]:
         """All predictions of one token."""
-        entries = self._entries(experiment, prompt_set, prompt_id, "logit-lens")
-        head = LensHead.of(entries.rest, entries.path)
-        return LensEntry.of(entries[_index(token)], entries.path, head).model_dump(exclude_unset=True)
+        saved = read_lens(self._view_file(experiment, prompt_set, prompt_id, "logit-lens"))
+        return saved.entry(_index(token)).model_dump(exclude_unset=True)
 
     def attention(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
         """The content of a prompt's attention file without the patterns."""
-        entries = self._entries(experiment, prompt_set, prompt_id, "attention")
-        head = AttentionHead.of(entries.rest, entries.path)
+        head = read_attention(self._view_file(experiment, prompt_set, prompt_id, "attention")).head
         return {**_head(head), "n_heads": head.n_heads}
 
     def attention_token(self, experiment: str, prompt_set: str, prompt_id: str, token: str) -> dict[str, Any]:
-        """The attention weights of one query token: `by_layer[layer][head][key]`."""
-        entries = self._entries(experiment, prompt_set, prompt_id, "attention")
-        head = AttentionHead.of(entries.rest, entries.path)
-        return AttentionEntry.of(entries[_index(token)], entries.path, head).model_dump(exclude_unset=True)
+        """The attention weights of one query token: `by_layer[layer][head][key]`, null for a layer without any."""
+        saved = read_attention(self._view_file(experiment, prompt_set, prompt_id, "attention"))
+        return saved.entry(_index(token)).model_dump(exclude_unset=True)
 
     def tokens_of(self, kind: str, experiment: str, prompt_set: str, prompt_id: str) -> list[int]:
         """Indices of the tokens that `attention` or the logit `lens` has entries for."""
-        named = "attention" if kind == "attention" else "logit-lens"
-        return self._entries(experiment, prompt_set, prompt_id, named).token_indices
+        read, named = (read_attention, "attention") if kind == "attention" else (read_lens, "logit-lens")
+        return read(self._view_file(experiment, prompt_set, prompt_id, named)).token_indices
 
     def average(self, experiment: str, prompt_set: str, category: str, name: str, component: str) -> dict[str, Any]:
         """Mean and standard deviation of a prompt set's trajectories, aligned at the first response token."""
         layout, trait = self._layout(experiment), Trait.parse(f"{category}/{name}")
         trajectories, scales, problems = [], [], []
         for prompt_id in layout.prompt_ids(prompt_set):
-            path = layout.projection(trait, _component(component), prompt_set, prompt_id)
-            if path.is_file():
-                try:
-                    content = ProjectionFile.read(path)
-                    trajectories.append(content.trajectory)
-                    scales.append(content.calibration)
-                except StorageError as error:
-                    problems.append(self.problem(error))
+            try:
+                saved = saved_projection(layout, trait, _component(component), prompt_set, prompt_id)
+                content = None if saved is None else saved.read()
+            except StorageError as error:
+                problems.append(self.problem(error))
+                continue
+            if content is not None:
+                trajectories.append(content.trajectory)
+                scales.append(content.calibration)
         if not trajectories:
             raise missing.projections(layout, prompt_set)
         # Captures that are projected onto different vectors have no scale in common.
@@ -256,18 +258,19 @@ class Contents:
         layout.check_exists()
         return layout
 
-    def _entries(self, experiment: str, prompt_set: str, prompt_id: str, kind: str) -> TokenEntries:
+    def _view_file(self, experiment: str, prompt_set: str, prompt_id: str, kind: str) -> Path:
         layout = self._layout(experiment)
         path_of = layout.attention if kind == "attention" else layout.logit_lens
-        path = path_of(prompt_set, prompt_id)
+        path = layout.saved(path_of(prompt_set, prompt_id))
         if not lexists(path):
             raise missing.add_on(layout, prompt_set, kind)
-        return TokenEntries(path)
+        return path
 
     def _tokens_of_add_ons(self, layout: Layout, prompt_set: str, prompt_id: str) -> dict[str, Any]:
-        for path in (layout.attention(prompt_set, prompt_id), layout.logit_lens(prompt_set, prompt_id)):
+        for path_of in (layout.attention, layout.logit_lens):
+            path = layout.saved(path_of(prompt_set, prompt_id))
             if path.is_file():
-                return _head(PerTokenHead.of(TokenEntries(path).rest, path))
+                return _head(head_of(path))
         return {}
 
     def problem(self, error: TlcaptureError | OSError) -> str:
@@ -305,10 +308,19 @@ def _projected(layout: Layout, prompt_set: str | None = None) -> list[str]:
 def _shown_text(layout: Layout, prompt_set: str, prompt_id: str, prompt: Prompt | None) -> str:
     """The text of a prompt in its set if the captured prompt contains it, else the captured prompt."""
     text = prompt.text if prompt else None
-    for path in layout.all_projections(prompt_set, prompt_id):
-        if not path.is_file():
+    try:
+        saved = all_saved(layout, prompt_set, prompt_id)
+    except TlcaptureError:  # of a shard
+        saved = []
+    for each in saved:
+        if each.sharded is not None:
+            captured = _text_in_shard(each)
+            if captured:
+                return text if text and text.strip() in captured else captured
             continue
-        with path.open("rb") as file:
+        if not each.path.is_file():
+            continue
+        with each.path.open("rb") as file:
             match = _TEXT_AT_THE_START.match(file.read(_HEAD))
         try:
             captured = str(orjson.loads(match[1])) if match else ""
@@ -319,8 +331,15 @@ def _shown_text(layout: Layout, prompt_set: str, prompt_id: str, prompt: Prompt 
     return text or ""
 
 
-def _projection(layout: Layout, path: Path, content: ProjectionFile) -> dict[str, Any]:
-    trait, component = layout.of_projection(path)
+def _text_in_shard(saved: SavedProjection) -> str:
+    try:
+        return saved.read().prompt.text
+    except TlcaptureError:
+        return ""
+
+
+def _projection(saved: SavedProjection, content: ProjectionFile) -> dict[str, Any]:
+    trait, component, path = saved.trait, saved.component, saved.path
     prompt, response = content.trajectory
     dynamics = content.dynamics
     if dynamics is None or dynamics.velocity is None or dynamics.acceleration is None:
@@ -356,4 +375,5 @@ def _chance(content: ProjectionFile) -> dict[str, Any] | None:
 def _head(head: PerTokenHead) -> dict[str, Any]:
     held = head.positions_held
     kept = {} if held.is_all else {"positions": list(held.kept), "kept": held.described()}
-    return {"tokens": head.tokens, "n_prompt_tokens": head.n_prompt_tokens, "n_layers": head.n_layers, **kept}
+    layers = {} if head.layers is None else {"kept_layers": head.layers}
+    return {"tokens": head.tokens, "n_prompt_tokens": head.n_prompt_tokens, "n_layers": head.n_layers, **layers, **kept}

@@ -20,6 +20,7 @@ from tlcapture.page.missing import MissingError
 from tlcapture.storage.comparisons import compared, comparisons
 from tlcapture.storage.files import write_bytes
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.saved_projections import all_saved
 
 DEFAULT_MEGABYTES = 50
 
@@ -134,10 +135,13 @@ def _named(trait: Trait) -> dict[str, str]:
 
 
 def _layers(layout: Layout, prompt_set: str, prompt_id: str) -> Iterator[tuple[str, dict[str, str]]]:
-    for path in layout.all_projections(prompt_set, prompt_id):
-        trait, component = layout.of_projection(path)
+    try:
+        saved = all_saved(layout, prompt_set, prompt_id)
+    except StorageError:  # of a shard, which the overview names
+        saved = []
+    for each in saved:
         where = _of(layout.experiment, prompt_set, prompt_id)
-        yield "layers", {**where, **_named(trait), "component": component}
+        yield "layers", {**where, **_named(each.trait), "component": each.component}
 
 
 def _compared(layout: Layout, other: str, prompt_set: str) -> Iterator[tuple[str, dict[str, str]]]:

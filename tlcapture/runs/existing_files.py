@@ -11,10 +11,14 @@ from pathlib import Path
 from tlcapture.captures.capture import Capture
 from tlcapture.comparison.comparison_files import ComparisonFile
 from tlcapture.errors import StorageError
+from tlcapture.storage.compact_files import is_compact
 from tlcapture.storage.files import read_json, read_tensors
 from tlcapture.storage.layout import Layout
+from tlcapture.storage.projection_shards import Shard
 from tlcapture.storage.validation import not_valid
 from tlcapture.views.json_files import AttentionHead, LensHead
+from tlcapture.views.saved_attention import read_attention
+from tlcapture.views.saved_lens import read_lens
 
 OVERWRITE = "use --overwrite to replace or remove it"
 
@@ -52,9 +56,13 @@ def check_readable(layout: Layout, path: Path) -> None:
             raise not_valid(path, "layer internals", "it has no token_ids")
     elif place[:2] == ("analysis", "compare"):
         ComparisonFile.read(path)
+    elif place[:2] == ("analysis", "projections"):
+        Shard.open(path)
     elif place[0] == "analysis":
-        head = AttentionHead if path.name.endswith("_attention.json") else LensHead
-        head.check_file(path)
+        if is_compact(path):
+            (read_attention if path.stem.endswith("_attention") else read_lens)(path)
+        else:
+            (AttentionHead if path.stem.endswith("_attention") else LensHead).check_file(path)
     else:
         content = read_json(path)
         if not isinstance(content, dict) or "projections" not in content:

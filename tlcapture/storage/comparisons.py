@@ -17,7 +17,8 @@ from tlcapture.names import (
     is_compared_name,
     is_safe_name,
 )
-from tlcapture.storage.layout import Layout, natural, subfolders
+from tlcapture.storage.folders import natural, subfolders
+from tlcapture.storage.layout import Layout
 
 
 def comparison_file(layout: Layout, other: str, prompt_set: str, prompt_id: PromptId) -> Path:

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import orjson
 
@@ -95,6 +95,18 @@ def write_bytes(path: Path, data: bytes, *, before_replacing: Hook = lambda new:
         StorageError: the file cannot be written for another reason.
     """
     return _write(path, lambda temporary: temporary.write_bytes(data), len(data), before_replacing)
+
+
+def write_stream(
+    path: Path, write: Callable[[IO[bytes]], object], n_bytes: int, *, before_replacing: Hook = lambda new: None
+) -> Written:
+    """Write a file of `n_bytes` by a function that gets it open; otherwise as `write_bytes`."""
+
+    def write_all(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            write(file)
+
+    return _write(path, write_all, n_bytes, before_replacing)
 
 
 def read_bytes(path: Path) -> bytes:

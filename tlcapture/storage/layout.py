@@ -8,6 +8,7 @@
                                   inference/{category}/{trait}/residual_stream|attn_stream/{prompt_set}/
                                   analysis/per_token/{prompt_set}/
                                   analysis/compare/{other}/{prompt_set}/
+                                  analysis/projections/residual_stream|attn_stream/{prompt_set}/
                                   steering/{category}/{trait}/
                                   runs/{time}-{command}-{process}.json
 
@@ -17,17 +18,16 @@ Prompt sets and trait examples that a root's `datasets/` does not have are looke
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from os import scandir, sep
-from os.path import exists, islink, join, realpath
+from os import sep
+from os.path import exists, islink, join, lexists, realpath
 from pathlib import Path
 
 from tlcapture.errors import InputError, StorageError
 from tlcapture.names import (
-    MOST_FOLDERS,
+    COMPACT,
     PromptId,
     Trait,
     check_capture_set,
@@ -38,8 +38,8 @@ from tlcapture.names import (
     is_prompt_set,
     is_safe_name,
 )
-
-STREAM_FOLDERS = {"residual": "residual_stream", "attn_out": "attn_stream"}
+from tlcapture.storage.folders import folders_in, natural, subfolders
+from tlcapture.storage.projection_places import STREAM_FOLDERS, place_of_projection
 
 
 def shipped_datasets() -> Path:
@@ -47,17 +47,6 @@ def shipped_datasets() -> Path:
     package = Path(__file__).resolve().parents[1]
     inside = package / "datasets"
     return inside if inside.is_dir() else package.parent / "datasets"
-
-
-def subfolders(folder: Path, depth: int = MOST_FOLDERS) -> Iterator[tuple[str, Path]]:
-    """The folders below a folder, hidden ones apart, each after its path relative to it: `a/`, `a/b/`."""
-    names: list[str] = []
-    with suppress(OSError), scandir(folder) as entries:  # it does not exist, cannot be read, or is a link to itself
-        names = sorted(each.name for each in entries if each.is_dir() and not each.name.startswith("."))
-    for name in names if depth else ():
-        yield f"{name}/", folder / name
-        for below, path in subfolders(folder / name, depth - 1):
-            yield f"{name}/{below}", path
 
 
 @dataclass(frozen=True)
@@ -127,7 +116,7 @@ def existing_experiments(root: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Layout:
-    """The paths of an experiment in a root. Creates no folders and reads no files, but lists folders.
+    """The paths of an experiment in a root. Creates no folders; lists folders, and of files reads indices of shards.
 
     Methods that take a name from outside (prompt set, prompt id) raise `InputError` if it is not a safe file name. All
     paths are checked by `own`: a link that leads out of the experiment raises `StorageError`.
@@ -219,12 +208,21 @@ class Layout:
         return [self.own(path) for path in folder.glob(f"{stem}_L*.pt") if path.stem[len(stem) + 2 :].isdigit()]
 
     def attention(self, prompt_set: str, prompt_id: PromptId) -> Path:
-        """The attention file of a prompt."""
+        """The attention file of a prompt in JSON; `saved` has the form that exists."""
         return self.own(self._analysis(prompt_set) / f"{file_name(prompt_id)}_attention.json")
 
     def logit_lens(self, prompt_set: str, prompt_id: PromptId) -> Path:
-        """The logit-lens file of a prompt."""
+        """The logit-lens file of a prompt in JSON; `saved` has the form that exists."""
         return self.own(self._analysis(prompt_set) / f"{file_name(prompt_id)}_logit_lens.json")
+
+    def forms(self, path: Path) -> list[Path]:
+        """The paths of an analysis file in both of its forms: JSON, and compact."""
+        return [path, self.own(path.with_suffix(COMPACT))]
+
+    def saved(self, path: Path) -> Path:
+        """The form of an analysis file that exists, the newer one of two; that of JSON where none does."""
+        found = [each for each in self.forms(path) if lexists(each)]
+        return max(found, key=lambda each: each.lstat().st_mtime_ns) if found else path
 
     def captured_prompt_sets(self) -> list[str]:
         """The prompt sets with at least one capture, sorted."""
@@ -239,11 +237,13 @@ class Layout:
     def prompt_ids(self, prompt_set: str) -> list[str]:
         """The ids of prompts with a capture or projections: numbers in numerical order, then names."""
         projected = {path.stem for _, folder in self._projected(prompt_set) for path in folder.glob("*.json")}
+        projected |= {prompt_id for _, found in self._sharded(prompt_set) for prompt_id in found}
         return sorted({*self.captured(prompt_set), *filter(is_safe_name, projected)}, key=natural)
 
     def prompt_sets(self) -> list[str]:
         """The prompt sets with a capture or projections, sorted."""
-        return sorted({*self.captured_prompt_sets(), *(name for name, _ in self._projected())})
+        sharded = (name for component in STREAM_FOLDERS for name in self._sharded_sets(component))
+        return sorted({*self.captured_prompt_sets(), *(name for name, _ in self._projected()), *sharded})
 
     def _prompt_set_folders(self, folder: Path) -> Iterator[tuple[str, Path]]:
         """The folders below a folder that may hold files of a prompt set, by its name; none behind links out."""
@@ -314,9 +314,9 @@ class Layout:
         inference = self.folder / "inference"
         places = (
             join(inference, category, trait, stream, prompt_set, name)
-            for category in _folders_in(inference)
+            for category in folders_in(inference)
             if category != "raw"
-            for trait in _folders_in(inference / category)
+            for trait in folders_in(inference / category)
             for stream in STREAM_FOLDERS.values()
         )
         return sorted(self.own(Path(place)) for place in places if exists(place))
@@ -328,7 +328,30 @@ class Layout:
             for trait, component, stream in self._streams()
             if any(self._with_projections(stream, prompt_set))
         }
+        for component, by_prompt in self._sharded(prompt_set):
+            found |= {(Trait.parse(trait), component) for traits in by_prompt.values() for trait in traits}
         return sorted(found)
+
+    def shards(self, component: str, prompt_set: str) -> Path:
+        """The folder of a prompt set's projections in the compact form."""
+        return self.own(self._of_shards(component) / check_prompt_set(prompt_set))
+
+    def _of_shards(self, component: str) -> Path:
+        return self.folder / "analysis" / "projections" / STREAM_FOLDERS[component]
+
+    def _sharded_sets(self, component: str) -> Iterator[str]:
+        """The prompt sets with projections in the compact form."""
+        for name, path in self._prompt_set_folders(self._of_shards(component)):
+            if any(path.glob(f"*{COMPACT}")) or any(path.glob(f"+/*{COMPACT}")):
+                yield name
+
+    def _sharded(self, prompt_set: str | None = None) -> Iterator[tuple[str, Mapping[str, set[str]]]]:
+        """Component, and traits by prompt, of the projections in the compact form, of a prompt set or of all."""
+        from tlcapture.storage.projection_shards import sharded_traits
+
+        for component in STREAM_FOLDERS:
+            for name in self._sharded_sets(component) if prompt_set is None else [prompt_set]:
+                yield component, sharded_traits(self.shards(component, name))
 
     def of_projection(self, path: Path) -> tuple[Trait, str]:
         """Trait and component of a projection file, from its path."""
@@ -355,41 +378,10 @@ class Layout:
         return self.folder / "analysis" / "per_token" / check_capture_set(prompt_set)
 
 
-@dataclass(frozen=True)
-class ProjectionPlace:
-    """What the path of a projection file says: its trait, component, prompt set, and the name of its prompt."""
-
-    trait: Trait
-    component: str
-    prompt_set: str
-    prompt_id: str
-
-
-def place_of_projection(path: Path) -> ProjectionPlace | None:
-    """What a path says of a projection file; `None` for one that is not the path of such a file in an experiment."""
-    parts = path.parts
-    for component, stream in STREAM_FOLDERS.items():
-        for at in (each for each, part in enumerate(parts) if part == stream):
-            if at >= 3 and parts[at - 3] == "inference" and len(parts) > at + 2:
-                trait = Trait(parts[at - 2], parts[at - 1])
-                return ProjectionPlace(trait, component, "/".join(parts[at + 1 : -1]), path.stem)
-    return None
-
-
-def _folders_in(folder: Path) -> list[str]:
-    """Names of the folders in a folder, links to folders too."""
-    with suppress(OSError), scandir(folder) as entries:
-        return [entry.name for entry in entries if entry.is_dir()]
-    return []
-
-
-def natural(name: str) -> tuple[int, int, str]:
-    """Sort key: numbers in numerical order, then names."""
-    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
-
-
 def derived_files(layout: Layout, prompt_set: str, prompt_id: PromptId) -> list[Path]:
-    """The existing files that were made from a prompt's raw residual: attention, logit lens, internals, projections."""
-    files = [layout.attention(prompt_set, prompt_id), layout.logit_lens(prompt_set, prompt_id)]
+    """The existing files that were made from a prompt's raw residual, all but shards of several prompts."""
+    files = [*layout.forms(layout.attention(prompt_set, prompt_id))]
+    files += layout.forms(layout.logit_lens(prompt_set, prompt_id))
     files += layout.all_internals(prompt_set, prompt_id) + layout.all_projections(prompt_set, prompt_id)
+    files += [layout.shards(component, prompt_set) / f"{file_name(prompt_id)}{COMPACT}" for component in STREAM_FOLDERS]
     return [path for path in files if path.is_file()]

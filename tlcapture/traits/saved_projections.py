@@ -1,16 +1,21 @@
-"""The projection files of a prompt or of a prompt set. Loads no torch."""
+"""The projections of a prompt or of a prompt set, in JSON files or in shards: nobody asks which. Loads no torch."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tlcapture.errors import InputError
-from tlcapture.names import Trait
+from tlcapture.names import PromptId, Trait
+from tlcapture.storage.files import Written, read_json, write_json
 from tlcapture.storage.layout import Layout
+from tlcapture.storage.projection_shards import MERGED, Sharded, merged_shards, sharded_of
+from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.token_scores import TokenScores
-from tlcapture.views.hooks import check_component
+from tlcapture.views.hooks import COMPONENTS, check_component
 
 
 def saved_projections(
@@ -47,19 +52,107 @@ def projections_of(
     layout: Layout, prompt_set: str, prompt_id: str, component: str, traits: Sequence[Trait] | None = None
 ) -> list[TokenScores]:
     """A prompt's projections, in the order of traits; of all traits where none is named."""
-    return [TokenScores.read(path) for path in projection_paths(layout, prompt_set, prompt_id, component, traits)]
+    return [each.scores() for each in projections_saved(layout, prompt_set, prompt_id, component, traits)]
 
 
-def projection_paths(
-    layout: Layout, prompt_set: str, prompt_id: str, component: str, traits: Sequence[Trait] | None = None
-) -> list[Path]:
-    """A prompt's projection files of a component, in the order of traits; of all traits where none is named."""
-    wanted = []
+@dataclass(frozen=True)
+class SavedProjection:
+    """A prompt's projection onto a trait in a file.
+
+    Attributes:
+        place: the path that its JSON file has or would have.
+        sharded: where it is in the shard; `None` for a JSON file.
+    """
+
+    trait: Trait
+    component: str
+    place: Path
+    sharded: Sharded | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file that holds it: its JSON file, or a shard."""
+        return self.place if self.sharded is None else self.sharded.path
+
+    @property
+    def written_ns(self) -> int:
+        """When it was written, in nanoseconds since the epoch."""
+        return self.place.stat().st_mtime_ns if self.sharded is None else self.sharded.written_ns
+
+    def content(self) -> Any:
+        """The content of the JSON file, unchecked; raises `StorageError` for a damaged one."""
+        return read_json(self.place) if self.sharded is None else self.sharded.content()
+
+    def labels(self) -> Any:
+        """The content without its numbers, where they can be left out; raises as `content` does."""
+        return read_json(self.place) if self.sharded is None else self.sharded.content(scored=False)
+
+    def read(self) -> ProjectionFile:
+        """The content, checked; raises `StorageError` for a damaged file."""
+        return ProjectionFile.parse(self.content(), self.path)
+
+    def scores(self) -> TokenScores:
+        """Tokens and scores; raises `StorageError` for a damaged file."""
+        return TokenScores.of(self.read(), self.path, self.place)
+
+    def write(self, content: Mapping[str, Any]) -> Written:
+        """Write other content in the same form."""
+        if self.sharded is None:
+            return write_json(self.place, content)
+        from tlcapture.storage.shard_writing import write_prompt
+
+        folder = self.path.parent.parent if self.path.parent.name == MERGED else self.path.parent
+        return write_prompt(folder, self.sharded.prompt_id, {self.sharded.trait: content})
+
+
+def all_saved(layout: Layout, prompt_set: str, prompt_id: str) -> list[SavedProjection]:
+    """A prompt's projections of all components onto all traits, sorted; the newer where both forms have one.
+
+    Raises `StorageError` for a shard that cannot be read and may hold some of them.
+    """
+    found: dict[Path, SavedProjection] = {}
     for path in layout.all_projections(prompt_set, prompt_id):
-        trait, of_component = layout.of_projection(path)
-        if of_component == component and (not traits or trait in traits):
-            wanted.append(path)
-    return wanted
+        trait, component = layout.of_projection(path)
+        found[path] = SavedProjection(trait, component, path)
+    for component in COMPONENTS:
+        for name, sharded in sharded_of(layout.shards(component, prompt_set), str(prompt_id)).items():
+            place = layout.projection(Trait.parse(name), component, prompt_set, prompt_id)
+            if place not in found or found[place].written_ns < sharded.written_ns:
+                found[place] = SavedProjection(Trait.parse(name), component, place, sharded)
+    return [found[place] for place in sorted(found)]
+
+
+def saved_projection(
+    layout: Layout, trait: Trait, component: str, prompt_set: str, prompt_id: PromptId
+) -> SavedProjection | None:
+    """A prompt's projection onto a trait; `None` where there is none. Raises `StorageError` as `all_saved` does."""
+    place = layout.projection(trait, component, prompt_set, prompt_id)
+    sharded = sharded_of(layout.shards(component, prompt_set), str(prompt_id)).get(str(trait))
+    of_json = SavedProjection(trait, component, place) if place.is_file() else None
+    if sharded is None or (of_json is not None and of_json.written_ns >= sharded.written_ns):
+        return of_json
+    return SavedProjection(trait, component, place, sharded)
+
+
+def projections_saved(
+    layout: Layout, prompt_set: str, prompt_id: str, component: str, traits: Sequence[Trait] | None = None
+) -> list[SavedProjection]:
+    """A prompt's projections of a component, in the order of traits; of all traits where none is named."""
+    found = all_saved(layout, prompt_set, prompt_id)
+    return [each for each in found if each.component == component and (not traits or each.trait in traits)]
+
+
+def merged_files(layout: Layout, prompt_set: str) -> list[Path]:
+    """The shards that hold projections of several prompts of a set."""
+    return [path for component in COMPONENTS for path in merged_shards(layout.shards(component, prompt_set))]
+
+
+def remove_sharded(layout: Layout, prompt_set: str, prompt_id: PromptId) -> list[Path]:
+    """Remove a prompt's projections from all shards of its set; returns the files that are gone."""
+    from tlcapture.storage.shard_writing import take_out
+
+    folders = [layout.shards(component, prompt_set) for component in COMPONENTS]
+    return [path for folder in folders if folder.is_dir() for path in take_out(folder, str(prompt_id))]
 
 
 def no_projections(layout: Layout, prompt_set: str, component: str, traits: Sequence[Trait] = ()) -> InputError:

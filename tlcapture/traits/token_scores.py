@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tlcapture.errors import InputError, StorageError
 from tlcapture.names import PromptId, of_variant
 from tlcapture.prompts.spans import TokenSpan
-from tlcapture.storage.layout import place_of_projection
+from tlcapture.storage.projection_places import place_of_projection
 from tlcapture.text import as_ranges
 from tlcapture.traits.calibration import Calibration
 from tlcapture.traits.projection_files import ProjectionFile
@@ -136,9 +136,13 @@ class TokenScores:
 
         Labels that the file lacks are taken from its path.
         """
-        content = ProjectionFile.read(path)
+        return cls.of(ProjectionFile.read(path), path, path)
+
+    @classmethod
+    def of(cls, content: ProjectionFile, path: Path, place_of: Path) -> TokenScores:
+        """Those of a projection in the file `path`, whose JSON file would be at `place_of`; raises as `read` does."""
         metadata, dynamics = content.metadata, content.dynamics
-        source, place = metadata.vector_source, place_of_projection(path)
+        source, place = metadata.vector_source, place_of_projection(place_of)
         labels: dict[str, Any] = {
             "prompt_set": (metadata.prompt_set and of_variant(metadata.prompt_set, metadata.variant))
             or (place and place.prompt_set),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from tlcapture.errors import InputError
 from tlcapture.names import PromptId
@@ -15,19 +19,22 @@ from tlcapture.views.cache import Cache, stacked
 from tlcapture.views.hooks import attention_layers, hook
 from tlcapture.views.kept_tokens import Positions
 
+_CHUNK = 256  # queries whose weights are gathered at one time
+
 
 @dataclass(frozen=True, repr=False)
 class AttentionPatterns:
     """Weights `[len(layers), n_heads, query, key]` of the layers with attention, over keys up to each query.
 
     Each row sums to 1, or to less where a model has attention sinks that take a share of it (gpt-oss). The queries are
-    the tokens in `positions`; `None` means all.
+    the tokens in `positions`; `None` means all. `kept` are the layers that were asked for, where not all were.
     """
 
     patterns: Patterns
     n_layers: int
     layers: tuple[int, ...]
     positions: Positions | None = None
+    kept: tuple[int, ...] | None = None
 
     def only(self, positions: Positions) -> AttentionPatterns:
         """The weights of some of the queries, in memory of their own; itself where these are all."""
@@ -48,17 +55,19 @@ class AttentionPatterns:
         Weights have 4 significant digits; in place of those of a layer without attention is null. There is an entry for
         each query, with weights of all tokens up to it; `positions` names the queries where these are not all.
         """
-        _, n_heads, _, n_tokens = self.patterns.shape
-        queries = range(n_tokens) if self.positions is None else self.positions.kept
+        queries = range(self.patterns.shape[-1]) if self.positions is None else self.positions.kept
+        head = attention_head(
+            self.n_layers,
+            self.patterns.shape[1],
+            self.positions,
+            self.kept,
+            prompt_id=prompt_id,
+            prompt_set=prompt_set,
+            tokens=tokens,
+            n_prompt_tokens=n_prompt_tokens,
+        )
         return {
-            **({} if self.positions is None else self.positions.record()),
-            "prompt_id": prompt_id,
-            "prompt_set": prompt_set,
-            "n_layers": self.n_layers,
-            "n_heads": n_heads,
-            "tokens": list(tokens),
-            "n_prompt_tokens": n_prompt_tokens,
-            "n_response_tokens": n_tokens - n_prompt_tokens,
+            **head,
             "attention": [
                 {"token_idx": token, "context_size": token + 1, "by_layer": self._by_layer(row, token)}
                 for row, token in enumerate(queries)
@@ -74,18 +83,66 @@ class AttentionPatterns:
         return [found.get(layer) for layer in range(self.n_layers)]
 
 
-def attention_hooks(n_layers: int, hook_names: Set[str]) -> list[str]:
-    """The activations the view reads.
+def attention_head(
+    n_layers: int,
+    n_heads: int,
+    positions: Positions | None,
+    kept: Sequence[int] | None,
+    *,
+    prompt_id: PromptId,
+    prompt_set: str,
+    tokens: Sequence[str],
+    n_prompt_tokens: int,
+) -> dict[str, Any]:
+    """The content of an attention file without its weights: of all layers and queries, or of those named."""
+    return {
+        **({} if kept is None else {"layers": list(kept)}),
+        **({} if positions is None else positions.record()),
+        "prompt_id": prompt_id,
+        "prompt_set": prompt_set,
+        "n_layers": n_layers,
+        "n_heads": n_heads,
+        "tokens": list(tokens),
+        "n_prompt_tokens": n_prompt_tokens,
+        "n_response_tokens": len(tokens) - n_prompt_tokens,
+    }
 
-    Raises `InputError` for a model without attention.
+
+def triangle(cache: Cache, name: str) -> Iterator[NDArray[np.float32]]:
+    """A pattern's weights `[n_weights, n_heads]`, query by query those of the keys up to it, in chunks of queries.
+
+    A cache may have them in this form, as `cache.triangle(name)`.
+    """
+    own = getattr(cache, "triangle", None)
+    chunks = None if own is None else own(name)
+    if chunks is not None:
+        for chunk in chunks:
+            yield chunk.float().numpy()
+        return
+    pattern = cache[name]
+    n_tokens = pattern.shape[-1]
+    for first in range(0, n_tokens, _CHUNK):
+        stop = min(first + _CHUNK, n_tokens)
+        query, key = torch.tril_indices(stop - first, stop, offset=first)
+        yield pattern[:, first:stop, :stop].flatten(1)[:, query * stop + key].T.float().cpu().numpy()
+
+
+def attention_hooks(n_layers: int, hook_names: Set[str], only: Sequence[int] = ()) -> list[str]:
+    """The activations the view reads: of all layers, or `only` of some.
+
+    Raises `InputError` for a model without attention, and where none of the layers has any.
     """
     layers = attention_layers(n_layers, hook_names)
     if not layers:
         raise InputError("the model has no attention, so there are no attention patterns: leave out --attention")
-    return [hook("pattern", layer) for layer in layers]
+    wanted = [layer for layer in layers if not only or layer in only]
+    if not wanted:
+        raise InputError(f"--attention-layers: none of them has attention: layers {as_ranges(layers)} have")
+    return [hook("pattern", layer) for layer in wanted]
 
 
-def attention_view(cache: Cache, n_layers: int) -> AttentionPatterns:
-    """The patterns of a cache that holds those of all layers with attention."""
-    layers = attention_layers(n_layers, cache.keys())
-    return AttentionPatterns(stacked([cache[hook("pattern", layer)] for layer in layers]), n_layers, layers)
+def attention_view(cache: Cache, n_layers: int, only: Sequence[int] = ()) -> AttentionPatterns:
+    """The patterns of a cache that holds those of all layers with attention, or `only` of some layers."""
+    layers = tuple(layer for layer in attention_layers(n_layers, cache.keys()) if not only or layer in only)
+    kept = tuple(only) or None
+    return AttentionPatterns(stacked([cache[hook("pattern", layer)] for layer in layers]), n_layers, layers, kept=kept)

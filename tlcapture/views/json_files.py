@@ -1,12 +1,14 @@
 """The content of attention and logit-lens files, checked: a head, and an entry per token.
 
-A file may be large. `page/entries.py` reads single entries, and each is checked when it is read.
+A file may be large. `token_entries` reads single entries, and each is checked when it is read. The compact form of a
+file (`saved_attention`, `saved_lens`) has the same head.
 """
 
 from __future__ import annotations
 
 import mmap
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -14,6 +16,7 @@ import orjson
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from tlcapture.errors import InputError, StorageError
+from tlcapture.storage.compact_files import is_compact, open_compact
 from tlcapture.storage.files import read_json
 from tlcapture.storage.validation import Count, FileContent, Layer, Share, checked, first_problem, not_valid
 from tlcapture.text import as_ranges
@@ -38,11 +41,22 @@ class PerTokenHead(FileContent):
     n_layers: Measure
     n_response_tokens: Count | None = None
     positions: list[Count] | None = None
+    layers: list[Layer] | None = Field(default=None, min_length=1)
+
+    @property
+    def kept_layers(self) -> list[int]:
+        """The layers that the file was asked to hold: all, unless it states some."""
+        return list(range(self.n_layers)) if self.layers is None else self.layers
 
     @property
     def positions_held(self) -> Positions:
         """The tokens that the file is of."""
         return stated_positions(self, self.n_prompt_tokens, len(self.tokens))
+
+    @property
+    def n_entries_by_layer(self) -> int:
+        """How many layers an entry lists: all, with null in place of those without weights."""
+        return self.n_layers
 
     @classmethod
     def of(cls: type[Head], value: Any, path: Path) -> Head:
@@ -51,7 +65,9 @@ class PerTokenHead(FileContent):
 
     @classmethod
     def read(cls: type[Head], path: Path) -> Head:
-        """The head of a file; raises `StorageError` for another, and for one that is cut off."""
+        """The head of a file of either form; raises `StorageError` for another, and for one that is cut off."""
+        if is_compact(path):
+            return cls.of(open_compact(path, cls.what)[1], path)
         value = _without_entries(path)
         return cls.of(read_json(path) if value is None else value, path)
 
@@ -69,6 +85,8 @@ class PerTokenHead(FileContent):
             stated = "" if self.n_response_tokens is None else f" and {self.n_response_tokens} of the response"
             raise ValueError(f"{len(self.tokens)} tokens, but it states {self.n_prompt_tokens} of the prompt{stated}")
         _ = self.positions_held
+        if self.kept_layers != sorted(set(self.kept_layers)) or self.kept_layers[-1] >= self.n_layers:
+            raise ValueError(f"layers: expected ascending numbers below {self.n_layers}, each once")
         return self
 
 
@@ -88,6 +106,16 @@ class LensHead(PerTokenHead):
     entries = "predictions"
 
     top_k: Annotated[int, Field(ge=1)]
+
+    @property
+    def n_entries_by_layer(self) -> int:
+        """How many layers an entry lists: those that were kept."""
+        return len(self.kept_layers)
+
+
+def head_of(path: Path) -> AttentionHead | LensHead:
+    """The head of a file of attention or of the logit lens, which its name tells, of either form."""
+    return AttentionHead.read(path) if path.stem.endswith("_attention") else LensHead.read(path)
 
 
 def _without_entries(path: Path) -> Any:
@@ -117,9 +145,10 @@ class _Entry(FileContent):
     def of(cls: type[Entry], value: Any, path: Path, head: PerTokenHead) -> Entry:
         """The entry of a file with a head; raises `StorageError` for another."""
         entry = checked(cls, value, path, head.what)
-        if len(entry.by_layer) != head.n_layers:
+        expected = head.n_entries_by_layer
+        if len(entry.by_layer) != expected:
             n_layers = len(entry.by_layer)
-            raise not_valid(path, head.what, f"token {entry.token_idx} has {n_layers} layers, not {head.n_layers}")
+            raise not_valid(path, head.what, f"token {entry.token_idx} has {n_layers} layers, not {expected}")
         if entry.token_idx >= len(head.tokens):
             raise not_valid(path, head.what, f"token {entry.token_idx} of {len(head.tokens)}")
         return entry
@@ -206,15 +235,21 @@ class LensOverview(_Entry):
 _PATTERN = TypeAdapter(Pattern)
 
 
-def pattern_of_layer(entry: Any, layer: int, path: Path) -> Pattern:
-    """One layer's weights of an attention entry, other layers unchecked.
+def no_weights(layer: int, kept: Sequence[int] | None, present: Sequence[int]) -> InputError:
+    """The error for a layer without weights: it was not among those `kept`, or has no attention."""
+    if kept is not None and layer not in kept:
+        return InputError(f"layer {layer} was not kept: of the attention, layers {as_ranges(kept)} were")
+    return InputError(f"layer {layer} has no attention: layers {as_ranges(present)} have")
+
+
+def pattern_of_layer(entry: Any, layer: int, path: Path, kept: Sequence[int] | None = None) -> Pattern:
+    """One layer's weights of an attention entry, other layers unchecked; `kept` as the file's head states them.
 
     Raises `InputError` for a layer without attention, and `StorageError` for a missing one.
     """
     try:
         if entry["by_layer"][layer] is None:
-            with_attention = [n for n, pattern in enumerate(entry["by_layer"]) if pattern is not None]
-            raise InputError(f"layer {layer} has no attention: layers {as_ranges(with_attention)} have")
+            raise no_weights(layer, kept, [n for n, pattern in enumerate(entry["by_layer"]) if pattern is not None])
         return _PATTERN.validate_python(entry["by_layer"][layer], strict=True)
     except ValidationError as error:
         raise StorageError(f"{path}: no weights of layer {layer}: {first_problem(error)}") from None

@@ -87,10 +87,9 @@ class KeptPoints:
         """Whether every point of every layer is kept."""
         return self.layers == tuple(range(self.n_layers)) and self.points == POINTS
 
-    @property
-    def has_all_outputs(self) -> bool:
-        """Whether `residual_out` of every layer is kept, as the logit lens needs it."""
-        return self.layers == tuple(range(self.n_layers)) and "residual_out" in self.points
+    def has_outputs(self, layers: Iterable[int] = ()) -> bool:
+        """Whether `residual_out` of some layers is kept, by default of every layer, as the logit lens needs it."""
+        return set(self.layers) >= set(layers or range(self.n_layers)) and "residual_out" in self.points
 
     @cached_property
     def point_indices(self) -> tuple[int, ...]:

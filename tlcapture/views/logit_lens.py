@@ -31,14 +31,16 @@ _LANES = 128  # of eight bytes; each byte counts to at most 255
 CHUNK = 256  # tokens whose logits over the whole vocabulary are in memory at one time
 
 
-def logit_lens_hooks(n_layers: int) -> list[str]:
-    """The activations the view reads."""
-    return [hook("residual_out", layer) for layer in range(n_layers)]
+def logit_lens_hooks(n_layers: int, only: Sequence[int] = ()) -> list[str]:
+    """The activations the view reads: of all layers, or `only` of some."""
+    return [hook("residual_out", layer) for layer in only or range(n_layers)]
 
 
 @dataclass(frozen=True, repr=False)
 class LogitLens:
     """Predictions for every token that has a next one (or for those of them in `positions`), by layer.
+
+    Of all layers, or of those in `kept` of a model with `n_model_layers`.
 
     `top_ids` and `top_probs` are the `top_k` likeliest ids and their probabilities, likeliest first;
     `actual_rank` (from 1) and `actual_prob` are those of the actual next token.
@@ -49,6 +51,8 @@ class LogitLens:
     actual_rank: Int[Tensor, "n_layers n_predictions"]
     actual_prob: Float[Tensor, "n_layers n_predictions"]
     positions: Positions | None = None
+    kept: tuple[int, ...] | None = None
+    n_model_layers: int | None = None
 
     def __repr__(self) -> str:
         n_layers, n_predictions, top_k = self.top_ids.shape
@@ -68,6 +72,7 @@ class LogitLens:
         The lists `top_k`, nearly all of the content, are encoded already: `write_json` writes fragments unchanged.
         """
         n_layers, n_predictions, top_k = self.top_ids.shape
+        numbers = range(n_layers) if self.kept is None else self.kept
         pieces = _pieces_of_json(self.top_ids.flatten().tolist(), self.top_probs, token_texts)
         actual = round_significant(self.actual_prob.numpy(), PROBABILITY_DIGITS).tolist()
         ranks = self.actual_rank.tolist()
@@ -76,7 +81,7 @@ class LogitLens:
             start = 2 * (layer * n_predictions + column) * top_k
             tops = b"".join(pieces[start : start + 2 * top_k])
             return {
-                "layer": layer,
+                "layer": numbers[layer],
                 "top_k": orjson.Fragment(b"[%b}]" % tops[len(b"},") :]),
                 "actual_rank": ranks[layer][column],
                 "actual_prob": actual[layer][column],
@@ -84,14 +89,7 @@ class LogitLens:
 
         after = range(n_predictions) if self.positions is None else self.positions.with_next
         return {
-            **({} if self.positions is None else self.positions.record()),
-            "prompt_id": prompt_id,
-            "prompt_set": prompt_set,
-            "tokens": list(tokens),
-            "n_prompt_tokens": n_prompt_tokens,
-            "n_response_tokens": len(tokens) - n_prompt_tokens,
-            "n_layers": n_layers,
-            "top_k": top_k,
+            **self.head(prompt_id=prompt_id, prompt_set=prompt_set, tokens=tokens, n_prompt_tokens=n_prompt_tokens),
             "predictions": [
                 {
                     "token_idx": token,
@@ -100,6 +98,23 @@ class LogitLens:
                 }
                 for column, token in enumerate(after)
             ],
+        }
+
+    def head(
+        self, *, prompt_id: PromptId, prompt_set: str, tokens: Sequence[str], n_prompt_tokens: int
+    ) -> dict[str, Any]:
+        """The content of the file without its predictions."""
+        n_layers, _, top_k = self.top_ids.shape
+        return {
+            **({} if self.kept is None else {"layers": list(self.kept)}),
+            **({} if self.positions is None else self.positions.record()),
+            "prompt_id": prompt_id,
+            "prompt_set": prompt_set,
+            "tokens": list(tokens),
+            "n_prompt_tokens": n_prompt_tokens,
+            "n_response_tokens": len(tokens) - n_prompt_tokens,
+            "n_layers": self.n_model_layers or n_layers,
+            "top_k": top_k,
         }
 
 
@@ -112,6 +127,7 @@ def logit_lens_view(
     top_k: int = TOP_K,
     positions: Positions | None = None,
     device: torch.device | None = None,
+    only: Sequence[int] = (),
 ) -> LogitLens:
     """Predictions from the residual stream after every layer of one prompt's run.
 
@@ -121,13 +137,14 @@ def logit_lens_view(
         unembed: the model's final norm, unembedding and soft cap; the tensor that it returns is overwritten.
         top_k: how many predictions of each layer are kept, at least 1.
         positions: the tokens that predictions are made after, as far as they have a next one; `None` means all.
+        only: the layers whose predictions are made; all where empty.
         device: where `unembed` computes. All layers go there together, and their predictions come back together.
     """
     if top_k < 1:
         raise InputError(f"top_k is {top_k}: expected at least 1")
     after = range(len(token_ids) - 1) if positions is None else positions.with_next
     next_ids = torch.tensor([token_ids[token + 1] for token in after], dtype=torch.long, device=device)
-    layers = [residual_out(layer)[: len(next_ids)] for layer in range(n_layers)]
+    layers = [residual_out(layer)[: len(next_ids)] for layer in only or range(n_layers)]
     pieces = []
     for start in range(0, max(1, len(next_ids)), CHUNK):
         chunk = slice(start, start + CHUNK)
@@ -135,7 +152,7 @@ def logit_lens_view(
         found = [_predictions(unembed(residual), next_ids[chunk], top_k) for residual in residuals]
         pieces.append([torch.stack(column) for column in zip(*found, strict=True)])
     top_ids, top_probs, rank, prob = (torch.cat(column, dim=1).cpu() for column in zip(*pieces, strict=True))
-    return LogitLens(top_ids, top_probs, rank, prob, positions)
+    return LogitLens(top_ids, top_probs, rank, prob, positions, tuple(only) or None, n_layers)
 
 
 def _on_device(residuals: Sequence[Residual], device: torch.device | None) -> Sequence[Residual]:

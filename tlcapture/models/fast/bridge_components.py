@@ -50,7 +50,7 @@ def make_components_fast(bridge: Any) -> None:
         if isinstance(each, GeneralizedComponent) and not isinstance(each, _Fast):
             is_open_block = isinstance(each, BlockBridge) and _takes_any(each.original_component)
             kind = _FastNorm if isinstance(each, NormalizationBridge) else _FastBlock if is_open_block else _Fast
-            each.__class__ = _faster(type(each), kind)
+            each.__class__ = _faster(type(each), kind)  # type: ignore[arg-type]
 
 
 @cache

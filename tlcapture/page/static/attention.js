@@ -18,7 +18,7 @@ tl.views.attention = {
 
     return {
       async update(state, changed, data) {
-        const { positions, kept } = await tl.source.attention(state);
+        const { positions, kept, kept_layers: keptLayers } = await tl.source.attention(state);
         const token = Math.min(state.token ?? (positions ? positions[0] ?? 0 : data.n_prompt_tokens), data.tokens.length - 1);
         if (positions && !positions.includes(token)) throw new tl.source.Missing({ what: `of this capture, ${kept}: not token ${token}` });
         const { by_layer: layers } = await tl.source.attentionToken(state, token);
@@ -34,7 +34,8 @@ tl.views.attention = {
         controls.replaceChildren(
           tl.choice("colour of a head", Object.entries(MEASURES).map(([key, [text]]) => [key, text]), measure, (value) => tl.state.set({ measure: value })),
           tl.choice("layer", present.map((index) => [String(index), String(index)]), String(layer), (value) => tl.state.set({ layer: Number(value) })),
-          tl.choice("head", layers[layer].map((_, index) => [String(index), String(index)]), String(head), (value) => tl.state.set({ head: Number(value) })));
+          tl.choice("head", layers[layer].map((_, index) => [String(index), String(index)]), String(head), (value) => tl.state.set({ head: Number(value) })),
+          ...(keptLayers ? [element("span", { className: "note" }, `kept: layers ${keptLayers.join(", ")}`)] : []));
         const frame = { type: "rect", x0: head - 0.5, x1: head + 0.5, y0: layer - 0.5, y1: layer + 0.5, line: { color: colours.css("--accent"), width: 2.5 } };
         const hover = weights.map((_, index) => `${index} ${tl.plain(tl.quoted(data.tokens[index]))}`);
         await Promise.all([

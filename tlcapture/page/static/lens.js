@@ -18,32 +18,36 @@ tl.views.lens = {
       return Array.from({ length: Math.min(width, count) }, (_, number) => start + number);
     }
 
+    /** The layer of each row of predictions: every layer, or those that were kept. */
+    const layersOf = (lens) => lens.kept_layers ?? Array.from({ length: lens.n_layers }, (_, layer) => layer);
+
     /** The table around the chosen token, with as many columns as fit. */
-    function drawTable(state, data, lens, at, layer) {
+    function drawTable(state, data, lens, at, chosenRow) {
+      const layers = layersOf(lens);
       const columns = columnsAround(at, lens.token_idx.length, Math.max(4, Math.floor((cells.clientWidth || 900) / 84)));
       const head = (text, of, title) => element("tr", {}, element("th", {}, text), columns.map((column) => element("th", { title: title(column) }, of(column))));
       const rows = [];
-      for (let row = lens.n_layers - 1; row >= 0; row--) {
-        rows.push(element("tr", {}, element("th", {}, String(row)), columns.map((column) => {
+      for (let row = layers.length - 1; row >= 0; row--) {
+        rows.push(element("tr", {}, element("th", {}, String(layers[row])), columns.map((column) => {
           const rank = lens.rank[column][row];
-          const chosen = column === at && row === layer;
+          const chosen = column === at && row === chosenRow;
           return element("td", {
-            className: `${rank === 1 ? "hit" : ""} ${chosen ? "chosen" : ""}`, "data-token": String(lens.token_idx[column]), "data-layer": String(row),
+            className: `${rank === 1 ? "hit" : ""} ${chosen ? "chosen" : ""}`, "data-token": String(lens.token_idx[column]), "data-layer": String(layers[row]),
             style: { backgroundColor: colours.amount(lens.prob[column][row], 1.4) },
-            title: `layer ${row}, after token ${lens.token_idx[column]}: ${tl.quoted(lens.top[column][row])} ${tl.number(lens.prob[column][row])}; the actual next token ${tl.quoted(lens.actual[column])} has rank ${rank} (${tl.number(lens.actual_prob[column][row])})`,
+            title: `layer ${layers[row]}, after token ${lens.token_idx[column]}: ${tl.quoted(lens.top[column][row])} ${tl.number(lens.prob[column][row])}; the actual next token ${tl.quoted(lens.actual[column])} has rank ${rank} (${tl.number(lens.actual_prob[column][row])})`,
           }, element("small", {}, rank === 1 ? "" : `#${rank}`), tl.visible(lens.top[column][row]));
         })));
       }
       cells.replaceChildren(element("table", {}, element("thead", {}, head("token", (column) => tl.visible(data.tokens[lens.token_idx[column]]), (column) => String(lens.token_idx[column])),
         head("next", (column) => tl.visible(lens.actual[column]), () => "the actual next token")), element("tbody", {}, rows)),
-        element("p", { className: "note" }, "Colour: probability of the most likely token. #: rank of the actual next token; bold if it is 1. Click a cell to list the top 50."));
+        element("p", { className: "note" }, `Colour: probability of the most likely token. #: rank of the actual next token; bold if it is 1. Click a cell to list the top ${lens.top_k}.${lens.kept_layers ? ` Kept: layers ${layers.join(", ")}.` : ""}`));
     }
 
-    async function drawTop(state, lens, at, layer) {
+    async function drawTop(state, lens, at, row) {
       const request = ++latestTop;
       const entry = await tl.source.lensToken(state, lens.token_idx[at]);
       if (request !== latestTop) return;
-      const found = entry.by_layer[layer];
+      const found = entry.by_layer[row], layer = layersOf(lens)[row];
       const rows = found.top_k.map(({ token, prob }, index) => element("tr", { style: { backgroundColor: colours.amount(prob) } },
         element("td", {}, String(index + 1)), element("td", {}, tl.visible(token)), element("td", {}, tl.number(prob))));
       top.replaceChildren(element("p", { className: "note" }, `Layer ${layer} after token ${lens.token_idx[at]}: the ${rows.length} most likely tokens. Actual next token: ${tl.quoted(entry.actual_next_token)}, rank ${found.actual_rank}, ${tl.number(found.actual_prob)}.`),
@@ -54,24 +58,24 @@ tl.views.lens = {
       async update(state, changed, data) {
         const lens = await tl.source.lens(state);
         if (!lens.token_idx.length) throw new tl.source.Missing({ what: lens.kept ? `of this capture, ${lens.kept}, none of which has a next one` : "a capture of one token has no next token to predict" });
-        const nLayers = lens.n_layers, last = nLayers - 1;
-        const layer = Math.min(state.layer ?? last, last);
+        const layers = layersOf(lens), nLayers = layers.length;
+        const row = Math.max(0, layers.findLastIndex((each) => each <= (state.layer ?? lens.n_layers - 1))), layer = layers[row];
         const at = Math.max(0, Math.min(lens.token_idx.length - 1, lens.token_idx.indexOf(state.token ?? Math.max(0, data.n_prompt_tokens - 1))));
         const ofLayer = new Map(lens.token_idx.map((token, index) => [token + 1, index]));
-        const probability = (index) => (ofLayer.has(index) ? lens.actual_prob[ofLayer.get(index)][layer] : null);
+        const probability = (index) => (ofLayer.has(index) ? lens.actual_prob[ofLayer.get(index)][row] : null);
         tl.reading.paint((index) => colours.amount(probability(index)),
-          (index) => (ofLayer.has(index) ? `p ${tl.number(probability(index))}, rank ${lens.rank[ofLayer.get(index)][layer]}` : ""), `probability of each token, predicted from the token before it, at layer ${layer}`);
+          (index) => (ofLayer.has(index) ? `p ${tl.number(probability(index))}, rank ${lens.rank[ofLayer.get(index)][row]}` : ""), `probability of each token, predicted from the token before it, at layer ${layer}`);
         const shapes = [tl.lineAt(data.n_prompt_tokens - 0.5, colours.css("--text"), "dash", 1), tl.lineAt(lens.token_idx[at], colours.css("--accent")),
           { type: "line", xref: "paper", yref: "y", x0: 0, x1: 1, y0: layer, y1: layer, line: { width: 1, color: colours.css("--accent") } }];
-        drawTable(state, data, lens, at, layer);
-        const jobs = [drawTop(state, lens, at, layer)];
+        drawTable(state, data, lens, at, row);
+        const jobs = [drawTop(state, lens, at, row)];
         if (drawn === lens && !changed.has("theme")) jobs.push(overview.mark(shapes));
         else {
           const ranks = Array.from({ length: nLayers }, (_, row) => lens.rank.map((token) => Math.log10(token[row])));
           const text = Array.from({ length: nLayers }, (_, row) => lens.token_idx.map((token, index) => `${token} ${tl.plain(tl.quoted(data.tokens[token]))}: next ${tl.plain(tl.quoted(lens.actual[index]))}<br>rank ${lens.rank[index][row]}; first ${tl.plain(tl.quoted(lens.top[index][row]))}`));
           drawn = lens;
           jobs.push(overview.draw([{
-            type: "heatmap", x: lens.token_idx, z: ranks, text, zmin: 0, colorscale: [[0, "rgb(126,70,190)"], [1, colours.css("--panel")]],
+            type: "heatmap", x: lens.token_idx, y: layers, z: ranks, text, zmin: 0, colorscale: [[0, "rgb(126,70,190)"], [1, colours.css("--panel")]],
             colorbar: { thickness: 12, title: { text: "rank" }, tickvals: [0, 1, 2, 3, 4, 5], ticktext: ["1", "10", "100", "1k", "10k", "100k"] },
             hovertemplate: "layer %{y}, token %{text}<extra></extra>",
           }], { title: { text: "rank of the actual next token", font: { size: 13 } }, xaxis: { title: { text: "token" } }, yaxis: { title: { text: "layer" } }, shapes }));

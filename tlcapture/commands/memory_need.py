@@ -1,0 +1,162 @@
+"""Whether a capture's prompts fit in memory, each alone, asked before any of them runs.
+
+A batch that runs out of memory is halved, down to one prompt; one that does not fit then would end the process on a
+machine without memory to spare. What attention patterns take while a prompt is read is most of it: all layers' at once,
+in the pass that reads the prompt. `--replay` reads a capture as often as it has to, some layers at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tlcapture.captures.capture import Capture
+from tlcapture.commands.capture_options import CaptureOptions
+from tlcapture.commands.capture_outputs import Outputs
+from tlcapture.commands.capture_tasks import CaptureTask
+from tlcapture.commands.replay import one_layer_at_a_time
+from tlcapture.commands.view_files import weights_in_memory
+from tlcapture.errors import InputError, StorageError
+from tlcapture.models.loading import DTYPES, Model, pick_device
+from tlcapture.models.memory import BatchBytes, batch_bytes, free_memory
+from tlcapture.models.sizes import Measures
+from tlcapture.storage.compact_files import PER_WEIGHT, is_written_compact
+from tlcapture.storage.layout import Layout
+from tlcapture.text import format_bytes
+from tlcapture.views.hooks import HOOKS, hook
+
+_JSON_COPIES = 3  # of a JSON file while it is made: rounded weights, and a buffer that grows
+
+
+@dataclass(frozen=True)
+class Sized:
+    """What is known of a model before its weights are loaded, as far as memory depends on it."""
+
+    measures: Measures
+    dtype: torch.dtype
+    device: torch.device
+    computes_scores: bool = True
+    most_prompt_positions: int | None = None
+
+    @classmethod
+    def of(cls, measures: Measures, device: str, dtype: str) -> Sized:
+        """The same of a model that would be loaded with these options; `auto` is bfloat16 but on a CPU."""
+        found = pick_device(device)
+        usual = torch.float32 if found.type == "cpu" else torch.bfloat16
+        return cls(measures, DTYPES.get(dtype, usual), found)
+
+    @property
+    def n_layers(self) -> int:
+        """The number of layers."""
+        return self.measures.n_layers
+
+    @property
+    def hook_names(self) -> frozenset[str]:
+        """The activations that a model of these sizes has, all of them in every layer."""
+        return frozenset(hook(name, layer) for name in HOOKS for layer in range(self.n_layers))
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """The memory that a prompt takes while it runs alone, in bytes: on the model's device, and in main memory."""
+
+    device: int
+    main: int
+
+    @property
+    def n_bytes(self) -> int:
+        """Both together."""
+        return self.device + self.main
+
+
+def memory_need(
+    model: Model | Sized, wanted: Outputs, n_prompt: int, n_tokens: int, *, replay: bool = False
+) -> MemoryNeed:
+    """What a prompt of `n_prompt` tokens takes, with its response `n_tokens`, apart from the weights.
+
+    With `replay` it is read with as few layers' patterns at a time as it takes.
+    """
+    hooks = wanted.pass_hooks(model) if replay else wanted.live_hooks(model)
+    in_passes = one_layer_at_a_time(hooks) if replay and wanted.parts.form != "json" else [hooks]
+    above = weights_in_memory(wanted.parts.form)
+    each = [batch_bytes(model, n_tokens, names, n_prompt, spooled_above=above) for names in in_passes]
+    largest = max(each, key=lambda found: found.on_device(1))
+    return MemoryNeed(largest.on_device(1), _in_main_memory(model.measures, each, wanted, n_tokens))
+
+
+def _in_main_memory(measures: Measures, each: Sequence[BatchBytes], wanted: Outputs, n_tokens: int) -> int:
+    recorded = sum(found.recorded + found.patterns for found in each)
+    if not wanted.attention:
+        return recorded
+    n_layers = len(wanted.parts.attention_layers) or measures.n_attention_layers or measures.n_layers
+    json = n_layers * measures.n_heads * n_tokens * (n_tokens + 1) // 2 * PER_WEIGHT
+    return recorded + (0 if is_written_compact(wanted.parts.form, json) else int(_JSON_COPIES * json))
+
+
+def check_memory(tasks: Sequence[CaptureTask], layout: Layout, options: CaptureOptions, model: Model | Sized) -> None:
+    """Raise `InputError` if the largest prompt does not fit in the memory that is free, even alone."""
+    for name, wanted, n_prompt, n_tokens, replay in _largest(tasks, layout, options, model):
+        need = memory_need(model, wanted, n_prompt, n_tokens, replay=replay)
+        device, main = free_memory(model.device), free_memory(torch.device("cpu"))
+        is_main = model.device.type != "cuda"
+        if (need.n_bytes > main) if is_main else (need.device > device or need.main > main):
+            free = main if is_main or need.main > main else device
+            raise InputError(
+                f"{name}: {n_tokens} tokens would take about {format_bytes(need.n_bytes)} of memory, "
+                f"{format_bytes(free)} are free: {_advice(wanted, replay)}"
+            )
+
+
+def most_memory(tasks: Sequence[CaptureTask], layout: Layout, options: CaptureOptions, model: Model | Sized) -> int:
+    """The bytes that the largest prompt takes while it runs alone, beside the weights."""
+    largest = _largest(tasks, layout, options, model)
+    needs = (
+        memory_need(model, wanted, n_prompt, n_tokens, replay=replay)
+        for _, wanted, n_prompt, n_tokens, replay in largest
+    )
+    return max((need.n_bytes for need in needs), default=0)
+
+
+def _largest(
+    tasks: Sequence[CaptureTask], layout: Layout, options: CaptureOptions, model: Model | Sized
+) -> Iterator[tuple[str, Outputs, int, int, bool]]:
+    """Of each task the longest prompt to be run, and the longest capture to be read again, with their tokens."""
+    for task in tasks:
+        # Those that the context has no room for fail by themselves.
+        most = getattr(model, "n_ctx", None) or 2**62
+        fresh = [
+            prompt
+            for prompt in task.batched
+            if prompt.id in task.fresh and len(prompt.token_ids) + task.max_new_tokens <= most
+        ]
+        if fresh:
+            longest = max(fresh, key=lambda prompt: len(prompt.token_ids))
+            n_prompt = len(longest.token_ids)
+            n_tokens = n_prompt + task.max_new_tokens
+            wanted = options.outputs(model.n_layers)
+            yield f"{task.prompt_set.name}/{longest.id}", wanted, n_prompt, n_tokens, False
+        saved = [(prompt_id, wanted) for prompt_id, wanted in task.saved.items() if wanted.needs_pass]
+        lengths = {prompt_id: _n_tokens(layout, task.prompt_set.name, prompt_id) for prompt_id, _ in saved}
+        if saved:
+            prompt_id, wanted = max(saved, key=lambda each: lengths[each[0]])
+            yield f"{task.prompt_set.name}/{prompt_id}", wanted, lengths[prompt_id], lengths[prompt_id], True
+
+
+def _n_tokens(layout: Layout, prompt_set: str, prompt_id: str | int) -> int:
+    try:
+        return len(Capture.open(layout.residual(prompt_set, prompt_id)).token_ids)
+    except StorageError:
+        return 0  # reported when it is read
+
+
+def _advice(wanted: Outputs, replay: bool) -> str:
+    ways = []
+    if wanted.attention and wanted.parts.form == "json":
+        ways.append("leave out --format json")
+    if wanted.attention and not replay:
+        ways.append("capture without --attention and add it with --replay, which reads some layers at a time")
+        ways.append("keep fewer layers with --attention-layers")
+    ways.append("shorten the prompt" if replay else "shorten the prompt or lower --max-new-tokens")
+    return ", or ".join(ways)

@@ -1,0 +1,93 @@
+"""Writing a prompt's projections: as a JSON file for each trait, or as a shard for all of them.
+
+The shards of a prompt set's prompts are put together at the end of a run: `merge_projections`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tlcapture.commands.view_files import WENT_COMPACT
+from tlcapture.errors import StorageError
+from tlcapture.names import PromptId, Trait, file_name
+from tlcapture.runs.existing_files import OVERWRITE
+from tlcapture.runs.run import Run
+from tlcapture.runs.shards import Shard as ShareOfPrompts
+from tlcapture.storage.compact_files import is_written_compact
+from tlcapture.storage.files import remove, write_json
+from tlcapture.storage.projection_shards import Shard, merged_shards, shard_of_prompt
+from tlcapture.storage.shard_writing import merge_shards, take_out, write_prompt
+from tlcapture.traits.vectors import TraitVector
+from tlcapture.views.hooks import COMPONENTS
+
+_PER_SCORE = 9.7  # bytes in JSON: 6 significant digits
+
+
+@dataclass
+class ProjectionFiles:
+    """The projections of a prompt that are to be written, in the form that is asked for.
+
+    By default they are JSON, and a shard where JSON would be too large.
+    """
+
+    run: Run
+    prompt_set: str
+    prompt_id: PromptId
+    form: str | None
+    _contents: dict[str, dict[Trait, tuple[Path, Mapping[str, Any]]]] = field(default_factory=dict)  # by component
+
+    def check_replaceable(self, *, overwrite: bool) -> None:
+        """Raise `StorageError` for a shard that cannot be read and may hold the prompt; with `overwrite`, remove it."""
+        for component in COMPONENTS:
+            folder = self._folder(component)
+            if not folder.is_dir():
+                continue
+            own = shard_of_prompt(folder, file_name(self.prompt_id))
+            for path in [*merged_shards(folder), *([own] if own.is_file() else [])]:
+                try:
+                    Shard.open(path)
+                except StorageError as error:
+                    if not overwrite:
+                        raise StorageError(f"{error}: {OVERWRITE}") from None
+                    remove([path])
+
+    def add(self, path: Path, vector: TraitVector, content: Mapping[str, Any]) -> None:
+        """Add the content of a projection, whose JSON file is at `path`."""
+        if not self._is_compact(content):
+            self.run.wrote(write_json(path, content))
+            folder = self._folder(vector.component)
+            if folder.is_dir():
+                take_out(folder, file_name(self.prompt_id), [str(vector.trait)])
+            return
+        if self.form is None:
+            self.run.warn(WENT_COMPACT)
+        self._contents.setdefault(vector.component, {})[vector.trait] = path, content
+
+    def write(self) -> None:
+        """Write the shard of what was added and is to be in one, and remove the JSON files in its place."""
+        for component, found in self._contents.items():
+            contents = {str(trait): content for trait, (_, content) in found.items()}
+            self.run.wrote(write_prompt(self._folder(component), file_name(self.prompt_id), contents))
+            remove([path for path, _ in found.values()])
+
+    def _is_compact(self, content: Mapping[str, Any]) -> bool:
+        n_layers, n_points = len(content["metadata"]["layers"]), len(content["metadata"]["sublayers"])
+        n_tokens = sum(len(part) for part in content["projections"].values())
+        return is_written_compact(self.form, n_tokens * n_layers * n_points * _PER_SCORE)
+
+    def _folder(self, component: str) -> Path:
+        return self.run.layout.shards(component, self.prompt_set)
+
+
+def merge_projections(run: Run, prompt_sets: Sequence[str], share: ShareOfPrompts | None) -> None:
+    """Put the shards of single prompts of some sets together, unless other runs may be writing theirs now."""
+    if share is not None:
+        return
+    for name in prompt_sets:
+        for component in COMPONENTS:
+            folder = run.layout.shards(component, name)
+            for written in merge_shards(folder) if folder.is_dir() else ():
+                run.wrote(written)

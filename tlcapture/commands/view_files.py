@@ -1,0 +1,101 @@
+"""Writing the files of attention and of the logit lens: as JSON, or in the compact form what would be too large for it.
+
+Of both forms of a file one exists: the other is removed once the new one is complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tlcapture.storage.compact_files import MOST_JSON, PER_PREDICTION, PER_WEIGHT, is_compact, is_written_compact
+from tlcapture.storage.files import Written, remove, write_json
+from tlcapture.storage.layout import Layout
+from tlcapture.text import format_bytes
+from tlcapture.views.attention import attention_head, attention_view, triangle
+from tlcapture.views.cache import Cache
+from tlcapture.views.hooks import attention_layers, hook
+from tlcapture.views.kept_tokens import Positions
+from tlcapture.views.logit_lens import LogitLens
+from tlcapture.views.saved_attention import write_attention
+from tlcapture.views.saved_lens import write_lens
+
+WENT_COMPACT = (
+    f"what JSON would make larger than {format_bytes(MOST_JSON)} a file was written in the compact form "
+    "(.safetensors), which everything here reads; --format json writes JSON"
+)
+
+
+def weights_in_memory(asked: str | None) -> int | None:
+    """The most attention weights of a prompt that are kept in memory while it runs; `None` for any number.
+
+    Up to so many, its file may be JSON, which is made in memory; JSON that is asked for is, however large.
+    """
+    return None if asked == "json" else int(MOST_JSON / PER_WEIGHT)
+
+
+def write_attention_file(
+    layout: Layout,
+    path: Path,
+    names: dict[str, Any],
+    cache: Cache,
+    n_layers: int,
+    positions: Positions,
+    only: Sequence[int],
+    asked: str | None,
+) -> Written:
+    """Write a prompt's attention patterns, of all layers or `only` of some, whose JSON path is `path`.
+
+    `names` are the keyword arguments of `attention_head`; `asked` is the form, `None` for the default.
+    """
+    layers = [layer for layer in attention_layers(n_layers, cache.keys()) if not only or layer in only]
+    n_heads = next(triangle(cache, hook("pattern", layers[0]))).shape[1]
+    n_weights = len(layers) * n_heads * sum(query + 1 for query in positions.kept)
+    if not is_written_compact(asked, n_weights * PER_WEIGHT):
+        view = attention_view(cache, n_layers, only).only(positions)
+        return _alone(layout, path, lambda target: write_json(target, view.to_json(**names)), compact=False)
+    head = attention_head(n_layers, n_heads, None if positions.is_all else positions, only or None, **names)
+    return _alone(
+        layout,
+        path,
+        lambda target: write_attention(
+            target, head, positions, layers, lambda layer: triangle(cache, hook("pattern", layer))
+        ),
+        compact=True,
+    )
+
+
+def write_lens_file(
+    layout: Layout,
+    path: Path,
+    names: dict[str, Any],
+    lens: LogitLens,
+    token_texts: Callable[[Sequence[int]], list[str]],
+    asked: str | None,
+) -> Written:
+    """Write a prompt's logit lens, whose JSON path is `path`; otherwise as `write_attention_file`."""
+    if not is_written_compact(asked, lens.top_ids.numel() * PER_PREDICTION):
+        return _alone(
+            layout,
+            path,
+            lambda target: write_json(target, lens.to_json(**names, token_texts=token_texts)),
+            compact=False,
+        )
+    tops, actual = (lens.top_ids.numpy(), lens.top_probs.numpy()), (lens.actual_rank.numpy(), lens.actual_prob.numpy())
+    return _alone(
+        layout, path, lambda target: write_lens(target, lens.head(**names), *tops, *actual, token_texts), compact=True
+    )
+
+
+def _alone(layout: Layout, path: Path, write: Callable[[Path], Written], *, compact: bool) -> Written:
+    """Write one form of a file, and remove the other."""
+    json, other = layout.forms(path)
+    written = write(other if compact else json)
+    remove([json if compact else other])
+    return written
+
+
+def went_compact(written: Written, asked: str | None) -> bool:
+    """Whether a file was written in the compact form though nobody had asked for it."""
+    return asked is None and is_compact(written.path)

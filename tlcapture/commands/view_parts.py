@@ -1,0 +1,52 @@
+"""Which parts of attention and logit lens are kept, and in which form their files are written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tlcapture.errors import InputError, StorageError
+from tlcapture.text import as_ranges
+from tlcapture.views.json_files import LensHead, head_of
+from tlcapture.views.logit_lens import TOP_K
+
+
+@dataclass(frozen=True)
+class ViewParts:
+    """The parts of the views that are kept; by default all layers, the likeliest `TOP_K` predictions, and as JSON.
+
+    Attributes:
+        attention_layers: layers whose attention patterns are kept; all where empty.
+        lens_layers: layers whose predictions are kept; all where empty.
+        lens_top: how many predictions of each layer are kept.
+        form: `json` or `compact`; `None` writes JSON, and in the compact form what would be too large for it.
+    """
+
+    attention_layers: tuple[int, ...] = ()
+    lens_layers: tuple[int, ...] = ()
+    lens_top: int = TOP_K
+    form: str | None = None
+
+    def check(self, n_layers: int, *, attention: bool, logit_lens: bool) -> None:
+        """Raise `InputError` for a layer that the model does not have, and for parts of a view that is not written."""
+        for option, layers, is_written, view in (
+            ("--attention-layers", self.attention_layers, attention, "--attention"),
+            ("--lens-layers", self.lens_layers, logit_lens, "--logit-lens"),
+            ("--lens-top", () if self.lens_top == TOP_K else (0,), logit_lens, "--logit-lens"),
+        ):
+            if layers and not is_written:
+                raise InputError(f"{option} keeps a part of what {view} writes: add {view}")
+            if option != "--lens-top" and any(layer >= n_layers for layer in layers):
+                beyond = as_ranges([layer for layer in layers if layer >= n_layers])
+                raise InputError(f"{option} {beyond}: the model has layers 0 to {n_layers - 1}")
+
+    def are_lacked_by(self, path: Path) -> bool:
+        """Whether an existing file of attention or logit lens lacks a layer, or predictions that were asked for."""
+        try:
+            head = head_of(path)
+        except StorageError:
+            return False  # a file that cannot be read is reported by whoever replaces it
+        is_lens = isinstance(head, LensHead)
+        wanted = (self.lens_layers if is_lens else self.attention_layers) or range(head.n_layers)
+        too_few = isinstance(head, LensHead) and self.lens_top != TOP_K and head.top_k < self.lens_top
+        return too_few or not set(wanted) <= set(head.kept_layers)

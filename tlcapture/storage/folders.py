@@ -1,0 +1,33 @@
+"""Listing folders, and the order of names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from os import scandir
+from pathlib import Path
+
+from tlcapture.names import MOST_FOLDERS
+
+
+def subfolders(folder: Path, depth: int = MOST_FOLDERS) -> Iterator[tuple[str, Path]]:
+    """The folders below a folder, hidden ones apart, each after its path relative to it: `a/`, `a/b/`."""
+    names: list[str] = []
+    with suppress(OSError), scandir(folder) as entries:  # it does not exist, cannot be read, or is a link to itself
+        names = sorted(each.name for each in entries if each.is_dir() and not each.name.startswith("."))
+    for name in names if depth else ():
+        yield f"{name}/", folder / name
+        for below, path in subfolders(folder / name, depth - 1):
+            yield f"{name}/{below}", path
+
+
+def folders_in(folder: Path) -> list[str]:
+    """Names of the folders in a folder, links to folders too."""
+    with suppress(OSError), scandir(folder) as entries:
+        return [entry.name for entry in entries if entry.is_dir()]
+    return []
+
+
+def natural(name: str) -> tuple[int, int, str]:
+    """Sort key: numbers in numerical order, then names."""
+    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
