@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tlcapture.errors import TlcaptureError
     from tlcapture.explore.experiment import Experiment
     from tlcapture.explore.live_capture import capture
+    from tlcapture.generation.sampling import Sampling
     from tlcapture.models.loading import load_model
     from tlcapture.prompts.prompt_sets import Prompt, PromptSet
 
@@ -25,13 +26,14 @@ _HOMES = {
     "Experiment": "tlcapture.explore.experiment",
     "Prompt": "tlcapture.prompts.prompt_sets",
     "PromptSet": "tlcapture.prompts.prompt_sets",
+    "Sampling": "tlcapture.generation.sampling",
     "TlcaptureError": "tlcapture.errors",
     "capture": "tlcapture.explore.live_capture",
     "load_ipython_extension": "tlcapture.explore.magics",  # called by %load_ext tlcapture
     "load_model": "tlcapture.models.loading",
 }
 
-__all__ = ["Capture", "Experiment", "Prompt", "PromptSet", "TlcaptureError", "capture", "load_model"]
+__all__ = ["Capture", "Experiment", "Prompt", "PromptSet", "Sampling", "TlcaptureError", "capture", "load_model"]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,17 @@ from tlcapture.generation.outcomes import Failure, Generation, Outcome
 from tlcapture.generation.padding import left_pad
 from tlcapture.generation.processors import LogitProcessors, PromptTokens
 from tlcapture.generation.recording import Recorder
-from tlcapture.generation.sampling import MAX_NEW_TOKENS, Sampling, choose_tokens, n_numbers, stop_reason
+from tlcapture.generation.samples import to_read
+from tlcapture.generation.sampling import (
+    MAX_NEW_TOKENS,
+    STOP_TEXT,
+    STOP_TOKEN,
+    Sampling,
+    choose_tokens,
+    n_numbers,
+    stop_reason,
+)
+from tlcapture.generation.stop_texts import StopTexts
 from tlcapture.generation.transfers import Download, upload
 from tlcapture.models.engines.base import Step
 from tlcapture.models.loading import Model
@@ -60,6 +70,8 @@ class Batch:
             templated: stop_ids(model.tokenizer, model.generation_config, chat_template=templated)
             for templated in {prompt.chat_template for prompt in prompts}
         }
+        stop = settings.sampling.stop
+        self._stop_texts = StopTexts(model.tokenizer, stop) if stop else None
         self._recorder = Recorder(settings.hooks, [len(p.token_ids) for p in prompts], settings.max_new_tokens)
         self._responses: list[list[int]] = [[] for _ in prompts]
         self.were_read = False  # whether all prompts have been run and recorded
@@ -177,8 +189,11 @@ class Batch:
         return failed | {index: reason for index, reason in reasons.items() if reason is not None}
 
     def _stop_reason(self, index: int) -> str | None:
-        stops = self._stops[self.prompts[index].chat_template]
-        return stop_reason(self._responses[index], stops, self._settings.max_new_tokens)
+        prompt, response = self.prompts[index], self._responses[index]
+        reason = stop_reason(response, self._stops[prompt.chat_template], self._settings.max_new_tokens)
+        if self._stop_texts is None or reason == STOP_TOKEN or not response:
+            return reason
+        return STOP_TEXT if self._stop_texts.is_completed(prompt.token_ids[-1], response) else reason
 
     def _keep(self, stays: Sequence[bool], logits: LastLogits | None) -> Tensor | None:
         """Drop the rows of prompts that have ended; the logits of the others."""
@@ -197,19 +212,45 @@ class Batch:
         return logits.index_select(0, upload(kept, logits.device))
 
     def _read(self) -> LastLogits:
-        """Run the tokens so far of the running prompts; what `were_read` before has been recorded already."""
-        tokens, mask = left_pad([[*self.prompts[each].token_ids, *self._responses[each]] for each in self._running])
-        self._state = self._model.start(len(self._running))
-        self._model.reserve(self._state, tokens.shape[1] - self._n_new + self._settings.max_new_tokens)
+        """Run the tokens so far of the running prompts; what `were_read` before has been recorded already.
+
+        Samples of a prompt that have no tokens yet are read once, and then have rows of their own.
+        """
+        running, rows = self._running, range(len(self._running))
+        leading, copies = (rows, rows) if self._n_new else to_read([self.prompts[each] for each in running])
+        samples = [[each for each, copy in zip(running, copies, strict=True) if copy == n] for n in range(len(leading))]
+        sequences = [[*self.prompts[first].token_ids, *self._responses[first]] for first, *_ in samples]
+        n_positions = max(map(len, sequences)) - self._n_new + self._settings.max_new_tokens
+        self._state = self._model.start(len(leading))
+        if len(leading) == len(running):
+            self._model.reserve(self._state, n_positions)
+            return self._read_sequences(sequences, samples)
+        logits = self._read_sequences(sequences, samples)
+        self._state = self._model.branch(self._state, list(copies))
+        self._model.reserve(self._state, n_positions)
+        return logits.index_select(0, upload(list(copies), logits.device))
+
+    def _read_sequences(self, sequences: Sequence[Sequence[int]], samples: Sequence[Sequence[int]]) -> LastLogits:
+        """Run sequences of token ids, one per row of an empty state; `samples` are the prompts that begin with each."""
+        tokens, mask = left_pad(sequences)
         hooks = frozenset[str]() if self.were_read else self._recorder.names
         from_last_of_prompt = slice(-1 - self._n_new, None)
         last_logits = []
         with applied(self._model, self._interventions, from_last_of_prompt):
-            for rows, step in self._model.prompt_steps(tokens, mask, self._state, hooks):
+            for part, step in self._model.prompt_steps(tokens, mask, self._state, hooks):
                 if not self.were_read:
-                    self._recorder.record(self._running[rows], step.cache)
+                    self._record_prompts(samples[part], step.cache)
                 last_logits.append(step.logits)
         return torch.cat([each for each in last_logits if each is not None])
+
+    def _record_prompts(self, samples: Sequence[Sequence[int]], cache: dict[str, Tensor]) -> None:
+        """Record a step of prompts, one per row, for all of their samples, which are neighbours in the batch."""
+        if len(samples) == sum(map(len, samples)):
+            self._recorder.record([index for (index,) in samples], cache)
+            return
+        for row, indices in enumerate(samples):
+            own = {name: each[row : row + 1].expand(len(indices), *each.shape[1:]) for name, each in cache.items()}
+            self._recorder.record(indices, own)
 
     def _run_tokens(self, chosen: NextTokens) -> LastLogits | None:
         """Run the tokens just chosen, the last ones of responses too, whose activations are recorded; the logits

@@ -14,7 +14,8 @@ from tlcapture.views.cache import Cache
 class Generation:
     """A prompt with its response, and their activations as one sequence.
 
-    `response_ids` includes the stop token if `stop_reason` is `"stop_token"`; the other reason is `"max_new_tokens"`.
+    `response_ids` includes the stop token if `stop_reason` is `"stop_token"`, and the token that completed a stop text
+    if it is `"stop_text"`; the other reason is `"max_new_tokens"`.
     `cache` maps the hook names that were asked for to `[n_tokens, ...]` (patterns `[head, n_tokens, n_tokens]`).
     """
 

@@ -9,7 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from tlcapture.errors import InputError
-from tlcapture.names import PromptId
+from tlcapture.names import PromptId, capture_name
 from tlcapture.prompts.chat_template import ADVICE, NO_ARGS, RenderedChat, render_chat, uses_chat_template
 from tlcapture.prompts.conversations import conversation, is_continued
 from tlcapture.prompts.message_spans import Message, Span
@@ -46,6 +46,7 @@ class TokenizedPrompt:
         spans: which tokens are which turn, and which the template's.
         opening: the end of the rendered text, after the last message that is not the assistant's.
         thinks: whether a response is expected to begin with thinking.
+        sample: which of several responses is generated, counted from 1; `None` for the only one.
     """
 
     prompt_set: str
@@ -63,6 +64,12 @@ class TokenizedPrompt:
     spans: tuple[TokenSpan, ...] = ()
     opening: str = ""
     thinks: bool = False
+    sample: int | None = None
+
+    @property
+    def name(self) -> PromptId:
+        """The name of its capture in file names."""
+        return capture_name(self.id, self.sample)
 
 
 @dataclass(frozen=True)
