@@ -11,6 +11,7 @@ from tlcapture.captures.provenance import (
     model_record,
     now,
     point_hooks,
+    sample_record,
     template_record,
 )
 from tlcapture.errors import StorageError
@@ -57,6 +58,7 @@ def capture_of(
         "inference_experiment": experiment,
         "prompt_set": prompt.prompt_set,
         "prompt_id": prompt.id,
+        **sample_record(prompt.sample),
         "prompt_text": prompt.source_text,
         "n_layers": model.n_layers,
         "d_model": model.d_model,

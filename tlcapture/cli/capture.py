@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from tlcapture.cli.cluster import ClusterOptions, cluster_options
 from tlcapture.cli.command import command
@@ -32,6 +31,7 @@ from tlcapture.cli.options import (
     shard_option,
     vector_options,
 )
+from tlcapture.cli.sampling import SamplingOptions, sampling_options
 from tlcapture.cli.tables import Column
 from tlcapture.cli.work import working
 
@@ -60,8 +60,6 @@ class _Settings:
     projections_only: bool
     replay: bool
     max_new_tokens: int | None
-    temperature: float | None
-    sampling: str
     skip_existing: bool
     overwrite: bool
     dry_run: bool
@@ -75,10 +73,9 @@ class _Settings:
     batch_size: int | None
     seed: int
 
-    def capture_options(self, kept: KeptOptions, vectors: VectorOptions) -> CaptureOptions:
+    def capture_options(self, kept: KeptOptions, vectors: VectorOptions, chosen: SamplingOptions) -> CaptureOptions:
         """What to capture and how."""
         from tlcapture.commands.capture_options import ALL_LAYERS, CaptureOptions
-        from tlcapture.generation.checkpoint_sampling import asked_sampling
 
         layers = tuple(layer for layer in self.layer_internals if isinstance(layer, int))
         return CaptureOptions(
@@ -97,7 +94,8 @@ class _Settings:
             vectors=vectors.choice("auto"),
             max_new_tokens=_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens,
             longer_where_thinking=self.max_new_tokens is None,
-            sampling=asked_sampling(self.sampling, self.temperature, self.seed),
+            sampling=chosen.asked(self.seed),
+            samples=chosen.samples,
             save_dtype=self.save_dtype,
             batch_size=self.batch_size,
             limit=self.limit,
@@ -107,12 +105,6 @@ class _Settings:
             thinking=self.thinking,
             template_args=dict(self.template_arg),
         )
-
-
-def _own_temperature(context: click.Context, option: click.Parameter, value: float) -> float | None:
-    """The temperature; `None`, the checkpoint's own, if only `--sampling checkpoint` was given."""
-    is_default = context.get_parameter_source("temperature") is ParameterSource.DEFAULT
-    return None if is_default and context.params["sampling"] == "checkpoint" else value
 
 
 @command(
@@ -142,22 +134,7 @@ def _own_temperature(context: click.Context, option: click.Parameter, value: flo
     metavar="N",
     help=f"Maximum length of a response.  [default: {_NEW_TOKENS}, or 1024 where the chat template makes models think]",
 )
-@click.option(
-    "--temperature",
-    type=click.FloatRange(min=0),
-    default=0.7,
-    show_default=True,
-    callback=_own_temperature,
-    help="Sampling temperature; 0 is greedy. With --sampling checkpoint, the default is the checkpoint's own.",
-)
-@click.option(
-    "--sampling",
-    type=click.Choice(["plain", "checkpoint"]),
-    default="plain",
-    show_default=True,
-    is_eager=True,  # the default of --temperature depends on it
-    help="plain: by temperature alone; checkpoint: as its generation config says (penalties, top-k, top-p ...).",
-)
+@sampling_options
 @click.option("--skip-existing", is_flag=True, help="Write only missing files.")
 @click.option("--overwrite", is_flag=True, help="Replace files that cannot be read, and those derived from them, too.")
 @click.option("--dry-run", is_flag=True, help="Only report how many prompts, files and bytes would be written.")
@@ -191,6 +168,7 @@ def capture(
     settings: _Settings,
     kept: KeptOptions,
     vectors: VectorOptions,
+    chosen: SamplingOptions,
     model: ModelOptions,
     cluster: ClusterOptions,
 ) -> None:
@@ -208,7 +186,7 @@ def capture(
     if vectors.vector_experiment is not None and not settings.no_project:
         _check_vectors(location, vectors.vector_experiment)
     executor = cluster.make_executor(settings.batch_size, can_collect=not settings.projections_only)
-    options = settings.capture_options(kept, vectors)
+    options = settings.capture_options(kept, vectors, chosen)
     from tlcapture.commands.adhoc_prompts import numbered_on
 
     if given is not None:
@@ -276,7 +254,8 @@ def _show_estimate(
     facts = {**estimate.to_json(), **changes, "failures": [failed._asdict() for failed in failures], "free": free}
     console.uses(estimate=facts)
     completed = f", {estimate.n_completed} captures to complete" if estimate.n_completed else ""
-    console.line(f"{estimate.n_prompts} prompts to capture{completed}; at most about:")
+    what = "prompts" if options.samples is None else "responses"
+    console.line(f"{estimate.n_prompts} {what} to capture{completed}; at most about:")
     kinds = {**estimate.by_kind, "total": (estimate.n_files, estimate.n_bytes)}
     rows = [(kind, f"{count} files", format_bytes(size)) for kind, (count, size) in kinds.items()]
     console.table([Column(), Column(right=True), Column(right=True)], rows)

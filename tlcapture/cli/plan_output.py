@@ -58,7 +58,9 @@ class Estimate:
         """Print the estimate to standard output."""
         prompt_tokens, new_tokens = self.workload.prompt_tokens, self.workload.options.max_new_tokens
         click.echo(f"{printable(self.model)}: {self.measures.n_layers} layers, d_model {self.measures.d_model}")
-        click.echo(f"{self.cost.n_prompts} prompts of {prompt_tokens} tokens, with {new_tokens} new tokens each")
+        samples = self.workload.options.samples
+        responses = f"{samples} responses of {new_tokens}" if samples else f"{new_tokens}"
+        click.echo(f"{self.cost.n_prompts} prompts of {prompt_tokens} tokens, with {responses} new tokens each")
         click.echo()
         self._echo_cost()
         click.echo()

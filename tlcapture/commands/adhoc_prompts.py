@@ -9,18 +9,20 @@ from typing import Any
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.errors import StorageError
+from tlcapture.names import split_name
 from tlcapture.prompts.prompt_sets import ADHOC, PromptSet
 from tlcapture.storage.layout import Layout
 
 
 def numbered_on(layout: Layout, given: PromptSet) -> PromptSet:
     """The prompts with ids after those of `adhoc` in an experiment; one that it holds has the id that it has there."""
-    held = layout.prompt_ids(ADHOC)
     ids: dict[str, str] = {}
-    for prompt_id in held:
-        metadata = _metadata(layout, prompt_id)
+    held = []
+    for name in layout.prompt_ids(ADHOC):
+        metadata = _metadata(layout, name)
+        held.append(split_name(name)[0] if metadata is None else str(metadata["prompt_id"]))
         if metadata is not None:
-            ids.setdefault(_key(metadata.get("prompt_text"), metadata.get("messages")), prompt_id)
+            ids.setdefault(_key(metadata.get("prompt_text"), metadata.get("messages")), held[-1])
     following = max((int(prompt_id) for prompt_id in held if prompt_id.isdecimal()), default=0) + 1
     prompts = {}
     for prompt in given.prompts:
@@ -31,15 +33,15 @@ def numbered_on(layout: Layout, given: PromptSet) -> PromptSet:
     return given.model_copy(update={"prompts": list(prompts.values())})
 
 
-def _metadata(layout: Layout, prompt_id: str) -> Mapping[str, Any] | None:
+def _metadata(layout: Layout, name: str) -> Mapping[str, Any] | None:
     """Metadata of a capture, or of projections without one; `None` where there are none that can be read."""
-    raw = layout.residual(ADHOC, prompt_id)
+    raw = layout.residual(ADHOC, name)
     try:
         if raw.is_file():
             return Capture.open(raw).metadata
     except StorageError:
         return None
-    record = CaptureRecord.find(layout, ADHOC, prompt_id)
+    record = CaptureRecord.find(layout, ADHOC, name)
     return None if record is None else record.metadata
 
 

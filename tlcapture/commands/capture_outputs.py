@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tlcapture.captures.capture import Capture, common_dtype
 from tlcapture.captures.from_generation import is_alike
+from tlcapture.captures.provenance import sample_record
 from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.kept_positions import lacks_positions, wanted_positions
 from tlcapture.errors import NumericalError, StorageError
@@ -145,9 +146,8 @@ def write_capture(
     They are removed after the new file was written completely and before it is renamed to its path, so that a derived
     file never exists next to a capture other than its source. `on_removed` is called with their paths.
     """
-    prompt_set, prompt_id = capture.prompt_set, capture.prompt_id
-    path = layout.residual(prompt_set, prompt_id)
-    derived = [] if is_alike(path, capture) else derived_files(layout, prompt_set, prompt_id)
+    path = layout.residual(capture.prompt_set, capture.name)
+    derived = [] if is_alike(path, capture) else derived_files(layout, capture.prompt_set, capture.name)
 
     def remove_derived(new: Path) -> None:
         remove(derived)
@@ -161,12 +161,12 @@ def remove_stale(layout: Layout, capture: Capture) -> Sequence[Path]:
 
     A raw file of the prompt that cannot be read is removed too. Returns the paths of the removed files.
     """
-    raw = layout.residual(capture.prompt_set, capture.prompt_id)
+    raw = layout.residual(capture.prompt_set, capture.name)
     unreadable = [raw] if raw.is_file() and saved_capture(raw, overwrite=True) is None else []
-    before = CaptureRecord.find(layout, capture.prompt_set, capture.prompt_id)
+    before = CaptureRecord.find(layout, capture.prompt_set, capture.name)
     if not unreadable and before is not None and before.is_like(capture):
         return ()
-    stale = [*derived_files(layout, capture.prompt_set, capture.prompt_id), *unreadable]
+    stale = [*derived_files(layout, capture.prompt_set, capture.name), *unreadable]
     remove(stale)
     return stale
 
@@ -190,8 +190,8 @@ def add_ons(
         save_dtype: the dtype of internals in their files, or `auto`.
         lens: the logit lens, where it was computed already.
     """
-    names: dict[str, Any] = {"prompt_id": capture.prompt_id, "prompt_set": capture.prompt_set}
-    where = (capture.prompt_set, capture.prompt_id)
+    names = {"prompt_id": capture.prompt_id, **sample_record(capture.sample), "prompt_set": capture.prompt_set}
+    where = (capture.prompt_set, capture.name)
     tokens, n_prompt = capture.tokens, len(capture.prompt.tokens)
     positions = wanted_positions(wanted.tokens, capture, fresh=residual_cache is not None)
     if wanted.attention:

@@ -15,7 +15,7 @@ from tlcapture.captures.capture import Capture
 from tlcapture.captures.provenance import is_same_computation, model_record, point_hooks
 from tlcapture.errors import InputError, StorageError
 from tlcapture.models.loading import Model
-from tlcapture.names import PromptId
+from tlcapture.names import PromptId, capture_name
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
 from tlcapture.views.kept_points import KeptPoints
@@ -53,6 +53,16 @@ class CaptureRecord:
         return found if isinstance(found, int) else str(found)
 
     @property
+    def sample(self) -> int | None:
+        """Which of several responses to the prompt it is of; `None` for the only one."""
+        return self.metadata.get("sample")
+
+    @property
+    def name(self) -> PromptId:
+        """The name of the capture in file names."""
+        return capture_name(self.prompt_id, self.sample)
+
+    @property
     def n_layers(self) -> int:
         """Layers of the model, whether kept or not."""
         return int(self.metadata["n_layers"])
@@ -76,20 +86,20 @@ class CaptureRecord:
         return cls({**measures, **model_record(model), **recorded})
 
     @classmethod
-    def find(cls, layout: Layout, prompt_set: str, prompt_id: PromptId) -> CaptureRecord | None:
-        """The capture that a prompt's projections were made from.
+    def find(cls, layout: Layout, prompt_set: str, name: PromptId) -> CaptureRecord | None:
+        """The capture that projections under a name were made from.
 
         `None` for projections that do not record it, are of different runs, or are damaged.
         """
         found: list[CaptureRecord] = []
-        for path in layout.all_projections(prompt_set, prompt_id):
+        for path in layout.all_projections(prompt_set, name):
             try:
                 content = read_json(path)
                 n_prompt = len(content["prompt"]["tokens"])
                 tokens = content["prompt"]["tokens"] + content["response"]["tokens"]
                 positions = stated_positions(content["metadata"], n_prompt, len(tokens))
                 made_from = cls(content["metadata"]["capture"], tokens, positions)
-                is_of_prompt = (made_from.prompt_set, str(made_from.prompt_id)) == (prompt_set, str(prompt_id))
+                is_of_prompt = (made_from.prompt_set, str(made_from.name)) == (prompt_set, str(name))
                 if made_from.n_layers < 1 or made_from.d_model < 1 or not made_from.kept.layers or not is_of_prompt:
                     return None
             except (StorageError, InputError, KeyError, TypeError, ValueError):

@@ -32,7 +32,7 @@ from tlcapture.commands.projections import (
 )
 from tlcapture.commands.replay import as_prompt, check_replayable, replayed
 from tlcapture.errors import InputError, OutOfMemoryError
-from tlcapture.generation.checkpoint_sampling import sampling_for, unfollowed
+from tlcapture.generation.checkpoint_sampling import sampling_for, unfollowed, without_effect
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure, Generation
 from tlcapture.generation.recording import n_bytes_of
@@ -96,7 +96,7 @@ class CaptureWorker:
             finally:
                 self.run.removed(self._removed)
                 if self._unanswered:  # which threads found in any order
-                    named = [f"{each.prompt_set}/{each.id}" for each in task.batched]
+                    named = [f"{each.prompt_set}/{each.name}" for each in task.batched]
                     can_be_off = has_switch(self.model.tokenizer, task.batched[0].template_args)
                     self.run.warn(no_answer_warning(sorted(self._unanswered, key=named.index), has_switch=can_be_off))
                 self._removed, self._unanswered = [], []
@@ -120,9 +120,8 @@ class CaptureWorker:
         model, options = self.model, self.options
         wanted = options.outputs(model.n_layers)
         sampling = sampling_for(options.sampling, model)
-        not_followed = unfollowed(sampling, model)
-        if not_followed is not None:
-            self.run.warn(not_followed)
+        for note in filter(None, (unfollowed(sampling, model), without_effect(sampling, options.samples))):
+            self.run.warn(note)
         # A default that is longer for thinking must not keep prompts from fitting.
         max_new_tokens = max(options.max_new_tokens, min(task.max_new_tokens, model.n_ctx - task.longest))
         for prompt in task.batched:
@@ -153,7 +152,7 @@ class CaptureWorker:
                 batch_size=options.batch_size,
                 on_tokens=on_tokens,
             ):
-                name = f"{outcome.prompt.prompt_set}/{outcome.prompt.id}"
+                name = f"{outcome.prompt.prompt_set}/{outcome.prompt.name}"
                 if isinstance(outcome, Failure):
                     self.run.failed(name, outcome.reason)
                     continue
@@ -199,7 +198,7 @@ class CaptureWorker:
     ) -> None:
         options = self.options
         # Another tool may have put files there since the run was planned.
-        where = (generation.prompt.prompt_set, generation.prompt.id)
+        where = (generation.prompt.prompt_set, generation.prompt.name)
         saved_capture(self.layout.residual(*where), overwrite=options.overwrite)
         for path in derived_files(self.layout, *where):
             check_replaceable(self.layout, path, overwrite=options.overwrite)
@@ -216,7 +215,7 @@ class CaptureWorker:
         if capture.lacks_answer:
             self._unanswered.append(name)
         whole, capture = capture, capture.only(wanted_positions(wanted.tokens, capture, fresh=True))
-        marker = self.layout.unfinished(capture.prompt_set, capture.prompt_id)
+        marker = self.layout.unfinished(capture.prompt_set, capture.name)
         with self._lock:
             update_config(self.layout, inference_model=self.model.name)
         write_bytes(marker, b"")
@@ -351,7 +350,7 @@ class CaptureWorker:
             levels = self._levels.reporting_to(run)
             project_capture(run, capture, chosen, levels, only=only, overwrite=overwrite, kept=kept, scores=scores)
             return
-        raw = self.layout.residual(capture.prompt_set, capture.prompt_id)
+        raw = self.layout.residual(capture.prompt_set, capture.name)
         done, error = self._processes.call(
             ProjectionTask.do, ProjectionTask(self.layout, raw, chosen, scores, overwrite)
         )

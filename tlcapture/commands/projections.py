@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from tlcapture.captures.capture import Capture
-from tlcapture.captures.provenance import now
+from tlcapture.captures.provenance import now, sample_record
 from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.top_traits import essentials
 from tlcapture.errors import StorageError, TlcaptureError
@@ -64,7 +64,7 @@ def without_projection(
 
     Raises `StorageError` for a projection file that cannot be read and is not to be overwritten.
     """
-    ids = (capture.prompt_set, capture.prompt_id)
+    ids = (capture.prompt_set, capture.name)
     return [each for each in chosen if not _is_projected(layout, *ids, each.vector, existing)]
 
 
@@ -219,7 +219,7 @@ def _levels_of(layout: Layout) -> ChanceLevels:
 
 
 def _path(layout: Layout, capture: Capture, vector: TraitVector) -> Path:
-    return layout.projection(vector.trait, vector.component, capture.prompt_set, capture.prompt_id)
+    return layout.projection(vector.trait, vector.component, capture.prompt_set, capture.name)
 
 
 def massive_line(centred: Sequence[tuple[Trait, Centred]]) -> str:
@@ -253,6 +253,7 @@ def _file_content(
         "inference_model": capture.metadata["inference_model"],
         "inference_experiment": layout.experiment,
         "prompt_id": capture.prompt_id,
+        **sample_record(capture.sample),
         "prompt_set": capture.prompt_set,
         "vector_source": projection.source(),
         "layers": projection.layers,

@@ -35,11 +35,11 @@ def check_replayable(capture: Capture, wanted: Outputs, model: Model) -> None:
         )
 
 
-def as_prompt(capture: Capture, prompt_id: PromptId) -> TokenizedPrompt:
-    """Prompt and response of a capture as one prompt, to which no response is generated."""
+def as_prompt(capture: Capture, name: PromptId) -> TokenizedPrompt:
+    """Prompt and response of a capture as one prompt, with the capture's name, to which no response is generated."""
     text = capture.prompt.text + capture.response.text
     ids = tuple(capture.token_ids)
-    return TokenizedPrompt(capture.prompt_set, prompt_id, text, text, ids, None, chat_template=False)
+    return TokenizedPrompt(capture.prompt_set, name, text, text, ids, None, chat_template=False)
 
 
 def replayed(

@@ -231,7 +231,7 @@ class ExplorableCapture(ABC):
         saved = self._read_add_on("logit_lens")
         if saved is not None:
             path, content = saved
-            return table_of_file(content, path, self._captured.prompt_set, self._captured.prompt_id)
+            return table_of_file(content, path, self._captured.prompt_set, self._captured.name)
         from tlcapture.prompts.tokenization import token_texts
         from tlcapture.views.logit_lens import logit_lens_view
 
@@ -303,7 +303,7 @@ class ExplorableCapture(ABC):
         capture = self._captured
         return {
             "prompt_set": capture.prompt_set,
-            "prompt_id": capture.prompt_id,
+            "prompt_id": capture.name,
             "tokens": capture.tokens,
             "n_prompt_tokens": len(capture.prompt.tokens),
         }
@@ -385,4 +385,5 @@ class ExplorableCapture(ABC):
             calibration=None if calibration is None else Calibration.of_record(CalibrationRecord(**calibration)),
             spans=capture.spans,
             positions=self._positions,
+            sample=capture.sample,
         )

@@ -10,6 +10,9 @@
                                   steering/{category}/{trait}/
                                   runs/{time}-{command}-{process}.json
 
+Files of a capture begin with its name: the id of its prompt, or `7.s1` for sample 1 of prompt 7. Where a method takes a
+prompt's id, the name of a sample is one.
+
 Prompt sets and trait examples that a root's `datasets/` does not have are looked up in the installed package.
 """
 
@@ -32,6 +35,7 @@ from tlcapture.names import (
     file_name,
     is_prompt_set,
     is_safe_name,
+    split_name,
 )
 
 STREAM_FOLDERS = {"residual": "residual_stream", "attn_out": "attn_stream"}
@@ -378,9 +382,11 @@ def _folders_in(folder: Path) -> list[str]:
     return []
 
 
-def _natural(name: str) -> tuple[int, int, str]:
-    """Sort key: numbers in numerical order, then names."""
-    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
+def _natural(name: str) -> tuple[int, int, str, int]:
+    """Sort key: numbers in numerical order, then names, each followed by its samples."""
+    prompt_id, sample = split_name(name)
+    number = (0, int(prompt_id)) if prompt_id.isdecimal() else (1, 0)
+    return (*number, prompt_id, sample or 0)
 
 
 def derived_files(layout: Layout, prompt_set: str, prompt_id: PromptId) -> list[Path]:

@@ -144,6 +144,7 @@ class ProjectionMetadata(FileContent):
     layers: list[Layer] | None = None
     prompt_set: str | None = None
     prompt_id: PromptId | None = None
+    sample: int | None = Field(default=None, ge=1)
     inference_model: str | None = None
     warnings: list[str] = Field(default_factory=list)
     definitions: int = Field(default=1, ge=1)

@@ -41,7 +41,13 @@ class AttentionPatterns:
         return f"AttentionPatterns({self.n_layers} layers{without}, {n_heads} heads, {n_tokens} tokens)"
 
     def to_json(
-        self, *, prompt_id: PromptId, prompt_set: str, tokens: Sequence[str], n_prompt_tokens: int
+        self,
+        *,
+        prompt_id: PromptId,
+        prompt_set: str,
+        tokens: Sequence[str],
+        n_prompt_tokens: int,
+        sample: int | None = None,
     ) -> dict[str, Any]:
         """The content of `{id}_attention.json`.
 
@@ -53,6 +59,7 @@ class AttentionPatterns:
         return {
             **({} if self.positions is None else self.positions.record()),
             "prompt_id": prompt_id,
+            **({} if sample is None else {"sample": sample}),
             "prompt_set": prompt_set,
             "n_layers": self.n_layers,
             "n_heads": n_heads,

@@ -62,6 +62,7 @@ class LogitLens:
         tokens: Sequence[str],
         n_prompt_tokens: int,
         token_texts: Callable[[Sequence[int]], list[str]],
+        sample: int | None = None,
     ) -> dict[str, Any]:
         """The content of `{id}_logit_lens.json`; probabilities have 4 significant digits.
 
@@ -86,6 +87,7 @@ class LogitLens:
         return {
             **({} if self.positions is None else self.positions.record()),
             "prompt_id": prompt_id,
+            **({} if sample is None else {"sample": sample}),
             "prompt_set": prompt_set,
             "tokens": list(tokens),
             "n_prompt_tokens": n_prompt_tokens,
