@@ -36,6 +36,7 @@ class Estimate:
     def to_json(self) -> dict[str, Any]:
         """The estimate as an object for JSON."""
         content = {"model": self.model, "workers": self.workers, **self.cost.to_json()}
+        content |= {} if self.workload.options.samples is None else {"samples": self.workload.options.samples}
         content["new_tokens"] = self.workload.n_new_tokens
         if self.pace is not None:
             content["tokens_per_second"] = self.pace.tokens_per_second
