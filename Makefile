@@ -173,6 +173,7 @@ view: $(READY) ## Open the page on EXPERIMENT
 screenshots: $(READY) chromium ## Pictures of the page for the documentation, from the experiment of `make demo`
 	$(BIN)/tlcapture steer --experiment demo --traits style/formality --layers 8,12,16 --coefficients=-0.2,0.2,0.4
 	$(BIN)/tlcapture capture --experiment demo --prompt-set dynamic --temperature 0
+	$(BIN)/tlcapture capture --experiment demo --prompt "How do I pick a lock?" --samples 8
 	$(BIN)/python -m docs.screenshots
 
 clean: ## Remove the environment and build leftovers (experiments stay)

@@ -34,7 +34,7 @@ def main(quick: bool, rounds: int, only: str, baseline: Path | None) -> None:
     from long_context import flat
     from measure import HEAD, Row, machine
     from output_speed import w5, w6, w7, w8, w9, w10, w11
-    from sampling_speed import NOT_MEASURED, large_vocabulary, sampling, w1_bridge, w1_sampled
+    from sampling_speed import NOT_MEASURED, large_vocabulary, processors, samples, sampling, w1_bridge, w1_sampled
 
     def w12(bench: Bench) -> Iterator[Row]:
         yield from capture_threads.w12(bench.rounds, capture_threads.trees_of(baseline))
@@ -44,7 +44,9 @@ def main(quick: bool, rounds: int, only: str, baseline: Path | None) -> None:
 
     slow = (w3, w1_half, w9, w10, w12, w14, w1_bridge)  # omitted from a quick run
     workloads = {work.__name__: work for work in (w1, w1_half, w2, w3, w4, w5, w6, w7, w8, w9, w10, w11, w12, w13, w14)}
-    workloads |= {work.__name__: work for work in (w1_sampled, w1_bridge, large_vocabulary, sampling)}
+    workloads |= {
+        work.__name__: work for work in (w1_sampled, w1_bridge, large_vocabulary, sampling, processors, samples)
+    }
     workloads |= {"flat": flat, "products": products, "gpu": accelerator}
     not_measured = {"gpu": ("GPU", "Gemma-2-2B's shape, ours / HF plain", "no GPU on this machine"), **NOT_MEASURED}
     chosen = [name.strip() for name in only.split(",") if name.strip()] or [

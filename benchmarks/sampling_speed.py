@@ -1,4 +1,4 @@
-"""Workloads at temperature 0.7, and W1 on the engine `bridge`."""
+"""Workloads at temperature 0.7, rules and samples, and W1 on the engine `bridge`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from generation_speed import Bench
 from implementations import Task, hugging_face
-from measure import Row, in_turn, medians, ratios, run_child
+from measure import Row, in_turn, medians, ratios, run_child, seconds
 from torch import Tensor
 
-from tlcapture.generation.loop import generate
+from tlcapture.generation.loop import generate, prefill
 from tlcapture.generation.noise import GumbelNoise
+from tlcapture.generation.processors import LogitProcessors, PromptTokens
+from tlcapture.generation.samples import sampled
 from tlcapture.generation.sampling import Sampling, choose_tokens, n_numbers
 from tlcapture.models.loading import from_hugging_face
 from tlcapture.prompts.tokenization import TokenizedPrompt
+from tlcapture.views.residual import residual_hooks
 
 TEMPERATURE = 0.7
 TL4 = Path(__file__).parents[1] / ".venv-tl4/bin/python"
@@ -87,6 +91,66 @@ def sampling(bench: Bench) -> Iterator[Row]:
     note = medians(times, milli=True)
     yield Row("sampling", "64 x 256,000, now / before", ratios(times, "now", "before"), 0.2, 0.2, note=note)
     yield Row("sampling", "64 x 256,000, in ms", milliseconds, 120, 80)
+
+
+def processors(bench: Bench) -> Iterator[Row]:
+    """What each rule adds to choosing the next tokens of ten rows of the embedded model, beside `generate`'s classes.
+
+    The logits are those of ten prompts, and a step is one of them with capture.
+    """
+    logits, step = _real_logits(bench)
+    given: dict[str, tuple[dict[str, Any], Any]] = {
+        "repetition penalty 1.2": ({"repetition_penalty": 1.2}, transformers.RepetitionPenaltyLogitsProcessor(1.2)),
+        "top-k 50": ({"top_k": 50}, transformers.TopKLogitsWarper(50)),
+        "top-p 0.9": ({"top_p": 0.9}, transformers.TopPLogitsWarper(0.9)),
+        "min-p 0.05": ({"min_p": 0.05}, transformers.MinPLogitsWarper(0.05)),
+    }
+    ids = [list(prompt.token_ids) for prompt in bench.prompts[:10]]
+    padded = torch.tensor([row[:1] * (max(map(len, ids)) - len(row)) + row for row in ids])
+    tokens = [PromptTokens(row, frozenset(), 50) for row in ids]
+    temperature = transformers.TemperatureLogitsWarper(TEMPERATURE)
+    for name, (rules, theirs) in given.items():
+        ours = LogitProcessors(Sampling(TEMPERATURE, **rules).rules, TEMPERATURE, tokens)
+        is_before = "penalty" in name
+
+        def by_generate(theirs: Any = theirs, is_before: bool = is_before) -> Tensor:
+            return temperature(None, theirs(padded, logits)) if is_before else theirs(padded, temperature(None, logits))
+
+        def by_ours(ours: Any = ours) -> Tensor:
+            ours.append(padded[:, -1])
+            return ours(logits)
+
+        times = in_turn({"ours": by_ours, "generate": by_generate}, 8 * bench.rounds)
+        yield Row(name, "ours / generate's processors", ratios(times, "ours", "generate"), 1.2, 1.0)
+        yield Row(name, "share of a step of W1", [each / step for each in times["ours"]], 0.1, 0.05)
+
+
+def _real_logits(bench: Bench) -> tuple[Tensor, float]:
+    """The logits `[10, d_vocab]` after ten prompts, and the seconds of a step that follows."""
+    model, prompts = bench.model, bench.prompts[:10]
+    state = prefill(model, prompts)
+    tokens = torch.tensor([[prompt.token_ids[-1]] for prompt in prompts])
+    hooks = frozenset(residual_hooks(model.n_layers, model.hook_names, attn_out=False))
+    logits = model.step(tokens, torch.ones_like(tokens), state, hooks, want_logits=True).logits
+    assert logits is not None
+    again = [
+        seconds(lambda: model.step(tokens, torch.ones_like(tokens), state, hooks, want_logits=True)) for _ in range(9)
+    ]
+    return logits.float().clone(), sorted(again)[4]
+
+
+def samples(bench: Bench) -> Iterator[Row]:
+    """Eight samples of each of four long prompts, which are read once, beside as many prompts."""
+    prompts = [replace(prompt, token_ids=prompt.token_ids * 12) for prompt in bench.prompts[:4]]
+    several = [replace(prompt, id=f"{prompt.id}-{n}") for prompt in prompts for n in range(8)]
+    hooks = residual_hooks(bench.model.n_layers, bench.model.hook_names, attn_out=False)
+
+    def run(chosen: Sequence[TokenizedPrompt]) -> Any:
+        options = {"max_new_tokens": bench.new_tokens, "sampling": Sampling(TEMPERATURE), "batch_size": 32}
+        return lambda: list(generate(bench.model, chosen, hooks=hooks, **options))
+
+    times = in_turn({"samples": run(sampled(prompts, 8)), "prompts": run(several)}, bench.rounds)
+    yield Row("4 prompts, 8 samples", "samples / prompts of their own", ratios(times, "samples", "prompts"), 1.0, 0.8)
 
 
 def _by_inverse(logits: Tensor, generators: Sequence[torch.Generator]) -> list[int]:

@@ -19,6 +19,7 @@ VIEWS = {
     "lens": "prompt=3&token=46&layer=24",
     "attention": "prompt=1&token=80&layer=20&head=4&measure=largest",
     "vectors": f"trait={TRAIT}",
+    "samples": "view=dynamics&set=adhoc&prompt=1.s1&trait=behavioral/refusal&shown=behavioral/refusal",
     "compare": f"trait={TRAIT}&prompt=6&set2=dynamic&average2=1&theme=dark",
 }
 # docs/screenshots/difference.png is of the example in docs/compare.md.

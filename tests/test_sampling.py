@@ -150,7 +150,7 @@ def test_near_zero_temperatures_under_rules_choose_the_likeliest_token() -> None
         ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha 0.6"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens 3"),
         ({"guidance_scale": 1.5}, "guidance_scale 1.5"),
-        ({"stop_strings": ["END"]}, "stop_strings ['END']"),
+        ({"watermarking_config": {"bias": 2.0}}, "watermarking_config"),
     ],
 )
 def test_what_cannot_be_followed_is_refused_by_name(settings: dict[str, Any], named: str) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tlcapture.errors import TlcaptureError
     from tlcapture.explore.experiment import Experiment
     from tlcapture.explore.live_capture import capture
+    from tlcapture.generation.sampling import Sampling
     from tlcapture.models.loading import load_model
     from tlcapture.prompts.prompt_sets import Prompt, PromptSet
     from tlcapture.traits.interventions import Ablate, Cap, Steer
@@ -28,6 +29,7 @@ _HOMES = {
     "Experiment": "tlcapture.explore.experiment",
     "Prompt": "tlcapture.prompts.prompt_sets",
     "PromptSet": "tlcapture.prompts.prompt_sets",
+    "Sampling": "tlcapture.generation.sampling",
     "Steer": "tlcapture.traits.interventions",
     "TlcaptureError": "tlcapture.errors",
     "capture": "tlcapture.explore.live_capture",
@@ -42,6 +44,7 @@ __all__ = [
     "Experiment",
     "Prompt",
     "PromptSet",
+    "Sampling",
     "Steer",
     "TlcaptureError",
     "capture",

@@ -4,8 +4,8 @@ A safe name can only mean a file directly inside the folder it is joined to: let
 `-`, not starting with `.` or `-`, at most 128 characters.
 
 A prompt set may lie in subfolders: its name is a path of safe names, `general/mine`. A prompt's id is a safe name, or
-a number, whose digits are one. The captures of a variant of a prompt set are a set of their own, `general/mine@lora`,
-and the samples of prompt 7 are called `7.s1`, `7.s2`, ...
+a number, whose digits are one. The captures of a variant of a prompt set are a set of their own, `general/mine@lora`.
+A capture has the name of its prompt, with that of its sample: `7`, `7.s1`.
 
     >>> check_name("my_exp", "experiment")
     'my_exp'
@@ -16,6 +16,7 @@ and the samples of prompt 7 are called `7.s1`, `7.s2`, ...
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tlcapture.errors import InputError
@@ -23,9 +24,10 @@ from tlcapture.errors import InputError
 MOST_FOLDERS = 8  # parts of the name of a prompt set
 _LONGEST = 128
 _LARGEST = 2**53 - 1
-_SAMPLE = re.compile(r"(.+)\.s[1-9][0-9]{0,8}")
 COMPACT = ".safetensors"  # the ending of analysis files in the compact form
 _SAFE = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{_LONGEST - 1}}}")
+
+_SAMPLE = re.compile(r"(.+)\.s([1-9][0-9]{0,8})")
 
 PromptId = int | str  # an id has in every file the type that it has in its prompt set
 
@@ -101,12 +103,6 @@ def is_compared_name(name: str) -> bool:
     return is_safe_name(experiment) and is_set and (not at or is_safe_name(variant))
 
 
-def base_id(name: str) -> str:
-    """The name of the prompt of a sample, `7` for `7.s1`; any other name unchanged."""
-    found = _SAMPLE.fullmatch(name)
-    return found[1] if found else name
-
-
 def prompt_id_problem(value: object) -> str | None:
     """Why a value cannot be the id of a prompt; `None` for a safe name or a whole number that JSON holds exactly."""
     if isinstance(value, bool) or not isinstance(value, str | int):
@@ -116,6 +112,26 @@ def prompt_id_problem(value: object) -> str | None:
     if not is_safe_name(str(value)):
         return f"id {value!r} is not a safe file name (letters, digits, '.', '_', '-')"
     return None
+
+
+def capture_name(prompt_id: PromptId, sample: int | None) -> PromptId:
+    """The name of a capture in file names: its prompt's id, or `7.s2` for sample 2 of prompt 7."""
+    return prompt_id if sample is None else f"{prompt_id}.s{sample}"
+
+
+def split_name(name: str) -> tuple[str, int | None]:
+    """The id of the prompt and the number of the sample that a capture's name would be of; `None` without a sample.
+
+    The id of a prompt may end as the name of a sample does; metadata says what a capture is of.
+    """
+    found = _SAMPLE.fullmatch(name)
+    return (found[1], int(found[2])) if found else (name, None)
+
+
+def sampled_prompts(names: Iterable[str]) -> list[str]:
+    """The ids of the prompts that have samples among captures, by the names of these, in their order."""
+    split = map(split_name, names)
+    return list(dict.fromkeys(prompt_id for prompt_id, sample in split if sample is not None))
 
 
 def file_name(prompt_id: PromptId) -> str:

@@ -200,7 +200,7 @@ def test_kept_captures_with_other_sampling_settings_are_reported(capture: Run, t
     assert "made with another" not in again.stderr  # a greedy run has no seed
     other = capture("--temperature", 1.5, "--skip-existing")
     assert other.exit_code == 0
-    message = "short: kept 2 captures made with another temperature, seed or --max-new-tokens: leave out"
+    message = "short: kept 2 captures made with another temperature, seed, sampling or --max-new-tokens: leave out"
     assert other.stderr.count(message) == 1
     one = capture("--temperature", 0, "--max-new-tokens", 6, "--skip-existing")
     assert "short: kept the capture of prompt 3 made with another temperature" in one.stderr

@@ -381,7 +381,9 @@ def test_a_longer_response_by_default_is_no_other_setting(
     assert "nothing was missing" in again.output
     assert "another temperature" not in again.output
     other = tlcapture(*words, "--skip-existing", "--max-new-tokens", 7)
-    assert "kept the capture of prompt 1 made with another temperature, seed or --max-new-tokens" in other.output
+    assert (
+        "kept the capture of prompt 1 made with another temperature, seed, sampling or --max-new-tokens" in other.output
+    )
 
 
 @pytest.mark.parametrize("only", [(), ("--projections-only",)])

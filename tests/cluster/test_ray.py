@@ -100,6 +100,17 @@ def test_a_cluster_writes_the_files_of_a_local_run(
     assert done.stderr.count(" of 6 batches") == 6
 
 
+def test_samples_on_a_cluster_are_those_of_a_local_run(ray_address: str, busy: Path, tmp_path: Path) -> None:
+    rules = ("--temperature", 1.5, "--top-p", 0.9, "--repetition-penalty", 1.2, "--stop", "q", "--samples", 2)
+    words = (*words_of(busy), "--limit", 2, "--max-new-tokens", 9, "--batch-size", 3, *rules)
+    local = Path(shutil.copytree(busy, tmp_path / "local"))
+    alone = Command(tmp_path / "alone", *[local if word is busy else word for word in words]).end()
+    done = Command(tmp_path / "ray", *words, *RAY, "--ray-address", ray_address).end()
+    assert (alone.code, done.code) == (0, 0), done.stderr
+    assert sorted(path.name for path in captured(busy)) == ["1.s1.pt", "1.s2.pt", "2.s1.pt", "2.s2.pt"]
+    assert same_but_for_the_model_folder(contents(busy / "experiments/exp"), contents(local / "experiments/exp"))
+
+
 def test_the_batch_of_a_killed_worker_is_run_again(
     run: Callable[..., Command], busy: Path, by_one_process: dict[str, Any], evidence: Evidence
 ) -> None:

@@ -17,6 +17,7 @@ from tests.test_parity import as_prompt, random_ids, relative
 from tlcapture.generation.interventions import Add, Limit, Remove
 from tlcapture.generation.loop import generate, teacher_force
 from tlcapture.generation.outcomes import Generation
+from tlcapture.generation.samples import sampled
 from tlcapture.generation.sampling import GREEDY, Sampling
 from tlcapture.generation.where import Where
 from tlcapture.models.fast import decoder, layers, recording
@@ -99,12 +100,14 @@ def growing(monkeypatch: pytest.MonkeyPatch, call: Callable[[], Any]) -> Any:
         return call()
 
 
-def generated(model: Model, lengths: tuple[int, ...] = LENGTHS, n_new: int = 20, **options: Any) -> dict[str, Any]:
-    """Generations of greedy responses by the length of the prompt."""
-    prompts = [as_prompt(random_ids(length, seed=length), str(length)) for length in lengths]
+def generated(
+    model: Model, lengths: tuple[int, ...] = LENGTHS, n_new: int = 20, samples: int | None = None, **options: Any
+) -> dict[str, Any]:
+    """Generations of greedy responses by the length of the prompt, or the name of the sample."""
+    prompts = sampled([as_prompt(random_ids(length, seed=length), str(length)) for length in lengths], samples)
     hooks = [*residual_hooks(model.n_layers, model.hook_names), *attention_hooks(model.n_layers, model.hook_names)]
-    defaults = {"batch_size": len(lengths), "max_new_tokens": n_new, "sampling": GREEDY, "hooks": hooks}
-    found = {each.prompt.id: each for each in generate(model, prompts, **{**defaults, **options})}
+    defaults = {"batch_size": len(prompts), "max_new_tokens": n_new, "sampling": GREEDY, "hooks": hooks}
+    found = {each.prompt.name: each for each in generate(model, prompts, **{**defaults, **options})}
     assert all(isinstance(each, Generation) for each in found.values())
     return found
 
@@ -146,6 +149,13 @@ def test_rows_that_end_early_leave_tokens_and_activations_as_they_are(
     assert len({len(each.response_ids) for each in expected.values()}) > 2
     check_equal(generated(model, **options), expected)
     check_equal(generated(model, **{**options, "batch_size": 2}), expected)
+
+
+def test_samples_of_prompts_decode_in_the_buffers_too(monkeypatch: pytest.MonkeyPatch, tapes: list[Tape]) -> None:
+    model, options = model_of("gemma2"), {"samples": 3, "sampling": Sampling(1.5, top_p=0.9, repetition_penalty=1.2)}
+    expected = growing(monkeypatch, lambda: generated(model, **options))
+    check_equal(generated(model, **options), expected)
+    assert tapes[-1].n_replayed > 10
 
 
 def test_ended_rows_idle_until_half_do(monkeypatch: pytest.MonkeyPatch, tapes: list[Tape]) -> None:

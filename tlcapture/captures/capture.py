@@ -24,7 +24,7 @@ from tlcapture.captures.index import NAME as INDEX
 from tlcapture.captures.index import index_record, read_index
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError, NumericalError, StorageError
-from tlcapture.names import PromptId, of_variant
+from tlcapture.names import PromptId, capture_name, of_variant
 from tlcapture.prompts.spans import TokenSpan, labels_of
 from tlcapture.shapes import Residual
 from tlcapture.storage.files import Hook, Written, read_tensors, write_tensors
@@ -84,11 +84,11 @@ class Capture:
         tokens = f"{len(self.prompt.tokens)} + {len(self.response.tokens)} tokens"
         if turns := self.metadata.get("messages"):
             tokens = f"a conversation of {len(turns)} messages, {tokens}"
-        return f"{type(self).__name__}({self.capture_set}/{self.prompt_id}, {tokens}, {self.response.text[:60]!r})"
+        return f"{type(self).__name__}({self.capture_set}/{self.name}, {tokens}, {self.response.text[:60]!r})"
 
     def _repr_html_(self) -> str:
         facts = [
-            f"{self.capture_set}/{self.prompt_id}",
+            f"{self.capture_set}/{self.name}",
             str(self.metadata["inference_model"]),
             f"{len(self.prompt.tokens)} prompt and {len(self.response.tokens)} response tokens",
             f"{self.n_layers} layers" + ("" if self.kept.is_all else f", {self.kept.described()}"),
@@ -110,6 +110,16 @@ class Capture:
         """Id of the prompt in its set: a text or a number."""
         found = self.metadata["prompt_id"]
         return found if isinstance(found, int) else str(found)
+
+    @property
+    def sample(self) -> int | None:
+        """Which of several responses to the prompt it holds, counted from 1; `None` for the only one."""
+        return self.metadata.get("sample")
+
+    @property
+    def name(self) -> PromptId:
+        """Its name in file names and among the captures of its set: `7`, or `7.s1` for a sample."""
+        return capture_name(self.prompt_id, self.sample)
 
     @property
     def prompt_set(self) -> str:
@@ -188,7 +198,7 @@ class Capture:
         if positions.kept == self.positions.kept:
             return self
         if not self.positions.includes(positions):
-            raise InputError(f"{self.capture_set}/{self.prompt_id}: only {self.positions.described()}")
+            raise InputError(f"{self.capture_set}/{self.name}: only {self.positions.described()}")
         prompt, response = self.prompt.only(positions.prompt), self.response.only(positions.response)
         metadata = {**self.metadata, **positions.record()}
         return replace(self, prompt=prompt, response=response, metadata=metadata)

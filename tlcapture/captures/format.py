@@ -45,6 +45,7 @@ class CaptureMetadata(FileContent):
 
     prompt_set: str
     prompt_id: PromptId
+    sample: Annotated[int | None, Field(ge=1, lt=2**31)] = None
     n_layers: Annotated[int, Field(ge=1, le=10_000)]
     d_model: Size
     inference_model: str

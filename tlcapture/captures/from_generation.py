@@ -13,6 +13,7 @@ from tlcapture.captures.provenance import (
     model_record,
     now,
     point_hooks,
+    sample_record,
     template_record,
     variant_record,
 )
@@ -65,6 +66,7 @@ def capture_of(
         "inference_experiment": experiment,
         "prompt_set": prompt.prompt_set,
         "prompt_id": prompt.id,
+        **sample_record(prompt.sample),
         "prompt_text": prompt.source_text,
         **variant_record(variant, interventions),
         "n_layers": model.n_layers,

@@ -30,6 +30,11 @@ def model_record(model: Model) -> dict[str, Any]:
     }
 
 
+def sample_record(sample: int | None) -> dict[str, Any]:
+    """Which sample of its prompt a capture is, as metadata; nothing where the prompt has one response."""
+    return {} if sample is None else {"sample": sample}
+
+
 def template_record(merged: Sequence[str], dropped: Sequence[str]) -> dict[str, Any]:
     """What the chat template merged and left out, as metadata; nothing where it did neither."""
     return {name: list(each) for name, each in (("merged", merged), ("dropped", dropped)) if each}

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from tlcapture.cli.cluster import ClusterOptions, cluster_options
 from tlcapture.cli.command import command
@@ -33,6 +32,7 @@ from tlcapture.cli.options import (
     shard_option,
     vector_options,
 )
+from tlcapture.cli.sampling import SamplingOptions, sampling_options
 from tlcapture.cli.tables import Column
 from tlcapture.cli.variants import VariantOptions, check_target, variant_options
 from tlcapture.cli.work import working
@@ -64,8 +64,6 @@ class _Settings:
     projections_only: bool
     replay: bool
     max_new_tokens: int | None
-    temperature: float | None
-    sampling: str
     skip_existing: bool
     overwrite: bool
     dry_run: bool
@@ -83,13 +81,13 @@ class _Settings:
         self,
         kept: KeptOptions,
         vectors: VectorOptions,
+        chosen: SamplingOptions,
         changes: InterventionOptions,
         adapter: str | None,
         responses_from: GivenResponses | None,
     ) -> CaptureOptions:
         """What to capture and how."""
         from tlcapture.commands.capture_options import ALL_LAYERS, CaptureOptions
-        from tlcapture.generation.checkpoint_sampling import asked_sampling
 
         layers = tuple(layer for layer in self.layer_internals if isinstance(layer, int))
         return CaptureOptions(
@@ -109,7 +107,8 @@ class _Settings:
             vectors=vectors.choice("auto"),
             max_new_tokens=_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens,
             longer_where_thinking=self.max_new_tokens is None,
-            sampling=asked_sampling(self.sampling, self.temperature, self.seed),
+            sampling=chosen.asked(self.seed),
+            samples=chosen.samples,
             save_dtype=self.save_dtype,
             batch_size=self.batch_size,
             limit=self.limit,
@@ -123,12 +122,6 @@ class _Settings:
             adapter=adapter,
             responses_from=responses_from,
         )
-
-
-def _own_temperature(context: click.Context, option: click.Parameter, value: float) -> float | None:
-    """The temperature; `None`, the checkpoint's own, if only `--sampling checkpoint` was given."""
-    is_default = context.get_parameter_source("temperature") is ParameterSource.DEFAULT
-    return None if is_default and context.params["sampling"] == "checkpoint" else value
 
 
 @command(
@@ -162,22 +155,7 @@ def _own_temperature(context: click.Context, option: click.Parameter, value: flo
     metavar="N",
     help=f"Maximum length of a response.  [default: {_NEW_TOKENS}, or 1024 where the chat template makes models think]",
 )
-@click.option(
-    "--temperature",
-    type=click.FloatRange(min=0),
-    default=0.7,
-    show_default=True,
-    callback=_own_temperature,
-    help="Sampling temperature; 0 is greedy. With --sampling checkpoint, the default is the checkpoint's own.",
-)
-@click.option(
-    "--sampling",
-    type=click.Choice(["plain", "checkpoint"]),
-    default="plain",
-    show_default=True,
-    is_eager=True,  # the default of --temperature depends on it
-    help="plain: by temperature alone; checkpoint: as its generation config says (penalties, top-k, top-p ...).",
-)
+@sampling_options
 @click.option("--skip-existing", is_flag=True, help="Write only missing files.")
 @click.option("--overwrite", is_flag=True, help="Replace files that cannot be read, and those derived from them, too.")
 @click.option("--dry-run", is_flag=True, help="Only report how many prompts, files and bytes would be written.")
@@ -211,6 +189,7 @@ def capture(
     settings: _Settings,
     kept: KeptOptions,
     vectors: VectorOptions,
+    chosen: SamplingOptions,
     changes: InterventionOptions,
     of_model: VariantOptions,
     model: ModelOptions,
@@ -238,7 +217,7 @@ def capture(
     from tlcapture.commands.adhoc_prompts import numbered_on
     from tlcapture.commands.capture_interventions import with_interventions
 
-    asked = settings.capture_options(kept, vectors, changes, of_model.adapter_path, source)
+    asked = settings.capture_options(kept, vectors, chosen, changes, of_model.adapter_path, source)
     options = with_interventions(asked, layout, load.name, lambda: load.outline)
     if source is not None:
         check_target(source, layout, sets, options.variant)
@@ -320,7 +299,8 @@ def _show_estimate(
     facts = {**estimate.to_json(), **changes, "failures": [failed._asdict() for failed in failures], "free": free}
     console.uses(estimate=facts)
     completed = f", {estimate.n_completed} captures to complete" if estimate.n_completed else ""
-    console.line(f"{estimate.n_prompts} prompts to capture{completed}; at most about:")
+    what = "prompts" if options.samples is None else "responses"
+    console.line(f"{estimate.n_prompts} {what} to capture{completed}; at most about:")
     kinds = {**estimate.by_kind, "total": (estimate.n_files, estimate.n_bytes)}
     rows = [(kind, f"{count} files", format_bytes(size)) for kind, (count, size) in kinds.items()]
     console.table([Column(), Column(right=True), Column(right=True)], rows)

@@ -13,6 +13,7 @@ import click
 from tlcapture.cli.stopping import StopSignals
 from tlcapture.cli.tables import Cell, Column, table_lines, terminal_width
 from tlcapture.errors import TlcaptureError
+from tlcapture.names import split_name
 from tlcapture.runs.display import Display, Progress
 from tlcapture.text import printable
 
@@ -162,10 +163,11 @@ def show_top_traits(
     """
     from tlcapture.commands.top_traits import FEWEST_TO_COMPARE, summary_of
 
-    n_prompts = len(layout.prompt_ids(prompt_set))
-    if n_prompts > _MOST_SHOWN and layout.projection_folders(prompt_set):
+    names = layout.prompt_ids(prompt_set)
+    n_prompts = len({split_name(name)[0] for name in names})
+    if len(names) > _MOST_SHOWN and layout.projection_folders(prompt_set):
         look = f"view them with 'tlcapture view --experiment {layout.experiment}'"
-        console.line(f"{prompt_set}: {n_prompts} prompts are too many to list; {look}")
+        console.line(f"{prompt_set}: {len(names)} prompts are too many to list; {look}")
         return
     summary = summary_of(layout, prompt_set, component, known)
     if not summary.tops:
@@ -191,12 +193,20 @@ def _row(top: TopTrait) -> tuple[Cell, ...]:
     shown = top.stands_out or top.chance is None
     calibrated = "" if top.calibrated is None or not shown else f"{top.calibrated:.2f}"
     commits = "" if top.token is None or not shown else f"commits at token {top.commitment_point}: {top.token!r}"
+    rise, prompt, over = f"{top.rise:+.1f}", top.prompt_id, top.samples
+    if over is not None:
+        prompt = f"{prompt}, {over.n} sample{'s' * (over.n > 1)}"
+        rise += "" if over.rise is None else f" +- {over.rise:.1f}"
+        calibrated += "" if not calibrated or over.calibrated is None else f" +- {over.calibrated:.2f}"
+        commits = f"{over.n_commit} of {over.n} commit" if over.n_commit and shown else ""
     response = (commits, top.response) if commits else (top.response,)
-    return top.prompt_id, trait, f"{top.rise:+.1f} sd", chance, calibrated, response
+    return prompt, trait, f"{rise} sd", chance, calibrated, response
 
 
 def _notes(layout: Layout, summary: Summary, *, has_chance: bool) -> Iterator[str]:
     again = f"'tlcapture evaluate', then 'tlcapture project --experiment {layout.experiment}'"
+    if any(top.samples is not None for top in summary.tops):
+        yield "+-: the standard deviation over the samples of a prompt, of which the mean is shown"
     if has_chance:
         yield "chance: what the largest of as many random directions stays below in 95 % of draws" + _scale(summary)
     else:

@@ -31,6 +31,7 @@ class _WorkloadOptions:
     prompts: int
     prompt_tokens: int
     new_tokens: int
+    samples: int | None
     views: tuple[str, ...]
     traits: int
     save_dtype: str
@@ -61,6 +62,7 @@ class _WorkloadOptions:
             save_dtype=self.save_dtype,
             batch_size=self.batch_size,
             max_new_tokens=self.new_tokens,
+            samples=self.samples,
         )
 
 
@@ -108,6 +110,7 @@ class _PaceOptions:
     help="Mean number of tokens of a prompt, with its chat template.",
 )
 @click.option("--new-tokens", type=click.IntRange(min=1), required=True, help="Mean number of tokens of a response.")
+@click.option("--samples", type=click.IntRange(min=1), metavar="N", help="Responses to each prompt.  [default: one]")
 @click.option(
     "--views",
     type=Views(),

@@ -39,6 +39,7 @@ class Estimate:
         """The estimate as an object for JSON."""
         content = {"model": self.model, "workers": self.workers, **self.cost.to_json()}
         content["memory_per_prompt"] = asdict(self.memory)
+        content |= {} if self.workload.options.samples is None else {"samples": self.workload.options.samples}
         content["new_tokens"] = self.workload.n_new_tokens
         if self.pace is not None:
             content["tokens_per_second"] = self.pace.tokens_per_second
@@ -61,7 +62,9 @@ class Estimate:
         """Print the estimate to standard output."""
         prompt_tokens, new_tokens = self.workload.prompt_tokens, self.workload.options.max_new_tokens
         click.echo(f"{printable(self.model)}: {self.measures.n_layers} layers, d_model {self.measures.d_model}")
-        click.echo(f"{self.cost.n_prompts} prompts of {prompt_tokens} tokens, with {new_tokens} new tokens each")
+        samples = self.workload.options.samples
+        responses = f"{samples} responses of {new_tokens}" if samples else f"{new_tokens}"
+        click.echo(f"{self.cost.n_prompts} prompts of {prompt_tokens} tokens, with {responses} new tokens each")
         click.echo()
         self._echo_cost()
         click.echo()

@@ -42,8 +42,8 @@ class AffectedFiles:
         for task in tasks:
             name = task.capture_set
             for prompt in task.batched:
-                if prompt.id in task.fresh:
-                    found._add_fresh(layout, options, name, prompt.id, options.outputs(n_layers))
+                if prompt.name in task.fresh:
+                    found._add_fresh(layout, options, name, prompt.name, options.outputs(n_layers))
             for prompt_id, wanted in task.saved.items():
                 found._add_saved(layout, options, name, prompt_id, wanted, chooser)
         return found

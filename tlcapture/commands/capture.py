@@ -123,7 +123,7 @@ def _other_sampling_warning(task: CaptureTask) -> str:
     ids = task.other_sampling
     kept = f"{len(ids)} captures" if len(ids) > 1 else f"the capture of prompt {ids[0]}"
     return (
-        f"{task.capture_set}: kept {kept} made with another temperature, seed or --max-new-tokens: leave out "
+        f"{task.capture_set}: kept {kept} made with another temperature, seed, sampling or --max-new-tokens: leave out "
         "--skip-existing to capture again"
     )
 

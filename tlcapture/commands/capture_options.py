@@ -39,6 +39,7 @@ class CaptureOptions:
         projections_only: write projections and no raw residual.
         shard: the share of the prompts that are captured, after `limit` is applied.
         max_new_tokens: the maximum length of a response.
+        samples: the number of responses to each prompt; `None` means one, whose files have the name of the prompt.
         longer_where_thinking: let it be at least `THINKING_TOKENS` where the chat template makes the model think.
         thinking: `on` or `off`, the chat template's switch; `None` leaves its default.
         template_args: other values for the chat template.
@@ -65,6 +66,7 @@ class CaptureOptions:
     vectors: VectorChoice = NO_CHOICE
     max_new_tokens: int = 50
     sampling: AskedSampling = Sampling()
+    samples: int | None = None
     save_dtype: str = "auto"
     batch_size: int | None = None
     limit: int | None = None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tlcapture.captures.capture import Capture, common_dtype
 from tlcapture.captures.from_generation import is_alike
+from tlcapture.captures.provenance import sample_record
 from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.kept_positions import lacks_positions, wanted_positions
 from tlcapture.commands.view_files import write_attention_file, write_lens_file
@@ -165,14 +166,14 @@ def write_capture(
     They are removed after the new file was written completely and before it is renamed to its path, so that a derived
     file never exists next to a capture other than its source. `on_removed` is called with their paths.
     """
-    capture_set, prompt_id = capture.capture_set, capture.prompt_id
-    path = layout.residual(capture_set, prompt_id)
-    derived = None if is_alike(path, capture) else derived_files(layout, capture_set, prompt_id)
+    capture_set, name = capture.capture_set, capture.name
+    path = layout.residual(capture_set, name)
+    derived = None if is_alike(path, capture) else derived_files(layout, capture_set, name)
 
     def remove_derived(new: Path) -> None:
         if derived is not None:
             remove(derived)
-            on_removed([*derived, *remove_sharded(layout, capture_set, prompt_id)])
+            on_removed([*derived, *remove_sharded(layout, capture_set, name)])
 
     return capture.save(path, before_replacing=remove_derived)
 
@@ -182,14 +183,14 @@ def remove_stale(layout: Layout, capture: Capture) -> Sequence[Path]:
 
     A raw file of the prompt that cannot be read is removed too. Returns the paths of the removed files.
     """
-    raw = layout.residual(capture.capture_set, capture.prompt_id)
+    raw = layout.residual(capture.capture_set, capture.name)
     unreadable = [raw] if raw.is_file() and saved_capture(raw, overwrite=True) is None else []
-    before = CaptureRecord.find(layout, capture.capture_set, capture.prompt_id)
+    before = CaptureRecord.find(layout, capture.capture_set, capture.name)
     if not unreadable and before is not None and before.is_like(capture):
         return ()
-    stale = [*derived_files(layout, capture.capture_set, capture.prompt_id), *unreadable]
+    stale = [*derived_files(layout, capture.capture_set, capture.name), *unreadable]
     remove(stale)
-    return [*stale, *remove_sharded(layout, capture.capture_set, capture.prompt_id)]
+    return [*stale, *remove_sharded(layout, capture.capture_set, capture.name)]
 
 
 def add_ons(
@@ -213,11 +214,12 @@ def add_ons(
     """
     names: dict[str, Any] = {
         "prompt_id": capture.prompt_id,
+        **sample_record(capture.sample),
         "prompt_set": capture.prompt_set,
         "tokens": capture.tokens,
         "n_prompt_tokens": len(capture.prompt.tokens),
     }
-    where = (capture.capture_set, capture.prompt_id)
+    where = (capture.capture_set, capture.name)
     tokens, n_prompt = capture.tokens, len(capture.prompt.tokens)
     positions = wanted_positions(wanted.tokens, capture, fresh=residual_cache is not None)
     parts = wanted.parts

@@ -15,7 +15,7 @@ from tlcapture.captures.capture import Capture
 from tlcapture.captures.provenance import is_same_computation, model_record, point_hooks
 from tlcapture.errors import InputError, StorageError
 from tlcapture.models.loading import Model
-from tlcapture.names import PromptId, of_variant
+from tlcapture.names import PromptId, capture_name, of_variant
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.saved_projections import all_saved
 from tlcapture.views.kept_points import KeptPoints
@@ -59,6 +59,16 @@ class CaptureRecord:
         return found if isinstance(found, int) else str(found)
 
     @property
+    def sample(self) -> int | None:
+        """Which of several responses to the prompt it is of; `None` for the only one."""
+        return self.metadata.get("sample")
+
+    @property
+    def name(self) -> PromptId:
+        """The name of the capture in file names."""
+        return capture_name(self.prompt_id, self.sample)
+
+    @property
     def n_layers(self) -> int:
         """Layers of the model, whether kept or not."""
         return int(self.metadata["n_layers"])
@@ -82,14 +92,14 @@ class CaptureRecord:
         return cls({**measures, **model_record(model), **recorded})
 
     @classmethod
-    def find(cls, layout: Layout, prompt_set: str, prompt_id: PromptId) -> CaptureRecord | None:
-        """The capture that a prompt's projections were made from.
+    def find(cls, layout: Layout, prompt_set: str, name: PromptId) -> CaptureRecord | None:
+        """The capture that projections under a name were made from.
 
         `None` for projections that do not record it, are of different runs, or are damaged.
         """
         found: list[CaptureRecord] = []
         try:
-            every = all_saved(layout, prompt_set, str(prompt_id))
+            every = all_saved(layout, prompt_set, str(name))
         except StorageError:  # of a shard
             return None
         for saved in every:
@@ -99,7 +109,7 @@ class CaptureRecord:
                 tokens = content["prompt"]["tokens"] + content["response"]["tokens"]
                 positions = stated_positions(content["metadata"], n_prompt, len(tokens))
                 made_from = cls(content["metadata"]["capture"], tokens, positions)
-                is_of_prompt = (made_from.capture_set, str(made_from.prompt_id)) == (prompt_set, str(prompt_id))
+                is_of_prompt = (made_from.capture_set, str(made_from.name)) == (prompt_set, str(name))
                 if made_from.n_layers < 1 or made_from.d_model < 1 or not made_from.kept.layers or not is_of_prompt:
                     return None
             except (StorageError, InputError, KeyError, TypeError, ValueError):

@@ -78,17 +78,17 @@ class CaptureSize:
             name = task.capture_set
             found.failures += [Failed(*each) for each in task.failing]
             for prompt in task.batched:
-                if prompt.id in task.fresh:
+                if prompt.name in task.fresh:
                     n_prompt = len(prompt.token_ids)
                     kept = kept_of(options.tokens, n_prompt, n_prompt + task.max_new_tokens)
                     wanted = options.outputs(measures().n_layers)
                     found.n_prompts += 1
-                    found.replaces.append(layout.residual(name, prompt.id))
+                    found.replaces.append(layout.residual(name, prompt.name))
                     found._add(sizes(measures(), kept, wanted, options, n_vectors, _labels(prompt)))
-            for prompt_id, wanted in task.saved.items():
+            for saved, wanted in task.saved.items():
                 if wanted:
                     found.n_completed += 1
-                    kept = _kept_of_saved(layout.residual(name, prompt_id), options.tokens)
+                    kept = _kept_of_saved(layout.residual(name, saved), options.tokens)
                     found._add(sizes(measures(), kept, wanted, options, 0))
         return found
 

@@ -21,8 +21,9 @@ from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.given_responses import most_new_tokens, prompt_of
 from tlcapture.commands.projections import without_projection
 from tlcapture.errors import InputError, StorageError
-from tlcapture.generation.sampling import PLAIN
-from tlcapture.names import PromptId, of_variant
+from tlcapture.generation.checkpoint_sampling import is_recorded
+from tlcapture.generation.samples import check_names, n_together
+from tlcapture.names import PromptId, capture_name, of_variant, split_name
 from tlcapture.prompts.chat_template import NO_ARGS
 from tlcapture.prompts.conversations import without_system
 from tlcapture.prompts.prompt_sets import Prompt, PromptSet
@@ -58,17 +59,18 @@ class CaptureTask:
     """The work on the prompts of one set.
 
     Attributes:
-        batched: prompts that are put into batches: those of `fresh` and, with `--skip-existing`, the prompts that
-            share their batches in an uninterrupted run, so that the results are the same to the last bit.
-        fresh: ids of prompts to generate from.
-        saved: ids of prompts that have a capture, with the outputs that they lack.
+        batched: prompts, and samples of prompts, that are put into batches: those of `fresh` and, with
+            `--skip-existing`, those that share their batches in an uninterrupted run, so that the results are the same
+            to the last bit.
+        fresh: names of captures to generate: ids of prompts, or of their samples.
+        saved: names of captures that exist, with the outputs that they lack.
         refused: names of prompts that cannot be captured as asked, with the reasons.
         unreadable: names of prompts with a raw file that cannot be read and is not to be replaced, with the reasons.
         max_new_tokens: the maximum length of a response, as far as the model's context allows it by default.
         longest: the number of tokens of the longest prompt of the set.
         variant: the variant whose captures they are, if any.
         norm_prompts: all prompts of the set, where typical norms are measured on them.
-        other_sampling: ids of prompts that are kept although they were captured with other sampling settings.
+        other_sampling: names of captures that are kept although they were made with other sampling settings.
     """
 
     prompt_set: PromptSet
@@ -108,8 +110,8 @@ class CaptureTask:
         ordered = sorted(self.batched, key=lambda prompt: len(prompt.token_ids), reverse=True)
         parts = [
             replace(self, batched=batch, fresh=fresh, saved={}, refused=(), unreadable=())
-            for batch in _chunks(ordered, most)
-            if (fresh := self.fresh & {prompt.id for prompt in batch})
+            for batch in _batches(ordered, most)
+            if (fresh := self.fresh & {prompt.name for prompt in batch})
         ]
         saved = list(self.saved.items())
         return parts + [
@@ -118,12 +120,45 @@ class CaptureTask:
         ]
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where the capture of a prompt, or of one of its samples, belongs."""
+
+    prompt_set: PromptSet
+    prompt: Prompt
+    sample: int | None
+    capture_set: str
+
+    @property
+    def name(self) -> PromptId:
+        """The name of the capture in its set."""
+        return capture_name(self.prompt.id, self.sample)
+
+    @property
+    def where(self) -> tuple[str, PromptId]:
+        """The set of the capture and its name, as methods of a layout take them."""
+        return self.capture_set, self.name
+
+    def __str__(self) -> str:
+        return f"{self.capture_set}/{self.name}"
+
+
 class _PromptError(InputError):
     """A prompt cannot be captured as asked; other prompts can."""
 
 
 def _chunks(items: Sequence[T], most: int) -> list[Sequence[T]]:
     return [items[start : start + most] for start in range(0, len(items), most)]
+
+
+def _batches(prompts: Sequence[TokenizedPrompt], most: int) -> list[Sequence[TokenizedPrompt]]:
+    """Batches of at most `most` prompts, which do not part samples of a prompt if possible."""
+    batches: list[Sequence[TokenizedPrompt]] = []
+    while prompts:
+        count = n_together(prompts, most)
+        batches.append(prompts[:count])
+        prompts = prompts[count:]
+    return batches
 
 
 class TaskPlanner:
@@ -165,38 +200,40 @@ class TaskPlanner:
         limited = prompts = prompt_set.prompts[: self._options.limit]
         if self._options.shard is not None:
             prompts = list(self._options.shard.of(prompts))
+        check_names(prompt_set.name, [prompt.id for prompt in prompt_set.prompts], self._options.samples)
         saved: dict[PromptId, Outputs] = {}
         refused: list[tuple[str, str]] = []
         unreadable: list[tuple[str, str]] = []
         fresh: set[PromptId] = set()
         self._other_sampling = []
-        advice = "capture it again with --overwrite" if self._options.replay else REPLACE
+        samples = self._samples(prompt_set, prompts)
         for prompt in prompts:
-            name, raw = f"{capture_set}/{prompt.id}", self._layout.residual(capture_set, prompt.id)
-            try:
-                existing = saved_capture(raw, overwrite=self._options.overwrite, advice=advice)
-                wanted = self._lacking(prompt_set, prompt, raw, existing)
-                self._check_replaceable(capture_set, prompt.id, wanted, existing)
-            except StorageError as error:
-                unreadable.append((name, str(error)))
-                continue
-            except _PromptError as error:
-                refused.append((name, str(error)))
-                continue
-            if wanted.residual:
-                fresh.add(prompt.id)
-            else:
-                saved[prompt.id] = wanted
-        batched = []
+            for sample in samples[prompt.id]:
+                place = _Place(prompt_set, prompt, sample, capture_set)
+                try:
+                    wanted = self._wanted(place)
+                except StorageError as error:
+                    unreadable.append((str(place), str(error)))
+                    continue
+                except _PromptError as error:
+                    refused.append((str(place), str(error)))
+                    continue
+                if wanted.residual:
+                    fresh.add(place.name)
+                else:
+                    saved[place.name] = wanted
+        batched: list[TokenizedPrompt] = []
         if fresh and self._options.responses_from is not None:
             self._options.responses_from.check_tokenizer(self._model().tokenizer, prompt_set)
         for prompt in prompts if fresh else ():
+            places = [_Place(prompt_set, prompt, sample, capture_set) for sample in samples[prompt.id]]
             try:
-                batched.append(self._tokenized(prompt_set, prompt))
+                tokenized = self._tokenized(prompt_set, prompt, samples[prompt.id])
             except InputError as error:
-                if prompt.id in fresh:
-                    fresh.remove(prompt.id)
-                    refused.append((f"{capture_set}/{prompt.id}", str(error)))
+                refused += [(str(place), str(error)) for place in places if place.name in fresh]
+                fresh -= {place.name for place in places}
+            else:
+                batched += tokenized
         return CaptureTask(
             prompt_set,
             batched,
@@ -213,11 +250,40 @@ class TaskPlanner:
 
     def _norm_prompts(self, prompt_set: PromptSet, prompts: Sequence[Prompt]) -> Sequence[TokenizedPrompt]:
         """The prompts on which typical norms are measured: all that are captured, by this shard or others."""
-        found = []
+        found: list[TokenizedPrompt] = []
         for prompt in prompts if any(each.lacks_norms for each in self._options.resolved) else ():
             with suppress(InputError):  # reported by the shard that captures it
-                found.append(self._tokenized(prompt_set, prompt))
+                found += self._tokenized(prompt_set, prompt, [None])
         return found
+
+    def _samples(self, prompt_set: PromptSet, prompts: Sequence[Prompt]) -> Mapping[PromptId, Sequence[int | None]]:
+        """The samples of each prompt that are worked on, `None` standing for a response without a number.
+
+        A replay without a number of samples takes all that are saved, and so do the responses of other captures.
+        """
+        asked, given = self._options.samples, self._options.responses_from
+        if given is not None:
+            return {prompt.id: given.samples(prompt_set.name, prompt.id) for prompt in prompts}
+        if asked is not None or not self._options.replay:
+            numbers: Sequence[int | None] = [None] if asked is None else range(1, asked + 1)
+            return {prompt.id: numbers for prompt in prompts}
+        ids = {str(prompt.id) for prompt in prompt_set.prompts}
+        found: dict[str, list[int | None]] = {}
+        for name in self._layout.captured(self._options.capture_set(prompt_set.name)):
+            prompt_id, sample = (name, None) if name in ids else split_name(name)
+            found.setdefault(prompt_id, []).append(sample)
+        return {prompt.id: found.get(str(prompt.id), [None]) for prompt in prompts}
+
+    def _wanted(self, place: _Place) -> Outputs:
+        """The outputs that a capture lacks, or all; raises `StorageError` or `_PromptError` where it cannot be made."""
+        options, raw = self._options, self._layout.residual(*place.where)
+        advice = "capture it again with --overwrite" if options.replay else REPLACE
+        existing = saved_capture(raw, overwrite=options.overwrite, advice=advice)
+        if existing is not None and existing.sample != place.sample:
+            raise StorageError(f"{raw}: the capture of another prompt, {existing.prompt_id}: rename one of the prompts")
+        wanted = self._lacking(place, raw, existing)
+        self._check_replaceable(place, wanted, existing)
+        return wanted
 
     def _most_tokens(self, prompts: Sequence[TokenizedPrompt]) -> int:
         """The maximum length of a response to prompts, some of which may begin with thinking."""
@@ -236,49 +302,47 @@ class TaskPlanner:
         is_by_default = may_be_longer and isinstance(found, int) and asked <= found <= THINKING_TOKENS
         return None if is_by_default else asked
 
-    def _check_replaceable(self, capture_set: str, prompt_id: PromptId, wanted: Outputs, saved: Capture | None) -> None:
+    def _check_replaceable(self, place: _Place, wanted: Outputs, saved: Capture | None) -> None:
         """Raise `StorageError` if a file cannot be read that would be replaced, removed, or passed over as present."""
         if wanted.residual or saved is None:
-            files = [*derived_files(self._layout, capture_set, prompt_id), *merged_files(self._layout, capture_set)]
+            files = [*derived_files(self._layout, *place.where), *merged_files(self._layout, place.capture_set)]
         else:
-            files = self._options.outputs(saved.n_layers).add_on_files(self._layout, capture_set, prompt_id)
+            files = self._options.outputs(saved.n_layers).add_on_files(self._layout, *place.where)
         advice = f"leave out --replay and {OVERWRITE}" if self._options.replay else OVERWRITE
         for path in files:
             check_replaceable(self._layout, path, overwrite=self._options.overwrite, advice=advice)
 
-    def _lacking(self, prompt_set: PromptSet, prompt: Prompt, raw: Path, saved: Capture | None) -> Outputs:
+    def _lacking(self, place: _Place, raw: Path, saved: Capture | None) -> Outputs:
         """The outputs that a prompt lacks, given its saved capture; raises `_PromptError` where it cannot have them."""
         options, layout = self._options, self._layout
         if options.replay and saved is None:
             raise _PromptError(f"--replay needs a saved capture: {raw} does not exist")
         if options.projections_only:
-            return self._lacking_projections(prompt_set, prompt, raw, saved)
+            return self._lacking_projections(place, raw, saved)
         if saved is None or not (options.skip_existing or options.replay):
             return options.outputs(self._model().n_layers)
         wanted = options.outputs(saved.n_layers)
         if not options.skip_existing:
             return wanted
-        if not options.replay and not self._is_whole_and_of(saved, prompt_set, prompt):
+        if not options.replay and not self._is_whole_and_of(saved, place):
             return wanted
-        capture_set = options.capture_set(prompt_set.name)
-        lacking = wanted.missing(layout, capture_set, prompt.id, overwrite=options.overwrite)
+        lacking = wanted.missing(layout, *place.where, overwrite=options.overwrite)
         if lacking.logit_lens and not (saved.kept.has_outputs(lacking.parts.lens_layers) or options.replay):
             return wanted  # the logit lens needs layers that were not kept
         if not lacking.residual and not options.replay:
             self._note_sampling(saved)
         return lacking
 
-    def _lacking_projections(self, prompt_set: PromptSet, prompt: Prompt, raw: Path, saved: Capture | None) -> Outputs:
+    def _lacking_projections(self, place: _Place, raw: Path, saved: Capture | None) -> Outputs:
         """The outputs that a prompt lacks where only projections are kept; raises like `_lacking`."""
-        options, layout = self._options, self._layout
-        names = (options.capture_set(prompt_set.name), prompt.id)
+        options, layout, names = self._options, self._layout, place.where
         if saved is None:
             is_free = not raw.is_file()  # a file that cannot be read is replaced, with all files derived from it
             found = CaptureRecord.find(layout, *names) if options.skip_existing and is_free else None
             wanted = options.outputs(self._model().n_layers if found is None else found.n_layers)
             is_done = (
                 found is not None
-                and self._is_whole_and_of(found, prompt_set, prompt)
+                and self._is_whole_and_of(found, place)
                 and found.kept.includes(wanted.kept)
                 and found.holds(wanted.tokens)
                 and not wanted.lacking(layout, *names, overwrite=options.overwrite)
@@ -290,7 +354,7 @@ class TaskPlanner:
             if found is not None and is_done:
                 self._note_sampling(found)
             return wanted.lacking(layout, *names) if is_done else wanted
-        if options.skip_existing and self._is_whole_and_of(saved, prompt_set, prompt):
+        if options.skip_existing and self._is_whole_and_of(saved, place):
             return replace(
                 options.outputs(saved.n_layers).missing(layout, *names, overwrite=options.overwrite), residual=False
             )
@@ -303,33 +367,33 @@ class TaskPlanner:
         """Note a prompt whose capture is kept although its sampling settings differ, as far as they are recorded."""
         if self._options.responses_from is not None:
             return
-        sampling = self._options.sampling
-        asked = {"temperature": sampling.temperature, "max_new_tokens": self._most_tokens_asked(saved)}
-        if sampling.temperature != 0:
-            asked["seed"] = sampling.seed
+        asked = {"temperature": self._options.sampling.temperature, "max_new_tokens": self._most_tokens_asked(saved)}
+        if self._options.sampling.temperature != 0:
+            asked["seed"] = self._options.sampling.seed
         differs = any(
             saved.metadata.get(name) not in (None, value) for name, value in asked.items() if value is not None
         )
-        if differs or (saved.metadata.get("sampling") or {}).get("source", PLAIN) != sampling.source:
-            self._other_sampling.append(saved.prompt_id)
+        if differs or not is_recorded(self._options.sampling, saved.metadata):
+            self._other_sampling.append(saved.name)
 
-    def _is_whole_and_of(self, saved: Capture | CaptureRecord, prompt_set: PromptSet, prompt: Prompt) -> bool:
+    def _is_whole_and_of(self, saved: Capture | CaptureRecord, place: _Place) -> bool:
         """Whether a capture is complete and of this prompt: the same text, system prompt, template and model."""
-        asked, given = self.asked_template, self._options.responses_from
+        asked, given, prompt = self.asked_template, self._options.responses_from, place.prompt
         is_of_this_model = (
-            not self._layout.unfinished(self._options.capture_set(prompt_set.name), prompt.id).exists()
+            not self._layout.unfinished(*place.where).exists()
             and identity(saved.metadata.get("interventions")) == identity(self._options.intervention_records)
             and saved.metadata["inference_model"] == self._model_name
             and saved.metadata.get("adapter") == self._options.adapter
         )
         if not is_of_this_model or given is not None:
-            return is_of_this_model and given is not None and given.are_tokens_of(saved, prompt_set.name, prompt.id)
+            source = (place.prompt_set.name, prompt.id, place.sample)
+            return is_of_this_model and given is not None and given.are_tokens_of(saved, *source)
         return (
             "tokens_from" not in saved.metadata
             and saved.metadata.get("prompt_text") == prompt.text
             and without_system(saved.metadata.get("messages")) == without_system(prompt.messages)
             and saved.metadata.get("template_args", {}) == self._all_template_args
-            and saved.metadata.get("system_prompt") == self._system_prompt(prompt_set, prompt)
+            and saved.metadata.get("system_prompt") == self._system_prompt(place.prompt_set, prompt)
             and asked in (None, saved.metadata.get("chat_template"))
         )
 
@@ -344,10 +408,11 @@ class TaskPlanner:
             return self._options.system_prompt
         return prompt_set.system_prompt_of(prompt, self._config.system_prompt)
 
-    def _tokenized(self, prompt_set: PromptSet, prompt: Prompt) -> TokenizedPrompt:
+    def _tokenized(self, prompt_set: PromptSet, prompt: Prompt, samples: Sequence[int | None]) -> list[TokenizedPrompt]:
+        """A prompt once for each of its samples, or the responses that are given to it."""
         given = self._options.responses_from
         if given is not None:
-            return prompt_of(given.capture(prompt_set.name, prompt.id))
+            return [prompt_of(given.capture(prompt_set.name, prompt.id, sample)) for sample in samples]
         tokenized = tokenize(
             self._model().tokenizer,
             prompt.text,
@@ -358,7 +423,7 @@ class TaskPlanner:
             messages=prompt.messages,
             template_args=self._all_template_args,
         )
-        return replace(tokenized, fields=prompt.fields)
+        return [replace(tokenized, fields=prompt.fields, sample=sample) for sample in samples]
 
     @cached_property
     def _all_template_args(self) -> Mapping[str, Any]:

@@ -36,7 +36,7 @@ from tlcapture.commands.projections import (
 from tlcapture.commands.replay import InterventionsAgain, Pass, as_prompt, check_replayable, replayed
 from tlcapture.commands.view_files import WENT_COMPACT, weights_in_memory, went_compact
 from tlcapture.errors import InputError, OutOfMemoryError
-from tlcapture.generation.checkpoint_sampling import sampling_for, unfollowed
+from tlcapture.generation.checkpoint_sampling import sampling_for, unfollowed, without_effect
 from tlcapture.generation.outcomes import Failure, Generation
 from tlcapture.generation.pattern_spools import Spooling
 from tlcapture.generation.recording import n_bytes_of
@@ -103,7 +103,7 @@ class CaptureWorker:
             finally:
                 self.run.removed(self._removed)
                 if self._unanswered:  # which threads found in any order
-                    named = [f"{task.capture_set}/{each.id}" for each in task.batched]
+                    named = [f"{task.capture_set}/{each.name}" for each in task.batched]
                     can_be_off = has_switch(self.model.tokenizer, task.batched[0].template_args)
                     self.run.warn(no_answer_warning(sorted(self._unanswered, key=named.index), has_switch=can_be_off))
                 self._removed, self._unanswered = [], []
@@ -127,9 +127,9 @@ class CaptureWorker:
         model, options = self.model, self.options
         wanted = options.outputs(model.n_layers)
         sampling = sampling_for(options.sampling, model)
-        not_followed = unfollowed(sampling, model)
-        if not_followed is not None and not options.responses_from:
-            self.run.warn(not_followed)
+        notes = (unfollowed(sampling, model), without_effect(sampling, options.samples))
+        for note in () if options.responses_from else filter(None, notes):
+            self.run.warn(note)
         # A default that is longer for thinking must not keep prompts from fitting.
         most = longest_forced(task.batched) if options.responses_from else options.max_new_tokens
         max_new_tokens = max(most, min(task.max_new_tokens, model.n_ctx - task.longest))
@@ -168,7 +168,7 @@ class CaptureWorker:
                 on_tokens=on_tokens,
                 spooling=self._spooling,
             ):
-                name = f"{task.capture_set}/{outcome.prompt.id}"
+                name = f"{task.capture_set}/{outcome.prompt.name}"
                 if isinstance(outcome, Failure):
                     self.run.failed(name, outcome.reason)
                     continue
@@ -221,7 +221,7 @@ class CaptureWorker:
     ) -> None:
         options = self.options
         # Another tool may have put files there since the run was planned.
-        where = (options.capture_set(generation.prompt.prompt_set), generation.prompt.id)
+        where = (options.capture_set(generation.prompt.prompt_set), generation.prompt.name)
         saved_capture(self.layout.residual(*where), overwrite=options.overwrite)
         for path in [*derived_files(self.layout, *where), *merged_files(self.layout, where[0])]:
             check_replaceable(self.layout, path, overwrite=options.overwrite)
@@ -240,7 +240,7 @@ class CaptureWorker:
         if capture.lacks_answer:
             self._unanswered.append(name)
         whole, capture = capture, capture.only(wanted_positions(wanted.tokens, capture, fresh=True))
-        marker = self.layout.unfinished(capture.capture_set, capture.prompt_id)
+        marker = self.layout.unfinished(capture.capture_set, capture.name)
         with self._lock:
             update_config(self.layout, inference_model=self.model.name)
         write_bytes(marker, b"")
@@ -388,7 +388,7 @@ class CaptureWorker:
             }
             project_capture(run, capture, chosen, levels, only=only, **how)
             return
-        raw = self.layout.residual(capture.capture_set, capture.prompt_id)
+        raw = self.layout.residual(capture.capture_set, capture.name)
         form = self.options.parts.form
         task = ProjectionTask(self.layout, raw, chosen, scores, overwrite, run.report.remembers, form)
         done, error = self._processes.call(ProjectionTask.do, task)

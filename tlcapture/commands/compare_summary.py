@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tlcapture.comparison.comparison_files import ComparisonFile
 from tlcapture.comparison.paired import PairedDifference, interval, paired_differences
 from tlcapture.errors import StorageError
-from tlcapture.names import base_id
+from tlcapture.names import split_name
 from tlcapture.storage.comparisons import compared, comparison_file
 from tlcapture.storage.layout import Layout
 
@@ -118,7 +118,7 @@ def summary_of(files: Mapping[str, ComparisonFile], problems: Sequence[str] = ()
     first = next(iter(files.values()))
     groups: dict[str, list[ComparisonFile]] = {}
     for name, each in files.items():
-        groups.setdefault(name if each.metadata.sample is None else base_id(name), []).append(each)
+        groups.setdefault(name if each.metadata.sample is None else split_name(name)[0], []).append(each)
     traits = sorted({trait for each in files.values() for trait in each.traits})
     changes = np.array([[_mean(group, partial(_change, trait=trait)) for trait in traits] for group in groups.values()])
     kl = [_mean(group, lambda each: _over_response(each, each.kl)) for group in groups.values()]

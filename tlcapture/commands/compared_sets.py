@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tlcapture.errors import InputError
-from tlcapture.names import base_id, base_set, check_capture_set, variant_of
+from tlcapture.names import base_set, check_capture_set, split_name, variant_of
 from tlcapture.storage.comparisons import comparison_file
 from tlcapture.storage.layout import Layout
 
@@ -88,10 +88,14 @@ class ComparedSets:
         names_a, names_b = set(self.a.ids), set(self.b.ids)
         found = [(name, name, name) for name in self.a.ids if name in names_b]
         found += [
-            (name, name, base_id(name)) for name in self.a.ids if name not in names_b and base_id(name) in names_b
+            (name, name, split_name(name)[0])
+            for name in self.a.ids
+            if name not in names_b and split_name(name)[0] in names_b
         ]
         found += [
-            (name, base_id(name), name) for name in self.b.ids if name not in names_a and base_id(name) in names_a
+            (name, split_name(name)[0], name)
+            for name in self.b.ids
+            if name not in names_a and split_name(name)[0] in names_a
         ]
         return found
 

@@ -19,7 +19,7 @@ from tlcapture.errors import InputError, StorageError
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Outcome
 from tlcapture.models.loading import Model
-from tlcapture.names import PromptId, base_set
+from tlcapture.names import PromptId, base_set, capture_name
 from tlcapture.prompts.known_tokens import KnownTokens
 from tlcapture.prompts.prompt_sets import Prompt, PromptSet
 from tlcapture.prompts.tokenization import TokenizedPrompt, other_tokens
@@ -61,7 +61,7 @@ class GivenResponses:
 
     def capture(self, prompt_set: str, prompt_id: PromptId, sample: int | None = None) -> Capture:
         """The capture of a prompt, or of one of its samples; raises `StorageError` if it cannot be read."""
-        return self._capture(self._name_of(prompt_set), prompt_id if sample is None else f"{prompt_id}.s{sample}")
+        return self._capture(self._name_of(prompt_set), capture_name(prompt_id, sample))
 
     def samples(self, prompt_set: str, prompt_id: PromptId) -> list[int | None]:
         """The numbers of the samples that a prompt has; `None` stands for a single response."""
@@ -73,7 +73,7 @@ class GivenResponses:
             for stem in self.source.layout.captured(name):
                 with suppress(StorageError):  # reported by `prompt_sets`
                     capture = self._capture(name, stem)
-                    found.setdefault(capture.prompt_id, []).append(capture.metadata.get("sample"))
+                    found.setdefault(capture.prompt_id, []).append(capture.sample)
             self._samples[name] = found
         return self._samples[name]
 
@@ -100,9 +100,11 @@ class GivenResponses:
                     f"{capture.metadata['inference_model']!r}, are of another tokenizer than this model's: {reason}"
                 )
 
-    def are_tokens_of(self, saved: Capture | CaptureRecord, prompt_set: str, prompt_id: PromptId) -> bool:
-        """Whether a saved capture is of the tokens that a prompt has there now."""
-        source = self.capture(prompt_set, prompt_id)
+    def are_tokens_of(
+        self, saved: Capture | CaptureRecord, prompt_set: str, prompt_id: PromptId, sample: int | None
+    ) -> bool:
+        """Whether a saved capture is of the tokens that a prompt, or a sample of it, has there now."""
+        source = self.capture(prompt_set, prompt_id, sample)
         same = saved.token_ids == source.token_ids if isinstance(saved, Capture) else saved.tokens == source.tokens
         return same and saved.metadata.get("tokens_from") == KnownTokens.of(source.metadata, ()).origin
 
@@ -111,7 +113,7 @@ def prompt_of(capture: Capture) -> TokenizedPrompt:
     """The prompt of a capture, with its response as a forced one; an empty response is read with it."""
     response = tuple(capture.response.token_ids)
     known = KnownTokens.of(capture.metadata, capture.spans)
-    found = replace(as_prompt(capture, capture.prompt_id), given=None, known=known)
+    found = replace(as_prompt(capture, capture.prompt_id), given=None, known=known, sample=capture.sample)
     return replace(found, forced=response) if response else replace(found, given=())
 
 

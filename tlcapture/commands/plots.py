@@ -114,7 +114,7 @@ def projection_picture(projection: TokenScores) -> bytes:
     for text in below.set_xticklabels(labels, rotation=90, fontsize=6, family=_families()):
         text.set_parse_math(False)  # a token may hold dollars
     below.set_xlim(-0.5, n_tokens - 0.5)
-    figure.suptitle(f"{projection.prompt_set}/{projection.prompt_id}: {projection.title}", fontsize=10)
+    figure.suptitle(f"{projection.prompt_set}/{projection.name}: {projection.title}", fontsize=10)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # drawn as a box
         return _png(figure)

@@ -153,8 +153,8 @@ class ProjectionWorker:
     def _project(self, prompt_set: str, prompt_id: str) -> None:
         raw = self._layout.residual(prompt_set, prompt_id)
         capture = Capture.open(raw)
-        if capture.capture_set != prompt_set or str(capture.prompt_id) != prompt_id:
-            recorded = f"{capture.capture_set}/{capture.prompt_id}"
+        if capture.capture_set != prompt_set or str(capture.name) != prompt_id:
+            recorded = f"{capture.capture_set}/{capture.name}"
             raise StorageError(f"{raw}: its metadata names prompt {recorded}: it was moved or renamed")
         vectors = self._chooser.vectors(capture, self._options.component)
         if self._options.skip_existing:

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from tlcapture.captures.capture import Capture
-from tlcapture.captures.provenance import now, variant_record
+from tlcapture.captures.provenance import now, sample_record, variant_record
 from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.projection_writing import ProjectionFiles
 from tlcapture.commands.top_traits import essentials
@@ -66,7 +66,7 @@ def without_projection(
 
     Raises `StorageError` for a projection file that cannot be read and is not to be overwritten.
     """
-    ids = (capture.capture_set, capture.prompt_id)
+    ids = (capture.capture_set, capture.name)
     return [each for each in chosen if not _is_projected(layout, *ids, each.vector, existing)]
 
 
@@ -168,7 +168,7 @@ def project_capture(
     paths = [_path(layout, capture, each.vector) for each in chosen]
     for path in paths:
         check_replaceable(layout, path, overwrite=overwrite)
-    files = ProjectionFiles(run, capture.capture_set, capture.prompt_id, form)
+    files = ProjectionFiles(run, capture.capture_set, capture.name, form)
     files.check_replaceable(overwrite=overwrite)
     pairs = [(each.vector, each.selection) for each in chosen]
     prompt, response = capture.prompt.residual, capture.response.residual
@@ -240,7 +240,7 @@ def _levels_of(layout: Layout) -> ChanceLevels:
 
 
 def _path(layout: Layout, capture: Capture, vector: TraitVector) -> Path:
-    return layout.projection(vector.trait, vector.component, capture.capture_set, capture.prompt_id)
+    return layout.projection(vector.trait, vector.component, capture.capture_set, capture.name)
 
 
 def massive_line(centred: Sequence[tuple[Trait, Centred]]) -> str:
@@ -285,6 +285,7 @@ class _OfCapture:
             "inference_model": capture.metadata["inference_model"],
             "inference_experiment": layout.experiment,
             "prompt_id": capture.prompt_id,
+            **sample_record(capture.sample),
             "prompt_set": capture.prompt_set,
             **variant_record(capture.metadata.get("variant"), capture.metadata.get("interventions") or ()),
         }

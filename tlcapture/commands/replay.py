@@ -70,12 +70,12 @@ def check_replayable(capture: Capture, wanted: Outputs, model: Model) -> None:
         )
 
 
-def as_prompt(capture: Capture, prompt_id: PromptId) -> TokenizedPrompt:
-    """The prompt of a capture, with its response as a given one."""
+def as_prompt(capture: Capture, name: PromptId) -> TokenizedPrompt:
+    """The prompt of a capture, called by the capture's name, with its response as a given one."""
     text, ids, given = capture.prompt.text, tuple(capture.prompt.token_ids), tuple(capture.response.token_ids)
     opening = _opening(capture)
     return TokenizedPrompt(
-        capture.prompt_set, prompt_id, text, text, ids, None, chat_template=False, opening=opening, given=given
+        capture.prompt_set, name, text, text, ids, None, chat_template=False, opening=opening, given=given
     )
 
 

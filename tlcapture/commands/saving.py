@@ -97,7 +97,7 @@ def _free_id(layout: Layout, capture: Capture) -> int | str:
 
 
 def _write(run: Run, capture: Capture, model: Model, more: AddOns | None, choice: VectorChoice) -> None:
-    layout, where = run.layout, (capture.capture_set, capture.prompt_id)
+    layout, where = run.layout, (capture.capture_set, capture.name)
     saved_capture(layout.residual(*where), overwrite=False, advice="move it")
     for path in derived_files(layout, *where):
         check_replaceable(layout, path, advice="move it")

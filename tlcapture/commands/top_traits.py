@@ -22,6 +22,24 @@ FEWEST_TO_COMPARE = 3
 _ROUNDING = 1e-5  # of projections, which files keep with 6 digits
 
 _Values = NDArray[np.float64]
+_Prompt = tuple[str, bool]  # the id of a prompt, and whether its captures are samples
+_ByPrompt = dict[_Prompt, list["ProjectionFile"]]
+
+
+@dataclass(frozen=True)
+class OverSamples:
+    """The spread of a trait over the samples of a prompt.
+
+    Attributes:
+        n: the number of samples.
+        n_commit: how many of them commit more clearly than random directions.
+        rise, calibrated: standard deviations of these over the samples; `None` for one sample, or where not known.
+    """
+
+    n: int
+    n_commit: int
+    rise: float | None
+    calibrated: float | None
 
 
 @dataclass(frozen=True)
@@ -30,13 +48,14 @@ class TopTrait:
 
     A rise is the mean of the trajectory over the response less its mean over the prompt (without the first token, an
     attention sink), in standard deviations: over the prompt set, so that it measures how far the prompt stands out;
-    for a set of fewer than three prompts, over the reference prompts.
+    for a set of fewer than three prompts, over the reference prompts. Of a prompt with samples it is their mean.
 
     Attributes:
         chance: what the largest of as many random directions as there are traits stays below in 95 % of 200 draws;
             `None` where that was not measured.
         commitment_point, token: where it commits; `None` where it does not, or random directions do as clearly.
         calibrated: the mean of the response on the scale of the vector's examples; `None` where that is unknown.
+        samples: what the samples of the prompt do; `None` for a prompt without samples.
     """
 
     prompt_id: str
@@ -47,6 +66,7 @@ class TopTrait:
     token: str | None
     calibrated: float | None
     response: str
+    samples: OverSamples | None = None
 
     @property
     def stands_out(self) -> bool:
@@ -110,27 +130,37 @@ def summary_of(
 
     `known` are the `essentials` of files that were just written, by path relative to the experiment; they are not read.
     """
-    by_trait: dict[str, dict[str, ProjectionFile]] = {}
-    for prompt_id in layout.prompt_ids(prompt_set):
-        for saved in _saved(layout, prompt_set, prompt_id, component):
+    by_trait: dict[str, _ByPrompt] = {}
+    prompts: dict[_Prompt, None] = {}  # in their order
+    for name in layout.prompt_ids(prompt_set):
+        for saved in _saved(layout, prompt_set, name, component):
             if content := _read(saved, known.get(saved.place.relative_to(layout.folder).as_posix())):
-                by_trait.setdefault(str(saved.trait), {})[prompt_id] = content
+                has_samples = content.metadata.sample is not None
+                prompt = (str(content.metadata.prompt_id) if has_samples else name, has_samples)
+                prompts[prompt] = None
+                by_trait.setdefault(str(saved.trait), {}).setdefault(prompt, []).append(content)
     rises = {trait: _rises(contents) for trait, contents in by_trait.items()}
     tops = []
-    for prompt_id in layout.prompt_ids(prompt_set):
-        candidates = {trait: values[prompt_id] for trait, values in rises.items() if prompt_id in values}
+    for prompt in prompts:
+        candidates = {trait: values[prompt] for trait, values in rises.items() if prompt in values}
         if candidates:
             top = max(candidates, key=lambda name: candidates[name].own)
-            tops.append(_top(prompt_id, top, candidates, by_trait[top][prompt_id]))
-    return Summary(tops, _findings([each for contents in by_trait.values() for each in contents.values()]))
+            tops.append(_top(prompt, top, candidates, by_trait[top][prompt]))
+    return Summary(
+        tops, _findings([each for contents in by_trait.values() for found in contents.values() for each in found])
+    )
 
 
 @dataclass(frozen=True)
 class _Rise:
-    """A standardised rise, and those of random directions at the same layer, in the order of the draws."""
+    """A standardised rise, the mean over samples, with those of random directions in the order of the draws.
+
+    `spread` is its standard deviation over samples, `None` where there is only one.
+    """
 
     own: float
     random: _Values | None
+    spread: float | None = None
 
 
 def _saved(layout: Layout, prompt_set: str, prompt_id: str, component: str) -> list[SavedProjection]:
@@ -150,32 +180,58 @@ def _read(saved: SavedProjection, known: bytes | None) -> ProjectionFile | None:
     return content if content.dynamics is not None else None
 
 
-def _rises(contents: Mapping[str, ProjectionFile]) -> dict[str, _Rise]:
+def _rises(contents: _ByPrompt) -> dict[_Prompt, _Rise]:
     """A trait's rise in each prompt of a set."""
-    raw: dict[str, float] = {}
-    for prompt_id, content in contents.items():
-        rise = _mean(content, "response") - _mean(content, "prompt")
-        if not isnan(rise):
-            raw[prompt_id] = rise
-    if len(raw) < FEWEST_TO_COMPARE:
-        return {prompt_id: _against_reference(rise, contents[prompt_id]) for prompt_id, rise in raw.items()}
-    own = _standardised(np.array(list(raw.values())))
-    chances = [contents[prompt_id].metadata.chance for prompt_id in raw]
+    known = {prompt: [each for each in found if not isnan(_raw_rise(each))] for prompt, found in contents.items()}
+    known = {prompt: found for prompt, found in known.items() if found}
+    if len(known) < FEWEST_TO_COMPARE:
+        return {prompt: _over_samples([_against_reference(each) for each in found]) for prompt, found in known.items()}
+    raw = {prompt: np.array([_raw_rise(each) for each in found]) for prompt, found in known.items()}
+    means = np.array([each.mean() for each in raw.values()])
+    own, deviation = _standardised(means), _deviation_of(means)
+    chances = [each.metadata.chance for found in known.values() for each in found]
     is_comparable = len({None if each is None else (each.directions, each.n_directions) for each in chances}) == 1
-    measured = [each.rises for each in chances if each is not None and each.rises is not None]
-    random = _standardised(np.array(measured)) if is_comparable and len(measured) == len(raw) else None
+    drawn = [_random_rises(found) for found in known.values()]
+    is_known = is_comparable and all(each is not None for each in drawn)
+    random = _standardised(np.array(drawn)) if is_known else None
     return {
-        prompt_id: _Rise(float(own[row]), None if random is None else random[row]) for row, prompt_id in enumerate(raw)
+        prompt: _Rise(float(own[row]), None if random is None else random[row], _spread(raw[prompt] / deviation))
+        for row, prompt in enumerate(known)
     }
 
 
-def _against_reference(rise: float, content: ProjectionFile) -> _Rise:
+def _random_rises(samples: Sequence[ProjectionFile]) -> _Values | None:
+    """The rises of random directions, the means over samples; `None` where they were not measured."""
+    found = [None if each.metadata.chance is None else each.metadata.chance.rises for each in samples]
+    known = [each for each in found if each is not None]
+    return np.array(known).mean(axis=0) if len(known) == len(found) else None
+
+
+def _raw_rise(content: ProjectionFile) -> float:
+    return _mean(content, "response") - _mean(content, "prompt")
+
+
+def _against_reference(content: ProjectionFile) -> _Rise:
     """A rise in deviations over the reference prompts, or where there are none, of the trajectory along its tokens."""
-    chance = content.metadata.chance
+    chance, rise = content.metadata.chance, _raw_rise(content)
     if chance is None or chance.reference_rises is None or chance.standardised_rises is None:
         return _Rise(rise / (_deviation(content) or 1.0), None)
     reference = chance.reference_rises
     return _Rise((rise - reference.mean) / reference.sd, np.array(chance.standardised_rises))
+
+
+def _over_samples(rises: Sequence[_Rise]) -> _Rise:
+    """The mean of the rises of samples, and of those of the same random directions."""
+    random = [each.random for each in rises if each.random is not None]
+    is_known = len(random) == len(rises) and len({len(each) for each in random}) == 1
+    own = np.array([each.own for each in rises])
+    return _Rise(float(own.mean()), np.mean(random, axis=0) if is_known else None, _spread(own))
+
+
+def _spread(values: _Values) -> float | None:
+    """The standard deviation over samples; `None` for fewer than two, and where a value is not known."""
+    found = float(values.std(ddof=1)) if len(values) > 1 else nan
+    return None if isnan(found) else found
 
 
 def _mean(content: ProjectionFile, part: str) -> float:
@@ -198,21 +254,34 @@ def _deviation(content: ProjectionFile) -> float:
 
 def _standardised(values: _Values) -> _Values:
     """Standard scores over the first axis; 0 where all are equal but for rounding, as those of equal prompts are."""
+    differ = values.std(axis=0) > _ROUNDING * np.abs(values).max(axis=0)
+    return np.where(differ, (values - values.mean(axis=0)) / _deviation_of(values), 0.0)
+
+
+def _deviation_of(values: _Values) -> _Values:
+    """The standard deviation over the first axis; 1 where all are equal but for rounding."""
     deviation = values.std(axis=0)
-    differ = deviation > _ROUNDING * np.abs(values).max(axis=0)
-    return np.where(differ, (values - values.mean(axis=0)) / np.where(differ, deviation, 1.0), 0.0)
+    return np.where(deviation > _ROUNDING * np.abs(values).max(axis=0), deviation, 1.0)
 
 
-def _top(prompt_id: str, trait: str, candidates: Mapping[str, _Rise], content: ProjectionFile) -> TopTrait:
+def _top(prompt: _Prompt, trait: str, candidates: Mapping[str, _Rise], contents: Sequence[ProjectionFile]) -> TopTrait:
     random = [each.random for each in candidates.values() if each.random is not None]
     is_known = len(random) == len(candidates) and len({len(each) for each in random}) == 1
     chance = float(np.quantile(np.max(random, axis=0), 1 - LEVEL)) if is_known else None
-    point = content.dynamics.commitment_point if content.dynamics and _is_clear(content, "commitment") else None
-    token = None if point is None else content.tokens[point]
-    scale = content.calibration
-    calibrated = None if scale is None else float(scale.calibrated(np.float64(_mean(content, "response"))))
-    own = candidates[trait].own
-    return TopTrait(prompt_id, trait, own, chance, point, token, calibrated, content.response.text)
+    (prompt_id, has_samples), first, rise = prompt, contents[0], candidates[trait]
+    commits = [_commits_clearly(each) for each in contents]
+    point = first.dynamics.commitment_point if first.dynamics and commits[0] and not has_samples else None
+    token = None if point is None else first.tokens[point]
+    scales = [(each.calibration, _mean(each, "response")) for each in contents]
+    values = np.array([float(scale.calibrated(np.float64(mean))) for scale, mean in scales if scale is not None])
+    calibrated = float(values.mean()) if len(values) == len(contents) else None
+    samples = OverSamples(len(contents), sum(commits), rise.spread, _spread(values)) if has_samples else None
+    return TopTrait(prompt_id, trait, rise.own, chance, point, token, calibrated, first.response.text, samples)
+
+
+def _commits_clearly(content: ProjectionFile) -> bool:
+    commits = content.dynamics is not None and content.dynamics.commitment_point is not None
+    return commits and _is_clear(content, "commitment")
 
 
 def _is_clear(content: ProjectionFile, statistic: str) -> bool:

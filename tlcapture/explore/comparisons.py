@@ -28,7 +28,7 @@ from tlcapture.commands.compare_summary import read_comparisons, summary_of
 from tlcapture.commands.compared_sets import CaptureSet, ComparedSets, compared_sets
 from tlcapture.comparison.comparison_files import ComparisonFile
 from tlcapture.errors import InputError
-from tlcapture.names import Trait, base_id
+from tlcapture.names import Trait, split_name
 from tlcapture.traits.choice import VectorChoice
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _of_token(prompt_set: str, name: str, file: ComparisonFile, token: int) -> d
     prompt_id = file.metadata.prompt_id
     return {
         "prompt_set": prompt_set,
-        "prompt_id": prompt_id if sample is None or isinstance(prompt_id, int) else base_id(str(prompt_id)),
+        "prompt_id": prompt_id if sample is None or isinstance(prompt_id, int) else split_name(str(prompt_id))[0],
         "sample": sample,
         "token_idx": token,
         "token": file.tokens[token],

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 from tlcapture.errors import InputError
 from tlcapture.explore.roots import default_root
 from tlcapture.explore.saved_capture import SavedCapture
+from tlcapture.names import split_name
 from tlcapture.storage.config import ExperimentConfig, read_config
 from tlcapture.storage.layout import Layout, existing_experiments
 from tlcapture.text import printable
@@ -137,7 +138,7 @@ class Experiment:
     ) -> DataFrame:
         """The projection files of a prompt set as a tidy data frame.
 
-        Columns are `prompt_id`, `token_idx`, `token`, `part`, `trait`, `layer` and `score`.
+        Columns are `prompt_id`, `sample`, `token_idx`, `token`, `part`, `trait`, `layer` and `score`.
 
         Args:
             traits: one or several; all that the set is projected onto by default.
@@ -245,6 +246,8 @@ class Captures:
 
     `captures[3]` and `captures["3"]` are the prompt with that id, `captures.at(0)` the first one; iterating gives the
     captures, `keys()` their ids. Indexing raises `KeyError` for a prompt without a capture.
+
+    Samples of a prompt (`--samples`) are captures of their own: `captures["7.s1"]`.
     """
 
     def __init__(self, experiment: Experiment, prompt_set: str):
@@ -259,6 +262,11 @@ class Captures:
             shown = ", ".join(list(self._ids)[:_MOST_ROWS]) + (", ..." if len(self._ids) > _MOST_ROWS else "")
             raise KeyError(f"{prompt_id!r}: prompt set {self.prompt_set!r} has captures {shown or 'none'}{hint}")
         return SavedCapture(self._experiment, self.prompt_set, str(prompt_id))
+
+    def samples(self, prompt_id: str | int) -> list[SavedCapture]:
+        """The samples of a prompt (`--samples`), in their order; none if it has none."""
+        own = [name for name in self._ids if split_name(name)[0] == str(prompt_id)]
+        return [found for found in map(self.__getitem__, own) if found.sample is not None]
 
     def at(self, position: SupportsIndex) -> SavedCapture:
         """The capture at a position in the order of ids; negative ones count from the end."""

@@ -240,7 +240,7 @@ class ExplorableCapture(ABC):
         path = self._add_on("logit_lens")
         saved = None if path is None else read_lens(path)
         if saved is not None and saved.head.tokens == self._captured.tokens:  # otherwise of another capture
-            return table_of(saved, self._captured.capture_set, self._captured.prompt_id)
+            return table_of(saved, self._captured.capture_set, self._captured.name)
         from tlcapture.views.logit_lens import logit_lens_view
 
         capture, model = self._captured, self._model()
@@ -306,7 +306,7 @@ class ExplorableCapture(ABC):
         capture = self._captured
         return {
             "prompt_set": capture.capture_set,
-            "prompt_id": capture.prompt_id,
+            "prompt_id": capture.name,
             "tokens": capture.tokens,
             "n_prompt_tokens": len(capture.prompt.tokens),
         }
@@ -380,4 +380,5 @@ class ExplorableCapture(ABC):
             calibration=None if calibration is None else Calibration.of_record(CalibrationRecord(**calibration)),
             spans=capture.spans,
             positions=self._positions,
+            sample=capture.sample,
         )

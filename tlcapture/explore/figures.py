@@ -39,7 +39,7 @@ def trajectory_figure(projections: Sequence[TokenScores], *, calibrated: bool = 
     if not projections:
         raise InputError("no trait to draw: name one that has vectors")
     first = projections[0]
-    figure = _over_tokens(first.tokens, first.n_prompt_tokens, f"{first.prompt_set}/{first.prompt_id}")
+    figure = _over_tokens(first.tokens, first.n_prompt_tokens, f"{first.prompt_set}/{first.name}")
     is_calibrated = calibrated and all(each.calibration is not None for each in projections)
     lines = [drawn_trajectory(each, calibrated=is_calibrated) for each in projections]
     for trace_index, (projection, line) in enumerate(zip(projections, lines, strict=True)):
@@ -109,7 +109,7 @@ def layers_figure(projection: TokenScores, point: str | None = None) -> OfflineF
     limit = float(known[~np.isnan(known)].max(initial=0.0)) or 1.0
     drawn = by_layer.copy()
     drawn[:, 0] = np.nan
-    title = f"{projection.prompt_set}/{projection.prompt_id}: {projection.title}, {point or projection.sublayers[-1]}"
+    title = f"{projection.prompt_set}/{projection.name}: {projection.title}, {point or projection.sublayers[-1]}"
     figure = _over_tokens(projection.tokens, projection.n_prompt_tokens, title)
     figure.add_trace(
         go.Heatmap(

@@ -3,6 +3,7 @@
 | column | meaning |
 | --- | --- |
 | `prompt_id` | as in the prompt set, a text or a number |
+| `sample` | which of several responses to the prompt (`--samples`), counted from 1; missing for the only one |
 | `token_idx` | index over prompt and response as one sequence |
 | `token` | its text |
 | `part` | `prompt` or `response` |
@@ -34,7 +35,7 @@ from tlcapture.traits.token_scores import TokenScores
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-COLUMNS = ("prompt_id", "token_idx", "token", "part", "span", "role", "trait", "layer", "score", "calibrated")
+COLUMNS = ("prompt_id", "sample", "token_idx", "token", "part", "span", "role", "trait", "layer", "score", "calibrated")
 
 Layers = str | SupportsIndex | Iterable[SupportsIndex]
 
@@ -59,6 +60,7 @@ def tidy_frame(projections: Sequence[TokenScores], layers: Layers = "own") -> Da
             pieces.append(
                 {
                     "prompt_id": [projection.prompt_id] * n_kept,
+                    "sample": [projection.sample] * n_kept,
                     "token_idx": kept,
                     "token": [projection.tokens[token] for token in kept],
                     "part": parts.tolist(),
@@ -71,7 +73,7 @@ def tidy_frame(projections: Sequence[TokenScores], layers: Layers = "own") -> Da
                 }
             )
     columns = {name: [value for piece in pieces for value in piece[name]] for name in COLUMNS}
-    kinds = {"token_idx": "int64", "layer": "int64", "score": "float64", "calibrated": "float64"}
+    kinds = {"sample": "Int64", "token_idx": "int64", "layer": "int64", "score": "float64", "calibrated": "float64"}
     return pandas.DataFrame(columns).astype(kinds)
 
 

@@ -36,9 +36,17 @@ from tlcapture.explore.live_interventions import (
     prompt_of_capture,
 )
 from tlcapture.explore.roots import layout_of
-from tlcapture.generation.checkpoint_sampling import asked_sampling, sampling_for, unfollowed
+from tlcapture.generation.checkpoint_sampling import (
+    AskedSampling,
+    asked_sampling,
+    sampling_for,
+    unfollowed,
+    without_effect,
+)
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure
+from tlcapture.generation.samples import check_names, check_samples, sampled
+from tlcapture.generation.sampling import Sampling, checked_stop
 from tlcapture.logger import get_logger
 from tlcapture.models.loading import Model, as_model
 from tlcapture.prompts.chat_template import NO_ARGS
@@ -122,7 +130,7 @@ class LiveCapture(Capture, ExplorableCapture):
             allow_model_change=allow_model_change,
         )
         experiment = target if isinstance(target, Experiment) else Experiment(layout.experiment, layout.root)
-        return experiment.captures[saved.capture_set][saved.prompt_id]
+        return experiment.captures[saved.capture_set][saved.name]
 
     def _other_vectors(self, layout: Layout) -> str | None:
         """The experiment whose vectors were named, where it is another one in the same root."""
@@ -169,7 +177,13 @@ def capture(
     *,
     max_new_tokens: int | None = None,
     temperature: float | None = None,
-    sampling: str = "plain",
+    sampling: str | Sampling = "plain",
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    stop: Sequence[str] | str = (),
+    samples: int | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     attention: bool = False,
@@ -200,7 +214,12 @@ def capture(
         max_new_tokens: the maximum length of a response, in tokens; by default 50, or 1,024 where the chat template
             makes the model think.
         temperature: 0 is greedy; by default 0.7, or the checkpoint's own with `sampling="checkpoint"`.
-        sampling: `plain`, or `checkpoint` to follow the checkpoint's generation config.
+        sampling: `plain`, `checkpoint` to follow the checkpoint's generation config, or a `Sampling` in place of
+            temperature, seed and the following arguments.
+        top_p, top_k, min_p, repetition_penalty: rules as in Hugging Face's `generate`; none by default.
+        stop: texts of which one ends a response, with the token that completes it.
+        samples: so many responses to each prompt, which is read once; captures then have the number of theirs in
+            `sample`.
         seed: with prompt set and prompt id, it determines the sampled tokens.
         batch_size: how many prompts run together; by default as many as fit in free memory.
         attention, logit_lens: whether to capture attention patterns of all layers, and the predictions of every layer,
@@ -235,7 +254,9 @@ def capture(
     if vectors is not None and not isinstance(vectors, Experiment):
         raise InputError(f"vectors: expected an Experiment, got {type(vectors).__name__}: Experiment({vectors!r})?")
     kept_tokens = None if tokens is None else KeptTokens.parse(tokens)
-    asked = asked_sampling(sampling, temperature, seed)
+    rules = {"top_p": top_p, "top_k": top_k, "min_p": min_p, "repetition_penalty": repetition_penalty}
+    asked = _asked(sampling, temperature, seed, stop, rules)
+    check_samples(samples)
     runner = as_model(model)
     sources = given_captures(prompts)
     values = all_template_args(runner.tokenizer, thinking, template_args, chat_template=chat_template)
@@ -244,9 +265,8 @@ def capture(
     else:
         tokenized = [prompt_of_capture(runner, each) for each in sources]
     chosen = sampling_for(asked, runner)
-    not_followed = unfollowed(chosen, runner)
-    if not_followed is not None:
-        _log.warning(not_followed)
+    for note in filter(None, (unfollowed(chosen, runner), without_effect(chosen, samples))):
+        _log.warning(note)
     most_tokens = _most_tokens(max_new_tokens, tokenized, runner.n_ctx)
     kept = KeptPoints.of(runner.n_layers, layers, points)
     layout = None if vectors is None else vectors.layout
@@ -260,6 +280,9 @@ def capture(
         points=kept.points,
         tokens=kept_tokens,
     ).outputs(runner.n_layers)
+    if sources is None:
+        check_names(tokenized[0].prompt_set, [prompt.id for prompt in tokenized], samples)
+        tokenized = sampled(tokenized, samples)
     for outcome in generate(
         runner,
         tokenized,
@@ -271,7 +294,7 @@ def capture(
         batch_size=batch_size,
     ):
         if isinstance(outcome, Failure):
-            raise outcome.error(f"prompt {outcome.prompt.prompt_set}/{outcome.prompt.id}: {outcome.reason}")
+            raise outcome.error(f"prompt {outcome.prompt.prompt_set}/{outcome.prompt.name}: {outcome.reason}")
         made = capture_of(
             outcome,
             runner,
@@ -289,7 +312,7 @@ def capture(
         made = made.only(kept_of(kept_tokens, len(made.prompt.tokens), len(made.tokens)))
         more = add_ons_of(outcome, runner, wanted, save_dtype)
         if made.lacks_answer:
-            name, can_be_off = f"{made.prompt_set}/{made.prompt_id}", has_switch(runner.tokenizer, values)
+            name, can_be_off = f"{made.prompt_set}/{made.name}", has_switch(runner.tokenizer, values)
             _log.warning(no_answer_warning([name], has_switch=can_be_off))
         yield LiveCapture(
             made.prompt, made.response, made.metadata, runner, layout, more, spans=made.spans, applied=applied
@@ -319,6 +342,16 @@ def _tokenized(
         )
         for prompt in prompt_set.prompts
     ]
+
+
+def _asked(
+    sampling: str | Sampling, temperature: float | None, seed: int, stop: Sequence[str] | str, rules: Mapping[str, Any]
+) -> AskedSampling:
+    if not isinstance(sampling, Sampling):
+        return asked_sampling(sampling, temperature, seed, checked_stop(stop), **rules)
+    if temperature is not None or seed or stop or any(value is not None for value in rules.values()):
+        raise InputError("give sampling as a Sampling or as temperature and other arguments, not both")
+    return sampling
 
 
 def _most_tokens(asked: int | None, prompts: Sequence[TokenizedPrompt], n_ctx: int) -> int:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _CAPTURE_ATTRIBUTES = (
     "prompt", "response", "metadata", "tokens", "token_ids", "positions", "residual", "n_layers", "d_model",
-    "save", "spans", "id", "text", "n_tokens",
+    "save", "spans", "sample", "id", "text", "n_tokens",
 )  # fmt: skip
 
 
@@ -79,7 +79,7 @@ class SavedCapture(ExplorableCapture):
         fingerprint = self.capture.metadata.get("model_fingerprint")
         if model.fingerprint != fingerprint:
             raise InputError(
-                f"{self.prompt_set}/{self.prompt_id} was captured from {self.capture.metadata['inference_model']!r} "
+                f"{self.prompt_set}/{self._name} was captured from {self.capture.metadata['inference_model']!r} "
                 f"(fingerprint {fingerprint}), but the experiment's model is now {model.name!r} ({model.fingerprint})"
             )
         return model

@@ -19,7 +19,18 @@ from tlcapture.generation.padding import left_pad
 from tlcapture.generation.pattern_spools import Spooling
 from tlcapture.generation.processors import LogitProcessors, PromptTokens
 from tlcapture.generation.recording import Recorder
-from tlcapture.generation.sampling import GIVEN, MAX_NEW_TOKENS, Sampling, choose_tokens, n_numbers, stop_reason
+from tlcapture.generation.samples import to_read
+from tlcapture.generation.sampling import (
+    GIVEN,
+    MAX_NEW_TOKENS,
+    STOP_TEXT,
+    STOP_TOKEN,
+    Sampling,
+    choose_tokens,
+    n_numbers,
+    stop_reason,
+)
+from tlcapture.generation.stop_texts import StopTexts
 from tlcapture.generation.transfers import Download, upload
 from tlcapture.models.engines.base import Step
 from tlcapture.models.loading import Model
@@ -65,6 +76,8 @@ class Batch:
             templated: stop_ids(model.tokenizer, model.generation_config, chat_template=templated)
             for templated in {prompt.chat_template for prompt in prompts}
         }
+        stop = settings.sampling.stop
+        self._stop_texts = StopTexts(model.tokenizer, stop) if stop else None
         lengths = [len(prompt.read_ids) for prompt in prompts]
         self._recorder = Recorder(settings.hooks, lengths, settings.max_new_tokens, settings.spooling)
         self._responses: list[list[int]] = [[] for _ in prompts]
@@ -76,12 +89,7 @@ class Batch:
         settings = self._settings
         self._running = list(indices)  # the prompt in each row of the state
         self._n_new = len(self._responses[indices[0]]) if indices else 0  # tokens of every response
-        self._acting = ActingInterventions(
-            settings.interventions,
-            self._model,
-            [self.prompts[index] for index in indices],
-            [self._responses[index] for index in indices],
-        )
+        self._acting = self._acting_on(indices)
         self._noise: GumbelNoise | None = None  # made when the vocabulary and the device of the logits are known
         self._processors = LogitProcessors(
             settings.sampling.rules,
@@ -89,6 +97,12 @@ class Batch:
             [self._prompt_tokens(self.prompts[index]) for index in indices],
         )
         self._state: Any = None
+
+    def _acting_on(self, indices: Sequence[int]) -> ActingInterventions:
+        """The interventions on some prompts, one per row."""
+        prompts = [self.prompts[index] for index in indices]
+        responses = [self._responses[index] for index in indices]
+        return ActingInterventions(self._settings.interventions, self._model, prompts, responses)
 
     def _prompt_tokens(self, prompt: TokenizedPrompt) -> PromptTokens:
         return PromptTokens(prompt.token_ids, self._stops[prompt.chat_template], self._settings.max_new_tokens)
@@ -199,11 +213,13 @@ class Batch:
         return failed | {index: reason for index, reason in reasons.items() if reason is not None}
 
     def _stop_reason(self, index: int) -> str | None:
-        forced = self.prompts[index].forced
-        if forced is not None:
-            return GIVEN if len(self._responses[index]) >= len(forced) else None
-        stops = self._stops[self.prompts[index].chat_template]
-        return stop_reason(self._responses[index], stops, self._settings.max_new_tokens)
+        prompt, response = self.prompts[index], self._responses[index]
+        if prompt.forced is not None:
+            return GIVEN if len(response) >= len(prompt.forced) else None
+        reason = stop_reason(response, self._stops[prompt.chat_template], self._settings.max_new_tokens)
+        if self._stop_texts is None or reason == STOP_TOKEN or not response:
+            return reason
+        return STOP_TEXT if self._stop_texts.is_completed(prompt.token_ids[-1], response) else reason
 
     def _keep(self, stays: Sequence[bool], logits: LastLogits | None) -> Tensor | None:
         """Drop the rows of prompts that have ended; the logits of the others."""
@@ -222,19 +238,47 @@ class Batch:
         return logits.index_select(0, upload(kept, logits.device))
 
     def _read(self) -> LastLogits:
-        """Run the tokens so far of the running prompts; what `were_read` before has been recorded already."""
-        tokens, mask = left_pad([[*self.prompts[each].read_ids, *self._responses[each]] for each in self._running])
-        self._state = self._model.start(len(self._running))
-        self._model.reserve(self._state, tokens.shape[1] - self._n_new + self._settings.max_new_tokens)
+        """Run the tokens so far of the running prompts; what `were_read` before has been recorded already.
+
+        Samples of a prompt that have no tokens yet are read once, and then have rows of their own.
+        """
+        running, rows = self._running, range(len(self._running))
+        leading, copies = (rows, rows) if self._n_new else to_read([self.prompts[each] for each in running])
+        samples = [[each for each, copy in zip(running, copies, strict=True) if copy == n] for n in range(len(leading))]
+        sequences = [[*self.prompts[first].read_ids, *self._responses[first]] for first, *_ in samples]
+        n_positions = max(map(len, sequences)) - self._n_new + self._settings.max_new_tokens
+        self._state = self._model.start(len(leading))
+        if len(leading) == len(running):
+            self._model.reserve(self._state, n_positions)
+            return self._read_sequences(sequences, samples, self._acting)
+        logits = self._read_sequences(sequences, samples, self._acting_on([running[row] for row in leading]))
+        self._state = self._model.branch(self._state, list(copies))
+        self._model.reserve(self._state, n_positions)
+        return logits.index_select(0, upload(list(copies), logits.device))
+
+    def _read_sequences(
+        self, sequences: Sequence[Sequence[int]], samples: Sequence[Sequence[int]], changes: ActingInterventions
+    ) -> LastLogits:
+        """Run sequences of token ids, one per row of an empty state; `samples` are the prompts that begin with each."""
+        tokens, mask = left_pad(sequences)
         hooks = frozenset[str]() if self.were_read else self._recorder.names
         self._model.prepare(hooks)
         last_logits = []
-        with acting(self._model, self._acting.of_read(), self._settings.own_hooks):
-            for rows, step in self._model.prompt_steps(tokens, mask, self._state, hooks):
+        with acting(self._model, changes.of_read(), self._settings.own_hooks):
+            for part, step in self._model.prompt_steps(tokens, mask, self._state, hooks):
                 if not self.were_read:
-                    self._recorder.record(self._running[rows], step.cache)
+                    self._record_prompts(samples[part], step.cache)
                 last_logits.append(step.logits)
         return torch.cat([each for each in last_logits if each is not None])
+
+    def _record_prompts(self, samples: Sequence[Sequence[int]], cache: dict[str, Tensor]) -> None:
+        """Record a step of prompts, one per row, for all of their samples, which are neighbours in the batch."""
+        if len(samples) == sum(map(len, samples)):
+            self._recorder.record([index for (index,) in samples], cache)
+            return
+        for row, indices in enumerate(samples):
+            own = {name: each[row : row + 1].expand(len(indices), *each.shape[1:]) for name, each in cache.items()}
+            self._recorder.record(indices, own)
 
     def _run_tokens(self, chosen: NextTokens) -> LastLogits | None:
         """Run the tokens just chosen, the last ones of responses too, whose activations are recorded; the logits

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from tlcapture.errors import InputError
 from tlcapture.generation.processors import FOR_SAMPLING, LogitProcessors, LogitRules, PromptTokens
-from tlcapture.generation.sampling import CHECKPOINT, DEFAULT_TEMPERATURE, PLAIN, SAMPLINGS, Sampling
+from tlcapture.generation.sampling import CHECKPOINT, DEFAULT_TEMPERATURE, PLAIN, SAMPLINGS, Sampling, checked_stop
 from tlcapture.models.loading import Model
 from tlcapture.text import first_line
 
@@ -39,35 +40,49 @@ _OTHER_WAYS = (
     "guidance_scale",
     "watermarking_config",
     "token_healing",
-    "stop_strings",
 )
+_STOP = "stop_strings"
 
 
 @dataclass(frozen=True)
 class CheckpointSampling:
-    """The sampling of a checkpoint, which is known once the model is; a temperature takes the place of its own."""
+    """The sampling of a checkpoint, which is known once the model is.
+
+    A temperature and rules that are `given`, by the names of a generation config, take the place of its own; texts in
+    `stop` end responses, too.
+    """
 
     temperature: float | None = None
     seed: int = 0
     source: str = CHECKPOINT
+    given: Mapping[str, Any] = field(default_factory=dict)
+    stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        Sampling(self.temperature or 0)  # checks it
+        checked = Sampling(0 if self.temperature is None else self.temperature, stop=self.stop, **self.given)
+        object.__setattr__(self, "stop", checked.stop)
 
 
 AskedSampling = Sampling | CheckpointSampling
 
 
-def asked_sampling(source: str, temperature: float | None, seed: int) -> AskedSampling:
+def asked_sampling(
+    source: str, temperature: float | None, seed: int, stop: Sequence[str] = (), **rules: Any
+) -> AskedSampling:
     """The sampling of options; the temperature is 0.7, or the checkpoint's own with `source` `checkpoint`.
 
-    Raises `InputError` for an unknown source or an invalid temperature.
+    Args:
+        stop: texts that end a response.
+        rules: `top_p`, `top_k`, `min_p` and `repetition_penalty`; `None` where one is not given.
+
+    Raises `InputError` for an unknown source or an invalid value.
     """
     if source not in SAMPLINGS:
         raise InputError(f"no sampling {source!r}: choose one of {', '.join(SAMPLINGS)}")
+    given = {name: value for name, value in rules.items() if value is not None}
     if source == CHECKPOINT:
-        return CheckpointSampling(temperature, seed)
-    return Sampling(DEFAULT_TEMPERATURE if temperature is None else temperature, seed)
+        return CheckpointSampling(temperature, seed, given=given, stop=stop)
+    return Sampling(DEFAULT_TEMPERATURE if temperature is None else temperature, seed, stop=stop, **given)
 
 
 def sampling_for(asked: AskedSampling, model: Model) -> Sampling:
@@ -95,12 +110,36 @@ def sampling_for(asked: AskedSampling, model: Model) -> Sampling:
     found = _settings(config, tuple(LogitRules.__dataclass_fields__))
     if getattr(config, "top_k", None) is None:
         found["top_k"] = _GENERATE_TOP_K
+    found |= asked.given
     try:
-        sampling = Sampling(temperature, asked.seed, LogitRules(**found), CHECKPOINT)
+        stop = (*checked_stop(getattr(config, _STOP, None) or ()), *asked.stop)
+        sampling = Sampling(temperature, asked.seed, LogitRules(**found), CHECKPOINT, stop=stop)
         _try_out(sampling, model)
-    except (ValueError, TypeError, IndexError) as error:
+    except (ValueError, TypeError, IndexError, InputError) as error:
         raise InputError(f"--sampling checkpoint: the generation config is not valid: {first_line(error)}") from None
     return sampling
+
+
+def is_recorded(asked: AskedSampling, metadata: Mapping[str, Any]) -> bool:
+    """Whether a capture was sampled by the rules and stop texts that are asked for, according to its metadata.
+
+    Of a checkpoint's sampling only what was given is compared; its own rules are not known before it is loaded.
+    """
+    recorded = metadata.get("sampling") or {"source": PLAIN}
+    if isinstance(asked, Sampling):
+        return bool(recorded == asked.record().get("sampling", {"source": PLAIN}))
+    given = Sampling(**asked.given).rules.active(greedy=False)
+    has_rules = all(recorded.get(name) in (None, value) for name, value in given.items())  # None: it was greedy
+    has_stop = set(asked.stop) <= set(recorded.get("stop", ()))
+    return recorded.get("source") == asked.source and has_rules and has_stop
+
+
+def without_effect(sampling: Sampling, samples: int | None = None) -> str | None:
+    """What to say of what was asked of a greedy choice, and only changes what is sampled."""
+    given = sampling.without_effect if sampling.source == PLAIN else ()
+    notes = [f"{' and '.join(given)} {'changes' if len(given) == 1 else 'change'} nothing"] if given else []
+    notes += ["all samples of a prompt are the same"] if sampling.temperature == 0 and (samples or 1) > 1 else []
+    return f"temperature 0 is greedy: {', and '.join(notes)}" if notes else None
 
 
 def unfollowed(sampling: Sampling, model: Model) -> str | None:
@@ -108,7 +147,7 @@ def unfollowed(sampling: Sampling, model: Model) -> str | None:
     if sampling.source != PLAIN or model.generation_config is None:
         return None
     names = [name for name in LogitRules.__dataclass_fields__ if sampling.temperature or name not in FOR_SAMPLING]
-    rules, other = (_settings(model.generation_config, each) for each in (tuple(names), _OTHER_WAYS))
+    rules, other = (_settings(model.generation_config, each) for each in ((*names, _STOP), _OTHER_WAYS))
     if not rules and not other:
         return None
     said = f"the checkpoint's own sampling is not followed: {_described({**rules, **other})}"

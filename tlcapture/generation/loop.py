@@ -23,6 +23,7 @@ from tlcapture.generation.outcomes import Failure, Outcome
 from tlcapture.generation.padding import left_pad
 from tlcapture.generation.pattern_spools import Spooling
 from tlcapture.generation.recording import check_hooks
+from tlcapture.generation.samples import n_together
 from tlcapture.generation.sampling import Sampling
 from tlcapture.logger import get_logger
 from tlcapture.models.loading import Model
@@ -60,7 +61,7 @@ def generate(
         own_hooks: TransformerLens's hook functions with the names of their points, which every pass calls.
         batch_size: how many prompts run together; `None` takes what fits in free memory. Out of memory, it is halved;
             prompts that were being answered keep their tokens and activations, and go on from there.
-        wanted: ids of the prompts whose outcomes are yielded; `None` means all. Each of them runs in the batch in
+        wanted: names of the prompts whose outcomes are yielded; `None` means all. Each of them runs in the batch in
             which it would run if all were wanted, so its outcome is bit-identical; batches without any do not run.
         on_tokens: called with the number of new tokens of wanted prompts after every step, and with a negative
             number for the tokens of a prompt that runs again, or fails, because memory ran out while it was alone.
@@ -79,13 +80,13 @@ def generate(
     max_new_tokens = 0 if True in are_given else max_new_tokens
     if any(each.is_by_row for each in interventions):
         raise ValueError("interventions by row need continue_from, which runs prompts as one batch, in order")
-    ids = frozenset(prompt.id for prompt in prompts) if wanted is None else frozenset(wanted)
+    names = frozenset(prompt.name for prompt in prompts) if wanted is None else frozenset(wanted)
     fitting = []
     for prompt in prompts:
         reason = _unfit(model, prompt, max_new_tokens)
         if reason is None:
             fitting.append(prompt)
-        elif prompt.id in ids:
+        elif prompt.name in names:
             yield Failure(prompt, reason, InputError)
     longest = max((len(prompt.read_ids) for prompt in fitting), default=0)
     if batch_size is None:
@@ -99,7 +100,7 @@ def generate(
     settings = Settings(hooks, max_new_tokens, sampling, changes, own_hooks, spooling)
     paused: list[_InFlight] = []  # the next one last
     while paused or queue:
-        in_flight = paused.pop() if paused else _InFlight.of(model, queue.next_batch(), settings, ids)
+        in_flight = paused.pop() if paused else _InFlight.of(model, queue.next_batch(), settings, names)
         try:
             yield from in_flight.run(on_tokens)
         except (MemoryError, RuntimeError) as error:
@@ -159,7 +160,7 @@ def teacher_force(model: Model, token_ids: Sequence[int], hooks: Sequence[str]) 
 class _Queue:
     """Prompts that have not run yet, longest first, taken in batches.
 
-    Prompts of similar length run together, which needs less padding.
+    Prompts of similar length run together, which needs less padding, and samples of a prompt, which is read once.
     """
 
     def __init__(self, prompts: Sequence[TokenizedPrompt], batch_size: int):
@@ -170,7 +171,8 @@ class _Queue:
         return bool(self._prompts)
 
     def next_batch(self) -> list[TokenizedPrompt]:
-        batch, self._prompts = self._prompts[: self.batch_size], self._prompts[self.batch_size :]
+        count = n_together(self._prompts, self.batch_size)
+        batch, self._prompts = self._prompts[:count], self._prompts[count:]
         return batch
 
     def put_back(self, prompts: Sequence[TokenizedPrompt]) -> None:
@@ -196,7 +198,7 @@ class _InFlight:
         cls, model: Model, prompts: Sequence[TokenizedPrompt], settings: Settings, wanted: Collection[PromptId]
     ) -> _InFlight:
         """A new batch."""
-        unfinished = [index for index, prompt in enumerate(prompts) if prompt.id in wanted]
+        unfinished = [index for index, prompt in enumerate(prompts) if prompt.name in wanted]
         return cls(Batch(model, prompts, settings), unfinished, len(prompts), is_resumed=False)
 
     def parts(self, n_rows: int) -> list[_InFlight]:

@@ -66,9 +66,13 @@ class GumbelNoise:
 
 
 def stream_start(seed: int, prompt: TokenizedPrompt) -> int:
-    """The start of a prompt's stream, made of the seed, the prompt set and the prompt's id."""
-    name = f"{seed}\0{prompt.prompt_set}\0{prompt.id}".encode()
-    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big", signed=True)
+    """The start of a prompt's stream, made of the seed, the prompt set, the prompt's id and its sample.
+
+    The first sample has the stream of a prompt without samples.
+    """
+    of_sample = f"\0{prompt.sample}" if prompt.sample not in (None, 1) else ""
+    name = f"{seed}\0{prompt.prompt_set}\0{prompt.id}{of_sample}"
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big", signed=True)
 
 
 def _mixed(numbers: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from tlcapture.views.cache import Cache
 class Generation:
     """A prompt with its response, and their activations as one sequence.
 
-    `response_ids` includes the stop token if `stop_reason` is `"stop_token"`; the other reasons are `"max_new_tokens"`,
-    and `"given"` for a response that was read rather than generated.
+    `response_ids` includes the stop token if `stop_reason` is `"stop_token"`, and the token that completed a stop text
+    if it is `"stop_text"`; the other reasons are `"max_new_tokens"`, and `"given"` for a response that was read rather
+    than generated.
     `cache` maps the hook names that were asked for to `[n_tokens, ...]` (patterns `[head, n_tokens, n_tokens]`).
     """
 

@@ -2,25 +2,45 @@
 
 The rules are those of Hugging Face's `generate`, under its names and in its order, computed by its public classes.
 Rules that depend on a prompt's own tokens are applied to each row by itself, without its padding. Only the repetition
-penalty, which many checkpoints set, is computed here, for the whole batch on its device.
+penalty, which many checkpoints set, is computed here, for the whole batch on its device; and on a CPU top-p, which
+generate finds by sorting the vocabulary, in `top_p`.
 
 Source of the order: `GenerationMixin._get_logits_processor` of transformers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
+from tlcapture.generation.top_p import TopP
 from tlcapture.generation.transfers import upload
 from tlcapture.shapes import LastLogits, NextTokens
 
 Processor = Callable[[Any, Tensor], Tensor]
+_LOW_TEMPERATURE = 1e-3
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_share(value: Any) -> bool:
+    return is_number(value) and 0 <= value <= 1
+
+
+_VALID: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "repetition_penalty": ("a number above 0", lambda value: is_number(value) and value > 0),
+    "top_k": ("a whole number of at least 0", lambda value: type(value) is int and value >= 0),
+    "top_p": ("a number from 0 to 1", _is_share),
+    "min_p": ("a number from 0 to 1", _is_share),
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +49,7 @@ class LogitRules:
 
     Those from `top_h` on choose what is sampled from, after the temperature; a greedy choice ignores them.
 
-    Raises `ValueError` for a penalty that is not positive.
+    Raises `ValueError` for a repetition penalty, top-k, top-p or min-p that it cannot have.
     """
 
     sequence_bias: Any = None
@@ -54,8 +74,10 @@ class LogitRules:
     eta_cutoff: float | None = None
 
     def __post_init__(self) -> None:
-        if self.repetition_penalty is not None and not self.repetition_penalty > 0:
-            raise ValueError(f"repetition_penalty {self.repetition_penalty}: expected a number above 0")
+        for name, (expected, is_valid) in _VALID.items():
+            value = getattr(self, name)
+            if value is not None and not is_valid(value):
+                raise ValueError(f"{name} {value!r}: expected {expected}")
 
     def active(self, *, greedy: bool) -> dict[str, Any]:
         """The rules that there are, by name; without those for sampling if the choice is greedy."""
@@ -98,7 +120,7 @@ class LogitProcessors:
         self._responses: list[NextTokens] = []  # by step
         self._prompt_ids: dict[int, Tensor] = {}
         self._made: dict[tuple[str, int], Processor] = {}
-        self._seen: Tensor | None = None
+        self._seen: Tensor | None = None  # the tokens of each row, as indices of its flattened logits
 
     def __bool__(self) -> bool:
         return bool(self._rules)
@@ -116,9 +138,10 @@ class LogitProcessors:
             else:
                 scores = self._row_by_row(name, scores)
         if self._temperature:
-            # With 0 as the largest, no temperature overflows; the quotient by one beyond float32 would be NaN.
-            temperature = min(max(self._temperature, 1e-20), 1e30)
-            scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature
+            # With 0 as the largest, a low temperature does not overflow; one beyond float32 would give NaN.
+            if self._temperature < _LOW_TEMPERATURE:
+                scores = scores - scores.amax(dim=-1, keepdim=True)
+            scores = scores / min(max(self._temperature, 1e-20), 1e30)
         for name in self._rules:
             if name in FOR_SAMPLING:
                 scores = self._for_batch(name, scores)
@@ -133,8 +156,7 @@ class LogitProcessors:
         """Drop all rows except those with these indices."""
         self._rows = [self._rows[row] for row in rows]
         self._responses = [tokens.index_select(0, upload(rows, tokens.device)) for tokens in self._responses]
-        if self._seen is not None:
-            self._seen = self._seen.index_select(0, upload(rows, self._seen.device))
+        self._seen = None
 
     def _for_batch(self, name: str, scores: LastLogits) -> LastLogits:
         if (name, 0) not in self._made:
@@ -160,26 +182,27 @@ class LogitProcessors:
 
     def _penalised(self, scores: LastLogits) -> LastLogits:
         """Positive logits of tokens that a row already has divided by the penalty, negative ones multiplied by it."""
-        new = self._responses[-1:]
-        if self._seen is None:
-            self._seen, new = self._in_prompts(scores), self._responses
-        for tokens in new:
-            self._seen.scatter_(1, tokens[:, None], True)
-        penalty = self._rules["repetition_penalty"]
-        return torch.where(self._seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+        penalty, d_vocab = self._rules["repetition_penalty"], scores.shape[1]
+        new = self._responses[-1:] if self._seen is not None else self._responses
+        starts = torch.arange(0, scores.numel(), d_vocab, device=scores.device)
+        seen = [self._in_prompts(scores) if self._seen is None else self._seen, *(starts + tokens for tokens in new)]
+        self._seen = torch.cat(seen)
+        flat = scores.reshape(-1)
+        found = flat.index_select(0, self._seen)
+        # A token that a row has twice gets the same value twice.
+        changed = flat.index_copy(0, self._seen, torch.where(found < 0, found * penalty, found / penalty))
+        return changed.view(scores.shape)
 
-    def _in_prompts(self, scores: LastLogits) -> Bool[Tensor, "batch d_vocab"]:
-        """Which tokens each running prompt has; an embedding may have more rows than there are logits."""
+    def _in_prompts(self, scores: LastLogits) -> Tensor:
+        """The tokens of running prompts `[n]`; an embedding may have more rows than there are logits."""
         d_vocab = scores.shape[1]
         known = [
             number * d_vocab + token
             for number, row in enumerate(self._rows)
-            for token in self._prompts[row].token_ids
+            for token in sorted(set(self._prompts[row].token_ids))
             if token < d_vocab
         ]
-        seen = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-        seen.view(-1).index_fill_(0, upload(known, scores.device), True)
-        return seen
+        return upload(known, scores.device)
 
 
 def _classes() -> Any:
@@ -201,7 +224,7 @@ _FOR_BATCH: dict[str, Callable[[Any, torch.device], Processor]] = {
     "suppress_tokens": lambda value, device: _classes().SuppressTokensLogitsProcessor(value, device=device),
     "top_h": lambda value, device: _classes().TopHLogitsWarper(top_h=value),
     "top_k": lambda value, device: _classes().TopKLogitsWarper(top_k=value),
-    "top_p": lambda value, device: _classes().TopPLogitsWarper(top_p=value),
+    "top_p": lambda value, device: TopP(value),
     "min_p": lambda value, device: _classes().MinPLogitsWarper(min_p=value),
     "typical_p": lambda value, device: _classes().TypicalLogitsWarper(mass=value),
     "epsilon_cutoff": lambda value, device: _classes().EpsilonLogitsWarper(epsilon=value),

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tlcapture.errors import InputError
-from tlcapture.generation.processors import NO_RULES, LogitRules
+from tlcapture.generation.processors import NO_RULES, LogitRules, is_number
 from tlcapture.shapes import LastLogits, NextTokens, Noise, Rows
 
 STOP_TOKEN = "stop_token"
+STOP_TEXT = "stop_text"
 MAX_NEW_TOKENS = "max_new_tokens"
 GIVEN = "given"  # a response that was read, not generated
 
@@ -27,36 +28,93 @@ _LOWEST_TEMPERATURE, _HIGHEST_TEMPERATURE = 1e-30, 1e30
 _CPU_PIECE = 2**22  # logits, 16 MiB in float32: to allocate memory each time costs more than the work
 
 
-@dataclass(frozen=True)
+_NEUTRAL = {"top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}  # values that change nothing
+
+
+@dataclass(frozen=True, repr=False)
 class Sampling:
-    """How next tokens are chosen. Temperature 0 is greedy; the seed is combined with each prompt's set and id.
+    """How next tokens are chosen, and texts that end a response.
 
-    `rules` change the logits first; `source` says whether they are those of the checkpoint.
+        Sampling(temperature=0.7, top_p=0.9, stop=["\\n\\n"])
 
-    Raises `InputError` for a temperature that is negative, NaN or infinite.
+    Attributes:
+        temperature: 0 is greedy.
+        seed: combined with each prompt's set and id.
+        rules: what changes the logits first; it has the rules that are named below, too.
+        source: whether the rules are those of the `checkpoint`, or `plain`.
+        top_p: sample from the fewest likeliest tokens whose probabilities reach this share.
+        top_k: sample from this many of the likeliest tokens.
+        min_p: sample from tokens that have at least this share of the likeliest one's probability.
+        repetition_penalty: positive logits of tokens that prompt and response have are divided by it, negative ones
+            multiplied.
+        stop: a response ends with the token that completes one of these texts.
+
+    Raises `InputError` for a value that is not valid.
     """
 
     temperature: float = DEFAULT_TEMPERATURE
     seed: int = 0
     rules: LogitRules = NO_RULES
     source: str = PLAIN
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise InputError(f"temperature {self.temperature}: expected a number of at least 0; 0 is greedy")
+        if not is_number(self.temperature) or self.temperature < 0:
+            raise InputError(f"temperature {self.temperature!r}: expected a number of at least 0; 0 is greedy")
+        named = {name: value for name in _NEUTRAL if (value := getattr(self, name)) is not None}
+        try:
+            rules = replace(self.rules, **named)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        changing = {name: None if (value := getattr(rules, name)) == none else value for name, none in _NEUTRAL.items()}
+        object.__setattr__(self, "rules", replace(rules, **changing))
+        for name, value in changing.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "stop", checked_stop(self.stop))
+
+    def __repr__(self) -> str:
+        shown = {"temperature": self.temperature, "seed": self.seed, **self.rules.active(greedy=False)}
+        shown |= {"stop": list(self.stop)} if self.stop else {}
+        shown |= {"source": self.source} if self.source != PLAIN else {}
+        return f"Sampling({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     def record(self) -> dict[str, Any]:
         """The sampling as metadata; without `sampling` where only temperature and seed matter."""
         rules = self.rules.active(greedy=self.temperature == 0)
-        more = {"sampling": {"source": self.source, **rules}} if rules or self.source != PLAIN else {}
+        stop = {"stop": list(self.stop)} if self.stop else {}
+        more = {"sampling": {"source": self.source, **rules, **stop}} if rules or stop or self.source != PLAIN else {}
         return {"temperature": self.temperature, "seed": self.seed, **more}
+
+    @property
+    def without_effect(self) -> tuple[str, ...]:
+        """Names of rules that choose what is sampled from, where nothing is sampled."""
+        ignored = self.rules.active(greedy=False).keys() - self.rules.active(greedy=True).keys()
+        return tuple(sorted(ignored)) if self.temperature == 0 else ()
+
+
+def checked_stop(texts: Any) -> tuple[str, ...]:
+    """Texts that end a response; raises `InputError` for anything but texts, and for an empty one."""
+    if isinstance(texts, str):
+        texts = [texts]
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"stop {texts!r}: expected a text or several")
+    if not all(texts):
+        raise InputError("stop '': expected a text that is not empty")
+    return tuple(dict.fromkeys(texts))
 
 
 GREEDY = Sampling(temperature=0)
 
 
 def stop_reason(response: Sequence[int], stops: frozenset[int], max_new_tokens: int) -> str | None:
-    """Why a response ends after its last token, `STOP_TOKEN` or `MAX_NEW_TOKENS`; `None` if it goes on."""
+    """Why a response ends after its last token, `STOP_TOKEN` or `MAX_NEW_TOKENS`; `None` if it goes on.
+
+    Texts that end a response are those of `StopTexts`.
+    """
     if response and response[-1] in stops:
         return STOP_TOKEN
     return MAX_NEW_TOKENS if len(response) >= max_new_tokens else None

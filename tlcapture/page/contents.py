@@ -7,7 +7,7 @@ exported pages.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isnan
 from os.path import lexists
@@ -20,7 +20,7 @@ import orjson
 from tlcapture.commands.compare_summary import read_comparisons, summary_of
 from tlcapture.comparison.comparison_files import ComparisonFile
 from tlcapture.errors import InputError, StorageError, TlcaptureError
-from tlcapture.names import Trait, base_set
+from tlcapture.names import Trait, base_set, split_name
 from tlcapture.page import missing
 from tlcapture.page.average import average_trajectory
 from tlcapture.page.trait_contents import vectors_of
@@ -41,6 +41,7 @@ RESOURCES = {
     "experiments": "experiments",
     "prompt_set": "{experiment}/sets/{prompt_set}",
     "prompt": "{experiment}/sets/{prompt_set}/{prompt_id}",
+    "samples": "{experiment}/sets/{prompt_set}/{prompt_id}/samples/{category}/{name}/{component}",
     "layers": "{experiment}/sets/{prompt_set}/{prompt_id}/layers/{category}/{name}/{component}",
     "lens": "{experiment}/sets/{prompt_set}/{prompt_id}/lens",
     "lens_token": "{experiment}/sets/{prompt_set}/{prompt_id}/lens/{token}",
@@ -105,21 +106,28 @@ class Contents:
         return found
 
     def prompt_set(self, experiment: str, prompt_set: str) -> dict[str, Any]:
-        """The captured prompts of a set, and whether each has attention and logit lens."""
+        """The captures of a set, and whether each has attention and logit lens.
+
+        The sample of a prompt names the `prompt`, and its number, `sample`.
+        """
         layout = self._layout(experiment)
         ids = layout.prompt_ids(prompt_set)
         if not ids:
             raise missing.captures(layout, prompt_set)
         listed = self._prompts(prompt_set)
-        prompts = [
-            {
-                "id": listed[prompt_id].id if prompt_id in listed else prompt_id,
-                "text": _shown_text(layout, prompt_set, prompt_id, listed.get(prompt_id)),
-                "attention": layout.saved(layout.attention(prompt_set, prompt_id)).is_file(),
-                "logit_lens": layout.saved(layout.logit_lens(prompt_set, prompt_id)).is_file(),
-            }
-            for prompt_id in ids
-        ]
+        prompts = []
+        for name in ids:
+            prompt_id, sample = (name, None) if name in listed else split_name(name)
+            own = listed.get(prompt_id)
+            prompts.append(
+                {
+                    "id": own.id if own is not None and sample is None else name,
+                    **({} if sample is None else {"prompt": prompt_id, "sample": sample}),
+                    "text": _shown_text(layout, prompt_set, name, own),
+                    "attention": layout.saved(layout.attention(prompt_set, name)).is_file(),
+                    "logit_lens": layout.saved(layout.logit_lens(prompt_set, name)).is_file(),
+                }
+            )
         return {"name": prompt_set, "prompts": prompts, "traits": _projected(layout, prompt_set)}
 
     def prompt(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
@@ -208,11 +216,36 @@ class Contents:
 
     def average(self, experiment: str, prompt_set: str, category: str, name: str, component: str) -> dict[str, Any]:
         """Mean and standard deviation of a prompt set's trajectories, aligned at the first response token."""
-        layout, trait = self._layout(experiment), Trait.parse(f"{category}/{name}")
+        layout = self._layout(experiment)
+        found, _ = self._average(layout, prompt_set, layout.prompt_ids(prompt_set), f"{category}/{name}", component)
+        return found
+
+    def samples(
+        self, experiment: str, prompt_set: str, prompt_id: str, category: str, name: str, component: str
+    ) -> dict[str, Any]:
+        """Mean and standard deviation of the trajectories of a prompt's samples, and of their means over responses."""
+        layout = self._layout(experiment)
+        names = [
+            each
+            for each in layout.prompt_ids(prompt_set)
+            if split_name(each)[0] == prompt_id and split_name(each)[1] is not None
+        ]
+        found, responses = self._average(layout, prompt_set, names, f"{category}/{name}", component)
+        means = [float(np.nanmean(each)) for each in responses if np.isfinite(each).any()]
+        return {
+            **found,
+            "response_mean": float(np.mean(means)) if means else None,
+            "response_sd": float(np.std(means, ddof=1)) if len(means) > 1 else None,
+        }
+
+    def _average(
+        self, layout: Layout, prompt_set: str, names: Sequence[str], trait: str, component: str
+    ) -> tuple[dict[str, Any], list[list[float]]]:
+        """Mean and deviation of the trajectories of captures, and the trajectories of their responses."""
         trajectories, scales, problems = [], [], []
-        for prompt_id in layout.prompt_ids(prompt_set):
+        for each in names:
             try:
-                saved = saved_projection(layout, trait, _component(component), prompt_set, prompt_id)
+                saved = saved_projection(layout, Trait.parse(trait), _component(component), prompt_set, each)
                 content = None if saved is None else saved.read()
             except StorageError as error:
                 problems.append(self.problem(error))
@@ -225,7 +258,8 @@ class Contents:
         # Captures that are projected onto different vectors have no scale in common.
         scale = scales[0] if all(each == scales[0] for each in scales) else None
         calibration = None if scale is None else asdict(scale)
-        return {**average_trajectory(trajectories), "calibration": calibration, "problems": problems}
+        found = {**average_trajectory(trajectories), "calibration": calibration, "problems": problems}
+        return found, [response for _, response in trajectories]
 
     def vectors(self, experiment: str, category: str, name: str) -> dict[str, Any]:
         """A trait's vectors with the selected one, their evaluation and steering results."""

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from tlcapture.errors import InputError, StorageError, TlcaptureError
-from tlcapture.names import Trait
+from tlcapture.names import Trait, sampled_prompts
 from tlcapture.page.assets import exported_page
 from tlcapture.page.contents import Contents, address
 from tlcapture.page.missing import MissingError
@@ -101,6 +101,9 @@ def export_page(
         for trait, component in layout.projection_folders(name):
             of_trait = {"experiment": experiment, "prompt_set": name, **_named(trait), "component": component}
             carried.add(f"mean of {name} on {trait}", [("average", of_trait)])
+    for name in prompt_sets:
+        for prompt_id in sampled_prompts(layout.prompt_ids(name)):
+            carried.add(f"samples of {name}/{prompt_id}", list(_samples(layout, name, prompt_id)))
     for prompt in prompts:
         carried.add(f"layers of {'/'.join(prompt)}", list(_layers(layout, *prompt)))
     carried.add("the list of comparisons", [("comparisons", {"experiment": experiment})])
@@ -132,6 +135,12 @@ def _of(experiment: str, prompt_set: str, prompt_id: str) -> dict[str, str]:
 
 def _named(trait: Trait) -> dict[str, str]:
     return {"category": trait.category, "name": trait.name}
+
+
+def _samples(layout: Layout, prompt_set: str, prompt_id: str) -> Iterator[tuple[str, dict[str, str]]]:
+    for trait, component in layout.projection_folders(prompt_set):
+        where = _of(layout.experiment, prompt_set, prompt_id)
+        yield "samples", {**where, **_named(trait), "component": component}
 
 
 def _layers(layout: Layout, prompt_set: str, prompt_id: str) -> Iterator[tuple[str, dict[str, str]]]:

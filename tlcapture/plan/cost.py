@@ -38,14 +38,19 @@ class Workload:
     n_projections: int = 0
 
     @property
+    def n_captures(self) -> int:
+        """Prompts times samples."""
+        return self.n_prompts * (self.options.samples or 1)
+
+    @property
     def n_new_tokens(self) -> int:
-        """New tokens of all prompts."""
-        return self.n_prompts * self.options.max_new_tokens
+        """New tokens of all responses."""
+        return self.n_captures * self.options.max_new_tokens
 
 
 @dataclass(frozen=True)
 class ViewCost:
-    """What one view writes: `files` and `each`, its bytes, per prompt."""
+    """What one view writes: `files` and `each`, its bytes, per prompt with all of its samples."""
 
     files: int
     each: float
@@ -103,8 +108,8 @@ def cost_of(workload: Workload, measures: Measures) -> Cost:
     kept = kept_of(options.tokens, workload.prompt_tokens, workload.prompt_tokens + options.max_new_tokens)
     found: dict[str, ViewCost] = {}
     for kind, size in sizes(measures, kept, wanted, options, workload.n_projections):
-        before = found.get(kind, ViewCost(0, 0.0))
-        found[kind] = ViewCost(before.files + 1, before.each + size)
+        before, count = found.get(kind, ViewCost(0, 0.0)), options.samples or 1
+        found[kind] = ViewCost(before.files + count, before.each + count * size)
     return Cost(workload.n_prompts, found)
 
 
@@ -154,7 +159,9 @@ def bound_pace(
     keys_and_values = 2 * measures.n_layers * measures.n_key_value_heads * measures.d_head * bytes_per_weight * context
     operations = 2 * n_parameters * batch_size
     step = max((weights + batch_size * keys_and_values) / accelerator.bandwidth, operations / accelerator.flops)
-    first = max(weights / accelerator.bandwidth, operations * prompt / accelerator.flops)
+    # Samples of a prompt, which is run once, are rows of the batch.
+    n_read = min(options.samples or 1, batch_size)
+    first = max(weights / accelerator.bandwidth, operations / n_read * prompt / accelerator.flops)
     calls = measures.n_layers * SECONDS_PER_LAYER
     # The last new token is run as well, so that its activations are captured.
     seconds = max(first / efficiency, calls) + options.max_new_tokens * max(step / efficiency, calls)

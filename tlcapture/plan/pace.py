@@ -15,6 +15,7 @@ from tlcapture.commands.projections import ChanceLevels, project_capture
 from tlcapture.generation.checkpoint_sampling import sampling_for
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Generation
+from tlcapture.generation.samples import sampled
 from tlcapture.models.loading import Model
 from tlcapture.models.memory import fitting_batch_size
 from tlcapture.names import Trait
@@ -38,10 +39,11 @@ def measured_pace(model: Model, workload: Workload) -> Pace:
     wanted = options.outputs(model.n_layers)
     n_tokens = workload.prompt_tokens + options.max_new_tokens
     hooks, prompt_tokens = wanted.live_hooks(model), workload.prompt_tokens
-    size = options.batch_size or fitting_batch_size(model, n_tokens, workload.n_prompts, hooks, prompt_tokens)
+    size = options.batch_size or fitting_batch_size(model, n_tokens, workload.n_captures, hooks, prompt_tokens)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.d_vocab, ((_BATCHES + 1) * size, workload.prompt_tokens), generator=generator)
-    prompts = [_prompt(number, row) for number, row in enumerate(ids.tolist())]
+    each = [_prompt(number, row) for number, row in enumerate(ids.tolist())]
+    prompts = sampled(each, options.samples)[: len(each)]  # as many rows
     chosen = _random_vectors(model, workload.n_projections, wanted)
     with TemporaryDirectory() as folder:
         layout = Layout(Path(folder), "plan")

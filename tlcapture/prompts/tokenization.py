@@ -9,7 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from tlcapture.errors import InputError
-from tlcapture.names import PromptId
+from tlcapture.names import PromptId, capture_name
 from tlcapture.prompts.chat_template import ADVICE, NO_ARGS, RenderedChat, render_chat, uses_chat_template
 from tlcapture.prompts.conversations import conversation, is_continued
 from tlcapture.prompts.known_tokens import KnownTokens
@@ -50,6 +50,7 @@ class TokenizedPrompt:
         given: the token ids of a response that is read rather than generated; `None` if one is generated.
         forced: those of a response that is run token by token, as if it were being generated; `None` for any other.
         known: what is known of tokens that are of another capture.
+        sample: which of several responses is generated, counted from 1; `None` for the only one.
     """
 
     prompt_set: str
@@ -70,11 +71,17 @@ class TokenizedPrompt:
     given: tuple[int, ...] | None = None
     forced: tuple[int, ...] | None = None
     known: KnownTokens | None = None
+    sample: int | None = None
 
     @property
     def read_ids(self) -> tuple[int, ...]:
         """The tokens that are read: those of the prompt, and of a given response."""
         return self.token_ids + (self.given or ())
+
+    @property
+    def name(self) -> PromptId:
+        """The name of its capture in file names."""
+        return capture_name(self.id, self.sample)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from contextlib import suppress
 from os import scandir
 from pathlib import Path
 
-from tlcapture.names import MOST_FOLDERS
+from tlcapture.names import MOST_FOLDERS, split_name
 
 
 def subfolders(folder: Path, depth: int = MOST_FOLDERS) -> Iterator[tuple[str, Path]]:
@@ -28,6 +28,8 @@ def folders_in(folder: Path) -> list[str]:
     return []
 
 
-def natural(name: str) -> tuple[int, int, str]:
-    """Sort key: numbers in numerical order, then names."""
-    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
+def natural(name: str) -> tuple[int, int, str, int]:
+    """Sort key: numbers in numerical order, then names, each followed by its samples."""
+    prompt_id, sample = split_name(name)
+    number = (0, int(prompt_id)) if prompt_id.isdecimal() else (1, 0)
+    return (*number, prompt_id, sample or 0)

@@ -12,7 +12,10 @@
                                   steering/{category}/{trait}/
                                   runs/{time}-{command}-{process}.json
 
-Below `inference/` and `analysis/`, a variant of a prompt set has the folder `{prompt_set}@{variant}` beside it.
+Below `inference/` and `analysis/`, a variant of a prompt set has the folder `{prompt_set}@{variant}` beside it. Files
+of a capture begin with its name: the id of its prompt, or `7.s1` for sample 1 of prompt 7. Where a method takes a
+prompt's id, the name of a sample is one.
+
 Prompt sets and trait examples that a root's `datasets/` does not have are looked up in the installed package.
 """
 

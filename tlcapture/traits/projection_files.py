@@ -148,6 +148,7 @@ class ProjectionMetadata(FileContent):
     variant: str | None = None
     interventions: list[InterventionRecord] = Field(default_factory=list)
     prompt_id: PromptId | None = None
+    sample: int | None = Field(default=None, ge=1)
     inference_model: str | None = None
     warnings: list[str] = Field(default_factory=list)
     definitions: int = Field(default=1, ge=1)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tlcapture.errors import InputError, StorageError
-from tlcapture.names import PromptId, of_variant
+from tlcapture.names import PromptId, capture_name, of_variant
 from tlcapture.prompts.spans import TokenSpan
 from tlcapture.storage.projection_places import place_of_projection
 from tlcapture.text import as_ranges
@@ -33,6 +33,7 @@ class TokenScores:
     """Tokens of a prompt and its response as one sequence, and their projection onto a trait's vector.
 
     Attributes:
+        sample: which of several responses to the prompt it is of, counted from 1; `None` for the only one.
         layer: the vector's own layer, at which the trajectory is taken.
         scores: `[n_tokens, n_layers, n_sublayers]`, in units of the activations; the sublayers are named by
             `sublayers`, the last of them being `residual_out` (or `attn_out`). NaN at layers and tokens that the
@@ -62,6 +63,7 @@ class TokenScores:
     definitions: int = DEFINITIONS
     spans: Sequence[TokenSpan] = ()
     positions: Sequence[int] | None = None
+    sample: int | None = None
 
     def __post_init__(self) -> None:
         if self.scores.ndim != 3 or len(self.scores) != len(self.tokens):
@@ -109,6 +111,11 @@ class TokenScores:
     def calibrated(self) -> Scores | None:
         """The trajectory on the scale on which the negative examples' mean is 0 and the positive ones' is 1."""
         return None if self.calibration is None else self.calibration.calibrated(self.trajectory)
+
+    @property
+    def name(self) -> PromptId:
+        """The name of the capture among those of its set: `7`, or `7.s1` for a sample."""
+        return capture_name(self.prompt_id, self.sample)
 
     @property
     def title(self) -> str:
@@ -175,4 +182,5 @@ class TokenScores:
             definitions=metadata.definitions,
             spans=tuple(content.spans),
             positions=None if held.is_all else held.kept,
+            sample=metadata.sample,
         )

@@ -48,7 +48,13 @@ class AttentionPatterns:
         return f"AttentionPatterns({self.n_layers} layers{without}, {n_heads} heads, {n_tokens} tokens)"
 
     def to_json(
-        self, *, prompt_id: PromptId, prompt_set: str, tokens: Sequence[str], n_prompt_tokens: int
+        self,
+        *,
+        prompt_id: PromptId,
+        prompt_set: str,
+        tokens: Sequence[str],
+        n_prompt_tokens: int,
+        sample: int | None = None,
     ) -> dict[str, Any]:
         """The content of `{id}_attention.json`.
 
@@ -65,6 +71,7 @@ class AttentionPatterns:
             prompt_set=prompt_set,
             tokens=tokens,
             n_prompt_tokens=n_prompt_tokens,
+            sample=sample,
         )
         return {
             **head,
@@ -93,12 +100,14 @@ def attention_head(
     prompt_set: str,
     tokens: Sequence[str],
     n_prompt_tokens: int,
+    sample: int | None = None,
 ) -> dict[str, Any]:
     """The content of an attention file without its weights: of all layers and queries, or of those named."""
     return {
         **({} if kept is None else {"layers": list(kept)}),
         **({} if positions is None else positions.record()),
         "prompt_id": prompt_id,
+        **({} if sample is None else {"sample": sample}),
         "prompt_set": prompt_set,
         "n_layers": n_layers,
         "n_heads": n_heads,

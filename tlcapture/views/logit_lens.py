@@ -66,6 +66,7 @@ class LogitLens:
         tokens: Sequence[str],
         n_prompt_tokens: int,
         token_texts: Callable[[Sequence[int]], list[str]],
+        sample: int | None = None,
     ) -> dict[str, Any]:
         """The content of `{id}_logit_lens.json`; probabilities have 4 significant digits.
 
@@ -89,7 +90,13 @@ class LogitLens:
 
         after = range(n_predictions) if self.positions is None else self.positions.with_next
         return {
-            **self.head(prompt_id=prompt_id, prompt_set=prompt_set, tokens=tokens, n_prompt_tokens=n_prompt_tokens),
+            **self.head(
+                prompt_id=prompt_id,
+                prompt_set=prompt_set,
+                tokens=tokens,
+                n_prompt_tokens=n_prompt_tokens,
+                sample=sample,
+            ),
             "predictions": [
                 {
                     "token_idx": token,
@@ -101,7 +108,13 @@ class LogitLens:
         }
 
     def head(
-        self, *, prompt_id: PromptId, prompt_set: str, tokens: Sequence[str], n_prompt_tokens: int
+        self,
+        *,
+        prompt_id: PromptId,
+        prompt_set: str,
+        tokens: Sequence[str],
+        n_prompt_tokens: int,
+        sample: int | None = None,
     ) -> dict[str, Any]:
         """The content of the file without its predictions."""
         n_layers, _, top_k = self.top_ids.shape
@@ -109,6 +122,7 @@ class LogitLens:
             **({} if self.kept is None else {"layers": list(self.kept)}),
             **({} if self.positions is None else self.positions.record()),
             "prompt_id": prompt_id,
+            **({} if sample is None else {"sample": sample}),
             "prompt_set": prompt_set,
             "tokens": list(tokens),
             "n_prompt_tokens": n_prompt_tokens,

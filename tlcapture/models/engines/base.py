@@ -149,7 +149,7 @@ class Model(ABC):
         """An empty state for a batch: its key-value cache and attention mask, with no positions yet."""
 
     def reserve(self, state: Any, n_positions: int) -> None:  # noqa: B027  most engines reserve nothing
-        """Reserve memory for all positions that an empty state will have.
+        """Reserve memory for all positions that an empty state, or a new branch of a state, will have.
 
         Steps after the prompts are then of one token per row, which is not padding, and the tensors of a `Step` may be
         overwritten by the next one.

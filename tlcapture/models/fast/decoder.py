@@ -84,13 +84,16 @@ class Decoder:
         )
 
     def lend(self, cache: FastCache, n_positions: int) -> None:
-        """Let the empty state of a new batch of up to `n_positions` use the buffers."""
-        assert cache.state is not None and cache.state.store is None
+        """Let the state of a new batch of up to `n_positions` use the buffers, which take over what it holds."""
+        assert cache.state is not None
         n_rows = len(cache.state.mask)
         self._owner, self._size, self._limit = weakref.ref(cache), n_rows, n_positions
         self._adopted: Tensor | None = None
         # Masked values are multiplied by zero, which gives NaN if an earlier batch left NaN or inf.
-        cache.state.store = self._store.zero_()[:, :, :n_rows]
+        store, held = self._store.zero_()[:, :, :n_rows], cache.state.store
+        if held is not None:
+            store[..., : cache.state.length, :] = held[..., : cache.state.length, :]
+        cache.state.store = store
         cache.decoder = self
 
     def can_step(self, cache: FastCache, tokens: Tokens) -> bool:

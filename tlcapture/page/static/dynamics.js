@@ -39,7 +39,19 @@ tl.views.dynamics = {
       return values.map((value) => (value === null ? null : (value - mean) / sd));
     }
 
-    function drawLines(state, data, projections, all) {
+    /** The mean over the samples of the prompt, one standard deviation on either side, over the tokens of this sample. */
+    function drawSpread(spread, data, own, calibrated, colour) {
+      const width = calibrated ? Math.abs(own.calibration.positive_mean - own.calibration.negative_mean) : 1;
+      const mean = spread.mean.map((value) => (calibrated ? tl.calibrated(own, value) : value)), x = spread.position.map((position) => position + data.n_prompt_tokens);
+      const at = x.map((_, index) => index).filter((index) => spread.sd[index] !== null);
+      const edge = (sign) => at.map((index) => mean[index] + (sign * spread.sd[index]) / width);
+      return [
+        { x: [...at.map((index) => x[index]), ...at.map((index) => x[index]).reverse()], y: [...edge(1), ...edge(-1).reverse()], fill: "toself", fillcolor: colour, opacity: 0.16, line: { width: 0 }, mode: "lines", hoverinfo: "skip", name: "one standard deviation over samples" },
+        { x, y: mean, text: spread.n.map((n) => `${n} of ${spread.n_captures} samples`), mode: "lines", name: "mean over samples", line: { color: colour, width: 1.6, dash: "dash" }, hovertemplate: "%{text}<br>mean %{y:.4~g}<extra></extra>" },
+      ];
+    }
+
+    function drawLines(state, data, projections, all, spread) {
       const number = (value) => tl.number(value), shown = shownTraits(state, all);
       const hover = data.tokens.map((token, index) => `${index} ${tl.plain(tl.quoted(token))}`);
       const ofShown = projections.filter((each) => shown.includes(each.trait));
@@ -60,13 +72,15 @@ tl.views.dynamics = {
         hovertemplate: "%{text}<extra></extra>",
       });
       const own = ofShown.find((each) => each.trait === state.trait);
+      const ofSamples = own && spread && !state.normalise ? drawSpread(spread, data, own, calibrated, colours.trait(all, own.trait)) : [];
+      traces.unshift(...ofSamples);
       marks = [tl.lineAt(data.n_prompt_tokens - 0.5, colours.css("--faint"), "dash", 1)];
       if (calibrated) marks.push({ type: "line", xref: "paper", yref: "y", x0: 0, x1: 1, y0: 0.5, y1: 0.5, line: { color: colours.css("--faint"), width: 1, dash: "dot" } });
       if (own && tl.persistenceOf(own)) {
         const [peak, last] = tl.persistenceOf(own);
         marks.push({ type: "rect", xref: "x", yref: "paper", x0: peak - 0.5, x1: last + 0.5, y0: 0, y1: 1, line: { width: 0 }, fillcolor: colours.trait(all, own.trait), opacity: 0.13 });
       }
-      const seen = [...values.values()].flatMap((line) => line.slice(1)).filter((value) => value !== null);
+      const seen = [...[...values.values()].flatMap((line) => line.slice(1)), ...ofSamples.flatMap((trace) => trace.y)].filter((value) => value !== null);
       const low = Math.min(...seen), high = Math.max(...seen), pad = (high - low || 1) * 0.07;
       notes.replaceChildren();
       const off = ofShown.filter((each) => { const first = values.get(each.trait)[0]; return first !== null && (first < low - pad || first > high + pad); });
@@ -76,6 +90,13 @@ tl.views.dynamics = {
         notes.append(element("p", { className: "note" }, `The first token, an attention sink, is off the scale: ${listed}.`));
       }
       const kept = ofShown.find((each) => each.kept)?.kept;
+      if (ofSamples.length) {
+        const over = (value) => (calibrated ? tl.calibrated(own, value) : value), scale = calibrated ? Math.abs(own.calibration.positive_mean - own.calibration.negative_mean) : 1;
+        const sd = spread.response_sd === null ? "" : ` \u00b1 ${number(spread.response_sd / scale)}`;
+        const text = spread.response_mean === null ? "" : `; the mean over the response is ${number(over(spread.response_mean))}${sd}`;
+        notes.append(element("p", { className: "note", id: "spread" }, `Dashed: the mean over ${spread.n_captures} samples of this prompt, with one standard deviation${text}.`));
+        notes.append(...spread.problems.map((problem) => element("p", { className: "warning" }, problem)));
+      }
       if (kept) notes.append(element("p", { className: "note" }, `Of this capture, ${kept}.`));
       return lines.draw(traces, {
         title: { text: state.normalise ? "projection, in standard deviations of each trajectory" : calibrated ? "projection, calibrated: negative examples at 0, positive at 1" : "projection h\u00b7v / \u2016v\u2016", font: { size: 13 } },
@@ -153,7 +174,10 @@ tl.views.dynamics = {
           element("button", { onclick: () => tl.state.set({ shown: "" }, { quietly: true }) }, "all traits"),
           element("button", { onclick: () => tl.state.set({ shown: state.trait }, { quietly: true }) }, "this trait only"));
         tell(state, data, own);
-        await Promise.all([drawLines(state, data, projections, all), drawMotion(state, data, own)]);
+        const { prompts } = await tl.source.promptSet(state.experiment, state.set), samples = tl.samplesWith(prompts, state.prompt);
+        if (samples) controls.append(tl.toggle("mean of samples", state.spread, (on) => tl.state.set({ spread: on })));
+        const spread = samples && state.spread ? await tl.source.samples(state, samples.id) : null;
+        await Promise.all([drawLines(state, data, projections, all, spread), drawMotion(state, data, own)]);
       },
       remove() {
         lines.remove();

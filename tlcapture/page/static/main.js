@@ -54,11 +54,16 @@
     const now = state.now;
     const picker = (label, key, options, more = {}) => tl.picker(label, { options, value: now[key], choose: (value) => state.set({ ...more, [key]: value }) });
     const components = [...new Set((data?.projections ?? []).map((each) => each.component))].sort().reverse();
+    const samples = tl.samplesWith(listed.prompts, now.prompt);
     byId("pickers").replaceChildren(
       picker("experiment", "experiment", experiments.map((each) => ({ value: each.name, text: each.name, note: `${each.prompt_sets.length} sets` })), { set: "", prompt: "", token: null }),
       picker("set", "set", (experiments.find((each) => each.name === now.experiment)?.prompt_sets ?? []).map((name) => ({ value: name, text: name })), { prompt: "", token: null }),
-      picker("prompt", "prompt", listed.prompts.map((prompt) => ({ value: prompt.id, text: prompt.id, note: tl.visible(prompt.text) })), { token: null }),
+      picker("prompt", "prompt", tl.byPrompt(listed.prompts).map((group) => ({
+        value: (group.captures.find((each) => each.id === now.prompt) ?? group.captures[0]).id, text: group.id,
+        note: `${group.samples.length ? `${group.samples.length} samples ` : ""}${tl.visible(group.text)}`,
+      })), { token: null }),
       picker("trait", "trait", traits.map((trait) => ({ value: trait, text: trait }))),
+      ...(samples ? [picker("sample", "prompt", samples.samples.map((each) => ({ value: each.id, text: `${each.sample} of ${samples.samples.length}` })), { token: null })] : []),
       ...(data?.interventions ?? []).map((text) => element("span", { className: "intervention", title: `captured under an intervention: ${text}` }, text)),
       ...(components.length > 1 ? [tl.choice("of", components.map((each) => [each, each]), now.component, (component) => state.set({ component }))] : []));
     byId("views").replaceChildren(...VIEWS.map(([name, { title }], number) => element("button", { role: "tab", "aria-selected": name === now.view ? "true" : "false", title: `key ${number + 1}`, onclick: () => state.set({ view: name }) }, title)));

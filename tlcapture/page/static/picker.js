@@ -1,4 +1,19 @@
 "use strict";
+/** Captures by prompt: the samples of a prompt together, any other by itself, each group with the `id` of the prompt. */
+tl.byPrompt = (captures) => {
+  const groups = new Map();
+  for (const each of captures) {
+    const key = each.sample ? `samples of ${each.prompt}` : each.id;
+    if (!groups.has(key)) groups.set(key, { id: each.sample ? each.prompt : each.id, text: each.text, samples: [], captures: [] });
+    groups.get(key).captures.push(each);
+    if (each.sample) groups.get(key).samples.push(each);
+  }
+  return [...groups.values()];
+};
+
+/** The group of a capture, where it is one of several samples; else undefined. */
+tl.samplesWith = (captures, id) => tl.byPrompt(captures).find((group) => group.samples.some((each) => each.id === id));
+
 // A button that opens a list of options with a search field.
 tl.picker = (label, { options, value, choose }) => {
   const { element } = tl;

@@ -62,6 +62,7 @@ tl.source = (() => {
     promptSet: (experiment, set) => get(experiment, "sets", named(set)).then((found) => (
       { ...found, prompts: found.prompts.map((prompt) => ({ ...prompt, id: String(prompt.id) })) })),
     prompt: (state) => ofPrompt(state),
+    samples: (state, prompt) => get(state.experiment, "sets", named(state.set), prompt, "samples", ...state.trait.split("/"), state.component),
     layers: (state) => ofPrompt(state, "layers", ...state.trait.split("/"), state.component),
     lens: (state) => ofPrompt(state, "lens"),
     lensToken: (state, token) => ofPrompt(state, "lens", token),

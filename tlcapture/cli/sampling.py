@@ -1,0 +1,106 @@
+"""Options that say how `capture` chooses tokens, when a response ends, and how many there are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+from click.core import ParameterSource
+
+from tlcapture.cli.grouping import collected, together
+
+if TYPE_CHECKING:
+    from tlcapture.generation.checkpoint_sampling import AskedSampling
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are chosen; `None` where an option was not given."""
+
+    temperature: float | None
+    sampling: str
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    stop: tuple[str, ...]
+    samples: int | None
+
+    def asked(self, seed: int) -> AskedSampling:
+        """The sampling that is asked for; raises `InputError` for a value that is not valid."""
+        from tlcapture.generation.checkpoint_sampling import asked_sampling
+
+        return asked_sampling(
+            self.sampling,
+            self.temperature,
+            seed,
+            self.stop,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+        )
+
+
+def _own_temperature(context: click.Context, option: click.Parameter, value: float) -> float | None:
+    """The temperature; `None`, the checkpoint's own, if only `--sampling checkpoint` was given."""
+    is_default = context.get_parameter_source("temperature") is ParameterSource.DEFAULT
+    return None if is_default and context.params["sampling"] == "checkpoint" else value
+
+
+sampling_options = together(
+    click.option(
+        "--temperature",
+        type=click.FloatRange(min=0),
+        default=0.7,
+        show_default=True,
+        callback=_own_temperature,
+        help="Sampling temperature; 0 is greedy. With --sampling checkpoint, the default is the checkpoint's own.",
+    ),
+    click.option(
+        "--sampling",
+        type=click.Choice(["plain", "checkpoint"]),
+        default="plain",
+        show_default=True,
+        is_eager=True,  # the default of --temperature depends on it
+        help="plain: as these options say; checkpoint: as its generation config says, where they say nothing.",
+    ),
+    click.option(
+        "--top-p",
+        type=click.FloatRange(0, 1),
+        metavar="P",
+        help="Sample from the fewest likeliest tokens whose probabilities reach P.",
+    ),
+    click.option(
+        "--top-k",
+        type=click.IntRange(0, 2**31 - 1),
+        metavar="K",
+        help="Sample from the K likeliest tokens; 0: from all.",
+    ),
+    click.option(
+        "--min-p",
+        type=click.FloatRange(0, 1),
+        metavar="P",
+        help="Sample from tokens with at least P times the probability of the likeliest one.",
+    ),
+    click.option(
+        "--repetition-penalty",
+        type=click.FloatRange(0, min_open=True),
+        metavar="X",
+        help="Divide positive logits of tokens that prompt and response have by X, and multiply negative ones.",
+    ),
+    click.option(
+        "--stop",
+        metavar="TEXT",
+        multiple=True,
+        help="End a response with the token that completes TEXT; repeatable.",
+    ),
+    click.option(
+        "--samples",
+        type=click.IntRange(1, 2**31 - 1),
+        metavar="N",
+        help="N responses to each prompt, captured as ID.s1, ID.s2, ... The prompt is read once.",
+    ),
+    collected(SamplingOptions, "chosen"),
+)
