@@ -17,7 +17,7 @@ from tests.test_out_of_memory import Steps
 from tests.test_parity import as_prompt, random_ids, relative
 from tlcapture import capture
 from tlcapture.errors import InputError
-from tlcapture.generation.interventions import Steer
+from tlcapture.generation.interventions import Add
 from tlcapture.generation.loop import generate, teacher_force
 from tlcapture.generation.outcomes import Generation
 from tlcapture.generation.samples import check_names, n_together, sampled
@@ -105,7 +105,7 @@ def test_some_samples_run_in_the_batches_of_all_of_them(wanted: list[str]) -> No
 
 
 def test_samples_end_at_stop_texts_of_their_own_and_can_be_steered() -> None:
-    model, steer = tiny.model("llama"), [Steer(1, torch.linspace(-1, 1, tiny.D_MODEL))]
+    model, steer = tiny.model("llama"), [Add(layer=1, addend=torch.linspace(-1, 1, tiny.D_MODEL))]
     alone, found = run(model, None, interventions=steer), run(model, 4, interventions=steer)
     for name, each in alone.items():
         assert found[f"{name}.s1"].response_ids == each.response_ids
