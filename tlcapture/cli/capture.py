@@ -15,17 +15,16 @@ from tlcapture.cli.console import Console, show_top_traits
 from tlcapture.cli.given_prompts import given_prompt_options, given_prompts
 from tlcapture.cli.grouping import collected
 from tlcapture.cli.interventions import InOrder, InterventionOptions, intervention_options
+from tlcapture.cli.model_options import ModelOptions, model_options
 from tlcapture.cli.option_types import LayerOrWord, TemplateArg
 from tlcapture.cli.options import (
     KeptOptions,
     Location,
-    ModelOptions,
     PromptSetOptions,
     VectorOptions,
     batch_size_option,
     kept_options,
     location_options,
-    model_options,
     prompt_set_options,
     save_dtype_option,
     seed_option,

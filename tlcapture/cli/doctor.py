@@ -8,7 +8,7 @@ import click
 
 from tlcapture.cli.command import command
 from tlcapture.cli.console import Console, one_line_errors
-from tlcapture.cli.options import EngineOptions, engine_options
+from tlcapture.cli.model_options import EngineOptions, engine_options
 from tlcapture.cli.tables import Coloured, Column, echo_table
 
 _COLUMNS = (Column(min_width=len("not applicable")), Column(min_width=len("raw basis")), Column())

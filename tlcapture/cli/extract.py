@@ -7,15 +7,14 @@ import click
 from tlcapture.cli.cluster import ClusterOptions, cluster_options
 from tlcapture.cli.command import command
 from tlcapture.cli.console import Console
+from tlcapture.cli.model_options import ModelOptions, model_options
 from tlcapture.cli.options import (
     GridOptions,
     Location,
-    ModelOptions,
     batch_size_option,
     examples_as_option,
     grid_options,
     location_options,
-    model_options,
     seed_option,
 )
 from tlcapture.cli.work import working

@@ -11,8 +11,9 @@ from tlcapture.cli.cluster import ClusterOptions, cluster_options
 from tlcapture.cli.command import command
 from tlcapture.cli.console import Console
 from tlcapture.cli.grouping import collected
+from tlcapture.cli.model_options import ModelOptions, model_options
 from tlcapture.cli.option_types import LayerList, Names, NumberList, Traits
-from tlcapture.cli.options import Location, ModelOptions, location_options, model_options, seed_option
+from tlcapture.cli.options import Location, location_options, seed_option
 from tlcapture.cli.tables import Column
 from tlcapture.cli.work import working
 from tlcapture.names import Trait

@@ -7,8 +7,7 @@ its stored activations, which are rounded, so that the files are those of an uni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
@@ -26,6 +25,7 @@ from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.capture_tasks import CaptureTask
 from tlcapture.commands.given_responses import generate_or_force, longest_forced
 from tlcapture.commands.kept_positions import wanted_positions
+from tlcapture.commands.out_of_memory import attempt, within_memory
 from tlcapture.commands.projections import (
     ChanceLevels,
     ProjectionTask,
@@ -35,14 +35,13 @@ from tlcapture.commands.projections import (
 )
 from tlcapture.commands.replay import InterventionsAgain, Pass, as_prompt, check_replayable, replayed
 from tlcapture.commands.view_files import WENT_COMPACT, weights_in_memory, went_compact
-from tlcapture.errors import InputError, OutOfMemoryError
+from tlcapture.errors import InputError
 from tlcapture.generation.checkpoint_sampling import sampling_for, unfollowed, without_effect
 from tlcapture.generation.outcomes import Failure, Generation
 from tlcapture.generation.pattern_spools import Spooling
 from tlcapture.generation.recording import n_bytes_of
 from tlcapture.generation.sampling import GREEDY, Sampling
 from tlcapture.models.loading import Model
-from tlcapture.models.memory import is_out_of_memory, release_memory
 from tlcapture.models.streams import own_stream
 from tlcapture.prompts.template_args import has_switch
 from tlcapture.prompts.tokenization import TokenizedPrompt
@@ -109,18 +108,6 @@ class CaptureWorker:
                 self._removed, self._unanswered = [], []
         self._complete(task)
 
-    @contextmanager
-    def _attempt(self, run: Run, name: str) -> Iterator[None]:
-        """Work on one prompt, whose failure, including lack of memory, does not stop the run."""
-        try:
-            with run.attempt(name):
-                yield
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            run.failed(name, "out of memory: the outputs for this prompt do not fit in memory")
-            release_memory()
-
     # -- fresh prompts ----------------------------------------------------------------------------
 
     def _generate(self, task: CaptureTask) -> None:
@@ -172,7 +159,7 @@ class CaptureWorker:
                 if isinstance(outcome, Failure):
                     self.run.failed(name, outcome.reason)
                     continue
-                with self._attempt(self.run, name):
+                with attempt(self.run, name):
                     # On a CPU the lens is computed here, with all threads; other devices compute it beside the model.
                     on_cpu = self.model.last_device.type == "cpu"
                     lens = self._lens(outcome, wanted) if wanted.logit_lens and on_cpu else None
@@ -205,7 +192,7 @@ class CaptureWorker:
         run: Run,
     ) -> None:
         """Write all files of a prompt, in a thread of the writer."""
-        with self._attempt(run, name), own_stream(self.model.last_device):
+        with attempt(run, name), own_stream(self.model.last_device):
             self._write_files(name, generation, sampling, wanted, max_new_tokens, lens, records, run)
 
     def _write_files(
@@ -255,7 +242,7 @@ class CaptureWorker:
         for write in add_ons(
             self.layout, capture, wanted, self.model, cache, cache, save_dtype=options.save_dtype, lens=lens
         ):
-            with run.attempt(name), _within_memory():
+            with run.attempt(name), within_memory():
                 self._wrote(run, write())
         if len(run.report.failures) == n_failures:
             remove([marker])
@@ -279,7 +266,7 @@ class CaptureWorker:
                 if self.options.projections_only and not raw.is_file():
                     self.run.report.n_skipped += 1
                     continue
-                with self._attempt(self.run, name):
+                with attempt(self.run, name):
                     capture = Capture.open(raw)
                     if wanted.needs_pass or wanted.logit_lens:
                         check_replayable(capture, wanted, self.model)
@@ -294,7 +281,7 @@ class CaptureWorker:
                 replayed(self.model, sequences, self.options.batch_size, self._spooling) if sequences else ()
             ):
                 name, raw, wanted = names[outcome.prompt.id]
-                with self._attempt(self.run, name):
+                with attempt(self.run, name):
                     if isinstance(outcome, Failure):
                         raise outcome.error(outcome.reason)
                     self._submit_saved(writer, name, Capture.open(raw), wanted, outcome.cache)
@@ -314,7 +301,7 @@ class CaptureWorker:
         self, name: str, capture: Capture, wanted: Outputs, cache: Cache, lens: LogitLens | None, run: Run
     ) -> None:
         """Write what a saved capture lacks, in a thread of the writer."""
-        with self._attempt(run, name):
+        with attempt(run, name):
             if wanted.needs_pass or wanted.logit_lens:
                 save_dtype = self.options.save_dtype
                 if save_dtype == "auto" and capture.prompt.residual.points.dtype == torch.float32:
@@ -395,13 +382,3 @@ class CaptureWorker:
         run.add(done)
         if error is not None:
             raise error
-
-
-@contextmanager
-def _within_memory() -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemoryError("out of memory while its files were written") from None

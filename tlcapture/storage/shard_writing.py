@@ -85,7 +85,8 @@ def write_prompt(folder: Path, prompt_id: str, contents: Mapping[str, Content]) 
     """
     now = time.time_ns()
     others = {trait: each for trait, each in sharded_of(folder, prompt_id).items() if trait not in contents}
-    if any(_tokens(each.content()) != _tokens(next(iter(contents.values()))) for each in others.values()):
+    tokens = _tokens(next(iter(contents.values())))
+    if any(_tokens(each.content()) != tokens for each in others.values()):
         others = {}  # of an earlier capture
     whole = {**{trait: each.content() for trait, each in others.items()}, **contents}
     times = {**{trait: each.written_ns for trait, each in others.items()}, **dict.fromkeys(contents, now)}
@@ -190,14 +191,19 @@ def _divide(folder: Path, path: Path) -> None:
     remove([path])
 
 
+def _shared(content: Content) -> dict[str, Any]:
+    """What the projections of a prompt share: its texts and tokens, which may be encoded already (`as_json`)."""
+    parts = {name: content[name] for name in ("prompt", "response")}
+    return dict(orjson.loads(orjson.dumps(parts)))
+
+
 def _tokens(content: Content) -> Any:
-    return [content[part]["tokens"] for part in ("prompt", "response")]
+    return [part["tokens"] for part in _shared(content).values()]
 
 
 def _block(prompt_id: str, contents: Mapping[str, Content], written: Mapping[str, int]) -> _Block:
     """The projections of a prompt from the contents of its files by trait, which are of the same tokens."""
-    first = next(iter(contents.values()))
-    shared = {name: first[name] for name in ("prompt", "response")}
+    shared = _shared(next(iter(contents.values())))
     n_prompt, n_tokens = len(shared["prompt"]["tokens"]), sum(len(part["tokens"]) for part in shared.values())
     forms = {trait: _form(content, n_prompt, n_tokens) for trait, content in contents.items()}
     records = {}
