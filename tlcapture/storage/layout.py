@@ -334,7 +334,7 @@ class Layout:
 
     def shards(self, component: str, prompt_set: str) -> Path:
         """The folder of a prompt set's projections in the compact form."""
-        return self.own(self._of_shards(component) / check_prompt_set(prompt_set))
+        return self.own(self._of_shards(component) / check_capture_set(prompt_set))
 
     def _of_shards(self, component: str) -> Path:
         return self.folder / "analysis" / "projections" / STREAM_FOLDERS[component]
