@@ -66,6 +66,7 @@ def test_a_model_on_the_bridge_says_once_why_unless_the_bridge_was_asked_for(
     engine: str, installed: str, reason: str | None, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tlcapture.models.engines.hooked.installed", lambda package: installed)
+    monkeypatch.setattr("tlcapture.models.loading.load_model", load_model)  # anew: other versions choose other engines
     display = _Lines()
     load = ModelLoader(str(tiny_folder), display, engine=engine)
     assert load() is load()

@@ -187,14 +187,14 @@ def test_a_file_that_appears_during_the_run_is_not_replaced(
 ) -> None:
     from tlcapture.commands import capture_worker
 
-    original = capture_worker.generate
+    original = capture_worker.generate_or_force
 
     def generate(*args: object, **options: object) -> object:
         raw.mkdir(parents=True)
         (raw / "2.pt").write_text("mine")
         return original(*args, **options)
 
-    monkeypatch.setattr(capture_worker, "generate", generate)
+    monkeypatch.setattr(capture_worker, "generate_or_force", generate)
     result = capture()
     assert result.exit_code == 1
     assert "failed: short/2: " in result.stderr

@@ -18,12 +18,13 @@ from starlette.testclient import TestClient
 from tests.evidence import Evidence
 from tests.input.strategies import KINDS, Damaged, at_most, damaged_json, some_of_each, try_all
 from tests.input.test_names_and_links import HOSTILE, LINKS, SECRET, link_out
-from tests.page.conftest import TRAIT, attention, logit_lens, projection, write_experiment
+from tests.page.conftest import TRAIT, attention, logit_lens, projection, write, write_experiment
+from tests.page.test_comparisons import OTHER, comparison
 from tlcapture.page.contents import RESOURCES
 from tlcapture.page.server import listen, page_app, serve
 
 VALID = {"experiment": "exp", "prompt_set": "odd", "prompt_id": "1", "category": "style", "name": "odd",
-        "component": "residual", "token": "1"}  # fmt: skip
+        "component": "residual", "token": "1", "other": OTHER}  # fmt: skip
 ODD = [*HOSTILE, "exp", "odd", "1", "2", "3", "-1", "1e3", "99999999999999999999", "9" * 5000, "0x1", "1.0", "attn_out",
        "style", "raw", "%00", "%2e%2e%2f", "..%2f..%2f", "%ff", "%ed%a0%80", "?x", "#x", "a&b", "\uff11"]  # fmt: skip
 SEGMENTS = st.sampled_from(ODD) | st.text(max_size=8)
@@ -32,7 +33,9 @@ HOST = "127.0.0.1:8765"
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    return write_experiment(tmp_path / "root")
+    root = write_experiment(tmp_path / "root")
+    write(root / "experiments" / "exp" / "analysis" / "compare" / OTHER / "odd" / "1.json", comparison(1))
+    return root
 
 
 @pytest.fixture
@@ -109,6 +112,7 @@ FILES = {
     f"inference/{TRAIT}/residual_stream/odd/1.json": projection(1),
     "analysis/per_token/odd/1_attention.json": attention(),
     "analysis/per_token/odd/1_logit_lens.json": logit_lens(),
+    f"analysis/compare/{OTHER}/odd/1.json": comparison(1),
     f"extraction/{TRAIT}/vectors/metadata.json": {"extraction_model": "m", "num_layers": 3, "methods": ["probe"],
                                                   "layers": [0, 1, 2]},
     "extraction/extraction_evaluation.json": {"all_results": [{"trait": TRAIT, "method": "probe", "layer": 1,
@@ -138,7 +142,8 @@ def test_an_additional_field_that_is_nested_too_deeply(client: TestClient, root:
         nested = json.dumps({**content, "further": "@"}).replace('"@"', "[" * 900 + "]" * 900)
         (root / "experiments" / "exp" / name).parent.mkdir(parents=True, exist_ok=True)
         (root / "experiments" / "exp" / name).write_text(nested)
-    assert [check(client, path) for path in ASKED].count(422) == 1  # metadata of vectors is shown as it is
+    as_they_are = {RESOURCES[name].format(**VALID) for name in ("vectors", "comparison")}
+    assert {path for path in ASKED if check(client, path) == 422} == {f"/api/{path}" for path in as_they_are}
     evidence.tried("server, deep nesting", "an extra field", len(FILES))
 
 

@@ -136,12 +136,12 @@ def _largest(
             n_prompt = len(longest.token_ids)
             n_tokens = n_prompt + task.max_new_tokens
             wanted = options.outputs(model.n_layers)
-            yield f"{task.prompt_set.name}/{longest.id}", wanted, n_prompt, n_tokens, False
+            yield f"{task.capture_set}/{longest.id}", wanted, n_prompt, n_tokens, False
         saved = [(prompt_id, wanted) for prompt_id, wanted in task.saved.items() if wanted.needs_pass]
-        lengths = {prompt_id: _n_tokens(layout, task.prompt_set.name, prompt_id) for prompt_id, _ in saved}
+        lengths = {prompt_id: _n_tokens(layout, task.capture_set, prompt_id) for prompt_id, _ in saved}
         if saved:
             prompt_id, wanted = max(saved, key=lambda each: lengths[each[0]])
-            yield f"{task.prompt_set.name}/{prompt_id}", wanted, lengths[prompt_id], lengths[prompt_id], True
+            yield f"{task.capture_set}/{prompt_id}", wanted, lengths[prompt_id], lengths[prompt_id], True
 
 
 def _n_tokens(layout: Layout, prompt_set: str, prompt_id: str | int) -> int:
