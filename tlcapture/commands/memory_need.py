@@ -129,14 +129,14 @@ def _largest(
         fresh = [
             prompt
             for prompt in task.batched
-            if prompt.id in task.fresh and len(prompt.token_ids) + task.max_new_tokens <= most
+            if prompt.name in task.fresh and len(prompt.token_ids) + task.max_new_tokens <= most
         ]
         if fresh:
             longest = max(fresh, key=lambda prompt: len(prompt.token_ids))
             n_prompt = len(longest.token_ids)
             n_tokens = n_prompt + task.max_new_tokens
             wanted = options.outputs(model.n_layers)
-            yield f"{task.capture_set}/{longest.id}", wanted, n_prompt, n_tokens, False
+            yield f"{task.capture_set}/{longest.name}", wanted, n_prompt, n_tokens, False
         saved = [(prompt_id, wanted) for prompt_id, wanted in task.saved.items() if wanted.needs_pass]
         lengths = {prompt_id: _n_tokens(layout, task.capture_set, prompt_id) for prompt_id, _ in saved}
         if saved:
