@@ -178,19 +178,33 @@ def test_small_shards_hold_the_same_rows(made: Path, export: Run, tlcapture: Run
     assert files_of(made.parent / "again").keys() == files_of(made).keys()
 
 
-def test_control_vectors_are_the_vectors_by_layer_of_unit_length_without_layer_0(
-    made: Path, export: Run, data: Path
-) -> None:
+def test_control_vectors_are_as_long_as_the_typical_norm_without_layer_0(made: Path, export: Run, data: Path) -> None:
     done = export()
     assert "GGUF files have no vectors of layer 0" in done.output
     reader = gguf.GGUFReader(data / "out/vectors/tone/loud.mean_diff.gguf")
     assert bytes(reader.get_field("controlvector.model_hint").parts[-1]) == b"llama"
     directions = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    metadata = read_json(made / "extraction/tone/loud/vectors/metadata.json")
+    norms = dict(zip(metadata["layers"], metadata["typical_norms"], strict=True))
     assert directions.keys() == {"direction.1", "direction.2"}
     for layer in (1, 2):
         stored = read_tensors(made / f"extraction/tone/loud/vectors/mean_diff_layer{layer}.pt").numpy()
         found = directions[f"direction.{layer}"]
         assert np.dot(found, stored) / np.linalg.norm(found) == pytest.approx(np.linalg.norm(stored), rel=1e-6)
+        assert np.linalg.norm(found) == pytest.approx(norms[layer], rel=1e-6)
+    length = reader.get_field("tlcapture.length")
+    assert bytes(length.parts[-1]) == b"typical norm of the residual stream"
+
+
+def test_control_vectors_without_a_typical_norm_have_length_1(made: Path, export: Run, data: Path) -> None:
+    path = made / "extraction/tone/loud/vectors/metadata.json"
+    metadata = read_json(path)
+    del metadata["typical_norms"]
+    path.write_text(json.dumps(metadata))
+    assert export().exit_code == 0
+    reader = gguf.GGUFReader(data / "out/vectors/tone/loud.probe.gguf")
+    assert [float(np.linalg.norm(each.data)) for each in reader.tensors] == pytest.approx([1, 1])
+    assert bytes(reader.get_field("tlcapture.length").parts[-1]) == b"unit"
 
 
 def test_vectors_are_safetensors_by_component_method_and_layer(made: Path, export: Run, data: Path) -> None:

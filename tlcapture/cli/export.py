@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,6 +73,7 @@ def export(console: Console, location: Location, settings: _Settings) -> None:
     """
     from tlcapture.commands.export import ExportOptions, run_export
     from tlcapture.exchange.exported import Wanted
+    from tlcapture.runs.report import RunReport
     from tlcapture.runs.run import Run
 
     layers = settings.activations
@@ -84,7 +86,13 @@ def export(console: Console, location: Location, settings: _Settings) -> None:
         overwrite=settings.overwrite,
     )
     location.layout.check_exists()
-    _show(console, settings, run_export(Run.begin(location.layout, console), options))
+    # Nothing is written to the experiment, and so no record of the run.
+    run = Run(location.layout, RunReport(location.layout.folder), console)
+    _show(console, settings, run_export(run, options))
+    for failure in run.report.failures:
+        console.error(f"failed: {failure}")
+    if run.report.failures:
+        sys.exit(1)
 
 
 def _show(console: Console, settings: _Settings, manifest: Manifest) -> None:
