@@ -238,5 +238,5 @@ def _control_vectors(files: VectorFiles, folder: Path, model_type: str) -> list[
 
 def typical_norms(metadata: Mapping[str, Any]) -> Mapping[int, float] | None:
     """The typical norm of the residual stream by layer, as `extract` stores it; `None` where it did not."""
-    norms, layers = metadata.get("typical_norms"), metadata.get("layers") or ()
-    return dict(zip(layers, norms, strict=True)) if norms and len(norms) == len(layers) else None
+    norms = metadata.get("typical_norms")
+    return dict(enumerate(norms)) if norms else None
