@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from click.testing import Result
 from safetensors.numpy import load_file
 
 from tests import tiny
+from tlcapture.captures.capture import Capture
 from tlcapture.commands import memory_need, replay
 
 Run = Callable[..., Result]
@@ -66,6 +68,23 @@ def test_a_run_that_cannot_fit_is_refused_before_it_begins(
     assert ("leave out --format json" in done.output) == ("json" in words)
     assert done.exit_code == (0 if words == ("--dry-run",) else 2)
     assert not (data / "experiments").exists() or not list((data / "experiments").rglob("*.pt"))
+
+
+def test_the_captures_of_a_variant_and_given_responses_are_counted_as_they_are(
+    capture: Run, extract: Run, tlcapture: Run, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract()
+    assert capture(*GREEDY, "--steer", "tone/loud:+0.5@1", "--variant", "v").exit_code == 0
+    path = data / "experiments" / "exp" / "inference" / "raw" / "residual" / "short@v" / "3.pt"
+    content = torch.load(path)
+    content["metadata"]["max_new_tokens"] = 500  # as of a response that ended early
+    torch.save(content, path)
+    refused = f"{len(Capture.open(path).token_ids)} tokens would take about"
+    monkeypatch.setattr(memory_need, "free_memory", lambda device: 10_000)
+    replayed = capture("--replay", "--attention", "--variant", "v")
+    assert f"short@v/3: {refused}" in replayed.output
+    given = tlcapture("capture", "--experiment", "exp", "--responses-from", "exp/short@v", "--variant", "w")
+    assert f"short@w/3: {refused}" in given.output
 
 
 def test_a_capture_too_large_for_one_pass_is_read_in_several(

@@ -22,6 +22,7 @@ from tlcapture.errors import InputError, StorageError
 from tlcapture.models.loading import DTYPES, Model, pick_device
 from tlcapture.models.memory import BatchBytes, batch_bytes, free_memory
 from tlcapture.models.sizes import Measures
+from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.storage.compact_files import PER_WEIGHT, is_written_compact
 from tlcapture.storage.layout import Layout
 from tlcapture.text import format_bytes
@@ -129,12 +130,11 @@ def _largest(
         fresh = [
             prompt
             for prompt in task.batched
-            if prompt.name in task.fresh and len(prompt.token_ids) + task.max_new_tokens <= most
+            if prompt.name in task.fresh and _n_at_most(prompt, task) <= most
         ]
         if fresh:
-            longest = max(fresh, key=lambda prompt: len(prompt.token_ids))
-            n_prompt = len(longest.token_ids)
-            n_tokens = n_prompt + task.max_new_tokens
+            longest = max(fresh, key=lambda prompt: _n_at_most(prompt, task))
+            n_prompt, n_tokens = len(longest.token_ids), _n_at_most(longest, task)
             wanted = options.outputs(model.n_layers)
             yield f"{task.capture_set}/{longest.name}", wanted, n_prompt, n_tokens, False
         saved = [(prompt_id, wanted) for prompt_id, wanted in task.saved.items() if wanted.needs_pass]
@@ -142,6 +142,11 @@ def _largest(
         if saved:
             prompt_id, wanted = max(saved, key=lambda each: lengths[each[0]])
             yield f"{task.capture_set}/{prompt_id}", wanted, lengths[prompt_id], lengths[prompt_id], True
+
+
+def _n_at_most(prompt: TokenizedPrompt, task: CaptureTask) -> int:
+    """The tokens of a prompt with the longest response that it may have; a given response is known."""
+    return len(prompt.token_ids) + (task.max_new_tokens if prompt.known is None else len(prompt.forced or ()))
 
 
 def _n_tokens(layout: Layout, prompt_set: str, prompt_id: str | int) -> int:
