@@ -174,3 +174,11 @@ def test_a_capture_that_became_unreadable_fails_alone(
     assert done.exit_code == 1
     assert len(list(folder.rglob("*_attention.json"))) == len(TEXTS) - 1
     assert Capture.open(Layout(data, "exp").residual("eight", "1")).positions.is_all
+
+
+def test_options_that_a_replay_does_not_read_are_reported(capture: Run) -> None:
+    assert capture().exit_code == 0
+    done = capture("--replay", "--attention", "--thinking", "on", "--top-p", "0.5")
+    assert done.exit_code == 0, done.output
+    assert "--replay reads stored tokens: --max-new-tokens, --top-p, --thinking have no effect" in done.stderr
+    assert "no effect" not in capture().stderr

@@ -33,7 +33,7 @@ from tlcapture.cli.options import (
 )
 from tlcapture.cli.sampling import SamplingOptions, sampling_options
 from tlcapture.cli.tables import Column
-from tlcapture.cli.variants import VariantOptions, check_target, variant_options
+from tlcapture.cli.variants import VariantOptions, check_target, variant_options, without_effect_on_replay
 from tlcapture.cli.work import working
 from tlcapture.names import base_set, variant_of
 
@@ -201,6 +201,8 @@ def capture(
     """
     layout = location.layout
     prompt_sets, changes = _named_variant(prompt_sets, changes)
+    if settings.replay and (note := without_effect_on_replay()) is not None:
+        console.warn(note)
     source = of_model.given(location.root)
     given = None if source is not None else _given(prompt_sets, settings)
     if source is not None:

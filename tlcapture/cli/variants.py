@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,19 +18,28 @@ if TYPE_CHECKING:
     from tlcapture.runs.model_loader import ModelLoader
     from tlcapture.storage.layout import Layout
 
-_OF_THE_TOKENS = {
-    "prompt": "--prompt",
-    "prompt_file": "--prompt-file",
-    "all_prompt_sets": "--all-prompt-sets",
-    "replay": "--replay",
+_OF_GENERATION = {
     "max_new_tokens": "--max-new-tokens",
     "temperature": "--temperature",
     "sampling": "--sampling",
+    "top_p": "--top-p",
+    "top_k": "--top-k",
+    "min_p": "--min-p",
+    "repetition_penalty": "--repetition-penalty",
+    "stop": "--stop",
     "seed": "--seed",
     "chat_template": "--chat-template",
     "system_prompt": "--system-prompt",
     "thinking": "--thinking",
     "template_arg": "--template-arg",
+}
+_OF_THE_TOKENS = {
+    "prompt": "--prompt",
+    "prompt_file": "--prompt-file",
+    "all_prompt_sets": "--all-prompt-sets",
+    "replay": "--replay",
+    "samples": "--samples",
+    **_OF_GENERATION,
 }
 
 
@@ -59,14 +68,27 @@ class VariantOptions:
         """
         if self.responses_from is None:
             return None
-        context = click.get_current_context()
-        for name, option in _OF_THE_TOKENS.items():
-            if context.get_parameter_source(name) in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT):
-                raise click.UsageError(f"--responses-from runs tokens that are stored: leave out {option}")
+        for option in _given_of(_OF_THE_TOKENS):
+            raise click.UsageError(f"--responses-from runs tokens that are stored: leave out {option}")
         from tlcapture.commands.compared_sets import CaptureSet
         from tlcapture.commands.given_responses import GivenResponses
 
         return GivenResponses(CaptureSet.parse(root, self.responses_from))
+
+
+def without_effect_on_replay() -> str | None:
+    """Which options were given that a replay does not read, as a warning; `None` if none was."""
+    found = _given_of(_OF_GENERATION)
+    if not found:
+        return None
+    return f"--replay reads stored tokens: {', '.join(found)} {'has' if len(found) == 1 else 'have'} no effect"
+
+
+def _given_of(options: Mapping[str, str]) -> list[str]:
+    """Those of some options that are given on the command line or in the environment."""
+    source_of = click.get_current_context().get_parameter_source
+    given = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+    return [option for name, option in options.items() if source_of(name) in given]
 
 
 def check_target(given: GivenResponses, layout: Layout, sets: Sequence[PromptSet], variant: str | None) -> None:
