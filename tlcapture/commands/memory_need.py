@@ -127,11 +127,7 @@ def _largest(
     for task in tasks:
         # Those that the context has no room for fail by themselves.
         most = getattr(model, "n_ctx", None) or 2**62
-        fresh = [
-            prompt
-            for prompt in task.batched
-            if prompt.id in task.fresh and _n_at_most(prompt, task) <= most
-        ]
+        fresh = [prompt for prompt in task.batched if prompt.id in task.fresh and _n_at_most(prompt, task) <= most]
         if fresh:
             longest = max(fresh, key=lambda prompt: _n_at_most(prompt, task))
             n_prompt, n_tokens = len(longest.token_ids), _n_at_most(longest, task)
