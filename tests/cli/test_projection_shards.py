@@ -21,7 +21,7 @@ from tlcapture.page.contents import Contents
 from tlcapture.storage import shard_writing
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
-from tlcapture.traits.saved_projections import all_saved
+from tlcapture.traits.saved_projections import all_saved, projections_of
 
 Run = Callable[..., Result]
 GREEDY = ("--temperature", 0)
@@ -182,6 +182,26 @@ def test_dynamics_only_and_project_work_on_shards(
     pictures = data / "pictures"
     drawn_of = {path.relative_to(pictures).with_suffix(".json").as_posix() for path in pictures.rglob("*.png")}
     assert drawn_of == before.keys()
+
+
+def test_projections_of_a_variant_lie_beside_those_of_its_set(
+    extract: Run, capture: Run, tlcapture: Run, data: Path, shards: Path
+) -> None:
+    extract()
+    for form in ("json", "compact"):
+        assert capture(*GREEDY, "--format", form).exit_code == 0
+    before = {path: path.read_bytes() for path in shards.rglob("*.safetensors")}
+    steered = ("--steer", "tone/loud:+0.5@1", "--variant", "v")
+    layout, contents = Layout(data, "exp"), []
+    for form in ("json", "compact"):
+        assert capture(*GREEDY, *steered, "--format", form).exit_code == 0
+        found = projections_of(layout, "short@v", "1", "residual")
+        contents.append([(each.trait, each.prompt_set, each.scores.tolist()) for each in found])
+    assert contents[0] == contents[1]
+    assert [name for _, name, _ in contents[1]] == ["short@v"] * 2
+    assert len(list((shards.parent / "short@v").rglob("*.safetensors"))) == 1
+    assert {path: path.read_bytes() for path in shards.rglob("*.safetensors")} == before
+    assert tlcapture("project", "--experiment", "exp", "--prompt-set", "short@v", "--dynamics-only").exit_code == 0
 
 
 def test_a_prompt_that_is_captured_again_leaves_nothing_in_a_shard(
