@@ -23,7 +23,7 @@ TESTS_TL4 := tests/test_parity.py tests/test_models.py tests/test_multimodal.py 
   tests/integration/test_embedded_model.py::test_a_batch_writes_what_hugging_face_writes_and_every_residual_is_its_hidden_state
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chromium test test-tl4 test-fresh test-bounds test-cuda reliability models-page lint format demo bench bench-quick bench-page bench-cluster bench-extract bench-project bench-scale bench-driver bench-launches bench-gpu bench-gpu-wheels view screenshots all_prompt_sets clean $(PROMPT_SETS) $(addprefix project-,$(PROMPT_SETS))
+.PHONY: help setup chromium test test-tl4 test-fresh test-bounds test-cuda reliability models-page lint format packaged-vectors demo bench bench-quick bench-page bench-cluster bench-extract bench-project bench-scale bench-driver bench-launches bench-gpu bench-gpu-wheels view screenshots all_prompt_sets clean $(PROMPT_SETS) $(addprefix project-,$(PROMPT_SETS))
 
 help: ## Show this help
 	@echo "Targets:"
@@ -108,6 +108,12 @@ lint: $(READY) ## Check style, types and the order of packages
 format: $(READY) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+packaged-vectors: $(READY) ## Extract and evaluate the vectors that come with the package anew (ten minutes)
+	rm -rf build/packaged
+	$(BIN)/tlcapture extract --root build/packaged --experiment packaged --component residual
+	$(BIN)/tlcapture evaluate --root build/packaged --experiment packaged --component residual
+	$(BIN)/python scripts/packaged_vectors.py build/packaged packaged
 
 demo: $(READY) ## Extract trait vectors and watch them in ten answers of the embedded model
 	$(BIN)/tlcapture extract --experiment demo --component residual

@@ -248,10 +248,10 @@ def _prompt_sets(location: Location, chosen: PromptSetOptions) -> tuple[list[Pro
 
 def _check_vectors(location: Location, experiment: str) -> None:
     """Raise `InputError` if the experiment that vectors are taken from has none."""
-    from tlcapture.storage.layout import Layout
+    from tlcapture.traits.packaged_vectors import vectors_layout
     from tlcapture.traits.vector_files import traits_with_vectors
 
-    traits_with_vectors(Layout(location.root, experiment))
+    traits_with_vectors(vectors_layout(location.root, experiment))
 
 
 def _show_estimate(

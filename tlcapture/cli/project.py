@@ -123,13 +123,16 @@ def _check_request(
 ) -> None:
     """Raise `InputError` if captures or vectors are missing."""
     from tlcapture.commands.saved_prompts import saved_prompts
-    from tlcapture.storage.layout import Layout
+    from tlcapture.storage.config import read_config
+    from tlcapture.traits.choice import VectorChoice
     from tlcapture.traits.vector_files import traits_with_vectors
 
+    layout = location.layout
     for name in names:
-        saved_prompts(location.layout, name, dynamics_only=settings.dynamics_only)
+        saved_prompts(layout, name, dynamics_only=settings.dynamics_only)
     if not settings.dynamics_only:
-        traits_with_vectors(Layout(location.root, vector_experiment or location.experiment), settings.traits)
+        choice = VectorChoice(experiment=vector_experiment).or_packaged(layout, read_config(layout).inference_model)
+        traits_with_vectors(choice.layout(layout), settings.traits)
 
 
 def _captured_prompt_sets(layout: Layout, chosen: PromptSetOptions, *, dynamics_only: bool) -> tuple[str, ...]:

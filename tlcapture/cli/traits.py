@@ -121,12 +121,19 @@ def _cell(cue: Cue | None) -> str:
 @one_line_errors
 def list_(location: Location, component: str) -> None:
     """List the vector selected for each trait: how it was selected, its score, the runner-up and its origin."""
+    from tlcapture.storage.config import read_config
+    from tlcapture.traits.choice import VectorChoice
     from tlcapture.traits.origin import described_origin
+    from tlcapture.traits.packaged_vectors import vectors_layout
     from tlcapture.traits.selection import n_layers_of_origin, runner_up, select
     from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 
-    layout = location.layout
+    layout = vectors_layout(location.root, location.experiment)
     layout.check_exists()
+    choice = VectorChoice().or_packaged(layout, read_config(layout).inference_model)
+    if choice.is_fallback:
+        click.echo(f"{layout.experiment} has no vectors of its own: these come with the package")
+        layout = choice.layout(layout)
     with_vectors = traits_with_vectors(layout)
     rows: list[tuple[str, ...]] = []
     origins: dict[str, list[str]] = {}

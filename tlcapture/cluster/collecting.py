@@ -18,6 +18,7 @@ from tlcapture.storage.layout import Layout, derived_files
 _INPUTS = (
     "config.json",
     "extraction/extraction_evaluation.json",
+    "extraction/*reference.pt",
     "extraction/*/*/vectors/*",
     "steering/*/*/results.json",
 )

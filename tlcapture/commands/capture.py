@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 from tlcapture.commands.affected_files import AffectedFiles
@@ -34,6 +35,7 @@ from tlcapture.storage.files import free_bytes, sweep_temporaries
 from tlcapture.storage.layout import Layout
 from tlcapture.text import as_ranges, format_bytes
 from tlcapture.traits.missing_vectors import no_vectors
+from tlcapture.traits.packaged_vectors import SAID
 from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 
 __all__ = ["CaptureOptions", "estimate_capture", "run_capture"]
@@ -63,6 +65,7 @@ def run_capture(
         InputError: the request is wrong; nothing was written.
         NoSpaceError: the files would need more space than is free, or the device became full during the run.
     """
+    options = with_packaged(options, layout, load)
     _check(layout, options)
     run = Run.begin(layout, display)
     for what, reason in refused:
@@ -78,6 +81,8 @@ def run_capture(
     for task in tasks:
         if task.other_sampling:
             run.warn(_other_sampling_warning(task))
+    if options.projects and options.vectors.is_fallback:
+        run.line(f"{layout.experiment}: {SAID}")
     busy = {task.prompt_set.name for task in tasks if task.has_work or (task.saved and options.projects)}
     run.report.n_skipped += sum(len(task.saved) for task in tasks if task.prompt_set.name not in busy)
     with ExitStack() as stack:
@@ -124,12 +129,20 @@ def estimate_capture(
 
     The model's weights are not loaded.
     """
+    options = with_packaged(options, layout, load)
     _check(layout, options)
     outline = load.outline
     planner = TaskPlanner(layout, options, read_config(layout), load.name, lambda: outline)
     tasks = planner.tasks(prompt_sets)
     affected = AffectedFiles.of(tasks, layout, options, outline.n_layers)
     return CaptureSize.of(tasks, layout, options, lambda: outline.measures), affected
+
+
+def with_packaged(options: CaptureOptions, layout: Layout, load: ModelLoader) -> CaptureOptions:
+    """The options, with the packaged vectors where the experiment has none and they are of the model."""
+    if not options.projects:
+        return options
+    return replace(options, vectors=options.vectors.or_packaged(layout, load.name))
 
 
 def _check(layout: Layout, options: CaptureOptions) -> None:
