@@ -115,10 +115,10 @@ packaged-vectors: $(READY) ## Extract and evaluate the vectors that come with th
 	$(BIN)/tlcapture evaluate --root build/packaged --experiment packaged --component residual
 	$(BIN)/python scripts/packaged_vectors.py build/packaged packaged
 
-demo: $(READY) ## Extract trait vectors and watch them in ten answers of the embedded model
-	$(BIN)/tlcapture extract --experiment demo --component residual
-	$(BIN)/tlcapture evaluate --experiment demo --component residual
-	$(BIN)/tlcapture capture --experiment demo --prompt-set single_trait --attention --logit-lens --temperature 0
+demo: $(READY) ## Extract and evaluate one trait, and watch all ten in answers of the embedded model (90 s)
+	$(BIN)/tlcapture extract --experiment demo --traits style/formality --component residual
+	$(BIN)/tlcapture evaluate --experiment demo --traits style/formality --component residual
+	$(BIN)/tlcapture capture --experiment demo --prompt-set single_trait --attention --logit-lens --temperature 0 --vector-experiment packaged
 
 bench: $(BENCH_READY) ## Measure all workloads and write benchmarks/RESULTS.md (half an hour)
 	$(BIN)/python benchmarks/bench.py $(FLAGS)

@@ -215,16 +215,27 @@ def capture(
         sets = [numbered_on(layout, given)]
     if settings.dry_run:
         _show_estimate(console, layout, sets, refused, options, load)
+        console.next = "the same without --dry-run"
         return
     from tlcapture.commands.capture import run_capture
 
-    report = run_capture(
-        layout, sets, options, load, console, executor, refused, renumber=numbered_on if given else None
-    )
+    def renumber(layout: Layout, prompt_set: PromptSet) -> PromptSet:
+        sets[0] = numbered_on(layout, prompt_set)
+        return sets[0]
+
+    report = run_capture(layout, sets, options, load, console, executor, refused, renumber=renumber if given else None)
     # Projections of an earlier run would look like this run's, had this one written nothing.
-    if options.projects and (report.n_files or not report.failures):
-        for prompt_set in sets:
-            show_top_traits(console, layout, prompt_set.name, known=report.projected)
+    if report.n_files or not report.failures:
+        ids = [prompt.id for prompt in sets[0].prompts] if given else []
+        for prompt_set in sets if options.projects else ():
+            show_top_traits(console, layout, prompt_set.name, known=report.projected, given=ids)
+    console.next = _next_step(location, sets, options)
+
+
+def _next_step(location: Location, sets: Sequence[PromptSet], options: CaptureOptions) -> str:
+    """The page, or the extraction of vectors where there are none to project onto."""
+    is_projected = any(location.layout.projection_folders(each.name) for each in sets)
+    return location.command("extract" if options.projects and not is_projected else "view")
 
 
 def _given(chosen: PromptSetOptions, settings: _Settings) -> PromptSet | None:

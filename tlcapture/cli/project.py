@@ -116,6 +116,7 @@ def project(
                 ids = layout.prompt_ids(name)
                 drawn = write_pictures(layout, name, ids, settings.plot, settings.component, settings.traits, console)
                 console.line(f"{name}: {len(drawn)} pictures in {settings.plot}")
+    console.next = location.command("view")
 
 
 def _check_request(

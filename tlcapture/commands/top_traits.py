@@ -38,6 +38,8 @@ class TopTrait:
             `None` where that was not measured.
         commitment_point, token: where it commits; `None` where it does not, or random directions do as clearly.
         calibrated: the mean of the response on the scale of the vector's examples; `None` where that is unknown.
+        pieces: the response in pieces with the score of each, from -1 as in the negative examples to 1 as in the
+            positive ones; as it was projected where `calibrated` is unknown.
     """
 
     prompt_id: str
@@ -48,6 +50,12 @@ class TopTrait:
     token: str | None
     calibrated: float | None
     response: str
+    pieces: Sequence[tuple[str, float | None]] = ()
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the scores of the pieces are on the scale of the vector's examples."""
+        return self.calibrated is not None
 
     @property
     def stands_out(self) -> bool:
@@ -206,7 +214,35 @@ def _top(prompt_id: str, trait: str, candidates: Mapping[str, _Rise], content: P
     scale = content.calibration
     calibrated = None if scale is None else float(scale.calibrated(np.float64(_mean(content, "response"))))
     own = candidates[trait].own
-    return TopTrait(prompt_id, trait, own, chance, point, token, calibrated, content.response.text)
+    text, scores = content.response.text, np.array(content.trajectory[1])
+    on_scale = scores if scale is None else 2 * scale.calibrated(scores) - 1
+    pieces = pieces_of(text, content.response.tokens, [None if isnan(each) else float(each) for each in on_scale])
+    return TopTrait(prompt_id, trait, own, chance, point, token, calibrated, text, pieces)
+
+
+def pieces_of(text: str, tokens: Sequence[str], scores: Sequence[float | None]) -> list[tuple[str, float | None]]:
+    """A text in pieces with the score of each: those of its tokens, where tokens that share a character are one.
+
+    Such tokens hold replacement marks. A token that is not in the text, such as an end mark, is left out.
+    """
+    pieces: list[tuple[str, float | None]] = []
+    at, parts = 0, []
+    for token, score in zip(tokens, scores, strict=True):
+        place = text.find(token, at)
+        if "\ufffd" in token and place != at:
+            parts.append(score)
+        elif token and place >= 0:
+            if parts and place > at:
+                pieces.append((text[at:place], _mean_of(parts)))
+                at = place
+            pieces.append((text[at : place + len(token)], score))
+            at, parts = place + len(token), []
+    return [*pieces, (text[at:], _mean_of(parts))] if at < len(text) else pieces
+
+
+def _mean_of(scores: Sequence[float | None]) -> float | None:
+    known = [score for score in scores if score is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _is_clear(content: ProjectionFile, statistic: str) -> bool:

@@ -37,6 +37,9 @@ class Display:
     def uses(self, **facts: Any) -> None:
         """Record facts about the run that its options do not contain, such as the model that was loaded."""
 
+    def task(self, number: int, n_tasks: int) -> None:
+        """The progress that follows is that of a task, by its number from 1."""
+
     @contextmanager
     def progress(self, total: int, label: str, unit: str) -> Iterator[Progress]:
         """Show the progress of work of `total` units, such as tokens, under a label."""

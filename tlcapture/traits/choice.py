@@ -16,7 +16,7 @@ from tlcapture.errors import TlcaptureError
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.origin import check_origin, origin_notes
-from tlcapture.traits.packaged_vectors import PACKAGED, is_packaged_for, vectors_layout
+from tlcapture.traits.packaged_vectors import PACKAGED, takes_packaged, vectors_layout
 from tlcapture.traits.projection import check_fits, check_kept
 from tlcapture.traits.selection import Selection, select
 from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
@@ -48,7 +48,7 @@ class VectorChoice:
 
     def or_packaged(self, layout: Layout, model: str | None) -> VectorChoice:
         """The packaged vectors, if `layout` has none, the model of this name is theirs, and no others are asked for."""
-        if self.experiment is not None or layout.traits() or not is_packaged_for(model):
+        if self.experiment is not None or not takes_packaged(layout, model):
             return self
         return replace(self, experiment=PACKAGED, is_fallback=True)
 

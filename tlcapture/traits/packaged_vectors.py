@@ -28,9 +28,9 @@ def vectors_layout(root: Path, experiment: str) -> Layout:
     return own if experiment != PACKAGED or own.folder.is_dir() else packaged_layout()
 
 
-def is_packaged_for(model: str | None) -> bool:
-    """Whether the package has vectors for the model of this name."""
-    return model == NAME and packaged_files().is_dir()
+def takes_packaged(layout: Layout, model: str | None) -> bool:
+    """Whether an experiment has no vectors, and the package has some for its model, of this name."""
+    return model == NAME and not layout.traits() and packaged_files().is_dir()
 
 
 def packaged_files() -> Path:
