@@ -176,7 +176,10 @@ project-%: $(READY)
 view: $(READY) ## Open the page on EXPERIMENT
 	$(BIN)/tlcapture view --experiment $(EXPERIMENT) $(FLAGS)
 
-screenshots: $(READY) chromium ## Pictures of the page for the documentation, from the experiment of `make demo`
+screenshots: $(READY) chromium ## Pictures of the page for the documentation, from the experiment `demo` with all traits
+	$(BIN)/tlcapture extract --experiment demo --component residual --skip-existing
+	$(BIN)/tlcapture evaluate --experiment demo --component residual
+	$(BIN)/tlcapture capture --experiment demo --prompt-set single_trait --attention --logit-lens --temperature 0
 	$(BIN)/tlcapture steer --experiment demo --traits style/formality --layers 8,12,16 --coefficients=-0.2,0.2,0.4
 	$(BIN)/tlcapture capture --experiment demo --prompt-set dynamic --temperature 0
 	$(BIN)/python -m docs.screenshots

@@ -132,7 +132,7 @@ def _own_temperature(context: click.Context, option: click.Parameter, value: flo
 )
 @click.option("--capture-attn", is_flag=True, help="Also keep attention outputs, next to the residual stream.")
 @kept_options
-@click.option("--no-project", is_flag=True, help="Do not project onto the experiment's trait vectors.")
+@click.option("--no-project", is_flag=True, help="Do not project onto trait vectors.")
 @click.option("--projections-only", is_flag=True, help="Keep only projections, no raw activations.")
 @click.option("--replay", is_flag=True, help="Generate nothing; compute add-ons from saved captures.")
 @vector_options(default_layer="auto, or 16 where nothing was evaluated")
@@ -197,7 +197,7 @@ def capture(
     """Generate from prompts and capture what the model computes, token by token.
 
     Writes raw residuals to experiments/NAME/inference/raw/residual, add-ons next to them, and projections
-    onto the experiment's trait vectors if it has any.
+    onto the experiment's trait vectors, or those that come with the package for the embedded model.
     """
     layout = location.layout
     given = _given(prompt_sets, settings)
