@@ -15,9 +15,8 @@ from torch import Tensor
 
 from tlcapture.errors import StorageError
 from tlcapture.names import Trait, is_safe_name
-from tlcapture.storage.files import Written, read_bytes, write_bytes
+from tlcapture.storage.files import Written, read_bytes, write_bytes, write_tensors
 from tlcapture.storage.layout import Layout
-from tlcapture.traits.mean_activations import write_means
 from tlcapture.traits.reference import Reference
 from tlcapture.traits.vector_files import IMPORTED, VectorFiles
 from tlcapture.traits.vectors import write_vector
@@ -90,7 +89,7 @@ def _restore_trait(
         if component not in COMPONENTS or len(rest) != (2 if kind == "vector" else 0):
             raise StorageError(f"{path}: {name!r} is not the name of a vector")
         if kind != "vector":
-            written.append(write_means(files, component, tensor))
+            written.append(write_tensors(files.mean_file(component), tensor.float().clone()))
             continue
         method, layer = rest[0], int(rest[1])
         written.append(write_vector(files, component, method, layer, tensor))
