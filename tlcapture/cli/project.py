@@ -125,15 +125,16 @@ def _check_request(
     """Raise `InputError` if captures or vectors are missing."""
     from tlcapture.commands.saved_prompts import saved_prompts
     from tlcapture.storage.config import read_config
-    from tlcapture.traits.choice import VectorChoice
+    from tlcapture.traits.packaged_vectors import PACKAGED, takes_packaged, vectors_layout
     from tlcapture.traits.vector_files import traits_with_vectors
 
     layout = location.layout
     for name in names:
         saved_prompts(layout, name, dynamics_only=settings.dynamics_only)
     if not settings.dynamics_only:
-        choice = VectorChoice(experiment=vector_experiment).or_packaged(layout, read_config(layout).inference_model)
-        traits_with_vectors(choice.layout(layout), settings.traits)
+        is_packaged = vector_experiment is None and takes_packaged(layout, read_config(layout).inference_model)
+        source = PACKAGED if is_packaged else vector_experiment or location.experiment
+        traits_with_vectors(vectors_layout(location.root, source), settings.traits)
 
 
 def _captured_prompt_sets(layout: Layout, chosen: PromptSetOptions, *, dynamics_only: bool) -> tuple[str, ...]:
