@@ -116,8 +116,8 @@ packaged-vectors: $(READY) ## Extract and evaluate the vectors that come with th
 	$(BIN)/python scripts/packaged_vectors.py build/packaged packaged
 
 demo: $(READY) ## Extract and evaluate one trait, and watch all ten in answers of the embedded model (90 s)
-	$(BIN)/tlcapture extract --experiment demo --traits style/formality --component residual
-	$(BIN)/tlcapture evaluate --experiment demo --traits style/formality --component residual
+	$(BIN)/tlcapture extract --experiment demo --traits style/formality --component residual --methods probe
+	$(BIN)/tlcapture evaluate --experiment demo --traits style/formality --component residual --methods probe
 	$(BIN)/tlcapture capture --experiment demo --prompt-set single_trait --attention --logit-lens --temperature 0 --vector-experiment packaged
 
 bench: $(BENCH_READY) ## Measure all workloads and write benchmarks/RESULTS.md (half an hour)

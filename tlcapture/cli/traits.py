@@ -206,4 +206,6 @@ def import_(
     from tlcapture.commands.import_vectors import ImportOptions, run_import
 
     options = ImportOptions(file, trait, convention, component, model, overwrite, allow_model_change)
-    run_import(location.layout, options, console)
+    of = run_import(location.layout, options, console)
+    named = ["--traits", str(trait), *([] if of == "residual" else ["--component", of])]
+    console.next = location.command("project", "--all-prompt-sets", *named)
