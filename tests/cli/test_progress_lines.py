@@ -47,6 +47,14 @@ def test_polls_and_quiet_runs_print_nothing(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().err == ""
 
 
+def test_batches_of_a_cluster_say_themselves_how_many_are_done(capsys: pytest.CaptureFixture[str]) -> None:
+    """Their tokens are counted later, and a batch of which nothing was counted yet is done all the same."""
+    with Console().progress(1000, "Ray", "token") as progress:
+        for number in range(1, 7):
+            progress.advance(done=f"worker: {number} of 6 batches", share=number / 6)
+    assert capsys.readouterr().err.splitlines() == [f"worker: {number} of 6 batches" for number in range(1, 7)]
+
+
 def test_traits_are_counted_over_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console()
     console.task(3, 10)

@@ -123,7 +123,7 @@ class _Bar(Progress):
         self._stop = stop
         self._bar = bar
 
-    def advance(self, units: int = 0, *, done: str | None = None) -> None:
+    def advance(self, units: int = 0, *, done: str | None = None, share: float | None = None) -> None:
         self._bar.update(units)
         if done:
             _log().info(done)
@@ -149,13 +149,14 @@ class _Lines(Progress):
         self._n_done = 0
         self._next = 0.0  # units that have to be done before the next line
 
-    def advance(self, units: int = 0, *, done: str | None = None) -> None:
+    def advance(self, units: int = 0, *, done: str | None = None, share: float | None = None) -> None:
         self._n_done += units
         if done:
             _log().info(done)
-        if self._total and (done or (units and self._unit in _COUNTED)) and self._n_done >= self._next:
-            click.echo(printable(done or self._label) + self._so_far(), err=True)
-            self._next = self._n_done + self._total / _MOST_LINES if self._n_done < self._total else inf
+        at = self._n_done if share is None else share * self._total
+        if self._total and (done or (units and self._unit in _COUNTED)) and at >= self._next:
+            click.echo(printable(done or self._label) + (self._so_far() if share is None else ""), err=True)
+            self._next = at + self._total / _MOST_LINES if at < self._total else inf
         self._stop.check()
 
     def _so_far(self) -> str:

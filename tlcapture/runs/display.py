@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 class Progress:
     """The progress of a run. This base class shows nothing."""
 
-    def advance(self, units: int = 0, *, done: str | None = None) -> None:
+    def advance(self, units: int = 0, *, done: str | None = None, share: float | None = None) -> None:
         """Add `units` (such as tokens or examples) to the progress; `done` is a message about finished work.
+
+        `share` is how much of all work is done, where the message says it and units are counted later.
 
         A run calls this only where it can be stopped: where everything it started is complete or can be discarded.
         An implementation may raise `KeyboardInterrupt` to stop it.
