@@ -40,6 +40,10 @@ def test_tokens_are_a_percentage_of_the_most_there_can_be(capsys: pytest.Capture
     assert _lines(capsys, "token", 100, steps) == ["set/1: 30 tokens (50%)", "set/2: 50 tokens (100%)"]
 
 
+def test_one_prompt_of_which_nothing_is_said_has_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _lines(capsys, "prompt", 1, [(1, None)]) == []
+
+
 def test_polls_and_quiet_runs_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert _lines(capsys, "prompt", 9, [(0, None)] * 50) == []
     with Console(quiet=True).progress(2, "set", "prompt") as progress:

@@ -154,7 +154,8 @@ class _Lines(Progress):
         if done:
             _log().info(done)
         at = self._n_done if share is None else share * self._total
-        if self._total and (done or (units and self._unit in _COUNTED)) and at >= self._next:
+        is_counted = units > 0 and self._total > 1 and self._unit in _COUNTED
+        if self._total and (done or is_counted) and at >= self._next:
             click.echo(printable(done or self._label) + (self._so_far() if share is None else ""), err=True)
             self._next = at + self._total / _MOST_LINES if at < self._total else inf
         self._stop.check()
