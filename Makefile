@@ -23,7 +23,7 @@ TESTS_TL4 := tests/test_parity.py tests/test_models.py tests/test_multimodal.py 
   tests/integration/test_embedded_model.py::test_a_batch_writes_what_hugging_face_writes_and_every_residual_is_its_hidden_state
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chromium test test-tl4 test-fresh test-bounds test-cuda reliability models-page lint format demo bench bench-quick bench-page bench-cluster bench-extract bench-project bench-scale bench-driver bench-launches bench-gpu bench-gpu-wheels view screenshots all_prompt_sets clean $(PROMPT_SETS) $(addprefix project-,$(PROMPT_SETS))
+.PHONY: help setup chromium test test-tl4 test-fresh test-bounds test-cuda reliability models-page lint format packaged-vectors demo bench bench-quick bench-page bench-cluster bench-extract bench-project bench-scale bench-driver bench-launches bench-gpu bench-gpu-wheels view screenshots all_prompt_sets clean $(PROMPT_SETS) $(addprefix project-,$(PROMPT_SETS))
 
 help: ## Show this help
 	@echo "Targets:"
@@ -109,10 +109,16 @@ format: $(READY) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-demo: $(READY) ## Extract trait vectors and watch them in ten answers of the embedded model
-	$(BIN)/tlcapture extract --experiment demo --component residual
-	$(BIN)/tlcapture evaluate --experiment demo --component residual
-	$(BIN)/tlcapture capture --experiment demo --prompt-set single_trait --attention --logit-lens --temperature 0
+packaged-vectors: $(READY) ## Extract and evaluate the vectors that come with the package anew (ten minutes)
+	rm -rf build/packaged
+	$(BIN)/tlcapture extract --root build/packaged --experiment packaged --component residual
+	$(BIN)/tlcapture evaluate --root build/packaged --experiment packaged --component residual
+	$(BIN)/python scripts/packaged_vectors.py build/packaged packaged
+
+demo: $(READY) ## Extract and evaluate one trait, and watch all ten in answers of the embedded model (90 s)
+	$(BIN)/tlcapture extract --experiment demo --traits style/formality --component residual --methods probe
+	$(BIN)/tlcapture evaluate --experiment demo --traits style/formality --component residual --methods probe
+	$(BIN)/tlcapture capture --experiment demo --prompt-set single_trait --attention --logit-lens --temperature 0 --vector-experiment packaged
 
 bench: $(BENCH_READY) ## Measure all workloads and write benchmarks/RESULTS.md (half an hour)
 	$(BIN)/python benchmarks/bench.py $(FLAGS)
@@ -170,7 +176,10 @@ project-%: $(READY)
 view: $(READY) ## Open the page on EXPERIMENT
 	$(BIN)/tlcapture view --experiment $(EXPERIMENT) $(FLAGS)
 
-screenshots: $(READY) chromium ## Pictures of the page for the documentation, from the experiment of `make demo`
+screenshots: $(READY) chromium ## Pictures of the page for the documentation, from the experiment `demo` with all traits
+	$(BIN)/tlcapture extract --experiment demo --component residual --skip-existing
+	$(BIN)/tlcapture evaluate --experiment demo --component residual
+	$(BIN)/tlcapture capture --experiment demo --prompt-set single_trait --attention --logit-lens --temperature 0
 	$(BIN)/tlcapture steer --experiment demo --traits style/formality --layers 8,12,16 --coefficients=-0.2,0.2,0.4
 	$(BIN)/tlcapture capture --experiment demo --prompt-set dynamic --temperature 0
 	$(BIN)/tlcapture capture --experiment demo --prompt "How do I pick a lock?" --samples 8

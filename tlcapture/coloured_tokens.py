@@ -90,14 +90,14 @@ class ColouredTokens:
         style = "font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.6"
         return f'<div class="tlcapture-tokens">{caption}<div style="{style}">{spans}</div></div>'
 
-    def ansi(self) -> str:
+    def ansi(self, *, caption: bool = True) -> str:
         """The text with a terminal's colours; each newline is shown as a symbol and starts a new line."""
         pieces = []
         for index, token in enumerate(self.tokens):
             text = printable(token).replace(NEWLINE, f"{NEWLINE}\n") if "\n" in token else printable(token)
             pieces.append(f"{self._ansi_colour(index)}{text}{_RESET}")
-        caption = f"{self._caption()}\n" if self._caption() else ""
-        return caption + "".join(pieces)
+        above = f"{self._caption()}\n" if caption and self._caption() else ""
+        return above + "".join(pieces)
 
     def _caption(self) -> str:
         if self.scores is None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from tlcapture.errors import InputError
 
 NEWLINE = "\u23ce"
-_UNITS = ("B", "KB", "MB", "GB", "TB")
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _WRITTEN = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)I?B?", re.ASCII | re.IGNORECASE)
 
 
@@ -28,7 +28,7 @@ def first_line(error: BaseException) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """`1536` as `1.5 KB`, in powers of 1024."""
+    """`1536` as `1.5 KiB`, in powers of 1024."""
     for unit in _UNITS[:-1]:
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -37,10 +37,10 @@ def format_bytes(count: float) -> str:
 
 
 def parse_bytes(text: str) -> int:
-    """`1.5 KB`, `1.5KiB` or `1.5k` as `1536`; raises `InputError` for text that is not a size."""
+    """`1.5 KiB`, `1.5KB` or `1.5k` as `1536`; raises `InputError` for text that is not a size."""
     match = _WRITTEN.fullmatch(text.strip())
     if match is None:
-        raise InputError(f"{text!r} is not a size: expected a number and a unit, for example 500GB")
+        raise InputError(f"{text!r} is not a size: expected a number and a unit, for example 500GiB")
     return math.floor(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 

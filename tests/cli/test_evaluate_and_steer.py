@@ -309,7 +309,7 @@ def test_selection_and_comparison_use_both_measures(tlcapture: Run, data: Path, 
     listed = tlcapture("traits", "list", "--experiment", "exp")
     assert listed.exit_code == 0
     assert listed.output.count("effect_size") == 2
-    origin = listed.output.splitlines()[-1]
+    origin = listed.output.splitlines()[-2]
     made = f"on {tiny.ENGINES[0]} in float32, blocks.{{L}}.hook_resid_post, response_mean"
     assert origin.startswith("all: ") and made in origin
     assert "chat template, 1 BOS" in origin

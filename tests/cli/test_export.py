@@ -226,7 +226,8 @@ def test_an_evaluation_still_recognises_its_vectors_after_import(
     assert export().exit_code == 0
     assert tlcapture("import", data / "out", "--experiment", "again").exit_code == 0
     again = tlcapture("traits", "list", "--experiment", "again").output
-    assert again.replace("experiment again", "experiment exp") == listed
+    # The last line says what to do next, which without activations is another thing.
+    assert again.replace("experiment again", "experiment exp").splitlines()[:-1] == listed.splitlines()[:-1]
 
 
 @pytest.mark.parametrize(

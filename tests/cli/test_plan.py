@@ -152,7 +152,7 @@ def test_reductions_name_the_options_that_change_and_the_share_that_is_left() ->
 
 def test_a_sufficient_budget_needs_no_reduction(tlcapture: Run, tiny_folder: Path) -> None:
     done = tlcapture("plan", "--model", tiny_folder, *SIZE, "--budget", "1TB")
-    assert done.output.rstrip().endswith("budget 1.0 TB: it fits")
+    assert done.output.rstrip().endswith("budget 1.0 TiB: it fits")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_a_sufficient_budget_needs_no_reduction(tlcapture: Run, tiny_folder: Pat
         (("--views", "residual,nix"), "'nix' is not a view: choose from residual, attn_out"),
         (("--views", "attention"), "a capture keeps residual, projections or both"),
         (("--views", "residual,attention:3"), "'attention:3' is not a view"),
-        (("--budget", "lots"), "'lots' is not a size: expected a number and a unit, for example 500GB"),
+        (("--budget", "lots"), "'lots' is not a size: expected a number and a unit, for example 500GiB"),
         (("--gpu", "h100", "--measure"), "give one of --tokens-per-second, --measure and --gpu"),
         (("--layers", "3"), "--layers 3: the model has layers 0 to 2"),
         (("--views", "residual,internals:9"), "--layer-internals 9: the model has layers 0 to 2"),
@@ -177,7 +177,7 @@ def test_wrong_usage_is_reported_in_one_line(
 
 
 def test_sizes_are_parsed_as_they_are_formatted() -> None:
-    for text in ("0 B", "17 B", "1.5 KB", "500.0 GB", "2.0 TB"):
+    for text in ("0 B", "17 B", "1.5 KiB", "500.0 GiB", "2.0 TiB"):
         assert format_bytes(parse_bytes(text)) == text
     assert parse_bytes("500gib") == parse_bytes("500 GB") == 500 * 2**30
     with pytest.raises(InputError, match="is not a size"):

@@ -163,7 +163,7 @@ def test_files_of_all_tokens_do_not_mention_positions(extract: Run, capture: Run
 def test_a_selection_that_says_nothing_is_one_clear_line(capture: Run, folder: Path, words: str) -> None:
     done = capture("--tokens", words)
     assert done.exit_code == 2
-    assert "Invalid value for '--tokens': " in done.output
+    assert "error: invalid value for '--tokens': " in done.output
     assert len([line for line in done.output.splitlines() if "--tokens" in line]) == 1
     assert not folder.exists()
 

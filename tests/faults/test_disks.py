@@ -48,7 +48,7 @@ def test_a_disk_that_fills_up_ends_the_run_which_can_be_resumed(
     disk = small_disk(3000)
     root = Path(shutil.copytree(fresh, disk / "root"))
     full = start(root=root, before=lambda: fill_at_first_capture(disk)).end()
-    refused(full, r"short/\d\.pt: cannot be written: No space left on device: it needs [\d.]+ KB, [\d.]+ KB are free")
+    refused(full, r"short/\d\.pt: cannot be written: No space left on device: it needs [\d.]+ KiB, [\d.]+ KiB are free")
     assert "resume: tlcapture capture" in full.stderr
     (disk / "hog").unlink()
     assert not list(root.rglob("*.tmp"))
@@ -56,7 +56,7 @@ def test_a_disk_that_fills_up_ends_the_run_which_can_be_resumed(
     assert contents(root / "experiments" / "exp") == uninterrupted
     evidence.survived(
         "the disk fills up in the middle of a file",
-        "a 3 MB disk that another program fills",
+        "a 3 MiB disk that another program fills",
         "an error of one line with the file and the bytes needed and free; no incomplete file; exit status 1; a "
         "resumed run completes the files of an uninterrupted run",
     )
@@ -68,14 +68,14 @@ def test_a_capture_that_does_not_fit_is_refused_before_it_starts(
     disk = small_disk(300)
     root = Path(shutil.copytree(fresh, disk / "root"))
     before = sorted(root.rglob("*"))
-    refused(start(root=root).end(), r"about [\d.]+ KB would be written, [\d.]+ KB are free on its device \(--dry-run")
+    refused(start(root=root).end(), r"about [\d.]+ KiB would be written, [\d.]+ KiB are free on its device \(--dry-run")
     assert sorted(root.rglob("*")) == before
     dry = start("--dry-run", root=root).end()
     assert dry.code == 0
     assert "2 prompts to capture" in dry.stdout
     assert sorted(root.rglob("*")) == before
     evidence.survived(
-        "less space than the capture needs", "a 300 KB disk", "refused before anything is written, with both sizes"
+        "less space than the capture needs", "a 300 KiB disk", "refused before anything is written, with both sizes"
     )
 
 
@@ -103,14 +103,14 @@ def test_a_file_size_limit_fails_the_prompt_of_the_file(
     limit = 40_000
     assert max(sizes) < limit
     ended = start(before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))).end()
-    refused(ended, r"failed: short/1: .*1\.pt: cannot be written: File too large: it needs [\d.]+ KB, .* are free")
+    refused(ended, r"failed: short/1: .*1\.pt: cannot be written: File too large: it needs [\d.]+ KiB, .* are free")
     assert "failed: short/2" in ended.stderr
     assert not list(fresh.rglob("*.tmp"))
     assert start("--skip-existing").end().code == 0
     assert contents(fresh / "experiments" / "exp") == uninterrupted
     evidence.survived(
         "a file size limit that is reached in the middle of a file",
-        "a limit of 40 KB per file",
+        "a limit of 40 KiB per file",
         "each prompt fails by name, no incomplete file, exit status 1; a resumed run completes the files of an "
         "uninterrupted run",
     )

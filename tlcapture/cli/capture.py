@@ -142,7 +142,7 @@ class _Settings:
 )
 @click.option("--capture-attn", is_flag=True, help="Also keep attention outputs, next to the residual stream.")
 @kept_options
-@click.option("--no-project", is_flag=True, help="Do not project onto the experiment's trait vectors.")
+@click.option("--no-project", is_flag=True, help="Do not project onto trait vectors.")
 @click.option("--projections-only", is_flag=True, help="Keep only projections, no raw activations.")
 @click.option("--replay", is_flag=True, help="Generate nothing; compute add-ons from saved captures.")
 @vector_options(default_layer="auto, or 16 where nothing was evaluated")
@@ -197,7 +197,7 @@ def capture(
     """Generate from prompts and capture what the model computes, token by token.
 
     Writes raw residuals to experiments/NAME/inference/raw/residual, add-ons next to them, and projections
-    onto the experiment's trait vectors if it has any.
+    onto the experiment's trait vectors, or those that come with the package for the embedded model.
     """
     layout = location.layout
     prompt_sets, changes = _named_variant(prompt_sets, changes)
@@ -216,9 +216,11 @@ def capture(
         _check_vectors(location, vectors.vector_experiment)
     executor = cluster.make_executor(settings.batch_size, can_collect=not settings.projections_only)
     from tlcapture.commands.adhoc_prompts import numbered_on
+    from tlcapture.commands.capture import with_packaged
     from tlcapture.commands.capture_interventions import with_interventions
 
     asked = settings.capture_options(kept, vectors, chosen, changes, of_model.adapter_path, source)
+    asked = with_packaged(asked, layout, load)
     options = with_interventions(asked, layout, load.name, lambda: load.outline)
     if source is not None:
         check_target(source, layout, sets, options.variant)
@@ -226,16 +228,29 @@ def capture(
         sets = [numbered_on(layout, given)]
     if settings.dry_run:
         _show_estimate(console, layout, sets, refused, options, load)
+        console.next = "the same without --dry-run"
         return
     from tlcapture.commands.capture import run_capture
 
-    report = run_capture(
-        layout, sets, options, load, console, executor, refused, renumber=numbered_on if given else None
-    )
+    def renumber(layout: Layout, prompt_set: PromptSet) -> PromptSet:
+        sets[0] = numbered_on(layout, prompt_set)
+        return sets[0]
+
+    report = run_capture(layout, sets, options, load, console, executor, refused, renumber=renumber if given else None)
     # Projections of an earlier run would look like this run's, had this one written nothing.
-    if options.projects and (report.n_files or not report.failures):
-        for prompt_set in sets:
-            show_top_traits(console, layout, options.capture_set(prompt_set.name), known=report.projected)
+    if report.n_files or not report.failures:
+        ids = [prompt.id for prompt in sets[0].prompts] if given else []
+        for prompt_set in sets if options.projects else ():
+            name = options.capture_set(prompt_set.name)
+            show_top_traits(console, layout, name, known=report.projected, given=ids)
+    console.next = _next_step(location, sets, options)
+
+
+def _next_step(location: Location, sets: Sequence[PromptSet], options: CaptureOptions) -> str:
+    """The page, or the extraction of vectors where there are none to project onto."""
+    names = [options.capture_set(each.name) for each in sets]
+    is_projected = any(location.layout.projection_folders(name) for name in names)
+    return location.command("extract" if options.projects and not is_projected else "view")
 
 
 def _given(chosen: PromptSetOptions, settings: _Settings) -> PromptSet | None:
@@ -272,10 +287,10 @@ def _prompt_sets(location: Location, chosen: PromptSetOptions) -> tuple[list[Pro
 
 def _check_vectors(location: Location, experiment: str) -> None:
     """Raise `InputError` if the experiment that vectors are taken from has none."""
-    from tlcapture.storage.layout import Layout
+    from tlcapture.traits.packaged_vectors import vectors_layout
     from tlcapture.traits.vector_files import traits_with_vectors
 
-    traits_with_vectors(Layout(location.root, experiment))
+    traits_with_vectors(vectors_layout(location.root, experiment))
 
 
 def _show_estimate(

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,10 +24,13 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from tlcapture.commands.top_traits import Summary, TopTrait
+    from tlcapture.names import PromptId
     from tlcapture.runs.record import Invocation, RecordedReport
     from tlcapture.runs.report import RunReport
     from tlcapture.storage.layout import Layout
 
+_MOST_LINES = 20  # of progress, where it is not shown as a bar
+_COUNTED = ("prompt", "capture", "picture", "run")  # units that are counted in lines, even if nothing is said of each
 _MOST_SHOWN = 200  # largest number of prompts whose projections are read at the end of a run
 
 
@@ -37,6 +41,7 @@ class Console(Display):
 
     Attributes:
         facts: what the run uses that its options do not name, such as the model.
+        next: the command to run next, which is printed at the very end.
         recorded: the report of the run, once it has begun.
     """
 
@@ -49,21 +54,28 @@ class Console(Display):
         invocation: Invocation | None = None,
     ):
         self._quiet = quiet
-        self._as_json = as_json
+        self.as_json = as_json
         self._stop = stop or StopSignals()
         self._invocation = invocation
         self.facts: dict[str, Any] = {}
+        self.next: str | None = None
+        self._task = (1, 1)
         self.recorded: RecordedReport | None = None
 
     def line(self, text: str = "") -> None:
         """Print a line, unless the command is quiet."""
         _log().info(text)
         if not self._quiet:
-            click.echo(printable(text), err=self._as_json)
+            click.echo(printable(text), err=self.as_json)
+
+    def coloured(self, text: str) -> None:
+        """Print text that holds a terminal's colours, unless the command is quiet."""
+        if not self._quiet:
+            click.echo(text, err=self.as_json)
 
     def table(self, columns: Sequence[Column], rows: Iterable[Sequence[Cell]]) -> None:
         """Print a table, wrapped to the width of the terminal if it goes to one."""
-        stream = sys.stderr if self._as_json else sys.stdout
+        stream = sys.stderr if self.as_json else sys.stdout
         for line in table_lines(columns, rows, terminal_width(stream)):
             self.line(line)
 
@@ -90,9 +102,13 @@ class Console(Display):
         self.recorded = RecordedReport(layout, self._invocation, self.facts)
         return self.recorded
 
+    def task(self, number: int, n_tasks: int) -> None:
+        """Remember which task is done, for the lines of its progress."""
+        self._task = (number, n_tasks)
+
     @contextmanager
     def progress(self, total: int, label: str, unit: str) -> Iterator[Progress]:
-        """Show a progress bar on a terminal, and a line for each thing done elsewhere."""
+        """Show a progress bar on a terminal, and elsewhere lines of what was done, at most some 20."""
         with self._stop.at_checks_only():
             if total and not self._quiet and sys.stderr.isatty():
                 from tqdm import tqdm
@@ -100,7 +116,7 @@ class Console(Display):
                 with tqdm(total=total, desc=label, unit=f" {unit}s", leave=False) as bar:
                     yield _Bar(self._stop, bar)
             else:
-                yield _Lines(self._stop, shown=bool(total) and not self._quiet)
+                yield _Lines(self._stop, total if not self._quiet else 0, label, unit, self._task)
 
 
 class _Bar(Progress):
@@ -108,7 +124,7 @@ class _Bar(Progress):
         self._stop = stop
         self._bar = bar
 
-    def advance(self, units: int = 0, *, done: str | None = None) -> None:
+    def advance(self, units: int = 0, *, done: str | None = None, share: float | None = None) -> None:
         self._bar.update(units)
         if done:
             _log().info(done)
@@ -120,16 +136,38 @@ class _Bar(Progress):
 
 
 class _Lines(Progress):
-    def __init__(self, stop: StopSignals, *, shown: bool):
-        self._stop = stop
-        self._shown = shown
+    """Lines that say how much is done: a share of tokens, whose number is not known before, and otherwise n of N.
 
-    def advance(self, units: int = 0, *, done: str | None = None) -> None:
+    A total of 0 shows none. `task` are the number of the task and how many there are.
+    """
+
+    def __init__(self, stop: StopSignals, total: int, label: str, unit: str, task: tuple[int, int]):
+        self._stop = stop
+        self._total = total
+        self._label = label
+        self._unit = unit
+        self._task = task
+        self._n_done = 0
+        self._next = 0.0  # units that have to be done before the next line
+
+    def advance(self, units: int = 0, *, done: str | None = None, share: float | None = None) -> None:
+        self._n_done += units
         if done:
             _log().info(done)
-            if self._shown:
-                click.echo(printable(done), err=True)
+        at = self._n_done if share is None else share * self._total
+        is_counted = units > 0 and self._total > 1 and self._unit in _COUNTED
+        if self._total and (done or is_counted) and at >= self._next:
+            click.echo(printable(done or self._label) + (self._so_far() if share is None else ""), err=True)
+            self._next = at + self._total / _MOST_LINES if at < self._total else inf
         self._stop.check()
+
+    def _so_far(self) -> str:
+        number, n_tasks = self._task
+        if self._unit == "token":
+            return f" ({min(1.0, self._n_done / self._total):.0%})"
+        if self._unit in _COUNTED:
+            return f" ({self._n_done} of {self._total})" if self._total > 1 else ""
+        return f" ({number} of {n_tasks})" if n_tasks > 1 else ""
 
 
 def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -155,23 +193,42 @@ def show_top_traits(
     prompt_set: str,
     component: str = "residual",
     known: Mapping[str, bytes] = {},
+    given: Sequence[PromptId] = (),
 ) -> None:
     """Print, for each prompt, the trait that rose more than chance, where it committed, and the response.
 
     Below, how many projections commit and persist, beside random directions. For a large set, print only how to view
-    it. `known` is what the run remembers of the projections that it wrote.
+    it. `known` is what the run remembers of the projections that it wrote. Where prompts were `given` as text, only
+    they are shown, each with its whole answer.
     """
-    from tlcapture.commands.top_traits import FEWEST_TO_COMPARE, summary_of
+    from dataclasses import replace
+
+    from tlcapture.cli.answers import show_answers
+    from tlcapture.commands.top_traits import summary_of
 
     names = layout.prompt_ids(prompt_set)
     n_prompts = len({split_name(name)[0] for name in names})
     if len(names) > _MOST_SHOWN and layout.projection_folders(prompt_set):
         look = f"view them with 'tlcapture view --experiment {layout.experiment}'"
-        console.line(f"{prompt_set}: {len(names)} prompts are too many to list; {look}")
+        console.line(f"{prompt_set}: {n_prompts} prompts are too many to list; {look}")
+        if given:
+            show_answers(console, layout, prompt_set, given, [])
         return
     summary = summary_of(layout, prompt_set, component, known)
-    if not summary.tops:
-        return
+    tops = [top for top in summary.tops if not given or top.prompt_id in set(map(str, given))]
+    if tops:
+        _show_tops(console, layout, prompt_set, replace(summary, tops=tops), n_prompts, with_responses=not given)
+    elif given:
+        console.line()
+    if given:
+        show_answers(console, layout, prompt_set, given, tops)
+
+
+def _show_tops(
+    console: Console, layout: Layout, prompt_set: str, summary: Summary, n_prompts: int, *, with_responses: bool
+) -> None:
+    from tlcapture.commands.top_traits import FEWEST_TO_COMPARE
+
     console.line()
     is_set, has_chance = n_prompts >= FEWEST_TO_COMPARE, any(top.chance is not None for top in summary.tops)
     alone = "the reference prompts" if has_chance else "its own spread along the tokens"
@@ -180,14 +237,14 @@ def show_top_traits(
     )
     console.line()
     columns = [Column("prompt", right=True), Column("trait"), Column("rise", right=True), Column("chance", right=True)]
-    columns += [Column("calibrated", right=True), Column("response")]
-    console.table(columns, map(_row, summary.tops))
+    columns += [Column("calibrated", right=True), Column("response" if with_responses else "")]
+    console.table(columns, [_row(top, with_response=with_responses) for top in summary.tops])
     console.line()
     for line in _notes(layout, summary, has_chance=has_chance):
         console.line(line)
 
 
-def _row(top: TopTrait) -> tuple[Cell, ...]:
+def _row(top: TopTrait, *, with_response: bool) -> tuple[Cell, ...]:
     trait = top.trait if top.stands_out else "none stands out" if top.chance is not None else f"{top.trait} (?)"
     chance = "unknown" if top.chance is None else f"{top.chance:.1f} sd"
     shown = top.stands_out or top.chance is None
@@ -199,7 +256,7 @@ def _row(top: TopTrait) -> tuple[Cell, ...]:
         rise += "" if over.rise is None else f" +- {over.rise:.1f}"
         calibrated += "" if not calibrated or over.calibrated is None else f" +- {over.calibrated:.2f}"
         commits = f"{over.n_commit} of {over.n} commit" if over.n_commit and shown else ""
-    response = (commits, top.response) if commits else (top.response,)
+    response = tuple(filter(None, (commits, top.response if with_response else ""))) or ("",)
     return prompt, trait, f"{rise} sd", chance, calibrated, response
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 
 import click
@@ -44,4 +45,7 @@ def doctor(model: str, engine: EngineOptions) -> None:
         # A check can take minutes, so each row is printed when it is known.
         echo_table(_COLUMNS, [(Coloured(check.verdict, _COLOURS.get(check.verdict)), check.name, check.detail)])
         failed = failed or check.verdict == "failed"
+    if not failed:
+        named = [] if model == "smollm2" else ["--model", model]
+        click.echo("next: " + shlex.join(["tlcapture", "capture", *named, "--prompt", "How do tides work?"]))
     sys.exit(1 if failed else 0)

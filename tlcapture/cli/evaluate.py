@@ -76,8 +76,15 @@ def evaluate(
     layout.check_exists()
     if against_steering:
         _compare(console, layout, grid.traits or ())
+        console.next = location.command("view")
         return
     traits_with_vectors(layout, grid.traits or ())
+    is_captured = bool(layout.captured_prompt_sets())
+    console.next = (
+        location.command("project", "--all-prompt-sets")
+        if is_captured
+        else location.command("capture", "--prompt-set", "single_trait")
+    )
     load = model.loader_for(layout, "extraction_model", console)
     load.require()
     from tlcapture.commands.evaluate import EvaluateOptions, best_vectors, draw_heatmaps, run_evaluate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,11 @@ class _Settings:
     help="Residual points to export activations at, attn_out among them.",
 )
 @click.option(
-    "--shard-size", type=ByteSize(), default="500MB", show_default=True, help="Size at which a new Parquet file begins."
+    "--shard-size",
+    type=ByteSize(),
+    default="500MiB",
+    show_default=True,
+    help="Size at which a new Parquet file begins.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export at the same place.")
 @collected(_Settings, "settings")
@@ -111,4 +116,4 @@ def _show(console: Console, settings: _Settings, manifest: Manifest) -> None:
         console.line(f"not exported: {each}")
     if manifest.format == "datasets":
         console.line(f"open it with datasets.load_dataset({str(settings.to)!r}, split='train')")
-    console.line(f"next: tlcapture import {settings.to} --experiment NAME makes an experiment of it again")
+    console.next = shlex.join(["tlcapture", "import", str(settings.to), "--experiment", "copy"])

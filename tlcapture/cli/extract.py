@@ -77,3 +77,4 @@ def extract(
         skip_existing=skip_existing,
     )
     run_extract(layout, options, load, console, executor)
+    console.next = location.command("evaluate")

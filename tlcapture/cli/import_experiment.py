@@ -33,4 +33,4 @@ def import_experiment(console: Console, folder: Path, location: Location) -> Non
         console.line(
             f"{done.n_without_activations} captures came without activations: only their projections are there"
         )
-    console.line(f"next: tlcapture view --experiment {name}")
+    console.next = location.command("view")

@@ -9,7 +9,7 @@ import click
 from tlcapture.cli.command import command
 from tlcapture.cli.completion import experiments
 from tlcapture.cli.console import one_line_errors
-from tlcapture.cli.options import root_option
+from tlcapture.cli.options import DEFAULT_EXPERIMENT, Location, root_option
 from tlcapture.cli.tables import Column, echo_table
 from tlcapture.text import printable
 
@@ -35,7 +35,7 @@ def _list_all(root: Path) -> None:
     names = existing_experiments(root)
     if not names:
         click.echo(f"no experiments in {root / 'experiments'}")
-        click.echo('next: tlcapture capture --prompt "How do tides work?"')
+        click.echo(f"next: {Location(DEFAULT_EXPERIMENT, root).command('capture', '--prompt', 'How do tides work?')}")
         return
     rows = []
     for name in names:
@@ -55,7 +55,7 @@ def _list_all(root: Path) -> None:
         ],
         rows,
     )
-    click.echo(f"next: tlcapture list --experiment {names[0]}")
+    click.echo(f"next: {Location(names[0], root).command('list')}")
 
 
 def _list_one(root: Path, name: str) -> None:
@@ -75,7 +75,7 @@ def _list_one(root: Path, name: str) -> None:
     if runs:
         click.echo()
         echo_table([Column("last runs"), Column("status"), Column("command")], runs)
-    click.echo(f"next: tlcapture view --experiment {name}")
+    click.echo(f"next: {Location(name, root).command('view')}")
 
 
 def _runs(folder: Path) -> list[tuple[str, ...]]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
 
 import click
 
 from tlcapture.cli.command import help_settings
+from tlcapture.text import printable
 from tlcapture.version import __version__
 
 COMMANDS = {
@@ -28,8 +32,46 @@ COMMANDS = {
 _MODULES = {"import": "import_experiment", "list": "list_experiments"}  # no module can have these names
 
 
+class _OneLineError(click.ClickException):
+    """An error of the command line as all others are shown: in one line, with exit status 2."""
+
+    exit_code = 2
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.secho(printable(f"error: {self.message}"), fg="red", err=file is None, file=file)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.ClickException as error:
+        raise _OneLineError(_in_one_line(error)) from None
+
+
+def _in_one_line(error: click.ClickException) -> str:
+    message = " ".join(error.format_message().split()).replace(". (Did", " (did").rstrip(".")
+    if message[1:2].islower():
+        message = message[0].lower() + message[1:]
+    is_of_click = isinstance(error, click.NoSuchOption | click.MissingParameter)
+    ctx = error.ctx if isinstance(error, click.UsageError) else None
+    return f"{message}: see '{ctx.command_path} --help'" if is_of_click and ctx is not None else message
+
+
 class _Commands(click.Group):
     """Commands by name; each is defined in the module of its name."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        with _one_line_errors():
+            return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _one_line_errors():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 # -- where ----------------------------------------------------------------------------------------
 
 
+DEFAULT_EXPERIMENT = "default"
+
+
 @dataclass(frozen=True)
 class Location:
     """An experiment's name and the folder that holds `datasets/` and `experiments/`."""
@@ -46,6 +50,14 @@ class Location:
         from tlcapture.storage.layout import Layout
 
         return Layout(self.root, self.experiment)
+
+    def command(self, name: str, *options: str) -> str:
+        """The command line of another command for this experiment, as it can be typed in the current folder."""
+        import shlex
+
+        default = Path(os.environ.get("TLCAPTURE_ROOT") or ".").expanduser()
+        root = [] if self.root.resolve() == default.resolve() else ["--root", str(self.root)]
+        return shlex.join(["tlcapture", *name.split(), "--experiment", self.experiment, *root, *options])
 
     @property
     def datasets(self) -> Datasets:
@@ -68,7 +80,7 @@ location_options = together(
     click.option(
         "--experiment",
         metavar="NAME",
-        default="default",
+        default=DEFAULT_EXPERIMENT,
         envvar="TLCAPTURE_EXPERIMENT",
         show_default=True,
         shell_complete=completion.experiments,

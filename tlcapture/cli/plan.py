@@ -153,7 +153,7 @@ class _PaceOptions:
 @collected(_WorkloadOptions, "wanted")
 @collected(_PaceOptions, "speed")
 @click.option(
-    "--budget", type=ByteSize(), metavar="SIZE", help="Suggest what to leave out to fit a size, for example 500GB."
+    "--budget", type=ByteSize(), metavar="SIZE", help="Suggest what to leave out to fit a size, for example 500GiB."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of the table.")
 @one_line_errors

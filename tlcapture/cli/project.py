@@ -120,6 +120,7 @@ def project(
                 ids = layout.prompt_ids(name)
                 drawn = write_pictures(layout, name, ids, settings.plot, settings.component, settings.traits, console)
                 console.line(f"{name}: {len(drawn)} pictures in {settings.plot}")
+    console.next = location.command("view")
 
 
 def _check_request(
@@ -127,13 +128,17 @@ def _check_request(
 ) -> None:
     """Raise `InputError` if captures or vectors are missing."""
     from tlcapture.commands.saved_prompts import saved_prompts
-    from tlcapture.storage.layout import Layout
+    from tlcapture.storage.config import read_config
+    from tlcapture.traits.packaged_vectors import PACKAGED, takes_packaged, vectors_layout
     from tlcapture.traits.vector_files import traits_with_vectors
 
+    layout = location.layout
     for name in names:
-        saved_prompts(location.layout, name, dynamics_only=settings.dynamics_only)
+        saved_prompts(layout, name, dynamics_only=settings.dynamics_only)
     if not settings.dynamics_only:
-        traits_with_vectors(Layout(location.root, vector_experiment or location.experiment), settings.traits)
+        is_packaged = vector_experiment is None and takes_packaged(layout, read_config(layout).inference_model)
+        source = PACKAGED if is_packaged else vector_experiment or location.experiment
+        traits_with_vectors(vectors_layout(location.root, source), settings.traits)
 
 
 def _captured_prompt_sets(layout: Layout, chosen: PromptSetOptions, *, dynamics_only: bool) -> tuple[str, ...]:

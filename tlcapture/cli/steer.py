@@ -93,6 +93,7 @@ def steer(
     traits = options.traits or tuple(layout.traits())
     draw_curves(layout, traits, report)
     _print(console, layout, traits)
+    console.next = location.command("view")
 
 
 def _print(console: Console, layout: Layout, traits: tuple[Trait, ...]) -> None:

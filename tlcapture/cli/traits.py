@@ -12,7 +12,7 @@ import click
 from tlcapture.cli.command import Command, help_settings
 from tlcapture.cli.console import Console, one_line_errors
 from tlcapture.cli.option_types import OneTrait, Traits
-from tlcapture.cli.options import Location, examples_as_option, location_options, root_option
+from tlcapture.cli.options import DEFAULT_EXPERIMENT, Location, examples_as_option, location_options, root_option
 from tlcapture.cli.tables import Column, echo_table
 from tlcapture.cli.work import working
 from tlcapture.names import Trait
@@ -68,6 +68,8 @@ def check(chosen: tuple[Trait, ...], examples_as: str, root: Path) -> None:
         click.secho(printable(concern), fg="yellow")
     if concerns:
         sys.exit(1)
+    named = ["--traits", ",".join(map(str, chosen))] if chosen else []
+    click.echo(f"next: {Location(DEFAULT_EXPERIMENT, root).command('extract', *named)}")
 
 
 def _readable(datasets: Datasets, unchosen: Sequence[Trait]) -> list[Examples]:
@@ -121,12 +123,17 @@ def _cell(cue: Cue | None) -> str:
 @one_line_errors
 def list_(location: Location, component: str) -> None:
     """List the vector selected for each trait: how it was selected, its score, the runner-up and its origin."""
+    from tlcapture.storage.config import read_config
     from tlcapture.traits.origin import described_origin
+    from tlcapture.traits.packaged_vectors import packaged_layout, takes_packaged, vectors_layout
     from tlcapture.traits.selection import n_layers_of_origin, runner_up, select
     from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 
-    layout = location.layout
+    layout = vectors_layout(location.root, location.experiment)
     layout.check_exists()
+    if takes_packaged(layout, read_config(layout).inference_model):
+        click.echo(f"{layout.experiment} has no vectors of its own: these come with the package")
+        layout = packaged_layout()
     with_vectors = traits_with_vectors(layout)
     rows: list[tuple[str, ...]] = []
     origins: dict[str, list[str]] = {}
@@ -157,6 +164,8 @@ def list_(location: Location, component: str) -> None:
         click.secho(printable(f"{', '.join(names)}: {note}"), fg="yellow")
     for origin, names in origins.items():
         click.echo(printable(f"{'all' if len(origins) == 1 else ', '.join(names)}: {origin}"))
+    options = ["--all-prompt-sets"] if location.layout.captured_prompt_sets() else ["--prompt-set", "single_trait"]
+    click.echo(f"next: {location.command('capture' if len(options) == 2 else 'project', *options)}")
 
 
 @traits.command(
@@ -197,4 +206,6 @@ def import_(
     from tlcapture.commands.import_vectors import ImportOptions, run_import
 
     options = ImportOptions(file, trait, convention, component, model, overwrite, allow_model_change)
-    run_import(location.layout, options, console)
+    of = run_import(location.layout, options, console)
+    named = ["--traits", str(trait), *([] if of == "residual" else ["--component", of])]
+    console.next = location.command("project", "--all-prompt-sets", *named)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     type=click.FloatRange(1),
     default=50.0,
     show_default=True,
-    metavar="MB",
+    metavar="MIB",
     help="Maximum size of the exported file's data.",
 )
 @click.option(
@@ -83,18 +83,18 @@ def view(
         raise SystemExit(1)
 
 
-def _export(location: Location, prompt_sets: tuple[str, ...], target: Path, megabytes: float) -> bool:
+def _export(location: Location, prompt_sets: tuple[str, ...], target: Path, mebibytes: float) -> bool:
     """Export the page; returns whether every file could be read."""
     from tlcapture.page.export import export_page
     from tlcapture.text import format_bytes
 
     problems: dict[str, None] = {}
     left_out = export_page(
-        location.root, location.experiment, prompt_sets, target, megabytes=megabytes, on_problem=problems.setdefault
+        location.root, location.experiment, prompt_sets, target, megabytes=mebibytes, on_problem=problems.setdefault
     )
     click.echo(f"wrote {target} ({format_bytes(target.stat().st_size)})")
     for label in left_out:
-        click.secho(f"left out, over --max-size {megabytes:g}: {label}", fg="yellow", err=True)
+        click.secho(f"left out, over --max-size {mebibytes:g}: {label}", fg="yellow", err=True)
     for problem in problems:
         click.secho(printable(f"failed: {problem}"), fg="red", err=True)
     return not problems

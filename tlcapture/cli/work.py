@@ -140,5 +140,7 @@ def _print_ending(console: Console, ending: _Ending, *, as_json: bool) -> None:
         console.line(report.summary())
     for failure in report.failures if report else ():
         console.error(f"failed: {failure}")
+    if console.next and not ending.error:
+        console.line(f"next: {console.next}")
     if ending.error:
         console.error(ending.error)

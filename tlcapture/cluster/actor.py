@@ -80,7 +80,7 @@ class _WorkerDisplay(Display, Progress):
     def progress(self, total: int, label: str, unit: str) -> Iterator[Progress]:
         yield self if unit == self._unit else _Uncounted(self)
 
-    def advance(self, units: int = 0, *, done: str | None = None) -> None:
+    def advance(self, units: int = 0, *, done: str | None = None, share: float | None = None) -> None:
         self.units += units
         if self.stop_requested.is_set():
             raise StopRequested
@@ -92,7 +92,7 @@ class _Uncounted(Progress):
     def __init__(self, display: _WorkerDisplay):
         self._display = display
 
-    def advance(self, units: int = 0, *, done: str | None = None) -> None:
+    def advance(self, units: int = 0, *, done: str | None = None, share: float | None = None) -> None:
         self._display.advance()
 
 

@@ -22,6 +22,7 @@ from tlcapture.traits.saved_projections import remove_sharded
 _INPUTS = (
     "config.json",
     "extraction/extraction_evaluation.json",
+    "extraction/*reference.pt",
     "extraction/*/*/vectors/*",
     "steering/*/*/results.json",
 )

@@ -114,7 +114,8 @@ class Scheduler:
         self._deaths = 0
         seconds = time.monotonic() - worker.since
         rate = f"{result.done.n_tokens / seconds:.0f} tokens/s, " if result.done.n_tokens else ""
-        self._progress.advance(done=f"{worker}: {batch.label}, {rate}{self._n_done} of {self._n_batches} batches")
+        done = f"{worker}: {batch.label}, {rate}{self._n_done} of {self._n_batches} batches"
+        self._progress.advance(done=done, share=self._n_done / self._n_batches)
 
     def _keep(self, result: Result) -> None:
         done = result.done

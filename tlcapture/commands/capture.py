@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 from tlcapture.commands.affected_files import AffectedFiles
@@ -38,6 +39,7 @@ from tlcapture.storage.files import free_bytes, sweep_temporaries
 from tlcapture.storage.layout import Layout
 from tlcapture.text import as_ranges, format_bytes
 from tlcapture.traits.missing_vectors import no_vectors
+from tlcapture.traits.packaged_vectors import SAID
 from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 
 __all__ = ["CaptureOptions", "estimate_capture", "run_capture"]
@@ -67,6 +69,7 @@ def run_capture(
         InputError: the request is wrong; nothing was written.
         NoSpaceError: the files would need more space than is free, or the device became full during the run.
     """
+    options = with_packaged(options, layout, load)
     options = with_interventions(options, layout, load.name, lambda: load.outline)
     _check(layout, options)
     run = Run.begin(layout, display)
@@ -87,6 +90,8 @@ def run_capture(
     for task in tasks:
         if task.other_sampling:
             run.warn(_other_sampling_warning(task))
+    if options.projects and options.vectors.is_fallback:
+        run.line(f"{layout.experiment}: {SAID}")
     busy = {task.capture_set for task in tasks if task.has_work or (task.saved and options.projects)}
     run.report.n_skipped += sum(len(task.saved) for task in tasks if task.capture_set not in busy)
     with ExitStack() as stack:
@@ -136,6 +141,7 @@ def estimate_capture(
     The model's weights are not loaded.
     """
     outline = load.outline
+    options = with_packaged(options, layout, load)
     options = with_interventions(options, layout, load.name, lambda: outline)
     _check(layout, options)
     planner = TaskPlanner(layout, options, read_config(layout), load.name, lambda: outline)
@@ -149,6 +155,13 @@ def estimate_capture(
     except InputError as error:
         size.failures.append(Failed("memory", str(error)))
     return size, affected
+
+
+def with_packaged(options: CaptureOptions, layout: Layout, load: ModelLoader) -> CaptureOptions:
+    """The options, with the packaged vectors where the experiment has none and they are of the model."""
+    if not options.projects:
+        return options
+    return replace(options, vectors=options.vectors.or_packaged(layout, load.name))
 
 
 def _check(layout: Layout, options: CaptureOptions) -> None:

@@ -99,7 +99,7 @@ class CaptureOptions:
     @property
     def existing(self) -> ExistingProjections:
         """Which projections `skip_existing` keeps: of a saved capture those onto any vector, if none is asked for."""
-        onto_any = self.vectors == NO_CHOICE and not self.projections_only
+        onto_any = self.vectors.is_default and not self.projections_only
         return ExistingProjections(onto_any, self.overwrite)
 
     @property

@@ -11,19 +11,20 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.capture_interventions import check_same_interventions
 from tlcapture.commands.capture_options import CaptureOptions
 from tlcapture.commands.capture_outputs import REPLACE, Outputs, saved_capture
+from tlcapture.commands.capture_places import Place, PromptError, batches, chunks
 from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.given_responses import most_new_tokens, prompt_of
 from tlcapture.commands.projections import without_projection
 from tlcapture.errors import InputError, StorageError
 from tlcapture.generation.checkpoint_sampling import is_recorded
-from tlcapture.generation.samples import check_names, n_together
-from tlcapture.names import PromptId, capture_name, of_variant, split_name
+from tlcapture.generation.samples import check_names
+from tlcapture.names import PromptId, of_variant, split_name
 from tlcapture.prompts.chat_template import NO_ARGS
 from tlcapture.prompts.conversations import without_system
 from tlcapture.prompts.prompt_sets import Prompt, PromptSet
@@ -36,8 +37,6 @@ from tlcapture.storage.layout import Layout, derived_files
 from tlcapture.traits.choice import VectorChooser
 from tlcapture.traits.intervention_records import identity
 from tlcapture.traits.saved_projections import merged_files
-
-T = TypeVar("T")
 
 
 class HasTokenizer(Protocol):
@@ -110,55 +109,14 @@ class CaptureTask:
         ordered = sorted(self.batched, key=lambda prompt: len(prompt.token_ids), reverse=True)
         parts = [
             replace(self, batched=batch, fresh=fresh, saved={}, refused=(), unreadable=())
-            for batch in _batches(ordered, most)
+            for batch in batches(ordered, most)
             if (fresh := self.fresh & {prompt.name for prompt in batch})
         ]
         saved = list(self.saved.items())
         return parts + [
             replace(self, batched=(), fresh=frozenset(), saved=dict(chunk), refused=(), unreadable=())
-            for chunk in _chunks(saved, most)
+            for chunk in chunks(saved, most)
         ]
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where the capture of a prompt, or of one of its samples, belongs."""
-
-    prompt_set: PromptSet
-    prompt: Prompt
-    sample: int | None
-    capture_set: str
-
-    @property
-    def name(self) -> PromptId:
-        """The name of the capture in its set."""
-        return capture_name(self.prompt.id, self.sample)
-
-    @property
-    def where(self) -> tuple[str, PromptId]:
-        """The set of the capture and its name, as methods of a layout take them."""
-        return self.capture_set, self.name
-
-    def __str__(self) -> str:
-        return f"{self.capture_set}/{self.name}"
-
-
-class _PromptError(InputError):
-    """A prompt cannot be captured as asked; other prompts can."""
-
-
-def _chunks(items: Sequence[T], most: int) -> list[Sequence[T]]:
-    return [items[start : start + most] for start in range(0, len(items), most)]
-
-
-def _batches(prompts: Sequence[TokenizedPrompt], most: int) -> list[Sequence[TokenizedPrompt]]:
-    """Batches of at most `most` prompts, which do not part samples of a prompt if possible."""
-    batches: list[Sequence[TokenizedPrompt]] = []
-    while prompts:
-        count = n_together(prompts, most)
-        batches.append(prompts[:count])
-        prompts = prompts[count:]
-    return batches
 
 
 class TaskPlanner:
@@ -209,13 +167,13 @@ class TaskPlanner:
         samples = self._samples(prompt_set, prompts)
         for prompt in prompts:
             for sample in samples[prompt.id]:
-                place = _Place(prompt_set, prompt, sample, capture_set)
+                place = Place(prompt_set, prompt, sample, capture_set)
                 try:
                     wanted = self._wanted(place)
                 except StorageError as error:
                     unreadable.append((str(place), str(error)))
                     continue
-                except _PromptError as error:
+                except PromptError as error:
                     refused.append((str(place), str(error)))
                     continue
                 if wanted.residual:
@@ -226,7 +184,7 @@ class TaskPlanner:
         if fresh and self._options.responses_from is not None:
             self._options.responses_from.check_tokenizer(self._model().tokenizer, prompt_set)
         for prompt in prompts if fresh else ():
-            places = [_Place(prompt_set, prompt, sample, capture_set) for sample in samples[prompt.id]]
+            places = [Place(prompt_set, prompt, sample, capture_set) for sample in samples[prompt.id]]
             try:
                 tokenized = self._tokenized(prompt_set, prompt, samples[prompt.id])
             except InputError as error:
@@ -274,8 +232,8 @@ class TaskPlanner:
             found.setdefault(prompt_id, []).append(sample)
         return {prompt.id: found.get(str(prompt.id), [None]) for prompt in prompts}
 
-    def _wanted(self, place: _Place) -> Outputs:
-        """The outputs that a capture lacks, or all; raises `StorageError` or `_PromptError` where it cannot be made."""
+    def _wanted(self, place: Place) -> Outputs:
+        """The outputs that a capture lacks, or all; raises `StorageError` or `PromptError` where it cannot be made."""
         options, raw = self._options, self._layout.residual(*place.where)
         advice = "capture it again with --overwrite" if options.replay else REPLACE
         existing = saved_capture(raw, overwrite=options.overwrite, advice=advice)
@@ -302,7 +260,7 @@ class TaskPlanner:
         is_by_default = may_be_longer and isinstance(found, int) and asked <= found <= THINKING_TOKENS
         return None if is_by_default else asked
 
-    def _check_replaceable(self, place: _Place, wanted: Outputs, saved: Capture | None) -> None:
+    def _check_replaceable(self, place: Place, wanted: Outputs, saved: Capture | None) -> None:
         """Raise `StorageError` if a file cannot be read that would be replaced, removed, or passed over as present."""
         if wanted.residual or saved is None:
             files = [*derived_files(self._layout, *place.where), *merged_files(self._layout, place.capture_set)]
@@ -312,11 +270,11 @@ class TaskPlanner:
         for path in files:
             check_replaceable(self._layout, path, overwrite=self._options.overwrite, advice=advice)
 
-    def _lacking(self, place: _Place, raw: Path, saved: Capture | None) -> Outputs:
-        """The outputs that a prompt lacks, given its saved capture; raises `_PromptError` where it cannot have them."""
+    def _lacking(self, place: Place, raw: Path, saved: Capture | None) -> Outputs:
+        """The outputs that a prompt lacks, given its saved capture; raises `PromptError` where it cannot have them."""
         options, layout = self._options, self._layout
         if options.replay and saved is None:
-            raise _PromptError(f"--replay needs a saved capture: {raw} does not exist")
+            raise PromptError(f"--replay needs a saved capture: {raw} does not exist")
         if options.projections_only:
             return self._lacking_projections(place, raw, saved)
         if saved is None or not (options.skip_existing or options.replay):
@@ -333,7 +291,7 @@ class TaskPlanner:
             self._note_sampling(saved)
         return lacking
 
-    def _lacking_projections(self, place: _Place, raw: Path, saved: Capture | None) -> Outputs:
+    def _lacking_projections(self, place: Place, raw: Path, saved: Capture | None) -> Outputs:
         """The outputs that a prompt lacks where only projections are kept; raises like `_lacking`."""
         options, layout, names = self._options, self._layout, place.where
         if saved is None:
@@ -358,7 +316,7 @@ class TaskPlanner:
             return replace(
                 options.outputs(saved.n_layers).missing(layout, *names, overwrite=options.overwrite), residual=False
             )
-        raise _PromptError(
+        raise PromptError(
             f"--projections-only would leave projections of one run next to the raw capture of another, {raw}: "
             "remove it, or run 'tlcapture project'"
         )
@@ -376,7 +334,7 @@ class TaskPlanner:
         if differs or not is_recorded(self._options.sampling, saved.metadata):
             self._other_sampling.append(saved.name)
 
-    def _is_whole_and_of(self, saved: Capture | CaptureRecord, place: _Place) -> bool:
+    def _is_whole_and_of(self, saved: Capture | CaptureRecord, place: Place) -> bool:
         """Whether a capture is complete and of this prompt: the same text, system prompt, template and model."""
         asked, given, prompt = self.asked_template, self._options.responses_from, place.prompt
         is_of_this_model = (

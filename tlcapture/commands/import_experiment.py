@@ -11,10 +11,10 @@ from tlcapture.exchange.exported import ExportedCapture, restore
 from tlcapture.exchange.manifest import Manifest, read_manifest
 from tlcapture.exchange.parquet import read_parquet
 from tlcapture.exchange.single_files import read_single_files
-from tlcapture.exchange.vectors import restore_vectors
 from tlcapture.runs.display import Display
 from tlcapture.storage.files import write_folder
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.exported_vectors import restore_vectors
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from tlcapture.models.sizes import Measures
 from tlcapture.models.sources import source_of
 from tlcapture.names import Trait
 from tlcapture.runs.display import Display
-from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.config import settle_model, update_config
@@ -45,10 +44,13 @@ class ImportOptions:
     allow_model_change: bool = False
 
 
-def run_import(layout: Layout, options: ImportOptions, display: Display = Display()) -> RunReport:
+def run_import(layout: Layout, options: ImportOptions, display: Display = Display()) -> str:
     """Write the vectors of a file to the folder of a trait's vectors, with the record of where they come from.
 
     Nothing is written unless all of them are valid. Earlier imported vectors of the component are replaced.
+
+    Returns:
+        The component that they are of.
 
     Raises:
         InputError: the trait has imported vectors already, the convention is not known, or the model is another one.
@@ -70,7 +72,7 @@ def run_import(layout: Layout, options: ImportOptions, display: Display = Displa
     with run_lock(run, f"vectors of {options.trait}"):
         _write(run, files, placed, _metadata(layout, options, found, placed, model))
     _show(run, options, found, placed)
-    return run.report
+    return placed.component
 
 
 def _known_model(model: str | None, *, is_asked: bool) -> tuple[Measures | None, str | None, list[str]]:
@@ -152,8 +154,3 @@ def _show(run: Run, options: ImportOptions, found: ToolVectors, placed: Placed) 
     run.line(f"{options.trait}: {part} of layers {layers}, method {IMPORTED}")
     for reason in placed.left_out:
         run.line(f"left out: {reason}")
-    component = "" if placed.component == "residual" else f" --component {placed.component}"
-    command = (
-        f"tlcapture project --experiment {run.layout.experiment} --all-prompt-sets --traits {options.trait}{component}"
-    )
-    run.line(f"next: {command}")

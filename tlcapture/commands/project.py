@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,9 +30,11 @@ from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
 from tlcapture.runs.shards import Shard
+from tlcapture.storage.config import read_config
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.choice import VectorChoice
 from tlcapture.traits.mean_activations import check_means
+from tlcapture.traits.packaged_vectors import SAID
 from tlcapture.traits.projection import Centred, dynamics_of_file
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.rises import DEFINITIONS
@@ -83,7 +85,10 @@ def run_project(
                 _recompute_dynamics(run, name, ids[name], options)
                 merge_projections(run, [name], options.shard)
         return run.report
+    options = replace(options, vectors=options.vectors.or_packaged(layout, read_config(layout).inference_model))
     traits = traits_with_vectors(options.vectors.layout(layout), options.vectors.traits)
+    if options.vectors.is_fallback:
+        run.line(f"{layout.experiment}: {SAID}")
     if options.centered:
         check_means(options.vectors.layout(layout), traits, options.component)
     with ExitStack() as stack:

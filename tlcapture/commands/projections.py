@@ -27,6 +27,7 @@ from tlcapture.storage.layout import Layout
 from tlcapture.traits.chance import RandomDirections
 from tlcapture.traits.choice import ChosenVector, ChosenVectors, VectorChoice, VectorChooser
 from tlcapture.traits.mean_activations import mean_activation
+from tlcapture.traits.packaged_vectors import vectors_layout
 from tlcapture.traits.projection import Centred, Projection, project
 from tlcapture.traits.reference import Reference, read_reference
 from tlcapture.traits.rises import DEFINITIONS
@@ -90,7 +91,7 @@ def _is_projected(
         return False
     origins = [layout.residual(prompt_set, prompt_id)]
     if is_onto_it:
-        files = VectorFiles(Layout(layout.root, vector.experiment), vector.trait)
+        files = VectorFiles(vectors_layout(layout.root, vector.experiment), vector.trait)
         origins.append(files.file(vector.component, vector.method, vector.layer))
     newest = max((each.stat().st_mtime_ns for each in origins if each.is_file()), default=0)
     return saved.written_ns >= newest
@@ -134,7 +135,7 @@ class ChanceLevels:
 
     def _reference(self, vector: TraitVector, shape: tuple[int, int]) -> Reference | None:
         try:
-            reference = read_reference(Layout(self.run.layout.root, vector.experiment), vector.component)
+            reference = read_reference(vectors_layout(self.run.layout.root, vector.experiment), vector.component)
         except StorageError as error:
             self.run.warn(str(error))
             return None

@@ -56,6 +56,8 @@ class TopTrait:
         commitment_point, token: where it commits; `None` where it does not, or random directions do as clearly.
         calibrated: the mean of the response on the scale of the vector's examples; `None` where that is unknown.
         samples: what the samples of the prompt do; `None` for a prompt without samples.
+        pieces: the response (of the first sample) in pieces with the score of each, from -1 as in the negative examples
+            to 1 as in the positive ones; as it was projected where `calibrated` is unknown.
     """
 
     prompt_id: str
@@ -67,6 +69,12 @@ class TopTrait:
     calibrated: float | None
     response: str
     samples: OverSamples | None = None
+    pieces: Sequence[tuple[str, float | None]] = ()
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the scores of the pieces are on the scale of the vector's examples."""
+        return self.calibrated is not None
 
     @property
     def stands_out(self) -> bool:
@@ -276,12 +284,45 @@ def _top(prompt: _Prompt, trait: str, candidates: Mapping[str, _Rise], contents:
     values = np.array([float(scale.calibrated(np.float64(mean))) for scale, mean in scales if scale is not None])
     calibrated = float(values.mean()) if len(values) == len(contents) else None
     samples = OverSamples(len(contents), sum(commits), rise.spread, _spread(values)) if has_samples else None
-    return TopTrait(prompt_id, trait, rise.own, chance, point, token, calibrated, first.response.text, samples)
+    pieces = _coloured_pieces(first)
+    return TopTrait(prompt_id, trait, rise.own, chance, point, token, calibrated, first.response.text, samples, pieces)
+
+
+def _coloured_pieces(content: ProjectionFile) -> Sequence[tuple[str, float | None]]:
+    scores, scale = np.array(content.trajectory[1]), content.calibration
+    on_scale = scores if scale is None else 2 * scale.calibrated(scores) - 1
+    known = [None if isnan(each) else float(each) for each in on_scale]
+    return pieces_of(content.response.text, content.response.tokens, known)
 
 
 def _commits_clearly(content: ProjectionFile) -> bool:
     commits = content.dynamics is not None and content.dynamics.commitment_point is not None
     return commits and _is_clear(content, "commitment")
+
+
+def pieces_of(text: str, tokens: Sequence[str], scores: Sequence[float | None]) -> list[tuple[str, float | None]]:
+    """A text in pieces with the score of each: those of its tokens, where tokens that share a character are one.
+
+    Such tokens hold replacement marks. A token that is not in the text, such as an end mark, is left out.
+    """
+    pieces: list[tuple[str, float | None]] = []
+    at, parts = 0, []
+    for token, score in zip(tokens, scores, strict=True):
+        place = text.find(token, at)
+        if "\ufffd" in token and place != at:
+            parts.append(score)
+        elif token and place >= 0:
+            if parts and place > at:
+                pieces.append((text[at:place], _mean_of(parts)))
+                at = place
+            pieces.append((text[at : place + len(token)], score))
+            at, parts = place + len(token), []
+    return [*pieces, (text[at:], _mean_of(parts))] if at < len(text) else pieces
+
+
+def _mean_of(scores: Sequence[float | None]) -> float | None:
+    known = [score for score in scores if score is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _is_clear(content: ProjectionFile, statistic: str) -> bool:

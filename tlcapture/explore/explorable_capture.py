@@ -26,6 +26,7 @@ from tlcapture.explore.roots import default_root
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
 from tlcapture.text import as_ranges
+from tlcapture.traits.packaged_vectors import vectors_layout
 from tlcapture.traits.token_scores import TokenScores
 from tlcapture.views.hooks import check_component, hook
 from tlcapture.views.kept_points import from_the_end
@@ -326,10 +327,12 @@ class ExplorableCapture(ABC):
         from tlcapture.traits.missing_vectors import no_component_vectors
         from tlcapture.traits.projection import project
 
-        capture, source = self._captured, self._source(vector_experiment)
+        capture, own = self._captured, self._source(vector_experiment)
         named = tuple(Trait.parse(name) for name in traits)
         at = layer if isinstance(layer, str) else index(from_the_end(layer, capture.n_layers))
         choice = VectorChoice(at, method, vector_experiment, named)
+        choice = choice.or_packaged(own, capture.metadata.get("inference_model"))
+        source = choice.layout(own) if choice.is_fallback else own
         found = choose_vectors(source, choice, capture, check_component(component))
         if found.failures:
             raise found.failures[0][1]
@@ -353,7 +356,7 @@ class ExplorableCapture(ABC):
             if own is None:
                 raise InputError("this capture is of no experiment: say whose vectors, vector_experiment='NAME'")
             return own
-        source = Layout(default_root() if own is None else own.root, vector_experiment)
+        source = vectors_layout(default_root() if own is None else own.root, vector_experiment)
         source.check_exists()
         return source
 

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 class Progress:
     """The progress of a run. This base class shows nothing."""
 
-    def advance(self, units: int = 0, *, done: str | None = None) -> None:
+    def advance(self, units: int = 0, *, done: str | None = None, share: float | None = None) -> None:
         """Add `units` (such as tokens or examples) to the progress; `done` is a message about finished work.
+
+        `share` is how much of all work is done, where the message says it and units are counted later.
 
         A run calls this only where it can be stopped: where everything it started is complete or can be discarded.
         An implementation may raise `KeyboardInterrupt` to stop it.
@@ -36,6 +38,9 @@ class Display:
 
     def uses(self, **facts: Any) -> None:
         """Record facts about the run that its options do not contain, such as the model that was loaded."""
+
+    def task(self, number: int, n_tasks: int) -> None:
+        """The progress that follows is that of a task, by its number from 1."""
 
     @contextmanager
     def progress(self, total: int, label: str, unit: str) -> Iterator[Progress]:

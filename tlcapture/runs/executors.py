@@ -84,5 +84,6 @@ class LocalExecutor:
     def run(self, work: Work, run: Run) -> None:
         """Do one task after another in this process."""
         worker = work.make(run, work.model)
-        for task in work.tasks:
+        for number, task in enumerate(work.tasks, start=1):
+            run.display.task(number, len(work.tasks))
             worker.do(task)

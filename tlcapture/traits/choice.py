@@ -9,13 +9,14 @@ activations. The failures of some traits are part of the result, so that the oth
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from tlcapture.errors import TlcaptureError
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.origin import check_origin, origin_notes
+from tlcapture.traits.packaged_vectors import PACKAGED, takes_packaged, vectors_layout
 from tlcapture.traits.projection import check_fits, check_kept
 from tlcapture.traits.selection import Selection, select
 from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
@@ -32,16 +33,29 @@ class VectorChoice:
         method: only vectors by this method.
         experiment: the experiment to take vectors from, where it is not the capture's own.
         traits: all traits with vectors where none is named.
+        is_fallback: the experiment, that of the packaged vectors, was not asked for, and is only for their own model.
     """
 
     layer: int | str = "auto"
     method: str | None = None
     experiment: str | None = None
     traits: tuple[Trait, ...] = ()
+    is_fallback: bool = False
 
     def layout(self, layout: Layout) -> Layout:
         """The experiment that vectors are taken from, for captures in `layout`."""
-        return layout if self.experiment is None else Layout(layout.root, self.experiment)
+        return layout if self.experiment is None else vectors_layout(layout.root, self.experiment)
+
+    def or_packaged(self, layout: Layout, model: str | None) -> VectorChoice:
+        """The packaged vectors, if `layout` has none, the model of this name is theirs, and no others are asked for."""
+        if self.experiment is not None or not takes_packaged(layout, model):
+            return self
+        return replace(self, experiment=PACKAGED, is_fallback=True)
+
+    @property
+    def is_default(self) -> bool:
+        """Whether nothing is asked for."""
+        return self in (VectorChoice(), VectorChoice(experiment=PACKAGED, is_fallback=True))
 
 
 @runtime_checkable
@@ -92,7 +106,8 @@ class ChosenVectors:
 def choose_vectors(source: Layout, choice: VectorChoice, subject: Subject, component: str) -> ChosenVectors:
     """Choose a vector for each trait, among those of the experiment `source`.
 
-    Traits without vectors of the component are left out, unless they are named.
+    Traits without vectors of the component are left out, unless they are named. There are none where the packaged
+    vectors took the place of others, and are of a model with other weights than the captured one.
 
     Raises:
         InputError: a trait or an experiment that is asked for has no vectors at all.
@@ -104,6 +119,8 @@ def choose_vectors(source: Layout, choice: VectorChoice, subject: Subject, compo
     for trait in traits:
         files = VectorFiles(source, trait)
         if not choice.traits and not files.available(component):
+            continue
+        if choice.is_fallback and not _is_of(files, component, subject):
             continue
         try:
             vectors.append(choose_vector(files, choice, subject, component))
@@ -124,7 +141,14 @@ def choose_vector(files: VectorFiles, choice: VectorChoice, subject: Subject, co
     check_fits(vector, subject.n_layers, subject.d_model)
     check_kept(vector, subject.kept, subject.metadata.get("attention_layers"))
     check_origin(vector, subject.metadata)
-    return ChosenVector(vector, selection, other_model_intended=choice.experiment is not None)
+    return ChosenVector(
+        vector, selection, other_model_intended=choice.experiment is not None and not choice.is_fallback
+    )
+
+
+def _is_of(files: VectorFiles, component: str, subject: Subject) -> bool:
+    """Whether a trait's vectors were extracted from the very weights that were captured."""
+    return files.metadata(component).get("model_fingerprint") == subject.metadata.get("model_fingerprint")
 
 
 class VectorChooser:
@@ -146,7 +170,8 @@ class VectorChooser:
 
     def vectors(self, subject: Subject, component: str) -> Sequence[ChosenVector]:
         """The vector of each trait that has one which fits."""
-        origin = (subject.metadata.get("inference_model"), subject.metadata.get("weight_processing"))
+        names = ("inference_model", "model_fingerprint", "weight_processing")
+        origin = tuple(subject.metadata.get(name) for name in names)
         key = (component, subject.kept, subject.d_model, origin)
         if key not in self._chosen:
             self._chosen[key] = choose_vectors(self._source, self._choice, subject, component)

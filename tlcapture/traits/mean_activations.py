@@ -18,6 +18,7 @@ from tlcapture.storage.files import Written, read_tensors, write_tensors
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.tensors import described, is_plain
 from tlcapture.traits.missing_vectors import extract_command
+from tlcapture.traits.packaged_vectors import vectors_layout
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import TraitVector
 
@@ -43,7 +44,7 @@ def mean_activation(root: Path, vector: TraitVector) -> Vector:
 
     Raises `VectorError` where none is stored, naming the command that stores it, or where it does not fit the vector.
     """
-    layout = Layout(root, vector.experiment)
+    layout = vectors_layout(root, vector.experiment)
     path = VectorFiles(layout, vector.trait).mean_file(vector.component)
     if not path.is_file():
         raise VectorError(

@@ -1,0 +1,61 @@
+"""The answer to a prompt of the command line: its whole text, in colour by the trait that stands out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tlcapture.cli.answers import show_answers
+from tlcapture.cli.console import Console
+from tlcapture.commands.top_traits import TopTrait, pieces_of
+from tlcapture.storage.layout import Layout
+
+PIECES = [("Tides", -0.5), (" rise", 1.0), (".", None)]
+
+
+def _shown(capsys: pytest.CaptureFixture[str], *, rise: float, calibrated: float | None = 0.9) -> str:
+    top = TopTrait("1", "style/formality", rise, 2.0, None, None, calibrated, "Tides rise.", PIECES)
+    show_answers(Console(), Layout(Path(), "exp"), "adhoc", ["1"], [top])
+    return capsys.readouterr().out
+
+
+def test_an_answer_is_coloured_on_a_terminal_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    piped = _shown(capsys, rise=3)
+    assert piped == "answer 1: style/formality stands out (a terminal shows it in colour)\nTides rise.\n\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    said, answer, _ = _shown(capsys, rise=3).splitlines()
+    assert said.startswith("answer 1: coloured by style/formality, which stands out: red as in the positive")
+    assert "\x1b[38;5;16;48;5;203m rise\x1b[0m" in answer  # the largest score, the strongest red
+    assert "\x1b[38;5;16;48;5;153mTides\x1b[0m" in answer  # half as much, in blue
+    assert "red above 0" in _shown(capsys, rise=3, calibrated=None)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in _shown(capsys, rise=3)
+
+
+def test_an_answer_of_which_nothing_stands_out_is_plain_and_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    shown = _shown(capsys, rise=1)
+    assert shown == "answer 1: no trait stands out from chance, so it is not coloured\nTides rise.\n\n"
+
+
+@given(st.lists(st.text(min_size=1, max_size=3), max_size=8))
+def test_pieces_are_the_text(words: list[str]) -> None:
+    scores = [float(number) for number in range(len(words))]
+    assert "".join(piece for piece, _ in pieces_of("".join(words), words, scores)) == "".join(words)
+
+
+def test_tokens_that_share_a_character_are_one_piece() -> None:
+    tokens = ["Hi", " \ufffd", "\ufffd", "\ufffd", "!", "<|end|>"]
+    found = pieces_of("Hi 🌊!", tokens, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    assert found == [("Hi", 1.0), (" 🌊", 3.0), ("!", 5.0)]
+    assert pieces_of("🌊", ["\ufffd", "\ufffd"], [1.0, None]) == [("🌊", 1.0)]
+    assert pieces_of("", ["<|end|>"], [1.0]) == []

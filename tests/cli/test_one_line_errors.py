@@ -1,0 +1,39 @@
+"""Errors of the command line itself look like all others: one line, `error: ...`, and exit status 2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from click.testing import Result
+
+Command = Callable[..., Result]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["captur"], "no such command 'captur': did you mean capture?"),
+        (["--nothing"], "no such option '--nothing'"),
+        (["capture", "--promt", "x"], "no such option '--promt' (did you mean"),
+        (["capture"], "give one of --prompt-set NAME, --prompt TEXT"),
+        (["capture", "--limit", "0", "--prompt", "x"], "invalid value for '--limit'"),
+        (["capture", "--sampling", "odd", "--prompt", "x"], "invalid value for '--sampling'"),
+        (["capture", "--prompt", "x", "more"], "got unexpected extra argument"),
+        (["traits", "import", "x.pt"], "missing option '--trait'"),
+        (["traits", "chek"], "no such command 'chek'"),
+        (["export", "--experiment", "nix", "--to", "x"], "no experiment 'nix'"),
+        (["project", "--prompt-set", "nix"], "no experiment 'default'"),
+        (["capture", "--root", "/nowhere", "--prompt", "x"], "invalid value for '--root'"),
+    ],
+)
+def test_an_error_is_one_line(tlcapture: Command, words: list[str], says: str) -> None:
+    result = tlcapture(*words)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {says}")
+
+
+def test_a_group_without_a_command_still_shows_its_help(tlcapture: Command) -> None:
+    assert "Commands" in tlcapture("traits").output

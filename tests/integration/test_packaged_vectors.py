@@ -1,0 +1,153 @@
+"""The vectors that come with the package: of the shipped traits, for the embedded model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from safetensors import safe_open
+
+from tests import tiny
+from tlcapture import Experiment
+from tlcapture.captures.capture import Capture
+from tlcapture.storage.files import read_json
+from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.traits.packaged_vectors import packaged_files
+from tlcapture.traits.projection_files import ProjectionFile
+from tlcapture.traits.reference import read_reference
+from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.traits.vectors import read_vector
+
+COMMAND = ["capture", "--prompt", "How do tides work?", "--max-new-tokens", "12", "--temperature", "0"]
+SAID = "default: no trait vectors of its own: projected onto those that come with the package"
+Command = Callable[..., Result]
+
+pytestmark = pytest.mark.skipif(tiny.ENGINES[0] != "hooked", reason="they were extracted with TransformerLens 3")
+
+
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """The root after the first command of all, and what it printed."""
+    from click.testing import CliRunner
+
+    from tlcapture.cli.main import main
+
+    root = tmp_path_factory.mktemp("first")
+    return root, CliRunner().invoke(main, [*COMMAND, "--root", str(root)], catch_exceptions=False)
+
+
+def _projections(root: Path) -> list[ProjectionFile]:
+    paths = sorted((root / "experiments" / "default").glob("inference/*/*/residual_stream/adhoc/1.json"))
+    return [ProjectionFile.read(path) for path in paths]
+
+
+def test_the_first_capture_is_projected_onto_all_shipped_traits(captured: tuple[Path, Result]) -> None:
+    root, result = captured
+    assert result.exit_code == 0
+    assert result.output.count(SAID) == 1
+    found = _projections(root)
+    sources = [each.metadata.vector_source for each in found]
+    assert len(found) == len(Datasets(root).traits()) == 10
+    assert {each.experiment for each in sources} == {"packaged"}
+    assert {each.selected_by for each in sources} == {"effect_size"}
+    assert all(each.calibration and each.metadata.chance and not each.metadata.chance.is_isotropic for each in found)
+    assert not Layout(root, "default").traits()
+    assert "warning" not in result.output
+
+
+def test_scores_are_dot_products_with_the_packaged_files(captured: tuple[Path, Result]) -> None:
+    root, _ = captured
+    residual = Capture.open(Layout(root, "default").residual("adhoc", "1")).response.residual
+    for trait, content in zip(Datasets(root).traits(), _projections(root), strict=True):
+        source = content.metadata.vector_source
+        path = packaged_files() / "vectors" / trait.category / f"{trait.name}.safetensors"
+        with safe_open(path, framework="pt") as file:
+            vector = file.get_tensor(f"residual/{source.method}/{source.layer}").double()
+        last = residual.points[2 * source.layer + 2].double()
+        expected = last @ (vector / vector.norm())
+        assert torch.allclose(torch.tensor(content.trajectory[1]).double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_other_commands_take_them_too(captured: tuple[Path, Result], tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from tlcapture.cli.main import main
+
+    root, _ = captured
+    before = [each.trajectory for each in _projections(root)]
+    result = CliRunner().invoke(main, ["project", "--root", str(root), "--prompt-set", "adhoc"])
+    assert (result.exit_code, result.output.count(SAID)) == (0, 1)
+    assert [each.trajectory for each in _projections(root)] == before
+    result = CliRunner().invoke(main, ["traits", "list", "--root", str(root)])
+    assert (result.exit_code, result.output.count("effect_size")) == (0, 10)
+    cap = Experiment("default", root).captures("adhoc")["1"]
+    assert len(cap.projected()) == 10
+
+
+def test_vectors_of_its_own_and_the_roots_come_first(captured: tuple[Path, Result], tmp_path: Path) -> None:
+    from tlcapture.traits.choice import VectorChoice
+    from tlcapture.traits.packaged_vectors import vectors_layout
+    from tlcapture.traits.vectors import write_vector
+
+    own = Layout(tmp_path, "own")
+    assert VectorChoice().or_packaged(own, "smollm2").is_fallback
+    assert not VectorChoice().or_packaged(own, "another").is_fallback
+    assert vectors_layout(tmp_path, "packaged").root != tmp_path
+    write_vector(VectorFiles(own, Datasets(tmp_path).traits()[0]), "residual", "probe", 3, torch.ones(576))
+    assert not VectorChoice().or_packaged(own, "smollm2").is_fallback
+    (tmp_path / "experiments" / "packaged").mkdir()
+    assert vectors_layout(tmp_path, "packaged").root == tmp_path
+
+
+def test_a_model_with_other_weights_is_not_projected_onto_them(captured: tuple[Path, Result], tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from tlcapture.traits.choice import VectorChoice, choose_vectors
+
+    layout = Layout(captured[0], "default")
+    capture = Capture.open(layout.residual("adhoc", "1"))
+    choice = VectorChoice().or_packaged(layout, "smollm2")
+    assert len(choose_vectors(choice.layout(layout), choice, capture, "residual").vectors) == 10
+    other = replace(capture, metadata={**capture.metadata, "model_fingerprint": "0" * 16})
+    assert not choose_vectors(choice.layout(layout), choice, other, "residual").vectors
+
+
+def test_without_projection_none_are_unpacked(root: Path, tlcapture: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("unpacked")
+
+    monkeypatch.setattr("tlcapture.traits.packaged_vectors.packaged_layout", refuse)
+    result = tlcapture(*COMMAND, "--no-project")
+    assert result.exit_code == 0
+    assert SAID not in result.output
+    assert not _projections(root)
+
+
+def test_a_trait_extracted_again_has_the_packaged_vectors(root: Path, tlcapture: Command) -> None:
+    """Of the shipped examples, on another machine: they differ by rounding alone."""
+    result = tlcapture("extract", "--traits", "style/formality", "--methods", "probe", "--component", "residual")
+    assert result.exit_code == 0
+    trait = next(each for each in Datasets(root).traits() if each.name == "formality")
+    files = VectorFiles(Layout(root, "default"), trait)
+    path = packaged_files() / "vectors" / "style" / "formality.safetensors"
+    with safe_open(path, framework="pt") as file:
+        packaged = torch.stack([file.get_tensor(f"residual/probe/{layer}") for layer in range(30)])
+    again = torch.stack([read_vector(files, "residual", "probe", layer).vector for layer in range(30)])
+    assert torch.cosine_similarity(again, packaged, dim=1).min() > 0.999
+
+
+def test_what_comes_with_the_package_is_whole() -> None:
+    evaluation = read_json(packaged_files() / "evaluation.json")
+    assert len(evaluation["all_results"]) == 10 * 30
+    vectors = list(packaged_files().glob("vectors/*/*.safetensors"))
+    assert len(vectors) == 10
+    assert sum(path.stat().st_size for path in vectors) < 1.2e6
+    from tlcapture.traits.packaged_vectors import packaged_layout
+
+    reference = read_reference(packaged_layout(), "residual")
+    assert reference is not None
+    assert reference.fits(30, 576)

@@ -1,0 +1,64 @@
+"""The answers to prompts of the command line: the whole text, in colour by the trait that stands out."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tlcapture.text import printable
+
+if TYPE_CHECKING:
+    from tlcapture.cli.console import Console
+    from tlcapture.commands.top_traits import TopTrait
+    from tlcapture.names import PromptId
+    from tlcapture.storage.layout import Layout
+
+MOST_SHOWN = 5
+
+
+def show_answers(
+    console: Console, layout: Layout, prompt_set: str, ids: Sequence[PromptId], tops: Sequence[TopTrait]
+) -> None:
+    """Print the answers to the first few of some prompts, each under a line that says what stands out."""
+    by_id = {top.prompt_id: top for top in tops}
+    for prompt_id in ids[:MOST_SHOWN]:
+        top, raw = by_id.get(str(prompt_id)), layout.residual(prompt_set, prompt_id)
+        if top is not None:
+            _show(console, top)
+        elif raw.is_file():
+            from tlcapture.captures.capture import Capture
+
+            console.line(f"{prompt_set}/{prompt_id}:")
+            _plain(console, Capture.open(raw).response.text)
+        console.line()
+
+
+def _show(console: Console, top: TopTrait) -> None:
+    if not top.stands_out:
+        console.line(f"answer {top.prompt_id}: no trait stands out from chance, so it is not coloured")
+        _plain(console, top.response)
+    elif not _has_colours(as_json=console.as_json):
+        console.line(f"answer {top.prompt_id}: {top.trait} stands out (a terminal shows it in colour)")
+        _plain(console, top.response)
+    else:
+        from tlcapture.coloured_tokens import ColouredTokens
+
+        what = (
+            "as in the positive examples, blue as in the negative ones" if top.is_calibrated else "above 0, blue below"
+        )
+        console.line(f"answer {top.prompt_id}: coloured by {top.trait}, which stands out: red {what}")
+        pieces = top.pieces
+        # The first token is left out of the scale.
+        tokens = ColouredTokens(["", *(text for text, _ in pieces)], 1, [None, *(score for _, score in pieces)])
+        console.coloured(tokens.ansi(caption=False))
+
+
+def _plain(console: Console, text: str) -> None:
+    for line in text.splitlines():
+        console.line(printable(line))
+
+
+def _has_colours(*, as_json: bool) -> bool:
+    return (sys.stderr if as_json else sys.stdout).isatty() and not os.environ.get("NO_COLOR")

@@ -1,0 +1,57 @@
+"""Where captures belong while they are planned, and the batches that their prompts run in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from tlcapture.errors import InputError
+from tlcapture.generation.samples import n_together
+from tlcapture.names import PromptId, capture_name
+from tlcapture.prompts.prompt_sets import Prompt, PromptSet
+from tlcapture.prompts.tokenization import TokenizedPrompt
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the capture of a prompt, or of one of its samples, belongs."""
+
+    prompt_set: PromptSet
+    prompt: Prompt
+    sample: int | None
+    capture_set: str
+
+    @property
+    def name(self) -> PromptId:
+        """The name of the capture in its set."""
+        return capture_name(self.prompt.id, self.sample)
+
+    @property
+    def where(self) -> tuple[str, PromptId]:
+        """The set of the capture and its name, as methods of a layout take them."""
+        return self.capture_set, self.name
+
+    def __str__(self) -> str:
+        return f"{self.capture_set}/{self.name}"
+
+
+class PromptError(InputError):
+    """A prompt cannot be captured as asked; other prompts can."""
+
+
+def chunks(items: Sequence[T], most: int) -> list[Sequence[T]]:
+    """Pieces of at most `most` items."""
+    return [items[start : start + most] for start in range(0, len(items), most)]
+
+
+def batches(prompts: Sequence[TokenizedPrompt], most: int) -> list[Sequence[TokenizedPrompt]]:
+    """Batches of at most `most` prompts, which do not part samples of a prompt if possible."""
+    found: list[Sequence[TokenizedPrompt]] = []
+    while prompts:
+        count = n_together(prompts, most)
+        found.append(prompts[:count])
+        prompts = prompts[count:]
+    return found
