@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from sphinx.application import Sphinx
 
@@ -33,10 +34,15 @@ suppress_warnings = ["misc.highlighting_failure"]  # blocks of `ipython` have ma
 
 
 def setup(app: Sphinx) -> None:
-    """Let links to pages outside this folder lead to their copies on the site."""
+    """Let links to pages outside lead to their copies on the site, and read docstrings of properties as text."""
 
     def read(app: Sphinx, name: str, source: list[str]) -> None:
         if not name.startswith("generated/"):
             source[0] = on_site(source[0], name.count("/"))
 
+    def not_a_type(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+        if what in ("property", "attribute"):
+            lines.insert(0, "")  # otherwise napoleon takes what precedes a colon in the first line for a type
+
     app.connect("source-read", read)
+    app.connect("autodoc-process-docstring", not_a_type, priority=1)
