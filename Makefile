@@ -83,7 +83,7 @@ test-fresh: ## The installed wheel with the newest versions of everything, in an
 	$(VENV_FRESH)/bin/pip list | grep -i -E '^(torch|transformer)'
 	$(FRESH_TESTS)
 
-test-bounds: $(READY) ## The lower bounds of setup.cfg: the tests that use a package, with the oldest version allowed (NAMES="ray peft")
+test-bounds: $(DOCS_READY) ## The lower bounds of setup.cfg: the tests that use a package, with the oldest version allowed (NAMES="ray peft")
 	$(BIN)/python -m tests.lower_bounds $(NAMES)
 
 # The page is tested in a real browser. Where nobody may install one, those tests are skipped, and say so.
