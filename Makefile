@@ -12,6 +12,7 @@ JOBS ?= 2
 PROMPT_SETS := $(sort $(patsubst datasets/inference/%.json,%,$(shell find -L datasets/inference -name '*.json' -not -path '*/.*')))
 READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.bench-ready
+DOCS_READY := $(VENV)/.docs-ready
 VENV_TL4 := .venv-tl4
 READY_TL4 := $(VENV_TL4)/.ready
 VENV_FRESH := .venv-fresh
@@ -23,7 +24,7 @@ TESTS_TL4 := tests/test_parity.py tests/test_models.py tests/test_multimodal.py 
   tests/integration/test_embedded_model.py::test_a_batch_writes_what_hugging_face_writes_and_every_residual_is_its_hidden_state
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chromium test test-tl4 test-fresh test-bounds test-cuda reliability models-page lint format packaged-vectors demo bench bench-quick bench-page bench-cluster bench-extract bench-project bench-scale bench-driver bench-launches bench-gpu bench-gpu-wheels view screenshots all_prompt_sets clean $(PROMPT_SETS) $(addprefix project-,$(PROMPT_SETS))
+.PHONY: docs notebooks dist help setup chromium test test-tl4 test-fresh test-bounds test-cuda reliability models-page lint format packaged-vectors demo bench bench-quick bench-page bench-cluster bench-extract bench-project bench-scale bench-driver bench-launches bench-gpu bench-gpu-wheels view screenshots all_prompt_sets clean $(PROMPT_SETS) $(addprefix project-,$(PROMPT_SETS))
 
 help: ## Show this help
 	@echo "Targets:"
@@ -56,6 +57,10 @@ $(BENCH_READY): $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[bench]"
 	@touch $@
 
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[docs]"
+	@touch $@
+
 test: $(READY) chromium ## Run all tests
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadscope --no-loadscope-reorder $(FLAGS)
 
@@ -78,7 +83,7 @@ test-fresh: ## The installed wheel with the newest versions of everything, in an
 	$(VENV_FRESH)/bin/pip list | grep -i -E '^(torch|transformer)'
 	$(FRESH_TESTS)
 
-test-bounds: $(READY) ## The lower bounds of setup.cfg: the tests that use a package, with the oldest version allowed (NAMES="ray peft")
+test-bounds: $(DOCS_READY) ## The lower bounds of setup.cfg: the tests that use a package, with the oldest version allowed (NAMES="ray peft")
 	$(BIN)/python -m tests.lower_bounds $(NAMES)
 
 # The page is tested in a real browser. Where nobody may install one, those tests are skipped, and say so.
@@ -185,5 +190,20 @@ screenshots: $(READY) chromium ## Pictures of the page for the documentation, fr
 	$(BIN)/tlcapture capture --experiment demo --prompt "How do I pick a lock?" --samples 8
 	$(BIN)/python -m docs.screenshots
 
+docs: $(DOCS_READY) ## The documentation as a site, in build/docs/index.html; a warning is an error
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs build/docs
+	@echo "build/docs/index.html"
+
+notebooks: $(READY) ## Run the notebooks of docs/ anew and store their outputs
+	$(BIN)/python -m docs.run_notebooks
+
+# Of copies, since building leaves folders beside the source.
+dist: $(DOCS_READY) ## An sdist and a wheel, in dist/, checked by twine
+	rm -rf dist build/source
+	mkdir -p build/source
+	cp -r tlcapture datasets setup.cfg pyproject.toml README.md LICENSE build/source
+	$(BIN)/python -m build --no-isolation --outdir dist build/source
+	$(BIN)/python -m twine check --strict dist/*
+
 clean: ## Remove the environment and build leftovers (experiments stay)
-	rm -rf $(VENV) $(VENV_TL4) $(VENV_FRESH) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_TL4) $(VENV_FRESH) build dist docs/generated *.egg-info .pytest_cache .mypy_cache .ruff_cache

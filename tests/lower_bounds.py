@@ -27,6 +27,7 @@ FOLDERS = TOP / "build" / "bounds"
 REQUIREMENTS = "requirements"
 NOT_HERE = ("torch", "triton", "nvidia-")
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+SITE = ("-m", "sphinx", "--fail-on-warning", "--quiet", "docs", "build/bounds-site")
 # Plugins of other packages may need a newer version of one than its bound.
 ENVIRONMENT = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 # What is run with the lower bound of each package of an extra, and of all requirements together.
@@ -53,6 +54,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "tests/test_rounding.py",
     ),
     "ruff": ("-m", "ruff", "check", "."),
+    **dict.fromkeys(("furo", "myst-parser", "sphinx"), SITE),
+    "build": ("-m", "build", "--no-isolation", "--outdir", "build/bounds-dist", "."),
+    "twine": ("-m", "twine", "check", "--strict", "build/bounds-dist/*"),
 }  # fmt: skip
 
 

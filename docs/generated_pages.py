@@ -1,0 +1,274 @@
+"""The pages of the site that are made from the code: commands, the Python API, fields of files, and the notebooks.
+
+python -m docs.generated_pages FOLDER
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import inspect
+import json
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+from pydantic import BaseModel, RootModel
+from pydantic_core import PydanticUndefined
+
+import tlcapture
+from tlcapture.cli.command import GROUPS, Command, _without_storage
+from tlcapture.cli.main import main
+
+TOP = Path(__file__).parents[1]
+NOTEBOOKS = TOP / "docs" / "notebooks"
+# Pages that lie outside docs/, and their names on the site.
+OUTSIDE = {
+    "CHANGELOG.md": "changelog",
+    "CONTRIBUTING.md": "contributing",
+    "benchmarks/RESULTS.md": "results",
+    "benchmarks/GPU.md": "results-gpu",
+}
+# The kinds of files whose content the code checks with a model, in the order of the page.
+FILES = {
+    "Prompt set": "tlcapture.prompts.prompt_sets:PromptSet",
+    "Experiment: `config.json`": "tlcapture.storage.config:ExperimentConfig",
+    "Raw capture: `inference/raw/residual/{set}/{id}.pt`": "tlcapture.captures.format:CaptureContent",
+    "Index of a raw capture: `tlcapture.json` in its archive": "tlcapture.captures.index:CaptureIndex",
+    "Projection: `inference/{category}/{trait}/residual_stream/{set}/{id}.json`": (
+        "tlcapture.traits.projection_files:ProjectionFile"
+    ),
+    "Attention, logit lens: the head of `analysis/per_token/{set}/{id}_{view}.json`": (
+        "tlcapture.views.json_files:PerTokenHead"
+    ),
+    "Logit lens: one of the predictions of a layer": "tlcapture.views.json_files:Prediction",
+    "Vectors: `extraction/{category}/{trait}/vectors/metadata.json`": "tlcapture.traits.vector_files:VectorMetadata",
+    "Evaluation: `extraction/extraction_evaluation.json`": "tlcapture.traits.evaluation_files:Evaluation",
+    "Steering results": "tlcapture.traits.steering_files:SteeringResults",
+    "Comparison: `analysis/compare/{other}/{set}/{id}.json`": "tlcapture.comparison.comparison_files:ComparisonFile",
+    "Export: `tlcapture-export.json`": "tlcapture.exchange.manifest:Manifest",
+}
+
+
+def write_generated(folder: Path) -> None:
+    """Write every generated page into a folder; files that would not change are left alone."""
+    pages = {"commands.md": commands_page(), "api.md": api_page(), "fields.md": fields_page()}
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        pages[f"{path.stem}.md"] = notebook_page(path, folder)
+    for path, name in OUTSIDE.items():
+        pages[f"{name}.md"] = outside_page(TOP / path)
+    folder.mkdir(exist_ok=True)
+    for name, text in pages.items():
+        path = folder / name
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+
+
+# -- commands -------------------------------------------------------------------------------------
+
+
+def every_command(group: click.Group = main, name: str = "tlcapture") -> Iterator[tuple[str, click.Command]]:
+    """All commands with their full names; those of a group after the group itself."""
+    context = click.Context(group, info_name=name)
+    for each in group.list_commands(context):
+        command = group.get_command(context, each)
+        assert command is not None
+        yield f"{name} {each}", command
+        if isinstance(command, click.Group):
+            yield from every_command(command, f"{name} {each}")
+
+
+def commands_page() -> str:
+    """Every command with its options, in the groups of its help."""
+    lines = ["# Commands", "", "Made from the commands themselves; `tlcapture COMMAND --help` prints the same.", ""]
+    for name, command in every_command():
+        lines += [f"## {name}", "", inspect.cleandoc(command.help or ""), ""]
+        if isinstance(command, click.Group):
+            continue
+        context = click.Context(command, info_name=name)
+        lines += ["```text", " ".join([name, *command.collect_usage_pieces(context)]), "```", ""]
+        for title, rows in _options(command, context).items():
+            lines += [f"**{title}**", "", "| option | meaning |", "| --- | --- |"]
+            lines += [f"| `{_cell(option)}` | {_cell(_plain(text))} |" for option, text in rows]
+            lines.append("")
+        if isinstance(command, Command) and command.examples:
+            lines += ["```bash", *command.examples, "```", ""]
+    return "\n".join(lines)
+
+
+def _options(command: click.Command, context: click.Context) -> Mapping[str, list[tuple[str, str]]]:
+    group_of = {name: title for title, names in GROUPS.items() for name in names}
+    found: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Options", *GROUPS)}
+    for param in command.get_params(context):
+        record = param.get_help_record(context)
+        if record is not None:
+            found[group_of.get(str(param.name), "Options")].append(
+                (record[0].replace(" RANGE", ""), _without_storage(record[1]))
+            )
+    return {title: rows for title, rows in found.items() if rows}
+
+
+def _plain(text: str) -> str:
+    """A help text in Markdown: what could be markup stands as it is."""
+    return "".join(f"\\{letter}" if letter in "*_<>[]{}$~" else letter for letter in " ".join(text.split()))
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+# -- Python ---------------------------------------------------------------------------------------
+
+
+def api_page() -> str:
+    """The names of `tlcapture.__all__` from their docstrings."""
+    lines = [
+        "# Python reference",
+        "",
+        "Made from the docstrings of `tlcapture.__all__`. [python.md](../python.md) has the same API by subject,",
+        "with the objects that these names return.",
+        "",
+    ]
+    for name in tlcapture.__all__:
+        thing = getattr(tlcapture, name)
+        kind = "autoclass" if inspect.isclass(thing) else "autofunction"
+        lines += [f"## {name}", "", "```{eval-rst}", f".. {kind}:: tlcapture.{name}"]
+        if inspect.isclass(thing):
+            lines += ["   :members:", "   :exclude-members: model_config"]
+        lines += ["```", ""]
+    return "\n".join(lines)
+
+
+# -- fields of files ------------------------------------------------------------------------------
+
+
+def fields_page() -> str:
+    """A table of fields for each kind of file, from the models that check files when they are read."""
+    lines: list[str] = []
+    done: set[type] = set()
+    for title, home in FILES.items():
+        module, name = home.split(":")
+        lines += [f"### {title}", ""]
+        for model in _with_parts(getattr(importlib.import_module(module), name)):
+            if model not in done:
+                done.add(model)
+                lines += _table(model)
+    return "\n".join(lines)
+
+
+def _with_parts(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """A model, and the models that its fields refer to."""
+    found: dict[type[BaseModel], None] = {}
+    todo = [model]
+    while todo:
+        each = todo.pop(0)
+        if each not in found:
+            found[each] = None
+            todo += [part for field in each.model_fields.values() for part in _models_in(field.annotation)]
+    return iter(found)
+
+
+def _models_in(kind: Any) -> list[type[BaseModel]]:
+    if inspect.isclass(kind) and issubclass(kind, BaseModel):
+        return [kind]
+    return [model for part in typing.get_args(kind) for model in _models_in(part)]
+
+
+def _table(model: type[BaseModel]) -> list[str]:
+    lines = [
+        f"**{model.__name__}**: {_plain(inspect.getdoc(model) or '')}",
+        "",
+        "| field | type | |",
+        "| --- | --- | --- |",
+    ]
+    for name, field in model.model_fields.items():
+        notes = [bound for limit in field.metadata if (bound := _bound(limit))]
+        if field.is_required():
+            notes.append("required")
+        elif field.default not in (None, "", (), PydanticUndefined):
+            notes.append(f"default `{field.default}`")
+        kind = "the whole file" if issubclass(model, RootModel) else f"`{field.alias or name}`"
+        lines.append(f"| {kind} | `{_cell(type_name(field.annotation))}` | {', '.join(notes)} |")
+    return [*lines, ""]
+
+
+def _bound(limit: Any) -> str:
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "at least", "max_length": "at most"}
+    for name, sign in signs.items():
+        if (value := getattr(limit, name, None)) is not None:
+            return f"{sign} {value}" + (" items" if "length" in name else "")
+    return ""
+
+
+def type_name(kind: Any) -> str:
+    """A type as one reads it: `list[int]`, `str or null`."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return type_name(parts[0])
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(map(type_name, parts)))
+    if origin is typing.Literal:
+        return " or ".join(map(repr, parts))
+    if origin is not None:
+        return f"{getattr(origin, '__name__', origin)}[{', '.join(map(type_name, parts))}]"
+    return {type(None): "null", Ellipsis: "...", Any: "any"}.get(kind) or str(getattr(kind, "__name__", kind))
+
+
+# -- pages outside docs/ --------------------------------------------------------------------------
+
+
+def outside_page(path: Path) -> str:
+    """A page that lies outside docs/, with links that lead to pages of the site or are code."""
+
+    def link(found: re.Match[str]) -> str:
+        text, target = found[1], (path.parent / found[2]).resolve()
+        name = target.relative_to(TOP).as_posix() if target.is_relative_to(TOP) else found[2]
+        if name in OUTSIDE:
+            return f"[{text}]({OUTSIDE[name]}.md)"
+        inside = name.startswith("docs/") and target.suffix == ".md"
+        return f"[{text}](../{name.removeprefix('docs/')}{found[3] or ''})" if inside else f"`{name}`"
+
+    return re.sub(r"\[([^\]]*)\]\(((?!https?:)[^)#]+)(#[^)]*)?\)", link, path.read_text(encoding="utf-8"))
+
+
+def on_site(source: str, depth: int) -> str:
+    """The text of a page of docs/ with links to pages outside that lead to their copies on the site."""
+    for path, name in OUTSIDE.items():
+        source = source.replace(f"]({'../' * (depth + 1)}{path}", f"]({'../' * depth}generated/{name}.md")
+    return source
+
+
+# -- notebooks ------------------------------------------------------------------------------------
+
+
+def notebook_page(path: Path, folder: Path) -> str:
+    """A notebook with its stored outputs as a page; its pictures are written into the folder."""
+    lines: list[str] = []
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    for place, cell in enumerate(cells):
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            lines += [source, ""]
+            continue
+        lines += ["```python", source, "```", ""]
+        for number, output in enumerate(cell["outputs"]):
+            lines += [*_shown(output, folder, f"{path.stem}-{place}-{number}.png"), ""]
+    return "\n".join(lines)
+
+
+def _shown(output: Mapping[str, Any], folder: Path, picture: str) -> list[str]:
+    data = output.get("data", {"text/plain": output.get("text", "")})
+    if "image/png" in data:
+        folder.mkdir(exist_ok=True)
+        (folder / picture).write_bytes(base64.b64decode("".join(data["image/png"])))
+        return [f"![what the cell shows]({picture})"]
+    return ["```text", "".join(data["text/plain"]).rstrip("\n"), "```"]
+
+
+if __name__ == "__main__":
+    write_generated(Path(sys.argv[1]))
