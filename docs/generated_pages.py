@@ -114,8 +114,9 @@ def _options(command: click.Command, context: click.Context) -> Mapping[str, lis
 
 
 def _plain(text: str) -> str:
-    """A help text in Markdown: what could be markup stands as it is."""
-    return "".join(f"\\{letter}" if letter in "*_<>[]{}$~" else letter for letter in " ".join(text.split()))
+    """A text in Markdown: what could be markup stands as it is, except code in backticks."""
+    parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
+    return "".join(part if part.startswith("`") else re.sub(r"([*_<>\[\]{}$~])", r"\\\1", part) for part in parts)
 
 
 def _cell(text: str) -> str:
@@ -169,8 +170,14 @@ def _with_parts(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
         each = todo.pop(0)
         if each not in found:
             found[each] = None
-            todo += [part for field in each.model_fields.values() for part in _models_in(field.annotation)]
+            todo += [part for kind in _types(each).values() for part in _models_in(kind)]
     return iter(found)
+
+
+def _types(model: type[BaseModel]) -> dict[str, Any]:
+    """The types of a model's fields, with names of types that are defined after it."""
+    hints = typing.get_type_hints(model)
+    return {name: hints[name] for name in model.model_fields}
 
 
 def _models_in(kind: Any) -> list[type[BaseModel]]:
@@ -180,12 +187,8 @@ def _models_in(kind: Any) -> list[type[BaseModel]]:
 
 
 def _table(model: type[BaseModel]) -> list[str]:
-    lines = [
-        f"**{model.__name__}**: {_plain(inspect.getdoc(model) or '')}",
-        "",
-        "| field | type | |",
-        "| --- | --- | --- |",
-    ]
+    summary = (inspect.getdoc(model) or "").split("\n\n")[0]
+    lines = [f"**{model.__name__}**: {_plain(summary)}", "", "| field | type | |", "| --- | --- | --- |"]
     for name, field in model.model_fields.items():
         notes = [bound for limit in field.metadata if (bound := _bound(limit))]
         if field.is_required():
@@ -193,7 +196,7 @@ def _table(model: type[BaseModel]) -> list[str]:
         elif field.default not in (None, "", (), PydanticUndefined):
             notes.append(f"default `{field.default}`")
         kind = "the whole file" if issubclass(model, RootModel) else f"`{field.alias or name}`"
-        lines.append(f"| {kind} | `{_cell(type_name(field.annotation))}` | {', '.join(notes)} |")
+        lines.append(f"| {kind} | `{_cell(type_name(_types(model)[name]))}` | {', '.join(notes)} |")
     return [*lines, ""]
 
 

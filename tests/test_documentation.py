@@ -191,6 +191,7 @@ def test_the_fields_of_files_are_those_of_the_models() -> None:
 
     section = fields_page().split("**CaptureMetadata**")[1].split("\n\n**")[0]
     assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(CaptureMetadata.model_fields)
+    assert "ForwardRef" not in fields_page()
     assert "| `n_layers` | `int` | ≥ 1, ≤ 10000, required |" in section
 
 
