@@ -162,7 +162,7 @@ def test_each_view_shows_a_capture_of_the_embedded_model(page: Watched, view: st
     page.open(f"view={view}&{HERE}")
     assert page.page.query_selector(".empty") is None
     assert page.page.query_selector_all(".plot[data-drawn=yes]")
-    assert page.page.get_attribute(f"#views button:nth-child({VIEWS.index(view) + 1})", "aria-selected") == "true"
+    assert page.page.get_attribute(f"#views button:nth-child({VIEWS.index(view) + 2})", "aria-selected") == "true"
 
 
 def test_trajectories_equal_those_of_the_files(page: Watched, page_root: Path) -> None:
@@ -344,6 +344,41 @@ def test_pickers_filter_while_typing(page: Watched) -> None:
     page.press("/")
     page.page.keyboard.type("no such prompt")
     page.page.wait_for_selector("text=no match")
+
+
+def test_the_page_opens_on_the_overview_and_a_click_opens_the_prompt(page: Watched) -> None:
+    page.open("experiment=exp&set=single_trait")
+    assert "view=overview" in page.page.url
+    head = [each.inner_text().split()[0] for each in page.page.query_selector_all(".overview thead th")]
+    assert head[:5] == ["prompt", "stands", "rise", "chance", "answer"]
+    assert set(head[5:]) == {"refusal", "formality"}
+    page.page.click(".overview tbody tr:nth-child(2) .answer")
+    page.settled()
+    assert all(part in page.page.url for part in ("view=dynamics", "prompt=2"))
+
+
+def test_the_overview_is_sorted_filtered_and_returns_to_the_view(page: Watched) -> None:
+    def column(name: str) -> list[str]:
+        at = [each.inner_text().split()[0] for each in page.page.query_selector_all(".overview thead th")].index(name)
+        return [row.query_selector_all("th, td")[at].inner_text() for row in page.page.query_selector_all(".overview tbody tr")]
+
+    page.open(f"view=lens&{HERE}")
+    page.press("/")
+    page.page.click(".overview th:has-text('formality') button")
+    page.settled()
+    rises = [float(text.replace("\u2212", "-")) for text in column("formality")]
+    assert rises == sorted(rises, reverse=True)
+    assert page.page.get_attribute(".overview th:has-text('formality')", "aria-sort") == "descending"
+    page.page.click(".overview th:has-text('formality') button")
+    page.settled()
+    assert [float(text.replace("\u2212", "-")) for text in column("formality")] == rises[::-1]
+    second = page.page.inner_text(".overview tbody tr:has(button:has-text('2 ')) .answer").split()[0:3]
+    page.page.fill("#find", " ".join(second))
+    page.settled()
+    assert [text.split()[0] for text in column("prompt")] == ["2"]
+    page.page.press("#find", "Enter")
+    page.settled()
+    assert all(part in page.page.url for part in ("view=lens", "prompt=2"))
 
 
 def test_compared_trajectories_are_aligned_at_the_first_response_token(page: Watched, page_root: Path) -> None:

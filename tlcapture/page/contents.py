@@ -23,6 +23,8 @@ from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.names import Trait, base_set, split_name
 from tlcapture.page import missing
 from tlcapture.page.average import average_trajectory
+from tlcapture.page.captured import captured_tokens
+from tlcapture.page.overview import overview_of
 from tlcapture.page.trait_contents import vectors_of
 from tlcapture.prompts.prompt_sets import Prompt, read_prompt_set
 from tlcapture.storage.comparisons import comparison_file, comparisons
@@ -40,6 +42,7 @@ from tlcapture.views.saved_lens import read_lens
 RESOURCES = {
     "experiments": "experiments",
     "prompt_set": "{experiment}/sets/{prompt_set}",
+    "overview": "{experiment}/overviews/{prompt_set}/{component}",
     "prompt": "{experiment}/sets/{prompt_set}/{prompt_id}",
     "samples": "{experiment}/sets/{prompt_set}/{prompt_id}/samples/{category}/{name}/{component}",
     "layers": "{experiment}/sets/{prompt_set}/{prompt_id}/layers/{category}/{name}/{component}",
@@ -130,6 +133,13 @@ class Contents:
             )
         return {"name": prompt_set, "prompts": prompts, "traits": _projected(layout, prompt_set)}
 
+    def overview(self, experiment: str, prompt_set: str, component: str) -> dict[str, Any]:
+        """What stands out in each prompt of a set; without projections, what its prompts were answered with."""
+        layout, captures = self._layout(experiment), self.prompt_set(experiment, prompt_set)["prompts"]
+        found = overview_of(layout, prompt_set, _component(component), captures)
+        absent = {} if found["traits"] else {"missing": missing.projections(layout, prompt_set).to_json()}
+        return {**found, **absent, "problems": [self.problem(StorageError(each)) for each in found["problems"]]}
+
     def prompt(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
         """A prompt's tokens, and its trajectory and dynamics for every trait that it is projected onto."""
         layout = self._layout(experiment)
@@ -158,7 +168,7 @@ class Contents:
             found["projections"].append(projection)
             found["n_layers"], found["layers"] = content.n_layers, content.layers
         if found["tokens"] is None:
-            found |= self._tokens_of_add_ons(layout, prompt_set, prompt_id)
+            found |= self._tokens_of_capture(layout, prompt_set, prompt_id, found["problems"])
         if not found["projections"]:
             found["missing"] = missing.projections(layout, prompt_set).to_json()
         return found
@@ -300,7 +310,16 @@ class Contents:
             raise missing.add_on(layout, prompt_set, kind)
         return path
 
-    def _tokens_of_add_ons(self, layout: Layout, prompt_set: str, prompt_id: str) -> dict[str, Any]:
+    def _tokens_of_capture(
+        self, layout: Layout, prompt_set: str, prompt_id: str, problems: list[str]
+    ) -> dict[str, Any]:
+        """The tokens of a capture that is not projected, from the capture itself or else from its add-ons."""
+        path = layout.residual(prompt_set, prompt_id)
+        try:
+            if path.is_file():
+                return captured_tokens(path)
+        except TlcaptureError as error:
+            problems.append(self.problem(error))
         for path_of in (layout.attention, layout.logit_lens):
             path = layout.saved(path_of(prompt_set, prompt_id))
             if path.is_file():
@@ -362,7 +381,14 @@ def _shown_text(layout: Layout, prompt_set: str, prompt_id: str, prompt: Prompt 
             captured = ""
         if captured:
             return text if text and text.strip() in captured else captured
-    return text or ""
+    return text or _captured_text(layout.residual(prompt_set, prompt_id))
+
+
+def _captured_text(path: Path) -> str:
+    try:
+        return str(captured_tokens(path)["prompt"]) if path.is_file() else ""
+    except TlcaptureError:  # which the prompt itself and the overview name
+        return ""
 
 
 def _text_in_shard(saved: SavedProjection) -> str:

@@ -21,6 +21,7 @@ from tlcapture.storage.comparisons import compared, comparisons
 from tlcapture.storage.files import write_bytes
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.saved_projections import all_saved
+from tlcapture.views.hooks import COMPONENTS
 
 DEFAULT_MEGABYTES = 50
 
@@ -95,6 +96,10 @@ def export_page(
     overview += [("prompt_set", {"experiment": experiment, "prompt_set": name}) for name in prompt_sets]
     overview += [("prompt", _of(experiment, *prompt)) for prompt in prompts]
     carried.add("the overview", overview, needed=True)
+    for name in prompt_sets:
+        for component in COMPONENTS:
+            of_set = {"experiment": experiment, "prompt_set": name, "component": component}
+            carried.add(f"what stands out in {name}", [("overview", of_set)])
     for trait in layout.traits():
         carried.add(f"vectors of {trait}", [("vectors", {"experiment": experiment, **_named(trait)})])
     for name in prompt_sets:

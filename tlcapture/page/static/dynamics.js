@@ -1,7 +1,5 @@
 "use strict";
 // Trait dynamics: trajectories over the tokens, commitment points and persistence.
-tl.views = {};
-
 /** The projection onto the chosen trait and component. */
 tl.projectionOf = (data, state) => data.projections.find((each) => each.trait === state.trait && each.component === state.component);
 

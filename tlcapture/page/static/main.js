@@ -43,11 +43,19 @@
     const listed = changes.set ? await source.promptSet(changes.experiment, changes.set) : { prompts: [], traits: [] };
     changes.prompt = listed.prompts.some((prompt) => prompt.id === wanted.prompt) ? wanted.prompt : listed.prompts[0]?.id ?? "";
     const traits = [...new Set([...listed.traits, ...experiment.traits])].sort();
-    const first = wanted.view === "vectors" ? experiment.traits[0] : listed.traits[0] ?? experiment.traits[0];
-    changes.trait = traits.includes(wanted.trait) ? wanted.trait : first ?? "";
-    changes.view = tl.views[wanted.view] ? wanted.view : "dynamics";
+    changes.trait = traits.includes(wanted.trait) ? wanted.trait : await firstTrait(changes, experiment, listed, wanted);
+    changes.view = tl.views[wanted.view] ? wanted.view : wanted.prompt ? "dynamics" : "overview";
     delete begin.loading;
     return { experiments, listed, traits, changes };
+  }
+
+  /** The trait that stands out most in the prompt or else in the set, or simply the first one. */
+  async function firstTrait({ experiment: name, set, prompt }, experiment, listed, wanted) {
+    const first = (wanted.view === "vectors" ? experiment.traits[0] : listed.traits[0]) ?? experiment.traits[0] ?? "";
+    if (!listed.traits.length) return first;
+    const { rows } = await source.overview(name, set, wanted.component).catch(() => ({ rows: [] }));
+    const own = rows.find((row) => row.captures.includes(prompt)), most = rows.filter((row) => row.stands_out).sort((a, b) => b.rise - a.rise)[0];
+    return (own?.stands_out ? own.trait : most?.trait ?? own?.trait) ?? first;
   }
 
   function drawHeader({ experiments, listed, traits }) {
@@ -58,15 +66,12 @@
     byId("pickers").replaceChildren(
       picker("experiment", "experiment", experiments.map((each) => ({ value: each.name, text: each.name, note: `${each.prompt_sets.length} sets` })), { set: "", prompt: "", token: null }),
       picker("set", "set", (experiments.find((each) => each.name === now.experiment)?.prompt_sets ?? []).map((name) => ({ value: name, text: name })), { prompt: "", token: null }),
-      picker("prompt", "prompt", tl.byPrompt(listed.prompts).map((group) => ({
-        value: (group.captures.find((each) => each.id === now.prompt) ?? group.captures[0]).id, text: group.id,
-        note: `${group.samples.length ? `${group.samples.length} samples ` : ""}${tl.visible(group.text)}`,
-      })), { token: null }),
+      element("div", { className: "picker" }, element("button", { "aria-label": "prompt: choose one in the overview", onclick: pick }, element("small", {}, "prompt"), tl.byPrompt(listed.prompts).find((group) => group.captures.some((each) => each.id === now.prompt))?.id ?? "none")),
       picker("trait", "trait", traits.map((trait) => ({ value: trait, text: trait }))),
       ...(samples ? [picker("sample", "prompt", samples.samples.map((each) => ({ value: each.id, text: `${each.sample} of ${samples.samples.length}` })), { token: null })] : []),
       ...(data?.interventions ?? []).map((text) => element("span", { className: "intervention", title: `captured under an intervention: ${text}` }, text)),
       ...(components.length > 1 ? [tl.choice("of", components.map((each) => [each, each]), now.component, (component) => state.set({ component }))] : []));
-    byId("views").replaceChildren(...VIEWS.map(([name, { title }], number) => element("button", { role: "tab", "aria-selected": name === now.view ? "true" : "false", title: `key ${number + 1}`, onclick: () => state.set({ view: name }) }, title)));
+    byId("views").replaceChildren(...VIEWS.map(([name, { title }], number) => element("button", { role: "tab", "aria-selected": name === now.view ? "true" : "false", title: `key ${number}`, onclick: () => state.set({ view: name }) }, title)));
     const themes = ["", "light", "dark"], next = themes[(themes.indexOf(now.theme) + 1) % themes.length];
     byId("tools").replaceChildren(
       element("button", { title: "light, dark, or system theme", onclick: () => state.set({ theme: next }, { quietly: true }) }, now.theme || "auto"),
@@ -157,15 +162,22 @@
     if (prompts[at]) state.set({ prompt: prompts[at].id, token: null });
   }
 
+  /** Choose a prompt in the overview, which then returns to this view. */
+  async function pick() {
+    if (state.now.view !== "overview") state.set({ view: "overview", from: state.now.view });
+    for (let waited = 0; !byId("find") && waited < 100; waited += 1) await new Promise((resume) => setTimeout(resume, 20));
+    byId("find")?.focus();
+  }
+
   const open = (number) => byId("pickers").children[number]?.openPicker?.();
   const KEYS = {
     ArrowRight: [() => move("token", 1), "\u2190 \u2192", "token"], ArrowLeft: [() => move("token", -1)],
     ArrowUp: [() => move("layer", 1), "\u2191 \u2193", "layer"], ArrowDown: [() => move("layer", -1)],
     "]": [() => move("head", 1), "[ ]", "head"], "[": [() => move("head", -1)],
     n: [() => step(1), "n p", "next and previous prompt"], p: [() => step(-1)],
-    "/": [() => open(2), "/", "find a prompt"], t: [() => open(3), "t", "find a trait"],
+    "/": [pick, "/", "find a prompt"], t: [() => open(3), "t", "find a trait"],
     "?": [() => byId("help").showModal(), "?", "this list"],
-    ...Object.fromEntries(VIEWS.map(([name], number) => [String(number + 1), [() => state.set({ view: name }), ...(number ? [] : [`1 \u2026 ${VIEWS.length}`, "view"])]])),
+    ...Object.fromEntries(VIEWS.map(([name], number) => [String(number), [() => state.set({ view: name }), ...(number ? [] : [`0 \u2026 ${VIEWS.length - 1}`, "view"])]])),
   };
   addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, select, textarea, dialog")) return;

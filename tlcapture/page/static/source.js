@@ -61,6 +61,7 @@ tl.source = (() => {
     experiments: () => get("experiments"),
     promptSet: (experiment, set) => get(experiment, "sets", named(set)).then((found) => (
       { ...found, prompts: found.prompts.map((prompt) => ({ ...prompt, id: String(prompt.id) })) })),
+    overview: (experiment, set, component) => get(experiment, "overviews", named(set), component),
     prompt: (state) => ofPrompt(state),
     samples: (state, prompt) => get(state.experiment, "sets", named(state.set), prompt, "samples", ...state.trait.split("/"), state.component),
     layers: (state) => ofPrompt(state, "layers", ...state.trait.split("/"), state.component),
