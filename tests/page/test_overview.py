@@ -84,8 +84,8 @@ def test_a_capture_without_vectors_shows_its_text(
 def test_a_damaged_capture_is_named(page_root: Path) -> None:
     found = Contents(page_root).prompt("exp", "odd", "3")
     assert found["tokens"] is None
-    assert "experiments/exp/inference/raw/residual/odd/3.pt: cannot be read" in found["problems"][0]
-    problems = Contents(page_root).overview("exp", "odd", "residual")["problems"]
+    assert "experiments/exp/inference/raw/residual/odd/3.pt: cannot be read" in found["unread"][0]
+    problems = Contents(page_root).overview("exp", "odd", "residual")["unread"]
     assert any("odd/3.pt: cannot be read" in problem for problem in problems)
 
 

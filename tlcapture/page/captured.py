@@ -15,7 +15,7 @@ _INDEX = "tlcapture.json"
 
 
 def captured_tokens(path: Path) -> dict[str, Any]:
-    """The `tokens`, `n_prompt_tokens`, `prompt`, `text` (of the response) and `spans` of a raw residual file.
+    """The `tokens`, `n_prompt_tokens`, `prompt_text`, `text` (of the response) and `spans` of a raw residual file.
 
     Raises `StorageError` for a file that cannot be read.
     """
@@ -30,7 +30,7 @@ def captured_tokens(path: Path) -> dict[str, Any]:
     return {
         "tokens": tokens,
         "n_prompt_tokens": len(prompt["tokens"]),
-        "prompt": prompt["text"],
+        "prompt_text": prompt["text"],
         "text": response["text"],
         "spans": list(content.get("spans", ())),
     }

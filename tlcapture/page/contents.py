@@ -21,7 +21,7 @@ from tlcapture.commands.compare_summary import read_comparisons, summary_of
 from tlcapture.comparison.comparison_files import ComparisonFile
 from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.names import Trait, base_set, split_name
-from tlcapture.page import missing
+from tlcapture.page import missing, readable
 from tlcapture.page.average import average_trajectory
 from tlcapture.page.captured import captured_tokens
 from tlcapture.page.overview import overview_of
@@ -138,7 +138,8 @@ class Contents:
         layout, captures = self._layout(experiment), self.prompt_set(experiment, prompt_set)["prompts"]
         found = overview_of(layout, prompt_set, _component(component), captures)
         absent = {} if found["traits"] else {"missing": missing.projections(layout, prompt_set).to_json()}
-        return {**found, **absent, "problems": [self.problem(StorageError(each)) for each in found["problems"]]}
+        named = {name: [self.problem(StorageError(each)) for each in found[name]] for name in ("problems", "unread")}
+        return {**found, **absent, **named}
 
     def prompt(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
         """A prompt's tokens, and its trajectory and dynamics for every trait that it is projected onto."""
@@ -160,6 +161,7 @@ class Contents:
                 found |= {"tokens": content.tokens, "n_prompt_tokens": n_prompt, "text": content.response.text}
                 found["interventions"] = [described(each.model_dump()) for each in content.metadata.interventions]
                 found["spans"] = [span.to_json() for span in content.spans]
+                found["prompt_text"] = content.prompt.text
             if content.tokens != found["tokens"]:
                 found["problems"].append(
                     f"{each.path.relative_to(self.root)}: its tokens differ from those of the other projections"
@@ -168,7 +170,13 @@ class Contents:
             found["projections"].append(projection)
             found["n_layers"], found["layers"] = content.n_layers, content.layers
         if found["tokens"] is None:
-            found |= self._tokens_of_capture(layout, prompt_set, prompt_id, found["problems"])
+            found |= self._tokens_of_capture(layout, prompt_set, prompt_id)
+        if found["tokens"] is not None:
+            n_prompt, text = found["n_prompt_tokens"], found.get("text", "")
+            found["joined"] = readable.joined(found["tokens"][:n_prompt], found.get("prompt_text", ""))
+            for group in readable.joined(found["tokens"][n_prompt:], text):
+                group |= {"start": group["start"] + n_prompt, "stop": group["stop"] + n_prompt}
+                found["joined"].append(group)
         if not found["projections"]:
             found["missing"] = missing.projections(layout, prompt_set).to_json()
         return found
@@ -310,21 +318,21 @@ class Contents:
             raise missing.add_on(layout, prompt_set, kind)
         return path
 
-    def _tokens_of_capture(
-        self, layout: Layout, prompt_set: str, prompt_id: str, problems: list[str]
-    ) -> dict[str, Any]:
+    def _tokens_of_capture(self, layout: Layout, prompt_set: str, prompt_id: str) -> dict[str, Any]:
         """The tokens of a capture that is not projected, from the capture itself or else from its add-ons."""
         path = layout.residual(prompt_set, prompt_id)
         try:
             if path.is_file():
                 return captured_tokens(path)
         except TlcaptureError as error:
-            problems.append(self.problem(error))
+            unread = {"unread": [self.problem(error)]}
+        else:
+            unread = {}
         for path_of in (layout.attention, layout.logit_lens):
             path = layout.saved(path_of(prompt_set, prompt_id))
             if path.is_file():
-                return _head(head_of(path))
-        return {}
+                return {**_head(head_of(path)), **unread}
+        return unread
 
     def problem(self, error: TlcaptureError | OSError) -> str:
         """The message of an error, with paths relative to the root."""
@@ -386,7 +394,7 @@ def _shown_text(layout: Layout, prompt_set: str, prompt_id: str, prompt: Prompt 
 
 def _captured_text(path: Path) -> str:
     try:
-        return str(captured_tokens(path)["prompt"]) if path.is_file() else ""
+        return str(captured_tokens(path)["prompt_text"]) if path.is_file() else ""
     except TlcaptureError:  # which the prompt itself and the overview name
         return ""
 

@@ -21,20 +21,22 @@ def overview_of(
 
     A row has the `id` of the prompt, its `captures`, and the first words of the `answer`. Where the prompt is
     projected it also has its `rises` by trait and, for the trait that rose most, what `TopTrait` says of it. `traits`
-    are all traits of the rises.
+    are all traits of the rises. `problems` are of projections, `unread` of captures that are not projected.
     """
     problems: dict[str, None] = {}
+    unread: dict[str, None] = {}
     summary = summary_of(layout, prompt_set, component, on_problem=lambda error: problems.setdefault(str(error)))
     tops = {(top.prompt_id, top.samples is not None): top for top in summary.tops}
     rows = []
     for (prompt, has_samples), names in _by_prompt(captures).items():
         top = tops.get((prompt, has_samples))
         row = {"id": prompt, "captures": names, "n_samples": len(names) if has_samples else 0}
-        answer = top.response if top else _answer(layout, prompt_set, names[0], problems)
+        answer = top.response if top else _answer(layout, prompt_set, names[0], unread)
         rows.append({**row, "answer": answer[:_SHOWN], **({} if top is None else _findings(top))})
     traits = sorted({trait for top in summary.tops for trait in top.rises})
     found = None if summary.findings is None else asdict(summary.findings)
-    return {"rows": rows, "traits": traits, "against": _against(summary), "findings": found, "problems": list(problems)}
+    shown = {"rows": rows, "traits": traits, "against": _against(summary), "findings": found}
+    return {**shown, "problems": list(problems), "unread": list(unread)}
 
 
 def _by_prompt(captures: Sequence[Mapping[str, Any]]) -> dict[tuple[str, bool], list[str]]:
@@ -52,12 +54,12 @@ def _findings(top: TopTrait) -> dict[str, Any]:
     return {name: getattr(top, name) for name in names} | {"samples": samples}
 
 
-def _answer(layout: Layout, prompt_set: str, name: str, problems: dict[str, None]) -> str:
+def _answer(layout: Layout, prompt_set: str, name: str, unread: dict[str, None]) -> str:
     try:
         path = layout.residual(prompt_set, name)
         return str(captured_tokens(path)["text"]) if path.is_file() else ""
     except TlcaptureError as error:
-        problems.setdefault(str(error))
+        unread.setdefault(str(error))
         return ""
 
 

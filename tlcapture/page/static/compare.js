@@ -56,7 +56,7 @@ tl.views.compare = {
           fill: "toself", fillcolor: colour, opacity: 0.16, line: { width: 0 }, hoverinfo: "skip", name: "one standard deviation",
         });
       }
-      const text = side.x.map((position, index) => (side.data ? `${position} ${tl.plain(tl.quoted(side.data.tokens[index]))}` : `${position}, ${side.n[index]} of ${side.count} captures, sd ${tl.number(side.sd[index], 3)}`));
+      const text = side.x.map((position, index) => (side.data ? `${position} ${tl.plain(tl.quoted(side.data.labels[index]))}` : `${position}, ${side.n[index]} of ${side.count} captures, sd ${tl.number(side.sd[index], 3)}`));
       traces.push({ x: side.x, y: side.y, text, mode: "lines", name: `${number === 0 ? "A" : "B"}: ${tl.plain(side.label)}`, line: { color: colour, width: 2.2 }, hovertemplate: `%{text}<br>%{y:.4~g}<extra></extra>` });
       return traces;
     }
@@ -70,7 +70,7 @@ tl.views.compare = {
         const box = element("div");
         if (!side.data) return { box: element("p", { className: "note" }, `${side.label}: ${side.count} captures; the band is one standard deviation. First tokens, which are attention sinks, are excluded.`) };
         const strip = tl.strip(box, (index) => moveTo(index - side.data.n_prompt_tokens));
-        strip.show(side.data.tokens, side.data.n_prompt_tokens, side.data.spans);
+        strip.show(side.data.tokens, side.data.n_prompt_tokens, side.data.spans, side.data.joined);
         strip.paint((index) => colours.diverging(side.y[index], most), (index) => tl.number(side.y[index]));
         return { box, strip, side };
       });

@@ -51,7 +51,7 @@ tl.views.dynamics = {
 
     function drawLines(state, data, projections, all, spread) {
       const number = (value) => tl.number(value), shown = shownTraits(state, all);
-      const hover = data.tokens.map((token, index) => `${index} ${tl.plain(tl.quoted(token))}`);
+      const hover = data.labels.map((token, index) => `${index} ${tl.plain(tl.quoted(token))}`);
       const ofShown = projections.filter((each) => shown.includes(each.trait));
       const calibrated = !state.normalise && tl.isCalibrated(state, ...ofShown);
       const scaled = (each) => (state.normalise ? normalised(each.trajectory) : calibrated ? each.trajectory.map((value) => tl.calibrated(each, value)) : each.trajectory);
@@ -133,7 +133,7 @@ tl.views.dynamics = {
       const span = tl.persistenceOf(own), { chance } = own;
       const p = dynamics.commitment_p === null || dynamics.commitment_p === undefined ? "" : ` (p ${tl.number(dynamics.commitment_p)})`;
       const unknown = own.kept && dynamics.peak_velocity === null; // projected again, without the tokens that were not kept
-      const commits = (point === null || point === undefined ? (unknown && !p ? "its commitment needs tokens that were not kept" : "does not commit") : `commits at ${point} ${tl.quoted(data.tokens[point])}`) + p;
+      const commits = (point === null || point === undefined ? (unknown && !p ? "its commitment needs tokens that were not kept" : "does not commit") : `commits at ${point} ${tl.quoted(data.labels[point])}`) + p;
       const persists = span ? `persists ${dynamics.persistence} tokens, ${span[0]} to ${span[1]}` : own.kept && dynamics.persistence !== null ? `persists ${dynamics.persistence} tokens`
         : unknown ? "its persistence needs tokens that were not kept" : "its rise is within chance";
       const clear = (share, found) => (found ? (share <= 0.05 ? ", clearer than 95 %" : ", not clearer than 95 %") : "");

@@ -32,7 +32,7 @@ tl.views.layers = {
         hovertemplate: `layer %{x}<br>${name} %{y:.4~g}<extra></extra>`,
       }));
       return profile.draw(traces, {
-        title: { text: `by layer at token ${token} ${tl.plain(tl.quoted(data.tokens[token]))}`, font: { size: 13 } }, showlegend: true,
+        title: { text: `by layer at token ${token} ${tl.plain(tl.quoted(data.labels[token]))}`, font: { size: 13 } }, showlegend: true,
         legend: { orientation: "h", y: 1.12, x: 1, xanchor: "right" }, xaxis: { title: { text: "layer" } },
         shapes: state.layer === null ? [] : [tl.lineAt(state.layer, colours.css("--accent"))],
       });
@@ -66,7 +66,7 @@ tl.views.layers = {
         figures = new Map(wanted.map((name) => [name, tl.figure({ name: `layers_${name}`, height: wanted.length > 1 ? 300 : 430, onClick: (at) => tl.state.set({ token: at.x, layer: at.y }) })]));
         heats.replaceChildren(...[...figures.values()].map((figure) => figure.element));
         const grids = wanted.map((name) => Array.from({ length: nLayers }, (_, at) => found.scores.map((token) => (token[at] === null ? null : token[at][points.indexOf(name)]))));
-        const reach = reachOf(grids), text = data.tokens.map((token, index) => `${index} ${tl.plain(tl.quoted(token))}`);
+        const reach = reachOf(grids), text = data.labels.map((token, index) => `${index} ${tl.plain(tl.quoted(token))}`);
         notes.replaceChildren(element("p", { className: "note" }, `Projection onto the vector of layer ${own.layer} (dotted) at every layer${kept.length < nLayers ? ` that the capture kept (${kept.join(", ")})` : ""}. The colour scale ends at \u00b1${tl.number(reach, 3)}, the 99th percentile without the first token, an attention sink.${projection.kept ? ` Of this capture, ${projection.kept}.` : ""}`));
         await Promise.all([...wanted.map((name, number) => figures.get(name).draw([{
           type: "heatmap", z: grids[number], text: Array(nLayers).fill(text), zmin: -reach, zmax: reach, zmid: 0, colorscale: colours.divergingScale(), colorbar: { thickness: 12 },

@@ -13,6 +13,8 @@ tl.views.lens = {
     });
     let drawn = null, latestTop = 0;
 
+    const labelAfter = (data, lens, column) => data.labels[lens.token_idx[column] + 1] ?? lens.actual[column];
+
     function columnsAround(index, count, width) {
       const start = Math.max(0, Math.min(count - width, index - Math.floor(width / 2)));
       return Array.from({ length: Math.min(width, count) }, (_, number) => start + number);
@@ -38,8 +40,8 @@ tl.views.lens = {
           }, element("small", {}, rank === 1 ? "" : `#${rank}`), tl.visible(lens.top[column][row]));
         })));
       }
-      cells.replaceChildren(element("table", {}, element("thead", {}, head("token", (column) => tl.visible(data.tokens[lens.token_idx[column]]), (column) => String(lens.token_idx[column])),
-        head("next", (column) => tl.visible(lens.actual[column]), () => "the actual next token")), element("tbody", {}, rows)),
+      cells.replaceChildren(element("table", {}, element("thead", {}, head("token", (column) => tl.visible(data.labels[lens.token_idx[column]]), (column) => String(lens.token_idx[column])),
+        head("next", (column) => tl.visible(labelAfter(data, lens, column)), () => "the actual next token")), element("tbody", {}, rows)),
         element("p", { className: "note" }, `Colour: probability of the most likely token. #: rank of the actual next token; bold if it is 1. Click a cell to list the top ${lens.top_k}.${lens.kept_layers ? ` Kept: layers ${layers.join(", ")}.` : ""}`));
     }
 
@@ -72,7 +74,7 @@ tl.views.lens = {
         if (drawn === lens && !changed.has("theme")) jobs.push(overview.mark(shapes));
         else {
           const ranks = Array.from({ length: nLayers }, (_, row) => lens.rank.map((token) => Math.log10(token[row])));
-          const text = Array.from({ length: nLayers }, (_, row) => lens.token_idx.map((token, index) => `${token} ${tl.plain(tl.quoted(data.tokens[token]))}: next ${tl.plain(tl.quoted(lens.actual[index]))}<br>rank ${lens.rank[index][row]}; first ${tl.plain(tl.quoted(lens.top[index][row]))}`));
+          const text = Array.from({ length: nLayers }, (_, row) => lens.token_idx.map((token, index) => `${token} ${tl.plain(tl.quoted(data.labels[token]))}: next ${tl.plain(tl.quoted(labelAfter(data, lens, index)))}<br>rank ${lens.rank[index][row]}; first ${tl.plain(tl.quoted(lens.top[index][row]))}`));
           drawn = lens;
           jobs.push(overview.draw([{
             type: "heatmap", x: lens.token_idx, y: layers, z: ranks, text, zmin: 0, colorscale: [[0, "rgb(126,70,190)"], [1, colours.css("--panel")]],

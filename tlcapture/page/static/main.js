@@ -24,8 +24,16 @@
       return;
     }
     const part = now.token < data.n_prompt_tokens ? "prompt" : "response", name = tl.spanNames(data.tokens.length, data.spans)[now.token];
-    byId("status").replaceChildren("token ", element("b", {}, `${now.token} ${tl.quoted(data.tokens[now.token])}`), ` of the ${part}${name ? `, ${name}` : ""}`,
+    byId("status").replaceChildren("token ", element("b", {}, `${now.token} ${tl.quoted(data.labels[now.token])}`), ` of the ${part}${name ? `, ${name}` : ""}`,
       painted.what ? `; ${painted.what}: ` : "", element("b", {}, painted.textOf(now.token)));
+  }
+
+  const listed = ({ listed: { prompts }, changes }) => prompts.find((each) => each.id === changes.prompt);
+
+  /** The whole text beside the tokens: the prompt as its set has it, and the response. */
+  function showText(prompt, { text }) {
+    const part = (label, shown) => (shown ? [element("h2", {}, label), element("p", { dir: "auto" }, shown)] : []);
+    byId("text").replaceChildren(...part("prompt", prompt?.text), ...part("response", text));
   }
 
   /** Choose defaults for names that the address omits or that do not exist. */
@@ -103,7 +111,10 @@
       drawHeader(settled);
       const readable = Boolean(data?.tokens) && !Kind.ownText && !Kind.withoutPrompt;
       byId("reading").classList.toggle("without", !readable);
-      if (data?.tokens && data !== before) strip.show(data.tokens, data.n_prompt_tokens, data.spans);
+      if (data?.tokens && data !== before) {
+        strip.show(data.tokens, data.n_prompt_tokens, data.spans, data.joined);
+        showText(listed(settled), data);
+      }
       if (!data?.tokens && !Kind.withoutPrompt) throw new source.Missing(data?.missing ?? { what: "no data for this prompt" });
       if (viewName !== now.view || !view) {
         fresh();
@@ -118,7 +129,7 @@
       if (!isLatest()) return;
       tellToken(now);
       byId("view").querySelectorAll(".problem").forEach((old) => old.remove());
-      byId("view").append(...(data?.problems ?? []).map((problem) => element("p", { className: "warning problem" }, problem)));
+      byId("view").append(...[...(data?.problems ?? []), ...(data?.unread ?? [])].map((problem) => element("p", { className: "warning problem" }, problem)));
       done();
     } catch (error) {
       if (!isLatest()) return;

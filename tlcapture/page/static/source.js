@@ -53,6 +53,20 @@ tl.source = (() => {
     return found;
   }
 
+  /** A prompt whose tokens have `labels`: bytes of one character are called by it, and by which part of it they are. */
+  function labelled(found) {
+    if (!found.tokens) return found;
+    const labels = [...found.tokens];
+    for (const { start, stop, text } of found.joined ?? []) for (let at = start; at < stop; at += 1) labels[at] = `${text} ${at - start + 1}/${stop - start}`;
+    return { ...found, labels };
+  }
+
+  const prompts = new WeakMap();
+  const once = (found) => {
+    if (!prompts.has(found)) prompts.set(found, labelled(found));
+    return prompts.get(found);
+  };
+
   const ofPrompt = (state, ...rest) => get(state.experiment, "sets", named(state.set), state.prompt, ...rest);
 
   return {
@@ -62,7 +76,7 @@ tl.source = (() => {
     promptSet: (experiment, set) => get(experiment, "sets", named(set)).then((found) => (
       { ...found, prompts: found.prompts.map((prompt) => ({ ...prompt, id: String(prompt.id) })) })),
     overview: (experiment, set, component) => get(experiment, "overviews", named(set), component),
-    prompt: (state) => ofPrompt(state),
+    prompt: (state) => ofPrompt(state).then(once),
     samples: (state, prompt) => get(state.experiment, "sets", named(state.set), prompt, "samples", ...state.trait.split("/"), state.component),
     layers: (state) => ofPrompt(state, "layers", ...state.trait.split("/"), state.component),
     lens: (state) => ofPrompt(state, "lens"),
