@@ -40,6 +40,7 @@ from tlcapture.views.saved_attention import read_attention
 from tlcapture.views.saved_lens import read_lens
 
 RESOURCES = {
+    "root_folder": "root",
     "experiments": "experiments",
     "prompt_set": "{experiment}/sets/{prompt_set}",
     "overview": "{experiment}/overviews/{prompt_set}/{component}",
@@ -53,6 +54,7 @@ RESOURCES = {
     "average": "{experiment}/averages/{prompt_set}/{category}/{name}/{component}",
     "vectors": "{experiment}/vectors/{category}/{name}",
     "comparisons": "{experiment}/compared",
+    "uncompared": "{experiment}/uncompared/{prompt_set}",
     "compared_set": "{experiment}/compared/{other}/{prompt_set}",
     "comparison": "{experiment}/compared/{other}/{prompt_set}/{prompt_id}",
 }
@@ -94,6 +96,10 @@ class Contents:
     """
 
     root: Path
+
+    def root_folder(self) -> dict[str, str]:
+        """The root, and what the page's commands need to find it from the current folder."""
+        return {"folder": str(self.root), "option": missing.root_option(self.root)}
 
     def experiments(self) -> list[dict[str, Any]]:
         """All experiments with their captured prompt sets and traits."""
@@ -282,6 +288,10 @@ class Contents:
     def vectors(self, experiment: str, category: str, name: str) -> dict[str, Any]:
         """A trait's vectors with the selected one, their evaluation and steering results."""
         return vectors_of(self._layout(experiment), Trait.parse(f"{category}/{name}"))
+
+    def uncompared(self, experiment: str, prompt_set: str) -> dict[str, str]:
+        """What the page says of a set that was not compared: `what` is missing, and the command that compares it."""
+        return missing.comparison(self._layout(experiment), prompt_set).to_json()
 
     def comparisons(self, experiment: str) -> list[dict[str, Any]]:
         """What the experiment's prompt sets were compared with."""

@@ -48,10 +48,11 @@ def _after(token: str, text: str, position: int) -> int:
 def _resolved(tokens: Sequence[str], ahead: Sequence[str], text: str, position: int) -> list[str] | None:
     """The text of a run of tokens with bytes in it: for each stretch of plain text or of bytes, what it reads.
 
-    It ends where the text goes on with the tokens `ahead`, of which the first ones may be special and not in the text.
+    It ends where the text goes on with the tokens `ahead`, of which some may be special and not in the text.
     """
     stretches = _stretches(tokens)
-    followed = ["".join(ahead[skipped:]).partition(PART)[0] for skipped in range(len(ahead))]
+    parts = [ahead[first:last] for first in range(len(ahead)) for last in range(len(ahead), first, -1)]
+    followed = dict.fromkeys("".join(each).partition(PART)[0] for each in parts)
     whole = ["".join(ahead)] if len(ahead) < _AHEAD else []  # tokens that are the last of the text
     for end, is_last in [*((each, True) for each in whole), *((each, False) for each in followed if each), ("", True)]:
         found = _matched(stretches, (end, is_last), text, position)

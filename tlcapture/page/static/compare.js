@@ -28,7 +28,7 @@ tl.views.compare = {
       }
       const data = await tl.source.prompt(side);
       const own = data.projections.find((each) => each.trait === trait && each.component === component);
-      if (!own) throw new tl.source.Missing(data.missing || { what: `${label} is not projected onto ${trait}`, command: `tlcapture project --experiment ${side.experiment} --prompt-set ${side.set}` });
+      if (!own) throw await tl.source.notProjected(data, { ...side, trait }, `${label}: `);
       return { label, x: own.trajectory.map((_, index) => index - data.n_prompt_tokens), y: own.trajectory, data, own, problems: data.problems, calibration: own.calibration };
     }
 

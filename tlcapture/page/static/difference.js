@@ -1,5 +1,8 @@
 "use strict";
 // Difference: two captures of the same prompt, token by token and layer by layer, as `tlcapture compare` stored it.
+/** The name of compared captures, as `tlcapture compare` takes it, from the name of their folder. */
+tl.comparedName = (other, set) => (other.includes("+") ? other.replaceAll("+", "/") : other.replace("@", `/${set.split("@")[0]}@`));
+
 tl.views.difference = {
   title: "Difference",
   ownText: true,
@@ -67,13 +70,13 @@ tl.views.difference = {
     return {
       async update(state) {
         const listed = (await tl.source.comparisons(state.experiment)).filter((each) => each.prompt_set === state.set).map((each) => each.other);
-        if (!listed.length) throw new tl.source.Missing({ what: `${state.set} was not compared with other captures`, command: `tlcapture compare ${state.experiment}/${state.set} OTHER` });
+        if (!listed.length) throw new tl.source.Missing(await tl.source.uncompared(state));
         const other = listed.includes(state.other) ? state.other : listed[0];
         const summary = await tl.source.comparedSet(state, other);
         const names = summary.ids.filter((name) => name === state.prompt || name.startsWith(`${state.prompt}.s`));
         drawSummary(summary);
         const name = names.includes(state.prompt) ? state.prompt : names[0];
-        if (!name) throw new tl.source.Missing({ what: `prompt ${state.prompt} was not compared with ${other}`, command: `tlcapture compare ${state.experiment}/${state.set} OTHER` });
+        if (!name) throw new tl.source.Missing({ what: `prompt ${state.prompt} was not compared with ${other}`, command: await tl.source.command(`tlcapture compare ${state.experiment}/${state.set} ${tl.comparedName(other, state.set)}`) });
         found = await tl.source.comparison(state, other, name);
         const nLayers = found.metadata.n_layers, layer = Math.min(state.layer ?? found.traits[state.trait]?.layer ?? nLayers - 1, nLayers - 1);
         const quantity = quantityOf(state, layer), reach = colours.reach(quantity.values);

@@ -151,7 +151,7 @@ tl.views.dynamics = {
         const projections = data.projections.filter((each) => each.component === state.component);
         const all = [...new Set(data.projections.map((each) => each.trait))].sort();
         const own = tl.projectionOf(data, state);
-        if (!own) throw new tl.source.Missing(data.missing || { what: `not projected onto ${state.trait || "any trait"}`, command: `tlcapture project --experiment ${state.experiment} --prompt-set ${state.set}` });
+        if (!own) throw await tl.source.notProjected(data, state);
         const line = tl.isCalibrated(state, own) ? own.trajectory.map((value) => tl.calibrated(own, value)) : own.trajectory;
         const middle = line === own.trajectory ? 0 : 0.5, fromMiddle = line.map((value) => (value === null ? null : value - middle));
         tl.reading.paint((index) => colours.diverging(fromMiddle[index], colours.reach(fromMiddle)), (index) => tl.number(line[index]), `${state.trait}`);

@@ -41,7 +41,7 @@ tl.views.layers = {
     return {
       async update(state, changed, data) {
         const projection = tl.projectionOf(data, state);
-        if (!projection) throw new tl.source.Missing(data.missing || { what: `not projected onto ${state.trait || "any trait"}`, command: `tlcapture project --experiment ${state.experiment} --prompt-set ${state.set}` });
+        if (!projection) throw await tl.source.notProjected(data, state);
         const latest = await tl.source.layers(state);
         const same = found === latest && ![..."trait,prompt,set,experiment,component,point,theme".split(",")].some((key) => changed.has(key));
         found = latest;

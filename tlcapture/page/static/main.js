@@ -38,23 +38,36 @@
 
   /** Choose defaults for names that the address omits or that do not exist. */
   async function settle() {
-    const experiments = await source.experiments();
-    if (!experiments.length) throw new source.Missing({ what: "no experiments in this folder", command: "tlcapture capture --experiment my_exp --prompt-set single_trait" });
+    const [experiments] = await Promise.all([source.experiments(), source.command("")]);
+    if (!experiments.length) throw new source.Missing({ what: "no experiments in this folder", command: await source.command("tlcapture capture --experiment my_exp --prompt-set single_trait") });
     const wanted = state.now, changes = {};
     const begin = document.documentElement.dataset;
-    const experiment = experiments.find((each) => each.name === wanted.experiment) ?? experiments.find((each) => each.prompt_sets.length) ?? experiments[0];
+    const named = experiments.find((each) => each.name === wanted.experiment);
+    if (wanted.experiment && !named) return unknown(experiments, {}, `no experiment ${wanted.experiment} in this folder; there are: ${listOf(experiments.map((each) => each.name))}`);
+    const experiment = named ?? experiments.find((each) => each.prompt_sets.length) ?? experiments[0];
     if (!experiment.prompt_sets.length && wanted.view !== "vectors") {
-      throw new source.Missing({ what: `experiment ${experiment.name} has no captures`, command: `tlcapture capture --experiment ${experiment.name} --prompt-set single_trait` });
+      throw new source.Missing({ what: `experiment ${experiment.name} has no captures`, command: await source.command(`tlcapture capture --experiment ${experiment.name} --prompt-set single_trait`) });
     }
     changes.experiment = experiment.name;
+    if (wanted.set && !experiment.prompt_sets.includes(wanted.set)) return unknown(experiments, changes, `${changes.experiment} has no captures of a set ${wanted.set}; captured sets: ${listOf(experiment.prompt_sets)}`, experiment);
     changes.set = experiment.prompt_sets.includes(wanted.set) ? wanted.set : experiment.prompt_sets[0] ?? "";
     const listed = changes.set ? await source.promptSet(changes.experiment, changes.set) : { prompts: [], traits: [] };
+    const all = [...new Set([...listed.traits, ...experiment.traits])].sort();
+    if (wanted.prompt && !listed.prompts.some((prompt) => prompt.id === wanted.prompt)) return unknown(experiments, changes, `${changes.experiment}/${changes.set} has no capture ${wanted.prompt}; captured: ${listOf(listed.prompts.map((prompt) => prompt.id))}`, experiment, listed);
+    if (wanted.trait && !all.includes(wanted.trait)) return unknown(experiments, changes, `${changes.experiment} has neither vectors of ${wanted.trait} nor projections onto it; traits: ${listOf(all)}`, experiment, listed);
     changes.prompt = listed.prompts.some((prompt) => prompt.id === wanted.prompt) ? wanted.prompt : listed.prompts[0]?.id ?? "";
-    const traits = [...new Set([...listed.traits, ...experiment.traits])].sort();
+    const traits = all;
     changes.trait = traits.includes(wanted.trait) ? wanted.trait : await firstTrait(changes, experiment, listed, wanted);
     changes.view = tl.views[wanted.view] ? wanted.view : wanted.prompt ? "dynamics" : "overview";
     delete begin.loading;
     return { experiments, listed, traits, changes };
+  }
+
+  const listOf = (names) => (names.length > 12 ? `${names.slice(0, 12).join(", ")} and ${names.length - 12} more` : names.join(", ") || "none");
+
+  /** What to show for an address that names what is not there: the address stays, and the pickers show what is. */
+  function unknown(experiments, changes, what, experiment, listed = { prompts: [], traits: [] }) {
+    return { experiments, listed, changes, traits: [...new Set([...listed.traits, ...(experiment?.traits ?? [])])].sort(), problem: new source.Missing({ what }) };
   }
 
   /** The trait that stands out most in the prompt or else in the set, or simply the first one. */
@@ -106,6 +119,9 @@
       if (!isLatest()) return; // setting the state has started another round
       const now = state.now, Kind = tl.views[now.view];
       const before = data;
+      if (settled.problem) data = null;
+      if (settled.problem) byId("reading").classList.add("without");
+      if (settled.problem) throw settled.problem;
       data = now.prompt ? await source.prompt(now).catch((error) => { if (Kind.withoutPrompt) return null; throw error; }) : null;
       if (!isLatest()) return;
       drawHeader(settled);
@@ -201,6 +217,14 @@
     element("form", { method: "dialog" }, element("button", {}, "close")));
   if (source.exported?.note) document.querySelector("main").prepend(element("p", { className: "note", id: "left-out" }, source.exported.note));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => show(new Set(["theme"])));
+  /** Show experiments and captures that are new since the last look. */
+  async function look() {
+    const isOpen = document.querySelector(".picker .box:not([hidden])");
+    if (!document.hidden && !isOpen && document.documentElement.dataset.ready === "yes" && await source.isChanged(state.now)) show(new Set(["data"]));
+    setTimeout(look, 3000);
+  }
+  if (!source.exported) setTimeout(look, 3000);
+
   state.onChange((now, changed) => show(changed));
   show(new Set(["view", "experiment", "set", "prompt", "trait", "theme"]));
 })();

@@ -106,6 +106,7 @@ tl.views.vectors = {
     return {
       async update(state, changed) {
         if (![..."view,experiment,trait,theme".split(",")].some((key) => changed.has(key)) && figures.length) return;
+        if (!state.trait) throw new tl.source.Missing({ what: `no trait vectors in ${state.experiment}`, command: await tl.source.command(`tlcapture extract --experiment ${state.experiment}`) });
         const found = await tl.source.vectors(state);
         figures.splice(0).forEach((each) => each.remove());
         chosen.replaceChildren(element("p", { className: "note" }, `Vectors of ${found.trait} in ${state.experiment}; a frame marks the selected one.`),
