@@ -63,7 +63,7 @@ tl.views.difference = {
       const z = Array.from({ length: nLayers }, (_, layer) => rows.map((row) => (row === null || row[layer] === null ? null : change(row[layer]))));
       const sizes = z.flatMap((values) => values.slice(1)).filter((value) => value !== null).map(Math.abs);
       const reach = sizes.reduce((most, size) => Math.max(most, size), 0) || 1, text = found.tokens.map((token, index) => `${index} ${tl.plain(tl.quoted(token))}`);
-      return heat.draw([{ type: "heatmap", z, text: Array(nLayers).fill(text), zmin: isRatio ? -reach : 0, zmax: reach, colorscale: isRatio ? colours.divergingScale() : colours.amountScale(), colorbar: { thickness: 12 }, hovertemplate: "%{text}<br>layer %{y}: %{z:.4~g}<extra></extra>" }],
+      return heat.draw([{ type: "heatmap", z, text: Array(nLayers).fill(text), zmin: isRatio ? -reach : 0, zmax: reach, colorscale: isRatio ? colours.divergingScale() : colours.amountScale(), colorbar: colours.bar(isRatio ? "log2 ratio" : "1 \u2212 cosine"), hovertemplate: "%{text}<br>layer %{y}: %{z:.4~g}<extra></extra>" }],
         { title: { text: isRatio ? "log2 of the norm ratio of residual_out, by layer" : "1 \u2212 cosine of residual_out, by layer", font: { size: 13 } }, xaxis: { title: { text: "token" } }, yaxis: { title: { text: "layer" } }, shapes: marks(state) });
     }
 

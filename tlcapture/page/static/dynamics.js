@@ -78,7 +78,7 @@ tl.views.dynamics = {
         const [peak, last] = tl.persistenceOf(own);
         marks.push({ type: "rect", xref: "x", yref: "paper", x0: peak - 0.5, x1: last + 0.5, y0: 0, y1: 1, line: { width: 0 }, fillcolor: colours.trait(all, own.trait), opacity: 0.13 });
       }
-      const seen = [...[...values.values()].flatMap((line) => line.slice(1)), ...ofSamples.flatMap((trace) => trace.y)].filter((value) => value !== null);
+      const seen = [...[...values.values()].flatMap((line) => line.slice(state.response ? data.n_prompt_tokens : 1)), ...ofSamples.flatMap((trace) => trace.y)].filter((value) => value !== null);
       const low = Math.min(...seen), high = Math.max(...seen), pad = (high - low || 1) * 0.07;
       notes.replaceChildren();
       const off = ofShown.filter((each) => { const first = values.get(each.trait)[0]; return first !== null && (first < low - pad || first > high + pad); });
@@ -109,7 +109,7 @@ tl.views.dynamics = {
         x: values.map((_, index) => index + offset), y: values, name, mode: "lines", line: { dash, width: 1.6, color: colours.css(dash === "solid" ? "--accent" : "--faint") },
         hovertemplate: `token %{x}<br>${name} %{y:.4~g}<extra></extra>`,
       });
-      const seen = [...velocity.slice(1), ...acceleration.slice(1)];
+      const from = state.response ? Math.max(1, data.n_prompt_tokens - 2) : 1, seen = [...velocity.slice(from), ...acceleration.slice(from)];
       const reach = Math.max(...seen.map(Math.abs), 1e-9) * 1.07;
       return motion.draw([trace(velocity, 1, "velocity", "solid"), trace(acceleration, 2, "acceleration", "dot")], {
         title: { text: `${state.trait}: velocity (line) and acceleration (dots)`, font: { size: 13 } },
@@ -140,8 +140,8 @@ tl.views.dynamics = {
       const random = chance ? ` Of ${chance.n_directions} random directions ${chance.commit} commit${clear(chance.commitment, point !== null)}${chance.persist === null ? "" : `, ${chance.persist} persist${clear(chance.persistence, span)}`}.` : "";
       const score = vector.score === null || vector.score === undefined ? "" : ` (${tl.number(vector.score)})`;
       facts.replaceChildren(
-        element("p", { className: "note" }, element("b", {}, state.trait), `: ${commits}; peak velocity ${tl.number(dynamics.peak_velocity)}; `
-          + `${persists}.${random} Vector: ${vector.method ?? "unknown method"} at layer ${vector.layer}, ${vector.component ?? own.component}, chosen by ${vector.selected_by ?? "an unknown rule"}${score}, from ${vector.experiment ?? "an unknown experiment"} (${vector.model ?? "unknown model"}).`),
+        element("p", { className: "note" }, element("b", {}, state.trait), `: ${commits} (`, tl.term("commitment"), "); peak ", tl.term("velocity"), ` ${tl.number(dynamics.peak_velocity)}; `
+          + `${persists} (`, tl.term("persistence"), `).${random} Vector: ${vector.method ?? "unknown method"} at layer ${vector.layer}, ${vector.component ?? own.component}, chosen by `, tl.term(vector.selected_by ?? "an unknown rule"), `${score}, from ${vector.experiment ?? "an unknown experiment"} (${vector.model ?? "unknown model"}).`),
         ...meansOf(dynamics.by_span),
         ...own.warnings.map((warning) => element("p", { className: "warning" }, warning)));
     }
@@ -154,7 +154,7 @@ tl.views.dynamics = {
         if (!own) throw await tl.source.notProjected(data, state);
         const line = tl.isCalibrated(state, own) ? own.trajectory.map((value) => tl.calibrated(own, value)) : own.trajectory;
         const middle = line === own.trajectory ? 0 : 0.5, fromMiddle = line.map((value) => (value === null ? null : value - middle));
-        tl.reading.paint((index) => colours.diverging(fromMiddle[index], colours.reach(fromMiddle)), (index) => tl.number(line[index]), `${state.trait}`);
+        tl.reading.paint((index) => colours.diverging(fromMiddle[index], colours.reach(fromMiddle)), (index) => tl.number(line[index]), `${state.trait}`, colours.scale("diverging", middle - colours.reach(fromMiddle), middle + colours.reach(fromMiddle), middle));
         if ([...changed].every((key) => key === "token" || key === "layer" || key === "head")) {
           lines.mark([...marks, ...here(state)]);
           motion.mark([marks[0], ...here(state)]);

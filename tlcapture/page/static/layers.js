@@ -43,7 +43,7 @@ tl.views.layers = {
         const projection = tl.projectionOf(data, state);
         if (!projection) throw await tl.source.notProjected(data, state);
         const latest = await tl.source.layers(state);
-        const same = found === latest && ![..."trait,prompt,set,experiment,component,point,theme".split(",")].some((key) => changed.has(key));
+        const same = found === latest && ![..."response,trait,prompt,set,experiment,component,point,theme".split(",")].some((key) => changed.has(key));
         found = latest;
         own = { n_prompt_tokens: data.n_prompt_tokens, layer: projection.vector.layer };
         const nLayers = found.scores[0].length, points = found.sublayers;
@@ -53,7 +53,7 @@ tl.views.layers = {
         const point = points.includes(state.point) ? state.point : points[points.length - 1];
         const line = found.scores.map((token) => token[layer]?.[points.indexOf(point)] ?? null); // null: the capture did not keep the token
         const most = colours.reach(line);
-        tl.reading.paint((index) => colours.diverging(line[index], most), (index) => tl.number(line[index]), `${state.trait} at layer ${layer}, ${point}`, line);
+        tl.reading.paint((index) => colours.diverging(line[index], most), (index) => tl.number(line[index]), `${state.trait} at layer ${layer}, ${point}`, colours.scale("diverging", -most, most));
         if (same) {
           for (const figure of figures.values()) figure.mark(marks(state));
           return drawProfile(state, data);
@@ -69,7 +69,7 @@ tl.views.layers = {
         const reach = reachOf(grids), text = data.labels.map((token, index) => `${index} ${tl.plain(tl.quoted(token))}`);
         notes.replaceChildren(element("p", { className: "note" }, `Projection onto the vector of layer ${own.layer} (dotted) at every layer${kept.length < nLayers ? ` that the capture kept (${kept.join(", ")})` : ""}. The colour scale ends at \u00b1${tl.number(reach, 3)}, the 99th percentile without the first token, an attention sink.${projection.kept ? ` Of this capture, ${projection.kept}.` : ""}`));
         await Promise.all([...wanted.map((name, number) => figures.get(name).draw([{
-          type: "heatmap", z: grids[number], text: Array(nLayers).fill(text), zmin: -reach, zmax: reach, zmid: 0, colorscale: colours.divergingScale(), colorbar: { thickness: 12 },
+          type: "heatmap", z: grids[number], text: Array(nLayers).fill(text), zmin: -reach, zmax: reach, zmid: 0, colorscale: colours.divergingScale(), colorbar: colours.bar("projection"),
           hovertemplate: "%{text}<br>layer %{y}: %{z:.4~g}<extra></extra>",
         }], { title: { text: `${state.trait}: ${name}`, font: { size: 13 } }, xaxis: { title: { text: "token" } }, yaxis: { title: { text: "layer" } }, shapes: marks(state) })), drawProfile(state, data)]);
       },

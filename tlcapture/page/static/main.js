@@ -9,8 +9,8 @@
   let view = null, viewName = null, data = null, latest = 0, painted = { textOf: () => "", what: "" };
 
   tl.reading = {
-    paint(colourOf, textOf, what) {
-      painted = { textOf, what };
+    paint(colourOf, textOf, what, scale = null) {
+      painted = { textOf, what, scale };
       strip.paint(colourOf, textOf);
       tellToken(state.now);
     },
@@ -20,12 +20,12 @@
     if (!data?.tokens) return;
     strip.choose(now.token ?? -1);
     if (now.token === null || now.token >= data.tokens.length) {
-      byId("status").replaceChildren(painted.what ? `Colour: ${painted.what}. ` : "", "Choose a token with the mouse or the arrow keys.");
+      byId("status").replaceChildren(painted.what ? `Colour: ${painted.what}. ` : "", "Choose a token with the mouse, or with the arrow keys when the text has the focus.", painted.scale ?? "");
       return;
     }
     const part = now.token < data.n_prompt_tokens ? "prompt" : "response", name = tl.spanNames(data.tokens.length, data.spans)[now.token];
     byId("status").replaceChildren("token ", element("b", {}, `${now.token} ${tl.quoted(data.labels[now.token])}`), ` of the ${part}${name ? `, ${name}` : ""}`,
-      painted.what ? `; ${painted.what}: ` : "", element("b", {}, painted.textOf(now.token)));
+      painted.what ? `; ${painted.what}: ` : "", element("b", {}, painted.textOf(now.token)), painted.scale ?? "");
   }
 
   const listed = ({ listed: { prompts }, changes }) => prompts.find((each) => each.id === changes.prompt);
@@ -95,6 +95,7 @@
     byId("views").replaceChildren(...VIEWS.map(([name, { title }], number) => element("button", { role: "tab", "aria-selected": name === now.view ? "true" : "false", title: `key ${number}`, onclick: () => state.set({ view: name }) }, title)));
     const themes = ["", "light", "dark"], next = themes[(themes.indexOf(now.theme) + 1) % themes.length];
     byId("tools").replaceChildren(
+      ...(data?.tokens && data.n_prompt_tokens < data.tokens.length ? [tl.toggle("response only", now.response, (response) => state.set({ response }))] : []),
       element("button", { title: "light, dark, or system theme", onclick: () => state.set({ theme: next }, { quietly: true }) }, now.theme || "auto"),
       element("button", { title: "keys", "aria-label": "Keys", onclick: () => byId("help").showModal() }, "?"));
     document.title = `${now.set}/${now.prompt} ${now.trait} \u00b7 ${now.experiment} \u00b7 tlcapture`;
@@ -141,6 +142,7 @@
       const mine = view;
       byId("view").querySelector(".empty")?.remove();
       [...byId("view").children].forEach((child) => { child.hidden = false; });
+      tl.figure.tokens = data?.tokens && now.response && data.n_prompt_tokens < data.tokens.length ? [data.n_prompt_tokens, data.tokens.length] : null;
       await mine.update(now, changed, data);
       if (!isLatest()) return;
       tellToken(now);
@@ -198,8 +200,8 @@
 
   const open = (number) => byId("pickers").children[number]?.openPicker?.();
   const KEYS = {
-    ArrowRight: [() => move("token", 1), "\u2190 \u2192", "token"], ArrowLeft: [() => move("token", -1)],
-    ArrowUp: [() => move("layer", 1), "\u2191 \u2193", "layer"], ArrowDown: [() => move("layer", -1)],
+    ArrowRight: [() => move("token", 1), "\u2190 \u2192", "token, when the text has the focus"], ArrowLeft: [() => move("token", -1)],
+    ArrowUp: [() => move("layer", 1), "\u2191 \u2193", "layer, when the text has the focus"], ArrowDown: [() => move("layer", -1)],
     "]": [() => move("head", 1), "[ ]", "head"], "[": [() => move("head", -1)],
     n: [() => step(1), "n p", "next and previous prompt"], p: [() => step(-1)],
     "/": [pick, "/", "find a prompt"], t: [() => open(3), "t", "find a trait"],
@@ -208,7 +210,7 @@
   };
   addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, select, textarea, dialog")) return;
-    if (!KEYS[event.key]) return;
+    if (!KEYS[event.key] || (event.key.startsWith("Arrow") && !event.target.closest(".strip"))) return;
     event.preventDefault();
     KEYS[event.key][0]();
   });
