@@ -364,7 +364,10 @@ def test_the_page_opens_on_the_overview_and_a_click_opens_the_prompt(page: Watch
 def test_the_overview_is_sorted_filtered_and_returns_to_the_view(page: Watched) -> None:
     def column(name: str) -> list[str]:
         at = [each.inner_text().split()[0] for each in page.page.query_selector_all(".overview thead th")].index(name)
-        return [row.query_selector_all("th, td")[at].inner_text() for row in page.page.query_selector_all(".overview tbody tr")]
+        return [
+            row.query_selector_all("th, td")[at].inner_text()
+            for row in page.page.query_selector_all(".overview tbody tr")
+        ]
 
     page.open(f"view=lens&{HERE}")
     page.press("/")
@@ -456,7 +459,7 @@ def test_missing_data_names_the_command(hostile: Watched, hostile_root: Path) ->
         ("attention", 2, "tlcapture capture --experiment exp --prompt-set odd --attention --replay"),
         ("dynamics", 3, "tlcapture project --experiment exp --prompt-set odd"),
         ("vectors", 1, "tlcapture steer --experiment exp --traits style/odd"),
-        ("difference", 2, "tlcapture compare exp/odd kept/odd"),
+        ("difference", 2, "tlcapture compare exp/odd exp/odd@lora"),
     ):
         hostile.open(f"view={view}&experiment=exp&set=odd&prompt={prompt}&trait=style/odd")
         assert hostile.text(".empty code") == f"{command} --root {hostile_root.resolve()}"
@@ -483,13 +486,15 @@ def test_new_experiments_appear_without_a_reload(hostile: Watched, hostile_root:
         hostile.page.wait_for_function("tl.source.experiments().then(all => all.some(each => each.name === 'later'))")
         hostile.settled()
         hostile.page.click("#pickers .picker:first-child button")
-        hostile.page.wait_for_selector("li >> text=later")
+        hostile.page.wait_for_selector("li:has-text('later')")
     finally:
         shutil.rmtree(hostile_root / "experiments/later")
 
 
 def test_a_prompt_without_vectors_shows_its_text(hostile: Watched, hostile_root: Path) -> None:
-    shutil.copytree(hostile_root / "experiments/exp/analysis", hostile_root / "experiments/bare/analysis")
+    shutil.copytree(
+        hostile_root / "experiments/exp/analysis/per_token", hostile_root / "experiments/bare/analysis/per_token"
+    )
     raw = hostile_root / "experiments/bare/inference/raw/residual/odd/1.pt"
     raw.parent.mkdir(parents=True)
     tiny_capture().save(raw)
@@ -576,5 +581,5 @@ def test_an_exported_page_lists_omitted_data(context: Any, page_root: Path, tmp_
     page = Watched(context, target.as_uri())
     page.open(f"view=attention&{HERE}")
     assert "attention of single_trait/1" in page.text("#left-out")
-    assert page.text(".empty code") == "tlcapture view --experiment exp"
+    assert page.text(".empty code") == f"tlcapture view --experiment exp --root {page_root.resolve()}"
     page.page.close()

@@ -67,13 +67,14 @@ def test_a_damaged_projection_is_named_and_the_rest_is_shown(page_root: Path) ->
 
 
 @pytest.mark.parametrize("has_index", [True, False])
-def test_a_capture_without_vectors_shows_its_text(
-    page_root: Path, has_index: bool
-) -> None:
+def test_a_capture_without_vectors_shows_its_text(page_root: Path, has_index: bool) -> None:
     saved = capture(page_root, "plain", has_index=has_index)
     contents = Contents(page_root)
     found = contents.prompt("plain", "odd", "1")
-    assert (found["tokens"], found["n_prompt_tokens"]) == ([*saved["prompt"]["tokens"], *saved["response"]["tokens"]], len(saved["prompt"]["tokens"]))
+    assert (found["tokens"], found["n_prompt_tokens"]) == (
+        [*saved["prompt"]["tokens"], *saved["response"]["tokens"]],
+        len(saved["prompt"]["tokens"]),
+    )
     assert found["text"] == saved["response"]["text"]
     assert contents.prompt_set("plain", "odd")["prompts"][0]["text"] == saved["prompt"]["text"]
     overview = contents.overview("plain", "odd", "residual")

@@ -39,7 +39,7 @@ tl.views.compare = {
       const prompts = await tl.source.promptSet(side.experiment, side.set).then((listed) => listed.prompts).catch(() => []);
       const later = number === 0 ? {} : { experiment2: side.experiment, set2: side.set, prompt2: side.prompt };
       return element("div", { className: "controls" },
-        element("b", { style: { color: COLOURS[number] } }, number === 0 ? "A" : "B"),
+        element("b", { className: "side", style: { borderColor: COLOURS[number] } }, number === 0 ? "A" : "B"),
         tl.picker("experiment", { options: experiments.map((each) => ({ value: each.name, text: each.name })), value: side.experiment, choose: (value) => tl.state.set({ ...later, [experiment]: value, [set]: "", [prompt]: "" }) }),
         tl.picker("set", { options: sets.map((each) => ({ value: each, text: each })), value: side.set, choose: (value) => tl.state.set({ ...later, [set]: value, [prompt]: "" }) }),
         side.average ? null : tl.picker("prompt", { options: prompts.map((each) => ({ value: each.id, text: `${each.id}`, note: tl.visible(each.text) })), value: side.prompt, choose: (value) => tl.state.set({ ...later, [prompt]: value }) }),
@@ -74,7 +74,7 @@ tl.views.compare = {
         strip.paint((index) => colours.diverging(side.y[index], most), (index) => tl.number(side.y[index]));
         return { box, strip, side };
       });
-      texts.replaceChildren(...strips.map(({ box }, number) => element("div", {}, element("b", { style: { color: COLOURS[number] } }, `${number === 0 ? "A" : "B"}: ${found[number].label}`), box)));
+      texts.replaceChildren(...strips.map(({ box }, number) => element("div", {}, element("b", { className: "side", style: { borderColor: COLOURS[number] } }, `${number === 0 ? "A" : "B"}: ${found[number].label}`), box)));
     }
 
     function drawFacts() {
@@ -84,7 +84,7 @@ tl.views.compare = {
         const own = side.own?.dynamics;
         return element("tr", {}, [number === 0 ? "A" : "B", response.length ? tl.number(mean) : "\u2013", own ? own.commitment_point ?? "none" : "\u2013", own ? tl.number(own.peak_velocity) : "\u2013", own ? own.persistence ?? "none" : "\u2013"].map((text) => element("td", {}, String(text))));
       });
-      facts.replaceChildren(element("table", {}, element("thead", {}, element("tr", {}, ["", "mean over the response", "commitment point", "peak velocity", "persistence"].map((text) => element("th", {}, text)))), element("tbody", {}, rows)),
+      facts.replaceChildren(element("table", {}, element("thead", {}, element("tr", {}, ["side", "mean over the response", "commitment point", "peak velocity", "persistence"].map((text) => element("th", {}, text)))), element("tbody", {}, rows)),
         ...found.flatMap((side) => side.problems || []).map((problem) => element("p", { className: "warning" }, problem)));
     }
 

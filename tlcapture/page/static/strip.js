@@ -69,6 +69,8 @@ tl.strip = (container, choose) => {
       container.replaceChildren(...folded(nPrompt), ...children);
       container.className = "strip";
       reachable(pieces[Math.max(0, first)]);
+      const response = container.querySelector(".boundary");
+      if (response) container.scrollTop = Math.max(0, response.offsetTop - container.offsetTop - container.clientHeight / 2);
     },
     /** Colour each token; `colourOf(index)` is a CSS colour, `textOf(index)` the tooltip. A piece has the colours of its tokens. */
     paint(colourOf, textOf = () => "") {
