@@ -492,10 +492,9 @@ def test_new_experiments_appear_without_a_reload(hostile: Watched, hostile_root:
 
 
 def test_a_prompt_without_vectors_shows_its_text(hostile: Watched, hostile_root: Path) -> None:
-    shutil.copytree(
-        hostile_root / "experiments/exp/analysis/per_token", hostile_root / "experiments/bare/analysis/per_token"
-    )
-    raw = hostile_root / "experiments/bare/inference/raw/residual/odd/1.pt"
+    bare, below = hostile_root / "experiments/bare", "analysis/per_token"
+    shutil.copytree(hostile_root / "experiments/exp" / below, bare / below)
+    raw = bare / "inference/raw/residual/odd/1.pt"
     raw.parent.mkdir(parents=True)
     tiny_capture().save(raw)
     try:
@@ -507,7 +506,7 @@ def test_a_prompt_without_vectors_shows_its_text(hostile: Watched, hostile_root:
             assert view in ("lens", "attention", "compare") or "--root" in hostile.text(".empty code")
             assert view in ("vectors", "compare", "difference") or "t0" in hostile.text("#strip")
     finally:
-        shutil.rmtree(hostile_root / "experiments/bare")
+        shutil.rmtree(bare)
 
 
 def test_tokens_are_reached_by_the_keyboard_and_arrows_scroll_elsewhere(page: Watched) -> None:
@@ -544,11 +543,13 @@ def test_a_long_prompt_is_folded_and_only_the_response_is_on_the_axes(page: Watc
 def test_text_on_the_strongest_colours_has_the_contrast_of_wcag_aa(page: Watched, theme: str) -> None:
     page.open(f"view=dynamics&{HERE}&theme={theme}")
     code = """() => {
-      const over = (front, back) => back.map((value, at) => front[at] * front[3] + value * (1 - front[3]));
-      const numbers = (text) => { const found = text.match(/[0-9.]+/g).map(Number); return found.length > 3 ? found : [...found, 1]; };
-      const { css, diverging, amount } = tl.colours, back = numbers(css('--panel')).slice(0, 3);
-      const pairs = [diverging(-9, 1), diverging(9, 1), amount(9, 1)].map((each) => [numbers(css('--text')).slice(0, 3), over(numbers(each), back)]);
-      return [...pairs, [numbers(css('--faint')).slice(0, 3), back], [numbers(css('--warn')).slice(0, 3), back]];
+      const { css, diverging, amount } = tl.colours;
+      const numbers = (text) => text.match(/[0-9.]+/g).map(Number), plain = (name) => numbers(css(name)).slice(0, 3);
+      const back = plain("--panel");
+      const over = ([r, g, b, share]) => [r, g, b].map((value, at) => value * share + back[at] * (1 - share));
+      const strongest = [diverging(-9, 1), diverging(9, 1), amount(9, 1)];
+      const pairs = strongest.map((each) => [plain("--text"), over(numbers(each))]);
+      return [...pairs, [plain("--faint"), back], [plain("--warn"), back]];
     }"""
     for front, back in page.page.evaluate(code):
         light, dark = sorted((luminance(front), luminance(back)), reverse=True)

@@ -71,10 +71,8 @@ def test_a_capture_without_vectors_shows_its_text(page_root: Path, has_index: bo
     saved = capture(page_root, "plain", has_index=has_index)
     contents = Contents(page_root)
     found = contents.prompt("plain", "odd", "1")
-    assert (found["tokens"], found["n_prompt_tokens"]) == (
-        [*saved["prompt"]["tokens"], *saved["response"]["tokens"]],
-        len(saved["prompt"]["tokens"]),
-    )
+    parts = [saved[name]["tokens"] for name in ("prompt", "response")]
+    assert (found["tokens"], found["n_prompt_tokens"]) == ([*parts[0], *parts[1]], len(parts[0]))
     assert found["text"] == saved["response"]["text"]
     assert contents.prompt_set("plain", "odd")["prompts"][0]["text"] == saved["prompt"]["text"]
     overview = contents.overview("plain", "odd", "residual")

@@ -40,6 +40,15 @@ def joined(tokens: Sequence[str], text: str) -> list[dict[str, Any]]:
     return [{"start": start, "stop": stop, "text": shown} for start, stop, shown in groups if stop - start > 1]
 
 
+def joined_parts(tokens: Sequence[str], n_prompt: int, prompt: str, response: str) -> list[dict[str, Any]]:
+    """`joined` for a prompt and its response, which have a text each."""
+    later = [
+        {**group, "start": group["start"] + n_prompt, "stop": group["stop"] + n_prompt}
+        for group in joined(tokens[n_prompt:], response)
+    ]
+    return [*joined(tokens[:n_prompt], prompt), *later]
+
+
 def _after(token: str, text: str, position: int) -> int:
     """The position after a token; a special token is not in every text."""
     return position + len(token) if text.startswith(token, position) else position
@@ -100,8 +109,7 @@ def _n_bytes(text: str) -> int:
 
 def _split(tokens: Sequence[str], resolved: Sequence[str]) -> Iterator[tuple[int, int, str]]:
     """Start and stop of tokens, and their text, split between characters wherever the borders are certain."""
-    marks = "".join(tokens)
-    owners: list[int] = []  # of each character of `marks`: the number of the unit of text it belongs to
+    owners: list[int] = []  # of each character of the tokens: the number of the unit of text it belongs to
     units: list[str] = []
     for stretch, shown in zip(_stretches(tokens), resolved, strict=True):
         sizes = [1] * len(shown) if stretch == shown else _sizes(len(stretch), shown)
