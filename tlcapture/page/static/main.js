@@ -56,12 +56,14 @@
     if (wanted.prompt && !listed.prompts.some((prompt) => prompt.id === wanted.prompt)) return unknown(experiments, changes, `${changes.experiment}/${changes.set} has no capture ${wanted.prompt}; captured: ${listOf(listed.prompts.map((prompt) => prompt.id))}`, experiment, listed);
     if (wanted.trait && !all.includes(wanted.trait)) return unknown(experiments, changes, `${changes.experiment} has neither vectors of ${wanted.trait} nor projections onto it; traits: ${listOf(all)}`, experiment, listed);
     changes.prompt = listed.prompts.some((prompt) => prompt.id === wanted.prompt) ? wanted.prompt : listed.prompts[0]?.id ?? "";
-    const traits = all;
-    changes.trait = traits.includes(wanted.trait) ? wanted.trait : await firstTrait(changes, experiment, listed, wanted);
-    changes.view = tl.views[wanted.view] ? wanted.view : wanted.prompt ? "dynamics" : "overview";
+    const traits = all, view = viewOf(wanted);
+    changes.trait = traits.includes(wanted.trait) ? wanted.trait : view === "overview" ? "" : await firstTrait(changes, experiment, listed, wanted);
+    changes.view = view;
     delete begin.loading;
     return { experiments, listed, traits, changes };
   }
+
+  const viewOf = ({ view, prompt }) => (tl.views[view] ? view : prompt ? "dynamics" : "overview");
 
   const listOf = (names) => (names.length > 12 ? `${names.slice(0, 12).join(", ")} and ${names.length - 12} more` : names.join(", ") || "none");
 
@@ -74,7 +76,8 @@
   async function firstTrait({ experiment: name, set, prompt }, experiment, listed, wanted) {
     const first = (wanted.view === "vectors" ? experiment.traits[0] : listed.traits[0]) ?? experiment.traits[0] ?? "";
     if (!listed.traits.length) return first;
-    const { rows } = await source.overview(name, set, wanted.component).catch(() => ({ rows: [] }));
+    const unknownYet = { rows: [] }, late = new Promise((resolve) => setTimeout(resolve, 4000, unknownYet)); // of a very large set
+    const { rows } = await Promise.race([source.overview(name, set, wanted.component).catch(() => unknownYet), late]);
     const own = rows.find((row) => row.captures.includes(prompt)), most = rows.filter((row) => row.stands_out).sort((a, b) => b.rise - a.rise)[0];
     return (own?.stands_out ? own.trait : most?.trait ?? own?.trait) ?? first;
   }
