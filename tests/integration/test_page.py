@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.browser import Watched, browser, server
+from tests.input.test_capture_index import made as tiny_capture
 from tests.page.conftest import HOSTILE, write, write_experiment
 from tests.page.conftest import TOKENS as HOSTILE_TOKENS
 from tests.page.test_comparisons import comparison
@@ -162,7 +163,7 @@ def test_each_view_shows_a_capture_of_the_embedded_model(page: Watched, view: st
     page.open(f"view={view}&{HERE}")
     assert page.page.query_selector(".empty") is None
     assert page.page.query_selector_all(".plot[data-drawn=yes]")
-    assert page.page.get_attribute(f"#views button:nth-child({VIEWS.index(view) + 1})", "aria-selected") == "true"
+    assert page.page.get_attribute(f"#views button:nth-child({VIEWS.index(view) + 2})", "aria-selected") == "true"
 
 
 def test_trajectories_equal_those_of_the_files(page: Watched, page_root: Path) -> None:
@@ -231,6 +232,7 @@ def test_layers_that_were_not_kept_are_blank_and_skipped_by_the_keyboard(hostile
     assert heat["z"] == [[None] * len(scores), *([row[layer][0] for row in scores] for layer in (1, 2))]
     assert (profile["x"], profile["y"]) == ([1, 2], [scores[3][1][0], scores[3][2][0]])
     assert "that the capture kept (1, 2)" in str(hostile.page.text_content("#view"))
+    hostile.page.focus("#strip .token[tabindex='0']")
     for key, layer in (("ArrowDown", 1), ("ArrowUp", 2), ("ArrowUp", 2), ("ArrowDown", 1)):
         hostile.press(key)
         assert f"at layer {layer}, residual_out: " in str(hostile.page.text_content("#status"))
@@ -309,6 +311,7 @@ def test_all_views_follow_the_chosen_token(page: Watched) -> None:
 
 def test_the_keyboard_moves_token_layer_head_prompt_and_view(page: Watched) -> None:
     page.open(f"view=attention&{HERE}&token=5&layer=3")
+    page.page.focus("#strip .token[tabindex='0']")
     page.press("ArrowRight", "ArrowRight", "ArrowLeft", "ArrowUp", "ArrowUp", "ArrowDown", "]", "]", "[")
     assert all(part in page.page.url for part in ("token=6", "layer=4", "head=1"))
     page.press("n")
@@ -321,6 +324,7 @@ def test_the_keyboard_moves_token_layer_head_prompt_and_view(page: Watched) -> N
 
 def test_the_address_restores_the_view(page: Watched, context: Any, address: str) -> None:
     page.open(f"view=dynamics&{HERE}")
+    page.page.focus("#strip .token[tabindex='0']")
     page.press("2", "ArrowRight", "ArrowRight", "ArrowUp")
     other = Watched(context, address)
     other.page.goto(page.page.url)
@@ -344,6 +348,44 @@ def test_pickers_filter_while_typing(page: Watched) -> None:
     page.press("/")
     page.page.keyboard.type("no such prompt")
     page.page.wait_for_selector("text=no match")
+
+
+def test_the_page_opens_on_the_overview_and_a_click_opens_the_prompt(page: Watched) -> None:
+    page.open("experiment=exp&set=single_trait")
+    assert "view=overview" in page.page.url
+    head = [each.inner_text().split()[0] for each in page.page.query_selector_all(".overview thead th")]
+    assert head[:5] == ["prompt", "stands", "rise", "chance", "answer"]
+    assert set(head[5:]) == {"refusal", "formality"}
+    page.page.click(".overview tbody tr:nth-child(2) .answer")
+    page.settled()
+    assert all(part in page.page.url for part in ("view=dynamics", "prompt=2"))
+
+
+def test_the_overview_is_sorted_filtered_and_returns_to_the_view(page: Watched) -> None:
+    def column(name: str) -> list[str]:
+        at = [each.inner_text().split()[0] for each in page.page.query_selector_all(".overview thead th")].index(name)
+        return [
+            row.query_selector_all("th, td")[at].inner_text()
+            for row in page.page.query_selector_all(".overview tbody tr")
+        ]
+
+    page.open(f"view=lens&{HERE}")
+    page.press("/")
+    page.page.click(".overview th:has-text('formality') button")
+    page.settled()
+    rises = [float(text.replace("\u2212", "-")) for text in column("formality")]
+    assert rises == sorted(rises, reverse=True)
+    assert page.page.get_attribute(".overview th:has-text('formality')", "aria-sort") == "descending"
+    page.page.click(".overview th:has-text('formality') button")
+    page.settled()
+    assert [float(text.replace("\u2212", "-")) for text in column("formality")] == rises[::-1]
+    second = page.page.inner_text(".overview tbody tr:has(button:has-text('2 ')) .answer").split()[0:3]
+    page.page.fill("#find", " ".join(second))
+    page.settled()
+    assert [text.split()[0] for text in column("prompt")] == ["2"]
+    page.page.press("#find", "Enter")
+    page.settled()
+    assert all(part in page.page.url for part in ("view=lens", "prompt=2"))
 
 
 def test_compared_trajectories_are_aligned_at_the_first_response_token(page: Watched, page_root: Path) -> None:
@@ -411,16 +453,113 @@ def test_hostile_tokens_are_escaped(hostile: Watched) -> None:
         assert hostile.page.title() != "owned"
 
 
-def test_missing_data_names_the_command(hostile: Watched) -> None:
+def test_missing_data_names_the_command(hostile: Watched, hostile_root: Path) -> None:
     for view, prompt, command in (
         ("lens", 2, "tlcapture capture --experiment exp --prompt-set odd --logit-lens --replay"),
         ("attention", 2, "tlcapture capture --experiment exp --prompt-set odd --attention --replay"),
         ("dynamics", 3, "tlcapture project --experiment exp --prompt-set odd"),
         ("vectors", 1, "tlcapture steer --experiment exp --traits style/odd"),
-        ("difference", 2, "tlcapture compare exp/odd OTHER"),
+        ("difference", 2, "tlcapture compare exp/odd exp/odd@lora"),
     ):
         hostile.open(f"view={view}&experiment=exp&set=odd&prompt={prompt}&trait=style/odd")
-        assert hostile.text(".empty code") == command
+        assert hostile.text(".empty code") == f"{command} --root {hostile_root.resolve()}"
+
+
+def test_links_to_what_is_not_there_say_so_and_keep_their_address(hostile: Watched) -> None:
+    for state, expected in (
+        ("experiment=nix&set=odd&prompt=1", "no experiment nix"),
+        ("experiment=exp&set=nix", "exp has no captures of a set nix; captured sets: odd"),
+        ("experiment=exp&set=odd&prompt=77", "exp/odd has no capture 77; captured: 1, 2, 3"),
+        ("experiment=exp&set=odd&prompt=1&trait=style/nix", "neither vectors of style/nix nor projections"),
+    ):
+        hostile.page.goto("about:blank")
+        hostile.open(state)
+        assert expected in hostile.text(".empty")
+        assert hostile.page.url.endswith(state)
+        assert hostile.page.query_selector_all("#pickers .picker")
+
+
+def test_new_experiments_appear_without_a_reload(hostile: Watched, hostile_root: Path) -> None:
+    hostile.open("view=overview&experiment=exp&set=odd&prompt=1&trait=style/odd")
+    shutil.copytree(hostile_root / "experiments/kept", hostile_root / "experiments/later")
+    try:
+        hostile.page.wait_for_function("tl.source.experiments().then(all => all.some(each => each.name === 'later'))")
+        hostile.settled()
+        hostile.page.click("#pickers .picker:first-child button")
+        hostile.page.wait_for_selector("li:has-text('later')")
+    finally:
+        shutil.rmtree(hostile_root / "experiments/later")
+
+
+def test_a_prompt_without_vectors_shows_its_text(hostile: Watched, hostile_root: Path) -> None:
+    bare, below = hostile_root / "experiments/bare", "analysis/per_token"
+    shutil.copytree(hostile_root / "experiments/exp" / below, bare / below)
+    raw = bare / "inference/raw/residual/odd/1.pt"
+    raw.parent.mkdir(parents=True)
+    tiny_capture().save(raw)
+    try:
+        for view in VIEWS:
+            hostile.page.goto("about:blank")
+            hostile.open(f"view={view}&experiment=bare&set=odd&prompt=1")
+            told = hostile.text("#view")
+            assert "404" not in told and "failed" not in told
+            assert view in ("lens", "attention", "compare") or "--root" in hostile.text(".empty code")
+            assert view in ("vectors", "compare", "difference") or "t0" in hostile.text("#strip")
+    finally:
+        shutil.rmtree(bare)
+
+
+def test_tokens_are_reached_by_the_keyboard_and_arrows_scroll_elsewhere(page: Watched) -> None:
+    page.open(f"view=dynamics&{HERE}")
+    page.press("ArrowRight", "ArrowDown")
+    assert "token=" not in page.page.url and "layer=" not in page.page.url
+    page.page.focus("#strip .token[tabindex='0']")
+    page.press("Enter")
+    first = int(page.page.evaluate("tl.state.now.token"))
+    page.press("ArrowRight")
+    assert page.page.evaluate("[tl.state.now.token, Number(document.activeElement.dataset.token)]") == [first + 1] * 2
+
+
+def test_a_long_prompt_is_folded_and_only_the_response_is_on_the_axes(page: Watched, page_root: Path) -> None:
+    n_prompt = len(projection_file(page_root)["prompt"]["tokens"])
+    n_tokens = n_prompt + len(projection_file(page_root)["response"]["tokens"])
+    page.open(f"view=dynamics&{HERE}")
+    folds = page.page.query_selector_all("#strip .fold")
+    assert len(folds) == (n_prompt >= 60)
+    for fold in folds:
+        assert not page.page.is_visible("#strip .token[data-token='0']")
+        fold.click()
+    assert page.page.is_visible("#strip .token[data-token='0']")
+    for view in ("dynamics", "layers", "lens", "attention", "compare", "difference"):
+        page.open(f"view={view}&{HERE}&response=1")
+        titles = "[...document.querySelectorAll('.plot')].filter(p => p.layout.xaxis.title?.text?.startsWith('token'))"
+        ranges = page.page.evaluate(f"{titles}.map(p => p.layout.xaxis.range)")
+        assert ranges
+        first = 0 if view == "compare" else n_prompt
+        assert all(each == [first - 0.5, n_tokens - n_prompt + first - 0.5] for each in ranges)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_on_the_strongest_colours_has_the_contrast_of_wcag_aa(page: Watched, theme: str) -> None:
+    page.open(f"view=dynamics&{HERE}&theme={theme}")
+    code = """() => {
+      const { css, diverging, amount } = tl.colours;
+      const numbers = (text) => text.match(/[0-9.]+/g).map(Number), plain = (name) => numbers(css(name)).slice(0, 3);
+      const back = plain("--panel");
+      const over = ([r, g, b, share]) => [r, g, b].map((value, at) => value * share + back[at] * (1 - share));
+      const strongest = [diverging(-9, 1), diverging(9, 1), amount(9, 1)];
+      const pairs = strongest.map((each) => [plain("--text"), over(numbers(each))]);
+      return [...pairs, [plain("--faint"), back], [plain("--warn"), back]];
+    }"""
+    for front, back in page.page.evaluate(code):
+        light, dark = sorted((luminance(front), luminance(back)), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5
+
+
+def luminance(colour: list[float]) -> float:
+    """The relative luminance of WCAG 2."""
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in (each / 255 for each in colour)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def test_an_exported_page_works_offline(context: Any, page_root: Path, tmp_path: Path) -> None:
@@ -443,5 +582,5 @@ def test_an_exported_page_lists_omitted_data(context: Any, page_root: Path, tmp_
     page = Watched(context, target.as_uri())
     page.open(f"view=attention&{HERE}")
     assert "attention of single_trait/1" in page.text("#left-out")
-    assert page.text(".empty code") == "tlcapture view --experiment exp"
+    assert page.text(".empty code") == f"tlcapture view --experiment exp --root {page_root.resolve()}"
     page.page.close()

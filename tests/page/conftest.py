@@ -93,5 +93,7 @@ def write_experiment(root: Path) -> Path:
 
 
 @pytest.fixture
-def page_root(tmp_path: Path) -> Path:
+def page_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An experiment in the current folder, so that commands need no root."""
+    monkeypatch.chdir(tmp_path)
     return write_experiment(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,11 @@ def test_what_was_not_compared_names_the_command(page_root: Path) -> None:
     ):
         with pytest.raises(MissingError) as caught:
             ask()
-        assert caught.value.command == "tlcapture compare exp/odd OTHER"
+        assert caught.value.command == ""
+        assert "capture it again" in caught.value.what
+    raw = page_root / "experiments/exp/inference/raw/residual"
+    shutil.copytree(raw / "odd", raw / "odd@lora")
+    assert contents.uncompared("exp", "odd")["command"] == "tlcapture compare exp/odd exp/odd@lora"
 
 
 @pytest.mark.parametrize("other", ["..", "a/b", "exp@", "exp@../x", "+odd", "exp+"])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import isnan, nan
 from typing import Any
 
@@ -24,6 +24,7 @@ _ROUNDING = 1e-5  # of projections, which files keep with 6 digits
 _Values = NDArray[np.float64]
 _Prompt = tuple[str, bool]  # the id of a prompt, and whether its captures are samples
 _ByPrompt = dict[_Prompt, list["ProjectionFile"]]
+_OnProblem = Callable[[StorageError], object]
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class TopTrait:
         samples: what the samples of the prompt do; `None` for a prompt without samples.
         pieces: the response (of the first sample) in pieces with the score of each, from -1 as in the negative examples
             to 1 as in the positive ones; as it was projected where `calibrated` is unknown.
+        rises: the rise of every trait, that of this one included; `chance` is the level of the largest of them.
     """
 
     prompt_id: str
@@ -70,6 +72,8 @@ class TopTrait:
     response: str
     samples: OverSamples | None = None
     pieces: Sequence[tuple[str, float | None]] = ()
+
+    rises: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def is_calibrated(self) -> bool:
@@ -106,10 +110,11 @@ class Findings:
 
 @dataclass(frozen=True)
 class Summary:
-    """What stands out in a projected prompt set."""
+    """What stands out in a projected prompt set; `is_against_set` says whether rises are measured over the set."""
 
     tops: Sequence[TopTrait]
     findings: Findings | None
+    is_against_set: bool = False
 
 
 def essentials(content: Mapping[str, Any]) -> bytes:
@@ -132,17 +137,23 @@ def _of_layer(scores: Any, layer: int) -> Any:
 
 
 def summary_of(
-    layout: Layout, prompt_set: str, component: str = "residual", known: Mapping[str, bytes] = {}
+    layout: Layout,
+    prompt_set: str,
+    component: str = "residual",
+    known: Mapping[str, bytes] = {},
+    on_problem: _OnProblem = lambda error: None,
 ) -> Summary:
     """The trait that rose most in each prompt of a set that has projections, and how many commit and persist.
 
     `known` are the `essentials` of files that were just written, by path relative to the experiment; they are not read.
+    Files that cannot be read are left out, and `on_problem` is called with the error.
     """
     by_trait: dict[str, _ByPrompt] = {}
     prompts: dict[_Prompt, None] = {}  # in their order
     for name in layout.prompt_ids(prompt_set):
-        for saved in _saved(layout, prompt_set, name, component):
-            if content := _read(saved, known.get(saved.place.relative_to(layout.folder).as_posix())):
+        for saved in _saved(layout, prompt_set, name, component, on_problem):
+            written = known.get(saved.place.relative_to(layout.folder).as_posix())
+            if content := _read(saved, written, on_problem):
                 has_samples = content.metadata.sample is not None
                 prompt = (str(content.metadata.prompt_id) if has_samples else name, has_samples)
                 prompts[prompt] = None
@@ -154,9 +165,8 @@ def summary_of(
         if candidates:
             top = max(candidates, key=lambda name: candidates[name].own)
             tops.append(_top(prompt, top, candidates, by_trait[top][prompt]))
-    return Summary(
-        tops, _findings([each for contents in by_trait.values() for found in contents.values() for each in found])
-    )
+    projections = [each for contents in by_trait.values() for found in contents.values() for each in found]
+    return Summary(tops, _findings(projections), len(prompts) >= FEWEST_TO_COMPARE)
 
 
 @dataclass(frozen=True)
@@ -171,19 +181,23 @@ class _Rise:
     spread: float | None = None
 
 
-def _saved(layout: Layout, prompt_set: str, prompt_id: str, component: str) -> list[SavedProjection]:
-    """A prompt's projections; none where a damaged shard may hold them, which the run has reported."""
+def _saved(
+    layout: Layout, prompt_set: str, prompt_id: str, component: str, on_problem: _OnProblem
+) -> list[SavedProjection]:
+    """A prompt's projections; none where a damaged shard may hold them."""
     try:
         return projections_saved(layout, prompt_set, prompt_id, component)
-    except StorageError:
+    except StorageError as error:
+        on_problem(error)
         return []
 
 
-def _read(saved: SavedProjection, known: bytes | None) -> ProjectionFile | None:
-    """A projection; `None` for a damaged one, which the run has reported, and for one without dynamics."""
+def _read(saved: SavedProjection, known: bytes | None, on_problem: _OnProblem) -> ProjectionFile | None:
+    """A projection; `None` for a damaged one, and for one without dynamics."""
     try:
         content = saved.read() if known is None else ProjectionFile.parse(orjson.loads(known), saved.path)
-    except StorageError:
+    except StorageError as error:
+        on_problem(error)
         return None
     return content if content.dynamics is not None else None
 
@@ -277,6 +291,7 @@ def _top(prompt: _Prompt, trait: str, candidates: Mapping[str, _Rise], contents:
     is_known = len(random) == len(candidates) and len({len(each) for each in random}) == 1
     chance = float(np.quantile(np.max(random, axis=0), 1 - LEVEL)) if is_known else None
     (prompt_id, has_samples), first, rise = prompt, contents[0], candidates[trait]
+    rises = {name: each.own for name, each in candidates.items()}
     commits = [_commits_clearly(each) for each in contents]
     point = first.dynamics.commitment_point if first.dynamics and commits[0] and not has_samples else None
     token = None if point is None else first.tokens[point]
@@ -284,8 +299,8 @@ def _top(prompt: _Prompt, trait: str, candidates: Mapping[str, _Rise], contents:
     values = np.array([float(scale.calibrated(np.float64(mean))) for scale, mean in scales if scale is not None])
     calibrated = float(values.mean()) if len(values) == len(contents) else None
     samples = OverSamples(len(contents), sum(commits), rise.spread, _spread(values)) if has_samples else None
-    pieces = _coloured_pieces(first)
-    return TopTrait(prompt_id, trait, rise.own, chance, point, token, calibrated, first.response.text, samples, pieces)
+    response, pieces = first.response.text, _coloured_pieces(first)
+    return TopTrait(prompt_id, trait, rise.own, chance, point, token, calibrated, response, samples, pieces, rises)
 
 
 def _coloured_pieces(content: ProjectionFile) -> Sequence[tuple[str, float | None]]:

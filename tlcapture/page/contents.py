@@ -9,28 +9,27 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import isnan
 from os.path import lexists
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
 from tlcapture.commands.compare_summary import read_comparisons, summary_of
 from tlcapture.comparison.comparison_files import ComparisonFile
 from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.names import Trait, base_set, split_name
-from tlcapture.page import missing
+from tlcapture.page import missing, readable
 from tlcapture.page.average import average_trajectory
+from tlcapture.page.captured import captured_tokens, shown_text
+from tlcapture.page.overview import overview_of
+from tlcapture.page.projections import projection_of
 from tlcapture.page.trait_contents import vectors_of
 from tlcapture.prompts.prompt_sets import Prompt, read_prompt_set
 from tlcapture.storage.comparisons import comparison_file, comparisons
 from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.traits.intervention_records import described
-from tlcapture.traits.projection_files import ProjectionFile
-from tlcapture.traits.rises import DEFINITIONS, peak_of
-from tlcapture.traits.saved_projections import SavedProjection, all_saved, saved_projection
+from tlcapture.traits.saved_projections import all_saved, saved_projection
 from tlcapture.views.hooks import COMPONENTS
 from tlcapture.views.json_files import PerTokenHead, head_of
 from tlcapture.views.kept_tokens import spread_rows
@@ -38,8 +37,10 @@ from tlcapture.views.saved_attention import read_attention
 from tlcapture.views.saved_lens import read_lens
 
 RESOURCES = {
+    "root_folder": "root",
     "experiments": "experiments",
     "prompt_set": "{experiment}/sets/{prompt_set}",
+    "overview": "{experiment}/overviews/{prompt_set}/{component}",
     "prompt": "{experiment}/sets/{prompt_set}/{prompt_id}",
     "samples": "{experiment}/sets/{prompt_set}/{prompt_id}/samples/{category}/{name}/{component}",
     "layers": "{experiment}/sets/{prompt_set}/{prompt_id}/layers/{category}/{name}/{component}",
@@ -50,11 +51,10 @@ RESOURCES = {
     "average": "{experiment}/averages/{prompt_set}/{category}/{name}/{component}",
     "vectors": "{experiment}/vectors/{category}/{name}",
     "comparisons": "{experiment}/compared",
+    "uncompared": "{experiment}/uncompared/{prompt_set}",
     "compared_set": "{experiment}/compared/{other}/{prompt_set}",
     "comparison": "{experiment}/compared/{other}/{prompt_set}/{prompt_id}",
 }
-_TEXT_AT_THE_START = re.compile(rb'\{\s*"prompt"\s*:\s*\{\s*"text"\s*:\s*("(?:[^"\\]|\\.)*")')
-_HEAD = 2**16
 _NUMBER = re.compile("[0-9]{1,9}")
 _IN_ADDRESSES = {"/": "~", "@": "!"}  # characters of a set's name in addresses; no name has these
 
@@ -92,6 +92,10 @@ class Contents:
 
     root: Path
 
+    def root_folder(self) -> dict[str, str]:
+        """The root, and what the page's commands need to find it from the current folder."""
+        return {"folder": str(self.root), "option": missing.root_option(self.root)}
+
     def experiments(self) -> list[dict[str, Any]]:
         """All experiments with their captured prompt sets and traits."""
         found = []
@@ -123,12 +127,20 @@ class Contents:
                 {
                     "id": own.id if own is not None and sample is None else name,
                     **({} if sample is None else {"prompt": prompt_id, "sample": sample}),
-                    "text": _shown_text(layout, prompt_set, name, own),
+                    "text": shown_text(layout, prompt_set, name, own),
                     "attention": layout.saved(layout.attention(prompt_set, name)).is_file(),
                     "logit_lens": layout.saved(layout.logit_lens(prompt_set, name)).is_file(),
                 }
             )
         return {"name": prompt_set, "prompts": prompts, "traits": _projected(layout, prompt_set)}
+
+    def overview(self, experiment: str, prompt_set: str, component: str) -> dict[str, Any]:
+        """What stands out in each prompt of a set; without projections, what its prompts were answered with."""
+        layout, captures = self._layout(experiment), self.prompt_set(experiment, prompt_set)["prompts"]
+        found = overview_of(layout, prompt_set, _component(component), captures)
+        absent = {} if found["traits"] else {"missing": missing.projections(layout, prompt_set).to_json()}
+        named = {name: [self.problem(StorageError(each)) for each in found[name]] for name in ("problems", "unread")}
+        return {**found, **absent, **named}
 
     def prompt(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
         """A prompt's tokens, and its trajectory and dynamics for every trait that it is projected onto."""
@@ -141,7 +153,7 @@ class Contents:
         for each in saved:
             try:
                 content = each.read()
-                projection = _projection(each, content)
+                projection = projection_of(each, content)
             except TlcaptureError as error:
                 found["problems"].append(self.problem(error))
                 continue
@@ -150,6 +162,7 @@ class Contents:
                 found |= {"tokens": content.tokens, "n_prompt_tokens": n_prompt, "text": content.response.text}
                 found["interventions"] = [described(each.model_dump()) for each in content.metadata.interventions]
                 found["spans"] = [span.to_json() for span in content.spans]
+                found["prompt_text"] = content.prompt.text
             if content.tokens != found["tokens"]:
                 found["problems"].append(
                     f"{each.path.relative_to(self.root)}: its tokens differ from those of the other projections"
@@ -158,7 +171,10 @@ class Contents:
             found["projections"].append(projection)
             found["n_layers"], found["layers"] = content.n_layers, content.layers
         if found["tokens"] is None:
-            found |= self._tokens_of_add_ons(layout, prompt_set, prompt_id)
+            found |= self._tokens_of_capture(layout, prompt_set, prompt_id)
+        if found["tokens"] is not None:
+            texts = found.get("prompt_text", ""), found.get("text", "")
+            found["joined"] = readable.joined_parts(found["tokens"], found["n_prompt_tokens"], *texts)
         if not found["projections"]:
             found["missing"] = missing.projections(layout, prompt_set).to_json()
         return found
@@ -265,6 +281,10 @@ class Contents:
         """A trait's vectors with the selected one, their evaluation and steering results."""
         return vectors_of(self._layout(experiment), Trait.parse(f"{category}/{name}"))
 
+    def uncompared(self, experiment: str, prompt_set: str) -> dict[str, str]:
+        """What the page says of a set that was not compared: `what` is missing, and the command that compares it."""
+        return missing.comparison(self._layout(experiment), prompt_set).to_json()
+
     def comparisons(self, experiment: str) -> list[dict[str, Any]]:
         """What the experiment's prompt sets were compared with."""
         layout = self._layout(experiment)
@@ -300,12 +320,21 @@ class Contents:
             raise missing.add_on(layout, prompt_set, kind)
         return path
 
-    def _tokens_of_add_ons(self, layout: Layout, prompt_set: str, prompt_id: str) -> dict[str, Any]:
+    def _tokens_of_capture(self, layout: Layout, prompt_set: str, prompt_id: str) -> dict[str, Any]:
+        """The tokens of a capture that is not projected, from the capture itself or else from its add-ons."""
+        path = layout.residual(prompt_set, prompt_id)
+        try:
+            if path.is_file():
+                return captured_tokens(path)
+        except TlcaptureError as error:
+            unread = {"unread": [self.problem(error)]}
+        else:
+            unread = {}
         for path_of in (layout.attention, layout.logit_lens):
             path = layout.saved(path_of(prompt_set, prompt_id))
             if path.is_file():
-                return _head(head_of(path))
-        return {}
+                return {**_head(head_of(path)), **unread}
+        return unread
 
     def problem(self, error: TlcaptureError | OSError) -> str:
         """The message of an error, with paths relative to the root."""
@@ -337,73 +366,6 @@ def _projected(layout: Layout, prompt_set: str | None = None) -> list[str]:
     """Traits that any prompt of a set, or of any set, is projected onto."""
     folders = layout.projection_folders(prompt_set)
     return sorted({str(trait) for trait, _ in folders})
-
-
-def _shown_text(layout: Layout, prompt_set: str, prompt_id: str, prompt: Prompt | None) -> str:
-    """The text of a prompt in its set if the captured prompt contains it, else the captured prompt."""
-    text = prompt.text if prompt else None
-    try:
-        saved = all_saved(layout, prompt_set, prompt_id)
-    except TlcaptureError:  # of a shard
-        saved = []
-    for each in saved:
-        if each.sharded is not None:
-            captured = _text_in_shard(each)
-            if captured:
-                return text if text and text.strip() in captured else captured
-            continue
-        if not each.path.is_file():
-            continue
-        with each.path.open("rb") as file:
-            match = _TEXT_AT_THE_START.match(file.read(_HEAD))
-        try:
-            captured = str(orjson.loads(match[1])) if match else ""
-        except orjson.JSONDecodeError:
-            captured = ""
-        if captured:
-            return text if text and text.strip() in captured else captured
-    return text or ""
-
-
-def _text_in_shard(saved: SavedProjection) -> str:
-    try:
-        return saved.read().prompt.text
-    except TlcaptureError:
-        return ""
-
-
-def _projection(saved: SavedProjection, content: ProjectionFile) -> dict[str, Any]:
-    trait, component, path = saved.trait, saved.component, saved.path
-    prompt, response = content.trajectory
-    dynamics = content.dynamics
-    if dynamics is None or dynamics.velocity is None or dynamics.acceleration is None:
-        raise StorageError(f"{path}: its dynamics are incomplete: run 'tlcapture project --dynamics-only'")
-    scale, is_current = content.calibration, content.metadata.definitions == DEFINITIONS
-    warnings = list(content.metadata.warnings)
-    if not is_current:
-        warnings.append("its dynamics follow earlier definitions: run 'tlcapture project --dynamics-only'")
-    held = content.positions
-    has_peak = is_current and dynamics.persistence is not None and held.has_all(held.n_prompt, held.n_tokens)
-    trajectory = [*prompt, *response]
-    return {
-        "trait": str(trait),
-        "component": component,
-        "trajectory": [None if isnan(score) else score for score in trajectory],
-        "dynamics": dynamics.model_dump(exclude_unset=True),
-        "peak": peak_of(np.array(trajectory), len(prompt)) if has_peak else None,
-        "calibration": None if scale is None else asdict(scale),
-        "chance": _chance(content),
-        "vector": content.metadata.vector_source.model_dump(exclude_unset=True),
-        "model": content.metadata.inference_model,
-        "warnings": warnings,
-        **({} if held.is_all else {"kept": held.described()}),
-    }
-
-
-def _chance(content: ProjectionFile) -> dict[str, Any] | None:
-    """How many random directions commit and persist on the same capture, and which share does as clearly."""
-    names = ("n_directions", "commit", "persist", "commitment", "persistence")
-    return None if content.metadata.chance is None else {name: getattr(content.metadata.chance, name) for name in names}
 
 
 def _head(head: PerTokenHead) -> dict[str, Any]:

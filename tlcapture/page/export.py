@@ -16,11 +16,12 @@ from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.names import Trait, sampled_prompts
 from tlcapture.page.assets import exported_page
 from tlcapture.page.contents import Contents, address
-from tlcapture.page.missing import MissingError
+from tlcapture.page.missing import MissingError, root_option
 from tlcapture.storage.comparisons import compared, comparisons
 from tlcapture.storage.files import write_bytes
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.saved_projections import all_saved
+from tlcapture.views.hooks import COMPONENTS
 
 DEFAULT_MEGABYTES = 50
 
@@ -91,10 +92,15 @@ def export_page(
     contents = _Only(root, experiment, tuple(prompt_sets))
     carried = _Carried(contents, int(megabytes * 2**20), on_problem=on_problem)
     prompts = [(name, prompt_id) for name in prompt_sets for prompt_id in layout.prompt_ids(name)]
-    overview: list[tuple[str, dict[str, str]]] = [("experiments", {})]
+    overview: list[tuple[str, dict[str, str]]] = [("experiments", {}), ("root_folder", {})]
     overview += [("prompt_set", {"experiment": experiment, "prompt_set": name}) for name in prompt_sets]
+    overview += [("uncompared", {"experiment": experiment, "prompt_set": name}) for name in prompt_sets]
     overview += [("prompt", _of(experiment, *prompt)) for prompt in prompts]
     carried.add("the overview", overview, needed=True)
+    for name in prompt_sets:
+        for component in COMPONENTS:
+            of_set = {"experiment": experiment, "prompt_set": name, "component": component}
+            carried.add(f"what stands out in {name}", [("overview", of_set)])
     for trait in layout.traits():
         carried.add(f"vectors of {trait}", [("vectors", {"experiment": experiment, **_named(trait)})])
     for name in prompt_sets:
@@ -185,7 +191,7 @@ def _data(carried: _Carried, experiment: str) -> str:
     shown = "; ".join(listed[:12]) + (f"; and {len(listed) - 12} more" if len(listed) > 12 else "")
     manifest = {
         "missing": carried.missing,
-        "command": f"tlcapture view --experiment {experiment}",
+        "command": f"tlcapture view --experiment {experiment}{root_option(carried.contents.root)}",
         "note": f"Omitted, because this file would be too large: {shown}." if listed else "",
     }
     head = base64.b64encode(orjson.dumps(manifest)).decode("ascii")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 from tlcapture.errors import InputError
-from tlcapture.storage.layout import Layout
+from tlcapture.names import base_set
+from tlcapture.storage.layout import Layout, existing_experiments
 from tlcapture.traits.missing_vectors import extract_command
 
 
@@ -16,7 +20,7 @@ class MissingError(InputError):
     """
 
     def __init__(self, what: str, command: str):
-        super().__init__(f"{what}: run '{command}'")
+        super().__init__(f"{what}: run '{command}'" if command else what)
         self.what = what
         self.command = command
 
@@ -25,43 +29,58 @@ class MissingError(InputError):
         return {"what": self.what, "command": self.command}
 
 
+def root_option(root: Path) -> str:
+    """What a command needs to find a root from the current folder: nothing, or ` --root FOLDER`."""
+    is_here = root.resolve() == Path.cwd()
+    return "" if is_here else f" --root {shlex.quote(str(root.resolve()))}"
+
+
+def _error(layout: Layout, what: str, command: str) -> MissingError:
+    """The error for data that `command` creates, completed for the layout's root."""
+    return MissingError(what, command + root_option(layout.root))
+
+
 def captures(layout: Layout, prompt_set: str) -> MissingError:
     """For a prompt set without captures."""
     command = f"tlcapture capture --experiment {layout.experiment} --prompt-set {prompt_set}"
-    return MissingError(f"no captures of {prompt_set}", command)
+    return _error(layout, f"no captures of {prompt_set}", command)
 
 
 def projections(layout: Layout, prompt_set: str) -> MissingError:
     """For a prompt without projections; the command extracts vectors first if there are none."""
     if not layout.traits():
-        return MissingError("no trait vectors to project onto", extract_command(layout))
+        return _error(layout, "no trait vectors to project onto", extract_command(layout))
     command = f"tlcapture project --experiment {layout.experiment} --prompt-set {prompt_set}"
-    return MissingError("not projected onto this trait", command)
+    return _error(layout, "not projected onto this trait", command)
 
 
 def add_on(layout: Layout, prompt_set: str, kind: str) -> MissingError:
     """For a prompt without `attention` or `logit-lens`, which stored captures can be replayed for."""
     base = f"tlcapture capture --experiment {layout.experiment} --prompt-set {prompt_set} --{kind}"
     how = "--replay" if layout.captured(prompt_set) else "--projections-only"
-    return MissingError(f"no {kind.replace('-', ' ')} of this prompt", f"{base} {how}")
+    return _error(layout, f"no {kind.replace('-', ' ')} of this prompt", f"{base} {how}")
 
 
 def vectors(layout: Layout, trait: object) -> MissingError:
     """For a trait without vectors."""
-    return MissingError(f"no vectors of {trait}", extract_command(layout, [trait]))
+    return _error(layout, f"no vectors of {trait}", extract_command(layout, [trait]))
 
 
 def evaluation(layout: Layout) -> MissingError:
     """For vectors that have not been evaluated."""
-    return MissingError("not evaluated", f"tlcapture evaluate --experiment {layout.experiment}")
+    return _error(layout, "not evaluated", f"tlcapture evaluate --experiment {layout.experiment}")
 
 
 def steering(layout: Layout, trait: object) -> MissingError:
     """For a trait that has not been steered."""
-    return MissingError("not steered", f"tlcapture steer --experiment {layout.experiment} --traits {trait}")
+    return _error(layout, "not steered", f"tlcapture steer --experiment {layout.experiment} --traits {trait}")
 
 
 def comparison(layout: Layout, prompt_set: str) -> MissingError:
-    """For a prompt or a set that was not compared."""
-    command = f"tlcapture compare {layout.experiment}/{prompt_set} OTHER"
-    return MissingError(f"{prompt_set} was not compared with other captures", command)
+    """For a prompt or a set that was not compared; the command compares it with the first captures that it can be."""
+    what, own = f"{prompt_set} was not compared with other captures", f"{layout.experiment}/{prompt_set}"
+    for other in [layout.experiment, *existing_experiments(layout.root)]:
+        for name in Layout(layout.root, other).captured_prompt_sets():
+            if base_set(name) == base_set(prompt_set) and f"{other}/{name}" != own:
+                return _error(layout, what, f"tlcapture compare {own} {other}/{name}")
+    return MissingError(f"{what}: capture it again in another experiment or as a variant", "")

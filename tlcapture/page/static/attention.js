@@ -30,19 +30,19 @@ tl.views.attention = {
         const measure = MEASURES[state.measure] ? state.measure : "entropy";
         const [label, of] = MEASURES[measure];
         const most = weights.slice(1).reduce((largest, weight) => Math.max(largest, weight), 0.02);
-        tl.reading.paint((index) => colours.amount(weights[index] ?? null, most), (index) => (index <= token ? tl.number(weights[index]) : "later token"), `attention of token ${token}, layer ${layer}, head ${head}`);
+        tl.reading.paint((index) => colours.amount(weights[index] ?? null, most), (index) => (index <= token ? tl.number(weights[index]) : "later token"), `attention of token ${token}, layer ${layer}, head ${head}`, colours.scale("amount", 0, most));
         controls.replaceChildren(
           tl.choice("colour of a head", Object.entries(MEASURES).map(([key, [text]]) => [key, text]), measure, (value) => tl.state.set({ measure: value })),
           tl.choice("layer", present.map((index) => [String(index), String(index)]), String(layer), (value) => tl.state.set({ layer: Number(value) })),
           tl.choice("head", layers[layer].map((_, index) => [String(index), String(index)]), String(head), (value) => tl.state.set({ head: Number(value) })),
           ...(keptLayers ? [element("span", { className: "note" }, `kept: layers ${keptLayers.join(", ")}`)] : []));
         const frame = { type: "rect", x0: head - 0.5, x1: head + 0.5, y0: layer - 0.5, y1: layer + 0.5, line: { color: colours.css("--accent"), width: 2.5 } };
-        const hover = weights.map((_, index) => `${index} ${tl.plain(tl.quoted(data.tokens[index]))}`);
+        const hover = weights.map((_, index) => `${index} ${tl.plain(tl.quoted(data.labels[index]))}`);
         await Promise.all([
           grid.draw([{
-            type: "heatmap", z: layers.map((heads) => (heads ?? Array(nHeads).fill(null)).map((each) => each && of(each, data.n_prompt_tokens))), colorscale: colours.amountScale(), colorbar: { thickness: 12 },
+            type: "heatmap", z: layers.map((heads) => (heads ?? Array(nHeads).fill(null)).map((each) => each && of(each, data.n_prompt_tokens))), colorscale: colours.amountScale(), colorbar: colours.bar(label),
             hovertemplate: "layer %{y}, head %{x}: %{z:.3~g}<extra></extra>",
-          }], { title: { text: `${label} at token ${token} ${tl.plain(tl.quoted(data.tokens[token]))}`, font: { size: 13 } }, xaxis: { title: { text: "head" }, dtick: nHeads > 16 ? 4 : 1 }, yaxis: { title: { text: "layer" } }, shapes: [frame] }),
+          }], { title: { text: `${label} at token ${token} ${tl.plain(tl.quoted(data.labels[token]))}`, font: { size: 13 } }, xaxis: { title: { text: "head" }, dtick: nHeads > 16 ? 4 : 1 }, yaxis: { title: { text: "layer" } }, shapes: [frame] }),
           pattern.draw([{ type: "bar", y: weights, text: hover, marker: { color: "rgb(126,70,190)" }, textposition: "none", hovertemplate: "%{text}: %{y:.3~g}<extra></extra>" }], {
             title: { text: `layer ${layer}, head ${head}: weight on each token`, font: { size: 13 } }, xaxis: { title: { text: "token" }, range: [-0.5, data.tokens.length - 0.5] }, yaxis: { range: [0, 1] },
             shapes: [tl.lineAt(data.n_prompt_tokens - 0.5, colours.css("--faint"), "dash", 1), tl.lineAt(token, colours.css("--accent"))],

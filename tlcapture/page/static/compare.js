@@ -28,7 +28,7 @@ tl.views.compare = {
       }
       const data = await tl.source.prompt(side);
       const own = data.projections.find((each) => each.trait === trait && each.component === component);
-      if (!own) throw new tl.source.Missing(data.missing || { what: `${label} is not projected onto ${trait}`, command: `tlcapture project --experiment ${side.experiment} --prompt-set ${side.set}` });
+      if (!own) throw await tl.source.notProjected(data, { ...side, trait }, `${label}: `);
       return { label, x: own.trajectory.map((_, index) => index - data.n_prompt_tokens), y: own.trajectory, data, own, problems: data.problems, calibration: own.calibration };
     }
 
@@ -39,7 +39,7 @@ tl.views.compare = {
       const prompts = await tl.source.promptSet(side.experiment, side.set).then((listed) => listed.prompts).catch(() => []);
       const later = number === 0 ? {} : { experiment2: side.experiment, set2: side.set, prompt2: side.prompt };
       return element("div", { className: "controls" },
-        element("b", { style: { color: COLOURS[number] } }, number === 0 ? "A" : "B"),
+        element("b", { className: "side", style: { borderColor: COLOURS[number] } }, number === 0 ? "A" : "B"),
         tl.picker("experiment", { options: experiments.map((each) => ({ value: each.name, text: each.name })), value: side.experiment, choose: (value) => tl.state.set({ ...later, [experiment]: value, [set]: "", [prompt]: "" }) }),
         tl.picker("set", { options: sets.map((each) => ({ value: each, text: each })), value: side.set, choose: (value) => tl.state.set({ ...later, [set]: value, [prompt]: "" }) }),
         side.average ? null : tl.picker("prompt", { options: prompts.map((each) => ({ value: each.id, text: `${each.id}`, note: tl.visible(each.text) })), value: side.prompt, choose: (value) => tl.state.set({ ...later, [prompt]: value }) }),
@@ -56,7 +56,7 @@ tl.views.compare = {
           fill: "toself", fillcolor: colour, opacity: 0.16, line: { width: 0 }, hoverinfo: "skip", name: "one standard deviation",
         });
       }
-      const text = side.x.map((position, index) => (side.data ? `${position} ${tl.plain(tl.quoted(side.data.tokens[index]))}` : `${position}, ${side.n[index]} of ${side.count} captures, sd ${tl.number(side.sd[index], 3)}`));
+      const text = side.x.map((position, index) => (side.data ? `${position} ${tl.plain(tl.quoted(side.data.labels[index]))}` : `${position}, ${side.n[index]} of ${side.count} captures, sd ${tl.number(side.sd[index], 3)}`));
       traces.push({ x: side.x, y: side.y, text, mode: "lines", name: `${number === 0 ? "A" : "B"}: ${tl.plain(side.label)}`, line: { color: colour, width: 2.2 }, hovertemplate: `%{text}<br>%{y:.4~g}<extra></extra>` });
       return traces;
     }
@@ -70,11 +70,11 @@ tl.views.compare = {
         const box = element("div");
         if (!side.data) return { box: element("p", { className: "note" }, `${side.label}: ${side.count} captures; the band is one standard deviation. First tokens, which are attention sinks, are excluded.`) };
         const strip = tl.strip(box, (index) => moveTo(index - side.data.n_prompt_tokens));
-        strip.show(side.data.tokens, side.data.n_prompt_tokens, side.data.spans);
+        strip.show(side.data.tokens, side.data.n_prompt_tokens, side.data.spans, side.data.joined);
         strip.paint((index) => colours.diverging(side.y[index], most), (index) => tl.number(side.y[index]));
         return { box, strip, side };
       });
-      texts.replaceChildren(...strips.map(({ box }, number) => element("div", {}, element("b", { style: { color: COLOURS[number] } }, `${number === 0 ? "A" : "B"}: ${found[number].label}`), box)));
+      texts.replaceChildren(...strips.map(({ box }, number) => element("div", {}, element("b", { className: "side", style: { borderColor: COLOURS[number] } }, `${number === 0 ? "A" : "B"}: ${found[number].label}`), box)));
     }
 
     function drawFacts() {
@@ -84,7 +84,7 @@ tl.views.compare = {
         const own = side.own?.dynamics;
         return element("tr", {}, [number === 0 ? "A" : "B", response.length ? tl.number(mean) : "\u2013", own ? own.commitment_point ?? "none" : "\u2013", own ? tl.number(own.peak_velocity) : "\u2013", own ? own.persistence ?? "none" : "\u2013"].map((text) => element("td", {}, String(text))));
       });
-      facts.replaceChildren(element("table", {}, element("thead", {}, element("tr", {}, ["", "mean over the response", "commitment point", "peak velocity", "persistence"].map((text) => element("th", {}, text)))), element("tbody", {}, rows)),
+      facts.replaceChildren(element("table", {}, element("thead", {}, element("tr", {}, ["side", "mean over the response", "commitment point", "peak velocity", "persistence"].map((text) => element("th", {}, text)))), element("tbody", {}, rows)),
         ...found.flatMap((side) => side.problems || []).map((problem) => element("p", { className: "warning" }, problem)));
     }
 

@@ -1,5 +1,8 @@
 "use strict";
 // Difference: two captures of the same prompt, token by token and layer by layer, as `tlcapture compare` stored it.
+/** The name of compared captures, as `tlcapture compare` takes it, from the name of their folder. */
+tl.comparedName = (other, set) => (other.includes("+") ? other.replaceAll("+", "/") : other.replace("@", `/${set.split("@")[0]}@`));
+
 tl.views.difference = {
   title: "Difference",
   ownText: true,
@@ -49,7 +52,7 @@ tl.views.difference = {
       const samples = summary.n_files > summary.n_prompts ? `, ${summary.n_files} samples` : "";
       const cut = summary.n_cut ? ` ${summary.n_cut} of ${summary.n_files} pairs of responses differ: token by token, only their beginnings are compared.` : "";
       facts.replaceChildren(element("p", {}, element("b", {}, `${summary.b} less ${summary.a}`), `, ${summary.n_prompts} prompts${samples}`),
-        rows.length ? element("table", {}, element("thead", {}, element("tr", {}, ["trait", "change", "95 % interval", "p", ""].map((text) => element("th", {}, text)))), element("tbody", {}, rows)) : null,
+        rows.length ? element("table", {}, element("thead", {}, element("tr", {}, ["trait", "change", "95 % interval", "p", "finding"].map((text) => element("th", {}, text)))), element("tbody", {}, rows)) : null,
         element("p", { className: "note" }, `Change: of the mean projection over the response. p: signs flipped over prompts, corrected for ${rows.length} traits.${summary.kl ? ` Next token: ${tl.number(summary.kl.mean, 3)} nats, mean over the responses.` : ""}${cut}`));
       notes.replaceChildren(...summary.problems.map((problem) => element("p", { className: "warning" }, problem)));
     }
@@ -60,20 +63,20 @@ tl.views.difference = {
       const z = Array.from({ length: nLayers }, (_, layer) => rows.map((row) => (row === null || row[layer] === null ? null : change(row[layer]))));
       const sizes = z.flatMap((values) => values.slice(1)).filter((value) => value !== null).map(Math.abs);
       const reach = sizes.reduce((most, size) => Math.max(most, size), 0) || 1, text = found.tokens.map((token, index) => `${index} ${tl.plain(tl.quoted(token))}`);
-      return heat.draw([{ type: "heatmap", z, text: Array(nLayers).fill(text), zmin: isRatio ? -reach : 0, zmax: reach, colorscale: isRatio ? colours.divergingScale() : colours.amountScale(), colorbar: { thickness: 12 }, hovertemplate: "%{text}<br>layer %{y}: %{z:.4~g}<extra></extra>" }],
+      return heat.draw([{ type: "heatmap", z, text: Array(nLayers).fill(text), zmin: isRatio ? -reach : 0, zmax: reach, colorscale: isRatio ? colours.divergingScale() : colours.amountScale(), colorbar: colours.bar(isRatio ? "log2 ratio" : "1 \u2212 cosine"), hovertemplate: "%{text}<br>layer %{y}: %{z:.4~g}<extra></extra>" }],
         { title: { text: isRatio ? "log2 of the norm ratio of residual_out, by layer" : "1 \u2212 cosine of residual_out, by layer", font: { size: 13 } }, xaxis: { title: { text: "token" } }, yaxis: { title: { text: "layer" } }, shapes: marks(state) });
     }
 
     return {
       async update(state) {
         const listed = (await tl.source.comparisons(state.experiment)).filter((each) => each.prompt_set === state.set).map((each) => each.other);
-        if (!listed.length) throw new tl.source.Missing({ what: `${state.set} was not compared with other captures`, command: `tlcapture compare ${state.experiment}/${state.set} OTHER` });
+        if (!listed.length) throw new tl.source.Missing(await tl.source.uncompared(state));
         const other = listed.includes(state.other) ? state.other : listed[0];
         const summary = await tl.source.comparedSet(state, other);
         const names = summary.ids.filter((name) => name === state.prompt || name.startsWith(`${state.prompt}.s`));
         drawSummary(summary);
         const name = names.includes(state.prompt) ? state.prompt : names[0];
-        if (!name) throw new tl.source.Missing({ what: `prompt ${state.prompt} was not compared with ${other}`, command: `tlcapture compare ${state.experiment}/${state.set} OTHER` });
+        if (!name) throw new tl.source.Missing({ what: `prompt ${state.prompt} was not compared with ${other}`, command: await tl.source.command(`tlcapture compare ${state.experiment}/${state.set} ${tl.comparedName(other, state.set)}`) });
         found = await tl.source.comparison(state, other, name);
         const nLayers = found.metadata.n_layers, layer = Math.min(state.layer ?? found.traits[state.trait]?.layer ?? nLayers - 1, nLayers - 1);
         const quantity = quantityOf(state, layer), reach = colours.reach(quantity.values);

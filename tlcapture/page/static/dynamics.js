@@ -1,7 +1,5 @@
 "use strict";
 // Trait dynamics: trajectories over the tokens, commitment points and persistence.
-tl.views = {};
-
 /** The projection onto the chosen trait and component. */
 tl.projectionOf = (data, state) => data.projections.find((each) => each.trait === state.trait && each.component === state.component);
 
@@ -53,7 +51,7 @@ tl.views.dynamics = {
 
     function drawLines(state, data, projections, all, spread) {
       const number = (value) => tl.number(value), shown = shownTraits(state, all);
-      const hover = data.tokens.map((token, index) => `${index} ${tl.plain(tl.quoted(token))}`);
+      const hover = data.labels.map((token, index) => `${index} ${tl.plain(tl.quoted(token))}`);
       const ofShown = projections.filter((each) => shown.includes(each.trait));
       const calibrated = !state.normalise && tl.isCalibrated(state, ...ofShown);
       const scaled = (each) => (state.normalise ? normalised(each.trajectory) : calibrated ? each.trajectory.map((value) => tl.calibrated(each, value)) : each.trajectory);
@@ -80,7 +78,7 @@ tl.views.dynamics = {
         const [peak, last] = tl.persistenceOf(own);
         marks.push({ type: "rect", xref: "x", yref: "paper", x0: peak - 0.5, x1: last + 0.5, y0: 0, y1: 1, line: { width: 0 }, fillcolor: colours.trait(all, own.trait), opacity: 0.13 });
       }
-      const seen = [...[...values.values()].flatMap((line) => line.slice(1)), ...ofSamples.flatMap((trace) => trace.y)].filter((value) => value !== null);
+      const seen = [...[...values.values()].flatMap((line) => line.slice(state.response ? data.n_prompt_tokens : 1)), ...ofSamples.flatMap((trace) => trace.y)].filter((value) => value !== null);
       const low = Math.min(...seen), high = Math.max(...seen), pad = (high - low || 1) * 0.07;
       notes.replaceChildren();
       const off = ofShown.filter((each) => { const first = values.get(each.trait)[0]; return first !== null && (first < low - pad || first > high + pad); });
@@ -111,7 +109,7 @@ tl.views.dynamics = {
         x: values.map((_, index) => index + offset), y: values, name, mode: "lines", line: { dash, width: 1.6, color: colours.css(dash === "solid" ? "--accent" : "--faint") },
         hovertemplate: `token %{x}<br>${name} %{y:.4~g}<extra></extra>`,
       });
-      const seen = [...velocity.slice(1), ...acceleration.slice(1)];
+      const from = state.response ? Math.max(1, data.n_prompt_tokens - 2) : 1, seen = [...velocity.slice(from), ...acceleration.slice(from)];
       const reach = Math.max(...seen.map(Math.abs), 1e-9) * 1.07;
       return motion.draw([trace(velocity, 1, "velocity", "solid"), trace(acceleration, 2, "acceleration", "dot")], {
         title: { text: `${state.trait}: velocity (line) and acceleration (dots)`, font: { size: 13 } },
@@ -135,15 +133,15 @@ tl.views.dynamics = {
       const span = tl.persistenceOf(own), { chance } = own;
       const p = dynamics.commitment_p === null || dynamics.commitment_p === undefined ? "" : ` (p ${tl.number(dynamics.commitment_p)})`;
       const unknown = own.kept && dynamics.peak_velocity === null; // projected again, without the tokens that were not kept
-      const commits = (point === null || point === undefined ? (unknown && !p ? "its commitment needs tokens that were not kept" : "does not commit") : `commits at ${point} ${tl.quoted(data.tokens[point])}`) + p;
+      const commits = (point === null || point === undefined ? (unknown && !p ? "its commitment needs tokens that were not kept" : "does not commit") : `commits at ${point} ${tl.quoted(data.labels[point])}`) + p;
       const persists = span ? `persists ${dynamics.persistence} tokens, ${span[0]} to ${span[1]}` : own.kept && dynamics.persistence !== null ? `persists ${dynamics.persistence} tokens`
         : unknown ? "its persistence needs tokens that were not kept" : "its rise is within chance";
       const clear = (share, found) => (found ? (share <= 0.05 ? ", clearer than 95 %" : ", not clearer than 95 %") : "");
       const random = chance ? ` Of ${chance.n_directions} random directions ${chance.commit} commit${clear(chance.commitment, point !== null)}${chance.persist === null ? "" : `, ${chance.persist} persist${clear(chance.persistence, span)}`}.` : "";
       const score = vector.score === null || vector.score === undefined ? "" : ` (${tl.number(vector.score)})`;
       facts.replaceChildren(
-        element("p", { className: "note" }, element("b", {}, state.trait), `: ${commits}; peak velocity ${tl.number(dynamics.peak_velocity)}; `
-          + `${persists}.${random} Vector: ${vector.method ?? "unknown method"} at layer ${vector.layer}, ${vector.component ?? own.component}, chosen by ${vector.selected_by ?? "an unknown rule"}${score}, from ${vector.experiment ?? "an unknown experiment"} (${vector.model ?? "unknown model"}).`),
+        element("p", { className: "note" }, element("b", {}, state.trait), `: ${commits} (`, tl.term("commitment"), "); peak ", tl.term("velocity"), ` ${tl.number(dynamics.peak_velocity)}; `
+          + `${persists} (`, tl.term("persistence"), `).${random} Vector: ${vector.method ?? "unknown method"} at layer ${vector.layer}, ${vector.component ?? own.component}, chosen by `, tl.term(vector.selected_by ?? "an unknown rule"), `${score}, from ${vector.experiment ?? "an unknown experiment"} (${vector.model ?? "unknown model"}).`),
         ...meansOf(dynamics.by_span),
         ...own.warnings.map((warning) => element("p", { className: "warning" }, warning)));
     }
@@ -153,10 +151,10 @@ tl.views.dynamics = {
         const projections = data.projections.filter((each) => each.component === state.component);
         const all = [...new Set(data.projections.map((each) => each.trait))].sort();
         const own = tl.projectionOf(data, state);
-        if (!own) throw new tl.source.Missing(data.missing || { what: `not projected onto ${state.trait || "any trait"}`, command: `tlcapture project --experiment ${state.experiment} --prompt-set ${state.set}` });
+        if (!own) throw await tl.source.notProjected(data, state);
         const line = tl.isCalibrated(state, own) ? own.trajectory.map((value) => tl.calibrated(own, value)) : own.trajectory;
         const middle = line === own.trajectory ? 0 : 0.5, fromMiddle = line.map((value) => (value === null ? null : value - middle));
-        tl.reading.paint((index) => colours.diverging(fromMiddle[index], colours.reach(fromMiddle)), (index) => tl.number(line[index]), `${state.trait}`);
+        tl.reading.paint((index) => colours.diverging(fromMiddle[index], colours.reach(fromMiddle)), (index) => tl.number(line[index]), `${state.trait}`, colours.scale("diverging", middle - colours.reach(fromMiddle), middle + colours.reach(fromMiddle), middle));
         if ([...changed].every((key) => key === "token" || key === "layer" || key === "head")) {
           lines.mark([...marks, ...here(state)]);
           motion.mark([marks[0], ...here(state)]);

@@ -38,6 +38,20 @@ tl.emptyState = (error) => {
     error.command ? element("p", {}, element("code", {}, error.command)) : null);
 };
 
+/** Words of the page that need a definition. */
+tl.TERMS = {
+  "calibrated": "On the scale of the examples that the vector was made from: the negative ones have their mean at 0, the positive ones at 1.",
+  "commitment": "The change point of the response: the token from which on the trajectory stays at another level. None is given where more than 5 % of series without a change have one as clear.",
+  "persistence": "The tokens from the peak of the smoothed response on, itself counted, that stay at or above half of its rise over the prompt.",
+  "velocity": "The change of the projection from one token to the next.",
+  "effect_size": "Chosen because it separates held-out examples best (Hedges' g, over the layers and methods that were evaluated).",
+  "steering": "Chosen because adding it to the residual stream changes the model's text most, while that stays coherent.",
+  "fallback": "Chosen by a rule alone (layer 16, or at 60 % of the depth of a smaller model), because vectors have been neither evaluated nor steered.",
+};
+
+/** A word with its definition as a tooltip, which the keyboard reaches. */
+tl.term = (name, text = name) => (tl.TERMS[name] ? tl.element("abbr", { title: tl.TERMS[name], tabIndex: 0 }, text) : text);
+
 /** A labelled select element. */
 tl.choice = (label, options, value, choose) => {
   const { element } = tl;
@@ -47,4 +61,4 @@ tl.choice = (label, options, value, choose) => {
 };
 
 /** A button that is on or off. */
-tl.toggle = (label, on, turn) => tl.element("button", { "aria-pressed": on ? "true" : "false", onclick: () => turn(!on) }, label);
+tl.toggle = (label, on, turn) => tl.element("button", { title: tl.TERMS[label] ?? "", "aria-pressed": on ? "true" : "false", onclick: () => turn(!on) }, label);

@@ -18,11 +18,18 @@ tl.figure = ({ name, height = 300, onClick }) => {
     plot);
   let drawn = Promise.resolve(), listening = false;
 
+  /** The range of an axis of tokens where only the response is shown. */
+  function rangeOf({ title }) {
+    if (!tl.figure.tokens || !title?.text.startsWith("token")) return {};
+    const [first, stop] = tl.figure.tokens, isRelative = title.text.includes("relative");
+    return { range: isRelative ? [-0.5, stop - first - 0.5] : [first - 0.5, stop - 0.5] };
+  }
+
   function styled(layout) {
     const { css } = tl.colours;
     const axis = { gridcolor: css("--line"), zerolinecolor: css("--line"), linecolor: css("--line"), automargin: true };
     const axes = { xaxis: {}, yaxis: {}, ...Object.fromEntries(Object.entries(layout).filter(([key]) => /^[xy]axis/.test(key))) };
-    for (const [key, own] of Object.entries(axes)) axes[key] = { ...axis, ...own };
+    for (const [key, own] of Object.entries(axes)) axes[key] = { ...axis, ...own, ...(key.startsWith("x") ? rangeOf(own) : {}) };
     return {
       paper_bgcolor: css("--panel"), plot_bgcolor: css("--panel"),
       font: { color: css("--text"), size: 12, family: "system-ui, sans-serif" },

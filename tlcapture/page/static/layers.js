@@ -32,7 +32,7 @@ tl.views.layers = {
         hovertemplate: `layer %{x}<br>${name} %{y:.4~g}<extra></extra>`,
       }));
       return profile.draw(traces, {
-        title: { text: `by layer at token ${token} ${tl.plain(tl.quoted(data.tokens[token]))}`, font: { size: 13 } }, showlegend: true,
+        title: { text: `by layer at token ${token} ${tl.plain(tl.quoted(data.labels[token]))}`, font: { size: 13 } }, showlegend: true,
         legend: { orientation: "h", y: 1.12, x: 1, xanchor: "right" }, xaxis: { title: { text: "layer" } },
         shapes: state.layer === null ? [] : [tl.lineAt(state.layer, colours.css("--accent"))],
       });
@@ -41,9 +41,9 @@ tl.views.layers = {
     return {
       async update(state, changed, data) {
         const projection = tl.projectionOf(data, state);
-        if (!projection) throw new tl.source.Missing(data.missing || { what: `not projected onto ${state.trait || "any trait"}`, command: `tlcapture project --experiment ${state.experiment} --prompt-set ${state.set}` });
+        if (!projection) throw await tl.source.notProjected(data, state);
         const latest = await tl.source.layers(state);
-        const same = found === latest && ![..."trait,prompt,set,experiment,component,point,theme".split(",")].some((key) => changed.has(key));
+        const same = found === latest && ![..."response,trait,prompt,set,experiment,component,point,theme".split(",")].some((key) => changed.has(key));
         found = latest;
         own = { n_prompt_tokens: data.n_prompt_tokens, layer: projection.vector.layer };
         const nLayers = found.scores[0].length, points = found.sublayers;
@@ -53,7 +53,7 @@ tl.views.layers = {
         const point = points.includes(state.point) ? state.point : points[points.length - 1];
         const line = found.scores.map((token) => token[layer]?.[points.indexOf(point)] ?? null); // null: the capture did not keep the token
         const most = colours.reach(line);
-        tl.reading.paint((index) => colours.diverging(line[index], most), (index) => tl.number(line[index]), `${state.trait} at layer ${layer}, ${point}`, line);
+        tl.reading.paint((index) => colours.diverging(line[index], most), (index) => tl.number(line[index]), `${state.trait} at layer ${layer}, ${point}`, colours.scale("diverging", -most, most));
         if (same) {
           for (const figure of figures.values()) figure.mark(marks(state));
           return drawProfile(state, data);
@@ -66,10 +66,10 @@ tl.views.layers = {
         figures = new Map(wanted.map((name) => [name, tl.figure({ name: `layers_${name}`, height: wanted.length > 1 ? 300 : 430, onClick: (at) => tl.state.set({ token: at.x, layer: at.y }) })]));
         heats.replaceChildren(...[...figures.values()].map((figure) => figure.element));
         const grids = wanted.map((name) => Array.from({ length: nLayers }, (_, at) => found.scores.map((token) => (token[at] === null ? null : token[at][points.indexOf(name)]))));
-        const reach = reachOf(grids), text = data.tokens.map((token, index) => `${index} ${tl.plain(tl.quoted(token))}`);
+        const reach = reachOf(grids), text = data.labels.map((token, index) => `${index} ${tl.plain(tl.quoted(token))}`);
         notes.replaceChildren(element("p", { className: "note" }, `Projection onto the vector of layer ${own.layer} (dotted) at every layer${kept.length < nLayers ? ` that the capture kept (${kept.join(", ")})` : ""}. The colour scale ends at \u00b1${tl.number(reach, 3)}, the 99th percentile without the first token, an attention sink.${projection.kept ? ` Of this capture, ${projection.kept}.` : ""}`));
         await Promise.all([...wanted.map((name, number) => figures.get(name).draw([{
-          type: "heatmap", z: grids[number], text: Array(nLayers).fill(text), zmin: -reach, zmax: reach, zmid: 0, colorscale: colours.divergingScale(), colorbar: { thickness: 12 },
+          type: "heatmap", z: grids[number], text: Array(nLayers).fill(text), zmin: -reach, zmax: reach, zmid: 0, colorscale: colours.divergingScale(), colorbar: colours.bar("projection"),
           hovertemplate: "%{text}<br>layer %{y}: %{z:.4~g}<extra></extra>",
         }], { title: { text: `${state.trait}: ${name}`, font: { size: 13 } }, xaxis: { title: { text: "token" } }, yaxis: { title: { text: "layer" } }, shapes: marks(state) })), drawProfile(state, data)]);
       },

@@ -5,13 +5,15 @@ tl.views.lens = {
   create(container) {
     const { element, colours } = tl;
     const overview = tl.figure({ name: "logit_lens", height: 270, onClick: (point) => tl.state.set({ token: point.x, layer: point.y }) });
-    const cells = element("div", { className: "cells" }), top = element("div", { className: "top" });
+    const cells = element("div", { className: "cells", tabIndex: 0, role: "region", "aria-label": "Predictions by layer" }), top = element("div", { className: "top", tabIndex: 0, role: "region", "aria-label": "Most likely tokens" });
     container.append(overview.element, element("div", { className: "lens" }, cells, top));
     cells.addEventListener("click", (event) => {
       const cell = event.target.closest("td");
       if (cell) tl.state.set({ token: Number(cell.dataset.token), layer: Number(cell.dataset.layer) });
     });
     let drawn = null, latestTop = 0;
+
+    const labelAfter = (data, lens, column) => data.labels[lens.token_idx[column] + 1] ?? lens.actual[column];
 
     function columnsAround(index, count, width) {
       const start = Math.max(0, Math.min(count - width, index - Math.floor(width / 2)));
@@ -38,8 +40,8 @@ tl.views.lens = {
           }, element("small", {}, rank === 1 ? "" : `#${rank}`), tl.visible(lens.top[column][row]));
         })));
       }
-      cells.replaceChildren(element("table", {}, element("thead", {}, head("token", (column) => tl.visible(data.tokens[lens.token_idx[column]]), (column) => String(lens.token_idx[column])),
-        head("next", (column) => tl.visible(lens.actual[column]), () => "the actual next token")), element("tbody", {}, rows)),
+      cells.replaceChildren(element("table", {}, element("thead", {}, head("token", (column) => tl.visible(data.labels[lens.token_idx[column]]), (column) => String(lens.token_idx[column])),
+        head("next", (column) => tl.visible(labelAfter(data, lens, column)), () => "the actual next token")), element("tbody", {}, rows)),
         element("p", { className: "note" }, `Colour: probability of the most likely token. #: rank of the actual next token; bold if it is 1. Click a cell to list the top ${lens.top_k}.${lens.kept_layers ? ` Kept: layers ${layers.join(", ")}.` : ""}`));
     }
 
@@ -64,15 +66,15 @@ tl.views.lens = {
         const ofLayer = new Map(lens.token_idx.map((token, index) => [token + 1, index]));
         const probability = (index) => (ofLayer.has(index) ? lens.actual_prob[ofLayer.get(index)][row] : null);
         tl.reading.paint((index) => colours.amount(probability(index)),
-          (index) => (ofLayer.has(index) ? `p ${tl.number(probability(index))}, rank ${lens.rank[ofLayer.get(index)][row]}` : ""), `probability of each token, predicted from the token before it, at layer ${layer}`);
+          (index) => (ofLayer.has(index) ? `p ${tl.number(probability(index))}, rank ${lens.rank[ofLayer.get(index)][row]}` : ""), `probability of each token, predicted from the token before it, at layer ${layer}`, colours.scale("amount", 0, 1));
         const shapes = [tl.lineAt(data.n_prompt_tokens - 0.5, colours.css("--text"), "dash", 1), tl.lineAt(lens.token_idx[at], colours.css("--accent")),
           { type: "line", xref: "paper", yref: "y", x0: 0, x1: 1, y0: layer, y1: layer, line: { width: 1, color: colours.css("--accent") } }];
         drawTable(state, data, lens, at, row);
         const jobs = [drawTop(state, lens, at, row)];
-        if (drawn === lens && !changed.has("theme")) jobs.push(overview.mark(shapes));
+        if (drawn === lens && !changed.has("theme") && !changed.has("response")) jobs.push(overview.mark(shapes));
         else {
           const ranks = Array.from({ length: nLayers }, (_, row) => lens.rank.map((token) => Math.log10(token[row])));
-          const text = Array.from({ length: nLayers }, (_, row) => lens.token_idx.map((token, index) => `${token} ${tl.plain(tl.quoted(data.tokens[token]))}: next ${tl.plain(tl.quoted(lens.actual[index]))}<br>rank ${lens.rank[index][row]}; first ${tl.plain(tl.quoted(lens.top[index][row]))}`));
+          const text = Array.from({ length: nLayers }, (_, row) => lens.token_idx.map((token, index) => `${token} ${tl.plain(tl.quoted(data.labels[token]))}: next ${tl.plain(tl.quoted(labelAfter(data, lens, index)))}<br>rank ${lens.rank[index][row]}; first ${tl.plain(tl.quoted(lens.top[index][row]))}`));
           drawn = lens;
           jobs.push(overview.draw([{
             type: "heatmap", x: lens.token_idx, y: layers, z: ranks, text, zmin: 0, colorscale: [[0, "rgb(126,70,190)"], [1, colours.css("--panel")]],

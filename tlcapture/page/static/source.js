@@ -19,7 +19,7 @@ tl.source = (() => {
     try {
       answer = await fetch("api/" + path);
     } catch {
-      throw new Missing({ what: "the server does not respond; restart it", command: "tlcapture view" });
+      throw new Missing({ what: "the server does not respond; restart it", command: await kept.get("root")?.then(({ option }) => `tlcapture view --experiment ${tl.state.now.experiment}${option}`) });
     }
     const value = await answer.json().catch(() => ({ what: `the server responded with status ${answer.status}` }));
     if (!answer.ok || value.absent) throw new Missing(value.absent ?? value);
@@ -53,15 +53,59 @@ tl.source = (() => {
     return found;
   }
 
+  /** A prompt whose tokens have `labels`: bytes of one character are called by it, and by which part of it they are. */
+  function labelled(found) {
+    if (!found.tokens) return found;
+    const labels = [...found.tokens];
+    for (const { start, stop, text } of found.joined ?? []) for (let at = start; at < stop; at += 1) labels[at] = `${text} ${at - start + 1}/${stop - start}`;
+    return { ...found, labels };
+  }
+
+  /** A command that runs as it is shown: with the root, where that is not the folder the page is served from. */
+  const command = (words) => get("root").then(({ option }) => words + option);
+
+  /** The error for a prompt without a projection onto a trait. */
+  async function notProjected(data, { experiment, set, trait }, where = "") {
+    if (data.missing) return new Missing({ ...data.missing, what: where + data.missing.what });
+    return new Missing({ what: `${where}not projected onto ${trait || "any trait"}`, command: await command(`tlcapture project --experiment ${experiment} --prompt-set ${set}`) });
+  }
+
+  const prompts = new WeakMap();
+  const once = (found) => {
+    if (!prompts.has(found)) prompts.set(found, labelled(found));
+    return prompts.get(found);
+  };
+
+  const seen = new Map();
+
+  /** Whether experiments, or the captures of the current set, have changed since the last call; if so, all is read anew. */
+  async function isChanged({ experiment, set }) {
+    let changed = false;
+    for (const path of ["experiments", ...(experiment && set ? [[experiment, "sets", named(set)].map(encodeURIComponent).join("/")] : [])]) {
+      const answer = await fetch("api/" + path).catch(() => null), text = answer?.ok ? await answer.text() : null;
+      const shown = await kept.get(path)?.catch(() => null);
+      if (text === null) continue;
+      if (seen.has(path) ? seen.get(path) !== text : JSON.stringify(shown) !== JSON.stringify(JSON.parse(text))) changed = true;
+      seen.set(path, text);
+    }
+    if (changed) kept.clear();
+    return changed;
+  }
+
   const ofPrompt = (state, ...rest) => get(state.experiment, "sets", named(state.set), state.prompt, ...rest);
 
   return {
     exported,
     Missing,
+    command,
+    isChanged,
+    notProjected,
+    uncompared: (state) => get(state.experiment, "uncompared", named(state.set)),
     experiments: () => get("experiments"),
     promptSet: (experiment, set) => get(experiment, "sets", named(set)).then((found) => (
       { ...found, prompts: found.prompts.map((prompt) => ({ ...prompt, id: String(prompt.id) })) })),
-    prompt: (state) => ofPrompt(state),
+    overview: (experiment, set, component) => get(experiment, "overviews", named(set), component),
+    prompt: (state) => ofPrompt(state).then(once),
     samples: (state, prompt) => get(state.experiment, "sets", named(state.set), prompt, "samples", ...state.trait.split("/"), state.component),
     layers: (state) => ofPrompt(state, "layers", ...state.trait.split("/"), state.component),
     lens: (state) => ofPrompt(state, "lens"),

@@ -4,9 +4,10 @@ window.tl = {};
 
 tl.state = (() => {
   const DEFAULTS = {
-    view: "dynamics", experiment: "", set: "", prompt: "", trait: "", component: "residual",
-    token: null, layer: null, head: 0, point: "residual_out", measure: "entropy", shown: "", normalise: false, calibrated: true, spread: true,
+    view: "", experiment: "", set: "", prompt: "", trait: "", component: "residual",
+    token: null, layer: null, head: 0, point: "residual_out", measure: "entropy", shown: "", normalise: false, calibrated: true, spread: true, response: false,
     average: false, experiment2: "", set2: "", prompt2: "", average2: false, other: "", quantity: "trait", theme: "",
+    sort: "", find: "", only: "", from: "",
   };
   // Changes of these keys add no entry to the browser's history.
   const PASSING = new Set(["token", "layer", "head"]);

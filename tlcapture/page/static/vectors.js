@@ -25,7 +25,7 @@ tl.views.vectors = {
       const next = rival ? ` Next: ${rival.method} at layer ${rival.layer}, ${tl.number(rival.score)}.` : "";
       const { imported } = found.metadata;
       const made = imported ? ` Imported from ${imported.file}, ${imported.convention ?? "attention outputs"}.` : found.metadata.extraction_model ? ` From ${found.metadata.extraction_model}, read at ${found.metadata.position ?? "an unknown position"}.` : " Unknown origin: no metadata.json.";
-      return element("p", {}, element("b", {}, component), `: ${selected.method} at layer ${selected.layer}${score}, because ${reasons[selected.selected_by] ?? selected.selected_by}.${next}${made}`,
+      return element("p", {}, element("b", {}, component), `: ${selected.method} at layer ${selected.layer}${score}, because `, tl.term(selected.selected_by, reasons[selected.selected_by] ?? selected.selected_by), `.${next}${made}`,
         selected.warning ? element("span", { className: "warning" }, ` ${selected.warning}.`) : null);
     }
 
@@ -43,7 +43,7 @@ tl.views.vectors = {
       const made = figure("cross_trait", 120 + 26 * found.traits.length);
       matrix.append(made.element);
       const labels = found.traits.map((name) => tl.plain(name));
-      return [made.draw([{ type: "heatmap", x: labels, y: labels, z: found.aurocs, zmin: 0, zmax: 1, colorscale: colours.amountScale(), colorbar: { thickness: 12 }, hovertemplate: "%{y} on the examples of %{x}: %{z:.3~f}<extra></extra>" }],
+      return [made.draw([{ type: "heatmap", x: labels, y: labels, z: found.aurocs, zmin: 0, zmax: 1, colorscale: colours.amountScale(), colorbar: colours.bar("AUROC"), hovertemplate: "%{y} on the examples of %{x}: %{z:.3~f}<extra></extra>" }],
         { title: { text: "AUROC of each trait's vector (rows) on each trait's examples (columns)", font: { size: 13 } }, xaxis: { tickangle: 30 }, yaxis: { autorange: "reversed" }, margin: { l: 150, r: 14, t: 30, b: 90 } })];
     }
 
@@ -67,7 +67,7 @@ tl.views.vectors = {
           const chance = ["null_auroc_p95", "random_auroc_p95"].map((field) => layers.map((layer) => own.find((row) => row.layer === layer)?.[field] ?? null));
           const compared = [["shuffled, p95", chance[0]], ["random, p95", chance[1]]].filter(([, values]) => key === "val_auroc" && values.some((value) => value !== null)).slice(0, 1);
           const range = key === "val_auroc" ? { zmin: 0.5, zmax: 1 } : { zmin: 0, zmax: Math.max(...own.map((row) => row[key]), 1e-9) };
-          const job = made.draw([{ type: "heatmap", x: layers, y: [...methods, ...compared.map(([name]) => name)], z: [...grid(key), ...compared.map(([, values]) => values)], colorscale: colours.amountScale(), colorbar: { thickness: 12 }, ...range, hovertemplate: `%{y}, layer %{x}: %{z:.3~f}<extra></extra>` }],
+          const job = made.draw([{ type: "heatmap", x: layers, y: [...methods, ...compared.map(([name]) => name)], z: [...grid(key), ...compared.map(([, values]) => values)], colorscale: colours.amountScale(), colorbar: colours.bar(label), ...range, hovertemplate: `%{y}, layer %{x}: %{z:.3~f}<extra></extra>` }],
             { title: { text: `${component}: held-out ${label}`, font: { size: 13 } }, xaxis: { title: { text: "layer" } }, margin: { l: 84, r: 14, t: 30, b: 38 }, shapes });
           return { element: made.element, job };
         });
@@ -106,6 +106,7 @@ tl.views.vectors = {
     return {
       async update(state, changed) {
         if (![..."view,experiment,trait,theme".split(",")].some((key) => changed.has(key)) && figures.length) return;
+        if (!state.trait) throw new tl.source.Missing({ what: `no trait vectors in ${state.experiment}`, command: await tl.source.command(`tlcapture extract --experiment ${state.experiment}`) });
         const found = await tl.source.vectors(state);
         figures.splice(0).forEach((each) => each.remove());
         chosen.replaceChildren(element("p", { className: "note" }, `Vectors of ${found.trait} in ${state.experiment}; a frame marks the selected one.`),

@@ -1,0 +1,71 @@
+"""The overview of a prompt set: what each prompt and answer begin with, and which traits stand out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from tlcapture.commands.top_traits import Summary, TopTrait, summary_of
+from tlcapture.errors import TlcaptureError
+from tlcapture.page.captured import captured_tokens
+from tlcapture.storage.layout import Layout
+
+_SHOWN = 300  # characters of an answer
+
+
+def overview_of(
+    layout: Layout, prompt_set: str, component: str, captures: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Each prompt of a set in `rows`, with the samples of a prompt in one; `captures` are those that the page lists.
+
+    A row has the `id` of the prompt, its `captures`, and the first words of the `answer`. Where the prompt is
+    projected it also has its `rises` by trait and, for the trait that rose most, what `TopTrait` says of it. `traits`
+    are all traits of the rises. `problems` are of projections, `unread` of captures that are not projected.
+    """
+    problems: dict[str, None] = {}
+    unread: dict[str, None] = {}
+    summary = summary_of(layout, prompt_set, component, on_problem=lambda error: problems.setdefault(str(error)))
+    tops = {(top.prompt_id, top.samples is not None): top for top in summary.tops}
+    rows = []
+    for (prompt, has_samples), names in _by_prompt(captures).items():
+        top = tops.get((prompt, has_samples))
+        row = {"id": prompt, "captures": names, "n_samples": len(names) if has_samples else 0}
+        answer = top.response if top else _answer(layout, prompt_set, names[0], unread)
+        rows.append({**row, "answer": answer[:_SHOWN], **({} if top is None else _findings(top))})
+    traits = sorted({trait for top in summary.tops for trait in top.rises})
+    found = None if summary.findings is None else asdict(summary.findings)
+    shown = {"rows": rows, "traits": traits, "against": _against(summary), "findings": found}
+    return {**shown, "problems": list(problems), "unread": list(unread)}
+
+
+def _by_prompt(captures: Sequence[Mapping[str, Any]]) -> dict[tuple[str, bool], list[str]]:
+    found: dict[tuple[str, bool], list[str]] = {}
+    for each in captures:
+        has_samples = "sample" in each
+        key = (str(each["prompt"] if has_samples else each["id"]), has_samples)
+        found.setdefault(key, []).append(str(each["id"]))
+    return found
+
+
+def _findings(top: TopTrait) -> dict[str, Any]:
+    names = ("trait", "rise", "chance", "stands_out", "commitment_point", "token", "calibrated", "rises")
+    samples = None if top.samples is None else asdict(top.samples)
+    return {name: getattr(top, name) for name in names} | {"samples": samples}
+
+
+def _answer(layout: Layout, prompt_set: str, name: str, unread: dict[str, None]) -> str:
+    try:
+        path = layout.residual(prompt_set, name)
+        return str(captured_tokens(path)["text"]) if path.is_file() else ""
+    except TlcaptureError as error:
+        unread.setdefault(str(error))
+        return ""
+
+
+def _against(summary: Summary) -> str:
+    """What rises are measured against."""
+    if summary.is_against_set:
+        return "the other prompts of the set"
+    has_chance = any(top.chance is not None for top in summary.tops)
+    return "the reference prompts" if has_chance else "its own spread along the tokens"

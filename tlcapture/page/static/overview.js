@@ -1,0 +1,116 @@
+"use strict";
+// Overview: the prompts of a set by traits, with what stands out in each; a click opens the prompt.
+tl.views = {};
+
+/** How much a trait rose in a prompt, as text. */
+tl.rise = (value) => (value === null || value === undefined ? "" : (value < 0 ? "\u2212" : "+") + Math.abs(value).toFixed(1));
+
+tl.views.overview = {
+  title: "Overview",
+  withoutPrompt: true,
+  create(container) {
+    const { element, colours } = tl;
+    const find = element("input", { type: "search", id: "find", placeholder: "find prompts, answers, traits", "aria-label": "Find prompts, answers or traits", oninput: () => tl.state.set({ find: find.value }, { quietly: true }), onkeydown: openFirst });
+    const controls = element("div", { className: "controls" }), table = element("div", { className: "scrolled", tabIndex: 0, role: "region", "aria-label": "Prompts by traits" }), notes = element("div");
+    container.append(controls, table, notes);
+    let rows = [], found = null, first = null;
+
+    const open = (row, trait) => tl.state.set({
+      view: tl.views[tl.state.now.from] ? tl.state.now.from : "dynamics", from: "", token: null,
+      prompt: row.captures.includes(tl.state.now.prompt) ? tl.state.now.prompt : row.captures[0], ...(trait || row.stands_out ? { trait: trait ?? row.trait } : {}),
+    });
+
+    function openFirst(event) {
+      if (event.key === "Enter" && first) open(first);
+      else if (event.key === "Escape") find.value = "", tl.state.set({ find: "" }, { quietly: true });
+    }
+
+    const COLUMNS = {
+      prompt: ["prompt", "The prompt, and the number of its samples.", null],
+      top: ["stands out", "The trait that rose most in the response, if it rose more than chance.", (row) => (row.trait ? `${row.stands_out || row.chance === null ? 0 : 1}${row.trait}` : null)],
+      rise: ["rise", "How much that trait rose from the prompt to the response, in standard deviations.", (row) => row.rise ?? null],
+      chance: ["chance", "What the largest of as many random directions stays below in 95 % of draws. A larger rise stands out.", (row) => row.chance ?? null],
+      answer: ["answer", "The first words of the response.", (row) => row.answer || null],
+    };
+
+    /** Whether a trait of a row rose more than chance. */
+    const standsOut = (row, trait) => row.chance !== null && row.rises[trait] > row.chance;
+
+    const valueOf = (row, key) => (COLUMNS[key] ? COLUMNS[key][2]?.(row) : row.rises?.[key]) ?? null;
+
+    function sorted(listed, { sort }) {
+      const down = sort.startsWith("-"), key = sort.replace("-", "");
+      if (!key || key === "prompt") return down ? [...listed].reverse() : listed;
+      const known = listed.filter((row) => valueOf(row, key) !== null), rest = listed.filter((row) => valueOf(row, key) === null);
+      const order = (a, b) => (typeof a === "number" ? a - b : String(a).localeCompare(String(b)));
+      known.sort((a, b) => order(valueOf(a, key), valueOf(b, key)) * (down ? -1 : 1));
+      return [...known, ...rest];
+    }
+
+    function filtered({ find: text, only }) {
+      const words = text.toLowerCase().split(/\s+/);
+      return rows.filter((row) => (!only || (only === "any" ? row.stands_out : row.rises && standsOut(row, only)))
+        && words.every((word) => `${row.id} ${row.text} ${row.answer ?? ""} ${row.stands_out ? row.trait : ""}`.toLowerCase().includes(word)));
+    }
+
+    function header(key, label, title, state) {
+      const down = state.sort === `-${key}`, up = state.sort === key || (!state.sort && key === "prompt"), numeric = !["prompt", "top", "answer"].includes(key);
+      const next = numeric ? (down ? key : `-${key}`) : up ? `-${key}` : key;
+      return element("th", { scope: "col", className: COLUMNS[key] ? key : "of-trait", "aria-sort": down ? "descending" : up ? "ascending" : "none" },
+        element("button", { title: `${title} Sort.`, onclick: () => tl.state.set({ sort: next }, { quietly: true }) }, label, element("span", { "aria-hidden": "true" }, down ? " \u2193" : up ? " \u2191" : "")));
+    }
+
+    function cellsOf(row, traits, most) {
+      const samples = row.n_samples ? element("small", {}, ` ${row.n_samples} sample${row.n_samples > 1 ? "s" : ""}`) : null;
+      const cells = [element("th", { scope: "row", className: "prompt" }, element("button", { className: "open", dir: "auto", onclick: () => open(row) }, element("b", {}, row.id), " ", tl.visible(row.text)), samples)];
+      if (found?.traits.length) {
+        const top = !row.trait ? "not projected" : row.stands_out ? row.trait : row.chance === null ? `${row.trait} (chance unknown)` : "none";
+        cells.push(element("td", { className: row.stands_out ? "top out" : "top" }, top), element("td", { className: "number" }, tl.rise(row.rise)), element("td", { className: "number" }, row.chance === undefined ? "" : row.chance === null ? "?" : tl.rise(row.chance)));
+      }
+      cells.push(element("td", { className: "answer", dir: "auto", title: row.answer ?? "" }, tl.visible(row.answer ?? "\u2026")));
+      for (const trait of traits) {
+        const value = row.rises?.[trait], out = row.rises && standsOut(row, trait);
+        cells.push(element("td", { className: out ? "number cell out" : "number cell", style: { backgroundColor: colours.diverging(value, most * 1.7) }, title: value === undefined ? `${trait}: not projected` : `${trait} rose by ${tl.rise(value)} standard deviations, ${row.chance === null ? "chance unknown" : out ? "more than chance" : "within chance"}`, onclick: () => value !== undefined && open(row, trait) }, tl.rise(value)));
+      }
+      return cells;
+    }
+
+    function draw(state) {
+      const focused = document.activeElement === find, traits = found?.traits ?? [], listed = sorted(filtered(state), state);
+      const most = Math.max(1e-9, ...rows.flatMap((row) => Object.values(row.rises ?? {}).map(Math.abs)));
+      const columns = traits.length ? ["prompt", "top", "rise", "chance", "answer"] : ["prompt", "answer"];
+      first = listed[0] ?? null;
+      const head = [...columns.map((key) => header(key, COLUMNS[key][0], COLUMNS[key][1], state)), ...traits.map((trait) => header(trait, trait.split("/").pop(), `Rise of ${trait}.`, state))];
+      const body = listed.map((row) => element("tr", { className: row.captures.includes(state.prompt) ? "chosen" : "", onclick: (event) => { if (!event.target.closest("button, .cell")) open(row); } }, cellsOf(row, traits, most)));
+      if (!body.length) body.push(element("tr", {}, element("td", { className: "note", colSpan: head.length }, "no match")));
+      table.replaceChildren(element("table", { className: "overview" }, element("thead", {}, element("tr", {}, head)), element("tbody", {}, body)));
+      const outstanding = rows.filter((row) => row.stands_out).length;
+      controls.replaceChildren(find, ...(traits.length ? [tl.choice("show", [["", "all prompts"], ["any", "where any trait stands out"], ...traits.map((trait) => [trait, `where ${trait} stands out`])], state.only, (only) => tl.state.set({ only }, { quietly: true }))] : []),
+        element("span", { className: "note", role: "status" }, `${listed.length} of ${rows.length} prompts${traits.length ? `; in ${outstanding} a trait stands out` : ""}`));
+      if (find.value !== state.find) find.value = state.find;
+      if (focused) find.focus();
+    }
+
+    function tell() {
+      const text = found.traits.length ? `Rise: the mean projection over the response less that over the prompt, in standard deviations against ${found.against}. A trait stands out, in bold, if its rise exceeds the chance level of its prompt: what the largest of as many random directions stays below in 95 % of draws.` : null;
+      notes.replaceChildren(...(text ? [element("p", { className: "note" }, text)] : []), ...(found.missing ? [tl.emptyState(new tl.source.Missing(found.missing))] : []), ...[...found.problems, ...found.unread].map((problem) => element("p", { className: "warning" }, problem)));
+    }
+
+    return {
+      async update(state) {
+        const { prompts } = await tl.source.promptSet(state.experiment, state.set);
+        const texts = new Map(prompts.map((each) => [each.id, each.text]));
+        const groups = tl.byPrompt(prompts).map((group) => ({ id: group.id, text: group.text, n_samples: group.samples.length, captures: group.captures.map((each) => each.id) }));
+        if (!found) {
+          rows = groups;
+          draw(state);
+        }
+        found = await tl.source.overview(state.experiment, state.set, state.component);
+        rows = found.rows.map((row) => ({ ...row, text: texts.get(row.captures[0]) ?? "" }));
+        draw(state);
+        tell();
+      },
+      remove() {},
+    };
+  },
+};
