@@ -154,10 +154,11 @@ def _chunks(items: Sequence[T], most: int) -> list[Sequence[T]]:
 def _batches(prompts: Sequence[TokenizedPrompt], most: int) -> list[Sequence[TokenizedPrompt]]:
     """Batches of at most `most` prompts, which do not part samples of a prompt if possible."""
     batches: list[Sequence[TokenizedPrompt]] = []
-    while prompts:
-        count = n_together(prompts, most)
-        batches.append(prompts[:count])
-        prompts = prompts[count:]
+    start = 0
+    while start < len(prompts):
+        count = n_together(prompts, most, start)
+        batches.append(prompts[start : start + count])
+        start += count
     return batches
 
 
