@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
 from tlcapture.commands.compare_summary import read_comparisons, summary_of
 from tlcapture.comparison.comparison_files import ComparisonFile
@@ -23,6 +22,7 @@ from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.names import Trait, base_set, split_name
 from tlcapture.page import missing
 from tlcapture.page.average import average_trajectory
+from tlcapture.page.prompt_list import listed_prompts
 from tlcapture.page.trait_contents import vectors_of
 from tlcapture.prompts.prompt_sets import Prompt, read_prompt_set
 from tlcapture.storage.comparisons import comparison_file, comparisons
@@ -53,8 +53,6 @@ RESOURCES = {
     "compared_set": "{experiment}/compared/{other}/{prompt_set}",
     "comparison": "{experiment}/compared/{other}/{prompt_set}/{prompt_id}",
 }
-_TEXT_AT_THE_START = re.compile(rb'\{\s*"prompt"\s*:\s*\{\s*"text"\s*:\s*("(?:[^"\\]|\\.)*")')
-_HEAD = 2**16
 _NUMBER = re.compile("[0-9]{1,9}")
 _IN_ADDRESSES = {"/": "~", "@": "!"}  # characters of a set's name in addresses; no name has these
 
@@ -114,21 +112,9 @@ class Contents:
         ids = layout.prompt_ids(prompt_set)
         if not ids:
             raise missing.captures(layout, prompt_set)
-        listed = self._prompts(prompt_set)
-        prompts = []
-        for name in ids:
-            prompt_id, sample = (name, None) if name in listed else split_name(name)
-            own = listed.get(prompt_id)
-            prompts.append(
-                {
-                    "id": own.id if own is not None and sample is None else name,
-                    **({} if sample is None else {"prompt": prompt_id, "sample": sample}),
-                    "text": _shown_text(layout, prompt_set, name, own),
-                    "attention": layout.saved(layout.attention(prompt_set, name)).is_file(),
-                    "logit_lens": layout.saved(layout.logit_lens(prompt_set, name)).is_file(),
-                }
-            )
-        return {"name": prompt_set, "prompts": prompts, "traits": _projected(layout, prompt_set)}
+        folders = layout.projection_folders(prompt_set)
+        prompts = listed_prompts(layout, prompt_set, ids, self._prompts(prompt_set), folders)
+        return {"name": prompt_set, "prompts": prompts, "traits": sorted({str(trait) for trait, _ in folders})}
 
     def prompt(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
         """A prompt's tokens, and its trajectory and dynamics for every trait that it is projected onto."""
@@ -333,43 +319,9 @@ def _index(token: str) -> int:
     return int(token)
 
 
-def _projected(layout: Layout, prompt_set: str | None = None) -> list[str]:
-    """Traits that any prompt of a set, or of any set, is projected onto."""
-    folders = layout.projection_folders(prompt_set)
-    return sorted({str(trait) for trait, _ in folders})
-
-
-def _shown_text(layout: Layout, prompt_set: str, prompt_id: str, prompt: Prompt | None) -> str:
-    """The text of a prompt in its set if the captured prompt contains it, else the captured prompt."""
-    text = prompt.text if prompt else None
-    try:
-        saved = all_saved(layout, prompt_set, prompt_id)
-    except TlcaptureError:  # of a shard
-        saved = []
-    for each in saved:
-        if each.sharded is not None:
-            captured = _text_in_shard(each)
-            if captured:
-                return text if text and text.strip() in captured else captured
-            continue
-        if not each.path.is_file():
-            continue
-        with each.path.open("rb") as file:
-            match = _TEXT_AT_THE_START.match(file.read(_HEAD))
-        try:
-            captured = str(orjson.loads(match[1])) if match else ""
-        except orjson.JSONDecodeError:
-            captured = ""
-        if captured:
-            return text if text and text.strip() in captured else captured
-    return text or ""
-
-
-def _text_in_shard(saved: SavedProjection) -> str:
-    try:
-        return saved.read().prompt.text
-    except TlcaptureError:
-        return ""
+def _projected(layout: Layout) -> list[str]:
+    """Traits that any prompt is projected onto."""
+    return sorted({str(trait) for trait, _ in layout.projection_folders()})
 
 
 def _projection(saved: SavedProjection, content: ProjectionFile) -> dict[str, Any]:
