@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from tlcapture import Experiment
+from tlcapture.commands.adhoc_prompts import numbered_on
 from tlcapture.commands.capture_tasks import CaptureTask
 from tlcapture.generation.loop import _Queue
 from tlcapture.generation.samples import n_together, sampled
 from tlcapture.page.contents import Contents
-from tlcapture.prompts.prompt_sets import PromptSet
+from tlcapture.prompts.prompt_sets import ADHOC, PromptSet
 from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.runs.background_writer import BackgroundWriter
 from tlcapture.runs.run import Run
@@ -160,6 +161,28 @@ def test_the_names_of_a_set_take_a_few_calls_each(layout_of: Callable[[int], Lay
     layout = layout_of(MANY)
     assert n_calls(lambda: layout.prompt_ids("s")) < MANY * (12 + 8 * TRAITS)
     assert layout.prompt_ids("s")[:3] == ["0.s1", "0.s2", "1.s1"]
+
+
+def test_prompts_of_the_command_line_are_numbered_from_files_read_once(
+    layout_of: Callable[[int], Layout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+
+    def open_capture(path: Path) -> Any:
+        opened.append(path)
+        return SimpleNamespace(metadata={"prompt_id": path.stem.split(".")[0], "prompt_text": path.read_text()})
+
+    monkeypatch.setattr("tlcapture.commands.adhoc_prompts.Capture.open", open_capture)
+    layout = layout_of(4)
+    folder = layout.residual("s", 1).parent
+    folder.rename(folder.with_name(ADHOC))
+    changed = layout.residual(ADHOC, "0.s1")
+    given = PromptSet(name=ADHOC, prompts=[{"id": 1, "text": "new"}, {"id": 2, "text": "changed"}])
+    assert [prompt.id for _ in range(3) for prompt in numbered_on(layout, given).prompts] == ["2", "3"] * 3
+    assert len(opened) == 4
+    changed.write_text("changed")
+    assert [prompt.id for prompt in numbered_on(layout, given).prompts] == ["2", "0"]
+    assert opened[4:] == [changed]
 
 
 def test_a_run_looks_for_leftovers_in_the_folders_of_its_own_sets(layout_of: Callable[[int], Layout]) -> None:
