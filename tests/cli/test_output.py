@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -105,3 +106,21 @@ def test_every_command_leaves_a_record(capture: Run, extract: Run, tlcapture: Ru
     refused = tlcapture("project", "--experiment", "exp", "--prompt-set", "nix")
     assert refused.exit_code == 2
     assert len(list((data / "experiments" / "exp" / "runs").glob("*.json"))) == 4
+
+
+def test_fsync_has_every_file_and_folder_on_the_disk(capture: Run, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    assert capture("--limit", 1).exit_code == 0
+    assert not synced
+    assert capture("--limit", 1, "--fsync").exit_code == 0
+    raw = data / "experiments" / "exp" / "inference" / "raw" / "residual" / "short"
+    assert str(raw) in synced, "the folder, which holds the name"
+    assert any(path.startswith(f"{raw}/.1.pt.") for path in synced), "the file, before it has its name"
+    assert "TLCAPTURE_FSYNC" not in os.environ
+
+
+def test_fsync_is_refused_where_it_would_not_reach_the_workers(capture: Run) -> None:
+    refused = capture("--fsync", "--executor", "ray", "--ray-address", "127.0.0.1:1")
+    assert refused.exit_code == 2
+    assert "set TLCAPTURE_FSYNC=1 for 'ray start' on every node" in refused.stderr

@@ -39,7 +39,7 @@ GROUPS: Mapping[str, frozenset[str]] = {
         "Model": "model, revision, allow_model_change, engine, device, n_devices, dtype, no_check, batch_size",
         "Cluster": """executor, ray_address, workers, gpus_per_worker, cpus_per_worker, collect, gpu, efficiency,
             tokens_per_second""",
-        "Output": "verbose, quiet, log_file, as_json, plot, export, png, max_size, help",
+        "Output": "verbose, quiet, log_file, as_json, fsync, plot, export, png, max_size, help",
     }.items()
 }
 # Limits that only say how a number is stored.

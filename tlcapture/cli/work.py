@@ -12,6 +12,7 @@ wrong usage; 130 or 143 if a signal stopped it.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ _output_options = together(
     click.option(
         "--json", "as_json", is_flag=True, help="Print a JSON object at the end, and nothing else to standard output."
     ),
+    click.option("--fsync", is_flag=True, help="Have each file on the disk, and its folder, before going on."),
 )
 
 
@@ -51,13 +53,26 @@ def working(command: Callable[..., None]) -> Callable[..., None]:
     @click.pass_context
     @wraps(command)
     def wrapped(
-        ctx: click.Context, *, verbose: bool, quiet: bool, log_file: Path | None, as_json: bool, **options: Any
+        ctx: click.Context,
+        *,
+        verbose: bool,
+        quiet: bool,
+        log_file: Path | None,
+        as_json: bool,
+        fsync: bool,
+        **options: Any,
     ) -> None:
         if verbose and quiet:
             raise click.UsageError("give one of --verbose and --quiet")
         from tlcapture.cli.logs import logging_to
+        from tlcapture.storage.files import FSYNC, fsyncing
 
-        with StopSignals() as stop, logging_to(log_file, verbose=verbose):
+        is_elsewhere = ctx.params.get("ray_address") or os.environ.get("RAY_ADDRESS")
+        if fsync and ctx.params.get("executor") == "ray" and is_elsewhere:
+            raise click.UsageError(
+                f"--fsync does not reach a Ray cluster that runs already: set {FSYNC}=1 for 'ray start' on every node"
+            )
+        with StopSignals() as stop, logging_to(log_file, verbose=verbose), fsyncing(asked=fsync):
             console = Console(quiet=quiet, as_json=as_json, stop=stop, invocation=_invocation(ctx))
             ending = _run(ctx, lambda: command(console=console, **options), console)
             _print_ending(console, ending, as_json=as_json)

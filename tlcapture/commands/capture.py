@@ -85,8 +85,8 @@ def run_capture(
     _check_space(CaptureSize.of(tasks, layout, options, lambda: known_model().measures), layout)
     if any(task.has_work for task in tasks) and isinstance(model := known_model(), Model):
         check_memory(tasks, layout, options, model)
-    if layout.folder.exists():
-        sweep_temporaries(layout.folder)
+    for folder in [layout.folder, *layout.written_folders(task.capture_set for task in tasks)]:
+        sweep_temporaries(folder)
     for task in tasks:
         if task.other_sampling:
             run.warn(_other_sampling_warning(task))

@@ -125,10 +125,10 @@ def _source(metadata: Mapping[str, Any]) -> str | None:
 
 def _metadata_of(layout: Layout, capture_set: str) -> Iterator[Mapping[str, Any]]:
     """Metadata of the captures of a set, as far as they can be read, and of one of those that were only projected."""
-    captured = layout.captured(capture_set)
+    captured = dict.fromkeys(layout.captured(capture_set))
     for prompt_id in captured:
         with suppress(StorageError):  # reported by whoever would replace it
             yield Capture.open(layout.residual(capture_set, prompt_id)).metadata
-    projected = (each for each in layout.prompt_ids(capture_set) if each not in set(captured))
+    projected = (each for each in layout.prompt_ids(capture_set) if each not in captured)
     records = (CaptureRecord.find(layout, capture_set, prompt_id) for prompt_id in projected)
     yield from (record.metadata for record in islice(filter(None, records), 1))

@@ -50,8 +50,9 @@ def chunks(items: Sequence[T], most: int) -> list[Sequence[T]]:
 def batches(prompts: Sequence[TokenizedPrompt], most: int) -> list[Sequence[TokenizedPrompt]]:
     """Batches of at most `most` prompts, which do not part samples of a prompt if possible."""
     found: list[Sequence[TokenizedPrompt]] = []
-    while prompts:
-        count = n_together(prompts, most)
-        found.append(prompts[:count])
-        prompts = prompts[count:]
+    start = 0
+    while start < len(prompts):
+        count = n_together(prompts, most, start)
+        found.append(prompts[start : start + count])
+        start += count
     return found

@@ -102,9 +102,11 @@ class CaptureWorker:
             finally:
                 self.run.removed(self._removed)
                 if self._unanswered:  # which threads found in any order
-                    named = [f"{task.capture_set}/{each.name}" for each in task.batched]
+                    named = {f"{task.capture_set}/{each.name}": index for index, each in enumerate(task.batched)}
                     can_be_off = has_switch(self.model.tokenizer, task.batched[0].template_args)
-                    self.run.warn(no_answer_warning(sorted(self._unanswered, key=named.index), has_switch=can_be_off))
+                    self.run.warn(
+                        no_answer_warning(sorted(self._unanswered, key=named.__getitem__), has_switch=can_be_off)
+                    )
                 self._removed, self._unanswered = [], []
         self._complete(task)
 

@@ -11,7 +11,7 @@ cap.cache["resid_post", 16]                    # TransformerLens's ActivationCac
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from html import escape
 from operator import index
@@ -265,16 +265,26 @@ class Captures:
 
     def samples(self, prompt_id: str | int) -> list[SavedCapture]:
         """The samples of a prompt (`--samples`), in their order; none if it has none."""
-        own = [name for name in self._ids if split_name(name)[0] == str(prompt_id)]
-        return [found for found in map(self.__getitem__, own) if found.sample is not None]
+        found = map(self.__getitem__, self._by_prompt.get(str(prompt_id), ()))
+        return [capture for capture in found if capture.sample is not None]
+
+    @cached_property
+    def _by_prompt(self) -> dict[str, Names]:
+        found: dict[str, Names] = {}
+        for name in self._ids:
+            found.setdefault(split_name(name)[0], []).append(name)
+        return found
+
+    @cached_property
+    def _in_order(self) -> Sequence[str]:
+        return tuple(self._ids)
 
     def at(self, position: SupportsIndex) -> SavedCapture:
         """The capture at a position in the order of ids; negative ones count from the end."""
-        ids = list(self._ids)
         try:
-            return self[ids[index(position)]]
+            return self[self._in_order[index(position)]]
         except IndexError:
-            raise IndexError(f"{position}: prompt set {self.prompt_set!r} has {len(ids)} captures") from None
+            raise IndexError(f"{position}: prompt set {self.prompt_set!r} has {len(self)} captures") from None
 
     def __iter__(self) -> Iterator[SavedCapture]:
         return (self[prompt_id] for prompt_id in self._ids)

@@ -166,17 +166,19 @@ class _Queue:
     def __init__(self, prompts: Sequence[TokenizedPrompt], batch_size: int):
         self.batch_size = batch_size
         self._prompts = sorted(prompts, key=lambda prompt: len(prompt.read_ids), reverse=True)
+        self._next = 0
 
     def __bool__(self) -> bool:
-        return bool(self._prompts)
+        return self._next < len(self._prompts)
 
     def next_batch(self) -> list[TokenizedPrompt]:
-        count = n_together(self._prompts, self.batch_size)
-        batch, self._prompts = self._prompts[:count], self._prompts[count:]
-        return batch
+        start = self._next
+        self._next += n_together(self._prompts, self.batch_size, start)
+        return self._prompts[start : self._next]
 
     def put_back(self, prompts: Sequence[TokenizedPrompt]) -> None:
-        self._prompts = [*prompts, *self._prompts]
+        self._prompts = [*prompts, *self._prompts[self._next :]]
+        self._next = 0
 
     def halve_batches(self, ran_out_with: int) -> None:
         """Halve the batch size after a batch of `ran_out_with` prompts ran out of memory."""

@@ -37,12 +37,12 @@ def sampled(prompts: Sequence[TokenizedPrompt], samples: int | None) -> list[Tok
     return [replace(prompt, sample=sample) for prompt in prompts for sample in range(1, samples + 1)]
 
 
-def n_together(prompts: Sequence[TokenizedPrompt], most: int) -> int:
-    """How many of the first prompts to run together: up to `most`, without parting samples of a prompt if possible."""
-    count = min(most, len(prompts))
-    while 0 < count < len(prompts) and _is_same(prompts[count - 1], prompts[count]):
-        count -= 1
-    return count or min(most, len(prompts))
+def n_together(prompts: Sequence[TokenizedPrompt], most: int, start: int = 0) -> int:
+    """How many prompts from `start` on to run together: up to `most`, not parting samples of a prompt if possible."""
+    end = last = min(start + most, len(prompts))
+    while start < end < len(prompts) and _is_same(prompts[end - 1], prompts[end]):
+        end -= 1
+    return (end if end > start else last) - start
 
 
 def to_read(prompts: Sequence[TokenizedPrompt]) -> tuple[Sequence[int], Sequence[int]]:

@@ -21,9 +21,10 @@ from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.names import Trait, base_set, split_name
 from tlcapture.page import missing, readable
 from tlcapture.page.average import average_trajectory
-from tlcapture.page.captured import captured_tokens, shown_text
+from tlcapture.page.captured import captured_tokens
 from tlcapture.page.overview import overview_of
 from tlcapture.page.projections import projection_of
+from tlcapture.page.prompt_list import listed_prompts
 from tlcapture.page.trait_contents import vectors_of
 from tlcapture.prompts.prompt_sets import Prompt, read_prompt_set
 from tlcapture.storage.comparisons import comparison_file, comparisons
@@ -118,21 +119,9 @@ class Contents:
         ids = layout.prompt_ids(prompt_set)
         if not ids:
             raise missing.captures(layout, prompt_set)
-        listed = self._prompts(prompt_set)
-        prompts = []
-        for name in ids:
-            prompt_id, sample = (name, None) if name in listed else split_name(name)
-            own = listed.get(prompt_id)
-            prompts.append(
-                {
-                    "id": own.id if own is not None and sample is None else name,
-                    **({} if sample is None else {"prompt": prompt_id, "sample": sample}),
-                    "text": shown_text(layout, prompt_set, name, own),
-                    "attention": layout.saved(layout.attention(prompt_set, name)).is_file(),
-                    "logit_lens": layout.saved(layout.logit_lens(prompt_set, name)).is_file(),
-                }
-            )
-        return {"name": prompt_set, "prompts": prompts, "traits": _projected(layout, prompt_set)}
+        folders = layout.projection_folders(prompt_set)
+        prompts = listed_prompts(layout, prompt_set, ids, self._prompts(prompt_set), folders)
+        return {"name": prompt_set, "prompts": prompts, "traits": sorted({str(trait) for trait, _ in folders})}
 
     def overview(self, experiment: str, prompt_set: str, component: str) -> dict[str, Any]:
         """What stands out in each prompt of a set; without projections, what its prompts were answered with."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
+from threading import Condition
 from typing import NamedTuple
 
 import psutil
@@ -36,11 +37,6 @@ class _Ended(NamedTuple):
     error: BaseException | None
 
 
-class _Submitted(NamedTuple):
-    n_bytes: int
-    future: Future[_Ended]
-
-
 class BackgroundWriter:
     """Does jobs in other threads, and reports to the run what they wrote and what failed.
 
@@ -62,7 +58,9 @@ class BackgroundWriter:
         self._pool = ThreadPoolExecutor(
             max(1, self._n_writers), "writer", initializer=partial(_compute_alone, with_idle_team=n_processes > 0)
         )
-        self._submitted: deque[_Submitted] = deque()
+        self._submitted: deque[Future[_Ended]] = deque()
+        self._n_bytes = 0  # that jobs which have not ended hold
+        self._freed = Condition()
         self._is_full = False  # the device, so that no job need begin
 
     def __enter__(self) -> BackgroundWriter:
@@ -87,20 +85,22 @@ class BackgroundWriter:
         Raises:
             NoSpaceError: the device is full; no further files can be written.
         """
+        with self._freed:
+            self._freed.wait_for(lambda: not self._n_bytes or self._n_bytes + n_bytes <= self._most_bytes)
         self.collect()
-        while self._n_bytes and self._n_bytes + n_bytes > self._most_bytes:
-            wait([each.future for each in self._submitted if not each.future.done()], return_when=FIRST_COMPLETED)
-            self.collect()
-        if self._n_writers:
-            self._submitted.append(_Submitted(n_bytes, self._pool.submit(self._do, job)))
-        else:
+        if not self._n_writers:
             self._add([self._do(job)])
+            return
+        future = self._pool.submit(self._do, job)
+        self._submitted.append(future)
+        self._hold(n_bytes)
+        future.add_done_callback(lambda _: self._hold(-n_bytes))
 
     def collect(self) -> None:
         """Report the jobs that have ended, in the order of their submission, as far as none before them goes on."""
         ended = []
-        while self._submitted and self._submitted[0].future.done():
-            future = self._submitted.popleft().future
+        while self._submitted and self._submitted[0].done():
+            future = self._submitted.popleft()
             if not future.cancelled():
                 ended.append(future.result())
         self._add(ended)
@@ -111,11 +111,12 @@ class BackgroundWriter:
         self.collect()
 
     def _wait(self) -> None:
-        wait([each.future for each in self._submitted])
+        wait(self._submitted)
 
-    @property
-    def _n_bytes(self) -> int:
-        return sum(each.n_bytes for each in self._submitted if not each.future.done())
+    def _hold(self, n_bytes: int) -> None:
+        with self._freed:
+            self._n_bytes += n_bytes
+            self._freed.notify()
 
     def _do(self, job: Job) -> _Ended:
         """Do a job, whose files are reported even if it ends with an error."""

@@ -25,6 +25,7 @@ import orjson
 from tlcapture.errors import NoSpaceError, StorageError
 from tlcapture.logger import get_logger
 from tlcapture.storage.archives import Archive, MoreRecords, write_archive
+from tlcapture.storage.folders import stems_in
 from tlcapture.text import format_bytes
 
 _log = get_logger(__name__)
@@ -34,6 +35,7 @@ _FOR_ALL_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _HOST = re.sub(r"[^A-Za-z0-9]", "-", socket.gethostname())
 with suppress(OSError):
     _HOST += f"-{os.stat('/proc/self/ns/pid').st_ino}"
+FSYNC = "TLCAPTURE_FSYNC"  # if set, files are on the disk when they count as written; other processes see it too
 _TEMPORARY = re.compile(rf"\..+\.{re.escape(_HOST)}\.(\d+)\.[0-9a-f]+\.tmp")
 
 
@@ -52,6 +54,20 @@ def check_changes(check: Hook) -> None:
     """Call `check` with the path of each file before this process writes or removes it; it raises to prevent that."""
     global _check_change
     _check_change = check
+
+
+@contextmanager
+def fsyncing(*, asked: bool = True) -> Iterator[None]:
+    """Have every file that is written, and its folder, on the disk before going on; also in processes started here."""
+    before = os.environ.get(FSYNC)
+    if asked:
+        os.environ[FSYNC] = "1"
+    try:
+        yield
+    finally:
+        if asked:
+            os.environ.pop(FSYNC)
+            os.environ.update({} if before is None else {FSYNC: before})
 
 
 def write_json(path: Path, value: Any, *, indent: bool = False) -> Written:
@@ -201,12 +217,12 @@ def remove(paths: Iterable[Path]) -> int:
     return count
 
 
-def sweep_temporaries(folder: Path, *, below: bool = True) -> None:
-    """Remove temporary files in `folder`, and `below` it, that killed processes of this machine left behind.
+def sweep_temporaries(folder: Path) -> None:
+    """Remove temporary files in `folder` that killed processes of this machine left behind.
 
     Those of running processes are kept, and those of other machines that share the folder.
     """
-    for path in list(folder.rglob(".*.tmp") if below else folder.glob(".*.tmp")):
+    for path in [folder / f"{stem}.tmp" for stem in stems_in(folder, ".tmp")]:
         match = _TEMPORARY.fullmatch(path.name)
         if match and not _is_running(int(match[1])):
             if path.is_dir():
@@ -226,7 +242,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     temporary = _temporary(path)
     try:
         temporary.mkdir(parents=True)
-        sweep_temporaries(path.parent, below=False)
+        sweep_temporaries(path.parent)
         fill(temporary)
         with suppress(OSError):
             temporary.rename(path)
@@ -250,12 +266,14 @@ def _write(
         raise StorageError(f"{path}: cannot be written: it is {'a folder' if path.is_dir() else 'not a regular file'}")
     try:
         if not path.parent.is_dir():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
         write(temporary)
+        _sync(temporary)
         _check_change(path)
         before_replacing(temporary)
         size = temporary.stat().st_size
         temporary.replace(path)
+        _sync(path.parent)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)  # before free space is measured for the message
@@ -264,6 +282,24 @@ def _write(
         raise
     _log.debug("wrote %s, %s", path, format_bytes(size))
     return Written(path, size)
+
+
+def _make_folder(folder: Path) -> None:
+    new = [each for each in [folder, *folder.parents] if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in new:
+        _sync(each.parent)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder, where that is asked for."""
+    if not os.environ.get(FSYNC):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _cannot_write(path: Path, error: BaseException, needed: int) -> StorageError:

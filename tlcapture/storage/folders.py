@@ -28,6 +28,20 @@ def folders_in(folder: Path) -> list[str]:
     return []
 
 
+def stems_in(folder: Path, suffix: str) -> list[str]:
+    """Names, without their ending, of what in a folder ends in `suffix`; of hidden files too."""
+    with suppress(OSError), scandir(folder) as entries:
+        return [entry.name[: -len(suffix)] for entry in entries if entry.name.endswith(suffix)]
+    return []
+
+
+def holds_any(folder: Path, suffix: str) -> bool:
+    """Whether anything in a folder ends in `suffix`; reads no more of the folder than it needs."""
+    with suppress(OSError), scandir(folder) as entries:
+        return any(entry.name.endswith(suffix) for entry in entries)
+    return False
+
+
 def natural(name: str) -> tuple[int, int, str, int]:
     """Sort key: numbers in numerical order, then names, each followed by its samples."""
     prompt_id, sample = split_name(name)

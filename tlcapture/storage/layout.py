@@ -21,7 +21,7 @@ Prompt sets and trait examples that a root's `datasets/` does not have are looke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from os import sep
@@ -41,7 +41,7 @@ from tlcapture.names import (
     is_prompt_set,
     is_safe_name,
 )
-from tlcapture.storage.folders import folders_in, natural, subfolders
+from tlcapture.storage.folders import folders_in, holds_any, natural, stems_in, subfolders
 from tlcapture.storage.projection_places import STREAM_FOLDERS, place_of_projection
 
 
@@ -227,19 +227,29 @@ class Layout:
         found = [each for each in self.forms(path) if lexists(each)]
         return max(found, key=lambda each: each.lstat().st_mtime_ns) if found else path
 
+    def written_folders(self, prompt_sets: Iterable[str]) -> Iterator[Path]:
+        """The folders below this that commands on some prompt sets write to and that exist; none behind links out."""
+        for folder in (self.folder / each for each in folders_in(self.folder) if each not in ("inference", "analysis")):
+            yield from (folder, *(path for _, path in subfolders(folder)))
+        patterns = ("inference/raw/*", "analysis/*", "analysis/compare/*")
+        parents = [path for pattern in patterns for path in self._listed(pattern)]
+        parents += [*map(self._of_shards, STREAM_FOLDERS), *(stream for _, _, stream in self._streams())]
+        for folder in (parent / check_capture_set(name) for name in prompt_sets for parent in parents):
+            yield from (each for each in (folder, folder / "+") if each.is_dir() and self._leads_out(each) is None)
+
     def captured_prompt_sets(self) -> list[str]:
         """The prompt sets with at least one capture, sorted."""
         found = self._prompt_set_folders(self.folder / "inference" / "raw" / "residual")
-        return sorted(name for name, _ in found if self.captured(name))
+        return sorted(name for name, folder in found if any(map(is_safe_name, stems_in(folder, ".pt"))))
 
     def captured(self, prompt_set: str) -> list[str]:
         """The ids of captured prompts of a set: numbers in numerical order, then names."""
-        found = (path.stem for path in self.own(self._raw("residual", prompt_set)).glob("*.pt"))
+        found = stems_in(self.own(self._raw("residual", prompt_set)), ".pt")
         return sorted(filter(is_safe_name, found), key=natural)
 
     def prompt_ids(self, prompt_set: str) -> list[str]:
         """The ids of prompts with a capture or projections: numbers in numerical order, then names."""
-        projected = {path.stem for _, folder in self._projected(prompt_set) for path in folder.glob("*.json")}
+        projected = {name for _, folder in self._projected(prompt_set) for name in stems_in(folder, ".json")}
         projected |= {prompt_id for _, found in self._sharded(prompt_set) for prompt_id in found}
         return sorted({*self.captured(prompt_set), *filter(is_safe_name, projected)}, key=natural)
 
@@ -273,7 +283,7 @@ class Layout:
         else:
             folder = stream / check_capture_set(prompt_set)
             found = iter([(prompt_set, folder)] if self._leads_out(folder) is None else [])
-        yield from ((name, folder) for name, folder in found if any(folder.glob("*.json")))
+        yield from ((name, folder) for name, folder in found if holds_any(folder, ".json"))
 
     # -- traits -----------------------------------------------------------------------------------
 
@@ -345,7 +355,7 @@ class Layout:
     def _sharded_sets(self, component: str) -> Iterator[str]:
         """The prompt sets with projections in the compact form."""
         for name, path in self._prompt_set_folders(self._of_shards(component)):
-            if any(path.glob(f"*{COMPACT}")) or any(path.glob(f"+/*{COMPACT}")):
+            if holds_any(path, COMPACT) or holds_any(path / "+", COMPACT):
                 yield name
 
     def _sharded(self, prompt_set: str | None = None) -> Iterator[tuple[str, Mapping[str, set[str]]]]:

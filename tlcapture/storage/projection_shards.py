@@ -154,6 +154,15 @@ class Shard:
             what = f"what it holds of prompt {prompt_id!r} and {trait} is damaged"
             raise not_valid(self.file.path, KIND, what) from None
 
+    def texts(self) -> dict[str, str]:
+        """The texts of its prompts by id; damaged records are left out."""
+        found, records = dict[str, str](), self.file.array("records")
+        for entry in self.index.prompts:
+            start, stop = entry.record
+            with suppress(KeyError, TypeError, ValueError):
+                found[entry.id] = str(orjson.loads(records[start:stop].tobytes())["shared"]["prompt"]["text"])
+        return found
+
     def _scores(self, entry: IndexEntry, trait: str, form: Mapping[str, Any]) -> NDArray[np.float64]:
         """`[n_rows, n_layers, n_points]`, of the tokens, layers and points that the projection has."""
         rows = np.array(form["rows"], dtype=np.int64) + entry.rows[0]
@@ -229,6 +238,15 @@ def sharded_traits(folder: Path) -> dict[str, set[str]]:
         with suppress(StorageError):
             for entry in Shard.open(path).index.prompts:
                 found.setdefault(entry.id, set()).update(entry.written)
+    return found
+
+
+def sharded_texts(folder: Path) -> dict[str, str]:
+    """The text of each prompt in the shards of a folder; damaged shards are left out."""
+    found: dict[str, str] = {}
+    for path in [*merged_shards(folder), *single_shards(folder)]:
+        with suppress(StorageError):
+            found |= Shard.open(path).texts()
     return found
 
 

@@ -38,7 +38,8 @@ def saved_projections(
     wanted = None if names is None else list(dict.fromkeys(Trait.parse(name) for name in names))
     by_prompt = {prompt_id: projections_of(layout, prompt_set, prompt_id, component, wanted) for prompt_id in ids}
     projections = [projection for found in by_prompt.values() for projection in found]
-    without = [trait for trait in wanted or () if str(trait) not in {each.trait for each in projections}]
+    projected = {each.trait for each in projections}
+    without = [trait for trait in wanted or () if str(trait) not in projected]
     if not projections or without:
         raise no_projections(layout, prompt_set, component, without)
     bare = [prompt_id for prompt_id, found in by_prompt.items() if not found]
@@ -138,8 +139,10 @@ def projections_saved(
     layout: Layout, prompt_set: str, prompt_id: str, component: str, traits: Sequence[Trait] | None = None
 ) -> list[SavedProjection]:
     """A prompt's projections of a component, in the order of traits; of all traits where none is named."""
-    found = all_saved(layout, prompt_set, prompt_id)
-    return [each for each in found if each.component == component and (not traits or each.trait in traits)]
+    if traits:
+        named = (saved_projection(layout, trait, component, prompt_set, prompt_id) for trait in sorted(set(traits)))
+        return [each for each in named if each is not None]
+    return [each for each in all_saved(layout, prompt_set, prompt_id) if each.component == component]
 
 
 def merged_files(layout: Layout, prompt_set: str) -> list[Path]:

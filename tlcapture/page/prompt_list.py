@@ -1,0 +1,83 @@
+"""The captures of a prompt set as the page lists them: each folder is read once, and at most one file of a capture."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from tlcapture.errors import TlcaptureError
+from tlcapture.names import Trait, split_name
+from tlcapture.prompts.prompt_sets import Prompt
+from tlcapture.storage.folders import stems_in
+from tlcapture.storage.layout import Layout
+from tlcapture.storage.projection_shards import sharded_texts
+from tlcapture.views.hooks import COMPONENTS
+
+_TEXT_AT_THE_START = re.compile(rb'\{\s*"prompt"\s*:\s*\{\s*"text"\s*:\s*("(?:[^"\\]|\\.)*")')
+_HEAD = 2**16
+Folders = Sequence[tuple[Trait, str]]
+
+
+def listed_prompts(
+    layout: Layout, prompt_set: str, names: Sequence[str], prompts: Mapping[str, Prompt], folders: Folders
+) -> list[dict[str, Any]]:
+    """The captures of a set by their `names`, at least one: id, text, and whether each has attention and logit lens.
+
+    Args:
+        prompts: the prompts of the set's file, by id as text.
+        folders: the traits and components that the set is projected onto.
+    """
+    first = names[0]
+    views = {
+        "attention": _having(layout.forms(layout.attention(prompt_set, first)), first),
+        "logit_lens": _having(layout.forms(layout.logit_lens(prompt_set, first)), first),
+    }
+    texts: dict[str, str] = {}
+    for component in COMPONENTS:
+        texts = sharded_texts(layout.shards(component, prompt_set)) | texts
+    found = []
+    for name in names:
+        prompt_id, sample = (name, None) if name in prompts else split_name(name)
+        own = prompts.get(prompt_id)
+        captured = texts.get(name) or _text_in_json(layout, prompt_set, name, folders)
+        found.append(
+            {
+                "id": own.id if own is not None and sample is None else name,
+                **({} if sample is None else {"prompt": prompt_id, "sample": sample}),
+                "text": _shown(own.text if own else None, captured),
+                **{view: name in having for view, having in views.items()},
+            }
+        )
+    return found
+
+
+def _having(forms: Sequence[Path], name: str) -> set[str]:
+    """The captures that have a file in the place where that of a capture `name` has one of `forms`."""
+    return {each for path in forms for each in stems_in(path.parent, path.name[len(name) :])}
+
+
+def _shown(text: str | None, captured: str) -> str:
+    """The text of a prompt in its set if the captured prompt contains it, else the captured prompt."""
+    if not captured:
+        return text or ""
+    return text if text and text.strip() in captured else captured
+
+
+def _text_in_json(layout: Layout, prompt_set: str, name: str, folders: Folders) -> str:
+    """The text of a captured prompt at the start of the first of its projection files that has it there."""
+    for trait, component in folders:
+        with suppress(OSError, TlcaptureError, orjson.JSONDecodeError):
+            path = layout.projection(trait, component, prompt_set, name)
+            if not path.is_file():
+                continue
+            with path.open("rb") as file:
+                match = _TEXT_AT_THE_START.match(file.read(_HEAD))
+            captured = str(orjson.loads(match[1])) if match else ""
+            if captured:
+                return captured
+    return ""
