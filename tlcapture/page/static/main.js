@@ -223,9 +223,13 @@
   if (source.exported?.note) document.querySelector("main").prepend(element("p", { className: "note", id: "left-out" }, source.exported.note));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => show(new Set(["theme"])));
   /** Show experiments and captures that are new since the last look. */
+  let isDue = false;
   async function look() {
-    const isOpen = document.querySelector(".picker .box:not([hidden])");
-    if (!document.hidden && !isOpen && document.documentElement.dataset.ready === "yes" && await source.isChanged(state.now)) show(new Set(["data"]));
+    if (!document.hidden && await source.isChanged(state.now)) isDue = true;
+    if (isDue && !document.querySelector(".picker .box:not([hidden])") && document.documentElement.dataset.ready === "yes") {
+      isDue = false;
+      show(new Set(["data"]));
+    }
     setTimeout(look, 3000);
   }
   if (!source.exported) setTimeout(look, 3000);

@@ -84,7 +84,7 @@ tl.source = (() => {
     for (const path of ["experiments", ...(experiment && set ? [[experiment, "sets", named(set)].map(encodeURIComponent).join("/")] : [])]) {
       const answer = await fetch("api/" + path).catch(() => null), text = answer?.ok ? await answer.text() : null;
       const shown = await kept.get(path)?.catch(() => null);
-      if (text === null) continue;
+      if (text === null || (!seen.has(path) && !shown)) continue;
       if (seen.has(path) ? seen.get(path) !== text : JSON.stringify(shown) !== JSON.stringify(JSON.parse(text))) changed = true;
       seen.set(path, text);
     }
