@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import orjson
-
-from tlcapture.errors import StorageError, TlcaptureError
-from tlcapture.prompts.prompt_sets import Prompt
+from tlcapture.errors import StorageError
 from tlcapture.storage.archives import Archive
-from tlcapture.storage.layout import Layout
-from tlcapture.traits.saved_projections import SavedProjection, all_saved
 
 _INDEX = "tlcapture.json"
-_TEXT_AT_THE_START = re.compile(rb'\{\s*"prompt"\s*:\s*\{\s*"text"\s*:\s*("(?:[^"\\]|\\.)*")')
-_HEAD = 2**16
 
 
 def captured_tokens(path: Path) -> dict[str, Any]:
@@ -62,43 +54,3 @@ def _pickled(path: Path) -> Mapping[str, Any]:
     parts = {name: getattr(capture, name) for name in ("prompt", "response")}
     found: dict[str, Any] = {name: {"text": part.text, "tokens": list(part.tokens)} for name, part in parts.items()}
     return {**found, "spans": [span.to_json() for span in capture.spans]}
-
-
-def shown_text(layout: Layout, prompt_set: str, prompt_id: str, prompt: Prompt | None) -> str:
-    """The text of a prompt in its set if the captured prompt contains it, else the captured prompt."""
-    text = prompt.text if prompt else None
-    try:
-        saved = all_saved(layout, prompt_set, prompt_id)
-    except TlcaptureError:  # of a shard
-        saved = []
-    for each in saved:
-        if each.sharded is not None:
-            captured = _text_in_shard(each)
-            if captured:
-                return text if text and text.strip() in captured else captured
-            continue
-        if not each.path.is_file():
-            continue
-        with each.path.open("rb") as file:
-            match = _TEXT_AT_THE_START.match(file.read(_HEAD))
-        try:
-            captured = str(orjson.loads(match[1])) if match else ""
-        except orjson.JSONDecodeError:
-            captured = ""
-        if captured:
-            return text if text and text.strip() in captured else captured
-    return text or _captured_text(layout.residual(prompt_set, prompt_id))
-
-
-def _captured_text(path: Path) -> str:
-    try:
-        return str(captured_tokens(path)["prompt_text"]) if path.is_file() else ""
-    except TlcaptureError:  # which the prompt itself and the overview name
-        return ""
-
-
-def _text_in_shard(saved: SavedProjection) -> str:
-    try:
-        return saved.read().prompt.text
-    except TlcaptureError:
-        return ""
