@@ -233,7 +233,8 @@ def test_a_check_that_raises_has_failed() -> None:
 def test_the_command_prints_one_line_per_check(tlcapture: Callable[..., Result], tiny_folder: Path) -> None:
     result = tlcapture("doctor", "--model", tiny_folder, "--device", "cpu")
     assert result.exit_code == 0, result.output
-    lines = result.stdout.splitlines()[-len(NAMES) :]
+    *lines, following = result.stdout.splitlines()[-len(NAMES) - 1 :]
+    assert following.startswith("next: tlcapture capture")
     assert [line[16:27].strip() for line in lines] == NAMES
     assert {line[:16].strip() for line in lines} == {"ok", "not applicable"}
 

@@ -20,7 +20,7 @@ PAGE = (Path(__file__).parents[1] / "docs" / "sharing.md").read_text()
 def test_the_page_names_every_option_of_its_own() -> None:
     named = set(re.findall(r"`(--[a-z-]+)", PAGE))
     own = {name for option in export.params for name in option.opts if name.startswith("--")}
-    assert own - {"--experiment", "--root", "--verbose", "--quiet", "--log-file", "--json"} <= named
+    assert own - {"--experiment", "--root", "--verbose", "--quiet", "--log-file", "--json", "--fsync"} <= named
 
 
 def test_the_examples_run(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

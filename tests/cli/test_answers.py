@@ -18,7 +18,7 @@ PIECES = [("Tides", -0.5), (" rise", 1.0), (".", None)]
 
 
 def _shown(capsys: pytest.CaptureFixture[str], *, rise: float, calibrated: float | None = 0.9) -> str:
-    top = TopTrait("1", "style/formality", rise, 2.0, None, None, calibrated, "Tides rise.", PIECES)
+    top = TopTrait("1", "style/formality", rise, 2.0, None, None, calibrated, "Tides rise.", pieces=PIECES)
     show_answers(Console(), Layout(Path(), "exp"), "adhoc", ["1"], [top])
     return capsys.readouterr().out
 

@@ -64,7 +64,7 @@ def test_a_run_that_cannot_fit_is_refused_before_it_begins(
     done = capture(*GREEDY, "--attention", *words)
     assert "short/3: " in done.output, "the longest prompt"
     assert "tokens would take about" in done.output
-    assert "9.8 KB are free" in done.output
+    assert "9.8 KiB are free" in done.output
     assert ("leave out --format json" in done.output) == ("json" in words)
     assert done.exit_code == (0 if words == ("--dry-run",) else 2)
     assert not (data / "experiments").exists() or not list((data / "experiments").rglob("*.pt"))

@@ -223,12 +223,12 @@ def test_projections_of_samples_are_kept_without_raw_files_too(capture: Run, ext
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--samples", 0), "Invalid value for '--samples': 0 is not in the range"),
-        (("--top-p", 1.5), "Invalid value for '--top-p': 1.5 is not in the range"),
+        (("--samples", 0), "invalid value for '--samples': 0 is not in the range"),
+        (("--top-p", 1.5), "invalid value for '--top-p': 1.5 is not in the range"),
         (("--top-p", "nan"), "top_p nan: expected a number from 0 to 1"),
-        (("--top-k", "many"), "Invalid value for '--top-k': 'many' is not a valid integer"),
-        (("--min-p", -1), "Invalid value for '--min-p'"),
-        (("--repetition-penalty", 0), "Invalid value for '--repetition-penalty'"),
+        (("--top-k", "many"), "invalid value for '--top-k': 'many' is not a valid integer range"),
+        (("--min-p", -1), "invalid value for '--min-p'"),
+        (("--repetition-penalty", 0), "invalid value for '--repetition-penalty'"),
         (("--repetition-penalty", "inf"), "repetition_penalty inf: expected a number above 0"),
         (("--stop", ""), "stop '': expected a text that is not empty"),
     ],

@@ -66,6 +66,7 @@ def look(page: Watched, kept: str) -> None:
     for view in ("dynamics", "layers", "lens", "attention", "compare"):
         page.open(f"view={view}&{HERE}")
         if view != "lens":
+            page.page.focus("#strip .token[tabindex='0']")
             page.press("ArrowRight", "ArrowLeft")
         assert page.page.locator("#strip .token.of-user").count() > 0
         shown = page.text("main")

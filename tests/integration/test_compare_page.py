@@ -44,8 +44,8 @@ def without_ends(text: str) -> list[str]:
 def test_every_option_of_the_command_is_on_the_page() -> None:
     from tlcapture.cli.compare import compare
 
-    general = {"--root", "--verbose", "--quiet", "--log-file", "--json", "--ray-address", "--workers", "--collect"}
-    general |= {"--gpus-per-worker", "--cpus-per-worker", "--help"}
+    general = {"--root", "--verbose", "--quiet", "--log-file", "--json", "--fsync", "--ray-address", "--workers"}
+    general |= {"--collect", "--gpus-per-worker", "--cpus-per-worker", "--help"}
     for parameter in compare.params:
         for option in parameter.opts:
             assert not option.startswith("--") or option in general or f"`{option}" in PAGE, option

@@ -483,9 +483,16 @@ def test_new_experiments_appear_without_a_reload(hostile: Watched, hostile_root:
     hostile.open("view=overview&experiment=exp&set=odd&prompt=1&trait=style/odd")
     shutil.copytree(hostile_root / "experiments/kept", hostile_root / "experiments/later")
     try:
-        found = "tl.source.experiments().then(all => all.some(each => each.name === 'later'))"
-        hostile.page.wait_for_function(found)
+        known = "tl.source.experiments().then(all => all.map(each => each.name))"
+        for _ in range(60):
+            if "later" in hostile.page.evaluate(known):
+                break
+            hostile.page.wait_for_timeout(500)
+        hostile.page.wait_for_timeout(500)  # the pickers are drawn anew, unless one is open
         hostile.settled()
+        hostile.page.click("#pickers button[aria-label=experiment]")
+        hostile.page.wait_for_selector("#pickers li:has-text('later')")
+        hostile.page.keyboard.press("Escape")
     finally:
         shutil.rmtree(hostile_root / "experiments/later")
 

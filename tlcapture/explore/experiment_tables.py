@@ -63,7 +63,10 @@ def runs_frame(layout: Layout) -> DataFrame:
 
 
 def _runs(layout: Layout) -> Iterator[dict[str, Any]]:
-    for path in sorted((layout.folder / "runs").glob("*.json")):
+    # Names begin with the second in which a run began; of one second, the one that ended first comes first.
+    for path in sorted(
+        (layout.folder / "runs").glob("*.json"), key=lambda each: (each.name[:16], each.stat().st_mtime_ns)
+    ):
         with suppress(StorageError, AttributeError, TypeError):
             record = read_json(path)
             files = record.get("files") or {}

@@ -32,7 +32,7 @@ class MissingError(InputError):
 def root_option(root: Path) -> str:
     """What a command needs to find a root from the current folder: nothing, or ` --root FOLDER`."""
     is_here = root.resolve() == Path.cwd()
-    return "" if is_here else f" --root {shlex.quote(str(root.resolve()))}"
+    return "" if is_here else f" --root {shlex.quote(str(root.absolute()))}"
 
 
 def _error(layout: Layout, what: str, command: str) -> MissingError:

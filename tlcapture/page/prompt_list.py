@@ -12,6 +12,7 @@ import orjson
 
 from tlcapture.errors import TlcaptureError
 from tlcapture.names import Trait, split_name
+from tlcapture.page.captured import captured_tokens
 from tlcapture.prompts.prompt_sets import Prompt
 from tlcapture.storage.folders import stems_in
 from tlcapture.storage.layout import Layout
@@ -45,6 +46,7 @@ def listed_prompts(
         prompt_id, sample = (name, None) if name in prompts else split_name(name)
         own = prompts.get(prompt_id)
         captured = texts.get(name) or _text_in_json(layout, prompt_set, name, folders)
+        captured = captured or _text_of_capture(layout.residual(prompt_set, name))
         found.append(
             {
                 "id": own.id if own is not None and sample is None else name,
@@ -66,6 +68,13 @@ def _shown(text: str | None, captured: str) -> str:
     if not captured:
         return text or ""
     return text if text and text.strip() in captured else captured
+
+
+def _text_of_capture(path: Path) -> str:
+    try:
+        return str(captured_tokens(path)["prompt_text"]) if path.is_file() else ""
+    except TlcaptureError:  # which the prompt itself and the overview name
+        return ""
 
 
 def _text_in_json(layout: Layout, prompt_set: str, name: str, folders: Folders) -> str:
