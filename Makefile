@@ -21,6 +21,7 @@ TESTS_TL4 := tests/test_parity.py tests/test_models.py tests/test_multimodal.py 
   tests/test_model_families.py tests/test_kinds_of_layers.py tests/test_quick_check.py tests/test_text_models.py \
   tests/test_logit_scale.py tests/test_adapters.py tests/test_untaken.py tests/test_quantised.py \
   tests/test_generation.py tests/test_out_of_memory.py tests/test_across_engines.py tests/views tests/extraction/test_steering.py \
+  tests/test_interventions.py tests/test_live_interventions.py tests/test_forced_responses.py tests/test_samples.py tests/test_given_sampling.py \
   tests/integration/test_embedded_model.py::test_a_batch_writes_what_hugging_face_writes_and_every_residual_is_its_hidden_state
 
 .DEFAULT_GOAL := help
