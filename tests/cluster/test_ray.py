@@ -309,6 +309,26 @@ def without_times(value: Any) -> Any:
     return [without_times(each) for each in value] if isinstance(value, list) else value
 
 
+# Before tests that reach for Ray in the process of the tests: a fork of it cannot reach a cluster any more.
+@needs_peft
+def test_variants_and_comparisons_are_the_same_on_a_cluster(ray_address: str, busy: Path, tmp_path: Path) -> None:
+    lora = write_adapter(tmp_path / "lora", str(busy / "model"))
+    first = Command(tmp_path / "output", *words_of(busy), "--limit", 3, "--max-new-tokens", 4).end()
+    assert first.code == 0, first.stderr
+    here = Path(shutil.copytree(busy, tmp_path / "here"))
+    capture = ("capture", "--experiment", "exp", "--responses-from", "exp", "--adapter", lora, "--batch-size", 1)
+    for words in (capture, ("compare", "exp/busy", "exp/busy@lora")):
+        local = Command(tmp_path / "output", *words, "--root", here).end()
+        cluster = ("--executor", "ray", "--workers", "1", "--ray-address", ray_address)
+        done = Command(tmp_path / "output", *words, "--root", busy, *cluster).end()
+        assert done.code == local.code == 0, done.stderr + local.stderr
+    found, expected = (contents_of_json(root / "experiments" / "exp") for root in (busy, here))
+    assert found == expected
+    compared = [name for name in found if name.startswith("analysis/compare/exp@lora/busy/")]
+    assert len(compared) == 3
+    assert all(found[name]["kl"][-1] > 0 for name in compared)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -389,22 +409,3 @@ def test_a_worker_leaves_the_other_processors_of_its_machine_to_other_workers(
 
     assert WorkerActor(layout, Worker, "token", None, None, 4, None).prepare() is None  # type: ignore[arg-type]
     assert made == [(2, 0)]
-
-
-@needs_peft
-def test_variants_and_comparisons_are_the_same_on_a_cluster(ray_address: str, busy: Path, tmp_path: Path) -> None:
-    lora = write_adapter(tmp_path / "lora", str(busy / "model"))
-    first = Command(tmp_path / "output", *words_of(busy), "--limit", 3, "--max-new-tokens", 4).end()
-    assert first.code == 0, first.stderr
-    here = Path(shutil.copytree(busy, tmp_path / "here"))
-    capture = ("capture", "--experiment", "exp", "--responses-from", "exp", "--adapter", lora, "--batch-size", 1)
-    for words in (capture, ("compare", "exp/busy", "exp/busy@lora")):
-        local = Command(tmp_path / "output", *words, "--root", here).end()
-        cluster = ("--executor", "ray", "--workers", "1", "--ray-address", ray_address)
-        done = Command(tmp_path / "output", *words, "--root", busy, *cluster).end()
-        assert done.code == local.code == 0, done.stderr + local.stderr
-    found, expected = (contents_of_json(root / "experiments" / "exp") for root in (busy, here))
-    assert found == expected
-    compared = [name for name in found if name.startswith("analysis/compare/exp@lora/busy/")]
-    assert len(compared) == 3
-    assert all(found[name]["kl"][-1] > 0 for name in compared)
