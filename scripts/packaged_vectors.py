@@ -23,7 +23,8 @@ from tlcapture.names import Trait
 from tlcapture.storage.config import update_config
 from tlcapture.storage.files import read_json, write_json
 from tlcapture.storage.layout import Layout
-from tlcapture.traits.packaged_vectors import PACKAGED, packaged_files
+from tlcapture.traits.missing_vectors import PACKAGED
+from tlcapture.traits.packaged_vectors import packaged_files
 from tlcapture.traits.selection import select
 from tlcapture.traits.vector_files import VectorFiles
 

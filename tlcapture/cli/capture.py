@@ -243,7 +243,7 @@ def capture(
         for prompt_set in sets if options.projects else ():
             name = options.capture_set(prompt_set.name)
             show_top_traits(console, layout, name, known=report.projected, given=ids)
-    console.next = _next_step(location, sets, options)
+        console.next = _next_step(location, sets, options)
 
 
 def _next_step(location: Location, sets: Sequence[PromptSet], options: CaptureOptions) -> str:

@@ -129,7 +129,8 @@ def _check_request(
     """Raise `InputError` if captures or vectors are missing."""
     from tlcapture.commands.saved_prompts import saved_prompts
     from tlcapture.storage.config import read_config
-    from tlcapture.traits.packaged_vectors import PACKAGED, takes_packaged, vectors_layout
+    from tlcapture.traits.missing_vectors import PACKAGED
+    from tlcapture.traits.packaged_vectors import takes_packaged, vectors_layout
     from tlcapture.traits.vector_files import traits_with_vectors
 
     layout = location.layout

@@ -15,8 +15,9 @@ from typing import Any, Protocol, runtime_checkable
 from tlcapture.errors import TlcaptureError
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.missing_vectors import PACKAGED
 from tlcapture.traits.origin import check_origin, origin_notes
-from tlcapture.traits.packaged_vectors import PACKAGED, takes_packaged, vectors_layout
+from tlcapture.traits.packaged_vectors import takes_packaged, vectors_layout
 from tlcapture.traits.projection import check_fits, check_kept
 from tlcapture.traits.selection import Selection, select
 from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors

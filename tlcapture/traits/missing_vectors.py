@@ -9,11 +9,18 @@ from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
 from tlcapture.text import as_ranges
 
+PACKAGED = "packaged"  # the name of the experiment that comes with the package
+
 
 def extract_command(layout: Layout, traits: Iterable[object] = ()) -> str:
     """The command that extracts an experiment's vectors, of all traits where none is named."""
     named = ",".join(map(str, traits))
-    return f"tlcapture extract --experiment {layout.experiment}" + (f" --traits {named}" if named else "")
+    experiment = "NAME" if layout.experiment == PACKAGED else layout.experiment  # nobody extracts into the package
+    return f"tlcapture extract --experiment {experiment}" + (f" --traits {named}" if named else "")
+
+
+def _place(layout: Layout) -> str:
+    return "the package" if layout.experiment == PACKAGED else str(layout.folder)
 
 
 def no_vectors(layout: Layout) -> InputError:
@@ -24,7 +31,7 @@ def no_vectors(layout: Layout) -> InputError:
 def no_vectors_of_trait(layout: Layout, trait: Trait) -> InputError:
     """The error for a trait without vectors, naming the traits that have some."""
     return InputError(
-        f"no vectors for trait {str(trait)!r} in {layout.folder}; available traits: {_available(layout)}; "
+        f"no vectors for trait {str(trait)!r} in {_place(layout)}; available traits: {_available(layout)}; "
         f"run '{extract_command(layout, [trait])}'"
     )
 
@@ -32,7 +39,7 @@ def no_vectors_of_trait(layout: Layout, trait: Trait) -> InputError:
 def no_component_vectors(layout: Layout, component: str) -> InputError:
     """The error for an experiment whose vectors are all of another component."""
     return InputError(
-        f"no {component} vectors in {layout.folder}; available traits: {_available(layout)}; "
+        f"no {component} vectors in {_place(layout)}; available traits: {_available(layout)}; "
         f"run '{extract_command(layout)}'"
     )
 

@@ -17,8 +17,8 @@ from tlcapture.errors import StorageError
 from tlcapture.models.embedded import NAME, cache_folder
 from tlcapture.storage.files import write_folder
 from tlcapture.storage.layout import Layout, shipped_datasets
+from tlcapture.traits.missing_vectors import PACKAGED
 
-PACKAGED = "packaged"  # the experiment's name
 SAID = "no trait vectors of its own: projected onto those that come with the package"
 
 
