@@ -19,7 +19,7 @@ from beartype import BeartypeConf, beartype
 
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 _scope = jaxtyping.jaxtyped("context")
-_CALLS = 50  # of a function with arrays that are checked in each test
+_CALLS = 10  # of a function with arrays that are checked in each test
 
 
 class _Test:
@@ -39,7 +39,7 @@ def jaxtyped(fn: Any = None, *, typechecker: Any = None) -> Any:
         return partial(jaxtyped, typechecker=typechecker)
     if dataclasses.is_dataclass(fn) and not hasattr(fn.__init__, "__wrapped__"):
         fn.__init__ = jaxtyped(fn.__init__)
-    if not isinstance(fn, FunctionType):
+    if not isinstance(fn, FunctionType) or "<locals>" in fn.__qualname__:  # which would be decorated in every call
         return fn
     fn.__annotations__ = {name: _resolved(hint, fn) for name, hint in fn.__annotations__.items()}
     checked = check(fn)

@@ -47,9 +47,10 @@ def make_data(root: Path) -> Path:
 
 @pytest.fixture(scope="package", autouse=True)
 def _quick_evaluations() -> Iterator[None]:
-    """Evaluations draw no heat maps: they take longer than everything else that the command does."""
+    """Commands draw no pictures: they take longer than everything else that the commands do."""
     with quick_evaluations(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("tlcapture.commands.plots.evaluation_heatmaps", heatmaps_in_words)
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **_: file.write(b"\x89PNG"))
         yield
 
 
