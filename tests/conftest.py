@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -14,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import settings
 from jaxtyping import install_import_hook
+from threadpoolctl import ThreadpoolController
 
 from tests import typechecking  # the hook names it
 
@@ -130,6 +132,22 @@ def _encodable(value: Any) -> Any:
     return type(value)(map(_encodable, value)) if isinstance(value, list | tuple) else value
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _find_libraries_once() -> Iterator[None]:
+    """Let commands look for the libraries whose threads they limit only when modules were imported since."""
+
+    @cache
+    def found(n_modules: int) -> ThreadpoolController:
+        return ThreadpoolController()
+
+    def limited(limits: int, user_api: str) -> Any:
+        return found(len(sys.modules)).limit(limits=limits, user_api=user_api)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tlcapture.runs.background_writer.threadpool_limits", limited)
+        yield
+
+
 @pytest.fixture(scope="module")
 def quick_collections() -> None:
     """Leave what exists by now out of garbage collections, which every out-of-memory error of the module asks for."""
@@ -154,18 +172,18 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     tiny.hf_model("llama").save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tlcapture.models.loading.load_model", _loading_once(folder))
+        patch.setattr("tlcapture.models.loading.load_model", loading_once(str(folder)))
         yield folder
 
 
-def _loading_once(folder: Path) -> Callable[..., Any]:
-    """`load_model`, which returns the model of an earlier call with the same options where it is that of the folder."""
+def loading_once(model: str) -> Callable[..., Any]:
+    """`load_model`, which returns the model of an earlier call with the same options where it is the one named."""
     from tlcapture.models.loading import load_model
 
     load_again = cache(load_model)
 
     def load(name: str = "smollm2", *words: Any, warn: Any = None, **options: Any) -> Any:
-        if name == str(folder):
+        if name == model:
             return load_again(name, *words, **options)
         return load_model(name, *words, warn=warn, **options)
 
