@@ -19,6 +19,8 @@ from threadpoolctl import ThreadpoolController
 
 from tests import typechecking  # the hook names it
 
+gc.set_threshold(1_000_000)  # imports make objects that stay
+
 # Processes that share the cores compute with their share of them: OpenMP threads in excess wait for each other far
 # longer than they work. It must be known before torch is imported.
 _N_PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -98,6 +100,7 @@ def pytest_collection_finish() -> None:
     """Leave what is imported by now out of garbage collections, which would go through a million objects each time."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 @pytest.hookimpl(optionalhook=True)  # environments without pytest-xdist do not know it
