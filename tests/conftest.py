@@ -225,6 +225,14 @@ def quick_evaluations() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def unrendered_figures() -> Iterator[None]:
+    """Let commands draw figures but not render them, which takes longer than everything else that they do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **_: file.write(b"\x89PNG"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Any:
     """The embedded model on the engine that `auto` takes, loaded once."""
