@@ -22,10 +22,9 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_examples_print_what_the_page_shows(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, smollm2: Any, exp: Experiment
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, smollm2: Any
 ) -> None:
     monkeypatch.setattr("tlcapture.load_model", lambda name: smollm2)
-    monkeypatch.setattr("tlcapture.Experiment", lambda name: exp)
     namespace: dict[str, Any] = {}
     for code, expected in zip(blocks("python"), blocks("text"), strict=True):
         exec(code, namespace)
