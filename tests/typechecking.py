@@ -1,8 +1,8 @@
 """The type checker of the tests: beartype, taking an int where a float is asked for, as Python does.
 
 jaxtyping's own decorator binds the arguments of every call and checks them twice, which took a third of the time of
-the tests. Here beartype checks them once, and only functions with arrays in their signature get a scope in which
-their axes agree, in the first calls of each test: some tests make ten thousand of one function.
+the tests. Here beartype checks them once, in functions with arrays in their signature alone (mypy checks the others),
+in a scope in which their axes agree, and in the first calls of each test: some tests make ten thousand of one function.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ def jaxtyped(fn: Any = None, *, typechecker: Any = None) -> Any:
     if not isinstance(fn, FunctionType) or "<locals>" in fn.__qualname__:  # which would be decorated in every call
         return fn
     fn.__annotations__ = {name: _resolved(hint, fn) for name, hint in fn.__annotations__.items()}
-    checked = check(fn)
-    return _in_scope(checked, fn) if any(map(_has_array, fn.__annotations__.values())) else checked
+    return _in_scope(check(fn), fn) if any(map(_has_array, fn.__annotations__.values())) else fn
 
 
 def _in_scope(checked: Callable[..., Any], unchecked: Callable[..., Any]) -> Callable[..., Any]:
