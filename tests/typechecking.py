@@ -41,8 +41,11 @@ def jaxtyped(fn: Any = None, *, typechecker: Any = None) -> Any:
         fn.__init__ = jaxtyped(fn.__init__)
     if not isinstance(fn, FunctionType) or "<locals>" in fn.__qualname__:  # which would be decorated in every call
         return fn
-    fn.__annotations__ = {name: _resolved(hint, fn) for name, hint in fn.__annotations__.items()}
-    return _in_scope(check(fn), fn) if any(map(_has_array, fn.__annotations__.values())) else fn
+    hints = {name: _resolved(hint, fn) for name, hint in fn.__annotations__.items()}
+    if not any(map(_has_array, hints.values())):
+        return fn
+    fn.__annotations__ = hints
+    return _in_scope(check(fn), fn)
 
 
 def _in_scope(checked: Callable[..., Any], unchecked: Callable[..., Any]) -> Callable[..., Any]:
