@@ -71,7 +71,7 @@ def without_padding(activation: Tensor, mask: Tensor) -> Tensor:
 
 @cache
 def steps_of_transformer_lens(architecture: str) -> tuple[set[str], list[dict[str, Tensor]]]:
-    """The hook points up to the last block (both engines compute the rest in `unembed`), and `steps` with all of them."""
+    """The hook points up to the last block (both engines compute the rest in `unembed`), and `steps` with them."""
     plain = tiny.model(architecture, "plain")
     assert not is_fast(plain)
     with torch.no_grad():
@@ -250,8 +250,8 @@ def test_overflowing_scores_are_not_mistaken_for_padding() -> None:
     for block in model.tl.blocks:
         block.attn.b_Q.data.fill_(1000.0)
         block.attn._b_K.data.fill_(1000.0)
-    for cache in steps(model, {"blocks.0.attn.hook_pattern"}):
-        sums = cache["blocks.0.attn.hook_pattern"].float().sum(-1)
+    for kept in steps(model, {"blocks.0.attn.hook_pattern"}):
+        sums = kept["blocks.0.attn.hook_pattern"].float().sum(-1)
         assert not (sums == 0).any()
 
 
