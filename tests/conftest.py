@@ -59,11 +59,13 @@ EVIDENCE = pytest.StashKey[Evidence]()
 _GROUPS = {
     "tests/cluster": "cluster",
     "tests/integration": "embedded-model",
+    "tests/test_documentation.py": "embedded-model",
     "tests/faults": "faults",
     "tests/test_parity.py": "tiny-models",
     "tests/fast": "tiny-models",
     "tests/test_doctor.py": "tiny-models",
     "tests/test_generation.py": "tiny-models",
+    "tests/cli": "commands",
 }
 
 
