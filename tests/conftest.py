@@ -58,7 +58,6 @@ EVIDENCE = pytest.StashKey[Evidence]()
 _GROUPS = {
     "tests/cluster": "cluster",
     "tests/integration": "embedded-model",
-    "tests/test_documentation.py": "embedded-model",
     "tests/faults": "faults",
     "tests/test_parity.py": "tiny-models",
     "tests/fast": "tiny-models",
