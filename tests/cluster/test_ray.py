@@ -22,6 +22,7 @@ from tests.cluster.conftest import words_of
 from tests.evidence import Evidence
 from tests.faults.commands import Command, contents
 from tests.test_adapters import needs_peft, write_adapter
+from tlcapture.cluster.actor import Shared, WorkerActor
 
 RAY = ("--executor", "ray", "--workers", "2")
 
@@ -363,18 +364,34 @@ def test_an_address_without_a_cluster_is_an_error(busy: Path, tlcapture: Any) ->
     assert "no Ray cluster at '127.0.0.1:1'" in result.stderr.splitlines()[-1]
 
 
+def shared(root: Path, make: Any, **others: Any) -> Shared:
+    """What a worker in this process needs that sees a root."""
+    from tlcapture.storage.layout import Layout
+
+    every = {"load": None, "files": None, "threads": 1, "inputs": None, "probe": root / "probe", "content": b""}
+    return Shared(Layout(root, "exp"), make, "token", **{**every, **others})  # type: ignore[arg-type]
+
+
+class Idle:
+    """A worker that needs nothing."""
+
+    def __init__(self, run: Any, load: object):
+        pass
+
+    def prepare(self) -> None:
+        pass
+
+
 def test_a_worker_checks_its_driver_before_each_change(tmp_path: Path) -> None:
-    from tlcapture.cluster.actor import WorkerActor
-    from tlcapture.cluster.pool import Probe
+    from tlcapture.cluster.executor import probe
     from tlcapture.errors import NoSpaceError
     from tlcapture.storage.files import check_changes, remove, write_bytes
-    from tlcapture.storage.layout import Layout
 
     kept, new = tmp_path / "kept.json", tmp_path / "new.json"
     try:
-        with Probe(tmp_path) as probe:
-            actor = WorkerActor(Layout(tmp_path, "exp"), None, "token", None, None, 1, None)  # type: ignore[arg-type]
-            assert actor.locate(probe.path, probe.content).sees_root
+        with probe(tmp_path) as (path, content):
+            actor = WorkerActor(shared(tmp_path, Idle, probe=path, content=content))
+            assert actor.prepare({}).error is None
             write_bytes(kept, b"1")
         for change in (lambda: write_bytes(kept, b"2"), lambda: write_bytes(new, b"2"), lambda: remove([kept])):
             with pytest.raises(NoSpaceError, match=r"not changed: the run that this worker belongs to has ended"):
@@ -387,25 +404,19 @@ def test_a_worker_checks_its_driver_before_each_change(tmp_path: Path) -> None:
 def test_a_worker_leaves_the_other_processors_of_its_machine_to_other_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tlcapture.cluster.actor import WorkerActor
     from tlcapture.runs.background_writer import BackgroundWriter
     from tlcapture.runs.processes import Processes
-    from tlcapture.runs.run import Run
-    from tlcapture.storage.layout import Layout
 
     for name in ("TLCAPTURE_WRITERS", "TLCAPTURE_PROCESSES"):
         monkeypatch.setenv(name, "4")  # so that what the worker sets is undone
     monkeypatch.delenv("TLCAPTURE_WRITERS")
     monkeypatch.setattr("torch.set_num_threads", lambda number: None)
     monkeypatch.setattr("tlcapture.runs.background_writer.n_processors", lambda: 64)
-    layout, made = Layout(tmp_path, "exp"), []
+    made = []
 
-    class Worker:
-        def __init__(self, run: Run, load: object):
+    class Worker(Idle):
+        def __init__(self, run: Any, load: object):
             made.append((BackgroundWriter(run)._n_writers, Processes()._count))
 
-        def prepare(self) -> None:
-            pass
-
-    assert WorkerActor(layout, Worker, "token", None, None, 4, None).prepare() is None  # type: ignore[arg-type]
+    assert WorkerActor(shared(tmp_path, Worker, threads=4, inputs={})).prepare({}).error is None
     assert made == [(2, 0)]

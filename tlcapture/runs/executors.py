@@ -59,6 +59,14 @@ class Work:
     inputs: Callable[[Any], Sequence[Path]] = lambda task: ()
     overwrite: bool = False
 
+    def n_prompts(self, task: Any) -> int:
+        """The number of prompts of a task; 1 for one that cannot be split."""
+        return len(self.split(task, 1))
+
+    def pieces(self, most: int) -> list[Any]:
+        """All tasks in parts of at most `most` prompts, the largest first."""
+        return sorted((part for task in self.tasks for part in self.split(task, most)), key=self.size, reverse=True)
+
 
 class Executor(Protocol):
     """Carries out work and reports the results to a run."""
