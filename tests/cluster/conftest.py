@@ -33,7 +33,7 @@ for word in sys.stdin:
     if word == "add\\n":
         added.append(cluster.add_node(num_cpus=1, num_gpus=2))
     else:
-        cluster.remove_node(added.pop(), allow_graceful=False)
+        cluster.remove_node(added.pop(), allow_graceful=word == "release\\n")
     print("done", flush=True)
 cluster.shutdown()
 """
@@ -53,10 +53,10 @@ class SimulatedCluster:
             self._tell("add")
         self._has_third = True
 
-    def lose_third_node(self) -> None:
-        """End all processes of the third node at once, if it is there."""
+    def lose_third_node(self, *, gracefully: bool = False) -> None:
+        """End all processes of the third node, if it is there: at once, or so that Ray knows of it."""
         if self._has_third:
-            self._tell("remove")
+            self._tell("release" if gracefully else "kill")
         self._has_third = False
 
     def _tell(self, word: str) -> None:

@@ -368,7 +368,7 @@ def shared(root: Path, make: Any, **others: Any) -> Shared:
     """What a worker in this process needs that sees a root."""
     from tlcapture.storage.layout import Layout
 
-    every = {"load": None, "files": None, "threads": 1, "inputs": None, "probe": root / "probe", "content": b""}
+    every = {"load": None, "files": None, "threads": 1, "inputs": None, "presence": root}
     return Shared(Layout(root, "exp"), make, "token", **{**every, **others})  # type: ignore[arg-type]
 
 
@@ -383,14 +383,14 @@ class Idle:
 
 
 def test_a_worker_checks_its_driver_before_each_change(tmp_path: Path) -> None:
-    from tlcapture.cluster.executor import probe
     from tlcapture.errors import NoSpaceError
     from tlcapture.storage.files import check_changes, remove, write_bytes
+    from tlcapture.storage.locks import presence
 
     kept, new = tmp_path / "kept.json", tmp_path / "new.json"
     try:
-        with probe(tmp_path) as (path, content):
-            actor = WorkerActor(shared(tmp_path, Idle, probe=path, content=content))
+        with presence(tmp_path) as path:
+            actor = WorkerActor(shared(tmp_path, Idle, presence=path))
             assert actor.prepare({}).error is None
             write_bytes(kept, b"1")
         for change in (lambda: write_bytes(kept, b"2"), lambda: write_bytes(new, b"2"), lambda: remove([kept])):

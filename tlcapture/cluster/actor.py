@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -23,8 +24,9 @@ from tlcapture.cluster.board import State
 from tlcapture.errors import InputError, NoSpaceError, TlcaptureError
 from tlcapture.models.transfer import ModelFiles
 from tlcapture.runs.display import Display, Progress
-from tlcapture.runs.executors import Make, Worker
+from tlcapture.runs.executors import Make, Work, Worker
 from tlcapture.runs.model_loader import ModelLoader
+from tlcapture.runs.received_files import experiment_inputs
 from tlcapture.runs.report import CollectingReport, Done
 from tlcapture.runs.run import Run
 from tlcapture.storage.files import check_changes, read_bytes, write_bytes
@@ -51,8 +53,7 @@ class Shared:
         threads: the number of threads that torch uses.
         inputs: the files of the experiment that a worker reads whose files are sent back; `None` where the workers
             have to see the root.
-        probe: the driver's probe file in the root.
-        content: what a worker that sees the root reads there.
+        presence: the file in the root whose lock the driver holds.
     """
 
     layout: Layout
@@ -62,8 +63,20 @@ class Shared:
     files: ModelFiles | None
     threads: int
     inputs: Mapping[str, bytes] | None
-    probe: Path
-    content: bytes
+    presence: Path
+
+    @classmethod
+    def of(cls, work: Work, layout: Layout, presence: Path, threads: int, *, collect: bool) -> Shared:
+        """What the workers of a run need; with `collect` they send their files back."""
+        absolute = Layout(layout.root.resolve(), layout.experiment)
+        load, files = (None, None) if work.model is None else (work.model.silent(), work.model.files())
+        inputs = experiment_inputs([layout, *work.reads]) if collect else None
+        return cls(absolute, work.make, work.unit, load, files, max(1, threads), inputs, presence)
+
+    @property
+    def sends_back(self) -> bool:
+        """Whether workers send their files back, and are sent those that they read."""
+        return self.inputs is not None
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,7 @@ class Result:
     Attributes:
         worker: its name with its node.
         process: the number of its process.
+        rate: the new tokens per second, as text with a comma; empty if there are none.
         lacks_model: nothing was done, since the model's files have to be sent first.
         files: content by path relative to the root; `None` where the worker writes to the experiment itself.
     """
@@ -80,6 +94,7 @@ class Result:
     worker: str
     process: int
     done: Done = Done()
+    rate: str = ""
     error: TlcaptureError | None = None
     lacks_model: bool = False
     files: Mapping[str, bytes] | None = None
@@ -163,7 +178,7 @@ class WorkerActor:
             return prepared
         assert self._worker is not None
         self._mark(piece, label)
-        error = None
+        error, began = None, time.monotonic()
         try:
             self._doing = label
             self._write_inputs(inputs)
@@ -173,10 +188,12 @@ class WorkerActor:
         except StopRequested:
             pass
         self._doing = "ready"
-        return self._result(error)
+        return self._result(error, time.monotonic() - began)
 
-    def _result(self, error: TlcaptureError | None = None) -> Result:
-        return Result(self._name, os.getpid(), self._report.drain(), error, files=self._take_outputs())
+    def _result(self, error: TlcaptureError | None = None, seconds: float = 0.0) -> Result:
+        done = self._report.drain()
+        rate = f"{done.n_tokens / seconds:.0f} tokens/s, " if done.n_tokens and seconds else ""
+        return Result(self._name, os.getpid(), done, rate, error, files=self._take_outputs())
 
     def _mark(self, piece: int, label: str) -> None:
         """Have the driver know of the piece before anything is done that may end this process."""
@@ -196,26 +213,26 @@ class WorkerActor:
             time.sleep(_REPORT_EVERY)
 
     def _check_root(self) -> None:
-        """Raise `InputError` unless this worker can read the driver's probe in the root and write beside it.
+        """Raise `InputError` unless this worker can read the driver's file in the root and write beside it.
 
-        From then on it changes files only while the driver holds the lock of the probe: another run may follow.
+        From then on it changes files only while the driver holds the lock of that file: another run may follow.
         """
         if self._folder is not None:
             return
-        probe = self._shared.probe
+        presence = self._shared.presence
         try:
-            seen = probe.read_bytes() == self._shared.content
-            answer = probe.with_name(f"{probe.name}.{os.getpid()}")
+            seen = presence.read_text() == presence.name
+            answer = presence.with_name(f"{presence.name}.{os.getpid()}")
             answer.touch()
             answer.unlink()
         except OSError:
             seen = False
         if not seen:
             raise InputError(
-                f"a worker on {self._node} does not see {probe.parent}: give a --root that all nodes of "
+                f"a worker on {self._node} does not see {presence.parent}: give a --root that all nodes of "
                 "the cluster share, or pass --collect to have files sent back"
             )
-        check_changes(partial(_check_driver, probe))
+        check_changes(partial(_check_driver, presence))
 
     def _lacks_model(self, contents: Mapping[str, Any]) -> bool:
         """Whether the model's files have to be sent to this machine; those that are in the object store are copied."""
@@ -229,10 +246,9 @@ class WorkerActor:
         return not contents
 
     def _made_worker(self) -> Worker:
-        import torch
-
         shared = self._shared
-        torch.set_num_threads(shared.threads)
+        if (torch := sys.modules.get("torch")) is not None:  # what `make` needs has been imported with it
+            torch.set_num_threads(shared.threads)
         # The other processors of the machine are for other workers.
         os.environ["TLCAPTURE_PROCESSES"] = "0"
         os.environ.setdefault("TLCAPTURE_WRITERS", str(max(1, shared.threads // 2)))
@@ -269,7 +285,7 @@ def _process() -> str:
     return str(ray.get_runtime_context().get_worker_id()) if ray.is_initialized() else ""
 
 
-def _check_driver(probe: Path, path: Path) -> None:
-    """Raise `NoSpaceError`, which ends all work, if the driver has ended, whose probe file this is."""
-    if not is_held(probe):
+def _check_driver(presence: Path, path: Path) -> None:
+    """Raise `NoSpaceError`, which ends all work, if the driver has ended, whose file the first one is."""
+    if not is_held(presence):
         raise NoSpaceError(f"{path}: not changed: the run that this worker belongs to has ended")

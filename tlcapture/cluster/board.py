@@ -51,7 +51,7 @@ class News:
 class Board:
     """The class of the actor."""
 
-    _begun: dict[int, dict[str, str]] = field(default_factory=dict)  # name of the worker, by piece and process
+    _by_piece: dict[int, dict[str, str]] = field(default_factory=dict)  # names of workers, by their processes
     _again: list[tuple[str, str]] = field(default_factory=list)
     _states: dict[int, State] = field(default_factory=dict)
     _heard: dict[int, float] = field(default_factory=dict)
@@ -60,14 +60,23 @@ class Board:
 
     def begin(self, piece: int, label: str, worker: str, process: str) -> None:
         """Mark that a worker's process begins a piece: whichever began it before has died."""
-        begun = self._begun.setdefault(piece, {})
-        if begun and process not in begun:
-            self._again.append((list(begun.values())[-1], label))
-        begun[process] = worker
+        before = self._by_piece.setdefault(piece, {})
+        if before and process not in before:
+            self._again.append((list(before.values())[-1], label))
+        before[process] = worker
 
-    def died(self, piece: int) -> int:
+    @classmethod
+    def start(cls, ray: Any) -> Any:
+        """Start the actor beside the driver, whose node the run does not outlive."""
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        )
+        how = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+        return ray.remote(**how)(cls).remote()
+
+    def begun(self, piece: int) -> int:
         """The number of processes that have begun a piece."""
-        return len(self._begun.get(piece, ()))
+        return len(self._by_piece.get(piece, ()))
 
     def report(self, number: int, state: State) -> bool:
         """Note the state of a worker; returns whether it is to stop."""

@@ -18,10 +18,10 @@ from tlcapture.cluster.actor import Result, Shared, WorkerActor
 from tlcapture.cluster.board import Board
 from tlcapture.errors import ClusterError, InputError, TlcaptureError
 from tlcapture.logger import get_logger
-from tlcapture.runs.display import Progress
 from tlcapture.runs.executors import Work
 from tlcapture.runs.received_files import file_contents, store_outputs
 from tlcapture.runs.run import Run
+from tlcapture.storage.locks import presence
 from tlcapture.text import first_line
 
 _log = get_logger(__name__)
@@ -35,51 +35,41 @@ _TIMEOUT = 300  # seconds for a first worker to start, and for workers to finish
 
 @dataclass(eq=False)
 class _Piece:
-    """A part of the work that one worker does, and how many workers died of what it is a half of."""
+    """A part of the work that one worker does, and how many of its workers died."""
 
     number: int
     task: Any
     label: str
-    died_before: int = 0
+    died: int = 0
 
 
 @dataclass(eq=False)
 class _Worker:
-    """A worker as the driver sees it: Ray's actor, the reference of what it was called for, and its name.
-
-    Times are those of the monotonic clock: when it was last called, heard of, and found dead.
-    """
+    """A worker as the driver sees it: Ray's actor, and when it was last heard of, and found dead."""
 
     number: int
     actor: Any
     name: str
-    call: Any = None
-    piece: _Piece | None = None
-    process: int | None = None
-    called: float = 0.0
+    process: int = 0
     heard: float = 0.0
     died: float = -1.0
-
-    @property
-    def is_idle(self) -> bool:
-        return self.call is None and self.heard > self.died
 
 
 class Driver:
     """Gives pieces of work to workers until all are done."""
 
-    def __init__(self, ray: Any, shared: Shared, tasks: Sequence[Any], work: Work, run: Run, progress: Progress):
-        self._ray, self._shared, self._work, self._run, self._progress = ray, shared, work, run, progress
+    def __init__(self, ray: Any, work: Work, tasks: Sequence[Any], run: Run):
+        self._ray, self._work, self._run = ray, work, run
         self._numbers = count()
         self._waiting = deque(self._piece(task) for task in tasks)
-        self._n_pieces, self._n_done, self._n_units = len(tasks), 0, 0
-        self._deaths = 0  # since the last piece that was done
-        self._model: dict[str, Any] = {}  # references of the model's files, once a worker lacks them
         self._workers: list[_Worker] = []
-        self._started = self._read = time.monotonic()
+        self._calls: dict[Any, tuple[_Worker, _Piece | None]] = {}  # by the reference of what will be answered
+        self._model: dict[str, Any] = {}  # references of the model's files, once a worker lacks them
+        self._n_pieces, self._n_done, self._n_units, self._deaths = len(tasks), 0, 0, 0  # deaths in a row
+        self._read = self._started = time.monotonic()
         self._began: float | None = None
 
-    def run(self, n_workers: int, **resources: float) -> None:
+    def run(self, n_workers: int, resources: dict[str, float], *, collect: bool) -> None:
         """Do all pieces; records the workers and for how long they worked, without their start.
 
         Raises:
@@ -87,61 +77,59 @@ class Driver:
             ClusterError: too many workers die in a row.
             TlcaptureError: an error in a worker that ends the run; what other workers did until then is kept.
         """
-        ray, shared = self._ray, self._ray.put(self._shared)
-        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=False
-        )
-        self._board = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(
-            Board
-        ).remote()
-        actor = ray.remote(max_restarts=-1, max_task_retries=1, **resources)(WorkerActor)
-        try:
-            for number in range(n_workers):
-                worker = _Worker(number, actor.remote(shared, number, self._board), f"worker {number}")
-                self._workers.append(worker)
-                self._call(worker, None)
-            while self._waiting or any(worker.piece for worker in self._workers):
-                self._step()
-        except (KeyboardInterrupt, TlcaptureError):
-            self._stop_workers()
-            raise
-        finally:
-            for each in [self._board, *(worker.actor for worker in self._workers)]:
-                with suppress(Exception):  # it may be dead, and the cluster gone
-                    ray.kill(each)
+        ray, work, run = self._ray, self._work, self._run
+        self._board = Board.start(ray)
+        how = {"num_cpus": resources["CPU"], "num_gpus": resources["GPU"]}
+        actor = ray.remote(max_restarts=-1, max_task_retries=1, **how)(WorkerActor)
+        with presence(run.layout.root) as file, run.progress(work.total, "Ray", work.unit) as self._progress:
+            self._shared = Shared.of(work, run.layout, file, int(resources["CPU"]), collect=collect)
+            shared = ray.put(self._shared)
+            try:
+                for n in range(n_workers):
+                    self._workers.append(_Worker(n, actor.remote(shared, n, self._board), f"worker {n}"))
+                    self._call(self._workers[-1], None)
+                while self._waiting or any(piece for _, piece in self._calls.values()):
+                    self._step()
+            except (KeyboardInterrupt, TlcaptureError):
+                self._stop_workers()
+                raise
+            finally:
+                for each in [self._board, *(worker.actor for worker in self._workers)]:
+                    with suppress(Exception):  # it may be dead, and the cluster gone
+                        ray.kill(each)
         seconds = 0.0 if self._began is None else round(time.monotonic() - self._began, 3)
-        facts = {"workers": n_workers, "gpus_per_worker": resources["num_gpus"], "pieces": self._n_pieces}
-        self._run.display.uses(cluster={**facts, "seconds": seconds})
+        facts = {"workers": n_workers, "gpus_per_worker": resources["GPU"], "pieces": self._n_pieces}
+        run.display.uses(cluster={**facts, "seconds": seconds})
 
-    def _piece(self, task: Any, died_before: int = 0) -> _Piece:
-        return _Piece(next(self._numbers), task, self._work.label(task), died_before)
+    def _piece(self, task: Any) -> _Piece:
+        return _Piece(next(self._numbers), task, self._work.label(task))
 
     def _step(self) -> None:
-        calls = {worker.call: worker for worker in self._workers if worker.call is not None}
-        for call in self._ray.wait(list(calls), timeout=_POLL)[0] if calls else []:
-            self._receive(calls[call])
-        for worker in self._workers:
-            if self._waiting and worker.is_idle:
+        time.sleep(0 if self._calls else _POLL)
+        for call in self._ray.wait(list(self._calls), timeout=_POLL)[0] if self._calls else ():
+            self._receive(call, *self._calls.pop(call))
+        for worker in self._idle():
+            if self._waiting:
                 self._call(worker, self._waiting.popleft())
-        time.sleep(0 if calls else _POLL)
         if time.monotonic() - self._read >= _POLL:
             self._read_board()
 
+    def _idle(self) -> list[_Worker]:
+        busy = [worker for worker, _ in self._calls.values()]
+        return [worker for worker in self._workers if worker not in busy and worker.heard > worker.died]
+
     def _call(self, worker: _Worker, piece: _Piece | None) -> None:
         """Let a worker do a piece, or prepare for those to come."""
-        worker.piece, worker.called = piece, time.monotonic()
         if piece is None:
-            worker.call = worker.actor.prepare.remote(self._model)
+            self._calls[worker.actor.prepare.remote(self._model)] = worker, None
             return
-        self._began = self._began or worker.called
+        self._began = self._began or time.monotonic()
         _log.debug("%s, process %s, takes %s", worker.name, worker.process, piece.label)
-        sends = self._shared.inputs is not None
-        inputs = file_contents(self._run.layout, self._work.inputs(piece.task)) if sends else {}
-        do = worker.actor.do.options(max_task_retries=int(not piece.died_before))
-        worker.call = do.remote(piece.number, piece.label, piece.task, inputs, self._model)
+        inputs = file_contents(self._run.layout, self._work.inputs(piece.task)) if self._shared.sends_back else {}
+        do = worker.actor.do.options(max_task_retries=int(not piece.died))
+        self._calls[do.remote(piece.number, piece.label, piece.task, inputs, self._model)] = worker, piece
 
-    def _receive(self, worker: _Worker) -> None:
-        call, worker.call, piece, worker.piece = worker.call, None, worker.piece, None
+    def _receive(self, call: Any, worker: _Worker, piece: _Piece | None) -> None:
         try:
             result: Result = self._ray.get(call)
         except self._ray.exceptions.RayTaskError:  # a fault of the program, not of the cluster
@@ -159,16 +147,12 @@ class Driver:
             raise result.error
         if piece is not None:
             self._n_done, self._deaths = self._n_done + 1, 0
-            seconds = time.monotonic() - worker.called
-            rate = f"{result.done.n_tokens / seconds:.0f} tokens/s, " if result.done.n_tokens else ""
-            done = f"{worker.name}: {piece.label}, {rate}{self._n_done} of {self._n_pieces} batches"
+            done = f"{worker.name}: {piece.label}, {result.rate}{self._n_done} of {self._n_pieces} batches"
             self._progress.advance(done=done, share=self._n_done / self._n_pieces)
 
     def _keep(self, result: Result) -> None:
-        done = result.done
-        if result.files is not None:
-            done = store_outputs(self._run.layout, result.files, done, overwrite=self._work.overwrite)
-        self._run.add(done)
+        done, files = result.done, result.files
+        self._run.add(done if files is None else store_outputs(self._run.layout, files, done, self._work.overwrite))
 
     def _died(self, worker: _Worker, piece: _Piece | None, error: Exception) -> None:
         """Put the piece of a worker that died back into the queue, in two halves if it killed its worker twice."""
@@ -180,17 +164,16 @@ class Driver:
             raise ClusterError(f"{self._deaths} workers died in a row, the last one with: {first_line(error)}")
         if piece is None:
             return
-        died = piece.died_before + self._ray.get(self._board.died.remote(piece.number))
-        n_prompts = self._work.n_prompts(piece.task)
-        if died < _TRIES - 1 or (n_prompts == 1 and died < _TRIES):
+        piece.died = self._ray.get(self._board.begun.remote(piece.number))
+        halves = self._work.halves(piece.task)
+        if piece.died < (_TRIES if len(halves) == 1 else _TRIES - 1):
             self._waiting.appendleft(piece)
-        elif n_prompts == 1:
-            self._run.failed(piece.label, f"its worker died {died} times: {first_line(error)}")
+        elif len(halves) == 1:
+            self._run.failed(piece.label, f"its worker died {piece.died} times: {first_line(error)}")
         else:
             self._run_again(worker.name, piece.label)
-            halves = self._work.split(piece.task, (n_prompts + 1) // 2)
             self._n_pieces += len(halves) - 1
-            self._waiting.extendleft(self._piece(half, _TRIES - 2) for half in halves)
+            self._waiting.extendleft(map(self._piece, halves))
 
     def _run_again(self, name: str, label: str) -> None:
         self._run.report.retried.append(label)
@@ -205,21 +188,20 @@ class Driver:
             worker.heard = max(worker.heard, now - news.silent.get(worker.number, now))
         if now - max(self._started, *(worker.heard for worker in self._workers)) > _TIMEOUT:
             raise InputError(f"no worker of the Ray cluster has answered for {_TIMEOUT} s")
-        if not self._waiting and any(worker.is_idle for worker in self._workers):
-            for worker in self._workers:
-                if worker.piece is not None and now - worker.heard > _SILENCE:
-                    self._ray.kill(worker.actor)
+        for worker, piece in self._calls.values() if self._idle() and not self._waiting else ():
+            if piece is not None and now - worker.heard > _SILENCE:
+                self._ray.kill(worker.actor)
         self._run.display.uses(**news.facts)
         self._progress.state(f"{self._run.report.n_prompts} prompts done; {news.doing}")
-        self._progress.advance(news.units - self._n_units)
-        self._n_units = news.units
+        self._n_units, since = news.units, news.units - self._n_units
+        self._progress.advance(since)
 
     def _stop_workers(self) -> None:
         """Let every worker finish its current prompt, and keep what it did."""
-        answering = [worker for worker in self._workers if time.monotonic() - worker.heard < _SILENCE]
-        calls = [worker.call for worker in answering if worker.piece is not None]
+        now = time.monotonic()
+        calls = [call for call, (worker, piece) in self._calls.items() if piece and now - worker.heard < _SILENCE]
         with suppress(self._ray.exceptions.RayError):
             self._ray.get(self._board.stop.remote(), timeout=_SILENCE)
-        for call in self._ray.wait(calls, num_returns=len(calls), timeout=_TIMEOUT)[0] if calls else []:
+        for call in self._ray.wait(calls, num_returns=len(calls), timeout=_TIMEOUT)[0] if calls else ():
             with suppress(self._ray.exceptions.RayError):
                 self._keep(self._ray.get(call))

@@ -8,22 +8,16 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tlcapture.cluster.actor import Shared
 from tlcapture.cluster.driver import Driver
-from tlcapture.errors import InputError, StorageError
+from tlcapture.errors import InputError
 from tlcapture.runs.executors import Work
-from tlcapture.runs.received_files import experiment_inputs
 from tlcapture.runs.run import Run
-from tlcapture.storage.layout import Layout
-from tlcapture.storage.locks import locked
 from tlcapture.text import first_line
 
 if TYPE_CHECKING:
@@ -73,49 +67,37 @@ class RayExecutor:
         """
         if not work.tasks:
             return
-        with _connected(self._cluster) as ray, probe(run.layout.root) as (path, content):
-            cpus, gpus = self._cluster.cpus_per_worker, self._gpus(ray.cluster_resources(), work, run)
-            n_workers = self._n_workers(ray, gpus)
-            pieces = work.pieces(self._most_prompts(work, n_workers, "gpu" if gpus else "cpu"))
-            load, files = (None, None) if work.model is None else (work.model.silent(), work.model.files())
-            inputs = experiment_inputs([run.layout, *work.reads]) if self._cluster.collect else None
-            layout, threads = Layout(run.layout.root.resolve(), run.layout.experiment), max(1, int(cpus))
-            shared = Shared(layout, work.make, work.unit, load, files, threads, inputs, path, content)
-            n_workers = min(n_workers, len(pieces))
-            run.line(f"{len(pieces)} batches for {n_workers} workers of a Ray cluster, {gpus:g} GPUs each")
-            with run.progress(sum(map(work.size, work.tasks)), "Ray", work.unit) as progress:
-                Driver(ray, shared, pieces, work, run, progress).run(n_workers, num_cpus=cpus, num_gpus=gpus)
+        with _connected(self._cluster) as ray:
+            resources = {"CPU": self._cluster.cpus_per_worker, "GPU": self._gpus(ray, work, run)}
+            n_workers = self._n_workers(ray, resources)
+            most = min(_MOST_PROMPTS["gpu" if resources["GPU"] else "cpu"], work.share(n_workers * _PIECES_PER_WORKER))
+            pieces = work.pieces(self._batch_size or most)
+            n_workers, gpus = min(n_workers, len(pieces)), f"{resources['GPU']:g} GPUs"
+            run.line(f"{len(pieces)} batches for {n_workers} workers of a Ray cluster, with {gpus} each")
+            Driver(ray, work, pieces, run).run(n_workers, resources, collect=self._cluster.collect)
 
-    def _gpus(self, resources: dict[str, float], work: Work, run: Run) -> float:
+    def _gpus(self, ray: Any, work: Work, run: Run) -> float:
         """The GPUs of a worker; says so where the cluster's are not used."""
-        asked, there = self._cluster.gpus_per_worker, resources.get("GPU", 0)
-        uses_gpu = there >= 1 and work.model is not None and work.model.device != "cpu"
-        if uses_gpu and asked == 0:
+        asked, there = self._cluster.gpus_per_worker, ray.cluster_resources().get("GPU", 0)
+        wanted = work.model.n_devices if there >= 1 and work.model is not None and work.model.device != "cpu" else 0
+        if wanted and asked == 0:
             run.warn(
                 f"the Ray cluster has {there:g} GPUs, which --gpus-per-worker 0 hides from its workers: the model runs "
                 "on their CPUs, by default in float32"
             )
-        if asked is not None:
-            return asked
-        return work.model.n_devices if uses_gpu and work.model is not None else 0
+        return wanted if asked is None else asked
 
-    def _n_workers(self, ray: Any, gpus: float) -> int:
+    def _n_workers(self, ray: Any, wanted: dict[str, float]) -> int:
         """The number of workers asked for, or as many as the nodes have room for."""
-        cpus, resources = self._cluster.cpus_per_worker, ray.cluster_resources()
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        wanted = {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
-        fits = sum(min(int(node.get(name, 0) // each) for name, each in wanted.items()) for node in nodes)
+        fits = sum(min(int(node.get(name, 0) // each) for name, each in wanted.items() if each) for node in nodes)
         if not fits:
+            cpus, gpus = (sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU"))
             raise InputError(
-                f"the Ray cluster has {resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs on "
-                f"{len(nodes)} nodes: too few for a worker of {cpus:g} and {gpus:g} on one of them"
+                f"the Ray cluster has {cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} nodes: too few for a worker of "
+                f"{wanted['CPU']:g} and {wanted['GPU']:g} on one of them"
             )
         return min(self._cluster.workers or fits, fits)
-
-    def _most_prompts(self, work: Work, n_workers: int, kind: str) -> int:
-        """The prompts of a piece: as many as asked for, or as leave every worker enough pieces."""
-        n_prompts = sum(map(work.n_prompts, work.tasks))
-        return self._batch_size or max(1, min(_MOST_PROMPTS[kind], -(-n_prompts // (n_workers * _PIECES_PER_WORKER))))
 
 
 @contextmanager
@@ -126,52 +108,28 @@ def _connected(cluster: Cluster) -> Iterator[Any]:
         import ray
     except ImportError:
         raise InputError('--executor ray needs Ray: run pip install "tlcapture[ray]"') from None
-    started = not ray.is_initialized()
-    if started:
-        address = cluster.address or os.environ.get("RAY_ADDRESS")
-        _check_reachable(address)
-        options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
-        if address is None:
-            needed = (cluster.workers or os.cpu_count() or 1) * cluster.cpus_per_worker
-            options |= {"num_cpus": int(needed + 0.999), "include_dashboard": False}
-        try:
-            ray.init(**options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise InputError(f"no Ray cluster at {address!r}: {first_line(error)}") from None
+    if ray.is_initialized():
+        yield ray
+        return
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    _check_reachable(address)
+    here = {"num_cpus": int((cluster.workers or os.cpu_count() or 1) * cluster.cpus_per_worker + 0.999)}
+    options: dict[str, Any] = {"address": address} if address else {**here, "include_dashboard": False}
+    try:
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise InputError(f"no Ray cluster at {address!r}: {first_line(error)}") from None
     try:
         yield ray
     finally:
-        if started:
-            ray.shutdown()
+        ray.shutdown()
 
 
 def _check_reachable(address: str | None) -> None:
     """Raise `InputError` where nothing listens at the address: Ray itself would try for minutes."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
-    if not (host and port.isdecimal()):
-        return  # Ray starts a cluster here, or finds one by itself
-    try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT).close()
-    except (OSError, OverflowError) as error:
-        raise InputError(f"no Ray cluster at {address!r}: {error}: start one with 'ray start --head'") from None
-
-
-@contextmanager
-def probe(root: Path) -> Iterator[tuple[Path, bytes]]:
-    """A temporary file in the root and its content: it tells whether a worker sees the root, and the driver is there.
-
-    The driver holds its lock, which the operating system releases when the driver ends.
-    """
-    path, content = root.resolve() / f".tlcapture-{secrets.token_hex(8)}", secrets.token_bytes(16)
-    with ExitStack() as stack:
+    if host and port.isdecimal():  # otherwise Ray starts a cluster here, or finds one by itself
         try:
-            stack.enter_context(locked(path))
-            path.write_bytes(content)
-        except (OSError, StorageError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"{path.parent}: cannot be written to: {reason}") from None
-        try:
-            yield path, content
-        finally:
-            with suppress(OSError):
-                path.unlink()
+            socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT).close()
+        except (OSError, OverflowError) as error:
+            raise InputError(f"no Ray cluster at {address!r}: {error}: start one with 'ray start --head'") from None
