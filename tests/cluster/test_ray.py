@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.cluster.conftest import words_of
+from tests.cluster.conftest import SimulatedCluster, words_of
 from tests.evidence import Evidence
 from tests.faults.commands import Command, contents
 from tests.test_adapters import needs_peft, write_adapter
@@ -157,6 +157,53 @@ def test_a_killed_driver_is_resumed_with_skip_existing_which_keeps_a_file_that_i
         "the driver of a Ray cluster killed in the middle",
         f"kill -9 when {before} of 12 prompts were captured",
         "with --skip-existing the files of a local run",
+    )
+
+
+def test_a_worker_takes_a_gpu_where_the_cluster_has_them(cluster: SimulatedCluster, busy: Path, tmp_path: Path) -> None:
+    """There is one CPU beside the two GPUs of this cluster, so one worker."""
+    cluster.with_third_node()
+    words = (*words_of(busy), "--limit", 1, "--max-new-tokens", 1, "--executor", "ray", "--json")
+    done = Command(tmp_path / "output", *words, "--ray-address", cluster.address).end()
+    assert done.code == 0, done.stderr
+    found = json.loads(done.stdout)["cluster"]
+    assert (found["workers"], found["gpus_per_worker"]) == (1, 1)
+    assert "1 batches for 1 workers of a Ray cluster, with 1 GPU each" in done.stderr
+    assert "core_worker.cc" not in done.stderr, "Ray complains"
+    asked = Command(tmp_path / "output", *words, "--ray-address", cluster.address, "--n-devices", 3).end()
+    assert asked.code == 2
+    assert "3 CPUs and 2 GPUs on 3 nodes: too few for a worker of 1 and 3 on one of them" in asked.stderr
+
+
+def test_a_node_that_is_lost_in_the_middle_leaves_no_prompt_out(
+    cluster: SimulatedCluster, busy: Path, tmp_path: Path, by_one_process: dict[str, Any], evidence: Evidence
+) -> None:
+    cluster.with_third_node()
+    log = busy / "log"
+    log.touch()
+    on_three = ("--executor", "ray", "--workers", 3, "--gpus-per-worker", 0, "--ray-address", cluster.address)
+    running = Command(tmp_path / "output", *words_of(busy), *on_three, "--log-file", log)
+    running.wait_for(lambda: len(set(process_ids(log))) == 3)
+    cluster.lose_third_node()
+    done = running.end()
+    assert done.code == 0, done.stderr
+    assert "the Ray cluster has 2 GPUs, which --gpus-per-worker 0 hides from its workers" in done.stderr
+    assert "died; its batch is run again: 2 prompts of busy" in done.stdout
+    assert same_but_for_the_model_folder(contents(busy / "experiments" / "exp"), by_one_process)
+    shutil.rmtree(busy / "experiments" / "exp" / "inference" / "tone")
+    cluster.with_third_node()
+    project = ("project", "--root", busy, "--experiment", "exp", "--prompt-set", "busy")
+    running = Command(tmp_path / "output", *project, *on_three)
+    running.wait_for(lambda: list((busy / "experiments" / "exp" / "inference").glob("tone/*/*/busy/*.json")))
+    cluster.lose_third_node()
+    done = running.end()
+    assert done.code == 0, done.stderr
+    assert "hides" not in done.stderr, "there is no model that would run on a GPU"
+    assert same_but_for_the_model_folder(contents(busy / "experiments" / "exp"), by_one_process)
+    evidence.survived(
+        "one of three nodes of a Ray cluster lost in the middle",
+        "all its processes killed while it works",
+        "all prompts captured; the files of a local run",
     )
 
 

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -133,10 +133,13 @@ class _Uncounted(Progress):
 
 
 class WorkerActor:
-    """The class of the Ray actors; they report to the `board`, if any."""
+    """The class of the Ray actors; they report to the `board`, if any.
 
-    def __init__(self, shared: Shared, number: int = 0, board: Any = None):
-        self._shared = shared
+    `shared` is what all workers need, or a list of the reference of it: Ray warns of references as such.
+    """
+
+    def __init__(self, shared: Shared | Sequence[Any], number: int = 0, board: Any = None):
+        self._shared = shared = shared if isinstance(shared, Shared) else _fetched(*shared)
         self._number = number
         self._board = board
         self._node = socket.gethostname()
@@ -276,6 +279,13 @@ class WorkerActor:
     def __del__(self) -> None:
         if getattr(self, "_folder", None) is not None:
             shutil.rmtree(str(self._folder), ignore_errors=True)
+
+
+def _fetched(reference: Any) -> Shared:
+    import ray
+
+    found: Shared = ray.get(reference)
+    return found
 
 
 def _process() -> str:

@@ -83,7 +83,7 @@ class Driver:
         actor = ray.remote(max_restarts=-1, max_task_retries=1, **how)(WorkerActor)
         with presence(run.layout.root) as file, run.progress(work.total, "Ray", work.unit) as self._progress:
             self._shared = Shared.of(work, run.layout, file, int(resources["CPU"]), collect=collect)
-            shared = ray.put(self._shared)
+            shared = [ray.put(self._shared)]
             try:
                 for n in range(n_workers):
                     self._workers.append(_Worker(n, actor.remote(shared, n, self._board), f"worker {n}"))

@@ -72,8 +72,9 @@ class RayExecutor:
             n_workers = self._n_workers(ray, resources)
             most = min(_MOST_PROMPTS["gpu" if resources["GPU"] else "cpu"], work.share(n_workers * _PIECES_PER_WORKER))
             pieces = work.pieces(self._batch_size or most)
-            n_workers, gpus = min(n_workers, len(pieces)), f"{resources['GPU']:g} GPUs"
-            run.line(f"{len(pieces)} batches for {n_workers} workers of a Ray cluster, with {gpus} each")
+            n_workers = min(n_workers, len(pieces))
+            gpus = f", with {resources['GPU']:g} GPU each" if resources["GPU"] else ""
+            run.line(f"{len(pieces)} batches for {n_workers} workers of a Ray cluster{gpus}")
             Driver(ray, work, pieces, run).run(n_workers, resources, collect=self._cluster.collect)
 
     def _gpus(self, ray: Any, work: Work, run: Run) -> float:
