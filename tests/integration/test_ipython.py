@@ -19,7 +19,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
 import tlcapture
-from tlcapture import Experiment
+from tlcapture import Ablate, Cap, Experiment, Steer
 from tlcapture.captures.capture import Capture
 from tlcapture.errors import InputError, StorageError
 from tlcapture.explore.live_capture import LiveCapture
@@ -86,6 +86,42 @@ def test_the_magic_captures_as_the_library_does(run: Run, shell: Any, smollm2: A
     assert (other.metadata["seed"], other.metadata["temperature"]) == (3, 2.5)
 
 
+def test_the_magic_takes_sampling_and_interventions_as_the_library_does(
+    run: Run, shell: Any, exp: Experiment, smollm2: Any
+) -> None:
+    shell.user_ns["exp"] = exp
+    run("%load_ext tlcapture")
+    rules = "--top-p 0.8 --top-k 40 --min-p 0.02 --repetition-penalty 1.2 --stop ' the' --samples 2 --seed 3"
+    changes = "--ablate behavioral/refusal@3:prompt --steer style/formality:+0.3@16 --cap behavioral/refusal:5@all"
+    run(f'%capture_prompt -n 5 --temperature 1.5 {rules} {changes} "Name a colour."')
+    expected = tlcapture.capture(
+        smollm2,
+        "Name a colour.",
+        max_new_tokens=5,
+        temperature=1.5,
+        top_p=0.8,
+        top_k=40,
+        min_p=0.02,
+        repetition_penalty=1.2,
+        stop=[" the"],
+        samples=2,
+        seed=3,
+        vectors=exp,
+        interventions=[
+            Ablate("behavioral/refusal", 3, where="prompt"),
+            Steer("style/formality", 0.3, 16),
+            Cap("behavioral/refusal", 5, "all"),
+        ],
+    )
+    caps = shell.user_ns["caps"]
+    for cap, same in zip(caps, expected, strict=True):
+        assert cap.token_ids == same.token_ids
+        assert torch.equal(cap.residual(20), same.residual(20))
+        kept = {"sampling", "sample", "interventions", "temperature"}
+        assert {key: cap.metadata[key] for key in kept} == {key: same.metadata[key] for key in kept}
+    assert shell.user_ns["cap"] is caps[0] and len(caps) == 2
+
+
 def test_the_magic_uses_the_model_and_vectors_of_the_session(
     run: Run, shell: Any, exp: Experiment, smollm2: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,6 +148,13 @@ def test_the_magic_uses_the_model_and_vectors_of_the_session(
         ("%capture_prompt -n 100000 hi", "does not fit"),
         ("%capture_prompt -t behavioral/nix hi", "available traits: behavioral/refusal, style/formality"),
         ("%capture_prompt -t nix hi", "not of the form category/name"),
+        ("%capture_prompt --steer behavioral/refusal@16 hi", "is not TRAIT:COEFFICIENT@LAYERS"),
+        ("%capture_prompt --ablate behavioral/nix@16 hi", "behavioral/nix"),
+        ("%capture_prompt --samples 0 hi", "samples 0"),
+        ("%capture_prompt --top-p 2 hi", "top_p 2"),
+        ("%capture_prompt --sampling best hi", "invalid choice: 'best'"),
+        ("%capture_prompt --template-arg thinking hi", "is not KEY=VALUE"),
+        ("%capture_prompt --thinking on hi", "no switch"),
         ("model = 3\n%capture_prompt hi", "the variable 'model' is a int"),
         ("del exp\n%capture_prompt -t a/b hi", "no vectors: set exp"),
         ("%%capture_prompt two texts\nhere", "takes the prompt from the cell"),
