@@ -18,10 +18,11 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.cluster.conftest import words_of
+from tests.cluster.conftest import SimulatedCluster, words_of
 from tests.evidence import Evidence
 from tests.faults.commands import Command, contents
 from tests.test_adapters import needs_peft, write_adapter
+from tlcapture.cluster.actor import Shared, WorkerActor
 
 RAY = ("--executor", "ray", "--workers", "2")
 
@@ -156,6 +157,53 @@ def test_a_killed_driver_is_resumed_with_skip_existing_which_keeps_a_file_that_i
         "the driver of a Ray cluster killed in the middle",
         f"kill -9 when {before} of 12 prompts were captured",
         "with --skip-existing the files of a local run",
+    )
+
+
+def test_a_worker_takes_a_gpu_where_the_cluster_has_them(cluster: SimulatedCluster, busy: Path, tmp_path: Path) -> None:
+    """There is one CPU beside the two GPUs of this cluster, so one worker."""
+    cluster.with_third_node()
+    words = (*words_of(busy), "--limit", 1, "--max-new-tokens", 1, "--executor", "ray", "--json")
+    done = Command(tmp_path / "output", *words, "--ray-address", cluster.address).end()
+    assert done.code == 0, done.stderr
+    found = json.loads(done.stdout)["cluster"]
+    assert (found["workers"], found["gpus_per_worker"]) == (1, 1)
+    assert "1 batches for 1 workers of a Ray cluster, with 1 GPU each" in done.stderr
+    assert "core_worker.cc" not in done.stderr, "Ray complains"
+    asked = Command(tmp_path / "output", *words, "--ray-address", cluster.address, "--n-devices", 3).end()
+    assert asked.code == 2
+    assert "3 CPUs and 2 GPUs on 3 nodes: too few for a worker of 1 and 3 on one of them" in asked.stderr
+
+
+def test_a_node_that_is_lost_in_the_middle_leaves_no_prompt_out(
+    cluster: SimulatedCluster, busy: Path, tmp_path: Path, by_one_process: dict[str, Any], evidence: Evidence
+) -> None:
+    cluster.with_third_node()
+    log = busy / "log"
+    log.touch()
+    on_three = ("--executor", "ray", "--workers", 3, "--gpus-per-worker", 0, "--ray-address", cluster.address)
+    running = Command(tmp_path / "output", *words_of(busy), *on_three, "--log-file", log)
+    running.wait_for(lambda: len(set(process_ids(log))) == 3)
+    cluster.lose_third_node()
+    done = running.end()
+    assert done.code == 0, done.stderr
+    assert "the Ray cluster has 2 GPUs, which --gpus-per-worker 0 hides from its workers" in done.stderr
+    assert "died; its batch is run again: 2 prompts of busy" in done.stdout
+    assert same_but_for_the_model_folder(contents(busy / "experiments" / "exp"), by_one_process)
+    shutil.rmtree(busy / "experiments" / "exp" / "inference" / "tone")
+    cluster.with_third_node()
+    project = ("project", "--root", busy, "--experiment", "exp", "--prompt-set", "busy")
+    running = Command(tmp_path / "output", *project, *on_three)
+    running.wait_for(lambda: list((busy / "experiments" / "exp" / "inference").glob("tone/*/*/busy/*.json")))
+    cluster.lose_third_node()
+    done = running.end()
+    assert done.code == 0, done.stderr
+    assert "hides" not in done.stderr, "there is no model that would run on a GPU"
+    assert same_but_for_the_model_folder(contents(busy / "experiments" / "exp"), by_one_process)
+    evidence.survived(
+        "one of three nodes of a Ray cluster lost in the middle",
+        "all its processes killed while it works",
+        "all prompts captured; the files of a local run",
     )
 
 
@@ -363,18 +411,34 @@ def test_an_address_without_a_cluster_is_an_error(busy: Path, tlcapture: Any) ->
     assert "no Ray cluster at '127.0.0.1:1'" in result.stderr.splitlines()[-1]
 
 
+def shared(root: Path, make: Any, **others: Any) -> Shared:
+    """What a worker in this process needs that sees a root."""
+    from tlcapture.storage.layout import Layout
+
+    every = {"load": None, "files": None, "threads": 1, "inputs": None, "presence": root}
+    return Shared(Layout(root, "exp"), make, "token", **{**every, **others})  # type: ignore[arg-type]
+
+
+class Idle:
+    """A worker that needs nothing."""
+
+    def __init__(self, run: Any, load: object):
+        pass
+
+    def prepare(self) -> None:
+        pass
+
+
 def test_a_worker_checks_its_driver_before_each_change(tmp_path: Path) -> None:
-    from tlcapture.cluster.actor import WorkerActor
-    from tlcapture.cluster.pool import Probe
     from tlcapture.errors import NoSpaceError
     from tlcapture.storage.files import check_changes, remove, write_bytes
-    from tlcapture.storage.layout import Layout
+    from tlcapture.storage.locks import presence
 
     kept, new = tmp_path / "kept.json", tmp_path / "new.json"
     try:
-        with Probe(tmp_path) as probe:
-            actor = WorkerActor(Layout(tmp_path, "exp"), None, "token", None, None, 1, None)  # type: ignore[arg-type]
-            assert actor.locate(probe.path, probe.content).sees_root
+        with presence(tmp_path) as path:
+            actor = WorkerActor(shared(tmp_path, Idle, presence=path))
+            assert actor.prepare({}).error is None
             write_bytes(kept, b"1")
         for change in (lambda: write_bytes(kept, b"2"), lambda: write_bytes(new, b"2"), lambda: remove([kept])):
             with pytest.raises(NoSpaceError, match=r"not changed: the run that this worker belongs to has ended"):
@@ -387,25 +451,19 @@ def test_a_worker_checks_its_driver_before_each_change(tmp_path: Path) -> None:
 def test_a_worker_leaves_the_other_processors_of_its_machine_to_other_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tlcapture.cluster.actor import WorkerActor
     from tlcapture.runs.background_writer import BackgroundWriter
     from tlcapture.runs.processes import Processes
-    from tlcapture.runs.run import Run
-    from tlcapture.storage.layout import Layout
 
     for name in ("TLCAPTURE_WRITERS", "TLCAPTURE_PROCESSES"):
         monkeypatch.setenv(name, "4")  # so that what the worker sets is undone
     monkeypatch.delenv("TLCAPTURE_WRITERS")
     monkeypatch.setattr("torch.set_num_threads", lambda number: None)
     monkeypatch.setattr("tlcapture.runs.background_writer.n_processors", lambda: 64)
-    layout, made = Layout(tmp_path, "exp"), []
+    made = []
 
-    class Worker:
-        def __init__(self, run: Run, load: object):
+    class Worker(Idle):
+        def __init__(self, run: Any, load: object):
             made.append((BackgroundWriter(run)._n_writers, Processes()._count))
 
-        def prepare(self) -> None:
-            pass
-
-    assert WorkerActor(layout, Worker, "token", None, None, 4, None).prepare() is None  # type: ignore[arg-type]
+    assert WorkerActor(shared(tmp_path, Worker, threads=4, inputs={})).prepare({}).error is None
     assert made == [(2, 0)]

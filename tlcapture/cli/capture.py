@@ -227,7 +227,7 @@ def capture(
     if given is not None:
         sets = [numbered_on(layout, given)]
     if settings.dry_run:
-        _show_estimate(console, layout, sets, refused, options, load)
+        _show_estimate(console, layout, sets, refused, options, load, elsewhere=cluster.executor != "local")
         console.next = "the same without --dry-run"
         return
     from tlcapture.commands.capture import run_capture
@@ -300,13 +300,16 @@ def _show_estimate(
     refused: Sequence[tuple[str, str]],
     options: CaptureOptions,
     load: ModelLoader,
+    *,
+    elsewhere: bool,
 ) -> None:
     from tlcapture.commands.capture import estimate_capture
     from tlcapture.runs.report import Failed
     from tlcapture.storage.files import free_bytes
     from tlcapture.text import counted, format_bytes
 
-    (estimate, affected), free = estimate_capture(layout, sets, options, load), free_bytes(layout.folder)
+    estimate, affected = estimate_capture(layout, sets, options, load, elsewhere=elsewhere)
+    free = free_bytes(layout.folder)
     failures = [*(Failed(*each) for each in refused), *estimate.failures, *affected.failures]
     changes = {
         name: [path.relative_to(layout.folder).as_posix() for path in paths]

@@ -105,18 +105,28 @@ class CaptureTask:
         return f"{self.capture_set}/{ids[0]}" if len(ids) == 1 else f"{len(ids)} prompts of {self.capture_set}"
 
     def split(self, most: int) -> list[CaptureTask]:
-        """Split into tasks of at most `most` prompts, each a batch of prompts of similar length."""
+        """Split into tasks of at most `most` prompts, each a batch of prompts of similar length.
+
+        They hold nothing of the set's other prompts, also not those on which norms are measured.
+        """
         ordered = sorted(self.batched, key=lambda prompt: len(prompt.token_ids), reverse=True)
+        only_name = PromptSet.model_construct(name=self.prompt_set.name, prompts=[])
+        bare = CaptureTask(
+            only_name,
+            (),
+            frozenset(),
+            {},
+            (),
+            max_new_tokens=self.max_new_tokens,
+            longest=self.longest,
+            variant=self.variant,
+        )
         parts = [
-            replace(self, batched=batch, fresh=fresh, saved={}, refused=(), unreadable=())
+            replace(bare, batched=batch, fresh=fresh)
             for batch in batches(ordered, most)
             if (fresh := self.fresh & {prompt.name for prompt in batch})
         ]
-        saved = list(self.saved.items())
-        return parts + [
-            replace(self, batched=(), fresh=frozenset(), saved=dict(chunk), refused=(), unreadable=())
-            for chunk in chunks(saved, most)
-        ]
+        return parts + [replace(bare, saved=dict(chunk)) for chunk in chunks(list(self.saved.items()), most)]
 
 
 class TaskPlanner:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.capture_tasks import CaptureTask
 from tlcapture.commands.given_responses import generate_or_force, longest_forced
 from tlcapture.commands.kept_positions import wanted_positions
+from tlcapture.commands.memory_need import PromptSize, check_sizes
 from tlcapture.commands.out_of_memory import attempt, within_memory
 from tlcapture.commands.projections import (
     ChanceLevels,
@@ -63,18 +65,26 @@ from tlcapture.views.logit_lens import LogitLens
 
 
 class CaptureWorker:
-    """Carries out tasks with a model that is loaded when it is first needed."""
+    """Carries out tasks with a model that is loaded when it is first needed.
+
+    `norm_prompts` are the prompts of each set on which typical norms are measured; `sizes` those of what will be run,
+    where they have to fit in the memory of this machine.
+    """
 
     def __init__(
         self,
         options: CaptureOptions,
         run: Run,
         load: Callable[[], Model] | None,
+        norm_prompts: Mapping[str, Sequence[TokenizedPrompt]] = MappingProxyType({}),
+        sizes: Sequence[PromptSize] = (),
     ):
         self.run = run
         self.layout = run.layout
         self.options = options
         self._load = load
+        self._norm_prompts = norm_prompts
+        self._sizes = sizes
         self._chosen: list[ChosenVectors] = []  # choices that were not reported yet
         self._chooser = VectorChooser(run.layout, options.vectors, on_chosen=self._chosen.append)
         self._levels = ChanceLevels(run)
@@ -91,8 +101,8 @@ class CaptureWorker:
         return self._load()
 
     def prepare(self) -> None:
-        """Load the model."""
-        _ = self.model
+        """Load the model; raises `InputError` if a prompt does not fit in this machine's memory."""
+        check_sizes(self._sizes, self.model)
 
     def do(self, task: CaptureTask) -> None:
         """Capture the fresh prompts of a task and complete its saved ones."""
@@ -127,7 +137,7 @@ class CaptureWorker:
                 self.run.warn(dropped_warning(prompt.dropped))
         if options.projections_only:
             self._check_vectors(wanted)
-        resolved = with_norms(options, model, task.norm_prompts, self.run.warn)
+        resolved = with_norms(options, model, self._norm_prompts.get(task.prompt_set.name, ()), self.run.warn)
         doubt = thinking_doubt(options.intervention_records, thinks=any(prompt.thinks for prompt in task.batched))
         if doubt is not None:
             self.run.warn(doubt)

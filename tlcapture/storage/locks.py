@@ -5,13 +5,14 @@ The operating system releases a lock when its process ends, however it ends, so 
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from tlcapture.errors import StorageError
+from tlcapture.errors import InputError, StorageError
 from tlcapture.logger import get_logger
 
 _log = get_logger(__name__)
@@ -35,6 +36,26 @@ def is_held(path: Path) -> bool:
     except OSError:
         return True
     return False
+
+
+@contextmanager
+def presence(folder: Path) -> Iterator[Path]:
+    """A hidden temporary file in a folder, whose lock `is_held` while this process is there; it holds its own name.
+
+    Raises `InputError` if the folder cannot be written to.
+    """
+    path = folder.resolve() / f".tlcapture-{secrets.token_hex(16)}"
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path))
+            path.write_text(path.name)
+        except (OSError, StorageError) as error:
+            raise InputError(f"{folder}: cannot be written to: {getattr(error, 'strerror', None) or error}") from None
+        try:
+            yield path
+        finally:
+            with suppress(OSError):
+                path.unlink()
 
 
 @contextmanager
