@@ -104,6 +104,8 @@ def run_capture(
             tasks = planner.tasks(prompt_sets)
         for what, reason in (each for task in tasks for each in task.failing):
             run.failed(what, reason)
+        planned = {task.capture_set: {"new": len(task.fresh), "kept": len(task.saved)} for task in tasks}
+        display.uses(planned=planned)
         executor.run(
             Work(
                 partial(CaptureWorker, options),
