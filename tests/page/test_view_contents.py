@@ -160,8 +160,8 @@ def test_a_damaged_file_is_named(internals: Contents, resource: str) -> None:
     path = folder / ("residual/short/1.pt" if resource == "contributions" else "internals/short/1_L1.pt")
     whole = path.read_bytes()
     words = [*WHERE, *(["1"] if resource == "internals_layer" else [])]
-    for data in (whole[: len(whole) // 2], b"", b"text"):
-        path.write_bytes(data)
+    for damaged in (whole[: len(whole) // 2], b"", b"text"):
+        path.write_bytes(damaged)
         with pytest.raises(StorageError, match=f"{path.name}: cannot be read"):
             getattr(internals, resource)(*words)
     write_tensors(path, {"a": torch.zeros(2)})

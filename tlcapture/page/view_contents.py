@@ -54,8 +54,8 @@ class ViewContents:
 
     def attention(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
         """The content of a prompt's attention file without the patterns."""
-        head = read_attention(self._view_file(experiment, prompt_set, prompt_id, "attention")).head
-        return {**head_content(head), "n_heads": head.n_heads}
+        saved = read_attention(self._view_file(experiment, prompt_set, prompt_id, "attention"))
+        return {**head_content(saved.head), "n_heads": saved.head.n_heads, "present_layers": saved.present_layers}
 
     def attention_token(self, experiment: str, prompt_set: str, prompt_id: str, token: str) -> dict[str, Any]:
         """The attention weights of one query token: `by_layer[layer][head][key]`, null for a layer without any."""

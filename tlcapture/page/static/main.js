@@ -185,7 +185,7 @@
       if (kept) return state.set({ layer: (by > 0 ? kept.find((each) => each > from) : kept.findLast((each) => each < from)) ?? from });
       const layer = Math.max(0, from + by);
       state.set({ layer: nLayers === null ? layer : Math.min(nLayers - 1, layer) });
-    } else state.set({ head: Math.max(0, now.head + by) });
+    } else state.set({ head: Math.max(0, now.head + by), mean: false });
   }
 
   async function step(by) {

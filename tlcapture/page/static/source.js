@@ -39,9 +39,11 @@ tl.source = (() => {
   /** A prompt set in a subfolder as one part of a path. */
   const named = (set) => set.replaceAll("/", "~").replaceAll("@", "!");
 
+  const pathOf = (...parts) => parts.map((part) => encodeURIComponent(part)).join("/");
+
   /** A promise of a resource, given the parts of its path; rejects with `Missing`. */
   function get(...parts) {
-    const path = parts.map((part) => encodeURIComponent(part)).join("/");
+    const path = pathOf(...parts);
     let found = kept.get(path);
     if (found) kept.delete(path);
     else {
@@ -77,6 +79,13 @@ tl.source = (() => {
   };
 
   const seen = new Map();
+  let version = 0;
+
+  /** Read everything anew. */
+  function forget() {
+    kept.clear();
+    version += 1;
+  }
 
   /** Whether experiments, or the captures of the current set, have changed since the last call; if so, all is read anew. */
   async function isChanged({ experiment, set }) {
@@ -88,11 +97,45 @@ tl.source = (() => {
       if (seen.has(path) ? seen.get(path) !== text : JSON.stringify(shown) !== JSON.stringify(JSON.parse(text))) changed = true;
       seen.set(path, text);
     }
-    if (changed) kept.clear();
+    if (changed) forget();
     return changed;
   }
 
   const ofPrompt = (state, ...rest) => get(state.experiment, "sets", named(state.set), state.prompt, ...rest);
+
+  /** Numbers from base64 of float16. */
+  function halves(text) {
+    const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0)), bits = new Uint16Array(bytes.buffer);
+    const valueOf = (half) => (half & 0x7c00 ? (1 + (half & 0x3ff) / 1024) * 2 ** (((half >> 10) & 31) - 15) : (half & 0x3ff) * 2 ** -24); // neither negative nor infinite
+    const table = Float32Array.from({ length: 0x7c00 }, (_, half) => valueOf(half));
+    return Float32Array.from(bits, (half) => table[half]);
+  }
+
+  /** A function of a prompt that remembers its last result, which is large. */
+  function remembered(make) {
+    let key = "", last = null;
+    return (state, ...rest) => {
+      const now = JSON.stringify([version, state.experiment, state.set, state.prompt, ...rest]);
+      if (key !== now || !last) {
+        key = now;
+        last = make(state, ...rest);
+        last.catch(() => { last = null; });
+      }
+      return last;
+    };
+  }
+
+  /** The weights of one head, or of their mean. An exported page has those of all heads, token by token. */
+  async function matrix(state, layer, head) {
+    if (!exported) return ofPrompt(state, "matrix", layer, head).then(({ queries, weights }) => ({ queries, weights: halves(weights) }));
+    const { positions, tokens } = await ofPrompt(state, "attention"), queries = positions ?? tokens.map((_, index) => index);
+    const rows = [];
+    for (const query of queries) {
+      const { by_layer: layers } = await fromPage(pathOf(state.experiment, "sets", named(state.set), state.prompt, "attention", query)), heads = layers[layer];
+      rows.push(head === "mean" ? heads[0].map((_, key) => heads.reduce((sum, weights) => sum + weights[key], 0) / heads.length) : heads[Number(head)]);
+    }
+    return { queries, weights: Float32Array.from(rows.flat()) };
+  }
 
   return {
     exported,
@@ -112,6 +155,13 @@ tl.source = (() => {
     lensToken: (state, token) => ofPrompt(state, "lens", token),
     attention: (state) => ofPrompt(state, "attention"),
     attentionToken: (state, token) => ofPrompt(state, "attention", token),
+    attentionHeads: (state) => ofPrompt(state, "heads"),
+    attentionMatrix: remembered(matrix),
+    contributions: (state) => ofPrompt(state, "contributions"),
+    internals: (state) => ofPrompt(state, "internals"),
+    internalsLayer: (state, layer) => ofPrompt(state, "internals", layer),
+    internalsToken: (state, layer, token) => ofPrompt(state, "internals", layer, token),
+    atWork: (experiment, set) => fetch(`api/${pathOf(experiment, "running", named(set))}`).then((answer) => answer.json()).then(({ run }) => run ?? null),
     average: (experiment, set, trait, component) => get(experiment, "averages", named(set), ...trait.split("/"), component),
     comparisons: (experiment) => get(experiment, "compared"),
     comparedSet: (state, other) => get(state.experiment, "compared", other, named(state.set)),
