@@ -16,6 +16,7 @@ SCRIPTS = (
     "picker.js",
     "figure.js",
     "strip.js",
+    "work.js",
     "overview.js",
     "dynamics.js",
     "layers.js",

@@ -112,6 +112,7 @@ def export_page(
             carried.add(f"samples of {name}/{prompt_id}", list(_samples(layout, name, prompt_id)))
     for prompt in prompts:
         carried.add(f"layers of {'/'.join(prompt)}", list(_layers(layout, *prompt)))
+        carried.add(f"contributions of the layers of {'/'.join(prompt)}", [("contributions", _of(experiment, *prompt))])
     carried.add("the list of comparisons", [("comparisons", {"experiment": experiment})])
     for other, name in comparisons(layout):
         if name in prompt_sets:
@@ -119,6 +120,8 @@ def export_page(
     for kind, heading in (("lens", "logit lens"), ("attention", "attention")):
         for prompt in prompts:
             carried.add(f"{heading} of {'/'.join(prompt)}", list(_tokens(contents, kind, _of(experiment, *prompt))))
+    for prompt in prompts:
+        carried.add(f"internals of {'/'.join(prompt)}", list(_internals(contents, _of(experiment, *prompt))))
     write_bytes(target, exported_page(_data(carried, experiment)).encode("utf-8"))
     return carried.left_out
 
@@ -169,12 +172,27 @@ def _compared(layout: Layout, other: str, prompt_set: str) -> Iterator[tuple[str
 def _tokens(contents: Contents, kind: str, where: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
     """The resources of a prompt's attention or logit lens: the overview and one per token."""
     yield kind, where
+    if kind == "attention":
+        yield "attention_heads", where
     try:
         tokens = contents.tokens_of(kind, **where)
     except (TlcaptureError, OSError):
         tokens = [0]  # requested, so that the page can show what is missing
     for token in tokens:
         yield f"{kind}_token", {**where, "token": str(token)}
+
+
+def _internals(contents: Contents, where: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """The resources of a prompt's internals: the stored layers, each of them, and one per layer and token."""
+    yield "internals", where
+    try:
+        for layer in contents.internals(**where)["layers"]:
+            at = {**where, "layer": str(layer)}
+            yield "internals_layer", at
+            for token in contents.internals_layer(**at)["tokens"]:
+                yield "internals_token", {**at, "token": str(token)}
+    except (TlcaptureError, OSError):
+        return  # the page says what is missing
 
 
 def _pack(path: str, value: Any) -> str:

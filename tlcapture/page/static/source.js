@@ -81,10 +81,16 @@ tl.source = (() => {
   const seen = new Map();
   let version = 0;
 
-  /** Read everything anew. */
-  function forget() {
+  /** Read everything anew, except what is known of the shown prompt, where nothing about that has changed. */
+  async function forget({ experiment, set, prompt }) {
+    const list = pathOf(experiment, "sets", named(set)), own = pathOf(experiment, "sets", named(set), prompt);
+    const before = await kept.get(list)?.catch(() => null), mine = await kept.get(own)?.catch(() => null);
+    const all = [...kept];
     kept.clear();
-    version += 1;
+    const after = await get(experiment, "sets", named(set)).catch(() => null), shown = ({ prompts: all }) => all.find((each) => String(each.id) === prompt);
+    const of = (found) => JSON.stringify([found.traits, shown(found), shown(found)?.prompt && found.prompts.filter((each) => each.prompt === shown(found).prompt)]);
+    if (mine && !mine.missing && before && after && of(before) === of(after)) for (const [path, found] of all) if (path === own || path.startsWith(`${own}/`)) kept.set(path, found);
+    else version += 1;
   }
 
   /** Whether experiments, or the captures of the current set, have changed since the last call; if so, all is read anew. */
@@ -97,7 +103,7 @@ tl.source = (() => {
       if (seen.has(path) ? seen.get(path) !== text : JSON.stringify(shown) !== JSON.stringify(JSON.parse(text))) changed = true;
       seen.set(path, text);
     }
-    if (changed) forget();
+    if (changed) await forget(tl.state.now);
     return changed;
   }
 
