@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-
-from tlcapture.storage.files import write_tensors
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\">"
 TOKENS = ["<bos>", HOSTILE, "</script><script>document.title='owned'</script>", " {{7*7}}\n", "<b>bold</b>", " end"]
@@ -65,14 +62,6 @@ def logit_lens() -> dict[str, Any]:
             "n_layers": N_LAYERS, "top_k": 2, "predictions": entries}  # fmt: skip
 
 
-def activations() -> dict[str, Any]:
-    """A raw file that holds activations alone: the page shows what layers add, and takes text from elsewhere."""
-    points = ("residual_in", "after_attn", "residual_out")
-    parts = {"prompt": N_PROMPT, "response": len(TOKENS) - N_PROMPT}
-    of_layer = {part: {point: torch.ones(n, 2) * at for at, point in enumerate(points)} for part, n in parts.items()}
-    return {part: {"activations": dict.fromkeys(range(N_LAYERS), of_layer[part])} for part in parts}
-
-
 def write(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value), encoding="utf-8")
@@ -84,7 +73,7 @@ def write_experiment(root: Path) -> Path:
     raw = folder / "inference" / "raw" / "residual" / "odd"
     raw.mkdir(parents=True)
     for prompt in (1, 2, 3):
-        write_tensors(raw / f"{prompt}.pt", activations())
+        (raw / f"{prompt}.pt").write_bytes(b"not read by the page")
     for prompt in (1, 2):
         write(folder / "inference" / TRAIT / "residual_stream" / "odd" / f"{prompt}.json", projection(prompt))
     write(folder / "analysis" / "per_token" / "odd" / "1_attention.json", attention())

@@ -112,7 +112,7 @@ def export_page(
             carried.add(f"samples of {name}/{prompt_id}", list(_samples(layout, name, prompt_id)))
     for prompt in prompts:
         carried.add(f"layers of {'/'.join(prompt)}", list(_layers(layout, *prompt)))
-        carried.add(f"contributions of the layers of {'/'.join(prompt)}", [("contributions", _of(experiment, *prompt))])
+        carried.add(f"what the layers of {'/'.join(prompt)} add", list(_contributions(contents, _of(experiment, *prompt))))
     carried.add("the list of comparisons", [("comparisons", {"experiment": experiment})])
     for other, name in comparisons(layout):
         if name in prompt_sets:
@@ -180,6 +180,17 @@ def _tokens(contents: Contents, kind: str, where: dict[str, str]) -> Iterator[tu
         tokens = [0]  # requested, so that the page can show what is missing
     for token in tokens:
         yield f"{kind}_token", {**where, "token": str(token)}
+
+
+def _contributions(contents: Contents, where: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """What the layers of a prompt add; nothing for a raw file that cannot be read, which the prompt itself names."""
+    try:
+        contents.contributions(**where)
+    except StorageError:
+        return
+    except MissingError:
+        pass
+    yield "contributions", where
 
 
 def _internals(contents: Contents, where: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
