@@ -17,6 +17,7 @@ SCRIPTS = (
     "figure.js",
     "strip.js",
     "work.js",
+    "notes.js",
     "overview.js",
     "dynamics.js",
     "layers.js",

@@ -19,11 +19,12 @@ from tlcapture.names import Trait, base_set, split_name
 from tlcapture.page import missing, readable
 from tlcapture.page.average import average_trajectory
 from tlcapture.page.captured import captured_tokens
+from tlcapture.page.note_contents import NoteContents
 from tlcapture.page.overview import overview_of
 from tlcapture.page.projections import projection_of
 from tlcapture.page.prompt_list import listed_prompts
 from tlcapture.page.trait_contents import vectors_of
-from tlcapture.page.view_contents import ViewContents, head_content
+from tlcapture.page.view_contents import head_content
 from tlcapture.prompts.prompt_sets import Prompt, read_prompt_set
 from tlcapture.runs.recorded_runs import capture_at_work
 from tlcapture.storage.comparisons import comparison_file, comparisons
@@ -52,6 +53,7 @@ RESOURCES = {
     "internals": "{experiment}/sets/{prompt_set}/{prompt_id}/internals",
     "internals_layer": "{experiment}/sets/{prompt_set}/{prompt_id}/internals/{layer}",
     "internals_token": "{experiment}/sets/{prompt_set}/{prompt_id}/internals/{layer}/{token}",
+    "notes": "{experiment}/sets/{prompt_set}/{prompt_id}/notes",
     "at_work": "{experiment}/running/{prompt_set}",
     "average": "{experiment}/averages/{prompt_set}/{category}/{name}/{component}",
     "vectors": "{experiment}/vectors/{category}/{name}",
@@ -88,7 +90,7 @@ def _from_address(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Contents(ViewContents):
+class Contents(NoteContents):
     """The experiments of a root, as JSON values.
 
     Methods raise `TlcaptureError`, and `MissingError` for data that a command can create.
@@ -181,6 +183,10 @@ class Contents(ViewContents):
         if not found["projections"]:
             found["missing"] = missing.projections(layout, prompt_set).to_json()
         return found
+
+    def tokens(self, experiment: str, prompt_set: str, prompt_id: str) -> Sequence[str]:
+        """The tokens of a capture; none where no file can be read."""
+        return self.prompt(experiment, prompt_set, prompt_id)["tokens"] or []
 
     def layers(
         self, experiment: str, prompt_set: str, prompt_id: str, category: str, name: str, component: str

@@ -12,11 +12,13 @@ from typing import Any
 
 import orjson
 
+from tlcapture.captures.notes import note_counts
 from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.names import Trait, sampled_prompts
 from tlcapture.page.assets import exported_page
 from tlcapture.page.contents import Contents, address
 from tlcapture.page.missing import MissingError, root_option
+from tlcapture.page.note_contents import EXPORTED
 from tlcapture.storage.comparisons import compared, comparisons
 from tlcapture.storage.files import write_bytes
 from tlcapture.storage.layout import Layout
@@ -89,13 +91,15 @@ def export_page(
     Raises `InputError` if the overview alone does not fit.
     """
     layout = Layout(root, experiment)
-    contents = _Only(root, experiment, tuple(prompt_sets))
+    contents = _Only(root, experiment, tuple(prompt_sets), notes_closed=EXPORTED)
     carried = _Carried(contents, int(megabytes * 2**20), on_problem=on_problem)
     prompts = [(name, prompt_id) for name in prompt_sets for prompt_id in layout.prompt_ids(name)]
     overview: list[tuple[str, dict[str, str]]] = [("experiments", {}), ("root_folder", {})]
     overview += [("prompt_set", {"experiment": experiment, "prompt_set": name}) for name in prompt_sets]
     overview += [("uncompared", {"experiment": experiment, "prompt_set": name}) for name in prompt_sets]
     overview += [("prompt", _of(experiment, *prompt)) for prompt in prompts]
+    noted = {name: note_counts(layout, name) for name in prompt_sets}
+    overview += [("notes", _of(experiment, *prompt)) for prompt in prompts if prompt[1] in noted[prompt[0]]]
     carried.add("the overview", overview, needed=True)
     for name in prompt_sets:
         for component in COMPONENTS:
@@ -112,7 +116,9 @@ def export_page(
             carried.add(f"samples of {name}/{prompt_id}", list(_samples(layout, name, prompt_id)))
     for prompt in prompts:
         carried.add(f"layers of {'/'.join(prompt)}", list(_layers(layout, *prompt)))
-        carried.add(f"what the layers of {'/'.join(prompt)} add", list(_contributions(contents, _of(experiment, *prompt))))
+        carried.add(
+            f"what the layers of {'/'.join(prompt)} add", list(_contributions(contents, _of(experiment, *prompt)))
+        )
     carried.add("the list of comparisons", [("comparisons", {"experiment": experiment})])
     for other, name in comparisons(layout):
         if name in prompt_sets:

@@ -5,7 +5,8 @@
   const VIEWS = Object.entries(tl.views);
   const byId = (id) => document.getElementById(id);
   const work = tl.work(byId("work"));
-  const strip = tl.strip(byId("strip"), (token) => state.set({ token }));
+  const strip = tl.strip(byId("strip"), (token, isMore) => (isMore && state.now.token !== null ? notes.extend(token) : state.set({ token })));
+  const notes = tl.notes(byId("notes"), strip);
   let pending = new Set(), held = null;
   let view = null, viewName = null, data = null, latest = 0, painted = { textOf: () => "", what: "" };
 
@@ -138,6 +139,7 @@
         strip.show(data.tokens, data.n_prompt_tokens, data.spans, data.joined);
         showText(listed(settled), data);
       }
+      notes.update(now, readable ? data : null, changed.has("data"));
       if (!data?.tokens && !Kind.withoutPrompt) throw new source.Missing(data?.missing ?? { what: "no data for this prompt" });
       if (viewName !== now.view || !view) {
         fresh();
@@ -221,6 +223,7 @@
     "]": [() => move("head", 1), "[ ]", "head"], "[": [() => move("head", -1)],
     n: [() => step(1), "n p", "next and previous prompt"], p: [() => step(-1)],
     "/": [pick, "/", "find a prompt"], t: [() => open(3), "t", "find a trait"],
+    a: [() => notes.begin(), "a", "add a note on the chosen token"],
     "?": [() => byId("help").showModal(), "?", "this list"],
     ...Object.fromEntries(VIEWS.map(([name], number) => [String(number), [() => state.set({ view: name }), ...(number ? [] : [`0 \u2026 ${VIEWS.length - 1}`, "view"])]])),
   };

@@ -107,6 +107,22 @@ tl.source = (() => {
     return changed;
   }
 
+  /** Change something on the server; rejects with what it says. */
+  async function send(method, value, ...parts) {
+    const path = pathOf(...parts);
+    const answer = await fetch(`api/${path}`, { method, headers: { "Content-Type": "application/json" }, body: JSON.stringify(value) }).catch(() => null);
+    const found = await answer?.json().catch(() => null);
+    if (!answer?.ok) throw new Missing({ what: found?.what ?? "the server does not respond" });
+    return found;
+  }
+
+  const notesOf = (state) => [state.experiment, "sets", named(state.set), state.prompt, "notes"];
+
+  async function notes(state) {
+    if (exported) return get(...notesOf(state)).catch(() => ({ notes: [], problems: [], closed: "an exported page takes no notes" }));
+    return fromServer(pathOf(...notesOf(state)));
+  }
+
   const ofPrompt = (state, ...rest) => get(state.experiment, "sets", named(state.set), state.prompt, ...rest);
 
   /** Numbers from base64 of float16. */
@@ -163,6 +179,9 @@ tl.source = (() => {
     attentionToken: (state, token) => ofPrompt(state, "attention", token),
     attentionHeads: (state) => ofPrompt(state, "heads"),
     attentionMatrix: remembered(matrix),
+    notes,
+    addNote: (state, note) => send("POST", note, ...notesOf(state)),
+    changeNote: (state, { id, revision }, text) => send("PUT", { revision, ...(text === null ? {} : { text }) }, ...notesOf(state), id),
     contributions: (state) => ofPrompt(state, "contributions"),
     internals: (state) => ofPrompt(state, "internals"),
     internalsLayer: (state, layer) => ofPrompt(state, "internals", layer),
