@@ -2,7 +2,9 @@
 // Notes on tokens: below the text, marked in it, made and changed here where the server takes them.
 tl.notes = (box, strip) => {
   const { element, source } = tl;
-  let state = null, data = null, found = null, form = null, problem = "";
+  const head = element("div", { className: "notes-head" }), writing = element("div"), list = element("ul"), said = element("div", { role: "status" });
+  box.append(head, writing, list, said);
+  let state = null, data = null, found = null, form = null, problem = "", latest = 0;
 
   const place = ({ start, stop }) => (stop - start > 1 ? `${start}\u2013${stop - 1}` : String(start));
 
@@ -15,7 +17,7 @@ tl.notes = (box, strip) => {
       problem = error.message;
     }
     await refresh();
-    box.querySelector("[data-add]")?.focus();
+    if (!form) head.querySelector("[data-add]")?.focus();
   }
 
   /** The form of a new note, or of one that is changed. */
@@ -49,7 +51,7 @@ tl.notes = (box, strip) => {
     form = null;
     problem = "";
     draw();
-    box.querySelector("[data-add]")?.focus();
+    head.querySelector("[data-add]")?.focus();
   }
 
   function row(note) {
@@ -58,24 +60,28 @@ tl.notes = (box, strip) => {
       element("p", { dir: "auto" }, note.text), note.is_current ? null : element("small", { className: "warning" }, "on tokens of an earlier capture"), element("small", { className: "when" }, note.updated.slice(0, 16).replace("T", " ")), ...act);
   }
 
+  /** Show what is known; the form is left alone while it is open, since somebody types there. */
   function draw() {
     const { notes, closed, problems } = found, token = state.token ?? data.n_prompt_tokens;
     const add = closed || form ? [] : [element("button", { "data-add": "", title: "key a; with Shift, a click on another token takes all in between", onclick: () => begin() }, `note on token ${Math.min(token, data.tokens.length - 1)}`)];
     const told = closed && (notes.length || !source.exported) ? [element("span", { className: "note" }, closed)] : [];
-    box.replaceChildren(element("div", { className: "notes-head" }, ...(notes.length ? [element("b", {}, `${notes.length} note${notes.length > 1 ? "s" : ""}`)] : []), ...add, ...told),
-      ...(form ? [form.made] : []), ...(notes.length ? [element("ul", {}, notes.map(row))] : []), element("div", { role: "status" }, ...[...(problem ? [problem] : []), ...problems].map((text) => element("p", { className: "warning" }, text))));
+    head.replaceChildren(...(notes.length ? [element("b", {}, `${notes.length} note${notes.length > 1 ? "s" : ""}`)] : []), ...add, ...told);
+    if (!form) writing.replaceChildren();
+    else if (writing.firstChild !== form.made) writing.replaceChildren(form.made);
+    list.replaceChildren(...notes.map(row));
+    said.replaceChildren(...[...(problem ? [problem] : []), ...problems].map((text) => element("p", { className: "warning" }, text)));
     strip.note(new Map(notes.filter((note) => note.is_current).flatMap((note) => Array.from({ length: note.stop - note.start }, (_, index) => [note.start + index, note.text]))));
   }
 
   /** Open the form for a note on the chosen token. */
   function begin(start = Math.min(state?.token ?? data?.n_prompt_tokens ?? 0, (data?.tokens.length ?? 1) - 1), stop = start + 1) {
-    if (found && !found.closed && data?.tokens && !box.hidden) open({ start, stop });
+    if (found && !found.closed && data?.tokens && box.offsetParent) open({ start, stop });
   }
 
   async function refresh() {
-    const asked = state;
-    const answer = await source.notes(asked).catch((error) => ({ notes: [], closed: error.message, problems: [] }));
-    if (asked !== state) return;
+    const asked = ++latest;
+    const answer = await source.notes(state).catch((error) => ({ notes: [], closed: error.message, problems: [] }));
+    if (asked !== latest) return; // a later one is on its way
     found = answer;
     draw();
   }
@@ -88,13 +94,13 @@ tl.notes = (box, strip) => {
     async update(now, next, isNew) {
       const before = state;
       state = now;
-      if (!next?.tokens) return box.replaceChildren();
+      if (!next?.tokens) return;
       if (next !== data || isNew || !found) {
         if (before?.prompt !== now.prompt || before?.set !== now.set || before?.experiment !== now.experiment) form = null;
         data = next;
         return refresh();
       }
-      if (!form && before?.token !== now.token) draw();
+      if (before?.token !== now.token) draw();
     },
   };
 };
