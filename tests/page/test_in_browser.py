@@ -157,7 +157,8 @@ def test_the_matrix_is_one_canvas_and_coloured_by_weight(page: Watched) -> None:
     code = """([query, key, n]) => {
       const canvas = document.querySelector('.matrix canvas'), ratio = devicePixelRatio, from = 99;
       const size = (canvas.width / ratio - from - 1) / n;
-      return [...canvas.getContext('2d').getImageData((from + (key + .5) * size) * ratio, (from + (query + .5) * size) * ratio, 1, 1).data];
+      const [x, y] = [key, query].map((at) => (from + (at + .5) * size) * ratio);
+      return [...canvas.getContext('2d').getImageData(x, y, 1, 1).data];
     }"""
     shade = lambda query, key: sum(page.page.evaluate(code, [query, key, 40])[:3])  # noqa: E731
     row = WEIGHTS[1, 0, 30, 1:31]
@@ -225,11 +226,14 @@ def test_a_matrix_of_two_thousand_tokens_is_drawn_at_once(page: Watched) -> None
     code = """async () => {
       const n = 2000, queries = Array.from({ length: n }, (_, q) => q), tokens = queries.map((q) => `t${q}`);
       const weights = new Float32Array(n * (n + 1) / 2).map((_, index) => (index % 97) / 97);
-      const box = document.createElement('div'), part = (document.querySelector('#view').append(box), tl.attention.matrix.create(box));
+      const box = document.createElement('div');
+      document.querySelector('#view').append(box);
+      const part = tl.attention.matrix.create(box), data = { tokens, labels: tokens, n_prompt_tokens: 5, spans: [] };
       const own = { attention: tl.source.attention, attentionMatrix: tl.source.attentionMatrix };
-      Object.assign(tl.source, { attention: async () => ({ n_heads: 1, n_layers: 1, present_layers: [0] }), attentionMatrix: async () => ({ queries, weights }) });
-      const start = performance.now();
-      await part.update({ ...tl.state.now, layer: 0, token: null, fold: false, window: '', response: false }, new Set(), { tokens, labels: tokens, n_prompt_tokens: 5, spans: [] });
+      tl.source.attention = async () => ({ n_heads: 1, n_layers: 1, present_layers: [0] });
+      tl.source.attentionMatrix = async () => ({ queries, weights });
+      const start = performance.now(), state = { ...tl.state.now, layer: 0, token: null, fold: false, response: false };
+      await part.update({ ...state, window: '' }, new Set(), data);
       const took = performance.now() - start, canvas = box.querySelector('canvas');
       Object.assign(tl.source, own);
       const found = [took, canvas.width, box.querySelectorAll('*').length, box.textContent];
@@ -296,8 +300,8 @@ def test_rank_and_probability_have_a_hue_each_in_the_lens(page: Watched) -> None
 @pytest.mark.parametrize("view", ["layers", "lens", "attention", "internals", "vectors", "difference"])
 def test_every_colour_bar_says_what_it_is_of(page: Watched, view: str) -> None:
     page.open(f"view={view}&{HERE.replace('prompt=4', 'prompt=1') if view == 'difference' else HERE}")
-    code = """[...document.querySelectorAll('.plot')].flatMap((plot) => (plot.data ?? []).filter((trace) => trace.type === 'heatmap')
-      .map((trace) => trace.colorbar?.title?.text ?? null))"""
+    code = """[...document.querySelectorAll('.plot')].flatMap((plot) => plot.data ?? [])
+      .filter((trace) => trace.type === 'heatmap').map((trace) => trace.colorbar?.title?.text ?? null)"""
     titles = page.page.evaluate(code)
     assert titles and all(titles)
 
@@ -321,9 +325,11 @@ def test_the_trait_that_stands_out_in_the_prompt_is_chosen_first(page: Watched) 
       const own = tl.source.overview, row = (id, trait, rise) => ({ captures: [id], trait, stands_out: true, rise });
       tl.source.overview = async () => ({ rows: [row('1', 'style/odd', 9), row('4', 'style/rising', 3)] });
       const list = tl.source.promptSet;
-      tl.source.promptSet = (...words) => list(...words).then((found) => ({ ...found, traits: ['a/first', 'style/odd', 'style/rising'] }));
+      const traits = ['a/first', 'style/odd', 'style/rising'];
+      tl.source.promptSet = (...words) => list(...words).then((found) => ({ ...found, traits }));
       tl.state.set({ view: 'lens', trait: '', prompt: '4' });
-      for (let n = 0; n < 100 && !tl.state.now.trait; n += 1) await new Promise((resolve) => setTimeout(resolve, 20));
+      const wait = () => new Promise((resolve) => setTimeout(resolve, 20));
+      for (let n = 0; n < 100 && !tl.state.now.trait; n += 1) await wait();
       tl.source.overview = own;
       tl.source.promptSet = list;
       return tl.state.now.trait;
@@ -380,6 +386,7 @@ def test_the_keyboard_makes_a_note_on_a_span(page: Watched, root: Path) -> None:
 def test_notes_of_others_are_not_overwritten_and_the_page_says_so(page: Watched, root: Path) -> None:
     layout = Layout(root, "exp")
     note = add_note(layout, "odd", "4", Marked.of(LONG, 3), "as it was")
+    page.page.goto("about:blank")
     page.open(f"view=lens&{HERE}&token=21")
     page.page.click("#notes button:has-text('change')")
     path = next((layout.folder / "notes/odd").glob(f"4_{note.id}.json"))
