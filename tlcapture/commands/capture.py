@@ -109,6 +109,8 @@ def run_capture(
         checks = known is not None and not isinstance(known, Model)
         sizes = prompt_sizes(tasks, layout, options, known_model().n_layers) if checks else ()
         norm_prompts = {task.prompt_set.name: task.norm_prompts for task in tasks}
+        planned = {task.capture_set: {"new": len(task.fresh), "kept": len(task.saved)} for task in tasks}
+        display.uses(planned=planned)
         executor.run(
             Work(
                 partial(CaptureWorker, options, norm_prompts=norm_prompts, sizes=sizes),

@@ -61,6 +61,19 @@ def add_on(layout: Layout, prompt_set: str, kind: str) -> MissingError:
     return _error(layout, f"no {kind.replace('-', ' ')} of this prompt", f"{base} {how}")
 
 
+def internals(layout: Layout, prompt_set: str) -> MissingError:
+    """For a prompt or a layer without internals, which stored captures can be replayed for."""
+    base = f"tlcapture capture --experiment {layout.experiment} --prompt-set {prompt_set} --layer-internals all"
+    how = " --replay" if layout.captured(prompt_set) else ""
+    return _error(layout, "no internals of this prompt", base + how)
+
+
+def raw(layout: Layout, prompt_set: str) -> MissingError:
+    """For a prompt whose activations were not kept."""
+    command = f"tlcapture capture --experiment {layout.experiment} --prompt-set {prompt_set}"
+    return _error(layout, "the activations of this prompt were not kept", command)
+
+
 def vectors(layout: Layout, trait: object) -> MissingError:
     """For a trait without vectors."""
     return _error(layout, f"no vectors of {trait}", extract_command(layout, [trait]))

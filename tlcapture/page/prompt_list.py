@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 
+from tlcapture.captures.notes import note_counts
 from tlcapture.errors import TlcaptureError
 from tlcapture.names import Trait, split_name
 from tlcapture.page.captured import captured_tokens
@@ -27,7 +28,9 @@ Folders = Sequence[tuple[Trait, str]]
 def listed_prompts(
     layout: Layout, prompt_set: str, names: Sequence[str], prompts: Mapping[str, Prompt], folders: Folders
 ) -> list[dict[str, Any]]:
-    """The captures of a set by their `names`, at least one: id, text, and whether each has attention and logit lens.
+    """The captures of a set by their `names`, at least one: id, text, whether each has attention and logit lens.
+
+    Where a capture has `notes`, their number.
 
     Args:
         prompts: the prompts of the set's file, by id as text.
@@ -41,7 +44,7 @@ def listed_prompts(
     texts: dict[str, str] = {}
     for component in COMPONENTS:
         texts = sharded_texts(layout.shards(component, prompt_set)) | texts
-    found = []
+    found, notes = [], note_counts(layout, prompt_set)
     for name in names:
         prompt_id, sample = (name, None) if name in prompts else split_name(name)
         own = prompts.get(prompt_id)
@@ -53,6 +56,7 @@ def listed_prompts(
                 **({} if sample is None else {"prompt": prompt_id, "sample": sample}),
                 "text": _shown(own.text if own else None, captured),
                 **{view: name in having for view, having in views.items()},
+                **({"notes": notes[name]} if name in notes else {}),
             }
         )
     return found

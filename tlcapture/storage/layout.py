@@ -10,7 +10,7 @@
                                   analysis/compare/{other}/{prompt_set}/
                                   analysis/projections/residual_stream|attn_stream/{prompt_set}/
                                   steering/{category}/{trait}/
-                                  runs/{time}-{command}-{process}.json
+                                  runs/{time}-{command}-{process}.json, notes/{prompt_set}/
 
 Below `inference/` and `analysis/`, a variant of a prompt set has the folder `{prompt_set}@{variant}` beside it. Files
 of a capture begin with its name: the id of its prompt, or `7.s1` for sample 1 of prompt 7. Where a method takes a
