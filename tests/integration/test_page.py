@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner
 
 from tests.browser import Watched, browser, server
+from tests.conftest import quick_evaluations, unrendered_figures
 from tests.input.test_capture_index import made as tiny_capture
 from tests.page.conftest import HOSTILE, write, write_experiment
 from tests.page.conftest import TOKENS as HOSTILE_TOKENS
@@ -38,7 +39,7 @@ def page_root(embedded_root: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     root = tmp_path_factory.mktemp("page")
     shutil.copytree(embedded_root, root, dirs_exist_ok=True)
     words = ["evaluate", "--experiment", "exp", "--root", str(root), "--component", "residual"]
-    with pytest.MonkeyPatch.context() as patch:
+    with quick_evaluations(), unrendered_figures(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("tlcapture.commands.evaluate.keep_reference", lambda *args: None)
         done = CliRunner().invoke(main, words, catch_exceptions=False)
     assert done.exit_code == 0, done.output
