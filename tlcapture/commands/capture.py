@@ -35,6 +35,7 @@ from tlcapture.runs.report import Failed, RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.config import read_config
+from tlcapture.storage.file_index import remember
 from tlcapture.storage.files import free_bytes, sweep_temporaries
 from tlcapture.storage.layout import Layout
 from tlcapture.text import as_ranges, format_bytes
@@ -96,6 +97,7 @@ def run_capture(
     busy = {task.capture_set for task in tasks if task.has_work or (task.saved and options.projects)}
     run.report.n_skipped += sum(len(task.saved) for task in tasks if task.capture_set not in busy)
     with ExitStack() as stack:
+        stack.callback(_remember, run, planner)
         # Always in the same order, so that no two runs wait for each other.
         locks = [run_lock(run, f"captures of {name}", options.shard) for name in sorted(busy)]
         waited = [stack.enter_context(lock) for lock in locks]
@@ -129,6 +131,12 @@ def run_capture(
         if options.projects:
             merge_projections(run, sorted(busy), options.shard)
     return run.report
+
+
+def _remember(run: Run, planner: TaskPlanner) -> None:
+    """Add what is known of files, by this run, to the indices of their sets."""
+    if run.layout.folder.is_dir():
+        remember(run.layout, {**planner.learned, **run.report.learned})
 
 
 def _other_sampling_warning(task: CaptureTask) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tlcapture.errors import NoSpaceError, TlcaptureError
 from tlcapture.logger import get_logger
+from tlcapture.storage.file_index import Learned
 from tlcapture.text import counted, format_bytes
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class Done:
     n_tokens: int = 0
     n_removed: int = 0
     projected: Mapping[str, bytes] = field(default_factory=dict)
+    learned: Mapping[Path, Learned] = field(default_factory=dict)
 
 
 @dataclass
@@ -105,6 +107,7 @@ class RunReport:
         retried: batches of work that were run again after their worker died.
         projected: what the summary needs of projections that were written, by path relative to the folder, as JSON; not
             of all in a large run.
+        learned: what was found in files or is known of those that were written, for the index of the set's files.
     """
 
     folder: Path
@@ -117,6 +120,7 @@ class RunReport:
     warnings: list[str] = field(default_factory=list)
     retried: list[str] = field(default_factory=list)
     projected: dict[str, bytes] = field(default_factory=dict)
+    learned: dict[Path, Learned] = field(default_factory=dict)
     files: WrittenFiles = field(init=False)
 
     def __post_init__(self) -> None:
@@ -128,8 +132,14 @@ class RunReport:
         return self.files.count
 
     def wrote(self, written: Written) -> None:
-        """Count a file that was written."""
+        """Count a file that was written, and keep what is known of it."""
         self.files.add(written)
+        if written.facts and written.state is not None:
+            self.learn(written.path, Learned(written.state, written.facts))
+
+    def learn(self, path: Path, learned: Learned) -> None:
+        """Keep what was found in a file."""
+        self.learned[path] = learned
 
     @property
     def remembers(self) -> bool:
@@ -168,6 +178,7 @@ class RunReport:
         self.n_tokens += other.n_tokens
         self.n_removed += other.n_removed
         self.remember(other.projected)
+        self.learned.update(other.learned)
 
     @property
     def seconds(self) -> float:
@@ -224,7 +235,7 @@ class CollectingReport(RunReport):
     def wrote(self, written: Written) -> None:
         """Count a file that was written."""
         super().wrote(written)
-        self._written.append(written)
+        self._written.append(written.knowing(None))  # which is in `learned`
 
     def drain(self) -> Done:
         """What was done since the last call."""
@@ -237,8 +248,9 @@ class CollectingReport(RunReport):
             self.n_tokens,
             self.n_removed,
             self.projected,
+            self.learned,
         )
-        self.projected = {}
+        self.projected, self.learned = {}, {}
         self._written, self.failures, self.warnings = [], [], []
         self.n_prompts = self.n_skipped = self.n_tokens = self.n_removed = 0
         return done

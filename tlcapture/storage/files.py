@@ -43,11 +43,37 @@ Hook = Callable[[Path], object]
 _check_change: Hook = lambda path: None  # noqa: E731
 
 
+class FileState(NamedTuple):
+    """What tells that a file is still the same: its size in bytes, and when it was modified and when it was put there.
+
+    Times are in nanoseconds since the epoch.
+    """
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> FileState:
+        """That of a file, from what the system says of it."""
+        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
 class Written(NamedTuple):
-    """A file that was written, and its size in bytes."""
+    """A file that was written, and its size in bytes.
+
+    `state` is its state at its path, unless another process has replaced it already; `facts` are what an index of files
+    (`file_index`) holds of it, if that is known.
+    """
 
     path: Path
     size: int
+    state: FileState | None = None
+    facts: tuple[bytes, ...] = ()
+
+    def knowing(self, facts: tuple[bytes, ...] | None) -> Written:
+        """The same with what is known of the file."""
+        return self._replace(facts=facts or ())
 
 
 def check_changes(check: Hook) -> None:
@@ -271,7 +297,7 @@ def _write(
         _sync(temporary)
         _check_change(path)
         before_replacing(temporary)
-        size = temporary.stat().st_size
+        new = temporary.stat()
         temporary.replace(path)
         _sync(path.parent)
     except BaseException as error:
@@ -280,8 +306,17 @@ def _write(
         if isinstance(error, OSError | RuntimeError):
             raise _cannot_write(path, error, needed) from None
         raise
-    _log.debug("wrote %s, %s", path, format_bytes(size))
-    return Written(path, size)
+    _log.debug("wrote %s, %s", path, format_bytes(new.st_size))
+    return Written(path, new.st_size, _state_of(path, new))
+
+
+def _state_of(path: Path, written: os.stat_result) -> FileState | None:
+    """The state of a file at its path, if it is the one that was written."""
+    with suppress(OSError):
+        found = path.lstat()
+        if all(getattr(found, name) == getattr(written, name) for name in ("st_ino", "st_size", "st_mtime_ns")):
+            return FileState.of(found)
+    return None
 
 
 def _make_folder(folder: Path) -> None:
