@@ -25,7 +25,8 @@ def test_the_record_says_how_much_was_planned_and_is_made(
         return write(path, value, **how)
 
     monkeypatch.setattr(record, "write_json", watched)
-    monkeypatch.setattr(record, "_EVERY", -1e9)
+    monkeypatch.setattr(record, "_EVERY", 0)
+    monkeypatch.setattr(record, "_TIMES", 0)
     assert capture("--limit", "1").exit_code == 0
     seen.clear()
     assert capture("--skip-existing", "--batch-size", "1").exit_code == 0

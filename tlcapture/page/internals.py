@@ -36,9 +36,9 @@ def contributions_of(layout: Layout, prompt_set: str, prompt_id: str) -> dict[st
             found["attn"].append(_norms(at[_MIDDLE], at[_FIRST]))
             found["mlp"].append(_norms(at[_LAST], at[_MIDDLE]))
             found["stream"].append(_norms(at[_LAST], 0))
-        n_rows = len(next(_joined(parts, layers[0], point) for point in POINTS if point in parts[0][layers[0]]))
-        tokens = _positions(content, n_rows)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        held = (_joined(parts, layers[0], point) for point in POINTS)
+        tokens = _positions(content, next(len(each) for each in held if each is not None))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration):
         raise StorageError(f"{path}: not a raw residual file: capture the prompt again with --overwrite") from None
     return {"layers": layers, "tokens": tokens, **found}
 
@@ -158,8 +158,8 @@ def _positions(content: Mapping[str, Any], n_rows: int) -> list[int]:
 
 def _joined(parts: Iterable[Mapping[int, Mapping[str, Any]]], layer: int, point: str) -> NDArray[Any] | None:
     """The activations of prompt and response at a point; `None` if it was not kept."""
-    found = [part[layer].get(point) for part in parts]
-    return None if any(each is None for each in found) else np.concatenate([_floats(each) for each in found])
+    found = [_floats(part[layer][point]) for part in parts if point in part[layer]]
+    return np.concatenate(found) if found else None
 
 
 def _norms(after: NDArray[Any] | None, before: NDArray[Any] | int | None) -> list[float] | None:

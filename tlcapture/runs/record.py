@@ -32,7 +32,8 @@ from tlcapture.version import __version__, installed
 
 _PACKAGES = ("torch", "transformer_lens", "transformers", "numpy")
 RUNNING = "running"
-_EVERY = 2.0  # seconds between two writes of the record of a running run, or as many as keep them to a hundredth of it
+_EVERY = 2.0  # seconds between two writes of the record of a running run,
+_TIMES = 100  # or so many times as long as the last one took
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class RecordedReport(RunReport):
             self._next_write = inf  # another thread may come here meanwhile
             self._write({"status": RUNNING})
             now = time.monotonic()
-            self._next_write = now + max(_EVERY, 100 * (now - before))
+            self._next_write = now + max(_EVERY, _TIMES * (now - before))
 
     def end(self, status: str, exit_code: int, error: str | None) -> dict[str, Any]:
         """Write the record of a run that has ended, and return its content.

@@ -98,7 +98,8 @@ class _JsonAttention(SavedAttention):
 
     @property
     def present_layers(self) -> list[int]:
-        first = next(iter(self._entries), {"by_layer": []})["by_layer"]
+        entry: Mapping[str, Any] = next(iter(self._entries), {})
+        first = entry.get("by_layer") or ()
         return [layer for layer in self.head.kept_layers if layer < len(first) and first[layer] is not None]
 
     def rows(self, layers: Sequence[int]) -> Iterator[tuple[int, int, NDArray[np.float32]]]:

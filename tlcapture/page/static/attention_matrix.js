@@ -18,9 +18,12 @@ tl.attention.matrix = {
         const last = groups.at(-1), name = names[token] ?? "prompt";
         const joins = fold && token < data.n_prompt_tokens && token > 1 && last?.name === name;
         if (joins) last.stop = token + 1;
-        else groups.push({ start: token, stop: token + 1, name, folded: false });
+        else groups.push({ start: token, stop: token + 1, name });
       }
-      return groups.map((group) => ({ ...group, label: group.stop - group.start > 1 ? `${group.name}, ${group.stop - group.start} tokens` : data.labels[group.start] }));
+      return groups.map((group) => {
+        const n = group.stop - group.start;
+        return n > 1 ? { ...group, label: `${group.name}, ${n} tokens`, axis: `${group.name} (${n})` } : { ...group, label: data.labels[group.start], axis: data.labels[group.start] };
+      });
     }
 
     /** The rows and columns that are shown, around the chosen token where not all are. */
@@ -119,7 +122,7 @@ tl.attention.matrix = {
           context.rotate(-Math.PI / 2);
         }
         context.textAlign = isRow ? "right" : "left";
-        context.fillText(short(tl.visible(group.label)), 0, 0, LABELS - 8);
+        context.fillText(short(tl.visible(group.axis)), 0, 0, LABELS - 8);
         context.restore();
       });
     }
