@@ -111,16 +111,8 @@ class CaptureTask:
         """
         ordered = sorted(self.batched, key=lambda prompt: len(prompt.token_ids), reverse=True)
         only_name = PromptSet.model_construct(name=self.prompt_set.name, prompts=[])
-        bare = CaptureTask(
-            only_name,
-            (),
-            frozenset(),
-            {},
-            (),
-            max_new_tokens=self.max_new_tokens,
-            longest=self.longest,
-            variant=self.variant,
-        )
+        same = {name: getattr(self, name) for name in ("max_new_tokens", "longest", "variant")}
+        bare = CaptureTask(only_name, (), frozenset(), {}, (), **same)
         parts = [
             replace(bare, batched=batch, fresh=fresh)
             for batch in batches(ordered, most)
