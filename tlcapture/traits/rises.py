@@ -156,7 +156,7 @@ class _Dealt:
             `(length - 1) * n_tokens + first`; where there are fewer, one that stands for no token.
         near_edges: `[n_near, 1 + n_permutations]`, the tokens that the others are smoothed over.
         edge_weights: `[n_edges, n_near]`, which give their smoothed values.
-        prompt_weights: `[1 + n_permutations, n_tokens]`, which give the mean of the tokens that are dealt to the prompt.
+        prompt_weights: `[1 + n_permutations, n_tokens]`, which give the mean of the tokens dealt to the prompt.
     """
 
     inner: NDArray[np.int64]
