@@ -40,6 +40,7 @@ class ProjectionFiles:
     prompt_id: PromptId
     form: str | None
     _contents: dict[str, dict[Trait, tuple[Path, Mapping[str, Any]]]] = field(default_factory=dict)  # by component
+    _folders: dict[str, Path] = field(default_factory=dict)  # of shards, by component
 
     def check_replaceable(self, *, overwrite: bool) -> None:
         """Raise `StorageError` for a shard that cannot be read and may hold the prompt; with `overwrite`, remove it."""
@@ -84,7 +85,9 @@ class ProjectionFiles:
         return is_written_compact(self.form, n_tokens * n_layers * n_points * _PER_SCORE)
 
     def _folder(self, component: str) -> Path:
-        return self.run.layout.shards(component, self.prompt_set)
+        if component not in self._folders:
+            self._folders[component] = self.run.layout.shards(component, self.prompt_set)
+        return self._folders[component]
 
 
 def merge_projections(run: Run, prompt_sets: Sequence[str], share: ShareOfPrompts | None) -> None:

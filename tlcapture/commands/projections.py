@@ -28,7 +28,7 @@ from tlcapture.traits.chance import RandomDirections
 from tlcapture.traits.choice import ChosenVector, ChosenVectors, VectorChoice, VectorChooser
 from tlcapture.traits.mean_activations import mean_activation
 from tlcapture.traits.packaged_vectors import vectors_layout
-from tlcapture.traits.projection import Centred, Projection, project
+from tlcapture.traits.projection import Centred, Projection, project, projections_to_json
 from tlcapture.traits.reference import Reference, read_reference
 from tlcapture.traits.rises import DEFINITIONS
 from tlcapture.traits.span_dynamics import by_span
@@ -158,9 +158,10 @@ def project_capture(
     _warn_together(doubts, run)
     spans = span_dynamics(projections, capture)
     shared, folder = _OfCapture.of(layout, capture), layout.folder.as_posix()
-    for path, projection, found, of_spans in zip(paths, projections, notes, spans, strict=True):
+    in_json = projections_to_json(projections, kept or held)
+    for path, projection, found, of_spans, values in zip(paths, projections, notes, spans, in_json, strict=True):
         named = [f"{projection.vector.trait}: {note}" for note in found]
-        content = _file_content(shared, projection, named, kept or held)
+        content = {**shared.heads, **values, "metadata": _metadata(shared, projection, named, kept or held)}
         if capture.spans:
             content["spans"] = [span.to_json() for span in capture.spans]
             content["dynamics"]["by_span"] = of_spans
@@ -268,8 +269,8 @@ class _OfCapture:
         return cls(heads, names, now())
 
 
-def _file_content(shared: _OfCapture, projection: Projection, notes: list[str], kept: Positions) -> dict[str, Any]:
-    metadata = {
+def _metadata(shared: _OfCapture, projection: Projection, notes: list[str], kept: Positions) -> dict[str, Any]:
+    metadata: dict[str, Any] = {
         **shared.names,
         "vector_source": projection.source(),
         "layers": projection.layers,
@@ -286,4 +287,4 @@ def _file_content(shared: _OfCapture, projection: Projection, notes: list[str], 
         metadata["centered"] = projection.centred.to_json()
     if notes:
         metadata["warnings"] = notes
-    return {**shared.heads, **projection.to_json(kept), "metadata": metadata}
+    return metadata

@@ -29,7 +29,7 @@ from tlcapture.views.kept_tokens import Positions
 
 N_DIRECTIONS = 200
 _PERMUTATIONS = 19  # with which a level of 5 % is still exact
-_LAYERS_AT_ONCE = 4  # whose random trajectories fit into a core's cache
+_AT_ONCE = 2**18  # numbers of random trajectories, with which neither calls nor memory take most of the time
 _LARGEST = 1e30  # number that is written as float32
 _ISOTROPIC = 64  # isotropic directions that are combined, instead of responses
 
@@ -152,9 +152,9 @@ class RandomDirections:
 
     def _strengths(self, on_basis: Sequence[OnBasis], layers: Sequence[int], held: Positions) -> Strengths:
         """Those of the random directions of all layers, `[n_layers * n_directions]`, found for a few at once."""
-        found = []
-        for start in range(0, len(layers), _LAYERS_AT_ONCE):
-            some = slice(start, start + _LAYERS_AT_ONCE)
+        found, at_once = [], max(1, _AT_ONCE // (held.n_tokens * N_DIRECTIONS))
+        for start in range(0, len(layers), at_once):
+            some = slice(start, start + at_once)
             directions = [self._layer(layer).directions("all") for layer in layers[some]]
             by_token = torch.empty(held.n_tokens, N_DIRECTIONS * len(directions))
             places = by_token.split(N_DIRECTIONS, dim=1)

@@ -112,7 +112,7 @@ def _clarities(series: Values) -> tuple[Values, Values]:
     size, before, index = cusum[best, columns], best.astype(series.dtype) + MARGIN, best + MARGIN
     total = size / weights[best]  # of the tokens before the change, and the opposite of the total after it
     first, second = total / before, -total / (n_tokens - before)
-    step = centred[index, columns] - centred[best + 2, columns]
+    step = centred[index, columns] - centred[index - 1, columns]
     squares = np.einsum("ts,ts->s", centred, centred)
     residual = squares - np.square(size)
     lagged = np.einsum("ts,ts->s", centred[1:], centred[:-1])
