@@ -15,7 +15,6 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import settings
 from jaxtyping import install_import_hook
-from threadpoolctl import ThreadpoolController
 
 from tests import typechecking  # the hook names it
 
@@ -137,22 +136,6 @@ def _encodable(value: Any) -> Any:
     return type(value)(map(_encodable, value)) if isinstance(value, list | tuple) else value
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _find_libraries_once() -> Iterator[None]:
-    """Let commands look for the libraries whose threads they limit only when modules were imported since."""
-
-    @cache
-    def found(n_modules: int) -> ThreadpoolController:
-        return ThreadpoolController()
-
-    def limited(limits: int, user_api: str) -> Any:
-        return found(len(sys.modules)).limit(limits=limits, user_api=user_api)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tlcapture.runs.background_writer.threadpool_limits", limited)
-        yield
-
-
 @pytest.fixture(scope="module")
 def quick_collections() -> None:
     """Leave what exists by now out of garbage collections, which every out-of-memory error of the module asks for."""
@@ -195,8 +178,25 @@ def loading_once(model: str) -> Callable[..., Any]:
     return load
 
 
+@pytest.fixture(scope="session")
+def libraries_found_once() -> Iterator[None]:
+    """Commands look for the libraries whose threads they limit only when modules were imported since."""
+    from threadpoolctl import ThreadpoolController
+
+    @cache
+    def found(n_modules: int) -> ThreadpoolController:
+        return ThreadpoolController()
+
+    def limited(limits: int, user_api: str) -> Any:
+        return found(len(sys.modules)).limit(limits=limits, user_api=user_api)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tlcapture.runs.background_writer.threadpool_limits", limited)
+        yield
+
+
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, libraries_found_once: None) -> Path:
     """An empty root that commands use without being told."""
     monkeypatch.setenv("TLCAPTURE_ROOT", str(tmp_path))
     return tmp_path
