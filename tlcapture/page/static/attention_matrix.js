@@ -212,7 +212,9 @@ tl.attention.matrix = {
     return {
       async update(state, changed, data) {
         const head = await tl.source.attention(state), nHeads = head.n_heads;
-        const present = head.present_layers, layer = present.findLast((each) => each <= (state.layer ?? head.n_layers - 1)) ?? present[0];
+        const present = head.present_layers;
+        if (!present.length) throw new tl.source.Missing({ what: "the file has no attention of any layer" });
+        const layer = present.findLast((each) => each <= (state.layer ?? head.n_layers - 1)) ?? present[0];
         const which = state.mean ? "mean" : String(Math.min(state.head, nHeads - 1));
         const found = await tl.source.attentionMatrix(state, layer, which);
         drawControls(state, data, present, layer, nHeads, which);
