@@ -31,12 +31,15 @@ VIEWS = {
     "samples": "view=dynamics&set=adhoc&prompt=1.s1&trait=behavioral/refusal&shown=behavioral/refusal",
     "compare": f"trait={TRAIT}&prompt=6&set2=dynamic&average2=1&theme=dark",
 }
-MORE = {"prompts": f"view=compare&trait={TRAIT}&prompt=6&prompt2=5"}
+MORE = {
+    "prompts": f"view=compare&trait={TRAIT}&prompt=6&prompt2=5",
+    "changed": f"view=difference&trait={TRAIT}&prompt=1&token=60",
+}
 SHEETS = {
     "dark": ("dark", (1280, 860), 3, 2),
     "phone": ("light", (390, 1300), 5, 2),
 }  # theme, window, columns, shrunk by
-ON_SHEETS = [*(view for view in VIEWS if view not in ("samples", "compare")), "prompts"]
+ON_SHEETS = [*(view for view in VIEWS if view not in ("samples", "compare")), *MORE]
 TALL = ("matrix", "heads", "internals")  # pictured as a whole
 COLOURS = 256  # of a sheet, which makes it a third as large
 # docs/screenshots/difference.png is of the example in docs/compare.md.

@@ -33,8 +33,8 @@ tl.figure = ({ name, height = 300, onClick }) => {
       if (lines.at(-1) && lines.at(-1).length + word.length >= most) lines.push(word);
       else lines[lines.length - 1] = `${lines.at(-1)} ${word}`.trim();
     }
-    const below = legend?.y > 1 ? { legend: { orientation: "h", y: -0.25, yanchor: "top" } } : {}; // where the title needs its room
-    return lines.length < 2 ? {} : { title: { ...title, text: lines.join("<br>") }, margin: { l: 54, r: 14, b: 38, ...margin, t: 30 + 17 * (lines.length - 1) }, ...below };
+    const below = legend?.y > 1 ? { legend: { orientation: "h", y: -0.38, yanchor: "top" } } : {}; // where the title needs its room
+    return lines.length < 2 ? {} : { title: { ...title, text: lines.join("<br>") }, margin: { l: 54, r: 14, b: below.legend ? 76 : 38, ...margin, t: 30 + 17 * (lines.length - 1) }, ...below };
   }
 
   function styled(layout) {
