@@ -229,7 +229,7 @@ tl.attention.matrix = {
         drawn = { ...axes, cells, most };
         Object.assign(drawn, draw(drawn));
         const shared = Math.max(axes.keys.length / drawn.width, axes.rows.length / drawn.height);
-        notes.replaceChildren(colours.scale("amount", 0, most), ` weight, ${name}; full colour from ${tl.number(most, 3)} on. Rows are queries, columns the keys that they attend to.`,
+        notes.replaceChildren(colours.scale("amount", 0, most), ` weight, ${name}; full colour from ${tl.number(most, 3)} on. Rows are queries, columns the keys that they attend to${data.spans?.length ? "; bars beside them have the colours of turns, thinking and answer in the text" : ""}.`,
           shared > 1 ? ` A pixel shows the largest of ${Math.ceil(shared)} by ${Math.ceil(shared)} weights.` : "", head.kept ? ` Of this capture, ${head.kept}.` : "", head.kept_layers ? ` Kept: layers ${head.kept_layers.join(", ")}.` : "");
         point();
       },
