@@ -86,7 +86,7 @@ def hostile_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = write_experiment(tmp_path_factory.mktemp("hostile"))
     write(root / "experiments/exp/analysis/compare/exp@lora/odd/1.json", comparison(1))
     points = {point: torch.ones(2, 4) for point in ("residual_in", "after_attn", "residual_out")}
-    parts = {part: {"activations": {layer: points for layer in range(3)}} for part in ("prompt", "response")}
+    parts = {part: {"activations": dict.fromkeys(range(3), points)} for part in ("prompt", "response")}
     write_tensors(root / "experiments/exp/inference/raw/residual/odd/1.pt", parts)
     kept = Path(shutil.copytree(root / "experiments" / "exp", root / "experiments" / "kept"))
     path = kept / "inference/style/odd/residual_stream/odd/1.json"
