@@ -23,7 +23,7 @@ VIEWS = {
     "dynamics": "prompt=1&trait=behavioral/refusal&shown=behavioral/refusal,affect/empathy,style/formality&token=51",
     "layers": f"prompt=6&trait={TRAIT}&token=64&layer=20",
     "lens": "prompt=3&token=46&layer=24",
-    "attention": "prompt=1&token=80&layer=20&head=4&measure=largest",
+    "attention": "prompt=1&token=80&layer=9&head=0&measure=largest",
     "matrix": "view=attention&mode=matrix&prompt=1&layer=12&fold=1&token=70",
     "heads": "view=attention&mode=heads&prompt=1&measure=distance&layer=20&head=4",
     "internals": "prompt=1&token=60&layer=20",
@@ -31,13 +31,17 @@ VIEWS = {
     "samples": "view=dynamics&set=adhoc&prompt=1.s1&trait=behavioral/refusal&shown=behavioral/refusal",
     "compare": f"trait={TRAIT}&prompt=6&set2=dynamic&average2=1&theme=dark",
 }
-MORE = {"prompts": f"view=compare&trait={TRAIT}&prompt=6&prompt2=5"}
+MORE = {
+    "prompts": f"view=compare&trait={TRAIT}&prompt=6&prompt2=5",
+    "changed": f"view=difference&trait={TRAIT}&prompt=1&token=60",
+}
 SHEETS = {
-    "dark": ("dark", (1280, 860), 4, 3),
-    "phone": ("light", (390, 800), 6, 2),
+    "dark": ("dark", (1280, 860), 3, 2),
+    "phone": ("light", (390, 1300), 5, 2),
 }  # theme, window, columns, shrunk by
-ON_SHEETS = [*(view for view in VIEWS if view not in ("samples", "compare")), "prompts"]
-COLOURS = 128  # of a picture, which makes it a third as large
+ON_SHEETS = [*(view for view in VIEWS if view not in ("samples", "compare")), *MORE]
+TALL = ("matrix", "heads", "internals")  # pictured as a whole
+COLOURS = 256  # of a sheet, which makes it a third as large
 # docs/screenshots/difference.png is of the example in docs/compare.md.
 
 
@@ -52,7 +56,7 @@ def main(root: Path, experiment: str, only: str) -> None:
     with server(root, experiment) as (base, _), browser() as launched:
         context = launched.new_context(viewport={"width": 1280, "height": 860})
         for view in (each for each in VIEWS if each in wanted):
-            _write(view, _shot(context, base, experiment, view, "light"))
+            _write(view, _shot(context, base, experiment, view, "light", is_whole=view in TALL))
         for name, (theme, (width, height), columns, shrink) in SHEETS.items():
             if name in wanted:
                 context = launched.new_context(viewport={"width": width, "height": height})
@@ -60,13 +64,13 @@ def main(root: Path, experiment: str, only: str) -> None:
                 _write(name, _sheet(pictures, columns, shrink))
 
 
-def _shot(context: Any, base: str, experiment: str, view: str, theme: str) -> Image.Image:
+def _shot(context: Any, base: str, experiment: str, view: str, theme: str, *, is_whole: bool = False) -> Image.Image:
     page = Watched(context, base)
     own = MORE.get(view) or VIEWS[view]
     state = own if "view=" in own else f"view={view}&{own}"
     chosen = "" if "theme=" in state else f"&theme={theme}"
     page.open(f"experiment={experiment}&set=single_trait{chosen}&{state}")
-    picture = Image.open(io.BytesIO(page.page.screenshot()))
+    picture = Image.open(io.BytesIO(page.page.screenshot(full_page=is_whole)))
     page.page.close()
     if page.wrong:
         raise SystemExit(f"{view}: {page.wrong}")
@@ -85,7 +89,7 @@ def _sheet(pictures: list[Image.Image], columns: int, shrink: int) -> Image.Imag
 
 def _write(name: str, picture: Image.Image) -> None:
     path = FOLDER / f"{name}.png"
-    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+    (picture.quantize(COLOURS) if name in SHEETS else picture).save(path, optimize=True)
     click.echo(f"docs/screenshots/{path.name}: {path.stat().st_size // 1024} KiB")
 
 

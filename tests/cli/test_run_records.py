@@ -31,7 +31,7 @@ def test_the_record_says_how_much_was_planned_and_is_made(
     seen.clear()
     assert capture("--skip-existing", "--batch-size", "1").exit_code == 0
     assert {str(planned) for _, _, planned in seen} == {str({"new": 2, "kept": 1})}
-    assert [made for status, made, _ in seen if status == "running"] == [1, 2]
+    assert sorted({made for status, made, _ in seen if status == "running"}) == [1, 2]
     assert seen[-1][:2] == ("done", 2)
 
 

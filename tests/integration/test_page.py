@@ -86,6 +86,9 @@ def hostile_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An experiment with hostile tokens, and `kept`, whose projections of prompt 1 lack layer 0 and two points."""
     root = write_experiment(tmp_path_factory.mktemp("hostile"))
     write(root / "experiments/exp/analysis/compare/exp@lora/odd/1.json", comparison(1))
+    points = {point: torch.ones(2, 4) for point in ("residual_in", "after_attn", "residual_out")}
+    parts = {part: {"activations": dict.fromkeys(range(3), points)} for part in ("prompt", "response")}
+    write_tensors(root / "experiments/exp/inference/raw/residual/odd/1.pt", parts)
     kept = Path(shutil.copytree(root / "experiments" / "exp", root / "experiments" / "kept"))
     path = kept / "inference/style/odd/residual_stream/odd/1.json"
     content = json.loads(path.read_text())

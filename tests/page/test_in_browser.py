@@ -383,6 +383,16 @@ def test_the_keyboard_makes_a_note_on_a_span(page: Watched, root: Path) -> None:
     shutil.rmtree(root / "experiments/exp/notes")
 
 
+def test_notes_from_right_to_left_are_shown_so(page: Watched, root: Path) -> None:
+    add_note(Layout(root, "exp"), "odd", "4", Marked.of(LONG, 25), "הערה: כאן")
+    page.page.goto("about:blank")
+    page.open(f"view=lens&{HERE}&token=25")
+    page.page.wait_for_selector("#notes li p")
+    assert page.page.evaluate("getComputedStyle(document.querySelector('#notes li p')).direction") == "rtl"
+    assert page.page.evaluate("getComputedStyle(document.querySelector('.strip')).unicodeBidi") == "plaintext"
+    shutil.rmtree(root / "experiments/exp/notes")
+
+
 def test_notes_of_others_are_not_overwritten_and_the_page_says_so(page: Watched, root: Path) -> None:
     layout = Layout(root, "exp")
     note = add_note(layout, "odd", "4", Marked.of(LONG, 3), "as it was")

@@ -169,6 +169,15 @@ def test_a_damaged_file_is_named(internals: Contents, resource: str) -> None:
         getattr(internals, resource)(*words)
 
 
+def test_internals_of_different_numbers_of_tokens_are_refused(internals: Contents) -> None:
+    path = internals.root / "experiments/exp/inference/raw/internals/short/1_L1.pt"
+    content = torch.load(path, weights_only=True)
+    for change in ({"blocks.1.mlp.hook_post": torch.zeros(2, 8)}, {"positions": [0, 1]}):
+        write_tensors(path, {**content, **change})
+        with pytest.raises(StorageError, match="of different numbers of tokens"):
+            internals.internals_layer(*WHERE, "1")
+
+
 def test_internals_of_other_tokens_are_refused(internals: Contents) -> None:
     folder = internals.root / "experiments/exp/inference/raw/internals/short"
     (folder / "1_L1.pt").write_bytes((folder / "2_L1.pt").read_bytes())

@@ -7,7 +7,7 @@ tl.views.attention = {
   create(container) {
     const { element } = tl;
     const WAYS = { token: "one token", matrix: "all tokens", heads: "all heads" };
-    const tabs = element("div", { className: "controls", role: "group", "aria-label": "What to show of the attention" }), box = element("div");
+    const tabs = element("div", { className: "ways", role: "group", "aria-label": "What to show of the attention" }), box = element("div");
     container.append(tabs, box);
     let shown = null, part = null;
 

@@ -212,7 +212,9 @@ tl.attention.matrix = {
     return {
       async update(state, changed, data) {
         const head = await tl.source.attention(state), nHeads = head.n_heads;
-        const present = head.present_layers, layer = present.findLast((each) => each <= (state.layer ?? head.n_layers - 1)) ?? present[0];
+        const present = head.present_layers;
+        if (!present.length) throw new tl.source.Missing({ what: "the file has no attention of any layer" });
+        const layer = present.findLast((each) => each <= (state.layer ?? head.n_layers - 1)) ?? present[0];
         const which = state.mean ? "mean" : String(Math.min(state.head, nHeads - 1));
         const found = await tl.source.attentionMatrix(state, layer, which);
         drawControls(state, data, present, layer, nHeads, which);
@@ -227,7 +229,7 @@ tl.attention.matrix = {
         drawn = { ...axes, cells, most };
         Object.assign(drawn, draw(drawn));
         const shared = Math.max(axes.keys.length / drawn.width, axes.rows.length / drawn.height);
-        notes.replaceChildren(colours.scale("amount", 0, most), ` weight, ${name}; full colour from ${tl.number(most, 3)} on. Rows are queries, columns the keys that they attend to.`,
+        notes.replaceChildren(colours.scale("amount", 0, most), ` weight, ${name}; full colour from ${tl.number(most, 3)} on. Rows are queries, columns the keys that they attend to${data.spans?.length ? "; bars beside them have the colours of turns, thinking and answer in the text" : ""}.`,
           shared > 1 ? ` A pixel shows the largest of ${Math.ceil(shared)} by ${Math.ceil(shared)} weights.` : "", head.kept ? ` Of this capture, ${head.kept}.` : "", head.kept_layers ? ` Kept: layers ${head.kept_layers.join(", ")}.` : "");
         point();
       },

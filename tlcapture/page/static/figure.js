@@ -26,14 +26,15 @@ tl.figure = ({ name, height = 300, onClick }) => {
   }
 
   /** A title in as many lines as it needs. */
-  function titled({ title, margin }) {
+  function titled({ title, margin, legend }) {
     if (!title?.text) return {};
     const most = Math.max(20, Math.floor(((plot.clientWidth || 900) - 20) / 6.6)), lines = [""];
     for (const word of title.text.split(" ")) {
       if (lines.at(-1) && lines.at(-1).length + word.length >= most) lines.push(word);
       else lines[lines.length - 1] = `${lines.at(-1)} ${word}`.trim();
     }
-    return lines.length < 2 ? {} : { title: { ...title, text: lines.join("<br>") }, margin: { l: 54, r: 14, b: 38, ...margin, t: 30 + 17 * (lines.length - 1) } };
+    const below = legend?.y > 1 ? { legend: { orientation: "h", y: -0.38, yanchor: "top" } } : {}; // where the title needs its room
+    return lines.length < 2 ? {} : { title: { ...title, text: lines.join("<br>") }, margin: { l: 54, r: 14, b: below.legend ? 76 : 38, ...margin, t: 30 + 17 * (lines.length - 1) }, ...below };
   }
 
   function styled(layout) {

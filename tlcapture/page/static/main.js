@@ -129,7 +129,7 @@
       if (settled.problem) data = null;
       if (settled.problem) byId("reading").classList.add("without");
       if (settled.problem) throw settled.problem;
-      if (!source.exported) work.update(now);
+      if (!source.exported && (changed.has("experiment") || changed.has("set"))) work.update(now);
       data = now.prompt ? await source.prompt(now).catch((error) => { if (Kind.withoutPrompt) return null; throw error; }) : null;
       if (!isLatest()) return;
       drawHeader(settled);
