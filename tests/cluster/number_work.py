@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tlcapture.cluster import driver
-from tlcapture.cluster.executor import Cluster, RayExecutor
+from tlcapture.cluster.executor import RayExecutor
 from tlcapture.errors import TlcaptureError
 from tlcapture.runs.executors import Work
 from tlcapture.runs.run import Run
@@ -57,7 +57,9 @@ def split(task: Sequence[int], most: int) -> list[Sequence[int]]:
     return [task[start : start + most] for start in range(0, len(task), most)]
 
 
-def main(address: str, root: Path, numbers: Sequence[int], most: int, workers: int, **settings: Any) -> dict[str, Any]:
+def main(
+    address: str, root: Path, numbers: Sequence[int], most: int, workers: int, cpus: float = 1, **settings: Any
+) -> dict[str, Any]:
     """Do the work; what the run reports, or the error that ended it. `settings` are those of the driver."""
     for name, value in settings.items():
         setattr(driver, name, value)
@@ -65,7 +67,7 @@ def main(address: str, root: Path, numbers: Sequence[int], most: int, workers: i
     work = Work(Writer, None, [numbers], size=len, unit="number", label=str, split=split)
     error = None
     try:
-        RayExecutor(Cluster(address, workers), most).run(work, run)
+        RayExecutor(address, workers, cpus, batch_size=most).run(work, run)
     except (TlcaptureError, RuntimeError) as found:
         error = f"{type(found).__name__}: {found}"
     return {**run.report.to_json(), "error": error}
