@@ -128,6 +128,13 @@ def test_a_worker_refuses_what_does_not_fit_in_the_memory_of_its_node(
     assert worker.prepare(shared, {}).error is None
 
 
+@pytest.mark.parametrize("command", ["capture", "extract", "evaluate", "steer", "project", "compare"])
+def test_the_help_says_what_a_worker_takes_by_default(tlcapture: Run, command: str) -> None:
+    shown = " ".join(tlcapture(command, "--help").output.split())
+    assert "[default: 1, or --n-devices, where the cluster has GPUs]" in shown
+    assert "[default: as many as fit]" in shown
+
+
 def layout_of(root: Path) -> Any:
     from tlcapture.storage.layout import Layout
 

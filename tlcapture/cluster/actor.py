@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tlcapture.cluster.board import State
-from tlcapture.errors import InputError, NoSpaceError, TlcaptureError
+from tlcapture.errors import ClusterError, InputError, NoSpaceError, TlcaptureError
 from tlcapture.models.transfer import ModelFiles
 from tlcapture.runs.display import Display, Progress
 from tlcapture.runs.executors import Make, Work, Worker
@@ -32,6 +32,7 @@ from tlcapture.runs.run import Run
 from tlcapture.storage.files import check_changes, read_bytes, write_bytes
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.locks import is_held
+from tlcapture.text import first_line
 
 _REPORT_EVERY = 0.5  # seconds
 
@@ -137,7 +138,7 @@ class WorkerActor:
 
     def __init__(self, number: int = 0, board: str | None = None):
         self._number = number
-        self._board = None if board is None else _actor(board)
+        self._board: Any = None if board is None else _actor(board)
         self._node = socket.gethostname()
         self._name = f"worker {number} on {self._node}"
         self._process = _process()
@@ -146,6 +147,7 @@ class WorkerActor:
         self._worker: Worker | None = None
         self._doing = "starting"
         self._display = _WorkerDisplay()
+        self._report = CollectingReport(Path())  # that of the experiment, once it is known
         if board is not None:
             threading.Thread(target=self._report_to_the_board, daemon=True).start()
 
@@ -300,7 +302,12 @@ def _fetched(shared: Any) -> Shared:
         return shared
     import ray
 
-    found: Shared = ray.get(shared)
+    try:
+        found: Shared = ray.get(shared)
+    except ray.exceptions.RaySystemError as error:  # what it names is not there
+        raise ClusterError(
+            f"{socket.gethostname()}: {first_line(error)}: every node needs the same version of tlcapture and of Python"
+        ) from None
     return found
 
 

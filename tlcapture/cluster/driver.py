@@ -30,7 +30,7 @@ _log = get_logger(__name__)
 _POLL = 0.5  # seconds between two readings of the board
 _TRIES = 3  # deaths of a worker on one prompt after which the prompt counts as failed
 _MOST_DEATHS = 10  # in a row, beyond one for each worker
-_SILENCE = 30  # seconds after which a worker that waits for a node loses its piece to one that is idle
+_SILENCE = 60  # seconds after which a worker that waits for a node loses its piece to one that is idle
 _TIMEOUT = 300  # seconds for a first worker to start, and for workers to finish their current prompt
 
 
@@ -92,6 +92,7 @@ class Driver:
                     self._call(self._workers[-1], None)
                 while self._waiting or any(piece for _, piece in self._calls.values()):
                     self._step()
+                self._read_board()
             except (KeyboardInterrupt, TlcaptureError):
                 self._stop_workers()
                 raise
