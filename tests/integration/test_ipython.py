@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import tlcapture
 from tlcapture import Ablate, Cap, Experiment, Steer
 from tlcapture.captures.capture import Capture
 from tlcapture.errors import InputError, StorageError
+from tlcapture.explore.doubts import forget
 from tlcapture.explore.live_capture import LiveCapture
 from tlcapture.models.lazy_model import LazyModel
 
@@ -172,6 +174,33 @@ def test_a_usage_error_is_one_line_without_traceback(
     assert "Traceback" not in printed.out + printed.err
     assert (printed.out + printed.err).strip().count("\n") == 0
     assert "cap" not in shell.user_ns
+
+
+def test_an_error_shows_the_lines_of_the_cell_and_none_of_the_package(
+    shell: Any, exp: Experiment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shell.user_ns["exp"] = exp
+    shell.run_cell("def look(layer):\n    return exp.captures['single_trait'][1].residual(layer)")
+    shell.run_cell("look(0).shape\nlook(99)")
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", "".join(capsys.readouterr()))
+    assert "look(99)" in printed and "return exp.captures['single_trait'][1].residual(layer)" in printed
+    assert "InputError: " in printed and "layers 0 to 29" in printed
+    assert "tlcapture/" not in printed and "raise " not in printed
+    assert printed.strip().splitlines()[0].startswith("Cell In[")
+
+
+def test_each_cause_of_doubt_is_told_once(exp: Experiment) -> None:
+    cap = exp.captures["single_trait"][1]
+    forget()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            cap.projected(*TRAITS)
+            cap.project(TRAITS[0])
+        cap.plot.trajectory(TRAITS[1])
+    (told,) = [str(each.message) for each in caught]
+    assert told.startswith(f"{TRAITS[0]}, {TRAITS[1]}: layer 16 by default")
+    assert caught[0].filename == __file__
 
 
 def test_a_live_capture_is_a_capture_and_projects_like_a_saved_one(exp: Experiment, smollm2: Any) -> None:
