@@ -119,13 +119,20 @@ def test_a_worker_refuses_what_does_not_fit_in_the_memory_of_its_node(
     assert capture(*GREEDY, *words, "--executor", "ray").exit_code == 0
     assert "would fail" not in capture(*GREEDY, *words, "--executor", "ray", "--dry-run").output
     (work,) = works
-    worker = WorkerActor(Shared.of(work, layout_of(data), data, 1, collect=False))
+    worker, shared = WorkerActor(), [Shared.of(work, layout_of(data), data, 1, collect=False)]
     monkeypatch.setattr(worker, "_check_root", lambda: None)
-    refused = worker.prepare({})
+    refused = worker.prepare(shared, {})
     assert f"error: {refused.error}" == local.stderr.splitlines()[-1]
     assert refused.error is not None and refused.error.exit_code == 2
     free = 2**40
-    assert worker.prepare({}).error is None
+    assert worker.prepare(shared, {}).error is None
+
+
+@pytest.mark.parametrize("command", ["capture", "extract", "evaluate", "steer", "project", "compare"])
+def test_the_help_says_what_a_worker_takes_by_default(tlcapture: Run, command: str) -> None:
+    shown = " ".join(tlcapture(command, "--help").output.split())
+    assert "[default: 1, or --n-devices, where the cluster has GPUs]" in shown
+    assert "[default: as many as fit]" in shown
 
 
 def layout_of(root: Path) -> Any:

@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.cli.conftest import make_prompt_set, make_trait
@@ -32,9 +33,10 @@ added = []
 for word in sys.stdin:
     if word == "add\\n":
         added.append(cluster.add_node(num_cpus=1, num_gpus=2))
+        print("done", added[0].all_processes["raylet"][0].process.pid, flush=True)
     else:
         cluster.remove_node(added.pop(), allow_graceful=word == "release\\n")
-    print("done", flush=True)
+        print("done 0", flush=True)
 cluster.shutdown()
 """
 
@@ -45,25 +47,27 @@ class SimulatedCluster:
     def __init__(self, process: subprocess.Popen[str]):
         self._process = process
         self.address = self._answer("at ").split()[1]
-        self._has_third = False
+        self._third = 0  # the process of the third node
 
     def with_third_node(self) -> None:
         """Add the third node, unless it is there."""
-        if not self._has_third:
+        if not self._third:
             self._tell("add")
-        self._has_third = True
 
     def lose_third_node(self, *, gracefully: bool = False) -> None:
         """End all processes of the third node, if it is there: at once, or so that Ray knows of it."""
-        if self._has_third:
+        if self._third:
             self._tell("release" if gracefully else "kill")
-        self._has_third = False
+
+    def is_on_third_node(self, process: int) -> bool:
+        """Whether a process is a worker of the third node."""
+        return any(parent.pid == self._third for parent in psutil.Process(process).parents())
 
     def _tell(self, word: str) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(f"{word}\n")
         self._process.stdin.flush()
-        self._answer("done")
+        self._third = int(self._answer("done").split()[1])
 
     def _answer(self, start: str) -> str:
         assert self._process.stdout is not None

@@ -13,11 +13,12 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from tlcapture.cluster import driver
-from tlcapture.cluster.executor import Cluster, RayExecutor
+from tlcapture.cluster.executor import RayExecutor
 from tlcapture.errors import TlcaptureError
 from tlcapture.runs.executors import Work
 from tlcapture.runs.run import Run
@@ -52,20 +53,37 @@ class Writer:
                 progress.advance(1)
 
 
+class NotThere:
+    """Cannot be unpickled, as what another version of the package has in other modules."""
+
+    def __reduce__(self) -> Any:
+        return import_module, ("tlcapture.not_there",)
+
+
 def split(task: Sequence[int], most: int) -> list[Sequence[int]]:
     """Parts of at most `most` numbers."""
     return [task[start : start + most] for start in range(0, len(task), most)]
 
 
-def main(address: str, root: Path, numbers: Sequence[int], most: int, workers: int, **settings: Any) -> dict[str, Any]:
+def main(
+    address: str,
+    root: Path,
+    numbers: Sequence[int],
+    most: int,
+    workers: int,
+    cpus: float = 1,
+    is_there: bool = True,
+    **settings: Any,
+) -> dict[str, Any]:
     """Do the work; what the run reports, or the error that ended it. `settings` are those of the driver."""
     for name, value in settings.items():
         setattr(driver, name, value)
     run = Run.silent(Layout(root, "exp"))
-    work = Work(Writer, None, [numbers], size=len, unit="number", label=str, split=split)
+    make: Any = Writer if is_there else NotThere()
+    work = Work(make, None, [numbers], size=len, unit="number", label=str, split=split)
     error = None
     try:
-        RayExecutor(Cluster(address, workers), most).run(work, run)
+        RayExecutor(address, workers, cpus, batch_size=most).run(work, run)
     except (TlcaptureError, RuntimeError) as found:
         error = f"{type(found).__name__}: {found}"
     return {**run.report.to_json(), "error": error}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.cluster import number_work
 from tests.cluster.conftest import SimulatedCluster
@@ -35,35 +38,53 @@ def begun(root: Path) -> Counter[int]:
     return Counter(map(int, (root / "begun").read_text().split()))
 
 
-def test_of_a_piece_that_kills_its_workers_only_the_prompt_at_fault_fails_by_name(
-    ray_address: str, tmp_path: Path
-) -> None:
-    deadly = DEADLY + 5
-    found = report_of(start(ray_address, tmp_path, numbers=[*range(5), deadly, *range(6, 12)], most=8, workers=2))
+NUMBERS = [0, DEADLY, 2, 3]
+CALLS: dict[str, dict[str, Any]] = {
+    "one": {"numbers": NUMBERS, "most": 2, "workers": 2},
+    "every": {"numbers": [*range(DEADLY, DEADLY + 50)], "most": 1, "workers": 1, "_MOST_DEATHS": 0},
+    "version": {"numbers": [1], "most": 1, "workers": 1, "is_there": False},
+    "bug": {"numbers": [WRONG], "most": 1, "workers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def ended(
+    cluster: SimulatedCluster, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[dict[str, Any], Path]]:
+    """The report and the root of each of the `CALLS`, which run at once: most of the time they wait for Ray."""
+    roots = {name: tmp_path_factory.mktemp(name) for name in CALLS}
+    running = {name: start(cluster.address, roots[name], cpus=0.5, **call) for name, call in CALLS.items()}
+    return {name: (report_of(process), roots[name]) for name, process in running.items()}
+
+
+def test_of_a_piece_that_kills_its_workers_only_the_prompt_at_fault_fails_by_name(ended: Any) -> None:
+    found, root = ended["one"]
     assert found["error"] is None
-    assert [(each["what"], each["reason"][:23]) for each in found["failures"]] == [
-        (f"[{deadly}]", "its worker died 3 times")
-    ]
-    assert written(tmp_path) == {*range(5), *range(6, 12)}
-    assert found["prompts"] == 11
-    # Twice in the piece of eight, in its half and in its quarter, and three times alone.
-    assert begun(tmp_path)[deadly] == 2 + 2 + 2 + 3
-    assert Counter(found["retried"]) == {
-        str([*range(5), deadly, 6, 7]): 2, str([4, deadly, 6, 7]): 2, str([4, deadly]): 2, str([deadly]): 2,
-    }  # fmt: skip
+    failures = [(each["what"], each["reason"][:23]) for each in found["failures"]]
+    assert failures == [(f"[{DEADLY}]", "its worker died 3 times")]
+    assert written(root) == {*NUMBERS} - {DEADLY}
+    assert found["prompts"] == 3
+    assert begun(root)[DEADLY] == 2 + 3, "twice in the piece of two, three times alone"
+    assert Counter(found["retried"]) == {str([0, DEADLY]): 2, str([DEADLY]): 2}
 
 
-def test_workers_that_die_of_everything_end_the_run(ray_address: str, tmp_path: Path) -> None:
-    every = range(DEADLY, DEADLY + 50)
-    found = report_of(start(ray_address, tmp_path, numbers=[*every], most=1, workers=1, _MOST_DEATHS=0))
+def test_workers_that_die_of_everything_end_the_run(ended: Any) -> None:
+    found, root = ended["every"]
     assert found["error"].startswith("ClusterError: 2 workers died in a row, the last one with: ")
-    assert begun(tmp_path) == {DEADLY: 3}
+    assert begun(root) == {DEADLY: 3}
 
 
-def test_an_unexpected_error_ends_the_run_and_is_not_tried_again(ray_address: str, tmp_path: Path) -> None:
-    found = report_of(start(ray_address, tmp_path, numbers=[WRONG], most=1, workers=1))
+def test_an_unexpected_error_ends_the_run_and_is_not_tried_again(ended: Any) -> None:
+    found, root = ended["bug"]
     assert "a bug" in found["error"]
-    assert begun(tmp_path)[WRONG] == 1
+    assert begun(root) == {WRONG: 1}
+
+
+def test_a_node_with_another_version_is_named_in_one_line(ended: Any) -> None:
+    found, _ = ended["version"]
+    assert found["error"].startswith(f"ClusterError: {socket.gethostname()}: ")
+    assert "No module named 'tlcapture.not_there'" in found["error"]
+    assert found["error"].endswith(": every node needs the same version of tlcapture and of Python")
 
 
 def test_work_on_a_node_that_leaves_is_done_by_the_others(cluster: SimulatedCluster, tmp_path: Path) -> None:

@@ -27,11 +27,6 @@ from tlcapture.cluster.actor import Shared, WorkerActor
 RAY = ("--executor", "ray", "--workers", "2")
 
 
-def program(*words: object) -> subprocess.CompletedProcess[str]:
-    """The real program, in a separate process."""
-    return subprocess.run([sys.executable, "-m", "tlcapture", *map(str, words)], capture_output=True, text=True)
-
-
 def captured(root: Path) -> list[Path]:
     return list((root / "experiments" / "exp" / "inference" / "raw" / "residual" / "busy").glob("*.pt"))
 
@@ -87,10 +82,10 @@ def mount_unseen(folder: Path, content: Path) -> None:
 
 
 def test_a_cluster_writes_the_files_of_a_local_run(
-    ray_address: str, busy: Path, by_one_process: dict[str, Any]
+    run: Callable[..., Command], busy: Path, by_one_process: dict[str, Any]
 ) -> None:
-    done = program(*words_of(busy), *RAY, "--ray-address", ray_address, "--json")
-    assert done.returncode == 0, done.stderr
+    done = run("--json").end()
+    assert done.code == 0, done.stderr
     assert same_but_for_the_model_folder(contents(busy / "experiments" / "exp"), by_one_process)
     summary = json.loads(done.stdout)
     assert (summary["prompts"], summary["failures"], summary["retried"]) == (12, [], [])
@@ -99,17 +94,6 @@ def test_a_cluster_writes_the_files_of_a_local_run(
     assert (summary["cluster"]["workers"], summary["cluster"]["pieces"]) == (2, 6)
     assert summary["model"]["engine"] == "hooked"
     assert done.stderr.count(" of 6 batches") == 6
-
-
-def test_samples_on_a_cluster_are_those_of_a_local_run(ray_address: str, busy: Path, tmp_path: Path) -> None:
-    rules = ("--temperature", 1.5, "--top-p", 0.9, "--repetition-penalty", 1.2, "--stop", "q", "--samples", 2)
-    words = (*words_of(busy), "--limit", 2, "--max-new-tokens", 9, "--batch-size", 3, *rules)
-    local = Path(shutil.copytree(busy, tmp_path / "local"))
-    alone = Command(tmp_path / "alone", *[local if word is busy else word for word in words]).end()
-    done = Command(tmp_path / "ray", *words, *RAY, "--ray-address", ray_address).end()
-    assert (alone.code, done.code) == (0, 0), done.stderr
-    assert sorted(path.name for path in captured(busy)) == ["1.s1.pt", "1.s2.pt", "2.s1.pt", "2.s2.pt"]
-    assert same_but_for_the_model_folder(contents(busy / "experiments/exp"), contents(local / "experiments/exp"))
 
 
 def test_the_batch_of_a_killed_worker_is_run_again(
@@ -157,53 +141,6 @@ def test_a_killed_driver_is_resumed_with_skip_existing_which_keeps_a_file_that_i
         "the driver of a Ray cluster killed in the middle",
         f"kill -9 when {before} of 12 prompts were captured",
         "with --skip-existing the files of a local run",
-    )
-
-
-def test_a_worker_takes_a_gpu_where_the_cluster_has_them(cluster: SimulatedCluster, busy: Path, tmp_path: Path) -> None:
-    """There is one CPU beside the two GPUs of this cluster, so one worker."""
-    cluster.with_third_node()
-    words = (*words_of(busy), "--limit", 1, "--max-new-tokens", 1, "--executor", "ray", "--json")
-    done = Command(tmp_path / "output", *words, "--ray-address", cluster.address).end()
-    assert done.code == 0, done.stderr
-    found = json.loads(done.stdout)["cluster"]
-    assert (found["workers"], found["gpus_per_worker"]) == (1, 1)
-    assert "1 batches for 1 workers of a Ray cluster, with 1 GPU each" in done.stderr
-    assert "core_worker.cc" not in done.stderr, "Ray complains"
-    asked = Command(tmp_path / "output", *words, "--ray-address", cluster.address, "--n-devices", 3).end()
-    assert asked.code == 2
-    assert "3 CPUs and 2 GPUs on 3 nodes: too few for a worker of 1 and 3 on one of them" in asked.stderr
-
-
-def test_a_node_that_is_lost_in_the_middle_leaves_no_prompt_out(
-    cluster: SimulatedCluster, busy: Path, tmp_path: Path, by_one_process: dict[str, Any], evidence: Evidence
-) -> None:
-    cluster.with_third_node()
-    log = busy / "log"
-    log.touch()
-    on_three = ("--executor", "ray", "--workers", 3, "--gpus-per-worker", 0, "--ray-address", cluster.address)
-    running = Command(tmp_path / "output", *words_of(busy), *on_three, "--log-file", log)
-    running.wait_for(lambda: len(set(process_ids(log))) == 3)
-    cluster.lose_third_node()
-    done = running.end()
-    assert done.code == 0, done.stderr
-    assert "the Ray cluster has 2 GPUs, which --gpus-per-worker 0 hides from its workers" in done.stderr
-    assert "died; its batch is run again: 2 prompts of busy" in done.stdout
-    assert same_but_for_the_model_folder(contents(busy / "experiments" / "exp"), by_one_process)
-    shutil.rmtree(busy / "experiments" / "exp" / "inference" / "tone")
-    cluster.with_third_node()
-    project = ("project", "--root", busy, "--experiment", "exp", "--prompt-set", "busy")
-    running = Command(tmp_path / "output", *project, *on_three)
-    running.wait_for(lambda: list((busy / "experiments" / "exp" / "inference").glob("tone/*/*/busy/*.json")))
-    cluster.lose_third_node()
-    done = running.end()
-    assert done.code == 0, done.stderr
-    assert "hides" not in done.stderr, "there is no model that would run on a GPU"
-    assert same_but_for_the_model_folder(contents(busy / "experiments" / "exp"), by_one_process)
-    evidence.survived(
-        "one of three nodes of a Ray cluster lost in the middle",
-        "all its processes killed while it works",
-        "all prompts captured; the files of a local run",
     )
 
 
@@ -377,13 +314,86 @@ def test_variants_and_comparisons_are_the_same_on_a_cluster(ray_address: str, bu
     assert all(found[name]["kl"][-1] > 0 for name in compared)
 
 
+def test_samples_of_a_worker_with_a_gpu_are_those_of_a_local_run(
+    cluster: SimulatedCluster, busy: Path, tmp_path: Path
+) -> None:
+    """It takes one, where the cluster has GPUs. There is one CPU beside the two of this cluster, so one worker."""
+    cluster.with_third_node()
+    rules = ("--temperature", 1.5, "--top-p", 0.9, "--repetition-penalty", 1.2, "--stop", "q", "--samples", 2)
+    words = (*words_of(busy), "--limit", 2, "--max-new-tokens", 9, "--batch-size", 3, *rules)
+    local = Path(shutil.copytree(busy, tmp_path / "local"))
+    alone = Command(tmp_path / "alone", *[local if word is busy else word for word in words]).end()
+    ray = ("--executor", "ray", "--ray-address", cluster.address)
+    done = Command(tmp_path / "ray", *words, *ray, "--json").end()
+    assert (alone.code, done.code) == (0, 0), done.stderr
+    assert sorted(path.name for path in captured(busy)) == ["1.s1.pt", "1.s2.pt", "2.s1.pt", "2.s2.pt"]
+    assert same_but_for_the_model_folder(contents(busy / "experiments/exp"), contents(local / "experiments/exp"))
+    found = json.loads(done.stdout)["cluster"]
+    assert (found["workers"], found["gpus_per_worker"]) == (1, 1)
+    assert "batches for 1 workers of a Ray cluster, with 1 GPU each" in done.stderr
+    assert "hides" not in done.stderr
+    assert "core_worker.cc" not in done.stderr, "Ray complains"
+    asked = Command(tmp_path / "output", *words, *ray, "--n-devices", 3, "--overwrite").end()
+    assert asked.code == 2
+    assert "3 CPUs and 2 GPUs on 3 nodes: too few for a worker of 1 and 3 on one of them" in asked.stderr
+
+
+class UntilThirdNodeWorks:
+    """Stops workers of other nodes as they begin, so that some work is left when one of the third node begins."""
+
+    def __init__(self, cluster: SimulatedCluster, log: Path):
+        self._cluster = cluster
+        self._log = log
+        self._stopped: set[int] = set()
+        log.write_text("")
+
+    def __call__(self) -> bool:
+        for process in set(process_ids(self._log)) - self._stopped:
+            if self._cluster.is_on_third_node(process):
+                return True
+            os.kill(process, signal.SIGSTOP)
+            self._stopped.add(process)
+        return False
+
+    def let_others_go_on(self) -> None:
+        for process in self._stopped:
+            os.kill(process, signal.SIGCONT)
+
+
+def test_a_node_that_is_lost_in_the_middle_leaves_no_prompt_out(
+    cluster: SimulatedCluster, busy: Path, tmp_path: Path, by_one_process: dict[str, Any], evidence: Evidence
+) -> None:
+    experiment = busy / "experiments" / "exp"
+    on_three = ("--executor", "ray", "--workers", 3, "--gpus-per-worker", 0, "--ray-address", cluster.address)
+    project = ("project", "--root", busy, "--experiment", "exp", "--prompt-set", "busy")
+    for words in (words_of(busy), project):
+        cluster.with_third_node()
+        third_works = UntilThirdNodeWorks(cluster, busy / "log")
+        running = Command(tmp_path / "output", *words, *on_three, "--log-file", busy / "log")
+        running.wait_for(third_works)
+        cluster.lose_third_node()
+        third_works.let_others_go_on()
+        done = running.end()
+        assert done.code == 0, done.stderr
+        hidden = "the Ray cluster has 2 GPUs, which --gpus-per-worker 0 hides from its workers"
+        assert (hidden in done.stderr) == (words != project), "there is no model that would run on a GPU"
+        assert words == project or "died; its batch is run again: 2 prompts of busy" in done.stdout
+        assert same_but_for_the_model_folder(contents(experiment), by_one_process)
+        shutil.rmtree(experiment / "inference" / "tone")
+    evidence.survived(
+        "one of three nodes of a Ray cluster lost in the middle",
+        "all its processes killed while it works",
+        "all prompts captured; the files of a local run",
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--workers", "2"), "--workers needs --executor ray"),
         (("--collect",), "--collect needs --executor ray"),
         (("--executor", "ray", "--gpus-per-worker", "64"), "too few for a worker of 1 and 64"),
-        (("--executor", "ray", "--cpus-per-worker", "64"), "too few for a worker of 64 and 0"),
+        (("--executor", "ray", "--cpus-per-worker", "64"), "too few for a worker of 64 and "),
     ],
 )
 def test_options_that_a_cluster_cannot_meet_are_refused(
@@ -437,8 +447,8 @@ def test_a_worker_checks_its_driver_before_each_change(tmp_path: Path) -> None:
     kept, new = tmp_path / "kept.json", tmp_path / "new.json"
     try:
         with presence(tmp_path) as path:
-            actor = WorkerActor(shared(tmp_path, Idle, presence=path))
-            assert actor.prepare({}).error is None
+            actor = WorkerActor()
+            assert actor.prepare([shared(tmp_path, Idle, presence=path)], {}).error is None
             write_bytes(kept, b"1")
         for change in (lambda: write_bytes(kept, b"2"), lambda: write_bytes(new, b"2"), lambda: remove([kept])):
             with pytest.raises(NoSpaceError, match=r"not changed: the run that this worker belongs to has ended"):
@@ -465,5 +475,5 @@ def test_a_worker_leaves_the_other_processors_of_its_machine_to_other_workers(
         def __init__(self, run: Any, load: object):
             made.append((BackgroundWriter(run)._n_writers, Processes()._count))
 
-    assert WorkerActor(shared(tmp_path, Worker, threads=4, inputs={})).prepare({}).error is None
+    assert WorkerActor().prepare([shared(tmp_path, Worker, threads=4, inputs={})], {}).error is None
     assert made == [(2, 0)]

@@ -43,16 +43,16 @@ class ClusterOptions:
             from tlcapture.runs.executors import LocalExecutor
 
             return LocalExecutor()
-        from tlcapture.cluster.executor import Cluster, RayExecutor
+        from tlcapture.cluster.executor import RayExecutor
 
-        cluster = Cluster(
+        return RayExecutor(
             address=self.ray_address,
             workers=self.workers,
             cpus_per_worker=self.cpus_per_worker,
             gpus_per_worker=self.gpus_per_worker,
             collect=self.collect,
+            batch_size=batch_size,
         )
-        return RayExecutor(cluster, batch_size)
 
     def _check_local(self) -> None:
         given = {

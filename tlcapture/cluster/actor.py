@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tlcapture.cluster.board import State
-from tlcapture.errors import InputError, NoSpaceError, TlcaptureError
+from tlcapture.errors import ClusterError, InputError, NoSpaceError, TlcaptureError
 from tlcapture.models.transfer import ModelFiles
 from tlcapture.runs.display import Display, Progress
 from tlcapture.runs.executors import Make, Work, Worker
@@ -32,6 +32,7 @@ from tlcapture.runs.run import Run
 from tlcapture.storage.files import check_changes, read_bytes, write_bytes
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.locks import is_held
+from tlcapture.text import first_line
 
 _REPORT_EVERY = 0.5  # seconds
 
@@ -103,8 +104,8 @@ class Result:
 class _WorkerDisplay(Display, Progress):
     """Counts units of work, and stops the work at a point where that is safe once `stop_requested` is set."""
 
-    def __init__(self, unit: str) -> None:
-        self._unit = unit
+    def __init__(self) -> None:
+        self.unit = ""
         self.units = 0
         self.facts: dict[str, Any] = {}
         self.stop_requested = threading.Event()
@@ -114,7 +115,7 @@ class _WorkerDisplay(Display, Progress):
 
     @contextmanager
     def progress(self, total: int, label: str, unit: str) -> Iterator[Progress]:
-        yield self if unit == self._unit else _Uncounted(self)
+        yield self if unit == self.unit else _Uncounted(self)
 
     def advance(self, units: int = 0, *, done: str | None = None, share: float | None = None) -> None:
         self.units += units
@@ -133,36 +134,33 @@ class _Uncounted(Progress):
 
 
 class WorkerActor:
-    """The class of the Ray actors; they report to the `board`, if any.
+    """The class of the Ray actors; they report to the actor with the name `board`, if any."""
 
-    `shared` is what all workers need, or a list of the reference of it: Ray warns of references as such.
-    """
-
-    def __init__(self, shared: Shared | Sequence[Any], number: int = 0, board: Any = None):
-        self._shared = shared = shared if isinstance(shared, Shared) else _fetched(*shared)
+    def __init__(self, number: int = 0, board: str | None = None):
         self._number = number
-        self._board = board
+        self._board: Any = None if board is None else _actor(board)
         self._node = socket.gethostname()
         self._name = f"worker {number} on {self._node}"
         self._process = _process()
-        self._folder = None if shared.inputs is None else Path(tempfile.mkdtemp(prefix="tlcapture-"))
-        self._layout = shared.layout if self._folder is None else Layout(self._folder, shared.layout.experiment)
+        self._folder: Path | None = None
         self._inputs: set[str] = set()
-        self._write_inputs(shared.inputs or {})
         self._worker: Worker | None = None
         self._doing = "starting"
-        self._report = CollectingReport(self._layout.folder)
-        self._display = _WorkerDisplay(shared.unit)
+        self._display = _WorkerDisplay()
+        self._report = CollectingReport(Path())  # that of the experiment, once it is known
         if board is not None:
             threading.Thread(target=self._report_to_the_board, daemon=True).start()
 
-    def prepare(self, model: Mapping[str, Any]) -> Result:
+    def prepare(self, shared: Sequence[Any], model: Mapping[str, Any]) -> Result:
         """Load what every task needs, once; an error is one that every worker would have.
 
-        `model` are references of the model's files in the object store, where they are there already.
+        Args:
+            shared: the reference of what all workers need, in a list, so that Ray fetches it only where it is read.
+            model: references of the model's files in the object store, where they are there already.
         """
         try:
             if self._worker is None:
+                self._use(_fetched(*shared))
                 self._check_root()
                 if self._lacks_model(model):
                     return Result(self._name, os.getpid(), lacks_model=True)
@@ -174,9 +172,17 @@ class WorkerActor:
             return self._result(error)
         return self._result()
 
-    def do(self, piece: int, label: str, task: Any, inputs: Mapping[str, bytes], model: Mapping[str, Any]) -> Result:
+    def do(
+        self,
+        piece: int,
+        label: str,
+        task: Any,
+        inputs: Mapping[str, bytes],
+        shared: Sequence[Any],
+        model: Mapping[str, Any],
+    ) -> Result:
         """Do a piece; `inputs` are the files that it reads, where this worker does not see the root."""
-        prepared = self.prepare(model)
+        prepared = self.prepare(shared, model)
         if prepared.error is not None or prepared.lacks_model:
             return prepared
         assert self._worker is not None
@@ -197,6 +203,15 @@ class WorkerActor:
         done = self._report.drain()
         rate = f"{done.n_tokens / seconds:.0f} tokens/s, " if done.n_tokens and seconds else ""
         return Result(self._name, os.getpid(), done, rate, error, files=self._take_outputs())
+
+    def _use(self, shared: Shared) -> None:
+        self._shared = shared
+        self._display.unit = shared.unit
+        if shared.inputs is not None and self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="tlcapture-"))
+        self._layout = shared.layout if self._folder is None else Layout(self._folder, shared.layout.experiment)
+        self._report = CollectingReport(self._layout.folder)
+        self._write_inputs(shared.inputs or {})
 
     def _mark(self, piece: int, label: str) -> None:
         """Have the driver know of the piece before anything is done that may end this process."""
@@ -281,11 +296,25 @@ class WorkerActor:
             shutil.rmtree(str(self._folder), ignore_errors=True)
 
 
-def _fetched(reference: Any) -> Shared:
+def _fetched(shared: Any) -> Shared:
+    """What a reference refers to; or that itself, without Ray."""
+    if isinstance(shared, Shared):
+        return shared
     import ray
 
-    found: Shared = ray.get(reference)
+    try:
+        found: Shared = ray.get(shared)
+    except ray.exceptions.RaySystemError as error:  # what it names is not there
+        raise ClusterError(
+            f"{socket.gethostname()}: {first_line(error)}: every node needs the same version of tlcapture and of Python"
+        ) from None
     return found
+
+
+def _actor(name: str) -> Any:
+    import ray
+
+    return ray.get_actor(name)
 
 
 def _process() -> str:

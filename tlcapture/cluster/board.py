@@ -66,12 +66,15 @@ class Board:
         before[process] = worker
 
     @classmethod
-    def start(cls, ray: Any) -> Any:
-        """Start the actor beside the driver, whose node the run does not outlive."""
+    def start(cls, ray: Any, name: str) -> Any:
+        """Start the actor beside the driver, whose node the run does not outlive.
+
+        Workers find it by its name: Ray complains of arguments that a restarted worker may not find any more.
+        """
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False
         )
-        how = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+        how = {"name": name, "num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
         return ray.remote(**how)(cls).remote()
 
     def begun(self, piece: int) -> int:

@@ -6,6 +6,7 @@ worker twice is halved, so that what is at fault is found and fails by name.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ _log = get_logger(__name__)
 _POLL = 0.5  # seconds between two readings of the board
 _TRIES = 3  # deaths of a worker on one prompt after which the prompt counts as failed
 _MOST_DEATHS = 10  # in a row, beyond one for each worker
-_SILENCE = 30  # seconds after which a worker that waits for a node loses its piece to one that is idle
+_SILENCE = 60  # seconds after which a worker that waits for a node loses its piece to one that is idle
 _TIMEOUT = 300  # seconds for a first worker to start, and for workers to finish their current prompt
 
 
@@ -78,18 +79,20 @@ class Driver:
             TlcaptureError: an error in a worker that ends the run; what other workers did until then is kept.
         """
         ray, work, run = self._ray, self._work, self._run
-        self._board = Board.start(ray)
+        board = f"tlcapture-{secrets.token_hex(8)}"
+        self._board = Board.start(ray, board)
         how = {"num_cpus": resources["CPU"], "num_gpus": resources["GPU"]}
         actor = ray.remote(max_restarts=-1, max_task_retries=1, **how)(WorkerActor)
         with presence(run.layout.root) as file, run.progress(work.total, "Ray", work.unit) as self._progress:
             self._shared = Shared.of(work, run.layout, file, int(resources["CPU"]), collect=collect)
-            shared = [ray.put(self._shared)]
+            self._reference = [ray.put(self._shared)]
             try:
                 for n in range(n_workers):
-                    self._workers.append(_Worker(n, actor.remote(shared, n, self._board), f"worker {n}"))
+                    self._workers.append(_Worker(n, actor.remote(n, board), f"worker {n}"))
                     self._call(self._workers[-1], None)
                 while self._waiting or any(piece for _, piece in self._calls.values()):
                     self._step()
+                self._read_board()
             except (KeyboardInterrupt, TlcaptureError):
                 self._stop_workers()
                 raise
@@ -121,13 +124,14 @@ class Driver:
     def _call(self, worker: _Worker, piece: _Piece | None) -> None:
         """Let a worker do a piece, or prepare for those to come."""
         if piece is None:
-            self._calls[worker.actor.prepare.remote(self._model)] = worker, None
+            self._calls[worker.actor.prepare.remote(self._reference, self._model)] = worker, None
             return
         self._began = self._began or time.monotonic()
         _log.debug("%s, process %s, takes %s", worker.name, worker.process, piece.label)
         inputs = file_contents(self._run.layout, self._work.inputs(piece.task)) if self._shared.sends_back else {}
         do = worker.actor.do.options(max_task_retries=int(not piece.died))
-        self._calls[do.remote(piece.number, piece.label, piece.task, inputs, self._model)] = worker, piece
+        call = do.remote(piece.number, piece.label, piece.task, inputs, self._reference, self._model)
+        self._calls[call] = worker, piece
 
     def _receive(self, call: Any, worker: _Worker, piece: _Piece | None) -> None:
         try:
@@ -171,19 +175,15 @@ class Driver:
         elif len(halves) == 1:
             self._run.failed(piece.label, f"its worker died {piece.died} times: {first_line(error)}")
         else:
-            self._run_again(worker.name, piece.label)
+            self._run.again(worker.name, piece.label)
             self._n_pieces += len(halves) - 1
             self._waiting.extendleft(map(self._piece, halves))
-
-    def _run_again(self, name: str, label: str) -> None:
-        self._run.report.retried.append(label)
-        self._run.line(f"{name} died; its batch is run again: {label}")
 
     def _read_board(self) -> None:
         news, now = self._ray.get(self._board.read.remote()), time.monotonic()
         self._read = now
         for name, label in news.again:
-            self._run_again(name, label)
+            self._run.again(name, label)
         for worker in self._workers:
             worker.heard = max(worker.heard, now - news.silent.get(worker.number, now))
         if now - max(self._started, *(worker.heard for worker in self._workers)) > _TIMEOUT:

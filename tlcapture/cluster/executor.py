@@ -30,14 +30,15 @@ _CONNECT_TIMEOUT = 10  # seconds
 
 
 @dataclass(frozen=True)
-class Cluster:
-    """The cluster to use and the resources of each worker.
+class RayExecutor:
+    """Does the work with the workers of a Ray cluster.
 
     Attributes:
         address: of a running cluster; `None` starts one on this machine.
         workers: their number; `None` for as many as fit.
         gpus_per_worker: `None` for those that the model asks for, where the cluster has GPUs: one, unless it is spread.
         collect: whether workers send their files back, which need not see the root then.
+        batch_size: the most prompts of a piece; `None` for what leaves every worker enough pieces.
     """
 
     address: str | None = None
@@ -45,14 +46,7 @@ class Cluster:
     cpus_per_worker: float = 1.0
     gpus_per_worker: float | None = None
     collect: bool = False
-
-
-class RayExecutor:
-    """Does the work with the workers of a Ray cluster."""
-
-    def __init__(self, cluster: Cluster, batch_size: int | None = None):
-        self._cluster = cluster
-        self._batch_size = batch_size
+    batch_size: int | None = None
 
     def known_model(self, load: ModelLoader) -> ModelOutline:
         """The model's outline: the driver loads no weights."""
@@ -67,19 +61,19 @@ class RayExecutor:
         """
         if not work.tasks:
             return
-        with _connected(self._cluster) as ray:
-            resources = {"CPU": self._cluster.cpus_per_worker, "GPU": self._gpus(ray, work, run)}
+        with _connected(self) as ray:
+            resources = {"CPU": self.cpus_per_worker, "GPU": self._gpus(ray, work, run)}
             n_workers = self._n_workers(ray, resources)
             most = min(_MOST_PROMPTS["gpu" if resources["GPU"] else "cpu"], work.share(n_workers * _PIECES_PER_WORKER))
-            pieces = work.pieces(self._batch_size or most)
+            pieces = work.pieces(self.batch_size or most)
             n_workers = min(n_workers, len(pieces))
             gpus = f", with {resources['GPU']:g} GPU each" if resources["GPU"] else ""
             run.line(f"{len(pieces)} batches for {n_workers} workers of a Ray cluster{gpus}")
-            Driver(ray, work, pieces, run).run(n_workers, resources, collect=self._cluster.collect)
+            Driver(ray, work, pieces, run).run(n_workers, resources, collect=self.collect)
 
     def _gpus(self, ray: Any, work: Work, run: Run) -> float:
         """The GPUs of a worker; says so where the cluster's are not used."""
-        asked, there = self._cluster.gpus_per_worker, ray.cluster_resources().get("GPU", 0)
+        asked, there = self.gpus_per_worker, ray.cluster_resources().get("GPU", 0)
         wanted = work.model.n_devices if there >= 1 and work.model is not None and work.model.device != "cpu" else 0
         if wanted and asked == 0:
             run.warn(
@@ -98,11 +92,11 @@ class RayExecutor:
                 f"the Ray cluster has {cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} nodes: too few for a worker of "
                 f"{wanted['CPU']:g} and {wanted['GPU']:g} on one of them"
             )
-        return min(self._cluster.workers or fits, fits)
+        return min(self.workers or fits, fits)
 
 
 @contextmanager
-def _connected(cluster: Cluster) -> Iterator[Any]:
+def _connected(cluster: RayExecutor) -> Iterator[Any]:
     # Ray's own messages about what died would stand between the lines of this program's output.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     try:
@@ -114,8 +108,8 @@ def _connected(cluster: Cluster) -> Iterator[Any]:
         return
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     _check_reachable(address)
-    here = {"num_cpus": int((cluster.workers or os.cpu_count() or 1) * cluster.cpus_per_worker + 0.999)}
-    options: dict[str, Any] = {"address": address} if address else {**here, "include_dashboard": False}
+    here: dict[str, Any] = {"num_cpus": int((cluster.workers or os.cpu_count() or 1) * cluster.cpus_per_worker + 0.999)}
+    options = {"address": address} if address else {"address": "local", "include_dashboard": False, **here}
     try:
         ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:

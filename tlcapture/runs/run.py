@@ -64,6 +64,11 @@ class Run:
         """Count a prompt or trait that failed, by its name."""
         self.report.failed(what, reason)
 
+    def again(self, worker: str, what: str) -> None:
+        """Report that a worker died and that its batch of work is run again."""
+        self.report.retried.append(what)
+        self.line(f"{worker} died; its batch is run again: {what}")
+
     def attempt(self, what: str) -> AbstractContextManager[None]:
         """Report a `TlcaptureError` as a failure and continue, except for `NoSpaceError`, which ends the run."""
         return self.report.attempt(what)
