@@ -14,6 +14,7 @@ from safetensors import safe_open
 from tests import tiny
 from tlcapture import Experiment
 from tlcapture.captures.capture import Capture
+from tlcapture.errors import InputError
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.traits.packaged_vectors import packaged_files
@@ -103,6 +104,23 @@ def test_vectors_of_its_own_and_the_roots_come_first(captured: tuple[Path, Resul
     assert vectors_layout(tmp_path, "packaged").root == tmp_path
 
 
+def test_they_are_an_experiment_in_python_that_nothing_is_saved_into(tmp_path: Path, smollm2: Any) -> None:
+    import tlcapture as library
+
+    packaged = Experiment("packaged", tmp_path)
+    trait = "style/formality"
+    assert len(packaged.traits) == 10 and packaged.vectors[trait].tensors[16].shape == (576,)
+    steer = library.Steer(trait, 0.3, 16)
+    asked = {"max_new_tokens": 2, "temperature": 0, "vectors": packaged}
+    (cap,) = library.capture(smollm2, "hi", interventions=[steer], **asked)
+    with pytest.raises(InputError, match="save into an experiment of your own"):
+        cap.save(packaged)
+    (plain,) = library.capture(smollm2, "hi", **asked)
+    saved = plain.save(tmp_path / "experiments" / "mine")
+    assert saved.project(trait).vector.experiment == "packaged"
+    assert not (tmp_path / "experiments" / "packaged").exists()
+
+
 def test_a_model_with_other_weights_is_not_projected_onto_them(captured: tuple[Path, Result], tmp_path: Path) -> None:
     from dataclasses import replace
 
@@ -151,3 +169,6 @@ def test_what_comes_with_the_package_is_whole() -> None:
     reference = read_reference(packaged_layout(), "residual")
     assert reference is not None
     assert reference.fits(30, 576)
+    for trait in packaged_layout().traits():
+        norms = VectorFiles(packaged_layout(), trait).metadata("residual", "probe")["typical_norms"]
+        assert len(norms) == 30 and min(norms) > 0  # the unit of --steer

@@ -23,8 +23,9 @@ from tlcapture.explore.roots import default_root
 from tlcapture.explore.saved_capture import SavedCapture
 from tlcapture.names import split_name
 from tlcapture.storage.config import ExperimentConfig, read_config
-from tlcapture.storage.layout import Layout, existing_experiments
+from tlcapture.storage.layout import existing_experiments
 from tlcapture.text import printable
+from tlcapture.traits.packaged_vectors import vectors_layout
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -42,14 +43,14 @@ class Experiment:
     """An experiment: its configuration, captures, trait vectors and model.
 
     Args:
-        name: the experiment's folder below `experiments/`.
+        name: the experiment's folder below `experiments/`; or `packaged`, the vectors that come with the package.
         root: the folder with `experiments/` and `datasets/`; `TLCAPTURE_ROOT` or the current folder by default.
 
     Raises `InputError` if the experiment does not exist.
     """
 
     def __init__(self, name: str, root: str | Path | None = None):
-        self.layout = Layout(Path(root or default_root()).expanduser(), name)
+        self.layout = vectors_layout(Path(root or default_root()).expanduser(), name)
         self.layout.check_exists()
 
     @staticmethod
