@@ -135,7 +135,7 @@ class KnownCapture(CaptureNames):
         )
 
     @classmethod
-    def from_facts(cls, shared: Sequence[Any], own: Sequence[Any]) -> KnownCapture:
+    def from_facts(cls, shared: Any, own: Any) -> KnownCapture:
         """What two parts say; raises `TypeError` or `ValueError` for parts of something else."""
         metadata, n_layers, d_model, layers, points, has_attn_out = shared
         own_metadata, texts, n_prompt, n_tokens, held, tokens, run = own

@@ -242,7 +242,7 @@ def capture(
         ids = [prompt.id for prompt in sets[0].prompts] if given else []
         for prompt_set in sets if options.projects else ():
             name = options.capture_set(prompt_set.name)
-            show_top_traits(console, layout, name, known=report.projected, given=ids)
+            show_top_traits(console, layout, name, "residual", report, ids)
         console.next = _next_step(location, sets, options)
 
 

@@ -112,7 +112,7 @@ def project(
     for name in names:
         # Projections of an earlier run would look like this run's, had this one written nothing.
         if report.n_files or not report.failures:
-            show_top_traits(console, layout, name, settings.component, report.projected)
+            show_top_traits(console, layout, name, settings.component, report)
         if settings.plot is not None:
             # A picture that cannot be drawn must not fail the projections.
             from tlcapture.commands.pictures import write_pictures

@@ -81,7 +81,7 @@ def run_capture(
     for note in (note for prompt_set in prompt_sets for note in mistyped_keys(prompt_set)):
         run.warn(note)
     known_model = partial(executor.known_model, load)
-    planner = TaskPlanner(layout, options, read_config(layout), load.name, known_model)
+    planner = TaskPlanner(layout, options, read_config(layout), load.name, known_model, run.report.learn)
     tasks = planner.tasks(prompt_sets)
     _check_space(CaptureSize.of(tasks, layout, options, lambda: known_model().measures), layout)
     known = known_model() if any(task.has_work for task in tasks) else None
@@ -97,7 +97,7 @@ def run_capture(
     busy = {task.capture_set for task in tasks if task.has_work or (task.saved and options.projects)}
     run.report.n_skipped += sum(len(task.saved) for task in tasks if task.capture_set not in busy)
     with ExitStack() as stack:
-        stack.callback(_remember, run, planner)
+        stack.callback(remember, layout, run.report.learned)
         # Always in the same order, so that no two runs wait for each other.
         locks = [run_lock(run, f"captures of {name}", options.shard) for name in sorted(busy)]
         waited = [stack.enter_context(lock) for lock in locks]
@@ -131,12 +131,6 @@ def run_capture(
         if options.projects:
             merge_projections(run, sorted(busy), options.shard)
     return run.report
-
-
-def _remember(run: Run, planner: TaskPlanner) -> None:
-    """Add what is known of files, by this run, to the indices of their sets."""
-    if run.layout.folder.is_dir():
-        remember(run.layout, {**planner.learned, **run.report.learned})
 
 
 def _other_sampling_warning(task: CaptureTask) -> str:

@@ -129,7 +129,7 @@ def _metadata_of(files: KnownFiles) -> Iterator[Mapping[str, Any]]:
     captured = dict.fromkeys(layout.captured(capture_set))
     for prompt_id in captured:
         with suppress(StorageError):  # reported by whoever would replace it
-            if (found := files.of(prompt_id).capture()) is not None:
+            if (found := files.of(prompt_id, again=True).capture()) is not None:
                 yield found.metadata
     projected = (each for each in layout.prompt_ids(capture_set) if each not in captured)
     records = (files.of(prompt_id).made_from() for prompt_id in projected)

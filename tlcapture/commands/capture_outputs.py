@@ -16,7 +16,8 @@ from tlcapture.captures.known_capture import KnownCapture
 from tlcapture.captures.provenance import sample_record
 from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.kept_positions import lacks_positions, wanted_positions
-from tlcapture.commands.known_files import PresentFile, PromptFiles
+from tlcapture.commands.known_files import PromptFiles
+from tlcapture.commands.known_views import PresentFile
 from tlcapture.commands.view_files import write_attention_file, write_lens_file
 from tlcapture.commands.view_parts import ViewParts
 from tlcapture.errors import NumericalError

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 from tlcapture.captures.known_capture import KnownCapture, conversation_of
@@ -32,7 +31,7 @@ from tlcapture.prompts.thinking import THINKING_TOKENS
 from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
 from tlcapture.runs.existing_files import OVERWRITE, REPLACE, check_replaceable
 from tlcapture.storage.config import ExperimentConfig
-from tlcapture.storage.file_index import Learned
+from tlcapture.storage.file_index import Learn
 from tlcapture.storage.layout import Layout, derived_files
 from tlcapture.traits.choice import VectorChooser
 from tlcapture.traits.intervention_records import identity
@@ -131,13 +130,14 @@ class TaskPlanner:
         config: ExperimentConfig,
         model_name: str,
         model: Callable[[], HasTokenizer],
+        learn: Learn = lambda path, learned: None,
     ):
         self._layout = layout
         self._options = options
         self._config = config
         self._model_name = model_name
         self._model = model
-        self.learned: dict[Path, Learned] = {}  # of files that were read
+        self._learn = learn
         self._other_sampling: list[PromptId] = []
         self._chooser = VectorChooser(layout, options.vectors)
 
@@ -161,7 +161,7 @@ class TaskPlanner:
         if self._options.shard is not None:
             prompts = list(self._options.shard.of(prompts))
         check_names(prompt_set.name, [prompt.id for prompt in prompt_set.prompts], self._options.samples)
-        files = KnownFiles(self._layout, capture_set, len(prompts), self.learned.__setitem__)
+        files = KnownFiles(self._layout, capture_set, len(prompts), self._learn)
         check_same_interventions(files, self._options)
         saved: dict[PromptId, Outputs] = {}
         refused: list[tuple[str, str]] = []
@@ -268,11 +268,11 @@ class TaskPlanner:
 
     def _check_replaceable(self, place: Place, files: PromptFiles, wanted: Outputs, saved: KnownCapture | None) -> None:
         """Raise `StorageError` if a file cannot be read that would be replaced, removed, or passed over as present."""
-        if wanted.residual or saved is None:
+        if wanted.residual:
             paths = [*derived_files(self._layout, *place.where), *merged_files(self._layout, place.capture_set)]
-        else:
-            present = self._options.outputs(saved.n_layers).existing_add_ons(files)
-            paths = [each.path for each in present if each.view is None]
+        else:  # projections of a capture that was not saved have all been read
+            asked = files.add_ons() if saved is None else self._options.outputs(saved.n_layers).existing_add_ons(files)
+            paths = [each.path for each in asked if each.view is None]
         advice = f"leave out --replay and {OVERWRITE}" if self._options.replay else OVERWRITE
         for path in paths:
             check_replaceable(self._layout, path, overwrite=self._options.overwrite, advice=advice)

@@ -26,7 +26,8 @@ from tlcapture.commands.capture_projections import CaptureProjections
 from tlcapture.commands.capture_tasks import CaptureTask
 from tlcapture.commands.given_responses import generate_or_force, longest_forced
 from tlcapture.commands.kept_positions import wanted_positions
-from tlcapture.commands.known_files import KnownFiles, with_facts
+from tlcapture.commands.known_files import KnownFiles
+from tlcapture.commands.known_views import with_facts
 from tlcapture.commands.memory_need import PromptSize, check_sizes
 from tlcapture.commands.out_of_memory import attempt, within_memory
 from tlcapture.commands.replay import InterventionsAgain, Pass, as_prompt, check_replayable, replayed

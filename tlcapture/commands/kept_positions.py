@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tlcapture.captures.capture import Capture
-from tlcapture.commands.known_files import KnownView
+from tlcapture.commands.known_views import KnownView
 from tlcapture.views.kept_tokens import KeptTokens, Positions, kept_of
 
 

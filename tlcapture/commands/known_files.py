@@ -15,8 +15,8 @@ import os
 import stat
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property, partial
+from os.path import lexists
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,11 +30,12 @@ from tlcapture.commands.known_projections import (
     known_projection,
     known_shard,
 )
+from tlcapture.commands.known_views import PresentFile, facts_of_view, known_view
 from tlcapture.errors import InputError, StorageError
 from tlcapture.names import COMPACT, PromptId, Trait, file_name, is_safe_name
-from tlcapture.runs.existing_files import OVERWRITE, REPLACE, check_readable, saved_capture
-from tlcapture.storage.file_index import Facts, FileIndex, Learned, as_facts
-from tlcapture.storage.files import FileState, Written, read_json, read_tensors
+from tlcapture.runs.existing_files import OVERWRITE, REPLACE, saved_capture
+from tlcapture.storage.file_index import Facts, FileIndex, Learn, Learned
+from tlcapture.storage.files import FileState, read_json
 from tlcapture.storage.folders import folders_in, names_in
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.projection_places import STREAM_FOLDERS
@@ -43,8 +44,6 @@ from tlcapture.storage.validation import not_valid
 from tlcapture.traits.packaged_vectors import vectors_layout
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import TraitVector
-from tlcapture.views.json_files import LensHead, head_of
-from tlcapture.views.kept_tokens import Positions
 
 T = TypeVar("T")
 Find = Callable[[Path], Facts | None]
@@ -54,38 +53,12 @@ _LISTED_FROM, _LISTED_SHARE = 200, 0.05
 ATTENTION, LENS = "_attention", "_logit_lens"
 
 
-@dataclass(frozen=True)
-class KnownView:
-    """What is known of a file of attention, logit lens or internals.
-
-    Attributes:
-        layers: layers of attention or lens that are held.
-        n_layers: layers of the model; 0 for internals, which are of one.
-        top_k: predictions of the lens that are held; 0 for other files.
-        positions: the tokens that it is of.
-    """
-
-    layers: Sequence[int]
-    n_layers: int
-    top_k: int
-    positions: Positions
-
-
-@dataclass(frozen=True)
-class PresentFile:
-    """An existing file of an add-on; `view` is `None` where it cannot be read."""
-
-    path: Path
-    mtime_ns: int
-    view: KnownView | None
-
-
 class KnownFiles:
     """The files of a capture set, as they are found now.
 
     Args:
         n_prompts: of how many prompts files will be asked for.
-        learn: takes what is learned of files that the index does not know.
+        learn: takes what is learned of files that the index does not know, and of others no facts but their states.
     """
 
     def __init__(
@@ -93,7 +66,7 @@ class KnownFiles:
         layout: Layout,
         capture_set: str,
         n_prompts: int,
-        learn: Callable[[Path, Learned], object] = lambda path, learned: None,
+        learn: Learn = lambda path, learned: None,
     ):
         self.layout = layout
         self.capture_set = capture_set
@@ -105,10 +78,14 @@ class KnownFiles:
         self._shards: dict[Path, Mapping[str, Mapping[str, KnownProjection]]] = {}
         self._folders: dict[tuple[Trait, str], Path] = {}
         self._vectors: dict[Hashable, int] = {}
+        self._prompts: dict[str, PromptFiles] = {}
 
-    def of(self, name: PromptId) -> PromptFiles:
-        """Those of a capture, by its name."""
-        return PromptFiles(self, name)
+    def of(self, name: PromptId, *, again: bool = False) -> PromptFiles:
+        """Those of a capture, by its name; to be asked for `again`, they are not looked at then."""
+        found = self._prompts.pop(str(name), None) or PromptFiles(self, name)
+        if again:
+            self._prompts[str(name)] = found
+        return found
 
     @cached_property
     def raw(self) -> Path:
@@ -176,6 +153,20 @@ class KnownFiles:
             return None
         return FileState.of(found) if stat.S_ISREG(found.st_mode) else None
 
+    def may_exist(self, path: Path) -> bool:
+        """Whether anything, a file or not, may be in a place."""
+        return path.name in self._listed(path.parent) if self._lists else lexists(path)
+
+    @cached_property
+    def internals_of(self) -> Mapping[str, Sequence[Path]]:
+        """The files of internals by the name of their capture."""
+        found: dict[str, list[Path]] = {}
+        for name in sorted(names_in(self.internals)):
+            stem, layer = name.removesuffix(".pt").rpartition("_L")[::2]
+            if name.endswith(".pt") and layer.isdigit():
+                found.setdefault(stem, []).append(self.internals / name)
+        return found
+
     def _listed(self, folder: Path) -> frozenset[str]:
         if folder not in self._names:
             self._names[folder] = names_in(folder)
@@ -185,7 +176,9 @@ class KnownFiles:
         """What is known of a file, or found in it now, as `parse` makes it of facts; `None` for what has no facts."""
         if (known := self._index.known(path, state)) is not None:
             with suppress(*_NOT_FACTS):
-                return parse(*known)
+                found = parse(*known)
+                self._learn(path, Learned(state, ()))  # that it is as it was
+                return found
         if (facts := find(path)) is None:
             return None
         self._learn(path, Learned(state, facts))
@@ -235,7 +228,7 @@ class PromptFiles:
             return opened[0].facts() if opened else None
 
         found = self._files.found(self.raw, state, find, KnownCapture.from_facts) if state else None
-        if found is None and not opened and state is None:
+        if state is None and self._files.may_exist(self.raw):
             find(self.raw)  # something that is not a file is an error
         return found or (opened[0] if opened else None)
 
@@ -250,6 +243,11 @@ class PromptFiles:
     def internals(self, layer: int) -> PresentFile | None:
         """The file of a layer's internals; `None` where there is none."""
         return self._present(self._files.internals / f"{self._stem}_L{layer}.pt")
+
+    def add_ons(self) -> list[PresentFile]:
+        """All files of attention, logit lens and internals."""
+        paths = [*self._forms(ATTENTION), *self._forms(LENS), *self._files.internals_of.get(self._stem, ())]
+        return [each for each in map(self._present, paths) if each is not None]
 
     def projection(self, trait: Trait, component: str, *, overwrite: bool = False) -> KnownProjection | None:
         """The projection onto a trait, the newer one of two forms; `None` where there is none.
@@ -317,9 +315,11 @@ class PromptFiles:
                     found[trait] = each
         return found
 
+    def _forms(self, ending: str) -> list[Path]:
+        return [self._files.analysis / f"{self._stem}{ending}{suffix}" for suffix in (".json", COMPACT)]
+
     def _view(self, ending: str) -> PresentFile | None:
-        forms = [self._files.analysis / f"{self._stem}{ending}{suffix}" for suffix in (".json", COMPACT)]
-        found = [(state.mtime_ns, path) for path in forms if (state := self._state(path)) is not None]
+        found = [(state.mtime_ns, path) for path in self._forms(ending) if (state := self._state(path)) is not None]
         return self._present(max(found, key=lambda each: each[0])[1]) if found else None
 
     def _present(self, path: Path) -> PresentFile | None:
@@ -328,49 +328,13 @@ class PromptFiles:
             return None
         view = None
         with suppress(StorageError):
-            view = self._files.found(path, state, partial(facts_of_view, self._files.layout), _known_view)
+            view = self._files.found(path, state, partial(facts_of_view, self._files.layout), known_view)
         return PresentFile(path, state.mtime_ns, view)
 
     def _state(self, path: Path) -> FileState | None:
         if path not in self._states:
             self._states[path] = self._files.state(path)
         return self._states[path]
-
-
-def with_facts(layout: Layout, written: Written) -> Written:
-    """A file of an add-on that was written, with what an index holds of it."""
-    try:
-        return written.knowing(facts_of_view(layout, written.path))
-    except StorageError:  # it was replaced meanwhile
-        return written
-
-
-def facts_of_view(layout: Layout, path: Path) -> Facts | None:
-    """What an index holds of a file of attention, logit lens or internals.
-
-    Raises `StorageError` for a file that cannot be read.
-    """
-    check_readable(layout, path)
-    if path.parent.is_relative_to(layout.folder / "analysis"):
-        head = head_of(path)
-        held, top_k = head.positions_held, head.top_k if isinstance(head, LensHead) else 0
-        return _facts_of_view(head.kept_layers, head.n_layers, top_k, held)
-    content = read_tensors(path)
-    try:
-        n_prompt, n_tokens = int(content["n_prompt_tokens"]), len(content["tokens"])
-        return _facts_of_view([], 0, 0, Positions.of(content.get("positions"), n_prompt, n_tokens))
-    except (KeyError, TypeError, ValueError):  # it states no tokens that it lacks
-        return _facts_of_view([], 0, 0, Positions.of(None, 0, 0))
-
-
-def _facts_of_view(layers: Sequence[int], n_layers: int, top_k: int, held: Positions) -> Facts | None:
-    kept = None if held.is_all else list(held.kept)
-    return as_facts([list(layers), n_layers, top_k], [kept, held.n_prompt, held.n_tokens])
-
-
-def _known_view(shared: Sequence[Any], own: Sequence[Any]) -> KnownView:
-    layers, n_layers, top_k = shared
-    return KnownView(layers, n_layers, top_k, Positions.of(*own))
 
 
 def _projection_content(path: Path) -> Any:

@@ -10,7 +10,7 @@ from functools import partial
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.adhoc_prompts import numbered_on
 from tlcapture.commands.capture_outputs import Outputs, add_ons, lens_of, write_capture
-from tlcapture.commands.known_files import with_facts
+from tlcapture.commands.known_views import with_facts
 from tlcapture.commands.projections import ChanceLevels, project_capture, report_choice
 from tlcapture.generation.outcomes import Generation
 from tlcapture.models.loading import Model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tlcapture.commands.known_files import KnownView
+from tlcapture.commands.known_views import KnownView
 from tlcapture.errors import InputError
 from tlcapture.text import as_ranges
 from tlcapture.views.logit_lens import TOP_K

@@ -16,7 +16,7 @@ from tlcapture.storage.file_index import Learned
 from tlcapture.text import counted, format_bytes
 
 if TYPE_CHECKING:
-    from tlcapture.storage.files import Written
+    from tlcapture.storage.files import FileState, Written
 
 _MOST_LISTED = 10_000
 _MOST_REMEMBERED = 4000  # projections, of some 6 KB each
@@ -108,6 +108,7 @@ class RunReport:
         projected: what the summary needs of projections that were written, by path relative to the folder, as JSON; not
             of all in a large run.
         learned: what was found in files or is known of those that were written, for the index of the set's files.
+        seen: states of files that the run has looked at or written; not of all in a large run.
     """
 
     folder: Path
@@ -121,6 +122,7 @@ class RunReport:
     retried: list[str] = field(default_factory=list)
     projected: dict[str, bytes] = field(default_factory=dict)
     learned: dict[Path, Learned] = field(default_factory=dict)
+    seen: dict[Path, FileState] = field(default_factory=dict)
     files: WrittenFiles = field(init=False)
 
     def __post_init__(self) -> None:
@@ -134,12 +136,15 @@ class RunReport:
     def wrote(self, written: Written) -> None:
         """Count a file that was written, and keep what is known of it."""
         self.files.add(written)
-        if written.facts and written.state is not None:
+        if written.state is not None:
             self.learn(written.path, Learned(written.state, written.facts))
 
     def learn(self, path: Path, learned: Learned) -> None:
-        """Keep what was found in a file."""
-        self.learned[path] = learned
+        """Keep what was found in a file, if anything, and its state."""
+        if learned.facts:
+            self.learned[path] = learned
+        if len(self.seen) < _MOST_REMEMBERED:
+            self.seen[path] = learned.state
 
     @property
     def remembers(self) -> bool:
@@ -178,7 +183,8 @@ class RunReport:
         self.n_tokens += other.n_tokens
         self.n_removed += other.n_removed
         self.remember(other.projected)
-        self.learned.update(other.learned)
+        for path, learned in other.learned.items():
+            self.learn(path, learned)
 
     @property
     def seconds(self) -> float:

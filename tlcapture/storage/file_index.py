@@ -13,7 +13,7 @@ or damaged. Facts are parts, values of JSON, of which files share many. A line w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from hashlib import blake2b
@@ -42,6 +42,9 @@ class Learned(NamedTuple):
 
     state: FileState
     facts: Facts
+
+
+Learn = Callable[[Path, Learned], object]
 
 
 def as_facts(*parts: Any) -> Facts | None:
@@ -161,8 +164,10 @@ def _extended(folder: Path, table: Mapping[str, Any], learned: Mapping[Path, Lea
         for file in names_in(folder / name) & files.keys():
             with suppress(TypeError, IndexError):  # it is damaged
                 add(name, file, files[file][:_N_STATE], [parts[number] for number in files[file][_N_STATE:]])
+    present = {parent: names_in(parent) for parent in {path.parent for path in learned}}
     for path, each in learned.items():
-        add(_below(folder, path.parent), path.name, each.state, each.facts)
+        if path.name in present[path.parent]:
+            add(_below(folder, path.parent), path.name, each.state, each.facts)
     whole = {"version": _VERSION, "parts": [orjson.Fragment(part) for part in numbers], "folders": folders}
     content = orjson.dumps(whole)
     return _digest(content) + b"\n" + content
