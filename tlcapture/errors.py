@@ -6,11 +6,16 @@ them; only the command line turns them into an exit status (`exit_code`).
 
 from __future__ import annotations
 
+from tlcapture.places import named
+
 
 class TlcaptureError(Exception):
     """Base class of all errors. Exit status 1: the request was valid, but failed."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return named(super().__str__())
 
 
 class InputError(TlcaptureError):

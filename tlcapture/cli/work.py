@@ -26,6 +26,7 @@ from tlcapture.cli.console import Console
 from tlcapture.cli.grouping import together
 from tlcapture.cli.stopping import Interrupted, StopSignals
 from tlcapture.errors import NoSpaceError, TlcaptureError
+from tlcapture.places import named
 
 if TYPE_CHECKING:
     from tlcapture.runs.record import Invocation
@@ -140,13 +141,13 @@ def _json_value(value: Any) -> Any:
     """The value of an option as JSON holds it."""
     if isinstance(value, list | tuple):
         return [_json_value(each) for each in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else named(str(value))
 
 
 def _print_ending(console: Console, ending: _Ending, *, as_json: bool) -> None:
     report = console.recorded
     if as_json:
-        content = {} if report is None else {**report.to_json(), "record": str(report.path)}
+        content = {} if report is None else {**report.to_json(), "record": named(str(report.path))}
         summary = {"status": ending.status, "exit_code": ending.exit_code, "error": ending.error, **console.facts}
         import json
 

@@ -11,6 +11,7 @@ from tlcapture.captures.capture import Capture
 from tlcapture.errors import StorageError
 from tlcapture.storage.compact_files import is_compact
 from tlcapture.storage.files import read_tensors
+from tlcapture.storage.remote_roots import local
 from tlcapture.views.json_files import PerTokenHead, head_of
 from tlcapture.views.kept_tokens import KeptTokens, Positions, kept_of
 
@@ -36,7 +37,7 @@ def lacks_positions(path: Path, tokens: KeptTokens | None) -> bool:
         if is_compact(path):
             compact = head_of(path)
             return not compact.positions_held.includes(tokens.of(compact.n_prompt_tokens, len(compact.tokens)))
-        with path.open("rb") as file:
+        with local(path).open("rb") as file:
             head = file.read(_HEAD)
         if path.suffix == ".json":
             if not head.startswith(_JSON):

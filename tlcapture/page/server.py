@@ -23,10 +23,12 @@ from tlcapture.errors import InputError, TlcaptureError
 from tlcapture.page.assets import POLICY, plotly_script, served_page, static_file
 from tlcapture.page.contents import RESOURCES, Contents, from_address
 from tlcapture.page.missing import MissingError
+from tlcapture.storage.remote_roots import refresh
 from tlcapture.text import printable
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 8765
+_FRESH = 5.0  # seconds for which the listing of a remote root holds
 _NOT_CACHED = {"Cache-Control": "no-store"}
 _HEADERS = {
     "Content-Security-Policy": POLICY,
@@ -40,7 +42,7 @@ _HEADERS = {
 def page_app(root: Path) -> Starlette:
     """The ASGI application: the page, its scripts, and the resources of `Contents` below `/api/`."""
     contents = Contents(root)
-    routes = [Route(f"/api/{path}", _resource(getattr(contents, name))) for name, path in RESOURCES.items()]
+    routes = [Route(f"/api/{path}", _resource(root, getattr(contents, name))) for name, path in RESOURCES.items()]
     routes += [Route("/", _page), Route("/plotly.js", _plotly), Route("/static/{name}", _static)]
     middleware = [
         Middleware(_Headers),
@@ -101,9 +103,10 @@ class _Headers:
         await self._app(scope, receive, send_with_headers)
 
 
-def _resource(read: Callable[..., Any]) -> Callable[[Request], Any]:
+def _resource(root: Path, read: Callable[..., Any]) -> Callable[[Request], Any]:
     def answer(**parameters: str) -> Response:
         try:
+            refresh(root, _FRESH)
             return _json(200, read(**parameters))
         except MissingError as error:
             # Not a failure: the page shows what is missing and the command that creates it.

@@ -31,9 +31,10 @@ def run_lock(run: Run, what: str, shard: Shard | None = None, division: str = "s
     waits: list[bool] = []
     layout = run.layout
 
-    def on_wait() -> None:
+    def on_wait(holder: str) -> None:
         if not waits:
-            run.line(f"another run is writing {what} in {layout.experiment}: waiting for it to end")
+            by = f" ({holder})" if holder else ""
+            run.line(f"another run is writing {what} in {layout.experiment}{by}: waiting for it to end")
         waits.append(True)
 
     name = what.replace(" ", "-")
@@ -50,7 +51,7 @@ def run_lock(run: Run, what: str, shard: Shard | None = None, division: str = "s
         yield bool(waits)
 
 
-def _wait_for_shards(layout: Layout, name: str, prefix: str, on_wait: Callable[[], object]) -> None:
+def _wait_for_shards(layout: Layout, name: str, prefix: str, on_wait: Callable[[str], object]) -> None:
     """Wait until no shard of `name` is running, except those whose lock name begins with a given `prefix`."""
     for path in layout.shard_locks(name):
         if not (prefix and path.stem.startswith(prefix)):

@@ -13,7 +13,6 @@ import pickle
 import re
 import secrets
 import shutil
-import socket
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -26,15 +25,14 @@ from tlcapture.errors import NoSpaceError, StorageError
 from tlcapture.logger import get_logger
 from tlcapture.storage.archives import Archive, MoreRecords, write_archive
 from tlcapture.storage.folders import stems_in
+from tlcapture.storage.remote_roots import discard, is_remote, local, publish, publish_folder
+from tlcapture.storage.working_copies import HOST as _HOST
 from tlcapture.text import format_bytes
 
 _log = get_logger(__name__)
 # Errors after which no other file can be written to the same device either.
 _FOR_ALL_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-# The scope of process numbers: this machine, or the container on it.
-_HOST = re.sub(r"[^A-Za-z0-9]", "-", socket.gethostname())
-with suppress(OSError):
-    _HOST += f"-{os.stat('/proc/self/ns/pid').st_ino}"
+_NO_END = 2**63
 FSYNC = "TLCAPTURE_FSYNC"  # if set, files are on the disk when they count as written; other processes see it too
 _TEMPORARY = re.compile(rf"\..+\.{re.escape(_HOST)}\.(\d+)\.[0-9a-f]+\.tmp")
 
@@ -130,7 +128,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise StorageError(f"{path}: cannot be read: expected a file")
-        return path.read_bytes()
+        return local(path).read_bytes()
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -193,7 +191,7 @@ def opening(path: Path) -> Iterator[None]:
     if not path.is_file():
         raise StorageError(f"{path}: no such file")
     try:
-        before = _identity(path)
+        before = _identity(local(path))
         yield
         if _identity(path) != before:
             raise StorageError(f"{path}: the file was replaced while it was being opened: open it again")
@@ -211,6 +209,7 @@ def remove(paths: Iterable[Path]) -> int:
     count = 0
     for path in paths:
         _check_change(path)
+        discard(path)
         with suppress(FileNotFoundError):
             path.unlink()
             count += 1
@@ -246,6 +245,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         fill(temporary)
         with suppress(OSError):
             temporary.rename(path)
+            publish_folder(path)
     except OSError as error:
         raise StorageError(f"{path}: cannot be created: {error.strerror or error}") from None
     finally:
@@ -253,7 +253,9 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Free bytes on the device of `path`, or of its nearest parent folder that exists."""
+    """Free bytes on the device of `path`, or of its nearest parent folder that exists; a remote root has no end."""
+    if is_remote(path):
+        return _NO_END
     existing = next(folder for folder in [path, *path.absolute().parents] if folder.exists())
     return shutil.disk_usage(existing).free
 
@@ -272,8 +274,9 @@ def _write(
         _check_change(path)
         before_replacing(temporary)
         size = temporary.stat().st_size
-        temporary.replace(path)
-        _sync(path.parent)
+        if not publish(temporary, path):
+            temporary.replace(path)
+            _sync(path.parent)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)  # before free space is measured for the message

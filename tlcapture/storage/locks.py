@@ -13,8 +13,11 @@ from filelock import FileLock, Timeout
 
 from tlcapture.errors import StorageError
 from tlcapture.logger import get_logger
+from tlcapture.storage.remote_locks import remotely_locked
+from tlcapture.storage.remote_roots import refresh, store_of
 
 _log = get_logger(__name__)
+_FRESH = 30.0  # seconds for which a listing of a remote experiment holds where no other run was waited for
 _POLL = 0.1  # seconds between two tries
 
 
@@ -38,19 +41,24 @@ def is_held(path: Path) -> bool:
 
 
 @contextmanager
-def locked(path: Path, on_wait: Callable[[], object] = lambda: None) -> Iterator[bool]:
-    """Hold the lock of a file; yields whether another process held it first.
+def locked(path: Path, on_wait: Callable[[str], object] = lambda holder: None) -> Iterator[bool]:
+    """Hold the lock of a file; yields whether another process held it first. In a remote root the lock is an object.
 
     On a file system without locks, nothing is locked: files are still written completely, but of two runs at the same
     time the later one may overwrite the files of the other.
 
     Args:
         path: the lock file, which is created if needed and not removed.
-        on_wait: called once if another process holds the lock.
+        on_wait: called once if another process holds the lock, with who that is, if it is known.
 
     Raises:
         StorageError: the lock file cannot be created or locked.
     """
+    if (remote := store_of(path)) is not None:
+        with remotely_locked(*remote, on_wait) as waited:
+            refresh(next(each.parent for each in path.parents if each.name == ".locks"), 0.0 if waited else _FRESH)
+            yield waited
+        return
     lock = FileLock(path, mode=0o666)
     waited = False
     try:
@@ -59,7 +67,7 @@ def locked(path: Path, on_wait: Callable[[], object] = lambda: None) -> Iterator
             lock.acquire(timeout=0)
         except Timeout:
             waited = True
-            on_wait()
+            on_wait("")
             lock.acquire(poll_interval=_POLL)
     except NotImplementedError:
         _log.warning(
