@@ -68,6 +68,10 @@ def working(command: Callable[..., None]) -> Callable[..., None]:
         from tlcapture.cli.logs import logging_to
         from tlcapture.storage.files import FSYNC, fsyncing
 
+        try:
+            _check_places(ctx, log_file)
+        except TlcaptureError as error:
+            raise click.UsageError(str(error)) from None
         is_elsewhere = ctx.params.get("ray_address") or os.environ.get("RAY_ADDRESS")
         if fsync and ctx.params.get("executor") == "ray" and is_elsewhere:
             raise click.UsageError(
@@ -80,6 +84,21 @@ def working(command: Callable[..., None]) -> Callable[..., None]:
         sys.exit(ending.exit_code)
 
     return wrapped
+
+
+def _check_places(ctx: click.Context, log_file: Path | None) -> None:
+    """Raise a `TlcaptureError` for what a remote root cannot do."""
+    from tlcapture.errors import InputError
+    from tlcapture.storage.remote_roots import check_local, url_of
+
+    check_local(log_file, "--log-file")
+    root = ctx.params.get("root")
+    url = url_of(root) if ctx.params.get("executor") == "ray" and root is not None else None
+    if url is not None:
+        raise InputError(
+            f"--executor ray needs a root that is a folder on every node, not {url}: let each node run a shard "
+            "instead, --shard 1/N to N/N"
+        )
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from tlcapture.errors import NoSpaceError, StorageError
 from tlcapture.logger import get_logger
 from tlcapture.storage.archives import Archive, MoreRecords, write_archive
 from tlcapture.storage.folders import stems_in
+from tlcapture.storage.object_stores import is_url
 from tlcapture.storage.remote_roots import discard, is_remote, local, publish, publish_folder
 from tlcapture.storage.working_copies import HOST as _HOST
 from tlcapture.text import format_bytes
@@ -189,7 +190,8 @@ def opening(path: Path) -> Iterator[None]:
     The file is opened by its path several times, so it is also an error if it is replaced meanwhile.
     """
     if not path.is_file():
-        raise StorageError(f"{path}: no such file")
+        hint = ": open it as a capture of its experiment, Experiment(NAME, root=URL)" if is_url(path) else ""
+        raise StorageError(f"{path}: no such file{hint}")
     try:
         before = _identity(local(path))
         yield
@@ -254,8 +256,10 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
 
 def free_bytes(path: Path) -> int:
     """Free bytes on the device of `path`, or of its nearest parent folder that exists; a remote root has no end."""
-    if is_remote(path):
-        return _NO_END
+    return _NO_END if is_remote(path) else _free_here(path)
+
+
+def _free_here(path: Path) -> int:
     existing = next(folder for folder in [path, *path.absolute().parents] if folder.exists())
     return shutil.disk_usage(existing).free
 
@@ -311,7 +315,7 @@ def _cannot_write(path: Path, error: BaseException, needed: int) -> StorageError
     number = cause.errno if isinstance(cause, OSError) else None
     reason = os.strerror(number) if number else str(error).splitlines()[0]
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        reason += f": it needs {format_bytes(needed)}, {format_bytes(free_bytes(path))} are free on its device"
+        reason += f": it needs {format_bytes(needed)}, {format_bytes(_free_here(path))} are free on its device"
     kind = NoSpaceError if number in _FOR_ALL_FILES else StorageError
     return kind(f"{path}: cannot be written: {reason}")
 

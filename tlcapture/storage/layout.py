@@ -42,7 +42,7 @@ from tlcapture.names import (
 )
 from tlcapture.storage.folders import folders_in, holds_any, natural, stems_in, subfolders
 from tlcapture.storage.projection_places import STREAM_FOLDERS, place_of_projection
-from tlcapture.storage.remote_roots import list_experiment, refresh
+from tlcapture.storage.remote_roots import check_complete, list_experiment, refresh
 
 
 def shipped_datasets() -> Path:
@@ -138,7 +138,8 @@ class Layout:
         return self.root / "experiments" / self.experiment
 
     def check_exists(self) -> None:
-        """Raise `InputError` with the existing experiments if this one does not exist."""
+        """Raise `InputError` with the existing experiments if this one does not exist, or is not all there."""
+        check_complete(self.folder)
         if not self.folder.is_dir():
             listed = ", ".join(existing_experiments(self.root)) or "none"
             raise InputError(
@@ -202,8 +203,7 @@ class Layout:
 
     def internals(self, prompt_set: str, prompt_id: PromptId, layer: int) -> Path:
         """The internals file of a prompt and layer."""
-        folder = self._raw("internals", prompt_set)
-        return self.own(folder / f"{file_name(prompt_id)}_L{layer}.pt")
+        return self.own(self._raw("internals", prompt_set) / f"{file_name(prompt_id)}_L{layer}.pt")
 
     def all_internals(self, prompt_set: str, prompt_id: PromptId) -> list[Path]:
         """The existing internals files of a prompt, of all layers."""

@@ -56,7 +56,8 @@ def locked(path: Path, on_wait: Callable[[str], object] = lambda holder: None) -
     """
     if (remote := store_of(path)) is not None:
         with remotely_locked(*remote, on_wait) as waited:
-            refresh(next(each.parent for each in path.parents if each.name == ".locks"), 0.0 if waited else _FRESH)
+            experiment = next(each.parent for each in path.parents if each.name == ".locks")
+            refresh(experiment, 0.0 if waited else _FRESH)
             yield waited
         return
     lock = FileLock(path, mode=0o666)

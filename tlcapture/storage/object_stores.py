@@ -7,7 +7,7 @@ Errors of the store are raised as `StorageError` and `InputError` of one line.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cached_property
@@ -59,7 +59,7 @@ def checked_url(text: str | Path) -> tuple[str, str]:
     if not rest and scheme != "file":
         raise InputError(f"{url}: expected {scheme}://BUCKET or {scheme}://BUCKET/PREFIX")
     if "@" in rest.partition("/")[0]:
-        raise InputError(f"{scheme}://...: credentials do not belong into a URL: see docs/remote_roots.md")
+        raise InputError(f"{scheme}://...: credentials do not belong into a URL: see docs/remote-roots.md")
     if {"", ".", ".."} & set(rest.split("/")) and rest:
         raise InputError(f"{url}: a part of its path is empty, '.' or '..'")
     return scheme, url
@@ -133,6 +133,11 @@ class Store:
         """Write an object to a local file."""
         with self._explained(name, "read"):
             self._fs.get_file(self._path(name), str(to))
+
+    def download_all(self, to: Mapping[str, Path]) -> None:
+        """Write objects to local files, many at a time."""
+        with self._explained("", "read"):
+            self._fs.get([self._path(name) for name in to], [str(path) for path in to.values()])
 
     def upload(self, file: Path, name: str) -> Version:
         """Write a local file to an object, whole or not at all."""

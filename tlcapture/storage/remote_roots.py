@@ -28,6 +28,7 @@ from tlcapture.storage.object_stores import Store, checked_url, is_url
 from tlcapture.storage.working_copies import Mount, new_copy
 
 _ATTACHED = "TLCAPTURE_WORKING_COPIES"  # those of the process that started this one
+_INCOMPLETE = ".incomplete"
 _mounts: dict[str, Mount] = {}  # by folder
 _mounting = threading.Lock()
 
@@ -88,17 +89,41 @@ def publish(temporary: Path, path: Path) -> bool:
 
 
 def publish_folder(folder: Path) -> None:
-    """Write all files of a folder that was moved into a remote root; if one cannot be written, none stays."""
-    mount, _ = _found(folder)
-    files = [] if mount is None else sorted(path for path in folder.rglob("*") if path.is_file())
-    for n_written, path in enumerate(files):
-        try:
+    """Write all files of a folder that was moved into a remote root; until the last is written, it `is_incomplete`."""
+    mount, name = _found(folder)
+    if mount is None:
+        return
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    mount.store.create(f"{name}/{_INCOMPLETE}", b"")
+    try:
+        for path in files:
             publish(path, path)
-        except BaseException:
-            for written in files[:n_written]:
-                discard(written)
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+    except BaseException:
+        with suppress(StorageError):
+            discard_folder(folder)
+        raise
+    mount.store.remove(f"{name}/{_INCOMPLETE}")
+
+
+def is_incomplete(folder: Path) -> bool:
+    """Whether a folder of a remote root is being written by `publish_folder`, or was when that was killed."""
+    return is_remote(folder) and (folder / _INCOMPLETE).exists()
+
+
+def check_complete(folder: Path) -> None:
+    """Raise `InputError` for a folder that `is_incomplete`."""
+    if is_incomplete(folder):
+        raise InputError(f"{folder}: its import is not complete: if it was stopped, import it again")
+
+
+def discard_folder(folder: Path) -> None:
+    """Remove all objects below a folder of a remote root, and the folder of the working copy."""
+    mount, name = _found(folder)
+    if mount is not None:
+        for each in sorted(mount.store.list(name), key=lambda each: each.endswith(_INCOMPLETE)):
+            mount.store.remove(each)
+        mount.refresh(name)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def discard(path: Path) -> None:

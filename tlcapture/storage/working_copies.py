@@ -13,14 +13,15 @@ import shutil
 import socket
 import stat
 import threading
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Mapping
 from contextlib import suppress
 from hashlib import blake2b
+from math import inf
 from pathlib import Path
 from time import monotonic, time_ns
 
-from tlcapture.errors import StorageError
+from tlcapture.errors import StorageError, TlcaptureError
 from tlcapture.logger import get_logger
 from tlcapture.storage.object_stores import Store, Version
 from tlcapture.text import parse_bytes
@@ -28,7 +29,9 @@ from tlcapture.text import parse_bytes
 _log = get_logger(__name__)
 _LIMIT = "TLCAPTURE_REMOTE_CACHE"  # the size of what is kept of remote roots on this machine
 _DEFAULT_LIMIT = "10GiB"
+_SMALL, _TOGETHER = 2**19, 64  # bytes and number of files that are downloaded before they are asked for
 _IN_USE = 60.0  # seconds for which a file that was asked for stays
+_SHARE = 20  # of the time that a listing took, until it is made again by itself
 _LISTED_AT_ROOT = ("datasets", "experiments", "tlcapture.toml")
 # The scope of process numbers: this machine, or the container on it.
 HOST = re.sub(r"[^A-Za-z0-9]", "-", socket.gethostname())
@@ -45,16 +48,20 @@ class Mount:
         self._staging = folder.parent / "staging"
         self._known: dict[str, Version] = {}
         self._changed: dict[str, float] = {}  # when this process last wrote or removed an object
-        self._listed: dict[str, float] = {}
+        self._listed: dict[str, tuple[float, float]] = {}  # when a listing began, and how long it took
         self._linked: OrderedDict[str, tuple[int, float]] = OrderedDict()  # size, and when it was asked for
         self._n_linked = 0  # bytes
+        self._read_last = ""  # the folder of the file that was last downloaded
+        self._coming: dict[str, deque[str]] = {}  # the files of a folder that were not looked at
+        self._is_ahead = threading.Lock()
         self._lock = threading.RLock()
         self._of_name: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def refresh(self, below: str, older_than: float = 0.0) -> None:
         """Bring what is below a path up to date; of the root, what has been listed so far."""
-        for each in [below] if below else [*_LISTED_AT_ROOT, *self._listed]:
-            if each and monotonic() - self._listed.get(each, -1e9) >= older_than:
+        for each in [below] if below else dict.fromkeys([*_LISTED_AT_ROOT, *self._listed]):
+            listed, took = self._listed.get(each, (-inf, 0.0))
+            if monotonic() - listed >= max(older_than, _SHARE * took if older_than else 0.0):
                 self._refresh(each)
 
     def list_once(self, below: str) -> None:
@@ -69,7 +76,7 @@ class Mount:
                 (self.folder / below / name).mkdir(parents=True, exist_ok=True)
         else:
             self._take(below, self.store.list(below), began)
-        self._listed[below] = began
+        self._listed[below] = (began, monotonic() - began)
 
     def _take(self, below: str, found: Mapping[str, Version], began: float) -> None:
         """Make the working copy below a path what a listing that began at some time says."""
@@ -92,6 +99,8 @@ class Mount:
 
     def _fetch(self, name: str, path: Path) -> None:
         version = self._known.get(name) or self.store.version(name)
+        if version is not None and not self._cache.holds(self._mark(name, version)):
+            self._look_ahead(name)
         while version is not None and not self._cache.holds(self._mark(name, version)):
             new = self._new()
             self.store.download(name, new)
@@ -113,6 +122,39 @@ class Mount:
                 self._linked[name] = (version.size, monotonic())
                 self._n_linked += version.size
             self._let_go()
+
+    def _look_ahead(self, name: str) -> None:
+        """Download the small files of a folder together once a second one was asked for: few readers want two."""
+        folder = name.rpartition("/")[0]
+        before, self._read_last = self._read_last, folder
+        if before != folder or not self._is_ahead.acquire(blocking=False):
+            return
+        try:
+            if folder not in self._coming:
+                self._coming[folder] = deque(sorted(os.listdir(self.folder / folder)))
+            self._download_small(folder, self._coming[folder])
+        except TlcaptureError as error:  # who asks for one of them gets it
+            _log.info("%s", error)
+        finally:
+            self._is_ahead.release()
+
+    def _download_small(self, folder: str, coming: deque[str]) -> None:
+        wanted: dict[str, Version] = {}
+        while coming and len(wanted) < _TOGETHER:
+            name = f"{folder}/{coming.popleft()}"
+            version = self._known.get(name)
+            if version and version.size <= _SMALL and not self._cache.holds(self._mark(name, version)):
+                wanted[name] = version
+        if not wanted:
+            return
+        new = {name: self._new() for name in wanted}
+        self.store.download_all(new)
+        found = self.store.list(folder)
+        for name, version in wanted.items():
+            if found.get(name) == version:
+                self._cache.add(self._mark(name, version), new[name], version.written)
+            else:
+                new[name].unlink(missing_ok=True)
 
     def _let_go(self) -> None:
         """Take the content of the files away that were asked for first, where together they are over the limit."""
@@ -151,8 +193,8 @@ class Mount:
         path, new = self.folder / name, self._new()
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         os.truncate(descriptor, version.size)
-        os.fchmod(descriptor, stat.S_IWUSR)
         os.close(descriptor)
+        new.chmod(stat.S_IWUSR)
         os.utime(new, (version.written, version.written))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
