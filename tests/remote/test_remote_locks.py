@@ -124,7 +124,7 @@ def test_a_lock_that_its_holder_keeps_is_not_taken_and_one_that_is_not_kept_is(
 
 def test_of_two_runs_that_find_a_stale_lock_one_takes_it(layout: Layout) -> None:
     store, name = hold(layout)
-    found = remote_locks._held(store, name)
+    found = remote_locks.held(store, name)
     assert found is not None
     assert store.replace(name, remote_locks.Holder().to_json(), found[1])
     assert not store.replace(name, remote_locks.Holder().to_json(), found[1])

@@ -180,7 +180,7 @@ def test_removed_files_are_removed_from_the_store(url: str) -> None:
 def test_a_listing_that_began_before_a_write_does_not_undo_it(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout(root_folder(bucket), "exp")
     files.write_json(layout.run_record("old"), 1)
-    listed = working_copies.Store.list
+    listed = working_copies.Store.objects
 
     def meanwhile(self: Any, below: str) -> Any:
         found = listed(self, below)
@@ -188,7 +188,7 @@ def test_a_listing_that_began_before_a_write_does_not_undo_it(bucket: str, monke
         files.remove([layout.run_record("old")])
         return found
 
-    monkeypatch.setattr(working_copies.Store, "list", meanwhile)
+    monkeypatch.setattr(working_copies.Store, "objects", meanwhile)
     refresh(layout.folder)
     assert files.read_json(layout.run_record("new")) == 2
     assert not layout.run_record("old").exists()

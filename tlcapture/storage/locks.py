@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from tlcapture.errors import StorageError
 from tlcapture.logger import get_logger
-from tlcapture.storage.remote_locks import remotely_locked
+from tlcapture.storage.remote_locks import held, remotely_locked
 from tlcapture.storage.remote_roots import refresh, store_of
 
 _log = get_logger(__name__)
@@ -40,8 +40,15 @@ def is_held(path: Path) -> bool:
     return False
 
 
+def holder(path: Path) -> str | None:
+    """Who holds a lock in a remote root, as text; `None` of any other lock."""
+    remote = store_of(path)
+    found = None if remote is None else held(*remote)
+    return None if found is None else str(found[0])
+
+
 @contextmanager
-def locked(path: Path, on_wait: Callable[[str], object] = lambda holder: None) -> Iterator[bool]:
+def locked(path: Path, on_wait: Callable[[], object] = lambda: None) -> Iterator[bool]:
     """Hold the lock of a file; yields whether another process held it first. In a remote root the lock is an object.
 
     On a file system without locks, nothing is locked: files are still written completely, but of two runs at the same
@@ -49,7 +56,7 @@ def locked(path: Path, on_wait: Callable[[str], object] = lambda holder: None) -
 
     Args:
         path: the lock file, which is created if needed and not removed.
-        on_wait: called once if another process holds the lock, with who that is, if it is known.
+        on_wait: called once if another process holds the lock.
 
     Raises:
         StorageError: the lock file cannot be created or locked.
@@ -68,7 +75,7 @@ def locked(path: Path, on_wait: Callable[[str], object] = lambda holder: None) -
             lock.acquire(timeout=0)
         except Timeout:
             waited = True
-            on_wait("")
+            on_wait()
             lock.acquire(poll_interval=_POLL)
     except NotImplementedError:
         _log.warning(

@@ -99,7 +99,7 @@ class Store:
         base = self._opened[1].rstrip("/")
         return f"{base}/{name}" if name else base
 
-    def list(self, below: str) -> dict[str, Version]:
+    def objects(self, below: str) -> dict[str, Version]:
         """All objects below a path, by name."""
         start = len(self._path("")) + 1
         with self._explained(below, "listed"):

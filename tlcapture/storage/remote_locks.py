@@ -63,10 +63,10 @@ class Holder:
 
 
 @contextmanager
-def remotely_locked(store: Store, name: str, on_wait: Callable[[str], object]) -> Iterator[bool]:
+def remotely_locked(store: Store, name: str, on_wait: Callable[[], object]) -> Iterator[bool]:
     """Hold the lock of a name; yields whether another run held it first.
 
-    `on_wait` is called once, with who holds it, if another run does.
+    `on_wait` is called once if another run holds it.
 
     Raises `StorageError` if the lock cannot be written.
     """
@@ -81,16 +81,16 @@ def remotely_locked(store: Store, name: str, on_wait: Callable[[str], object]) -
         ended.set()
         keeper.join()
         with suppress(TlcaptureError):  # it becomes stale
-            found = _held(store, name)
+            found = held(store, name)
             if found is not None and found[0].token == own.token:
                 store.remove(name)
 
 
-def _acquire(store: Store, name: str, own: Holder, on_wait: Callable[[str], object]) -> bool:
+def _acquire(store: Store, name: str, own: Holder, on_wait: Callable[[], object]) -> bool:
     seen: tuple[str, int] | None = None
     since, waited = monotonic(), False
     while not store.create(name, own.to_json()):
-        found = _held(store, name)
+        found = held(store, name)
         if found is None:
             continue
         holder, version = found
@@ -102,13 +102,13 @@ def _acquire(store: Store, name: str, own: Holder, on_wait: Callable[[str], obje
                 break
             continue
         if not waited:
-            on_wait(str(holder))
+            on_wait()
         waited = True
         sleep(_POLL)
     return waited
 
 
-def _held(store: Store, name: str) -> tuple[Holder, Version] | None:
+def held(store: Store, name: str) -> tuple[Holder, Version] | None:
     """Who holds a lock, and the version of the object that says so."""
     version, content = store.version(name), store.read(name)
     if version is None or content is None:
@@ -125,7 +125,7 @@ def _keep(store: Store, name: str, own: Holder, ended: threading.Event) -> None:
     while not ended.wait(_BEAT):
         beat = replace(beat, beat=beat.beat + 1)
         try:
-            found = _held(store, name)
+            found = held(store, name)
             if found is None or found[0].token != own.token or not store.replace(name, beat.to_json(), found[1]):
                 _log.warning("%s/%s: another run has taken this lock", store.url, name)
                 return

@@ -120,7 +120,7 @@ def discard_folder(folder: Path) -> None:
     """Remove all objects below a folder of a remote root, and the folder of the working copy."""
     mount, name = _found(folder)
     if mount is not None:
-        for each in sorted(mount.store.list(name), key=lambda each: each.endswith(_INCOMPLETE)):
+        for each in sorted(mount.store.objects(name), key=lambda each: each.endswith(_INCOMPLETE)):
             mount.store.remove(each)
         mount.refresh(name)
         shutil.rmtree(folder, ignore_errors=True)

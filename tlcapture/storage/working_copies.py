@@ -75,7 +75,7 @@ class Mount:
             for name in self.store.folders(below):
                 (self.folder / below / name).mkdir(parents=True, exist_ok=True)
         else:
-            self._take(below, self.store.list(below), began)
+            self._take(below, self.store.objects(below), began)
         self._listed[below] = (began, monotonic() - began)
 
     def _take(self, below: str, found: Mapping[str, Version], began: float) -> None:
@@ -149,7 +149,7 @@ class Mount:
             return
         new = {name: self._new() for name in wanted}
         self.store.download_all(new)
-        found = self.store.list(folder)
+        found = self.store.objects(folder)
         for name, version in wanted.items():
             if found.get(name) == version:
                 self._cache.add(self._mark(name, version), new[name], version.written)
@@ -252,12 +252,12 @@ class _Cache:
                 with suppress(FileNotFoundError):
                     kept.append((each.stat().st_atime_ns, each.stat().st_size, each.path))
         size = sum(each for _, each, _ in kept)
-        for _, each, path in sorted(kept):
+        for _, n_bytes, path in sorted(kept):
             if size <= self.limit:
                 return
             if os.path.basename(path) != newest:
                 Path(path).unlink(missing_ok=True)
-                size -= each
+                size -= n_bytes
 
 
 def new_copy(cache: Path) -> Path:
