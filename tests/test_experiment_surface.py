@@ -29,10 +29,12 @@ def exp(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Experime
 
     root = make_data(tmp_path_factory.mktemp("surface"))
     common = ("--experiment", "exp", "--root", root, "--model", tiny_folder)
+    steered = ("--steer", "tone/loud:+0.5@1", "--variant", "steered")
     lines: list[tuple[Any, ...]] = [
         ("extract", *common, "--traits", "tone/loud,tone/warm"),
         ("evaluate", *common[:4]),
         ("capture", *common, "--prompt-set", "short", "--max-new-tokens", 6, "--attention", "--layer-internals", 1),
+        ("capture", *common, "--prompt-set", "short", "--max-new-tokens", 6, *steered),
     ]
     with quick_evaluations():
         for line in lines:
@@ -44,7 +46,7 @@ def exp(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Experime
 def test_it_says_its_name_its_root_and_its_runs(exp: Experiment) -> None:
     assert exp.name == "exp"
     assert Experiment.list(exp.root) == ["exp"]
-    assert list(exp.runs["command"]) == ["extract", "evaluate", "capture"]
+    assert list(exp.runs["command"]) == ["extract", "evaluate", "capture", "capture"]
     assert set(exp.runs["status"]) == {"done"}
 
 
@@ -185,6 +187,17 @@ def test_a_set_has_a_frame_and_a_figure(exp: Experiment) -> None:
     at_0 = list(line.x).index(0)
     by_prompt = frame[frame["part"] == "response"].groupby("prompt_id").first()["calibrated"]
     assert line.y[at_0] == pytest.approx(by_prompt.mean(), rel=1e-6)
+
+
+def test_two_sets_are_drawn_side_by_side(exp: Experiment) -> None:
+    both = exp.captures["short"].plot.trajectory("tone/loud", beside="short@steered")
+    one, other = (exp.captures[name].plot.trajectory("tone/loud") for name in ("short", "short@steered"))
+    lines = [trace for trace in both.data if trace.mode != "none" and trace.line.width]
+    assert [line.line.dash for line in lines] == ["solid", "dash"]
+    assert [line.line.color for line in lines] == [one.data[1].line.color] * 2
+    for line, alone in zip(lines, (one, other), strict=True):
+        assert list(line.y) == list(alone.data[1].y)
+    assert "tone/loud, short@steered (3 responses)" in lines[1].name
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".html"])

@@ -23,6 +23,7 @@ from tlcapture.views.residual import residual_hooks, residual_view
 
 IDS = [0, *range(40, 60)]
 BLOCK = 16
+GROUP = 32
 FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 
 
@@ -246,3 +247,57 @@ def test_4_bit_weights_of_bitsandbytes_give_what_hugging_face_computes(engine: s
     )
     folder = saved(theirs, tmp_path / "quantised")
     assert_equals(load_model(str(folder), engine=engine), theirs, bound=1e-2)  # whose kernel computes in 16 bits
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_4_bit_weights_packed_into_words_give_what_their_format_defines(method: str, tmp_path: Path) -> None:
+    for package in ("optimum", "gptqmodel"):
+        pytest.importorskip(package)
+    torch.manual_seed(0)
+    wide = transformers.LlamaConfig(**{**tiny._GROUPED, "hidden_size": 128, "intermediate_size": 128})
+    theirs = transformers.LlamaForCausalLM(wide).half().eval()
+    folder = saved(theirs, tmp_path / method)
+    stored: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        stem, _, _ = name.rpartition(".")
+        if not stem.endswith("_proj"):
+            stored[name] = weight
+            continue
+        values, zeros, scales, back = quantise_to_4_bits(weight)
+        parts = packed_as(method, values, zeros) | {"scales": scales}
+        stored |= {f"{stem}.{part}": each.contiguous() for part, each in parts.items()}
+        theirs.get_submodule(stem).weight.data = back.half()
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    fields = {
+        "gptq": {"desc_act": False, "sym": False, "checkpoint_format": "gptq"},
+        "awq": {"zero_point": True, "version": "gemm"},
+    }
+    state_quantisation(folder, {"quant_method": method, "bits": 4, "group_size": GROUP, **fields[method]})
+    assert_equals(load_model(str(folder), engine="bridge", dtype="float32"), theirs.float(), bound=2e-3)
+
+
+def quantise_to_4_bits(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Integers `[in, out]`, zeros and scales `[groups, out]`, and the weight `[out, in]` that these stand for."""
+    groups = weight.float().T.reshape(-1, GROUP, len(weight))
+    low, high = groups.amin(dim=1).clamp(max=0), groups.amax(dim=1).clamp(min=0)
+    scales = ((high - low) / 15).clamp(min=1e-6).half()
+    zeros = (-low / scales.float()).round().clamp(1, 15)
+    values = (groups / scales.float()[:, None] + zeros[:, None]).round().clamp(0, 15)
+    back = (values - zeros[:, None]) * scales.float()[:, None]
+    return values.reshape(-1, len(weight)), zeros, scales, back.reshape(-1, len(weight)).T
+
+
+def packed_as(method: str, values: torch.Tensor, zeros: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors of GPTQ (zeros less one), or of AWQ, whose words hold columns in an order of its own."""
+    if method == "gptq":
+        groups = (torch.arange(len(values)) // GROUP).to(torch.int32)
+        return {"qweight": packed(values.T).T, "qzeros": packed(zeros - 1), "g_idx": groups}
+    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+    in_order = (each.reshape(len(each), -1, 8)[..., order].flatten(1) for each in (values, zeros))
+    return dict(zip(("qweight", "qzeros"), map(packed, in_order), strict=True))
+
+
+def packed(values: torch.Tensor) -> torch.Tensor:
+    """Eight values of 4 bits a word, the first in the lowest bits."""
+    words = (values.to(torch.int64).reshape(len(values), -1, 8) << (4 * torch.arange(8))).sum(dim=-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)

@@ -6,7 +6,14 @@ them; only the command line turns them into an exit status (`exit_code`).
 
 from __future__ import annotations
 
+import linecache
+import sys
+import traceback
+from pathlib import Path
+
 from tlcapture.places import named
+
+_PACKAGE = str(Path(__file__).parent)
 
 
 class TlcaptureError(Exception):
@@ -16,6 +23,28 @@ class TlcaptureError(Exception):
 
     def __str__(self) -> str:
         return named(super().__str__())
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython and notebooks show: the user's own lines that led here, and the message, in one line."""
+        lines = []
+        for frame in traceback.extract_tb(self.__traceback__):
+            if _is_users(frame.filename):
+                lines.append(f"{_place(frame.filename)}, line {frame.lineno}")
+                lines.append(f"    {linecache.getline(frame.filename, frame.lineno or 0).strip()}")
+        return [*lines, f"{type(self).__name__}: {self}"]
+
+
+def _is_users(path: str) -> bool:
+    """Whether a file is neither of this package nor of one that is installed, nor of Python itself."""
+    installed = {"site-packages", "dist-packages"} & set(Path(path).parts)
+    return not (installed or path.startswith((_PACKAGE, "<frozen", "<@", str(Path(traceback.__file__).parent))))
+
+
+def _place(path: str) -> str:
+    """A file's name as IPython shows it: `Cell In[3]` for a cell."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    label = None if shell is None else shell.compile.format_code_name(path)
+    return f"File {path}" if label is None else " ".join(label)
 
 
 class InputError(TlcaptureError):

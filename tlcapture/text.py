@@ -45,6 +45,11 @@ def parse_bytes(text: str) -> int:
     return math.floor(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """`1 file`, `2 files`; the plural has an `s` unless it is given."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
 def as_ranges(numbers: Iterable[int]) -> str:
     """Numbers as text, runs of more than two as a range: `0 to 29`, or `8, 12, 16 to 18`; `none` for no numbers."""
     runs: list[list[int]] = []

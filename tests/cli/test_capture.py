@@ -212,7 +212,7 @@ def test_removed_files_of_an_earlier_capture_are_reported(capture: Run, raw: Pat
     alike = capture("--limit", 2, "--temperature", 0)
     assert "runs removed" not in alike.stdout
     other = capture("--attention", "--limit", 1, "--temperature", 3, "--seed", 1)
-    assert "1 files of earlier runs removed and not written again" in other.stdout
+    assert "1 file of earlier runs removed and not written again" in other.stdout
     assert [path.name for path in (raw.parents[1] / "internals" / "short").glob("*.pt")] == ["2_L1.pt"]
 
 
@@ -469,8 +469,8 @@ def test_another_system_prompt_or_a_shortened_text_is_captured_again(capture: Ru
 
     capture("--limit", 1)
     assert "wrote 0 files" in capture("--limit", 1, "--skip-existing").output
-    assert "wrote 1 files" in capture("--limit", 1, "--skip-existing", "--system-prompt", "be rude").output
-    assert "wrote 1 files" in capture("--limit", 1, "--skip-existing", "--no-chat-template").output
+    assert "wrote 1 file" in capture("--limit", 1, "--skip-existing", "--system-prompt", "be rude").output
+    assert "wrote 1 file" in capture("--limit", 1, "--skip-existing", "--no-chat-template").output
     make_prompt_set(data, "short", ["hello"])
     capture("--skip-existing")
     assert Capture.open(raw / "1.pt").metadata["prompt_text"] == "hello"

@@ -54,9 +54,9 @@ def test_a_dry_run_counts_only_missing_files(capture: Run, raw: Path) -> None:
     capture()
     (raw / "2.pt").unlink()
     text = capture("--dry-run", "--skip-existing", "--logit-lens").output
-    assert "1 prompts to capture, 2 captures to complete" in text
+    assert "1 prompt to capture, 2 captures to complete" in text
     assert "logit lens    3 files" in text
-    assert "raw residual  1 files" in text
+    assert "raw residual   1 file" in text
 
 
 @pytest.mark.parametrize("name", list(tiny.CONFIGS))

@@ -133,7 +133,7 @@ def test_steer_writes_results_and_skips_existing_runs(tlcapture: Run, vectors: P
     assert "no coherent run does not beat" not in result.output
     assert (path.parent / "steering.png").read_bytes().startswith(b"\x89PNG")
     again = tlcapture(*words, "--methods", "mean_diff")
-    assert "wrote 1 files" in again.output  # the picture
+    assert "wrote 1 file" in again.output  # the picture
     more = tlcapture("steer", "--experiment", "exp", "--traits", "tone/loud", "--layers", 1, "--search")
     assert more.exit_code == 0
     assert len(read_json(path)["runs"]) > 4

@@ -102,7 +102,7 @@ def test_overwrite_makes_an_unreadable_file_again(
     assert len(path.read_bytes()) == pytest.approx(len(good), rel=0.05)
     if words:
         assert [files_of(data, number) for number in "13"] == others
-        assert "wrote 1 files" in result.output
+        assert "wrote 1 file" in result.output
     assert "3 prompts skipped" in capture("--skip-existing", *VIEWS).output
 
 

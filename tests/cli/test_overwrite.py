@@ -132,7 +132,7 @@ def test_a_dry_run_lists_the_prompts_that_would_fail(reason: str, capture: Run, 
         (failure,) = json.loads(capture("--dry-run", "--json", *words).stdout)["estimate"]["failures"]
         assert line == f"would fail: {failure['what']}: {failure['reason']}"
     text = capture("--dry-run", "--skip-existing", "--overwrite").stdout
-    assert text.startswith("1 prompts to capture")
+    assert text.startswith("1 prompt to capture")
     assert "would fail" not in text
     assert files_of(data) == before
 

@@ -250,7 +250,7 @@ def test_skip_existing_projects_only_what_is_missing(project: Run, projected: Pa
     kept = {path: path.stat().st_mtime_ns for path in projected.glob("*") if path.name != "2.json"}
     (projected / "2.json").unlink()
     result = project("--skip-existing")
-    assert "wrote 1 files" in result.output
+    assert "wrote 1 file" in result.output
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert (projected / "2.json").exists()
 

@@ -39,7 +39,7 @@ def test_shards_capture_disjoint_prompts_and_all_of_them_together(
 def test_a_shard_is_taken_after_the_limit_and_can_skip_existing_captures(capture: Run, raw: Path) -> None:
     capture("--shard", "2/2", "--limit", 2)
     assert [path.stem for path in raw.glob("*.pt")] == ["2"]
-    assert "1 prompts skipped" in capture("--shard", "2/2", "--skip-existing").output
+    assert "1 prompt skipped" in capture("--shard", "2/2", "--skip-existing").output
 
 
 def test_a_shard_without_prompts_does_nothing(capture: Run, raw: Path) -> None:

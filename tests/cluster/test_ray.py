@@ -121,7 +121,7 @@ def test_the_batch_of_a_killed_worker_is_run_again(
     done = running.end()
     assert done.code == 0, done.stderr
     assert "died; its batch is run again: 2 prompts of busy" in done.stdout
-    assert "1 batches run again because their worker died" in done.stdout
+    assert "1 batch run again because a worker died" in done.stdout
     assert same_but_for_the_model_folder(contents(busy / "experiments" / "exp"), by_one_process)
     evidence.survived(
         "a Ray worker killed in the middle", "kill -9 of one of two", "its batch is run again; the files of a local run"

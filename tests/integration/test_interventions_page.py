@@ -22,10 +22,9 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_examples_print_what_the_page_shows(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, smollm2: Any, exp: Experiment
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, smollm2: Any
 ) -> None:
     monkeypatch.setattr("tlcapture.load_model", lambda name: smollm2)
-    monkeypatch.setattr("tlcapture.Experiment", lambda name: exp)
     namespace: dict[str, Any] = {}
     for code, expected in zip(blocks("python"), blocks("text"), strict=True):
         exec(code, namespace)
@@ -34,7 +33,7 @@ def test_the_examples_print_what_the_page_shows(
 
 def test_the_commands_capture_one_prompt_set_steered_ablated_and_unchanged(embedded_root: Path) -> None:
     commands = [line for block in blocks("bash") for line in block.splitlines()]
-    assert len(commands) == 6
+    assert len(commands) == 8
     for command in commands:
         words = [word.replace("my_exp", "page") for word in shlex.split(command)[1:]]
         exact = ["--save-dtype", "float32"]
@@ -46,7 +45,9 @@ def test_the_commands_capture_one_prompt_set_steered_ablated_and_unchanged(embed
         run = CliRunner().invoke(main, [*words, "--root", str(embedded_root), *more])
         assert run.exit_code == 0, run.output
     layout = Experiment("page", embedded_root).layout
-    plain, ablated, steered = layout.captured_prompt_sets()
+    sampled, casual, plain, ablated, steered = layout.captured_prompt_sets()
+    assert (sampled, casual) == ("baseline", "baseline@casual")
+    assert len(layout.captured(casual)) == 16
     assert (plain, ablated) == ("single_trait", "single_trait@ablated") and "@steer-refusal-0.2-L16-" in steered
     for prompt_id in layout.captured(plain):
         found = {name: Capture.open(layout.residual(name, prompt_id)) for name in (plain, ablated, steered)}

@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
 import tlcapture
-from tlcapture import Experiment
+from tlcapture import Ablate, Cap, Experiment, Steer
 from tlcapture.captures.capture import Capture
 from tlcapture.errors import InputError, StorageError
+from tlcapture.explore.doubts import forget
 from tlcapture.explore.live_capture import LiveCapture
 from tlcapture.models.lazy_model import LazyModel
 
@@ -86,6 +88,42 @@ def test_the_magic_captures_as_the_library_does(run: Run, shell: Any, smollm2: A
     assert (other.metadata["seed"], other.metadata["temperature"]) == (3, 2.5)
 
 
+def test_the_magic_takes_sampling_and_interventions_as_the_library_does(
+    run: Run, shell: Any, exp: Experiment, smollm2: Any
+) -> None:
+    shell.user_ns["exp"] = exp
+    run("%load_ext tlcapture")
+    rules = "--top-p 0.8 --top-k 40 --min-p 0.02 --repetition-penalty 1.2 --stop ' the' --samples 2 --seed 3"
+    changes = "--ablate behavioral/refusal@3:prompt --steer style/formality:+0.3@16 --cap behavioral/refusal:5@all"
+    run(f'%capture_prompt -n 5 --temperature 1.5 {rules} {changes} "Name a colour."')
+    expected = tlcapture.capture(
+        smollm2,
+        "Name a colour.",
+        max_new_tokens=5,
+        temperature=1.5,
+        top_p=0.8,
+        top_k=40,
+        min_p=0.02,
+        repetition_penalty=1.2,
+        stop=[" the"],
+        samples=2,
+        seed=3,
+        vectors=exp,
+        interventions=[
+            Ablate("behavioral/refusal", 3, where="prompt"),
+            Steer("style/formality", 0.3, 16),
+            Cap("behavioral/refusal", 5, "all"),
+        ],
+    )
+    caps = shell.user_ns["caps"]
+    for cap, same in zip(caps, expected, strict=True):
+        assert cap.token_ids == same.token_ids
+        assert torch.equal(cap.residual(20), same.residual(20))
+        kept = {"sampling", "sample", "interventions", "temperature"}
+        assert {key: cap.metadata[key] for key in kept} == {key: same.metadata[key] for key in kept}
+    assert shell.user_ns["cap"] is caps[0] and len(caps) == 2
+
+
 def test_the_magic_uses_the_model_and_vectors_of_the_session(
     run: Run, shell: Any, exp: Experiment, smollm2: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,6 +150,13 @@ def test_the_magic_uses_the_model_and_vectors_of_the_session(
         ("%capture_prompt -n 100000 hi", "does not fit"),
         ("%capture_prompt -t behavioral/nix hi", "available traits: behavioral/refusal, style/formality"),
         ("%capture_prompt -t nix hi", "not of the form category/name"),
+        ("%capture_prompt --steer behavioral/refusal@16 hi", "is not TRAIT:COEFFICIENT@LAYERS"),
+        ("%capture_prompt --ablate behavioral/nix@16 hi", "behavioral/nix"),
+        ("%capture_prompt --samples 0 hi", "samples 0"),
+        ("%capture_prompt --top-p 2 hi", "top_p 2"),
+        ("%capture_prompt --sampling best hi", "invalid choice: 'best'"),
+        ("%capture_prompt --template-arg thinking hi", "is not KEY=VALUE"),
+        ("%capture_prompt --thinking on hi", "no switch"),
         ("model = 3\n%capture_prompt hi", "the variable 'model' is a int"),
         ("del exp\n%capture_prompt -t a/b hi", "no vectors: set exp"),
         ("%%capture_prompt two texts\nhere", "takes the prompt from the cell"),
@@ -129,6 +174,33 @@ def test_a_usage_error_is_one_line_without_traceback(
     assert "Traceback" not in printed.out + printed.err
     assert (printed.out + printed.err).strip().count("\n") == 0
     assert "cap" not in shell.user_ns
+
+
+def test_an_error_shows_the_lines_of_the_cell_and_none_of_the_package(
+    shell: Any, exp: Experiment, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shell.user_ns["exp"] = exp
+    shell.run_cell("def look(layer):\n    return exp.captures['single_trait'][1].residual(layer)")
+    shell.run_cell("look(0).shape\nlook(99)")
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", "".join(capsys.readouterr()))
+    assert "look(99)" in printed and "return exp.captures['single_trait'][1].residual(layer)" in printed
+    assert "InputError: " in printed and "layers 0 to 29" in printed
+    assert "tlcapture/" not in printed and "raise " not in printed
+    assert printed.strip().splitlines()[0].startswith("Cell In[")
+
+
+def test_each_cause_of_doubt_is_told_once(exp: Experiment) -> None:
+    cap = exp.captures["single_trait"][1]
+    forget()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            cap.projected(*TRAITS)
+            cap.project(TRAITS[0])
+        cap.plot.trajectory(TRAITS[1])
+    (told,) = [str(each.message) for each in caught]
+    assert told.startswith(f"{TRAITS[0]}, {TRAITS[1]}: layer 16 by default")
+    assert caught[0].filename == __file__
 
 
 def test_a_live_capture_is_a_capture_and_projects_like_a_saved_one(exp: Experiment, smollm2: Any) -> None:

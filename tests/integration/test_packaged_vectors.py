@@ -14,6 +14,7 @@ from safetensors import safe_open
 from tests import tiny
 from tlcapture import Experiment
 from tlcapture.captures.capture import Capture
+from tlcapture.errors import InputError
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.traits.packaged_vectors import packaged_files
@@ -101,6 +102,23 @@ def test_vectors_of_its_own_and_the_roots_come_first(captured: tuple[Path, Resul
     assert not VectorChoice().or_packaged(own, "smollm2").is_fallback
     (tmp_path / "experiments" / "packaged").mkdir()
     assert vectors_layout(tmp_path, "packaged").root == tmp_path
+
+
+def test_they_are_an_experiment_in_python_that_nothing_is_saved_into(tmp_path: Path, smollm2: Any) -> None:
+    import tlcapture as library
+
+    packaged = Experiment("packaged", tmp_path)
+    trait = "style/formality"
+    assert len(packaged.traits) == 10 and packaged.vectors[trait].tensors[16].shape == (576,)
+    steer = library.Steer(trait, 0.3, 16)
+    asked = {"max_new_tokens": 2, "temperature": 0, "vectors": packaged}
+    (cap,) = library.capture(smollm2, "hi", interventions=[steer], **asked)
+    with pytest.raises(InputError, match="save into an experiment of your own"):
+        cap.save(packaged)
+    (plain,) = library.capture(smollm2, "hi", **asked)
+    saved = plain.save(tmp_path / "experiments" / "mine")
+    assert saved.project(trait).vector.experiment == "packaged"
+    assert not (tmp_path / "experiments" / "packaged").exists()
 
 
 def test_a_model_with_other_weights_is_not_projected_onto_them(captured: tuple[Path, Result], tmp_path: Path) -> None:

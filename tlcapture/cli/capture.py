@@ -304,7 +304,7 @@ def _show_estimate(
     from tlcapture.commands.capture import estimate_capture
     from tlcapture.runs.report import Failed
     from tlcapture.storage.files import free_bytes
-    from tlcapture.text import format_bytes
+    from tlcapture.text import counted, format_bytes
 
     (estimate, affected), free = estimate_capture(layout, sets, options, load), free_bytes(layout.folder)
     failures = [*(Failed(*each) for each in refused), *estimate.failures, *affected.failures]
@@ -314,11 +314,11 @@ def _show_estimate(
     }
     facts = {**estimate.to_json(), **changes, "failures": [failed._asdict() for failed in failures], "free": free}
     console.uses(estimate=facts)
-    completed = f", {estimate.n_completed} captures to complete" if estimate.n_completed else ""
-    what = "prompts" if options.samples is None else "responses"
-    console.line(f"{estimate.n_prompts} {what} to capture{completed}; at most about:")
+    completed = f", {counted(estimate.n_completed, 'capture')} to complete" if estimate.n_completed else ""
+    what = counted(estimate.n_prompts, "prompt" if options.samples is None else "response")
+    console.line(f"{what} to capture{completed}; at most about:")
     kinds = {**estimate.by_kind, "total": (estimate.n_files, estimate.n_bytes)}
-    rows = [(kind, f"{count} files", format_bytes(size)) for kind, (count, size) in kinds.items()]
+    rows = [(kind, counted(count, "file"), format_bytes(size)) for kind, (count, size) in kinds.items()]
     console.table([Column(), Column(right=True), Column(right=True)], rows)
     console.line(f"free on the device: {format_bytes(free)}")
     console.line(f"memory of the largest prompt, beside the weights: {format_bytes(estimate.memory)}")

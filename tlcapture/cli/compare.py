@@ -18,6 +18,7 @@ from tlcapture.cli.options import VectorOptions, root_option, vector_options
 from tlcapture.cli.tables import Column
 from tlcapture.cli.work import working
 from tlcapture.names import Trait
+from tlcapture.text import counted
 
 if TYPE_CHECKING:
     from tlcapture.commands.compare_summary import ComparisonSummary
@@ -104,8 +105,8 @@ def compare(console: Console, settings: _Settings, vectors: VectorOptions, clust
 
 def _show(console: Console, summary: ComparisonSummary) -> None:
     console.line()
-    samples = "" if summary.n_files == summary.n_prompts else f", {summary.n_files} samples"
-    console.line(f"{summary.b} less {summary.a}, {summary.n_prompts} prompts{samples}")
+    samples = "" if summary.n_files == summary.n_prompts else f", {counted(summary.n_files, 'sample')}"
+    console.line(f"{summary.b} less {summary.a}, {counted(summary.n_prompts, 'prompt')}{samples}")
     if summary.traits:
         columns = [
             Column("trait"),

@@ -103,12 +103,13 @@ def export(console: Console, location: Location, settings: _Settings) -> None:
 
 
 def _show(console: Console, settings: _Settings, manifest: Manifest) -> None:
-    from tlcapture.text import as_ranges, format_bytes
+    from tlcapture.text import as_ranges, counted, format_bytes
 
     size = sum(path.stat().st_size for path in settings.to.rglob("*") if path.is_file())
     console.line(
-        f"{settings.to}: {manifest.n_captures} captures of {len(manifest.prompt_sets)} prompt sets, "
-        f"{manifest.n_tokens} tokens, vectors of {len(manifest.traits)} traits, {format_bytes(size)}"
+        f"{settings.to}: {counted(manifest.n_captures, 'capture')} of "
+        f"{counted(len(manifest.prompt_sets), 'prompt set')}, "
+        f"{manifest.n_tokens} tokens, vectors of {counted(len(manifest.traits), 'trait')}, {format_bytes(size)}"
     )
     if manifest.layers:
         console.line(

@@ -23,14 +23,17 @@ def import_experiment(console: Console, folder: Path, location: Location) -> Non
     captures do not.
     """
     from tlcapture.commands.import_experiment import run_import_experiment
+    from tlcapture.text import counted
 
     done = run_import_experiment(location.layout, folder, console)
     name = location.experiment
     console.line(
-        f"experiments/{name}: {done.n_captures} captures, {len(done.manifest.traits)} traits, {done.n_files} files"
+        f"experiments/{name}: {counted(done.n_captures, 'capture')}, {counted(len(done.manifest.traits), 'trait')}, "
+        f"{counted(done.n_files, 'file')}"
     )
     if done.n_without_activations:
         console.line(
-            f"{done.n_without_activations} captures came without activations: only their projections are there"
+            f"{counted(done.n_without_activations, 'capture')} came without activations: "
+            "only their projections are there"
         )
     console.next = location.command("view")

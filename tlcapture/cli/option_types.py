@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -12,6 +11,7 @@ import click
 
 from tlcapture.errors import InputError, TlcaptureError
 from tlcapture.names import Trait, split_names
+from tlcapture.prompts.template_args import parse_template_arg
 from tlcapture.runs.shards import Shard
 from tlcapture.text import parse_bytes
 from tlcapture.traits.interventions import TraitIntervention
@@ -94,23 +94,13 @@ class BatchSize(_Parsed):
         raise ValueError(f"{text!r} is neither a number of at least 1 nor 'auto'.")
 
 
-def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is not JSON")
-
-
 class TemplateArg(_Parsed):
     """The name of a value for the chat template, and the value: JSON, or else a text."""
 
     name = "KEY=VALUE"
 
     def _parse(self, text: str) -> tuple[str, Any]:
-        key, equals, value = text.partition("=")
-        if not equals or not key.isidentifier():
-            raise ValueError(f"{text!r} is not KEY=VALUE with a name such as enable_thinking.")
-        try:
-            return key, json.loads(value, parse_constant=_no_number)
-        except (ValueError, RecursionError):
-            return key, value
+        return parse_template_arg(text)
 
 
 class Intervention(_Parsed):

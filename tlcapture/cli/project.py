@@ -25,6 +25,7 @@ from tlcapture.cli.options import (
 )
 from tlcapture.cli.work import working
 from tlcapture.names import Trait
+from tlcapture.text import counted
 
 if TYPE_CHECKING:
     from tlcapture.commands.project import ProjectOptions
@@ -122,7 +123,7 @@ def project(
             with report.attempt(f"pictures of {name}"):
                 ids = layout.prompt_ids(name)
                 drawn = write_pictures(layout, name, ids, settings.plot, settings.component, settings.traits, console)
-                console.line(f"{name}: {len(drawn)} pictures in {settings.plot}")
+                console.line(f"{name}: {counted(len(drawn), 'picture')} in {settings.plot}")
     console.next = location.command("view")
 
 

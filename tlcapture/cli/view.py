@@ -11,7 +11,7 @@ from tlcapture.cli.command import command
 from tlcapture.cli.console import Console, one_line_errors
 from tlcapture.cli.option_types import Names
 from tlcapture.cli.options import Location, location_options
-from tlcapture.text import printable
+from tlcapture.text import counted, printable
 
 if TYPE_CHECKING:
     from tlcapture.storage.layout import Layout
@@ -121,7 +121,7 @@ def _draw(layout: Layout, prompt_sets: tuple[str, ...], folder: Path, *, all_req
         except StorageError as error:
             damaged.append(str(error))
             continue
-        click.echo(f"wrote {len(written)} pictures of {name} in {folder}")
+        click.echo(f"wrote {counted(len(written), 'picture')} of {name} in {folder}")
     if damaged:
         raise StorageError("; ".join(damaged))
 

@@ -26,6 +26,7 @@ from tlcapture.storage.config import ExperimentConfig, read_config
 from tlcapture.storage.layout import Layout, existing_experiments
 from tlcapture.storage.remote_roots import refresh, root_folder
 from tlcapture.text import printable
+from tlcapture.traits.packaged_vectors import vectors_layout
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -44,7 +45,7 @@ class Experiment:
     """An experiment: its configuration, captures, trait vectors and model.
 
     Args:
-        name: the experiment's folder below `experiments/`.
+        name: the experiment's folder below `experiments/`; or `packaged`, the vectors that come with the package.
         root: the folder with `experiments/` and `datasets/`, or a URL such as `s3://bucket/prefix`; `TLCAPTURE_ROOT` or
             the current folder by default.
 
@@ -52,7 +53,7 @@ class Experiment:
     """
 
     def __init__(self, name: str, root: str | Path | None = None):
-        self.layout = Layout(root_folder(root or default_root()), name)
+        self.layout = vectors_layout(root_folder(root or default_root()), name)
         self.layout.check_exists()
 
     @staticmethod

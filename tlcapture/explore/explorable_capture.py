@@ -11,7 +11,6 @@ Importing this module loads no torch.
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError
+from tlcapture.explore.doubts import tell
 from tlcapture.explore.roots import default_root
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
@@ -338,12 +338,15 @@ class ExplorableCapture(ABC):
             raise found.failures[0][1]
         if not found.vectors:
             raise no_component_vectors(source, component)
-        notes = []
-        for chosen in found.vectors:
-            doubts = [*chosen.notes(capture.metadata), chosen.selection.warning]
-            notes += [f"{chosen.vector.trait}: {doubt}" for doubt in doubts if doubt]
-        for note in notes:
-            warnings.warn(note, stacklevel=3)
+        tell(
+            (
+                (str(chosen.vector.trait), doubt)
+                for chosen in found.vectors
+                for doubt in (*chosen.notes(capture.metadata), chosen.selection.warning)
+                if doubt
+            ),
+            stacklevel=3,
+        )
         tokens = tuple(capture.tokens)
         pairs = [(chosen.vector, chosen.selection) for chosen in found.vectors]
         prompt, response = capture.prompt.residual, capture.response.residual

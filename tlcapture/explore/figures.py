@@ -6,7 +6,8 @@ projections exclude it from the scale and note that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 from operator import index
 from typing import Any, SupportsIndex
 
@@ -20,10 +21,11 @@ from tlcapture.explore.attention_heads import AttentionHeads
 from tlcapture.explore.logit_lens_table import LogitLensTable
 from tlcapture.explore.offline_figure import OfflineFigure, plotly_text
 from tlcapture.explore.set_means import aligned, mean_and_spread
-from tlcapture.text import printable
+from tlcapture.text import counted, printable
 from tlcapture.traits.token_scores import TokenScores
 
 _COLOURS = plotly.colors.qualitative.D3
+_DASHES = ("solid", "dash", "dot", "dashdot")
 CALIBRATED = "projection: negative examples at 0, positive at 1"
 _MOST_LABELS = 80  # tick labels on a token axis; longer texts label every second, third, ... token
 
@@ -55,31 +57,42 @@ def trajectory_figure(projections: Sequence[TokenScores], *, calibrated: bool = 
     return figure
 
 
-def mean_trajectory_figure(projections: Sequence[TokenScores], title: str, *, calibrated: bool = True) -> OfflineFigure:
-    """Mean trajectories of many captures over the tokens, one line per trait, with a band of one standard deviation.
+def mean_trajectory_figure(sets: Mapping[str, Sequence[TokenScores]], *, calibrated: bool = True) -> OfflineFigure:
+    """Mean trajectories of many responses over the tokens, one line per trait and prompt set, with their spread.
 
-    The responses begin together, at 0. Raises `InputError` if `projections` is empty.
+    The responses begin together, at 0; the band is one standard deviation each way. Lines of one trait share a colour,
+    and the second prompt set is dashed.
+
+    Args:
+        sets: the projections of each prompt set; its name may be one of a variant, `SET@VARIANT`.
+
+    Raises `InputError` if there are no projections.
     """
-    if not projections:
+    everything = [each for found in sets.values() for each in found]
+    if not everything:
         raise InputError("no trait to draw: name one that has vectors")
-    is_calibrated = calibrated and all(each.calibration is not None for each in projections)
-    by_trait: dict[str, list[TokenScores]] = {}
-    for each in projections:
-        by_trait.setdefault(each.trait, []).append(each)
+    is_calibrated = calibrated and all(each.calibration is not None for each in everything)
+    traits = list(dict.fromkeys(each.trait for each in everything))
     figure = OfflineFigure()
-    for number, (trait, found) in enumerate(by_trait.items()):
+    for trait, prompt_set in product(traits, sets):
+        found = [each for each in sets[prompt_set] if each.trait == trait]
+        if not found:
+            continue
         places, rows = aligned(found, calibrated=is_calibrated)
         mean, spread = mean_and_spread(rows)
-        colour, name = _COLOURS[number % len(_COLOURS)], plotly_text(f"{trait} ({len(found)} prompts)")
+        colour = _COLOURS[traits.index(trait) % len(_COLOURS)]
+        dash = _DASHES[list(sets).index(prompt_set) % len(_DASHES)]
+        label = f"{trait}, {prompt_set}" if len(sets) > 1 else trait
+        name = plotly_text(f"{label} ({counted(len(found), 'response')})")
         drawn = ~np.isnan(mean)
         x, low, high = places[drawn], (mean - spread)[drawn], (mean + spread)[drawn]
         band = {"x": [*x, *x[::-1]], "y": [*high, *low[::-1]], "fill": "toself", "fillcolor": colour, "opacity": 0.15}
         hidden = {"line": {"width": 0}, "hoverinfo": "skip", "showlegend": False, "legendgroup": name}
         figure.add_trace(go.Scatter(**band, **hidden, name=f"{name}: one standard deviation"))
         hover = f"token %{{x}} of the response<br>{name}: %{{y:.5g}}<extra></extra>"
-        line = {"color": colour, "width": 2}
+        line = {"color": colour, "width": 2, "dash": dash}
         figure.add_trace(go.Scatter(x=x, y=mean[drawn], name=name, line=line, legendgroup=name, hovertemplate=hover))
-    _lay_out(figure, f"{title}: mean over prompts, and one standard deviation")
+    _lay_out(figure, f"{' beside '.join(sets)}: mean over responses, and one standard deviation")
     figure.add_vline(x=-0.5, line_dash="dash", line_color="#555555")
     figure.update_xaxes(title_text="token of the response")
     figure.update_yaxes(

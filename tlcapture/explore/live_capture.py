@@ -62,6 +62,7 @@ from tlcapture.storage.remote_roots import check_local
 from tlcapture.storage.validation import first_problem
 from tlcapture.traits.choice import VectorChoice
 from tlcapture.traits.interventions import TraitIntervention
+from tlcapture.traits.packaged_vectors import is_in_package
 from tlcapture.views.hooks import hook
 from tlcapture.views.internals import internals_view
 from tlcapture.views.kept_points import KeptPoints
@@ -115,13 +116,15 @@ class LiveCapture(Capture, ExplorableCapture):
             The `SavedCapture`, or for a path what was written.
 
         Raises:
-            InputError: the experiment uses another model, or the target is not an experiment.
+            InputError: the experiment uses another model, or the target is not an experiment, or is `packaged`.
             StorageError: a file cannot be replaced or written.
         """
         if isinstance(target, str | Path) and Path(target).suffix == ".pt":
             check_local(Path(target), "save")
             return Capture.save(self, Path(target), before_replacing=before_replacing)
         layout = layout_of(target)
+        if is_in_package(layout):
+            raise InputError("'packaged' is what comes with the package: save into an experiment of your own")
         choice = VectorChoice(experiment=self._other_vectors(layout))
         saved = save_into(
             layout,
@@ -137,7 +140,9 @@ class LiveCapture(Capture, ExplorableCapture):
     def _other_vectors(self, layout: Layout) -> str | None:
         """The experiment whose vectors were named, where it is another one in the same root."""
         own = self.vectors
-        return None if own is None or own == layout or own.root != layout.root else own.experiment
+        if own is None or own == layout or (own.root != layout.root and not is_in_package(own)):
+            return None
+        return own.experiment
 
     def _saved_internals(self, layer: int) -> dict[str, Tensor] | None:
         if self.more is None or layer not in self.more.wanted.internals:

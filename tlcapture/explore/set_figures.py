@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tlcapture.storage.layout import Layout
@@ -21,15 +22,29 @@ class SetFigures:
     def __repr__(self) -> str:
         return "figures: .trajectory(*traits)"
 
-    def trajectory(self, *traits: str, component: str = "residual", calibrated: bool = True) -> OfflineFigure:
-        """Mean trajectories over the prompts, one line per trait, and their spread: one standard deviation each way.
+    def trajectory(
+        self,
+        *traits: str,
+        beside: str | Sequence[str] = (),
+        component: str = "residual",
+        calibrated: bool = True,
+    ) -> OfflineFigure:
+        """Mean trajectories over the responses, one line per trait, and their spread: one standard deviation each way.
 
         Token 0 is the first of the response, so that responses begin together; a token is drawn where at least two
-        prompts have it. All traits that the set is projected onto by default.
+        responses have it. All traits that the set is projected onto by default.
 
-        Raises `InputError`, naming the command to run, if the set has no projections.
+        Args:
+            traits: names of traits, `category/name`.
+            beside: other prompt sets of the experiment, or variants such as `single_trait@steered`, drawn dashed.
+
+        Raises `InputError`, naming the command to run, if a set has no projections.
         """
         from tlcapture.explore.figures import mean_trajectory_figure
 
-        found = saved_projections(self._layout, self.prompt_set, component=component, traits=traits or None)
-        return mean_trajectory_figure(found, self.prompt_set, calibrated=calibrated)
+        names = [self.prompt_set, *([beside] if isinstance(beside, str) else beside)]
+        found = {
+            name: list(saved_projections(self._layout, name, component=component, traits=traits or None))
+            for name in names
+        }
+        return mean_trajectory_figure(found, calibrated=calibrated)

@@ -17,7 +17,7 @@ _DPI = 110
 _INCH = 96  # pixels of a figure
 _LONGEST_LABEL = 14
 _SYMBOLS = {"diamond": "D", "circle": "o"}
-_DASHES = {"dash": "--", "dot": ":", None: "-", "solid": "-"}
+_DASHES = {"dash": "--", "dot": ":", "dashdot": "-.", None: "-", "solid": "-"}
 _SCALES = {"RdBu_r": "RdBu_r", "Blues": "Blues"}
 
 
@@ -59,6 +59,7 @@ def _draw_scatter(axis: Axes, trace: dict[str, Any]) -> None:
         x,
         y,
         color=line.get("color") or marker.get("color"),
+        linestyle=_DASHES.get(line.get("dash"), "-"),
         linewidth=line.get("width", 1.5) if "lines" in (trace.get("mode") or "lines") else 0,
         marker=_SYMBOLS.get(str(marker.get("symbol")), "o") if has_markers else None,
         markersize=marker.get("size", 4),

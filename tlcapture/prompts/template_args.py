@@ -5,6 +5,7 @@ Importing this module loads no torch.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from functools import lru_cache
@@ -54,6 +55,21 @@ def template_args(
     if thinking is None:
         return dict(given)
     return {_switch(tokenizer, given): THINKING[thinking], **given}
+
+
+def parse_template_arg(text: str) -> tuple[str, Any]:
+    """Read `KEY=VALUE`: a name, and JSON or else a text; raises `InputError` for anything else."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise InputError(f"{text!r} is not KEY=VALUE with a name such as enable_thinking.")
+    try:
+        return key, json.loads(value, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        return key, value
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")
 
 
 def has_switch(tokenizer: Any, given: Mapping[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tlcapture.errors import NoSpaceError, TlcaptureError
 from tlcapture.logger import get_logger
 from tlcapture.places import named
-from tlcapture.text import format_bytes
+from tlcapture.text import counted, format_bytes
 
 if TYPE_CHECKING:
     from tlcapture.storage.files import Written
@@ -177,15 +177,15 @@ class RunReport:
 
     def summary(self) -> str:
         """One line: number, size and folder of the files, what was skipped or failed, and the time it took."""
-        parts = [f"{self.n_files} files ({format_bytes(self.files.size)}) in {self.folder}"]
+        parts = [f"{counted(self.n_files, 'file')} ({format_bytes(self.files.size)}) in {self.folder}"]
         if self.n_tokens:
-            parts.append(f"{self.n_tokens} new tokens")
+            parts.append(counted(self.n_tokens, "new token"))
         if self.n_skipped:
-            parts.append(f"{self.n_skipped} prompts skipped: nothing was missing")
+            parts.append(f"{counted(self.n_skipped, 'prompt')} skipped: nothing was missing")
         if self.n_removed:
-            parts.append(f"{self.n_removed} files of earlier runs removed and not written again")
+            parts.append(f"{counted(self.n_removed, 'file')} of earlier runs removed and not written again")
         if self.retried:
-            parts.append(f"{len(self.retried)} batches run again because their worker died")
+            parts.append(f"{counted(len(self.retried), 'batch', 'batches')} run again because a worker died")
         if self.failures:
             parts.append(f"{len(self.failures)} failed")
         return f"wrote {', '.join(parts)}, in {self.seconds:.1f} s"

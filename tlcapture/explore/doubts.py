@@ -1,0 +1,29 @@
+"""Warnings about the vectors that a session projects onto, each cause once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+_told: set[tuple[str, str]] = set()
+
+
+def tell(doubts: Iterable[tuple[str, str]], stacklevel: int = 2) -> None:
+    """Warn of what is doubtful about traits, in one warning per cause; what was told in this session is left out.
+
+    Args:
+        doubts: pairs of a trait's name and a cause.
+        stacklevel: that of `warnings.warn`, as seen by the caller.
+    """
+    by_cause: dict[str, list[str]] = {}
+    for trait, cause in doubts:
+        if (trait, cause) not in _told:
+            _told.add((trait, cause))
+            by_cause.setdefault(cause, []).append(trait)
+    for cause, traits in by_cause.items():
+        warnings.warn(f"{', '.join(traits)}: {cause}", stacklevel=stacklevel + 1)
+
+
+def forget() -> None:
+    """Begin a new session, in which everything is told again."""
+    _told.clear()
