@@ -121,9 +121,11 @@ def test_what_exists_is_skipped_and_what_was_removed_is_made_again(run: Run, s3:
     raw = f"{captured}/experiments/default/inference/raw/residual/short/3.pt"
     changed = s3.info(raw)["ETag"]
     remote_roots.refresh(remote_roots.root_folder(captured))
-    assert "wrote 1 files" in run(*again, captured).output
+    assert "wrote 1 file " in run(*again, captured).output
     assert s3.info(raw)["ETag"] == changed
     after = of_bucket(s3, captured)
+    record = json.loads(after[max(name for name in after if "/runs/" in name and name not in before)])
+    assert (record["arguments"]["root"], record["folder"]) == (captured, f"{captured}/experiments/default")
     assert {name for name in after if "/runs/" not in name} == {name for name in before if "/runs/" not in name}
     assert run("capture", "--prompt-set", "short", "--max-new-tokens", 6, "--root", captured)
     assert s3.info(raw)["ETag"] != changed  # its date is another one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -192,6 +193,24 @@ def test_a_store_without_conditional_writes_is_said_once(layout: Layout, monkeyp
         run = Run.begin(layout, display)
     assert run.report.warnings == display.lines[:1]
     assert "has no conditional writes, so runs do not wait for each other" in display.lines[0]
+
+
+def test_a_store_that_refuses_conditions_is_written_to_without(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    call = s3fs.S3FileSystem._call_s3
+
+    async def refuse(self: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        if "IfNoneMatch" in kwargs:
+            raise OSError(errno.ENOSYS, "A header you provided implies functionality that is not implemented")
+        return await call(self, method, *args, **kwargs)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", refuse)
+    display = Lines()
+    run = Run.begin(layout, display)
+    assert "has no conditional writes" in display.lines[0]
+    with run_lock(run, "captures of set") as waited:
+        assert not waited
 
 
 def test_a_store_that_cannot_be_written_to_is_refused_before_the_work(

@@ -310,6 +310,20 @@ def test_a_folder_and_a_file_url_are_used_as_they_are(tmp_path: Path) -> None:
     assert local(tmp_path / "x") == tmp_path / "x"
 
 
+def test_a_cache_that_cannot_be_made_or_has_no_size_is_named(
+    bucket: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(remote_roots, "_cache_folder", lambda: tmp_path / "file")
+        with pytest.raises(StorageError, match=r"no working copy can be made .*Not a directory.*: set TLCAPTURE_CACHE"):
+            root_folder(bucket)
+    monkeypatch.setenv("TLCAPTURE_REMOTE_CACHE", "much")
+    with pytest.raises(InputError, match=r"TLCAPTURE_REMOTE_CACHE: 'much' is not a size"):
+        root_folder(bucket)
+    assert not list((cache / "remote" / "copies").iterdir())
+
+
 def _no_bucket(patch: pytest.MonkeyPatch) -> str:
     return "s3://there-is-no-such-bucket/x"
 

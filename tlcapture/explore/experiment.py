@@ -54,12 +54,15 @@ class Experiment:
 
     def __init__(self, name: str, root: str | Path | None = None):
         self.layout = vectors_layout(root_folder(root or default_root()), name)
+        refresh(self.layout.folder, _FRESH)
         self.layout.check_exists()
 
     @staticmethod
     def list(root: str | Path | None = None) -> Names:
         """The names of the experiments in a root, sorted: `Experiment.list()`."""
-        return existing_experiments(root_folder(root or default_root()))
+        folder = root_folder(root or default_root())
+        refresh(folder / "experiments", _FRESH)
+        return existing_experiments(folder)
 
     @property
     def name(self) -> str:

@@ -6,6 +6,7 @@ Errors of the store are raised as `StorageError` and `InputError` of one line.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -154,16 +155,21 @@ class Store:
                 return None
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write an object unless one is there, in one step; returns whether it was written."""
+        """Write an object unless one is there, in one step; returns whether it was written.
+
+        A store that knows no such condition writes it anyway.
+        """
         with self._explained(name, "written"):
             try:
                 self._fs.pipe_file(self._path(name), data, mode="create")
             except FileExistsError:
                 return False
-            except OSError as error:  # two at once
-                if not _is_refused(error):
+            except (OSError, TypeError, NotImplementedError) as error:
+                if _is_refused(error):  # two at once
+                    return False
+                if isinstance(error, OSError) and error.errno != errno.ENOSYS:
                     raise
-                return False
+                self._fs.pipe_file(self._path(name), data)
             return True
 
     def replace(self, name: str, data: bytes, version: Version) -> bool:
@@ -218,7 +224,7 @@ class Store:
         return StorageError(f"{place}: cannot be {what} ({said})")
 
 
-def _is_refused(error: OSError) -> bool:
+def _is_refused(error: BaseException) -> bool:
     """Whether a store refused a write since another one came first."""
     code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code", "")
     return code in ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")

@@ -194,10 +194,16 @@ def _found(path: Path) -> tuple[Mount | None, str]:
 
 def _mounted(url: str) -> Mount:
     """A new working copy, with what lies at the root; it is removed when this process ends."""
-    folder = new_copy(_cache_folder())
-    register(_remove, folder.parent, os.getpid())
-    mount = Mount(folder, url, is_owner=True)
     try:
+        folder = new_copy(_cache_folder())
+    except OSError as error:
+        place = f"{error.filename or _cache_folder()}: {error.strerror}"
+        raise StorageError(
+            f"{url}: no working copy can be made ({place}): set TLCAPTURE_CACHE to another folder"
+        ) from None
+    register(_remove, folder.parent, os.getpid())
+    try:
+        mount = Mount(folder, url, is_owner=True)
         mount.refresh("")
     except BaseException:
         _remove(folder.parent, os.getpid())

@@ -21,7 +21,7 @@ from math import inf
 from pathlib import Path
 from time import monotonic, time_ns
 
-from tlcapture.errors import StorageError, TlcaptureError
+from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.logger import get_logger
 from tlcapture.storage.object_stores import Store, Version
 from tlcapture.text import parse_bytes
@@ -31,6 +31,7 @@ _LIMIT = "TLCAPTURE_REMOTE_CACHE"  # the size of what is kept of remote roots on
 _DEFAULT_LIMIT = "10GiB"
 _SMALL, _TOGETHER = 2**19, 64  # bytes and number of files that are downloaded before they are asked for
 _IN_USE = 60.0  # seconds for which a file that was asked for stays
+_EMPTY, _FULL = 0o201, 0o601  # permissions that tell whether a file of a working copy has its content, and is one
 _SHARE = 20  # of the time that a listing took, until it is made again by itself
 _LISTED_AT_ROOT = ("datasets", "experiments", "tlcapture.toml")
 # The scope of process numbers: this machine, or the container on it.
@@ -103,7 +104,11 @@ class Mount:
             self._look_ahead(name)
         while version is not None and not self._cache.holds(self._mark(name, version)):
             new = self._new()
-            self.store.download(name, new)
+            try:
+                self.store.download(name, new)
+            except BaseException:
+                new.unlink(missing_ok=True)
+                raise
             before, version = version, self.store.version(name)
             if before == version:
                 self._cache.add(self._mark(name, version), new, version.written)
@@ -189,12 +194,12 @@ class Mount:
                 self._known.pop(name, None)
 
     def _place(self, name: str, version: Version) -> None:
-        """Put a file without content in place of an object; what has no owner's permission to read is one."""
+        """Put a file without content in place of an object."""
         path, new = self.folder / name, self._new()
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         os.truncate(descriptor, version.size)
         os.close(descriptor)
-        new.chmod(stat.S_IWUSR)
+        new.chmod(_EMPTY)
         os.utime(new, (version.written, version.written))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -219,7 +224,10 @@ class _Cache:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self.limit = parse_bytes(os.environ.get(_LIMIT) or _DEFAULT_LIMIT)
+        try:
+            self.limit = parse_bytes(os.environ.get(_LIMIT) or _DEFAULT_LIMIT)
+        except InputError as error:
+            raise InputError(f"{_LIMIT}: {error}") from None
         self._n_added = self.limit  # bytes since it was last looked through
 
     def holds(self, mark: str) -> bool:
@@ -227,6 +235,7 @@ class _Cache:
 
     def add(self, mark: str, new: Path, written: int) -> None:
         """Take a file in, with the time at which it was written to the store."""
+        new.chmod(_FULL)
         os.utime(new, ns=(time_ns(), written * 10**9))
         self._n_added += new.stat().st_size
         new.replace(self._folder / mark)
@@ -276,9 +285,14 @@ def new_copy(cache: Path) -> Path:
     return (own / "root").resolve()
 
 
+def is_copy(found: os.stat_result) -> bool:
+    """Whether a file is that of an object: its time is the store's, and it was put there when it was listed or read."""
+    return stat.S_IMODE(found.st_mode) in (_EMPTY, _FULL)
+
+
 def _is_empty(path: Path) -> bool:
     """Whether a file of a working copy has no content yet; not one that is missing."""
     try:
-        return not path.stat().st_mode & stat.S_IRUSR
+        return stat.S_IMODE(path.stat().st_mode) == _EMPTY
     except OSError:
         return False
