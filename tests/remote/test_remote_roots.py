@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def test_an_upload_in_parts_is_there_when_it_is_complete_and_not_before(bucket: 
         return await complete(self, method, *args, **kwargs)
 
     monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", watch)
-    monkeypatch.setattr(s3fs.core, "calculate_chunksize", lambda size, chunksize=None: 5 * 2**20)
+    monkeypatch.setattr(s3, "put_file", partial(s3.put_file, chunksize=5 * 2**20))
     path = Layout(root_folder(bucket), "exp").residual("set", 1)
     content = os.urandom(11 * 2**20)
     files.write_bytes(path, content)
@@ -347,8 +348,8 @@ def _denied(patch: pytest.MonkeyPatch) -> str:
     async def deny(self: Any, *args: Any, **kwargs: Any) -> None:
         raise PermissionError("Access Denied")
 
-    patch.setattr("s3fs.S3FileSystem._call_s3", deny)
-    patch.setattr("s3fs.S3FileSystem._find", deny)
+    for name in ("_call_s3", "_find", "_lsdir", "_iterdir"):
+        patch.setattr(f"s3fs.S3FileSystem.{name}", deny)
     return "s3://bucket/x"
 
 
