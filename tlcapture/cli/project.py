@@ -102,6 +102,9 @@ def project(
     cluster: ClusterOptions,
 ) -> None:
     """Project saved captures onto trait vectors."""
+    from tlcapture.storage.remote_roots import check_local
+
+    check_local(settings.plot, "--plot")
     layout = location.layout
     names = _captured_prompt_sets(layout, prompt_sets, dynamics_only=settings.dynamics_only)
     _check_request(location, names, vectors.vector_experiment, settings)

@@ -58,9 +58,12 @@ def view(
     Serves the page to this machine only, until Ctrl-C.
     """
     from tlcapture.errors import InputError
+    from tlcapture.storage.remote_roots import check_local
 
     if (export or png) and port is not None:
         raise click.UsageError("--port applies to serving, not to --export or --png")
+    check_local(export, "--export")
+    check_local(png, "--png")
     layout = location.layout
     layout.check_exists()
     captured = layout.prompt_sets()

@@ -29,6 +29,7 @@ from tlcapture.prompts.prompt_sets import Prompt, read_prompt_set
 from tlcapture.runs.recorded_runs import capture_at_work
 from tlcapture.storage.comparisons import comparison_file, comparisons
 from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.storage.remote_roots import shown
 from tlcapture.traits.intervention_records import described
 from tlcapture.traits.saved_projections import all_saved, saved_projection
 from tlcapture.views.hooks import COMPONENTS
@@ -98,7 +99,7 @@ class Contents(NoteContents):
 
     def root_folder(self) -> dict[str, str]:
         """The root, and what the page's commands need to find it from the current folder."""
-        return {"folder": str(self.root), "option": missing.root_option(self.root)}
+        return {"folder": shown(self.root), "option": missing.root_option(self.root)}
 
     def experiments(self) -> list[dict[str, Any]]:
         """All experiments with their captured prompt sets and traits."""

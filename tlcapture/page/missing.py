@@ -8,6 +8,7 @@ from pathlib import Path
 from tlcapture.errors import InputError
 from tlcapture.names import base_set
 from tlcapture.storage.layout import Layout, existing_experiments
+from tlcapture.storage.remote_roots import url_of
 from tlcapture.traits.missing_vectors import extract_command
 
 
@@ -31,6 +32,8 @@ class MissingError(InputError):
 
 def root_option(root: Path) -> str:
     """What a command needs to find a root from the current folder: nothing, or ` --root FOLDER`."""
+    if (url := url_of(root)) is not None:
+        return f" --root {shlex.quote(url)}"
     is_here = root.resolve() == Path.cwd()
     return "" if is_here else f" --root {shlex.quote(str(root.absolute()))}"
 

@@ -18,6 +18,7 @@ from tlcapture.prompts.prompt_sets import Prompt
 from tlcapture.storage.folders import stems_in
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.projection_shards import sharded_texts
+from tlcapture.storage.remote_roots import local
 from tlcapture.views.hooks import COMPONENTS
 
 _TEXT_AT_THE_START = re.compile(rb'\{\s*"prompt"\s*:\s*\{\s*"text"\s*:\s*("(?:[^"\\]|\\.)*")')
@@ -88,7 +89,7 @@ def _text_in_json(layout: Layout, prompt_set: str, name: str, folders: Folders) 
             path = layout.projection(trait, component, prompt_set, name)
             if not path.is_file():
                 continue
-            with path.open("rb") as file:
+            with local(path).open("rb") as file:
                 match = _TEXT_AT_THE_START.match(file.read(_HEAD))
             captured = str(orjson.loads(match[1])) if match else ""
             if captured:

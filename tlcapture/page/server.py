@@ -25,11 +25,13 @@ from tlcapture.page.assets import POLICY, plotly_script, served_page, static_fil
 from tlcapture.page.contents import RESOURCES, Contents, from_address
 from tlcapture.page.missing import MissingError
 from tlcapture.page.note_contents import READ_ONLY, ClosedError
+from tlcapture.storage.remote_roots import refresh
 from tlcapture.text import printable
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 8765
 _LONGEST_REQUEST = 2**17  # bytes
+_FRESH = 5.0  # seconds for which the listing of a remote root holds
 _NOT_CACHED = {"Cache-Control": "no-store"}
 _HEADERS = {
     "Content-Security-Policy": POLICY,
@@ -47,10 +49,10 @@ def page_app(root: Path, *, read_only: bool = False) -> Starlette:
     """
     contents = Contents(root, notes_closed=READ_ONLY if read_only else "")
     routes = [
-        Route(f"/api/{RESOURCES['notes']}", _writing(contents.add_note), methods=["POST"]),
-        Route(f"/api/{RESOURCES['notes']}/{{note}}", _writing(contents.change_note), methods=["PUT"]),
+        Route(f"/api/{RESOURCES['notes']}", _writing(root, contents.add_note), methods=["POST"]),
+        Route(f"/api/{RESOURCES['notes']}/{{note}}", _writing(root, contents.change_note), methods=["PUT"]),
     ]
-    routes += [Route(f"/api/{path}", _resource(getattr(contents, name))) for name, path in RESOURCES.items()]
+    routes += [Route(f"/api/{path}", _resource(root, getattr(contents, name))) for name, path in RESOURCES.items()]
     routes += [Route("/", _page), Route("/plotly.js", _plotly), Route("/static/{name}", _static)]
     middleware = [
         Middleware(_Headers),
@@ -115,9 +117,9 @@ class _Headers:
         await self._app(scope, receive, send_with_headers)
 
 
-def _writing(write: Callable[..., Any]) -> Callable[[Request], Any]:
+def _writing(root: Path, write: Callable[..., Any]) -> Callable[[Request], Any]:
     """An endpoint that changes files, for requests of this page only; browsers say which site a request is from."""
-    answered = _answered(write)
+    answered = _answered(root, write)
 
     async def endpoint(request: Request) -> Response:
         if request.headers.get("origin") != f"http://{request.headers.get('host')}":
@@ -138,8 +140,8 @@ def _writing(write: Callable[..., Any]) -> Callable[[Request], Any]:
     return endpoint
 
 
-def _resource(read: Callable[..., Any]) -> Callable[[Request], Any]:
-    answered = _answered(read)
+def _resource(root: Path, read: Callable[..., Any]) -> Callable[[Request], Any]:
+    answered = _answered(root, read)
 
     async def endpoint(request: Request) -> Response:
         return await run_in_threadpool(answered, **from_address(request.path_params))
@@ -147,11 +149,12 @@ def _resource(read: Callable[..., Any]) -> Callable[[Request], Any]:
     return endpoint
 
 
-def _answered(read: Callable[..., Any]) -> Callable[..., Response]:
+def _answered(root: Path, read: Callable[..., Any]) -> Callable[..., Response]:
     """A function whose result, or error, is a response."""
 
     def answer(**parameters: Any) -> Response:
         try:
+            refresh(root, _FRESH)
             return _json(200, read(**parameters))
         except MissingError as error:
             # Not a failure: the page shows what is missing and the command that creates it.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tlcapture.errors import NoSpaceError, TlcaptureError
 from tlcapture.logger import get_logger
+from tlcapture.places import named
 from tlcapture.storage.file_index import Learned
 from tlcapture.text import counted, format_bytes
 
@@ -209,7 +210,7 @@ class RunReport:
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""
         return {
-            "folder": str(self.folder),
+            "folder": named(str(self.folder)),
             "prompts": self.n_prompts,
             "skipped": self.n_skipped,
             "removed": self.n_removed,

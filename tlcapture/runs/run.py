@@ -18,6 +18,7 @@ from tlcapture.runs.display import Display, Progress
 from tlcapture.runs.report import Done, RunReport
 from tlcapture.storage.files import Written
 from tlcapture.storage.layout import Layout
+from tlcapture.storage.remote_roots import check_writable
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,15 @@ class Run:
 
     @classmethod
     def begin(cls, layout: Layout, display: Display) -> Run:
-        """Start a run in an experiment; the display decides which kind of report it has."""
-        return cls(layout, display.report(layout), display)
+        """Start a run in an experiment; the display decides which kind of report it has.
+
+        Raises `StorageError` if the experiment is in a remote root that cannot be written to.
+        """
+        doubt = check_writable(layout.folder)
+        run = cls(layout, display.report(layout), display)
+        if doubt:
+            run.warn(doubt)
+        return run
 
     @classmethod
     def silent(cls, layout: Layout) -> Run:

@@ -13,7 +13,6 @@ import pickle
 import re
 import secrets
 import shutil
-import socket
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -26,15 +25,15 @@ from tlcapture.errors import NoSpaceError, StorageError
 from tlcapture.logger import get_logger
 from tlcapture.storage.archives import Archive, MoreRecords, write_archive
 from tlcapture.storage.folders import stems_in
+from tlcapture.storage.object_stores import is_url
+from tlcapture.storage.remote_roots import discard, is_remote, local, publish, publish_folder
+from tlcapture.storage.working_copies import HOST as _HOST
 from tlcapture.text import format_bytes
 
 _log = get_logger(__name__)
 # Errors after which no other file can be written to the same device either.
 _FOR_ALL_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-# The scope of process numbers: this machine, or the container on it.
-_HOST = re.sub(r"[^A-Za-z0-9]", "-", socket.gethostname())
-with suppress(OSError):
-    _HOST += f"-{os.stat('/proc/self/ns/pid').st_ino}"
+_NO_END = 2**63
 FSYNC = "TLCAPTURE_FSYNC"  # if set, files are on the disk when they count as written; other processes see it too
 _TEMPORARY = re.compile(rf"\..+\.{re.escape(_HOST)}\.(\d+)\.[0-9a-f]+\.tmp")
 
@@ -156,7 +155,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise StorageError(f"{path}: cannot be read: expected a file")
-        return path.read_bytes()
+        return local(path).read_bytes()
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -217,9 +216,10 @@ def opening(path: Path) -> Iterator[None]:
     The file is opened by its path several times, so it is also an error if it is replaced meanwhile.
     """
     if not path.is_file():
-        raise StorageError(f"{path}: no such file")
+        hint = ": open it as a capture of its experiment, Experiment(NAME, root=URL)" if is_url(path) else ""
+        raise StorageError(f"{path}: no such file{hint}")
     try:
-        before = _identity(path)
+        before = _identity(local(path))
         yield
         if _identity(path) != before:
             raise StorageError(f"{path}: the file was replaced while it was being opened: open it again")
@@ -237,6 +237,7 @@ def remove(paths: Iterable[Path]) -> int:
     count = 0
     for path in paths:
         _check_change(path)
+        discard(path)
         with suppress(FileNotFoundError):
             path.unlink()
             count += 1
@@ -272,6 +273,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         fill(temporary)
         with suppress(OSError):
             temporary.rename(path)
+            publish_folder(path)
     except OSError as error:
         raise StorageError(f"{path}: cannot be created: {error.strerror or error}") from None
     finally:
@@ -279,7 +281,11 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Free bytes on the device of `path`, or of its nearest parent folder that exists."""
+    """Free bytes on the device of `path`, or of its nearest parent folder that exists; a remote root has no end."""
+    return _NO_END if is_remote(path) else _free_here(path)
+
+
+def _free_here(path: Path) -> int:
     existing = next(folder for folder in [path, *path.absolute().parents] if folder.exists())
     return shutil.disk_usage(existing).free
 
@@ -298,8 +304,9 @@ def _write(
         _check_change(path)
         before_replacing(temporary)
         new = temporary.stat()
-        temporary.replace(path)
-        _sync(path.parent)
+        if not publish(temporary, path):
+            temporary.replace(path)
+            _sync(path.parent)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)  # before free space is measured for the message
@@ -343,7 +350,7 @@ def _cannot_write(path: Path, error: BaseException, needed: int) -> StorageError
     number = cause.errno if isinstance(cause, OSError) else None
     reason = os.strerror(number) if number else str(error).splitlines()[0]
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        reason += f": it needs {format_bytes(needed)}, {format_bytes(free_bytes(path))} are free on its device"
+        reason += f": it needs {format_bytes(needed)}, {format_bytes(_free_here(path))} are free on its device"
     kind = NoSpaceError if number in _FOR_ALL_FILES else StorageError
     return kind(f"{path}: cannot be written: {reason}")
 

@@ -14,8 +14,11 @@ from filelock import FileLock, Timeout
 
 from tlcapture.errors import InputError, StorageError
 from tlcapture.logger import get_logger
+from tlcapture.storage.remote_locks import held, remotely_locked
+from tlcapture.storage.remote_roots import refresh, store_of
 
 _log = get_logger(__name__)
+_FRESH = 30.0  # seconds for which a listing of a remote experiment holds where no other run was waited for
 _POLL = 0.1  # seconds between two tries
 
 
@@ -36,6 +39,13 @@ def is_held(path: Path) -> bool:
     except OSError:
         return True
     return False
+
+
+def holder(path: Path) -> str | None:
+    """Who holds a lock in a remote root, as text; `None` of any other lock."""
+    remote = store_of(path)
+    found = None if remote is None else held(*remote)
+    return None if found is None else str(found[0])
 
 
 @contextmanager
@@ -60,7 +70,7 @@ def presence(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path, on_wait: Callable[[], object] = lambda: None) -> Iterator[bool]:
-    """Hold the lock of a file; yields whether another process held it first.
+    """Hold the lock of a file; yields whether another process held it first. In a remote root the lock is an object.
 
     On a file system without locks, nothing is locked: files are still written completely, but of two runs at the same
     time the later one may overwrite the files of the other.
@@ -72,6 +82,12 @@ def locked(path: Path, on_wait: Callable[[], object] = lambda: None) -> Iterator
     Raises:
         StorageError: the lock file cannot be created or locked.
     """
+    if (remote := store_of(path)) is not None:
+        with remotely_locked(*remote, on_wait) as waited:
+            experiment = next(each.parent for each in path.parents if each.name == ".locks")
+            refresh(experiment, 0.0 if waited else _FRESH)
+            yield waited
+        return
     lock = FileLock(path, mode=0o666)
     waited = False
     try:
