@@ -28,6 +28,7 @@ from tlcapture.storage.files import FileState, write_bytes
 from tlcapture.storage.folders import names_in
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.locks import locked
+from tlcapture.storage.remote_roots import local
 
 _log = get_logger(__name__)
 _VERSION = 1
@@ -132,7 +133,7 @@ def _read(path: Path) -> dict[str, Any]:
 @lru_cache(maxsize=4)
 def _loaded(path: Path, _state: FileState) -> dict[str, Any]:
     try:
-        digest, _, content = path.read_bytes().partition(b"\n")
+        digest, _, content = local(path).read_bytes().partition(b"\n")
         return _table(orjson.loads(content) if digest == _digest(content) else None)
     except (OSError, ValueError, RecursionError):
         return _table(None)

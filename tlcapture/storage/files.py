@@ -28,6 +28,7 @@ from tlcapture.storage.folders import stems_in
 from tlcapture.storage.object_stores import is_url
 from tlcapture.storage.remote_roots import discard, is_remote, local, publish, publish_folder
 from tlcapture.storage.working_copies import HOST as _HOST
+from tlcapture.storage.working_copies import is_copy
 from tlcapture.text import format_bytes
 
 _log = get_logger(__name__)
@@ -45,7 +46,7 @@ _check_change: Hook = lambda path: None  # noqa: E731
 class FileState(NamedTuple):
     """What tells that a file is still the same: its size in bytes, and when it was modified and when it was put there.
 
-    Times are in nanoseconds since the epoch.
+    Times are in nanoseconds since the epoch. Of an object in a remote root, when it was put there is not known: 0.
     """
 
     size: int
@@ -55,7 +56,7 @@ class FileState(NamedTuple):
     @classmethod
     def of(cls, found: os.stat_result) -> FileState:
         """That of a file, from what the system says of it."""
-        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        return cls(found.st_size, found.st_mtime_ns, 0 if is_copy(found) else found.st_ctime_ns)
 
 
 class Written(NamedTuple):
@@ -304,7 +305,9 @@ def _write(
         _check_change(path)
         before_replacing(temporary)
         new = temporary.stat()
-        if not publish(temporary, path):
+        if publish(temporary, path):
+            new = path.lstat()  # that of the object
+        else:
             temporary.replace(path)
             _sync(path.parent)
     except BaseException as error:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from tlcapture.errors import StorageError
 from tlcapture.storage.archives import Archive
+from tlcapture.storage.remote_roots import local
 
 _BFLOAT16 = "bfloat16"
 _STORED = {
@@ -45,7 +46,7 @@ def read_arrays(path: Path) -> Any:
     if not path.is_file():
         raise StorageError(f"{path}: no such file")
     try:
-        return _Unpickler(_Mapped(path)).load()
+        return _Unpickler(_Mapped(local(path))).load()
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise StorageError(f"{path}: cannot be read as a tensor file: {reason}") from None
