@@ -195,6 +195,16 @@ def test_the_fields_of_files_are_those_of_the_models() -> None:
     assert "| `n_layers` | `int` | ≥ 1, ≤ 10000, required |" in section
 
 
+def test_the_map_names_every_package_and_only_modules_that_exist() -> None:
+    page, package = (TOP / "CONTRIBUTING.md").read_text(), TOP / "tlcapture"
+    named = {*re.findall(r"`((?:[a-z_]+/)+[a-z_]+)`", page)}
+    packages = {path.parent.name for path in package.rglob("*/__init__.py")}
+    shown = {*re.findall(r"^ {6,8}([a-z_]+)/ ", page, re.MULTILINE)}
+    modules = {str(path.relative_to(package).with_suffix("")) for path in package.rglob("*.py")}
+    assert shown == packages
+    assert {name for name in named if name not in modules} == set()
+
+
 def test_the_version_is_that_of_the_changelog_and_of_the_citation() -> None:
     assert re.search(r"^## (\S+)", (TOP / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == __version__
     assert f"\nversion: {__version__}\n" in (TOP / "CITATION.cff").read_text()
