@@ -25,7 +25,7 @@ from tlcapture.names import split_name
 from tlcapture.storage.config import ExperimentConfig, read_config
 from tlcapture.storage.layout import existing_experiments
 from tlcapture.text import printable
-from tlcapture.traits.packaged_vectors import vectors_layout
+from tlcapture.traits.packaged_vectors import listed_vectors, vectors_layout
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -79,7 +79,7 @@ class Experiment:
         return (
             f"<b>{escape(self.layout.experiment)}</b> <small>{escape(str(self.config.inference_model))}</small>"
             f"<table><tr><th>prompt set</th><th>captures</th></tr>{sets}</table>"
-            f"<div>vectors: {escape(', '.join(self.traits) or 'none')}</div>"
+            f"<div>{escape(listed_vectors(self.layout))}</div>"
         )
 
     @property
