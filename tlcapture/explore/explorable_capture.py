@@ -112,7 +112,7 @@ class ExplorableCapture(ABC):
             InputError: the trait has no vectors; the message names the traits that have.
             VectorError: the vector does not fit the capture.
         """
-        layers: list[Any] = [layer] if isinstance(layer, str) or not isinstance(layer, Sequence) else list(layer)
+        layers = _several(layer)
         how = {"method": method, "component": component, "vector_experiment": vector_experiment}
         found: list[Projection] = []
         for at in layers:
@@ -136,9 +136,12 @@ class ExplorableCapture(ABC):
     def projected(self, *traits: str, **how: Any) -> list[TokenScores]:
         """Projections with their tokens, as figures and frames need them; onto all traits with vectors by default.
 
-        `how` are the options of `project`.
+        `how` are the options of `project`; of several layers, each is read with its own vector.
         """
-        return [self._with_tokens(projection) for projection in self._project(traits, **how)]
+        found: list[Projection] = []
+        for layer in _several(how.pop("layer", "auto")):
+            found += self._project(traits, layer=layer, **how)
+        return [self._with_tokens(projection) for projection in found]
 
     def by_span(self, trait: str, **how: Any) -> list[dict[str, Any]]:
         """The mean and the dynamics of the projection onto a trait within each turn, the thinking and the answer.
@@ -167,8 +170,8 @@ class ExplorableCapture(ABC):
 
         Args:
             traits: one or several; all that have vectors by default.
-            layers: `own` (each vector's own layer), `all`, a layer, or several.
-            how: the options of `project`.
+            layers: `own` (each vector's own layer), `all`, a layer, or several: whose activations are projected.
+            how: the options of `project`. `layer=[8, 16]` takes the vectors of these layers, and so compares them.
         """
         from tlcapture.explore.frames import tidy_frame
 
@@ -388,3 +391,7 @@ class ExplorableCapture(ABC):
             positions=self._positions,
             sample=capture.sample,
         )
+
+
+def _several(layer: Any) -> list[Any]:
+    return [layer] if isinstance(layer, str) or not isinstance(layer, Sequence) else list(layer)
