@@ -129,7 +129,7 @@ def test_several_traits_and_layers_are_projected_at_once(exp: Experiment) -> Non
 
 def test_frames_and_figures_compare_layers_each_with_its_own_vector(exp: Experiment) -> None:
     cap = exp.captures["short"]["1"]
-    frame = cap.to_pandas("tone/loud", layer=[0, 2])
+    frame = cap.to_pandas("tone/loud", layer=[0, 2], method="probe")
     for layer in (0, 2):
         along = exp.vectors["tone/loud"].by("probe").tensors[layer]
         scores = frame[frame["layer"] == layer]["score"].to_numpy()
