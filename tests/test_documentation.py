@@ -20,7 +20,7 @@ from docs.generated_pages import api_page, commands_page, every_command, fields_
 from docs.run_notebooks import code_cells, executed
 from tests.cli.conftest import make_trait
 from tests.cli.test_conversations import with_template
-from tests.conftest import quick_evaluations
+from tests.conftest import quick_evaluations, unrendered_figures
 from tlcapture.cli.main import main
 from tlcapture.version import __version__
 
@@ -115,7 +115,7 @@ def place(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("TLCAPTURE_ROOT", raising=False)
     names = {"smollm2": tiny_folder}
     monkeypatch.setattr("tlcapture.load_model", lambda name: load_model(str(names.get(name, name)), device="cpu"))
-    with quick_evaluations():
+    with quick_evaluations(), unrendered_figures():
         yield tmp_path
 
 
@@ -197,6 +197,16 @@ def test_the_fields_of_files_are_those_of_the_models() -> None:
     assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(CaptureMetadata.model_fields)
     assert "ForwardRef" not in fields_page()
     assert "| `n_layers` | `int` | ≥ 1, ≤ 10000, required |" in section
+
+
+def test_the_map_names_every_package_and_only_modules_that_exist() -> None:
+    page, package = (TOP / "CONTRIBUTING.md").read_text(), TOP / "tlcapture"
+    named = {*re.findall(r"`((?:[a-z_]+/)+[a-z_]+)`", page)}
+    packages = {path.parent.name for path in package.rglob("*/__init__.py")}
+    shown = {*re.findall(r"^ {6,8}([a-z_]+)/ ", page, re.MULTILINE)}
+    modules = {str(path.relative_to(package).with_suffix("")) for path in package.rglob("*.py")}
+    assert shown == packages
+    assert {name for name in named if name not in modules} == set()
 
 
 def test_the_version_is_that_of_the_changelog_and_of_the_citation() -> None:

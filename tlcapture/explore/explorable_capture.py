@@ -133,14 +133,17 @@ class ExplorableCapture(ABC):
         at = from_the_end(layer, self._captured.n_layers)
         return project_direction(self._captured, direction, index(at), check_component(component))
 
-    def projected(self, *traits: str, **how: Any) -> list[TokenScores]:
+    def projected(self, *traits: str | Tensor, **how: Any) -> list[TokenScores]:
         """Projections with their tokens, as figures and frames need them; onto all traits with vectors by default.
 
-        `how` are the options of `project`; of several layers, each is read with its own vector.
+        Directions of one's own `[d_model]` need a `layer`, and come last at each. `how` are the options of `project`.
         """
+        named = [each for each in traits if isinstance(each, str)]
+        own = [each for each in traits if not isinstance(each, str)]
         found: list[Projection] = []
         for layer in _several(how.pop("layer", "auto")):
-            found += self._project(traits, layer=layer, **how)
+            found += self._project(named, layer=layer, **how) if named or not own else []
+            found += [self._project_direction(each, layer, how.get("component", "residual")) for each in own]
         return [self._with_tokens(projection) for projection in found]
 
     def by_span(self, trait: str, **how: Any) -> list[dict[str, Any]]:
@@ -182,7 +185,7 @@ class ExplorableCapture(ABC):
 
     @cached_property
     def plot(self) -> CaptureFigures:
-        """Figures: `.trajectory(...)`, `.layers(...)`, `.logit_lens()`, `.attention(layer, head)`."""
+        """Figures: `.trajectory(...)`, `.layers(...)`, `.logit_lens()`, `.attention(layer, head)` and more."""
         from tlcapture.explore.capture_figures import CaptureFigures
 
         return CaptureFigures(self)
