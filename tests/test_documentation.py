@@ -31,6 +31,7 @@ NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
 # Layers of the embedded model, and layers of the tiny one in their place.
 LAYERS = {
     "layers 12": "layers 1", "layers=12": "layers=1", "@12": "@1", "residual(12)": "residual(1)",
+    "layer=[8, 12, 16, 20]": "layer=[0, 1]", "layer=[12, 20]": "layer=[1, 2]", "residual(20)": "residual(2)",
     "residual(5)": "residual(1)", '"resid_post", 5': '"resid_post", 1', "residual(16,": "residual(1,",
 }  # fmt: skip
 VECTORS = ["extract --experiment mine --traits style/formality --methods mean_diff --component residual"]
@@ -40,6 +41,9 @@ RUN: dict[str, list[str]] = {
     "docs/coming-from.md": [],
     "docs/how-to/own-model.md": [],
     "docs/how-to/own-trait.md": [],
+    "docs/how-to/one-answer.md": [
+        "extract --experiment story --traits temporal/past_focus --methods mean_diff --component residual"
+    ],
     "docs/how-to/thinking-models.md": [],
     "docs/how-to/steering.md": VECTORS,
     "README.md": [
@@ -99,7 +103,7 @@ def place(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     """A folder to work in, as a reader has it, where the model is tiny."""
     from tlcapture.models.loading import load_model
 
-    for name in ("style/formality", "behavioral/refusal"):
+    for name in ("style/formality", "behavioral/refusal", "temporal/past_focus"):
         make_trait(tmp_path, name, "LOUD", "soft")
     completions = [{"question": f"why {n}?", "positive": "LOUD", "negative": "soft"} for n in range(2)]
     (tmp_path / "datasets/traits/style/formality/steering.json").write_text(json.dumps({"questions": completions}))

@@ -127,6 +127,21 @@ def test_several_traits_and_layers_are_projected_at_once(exp: Experiment) -> Non
     assert isinstance(cap.project(["tone/loud"]), list)
 
 
+def test_frames_and_figures_compare_layers_each_with_its_own_vector(exp: Experiment) -> None:
+    cap = exp.captures["short"]["1"]
+    frame = cap.to_pandas("tone/loud", layer=[0, 2], method="probe")
+    for layer in (0, 2):
+        along = exp.vectors["tone/loud"].by("probe").tensors[layer]
+        scores = frame[frame["layer"] == layer]["score"].to_numpy()
+        assert scores == pytest.approx((cap.residual(layer).float() @ along / along.norm()).numpy(), rel=1e-4, abs=1e-4)
+        assert not frame[frame["layer"] == layer]["calibrated"].isna().any()
+    assert len(frame) == 2 * cap.n_tokens
+    titles = {trace.name for trace in cap.plot.trajectory("tone/loud", layer=[0, 2]).data if trace.name}
+    assert any("layer 0" in title for title in titles) and any("layer 2" in title for title in titles)
+    with pytest.raises(InputError, match="give one layer, layer=12"):
+        cap.plot.layers("tone/loud", layer=[0, 2])
+
+
 def test_a_direction_of_ones_own_is_projected_onto(exp: Experiment) -> None:
     cap = exp.captures["short"][1]
     direction = torch.randn(cap.d_model, generator=torch.Generator().manual_seed(0))

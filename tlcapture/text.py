@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 from tlcapture.errors import InputError
 from tlcapture.places import named
@@ -48,6 +49,12 @@ def parse_bytes(text: str) -> int:
 def counted(number: int, noun: str, plural: str | None = None) -> str:
     """`1 file`, `2 files`; the plural has an `s` unless it is given."""
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
+def did_you_mean(name: str, existing: Iterable[str]) -> str:
+    """`: did you mean 'style/formality'?` for a name that is nearly an existing one, or nothing."""
+    near = get_close_matches(name, list(existing), n=1, cutoff=0.75)
+    return f": did you mean {near[0]!r}?" if near else ""
 
 
 def as_ranges(numbers: Iterable[int]) -> str:

@@ -313,6 +313,10 @@ def test_selection_and_comparison_use_both_measures(tlcapture: Run, data: Path, 
     made = f"on {tiny.ENGINES[0]} in float32, blocks.{{L}}.hook_resid_post, response_mean"
     assert origin.startswith("all: ") and made in origin
     assert "chat template, 1 BOS" in origin
+    best = read_json(data / "experiments/exp/extraction/extraction_evaluation.json")["best_vectors"]
+    for trait, row in best.items():  # what evaluate said of each is said again
+        (line,) = [line for line in listed.output.splitlines() if line.endswith(f": {row['verdict']}")]
+        assert trait in line
     words = ("--methods", "mean_diff", "--coefficients", "0.01")
     assert tlcapture("steer", "--experiment", "exp", *words).exit_code == 0
     # No gain of 0.01 typical norms beats those of random vectors.

@@ -67,6 +67,16 @@ def test_an_effect_size_of_one_held_out_example_is_undefined_and_the_rest_is_sco
     assert "no better than vectors of shuffled labels" in best["verdict"]
 
 
+def test_where_shuffled_labels_separate_all_it_says_once_that_more_pairs_are_needed(evaluate: Run, root: Path) -> None:
+    result = evaluate(pairs("LOUD", 10), pairs("soft", 10))
+    assert {row["null_auroc_p95"] for row in evaluation(root)["all_results"]} == {1.0}
+    assert result.stderr.count("too few examples to tell whether residual vectors are better than chance") == 1
+    assert "no better than the best vector" not in result.stderr
+    verdict = evaluation(root)["best_vectors"]["tone/few"]["verdict"]
+    assert verdict.startswith("no better than") and verdict.endswith(": too few examples to tell")
+    assert verdict in result.output
+
+
 @pytest.mark.parametrize(
     ("positive", "negative"),
     [

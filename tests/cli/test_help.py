@@ -169,6 +169,18 @@ def test_list_shows_experiments_and_what_one_holds(capture: Run, extract: Run, t
     assert "existing experiments: exp" in done.output
 
 
+def test_list_says_that_the_vectors_of_the_package_are_used(tlcapture: Run, root: Path) -> None:
+    for name, model in (("ours", "smollm2"), ("other", "models/other")):
+        folder = root / "experiments" / name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"inference_model": model}))
+    assert (
+        "vectors: none of its own, so those that come with the package"
+        in tlcapture("list", "--experiment", "ours").output
+    )
+    assert "vectors of 0 traits: none" in tlcapture("list", "--experiment", "other").output
+
+
 def test_the_settings_of_the_page_are_taken(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text()
     example = re.search(r"```toml\n(.*?)```", page, re.DOTALL)

@@ -13,6 +13,7 @@ from click.testing import Result
 
 from tests.cli.conftest import Run
 from tlcapture.captures.capture import Capture
+from tlcapture.cli.console import Console, show_top_traits
 from tlcapture.commands import top_traits
 from tlcapture.commands.top_traits import summary_of
 from tlcapture.extraction.prepared_examples import prepare_examples
@@ -201,6 +202,20 @@ def test_a_trait_is_shown_only_where_it_beats_the_largest_of_random_directions(t
     assert (findings.n_projections, findings.commit, findings.clearly_commit) == (8, 8, 8)
     assert (findings.persist, findings.clearly_persist) == (0, 0)
     assert (findings.random_commit, findings.random_persist) == (0.05, 0.15)
+
+
+def test_the_summary_says_how_many_findings_chance_alone_would_make(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layout = Layout(tmp_path, "exp")
+    put_rises(layout, {"tone/loud": [5.0] * 10}, {"tone/loud": np.zeros((10, 200))})
+    show_top_traits(Console(), layout, "short", "residual")
+    shown = capsys.readouterr().out
+    assert "of 10 projections 10 commit and 0 persist, of random directions 5% and 15%\n" in shown
+    assert (
+        "more clearly than 95 % of random directions: 10 commit, 0 persist; chance alone would make 0.5 of each"
+        in shown
+    )
 
 
 def test_random_traits_seldom_stand_out(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tlcapture.errors import InputError
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.choice import ChosenVectors, VectorChoice, VectorChooser, choose_vectors
+from tlcapture.traits.dynamics import dynamics
 from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import write_vector
 from tlcapture.views.kept_points import KeptPoints
@@ -74,6 +75,19 @@ def test_missing_vectors_are_an_error_only_where_they_are_asked_for(layout: Layo
         choose_vectors(empty, VectorChoice(experiment="empty"), Model(), "residual")
     with pytest.raises(InputError, match=r"no vectors for trait 'a/b' .*available traits: a/attention, a/fits, a/wide"):
         choose_vectors(layout, VectorChoice(traits=(Trait("a", "b"),)), Model(), "residual")
+
+
+def test_of_a_misspelt_trait_the_meant_one_is_named_and_no_extraction_advised(layout: Layout) -> None:
+    with pytest.raises(InputError, match=r"no vectors for trait 'a/fit' in .*: did you mean 'a/fits'\?") as raised:
+        choose_vectors(layout, VectorChoice(traits=(Trait("a", "fit"),)), Model(), "residual")
+    assert "tlcapture extract" not in str(raised.value) and "a/attention, a/fits" in str(raised.value)
+
+
+def test_a_vector_and_its_dynamics_are_shown_without_their_numbers(layout: Layout) -> None:
+    vector = choose_vectors(layout, VectorChoice(traits=(FITS,)), Model(), "residual").vectors[0].vector
+    assert "tensor" not in repr(vector) and "layer=16" in repr(vector)
+    shown = repr(dynamics(torch.arange(40.0), 10))
+    assert "persistence=" in shown and "tensor" not in shown
 
 
 def test_another_model_is_noted_unless_its_experiment_was_named(layout: Layout) -> None:

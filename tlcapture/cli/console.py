@@ -16,7 +16,7 @@ from tlcapture.cli.tables import Cell, Column, table_lines, terminal_width
 from tlcapture.errors import TlcaptureError
 from tlcapture.names import split_name
 from tlcapture.runs.display import Display, Progress
-from tlcapture.text import printable
+from tlcapture.text import counted, printable
 
 if TYPE_CHECKING:
     import logging
@@ -274,10 +274,12 @@ def _notes(layout: Layout, summary: Summary, *, has_chance: bool) -> Iterator[st
     found = summary.findings
     if found is not None:
         yield (
-            f"of {found.n_projections} projections {found.commit} commit and {found.persist} persist, of random "
-            f"directions {found.random_commit:.0%} and {found.random_persist:.0%}; more clearly than 95 % of them, "
-            f"as chance lets {0.05 * found.n_projections:.0f}: {found.clearly_commit} commit, "
-            f"{found.clearly_persist} persist"
+            f"of {counted(found.n_projections, 'projection')} {found.commit} commit and {found.persist} persist, "
+            f"of random directions {found.random_commit:.0%} and {found.random_persist:.0%}"
+        )
+        yield (
+            f"more clearly than 95 % of random directions: {found.clearly_commit} commit, {found.clearly_persist} "
+            f"persist; chance alone would make {0.05 * found.n_projections:.2g} of each"
         )
         if found.is_isotropic:
             yield f"random directions are isotropic for lack of a reference: {again}, takes the activations' covariance"

@@ -11,7 +11,7 @@ from tlcapture.cli.completion import experiments
 from tlcapture.cli.console import one_line_errors
 from tlcapture.cli.options import DEFAULT_EXPERIMENT, Location, root_option
 from tlcapture.cli.tables import Column, echo_table
-from tlcapture.text import counted, printable
+from tlcapture.text import printable
 
 _MOST_RUNS = 5
 
@@ -60,6 +60,7 @@ def _list_all(root: Path) -> None:
 
 def _list_one(root: Path, name: str) -> None:
     from tlcapture.storage.layout import Layout
+    from tlcapture.traits.packaged_vectors import listed_vectors
 
     layout = Layout(root, name)
     layout.check_exists()
@@ -70,7 +71,7 @@ def _list_one(root: Path, name: str) -> None:
         echo_table([Column("prompt set"), Column("captures", right=True), Column("projected onto", right=True)], rows)
     else:
         click.echo("no captures")
-    click.echo(f"vectors of {counted(len(layout.traits()), 'trait')}: {', '.join(map(str, layout.traits())) or 'none'}")
+    click.echo(listed_vectors(layout))
     runs = _runs(layout.folder)
     if runs:
         click.echo()

@@ -122,8 +122,9 @@ def _cell(cue: Cue | None) -> str:
 @click.option("--component", type=click.Choice(["residual", "attn_out"]), default="residual", show_default=True)
 @one_line_errors
 def list_(location: Location, component: str) -> None:
-    """List the vector selected for each trait: how it was selected, its score, the runner-up and its origin."""
+    """List the vector selected for each trait: how it was selected, its score, runner-up, verdict and origin."""
     from tlcapture.storage.config import read_config
+    from tlcapture.traits.evaluation_files import Evaluation
     from tlcapture.traits.origin import described_origin
     from tlcapture.traits.packaged_vectors import packaged_layout, takes_packaged, vectors_layout
     from tlcapture.traits.selection import n_layers_of_origin, runner_up, select
@@ -134,8 +135,9 @@ def list_(location: Location, component: str) -> None:
     if takes_packaged(layout, read_config(layout).inference_model):
         click.echo(f"{layout.experiment} has no vectors of its own: these come with the package")
         layout = packaged_layout()
-    with_vectors = traits_with_vectors(layout)
+    with_vectors, evaluated = traits_with_vectors(layout), Evaluation.read(layout.evaluation).by_trait
     rows: list[tuple[str, ...]] = []
+    verdicts: dict[str, list[str]] = {}
     origins: dict[str, list[str]] = {}
     notes: dict[str, list[str]] = {}
     for trait in with_vectors:
@@ -147,6 +149,10 @@ def list_(location: Location, component: str) -> None:
         origins.setdefault(described_origin(folder.metadata(component, found.method)), []).append(str(trait))
         if found.warning is not None:
             notes.setdefault(found.warning, []).append(str(trait))
+        judged = evaluated.get(str(trait))
+        is_judged = judged and (judged.component, judged.method, judged.layer) == (component, found.method, found.layer)
+        if judged and judged.verdict and is_judged and found.selected_by == "effect_size":  # its scores are current
+            verdicts.setdefault(judged.verdict, []).append(str(trait))
         score = "-" if found.score is None else f"{found.score:.3f}"
         rival = runner_up(folder, component, found)
         second = "-" if rival is None else f"{rival.method} at layer {rival.layer}, {rival.score:.3f}"
@@ -162,6 +168,8 @@ def list_(location: Location, component: str) -> None:
     echo_table(columns, rows)
     for note, names in notes.items():
         click.secho(printable(f"{', '.join(names)}: {note}"), fg="yellow")
+    for verdict, names in verdicts.items():
+        click.echo(printable(f"{', '.join(names)}: {verdict}"))
     for origin, names in origins.items():
         click.echo(printable(f"{'all' if len(origins) == 1 else ', '.join(names)}: {origin}"))
     options = ["--all-prompt-sets"] if location.layout.captured_prompt_sets() else ["--prompt-set", "single_trait"]

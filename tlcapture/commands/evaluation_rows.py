@@ -31,6 +31,7 @@ from tlcapture.traits.vector_files import IMPORTED, METHODS, VectorFiles
 from tlcapture.traits.vectors import TraitVector, read_vector
 
 Row = dict[str, Any]
+TOO_FEW = ": too few examples to tell"  # shuffled labels separate all that are held out, too
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def rows_of(
             "gain": _number(judged.gain),
             "gain_interval": [_number(bound) for bound in judged.interval],
             "p": _number(p),
-            "verdict": judged.text,
+            "verdict": judged.text + (TOO_FEW if p > 1 - CONFIDENCE and common.null_p95 == 1 else ""),
         },
     )
 
@@ -121,20 +122,30 @@ def best_vector(row: EvaluationRow, summary: Mapping[str, Any]) -> dict[str, Any
 
 
 def doubts(rows: Sequence[Row]) -> list[str]:
-    """At which layers vectors are no better than chance, one note per method and component."""
+    """At which layers vectors are no better than chance, one note per method and component.
+
+    Where shuffled labels separate the held-out examples perfectly, no vector can be better: one note per component.
+    """
+    perfect = dict.fromkeys(row["component"] for row in rows if (row["null_auroc_p95"] or 0) >= 1)
     no_better: dict[str, list[int]] = {}
     with_zero: dict[str, list[int]] = {}
     undefined: dict[str, list[int]] = {}
     for row in rows:
         name = f"{row['component']} {row['method']}"
         low, high = row["val_effect_size_interval"]
-        if None not in (row["null_auroc_p95"], row["val_auroc"]) and row["val_auroc"] <= row["null_auroc_p95"]:
+        known = None not in (row["null_auroc_p95"], row["val_auroc"])
+        if known and row["component"] not in perfect and row["val_auroc"] <= row["null_auroc_p95"]:
             no_better.setdefault(name, []).append(row["layer"])
         if low is None or high is None:
             undefined.setdefault(name, []).append(row["layer"])
         elif low <= 0 <= high:
             with_zero.setdefault(name, []).append(row["layer"])
     notes = [
+        f"too few examples to tell whether {name} vectors are better than chance: with shuffled labels, too, one "
+        "separates all that are held out; write more pairs"
+        for name in perfect
+    ]
+    notes += [
         f"{name} is no better than the best vector of shuffled labels at layers {as_ranges(at)}"
         for name, at in no_better.items()
     ]

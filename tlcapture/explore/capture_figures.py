@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
+from tlcapture.errors import InputError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -43,10 +45,16 @@ class CaptureFigures:
 
         Args:
             point: a residual point; `residual_out` by default.
+            how: the options of `project`; `layer` is that of the vector.
+
+        Raises `InputError` for several layers.
         """
         from tlcapture.explore.figures import layers_figure
 
-        return layers_figure(self._capture.projected(trait, **how)[0], point)
+        found = self._capture.projected(trait, **how)
+        if len(found) > 1:
+            raise InputError("a heatmap shows one vector over all layers: give one layer, layer=12")
+        return layers_figure(found[0], point)
 
     def logit_lens(self) -> OfflineFigure:
         """A heatmap, layers by tokens, of the most likely next token and its probability."""

@@ -26,7 +26,7 @@ from tlcapture.storage.config import ExperimentConfig, read_config
 from tlcapture.storage.layout import Layout, existing_experiments
 from tlcapture.storage.remote_roots import refresh, root_folder
 from tlcapture.text import printable
-from tlcapture.traits.packaged_vectors import vectors_layout
+from tlcapture.traits.packaged_vectors import listed_vectors, vectors_layout
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -91,7 +91,7 @@ class Experiment:
         return (
             f"<b>{escape(self.layout.experiment)}</b> <small>{escape(str(self.config.inference_model))}</small>"
             f"<table><tr><th>prompt set</th><th>captures</th></tr>{sets}</table>"
-            f"<div>vectors: {escape(', '.join(self.traits) or 'none')}</div>"
+            f"<div>{escape(listed_vectors(self.layout))}</div>"
         )
 
     @property

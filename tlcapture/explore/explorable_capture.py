@@ -112,7 +112,7 @@ class ExplorableCapture(ABC):
             InputError: the trait has no vectors; the message names the traits that have.
             VectorError: the vector does not fit the capture.
         """
-        layers: list[Any] = [layer] if isinstance(layer, str) or not isinstance(layer, Sequence) else list(layer)
+        layers = _several(layer)
         how = {"method": method, "component": component, "vector_experiment": vector_experiment}
         found: list[Projection] = []
         for at in layers:
@@ -136,13 +136,14 @@ class ExplorableCapture(ABC):
     def projected(self, *traits: str | Tensor, **how: Any) -> list[TokenScores]:
         """Projections with their tokens, as figures and frames need them; onto all traits with vectors by default.
 
-        Directions of one's own `[d_model]` need a `layer`, and come last. `how` are the options of `project`.
+        Directions of one's own `[d_model]` need a `layer`, and come last at each. `how` are the options of `project`.
         """
         named = [each for each in traits if isinstance(each, str)]
         own = [each for each in traits if not isinstance(each, str)]
-        found = self._project(named, **how) if named or not own else []
-        where = (how.get("layer", "auto"), how.get("component", "residual"))
-        found += [self._project_direction(each, *where) for each in own]
+        found: list[Projection] = []
+        for layer in _several(how.pop("layer", "auto")):
+            found += self._project(named, layer=layer, **how) if named or not own else []
+            found += [self._project_direction(each, layer, how.get("component", "residual")) for each in own]
         return [self._with_tokens(projection) for projection in found]
 
     def by_span(self, trait: str, **how: Any) -> list[dict[str, Any]]:
@@ -172,8 +173,8 @@ class ExplorableCapture(ABC):
 
         Args:
             traits: one or several; all that have vectors by default.
-            layers: `own` (each vector's own layer), `all`, a layer, or several.
-            how: the options of `project`.
+            layers: `own` (each vector's own layer), `all`, a layer, or several: whose activations are projected.
+            how: the options of `project`. `layer=[8, 16]` takes the vectors of these layers, and so compares them.
         """
         from tlcapture.explore.frames import tidy_frame
 
@@ -393,3 +394,7 @@ class ExplorableCapture(ABC):
             positions=self._positions,
             sample=capture.sample,
         )
+
+
+def _several(layer: Any) -> list[Any]:
+    return [layer] if isinstance(layer, str) or not isinstance(layer, Sequence) else list(layer)

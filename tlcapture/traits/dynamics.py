@@ -15,7 +15,7 @@ velocity and acceleration that do.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -60,8 +60,8 @@ class Dynamics:
     commitment_p: float | None
     peak_velocity: float | None
     persistence: int | None
-    velocity: Float[Tensor, " n_velocities"]
-    acceleration: Float[Tensor, " n_accelerations"]
+    velocity: Float[Tensor, " n_velocities"] = field(repr=False)
+    acceleration: Float[Tensor, " n_accelerations"] = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """The key `dynamics` of a projection file, rounded to 6 significant digits."""

@@ -64,6 +64,7 @@ class TraitEvaluation(FileContent):
 
     layer: Layer
     method: str
+    component: str = "residual"
     nested_auroc: Share | None = None
     nested_sd: Number | None = None
     nested_effect_size: Number | None = None
@@ -77,7 +78,7 @@ class TraitEvaluation(FileContent):
     @property
     def summary(self) -> dict[str, Any]:
         """What the file has of the trait as a whole, without the fields of the selected vector."""
-        names = self.model_fields_set & type(self).model_fields.keys() - {"layer", "method"}
+        names = self.model_fields_set & type(self).model_fields.keys() - {"layer", "method", "component"}
         return {name: getattr(self, name) for name in type(self).model_fields if name in names}
 
 

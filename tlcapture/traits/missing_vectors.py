@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from tlcapture.errors import InputError, VectorError
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
-from tlcapture.text import as_ranges
+from tlcapture.text import as_ranges, did_you_mean
 
 PACKAGED = "packaged"  # the name of the experiment that comes with the package
 
@@ -29,10 +29,12 @@ def no_vectors(layout: Layout) -> InputError:
 
 
 def no_vectors_of_trait(layout: Layout, trait: Trait) -> InputError:
-    """The error for a trait without vectors, naming the traits that have some."""
+    """The error for a trait without vectors, naming the traits that have some, and the one that was probably meant."""
+    meant = did_you_mean(str(trait), map(str, layout.traits()))
+    extract = "" if meant else f"; run '{extract_command(layout, [trait])}'"
     return InputError(
-        f"no vectors for trait {str(trait)!r} in {_place(layout)}; available traits: {_available(layout)}; "
-        f"run '{extract_command(layout, [trait])}'"
+        f"no vectors for trait {str(trait)!r} in {_place(layout)}{meant or ';'} available traits: "
+        f"{_available(layout)}{extract}"
     )
 
 

@@ -15,8 +15,10 @@ from pathlib import Path
 
 from tlcapture.errors import StorageError
 from tlcapture.models.embedded import NAME, cache_folder
+from tlcapture.storage.config import read_config
 from tlcapture.storage.files import write_folder
 from tlcapture.storage.layout import Layout, shipped_datasets
+from tlcapture.text import counted
 from tlcapture.traits.missing_vectors import PACKAGED
 
 SAID = "no trait vectors of its own: projected onto those that come with the package"
@@ -36,6 +38,14 @@ def is_in_package(layout: Layout) -> bool:
 def takes_packaged(layout: Layout, model: str | None) -> bool:
     """Whether an experiment has no vectors, and the package has some for its model, of this name."""
     return model == NAME and not layout.traits() and packaged_files().is_dir()
+
+
+def listed_vectors(layout: Layout) -> str:
+    """The traits that an experiment has vectors of, as text; that it takes the package's, where it has none."""
+    traits = layout.traits()
+    if not traits and takes_packaged(layout, read_config(layout).inference_model):
+        return "vectors: none of its own, so those that come with the package"
+    return f"vectors of {counted(len(traits), 'trait')}: {', '.join(map(str, traits)) or 'none'}"
 
 
 def packaged_files() -> Path:

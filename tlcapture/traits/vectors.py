@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tlcapture.errors import VectorError
@@ -27,8 +27,8 @@ class TraitVector:
     method: str
     layer: int
     experiment: str
-    vector: Vector
-    metadata: Mapping[str, Any]
+    vector: Vector = field(repr=False)
+    metadata: Mapping[str, Any] = field(repr=False)
 
     @property
     def model(self) -> str | None:
