@@ -1,20 +1,20 @@
 """What interventions cost: a capture of 10 prompts with 50 tokens each, steered, capped, and unchanged.
 
-    python benchmarks/intervention_cost.py --rounds 5
+    OMP_NUM_THREADS=1 python benchmarks/intervention_cost.py --rounds 9
 
-Rounds alternate; the ratios are those of the medians of processor time, which other processes disturb less. The
-coefficient is 0 and the cap out of reach, so that all runs write the same tokens.
+The order alternates; ratios are the medians of those of each round, in processor time and on the clock. The coefficient
+is 0 and the cap out of reach, so that all runs write the same tokens.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Sequence
-from statistics import median
+from functools import partial
 from typing import Any
 
 import torch
+from measure import clocked
 
 from tlcapture.captures.from_generation import capture_of
 from tlcapture.generation.interventions import Add, Intervention, Limit
@@ -31,9 +31,9 @@ N_NEW = 50
 
 
 def main() -> None:
-    """Print the median seconds of processor time of each, and its ratio to those of the unchanged model."""
+    """Print the ratio of each to the unchanged model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--engine", default="auto")
     chosen = parser.parse_args()
@@ -41,17 +41,11 @@ def main() -> None:
     prompts = read_prompt_file(shipped_datasets() / "inference" / "single_trait.json").prompts[:10]
     tokenized = [tokenize(model.tokenizer, each.text, prompt_set="bench", prompt_id=each.id) for each in prompts]
     cases = _cases(model.n_layers, model.d_model)
-    for changes in cases.values():
-        _run(model, tokenized, changes)
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(chosen.rounds):
-        for name, changes in cases.items():
-            start = time.process_time()
-            _run(model, tokenized, changes)
-            seconds[name].append(time.process_time() - start)
-    base = median(seconds["unchanged"])
-    for name, found in seconds.items():
-        print(f"{name:34} {median(found):.3f} s: ratio {median(found) / base:.4f} ({chosen.rounds} rounds)")
+    works = {name: partial(_run, model, tokenized, changes) for name, changes in cases.items()}
+    found = clocked(works, chosen.rounds)
+    for name in cases:
+        if name != "unchanged":
+            print(found.line(name, "unchanged"))
 
 
 def _cases(n_layers: int, d_model: int) -> dict[str, Sequence[Intervention]]:

@@ -80,10 +80,16 @@ def _measured(root: Path, model: Path, count: int, traits: int, form: str, profi
     commands["project --skip-existing"] = [*commands["project"], "--skip-existing"]
     found = {}
     for work, words in commands.items():
+        if work == "list":  # what the captures left behind
+            paths = [path for path in (root / "experiments").rglob("*") if path.is_file()]
+            size = sum(path.stat().st_size for path in paths)
+            index = sum(path.stat().st_size for path in paths if path.suffix == ".index")
+            each = f"{len(paths) / count:.2f} files, {size / count:,.0f} bytes a prompt"
+            click.echo(
+                f"{count:,} prompts: {len(paths):,} files, {size:,} bytes; {each}; index {index:,} bytes", err=True
+            )
         kept = None if profile is None else profile / f"{work.replace(' ', '_').replace(',', '')}-{count}.prof"
         found[work] = _cpu_seconds(words, kept)
-    files = sum(path.is_file() for path in (root / "experiments").rglob("*"))
-    click.echo(f"{count} prompts: {files} files, {files / count:.2f} a prompt", err=True)
     return found
 
 

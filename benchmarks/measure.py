@@ -66,6 +66,37 @@ def in_turn(works: dict[str, Work], rounds: int) -> dict[str, list[float]]:
     return times
 
 
+@dataclass(frozen=True)
+class Clocked:
+    """Seconds of several implementations by round: on the clock, and of processor time, which others disturb less."""
+
+    wall: dict[str, list[float]]
+    processor: dict[str, list[float]]
+
+    def line(self, ours: str, theirs: str) -> str:
+        """The median of the rounds' ratios by both clocks, with their range, and the median times."""
+        parts = []
+        for clock, times in (("processor time", self.processor), ("wall time", self.wall)):
+            found = ratios(times, ours, theirs)
+            spread = f"{min(found):.3f} to {max(found):.3f}"
+            parts.append(f"{clock} {statistics.median(found):.3f} ({spread}; {statistics.median(times[ours]):.3f} s)")
+        return f"{ours} / {theirs}, {len(found)} rounds: {', '.join(parts)}"
+
+
+def clocked(works: dict[str, Work], rounds: int) -> Clocked:
+    """Times by round, after one unmeasured round; each round runs them in the opposite order of the one before."""
+    for work in works.values():
+        work()
+    found = Clocked({name: [] for name in works}, {name: [] for name in works})
+    for number in range(rounds):
+        for name in list(works) if number % 2 == 0 else reversed(works):
+            wall, processor = time.perf_counter(), time.process_time()
+            works[name]()
+            found.processor[name].append(time.process_time() - processor)
+            found.wall[name].append(time.perf_counter() - wall)
+    return found
+
+
 def seconds(work: Work) -> float:
     start = time.perf_counter()
     work()

@@ -2,12 +2,12 @@
 
     python benchmarks/projection_cost.py --baseline DIR [--rounds 7] [--only "tiny"] [--profile]
 
-DIR is a checkout of the revision to compare with (`git worktree add DIR REVISION`). Each checkout projects captures of
-random activations, with prompts and responses of many lengths, onto ten traits in a process of its own. The processes
-alternate and write new files each time; results are medians of the ratios of each round. The first row of a shape has
-all vectors at one layer, the second every vector at a layer of its own. This checkout has a reference of ordinary
-prompts, as `evaluate` leaves it, so that its random directions are measured in full. `--profile` prints where this
-checkout spends its time instead.
+DIR is a checkout of the revision to compare with (`git worktree add DIR REVISION`); 62c4111d is the last one without
+chance levels. Each checkout projects captures of random activations, with prompts and responses of many lengths, onto
+ten traits in a process of its own. The processes alternate and write new files each time; results are medians of the
+ratios of each round. The first row of a shape has all vectors at one layer, the second every vector at a layer of its
+own. This checkout has a reference of ordinary prompts, as `evaluate` leaves it, so that its random directions are
+measured in full. `--profile` prints where this checkout spends its time instead.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """What spans cost: a capture of 10 prompts with 50 tokens each, with them and without.
 
-    python benchmarks/span_cost.py --rounds 5
+    OMP_NUM_THREADS=1 python benchmarks/span_cost.py --rounds 9
 
-Rounds alternate; the ratio is that of the medians. Spans are left out by replacing the functions that find them.
+The order alternates; the ratio is the median of those of each round, in processor time and on the clock. Spans are left
+out by replacing the functions that find them.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from statistics import median
 from typing import Any
 from unittest.mock import patch
+
+from measure import clocked
 
 from tlcapture.captures.from_generation import capture_of
 from tlcapture.generation.loop import generate
@@ -30,26 +33,22 @@ N_NEW = 50
 
 
 def main() -> None:
-    """Print the median seconds of both, and their ratio."""
+    """Print the ratio of both, and what spans take alone."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     rounds = parser.parse_args().rounds
     model = load_model("smollm2", device="cpu")
     prompts = read_prompt_file(shipped_datasets() / "inference" / "single_trait.json").prompts[:10]
-    _run(model, prompts)
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    for _ in range(rounds):
-        for with_spans in (False, True):
-            with ExitStack() as stack:
-                if not with_spans:
-                    stack.enter_context(_without_spans())
-                start = time.perf_counter()
-                _run(model, prompts)
-                seconds[with_spans].append(time.perf_counter() - start)
-    without, found = median(seconds[False]), median(seconds[True])
-    print(f"without spans {without:.3f} s, with spans {found:.3f} s: ratio {found / without:.4f} ({rounds} rounds)")
+
+    def without() -> None:
+        with _without_spans():
+            _run(model, prompts)
+
+    found = clocked({"without spans": without, "with spans": lambda: _run(model, prompts)}, rounds)
+    print(found.line("with spans", "without spans"))
     alone = _seconds_alone(model, prompts)
-    print(f"finding the spans of prompts and responses alone: {alone * 1000:.1f} ms, {alone / without:.2%}")
+    share = alone / median(found.processor["without spans"])
+    print(f"finding the spans of prompts and responses alone: {alone * 1000:.1f} ms, {share:.2%}")
 
 
 def _run(model: Any, prompts: Any) -> None:

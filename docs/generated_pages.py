@@ -51,6 +51,7 @@ FILES = {
     "Evaluation: `extraction/extraction_evaluation.json`": "tlcapture.traits.evaluation_files:Evaluation",
     "Steering results": "tlcapture.traits.steering_files:SteeringResults",
     "Comparison: `analysis/compare/{other}/{set}/{id}.json`": "tlcapture.comparison.comparison_files:ComparisonFile",
+    "Note: `notes/{set}/{name}_{id}.json`": "tlcapture.captures.notes:Note",
     "Export: `tlcapture-export.json`": "tlcapture.exchange.manifest:Manifest",
 }
 

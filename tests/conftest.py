@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -16,6 +17,8 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 
 from tests import typechecking  # the hook names it
+
+gc.set_threshold(1_000_000)  # imports make objects that stay
 
 # Processes that share the cores compute with their share of them: OpenMP threads in excess wait for each other far
 # longer than they work. It must be known before torch is imported.
@@ -55,11 +58,13 @@ EVIDENCE = pytest.StashKey[Evidence]()
 _GROUPS = {
     "tests/cluster": "cluster",
     "tests/integration": "embedded-model",
+    "tests/test_documentation.py": "embedded-model",
     "tests/faults": "faults",
     "tests/test_parity.py": "tiny-models",
     "tests/fast": "tiny-models",
     "tests/test_doctor.py": "tiny-models",
     "tests/test_generation.py": "tiny-models",
+    "tests/cli": "commands",
 }
 
 
@@ -96,6 +101,7 @@ def pytest_collection_finish() -> None:
     """Leave what is imported by now out of garbage collections, which would go through a million objects each time."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 @pytest.hookimpl(optionalhook=True)  # environments without pytest-xdist do not know it
@@ -154,26 +160,43 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     tiny.hf_model("llama").save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tlcapture.models.loading.load_model", _loading_once(folder))
+        patch.setattr("tlcapture.models.loading.load_model", loading_once(str(folder)))
         yield folder
 
 
-def _loading_once(folder: Path) -> Callable[..., Any]:
-    """`load_model`, which returns the model of an earlier call with the same options where it is that of the folder."""
+def loading_once(model: str) -> Callable[..., Any]:
+    """`load_model`, which returns the model of an earlier call with the same options where it is the one named."""
     from tlcapture.models.loading import load_model
 
     load_again = cache(load_model)
 
     def load(name: str = "smollm2", *words: Any, warn: Any = None, **options: Any) -> Any:
-        if name == str(folder):
+        if name == model:
             return load_again(name, *words, **options)
         return load_model(name, *words, warn=warn, **options)
 
     return load
 
 
+@pytest.fixture(scope="session")
+def libraries_found_once() -> Iterator[None]:
+    """Commands look for the libraries whose threads they limit only when modules were imported since."""
+    from threadpoolctl import ThreadpoolController
+
+    @cache
+    def found(n_modules: int) -> ThreadpoolController:
+        return ThreadpoolController()
+
+    def limited(limits: int, user_api: str) -> Any:
+        return found(len(sys.modules)).limit(limits=limits, user_api=user_api)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tlcapture.runs.background_writer.threadpool_limits", limited)
+        yield
+
+
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, libraries_found_once: None) -> Path:
     """An empty root that commands use without being told."""
     monkeypatch.setenv("TLCAPTURE_ROOT", str(tmp_path))
     return tmp_path
@@ -195,11 +218,20 @@ def tlcapture(root: Path) -> Callable[..., Result]:
 
 @contextmanager
 def quick_evaluations() -> Iterator[None]:
-    """Let `evaluate` draw fewer samples, and make its reference of short responses to the ordinary prompts."""
+    """Let `evaluate` draw fewer samples, make its reference of short responses, and the gradient take fewer steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tlcapture.commands.reference.NEW_TOKENS", 2)
         patch.setattr("tlcapture.extraction.baselines.RESAMPLES", 100)
         patch.setattr("tlcapture.extraction.cross_validation.RELABELLINGS", 60)
+        patch.setattr("tlcapture.extraction.methods.STEPS", 60)
+        yield
+
+
+@contextmanager
+def unrendered_figures() -> Iterator[None]:
+    """Let commands draw figures but not render them, which takes longer than everything else that they do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **_: file.write(b"\x89PNG"))
         yield
 
 

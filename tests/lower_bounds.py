@@ -45,6 +45,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "beartype": (*PYTEST, "tests/views", "tests/test_generation.py"),
     "hypothesis": (*PYTEST, "tests/input/test_json_files.py", "tests/traits/test_dynamics.py"),
     "import-linter": ("-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"),
+    **dict.fromkeys(("s3fs", "moto"), (*PYTEST, "tests/remote")),
     "mypy": ("-m", "mypy"),
     "peft": (*PYTEST, "tests/test_adapters.py"),
     "playwright": (*PYTEST, "tests/integration/test_page.py"),

@@ -20,7 +20,7 @@ from docs.generated_pages import api_page, commands_page, every_command, fields_
 from docs.run_notebooks import code_cells, executed
 from tests.cli.conftest import make_trait
 from tests.cli.test_conversations import with_template
-from tests.conftest import quick_evaluations
+from tests.conftest import quick_evaluations, unrendered_figures
 from tlcapture.cli.main import main
 from tlcapture.version import __version__
 
@@ -111,7 +111,7 @@ def place(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("TLCAPTURE_ROOT", raising=False)
     names = {"smollm2": tiny_folder}
     monkeypatch.setattr("tlcapture.load_model", lambda name: load_model(str(names.get(name, name)), device="cpu"))
-    with quick_evaluations():
+    with quick_evaluations(), unrendered_figures():
         yield tmp_path
 
 

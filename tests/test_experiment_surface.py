@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.cli.conftest import make_data
-from tests.conftest import quick_evaluations
+from tests.conftest import quick_evaluations, unrendered_figures
 from tests.samples import projected
 from tlcapture import Experiment
 from tlcapture.errors import InputError, VectorError
@@ -36,7 +36,7 @@ def exp(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Experime
         ("capture", *common, "--prompt-set", "short", "--max-new-tokens", 6, "--attention", "--layer-internals", 1),
         ("capture", *common, "--prompt-set", "short", "--max-new-tokens", 6, *steered),
     ]
-    with quick_evaluations():
+    with quick_evaluations(), unrendered_figures():
         for line in lines:
             done = CliRunner().invoke(main, list(map(str, line)), catch_exceptions=False)
             assert done.exit_code == 0, done.output

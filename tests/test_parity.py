@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -71,8 +72,30 @@ def random_ids(length: int, seed: int = 0) -> list[int]:
 
 
 def run_hugging_face(architecture: str, ids: list[int]) -> Any:
+    """What Hugging Face's model computes: once, for all engines that are compared with it."""
+    return _hugging_face(architecture, tuple(ids), torch.float32)
+
+
+@cache
+def _hugging_face(architecture: str, ids: tuple[int, ...], dtype: torch.dtype) -> Any:
     with torch.no_grad():
-        return tiny.hf_model(architecture)(torch.tensor([ids]), output_hidden_states=True, output_attentions=True)
+        model = tiny.hf_model(architecture, dtype)
+        return model(torch.tensor([ids]), output_hidden_states=True, output_attentions=True)
+
+
+@cache
+def written_by_hugging_face(architecture: str, ids: tuple[int, ...]) -> list[int]:
+    """The tokens of a prompt and of Hugging Face's greedy response."""
+    with torch.no_grad():
+        tokens = tiny.hf_model(architecture).generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            max_new_tokens=N_DECODED,
+            do_sample=False,
+            eos_token_id=1,  # the prompts are plain, so that the end of a turn does not end them
+            pad_token_id=1,
+        )
+    return list(tokens[0].tolist())
 
 
 def as_prompt(ids: list[int], name: str = "1") -> TokenizedPrompt:
@@ -134,7 +157,8 @@ def test_after_attn_equals_the_input_of_the_second_norm(name: str, engine: str) 
         )
         for layer in range(model.n_layers)
     ]
-    run_hugging_face(name, ids)
+    with torch.no_grad():
+        reference(torch.tensor([ids]))
     for handle in handles:
         handle.remove()
     stream = residual_view(teacher_force(model, ids, residual_hooks(model.n_layers, model.hook_names)), model.n_layers)
@@ -163,22 +187,13 @@ def test_generated_tokens_and_their_activations_equal_hugging_face(
     model = tiny.model(architecture, engine)
     ids = random_ids(20, seed=1)
     (generation,) = run(model, [ids], max_new_tokens=N_DECODED, sampling=Sampling(temperature=0))
-    reference = tiny.hf_model(architecture)
-    with torch.no_grad():
-        tokens = reference.generate(
-            torch.tensor([ids]),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-            max_new_tokens=N_DECODED,
-            do_sample=False,
-            eos_token_id=1,  # the prompts are plain, so that the end of a turn does not end them
-            pad_token_id=1,
-        )
-    assert list(generation.token_ids) == tokens[0].tolist()
+    tokens = written_by_hugging_face(architecture, tuple(ids))
+    assert list(generation.token_ids) == tokens
     # One pass over all tokens shows that activations are not shifted and that the last generated token has them too.
-    theirs = run_hugging_face(architecture, tokens[0].tolist())
+    theirs = run_hugging_face(architecture, tokens)
     deviations = Deviations(evidence, architecture, engine)
     stream = residual_view(generation.cache, model.n_layers)
-    assert stream.n_tokens == tokens.shape[1] > len(ids)
+    assert stream.n_tokens == len(tokens) > len(ids)
     for what, span in (("prompt", slice(0, len(ids))), ("decode", slice(len(ids), None))):
         for layer in range(model.n_layers):
             deviations.record(what, stream.at(layer, "residual_in")[span], theirs.hidden_states[layer][0, span])
@@ -220,8 +235,7 @@ def test_the_error_in_bfloat16_is_close_to_that_of_hugging_face(
     """
     model, ids = tiny.model(architecture, engine, BFLOAT16), random_ids(LONGER_THAN_ANY_WINDOW)
     exact = run_hugging_face(architecture, ids)
-    with torch.no_grad():
-        theirs = tiny.hf_model(architecture, BFLOAT16)(torch.tensor([ids]), output_hidden_states=True)
+    theirs = _hugging_face(architecture, tuple(ids), BFLOAT16)
     hooks = residual_hooks(model.n_layers, model.hook_names)
     state, parts = model.start(1), []
     for start, stop in pairwise([0, *range(LONGER_THAN_ANY_WINDOW - 4, LONGER_THAN_ANY_WINDOW + 1)]):

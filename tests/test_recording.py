@@ -10,7 +10,6 @@ from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -68,6 +67,16 @@ def stand_in_for_cuda(patch: pytest.MonkeyPatch, event: Any) -> None:
         ("Event", event),
     ):
         patch.setattr(torch.cuda, name, stub)
+
+
+class DoneAtOnce:
+    """An event of a device that has done all of its work."""
+
+    def record(self, stream: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
 
 
 def test_copies_arrive_in_pieces_of_which_few_are_in_transit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +280,7 @@ def test_the_size_of_a_cache_is_known_without_waiting(monkeypatch: pytest.Monkey
 
 
 def test_other_threads_may_wait_for_copies_while_more_are_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in_for_cuda(monkeypatch, MagicMock)
+    stand_in_for_cuda(monkeypatch, DoneAtOnce)
     copies = Copies(torch.device("cpu"))
     targets = [torch.zeros(4) for _ in range(1500)]
     begun: SimpleQueue[Any] = SimpleQueue()

@@ -68,7 +68,8 @@ def test_samples_have_the_activations_of_their_tokens_and_the_first_draws_what_a
 @pytest.mark.parametrize("engine", tiny.ENGINES)
 def test_samples_do_not_depend_on_the_batch_or_on_how_many_there_are(engine: str) -> None:
     model = tiny.model("llama", engine)
-    options = {"hooks": [], "sampling": Sampling(1.5, 4, repetition_penalty=1.4, top_p=0.95)}
+    rules = Sampling(1.5, 4, repetition_penalty=1.4, top_p=0.95)
+    options: dict[str, Any] = {"hooks": [], "sampling": rules, "max_new_tokens": 4}
     expected = {name: each.response_ids for name, each in run(model, 5, **options).items()}
     for batch_size in (1, 2, 7):
         found = run(model, 5, batch_size=batch_size, **options)

@@ -1,8 +1,8 @@
 """The type checker of the tests: beartype, taking an int where a float is asked for, as Python does.
 
 jaxtyping's own decorator binds the arguments of every call and checks them twice, which took a third of the time of
-the tests. Here beartype checks them once, and only functions with arrays in their signature get a scope in which
-their axes agree, in the first calls of each test: some tests make ten thousand of one function.
+the tests. Here beartype checks them once, in functions with arrays in their signature alone (mypy checks the others),
+in a scope in which their axes agree, and in the first calls of each test: some tests make ten thousand of one function.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from beartype import BeartypeConf, beartype
 
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 _scope = jaxtyping.jaxtyped("context")
-_CALLS = 50  # of a function with arrays that are checked in each test
+_CALLS = 10  # of a function with arrays that are checked in each test
 
 
 class _Test:
@@ -39,11 +39,13 @@ def jaxtyped(fn: Any = None, *, typechecker: Any = None) -> Any:
         return partial(jaxtyped, typechecker=typechecker)
     if dataclasses.is_dataclass(fn) and not hasattr(fn.__init__, "__wrapped__"):
         fn.__init__ = jaxtyped(fn.__init__)
-    if not isinstance(fn, FunctionType):
+    if not isinstance(fn, FunctionType) or "<locals>" in fn.__qualname__:  # which would be decorated in every call
         return fn
-    fn.__annotations__ = {name: _resolved(hint, fn) for name, hint in fn.__annotations__.items()}
-    checked = check(fn)
-    return _in_scope(checked, fn) if any(map(_has_array, fn.__annotations__.values())) else checked
+    hints = {name: _resolved(hint, fn) for name, hint in fn.__annotations__.items()}
+    if not any(map(_has_array, hints.values())):
+        return fn
+    fn.__annotations__ = hints
+    return _in_scope(check(fn), fn)
 
 
 def _in_scope(checked: Callable[..., Any], unchecked: Callable[..., Any]) -> Callable[..., Any]:

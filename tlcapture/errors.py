@@ -11,6 +11,8 @@ import sys
 import traceback
 from pathlib import Path
 
+from tlcapture.places import named
+
 _PACKAGE = str(Path(__file__).parent)
 
 
@@ -18,6 +20,9 @@ class TlcaptureError(Exception):
     """Base class of all errors. Exit status 1: the request was valid, but failed."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return named(super().__str__())
 
     def _render_traceback_(self) -> list[str]:
         """What IPython and notebooks show: the user's own lines that led here, and the message, in one line."""

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 
 from tlcapture.errors import InputError
+from tlcapture.places import named
 
 NEWLINE = "\u23ce"
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -18,8 +19,8 @@ _WRITTEN = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)I?B?", re.ASCII | re.IG
 
 
 def printable(text: str) -> str:
-    """The text with visible symbols in place of newlines and control characters."""
-    return "".join(c if c.isprintable() else {"\n": NEWLINE, "\t": " "}.get(c, "\ufffd") for c in text)
+    """The text with visible symbols in place of newlines and control characters, and folders by their names."""
+    return "".join(c if c.isprintable() else {"\n": NEWLINE, "\t": " "}.get(c, "\ufffd") for c in named(text))
 
 
 def first_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ import torch
 from click.testing import Result
 
 from tests import tiny
-from tests.conftest import quick_evaluations
+from tests.conftest import quick_evaluations, unrendered_figures
 from tlcapture.traits.evaluation_files import EvaluationRow
 
 Run = Callable[..., Result]
@@ -47,8 +47,7 @@ def make_data(root: Path) -> Path:
 
 @pytest.fixture(scope="package", autouse=True)
 def _quick_evaluations() -> Iterator[None]:
-    """Evaluations draw no heat maps: they take longer than everything else that the command does."""
-    with quick_evaluations(), pytest.MonkeyPatch.context() as patch:
+    with quick_evaluations(), unrendered_figures(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("tlcapture.commands.plots.evaluation_heatmaps", heatmaps_in_words)
         yield
 

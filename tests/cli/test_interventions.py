@@ -113,7 +113,7 @@ def test_extract_stores_the_median_norm_of_each_layer_which_is_the_unit(
 
 
 def test_vectors_without_a_norm_are_scaled_by_the_median_over_the_unsteered_prompts(
-    capture: Run, extract: Run, layout: Layout
+    capture: Run, tlcapture: Run, extract: Run, layout: Layout
 ) -> None:
     ok(extract())
     path = layout.folder / f"extraction/{LOUD}/vectors/metadata.json"
@@ -127,7 +127,9 @@ def test_vectors_without_a_norm_are_scaled_by_the_median_over_the_unsteered_prom
     assert "no typical norm" in result.output
     for shard in ("1/2", "2/2"):
         ok(capture(*EXACT, *STEER, "--variant", "sharded", "--shard", shard))
-    for name in ("short@mine", "short@sharded"):
+    given = ("--prompt-set", "short", "--responses-from", "exp", "--variant", "given")
+    ok(tlcapture("capture", "--experiment", "exp", *given, *STEER))
+    for name in ("short@mine", "short@sharded", "short@given"):
         for found in captures(layout, name).values():
             (record,) = found.metadata["interventions"]
             assert record["typical_norms"] == [pytest.approx(expected, rel=1e-5)] and record["norms_from"] == "prompts"

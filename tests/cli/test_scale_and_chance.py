@@ -213,8 +213,7 @@ def test_random_traits_seldom_stand_out(tmp_path: Path) -> None:
     assert sum(top.stands_out for top in tops) <= 8  # 3 are expected; more than 8 in 0.3 % of runs
 
 
-@pytest.mark.parametrize("processes", [0, 1])
-@pytest.mark.parametrize("kept", [(), ("--layers", "0,2")])
+@pytest.mark.parametrize(("kept", "processes"), [((), 0), (("--layers", "0,2"), 0), (("--layers", "0,2"), 1)])
 def test_the_summary_of_a_run_reads_no_file_that_the_run_wrote(
     evaluated: Layout, capture: Run, monkeypatch: pytest.MonkeyPatch, kept: tuple[str, ...], processes: int
 ) -> None:

@@ -6,7 +6,6 @@ import fcntl
 import os
 import pty
 import struct
-import subprocess
 import sys
 import termios
 from pathlib import Path
@@ -16,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.cli.conftest import Run, make_trait
+from tlcapture.cli.main import main
 from tlcapture.cli.tables import Coloured, Column, table_lines
 
 LONG = "a_category_with_a_long_name/" + "_".join(f"trait{n}" for n in range(12))
@@ -81,20 +81,34 @@ def test_a_command_prints_whole_rows_into_a_pipe(tlcapture: Run, long_trait: Pat
 
 
 def test_a_command_wraps_rows_on_a_terminal(long_trait: Path) -> None:
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    command = [sys.executable, "-m", "tlcapture", "traits", "check", "--traits", LONG]
-    with subprocess.Popen(command, stdout=theirs, env={**os.environ, "TERM": "xterm"}) as process:
-        os.close(theirs)
-        written = b""
-        while chunk := _read(ours):
-            written += chunk
-    os.close(ours)
-    assert process.returncode == 1  # words tell the sides apart
-    lines = written.decode().splitlines()
+    status, written = on_a_terminal(80, "traits", "check", "--traits", LONG)
+    assert status == 1  # words tell the sides apart
+    lines = written.splitlines()
     table = lines[: next(number for number, line in enumerate(lines) if line.startswith("AUROC of"))]
     assert max(map(len, table)) <= 80
     assert LONG in "".join(line.split(" ")[0] for line in table)
+
+
+def on_a_terminal(width: int, *words: str) -> tuple[int, str]:
+    """The exit status of a command in a fork of this process, and what it writes to a terminal."""
+    process, terminal = pty.fork()
+    if process == 0:
+        code = 99
+        try:
+            fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            os.environ["TERM"] = "xterm"
+            main(list(words))
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    written = b""
+    while chunk := _read(terminal):
+        written += chunk
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), written.decode()
 
 
 def _read(terminal: int) -> bytes:

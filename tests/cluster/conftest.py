@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.cli.conftest import make_prompt_set, make_trait
@@ -24,25 +25,74 @@ TEXTS = [f"tell me {'more ' * number}of it" for number in range(12)]
 _CLUSTER = """
 import sys
 import ray
-context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-print("at", context.address_info["gcs_address"], flush=True)
-sys.stdin.read()
-ray.shutdown()
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+cluster.add_node(num_cpus=1)
+print("at", cluster.address, flush=True)
+added = []
+for word in sys.stdin:
+    if word == "add\\n":
+        added.append(cluster.add_node(num_cpus=1, num_gpus=2))
+        print("done", added[0].all_processes["raylet"][0].process.pid, flush=True)
+    else:
+        cluster.remove_node(added.pop(), allow_graceful=word == "release\\n")
+        print("done 0", flush=True)
+cluster.shutdown()
 """
 
 
+class SimulatedCluster:
+    """A cluster of two nodes with one CPU each on this machine; a third, with two GPUs as well, comes and goes."""
+
+    def __init__(self, process: subprocess.Popen[str]):
+        self._process = process
+        self.address = self._answer("at ").split()[1]
+        self._third = 0  # the process of the third node
+
+    def with_third_node(self) -> None:
+        """Add the third node, unless it is there."""
+        if not self._third:
+            self._tell("add")
+
+    def lose_third_node(self, *, gracefully: bool = False) -> None:
+        """End all processes of the third node, if it is there: at once, or so that Ray knows of it."""
+        if self._third:
+            self._tell("release" if gracefully else "kill")
+
+    def is_on_third_node(self, process: int) -> bool:
+        """Whether a process is a worker of the third node."""
+        return any(parent.pid == self._third for parent in psutil.Process(process).parents())
+
+    def _tell(self, word: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{word}\n")
+        self._process.stdin.flush()
+        self._third = int(self._answer("done").split()[1])
+
+    def _answer(self, start: str) -> str:
+        assert self._process.stdout is not None
+        return next(line for line in self._process.stdout if line.startswith(start))
+
+
 @pytest.fixture(scope="session")
-def ray_address() -> Iterator[str]:
-    """The address of a cluster that runs until the end of these tests."""
+def cluster() -> Iterator[SimulatedCluster]:
+    """A cluster that runs until the end of these tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")  # as Ray tells the children of the process that starts a cluster
         patch.setenv("RAY_prestart_worker_first_driver", "0")  # processes that no test would use
         words = [sys.executable, "-c", _CLUSTER]
-        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as cluster:
-            assert cluster.stdout is not None and cluster.stdin is not None
-            yield next(line.split()[1] for line in cluster.stdout if line.startswith("at "))
-            cluster.stdin.close()
-            cluster.wait(timeout=60)
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdin is not None
+            yield SimulatedCluster(process)
+            process.stdin.close()
+            process.wait(timeout=60)
+
+
+@pytest.fixture
+def ray_address(cluster: SimulatedCluster) -> str:
+    """The address of the cluster while it has two nodes."""
+    cluster.lose_third_node()
+    return cluster.address
 
 
 @pytest.fixture(scope="session")

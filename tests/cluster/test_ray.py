@@ -18,17 +18,13 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.cluster.conftest import words_of
+from tests.cluster.conftest import SimulatedCluster, words_of
 from tests.evidence import Evidence
 from tests.faults.commands import Command, contents
 from tests.test_adapters import needs_peft, write_adapter
+from tlcapture.cluster.actor import Shared, WorkerActor
 
 RAY = ("--executor", "ray", "--workers", "2")
-
-
-def program(*words: object) -> subprocess.CompletedProcess[str]:
-    """The real program, in a separate process."""
-    return subprocess.run([sys.executable, "-m", "tlcapture", *map(str, words)], capture_output=True, text=True)
 
 
 def captured(root: Path) -> list[Path]:
@@ -86,10 +82,10 @@ def mount_unseen(folder: Path, content: Path) -> None:
 
 
 def test_a_cluster_writes_the_files_of_a_local_run(
-    ray_address: str, busy: Path, by_one_process: dict[str, Any]
+    run: Callable[..., Command], busy: Path, by_one_process: dict[str, Any]
 ) -> None:
-    done = program(*words_of(busy), *RAY, "--ray-address", ray_address, "--json")
-    assert done.returncode == 0, done.stderr
+    done = run("--json").end()
+    assert done.code == 0, done.stderr
     assert same_but_for_the_model_folder(contents(busy / "experiments" / "exp"), by_one_process)
     summary = json.loads(done.stdout)
     assert (summary["prompts"], summary["failures"], summary["retried"]) == (12, [], [])
@@ -98,17 +94,6 @@ def test_a_cluster_writes_the_files_of_a_local_run(
     assert (summary["cluster"]["workers"], summary["cluster"]["pieces"]) == (2, 6)
     assert summary["model"]["engine"] == "hooked"
     assert done.stderr.count(" of 6 batches") == 6
-
-
-def test_samples_on_a_cluster_are_those_of_a_local_run(ray_address: str, busy: Path, tmp_path: Path) -> None:
-    rules = ("--temperature", 1.5, "--top-p", 0.9, "--repetition-penalty", 1.2, "--stop", "q", "--samples", 2)
-    words = (*words_of(busy), "--limit", 2, "--max-new-tokens", 9, "--batch-size", 3, *rules)
-    local = Path(shutil.copytree(busy, tmp_path / "local"))
-    alone = Command(tmp_path / "alone", *[local if word is busy else word for word in words]).end()
-    done = Command(tmp_path / "ray", *words, *RAY, "--ray-address", ray_address).end()
-    assert (alone.code, done.code) == (0, 0), done.stderr
-    assert sorted(path.name for path in captured(busy)) == ["1.s1.pt", "1.s2.pt", "2.s1.pt", "2.s2.pt"]
-    assert same_but_for_the_model_folder(contents(busy / "experiments/exp"), contents(local / "experiments/exp"))
 
 
 def test_the_batch_of_a_killed_worker_is_run_again(
@@ -329,13 +314,86 @@ def test_variants_and_comparisons_are_the_same_on_a_cluster(ray_address: str, bu
     assert all(found[name]["kl"][-1] > 0 for name in compared)
 
 
+def test_samples_of_a_worker_with_a_gpu_are_those_of_a_local_run(
+    cluster: SimulatedCluster, busy: Path, tmp_path: Path
+) -> None:
+    """It takes one, where the cluster has GPUs. There is one CPU beside the two of this cluster, so one worker."""
+    cluster.with_third_node()
+    rules = ("--temperature", 1.5, "--top-p", 0.9, "--repetition-penalty", 1.2, "--stop", "q", "--samples", 2)
+    words = (*words_of(busy), "--limit", 2, "--max-new-tokens", 9, "--batch-size", 3, *rules)
+    local = Path(shutil.copytree(busy, tmp_path / "local"))
+    alone = Command(tmp_path / "alone", *[local if word is busy else word for word in words]).end()
+    ray = ("--executor", "ray", "--ray-address", cluster.address)
+    done = Command(tmp_path / "ray", *words, *ray, "--json").end()
+    assert (alone.code, done.code) == (0, 0), done.stderr
+    assert sorted(path.name for path in captured(busy)) == ["1.s1.pt", "1.s2.pt", "2.s1.pt", "2.s2.pt"]
+    assert same_but_for_the_model_folder(contents(busy / "experiments/exp"), contents(local / "experiments/exp"))
+    found = json.loads(done.stdout)["cluster"]
+    assert (found["workers"], found["gpus_per_worker"]) == (1, 1)
+    assert "batches for 1 workers of a Ray cluster, with 1 GPU each" in done.stderr
+    assert "hides" not in done.stderr
+    assert "core_worker.cc" not in done.stderr, "Ray complains"
+    asked = Command(tmp_path / "output", *words, *ray, "--n-devices", 3, "--overwrite").end()
+    assert asked.code == 2
+    assert "3 CPUs and 2 GPUs on 3 nodes: too few for a worker of 1 and 3 on one of them" in asked.stderr
+
+
+class UntilThirdNodeWorks:
+    """Stops workers of other nodes as they begin, so that some work is left when one of the third node begins."""
+
+    def __init__(self, cluster: SimulatedCluster, log: Path):
+        self._cluster = cluster
+        self._log = log
+        self._stopped: set[int] = set()
+        log.write_text("")
+
+    def __call__(self) -> bool:
+        for process in set(process_ids(self._log)) - self._stopped:
+            if self._cluster.is_on_third_node(process):
+                return True
+            os.kill(process, signal.SIGSTOP)
+            self._stopped.add(process)
+        return False
+
+    def let_others_go_on(self) -> None:
+        for process in self._stopped:
+            os.kill(process, signal.SIGCONT)
+
+
+def test_a_node_that_is_lost_in_the_middle_leaves_no_prompt_out(
+    cluster: SimulatedCluster, busy: Path, tmp_path: Path, by_one_process: dict[str, Any], evidence: Evidence
+) -> None:
+    experiment = busy / "experiments" / "exp"
+    on_three = ("--executor", "ray", "--workers", 3, "--gpus-per-worker", 0, "--ray-address", cluster.address)
+    project = ("project", "--root", busy, "--experiment", "exp", "--prompt-set", "busy")
+    for words in (words_of(busy), project):
+        cluster.with_third_node()
+        third_works = UntilThirdNodeWorks(cluster, busy / "log")
+        running = Command(tmp_path / "output", *words, *on_three, "--log-file", busy / "log")
+        running.wait_for(third_works)
+        cluster.lose_third_node()
+        third_works.let_others_go_on()
+        done = running.end()
+        assert done.code == 0, done.stderr
+        hidden = "the Ray cluster has 2 GPUs, which --gpus-per-worker 0 hides from its workers"
+        assert (hidden in done.stderr) == (words != project), "there is no model that would run on a GPU"
+        assert words == project or "died; its batch is run again: 2 prompts of busy" in done.stdout
+        assert same_but_for_the_model_folder(contents(experiment), by_one_process)
+        shutil.rmtree(experiment / "inference" / "tone")
+    evidence.survived(
+        "one of three nodes of a Ray cluster lost in the middle",
+        "all its processes killed while it works",
+        "all prompts captured; the files of a local run",
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--workers", "2"), "--workers needs --executor ray"),
         (("--collect",), "--collect needs --executor ray"),
         (("--executor", "ray", "--gpus-per-worker", "64"), "too few for a worker of 1 and 64"),
-        (("--executor", "ray", "--cpus-per-worker", "64"), "too few for a worker of 64 and 0"),
+        (("--executor", "ray", "--cpus-per-worker", "64"), "too few for a worker of 64 and "),
     ],
 )
 def test_options_that_a_cluster_cannot_meet_are_refused(
@@ -363,18 +421,34 @@ def test_an_address_without_a_cluster_is_an_error(busy: Path, tlcapture: Any) ->
     assert "no Ray cluster at '127.0.0.1:1'" in result.stderr.splitlines()[-1]
 
 
+def shared(root: Path, make: Any, **others: Any) -> Shared:
+    """What a worker in this process needs that sees a root."""
+    from tlcapture.storage.layout import Layout
+
+    every = {"load": None, "files": None, "threads": 1, "inputs": None, "presence": root}
+    return Shared(Layout(root, "exp"), make, "token", **{**every, **others})  # type: ignore[arg-type]
+
+
+class Idle:
+    """A worker that needs nothing."""
+
+    def __init__(self, run: Any, load: object):
+        pass
+
+    def prepare(self) -> None:
+        pass
+
+
 def test_a_worker_checks_its_driver_before_each_change(tmp_path: Path) -> None:
-    from tlcapture.cluster.actor import WorkerActor
-    from tlcapture.cluster.pool import Probe
     from tlcapture.errors import NoSpaceError
     from tlcapture.storage.files import check_changes, remove, write_bytes
-    from tlcapture.storage.layout import Layout
+    from tlcapture.storage.locks import presence
 
     kept, new = tmp_path / "kept.json", tmp_path / "new.json"
     try:
-        with Probe(tmp_path) as probe:
-            actor = WorkerActor(Layout(tmp_path, "exp"), None, "token", None, None, 1, None)  # type: ignore[arg-type]
-            assert actor.locate(probe.path, probe.content).sees_root
+        with presence(tmp_path) as path:
+            actor = WorkerActor()
+            assert actor.prepare([shared(tmp_path, Idle, presence=path)], {}).error is None
             write_bytes(kept, b"1")
         for change in (lambda: write_bytes(kept, b"2"), lambda: write_bytes(new, b"2"), lambda: remove([kept])):
             with pytest.raises(NoSpaceError, match=r"not changed: the run that this worker belongs to has ended"):
@@ -387,25 +461,19 @@ def test_a_worker_checks_its_driver_before_each_change(tmp_path: Path) -> None:
 def test_a_worker_leaves_the_other_processors_of_its_machine_to_other_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tlcapture.cluster.actor import WorkerActor
     from tlcapture.runs.background_writer import BackgroundWriter
     from tlcapture.runs.processes import Processes
-    from tlcapture.runs.run import Run
-    from tlcapture.storage.layout import Layout
 
     for name in ("TLCAPTURE_WRITERS", "TLCAPTURE_PROCESSES"):
         monkeypatch.setenv(name, "4")  # so that what the worker sets is undone
     monkeypatch.delenv("TLCAPTURE_WRITERS")
     monkeypatch.setattr("torch.set_num_threads", lambda number: None)
     monkeypatch.setattr("tlcapture.runs.background_writer.n_processors", lambda: 64)
-    layout, made = Layout(tmp_path, "exp"), []
+    made = []
 
-    class Worker:
-        def __init__(self, run: Run, load: object):
+    class Worker(Idle):
+        def __init__(self, run: Any, load: object):
             made.append((BackgroundWriter(run)._n_writers, Processes()._count))
 
-        def prepare(self) -> None:
-            pass
-
-    assert WorkerActor(layout, Worker, "token", None, None, 4, None).prepare() is None  # type: ignore[arg-type]
+    assert WorkerActor().prepare([shared(tmp_path, Worker, threads=4, inputs={})], {}).error is None
     assert made == [(2, 0)]

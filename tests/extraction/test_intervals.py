@@ -9,7 +9,7 @@ from scipy.stats import nct
 
 from tlcapture.extraction.evaluation import _noncentrality, effect_size_interval
 
-N_PAIRS, TRIALS = 13, 2000
+N_PAIRS, TRIALS = 13, 1000
 
 
 def coverage(effect: float, correlation: float, *, paired: bool) -> float:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests import tiny
-from tests.fast.test_forward import steps
+from tests.fast.test_forward import steps, steps_of_transformer_lens
 from tests.test_parity import as_prompt, random_ids, relative
 from tlcapture.generation.interventions import Add, Limit, Remove
 from tlcapture.generation.loop import generate, teacher_force
@@ -123,11 +123,8 @@ def check_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("architecture", [name for name in tiny.CONFIGS if name != "olmo2"])
 def test_every_hook_point_of_a_step_equals_transformer_lens(architecture: str, kind: str) -> None:
-    model, plain = model_of(architecture), tiny.model(architecture, "plain")
-    with torch.no_grad():
-        _, everything = plain.tl.run_with_cache(torch.tensor([random_ids(4)]), return_cache_object=False)
-    hooks = {name for name in everything if not name.startswith(("ln_final", "unembed"))}
-    for ours, theirs in zip(steps(model, hooks, reserve=True), steps(plain, hooks), strict=True):
+    model, (hooks, expected) = model_of(architecture), steps_of_transformer_lens(architecture)
+    for ours, theirs in zip(steps(model, hooks, reserve=True), expected, strict=True):
         assert ours.keys() == theirs.keys() == hooks | {"logits"}
         for name in ours:
             finite = theirs[name].isfinite()

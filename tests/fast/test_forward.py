@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from typing import Any
 
 import pytest
@@ -68,15 +69,22 @@ def without_padding(activation: Tensor, mask: Tensor) -> Tensor:
     return activation
 
 
-def test_every_hook_point_equals_transformer_lens(architecture: str) -> None:
-    fast, plain = tiny.model(architecture), tiny.model(architecture, "plain")
-    assert is_fast(fast) and not is_fast(plain)
+@cache
+def steps_of_transformer_lens(architecture: str) -> tuple[set[str], list[dict[str, Tensor]]]:
+    """The hook points up to the last block (both engines compute the rest in `unembed`), and `steps` with them."""
+    plain = tiny.model(architecture, "plain")
+    assert not is_fast(plain)
     with torch.no_grad():
         _, everything = plain.tl.run_with_cache(torch.tensor([random_ids(4)]), return_cache_object=False)
-    outside = ("ln_final", "unembed")  # after the last block: both engines compute them in `unembed`
-    hooks = {name for name in everything if not name.startswith(outside)}
+    hooks = {name for name in everything if not name.startswith(("ln_final", "unembed"))}
     assert len(hooks) > 16 * plain.n_layers
-    for ours, theirs in zip(steps(fast, hooks), steps(plain, hooks), strict=True):
+    return hooks, steps(plain, hooks)
+
+
+def test_every_hook_point_equals_transformer_lens(architecture: str) -> None:
+    fast, (hooks, expected) = tiny.model(architecture), steps_of_transformer_lens(architecture)
+    assert is_fast(fast)
+    for ours, theirs in zip(steps(fast, hooks), expected, strict=True):
         assert ours.keys() == theirs.keys() == hooks | {"logits"}
         for name in ours:
             finite = theirs[name].isfinite()  # masked scores are -inf
@@ -242,8 +250,8 @@ def test_overflowing_scores_are_not_mistaken_for_padding() -> None:
     for block in model.tl.blocks:
         block.attn.b_Q.data.fill_(1000.0)
         block.attn._b_K.data.fill_(1000.0)
-    for cache in steps(model, {"blocks.0.attn.hook_pattern"}):
-        sums = cache["blocks.0.attn.hook_pattern"].float().sum(-1)
+    for kept in steps(model, {"blocks.0.attn.hook_pattern"}):
+        sums = kept["blocks.0.attn.hook_pattern"].float().sum(-1)
         assert not (sums == 0).any()
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -22,9 +23,13 @@ from typing import Any
 
 import torch
 
-from tlcapture import cluster, commands
+import tlcapture
 
 _TIMEOUT = 120  # seconds after which a run counts as hanging
+_IMPORTED_WITHIN_FUNCTIONS = (
+    "matplotlib.figure", "scipy.special", "scipy.stats", "sklearn.feature_extraction.text", "sklearn.linear_model",
+    "sklearn.model_selection",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,9 +109,12 @@ def import_commands() -> None:
 
     What exists then is left out of the garbage collections of forks, which would copy the memory that they go through.
     """
-    for package in (commands, cluster):
-        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-            import_module(module.name)
+    for module in pkgutil.walk_packages(tlcapture.__path__, "tlcapture."):
+        if not module.name.endswith("__main__"):
+            with suppress(ImportError):  # of an optional package
+                import_module(module.name)
+    for name in _IMPORTED_WITHIN_FUNCTIONS:
+        import_module(name)
     gc.collect()
     gc.freeze()
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import make_prompt_set, make_trait
-from tests.conftest import quick_evaluations
+from tests.conftest import quick_evaluations, unrendered_figures
 from tests.faults.commands import Command, contents
 from tlcapture.runs.display import Display
 from tlcapture.runs.model_loader import ModelLoader
@@ -23,7 +23,7 @@ Start = Callable[..., Command]
 
 @pytest.fixture(scope="package", autouse=True)
 def _quick_evaluations() -> Iterator[None]:
-    with quick_evaluations():
+    with quick_evaluations(), unrendered_figures():
         yield
 
 

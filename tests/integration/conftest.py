@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from tests.conftest import loading_once
 from tlcapture import Experiment
 from tlcapture.cli.main import main
 
@@ -20,6 +22,14 @@ def copy_shortest_pairs(shipped: Path, folder: Path) -> None:
     folder.mkdir(parents=True)
     for name, lines in zip(names, zip(*shortest, strict=True), strict=True):
         (folder / name).write_text("\n".join(lines), encoding="utf-8")
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _load_the_model_once() -> Iterator[None]:
+    """Commands load the embedded model once for each set of options."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tlcapture.models.loading.load_model", loading_once("smollm2"))
+        yield
 
 
 @pytest.fixture(scope="session")

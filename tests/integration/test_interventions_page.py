@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,15 @@ def test_the_examples_print_what_the_page_shows(
 
 
 def test_the_commands_capture_one_prompt_set_steered_ablated_and_unchanged(embedded_root: Path) -> None:
+    extracted = embedded_root / "experiments/exp/extraction"
+    shutil.copytree(extracted, embedded_root / "experiments/page/extraction")
     commands = [line for block in blocks("bash") for line in block.splitlines()]
     assert len(commands) == 8
     for command in commands:
         words = [word.replace("my_exp", "page") for word in shlex.split(command)[1:]]
         exact = ["--save-dtype", "float32"]
         more = {
-            "extract": ["--methods", "mean_diff"],
+            "extract": ["--methods", "mean_diff", "--skip-existing"],
             "capture": ["--limit", "2", *([] if "--replay" in words else ["--max-new-tokens", "6", *exact])],
             "project": [],
         }[words[0]]

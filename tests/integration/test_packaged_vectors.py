@@ -169,3 +169,6 @@ def test_what_comes_with_the_package_is_whole() -> None:
     reference = read_reference(packaged_layout(), "residual")
     assert reference is not None
     assert reference.fits(30, 576)
+    for trait in packaged_layout().traits():
+        norms = VectorFiles(packaged_layout(), trait).metadata("residual", "probe")["typical_norms"]
+        assert len(norms) == 30 and min(norms) > 0  # the unit of --steer

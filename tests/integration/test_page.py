@@ -10,18 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from tests.browser import Watched, browser, server
+from tests.conftest import quick_evaluations, unrendered_figures
 from tests.input.test_capture_index import made as tiny_capture
 from tests.page.conftest import HOSTILE, write, write_experiment
 from tests.page.conftest import TOKENS as HOSTILE_TOKENS
 from tests.page.test_comparisons import comparison
+from tlcapture.captures.capture import Capture
 from tlcapture.cli.main import main
 from tlcapture.page.export import export_page
+from tlcapture.storage.files import write_tensors
+from tlcapture.storage.layout import Layout
 
 TRAIT = "style/formality"
-VIEWS = ("dynamics", "layers", "lens", "attention", "vectors", "compare", "difference")
+VIEWS = ("dynamics", "layers", "lens", "attention", "internals", "vectors", "compare", "difference")
 HERE = f"experiment=exp&set=single_trait&prompt=1&trait={TRAIT}"
 
 
@@ -34,7 +39,7 @@ def page_root(embedded_root: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     root = tmp_path_factory.mktemp("page")
     shutil.copytree(embedded_root, root, dirs_exist_ok=True)
     words = ["evaluate", "--experiment", "exp", "--root", str(root), "--component", "residual"]
-    with pytest.MonkeyPatch.context() as patch:
+    with quick_evaluations(), unrendered_figures(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("tlcapture.commands.evaluate.keep_reference", lambda *args: None)
         done = CliRunner().invoke(main, words, catch_exceptions=False)
     assert done.exit_code == 0, done.output
@@ -42,8 +47,18 @@ def page_root(embedded_root: Path, tmp_path_factory: pytest.TempPathFactory) -> 
            "result": {"trait_mean": 71.0, "coherence_mean": 93.0, "null": [float(n) for n in range(21)]}}  # fmt: skip
     results = {"baseline": {"trait_mean": 40.0, "coherence_mean": 100.0}, "runs": [run]}
     write(root / "experiments" / "exp" / "steering" / TRAIT / "results.json", results)
+    write_internals(root)
     write_comparisons(root)
     return root
+
+
+def write_internals(root: Path) -> None:
+    """Internals of a layer of prompt 1: the activations of an MLP, as a replay would store them."""
+    layout = Layout(root, "exp")
+    capture = Capture.open(layout.residual("single_trait", "1"))
+    post = torch.randn(len(capture.tokens), 64, generator=torch.Generator().manual_seed(0))
+    content = {"tokens": capture.tokens, "token_ids": capture.token_ids, "blocks.3.mlp.hook_post": post}
+    write_tensors(layout.internals("single_trait", "1", 3), content)
 
 
 def write_comparisons(root: Path) -> None:
@@ -71,6 +86,9 @@ def hostile_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An experiment with hostile tokens, and `kept`, whose projections of prompt 1 lack layer 0 and two points."""
     root = write_experiment(tmp_path_factory.mktemp("hostile"))
     write(root / "experiments/exp/analysis/compare/exp@lora/odd/1.json", comparison(1))
+    points = {point: torch.ones(2, 4) for point in ("residual_in", "after_attn", "residual_out")}
+    parts = {part: {"activations": dict.fromkeys(range(3), points)} for part in ("prompt", "response")}
+    write_tensors(root / "experiments/exp/inference/raw/residual/odd/1.pt", parts)
     kept = Path(shutil.copytree(root / "experiments" / "exp", root / "experiments" / "kept"))
     path = kept / "inference/style/odd/residual_stream/odd/1.json"
     content = json.loads(path.read_text())

@@ -11,9 +11,9 @@ import torch
 
 from tests.input import captures
 from tlcapture.captures.capture import Capture
-from tlcapture.cluster.collecting import store_outputs
 from tlcapture.errors import StorageError
 from tlcapture.names import Trait
+from tlcapture.runs.received_files import store_outputs
 from tlcapture.runs.report import Done
 from tlcapture.storage.config import read_config
 from tlcapture.storage.layout import Layout

@@ -15,11 +15,12 @@ import pytest
 from tests.samples import TOKENS, projected
 from tests.test_frames import write
 from tlcapture.commands.pictures import write_pictures
-from tlcapture.commands.plots import evaluation_heatmaps, projection_picture
+from tlcapture.commands.plots import evaluation_heatmaps, projection_picture, steering_curves
 from tlcapture.errors import InputError, StorageError
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.evaluation_files import EvaluationRow
+from tlcapture.traits.steering_files import SteeringResults
 
 
 @pytest.fixture
@@ -62,6 +63,22 @@ def test_heat_maps_of_an_evaluation_have_axes_for_each_component_even_where_no_e
     )
     assert both.shape[0] > 1.4 * one.shape[0]
     assert len(np.unique(one)) > 50
+
+
+def test_curves_of_steering_have_a_line_for_each_layer_and_bars_where_there_are_random_vectors() -> None:
+    runs = [
+        {"config": {"layers": [layer], "methods": ["probe"], "coefficients": [coefficient]},
+         "result": {"trait_mean": 50 + 9 * layer * coefficient, "coherence_mean": 90.0}}
+        for layer in (1, 2) for coefficient in (0.5, 1.0)
+    ]  # fmt: skip
+    pictures = []
+    for null in (None, [-3.0, 4.0]):
+        runs[0]["result"]["null"] = null  # type: ignore[index]
+        for n in (2, 4):
+            content = {"baseline": {"trait_mean": 40.0, "coherence_mean": 100.0}, "runs": runs[:n]}
+            pictures.append(steering_curves("tone/loud", SteeringResults.parse(content, Path("results.json"))))
+    assert len({colours(each) for each in pictures}) > 1
+    assert len(set(pictures)) == 4
 
 
 def test_only_the_traits_and_prompts_asked_for_are_drawn(layout: Layout, tmp_path: Path) -> None:

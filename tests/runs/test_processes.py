@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,12 +26,28 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Processes:
     return processes
 
 
-def test_results_and_errors_are_those_of_the_function(started: Processes) -> None:
-    assert started.call(os.getpid) != os.getpid()
-    assert started.call(math.hypot, 3.0, 4.0) == 5.0
+@pytest.fixture(scope="module")
+def running() -> Iterator[Processes]:
+    """A process that several tests give work to, started by a process that computes with two threads."""
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TLCAPTURE_PROCESSES", "1")
+        patch.setenv("OMP_NUM_THREADS", "2")
+        torch.set_num_threads(2)
+        processes = Processes()
+        processes.announce(1)
+        assert len(processes) == 1
+        assert processes.call(os.getpid) != os.getpid()
+        torch.set_num_threads(before)
+    yield processes
+    _end(processes._started)
+
+
+def test_results_and_errors_are_those_of_the_function(running: Processes) -> None:
+    assert running.call(math.hypot, 3.0, 4.0) == 5.0
     with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
-        started.call(math.sqrt, -1.0)
-    assert started.call(math.sqrt, 4.0) == 2.0
+        running.call(math.sqrt, -1.0)
+    assert running.call(math.sqrt, 4.0) == 2.0
 
 
 def test_the_work_of_a_process_that_was_killed_is_done_here(started: Processes) -> None:
@@ -44,19 +61,8 @@ def n_threads() -> set[int]:
     return {torch.get_num_threads(), *(each["num_threads"] for each in threadpool_info())}
 
 
-def test_a_process_computes_with_one_thread_whatever_this_one_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TLCAPTURE_PROCESSES", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        processes = Processes()
-        processes.announce(1)
-        assert len(processes) == 1
-        assert processes.call(os.getpid) != os.getpid()
-        assert processes.call(n_threads) == {1}
-    finally:
-        torch.set_num_threads(before)
+def test_a_process_computes_with_one_thread_whatever_this_one_has(running: Processes) -> None:
+    assert running.call(n_threads) == {1}
 
 
 def test_few_prompts_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:

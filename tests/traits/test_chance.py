@@ -123,11 +123,11 @@ def test_a_reference_is_read_as_it_was_written_and_a_damaged_one_refused(tmp_pat
         read_reference(layout, "residual")
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 8])
+@pytest.mark.parametrize("at_once", [1, 10_000, 2**18])
 def test_vectors_of_several_layers_have_the_chance_levels_that_each_has_alone(
     at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tlcapture.traits.chance._LAYERS_AT_ONCE", at_once)
+    monkeypatch.setattr("tlcapture.traits.chance._AT_ONCE", at_once)
     vectors = [vector(2, "a"), vector(0, "b"), vector(2, "c"), vector(1, "d")]
     together = projected(RandomDirections(reference(), LAYERS, WIDTH), *vectors)
     for each, found in zip(vectors, together, strict=True):

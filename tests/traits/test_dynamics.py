@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tlcapture.errors import NumericalError
-from tlcapture.traits.change_points import LEVEL, autoregressive, change_points
+from tlcapture.traits.change_points import LEVEL, _clarities, _fitted, autoregressive, change_points
 from tlcapture.traits.dynamics import Motion, Strengths, dynamics
 from tlcapture.traits.rises import BLOCK, SMOOTHED, _permuted, peak_of, rises, smoothed
 from tlcapture.views.kept_tokens import Positions
@@ -85,7 +85,9 @@ def test_permuted_rises_are_those_of_dealt_blocks(n_prompt: int, n_response: int
     """Against a slow computation of each permutation on its own."""
     rest = np.random.default_rng(0).standard_normal((3, n_prompt + n_response))[:, 1:]
     n_tokens, n_permutations = rest.shape[1], 20
-    found = _permuted(rest.T, n_response, n_permutations).T
+    rises_of, *found = _permuted(rest.T, n_response, n_permutations)
+    response = smoothed(rest[:, n_tokens - n_response :])
+    assert np.allclose(rises_of, response.max(axis=1) - rest[:, : n_tokens - n_response].mean(axis=1))
     generator = np.random.default_rng([n_tokens, n_response])
     blocks = np.array_split(np.arange(n_tokens), -(-n_tokens // BLOCK))
     on_ring = np.mean([np.roll(rest, shift, axis=1) for shift in range(-2, 3)], axis=0)
@@ -95,7 +97,7 @@ def test_permuted_rises_are_those_of_dealt_blocks(n_prompt: int, n_response: int
         prompt = np.setdiff1d(np.arange(n_tokens), response)
         line = smoothed(rest[:, response])
         line[:, 2 : n_response - 2] = on_ring[:, response[2 : n_response - 2]]
-        assert np.allclose(found[:, permutation], line.max(axis=1) - rest[:, prompt].mean(axis=1))
+        assert np.allclose(found[permutation], line.max(axis=1) - rest[:, prompt].mean(axis=1))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -110,7 +112,25 @@ def test_random_directions_commit_and_persist_as_their_motion_says(n_prompt: int
     assert np.array_equal(found.persists, motion.persists)
     for strengths, known in ((found.changes, motion.changes), (found.rises, motion.rises)):
         assert (strengths is None) == (known is None)
-        assert known is None or np.array_equal(strengths, known.strength)
+        tolerance = 1e-3 if dtype is np.float32 else 1e-8
+        assert known is None or np.allclose(strengths, known.strength, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n_tokens", [8, 9, 50, 300])
+def test_many_clarities_are_those_of_residuals(n_tokens: int, dtype: type) -> None:
+    """Also of series that are constant, that have a step without noise, and that lie far from 0."""
+    series = np.random.default_rng(7).standard_normal((n_tokens, 300)).astype(dtype)
+    series[:, :50] = series[:, :50].cumsum(axis=0)
+    series[n_tokens // 2 :, 50:100] += 4
+    series[n_tokens // 2 :, 100:150] += 1000
+    series[:, 150:200] += 1000
+    series[:, 200:] = 7.3
+    series[n_tokens // 2 :, 250:] = 9.1
+    (_, _, *known), found = _fitted(series), _clarities(series)
+    for one, other in zip(known, found, strict=True):
+        tolerance = 1e-3 if dtype is np.float32 else 1e-9
+        assert np.allclose(other, one, rtol=tolerance, atol=tolerance)
 
 
 def test_a_sustained_rise_persists() -> None:

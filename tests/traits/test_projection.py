@@ -10,7 +10,7 @@ import torch
 from tlcapture.errors import NumericalError, VectorError
 from tlcapture.names import Trait
 from tlcapture.storage.files import write_json
-from tlcapture.traits.projection import dynamics_of_file, project
+from tlcapture.traits.projection import dynamics_of_file, project, projections_to_json
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.selection import Selection
 from tlcapture.traits.vectors import TraitVector
@@ -97,7 +97,8 @@ def test_dynamics_can_be_recomputed_from_the_file(tmp_path: Path) -> None:
     (projection,) = project(stream(5), stream(9), chosen(vector("a", 2, torch.randn(WIDTH))))
     tokens = {"prompt": {"tokens": ["a"] * 5}, "response": {"tokens": ["a"] * 9}}
     path = tmp_path / "1.json"
-    write_json(path, {**tokens, **projection.to_json(), "metadata": {"vector_source": projection.source()}})
+    (found,) = projections_to_json([projection])
+    write_json(path, {**tokens, **found, "metadata": {"vector_source": projection.source()}})
     again = dynamics_of_file(ProjectionFile.read(path))
     assert again.commitment_point == projection.dynamics.commitment_point
     assert torch.allclose(again.velocity, projection.dynamics.velocity, atol=1e-4)

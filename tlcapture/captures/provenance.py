@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tlcapture.models.loading import Model
 
 RAW = "none"  # weight processing: the weights of the checkpoint, unchanged
+SAME_COMPUTATION = ("model_fingerprint", "engine", "dtype", "interventions")  # keys of metadata
 LAYERS = "layer L is block L, counted from 0: residual_out of layer 0 is the first block's output"
 
 
@@ -88,8 +89,7 @@ def point_hooks(model: Model, *, attn_out: bool, points: Iterable[str] = POINTS)
 
 def is_same_computation(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two captures, given their metadata, were computed by the same model in the same way."""
-    same = ("model_fingerprint", "engine", "dtype", "interventions")
-    return all(one.get(key) == other.get(key) for key in same)
+    return all(one.get(key) == other.get(key) for key in SAME_COMPUTATION)
 
 
 def now() -> str:

@@ -227,7 +227,7 @@ def capture(
     if given is not None:
         sets = [numbered_on(layout, given)]
     if settings.dry_run:
-        _show_estimate(console, layout, sets, refused, options, load)
+        _show_estimate(console, layout, sets, refused, options, load, elsewhere=cluster.executor != "local")
         console.next = "the same without --dry-run"
         return
     from tlcapture.commands.capture import run_capture
@@ -242,7 +242,7 @@ def capture(
         ids = [prompt.id for prompt in sets[0].prompts] if given else []
         for prompt_set in sets if options.projects else ():
             name = options.capture_set(prompt_set.name)
-            show_top_traits(console, layout, name, known=report.projected, given=ids)
+            show_top_traits(console, layout, name, "residual", report, ids)
         console.next = _next_step(location, sets, options)
 
 
@@ -300,13 +300,16 @@ def _show_estimate(
     refused: Sequence[tuple[str, str]],
     options: CaptureOptions,
     load: ModelLoader,
+    *,
+    elsewhere: bool,
 ) -> None:
     from tlcapture.commands.capture import estimate_capture
     from tlcapture.runs.report import Failed
     from tlcapture.storage.files import free_bytes
     from tlcapture.text import counted, format_bytes
 
-    (estimate, affected), free = estimate_capture(layout, sets, options, load), free_bytes(layout.folder)
+    estimate, affected = estimate_capture(layout, sets, options, load, elsewhere=elsewhere)
+    free = free_bytes(layout.folder)
     failures = [*(Failed(*each) for each in refused), *estimate.failures, *affected.failures]
     changes = {
         name: [path.relative_to(layout.folder).as_posix() for path in paths]

@@ -23,7 +23,7 @@ class ClusterOptions:
     executor: str
     ray_address: str | None
     workers: int | None
-    gpus_per_worker: float
+    gpus_per_worker: float | None
     cpus_per_worker: float
     collect: bool
 
@@ -44,16 +44,15 @@ class ClusterOptions:
 
             return LocalExecutor()
         from tlcapture.cluster.executor import RayExecutor
-        from tlcapture.cluster.pool import Cluster
 
-        cluster = Cluster(
+        return RayExecutor(
             address=self.ray_address,
             workers=self.workers,
             cpus_per_worker=self.cpus_per_worker,
             gpus_per_worker=self.gpus_per_worker,
             collect=self.collect,
+            batch_size=batch_size,
         )
-        return RayExecutor(cluster, batch_size)
 
     def _check_local(self) -> None:
         given = {
@@ -80,7 +79,9 @@ cluster_options = together(
     ),
     click.option("--workers", type=click.IntRange(min=1), help="Number of Ray workers.  [default: as many as fit]"),
     click.option(
-        "--gpus-per-worker", type=click.FloatRange(min=0), default=0.0, show_default=True, help="GPUs per Ray worker."
+        "--gpus-per-worker",
+        type=click.FloatRange(min=0),
+        help="GPUs per Ray worker; 0 runs the model on CPUs.  [default: 1, or --n-devices, where the cluster has GPUs]",
     ),
     click.option(
         "--cpus-per-worker",

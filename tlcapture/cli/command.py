@@ -72,8 +72,11 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse a command line, with the values of `tlcapture.toml` in place of defaults."""
-        root = _root(args)
-        ctx.default_map = {**(ctx.default_map or {}), **settings_of(root, self, ctx)}
+        from tlcapture.storage.object_stores import is_url
+
+        named = _named_root(args)
+        if not (is_url(named) and set(args) & set(ctx.help_option_names)):  # a remote root is not asked for help
+            ctx.default_map = {**(ctx.default_map or {}), **settings_of(_root(named), self, ctx)}
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -131,8 +134,10 @@ def settings_of(root: Path, of: click.Command, ctx: click.Context) -> dict[str, 
 def _read(path: Path) -> dict[str, Any]:
     import tomllib
 
+    from tlcapture.storage.remote_roots import local
+
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(local(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise click.UsageError(f"{path}: cannot be read: {error}") from None
 
@@ -184,7 +189,7 @@ def _as_given(value: Any, option: click.Option) -> Any:
     return [str(value)] if option.multiple else str(value)
 
 
-def _root(args: Sequence[str]) -> Path:
+def _named_root(args: Sequence[str]) -> str:
     """The root that a command line names, before it is parsed: the file with other settings lies there."""
     named = os.environ.get("TLCAPTURE_ROOT") or "."
     for place, word in enumerate(args):
@@ -192,7 +197,17 @@ def _root(args: Sequence[str]) -> Path:
             named = args[place + 1]
         elif word.startswith("--root="):
             named = word.removeprefix("--root=")
-    return Path(named).expanduser()
+    return named
+
+
+def _root(named: str) -> Path:
+    from tlcapture.errors import TlcaptureError
+    from tlcapture.storage.remote_roots import root_folder
+
+    try:
+        return root_folder(named)
+    except TlcaptureError as error:
+        raise click.UsageError(str(error)) from None
 
 
 def _without_storage(text: str) -> str:

@@ -38,7 +38,11 @@ def traits(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[
 
 
 def _root(ctx: click.Context) -> Path:
-    return Path(ctx.params.get("root") or os.environ.get("TLCAPTURE_ROOT") or ".").expanduser()
+    from tlcapture.storage.remote_roots import root_folder
+
+    with suppress(Exception):
+        return root_folder(ctx.params.get("root") or os.environ.get("TLCAPTURE_ROOT") or ".")
+    return Path(".")
 
 
 def _listed(names: list[str], incomplete: str) -> list[CompletionItem]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from math import inf
@@ -76,8 +76,11 @@ class Console(Display):
     def table(self, columns: Sequence[Column], rows: Iterable[Sequence[Cell]]) -> None:
         """Print a table, wrapped to the width of the terminal if it goes to one."""
         stream = sys.stderr if self.as_json else sys.stdout
-        for line in table_lines(columns, rows, terminal_width(stream)):
-            self.line(line)
+        lines = list(table_lines(columns, rows, terminal_width(stream)))
+        for line in lines:
+            _log().info(line)
+        if lines and not self._quiet:
+            click.echo("\n".join(map(printable, lines)), err=self.as_json)
 
     def warn(self, text: str) -> None:
         """Print a warning to standard error."""
@@ -191,20 +194,20 @@ def show_top_traits(
     console: Console,
     layout: Layout,
     prompt_set: str,
-    component: str = "residual",
-    known: Mapping[str, bytes] = {},
+    component: str,
+    report: RunReport,
     given: Sequence[PromptId] = (),
 ) -> None:
     """Print, for each prompt, the trait that rose more than chance, where it committed, and the response.
 
     Below, how many projections commit and persist, beside random directions. For a large set, print only how to view
-    it. `known` is what the run remembers of the projections that it wrote. Where prompts were `given` as text, only
-    they are shown, each with its whole answer.
+    it. The `report` of the run says what it wrote and looked at, which is not read again. Where prompts were `given` as
+    text, only they are shown, each with its whole answer.
     """
     from dataclasses import replace
 
     from tlcapture.cli.answers import show_answers
-    from tlcapture.commands.top_traits import summary_of
+    from tlcapture.commands.saved_summaries import summary_of_run
 
     names = layout.prompt_ids(prompt_set)
     n_prompts = len({split_name(name)[0] for name in names})
@@ -214,7 +217,7 @@ def show_top_traits(
         if given:
             show_answers(console, layout, prompt_set, given, [])
         return
-    summary = summary_of(layout, prompt_set, component, known)
+    summary = summary_of_run(layout, prompt_set, component, report.projected, report.seen)
     tops = [top for top in summary.tops if not given or top.prompt_id in set(map(str, given))]
     if tops:
         _show_tops(console, layout, prompt_set, replace(summary, tops=tops), n_prompts, with_responses=not given)

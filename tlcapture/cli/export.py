@@ -80,7 +80,9 @@ def export(console: Console, location: Location, settings: _Settings) -> None:
     from tlcapture.exchange.exported import Wanted
     from tlcapture.runs.report import RunReport
     from tlcapture.runs.run import Run
+    from tlcapture.storage.remote_roots import check_local
 
+    check_local(settings.to, "--to")
     layers = settings.activations
     options = ExportOptions(
         to=settings.to,

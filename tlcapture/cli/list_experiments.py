@@ -34,7 +34,7 @@ def _list_all(root: Path) -> None:
 
     names = existing_experiments(root)
     if not names:
-        click.echo(f"no experiments in {root / 'experiments'}")
+        click.echo(printable(f"no experiments in {root / 'experiments'}"))
         click.echo(f"next: {Location(DEFAULT_EXPERIMENT, root).command('capture', '--prompt', 'How do tides work?')}")
         return
     rows = []

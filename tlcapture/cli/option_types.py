@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 import click
 
-from tlcapture.errors import InputError
+from tlcapture.errors import InputError, TlcaptureError
 from tlcapture.names import Trait, split_names
 from tlcapture.prompts.template_args import parse_template_arg
 from tlcapture.runs.shards import Shard
@@ -35,6 +36,25 @@ class _Parsed(click.ParamType, ABC):
     @abstractmethod
     def _parse(self, text: str) -> Any:
         """The value; raises `InputError` or `ValueError` with a message for the user."""
+
+
+class Root(click.Path):
+    """An existing folder, or the URL of a remote root, as the folder of its working copy."""
+
+    def __init__(self) -> None:
+        super().__init__(exists=True, file_okay=False, path_type=Path)  # a mistyped one would be made
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The folder of a root; fails for one that does not exist or cannot be reached."""
+        from tlcapture.storage.object_stores import is_url
+        from tlcapture.storage.remote_roots import root_folder
+
+        if not isinstance(value, str) or not is_url(value):
+            return super().convert(value, param, ctx)
+        try:
+            return root_folder(value)
+        except TlcaptureError as error:
+            self.fail(str(error), param, ctx)
 
 
 class LayerOrWord(_Parsed):

@@ -18,6 +18,7 @@ from tlcapture.cli.option_types import (
     LayerOrWord,
     Names,
     Points,
+    Root,
     ShardOf,
     Tokens,
     Traits,
@@ -55,8 +56,10 @@ class Location:
         """The command line of another command for this experiment, as it can be typed in the current folder."""
         import shlex
 
-        default = Path(os.environ.get("TLCAPTURE_ROOT") or ".").expanduser()
-        root = [] if self.root.resolve() == default.resolve() else ["--root", str(self.root)]
+        from tlcapture.storage.remote_roots import root_folder, shown
+
+        default = root_folder(os.environ.get("TLCAPTURE_ROOT") or ".")
+        root = [] if self.root.resolve() == default.resolve() else ["--root", shown(self.root)]
         return shlex.join(["tlcapture", *name.split(), "--experiment", self.experiment, *root, *options])
 
     @property
@@ -69,11 +72,11 @@ class Location:
 
 root_option = click.option(
     "--root",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),  # a mistyped one would be made
+    type=Root(),
     default=Path("."),
     envvar="TLCAPTURE_ROOT",
     show_default="current folder",
-    help="Existing folder that holds datasets/ and experiments/.  [env: TLCAPTURE_ROOT]",
+    help="Existing folder that holds datasets/ and experiments/, or s3://BUCKET/PREFIX.  [env: TLCAPTURE_ROOT]",
 )
 
 location_options = together(

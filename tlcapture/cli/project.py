@@ -102,6 +102,9 @@ def project(
     cluster: ClusterOptions,
 ) -> None:
     """Project saved captures onto trait vectors."""
+    from tlcapture.storage.remote_roots import check_local
+
+    check_local(settings.plot, "--plot")
     layout = location.layout
     names = _captured_prompt_sets(layout, prompt_sets, dynamics_only=settings.dynamics_only)
     _check_request(location, names, vectors.vector_experiment, settings)
@@ -112,7 +115,7 @@ def project(
     for name in names:
         # Projections of an earlier run would look like this run's, had this one written nothing.
         if report.n_files or not report.failures:
-            show_top_traits(console, layout, name, settings.component, report.projected)
+            show_top_traits(console, layout, name, settings.component, report)
         if settings.plot is not None:
             # A picture that cannot be drawn must not fail the projections.
             from tlcapture.commands.pictures import write_pictures

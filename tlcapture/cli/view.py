@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 )
 @click.option("--port", type=click.IntRange(1, 65535), help="Port on 127.0.0.1.  [default: 8765, or any free port]")
 @click.option("--no-browser", is_flag=True, help="Serve the page without opening it.")
+@click.option("--read-only", is_flag=True, help="Take no notes: the page writes nothing.")
 @click.option(
     "--export", type=click.Path(dir_okay=False, path_type=Path), help="Write a single HTML file that needs no server."
 )
@@ -47,6 +48,7 @@ def view(
     prompt_set: tuple[str, ...] | None,
     port: int | None,
     no_browser: bool,
+    read_only: bool,
     export: Path | None,
     max_size: float,
     png: Path | None,
@@ -56,9 +58,12 @@ def view(
     Serves the page to this machine only, until Ctrl-C.
     """
     from tlcapture.errors import InputError
+    from tlcapture.storage.remote_roots import check_local
 
     if (export or png) and port is not None:
         raise click.UsageError("--port applies to serving, not to --export or --png")
+    check_local(export, "--export")
+    check_local(png, "--png")
     layout = location.layout
     layout.check_exists()
     captured = layout.prompt_sets()
@@ -78,7 +83,7 @@ def view(
     if png is not None:
         _draw(layout, chosen, png, all_required=prompt_set is not None)
     if export is None and png is None:
-        _serve(location, prompt_set, port, open_browser=not no_browser)
+        _serve(location, prompt_set, port, open_browser=not no_browser, read_only=read_only)
     if not is_whole:
         raise SystemExit(1)
 
@@ -123,7 +128,9 @@ def _draw(layout: Layout, prompt_sets: tuple[str, ...], folder: Path, *, all_req
         raise StorageError("; ".join(damaged))
 
 
-def _serve(location: Location, prompt_set: tuple[str, ...] | None, port: int | None, *, open_browser: bool) -> None:
+def _serve(
+    location: Location, prompt_set: tuple[str, ...] | None, port: int | None, *, open_browser: bool, read_only: bool
+) -> None:
     import webbrowser
     from urllib.parse import urlencode
 
@@ -135,4 +142,4 @@ def _serve(location: Location, prompt_set: tuple[str, ...] | None, port: int | N
     click.echo(printable(f"{location.experiment} at {address}  (Ctrl-C to stop)"))
     if open_browser and not webbrowser.open(address):
         click.echo("cannot open a browser: open the address yourself", err=True)
-    serve(location.root, listening)
+    serve(location.root, listening, read_only=read_only)

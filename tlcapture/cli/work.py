@@ -26,6 +26,7 @@ from tlcapture.cli.console import Console
 from tlcapture.cli.grouping import together
 from tlcapture.cli.stopping import Interrupted, StopSignals
 from tlcapture.errors import NoSpaceError, TlcaptureError
+from tlcapture.places import named
 
 if TYPE_CHECKING:
     from tlcapture.runs.record import Invocation
@@ -67,6 +68,10 @@ def working(command: Callable[..., None]) -> Callable[..., None]:
         from tlcapture.cli.logs import logging_to
         from tlcapture.storage.files import FSYNC, fsyncing
 
+        try:
+            _check_places(ctx, log_file)
+        except TlcaptureError as error:
+            raise click.UsageError(str(error)) from None
         is_elsewhere = ctx.params.get("ray_address") or os.environ.get("RAY_ADDRESS")
         if fsync and ctx.params.get("executor") == "ray" and is_elsewhere:
             raise click.UsageError(
@@ -79,6 +84,21 @@ def working(command: Callable[..., None]) -> Callable[..., None]:
         sys.exit(ending.exit_code)
 
     return wrapped
+
+
+def _check_places(ctx: click.Context, log_file: Path | None) -> None:
+    """Raise a `TlcaptureError` for what a remote root cannot do."""
+    from tlcapture.errors import InputError
+    from tlcapture.storage.remote_roots import check_local, url_of
+
+    check_local(log_file, "--log-file")
+    root = ctx.params.get("root")
+    url = url_of(root) if ctx.params.get("executor") == "ray" and root is not None else None
+    if url is not None:
+        raise InputError(
+            f"--executor ray needs a root that is a folder on every node, not {url}: let each node run a shard "
+            "instead, --shard 1/N to N/N"
+        )
 
 
 @dataclass(frozen=True)
@@ -140,13 +160,13 @@ def _json_value(value: Any) -> Any:
     """The value of an option as JSON holds it."""
     if isinstance(value, list | tuple):
         return [_json_value(each) for each in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else named(str(value))
 
 
 def _print_ending(console: Console, ending: _Ending, *, as_json: bool) -> None:
     report = console.recorded
     if as_json:
-        content = {} if report is None else {**report.to_json(), "record": str(report.path)}
+        content = {} if report is None else {**report.to_json(), "record": named(str(report.path))}
         summary = {"status": ending.status, "exit_code": ending.exit_code, "error": ending.error, **console.facts}
         import json
 

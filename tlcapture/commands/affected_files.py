@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tlcapture.captures.capture import Capture
 from tlcapture.commands.capture_options import CaptureOptions
 from tlcapture.commands.capture_outputs import Outputs
 from tlcapture.commands.capture_tasks import CaptureTask
+from tlcapture.commands.known_files import KnownFiles
 from tlcapture.commands.projections import without_projection
 from tlcapture.errors import InputError, StorageError
 from tlcapture.names import PromptId, file_name
@@ -44,8 +44,9 @@ class AffectedFiles:
             for prompt in task.batched:
                 if prompt.name in task.fresh:
                     found._add_fresh(layout, options, name, prompt.name, options.outputs(n_layers))
+            files = KnownFiles(layout, name, len(task.saved))
             for prompt_id, wanted in task.saved.items():
-                found._add_saved(layout, options, name, prompt_id, wanted, chooser)
+                found._add_saved(options, files, prompt_id, wanted, chooser)
         return found
 
     def _add_fresh(
@@ -61,29 +62,26 @@ class AffectedFiles:
         self.removed += [path for path in existing if path not in written]
 
     def _add_saved(
-        self,
-        layout: Layout,
-        options: CaptureOptions,
-        name: str,
-        prompt_id: PromptId,
-        wanted: Outputs,
-        chooser: VectorChooser,
+        self, options: CaptureOptions, files: KnownFiles, prompt_id: PromptId, wanted: Outputs, chooser: VectorChooser
     ) -> None:
-        self.replaced += [path for path in wanted.add_on_files(layout, name, prompt_id) if path.is_file()]
-        raw = layout.residual(name, prompt_id)
-        if not options.projects or not raw.is_file():
+        name, of_prompt = files.capture_set, files.of(prompt_id)
+        self.replaced += [each.path for each in wanted.existing_add_ons(of_prompt)]
+        if not options.projects:
             return
         try:
-            capture = Capture.open(raw)
+            capture = of_prompt.capture()
+            if capture is None:
+                return
             chosen = [
                 vector
-                for component in ("residual", *(["attn_out"] if capture.prompt.residual.attn_out is not None else []))
-                for vector in without_projection(layout, capture, chooser.vectors(capture, component), options.existing)
+                for component in capture.components
+                for vector in without_projection(of_prompt, chooser.vectors(capture, component), options.existing)
             ]
         except StorageError as error:
             self.failures.append(Failed(f"{name}/{prompt_id}", str(error)))
             return
-        paths = (layout.projection(each.vector.trait, each.vector.component, name, prompt_id) for each in chosen)
+        traits = ((each.vector.trait, each.vector.component) for each in chosen)
+        paths = (files.layout.projection(*each, name, prompt_id) for each in traits)
         self.replaced += [path for path in paths if path.is_file()]
 
 

@@ -22,7 +22,7 @@ from tlcapture.commands.capture_options import NO_CHOICE, CaptureOptions
 from tlcapture.commands.capture_size import CaptureSize, n_projections
 from tlcapture.commands.capture_tasks import CaptureTask, TaskPlanner
 from tlcapture.commands.capture_worker import CaptureWorker
-from tlcapture.commands.memory_need import Sized, check_memory, most_memory
+from tlcapture.commands.memory_need import Sized, check_memory, most_memory, prompt_sizes
 from tlcapture.commands.projection_writing import merge_projections
 from tlcapture.errors import InputError, NoSpaceError, StorageError
 from tlcapture.logger import get_logger
@@ -35,6 +35,7 @@ from tlcapture.runs.report import Failed, RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.config import read_config
+from tlcapture.storage.file_index import remember
 from tlcapture.storage.files import free_bytes, sweep_temporaries
 from tlcapture.storage.layout import Layout
 from tlcapture.text import as_ranges, format_bytes
@@ -80,11 +81,12 @@ def run_capture(
     for note in (note for prompt_set in prompt_sets for note in mistyped_keys(prompt_set)):
         run.warn(note)
     known_model = partial(executor.known_model, load)
-    planner = TaskPlanner(layout, options, read_config(layout), load.name, known_model)
+    planner = TaskPlanner(layout, options, read_config(layout), load.name, known_model, run.report.learn)
     tasks = planner.tasks(prompt_sets)
     _check_space(CaptureSize.of(tasks, layout, options, lambda: known_model().measures), layout)
-    if any(task.has_work for task in tasks) and isinstance(model := known_model(), Model):
-        check_memory(tasks, layout, options, model)
+    known = known_model() if any(task.has_work for task in tasks) else None
+    if isinstance(known, Model):
+        check_memory(tasks, layout, options, known)
     for folder in [layout.folder, *layout.written_folders(task.capture_set for task in tasks)]:
         sweep_temporaries(folder)
     for task in tasks:
@@ -95,6 +97,7 @@ def run_capture(
     busy = {task.capture_set for task in tasks if task.has_work or (task.saved and options.projects)}
     run.report.n_skipped += sum(len(task.saved) for task in tasks if task.capture_set not in busy)
     with ExitStack() as stack:
+        stack.callback(remember, layout, run.report.learned)
         # Always in the same order, so that no two runs wait for each other.
         locks = [run_lock(run, f"captures of {name}", options.shard) for name in sorted(busy)]
         waited = [stack.enter_context(lock) for lock in locks]
@@ -104,9 +107,15 @@ def run_capture(
             tasks = planner.tasks(prompt_sets)
         for what, reason in (each for task in tasks for each in task.failing):
             run.failed(what, reason)
+        # Where other processes load the model, each of them compares these with the memory of its machine.
+        checks = known is not None and not isinstance(known, Model)
+        sizes = prompt_sizes(tasks, layout, options, known_model().n_layers) if checks else ()
+        norm_prompts = {task.prompt_set.name: task.norm_prompts for task in tasks}
+        planned = {task.capture_set: {"new": len(task.fresh), "kept": len(task.saved)} for task in tasks}
+        display.uses(planned=planned)
         executor.run(
             Work(
-                partial(CaptureWorker, options),
+                partial(CaptureWorker, options, norm_prompts=norm_prompts, sizes=sizes),
                 load,
                 [task for task in tasks if task.capture_set in busy],
                 size=lambda task: len(task.fresh) * task.max_new_tokens,
@@ -134,11 +143,16 @@ def _other_sampling_warning(task: CaptureTask) -> str:
 
 
 def estimate_capture(
-    layout: Layout, prompt_sets: Sequence[PromptSet], options: CaptureOptions, load: ModelLoader
+    layout: Layout,
+    prompt_sets: Sequence[PromptSet],
+    options: CaptureOptions,
+    load: ModelLoader,
+    *,
+    elsewhere: bool = False,
 ) -> tuple[CaptureSize, AffectedFiles]:
     """The size of what `run_capture` would write, and which existing files it would change; writes nothing.
 
-    The model's weights are not loaded.
+    The model's weights are not loaded. With `elsewhere`, the memory of this machine does not matter.
     """
     outline = load.outline
     options = with_packaged(options, layout, load)
@@ -151,7 +165,8 @@ def estimate_capture(
     model = Sized.of(outline.measures, load.device, load.dtype)
     size.memory = most_memory(tasks, layout, options, model)
     try:
-        check_memory(tasks, layout, options, model)
+        if not elsewhere:
+            check_memory(tasks, layout, options, model)
     except InputError as error:
         size.failures.append(Failed("memory", str(error)))
     return size, affected

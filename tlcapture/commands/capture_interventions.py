@@ -10,9 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from tlcapture.captures.capture import Capture
 from tlcapture.commands.capture_options import CaptureOptions
-from tlcapture.commands.capture_records import CaptureRecord
+from tlcapture.commands.known_files import KnownFiles
 from tlcapture.errors import InputError, StorageError
 from tlcapture.generation.typical_norms import NORMS_MEASURED, norms_over_prompts
 from tlcapture.models.loading import Model
@@ -91,15 +90,16 @@ def with_norms(
     return [each.with_norms(norms) for each in options.resolved]
 
 
-def check_same_interventions(layout: Layout, capture_set: str, options: CaptureOptions) -> None:
+def check_same_interventions(files: KnownFiles, options: CaptureOptions) -> None:
     """Raise `InputError` if a variant holds captures under other interventions and is not to be overwritten.
 
     Likewise if they are of another adapter, or of the tokens of other captures.
     """
+    capture_set = files.capture_set
     if variant_of(capture_set) is None or options.replay or options.overwrite:
         return
     asked = identity(options.intervention_records)
-    for metadata in _metadata_of(layout, capture_set):
+    for metadata in _metadata_of(files):
         if identity(metadata.get("interventions")) != asked:
             held = "; ".join(map(described, metadata.get("interventions") or ())) or "no intervention"
             raise InputError(
@@ -123,12 +123,14 @@ def _source(metadata: Mapping[str, Any]) -> str | None:
     return None if found is None else str(found.get("inference_experiment", "other captures"))
 
 
-def _metadata_of(layout: Layout, capture_set: str) -> Iterator[Mapping[str, Any]]:
+def _metadata_of(files: KnownFiles) -> Iterator[Mapping[str, Any]]:
     """Metadata of the captures of a set, as far as they can be read, and of one of those that were only projected."""
+    layout, capture_set = files.layout, files.capture_set
     captured = dict.fromkeys(layout.captured(capture_set))
     for prompt_id in captured:
         with suppress(StorageError):  # reported by whoever would replace it
-            yield Capture.open(layout.residual(capture_set, prompt_id)).metadata
+            if (found := files.of(prompt_id, again=True).capture()) is not None:
+                yield found.metadata
     projected = (each for each in layout.prompt_ids(capture_set) if each not in captured)
-    records = (CaptureRecord.find(layout, capture_set, prompt_id) for prompt_id in projected)
+    records = (files.of(prompt_id).made_from() for prompt_id in projected)
     yield from (record.metadata for record in islice(filter(None, records), 1))

@@ -12,16 +12,19 @@ from torch import Tensor
 
 from tlcapture.captures.capture import Capture, common_dtype
 from tlcapture.captures.from_generation import is_alike
+from tlcapture.captures.known_capture import KnownCapture
 from tlcapture.captures.provenance import sample_record
 from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.kept_positions import lacks_positions, wanted_positions
+from tlcapture.commands.known_files import PromptFiles
+from tlcapture.commands.known_views import PresentFile
 from tlcapture.commands.view_files import write_attention_file, write_lens_file
 from tlcapture.commands.view_parts import ViewParts
-from tlcapture.errors import NumericalError, StorageError
+from tlcapture.errors import NumericalError
 from tlcapture.models.loading import Model
 from tlcapture.names import PromptId
 from tlcapture.prompts.tokenization import token_texts
-from tlcapture.runs.existing_files import is_readable
+from tlcapture.runs.existing_files import saved_capture
 from tlcapture.shapes import Residual
 from tlcapture.storage.files import Written, remove, write_tensors
 from tlcapture.storage.layout import Layout, derived_files
@@ -31,14 +34,11 @@ from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import hook
 from tlcapture.views.internals import internals_hooks, internals_view
 from tlcapture.views.kept_points import KeptPoints
-from tlcapture.views.kept_tokens import KeptTokens, Positions
+from tlcapture.views.kept_tokens import KeptTokens, Positions, kept_of
 from tlcapture.views.logit_lens import LogitLens, logit_lens_hooks, logit_lens_view
 from tlcapture.views.residual import residual_hooks
 
 Write = Callable[[], Written]
-
-# Advice for a file at the path of a capture that cannot be read as one.
-REPLACE = "use --overwrite to replace it and all files derived from it"
 
 
 class HasHooks(Protocol):
@@ -89,18 +89,11 @@ class Outputs:
         """Whether activations other than the residual stream are needed."""
         return self.attention or bool(self.internals)
 
-    def _is_held_by(self, raw: Path) -> bool:
-        """Whether a raw residual file exists, can be read, and has all requested layers and points."""
-        if not raw.is_file():
-            return False
-        try:
-            capture = Capture.open(raw)
-        except StorageError:
-            return False
-        has_attn_out = capture.prompt.residual.attn_out is not None
-        wanted = wanted_positions(self.tokens, capture, fresh=self.residual)
-        has_rows = capture.positions.includes(wanted) or not self.residual
-        return capture.kept.includes(self.kept) and has_rows and (has_attn_out or not self.attn_out)
+    def is_held_by(self, saved: KnownCapture) -> bool:
+        """Whether a saved capture has all requested layers, points and tokens."""
+        fresh = kept_of(self.tokens, saved.n_prompt, saved.n_tokens)
+        has_rows = not self.residual or saved.positions.includes(fresh)
+        return saved.kept.includes(self.kept) and has_rows and (saved.has_attn_out or not self.attn_out)
 
     def add_on_files(self, layout: Layout, prompt_set: str, prompt_id: PromptId) -> list[Path]:
         """The files of the requested add-ons, whether they exist or not."""
@@ -111,36 +104,39 @@ class Outputs:
             *(layout.internals(*where, layer) for layer in self.internals),
         ]
 
-    def missing(self, layout: Layout, prompt_set: str, prompt_id: PromptId, *, overwrite: bool = False) -> Outputs:
-        """The requested outputs that do not exist yet or are older than the prompt's capture.
+    def existing_add_ons(self, files: PromptFiles) -> list[PresentFile]:
+        """The files of the requested add-ons that exist."""
+        found = [
+            files.attention() if self.attention else None,
+            files.logit_lens() if self.logit_lens else None,
+            *(files.internals(layer) for layer in self.internals),
+        ]
+        return [each for each in found if each is not None]
+
+    def missing(self, files: PromptFiles, saved: KnownCapture, *, overwrite: bool = False) -> Outputs:
+        """The requested outputs that a saved capture lacks: those that do not exist or are older than it.
 
         With `overwrite`, files of add-ons that cannot be read count as missing.
         """
-        raw = layout.residual(prompt_set, prompt_id)
-        if not self._is_held_by(raw):
-            return self
-        captured = raw.stat().st_mtime_ns
-        return self.lacking(layout, prompt_set, prompt_id, since=captured, overwrite=overwrite)
+        return self.lacking(files, since=files.captured_ns, overwrite=overwrite) if self.is_held_by(saved) else self
 
-    def lacking(
-        self, layout: Layout, prompt_set: str, prompt_id: PromptId, *, since: int = 0, overwrite: bool = False
-    ) -> Outputs:
+    def lacking(self, files: PromptFiles, *, since: int = 0, overwrite: bool = False) -> Outputs:
         """The requested add-ons that do not exist or were modified before `since`, in nanoseconds since the epoch."""
 
-        def lacks(path: Path) -> bool:
-            if not path.is_file() or path.stat().st_mtime_ns < since:
+        def lacks(found: PresentFile | None, parts: ViewParts | None = self.parts) -> bool:
+            if found is None or found.mtime_ns < since:
                 return True
-            return lacks_positions(path, self.tokens) or (overwrite and not is_readable(layout, path))
+            if found.view is None:  # which is reported by whoever replaces it
+                return overwrite
+            lacks_layers = parts is not None and parts.are_lacked_by(found.view)
+            return lacks_layers or lacks_positions(found.view, self.tokens)
 
-        attention, lens = (
-            layout.saved(path_of(prompt_set, prompt_id)) for path_of in (layout.attention, layout.logit_lens)
-        )
         return replace(
             self,
             residual=False,
-            attention=self.attention and (lacks(attention) or self.parts.are_lacked_by(attention)),
-            logit_lens=self.logit_lens and (lacks(lens) or self.parts.are_lacked_by(lens)),
-            internals=tuple(n for n in self.internals if lacks(layout.internals(prompt_set, prompt_id, n))),
+            attention=self.attention and lacks(files.attention()),
+            logit_lens=self.logit_lens and lacks(files.logit_lens()),
+            internals=tuple(layer for layer in self.internals if lacks(files.internals(layer), None)),
         )
 
     def live_hooks(self, model: HasHooks) -> list[str]:
@@ -175,7 +171,7 @@ def write_capture(
             remove(derived)
             on_removed([*derived, *remove_sharded(layout, capture_set, name)])
 
-    return capture.save(path, before_replacing=remove_derived)
+    return capture.save(path, before_replacing=remove_derived).knowing(KnownCapture.of(capture).facts())
 
 
 def remove_stale(layout: Layout, capture: Capture) -> Sequence[Path]:
@@ -294,23 +290,3 @@ def _internals_content(capture: Capture, cache: Cache, layer: int, positions: Po
         "n_prompt_tokens": len(capture.prompt.tokens),
         "metadata": {**metadata, **positions.record()},
     }
-
-
-def saved_capture(raw: Path, *, overwrite: bool, advice: str = REPLACE) -> Capture | None:
-    """The capture stored at `raw`; `None` if no file exists, or if `overwrite` is set and it cannot be read.
-
-    Raises:
-        StorageError: the path is not a regular file, or the file cannot be read and `overwrite` is not set. It is not
-            replaced, since it may belong to another program; the message ends with `advice`.
-    """
-    if not raw.is_file():
-        if raw.exists():
-            found = "a folder" if raw.is_dir() else "something that is not a regular file"
-            raise StorageError(f"{raw}: expected a file, found {found}: move it")
-        return None
-    try:
-        return Capture.open(raw)
-    except StorageError as error:
-        if overwrite:
-            return None
-        raise StorageError(f"{error}: {advice}") from None

@@ -12,16 +12,17 @@ from functools import cached_property
 from typing import Any
 
 from tlcapture.captures.capture import Capture
+from tlcapture.captures.known_capture import CaptureNames
 from tlcapture.captures.provenance import is_same_computation, model_record, point_hooks
 from tlcapture.errors import InputError, StorageError
 from tlcapture.models.loading import Model
-from tlcapture.names import PromptId, capture_name, of_variant
+from tlcapture.names import PromptId
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.saved_projections import all_saved
 from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.kept_tokens import KeptTokens, Positions, kept_of, stated_positions
 
-_SAME_FOR_A_RUN = (
+SAME_FOR_A_RUN = (
     "inference_model",
     "prompt_text",
     "messages",
@@ -35,38 +36,12 @@ _SAME_FOR_A_RUN = (
 
 
 @dataclass(frozen=True)
-class CaptureRecord:
+class CaptureRecord(CaptureNames):
     """Metadata and tokens of a capture that was projected and not saved, and of which tokens projections were kept."""
 
     metadata: Mapping[str, Any]
     tokens: Sequence[str] = ()
     positions: Positions | None = None
-
-    @property
-    def prompt_set(self) -> str:
-        """Name of the prompt set."""
-        return str(self.metadata["prompt_set"])
-
-    @property
-    def capture_set(self) -> str:
-        """The set that the capture's files are in: its prompt set, or a variant of it, `SET@VARIANT`."""
-        return of_variant(self.prompt_set, self.metadata.get("variant"))
-
-    @property
-    def prompt_id(self) -> PromptId:
-        """Id of the prompt in its set: a text or a number."""
-        found = self.metadata["prompt_id"]
-        return found if isinstance(found, int) else str(found)
-
-    @property
-    def sample(self) -> int | None:
-        """Which of several responses to the prompt it is of; `None` for the only one."""
-        return self.metadata.get("sample")
-
-    @property
-    def name(self) -> PromptId:
-        """The name of the capture in file names."""
-        return capture_name(self.prompt_id, self.sample)
 
     @property
     def n_layers(self) -> int:
@@ -122,7 +97,7 @@ class CaptureRecord:
             self.tokens == other.tokens
             and self.positions == other.positions
             and is_same_computation(self.metadata, other.metadata)
-            and all(self.metadata.get(key) == other.metadata.get(key) for key in _SAME_FOR_A_RUN)
+            and all(self.metadata.get(key) == other.metadata.get(key) for key in SAME_FOR_A_RUN)
         )
 
     def holds(self, tokens: KeptTokens | None) -> bool:

@@ -10,29 +10,28 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
-from tlcapture.captures.capture import Capture
+from tlcapture.captures.known_capture import KnownCapture, conversation_of
 from tlcapture.commands.capture_interventions import check_same_interventions
 from tlcapture.commands.capture_options import CaptureOptions
-from tlcapture.commands.capture_outputs import REPLACE, Outputs, saved_capture
+from tlcapture.commands.capture_outputs import Outputs
 from tlcapture.commands.capture_places import Place, PromptError, batches, chunks
-from tlcapture.commands.capture_records import CaptureRecord
 from tlcapture.commands.given_responses import most_new_tokens, prompt_of
+from tlcapture.commands.known_files import KnownFiles, PromptFiles
 from tlcapture.commands.projections import without_projection
 from tlcapture.errors import InputError, StorageError
 from tlcapture.generation.checkpoint_sampling import is_recorded
 from tlcapture.generation.samples import check_names
 from tlcapture.names import PromptId, of_variant, split_name
 from tlcapture.prompts.chat_template import NO_ARGS
-from tlcapture.prompts.conversations import without_system
 from tlcapture.prompts.prompt_sets import Prompt, PromptSet
 from tlcapture.prompts.template_args import template_args
 from tlcapture.prompts.thinking import THINKING_TOKENS
 from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
-from tlcapture.runs.existing_files import OVERWRITE, check_replaceable
+from tlcapture.runs.existing_files import OVERWRITE, REPLACE, check_replaceable
 from tlcapture.storage.config import ExperimentConfig
+from tlcapture.storage.file_index import Learn
 from tlcapture.storage.layout import Layout, derived_files
 from tlcapture.traits.choice import VectorChooser
 from tlcapture.traits.intervention_records import identity
@@ -105,18 +104,20 @@ class CaptureTask:
         return f"{self.capture_set}/{ids[0]}" if len(ids) == 1 else f"{len(ids)} prompts of {self.capture_set}"
 
     def split(self, most: int) -> list[CaptureTask]:
-        """Split into tasks of at most `most` prompts, each a batch of prompts of similar length."""
+        """Split into tasks of at most `most` prompts, each a batch of prompts of similar length.
+
+        They hold nothing of the set's other prompts, also not those on which norms are measured.
+        """
         ordered = sorted(self.batched, key=lambda prompt: len(prompt.token_ids), reverse=True)
+        only_name = PromptSet.model_construct(name=self.prompt_set.name, prompts=[])
+        same = {name: getattr(self, name) for name in ("max_new_tokens", "longest", "variant")}
+        bare = CaptureTask(only_name, (), frozenset(), {}, (), **same)
         parts = [
-            replace(self, batched=batch, fresh=fresh, saved={}, refused=(), unreadable=())
+            replace(bare, batched=batch, fresh=fresh)
             for batch in batches(ordered, most)
             if (fresh := self.fresh & {prompt.name for prompt in batch})
         ]
-        saved = list(self.saved.items())
-        return parts + [
-            replace(self, batched=(), fresh=frozenset(), saved=dict(chunk), refused=(), unreadable=())
-            for chunk in chunks(saved, most)
-        ]
+        return parts + [replace(bare, saved=dict(chunk)) for chunk in chunks(list(self.saved.items()), most)]
 
 
 class TaskPlanner:
@@ -129,12 +130,14 @@ class TaskPlanner:
         config: ExperimentConfig,
         model_name: str,
         model: Callable[[], HasTokenizer],
+        learn: Learn = lambda path, learned: None,
     ):
         self._layout = layout
         self._options = options
         self._config = config
         self._model_name = model_name
         self._model = model
+        self._learn = learn
         self._other_sampling: list[PromptId] = []
         self._chooser = VectorChooser(layout, options.vectors)
 
@@ -154,11 +157,12 @@ class TaskPlanner:
     def task(self, prompt_set: PromptSet) -> CaptureTask:
         """The task for a prompt set; prompts that cannot be captured as asked are in its `refused`."""
         capture_set = self._options.capture_set(prompt_set.name)
-        check_same_interventions(self._layout, capture_set, self._options)
         limited = prompts = prompt_set.prompts[: self._options.limit]
         if self._options.shard is not None:
             prompts = list(self._options.shard.of(prompts))
         check_names(prompt_set.name, [prompt.id for prompt in prompt_set.prompts], self._options.samples)
+        files = KnownFiles(self._layout, capture_set, len(prompts), self._learn)
+        check_same_interventions(files, self._options)
         saved: dict[PromptId, Outputs] = {}
         refused: list[tuple[str, str]] = []
         unreadable: list[tuple[str, str]] = []
@@ -169,7 +173,7 @@ class TaskPlanner:
             for sample in samples[prompt.id]:
                 place = Place(prompt_set, prompt, sample, capture_set)
                 try:
-                    wanted = self._wanted(place)
+                    wanted = self._wanted(place, files.of(place.name))
                 except StorageError as error:
                     unreadable.append((str(place), str(error)))
                     continue
@@ -232,15 +236,17 @@ class TaskPlanner:
             found.setdefault(prompt_id, []).append(sample)
         return {prompt.id: found.get(str(prompt.id), [None]) for prompt in prompts}
 
-    def _wanted(self, place: Place) -> Outputs:
+    def _wanted(self, place: Place, files: PromptFiles) -> Outputs:
         """The outputs that a capture lacks, or all; raises `StorageError` or `PromptError` where it cannot be made."""
-        options, raw = self._options, self._layout.residual(*place.where)
+        options = self._options
         advice = "capture it again with --overwrite" if options.replay else REPLACE
-        existing = saved_capture(raw, overwrite=options.overwrite, advice=advice)
+        existing = files.capture(overwrite=options.overwrite, advice=advice)
         if existing is not None and existing.sample != place.sample:
-            raise StorageError(f"{raw}: the capture of another prompt, {existing.prompt_id}: rename one of the prompts")
-        wanted = self._lacking(place, raw, existing)
-        self._check_replaceable(place, wanted, existing)
+            raise StorageError(
+                f"{files.raw}: the capture of another prompt, {existing.prompt_id}: rename one of the prompts"
+            )
+        wanted = self._lacking(place, files, existing)
+        self._check_replaceable(place, files, wanted, existing)
         return wanted
 
     def _most_tokens(self, prompts: Sequence[TokenizedPrompt]) -> int:
@@ -250,7 +256,7 @@ class TaskPlanner:
         asked, thinks = self._options.max_new_tokens, any(prompt.thinks for prompt in prompts)
         return max(asked, THINKING_TOKENS) if thinks and self._options.longer_where_thinking else asked
 
-    def _most_tokens_asked(self, saved: Capture | CaptureRecord) -> int | None:
+    def _most_tokens_asked(self, saved: KnownCapture) -> int | None:
         """The maximum length that a saved response should have had; `None` where its own is one by default.
 
         By default it is longer for a model that thinks, unless thinking is off, and as far as the context allows it.
@@ -260,68 +266,68 @@ class TaskPlanner:
         is_by_default = may_be_longer and isinstance(found, int) and asked <= found <= THINKING_TOKENS
         return None if is_by_default else asked
 
-    def _check_replaceable(self, place: Place, wanted: Outputs, saved: Capture | None) -> None:
+    def _check_replaceable(self, place: Place, files: PromptFiles, wanted: Outputs, saved: KnownCapture | None) -> None:
         """Raise `StorageError` if a file cannot be read that would be replaced, removed, or passed over as present."""
-        if wanted.residual or saved is None:
-            files = [*derived_files(self._layout, *place.where), *merged_files(self._layout, place.capture_set)]
-        else:
-            files = self._options.outputs(saved.n_layers).add_on_files(self._layout, *place.where)
+        if wanted.residual:
+            paths = [*derived_files(self._layout, *place.where), *merged_files(self._layout, place.capture_set)]
+        else:  # projections of a capture that was not saved have all been read
+            asked = files.add_ons() if saved is None else self._options.outputs(saved.n_layers).existing_add_ons(files)
+            paths = [each.path for each in asked if each.view is None]
         advice = f"leave out --replay and {OVERWRITE}" if self._options.replay else OVERWRITE
-        for path in files:
+        for path in paths:
             check_replaceable(self._layout, path, overwrite=self._options.overwrite, advice=advice)
 
-    def _lacking(self, place: Place, raw: Path, saved: Capture | None) -> Outputs:
+    def _lacking(self, place: Place, files: PromptFiles, saved: KnownCapture | None) -> Outputs:
         """The outputs that a prompt lacks, given its saved capture; raises `PromptError` where it cannot have them."""
-        options, layout = self._options, self._layout
+        options = self._options
         if options.replay and saved is None:
-            raise PromptError(f"--replay needs a saved capture: {raw} does not exist")
+            raise PromptError(f"--replay needs a saved capture: {files.raw} does not exist")
         if options.projections_only:
-            return self._lacking_projections(place, raw, saved)
+            return self._lacking_projections(place, files, saved)
         if saved is None or not (options.skip_existing or options.replay):
             return options.outputs(self._model().n_layers)
         wanted = options.outputs(saved.n_layers)
         if not options.skip_existing:
             return wanted
-        if not options.replay and not self._is_whole_and_of(saved, place):
+        if not options.replay and not self._is_whole_and_of(saved, place, files):
             return wanted
-        lacking = wanted.missing(layout, *place.where, overwrite=options.overwrite)
+        lacking = wanted.missing(files, saved, overwrite=options.overwrite)
         if lacking.logit_lens and not (saved.kept.has_outputs(lacking.parts.lens_layers) or options.replay):
             return wanted  # the logit lens needs layers that were not kept
         if not lacking.residual and not options.replay:
             self._note_sampling(saved)
         return lacking
 
-    def _lacking_projections(self, place: Place, raw: Path, saved: Capture | None) -> Outputs:
+    def _lacking_projections(self, place: Place, files: PromptFiles, saved: KnownCapture | None) -> Outputs:
         """The outputs that a prompt lacks where only projections are kept; raises like `_lacking`."""
-        options, layout, names = self._options, self._layout, place.where
+        options = self._options
         if saved is None:
-            is_free = not raw.is_file()  # a file that cannot be read is replaced, with all files derived from it
-            found = CaptureRecord.find(layout, *names) if options.skip_existing and is_free else None
+            is_free = not files.captured_ns  # a file that cannot be read is replaced, with all files derived from it
+            found = files.made_from() if options.skip_existing and is_free else None
             wanted = options.outputs(self._model().n_layers if found is None else found.n_layers)
             is_done = (
                 found is not None
-                and self._is_whole_and_of(found, place)
+                and self._is_whole_and_of(found, place, files)
                 and found.kept.includes(wanted.kept)
                 and found.holds(wanted.tokens)
-                and not wanted.lacking(layout, *names, overwrite=options.overwrite)
+                and not wanted.lacking(files, overwrite=options.overwrite)
                 and not any(
-                    without_projection(layout, found, self._chooser.vectors(found, component), options.existing)
+                    without_projection(files, self._chooser.vectors(found, component), options.existing)
                     for component in options.components
                 )
             )
             if found is not None and is_done:
                 self._note_sampling(found)
-            return wanted.lacking(layout, *names) if is_done else wanted
-        if options.skip_existing and self._is_whole_and_of(saved, place):
-            return replace(
-                options.outputs(saved.n_layers).missing(layout, *names, overwrite=options.overwrite), residual=False
-            )
+            return wanted.lacking(files) if is_done else wanted
+        if options.skip_existing and self._is_whole_and_of(saved, place, files):
+            lacking = options.outputs(saved.n_layers).missing(files, saved, overwrite=options.overwrite)
+            return replace(lacking, residual=False)
         raise PromptError(
-            f"--projections-only would leave projections of one run next to the raw capture of another, {raw}: "
+            f"--projections-only would leave projections of one run next to the raw capture of another, {files.raw}: "
             "remove it, or run 'tlcapture project'"
         )
 
-    def _note_sampling(self, saved: Capture | CaptureRecord) -> None:
+    def _note_sampling(self, saved: KnownCapture) -> None:
         """Note a prompt whose capture is kept although its sampling settings differ, as far as they are recorded."""
         if self._options.responses_from is not None:
             return
@@ -334,11 +340,11 @@ class TaskPlanner:
         if differs or not is_recorded(self._options.sampling, saved.metadata):
             self._other_sampling.append(saved.name)
 
-    def _is_whole_and_of(self, saved: Capture | CaptureRecord, place: Place) -> bool:
+    def _is_whole_and_of(self, saved: KnownCapture, place: Place, files: PromptFiles) -> bool:
         """Whether a capture is complete and of this prompt: the same text, system prompt, template and model."""
         asked, given, prompt = self.asked_template, self._options.responses_from, place.prompt
         is_of_this_model = (
-            not self._layout.unfinished(*place.where).exists()
+            not files.is_unfinished
             and identity(saved.metadata.get("interventions")) == identity(self._options.intervention_records)
             and saved.metadata["inference_model"] == self._model_name
             and saved.metadata.get("adapter") == self._options.adapter
@@ -348,8 +354,7 @@ class TaskPlanner:
             return is_of_this_model and given is not None and given.are_tokens_of(saved, *source)
         return (
             "tokens_from" not in saved.metadata
-            and saved.metadata.get("prompt_text") == prompt.text
-            and without_system(saved.metadata.get("messages")) == without_system(prompt.messages)
+            and saved.conversation == conversation_of(prompt.text, prompt.messages)
             and saved.metadata.get("template_args", {}) == self._all_template_args
             and saved.metadata.get("system_prompt") == self._system_prompt(place.prompt_set, prompt)
             and asked in (None, saved.metadata.get("chat_template"))

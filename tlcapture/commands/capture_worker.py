@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,22 +21,17 @@ from tlcapture.captures.from_generation import capture_of
 from tlcapture.captures.provenance import dropped_warning, no_answer_warning
 from tlcapture.commands.capture_interventions import with_norms
 from tlcapture.commands.capture_options import CaptureOptions
-from tlcapture.commands.capture_outputs import Outputs, add_ons, lens_of, remove_stale, saved_capture, write_capture
-from tlcapture.commands.capture_records import CaptureRecord
+from tlcapture.commands.capture_outputs import Outputs, add_ons, lens_of, remove_stale, write_capture
+from tlcapture.commands.capture_projections import CaptureProjections
 from tlcapture.commands.capture_tasks import CaptureTask
 from tlcapture.commands.given_responses import generate_or_force, longest_forced
 from tlcapture.commands.kept_positions import wanted_positions
+from tlcapture.commands.known_files import KnownFiles
+from tlcapture.commands.known_views import with_facts
+from tlcapture.commands.memory_need import PromptSize, check_sizes
 from tlcapture.commands.out_of_memory import attempt, within_memory
-from tlcapture.commands.projections import (
-    ChanceLevels,
-    ProjectionTask,
-    project_capture,
-    report_choice,
-    without_projection,
-)
 from tlcapture.commands.replay import InterventionsAgain, Pass, as_prompt, check_replayable, replayed
 from tlcapture.commands.view_files import WENT_COMPACT, weights_in_memory, went_compact
-from tlcapture.errors import InputError
 from tlcapture.generation.checkpoint_sampling import sampling_for, unfollowed, without_effect
 from tlcapture.generation.outcomes import Failure, Generation
 from tlcapture.generation.pattern_spools import Spooling
@@ -46,39 +42,43 @@ from tlcapture.models.streams import own_stream
 from tlcapture.prompts.template_args import has_switch
 from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.runs.background_writer import BackgroundWriter
-from tlcapture.runs.existing_files import check_replaceable
+from tlcapture.runs.existing_files import check_replaceable, saved_capture
 from tlcapture.runs.processes import Processes
 from tlcapture.runs.run import Run
 from tlcapture.storage.config import update_config
 from tlcapture.storage.files import Written, remove, write_bytes
 from tlcapture.storage.layout import derived_files
-from tlcapture.traits.choice import ChosenVector, ChosenVectors, VectorChooser
 from tlcapture.traits.intervention_records import thinking_doubt
-from tlcapture.traits.projection import scores_of
 from tlcapture.traits.saved_projections import merged_files
 from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import hook
-from tlcapture.views.kept_tokens import Positions, kept_of
+from tlcapture.views.kept_tokens import kept_of
 from tlcapture.views.logit_lens import LogitLens
 
 
 class CaptureWorker:
-    """Carries out tasks with a model that is loaded when it is first needed."""
+    """Carries out tasks with a model that is loaded when it is first needed.
+
+    `norm_prompts` are the prompts of each set on which typical norms are measured; `sizes` those of what will be run,
+    where they have to fit in the memory of this machine.
+    """
 
     def __init__(
         self,
         options: CaptureOptions,
         run: Run,
         load: Callable[[], Model] | None,
+        norm_prompts: Mapping[str, Sequence[TokenizedPrompt]] = MappingProxyType({}),
+        sizes: Sequence[PromptSize] = (),
     ):
         self.run = run
         self.layout = run.layout
         self.options = options
         self._load = load
-        self._chosen: list[ChosenVectors] = []  # choices that were not reported yet
-        self._chooser = VectorChooser(run.layout, options.vectors, on_chosen=self._chosen.append)
-        self._levels = ChanceLevels(run)
+        self._norm_prompts = norm_prompts
+        self._sizes = sizes
         self._processes = Processes()
+        self._projections = CaptureProjections(options, run, self._processes)
         self._lock = Lock()  # for what the threads of the writer share
         self._removed: list[Path] = []
         self._unanswered: list[str] = []
@@ -91,8 +91,8 @@ class CaptureWorker:
         return self._load()
 
     def prepare(self) -> None:
-        """Load the model."""
-        _ = self.model
+        """Load the model; raises `InputError` if a prompt does not fit in this machine's memory."""
+        check_sizes(self._sizes, self.model)
 
     def do(self, task: CaptureTask) -> None:
         """Capture the fresh prompts of a task and complete its saved ones."""
@@ -126,14 +126,14 @@ class CaptureWorker:
             if prompt.dropped:
                 self.run.warn(dropped_warning(prompt.dropped))
         if options.projections_only:
-            self._check_vectors(wanted)
-        resolved = with_norms(options, model, task.norm_prompts, self.run.warn)
+            self._projections.check_vectors(self.model, wanted)
+        resolved = with_norms(options, model, self._norm_prompts.get(task.prompt_set.name, ()), self.run.warn)
         doubt = thinking_doubt(options.intervention_records, thinks=any(prompt.thinks for prompt in task.batched))
         if doubt is not None:
             self.run.warn(doubt)
         records = [each.record for each in resolved]
         total = len(task.fresh) * max_new_tokens
-        if options.project and wanted.raw and wanted.tokens is None:  # see `_project_onto`
+        if options.project and wanted.raw and wanted.tokens is None:  # see `CaptureProjections`
             self._processes.announce(len(task.fresh))
         with (
             self.run.progress(total, task.capture_set, "token") as progress,
@@ -237,7 +237,7 @@ class CaptureWorker:
             run.wrote(write_capture(self.layout, capture, self._removed.extend))
         else:
             self._removed += remove_stale(self.layout, capture)
-        self._project(run, whole, only=not wanted.raw, kept=capture.positions, device=self.model.last_device)
+        self._projections.make(run, whole, only=not wanted.raw, kept=capture.positions, device=self.model.last_device)
         del whole
         run.report.n_prompts += 1
         cache, n_failures = generation.cache, len(run.report.failures)
@@ -250,7 +250,7 @@ class CaptureWorker:
             remove([marker])
 
     def _wrote(self, run: Run, written: Written) -> None:
-        run.wrote(written)
+        run.wrote(with_facts(self.layout, written))
         if went_compact(written, self.options.parts.form):
             run.warn(WENT_COMPACT)
 
@@ -259,16 +259,23 @@ class CaptureWorker:
     def _complete(self, task: CaptureTask) -> None:
         capture_set, names = task.capture_set, {}
         sequences: dict[Pass, list[TokenizedPrompt]] = {}
+        files = KnownFiles(self.layout, capture_set, len(task.saved), self.run.report.learn)
         with (
             self.run.progress(len(task.saved), f"{capture_set}, saved", "prompt") as progress,
             BackgroundWriter(self.run, n_processes=len(self._processes)) as writer,
         ):
             for prompt_id, wanted in task.saved.items():
-                name, raw = f"{capture_set}/{prompt_id}", self.layout.residual(capture_set, prompt_id)
-                if self.options.projections_only and not raw.is_file():
+                name, of_prompt = f"{capture_set}/{prompt_id}", files.of(prompt_id)
+                raw = of_prompt.raw
+                if self.options.projections_only and not of_prompt.captured_ns:
                     self.run.report.n_skipped += 1
                     continue
                 with attempt(self.run, name):
+                    n_failures = len(self.run.report.failures)
+                    if not wanted and self._projections.are_finished(of_prompt):
+                        self.run.report.n_skipped += len(self.run.report.failures) == n_failures
+                        progress.advance(1, done=name)
+                        continue
                     capture = Capture.open(raw)
                     if wanted.needs_pass or wanted.logit_lens:
                         check_replayable(capture, wanted, self.model)
@@ -277,7 +284,7 @@ class CaptureWorker:
                         sequences.setdefault(key, []).append(as_prompt(capture, prompt_id))
                         names[prompt_id] = name, raw, wanted
                         continue
-                    self._submit_saved(writer, name, capture, wanted, {})
+                    self._submit_saved(writer, name, capture, wanted, {}, files)
                 progress.advance(1, done=name)
             for outcome in (
                 replayed(self.model, sequences, self.options.batch_size, self._spooling) if sequences else ()
@@ -286,21 +293,34 @@ class CaptureWorker:
                 with attempt(self.run, name):
                     if isinstance(outcome, Failure):
                         raise outcome.error(outcome.reason)
-                    self._submit_saved(writer, name, Capture.open(raw), wanted, outcome.cache)
+                    self._submit_saved(writer, name, Capture.open(raw), wanted, outcome.cache, files)
                 progress.advance(1, done=name)
 
     def _submit_saved(
-        self, writer: BackgroundWriter, name: str, capture: Capture, wanted: Outputs, cache: Cache
+        self,
+        writer: BackgroundWriter,
+        name: str,
+        capture: Capture,
+        wanted: Outputs,
+        cache: Cache,
+        files: KnownFiles,
     ) -> None:
         lens = None
         if wanted.logit_lens and self.model.last_device.type == "cpu":  # where it has all threads
             kept = wanted_positions(wanted.tokens, capture, fresh=False)
             lens = lens_of(self.model, capture.token_ids, capture.residual, kept, capture.positions, wanted.parts)
-        job = partial(self._complete_saved, name, capture, wanted, cache, lens)
+        job = partial(self._complete_saved, name, capture, wanted, cache, lens, files)
         writer.submit(job, 2 * (n_bytes_of(cache) + capture.response.residual.points.nbytes))
 
     def _complete_saved(
-        self, name: str, capture: Capture, wanted: Outputs, cache: Cache, lens: LogitLens | None, run: Run
+        self,
+        name: str,
+        capture: Capture,
+        wanted: Outputs,
+        cache: Cache,
+        lens: LogitLens | None,
+        files: KnownFiles,
+        run: Run,
     ) -> None:
         """Write what a saved capture lacks, in a thread of the writer."""
         with attempt(run, name):
@@ -314,73 +334,8 @@ class CaptureWorker:
                     ):
                         self._wrote(run, write())
             if not self.options.replay:
-                self._project(run, capture, only_missing=self.options.skip_existing)
+                found = files.of(capture.name) if self.options.skip_existing else None
+                self._projections.make(run, capture, files=found)
         if not run.report.failures:
             run.report.n_prompts += run.report.n_files > 0
             run.report.n_skipped += run.report.n_files == 0
-
-    # -- projection ---------------------------------------------------------------------------------------
-
-    def _check_vectors(self, wanted: Outputs) -> None:
-        """Raise `InputError` before prompts run if no vector fits, so that nothing would be kept of them."""
-        will_be = CaptureRecord.of_model(self.model, wanted.kept, attn_out=wanted.attn_out)
-        if not any(self._vectors(self.run, will_be, component) for component in self.options.components):
-            raise InputError("--projections-only: no trait has a vector that fits, so nothing would be kept")
-
-    def _vectors(self, run: Run, subject: Capture | CaptureRecord, component: str) -> Sequence[ChosenVector]:
-        """The vectors for a capture; a new choice is reported on `run`."""
-        with self._lock:
-            vectors = self._chooser.vectors(subject, component)
-            while self._chosen:
-                report_choice(run, self._chosen.pop())
-        return vectors
-
-    def _project(
-        self,
-        run: Run,
-        capture: Capture,
-        *,
-        only_missing: bool = False,
-        only: bool = False,
-        kept: Positions | None = None,
-        device: torch.device | None = None,
-    ) -> None:
-        if not self.options.project:
-            return
-        components = ["residual"] + (["attn_out"] if capture.prompt.residual.attn_out is not None else [])
-        for component in components:
-            vectors = self._vectors(run, capture, component)
-            if only_missing:
-                vectors = without_projection(self.layout, capture, vectors, self.options.existing)
-            if vectors:
-                self._project_onto(run, capture, vectors, only, device, kept)
-
-    def _project_onto(
-        self,
-        run: Run,
-        capture: Capture,
-        chosen: Sequence[ChosenVector],
-        only: bool,
-        device: torch.device | None,
-        kept: Positions | None,
-    ) -> None:
-        overwrite, streams = self.options.overwrite, (capture.prompt.residual, capture.response.residual)
-        scores = scores_of(*streams, [each.vector for each in chosen], device)
-        has_whole_file = kept is None or kept.is_all  # which another process reads
-        if only or device is None or not has_whole_file:
-            levels = self._levels.reporting_to(run)
-            how: dict[str, Any] = {
-                "overwrite": overwrite,
-                "kept": kept,
-                "scores": scores,
-                "form": self.options.parts.form,
-            }
-            project_capture(run, capture, chosen, levels, only=only, **how)
-            return
-        raw = self.layout.residual(capture.capture_set, capture.name)
-        form = self.options.parts.form
-        task = ProjectionTask(self.layout, raw, chosen, scores, overwrite, run.report.remembers, form)
-        done, error = self._processes.call(ProjectionTask.do, task)
-        run.add(done)
-        if error is not None:
-            raise error

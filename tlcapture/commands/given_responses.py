@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tlcapture.captures.capture import Capture
-from tlcapture.commands.capture_records import CaptureRecord
+from tlcapture.captures.known_capture import KnownCapture
 from tlcapture.commands.compared_sets import CaptureSet
 from tlcapture.commands.replay import as_prompt
 from tlcapture.errors import InputError, StorageError
@@ -100,13 +100,10 @@ class GivenResponses:
                     f"{capture.metadata['inference_model']!r}, are of another tokenizer than this model's: {reason}"
                 )
 
-    def are_tokens_of(
-        self, saved: Capture | CaptureRecord, prompt_set: str, prompt_id: PromptId, sample: int | None
-    ) -> bool:
+    def are_tokens_of(self, saved: KnownCapture, prompt_set: str, prompt_id: PromptId, sample: int | None) -> bool:
         """Whether a saved capture is of the tokens that a prompt, or a sample of it, has there now."""
         source = self.capture(prompt_set, prompt_id, sample)
-        same = saved.token_ids == source.token_ids if isinstance(saved, Capture) else saved.tokens == source.tokens
-        return same and saved.metadata.get("tokens_from") == KnownTokens.of(source.metadata, ()).origin
+        return saved.is_of(source) and saved.metadata.get("tokens_from") == KnownTokens.of(source.metadata, ()).origin
 
 
 def prompt_of(capture: Capture) -> TokenizedPrompt:

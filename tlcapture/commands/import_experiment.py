@@ -14,6 +14,7 @@ from tlcapture.exchange.single_files import read_single_files
 from tlcapture.runs.display import Display
 from tlcapture.storage.files import write_folder
 from tlcapture.storage.layout import Layout
+from tlcapture.storage.remote_roots import discard_folder, is_incomplete
 from tlcapture.traits.exported_vectors import restore_vectors
 
 
@@ -35,6 +36,8 @@ def run_import_experiment(layout: Layout, folder: Path, display: Display) -> Imp
         StorageError: the export is damaged, or the experiment cannot be written.
     """
     manifest = read_manifest(folder)
+    if is_incomplete(layout.folder):
+        discard_folder(layout.folder)
     if layout.folder.exists():
         raise InputError(
             f"experiment {layout.experiment!r} exists already, and nothing is imported into it: choose another name"

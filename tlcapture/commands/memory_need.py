@@ -7,7 +7,7 @@ in the pass that reads the prompt. `--replay` reads a capture as often as it has
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,48 +96,86 @@ def _in_main_memory(measures: Measures, each: Sequence[BatchBytes], wanted: Outp
     return recorded + (0 if is_written_compact(wanted.parts.form, json) else int(_JSON_COPIES * json))
 
 
+@dataclass(frozen=True)
+class PromptSize:
+    """The tokens of a prompt, or of a capture to be read again, and the outputs wanted of it."""
+
+    name: str
+    wanted: Outputs
+    n_prompt: int
+    n_tokens: int
+    replay: bool
+
+    def need(self, model: Model | Sized) -> MemoryNeed:
+        """What it takes while it runs alone."""
+        return memory_need(model, self.wanted, self.n_prompt, self.n_tokens, replay=self.replay)
+
+
 def check_memory(tasks: Sequence[CaptureTask], layout: Layout, options: CaptureOptions, model: Model | Sized) -> None:
     """Raise `InputError` if the largest prompt does not fit in the memory that is free, even alone."""
-    for name, wanted, n_prompt, n_tokens, replay in _largest(tasks, layout, options, model):
-        need = memory_need(model, wanted, n_prompt, n_tokens, replay=replay)
+    check_sizes(prompt_sizes(tasks, layout, options, model.n_layers), model)
+
+
+def check_sizes(sizes: Sequence[PromptSize], model: Model | Sized) -> None:
+    """Raise `InputError` if a prompt does not fit in the memory that is free in this process's machine, even alone."""
+    for size in _that_fit_the_context(sizes, model):
+        need = size.need(model)
         device, main = free_memory(model.device), free_memory(torch.device("cpu"))
         is_main = model.device.type != "cuda"
         if (need.n_bytes > main) if is_main else (need.device > device or need.main > main):
             free = main if is_main or need.main > main else device
             raise InputError(
-                f"{name}: {n_tokens} tokens would take about {format_bytes(need.n_bytes)} of memory, "
-                f"{format_bytes(free)} are free: {_advice(wanted, replay)}"
+                f"{size.name}: {size.n_tokens} tokens would take about {format_bytes(need.n_bytes)} of memory, "
+                f"{format_bytes(free)} are free: {_advice(size.wanted, size.replay)}"
             )
 
 
 def most_memory(tasks: Sequence[CaptureTask], layout: Layout, options: CaptureOptions, model: Model | Sized) -> int:
     """The bytes that the largest prompt takes while it runs alone, beside the weights."""
-    largest = _largest(tasks, layout, options, model)
-    needs = (
-        memory_need(model, wanted, n_prompt, n_tokens, replay=replay)
-        for _, wanted, n_prompt, n_tokens, replay in largest
-    )
-    return max((need.n_bytes for need in needs), default=0)
+    sizes = _that_fit_the_context(prompt_sizes(tasks, layout, options, model.n_layers), model)
+    return max((size.need(model).n_bytes for size in sizes), default=0)
 
 
-def _largest(
-    tasks: Sequence[CaptureTask], layout: Layout, options: CaptureOptions, model: Model | Sized
-) -> Iterator[tuple[str, Outputs, int, int, bool]]:
-    """Of each task the longest prompt to be run, and the longest capture to be read again, with their tokens."""
-    for task in tasks:
-        # Those that the context has no room for fail by themselves.
-        most = getattr(model, "n_ctx", None) or 2**62
-        fresh = [prompt for prompt in task.batched if prompt.name in task.fresh and _n_at_most(prompt, task) <= most]
-        if fresh:
-            longest = max(fresh, key=lambda prompt: _n_at_most(prompt, task))
-            n_prompt, n_tokens = len(longest.token_ids), _n_at_most(longest, task)
-            wanted = options.outputs(model.n_layers)
-            yield f"{task.capture_set}/{longest.name}", wanted, n_prompt, n_tokens, False
-        saved = [(prompt_id, wanted) for prompt_id, wanted in task.saved.items() if wanted.needs_pass]
-        lengths = {prompt_id: _n_tokens(layout, task.capture_set, prompt_id) for prompt_id, _ in saved}
-        if saved:
-            prompt_id, wanted = max(saved, key=lambda each: lengths[each[0]])
-            yield f"{task.capture_set}/{prompt_id}", wanted, lengths[prompt_id], lengths[prompt_id], True
+def prompt_sizes(
+    tasks: Sequence[CaptureTask], layout: Layout, options: CaptureOptions, n_layers: int
+) -> list[PromptSize]:
+    """The prompts to be run and the captures to be read again, one of each length, the longest first."""
+    return [size for task in tasks for found in _sizes(task, layout, options, n_layers) for size in _by_length(found)]
+
+
+def _sizes(
+    task: CaptureTask, layout: Layout, options: CaptureOptions, n_layers: int
+) -> tuple[list[PromptSize], list[PromptSize]]:
+    wanted = options.outputs(n_layers) if task.fresh else None
+    fresh = [
+        PromptSize(f"{task.capture_set}/{each.name}", wanted, len(each.token_ids), _n_at_most(each, task), False)
+        for each in task.batched
+        if wanted is not None and each.name in task.fresh
+    ]
+    saved = [
+        PromptSize(f"{task.capture_set}/{prompt_id}", lacking, length, length, True)
+        for prompt_id, lacking in task.saved.items()
+        if lacking.needs_pass
+        for length in [_n_tokens(layout, task.capture_set, prompt_id)]
+    ]
+    return fresh, saved
+
+
+def _by_length(sizes: Sequence[PromptSize]) -> list[PromptSize]:
+    found: dict[int, PromptSize] = {}
+    for size in sizes:
+        found.setdefault(size.n_tokens, size)
+    return [found[n_tokens] for n_tokens in sorted(found, reverse=True)]
+
+
+def _that_fit_the_context(sizes: Sequence[PromptSize], model: Model | Sized) -> list[PromptSize]:
+    """Of each set the longest prompt to be run, and to be read again; those that the context is too short for fail."""
+    most = getattr(model, "n_ctx", None) or 2**62
+    found: dict[tuple[str, bool], PromptSize] = {}
+    for size in sizes:
+        if size.replay or size.n_tokens <= most:
+            found.setdefault((size.name.rpartition("/")[0], size.replay), size)
+    return list(found.values())
 
 
 def _n_at_most(prompt: TokenizedPrompt, task: CaptureTask) -> int:

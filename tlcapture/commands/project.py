@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tlcapture.captures.capture import Capture
+from tlcapture.captures.known_capture import KnownCapture
+from tlcapture.commands.known_files import KnownFiles, PromptFiles
 from tlcapture.commands.projection_writing import merge_projections
 from tlcapture.commands.projections import (
     TOKENS_MISSING,
@@ -23,7 +26,7 @@ from tlcapture.commands.projections import (
 )
 from tlcapture.commands.saved_prompts import saved_prompts
 from tlcapture.errors import NumericalError, StorageError
-from tlcapture.names import Trait
+from tlcapture.names import PromptId, Trait
 from tlcapture.runs.display import Display
 from tlcapture.runs.executors import Executor, LocalExecutor, Work
 from tlcapture.runs.report import RunReport
@@ -31,8 +34,9 @@ from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
 from tlcapture.runs.shards import Shard
 from tlcapture.storage.config import read_config
+from tlcapture.storage.file_index import remember
 from tlcapture.storage.layout import Layout
-from tlcapture.traits.choice import VectorChoice
+from tlcapture.traits.choice import ChosenVector, VectorChoice
 from tlcapture.traits.mean_activations import check_means
 from tlcapture.traits.packaged_vectors import SAID
 from tlcapture.traits.projection import Centred, dynamics_of_file
@@ -84,6 +88,7 @@ def run_project(
             with run_lock(run, f"captures of {name}", options.shard, "projection"):
                 _recompute_dynamics(run, name, ids[name], options)
                 merge_projections(run, [name], options.shard)
+        remember(layout, run.report.learned)
         return run.report
     options = replace(options, vectors=options.vectors.or_packaged(layout, read_config(layout).inference_model))
     traits = traits_with_vectors(options.vectors.layout(layout), options.vectors.traits)
@@ -92,6 +97,7 @@ def run_project(
     if options.centered:
         check_means(options.vectors.layout(layout), traits, options.component)
     with ExitStack() as stack:
+        stack.callback(remember, layout, run.report.learned)
         for name in sorted(prompt_sets):
             stack.enter_context(run_lock(run, f"captures of {name}", options.shard, "projection"))
         executor.run(
@@ -147,26 +153,28 @@ class ProjectionWorker:
     def do(self, task: SavedPrompts) -> None:
         """Project a task's captures; a failure of one does not stop the others."""
         with self._run.progress(len(task.ids), task.prompt_set, "prompt") as progress:
+            files = KnownFiles(self._layout, task.prompt_set, len(task.ids), self._run.report.learn)
             for prompt_id in task.ids:
                 with self._run.attempt(f"{task.prompt_set}/{prompt_id}"):
-                    self._project(task.prompt_set, prompt_id)
+                    self._project(files.of(prompt_id), task.prompt_set)
                 progress.advance(1)
         if any(each.variance_share is not None for _, each in self._centred):
             self._run.line(f"{task.prompt_set}: {massive_line(self._centred)}")
         self._centred = []
 
-    def _project(self, prompt_set: str, prompt_id: str) -> None:
-        raw = self._layout.residual(prompt_set, prompt_id)
+    def _project(self, files: PromptFiles, prompt_set: str) -> None:
+        raw, existing = files.raw, ExistingProjections(overwrite=self._options.overwrite)
+        vectors: Sequence[ChosenVector] | None = None
+        if self._options.skip_existing and (known := files.capture(advice="")) is not None:
+            _check_name(known, raw, prompt_set, files.name)
+            vectors = without_projection(files, self._chooser.vectors(known, self._options.component), existing)
+            if not vectors:
+                self._run.report.n_skipped += 1
+                return
         capture = Capture.open(raw)
-        if capture.capture_set != prompt_set or str(capture.name) != prompt_id:
-            recorded = f"{capture.capture_set}/{capture.name}"
-            raise StorageError(f"{raw}: its metadata names prompt {recorded}: it was moved or renamed")
-        vectors = self._chooser.vectors(capture, self._options.component)
-        if self._options.skip_existing:
-            existing = ExistingProjections(overwrite=self._options.overwrite)
-            vectors = without_projection(self._layout, capture, vectors, existing)
+        _check_name(capture, raw, prompt_set, files.name)
+        vectors = self._chooser.vectors(capture, self._options.component) if vectors is None else vectors
         if not vectors:
-            self._run.report.n_skipped += self._options.skip_existing
             return
         try:
             found = project_capture(
@@ -182,6 +190,13 @@ class ProjectionWorker:
             raise NumericalError(f"{raw}: {error}") from None
         self._run.report.n_prompts += 1
         self._centred += [(each.vector.trait, each.centred) for each in found if each.centred is not None]
+
+
+def _check_name(capture: Capture | KnownCapture, raw: Path, prompt_set: str, name: PromptId) -> None:
+    """Raise `StorageError` for a file that holds the capture of another prompt than its name says."""
+    if capture.capture_set != prompt_set or str(capture.name) != name:
+        recorded = f"{capture.capture_set}/{capture.name}"
+        raise StorageError(f"{raw}: its metadata names prompt {recorded}: it was moved or renamed")
 
 
 def _recompute_dynamics(

@@ -5,11 +5,13 @@ The shards of a prompt set's prompts are put together at the end of a run: `merg
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tlcapture.commands.known_projections import facts_in_shard, facts_of_projection, facts_of_shard
 from tlcapture.commands.view_files import WENT_COMPACT
 from tlcapture.errors import StorageError
 from tlcapture.names import PromptId, Trait, file_name
@@ -18,7 +20,7 @@ from tlcapture.runs.run import Run
 from tlcapture.runs.shards import Shard as ShareOfPrompts
 from tlcapture.storage.compact_files import is_written_compact
 from tlcapture.storage.files import remove, write_json
-from tlcapture.storage.projection_shards import Shard, merged_shards, shard_of_prompt
+from tlcapture.storage.projection_shards import Shard, merged_shards, shard_of_prompt, sharded_of
 from tlcapture.storage.shard_writing import merge_shards, take_out, write_prompt
 from tlcapture.traits.vectors import TraitVector
 from tlcapture.views.hooks import COMPONENTS
@@ -38,6 +40,7 @@ class ProjectionFiles:
     prompt_id: PromptId
     form: str | None
     _contents: dict[str, dict[Trait, tuple[Path, Mapping[str, Any]]]] = field(default_factory=dict)  # by component
+    _folders: dict[str, Path] = field(default_factory=dict)  # of shards, by component
 
     def check_replaceable(self, *, overwrite: bool) -> None:
         """Raise `StorageError` for a shard that cannot be read and may hold the prompt; with `overwrite`, remove it."""
@@ -57,7 +60,7 @@ class ProjectionFiles:
     def add(self, path: Path, vector: TraitVector, content: Mapping[str, Any]) -> None:
         """Add the content of a projection, whose JSON file is at `path`."""
         if not self._is_compact(content):
-            self.run.wrote(write_json(path, content))
+            self.run.wrote(write_json(path, content).knowing(facts_of_projection(content)))
             folder = self._folder(vector.component)
             if folder.is_dir():
                 take_out(folder, file_name(self.prompt_id), [str(vector.trait)])
@@ -70,7 +73,10 @@ class ProjectionFiles:
         """Write the shard of what was added and is to be in one, and remove the JSON files in its place."""
         for component, found in self._contents.items():
             contents = {str(trait): content for trait, (_, content) in found.items()}
-            self.run.wrote(write_prompt(self._folder(component), file_name(self.prompt_id), contents))
+            folder, name, now = self._folder(component), file_name(self.prompt_id), time.time_ns()
+            is_all = not sharded_of(folder, name)
+            facts = facts_in_shard(name, contents, dict.fromkeys(contents, now)) if is_all else None
+            self.run.wrote(write_prompt(folder, name, contents, now).knowing(facts))
             remove([path for path, _ in found.values()])
 
     def _is_compact(self, content: Mapping[str, Any]) -> bool:
@@ -79,7 +85,9 @@ class ProjectionFiles:
         return is_written_compact(self.form, n_tokens * n_layers * n_points * _PER_SCORE)
 
     def _folder(self, component: str) -> Path:
-        return self.run.layout.shards(component, self.prompt_set)
+        if component not in self._folders:
+            self._folders[component] = self.run.layout.shards(component, self.prompt_set)
+        return self._folders[component]
 
 
 def merge_projections(run: Run, prompt_sets: Sequence[str], share: ShareOfPrompts | None) -> None:
@@ -90,4 +98,4 @@ def merge_projections(run: Run, prompt_sets: Sequence[str], share: ShareOfPrompt
         for component in COMPONENTS:
             folder = run.layout.shards(component, name)
             for written in merge_shards(folder) if folder.is_dir() else ():
-                run.wrote(written)
+                run.wrote(written.knowing(facts_of_shard(Shard.open(written.path))))

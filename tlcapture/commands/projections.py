@@ -13,13 +13,13 @@ from torch import Tensor
 
 from tlcapture.captures.capture import Capture
 from tlcapture.captures.provenance import now, sample_record, variant_record
-from tlcapture.commands.capture_records import CaptureRecord
+from tlcapture.commands.known_files import PromptFiles
 from tlcapture.commands.projection_writing import ProjectionFiles
 from tlcapture.commands.top_traits import essentials
 from tlcapture.errors import StorageError, TlcaptureError
-from tlcapture.names import PromptId, Trait
+from tlcapture.names import Trait
 from tlcapture.runs.display import Display
-from tlcapture.runs.existing_files import OVERWRITE, check_replaceable, is_readable
+from tlcapture.runs.existing_files import check_replaceable
 from tlcapture.runs.report import CollectingReport, Done
 from tlcapture.runs.run import Run
 from tlcapture.storage.files import as_json
@@ -28,12 +28,10 @@ from tlcapture.traits.chance import RandomDirections
 from tlcapture.traits.choice import ChosenVector, ChosenVectors, VectorChoice, VectorChooser
 from tlcapture.traits.mean_activations import mean_activation
 from tlcapture.traits.packaged_vectors import vectors_layout
-from tlcapture.traits.projection import Centred, Projection, project
+from tlcapture.traits.projection import Centred, Projection, project, projections_to_json
 from tlcapture.traits.reference import Reference, read_reference
 from tlcapture.traits.rises import DEFINITIONS
-from tlcapture.traits.saved_projections import SavedProjection, saved_projection
 from tlcapture.traits.span_dynamics import by_span
-from tlcapture.traits.vector_files import VectorFiles
 from tlcapture.traits.vectors import TraitVector
 from tlcapture.views.kept_tokens import Positions
 
@@ -61,47 +59,24 @@ def vector_chooser(run: Run, choice: VectorChoice) -> VectorChooser:
 
 
 def without_projection(
-    layout: Layout, capture: Capture | CaptureRecord, chosen: Sequence[ChosenVector], existing: ExistingProjections
+    files: PromptFiles, chosen: Sequence[ChosenVector], existing: ExistingProjections
 ) -> list[ChosenVector]:
-    """The vectors without a projection of the capture, or with one older than the capture or the vector.
+    """The vectors without a projection of a capture, or with one older than the capture or the vector.
 
     Raises `StorageError` for a projection file that cannot be read and is not to be overwritten.
     """
-    ids = (capture.capture_set, capture.name)
-    return [each for each in chosen if not _is_projected(layout, *ids, each.vector, existing)]
+    return [each for each in chosen if not _is_projected(files, each.vector, existing)]
 
 
-def _is_projected(
-    layout: Layout, prompt_set: str, prompt_id: PromptId, vector: TraitVector, existing: ExistingProjections
-) -> bool:
+def _is_projected(files: PromptFiles, vector: TraitVector, existing: ExistingProjections) -> bool:
     """Whether a prompt has a projection that is kept, no older than the raw capture and the vector it is onto."""
-    names = (vector.trait, vector.component, prompt_set, prompt_id)
-    check_replaceable(layout, layout.projection(*names), overwrite=existing.overwrite)
-    try:
-        saved = saved_projection(layout, *names)
-    except StorageError as error:
-        if existing.overwrite:
-            return False
-        raise StorageError(f"{error}: {OVERWRITE}") from None
-    if saved is None or (existing.overwrite and not is_readable(layout, saved.path)):
+    saved = files.projection(vector.trait, vector.component, overwrite=existing.overwrite)
+    if saved is None:
         return False
-    source = _recorded_source(saved)
-    is_onto_it = all(source.get(key) == getattr(vector, key) for key in ("experiment", "method", "layer"))
+    is_onto_it = all(saved.source.get(key) == getattr(vector, key) for key in ("experiment", "method", "layer"))
     if not (is_onto_it or existing.onto_any):
         return False
-    origins = [layout.residual(prompt_set, prompt_id)]
-    if is_onto_it:
-        files = VectorFiles(vectors_layout(layout.root, vector.experiment), vector.trait)
-        origins.append(files.file(vector.component, vector.method, vector.layer))
-    newest = max((each.stat().st_mtime_ns for each in origins if each.is_file()), default=0)
-    return saved.written_ns >= newest
-
-
-def _recorded_source(saved: SavedProjection) -> dict[str, Any]:
-    try:
-        return dict(saved.labels()["metadata"]["vector_source"])
-    except (KeyError, TypeError, ValueError):
-        return {}
+    return saved.written_ns >= max(files.captured_ns, files.vector_ns(vector) if is_onto_it else 0)
 
 
 def report_choice(run: Run, chosen: ChosenVectors) -> None:
@@ -183,9 +158,10 @@ def project_capture(
     _warn_together(doubts, run)
     spans = span_dynamics(projections, capture)
     shared, folder = _OfCapture.of(layout, capture), layout.folder.as_posix()
-    for path, projection, found, of_spans in zip(paths, projections, notes, spans, strict=True):
+    in_json = projections_to_json(projections, kept or held)
+    for path, projection, found, of_spans, values in zip(paths, projections, notes, spans, in_json, strict=True):
         named = [f"{projection.vector.trait}: {note}" for note in found]
-        content = _file_content(shared, projection, named, kept or held)
+        content = {**shared.heads, **values, "metadata": _metadata(shared, projection, named, kept or held)}
         if capture.spans:
             content["spans"] = [span.to_json() for span in capture.spans]
             content["dynamics"]["by_span"] = of_spans
@@ -293,8 +269,8 @@ class _OfCapture:
         return cls(heads, names, now())
 
 
-def _file_content(shared: _OfCapture, projection: Projection, notes: list[str], kept: Positions) -> dict[str, Any]:
-    metadata = {
+def _metadata(shared: _OfCapture, projection: Projection, notes: list[str], kept: Positions) -> dict[str, Any]:
+    metadata: dict[str, Any] = {
         **shared.names,
         "vector_source": projection.source(),
         "layers": projection.layers,
@@ -311,4 +287,4 @@ def _file_content(shared: _OfCapture, projection: Projection, notes: list[str], 
         metadata["centered"] = projection.centred.to_json()
     if notes:
         metadata["warnings"] = notes
-    return {**shared.heads, **projection.to_json(kept), "metadata": metadata}
+    return metadata

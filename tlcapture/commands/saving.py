@@ -9,15 +9,17 @@ from functools import partial
 
 from tlcapture.captures.capture import Capture
 from tlcapture.commands.adhoc_prompts import numbered_on
-from tlcapture.commands.capture_outputs import Outputs, add_ons, lens_of, saved_capture, write_capture
+from tlcapture.commands.capture_outputs import Outputs, add_ons, lens_of, write_capture
+from tlcapture.commands.known_views import with_facts
 from tlcapture.commands.projections import ChanceLevels, project_capture, report_choice
 from tlcapture.generation.outcomes import Generation
 from tlcapture.models.loading import Model
 from tlcapture.prompts.prompt_sets import ADHOC, Prompt, PromptSet
-from tlcapture.runs.existing_files import check_replaceable
+from tlcapture.runs.existing_files import check_replaceable, saved_capture
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
 from tlcapture.storage.config import settle_model, update_config
+from tlcapture.storage.file_index import remember
 from tlcapture.storage.files import remove, write_bytes
 from tlcapture.storage.layout import Layout, derived_files
 from tlcapture.traits.choice import VectorChoice, VectorChooser
@@ -114,8 +116,9 @@ def _write(run: Run, capture: Capture, model: Model, more: AddOns | None, choice
             layout, capture, more.wanted, model, more.cache, None, save_dtype=more.save_dtype, lens=more.lens
         )
         for write in made:
-            run.wrote(write())
+            run.wrote(with_facts(layout, write()))
     remove([marker])
+    remember(layout, run.report.learned)
 
 
 def _components(capture: Capture) -> Iterable[str]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from tlcapture.errors import InputError, StorageError
+from tlcapture.commands.known_views import KnownView
+from tlcapture.errors import InputError
 from tlcapture.text import as_ranges
-from tlcapture.views.json_files import LensHead, head_of
 from tlcapture.views.logit_lens import TOP_K
 
 
@@ -40,13 +39,8 @@ class ViewParts:
                 beyond = as_ranges([layer for layer in layers if layer >= n_layers])
                 raise InputError(f"{option} {beyond}: the model has layers 0 to {n_layers - 1}")
 
-    def are_lacked_by(self, path: Path) -> bool:
+    def are_lacked_by(self, view: KnownView) -> bool:
         """Whether an existing file of attention or logit lens lacks a layer, or predictions that were asked for."""
-        try:
-            head = head_of(path)
-        except StorageError:
-            return False  # a file that cannot be read is reported by whoever replaces it
-        is_lens = isinstance(head, LensHead)
-        wanted = (self.lens_layers if is_lens else self.attention_layers) or range(head.n_layers)
-        too_few = isinstance(head, LensHead) and self.lens_top != TOP_K and head.top_k < self.lens_top
-        return too_few or not set(wanted) <= set(head.kept_layers)
+        wanted = (self.lens_layers if view.top_k else self.attention_layers) or range(view.n_layers)
+        too_few = bool(view.top_k) and self.lens_top != TOP_K and view.top_k < self.lens_top
+        return too_few or not set(wanted) <= set(view.layers)

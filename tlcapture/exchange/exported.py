@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tlcapture.captures.capture import Capture, CapturedPart
+from tlcapture.captures.notes import Note, put_note, read_notes
 from tlcapture.errors import StorageError
 from tlcapture.names import Trait, prompt_id_problem
 from tlcapture.prompts.spans import TokenSpan, check_spans, labels_of
@@ -63,8 +64,8 @@ class ExportedCapture:
     """A capture, its projections, or both.
 
     Attributes:
-        record: `prompt_set`, `file`, texts, spans, `capture` (the metadata of the raw file; null without one) and
-            `projections`, a list of `trait`, `component` and `content`, the file without tokens and scores.
+        record: `prompt_set`, `file`, texts, spans, `notes`, `capture` (the metadata of the raw file; null without one)
+            and `projections`, a list of `trait`, `component` and `content`, the file without tokens and scores.
         columns: by name, a value for each token: those of `BULK`, and one for each projection.
         activations: by name such as `residual_out_L12`, `[n_tokens, d_model]`.
     """
@@ -101,6 +102,7 @@ def read_exported(layout: Layout, prompt_set: str, file: str, wanted: Wanted) ->
     contents = {place: ProjectionFile.parse(value, saved[place].path) for place, value in projections.items()}
     tokens = _common_tokens(raw, capture, contents)
     record, columns = _head(prompt_set, file, capture, contents, tokens)
+    record["notes"] = [note.model_dump() for note in _notes(layout, prompt_set, file)]
     record["projections"] = []
     for path, value in projections.items():
         trait, component = layout.of_projection(path)
@@ -120,13 +122,30 @@ def restore(layout: Layout, exported: ExportedCapture) -> list[Written]:
         projections = [_projection(exported, each) for each in exported.record["projections"]]
         for path, value in ((Path(exported.name), value) for _, _, value in projections):
             ProjectionFile.parse(value, path)
+        notes = [_checked_note(exported, each) for each in exported.record.get("notes", ())]
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
         raise StorageError(f"{exported.name}: not a valid export: {type(error).__name__}: {error}") from None
     prompt_set, file = exported.record["prompt_set"], exported.record["file"]
     written = [] if capture is None else [capture.save(layout.residual(prompt_set, file))]
+    for note in notes:
+        put_note(layout, note)
     for trait, component, value in projections:
         written.append(write_json(layout.projection(trait, component, prompt_set, file), value))
     return written
+
+
+def _notes(layout: Layout, prompt_set: str, file: str) -> list[Note]:
+    found = read_notes(layout, prompt_set, file)
+    if found.problems:
+        raise found.problems[0]
+    return found.notes
+
+
+def _checked_note(exported: ExportedCapture, value: Any) -> Note:
+    note = Note.model_validate(value)
+    if (note.prompt_set, note.name) != (exported.record["prompt_set"], exported.record["file"]):
+        raise ValueError("a note on another capture")
+    return note
 
 
 # -- reading the files of an experiment ---------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tlcapture.explore.explorable_capture import ExplorableCapture
     from tlcapture.explore.offline_figure import OfflineFigure
 
@@ -19,13 +21,18 @@ class CaptureFigures:
         self._capture = capture
 
     def __repr__(self) -> str:
-        return "figures: .trajectory(*traits), .layers(trait), .logit_lens(), .attention(layer, head)"
+        return (
+            "figures: .trajectory(*traits), .layers(trait), .logit_lens(), .attention(layer, head), "
+            ".attention_matrix(layer), .attention_heads(measure)"
+        )
 
-    def trajectory(self, *traits: str, calibrated: bool = True, **how: Any) -> OfflineFigure:
+    def trajectory(self, *traits: str | Tensor, calibrated: bool = True, **how: Any) -> OfflineFigure:
         """Trajectories over the tokens, one line per trait; all traits with vectors if none is named.
 
         Where all vectors have a calibration, the negative examples are at 0 and the positive ones at 1;
-        `calibrated=False` draws raw projections.
+        `calibrated=False` draws raw projections. A direction of one's own `[d_model]` takes the place of a trait:
+
+            cap.plot.trajectory("behavioral/refusal", direction, layer=12)
         """
         from tlcapture.explore.figures import trajectory_figure
 
@@ -52,3 +59,29 @@ class CaptureFigures:
         from tlcapture.explore.figures import attention_figure
 
         return attention_figure(self._capture.attention(layer), head)
+
+    def attention_matrix(self, layer: SupportsIndex, head: SupportsIndex | None = None) -> OfflineFigure:
+        """The weights of all queries on all keys, in one head or in the mean over the heads of a layer.
+
+            cap.plot.attention_matrix(12)
+
+        Raises `InputError` if the layer or the head does not exist.
+        """
+        from tlcapture.explore.figures import attention_figure
+
+        return attention_figure(self._capture.attention(layer), head)
+
+    def attention_heads(self, measure: str = "entropy") -> OfflineFigure:
+        """What every head looks at on average over the response, layers by heads, from the stored attention.
+
+            cap.plot.attention_heads("previous")
+
+        Args:
+            measure: `entropy` in nats, `distance` looked back in tokens, or the weight on the `first` token, on the
+                `previous` one, or on it`self`.
+
+        Raises `InputError` for another measure, and where no attention is stored.
+        """
+        from tlcapture.explore.head_figures import heads_figure
+
+        return heads_figure(self._capture, measure)

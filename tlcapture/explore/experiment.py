@@ -23,7 +23,8 @@ from tlcapture.explore.roots import default_root
 from tlcapture.explore.saved_capture import SavedCapture
 from tlcapture.names import split_name
 from tlcapture.storage.config import ExperimentConfig, read_config
-from tlcapture.storage.layout import existing_experiments
+from tlcapture.storage.layout import Layout, existing_experiments
+from tlcapture.storage.remote_roots import refresh, root_folder
 from tlcapture.text import printable
 from tlcapture.traits.packaged_vectors import vectors_layout
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from tlcapture.models.loading import Model
 
 _MOST_ROWS = 50
+_FRESH = 5.0  # seconds for which the listing of a remote root holds
 Names = list[str]  # `list` is a method of Experiment
 
 
@@ -44,19 +46,23 @@ class Experiment:
 
     Args:
         name: the experiment's folder below `experiments/`; or `packaged`, the vectors that come with the package.
-        root: the folder with `experiments/` and `datasets/`; `TLCAPTURE_ROOT` or the current folder by default.
+        root: the folder with `experiments/` and `datasets/`, or a URL such as `s3://bucket/prefix`; `TLCAPTURE_ROOT` or
+            the current folder by default.
 
     Raises `InputError` if the experiment does not exist.
     """
 
     def __init__(self, name: str, root: str | Path | None = None):
-        self.layout = vectors_layout(Path(root or default_root()).expanduser(), name)
+        self.layout = vectors_layout(root_folder(root or default_root()), name)
+        refresh(self.layout.folder, _FRESH)
         self.layout.check_exists()
 
     @staticmethod
     def list(root: str | Path | None = None) -> Names:
         """The names of the experiments in a root, sorted: `Experiment.list()`."""
-        return existing_experiments(Path(root or default_root()).expanduser())
+        folder = root_folder(root or default_root())
+        refresh(folder / "experiments", _FRESH)
+        return existing_experiments(folder)
 
     @property
     def name(self) -> str:
@@ -67,6 +73,12 @@ class Experiment:
     def root(self) -> Path:
         """The folder with `experiments/` and `datasets/`."""
         return self.layout.root
+
+    @property
+    def _listed(self) -> Layout:
+        """The layout; of a remote root, with what others wrote up to a few seconds ago."""
+        refresh(self.layout.folder, _FRESH)
+        return self.layout
 
     def __repr__(self) -> str:
         counts = [f"{name}: {len(self.captures(name))}" for name in self.prompt_sets]
@@ -85,21 +97,22 @@ class Experiment:
     @property
     def config(self) -> ExperimentConfig:
         """The content of `config.json`: models, chat template and system prompt."""
-        return read_config(self.layout)
+        return read_config(self._listed)
 
     @property
     def prompt_sets(self) -> Names:
         """Names of the prompt sets with captures."""
-        return self.layout.captured_prompt_sets()
+        return self._listed.captured_prompt_sets()
 
     @property
     def traits(self) -> Names:
         """Names of the traits with vectors, as `category/name`."""
-        return [str(trait) for trait in self.layout.traits()]
+        return [str(trait) for trait in self._listed.traits()]
 
     @property
     def captures(self) -> AllCaptures:
         """All captures by prompt set: `captures["single_trait"][3]`, or `captures("single_trait")[3]`."""
+        refresh(self.layout.folder, _FRESH)
         return AllCaptures(self)
 
     @property
@@ -107,28 +120,28 @@ class Experiment:
         """The trait vectors: `vectors["behavioral/refusal"].tensors[16]`; `vectors("attn_out")` for that component."""
         from tlcapture.explore.experiment_vectors import ExperimentVectors
 
-        return ExperimentVectors(self.layout)
+        return ExperimentVectors(self._listed)
 
     @property
     def evaluation(self) -> DataFrame:
         """What `tlcapture evaluate` measured, a row for each vector; empty before it ran."""
         from tlcapture.explore.experiment_tables import evaluation_frame
 
-        return evaluation_frame(self.layout)
+        return evaluation_frame(self._listed)
 
     @property
     def steering(self) -> DataFrame:
         """What `tlcapture steer` measured, a row for each layer, method and coefficient; empty before it ran."""
         from tlcapture.explore.experiment_tables import steering_frame
 
-        return steering_frame(self.layout)
+        return steering_frame(self._listed)
 
     @property
     def runs(self) -> DataFrame:
         """The commands that wrote to the experiment, a row for each run, the earliest first."""
         from tlcapture.explore.experiment_tables import runs_frame
 
-        return runs_frame(self.layout)
+        return runs_frame(self._listed)
 
     def to_pandas(
         self,
@@ -151,7 +164,7 @@ class Experiment:
         from tlcapture.explore.frames import tidy_frame
         from tlcapture.traits.saved_projections import saved_projections
 
-        return tidy_frame(saved_projections(self.layout, prompt_set, component=component, traits=traits), layers)
+        return tidy_frame(saved_projections(self._listed, prompt_set, component=component, traits=traits), layers)
 
     def compare(self, other: Experiment | str, prompt_set: str | None = None, **how: Any) -> DataFrame:
         """Compare other captures of the same prompts with this experiment's, as `tlcapture compare` does.

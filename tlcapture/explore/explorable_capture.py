@@ -133,12 +133,17 @@ class ExplorableCapture(ABC):
         at = from_the_end(layer, self._captured.n_layers)
         return project_direction(self._captured, direction, index(at), check_component(component))
 
-    def projected(self, *traits: str, **how: Any) -> list[TokenScores]:
+    def projected(self, *traits: str | Tensor, **how: Any) -> list[TokenScores]:
         """Projections with their tokens, as figures and frames need them; onto all traits with vectors by default.
 
-        `how` are the options of `project`.
+        Directions of one's own `[d_model]` need a `layer`, and come last. `how` are the options of `project`.
         """
-        return [self._with_tokens(projection) for projection in self._project(traits, **how)]
+        named = [each for each in traits if isinstance(each, str)]
+        own = [each for each in traits if not isinstance(each, str)]
+        found = self._project(named, **how) if named or not own else []
+        where = (how.get("layer", "auto"), how.get("component", "residual"))
+        found += [self._project_direction(each, *where) for each in own]
+        return [self._with_tokens(projection) for projection in found]
 
     def by_span(self, trait: str, **how: Any) -> list[dict[str, Any]]:
         """The mean and the dynamics of the projection onto a trait within each turn, the thinking and the answer.
@@ -179,7 +184,7 @@ class ExplorableCapture(ABC):
 
     @cached_property
     def plot(self) -> CaptureFigures:
-        """Figures: `.trajectory(...)`, `.layers(...)`, `.logit_lens()`, `.attention(layer, head)`."""
+        """Figures: `.trajectory(...)`, `.layers(...)`, `.logit_lens()`, `.attention(layer, head)` and more."""
         from tlcapture.explore.capture_figures import CaptureFigures
 
         return CaptureFigures(self)

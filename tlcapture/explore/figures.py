@@ -172,12 +172,13 @@ def lens_figure(table: LogitLensTable) -> OfflineFigure:
     return figure
 
 
-def attention_figure(heads: AttentionHeads, head: SupportsIndex) -> OfflineFigure:
-    """One head's attention pattern, queries down and keys across; rows sum to 1."""
-    pattern = heads.pattern(head).astype(np.float64)
+def attention_figure(heads: AttentionHeads, head: SupportsIndex | None) -> OfflineFigure:
+    """The attention pattern of a head, or of their mean (`None`), queries down and keys across; rows sum to 1."""
+    pattern = (heads.patterns.mean(0) if head is None else heads.pattern(head)).astype(np.float64)
     pattern[np.triu_indices(len(pattern), 1)] = np.nan  # masked: a query cannot attend to later keys
     names = _hover_texts(heads.tokens)
-    title = f"{heads.prompt_set}/{heads.prompt_id}: attention, layer {heads.layer}, head {index(head)}"
+    which = "mean of all heads" if head is None else f"head {index(head)}"
+    title = f"{heads.prompt_set}/{heads.prompt_id}: attention, layer {heads.layer}, {which}"
     figure = _over_tokens(heads.tokens, heads.n_prompt_tokens, title)
     pairs = [[f"{query}<br>attends to {key}" for key in names] for query in names]
     figure.add_trace(

@@ -58,6 +58,7 @@ from tlcapture.prompts.thinking import THINKING_TOKENS
 from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
 from tlcapture.storage.files import Hook as BeforeReplacing
 from tlcapture.storage.layout import Layout
+from tlcapture.storage.remote_roots import check_local
 from tlcapture.storage.validation import first_problem
 from tlcapture.traits.choice import VectorChoice
 from tlcapture.traits.interventions import TraitIntervention
@@ -119,6 +120,7 @@ class LiveCapture(Capture, ExplorableCapture):
             StorageError: a file cannot be replaced or written.
         """
         if isinstance(target, str | Path) and Path(target).suffix == ".pt":
+            check_local(Path(target), "save")
             return Capture.save(self, Path(target), before_replacing=before_replacing)
         layout = layout_of(target)
         if is_in_package(layout):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from functools import cached_property
+from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from tlcapture.errors import InputError
 from tlcapture.explore.explorable_capture import ExplorableCapture
@@ -13,6 +14,7 @@ from tlcapture.storage.layout import Layout
 
 if TYPE_CHECKING:
     from tlcapture.captures.capture import Capture
+    from tlcapture.captures.notes import Note
     from tlcapture.explore.applied_interventions import AppliedInterventions
     from tlcapture.explore.experiment import Experiment
     from tlcapture.models.loading import Model
@@ -45,6 +47,34 @@ class SavedCapture(ExplorableCapture):
         from tlcapture.captures.capture import Capture
 
         return Capture.open(self.experiment.layout.residual(self.prompt_set, self._name))
+
+    @property
+    def notes(self) -> list[Note]:
+        """The notes that people made on this capture, in the order of its tokens; read anew each time.
+
+            for note in cap.notes:
+                print(note.start, note.stop, note.text, note.fits(cap.tokens))
+
+        Raises `StorageError`, naming it, for a damaged one.
+        """
+        from tlcapture.captures.notes import read_notes
+
+        found = read_notes(self.experiment.layout, self.prompt_set, self._name)
+        if found.problems:
+            raise found.problems[0]
+        return found.notes
+
+    def add_note(self, text: str, start: SupportsIndex, stop: SupportsIndex | None = None) -> Note:
+        """Make a note on a token, or on the tokens from `start` up to `stop`; it is kept in the experiment.
+
+            cap.add_note("refuses here", 52, 55)
+
+        Raises `InputError` for tokens that the capture does not have.
+        """
+        from tlcapture.captures.notes import Marked, add_note
+
+        marked = Marked.of(self.capture.tokens, index(start), None if stop is None else index(stop))
+        return add_note(self.experiment.layout, self.prompt_set, self._name, marked, text)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

@@ -19,7 +19,7 @@ from tlcapture.extraction.readout import Activations
 Labels = Bool[Tensor, " n_examples"]
 LayerVectors = Float[Tensor, "n_layers d_model"]
 
-_STEPS = 300
+STEPS = 300
 _LEARNING_RATE = 0.05
 _FIRST, _SECOND = 0.9, 0.999  # decay of the averages of slopes and of their squares
 
@@ -105,7 +105,7 @@ def descend(
     direction = start.unsqueeze(-1).expand(*start.shape, signs.shape[-1])
     bias = log_scale = torch.zeros_like(shares[..., :1, :])
     moments = [_Moments(), _Moments(), _Moments()]
-    for _ in range(_STEPS):
+    for _ in range(STEPS):
         length = direction.norm(dim=-2, keepdim=True)
         unit = direction / length
         offsets, scale = features.onto(unit) - bias, log_scale.exp()

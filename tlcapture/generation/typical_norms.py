@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ def norms_over_prompts(
     model: Model, prompts: Sequence[TokenizedPrompt], layers: Sequence[int], batch_size: int | None = None
 ) -> Mapping[int, float]:
     """The typical norms over all tokens of prompts, by layer; prompts that the model cannot run are left out."""
+    prompts = [replace(prompt, forced=None) for prompt in prompts]
     found, hooks = TypicalNorms(), {layer: hook("residual_out", layer) for layer in layers}
     for outcome in generate(model, prompts, hooks=list(hooks.values()), max_new_tokens=0, batch_size=batch_size):
         if not isinstance(outcome, Failure):

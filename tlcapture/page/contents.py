@@ -6,11 +6,8 @@ exported pages.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from os.path import lexists
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,20 +19,22 @@ from tlcapture.names import Trait, base_set, split_name
 from tlcapture.page import missing, readable
 from tlcapture.page.average import average_trajectory
 from tlcapture.page.captured import captured_tokens
+from tlcapture.page.note_contents import NoteContents
 from tlcapture.page.overview import overview_of
 from tlcapture.page.projections import projection_of
 from tlcapture.page.prompt_list import listed_prompts
 from tlcapture.page.trait_contents import vectors_of
+from tlcapture.page.view_contents import head_content
 from tlcapture.prompts.prompt_sets import Prompt, read_prompt_set
+from tlcapture.runs.recorded_runs import capture_at_work
 from tlcapture.storage.comparisons import comparison_file, comparisons
 from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.storage.remote_roots import shown
 from tlcapture.traits.intervention_records import described
 from tlcapture.traits.saved_projections import all_saved, saved_projection
 from tlcapture.views.hooks import COMPONENTS
-from tlcapture.views.json_files import PerTokenHead, head_of
+from tlcapture.views.json_files import head_of
 from tlcapture.views.kept_tokens import spread_rows
-from tlcapture.views.saved_attention import read_attention
-from tlcapture.views.saved_lens import read_lens
 
 RESOURCES = {
     "root_folder": "root",
@@ -49,6 +48,14 @@ RESOURCES = {
     "lens_token": "{experiment}/sets/{prompt_set}/{prompt_id}/lens/{token}",
     "attention": "{experiment}/sets/{prompt_set}/{prompt_id}/attention",
     "attention_token": "{experiment}/sets/{prompt_set}/{prompt_id}/attention/{token}",
+    "attention_heads": "{experiment}/sets/{prompt_set}/{prompt_id}/heads",
+    "attention_matrix": "{experiment}/sets/{prompt_set}/{prompt_id}/matrix/{layer}/{head}",
+    "contributions": "{experiment}/sets/{prompt_set}/{prompt_id}/contributions",
+    "internals": "{experiment}/sets/{prompt_set}/{prompt_id}/internals",
+    "internals_layer": "{experiment}/sets/{prompt_set}/{prompt_id}/internals/{layer}",
+    "internals_token": "{experiment}/sets/{prompt_set}/{prompt_id}/internals/{layer}/{token}",
+    "notes": "{experiment}/sets/{prompt_set}/{prompt_id}/notes",
+    "at_work": "{experiment}/running/{prompt_set}",
     "average": "{experiment}/averages/{prompt_set}/{category}/{name}/{component}",
     "vectors": "{experiment}/vectors/{category}/{name}",
     "comparisons": "{experiment}/compared",
@@ -56,7 +63,6 @@ RESOURCES = {
     "compared_set": "{experiment}/compared/{other}/{prompt_set}",
     "comparison": "{experiment}/compared/{other}/{prompt_set}/{prompt_id}",
 }
-_NUMBER = re.compile("[0-9]{1,9}")
 _IN_ADDRESSES = {"/": "~", "@": "!"}  # characters of a set's name in addresses; no name has these
 
 
@@ -85,17 +91,15 @@ def _from_address(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Contents:
+class Contents(NoteContents):
     """The experiments of a root, as JSON values.
 
     Methods raise `TlcaptureError`, and `MissingError` for data that a command can create.
     """
 
-    root: Path
-
     def root_folder(self) -> dict[str, str]:
         """The root, and what the page's commands need to find it from the current folder."""
-        return {"folder": str(self.root), "option": missing.root_option(self.root)}
+        return {"folder": shown(self.root), "option": missing.root_option(self.root)}
 
     def experiments(self) -> list[dict[str, Any]]:
         """All experiments with their captured prompt sets and traits."""
@@ -122,6 +126,19 @@ class Contents:
         folders = layout.projection_folders(prompt_set)
         prompts = listed_prompts(layout, prompt_set, ids, self._prompts(prompt_set), folders)
         return {"name": prompt_set, "prompts": prompts, "traits": sorted({str(trait) for trait, _ in folders})}
+
+    def at_work(self, experiment: str, prompt_set: str) -> dict[str, Any]:
+        """The capture of a set that is at work, or was stopped before it was through: `run`, null where there is none.
+
+        `command` goes on with one that was stopped.
+        """
+        layout = self._layout(experiment)
+        run = capture_at_work(layout, prompt_set)
+        if run is None or (not run.is_running and len(layout.prompt_ids(prompt_set)) >= run.n_planned):
+            return {"run": None}
+        option = "" if " --skip-existing" in run.command_line else " --skip-existing"
+        counts = {"done": run.n_done, "planned": run.n_planned, "failed": run.n_failed}
+        return {"run": {"is_running": run.is_running, **counts, "command": run.command_line + option}}
 
     def overview(self, experiment: str, prompt_set: str, component: str) -> dict[str, Any]:
         """What stands out in each prompt of a set; without projections, what its prompts were answered with."""
@@ -168,6 +185,10 @@ class Contents:
             found["missing"] = missing.projections(layout, prompt_set).to_json()
         return found
 
+    def tokens(self, experiment: str, prompt_set: str, prompt_id: str) -> Sequence[str]:
+        """The tokens of a capture; none where no file can be read."""
+        return self.prompt(experiment, prompt_set, prompt_id)["tokens"] or []
+
     def layers(
         self, experiment: str, prompt_set: str, prompt_id: str, category: str, name: str, component: str
     ) -> dict[str, Any]:
@@ -185,39 +206,6 @@ class Contents:
             return found
         scores = spread_rows(content.scores, held, [None] * content.n_layers)
         return {**found, "scores": scores, "layers": content.layers}
-
-    def lens(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
-        """The most likely next token, and rank and probability of the actual one, for every token and kept layer."""
-        saved = read_lens(self._view_file(experiment, prompt_set, prompt_id, "logit-lens"))
-        found: dict[str, Any] = {name: [] for name in ("token_idx", "actual", "top", "prob", "rank", "actual_prob")}
-        for predictions in saved.overview():
-            found["token_idx"].append(predictions.token_idx)
-            found["actual"].append(predictions.actual_next_token)
-            found["top"].append([layer.first.token for layer in predictions.by_layer])
-            found["prob"].append([layer.first.prob for layer in predictions.by_layer])
-            found["rank"].append([layer.actual_rank for layer in predictions.by_layer])
-            found["actual_prob"].append([layer.actual_prob for layer in predictions.by_layer])
-        return {**_head(saved.head), "top_k": saved.head.top_k, **found}
-
-    def lens_token(self, experiment: str, prompt_set: str, prompt_id: str, token: str) -> dict[str, Any]:
-        """All predictions of one token."""
-        saved = read_lens(self._view_file(experiment, prompt_set, prompt_id, "logit-lens"))
-        return saved.entry(_index(token)).model_dump(exclude_unset=True)
-
-    def attention(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
-        """The content of a prompt's attention file without the patterns."""
-        head = read_attention(self._view_file(experiment, prompt_set, prompt_id, "attention")).head
-        return {**_head(head), "n_heads": head.n_heads}
-
-    def attention_token(self, experiment: str, prompt_set: str, prompt_id: str, token: str) -> dict[str, Any]:
-        """The attention weights of one query token: `by_layer[layer][head][key]`, null for a layer without any."""
-        saved = read_attention(self._view_file(experiment, prompt_set, prompt_id, "attention"))
-        return saved.entry(_index(token)).model_dump(exclude_unset=True)
-
-    def tokens_of(self, kind: str, experiment: str, prompt_set: str, prompt_id: str) -> list[int]:
-        """Indices of the tokens that `attention` or the logit `lens` has entries for."""
-        read, named = (read_attention, "attention") if kind == "attention" else (read_lens, "logit-lens")
-        return read(self._view_file(experiment, prompt_set, prompt_id, named)).token_indices
 
     def average(self, experiment: str, prompt_set: str, category: str, name: str, component: str) -> dict[str, Any]:
         """Mean and standard deviation of a prompt set's trajectories, aligned at the first response token."""
@@ -296,19 +284,6 @@ class Contents:
             raise missing.comparison(layout, prompt_set)
         return ComparisonFile.read(path).model_dump(exclude_unset=True)
 
-    def _layout(self, experiment: str) -> Layout:
-        layout = Layout(self.root, experiment)
-        layout.check_exists()
-        return layout
-
-    def _view_file(self, experiment: str, prompt_set: str, prompt_id: str, kind: str) -> Path:
-        layout = self._layout(experiment)
-        path_of = layout.attention if kind == "attention" else layout.logit_lens
-        path = layout.saved(path_of(prompt_set, prompt_id))
-        if not lexists(path):
-            raise missing.add_on(layout, prompt_set, kind)
-        return path
-
     def _tokens_of_capture(self, layout: Layout, prompt_set: str, prompt_id: str) -> dict[str, Any]:
         """The tokens of a capture that is not projected, from the capture itself or else from its add-ons."""
         path = layout.residual(prompt_set, prompt_id)
@@ -322,12 +297,8 @@ class Contents:
         for path_of in (layout.attention, layout.logit_lens):
             path = layout.saved(path_of(prompt_set, prompt_id))
             if path.is_file():
-                return {**_head(head_of(path)), **unread}
+                return {**head_content(head_of(path)), **unread}
         return unread
-
-    def problem(self, error: TlcaptureError | OSError) -> str:
-        """The message of an error, with paths relative to the root."""
-        return str(error).replace(f"{self.root}/", "", 1)
 
     def _prompts(self, prompt_set: str) -> dict[str, Prompt]:
         """The prompts of the prompt set file by file name; empty if the file is missing or invalid."""
@@ -345,20 +316,7 @@ def _component(component: str) -> str:
     return component
 
 
-def _index(token: str) -> int:
-    if not _NUMBER.fullmatch(token):
-        raise InputError(f"token {token[:20]!r}: expected a number")
-    return int(token)
-
-
 def _projected(layout: Layout, prompt_set: str | None = None) -> list[str]:
     """Traits that any prompt of a set, or of any set, is projected onto."""
     folders = layout.projection_folders(prompt_set)
     return sorted({str(trait) for trait, _ in folders})
-
-
-def _head(head: PerTokenHead) -> dict[str, Any]:
-    held = head.positions_held
-    kept = {} if held.is_all else {"positions": list(held.kept), "kept": held.described()}
-    layers = {} if head.layers is None else {"kept_layers": head.layers}
-    return {"tokens": head.tokens, "n_prompt_tokens": head.n_prompt_tokens, "n_layers": head.n_layers, **layers, **kept}

@@ -12,11 +12,13 @@ from typing import Any
 
 import orjson
 
+from tlcapture.captures.notes import note_counts
 from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.names import Trait, sampled_prompts
 from tlcapture.page.assets import exported_page
 from tlcapture.page.contents import Contents, address
 from tlcapture.page.missing import MissingError, root_option
+from tlcapture.page.note_contents import EXPORTED
 from tlcapture.storage.comparisons import compared, comparisons
 from tlcapture.storage.files import write_bytes
 from tlcapture.storage.layout import Layout
@@ -89,13 +91,15 @@ def export_page(
     Raises `InputError` if the overview alone does not fit.
     """
     layout = Layout(root, experiment)
-    contents = _Only(root, experiment, tuple(prompt_sets))
+    contents = _Only(root, experiment, tuple(prompt_sets), notes_closed=EXPORTED)
     carried = _Carried(contents, int(megabytes * 2**20), on_problem=on_problem)
     prompts = [(name, prompt_id) for name in prompt_sets for prompt_id in layout.prompt_ids(name)]
     overview: list[tuple[str, dict[str, str]]] = [("experiments", {}), ("root_folder", {})]
     overview += [("prompt_set", {"experiment": experiment, "prompt_set": name}) for name in prompt_sets]
     overview += [("uncompared", {"experiment": experiment, "prompt_set": name}) for name in prompt_sets]
     overview += [("prompt", _of(experiment, *prompt)) for prompt in prompts]
+    noted = {name: note_counts(layout, name) for name in prompt_sets}
+    overview += [("notes", _of(experiment, *prompt)) for prompt in prompts if prompt[1] in noted[prompt[0]]]
     carried.add("the overview", overview, needed=True)
     for name in prompt_sets:
         for component in COMPONENTS:
@@ -112,6 +116,9 @@ def export_page(
             carried.add(f"samples of {name}/{prompt_id}", list(_samples(layout, name, prompt_id)))
     for prompt in prompts:
         carried.add(f"layers of {'/'.join(prompt)}", list(_layers(layout, *prompt)))
+        carried.add(
+            f"what the layers of {'/'.join(prompt)} add", list(_contributions(contents, _of(experiment, *prompt)))
+        )
     carried.add("the list of comparisons", [("comparisons", {"experiment": experiment})])
     for other, name in comparisons(layout):
         if name in prompt_sets:
@@ -119,6 +126,8 @@ def export_page(
     for kind, heading in (("lens", "logit lens"), ("attention", "attention")):
         for prompt in prompts:
             carried.add(f"{heading} of {'/'.join(prompt)}", list(_tokens(contents, kind, _of(experiment, *prompt))))
+    for prompt in prompts:
+        carried.add(f"internals of {'/'.join(prompt)}", list(_internals(contents, _of(experiment, *prompt))))
     write_bytes(target, exported_page(_data(carried, experiment)).encode("utf-8"))
     return carried.left_out
 
@@ -169,12 +178,38 @@ def _compared(layout: Layout, other: str, prompt_set: str) -> Iterator[tuple[str
 def _tokens(contents: Contents, kind: str, where: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
     """The resources of a prompt's attention or logit lens: the overview and one per token."""
     yield kind, where
+    if kind == "attention":
+        yield "attention_heads", where
     try:
         tokens = contents.tokens_of(kind, **where)
     except (TlcaptureError, OSError):
         tokens = [0]  # requested, so that the page can show what is missing
     for token in tokens:
         yield f"{kind}_token", {**where, "token": str(token)}
+
+
+def _contributions(contents: Contents, where: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """What the layers of a prompt add; nothing for a raw file that cannot be read, which the prompt itself names."""
+    try:
+        contents.contributions(**where)
+    except StorageError:
+        return
+    except MissingError:
+        pass
+    yield "contributions", where
+
+
+def _internals(contents: Contents, where: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """The resources of a prompt's internals: the stored layers, each of them, and one per layer and token."""
+    yield "internals", where
+    try:
+        for layer in contents.internals(**where)["layers"]:
+            at = {**where, "layer": str(layer)}
+            yield "internals_layer", at
+            for token in contents.internals_layer(**at)["tokens"]:
+                yield "internals_token", {**at, "token": str(token)}
+    except (TlcaptureError, OSError):
+        return  # the page says what is missing
 
 
 def _pack(path: str, value: Any) -> str:

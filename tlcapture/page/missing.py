@@ -8,6 +8,7 @@ from pathlib import Path
 from tlcapture.errors import InputError
 from tlcapture.names import base_set
 from tlcapture.storage.layout import Layout, existing_experiments
+from tlcapture.storage.remote_roots import url_of
 from tlcapture.traits.missing_vectors import extract_command
 
 
@@ -31,6 +32,8 @@ class MissingError(InputError):
 
 def root_option(root: Path) -> str:
     """What a command needs to find a root from the current folder: nothing, or ` --root FOLDER`."""
+    if (url := url_of(root)) is not None:
+        return f" --root {shlex.quote(url)}"
     is_here = root.resolve() == Path.cwd()
     return "" if is_here else f" --root {shlex.quote(str(root.absolute()))}"
 
@@ -59,6 +62,19 @@ def add_on(layout: Layout, prompt_set: str, kind: str) -> MissingError:
     base = f"tlcapture capture --experiment {layout.experiment} --prompt-set {prompt_set} --{kind}"
     how = "--replay" if layout.captured(prompt_set) else "--projections-only"
     return _error(layout, f"no {kind.replace('-', ' ')} of this prompt", f"{base} {how}")
+
+
+def internals(layout: Layout, prompt_set: str) -> MissingError:
+    """For a prompt or a layer without internals, which stored captures can be replayed for."""
+    base = f"tlcapture capture --experiment {layout.experiment} --prompt-set {prompt_set} --layer-internals all"
+    how = " --replay" if layout.captured(prompt_set) else ""
+    return _error(layout, "no internals of this prompt", base + how)
+
+
+def raw(layout: Layout, prompt_set: str) -> MissingError:
+    """For a prompt whose activations were not kept."""
+    command = f"tlcapture capture --experiment {layout.experiment} --prompt-set {prompt_set}"
+    return _error(layout, "the activations of this prompt were not kept", command)
 
 
 def vectors(layout: Layout, trait: object) -> MissingError:

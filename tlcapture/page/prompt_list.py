@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 
+from tlcapture.captures.notes import note_counts
 from tlcapture.errors import TlcaptureError
 from tlcapture.names import Trait, split_name
 from tlcapture.page.captured import captured_tokens
@@ -17,6 +18,7 @@ from tlcapture.prompts.prompt_sets import Prompt
 from tlcapture.storage.folders import stems_in
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.projection_shards import sharded_texts
+from tlcapture.storage.remote_roots import local
 from tlcapture.views.hooks import COMPONENTS
 
 _TEXT_AT_THE_START = re.compile(rb'\{\s*"prompt"\s*:\s*\{\s*"text"\s*:\s*("(?:[^"\\]|\\.)*")')
@@ -27,7 +29,9 @@ Folders = Sequence[tuple[Trait, str]]
 def listed_prompts(
     layout: Layout, prompt_set: str, names: Sequence[str], prompts: Mapping[str, Prompt], folders: Folders
 ) -> list[dict[str, Any]]:
-    """The captures of a set by their `names`, at least one: id, text, and whether each has attention and logit lens.
+    """The captures of a set by their `names`, at least one: id, text, whether each has attention and logit lens.
+
+    Where a capture has `notes`, their number.
 
     Args:
         prompts: the prompts of the set's file, by id as text.
@@ -41,7 +45,7 @@ def listed_prompts(
     texts: dict[str, str] = {}
     for component in COMPONENTS:
         texts = sharded_texts(layout.shards(component, prompt_set)) | texts
-    found = []
+    found, notes = [], note_counts(layout, prompt_set)
     for name in names:
         prompt_id, sample = (name, None) if name in prompts else split_name(name)
         own = prompts.get(prompt_id)
@@ -53,6 +57,7 @@ def listed_prompts(
                 **({} if sample is None else {"prompt": prompt_id, "sample": sample}),
                 "text": _shown(own.text if own else None, captured),
                 **{view: name in having for view, having in views.items()},
+                **({"notes": notes[name]} if name in notes else {}),
             }
         )
     return found
@@ -84,7 +89,7 @@ def _text_in_json(layout: Layout, prompt_set: str, name: str, folders: Folders) 
             path = layout.projection(trait, component, prompt_set, name)
             if not path.is_file():
                 continue
-            with path.open("rb") as file:
+            with local(path).open("rb") as file:
                 match = _TEXT_AT_THE_START.match(file.read(_HEAD))
             captured = str(orjson.loads(match[1])) if match else ""
             if captured:

@@ -19,14 +19,19 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tlcapture.captures.notes import NoteChangedError
 from tlcapture.errors import InputError, TlcaptureError
 from tlcapture.page.assets import POLICY, plotly_script, served_page, static_file
 from tlcapture.page.contents import RESOURCES, Contents, from_address
 from tlcapture.page.missing import MissingError
+from tlcapture.page.note_contents import READ_ONLY, ClosedError
+from tlcapture.storage.remote_roots import refresh
 from tlcapture.text import printable
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 8765
+_LONGEST_REQUEST = 2**17  # bytes
+_FRESH = 5.0  # seconds for which the listing of a remote root holds
 _NOT_CACHED = {"Cache-Control": "no-store"}
 _HEADERS = {
     "Content-Security-Policy": POLICY,
@@ -37,10 +42,17 @@ _HEADERS = {
 }
 
 
-def page_app(root: Path) -> Starlette:
-    """The ASGI application: the page, its scripts, and the resources of `Contents` below `/api/`."""
-    contents = Contents(root)
-    routes = [Route(f"/api/{path}", _resource(getattr(contents, name))) for name, path in RESOURCES.items()]
+def page_app(root: Path, *, read_only: bool = False) -> Starlette:
+    """The ASGI application: the page, its scripts, and the resources of `Contents` below `/api/`.
+
+    `read_only` refuses notes.
+    """
+    contents = Contents(root, notes_closed=READ_ONLY if read_only else "")
+    routes = [
+        Route(f"/api/{RESOURCES['notes']}", _writing(root, contents.add_note), methods=["POST"]),
+        Route(f"/api/{RESOURCES['notes']}/{{note}}", _writing(root, contents.change_note), methods=["PUT"]),
+    ]
+    routes += [Route(f"/api/{path}", _resource(root, getattr(contents, name))) for name, path in RESOURCES.items()]
     routes += [Route("/", _page), Route("/plotly.js", _plotly), Route("/static/{name}", _static)]
     middleware = [
         Middleware(_Headers),
@@ -74,12 +86,16 @@ def listen(port: int | None) -> socket.socket:
     raise InputError(f"no port of {HOST} is free")
 
 
-def serve(root: Path, listening: socket.socket) -> None:
-    """Serve the page of the experiments below `root` until interrupted."""
+def serve(root: Path, listening: socket.socket, *, read_only: bool = False) -> None:
+    """Serve the page of the experiments below `root` until interrupted; `read_only` refuses notes."""
     import uvicorn
 
     config = uvicorn.Config(
-        page_app(root), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1
+        page_app(root, read_only=read_only),
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=1,
     )
     with suppress(KeyboardInterrupt):  # the normal way to stop
         uvicorn.Server(config).run(sockets=[listening])
@@ -101,13 +117,52 @@ class _Headers:
         await self._app(scope, receive, send_with_headers)
 
 
-def _resource(read: Callable[..., Any]) -> Callable[[Request], Any]:
-    def answer(**parameters: str) -> Response:
+def _writing(root: Path, write: Callable[..., Any]) -> Callable[[Request], Any]:
+    """An endpoint that changes files, for requests of this page only; browsers say which site a request is from."""
+    answered = _answered(root, write)
+
+    async def endpoint(request: Request) -> Response:
+        if request.headers.get("origin") != f"http://{request.headers.get('host')}":
+            return _refusal(403, "refused: only this page itself may change notes")
+        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+            return _refusal(415, "refused: expected JSON")
+        data = b""
+        async for piece in request.stream():
+            data += piece
+            if len(data) > _LONGEST_REQUEST:
+                return _refusal(413, f"refused: more than {_LONGEST_REQUEST} bytes")
         try:
+            sent = orjson.loads(data)
+        except orjson.JSONDecodeError as error:
+            return _refusal(422, f"not valid JSON: {error}")
+        return await run_in_threadpool(answered, **from_address(request.path_params), sent=sent)
+
+    return endpoint
+
+
+def _resource(root: Path, read: Callable[..., Any]) -> Callable[[Request], Any]:
+    answered = _answered(root, read)
+
+    async def endpoint(request: Request) -> Response:
+        return await run_in_threadpool(answered, **from_address(request.path_params))
+
+    return endpoint
+
+
+def _answered(root: Path, read: Callable[..., Any]) -> Callable[..., Response]:
+    """A function whose result, or error, is a response."""
+
+    def answer(**parameters: Any) -> Response:
+        try:
+            refresh(root, _FRESH)
             return _json(200, read(**parameters))
         except MissingError as error:
             # Not a failure: the page shows what is missing and the command that creates it.
             return _json(200, {"absent": {"what": error.what, "command": error.command}})
+        except NoteChangedError as error:
+            return _refusal(409, str(error))
+        except ClosedError as error:
+            return _refusal(403, str(error))
         except TlcaptureError as error:
             return _refusal(404 if isinstance(error, InputError) else 422, str(error))
         except OSError as error:
@@ -115,10 +170,7 @@ def _resource(read: Callable[..., Any]) -> Callable[[Request], Any]:
         except orjson.JSONEncodeError as error:
             return _refusal(422, f"a file has content that cannot be shown: {error}")
 
-    async def endpoint(request: Request) -> Response:
-        return await run_in_threadpool(answer, **from_address(request.path_params))
-
-    return endpoint
+    return answer
 
 
 def _refusal(status: int, what: str) -> Response:

@@ -59,6 +59,25 @@ class Work:
     inputs: Callable[[Any], Sequence[Path]] = lambda task: ()
     overwrite: bool = False
 
+    @property
+    def total(self) -> int:
+        """The size of all tasks."""
+        return sum(map(self.size, self.tasks))
+
+    def share(self, count: int) -> int:
+        """The number of prompts of each of `count` equal parts of the work; at least 1."""
+        n_prompts = sum(len(self.split(task, 1)) for task in self.tasks)
+        return max(1, -(-n_prompts // count))
+
+    def pieces(self, most: int) -> list[Any]:
+        """All tasks in parts of at most `most` prompts, the largest first."""
+        return sorted((part for task in self.tasks for part in self.split(task, most)), key=self.size, reverse=True)
+
+    def halves(self, task: Any) -> Sequence[Any]:
+        """A task in two halves; one of a single prompt as it is."""
+        n_prompts = len(self.split(task, 1))
+        return self.split(task, (n_prompts + 1) // 2)
+
 
 class Executor(Protocol):
     """Carries out work and reports the results to a run."""

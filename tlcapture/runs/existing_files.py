@@ -21,6 +21,8 @@ from tlcapture.views.saved_attention import read_attention
 from tlcapture.views.saved_lens import read_lens
 
 OVERWRITE = "use --overwrite to replace or remove it"
+# Advice for a file at the path of a capture that cannot be read as one.
+REPLACE = "use --overwrite to replace it and all files derived from it"
 
 
 def check_replaceable(layout: Layout, path: Path, *, overwrite: bool = False, advice: str = OVERWRITE) -> None:
@@ -67,3 +69,23 @@ def check_readable(layout: Layout, path: Path) -> None:
         content = read_json(path)
         if not isinstance(content, dict) or "projections" not in content:
             raise not_valid(path, "projection", "it has no projections")
+
+
+def saved_capture(raw: Path, *, overwrite: bool, advice: str = REPLACE) -> Capture | None:
+    """The capture stored at `raw`; `None` if no file exists, or if `overwrite` is set and it cannot be read.
+
+    Raises:
+        StorageError: the path is not a regular file, or the file cannot be read and `overwrite` is not set. It is not
+            replaced, since it may belong to another program; the message ends with `advice`.
+    """
+    if not raw.is_file():
+        if raw.exists():
+            found = "a folder" if raw.is_dir() else "something that is not a regular file"
+            raise StorageError(f"{raw}: expected a file, found {found}: move it")
+        return None
+    try:
+        return Capture.open(raw)
+    except StorageError as error:
+        if overwrite:
+            return None
+        raise StorageError(f"{error}: {advice}") from None

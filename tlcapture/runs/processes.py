@@ -18,6 +18,7 @@ from threading import Thread
 from typing import Any, TypeVar
 
 from tlcapture.logger import get_logger
+from tlcapture.storage.remote_roots import in_other_processes
 from tlcapture.text import first_line
 
 Result = TypeVar("Result")
@@ -90,7 +91,7 @@ class _Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for this process alone
-            env={**os.environ, **_ONE_THREAD},
+            env={**os.environ, **_ONE_THREAD, **in_other_processes()},
         )
         self.is_usable = False
         self.is_ending = False

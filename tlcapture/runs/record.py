@@ -1,10 +1,11 @@
 """The record of a run in its experiment: `runs/{time}-{command}-{process}.json`.
 
 It is first written, with the status `running`, after the first file of the run, so that killed runs have a record too.
-It is rewritten when the run ends.
+It is rewritten every few seconds while the run goes on, and when it ends.
 
 {"command", "command_line", "arguments": {...}, "status": "running|done|failed|interrupted", "exit_code", "error",
  "started", "ended", "seconds", "versions": {...}, "system": {...}, "model": {...},
+ "planned": {"single_trait": {"new": 58, "kept": 2}},         (captures to be made and those that are there, by set)
  "prompts", "skipped", "removed", "new_tokens", "files": {"count", "bytes", "folders", "list", "not_listed"},
  "failures": [{"what", "reason"}], "warnings": [...]}
 """
@@ -14,21 +15,25 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from tlcapture.errors import StorageError
-from tlcapture.runs.report import RunReport
+from tlcapture.runs.report import Done, RunReport
 from tlcapture.storage.files import Written, write_json
 from tlcapture.storage.layout import Layout
 from tlcapture.version import __version__, installed
 
 _PACKAGES = ("torch", "transformer_lens", "transformers", "numpy")
 RUNNING = "running"
+_EVERY = 2.0  # seconds between two writes of the record of a running run,
+_TIMES = 100  # or so many times as long as the last one took
 
 
 @dataclass(frozen=True)
@@ -62,12 +67,31 @@ class RecordedReport(RunReport):
         if shard := invocation.arguments.get("shard"):
             name += f"-{str(shard).replace('/', 'of')}"  # processes of different machines can have the same number
         self.path: Path = layout.run_record(name)
+        self._next_write = 0.0
+        self._is_adding = False
 
     def wrote(self, written: Written) -> None:
         """Count a file that was written; the first one also starts the record."""
         super().wrote(written)
-        if self.n_files == 1:
+        if not self._is_adding:
+            self._write_at_times()
+
+    def add(self, other: Done) -> None:
+        """Add what was done elsewhere."""
+        self._is_adding = True
+        super().add(other)
+        self._is_adding = False
+        if self.n_files:
+            self._write_at_times()
+
+    def _write_at_times(self) -> None:
+        """Write the record of the run so far, if the last one is old enough."""
+        before = time.monotonic()
+        if before >= self._next_write:
+            self._next_write = inf  # another thread may come here meanwhile
             self._write({"status": RUNNING})
+            now = time.monotonic()
+            self._next_write = now + max(_EVERY, _TIMES * (now - before))
 
     def end(self, status: str, exit_code: int, error: str | None) -> dict[str, Any]:
         """Write the record of a run that has ended, and return its content.

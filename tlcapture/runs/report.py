@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tlcapture.errors import NoSpaceError, TlcaptureError
 from tlcapture.logger import get_logger
+from tlcapture.places import named
+from tlcapture.storage.file_index import Learned
 from tlcapture.text import counted, format_bytes
 
 if TYPE_CHECKING:
-    from tlcapture.storage.files import Written
+    from tlcapture.storage.files import FileState, Written
 
 _MOST_LISTED = 10_000
 _MOST_REMEMBERED = 4000  # projections, of some 6 KB each
@@ -92,6 +94,7 @@ class Done:
     n_tokens: int = 0
     n_removed: int = 0
     projected: Mapping[str, bytes] = field(default_factory=dict)
+    learned: Mapping[Path, Learned] = field(default_factory=dict)
 
 
 @dataclass
@@ -105,6 +108,8 @@ class RunReport:
         retried: batches of work that were run again after their worker died.
         projected: what the summary needs of projections that were written, by path relative to the folder, as JSON; not
             of all in a large run.
+        learned: what was found in files or is known of those that were written, for the index of the set's files.
+        seen: states of files that the run has looked at or written; not of all in a large run.
     """
 
     folder: Path
@@ -117,6 +122,8 @@ class RunReport:
     warnings: list[str] = field(default_factory=list)
     retried: list[str] = field(default_factory=list)
     projected: dict[str, bytes] = field(default_factory=dict)
+    learned: dict[Path, Learned] = field(default_factory=dict)
+    seen: dict[Path, FileState] = field(default_factory=dict)
     files: WrittenFiles = field(init=False)
 
     def __post_init__(self) -> None:
@@ -128,8 +135,17 @@ class RunReport:
         return self.files.count
 
     def wrote(self, written: Written) -> None:
-        """Count a file that was written."""
+        """Count a file that was written, and keep what is known of it."""
         self.files.add(written)
+        if written.state is not None:
+            self.learn(written.path, Learned(written.state, written.facts))
+
+    def learn(self, path: Path, learned: Learned) -> None:
+        """Keep what was found in a file, if anything, and its state."""
+        if learned.facts:
+            self.learned[path] = learned
+        if len(self.seen) < _MOST_REMEMBERED:
+            self.seen[path] = learned.state
 
     @property
     def remembers(self) -> bool:
@@ -168,6 +184,8 @@ class RunReport:
         self.n_tokens += other.n_tokens
         self.n_removed += other.n_removed
         self.remember(other.projected)
+        for path, learned in other.learned.items():
+            self.learn(path, learned)
 
     @property
     def seconds(self) -> float:
@@ -192,7 +210,7 @@ class RunReport:
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""
         return {
-            "folder": str(self.folder),
+            "folder": named(str(self.folder)),
             "prompts": self.n_prompts,
             "skipped": self.n_skipped,
             "removed": self.n_removed,
@@ -224,7 +242,7 @@ class CollectingReport(RunReport):
     def wrote(self, written: Written) -> None:
         """Count a file that was written."""
         super().wrote(written)
-        self._written.append(written)
+        self._written.append(written.knowing(None))  # which is in `learned`
 
     def drain(self) -> Done:
         """What was done since the last call."""
@@ -237,8 +255,9 @@ class CollectingReport(RunReport):
             self.n_tokens,
             self.n_removed,
             self.projected,
+            self.learned,
         )
-        self.projected = {}
+        self.projected, self.learned = {}, {}
         self._written, self.failures, self.warnings = [], [], []
         self.n_prompts = self.n_skipped = self.n_tokens = self.n_removed = 0
         return done

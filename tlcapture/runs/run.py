@@ -18,6 +18,7 @@ from tlcapture.runs.display import Display, Progress
 from tlcapture.runs.report import Done, RunReport
 from tlcapture.storage.files import Written
 from tlcapture.storage.layout import Layout
+from tlcapture.storage.remote_roots import check_writable
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,15 @@ class Run:
 
     @classmethod
     def begin(cls, layout: Layout, display: Display) -> Run:
-        """Start a run in an experiment; the display decides which kind of report it has."""
-        return cls(layout, display.report(layout), display)
+        """Start a run in an experiment; the display decides which kind of report it has.
+
+        Raises `StorageError` if the experiment is in a remote root that cannot be written to.
+        """
+        doubt = check_writable(layout.folder)
+        run = cls(layout, display.report(layout), display)
+        if doubt:
+            run.warn(doubt)
+        return run
 
     @classmethod
     def silent(cls, layout: Layout) -> Run:
@@ -63,6 +71,11 @@ class Run:
     def failed(self, what: str, reason: object) -> None:
         """Count a prompt or trait that failed, by its name."""
         self.report.failed(what, reason)
+
+    def again(self, worker: str, what: str) -> None:
+        """Report that a worker died and that its batch of work is run again."""
+        self.report.retried.append(what)
+        self.line(f"{worker} died; its batch is run again: {what}")
 
     def attempt(self, what: str) -> AbstractContextManager[None]:
         """Report a `TlcaptureError` as a failure and continue, except for `NoSpaceError`, which ends the run."""

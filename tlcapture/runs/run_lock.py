@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
 
 from tlcapture.runs.run import Run
 from tlcapture.runs.shards import Shard
 from tlcapture.storage.layout import Layout
-from tlcapture.storage.locks import locked
+from tlcapture.storage.locks import holder, locked
 
 
 @contextmanager
@@ -31,28 +33,31 @@ def run_lock(run: Run, what: str, shard: Shard | None = None, division: str = "s
     waits: list[bool] = []
     layout = run.layout
 
-    def on_wait() -> None:
+    def on_wait(lock: Path) -> None:
         if not waits:
-            run.line(f"another run is writing {what} in {layout.experiment}: waiting for it to end")
+            by = f" ({found})" if (found := holder(lock)) is not None else ""
+            run.line(f"another run is writing {what} in {layout.experiment}{by}: waiting for it to end")
         waits.append(True)
 
     name = what.replace(" ", "-")
     if shard is None:
-        with locked(layout.lock(name), on_wait):
+        gate = layout.lock(name)
+        with locked(gate, partial(on_wait, gate)):
             _wait_for_shards(layout, name, "", on_wait)
             yield bool(waits)
         return
     prefix = f"{division}-of-{shard.count}-"
     with ExitStack() as own:
-        with locked(layout.lock(name), on_wait):
+        gate, own_lock = layout.lock(name), layout.shard_lock(name, f"{prefix}{shard.number}")
+        with locked(gate, partial(on_wait, gate)):
             _wait_for_shards(layout, name, prefix, on_wait)
-            own.enter_context(locked(layout.shard_lock(name, f"{prefix}{shard.number}"), on_wait))
+            own.enter_context(locked(own_lock, partial(on_wait, own_lock)))
         yield bool(waits)
 
 
-def _wait_for_shards(layout: Layout, name: str, prefix: str, on_wait: Callable[[], object]) -> None:
+def _wait_for_shards(layout: Layout, name: str, prefix: str, on_wait: Callable[[Path], object]) -> None:
     """Wait until no shard of `name` is running, except those whose lock name begins with a given `prefix`."""
     for path in layout.shard_locks(name):
         if not (prefix and path.stem.startswith(prefix)):
-            with locked(path, on_wait):
+            with locked(path, partial(on_wait, path)):
                 pass

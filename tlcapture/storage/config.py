@@ -13,6 +13,7 @@ from tlcapture.errors import InputError
 from tlcapture.storage.files import read_json, write_json
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.locks import locked
+from tlcapture.storage.remote_roots import refresh
 from tlcapture.storage.validation import first_problem
 
 
@@ -74,6 +75,7 @@ def update_config(layout: Layout, **fields: Any) -> None:
     if layout.config.exists() and _with(layout, fields) == read_config(layout):
         return
     with locked(layout.lock("config")):
+        refresh(layout.config)
         write_json(layout.config, _with(layout, fields).model_dump(), indent=True)
 
 

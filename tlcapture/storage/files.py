@@ -13,7 +13,6 @@ import pickle
 import re
 import secrets
 import shutil
-import socket
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -26,15 +25,16 @@ from tlcapture.errors import NoSpaceError, StorageError
 from tlcapture.logger import get_logger
 from tlcapture.storage.archives import Archive, MoreRecords, write_archive
 from tlcapture.storage.folders import stems_in
+from tlcapture.storage.object_stores import is_url
+from tlcapture.storage.remote_roots import discard, is_remote, local, publish, publish_folder
+from tlcapture.storage.working_copies import HOST as _HOST
+from tlcapture.storage.working_copies import is_copy
 from tlcapture.text import format_bytes
 
 _log = get_logger(__name__)
 # Errors after which no other file can be written to the same device either.
 _FOR_ALL_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-# The scope of process numbers: this machine, or the container on it.
-_HOST = re.sub(r"[^A-Za-z0-9]", "-", socket.gethostname())
-with suppress(OSError):
-    _HOST += f"-{os.stat('/proc/self/ns/pid').st_ino}"
+_NO_END = 2**63
 FSYNC = "TLCAPTURE_FSYNC"  # if set, files are on the disk when they count as written; other processes see it too
 _TEMPORARY = re.compile(rf"\..+\.{re.escape(_HOST)}\.(\d+)\.[0-9a-f]+\.tmp")
 
@@ -43,11 +43,37 @@ Hook = Callable[[Path], object]
 _check_change: Hook = lambda path: None  # noqa: E731
 
 
+class FileState(NamedTuple):
+    """What tells that a file is still the same: its size in bytes, and when it was modified and when it was put there.
+
+    Times are in nanoseconds since the epoch. Of an object in a remote root, when it was put there is not known: 0.
+    """
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> FileState:
+        """That of a file, from what the system says of it."""
+        return cls(found.st_size, found.st_mtime_ns, 0 if is_copy(found) else found.st_ctime_ns)
+
+
 class Written(NamedTuple):
-    """A file that was written, and its size in bytes."""
+    """A file that was written, and its size in bytes.
+
+    `state` is its state at its path, unless another process has replaced it already; `facts` are what an index of files
+    (`file_index`) holds of it, if that is known.
+    """
 
     path: Path
     size: int
+    state: FileState | None = None
+    facts: tuple[bytes, ...] = ()
+
+    def knowing(self, facts: tuple[bytes, ...] | None) -> Written:
+        """The same with what is known of the file."""
+        return self._replace(facts=facts or ())
 
 
 def check_changes(check: Hook) -> None:
@@ -130,7 +156,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise StorageError(f"{path}: cannot be read: expected a file")
-        return path.read_bytes()
+        return local(path).read_bytes()
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -191,9 +217,10 @@ def opening(path: Path) -> Iterator[None]:
     The file is opened by its path several times, so it is also an error if it is replaced meanwhile.
     """
     if not path.is_file():
-        raise StorageError(f"{path}: no such file")
+        hint = ": open it as a capture of its experiment, Experiment(NAME, root=URL)" if is_url(path) else ""
+        raise StorageError(f"{path}: no such file{hint}")
     try:
-        before = _identity(path)
+        before = _identity(local(path))
         yield
         if _identity(path) != before:
             raise StorageError(f"{path}: the file was replaced while it was being opened: open it again")
@@ -211,6 +238,7 @@ def remove(paths: Iterable[Path]) -> int:
     count = 0
     for path in paths:
         _check_change(path)
+        discard(path)
         with suppress(FileNotFoundError):
             path.unlink()
             count += 1
@@ -246,6 +274,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         fill(temporary)
         with suppress(OSError):
             temporary.rename(path)
+            publish_folder(path)
     except OSError as error:
         raise StorageError(f"{path}: cannot be created: {error.strerror or error}") from None
     finally:
@@ -253,7 +282,11 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Free bytes on the device of `path`, or of its nearest parent folder that exists."""
+    """Free bytes on the device of `path`, or of its nearest parent folder that exists; a remote root has no end."""
+    return _NO_END if is_remote(path) else _free_here(path)
+
+
+def _free_here(path: Path) -> int:
     existing = next(folder for folder in [path, *path.absolute().parents] if folder.exists())
     return shutil.disk_usage(existing).free
 
@@ -271,17 +304,29 @@ def _write(
         _sync(temporary)
         _check_change(path)
         before_replacing(temporary)
-        size = temporary.stat().st_size
-        temporary.replace(path)
-        _sync(path.parent)
+        new = temporary.stat()
+        if publish(temporary, path):
+            new = path.lstat()  # that of the object
+        else:
+            temporary.replace(path)
+            _sync(path.parent)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)  # before free space is measured for the message
         if isinstance(error, OSError | RuntimeError):
             raise _cannot_write(path, error, needed) from None
         raise
-    _log.debug("wrote %s, %s", path, format_bytes(size))
-    return Written(path, size)
+    _log.debug("wrote %s, %s", path, format_bytes(new.st_size))
+    return Written(path, new.st_size, _state_of(path, new))
+
+
+def _state_of(path: Path, written: os.stat_result) -> FileState | None:
+    """The state of a file at its path, if it is the one that was written."""
+    with suppress(OSError):
+        found = path.lstat()
+        if all(getattr(found, name) == getattr(written, name) for name in ("st_ino", "st_size", "st_mtime_ns")):
+            return FileState.of(found)
+    return None
 
 
 def _make_folder(folder: Path) -> None:
@@ -308,7 +353,7 @@ def _cannot_write(path: Path, error: BaseException, needed: int) -> StorageError
     number = cause.errno if isinstance(cause, OSError) else None
     reason = os.strerror(number) if number else str(error).splitlines()[0]
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        reason += f": it needs {format_bytes(needed)}, {format_bytes(free_bytes(path))} are free on its device"
+        reason += f": it needs {format_bytes(needed)}, {format_bytes(_free_here(path))} are free on its device"
     kind = NoSpaceError if number in _FOR_ALL_FILES else StorageError
     return kind(f"{path}: cannot be written: {reason}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from os import scandir
+from os import listdir, scandir
 from pathlib import Path
 
 from tlcapture.names import MOST_FOLDERS, split_name
@@ -33,6 +33,13 @@ def stems_in(folder: Path, suffix: str) -> list[str]:
     with suppress(OSError), scandir(folder) as entries:
         return [entry.name[: -len(suffix)] for entry in entries if entry.name.endswith(suffix)]
     return []
+
+
+def names_in(folder: Path) -> frozenset[str]:
+    """The names of everything in a folder."""
+    with suppress(OSError):
+        return frozenset(listdir(folder))
+    return frozenset()
 
 
 def holds_any(folder: Path, suffix: str) -> bool:

@@ -10,7 +10,7 @@
                                   analysis/compare/{other}/{prompt_set}/
                                   analysis/projections/residual_stream|attn_stream/{prompt_set}/
                                   steering/{category}/{trait}/
-                                  runs/{time}-{command}-{process}.json
+                                  runs/{time}-{command}-{process}.json, notes/{prompt_set}/
 
 Below `inference/` and `analysis/`, a variant of a prompt set has the folder `{prompt_set}@{variant}` beside it. Files
 of a capture begin with its name: the id of its prompt, or `7.s1` for sample 1 of prompt 7. Where a method takes a
@@ -24,8 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from os import sep
-from os.path import exists, islink, join, lexists, realpath
+from os.path import exists, islink, join, lexists, realpath, sep
 from pathlib import Path
 
 from tlcapture.errors import InputError, StorageError
@@ -43,6 +42,7 @@ from tlcapture.names import (
 )
 from tlcapture.storage.folders import folders_in, holds_any, natural, stems_in, subfolders
 from tlcapture.storage.projection_places import STREAM_FOLDERS, place_of_projection
+from tlcapture.storage.remote_roots import check_complete, list_experiment, refresh
 
 
 def shipped_datasets() -> Path:
@@ -130,6 +130,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         check_name(self.experiment, "experiment")
+        list_experiment(self.root, self.experiment)
 
     @cached_property
     def folder(self) -> Path:
@@ -137,7 +138,8 @@ class Layout:
         return self.root / "experiments" / self.experiment
 
     def check_exists(self) -> None:
-        """Raise `InputError` with the existing experiments if this one does not exist."""
+        """Raise `InputError` with the existing experiments if this one does not exist, or is not all there."""
+        check_complete(self.folder)
         if not self.folder.is_dir():
             listed = ", ".join(existing_experiments(self.root)) or "none"
             raise InputError(
@@ -183,7 +185,7 @@ class Layout:
 
     def shard_locks(self, name: str) -> list[Path]:
         """The lock files of all shards that have ever run, sorted."""
-        return sorted(self.lock(name).with_suffix(".shards").glob("*.lock"))
+        return sorted(refresh(self.lock(name).with_suffix(".shards")).glob("*.lock"))
 
     def run_record(self, name: str) -> Path:
         """The record of a run."""
@@ -201,8 +203,7 @@ class Layout:
 
     def internals(self, prompt_set: str, prompt_id: PromptId, layer: int) -> Path:
         """The internals file of a prompt and layer."""
-        folder = self._raw("internals", prompt_set)
-        return self.own(folder / f"{file_name(prompt_id)}_L{layer}.pt")
+        return self.own(self._raw("internals", prompt_set) / f"{file_name(prompt_id)}_L{layer}.pt")
 
     def all_internals(self, prompt_set: str, prompt_id: PromptId) -> list[Path]:
         """The existing internals files of a prompt, of all layers."""
@@ -244,8 +245,7 @@ class Layout:
 
     def captured(self, prompt_set: str) -> list[str]:
         """The ids of captured prompts of a set: numbers in numerical order, then names."""
-        found = stems_in(self.own(self._raw("residual", prompt_set)), ".pt")
-        return sorted(filter(is_safe_name, found), key=natural)
+        return sorted(filter(is_safe_name, stems_in(self.own(self._raw("residual", prompt_set)), ".pt")), key=natural)
 
     def prompt_ids(self, prompt_set: str) -> list[str]:
         """The ids of prompts with a capture or projections: numbers in numerical order, then names."""

@@ -5,16 +5,20 @@ The operating system releases a lock when its process ends, however it ends, so 
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from tlcapture.errors import StorageError
+from tlcapture.errors import InputError, StorageError
 from tlcapture.logger import get_logger
+from tlcapture.storage.remote_locks import held, remotely_locked
+from tlcapture.storage.remote_roots import refresh, store_of
 
 _log = get_logger(__name__)
+_FRESH = 30.0  # seconds for which a listing of a remote experiment holds where no other run was waited for
 _POLL = 0.1  # seconds between two tries
 
 
@@ -37,9 +41,36 @@ def is_held(path: Path) -> bool:
     return False
 
 
+def holder(path: Path) -> str | None:
+    """Who holds a lock in a remote root, as text; `None` of any other lock."""
+    remote = store_of(path)
+    found = None if remote is None else held(*remote)
+    return None if found is None else str(found[0])
+
+
+@contextmanager
+def presence(folder: Path) -> Iterator[Path]:
+    """A hidden temporary file in a folder, whose lock `is_held` while this process is there; it holds its own name.
+
+    Raises `InputError` if the folder cannot be written to.
+    """
+    path = folder.resolve() / f".tlcapture-{secrets.token_hex(16)}"
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path))
+            path.write_text(path.name)
+        except (OSError, StorageError) as error:
+            raise InputError(f"{folder}: cannot be written to: {getattr(error, 'strerror', None) or error}") from None
+        try:
+            yield path
+        finally:
+            with suppress(OSError):
+                path.unlink()
+
+
 @contextmanager
 def locked(path: Path, on_wait: Callable[[], object] = lambda: None) -> Iterator[bool]:
-    """Hold the lock of a file; yields whether another process held it first.
+    """Hold the lock of a file; yields whether another process held it first. In a remote root the lock is an object.
 
     On a file system without locks, nothing is locked: files are still written completely, but of two runs at the same
     time the later one may overwrite the files of the other.
@@ -51,6 +82,12 @@ def locked(path: Path, on_wait: Callable[[], object] = lambda: None) -> Iterator
     Raises:
         StorageError: the lock file cannot be created or locked.
     """
+    if (remote := store_of(path)) is not None:
+        with remotely_locked(*remote, on_wait) as waited:
+            experiment = next(each.parent for each in path.parents if each.name == ".locks")
+            refresh(experiment, 0.0 if waited else _FRESH)
+            yield waited
+        return
     lock = FileLock(path, mode=0o666)
     waited = False
     try:

@@ -154,6 +154,14 @@ class Shard:
             what = f"what it holds of prompt {prompt_id!r} and {trait} is damaged"
             raise not_valid(self.file.path, KIND, what) from None
 
+    def labels(self, entry: IndexEntry) -> dict[str, dict[str, Any]]:
+        """By trait, what the files of a prompt's projections would hold beside numbers; raises as `content` does."""
+        try:
+            record = orjson.loads(self.file.array("records")[slice(*entry.record)].tobytes())
+            return {trait: {**record["shared"], **record["traits"][trait]} for trait in entry.written}
+        except (KeyError, TypeError, ValueError):
+            raise not_valid(self.file.path, KIND, f"what it holds of prompt {entry.id!r} is damaged") from None
+
     def texts(self) -> dict[str, str]:
         """The texts of its prompts by id; damaged records are left out."""
         found, records = dict[str, str](), self.file.array("records")

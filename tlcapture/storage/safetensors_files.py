@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from tlcapture.errors import StorageError
 from tlcapture.storage.files import Hook, Written, write_stream
+from tlcapture.storage.remote_roots import local
 
 _DTYPES = {"U8": "u1", "I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
 _MOST_HEADER = 2**26  # bytes; a longer one is not parsed
@@ -122,7 +123,7 @@ class TensorFile:
         try:
             if path.exists() and not path.is_file():  # a pipe would be waited for
                 raise _damaged(path, "expected a file")
-            with path.open("rb") as file:
+            with local(path).open("rb") as file:
                 state = _state_of(file)
                 size = state[0]
                 if size < _LENGTH:
@@ -149,7 +150,7 @@ class TensorFile:
         if not spec.n_bytes:
             return np.empty(spec.shape, spec.numpy)
         try:
-            with self.path.open("rb") as file:
+            with local(self.path).open("rb") as file:
                 if _state_of(file) != self._state:
                     raise StorageError(f"{self.path}: the file was replaced while it was being read: open it again")
                 return np.memmap(file, spec.numpy, "r", self._starts[name], spec.shape)

@@ -78,12 +78,14 @@ class _Block:
         return 4 * self.n_rows * row + len(self.record)
 
 
-def write_prompt(folder: Path, prompt_id: str, contents: Mapping[str, Content]) -> Written:
+def write_prompt(folder: Path, prompt_id: str, contents: Mapping[str, Content], now: int | None = None) -> Written:
     """Write a prompt's projections, by trait the content of each file; those onto other traits stay.
+
+    `now` is the time that is recorded of them, in nanoseconds since the epoch; `None` takes that of the clock.
 
     Raises `StorageError` if an existing shard of the prompt cannot be read.
     """
-    now = time.time_ns()
+    now = time.time_ns() if now is None else now
     others = {trait: each for trait, each in sharded_of(folder, prompt_id).items() if trait not in contents}
     tokens = _tokens(next(iter(contents.values())))
     if any(_tokens(each.content()) != tokens for each in others.values()):

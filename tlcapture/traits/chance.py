@@ -29,7 +29,7 @@ from tlcapture.views.kept_tokens import Positions
 
 N_DIRECTIONS = 200
 _PERMUTATIONS = 19  # with which a level of 5 % is still exact
-_LAYERS_AT_ONCE = 4  # whose random trajectories fit into a core's cache
+_AT_ONCE = 2**18  # numbers of random trajectories, with which neither calls nor memory take most of the time
 _LARGEST = 1e30  # number that is written as float32
 _ISOTROPIC = 64  # isotropic directions that are combined, instead of responses
 
@@ -111,7 +111,7 @@ class RandomDirections:
         persistence = _shares(random.rises, own.rises, drawn.place)
         rises = drawn.rises(on_basis, held)
         over = drawn.over if rises is not None else None
-        rounded = _rounded(rises)
+        rounded = None if rises is None else _rounded(rises)
         standardised = None if rises is None or over is None else _rounded((rises - over.means) / over.deviations)
         return [
             ChanceLevel(
@@ -146,15 +146,22 @@ class RandomDirections:
                 if self.reference is not None:
                     over.append(drawn.reference_rises(own, directions[-1], self.reference))
             joined = _OverReference.of(over, rows) if over else None
-            self._drawn[names] = _Drawn(layers, place, rows, directions, joined)
+            in_order = torch.cat(directions)[np.argsort(np.concatenate(rows))]
+            self._drawn[names] = _Drawn(layers, place, in_order, joined)
         return self._drawn[names]
 
     def _strengths(self, on_basis: Sequence[OnBasis], layers: Sequence[int], held: Positions) -> Strengths:
         """Those of the random directions of all layers, `[n_layers * n_directions]`, found for a few at once."""
-        by_token = [each @ self._layer(layer).directions("all").T for each, layer in zip(on_basis, layers, strict=True)]
-        starts = range(0, len(layers), _LAYERS_AT_ONCE)
-        some = [torch.cat(by_token[start : start + _LAYERS_AT_ONCE], dim=1).numpy(force=True) for start in starts]
-        return Strengths.together([Strengths.of(each.T, held.n_prompt, held, _PERMUTATIONS) for each in some])
+        found, at_once = [], max(1, _AT_ONCE // (held.n_tokens * N_DIRECTIONS))
+        for start in range(0, len(layers), at_once):
+            some = slice(start, start + at_once)
+            directions = [self._layer(layer).directions("all") for layer in layers[some]]
+            by_token = torch.empty(held.n_tokens, N_DIRECTIONS * len(directions))
+            places = by_token.split(N_DIRECTIONS, dim=1)
+            for each, drawn, place in zip(on_basis[some], directions, places, strict=True):
+                torch.mm(each, drawn.T, out=place)
+            found.append(Strengths.of(by_token.numpy().T, held.n_prompt, held, _PERMUTATIONS))
+        return Strengths.together(found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,15 +190,13 @@ class _Drawn:
     Attributes:
         layers: the layers of the vectors, each once.
         place: of each vector, the place of its layer among them.
-        rows: of each layer, its vectors among them all.
-        directions: of each layer, `[n_vectors, n_directions, n_basis]`.
+        directions: `[n_vectors, n_directions, n_basis]`.
         over: their rises over the reference prompts; `None` without any.
     """
 
     layers: Sequence[int]
     place: Sequence[int]
-    rows: Sequence[Sequence[int]]
-    directions: Sequence[Directions]
+    directions: Directions
     over: _OverReference | None
 
     def rises(self, on_basis: Sequence[OnBasis], held: Positions) -> Values | None:
@@ -200,11 +205,10 @@ class _Drawn:
             return None
         if not 1 < held.n_prompt < held.n_tokens:
             return np.zeros((len(self.place), N_DIRECTIONS))
-        found = []
-        for each, directions in zip(on_basis, self.directions, strict=True):
-            difference = each[held.n_prompt :].mean(dim=0) - each[1 : held.n_prompt].mean(dim=0)
-            found.append((directions @ difference).double().numpy(force=True))
-        return _in_order(found, self.rows)
+        all_layers = torch.stack(list(on_basis))
+        risen = all_layers[:, held.n_prompt :].mean(dim=1) - all_layers[:, 1 : held.n_prompt].mean(dim=1)
+        found = [each @ risen[place] for each, place in zip(self.directions, self.place, strict=True)]
+        return torch.stack(found).double().numpy(force=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,10 +276,8 @@ def _in_order(found: Sequence[NDArray[Any]], rows: Sequence[Sequence[int]]) -> N
     return np.concatenate(found)[np.argsort(np.concatenate(rows))]
 
 
-def _rounded(values: Values | None) -> Values | None:
+def _rounded(values: Values) -> Values:
     """Rounded, as float32 where they fit: JSON has them with the same digits, in less time."""
-    if values is None:
-        return None
     found = round_significant(values, PROBABILITY_DIGITS)
     return found if np.abs(found).max() > _LARGEST else found.astype(np.float32)
 

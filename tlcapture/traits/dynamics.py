@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -64,16 +65,24 @@ class Dynamics:
 
     def to_json(self) -> dict[str, Any]:
         """The key `dynamics` of a projection file, rounded to 6 significant digits."""
-        velocity, acceleration = _steps(self.velocity.numpy(), self.acceleration.numpy())
-        return {
-            "commitment_point": self.commitment_point,
-            "commitment_shift": _rounded(self.commitment_shift, PROJECTION_DIGITS),
-            "commitment_p": _rounded(self.commitment_p, PROBABILITY_DIGITS),
-            "peak_velocity": _rounded(self.peak_velocity, PROJECTION_DIGITS),
-            "persistence": self.persistence,
-            "velocity": velocity,
-            "acceleration": acceleration,
+        return dynamics_to_json([self])[0]
+
+
+def dynamics_to_json(several: Sequence[Dynamics]) -> list[dict[str, Any]]:
+    """The key `dynamics` of the files of several projections, which are rounded together."""
+    steps = iter(_steps([part.numpy() for each in several for part in (each.velocity, each.acceleration)]))
+    return [
+        {
+            "commitment_point": each.commitment_point,
+            "commitment_shift": _rounded(each.commitment_shift, PROJECTION_DIGITS),
+            "commitment_p": _rounded(each.commitment_p, PROBABILITY_DIGITS),
+            "peak_velocity": _rounded(each.peak_velocity, PROJECTION_DIGITS),
+            "persistence": each.persistence,
+            "velocity": next(steps),
+            "acceleration": next(steps),
         }
+        for each in several
+    ]
 
 
 def dynamics(trajectory: Trajectory, n_prompt_tokens: int, held: Positions | None = None) -> Dynamics:
@@ -201,15 +210,16 @@ def _statistics(values: Values, n_prompt_tokens: int, held: Positions | None) ->
     return has_change, has_rise
 
 
-def _steps(*series: Values) -> list[Any]:
+def _steps(series: Sequence[Values]) -> list[Any]:
     """Series rounded for JSON, all at once, with null in place of steps from or to a token that is missing."""
-    values, ends = np.concatenate(series), np.cumsum([len(each) for each in series])[:-1]
+    values, ends = np.concatenate(series), list(accumulate((len(each) for each in series), initial=0))
     known = ~np.isnan(values)
     if known.all():
-        return np.split(round_significant(values, PROJECTION_DIGITS), ends)
+        rounded = round_significant(values, PROJECTION_DIGITS)
+        return [rounded[start:end] for start, end in pairwise(ends)]
     found = np.full(values.shape, None, dtype=object)
     found[known] = round_significant(values[known], PROJECTION_DIGITS)
-    return [each.tolist() for each in np.split(found, ends)]
+    return [found[start:end].tolist() for start, end in pairwise(ends)]
 
 
 def _rounded(value: float | None, digits: int) -> float | None:

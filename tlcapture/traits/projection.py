@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from html import escape
 from math import isnan
 from typing import Any
@@ -25,7 +26,7 @@ from tlcapture.storage.rounding import PROBABILITY_DIGITS, PROJECTION_DIGITS, ro
 from tlcapture.text import as_ranges
 from tlcapture.traits.calibration import recorded_calibration, shifted
 from tlcapture.traits.chance import ChanceLevel, RandomDirections, with_gaps
-from tlcapture.traits.dynamics import Dynamics, Motion, dynamics
+from tlcapture.traits.dynamics import Dynamics, Motion, dynamics, dynamics_to_json
 from tlcapture.traits.massive_dimensions import massive_share
 from tlcapture.traits.origin import recorded_origin
 from tlcapture.traits.projection_files import ProjectionFile
@@ -147,29 +148,6 @@ class Projection:
             for name, each in found.items()
         }
 
-    def to_json(self, kept: Positions | None = None) -> dict[str, Any]:
-        """The keys `projections` and `dynamics` of a projection file, with the scores of the tokens in `kept`.
-
-        They are tokens that the capture holds; `None` means all of those.
-        """
-        kept = kept or self.held
-        scores = {"prompt": self.prompt, "response": self.response}
-        if kept is not None and not kept.is_all:
-            scores = {"prompt": self.prompt[list(kept.prompt)], "response": self.response[list(kept.response)]}
-        return {
-            "projections": {part: self._scores_to_json(values) for part, values in scores.items()},
-            "dynamics": self.dynamics.to_json(),
-        }
-
-    def _scores_to_json(self, scores: Tensor) -> Any:
-        """`[n_tokens][n_layers][n_sublayers]`, with null for each layer that is not kept."""
-        n_layers = scores.shape[1]
-        if len(self.layers) == n_layers:
-            return rounded_for_json(scores.float().numpy(), PROJECTION_DIGITS)
-        rounded = rounded_for_json(scores[:, list(self.layers)].float().numpy(), PROJECTION_DIGITS)
-        row_of = {layer: row for row, layer in enumerate(self.layers)}
-        return [[token[row_of[layer]] if layer in row_of else None for layer in range(n_layers)] for token in rounded]
-
     def source(self) -> dict[str, Any]:
         """The key `vector_source` of a projection file's metadata."""
         return {
@@ -184,6 +162,40 @@ class Projection:
             "calibration": self.calibration,
             "origin": recorded_origin(self.vector.metadata),
         }
+
+
+def projections_to_json(projections: Sequence[Projection], kept: Positions | None = None) -> list[dict[str, Any]]:
+    """The keys `projections` and `dynamics` of the files of a capture's projections.
+
+    They have the scores of the tokens in `kept`, which the capture holds; `None` means all that it holds.
+    """
+    if not projections:
+        return []
+    kept = kept or projections[0].held
+    prompts, responses = [each.prompt for each in projections], [each.response for each in projections]
+    if kept is not None and not kept.is_all:
+        prompts = [each[list(kept.prompt)] for each in prompts]
+        responses = [each[list(kept.response)] for each in responses]
+    layers = projections[0].layers
+    parts = {"prompt": _scores_to_json(prompts, layers), "response": _scores_to_json(responses, layers)}
+    motions = dynamics_to_json([each.dynamics for each in projections])
+    return [
+        {"projections": {part: found[row] for part, found in parts.items()}, "dynamics": motion}
+        for row, motion in enumerate(motions)
+    ]
+
+
+def _scores_to_json(scores: Sequence[Tensor], layers: Sequence[int]) -> Any:
+    """`[n_projections][n_tokens][n_layers][n_sublayers]`, rounded together, with null for each layer not kept."""
+    n_layers, stacked = scores[0].shape[1], torch.stack(list(scores)).float()
+    if len(layers) == n_layers:
+        return rounded_for_json(stacked.numpy(), PROJECTION_DIGITS)
+    rounded = rounded_for_json(stacked[:, :, list(layers)].numpy(), PROJECTION_DIGITS)
+    row_of = {layer: row for row, layer in enumerate(layers)}
+    return [
+        [[token[row_of[layer]] if layer in row_of else None for layer in range(n_layers)] for token in each]
+        for each in rounded
+    ]
 
 
 def project(
@@ -343,16 +355,19 @@ def _scores(part: ResidualStream, component: str, directions: Vectors) -> Float[
             raise VectorError("the capture holds no attn_out: capture again with --capture-attn")
         layers, found = part.output_layers, _products(part.attn_out, directions).permute(2, 1, 0).unsqueeze(-1)
     else:
-        layers = kept.layers
-        found = _products(part.points, directions)[torch.tensor(kept.rows)].permute(
-            3, 2, 0, 1
-        )  # of [n_points, n_tokens, n_vectors]
+        layers, products = kept.layers, _products(part.points, directions)  # [n_points, n_tokens, n_vectors]
+        found = products[_rows(kept)].permute(3, 2, 0, 1)
     found = found.contiguous()  # each vector's scores are read as one block
     if len(layers) == kept.n_layers:
         return found
     whole = found.new_full((*found.shape[:2], kept.n_layers, found.shape[3]), torch.nan)
     whole[:, :, list(layers)] = found
     return whole
+
+
+@lru_cache(maxsize=8)
+def _rows(kept: KeptPoints) -> Tensor:
+    return torch.tensor(kept.rows)
 
 
 def _products(activations: Tensor, directions: Vectors) -> Tensor:
@@ -362,6 +377,7 @@ def _products(activations: Tensor, directions: Vectors) -> Tensor:
     piece = _PIECE_ON_CPU if activations.device.type == "cpu" else _PIECE
     rows = max(1, piece // max(1, activations[0].numel()))
     products = torch.cat([piece.float() @ directions.T for piece in activations.split(rows)]).cpu()
-    if not products.isfinite().all():
+    # A sum is finite only if all its terms are; where it is not, it may have overflowed.
+    if not products.sum().isfinite() and not products.isfinite().all():
         raise NumericalError("a projection is NaN or inf: the captured activations are damaged")
     return products

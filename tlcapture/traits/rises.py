@@ -59,24 +59,29 @@ def rises(trajectories: Values, n_prompt_tokens: int, n_permutations: int = PERM
     rise = response[peak, columns] - baseline
     is_below = (response < baseline + rise / 2) & (np.arange(n_response)[:, None] > peak)
     end = np.where(is_below.any(axis=0), is_below.argmax(axis=0), n_response)
-    null, rounding = _permuted(rest, n_response, n_permutations), _rounding(rest)
+    null, rounding = _permuted(rest, n_response, n_permutations)[1:], _rounding(rest)
     p = (1 + (null >= rise - rounding).sum(axis=0)) / (1 + n_permutations)
     return Rises(baseline, rise, peak, end - peak, p, _strength(rise, null, rounding))
 
 
 def rise_strengths(trajectories: Values, n_prompt_tokens: int, n_permutations: int) -> tuple[NDArray[np.bool_], Values]:
     """Whether each rise is larger than those of all permutations, and the `strength` of `rises`."""
-    rest, response, baseline = _parts(trajectories, n_prompt_tokens)
-    rise, null = response.max(axis=0) - baseline, _permuted(rest, len(response), n_permutations)
-    rounding = _rounding(rest)
+    rest = _without_first(trajectories)
+    found, rounding = _permuted(rest, rest.shape[0] + 1 - n_prompt_tokens, n_permutations), _rounding(rest)
+    rise, null = found[0], found[1:]
     return null.max(axis=0) < rise - rounding, _strength(rise, null, rounding)
 
 
 def _parts(trajectories: Values, n_prompt_tokens: int) -> tuple[Values, Values, Values]:
     """All tokens but the first and the smoothed response, a row for each token, and the baselines."""
-    rest = np.ascontiguousarray(trajectories[:, 1:].T)  # without the attention sink, each token's values together
+    rest = _without_first(trajectories)
     n_before = n_prompt_tokens - 1
     return rest, smoothed(rest[n_before:].T).T, rest[:n_before].mean(axis=0)
+
+
+def _without_first(trajectories: Values) -> Values:
+    """All tokens but the first, the attention sink, each token's values together."""
+    return np.ascontiguousarray(trajectories[:, 1:].T)
 
 
 def _rounding(rest: Values) -> Values:
@@ -114,34 +119,44 @@ def _moving_mean(padded: Values) -> Values:
 
 
 def _permuted(rest: Values, n_response: int, n_permutations: int) -> Values:
-    """Rises `[n_permutations, n_trajectories]` of permuted trajectories `[n_tokens, n_trajectories]`."""
+    """Rises `[1 + n_permutations, n_trajectories]` of trajectories `[n_tokens, n_trajectories]`, as they are first."""
     n_tokens, n_series = rest.shape
     dealt = _dealt(n_tokens, n_response, n_permutations)
     # The largest mean of each run of 1, 2, ... BLOCK tokens on the ring, by its first token; and no run at all.
     runs = np.empty((BLOCK * n_tokens + 1, n_series), dtype=rest.dtype)
     runs[-1] = -np.inf
-    means = runs[:n_tokens]
-    means[:] = _moving_mean(np.take(rest, np.arange(-_REACH, n_tokens + _REACH) % n_tokens, axis=0))
-    ring = np.concatenate([means, np.take(means, np.arange(BLOCK) % n_tokens, axis=0)])
+    means = _moving_mean(rest.take(_ring(n_tokens), axis=0))
+    runs[:n_tokens] = means[:n_tokens]
     for length in range(1, BLOCK):
         shorter, longer = ((length - 1 + more) * n_tokens for more in (0, 1))
-        np.maximum(runs[shorter:longer], ring[length : length + n_tokens], out=runs[longer : longer + n_tokens])
-    inner = np.take(runs, dealt.inner, axis=0).max(axis=0)
-    near_edges = np.take(rest, dealt.near_edges, axis=0).reshape(len(dealt.near_edges), -1)
-    at_edges = (dealt.edge_weights.astype(rest.dtype) @ near_edges).reshape(-1, n_permutations, n_series)
-    return np.maximum(inner, at_edges.max(axis=0)) - dealt.prompt_weights.astype(rest.dtype) @ rest
+        np.maximum(runs[shorter:longer], means[length : length + n_tokens], out=runs[longer : longer + n_tokens])
+    largest = runs.take(dealt.inner[0], axis=0)
+    for row in dealt.inner[1:]:
+        np.maximum(largest, runs.take(row, axis=0), out=largest)
+    near_edges = rest.take(dealt.near_edges.ravel(), axis=0).reshape(len(dealt.near_edges), -1)
+    at_edges = (dealt.edge_weights.astype(rest.dtype) @ near_edges).reshape(-1, 1 + n_permutations, n_series)
+    for at_edge in at_edges:
+        np.maximum(largest, at_edge, out=largest)
+    largest -= dealt.prompt_weights.astype(rest.dtype) @ rest
+    return largest
+
+
+@lru_cache(maxsize=64)
+def _ring(n_tokens: int) -> NDArray[np.int64]:
+    """The tokens of the ring, with as many more at both ends as windows and runs that begin on it reach over."""
+    return np.arange(-_REACH, n_tokens + _REACH + BLOCK - 1) % n_tokens
 
 
 @dataclass(frozen=True)
 class _Dealt:
-    """Which tokens the permutations deal to the response.
+    """Which tokens the permutations deal to the response; the first one changes nothing.
 
     Attributes:
-        inner: `[n_runs, n_permutations]`, the runs of tokens that are smoothed with the neighbours they had, as
+        inner: `[n_runs, 1 + n_permutations]`, the runs of tokens that are smoothed with the neighbours they had, as
             `(length - 1) * n_tokens + first`; where there are fewer, one that stands for no token.
-        near_edges: `[n_near, n_permutations]`, the tokens that the others are smoothed over.
+        near_edges: `[n_near, 1 + n_permutations]`, the tokens that the others are smoothed over.
         edge_weights: `[n_edges, n_near]`, which give their smoothed values.
-        prompt_weights: `[n_permutations, n_tokens]`, which give the mean of the tokens that are dealt to the prompt.
+        prompt_weights: `[1 + n_permutations, n_tokens]`, which give the mean of the tokens dealt to the prompt.
     """
 
     inner: NDArray[np.int64]
@@ -152,13 +167,14 @@ class _Dealt:
 
 @lru_cache(maxsize=64)
 def _dealt(n_tokens: int, n_response: int, n_permutations: int) -> _Dealt:
-    response = _permutations(n_tokens, n_permutations, np.random.default_rng([n_tokens, n_response]))[:, -n_response:]
+    drawn = _permutations(n_tokens, n_permutations, np.random.default_rng([n_tokens, n_response]))
+    response = np.concatenate([np.arange(n_tokens)[None], drawn])[:, -n_response:]
     at_edge = sorted({*range(min(_REACH, n_response)), *range(max(0, n_response - _REACH), n_response)})
     window = np.clip(np.add.outer(at_edge, np.arange(-_REACH, _REACH + 1)), 0, n_response - 1)
     near = np.unique(window)
     edge_weights = (window[:, :, None] == near).mean(axis=1)
-    prompt_weights = np.full((n_permutations, n_tokens), 1 / (n_tokens - n_response))
-    prompt_weights[np.arange(n_permutations)[:, None], response] = 0
+    prompt_weights = np.full((1 + n_permutations, n_tokens), 1 / (n_tokens - n_response))
+    prompt_weights[np.arange(1 + n_permutations)[:, None], response] = 0
     inner = _runs(np.delete(response, at_edge, axis=1), n_tokens)
     return _Dealt(inner, response[:, near].T, edge_weights, prompt_weights)
 

@@ -18,6 +18,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_
 from tlcapture.errors import InputError, StorageError
 from tlcapture.storage.compact_files import is_compact, open_compact
 from tlcapture.storage.files import read_json
+from tlcapture.storage.remote_roots import local
 from tlcapture.storage.validation import Count, FileContent, Layer, Share, checked, first_problem, not_valid
 from tlcapture.text import as_ranges
 from tlcapture.views.kept_tokens import Positions, stated_positions
@@ -123,7 +124,7 @@ def _without_entries(path: Path) -> Any:
     try:
         if not path.stat().st_size:
             return None
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with local(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             first = _FIRST_ENTRY.search(data)
             end = data[-_TAIL:].translate(None, b" \t\r\n")
             if first is None or not end.endswith(b"]}]}"):  # of a list, an entry, all entries, the file

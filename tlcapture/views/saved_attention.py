@@ -11,7 +11,7 @@ of the keys up to it. Loads no torch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,18 @@ class SavedAttention(ABC):
         Raises `InputError` for a layer without weights, and `StorageError` if the file is damaged.
         """
 
+    @property
+    @abstractmethod
+    def present_layers(self) -> list[int]:
+        """The layers that have weights."""
+
+    @abstractmethod
+    def rows(self, layers: Sequence[int]) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+        """Layer, query and the query's weights `[n_heads, query + 1]`, of some layers that have weights.
+
+        No more than a query's weights is held at a time. Raises `StorageError` if the file is damaged.
+        """
+
 
 class _JsonAttention(SavedAttention):
     def __init__(self, path: Path):
@@ -84,6 +96,18 @@ class _JsonAttention(SavedAttention):
     def heads(self, layer: int) -> NDArray[np.float32]:
         return _heads(self._entries, self.head, self.path, layer)
 
+    @property
+    def present_layers(self) -> list[int]:
+        entry: Mapping[str, Any] = next(iter(self._entries), {})
+        first = entry.get("by_layer") or ()
+        return [layer for layer in self.head.kept_layers if layer < len(first) and first[layer] is not None]
+
+    def rows(self, layers: Sequence[int]) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+        for query, entry in zip(self.token_indices, self._entries, strict=True):
+            for layer in layers:
+                row = pattern_of_layer(entry, layer, self.path, self.head.layers)
+                yield layer, query, _row(row, query, self.head, self.path)
+
 
 def heads_of_file(content: Mapping[str, Any], path: Path, layer: int) -> NDArray[np.float32]:
     """A layer's weights, as `SavedAttention.heads`, from the parsed JSON of an attention file."""
@@ -93,15 +117,12 @@ def heads_of_file(content: Mapping[str, Any], path: Path, layer: int) -> NDArray
 
 
 def _heads(entries: Iterable[Any], head: AttentionHead, path: Path, layer: int) -> NDArray[np.float32]:
-    n_tokens, held, rows = len(head.tokens), head.positions_held, list[NDArray[np.float32]]()
+    held, rows = head.positions_held, list[NDArray[np.float32]]()
     for entry in entries:
         token = entry.get("token_idx") if isinstance(entry, dict) else None
         if len(rows) == len(held.kept) or token != held.kept[len(rows)] or isinstance(token, bool):
             raise _not_one_entry_per_token(path)
-        row = pattern_of_layer(entry, layer, path, head.layers)
-        if len(row) != head.n_heads or any(len(weights) != token + 1 for weights in row):
-            raise StorageError(f"{path}: expected patterns of {head.n_heads} heads and {n_tokens} tokens")
-        rows.append(np.array(row, dtype=np.float32))
+        rows.append(_row(pattern_of_layer(entry, layer, path, head.layers), token, head, path))
     if len(rows) != len(held.kept):
         raise _not_one_entry_per_token(path)
     patterns = _empty(head)
@@ -109,6 +130,13 @@ def _heads(entries: Iterable[Any], head: AttentionHead, path: Path, layer: int) 
         patterns[:, token] = 0
         patterns[:, token, : token + 1] = weights
     return patterns
+
+
+def _row(weights: list[list[float]], query: int, head: AttentionHead, path: Path) -> NDArray[np.float32]:
+    """The weights `[n_heads, query + 1]` of a query."""
+    if len(weights) != head.n_heads or any(len(each) != query + 1 for each in weights):
+        raise StorageError(f"{path}: expected patterns of {head.n_heads} heads and {len(head.tokens)} tokens")
+    return np.array(weights, dtype=np.float32)
 
 
 def _not_one_entry_per_token(path: Path) -> StorageError:
@@ -159,6 +187,17 @@ class _CompactAttention(SavedAttention):
             patterns[:, query] = 0
             patterns[:, query, : query + 1] = self._checked(weights[self._ends[row] : self._ends[row + 1]]).T
         return patterns
+
+    @property
+    def present_layers(self) -> list[int]:
+        return self._present
+
+    def rows(self, layers: Sequence[int]) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+        for layer in layers:
+            weights = self._array(layer)
+            for row, query in enumerate(self._held.kept):
+                own = self._checked(weights[self._ends[row] : self._ends[row + 1]])
+                yield layer, query, own.T.astype(np.float32)
 
     def _array(self, layer: int) -> NDArray[Any]:
         return self._file.array(_name(layer))

@@ -19,6 +19,7 @@ from typing import Any
 import orjson
 
 from tlcapture.errors import InputError, StorageError
+from tlcapture.storage.remote_roots import local
 
 _ENTRY_START = re.compile(rb'\{\s*"token_idx"\s*:\s*(\d{1,9})')
 
@@ -49,13 +50,13 @@ class TokenEntries:
             partial = "" if "positions" not in self.rest else ": it was captured with --tokens, without this one"
             raise InputError(f"{self.path.name} has no token {token_idx}{partial}")
         start, stop = self._spans[token_idx]
-        with self.path.open("rb") as file:
+        with local(self.path).open("rb") as file:
             file.seek(start)
             return _parse(self.path, file.read(stop - start))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """All entries, one at a time."""
-        with self.path.open("rb") as file:
+        with local(self.path).open("rb") as file:
             for start, stop in self._spans.values():
                 file.seek(start)
                 yield _parse(self.path, file.read(stop - start))
@@ -74,7 +75,7 @@ def _scan(path: Path, _modified: int, size: int) -> tuple[dict[int, tuple[int, i
     if not size:
         raise StorageError(f"{path}: is empty")
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with local(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             starts = [(match.start(), int(match[1])) for match in _ENTRY_START.finditer(data)]
             if not starts:
                 return {}, bytes(data)

@@ -127,7 +127,7 @@ tl.views.compare = {
         drawFacts();
         mark(state);
         await Promise.all([
-          overlay.draw(found.flatMap(tracesOf), { ...layout(`${state.trait}, ${state.component}${calibrated ? ", calibrated: negative examples at 0, positive at 1" : ""}`), showlegend: true, legend: { orientation: "h", y: -0.2 } }),
+          overlay.draw(found.flatMap(tracesOf), { ...layout(`${state.trait}, ${state.component}${calibrated ? ", calibrated: negative examples at 0, positive at 1" : ""}`), showlegend: true, legend: { orientation: "h", y: -0.32 } }),
           ...sides.map((side, number) => side.draw(tracesOf(found[number], number), layout(tl.plain(found[number].label)))),
         ]);
       },

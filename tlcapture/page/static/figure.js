@@ -25,6 +25,18 @@ tl.figure = ({ name, height = 300, onClick }) => {
     return { range: isRelative ? [-0.5, stop - first - 0.5] : [first - 0.5, stop - 0.5] };
   }
 
+  /** A title in as many lines as it needs. */
+  function titled({ title, margin, legend }) {
+    if (!title?.text) return {};
+    const most = Math.max(20, Math.floor(((plot.clientWidth || 900) - 20) / 6.6)), lines = [""];
+    for (const word of title.text.split(" ")) {
+      if (lines.at(-1) && lines.at(-1).length + word.length >= most) lines.push(word);
+      else lines[lines.length - 1] = `${lines.at(-1)} ${word}`.trim();
+    }
+    const below = legend?.y > 1 ? { legend: { orientation: "h", y: -0.38, yanchor: "top" } } : {}; // where the title needs its room
+    return lines.length < 2 ? {} : { title: { ...title, text: lines.join("<br>") }, margin: { l: 54, r: 14, b: below.legend ? 76 : 38, ...margin, t: 30 + 17 * (lines.length - 1) }, ...below };
+  }
+
   function styled(layout) {
     const { css } = tl.colours;
     const axis = { gridcolor: css("--line"), zerolinecolor: css("--line"), linecolor: css("--line"), automargin: true };
@@ -34,7 +46,7 @@ tl.figure = ({ name, height = 300, onClick }) => {
       paper_bgcolor: css("--panel"), plot_bgcolor: css("--panel"),
       font: { color: css("--text"), size: 12, family: "system-ui, sans-serif" },
       margin: { l: 54, r: 14, t: 30, b: 38 }, hovermode: "closest", showlegend: false,
-      ...layout, ...axes,
+      ...layout, ...titled(layout), ...axes,
     };
   }
 

@@ -5,8 +5,8 @@ tl.views.lens = {
   create(container) {
     const { element, colours } = tl;
     const overview = tl.figure({ name: "logit_lens", height: 270, onClick: (point) => tl.state.set({ token: point.x, layer: point.y }) });
-    const cells = element("div", { className: "cells", tabIndex: 0, role: "region", "aria-label": "Predictions by layer" }), top = element("div", { className: "top", tabIndex: 0, role: "region", "aria-label": "Most likely tokens" });
-    container.append(overview.element, element("div", { className: "lens" }, cells, top));
+    const controls = element("div", { className: "controls" }), cells = element("div", { className: "cells", tabIndex: 0, role: "region", "aria-label": "Predictions by layer" }), top = element("div", { className: "top", tabIndex: 0, role: "region", "aria-label": "Most likely tokens" });
+    container.append(controls, overview.element, element("div", { className: "lens" }, cells, top));
     cells.addEventListener("click", (event) => {
       const cell = event.target.closest("td");
       if (cell) tl.state.set({ token: Number(cell.dataset.token), layer: Number(cell.dataset.layer) });
@@ -37,12 +37,12 @@ tl.views.lens = {
             className: `${rank === 1 ? "hit" : ""} ${chosen ? "chosen" : ""}`, "data-token": String(lens.token_idx[column]), "data-layer": String(layers[row]),
             style: { backgroundColor: colours.amount(lens.prob[column][row], 1.4) },
             title: `layer ${layers[row]}, after token ${lens.token_idx[column]}: ${tl.quoted(lens.top[column][row])} ${tl.number(lens.prob[column][row])}; the actual next token ${tl.quoted(lens.actual[column])} has rank ${rank} (${tl.number(lens.actual_prob[column][row])})`,
-          }, element("small", {}, rank === 1 ? "" : `#${rank}`), tl.visible(lens.top[column][row]));
+          }, element("small", { style: { backgroundColor: colours.rank(rank) } }, rank === 1 ? "" : `#${rank}`), tl.visible(lens.top[column][row]));
         })));
       }
       cells.replaceChildren(element("table", {}, element("thead", {}, head("token", (column) => tl.visible(data.labels[lens.token_idx[column]]), (column) => String(lens.token_idx[column])),
         head("next", (column) => tl.visible(labelAfter(data, lens, column)), () => "the actual next token")), element("tbody", {}, rows)),
-        element("p", { className: "note" }, `Colour: probability of the most likely token. #: rank of the actual next token; bold if it is 1. Click a cell to list the top ${lens.top_k}.${lens.kept_layers ? ` Kept: layers ${layers.join(", ")}.` : ""}`));
+        element("p", { className: "note" }, `Violet: probability of the most likely token. Green: rank of the actual next token (#); bold if it is 1. Click a cell to list the top ${lens.top_k}.${lens.kept_layers ? ` Kept: layers ${layers.join(", ")}.` : ""}`));
     }
 
     async function drawTop(state, lens, at, row) {
@@ -65,8 +65,10 @@ tl.views.lens = {
         const at = Math.max(0, Math.min(lens.token_idx.length - 1, lens.token_idx.indexOf(state.token ?? Math.max(0, data.n_prompt_tokens - 1))));
         const ofLayer = new Map(lens.token_idx.map((token, index) => [token + 1, index]));
         const probability = (index) => (ofLayer.has(index) ? lens.actual_prob[ofLayer.get(index)][row] : null);
-        tl.reading.paint((index) => colours.amount(probability(index)),
-          (index) => (ofLayer.has(index) ? `p ${tl.number(probability(index))}, rank ${lens.rank[ofLayer.get(index)][row]}` : ""), `probability of each token, predicted from the token before it, at layer ${layer}`, colours.scale("amount", 0, 1));
+        const rankOf = (index) => (ofLayer.has(index) ? lens.rank[ofLayer.get(index)][row] : null), byRank = state.by === "rank";
+        controls.replaceChildren(tl.choice("colour of the text", [["probability", "probability"], ["rank", "rank"]], byRank ? "rank" : "probability", (by) => tl.state.set({ by })));
+        tl.reading.paint((index) => (byRank ? colours.rank(rankOf(index)) : colours.amount(probability(index))),
+          (index) => (ofLayer.has(index) ? `p ${tl.number(probability(index))}, rank ${rankOf(index)}` : ""), `${byRank ? "rank" : "probability"} of each token, predicted from the token before it, at layer ${layer}`, byRank ? colours.scale("rank", 1, 100000) : colours.scale("amount", 0, 1));
         const shapes = [tl.lineAt(data.n_prompt_tokens - 0.5, colours.css("--text"), "dash", 1), tl.lineAt(lens.token_idx[at], colours.css("--accent")),
           { type: "line", xref: "paper", yref: "y", x0: 0, x1: 1, y0: layer, y1: layer, line: { width: 1, color: colours.css("--accent") } }];
         drawTable(state, data, lens, at, row);
@@ -77,8 +79,8 @@ tl.views.lens = {
           const text = Array.from({ length: nLayers }, (_, row) => lens.token_idx.map((token, index) => `${token} ${tl.plain(tl.quoted(data.labels[token]))}: next ${tl.plain(tl.quoted(labelAfter(data, lens, index)))}<br>rank ${lens.rank[index][row]}; first ${tl.plain(tl.quoted(lens.top[index][row]))}`));
           drawn = lens;
           jobs.push(overview.draw([{
-            type: "heatmap", x: lens.token_idx, y: layers, z: ranks, text, zmin: 0, colorscale: [[0, "rgb(126,70,190)"], [1, colours.css("--panel")]],
-            colorbar: { thickness: 12, title: { text: "rank" }, tickvals: [0, 1, 2, 3, 4, 5], ticktext: ["1", "10", "100", "1k", "10k", "100k"] },
+            type: "heatmap", x: lens.token_idx, y: layers, z: ranks, text, zmin: 0, zmax: 5, colorscale: colours.rankScale(),
+            colorbar: { ...colours.bar("rank"), tickvals: [0, 1, 2, 3, 4, 5], ticktext: ["1", "10", "100", "1k", "10k", "100k"] },
             hovertemplate: "layer %{y}, token %{text}<extra></extra>",
           }], { title: { text: "rank of the actual next token", font: { size: 13 } }, xaxis: { title: { text: "token" } }, yaxis: { title: { text: "layer" } }, shapes }));
         }

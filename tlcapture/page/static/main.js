@@ -4,8 +4,10 @@
   const { element, source, state } = tl;
   const VIEWS = Object.entries(tl.views);
   const byId = (id) => document.getElementById(id);
-  const strip = tl.strip(byId("strip"), (token) => state.set({ token }));
-  let pending = new Set();
+  const work = tl.work(byId("work"));
+  const strip = tl.strip(byId("strip"), (token, isMore) => (isMore && state.now.token !== null ? notes.extend(token) : state.set({ token })));
+  const notes = tl.notes(byId("notes"), strip);
+  let pending = new Set(), held = null;
   let view = null, viewName = null, data = null, latest = 0, painted = { textOf: () => "", what: "" };
 
   tl.reading = {
@@ -111,7 +113,8 @@
   }
 
   async function show(changed) {
-    const round = ++latest;
+    const round = ++latest, focused = document.activeElement;
+    if (focused?.matches("button, select, input")) held = nameOf(focused);
     pending = changed = new Set([...pending, ...changed]); // including changes of superseded rounds
     const isLatest = () => round === latest;
     document.documentElement.dataset.theme = state.now.theme;
@@ -126,6 +129,7 @@
       if (settled.problem) data = null;
       if (settled.problem) byId("reading").classList.add("without");
       if (settled.problem) throw settled.problem;
+      if (!source.exported && (changed.has("experiment") || changed.has("set"))) work.update(now);
       data = now.prompt ? await source.prompt(now).catch((error) => { if (Kind.withoutPrompt) return null; throw error; }) : null;
       if (!isLatest()) return;
       drawHeader(settled);
@@ -135,6 +139,7 @@
         strip.show(data.tokens, data.n_prompt_tokens, data.spans, data.joined);
         showText(listed(settled), data);
       }
+      notes.update(now, readable ? data : null, changed.has("data"));
       if (!data?.tokens && !Kind.withoutPrompt) throw new source.Missing(data?.missing ?? { what: "no data for this prompt" });
       if (viewName !== now.view || !view) {
         fresh();
@@ -145,6 +150,7 @@
       const mine = view;
       byId("view").querySelector(".empty")?.remove();
       [...byId("view").children].forEach((child) => { child.hidden = false; });
+      if (changed.size === 1 && changed.has("data") && data === before && data && !Kind.withoutPrompt) return done(); // others of the set are new
       tl.figure.tokens = data?.tokens && now.response && data.n_prompt_tokens < data.tokens.length ? [data.n_prompt_tokens, data.tokens.length] : null;
       await mine.update(now, changed, data);
       if (!isLatest()) return;
@@ -165,8 +171,17 @@
     }
   }
 
+  const nameOf = (each) => `${each.tagName} ${each.getAttribute("aria-label") ?? ""} ${each.type === "button" || each.type === "submit" ? each.textContent : ""}`;
+
+  /** Give the focus back to what was drawn anew, by its name. */
+  function refocus() {
+    if (document.activeElement === document.body && held) [...document.querySelectorAll("header button, header select, main button, main select, main input")].find((each) => nameOf(each) === held)?.focus({ preventScroll: true });
+    held = null;
+  }
+
   function done() {
     pending = new Set();
+    refocus();
     document.documentElement.dataset.shown = location.hash;
     document.documentElement.dataset.ready = "yes";
     if (!performance.getEntriesByName("first view").length) performance.mark("first view");
@@ -185,7 +200,7 @@
       if (kept) return state.set({ layer: (by > 0 ? kept.find((each) => each > from) : kept.findLast((each) => each < from)) ?? from });
       const layer = Math.max(0, from + by);
       state.set({ layer: nLayers === null ? layer : Math.min(nLayers - 1, layer) });
-    } else state.set({ head: Math.max(0, now.head + by) });
+    } else state.set({ head: Math.max(0, now.head + by), mean: false });
   }
 
   async function step(by) {
@@ -208,6 +223,7 @@
     "]": [() => move("head", 1), "[ ]", "head"], "[": [() => move("head", -1)],
     n: [() => step(1), "n p", "next and previous prompt"], p: [() => step(-1)],
     "/": [pick, "/", "find a prompt"], t: [() => open(3), "t", "find a trait"],
+    a: [() => notes.begin(), "a", "add a note on the chosen token"],
     "?": [() => byId("help").showModal(), "?", "this list"],
     ...Object.fromEntries(VIEWS.map(([name], number) => [String(number), [() => state.set({ view: name }), ...(number ? [] : [`0 \u2026 ${VIEWS.length - 1}`, "view"])]])),
   };
@@ -225,6 +241,7 @@
   /** Show experiments and captures that are new since the last look. */
   let isDue = false;
   async function look() {
+    if (!document.hidden) await work.update(state.now);
     if (!document.hidden && await source.isChanged(state.now)) isDue = true;
     if (isDue && !document.querySelector(".picker .box:not([hidden])") && document.documentElement.dataset.ready === "yes") {
       isDue = false;

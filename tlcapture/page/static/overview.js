@@ -62,7 +62,7 @@ tl.views.overview = {
 
     function cellsOf(row, traits, most) {
       const samples = row.n_samples ? element("small", {}, ` ${row.n_samples} sample${row.n_samples > 1 ? "s" : ""}`) : null;
-      const cells = [element("th", { scope: "row", className: "prompt" }, element("button", { className: "open", dir: "auto", onclick: () => open(row) }, element("b", {}, row.id), " ", tl.visible(row.text)), samples)];
+      const cells = [element("th", { scope: "row", className: "prompt" }, element("button", { className: "open", dir: "auto", onclick: () => open(row) }, element("b", {}, row.id), " ", tl.visible(row.text)), samples, row.notes ? element("small", { className: "noted" }, ` ${row.notes} note${row.notes > 1 ? "s" : ""}`) : null)];
       if (found?.traits.length) {
         const top = !row.trait ? "not projected" : row.stands_out ? row.trait : row.chance === null ? `${row.trait} (chance unknown)` : "none";
         cells.push(element("td", { className: row.stands_out ? "top out" : "top" }, top), element("td", { className: "number" }, tl.rise(row.rise)), element("td", { className: "number" }, row.chance === undefined ? "" : row.chance === null ? "?" : tl.rise(row.chance)));
@@ -100,13 +100,14 @@ tl.views.overview = {
       async update(state) {
         const { prompts } = await tl.source.promptSet(state.experiment, state.set);
         const texts = new Map(prompts.map((each) => [each.id, each.text]));
-        const groups = tl.byPrompt(prompts).map((group) => ({ id: group.id, text: group.text, n_samples: group.samples.length, captures: group.captures.map((each) => each.id) }));
+        const groups = tl.byPrompt(prompts).map((group) => ({ id: group.id, text: group.text, n_samples: group.samples.length, notes: group.captures.reduce((sum, each) => sum + (each.notes ?? 0), 0), captures: group.captures.map((each) => each.id) }));
         if (!found) {
           rows = groups;
           draw(state);
         }
         found = await tl.source.overview(state.experiment, state.set, state.component);
-        rows = found.rows.map((row) => ({ ...row, text: texts.get(row.captures[0]) ?? "" }));
+        const notes = new Map(groups.map((group) => [group.captures[0], group.notes]));
+        rows = found.rows.map((row) => ({ ...row, notes: notes.get(row.captures[0]) ?? 0, text: texts.get(row.captures[0]) ?? "" }));
         draw(state);
         tell();
       },

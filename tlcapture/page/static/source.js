@@ -39,9 +39,11 @@ tl.source = (() => {
   /** A prompt set in a subfolder as one part of a path. */
   const named = (set) => set.replaceAll("/", "~").replaceAll("@", "!");
 
+  const pathOf = (...parts) => parts.map((part) => encodeURIComponent(part)).join("/");
+
   /** A promise of a resource, given the parts of its path; rejects with `Missing`. */
   function get(...parts) {
-    const path = parts.map((part) => encodeURIComponent(part)).join("/");
+    const path = pathOf(...parts);
     let found = kept.get(path);
     if (found) kept.delete(path);
     else {
@@ -77,6 +79,19 @@ tl.source = (() => {
   };
 
   const seen = new Map();
+  let version = 0;
+
+  /** Read everything anew, except what is known of the shown prompt, where nothing about that has changed. */
+  async function forget({ experiment, set, prompt }) {
+    const list = pathOf(experiment, "sets", named(set)), own = pathOf(experiment, "sets", named(set), prompt);
+    const before = await kept.get(list)?.catch(() => null), mine = await kept.get(own)?.catch(() => null);
+    const all = [...kept];
+    kept.clear();
+    const after = await get(experiment, "sets", named(set)).catch(() => null), shown = ({ prompts: all }) => all.find((each) => String(each.id) === prompt);
+    const of = (found) => JSON.stringify([found.traits, shown(found), shown(found)?.prompt && found.prompts.filter((each) => each.prompt === shown(found).prompt)]);
+    if (mine && !mine.missing && before && after && of(before) === of(after)) for (const [path, found] of all) if (path === own || path.startsWith(`${own}/`)) kept.set(path, found);
+    else version += 1;
+  }
 
   /** Whether experiments, or the captures of the current set, have changed since the last call; if so, all is read anew. */
   async function isChanged({ experiment, set }) {
@@ -88,11 +103,61 @@ tl.source = (() => {
       if (seen.has(path) ? seen.get(path) !== text : JSON.stringify(shown) !== JSON.stringify(JSON.parse(text))) changed = true;
       seen.set(path, text);
     }
-    if (changed) kept.clear();
+    if (changed) await forget(tl.state.now);
     return changed;
   }
 
+  /** Change something on the server; rejects with what it says. */
+  async function send(method, value, ...parts) {
+    const path = pathOf(...parts);
+    const answer = await fetch(`api/${path}`, { method, headers: { "Content-Type": "application/json" }, body: JSON.stringify(value) }).catch(() => null);
+    const found = await answer?.json().catch(() => null);
+    if (!answer?.ok) throw new Missing({ what: found?.what ?? "the server does not respond" });
+    return found;
+  }
+
+  const notesOf = (state) => [state.experiment, "sets", named(state.set), state.prompt, "notes"];
+
+  async function notes(state) {
+    if (exported) return get(...notesOf(state)).catch(() => ({ notes: [], problems: [], closed: "an exported page takes no notes" }));
+    return fromServer(pathOf(...notesOf(state)));
+  }
+
   const ofPrompt = (state, ...rest) => get(state.experiment, "sets", named(state.set), state.prompt, ...rest);
+
+  /** Numbers from base64 of float16. */
+  function halves(text) {
+    const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0)), bits = new Uint16Array(bytes.buffer);
+    const valueOf = (half) => (half & 0x7c00 ? (1 + (half & 0x3ff) / 1024) * 2 ** (((half >> 10) & 31) - 15) : (half & 0x3ff) * 2 ** -24); // neither negative nor infinite
+    const table = Float32Array.from({ length: 0x7c00 }, (_, half) => valueOf(half));
+    return Float32Array.from(bits, (half) => table[half]);
+  }
+
+  /** A function of a prompt that remembers its last result, which is large. */
+  function remembered(make) {
+    let key = "", last = null;
+    return (state, ...rest) => {
+      const now = JSON.stringify([version, state.experiment, state.set, state.prompt, ...rest]);
+      if (key !== now || !last) {
+        key = now;
+        last = make(state, ...rest);
+        last.catch(() => { last = null; });
+      }
+      return last;
+    };
+  }
+
+  /** The weights of one head, or of their mean. An exported page has those of all heads, token by token. */
+  async function matrix(state, layer, head) {
+    if (!exported) return ofPrompt(state, "matrix", layer, head).then(({ queries, weights }) => ({ queries, weights: halves(weights) }));
+    const { positions, tokens } = await ofPrompt(state, "attention"), queries = positions ?? tokens.map((_, index) => index);
+    const rows = [];
+    for (const query of queries) {
+      const { by_layer: layers } = await fromPage(pathOf(state.experiment, "sets", named(state.set), state.prompt, "attention", query)), heads = layers[layer];
+      rows.push(head === "mean" ? heads[0].map((_, key) => heads.reduce((sum, weights) => sum + weights[key], 0) / heads.length) : heads[Number(head)]);
+    }
+    return { queries, weights: Float32Array.from(rows.flat()) };
+  }
 
   return {
     exported,
@@ -112,6 +177,16 @@ tl.source = (() => {
     lensToken: (state, token) => ofPrompt(state, "lens", token),
     attention: (state) => ofPrompt(state, "attention"),
     attentionToken: (state, token) => ofPrompt(state, "attention", token),
+    attentionHeads: (state) => ofPrompt(state, "heads"),
+    attentionMatrix: remembered(matrix),
+    notes,
+    addNote: (state, note) => send("POST", note, ...notesOf(state)),
+    changeNote: (state, { id, revision }, text) => send("PUT", { revision, ...(text === null ? {} : { text }) }, ...notesOf(state), id),
+    contributions: (state) => ofPrompt(state, "contributions"),
+    internals: (state) => ofPrompt(state, "internals"),
+    internalsLayer: (state, layer) => ofPrompt(state, "internals", layer),
+    internalsToken: (state, layer, token) => ofPrompt(state, "internals", layer, token),
+    atWork: (experiment, set) => fetch(`api/${pathOf(experiment, "running", named(set))}`).then((answer) => answer.json()).then(({ run }) => run ?? null),
     average: (experiment, set, trait, component) => get(experiment, "averages", named(set), ...trait.split("/"), component),
     comparisons: (experiment) => get(experiment, "compared"),
     comparedSet: (state, other) => get(state.experiment, "compared", other, named(state.set)),

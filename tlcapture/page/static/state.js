@@ -5,7 +5,7 @@ window.tl = {};
 tl.state = (() => {
   const DEFAULTS = {
     view: "", experiment: "", set: "", prompt: "", trait: "", component: "residual",
-    token: null, layer: null, head: 0, point: "residual_out", measure: "entropy", shown: "", normalise: false, calibrated: true, spread: true, response: false,
+    token: null, layer: null, head: 0, point: "residual_out", measure: "entropy", mode: "", mean: true, fold: false, window: "", hook: "", added: "norm", by: "probability", shown: "", normalise: false, calibrated: true, spread: true, response: false,
     average: false, experiment2: "", set2: "", prompt2: "", average2: false, other: "", quantity: "trait", theme: "",
     sort: "", find: "", only: "", from: "",
   };

@@ -14,11 +14,11 @@ tl.strip = (container, choose) => {
   const tokenOf = (event) => event.target.closest(".token");
   container.addEventListener("click", (event) => {
     const token = tokenOf(event);
-    if (token) choose(Number(token.dataset.token));
+    if (token) choose(Number(token.dataset.token), event.shiftKey);
   });
   container.addEventListener("keydown", (event) => {
     if (!tokenOf(event) || (event.key !== "Enter" && event.key !== " ")) return;
-    choose(Number(tokenOf(event).dataset.token));
+    choose(Number(tokenOf(event).dataset.token), event.shiftKey);
     event.preventDefault();
   });
 
@@ -80,6 +80,15 @@ tl.strip = (container, choose) => {
         span.style.backgroundColor = indices.length > 1 ? "" : colourOf(start);
         span.style.backgroundImage = indices.length > 1 ? `linear-gradient(to right, ${stops.join(", ")})` : "";
         span.title = indices.map((index) => `${index} ${names[index] ? `${names[index]} ` : ""}${textOf(index)}`).join("\n");
+      }
+    },
+    /** Mark the tokens that have notes, given as texts by token. */
+    note(texts) {
+      for (const { start, stop, span } of pieces) {
+        const own = Array.from({ length: stop - start }, (_, number) => texts.get(start + number)).find((text) => text !== undefined);
+        span.classList.toggle("noted", own !== undefined);
+        if (own === undefined) span.removeAttribute("aria-description");
+        else span.setAttribute("aria-description", `note: ${own}`);
       }
     },
     choose(index) {

@@ -41,7 +41,7 @@ def file_contents(layout: Layout, paths: Sequence[Path]) -> dict[str, bytes]:
     return {path.relative_to(layout.root).as_posix(): read_bytes(path) for path in paths if path.is_file()}
 
 
-def store_outputs(layout: Layout, files: Mapping[str, bytes], done: Done, *, overwrite: bool = True) -> Done:
+def store_outputs(layout: Layout, files: Mapping[str, bytes], done: Done, overwrite: bool = True) -> Done:
     """Write a worker's files to where a local run would have written them.
 
     Args:

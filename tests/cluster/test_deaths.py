@@ -1,0 +1,102 @@
+"""What becomes of work whose workers or nodes die: all of it is done but what is at fault, which fails by name."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster import number_work
+from tests.cluster.conftest import SimulatedCluster
+from tests.cluster.number_work import DEADLY, SLOW, WRONG
+
+
+def start(address: str, root: Path, **call: Any) -> subprocess.Popen[str]:
+    words = [sys.executable, number_work.__file__, address, str(root), json.dumps(call)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def report_of(process: subprocess.Popen[str]) -> dict[str, Any]:
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert stdout.count("\n") == 1, "Ray's messages about deaths are not printed"
+    return dict(json.loads(stdout))
+
+
+def written(root: Path) -> set[int]:
+    return {int(path.name) for path in (root / "experiments" / "exp").iterdir() if path.name.isdecimal()}
+
+
+def begun(root: Path) -> Counter[int]:
+    return Counter(map(int, (root / "begun").read_text().split()))
+
+
+NUMBERS = [0, DEADLY, 2, 3]
+CALLS: dict[str, dict[str, Any]] = {
+    "one": {"numbers": NUMBERS, "most": 2, "workers": 2},
+    "every": {"numbers": [*range(DEADLY, DEADLY + 50)], "most": 1, "workers": 1, "_MOST_DEATHS": 0},
+    "version": {"numbers": [1], "most": 1, "workers": 1, "is_there": False},
+    "bug": {"numbers": [WRONG], "most": 1, "workers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def ended(
+    cluster: SimulatedCluster, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[dict[str, Any], Path]]:
+    """The report and the root of each of the `CALLS`, which run at once: most of the time they wait for Ray."""
+    roots = {name: tmp_path_factory.mktemp(name) for name in CALLS}
+    running = {name: start(cluster.address, roots[name], cpus=0.5, **call) for name, call in CALLS.items()}
+    return {name: (report_of(process), roots[name]) for name, process in running.items()}
+
+
+def test_of_a_piece_that_kills_its_workers_only_the_prompt_at_fault_fails_by_name(ended: Any) -> None:
+    found, root = ended["one"]
+    assert found["error"] is None
+    failures = [(each["what"], each["reason"][:23]) for each in found["failures"]]
+    assert failures == [(f"[{DEADLY}]", "its worker died 3 times")]
+    assert written(root) == {*NUMBERS} - {DEADLY}
+    assert found["prompts"] == 3
+    assert begun(root)[DEADLY] == 2 + 3, "twice in the piece of two, three times alone"
+    assert Counter(found["retried"]) == {str([0, DEADLY]): 2, str([DEADLY]): 2}
+
+
+def test_workers_that_die_of_everything_end_the_run(ended: Any) -> None:
+    found, root = ended["every"]
+    assert found["error"].startswith("ClusterError: 2 workers died in a row, the last one with: ")
+    assert begun(root) == {DEADLY: 3}
+
+
+def test_an_unexpected_error_ends_the_run_and_is_not_tried_again(ended: Any) -> None:
+    found, root = ended["bug"]
+    assert "a bug" in found["error"]
+    assert begun(root) == {WRONG: 1}
+
+
+def test_a_node_with_another_version_is_named_in_one_line(ended: Any) -> None:
+    found, _ = ended["version"]
+    assert found["error"].startswith(f"ClusterError: {socket.gethostname()}: ")
+    assert "No module named 'tlcapture.not_there'" in found["error"]
+    assert found["error"].endswith(": every node needs the same version of tlcapture and of Python")
+
+
+def test_work_on_a_node_that_leaves_is_done_by_the_others(cluster: SimulatedCluster, tmp_path: Path) -> None:
+    """Its worker waits for a node with room for it, which there is none of: an idle worker takes its piece over."""
+    cluster.with_third_node()
+    every = [SLOW + number for number in range(15)]
+    running = start(cluster.address, tmp_path, numbers=every, most=3, workers=3, _SILENCE=2)
+    while not (tmp_path / "begun").exists() or len(begun(tmp_path)) < 4:
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.05)
+    cluster.lose_third_node(gracefully=True)
+    found = report_of(running)
+    assert (found["error"], found["failures"]) == (None, [])
+    assert written(tmp_path) == set(every)
+    assert len(found["retried"]) == 1

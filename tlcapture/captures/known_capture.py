@@ -1,0 +1,192 @@
+"""What decides whether a capture is finished, without its activations and texts: what an index of files keeps of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from hashlib import blake2b
+from typing import Any
+
+import orjson
+
+from tlcapture.captures.capture import Capture
+from tlcapture.names import PromptId, capture_name, of_variant
+from tlcapture.prompts.conversations import without_system
+from tlcapture.storage.file_index import Facts, as_facts
+from tlcapture.views.kept_points import KeptPoints
+from tlcapture.views.kept_tokens import KeptTokens, Positions, kept_of
+
+_LONG = ("prompt_text", "messages", "prompt_fields", "capture_date", "stop_reason")  # not kept
+_OWN = ("prompt_id", "sample", "positions", "tokens_from", "dropped", "merged")  # differ between captures of a set
+
+
+class CaptureNames:
+    """The names of a capture according to its metadata."""
+
+    metadata: Mapping[str, Any]
+
+    @property
+    def prompt_set(self) -> str:
+        """Name of the prompt set."""
+        return str(self.metadata["prompt_set"])
+
+    @property
+    def capture_set(self) -> str:
+        """The set that the capture's files are in: its prompt set, or a variant of it, `SET@VARIANT`."""
+        return of_variant(self.prompt_set, self.metadata.get("variant"))
+
+    @property
+    def prompt_id(self) -> PromptId:
+        """Id of the prompt in its set: a text or a number."""
+        found = self.metadata["prompt_id"]
+        return found if isinstance(found, int) else str(found)
+
+    @property
+    def sample(self) -> int | None:
+        """Which of several responses to the prompt it is of; `None` for the only one."""
+        return self.metadata.get("sample")
+
+    @property
+    def name(self) -> PromptId:
+        """The name of the capture in file names."""
+        return capture_name(self.prompt_id, self.sample)
+
+
+@dataclass(frozen=True)
+class KnownCapture(CaptureNames):
+    """What is known of a capture.
+
+    Attributes:
+        metadata: that of the capture, without long texts.
+        conversation: a digest of the prompt's text and messages.
+        n_prompt: tokens of the prompt.
+        n_tokens: tokens of prompt and response.
+        held: indices of the tokens whose activations are held, or whose projections; `None` means all.
+        n_layers: layers of the model, whether kept or not.
+        d_model: width of the residual stream.
+        kept_layers: layers that are kept.
+        kept_points: residual points that are kept.
+        tokens: a digest of the ids of all tokens, or of their texts where only projections were kept.
+        has_attn_out: whether attention outputs are kept.
+        run: a digest that projections made from the same capture have in common.
+    """
+
+    metadata: Mapping[str, Any]
+    conversation: str
+    n_prompt: int
+    n_tokens: int
+    held: Sequence[int] | None
+    n_layers: int
+    d_model: int
+    kept_layers: Sequence[int]
+    kept_points: Sequence[str]
+    tokens: str
+    has_attn_out: bool = False
+    run: str = ""
+
+    @classmethod
+    def of(cls, capture: Capture) -> KnownCapture:
+        """That of an open capture."""
+        held = capture.positions
+        return cls(
+            {key: value for key, value in capture.metadata.items() if key not in _LONG},
+            conversation(capture.metadata),
+            held.n_prompt,
+            held.n_tokens,
+            None if held.is_all else held.kept,
+            capture.n_layers,
+            capture.d_model,
+            capture.kept.layers,
+            capture.kept.points,
+            digest(capture.token_ids),
+            capture.prompt.residual.attn_out is not None,
+        )
+
+    @classmethod
+    def of_record(
+        cls, metadata: Mapping[str, Any], tokens: Sequence[str], positions: Positions, kept: KeptPoints, run: str
+    ) -> KnownCapture:
+        """That of a capture which was only projected, given the metadata that its projections hold of it."""
+        return cls(
+            {key: value for key, value in metadata.items() if key not in _LONG},
+            conversation(metadata),
+            positions.n_prompt,
+            positions.n_tokens,
+            None if positions.is_all else positions.kept,
+            kept.n_layers,
+            int(metadata["d_model"]),
+            kept.layers,
+            kept.points,
+            digest(list(tokens)),
+            run=run,
+        )
+
+    def facts(self) -> Facts | None:
+        """The two parts that an index holds: what captures of a set share, and what is its own."""
+        shared = {key: value for key, value in self.metadata.items() if key not in _OWN}
+        own = {key: value for key, value in self.metadata.items() if key in _OWN}
+        layers, points = list(self.kept_layers), list(self.kept_points)
+        held = None if self.held is None else list(self.held)
+        return as_facts(
+            [shared, self.n_layers, self.d_model, layers, points, self.has_attn_out],
+            [own, self.conversation, self.n_prompt, self.n_tokens, held, self.tokens, self.run],
+        )
+
+    @classmethod
+    def from_facts(cls, shared: Any, own: Any) -> KnownCapture:
+        """What two parts say; raises `TypeError` or `ValueError` for parts of something else."""
+        metadata, n_layers, d_model, layers, points, has_attn_out = shared
+        own_metadata, texts, n_prompt, n_tokens, held, tokens, run = own
+        together, kept = {**metadata, **own_metadata}, (layers, points, tokens)
+        return cls(together, texts, n_prompt, n_tokens, held, n_layers, d_model, *kept, has_attn_out, run)
+
+    def is_of(self, capture: Capture) -> bool:
+        """Whether it has the tokens of another capture."""
+        return self.tokens == digest(capture.tokens if self.run else capture.token_ids)
+
+    @property
+    def components(self) -> Sequence[str]:
+        """What can be projected."""
+        return ("residual", "attn_out") if self.has_attn_out else ("residual",)
+
+    @cached_property
+    def kept(self) -> KeptPoints:
+        """Which layers and residual points are kept."""
+        return _kept(self.n_layers, tuple(self.kept_layers), tuple(self.kept_points))
+
+    @cached_property
+    def positions(self) -> Positions:
+        """The tokens whose activations, or projections, are held."""
+        return Positions.of(self.held, self.n_prompt, self.n_tokens)
+
+    def holds(self, tokens: KeptTokens | None) -> bool:
+        """Whether all chosen tokens are held; without a choice, all tokens."""
+        if tokens is None:
+            return self.held is None
+        return self.positions.includes(kept_of(tokens, self.n_prompt, self.n_tokens))
+
+
+@lru_cache(maxsize=64)
+def _kept(n_layers: int, layers: tuple[int, ...], points: tuple[str, ...]) -> KeptPoints:
+    return KeptPoints.of(n_layers, layers, points)
+
+
+def conversation(metadata: Mapping[str, Any]) -> str:
+    """A digest of a prompt's text and messages, the system message left out, according to metadata."""
+    return conversation_of(metadata.get("prompt_text"), metadata.get("messages"))
+
+
+def conversation_of(text: Any, messages: Any) -> str:
+    """A digest of a prompt's text and messages, the system message left out."""
+    return digest([text, without_system(messages)])
+
+
+def digest(value: Any) -> str:
+    """A short text that is the same for equal values of JSON."""
+    try:
+        data = orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+    except TypeError:  # text that is not Unicode
+        data = json.dumps(value, sort_keys=True).encode()
+    return blake2b(data, digest_size=12).hexdigest()

@@ -1,0 +1,100 @@
+"""An actor beside the driver that all workers report to: their progress, and which process began which piece.
+
+A worker that dies takes what it knows with it; from its marks here it can be told what it died of.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class State:
+    """What a worker reports.
+
+    Attributes:
+        process: Ray's name of its process, which is never used again.
+        doing: the label of its piece, or what it prepares.
+        units: the units of work that it counted since it started.
+        facts: what it recorded for the run.
+    """
+
+    process: str
+    doing: str
+    units: int
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class News:
+    """What the driver reads.
+
+    Attributes:
+        units: the units of work that all workers have counted.
+        facts: what they recorded for the run.
+        doing: what they are doing, as one line.
+        silent: for how many seconds each worker that ever reported has not, by its number.
+        again: the name of a worker that died and the label of its piece, for each that was begun again since.
+    """
+
+    units: int
+    facts: Mapping[str, Any]
+    doing: str
+    silent: Mapping[int, float]
+    again: list[tuple[str, str]]
+
+
+@dataclass
+class Board:
+    """The class of the actor."""
+
+    _by_piece: dict[int, dict[str, str]] = field(default_factory=dict)  # names of workers, by their processes
+    _again: list[tuple[str, str]] = field(default_factory=list)
+    _states: dict[int, State] = field(default_factory=dict)
+    _heard: dict[int, float] = field(default_factory=dict)
+    _units: dict[str, int] = field(default_factory=dict)
+    _is_stopping: bool = False
+
+    def begin(self, piece: int, label: str, worker: str, process: str) -> None:
+        """Mark that a worker's process begins a piece: whichever began it before has died."""
+        before = self._by_piece.setdefault(piece, {})
+        if before and process not in before:
+            self._again.append((list(before.values())[-1], label))
+        before[process] = worker
+
+    @classmethod
+    def start(cls, ray: Any, name: str) -> Any:
+        """Start the actor beside the driver, whose node the run does not outlive.
+
+        Workers find it by its name: Ray complains of arguments that a restarted worker may not find any more.
+        """
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        )
+        how = {"name": name, "num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+        return ray.remote(**how)(cls).remote()
+
+    def begun(self, piece: int) -> int:
+        """The number of processes that have begun a piece."""
+        return len(self._by_piece.get(piece, ()))
+
+    def report(self, number: int, state: State) -> bool:
+        """Note the state of a worker; returns whether it is to stop."""
+        self._states[number], self._heard[number] = state, time.monotonic()
+        self._units[state.process] = state.units
+        return self._is_stopping
+
+    def stop(self) -> None:
+        """Let workers stop when they report next."""
+        self._is_stopping = True
+
+    def read(self) -> News:
+        """What was reported, and what was begun again since the last call."""
+        states, again, self._again = sorted(self._states.items()), self._again, []
+        facts = {name: value for _, state in states for name, value in state.facts.items()}
+        doing = ", ".join(f"{number}: {state.doing}" for number, state in states)
+        silent = {number: time.monotonic() - heard for number, heard in self._heard.items()}
+        return News(sum(self._units.values()), facts, doing, silent, again)

@@ -1,0 +1,117 @@
+"""The projections of a capture run: of new captures, and of saved ones those that are missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from threading import Lock
+from typing import Any
+
+import torch
+
+from tlcapture.captures.capture import Capture
+from tlcapture.commands.capture_options import CaptureOptions
+from tlcapture.commands.capture_outputs import Outputs
+from tlcapture.commands.capture_records import CaptureRecord
+from tlcapture.commands.known_files import PromptFiles
+from tlcapture.commands.projections import (
+    ChanceLevels,
+    ProjectionTask,
+    project_capture,
+    report_choice,
+    without_projection,
+)
+from tlcapture.errors import InputError
+from tlcapture.models.loading import Model
+from tlcapture.runs.processes import Processes
+from tlcapture.runs.run import Run
+from tlcapture.traits.choice import ChosenVector, ChosenVectors, Subject, VectorChooser
+from tlcapture.traits.projection import scores_of
+from tlcapture.views.kept_tokens import Positions
+
+
+class CaptureProjections:
+    """Projects captures onto the vectors that are chosen for them; several threads may use it at a time."""
+
+    def __init__(self, options: CaptureOptions, run: Run, processes: Processes):
+        self.options = options
+        self._run = run
+        self._processes = processes
+        self._chosen: list[ChosenVectors] = []  # choices that were not reported yet
+        self._chooser = VectorChooser(run.layout, options.vectors, on_chosen=self._chosen.append)
+        self._levels = ChanceLevels(run)
+        self._lock = Lock()
+
+    def check_vectors(self, model: Model, wanted: Outputs) -> None:
+        """Raise `InputError` before prompts run if no vector fits, so that nothing would be kept of them."""
+        will_be = CaptureRecord.of_model(model, wanted.kept, attn_out=wanted.attn_out)
+        if not any(self._vectors(self._run, will_be, component) for component in self.options.components):
+            raise InputError("--projections-only: no trait has a vector that fits, so nothing would be kept")
+
+    def are_finished(self, files: PromptFiles) -> bool:
+        """Whether a saved capture, of which only missing files are made, lacks no projection."""
+        if not self.options.skip_existing:
+            return False
+        if not self.options.projects:
+            return True
+        capture = files.capture()
+        return capture is not None and not any(
+            without_projection(files, self._vectors(self._run, capture, component), self.options.existing)
+            for component in capture.components
+        )
+
+    def make(
+        self,
+        run: Run,
+        capture: Capture,
+        *,
+        files: PromptFiles | None = None,
+        only: bool = False,
+        kept: Positions | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """Project a capture; where its `files` are given, onto those vectors that it lacks.
+
+        The other arguments are those of `project_capture`; `device` is that of a new capture's model.
+        """
+        if not self.options.project:
+            return
+        components = ["residual"] + (["attn_out"] if capture.prompt.residual.attn_out is not None else [])
+        for component in components:
+            vectors = self._vectors(run, capture, component)
+            if files is not None:
+                vectors = without_projection(files, vectors, self.options.existing)
+            if vectors:
+                self._project_onto(run, capture, vectors, only, device, kept)
+
+    def _vectors(self, run: Run, subject: Subject, component: str) -> Sequence[ChosenVector]:
+        """The vectors for a capture; a new choice is reported on `run`."""
+        with self._lock:
+            vectors = self._chooser.vectors(subject, component)
+            while self._chosen:
+                report_choice(run, self._chosen.pop())
+        return vectors
+
+    def _project_onto(
+        self,
+        run: Run,
+        capture: Capture,
+        chosen: Sequence[ChosenVector],
+        only: bool,
+        device: torch.device | None,
+        kept: Positions | None,
+    ) -> None:
+        overwrite, streams = self.options.overwrite, (capture.prompt.residual, capture.response.residual)
+        scores = scores_of(*streams, [each.vector for each in chosen], device)
+        has_whole_file = kept is None or kept.is_all  # which another process reads
+        form = self.options.parts.form
+        if only or device is None or not has_whole_file:
+            levels = self._levels.reporting_to(run)
+            how: dict[str, Any] = {"overwrite": overwrite, "kept": kept, "scores": scores, "form": form}
+            project_capture(run, capture, chosen, levels, only=only, **how)
+            return
+        raw = run.layout.residual(capture.capture_set, capture.name)
+        task = ProjectionTask(run.layout, raw, chosen, scores, overwrite, run.report.remembers, form)
+        done, error = self._processes.call(ProjectionTask.do, task)
+        run.add(done)
+        if error is not None:
+            raise error

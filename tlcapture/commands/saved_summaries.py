@@ -1,0 +1,75 @@
+"""The summary of a prompt set as the last run left it, so that a run which finds everything finished reads nothing.
+
+`.locks/summary-of-{set}-{component}.json` holds it with a digest of the projections that it is of: paths, sizes and
+times. It is only a cache, like the index of files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tlcapture.captures.known_capture import digest
+from tlcapture.commands import top_traits
+from tlcapture.commands.known_files import KnownFiles
+from tlcapture.commands.top_traits import Findings, OverSamples, Summary, TopTrait
+from tlcapture.errors import StorageError
+from tlcapture.names import COMPACT
+from tlcapture.storage.files import FileState, read_json, write_json
+from tlcapture.storage.folders import names_in
+from tlcapture.storage.layout import Layout
+from tlcapture.traits.rises import DEFINITIONS
+from tlcapture.version import __version__
+
+
+def summary_of_run(
+    layout: Layout, prompt_set: str, component: str, known: Mapping[str, bytes], seen: Mapping[Path, FileState]
+) -> Summary:
+    """That of `summary_of`, read from the last run's where no projection has changed since.
+
+    `seen` are the states of files that this run has looked at; the others are looked at now.
+    """
+    path = layout.lock(f"summary-of-{prompt_set}-{component}").with_suffix(".json")
+    of = _digest(layout, prompt_set, component, seen)
+    with suppress(StorageError, KeyError, TypeError, ValueError):
+        content = read_json(path) if path.is_file() else {}
+        if content["of"] == of:
+            return _from_json(content["summary"])
+    problems: list[StorageError] = []
+    found = top_traits.summary_of(layout, prompt_set, component, known, problems.append)
+    if not problems and path.parent.is_dir():
+        with suppress(StorageError, TypeError):
+            write_json(path, {"of": of, "summary": asdict(found)})
+    return found
+
+
+def _digest(layout: Layout, prompt_set: str, component: str, seen: Mapping[Path, FileState]) -> str:
+    """What is equal for the same projections, unread."""
+    files = KnownFiles(layout, prompt_set, 0)
+    folders = [(files.projections(*pair), ".json") for pair in files.projected if pair[1] == component]
+    shards = files.shards[component]
+    folders += [(shards, COMPACT), (shards / "+", COMPACT)]
+    paths = (folder / name for folder, ending in folders for name in names_in(folder) if name.endswith(ending))
+    states = [[str(path.relative_to(layout.folder)), seen.get(path) or _state(path)] for path in sorted(paths)]
+    return digest([__version__, DEFINITIONS, states])
+
+
+def _state(path: Path) -> FileState | None:
+    with suppress(OSError):
+        return FileState.of(path.lstat())
+    return None
+
+
+def _from_json(value: Mapping[str, Any]) -> Summary:
+    """The summary of a file; raises `TypeError`, `KeyError` or `ValueError` for anything else."""
+    findings = value["findings"]
+    tops = [_top(**each) for each in value["tops"]]
+    return Summary(tops, None if findings is None else Findings(**findings), value["is_against_set"])
+
+
+def _top(samples: Mapping[str, Any] | None, pieces: Any, **others: Any) -> TopTrait:
+    over = None if samples is None else OverSamples(**samples)
+    return TopTrait(**others, samples=over, pieces=[(text, score) for text, score in pieces])

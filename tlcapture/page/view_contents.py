@@ -1,0 +1,144 @@
+"""The page's content of one prompt's views: logit lens, attention, internals, and what its layers add."""
+
+from __future__ import annotations
+
+import base64
+import re
+from dataclasses import dataclass
+from os.path import lexists
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tlcapture.errors import InputError, TlcaptureError
+from tlcapture.page import missing
+from tlcapture.page.internals import contributions_of, internals_of, internals_of_layer, internals_of_token
+from tlcapture.storage.layout import Layout
+from tlcapture.views.head_summary import summarised, weights_of
+from tlcapture.views.json_files import PerTokenHead
+from tlcapture.views.saved_attention import read_attention
+from tlcapture.views.saved_lens import read_lens
+
+_NUMBER = re.compile("[0-9]{1,9}")
+
+
+@dataclass(frozen=True)
+class ViewContents:
+    """What the files of a prompt's views hold, as JSON values; methods raise as those of `Contents`."""
+
+    root: Path
+
+    def problem(self, error: TlcaptureError | OSError) -> str:
+        """The message of an error, with paths relative to the root."""
+        return str(error).replace(f"{self.root}/", "", 1)
+
+    def lens(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
+        """The most likely next token, and rank and probability of the actual one, for every token and kept layer."""
+        saved = read_lens(self._view_file(experiment, prompt_set, prompt_id, "logit-lens"))
+        found: dict[str, Any] = {name: [] for name in ("token_idx", "actual", "top", "prob", "rank", "actual_prob")}
+        for predictions in saved.overview():
+            found["token_idx"].append(predictions.token_idx)
+            found["actual"].append(predictions.actual_next_token)
+            found["top"].append([layer.first.token for layer in predictions.by_layer])
+            found["prob"].append([layer.first.prob for layer in predictions.by_layer])
+            found["rank"].append([layer.actual_rank for layer in predictions.by_layer])
+            found["actual_prob"].append([layer.actual_prob for layer in predictions.by_layer])
+        return {**head_content(saved.head), "top_k": saved.head.top_k, **found}
+
+    def lens_token(self, experiment: str, prompt_set: str, prompt_id: str, token: str) -> dict[str, Any]:
+        """All predictions of one token."""
+        saved = read_lens(self._view_file(experiment, prompt_set, prompt_id, "logit-lens"))
+        return saved.entry(_index(token)).model_dump(exclude_unset=True)
+
+    def attention(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
+        """The content of a prompt's attention file without the patterns."""
+        saved = read_attention(self._view_file(experiment, prompt_set, prompt_id, "attention"))
+        return {**head_content(saved.head), "n_heads": saved.head.n_heads, "present_layers": saved.present_layers}
+
+    def attention_token(self, experiment: str, prompt_set: str, prompt_id: str, token: str) -> dict[str, Any]:
+        """The attention weights of one query token: `by_layer[layer][head][key]`, null for a layer without any."""
+        saved = read_attention(self._view_file(experiment, prompt_set, prompt_id, "attention"))
+        return saved.entry(_index(token)).model_dump(exclude_unset=True)
+
+    def attention_heads(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
+        """What every head looks at on average over the response: `measures[name][layer][head]`.
+
+        Over all tokens where the file has none of the response.
+        """
+        saved = read_attention(self._view_file(experiment, prompt_set, prompt_id, "attention"))
+        n_tokens, n_prompt = len(saved.head.tokens), saved.head.n_prompt_tokens
+        found, part = summarised(saved, range(n_prompt, n_tokens)), "response"
+        if not found.n_queries:
+            found, part = summarised(saved, range(n_tokens)), "prompt"
+        measures = {name: _without_nan(values) for name, values in found.measures.items()}
+        return {"measures": measures, "n_queries": found.n_queries, "part": part}
+
+    def attention_matrix(
+        self, experiment: str, prompt_set: str, prompt_id: str, layer: str, head: str
+    ) -> dict[str, Any]:
+        """The weights of a head, or of their `mean`: those of each of the `queries` in turn, for the keys up to it.
+
+        `weights` are float16 in base64. Smaller weights than 6e-8 are 0 there.
+        """
+        saved = read_attention(self._view_file(experiment, prompt_set, prompt_id, "attention"))
+        rows = list(weights_of(saved, _index(layer, "layer"), None if head == "mean" else _index(head, "head")))
+        weights = np.concatenate([row for _, row in rows]) if rows else np.zeros(0)
+        packed = base64.b64encode(weights.astype("<f2").tobytes()).decode("ascii")
+        return {"queries": [query for query, _ in rows], "weights": packed}
+
+    def contributions(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
+        """The norms of what each layer's attention and MLP add to the residual stream, by layer and token."""
+        return contributions_of(self._layout(experiment), prompt_set, prompt_id)
+
+    def internals(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
+        """The layers whose internals are stored."""
+        return internals_of(self._layout(experiment), prompt_set, prompt_id)
+
+    def internals_layer(self, experiment: str, prompt_set: str, prompt_id: str, layer: str) -> dict[str, Any]:
+        """The norms of a layer's hooks at every token, and its router's scores."""
+        return internals_of_layer(self._layout(experiment), prompt_set, prompt_id, _index(layer, "layer"))
+
+    def internals_token(
+        self, experiment: str, prompt_set: str, prompt_id: str, layer: str, token: str
+    ) -> dict[str, Any]:
+        """The most active neurons of a token at a layer, its heads and its experts."""
+        where = (prompt_set, prompt_id, _index(layer, "layer"), _index(token))
+        return internals_of_token(self._layout(experiment), *where)
+
+    def tokens_of(self, kind: str, experiment: str, prompt_set: str, prompt_id: str) -> list[int]:
+        """Indices of the tokens that `attention` or the logit `lens` has entries for."""
+        read, named = (read_attention, "attention") if kind == "attention" else (read_lens, "logit-lens")
+        return read(self._view_file(experiment, prompt_set, prompt_id, named)).token_indices
+
+    def _layout(self, experiment: str) -> Layout:
+        layout = Layout(self.root, experiment)
+        layout.check_exists()
+        return layout
+
+    def _view_file(self, experiment: str, prompt_set: str, prompt_id: str, kind: str) -> Path:
+        layout = self._layout(experiment)
+        path_of = layout.attention if kind == "attention" else layout.logit_lens
+        path = layout.saved(path_of(prompt_set, prompt_id))
+        if not lexists(path):
+            raise missing.add_on(layout, prompt_set, kind)
+        return path
+
+
+def _index(text: str, what: str = "token") -> int:
+    if not _NUMBER.fullmatch(text):
+        raise InputError(f"{what} {text[:20]!r}: expected a number")
+    return int(text)
+
+
+def _without_nan(values: NDArray[np.float64]) -> list[list[float | None]]:
+    return [[None if np.isnan(each) else float(f"{each:.4g}") for each in row] for row in values]
+
+
+def head_content(head: PerTokenHead) -> dict[str, Any]:
+    """The content of a head of a file of attention or of the logit lens."""
+    held = head.positions_held
+    kept = {} if held.is_all else {"positions": list(held.kept), "kept": held.described()}
+    layers = {} if head.layers is None else {"kept_layers": head.layers}
+    return {"tokens": head.tokens, "n_prompt_tokens": head.n_prompt_tokens, "n_layers": head.n_layers, **layers, **kept}

@@ -1,0 +1,17 @@
+"""What folders are called in messages: the working copy of a root that is not a local disk has that root's URL."""
+
+from __future__ import annotations
+
+_names: dict[str, str] = {}
+
+
+def name_place(folder: str, name: str) -> None:
+    """Call a folder by a name in all messages."""
+    _names[folder] = name
+
+
+def named(text: str) -> str:
+    """A text with the names of folders in place of their paths."""
+    for folder, name in _names.items():
+        text = text.replace(folder, name)
+    return text

@@ -1,0 +1,83 @@
+"""What the heads of a capture look at, on average: a number for each layer and head, from its attention file.
+
+    summarised(read_attention(path), range(n_prompt, n_tokens)).measures["entropy"]     # [n_layers, n_heads]
+
+The first token of all is not a query: it can only attend to itself. Loads no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tlcapture.errors import InputError
+from tlcapture.views.json_files import no_weights
+from tlcapture.views.saved_attention import SavedAttention
+
+Weights = NDArray[np.float32]  # `[n_heads, query + 1]`
+
+
+def _entropy(weights: Weights) -> Weights:
+    logs = np.log(weights, where=weights > 0, out=np.zeros_like(weights))
+    return -(weights * logs).sum(axis=1)
+
+
+def _distance(weights: Weights) -> Weights:
+    n_keys = weights.shape[1]
+    return weights @ np.arange(n_keys - 1, -1, -1, dtype=np.float32)
+
+
+# Of one query: entropy in nats, mean number of tokens that it looks back, weights on single keys.
+MEASURES: dict[str, Callable[[Weights], Weights]] = {
+    "entropy": _entropy,
+    "distance": _distance,
+    "first": lambda weights: weights[:, 0],
+    "previous": lambda weights: weights[:, -2],
+    "self": lambda weights: weights[:, -1],
+}
+
+
+@dataclass(frozen=True)
+class HeadSummary:
+    """Means over queries.
+
+    Attributes:
+        measures: by the names of `MEASURES`, `[n_layers, n_heads]`; NaN for layers without weights.
+        n_queries: how many queries they are means of.
+    """
+
+    measures: dict[str, NDArray[np.float64]]
+    n_queries: int
+
+
+def summarised(saved: SavedAttention, queries: Container[int]) -> HeadSummary:
+    """The means over some queries, as far as the file has them; raises `StorageError` if it is damaged."""
+    shape = (saved.head.n_layers, saved.head.n_heads)
+    sums = {name: np.full(shape, np.nan) for name in MEASURES}
+    layers, seen = saved.present_layers, set[int]()
+    for found in sums.values():
+        found[layers] = 0
+    for layer, query, weights in saved.rows(layers):
+        if query and query in queries:
+            seen.add(query)
+            for name, measure in MEASURES.items():
+                sums[name][layer] += measure(weights)
+    return HeadSummary({name: found / len(seen) if seen else found * np.nan for name, found in sums.items()}, len(seen))
+
+
+def weights_of(saved: SavedAttention, layer: int, head: int | None) -> Iterator[tuple[int, Weights]]:
+    """Each query of a layer with its weights `[query + 1]` in one head, or in the mean over all heads.
+
+    Raises:
+        InputError: the layer has no weights, or no such head.
+        StorageError: the file is damaged.
+    """
+    if layer not in saved.present_layers:
+        raise no_weights(layer, saved.head.layers, saved.present_layers)
+    if head is not None and head >= saved.head.n_heads:
+        raise InputError(f"no head {head}: layer {layer} has heads 0 to {saved.head.n_heads - 1}")
+    for _, query, weights in saved.rows([layer]):
+        yield query, weights.mean(axis=0) if head is None else weights[head]
