@@ -161,9 +161,9 @@ def _searched_starts(
     found = []
     for piece in pieces:
         starts = [match.start() for match in re.finditer(re.escape(piece.text), text)]
-        is_known = others is None or not any(map(str.isalnum, piece.text))
-        is_written = is_known or len(starts) - others.count(piece.text) >= needed[piece.text]
-        found.append(starts if is_written else [])
+        has_letters = any(map(str.isalnum, piece.text))
+        n_gone = len(starts) if others is None or not has_letters else len(starts) - others.count(piece.text)
+        found.append(starts if n_gone >= needed[piece.text] else [])
     return found
 
 
