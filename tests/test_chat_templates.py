@@ -196,6 +196,7 @@ def test_a_template_of_content_parts_gets_them(template: str) -> None:
         ("{% for i in range(10 ** 9) %}{% endfor %}", r"fails \(OverflowError: "),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", r"fails \(RecursionError: "),
         ("{{ raise_exception('only\non sundays') }}", r"refuses the prompt \(only\)"),
+        (r"{{ '\ud800' }}", r"fails \(UnicodeEncodeError: "),
     ],
 )
 def test_a_template_that_fails_or_loses_text_is_refused_with_the_reason(template: str, reason: str) -> None:
@@ -234,6 +235,28 @@ def test_a_text_that_the_template_itself_writes_does_not_stand_for_a_lost_messag
     found = rendered(template, {"role": "system", "content": "helpful"}, {"role": "user", "content": "user"})
     assert found.merged == ("system",)
     assert found.text.endswith("<turn>user\nhelpful\n\nuser</turn>")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}<turn>{{ m.role }}\n{{ m.content | upper }}</turn>{% endfor %}",
+        "{% for m in messages %}<turn>{{ m.role }}\n{{ m.content | list }}</turn>{% endfor %}",
+        "{% for m in messages %}<turn>{{ m.role }}\n{{ m.content | reverse }}</turn>{% endfor %}",
+        "{% for m in messages %}<turn>{{ m.role }}\n{{ m.content[:2] }} {{ m.content | length }}</turn>{% endfor %}",
+    ],
+)
+def test_a_text_that_is_altered_is_not_found_in_what_the_template_itself_writes(template: str) -> None:
+    """The words of both messages are also the name of a role: each would be found there, and both at one place."""
+    messages = [{"role": "system", "content": "user"}, {"role": "user", "content": "user"}]
+    with pytest.raises(InputError, match=r"leaves out or alters the text of the (user|system) message"):
+        rendered(template, *messages)
+
+
+def test_two_messages_of_one_text_are_not_found_at_one_place() -> None:
+    template = "{% for m in messages | unique(attribute='content') %}<turn>{{ m.content }}</turn>{% endfor %}"
+    found = rendered(template, {"role": "system", "content": "user"}, {"role": "user", "content": "user"})
+    assert (found.text, found.merged) == ("<turn>user\n\nuser</turn>", ("system",))
 
 
 def test_a_template_that_reads_the_start_and_end_of_a_text_is_checked_as_well() -> None:
@@ -391,6 +414,29 @@ def test_a_broken_template_does_not_matter_without_it(
     assert refused.exit_code == 2
     assert "chat template fails (ZeroDivisionError: " in refused.stderr
     assert tlcapture("capture", *words, "--no-chat-template").exit_code == 0
+
+
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_capture_without_the_template_does_not_render_it_for_spans_either(
+    tlcapture: Callable[..., Result], root: Path, tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_with(ENDLESS, tmp_path, tiny_folder)
+    monkeypatch.setattr(
+        transformers.PreTrainedTokenizerFast, "apply_chat_template", lambda *args, **options: pytest.fail("rendered")
+    )
+    words = ("--experiment", "e", "--prompt", "hi", "--model", folder, "--max-new-tokens", 2, "--no-chat-template")
+    result = tlcapture("capture", *words)
+    assert result.exit_code == 0, result.output
+
+
+def test_looking_for_markers_of_thinking_ends_with_a_template_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tlcapture.prompts.chat_template.MAX_STEPS", 200_000)
+    for condition in ("m.reasoning_content is defined", "m.role == 'assistant'"):
+        endless = f"{{% for m in messages %}}{{% if {condition} %}}{ENDLESS}{{% endif %}}{{% endfor %}}"
+        tokenizer = tokenizer_with(TURNS + endless)
+        assert tokenize(tokenizer, "hi", prompt_set="s", prompt_id="1").text == "<turn>user\nhi</turn>"
 
 
 def test_extraction_names_the_example_with_a_token_beyond_the_embedding(

@@ -210,7 +210,7 @@ def test_an_intervention_on_thinking_acts_at_its_tokens(
     model = tiny.model("llama", engine)
     tokenizer = thinking_tokenizer("<h>", "</h>", are_tokens=False)
     if are_tokens:  # one-token markers of the model's own vocabulary
-        monkeypatch.setattr("tlcapture.generation.thinking_rows.marker_tokens", lambda tokenizer: (70, 71))
+        monkeypatch.setattr("tlcapture.generation.thinking_rows.marker_tokens", lambda *words, **options: (70, 71))
         scripts = [[70, 9, 10, 71, 11, 12], [9, 71, 10, 70, 11, 12]]
         inside = [[0, 1, 1, 0, 0, 0], [1, 0, 0, 0, 1, 1]]
     else:
@@ -220,8 +220,8 @@ def test_an_intervention_on_thinking_acts_at_its_tokens(
         inside = [[int(each) for each in thinking_tokens(tokenizer, *pair)] for pair in pairs]
     monkeypatch.setattr(model, "tokenizer", tokenizer)
     prompts = [
-        replace(as_prompt(random_ids(7, seed=1), "0"), opening=""),
-        replace(as_prompt(random_ids(3, seed=2), "1"), opening="<h>"),
+        replace(as_prompt(random_ids(7, seed=1), "0"), opening="", chat_template=True),
+        replace(as_prompt(random_ids(3, seed=2), "1"), opening="<h>", chat_template=True),
     ]
     steps = iter(range(100))
 

@@ -300,6 +300,27 @@ def test_layers_that_count_from_the_end_and_layers_beyond_the_model(bring: Run, 
     assert torch.equal(imported(root)[0], rows[1])
 
 
+@pytest.mark.parametrize(
+    ("name", "layer"), [("-1", 2), ("layer_-1", 2), ("h.-2", 1), ("layer -3", 0), ("layer-1", 1), ("h.1", 1)]
+)
+def test_a_minus_counts_from_the_end_unless_it_joins_a_word_to_a_number(
+    bring: Run, root: Path, tmp_path: Path, name: str, layer: int
+) -> None:
+    assert bring(saved(tmp_path / "x.pt", {name: table(1)[0]}), *POST).exit_code == 0
+    assert list(imported(root)) == [layer]
+
+
+@pytest.mark.parametrize("scale", [1e-35, 1e-15, 1e20, 1e37])
+def test_the_squares_of_a_vector_that_is_read_are_within_float32(
+    bring: Run, root: Path, tmp_path: Path, scale: float
+) -> None:
+    vectors = table(N)
+    assert bring(saved(tmp_path / "x.pt", vectors * scale), *POST).exit_code == 0
+    for layer, vector in imported(root).items():
+        unit = torch.nn.functional.normalize(vector, dim=0)
+        assert torch.allclose(unit, torch.nn.functional.normalize(vectors[layer], dim=0), atol=1e-5)
+
+
 def test_another_architecture_in_a_control_vector_is_said(bring: Run, tmp_path: Path) -> None:
     result = bring(gguf(tmp_path / "x.gguf", hint="qwen2", tensors={"direction.1": table(1)[0]}))
     assert result.exit_code == 0
@@ -363,6 +384,15 @@ BAD: dict[str, tuple[Callable[[Path], Path], tuple[str, ...], str]] = {
     ),
     "another name in GGUF": (lambda f: gguf(f / "x.gguf", tensors={"bias": table(1)[0]}), (), "not named direction.L"),
     "GGUF counted otherwise": (lambda f: FILES / "repeng.gguf", HIDDEN, "leave out --convention"),
+    "the same layer twice in GGUF": (
+        lambda f: gguf(f / "x.gguf", tensors={"direction.1": table(1)[0], "direction.01": table(1)[0]}), (),
+        "is the second entry of layer 1",
+    ),
+    "a layer type of another kind": (
+        lambda f: saved(f / "x.pt", {"layer_activations": {1: table(1)[0]}, "layer_type": ["mlp"]}), (),
+        "have no place",
+    ),
+    "a table by a layer number": (lambda f: saved(f / "x.pt", {1: table(3)}), POST, "layer 1: expected a one-dim"),
     "an MLP's steering vector": (lambda f: FILES / "steering_vectors_mlp.pt", (), "layer type 'mlp' have no place"),
     "residual as attention": (
         lambda f: FILES / "steering_vectors_decoder_block.pt", ("--component", "attn_out"), "leave out --component",

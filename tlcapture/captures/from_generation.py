@@ -60,6 +60,7 @@ def capture_of(
         texts[n_prompt:],
         n_prompt,
         stopped=generation.stop_reason == "stop_token",
+        chat_template=prompt.chat_template,
     )
     metadata = {
         "inference_model": model.name,

@@ -35,7 +35,8 @@ class ActingInterventions:
         self._tokenizer, self._device = model.tokenizer, model.device
         self._thinking: ThinkingRows | None = None
         if any(each.where.needs_thinking for each in self._interventions):
-            self._thinking = thinking_rows(self._tokenizer, [each.opening for each in prompts], self._responses)
+            openings, templated = [each.opening for each in prompts], any(each.chat_template for each in prompts)
+            self._thinking = thinking_rows(self._tokenizer, openings, self._responses, chat_template=templated)
             self._within = RowMask(torch.zeros(len(prompts), 1, dtype=torch.bool, device=model.device))
         self._n_new = len(self._responses[0]) if self._responses else 0  # tokens of every response
 
@@ -80,5 +81,5 @@ class ActingInterventions:
         n_prompt = len(prompt.token_ids)
         thinking: list[bool] = []
         if each.where.needs_thinking:
-            thinking = thinking_tokens(self._tokenizer, prompt.opening, response)
+            thinking = thinking_tokens(self._tokenizer, prompt.opening, response, chat_template=prompt.chat_template)
         return each.where.of_tokens(n_prompt, n_prompt + len(response), thinking)

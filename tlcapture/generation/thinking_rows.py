@@ -30,16 +30,18 @@ class ThinkingRows(Protocol):
         """Keep these rows only."""
 
 
-def thinking_rows(tokenizer: Any, openings: Sequence[str], responses: Sequence[Sequence[int]]) -> ThinkingRows:
+def thinking_rows(
+    tokenizer: Any, openings: Sequence[str], responses: Sequence[Sequence[int]], *, chat_template: bool = True
+) -> ThinkingRows:
     """Rows after their responses so far. Markers of one token are followed on the device, others by their text."""
-    texts = [_Text.of(tokenizer, opening, ids) for opening, ids in zip(openings, responses, strict=True)]
-    markers = marker_tokens(tokenizer)
+    texts = [_Text.of(tokenizer, *row, chat_template) for row in zip(openings, responses, strict=True)]
+    markers = marker_tokens(tokenizer, chat_template=chat_template)
     return _ByText(texts) if markers is None else _ByToken(*markers, [each.is_open for each in texts])
 
 
-def thinking_tokens(tokenizer: Any, opening: str, response: Sequence[int]) -> list[bool]:
+def thinking_tokens(tokenizer: Any, opening: str, response: Sequence[int], *, chat_template: bool = True) -> list[bool]:
     """Whether each token of a response is thinking."""
-    text = _Text.of(tokenizer, opening, ())
+    text = _Text.of(tokenizer, opening, (), chat_template)
     return [text.append(token) for token in response]
 
 
@@ -76,14 +78,14 @@ class _ByText:
 class _Text:
     """The text of a response so far, and whether its thinking is open."""
 
-    def __init__(self, tokenizer: Any, opening: str):
-        self._tokenizer, self._opening = tokenizer, opening
+    def __init__(self, tokenizer: Any, opening: str, chat_template: bool):
+        self._tokenizer, self._opening, self._chat_template = tokenizer, opening, chat_template
         self._text, self._parts = "", list[int]()  # whole characters, and tokens after them that are parts of one
-        self.is_open = is_thinking(tokenizer, opening, "")
+        self.is_open = self._is_open("")
 
     @classmethod
-    def of(cls, tokenizer: Any, opening: str, response: Sequence[int]) -> _Text:
-        text = cls(tokenizer, opening)
+    def of(cls, tokenizer: Any, opening: str, response: Sequence[int], chat_template: bool) -> _Text:
+        text = cls(tokenizer, opening, chat_template)
         for token in response:
             text.append(token)
         return text
@@ -97,5 +99,8 @@ class _Text:
             piece = str(self._tokenizer.decode(self._parts, clean_up_tokenization_spaces=False))
         if not piece.endswith(_PART) or len(self._parts) == _MOST_PARTS:
             self._text, self._parts, piece = self._text + piece, [], ""
-        before, self.is_open = self.is_open, is_thinking(self._tokenizer, self._opening, self._text + piece)
+        before, self.is_open = self.is_open, self._is_open(self._text + piece)
         return before and self.is_open
+
+    def _is_open(self, text: str) -> bool:
+        return is_thinking(self._tokenizer, self._opening, text, chat_template=self._chat_template)

@@ -99,6 +99,14 @@ def render_chat(
     raise InputError(f"the model's chat template {reasons[0]}: {ADVICE}")
 
 
+def rendered_or_none(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str | None:
+    """The rendering of messages as they are, unchecked; `None` where the template fails or does not end."""
+    try:
+        return _render(tokenizer, _as_given(messages), add_generation_prompt, NO_ARGS)
+    except (_RenderingError, InputError):
+        return None
+
+
 def stop_ids(tokenizer: Any, generation_config: Any, *, chat_template: bool = True) -> frozenset[int]:
     """All token ids that end a response.
 
@@ -195,7 +203,8 @@ def _render(
     options = {**template_args, "tokenize": False, "add_generation_prompt": add_generation_prompt}
     try:
         with step_limit(MAX_STEPS):
-            rendered = tokenizer.apply_chat_template(messages, **options)
+            rendered = str(tokenizer.apply_chat_template(messages, **options))
+        rendered.encode()  # fails for half of a surrogate pair
     except StepLimitError:
         raise InputError(f"the model's chat template does not end within {MAX_STEPS:,} steps: {ADVICE}") from None
     except Exception as error:  # a template can raise whatever Python raises
@@ -203,7 +212,7 @@ def _render(
         if type(error) is TemplateError:  # what raise_exception raises
             raise _RenderingError(f"refuses the prompt ({reason})") from None
         raise _RenderingError(f"fails ({type(error).__name__}: {reason})") from None
-    return str(rendered)
+    return rendered
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:

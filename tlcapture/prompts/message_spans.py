@@ -3,13 +3,14 @@
 A text such as `user` may also occur in what the template itself writes. The conversation is therefore rendered once
 more with a mark, a private-use character, in every text: where the two renderings are otherwise equal, the marks show
 where the texts are. A template that depends on more than the first and last characters of a text may render it
-differently with a mark; its texts are then searched for. A tool's result may be encoded: its span is what changes
-with it.
+differently with a mark; its texts are then searched for, and only count as found where they go when other letters
+take the place of theirs. A tool's result may be encoded: its span is what changes with it.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -20,6 +21,7 @@ Message = Mapping[str, Any]  # role and content, and further keys that a templat
 _THINKING_TAG = re.compile(r"</?think(?:ing)?>|</?seed:think>|\[/?THINK\]|<\|(?:START|END)_THINKING\|>")
 _MARKED_AT = (1 / 2, 1 / 4, 3 / 4)  # of a text's length
 _PRIVATE_USE = range(0xF0000, 0x10FFFE)
+_LETTERS = range(0x20000, 0x2A6E0)  # of CJK Extension B, which no template writes and `repr` leaves as they are
 
 
 class Span(NamedTuple):
@@ -67,12 +69,13 @@ def find_messages(
     by_mark = (_marked_starts(text, messages, pieces, share, render) for share in _MARKED_AT)
     starts = next((each for each in by_mark if each is not None), None)
     if starts is None:
-        starts = [[match.start() for match in re.finditer(re.escape(piece.text), text)] for piece in pieces]
+        starts = _searched_starts(text, messages, pieces, render)
     placed: dict[_Piece, int] = {}
     encoded: dict[int, Span] = {}
     dropped: set[int] = set()
     limit = len(text)
     for piece, options in reversed(list(zip(pieces, starts, strict=True))):
+        options = [start for start in options if not any(_overlap(piece, start, *each) for each in placed.items())]
         before = [start for start in options if start + len(piece.text) <= limit]
         is_system = messages[piece.message]["role"] == "system"
         if not before and not (is_system and options):
@@ -137,6 +140,37 @@ def _marked_starts(
     ]
 
 
+def _searched_starts(
+    text: str,
+    messages: Sequence[Message],
+    pieces: Sequence[_Piece],
+    render: Callable[[Sequence[Message]], str | None],
+) -> list[list[int]]:
+    """Where each piece occurs in `text`; nowhere, if that is what the template itself writes.
+
+    With other letters in all messages, as many occurrences of a text have to be gone as there are pieces of it.
+    """
+    letter = _unused_characters(text + "".join(piece.text for piece in pieces), 1, _LETTERS)[0]
+    contents = [message["content"] for message in messages]
+    for piece in pieces:
+        start, stop = piece.start, piece.start + len(piece.text)
+        changed = "".join(letter if each.isalnum() else each for each in piece.text)
+        contents[piece.message] = contents[piece.message][:start] + changed + contents[piece.message][stop:]
+    others = render([{**message, "content": content} for message, content in zip(messages, contents, strict=True)])
+    needed = Counter(piece.text for piece in pieces if not piece.can_be_dropped)
+    found = []
+    for piece in pieces:
+        starts = [match.start() for match in re.finditer(re.escape(piece.text), text)]
+        has_letters = any(map(str.isalnum, piece.text))
+        n_gone = len(starts) if others is None or not has_letters else len(starts) - others.count(piece.text)
+        found.append(starts if n_gone >= needed[piece.text] else [])
+    return found
+
+
+def _overlap(one: _Piece, start: int, other: _Piece, placed_at: int) -> bool:
+    return start < placed_at + len(other.text) and placed_at < start + len(one.text)
+
+
 def _encoded(
     text: str, messages: Sequence[Message], index: int, render: Callable[[Sequence[Message]], str | None]
 ) -> Span | None:
@@ -150,9 +184,9 @@ def _encoded(
     return Span(len(before), len(text) - len(after)) if found and mark not in after and is_around else None
 
 
-def _unused_characters(text: str, count: int) -> list[str]:
+def _unused_characters(text: str, count: int, among: range = _PRIVATE_USE) -> list[str]:
     used = set(text)
-    return list(islice((mark for mark in map(chr, _PRIVATE_USE) if mark not in used), count))
+    return list(islice((mark for mark in map(chr, among) if mark not in used), count))
 
 
 def _span(text: str, index: int, message: Message, placed: Mapping[_Piece, int]) -> Span | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
+from tlcapture.prompts.chat_template import rendered_or_none
 from tlcapture.prompts.spans import Kind, Piece, TokenSpan, spans_of_text
 
 RESPONSE_TEMPLATE, REASONING_CONTENT, TABLE = "response_template", "reasoning_content", "table"
@@ -176,7 +177,14 @@ _TABLE = (
 
 
 def response_spans(
-    tokenizer: Any, opening: str, token_ids: Sequence[int], tokens: Sequence[str], first: int, *, stopped: bool
+    tokenizer: Any,
+    opening: str,
+    token_ids: Sequence[int],
+    tokens: Sequence[str],
+    first: int,
+    *,
+    stopped: bool,
+    chat_template: bool = True,
 ) -> tuple[list[TokenSpan], dict[str, Any] | None]:
     """The spans of a response, and the markers of thinking as metadata hold them.
 
@@ -185,6 +193,7 @@ def response_spans(
         token_ids, tokens: the response's tokens, and their texts.
         first: the index of its first token.
         stopped: whether the last token is a stop token, which belongs to no text.
+        chat_template: whether the prompt was rendered with the chat template; else none is read for markers.
 
     The markers are `None` where the model has none that the tokenizer tells of, and the response none of the table.
     """
@@ -193,7 +202,7 @@ def response_spans(
     whole, offsets = _with_offsets(tokenizer, token_ids, tokens)
     length = offsets[-1][0] if stopped else len(whole)
     response = whole[:length]
-    markers = thinking_markers(tokenizer) or _table_entry(opening, response)
+    markers = thinking_markers(tokenizer, chat_template=chat_template) or _table_entry(opening, response)
     pieces = [Piece(0, length, "answer", "assistant")] if markers is None else markers.pieces(opening, response)
     spans = spans_of_text([each for each in pieces if each.start < each.stop], len(whole), offsets, first)
     return spans, None if markers is None else markers.to_json()
@@ -214,15 +223,15 @@ def _with_offsets(tokenizer: Any, token_ids: Sequence[int], tokens: Sequence[str
     return text, offsets
 
 
-def is_thinking(tokenizer: Any, opening: str, response: str) -> bool:
-    """Whether the thinking goes on at the end of a response so far; `opening` is as in `ThinkingMarkers.pieces`."""
-    markers = thinking_markers(tokenizer) or _table_entry(opening, response)
+def is_thinking(tokenizer: Any, opening: str, response: str, *, chat_template: bool = True) -> bool:
+    """Whether the thinking goes on at the end of a response so far; arguments are those of `response_spans`."""
+    markers = thinking_markers(tokenizer, chat_template=chat_template) or _table_entry(opening, response)
     return markers is not None and markers.is_open(opening, response)
 
 
-def marker_tokens(tokenizer: Any) -> tuple[int, int] | None:
+def marker_tokens(tokenizer: Any, *, chat_template: bool = True) -> tuple[int, int] | None:
     """The opening and the closing marker of the thinking as token ids, if each is one token and they alone decide."""
-    markers = thinking_markers(tokenizer)
+    markers = thinking_markers(tokenizer, chat_template=chat_template)
     literals = None if markers is None else markers.literals()
     if literals is None:
         return None
@@ -236,11 +245,15 @@ def thinks(tokenizer: Any, opening: str) -> bool:
     return markers is not None and markers.thinks(opening)
 
 
-def thinking_markers(tokenizer: Any) -> ThinkingMarkers | None:
-    """The markers that a tokenizer tells of; `None` where only the table is left."""
-    state = (getattr(tokenizer, "chat_template", None), getattr(tokenizer, "response_template", None))
+def thinking_markers(tokenizer: Any, *, chat_template: bool = True) -> ThinkingMarkers | None:
+    """The markers that a tokenizer tells of; `None` where only the table is left.
+
+    The chat template is only rendered where prompts are rendered with it.
+    """
+    template = getattr(tokenizer, "chat_template", None) if chat_template else None
+    state = (template, getattr(tokenizer, "response_template", None))
     if tokenizer not in _cached or _cached[tokenizer][0] != state:
-        found = _of_response_template(tokenizer) or _of_rendering(tokenizer)
+        found = _of_response_template(tokenizer) or (_of_rendering(tokenizer) if template else None)
         _cached[tokenizer] = state, found
     return _cached[tokenizer][1]
 
@@ -280,13 +293,11 @@ def _of_response_template(tokenizer: Any) -> ThinkingMarkers | None:
 
 def _of_rendering(tokenizer: Any) -> ThinkingMarkers | None:
     """The markers around `reasoning_content` in the chat template's rendering."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
     user = {"role": "user", "content": _QUESTION}
-    bare, prompt = _rendered(tokenizer, [user], False), _rendered(tokenizer, [user], True)
+    bare, prompt = (rendered_or_none(tokenizer, [user], add_generation_prompt=each) for each in (False, True))
     for key in ("reasoning_content", "thinking"):
         answer = {"role": "assistant", "content": _ANSWER, key: _THOUGHT}
-        whole = _rendered(tokenizer, [user, answer], False) or ""
+        whole = rendered_or_none(tokenizer, [user, answer]) or ""
         if whole.count(_THOUGHT) == 1 and whole.find(_ANSWER) > whole.find(_THOUGHT) and prompt is not None:
             return _between(whole, prompt, bare or "")
     return None
@@ -323,16 +334,6 @@ def _n_shared(one: str, other: str) -> int:
 def _last_tag(text: str) -> str:
     tags = list(_TAG.finditer(text.rstrip()))
     return tags[-1][0] if tags and tags[-1].end() == len(text.rstrip()) else ""
-
-
-def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str | None:
-    conversation = [dict(message) for message in messages]
-    try:
-        return str(
-            tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
-        )
-    except Exception:  # a template can raise whatever Python raises
-        return None
 
 
 def _trimmed(text: str, begin: int, end: int, *, start: bool, stop: bool) -> tuple[int, int]:

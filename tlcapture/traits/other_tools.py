@@ -105,6 +105,8 @@ def _of_gguf(path: Path) -> ToolVectors:
         match = re.fullmatch(r"direction\.(-?\d{1,4})", name)
         if match is None:
             raise VectorError(f"{path}: the tensor {printable(name)!r} is not named direction.L with a layer L")
+        if int(match[1]) in layers:
+            raise VectorError(f"{path}: {printable(name)!r} is the second entry of layer {int(match[1])}")
         layers[int(match[1])] = tensor
     return ToolVectors(REPENG, _some(path, layers), False, "residual", "resid_post", hint or None)
 
@@ -123,7 +125,8 @@ def _of_tensors(path: Path, value: Any) -> ToolVectors:
     if isinstance(value, dict) and "layer_activations" in value:
         return _of_steering_vector(path, value)
     if isinstance(value, dict) and len(value) == 1 and getattr(next(iter(value.values())), "ndim", 1) == 2:
-        (value,) = value.values()  # one table by its name
+        ((name, table),) = value.items()
+        value = table if isinstance(name, str) else value  # one table by its name
     if isinstance(value, list | tuple):
         return ToolVectors(None, _some(path, dict(enumerate(value))), is_table=True)
     if isinstance(value, dict):
@@ -137,7 +140,7 @@ def _of_tensors(path: Path, value: Any) -> ToolVectors:
 
 def _of_steering_vector(path: Path, value: Mapping[str, Any]) -> ToolVectors:
     kind, layers = value.get("layer_type", "decoder_block"), value["layer_activations"]
-    if kind not in _PARTS:
+    if not isinstance(kind, str) or kind not in _PARTS:
         raise VectorError(
             f"{path}: vectors of layer type {printable(str(kind))!r} have no place: only those of decoder_block "
             "(residual_out) and self_attn (attn_out) are imported"
@@ -164,7 +167,7 @@ def _by_layer(path: Path, value: Mapping[Any, Any]) -> ToolVectors:
 def _layer_of(path: Path, key: Any) -> int:
     if type(key) is int:
         return key
-    numbers = re.findall(r"(?:^-)?\d+", key) if isinstance(key, str) else []
+    numbers = re.findall(r"(?:(?<![A-Za-z0-9])-)?\d+", key) if isinstance(key, str) else []
     if len(numbers) != 1 or len(numbers[0]) > 5:
         raise VectorError(
             f"{path}: {printable(str(key))[:80]!r} does not hold one layer number: expected tensors by layer"

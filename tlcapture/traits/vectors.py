@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,8 @@ from tlcapture.storage.files import Written, read_tensors, write_tensors
 from tlcapture.storage.tensors import described, is_plain
 from tlcapture.traits.missing_vectors import no_vector
 from tlcapture.traits.vector_files import VectorFiles
+
+_SMALLEST, _LARGEST = 1e-9, 1e15  # components whose squares and their sums float32 holds without loss
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class TraitVector:
 def read_vector(files: VectorFiles, component: str, method: str, layer: int) -> TraitVector:
     """Read one of a trait's vectors, in float32.
 
+    Only its direction is used: one whose length float32 cannot hold, or nearly so, is scaled by a power of two.
+
     Raises:
         VectorError: the vector is missing, is not a finite non-zero one-dimensional tensor, or has another width than
             its metadata states.
@@ -54,6 +59,7 @@ def read_vector(files: VectorFiles, component: str, method: str, layer: int) -> 
     vector = value.detach().float()
     if not vector.isfinite().all() or not vector.any():
         raise VectorError(f"{path}: the vector is zero, or holds NaN or inf")
+    vector = _within_float32(vector)
     metadata = files.metadata(component, method)
     listed = method in metadata.get("methods", ()) and layer in metadata.get("layers", ())
     origin = metadata if listed else {}
@@ -67,3 +73,9 @@ def read_vector(files: VectorFiles, component: str, method: str, layer: int) -> 
 def write_vector(files: VectorFiles, component: str, method: str, layer: int, vector: Vector) -> Written:
     """Write one of a trait's vectors, `[d_model]`, in float32."""
     return write_tensors(files.file(component, method, layer), vector.float().clone())
+
+
+def _within_float32(vector: Vector) -> Vector:
+    """The vector, or a multiple of it where the squares of its components are too large or small for float32."""
+    largest = float(vector.abs().max())
+    return vector if _SMALLEST < largest < _LARGEST else (vector.double() * 2.0 ** -math.frexp(largest)[1]).float()
