@@ -89,6 +89,30 @@ def test_a_capture_fails_the_prompt_of_an_unreadable_file_and_keeps_all_its_file
     assert "would fail: short/2: " in capture(*words, *VIEWS, "--dry-run").output
 
 
+RAW = "inference/raw/residual/short/2.pt"
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [(RAW, ("--skip-existing",)), *((kind, ()) for kind in (RAW, *KINDS.values()) if "residual_stream" not in kind)],
+)
+def test_a_link_to_what_is_not_there_is_kept_with_all_that_was_made_from_it(
+    capture: Run, folder: Path, data: Path, kind: str, words: tuple[str, ...]
+) -> None:
+    path, target = folder / kind, folder / "unmounted" / "2"
+    path.unlink()
+    path.symlink_to(target)
+    before = files_of(data)
+    result = capture(*words, *VIEWS)
+    assert result.exit_code == 1
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("failed"))
+    assert line.startswith(f"failed: short/2: {path}: a link to {target}, which is not there: mount what it is on: use")
+    assert path.is_symlink() and files_of(data) == before
+    assert "would fail: short/2: " in capture(*words, *VIEWS, "--dry-run").output
+    assert capture(*words, *VIEWS, "--overwrite").exit_code == 0
+    assert path.is_file() and not path.is_symlink()
+
+
 @pytest.mark.parametrize("words", WORDS.values(), ids=WORDS.keys())
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_overwrite_makes_an_unreadable_file_again(

@@ -6,6 +6,7 @@ says otherwise.
 
 from __future__ import annotations
 
+from os.path import lexists
 from pathlib import Path
 
 from tlcapture.captures.capture import Capture
@@ -30,12 +31,19 @@ def check_replaceable(layout: Layout, path: Path, *, overwrite: bool = False, ad
 
     Of JSON files that may be large, only the beginning and the end are read.
     """
-    if overwrite or not path.is_file():
+    if overwrite or not lexists(path):
         return
     try:
+        _check_target(path)
         check_readable(layout, path)
     except StorageError as error:
         raise StorageError(f"{error}: {advice}") from None
+
+
+def _check_target(path: Path) -> None:
+    """Raise `StorageError` for a link to what is not there: it may be on a disk that is not mounted."""
+    if path.is_symlink() and not path.exists():
+        raise StorageError(f"{path}: a link to {path.readlink()}, which is not there: mount what it is on")
 
 
 def is_readable(layout: Layout, path: Path) -> bool:
@@ -82,8 +90,10 @@ def saved_capture(raw: Path, *, overwrite: bool, advice: str = REPLACE) -> Captu
         if raw.exists():
             found = "a folder" if raw.is_dir() else "something that is not a regular file"
             raise StorageError(f"{raw}: expected a file, found {found}: move it")
-        return None
+        if not lexists(raw):
+            return None
     try:
+        _check_target(raw)
         return Capture.open(raw)
     except StorageError as error:
         if overwrite:

@@ -392,9 +392,9 @@ class Layout:
 
 
 def derived_files(layout: Layout, prompt_set: str, prompt_id: PromptId) -> list[Path]:
-    """The existing files that were made from a prompt's raw residual, all but shards of several prompts."""
+    """The existing files, and links, that were made from a prompt's raw residual, all but shards of several prompts."""
     files = [*layout.forms(layout.attention(prompt_set, prompt_id))]
     files += layout.forms(layout.logit_lens(prompt_set, prompt_id))
     files += layout.all_internals(prompt_set, prompt_id) + layout.all_projections(prompt_set, prompt_id)
     files += [layout.shards(component, prompt_set) / f"{file_name(prompt_id)}{COMPACT}" for component in STREAM_FOLDERS]
-    return [path for path in files if path.is_file()]
+    return [path for path in files if path.is_file() or path.is_symlink()]
