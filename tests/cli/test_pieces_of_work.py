@@ -119,6 +119,8 @@ def test_a_worker_refuses_what_does_not_fit_in_the_memory_of_its_node(
     assert capture(*GREEDY, *words, "--executor", "ray").exit_code == 0
     assert "would fail" not in capture(*GREEDY, *words, "--executor", "ray", "--dry-run").output
     (work,) = works
+    for name in ("TLCAPTURE_WRITERS", "TLCAPTURE_PROCESSES"):
+        monkeypatch.setenv(name, "0")  # so that what the worker sets is undone
     worker, shared = WorkerActor(), [Shared.of(work, layout_of(data), data, 1, collect=False)]
     monkeypatch.setattr(worker, "_check_root", lambda: None)
     refused = worker.prepare(shared, {})

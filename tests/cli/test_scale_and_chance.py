@@ -20,6 +20,7 @@ from tlcapture.extraction.prepared_examples import prepare_examples
 from tlcapture.extraction.readout import read_out
 from tlcapture.models.loading import load_model
 from tlcapture.names import Trait
+from tlcapture.runs.report import RunReport
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.traits.projection_files import ProjectionFile
@@ -209,7 +210,7 @@ def test_the_summary_says_how_many_findings_chance_alone_would_make(
 ) -> None:
     layout = Layout(tmp_path, "exp")
     put_rises(layout, {"tone/loud": [5.0] * 10}, {"tone/loud": np.zeros((10, 200))})
-    show_top_traits(Console(), layout, "short", "residual")
+    show_top_traits(Console(), layout, "short", "residual", RunReport(layout.folder))
     shown = capsys.readouterr().out
     assert "of 10 projections 10 commit and 0 persist, of random directions 5% and 15%\n" in shown
     assert (

@@ -439,7 +439,9 @@ class Idle:
         pass
 
 
-def test_a_worker_checks_its_driver_before_each_change(tmp_path: Path) -> None:
+def test_a_worker_checks_its_driver_before_each_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TLCAPTURE_WRITERS", "TLCAPTURE_PROCESSES"):
+        monkeypatch.setenv(name, "0")  # so that what the worker sets is undone
     from tlcapture.errors import NoSpaceError
     from tlcapture.storage.files import check_changes, remove, write_bytes
     from tlcapture.storage.locks import presence

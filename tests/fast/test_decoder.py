@@ -477,7 +477,7 @@ def test_recorded_steps_follow_which_rows_are_thinking(
     plain = growing(monkeypatch, lambda: generated(model))
     common = torch.tensor([each.response_ids for each in plain.values() if len(each.response_ids) == 20]).flatten()
     opening, closing = common.bincount().topk(2).indices.tolist()
-    monkeypatch.setattr("tlcapture.generation.thinking_rows.marker_tokens", lambda tokenizer: (opening, closing))
+    monkeypatch.setattr("tlcapture.generation.thinking_rows.marker_tokens", lambda tokenizer, **_: (opening, closing))
     change = [Add(layer=1, addend=torch.linspace(-1, 1, tiny.D_MODEL), where=Where("thinking"))]
     found = generated(model, interventions=change)
     check_equal(found, growing(monkeypatch, lambda: generated(model, interventions=change)))

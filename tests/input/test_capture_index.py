@@ -93,8 +93,9 @@ def test_a_capture_opens_the_same_with_and_without_its_index(
     tmp_path: Path, kept: KeptPoints, dtype: torch.dtype, attn_out: bool, n_response: int
 ) -> None:
     capture = made(kept, dtype, attn_out=attn_out, n_response=n_response)
-    path, size = capture.save(tmp_path / "1.pt")
-    assert path.stat().st_size == size
+    written = capture.save(tmp_path / "1.pt")
+    path = written.path
+    assert path.stat().st_size == written.size
     again = saved_again(path)
     assert has_index(path)
     assert not has_index(again)

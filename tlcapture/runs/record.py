@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError
+from itertools import chain, count
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ class RecordedReport(RunReport):
         name = f"{invocation.began:%Y%m%dT%H%M%SZ}-{invocation.command}-{os.getpid()}"
         if shard := invocation.arguments.get("shard"):
             name += f"-{str(shard).replace('/', 'of')}"  # processes of different machines can have the same number
-        self.path: Path = layout.run_record(name)
+        numbered = chain([name], (f"{name}-{number}" for number in count(2)))  # runs of one process, in one second
+        self.path: Path = next(path for path in map(layout.run_record, numbered) if not path.exists())
         self._next_write = 0.0
         self._is_adding = False
 

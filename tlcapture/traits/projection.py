@@ -148,6 +148,10 @@ class Projection:
             for name, each in found.items()
         }
 
+    def to_json(self) -> dict[str, Any]:
+        """The keys `projections` and `dynamics` of a projection file."""
+        return projections_to_json([self])[0]
+
     def source(self) -> dict[str, Any]:
         """The key `vector_source` of a projection file's metadata."""
         return {
