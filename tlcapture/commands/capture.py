@@ -87,7 +87,8 @@ def run_capture(
     known = known_model() if any(task.has_work for task in tasks) else None
     if isinstance(known, Model):
         check_memory(tasks, layout, options, known)
-    for folder in [layout.folder, *layout.written_folders(task.capture_set for task in tasks)]:
+    folders = [layout.folder, *layout.written_folders(task.capture_set for task in tasks)]
+    for folder in folders:
         sweep_temporaries(folder)
     for task in tasks:
         if task.other_sampling:
@@ -128,6 +129,8 @@ def run_capture(
             ),
             run,
         )
+        for folder in folders if run.report.retried else ():  # what workers were writing when they died
+            sweep_temporaries(folder)
         if options.projects:
             merge_projections(run, sorted(busy), options.shard)
     return run.report
