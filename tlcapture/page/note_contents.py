@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,7 +49,7 @@ class ClosedError(InputError):
 
 
 @dataclass(frozen=True)
-class NoteContents(ViewContents):
+class NoteContents(ViewContents, ABC):
     """The notes on captures; those who change them get the reason why not, where none are taken.
 
     Attributes:
@@ -66,9 +67,9 @@ class NoteContents(ViewContents):
         closed = self._closed(layout) or None
         return {"notes": notes, "closed": closed, "problems": [self.problem(error) for error in found.problems]}
 
+    @abstractmethod
     def tokens(self, experiment: str, prompt_set: str, prompt_id: str) -> Sequence[str]:
         """The tokens of a capture."""
-        raise NotImplementedError
 
     def add_note(self, experiment: str, prompt_set: str, prompt_id: str, sent: Any) -> dict[str, Any]:
         """Make a note; raises `InputError` for one that is not valid, and where none are taken."""

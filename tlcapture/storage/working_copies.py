@@ -1,6 +1,6 @@
 """The working copy of a remote root on this machine, and the cache of versions that processes share.
 
-cache/remote/copies/{host}-{process}-{random}/root/        a file for each object, without content until it is read
+cache/remote/copies/{host}-{process}-{random}/root         a file for each object, without content until it is read
 cache/remote/versions/{mark}                               the content of objects, the least used removed first
 """
 
