@@ -19,6 +19,7 @@ from tests.faults.commands import Command
 
 def start(address: str, root: Path, **call: Any) -> Command:
     """The work in a process that imports Ray when it connects, as commands do."""
+
     def work() -> None:
         print(json.dumps(number_work.main(address, root, **call)))
         sys.exit()
