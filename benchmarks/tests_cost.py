@@ -4,8 +4,8 @@
     PYTHONPATH=DIR python benchmarks/tests_cost.py --baseline DIR2 [PYTEST ARGUMENTS]
 
 DIR2 is a checkout of the revision to compare with (`git worktree add DIR2 REVISION`). Both run with one process, side
-by side, so that what else the machine does disturbs both alike, and under the same tracer. CPU time is that of pytest and
-of the processes that it waited for; coverage is that of pytest's own process.
+by side, so that what else the machine does disturbs both alike, and under the same tracer. CPU time is that of pytest
+and of the processes that it waited for; coverage is that of its own process.
 """
 
 from __future__ import annotations
