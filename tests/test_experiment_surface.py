@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,15 @@ from tests.cli.conftest import make_data
 from tests.conftest import quick_evaluations, unrendered_figures
 from tests.samples import projected
 from tlcapture import Experiment
+from tlcapture.cli.console import _doubts
+from tlcapture.commands.top_traits import summary_of
 from tlcapture.errors import InputError, VectorError
+from tlcapture.explore.doubts import forget
 from tlcapture.explore.set_means import aligned, mean_and_spread
-from tlcapture.storage.files import read_tensors
+from tlcapture.names import Trait
+from tlcapture.page.contents import Contents
+from tlcapture.storage.files import read_json, read_tensors, write_json
+from tlcapture.traits.vector_files import VectorFiles
 
 
 @pytest.fixture(scope="module")
@@ -229,3 +237,107 @@ def test_a_figure_is_saved_in_the_form_that_its_name_says(
     assert starts[suffix](path.read_bytes())
     with pytest.raises(InputError, match="expected a name that ends in"):
         figure.save(tmp_path / "figure.doc")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_chance_level_of_a_projection_is_that_of_its_file(exp: Experiment) -> None:
+    cap = exp.captures["short"][1]
+    for found in cap.project(["tone/loud", "tone/warm"]):
+        file = exp.layout.projection(found.vector.trait, "residual", "short", "1")
+        written = read_json(file)["metadata"]["chance"]
+        ours = found.chance.to_json()
+        assert np.allclose(ours.pop("rises"), written.pop("rises"), rtol=2e-3, atol=2e-3)
+        assert np.allclose(ours.pop("standardised_rises"), written.pop("standardised_rises"), rtol=2e-3, atol=2e-3)
+        assert ours.pop("reference_rises") == pytest.approx(written.pop("reference_rises"), rel=1e-5)
+        assert ours == pytest.approx(written, abs=0.01)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_each_direction_of_ones_own_has_a_chance_level_of_its_own(exp: Experiment) -> None:
+    cap = exp.captures["short"][1]
+    one, other = torch.randn(2, cap.d_model, generator=torch.Generator().manual_seed(3))
+    first, _, again = (cap.project(each, layer=1).chance for each in (one, other, one))
+    second = cap.project(other, layer=1).chance
+    assert first.reference_rises == again.reference_rises
+    assert first.reference_rises != second.reference_rises
+    assert list(first.rises) == list(second.rises)  # of the same random directions
+
+
+def test_rises_of_a_set_are_those_of_the_page_and_stand_out_beyond_their_chance(exp: Experiment) -> None:
+    rises = exp.captures["short"].rises()
+    rows = Contents(exp.root).overview("exp", "short", "residual")["rows"]
+    assert {(row.prompt_id, row.trait): row.rise for row in rises.itertuples()} == {
+        (row["id"], trait): rise for row in rows for trait, rise in row["rises"].items()
+    }
+    assert (rises["stands_out"] == (rises["rise"] > rises["chance"])).all()
+    top = rises.loc[rises.groupby("prompt_id")["rise"].idxmax()].set_index("prompt_id")["stands_out"]
+    assert dict(top) == {row["id"]: row["stands_out"] for row in rows}
+    with pytest.raises(InputError, match="no attn_out projections"):
+        exp.captures["short"].rises("attn_out")
+    with pytest.raises(InputError, match="choose one of residual, attn_out"):
+        exp.captures["short"].rises("mlp")
+
+
+DOUBT = "adds nothing over bag of words that its examples can show, by 'tlcapture evaluate'"
+
+
+@pytest.fixture
+def doubtful(exp: Experiment) -> Iterator[Experiment]:
+    """The experiment with a verdict on `tone/loud` that it adds nothing."""
+    forget()
+    content = read_json(exp.layout.evaluation)
+    judged = {
+        **content["best_vectors"]["tone/loud"],
+        "gain": 0.01, "gain_interval": [-0.1, 0.1], "p": 0.01, "verdict": "adds nothing over bag of words (0.900)",
+        "baselines": {"layer 0": 0.8, "bag of words": 0.9, "tokens": None},
+    }  # fmt: skip
+    shown = {**judged, "gain_interval": [0.01, 0.1]}
+    verdicts = {**content["best_vectors"], "tone/loud": judged, "tone/warm": shown}
+    write_json(exp.layout.evaluation, {**content, "best_vectors": verdicts})
+    yield exp
+    write_json(exp.layout.evaluation, content)
+    forget()
+
+
+def test_a_doubt_about_a_vector_is_told_once_where_it_is_used_in_python(doubtful: Experiment) -> None:
+    cap = doubtful.captures["short"][1]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cap.project(["tone/loud", "tone/warm"])
+        cap.to_pandas("tone/loud")
+        doubtful.captures["short"].to_pandas("tone/loud")
+    told = [str(each.message) for each in caught if "adds nothing" in str(each.message)]
+    assert told == [f"tone/loud: {DOUBT}"]
+    forget()
+    with pytest.warns(UserWarning, match=f"tone/loud: {DOUBT}"):
+        doubtful.captures["short"].to_pandas("tone/loud")
+    forget()
+    with pytest.warns(UserWarning, match=f"tone/loud: {DOUBT}"):
+        doubtful.captures["short"].plot.trajectory("tone/loud")
+    rises = doubtful.captures["short"].rises().set_index("trait")["doubt"]
+    assert set(rises["tone/loud"]) == {DOUBT}
+    assert rises["tone/warm"].isna().all()
+
+
+def test_a_doubt_about_a_vector_is_told_on_the_page_and_in_the_summary(doubtful: Experiment) -> None:
+    page = Contents(doubtful.root)
+    assert page.overview("exp", "short", "residual")["doubts"] == [f"tone/loud: {DOUBT}"]
+    warned = {each["trait"]: each["warnings"] for each in page.prompt("exp", "short", "1")["projections"]}
+    assert warned == {"tone/loud": [DOUBT], "tone/warm": []}
+    found = summary_of(doubtful.layout, "short")
+    tops = [replace(found.tops[0], trait=trait, rise=9.0, chance=1.0) for trait in ("tone/loud", "tone/warm")]
+    assert list(_doubts(doubtful.layout, replace(found, tops=tops))) == [f"tone/loud: {DOUBT}"]
+    assert not list(_doubts(doubtful.layout, replace(found, tops=tops[1:])))
+
+
+def test_a_doubt_is_not_told_of_a_vector_that_was_extracted_since(doubtful: Experiment) -> None:
+    page = Contents(doubtful.root)
+    found = next(each for each in page.prompt("exp", "short", "1")["projections"] if each["trait"] == "tone/loud")
+    vector = found["vector"]
+    path = VectorFiles(doubtful.layout, Trait.parse("tone/loud")).file("residual", vector["method"], vector["layer"])
+    before = path.read_bytes()
+    torch.save(-torch.load(path), path)
+    try:
+        assert page.overview("exp", "short", "residual")["doubts"] == []
+    finally:
+        path.write_bytes(before)

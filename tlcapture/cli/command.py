@@ -39,7 +39,7 @@ GROUPS: Mapping[str, frozenset[str]] = {
         "Model": "model, revision, allow_model_change, engine, device, n_devices, dtype, no_check, batch_size",
         "Cluster": """executor, ray_address, workers, gpus_per_worker, cpus_per_worker, collect, gpu, efficiency,
             tokens_per_second""",
-        "Output": "verbose, quiet, log_file, as_json, fsync, plot, export, png, max_size, help",
+        "Output": "verbose, quiet, log_file, as_json, fsync, plot, export, png, max_size",
     }.items()
 }
 # Limits that only say how a number is stored.
@@ -80,14 +80,16 @@ class Command(click.Command):
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options in their groups."""
+        """Write the options in their groups, and how to have this help at the end of the last one."""
         group_of = {name: title for title, names in GROUPS.items() for name in names}
         rows: dict[str, list[tuple[str, str]]] = {title: [] for title in (_OTHER, *GROUPS)}
+        last = _OTHER
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
             if record is not None:
-                name, text = record[0].replace(" RANGE", ""), _without_storage(record[1])
-                rows[group_of.get(str(param.name), _OTHER)].append((name, text))
+                title = group_of.get(str(param.name), _OTHER) if param is not self.get_help_option(ctx) else last
+                rows[title].append((record[0].replace(" RANGE", ""), _without_storage(record[1])))
+                last = max(last, title, key=list(rows).index)
         for title, records in rows.items():
             if records:
                 with formatter.section(title):

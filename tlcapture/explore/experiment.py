@@ -25,7 +25,7 @@ from tlcapture.names import split_name
 from tlcapture.storage.config import ExperimentConfig, read_config
 from tlcapture.storage.layout import Layout, existing_experiments
 from tlcapture.storage.remote_roots import refresh, root_folder
-from tlcapture.text import printable
+from tlcapture.text import beside, printable
 from tlcapture.traits.packaged_vectors import listed_vectors, vectors_layout
 
 if TYPE_CHECKING:
@@ -161,10 +161,13 @@ class Experiment:
 
         Raises `InputError`, naming the command to run, if the set has no projections.
         """
+        from tlcapture.explore.doubts import tell_of_saved
         from tlcapture.explore.frames import tidy_frame
         from tlcapture.traits.saved_projections import saved_projections
 
-        return tidy_frame(saved_projections(self._listed, prompt_set, component=component, traits=traits), layers)
+        found = saved_projections(self._listed, prompt_set, component=component, traits=traits)
+        tell_of_saved(self.layout.root, found)
+        return tidy_frame(found, layers)
 
     def compare(self, other: Experiment | str, prompt_set: str | None = None, **how: Any) -> DataFrame:
         """Compare other captures of the same prompts with this experiment's, as `tlcapture compare` does.
@@ -236,7 +239,7 @@ class AllCaptures(Mapping[str, "Captures"]):
 
     def __getitem__(self, prompt_set: str) -> Captures:
         if prompt_set not in self._experiment.prompt_sets:
-            raise KeyError(f"{prompt_set!r}: prompt sets with captures: {', '.join(self) or 'none'}")
+            raise KeyError(f"{prompt_set!r}{beside(prompt_set, self, 'prompt sets with captures')}")
         return self(prompt_set)
 
     def __iter__(self) -> Iterator[str]:
@@ -324,6 +327,24 @@ class Captures:
     def to_pandas(self, traits: Iterable[str] | str | None = None, **how: Any) -> DataFrame:
         """The projection files of the set as a tidy data frame; `how` are the options of `Experiment.to_pandas`."""
         return self._experiment.to_pandas(self.prompt_set, traits, **how)
+
+    def rises(self, component: str = "residual") -> DataFrame:
+        """How far each trait rises in each prompt, and which rises are more than chance: a row for each of them.
+
+            rises = exp.captures["single_trait"].rises()
+            rises[rises.stands_out]
+
+        Columns are `prompt_id`, `n_samples` (missing for a prompt without samples), `trait`, `rise`, `chance`,
+        `stands_out` and `doubt`. They are what `tlcapture capture` and the page show: `rise` is the mean projection of
+        the response less that of the prompt, in standard deviations over the set (for fewer than three prompts over the
+        reference prompts); `chance` what the largest of as many random directions as there are traits stays below in
+        95 % of draws, NaN where that was not measured; `doubt` what `tlcapture evaluate` leaves in doubt of the vector.
+
+        Raises `InputError`, naming the command to run, if the set has no projections.
+        """
+        from tlcapture.explore.experiment_tables import rises_frame
+
+        return rises_frame(self._experiment.layout, self.prompt_set, component)
 
     @property
     def plot(self) -> SetFigures:

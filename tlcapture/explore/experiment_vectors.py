@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from tlcapture.errors import InputError
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
-from tlcapture.text import as_ranges
+from tlcapture.text import as_ranges, did_you_mean
 from tlcapture.traits.missing_vectors import no_vectors_of_trait
 from tlcapture.traits.selection import Selection, n_layers_of_origin, select
 from tlcapture.traits.vector_files import VectorFiles
@@ -95,7 +95,8 @@ class TraitVectors:
     def by(self, method: str) -> TraitVectors:
         """The vectors of a method; raises `InputError` for one without vectors."""
         if method not in self.methods:
-            raise InputError(f"{self.trait} has no vectors by {method!r}: it has {', '.join(self.methods)}")
+            meant = did_you_mean(method, self.methods) or ":"
+            raise InputError(f"{self.trait} has no vectors by {method!r}{meant} it has {', '.join(self.methods)}")
         return TraitVectors(self.layout, self.trait, self.component, method)
 
     @property

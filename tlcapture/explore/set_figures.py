@@ -40,6 +40,7 @@ class SetFigures:
 
         Raises `InputError`, naming the command to run, if a set has no projections.
         """
+        from tlcapture.explore.doubts import tell_of_saved
         from tlcapture.explore.figures import mean_trajectory_figure
 
         names = [self.prompt_set, *([beside] if isinstance(beside, str) else beside)]
@@ -47,4 +48,5 @@ class SetFigures:
             name: list(saved_projections(self._layout, name, component=component, traits=traits or None))
             for name in names
         }
+        tell_of_saved(self._layout.root, [each for projections in found.values() for each in projections])
         return mean_trajectory_figure(found, calibrated=calibrated)

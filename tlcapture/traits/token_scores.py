@@ -44,6 +44,7 @@ class TokenScores:
         spans: which tokens are which turn, thinking or answer; none in files that were written before there were spans.
         definitions: those that the dynamics follow; 1 for files made before they had a number.
         positions: the tokens that have scores; `None` means all.
+        experiment: that of the vector, where it is known.
     """
 
     prompt_set: str
@@ -64,6 +65,7 @@ class TokenScores:
     spans: Sequence[TokenSpan] = ()
     positions: Sequence[int] | None = None
     sample: int | None = None
+    experiment: str | None = None
 
     def __post_init__(self) -> None:
         if self.scores.ndim != 3 or len(self.scores) != len(self.tokens):
@@ -183,4 +185,5 @@ class TokenScores:
             spans=tuple(content.spans),
             positions=None if held.is_all else held.kept,
             sample=metadata.sample,
+            experiment=source.experiment,
         )
