@@ -13,18 +13,23 @@ import numpy as np
 import pytest
 import torch
 
+import tlcapture
 from tests.cli.conftest import make_data
 from tests.conftest import quick_evaluations, unrendered_figures
+from tests.docstring_examples import docstring, documented, examples, without_example
 from tests.samples import projected
 from tlcapture import Experiment
 from tlcapture.cli.console import _doubts
 from tlcapture.commands.top_traits import summary_of
 from tlcapture.errors import InputError, VectorError
+from tlcapture.explore.completion import completions
 from tlcapture.explore.doubts import forget
+from tlcapture.explore.magics import load_ipython_extension
 from tlcapture.explore.set_means import aligned, mean_and_spread
 from tlcapture.names import Trait
 from tlcapture.page.contents import Contents
 from tlcapture.storage.files import read_json, read_tensors, write_json
+from tlcapture.traits.token_scores import TokenScores
 from tlcapture.traits.vector_files import VectorFiles
 
 
@@ -341,3 +346,98 @@ def test_a_doubt_is_not_told_of_a_vector_that_was_extracted_since(doubtful: Expe
         assert page.overview("exp", "short", "residual")["doubts"] == []
     finally:
         path.write_bytes(before)
+
+
+# -- completion in IPython ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def complete(exp: Experiment) -> Iterator[Callable[[str], list[str]]]:
+    """What IPython offers for a line with `exp`, `captures` and `cap` at hand."""
+    from IPython.core.interactiveshell import InteractiveShell
+    from traitlets.config import Config
+
+    config = Config()
+    config.HistoryManager.enabled = False
+    InteractiveShell.clear_instance()
+    shell = InteractiveShell.instance(config=config)
+    load_ipython_extension(shell)
+    captures = exp.captures["short"]
+    shell.push({"exp": exp, "captures": captures, "cap": captures[1]})
+    yield lambda line: shell.complete("", line, len(line))[1]
+    shell.restore_sys_module_state()
+    InteractiveShell.clear_instance()
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ('exp.captures["', ["short", "short@steered"]),
+        ('captures["', ["1", "2", "3"]),
+        ('exp.vectors["tone/', ["tone/loud", "tone/warm"]),
+        ('cap.project("tone/l', ["tone/loud"]),
+        ('cap.project("tone/loud", method="probe", layer=1), cap.project("', ["tone/loud", "tone/warm"]),
+        ('cap.plot.trajectory("tone/loud", "tone/w', ["tone/warm"]),
+        ('captures.to_pandas("', ["tone/loud", "tone/warm"]),
+        ('exp.to_pandas("short", "tone/', ["tone/loud", "tone/warm"]),
+        ('cap.residual(1, "aft', ["after_attn"]),
+        ("cap.plot.attention_", ["attention_heads", "attention_matrix"]),
+        ("captures.ri", ["rises"]),
+    ],
+)
+def test_ipython_completes_sets_ids_traits_points_and_figures(
+    complete: Callable[[str], list[str]], line: str, offered: list[str]
+) -> None:
+    found = [each.strip("\"'").removeprefix(".") for each in complete(line)]
+    assert {*offered} <= {*found}
+    if "(" in line:
+        assert found == offered
+
+
+def test_a_completion_of_nothing_known_is_none(exp: Experiment) -> None:
+    cap = exp.captures["short"][1]
+    for line in ('nothing.project("', 'cap.save("', 'cap.project("x/', "cap.project(", 'cap.residual(1, "', ""):
+        names = {} if "residual" in line else {"cap": cap}
+        assert completions(line, names) == []
+
+
+# -- examples in docstrings -----------------------------------------------------------------------
+
+# What the examples are about, and what is there in its place.
+IN_PLACE = {
+    '"single_trait@formal"': '"short@steered"', "my_exp/single_trait@formal": "exp/short@steered",
+    '"single_trait"': '"short"', '"my_exp"': '"exp"', "behavioral/refusal": "tone/loud", "style/formality": "tone/warm",
+    "[12]": "[1]", "(12)": "(1)", "(12, ": "(1, ", "layer=12": "layer=1", "@12": "@1", "layers=12": "layers=1",
+    "blocks.12": "blocks.1", '", 12]': '", 1]', "[8, 12]": "[0, 1]", "[8, -1]": "[0, -1]", "52, 55": "5, 7",
+}  # fmt: skip
+
+
+def test_every_public_docstring_has_an_example() -> None:
+    assert without_example() == []
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", [name for name, thing in documented() if examples(docstring(thing))])
+def test_the_examples_of_a_docstring_run(
+    name: str, exp: Experiment, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TLCAPTURE_ROOT", str(exp.root))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("webbrowser.open", lambda address: True)
+    captures = exp.captures["short"]
+    names = {each: getattr(tlcapture, each) for each in tlcapture.__all__}
+    names |= {"exp": exp, "captures": captures, "cap": captures[1], "refusal": exp.vectors["tone/loud"], "Path": Path}
+    names |= {"Trait": Trait, "TokenScores": TokenScores, "direction": torch.ones(32)}
+    if name.startswith("OfflineFigure"):
+        names["figure"] = captures[1].plot.trajectory("tone/loud")
+    if name.startswith("LogitLensTable"):
+        names["lens"] = captures[1].logit_lens()
+    if name.startswith("AttentionHeads"):
+        names["heads"] = captures[1].attention(1)
+    if name.startswith("LiveCapture"):
+        monkeypatch.setenv("TLCAPTURE_ROOT", str(tmp_path))
+        (names["cap"],) = tlcapture.capture(exp.model, "hello", max_new_tokens=2)
+    for code in examples(docstring(dict(documented())[name])):
+        for old, new in {**IN_PLACE, '"smollm2"': repr(str(tiny_folder))}.items():
+            code = code.replace(old, new)
+        exec(code, names)

@@ -81,19 +81,9 @@ class Command(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options in their groups, and how to have this help at the end of the last one."""
-        group_of = {name: title for title, names in GROUPS.items() for name in names}
-        rows: dict[str, list[tuple[str, str]]] = {title: [] for title in (_OTHER, *GROUPS)}
-        last = _OTHER
-        for param in self.get_params(ctx):
-            record = param.get_help_record(ctx)
-            if record is not None:
-                title = group_of.get(str(param.name), _OTHER) if param is not self.get_help_option(ctx) else last
-                rows[title].append((record[0].replace(" RANGE", ""), _without_storage(record[1])))
-                last = max(last, title, key=list(rows).index)
-        for title, records in rows.items():
-            if records:
-                with formatter.section(title):
-                    formatter.write_dl(records)
+        for title, records in grouped_options(self, ctx).items():
+            with formatter.section(title):
+                formatter.write_dl(records)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples."""
@@ -102,6 +92,20 @@ class Command(click.Command):
             with formatter.section("Examples"):
                 for example in self.examples:
                     formatter.write(f"{' ' * formatter.current_indent}{example}\n")
+
+
+def grouped_options(command: click.Command, ctx: click.Context) -> dict[str, list[tuple[str, str]]]:
+    """The options of a command with their help, by group; how to have the help ends the last group."""
+    group_of = {name: title for title, names in GROUPS.items() for name in names}
+    rows: dict[str, list[tuple[str, str]]] = {title: [] for title in (_OTHER, *GROUPS)}
+    last = _OTHER
+    for param in command.get_params(ctx):
+        record = param.get_help_record(ctx)
+        if record is not None:
+            title = last if param is command.get_help_option(ctx) else group_of.get(str(param.name), _OTHER)
+            rows[title].append((record[0].replace(" RANGE", ""), _without_storage(record[1])))
+            last = max(last, title, key=list(rows).index)
+    return {title: found for title, found in rows.items() if found}
 
 
 def settings_of(root: Path, of: click.Command, ctx: click.Context) -> dict[str, Any]:

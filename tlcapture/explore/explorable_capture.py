@@ -130,6 +130,9 @@ class ExplorableCapture(ABC):
     def projected(self, *traits: str | Tensor, **how: Any) -> list[TokenScores]:
         """Projections with their tokens, as figures and frames need them; onto all traits with vectors by default.
 
+            for scores in cap.projected("behavioral/refusal", "style/formality"):
+                print(scores.title, scores.calibrated)
+
         Directions of one's own `[d_model]` need a `layer`, and come last at each. `how` are the options of `project`.
         """
         named = [each for each in traits if isinstance(each, str)]
@@ -145,6 +148,8 @@ class ExplorableCapture(ABC):
     def by_span(self, trait: str, **how: Any) -> list[dict[str, Any]]:
         """The mean and the dynamics of the projection onto a trait within each turn, the thinking and the answer.
 
+            [(each["kind"], each["mean"]) for each in cap.by_span("behavioral/refusal")]
+
         The entries are those of `dynamics.by_span` in projection files. `how` are the options of `project`.
         """
         from tlcapture.traits.span_dynamics import by_span
@@ -155,6 +160,9 @@ class ExplorableCapture(ABC):
     def coloured(self, trait: str | None = None, **how: Any) -> ColouredTokens:
         """The tokens, coloured by their projection onto a trait, or by turn, thinking and answer if none is given.
 
+            cap.coloured("behavioral/refusal")
+            cap.coloured()
+
         `how` are the options of `project`.
         """
         if trait is not None:
@@ -163,6 +171,9 @@ class ExplorableCapture(ABC):
 
     def to_pandas(self, traits: Iterable[str] | str | None = None, layers: Layers = "own", **how: Any) -> DataFrame:
         """Projections as a tidy data frame.
+
+            cap.to_pandas("behavioral/refusal").nlargest(5, "score")
+            cap.to_pandas("behavioral/refusal", layer=[8, 12])
 
         Columns are `prompt_id`, `token_idx`, `token`, `part`, `span`, `role`, `trait`, `layer`, `score` and
         `calibrated`.
@@ -181,7 +192,11 @@ class ExplorableCapture(ABC):
 
     @cached_property
     def plot(self) -> CaptureFigures:
-        """Figures: `.trajectory(...)`, `.layers(...)`, `.logit_lens()`, `.attention(layer, head)` and more."""
+        """Figures: `.trajectory(...)`, `.layers(...)`, `.logit_lens()`, `.attention(layer, head)` and more.
+
+        Example:
+            cap.plot.trajectory("behavioral/refusal").save("refusal.png")
+        """
         from tlcapture.explore.capture_figures import CaptureFigures
 
         return CaptureFigures(self)
@@ -189,6 +204,9 @@ class ExplorableCapture(ABC):
     @cached_property
     def cache(self) -> ActivationCache:
         """TransformerLens's `ActivationCache` over the stored activations, prompt and response as one sequence.
+
+            cap.cache["resid_post", 12]
+            cap.cache.accumulated_resid()
 
         Tensors are float32 and have no batch axis. Attention patterns and internals are there where the experiment has
         their files: `cache["pattern", 5]`. Methods that need the model (`logit_attrs`, anything with `apply_ln`) load
@@ -203,6 +221,8 @@ class ExplorableCapture(ABC):
     def internals(self, layer: SupportsIndex) -> dict[str, Tensor]:
         """Everything a layer computed, by TransformerLens's names, such as `blocks.12.mlp.hook_post`.
 
+            cap.internals(12)["blocks.12.mlp.hook_post"]
+
         It is read from the experiment's internals file of this capture, in the dtype that it was stored in, or computed
         by a forward pass over its tokens. Raises `InputError` if the layer does not exist.
         """
@@ -215,6 +235,8 @@ class ExplorableCapture(ABC):
     def attention(self, layer: SupportsIndex) -> AttentionHeads:
         """The attention patterns of all heads of a layer.
 
+            cap.attention(12).pattern(0)  # [query, key]
+
         They are read from the experiment's attention file of this capture, or computed by a forward pass over its
         tokens. Raises `InputError` if the layer does not exist or has no attention.
         """
@@ -225,6 +247,8 @@ class ExplorableCapture(ABC):
 
     def logit_lens(self) -> LogitLensTable:
         """The next-token predictions of every layer.
+
+            cap.logit_lens().top_tokens[12][-1][:3]  # of layer 12, after the last token but one
 
         They are read from the experiment's logit-lens file of this capture, or computed from the stored residuals
         with the model's unembedding.

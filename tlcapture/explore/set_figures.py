@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 
 class SetFigures:
-    """Figures of a prompt set."""
+    """Figures of a prompt set.
+
+    Example:
+        exp.captures["single_trait"].plot.trajectory("behavioral/refusal")
+    """
 
     def __init__(self, layout: Layout, prompt_set: str):
         self._layout = layout
@@ -30,6 +34,8 @@ class SetFigures:
         calibrated: bool = True,
     ) -> OfflineFigure:
         """Mean trajectories over the responses, one line per trait, and their spread: one standard deviation each way.
+
+            captures.plot.trajectory("behavioral/refusal", beside="single_trait@formal")
 
         Token 0 is the first of the response, so that responses begin together; a token is drawn where at least two
         responses have it. All traits that the set is projected onto by default.

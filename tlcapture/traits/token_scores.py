@@ -32,6 +32,10 @@ Scores = NDArray[np.float64]
 class TokenScores:
     """Tokens of a prompt and its response as one sequence, and their projection onto a trait's vector.
 
+        (scores,) = cap.projected("behavioral/refusal")
+        scores.trajectory, scores.calibrated, scores.peak, scores.at(12), scores.by_layer("after_attn")
+        scores.name, scores.title, scores.kept_tokens, scores.n_layers
+
     Attributes:
         sample: which of several responses to the prompt it is of, counted from 1; `None` for the only one.
         layer: the vector's own layer, at which the trajectory is taken.
@@ -142,6 +146,9 @@ class TokenScores:
     @classmethod
     def read(cls, path: Path) -> TokenScores:
         """Read a projection file; raises `StorageError` for any other file.
+
+            path = exp.layout.projection(Trait.parse("behavioral/refusal"), "residual", "single_trait", 1)
+            TokenScores.read(path).trajectory
 
         Labels that the file lacks are taken from its path.
         """
