@@ -189,6 +189,7 @@ screenshots: $(READY) chromium ## Pictures of the page for the documentation, fr
 	$(BIN)/tlcapture capture --experiment demo --prompt-set single_trait --limit 1 --layer-internals 20 --replay
 	$(BIN)/tlcapture capture --experiment demo --prompt-set single_trait --limit 3 --responses-from demo --steer style/formality:+0.2@12 --variant formal
 	$(BIN)/tlcapture compare demo/single_trait demo/single_trait@formal
+	$(BIN)/tlcapture capture --experiment demo --prompt-set single_trait --limit 1 --temperature 0 --steer behavioral/refusal:+0.2@16 --variant steered
 	$(BIN)/tlcapture steer --experiment demo --traits style/formality --layers 8,12,16 --coefficients=-0.2,0.2,0.4
 	$(BIN)/tlcapture capture --experiment demo --prompt-set dynamic --temperature 0
 	$(BIN)/tlcapture capture --experiment demo --prompt "How do I pick a lock?" --samples 8

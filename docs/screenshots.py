@@ -30,19 +30,19 @@ VIEWS = {
     "vectors": f"trait={TRAIT}",
     "samples": "view=dynamics&set=adhoc&prompt=1.s1&trait=behavioral/refusal&shown=behavioral/refusal",
     "compare": f"trait={TRAIT}&prompt=6&set2=dynamic&average2=1&theme=dark",
+    "difference": f"trait={TRAIT}&prompt=1&token=60",
+    "steered": "view=compare&set=single_trait@steered&trait=behavioral/refusal&prompt=1&set2=single_trait&prompt2=1",
 }
 MORE = {
     "prompts": f"view=compare&trait={TRAIT}&prompt=6&prompt2=5",
-    "changed": f"view=difference&trait={TRAIT}&prompt=1&token=60",
 }
 SHEETS = {
     "dark": ("dark", (1280, 860), 3, 2),
     "phone": ("light", (390, 1300), 5, 2),
 }  # theme, window, columns, shrunk by
-ON_SHEETS = [*(view for view in VIEWS if view not in ("samples", "compare")), *MORE]
+ON_SHEETS = [*(view for view in VIEWS if view not in ("samples", "compare", "steered")), *MORE]
 TALL = ("matrix", "heads", "internals")  # pictured as a whole
 COLOURS = 256  # of a sheet, which makes it a third as large
-# docs/screenshots/difference.png is of the example in docs/compare.md.
 
 
 @click.command()

@@ -354,6 +354,7 @@ def test_a_doubt_is_not_told_of_a_vector_that_was_extracted_since(doubtful: Expe
 @pytest.fixture
 def complete(exp: Experiment) -> Iterator[Callable[[str], list[str]]]:
     """What IPython offers for a line with `exp`, `captures` and `cap` at hand."""
+    from IPython.core.completer import provisionalcompleter
     from IPython.core.interactiveshell import InteractiveShell
     from traitlets.config import Config
 
@@ -364,15 +365,23 @@ def complete(exp: Experiment) -> Iterator[Callable[[str], list[str]]]:
     load_ipython_extension(shell)
     captures = exp.captures["short"]
     shell.push({"exp": exp, "captures": captures, "cap": captures[1]})
-    yield lambda line: shell.complete("", line, len(line))[1]
+
+    def offered(line: str) -> list[str]:
+        with provisionalcompleter():
+            return [each.text for each in shell.Completer.completions(line, len(line))]
+
+    yield offered
     shell.restore_sys_module_state()
     InteractiveShell.clear_instance()
 
 
 @pytest.mark.parametrize(
-    ("line", "offered"),
+    ("line", "expected"),
     [
         ('exp.captures["', ["short", "short@steered"]),
+        ('exp.captures["short"]["', ["1", "2", "3"]),
+        ('exp.captures["short"][1].project("tone/w', ["tone/warm"]),
+        ('exp.captures["short"].at(0).residual(1, "aft', ["after_attn"]),
         ('captures["', ["1", "2", "3"]),
         ('exp.vectors["tone/', ["tone/loud", "tone/warm"]),
         ('cap.project("tone/l', ["tone/loud"]),
@@ -386,19 +395,21 @@ def complete(exp: Experiment) -> Iterator[Callable[[str], list[str]]]:
     ],
 )
 def test_ipython_completes_sets_ids_traits_points_and_figures(
-    complete: Callable[[str], list[str]], line: str, offered: list[str]
+    complete: Callable[[str], list[str]], line: str, expected: list[str]
 ) -> None:
     found = [each.strip("\"'").removeprefix(".") for each in complete(line)]
-    assert {*offered} <= {*found}
+    assert {*expected} <= {*found}
     if "(" in line:
-        assert found == offered
+        assert found == expected
 
 
 def test_a_completion_of_nothing_known_is_none(exp: Experiment) -> None:
     cap = exp.captures["short"][1]
-    for line in ('nothing.project("', 'cap.save("', 'cap.project("x/', "cap.project(", 'cap.residual(1, "', ""):
-        names = {} if "residual" in line else {"cap": cap}
-        assert completions(line, names) == []
+    called: list[str] = []
+    names = {"cap": cap, "own": called.append, "text": "tone/loud"}
+    lines = ('nothing.project("', 'cap.save("', 'cap.project("x/', "cap.project(", 'text.residual(1, "', 'text["', "")
+    assert not any(completions(line, names) for line in (*lines, 'own("x").project("', 'own("x")["'))
+    assert not called  # a completion calls nothing of the user's
 
 
 # -- examples in docstrings -----------------------------------------------------------------------
