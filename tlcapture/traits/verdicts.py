@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from tlcapture.errors import TlcaptureError
 from tlcapture.names import Trait
+from tlcapture.storage.files import FileState
 from tlcapture.traits.evaluation_files import Evaluation
 from tlcapture.traits.packaged_vectors import vectors_layout
 from tlcapture.traits.projection_files import ProjectionFile
@@ -39,22 +41,24 @@ def used_vector(content: ProjectionFile, trait: str, component: str) -> UsedVect
 
 @dataclass(frozen=True)
 class Doubts:
-    """The doubts about the vectors of a root's experiments, whose evaluations are read once."""
+    """The doubts about the vectors of a root's experiments, whose evaluations are read once as long as they stay."""
 
     root: Path
-    _evaluations: dict[str, Evaluation | None] = field(default_factory=dict)
 
     def of(self, vector: UsedVector) -> str | None:
         """Why a vector may show nothing, by the verdict of its evaluation; `None` where it shows something.
 
         Without an evaluation of this very vector, and where its file cannot be read, nothing is known.
         """
-        with suppress(TlcaptureError):
-            evaluation = self._evaluation(vector.experiment)
-            judged = None if evaluation is None else evaluation.by_trait.get(vector.trait)
-            if evaluation is None or judged is None or judged.component != vector.component or not judged.doubt:
+        with suppress(TlcaptureError, OSError):
+            layout = vectors_layout(self.root, vector.experiment)
+            if not layout.evaluation.is_file():
                 return None
-            files = VectorFiles(vectors_layout(self.root, vector.experiment), Trait.parse(vector.trait))
+            evaluation = _read(layout.evaluation, FileState.of(layout.evaluation.stat()))
+            judged = evaluation.by_trait.get(vector.trait)
+            if judged is None or judged.component != vector.component or not judged.doubt:
+                return None
+            files = VectorFiles(layout, Trait.parse(vector.trait))
             key = (vector.trait, vector.component, vector.method, vector.layer)
             rows = [row for row in evaluation.all_results if row.key == key]
             if rows and all(is_current(files, row, vector.component) for row in rows):
@@ -70,8 +74,7 @@ class Doubts:
                 found[cause].append(vector.trait)
         return found
 
-    def _evaluation(self, experiment: str) -> Evaluation | None:
-        if experiment not in self._evaluations:
-            self._evaluations[experiment] = None
-            self._evaluations[experiment] = Evaluation.read(vectors_layout(self.root, experiment).evaluation)
-        return self._evaluations[experiment]
+
+@lru_cache(maxsize=4)
+def _read(path: Path, state: FileState) -> Evaluation:
+    return Evaluation.read(path)
