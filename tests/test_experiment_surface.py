@@ -335,6 +335,13 @@ def test_a_doubt_about_a_vector_is_told_on_the_page_and_in_the_summary(doubtful:
     assert not list(_doubts(doubtful.layout, replace(found, tops=tops[1:])))
 
 
+def test_a_doubt_about_a_vector_is_told_beside_a_comparison(doubtful: Experiment) -> None:
+    doubtful.compare("exp/short@steered", "short", kl=False)
+    page = Contents(doubtful.root)
+    (compared,) = page.comparisons("exp")
+    assert page.compared_set("exp", compared["other"], compared["prompt_set"])["doubts"] == [f"tone/loud: {DOUBT}"]
+
+
 def test_a_doubt_is_not_told_of_a_vector_that_was_extracted_since(doubtful: Experiment) -> None:
     page = Contents(doubtful.root)
     found = next(each for each in page.prompt("exp", "short", "1")["projections"] if each["trait"] == "tone/loud")

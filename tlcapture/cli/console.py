@@ -290,8 +290,7 @@ def _doubts(layout: Layout, summary: Summary) -> Iterator[str]:
     from tlcapture.traits.verdicts import Doubts
 
     shown = {top.trait for top in summary.tops if top.stands_out or top.chance is None}
-    for cause, traits in Doubts(layout.root).by_cause(v for v in summary.vectors if v.trait in shown).items():
-        yield f"{', '.join(traits)}: {cause}"
+    yield from Doubts(layout.root).lines(each for each in summary.vectors if each.trait in shown)
 
 
 def _scale(summary: Summary) -> str:

@@ -62,7 +62,7 @@ def _arguments(found: re.Match[str], names: Mapping[str, Any]) -> Iterable[str]:
 
 def _resolved(name: str, steps: str, names: Mapping[str, Any]) -> Any:
     """What a name and the attributes, keys and arguments after it stand for; `None` for what is not of this package."""
-    value = names.get(name)
+    value: Any = names.get(name)
     for step in re.findall(r"\.\w+|\[[^\]]*\]|\([^)]*\)", steps):
         if not isinstance(value, _OURS) and not isinstance(getattr(value, "__self__", None), Captures):
             return None  # nothing else is called

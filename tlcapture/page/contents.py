@@ -276,7 +276,8 @@ class Contents(NoteContents):
         if not files:
             raise missing.comparison(layout, prompt_set)
         found = summary_of(files, [self.problem(StorageError(each)) for each in problems])
-        return {**found.to_json(), "ids": list(files)}
+        doubts = Doubts(self.root).lines(found.vectors)
+        return {**found.to_json(), "ids": list(files), "doubts": doubts}
 
     def comparison(self, experiment: str, other: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
         """The comparison of one prompt."""

@@ -38,7 +38,7 @@ def overview_of(
     traits = sorted({trait for top in summary.tops for trait in top.rises})
     found = None if summary.findings is None else asdict(summary.findings)
     shown = {"rows": rows, "traits": traits, "against": _against(summary), "findings": found}
-    doubts = [f"{', '.join(found)}: {cause}" for cause, found in Doubts(layout.root).by_cause(summary.vectors).items()]
+    doubts = Doubts(layout.root).lines(summary.vectors)
     return {**shown, "doubts": doubts, "problems": list(problems), "unread": list(unread)}
 
 

@@ -65,6 +65,10 @@ class Doubts:
                 return judged.doubt + _BY
         return None
 
+    def lines(self, vectors: Iterable[UsedVector]) -> list[str]:
+        """The doubts, each with the traits that it is about."""
+        return [f"{', '.join(traits)}: {cause}" for cause, traits in self.by_cause(vectors).items()]
+
     def by_cause(self, vectors: Iterable[UsedVector]) -> dict[str, list[str]]:
         """The traits that each doubt is about."""
         found: dict[str, list[str]] = {}
