@@ -30,8 +30,7 @@ import ray
 from ray.cluster_utils import Cluster
 node = {"num_cpus": 1, "setup_worker_path": sys.argv[1]}
 quiet = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
-alert = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
-cluster = Cluster(initialize_head=True, head_node_args={"_system_config": alert, **quiet, **node})
+cluster = Cluster(initialize_head=True, head_node_args={**quiet, **node})
 cluster.add_node(**node)
 print("at", cluster.address, flush=True)
 added = []
@@ -60,7 +59,7 @@ class SimulatedCluster:
     def with_third_node(self, *, cold: bool = False) -> None:
         """Add the third node, unless it is there; if it is cold, its workers start as Ray starts them."""
         if cold:
-            self.lose_third_node()
+            self.lose_third_node(gracefully=True)
         if not self._third:
             self._tell("add cold" if cold else "add")
 

@@ -22,6 +22,7 @@ from tests.cluster.conftest import SimulatedCluster, words_of
 from tests.evidence import Evidence
 from tests.faults.commands import Command, contents
 from tests.test_adapters import needs_peft, write_adapter
+from tlcapture.cluster import driver
 from tlcapture.cluster.actor import Shared, WorkerActor
 
 RAY = ("--executor", "ray", "--workers", "2")
@@ -366,13 +367,14 @@ def test_a_node_that_is_lost_in_the_middle_leaves_no_prompt_out(
     cluster: SimulatedCluster, busy: Path, tmp_path: Path, by_one_process: dict[str, Any], evidence: Evidence
 ) -> None:
     experiment = busy / "experiments" / "exp"
-    cluster.lose_third_node()  # it may be a cold one
+    cluster.lose_third_node(gracefully=True)  # it may be a cold one
     on_three = ("--executor", "ray", "--workers", 3, "--gpus-per-worker", 0, "--ray-address", cluster.address)
     project = ("project", "--root", busy, "--experiment", "exp", "--prompt-set", "busy")
     for words in (words_of(busy), project):
         cluster.with_third_node()
         third_works = UntilThirdNodeWorks(cluster, busy / "log")
-        running = Command(tmp_path / "output", *words, *on_three, "--log-file", busy / "log")
+        command = (*words, *on_three, "--log-file", busy / "log")
+        running = Command(tmp_path / "output", *command, before=lambda: vars(driver).update(_SILENCE=10))
         running.wait_for(third_works)
         cluster.lose_third_node()
         third_works.let_others_go_on()

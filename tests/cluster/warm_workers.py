@@ -70,7 +70,8 @@ def _reap(*_: object) -> None:
 
 
 def _work(connection: socket.socket, path: Path) -> None:
-    """Become a worker of Ray."""
+    """Become a worker of Ray, in a group of its own, as Ray starts them."""
+    os.setpgid(0, 0)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     content, outputs, _, _ = socket.recv_fds(connection, 1 << 16, 2)
