@@ -521,9 +521,9 @@ def test_a_prompt_without_vectors_shows_its_text(hostile: Watched, hostile_root:
     raw = bare / "inference/raw/residual/odd/1.pt"
     raw.parent.mkdir(parents=True)
     tiny_capture().save(raw)
+    hostile.page.goto("about:blank")
     try:
         for view in VIEWS:
-            hostile.page.goto("about:blank")
             hostile.open(f"view={view}&experiment=bare&set=odd&prompt=1")
             told = hostile.text("#view")
             assert "404" not in told and "failed" not in told
