@@ -68,7 +68,8 @@ def main(sizes: str, write: Path | None) -> None:
 def _tables(root: Path, model: Path, counts: Sequence[int]) -> Iterator[str]:
     yield from textwrap.wrap(
         f"A Llama of 6 layers, d_model 64, random weights, float32, one of {os.cpu_count()} shared cores, torch "
-        f"{version('torch')}. Prompts of 6 to 38 tokens, at most {NEW_TOKENS} new ones, two traits, batches of 16. Seconds are those of the processor.",
+        f"{version('torch')}. Prompts of 6 to 38 tokens, at most {NEW_TOKENS} new ones, two traits, batches of 16. "
+        "Seconds are those of the processor.",
         _WIDTH,
     )
     yield ""
