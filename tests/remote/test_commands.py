@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
-import subprocess
-import sys
+import signal
 import time
 import zipfile
 from collections.abc import Callable
@@ -21,6 +19,7 @@ from click.testing import CliRunner, Result
 from tests.cli.conftest import make_data
 from tests.cli.test_evaluate_and_steer import with_questions
 from tests.conftest import quick_evaluations, unrendered_figures
+from tests.faults.commands import Command
 from tests.test_documentation import commands_of
 from tlcapture.errors import InputError
 from tlcapture.storage import remote_roots
@@ -311,15 +310,14 @@ def test_a_capture_that_is_killed_leaves_whole_files_and_is_resumed(
     words = ["capture", "--prompt-set", "many", "--attention", "--logit-lens", "--max-new-tokens", "8"]
     prompts = [{"id": str(n), "text": f"prompt number {n}"} for n in range(16)]
     s3.pipe_file(f"{captured}/datasets/inference/many.json", json.dumps({"name": "many", "prompts": prompts}).encode())
-    command = [sys.executable, "-m", "tlcapture", *words, "--root", captured, "--batch-size", "1"]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TLCAPTURE_CACHE": str(tmp_path / "cache")}
-    running = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     raw = f"{captured}/experiments/default/inference/raw/residual/many"
-    while not (s3.exists(raw) and len(s3.find(raw)) > 2):
-        assert running.poll() is None
-        time.sleep(0.05)
-    running.kill()
-    running.wait()
+    running = Command(
+        tmp_path / "output", *words, "--root", captured, "--batch-size", 1,
+        before=lambda: vars(remote_roots).update(_mounts={}, _cache_folder=lambda: tmp_path / "another cache"),
+    )  # fmt: skip
+    running.wait_for(lambda: time.sleep(0.05) or (s3.exists(raw) and len(s3.find(raw)) > 2))
+    running.send(signal.SIGKILL)
+    assert running.end().code == -signal.SIGKILL
     assert s3.exists(f"{captured}/experiments/default/.locks/captures-of-many.lock")
     for name, data in of_bucket(s3, captured).items():
         if name.endswith(".json"):
