@@ -340,7 +340,8 @@ class Layout:
             if any(self._with_projections(stream, prompt_set))
         }
         for component, by_prompt in self._sharded(prompt_set):
-            found |= {(Trait.parse(trait), component) for traits in by_prompt.values() for trait in traits}
+            names = {trait for traits in by_prompt.values() for trait in traits}
+            found |= {(Trait.parse(name), component) for name in names}
         return sorted(found)
 
     def shards(self, component: str, prompt_set: str) -> Path:
