@@ -314,8 +314,7 @@ def check_kept(vector: TraitVector, kept: KeptPoints, with_attention: Sequence[i
 
 def unit_directions(vectors: Sequence[TraitVector]) -> Vectors:
     """The vectors as rows of length 1, in float32."""
-    stacked = torch.stack([vector.vector for vector in vectors]).double()
-    return (stacked / stacked.norm(dim=1, keepdim=True)).float()
+    return torch.stack([vector.unit for vector in vectors])
 
 
 def dynamics_of_file(content: ProjectionFile) -> Dynamics:
