@@ -25,7 +25,7 @@ TESTS_TL4 := tests/test_parity.py tests/test_models.py tests/test_multimodal.py 
   tests/integration/test_embedded_model.py::test_a_batch_writes_what_hugging_face_writes_and_every_residual_is_its_hidden_state
 
 .DEFAULT_GOAL := help
-.PHONY: docs notebooks dist help setup chromium test test-tl4 test-fresh test-bounds test-cuda reliability models-page lint format packaged-vectors demo bench bench-quick bench-page bench-cluster bench-extract bench-project bench-scale bench-driver bench-launches bench-gpu bench-gpu-wheels view screenshots all_prompt_sets clean $(PROMPT_SETS) $(addprefix project-,$(PROMPT_SETS))
+.PHONY: docs notebooks examples dist help setup chromium test test-tl4 test-fresh test-bounds test-cuda reliability models-page lint format packaged-vectors demo bench bench-quick bench-page bench-cluster bench-extract bench-project bench-scale bench-driver bench-launches bench-gpu bench-gpu-wheels view screenshots all_prompt_sets clean $(PROMPT_SETS) $(addprefix project-,$(PROMPT_SETS))
 
 help: ## Show this help
 	@echo "Targets:"
@@ -189,6 +189,7 @@ screenshots: $(READY) chromium ## Pictures of the page for the documentation, fr
 	$(BIN)/tlcapture capture --experiment demo --prompt-set single_trait --limit 1 --layer-internals 20 --replay
 	$(BIN)/tlcapture capture --experiment demo --prompt-set single_trait --limit 3 --responses-from demo --steer style/formality:+0.2@12 --variant formal
 	$(BIN)/tlcapture compare demo/single_trait demo/single_trait@formal
+	$(BIN)/tlcapture capture --experiment demo --prompt-set single_trait --limit 1 --temperature 0 --steer behavioral/refusal:+0.2@16 --variant steered
 	$(BIN)/tlcapture steer --experiment demo --traits style/formality --layers 8,12,16 --coefficients=-0.2,0.2,0.4
 	$(BIN)/tlcapture capture --experiment demo --prompt-set dynamic --temperature 0
 	$(BIN)/tlcapture capture --experiment demo --prompt "How do I pick a lock?" --samples 8
@@ -200,6 +201,9 @@ docs: $(DOCS_READY) ## The documentation as a site, in build/docs/index.html; a 
 
 notebooks: $(READY) ## Run the notebooks of docs/ anew and store their outputs
 	$(BIN)/python -m docs.run_notebooks
+
+examples: $(READY) ## Run the examples of the tutorial and of one answer anew and store their outputs (three minutes)
+	$(BIN)/python -m docs.run_examples
 
 # Of copies, since building leaves folders beside the source.
 dist: $(DOCS_READY) ## An sdist and a wheel, in dist/, checked by twine

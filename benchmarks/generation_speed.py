@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from tlcapture.models.embedded import embedded_folder
 from tlcapture.models.engines.hooked import HookedModel
-from tlcapture.models.fast.products import linear, wide_linear
+from tlcapture.models.fast.products import linear
 from tlcapture.models.loading import Model, from_hugging_face, load_model
 from tlcapture.prompts.prompt_sets import read_prompt_set
 from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
@@ -166,17 +166,17 @@ def w4(bench: Bench) -> Iterator[Row]:
 
 
 def products(bench: Bench) -> Iterator[Row]:
-    """Products of few rows as computed by `fast`, compared with `functional.linear`."""
+    """Products as computed by `fast`, compared with `functional.linear`."""
     assert isinstance(bench.model, HookedModel)
     hooked = bench.model.tl
     gates = [block.mlp.W_gate.T for block in hooked.blocks]
     unembedding = [hooked.unembed.W_U.T]
-    cases = [("MLP gates of all layers", linear, gates, rows) for rows in (1, 2, 4)]
-    cases += [("unembedding", wide_linear, unembedding, rows) for rows in (1, 10)]
-    for what, ours, weights, rows in cases:
+    cases = [("MLP gates of all layers", gates, rows) for rows in (1, 2, 4, 10, 32, 400)]
+    cases += [("unembedding", unembedding, rows) for rows in (1, 10, 64)]
+    for what, weights, rows in cases:
         x = torch.randn(rows, bench.model.d_model)
         works = {
-            "ours": lambda x=x, ours=ours, weights=weights: [ours(x, weight) for weight in weights],
+            "ours": lambda x=x, weights=weights: [linear(x, weight) for weight in weights],
             "linear": lambda x=x, weights=weights: [functional.linear(x, weight) for weight in weights],
         }
         with torch.no_grad():

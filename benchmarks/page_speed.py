@@ -91,11 +91,11 @@ def make_experiment(root: Path, prompts: int) -> int:
     return total
 
 
-def first_view(page: Watched, base: str) -> float:
+def first_view(page: Watched, base: str, experiment: str = "big") -> float:
     """Seconds from requesting the page in a new document until its first view is drawn."""
     page.page.goto("about:blank")
     start = time.perf_counter()
-    page.page.goto(f"{base}#experiment=big")
+    page.page.goto(f"{base}#experiment={experiment}")
     page.settled()
     return time.perf_counter() - start
 

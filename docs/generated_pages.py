@@ -22,7 +22,7 @@ from pydantic import BaseModel, RootModel
 from pydantic_core import PydanticUndefined
 
 import tlcapture
-from tlcapture.cli.command import GROUPS, Command, _without_storage
+from tlcapture.cli.command import Command, grouped_options
 from tlcapture.cli.main import main
 
 TOP = Path(__file__).parents[1]
@@ -93,25 +93,13 @@ def commands_page() -> str:
             continue
         context = click.Context(command, info_name=name)
         lines += ["```text", " ".join([name, *command.collect_usage_pieces(context)]), "```", ""]
-        for title, rows in _options(command, context).items():
+        for title, rows in grouped_options(command, context).items():
             lines += [f"**{title}**", "", "| option | meaning |", "| --- | --- |"]
             lines += [f"| `{_cell(option)}` | {_cell(_plain(text))} |" for option, text in rows]
             lines.append("")
         if isinstance(command, Command) and command.examples:
             lines += ["```bash", *command.examples, "```", ""]
     return "\n".join(lines)
-
-
-def _options(command: click.Command, context: click.Context) -> Mapping[str, list[tuple[str, str]]]:
-    group_of = {name: title for title, names in GROUPS.items() for name in names}
-    found: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Options", *GROUPS)}
-    for param in command.get_params(context):
-        record = param.get_help_record(context)
-        if record is not None:
-            found[group_of.get(str(param.name), "Options")].append(
-                (record[0].replace(" RANGE", ""), _without_storage(record[1]))
-            )
-    return {title: rows for title, rows in found.items() if rows}
 
 
 def _plain(text: str) -> str:

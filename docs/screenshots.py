@@ -2,12 +2,13 @@
 
 Each view in light, and on one sheet each all views in dark and on a phone.
 
-python -m docs.screenshots [--root .] [--experiment demo] [--only matrix,dark]
+python -m docs.screenshots [--root .] [--experiment demo] [--only matrix,dark] [--axe]
 """
 
 from __future__ import annotations
 
 import io
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -29,28 +30,31 @@ VIEWS = {
     "internals": "prompt=1&token=60&layer=20",
     "vectors": f"trait={TRAIT}",
     "samples": "view=dynamics&set=adhoc&prompt=1.s1&trait=behavioral/refusal&shown=behavioral/refusal",
-    "compare": f"trait={TRAIT}&prompt=6&set2=dynamic&average2=1&theme=dark",
+    "compare": f"trait={TRAIT}&prompt=6&set2=dynamic&average2=1",
+    "difference": f"trait={TRAIT}&prompt=1&token=60",
+    "steered": "view=compare&set=single_trait@steered&trait=behavioral/refusal&prompt=1&set2=single_trait&prompt2=1",
 }
 MORE = {
     "prompts": f"view=compare&trait={TRAIT}&prompt=6&prompt2=5",
-    "changed": f"view=difference&trait={TRAIT}&prompt=1&token=60",
 }
 SHEETS = {
     "dark": ("dark", (1280, 860), 3, 2),
     "phone": ("light", (390, 1300), 5, 2),
 }  # theme, window, columns, shrunk by
-ON_SHEETS = [*(view for view in VIEWS if view not in ("samples", "compare")), *MORE]
+ON_SHEETS = [*(view for view in VIEWS if view not in ("samples", "compare", "steered")), *MORE]
 TALL = ("matrix", "heads", "internals")  # pictured as a whole
 COLOURS = 256  # of a sheet, which makes it a third as large
-# docs/screenshots/difference.png is of the example in docs/compare.md.
 
 
 @click.command()
 @click.option("--root", type=click.Path(exists=True, file_okay=False, path_type=Path), default=Path("."))
 @click.option("--experiment", default="demo", show_default=True)
 @click.option("--only", default=",".join([*VIEWS, *SHEETS]), help="Pictures to make, comma-separated.")
-def main(root: Path, experiment: str, only: str) -> None:
+@click.option("--axe", is_flag=True, help="Make none, and print what axe-core finds on each view, light and dark.")
+def main(root: Path, experiment: str, only: str, axe: bool) -> None:
     """Write a PNG of each view, and the sheets."""
+    if axe:
+        return _count_violations(root, experiment)
     FOLDER.mkdir(exist_ok=True)
     wanted = only.split(",")
     with server(root, experiment) as (base, _), browser() as launched:
@@ -64,12 +68,29 @@ def main(root: Path, experiment: str, only: str) -> None:
                 _write(name, _sheet(pictures, columns, shrink))
 
 
-def _shot(context: Any, base: str, experiment: str, view: str, theme: str, *, is_whole: bool = False) -> Image.Image:
+def _count_violations(root: Path, experiment: str) -> None:
+    with server(root, experiment) as (base, _), browser() as launched:
+        context = launched.new_context(viewport={"width": 1280, "height": 860})
+        for view in [*VIEWS, *MORE]:
+            counts = []
+            for theme in ("light", "dark"):
+                page = _opened(context, base, experiment, view, theme)
+                found = Counter(each["impact"] for each in page.violations() for _ in each["nodes"])
+                counts.append(f"{theme} {', '.join(f'{n} {impact}' for impact, n in found.items()) or 0}")
+                page.page.close()
+            click.echo(f"{view}: {'; '.join(counts)}")
+
+
+def _opened(context: Any, base: str, experiment: str, view: str, theme: str) -> Watched:
     page = Watched(context, base)
     own = MORE.get(view) or VIEWS[view]
     state = own if "view=" in own else f"view={view}&{own}"
-    chosen = "" if "theme=" in state else f"&theme={theme}"
-    page.open(f"experiment={experiment}&set=single_trait{chosen}&{state}")
+    page.open(f"experiment={experiment}&set=single_trait&theme={theme}&{state}")
+    return page
+
+
+def _shot(context: Any, base: str, experiment: str, view: str, theme: str, *, is_whole: bool = False) -> Image.Image:
+    page = _opened(context, base, experiment, view, theme)
     picture = Image.open(io.BytesIO(page.page.screenshot(full_page=is_whole)))
     page.page.close()
     if page.wrong:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -72,6 +73,14 @@ class Watched:
     def _note(self, url: str) -> None:
         if not url.startswith((self.base, "data:", "blob:", "about:")):
             self.wrong.append(f"request to {url}")
+
+    def violations(self) -> list[dict[str, Any]]:
+        """What axe-core, with its default rules, finds on the page: each with `id`, `impact` and `nodes`."""
+        found = importlib.util.find_spec("axe_playwright_python")
+        if found is None or found.origin is None:
+            pytest.skip("axe-playwright-python is not installed")
+        self.page.evaluate((Path(found.origin).parent / "axe.min.js").read_text(encoding="utf-8"))
+        return list(self.page.evaluate("axe.run(document).then((result) => result.violations)"))
 
     def open(self, state: str) -> None:
         self.page.goto(f"{self.base}#{state}")

@@ -20,11 +20,9 @@ from tests import typechecking  # the hook names it
 
 gc.set_threshold(1_000_000)  # imports make objects that stay
 
-# Processes that share the cores compute with their share of them: OpenMP threads in excess wait for each other far
-# longer than they work. It must be known before torch is imported.
-_N_PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-if _N_PROCESSES > 1:
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _N_PROCESSES)))
+# More threads than one would mostly wait for each other, since most models are tiny. It must be known before torch is
+# imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network, nor waits for it
 

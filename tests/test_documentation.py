@@ -17,6 +17,8 @@ import pytest
 from click.testing import CliRunner
 
 from docs.generated_pages import api_page, commands_page, every_command, fields_page
+from docs.run_examples import PAGES as WITH_OUTPUTS
+from docs.run_examples import examples, shown_now
 from docs.run_notebooks import code_cells, executed
 from tests.cli.conftest import make_trait
 from tests.cli.test_conversations import with_template
@@ -168,6 +170,35 @@ def test_a_notebook_shows_what_it_stores(path: Path, smollm2: Any, monkeypatch: 
         stored = cell["outputs"]
         assert [output.get("text") for output in outputs] == [output.get("text") for output in stored], cell["source"]
         assert [sorted(output.get("data", {})) for output in outputs] == [sorted(o.get("data", {})) for o in stored]
+
+
+PRINTED = """loading smollm2 ...
+prompt  trait   rise
+     1  a/b   +2.5 sd
+next: tlcapture view
+Tides are the rise and the fall of seas. They are many.
+wrote 11 files (6.5 MiB) in experiments/default, in 8.5 s
+"""
+
+
+def test_a_page_shows_the_lines_that_are_printed_now_and_leaves_out_the_same_ones() -> None:
+    shown = """prompt  trait   rise
+     1  a/b   +2.4 sd
+...
+Tides are the rise and the fall of water. ...
+wrote 11 files (6.5 MiB) in experiments/default, in 3.1 s
+"""
+    now = shown.replace("+2.4", "+2.5").replace("of water. ...", "of seas. ...")
+    assert shown_now(shown, PRINTED) == now  # times differ from run to run, and stay
+    assert shown_now(now, PRINTED) == now
+    with pytest.raises(SystemExit, match="nothing like 'warning: none' is printed any more"):
+        shown_now("warning: none\n", PRINTED)
+
+
+@pytest.mark.parametrize("page", WITH_OUTPUTS)
+def test_outputs_of_a_page_follow_an_example(page: str) -> None:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    assert sum(shown is not None for _, _, shown in examples(text)) == text.count("```text")
 
 
 # -- what is generated ----------------------------------------------------------------------------

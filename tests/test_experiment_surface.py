@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,24 @@ import numpy as np
 import pytest
 import torch
 
+import tlcapture
 from tests.cli.conftest import make_data
 from tests.conftest import quick_evaluations, unrendered_figures
+from tests.docstring_examples import docstring, documented, examples, without_example
 from tests.samples import projected
 from tlcapture import Experiment
+from tlcapture.cli.console import _doubts
+from tlcapture.commands.top_traits import summary_of
 from tlcapture.errors import InputError, VectorError
+from tlcapture.explore.completion import completions
+from tlcapture.explore.doubts import forget
+from tlcapture.explore.magics import load_ipython_extension
 from tlcapture.explore.set_means import aligned, mean_and_spread
-from tlcapture.storage.files import read_tensors
+from tlcapture.names import Trait
+from tlcapture.page.contents import Contents
+from tlcapture.storage.files import read_json, read_tensors, write_json
+from tlcapture.traits.token_scores import TokenScores
+from tlcapture.traits.vector_files import VectorFiles
 
 
 @pytest.fixture(scope="module")
@@ -229,3 +242,220 @@ def test_a_figure_is_saved_in_the_form_that_its_name_says(
     assert starts[suffix](path.read_bytes())
     with pytest.raises(InputError, match="expected a name that ends in"):
         figure.save(tmp_path / "figure.doc")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_chance_level_of_a_projection_is_that_of_its_file(exp: Experiment) -> None:
+    cap = exp.captures["short"][1]
+    for found in cap.project(["tone/loud", "tone/warm"]):
+        file = exp.layout.projection(found.vector.trait, "residual", "short", "1")
+        written = read_json(file)["metadata"]["chance"]
+        ours = found.chance.to_json()
+        assert np.allclose(ours.pop("rises"), written.pop("rises"), rtol=2e-3, atol=2e-3)
+        assert np.allclose(ours.pop("standardised_rises"), written.pop("standardised_rises"), rtol=2e-3, atol=2e-3)
+        assert ours.pop("reference_rises") == pytest.approx(written.pop("reference_rises"), rel=1e-5)
+        assert ours == pytest.approx(written, abs=0.01)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_each_direction_of_ones_own_has_a_chance_level_of_its_own(exp: Experiment) -> None:
+    cap = exp.captures["short"][1]
+    one, other = torch.randn(2, cap.d_model, generator=torch.Generator().manual_seed(3))
+    first, _, again = (cap.project(each, layer=1).chance for each in (one, other, one))
+    second = cap.project(other, layer=1).chance
+    assert first.reference_rises == again.reference_rises
+    assert first.reference_rises != second.reference_rises
+    assert list(first.rises) == list(second.rises)  # of the same random directions
+
+
+def test_rises_of_a_set_are_those_of_the_page_and_stand_out_beyond_their_chance(exp: Experiment) -> None:
+    rises = exp.captures["short"].rises()
+    rows = Contents(exp.root).overview("exp", "short", "residual")["rows"]
+    assert {(row.prompt_id, row.trait): row.rise for row in rises.itertuples()} == {
+        (row["id"], trait): rise for row in rows for trait, rise in row["rises"].items()
+    }
+    assert (rises["stands_out"] == (rises["rise"] > rises["chance"])).all()
+    top = rises.loc[rises.groupby("prompt_id")["rise"].idxmax()].set_index("prompt_id")["stands_out"]
+    assert dict(top) == {row["id"]: row["stands_out"] for row in rows}
+    with pytest.raises(InputError, match="no attn_out projections"):
+        exp.captures["short"].rises("attn_out")
+    with pytest.raises(InputError, match="choose one of residual, attn_out"):
+        exp.captures["short"].rises("mlp")
+
+
+DOUBT = "adds nothing over bag of words that its examples can show, by 'tlcapture evaluate'"
+
+
+@pytest.fixture
+def doubtful(exp: Experiment) -> Iterator[Experiment]:
+    """The experiment with a verdict on `tone/loud` that it adds nothing."""
+    forget()
+    content = read_json(exp.layout.evaluation)
+    judged = {
+        **content["best_vectors"]["tone/loud"],
+        "gain": 0.01, "gain_interval": [-0.1, 0.1], "p": 0.01, "verdict": "adds nothing over bag of words (0.900)",
+        "baselines": {"layer 0": 0.8, "bag of words": 0.9, "tokens": None},
+    }  # fmt: skip
+    shown = {**judged, "gain_interval": [0.01, 0.1]}
+    verdicts = {**content["best_vectors"], "tone/loud": judged, "tone/warm": shown}
+    write_json(exp.layout.evaluation, {**content, "best_vectors": verdicts})
+    yield exp
+    write_json(exp.layout.evaluation, content)
+    forget()
+
+
+def test_a_doubt_about_a_vector_is_told_once_where_it_is_used_in_python(doubtful: Experiment) -> None:
+    cap = doubtful.captures["short"][1]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cap.project(["tone/loud", "tone/warm"])
+        cap.to_pandas("tone/loud")
+        doubtful.captures["short"].to_pandas("tone/loud")
+    told = [str(each.message) for each in caught if "adds nothing" in str(each.message)]
+    assert told == [f"tone/loud: {DOUBT}"]
+    forget()
+    with pytest.warns(UserWarning, match=f"tone/loud: {DOUBT}"):
+        doubtful.captures["short"].to_pandas("tone/loud")
+    forget()
+    with pytest.warns(UserWarning, match=f"tone/loud: {DOUBT}"):
+        doubtful.captures["short"].plot.trajectory("tone/loud")
+    rises = doubtful.captures["short"].rises().set_index("trait")["doubt"]
+    assert set(rises["tone/loud"]) == {DOUBT}
+    assert rises["tone/warm"].isna().all()
+
+
+def test_a_doubt_about_a_vector_is_told_on_the_page_and_in_the_summary(doubtful: Experiment) -> None:
+    page = Contents(doubtful.root)
+    assert page.overview("exp", "short", "residual")["doubts"] == [f"tone/loud: {DOUBT}"]
+    warned = {each["trait"]: each["warnings"] for each in page.prompt("exp", "short", "1")["projections"]}
+    assert warned == {"tone/loud": [DOUBT], "tone/warm": []}
+    found = summary_of(doubtful.layout, "short")
+    tops = [replace(found.tops[0], trait=trait, rise=9.0, chance=1.0) for trait in ("tone/loud", "tone/warm")]
+    assert list(_doubts(doubtful.layout, replace(found, tops=tops))) == [f"tone/loud: {DOUBT}"]
+    assert not list(_doubts(doubtful.layout, replace(found, tops=tops[1:])))
+
+
+def test_a_doubt_about_a_vector_is_told_beside_a_comparison(doubtful: Experiment) -> None:
+    doubtful.compare("exp/short@steered", "short", kl=False)
+    page = Contents(doubtful.root)
+    (compared,) = page.comparisons("exp")
+    assert page.compared_set("exp", compared["other"], compared["prompt_set"])["doubts"] == [f"tone/loud: {DOUBT}"]
+
+
+def test_a_doubt_is_not_told_of_a_vector_that_was_extracted_since(doubtful: Experiment) -> None:
+    page = Contents(doubtful.root)
+    found = next(each for each in page.prompt("exp", "short", "1")["projections"] if each["trait"] == "tone/loud")
+    vector = found["vector"]
+    path = VectorFiles(doubtful.layout, Trait.parse("tone/loud")).file("residual", vector["method"], vector["layer"])
+    before = path.read_bytes()
+    torch.save(-torch.load(path), path)
+    try:
+        assert page.overview("exp", "short", "residual")["doubts"] == []
+    finally:
+        path.write_bytes(before)
+
+
+# -- completion in IPython ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def complete(exp: Experiment) -> Iterator[Callable[[str], list[str]]]:
+    """What IPython offers for a line with `exp`, `captures` and `cap` at hand."""
+    from IPython.core.completer import provisionalcompleter
+    from IPython.core.interactiveshell import InteractiveShell
+    from traitlets.config import Config
+
+    config = Config()
+    config.HistoryManager.enabled = False
+    InteractiveShell.clear_instance()
+    shell = InteractiveShell.instance(config=config)
+    load_ipython_extension(shell)
+    captures = exp.captures["short"]
+    shell.push({"exp": exp, "captures": captures, "cap": captures[1]})
+
+    def offered(line: str) -> list[str]:
+        with provisionalcompleter():
+            return [each.text for each in shell.Completer.completions(line, len(line))]
+
+    yield offered
+    shell.restore_sys_module_state()
+    InteractiveShell.clear_instance()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('exp.captures["', ["short", "short@steered"]),
+        ('exp.captures["short"]["', ["1", "2", "3"]),
+        ('exp.captures["short"][1].project("tone/w', ["tone/warm"]),
+        ('exp.captures["short"].at(0).residual(1, "aft', ["after_attn"]),
+        ('captures["', ["1", "2", "3"]),
+        ('exp.vectors["tone/', ["tone/loud", "tone/warm"]),
+        ('cap.project("tone/l', ["tone/loud"]),
+        ('cap.project("tone/loud", method="probe", layer=1), cap.project("', ["tone/loud", "tone/warm"]),
+        ('cap.plot.trajectory("tone/loud", "tone/w', ["tone/warm"]),
+        ('captures.to_pandas("', ["tone/loud", "tone/warm"]),
+        ('exp.to_pandas("short", "tone/', ["tone/loud", "tone/warm"]),
+        ('cap.residual(1, "aft', ["after_attn"]),
+        ("cap.plot.attention_", ["attention_heads", "attention_matrix"]),
+        ("captures.ri", ["rises"]),
+    ],
+)
+def test_ipython_completes_sets_ids_traits_points_and_figures(
+    complete: Callable[[str], list[str]], line: str, expected: list[str]
+) -> None:
+    found = [each.strip("\"'").removeprefix(".") for each in complete(line)]
+    assert {*expected} <= {*found}
+    if "(" in line:
+        assert found == expected
+
+
+def test_a_completion_of_nothing_known_is_none(exp: Experiment) -> None:
+    cap = exp.captures["short"][1]
+    called: list[str] = []
+    names = {"cap": cap, "own": called.append, "text": "tone/loud"}
+    lines = ('nothing.project("', 'cap.save("', 'cap.project("x/', "cap.project(", 'text.residual(1, "', 'text["', "")
+    assert not any(completions(line, names) for line in (*lines, 'own("x").project("', 'own("x")["'))
+    assert not called  # a completion calls nothing of the user's
+
+
+# -- examples in docstrings -----------------------------------------------------------------------
+
+# What the examples are about, and what is there in its place.
+IN_PLACE = {
+    '"single_trait@formal"': '"short@steered"', "my_exp/single_trait@formal": "exp/short@steered",
+    '"single_trait"': '"short"', '"my_exp"': '"exp"', "behavioral/refusal": "tone/loud", "style/formality": "tone/warm",
+    "[12]": "[1]", "(12)": "(1)", "(12, ": "(1, ", "layer=12": "layer=1", "@12": "@1", "layers=12": "layers=1",
+    "blocks.12": "blocks.1", '", 12]': '", 1]', "[8, 12]": "[0, 1]", "[8, -1]": "[0, -1]", "52, 55": "5, 7",
+}  # fmt: skip
+
+
+def test_every_public_docstring_has_an_example() -> None:
+    assert without_example() == []
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", [name for name, thing in documented() if examples(docstring(thing))])
+def test_the_examples_of_a_docstring_run(
+    name: str, exp: Experiment, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TLCAPTURE_ROOT", str(exp.root))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("webbrowser.open", lambda address: True)
+    captures = exp.captures["short"]
+    names = {each: getattr(tlcapture, each) for each in tlcapture.__all__}
+    names |= {"exp": exp, "captures": captures, "cap": captures[1], "refusal": exp.vectors["tone/loud"], "Path": Path}
+    names |= {"Trait": Trait, "TokenScores": TokenScores, "direction": torch.ones(32)}
+    if name.startswith("OfflineFigure"):
+        names["figure"] = captures[1].plot.trajectory("tone/loud")
+    if name.startswith("LogitLensTable"):
+        names["lens"] = captures[1].logit_lens()
+    if name.startswith("AttentionHeads"):
+        names["heads"] = captures[1].attention(1)
+    if name.startswith("LiveCapture"):
+        monkeypatch.setenv("TLCAPTURE_ROOT", str(tmp_path))
+        (names["cap"],) = tlcapture.capture(exp.model, "hello", max_new_tokens=2)
+    for code in examples(docstring(dict(documented())[name])):
+        for old, new in {**IN_PLACE, '"smollm2"': repr(str(tiny_folder))}.items():
+            code = code.replace(old, new)
+        exec(code, names)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
+import plotly.io as pio
 import pytest
 
 from tests.samples import HOSTILE, N_LAYERS, N_PROMPT, TOKENS, heads, predictions, projected
 from tlcapture.errors import InputError
 from tlcapture.explore.figures import attention_figure, layers_figure, lens_figure, trajectory_figure
 from tlcapture.explore.offline_figure import OfflineFigure, plotly_text
+from tlcapture.explore.static_figure import drawn
 from tlcapture.traits.calibration import Calibration
 
 
@@ -48,11 +52,11 @@ def test_a_trajectory_marks_the_commitment_point_and_persistence() -> None:
 def test_trajectories_are_calibrated_where_all_vectors_have_a_scale() -> None:
     scale = Calibration(negative_mean=20.0, positive_mean=30.0)
     one, other = projected(calibration=scale), projected(calibration=Calibration(50.0, 0.0))
-    drawn = trajectory_figure([one, other])
-    lines = [trace for trace in drawn.data if trace.mode == "lines+markers" and len(trace.x) == len(one.tokens)]
+    both = trajectory_figure([one, other])
+    lines = [trace for trace in both.data if trace.mode == "lines+markers" and len(trace.x) == len(one.tokens)]
     assert list(lines[0].y[1:]) == pytest.approx([(value - 20) / 10 for value in one.trajectory[1:]])
     assert list(lines[1].y[1:]) == pytest.approx([(50 - value) / 50 for value in one.trajectory[1:]])
-    assert any(shape.y0 == shape.y1 == 0.5 for shape in drawn.layout.shapes)
+    assert any(shape.y0 == shape.y1 == 0.5 for shape in both.layout.shapes)
     for raw in (trajectory_figure([one], calibrated=False), trajectory_figure([one, projected()])):
         assert list(raw.data[0].y[1:]) == list(one.trajectory[1:])
 
@@ -155,3 +159,33 @@ def test_a_notebook_gets_the_figure_in_the_format_it_supports(
     trajectory_figure([projected()])._ipython_display_()
     trajectory_figure([projected()]).show()
     assert [set(bundle) for bundle in shown] == [{kind, "image/png", "text/plain"}] * 2
+
+
+@pytest.mark.parametrize("n_tokens", [20, 96, 250])
+def test_labels_of_a_saved_picture_do_not_overlap_and_up_to_100_tokens_all_have_one(n_tokens: int) -> None:
+    tokens = [f" token{number}" * (1 + number % 3) for number in range(n_tokens)]
+    scores = np.random.default_rng(0).normal(size=(n_tokens, N_LAYERS, 3))
+    ten = [projected(trait=f"tone/number{n}", tokens=tokens, scores=scores, n_prompt_tokens=9) for n in range(10)]
+    canvas = drawn(trajectory_figure(ten))
+    canvas.draw_without_rendering()
+    (axis,) = canvas.axes
+    places = [label.get_window_extent() for label in axis.get_xticklabels()]
+    assert len(places) == n_tokens or n_tokens > 100
+    assert all(one.x1 <= next_.x0 + 0.5 for one, next_ in pairwise(places))
+    legend = canvas.legends[0].get_window_extent()
+    assert legend.y1 <= min(place.y0 for place in places)
+    assert legend.y0 >= 0
+
+
+@pytest.mark.parametrize(("renderer", "drawn_by"), [("plotly_mimetype", None), ("notebook", "text/html")])
+def test_a_notebook_stores_a_picture_beside_what_its_front_end_draws(
+    monkeypatch: pytest.MonkeyPatch, renderer: str, drawn_by: str | None
+) -> None:
+    """nbconvert and GitHub, which run no scripts, show the richest form that they know: the PNG."""
+    stored: list[dict[str, str]] = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: stored.append(data))
+    monkeypatch.setattr(pio.renderers, "default", renderer)
+    trajectory_figure([projected()])._ipython_display_()
+    (data,) = stored
+    assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
+    assert {*data} - {"image/png", "text/plain"} == {drawn_by or "application/vnd.plotly.v1+json"}

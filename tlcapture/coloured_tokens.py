@@ -55,6 +55,8 @@ def scale_of(scores: Sequence[float | None]) -> float:
 class ColouredTokens:
     """The tokens of a prompt and its response as one sequence, to be displayed in colour.
 
+        cap.coloured("behavioral/refusal")
+
     Attributes:
         scores: one score per token, `None` for those without one; or `None` to colour by part alone.
         label: what the scores are, for the caption and for the tooltip of a token.
@@ -91,7 +93,11 @@ class ColouredTokens:
         return f'<div class="tlcapture-tokens">{caption}<div style="{style}">{spans}</div></div>'
 
     def ansi(self, *, caption: bool = True) -> str:
-        """The text with a terminal's colours; each newline is shown as a symbol and starts a new line."""
+        """The text with a terminal's colours; each newline is shown as a symbol and starts a new line.
+
+        Example:
+            print(cap.coloured("behavioral/refusal").ansi())
+        """
         pieces = []
         for index, token in enumerate(self.tokens):
             text = printable(token).replace(NEWLINE, f"{NEWLINE}\n") if "\n" in token else printable(token)

@@ -17,7 +17,14 @@ _PACKAGE = str(Path(__file__).parent)
 
 
 class TlcaptureError(Exception):
-    """Base class of all errors. Exit status 1: the request was valid, but failed."""
+    """Base class of all errors. Exit status 1: the request was valid, but failed.
+
+    Example:
+        try:
+            cap.project("behavioral/refusals")
+        except TlcaptureError as error:
+            print(error)
+    """
 
     exit_code = 1
 

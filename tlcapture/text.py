@@ -57,6 +57,15 @@ def did_you_mean(name: str, existing: Iterable[str]) -> str:
     return f": did you mean {near[0]!r}?" if near else ""
 
 
+def beside(name: str, existing: Iterable[str], what: str) -> str:
+    """How an error about a name that does not exist ends: which one was probably meant, and those that exist.
+
+    `: did you mean 'short'? existing sets: long, short`, or `; existing sets: none`.
+    """
+    names = list(existing)
+    return f"{did_you_mean(name, names) or ';'} {what}: {', '.join(names) or 'none'}"
+
+
 def as_ranges(numbers: Iterable[int]) -> str:
     """Numbers as text, runs of more than two as a range: `0 to 29`, or `8, 12, 16 to 18`; `none` for no numbers."""
     runs: list[list[int]] = []

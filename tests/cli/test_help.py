@@ -69,6 +69,51 @@ def test_a_mistyped_option_is_answered_with_the_one_that_was_meant() -> None:
     assert "--temperature" in CliRunner().invoke(main, ["capture", "--temprature", "0"]).output
 
 
+@pytest.mark.parametrize(("name", "command"), commands(), ids=lambda each: each if isinstance(each, str) else "")
+def test_how_to_have_the_help_ends_the_last_group(name: str, command: click.Command) -> None:
+    said = CliRunner().invoke(main, [*name.split(), "--help"], terminal_width=200).output
+    *_, last = said.split("\nExamples:\n")[0].rstrip().split("\n\n")
+    assert last.splitlines()[-1].split() == ["-h,", "--help", "Show", "this", "message", "and", "exit."]
+    assert len(last.splitlines()) > 2  # its heading, and other options
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("capture --prompt-set shrot", "short"),
+        ("capture --prompt-set shrot@mine", "short"),
+        ("project --experiment exp --prompt-set shrot", "short"),
+        ("project --experiment expp --prompt-set short", "exp"),
+        ("project --experiment exp --prompt-set short@mien", "short@mine"),
+        ("view --experiment expp --no-browser", "exp"),
+        ("view --experiment exp --prompt-set short@mien --no-browser", "short@mine"),
+        ("export --experiment exp --to there --prompt-set shrot", "short"),
+        ("list --experiment expp", "exp"),
+        ("traits list --experiment expp", "exp"),
+        ("traits check --traits tone/lud", "tone/loud"),
+        ("extract --experiment exp --traits tone/lud", "tone/loud"),
+        ("evaluate --experiment exp --traits tone/lud", "tone/loud"),
+        ("steer --experiment exp --traits tone/lud", "tone/loud"),
+        ("compare exp/shrot exp/short@mine", "short"),
+        ("compare expp exp/short@mine", "exp"),
+        ("capture --experiment exp --prompt-set short --variant other --responses-from exp/short@mien", "short@mine"),
+    ],
+)
+def test_a_mistyped_name_is_answered_with_the_one_that_was_meant(
+    data: Path, monkeypatch: pytest.MonkeyPatch, line: str, meant: str
+) -> None:
+    for name in ("short", "short@mine"):
+        folder = data / "experiments/exp/inference/raw/residual" / name
+        folder.mkdir(parents=True)
+        (folder / "1.pt").write_bytes(b"")
+    (data / "experiments/exp/extraction/tone/loud/vectors").mkdir(parents=True)
+    (data / "experiments/exp/extraction/tone/loud/vectors/probe_layer1.pt").write_bytes(b"")
+    done = CliRunner().invoke(main, [*line.split(), "--root", str(data)], catch_exceptions=False)
+    assert done.exit_code in (1, 2)
+    (said,) = [each for each in done.output.splitlines() if "did you mean" in each]
+    assert f": did you mean {meant!r}? " in said
+
+
 # -- tlcapture.toml -------------------------------------------------------------------------------
 
 

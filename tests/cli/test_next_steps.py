@@ -23,7 +23,9 @@ def _next(result: Result) -> list[str]:
 
 def test_from_the_first_capture_to_projections(tlcapture: Run, capture: Run, tiny_folder: Path, data: Path) -> None:
     """Each next command is run, up to the one that serves a page."""
-    words = _next(capture("--max-new-tokens", 2))
+    first = capture("--max-new-tokens", 2)
+    assert first.stdout.count("exp: no trait vectors to project onto: those that come with the package are of") == 1
+    words = _next(first)
     assert words == ["extract", "--experiment", "exp"]
     words = _next(tlcapture(*words, "--methods", "mean_diff", "--traits", "tone/loud"))
     assert words == ["evaluate", "--experiment", "exp"]
@@ -43,7 +45,8 @@ def test_from_the_first_capture_to_projections(tlcapture: Run, capture: Run, tin
 def test_the_root_is_named_where_it_is_not_the_default(
     tlcapture: Run, capture: Run, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert capture("--max-new-tokens", 1, "--no-project").exit_code == 0
+    unasked = capture("--max-new-tokens", 1, "--no-project")
+    assert unasked.exit_code == 0 and "no trait vectors" not in unasked.stdout
     monkeypatch.delenv("TLCAPTURE_ROOT")
     assert _next(tlcapture("list", "--root", data)) == ["list", "--experiment", "exp", "--root", str(data)]
     monkeypatch.chdir(data)

@@ -11,10 +11,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from tests.cli.conftest import make_prompt_set, make_trait
+from tests.cluster import start_worker
+from tests.cluster.warm_workers import raylet_of, warm_workers
 from tests.faults.commands import Command, contents
 from tlcapture.models.loading import load_model
 
@@ -26,13 +27,16 @@ _CLUSTER = """
 import sys
 import ray
 from ray.cluster_utils import Cluster
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-cluster.add_node(num_cpus=1)
+node = {"num_cpus": 1, "setup_worker_path": sys.argv[1]}
+quiet = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
+alert = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+cluster = Cluster(initialize_head=True, head_node_args={"_system_config": alert, **quiet, **node})
+cluster.add_node(**node)
 print("at", cluster.address, flush=True)
 added = []
 for word in sys.stdin:
-    if word == "add\\n":
-        added.append(cluster.add_node(num_cpus=1, num_gpus=2))
+    if word in ("add\\n", "add cold\\n"):
+        added.append(cluster.add_node(num_gpus=2, **node if word == "add\\n" else {}))
         print("done", added[0].all_processes["raylet"][0].process.pid, flush=True)
     else:
         cluster.remove_node(added.pop(), allow_graceful=word == "release\\n")
@@ -44,15 +48,18 @@ cluster.shutdown()
 class SimulatedCluster:
     """A cluster of two nodes with one CPU each on this machine; a third, with two GPUs as well, comes and goes."""
 
-    def __init__(self, process: subprocess.Popen[str]):
+    def __init__(self, process: subprocess.Popen[str], warm: Path):
         self._process = process
+        self._warm = warm
         self.address = self._answer("at ").split()[1]
         self._third = 0  # the process of the third node
 
-    def with_third_node(self) -> None:
-        """Add the third node, unless it is there."""
+    def with_third_node(self, *, cold: bool = False) -> None:
+        """Add the third node, unless it is there; if it is cold, its workers start as Ray starts them."""
+        if cold:
+            self.lose_third_node()
         if not self._third:
-            self._tell("add")
+            self._tell("add cold" if cold else "add")
 
     def lose_third_node(self, *, gracefully: bool = False) -> None:
         """End all processes of the third node, if it is there: at once, or so that Ray knows of it."""
@@ -61,7 +68,11 @@ class SimulatedCluster:
 
     def is_on_third_node(self, process: int) -> bool:
         """Whether a process is a worker of the third node."""
-        return any(parent.pid == self._third for parent in psutil.Process(process).parents())
+        return self.raylet_of(process) == self._third
+
+    def raylet_of(self, process: int) -> int:
+        """The process of Ray that started a worker."""
+        return raylet_of(self._warm, process)
 
     def _tell(self, word: str) -> None:
         assert self._process.stdin is not None
@@ -74,16 +85,19 @@ class SimulatedCluster:
         return next(line for line in self._process.stdout if line.startswith(start))
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[SimulatedCluster]:
+@pytest.fixture(scope="package")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimulatedCluster]:
     """A cluster that runs until the end of these tests."""
+    warm = tmp_path_factory.mktemp("workers") / "socket"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")  # as Ray tells the children of the process that starts a cluster
+        patch.setenv(start_worker.SOCKET, str(warm))
         patch.setenv("RAY_prestart_worker_first_driver", "0")  # processes that no test would use
-        words = [sys.executable, "-c", _CLUSTER]
-        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        words = [sys.executable, "-c", _CLUSTER, start_worker.__file__]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with warm_workers(warm), subprocess.Popen(words, **pipes, text=True) as process:
             assert process.stdin is not None
-            yield SimulatedCluster(process)
+            yield SimulatedCluster(process, warm)
             process.stdin.close()
             process.wait(timeout=60)
 
@@ -95,8 +109,8 @@ def ray_address(cluster: SimulatedCluster) -> str:
     return cluster.address
 
 
-@pytest.fixture(scope="session")
-def busy_template(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+@pytest.fixture(scope="package")
+def busy_template(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, cluster: SimulatedCluster) -> Path:
     """A root with a prompt set of twelve prompts, two traits, their vectors, and the model itself."""
     load_model(str(tiny_folder))  # so that a fork has everything imported
     import_module("ray")
@@ -123,12 +137,12 @@ def _make_a_conversation_of_the_first(path: Path) -> None:
 
 def words_of(root: Path) -> tuple[object, ...]:
     return (
-        "capture", "--root", root, "--experiment", "exp", "--prompt-set", "busy", "--max-new-tokens", 120,
+        "capture", "--root", root, "--experiment", "exp", "--prompt-set", "busy", "--max-new-tokens", 60,
         "--batch-size", 2, "--attention", "--logit-lens",
     )  # fmt: skip
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def by_one_process(busy_template: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The files of a local run that uses one thread, as workers do."""
     root = Path(shutil.copytree(busy_template, tmp_path_factory.mktemp("local") / "root"))

@@ -1,16 +1,9 @@
-"""Work on a cluster that needs no model: each number is written to a file, and some of them kill their worker.
-
-    python tests/cluster/number_work.py ADDRESS ROOT CALL
-
-`CALL` is the JSON of arguments of `main`, whose result is printed as JSON.
-"""
+"""Work on a cluster that needs no model: each number is written to a file, and some of them kill their worker."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from importlib import import_module
@@ -25,7 +18,7 @@ from tlcapture.runs.run import Run
 from tlcapture.storage.files import write_bytes
 from tlcapture.storage.layout import Layout
 
-DEADLY, SLOW, WRONG = 1000, 2000, 3000  # added to numbers that kill, that take a second, that are a bug
+DEADLY, SLOW, WRONG = 1000, 2000, 3000  # added to numbers that kill, that take half a second, that are a bug
 
 
 class Writer:
@@ -47,7 +40,7 @@ class Writer:
                     os.kill(os.getpid(), signal.SIGKILL)
                 if number >= WRONG:
                     raise RuntimeError("a bug")
-                time.sleep(number >= SLOW)
+                time.sleep(0.5 * (number >= SLOW))
                 self._run.wrote(write_bytes(self._run.layout.folder / str(number), b""))
                 self._run.report.n_prompts += 1
                 progress.advance(1)
@@ -87,7 +80,3 @@ def main(
     except (TlcaptureError, RuntimeError) as found:
         error = f"{type(found).__name__}: {found}"
     return {**run.report.to_json(), "error": error}
-
-
-if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]), **json.loads(sys.argv[3]))))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,18 +14,24 @@ import pytest
 from tests.cluster import number_work
 from tests.cluster.conftest import SimulatedCluster
 from tests.cluster.number_work import DEADLY, SLOW, WRONG
+from tests.faults.commands import Command
 
 
-def start(address: str, root: Path, **call: Any) -> subprocess.Popen[str]:
-    words = [sys.executable, number_work.__file__, address, str(root), json.dumps(call)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(address: str, root: Path, **call: Any) -> Command:
+    """The work in a process that imports Ray when it connects, as commands do."""
+
+    def work() -> None:
+        print(json.dumps(number_work.main(address, root, **call)))
+        sys.exit()
+
+    return Command(root / "output", before=work)
 
 
-def report_of(process: subprocess.Popen[str]) -> dict[str, Any]:
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
-    assert stdout.count("\n") == 1, "Ray's messages about deaths are not printed"
-    return dict(json.loads(stdout))
+def report_of(command: Command) -> dict[str, Any]:
+    ended = command.end()
+    assert ended.code == 0, ended.stderr
+    assert ended.stdout.count("\n") == 1, "Ray's messages about deaths are not printed"
+    return dict(json.loads(ended.stdout))
 
 
 def written(root: Path) -> set[int]:
@@ -92,9 +96,7 @@ def test_work_on_a_node_that_leaves_is_done_by_the_others(cluster: SimulatedClus
     cluster.with_third_node()
     every = [SLOW + number for number in range(15)]
     running = start(cluster.address, tmp_path, numbers=every, most=3, workers=3, _SILENCE=2)
-    while not (tmp_path / "begun").exists() or len(begun(tmp_path)) < 4:
-        assert running.poll() is None, running.communicate()
-        time.sleep(0.05)
+    running.wait_for(lambda: (tmp_path / "begun").exists() and len(begun(tmp_path)) >= 4)
     cluster.lose_third_node(gracefully=True)
     found = report_of(running)
     assert (found["error"], found["failures"]) == (None, [])

@@ -144,9 +144,9 @@ def test_a_killed_driver_is_resumed_with_skip_existing_which_keeps_a_file_that_i
     )
 
 
-def stopped_cluster(process: int) -> list[psutil.Process]:
-    """Ray's own processes of the cluster to which a worker belongs, stopped: none can end the worker."""
-    found = psutil.Process(process).parents()
+def stopped_cluster(raylet: int) -> list[psutil.Process]:
+    """The processes of the cluster of a raylet, stopped: none can end a worker."""
+    found = psutil.Process(raylet).parents()
     whole = next(each for each in found if any("gcs_server" in child.name() for child in each.children()))
     services = [each for each in whole.children() if each.name() in ("gcs_server", "raylet")]
     for each in services:
@@ -154,12 +154,14 @@ def stopped_cluster(process: int) -> list[psutil.Process]:
     return services
 
 
-def test_a_worker_changes_no_file_once_its_driver_was_killed(run: Callable[..., Command], busy: Path) -> None:
+def test_a_worker_changes_no_file_once_its_driver_was_killed(
+    cluster: SimulatedCluster, run: Callable[..., Command], busy: Path
+) -> None:
     log = busy / "log"
     killed = run("--workers", 1, "--batch-size", 6, "--log-file", str(log))
     killed.wait_for(lambda: captured(busy))
     worker = process_ids(log)[-1]
-    services = stopped_cluster(worker)
+    services = stopped_cluster(cluster.raylet_of(worker))
     try:
         killed.send(signal.SIGKILL)
         assert killed.end().code == -signal.SIGKILL
@@ -318,7 +320,7 @@ def test_samples_of_a_worker_with_a_gpu_are_those_of_a_local_run(
     cluster: SimulatedCluster, busy: Path, tmp_path: Path
 ) -> None:
     """It takes one, where the cluster has GPUs. There is one CPU beside the two of this cluster, so one worker."""
-    cluster.with_third_node()
+    cluster.with_third_node(cold=True)
     rules = ("--temperature", 1.5, "--top-p", 0.9, "--repetition-penalty", 1.2, "--stop", "q", "--samples", 2)
     words = (*words_of(busy), "--limit", 2, "--max-new-tokens", 9, "--batch-size", 3, *rules)
     local = Path(shutil.copytree(busy, tmp_path / "local"))
@@ -364,6 +366,7 @@ def test_a_node_that_is_lost_in_the_middle_leaves_no_prompt_out(
     cluster: SimulatedCluster, busy: Path, tmp_path: Path, by_one_process: dict[str, Any], evidence: Evidence
 ) -> None:
     experiment = busy / "experiments" / "exp"
+    cluster.lose_third_node()  # it may be a cold one
     on_three = ("--executor", "ray", "--workers", 3, "--gpus-per-worker", 0, "--ray-address", cluster.address)
     project = ("project", "--root", busy, "--experiment", "exp", "--prompt-set", "busy")
     for words in (words_of(busy), project):

@@ -8,7 +8,7 @@ from torch import nn
 
 from tests import tiny
 from tests.test_parity import relative
-from tlcapture.models.fast import linear_modules
+from tlcapture.models.fast import products
 from tlcapture.models.fast.linear_modules import FastLinear, make_linears_fast
 
 
@@ -19,7 +19,7 @@ from tlcapture.models.fast.linear_modules import FastLinear, make_linears_fast
 def test_outputs_are_those_of_linear(
     bias: bool, shape: tuple[int, ...], dtype: torch.dtype, wide: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear_modules, "_WIDE", wide)
+    monkeypatch.setattr(products, "_WIDE", wide)
     generator = torch.Generator().manual_seed(0)
     plain = nn.Linear(12, 1030, bias=bias, dtype=dtype)
     x = torch.randn(shape, generator=generator).to(dtype)

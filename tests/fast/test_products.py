@@ -1,14 +1,15 @@
-"""Products of few rows equal those in float64."""
+"""Products equal those in float64, with oneDNN, in pieces and without either; with gradients they are torch's own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch.nn import functional
 
-from tlcapture.models.fast.products import linear, wide_linear
+from tlcapture.models.fast import products
+from tlcapture.models.fast.products import linear
 
 
 def check_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, found: torch.Tensor) -> None:
@@ -20,7 +21,15 @@ def check_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     assert torch.allclose(found.double(), expected, atol=tolerance * float(expected.abs().max()), rtol=0)
 
 
-@pytest.mark.parametrize("shape", [(1,), (2,), (3,), (4,), (5,), (1, 1), (3, 1), (1, 4), (2, 3)])
+@pytest.fixture(params=["oneDNN", "without oneDNN"], autouse=True)
+def _by_either_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if request.param == "without oneDNN":
+        monkeypatch.setattr(products, "_has_onednn", lambda: False)
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("shape", [(1,), (2,), (4,), (5,), (40,), (1, 1), (3, 1), (1, 4), (2, 3)])
 @pytest.mark.parametrize("n_out", [1, 2, 7, 48])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_equals_functional_linear(shape: tuple[int, ...], n_out: int, dtype: torch.dtype) -> None:
@@ -33,21 +42,38 @@ def test_linear_equals_functional_linear(shape: tuple[int, ...], n_out: int, dty
     check_product(transposed, weight, None, linear(transposed, weight).contiguous())
 
 
-@pytest.mark.parametrize("n_rows", [1, 3, 10, 200, 300])
+@pytest.mark.parametrize("n_rows", [1, 3, 10, 200])
 @pytest.mark.parametrize("n_out", [100, 1024, 1500])
-def test_wide_linear_equals_functional_linear(n_rows: int, n_out: int) -> None:
+def test_products_as_wide_as_a_vocabulary_equal_functional_linear(
+    n_rows: int, n_out: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_WIDE", n_out)
     torch.manual_seed(0)
-    x, weight = torch.randn(n_rows, 24), torch.randn(n_out, 24)
-    check_product(x, weight, None, wide_linear(x, weight))
+    x, weight, bias = torch.randn(n_rows, 24), torch.randn(n_out, 24), torch.randn(n_out)
+    check_product(x, weight, None, linear(x, weight))
+    check_product(x, weight, bias, linear(x, weight, bias))
 
 
-@pytest.mark.parametrize("multiply", [linear, wide_linear])
-def test_empty_inputs_have_empty_products(multiply: Callable[..., torch.Tensor]) -> None:
-    assert multiply(torch.empty(0, 24), torch.randn(2000, 24)).shape == (0, 2000)
+def test_empty_inputs_have_empty_products() -> None:
+    assert linear(torch.empty(0, 24), torch.randn(20_000, 24)).shape == (0, 20_000)
 
 
 def test_operands_and_bias_are_not_modified() -> None:
-    x, weight, bias = torch.randn(1, 8), torch.randn(6, 8), torch.randn(6)
-    before = [each.clone() for each in (x, weight, bias)]
-    linear(x, weight, bias)
-    assert all(torch.equal(*pair) for pair in zip(before, (x, weight, bias), strict=True))
+    for n_rows in (1, 5):
+        x, weight, bias = torch.randn(n_rows, 8), torch.randn(6, 8), torch.randn(6)
+        before = [each.clone() for each in (x, weight, bias)]
+        linear(x, weight, bias)
+        assert all(torch.equal(*pair) for pair in zip(before, (x, weight, bias), strict=True))
+
+
+@pytest.mark.parametrize("n_rows", [1, 5])
+def test_gradients_are_those_of_functional_linear(n_rows: int) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(n_rows, 8), torch.randn(6, 8), torch.randn(6)
+    with torch.enable_grad():
+        found, expected = (
+            torch.autograd.grad(product(x, w, bias).square().sum(), w)[0]
+            for product in (linear, functional.linear)
+            for w in [weight.clone().requires_grad_()]
+        )
+    assert torch.equal(found, expected)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import resource
 from pathlib import Path
 
 import pytest
@@ -33,17 +31,11 @@ def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# The command in another process, which imports the model's modules before memory is limited.
-SCARCE = """
-import pathlib, resource, sys
-from tlcapture.cli.main import main
-from tlcapture.models.loading import load_model
-load_model(sys.argv[1], engine="bridge")
-pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
-limit = pages * resource.getpagesize() + int(sys.argv[2]) * 2**20
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-main(sys.argv[3:])
-"""
+def limit_memory(megabytes: int) -> None:
+    """Leave this process so much memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + megabytes * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def test_batches_are_halved_and_only_a_prompt_that_does_not_fit_fails(
@@ -60,9 +52,8 @@ def test_batches_are_halved_and_only_a_prompt_that_does_not_fit_fails(
         path.unlink()
     log = tmp_path / "log.txt"
     command = (*words, "--root", tmp_path, "--batch-size", 5, "--log-file", log)
-    arguments = [sys.executable, "-c", SCARCE, *map(str, (long_model, 400, *command))]
-    ended = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert ended.returncode == 1, ended
+    ended = Command(tmp_path / "output", *command, before=lambda: limit_memory(400)).end()
+    assert ended.code == 1, ended
     assert "Traceback" not in ended.stderr
     assert "failed: long/5: out of memory with 3901 prompt tokens, alone in its batch" in ended.stderr
     halved = log.read_text().count("out of memory: going on with batches of")

@@ -15,7 +15,7 @@ from tlcapture.captures.capture import CapturedPart
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.explore.attention_heads import AttentionHeads
 from tlcapture.explore.capture_figures import CaptureFigures
-from tlcapture.explore.experiment import AllCaptures, Captures
+from tlcapture.explore.captured_sets import AllCaptures, Captures
 from tlcapture.explore.frames import COLUMNS
 from tlcapture.explore.live_capture import LiveCapture
 from tlcapture.explore.logit_lens_table import LogitLensTable

@@ -94,3 +94,17 @@ def test_the_command_writes_pictures(tlcapture: Callable[..., Result], root: Pat
     done = tlcapture("view", "--experiment", "exp", "--png", root / "pictures")
     assert done.exit_code == 0, done.output
     assert len(list((root / "pictures").rglob("*.png"))) == 2
+
+
+def test_a_raw_file_of_another_tool_is_named_and_the_rest_is_exported(
+    tlcapture: Callable[..., Result], root: Path
+) -> None:
+    write_experiment(root)
+    raw = root / "experiments/exp/inference/raw/residual/odd/7.pt"
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    raw.write_bytes(b"of another tool")
+    done = tlcapture("view", "--experiment", "exp", "--export", root / "page.html")
+    assert done.exit_code == 0
+    (line,) = [line for line in done.stderr.splitlines() if "7.pt" in line]
+    assert line.startswith(f"not shown: {raw}: ")
+    assert "exp/sets/odd/1" in carried((root / "page.html").read_text())

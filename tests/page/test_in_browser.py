@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Iterator
@@ -507,24 +506,15 @@ STATES = ["overview", "dynamics", "layers", "lens", "attention&mode=token", "att
           "attention&mode=heads", "internals", "vectors", "compare", "difference"]  # fmt: skip
 
 
-def axe_source() -> str:
-    found = importlib.util.find_spec("axe_playwright_python")
-    if found is None or found.origin is None:
-        pytest.skip("axe-playwright-python is not installed")
-    return (Path(found.origin).parent / "axe.min.js").read_text(encoding="utf-8")
-
-
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("state", STATES)
 def test_axe_finds_nothing_serious(page: Watched, root: Path, state: str, theme: str) -> None:
-    source = axe_source()
     if state == "attention&mode=token":
         add_note(Layout(root, "exp"), "odd", "4", Marked.of(LONG, 25, 27), "a note")
     page.open(
         f"view={state}&{HERE.replace('prompt=4', 'prompt=1') if state == 'difference' else HERE}&token=2&theme={theme}"
     )
-    page.page.evaluate(source)
-    found = page.page.evaluate("axe.run(document).then((result) => result.violations)")
+    found = page.violations()
     if state == "attention&mode=token":
         shutil.rmtree(root / "experiments/exp/notes")
     serious = [

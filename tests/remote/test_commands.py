@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
-import subprocess
-import sys
+import signal
 import time
 import zipfile
 from collections.abc import Callable
@@ -20,13 +18,15 @@ from click.testing import CliRunner, Result
 
 from tests.cli.conftest import make_data
 from tests.cli.test_evaluate_and_steer import with_questions
-from tests.conftest import quick_evaluations
+from tests.conftest import quick_evaluations, unrendered_figures
+from tests.faults.commands import Command
 from tests.test_documentation import commands_of
 from tlcapture.errors import InputError
 from tlcapture.storage import remote_roots
 
 Run = Callable[..., Result]
 _TIMES = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[0-9.]*(?:\+00:00|Z)?|\d{19}")
+_REPENG = Path(__file__).parents[1] / "other_tools" / "repeng.gguf"
 # What a user would type, in turn, in a root with the prompt sets and traits of `make_data`.
 _COMMANDS = (
     "extract --model MODEL --methods mean_diff --component residual",
@@ -38,6 +38,11 @@ _COMMANDS = (
     "capture --prompt-set short --replay --logit-lens --lens-top 3",
     "project --prompt-set short --format compact",
     "compare default/other default/other@calm",
+    "traits import REPENG --trait tone/given",
+    "capture --prompt-set short --overwrite --max-new-tokens 5 --attention",
+    "project --prompt-set short --centered --traits tone/warm",
+    "project --prompt-set short,other --dynamics-only",
+    "compare default/other default/other@calm --skip-existing",
 )
 
 
@@ -89,9 +94,10 @@ def test_every_command_leaves_the_files_in_s3_that_it_leaves_on_a_disk(
     for command in _COMMANDS:
         for root in (local, bucket):
             with quick_evaluations():
-                run(*command.replace("MODEL", str(tiny_folder)).split(), "--root", root)
+                named = command.replace("MODEL", str(tiny_folder)).replace("REPENG", str(_REPENG))
+                run(*named.split(), "--root", root)
     ours, theirs = contents(of_folder(local)), contents(of_bucket(s3, bucket))
-    assert sorted(theirs) == sorted(ours)
+    assert theirs.keys() ^ ours.keys() == set()
     assert [name for name, data in ours.items() if theirs[name] != data] == []
     assert len(ours) > 60
 
@@ -191,6 +197,84 @@ def test_the_page_shows_what_another_machine_captured(s3: Any, captured: str, mo
     assert [each["name"] for each in page.get("/api/experiments").json()] == ["copy", "default"]
 
 
+def test_notes_of_the_page_are_objects_of_the_store(s3: Any, captured: str) -> None:
+    from starlette.testclient import TestClient
+
+    from tlcapture.page.server import page_app
+    from tlcapture.storage.remote_roots import root_folder
+
+    page, own = TestClient(page_app(root_folder(captured)), base_url="http://127.0.0.1:8765"), "http://127.0.0.1:8765"
+    path, headers = "/api/default/sets/short/1/notes", {"Origin": own}
+    note = page.post(path, json={"start": 1, "stop": 2, "text": "here"}, headers=headers).json()
+    changed = page.put(f"{path}/{note['id']}", json={"revision": 1, "text": "there"}, headers=headers).json()
+    name = f"{captured}/experiments/default/notes/short/1_{note['id']}.json"
+    assert json.loads(s3.cat_file(name)) == changed
+    s3.pipe_file(name, json.dumps({**changed, "revision": 3, "text": "of another machine"}).encode())
+    again = page.put(f"{path}/{note['id']}", json={"revision": 2, "text": "lost"}, headers=headers)
+    assert (again.status_code, json.loads(s3.cat_file(name))["text"]) == (409, "of another machine")
+    assert page.put(f"{path}/{note['id']}", json={"revision": 3}, headers=headers).json() == {}
+    assert not s3.exists(name)
+
+
+def test_what_cannot_be_read_is_kept_until_it_may_be_replaced(run: Run, s3: Any, captured: str) -> None:
+    raw = f"{captured}/experiments/default/inference/raw/residual/short/2.pt"
+    projection = f"{captured}/experiments/default/inference/tone/loud/residual_stream/short/2.json"
+    words = ("capture", "--prompt-set", "short", "--attention", "--max-new-tokens", 6, "--root", captured)
+    for path in (raw, projection):
+        s3.pipe_file(path, b'"mine"')
+    remote_roots.refresh(remote_roots.root_folder(captured))
+    said = run(*words, code=1).output
+    assert f"failed: short/2: {raw if raw in said else 's3://' + raw}" in said.replace("s3://s3://", "s3://")
+    assert "/cache/" not in said
+    assert (s3.cat_file(raw), s3.cat_file(projection)) == (b'"mine"', b'"mine"')
+    assert "failed: short/2: s3://" in run("project", "--prompt-set", "short", "--root", captured, code=1).output
+    run(*words, "--overwrite")
+    assert zipfile.ZipFile(io.BytesIO(s3.cat_file(raw))).testzip() is None
+    assert json.loads(s3.cat_file(projection))["metadata"]["prompt_id"] == "2"
+
+
+def test_pictures_are_drawn_and_a_shell_opens_what_is_in_the_store(
+    run: Run, captured: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr("tlcapture.cli.shell._start", lambda namespace, banner: found.extend([namespace, banner]))
+    run("shell", "--root", captured)
+    namespace, banner = found
+    assert len(namespace["captures"]["short"]["1"].response.tokens) == 6
+    assert namespace["exp"].model.n_layers == 3
+    assert captured in str(banner) or "/cache/" not in str(banner)
+    with unrendered_figures():
+        output = run("view", "--png", tmp_path / "pictures", "--root", captured).output
+        run("project", "--prompt-set", "short", "--plot", tmp_path / "plots", "--root", captured)
+    assert f"of short in {tmp_path / 'pictures'}" in output
+    assert len(list((tmp_path / "pictures").rglob("*.png"))) >= 3
+    assert len(list((tmp_path / "plots").rglob("*.png"))) >= 3
+
+
+@pytest.mark.parametrize("form", ["parquet", "safetensors", "json"])
+def test_an_experiment_is_exported_in_other_formats_and_imported(
+    run: Run, s3: Any, captured: str, tmp_path: Path, form: str
+) -> None:
+    run(
+        "export",
+        "--to",
+        tmp_path / "out",
+        "--activations",
+        "all",
+        "--points",
+        "all",
+        "--format",
+        form,
+        "--root",
+        captured,
+    )
+    run("import", tmp_path / "out", "--experiment", "back", "--root", captured)
+    found = {name: data for name, data in contents(of_bucket(s3, captured)).items() if "data.pkl" not in name}
+    back = {name.replace("/back/", "/default/"): data for name, data in found.items() if "experiments/back/inf" in name}
+    assert len(back) > 20
+    assert back == {name: data for name, data in found.items() if name in back}
+
+
 def test_an_experiment_is_exported_viewed_and_imported(run: Run, s3: Any, captured: str, tmp_path: Path) -> None:
     assert "left out" not in run("view", "--export", tmp_path / "page.html", "--root", captured).output
     run("export", "--to", tmp_path / "out", "--activations", "all", "--root", captured)
@@ -226,15 +310,14 @@ def test_a_capture_that_is_killed_leaves_whole_files_and_is_resumed(
     words = ["capture", "--prompt-set", "many", "--attention", "--logit-lens", "--max-new-tokens", "8"]
     prompts = [{"id": str(n), "text": f"prompt number {n}"} for n in range(16)]
     s3.pipe_file(f"{captured}/datasets/inference/many.json", json.dumps({"name": "many", "prompts": prompts}).encode())
-    command = [sys.executable, "-m", "tlcapture", *words, "--root", captured, "--batch-size", "1"]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TLCAPTURE_CACHE": str(tmp_path / "cache")}
-    running = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     raw = f"{captured}/experiments/default/inference/raw/residual/many"
-    while not (s3.exists(raw) and len(s3.find(raw)) > 2):
-        assert running.poll() is None
-        time.sleep(0.05)
-    running.kill()
-    running.wait()
+    running = Command(
+        tmp_path / "output", *words, "--root", captured, "--batch-size", 1,
+        before=lambda: vars(remote_roots).update(_mounts={}, _cache_folder=lambda: tmp_path / "another cache"),
+    )  # fmt: skip
+    running.wait_for(lambda: time.sleep(0.05) or (s3.exists(raw) and len(s3.find(raw)) > 2))
+    running.send(signal.SIGKILL)
+    assert running.end().code == -signal.SIGKILL
     assert s3.exists(f"{captured}/experiments/default/.locks/captures-of-many.lock")
     for name, data in of_bucket(s3, captured).items():
         if name.endswith(".json"):
@@ -278,9 +361,13 @@ def test_what_a_remote_root_cannot_do_is_refused_in_one_line(
 def test_settings_and_variables_name_a_remote_root(
     run: Run, s3: Any, captured: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    s3.pipe_file(f"{captured}/tlcapture.toml", b'[list]\nexperiment = "default"\n')
+    settings = b'seed = 1\n[list]\nexperiment = "default"\n[capture]\nmax-new-tokens = 2\n'
+    s3.pipe_file(f"{captured}/tlcapture.toml", settings)
     monkeypatch.setattr(remote_roots, "_mounts", {})
     assert "short" in run("list", "--root", captured).output
+    run("capture", "--prompt-set", "other", "--root", captured)
+    records = {name: json.loads(data) for name, data in of_bucket(s3, captured).items() if "/runs/" in name}
+    assert records[max(records)]["arguments"]["max_new_tokens"] == 2
     monkeypatch.setenv("TLCAPTURE_ROOT", captured)
     assert "short" in run("list").output
     assert "--root" not in run("list").output

@@ -71,6 +71,11 @@ class CapturedPart:
 class Capture:
     """One prompt's capture. `metadata` is the metadata of the file format.
 
+        cap.id, cap.sample, cap.name, cap.prompt_id, cap.prompt_set, cap.capture_set
+        cap.text, cap.response.text, cap.tokens[-1], cap.token_ids[-1], cap.n_tokens == len(cap)
+        cap.n_layers, cap.d_model, cap.kept.layers, cap.positions.kept, cap.lacks_answer
+        cap.metadata["temperature"]
+
     `spans` say which tokens of prompt and response are which turn, thinking or answer; files that were written before
     there were spans have none.
     """
@@ -101,7 +106,11 @@ class Capture:
         return self.coloured_by_part(", ".join(facts))._repr_html_()
 
     def coloured_by_part(self, label: str = "") -> ColouredTokens:
-        """The tokens in the colours of their spans, or of prompt and response where there are none."""
+        """The tokens in the colours of their spans, or of prompt and response where there are none.
+
+        Example:
+            cap.coloured_by_part()
+        """
         labels = labels_of(self.spans, len(self.tokens)) if self.spans else ()
         return ColouredTokens(self.tokens, len(self.prompt.tokens), label=label, spans=labels)
 
@@ -193,6 +202,8 @@ class Capture:
     def only(self, positions: Positions) -> Capture:
         """The same capture with the activations of some of its tokens, in memory of their own.
 
+            cap.only(cap.positions)
+
         The capture itself where these are all. Raises `InputError` if it does not hold all of them.
         """
         if positions.kept == self.positions.kept:
@@ -205,6 +216,9 @@ class Capture:
 
     def residual(self, layer: int, point: str = "residual_out", part: str = "all") -> Residual:
         """Activations `[n_tokens, d_model]` of a layer at a residual point, or its `attn_out`.
+
+            cap.residual(12)                                # after layer 12
+            cap.residual(-1, "after_attn", part="response")
 
         A negative layer counts from the last one. TransformerLens's names of points, such as `resid_post` or
         `hook_resid_post`, are taken too. `part` is `prompt`, `response` or `all`. A capture of some tokens has rows for
@@ -220,6 +234,8 @@ class Capture:
 
     def save(self, path: Path, *, before_replacing: Hook = lambda new: None) -> Written:
         """Write the capture in the format of raw residual files.
+
+            cap.capture.save(Path("capture.pt"))
 
         `before_replacing` is called with the complete new file, before it replaces an earlier one.
         """
@@ -240,7 +256,11 @@ class Capture:
 
     @classmethod
     def open(cls, path: Path) -> Capture:
-        """Open a raw residual file; raises `StorageError` for any other file."""
+        """Open a raw residual file; raises `StorageError` for any other file.
+
+        Example:
+            Capture.open(exp.layout.residual("single_trait", 1))
+        """
         if (found := read_index(path)) is not None:
             index, metadata, streams = found
             both = [

@@ -27,6 +27,7 @@ from tlcapture.storage.files import read_json, remove, write_json
 from tlcapture.storage.folders import stems_in
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.locks import locked
+from tlcapture.storage.remote_roots import refresh
 from tlcapture.storage.validation import Count, FileContent, checked
 
 LONGEST = 10_000  # characters of a note
@@ -156,6 +157,7 @@ def note_of(layout: Layout, prompt_set: str, name: PromptId, note_id: str, revis
     """A note of which one knows the revision; raises as `change_note`."""
     if not _ID.fullmatch(note_id):
         raise InputError(f"note {note_id[:20]!r}: expected twelve digits of its id")
+    refresh(_folder(layout, prompt_set))
     try:
         note = _read(_path(layout, prompt_set, name, note_id))
     except FileNotFoundError:

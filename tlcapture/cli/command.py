@@ -39,7 +39,7 @@ GROUPS: Mapping[str, frozenset[str]] = {
         "Model": "model, revision, allow_model_change, engine, device, n_devices, dtype, no_check, batch_size",
         "Cluster": """executor, ray_address, workers, gpus_per_worker, cpus_per_worker, collect, gpu, efficiency,
             tokens_per_second""",
-        "Output": "verbose, quiet, log_file, as_json, fsync, plot, export, png, max_size, help",
+        "Output": "verbose, quiet, log_file, as_json, fsync, plot, export, png, max_size",
     }.items()
 }
 # Limits that only say how a number is stored.
@@ -80,18 +80,10 @@ class Command(click.Command):
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options in their groups."""
-        group_of = {name: title for title, names in GROUPS.items() for name in names}
-        rows: dict[str, list[tuple[str, str]]] = {title: [] for title in (_OTHER, *GROUPS)}
-        for param in self.get_params(ctx):
-            record = param.get_help_record(ctx)
-            if record is not None:
-                name, text = record[0].replace(" RANGE", ""), _without_storage(record[1])
-                rows[group_of.get(str(param.name), _OTHER)].append((name, text))
-        for title, records in rows.items():
-            if records:
-                with formatter.section(title):
-                    formatter.write_dl(records)
+        """Write the options in their groups, and how to have this help at the end of the last one."""
+        for title, records in grouped_options(self, ctx).items():
+            with formatter.section(title):
+                formatter.write_dl(records)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples."""
@@ -100,6 +92,20 @@ class Command(click.Command):
             with formatter.section("Examples"):
                 for example in self.examples:
                     formatter.write(f"{' ' * formatter.current_indent}{example}\n")
+
+
+def grouped_options(command: click.Command, ctx: click.Context) -> dict[str, list[tuple[str, str]]]:
+    """The options of a command with their help, by group; how to have the help ends the last group."""
+    group_of = {name: title for title, names in GROUPS.items() for name in names}
+    rows: dict[str, list[tuple[str, str]]] = {title: [] for title in (_OTHER, *GROUPS)}
+    last = _OTHER
+    for param in command.get_params(ctx):
+        record = param.get_help_record(ctx)
+        if record is not None:
+            title = last if param is command.get_help_option(ctx) else group_of.get(str(param.name), _OTHER)
+            rows[title].append((record[0].replace(" RANGE", ""), _without_storage(record[1])))
+            last = max(last, title, key=list(rows).index)
+    return {title: found for title, found in rows.items() if found}
 
 
 def settings_of(root: Path, of: click.Command, ctx: click.Context) -> dict[str, Any]:

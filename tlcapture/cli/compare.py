@@ -101,6 +101,8 @@ def compare(console: Console, settings: _Settings, vectors: VectorOptions, clust
     console.uses(comparisons=[each.to_json() for each in summaries])
     for summary in summaries:
         _show(console, summary)
+        for line in _doubts(settings.root, summary):
+            console.line(line)
 
 
 def _show(console: Console, summary: ComparisonSummary) -> None:
@@ -118,6 +120,14 @@ def _show(console: Console, summary: ComparisonSummary) -> None:
         console.table(columns, [_row(trait, summary) for trait in summary.traits])
     for line in _notes(summary):
         console.line(line)
+
+
+def _doubts(root: Path, summary: ComparisonSummary) -> Iterator[str]:
+    """What is doubtful of the traits that stand out."""
+    from tlcapture.traits.verdicts import Doubts
+
+    shown = {trait for trait, change in summary.traits.items() if change.stands_out}
+    yield from Doubts(root).lines(each for each in summary.vectors if each.trait in shown)
 
 
 def _row(trait: str, summary: ComparisonSummary) -> tuple[str, ...]:

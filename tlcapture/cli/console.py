@@ -243,7 +243,7 @@ def _show_tops(
     columns += [Column("calibrated", right=True), Column("response" if with_responses else "")]
     console.table(columns, [_row(top, with_response=with_responses) for top in summary.tops])
     console.line()
-    for line in _notes(layout, summary, has_chance=has_chance):
+    for line in [*_notes(layout, summary, has_chance=has_chance), *_doubts(layout, summary), ""]:
         console.line(line)
 
 
@@ -283,7 +283,14 @@ def _notes(layout: Layout, summary: Summary, *, has_chance: bool) -> Iterator[st
         )
         if found.is_isotropic:
             yield f"random directions are isotropic for lack of a reference: {again}, takes the activations' covariance"
-    yield ""
+
+
+def _doubts(layout: Layout, summary: Summary) -> Iterator[str]:
+    """What is doubtful of the traits that the table names."""
+    from tlcapture.traits.verdicts import Doubts
+
+    shown = {top.trait for top in summary.tops if top.stands_out or top.chance is None}
+    yield from Doubts(layout.root).lines(each for each in summary.vectors if each.trait in shown)
 
 
 def _scale(summary: Summary) -> str:

@@ -92,10 +92,15 @@ def _echo_checks(found: Sequence[ExampleCheck]) -> None:
 
     names = list(dict.fromkeys(name for each in found for name in each.cues))
     columns = [Column("trait"), *(Column(name, right=True) for name in ("pairs", "twice", *names))]
-    echo_table(columns, [_cells(each, names) for each in found])
+    rows = [_cells(each, names) for each in found]
+    fails = any(cell.endswith("*") for row in rows for cell in row)
+    echo_table(columns, [row if fails else tuple(map(str.rstrip, row)) for row in rows])
     sizes = sorted({(each.n_positive, each.n_negative) for each in found})[:_MOST_SIZES]
     chance = ", ".join("{:.2f} to {:.2f} for {} and {}".format(*chance_interval(*size), *size) for size in sizes)
-    click.echo("AUROC of positive against negative examples: 0.5 tells nothing. An asterisk marks what fails.")
+    click.echo(
+        "AUROC of positive against negative examples: 0.5 tells nothing."
+        + (" * fails, as said below." if fails else "")
+    )
     click.echo(f"95 % of the time by chance: {chance} examples.")
     click.echo("Bounds: {:.2f} to {:.2f} for lengths, over all and within pairs, and by prompt;".format(*BOUNDS))
     click.echo("        {:.2f} to {:.2f} for the words of other traits; no example twice.".format(*OTHER_WORDS_BOUNDS))
@@ -105,14 +110,15 @@ def _echo_checks(found: Sequence[ExampleCheck]) -> None:
 
 
 def _cells(found: ExampleCheck, names: Sequence[str]) -> tuple[str, ...]:
-    counts = (f"{found.n_pairs}", f"{found.duplicates}{'*' if found.duplicates else ''}")
+    """The cells of a row. What fails ends in an asterisk, other numbers in a space, so that digits are in line."""
+    counts = (f"{found.n_pairs}", f"{found.duplicates}{'*' if found.duplicates else ' '}")
     return (str(found.trait), *counts, *(_cell(found.cues.get(name)) for name in names))
 
 
 def _cell(cue: Cue | None) -> str:
     if cue is None or cue.auroc is None:
-        return "-"
-    return f"{cue.auroc:.2f}{'*' if cue.leaks else ''}"
+        return "- "
+    return f"{cue.auroc:.2f}{'*' if cue.leaks else ' '}"
 
 
 @traits.command(

@@ -58,6 +58,7 @@ def view(
     Serves the page to this machine only, until Ctrl-C.
     """
     from tlcapture.errors import InputError
+    from tlcapture.storage.missing_captures import no_captures
     from tlcapture.storage.remote_roots import check_local
 
     if (export or png) and port is not None:
@@ -70,10 +71,7 @@ def view(
     chosen = prompt_set or tuple(captured)
     for name in chosen:
         if name not in captured:
-            listed = ", ".join(captured) or "none"
-            raise InputError(
-                f"experiment {location.experiment!r} has no captures of prompt set {name!r}; captured sets: {listed}"
-            )
+            raise no_captures(layout, name, captured)
     if (export or png) and not captured and (png or not layout.traits()):
         raise InputError(
             f"experiment {location.experiment!r} has no captures to show: make some with tlcapture capture "
@@ -89,17 +87,19 @@ def view(
 
 
 def _export(location: Location, prompt_sets: tuple[str, ...], target: Path, mebibytes: float) -> bool:
-    """Export the page; returns whether every file could be read."""
+    """Export the page; returns whether every file could be read, apart from raw files that may be another tool's."""
     from tlcapture.page.export import export_page
     from tlcapture.text import format_bytes
 
     problems: dict[str, None] = {}
-    left_out = export_page(
-        location.root, location.experiment, prompt_sets, target, megabytes=mebibytes, on_problem=problems.setdefault
-    )
+    unread: dict[str, None] = {}
+    told = {"on_problem": problems.setdefault, "on_unread": unread.setdefault}
+    left_out = export_page(location.root, location.experiment, prompt_sets, target, megabytes=mebibytes, **told)
     click.echo(f"wrote {target} ({format_bytes(target.stat().st_size)})")
     for label in left_out:
         click.secho(f"left out, over --max-size {mebibytes:g}: {label}", fg="yellow", err=True)
+    for problem in unread:
+        click.secho(printable(f"not shown: {problem}"), fg="yellow", err=True)
     for problem in problems:
         click.secho(printable(f"failed: {problem}"), fg="red", err=True)
     return not problems

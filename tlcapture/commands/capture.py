@@ -40,7 +40,7 @@ from tlcapture.storage.files import free_bytes, sweep_temporaries
 from tlcapture.storage.layout import Layout
 from tlcapture.text import as_ranges, format_bytes
 from tlcapture.traits.missing_vectors import no_vectors
-from tlcapture.traits.packaged_vectors import SAID
+from tlcapture.traits.packaged_vectors import NOTHING_TO_PROJECT_ONTO, SAID
 from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 
 __all__ = ["CaptureOptions", "estimate_capture", "run_capture"]
@@ -95,6 +95,8 @@ def run_capture(
             run.warn(_other_sampling_warning(task))
     if options.projects and options.vectors.is_fallback:
         run.line(f"{layout.experiment}: {SAID}")
+    elif options.projects and not options.vectors.layout(layout).traits():
+        run.line(f"{layout.experiment}: {NOTHING_TO_PROJECT_ONTO}")
     busy = {task.capture_set for task in tasks if task.has_work or (task.saved and options.projects)}
     run.report.n_skipped += sum(len(task.saved) for task in tasks if task.capture_set not in busy)
     with ExitStack() as stack:

@@ -6,7 +6,7 @@ A prompt counts once: its samples are averaged first. The change of a trait is t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import nan
@@ -21,6 +21,7 @@ from tlcapture.errors import StorageError
 from tlcapture.names import split_name
 from tlcapture.storage.comparisons import compared, comparison_file
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.verdicts import UsedVector
 
 _MOST_TOKENS = 5  # that are listed
 
@@ -63,6 +64,7 @@ class ComparisonSummary:
         tokens: the tokens of responses that differ most, by divergence, or without it by cosine at the last layer.
         n_cut: files whose captures share only the beginning.
         problems: files that cannot be read, with the reason.
+        vectors: those that captures were projected onto.
     """
 
     a: str
@@ -77,6 +79,7 @@ class ComparisonSummary:
     by: str
     n_cut: int
     problems: Sequence[str]
+    vectors: Sequence[UsedVector] = ()
 
     @property
     def least_alike(self) -> int | None:
@@ -136,7 +139,18 @@ def summary_of(files: Mapping[str, ComparisonFile], problems: Sequence[str] = ()
         by,
         sum(each.continuations is not None for each in files.values()),
         problems,
+        _vectors(files.values()),
     )
+
+
+def _vectors(files: Iterable[ComparisonFile]) -> list[UsedVector]:
+    used = {
+        UsedVector(trait, "residual", found.method, found.layer, found.experiment): None
+        for each in files
+        for trait, found in each.traits.items()
+        if found.experiment is not None
+    }
+    return list(used)
 
 
 def _mean(group: Sequence[ComparisonFile], value: Callable[[ComparisonFile], float]) -> float:

@@ -13,6 +13,7 @@ from tlcapture.errors import InputError
 from tlcapture.names import base_set, check_capture_set, split_name, variant_of
 from tlcapture.storage.comparisons import comparison_file
 from tlcapture.storage.layout import Layout
+from tlcapture.text import beside, did_you_mean
 
 FORM = "EXPERIMENT[/SET[@VARIANT]]"
 
@@ -38,8 +39,8 @@ class CaptureSet:
         layout.check_exists()
         found = cls(layout, check_capture_set(name) if name else None)
         if not found.names:
-            listed = ", ".join(layout.captured_prompt_sets()) or "none"
-            raise InputError(f"{text}: no captures; captured sets of {experiment}: {listed}")
+            others = beside(name, layout.captured_prompt_sets(), f"captured sets of {experiment}")
+            raise InputError(f"{text}: no captures{others}")
         return found
 
     @property
@@ -112,7 +113,8 @@ def compared_sets(a: CaptureSet, b: CaptureSet, only: Sequence[str] = ()) -> lis
     if not found:
         captured = "; ".join(f"{side}: {', '.join(side.names)}" for side in (a, b))
         among = f" among {', '.join(only)}" if only else ""
-        raise InputError(f"{a} and {b} have no prompt set in common{among}; captured sets of {captured}")
+        meant = next(filter(None, (did_you_mean(each, a.names) for each in only)), ";")
+        raise InputError(f"{a} and {b} have no prompt set in common{among}{meant} captured sets of {captured}")
     without = [each for each in found if not each.pairs()]
     if len(without) == len(found):
         first = found[0]

@@ -28,6 +28,7 @@ from tlcapture.runs.run import Run
 from tlcapture.storage.config import read_config
 from tlcapture.storage.files import write_folder
 from tlcapture.storage.layout import Layout
+from tlcapture.storage.missing_captures import no_captures
 from tlcapture.text import as_ranges
 from tlcapture.version import __version__
 from tlcapture.views.hooks import POINTS
@@ -115,10 +116,7 @@ def _files(layout: Layout, prompt_sets: tuple[str, ...]) -> Iterator[tuple[str, 
     existing = layout.prompt_sets()
     for name in prompt_sets:
         if name not in existing:
-            listed = ", ".join(existing) or "none"
-            raise InputError(
-                f"experiment {layout.experiment!r} has no captures of prompt set {name!r}; captured sets: {listed}"
-            )
+            raise no_captures(layout, name, existing)
     for name in prompt_sets or existing:
         for file in layout.prompt_ids(name):
             yield name, file

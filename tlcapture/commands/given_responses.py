@@ -23,6 +23,7 @@ from tlcapture.names import PromptId, base_set, capture_name
 from tlcapture.prompts.known_tokens import KnownTokens
 from tlcapture.prompts.prompt_sets import Prompt, PromptSet
 from tlcapture.prompts.tokenization import TokenizedPrompt, other_tokens
+from tlcapture.text import beside
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class GivenResponses:
         names = self._names
         missing = [name for name in only if name not in {base_set(each) for each in names}]
         if missing:
-            raise InputError(f"{self.source}: no captures of {', '.join(missing)}; captured sets: {', '.join(names)}")
+            others = beside(missing[0], names, "captured sets")
+            raise InputError(f"{self.source}: no captures of {', '.join(missing)}{others}")
         found, refused = [], []
         for name in names:
             if only and base_set(name) not in only:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tlcapture.traits.token_scores import TokenScores
 
 _DPI = 150
-_MOST_LABELS = 90  # tokens labelled along an axis; of longer sequences every second, third, ...
+_MOST_LABELS = 150  # tokens labelled along an axis; of longer sequences every second, third, ...
 _LONGEST_LABEL = 14
 _WIDEST = 18.0
 _BOUNDARY, _COMMITMENT, _PERSISTENCE = "#555555", "#2ca02c", "#ff7f0e"

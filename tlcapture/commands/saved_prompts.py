@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tlcapture.errors import InputError
 from tlcapture.storage.layout import Layout
+from tlcapture.storage.missing_captures import no_captures
 
 
 def saved_prompts(layout: Layout, prompt_set: str, *, dynamics_only: bool = False) -> list[str]:
@@ -18,8 +19,5 @@ def saved_prompts(layout: Layout, prompt_set: str, *, dynamics_only: bool = Fals
             "project it"
         )
     if not ids:
-        captured = ", ".join(layout.captured_prompt_sets()) or "none"
-        raise InputError(
-            f"experiment {layout.experiment!r} has no captures of prompt set {prompt_set!r}; captured sets: {captured}"
-        )
+        raise no_captures(layout, prompt_set, layout.captured_prompt_sets())
     return ids

@@ -22,6 +22,7 @@ from tlcapture.storage.files import FileState, read_json, write_json
 from tlcapture.storage.folders import names_in
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.rises import DEFINITIONS
+from tlcapture.traits.verdicts import UsedVector
 from tlcapture.version import __version__
 
 
@@ -67,7 +68,8 @@ def _from_json(value: Mapping[str, Any]) -> Summary:
     """The summary of a file; raises `TypeError`, `KeyError` or `ValueError` for anything else."""
     findings = value["findings"]
     tops = [_top(**each) for each in value["tops"]]
-    return Summary(tops, None if findings is None else Findings(**findings), value["is_against_set"])
+    vectors = [UsedVector(**each) for each in value["vectors"]]
+    return Summary(tops, None if findings is None else Findings(**findings), value["is_against_set"], vectors)
 
 
 def _top(samples: Mapping[str, Any] | None, pieces: Any, **others: Any) -> TopTrait:

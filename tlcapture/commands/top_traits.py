@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from math import isnan, nan
 from typing import Any
 
@@ -17,6 +18,7 @@ from tlcapture.traits.change_points import LEVEL
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.rises import DEFINITIONS
 from tlcapture.traits.saved_projections import SavedProjection, projections_saved
+from tlcapture.traits.verdicts import UsedVector, used_vector
 
 FEWEST_TO_COMPARE = 3
 _ROUNDING = 1e-5  # of projections, which files keep with 6 digits
@@ -110,11 +112,15 @@ class Findings:
 
 @dataclass(frozen=True)
 class Summary:
-    """What stands out in a projected prompt set; `is_against_set` says whether rises are measured over the set."""
+    """What stands out in a projected prompt set; `is_against_set` says whether rises are measured over the set.
+
+    `vectors` are those that the set is projected onto.
+    """
 
     tops: Sequence[TopTrait]
     findings: Findings | None
     is_against_set: bool = False
+    vectors: Sequence[UsedVector] = ()
 
 
 def essentials(content: Mapping[str, Any]) -> bytes:
@@ -165,8 +171,10 @@ def summary_of(
         if candidates:
             top = max(candidates, key=lambda name: candidates[name].own)
             tops.append(_top(prompt, top, candidates, by_trait[top][prompt]))
-    projections = [each for contents in by_trait.values() for found in contents.values() for each in found]
-    return Summary(tops, _findings(projections), len(prompts) >= FEWEST_TO_COMPARE)
+    projections = {trait: [*chain(*contents.values())] for trait, contents in by_trait.items()}
+    vectors = {used_vector(each, trait, component): None for trait, found in projections.items() for each in found}
+    findings = _findings([*chain(*projections.values())])
+    return Summary(tops, findings, len(prompts) >= FEWEST_TO_COMPARE, [each for each in vectors if each])
 
 
 @dataclass(frozen=True)

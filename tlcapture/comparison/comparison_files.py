@@ -34,6 +34,7 @@ class TraitDifference(FileContent):
 
     layer: Layer
     method: str
+    experiment: str | None = None
     difference: list[Number | None]
     mean_a: Number | None = None
     mean_b: Number | None = None

@@ -34,6 +34,9 @@ _BUNDLE = Path("dist", "cdn", "iife.js")
 class AttentionHeads:
     """The attention weights of all heads of one layer.
 
+        heads = cap.attention(12)
+        heads.n_heads, heads.positions, heads.patterns.shape  # [n_heads, query, key]
+
     Attributes:
         prompt_set, prompt_id: the capture.
         layer: counts from 0.
@@ -69,7 +72,11 @@ class AttentionHeads:
         return len(self.patterns)
 
     def pattern(self, head: SupportsIndex) -> NDArray[np.float32]:
-        """One head's weights `[query, key]`; raises `InputError` if the layer has no such head."""
+        """One head's weights `[query, key]`; raises `InputError` if the layer has no such head.
+
+        Example:
+            heads.pattern(0)[-1].argmax()  # what the last token looks at most
+        """
         head_index = index(head)
         if not 0 <= head_index < self.n_heads:
             raise InputError(f"no head {head_index}: layer {self.layer} has heads 0 to {self.n_heads - 1}")

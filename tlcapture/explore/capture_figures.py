@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 class CaptureFigures:
     """Plotly figures of a capture.
 
+        cap.plot.trajectory("behavioral/refusal", "style/formality")
+
     `how` are the options of `cap.project`: layer, method, component, vector_experiment.
     """
 
@@ -43,6 +45,8 @@ class CaptureFigures:
     def layers(self, trait: str, point: str | None = None, **how: Any) -> OfflineFigure:
         """A heatmap, layers by tokens, of the projection onto a trait's vector.
 
+            cap.plot.layers("behavioral/refusal")
+
         Args:
             point: a residual point; `residual_out` by default.
             how: the options of `project`; `layer` is that of the vector.
@@ -57,13 +61,21 @@ class CaptureFigures:
         return layers_figure(found[0], point)
 
     def logit_lens(self) -> OfflineFigure:
-        """A heatmap, layers by tokens, of the most likely next token and its probability."""
+        """A heatmap, layers by tokens, of the most likely next token and its probability.
+
+        Example:
+            cap.plot.logit_lens().save("lens.png")
+        """
         from tlcapture.explore.figures import lens_figure
 
         return lens_figure(self._capture.logit_lens())
 
     def attention(self, layer: SupportsIndex, head: SupportsIndex) -> OfflineFigure:
-        """One head's attention pattern. Raises `InputError` if the layer or the head does not exist."""
+        """One head's attention pattern. Raises `InputError` if the layer or the head does not exist.
+
+        Example:
+            cap.plot.attention(12, 0)
+        """
         from tlcapture.explore.figures import attention_figure
 
         return attention_figure(self._capture.attention(layer), head)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
+
+from tlcapture.traits.token_scores import TokenScores
+from tlcapture.traits.verdicts import Doubts, UsedVector
 
 _told: set[tuple[str, str]] = set()
 
@@ -22,6 +26,14 @@ def tell(doubts: Iterable[tuple[str, str]], stacklevel: int = 2) -> None:
             by_cause.setdefault(cause, []).append(trait)
     for cause, traits in by_cause.items():
         warnings.warn(f"{', '.join(traits)}: {cause}", stacklevel=stacklevel + 1)
+
+
+def tell_of_saved(root: Path, projections: Iterable[TokenScores]) -> None:
+    """Warn of what `evaluate` leaves in doubt about the vectors that saved projections of a root are onto."""
+    used = {(each.trait, each.component, each.method, each.layer, each.experiment): None for each in projections}
+    doubts = Doubts(root)
+    found = [(of[0], doubts.of(UsedVector(*of[:4], of[4]))) for of in used if of[4] is not None]
+    tell([(trait, doubt) for trait, doubt in found if doubt], stacklevel=4)
 
 
 def forget() -> None:

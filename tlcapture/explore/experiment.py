@@ -11,21 +11,18 @@ cap.cache["resid_post", 16]                    # TransformerLens's ActivationCac
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable
 from functools import cached_property
 from html import escape
-from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any
 
 from tlcapture.errors import InputError
+from tlcapture.explore.captured_sets import AllCaptures
 from tlcapture.explore.roots import default_root
-from tlcapture.explore.saved_capture import SavedCapture
-from tlcapture.names import split_name
 from tlcapture.storage.config import ExperimentConfig, read_config
 from tlcapture.storage.layout import Layout, existing_experiments
 from tlcapture.storage.remote_roots import refresh, root_folder
-from tlcapture.text import printable
 from tlcapture.traits.packaged_vectors import listed_vectors, vectors_layout
 
 if TYPE_CHECKING:
@@ -33,16 +30,18 @@ if TYPE_CHECKING:
 
     from tlcapture.explore.experiment_vectors import ExperimentVectors
     from tlcapture.explore.frames import Layers
-    from tlcapture.explore.set_figures import SetFigures
     from tlcapture.models.loading import Model
 
-_MOST_ROWS = 50
 _FRESH = 5.0  # seconds for which the listing of a remote root holds
 Names = list[str]  # `list` is a method of Experiment
 
 
 class Experiment:
     """An experiment: its configuration, captures, trait vectors and model.
+
+        exp = Experiment("my_exp")
+        exp.name, exp.root, exp.prompt_sets, exp.traits
+        exp.captures["single_trait"][3], exp.vectors["behavioral/refusal"].tensors[12]
 
     Args:
         name: the experiment's folder below `experiments/`; or `packaged`, the vectors that come with the package.
@@ -59,7 +58,12 @@ class Experiment:
 
     @staticmethod
     def list(root: str | Path | None = None) -> Names:
-        """The names of the experiments in a root, sorted: `Experiment.list()`."""
+        """The names of the experiments in a root, sorted: `Experiment.list()`.
+
+        Example:
+            Experiment.list()  # in the current folder
+            Experiment.list("/data/captures")
+        """
         folder = root_folder(root or default_root())
         refresh(folder / "experiments", _FRESH)
         return existing_experiments(folder)
@@ -96,17 +100,30 @@ class Experiment:
 
     @property
     def config(self) -> ExperimentConfig:
-        """The content of `config.json`: models, chat template and system prompt."""
+        """The content of `config.json`: models, chat template and system prompt.
+
+        Example:
+            exp.config.inference_model
+        """
         return read_config(self._listed)
 
     @property
     def prompt_sets(self) -> Names:
-        """Names of the prompt sets with captures."""
+        """Names of the prompt sets with captures.
+
+        Example:
+            for name in exp.prompt_sets:
+                print(name, len(exp.captures[name]))
+        """
         return self._listed.captured_prompt_sets()
 
     @property
     def traits(self) -> Names:
-        """Names of the traits with vectors, as `category/name`."""
+        """Names of the traits with vectors, as `category/name`.
+
+        Example:
+            [trait for trait in exp.traits if trait.startswith("style/")]
+        """
         return [str(trait) for trait in self._listed.traits()]
 
     @property
@@ -124,21 +141,33 @@ class Experiment:
 
     @property
     def evaluation(self) -> DataFrame:
-        """What `tlcapture evaluate` measured, a row for each vector; empty before it ran."""
+        """What `tlcapture evaluate` measured, a row for each vector; empty before it ran.
+
+        Example:
+            exp.evaluation.groupby("trait")["val_auroc"].max()
+        """
         from tlcapture.explore.experiment_tables import evaluation_frame
 
         return evaluation_frame(self._listed)
 
     @property
     def steering(self) -> DataFrame:
-        """What `tlcapture steer` measured, a row for each layer, method and coefficient; empty before it ran."""
+        """What `tlcapture steer` measured, a row for each layer, method and coefficient; empty before it ran.
+
+        Example:
+            exp.steering[exp.steering.gain > exp.steering.null_p95]
+        """
         from tlcapture.explore.experiment_tables import steering_frame
 
         return steering_frame(self._listed)
 
     @property
     def runs(self) -> DataFrame:
-        """The commands that wrote to the experiment, a row for each run, the earliest first."""
+        """The commands that wrote to the experiment, a row for each run, the earliest first.
+
+        Example:
+            exp.runs[["command", "status", "seconds"]]
+        """
         from tlcapture.explore.experiment_tables import runs_frame
 
         return runs_frame(self._listed)
@@ -152,6 +181,9 @@ class Experiment:
     ) -> DataFrame:
         """The projection files of a prompt set as a tidy data frame.
 
+            frame = exp.to_pandas("single_trait", "behavioral/refusal")
+            frame.groupby(["prompt_id", "part"])["score"].mean()
+
         Columns are `prompt_id`, `sample`, `token_idx`, `token`, `part`, `trait`, `layer` and `score`.
 
         Args:
@@ -161,13 +193,18 @@ class Experiment:
 
         Raises `InputError`, naming the command to run, if the set has no projections.
         """
+        from tlcapture.explore.doubts import tell_of_saved
         from tlcapture.explore.frames import tidy_frame
         from tlcapture.traits.saved_projections import saved_projections
 
-        return tidy_frame(saved_projections(self._listed, prompt_set, component=component, traits=traits), layers)
+        found = saved_projections(self._listed, prompt_set, component=component, traits=traits)
+        tell_of_saved(self.layout.root, found)
+        return tidy_frame(found, layers)
 
     def compare(self, other: Experiment | str, prompt_set: str | None = None, **how: Any) -> DataFrame:
         """Compare other captures of the same prompts with this experiment's, as `tlcapture compare` does.
+
+            exp.compare("my_exp/single_trait@formal", "single_trait")
 
         Differences are those of `other` less this experiment's. Comparisons that are there and current are kept, the
         others are written. `docs/compare.md` describes the columns.
@@ -196,12 +233,18 @@ class Experiment:
     def model(self) -> Model:
         """The experiment's inference model, loaded on first use.
 
+            exp.model.n_layers
+
         Raises `InputError` if the experiment has no model yet, `ModelError` if it cannot be loaded.
         """
         return self._load(None)
 
     def model_with(self, adapter: str | None) -> Model:
-        """The experiment's model with an adapter merged, loaded on first use; `model` itself without one."""
+        """The experiment's model with an adapter merged, loaded on first use; `model` itself without one.
+
+        Example:
+            exp.model_with(cap.metadata.get("adapter"))
+        """
         if adapter is None:
             return self.model
         if adapter not in self._adapted:
@@ -219,136 +262,3 @@ class Experiment:
         if name is None:
             raise InputError(f"experiment {self.layout.experiment!r} has no model yet: capture or extract first")
         return load_model(name, adapter=adapter) if adapter else load_model(name)
-
-
-class AllCaptures(Mapping[str, "Captures"]):
-    """The captures of an experiment, a mapping from prompt set to `Captures`.
-
-    Indexing raises `KeyError` for a prompt set without captures; calling returns an empty `Captures`.
-    """
-
-    def __init__(self, experiment: Experiment):
-        self._experiment = experiment
-
-    def __call__(self, prompt_set: str) -> Captures:
-        """The captures of a prompt set, empty if it has none."""
-        return Captures(self._experiment, prompt_set)
-
-    def __getitem__(self, prompt_set: str) -> Captures:
-        if prompt_set not in self._experiment.prompt_sets:
-            raise KeyError(f"{prompt_set!r}: prompt sets with captures: {', '.join(self) or 'none'}")
-        return self(prompt_set)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._experiment.prompt_sets)
-
-    def __len__(self) -> int:
-        return len(self._experiment.prompt_sets)
-
-    def __repr__(self) -> str:
-        return f"AllCaptures({', '.join(f'{name}: {len(found)}' for name, found in self.items()) or 'none'})"
-
-    def _repr_html_(self) -> str:
-        return self._experiment._repr_html_()
-
-    def _ipython_key_completions_(self) -> list[str]:
-        return list(self)
-
-
-class Captures:
-    """The captures of one prompt set, in the order of their ids. Each is opened on first use.
-
-    `captures[3]` and `captures["3"]` are the prompt with that id, `captures.at(0)` the first one; iterating gives the
-    captures, `keys()` their ids. Indexing raises `KeyError` for a prompt without a capture.
-
-    Samples of a prompt (`--samples`) are captures of their own: `captures["7.s1"]`.
-    """
-
-    def __init__(self, experiment: Experiment, prompt_set: str):
-        self._experiment = experiment
-        self.prompt_set = prompt_set
-        self._ids = dict.fromkeys(experiment.layout.captured(prompt_set))
-
-    def __getitem__(self, prompt_id: str | int) -> SavedCapture:
-        if str(prompt_id) not in self._ids:
-            only = str(prompt_id) in self._experiment.layout.prompt_ids(self.prompt_set)
-            hint = "; only projections of this prompt were kept: use .to_pandas(...) of the experiment" if only else ""
-            shown = ", ".join(list(self._ids)[:_MOST_ROWS]) + (", ..." if len(self._ids) > _MOST_ROWS else "")
-            raise KeyError(f"{prompt_id!r}: prompt set {self.prompt_set!r} has captures {shown or 'none'}{hint}")
-        return SavedCapture(self._experiment, self.prompt_set, str(prompt_id))
-
-    def samples(self, prompt_id: str | int) -> list[SavedCapture]:
-        """The samples of a prompt (`--samples`), in their order; none if it has none."""
-        found = map(self.__getitem__, self._by_prompt.get(str(prompt_id), ()))
-        return [capture for capture in found if capture.sample is not None]
-
-    @cached_property
-    def _by_prompt(self) -> dict[str, Names]:
-        found: dict[str, Names] = {}
-        for name in self._ids:
-            found.setdefault(split_name(name)[0], []).append(name)
-        return found
-
-    @cached_property
-    def _in_order(self) -> Sequence[str]:
-        return tuple(self._ids)
-
-    def at(self, position: SupportsIndex) -> SavedCapture:
-        """The capture at a position in the order of ids; negative ones count from the end."""
-        try:
-            return self[self._in_order[index(position)]]
-        except IndexError:
-            raise IndexError(f"{position}: prompt set {self.prompt_set!r} has {len(self)} captures") from None
-
-    def __iter__(self) -> Iterator[SavedCapture]:
-        return (self[prompt_id] for prompt_id in self._ids)
-
-    def __contains__(self, prompt_id: object) -> bool:
-        return str(prompt_id) in self._ids
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def keys(self) -> list[str]:
-        """The ids of the captured prompts, as text."""
-        return list(self._ids)
-
-    def values(self) -> list[SavedCapture]:
-        """The captures."""
-        return list(self)
-
-    def items(self) -> list[tuple[str, SavedCapture]]:
-        """The captures with their ids."""
-        return [(prompt_id, self[prompt_id]) for prompt_id in self._ids]
-
-    def to_pandas(self, traits: Iterable[str] | str | None = None, **how: Any) -> DataFrame:
-        """The projection files of the set as a tidy data frame; `how` are the options of `Experiment.to_pandas`."""
-        return self._experiment.to_pandas(self.prompt_set, traits, **how)
-
-    @property
-    def plot(self) -> SetFigures:
-        """Figures of the whole set: `.trajectory("behavioral/refusal")`."""
-        from tlcapture.explore.set_figures import SetFigures
-
-        return SetFigures(self._experiment.layout, self.prompt_set)
-
-    def __repr__(self) -> str:
-        shown = list(self._ids)[:_MOST_ROWS]
-        more = f", and {len(self) - len(shown)} more" if len(shown) < len(self) else ""
-        return f"Captures({self.prompt_set!r}: {', '.join(shown)}{more})"
-
-    def _ipython_key_completions_(self) -> list[str]:
-        return list(self._ids)
-
-    def _repr_html_(self) -> str:
-        """A table of token counts and responses of the first captures."""
-        shown = list(self._ids)[:_MOST_ROWS]
-        rows = "".join(
-            f"<tr><td>{escape(prompt_id)}</td><td>{len(self[prompt_id].prompt.tokens)}</td>"
-            f"<td>{len(self[prompt_id].response.tokens)}</td>"
-            f"<td>{escape(printable(self[prompt_id].response.text[:120]))}</td></tr>"
-            for prompt_id in shown
-        )
-        more = f"<div>and {len(self) - len(shown)} more</div>" if len(shown) < len(self) else ""
-        head = "<tr><th>id</th><th>prompt tokens</th><th>response tokens</th><th>response</th></tr>"
-        return f"<b>{escape(self.prompt_set)}</b><table>{head}{rows}</table>{more}"

@@ -1,18 +1,23 @@
-"""What an experiment measured, as data frames: evaluations, steering, runs. Loads no torch."""
+"""What an experiment measured, as data frames: evaluations, steering, rises, runs. Loads no torch."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from tlcapture.commands.top_traits import summary_of
 from tlcapture.errors import StorageError
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.evaluation_files import read_evaluation
+from tlcapture.traits.saved_projections import no_projections
 from tlcapture.traits.selection import steering_runs
 from tlcapture.traits.steering_files import percentile_95
 from tlcapture.traits.vector_files import VectorFiles
+from tlcapture.traits.verdicts import Doubts
+from tlcapture.views.hooks import check_component
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -53,6 +58,37 @@ def steering_frame(layout: Layout) -> DataFrame:
             found = {"trait": str(trait), "gain": run.delta, "null_p95": null}
             rows.append({**found, **{name: getattr(run, name) for name in _STEERING if hasattr(run, name)}})
     return DataFrame(rows, columns=[*_STEERING, "null_p95"])
+
+
+def rises_frame(layout: Layout, prompt_set: str, component: str) -> DataFrame:
+    """A row for each prompt of a set and each trait that it is projected onto, with the chance level of its rise.
+
+    Warns of projections that cannot be read. Raises `InputError` if there are none.
+    """
+    from pandas import DataFrame
+
+    problems: list[StorageError] = []
+    summary = summary_of(layout, prompt_set, check_component(component), on_problem=problems.append)
+    for problem in problems:
+        warnings.warn(str(problem), stacklevel=4)
+    if not summary.tops:
+        raise no_projections(layout, prompt_set, component)
+    causes = Doubts(layout.root).by_cause(summary.vectors)
+    doubts = {trait: cause for cause, traits in causes.items() for trait in traits}
+    rows = [
+        {
+            "prompt_id": top.prompt_id,
+            "n_samples": None if top.samples is None else top.samples.n,
+            "trait": trait,
+            "rise": rise,
+            "chance": top.chance,
+            "stands_out": top.chance is not None and rise > top.chance,
+            "doubt": doubts.get(trait),
+        }
+        for top in summary.tops
+        for trait, rise in sorted(top.rises.items())
+    ]
+    return DataFrame(rows).astype({"n_samples": "Int64", "chance": "float64"})
 
 
 def runs_frame(layout: Layout) -> DataFrame:

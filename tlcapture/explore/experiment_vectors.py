@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from tlcapture.errors import InputError
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
-from tlcapture.text import as_ranges
+from tlcapture.text import as_ranges, did_you_mean
 from tlcapture.traits.missing_vectors import no_vectors_of_trait
 from tlcapture.traits.selection import Selection, n_layers_of_origin, select
 from tlcapture.traits.vector_files import VectorFiles
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 class ExperimentVectors(Mapping[str, "TraitVectors"]):
     """The vectors of an experiment, a mapping from trait to `TraitVectors`.
+
+        exp.vectors["behavioral/refusal"]
+        list(exp.vectors), list(exp.vectors("attn_out"))
 
     Indexing raises `InputError`, naming the traits that have vectors, for a trait without.
     """
@@ -70,7 +73,12 @@ class ExperimentVectors(Mapping[str, "TraitVectors"]):
 
 @dataclass(frozen=True, repr=False)
 class TraitVectors:
-    """The vectors of one trait and component: those of one method, by default of the one that is selected."""
+    """The vectors of one trait and component: those of one method, by default of the one that is selected.
+
+    Example:
+        refusal = exp.vectors["behavioral/refusal"]
+        refusal.methods, refusal.layers, refusal.selected.layer, refusal.tensors[12]
+    """
 
     layout: Layout
     trait: Trait
@@ -88,14 +96,23 @@ class TraitVectors:
 
     @property
     def selected(self) -> Selection:
-        """The vector that projections use by default: its layer and method, by what it was selected, and its score."""
+        """The vector that projections use by default: its layer and method, by what it was selected, and its score.
+
+        Example:
+            refusal.selected.layer, refusal.selected.score
+        """
         n_layers = n_layers_of_origin(self._files, self.component)
         return select(self._files, self.component, n_layers, method=self.method)
 
     def by(self, method: str) -> TraitVectors:
-        """The vectors of a method; raises `InputError` for one without vectors."""
+        """The vectors of a method; raises `InputError` for one without vectors.
+
+        Example:
+            refusal.by("mean_diff").tensors[12]
+        """
         if method not in self.methods:
-            raise InputError(f"{self.trait} has no vectors by {method!r}: it has {', '.join(self.methods)}")
+            meant = did_you_mean(method, self.methods) or ":"
+            raise InputError(f"{self.trait} has no vectors by {method!r}{meant} it has {', '.join(self.methods)}")
         return TraitVectors(self.layout, self.trait, self.component, method)
 
     @property
@@ -109,7 +126,11 @@ class TraitVectors:
 
     @property
     def tensors(self) -> dict[int, Tensor]:
-        """The vectors by layer, each `[d_model]` in float32."""
+        """The vectors by layer, each `[d_model]` in float32.
+
+        Example:
+            cap.residual(12).float() @ refusal.tensors[12]
+        """
         from tlcapture.traits.vectors import read_vector
 
         method = self._method
@@ -121,6 +142,8 @@ class TraitVectors:
     @property
     def scores(self) -> DataFrame:
         """What `evaluate` measured: a row for each method and layer, those of `method` alone where it is given.
+
+            refusal.scores.nlargest(3, "val_auroc")
 
         Empty where the vectors were not evaluated.
         """

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from operator import index
 from pathlib import Path
@@ -21,14 +20,12 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError
-from tlcapture.explore.doubts import tell
 from tlcapture.explore.roots import default_root
-from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
 from tlcapture.text import as_ranges
 from tlcapture.traits.packaged_vectors import vectors_layout
 from tlcapture.traits.token_scores import TokenScores
-from tlcapture.views.hooks import check_component, hook
+from tlcapture.views.hooks import hook
 from tlcapture.views.kept_points import from_the_end
 
 if TYPE_CHECKING:
@@ -126,15 +123,15 @@ class ExplorableCapture(ABC):
         return found[0] if is_one else found
 
     def _project_direction(self, direction: Tensor, layer: Any, component: str) -> Projection:
-        from tlcapture.traits.own_direction import project_direction
+        from tlcapture.explore.projecting import project_own
 
-        if isinstance(layer, str):
-            raise InputError("a direction of one's own has no layer of its own: say which, layer=12")
-        at = from_the_end(layer, self._captured.n_layers)
-        return project_direction(self._captured, direction, index(at), check_component(component))
+        return project_own(self._captured, self._vectors(), direction, layer, component)
 
     def projected(self, *traits: str | Tensor, **how: Any) -> list[TokenScores]:
         """Projections with their tokens, as figures and frames need them; onto all traits with vectors by default.
+
+            for scores in cap.projected("behavioral/refusal", "style/formality"):
+                print(scores.title, scores.calibrated)
 
         Directions of one's own `[d_model]` need a `layer`, and come last at each. `how` are the options of `project`.
         """
@@ -144,10 +141,14 @@ class ExplorableCapture(ABC):
         for layer in _several(how.pop("layer", "auto")):
             found += self._project(named, layer=layer, **how) if named or not own else []
             found += [self._project_direction(each, layer, how.get("component", "residual")) for each in own]
-        return [self._with_tokens(projection) for projection in found]
+        from tlcapture.explore.projecting import with_tokens
+
+        return [with_tokens(self._captured, projection) for projection in found]
 
     def by_span(self, trait: str, **how: Any) -> list[dict[str, Any]]:
         """The mean and the dynamics of the projection onto a trait within each turn, the thinking and the answer.
+
+            [(each["kind"], each["mean"]) for each in cap.by_span("behavioral/refusal")]
 
         The entries are those of `dynamics.by_span` in projection files. `how` are the options of `project`.
         """
@@ -159,6 +160,9 @@ class ExplorableCapture(ABC):
     def coloured(self, trait: str | None = None, **how: Any) -> ColouredTokens:
         """The tokens, coloured by their projection onto a trait, or by turn, thinking and answer if none is given.
 
+            cap.coloured("behavioral/refusal")
+            cap.coloured()
+
         `how` are the options of `project`.
         """
         if trait is not None:
@@ -167,6 +171,9 @@ class ExplorableCapture(ABC):
 
     def to_pandas(self, traits: Iterable[str] | str | None = None, layers: Layers = "own", **how: Any) -> DataFrame:
         """Projections as a tidy data frame.
+
+            cap.to_pandas("behavioral/refusal").nlargest(5, "score")
+            cap.to_pandas("behavioral/refusal", layer=[8, 12])
 
         Columns are `prompt_id`, `token_idx`, `token`, `part`, `span`, `role`, `trait`, `layer`, `score` and
         `calibrated`.
@@ -185,7 +192,11 @@ class ExplorableCapture(ABC):
 
     @cached_property
     def plot(self) -> CaptureFigures:
-        """Figures: `.trajectory(...)`, `.layers(...)`, `.logit_lens()`, `.attention(layer, head)` and more."""
+        """Figures: `.trajectory(...)`, `.layers(...)`, `.logit_lens()`, `.attention(layer, head)` and more.
+
+        Example:
+            cap.plot.trajectory("behavioral/refusal").save("refusal.png")
+        """
         from tlcapture.explore.capture_figures import CaptureFigures
 
         return CaptureFigures(self)
@@ -193,6 +204,9 @@ class ExplorableCapture(ABC):
     @cached_property
     def cache(self) -> ActivationCache:
         """TransformerLens's `ActivationCache` over the stored activations, prompt and response as one sequence.
+
+            cap.cache["resid_post", 12]
+            cap.cache.accumulated_resid()
 
         Tensors are float32 and have no batch axis. Attention patterns and internals are there where the experiment has
         their files: `cache["pattern", 5]`. Methods that need the model (`logit_attrs`, anything with `apply_ln`) load
@@ -207,6 +221,8 @@ class ExplorableCapture(ABC):
     def internals(self, layer: SupportsIndex) -> dict[str, Tensor]:
         """Everything a layer computed, by TransformerLens's names, such as `blocks.12.mlp.hook_post`.
 
+            cap.internals(12)["blocks.12.mlp.hook_post"]
+
         It is read from the experiment's internals file of this capture, in the dtype that it was stored in, or computed
         by a forward pass over its tokens. Raises `InputError` if the layer does not exist.
         """
@@ -219,6 +235,8 @@ class ExplorableCapture(ABC):
     def attention(self, layer: SupportsIndex) -> AttentionHeads:
         """The attention patterns of all heads of a layer.
 
+            cap.attention(12).pattern(0)  # [query, key]
+
         They are read from the experiment's attention file of this capture, or computed by a forward pass over its
         tokens. Raises `InputError` if the layer does not exist or has no attention.
         """
@@ -229,6 +247,8 @@ class ExplorableCapture(ABC):
 
     def logit_lens(self) -> LogitLensTable:
         """The next-token predictions of every layer.
+
+            cap.logit_lens().top_tokens[12][-1][:3]  # of layer 12, after the last token but one
 
         They are read from the experiment's logit-lens file of this capture, or computed from the stored residuals
         with the model's unembedding.
@@ -329,35 +349,10 @@ class ExplorableCapture(ABC):
         component: str = "residual",
         vector_experiment: str | None = None,
     ) -> list[Projection]:
-        from tlcapture.traits.choice import VectorChoice, choose_vectors
-        from tlcapture.traits.missing_vectors import no_component_vectors
-        from tlcapture.traits.projection import project
+        from tlcapture.explore.projecting import project_traits
 
-        capture, own = self._captured, self._source(vector_experiment)
-        named = tuple(Trait.parse(name) for name in traits)
-        at = layer if isinstance(layer, str) else index(from_the_end(layer, capture.n_layers))
-        choice = VectorChoice(at, method, vector_experiment, named)
-        choice = choice.or_packaged(own, capture.metadata.get("inference_model"))
-        source = choice.layout(own) if choice.is_fallback else own
-        found = choose_vectors(source, choice, capture, check_component(component))
-        if found.failures:
-            raise found.failures[0][1]
-        if not found.vectors:
-            raise no_component_vectors(source, component)
-        tell(
-            (
-                (str(chosen.vector.trait), doubt)
-                for chosen in found.vectors
-                for doubt in (*chosen.notes(capture.metadata), chosen.selection.warning)
-                if doubt
-            ),
-            stacklevel=3,
-        )
-        tokens = tuple(capture.tokens)
-        pairs = [(chosen.vector, chosen.selection) for chosen in found.vectors]
-        prompt, response = capture.prompt.residual, capture.response.residual
-        projections = project(prompt, response, pairs, held=capture.positions)
-        return [replace(projection, tokens=tokens) for projection in projections]
+        how: dict[str, Any] = {"method": method, "component": component, "vector_experiment": vector_experiment}
+        return project_traits(self._captured, self._source(vector_experiment), traits, layer=layer, **how)
 
     def _source(self, vector_experiment: str | None) -> Layout:
         own = self._vectors()
@@ -368,32 +363,6 @@ class ExplorableCapture(ABC):
         source = vectors_layout(default_root() if own is None else own.root, vector_experiment)
         source.check_exists()
         return source
-
-    def _with_tokens(self, projection: Projection) -> TokenScores:
-        import torch
-
-        from tlcapture.traits.calibration import Calibration, CalibrationRecord
-
-        capture, dynamics, calibration = self._captured, projection.dynamics, projection.calibration
-        return TokenScores(
-            prompt_set=capture.capture_set,
-            prompt_id=capture.prompt_id,
-            trait=str(projection.vector.trait),
-            component=projection.vector.component,
-            method=projection.vector.method,
-            layer=projection.vector.layer,
-            tokens=projection.tokens,
-            n_prompt_tokens=len(projection.prompt),
-            scores=torch.cat([projection.prompt, projection.response]).double().numpy(),
-            sublayers=projection.sublayers,
-            layers=projection.layers,
-            commitment_point=dynamics.commitment_point,
-            persistence=dynamics.persistence,
-            calibration=None if calibration is None else Calibration.of_record(CalibrationRecord(**calibration)),
-            spans=capture.spans,
-            positions=self._positions,
-            sample=capture.sample,
-        )
 
 
 def _several(layer: Any) -> list[Any]:

@@ -27,7 +27,7 @@ from tlcapture.traits.token_scores import TokenScores
 _COLOURS = plotly.colors.qualitative.D3
 _DASHES = ("solid", "dash", "dot", "dashdot")
 CALIBRATED = "projection: negative examples at 0, positive at 1"
-_MOST_LABELS = 80  # tick labels on a token axis; longer texts label every second, third, ... token
+_MOST_LABELS = 100  # tick labels on a token axis; longer texts label every second, third, ... token
 
 
 def trajectory_figure(projections: Sequence[TokenScores], *, calibrated: bool = True) -> OfflineFigure:

@@ -102,6 +102,9 @@ class LiveCapture(Capture, ExplorableCapture):
     ) -> Any:
         """Save into an experiment, with the files that `tlcapture capture` writes, so that the page shows them.
 
+            cap.save("my_exp")      # into an experiment, for the page
+            cap.save("capture.pt")  # the raw residual alone
+
         These are the raw residual, the projections if there are vectors, of the tokens that are held, and the add-ons
         that were captured. An experiment that does not exist is made. A prompt of the set `adhoc` gets the id that its
         text has there, or the next number.
@@ -211,6 +214,9 @@ def capture(
     variant: str | None = None,
 ) -> Iterator[LiveCapture]:
     """Generate from prompts and yield a `LiveCapture` for each as soon as its response is complete.
+
+        for cap in capture("smollm2", ["How do tides work?"], max_new_tokens=20):
+            print(cap.response.text, cap.residual(12).shape)
 
     Args:
         model: a model that `load_model` returns, a name that it accepts, or an unprocessed HookedTransformer or

@@ -10,7 +10,7 @@ from tlcapture.captures.capture import Capture
 from tlcapture.commands.replay import as_prompt
 from tlcapture.errors import InputError
 from tlcapture.explore.applied_interventions import AppliedInterventions
-from tlcapture.explore.experiment import Captures
+from tlcapture.explore.captured_sets import Captures
 from tlcapture.explore.explorable_capture import ExplorableCapture
 from tlcapture.generation.interventions import HookFunction
 from tlcapture.generation.typical_norms import NORMS_MEASURED, norms_over_prompts

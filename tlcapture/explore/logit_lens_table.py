@@ -28,6 +28,10 @@ _MOST_LISTED = 5  # predictions listed for a cell
 class LogitLensTable:
     """The next-token predictions of every layer, after each token but the last, or after those that were kept.
 
+        lens = cap.logit_lens()
+        lens.n_layers, lens.layer_numbers, lens.n_predictions, lens.after
+        lens.actual_prob[:, -1]  # by layer, of the last token
+
     Attributes:
         prompt_set, prompt_id: the capture.
         tokens: texts of all tokens, prompt first.
@@ -82,7 +86,11 @@ class LogitLensTable:
         return range(last) if self.positions is None else [each for each in self.positions if each < last]
 
     def described(self, layer: int, column: int) -> list[str]:
-        """Lines that list one prediction of a layer, and the rank of the actual next token."""
+        """Lines that list one prediction of a layer, and the rank of the actual next token.
+
+        Example:
+            lens.described(12, 0)  # lines of text
+        """
         top = zip(self.top_tokens[layer][column][:_MOST_LISTED], self.top_probs[layer, column], strict=False)
         lines = [f"{prob:.4g} {printable(text)!r}" for text, prob in top]
         rank, prob = self.actual_rank[layer, column], self.actual_prob[layer, column]

@@ -23,6 +23,7 @@ from IPython.core.magic_arguments import argument, magic_arguments
 from IPython.display import display
 
 from tlcapture.errors import TlcaptureError
+from tlcapture.explore.completion import complete_in
 from tlcapture.explore.experiment import Experiment
 from tlcapture.models.embedded import NAME
 from tlcapture.models.lazy_model import LazyModel
@@ -60,8 +61,9 @@ def _change(option: str, kind: type[TraitIntervention], text: str) -> Any:
 
 
 def load_ipython_extension(shell: InteractiveShell) -> None:
-    """Register `%capture_prompt`; called by `%load_ext tlcapture`."""
+    """Register `%capture_prompt`, and complete traits and points; called by `%load_ext tlcapture`."""
     shell.register_magics(CaptureMagics)
+    complete_in(shell)
 
 
 @magics_class

@@ -37,7 +37,13 @@ def plotly_text(text: str) -> str:
 
 
 class OfflineFigure(go.Figure):
-    """A Plotly figure that loads nothing from other hosts; all methods of `plotly.graph_objects.Figure` work."""
+    """A Plotly figure that loads nothing from other hosts; all methods of `plotly.graph_objects.Figure` work.
+
+    Example:
+        figure = cap.plot.trajectory("behavioral/refusal")
+        figure.update_layout(width=900)
+        figure.show()
+    """
 
     def __repr__(self) -> str:
         title = self.layout.title.text or "untitled"
@@ -56,6 +62,8 @@ class OfflineFigure(go.Figure):
 
     def save(self, path: str | Path) -> Path:
         """Save the figure as an HTML page, or as a PNG or SVG picture, as the name says; returns the path.
+
+            figure.save("trajectory.svg")
 
         Pictures are drawn by Matplotlib and need no browser. Raises `InputError` for another kind of name.
         """

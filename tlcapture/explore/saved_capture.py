@@ -28,6 +28,9 @@ _CAPTURE_ATTRIBUTES = (
 class SavedCapture(ExplorableCapture):
     """A capture of an experiment, opened (memory-mapped) on first use.
 
+        cap = exp.captures["single_trait"][1]
+        cap.prompt_id, cap.tokens[:5], cap.residual(12).shape
+
     Has every attribute of `Capture`, such as `tokens`, `prompt`, `response` and `residual(layer, point)`.
     """
 
@@ -43,7 +46,11 @@ class SavedCapture(ExplorableCapture):
 
     @cached_property
     def capture(self) -> Capture:
-        """The opened file; raises `StorageError` if it is damaged."""
+        """The opened file; raises `StorageError` if it is damaged.
+
+        Example:
+            cap.capture.metadata["seed"]
+        """
         from tlcapture.captures.capture import Capture
 
         return Capture.open(self.experiment.layout.residual(self.prompt_set, self._name))

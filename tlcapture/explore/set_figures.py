@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 
 class SetFigures:
-    """Figures of a prompt set."""
+    """Figures of a prompt set.
+
+    Example:
+        exp.captures["single_trait"].plot.trajectory("behavioral/refusal")
+    """
 
     def __init__(self, layout: Layout, prompt_set: str):
         self._layout = layout
@@ -31,6 +35,8 @@ class SetFigures:
     ) -> OfflineFigure:
         """Mean trajectories over the responses, one line per trait, and their spread: one standard deviation each way.
 
+            captures.plot.trajectory("behavioral/refusal", beside="single_trait@formal")
+
         Token 0 is the first of the response, so that responses begin together; a token is drawn where at least two
         responses have it. All traits that the set is projected onto by default.
 
@@ -40,6 +46,7 @@ class SetFigures:
 
         Raises `InputError`, naming the command to run, if a set has no projections.
         """
+        from tlcapture.explore.doubts import tell_of_saved
         from tlcapture.explore.figures import mean_trajectory_figure
 
         names = [self.prompt_set, *([beside] if isinstance(beside, str) else beside)]
@@ -47,4 +54,5 @@ class SetFigures:
             name: list(saved_projections(self._layout, name, component=component, traits=traits or None))
             for name in names
         }
+        tell_of_saved(self._layout.root, [each for projections in found.values() for each in projections])
         return mean_trajectory_figure(found, calibrated=calibrated)

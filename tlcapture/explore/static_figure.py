@@ -12,9 +12,12 @@ import numpy as np
 if TYPE_CHECKING:
     import plotly.graph_objects as go
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _DPI = 110
 _INCH = 96  # pixels of a figure
+_NARROWEST, _MARGINS, _OF_LABEL = 1000 / _INCH, 1.5, 0.125  # inches: a label of six points needs an eighth
+_MOST_MARKED = 60  # points that have markers of the usual size; more have smaller ones
 _LONGEST_LABEL = 14
 _SYMBOLS = {"diamond": "D", "circle": "o"}
 _DASHES = {"dash": "--", "dot": ":", "dashdot": "-.", None: "-", "solid": "-"}
@@ -23,10 +26,21 @@ _SCALES = {"RdBu_r": "RdBu_r", "Blues": "Blues"}
 
 def picture(figure: go.Figure, form: str) -> bytes:
     """A figure as `png` or `svg`. Its traces are scatters and heatmaps, its shapes lines across it."""
+    data = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # drawn as a box
+        drawn(figure).savefig(data, format=form, dpi=_DPI, metadata={"Date": None} if form == "svg" else None)
+    return data.getvalue()
+
+
+def drawn(figure: go.Figure) -> Figure:
+    """A figure as one of Matplotlib, wide enough for the labels of its tokens."""
     from matplotlib.figure import Figure
 
     layout = figure.layout
-    canvas = Figure(figsize=(1000 / _INCH, float(layout.height or 450) / _INCH), layout="constrained")
+    n_labels = len(layout.xaxis.ticktext or ())
+    width = max(_NARROWEST, _MARGINS + _OF_LABEL * n_labels)
+    canvas = Figure(figsize=(width, float(layout.height or 450) / _INCH), layout="constrained")
     axis = canvas.subplots()
     for trace in map(_with_arrays, figure.data):
         draw = _draw_heatmap if trace.get("type") == "heatmap" else _draw_scatter
@@ -35,12 +49,8 @@ def picture(figure: go.Figure, form: str) -> bytes:
         _draw_line(axis, shape)
     _label(axis, figure)
     if axis.get_legend_handles_labels()[1]:
-        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.25), ncols=3, frameon=False)
-    data = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # drawn as a box
-        canvas.savefig(data, format=form, dpi=_DPI, metadata={"Date": None} if form == "svg" else None)
-    return data.getvalue()
+        canvas.legend(fontsize=7, loc="outside lower left", ncols=3, frameon=False)
+    return canvas
 
 
 def _with_arrays(trace: Any) -> dict[str, Any]:
@@ -62,7 +72,7 @@ def _draw_scatter(axis: Axes, trace: dict[str, Any]) -> None:
         linestyle=_DASHES.get(line.get("dash"), "-"),
         linewidth=line.get("width", 1.5) if "lines" in (trace.get("mode") or "lines") else 0,
         marker=_SYMBOLS.get(str(marker.get("symbol")), "o") if has_markers else None,
-        markersize=marker.get("size", 4),
+        markersize=marker.get("size", 4) * min(1, _MOST_MARKED / max(1, len(x))),
         alpha=trace.get("opacity", 1),
         label=None if trace.get("showlegend") is False else _plain(trace.get("name")),
     )

@@ -35,7 +35,8 @@ _NEUTRAL = {"top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}  # valu
 class Sampling:
     """How next tokens are chosen, and texts that end a response.
 
-        Sampling(temperature=0.7, top_p=0.9, stop=["\\n\\n"])
+        sampling = Sampling(temperature=0.7, top_p=0.9, stop=["\\n\\n"])
+        sampling.record(), sampling.without_effect
 
     Attributes:
         temperature: 0 is greedy.

@@ -100,6 +100,9 @@ def load_model(
 ) -> Model:
     """Load a model with the unprocessed weights of its checkpoint.
 
+        model = load_model("smollm2")
+        model.n_layers, model.d_model
+
     Of a checkpoint with other parts, such as one for images, the text model is taken. An adapter is merged.
 
     Args:

@@ -32,6 +32,7 @@ from tlcapture.storage.layout import Datasets, Layout
 from tlcapture.storage.remote_roots import shown
 from tlcapture.traits.intervention_records import described
 from tlcapture.traits.saved_projections import all_saved, saved_projection
+from tlcapture.traits.verdicts import Doubts
 from tlcapture.views.hooks import COMPONENTS
 from tlcapture.views.json_files import head_of
 from tlcapture.views.kept_tokens import spread_rows
@@ -152,6 +153,7 @@ class Contents(NoteContents):
         """A prompt's tokens, and its trajectory and dynamics for every trait that it is projected onto."""
         layout = self._layout(experiment)
         found: dict[str, Any] = {"tokens": None, "n_prompt_tokens": 0, "projections": [], "problems": []}
+        doubts = Doubts(self.root)
         try:
             saved = all_saved(layout, prompt_set, prompt_id)
         except TlcaptureError as error:  # of a shard
@@ -159,7 +161,7 @@ class Contents(NoteContents):
         for each in saved:
             try:
                 content = each.read()
-                projection = projection_of(each, content)
+                projection = projection_of(each, content, doubts)
             except TlcaptureError as error:
                 found["problems"].append(self.problem(error))
                 continue
@@ -274,7 +276,8 @@ class Contents(NoteContents):
         if not files:
             raise missing.comparison(layout, prompt_set)
         found = summary_of(files, [self.problem(StorageError(each)) for each in problems])
-        return {**found.to_json(), "ids": list(files)}
+        doubts = Doubts(self.root).lines(found.vectors)
+        return {**found.to_json(), "ids": list(files), "doubts": doubts}
 
     def comparison(self, experiment: str, other: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
         """The comparison of one prompt."""

@@ -37,6 +37,7 @@ class _Carried:
     elements: list[str] = field(default_factory=list)
     missing: dict[str, dict[str, str]] = field(default_factory=dict)
     on_problem: Callable[[str], object] = lambda problem: None
+    on_unread: Callable[[str], object] = lambda unread: None
     left_out: list[str] = field(default_factory=list)
 
     def add(self, label: str, resources: Sequence[tuple[str, dict[str, str]]], *, needed: bool = False) -> None:
@@ -69,8 +70,9 @@ class _Carried:
 
     def read(self, name: str, parameters: dict[str, str]) -> Any:
         value = getattr(self.contents, name)(**parameters)
-        for problem in value.get("problems", ()) if isinstance(value, dict) else ():
-            self.on_problem(f"{self.contents.root}/{problem}")  # which names files below the root
+        for key, tell in {"problems": self.on_problem, "unread": self.on_unread}.items():
+            for problem in value.get(key, ()) if isinstance(value, dict) else ():
+                tell(f"{self.contents.root}/{problem}")  # which names files below the root
         return value
 
 
@@ -82,17 +84,19 @@ def export_page(
     *,
     megabytes: float = DEFAULT_MEGABYTES,
     on_problem: Callable[[str], object] = lambda problem: None,
+    on_unread: Callable[[str], object] = lambda unread: None,
 ) -> list[str]:
     """Write the page with an experiment's data to `target`; returns labels of the data that did not fit.
 
     Trajectories, vectors and layers are added first, then the logit lens and attention of each prompt, until the
-    data reaches `megabytes`. A file that cannot be read is left out, and `on_problem` is called with the reason.
+    data reaches `megabytes`. A file that cannot be read is left out, and `on_problem` is called with the reason;
+    `on_unread` where it is a raw file that another tool may have written, whose prompt is listed without its text.
 
     Raises `InputError` if the overview alone does not fit.
     """
     layout = Layout(root, experiment)
     contents = _Only(root, experiment, tuple(prompt_sets), notes_closed=EXPORTED)
-    carried = _Carried(contents, int(megabytes * 2**20), on_problem=on_problem)
+    carried = _Carried(contents, int(megabytes * 2**20), on_problem=on_problem, on_unread=on_unread)
     prompts = [(name, prompt_id) for name in prompt_sets for prompt_id in layout.prompt_ids(name)]
     overview: list[tuple[str, dict[str, str]]] = [("experiments", {}), ("root_folder", {})]
     overview += [("prompt_set", {"experiment": experiment, "prompt_set": name}) for name in prompt_sets]

@@ -10,6 +10,7 @@ from tlcapture.commands.top_traits import Summary, TopTrait, summary_of
 from tlcapture.errors import TlcaptureError
 from tlcapture.page.captured import captured_tokens
 from tlcapture.storage.layout import Layout
+from tlcapture.traits.verdicts import Doubts
 
 _SHOWN = 300  # characters of an answer
 
@@ -21,7 +22,8 @@ def overview_of(
 
     A row has the `id` of the prompt, its `captures`, and the first words of the `answer`. Where the prompt is
     projected it also has its `rises` by trait and, for the trait that rose most, what `TopTrait` says of it. `traits`
-    are all traits of the rises. `problems` are of projections, `unread` of captures that are not projected.
+    are all traits of the rises, `doubts` what is doubtful of their vectors. `problems` are of projections, `unread` of
+    captures that are not projected.
     """
     problems: dict[str, None] = {}
     unread: dict[str, None] = {}
@@ -36,7 +38,8 @@ def overview_of(
     traits = sorted({trait for top in summary.tops for trait in top.rises})
     found = None if summary.findings is None else asdict(summary.findings)
     shown = {"rows": rows, "traits": traits, "against": _against(summary), "findings": found}
-    return {**shown, "problems": list(problems), "unread": list(unread)}
+    doubts = Doubts(layout.root).lines(summary.vectors)
+    return {**shown, "doubts": doubts, "problems": list(problems), "unread": list(unread)}
 
 
 def _by_prompt(captures: Sequence[Mapping[str, Any]]) -> dict[tuple[str, bool], list[str]]:

@@ -12,17 +12,19 @@ from tlcapture.errors import StorageError
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.rises import DEFINITIONS, peak_of
 from tlcapture.traits.saved_projections import SavedProjection
+from tlcapture.traits.verdicts import Doubts, used_vector
 
 
-def projection_of(saved: SavedProjection, content: ProjectionFile) -> dict[str, Any]:
-    """A projection as JSON; raises `StorageError` for one with incomplete dynamics."""
+def projection_of(saved: SavedProjection, content: ProjectionFile, doubts: Doubts) -> dict[str, Any]:
+    """A projection as JSON, with the doubts about its vector; raises `StorageError` for incomplete dynamics."""
     trait, component, path = saved.trait, saved.component, saved.path
     prompt, response = content.trajectory
     dynamics = content.dynamics
     if dynamics is None or dynamics.velocity is None or dynamics.acceleration is None:
         raise StorageError(f"{path}: its dynamics are incomplete: run 'tlcapture project --dynamics-only'")
     scale, is_current = content.calibration, content.metadata.definitions == DEFINITIONS
-    warnings = list(content.metadata.warnings)
+    vector = used_vector(content, str(trait), component)
+    warnings = [*content.metadata.warnings, *filter(None, [vector and doubts.of(vector)])]
     if not is_current:
         warnings.append("its dynamics follow earlier definitions: run 'tlcapture project --dynamics-only'")
     held = content.positions

@@ -30,6 +30,8 @@ ADHOC = "adhoc"  # the prompt set of prompts that are given as text
 class Prompt(BaseModel):
     """One prompt of a set.
 
+        Prompt(id=1, text="How do tides work?", difficulty="easy")
+
     Attributes:
         id: a safe file name (letters, digits, `.`, `_`, `-`) or a whole number; it keeps its type in all files.
         text: the prompt, not empty; for a conversation the text of its last user message.
@@ -51,7 +53,11 @@ class Prompt(BaseModel):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The keys of the prompt that have no meaning here, with their values."""
+        """The keys of the prompt that have no meaning here, with their values.
+
+        Example:
+            Prompt(id=1, text="How do tides work?", difficulty="easy").fields
+        """
         return dict(self.model_extra or {})
 
     @model_validator(mode="before")
@@ -121,6 +127,8 @@ def _with_text_of_messages(value: dict[Any, Any]) -> dict[Any, Any]:
 class PromptSet(BaseModel):
     """A named list of prompts; further keys are kept.
 
+        PromptSet(name="mine", prompts=[Prompt(id=1, text="How do tides work?")])
+
     Attributes:
         name: the file's path below `datasets/inference/` without `.json`, for example `mine` or `general/mine`.
         title: what the file calls the set; its name where it does not say.
@@ -161,7 +169,12 @@ class PromptSet(BaseModel):
         return self
 
     def system_prompt_of(self, prompt: Prompt, default: str | None = None) -> str | None:
-        """The prompt's own system prompt or message, else the set's, else `default` (the experiment's)."""
+        """The prompt's own system prompt or message, else the set's, else `default` (the experiment's).
+
+        Example:
+            mine = PromptSet(name="mine", prompts=[Prompt(id=1, text="Hello?")], system_prompt="Be brief.")
+            mine.system_prompt_of(mine.prompts[0])
+        """
         for candidate in (prompt.system_prompt, system_prompt_of(prompt.messages), self.system_prompt):
             if candidate is not None:
                 return candidate

@@ -43,6 +43,7 @@ from tlcapture.names import (
 from tlcapture.storage.folders import folders_in, holds_any, natural, stems_in, subfolders
 from tlcapture.storage.projection_places import STREAM_FOLDERS, place_of_projection
 from tlcapture.storage.remote_roots import check_complete, list_experiment, refresh
+from tlcapture.text import beside
 
 
 def shipped_datasets() -> Path:
@@ -84,10 +85,9 @@ class Datasets:
             path = folder / "inference" / f"{name}.json"
             if path.is_file():
                 return path
-        existing = ", ".join(self.prompt_sets()) or "none"
         raise InputError(
-            f"no prompt set {name!r}: looked for {self.folders[0] / 'inference' / (name + '.json')} "
-            f"and in the package; existing sets: {existing}"
+            f"no prompt set {name!r}: looked for {self.folders[0] / 'inference' / (name + '.json')} and in the package"
+            f"{beside(name, self.prompt_sets(), 'existing sets')}"
         )
 
     def traits(self, *, own: bool = False) -> list[Trait]:
@@ -105,10 +105,10 @@ class Datasets:
             path = folder / "traits" / trait.category / trait.name
             if path.is_dir():
                 return path
-        existing = ", ".join(map(str, self.traits())) or "none"
         raise InputError(
             f"no examples for trait {str(trait)!r}: expected the folder "
-            f"{self.folders[0] / 'traits' / trait.category / trait.name}; existing traits: {existing}"
+            f"{self.folders[0] / 'traits' / trait.category / trait.name}"
+            f"{beside(str(trait), map(str, self.traits()), 'existing traits')}"
         )
 
 
@@ -141,10 +141,8 @@ class Layout:
         """Raise `InputError` with the existing experiments if this one does not exist, or is not all there."""
         check_complete(self.folder)
         if not self.folder.is_dir():
-            listed = ", ".join(existing_experiments(self.root)) or "none"
-            raise InputError(
-                f"no experiment {self.experiment!r}: expected the folder {self.folder}; existing experiments: {listed}"
-            )
+            others = beside(self.experiment, existing_experiments(self.root), "existing experiments")
+            raise InputError(f"no experiment {self.experiment!r}: expected the folder {self.folder}{others}")
 
     def own(self, path: Path) -> Path:
         """Return a path below the experiment's folder, or raise `StorageError` if it contains a link that leads out.
@@ -342,7 +340,8 @@ class Layout:
             if any(self._with_projections(stream, prompt_set))
         }
         for component, by_prompt in self._sharded(prompt_set):
-            found |= {(Trait.parse(trait), component) for traits in by_prompt.values() for trait in traits}
+            names = {trait for traits in by_prompt.values() for trait in traits}
+            found |= {(Trait.parse(name), component) for name in names}
         return sorted(found)
 
     def shards(self, component: str, prompt_set: str) -> Path:

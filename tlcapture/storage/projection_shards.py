@@ -29,6 +29,7 @@ from pydantic import Field, model_validator
 from tlcapture.errors import StorageError
 from tlcapture.names import COMPACT, is_safe_name
 from tlcapture.storage.compact_files import open_compact
+from tlcapture.storage.remote_roots import local
 from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant
 from tlcapture.storage.safetensors_files import TensorFile
 from tlcapture.storage.validation import Count, FileContent, Layer, checked, not_valid
@@ -113,7 +114,8 @@ class Shard:
     def open(cls, path: Path) -> Shard:
         """Open a shard, whose index and tensors are checked; raises `StorageError` for any other file."""
         try:
-            state = path.stat()
+            # Of what is read: the inode of the empty file that stands for it in a remote root is soon that of another.
+            state = local(path).stat()
         except OSError as error:
             raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
         return _opened(path, state.st_mtime_ns, state.st_size, state.st_ino)

@@ -14,6 +14,7 @@ from tlcapture.errors import InputError
 from tlcapture.names import Trait
 from tlcapture.storage.files import read_json
 from tlcapture.storage.validation import FileContent, Layer, Number, Share, checked
+from tlcapture.traits.change_points import LEVEL
 
 
 class EvaluationRow(FileContent):
@@ -74,6 +75,18 @@ class TraitEvaluation(FileContent):
     gain_interval: list[Number | None] | None = Field(default=None, min_length=2, max_length=2)
     p: Share | None = None
     verdict: str | None = None
+
+    @property
+    def doubt(self) -> str | None:
+        """What the verdict leaves in doubt, without its numbers; `None` where the vector adds something."""
+        if self.verdict is None or self.p is None or self.gain_interval is None:
+            return None
+        if self.p > LEVEL:
+            return "no better than vectors of shuffled labels"
+        low, known = self.gain_interval[0], {name: rate for name, rate in self.baselines.items() if rate is not None}
+        if known and (low is None or low <= 0):
+            return f"adds nothing over {max(known, key=lambda name: known[name])} that its examples can show"
+        return None
 
     @property
     def summary(self) -> dict[str, Any]:

@@ -98,7 +98,11 @@ class TraitIntervention(ABC):
 
     @classmethod
     def parse(cls: type[Given], text: str) -> Given:
-        """Read the form of the command line; raises `InputError`, which names it, for anything else."""
+        """Read the form of the command line; raises `InputError`, which names it, for anything else.
+
+        Example:
+            Steer.parse("behavioral/refusal:+0.2@12")
+        """
         match = _PARTS.fullmatch(text)
         needs_number = cls.number_name is not None
         if match is None or (match["number"] is not None) != needs_number:
@@ -129,7 +133,11 @@ class TraitIntervention(ABC):
 
 
 class Steer(TraitIntervention):
-    """Adds `coefficient` typical residual norms along a vector; from the last prompt token on, unless `where` says."""
+    """Adds `coefficient` typical residual norms along a vector; from the last prompt token on, unless `where` says.
+
+    Example:
+        Steer("behavioral/refusal", +0.2, layers=12)
+    """
 
     kind = "steer"
     form = "TRAIT:COEFFICIENT@LAYERS[:WHERE]"
@@ -148,7 +156,11 @@ class Steer(TraitIntervention):
 
 
 class Ablate(TraitIntervention):
-    """Removes the component along a vector; at all tokens, unless `where` says."""
+    """Removes the component along a vector; at all tokens, unless `where` says.
+
+    Example:
+        Ablate("behavioral/refusal", layers="all")
+    """
 
     kind = "ablate"
     form = "TRAIT@LAYERS[:WHERE]"
@@ -161,7 +173,11 @@ class Ablate(TraitIntervention):
 
 
 class Cap(TraitIntervention):
-    """Holds the projection onto a vector at `value` or below; at all tokens, unless `where` says."""
+    """Holds the projection onto a vector at `value` or below; at all tokens, unless `where` says.
+
+    Example:
+        Cap("behavioral/refusal", 1.5, layers=[8, 12], where="response")
+    """
 
     kind = "cap"
     form = "TRAIT:VALUE@LAYERS[:WHERE]"

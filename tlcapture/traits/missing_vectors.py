@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from tlcapture.errors import InputError, VectorError
 from tlcapture.names import Trait
 from tlcapture.storage.layout import Layout
-from tlcapture.text import as_ranges, did_you_mean
+from tlcapture.text import as_ranges, beside, did_you_mean
 
 PACKAGED = "packaged"  # the name of the experiment that comes with the package
 
@@ -30,11 +30,11 @@ def no_vectors(layout: Layout) -> InputError:
 
 def no_vectors_of_trait(layout: Layout, trait: Trait) -> InputError:
     """The error for a trait without vectors, naming the traits that have some, and the one that was probably meant."""
-    meant = did_you_mean(str(trait), map(str, layout.traits()))
-    extract = "" if meant else f"; run '{extract_command(layout, [trait])}'"
+    traits = [*map(str, layout.traits())]
+    extract = "" if did_you_mean(str(trait), traits) else f"; run '{extract_command(layout, [trait])}'"
     return InputError(
-        f"no vectors for trait {str(trait)!r} in {_place(layout)}{meant or ';'} available traits: "
-        f"{_available(layout)}{extract}"
+        f"no vectors for trait {str(trait)!r} in {_place(layout)}{beside(str(trait), traits, 'available traits')}"
+        f"{extract}"
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from tlcapture.captures.capture import Capture
 from tlcapture.errors import VectorError
 from tlcapture.names import Trait
+from tlcapture.traits.chance import RandomDirections
 from tlcapture.traits.projection import Projection, project
 from tlcapture.traits.selection import Selection
 from tlcapture.traits.vectors import TraitVector
@@ -20,8 +21,10 @@ OWN = Trait("own", "direction")
 _NO_METADATA: Mapping[str, Any] = {}
 
 
-def project_direction(capture: Capture, direction: Tensor, layer: int, component: str) -> Projection:
-    """Project a capture onto a direction `[d_model]` at a layer, as `own/direction`.
+def project_direction(
+    capture: Capture, direction: Tensor, layer: int, component: str, random: RandomDirections | None = None
+) -> Projection:
+    """Project a capture onto a direction `[d_model]` at a layer, as `own/direction`; beside `random` ones if given.
 
     Raises `VectorError` for what is not a finite, non-zero direction of the capture's width.
     """
@@ -32,5 +35,6 @@ def project_direction(capture: Capture, direction: Tensor, layer: int, component
         raise VectorError("the direction is zero, or holds NaN or inf")
     own = TraitVector(OWN, component, "own", layer, "", vector, _NO_METADATA)
     chosen = [(own, Selection(layer, "own", "override"))]
-    (found,) = project(capture.prompt.residual, capture.response.residual, chosen, held=capture.positions)
+    streams = capture.prompt.residual, capture.response.residual
+    (found,) = project(*streams, chosen, random=random, held=capture.positions)
     return replace(found, tokens=tuple(capture.tokens))

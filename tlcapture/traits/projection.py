@@ -74,6 +74,10 @@ class Centred:
 class Projection:
     """One capture's projection onto one trait vector.
 
+        found = cap.project("behavioral/refusal")
+        found.trajectory, found.calibration, found.dynamics.commitment_point, found.chance.commit
+        found.coloured(), found.means(), found.source(), found.to_json()
+
     `prompt` and `response` are `[n_tokens, n_layers, n_sublayers]`, in units of the activations;
     `sublayers` are the residual points that the capture keeps, or `attn_out` alone. `layers` are the layers
     that it keeps (for `attn_out`, those of them that have attention); the scores of all others are NaN. `chance` is

@@ -13,6 +13,7 @@ from tlcapture.errors import InputError
 from tlcapture.names import PromptId, Trait
 from tlcapture.storage.files import Written, read_json, write_json
 from tlcapture.storage.layout import Layout
+from tlcapture.storage.missing_captures import no_captures
 from tlcapture.storage.projection_shards import MERGED, Sharded, merged_shards, sharded_of
 from tlcapture.storage.regular_files import check_regular
 from tlcapture.traits.projection_files import ProjectionFile
@@ -31,11 +32,8 @@ def saved_projections(
     check_component(component)
     ids = layout.prompt_ids(prompt_set)
     if not ids:
-        available = ", ".join(layout.prompt_sets()) or "none"
-        raise InputError(
-            f"experiment {layout.experiment!r} has no captures of prompt set {prompt_set!r}; captured sets: "
-            f"{available}; run 'tlcapture capture --experiment {layout.experiment} --prompt-set {prompt_set}'"
-        )
+        remedy = f"run 'tlcapture capture --experiment {layout.experiment} --prompt-set {prompt_set}'"
+        raise no_captures(layout, prompt_set, layout.prompt_sets(), remedy)
     names = [traits] if isinstance(traits, str) else traits
     wanted = None if names is None else list(dict.fromkeys(Trait.parse(name) for name in names))
     by_prompt = {prompt_id: projections_of(layout, prompt_set, prompt_id, component, wanted) for prompt_id in ids}

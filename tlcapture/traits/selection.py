@@ -88,7 +88,7 @@ def steering_runs(files: VectorFiles) -> list[SteeringRun]:
 
     Raises `StorageError` for a damaged file.
     """
-    return [run for run in _all_steering_runs(files) if _is_current(files, run, run.component)]
+    return [run for run in _all_steering_runs(files) if is_current(files, run, run.component)]
 
 
 def effect_sizes(files: VectorFiles, component: str) -> dict[tuple[str, int], float]:
@@ -99,7 +99,7 @@ def effect_sizes(files: VectorFiles, component: str) -> dict[tuple[str, int], fl
     return {
         (row.method, row.layer): row.effect_size
         for row in _all_rows(files, component)
-        if row.effect_size is not None and _is_current(files, row, component)
+        if row.effect_size is not None and is_current(files, row, component)
     }
 
 
@@ -154,7 +154,7 @@ def _current(
     files: VectorFiles, component: str, scored: Iterable[tuple[Selection, SteeringRun | EvaluationRow]]
 ) -> Iterator[Selection]:
     for selection, score in sorted(scored, key=lambda pair: _score(pair[0]), reverse=True):
-        if _is_current(files, score, component):
+        if is_current(files, score, component):
             yield selection
 
 
@@ -168,7 +168,7 @@ def _all_rows(files: VectorFiles, component: str) -> list[EvaluationRow]:
     return [row for row in rows if (row.trait, row.component) == (str(files.trait), component)]
 
 
-def _is_current(files: VectorFiles, score: SteeringRun | EvaluationRow, component: str) -> bool:
+def is_current(files: VectorFiles, score: SteeringRun | EvaluationRow, component: str) -> bool:
     """Whether a score is of the present vector. Scores of other tools do not record a vector, and are trusted."""
     if score.vector_digest is None or not files.file(component, score.method, score.layer).is_file():
         return True
@@ -178,15 +178,15 @@ def _is_current(files: VectorFiles, score: SteeringRun | EvaluationRow, componen
 def _has_earlier_scores(files: VectorFiles, component: str) -> bool:
     rows, runs = _all_rows(files, component), _all_steering_runs(files)
     return not (
-        all(_is_current(files, row, component) for row in rows)
-        and all(_is_current(files, run, component) for run in runs if run.component == component)
+        all(is_current(files, row, component) for row in rows)
+        and all(is_current(files, run, component) for run in runs if run.component == component)
     )
 
 
 def _what_would_choose(files: VectorFiles, component: str) -> str:
     """The command that would choose a layer; for evaluated vectors without effect sizes another one."""
     rows, option = _all_rows(files, component), f"--experiment {files.layout.experiment}"
-    if rows and all(row.effect_size is None and _is_current(files, row, component) for row in rows):
+    if rows and all(row.effect_size is None and is_current(files, row, component) for row in rows):
         return f"its examples give no effect size: others, or 'tlcapture steer {option}',"
     return f"'tlcapture evaluate {option}'"
 

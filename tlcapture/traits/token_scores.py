@@ -32,6 +32,10 @@ Scores = NDArray[np.float64]
 class TokenScores:
     """Tokens of a prompt and its response as one sequence, and their projection onto a trait's vector.
 
+        (scores,) = cap.projected("behavioral/refusal")
+        scores.trajectory, scores.calibrated, scores.peak, scores.at(12), scores.by_layer("after_attn")
+        scores.name, scores.title, scores.kept_tokens, scores.n_layers
+
     Attributes:
         sample: which of several responses to the prompt it is of, counted from 1; `None` for the only one.
         layer: the vector's own layer, at which the trajectory is taken.
@@ -44,6 +48,7 @@ class TokenScores:
         spans: which tokens are which turn, thinking or answer; none in files that were written before there were spans.
         definitions: those that the dynamics follow; 1 for files made before they had a number.
         positions: the tokens that have scores; `None` means all.
+        experiment: that of the vector, where it is known.
     """
 
     prompt_set: str
@@ -64,6 +69,7 @@ class TokenScores:
     spans: Sequence[TokenSpan] = ()
     positions: Sequence[int] | None = None
     sample: int | None = None
+    experiment: str | None = None
 
     def __post_init__(self) -> None:
         if self.scores.ndim != 3 or len(self.scores) != len(self.tokens):
@@ -141,6 +147,9 @@ class TokenScores:
     def read(cls, path: Path) -> TokenScores:
         """Read a projection file; raises `StorageError` for any other file.
 
+            path = exp.layout.projection(Trait.parse("behavioral/refusal"), "residual", "single_trait", 1)
+            TokenScores.read(path).trajectory
+
         Labels that the file lacks are taken from its path.
         """
         return cls.of(ProjectionFile.read(path), path, path)
@@ -183,4 +192,5 @@ class TokenScores:
             spans=tuple(content.spans),
             positions=None if held.is_all else held.kept,
             sample=metadata.sample,
+            experiment=source.experiment,
         )

@@ -32,8 +32,8 @@ class TokenEntries:
 
     def __init__(self, path: Path):
         self.path = path
-        state = _stat(path)
-        self._spans, self._rest = _scan(path, state.st_mtime_ns, state.st_size)
+        state = _stat(local(path))
+        self._spans, self._rest = _scan(path, state.st_mtime_ns, state.st_size, state.st_ino)
 
     @property
     def rest(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def _stat(path: Path) -> Any:
 
 
 @lru_cache(maxsize=64)
-def _scan(path: Path, _modified: int, size: int) -> tuple[dict[int, tuple[int, int]], bytes]:
+def _scan(path: Path, _modified: int, size: int, _inode: int) -> tuple[dict[int, tuple[int, int]], bytes]:
     """Start and end of each entry, and the file without its entries; cached until the file changes."""
     if not size:
         raise StorageError(f"{path}: is empty")

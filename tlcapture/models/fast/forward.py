@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tlcapture.models.fast.layers import HookPoints, Layer, Norm, beside, identity
-from tlcapture.models.fast.products import linear, wide_linear
+from tlcapture.models.fast.products import linear
 from tlcapture.models.fast.state import FastState, Step
 from tlcapture.shapes import Logits, Mask, MaskSoFar, Residual, Tokens
 
@@ -329,7 +329,7 @@ def unembed(module: Any, normed: Tensor) -> Tensor:
 
 def _unembedded(module: Any, normed: Tensor) -> Tensor:
     """`W_U` and `b_U` applied to `[..., d_model]`."""
-    logits = wide_linear(normed.flatten(0, -2), module.W_U.T).view(*normed.shape[:-1], module.W_U.shape[1])
+    logits = linear(normed, module.W_U.T)
     # On a GPU, adding a zero bias is cheaper than the synchronization needed to check for it.
     return logits.add_(module.b_U) if normed.is_cuda or module.b_U.any() else logits
 

@@ -1,13 +1,10 @@
-"""`nn.Linear` modules that compute products of few rows as `products` does."""
+"""`nn.Linear` modules that compute their products as `products` does."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from tlcapture.models.fast.products import linear, wide_linear
-
-_WIDE = 16_384  # output features from which a weight counts as wide as a vocabulary
+from tlcapture.models.fast.products import linear
 
 
 class FastLinear(nn.Linear):
@@ -15,11 +12,6 @@ class FastLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Outputs `[..., out]` of inputs `[..., in]`."""
-        if torch.is_grad_enabled():
-            return super().forward(input)
-        if self.bias is None and len(self.weight) >= _WIDE:
-            found = wide_linear(input.reshape(-1, self.in_features), self.weight)
-            return found.view(*input.shape[:-1], self.out_features)
         return linear(input, self.weight, self.bias)
 
 

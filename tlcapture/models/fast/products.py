@@ -1,54 +1,67 @@
-"""`functional.linear` for few rows in float32 on a CPU, at close to memory bandwidth.
+"""`functional.linear` in float32 on a CPU, at the speed that the processor allows.
 
-MKL's product of one row with an `[out, in]` weight uses a fraction of the memory bandwidth, and that of two or three
-rows is slower still; with a few more rows, it distributes the work unevenly over its threads. Splitting the weight into
-pieces and computing one batched product avoids both (`make bench`, workload `products`). All other products use
-`functional.linear`.
+torch computes these products with MKL, which leaves the widest instructions of an AMD processor unused; oneDNN, also
+part of torch, uses them. For one to four rows neither reaches the bandwidth of memory: there, the weight is split into
+pieces that one batched product multiplies (`make bench`, workload `products`). All other products, and those of which
+gradients are wanted, are `functional.linear`'s.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-# The most rows for which the weight is the left operand; the product is then transposed.
-_LEFT, _LEFT_OF_WIDE = 4, 8
-_FEW, _FEW_OF_WIDE = 32, 256  # the most rows for which pieces are faster
+_FEW, _FEW_OF_WIDE = 4, 8  # the most rows for which pieces are faster
 _PIECE = 512  # output features per piece of a weight as wide as the vocabulary
+_WIDE = 16_384  # output features from which a weight counts as wide as a vocabulary
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`functional.linear` of `x`, `[..., in]`, and `weight`, `[out, in]`: `[..., out]`."""
-    n_rows, n_pieces = x.numel() // max(1, x.shape[-1]), max(2, torch.get_num_threads())
-    if not 0 < n_rows <= _FEW or len(weight) < n_pieces or not _can_be_split(x, weight):
+    """`functional.linear` of `x`, `[..., in]`, and `weight`, `[out, in]`: `[..., out]`, equal up to rounding.
+
+    With gradients it is `functional.linear` itself.
+    """
+    n_rows = x.numel() // max(1, x.shape[-1])
+    if not n_rows or torch.is_grad_enabled() or not _is_plain(x, weight):
         return functional.linear(x, weight, bias)
-    product = _in_pieces(x.reshape(n_rows, -1), weight, n_pieces, left=n_rows <= _LEFT).view(*x.shape[:-1], -1)
-    return product if bias is None else product.add_(bias)
+    rows = x.reshape(n_rows, -1)
+    n_pieces = _n_pieces(len(weight), n_rows)
+    if n_pieces:
+        product = _in_pieces(rows, weight, n_pieces)
+        product = product if bias is None else product.add_(bias)
+    elif _has_onednn():
+        product = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    else:
+        product = functional.linear(rows, weight, bias)
+    return product.view(*x.shape[:-1], -1)
 
 
-def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`functional.linear` of `x`, `[rows, in]`, and a weight as wide as the vocabulary, `[out, in]`: `[rows, out]`."""
-    n_threads = torch.get_num_threads()
-    n_pieces = len(weight) // _PIECE // n_threads * n_threads
-    if n_pieces < 2 or not 0 < len(x) <= _FEW_OF_WIDE or not _can_be_split(x, weight):
-        return functional.linear(x, weight)
-    return _in_pieces(x, weight, n_pieces, left=len(x) <= _LEFT_OF_WIDE)
+@cache
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _can_be_split(x: Tensor, weight: Tensor) -> bool:
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and weight.is_contiguous()
 
 
-def _in_pieces(x: Tensor, weight: Tensor, n_pieces: int, *, left: bool) -> Tensor:
+def _n_pieces(n_out: int, n_rows: int) -> int:
+    """Into how many pieces to split a weight of `n_out` output features for `n_rows` rows; 0: not at all."""
+    n_threads = torch.get_num_threads()
+    if n_out < _WIDE:
+        return max(2, n_threads) if n_rows <= _FEW and n_out >= max(2, n_threads) else 0
+    return n_out // _PIECE // n_threads * n_threads if n_rows <= _FEW_OF_WIDE else 0
+
+
+def _in_pieces(x: Tensor, weight: Tensor, n_pieces: int) -> Tensor:
     """`x @ weight.T` over equal pieces of the weight; remaining rows of the weight are multiplied separately."""
     size = len(weight) // n_pieces
     n_covered = size * n_pieces
     pieces = weight[:n_covered].view(n_pieces, size, -1)
-    if left:
-        found = torch.bmm(pieces, x.T.expand(n_pieces, -1, -1)).permute(2, 0, 1)
-    else:
-        found = torch.bmm(x.expand(n_pieces, -1, -1), pieces.transpose(1, 2)).transpose(0, 1)
+    found = torch.bmm(pieces, x.T.expand(n_pieces, -1, -1)).permute(2, 0, 1)
     product = found.reshape(len(x), n_covered).contiguous()
     if n_covered == len(weight):
         return product

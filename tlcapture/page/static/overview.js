@@ -93,7 +93,7 @@ tl.views.overview = {
 
     function tell() {
       const text = found.traits.length ? `Rise: the mean projection over the response less that over the prompt, in standard deviations against ${found.against}. A trait stands out, in bold, if its rise exceeds the chance level of its prompt: what the largest of as many random directions stays below in 95 % of draws.` : null;
-      notes.replaceChildren(...(text ? [element("p", { className: "note" }, text)] : []), ...(found.missing ? [tl.emptyState(new tl.source.Missing(found.missing))] : []), ...[...found.problems, ...found.unread].map((problem) => element("p", { className: "warning" }, problem)));
+      notes.replaceChildren(...(text ? [element("p", { className: "note" }, text)] : []), ...(found.missing ? [tl.emptyState(new tl.source.Missing(found.missing))] : []), ...(found.doubts ?? []).map((doubt) => element("p", { className: "note" }, doubt)), ...[...found.problems, ...found.unread].map((problem) => element("p", { className: "warning" }, problem)));
     }
 
     return {

@@ -1,0 +1,208 @@
+"""The captures of an experiment: those of all prompt sets, and of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from html import escape
+from operator import index
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+from tlcapture.explore.saved_capture import SavedCapture
+from tlcapture.names import split_name
+from tlcapture.text import beside, printable
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from tlcapture.explore.experiment import Experiment
+    from tlcapture.explore.set_figures import SetFigures
+
+_MOST_ROWS = 50
+Names = list[str]
+
+
+class AllCaptures(Mapping[str, "Captures"]):
+    """The captures of an experiment, a mapping from prompt set to `Captures`.
+
+        for name, captures in exp.captures.items():
+            print(name, len(captures))
+
+    Indexing raises `KeyError` for a prompt set without captures; calling returns an empty `Captures`.
+    """
+
+    def __init__(self, experiment: Experiment):
+        self._experiment = experiment
+
+    def __call__(self, prompt_set: str) -> Captures:
+        """The captures of a prompt set, empty if it has none."""
+        return Captures(self._experiment, prompt_set)
+
+    def __getitem__(self, prompt_set: str) -> Captures:
+        if prompt_set not in self._experiment.prompt_sets:
+            raise KeyError(f"{prompt_set!r}{beside(prompt_set, self, 'prompt sets with captures')}")
+        return self(prompt_set)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._experiment.prompt_sets)
+
+    def __len__(self) -> int:
+        return len(self._experiment.prompt_sets)
+
+    def __repr__(self) -> str:
+        return f"AllCaptures({', '.join(f'{name}: {len(found)}' for name, found in self.items()) or 'none'})"
+
+    def _repr_html_(self) -> str:
+        return self._experiment._repr_html_()
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self)
+
+
+class Captures:
+    """The captures of one prompt set, in the order of their ids. Each is opened on first use.
+
+        captures = exp.captures["single_trait"]
+        for cap in captures:
+            print(cap.id, cap.response.text)
+
+    `captures[3]` and `captures["3"]` are the prompt with that id, `captures.at(0)` the first one; iterating gives the
+    captures, `keys()` their ids. Indexing raises `KeyError` for a prompt without a capture.
+
+    Samples of a prompt (`--samples`) are captures of their own: `captures["7.s1"]`.
+    """
+
+    def __init__(self, experiment: Experiment, prompt_set: str):
+        self._experiment = experiment
+        self.prompt_set = prompt_set
+        self._ids = dict.fromkeys(experiment.layout.captured(prompt_set))
+
+    def __getitem__(self, prompt_id: str | int) -> SavedCapture:
+        if str(prompt_id) not in self._ids:
+            only = str(prompt_id) in self._experiment.layout.prompt_ids(self.prompt_set)
+            hint = "; only projections of this prompt were kept: use .to_pandas(...) of the experiment" if only else ""
+            shown = ", ".join(list(self._ids)[:_MOST_ROWS]) + (", ..." if len(self._ids) > _MOST_ROWS else "")
+            raise KeyError(f"{prompt_id!r}: prompt set {self.prompt_set!r} has captures {shown or 'none'}{hint}")
+        return SavedCapture(self._experiment, self.prompt_set, str(prompt_id))
+
+    def samples(self, prompt_id: str | int) -> list[SavedCapture]:
+        """The samples of a prompt (`--samples`), in their order; none if it has none.
+
+        Example:
+            [cap.response.text for cap in captures.samples(1)]
+        """
+        found = map(self.__getitem__, self._by_prompt.get(str(prompt_id), ()))
+        return [capture for capture in found if capture.sample is not None]
+
+    @cached_property
+    def _by_prompt(self) -> dict[str, Names]:
+        found: dict[str, Names] = {}
+        for name in self._ids:
+            found.setdefault(split_name(name)[0], []).append(name)
+        return found
+
+    @cached_property
+    def _in_order(self) -> Sequence[str]:
+        return tuple(self._ids)
+
+    def at(self, position: SupportsIndex) -> SavedCapture:
+        """The capture at a position in the order of ids; negative ones count from the end.
+
+        Example:
+            first, last = captures.at(0), captures.at(-1)
+        """
+        try:
+            return self[self._in_order[index(position)]]
+        except IndexError:
+            raise IndexError(f"{position}: prompt set {self.prompt_set!r} has {len(self)} captures") from None
+
+    def __iter__(self) -> Iterator[SavedCapture]:
+        return (self[prompt_id] for prompt_id in self._ids)
+
+    def __contains__(self, prompt_id: object) -> bool:
+        return str(prompt_id) in self._ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def keys(self) -> list[str]:
+        """The ids of the captured prompts, as text.
+
+        Example:
+            captures.keys()[:3]
+        """
+        return list(self._ids)
+
+    def values(self) -> list[SavedCapture]:
+        """The captures.
+
+        Example:
+            longest = max(captures.values(), key=len)
+        """
+        return list(self)
+
+    def items(self) -> list[tuple[str, SavedCapture]]:
+        """The captures with their ids.
+
+        Example:
+            lengths = {prompt_id: len(cap) for prompt_id, cap in captures.items()}
+        """
+        return [(prompt_id, self[prompt_id]) for prompt_id in self._ids]
+
+    def to_pandas(self, traits: Iterable[str] | str | None = None, **how: Any) -> DataFrame:
+        """The projection files of the set as a tidy data frame; `how` are the options of `Experiment.to_pandas`.
+
+        Example:
+            captures.to_pandas("behavioral/refusal", layers="all")
+        """
+        return self._experiment.to_pandas(self.prompt_set, traits, **how)
+
+    def rises(self, component: str = "residual") -> DataFrame:
+        """How far each trait rises in each prompt, and which rises are more than chance: a row for each of them.
+
+            rises = exp.captures["single_trait"].rises()
+            rises[rises.stands_out]
+
+        Columns are `prompt_id`, `n_samples` (missing for a prompt without samples), `trait`, `rise`, `chance`,
+        `stands_out` and `doubt`. They are what `tlcapture capture` and the page show: `rise` is the mean projection of
+        the response less that of the prompt, in standard deviations over the set (for fewer than three prompts over the
+        reference prompts); `chance` what the largest of as many random directions as there are traits stays below in
+        95 % of draws, NaN where that was not measured; `doubt` what `tlcapture evaluate` leaves in doubt of the vector.
+
+        Raises `InputError`, naming the command to run, if the set has no projections.
+        """
+        from tlcapture.explore.experiment_tables import rises_frame
+
+        return rises_frame(self._experiment.layout, self.prompt_set, component)
+
+    @property
+    def plot(self) -> SetFigures:
+        """Figures of the whole set: `.trajectory("behavioral/refusal")`.
+
+        Example:
+            captures.plot.trajectory("behavioral/refusal")
+        """
+        from tlcapture.explore.set_figures import SetFigures
+
+        return SetFigures(self._experiment.layout, self.prompt_set)
+
+    def __repr__(self) -> str:
+        shown = list(self._ids)[:_MOST_ROWS]
+        more = f", and {len(self) - len(shown)} more" if len(shown) < len(self) else ""
+        return f"Captures({self.prompt_set!r}: {', '.join(shown)}{more})"
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self._ids)
+
+    def _repr_html_(self) -> str:
+        """A table of token counts and responses of the first captures."""
+        shown = list(self._ids)[:_MOST_ROWS]
+        rows = "".join(
+            f"<tr><td>{escape(prompt_id)}</td><td>{len(self[prompt_id].prompt.tokens)}</td>"
+            f"<td>{len(self[prompt_id].response.tokens)}</td>"
+            f"<td>{escape(printable(self[prompt_id].response.text[:120]))}</td></tr>"
+            for prompt_id in shown
+        )
+        more = f"<div>and {len(self) - len(shown)} more</div>" if len(shown) < len(self) else ""
+        head = "<tr><th>id</th><th>prompt tokens</th><th>response tokens</th><th>response</th></tr>"
+        return f"<b>{escape(self.prompt_set)}</b><table>{head}{rows}</table>{more}"

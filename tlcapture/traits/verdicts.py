@@ -1,0 +1,84 @@
+"""What `evaluate` found doubtful of a trait's vectors, to be said again where they are used. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from tlcapture.errors import TlcaptureError
+from tlcapture.names import Trait
+from tlcapture.storage.files import FileState
+from tlcapture.traits.evaluation_files import Evaluation
+from tlcapture.traits.packaged_vectors import vectors_layout
+from tlcapture.traits.projection_files import ProjectionFile
+from tlcapture.traits.selection import is_current
+from tlcapture.traits.vector_files import VectorFiles
+
+_BY = ", by 'tlcapture evaluate'"
+
+
+@dataclass(frozen=True)
+class UsedVector:
+    """A vector that something was projected onto, by what identifies it."""
+
+    trait: str
+    component: str
+    method: str
+    layer: int
+    experiment: str
+
+
+def used_vector(content: ProjectionFile, trait: str, component: str) -> UsedVector | None:
+    """The vector that a projection is onto; `None` where its file does not say whose it is."""
+    source = content.metadata.vector_source
+    if source.method is None or source.experiment is None:
+        return None
+    return UsedVector(trait, component, source.method, source.layer, source.experiment)
+
+
+@dataclass(frozen=True)
+class Doubts:
+    """The doubts about the vectors of a root's experiments, whose evaluations are read once as long as they stay."""
+
+    root: Path
+
+    def of(self, vector: UsedVector) -> str | None:
+        """Why a vector may show nothing, by the verdict of its evaluation; `None` where it shows something.
+
+        Without an evaluation of this very vector, and where its file cannot be read, nothing is known.
+        """
+        with suppress(TlcaptureError, OSError):
+            layout = vectors_layout(self.root, vector.experiment)
+            if not layout.evaluation.is_file():
+                return None
+            evaluation = _read(layout.evaluation, FileState.of(layout.evaluation.stat()))
+            judged = evaluation.by_trait.get(vector.trait)
+            if judged is None or judged.component != vector.component or not judged.doubt:
+                return None
+            files = VectorFiles(layout, Trait.parse(vector.trait))
+            key = (vector.trait, vector.component, vector.method, vector.layer)
+            rows = [row for row in evaluation.all_results if row.key == key]
+            if rows and all(is_current(files, row, vector.component) for row in rows):
+                return judged.doubt + _BY
+        return None
+
+    def lines(self, vectors: Iterable[UsedVector]) -> list[str]:
+        """The doubts, each with the traits that it is about."""
+        return [f"{', '.join(traits)}: {cause}" for cause, traits in self.by_cause(vectors).items()]
+
+    def by_cause(self, vectors: Iterable[UsedVector]) -> dict[str, list[str]]:
+        """The traits that each doubt is about."""
+        found: dict[str, list[str]] = {}
+        for vector in vectors:
+            cause = self.of(vector)
+            if cause is not None and vector.trait not in found.setdefault(cause, []):
+                found[cause].append(vector.trait)
+        return found
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path, state: FileState) -> Evaluation:
+    return Evaluation.read(path)
