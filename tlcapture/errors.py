@@ -44,7 +44,9 @@ class TlcaptureError(Exception):
 def _is_users(path: str) -> bool:
     """Whether a file is neither of this package nor of one that is installed, nor of Python itself."""
     installed = {"site-packages", "dist-packages"} & set(Path(path).parts)
-    return not (installed or path.startswith((_PACKAGE, "<frozen", "<@", str(Path(traceback.__file__).parent))))
+    shell = getattr(sys.modules.get("IPython"), "__path__", [])  # also where it was installed elsewhere
+    others = (_PACKAGE, "<frozen", "<@", str(Path(traceback.__file__).parent), *shell)
+    return not (installed or path.startswith(others))
 
 
 def _place(path: str) -> str:

@@ -92,10 +92,8 @@ def test_a_capture_fails_the_prompt_of_an_unreadable_file_and_keeps_all_its_file
 RAW = "inference/raw/residual/short/2.pt"
 
 
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [(RAW, ("--skip-existing",)), *((kind, ()) for kind in (RAW, *KINDS.values()) if "residual_stream" not in kind)],
-)
+@pytest.mark.parametrize("kind", [RAW, *KINDS.values()])
+@pytest.mark.parametrize("words", [(), ("--skip-existing",)], ids=["plain", "skip-existing"])
 def test_a_link_to_what_is_not_there_is_kept_with_all_that_was_made_from_it(
     capture: Run, folder: Path, data: Path, kind: str, words: tuple[str, ...]
 ) -> None:
@@ -111,6 +109,62 @@ def test_a_link_to_what_is_not_there_is_kept_with_all_that_was_made_from_it(
     assert "would fail: short/2: " in capture(*words, *VIEWS, "--dry-run").output
     assert capture(*words, *VIEWS, "--overwrite").exit_code == 0
     assert path.is_file() and not path.is_symlink()
+
+
+@pytest.mark.parametrize("words", [("--overwrite",), ("--skip-existing",)], ids=["overwrite", "skip-existing"])
+@pytest.mark.parametrize("kind", [RAW, *KINDS.values()])
+def test_a_folder_in_the_place_of_a_file_fails_its_prompt_and_is_never_removed(
+    capture: Run, folder: Path, data: Path, kind: str, words: tuple[str, ...]
+) -> None:
+    path = folder / kind
+    path.unlink()
+    path.mkdir()
+    (path / "mine").write_text("text")
+    before = files_of(data)
+    result = capture(*words, *VIEWS)
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("failed"))
+    assert line == f"failed: short/2: {path}: expected a file, found a folder: move it"
+    assert result.exit_code == 1
+    assert files_of(data) == before
+    assert (path / "mine").read_text() == "text"
+
+
+@pytest.mark.parametrize("kind", ["attention", "lens", "internals"])
+@pytest.mark.parametrize("words", [(), ("--skip-existing",)], ids=["plain", "skip-existing"])
+def test_a_replay_keeps_a_link_to_what_is_not_there(
+    capture: Run, folder: Path, kind: str, words: tuple[str, ...]
+) -> None:
+    path = folder / KINDS[kind]
+    path.unlink()
+    path.symlink_to(folder / "unmounted")
+    result = capture("--replay", *words, *VIEWS)
+    assert f"failed: short/2: {path}: a link to {folder / 'unmounted'}, which is not there" in result.stderr
+    assert result.exit_code == 1
+    assert path.is_symlink()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("project", "--dynamics-only", "--prompt-set", "short"),
+        ("project", "--skip-existing", "--prompt-set", "short"),
+        ("view", "--export", "page.html"),
+        ("export", "--format", "json", "--to", "exported"),
+    ],
+    ids=["dynamics-only", "project", "view", "export"],
+)
+def test_a_projection_that_links_to_what_is_not_there_is_named_and_the_others_are_done(
+    tlcapture: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    path = folder / KINDS["projection"]
+    path.unlink()
+    path.symlink_to(folder / "unmounted")
+    monkeypatch.chdir(tmp_path)
+    result = tlcapture(*command, "--experiment", "exp")
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("failed"))
+    assert f"{path}: a link to {folder / 'unmounted'}, which is not there: mount what it is on" in line
+    assert result.exit_code == 1
+    assert path.is_symlink()
 
 
 @pytest.mark.parametrize("words", WORDS.values(), ids=WORDS.keys())

@@ -16,7 +16,6 @@ import stat
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
-from os.path import lexists
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,6 +39,7 @@ from tlcapture.storage.folders import folders_in, names_in
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.projection_places import STREAM_FOLDERS
 from tlcapture.storage.projection_shards import Shard, merged_shards
+from tlcapture.storage.regular_files import check_regular
 from tlcapture.storage.validation import not_valid
 from tlcapture.traits.packaged_vectors import vectors_layout
 from tlcapture.traits.vector_files import VectorFiles
@@ -50,6 +50,7 @@ Find = Callable[[Path], Facts | None]
 _NOT_FACTS = (TypeError, ValueError, KeyError, IndexError, InputError)
 # Of fewer prompts, or of a smaller share of the set, files are looked for one by one: a folder may hold many more.
 _LISTED_FROM, _LISTED_SHARE = 200, 0.05
+_ODD_NS = 2**62  # what is not a file counts as newer than any, so that it is looked at
 ATTENTION, LENS = "_attention", "_logit_lens"
 
 
@@ -75,6 +76,7 @@ class KnownFiles:
         is_large_share = 0 < _LISTED_SHARE * self._index.n_prompts <= n_prompts
         self._lists = n_prompts >= _LISTED_FROM or is_large_share
         self._names: dict[Path, frozenset[str]] = {}
+        self._odd: set[Path] = set()  # places that hold something other than a file
         self._shards: dict[Path, Mapping[str, Mapping[str, KnownProjection]]] = {}
         self._folders: dict[tuple[Trait, str], Path] = {}
         self._vectors: dict[Hashable, int] = {}
@@ -145,17 +147,19 @@ class KnownFiles:
         """The state of a file in one of these folders; `None` if there is no regular file."""
         if self._lists and path.name not in self._listed(path.parent):
             return None
-        try:
+        with suppress(OSError):
             found = os.lstat(path)
+            self._odd.add(path)
             if stat.S_ISLNK(found.st_mode):
                 found = os.stat(self.layout.own(path))
-        except OSError:
-            return None
-        return FileState.of(found) if stat.S_ISREG(found.st_mode) else None
+            if stat.S_ISREG(found.st_mode):
+                self._odd.remove(path)
+                return FileState.of(found)
+        return None
 
-    def may_exist(self, path: Path) -> bool:
-        """Whether anything, a file or not, may be in a place."""
-        return path.name in self._listed(path.parent) if self._lists else lexists(path)
+    def is_odd(self, path: Path) -> bool:
+        """Whether a place whose state was asked for holds something else than a file: a folder, a link to nothing."""
+        return path in self._odd
 
     @cached_property
     def internals_of(self) -> Mapping[str, Sequence[Path]]:
@@ -188,6 +192,8 @@ class KnownFiles:
         """The projections in a shard, by prompt and trait; raises `StorageError` if it cannot be read."""
         if path not in self._shards:
             state, find = self.state(path), lambda each: facts_of_shard(Shard.open(each))
+            if self.is_odd(path):
+                check_regular(path)
             self._shards[path] = (self.found(path, state, find, known_shard) if state else None) or {}
         return self._shards[path]
 
@@ -228,8 +234,8 @@ class PromptFiles:
             return opened[0].facts() if opened else None
 
         found = self._files.found(self.raw, state, find, KnownCapture.from_facts) if state else None
-        if state is None and self._files.may_exist(self.raw):
-            find(self.raw)  # something that is not a file is an error
+        if self._files.is_odd(self.raw):
+            find(self.raw)
         return found or (opened[0] if opened else None)
 
     def attention(self) -> PresentFile | None:
@@ -259,6 +265,8 @@ class PromptFiles:
         try:
             in_json = self._in_json(path)
         except StorageError as error:
+            if path.exists():
+                check_regular(path)
             if not overwrite:
                 raise StorageError(f"{error}: {OVERWRITE}") from None
             state = self._state(path)
@@ -301,6 +309,8 @@ class PromptFiles:
     def _in_json(self, path: Path) -> KnownProjection | None:
         state = self._state(path)
         if state is None:
+            if self._files.is_odd(path):
+                check_regular(path)
             return None
         parse = partial(known_projection, state.mtime_ns)
         return self._files.found(path, state, lambda each: facts_of_projection(_projection_content(each)), parse)
@@ -309,7 +319,7 @@ class PromptFiles:
         """The newest projection onto each trait in shards."""
         own = self._files.shards[component] / f"{self._stem}{COMPACT}"
         found: dict[str, KnownProjection] = {}
-        for path in [*self._files.merged[component], *([own] if self._state(own) is not None else [])]:
+        for path in [*self._files.merged[component], *([own] if self._is_there(own) else [])]:
             for trait, each in self._files.in_shard(path).get(self._stem, {}).items():
                 if trait not in found or found[trait].written_ns <= each.written_ns:
                     found[trait] = each
@@ -319,17 +329,26 @@ class PromptFiles:
         return [self._files.analysis / f"{self._stem}{ending}{suffix}" for suffix in (".json", COMPACT)]
 
     def _view(self, ending: str) -> PresentFile | None:
-        found = [(state.mtime_ns, path) for path in self._forms(ending) if (state := self._state(path)) is not None]
+        found = [
+            (state.mtime_ns if (state := self._state(path)) else _ODD_NS, path)
+            for path in self._forms(ending)
+            if self._is_there(path)
+        ]
         return self._present(max(found, key=lambda each: each[0])[1]) if found else None
 
     def _present(self, path: Path) -> PresentFile | None:
-        state = self._state(path)
-        if state is None:
+        if not self._is_there(path):
             return None
-        view = None
+        state, view = self._state(path), None
+        if state is None:
+            return PresentFile(path, _ODD_NS, None)
         with suppress(StorageError):
             view = self._files.found(path, state, partial(facts_of_view, self._files.layout), known_view)
         return PresentFile(path, state.mtime_ns, view)
+
+    def _is_there(self, path: Path) -> bool:
+        """Whether anything is in a place, a file or not."""
+        return self._state(path) is not None or self._files.is_odd(path)
 
     def _state(self, path: Path) -> FileState | None:
         if path not in self._states:

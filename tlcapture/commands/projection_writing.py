@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tlcapture.runs.shards import Shard as ShareOfPrompts
 from tlcapture.storage.compact_files import is_written_compact
 from tlcapture.storage.files import remove, write_json
 from tlcapture.storage.projection_shards import Shard, merged_shards, shard_of_prompt, sharded_of
+from tlcapture.storage.regular_files import check_regular
 from tlcapture.storage.shard_writing import merge_shards, take_out, write_prompt
 from tlcapture.traits.vectors import TraitVector
 from tlcapture.views.hooks import COMPONENTS
@@ -50,7 +52,9 @@ class ProjectionFiles:
             if not folder.is_dir():
                 continue
             own = shard_of_prompt(folder, file_name(self.prompt_id))
-            for path in [*merged_shards(folder), *([own] if own.is_file() else [])]:
+            for path in [*merged_shards(folder), *([own] if lexists(own) else [])]:
+                if path.exists():
+                    check_regular(path)
                 try:
                     Shard.open(path)
                 except StorageError as error:

@@ -16,6 +16,7 @@ from tlcapture.storage.compact_files import is_compact
 from tlcapture.storage.files import read_json, read_tensors
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.projection_shards import Shard
+from tlcapture.storage.regular_files import check_regular
 from tlcapture.storage.validation import not_valid
 from tlcapture.views.json_files import AttentionHead, LensHead
 from tlcapture.views.saved_attention import read_attention
@@ -31,19 +32,17 @@ def check_replaceable(layout: Layout, path: Path, *, overwrite: bool = False, ad
 
     Of JSON files that may be large, only the beginning and the end are read.
     """
-    if overwrite or not lexists(path):
+    if not lexists(path):
+        return
+    if path.exists():
+        check_regular(path)  # a folder is never removed
+    if overwrite:
         return
     try:
-        _check_target(path)
+        check_regular(path)
         check_readable(layout, path)
     except StorageError as error:
         raise StorageError(f"{error}: {advice}") from None
-
-
-def _check_target(path: Path) -> None:
-    """Raise `StorageError` for a link to what is not there: it may be on a disk that is not mounted."""
-    if path.is_symlink() and not path.exists():
-        raise StorageError(f"{path}: a link to {path.readlink()}, which is not there: mount what it is on")
 
 
 def is_readable(layout: Layout, path: Path) -> bool:
@@ -86,16 +85,14 @@ def saved_capture(raw: Path, *, overwrite: bool, advice: str = REPLACE) -> Captu
         StorageError: the path is not a regular file, or the file cannot be read and `overwrite` is not set. It is not
             replaced, since it may belong to another program; the message ends with `advice`.
     """
-    if not raw.is_file():
-        if raw.exists():
-            found = "a folder" if raw.is_dir() else "something that is not a regular file"
-            raise StorageError(f"{raw}: expected a file, found {found}: move it")
-        if not lexists(raw):
-            return None
+    if not lexists(raw):
+        return None
+    if raw.exists():
+        check_regular(raw)
     try:
-        _check_target(raw)
+        check_regular(raw)
         return Capture.open(raw)
     except StorageError as error:
         if overwrite:
             return None
-        raise StorageError(f"{error}: {advice}") from None
+        raise StorageError(f"{error}: {advice}" if advice else str(error)) from None

@@ -28,6 +28,7 @@ from tlcapture.logger import get_logger
 from tlcapture.storage.archives import Archive, MoreRecords, storages_of, write_archive
 from tlcapture.storage.folders import stems_in
 from tlcapture.storage.object_stores import is_url
+from tlcapture.storage.regular_files import check_regular
 from tlcapture.storage.remote_roots import discard, is_remote, local, publish, publish_folder
 from tlcapture.storage.working_copies import HOST as _HOST
 from tlcapture.storage.working_copies import is_copy
@@ -156,8 +157,7 @@ def write_stream(
 def read_bytes(path: Path) -> bytes:
     """The content of a file; raises `StorageError` if it cannot be read or is not a regular file."""
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise StorageError(f"{path}: cannot be read: expected a file")
+        check_regular(path)  # a pipe would be waited for
         return local(path).read_bytes()
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
@@ -222,6 +222,7 @@ def opening(path: Path) -> Iterator[None]:
 
     The file is opened by its path several times, so it is also an error if it is replaced meanwhile.
     """
+    check_regular(path)
     if not path.is_file():
         hint = ": open it as a capture of its experiment, Experiment(NAME, root=URL)" if is_url(path) else ""
         raise StorageError(f"{path}: no such file{hint}")

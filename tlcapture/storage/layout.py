@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from os.path import exists, isfile, islink, join, lexists, realpath, sep
+from os.path import islink, join, lexists, realpath, sep
 from pathlib import Path
 
 from tlcapture.errors import InputError, StorageError
@@ -330,7 +330,7 @@ class Layout:
             for trait_folder in paths_of_folders_in(join(inference, category))
             for stream in STREAM_FOLDERS.values()
         )
-        return sorted(self.own(Path(place)) for place in places if exists(place))
+        return sorted(self.own(Path(place)) for place in places if lexists(place))
 
     def projection_folders(self, prompt_set: str | None = None) -> list[tuple[Trait, str]]:
         """The traits and components that prompts of a set, or of any set, are projected onto, sorted."""
@@ -391,9 +391,9 @@ class Layout:
 
 
 def derived_files(layout: Layout, prompt_set: str, prompt_id: PromptId) -> list[Path]:
-    """The existing files, and links, that were made from a prompt's raw residual, all but shards of several prompts."""
+    """The existing files made from a raw residual, or what is in their places; no shards of several prompts."""
     files = [*layout.forms(layout.attention(prompt_set, prompt_id))]
     files += layout.forms(layout.logit_lens(prompt_set, prompt_id))
     files += layout.all_internals(prompt_set, prompt_id) + layout.all_projections(prompt_set, prompt_id)
     files += [layout.shards(component, prompt_set) / f"{file_name(prompt_id)}{COMPACT}" for component in STREAM_FOLDERS]
-    return [path for path in files if isfile(path) or islink(path)]
+    return [path for path in files if lexists(path)]

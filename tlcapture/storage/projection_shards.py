@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from os import scandir
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +240,7 @@ def sharded_of(folder: Path, prompt_id: str) -> dict[str, Sharded]:
     """
     found: dict[str, Sharded] = {}
     own = shard_of_prompt(folder, prompt_id)
-    for path in [*merged_shards(folder), *([own] if own.is_file() else [])]:
+    for path in [*merged_shards(folder), *([own] if lexists(own) else [])]:
         for each in Shard.open(path).sharded(prompt_id):
             if each.trait not in found or found[each.trait].written_ns <= each.written_ns:
                 found[each.trait] = each

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from tlcapture.errors import StorageError
 from tlcapture.storage.files import Hook, Written, write_stream
+from tlcapture.storage.regular_files import check_regular
 from tlcapture.storage.remote_roots import local
 
 _DTYPES = {"U8": "u1", "I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
@@ -121,8 +122,7 @@ class TensorFile:
             StorageError: it cannot be read, is not a safetensors file, is cut off, or its header is too long.
         """
         try:
-            if path.exists() and not path.is_file():  # a pipe would be waited for
-                raise _damaged(path, "expected a file")
+            check_regular(path)  # a pipe would be waited for
             with local(path).open("rb") as file:
                 state = _state_of(file)
                 size = state[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tlcapture.storage.files import Written, read_json, write_json
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.missing_captures import no_captures
 from tlcapture.storage.projection_shards import MERGED, Sharded, merged_shards, sharded_of
+from tlcapture.storage.regular_files import check_regular
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.token_scores import TokenScores
 from tlcapture.views.hooks import COMPONENTS, check_component
@@ -76,7 +78,10 @@ class SavedProjection:
     @property
     def written_ns(self) -> int:
         """When it was written, in nanoseconds since the epoch."""
-        return self.place.stat().st_mtime_ns if self.sharded is None else self.sharded.written_ns
+        if self.sharded is not None:
+            return self.sharded.written_ns
+        check_regular(self.place)
+        return self.place.stat().st_mtime_ns
 
     def content(self) -> Any:
         """The content of the JSON file, unchecked; raises `StorageError` for a damaged one."""
@@ -127,7 +132,7 @@ def saved_projection(
     """A prompt's projection onto a trait; `None` where there is none. Raises `StorageError` as `all_saved` does."""
     place = layout.projection(trait, component, prompt_set, prompt_id)
     sharded = sharded_of(layout.shards(component, prompt_set), str(prompt_id)).get(str(trait))
-    of_json = SavedProjection(trait, component, place) if place.is_file() else None
+    of_json = SavedProjection(trait, component, place) if lexists(place) else None
     if sharded is None or (of_json is not None and of_json.written_ns >= sharded.written_ns):
         return of_json
     return SavedProjection(trait, component, place, sharded)

@@ -18,6 +18,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_
 from tlcapture.errors import InputError, StorageError
 from tlcapture.storage.compact_files import is_compact, open_compact
 from tlcapture.storage.files import read_json
+from tlcapture.storage.regular_files import check_regular
 from tlcapture.storage.remote_roots import local
 from tlcapture.storage.validation import Count, FileContent, Layer, Share, checked, first_problem, not_valid
 from tlcapture.text import as_ranges
@@ -121,6 +122,7 @@ def head_of(path: Path) -> AttentionHead | LensHead:
 
 def _without_entries(path: Path) -> Any:
     """The content of a file whose entries come last, with none of them; `None` for any other file."""
+    check_regular(path)
     try:
         if not path.stat().st_size:
             return None
