@@ -169,7 +169,7 @@ class Shard:
 
     def texts(self) -> dict[str, str]:
         """The texts of its prompts by id; damaged records are left out."""
-        found, records = dict[str, str](), memoryview(self.file.array("records"))
+        found, records = dict[str, str](), self.file.array("records").data
         for entry in self.index.prompts:
             record = records[slice(*entry.record)]
             first = _TEXT_FIRST.match(record)  # a hundred times faster than to parse all of it
