@@ -202,18 +202,18 @@ def test_a_run_looks_for_leftovers_in_the_folders_of_its_own_sets(layout_of: Cal
 def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The paths of what is synchronised, and of what is renamed, in their order."""
     found: list[str] = []
-    fsync, replace = os.fsync, Path.replace
+    fsync, replace = os.fsync, os.replace
 
     def record(descriptor: int) -> None:
         found.append(os.readlink(f"/proc/self/fd/{descriptor}"))
         fsync(descriptor)
 
-    def rename(path: Path, target: Path) -> Path:
+    def rename(path: Path, target: Path) -> None:
         found.append(f"-> {target}")
-        return replace(path, target)
+        replace(path, target)
 
     monkeypatch.setattr(os, "fsync", record)
-    monkeypatch.setattr(Path, "replace", rename)
+    monkeypatch.setattr(os, "replace", rename)
     return found
 
 

@@ -16,6 +16,7 @@ from tlcapture.commands.known_files import PromptFiles
 from tlcapture.commands.projections import (
     ChanceLevels,
     ProjectionTask,
+    pickled_vectors,
     project_capture,
     report_choice,
     without_projection,
@@ -40,6 +41,7 @@ class CaptureProjections:
         self._chooser = VectorChooser(run.layout, options.vectors, on_chosen=self._chosen.append)
         self._levels = ChanceLevels(run)
         self._lock = Lock()
+        self._last_pickled: tuple[Sequence[ChosenVector], bytes] = ((), b"")
 
     def check_vectors(self, model: Model, wanted: Outputs) -> None:
         """Raise `InputError` before prompts run if no vector fits, so that nothing would be kept of them."""
@@ -91,6 +93,14 @@ class CaptureProjections:
                 report_choice(run, self._chosen.pop())
         return vectors
 
+    def _pickled(self, chosen: Sequence[ChosenVector]) -> bytes:
+        """Vectors as a task has them; those of all new captures are the same."""
+        vectors, pickled = self._last_pickled
+        if vectors is not chosen:
+            pickled = pickled_vectors(chosen)
+            self._last_pickled = chosen, pickled
+        return pickled
+
     def _project_onto(
         self,
         run: Run,
@@ -110,7 +120,8 @@ class CaptureProjections:
             project_capture(run, capture, chosen, levels, only=only, **how)
             return
         raw = run.layout.residual(capture.capture_set, capture.name)
-        task = ProjectionTask(run.layout, raw, chosen, scores, overwrite, run.report.remembers, form)
+        values = [each.numpy(force=True) for each in scores]
+        task = ProjectionTask(run.layout, raw, self._pickled(chosen), values, overwrite, run.report.remembers, form)
         done, error = self._processes.call(ProjectionTask.do, task)
         run.add(done)
         if error is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -39,8 +40,16 @@ def facts_of_projection(content: Content) -> Facts | None:
     """What an index holds of a projection file, given its content, of which texts may be JSON already."""
     made_from = _made_from(content)
     of_capture = () if made_from is None else made_from.facts()
-    source = as_facts(_source(content))
+    try:
+        source = _facts_of_source(**_source(content))
+    except TypeError:  # it has other than texts and numbers, and no index holds those
+        return None
     return None if source is None or of_capture is None else (*source, *of_capture)
+
+
+@lru_cache(maxsize=1024)
+def _facts_of_source(**source: Any) -> Facts | None:
+    return as_facts(source)
 
 
 def known_projection(written_ns: int, source: Mapping[str, Any], *of_capture: Any) -> KnownProjection:

@@ -41,6 +41,7 @@ class ProjectionFiles:
     form: str | None
     _contents: dict[str, dict[Trait, tuple[Path, Mapping[str, Any]]]] = field(default_factory=dict)  # by component
     _folders: dict[str, Path] = field(default_factory=dict)  # of shards, by component
+    _sharded: dict[str, bool] = field(default_factory=dict)  # whether these folders exist
 
     def check_replaceable(self, *, overwrite: bool) -> None:
         """Raise `StorageError` for a shard that cannot be read and may hold the prompt; with `overwrite`, remove it."""
@@ -61,9 +62,8 @@ class ProjectionFiles:
         """Add the content of a projection, whose JSON file is at `path`."""
         if not self._is_compact(content):
             self.run.wrote(write_json(path, content).knowing(facts_of_projection(content)))
-            folder = self._folder(vector.component)
-            if folder.is_dir():
-                take_out(folder, file_name(self.prompt_id), [str(vector.trait)])
+            if self._has_shards(vector.component):
+                take_out(self._folder(vector.component), file_name(self.prompt_id), [str(vector.trait)])
             return
         if self.form is None:
             self.run.warn(WENT_COMPACT)
@@ -83,6 +83,11 @@ class ProjectionFiles:
         n_layers, n_points = len(content["metadata"]["layers"]), len(content["metadata"]["sublayers"])
         n_tokens = sum(len(part) for part in content["projections"].values())
         return is_written_compact(self.form, n_tokens * n_layers * n_points * _PER_SCORE)
+
+    def _has_shards(self, component: str) -> bool:
+        if component not in self._sharded:
+            self._sharded[component] = self._folder(component).is_dir()
+        return self._sharded[component]
 
     def _folder(self, component: str) -> Path:
         if component not in self._folders:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tlcapture.captures.capture import Capture
@@ -186,13 +189,14 @@ def span_dynamics(projections: Sequence[Projection], capture: Capture) -> list[l
 class ProjectionTask:
     """The projection of a saved capture by another process: its file, the vectors, and the scores.
 
-    `remembers` is whether the report of the run has room for what its summary needs.
+    `chosen` are `pickled_vectors`, which a process unpickles once; `remembers` is whether the report of the run has
+    room for what its summary needs.
     """
 
     layout: Layout
     raw: Path
-    chosen: Sequence[ChosenVector]
-    scores: Sequence[Tensor]
+    chosen: bytes
+    scores: Sequence[NDArray[np.float32]]
     overwrite: bool
     remembers: bool
     form: str | None = None
@@ -204,11 +208,23 @@ class ProjectionTask:
         levels = _levels_of(self.layout).reporting_to(run)
         try:
             capture = Capture.open(self.raw)
-            how: dict[str, Any] = {"overwrite": self.overwrite, "scores": self.scores, "form": self.form}
-            project_capture(run, capture, self.chosen, levels, **how)
+            scores = [torch.from_numpy(each) for each in self.scores]
+            how: dict[str, Any] = {"overwrite": self.overwrite, "scores": scores, "form": self.form}
+            project_capture(run, capture, _unpickled(self.chosen), levels, **how)
         except TlcaptureError as found:
             error = found
         return report.drain(), error
+
+
+def pickled_vectors(chosen: Sequence[ChosenVector]) -> bytes:
+    """Vectors for the tasks of other processes."""
+    return pickle.dumps(chosen)
+
+
+@lru_cache(maxsize=4)
+def _unpickled(chosen: bytes) -> Sequence[ChosenVector]:
+    found: Sequence[ChosenVector] = pickle.loads(chosen)
+    return found
 
 
 @lru_cache(maxsize=1)

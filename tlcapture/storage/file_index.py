@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from hashlib import blake2b
+from os.path import split
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,10 +102,14 @@ def remember(layout: Layout, learned: Mapping[Path, Learned]) -> None:
 
     The index of a set is written whole or not at all. If that fails, the files are checked again when it is needed.
     """
-    by_set: dict[str, dict[Path, Learned]] = {}
+    by_folder: dict[str, dict[str, Learned]] = {}
     for path, each in learned.items():
-        if (capture_set := capture_set_of(layout, path)) is not None:
-            by_set.setdefault(capture_set, {})[path] = each
+        folder, name = split(path)
+        by_folder.setdefault(folder, {})[name] = each
+    by_set: dict[str, dict[str, dict[str, Learned]]] = {}
+    for folder, files in by_folder.items():
+        if (capture_set := capture_set_of(layout, Path(folder, next(iter(files))))) is not None:
+            by_set.setdefault(capture_set, {})[folder] = files
     for capture_set, found in by_set.items():
         try:
             with locked(layout.lock(f"files-of-{capture_set}")):
@@ -151,24 +156,24 @@ def _table(value: Any) -> dict[str, Any]:
     return {"parts": [], "folders": {}}
 
 
-def _extended(folder: Path, table: Mapping[str, Any], learned: Mapping[Path, Learned]) -> bytes:
-    """The content of an index with more files, and without those that are gone."""
+def _extended(folder: Path, table: Mapping[str, Any], learned: Mapping[str, Mapping[str, Learned]]) -> bytes:
+    """The content of an index with more files, by folder and name, and without those that are gone."""
     numbers: dict[bytes, int] = {}
     parts = [orjson.dumps(part) for part in table["parts"]]
     folders: dict[str, dict[str, list[int]]] = {}
 
-    def add(name: str, file: str, state: Iterable[int], facts: Iterable[bytes]) -> None:
-        entry = [*state, *(numbers.setdefault(part, len(numbers)) for part in facts)]
-        folders.setdefault(name, {})[file] = entry
+    def entry(state: Iterable[int], facts: Iterable[bytes]) -> list[int]:
+        return [*state, *(numbers.setdefault(part, len(numbers)) for part in facts)]
 
     for name, files in table["folders"].items():
         for file in names_in(folder / name) & files.keys():
             with suppress(TypeError, IndexError):  # it is damaged
-                add(name, file, files[file][:_N_STATE], [parts[number] for number in files[file][_N_STATE:]])
-    present = {parent: names_in(parent) for parent in {path.parent for path in learned}}
-    for path, each in learned.items():
-        if path.name in present[path.parent]:
-            add(_below(folder, path.parent), path.name, each.state, each.facts)
+                facts = [parts[number] for number in files[file][_N_STATE:]]
+                folders.setdefault(name, {})[file] = entry(files[file][:_N_STATE], facts)
+    for place, new in learned.items():
+        present = names_in(Path(place))
+        known = {file: entry(each.state, each.facts) for file, each in new.items() if file in present}
+        folders.setdefault(_below(folder, Path(place)), {}).update(known)
     whole = {"version": _VERSION, "parts": [orjson.Fragment(part) for part in numbers], "folders": folders}
     content = orjson.dumps(whole)
     return _digest(content) + b"\n" + content

@@ -8,11 +8,13 @@ only read when a tensor is used.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import pickle
 import re
 import secrets
 import shutil
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -23,7 +25,7 @@ import orjson
 
 from tlcapture.errors import NoSpaceError, StorageError
 from tlcapture.logger import get_logger
-from tlcapture.storage.archives import Archive, MoreRecords, write_archive
+from tlcapture.storage.archives import Archive, MoreRecords, storages_of, write_archive
 from tlcapture.storage.folders import stems_in
 from tlcapture.storage.object_stores import is_url
 from tlcapture.storage.remote_roots import discard, is_remote, local, publish, publish_folder
@@ -127,7 +129,7 @@ def read_json(path: Path) -> Any:
         raise StorageError(f"{path}: not valid JSON: nested too deeply") from None
 
 
-def write_bytes(path: Path, data: bytes, *, before_replacing: Hook = lambda new: None) -> Written:
+def write_bytes(path: Path, data: bytes, *, before_replacing: Hook | None = None) -> Written:
     """Write `data` to a file.
 
     `before_replacing` is called with the path of the complete temporary file, before it is renamed to `path`.
@@ -140,7 +142,7 @@ def write_bytes(path: Path, data: bytes, *, before_replacing: Hook = lambda new:
 
 
 def write_stream(
-    path: Path, write: Callable[[IO[bytes]], object], n_bytes: int, *, before_replacing: Hook = lambda new: None
+    path: Path, write: Callable[[IO[bytes]], object], n_bytes: int, *, before_replacing: Hook | None = None
 ) -> Written:
     """Write a file of `n_bytes` by a function that gets it open; otherwise as `write_bytes`."""
 
@@ -166,7 +168,7 @@ def write_tensors(
     value: Any,
     *,
     more: MoreRecords = lambda storages: {},
-    before_replacing: Hook = lambda new: None,
+    before_replacing: Hook | None = None,
 ) -> Written:
     """Write tensors and plain values for `torch.load`, and further records that it ignores.
 
@@ -184,11 +186,13 @@ def write_tensors(
         with temporary.open("wb") as file:
             write_archive(file, value, more)
 
-    return _write(path, write, sum(_storages(value).values()), before_replacing)
+    return _write(path, write, sum(storages_of(value).values()), before_replacing)
 
 
-def read_tensors(path: Path, *, records: Sequence[str] = ()) -> Any:
+def read_tensors(path: Path, *, records: Sequence[str] = (), whole: bool = True) -> Any:
     """Open a `.pt` file memory-mapped; raises `StorageError` if it has anything but tensors and plain values.
+
+    Where the `whole` file will be used, its tensors are read and compared with their checksums.
 
     Objects of the classes named in `records`, such as `package.module.Name`, are read as dicts of their attributes; the
     classes themselves are neither imported nor called.
@@ -197,10 +201,12 @@ def read_tensors(path: Path, *, records: Sequence[str] = ()) -> Any:
 
     allowed = [(_record(name), name) for name in records]
     with opening(path), torch.serialization.safe_globals(allowed) if allowed else nullcontext():
-        sizes = Archive(path).sizes
+        archive = Archive(path)
+        if whole:
+            archive.check()
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         # torch maps tensors without checking the size of their records.
-        if Counter(_storages(value).values()) - sizes:
+        if Counter(storages_of(value).values()) - archive.sizes:
             raise ValueError("the sizes of its tensors do not match those of its records")
         return value
 
@@ -291,24 +297,24 @@ def _free_here(path: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def _write(
-    path: Path, write: Callable[[Path], object], needed: int, before_replacing: Hook = lambda new: None
-) -> Written:
+def _write(path: Path, write: Callable[[Path], object], needed: int, before_replacing: Hook | None = None) -> Written:
     temporary = _temporary(path)
-    if path.exists() and not path.is_file():  # the rename would replace a device or a pipe
-        raise StorageError(f"{path}: cannot be written: it is {'a folder' if path.is_dir() else 'not a regular file'}")
+    _check_is_file(path)  # the rename would replace a device or a pipe
     try:
-        if not path.parent.is_dir():
+        try:
+            write(temporary)
+        except FileNotFoundError:
             _make_folder(path.parent)
-        write(temporary)
+            write(temporary)
         _sync(temporary)
         _check_change(path)
-        before_replacing(temporary)
-        new = temporary.stat()
+        if before_replacing is not None:
+            before_replacing(temporary)
+        new = os.stat(temporary)
         if publish(temporary, path):
-            new = path.lstat()  # that of the object
+            new = os.lstat(path)  # that of the object
         else:
-            temporary.replace(path)
+            os.replace(temporary, path)
             _sync(path.parent)
     except BaseException as error:
         with suppress(OSError):
@@ -316,17 +322,34 @@ def _write(
         if isinstance(error, OSError | RuntimeError):
             raise _cannot_write(path, error, needed) from None
         raise
-    _log.debug("wrote %s, %s", path, format_bytes(new.st_size))
+    if _log.isEnabledFor(logging.DEBUG):
+        _log.debug("wrote %s, %s", path, format_bytes(new.st_size))
     return Written(path, new.st_size, _state_of(path, new))
+
+
+def _check_is_file(path: Path) -> None:
+    """Raise `StorageError` for what exists and is no regular file."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISREG(mode):
+        found = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+        raise StorageError(f"{path}: cannot be written: it is {found}")
 
 
 def _state_of(path: Path, written: os.stat_result) -> FileState | None:
     """The state of a file at its path, if it is the one that was written."""
     with suppress(OSError):
-        found = path.lstat()
-        if all(getattr(found, name) == getattr(written, name) for name in ("st_ino", "st_size", "st_mtime_ns")):
+        found = os.lstat(path)
+        if _unchanged(found) == _unchanged(written):
             return FileState.of(found)
     return None
+
+
+def _unchanged(found: os.stat_result) -> tuple[int, int, int]:
+    """What a rename does not change."""
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _make_folder(folder: Path) -> None:
@@ -358,30 +381,10 @@ def _cannot_write(path: Path, error: BaseException, needed: int) -> StorageError
     return kind(f"{path}: cannot be written: {reason}")
 
 
-def _storages(value: Any) -> dict[int, int]:
-    """Size in bytes of the storages of the dense tensors in a value, by address."""
-    storages: dict[int, int] = {}
-    waiting, seen = [value], set()
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, dict | list | tuple):
-            if id(each) not in seen:  # a value can contain itself, or the same value a million times
-                seen.add(id(each))
-                waiting += each.values() if isinstance(each, dict) else each
-        elif hasattr(each, "untyped_storage") and _is_in_memory(each):
-            storage = each.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return storages
-
-
 def _identity(path: Path) -> tuple[int, ...]:
     """Properties that together identify a file and its content."""
     found = path.stat()
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _is_in_memory(tensor: Any) -> bool:
-    return str(tensor.layout) == "torch.strided" and not tensor.is_meta and tensor.numel() > 0
 
 
 def _temporary(path: Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from os import listdir, scandir
+from os import listdir, scandir, sep
 from pathlib import Path
 
 from tlcapture.names import MOST_FOLDERS, split_name
@@ -21,11 +21,16 @@ def subfolders(folder: Path, depth: int = MOST_FOLDERS) -> Iterator[tuple[str, P
             yield f"{name}/{below}", path
 
 
-def folders_in(folder: Path) -> list[str]:
+def folders_in(folder: Path | str) -> list[str]:
     """Names of the folders in a folder, links to folders too."""
     with suppress(OSError), scandir(folder) as entries:
         return [entry.name for entry in entries if entry.is_dir()]
     return []
+
+
+def paths_of_folders_in(folder: str) -> list[str]:
+    """The paths of the folders in a folder, links to folders too."""
+    return [f"{folder}{sep}{name}" for name in folders_in(folder)]
 
 
 def stems_in(folder: Path, suffix: str) -> list[str]:

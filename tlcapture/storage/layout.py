@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from os.path import exists, islink, join, lexists, realpath, sep
+from os.path import exists, isfile, islink, join, lexists, realpath, sep
 from pathlib import Path
 
 from tlcapture.errors import InputError, StorageError
@@ -40,7 +40,7 @@ from tlcapture.names import (
     is_prompt_set,
     is_safe_name,
 )
-from tlcapture.storage.folders import folders_in, holds_any, natural, stems_in, subfolders
+from tlcapture.storage.folders import folders_in, holds_any, natural, paths_of_folders_in, stems_in, subfolders
 from tlcapture.storage.projection_places import STREAM_FOLDERS, place_of_projection
 from tlcapture.storage.remote_roots import check_complete, list_experiment, refresh
 from tlcapture.text import beside
@@ -322,12 +322,12 @@ class Layout:
         """The existing projection files of a prompt, for all traits and components, sorted."""
         check_capture_set(prompt_set)
         name = f"{file_name(prompt_id)}.json"
-        inference = self.folder / "inference"
+        inference = join(self.folder, "inference")
         places = (
-            join(inference, category, trait, stream, prompt_set, name)
+            f"{trait_folder}{sep}{stream}{sep}{prompt_set}{sep}{name}"
             for category in folders_in(inference)
             if category != "raw"
-            for trait in folders_in(inference / category)
+            for trait_folder in paths_of_folders_in(join(inference, category))
             for stream in STREAM_FOLDERS.values()
         )
         return sorted(self.own(Path(place)) for place in places if exists(place))
@@ -396,4 +396,4 @@ def derived_files(layout: Layout, prompt_set: str, prompt_id: PromptId) -> list[
     files += layout.forms(layout.logit_lens(prompt_set, prompt_id))
     files += layout.all_internals(prompt_set, prompt_id) + layout.all_projections(prompt_set, prompt_id)
     files += [layout.shards(component, prompt_set) / f"{file_name(prompt_id)}{COMPACT}" for component in STREAM_FOLDERS]
-    return [path for path in files if path.is_file() or path.is_symlink()]
+    return [path for path in files if isfile(path) or islink(path)]

@@ -181,9 +181,10 @@ class _Null:
 
     def is_exceeded(self, clarity: Values, correlation: Values) -> NDArray[np.bool_]:
         """Where `p` is at most `LEVEL`; it is computed only where it may be."""
-        lower, _ = self._between(correlation)
-        found = clarity > self._least[lower]
-        found[found] = self.p(clarity[found], correlation[found]) <= LEVEL
+        lower = np.searchsorted(self.correlations[1:-1], correlation, side="right")
+        found = clarity > self._surely[lower]
+        open_ = np.flatnonzero((clarity > self._least[lower]) & ~found)
+        found[open_] = self.p(clarity[open_], correlation[open_]) <= LEVEL
         return found
 
     def _between(self, correlation: Values) -> tuple[NDArray[np.int64], Values]:
@@ -203,6 +204,12 @@ class _Null:
         """For each bin but the last, a clarity at which `p` is above `LEVEL` in that bin and in the next one."""
         place = int((1 - LEVEL) * self.clarities.shape[1]) - 1
         return np.minimum(self.clarities[:-1, place], self.clarities[1:, place])
+
+    @cached_property
+    def _surely(self) -> Values:
+        """For each bin but the last, a clarity beyond which `p` is at most `LEVEL` in that bin and in the next one."""
+        place = self.clarities.shape[1] - int(LEVEL * (self.clarities.shape[1] + 1))
+        return np.maximum(self.clarities[:-1, place], self.clarities[1:, place])
 
     @cached_property
     def _ranges(self) -> Values:

@@ -314,8 +314,7 @@ def check_kept(vector: TraitVector, kept: KeptPoints, with_attention: Sequence[i
 
 def unit_directions(vectors: Sequence[TraitVector]) -> Vectors:
     """The vectors as rows of length 1, in float32."""
-    stacked = torch.stack([vector.vector for vector in vectors]).double()
-    return (stacked / stacked.norm(dim=1, keepdim=True)).float()
+    return torch.stack([vector.unit for vector in vectors])
 
 
 def dynamics_of_file(content: ProjectionFile) -> Dynamics:
@@ -357,7 +356,7 @@ def _subtract(
 
 def _scores(part: ResidualStream, component: str, directions: Vectors) -> Float[Tensor, "n_vectors ..."]:
     """`[n_vectors, n_tokens, n_layers, n_sublayers]`, NaN where a layer is not kept or has no attn_out."""
-    kept = part.kept
+    kept, part = part.kept, part.checked()
     if component == "attn_out":
         if part.attn_out is None:
             raise VectorError("the capture holds no attn_out: capture again with --capture-attn")

@@ -111,9 +111,9 @@ def smoothed(values: Values) -> Values:
 def _moving_mean(padded: Values) -> Values:
     """Means over `SMOOTHED` tokens along the first axis."""
     n_tokens = len(padded) - SMOOTHED + 1
-    total = padded[:n_tokens] + padded[1 : 1 + n_tokens]
-    for offset in range(2, SMOOTHED):
-        total += padded[offset : offset + n_tokens]
+    pairs = padded[: n_tokens + 2] + padded[1 : n_tokens + 3]
+    total = pairs[:n_tokens] + pairs[2 : n_tokens + 2]
+    total += padded[4 : 4 + n_tokens]
     total /= SMOOTHED
     return total
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from tlcapture.errors import VectorError
@@ -32,6 +33,12 @@ class TraitVector:
     experiment: str
     vector: Vector = field(repr=False)
     metadata: Mapping[str, Any] = field(repr=False)
+
+    @cached_property
+    def unit(self) -> Vector:
+        """The direction as a vector of length 1, in float32."""
+        direction = self.vector.double()
+        return (direction / direction.norm()).float()
 
     @property
     def model(self) -> str | None:
