@@ -121,7 +121,7 @@ def test_captures_of_a_set_are_found_in_linear_time(
     def opened(experiment: Any, prompt_set: str, name: str) -> Any:
         return SimpleNamespace(name=name, sample=int(name[-1]))
 
-    monkeypatch.setattr("tlcapture.explore.experiment.SavedCapture", opened)
+    monkeypatch.setattr("tlcapture.explore.captured_sets.SavedCapture", opened)
 
     def work(count: int) -> Callable[[], None]:
         captures = Experiment("e", layout_of(count).root).captures("s")
