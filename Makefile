@@ -25,7 +25,7 @@ TESTS_TL4 := tests/test_parity.py tests/test_models.py tests/test_multimodal.py 
   tests/integration/test_embedded_model.py::test_a_batch_writes_what_hugging_face_writes_and_every_residual_is_its_hidden_state
 
 .DEFAULT_GOAL := help
-.PHONY: docs notebooks examples dist help setup chromium test test-tl4 test-fresh test-bounds test-cuda reliability models-page lint format packaged-vectors demo bench bench-quick bench-page bench-cluster bench-extract bench-project bench-scale bench-driver bench-launches bench-gpu bench-gpu-wheels view screenshots all_prompt_sets clean $(PROMPT_SETS) $(addprefix project-,$(PROMPT_SETS))
+.PHONY: docs notebooks examples dist help setup chromium test test-tl4 test-fresh test-bounds test-cuda reliability models-page lint format packaged-vectors demo bench bench-quick bench-page bench-cluster bench-extract bench-project bench-scale bench-many bench-driver bench-launches bench-gpu bench-gpu-wheels view screenshots all_prompt_sets clean $(PROMPT_SETS) $(addprefix project-,$(PROMPT_SETS))
 
 help: ## Show this help
 	@echo "Targets:"
@@ -146,6 +146,9 @@ bench-project: $(READY) ## Compare project with that of the checkout BASELINE
 
 bench-scale: $(READY) ## Compare measured bytes and time of 100, 1,000 and 5,000 prompts with the prediction, into docs/scale.md
 	$(BIN)/python benchmarks/scale_cost.py --write docs/scale.md $(FLAGS)
+
+bench-many: $(READY) chromium ## Processor time per prompt of each command at 1,000, 3,000 and 10,000 prompts
+	$(BIN)/python benchmarks/many_prompts.py --browser $(FLAGS)
 
 bench-launches: $(READY) ## Count the kernel launches of a decode step on a GPU, without one
 	$(BIN)/python benchmarks/launches.py $(if $(BASELINE),--baseline $(BASELINE)) $(FLAGS)
