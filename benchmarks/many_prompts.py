@@ -19,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import NoReturn
 
@@ -121,13 +122,14 @@ class Root:
 @click.option("--traits", default=10, show_default=True)
 @click.option("--format", "form", type=click.Choice(["json", "compact"]), default="compact", show_default=True)
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
+@click.option("--only", default="", help="Measure only the work whose name has this in it.")
 @click.option(
     "--folder",
     type=click.Path(file_okay=False, path_type=Path),
     help="Keep what is captured in this folder; what is there already is not captured again.",
 )
 @click.option("--browser", is_flag=True, help="Also time the page's first view of the largest set in Chromium.")
-def main(sizes: str, traits: int, form: str, rounds: int, folder: Path | None, browser: bool) -> None:
+def main(sizes: str, traits: int, form: str, rounds: int, only: str, folder: Path | None, browser: bool) -> None:
     """Measure and print a Markdown table."""
     counts = sorted(int(size) for size in sizes.split(","))
     with ExitStack() as stack:
@@ -136,12 +138,12 @@ def main(sizes: str, traits: int, form: str, rounds: int, folder: Path | None, b
         roots = [Root(top / f"n{count}", model, count, traits, form) for count in (1, *counts)]
         for root in roots:
             root.make()
-        for name, work in roots[0].work.items():
-            _note(f"{name} in this process")
-            work()
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            for work in roots[0].work.values():
+                work()
         gc.collect()
         gc.freeze()
-        found = _measured(roots, rounds)
+        found = _measured(roots, rounds, only)
         for line in _table(roots, found):
             click.echo(line)
         for root in roots[1:]:
@@ -151,13 +153,17 @@ def main(sizes: str, traits: int, form: str, rounds: int, folder: Path | None, b
             click.echo(_in_browser(roots[-1], rounds))
 
 
-def _measured(roots: Sequence[Root], rounds: int) -> dict[tuple[str, int], float]:
+def _measured(roots: Sequence[Root], rounds: int, only: str) -> dict[tuple[str, int], float]:
     """CPU seconds by work and number of prompts."""
     found: dict[tuple[str, int], float] = {}
     for number in range(rounds):
         for root in roots:
             for name, work in root.work.items():
-                if (name == CAPTURE and (number or root.is_captured)) or found.get((name, root.count), 0) > LONG:
+                if (
+                    only not in name
+                    or (name == CAPTURE and (number or root.is_captured))
+                    or found.get((name, root.count), 0) > LONG
+                ):
                     continue
                 seconds = _cpu_seconds(work)
                 _note(f"round {number + 1}, {root.count:,} prompts, {name}: {seconds:.2f} s")
@@ -170,9 +176,9 @@ def _table(roots: Sequence[Root], found: dict[tuple[str, int], float]) -> list[s
     heads = " | ".join(f"ms a prompt, {count:,}" for count in counts)
     lines = [f"| work | one prompt, s | {heads} | ratio |", "| --- | --- |" + " --- |" * (len(counts) + 1)]
     for name in roots[0].work:
-        start = found[name, 1]
-        if any((name, count) not in found for count in counts):
+        if any((name, count) not in found for count in (1, *counts)):
             continue
+        start = found[name, 1]
         each = [1e3 * (found[name, count] - start) / (count - 1) for count in counts]
         cells = " | ".join(f"{ms:.3f}" for ms in each)
         lines.append(f"| {name} | {start:.2f} | {cells} | {each[-1] / each[0]:.2f} |")

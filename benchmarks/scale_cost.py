@@ -4,13 +4,15 @@
 
 A tiny random Llama captures residual stream and projections of short prompts with one thread. The rate of the smallest
 run, in new tokens per second, predicts the duration of all runs; bytes are predicted only from the model's config and
-the mean lengths. `--write` inserts the table between the markers of a file.
+the mean lengths. Seconds are those of the processor, which other work on the machine changes little. `--write` inserts
+the table between the markers of a file.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -66,7 +68,8 @@ def main(sizes: str, write: Path | None) -> None:
 def _tables(root: Path, model: Path, counts: Sequence[int]) -> Iterator[str]:
     yield from textwrap.wrap(
         f"A Llama of 6 layers, d_model 64, random weights, float32, one of {os.cpu_count()} shared cores, torch "
-        f"{version('torch')}. Prompts of 6 to 38 tokens, at most {NEW_TOKENS} new ones, two traits, batches of 16.",
+        f"{version('torch')}. Prompts of 6 to 38 tokens, at most {NEW_TOKENS} new ones, two traits, batches of 16. "
+        "Seconds are those of the processor.",
         _WIDTH,
     )
     yield ""
@@ -110,12 +113,15 @@ def _capture(root: Path, model: Path, count: int, options: Sequence[str]) -> dic
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps({"name": name, "prompts": prompts}))
     experiment = root / "experiments" / name
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     output = _run(
         root, "capture", "--experiment", name, "--model", model, "--prompt-set", name, "--no-chat-template",
         "--vector-experiment", "vectors", "--max-new-tokens", NEW_TOKENS, "--temperature", 0, "--batch-size", 16,
         "--layer", 4, "--json", *options,
     )  # fmt: skip
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     found: dict[str, Any] = json.loads(output.splitlines()[-1])
+    found["seconds"] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     files = [*experiment.glob("inference/tone/loud/residual_stream/*/*.json")]
     lengths = [json.loads(path.read_bytes()) for path in files]
     found["prompt_tokens"] = statistics.mean(each["prompt"]["n_tokens"] for each in lengths)

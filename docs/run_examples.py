@@ -67,7 +67,7 @@ def _run(line: str, folder: Path) -> str:
 
 def shown_now(shown: str, printed: str) -> str:
     """What a page shows of an output, with its lines in place of the older ones that are most like them."""
-    lines, found, start = printed.splitlines(), [], 0
+    lines, found, start = [line.rstrip() for line in printed.splitlines()], [], 0
     for line in shown.splitlines():
         if line == "..." or not line:
             found.append(line)

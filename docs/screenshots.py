@@ -31,7 +31,7 @@ VIEWS = {
     "vectors": f"trait={TRAIT}",
     "samples": "view=dynamics&set=adhoc&prompt=1.s1&trait=behavioral/refusal&shown=behavioral/refusal",
     "compare": f"trait={TRAIT}&prompt=6&set2=dynamic&average2=1",
-    "difference": f"trait={TRAIT}&prompt=1&token=60",
+    "difference": "trait=behavioral/refusal&prompt=1&token=60",
     "steered": "view=compare&set=single_trait@steered&trait=behavioral/refusal&prompt=1&set2=single_trait&prompt2=1",
 }
 MORE = {

@@ -28,6 +28,7 @@ REQUIREMENTS = "requirements"
 NOT_HERE = ("torch", "triton", "nvidia-")
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
 SITE = ("-m", "sphinx", "--fail-on-warning", "--quiet", "docs", "build/bounds-site")
+EXTRAS = ("", "boto3")  # the server of the tests of s3fs has to take the same botocore
 # Plugins of other packages may need a newer version of one than its bound.
 ENVIRONMENT = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 # What is run with the lower bound of each package of an extra, and of all requirements together.
@@ -48,7 +49,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("s3fs", "moto"), (*PYTEST, "tests/remote")),
     "mypy": ("-m", "mypy"),
     "peft": (*PYTEST, "tests/test_adapters.py"),
-    "playwright": (*PYTEST, "tests/integration/test_page.py"),
+    **dict.fromkeys(("axe-playwright-python", "playwright"), (*PYTEST, "tests/integration/test_page.py")),
     "pytest": (*PYTEST, "tests/test_rounding.py", "tests/cli/test_output.py"),
     "pytest-xdist": (
         *PYTEST, "-p", "xdist", "--numprocesses", "2", "--dist", "loadscope", "--no-loadscope-reorder",
@@ -120,7 +121,9 @@ def _install(folder: Path, wanted: list[str]) -> None:
 
 def _unmet(package: Distribution, found: dict[str, Distribution]) -> list[str]:
     needs = [Requirement(line) for line in package.requires or ()]
-    needs = [each for each in needs if each.marker is None or each.marker.evaluate({"extra": ""})]
+    needs = [
+        each for each in needs if each.marker is None or any(each.marker.evaluate({"extra": name}) for name in EXTRAS)
+    ]
     needs = [each for each in needs if not each.name.startswith(NOT_HERE)]
     return [
         f"{each.name}{each.specifier}"

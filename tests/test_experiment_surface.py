@@ -336,7 +336,8 @@ def test_a_doubt_about_a_vector_is_told_on_the_page_and_in_the_summary(doubtful:
 
 
 def test_a_doubt_about_a_vector_is_told_beside_a_comparison(doubtful: Experiment) -> None:
-    doubtful.compare("exp/short@steered", "short", kl=False)
+    with pytest.warns(UserWarning, match=f"tone/loud: {DOUBT}"):
+        doubtful.compare("exp/short@steered", "short", kl=False)
     page = Contents(doubtful.root)
     (compared,) = page.comparisons("exp")
     assert page.compared_set("exp", compared["other"], compared["prompt_set"])["doubts"] == [f"tone/loud: {DOUBT}"]

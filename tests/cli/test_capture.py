@@ -271,8 +271,18 @@ def test_layer_internals_can_be_repeated(capture: Run, raw: Path) -> None:
     assert torch.allclose(value["blocks.2.hook_resid_post"], saved.residual(2), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize(("words", "compute"), [((), "float32"), (("--replay",), "float32"), ((), "bfloat16")])
-@pytest.mark.parametrize("dtype", ["auto", "float32", "float16", "bfloat16"])
+# Every dtype, and the one that is chosen for each that the model computes in, also where it is replayed.
+@pytest.mark.parametrize(
+    ("dtype", "words", "compute"),
+    [
+        ("auto", (), "float32"),
+        ("auto", ("--replay",), "float32"),
+        ("auto", (), "bfloat16"),
+        ("float32", (), "bfloat16"),
+        ("float16", ("--replay",), "float32"),
+        ("bfloat16", (), "float32"),
+    ],
+)
 def test_internals_follow_the_save_dtype(
     capture: Run, raw: Path, dtype: str, words: tuple[str, ...], compute: str
 ) -> None:

@@ -77,6 +77,21 @@ def test_where_shuffled_labels_separate_all_it_says_once_that_more_pairs_are_nee
     assert verdict in result.output
 
 
+def test_where_more_pairs_are_needed_wide_intervals_are_not_listed_by_layer(evaluate: Run, root: Path) -> None:
+    words = ["LOUD", "soft"]
+    sides = [
+        [{"pair": str(n), "prompt": f"say {n}", "response": f"{words[(n + n // 3 + k) % 2]} {n}"} for n in range(10)]
+        for k in (0, 1)
+    ]
+    result = evaluate(*sides)
+    rows = evaluation(root)["all_results"]
+    assert {row["null_auroc_p95"] for row in rows} == {1.0}
+    assert any(low <= 0 <= high for low, high in (row["val_effect_size_interval"] for row in rows))
+    assert [line.split(": ")[2][:28] for line in result.stderr.splitlines() if "warning" in line] == [
+        "too few examples to tell whe"
+    ]
+
+
 @pytest.mark.parametrize(
     ("positive", "negative"),
     [

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -72,7 +73,10 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         _RECORDING[-1][f"open {os.fsdecode(arguments[0])}"] += 1
 
 
-sys.addaudithook(_audit)
+@cache
+def _watch() -> None:
+    """Record what is opened from now on: a hook stays until the tests end."""
+    sys.addaudithook(_audit)
 
 
 @contextmanager
@@ -93,6 +97,7 @@ def file_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     with monkeypatch.context() as patch:
         for name in ("stat", "lstat", "readlink", "access", "scandir", "listdir"):
             patch.setattr(os, name, counting(name))
+        _watch()
         _RECORDING.append(found)
         try:
             yield found
@@ -130,10 +135,13 @@ def states(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_finished_prompt_costs_one_look_at_each_file_and_one_more(
+def test_a_finished_prompt_costs_one_look_at_each_file_and_one_more_and_is_known_as_when_read(
     make: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     make(*FORMS[form])
+    (index,) = (folder / ".locks").glob("files-of-*.index")
+    written = known(index)
+    assert written.keys() == states(folder).keys()
     with file_calls(monkeypatch) as calls:
         result = make(*FORMS[form], "--skip-existing")
     assert "wrote 0 files" in result.stdout, result.output
@@ -144,6 +152,9 @@ def test_a_finished_prompt_costs_one_look_at_each_file_and_one_more(
         assert {call.partition(" ")[0] for call in found} <= {"lstat", "stat"}
     results = (f"open {folder}/inference/", f"open {folder}/analysis/")
     assert [call for call in calls if call.startswith(results)] == []
+    index.unlink()
+    assert "wrote 0 files" in make(*FORMS[form], "--skip-existing").stdout
+    assert known(index) == written, "what is known at writing is what reading finds"
 
 
 def test_a_finished_projection_costs_the_same(
@@ -155,17 +166,6 @@ def test_a_finished_projection_costs_the_same(
     assert "3 prompts skipped" in result.output and result.exit_code == 0
     assert 1 <= len(of_prompt(calls, "2")) <= len(files_of_prompt(folder, "2")) + 1
     assert not [call for call in calls if call.startswith(f"open {folder}/inference/")]
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_what_is_known_of_files_at_writing_is_what_reading_them_finds(make: Run, folder: Path, form: str) -> None:
-    make(*FORMS[form])
-    (path,) = (folder / ".locks").glob("files-of-*.index")
-    before = known(path)
-    assert before.keys() == states(folder).keys()
-    path.unlink()
-    assert "wrote 0 files" in make(*FORMS[form], "--skip-existing").stdout
-    assert known(path) == before
 
 
 AGAIN: dict[str, tuple[Any, ...]] = {
@@ -302,26 +302,25 @@ def flipped(data: bytes) -> bytes:
     return data[:place] + b"2" + data[place + 1 :]
 
 
-@pytest.mark.parametrize(
-    "damaged",
-    [
-        lambda data: b"",
-        lambda data: data[: len(data) // 2],
-        lambda data: b"[" * 100_000,
-        lambda data: b"\xff" + data,
-        flipped,
-        lambda data: signed(b'{"version":1,"parts":[],"folders":{"inference/raw/residual/short":[]}}'),
-        lambda data: signed(b'{"version":2,"parts":[],"folders":{}}'),
-        lambda data: signed(data.partition(b"\n")[2].replace(b'"parts":[', b'"parts":[7,"x",')),
-    ],
-    ids=["empty", "cut off", "nested", "not text", "a digit", "no files", "another version", "other parts"],
-)
-def test_a_damaged_index_is_made_anew(make: Run, index: Path, damaged: Callable[[bytes], bytes]) -> None:
+DAMAGED: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda data: b"",
+    "cut off": lambda data: data[: len(data) // 2],
+    "nested": lambda data: b"[" * 100_000,
+    "not text": lambda data: b"\xff" + data,
+    "a digit": flipped,
+    "no files": lambda data: signed(b'{"version":1,"parts":[],"folders":{"inference/raw/residual/short":[]}}'),
+    "another version": lambda data: signed(b'{"version":2,"parts":[],"folders":{}}'),
+    "other parts": lambda data: signed(data.partition(b"\n")[2].replace(b'"parts":[', b'"parts":[7,"x",')),
+}
+
+
+def test_a_damaged_index_is_made_anew(make: Run, index: Path) -> None:
     make()
-    before = known(index)
-    index.write_bytes(damaged(index.read_bytes()))
-    assert "3 prompts skipped" in make("--skip-existing").stdout
-    assert known(index) == before
+    before, content = known(index), index.read_bytes()
+    for name, damaged in DAMAGED.items():
+        index.write_bytes(damaged(content))
+        assert "3 prompts skipped" in make("--skip-existing").stdout, name
+        assert known(index) == before, name
 
 
 def signed(content: bytes) -> bytes:

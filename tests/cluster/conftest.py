@@ -16,6 +16,7 @@ import pytest
 from tests.cli.conftest import make_prompt_set, make_trait
 from tests.cluster import start_worker
 from tests.cluster.warm_workers import raylet_of, warm_workers
+from tests.conftest import quick_evaluations, unrendered_figures
 from tests.faults.commands import Command, contents
 from tlcapture.models.loading import load_model
 
@@ -35,7 +36,9 @@ cluster.add_node(**node)
 print("at", cluster.address, flush=True)
 added = []
 for word in sys.stdin:
-    if word in ("add\\n", "add cold\\n"):
+    if word == "end\\n":
+        break
+    elif word in ("add\\n", "add cold\\n"):
         added.append(cluster.add_node(num_gpus=2, **node if word == "add\\n" else {}))
         print("done", added[0].all_processes["raylet"][0].process.pid, flush=True)
     else:
@@ -85,6 +88,12 @@ class SimulatedCluster:
         return next(line for line in self._process.stdout if line.startswith(start))
 
 
+@pytest.fixture(scope="package", autouse=True)
+def _quick_evaluations() -> Iterator[None]:
+    with quick_evaluations(), unrendered_figures():
+        yield
+
+
 @pytest.fixture(scope="package")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimulatedCluster]:
     """A cluster that runs until the end of these tests."""
@@ -95,11 +104,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimulatedClust
         patch.setenv("RAY_prestart_worker_first_driver", "0")  # processes that no test would use
         words = [sys.executable, "-c", _CLUSTER, start_worker.__file__]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        with warm_workers(warm), subprocess.Popen(words, **pipes, text=True) as process:
-            assert process.stdin is not None
+        with subprocess.Popen(words, **pipes, text=True) as process, warm_workers(warm):
             yield SimulatedCluster(process, warm)
-            process.stdin.close()
-            process.wait(timeout=60)
+            process.communicate("end\n", timeout=60)
 
 
 @pytest.fixture

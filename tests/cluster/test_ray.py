@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.cli.conftest import make_prompt_set
 from tests.cluster.conftest import SimulatedCluster, words_of
 from tests.evidence import Evidence
 from tests.faults.commands import Command, contents
@@ -338,6 +339,22 @@ def test_samples_of_a_worker_with_a_gpu_are_those_of_a_local_run(
     asked = Command(tmp_path / "output", *words, *ray, "--n-devices", 3, "--overwrite").end()
     assert asked.code == 2
     assert "3 CPUs and 2 GPUs on 3 nodes: too few for a worker of 1 and 3 on one of them" in asked.stderr
+
+
+def test_a_prompt_that_does_not_fit_in_a_worker_s_memory_is_refused_before_any_runs(
+    ray_address: str, busy: Path, tmp_path: Path
+) -> None:
+    """The driver, which may be another machine, loads no model. Patterns of 200,000 tokens take terabytes."""
+    config = busy / "model" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_bytes()), "max_position_embeddings": 10**6}))
+    make_prompt_set(busy, "long", ["short", "x" * 200_000])
+    words = ("capture", "--root", busy, "--experiment", "long", "--model", busy / "model", "--prompt-set", "long")
+    kept = ("--attention", "--tokens", "last", "--max-new-tokens", 2, "--no-project", "--no-chat-template")
+    ray = ("--executor", "ray", "--workers", 1, "--gpus-per-worker", 0, "--ray-address", ray_address)
+    done = Command(tmp_path / "output", *words, *kept, *ray).end()
+    assert done.code == 2, done.stderr
+    assert re.match(r"error: long/2: 200003 tokens would take about [\d.]+ TiB of memory, .* are free: ", done.stderr)
+    assert not list((busy / "experiments" / "long").rglob("*.pt"))
 
 
 class UntilThirdNodeWorks:

@@ -23,6 +23,7 @@ def check_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 @pytest.fixture(params=["oneDNN", "without oneDNN"], autouse=True)
 def _by_either_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(products, "_SMALL", 0)
     if request.param == "without oneDNN":
         monkeypatch.setattr(products, "_has_onednn", lambda: False)
     with torch.no_grad():
@@ -77,3 +78,9 @@ def test_gradients_are_those_of_functional_linear(n_rows: int) -> None:
             for w in [weight.clone().requires_grad_()]
         )
     assert torch.equal(found, expected)
+
+
+def test_small_weights_have_the_bits_of_functional_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    x, weight = torch.randn(3, 64), torch.randn(96, 64)
+    assert torch.equal(linear(x, weight), functional.linear(x, weight))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch.utils.serialization import config
 
 from tests.evidence import Evidence
 from tests.input import captures
@@ -159,10 +160,12 @@ def test_truncated_or_changed_captures_are_refused_or_read_correctly(layout: Lay
 
 def test_a_tensor_longer_than_its_storage_is_refused(layout: Layout, evidence: Evidence) -> None:
     """torch maps as many values as one byte of the pickle states, even if fewer are stored."""
-    whole, path = packed(captures.content()), layout.residual("odd", "1")
+    with config.patch("save.compute_crc32", False):
+        whole, path = packed(captures.content()), layout.residual("odd", "1")
+    positions = numbers_within(packed(captures.content()))
     path.parent.mkdir(parents=True, exist_ok=True)
     seen = 0
-    for at in numbers_within(whole):
+    for at in positions:
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
         try:
             Capture.open(path)

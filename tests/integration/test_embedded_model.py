@@ -146,12 +146,12 @@ def test_bfloat16_has_the_same_fingerprint_and_close_activations(smollm2: Any, r
 
 
 def test_loading_the_converted_model_takes_under_three_seconds(smollm2: Any) -> None:
-    seconds = []
-    for _ in range(2):
+    def seconds() -> float:
         start = time.monotonic()
         load_model("smollm2", device="cpu")
-        seconds.append(time.monotonic() - start)
-    assert min(seconds) < 3
+        return time.monotonic() - start
+
+    assert seconds() < 3 or seconds() < 3, "the machine may be busy once"
 
 
 @tiny.needs_hooked

@@ -412,8 +412,10 @@ def test_compared_trajectories_are_aligned_at_the_first_response_token(page: Wat
     first = projection_file(page_root, 1)
     trace = names["A: exp/single_trait/1"]
     assert trace["x"][0] == -first["prompt"]["n_tokens"]
-    assert trace["y"] == pytest.approx(trajectory(first), rel=1e-5)
-    assert names["B: exp/single_trait/2"]["y"] == pytest.approx(trajectory(projection_file(page_root, 2)), rel=1e-5)
+    assert trace["y"][0] is None  # an attention sink
+    assert trace["y"][1:] == pytest.approx(trajectory(first)[1:], rel=1e-5)
+    other = trajectory(projection_file(page_root, 2))
+    assert names["B: exp/single_trait/2"]["y"][1:] == pytest.approx(other[1:], rel=1e-5)
     page.page.click("text=mean of the set")
     page.settled()
     mean = {each["name"]: each for each in page.traces()}["A: mean of exp/single_trait"]
@@ -521,9 +523,9 @@ def test_a_prompt_without_vectors_shows_its_text(hostile: Watched, hostile_root:
     raw = bare / "inference/raw/residual/odd/1.pt"
     raw.parent.mkdir(parents=True)
     tiny_capture().save(raw)
+    hostile.page.goto("about:blank")
     try:
         for view in VIEWS:
-            hostile.page.goto("about:blank")
             hostile.open(f"view={view}&experiment=bare&set=odd&prompt=1")
             told = hostile.text("#view")
             assert "404" not in told and "failed" not in told

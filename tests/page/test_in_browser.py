@@ -490,9 +490,9 @@ def test_a_damaged_file_is_named(page: Watched, root: Path) -> None:
     path = root / "experiments/exp/analysis/per_token/odd/4_attention.json"
     whole = path.read_text()
     path.write_text(whole[: len(whole) // 2])
+    page.page.goto("about:blank")
     try:
         for mode in ("matrix", "heads", "token"):
-            page.page.goto("about:blank")
             page.open(f"view=attention&mode={mode}&{HERE}")
             assert "4_attention.json" in page.text(".empty"), mode
     finally:

@@ -187,7 +187,7 @@ def test_a_process_that_does_not_end_is_killed(started: Processes, monkeypatch: 
     assert started._started[0]._popen.returncode == -signal.SIGKILL
 
 
-def test_a_process_that_waits_for_work_ends_by_itself(started: Processes) -> None:
-    started.call(os.getpid)
-    _end(started._started)
-    assert started._started[0]._popen.returncode == 0
+def test_a_process_that_waits_for_work_ends_by_itself(running: Processes) -> None:
+    running.call(os.getpid)
+    _end(running._started)
+    assert running._started[0]._popen.returncode == 0

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from tlcapture.captures.checksums import WrittenSums, row_sums
 from tlcapture.captures.format import FORMAT_VERSION, CaptureMetadata, Spans, TokenId, check_version, held_of_part
 from tlcapture.prompts.spans import check_spans
 from tlcapture.storage.archives import Archive
@@ -28,20 +29,36 @@ NAME = "tlcapture.json"
 PARTS = ("prompt", "response")
 DTypeName = Literal["float16", "bfloat16", "float32", "float64"]
 Axis = Annotated[int, Field(ge=0, lt=2**31)]
+Checksum = Annotated[int, Field(ge=0, lt=2**64)]
 
 
 class Stored(FileContent):
-    """A tensor: a record of the archive, with the dtype and shape of its bytes."""
+    """A tensor: a record of the archive, with the dtype and shape of its bytes, and the checksum of each of its rows.
+
+    Files that were written before there were checksums have none.
+    """
 
     record: str
     dtype: DTypeName
     shape: Annotated[list[Axis], Field(min_length=3, max_length=3)]
+    row_sums: list[Checksum] | None = None
 
     @classmethod
     def of(cls, tensor: Tensor, number: int) -> dict[str, Any]:
         """The entry for a tensor that the archive stores as `data/{number}`."""
         dtype = str(tensor.dtype).removeprefix("torch.")
-        return {"record": f"data/{number}", "dtype": dtype, "shape": list(tensor.shape)}
+        return {
+            "record": f"data/{number}",
+            "dtype": dtype,
+            "shape": list(tensor.shape),
+            "row_sums": row_sums(tensor),
+        }
+
+    @model_validator(mode="after")
+    def _has_a_sum_for_each_row(self) -> Stored:
+        if self.row_sums is not None and len(self.row_sums) != self.shape[0]:
+            raise ValueError(f"{len(self.row_sums)} row_sums, expected {self.shape[0]}")
+        return self
 
 
 class IndexedPart(FileContent):
@@ -111,7 +128,8 @@ def read_index(path: Path) -> tuple[CaptureIndex, dict[str, Any], dict[str, Resi
         only = None if kept.is_all else kept
         attention = index.metadata.attention_layers
         layers = None if attention is None else tuple(attention)
-        return index, value["metadata"], {name: _stream(archive, getattr(index, name), only, layers) for name in PARTS}
+        streams = {name: _stream(path, archive, name, getattr(index, name), only, layers) for name in PARTS}
+        return index, value["metadata"], streams
 
 
 def index_record(content: Mapping[str, Any], streams: Mapping[str, ResidualStream], storages: Sequence[Any]) -> bytes:
@@ -146,8 +164,16 @@ def _stored(tensor: Tensor, numbers: Mapping[int, int]) -> dict[str, Any]:
 
 
 def _stream(
-    archive: Archive, part: IndexedPart, only: KeptPoints | None, with_attention: tuple[int, ...] | None = None
+    path: Path,
+    archive: Archive,
+    name: str,
+    part: IndexedPart,
+    only: KeptPoints | None,
+    with_attention: tuple[int, ...] | None,
 ) -> ResidualStream:
-    stored = [each for each in (part.points, part.attn_out) if each is not None]
-    points, *outputs = archive.tensors([(each.record, getattr(torch, each.dtype), each.shape) for each in stored])
-    return ResidualStream(points, outputs[0] if outputs else None, only, with_attention)
+    stored = {"points": part.points, **({} if part.attn_out is None else {"attn_out": part.attn_out})}
+    wanted = [(each.record, getattr(torch, each.dtype), each.shape) for each in stored.values()]
+    points, *outputs = archive.tensors(wanted)
+    sums = {buffer: each.row_sums for buffer, each in stored.items() if each.row_sums is not None}
+    check = WrittenSums(path, name, sums) if sums else None
+    return ResidualStream(points, outputs[0] if outputs else None, only, with_attention, check)

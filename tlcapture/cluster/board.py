@@ -5,6 +5,7 @@ A worker that dies takes what it knows with it; from its marks here it can be to
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,11 +34,11 @@ class News:
     """What the driver reads.
 
     Attributes:
-        units: the units of work that all workers have counted.
+        units: the units of work that workers have counted since the last reading.
         facts: what they recorded for the run.
         doing: what they are doing, as one line.
         silent: for how many seconds each worker that ever reported has not, by its number.
-        again: the name of a worker that died and the label of its piece, for each that was begun again since.
+        again: the name of a worker that died and the label of its piece, for each that was begun again since then.
     """
 
     units: int
@@ -55,7 +56,7 @@ class Board:
     _again: list[tuple[str, str]] = field(default_factory=list)
     _states: dict[int, State] = field(default_factory=dict)
     _heard: dict[int, float] = field(default_factory=dict)
-    _units: dict[str, int] = field(default_factory=dict)
+    _units: int = 0
     _is_stopping: bool = False
 
     def begin(self, piece: int, label: str, worker: str, process: str) -> None:
@@ -66,16 +67,17 @@ class Board:
         before[process] = worker
 
     @classmethod
-    def start(cls, ray: Any, name: str) -> Any:
-        """Start the actor beside the driver, whose node the run does not outlive.
+    def start(cls, ray: Any) -> tuple[str, Any]:
+        """Start the actor beside the driver, whose node the run does not outlive; its name, and the actor.
 
         Workers find it by its name: Ray complains of arguments that a restarted worker may not find any more.
         """
+        name = f"tlcapture-{secrets.token_hex(8)}"
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False
         )
         how = {"name": name, "num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-        return ray.remote(**how)(cls).remote()
+        return name, ray.remote(**how)(cls).remote()
 
     def begun(self, piece: int) -> int:
         """The number of processes that have begun a piece."""
@@ -83,8 +85,9 @@ class Board:
 
     def report(self, number: int, state: State) -> bool:
         """Note the state of a worker; returns whether it is to stop."""
+        before = self._states.get(number)
+        self._units += state.units - (before.units if before and before.process == state.process else 0)
         self._states[number], self._heard[number] = state, time.monotonic()
-        self._units[state.process] = state.units
         return self._is_stopping
 
     def stop(self) -> None:
@@ -93,8 +96,9 @@ class Board:
 
     def read(self) -> News:
         """What was reported, and what was begun again since the last call."""
-        states, again, self._again = sorted(self._states.items()), self._again, []
+        states = sorted(self._states.items())
+        again, units, self._again, self._units = self._again, self._units, [], 0
         facts = {name: value for _, state in states for name, value in state.facts.items()}
         doing = ", ".join(f"{number}: {state.doing}" for number, state in states)
         silent = {number: time.monotonic() - heard for number, heard in self._heard.items()}
-        return News(sum(self._units.values()), facts, doing, silent, again)
+        return News(units, facts, doing, silent, again)

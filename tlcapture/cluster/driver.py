@@ -6,12 +6,11 @@ worker twice is halved, so that what is at fault is found and fails by name.
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -27,7 +26,7 @@ from tlcapture.text import first_line
 
 _log = get_logger(__name__)
 
-_POLL = 0.5  # seconds between two readings of the board
+_POLL = 0.5  # seconds, the most between two readings of the board
 _TRIES = 3  # deaths of a worker on one prompt after which the prompt counts as failed
 _MOST_DEATHS = 10  # in a row, beyond one for each worker
 _SILENCE = 60  # seconds after which a worker that waits for a node loses its piece to one that is idle
@@ -38,9 +37,9 @@ _TIMEOUT = 300  # seconds for a first worker to start, and for workers to finish
 class _Piece:
     """A part of the work that one worker does, and how many of its workers died."""
 
-    number: int
     task: Any
     label: str
+    number: int = field(default_factory=count().__next__)
     died: int = 0
 
 
@@ -52,7 +51,7 @@ class _Worker:
     actor: Any
     name: str
     process: int = 0
-    heard: float = 0.0
+    heard: float = field(default_factory=time.monotonic)
     died: float = -1.0
 
 
@@ -61,13 +60,11 @@ class Driver:
 
     def __init__(self, ray: Any, work: Work, tasks: Sequence[Any], run: Run):
         self._ray, self._work, self._run = ray, work, run
-        self._numbers = count()
         self._waiting = deque(self._piece(task) for task in tasks)
         self._workers: list[_Worker] = []
         self._calls: dict[Any, tuple[_Worker, _Piece | None]] = {}  # by the reference of what will be answered
         self._model: dict[str, Any] = {}  # references of the model's files, once a worker lacks them
-        self._n_pieces, self._n_done, self._n_units, self._deaths = len(tasks), 0, 0, 0  # deaths in a row
-        self._read = self._started = time.monotonic()
+        self._n_pieces, self._n_done, self._deaths = len(tasks), 0, 0  # deaths in a row
         self._began: float | None = None
 
     def run(self, n_workers: int, resources: dict[str, float], *, collect: bool) -> None:
@@ -79,8 +76,7 @@ class Driver:
             TlcaptureError: an error in a worker that ends the run; what other workers did until then is kept.
         """
         ray, work, run = self._ray, self._work, self._run
-        board = f"tlcapture-{secrets.token_hex(8)}"
-        self._board = Board.start(ray, board)
+        board, self._board = Board.start(ray)
         how = {"num_cpus": resources["CPU"], "num_gpus": resources["GPU"]}
         actor = ray.remote(max_restarts=-1, max_task_retries=1, **how)(WorkerActor)
         with presence(run.layout.root) as file, run.progress(work.total, "Ray", work.unit) as self._progress:
@@ -105,17 +101,15 @@ class Driver:
         run.display.uses(cluster={**facts, "seconds": seconds})
 
     def _piece(self, task: Any) -> _Piece:
-        return _Piece(next(self._numbers), task, self._work.label(task))
+        return _Piece(task, self._work.label(task))
 
     def _step(self) -> None:
         time.sleep(0 if self._calls else _POLL)
         for call in self._ray.wait(list(self._calls), timeout=_POLL)[0] if self._calls else ():
             self._receive(call, *self._calls.pop(call))
-        for worker in self._idle():
-            if self._waiting:
-                self._call(worker, self._waiting.popleft())
-        if time.monotonic() - self._read >= _POLL:
-            self._read_board()
+        for worker in self._idle()[: len(self._waiting)]:
+            self._call(worker, self._waiting.popleft())
+        self._read_board()
 
     def _idle(self) -> list[_Worker]:
         busy = [worker for worker, _ in self._calls.values()]
@@ -181,20 +175,18 @@ class Driver:
 
     def _read_board(self) -> None:
         news, now = self._ray.get(self._board.read.remote()), time.monotonic()
-        self._read = now
         for name, label in news.again:
             self._run.again(name, label)
         for worker in self._workers:
             worker.heard = max(worker.heard, now - news.silent.get(worker.number, now))
-        if now - max(self._started, *(worker.heard for worker in self._workers)) > _TIMEOUT:
+        if now - max(worker.heard for worker in self._workers) > _TIMEOUT:
             raise InputError(f"no worker of the Ray cluster has answered for {_TIMEOUT} s")
         for worker, piece in self._calls.values() if self._idle() and not self._waiting else ():
             if piece is not None and now - worker.heard > _SILENCE:
                 self._ray.kill(worker.actor)
         self._run.display.uses(**news.facts)
         self._progress.state(f"{self._run.report.n_prompts} prompts done; {news.doing}")
-        self._n_units, since = news.units, news.units - self._n_units
-        self._progress.advance(since)
+        self._progress.advance(news.units)
 
     def _stop_workers(self) -> None:
         """Let every worker finish its current prompt, and keep what it did."""

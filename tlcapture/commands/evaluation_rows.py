@@ -124,7 +124,8 @@ def best_vector(row: EvaluationRow, summary: Mapping[str, Any]) -> dict[str, Any
 def doubts(rows: Sequence[Row]) -> list[str]:
     """At which layers vectors are no better than chance, one note per method and component.
 
-    Where shuffled labels separate the held-out examples perfectly, no vector can be better: one note per component.
+    Where shuffled labels separate the held-out examples perfectly, no vector can be better, and intervals are wide: one
+    note per component.
     """
     perfect = dict.fromkeys(row["component"] for row in rows if (row["null_auroc_p95"] or 0) >= 1)
     no_better: dict[str, list[int]] = {}
@@ -138,7 +139,7 @@ def doubts(rows: Sequence[Row]) -> list[str]:
             no_better.setdefault(name, []).append(row["layer"])
         if low is None or high is None:
             undefined.setdefault(name, []).append(row["layer"])
-        elif low <= 0 <= high:
+        elif low <= 0 <= high and row["component"] not in perfect:
             with_zero.setdefault(name, []).append(row["layer"])
     notes = [
         f"too few examples to tell whether {name} vectors are better than chance: with shuffled labels, too, one "

@@ -60,7 +60,7 @@ def facts_of_view(layout: Layout, path: Path) -> Facts | None:
         head = head_of(path)
         held, top_k = head.positions_held, head.top_k if isinstance(head, LensHead) else 0
         return _facts_of_view(head.kept_layers, head.n_layers, top_k, held)
-    content = read_tensors(path)
+    content = read_tensors(path, whole=False)
     try:
         n_prompt, n_tokens = int(content["n_prompt_tokens"]), len(content["tokens"])
         return _facts_of_view([], 0, 0, Positions.of(content.get("positions"), n_prompt, n_tokens))

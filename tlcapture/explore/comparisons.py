@@ -28,6 +28,7 @@ from tlcapture.commands.compare_summary import read_comparisons, summary_of
 from tlcapture.commands.compared_sets import CaptureSet, ComparedSets, compared_sets
 from tlcapture.comparison.comparison_files import ComparisonFile
 from tlcapture.errors import InputError
+from tlcapture.explore.doubts import tell_of_vectors
 from tlcapture.names import Trait, split_name
 from tlcapture.traits.choice import VectorChoice
 
@@ -81,7 +82,10 @@ def compare(
         warnings.warn(text, stacklevel=3)
     found = {each: read_comparisons(each.a.layout, each.other, each.a.name or "") for each in sets}
     frame = tidy_frame({each: files for each, (files, _) in found.items()}, by, [str(each) for each in choice.traits])
-    frame.attrs["summary"] = [summary_of(*each).to_json() for each in found.values() if each[0]]
+    summaries = [summary_of(*each) for each in found.values() if each[0]]
+    if by == "trait":
+        tell_of_vectors(a.layout.root, [vector for each in summaries for vector in each.vectors])
+    frame.attrs["summary"] = [each.to_json() for each in summaries]
     return frame
 
 

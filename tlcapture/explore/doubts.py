@@ -30,10 +30,21 @@ def tell(doubts: Iterable[tuple[str, str]], stacklevel: int = 2) -> None:
 
 def tell_of_saved(root: Path, projections: Iterable[TokenScores]) -> None:
     """Warn of what `evaluate` leaves in doubt about the vectors that saved projections of a root are onto."""
-    used = {(each.trait, each.component, each.method, each.layer, each.experiment): None for each in projections}
+    tell_of_vectors(
+        root,
+        [
+            UsedVector(each.trait, each.component, each.method, each.layer, each.experiment)
+            for each in projections
+            if each.experiment is not None
+        ],
+    )
+
+
+def tell_of_vectors(root: Path, vectors: Iterable[UsedVector]) -> None:
+    """Warn of what `evaluate` leaves in doubt about vectors, whose experiments are in a root."""
     doubts = Doubts(root)
-    found = [(of[0], doubts.of(UsedVector(*of[:4], of[4]))) for of in used if of[4] is not None]
-    tell([(trait, doubt) for trait, doubt in found if doubt], stacklevel=4)
+    found = [(each.trait, doubts.of(each)) for each in dict.fromkeys(vectors)]
+    tell([(trait, doubt) for trait, doubt in found if doubt], stacklevel=5)
 
 
 def forget() -> None:

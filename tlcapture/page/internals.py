@@ -120,7 +120,7 @@ def _internals(layout: Layout, prompt_set: str, prompt_id: str, layer: int) -> M
     path = layout.internals(prompt_set, prompt_id, layer)
     if not path.is_file():
         raise missing.internals(layout, prompt_set)
-    content = read_arrays(path)
+    content = read_arrays(path, whole=True)
     names = [name for name in content if str(name).startswith(f"blocks.{layer}.")] if isinstance(content, dict) else []
     if not names or not all(isinstance(content[name], np.ndarray) and content[name].ndim for name in names):
         raise StorageError(f"{path}: not a valid internals file: it holds no activations of layer {layer}")

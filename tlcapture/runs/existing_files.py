@@ -61,7 +61,7 @@ def check_readable(layout: Layout, path: Path) -> None:
     if place[:3] == ("inference", "raw", "residual"):
         Capture.open(path)
     elif place[:3] == ("inference", "raw", "internals"):
-        content = read_tensors(path)
+        content = read_tensors(path, whole=False)
         if not isinstance(content, dict) or "token_ids" not in content:
             raise not_valid(path, "layer internals", "it has no token_ids")
     elif place[:2] == ("analysis", "compare"):

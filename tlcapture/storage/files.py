@@ -189,8 +189,10 @@ def write_tensors(
     return _write(path, write, sum(storages_of(value).values()), before_replacing)
 
 
-def read_tensors(path: Path, *, records: Sequence[str] = ()) -> Any:
+def read_tensors(path: Path, *, records: Sequence[str] = (), whole: bool = True) -> Any:
     """Open a `.pt` file memory-mapped; raises `StorageError` if it has anything but tensors and plain values.
+
+    Where the `whole` file will be used, its tensors are read and compared with their checksums.
 
     Objects of the classes named in `records`, such as `package.module.Name`, are read as dicts of their attributes; the
     classes themselves are neither imported nor called.
@@ -199,10 +201,12 @@ def read_tensors(path: Path, *, records: Sequence[str] = ()) -> Any:
 
     allowed = [(_record(name), name) for name in records]
     with opening(path), torch.serialization.safe_globals(allowed) if allowed else nullcontext():
-        sizes = Archive(path).sizes
+        archive = Archive(path)
+        if whole:
+            archive.check()
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         # torch maps tensors without checking the size of their records.
-        if Counter(storages_of(value).values()) - sizes:
+        if Counter(storages_of(value).values()) - archive.sizes:
             raise ValueError("the sizes of its tensors do not match those of its records")
         return value
 

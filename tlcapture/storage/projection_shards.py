@@ -12,6 +12,7 @@ are. `shard_writing` writes them. Loads no torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant
 from tlcapture.storage.safetensors_files import TensorFile
 from tlcapture.storage.validation import Count, FileContent, Layer, checked, not_valid
 
+# The beginning of a record as `shard_writing` writes it.
+_TEXT_FIRST = re.compile(rb'\{"shared":\{"prompt":\{"text":("[^"\\]*(?:\\.[^"\\]*)*")', re.DOTALL)
 KIND = "projections"
 NUMBERS = "6 significant digits"
 STEPS = ("velocity", "acceleration")
@@ -166,11 +169,13 @@ class Shard:
 
     def texts(self) -> dict[str, str]:
         """The texts of its prompts by id; damaged records are left out."""
-        found, records = dict[str, str](), self.file.array("records")
+        found, records = dict[str, str](), self.file.array("records").data
         for entry in self.index.prompts:
-            start, stop = entry.record
+            record = records[slice(*entry.record)]
+            first = _TEXT_FIRST.match(record)  # a hundred times faster than to parse all of it
             with suppress(KeyError, TypeError, ValueError):
-                found[entry.id] = str(orjson.loads(records[start:stop].tobytes())["shared"]["prompt"]["text"])
+                text = orjson.loads(first[1]) if first else orjson.loads(record)["shared"]["prompt"]["text"]
+                found[entry.id] = str(text)
         return found
 
     def _scores(self, entry: IndexEntry, trait: str, form: Mapping[str, Any]) -> NDArray[np.float64]:

@@ -11,7 +11,7 @@ import io
 import pickle
 import zipfile
 from collections import OrderedDict
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from tlcapture.errors import StorageError
 from tlcapture.storage.archives import Archive
+from tlcapture.storage.files import FileState
 from tlcapture.storage.remote_roots import local
 
 _BFLOAT16 = "bfloat16"
@@ -38,18 +39,28 @@ class _Storage(NamedTuple):
     dtype: str
 
 
-def read_arrays(path: Path) -> Any:
+def read_arrays(path: Path, *, whole: bool = False) -> Any:
     """The content of a file that `torch.save` wrote, with arrays in place of tensors; bfloat16 becomes float32.
+
+    If `whole`, all tensors are compared with their checksums, once for as long as the file stays the same.
 
     Raises `StorageError` for a file that is not one, and for one that holds other objects.
     """
     if not path.is_file():
         raise StorageError(f"{path}: no such file")
     try:
-        return _Unpickler(_Mapped(local(path))).load()
+        here = local(path)
+        if whole:
+            _check(here, FileState.of(here.stat()))
+        return _Unpickler(_Mapped(here)).load()
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise StorageError(f"{path}: cannot be read as a tensor file: {reason}") from None
+
+
+@lru_cache(maxsize=64)
+def _check(path: Path, _state: FileState) -> None:
+    _Mapped(path).check()
 
 
 class _Mapped(Archive):

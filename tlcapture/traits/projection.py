@@ -356,7 +356,7 @@ def _subtract(
 
 def _scores(part: ResidualStream, component: str, directions: Vectors) -> Float[Tensor, "n_vectors ..."]:
     """`[n_vectors, n_tokens, n_layers, n_sublayers]`, NaN where a layer is not kept or has no attn_out."""
-    kept = part.kept
+    kept, part = part.kept, part.checked()
     if component == "attn_out":
         if part.attn_out is None:
             raise VectorError("the capture holds no attn_out: capture again with --capture-attn")

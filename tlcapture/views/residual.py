@@ -7,7 +7,7 @@ before and is not stored twice. The buffer of a capture that keeps only some lay
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,6 +21,9 @@ from tlcapture.views.cache import Cache, stacked
 from tlcapture.views.hooks import attention_layers, hook, mixer_hook
 from tlcapture.views.kept_points import KeptPoints
 
+# Raises `StorageError` if any of the rows of a buffer, given with its name, is not what was written to its file.
+CheckRows = Callable[[str, Tensor, Iterable[int]], None]
+
 
 @dataclass(frozen=True, repr=False)
 class ResidualStream:
@@ -29,12 +32,15 @@ class ResidualStream:
     `points` is `[2 * n_layers + 1, n_tokens, d_model]`, `attn_out` `[n_layers, n_tokens, d_model]`. Where `only`
     states what is kept of the model, they are `[len(only.point_indices), ...]` and `[len(only.layers), ...]`; where
     `with_attention` names the layers that have attention, `attn_out` holds only those of them that are kept.
+    `check` is called before rows are read, where they are in a file; whoever reads whole buffers takes those of
+    `checked()`.
     """
 
     points: ResidualPoints
     attn_out: LayerOutputs | None = None
     only: KeptPoints | None = None
     with_attention: tuple[int, ...] | None = None
+    check: CheckRows | None = None
 
     def __repr__(self) -> str:
         dtype = str(self.points.dtype).removeprefix("torch.")
@@ -78,8 +84,22 @@ class ResidualStream:
                 raise InputError(
                     f"layer {layer} has no attention: attn_out is of layers {as_ranges(self.output_layers)}"
                 )
-            return self.attn_out[self.output_layers.index(layer)]
-        return self.points[self.kept.row(layer, point)]
+            return self._row("attn_out", self.attn_out, self.output_layers.index(layer))
+        return self._row("points", self.points, self.kept.row(layer, point))
+
+    def checked(self) -> ResidualStream:
+        """The same, once both buffers were found to be what was written; raises `StorageError` where one is not."""
+        if self.check is None:
+            return self
+        for name, buffer in (("points", self.points), ("attn_out", self.attn_out)):
+            if buffer is not None:
+                self.check(name, buffer, range(buffer.shape[0]))
+        return replace(self, check=None)
+
+    def _row(self, name: str, buffer: Tensor, row: int) -> Tensor:
+        if self.check is not None:
+            self.check(name, buffer, [row])
+        return buffer[row]
 
     def tokens(self, start: int, stop: int, dtype: torch.dtype) -> ResidualStream:
         """A copy of the tokens `start` to `stop` in a dtype and in memory of its own."""
@@ -87,14 +107,15 @@ class ResidualStream:
         def copy(tensor: Tensor) -> Tensor:
             return tensor[:, start:stop].to(dtype, copy=True, memory_format=torch.contiguous_format)
 
-        outputs = None if self.attn_out is None else copy(self.attn_out)
-        return ResidualStream(copy(self.points), outputs, self.only, self.with_attention)
+        whole = self.checked()
+        outputs = None if whole.attn_out is None else copy(whole.attn_out)
+        return replace(whole, points=copy(whole.points), attn_out=outputs)
 
     def select(self, rows: Sequence[int]) -> ResidualStream:
         """A copy of some of the tokens, in memory of its own."""
-        index = torch.tensor(list(rows), dtype=torch.long)
-        outputs = None if self.attn_out is None else self.attn_out[:, index]
-        return replace(self, points=self.points[:, index], attn_out=outputs)
+        index, whole = torch.tensor(list(rows), dtype=torch.long), self.checked()
+        outputs = None if whole.attn_out is None else whole.attn_out[:, index]
+        return replace(whole, points=whole.points[:, index], attn_out=outputs)
 
 
 def layers_with_attention(kept: KeptPoints, with_attention: Sequence[int] | None) -> tuple[int, ...]:

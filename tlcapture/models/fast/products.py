@@ -2,8 +2,8 @@
 
 torch computes these products with MKL, which leaves the widest instructions of an AMD processor unused; oneDNN, also
 part of torch, uses them. For one to four rows neither reaches the bandwidth of memory: there, the weight is split into
-pieces that one batched product multiplies (`make bench`, workload `products`). All other products, and those of which
-gradients are wanted, are `functional.linear`'s.
+pieces that one batched product multiplies (`make bench`, workload `products`). All others, those of small weights and
+those of which gradients are wanted are `functional.linear`'s.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+_SMALL = 1 << 17  # numbers of a weight below which starting anything else costs more than it saves
 _FEW, _FEW_OF_WIDE = 4, 8  # the most rows for which pieces are faster
 _PIECE = 512  # output features per piece of a weight as wide as the vocabulary
 _WIDE = 16_384  # output features from which a weight counts as wide as a vocabulary
@@ -25,7 +26,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     With gradients it is `functional.linear` itself.
     """
     n_rows = x.numel() // max(1, x.shape[-1])
-    if not n_rows or torch.is_grad_enabled() or not _is_plain(x, weight):
+    if not n_rows or torch.is_grad_enabled() or not _is_worth_it(x, weight):
         return functional.linear(x, weight, bias)
     rows = x.reshape(n_rows, -1)
     n_pieces = _n_pieces(len(weight), n_rows)
@@ -44,8 +45,9 @@ def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and weight.is_contiguous()
+def _is_worth_it(x: Tensor, weight: Tensor) -> bool:
+    is_float32 = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    return is_float32 and weight.is_contiguous() and weight.numel() >= _SMALL
 
 
 def _n_pieces(n_out: int, n_rows: int) -> int:

@@ -57,7 +57,8 @@ tl.views.compare = {
         });
       }
       const text = side.x.map((position, index) => (side.data ? `${position} ${tl.plain(tl.quoted(side.data.labels[index]))}` : `${position}, ${side.n[index]} of ${side.count} captures, sd ${tl.number(side.sd[index], 3)}`));
-      traces.push({ x: side.x, y: side.y, text, mode: "lines", name: `${number === 0 ? "A" : "B"}: ${tl.plain(side.label)}`, line: { color: colour, width: 2.2 }, hovertemplate: `%{text}<br>%{y:.4~g}<extra></extra>` });
+      const y = side.data ? [null, ...side.y.slice(1)] : side.y; // the first token, an attention sink, is far off the scale
+      traces.push({ x: side.x, y, text, mode: "lines", name: `${number === 0 ? "A" : "B"}: ${tl.plain(side.label)}`, line: { color: colour, width: 2.2 }, hovertemplate: `%{text}<br>%{y:.4~g}<extra></extra>` });
       return traces;
     }
 
