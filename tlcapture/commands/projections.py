@@ -159,14 +159,14 @@ def project_capture(
     notes = [each.notes(capture.metadata) for each in chosen]
     doubts = [(each.vector.trait, note) for each, found in zip(chosen, notes, strict=True) for note in found]
     _warn_together(doubts, run)
-    spans = span_dynamics(projections, capture)
+    in_spans, spans = span_dynamics(projections, capture), [span.to_json() for span in capture.spans]
     shared, folder = _OfCapture.of(layout, capture), layout.folder.as_posix()
     in_json = projections_to_json(projections, kept or held)
-    for path, projection, found, of_spans, values in zip(paths, projections, notes, spans, in_json, strict=True):
+    for path, projection, found, of_spans, values in zip(paths, projections, notes, in_spans, in_json, strict=True):
         named = [f"{projection.vector.trait}: {note}" for note in found]
         content = {**shared.heads, **values, "metadata": _metadata(shared, projection, named, kept or held)}
-        if capture.spans:
-            content["spans"] = [span.to_json() for span in capture.spans]
+        if spans:
+            content["spans"] = spans
             content["dynamics"]["by_span"] = of_spans
         if only:
             content["metadata"]["capture"] = dict(capture.metadata)

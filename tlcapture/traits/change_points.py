@@ -181,10 +181,10 @@ class _Null:
 
     def is_exceeded(self, clarity: Values, correlation: Values) -> NDArray[np.bool_]:
         """Where `p` is at most `LEVEL`; it is computed only where it may be."""
-        lower = np.searchsorted(self.correlations[1:-1], correlation, side="right")
+        lower, _ = self._between(correlation)
         found = clarity > self._surely[lower]
-        open_ = np.flatnonzero((clarity > self._least[lower]) & ~found)
-        found[open_] = self.p(clarity[open_], correlation[open_]) <= LEVEL
+        unsure = np.flatnonzero((clarity > self._least[lower]) & ~found)
+        found[unsure] = self.p(clarity[unsure], correlation[unsure]) <= LEVEL
         return found
 
     def _between(self, correlation: Values) -> tuple[NDArray[np.int64], Values]:

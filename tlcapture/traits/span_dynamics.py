@@ -38,9 +38,10 @@ def by_span(trajectories: Values, spans: Sequence[TokenSpan]) -> list[list[dict[
         means = values.mean(axis=1) if values.shape[1] else np.full(len(values), np.nan)
         peaks = steps.max(axis=1, initial=0.0)
         commitments = _commitments(values, start) if span.kind in _RESPONSE else [{}] * len(trajectories)
+        described = span.to_json()
         measures = zip(found, _rounded(means), _rounded(peaks), commitments, strict=True)
         for entries, mean, peak, commitment in measures:
-            entries.append({**span.to_json(), "mean": mean, "peak_velocity": peak, **commitment})
+            entries.append({**described, "mean": mean, "peak_velocity": peak, **commitment})
     return found
 
 
