@@ -61,7 +61,7 @@ def _measure(tree: Path, words: tuple[str, ...]) -> _Cost:
             lines = output.read().splitlines()
         click.echo("\n".join(lines[-20 if status else -1 :]))
         if status:
-            raise click.ClickException(f"the tests of {tree} failed")
+            click.echo(f"the tests of {tree.name} failed, so what they cost may not be all", err=True)
         report = [*coverage, "report", "--format=total", "--precision=1"]
         covered = subprocess.run(report, cwd=tree, env=environment, check=True, capture_output=True, text=True).stdout
     return _Cost(usage.ru_utime + usage.ru_stime, wall, covered.strip())
