@@ -14,6 +14,7 @@ import torch
 
 from tlcapture.errors import ModelError
 from tlcapture.models import adapters, embedded, quantised
+from tlcapture.models.checkpoint_files import damage, generation_config_fault
 from tlcapture.models.processes import no_processes
 from tlcapture.models.sources import source_of
 from tlcapture.models.text_models import auto_class_of, text_config_of
@@ -37,7 +38,10 @@ def fetch(name: str, kind: str, source: str, **options: Any) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # transformers raises many kinds for invalid folders
-        reason = " ".join(str(error).split())
+        fault = damage(Path(source)) if Path(source).is_dir() else None
+        if fault is not None:
+            raise ModelError(f"model {name!r} cannot be loaded: {fault}") from None
+        reason = " ".join((f"{error} is missing or unknown" if isinstance(error, KeyError) else str(error)).split())
         raise ModelError(
             f"model {name!r} cannot be loaded: expected {embedded.NAME!r}, a folder of Hugging Face weights or the "
             f"name of a model on the hub: {reason[:300]}"
@@ -52,7 +56,11 @@ def fetch_config(name: str, source: str) -> Any:
     config = _whole_config(name, source)
     if quantised.is_dequantised(config):
         quantised.forget(config)
-    return text_config_of(config)
+    found = text_config_of(config)
+    n_layers = getattr(found, "num_hidden_layers", 1)
+    if isinstance(n_layers, int) and n_layers < 1:
+        raise ModelError(f"model {name!r} has {n_layers} layers by its config.json: expected at least one")
+    return found
 
 
 def fetch_tokenizer(name: str, source: str) -> Any:
@@ -94,6 +102,8 @@ def fetch_weights(
         base = _base_of(adapter, name, weights=True)
         return adapters.merged(fetch_weights(adapter.base, base, n_devices=n_devices, warn=warn), adapter, name)
     config = fetch(name, "AutoConfig", source)
+    if fault := generation_config_fault(Path(source)):
+        raise ModelError(f"model {name!r} cannot be loaded: {fault}")
     model, found = fetch(
         name,
         auto_class_of(config),
@@ -101,11 +111,18 @@ def fetch_weights(
         dtype="auto",
         attn_implementation="eager",  # the only implementation that returns attention patterns
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are named below
         **quantised.loading_options(config, name),
         **_over(n_devices),
         **({} if adapter is None else adapters.NOT_BY_TRANSFORMERS),
     )
-    missing = sorted(map(str, [*found.get("missing_keys", ()), *found.get("mismatched_keys", ())]))
+    if unfit := sorted(found.get("mismatched_keys", ())):
+        key, stored, expected = unfit[0]
+        raise ModelError(
+            f"model {name!r} has weights of other shapes than its config.json asks for: {key} is {list(stored)}, "
+            f"expected {list(expected)}: check that config.json belongs to these weights"
+        )
+    missing = sorted(map(str, found.get("missing_keys", ())))
     if missing:
         raise ModelError(
             f"model {name!r} is incomplete: its checkpoint has no fitting {listed(missing)}; they would be initialised "

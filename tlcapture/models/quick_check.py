@@ -132,7 +132,7 @@ def _engine_run(model: Model, n_hidden: int, token_ids: tuple[int, ...]) -> list
     """The inputs of the first `n_hidden` layers and the logits, each `[n_tokens, ...]`."""
     last = hook("residual_out", model.n_layers - 1)
     names = [hook("residual_in", layer) for layer in range(n_hidden)]
-    ids, n_prompt = torch.tensor([token_ids]), len(token_ids) - N_DECODED
+    ids, n_prompt = torch.tensor([token_ids]), max(1, len(token_ids) - N_DECODED)
     state, steps = model.start(1), []
     for start, stop in [(0, n_prompt), *((index, index + 1) for index in range(n_prompt, len(token_ids)))]:
         tokens = ids[:, start:stop]
@@ -161,7 +161,8 @@ def _short_prompt(hf_model: Any) -> tuple[int, ...]:
     text = hf_model.config.get_text_config()
     special = set(_ids_in(hf_model.config.to_dict()))
     ids = ((7 + 7919 * index) % int(text.vocab_size) for index in range(N_TOKENS + len(special) + 1))
-    return tuple([number for number in ids if number not in special][:N_TOKENS])
+    n_tokens = min(N_TOKENS, getattr(text, "max_position_embeddings", None) or N_TOKENS)
+    return tuple([number for number in ids if number not in special][:n_tokens])
 
 
 def _ids_in(config: dict[Any, Any]) -> list[int]:

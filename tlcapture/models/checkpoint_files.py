@@ -1,0 +1,111 @@
+"""What is wrong with the files of a checkpoint: damaged, incomplete, or pointers to files that were not fetched.
+
+Libraries that load checkpoints often tell neither the file nor the reason, and ignore a generation config that they
+cannot read, with the stop tokens in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_GIT_LFS = b"version https://git-lfs.github.com/spec/"
+_JSON = ("config.json", "tokenizer_config.json", "tokenizer.json", "adapter_config.json", "generation_config.json")
+_STOPS = "eos_token_id"
+_LARGEST_HEADER = 100_000_000  # bytes; what safetensors takes
+
+
+def damage(folder: Path) -> str | None:
+    """The first file of a checkpoint's folder that is damaged, and how, in one line; `None` if none is known to be."""
+    return next(_damages(folder), None)
+
+
+def generation_config_fault(folder: Path) -> str | None:
+    """Why stop tokens cannot be taken from a folder's generation config; `None` if they can or there is none."""
+    path = folder / "generation_config.json"
+    content, fault = _json(path) if path.exists() else ({}, None)
+    if fault is not None:
+        return fault
+    stops = content.get(_STOPS)
+    if stops is not None and not all(_is_id(each) for each in (stops if isinstance(stops, list) else [stops])):
+        return f"{path}: {_STOPS} is {json.dumps(stops)}: expected the id of a token, or a list of ids"
+    return None
+
+
+def _damages(folder: Path) -> Iterator[str]:
+    for name in _JSON:
+        if (folder / name).exists():
+            yield from filter(None, [_json(folder / name)[1]])
+    for index in sorted(folder.glob("*.index.json")):
+        yield from _missing_shards(index)
+    for path in sorted(folder.glob("*.safetensors")):
+        yield from filter(None, [_safetensors_fault(path)])
+    for path in sorted(folder.glob("*.bin")):
+        yield from filter(None, [_pointer(path, _start(path))])
+
+
+def _json(path: Path) -> tuple[dict[str, Any], str | None]:
+    """The object in a JSON file, and what is wrong with it."""
+    start = _start(path)
+    if fault := _pointer(path, start):
+        return {}, fault
+    try:
+        content = json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        return {}, f"{path}: cannot be read: {error.strerror}"
+    except UnicodeDecodeError:
+        return {}, f"{path}: not UTF-8"
+    except (ValueError, RecursionError) as error:
+        return {}, f"{path}: not valid JSON: {error}"
+    return (content, None) if isinstance(content, dict) else ({}, f"{path}: expected a JSON object")
+
+
+def _missing_shards(index: Path) -> Iterator[str]:
+    content, fault = _json(index)
+    names = content.get("weight_map")
+    if fault or not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        yield fault or f"{index}: expected weight_map, the file of each weight"
+        return
+    for name in sorted(set(names.values())):
+        if not (index.parent / name).is_file():
+            yield f"{index.parent / name}: missing, but {index.name} names it"
+
+
+def _safetensors_fault(path: Path) -> str | None:
+    start = _start(path)
+    if fault := _pointer(path, start):
+        return fault
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        return f"{path}: cannot be read: {error.strerror}"
+    length = int.from_bytes(start[:8], "little")
+    if len(start) < 8 or length > _LARGEST_HEADER or 8 + length > size:
+        return f"{path}: not a safetensors file, or cut off ({size} bytes)"
+    try:
+        with path.open("rb") as file:
+            file.seek(8)
+            header = json.loads(file.read(length))
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return f"{path}: its header is damaged"
+    return f"{path}: cut off: {size} bytes, expected {8 + length + end}" if size < 8 + length + end else None
+
+
+def _pointer(path: Path, start: bytes) -> str | None:
+    is_pointer = start.startswith(_GIT_LFS)
+    return f"{path}: a pointer of Git LFS, not the file itself: fetch it with git lfs pull" if is_pointer else None
+
+
+def _start(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_GIT_LFS))
+    except OSError:
+        return b""
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
