@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from tlcapture.models.embedded import embedded_folder
 from tlcapture.models.engines.hooked import HookedModel
-from tlcapture.models.fast.products import linear
 from tlcapture.models.loading import Model, from_hugging_face, load_model
+from tlcapture.products import linear
 from tlcapture.prompts.prompt_sets import read_prompt_set
 from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
 from tlcapture.storage.layout import Datasets

@@ -8,7 +8,7 @@ from torch import nn
 
 from tests import tiny
 from tests.test_parity import relative
-from tlcapture.models.fast import products
+from tlcapture import products
 from tlcapture.models.fast.linear_modules import FastLinear, make_linears_fast
 
 
@@ -20,6 +20,7 @@ def test_outputs_are_those_of_linear(
     bias: bool, shape: tuple[int, ...], dtype: torch.dtype, wide: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "_SMALL", 0)
+    monkeypatch.setattr(products, "_LITTLE", 0)
     monkeypatch.setattr(products, "_WIDE", wide)
     generator = torch.Generator().manual_seed(0)
     plain = nn.Linear(12, 1030, bias=bias, dtype=dtype)

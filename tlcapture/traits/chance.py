@@ -19,6 +19,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tlcapture.products import linear
 from tlcapture.storage.rounding import PROBABILITY_DIGITS, round_significant
 from tlcapture.traits.change_points import ChangePoints, Values
 from tlcapture.traits.dynamics import Motion, Strengths
@@ -241,7 +242,7 @@ class _Layer:
 
     def on_basis(self, activations: Tensor, held: Positions) -> OnBasis:
         """The products of activations of this layer `[n_held, d_model]` and the basis; NaN at tokens not held."""
-        return with_gaps(activations.float() @ self.basis.T, held)
+        return with_gaps(linear(activations.float(), self.basis), held)
 
     def reference_rises(
         self, vectors: Sequence[TraitVector], directions: Directions, reference: Reference

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError, NumericalError, VectorError
+from tlcapture.products import linear
 from tlcapture.shapes import Trajectory, Vector, Vectors
 from tlcapture.storage.rounding import PROBABILITY_DIGITS, PROJECTION_DIGITS, round_significant, rounded_for_json
 from tlcapture.text import as_ranges
@@ -236,6 +237,7 @@ def project(
         check_fits(vector, prompt.n_layers, prompt.points.shape[-1])
         check_kept(vector, prompt.kept, prompt.with_attention)
     vectors = [vector for vector, _ in chosen]
+    prompt, response = prompt.checked(), response.checked()
     sublayers = prompt.kept.points if component == "residual" else ("attn_out",)
     layers = prompt.kept.layers if component == "residual" else prompt.output_layers
     scores = scores_of(prompt, response, vectors) if scores is None else scores
@@ -383,7 +385,7 @@ def _products(activations: Tensor, directions: Vectors) -> Tensor:
     # In pieces: float32 takes twice the memory of stored activations.
     piece = _PIECE_ON_CPU if activations.device.type == "cpu" else _PIECE
     rows = max(1, piece // max(1, activations[0].numel()))
-    products = torch.cat([piece.float() @ directions.T for piece in activations.split(rows)]).cpu()
+    products = torch.cat([linear(piece.float(), directions) for piece in activations.split(rows)]).cpu()
     # A sum is finite only if all its terms are; where it is not, it may have overflowed.
     if not products.sum().isfinite() and not products.isfinite().all():
         raise NumericalError("a projection is NaN or inf: the captured activations are damaged")

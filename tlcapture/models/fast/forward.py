@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from tlcapture.models.fast.layers import HookPoints, Layer, Norm, beside, identity
-from tlcapture.models.fast.products import linear
 from tlcapture.models.fast.state import FastState, Step
+from tlcapture.products import linear
 from tlcapture.shapes import Logits, Mask, MaskSoFar, Residual, Tokens
 
 # The most prompt positions per micro-batch. On a CPU, more are no faster: intermediate tensors no longer fit into the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from tlcapture.models.fast.products import linear
+from tlcapture.products import linear
 
 
 class FastLinear(nn.Linear):

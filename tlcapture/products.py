@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_SMALL = 1 << 17  # numbers of a weight below which starting anything else costs more than it saves
+_SMALL = 1 << 17  # numbers of a weight below which pieces cost more than they save
+_LITTLE = 1 << 20  # multiplications below which starting oneDNN costs more than it saves
 _FEW, _FEW_OF_WIDE = 4, 8  # the most rows for which pieces are faster
 _PIECE = 512  # output features per piece of a weight as wide as the vocabulary
 _WIDE = 16_384  # output features from which a weight counts as wide as a vocabulary
@@ -23,20 +24,19 @@ _WIDE = 16_384  # output features from which a weight counts as wide as a vocabu
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`functional.linear` of `x`, `[..., in]`, and `weight`, `[out, in]`: `[..., out]`, equal up to rounding.
 
-    With gradients it is `functional.linear` itself.
+    Where gradients are wanted it is `functional.linear` itself.
     """
     n_rows = x.numel() // max(1, x.shape[-1])
-    if not n_rows or torch.is_grad_enabled() or not _is_worth_it(x, weight):
+    if not n_rows or not _is_plain(x, weight, bias):
         return functional.linear(x, weight, bias)
     rows = x.reshape(n_rows, -1)
-    n_pieces = _n_pieces(len(weight), n_rows)
-    if n_pieces:
+    if n_pieces := _n_pieces(weight, n_rows):
         product = _in_pieces(rows, weight, n_pieces)
         product = product if bias is None else product.add_(bias)
-    elif _has_onednn():
+    elif n_rows * weight.numel() >= _LITTLE and _has_onednn():
         product = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     else:
-        product = functional.linear(rows, weight, bias)
+        return functional.linear(x, weight, bias)
     return product.view(*x.shape[:-1], -1)
 
 
@@ -45,17 +45,20 @@ def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _is_worth_it(x: Tensor, weight: Tensor) -> bool:
+def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    wants_gradients = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     is_float32 = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    return is_float32 and weight.is_contiguous() and weight.numel() >= _SMALL
+    return is_float32 and weight.is_contiguous() and not (wants_gradients and torch.is_grad_enabled())
 
 
-def _n_pieces(n_out: int, n_rows: int) -> int:
-    """Into how many pieces to split a weight of `n_out` output features for `n_rows` rows; 0: not at all."""
-    n_threads = torch.get_num_threads()
+def _n_pieces(weight: Tensor, n_rows: int) -> int:
+    """Into how many pieces to split a weight for `n_rows` rows; 0: not at all."""
+    n_out, n_threads = len(weight), torch.get_num_threads()
+    if weight.numel() < _SMALL or n_rows > (_FEW if n_out < _WIDE else _FEW_OF_WIDE):
+        return 0
     if n_out < _WIDE:
-        return max(2, n_threads) if n_rows <= _FEW and n_out >= max(2, n_threads) else 0
-    return n_out // _PIECE // n_threads * n_threads if n_rows <= _FEW_OF_WIDE else 0
+        return max(2, n_threads) if n_out >= max(2, n_threads) else 0
+    return n_out // _PIECE // n_threads * n_threads
 
 
 def _in_pieces(x: Tensor, weight: Tensor, n_pieces: int) -> Tensor:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tlcapture.models.fast import products
-from tlcapture.models.fast.products import linear
+from tlcapture import products
+from tlcapture.products import linear
 
 
 def check_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, found: torch.Tensor) -> None:
@@ -24,6 +24,7 @@ def check_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 @pytest.fixture(params=["oneDNN", "without oneDNN"], autouse=True)
 def _by_either_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(products, "_SMALL", 0)
+    monkeypatch.setattr(products, "_LITTLE", 0)
     if request.param == "without oneDNN":
         monkeypatch.setattr(products, "_has_onednn", lambda: False)
     with torch.no_grad():
