@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,7 @@ def loading_once(model: str) -> Callable[..., Any]:
 
     load_again = cache(load_model)
 
+    @wraps(load_model)
     def load(name: str = "smollm2", *words: Any, warn: Any = None, **options: Any) -> Any:
         if name == model:
             return load_again(name, *words, **options)
