@@ -401,7 +401,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], tuple[str, ...], str]] = {
         lambda f: FILES / "steering_vectors_self_attn.pt", POST, "--convention is for vectors of the residual stream",
     ),
     "text": (lambda f: cut(f / "x.txt", FILES / "write.py", 1), (), "not a file of vectors"),
-    "a folder": (lambda f: f, (), "no such file"),
+    "a folder": (lambda f: f, (), "expected a file, found a folder"),
 }  # fmt: skip
 
 
