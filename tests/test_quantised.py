@@ -141,7 +141,7 @@ def test_every_method_of_transformers_is_loaded_or_refused_with_what_to_do(
     message = str(caught.value)
     assert "\n" not in message
     if method == "bitnet":  # needs no other package: these weights lack what the method stores
-        assert "incomplete" in message or "cannot be loaded" in message
+        assert any(each in message for each in ("incomplete", "cannot be loaded", "weights of other shapes"))
         return
     assert "use weights that are not quantised" in message or "expected weights that are not quantised" in message
 

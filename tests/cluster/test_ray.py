@@ -354,7 +354,7 @@ def test_a_prompt_that_does_not_fit_in_a_worker_s_memory_is_refused_before_any_r
     ray = ("--executor", "ray", "--workers", 1, "--gpus-per-worker", 0, "--ray-address", ray_address)
     done = Command(tmp_path / "output", *words, *kept, *ray).end()
     assert done.code == 2, done.stderr
-    assert re.match(r"error: long/2: 200003 tokens would take about [\d.]+ TiB of memory, .* are free: ", done.stderr)
+    assert re.search(r"error: long/2: 200003 tokens would take about [\d.]+ TiB of memory, .* are free: ", done.stderr)
     assert not list((busy / "experiments" / "long").rglob("*.pt"))
 
 
@@ -397,8 +397,9 @@ def test_a_node_that_is_lost_in_the_middle_leaves_no_prompt_out(
         third_works.let_others_go_on()
         done = running.end()
         assert done.code == 0, done.stderr
-        hidden = "the Ray cluster has 2 GPUs, which --gpus-per-worker 0 hides from its workers"
-        assert (hidden in done.stderr) == (words != project), "there is no model that would run on a GPU"
+        # Of a node that an earlier test had, the cluster may not have noticed yet that it is gone.
+        hidden = re.search(r"the Ray cluster has [24] GPUs, which --gpus-per-worker 0 hides from its work", done.stderr)
+        assert (hidden is not None) == (words != project), "there is no model that would run on a GPU"
         assert words == project or "died; its batch is run again: 2 prompts of busy" in done.stdout
         assert same_but_for_the_model_folder(contents(experiment), by_one_process)
         shutil.rmtree(experiment / "inference" / "tone")
