@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import tlcapture
+from tests import dataclasses_of_arrays
 from tests.cli.conftest import make_data
 from tests.conftest import quick_evaluations, unrendered_figures
 from tests.docstring_examples import docstring, documented, examples, without_example
@@ -460,3 +462,28 @@ def test_the_examples_of_a_docstring_run(
         for old, new in {**IN_PLACE, '"smollm2"': repr(str(tiny_folder))}.items():
             code = code.replace(old, new)
         exec(code, names)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_everything_in_reach_compares_and_has_a_hash_where_it_is_frozen(exp: Experiment) -> None:
+    cap = exp.captures["short"][1]
+    cap.add_note("look", 1)
+    loud = exp.vectors["tone/loud"]
+    things = [
+        cap.capture,
+        cap.project("tone/loud"),
+        cap.projected("tone/loud"),
+        cap.coloured(),
+        cap.notes,
+        loud.selected,
+    ]
+    things += [cap.attention(1), cap.logit_lens(), exp.config, tlcapture.Steer("tone/loud", 0.2), tlcapture.Sampling()]
+    found = dataclasses_of_arrays.reached(things)
+    assert {"Capture", "CapturedPart", "ResidualStream", "Projection", "TraitVector", "Dynamics", "ChanceLevel"} <= {
+        kind.__name__ for kind in found
+    }
+    for kind, thing in found.items():
+        assert (thing == thing) is True
+        assert (thing == copy(thing)) in (True, False)
+        if kind.__dataclass_params__.frozen:
+            assert len({thing, thing}) == 1, kind

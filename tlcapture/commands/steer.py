@@ -166,7 +166,7 @@ def _n_runs(options: SteerOptions, n_layers: int) -> int:
     return 0 if options.search else cells + min(N_NULLS, cells)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Trials:
     """Scores a trait's vectors at coefficients and records each trial as a run of its `results.json`."""
 

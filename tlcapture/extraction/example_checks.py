@@ -102,7 +102,7 @@ def check_examples(chosen: Sequence[Examples], others: Sequence[Examples] = ()) 
     return [_check(own, [each for each in every if each is not own]) for own in every[: len(chosen)]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Vocabulary:
     """A trait's examples, and the classifier of their words."""
 

@@ -25,7 +25,7 @@ PERMUTATIONS = 199
 _REACH = SMOOTHED // 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rises:
     """The rises of several trajectories, one number each.
 
@@ -147,7 +147,7 @@ def _ring(n_tokens: int) -> NDArray[np.int64]:
     return np.arange(-_REACH, n_tokens + _REACH + BLOCK - 1) % n_tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Dealt:
     """Which tokens the permutations deal to the response; the first one changes nothing.
 
