@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -172,3 +173,17 @@ def test_what_comes_with_the_package_is_whole() -> None:
     for trait in packaged_layout().traits():
         norms = VectorFiles(packaged_layout(), trait).metadata("residual", "probe")["typical_norms"]
         assert len(norms) == 30 and min(norms) > 0  # the unit of --steer
+
+
+def test_a_comparison_takes_them_too_and_says_so(captured: tuple[Path, Result], tlcapture: Command) -> None:
+    root, _ = captured
+    steered = ("--responses-from", "default", "--steer", "style/formality:+0.2@12", "--variant", "formal")
+    assert tlcapture("capture", *steered, "--root", root, "--vector-experiment", "packaged").exit_code == 0
+    compared = tlcapture("compare", "default/adhoc", "default/adhoc@formal", "--no-kl", "--root", root)
+    assert compared.exit_code == 0, compared.output
+    assert SAID in compared.stdout
+    traits = [line.split()[0] for line in compared.stdout.splitlines() if re.match(r"\w+/\w+ +[+-]", line)]
+    assert traits == list(map(str, Datasets(root).traits()))
+    assert compared.stdout.splitlines()[-1].startswith("next: tlcapture view")
+    again = tlcapture("compare", "default/adhoc", "default/adhoc@formal", "--no-kl", "--root", root, "--skip-existing")
+    assert again.exit_code == 0 and "wrote 0 files" in again.stdout

@@ -319,11 +319,10 @@ def test_terms_are_defined_in_tooltips_that_the_keyboard_reaches(page: Watched) 
     assert page.page.query_selector("#status .scale")
 
 
+KNOWN = {"stands_out": True, "chance": 1.0, "answer": "", "n_samples": 0}
 STANDS_OUT = {
-    "rows": [
-        {"id": id, "captures": [id], "trait": trait, "stands_out": True, "rise": rise, "chance": 1.0, "answer": "",
-         "n_samples": 0, "rises": {trait: rise}} for id, trait, rise in (("1", "style/odd", 9.0), ("4", "z/rising", 3.0))
-    ],
+    "rows": [{**KNOWN, "id": id, "captures": [id], "trait": trait, "rise": rise, "rises": {trait: rise}}
+             for id, trait, rise in (("1", "style/odd", 9.0), ("4", "z/rising", 3.0))],
     "traits": ["style/odd", "z/rising"], "against": "the reference prompts", "findings": None, "doubts": [],
     "problems": [], "unread": [],
 }  # fmt: skip
@@ -333,8 +332,8 @@ STANDS_OUT = {
 def slow(context: Any, address: str) -> Iterator[tuple[Watched, list[Any]]]:
     """The page with a set that has three traits, and requests for its overview, which are answered when a test does."""
     page, waiting = Watched(context, address), []
-    listed = json.dumps({"name": "odd", "traits": ["a/first", "style/odd", "z/rising"],
-                         "prompts": [{"id": id, "text": "", "attention": True, "logit_lens": True} for id in (1, 4)]})  # fmt: skip
+    prompts = [{"id": id, "text": "", "attention": True, "logit_lens": True} for id in (1, 4)]
+    listed = json.dumps({"name": "odd", "traits": ["a/first", "style/odd", "z/rising"], "prompts": prompts})
     page.page.route("**/api/exp/sets/odd", lambda route: route.fulfill(body=listed, content_type="application/json"))
     page.page.route("**/api/exp/overviews/**", lambda route: waiting.append(route))
     yield page, waiting

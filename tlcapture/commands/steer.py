@@ -145,12 +145,17 @@ def _check_completions(task: SteeringTask) -> None:
         )
 
 
+_QUESTIONS = '[{"question": "How was your day?", "positive": "Awful.", "negative": "Lovely."}]'
+
+
 def read_questions(datasets: Datasets, trait: Trait) -> SteeringQuestions:
     """The steering questions of a trait, in `steering.json` next to its examples.
 
     Raises `InputError` if the file is missing or invalid.
     """
     path = datasets.trait_folder(trait) / "steering.json"
+    if not lexists(path):
+        raise InputError(f"{path}: no such file: expected questions to steer with, such as {_QUESTIONS}")
     try:
         return SteeringQuestions.model_validate(read_json(path))
     except StorageError as error:
