@@ -277,6 +277,9 @@ def test_rises_of_a_set_are_those_of_the_page_and_stand_out_beyond_their_chance(
         (row["id"], trait): rise for row in rows for trait, rise in row["rises"].items()
     }
     assert (rises["stands_out"] == (rises["rise"] > rises["chance"])).all()
+    assert {row.trait: row.layer for row in rises.itertuples()} == {
+        trait: exp.vectors[trait].selected.layer for trait in exp.vectors
+    }
     top = rises.loc[rises.groupby("prompt_id")["rise"].idxmax()].set_index("prompt_id")["stands_out"]
     assert dict(top) == {row["id"]: row["stands_out"] for row in rows}
     with pytest.raises(InputError, match="no attn_out projections"):

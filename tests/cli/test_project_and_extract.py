@@ -512,6 +512,10 @@ def test_with_skip_existing_only_what_is_missing_or_has_changed_is_extracted(
     assert again("--seed", 1, "--position", "response_mean") == set()
 
 
+def test_one_layer_for_all_traits_is_said_below_the_table(project: Run) -> None:
+    assert "all vectors are of layer 2" in project("--layer", 2).stdout
+
+
 def test_a_layer_that_no_trait_has_is_one_error(project: Run, projected: Path) -> None:
     result = project("--layer", 45)
     assert result.exit_code == 2

@@ -270,15 +270,21 @@ def _notes(layout: Layout, summary: Summary, *, has_chance: bool) -> Iterator[st
     again = f"'tlcapture evaluate', then 'tlcapture project --experiment {layout.experiment}'"
     if any(top.samples is not None for top in summary.tops):
         yield "+-: the standard deviation over the samples of a prompt, of which the mean is shown"
+    if has_chance or summary.is_against_set:
+        mean = "the set" if summary.is_against_set else "the reference prompts"
+        yield f"rise: from prompt to response, less the mean rise of {mean}, in standard deviations (sd)"
     if has_chance:
         yield "chance: what the largest of as many random directions stays below in 95 % of draws" + _scale(summary)
     else:
         yield f"whether these rises are within chance is unknown: {again}, measures it" + _scale(summary)
+    layers = {vector.layer for vector in summary.vectors}
+    if len(layers) == 1 < len(summary.vectors):
+        yield f"all vectors are of layer {layers.pop()}"
     found = summary.findings
     if found is not None:
         yield (
             f"of {counted(found.n_projections, 'projection')} {found.commit} commit and {found.persist} persist, "
-            f"of random directions {found.random_commit:.0%} and {found.random_persist:.0%}"
+            f"of random directions {100 * found.random_commit:.0f} % and {100 * found.random_persist:.0f} %"
         )
         yield (
             f"more clearly than 95 % of random directions: {found.clearly_commit} commit, {found.clearly_persist} "
