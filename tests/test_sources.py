@@ -147,7 +147,7 @@ def test_without_a_network_a_hub_name_is_refused_in_one_line_within_seconds(
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: model 'google/gemma-2-2b' is neither a folder nor in the hub cache")
-    assert "'--model smollm2' (embedded)" in line
+    assert "'smollm2' (embedded)" in line
     assert line.endswith("in the hub cache: google/gemma-2-2b-it")
     assert not (tmp_path / "experiments").exists()
 
@@ -337,3 +337,8 @@ def test_a_damaged_gguf_file_and_a_folder_with_several_are_refused_in_one_line(g
     (tmp_path / "second.gguf").touch()
     with pytest.raises(ModelError, match=r"several GGUF files: name one: damaged\.gguf, second\.gguf"):
         check_name(str(tmp_path))
+
+
+def test_a_misspelt_embedded_model_is_answered_by_its_name() -> None:
+    with pytest.raises(ModelError, match="did you mean 'smollm2'?"):
+        source_of("smolm2")

@@ -23,6 +23,7 @@ from typing import Any
 from tlcapture.errors import ModelError
 from tlcapture.models import embedded
 from tlcapture.models.hub import Revision, ask
+from tlcapture.text import did_you_mean
 
 _CONFIGS = ("config.json", "adapter_config.json")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
@@ -178,7 +179,8 @@ class Repository:
         """What to use instead: the embedded model, and names in the hub cache that come near."""
         near = _near(self.name, cached_names())
         listed = f"; in the hub cache: {', '.join(near)}" if near else ""
-        return f"'--model {embedded.NAME}' (embedded) and folders need no network{listed}"
+        meant = did_you_mean(self.name, [embedded.NAME]).removeprefix(": ")
+        return f"{meant} " * bool(meant) + f"{embedded.NAME!r} (embedded) and folders need no network{listed}"
 
     @property
     def _cache(self) -> Path:
