@@ -62,7 +62,7 @@ def test_help_is_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_mistyped_command_is_answered_with_the_one_that_was_meant(typed: str, meant: str) -> None:
     done = CliRunner().invoke(main, [typed])
     assert done.exit_code == 2
-    assert f"no such command {typed!r}: did you mean {meant}" in done.output
+    assert f"no such command {typed!r}: did you mean {meant!r}" in done.output
 
 
 def test_a_mistyped_option_is_answered_with_the_one_that_was_meant() -> None:
@@ -161,8 +161,8 @@ def test_the_experiment_is_named_by_the_environment(root: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("sede = 1", "'sede' is not an option of any command: did you mean seed?"),
-        ("[captur]", "[captur] is not the name of a command: did you mean [capture]?"),
+        ("sede = 1", "'sede' is not an option of any command: did you mean 'seed'?"),
+        ("[captur]", "[captur] is not the name of a command: did you mean 'capture'?"),
         ("[capture]\nposition = 1", "'position' is not an option of 'tlcapture capture'"),
         ("[capture]\nseed = 'x'", "'x' is not a valid integer"),
         ("seed =", "tlcapture.toml: cannot be read"),

@@ -13,11 +13,12 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import click
+
+from tlcapture.text import did_you_mean
 
 SETTINGS = "tlcapture.toml"
 _OTHER = "Options"
@@ -44,6 +45,20 @@ GROUPS: Mapping[str, frozenset[str]] = {
 }
 # Limits that only say how a number is stored.
 _STORED = re.compile(r"-?\d{10,}<=x<=\d{10,}|(?<=<=x)<=(?:2147483647|9223372036854775807)")
+
+
+class Group(click.Group):
+    """Commands by name, of which a mistyped one is answered by the one that was meant."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that is named; fails for a name that none has."""
+        name, names = args[0], self.list_commands(ctx)
+        if name not in names and not name.startswith("-"):
+            hint = did_you_mean(name, names) or f": commands: {', '.join(names)}"
+            ctx.fail(f"no such command {name!r}{hint}")
+        return super().resolve_command(ctx, args)
 
 
 def command(
@@ -166,8 +181,7 @@ def _check_tables(path: Path, tables: Mapping[str, Any], ctx: click.Context) -> 
     commands = root.command.list_commands(root) if isinstance(root.command, click.Group) else []
     for name in tables:
         if commands and name not in commands:
-            near = get_close_matches(name, commands, n=1)
-            hint = f": did you mean [{near[0]}]?" if near else ""
+            hint = did_you_mean(name, commands)
             raise click.UsageError(f"{path}: [{name}] is not the name of a command{hint}", ctx=ctx)
 
 
@@ -177,8 +191,7 @@ def _all_options() -> frozenset[str]:
 
 
 def _no_such(path: Path, key: str, options: Mapping[str, Any] | frozenset[str], of: str = "any command") -> Exception:
-    near = get_close_matches(_name(key), options, n=1)
-    hint = f": did you mean {near[0].replace('_', '-')}?" if near else ""
+    hint = did_you_mean(_name(key).replace("_", "-"), [option.replace("_", "-") for option in options])
     return click.UsageError(f"{path}: {key!r} is not an option of {of}{hint}")
 
 

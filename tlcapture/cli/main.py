@@ -9,8 +9,8 @@ from typing import IO, Any
 
 import click
 
-from tlcapture.cli.command import help_settings
-from tlcapture.text import printable
+from tlcapture.cli.command import Group, help_settings
+from tlcapture.text import did_you_mean, printable
 from tlcapture.version import __version__
 
 COMMANDS = {
@@ -52,15 +52,18 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def _in_one_line(error: click.ClickException) -> str:
-    message = " ".join(error.format_message().split()).replace(". (Did", " (did").rstrip(".")
+    message = " ".join(error.format_message().split()).rstrip(".")
+    if isinstance(error, click.NoSuchOption):
+        message = f"no such option {error.option_name!r}{did_you_mean(error.option_name, error.possibilities or ())}"
     if message[1:2].islower():
         message = message[0].lower() + message[1:]
     is_of_click = isinstance(error, click.NoSuchOption | click.MissingParameter)
     ctx = error.ctx if isinstance(error, click.UsageError) else None
-    return f"{message}: see '{ctx.command_path} --help'" if is_of_click and ctx is not None else message
+    joint = " " if message.endswith("?") else ": "
+    return f"{message}{joint}see '{ctx.command_path} --help'" if is_of_click and ctx is not None else message
 
 
-class _Commands(click.Group):
+class _Commands(Group):
     """Commands by name; each is defined in the module of its name."""
 
     def make_context(
@@ -75,18 +78,6 @@ class _Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        name = args[0]
-        if name not in COMMANDS and not name.startswith("-"):
-            from difflib import get_close_matches
-
-            near = get_close_matches(name, COMMANDS, n=2)
-            hint = f": did you mean {' or '.join(near)}?" if near else f": commands: {', '.join(COMMANDS)}"
-            ctx.fail(f"no such command {name!r}{hint}")
-        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tlcapture.cli.command import Command, help_settings
+from tlcapture.cli.command import Command, Group, help_settings
 from tlcapture.cli.console import Console, one_line_errors
 from tlcapture.cli.option_types import OneTrait, Traits
 from tlcapture.cli.options import DEFAULT_EXPERIMENT, Location, examples_as_option, location_options, root_option
@@ -30,7 +30,7 @@ _trait_option = click.option(
 )
 
 
-@click.group(context_settings=help_settings())
+@click.group(cls=Group, context_settings=help_settings())
 def traits() -> None:
     """Check the contrastive examples of traits, list the selected vectors, and import those of other tools."""
 
@@ -122,7 +122,11 @@ def _cell(cue: Cue | None) -> str:
 
 
 @traits.command(
-    "list", cls=Command, context_settings=help_settings(), examples=["tlcapture traits list --experiment my_exp"]
+    "list",
+    cls=Command,
+    context_settings=help_settings(),
+    examples=["tlcapture traits list --experiment my_exp"],
+    short_help="List the vector selected for each trait, and why.",
 )
 @location_options
 @click.option("--component", type=click.Choice(["residual", "attn_out"]), default="residual", show_default=True)
