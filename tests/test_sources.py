@@ -340,5 +340,5 @@ def test_a_damaged_gguf_file_and_a_folder_with_several_are_refused_in_one_line(g
 
 
 def test_a_misspelt_embedded_model_is_answered_by_its_name() -> None:
-    with pytest.raises(ModelError, match="did you mean 'smollm2'?"):
+    with pytest.raises(ModelError, match="did you mean 'smollm2'"):
         source_of("smolm2")

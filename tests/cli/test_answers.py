@@ -51,6 +51,12 @@ def test_an_answer_of_which_nothing_stands_out_is_plain_and_says_so(
     assert shown == "answer 1: no trait stands out from chance, so it is not coloured\nTides rise.\n\n"
 
 
+def test_an_answer_without_text_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    top = TopTrait("1", "style/formality", 0.0, 2.0, None, None, None, "\n", pieces=[])
+    show_answers(Console(), Layout(Path(), "exp"), "adhoc", ["1"], [top])
+    assert "(no text)" in capsys.readouterr().out.splitlines()
+
+
 @given(st.lists(st.text(min_size=1, max_size=3), max_size=8))
 def test_pieces_are_the_text(words: list[str]) -> None:
     scores = [float(number) for number in range(len(words))]

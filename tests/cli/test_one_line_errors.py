@@ -38,3 +38,13 @@ def test_an_error_is_one_line(tlcapture: Command, words: list[str], says: str) -
 
 def test_a_group_without_a_command_still_shows_its_help(tlcapture: Command) -> None:
     assert "Commands" in tlcapture("traits").output
+
+
+@pytest.mark.parametrize("typed", ["שלום 🌊", "plain"])
+def test_a_text_is_utf_8_in_any_locale(typed: str) -> None:
+    from tlcapture.cli.option_types import Text
+
+    came = typed.encode().decode("ascii", "surrogateescape")  # as the C locale reads it
+    assert Text().convert(came, None, None) == typed
+    broken = b"\xff".decode("ascii", "surrogateescape")
+    assert Text().convert(broken, None, None) == broken  # refused as a prompt

@@ -74,6 +74,8 @@ def _show(console: Console, top: TopTrait) -> None:
 
 
 def _plain(console: Console, text: str) -> None:
+    if not text.strip():
+        console.line("(no text)")
     for line in text.splitlines():
         console.line(printable(line))
 

@@ -16,7 +16,7 @@ from tlcapture.cli.given_prompts import given_prompt_options, given_prompts
 from tlcapture.cli.grouping import collected
 from tlcapture.cli.interventions import InOrder, InterventionOptions, intervention_options
 from tlcapture.cli.model_options import ModelOptions, model_options
-from tlcapture.cli.option_types import LayerOrWord, TemplateArg
+from tlcapture.cli.option_types import LayerOrWord, TemplateArg, Text
 from tlcapture.cli.options import (
     KeptOptions,
     Location,
@@ -166,7 +166,9 @@ class _Settings:
     default=None,
     help="Apply the chat template to prompts, or not.  [default: apply it if the model has one]",
 )
-@click.option("--system-prompt", metavar="TEXT", help="System prompt for all prompts, instead of their own.")
+@click.option(
+    "--system-prompt", type=Text(), metavar="TEXT", help="System prompt for all prompts, instead of their own."
+)
 @click.option(
     "--thinking",
     type=click.Choice(["on", "off"]),

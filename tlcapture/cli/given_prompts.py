@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tlcapture.cli.grouping import together
+from tlcapture.cli.option_types import Text
 from tlcapture.errors import InputError, StorageError
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 given_prompt_options = together(
     click.option(
         "--prompt",
+        type=Text(),
         metavar="TEXT",
         multiple=True,
         help="A prompt, captured as the next one of the prompt set adhoc; repeatable. -: standard input.",

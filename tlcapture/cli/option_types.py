@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,21 @@ class _Parsed(click.ParamType, ABC):
     @abstractmethod
     def _parse(self, text: str) -> Any:
         """The value; raises `InputError` or `ValueError` with a message for the user."""
+
+
+class Text(click.ParamType):
+    """A text, which is UTF-8 even where the locale's encoding is another one."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The text; as it came if it is not UTF-8."""
+        if not any("\udc80" <= character <= "\udcff" for character in value):
+            return value
+        try:
+            return os.fsencode(value).decode("utf-8")
+        except UnicodeError:
+            return value
 
 
 class Root(click.Path):

@@ -9,6 +9,7 @@ import click
 from click.core import ParameterSource
 
 from tlcapture.cli.grouping import collected, together
+from tlcapture.cli.option_types import Text
 
 if TYPE_CHECKING:
     from tlcapture.generation.checkpoint_sampling import AskedSampling
@@ -92,6 +93,7 @@ sampling_options = together(
     ),
     click.option(
         "--stop",
+        type=Text(),
         metavar="TEXT",
         multiple=True,
         help="End a response with the token that completes TEXT; repeatable.",
