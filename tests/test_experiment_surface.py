@@ -222,7 +222,7 @@ def test_two_sets_are_drawn_side_by_side(exp: Experiment) -> None:
     one, other = (exp.captures[name].plot.trajectory("tone/loud") for name in ("short", "short@steered"))
     lines = [trace for trace in both.data if trace.mode != "none" and trace.line.width]
     assert [line.line.dash for line in lines] == ["solid", "dash"]
-    assert [line.line.color for line in lines] == [one.data[1].line.color] * 2
+    assert [line.line.color for line in lines] == ["#1F77B4", "#FF7F0E"]
     for line, alone in zip(lines, (one, other), strict=True):
         assert list(line.y) == list(alone.data[1].y)
     assert "tone/loud, short@steered (3 responses)" in lines[1].name

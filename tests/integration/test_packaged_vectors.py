@@ -172,3 +172,24 @@ def test_what_comes_with_the_package_is_whole() -> None:
     for trait in packaged_layout().traits():
         norms = VectorFiles(packaged_layout(), trait).metadata("residual", "probe")["typical_norms"]
         assert len(norms) == 30 and min(norms) > 0  # the unit of --steer
+
+
+def test_captures_of_an_experiment_without_vectors_are_compared_on_the_packaged_ones(
+    captured: tuple[Path, Result], tlcapture: Command
+) -> None:
+    root, _ = captured
+    words = ["compare", "default", "default", "--root", str(root), "--no-kl"]
+    result = tlcapture(*words)
+    assert result.exit_code == 0
+    assert SAID in result.output
+    path = root / "experiments/default/analysis/compare/default/adhoc/1.json"
+    traits = read_json(path)["traits"]
+    assert len(traits) == 10
+    assert {each["experiment"] for each in traits.values()} == {"packaged"}
+    assert all(value == 0 for each in traits.values() for value in each["difference"])
+    assert "1 prompt skipped" in tlcapture(*words, "--skip-existing").output
+    asked = tlcapture(*words, "--vector-experiment", "packaged", "--traits", "style/formality")
+    assert asked.exit_code == 0
+    assert SAID not in asked.output
+    frame = Experiment("default", root).compare("default", "adhoc", kl=False)
+    assert set(frame["trait"]) == set(traits)

@@ -235,9 +235,10 @@ def _show_tops(
     console.line()
     is_set, has_chance = n_prompts >= FEWEST_TO_COMPARE, any(top.chance is not None for top in summary.tops)
     alone = "the reference prompts" if has_chance else "its own spread along the tokens"
-    console.line(
-        f"{prompt_set}: the trait that rose most, against {'the other prompts of the set' if is_set else alone}"
-    )
+    against = "the other prompts of the set" if is_set else alone
+    layers = {each.layer for each in summary.vectors}
+    at = f" at layer {min(layers)}" if len(layers) == 1 else ""
+    console.line(f"{prompt_set}: the trait that rose most{at}, against {against}")
     console.line()
     columns = [Column("prompt", right=True), Column("trait"), Column("rise", right=True), Column("chance", right=True)]
     columns += [Column("calibrated", right=True), Column("response" if with_responses else "")]
@@ -267,6 +268,9 @@ def _notes(layout: Layout, summary: Summary, *, has_chance: bool) -> Iterator[st
     again = f"'tlcapture evaluate', then 'tlcapture project --experiment {layout.experiment}'"
     if any(top.samples is not None for top in summary.tops):
         yield "+-: the standard deviation over the samples of a prompt, of which the mean is shown"
+    if has_chance or summary.is_against_set:
+        mean = "the set" if summary.is_against_set else "the reference prompts"
+        yield f"rise: from prompt to response; 0 is the mean over {mean}, sd the standard deviation"
     if has_chance:
         yield "chance: what the largest of as many random directions stays below in 95 % of draws" + _scale(summary)
     else:

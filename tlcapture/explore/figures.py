@@ -60,8 +60,8 @@ def trajectory_figure(projections: Sequence[TokenScores], *, calibrated: bool = 
 def mean_trajectory_figure(sets: Mapping[str, Sequence[TokenScores]], *, calibrated: bool = True) -> OfflineFigure:
     """Mean trajectories of many responses over the tokens, one line per trait and prompt set, with their spread.
 
-    The responses begin together, at 0; the band is one standard deviation each way. Lines of one trait share a colour,
-    and the second prompt set is dashed.
+    The responses begin together, at 0; the band is one standard deviation over the responses each way. Lines of one
+    trait share a colour if there are several traits; the second prompt set is dashed.
 
     Args:
         sets: the projections of each prompt set; its name may be one of a variant, `SET@VARIANT`.
@@ -80,7 +80,8 @@ def mean_trajectory_figure(sets: Mapping[str, Sequence[TokenScores]], *, calibra
             continue
         places, rows = aligned(found, calibrated=is_calibrated)
         mean, spread = mean_and_spread(rows)
-        colour = _COLOURS[traits.index(trait) % len(_COLOURS)]
+        number = traits.index(trait) if len(traits) > 1 else list(sets).index(prompt_set)
+        colour = _COLOURS[number % len(_COLOURS)]
         dash = _DASHES[list(sets).index(prompt_set) % len(_DASHES)]
         label = f"{trait}, {prompt_set}" if len(sets) > 1 else trait
         name = plotly_text(f"{label} ({counted(len(found), 'response')})")
@@ -92,9 +93,9 @@ def mean_trajectory_figure(sets: Mapping[str, Sequence[TokenScores]], *, calibra
         hover = f"token %{{x}} of the response<br>{name}: %{{y:.5g}}<extra></extra>"
         line = {"color": colour, "width": 2, "dash": dash}
         figure.add_trace(go.Scatter(x=x, y=mean[drawn], name=name, line=line, legendgroup=name, hovertemplate=hover))
-    _lay_out(figure, f"{' beside '.join(sets)}: mean over responses, and one standard deviation")
+    _lay_out(figure, f"{' beside '.join(sets)}: mean over responses, and one standard deviation over them")
     figure.add_vline(x=-0.5, line_dash="dash", line_color="#555555")
-    figure.update_xaxes(title_text="token of the response")
+    figure.update_xaxes(title_text="token, counted from the first of the response")
     figure.update_yaxes(
         title_text=CALIBRATED if is_calibrated else "projection", zeroline=True, zerolinecolor="#999999"
     )
