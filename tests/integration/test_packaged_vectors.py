@@ -15,8 +15,10 @@ from tests import tiny
 from tlcapture import Experiment
 from tlcapture.captures.capture import Capture
 from tlcapture.errors import InputError
+from tlcapture.names import Trait
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.traits.missing_vectors import no_vectors_of_trait
 from tlcapture.traits.packaged_vectors import packaged_files
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.reference import read_reference
@@ -193,3 +195,17 @@ def test_captures_of_an_experiment_without_vectors_are_compared_on_the_packaged_
     assert SAID not in asked.output
     frame = Experiment("default", root).compare("default", "adhoc", kl=False)
     assert set(frame["trait"]) == set(traits)
+
+
+def test_a_missing_trait_that_comes_with_the_package_is_offered_from_there(
+    captured: tuple[Path, Result], tmp_path: Path, tlcapture: Command
+) -> None:
+    root, _ = captured
+    layout = Layout(tmp_path, "own")
+    (layout.folder / "extraction").mkdir(parents=True)
+    layout.config.write_text((root / "experiments/default/config.json").read_text())
+    offered = "or take those that come with the package, vector experiment 'packaged'"
+    for trait, expected in (("cognitive/retrieval", True), ("cognitive/none", False)):
+        assert (offered in str(no_vectors_of_trait(layout, Trait.parse(trait)))) == expected
+    layout.config.write_text("{}")
+    assert offered not in str(no_vectors_of_trait(layout, Trait.parse("cognitive/retrieval")))
