@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
-from math import isnan
+from math import isfinite, isnan
 from typing import Any
 
 import torch
@@ -395,6 +395,6 @@ def _products(activations: Tensor, directions: Vectors) -> Tensor:
     rows = max(1, piece // max(1, activations[0].numel()))
     products = torch.cat([linear(piece.float(), directions) for piece in activations.split(rows)]).cpu()
     # A sum is finite only if all its terms are; where it is not, it may have overflowed.
-    if not products.sum().isfinite() and not products.isfinite().all():
+    if not isfinite(float(products.sum())) and not products.isfinite().all():
         raise NumericalError("a projection is NaN or inf: the captured activations are damaged")
     return products
