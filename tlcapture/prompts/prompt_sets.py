@@ -193,7 +193,7 @@ def read_prompt_file(path: Path, name: str | None = None) -> PromptSet:
     """
     name = path.stem if name is None else name
     try:
-        value = read_json(path)
+        value = read_json(path, exact=True)
         content = {"prompts": value} if isinstance(value, list) else value
         if not isinstance(content, dict) or "prompts" not in content:
             raise InputError(f'{path}: expected a list of prompts, or {{"prompts": [...]}}')
