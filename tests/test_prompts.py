@@ -116,7 +116,7 @@ def test_the_most_specific_system_prompt_wins(tmp_path: Path) -> None:
         (with_prompts({"id": "1"}), "prompts[0].text: Field required"),
         (with_prompts({"id": "1", "text": " \n"}), "prompts[0].text: text is empty"),
         (with_prompts({"id": "1", "text": "a"}, {"id": "1", "text": "b"}), "id '1' occurs twice"),
-        (with_prompts({"id": "a", "text": "a"}, {"id": "A", "text": "b"}), "id 'A' occurs twice"),
+        (with_prompts({"id": "a", "text": "a"}, {"id": "A", "text": "b"}), "ids 'a' and 'A' would have the same files"),
         (with_prompts({"id": "../x", "text": "a"}), "prompts[0].id: id '../x' is not a safe file name"),
         (with_prompts({"id": "-x", "text": "a"}), "not a safe file name"),
         (with_prompts({"id": "a\0", "text": "a"}), "not a safe file name"),

@@ -161,7 +161,7 @@ class PromptSet(BaseModel):
         for prompt in self.prompts:
             # On some file systems, names that differ only in case are the same file.
             name = str(prompt.id).lower()
-            if name in seen and type(seen[name]) is not type(prompt.id):
+            if name in seen and seen[name] != prompt.id:
                 raise ValueError(f"ids {seen[name]!r} and {prompt.id!r} would have the same files")
             if name in seen:
                 raise ValueError(f"id {prompt.id!r} occurs twice in prompts")
