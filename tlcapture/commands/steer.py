@@ -152,7 +152,7 @@ def read_questions(datasets: Datasets, trait: Trait) -> SteeringQuestions:
     """
     path = datasets.trait_folder(trait) / "steering.json"
     try:
-        return SteeringQuestions.model_validate(read_json(path))
+        return SteeringQuestions.model_validate(read_json(path, exact=True))
     except StorageError as error:
         raise InputError(str(error)) from None
     except ValidationError as error:

@@ -70,9 +70,10 @@ class _Carried:
 
     def read(self, name: str, parameters: dict[str, str]) -> Any:
         value = getattr(self.contents, name)(**parameters)
+        root = f"{self.contents.root}/".removeprefix("./")
         for key, tell in {"problems": self.on_problem, "unread": self.on_unread}.items():
             for problem in value.get(key, ()) if isinstance(value, dict) else ():
-                tell(f"{self.contents.root}/{problem}")  # which names files below the root
+                tell(f"{root}{problem}")  # which names files below the root
         return value
 
 
