@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,3 +210,17 @@ def test_a_missing_trait_that_comes_with_the_package_is_offered_from_there(
         assert (offered in str(no_vectors_of_trait(layout, Trait.parse(trait)))) == expected
     layout.config.write_text("{}")
     assert offered not in str(no_vectors_of_trait(layout, Trait.parse("cognitive/retrieval")))
+
+
+def test_a_comparison_takes_them_too_and_says_so(captured: tuple[Path, Result], tlcapture: Command) -> None:
+    root, _ = captured
+    steered = ("--responses-from", "default", "--steer", "style/formality:+0.2@12", "--variant", "formal")
+    assert tlcapture("capture", *steered, "--root", root, "--vector-experiment", "packaged").exit_code == 0
+    compared = tlcapture("compare", "default/adhoc", "default/adhoc@formal", "--no-kl", "--root", root)
+    assert compared.exit_code == 0, compared.output
+    assert SAID in compared.stdout
+    traits = [line.split()[0] for line in compared.stdout.splitlines() if re.match(r"\w+/\w+ +[+-]", line)]
+    assert traits == list(map(str, Datasets(root).traits()))
+    assert compared.stdout.splitlines()[-1].startswith("next: tlcapture view")
+    again = tlcapture("compare", "default/adhoc", "default/adhoc@formal", "--no-kl", "--root", root, "--skip-existing")
+    assert again.exit_code == 0 and "wrote 0 files" in again.stdout

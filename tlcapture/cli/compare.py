@@ -14,7 +14,7 @@ from tlcapture.cli.command import command
 from tlcapture.cli.console import Console
 from tlcapture.cli.grouping import collected
 from tlcapture.cli.option_types import Names, Traits
-from tlcapture.cli.options import VectorOptions, root_option, vector_options
+from tlcapture.cli.options import Location, VectorOptions, root_option, vector_options
 from tlcapture.cli.tables import Column
 from tlcapture.cli.work import working
 from tlcapture.names import Trait
@@ -55,7 +55,7 @@ class _Settings:
     "--vectors",
     "vectors_of",
     type=click.Choice(["a", "b", "own"]),
-    help="Whose vectors both are projected onto; own: each onto its own.  [default: A's, else B's, else packaged ones]",
+    help="Whose vectors both are projected onto; own: each onto its own.  [default: of A, else of B, else packaged]",
 )
 @vector_options(default_layer="auto")
 @click.option("--no-kl", is_flag=True, help="Leave out the next-token distributions; no model is loaded.")
@@ -105,6 +105,7 @@ def compare(console: Console, settings: _Settings, vectors: VectorOptions, clust
         _show(console, summary)
         for line in _doubts(settings.root, summary):
             console.line(line)
+    console.next = Location(a.layout.experiment, settings.root).command("view")
 
 
 def _show(console: Console, summary: ComparisonSummary) -> None:

@@ -46,7 +46,7 @@ class CompareOptions:
     Attributes:
         choice: which traits and vectors.
         vectors: whose vectors both captures are projected onto, `a` or `b`, or `own` for each onto its own; `None`:
-            those of `a` if it has any, otherwise those of `b`.
+            those of `a` if it has any, otherwise those of `b`, or those of the package.
         kl: whether to compare next-token distributions, for which the final norm and unembedding are loaded.
         device: where these are computed.
         skip_existing: keep comparisons that are no older than the captures and vectors they were made from.

@@ -52,7 +52,7 @@ class DifferingToken:
     size: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ComparisonSummary:
     """The comparisons of one prompt set.
 

@@ -180,7 +180,7 @@ def summary_of(
     return Summary(tops, _findings(projections), is_against_set, [each for each in vectors if each])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Rise:
     """A standardised rise, the mean over samples, with those of random directions in the order of the draws.
 

@@ -16,7 +16,7 @@ from tlcapture.traits.saved_projections import no_projections
 from tlcapture.traits.selection import steering_runs
 from tlcapture.traits.steering_files import percentile_95
 from tlcapture.traits.vector_files import VectorFiles
-from tlcapture.traits.verdicts import Doubts
+from tlcapture.traits.verdicts import Doubts, layers_of
 from tlcapture.views.hooks import check_component
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def rises_frame(layout: Layout, prompt_set: str, component: str) -> DataFrame:
     causes = Doubts(layout.root).by_cause(summary.vectors)
     layers = {each.trait: each.layer for each in summary.vectors}
     doubts = {trait: cause for cause, traits in causes.items() for trait in traits}
+    layers = layers_of(summary.vectors)
     rows = [
         {
             "prompt_id": top.prompt_id,

@@ -39,7 +39,7 @@ OnBasis = Float[Tensor, "n_layers n_tokens n_basis"]
 Directions = Float[Tensor, "*n_vectors n_directions n_basis"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChanceLevel:
     """What 200 random directions do at a vector's layer, on one capture.
 

@@ -71,7 +71,7 @@ class Centred:
         }
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Projection:
     """One capture's projection onto one trait vector.
 
