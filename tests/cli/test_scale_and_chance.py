@@ -275,7 +275,7 @@ def test_the_summary_says_where_random_directions_have_no_reference(
 def test_a_single_prompt_is_compared_with_the_reference(evaluated: Layout, capture: Run, data: Path) -> None:
     result = capture(prompts=("--prompt", "hello there"))
     assert re.search(r"adhoc: the trait that rose most( at layer \d)?, against the reference prompts", result.output)
-    assert "0 is the mean over the reference prompts" in result.output
+    assert "less the mean rise of the reference prompts" in result.output
     (top,) = summary_of(evaluated, "adhoc").tops
     path = evaluated.projection(Trait.parse(top.trait), "residual", "adhoc", "1")
     value = read_json(path)
