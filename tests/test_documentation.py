@@ -45,7 +45,8 @@ RUN: dict[str, list[str]] = {
     "docs/how-to/own-model.md": [],
     "docs/how-to/own-trait.md": [],
     "docs/how-to/one-answer.md": [
-        "extract --experiment story --traits temporal/past_focus --methods mean_diff --component residual"
+        "extract --experiment story --traits temporal/past_focus --methods mean_diff --component residual",
+        "evaluate --experiment story --traits temporal/past_focus --component residual",
     ],
     "docs/how-to/thinking-models.md": [],
     "docs/how-to/steering.md": VECTORS,

@@ -381,6 +381,46 @@ def test_a_trait_that_was_chosen_meanwhile_stays(slow: tuple[Watched, list[Any]]
     assert "finding the trait" not in page.text("#pickers")
 
 
+def test_a_large_set_is_listed_before_it_is_known_what_stands_out(page: Watched) -> None:
+    page.open(f"view=dynamics&{HERE}")
+    page.page.evaluate("""() => {
+      window.own = { overview: tl.source.overview, promptSet: tl.source.promptSet };
+      const ids = Array.from({ length: 450 }, (_, number) => String(number + 1)), traits = ['style/odd'];
+      const prompts = ids.map((id) => ({ id, text: `text ${id}` }));
+      tl.source.promptSet = async () => ({ name: 'odd', traits, prompts });
+      const rows = ids.map((id) => ({
+        id, captures: [id], n_samples: 0, answer: `answer ${id}`, trait: 'style/odd', rise: 450 - id, chance: 400,
+        stands_out: id < 50, rises: { 'style/odd': 450 - id },
+      }));
+      const found = { rows, traits, against: 'the other prompts', doubts: [], problems: [], unread: [] };
+      tl.source.overview = () => new Promise((resolve) => { window.tell = () => resolve(found); });
+      tl.state.set({ view: 'overview' });
+    }""")
+    page.settled()
+    rows = "document.querySelectorAll('.overview tbody tr:not(.more)').length"
+    assert page.page.evaluate(rows) == 200
+    assert "the first 200 of 450 prompts" in page.text(".overview .more")
+    assert "Reading what stands out in 450 captures" in page.text("#view")
+    page.page.evaluate("document.querySelector('.scrolled').scrollTop = 1e6")
+    page.page.wait_for_selector(".overview tbody tr:nth-child(202)", state="attached")
+    while page.page.query_selector(".overview .more button"):
+        page.page.evaluate("document.querySelector('.overview .more button').click()")
+    assert page.page.evaluate(rows) == 450
+    page.page.evaluate("window.tell()")
+    page.page.wait_for_selector(".overview .answer:has-text('answer 449')", state="attached")
+    assert page.page.evaluate(rows) == 450  # what was drawn stays
+    assert "Reading" not in page.text("#view")
+    assert "450 of 450 prompts; in 49 a trait stands out" in page.text("#view .controls")
+    page.page.click(".overview th.rise button")
+    page.page.click(".overview th.rise button")
+    page.page.wait_for_selector(".overview tbody tr:first-child:has-text('text 450')")
+    assert page.page.evaluate(rows) == 200
+    page.page.fill("#find", "text 33")
+    page.page.wait_for_selector("#view .controls:has-text('14 of 450 prompts')")  # with 33 in the number
+    page.page.evaluate("() => { Object.assign(tl.source, window.own); tl.state.set({ find: '', sort: '' }); }")
+    page.settled()
+
+
 # -- notes ----------------------------------------------------------------------------------------
 
 

@@ -70,6 +70,8 @@ class _Settings:
 def compare(console: Console, settings: _Settings, vectors: VectorOptions, cluster: ClusterOptions) -> None:
     """Compare captures B with captures A of the same prompts, token by token.
 
+    Prompts are matched by id, and refused where their texts differ.
+
     A and B are EXPERIMENT, EXPERIMENT/SET or EXPERIMENT/SET@VARIANT. Differences are those of B less A: of
     projections, of residuals (cosine and norm ratio by layer), and of next-token distributions (KL of A from B, in
     nats). Writes experiments/A/analysis/compare.
@@ -155,7 +157,9 @@ def _notes(summary: ComparisonSummary) -> Iterator[str]:
         bounds = "" if interval is None else f" ({interval[0]:.3g} to {interval[1]:.3g})"
         yield f"next token: D(a || b) of {summary.kl.mean:.3g} nats{bounds}, mean over the responses"
     layer = summary.least_alike
-    if layer is not None:
+    if layer is not None and summary.is_alike:
+        yield "residual: the same in every layer at these tokens"
+    elif layer is not None:
         yield (
             f"residual: cosine {summary.cosine[layer]:.6g} at layer {layer}, where it is lowest; norm ratio "
             f"{summary.norm_ratio[layer]:.4g} there"

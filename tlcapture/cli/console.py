@@ -238,9 +238,10 @@ def _show_tops(
     console.line()
     is_set, has_chance = n_prompts >= FEWEST_TO_COMPARE, any(top.chance is not None for top in summary.tops)
     alone = "the reference prompts" if has_chance else "its own spread along the tokens"
-    console.line(
-        f"{prompt_set}: the trait that rose most, against {'the other prompts of the set' if is_set else alone}"
-    )
+    against = "the other prompts of the set" if is_set else alone
+    layers = {each.layer for each in summary.vectors}
+    at = f" at layer {min(layers)}" if len(layers) == 1 else ""
+    console.line(f"{prompt_set}: the trait that rose most{at}, against {against}")
     console.line()
     columns = [Column("prompt", right=True), Column("trait"), Column("rise", right=True), Column("chance", right=True)]
     columns += [Column("calibrated", right=True), Column("response" if with_responses else "")]

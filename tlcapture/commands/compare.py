@@ -30,15 +30,8 @@ from tlcapture.storage.config import read_config
 from tlcapture.storage.files import write_json
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.choice import ChosenVector, VectorChoice, VectorChooser
-from tlcapture.traits.missing_vectors import no_vectors
-from tlcapture.traits.packaged_vectors import (
-    NOTHING_TO_PROJECT_ONTO,
-    SAID,
-    is_in_package,
-    packaged_layout,
-    takes_packaged,
-    vectors_layout,
-)
+from tlcapture.traits.missing_vectors import extract_command, no_vectors
+from tlcapture.traits.packaged_vectors import SAID, is_in_package, packaged_layout, takes_packaged, vectors_layout
 from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 from tlcapture.traits.vectors import TraitVector
 from tlcapture.version import __version__
@@ -107,10 +100,10 @@ def run_compare(
     layout = sets[0].a.layout
     sources = _vector_sources(sets[0], options)
     run = Run.begin(layout, display)
-    if any(map(is_in_package, sources)) and options.choice.experiment is None:
+    if not sources:
+        run.warn(f"no trait vectors, so no projections are compared: '{extract_command(layout)}' makes some")
+    elif is_in_package(sources[0]) and options.choice.experiment is None:
         run.line(f"{layout.experiment}: {SAID}")
-    elif not sources:
-        run.line(NOTHING_TO_PROJECT_ONTO)
     tasks = [CompareTask(each, each.pairs()) for each in sets]
     with ExitStack() as stack:
         for each in sorted(sets, key=lambda found: str(found.a)):
@@ -134,7 +127,9 @@ def run_compare(
 
 
 def _vector_sources(sets: ComparedSets, options: CompareOptions) -> list[Layout]:
-    """The experiments that vectors are taken from, for `a` and for `b`; none where neither has vectors nor the package.
+    """The experiments that vectors are taken from, for `a` and for `b`; none where there are no vectors.
+
+    Where neither has vectors, and one of them is of the packaged vectors' model, they are these.
 
     Raises `InputError` if those that are asked for have none.
     """

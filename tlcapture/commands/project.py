@@ -242,7 +242,7 @@ def _with_new_dynamics(saved: SavedProjection) -> dict[str, Any]:
 
     What random directions did is kept only where it was measured by the same definitions.
     """
-    content = saved.content()
+    content = saved.content(exact=True)
     others = (
         {key: value for key, value in content.items() if key != "dynamics"} if isinstance(content, dict) else content
     )

@@ -157,7 +157,7 @@ def read_questions(datasets: Datasets, trait: Trait) -> SteeringQuestions:
     if not lexists(path):
         raise InputError(f"{path}: no such file: expected questions to steer with, such as {_QUESTIONS}")
     try:
-        return SteeringQuestions.model_validate(read_json(path))
+        return SteeringQuestions.model_validate(read_json(path, exact=True))
     except StorageError as error:
         raise InputError(str(error)) from None
     except ValidationError as error:

@@ -111,7 +111,7 @@ def _write_cells(axis: Axes, texts: Any, values: Any, first: float) -> None:
     for row, column in np.argwhere(~np.ma.getmaskarray(values)):
         text = _plain(texts[row][column])
         colour = "white" if dark[row, column] else "black"
-        where = {"ha": "center", "va": "center", "clip_on": True, "parse_math": False}
+        where: dict[str, Any] = {"ha": "center", "va": "center", "clip_on": True, "parse_math": False}
         axis.text(first + column, row, text, fontsize=4, color=colour, **where)
 
 

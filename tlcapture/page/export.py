@@ -78,7 +78,8 @@ class _Carried:
     def _with_root(self, problem: str) -> str:
         """What the page says of a file below the root, with the root."""
         path = self.contents.root / problem.split(": ")[0]
-        return f"{self.contents.root}/{problem}" if ": " in problem and lexists(path) else problem
+        root = f"{self.contents.root}/".removeprefix("./")
+        return f"{root}{problem}" if ": " in problem and lexists(path) else problem
 
 
 def _told(value: Any) -> Iterator[tuple[str, str]]:

@@ -196,7 +196,9 @@
     refocus();
     document.documentElement.dataset.shown = location.hash;
     document.documentElement.dataset.ready = "yes";
-    if (!performance.getEntriesByName("first view").length) performance.mark("first view");
+    if (performance.getEntriesByName("first view").length) return;
+    performance.mark("first view");
+    setTimeout(() => tl.plotly().catch(() => null), 500); // before the first figure is asked for
   }
 
   function move(key, by) {
