@@ -86,6 +86,7 @@ def _opened(context: Any, base: str, experiment: str, view: str, theme: str) -> 
     own = MORE.get(view) or VIEWS[view]
     state = own if "view=" in own else f"view={view}&{own}"
     page.open(f"experiment={experiment}&set=single_trait&theme={theme}&{state}")
+    page.page.wait_for_selector("text=Reading what stands out", state="detached")
     return page
 
 

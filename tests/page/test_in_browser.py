@@ -362,7 +362,7 @@ def test_it_is_chosen_however_late_it_is_known_unless_a_trait_was_chosen(slow: t
     page.page.evaluate("tl.state.set({ token: 3 })")
     page.settled()
     answer(waiting)
-    page.page.wait_for_function("tl.state.now.trait === 'z/rising'")
+    page.page.wait_for_selector("#pickers button[aria-label=trait]:has-text('z/rising')")
     page.settled()
     assert "finding the trait" not in page.text("#pickers") and "trait=z%2Frising" in page.page.url
 

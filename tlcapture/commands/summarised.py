@@ -19,7 +19,7 @@ from tlcapture.traits.verdicts import UsedVector, used_vector
 _Values = NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Chance:
     """What random directions do on a capture; as in `ChanceRecord`, with the draws as arrays."""
 
@@ -51,7 +51,7 @@ class Chance:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Summarised:
     """What a summary needs of a projection.
 
