@@ -319,24 +319,66 @@ def test_terms_are_defined_in_tooltips_that_the_keyboard_reaches(page: Watched) 
     assert page.page.query_selector("#status .scale")
 
 
-def test_the_trait_that_stands_out_in_the_prompt_is_chosen_first(page: Watched) -> None:
-    code = """async () => {
-      const own = tl.source.overview, row = (id, trait, rise) => ({ captures: [id], trait, stands_out: true, rise });
-      tl.source.overview = async () => ({ rows: [row('1', 'style/odd', 9), row('4', 'style/rising', 3)] });
-      const list = tl.source.promptSet;
-      const traits = ['a/first', 'style/odd', 'style/rising'];
-      tl.source.promptSet = (...words) => list(...words).then((found) => ({ ...found, traits }));
-      tl.state.set({ view: 'lens', trait: '', prompt: '4' });
-      const wait = () => new Promise((resolve) => setTimeout(resolve, 20));
-      for (let n = 0; n < 100 && !tl.state.now.trait; n += 1) await wait();
-      tl.source.overview = own;
-      tl.source.promptSet = list;
-      return tl.state.now.trait;
-    }"""
-    page.open(f"view=lens&{HERE}")
-    assert page.page.evaluate(code) == "style/rising"
-    page.open(f"view=overview&{HERE}")
-    page.wrong.clear()  # projections onto traits that are not there were asked for
+KNOWN = {"stands_out": True, "chance": 1.0, "answer": "", "n_samples": 0}
+STANDS_OUT = {
+    "rows": [{**KNOWN, "id": id, "captures": [id], "trait": trait, "rise": rise, "rises": {trait: rise}}
+             for id, trait, rise in (("1", "style/odd", 9.0), ("4", "z/rising", 3.0))],
+    "traits": ["style/odd", "z/rising"], "against": "the reference prompts", "findings": None, "doubts": [],
+    "problems": [], "unread": [],
+}  # fmt: skip
+
+
+@pytest.fixture
+def slow(context: Any, address: str) -> Iterator[tuple[Watched, list[Any]]]:
+    """The page with a set that has three traits, and requests for its overview, which are answered when a test does."""
+    page, waiting = Watched(context, address), []
+    prompts = [{"id": id, "text": "", "attention": True, "logit_lens": True} for id in (1, 4)]
+    listed = json.dumps({"name": "odd", "traits": ["a/first", "style/odd", "z/rising"], "prompts": prompts})
+    page.page.route("**/api/exp/sets/odd", lambda route: route.fulfill(body=listed, content_type="application/json"))
+    page.page.route("**/api/exp/overviews/**", lambda route: waiting.append(route))
+    yield page, waiting
+    page.page.close()
+
+
+def answer(waiting: list[Any]) -> None:
+    for route in waiting:
+        route.fulfill(body=json.dumps(STANDS_OUT), content_type="application/json")
+
+
+def test_the_trait_that_stands_out_in_the_prompt_is_chosen_first(slow: tuple[Watched, list[Any]]) -> None:
+    page, waiting = slow
+    page.page.unroute("**/api/exp/overviews/**")
+    page.page.route("**/api/exp/overviews/**", lambda route: answer([route]))
+    page.open("experiment=exp&set=odd&view=lens&prompt=4")
+    assert "trait=z%2Frising" in page.page.url
+    assert not waiting
+
+
+def test_it_is_chosen_however_late_it_is_known_unless_a_trait_was_chosen(slow: tuple[Watched, list[Any]]) -> None:
+    page, waiting = slow
+    page.open("experiment=exp&set=odd&view=lens&prompt=4")
+    assert "finding the trait" in page.text("#pickers") and "a/first" in page.text("#pickers")
+    assert "trait=" not in page.page.url  # which somebody may copy
+    page.page.evaluate("tl.state.set({ token: 3 })")
+    page.settled()
+    answer(waiting)
+    page.page.wait_for_function("tl.state.now.trait === 'z/rising'")
+    page.settled()
+    assert "finding the trait" not in page.text("#pickers") and "trait=z%2Frising" in page.page.url
+
+
+@pytest.mark.parametrize("chosen", ["a/first", "style/odd"])  # of which the first stood in
+def test_a_trait_that_was_chosen_meanwhile_stays(slow: tuple[Watched, list[Any]], chosen: str) -> None:
+    page, waiting = slow
+    page.open("experiment=exp&set=odd&view=lens&prompt=4")
+    page.page.click("#pickers button[aria-label=trait]")
+    page.page.click(f"#pickers li:has-text('{chosen}')")
+    page.settled()
+    answer(waiting)
+    page.page.wait_for_timeout(300)
+    page.settled()
+    assert page.page.evaluate("tl.state.now.trait") == chosen
+    assert "finding the trait" not in page.text("#pickers")
 
 
 def test_a_large_set_is_listed_before_it_is_known_what_stands_out(page: Watched) -> None:

@@ -94,10 +94,12 @@ def test_a_damaged_capture_is_named(page_root: Path) -> None:
     assert any("odd/3.pt: cannot be read" in problem for problem in problems)
 
 
-def capture(root: Path, experiment: str, *, has_index: bool) -> dict[str, Any]:
+def capture(
+    root: Path, experiment: str, *, has_index: bool = True, prompt_set: str = "odd", **metadata: Any
+) -> dict[str, Any]:
     """Write a raw residual file, with its index or as another tool would save it; returns its content."""
-    made = tiny_capture()
-    path = root / f"experiments/{experiment}/inference/raw/residual/odd/1.pt"
+    made = tiny_capture(**metadata)
+    path = root / f"experiments/{experiment}/inference/raw/residual/{prompt_set}/1.pt"
     path.parent.mkdir(parents=True)
     made.save(path)
     content = torch.load(path, weights_only=True)
@@ -189,3 +191,10 @@ def test_a_summary_does_not_hold_the_scores_of_a_set(page_root: Path) -> None:
     few = peak()
     add(range(4, 24))
     assert (peak() - few) / 20 < n_tokens * n_layers * 3 * 8 / 2  # half of the numbers alone
+
+
+def test_a_prompt_of_the_command_line_is_shown_as_it_was_given(page_root: Path) -> None:
+    saved = capture(page_root, "plain", prompt_set="adhoc", prompt_text="How do tides work?")
+    assert saved["prompt"]["text"] != "How do tides work?"
+    (prompt,) = Contents(page_root).prompt_set("plain", "adhoc")["prompts"]
+    assert prompt["text"] == "How do tides work?"

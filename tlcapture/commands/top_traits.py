@@ -49,8 +49,8 @@ class TopTrait:
     """The trait that rose most in a prompt's response, and the chance level of its rise.
 
     A rise is the mean of the trajectory over the response less its mean over the prompt (without the first token, an
-    attention sink), in standard deviations: over the prompt set, so that it measures how far the prompt stands out;
-    for a set of fewer than three prompts, over the reference prompts. Of a prompt with samples it is their mean.
+    attention sink), as a standard score: over the prompt set, so that it measures how far the prompt stands out; for a
+    set of fewer than three prompts, over the reference prompts. Of a prompt with samples it is their mean.
 
     Attributes:
         chance: what the largest of as many random directions as there are traits stays below in 95 % of 200 draws;
@@ -180,7 +180,7 @@ def summary_of(
     return Summary(tops, _findings(projections), is_against_set, [each for each in vectors if each])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Rise:
     """A standardised rise, the mean over samples, with those of random directions in the order of the draws.
 

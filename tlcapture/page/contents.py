@@ -260,7 +260,7 @@ class Contents(NoteContents):
 
     def vectors(self, experiment: str, category: str, name: str) -> dict[str, Any]:
         """A trait's vectors with the selected one, their evaluation and steering results."""
-        return vectors_of(self._layout(experiment), Trait.parse(f"{category}/{name}"))
+        return vectors_of(self._layout(experiment), Trait.parse(f"{category}/{name}"), self.problem)
 
     def uncompared(self, experiment: str, prompt_set: str) -> dict[str, str]:
         """What the page says of a set that was not compared: `what` is missing, and the command that compares it."""

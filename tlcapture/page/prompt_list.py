@@ -15,9 +15,9 @@ import orjson
 
 from tlcapture.captures.notes import note_counts
 from tlcapture.errors import TlcaptureError
-from tlcapture.names import Trait, split_name
-from tlcapture.page.captured import captured_tokens
-from tlcapture.prompts.prompt_sets import Prompt
+from tlcapture.names import Trait, base_set, split_name
+from tlcapture.page.captured import captured_tokens, given_text
+from tlcapture.prompts.prompt_sets import ADHOC, Prompt
 from tlcapture.storage.folders import stems_in
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.projection_shards import sharded_texts
@@ -53,7 +53,8 @@ def listed_prompts(
     for name in names:
         prompt_id, sample = (name, None) if name in prompts else split_name(name)
         own = prompts.get(prompt_id)
-        captured = texts.get(name) or _text_in_json(layout, places, name)
+        given = given_text(layout.residual(prompt_set, name)) if base_set(prompt_set) == ADHOC else ""
+        captured = given or texts.get(name) or _text_in_json(layout, places, name)
         captured = captured or _text_of_capture(layout.residual(prompt_set, name))
         found.append(
             {

@@ -31,7 +31,7 @@ tl.views.overview = {
     const COLUMNS = {
       prompt: ["prompt", "The prompt, and the number of its samples.", null],
       top: ["stands out", "The trait that rose most in the response, if it rose more than chance.", (row) => (row.trait ? `${row.stands_out || row.chance === null ? 0 : 1}${row.trait}` : null)],
-      rise: ["rise", "How much that trait rose from the prompt to the response, in standard deviations.", (row) => row.rise ?? null],
+      rise: ["rise", "How much that trait rose from the prompt to the response, as a standard score: less the mean rise, in standard deviations.", (row) => row.rise ?? null],
       chance: ["chance", "What the largest of as many random directions stays below in 95 % of draws. A larger rise stands out.", (row) => row.chance ?? null],
       answer: ["answer", "The first words of the response.", (row) => row.answer || null],
     };
@@ -110,7 +110,8 @@ tl.views.overview = {
     }
 
     function tell() {
-      const text = found.traits.length ? `Rise: the mean projection over the response less that over the prompt, in standard deviations against ${found.against}. A trait stands out, in bold, if its rise exceeds the chance level of its prompt: what the largest of as many random directions stays below in 95 % of draws.` : null;
+      const score = found.against.startsWith("its own") ? `in standard deviations of ${found.against.replace("its own ", "its ")}` : `as a standard score against ${found.against}: at 0, a trait rises as much as it does there on average`;
+      const text = found.traits.length ? `Rise: the mean projection over the response less that over the prompt, ${score}. A trait stands out, in bold, if its rise exceeds the chance level of its prompt: what the largest of as many random directions stays below in 95 % of draws.` : null;
       notes.replaceChildren(...(text ? [element("p", { className: "note" }, text)] : []), ...(found.missing ? [tl.emptyState(new tl.source.Missing(found.missing))] : []), ...(found.doubts ?? []).map((doubt) => element("p", { className: "note" }, doubt)), ...[...found.problems, ...found.unread].map((problem) => element("p", { className: "warning" }, problem)));
     }
 
