@@ -237,6 +237,8 @@ def test_an_evaluation_still_recognises_its_vectors_after_import(
         (lambda out: next((out / "tokens").glob("*")).write_bytes(b"PAR1"), "cannot be read as an export"),
         (lambda out: next((out / "captures").glob("*")).unlink(), "it is incomplete"),
         (lambda out: (out / "vectors/tone/loud.safetensors").write_bytes(b"{}"), "cannot be read as exported vectors"),
+        (lambda out: (out / "vectors/tone/warm.safetensors").unlink(), "it has no vectors/tone/warm.safetensors"),
+        (lambda out: (out / "config.json").unlink(), "it has no config.json"),
     ],
 )
 def test_a_damaged_export_is_one_line_and_leaves_no_experiment(

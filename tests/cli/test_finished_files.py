@@ -323,6 +323,23 @@ def test_a_damaged_index_is_made_anew(make: Run, index: Path) -> None:
         assert known(index) == before, name
 
 
+ODD: dict[str, Callable[[Path], object]] = {
+    "a pipe": os.mkfifo,
+    "a folder": Path.mkdir,
+    "a link to nothing": lambda path: path.symlink_to("nothing"),
+    "a link that leads out": lambda path: path.symlink_to("/etc/hostname"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_what_is_not_a_file_is_not_an_index(make: Run, index: Path, odd: str) -> None:
+    """A pipe would be waited for without end."""
+    make()
+    index.unlink()
+    ODD[odd](index)
+    assert "3 prompts skipped" in make("--skip-existing").stdout
+
+
 def signed(content: bytes) -> bytes:
     return file_index._digest(content) + b"\n" + content
 

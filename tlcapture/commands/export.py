@@ -227,6 +227,7 @@ def _manifest(
         points=[point for point in (*POINTS, "attn_out") if point in points],
         dtype=seen.columns.dtype if places else None,
         left_out=[*_left_out(layout, files, seen), *vectors.left_out],
+        files=list(vectors.files),
         export_date=now(),
         tlcapture_version=__version__,
     )

@@ -24,6 +24,7 @@ class Manifest(FileContent):
         n_captures: captures and prompts of which only projections were kept.
         layers, points: of the activations; no layers where none were exported.
         left_out: what the experiment has and the export has not.
+        files: those that are read beside the captures: vectors, evaluation, steering, `config.json`.
     """
 
     format_version: Annotated[int, Field(ge=1)]
@@ -38,6 +39,7 @@ class Manifest(FileContent):
     points: list[str]
     dtype: str | None
     left_out: list[str]
+    files: list[str] = Field(default_factory=list)
     export_date: str
     tlcapture_version: str
 
@@ -51,7 +53,7 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         InputError: it is not a folder that `tlcapture export` wrote.
-        StorageError: it is damaged, or of a later version.
+        StorageError: it is damaged, incomplete, or of a later version.
     """
     path = folder / NAME
     if not path.is_file():
@@ -60,4 +62,7 @@ def read_manifest(folder: Path) -> Manifest:
     version = value.get("format_version") if isinstance(value, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise StorageError(f"{path}: format version {version}, this tlcapture reads {FORMAT_VERSION}")
-    return checked(Manifest, value, path, "export")
+    found = checked(Manifest, value, path, "export")
+    if gone := [name for name in found.files if not (folder / name).is_file()]:
+        raise StorageError(f"{folder}: it has no {', '.join(gone)}: it is incomplete")
+    return found

@@ -30,11 +30,12 @@ _ARCHITECTURE = "controlvector"
 
 @dataclass(frozen=True)
 class ExportedVectors:
-    """What was exported of an experiment's vectors, and what could not be, with its reason."""
+    """What was exported of an experiment's vectors, and what could not be, with its reason; the files of an import."""
 
     traits: tuple[str, ...]
     n_vectors: int
     left_out: tuple[str, ...]
+    files: tuple[str, ...]
 
 
 def export_vectors(layout: Layout, folder: Path, model_type: str) -> ExportedVectors:
@@ -60,7 +61,10 @@ def export_vectors(layout: Layout, folder: Path, model_type: str) -> ExportedVec
     for source, name in measured(layout):
         if source.is_file():
             write_bytes(folder / name, read_bytes(source))
-    return ExportedVectors(tuple(traits), n_vectors, tuple(dict.fromkeys(left_out)))
+    written = [*(folder / "vectors").rglob("*.safetensors")]
+    written += [folder / name for _, name in measured(layout)]
+    names = sorted(path.relative_to(folder).as_posix() for path in written if path.is_file())
+    return ExportedVectors(tuple(traits), n_vectors, tuple(dict.fromkeys(left_out)), tuple(names))
 
 
 # -- safetensors ----------------------------------------------------------------------------------

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from os.path import isfile, islink, join
+from os.path import sep
 from pathlib import Path
+from stat import S_ISLNK, S_ISREG
 from typing import Any
 
 import orjson
@@ -97,16 +99,24 @@ def _folders_of_json(layout: Layout, prompt_set: str, name: str, folders: Folder
 def _text_in_json(layout: Layout, folders: Sequence[str], name: str) -> str:
     """The text of a captured prompt at the start of the first of its projection files that has it there."""
     for folder in folders:
-        path = join(folder, f"{name}.json")
         with suppress(OSError, TlcaptureError, orjson.JSONDecodeError):
-            if not isfile(path):
-                continue
-            if islink(path):
-                layout.own(Path(path))
-            local(Path(path))
-            with open(path, "rb", buffering=0) as file:
-                match = _TEXT_AT_THE_START.match(file.read(_HEAD))
+            match = _TEXT_AT_THE_START.match(_head(layout, f"{folder}{sep}{name}.json"))
             captured = str(orjson.loads(match[1])) if match else ""
             if captured:
                 return captured
     return ""
+
+
+def _head(layout: Layout, path: str) -> bytes:
+    """The beginning of a file; raises `OSError` or `TlcaptureError` where there is none that may be read."""
+    kind = os.lstat(path).st_mode
+    if S_ISLNK(kind):
+        kind = layout.own(Path(path)).stat().st_mode
+    if not S_ISREG(kind):
+        raise FileNotFoundError(path)
+    local(Path(path))
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.read(descriptor, _HEAD)
+    finally:
+        os.close(descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -99,6 +100,7 @@ def serve(root: Path, listening: socket.socket, *, read_only: bool = False) -> N
         lifespan="off",
         timeout_graceful_shutdown=1,
     )
+    logging.getLogger("uvicorn.error").addFilter(lambda record: "timeout graceful shutdown" not in record.getMessage())
     with suppress(KeyboardInterrupt):  # the normal way to stop
         uvicorn.Server(config).run(sockets=[listening])
 

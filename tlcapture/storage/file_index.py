@@ -19,6 +19,7 @@ from functools import lru_cache
 from hashlib import blake2b
 from os.path import split
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, NamedTuple
 
 import orjson
@@ -129,10 +130,11 @@ def _below(folder: Path, path: Path) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     """The content of an index; an empty one for a file that is missing or is not an index."""
-    try:
-        return _loaded(path, FileState.of(path.stat()))
-    except OSError:
-        return _table(None)
+    with suppress(OSError):
+        found = path.stat()
+        if S_ISREG(found.st_mode):  # a pipe would be waited for
+            return _loaded(path, FileState.of(found))
+    return _table(None)
 
 
 @lru_cache(maxsize=4)

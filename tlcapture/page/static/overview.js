@@ -13,7 +13,7 @@ tl.views.overview = {
     const find = element("input", { type: "search", id: "find", placeholder: "find prompts, answers, traits", "aria-label": "Find prompts, answers or traits", oninput: () => tl.state.set({ find: find.value }, { quietly: true }), onkeydown: openFirst });
     const controls = element("div", { className: "controls" }), table = element("div", { className: "scrolled", tabIndex: 0, role: "region", "aria-label": "Prompts by traits" }), notes = element("div");
     container.append(controls, table, notes);
-    const STEP = 200, PATIENCE = 250; // rows that are drawn at once; milliseconds for which the list waits for what stands out
+    const STEP = 200, PATIENCE = 250, LARGE = 500; // rows that are drawn at once; milliseconds for which the list of fewer prompts waits for what stands out
     let groups = [], rows = [], found = null, of = "", asked = null, reading = null, isGone = false;
     let listed = [], first = null, body = null, order = "";
     table.addEventListener("scroll", () => { if (table.scrollTop + table.clientHeight > table.scrollHeight - 800) drawMore(); });
@@ -148,7 +148,7 @@ tl.views.overview = {
         draw(state);
         asked = state;
         reading ??= read().finally(() => { reading = null; });
-        const mine = reading, isLate = await Promise.race([mine.then(() => false), new Promise((resolve) => setTimeout(resolve, PATIENCE, true))]);
+        const mine = reading, isLate = await Promise.race([mine.then(() => false), new Promise((resolve) => setTimeout(resolve, prompts.length < LARGE ? PATIENCE : 0, true))]);
         if (!isLate) return;
         if (!found) notes.replaceChildren(element("p", { className: "note", role: "status" }, `Reading what stands out in ${prompts.length} captures \u2026`));
         mine.catch((error) => { if (!isGone) notes.replaceChildren(tl.emptyState(error)); });
