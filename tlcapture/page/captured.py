@@ -36,6 +36,15 @@ def captured_tokens(path: Path) -> dict[str, Any]:
     }
 
 
+def is_capture(path: Path) -> bool:
+    """Whether a file is a raw residual file, by all but its activations."""
+    try:
+        captured_tokens(path)
+    except StorageError:
+        return False
+    return True
+
+
 def _index(path: Path) -> Mapping[str, Any] | None:
     """The index of a file; `None` for a file without one."""
     try:
