@@ -14,7 +14,7 @@ import torch
 
 from tlcapture.errors import ModelError
 from tlcapture.models import adapters, embedded, quantised
-from tlcapture.models.checkpoint_files import damage, generation_config_fault, stored_types
+from tlcapture.models.checkpoint_files import damage, generation_config_fault, processor_template, stored_types
 from tlcapture.models.processes import no_processes
 from tlcapture.models.sources import source_of
 from tlcapture.models.text_models import auto_class_of, text_config_of
@@ -79,6 +79,8 @@ def fetch_tokenizer(name: str, source: str) -> Any:
         if folder.is_dir() and not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
             raise ModelError(f"model {name!r} has no tokenizer files: {advice}") from None
         raise
+    if not getattr(tokenizer, "chat_template", None):
+        tokenizer.chat_template = processor_template(Path(source))
     added = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
     if len({*tokenizer.get_vocab().values()} - added) < 2:
         raise ModelError(f"model {name!r} has no tokenizer vocabulary: {advice}")
