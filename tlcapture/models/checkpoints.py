@@ -19,6 +19,7 @@ from tlcapture.models.processes import no_processes
 from tlcapture.models.sources import source_of
 from tlcapture.models.text_models import auto_class_of, text_config_of
 from tlcapture.models.untaken import listed, untaken
+from tlcapture.version import installed
 
 _TOKENIZER_FILES = ("*tokenizer*", "*vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "*.gguf")
 _UNQUANTISED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -41,6 +42,11 @@ def fetch(name: str, kind: str, source: str, **options: Any) -> Any:
         fault = damage(Path(source)) if Path(source).is_dir() else None
         if fault is not None:
             raise ModelError(f"model {name!r} cannot be loaded: {fault}") from None
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"model {name!r} comes with code of its own, which is never run: use weights of an architecture and a "
+                f"tokenizer that transformers {installed('transformers')} has"
+            ) from None
         reason = " ".join((f"{error} is missing or unknown" if isinstance(error, KeyError) else str(error)).split())
         raise ModelError(
             f"model {name!r} cannot be loaded: expected {embedded.NAME!r}, a folder of Hugging Face weights or the "
