@@ -18,7 +18,7 @@ from tlcapture.text import first_line
 _GIT_LFS = b"version https://git-lfs.github.com/spec/"
 _JSON = ("config.json", "tokenizer_config.json", "tokenizer.json", "adapter_config.json", "generation_config.json")
 _STOPS = "eos_token_id"
-_NAMES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+PLAIN_TYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 _LARGEST_HEADER = 100_000_000  # bytes; what safetensors takes
 
 
@@ -67,7 +67,7 @@ def stored_types(folder: Path) -> dict[str, str]:
     for path in [] if found else sorted(folder.glob("pytorch_model*.bin")):
         with suppress(OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
             weights = _weights(path)
-            found |= {name: _NAMES.get(str(each.dtype), str(each.dtype)) for name, each in weights.items()}
+            found |= {name: PLAIN_TYPES.get(str(each.dtype), str(each.dtype)) for name, each in weights.items()}
     return found
 
 
