@@ -8,6 +8,7 @@ those of which gradients are wanted are `functional.linear`'s.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -38,6 +39,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     else:
         return functional.linear(x, weight, bias)
     return product.view(*x.shape[:-1], -1)
+
+
+def linear_each(inputs: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """`linear` of several inputs `[rows, in]`, each with a weight of its own `[n, out, in]`: `[n, rows, out]`."""
+    if inputs[0].shape[0] * weights[0].numel() < _LITTLE:  # less than the calls themselves take
+        return torch.bmm(torch.stack(list(inputs)).float(), weights.mT)
+    return torch.stack([linear(each.float(), weight) for each, weight in zip(inputs, weights, strict=True)])
 
 
 @cache

@@ -19,8 +19,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tlcapture.products import linear
-from tlcapture.storage.rounding import PROBABILITY_DIGITS, round_significant
+from tlcapture.products import linear_each
+from tlcapture.storage.rounding import PROBABILITY_DIGITS, round_significant, rounded_for_json
 from tlcapture.traits.change_points import ChangePoints, Values
 from tlcapture.traits.dynamics import Motion, Strengths
 from tlcapture.traits.reference import Reference
@@ -35,11 +35,11 @@ _LARGEST = 1e30  # number that is written as float32
 _ISOTROPIC = 64  # isotropic directions that are combined, instead of responses
 
 Basis = Float[Tensor, "n_basis d_model"]
-OnBasis = Float[Tensor, "n_tokens n_basis"]
+OnBasis = Float[Tensor, "n_layers n_tokens n_basis"]
 Directions = Float[Tensor, "*n_vectors n_directions n_basis"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChanceLevel:
     """What 200 random directions do at a vector's layer, on one capture.
 
@@ -66,6 +66,15 @@ class ChanceLevel:
     rises: Values | None
     reference_rises: tuple[float, float] | None
     standardised: Values | None
+
+    def standard_score(self, rise: float) -> float | None:
+        """A rise of the vector less the mean of its rises over the reference prompts, in their standard deviations."""
+        return None if self.reference_rises is None else (rise - self.reference_rises[0]) / self.reference_rises[1]
+
+    @property
+    def largest_rise(self) -> float | None:
+        """What 95 % of the random directions stay below with their rises, as standard scores."""
+        return None if self.standardised is None else float(np.quantile(self.standardised, 0.95))
 
     def to_json(self) -> dict[str, Any]:
         """The key `chance` of a projection file's metadata."""
@@ -105,8 +114,8 @@ class RandomDirections:
         if not held.has_all(max(1, held.n_prompt), held.n_tokens):
             return [None] * len(vectors)
         drawn = self._drawn_for(vectors)
-        on_basis = [self._layer(each).on_basis(activations[each], held) for each in drawn.layers]
-        random = self._strengths(on_basis, drawn.layers, held)
+        on_basis = _on_basis([activations[each] for each in drawn.layers], drawn.bases, held)
+        random = drawn.strengths(on_basis, held)
         commit, persist = (each.reshape(-1, N_DIRECTIONS).sum(axis=1) for each in (random.commits, random.persists))
         commitment = _shares(random.changes, own.changes, drawn.place)
         persistence = _shares(random.rises, own.rises, drawn.place)
@@ -148,21 +157,11 @@ class RandomDirections:
                     over.append(drawn.reference_rises(own, directions[-1], self.reference))
             joined = _OverReference.of(over, rows) if over else None
             in_order = torch.cat(directions)[np.argsort(np.concatenate(rows))]
-            self._drawn[names] = _Drawn(layers, place, in_order, joined)
+            of_layers = [self._layer(each) for each in layers]
+            bases = torch.stack([each.basis for each in of_layers])
+            same = torch.stack([each.directions("all").T for each in of_layers])
+            self._drawn[names] = _Drawn(layers, place, bases, same, in_order, joined)
         return self._drawn[names]
-
-    def _strengths(self, on_basis: Sequence[OnBasis], layers: Sequence[int], held: Positions) -> Strengths:
-        """Those of the random directions of all layers, `[n_layers * n_directions]`, found for a few at once."""
-        found, at_once = [], max(1, _AT_ONCE // (held.n_tokens * N_DIRECTIONS))
-        for start in range(0, len(layers), at_once):
-            some = slice(start, start + at_once)
-            directions = [self._layer(layer).directions("all") for layer in layers[some]]
-            by_token = torch.empty(held.n_tokens, N_DIRECTIONS * len(directions))
-            places = by_token.split(N_DIRECTIONS, dim=1)
-            for each, drawn, place in zip(on_basis[some], directions, places, strict=True):
-                torch.mm(each, drawn.T, out=place)
-            found.append(Strengths.of(by_token.numpy().T, held.n_prompt, held, _PERMUTATIONS))
-        return Strengths.together(found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,25 +190,39 @@ class _Drawn:
     Attributes:
         layers: the layers of the vectors, each once.
         place: of each vector, the place of its layer among them.
-        directions: `[n_vectors, n_directions, n_basis]`.
+        bases: `[n_layers, n_basis, d_model]`.
+        of_layers: `[n_layers, n_basis, n_directions]`, those whose change points and rises are found.
+        directions: `[n_vectors, n_directions, n_basis]`, those whose rises are compared with the vectors'.
         over: their rises over the reference prompts; `None` without any.
     """
 
     layers: Sequence[int]
     place: Sequence[int]
+    bases: Float[Tensor, "n_layers n_basis d_model"]
+    of_layers: Float[Tensor, "n_layers n_basis n_directions"]
     directions: Directions
     over: _OverReference | None
 
-    def rises(self, on_basis: Sequence[OnBasis], held: Positions) -> Values | None:
+    def strengths(self, on_basis: OnBasis, held: Positions) -> Strengths:
+        """Those of the random directions of all layers, `[n_layers * n_directions]`, found for a few at once."""
+        found, at_once = [], max(1, _AT_ONCE // (held.n_tokens * N_DIRECTIONS))
+        for some, directions in zip(on_basis.split(at_once), self.of_layers.split(at_once), strict=True):
+            by_token = torch.empty(held.n_tokens, len(some), N_DIRECTIONS)
+            torch.bmm(some, directions, out=by_token.transpose(0, 1))
+            values = by_token.view(held.n_tokens, -1).numpy().T
+            found.append(Strengths.of(values, held.n_prompt, held, _PERMUTATIONS))
+        return Strengths.together(found)
+
+    def rises(self, on_basis: OnBasis, held: Positions) -> Values | None:
         """How far each direction rises `[n_vectors, n_directions]`; `None` where a token that this needs is missing."""
         if not held.has_all(1, held.n_tokens):
             return None
         if not 1 < held.n_prompt < held.n_tokens:
             return np.zeros((len(self.place), N_DIRECTIONS))
-        all_layers = torch.stack(list(on_basis))
-        risen = all_layers[:, held.n_prompt :].mean(dim=1) - all_layers[:, 1 : held.n_prompt].mean(dim=1)
-        found = [each @ risen[place] for each, place in zip(self.directions, self.place, strict=True)]
-        return torch.stack(found).double().numpy(force=True)
+        risen = on_basis[:, held.n_prompt :].mean(dim=1) - on_basis[:, 1 : held.n_prompt].mean(dim=1)
+        # Not a matrix product: its rounding may differ with the number of vectors.
+        found = np.einsum("vdb,vb->vd", self.directions.numpy(), risen[self.place].numpy(force=True))
+        return found.astype(np.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,10 +253,6 @@ class _Layer:
             self._directions[name] = drawn / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)
         return self._directions[name]
 
-    def on_basis(self, activations: Tensor, held: Positions) -> OnBasis:
-        """The products of activations of this layer `[n_held, d_model]` and the basis; NaN at tokens not held."""
-        return with_gaps(linear(activations.float(), self.basis), held)
-
     def reference_rises(
         self, vectors: Sequence[TraitVector], directions: Directions, reference: Reference
     ) -> tuple[Values, Values]:
@@ -253,6 +262,12 @@ class _Layer:
         random = torch.einsum("pd,bd,vrb->pvr", moved, self.basis.double(), directions.double())
         found = torch.cat([(moved @ units.T).unsqueeze(2), random], dim=2)
         return found.mean(dim=0).numpy(), found.std(dim=0).clamp(min=1e-30).numpy()
+
+
+def _on_basis(activations: Sequence[Tensor], bases: Tensor, held: Positions) -> OnBasis:
+    """The products of activations of some layers `[n_held, d_model]` and their bases; NaN at tokens not held."""
+    products = linear_each(activations, bases)
+    return products if held.is_all else with_gaps(products.transpose(0, 1), held).transpose(0, 1)
 
 
 def with_gaps(rows: Tensor, held: Positions) -> Tensor:
@@ -279,8 +294,9 @@ def _in_order(found: Sequence[NDArray[Any]], rows: Sequence[Sequence[int]]) -> N
 
 def _rounded(values: Values) -> Values:
     """Rounded, as float32 where they fit: JSON has them with the same digits, in less time."""
-    found = round_significant(values, PROBABILITY_DIGITS)
-    return found if np.abs(found).max() > _LARGEST else found.astype(np.float32)
+    if np.abs(values).max() > _LARGEST:
+        return round_significant(values, PROBABILITY_DIGITS)
+    return rounded_for_json(values.astype(np.float32), PROBABILITY_DIGITS)
 
 
 def _generator(name: str, layer: int) -> torch.Generator:

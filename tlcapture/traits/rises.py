@@ -24,8 +24,10 @@ BLOCK = 6
 PERMUTATIONS = 199
 _REACH = SMOOTHED // 2
 
+_Places = NDArray[np.int64]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Rises:
     """The rises of several trajectories, one number each.
 
@@ -91,7 +93,8 @@ def _rounding(rest: Values) -> Values:
 
 def _strength(rise: Values, null: Values, rounding: Values) -> Values:
     mean = null.mean(axis=0)
-    spread = np.sqrt(np.square(null - mean).mean(axis=0))
+    apart = null - mean
+    spread = np.sqrt(np.einsum("ps,ps->s", apart, apart) / len(null))
     return (rise - mean) / np.where(spread > rounding, spread, np.inf)
 
 
@@ -105,62 +108,73 @@ def smoothed(values: Values) -> Values:
     """Centred means over `SMOOTHED` tokens along the last axis, the first and last value repeated beyond the edges."""
     by_token = np.moveaxis(values, -1, 0)
     padded = np.concatenate([by_token[:1]] * _REACH + [by_token] + [by_token[-1:]] * _REACH)
-    return np.moveaxis(_moving_mean(padded), 0, -1)
+    return np.moveaxis(_moving_sum(padded) / SMOOTHED, 0, -1)
 
 
-def _moving_mean(padded: Values) -> Values:
-    """Means over `SMOOTHED` tokens along the first axis."""
-    n_tokens = len(padded) - SMOOTHED + 1
-    pairs = padded[: n_tokens + 2] + padded[1 : n_tokens + 3]
-    total = pairs[:n_tokens] + pairs[2 : n_tokens + 2]
-    total += padded[4 : 4 + n_tokens]
-    total /= SMOOTHED
+def _moving_sum(padded: Values, pairs: Values | None = None, out: Values | None = None) -> Values:
+    """Sums over `SMOOTHED` tokens along the first axis; those over two may have a place, too."""
+    pairs = np.add(padded[:-1], padded[1:], out=pairs)
+    total = np.add(pairs[:-3], pairs[2:-1], out=out)
+    total += padded[4:]
     return total
 
 
 def _permuted(rest: Values, n_response: int, n_permutations: int) -> Values:
     """Rises `[1 + n_permutations, n_trajectories]` of trajectories `[n_tokens, n_trajectories]`, as they are first."""
-    n_tokens, n_series = rest.shape
-    dealt = _dealt(n_tokens, n_response, n_permutations)
-    # The largest mean of each run of 1, 2, ... BLOCK tokens on the ring, by its first token; and no run at all.
-    runs = np.empty((BLOCK * n_tokens + 1, n_series), dtype=rest.dtype)
-    runs[-1] = -np.inf
-    means = _moving_mean(rest.take(_ring(n_tokens), axis=0))
-    runs[:n_tokens] = means[:n_tokens]
-    for length in range(1, BLOCK):
-        shorter, longer = ((length - 1 + more) * n_tokens for more in (0, 1))
-        np.maximum(runs[shorter:longer], means[length : length + n_tokens], out=runs[longer : longer + n_tokens])
+    dealt = _dealt(len(rest), n_response, n_permutations)
+    near_edges = rest.take(dealt.near_edges.ravel(), axis=0).reshape(len(dealt.near_edges), -1)
+    at_edges = dealt.edge_weights.astype(rest.dtype, copy=False) @ near_edges
+    largest = at_edges.reshape(-1, 1 + n_permutations, rest.shape[1]).max(axis=0)
+    if len(dealt.inner):
+        np.maximum(largest, _largest_inner(rest, dealt), out=largest)
+    largest -= dealt.prompt_weights.astype(rest.dtype, copy=False) @ rest
+    return largest
+
+
+def _largest_inner(rest: Values, dealt: _Dealt) -> Values:
+    """The largest mean of the tokens that are smoothed with the neighbours they had, by permutation."""
+    ring, n_series = _ring(len(rest)), rest.shape[1]
+    n_sums = len(ring) - SMOOTHED + 1
+    # One array for all: memory that is freed in pieces goes back to the system, and is slow to get again.
+    places = np.empty((2 * len(ring) - 1 + 3 * n_sums, n_series), dtype=rest.dtype)
+    padded, pairs, sums = np.split(places, [len(ring), 2 * len(ring) - 1])
+    _moving_sum(rest.take(ring, axis=0, out=padded, mode="clip"), pairs, sums[:n_sums])
+    # The largest sum of each 1, 2 and 4 tokens on the ring, by the first of them: two of these cover any run.
+    one, two, four = np.split(sums, 3)
+    np.maximum(one[:-1], one[1:], out=two[:-1])
+    np.maximum(two[:-3], two[2:-1], out=four[:-3])
+    runs = sums.take(dealt.begins, axis=0)
+    np.maximum(runs, sums.take(dealt.ends, axis=0), out=runs)
     largest = runs.take(dealt.inner[0], axis=0)
     for row in dealt.inner[1:]:
         np.maximum(largest, runs.take(row, axis=0), out=largest)
-    near_edges = rest.take(dealt.near_edges.ravel(), axis=0).reshape(len(dealt.near_edges), -1)
-    at_edges = (dealt.edge_weights.astype(rest.dtype) @ near_edges).reshape(-1, 1 + n_permutations, n_series)
-    for at_edge in at_edges:
-        np.maximum(largest, at_edge, out=largest)
-    largest -= dealt.prompt_weights.astype(rest.dtype) @ rest
+    largest /= SMOOTHED
     return largest
 
 
 @lru_cache(maxsize=64)
-def _ring(n_tokens: int) -> NDArray[np.int64]:
+def _ring(n_tokens: int) -> _Places:
     """The tokens of the ring, with as many more at both ends as windows and runs that begin on it reach over."""
     return np.arange(-_REACH, n_tokens + _REACH + BLOCK - 1) % n_tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Dealt:
     """Which tokens the permutations deal to the response; the first one changes nothing.
 
     Attributes:
-        inner: `[n_runs, 1 + n_permutations]`, the runs of tokens that are smoothed with the neighbours they had, as
-            `(length - 1) * n_tokens + first`; where there are fewer, one that stands for no token.
+        begins, ends: `[n_runs]`, the runs of tokens that are smoothed with the neighbours they had in any permutation,
+            each as the two windows that cover it.
+        inner: `[n_most, 1 + n_permutations]`, the runs of each permutation; where there are fewer, its first again.
         near_edges: `[n_near, 1 + n_permutations]`, the tokens that the others are smoothed over.
         edge_weights: `[n_edges, n_near]`, which give their smoothed values.
         prompt_weights: `[1 + n_permutations, n_tokens]`, which give the mean of the tokens dealt to the prompt.
     """
 
-    inner: NDArray[np.int64]
-    near_edges: NDArray[np.int64]
+    begins: _Places
+    ends: _Places
+    inner: _Places
+    near_edges: _Places
     edge_weights: Values
     prompt_weights: Values
 
@@ -175,11 +189,11 @@ def _dealt(n_tokens: int, n_response: int, n_permutations: int) -> _Dealt:
     edge_weights = (window[:, :, None] == near).mean(axis=1)
     prompt_weights = np.full((1 + n_permutations, n_tokens), 1 / (n_tokens - n_response))
     prompt_weights[np.arange(1 + n_permutations)[:, None], response] = 0
-    inner = _runs(np.delete(response, at_edge, axis=1), n_tokens)
-    return _Dealt(inner, response[:, near].T, edge_weights, prompt_weights)
+    begins, ends, inner = _runs(np.delete(response, at_edge, axis=1), n_tokens)
+    return _Dealt(begins, ends, inner, response[:, near].T, edge_weights, prompt_weights)
 
 
-def _permutations(n_tokens: int, n_permutations: int, generator: np.random.Generator) -> NDArray[np.int64]:
+def _permutations(n_tokens: int, n_permutations: int, generator: np.random.Generator) -> _Places:
     """The ring of tokens with its blocks permuted and the whole turned, `[n_permutations, n_tokens]`."""
     blocks = np.array_split(np.arange(n_tokens), -(-n_tokens // BLOCK))
     drawn = [(generator.permutation(len(blocks)), generator.integers(n_tokens)) for _ in range(n_permutations)]
@@ -190,17 +204,22 @@ def _permutations(n_tokens: int, n_permutations: int, generator: np.random.Gener
     return np.asarray((tokens.reshape(n_permutations, n_tokens) + turn[:, None]) % n_tokens)
 
 
-def _runs(tokens: NDArray[np.int64], n_tokens: int) -> NDArray[np.int64]:
-    """The runs of neighbours on the ring in each row of tokens, of at most `BLOCK`: the field `inner` of `_Dealt`."""
+def _runs(tokens: _Places, n_tokens: int) -> tuple[_Places, _Places, _Places]:
+    """The runs of neighbours on the ring, of at most `BLOCK`: the fields `begins`, `ends` and `inner` of `_Dealt`."""
     n_rows, n_inner = tokens.shape
     if not n_inner:
-        return np.full((1, n_rows), BLOCK * n_tokens)
+        none = np.empty(0, dtype=np.int64)
+        return none, none, np.empty((0, n_rows), dtype=np.int64)
     place = np.arange(n_inner)
-    begins = np.diff(tokens, axis=1, prepend=tokens[:, :1]) % n_tokens != 1
-    since = place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)
+    is_first = np.diff(tokens, axis=1, prepend=tokens[:, :1]) % n_tokens != 1
+    since = place - np.maximum.accumulate(np.where(is_first, place, 0), axis=1)
     rows, columns = np.nonzero(since % BLOCK == 0)
     lengths = np.diff(rows * n_inner + columns, append=n_rows * n_inner)
     number = np.arange(len(rows)) - np.searchsorted(rows, rows)
-    inner = np.full((number.max() + 1, n_rows), BLOCK * n_tokens)
-    inner[number, rows] = (lengths - 1) * n_tokens + tokens[rows, columns]
-    return inner
+    runs, found = np.unique(lengths * n_tokens + tokens[rows, columns], return_inverse=True)
+    inner = np.repeat(found[number == 0][None], number.max() + 1, axis=0)
+    inner[number, rows] = found
+    lengths, first = np.divmod(runs, n_tokens)
+    power = np.frexp(lengths)[1] - 1  # windows of 2**power tokens
+    begins = power * (n_tokens + BLOCK - 1) + first
+    return begins, begins + lengths - 2**power, inner
