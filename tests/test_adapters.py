@@ -301,6 +301,30 @@ def test_what_is_not_an_adapter_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 @needs_peft
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_damaged_file_of_an_adapter_is_named(suffix: str, tmp_path: Path) -> None:
+    folder = Path(write_adapter(tmp_path / "lora", str(write_base(tmp_path / "base"))))
+    path = folder / f"adapter_model.{suffix}"
+    if suffix == "bin":
+        torch.save(lora(), path)
+        (folder / "adapter_model.safetensors").unlink()
+    path.write_bytes(path.read_bytes()[:-500])
+    assert f"{path}: " in (line := one_line(str(folder))) and "cut off" in line
+    path.unlink()
+    assert "adapter_model.safetensors: no such file" in one_line(str(folder))
+
+
+@needs_peft
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_of_an_adapter_that_were_rounded_without_a_scale_are_refused(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    rounded = {name: (weight * 50).to(dtype) for name, weight in lora().items()}
+    folder = write_adapter(tmp_path / "lora", str(write_base(tmp_path / "base")), rounded)
+    assert "its adapter has weights that are not of floating point: base_model." in one_line(folder)
+
+
+@needs_peft
 def test_workers_of_a_cluster_receive_a_named_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = write_base(tmp_path / "base")
     folder = write_adapter(tmp_path / "lora", str(base))

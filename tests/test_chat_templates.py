@@ -394,6 +394,61 @@ def folder_with(template: str, tmp_path: Path, tiny_folder: Path, tokenizer: Any
     return folder
 
 
+def template_files(**content: str) -> Callable[[Path], object]:
+    def write(folder: Path) -> None:
+        for name, text in content.items():
+            path = folder / {"json": "chat_template.json", "own": "chat_template.jinja"}.get(
+                name, f"additional_chat_templates/{name}.jinja"
+            )
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps({"chat_template": text}) if name == "json" else text)
+
+    return write
+
+
+TEMPLATE_FILES: dict[str, tuple[Any, Callable[[Path], object], str]] = {
+    "named": ([{"name": "default", "template": TURNS}, {"name": "rag", "template": "x"}], template_files(), "<turn>"),
+    "named, without a default": ([{"name": "rag", "template": TURNS}], template_files(), "(rag) and none is called"),
+    "named null": ([{"name": None, "template": TURNS}], template_files(), "(None) and none is called default"),
+    "a file": (None, template_files(own=TURNS), "<turn>"),
+    "a file beside another": ("x", template_files(own=TURNS), "<turn>"),
+    "further files": (None, template_files(own=TURNS, tool_use="x"), "<turn>"),
+    "further files alone": (
+        None,
+        template_files(tool_use=TURNS, rag="x"),
+        "(rag, tool_use) and none is called default",
+    ),
+    "a default among further files": (None, template_files(default=TURNS, rag="x"), "<turn>"),
+    "a processor's": (None, template_files(json=TURNS), "<turn>"),
+    "a processor's, of parts": (None, template_files(json=PARTS), "<turn>"),
+    "a processor's beside the tokenizer's": (TURNS, template_files(json="x"), "<turn>"),
+    "null": ([{"name": "default", "template": None}], template_files(), "chat template fails (TypeError: "),
+    "a number": (3, template_files(), "chat template fails (TypeError: "),
+    "broken": ([{"name": "default", "template": "{% if %}"}], template_files(), "fails (TemplateSyntaxError: "),
+}
+
+
+@pytest.mark.parametrize("case", TEMPLATE_FILES)
+def test_the_default_of_all_template_files_is_taken_or_its_absence_is_one_line(
+    case: str, tlcapture: Callable[..., Result], root: Path, tmp_path: Path, tiny_folder: Path
+) -> None:
+    template, write, expected = TEMPLATE_FILES[case]
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    write(folder)
+    words = ("--experiment", "e", "--prompt", "hi", "--model", folder, "--max-new-tokens", 1, "--no-project")
+    done = tlcapture("capture", *words)
+    if expected == "<turn>":
+        assert done.exit_code == 0, done.output
+        raw = root / "experiments/e/inference/raw/residual/adhoc/1.pt"
+        assert Capture.open(raw).prompt.text == "<turn>user\nhi</turn>"
+    else:
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("error: ") and expected in line and line.endswith("use --no-chat-template")
+
+
 def test_a_capture_records_what_the_template_merged(
     tlcapture: Callable[..., Result], root: Path, tmp_path: Path, tiny_folder: Path
 ) -> None:

@@ -104,6 +104,14 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         holds("tokenizer_config.json", b"[]"),
         r"tokenizer_config\.json: expected a JSON object$",
     ),
+    "template in Latin-1": (holds("chat_template.jinja", b"{# \xe9 #}"), r"chat_template\.jinja: not UTF-8$"),
+    "template without a name": (
+        lambda folder: (
+            (folder / "chat_template.jinja").unlink(missing_ok=True),
+            states("tokenizer_config.json", chat_template=[{"template": "x"}])(folder),
+        ),
+        r'chat_template: expected a text, or a list of \{"name", "template"\}$',
+    ),
     "stop tokens cut off": (holds("generation_config.json", b'{"eos'), r"generation_config\.json: not valid JSON"),
     "stop token as text": (
         states("generation_config.json", eos_token_id="</s>"),

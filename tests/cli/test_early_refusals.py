@@ -54,6 +54,15 @@ CASES = {
     "shell: no experiment": ("shell --experiment none", "no experiment 'none'"),
     "traits list: no experiment": ("traits list --experiment none", "no experiment 'none'"),
     "traits check: no such trait": ("traits check --traits a/b", "no examples for trait 'a/b'"),
+    "traits import: no such file": ("traits import no.pt --experiment exp --trait a/b", "no.pt: no such file"),
+    "traits import: no model": (
+        "traits import experiments/exp/extraction/tone/loud/vectors/metadata.json --experiment exp --trait a/b "
+        f"--model {MISSING}",
+        "no such folder",
+    ),
+    "export: no experiment": ("export --experiment none --to out", "no experiment 'none'"),
+    "compare: no experiment": ("compare exp/short none/short", "no experiment 'none'"),
+    "compare: no such set": ("compare exp/none exp/short", "exp/none: no captures"),
     "doctor: no model": (f"doctor --model {MISSING}", "no such folder"),
     "plan: no model": (
         f"plan --model {MISSING} --prompts 1 --prompt-tokens 1 --new-tokens 1",

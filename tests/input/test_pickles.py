@@ -158,7 +158,7 @@ def test_custom_code_of_a_checkpoint_is_never_run_or_offered(
     config["model_type"] = "own"
     config["auto_map"] = {"AutoConfig": "modeling_own.Config", "AutoModelForCausalLM": "modeling_own.Model"}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError) as caught:
+    with pytest.raises(ModelError, match="comes with code of its own, which is never run: use weights of") as caught:
         load_model(str(folder), device="cpu")
     check_refusal(caught.value, folder)
     assert not questions

@@ -15,6 +15,7 @@ from click.testing import Result
 
 from tests.cli.conftest import capture, data  # noqa: F401  fixtures
 from tests.page.conftest import N_HEADS, N_LAYERS, N_PROMPT, TOKENS
+from tests.page.test_export import carried
 from tlcapture.captures.capture import Capture
 from tlcapture.errors import InputError, StorageError
 from tlcapture.page.contents import Contents
@@ -167,6 +168,26 @@ def test_a_damaged_file_is_named(internals: Contents, resource: str) -> None:
     write_tensors(path, {"a": torch.zeros(2)})
     with pytest.raises(StorageError, match=f"{path.name}: .*not a"):
         getattr(internals, resource)(*words)
+
+
+def test_a_byte_that_changed_in_activations_is_named_by_the_page_and_by_an_export(
+    internals: Contents, tlcapture: Run
+) -> None:
+    path = internals.root / "experiments/exp/inference/raw/residual/short/1.pt"
+    points = torch.load(path, weights_only=True)["response"]["activations"][1]["residual_out"]
+    content = bytearray(path.read_bytes())
+    content[content.index(points[-1].contiguous().view(torch.uint8).numpy().tobytes())] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(StorageError, match=r"1\.pt: .* does not match its checksum"):
+        internals.contributions(*WHERE)
+    target = internals.root / "page.html"
+    done = tlcapture("view", "--experiment", "exp", "--export", target)
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"failed: {path}: ") and line.endswith("does not match its checksum")
+    found = carried(target.read_text())
+    assert "exp/sets/short/2/contributions" in found
+    assert "exp/sets/short/1/contributions" not in found
 
 
 def test_internals_of_different_numbers_of_tokens_are_refused(internals: Contents) -> None:

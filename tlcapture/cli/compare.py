@@ -76,11 +76,12 @@ def compare(console: Console, settings: _Settings, vectors: VectorOptions, clust
     projections, of residuals (cosine and norm ratio by layer), and of next-token distributions (KL of A from B, in
     nats). Writes experiments/A/analysis/compare.
     """
-    from tlcapture.commands.compare import CompareOptions, run_compare
     from tlcapture.commands.compared_sets import CaptureSet, compared_sets
 
     a, b = (CaptureSet.parse(settings.root, text) for text in (settings.a, settings.b))
     sets = compared_sets(a, b, settings.prompt_set or ())
+    from tlcapture.commands.compare import CompareOptions, run_compare
+
     options = CompareOptions(
         vectors.choice("auto", settings.traits),
         vectors=settings.vectors_of,

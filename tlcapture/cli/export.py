@@ -76,13 +76,15 @@ def export(console: Console, location: Location, settings: _Settings) -> None:
 
     Vectors are written as safetensors and as GGUF control vectors. "tlcapture import" makes an experiment of it again.
     """
+    from tlcapture.storage.remote_roots import check_local
+
+    check_local(settings.to, "--to")
+    location.layout.check_exists()
     from tlcapture.commands.export import ExportOptions, run_export
     from tlcapture.exchange.exported import Wanted
     from tlcapture.runs.report import RunReport
     from tlcapture.runs.run import Run
-    from tlcapture.storage.remote_roots import check_local
 
-    check_local(settings.to, "--to")
     layers = settings.activations
     options = ExportOptions(
         to=settings.to,
@@ -92,7 +94,6 @@ def export(console: Console, location: Location, settings: _Settings) -> None:
         shard_bytes=settings.shard_size,
         overwrite=settings.overwrite,
     )
-    location.layout.check_exists()
     # Nothing is written to the experiment, and so no record of the run.
     run = Run(location.layout, RunReport(location.layout.folder), console)
     _show(console, settings, run_export(run, options))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from os.path import lexists
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -221,6 +222,13 @@ def import_(
     FILE is persona-vectors' .pt, a GGUF control vector (repeng), a SteeringVector saved with torch.save
     (steering-vectors), or a .pt or .safetensors file with one vector per layer. Their method is called "imported".
     """
+    from tlcapture.errors import InputError
+    from tlcapture.models.sources import check_name
+
+    if not lexists(file):
+        raise InputError(f"{file}: no such file")
+    if model is not None:
+        check_name(model)
     from tlcapture.commands.import_vectors import ImportOptions, run_import
 
     options = ImportOptions(file, trait, convention, component, model, overwrite, allow_model_change)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tlcapture.errors import ModelError
+from tlcapture.models.checkpoint_files import PLAIN_TYPES, damage
 from tlcapture.models.untaken import listed
 
 CONFIG = "adapter_config.json"
@@ -24,6 +25,8 @@ BASE = "base"  # a folder in that of an adapter with the model that it is for, a
 # Options of `from_pretrained` with which transformers does not find an adapter, to inject it without merging.
 NOT_BY_TRANSFORMERS = {"adapter_kwargs": {"subfolder": "merged-by-tlcapture"}}
 _WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")
+_OWN_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_LORA = "lora_"  # in the names of weights that are added
 _IN_A_LAYER = re.compile(r"\.\d+\.")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -147,8 +150,15 @@ def merged(model: Any, adapter: Adapter, name: str) -> Any:
     except (ModelError, MemoryError):
         raise
     except Exception as error:  # peft raises many kinds for adapters that do not fit
-        reason = " ".join(str(error).split())
+        reason = _fault(Path(adapter.source)) or " ".join(str(error).split())
         raise ModelError(f"model {name!r}: its adapter cannot be merged: {reason[:300]}") from None
+
+
+def _fault(folder: Path) -> str | None:
+    """What is wrong with the files of an adapter's folder; `None` if nothing is known to be."""
+    if not any((folder / name).exists() for name in _OWN_WEIGHTS):
+        return f"{folder / _OWN_WEIGHTS[0]}: no such file"
+    return damage(folder)
 
 
 def _merged(model: Any, adapter: Adapter, name: str) -> Any:
@@ -159,6 +169,13 @@ def _merged(model: Any, adapter: Adapter, name: str) -> Any:
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         raise ModelError(f"model {name!r}: an adapter of type {kind} has no weights to merge into those of the model")
     weights = peft.load_peft_weights(adapter.source, device="cpu")
+    rounded = [
+        f"{key} is {weight.dtype}"
+        for key, weight in weights.items()
+        if str(weight.dtype) not in PLAIN_TYPES and (_LORA in key or key.endswith(".weight"))
+    ]
+    if rounded:
+        raise ModelError(f"model {name!r}: its adapter has weights that are not of floating point: {listed(rounded)}")
     _resize(model, weights, name)
     device = str(model.device)
     adapted = peft.PeftModel.from_pretrained(model, adapter.source, torch_device=device)
@@ -179,7 +196,7 @@ def _resize(model: Any, weights: dict[str, Any], name: str) -> None:
         kind: weight.shape[0]
         for kind, module in outer.items()
         for key, weight in weights.items()
-        if f".{names.get(module)}." in f".{key}" and key.endswith(".weight") and "lora_" not in key
+        if f".{names.get(module)}." in f".{key}" and key.endswith(".weight") and _LORA not in key
     }
     n_tokens = max(saved.values(), default=0)
     if n_tokens <= outer["input"].weight.shape[0]:

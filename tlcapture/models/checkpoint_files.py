@@ -18,7 +18,7 @@ from tlcapture.text import first_line
 _GIT_LFS = b"version https://git-lfs.github.com/spec/"
 _JSON = ("config.json", "tokenizer_config.json", "tokenizer.json", "adapter_config.json", "generation_config.json")
 _STOPS = "eos_token_id"
-_NAMES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+PLAIN_TYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 _LARGEST_HEADER = 100_000_000  # bytes; what safetensors takes
 
 
@@ -43,6 +43,10 @@ def _damages(folder: Path) -> Iterator[str]:
     for name in _JSON:
         if (folder / name).exists():
             yield from filter(None, [_json(folder / name)[1]])
+    for path in sorted([*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja")]):
+        yield from filter(None, [_text_fault(path)])
+    if (fault := _names_of_templates_fault(folder / "tokenizer_config.json")) is not None:
+        yield fault
     for index in sorted(folder.glob("*.index.json")):
         yield from _missing_shards(index)
     for path in sorted(folder.glob("*.safetensors")):
@@ -63,7 +67,7 @@ def stored_types(folder: Path) -> dict[str, str]:
     for path in [] if found else sorted(folder.glob("pytorch_model*.bin")):
         with suppress(OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
             weights = _weights(path)
-            found |= {name: _NAMES.get(str(each.dtype), str(each.dtype)) for name, each in weights.items()}
+            found |= {name: PLAIN_TYPES.get(str(each.dtype), str(each.dtype)) for name, each in weights.items()}
     return found
 
 
@@ -110,6 +114,32 @@ def _json(path: Path) -> tuple[dict[str, Any], str | None]:
     except (ValueError, RecursionError) as error:
         return {}, f"{path}: not valid JSON: {error}"
     return (content, None) if isinstance(content, dict) else ({}, f"{path}: expected a JSON object")
+
+
+def processor_template(folder: Path) -> str | None:
+    """The chat template in a folder's `chat_template.json`, which only processors read; `None` without one."""
+    path = folder / "chat_template.json"
+    found = _json(path)[0].get("chat_template") if path.is_file() else None
+    return found if isinstance(found, str) else None
+
+
+def _text_fault(path: Path) -> str | None:
+    try:
+        path.read_bytes().decode("utf-8")
+    except OSError as error:
+        return f"{path}: cannot be read: {error.strerror}"
+    except UnicodeDecodeError:
+        return f"{path}: not UTF-8"
+    return None
+
+
+def _names_of_templates_fault(path: Path) -> str | None:
+    templates = _json(path)[0].get("chat_template") if path.is_file() else None
+    if not isinstance(templates, list) or all(
+        isinstance(each, dict) and {"name", "template"} <= {*each} for each in templates
+    ):
+        return None
+    return f'{path}: chat_template: expected a text, or a list of {{"name", "template"}}'
 
 
 def _missing_shards(index: Path) -> Iterator[str]:

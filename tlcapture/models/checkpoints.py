@@ -14,11 +14,12 @@ import torch
 
 from tlcapture.errors import ModelError
 from tlcapture.models import adapters, embedded, quantised
-from tlcapture.models.checkpoint_files import damage, generation_config_fault, stored_types
+from tlcapture.models.checkpoint_files import damage, generation_config_fault, processor_template, stored_types
 from tlcapture.models.processes import no_processes
 from tlcapture.models.sources import source_of
 from tlcapture.models.text_models import auto_class_of, text_config_of
 from tlcapture.models.untaken import listed, untaken
+from tlcapture.version import installed
 
 _TOKENIZER_FILES = ("*tokenizer*", "*vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "*.gguf")
 _UNQUANTISED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -41,6 +42,11 @@ def fetch(name: str, kind: str, source: str, **options: Any) -> Any:
         fault = damage(Path(source)) if Path(source).is_dir() else None
         if fault is not None:
             raise ModelError(f"model {name!r} cannot be loaded: {fault}") from None
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"model {name!r} comes with code of its own, which is never run: use weights of an architecture and a "
+                f"tokenizer that transformers {installed('transformers')} has"
+            ) from None
         reason = " ".join((f"{error} is missing or unknown" if isinstance(error, KeyError) else str(error)).split())
         raise ModelError(
             f"model {name!r} cannot be loaded: expected {embedded.NAME!r}, a folder of Hugging Face weights or the "
@@ -79,6 +85,8 @@ def fetch_tokenizer(name: str, source: str) -> Any:
         if folder.is_dir() and not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
             raise ModelError(f"model {name!r} has no tokenizer files: {advice}") from None
         raise
+    if not getattr(tokenizer, "chat_template", None):
+        tokenizer.chat_template = processor_template(Path(source))
     added = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
     if len({*tokenizer.get_vocab().values()} - added) < 2:
         raise ModelError(f"model {name!r} has no tokenizer vocabulary: {advice}")

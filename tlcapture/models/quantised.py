@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from tlcapture.errors import ModelError, TlcaptureError
+from tlcapture.models.checkpoint_files import PLAIN_TYPES
 from tlcapture.models.untaken import is_known
 from tlcapture.text import first_line
 from tlcapture.version import installed
@@ -64,9 +65,6 @@ _INSTALLED_AS = {
 _SCALES = frozenset(
     ["weight_scale", "weight_scale_inv", "scales", "qweight", "qzeros", "absmax", "SCB", "weight_packed", "quant_map"]
 )
-
-
-_PLAIN = ("F64", "F32", "F16", "BF16")
 
 
 def method_of(config: Any) -> str | None:
@@ -186,7 +184,7 @@ def of_other_types(types: Mapping[str, str], model: Any) -> list[str]:
     return [
         f"{name} is {kind}"
         for name, kind in types.items()
-        if kind not in _PLAIN and name.rpartition(".")[2] in taken and not is_known(name)
+        if kind not in PLAIN_TYPES.values() and name.rpartition(".")[2] in taken and not is_known(name)
     ]
 
 

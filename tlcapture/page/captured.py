@@ -36,6 +36,15 @@ def captured_tokens(path: Path) -> dict[str, Any]:
     }
 
 
+def is_capture(path: Path) -> bool:
+    """Whether a file is a raw residual file, by all but its activations."""
+    try:
+        captured_tokens(path)
+    except StorageError:
+        return False
+    return True
+
+
 def given_text(path: Path) -> str:
     """The text of a prompt as it was given, before the chat template; empty where the file does not say."""
     try:

@@ -17,6 +17,7 @@ from tlcapture.captures.notes import note_counts
 from tlcapture.errors import InputError, StorageError, TlcaptureError
 from tlcapture.names import Trait, sampled_prompts
 from tlcapture.page.assets import exported_page
+from tlcapture.page.captured import is_capture
 from tlcapture.page.contents import Contents, address
 from tlcapture.page.missing import MissingError, root_option
 from tlcapture.page.note_contents import EXPORTED
@@ -211,11 +212,13 @@ def _tokens(contents: Contents, kind: str, where: dict[str, str]) -> Iterator[tu
 
 
 def _contributions(contents: Contents, where: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """What the layers of a prompt add; nothing for a raw file that cannot be read, which the prompt itself names."""
+    """What the layers of a prompt add; nothing for a raw file that is not a capture, which the prompt itself names."""
     try:
         contents.contributions(**where)
     except StorageError:
-        return
+        layout = Layout(contents.root, where["experiment"])
+        if not is_capture(layout.residual(where["prompt_set"], where["prompt_id"])):
+            return
     except MissingError:
         pass
     yield "contributions", where

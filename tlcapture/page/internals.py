@@ -146,7 +146,7 @@ def _capture(layout: Layout, prompt_set: str, prompt_id: str) -> tuple[Any, Path
     path = layout.residual(prompt_set, prompt_id)
     if not path.is_file():
         raise missing.raw(layout, prompt_set)
-    return read_arrays(path), path
+    return read_arrays(path, whole=True), path
 
 
 def _positions(content: Mapping[str, Any], n_rows: int) -> list[int]:

@@ -65,9 +65,10 @@ def uses_chat_template(tokenizer: Any, requested: bool | None) -> bool:
     if requested and not template:
         raise InputError(f"a chat template was requested, but the model's tokenizer has none: {ADVICE}")
     if isinstance(template, dict) and template and "default" not in template:
+        names = ", ".join(sorted(map(str, template)))
         raise InputError(
-            f"the model's tokenizer has several chat templates ({', '.join(sorted(template))}) and none is called "
-            f"default: rename one of them in the tokenizer's files, or {ADVICE}"
+            f"the model's tokenizer has several chat templates ({names}) and none is called default: rename "
+            f"one of them in the tokenizer's files, or {ADVICE}"
         )
     return bool(template)
 
