@@ -67,6 +67,24 @@ def without_header(folder: Path) -> None:
     path.write_bytes(whole[:8] + b"[" * 40 + whole[48:])
 
 
+class Code:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("run",))
+
+
+def in_torch(value: Any = None, size: int | None = None, *, content: bytes | None = None) -> Damage:
+    """The weights, or a value, by `torch.save` instead, and of that only the first bytes."""
+
+    def write(folder: Path) -> None:
+        path = folder / "pytorch_model.bin"
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        torch.save(weights if value is None else value, path)
+        path.write_bytes(path.read_bytes()[:size] if content is None else content)
+
+    return write
+
+
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "weights cut off": (cut("model.safetensors", 30_000), r"model\.safetensors: cut off: 30000 bytes, expected \d+$"),
     "weights empty": (
@@ -102,6 +120,13 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "shard cut off": (in_shards(cut(_SECOND, 20_000)), f"{_SECOND}: cut off: 20000 bytes"),
     "index cut off": (in_shards(holds(_INDEX, b'{"weight')), r"index\.json: not valid JSON"),
     "index without files": (in_shards(holds(_INDEX, b"{}")), r"index\.json: expected weight_map"),
+    "torch file cut off": (in_torch(size=20_000), r"_model\.bin: damaged or cut off \(20000 bytes\): fetch it again$"),
+    "torch file empty": (in_torch(size=0), r"pytorch_model\.bin: damaged or cut off \(0 bytes\): fetch it again$"),
+    "torch file of zeros": (in_torch(content=b"PK" + bytes(90)), r"pytorch_model\.bin: damaged or cut off"),
+    "torch file of something else": (in_torch(content=b"hello" * 100), r"pytorch_model\.bin: damaged or cut off"),
+    "torch file with code": (in_torch({"a": Code()}), r"more than tensors, and is not opened for safety: use weights"),
+    "torch file of a list": (in_torch([1, 2]), r"_model\.bin: not a file of weights: expected weights by name$"),
+    "torch file not fetched": (in_torch(content=_POINTER), r"pytorch_model\.bin: a pointer of Git LFS"),
     "no layers": (
         states("config.json", num_hidden_layers=0),
         "has 0 layers by its config.json: expected at least one$",
@@ -122,6 +147,63 @@ def test_a_damaged_checkpoint_is_refused_by_file_and_reason_in_one_line(case: st
     with pytest.raises(ModelError, match=expected) as caught:
         load_model(str(folder))
     assert "\n" not in str(caught.value)
+
+
+_TAKEN = "model.layers.1.mlp.up_proj.weight"
+
+
+def with_type(dtype: torch.dtype, name: str = _TAKEN, then: Damage = lambda folder: None) -> Damage:
+    """A weight in another type, as rounding without a scale makes it."""
+
+    def write(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        weights[name] = (weights[name] * 50).to(dtype)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        then(folder)
+
+    return write
+
+
+_TYPES = {
+    "I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "form"),
+    [
+        *((kind, _TAKEN, "safetensors") for kind in _TYPES),
+        *(("I8", name, "safetensors") for name in ("model.embed_tokens.weight", "model.norm.weight")),
+        *((kind, _TAKEN, form) for kind in ("I8", "F8_E4M3") for form in ("shards", "torch")),
+    ],
+)
+def test_weights_of_a_quantised_type_need_a_quantisation(
+    kind: str, name: str, form: str, sound: Path, tmp_path: Path
+) -> None:
+    """transformers casts them to floating point, without their scales."""
+    folder = shutil.copytree(sound, tmp_path / "model")
+    then = {"shards": in_shards(lambda folder: None), "torch": in_torch()}.get(form, lambda folder: None)
+    with_type(_TYPES[kind], name, then)(folder)
+    with pytest.raises(
+        ModelError, match=rf"only quantised checkpoints have \({name} is (torch\.)?\w+\): expected a qu"
+    ):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_several_floating_types_are_loaded(dtype: torch.dtype, sound: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(sound, tmp_path / "model")
+    with_type(dtype, then=in_torch() if dtype == torch.float16 else lambda folder: None)(folder)
+    assert load_model(str(folder)).dtype == torch.float32
+
+
+def test_whole_numbers_that_no_module_takes_are_loaded(sound: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(sound, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights |= {"model.position_ids": torch.arange(5), "model.layers.0.attn.bias": torch.ones(4, 4, dtype=torch.uint8)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert load_model(str(folder)).fingerprint == load_model(str(sound)).fingerprint
 
 
 def test_weights_in_shards_are_loaded(sound: Path, tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ def test_the_command_prints_one_line_per_check(tlcapture: Callable[..., Result],
     result = tlcapture("doctor", "--model", tiny_folder, "--device", "cpu")
     assert result.exit_code == 0, result.output
     *lines, following = result.stdout.splitlines()[-len(NAMES) - 1 :]
-    assert following.startswith("next: tlcapture capture")
+    assert following.startswith(f"next: tlcapture capture --experiment {tiny_folder.name} --model ")
     assert [line[16:27].strip() for line in lines] == NAMES
     assert {line[:16].strip() for line in lines} == {"ok", "not applicable"}
 

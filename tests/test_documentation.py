@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ RUN: dict[str, list[str]] = {
     "docs/how-to/own-model.md": [],
     "docs/how-to/own-trait.md": [],
     "docs/how-to/one-answer.md": [
-        "extract --experiment story --traits temporal/past_focus --methods mean_diff --component residual"
+        "extract --experiment story --traits temporal/past_focus --methods mean_diff --component residual",
+        "evaluate --experiment story --traits temporal/past_focus --component residual",
     ],
     "docs/how-to/thinking-models.md": [],
     "docs/how-to/steering.md": VECTORS,
@@ -110,6 +112,8 @@ def place(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     completions = [{"question": f"why {n}?", "positive": "LOUD", "negative": "soft"} for n in range(2)]
     (tmp_path / "datasets/traits/style/formality/steering.json").write_text(json.dumps({"questions": completions}))
     make_trait(tmp_path, "mood/grumpy", "bah today", "oh indeed")
+    shutil.copytree(tmp_path / "datasets/traits/mood", tmp_path / "more/mood")
+    (tmp_path / "datasets/traits/mood/grumpy/steering.json").write_text(json.dumps(completions))
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "mine").symlink_to(tiny_folder)
     (tmp_path / "tlcapture.toml").write_text(f'model = "{tiny_folder}"\ndevice = "cpu"\n')

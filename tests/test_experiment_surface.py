@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import tlcapture
+from tests import dataclasses_of_arrays
 from tests.cli.conftest import make_data
 from tests.conftest import quick_evaluations, unrendered_figures
 from tests.docstring_examples import docstring, documented, examples, without_example
@@ -222,7 +224,7 @@ def test_two_sets_are_drawn_side_by_side(exp: Experiment) -> None:
     one, other = (exp.captures[name].plot.trajectory("tone/loud") for name in ("short", "short@steered"))
     lines = [trace for trace in both.data if trace.mode != "none" and trace.line.width]
     assert [line.line.dash for line in lines] == ["solid", "dash"]
-    assert [line.line.color for line in lines] == [one.data[1].line.color] * 2
+    assert lines[0].line.color == one.data[1].line.color != lines[1].line.color
     for line, alone in zip(lines, (one, other), strict=True):
         assert list(line.y) == list(alone.data[1].y)
     assert "tone/loud, short@steered (3 responses)" in lines[1].name
@@ -275,6 +277,9 @@ def test_rises_of_a_set_are_those_of_the_page_and_stand_out_beyond_their_chance(
         (row["id"], trait): rise for row in rows for trait, rise in row["rises"].items()
     }
     assert (rises["stands_out"] == (rises["rise"] > rises["chance"])).all()
+    assert {row.trait: row.layer for row in rises.itertuples()} == {
+        trait: exp.vectors[trait].selected.layer for trait in exp.vectors
+    }
     top = rises.loc[rises.groupby("prompt_id")["rise"].idxmax()].set_index("prompt_id")["stands_out"]
     assert dict(top) == {row["id"]: row["stands_out"] for row in rows}
     with pytest.raises(InputError, match="no attn_out projections"):
@@ -460,3 +465,28 @@ def test_the_examples_of_a_docstring_run(
         for old, new in {**IN_PLACE, '"smollm2"': repr(str(tiny_folder))}.items():
             code = code.replace(old, new)
         exec(code, names)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_everything_in_reach_compares_and_has_a_hash_where_it_is_frozen(exp: Experiment) -> None:
+    cap = exp.captures["short"][1]
+    cap.add_note("look", 1)
+    loud = exp.vectors["tone/loud"]
+    things = [
+        cap.capture,
+        cap.project("tone/loud"),
+        cap.projected("tone/loud"),
+        cap.coloured(),
+        cap.notes,
+        loud.selected,
+    ]
+    things += [cap.attention(1), cap.logit_lens(), exp.config, tlcapture.Steer("tone/loud", 0.2), tlcapture.Sampling()]
+    found = dataclasses_of_arrays.reached(things)
+    assert {"Capture", "CapturedPart", "ResidualStream", "Projection", "TraitVector", "Dynamics", "ChanceLevel"} <= {
+        kind.__name__ for kind in found
+    }
+    for kind, thing in found.items():
+        assert (thing == thing) is True
+        assert (thing == copy(thing)) in (True, False)
+        if kind.__dataclass_params__.frozen:
+            assert len({thing, thing}) == 1, kind

@@ -189,3 +189,21 @@ def test_a_notebook_stores_a_picture_beside_what_its_front_end_draws(
     (data,) = stored
     assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
     assert {*data} - {"image/png", "text/plain"} == {drawn_by or "application/vnd.plotly.v1+json"}
+
+
+def test_a_figure_says_what_its_marks_mean_and_no_others() -> None:
+    texts = [
+        " ".join(note.text for note in trajectory_figure([projected(**changes)]).layout.annotations)
+        for changes in ({"persistence": None}, {"commitment_point": None, "persistence": 2})
+    ]
+    assert "diamond: commits" in texts[0] and "thick" not in texts[0]
+    assert "diamond" not in texts[1] and "thick: persists from the peak" in texts[1]
+    assert all("dashed: the response begins" in text for text in texts)
+    (note,) = layers_figure(projected(commitment_point=None)).layout.annotations
+    assert "commitment" not in note.text and "the vector's own layer, 2" in note.text
+
+
+def test_a_picture_of_the_lens_has_the_tokens_in_its_cells() -> None:
+    canvas = drawn(lens_figure(predictions()))
+    cells = [text.get_text() for text in canvas.axes[0].texts]
+    assert cells.count("<img src"[:8]) == predictions().n_layers * predictions().n_predictions

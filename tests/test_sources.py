@@ -280,9 +280,9 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)[: config.vocab_size - 1]
-    writer.add_token_list([*vocabulary, "ab"])
-    writer.add_token_merges(["a b"])
+    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)[: config.vocab_size - 2]
+    writer.add_token_list([*vocabulary, "ab", "ba"])
+    writer.add_token_merges(["a b", "b a"])  # the oldest gguf that setup.cfg allows reads a list of one as its element
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)

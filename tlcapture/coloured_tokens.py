@@ -51,7 +51,7 @@ def scale_of(scores: Sequence[float | None]) -> float:
     return max((abs(score) for score in scores[1:] if score is not None), default=0.0) or 1.0
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ColouredTokens:
     """The tokens of a prompt and its response as one sequence, to be displayed in colour.
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tlcapture.captures.capture import Capture
 from tlcapture.cli.answers import show_answers
 from tlcapture.cli.console import Console
 from tlcapture.commands.top_traits import TopTrait, pieces_of
 from tlcapture.storage.layout import Layout
+from tlcapture.text import printable
 
 PIECES = [("Tides", -0.5), (" rise", 1.0), (".", None)]
 
@@ -59,3 +63,17 @@ def test_tokens_that_share_a_character_are_one_piece() -> None:
     assert found == [("Hi", 1.0), (" 🌊", 3.0), ("!", 5.0)]
     assert pieces_of("🌊", ["\ufffd", "\ufffd"], [1.0, None]) == [("🌊", 1.0)]
     assert pieces_of("", ["<|end|>"], [1.0]) == []
+
+
+@pytest.mark.parametrize("words", [(), ("--no-project",), ("--samples", 2)], ids=["plain", "no project", "samples"])
+def test_a_set_that_is_projected_onto_nothing_shows_its_answers(
+    capture: Callable[..., Result], raw: Path, words: tuple[object, ...]
+) -> None:
+    done = capture(*words)
+    captures = [Capture.open(path) for path in sorted(raw.glob("*.pt"))]
+    for each in captures:
+        (line,) = [line for line in done.stdout.splitlines() if line.split()[:1] == [each.name]]
+        assert line.split(maxsplit=1)[1] == printable(each.response.text).strip()
+    assert "rise" not in done.stdout
+    again = capture("--replay", "--logit-lens")
+    assert not [line for line in again.stdout.splitlines() if line.split()[:1] == [captures[0].name]]

@@ -371,3 +371,31 @@ def test_a_frame_of_what_cannot_be_compared_is_refused(capture: Run, data: Path,
     (elsewhere / "experiments" / "exp").mkdir(parents=True)
     with pytest.raises(InputError, match="in another root"):
         exp.compare(Experiment("exp", elsewhere))
+
+
+def test_captures_of_different_prompts_are_refused_whatever_their_ids(capture: Run, tlcapture: Run, data: Path) -> None:
+    for experiment, what in (("rain", "rain"), ("snow", "snow"), ("again", "rain")):
+        words = ("--experiment", experiment, "--prompt", f"Why does it {what}?", "--max-new-tokens", 2, "--no-project")
+        assert capture(*words, prompts=()).exit_code == 0
+    result = tlcapture("compare", "rain", "snow", "--no-kl")
+    assert result.exit_code == 1
+    expected = "'Why does it rain?' and 'Why does it snow?': expected captures of the same prompt"
+    assert expected in " ".join(result.stderr.split())
+    assert not (data / "experiments/rain/analysis/compare").exists()
+    assert tlcapture("compare", "rain", "again", "--no-kl").exit_code == 0
+
+
+def test_another_system_prompt_does_not_make_another_prompt(capture: Run, tlcapture: Run) -> None:
+    capture("--system-prompt", "Be brief.")
+    assert capture("--experiment", "formal", "--system-prompt", "Be formal.", "--no-project").exit_code == 0
+    assert tlcapture("compare", "exp", "formal", "--no-kl").exit_code == 0
+
+
+def test_residuals_that_are_equal_are_said_to_be(capture: Run, tlcapture: Run) -> None:
+    capture()
+    result = tlcapture("compare", "exp", "exp", "--no-kl")
+    assert "residual: the same in every layer at these tokens" in result.output
+    assert "cosine" not in result.output
+    assert "no trait vectors, so no projections are compared: 'tlcapture extract --experiment exp' makes some" in (
+        " ".join(result.stderr.split())
+    )

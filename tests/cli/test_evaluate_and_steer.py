@@ -349,10 +349,10 @@ def test_traits_check_reports_problems_of_examples(tlcapture: Run, data: Path) -
     assert "tone/leaky: 2 examples occur twice" in result.output
     for cue in ("characters", "words", "tokens"):
         assert (
-            f"tone/leaky: {cue}: 1.00, 1.00 of the pairs, expected 0.35 to 0.65 (by chance 0.32 to 0.68)"
+            f"tone/leaky: {cue}: AUROC 1.00, more in 1.00 of the pairs, expected 0.35 to 0.65 (by chance 0.32 to 0.68)"
             in result.output
         )
-    assert "tone/leaky: by prompt: 1.00, expected 0.35 to 0.65" in result.output
+    assert "tone/leaky: by prompt: AUROC 1.00, expected 0.35 to 0.65" in result.output
 
 
 def test_traits_check_passes_on_the_shipped_examples_and_prints_its_bounds(tlcapture: Run) -> None:
@@ -416,3 +416,14 @@ def test_damaged_steering_questions_are_reported_with_their_file(
     result = tlcapture("steer", "--experiment", "exp", "--traits", "tone/loud")
     assert result.exit_code == 2
     assert "steering.json" in result.stderr
+
+
+def test_a_trait_without_questions_is_told_what_they_look_like(tlcapture: Run, evaluated: Result, data: Path) -> None:
+    path = data / "datasets/traits/tone/loud/steering.json"
+    path.unlink(missing_ok=True)
+    refused = tlcapture(*STEER)
+    assert refused.exit_code == 2
+    line = refused.stderr.splitlines()[-1]
+    assert line.startswith(f"error: {path}: no such file: expected questions")
+    path.write_text(line.split("such as ")[1])
+    assert tlcapture(*STEER).exit_code == 0

@@ -310,6 +310,20 @@ def test_a_minus_counts_from_the_end_unless_it_joins_a_word_to_a_number(
     assert list(imported(root)) == [layer]
 
 
+@pytest.mark.parametrize(
+    ("name", "component", "layer"),
+    [
+        ("hidden_states.1", "residual", 0), ("residual_in_L1", "residual", 0), ("residual_out_L1", "residual", 1),
+        ("blocks.1.hook_attn_out", "attn_out", 1), ("model.layers.1.self_attn.o_proj", "attn_out", 1),
+    ],
+)  # fmt: skip
+def test_names_that_say_an_activation_need_no_convention(
+    bring: Run, root: Path, tmp_path: Path, name: str, component: str, layer: int
+) -> None:
+    assert bring(saved(tmp_path / "x.pt", {name: table(1)[0]})).exit_code == 0
+    assert list(imported(root, component)) == [layer]
+
+
 @pytest.mark.parametrize("scale", [1e-35, 1e-15, 1e20, 1e37])
 def test_the_squares_of_a_vector_that_is_read_are_within_float32(
     bring: Run, root: Path, tmp_path: Path, scale: float
@@ -346,6 +360,11 @@ def cut(path: Path, source: Path, keep: float) -> Path:
     return path
 
 
+def vector_under(name: str) -> Callable[[Path], Path]:
+    """Saves a vector under a name."""
+    return lambda folder: saved(folder / "x.pt", {name: table(1)[0]})
+
+
 POST, HIDDEN = ("--convention", "resid_post"), ("--convention", "hidden_states")
 BAD: dict[str, tuple[Callable[[Path], Path], tuple[str, ...], str]] = {
     "no such file": (lambda f: f / "x.pt", (), "no such file"),
@@ -365,6 +384,20 @@ BAD: dict[str, tuple[Callable[[Path], Path], tuple[str, ...], str]] = {
     "no number": (lambda f: saved(f / "x.pt", {"vector": table(1)[0]}), POST, "does not hold one layer number"),
     "the same layer twice": (lambda f: saved(f / "x.pt", {"a.1": table(1)[0], 1: table(1)[0]}), POST, "second entry"),
     "an MLP": (lambda f: saved(f / "x.pt", {"blocks.1.hook_mlp_out": table(1)[0]}), POST, "has no place"),
+    **{
+        " ".join((name, *words)): (vector_under(name), words, f"{name!r} names an activation that has no place")
+        for name in (
+            "blocks.1.attn.hook_z", "blocks.1.attn.hook_q", "model.layers.1.self_attn.q_proj", "h.1.attn.c_attn",
+            "after_attn_L1", "blocks.1.hook_resid_mid", "hook_embed_1", "model.layers.1.mixer", "h.1.ffn",
+        )
+        for words in ((), POST)
+    },
+    "hidden states by name": (
+        lambda f: saved(f / "x.pt", {"hidden_states.1": table(1)[0]}), POST, "holds vectors of hidden_states: leave",
+    ),
+    "another point by name": (
+        lambda f: saved(f / "x.pt", {"residual_in_L1": table(1)[0]}), POST, "holds vectors of resid_pre: leave out",
+    ),
     "another hook": (lambda f: saved(f / "x.pt", {"blocks.1.hook_resid_pre": table(1)[0]}), POST, "leave out --conv"),
     "only the embedding": (lambda f: saved(f / "x.pt", {0: table(1)[0]}), ("--convention", "resid_pre"), "no vector"),
     "only beyond": (lambda f: saved(f / "x.pt", {9: table(1)[0]}), POST, "layers 9 lie beyond the model's 3 layers"),

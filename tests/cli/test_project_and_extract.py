@@ -510,3 +510,15 @@ def test_with_skip_existing_only_what_is_missing_or_has_changed_is_extracted(
     assert again("--seed", 1, "--position", "all_mean") == set()
     assert again("--seed", 1) == {"loud", "warm"}
     assert again("--seed", 1, "--position", "response_mean") == set()
+
+
+def test_one_layer_for_all_traits_is_said_below_the_table(project: Run) -> None:
+    assert "all vectors are of layer 2" in project("--layer", 2).stdout
+
+
+def test_a_layer_that_no_trait_has_is_one_error(project: Run, projected: Path) -> None:
+    result = project("--layer", 45)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == "error: --layer 45: there are vectors of layers 0 to 2"
+    assert "next:" not in result.stdout
+    assert not projected.exists()

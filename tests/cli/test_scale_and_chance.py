@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from click.testing import Result
 
 from tests.cli.conftest import Run
+from tlcapture import Experiment
 from tlcapture.captures.capture import Capture
 from tlcapture.cli.console import Console, show_top_traits
 from tlcapture.commands import top_traits
@@ -213,7 +215,7 @@ def test_the_summary_says_how_many_findings_chance_alone_would_make(
     put_rises(layout, {"tone/loud": [5.0] * 10}, {"tone/loud": np.zeros((10, 200))})
     show_top_traits(Console(), layout, "short", "residual", RunReport(layout.folder))
     shown = capsys.readouterr().out
-    assert "of 10 projections 10 commit and 0 persist, of random directions 5% and 15%\n" in shown
+    assert "of 10 projections 10 commit and 0 persist, of random directions 5 % and 15 %\n" in shown
     assert (
         "more clearly than 95 % of random directions: 10 commit, 0 persist; chance alone would make 0.5 of each"
         in shown
@@ -281,7 +283,8 @@ def test_the_summary_says_where_random_directions_have_no_reference(
 
 def test_a_single_prompt_is_compared_with_the_reference(evaluated: Layout, capture: Run, data: Path) -> None:
     result = capture(prompts=("--prompt", "hello there"))
-    assert "adhoc: the trait that rose most, against the reference prompts" in result.output
+    assert re.search(r"adhoc: the trait that rose most( at layer \d)?, against the reference prompts", result.output)
+    assert "less the mean rise of the reference prompts" in result.output
     (top,) = summary_of(evaluated, "adhoc").tops
     path = evaluated.projection(Trait.parse(top.trait), "residual", "adhoc", "1")
     value = read_json(path)
@@ -297,6 +300,11 @@ def test_a_single_prompt_is_compared_with_the_reference(evaluated: Layout, captu
     assert top.chance is not None
     if not top.stands_out:
         assert "none stands out" in result.output
+    projection = Experiment("exp", evaluated.root).captures["adhoc"].at(0).project(top.trait, layer=source["layer"])
+    assert projection.rise == pytest.approx(top.rise, rel=1e-3)
+    standard = read_json(path)["metadata"]["chance"]["standardised_rises"]
+    assert projection.chance is not None
+    assert projection.chance.largest_rise == pytest.approx(np.quantile(standard, 0.95), rel=1e-3)
 
 
 def test_without_a_chance_level_the_summary_says_that_it_is_unknown(evaluated: Layout, capture: Run) -> None:

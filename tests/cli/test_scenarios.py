@@ -104,4 +104,4 @@ def test_evaluating_imported_vectors_and_checking_take_the_option_too(
     assert tlcapture(*check).stderr.count(GUESS) == 1
     scenarios = tlcapture(*check, "--examples-as", "scenarios")
     assert GUESS not in scenarios.stderr
-    assert "tone/loud: by prompt: 1.00, expected 0.35 to 0.65" in scenarios.output
+    assert "tone/loud: by prompt: AUROC 1.00, expected 0.35 to 0.65" in scenarios.output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -95,10 +96,12 @@ def test_work_on_a_node_that_leaves_is_done_by_the_others(cluster: SimulatedClus
     """Its worker waits for a node with room for it, which there is none of: an idle worker takes its piece over."""
     cluster.with_third_node()
     every = [SLOW + number for number in range(15)]
-    running = start(cluster.address, tmp_path, numbers=every, most=3, workers=3, _SILENCE=2)
+    running = start(cluster.address, tmp_path, numbers=every, most=3, workers=3)
     running.wait_for(lambda: (tmp_path / "begun").exists() and len(begun(tmp_path)) >= 4)
     cluster.lose_third_node(gracefully=True)
+    lost = time.monotonic()
     found = report_of(running)
+    assert time.monotonic() - lost < 30, "the piece does not wait for a node that Ray knows to be dead"
     assert (found["error"], found["failures"]) == (None, [])
     assert written(tmp_path) == set(every)
     assert len(found["retried"]) == 1

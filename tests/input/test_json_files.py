@@ -45,7 +45,7 @@ def is_number(value: Any) -> bool:
 
 def content_of(file: Damaged) -> Any:
     """The content of the file as read by Python's `json` module."""
-    return json.loads(file.data.decode("utf-8"))
+    return json.loads(file.data.decode("utf-8-sig"))
 
 
 def reads(path: Path, read: Callable[[], Any]) -> Any:

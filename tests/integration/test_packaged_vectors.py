@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from tests import tiny
 from tlcapture import Experiment
 from tlcapture.captures.capture import Capture
 from tlcapture.errors import InputError
+from tlcapture.names import Trait
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.traits.missing_vectors import no_vectors_of_trait
 from tlcapture.traits.packaged_vectors import packaged_files
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.reference import read_reference
@@ -172,3 +175,52 @@ def test_what_comes_with_the_package_is_whole() -> None:
     for trait in packaged_layout().traits():
         norms = VectorFiles(packaged_layout(), trait).metadata("residual", "probe")["typical_norms"]
         assert len(norms) == 30 and min(norms) > 0  # the unit of --steer
+
+
+def test_captures_of_an_experiment_without_vectors_are_compared_on_the_packaged_ones(
+    captured: tuple[Path, Result], tlcapture: Command
+) -> None:
+    root, _ = captured
+    words = ["compare", "default", "default", "--root", str(root), "--no-kl"]
+    result = tlcapture(*words)
+    assert result.exit_code == 0
+    assert SAID in result.output
+    path = root / "experiments/default/analysis/compare/default/adhoc/1.json"
+    traits = read_json(path)["traits"]
+    assert len(traits) == 10
+    assert {each["experiment"] for each in traits.values()} == {"packaged"}
+    assert all(value == 0 for each in traits.values() for value in each["difference"])
+    assert "1 prompt skipped" in tlcapture(*words, "--skip-existing").output
+    asked = tlcapture(*words, "--vector-experiment", "packaged", "--traits", "style/formality")
+    assert asked.exit_code == 0
+    assert SAID not in asked.output
+    frame = Experiment("default", root).compare("default", "adhoc", kl=False)
+    assert set(frame["trait"]) == set(traits)
+
+
+def test_a_missing_trait_that_comes_with_the_package_is_offered_from_there(
+    captured: tuple[Path, Result], tmp_path: Path, tlcapture: Command
+) -> None:
+    root, _ = captured
+    layout = Layout(tmp_path, "own")
+    (layout.folder / "extraction").mkdir(parents=True)
+    layout.config.write_text((root / "experiments/default/config.json").read_text())
+    offered = "or take those that come with the package, vector experiment 'packaged'"
+    for trait, expected in (("cognitive/retrieval", True), ("cognitive/none", False)):
+        assert (offered in str(no_vectors_of_trait(layout, Trait.parse(trait)))) == expected
+    layout.config.write_text("{}")
+    assert offered not in str(no_vectors_of_trait(layout, Trait.parse("cognitive/retrieval")))
+
+
+def test_a_comparison_takes_them_too_and_says_so(captured: tuple[Path, Result], tlcapture: Command) -> None:
+    root, _ = captured
+    steered = ("--responses-from", "default", "--steer", "style/formality:+0.2@12", "--variant", "formal")
+    assert tlcapture("capture", *steered, "--root", root, "--vector-experiment", "packaged").exit_code == 0
+    compared = tlcapture("compare", "default/adhoc", "default/adhoc@formal", "--no-kl", "--root", root)
+    assert compared.exit_code == 0, compared.output
+    assert SAID in compared.stdout
+    traits = [line.split()[0] for line in compared.stdout.splitlines() if re.match(r"\w+/\w+ +[+-]", line)]
+    assert traits == list(map(str, Datasets(root).traits()))
+    assert compared.stdout.splitlines()[-1].startswith("next: tlcapture view")
+    again = tlcapture("compare", "default/adhoc", "default/adhoc@formal", "--no-kl", "--root", root, "--skip-existing")
+    assert again.exit_code == 0 and "wrote 0 files" in again.stdout

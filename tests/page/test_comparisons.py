@@ -90,7 +90,7 @@ def test_what_was_not_compared_names_the_command(page_root: Path) -> None:
         with pytest.raises(MissingError) as caught:
             ask()
         assert caught.value.command == ""
-        assert "capture it again" in caught.value.what
+        assert "capture its prompts again" in caught.value.what
     raw = page_root / "experiments/exp/inference/raw/residual"
     shutil.copytree(raw / "odd", raw / "odd@lora")
     assert contents.uncompared("exp", "odd")["command"] == "tlcapture compare exp/odd exp/odd@lora"

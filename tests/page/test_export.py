@@ -108,3 +108,32 @@ def test_a_raw_file_of_another_tool_is_named_and_the_rest_is_exported(
     (line,) = [line for line in done.stderr.splitlines() if "7.pt" in line]
     assert line.startswith(f"not shown: {raw}: ")
     assert "exp/sets/odd/1" in carried((root / "page.html").read_text())
+
+
+READ = {
+    "a projection": "inference/style/odd/residual_stream/odd/1.json",
+    "attention": "analysis/per_token/odd/1_attention.json",
+    "the logit lens": "analysis/per_token/odd/1_logit_lens.json",
+    "internals": "inference/raw/internals/odd/1_L1.pt",
+    "the evaluation": "extraction/extraction_evaluation.json",
+    "steering": "steering/style/odd/results.json",
+    "what vectors are of": "extraction/style/odd/vectors/metadata.json",
+    "a comparison": "analysis/compare/exp@lora/odd/1.json",
+    "a note": "notes/odd/1_0123456789ab.json",
+}
+
+
+@pytest.mark.parametrize("file", READ.values(), ids=READ.keys())
+def test_every_damaged_file_is_named_on_the_terminal_and_on_the_page(
+    tlcapture: Callable[..., Result], root: Path, file: str
+) -> None:
+    damaged = write_experiment(root) / "experiments/exp" / file
+    damaged.parent.mkdir(parents=True, exist_ok=True)
+    damaged.write_bytes(b"{damaged")
+    done = tlcapture("view", "--experiment", "exp", "--export", root / "page.html")
+    named = [line for line in done.stderr.splitlines() if str(damaged) in line]
+    assert done.exit_code == 1, done.output
+    assert len(named) == 1 and named[0].startswith(f"failed: {damaged}: "), done.stderr
+    page = (root / "page.html").read_text(encoding="utf-8")
+    told = json.dumps([carried(page), manifest(page)])
+    assert f"experiments/exp/{file}: " in told and str(damaged) not in told

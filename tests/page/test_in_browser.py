@@ -319,24 +319,106 @@ def test_terms_are_defined_in_tooltips_that_the_keyboard_reaches(page: Watched) 
     assert page.page.query_selector("#status .scale")
 
 
-def test_the_trait_that_stands_out_in_the_prompt_is_chosen_first(page: Watched) -> None:
-    code = """async () => {
-      const own = tl.source.overview, row = (id, trait, rise) => ({ captures: [id], trait, stands_out: true, rise });
-      tl.source.overview = async () => ({ rows: [row('1', 'style/odd', 9), row('4', 'style/rising', 3)] });
-      const list = tl.source.promptSet;
-      const traits = ['a/first', 'style/odd', 'style/rising'];
-      tl.source.promptSet = (...words) => list(...words).then((found) => ({ ...found, traits }));
-      tl.state.set({ view: 'lens', trait: '', prompt: '4' });
-      const wait = () => new Promise((resolve) => setTimeout(resolve, 20));
-      for (let n = 0; n < 100 && !tl.state.now.trait; n += 1) await wait();
-      tl.source.overview = own;
-      tl.source.promptSet = list;
-      return tl.state.now.trait;
-    }"""
-    page.open(f"view=lens&{HERE}")
-    assert page.page.evaluate(code) == "style/rising"
-    page.open(f"view=overview&{HERE}")
-    page.wrong.clear()  # projections onto traits that are not there were asked for
+KNOWN = {"stands_out": True, "chance": 1.0, "answer": "", "n_samples": 0}
+STANDS_OUT = {
+    "rows": [{**KNOWN, "id": id, "captures": [id], "trait": trait, "rise": rise, "rises": {trait: rise}}
+             for id, trait, rise in (("1", "style/odd", 9.0), ("4", "z/rising", 3.0))],
+    "traits": ["style/odd", "z/rising"], "against": "the reference prompts", "findings": None, "doubts": [],
+    "problems": [], "unread": [],
+}  # fmt: skip
+
+
+@pytest.fixture
+def slow(context: Any, address: str) -> Iterator[tuple[Watched, list[Any]]]:
+    """The page with a set that has three traits, and requests for its overview, which are answered when a test does."""
+    page, waiting = Watched(context, address), []
+    prompts = [{"id": id, "text": "", "attention": True, "logit_lens": True} for id in (1, 4)]
+    listed = json.dumps({"name": "odd", "traits": ["a/first", "style/odd", "z/rising"], "prompts": prompts})
+    page.page.route("**/api/exp/sets/odd", lambda route: route.fulfill(body=listed, content_type="application/json"))
+    page.page.route("**/api/exp/overviews/**", lambda route: waiting.append(route))
+    yield page, waiting
+    page.page.close()
+
+
+def answer(waiting: list[Any]) -> None:
+    for route in waiting:
+        route.fulfill(body=json.dumps(STANDS_OUT), content_type="application/json")
+
+
+def test_the_trait_that_stands_out_in_the_prompt_is_chosen_first(slow: tuple[Watched, list[Any]]) -> None:
+    page, waiting = slow
+    page.page.unroute("**/api/exp/overviews/**")
+    page.page.route("**/api/exp/overviews/**", lambda route: answer([route]))
+    page.open("experiment=exp&set=odd&view=lens&prompt=4")
+    assert "trait=z%2Frising" in page.page.url
+    assert not waiting
+
+
+def test_it_is_chosen_however_late_it_is_known_unless_a_trait_was_chosen(slow: tuple[Watched, list[Any]]) -> None:
+    page, waiting = slow
+    page.open("experiment=exp&set=odd&view=lens&prompt=4")
+    assert "finding the trait" in page.text("#pickers") and "a/first" in page.text("#pickers")
+    assert "trait=" not in page.page.url  # which somebody may copy
+    page.page.evaluate("tl.state.set({ token: 3 })")
+    page.settled()
+    answer(waiting)
+    page.page.wait_for_function("tl.state.now.trait === 'z/rising'")
+    page.settled()
+    assert "finding the trait" not in page.text("#pickers") and "trait=z%2Frising" in page.page.url
+
+
+@pytest.mark.parametrize("chosen", ["a/first", "style/odd"])  # of which the first stood in
+def test_a_trait_that_was_chosen_meanwhile_stays(slow: tuple[Watched, list[Any]], chosen: str) -> None:
+    page, waiting = slow
+    page.open("experiment=exp&set=odd&view=lens&prompt=4")
+    page.page.click("#pickers button[aria-label=trait]")
+    page.page.click(f"#pickers li:has-text('{chosen}')")
+    page.settled()
+    answer(waiting)
+    page.page.wait_for_timeout(300)
+    page.settled()
+    assert page.page.evaluate("tl.state.now.trait") == chosen
+    assert "finding the trait" not in page.text("#pickers")
+
+
+def test_a_large_set_is_listed_before_it_is_known_what_stands_out(page: Watched) -> None:
+    page.open(f"view=dynamics&{HERE}")
+    page.page.evaluate("""() => {
+      window.own = { overview: tl.source.overview, promptSet: tl.source.promptSet };
+      const ids = Array.from({ length: 450 }, (_, number) => String(number + 1)), traits = ['style/odd'];
+      const prompts = ids.map((id) => ({ id, text: `text ${id}` }));
+      tl.source.promptSet = async () => ({ name: 'odd', traits, prompts });
+      const rows = ids.map((id) => ({
+        id, captures: [id], n_samples: 0, answer: `answer ${id}`, trait: 'style/odd', rise: 450 - id, chance: 400,
+        stands_out: id < 50, rises: { 'style/odd': 450 - id },
+      }));
+      const found = { rows, traits, against: 'the other prompts', doubts: [], problems: [], unread: [] };
+      tl.source.overview = () => new Promise((resolve) => { window.tell = () => resolve(found); });
+      tl.state.set({ view: 'overview' });
+    }""")
+    page.settled()
+    rows = "document.querySelectorAll('.overview tbody tr:not(.more)').length"
+    assert page.page.evaluate(rows) == 200
+    assert "the first 200 of 450 prompts" in page.text(".overview .more")
+    assert "Reading what stands out in 450 captures" in page.text("#view")
+    page.page.evaluate("document.querySelector('.scrolled').scrollTop = 1e6")
+    page.page.wait_for_selector(".overview tbody tr:nth-child(202)", state="attached")
+    while page.page.query_selector(".overview .more button"):
+        page.page.evaluate("document.querySelector('.overview .more button').click()")
+    assert page.page.evaluate(rows) == 450
+    page.page.evaluate("window.tell()")
+    page.page.wait_for_selector(".overview .answer:has-text('answer 449')", state="attached")
+    assert page.page.evaluate(rows) == 450  # what was drawn stays
+    assert "Reading" not in page.text("#view")
+    assert "450 of 450 prompts; in 49 a trait stands out" in page.text("#view .controls")
+    page.page.click(".overview th.rise button")
+    page.page.click(".overview th.rise button")
+    page.page.wait_for_selector(".overview tbody tr:first-child:has-text('text 450')")
+    assert page.page.evaluate(rows) == 200
+    page.page.fill("#find", "text 33")
+    page.page.wait_for_selector("#view .controls:has-text('14 of 450 prompts')")  # with 33 in the number
+    page.page.evaluate("() => { Object.assign(tl.source, window.own); tl.state.set({ find: '', sort: '' }); }")
+    page.settled()
 
 
 # -- notes ----------------------------------------------------------------------------------------

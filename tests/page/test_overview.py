@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
@@ -11,7 +14,10 @@ import torch
 
 from tests.input.test_capture_index import made as tiny_capture
 from tests.page.conftest import N_PROMPT, TOKENS, TRAIT, projection, write
+from tlcapture.commands.top_traits import summary_of
+from tlcapture.page import long_reading
 from tlcapture.page.contents import Contents
+from tlcapture.storage.layout import Layout
 
 OTHER = "style/quiet"
 N_DIRECTIONS = 21
@@ -88,13 +94,107 @@ def test_a_damaged_capture_is_named(page_root: Path) -> None:
     assert any("odd/3.pt: cannot be read" in problem for problem in problems)
 
 
-def capture(root: Path, experiment: str, *, has_index: bool) -> dict[str, Any]:
+def capture(
+    root: Path, experiment: str, *, has_index: bool = True, prompt_set: str = "odd", **metadata: Any
+) -> dict[str, Any]:
     """Write a raw residual file, with its index or as another tool would save it; returns its content."""
-    made = tiny_capture()
-    path = root / f"experiments/{experiment}/inference/raw/residual/odd/1.pt"
+    made = tiny_capture(**metadata)
+    path = root / f"experiments/{experiment}/inference/raw/residual/{prompt_set}/1.pt"
     path.parent.mkdir(parents=True)
     made.save(path)
     content = torch.load(path, weights_only=True)
     if not has_index:
         torch.save(content, path)
     return dict(content)
+
+
+@pytest.fixture
+def readings(page_root: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The prompt sets that were read as a whole."""
+    found: list[str] = []
+
+    def counted(layout: Layout, prompt_set: str, *rest: Any, **how: Any) -> Any:
+        found.append(prompt_set)
+        return summary_of(layout, prompt_set, *rest, **how)
+
+    monkeypatch.setattr(long_reading, "summary_of", counted)
+    return found
+
+
+def test_a_set_is_read_again_only_when_a_projection_changed(page_root: Path, readings: list[str]) -> None:
+    contents = Contents(page_root)
+    projected(page_root, 3, TRAIT, 1.0)
+    first = contents.overview("exp", "odd", "residual")
+    assert contents.overview("exp", "odd", "residual") == first
+    assert readings == ["odd"]
+    projected(page_root, 3, TRAIT, 40.0)
+    changed = contents.overview("exp", "odd", "residual")
+    assert readings == ["odd"] * 2
+    assert rows_of(changed)["3"]["rises"][TRAIT] != rows_of(first)["3"]["rises"][TRAIT]
+    (page_root / "experiments/exp/inference" / TRAIT / "residual_stream/odd/3.json").unlink()
+    assert "rises" not in rows_of(contents.overview("exp", "odd", "residual"))["3"]
+
+
+def test_requests_at_the_same_time_read_a_set_once(page_root: Path, readings: list[str]) -> None:
+    contents = Contents(page_root)
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda _: contents.overview("exp", "odd", "residual"), range(8)))
+    assert readings == ["odd"]
+    assert all(each == found[0] for each in found)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda contents: contents.overview("exp", "odd", "residual"),
+        lambda contents: contents.average("exp", "odd", *TRAIT.split("/"), "residual"),
+    ],
+)
+def test_reading_a_set_waits_for_shorter_requests(
+    page_root: Path, read: Callable[[Contents], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(long_reading, "_LONGEST_PAUSE", 60)
+    projected(page_root, 3, TRAIT, 5.0)
+    with ThreadPoolExecutor(1) as threads:
+        with long_reading.OTHERS.answering():
+            reading = threads.submit(read, Contents(page_root))
+            with pytest.raises(TimeoutError):
+                reading.result(timeout=0.2)
+        assert reading.result(timeout=20)
+
+
+def test_a_summary_does_not_hold_the_scores_of_a_set(page_root: Path) -> None:
+    """What more prompts take in memory at most, next to what the scores of one take when they are read."""
+    layout, n_tokens, n_layers = Layout(page_root, "exp"), 200, 20
+
+    def add(numbers: range) -> None:
+        content = projection(1)
+        tokens = [f"t{number}" for number in range(n_tokens)]
+        content["response"] = {"text": " ".join(tokens), "tokens": tokens, "n_tokens": n_tokens}
+        row = [[float(layer)] * 3 for layer in range(n_layers)]
+        content["projections"]["prompt"] = [row] * N_PROMPT
+        content["projections"]["response"] = [row] * n_tokens
+        content["dynamics"] |= {"velocity": None, "acceleration": None}
+        for number in numbers:
+            write(layout.folder / f"inference/{TRAIT}/residual_stream/many/{number}.json", content)
+
+    def peak() -> int:
+        tracemalloc.start()
+        try:
+            summary_of(layout, "many")
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    add(range(4))
+    summary_of(layout, "many")
+    few = peak()
+    add(range(4, 24))
+    assert (peak() - few) / 20 < n_tokens * n_layers * 3 * 8 / 2  # half of the numbers alone
+
+
+def test_a_prompt_of_the_command_line_is_shown_as_it_was_given(page_root: Path) -> None:
+    saved = capture(page_root, "plain", prompt_set="adhoc", prompt_text="How do tides work?")
+    assert saved["prompt"]["text"] != "How do tides work?"
+    (prompt,) = Contents(page_root).prompt_set("plain", "adhoc")["prompts"]
+    assert prompt["text"] == "How do tides work?"

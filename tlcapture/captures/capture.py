@@ -37,7 +37,7 @@ from tlcapture.views.residual import ResidualStream
 SAVE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CapturedPart:
     """Prompt or response: its text, its tokens, and the residual stream at each of them.
 
@@ -67,7 +67,7 @@ class CapturedPart:
         return replace(self, residual=self.residual.select(rows), positions=tuple(positions))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Capture:
     """One prompt's capture. `metadata` is the metadata of the file format.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from tlcapture.text import printable
@@ -32,6 +33,23 @@ def show_answers(
 
             console.line(f"{prompt_set}/{prompt_id}:")
             _plain(console, Capture.open(raw).response.text)
+        console.line()
+
+
+def show_unprojected(console: Console, layout: Layout, prompt_set: str, ids: Sequence[PromptId]) -> None:
+    """Print a table of the answers of a set that is projected onto no trait."""
+    from tlcapture.cli.tables import Column
+    from tlcapture.errors import StorageError
+    from tlcapture.page.captured import captured_tokens
+
+    rows = []
+    for prompt_id in ids:
+        with suppress(StorageError):  # which every reader of the capture is told
+            if (raw := layout.residual(prompt_set, prompt_id)).is_file():
+                rows.append((str(prompt_id), captured_tokens(raw)["text"]))
+    if rows:
+        console.line()
+        console.table([Column("prompt", right=True), Column("response")], rows)
         console.line()
 
 

@@ -240,7 +240,7 @@ def capture(
     # Projections of an earlier run would look like this run's, had this one written nothing.
     if report.n_files or not report.failures:
         ids = [prompt.id for prompt in sets[0].prompts] if given else []
-        for prompt_set in sets if options.projects else ():
+        for prompt_set in sets if not options.replay else ():
             name = options.capture_set(prompt_set.name)
             show_top_traits(console, layout, name, "residual", report, ids)
         console.next = _next_step(location, sets, options)

@@ -14,7 +14,7 @@ from tlcapture.cli.command import command
 from tlcapture.cli.console import Console
 from tlcapture.cli.grouping import collected
 from tlcapture.cli.option_types import Names, Traits
-from tlcapture.cli.options import VectorOptions, root_option, vector_options
+from tlcapture.cli.options import Location, VectorOptions, root_option, vector_options
 from tlcapture.cli.tables import Column
 from tlcapture.cli.work import working
 from tlcapture.names import Trait
@@ -55,7 +55,7 @@ class _Settings:
     "--vectors",
     "vectors_of",
     type=click.Choice(["a", "b", "own"]),
-    help="Whose vectors both are projected onto; own: each onto its own.  [default: those of A, or of B if A has none]",
+    help="Whose vectors both are projected onto; own: each onto its own.  [default: of A, else of B, else packaged]",
 )
 @vector_options(default_layer="auto")
 @click.option("--no-kl", is_flag=True, help="Leave out the next-token distributions; no model is loaded.")
@@ -69,6 +69,8 @@ class _Settings:
 @working
 def compare(console: Console, settings: _Settings, vectors: VectorOptions, cluster: ClusterOptions) -> None:
     """Compare captures B with captures A of the same prompts, token by token.
+
+    Prompts are matched by id, and refused where their texts differ.
 
     A and B are EXPERIMENT, EXPERIMENT/SET or EXPERIMENT/SET@VARIANT. Differences are those of B less A: of
     projections, of residuals (cosine and norm ratio by layer), and of next-token distributions (KL of A from B, in
@@ -103,6 +105,7 @@ def compare(console: Console, settings: _Settings, vectors: VectorOptions, clust
         _show(console, summary)
         for line in _doubts(settings.root, summary):
             console.line(line)
+    console.next = Location(a.layout.experiment, settings.root).command("view")
 
 
 def _show(console: Console, summary: ComparisonSummary) -> None:
@@ -154,7 +157,9 @@ def _notes(summary: ComparisonSummary) -> Iterator[str]:
         bounds = "" if interval is None else f" ({interval[0]:.3g} to {interval[1]:.3g})"
         yield f"next token: D(a || b) of {summary.kl.mean:.3g} nats{bounds}, mean over the responses"
     layer = summary.least_alike
-    if layer is not None:
+    if layer is not None and summary.is_alike:
+        yield "residual: the same in every layer at these tokens"
+    elif layer is not None:
         yield (
             f"residual: cosine {summary.cosine[layer]:.6g} at layer {layer}, where it is lowest; norm ratio "
             f"{summary.norm_ratio[layer]:.4g} there"

@@ -64,7 +64,8 @@ class Console(Display):
 
     def line(self, text: str = "") -> None:
         """Print a line, unless the command is quiet."""
-        _log().info(text)
+        if text:
+            _log().info(text)
         if not self._quiet:
             click.echo(printable(text), err=self.as_json)
 
@@ -201,17 +202,17 @@ def show_top_traits(
     """Print, for each prompt, the trait that rose more than chance, where it committed, and the response.
 
     Below, how many projections commit and persist, beside random directions. For a large set, print only how to view
-    it. The `report` of the run says what it wrote and looked at, which is not read again. Where prompts were `given` as
-    text, only they are shown, each with its whole answer.
+    it; of one that is not projected, print the responses. The `report` of the run says what it wrote and looked at,
+    which is not read again. Where prompts were `given` as text, only they are shown, each with its whole answer.
     """
     from dataclasses import replace
 
-    from tlcapture.cli.answers import show_answers
+    from tlcapture.cli.answers import show_answers, show_unprojected
     from tlcapture.commands.saved_summaries import summary_of_run
 
     names = layout.prompt_ids(prompt_set)
     n_prompts = len({split_name(name)[0] for name in names})
-    if len(names) > _MOST_SHOWN and layout.projection_folders(prompt_set):
+    if len(names) > _MOST_SHOWN:
         look = f"view them with 'tlcapture view --experiment {layout.experiment}'"
         console.line(f"{prompt_set}: {n_prompts} prompts are too many to list; {look}")
         if given:
@@ -225,6 +226,8 @@ def show_top_traits(
         console.line()
     if given:
         show_answers(console, layout, prompt_set, given, tops)
+    elif not tops:
+        show_unprojected(console, layout, prompt_set, names)
 
 
 def _show_tops(
@@ -235,9 +238,10 @@ def _show_tops(
     console.line()
     is_set, has_chance = n_prompts >= FEWEST_TO_COMPARE, any(top.chance is not None for top in summary.tops)
     alone = "the reference prompts" if has_chance else "its own spread along the tokens"
-    console.line(
-        f"{prompt_set}: the trait that rose most, against {'the other prompts of the set' if is_set else alone}"
-    )
+    against = "the other prompts of the set" if is_set else alone
+    layers = {each.layer for each in summary.vectors}
+    at = f" at layer {min(layers)}" if len(layers) == 1 else ""
+    console.line(f"{prompt_set}: the trait that rose most{at}, against {against}")
     console.line()
     columns = [Column("prompt", right=True), Column("trait"), Column("rise", right=True), Column("chance", right=True)]
     columns += [Column("calibrated", right=True), Column("response" if with_responses else "")]
@@ -267,15 +271,21 @@ def _notes(layout: Layout, summary: Summary, *, has_chance: bool) -> Iterator[st
     again = f"'tlcapture evaluate', then 'tlcapture project --experiment {layout.experiment}'"
     if any(top.samples is not None for top in summary.tops):
         yield "+-: the standard deviation over the samples of a prompt, of which the mean is shown"
+    if has_chance or summary.is_against_set:
+        mean = "the set" if summary.is_against_set else "the reference prompts"
+        yield f"rise: from prompt to response, less the mean rise of {mean}, in standard deviations (sd)"
     if has_chance:
         yield "chance: what the largest of as many random directions stays below in 95 % of draws" + _scale(summary)
     else:
         yield f"whether these rises are within chance is unknown: {again}, measures it" + _scale(summary)
+    layers = {vector.layer for vector in summary.vectors}
+    if len(layers) == 1 < len(summary.vectors):
+        yield f"all vectors are of layer {layers.pop()}"
     found = summary.findings
     if found is not None:
         yield (
             f"of {counted(found.n_projections, 'projection')} {found.commit} commit and {found.persist} persist, "
-            f"of random directions {found.random_commit:.0%} and {found.random_persist:.0%}"
+            f"of random directions {100 * found.random_commit:.0f} % and {100 * found.random_persist:.0f} %"
         )
         yield (
             f"more clearly than 95 % of random directions: {found.clearly_commit} commit, {found.clearly_persist} "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
+from pathlib import Path
 
 import click
 
@@ -46,6 +48,12 @@ def doctor(model: str, engine: EngineOptions) -> None:
         echo_table(_COLUMNS, [(Coloured(check.verdict, _COLOURS.get(check.verdict)), check.name, check.detail)])
         failed = failed or check.verdict == "failed"
     if not failed:
-        named = [] if model == "smollm2" else ["--model", model]
+        named = [] if model == "smollm2" else ["--experiment", _experiment_for(model), "--model", model]
         click.echo("next: " + shlex.join(["tlcapture", "capture", *named, "--prompt", "How do tides work?"]))
     sys.exit(1 if failed else 0)
+
+
+def _experiment_for(model: str) -> str:
+    """A name for an experiment with a model, since `default` is that of the embedded one until told otherwise."""
+    name = Path(model.rpartition("@")[0] or model).name.removesuffix(".gguf")
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "mine"

@@ -66,7 +66,7 @@ def _read(path: Path) -> tuple[str, Any]:
     from tlcapture.storage.files import read_json
 
     try:
-        content = read_json(path)
+        content = read_json(path, exact=True)
     except StorageError as error:
         raise InputError(f"--prompt-file {error}") from None
     if isinstance(content, dict) and content.keys() == {"messages"}:

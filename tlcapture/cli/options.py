@@ -198,7 +198,9 @@ def vector_options(default_layer: str) -> Decorator:
             "--method", metavar="METHOD", help="probe, mean_diff, gradient or imported.  [default: the one selected]"
         ),
         click.option(
-            "--vector-experiment", metavar="NAME", help="Use vectors of experiment NAME, even from another model."
+            "--vector-experiment",
+            metavar="NAME",
+            help="Use vectors of experiment NAME, even from another model; packaged: those of the package.",
         ),
         collected(VectorOptions, "vectors"),
     )

@@ -124,7 +124,8 @@ def project(
                 ids = layout.prompt_ids(name)
                 drawn = write_pictures(layout, name, ids, settings.plot, settings.component, settings.traits, console)
                 console.line(f"{name}: {counted(len(drawn), 'picture')} in {settings.plot}")
-    console.next = location.command("view")
+    if report.n_files or not report.failures:
+        console.next = location.command("view")
 
 
 def _check_request(

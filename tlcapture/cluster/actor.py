@@ -141,7 +141,7 @@ class WorkerActor:
         self._board: Any = None if board is None else _actor(board)
         self._node = socket.gethostname()
         self._name = f"worker {number} on {self._node}"
-        self._process = _process()
+        self._process, self._on = _process()
         self._folder: Path | None = None
         self._inputs: set[str] = set()
         self._worker: Worker | None = None
@@ -225,7 +225,7 @@ class WorkerActor:
 
         while True:
             with suppress(ray.exceptions.RayError):  # the driver may have ended
-                state = State(self._process, self._doing, self._display.units, dict(self._display.facts))
+                state = State(self._process, self._on, self._doing, self._display.units, dict(self._display.facts))
                 if ray.get(self._board.report.remote(self._number, state)):
                     self._display.stop_requested.set()
             time.sleep(_REPORT_EVERY)
@@ -317,11 +317,14 @@ def _actor(name: str) -> Any:
     return ray.get_actor(name)
 
 
-def _process() -> str:
-    """Ray's name of this process."""
+def _process() -> tuple[str, str]:
+    """Ray's names of this process and of its node."""
     import ray
 
-    return str(ray.get_runtime_context().get_worker_id()) if ray.is_initialized() else ""
+    if not ray.is_initialized():
+        return "", ""
+    here = ray.get_runtime_context()
+    return str(here.get_worker_id()), str(here.get_node_id())
 
 
 def _check_driver(presence: Path, path: Path) -> None:

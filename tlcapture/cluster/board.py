@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+_QUIET = 2.0  # seconds without a report after which it is asked whether a worker's node is dead
+
 
 @dataclass(frozen=True)
 class State:
@@ -18,12 +20,14 @@ class State:
 
     Attributes:
         process: Ray's name of its process, which is never used again.
+        node: Ray's name of its node.
         doing: the label of its piece, or what it prepares.
         units: the units of work that it counted since it started.
         facts: what it recorded for the run.
     """
 
     process: str
+    node: str
     doing: str
     units: int
     facts: Mapping[str, Any]
@@ -38,6 +42,7 @@ class News:
         facts: what they recorded for the run.
         doing: what they are doing, as one line.
         silent: for how many seconds each worker that ever reported has not, by its number.
+        gone: the numbers of those whose nodes Ray has found dead.
         again: the name of a worker that died and the label of its piece, for each that was begun again since then.
     """
 
@@ -45,6 +50,7 @@ class News:
     facts: Mapping[str, Any]
     doing: str
     silent: Mapping[int, float]
+    gone: frozenset[int]
     again: list[tuple[str, str]]
 
 
@@ -101,4 +107,14 @@ class Board:
         facts = {name: value for _, state in states for name, value in state.facts.items()}
         doing = ", ".join(f"{number}: {state.doing}" for number, state in states)
         silent = {number: time.monotonic() - heard for number, heard in self._heard.items()}
-        return News(units, facts, doing, silent, again)
+        return News(units, facts, doing, silent, self._gone(silent), again)
+
+    def _gone(self, silent: Mapping[int, float]) -> frozenset[int]:
+        """Of the workers that have been silent for a while, those whose nodes are dead."""
+        quiet = [number for number, seconds in silent.items() if seconds > _QUIET]
+        if not quiet:
+            return frozenset()
+        import ray
+
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        return frozenset(number for number in quiet if self._states[number].node not in alive)

@@ -29,7 +29,7 @@ _log = get_logger(__name__)
 _POLL = 0.5  # seconds, the most between two readings of the board
 _TRIES = 3  # deaths of a worker on one prompt after which the prompt counts as failed
 _MOST_DEATHS = 10  # in a row, beyond one for each worker
-_SILENCE = 60  # seconds after which a worker that waits for a node loses its piece to one that is idle
+_SILENCE = 60  # seconds until a worker that is not heard of loses its piece to an idle one; none if its node is dead
 _TIMEOUT = 300  # seconds for a first worker to start, and for workers to finish their current prompt
 
 
@@ -182,7 +182,7 @@ class Driver:
         if now - max(worker.heard for worker in self._workers) > _TIMEOUT:
             raise InputError(f"no worker of the Ray cluster has answered for {_TIMEOUT} s")
         for worker, piece in self._calls.values() if self._idle() and not self._waiting else ():
-            if piece is not None and now - worker.heard > _SILENCE:
+            if piece is not None and (worker.number in news.gone or now - worker.heard > _SILENCE):
                 self._ray.kill(worker.actor)
         self._run.display.uses(**news.facts)
         self._progress.state(f"{self._run.report.n_prompts} prompts done; {news.doing}")

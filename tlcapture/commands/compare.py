@@ -26,10 +26,12 @@ from tlcapture.runs.executors import Executor, LocalExecutor, Work
 from tlcapture.runs.report import RunReport
 from tlcapture.runs.run import Run
 from tlcapture.runs.run_lock import run_lock
+from tlcapture.storage.config import read_config
 from tlcapture.storage.files import write_json
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.choice import ChosenVector, VectorChoice, VectorChooser
-from tlcapture.traits.missing_vectors import no_vectors
+from tlcapture.traits.missing_vectors import extract_command, no_vectors
+from tlcapture.traits.packaged_vectors import SAID, is_in_package, packaged_layout, takes_packaged, vectors_layout
 from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 from tlcapture.traits.vectors import TraitVector
 from tlcapture.version import __version__
@@ -44,7 +46,7 @@ class CompareOptions:
     Attributes:
         choice: which traits and vectors.
         vectors: whose vectors both captures are projected onto, `a` or `b`, or `own` for each onto its own; `None`:
-            those of `a` if it has any, otherwise those of `b`.
+            those of `a` if it has any, otherwise those of `b`, or those of the package.
         kl: whether to compare next-token distributions, for which the final norm and unembedding are loaded.
         device: where these are computed.
         skip_existing: keep comparisons that are no older than the captures and vectors they were made from.
@@ -98,6 +100,10 @@ def run_compare(
     layout = sets[0].a.layout
     sources = _vector_sources(sets[0], options)
     run = Run.begin(layout, display)
+    if not sources:
+        run.warn(f"no trait vectors, so no projections are compared: '{extract_command(layout)}' makes some")
+    elif is_in_package(sources[0]) and options.choice.experiment is None:
+        run.line(f"{layout.experiment}: {SAID}")
     tasks = [CompareTask(each, each.pairs()) for each in sets]
     with ExitStack() as stack:
         for each in sorted(sets, key=lambda found: str(found.a)):
@@ -121,7 +127,9 @@ def run_compare(
 
 
 def _vector_sources(sets: ComparedSets, options: CompareOptions) -> list[Layout]:
-    """The experiments that vectors are taken from, for `a` and for `b`; none where neither has vectors.
+    """The experiments that vectors are taken from, for `a` and for `b`; none where there are no vectors.
+
+    Where neither has vectors, and one of them is of the packaged vectors' model, they are these.
 
     Raises `InputError` if those that are asked for have none.
     """
@@ -129,7 +137,7 @@ def _vector_sources(sets: ComparedSets, options: CompareOptions) -> list[Layout]
     if choice.experiment is not None:
         if options.vectors is not None:
             raise InputError("--vector-experiment names whose vectors are used: leave out --vectors")
-        sources = [Layout(a.root, choice.experiment)] * 2
+        sources = [vectors_layout(a.root, choice.experiment)] * 2
         sources[0].check_exists()
     elif options.vectors == "own":
         sources = [a, b]
@@ -137,6 +145,8 @@ def _vector_sources(sets: ComparedSets, options: CompareOptions) -> list[Layout]
         sources = [a if options.vectors == "a" else b] * 2
     else:
         with_some = [each for each in (a, b) if each.traits()]
+        if not with_some and any(takes_packaged(each, read_config(each).inference_model) for each in (a, b)):
+            with_some = [packaged_layout()]
         if not with_some and not choice.traits:
             return []
         sources = [(with_some or [a])[0]] * 2
@@ -257,7 +267,7 @@ def _is_current(
         if own != (None if pair.b is pair.a else (pair.b.layer, pair.b.method)):
             return False
         for vector in (pair.a, pair.b):
-            files = VectorFiles(Layout(root, vector.experiment), vector.trait)
+            files = VectorFiles(vectors_layout(root, vector.experiment), vector.trait)
             made_from.append(files.file(vector.component, vector.method, vector.layer))
     if kl and existing.kl is None:
         return False

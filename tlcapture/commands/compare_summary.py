@@ -52,7 +52,7 @@ class DifferingToken:
     size: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ComparisonSummary:
     """The comparisons of one prompt set.
 
@@ -85,6 +85,12 @@ class ComparisonSummary:
     def least_alike(self) -> int | None:
         """The layer with the lowest cosine."""
         return None if np.isnan(self.cosine).all() else int(np.nanargmin(self.cosine))
+
+    @property
+    def is_alike(self) -> bool:
+        """Whether residuals are equal at all compared tokens."""
+        known = ~np.isnan(self.cosine)
+        return bool(known.any() and (self.cosine[known] == 1).all() and (self.norm_ratio[known] == 1).all())
 
     def to_json(self) -> dict[str, Any]:
         """All values; null in place of NaN."""

@@ -47,7 +47,7 @@ class EvaluatedComponent:
     summary: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Common:
     """What all rows of a component share."""
 

@@ -185,7 +185,7 @@ def span_dynamics(projections: Sequence[Projection], capture: Capture) -> list[l
     return by_span(np.stack(trajectories), capture.spans)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ProjectionTask:
     """The projection of a saved capture by another process: its file, the vectors, and the scores.
 

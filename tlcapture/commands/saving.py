@@ -29,7 +29,7 @@ from tlcapture.views.kept_tokens import kept_of
 from tlcapture.views.logit_lens import LogitLens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AddOns:
     """What was captured beside the residual stream: which add-ons, their activations, and the logit lens."""
 

@@ -145,14 +145,19 @@ def _check_completions(task: SteeringTask) -> None:
         )
 
 
+_QUESTIONS = '[{"question": "How was your day?", "positive": "Awful.", "negative": "Lovely."}]'
+
+
 def read_questions(datasets: Datasets, trait: Trait) -> SteeringQuestions:
     """The steering questions of a trait, in `steering.json` next to its examples.
 
     Raises `InputError` if the file is missing or invalid.
     """
     path = datasets.trait_folder(trait) / "steering.json"
+    if not lexists(path):
+        raise InputError(f"{path}: no such file: expected questions to steer with, such as {_QUESTIONS}")
     try:
-        return SteeringQuestions.model_validate(read_json(path))
+        return SteeringQuestions.model_validate(read_json(path, exact=True))
     except StorageError as error:
         raise InputError(str(error)) from None
     except ValidationError as error:
@@ -166,7 +171,7 @@ def _n_runs(options: SteerOptions, n_layers: int) -> int:
     return 0 if options.search else cells + min(N_NULLS, cells)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Trials:
     """Scores a trait's vectors at coefficients and records each trial as a run of its `results.json`."""
 

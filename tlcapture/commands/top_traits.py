@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from math import isnan, nan
 from typing import Any
 
@@ -12,13 +11,13 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from tlcapture.commands.summarised import Summarised
 from tlcapture.errors import StorageError
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.change_points import LEVEL
 from tlcapture.traits.projection_files import ProjectionFile
-from tlcapture.traits.rises import DEFINITIONS
 from tlcapture.traits.saved_projections import SavedProjection, projections_saved
-from tlcapture.traits.verdicts import UsedVector, used_vector
+from tlcapture.traits.verdicts import UsedVector
 
 FEWEST_TO_COMPARE = 3
 _ROUNDING = 1e-5  # of projections, which files keep with 6 digits
@@ -26,7 +25,7 @@ _TIE = 0.005  # standard deviations within which two rises are equal: files keep
 
 _Values = NDArray[np.float64]
 _Prompt = tuple[str, bool]  # the id of a prompt, and whether its captures are samples
-_ByPrompt = dict[_Prompt, list["ProjectionFile"]]
+_ByPrompt = dict[_Prompt, list[Summarised]]
 _OnProblem = Callable[[StorageError], object]
 
 
@@ -51,8 +50,8 @@ class TopTrait:
     """The trait that rose most in a prompt's response, and the chance level of its rise.
 
     A rise is the mean of the trajectory over the response less its mean over the prompt (without the first token, an
-    attention sink), in standard deviations: over the prompt set, so that it measures how far the prompt stands out;
-    for a set of fewer than three prompts, over the reference prompts. Of a prompt with samples it is their mean.
+    attention sink), as a standard score: over the prompt set, so that it measures how far the prompt stands out; for a
+    set of fewer than three prompts, over the reference prompts. Of a prompt with samples it is their mean.
 
     Attributes:
         chance: what the largest of as many random directions as there are traits stays below in 95 % of 200 draws;
@@ -154,22 +153,26 @@ def summary_of(
     component: str = "residual",
     known: Mapping[str, bytes] = {},
     on_problem: _OnProblem = lambda error: None,
+    before_each: Callable[[], object] = lambda: None,
 ) -> Summary:
     """The trait that rose most in each prompt of a set that has projections, and how many commit and persist.
 
     `known` are the `essentials` of files that were just written, by path relative to the experiment; they are not read.
-    Files that cannot be read are left out, and `on_problem` is called with the error.
+    Files that cannot be read are left out, and `on_problem` is called with the error. `before_each` is called before a
+    prompt is read.
     """
     by_trait: dict[str, _ByPrompt] = {}
     prompts: dict[_Prompt, None] = {}  # in their order
+    found: Summarised | None = None
     for name in layout.prompt_ids(prompt_set):
+        before_each()
         for saved in _saved(layout, prompt_set, name, component, on_problem):
             written = known.get(saved.place.relative_to(layout.folder).as_posix())
             if content := _read(saved, written, on_problem):
-                has_samples = content.metadata.sample is not None
-                prompt = (str(content.metadata.prompt_id) if has_samples else name, has_samples)
+                found = Summarised.of(content, str(saved.trait), component, found)
+                prompt = (name if found.sample is None else str(found.prompt_id), found.sample is not None)
                 prompts[prompt] = None
-                by_trait.setdefault(str(saved.trait), {}).setdefault(prompt, []).append(content)
+                by_trait.setdefault(str(saved.trait), {}).setdefault(prompt, []).append(found)
     rises = {trait: _rises(contents) for trait, contents in by_trait.items()}
     tops = []
     for prompt in prompts:
@@ -177,13 +180,13 @@ def summary_of(
         if candidates:
             top = max(candidates, key=lambda name: candidates[name].own)
             tops.append(_top(prompt, top, candidates, by_trait[top][prompt]))
-    projections = {trait: [*chain(*contents.values())] for trait, contents in by_trait.items()}
-    vectors = {used_vector(each, trait, component): None for trait, found in projections.items() for each in found}
-    findings = _findings([*chain(*projections.values())])
-    return Summary(tops, findings, len(prompts) >= FEWEST_TO_COMPARE, [each for each in vectors if each])
+    projections = [each for contents in by_trait.values() for found in contents.values() for each in found]
+    vectors = {each.vector: None for each in projections}
+    is_against_set = len(prompts) >= FEWEST_TO_COMPARE
+    return Summary(tops, _findings(projections), is_against_set, [each for each in vectors if each])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Rise:
     """A standardised rise, the mean over samples, with those of random directions in the order of the draws.
 
@@ -218,14 +221,14 @@ def _read(saved: SavedProjection, known: bytes | None, on_problem: _OnProblem) -
 
 def _rises(contents: _ByPrompt) -> dict[_Prompt, _Rise]:
     """A trait's rise in each prompt of a set."""
-    known = {prompt: [each for each in found if not isnan(_raw_rise(each))] for prompt, found in contents.items()}
+    known = {prompt: [each for each in found if not isnan(each.rise)] for prompt, found in contents.items()}
     known = {prompt: found for prompt, found in known.items() if found}
     if len(known) < FEWEST_TO_COMPARE:
         return {prompt: _over_samples([_against_reference(each) for each in found]) for prompt, found in known.items()}
-    raw = {prompt: np.array([_raw_rise(each) for each in found]) for prompt, found in known.items()}
+    raw = {prompt: np.array([each.rise for each in found]) for prompt, found in known.items()}
     means = np.array([each.mean() for each in raw.values()])
     own, deviation = _standardised(means), _deviation_of(means)
-    chances = [each.metadata.chance for found in known.values() for each in found]
+    chances = [each.chance for found in known.values() for each in found]
     is_comparable = len({None if each is None else (each.directions, each.n_directions) for each in chances}) == 1
     drawn = [_random_rises(found) for found in known.values()]
     is_known = is_comparable and all(each is not None for each in drawn)
@@ -236,24 +239,20 @@ def _rises(contents: _ByPrompt) -> dict[_Prompt, _Rise]:
     }
 
 
-def _random_rises(samples: Sequence[ProjectionFile]) -> _Values | None:
+def _random_rises(samples: Sequence[Summarised]) -> _Values | None:
     """The rises of random directions, the means over samples; `None` where they were not measured."""
-    found = [None if each.metadata.chance is None else each.metadata.chance.rises for each in samples]
+    found = [None if each.chance is None else each.chance.rises for each in samples]
     known = [each for each in found if each is not None]
     return np.array(known).mean(axis=0) if len(known) == len(found) else None
 
 
-def _raw_rise(content: ProjectionFile) -> float:
-    return _mean(content, "response") - _mean(content, "prompt")
-
-
-def _against_reference(content: ProjectionFile) -> _Rise:
+def _against_reference(content: Summarised) -> _Rise:
     """A rise in deviations over the reference prompts, or where there are none, of the trajectory along its tokens."""
-    chance, rise = content.metadata.chance, _raw_rise(content)
+    chance, rise = content.chance, content.rise
     if chance is None or chance.reference_rises is None or chance.standardised_rises is None:
-        return _Rise(rise / (_deviation(content) or 1.0), None)
+        return _Rise(rise / (content.deviation or 1.0), None)
     reference = chance.reference_rises
-    return _Rise((rise - reference.mean) / reference.sd, np.array(chance.standardised_rises))
+    return _Rise((rise - reference.mean) / reference.sd, chance.standardised_rises)
 
 
 def _over_samples(rises: Sequence[_Rise]) -> _Rise:
@@ -270,24 +269,6 @@ def _spread(values: _Values) -> float | None:
     return None if isnan(found) else found
 
 
-def _mean(content: ProjectionFile, part: str) -> float:
-    """The mean of a trajectory over prompt or response, the first token left out; NaN where it is not known."""
-    if content.metadata.means is not None:
-        found = getattr(content.metadata.means, part)
-        return nan if found is None else float(found)
-    prompt, response = content.trajectory
-    values = prompt[1:] if part == "prompt" else response
-    return float(np.mean(values)) if values else nan
-
-
-def _deviation(content: ProjectionFile) -> float:
-    """The deviation of a trajectory along its tokens, the first left out; 0 where it is not known."""
-    if content.metadata.means is not None:
-        return content.metadata.means.deviation or 0.0
-    prompt, response = content.trajectory
-    return float(np.std([*prompt[1:], *response]))
-
-
 def _standardised(values: _Values) -> _Values:
     """Standard scores over the first axis; 0 where all are equal but for rounding, as those of equal prompts are."""
     differ = values.std(axis=0) > _ROUNDING * np.abs(values).max(axis=0)
@@ -300,33 +281,20 @@ def _deviation_of(values: _Values) -> _Values:
     return np.where(deviation > _ROUNDING * np.abs(values).max(axis=0), deviation, 1.0)
 
 
-def _top(prompt: _Prompt, trait: str, candidates: Mapping[str, _Rise], contents: Sequence[ProjectionFile]) -> TopTrait:
+def _top(prompt: _Prompt, trait: str, candidates: Mapping[str, _Rise], contents: Sequence[Summarised]) -> TopTrait:
     random = [each.random for each in candidates.values() if each.random is not None]
     is_known = len(random) == len(candidates) and len({len(each) for each in random}) == 1
     chance = float(np.quantile(np.max(random, axis=0), 1 - LEVEL)) if is_known else None
     (prompt_id, has_samples), first, rise = prompt, contents[0], candidates[trait]
     rises = {name: each.own for name, each in candidates.items()}
-    commits = [_commits_clearly(each) for each in contents]
-    point = first.dynamics.commitment_point if first.dynamics and commits[0] and not has_samples else None
-    token = None if point is None else first.tokens[point]
-    scales = [(each.calibration, _mean(each, "response")) for each in contents]
+    commits = [each.commits_clearly for each in contents]
+    point, token = (first.commitment_point, first.token) if commits[0] and not has_samples else (None, None)
+    scales = [(each.calibration, each.response_mean) for each in contents]
     values = np.array([float(scale.calibrated(np.float64(mean))) for scale, mean in scales if scale is not None])
     calibrated = float(values.mean()) if len(values) == len(contents) else None
     samples = OverSamples(len(contents), sum(commits), rise.spread, _spread(values)) if has_samples else None
-    response, pieces = first.response.text, _coloured_pieces(first)
+    response, pieces = first.response.text, pieces_of(first.response.text, first.response.tokens, first.scaled)
     return TopTrait(prompt_id, trait, rise.own, chance, point, token, calibrated, response, samples, pieces, rises)
-
-
-def _coloured_pieces(content: ProjectionFile) -> Sequence[tuple[str, float | None]]:
-    scores, scale = np.array(content.trajectory[1]), content.calibration
-    on_scale = scores if scale is None else 2 * scale.calibrated(scores) - 1
-    known = [None if isnan(each) else float(each) for each in on_scale]
-    return pieces_of(content.response.text, content.response.tokens, known)
-
-
-def _commits_clearly(content: ProjectionFile) -> bool:
-    commits = content.dynamics is not None and content.dynamics.commitment_point is not None
-    return commits and _is_clear(content, "commitment")
 
 
 def pieces_of(text: str, tokens: Sequence[str], scores: Sequence[float | None]) -> list[tuple[str, float | None]]:
@@ -354,30 +322,19 @@ def _mean_of(scores: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _is_clear(content: ProjectionFile, statistic: str) -> bool:
-    """Whether a commitment or a persistence is clearer than in 95 % of random directions; if unknown, it is not."""
-    chance = content.metadata.chance
-    share = None if chance is None else getattr(chance, statistic)
-    return share is not None and share <= LEVEL and content.metadata.definitions == DEFINITIONS
-
-
-def _findings(contents: Sequence[ProjectionFile]) -> Findings | None:
-    known = [each for each in contents if each.metadata.definitions == DEFINITIONS and each.metadata.chance is not None]
-    dynamics = [each.dynamics for each in known if each.dynamics is not None]
+def _findings(projections: Sequence[Summarised]) -> Findings | None:
+    known = [(each, each.chance) for each in projections if each.is_current and each.chance is not None]
     if not known:
         return None
-    commit = [each.commitment_point is not None for each in dynamics]
-    persist = [each.persistence is not None for each in dynamics]
-    chances = [each.metadata.chance for each in known if each.metadata.chance is not None]
-    n_random = sum(each.n_directions for each in chances)
-    n_risen = sum(each.n_directions for each in chances if each.persist is not None)
+    n_random = sum(chance.n_directions for _, chance in known)
+    n_risen = sum(chance.n_directions for _, chance in known if chance.persist is not None)
     return Findings(
         len(known),
-        sum(commit),
-        sum(persist),
-        sum(found and _is_clear(each, "commitment") for each, found in zip(known, commit, strict=True)),
-        sum(found and _is_clear(each, "persistence") for each, found in zip(known, persist, strict=True)),
-        sum(each.commit for each in chances) / n_random,
-        sum(each.persist or 0 for each in chances) / max(1, n_risen),
-        any(each.is_isotropic for each in chances),
+        sum(each.commitment_point is not None for each, _ in known),
+        sum(each.persists for each, _ in known),
+        sum(each.commits_clearly for each, _ in known),
+        sum(each.persists and each.is_clear("persistence") for each, _ in known),
+        sum(chance.commit for _, chance in known) / n_random,
+        sum(chance.persist or 0 for _, chance in known) / max(1, n_risen),
+        any(chance.is_isotropic for _, chance in known),
     )

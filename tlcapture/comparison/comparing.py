@@ -23,7 +23,7 @@ KL = "D(a || b): the expectation under a of log p_a - log p_b, in nats"
 Values = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VectorPair:
     """The vectors that `a` and `b` are projected onto, for one trait: the same one, or each model's own."""
 
@@ -31,7 +31,7 @@ class VectorPair:
     b: TraitVector
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Unembeddings:
     """The final norm and unembedding of the models of `a` and `b`, and the size of their vocabulary."""
 
@@ -40,7 +40,7 @@ class Unembeddings:
     d_vocab: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TraitChange:
     """The difference of projections `[n_held]`, and the mean over the whole response of each side, if it is held."""
 
@@ -50,7 +50,7 @@ class TraitChange:
     mean_b: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comparison:
     """How `b` differs from `a` at the tokens that both begin with and hold activations of.
 

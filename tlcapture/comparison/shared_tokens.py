@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from textwrap import shorten
 
 from tlcapture.captures.capture import Capture
 from tlcapture.errors import InputError
+from tlcapture.prompts.conversations import without_system
 from tlcapture.views.kept_tokens import Positions
 
 
@@ -35,8 +37,10 @@ class SharedTokens:
 def shared_tokens(a: Capture, b: Capture) -> SharedTokens:
     """The tokens that two captures share, from the first on.
 
-    Raises `InputError` for captures of models of other sizes or tokenizers, and for those that share no token.
+    Raises `InputError` for captures of different prompts (the system prompt apart), of models of other sizes or
+    tokenizers, and for those that share no token.
     """
+    _check_prompts(a, b)
     _check_sizes(a, b)
     _check_tokenizers(a, b)
     pairs = zip(a.token_ids, b.token_ids, strict=False)
@@ -56,6 +60,24 @@ def shared_tokens(a: Capture, b: Capture) -> SharedTokens:
     chosen = Positions(held, min(len(a.prompt.tokens), n_tokens), max(len(a.tokens), len(b.tokens)))
     rows_a, rows_b = (chosen.rows_in(each.positions) or list(range(len(held))) for each in (a, b))
     return SharedTokens(n_tokens, chosen.n_prompt, held, rows_a, rows_b)
+
+
+def _check_prompts(a: Capture, b: Capture) -> None:
+    text_a, text_b = (each.metadata.get("prompt_text") for each in (a, b))
+    turns_a, turns_b = (each.metadata.get("messages") for each in (a, b))
+    if text_a is None or text_b is None:
+        return
+    if text_a != text_b:
+        raise InputError(
+            f"their prompts differ, {_shortened(text_a)!r} and {_shortened(text_b)!r}: expected captures of the same "
+            "prompt"
+        )
+    if turns_a and turns_b and without_system(turns_a) != without_system(turns_b):
+        raise InputError("their conversations differ: expected captures of the same messages")
+
+
+def _shortened(text: str) -> str:
+    return shorten(text, 60, placeholder="...")
 
 
 def _check_sizes(a: Capture, b: Capture) -> None:

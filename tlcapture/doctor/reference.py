@@ -22,7 +22,7 @@ from tlcapture.models.sources import source_of
 NEW_TOKENS = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ReferenceRun:
     """A prompt and its greedy continuation through Hugging Face, in float32 on the CPU.
 

@@ -59,7 +59,7 @@ class Wanted:
         ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ExportedCapture:
     """A capture, its projections, or both.
 

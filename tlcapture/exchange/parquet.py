@@ -81,7 +81,7 @@ class Columns:
         return pa.schema([*names, *(pa.field(*each) for each in _TOKEN_COLUMNS.items()), *scores, *activations])
 
 
-@dataclass
+@dataclass(eq=False)
 class ParquetFolder:
     """Writes the tables of exported captures to a folder, in shards of at most about `shard_bytes`."""
 

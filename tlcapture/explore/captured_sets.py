@@ -163,11 +163,12 @@ class Captures:
             rises = exp.captures["single_trait"].rises()
             rises[rises.stands_out]
 
-        Columns are `prompt_id`, `n_samples` (missing for a prompt without samples), `trait`, `rise`, `chance`,
-        `stands_out` and `doubt`. They are what `tlcapture capture` and the page show: `rise` is the mean projection of
-        the response less that of the prompt, in standard deviations over the set (for fewer than three prompts over the
-        reference prompts); `chance` what the largest of as many random directions as there are traits stays below in
-        95 % of draws, NaN where that was not measured; `doubt` what `tlcapture evaluate` leaves in doubt of the vector.
+        Columns are `prompt_id`, `n_samples` (missing for a prompt without samples), `trait`, `layer` (of the vector),
+        `rise`, `chance`, `stands_out` and `doubt`. They are what `tlcapture capture` and the page show: `rise` is the
+        mean projection of the response less that of the prompt, as a standard score over the set (for fewer than three
+        prompts over the reference prompts), so that 0 is the mean rise; `chance` what the largest of as many random
+        directions as there are traits stays below in 95 % of draws, NaN where that was not measured; `doubt` what
+        `tlcapture evaluate` leaves in doubt of the vector.
 
         Raises `InputError`, naming the command to run, if the set has no projections.
         """

@@ -16,7 +16,7 @@ from tlcapture.traits.saved_projections import no_projections
 from tlcapture.traits.selection import steering_runs
 from tlcapture.traits.steering_files import percentile_95
 from tlcapture.traits.vector_files import VectorFiles
-from tlcapture.traits.verdicts import Doubts
+from tlcapture.traits.verdicts import Doubts, layers_of
 from tlcapture.views.hooks import check_component
 
 if TYPE_CHECKING:
@@ -74,12 +74,15 @@ def rises_frame(layout: Layout, prompt_set: str, component: str) -> DataFrame:
     if not summary.tops:
         raise no_projections(layout, prompt_set, component)
     causes = Doubts(layout.root).by_cause(summary.vectors)
+    layers = {each.trait: each.layer for each in summary.vectors}
     doubts = {trait: cause for cause, traits in causes.items() for trait in traits}
+    layers = layers_of(summary.vectors)
     rows = [
         {
             "prompt_id": top.prompt_id,
             "n_samples": None if top.samples is None else top.samples.n,
             "trait": trait,
+            "layer": layers.get(trait),
             "rise": rise,
             "chance": top.chance,
             "stands_out": is_beyond(rise, top.chance),
@@ -88,7 +91,7 @@ def rises_frame(layout: Layout, prompt_set: str, component: str) -> DataFrame:
         for top in summary.tops
         for trait, rise in sorted(top.rises.items())
     ]
-    return DataFrame(rows).astype({"n_samples": "Int64", "chance": "float64"})
+    return DataFrame(rows).astype({"n_samples": "Int64", "layer": "Int64", "chance": "float64"})
 
 
 def runs_frame(layout: Layout) -> DataFrame:

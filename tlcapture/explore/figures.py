@@ -46,10 +46,12 @@ def trajectory_figure(projections: Sequence[TokenScores], *, calibrated: bool = 
     lines = [drawn_trajectory(each, calibrated=is_calibrated) for each in projections]
     for trace_index, (projection, line) in enumerate(zip(projections, lines, strict=True)):
         _add_trajectory(figure, projection, line, _COLOURS[trace_index % len(_COLOURS)])
+    marks = ["dashed: the response begins", *_marks(projections)]
     if not any(np.isnan(line[0]) for line in lines):
         sinks = ", ".join(f"{line[0]:+.4g}" for line in lines[:3])
         sinks += ", ..." if len(projections) > 3 else ""
-        _note(figure, f"token 0, an attention sink, is off the scale: {sinks}")
+        marks.append(f"token 0, an attention sink, is off the scale: {sinks}")
+    _note(figure, "; ".join(marks))
     figure.update_yaxes(title_text="projection", zeroline=True, zerolinecolor="#999999")
     if is_calibrated:
         figure.update_yaxes(title_text=CALIBRATED)
@@ -57,11 +59,20 @@ def trajectory_figure(projections: Sequence[TokenScores], *, calibrated: bool = 
     return figure
 
 
+def _marks(projections: Sequence[TokenScores]) -> list[str]:
+    """What the marks in a figure of trajectories mean, of those that it has."""
+    marks = {
+        "diamond: commits": any(each.commitment_point is not None for each in projections),
+        "thick: persists from the peak of the smoothed response": any(each.peak is not None for each in projections),
+    }
+    return [mark for mark, is_drawn in marks.items() if is_drawn]
+
+
 def mean_trajectory_figure(sets: Mapping[str, Sequence[TokenScores]], *, calibrated: bool = True) -> OfflineFigure:
     """Mean trajectories of many responses over the tokens, one line per trait and prompt set, with their spread.
 
-    The responses begin together, at 0; the band is one standard deviation each way. Lines of one trait share a colour,
-    and the second prompt set is dashed.
+    The responses begin together, at 0; the band is one standard deviation over responses each way. Each line has a
+    colour of its own, and the second prompt set is dashed.
 
     Args:
         sets: the projections of each prompt set; its name may be one of a variant, `SET@VARIANT`.
@@ -80,7 +91,7 @@ def mean_trajectory_figure(sets: Mapping[str, Sequence[TokenScores]], *, calibra
             continue
         places, rows = aligned(found, calibrated=is_calibrated)
         mean, spread = mean_and_spread(rows)
-        colour = _COLOURS[traits.index(trait) % len(_COLOURS)]
+        colour = _COLOURS[(traits.index(trait) * len(sets) + list(sets).index(prompt_set)) % len(_COLOURS)]
         dash = _DASHES[list(sets).index(prompt_set) % len(_DASHES)]
         label = f"{trait}, {prompt_set}" if len(sets) > 1 else trait
         name = plotly_text(f"{label} ({counted(len(found), 'response')})")
@@ -92,9 +103,9 @@ def mean_trajectory_figure(sets: Mapping[str, Sequence[TokenScores]], *, calibra
         hover = f"token %{{x}} of the response<br>{name}: %{{y:.5g}}<extra></extra>"
         line = {"color": colour, "width": 2, "dash": dash}
         figure.add_trace(go.Scatter(x=x, y=mean[drawn], name=name, line=line, legendgroup=name, hovertemplate=hover))
-    _lay_out(figure, f"{' beside '.join(sets)}: mean over responses, and one standard deviation")
+    _lay_out(figure, f"{' beside '.join(sets)}: mean and one standard deviation over responses")
     figure.add_vline(x=-0.5, line_dash="dash", line_color="#555555")
-    figure.update_xaxes(title_text="token of the response")
+    figure.update_xaxes(title_text="token, where 0 is the first of the response")
     figure.update_yaxes(
         title_text=CALIBRATED if is_calibrated else "projection", zeroline=True, zerolinecolor="#999999"
     )
@@ -138,7 +149,10 @@ def layers_figure(projection: TokenScores, point: str | None = None) -> OfflineF
     figure.add_hline(y=projection.layer, line_dash="dot", line_color="black")
     if projection.commitment_point is not None:
         figure.add_vline(x=projection.commitment_point, line_dash="dot", line_color="#2ca02c")
-    _note(figure, "token 0, an attention sink, is excluded; dotted: the vector's own layer and the commitment point")
+    commits = "" if projection.commitment_point is None else "; dotted and upright: the commitment point"
+    own = f"dotted: the vector's own layer, {projection.layer}"
+    _note(figure, f"token 0, an attention sink, is left out, grey; dashed: the response begins; {own}{commits}")
+    figure.update_layout(plot_bgcolor="#d9d9d9")
     figure.update_yaxes(title_text="layer")
     return figure
 

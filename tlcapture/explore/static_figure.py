@@ -42,6 +42,8 @@ def drawn(figure: go.Figure) -> Figure:
     width = max(_NARROWEST, _MARGINS + _OF_LABEL * n_labels)
     canvas = Figure(figsize=(width, float(layout.height or 450) / _INCH), layout="constrained")
     axis = canvas.subplots()
+    if layout.plot_bgcolor:
+        axis.set_facecolor(layout.plot_bgcolor)
     for trace in map(_with_arrays, figure.data):
         draw = _draw_heatmap if trace.get("type") == "heatmap" else _draw_scatter
         draw(axis, trace)
@@ -94,11 +96,23 @@ def _draw_heatmap(axis: Axes, trace: dict[str, Any]) -> None:
         cmap=_colours(trace.get("colorscale")),
         extent=(first - 0.5, first + values.shape[1] - 0.5, -0.5, values.shape[0] - 0.5),
     )
+    if trace.get("texttemplate"):
+        _write_cells(axis, trace["text"], values, first)
     title = ((trace.get("colorbar") or {}).get("title") or {}).get("text", "")
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure = axis.get_figure()
     assert figure is not None
     figure.colorbar(image, ax=axis, label=title, fraction=0.03, pad=0.01)
+
+
+def _write_cells(axis: Axes, texts: Any, values: Any, first: float) -> None:
+    """The text of each cell, light on dark ones."""
+    dark = np.asarray(values.filled(0)) > (values.max() + values.min()) / 2
+    for row, column in np.argwhere(~np.ma.getmaskarray(values)):
+        text = _plain(texts[row][column])
+        colour = "white" if dark[row, column] else "black"
+        where: dict[str, Any] = {"ha": "center", "va": "center", "clip_on": True, "parse_math": False}
+        axis.text(first + column, row, text, fontsize=4, color=colour, **where)
 
 
 def _colours(scale: Any) -> Any:

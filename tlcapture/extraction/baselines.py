@@ -23,7 +23,7 @@ BAG_OF_WORDS = "bag of words"
 RESAMPLES = 1000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Baseline:
     """A score of the examples that uses no layer beyond the first.
 
@@ -89,7 +89,7 @@ def bag_of_words(texts: Sequence[str], labels: Labels, outer: Training) -> Float
     return scores
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Verdict:
     """What a vector adds over the best baseline.
 

@@ -26,7 +26,7 @@ RELABELLINGS = 200
 PerLayer = Float[Tensor, " n_layers"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NestedScore:
     """How well vectors separate pairs that took no part in choosing their layer and method.
 
@@ -44,7 +44,7 @@ class NestedScore:
     scores: Float[Tensor, " n_examples"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CrossValidated:
     """Scores of every method and layer by the outer folds, and of the nested choice among them.
 

@@ -23,7 +23,7 @@ Scores = Float[Tensor, "*directions n_examples"]
 PerDirection = Float[Tensor, "*directions"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Separation:
     """How well one direction per layer separates held-out examples; every field has one value per layer.
 

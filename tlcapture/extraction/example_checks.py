@@ -91,9 +91,24 @@ class ExampleCheck:
     def _concern(self, cue: Cue) -> str:
         low, high = cue.bounds or (0.0, 1.0)
         chance = "by chance {:.2f} to {:.2f}".format(*chance_interval(self.n_positive, self.n_negative))
-        in_pairs = "" if cue.in_pairs is None else f", {cue.in_pairs:.2f} of the pairs"
+        in_pairs = "" if cue.in_pairs is None else f", more in {cue.in_pairs:.2f} of the pairs"
         what = f"{cue.name} ({cue.of})" if cue.of else cue.name
-        return f"{what}: {cue.auroc:.2f}{in_pairs}, expected {low:.2f} to {high:.2f} ({chance})"
+        found = f"{what}: AUROC {cue.auroc:.2f}{in_pairs}, expected {low:.2f} to {high:.2f} ({chance})"
+        return f"{found}: {self._advice(cue)}"
+
+    def _advice(self, cue: Cue) -> str:
+        """What to change about examples whose sides a cue tells apart."""
+        if cue.name == OTHER_WORDS:
+            return "use the words of both traits on both sides"
+        if cue.name == BY_PROMPT:
+            return "give both sides the same prompts"
+        low, high = BOUNDS
+        found = cue.auroc if cue.auroc is not None and not low <= cue.auroc <= high else cue.in_pairs
+        side = "positive" if (found or 0) > (low + high) / 2 else "negative"
+        if cue.name.startswith("prompt"):
+            return f"the prompts of {side} examples are longer: give both sides the same prompts"
+        what = "longer words" if cue.name == "characters a word" else f"more {cue.name}"
+        return f"{side} examples have {what}: lengthen the other side or shorten this one in some pairs"
 
 
 def check_examples(chosen: Sequence[Examples], others: Sequence[Examples] = ()) -> list[ExampleCheck]:
@@ -102,7 +117,7 @@ def check_examples(chosen: Sequence[Examples], others: Sequence[Examples] = ()) 
     return [_check(own, [each for each in every if each is not own]) for own in every[: len(chosen)]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Vocabulary:
     """A trait's examples, and the classifier of their words."""
 

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from tlcapture.errors import InputError
 from tlcapture.names import Trait
 from tlcapture.storage.files import read_bytes
+from tlcapture.storage.json_text import lost
 from tlcapture.storage.layout import Datasets
 from tlcapture.storage.validation import first_problem
 
@@ -167,7 +168,10 @@ def _lines(path: Path) -> list[tuple[int, str]]:
 
 def _parse(path: Path, number: int, line: str) -> Example:
     try:
-        return Example.model_validate(orjson.loads(line))
+        value = orjson.loads(line)
+        if reason := lost(line):
+            raise InputError(f"{path}: line {number}: {reason}")
+        return Example.model_validate(value)
     except orjson.JSONDecodeError as error:
         raise InputError(f"{path}: line {number}: not valid JSON: {error.msg}") from None
     except ValidationError as error:

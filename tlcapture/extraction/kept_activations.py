@@ -24,7 +24,7 @@ from tlcapture.storage.files import Written, read_tensors, write_tensors
 from tlcapture.storage.tensors import is_plain
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KeptActivations:
     """Mean activations of a trait's examples at every layer, and what they were read from.
 

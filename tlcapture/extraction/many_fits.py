@@ -23,7 +23,7 @@ _TOLERANCE = 0.01  # of margins; directions then deviate by a cosine of 3e-6
 _MOST_STEPS = 1000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Span:
     """Activations in coordinates of their own span, layer by layer, with one more for what lies outside of it.
 

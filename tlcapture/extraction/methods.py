@@ -68,7 +68,7 @@ def gradient_start(n_layers: int, d_model: int, seed: int) -> LayerVectors:
     return torch.nn.functional.normalize(torch.randn(n_layers, d_model, generator=generator), dim=-1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Features:
     """Data `[*batch, n_examples, d]` that every fit sees around a centre and in units of its own.
 

@@ -26,7 +26,7 @@ from tlcapture.storage.layout import Datasets, Layout
 NEW_TOKENS = 40
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PreparedExamples:
     """Examples as token ids.
 

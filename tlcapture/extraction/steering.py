@@ -117,7 +117,7 @@ class SteeringQuestions(BaseModel):
         return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SteeringScore:
     """Scores of one steering run and its responses, by question; scores are 0 to 1, their means 0 to 100.
 

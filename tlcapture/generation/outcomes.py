@@ -10,7 +10,7 @@ from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.views.cache import Cache
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Generation:
     """A prompt with its response, and their activations as one sequence.
 

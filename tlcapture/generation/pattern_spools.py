@@ -140,7 +140,7 @@ class PatternSpool:
         return torch.frombuffer(data, dtype=self.dtype).view(chunk.n_weights, self.n_heads)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Step:
     """The next query of some rows, `[row, place, head, key]`, whose keys end before the column `stop`."""
 

@@ -79,6 +79,9 @@ class LogitRules:
             if value is not None and not is_valid(value):
                 raise ValueError(f"{name} {value!r}: expected {expected}")
 
+    def __hash__(self) -> int:
+        return hash(tuple(self.active(greedy=False)))  # of names: values of a generation config may be lists
+
     def active(self, *, greedy: bool) -> dict[str, Any]:
         """The rules that there are, by name; without those for sampling if the choice is greedy."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}

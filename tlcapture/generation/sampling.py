@@ -121,7 +121,7 @@ def stop_reason(response: Sequence[int], stops: frozenset[int], max_new_tokens: 
     return MAX_NEW_TOKENS if len(response) >= max_new_tokens else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Choice:
     """The next token of each row, on the device of the logits.
 

@@ -7,13 +7,18 @@ cannot read, with the stop tokens in it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from tlcapture.text import first_line
 
 _GIT_LFS = b"version https://git-lfs.github.com/spec/"
 _JSON = ("config.json", "tokenizer_config.json", "tokenizer.json", "adapter_config.json", "generation_config.json")
 _STOPS = "eos_token_id"
+_NAMES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 _LARGEST_HEADER = 100_000_000  # bytes; what safetensors takes
 
 
@@ -43,7 +48,52 @@ def _damages(folder: Path) -> Iterator[str]:
     for path in sorted(folder.glob("*.safetensors")):
         yield from filter(None, [_safetensors_fault(path)])
     for path in sorted(folder.glob("*.bin")):
-        yield from filter(None, [_pointer(path, _start(path))])
+        yield from filter(None, [_bin_fault(path)])
+
+
+def stored_types(folder: Path) -> dict[str, str]:
+    """The type of each weight in the files that transformers loads from a folder, as safetensors calls it.
+
+    Files that cannot be read are left out: loading names them.
+    """
+    found: dict[str, str] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        header = _header(path) or {}
+        found |= {name: str(entry["dtype"]) for name, entry in header.items() if name != "__metadata__"}
+    for path in [] if found else sorted(folder.glob("pytorch_model*.bin")):
+        with suppress(OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
+            weights = _weights(path)
+            found |= {name: _NAMES.get(str(each.dtype), str(each.dtype)) for name, each in weights.items()}
+    return found
+
+
+def _weights(path: Path) -> Mapping[str, Any]:
+    """The weights in a file of `torch.save`, mapped, where they are in the format of today."""
+    import torch
+
+    with path.open("rb") as file:
+        is_archive = file.read(2) == b"PK"
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    if not isinstance(content, dict) or not all(isinstance(each, torch.Tensor) for each in content.values()):
+        raise ValueError("expected weights by name")
+    return content
+
+
+def _bin_fault(path: Path) -> str | None:
+    if fault := _pointer(path, _start(path)):
+        return fault
+    try:
+        _weights(path)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            return f"{path}: it holds more than tensors, and is not opened for safety: use weights in safetensors"
+    except ValueError as error:
+        return f"{path}: not a file of weights: {first_line(error)}"
+    except (OSError, RuntimeError, EOFError, KeyError, IndexError):
+        pass
+    else:
+        return None
+    return f"{path}: damaged or cut off ({path.stat().st_size} bytes): fetch it again"
 
 
 def _json(path: Path) -> tuple[dict[str, Any], str | None]:
@@ -84,14 +134,24 @@ def _safetensors_fault(path: Path) -> str | None:
     length = int.from_bytes(start[:8], "little")
     if len(start) < 8 or length > _LARGEST_HEADER or 8 + length > size:
         return f"{path}: not a safetensors file, or cut off ({size} bytes)"
+    header = _header(path)
+    if header is None:
+        return f"{path}: its header is damaged"
+    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    return f"{path}: cut off: {size} bytes, expected {8 + length + end}" if size < 8 + length + end else None
+
+
+def _header(path: Path) -> dict[str, Any] | None:
+    """The header of a safetensors file; `None` for a damaged one."""
     try:
         with path.open("rb") as file:
-            file.seek(8)
-            header = json.loads(file.read(length))
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, _LARGEST_HEADER)))
+        entries = [entry for name, entry in header.items() if name != "__metadata__"]
+        is_sound = all(isinstance(entry["data_offsets"][1], int) and entry["dtype"] for entry in entries)
+        return dict(header) if is_sound else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return f"{path}: its header is damaged"
-    return f"{path}: cut off: {size} bytes, expected {8 + length + end}" if size < 8 + length + end else None
+        return None
 
 
 def _pointer(path: Path, start: bytes) -> str | None:

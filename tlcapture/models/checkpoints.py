@@ -14,7 +14,7 @@ import torch
 
 from tlcapture.errors import ModelError
 from tlcapture.models import adapters, embedded, quantised
-from tlcapture.models.checkpoint_files import damage, generation_config_fault
+from tlcapture.models.checkpoint_files import damage, generation_config_fault, stored_types
 from tlcapture.models.processes import no_processes
 from tlcapture.models.sources import source_of
 from tlcapture.models.text_models import auto_class_of, text_config_of
@@ -134,6 +134,13 @@ def fetch_weights(
             f"model {name!r} has weights that only quantised checkpoints have ({listed(extra)}): expected a "
             "quantization_config in config.json"
         )
+    if quantised.method_of(config) is None and Path(source).is_dir():
+        types = {key: kind for key, kind in stored_types(Path(source)).items() if key not in extra}
+        if rounded := quantised.of_other_types(types, model):
+            raise ModelError(
+                f"model {name!r} has weights of a type that only quantised checkpoints have ({listed(rounded)}): "
+                "expected a quantization_config in config.json, or weights of floating point"
+            )
     if extra:
         warn(
             f"model {name!r} has weights that no module takes, and which change nothing: {listed(extra)}: check that "

@@ -7,11 +7,12 @@ bits as well is then computed without that rounding.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from tlcapture.errors import ModelError, TlcaptureError
+from tlcapture.models.untaken import is_known
 from tlcapture.text import first_line
 from tlcapture.version import installed
 
@@ -63,6 +64,9 @@ _INSTALLED_AS = {
 _SCALES = frozenset(
     ["weight_scale", "weight_scale_inv", "scales", "qweight", "qzeros", "absmax", "SCB", "weight_packed", "quant_map"]
 )
+
+
+_PLAIN = ("F64", "F32", "F16", "BF16")
 
 
 def method_of(config: Any) -> str | None:
@@ -171,6 +175,19 @@ def _dequantise_tensors(model: Any) -> None:
 def are_scales(names: Sequence[str]) -> bool:
     """Whether names of weights are those of quantised ones, which mean something else without their scales."""
     return any(name.rpartition(".")[2] in _SCALES for name in names)
+
+
+def of_other_types(types: Mapping[str, str], model: Any) -> list[str]:
+    """The stored weights, of all with their types, that a model takes and that are not of floating point.
+
+    Those are whole numbers or 8-bit ones, which only mean what they are with their scales.
+    """
+    taken = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    return [
+        f"{name} is {kind}"
+        for name, kind in types.items()
+        if kind not in _PLAIN and name.rpartition(".")[2] in taken and not is_known(name)
+    ]
 
 
 def _is_installed(module: str) -> bool:

@@ -36,7 +36,7 @@ _LIBRARIES = ("transformer_lens", "transformers", "torch")
 _ORIGIN = ("_name_or_path", "_commit_hash", "transformers_version", "architectures")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QuickReference:
     """What Hugging Face computes for a short prompt, in float32 on the CPU.
 

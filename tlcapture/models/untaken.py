@@ -44,6 +44,11 @@ def untaken(keys: Iterable[str], config: Any) -> list[str]:
     ]
 
 
+def is_known(name: str) -> bool:
+    """Whether a name is of what checkpoints hold beside the weights that their modules take."""
+    return _KNOWN.search(name) is not None
+
+
 def listed(names: list[str]) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""

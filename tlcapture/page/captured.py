@@ -36,6 +36,15 @@ def captured_tokens(path: Path) -> dict[str, Any]:
     }
 
 
+def given_text(path: Path) -> str:
+    """The text of a prompt as it was given, before the chat template; empty where the file does not say."""
+    try:
+        content = (_index(path) or {}) if path.is_file() else {}
+    except StorageError:  # which the prompt itself and the overview name
+        return ""
+    return str(content.get("metadata", {}).get("prompt_text") or "")
+
+
 def _index(path: Path) -> Mapping[str, Any] | None:
     """The index of a file; `None` for a file without one."""
     try:

@@ -19,6 +19,7 @@ from tlcapture.names import Trait, base_set, split_name
 from tlcapture.page import missing, readable
 from tlcapture.page.average import average_trajectory
 from tlcapture.page.captured import captured_tokens
+from tlcapture.page.long_reading import OTHERS
 from tlcapture.page.note_contents import NoteContents
 from tlcapture.page.overview import overview_of
 from tlcapture.page.projections import projection_of
@@ -239,6 +240,7 @@ class Contents(NoteContents):
         """Mean and deviation of the trajectories of captures, and the trajectories of their responses."""
         trajectories, scales, problems = [], [], []
         for each in names:
+            OTHERS.give_way()
             try:
                 saved = saved_projection(layout, Trait.parse(trait), _component(component), prompt_set, each)
                 content = None if saved is None else saved.read()
@@ -258,7 +260,7 @@ class Contents(NoteContents):
 
     def vectors(self, experiment: str, category: str, name: str) -> dict[str, Any]:
         """A trait's vectors with the selected one, their evaluation and steering results."""
-        return vectors_of(self._layout(experiment), Trait.parse(f"{category}/{name}"))
+        return vectors_of(self._layout(experiment), Trait.parse(f"{category}/{name}"), self.problem)
 
     def uncompared(self, experiment: str, prompt_set: str) -> dict[str, str]:
         """What the page says of a set that was not compared: `what` is missing, and the command that compares it."""

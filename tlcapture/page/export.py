@@ -7,6 +7,7 @@ import gzip
 import html
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,27 @@ class _Carried:
 
     def read(self, name: str, parameters: dict[str, str]) -> Any:
         value = getattr(self.contents, name)(**parameters)
-        for key, tell in {"problems": self.on_problem, "unread": self.on_unread}.items():
-            for problem in value.get(key, ()) if isinstance(value, dict) else ():
-                tell(f"{self.contents.root}/{problem}")  # which names files below the root
+        for key, text in _told(value):
+            (self.on_unread if key == "unread" else self.on_problem)(self._with_root(text))
         return value
+
+    def _with_root(self, problem: str) -> str:
+        """What the page says of a file below the root, with the root."""
+        path = self.contents.root / problem.split(": ")[0]
+        root = f"{self.contents.root}/".removeprefix("./")
+        return f"{root}{problem}" if ": " in problem and lexists(path) else problem
+
+
+def _told(value: Any) -> Iterator[tuple[str, str]]:
+    """What a resource says cannot be read, at any depth: the key it says so under, and the text."""
+    if isinstance(value, dict):
+        for key, of_key in value.items():
+            if key == "problem" and isinstance(of_key, str):
+                yield key, of_key
+            elif key in ("problems", "unread"):
+                yield from ((key, each) for each in of_key)
+            elif isinstance(of_key, dict):
+                yield from _told(of_key)
 
 
 def export_page(

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from tlcapture.errors import InputError
 from tlcapture.names import base_set
+from tlcapture.storage.config import read_config
 from tlcapture.storage.layout import Layout, existing_experiments
 from tlcapture.storage.remote_roots import url_of
 from tlcapture.traits.missing_vectors import extract_command
+from tlcapture.traits.packaged_vectors import takes_packaged
 
 
 class MissingError(InputError):
@@ -51,7 +53,7 @@ def captures(layout: Layout, prompt_set: str) -> MissingError:
 
 def projections(layout: Layout, prompt_set: str) -> MissingError:
     """For a prompt without projections; the command extracts vectors first if there are none."""
-    if not layout.traits():
+    if not layout.traits() and not takes_packaged(layout, read_config(layout).inference_model):
         return _error(layout, "no trait vectors to project onto", extract_command(layout))
     command = f"tlcapture project --experiment {layout.experiment} --prompt-set {prompt_set}"
     return _error(layout, "not projected onto this trait", command)
@@ -99,4 +101,5 @@ def comparison(layout: Layout, prompt_set: str) -> MissingError:
         for name in Layout(layout.root, other).captured_prompt_sets():
             if base_set(name) == base_set(prompt_set) and f"{other}/{name}" != own:
                 return _error(layout, what, f"tlcapture compare {own} {other}/{name}")
-    return MissingError(f"{what}: capture it again in another experiment or as a variant", "")
+    how = "capture its prompts again as a variant (--steer, --adapter) or in another experiment"
+    return MissingError(f"{what}: {how}; then 'tlcapture compare {own} OTHER/{base_set(prompt_set)}'", "")

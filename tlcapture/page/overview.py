@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from tlcapture.commands.top_traits import Summary, TopTrait, summary_of
+from tlcapture.commands.top_traits import Summary, TopTrait
 from tlcapture.errors import TlcaptureError
 from tlcapture.page.captured import captured_tokens
+from tlcapture.page.long_reading import OTHERS, summary_read
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.verdicts import Doubts
 
@@ -25,12 +26,13 @@ def overview_of(
     are all traits of the rises, `doubts` what is doubtful of their vectors. `problems` are of projections, `unread` of
     captures that are not projected.
     """
-    problems: dict[str, None] = {}
     unread: dict[str, None] = {}
-    summary = summary_of(layout, prompt_set, component, on_problem=lambda error: problems.setdefault(str(error)))
+    read = summary_read(layout, prompt_set, component)
+    summary = read.summary
     tops = {(top.prompt_id, top.samples is not None): top for top in summary.tops}
     rows = []
     for (prompt, has_samples), names in _by_prompt(captures).items():
+        OTHERS.give_way()
         top = tops.get((prompt, has_samples))
         row = {"id": prompt, "captures": names, "n_samples": len(names) if has_samples else 0}
         answer = top.response if top else _answer(layout, prompt_set, names[0], unread)
@@ -39,7 +41,7 @@ def overview_of(
     found = None if summary.findings is None else asdict(summary.findings)
     shown = {"rows": rows, "traits": traits, "against": _against(summary), "findings": found}
     doubts = Doubts(layout.root).lines(summary.vectors)
-    return {**shown, "doubts": doubts, "problems": list(problems), "unread": list(unread)}
+    return {**shown, "doubts": doubts, "problems": list(read.problems), "unread": list(unread)}
 
 
 def _by_prompt(captures: Sequence[Mapping[str, Any]]) -> dict[tuple[str, bool], list[str]]:

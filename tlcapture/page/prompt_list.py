@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from os.path import isfile, islink, join
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import orjson
 
 from tlcapture.captures.notes import note_counts
 from tlcapture.errors import TlcaptureError
-from tlcapture.names import Trait, split_name
-from tlcapture.page.captured import captured_tokens
-from tlcapture.prompts.prompt_sets import Prompt
+from tlcapture.names import Trait, base_set, split_name
+from tlcapture.page.captured import captured_tokens, given_text
+from tlcapture.prompts.prompt_sets import ADHOC, Prompt
 from tlcapture.storage.folders import stems_in
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.projection_shards import sharded_texts
@@ -45,11 +46,13 @@ def listed_prompts(
     texts: dict[str, str] = {}
     for component in COMPONENTS:
         texts = sharded_texts(layout.shards(component, prompt_set)) | texts
+    places = _folders_of_json(layout, prompt_set, first, folders)
     found, notes = [], note_counts(layout, prompt_set)
     for name in names:
         prompt_id, sample = (name, None) if name in prompts else split_name(name)
         own = prompts.get(prompt_id)
-        captured = texts.get(name) or _text_in_json(layout, prompt_set, name, folders)
+        given = given_text(layout.residual(prompt_set, name)) if base_set(prompt_set) == ADHOC else ""
+        captured = given or texts.get(name) or _text_in_json(layout, places, name)
         captured = captured or _text_of_capture(layout.residual(prompt_set, name))
         found.append(
             {
@@ -82,14 +85,26 @@ def _text_of_capture(path: Path) -> str:
         return ""
 
 
-def _text_in_json(layout: Layout, prompt_set: str, name: str, folders: Folders) -> str:
-    """The text of a captured prompt at the start of the first of its projection files that has it there."""
+def _folders_of_json(layout: Layout, prompt_set: str, name: str, folders: Folders) -> list[str]:
+    """The folders that may hold projection files of a set as JSON, such as that of a capture `name`."""
+    found = []
     for trait, component in folders:
+        with suppress(TlcaptureError):  # behind a link that leads out
+            found.append(str(layout.projection(trait, component, prompt_set, name).parent))
+    return found
+
+
+def _text_in_json(layout: Layout, folders: Sequence[str], name: str) -> str:
+    """The text of a captured prompt at the start of the first of its projection files that has it there."""
+    for folder in folders:
+        path = join(folder, f"{name}.json")
         with suppress(OSError, TlcaptureError, orjson.JSONDecodeError):
-            path = layout.projection(trait, component, prompt_set, name)
-            if not path.is_file():
+            if not isfile(path):
                 continue
-            with local(path).open("rb") as file:
+            if islink(path):
+                layout.own(Path(path))
+            local(Path(path))
+            with open(path, "rb", buffering=0) as file:
                 match = _TEXT_AT_THE_START.match(file.read(_HEAD))
             captured = str(orjson.loads(match[1])) if match else ""
             if captured:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tlcapture.captures.notes import NoteChangedError
 from tlcapture.errors import InputError, TlcaptureError
 from tlcapture.page.assets import POLICY, plotly_script, served_page, static_file
 from tlcapture.page.contents import RESOURCES, Contents, from_address
+from tlcapture.page.long_reading import OTHERS
 from tlcapture.page.missing import MissingError
 from tlcapture.page.note_contents import READ_ONLY, ClosedError
 from tlcapture.storage.remote_roots import refresh
@@ -31,6 +32,7 @@ from tlcapture.text import printable
 HOST = "127.0.0.1"
 DEFAULT_PORT = 8765
 _LONGEST_REQUEST = 2**17  # bytes
+_LONG = ("overview", "average")  # what reads a whole prompt set
 _FRESH = 5.0  # seconds for which the listing of a remote root holds
 _NOT_CACHED = {"Cache-Control": "no-store"}
 _HEADERS = {
@@ -142,9 +144,11 @@ def _writing(root: Path, write: Callable[..., Any]) -> Callable[[Request], Any]:
 
 def _resource(root: Path, read: Callable[..., Any]) -> Callable[[Request], Any]:
     answered = _answered(root, read)
+    is_long = read.__name__ in _LONG
 
     async def endpoint(request: Request) -> Response:
-        return await run_in_threadpool(answered, **from_address(request.path_params))
+        with nullcontext() if is_long else OTHERS.answering():
+            return await run_in_threadpool(answered, **from_address(request.path_params))
 
     return endpoint
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from os.path import lexists
 from typing import Any
 
@@ -18,25 +19,28 @@ from tlcapture.views.hooks import COMPONENTS
 _OF_TRAIT = ("nested_auroc", "nested_sd", "nested_effect_size", "chosen_layers", "baselines", "p", "verdict")
 
 
-def vectors_of(layout: Layout, trait: Trait) -> dict[str, Any]:
+_Tell = Callable[[TlcaptureError], str]
+
+
+def vectors_of(layout: Layout, trait: Trait, tell: _Tell) -> dict[str, Any]:
     """A trait's vectors by component with the selected one, their evaluation and steering results.
 
-    Raises `MissingError` if the trait has no vectors.
+    `tell` makes the text of an error. Raises `MissingError` if the trait has no vectors.
     """
     files = VectorFiles(layout, trait)
-    components = {component: _component_vectors(files, component) for component in COMPONENTS}
+    components = {component: _component_vectors(files, component, tell) for component in COMPONENTS}
     components = {component: found for component, found in components.items() if found}
     if not components:
         raise missing.vectors(layout, trait)
     return {
         "trait": str(trait),
         "components": components,
-        "evaluation": _evaluation(layout, trait),
-        "steering": _steering(layout, trait),
+        "evaluation": _evaluation(layout, trait, tell),
+        "steering": _steering(layout, trait, tell),
     }
 
 
-def _component_vectors(files: VectorFiles, component: str) -> dict[str, Any] | None:
+def _component_vectors(files: VectorFiles, component: str, tell: _Tell) -> dict[str, Any] | None:
     available = files.available(component)
     if not available:
         return None
@@ -49,7 +53,7 @@ def _component_vectors(files: VectorFiles, component: str) -> dict[str, Any] | N
         rival = runner_up(files, component, chosen)
         found |= {"selected": _selection(chosen), "runner_up": _selection(rival) if rival else None}
     except TlcaptureError as error:
-        found |= {"selected": None, "problem": str(error)}
+        found |= {"selected": None, "problem": tell(error)}
     return found
 
 
@@ -58,11 +62,11 @@ def _selection(selection: Selection) -> dict[str, Any]:
     return {name: getattr(selection, name) for name in names}
 
 
-def _evaluation(layout: Layout, trait: Trait) -> dict[str, Any]:
+def _evaluation(layout: Layout, trait: Trait, tell: _Tell) -> dict[str, Any]:
     try:
         content = Evaluation.read(layout.evaluation)
     except StorageError as error:
-        return {"problem": str(error)}
+        return {"problem": tell(error)}
     of_trait = [row for row in content.all_results if row.trait == str(trait)]
     rows = [row.as_written() for row in of_trait if None not in (row.val_effect_size, row.val_auroc)]
     if not rows:
@@ -77,14 +81,14 @@ def _evaluation(layout: Layout, trait: Trait) -> dict[str, Any]:
     }
 
 
-def _steering(layout: Layout, trait: Trait) -> dict[str, Any]:
+def _steering(layout: Layout, trait: Trait, tell: _Tell) -> dict[str, Any]:
     path = layout.steering(trait)
     if not lexists(path):
         return {"missing": missing.steering(layout, trait).to_json()}
     try:
         results = SteeringResults.read(path)
     except StorageError as error:
-        return {"problem": str(error)}
+        return {"problem": tell(error)}
     names = ("layer", "method", "component", "coefficient", "trait_mean", "coherence_mean", "standard_error")
     found = results.single_layer_runs
     runs = [

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from tlcapture.errors import InputError
+from tlcapture.prompts.bounded_templates import bound_templates
 from tlcapture.prompts.message_spans import Message, Span, find_messages
 from tlcapture.prompts.step_limit import StepLimitError, step_limit
 from tlcapture.text import first_line
@@ -200,13 +201,14 @@ def _render(
 ) -> str:
     from jinja2.exceptions import TemplateError
 
+    bound_templates()
     options = {**template_args, "tokenize": False, "add_generation_prompt": add_generation_prompt}
     try:
         with step_limit(MAX_STEPS):
             rendered = str(tokenizer.apply_chat_template(messages, **options))
         rendered.encode()  # fails for half of a surrogate pair
-    except StepLimitError:
-        raise InputError(f"the model's chat template does not end within {MAX_STEPS:,} steps: {ADVICE}") from None
+    except StepLimitError as error:
+        raise InputError(f"the model's chat template {error}: {ADVICE}") from None
     except Exception as error:  # a template can raise whatever Python raises
         reason = first_line(error)
         if type(error) is TemplateError:  # what raise_exception raises

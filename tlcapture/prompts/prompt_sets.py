@@ -161,7 +161,7 @@ class PromptSet(BaseModel):
         for prompt in self.prompts:
             # On some file systems, names that differ only in case are the same file.
             name = str(prompt.id).lower()
-            if name in seen and type(seen[name]) is not type(prompt.id):
+            if name in seen and seen[name] != prompt.id:
                 raise ValueError(f"ids {seen[name]!r} and {prompt.id!r} would have the same files")
             if name in seen:
                 raise ValueError(f"id {prompt.id!r} occurs twice in prompts")
@@ -193,7 +193,7 @@ def read_prompt_file(path: Path, name: str | None = None) -> PromptSet:
     """
     name = path.stem if name is None else name
     try:
-        value = read_json(path)
+        value = read_json(path, exact=True)
         content = {"prompts": value} if isinstance(value, list) else value
         if not isinstance(content, dict) or "prompts" not in content:
             raise InputError(f'{path}: expected a list of prompts, or {{"prompts": [...]}}')

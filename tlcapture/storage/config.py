@@ -37,7 +37,7 @@ def read_config(layout: Layout) -> ExperimentConfig:
     """
     if not lexists(layout.config):
         return ExperimentConfig()
-    value = read_json(layout.config)
+    value = read_json(layout.config, exact=True)
     try:
         return ExperimentConfig.model_validate(value)
     except ValidationError as error:

@@ -27,6 +27,7 @@ from tlcapture.errors import NoSpaceError, StorageError
 from tlcapture.logger import get_logger
 from tlcapture.storage.archives import Archive, MoreRecords, storages_of, write_archive
 from tlcapture.storage.folders import stems_in
+from tlcapture.storage.json_text import parsed
 from tlcapture.storage.object_stores import is_url
 from tlcapture.storage.regular_files import check_regular
 from tlcapture.storage.remote_roots import discard, is_remote, local, publish, publish_folder
@@ -119,15 +120,12 @@ def as_json(value: Any) -> Any:
     return orjson.Fragment(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY))
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file; raises `StorageError` with file, line and reason if it cannot be read or is not JSON."""
-    data = read_bytes(path)
-    try:
-        return orjson.loads(data)
-    except orjson.JSONDecodeError as error:
-        raise StorageError(f"{path}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from None
-    except RecursionError:
-        raise StorageError(f"{path}: not valid JSON: nested too deeply") from None
+def read_json(path: Path, *, exact: bool = False) -> Any:
+    """Read a JSON file; raises `StorageError` with file, line and reason if it cannot be read or is not JSON.
+
+    What is to be `exact` is refused also for what reading would lose; see `json_text.lost`.
+    """
+    return parsed(read_bytes(path), path, exact=exact)
 
 
 def write_bytes(path: Path, data: bytes, *, before_replacing: Hook | None = None) -> Written:

@@ -106,7 +106,7 @@ class Datasets:
             if path.is_dir():
                 return path
         raise InputError(
-            f"no examples for trait {str(trait)!r}: expected the folder "
+            f"no examples for trait {str(trait)!r}: expected positive.jsonl and negative.jsonl in the folder "
             f"{self.folders[0] / 'traits' / trait.category / trait.name}"
             f"{beside(str(trait), map(str, self.traits()), 'existing traits')}"
         )

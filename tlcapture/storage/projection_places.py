@@ -22,6 +22,8 @@ class ProjectionPlace:
 
 def place_of_projection(path: Path) -> ProjectionPlace | None:
     """What a path says of a projection file; `None` for one that is not the path of such a file in an experiment."""
+    if path.suffix != ".json":
+        return None
     parts = path.parts
     for component, stream in STREAM_FOLDERS.items():
         for at in (each for each, part in enumerate(parts) if part == stream):

@@ -128,6 +128,16 @@ class Shard:
         """Its prompts by id."""
         return {entry.id: entry for entry in self.index.prompts}
 
+    @cached_property
+    def _mapped(self) -> dict[str, NDArray[Any]]:
+        return {}
+
+    def _array(self, name: str) -> NDArray[Any]:
+        """A tensor, mapped into memory when it is first read."""
+        if name not in self._mapped:
+            self._mapped[name] = self.file.array(name).view(np.ndarray)
+        return self._mapped[name]
+
     def sharded(self, prompt_id: str) -> Iterator[Sharded]:
         """The projections of a prompt; none of one that the shard does not have."""
         entry = self.entries.get(prompt_id)
@@ -140,7 +150,7 @@ class Shard:
         try:
             entry = self.entries[prompt_id]
             start, stop = entry.record
-            record = orjson.loads(self.file.array("records")[start:stop].tobytes())
+            record = orjson.loads(self._array("records")[start:stop].tobytes())
             own = dict(record["traits"][trait])
             form = own.pop("form")
             if not scored:
@@ -163,14 +173,14 @@ class Shard:
     def labels(self, entry: IndexEntry) -> dict[str, dict[str, Any]]:
         """By trait, what the files of a prompt's projections would hold beside numbers; raises as `content` does."""
         try:
-            record = orjson.loads(self.file.array("records")[slice(*entry.record)].tobytes())
+            record = orjson.loads(self._array("records")[slice(*entry.record)].tobytes())
             return {trait: {**record["shared"], **record["traits"][trait]} for trait in entry.written}
         except (KeyError, TypeError, ValueError):
             raise not_valid(self.file.path, KIND, f"what it holds of prompt {entry.id!r} is damaged") from None
 
     def texts(self) -> dict[str, str]:
         """The texts of its prompts by id; damaged records are left out."""
-        found, records = dict[str, str](), self.file.array("records").data
+        found, records = dict[str, str](), self._array("records").data
         for entry in self.index.prompts:
             record = records[slice(*entry.record)]
             first = _TEXT_FIRST.match(record)  # a hundred times faster than to parse all of it
@@ -187,11 +197,11 @@ class Shard:
         layers = np.array([self.index.layers.index(layer) for layer in form["layers"]], dtype=np.int64)
         points = np.array([self.index.points.index(point) for point in form["points"]], dtype=np.int64)
         column = self.index.traits.index(trait)
-        return _rounded(self.file.array("scores")[:, column][np.ix_(rows, layers, points)])
+        return _rounded(self._array("scores")[:, column][np.ix_(rows, layers, points)])
 
     def _steps(self, name: str, entry: IndexEntry, trait: str, count: int) -> list[float | None]:
         start, stop = entry.rows
-        values = self.file.array(name)[start:stop, self.index.traits.index(trait)][:count]
+        values = self._array(name)[start:stop, self.index.traits.index(trait)][:count]
         known = ~np.isnan(values)
         found = np.full(len(values), None, dtype=object)
         found[known] = _rounded(values[known])

@@ -40,7 +40,7 @@ OnBasis = Float[Tensor, "n_layers n_tokens n_basis"]
 Directions = Float[Tensor, "*n_vectors n_directions n_basis"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChanceLevel:
     """What 200 random directions do at a vector's layer, on one capture.
 
@@ -67,6 +67,15 @@ class ChanceLevel:
     rises: Values | None
     reference_rises: tuple[float, float] | None
     standardised: Values | None
+
+    def standard_score(self, rise: float) -> float | None:
+        """A rise of the vector less the mean of its rises over the reference prompts, in their standard deviations."""
+        return None if self.reference_rises is None else (rise - self.reference_rises[0]) / self.reference_rises[1]
+
+    @property
+    def largest_rise(self) -> float | None:
+        """What 95 % of the random directions stay below with their rises, as standard scores."""
+        return None if self.standardised is None else float(np.quantile(self.standardised, 0.95))
 
     def to_json(self) -> dict[str, Any]:
         """The key `chance` of a projection file's metadata."""

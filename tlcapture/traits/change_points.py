@@ -39,7 +39,7 @@ _CANCELLING = 0.01  # share of a series's variance
 _RANGE = 1e4  # beyond any clarity that noise has
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChangePoints:
     """The change points of several series, one number each.
 
@@ -159,7 +159,7 @@ def _simulated_length(n_tokens: int) -> int:
     return round(_EXACT_LENGTHS * _LENGTH_STEP**steps)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Null:
     """Clarities of series without a change, in bins of similar lag-1 correlation of the residuals.
 

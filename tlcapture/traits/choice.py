@@ -80,7 +80,7 @@ class Subject(Protocol):
         """Metadata as a capture file holds them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChosenVector:
     """A trait's vector and how it was selected.
 
@@ -96,7 +96,7 @@ class ChosenVector:
         return origin_notes(self.vector, capture, other_model_intended=self.other_model_intended)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChosenVectors:
     """A vector per trait, in the order of the traits, and why others have none."""
 

@@ -35,7 +35,7 @@ from tlcapture.views.kept_tokens import Positions
 Trajectories = Float[Tensor, "n_trajectories n_tokens"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dynamics:
     """Velocity, commitment and persistence of a trajectory.
 
@@ -93,7 +93,7 @@ def dynamics(trajectory: Trajectory, n_prompt_tokens: int, held: Positions | Non
     return Motion.of(trajectory.double().unsqueeze(0), n_prompt_tokens, held).dynamics()[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Motion:
     """The change points and rises of several trajectories `[n_trajectories, n_tokens]` of one capture.
 
@@ -160,7 +160,7 @@ class Motion:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Strengths:
     """Which of several trajectories of one capture commit and persist, `[n_trajectories]`, and how clearly.
 

@@ -118,11 +118,16 @@ class TraitIntervention(ABC):
             raise InputError(f"{text!r}: {error}") from None
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, TraitIntervention) or repr(self) != repr(other):
-            return False
-        return isinstance(self.vector, Trait) or self.vector is other.vector
+        return isinstance(other, TraitIntervention) and self._key == other._key
 
-    __hash__ = None  # type: ignore[assignment]  # vectors of one's own are compared by identity
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[Any, ...]:
+        """What two that are equal share; vectors of one's own are compared by identity."""
+        vector = self.vector if isinstance(self.vector, Trait) else id(self.vector)
+        return type(self), vector, self.number, self.layers, self.where
 
     def __repr__(self) -> str:
         vector = repr(str(self.vector)) if isinstance(self.vector, Trait) else f"<vector of {len(self.vector)}>"

@@ -27,7 +27,7 @@ CONVENTIONS = ("hidden_states", "resid_post", "resid_pre")
 _SHIFT = {"hidden_states": -1, "resid_post": 0, "resid_pre": -1}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Placed:
     """Vectors at the blocks of a model.
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from tlcapture.errors import InputError, VectorError
+from tlcapture.models.embedded import NAME as EMBEDDED
 from tlcapture.names import Trait
-from tlcapture.storage.layout import Layout
+from tlcapture.storage.config import read_config
+from tlcapture.storage.layout import Layout, shipped_datasets
 from tlcapture.text import as_ranges, beside, did_you_mean
 
 PACKAGED = "packaged"  # the name of the experiment that comes with the package
@@ -32,10 +34,18 @@ def no_vectors_of_trait(layout: Layout, trait: Trait) -> InputError:
     """The error for a trait without vectors, naming the traits that have some, and the one that was probably meant."""
     traits = [*map(str, layout.traits())]
     extract = "" if did_you_mean(str(trait), traits) else f"; run '{extract_command(layout, [trait])}'"
+    if extract and _has_packaged(layout, trait):
+        extract += f", or take those that come with the package, vector experiment '{PACKAGED}'"
     return InputError(
         f"no vectors for trait {str(trait)!r} in {_place(layout)}{beside(str(trait), traits, 'available traits')}"
         f"{extract}"
     )
+
+
+def _has_packaged(layout: Layout, trait: Trait) -> bool:
+    """Whether a trait's vectors come with the package, for the model of an experiment that is not `packaged` itself."""
+    is_theirs = layout.experiment != PACKAGED and read_config(layout).inference_model == EMBEDDED
+    return is_theirs and (shipped_datasets() / PACKAGED / "vectors" / f"{trait}.safetensors").is_file()
 
 
 def no_component_vectors(layout: Layout, component: str) -> InputError:

@@ -29,14 +29,18 @@ PERSONA_VECTORS, REPENG, STEERING_VECTORS = "persona-vectors", "repeng", "steeri
 _STEERING_VECTOR = "steering_vectors.steering_vector.SteeringVector"
 _PARTS = {"decoder_block": "residual", "self_attn": "attn_out"}  # steering-vectors' layer types that have a place here
 # Parts of a name that say which activation it is, in the order in which they are looked for.
-_ACTIVATIONS = {
-    "resid_post": ("residual", "resid_post"),
-    "resid_pre": ("residual", "resid_pre"),
-    "resid_mid": None,
-    "mlp": None,
-    "norm": None,
-    "attn": ("attn_out", None),
-    "attention": ("attn_out", None),
+_BETWEEN = ("resid_mid", "after_attn", "after_attention", "post_attn", "post_attention", "pre_attn", "pre_attention")
+_WITHIN_ATTENTION = (
+    "hook_q", "hook_k", "hook_v", "hook_z", "hook_rot", "hook_result", "hook_pattern", "q_proj", "k_proj", "v_proj",
+    "qkv", "c_attn",
+)  # fmt: skip
+_OTHERS = ("mlp", "ffn", "feed_forward", "expert", "moe", "mixer", "ssm", "norm", "embed")
+_ACTIVATIONS: dict[str, tuple[str | None, str | None] | None] = {
+    **dict.fromkeys(("resid_post", "residual_out"), ("residual", "resid_post")),
+    **dict.fromkeys(("resid_pre", "residual_in"), ("residual", "resid_pre")),
+    "hidden_state": ("residual", "hidden_states"),
+    **dict.fromkeys((*_BETWEEN, *_WITHIN_ATTENTION, *_OTHERS)),
+    **dict.fromkeys(("attn", "attention"), ("attn_out", None)),
 }
 
 

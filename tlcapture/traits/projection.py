@@ -71,12 +71,12 @@ class Centred:
         }
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Projection:
     """One capture's projection onto one trait vector.
 
         found = cap.project("behavioral/refusal")
-        found.trajectory, found.calibration, found.dynamics.commitment_point, found.chance.commit
+        found.trajectory, found.calibration, found.rise, found.dynamics.commitment_point, found.chance.commit
         found.coloured(), found.means(), found.source(), found.to_json()
 
     `prompt` and `response` are `[n_tokens, n_layers, n_sublayers]`, in units of the activations;
@@ -152,6 +152,14 @@ class Projection:
             name: None if each.isnan() else float(round_significant(float(each), PROJECTION_DIGITS))
             for name, each in found.items()
         }
+
+    @property
+    def rise(self) -> float | None:
+        """The mean over the response less that over the prompt, as `chance.standard_score`; `None` where not known."""
+        means, chance = self.means(), self.chance
+        if chance is None or means["prompt"] is None or means["response"] is None:
+            return None
+        return chance.standard_score(means["response"] - means["prompt"])
 
     def to_json(self) -> dict[str, Any]:
         """The keys `projections` and `dynamics` of a projection file."""

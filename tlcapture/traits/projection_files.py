@@ -12,9 +12,11 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from tlcapture.captures.intervention_record import InterventionRecord
-from tlcapture.names import PromptId
+from tlcapture.errors import StorageError
+from tlcapture.names import PromptId, capture_name, of_variant
 from tlcapture.prompts.spans import TokenSpan, check_spans
 from tlcapture.storage.files import read_json
+from tlcapture.storage.projection_places import ProjectionPlace, place_of_projection
 from tlcapture.storage.validation import Count, FileContent, Layer, Number, Share, checked
 from tlcapture.text import as_ranges
 from tlcapture.traits.calibration import Calibration, CalibrationRecord
@@ -25,7 +27,20 @@ _MOST_LAYERS = 1000
 _LAST = ("residual_out", "attn_out")  # the sublayer whose scores are the trajectory
 
 
-class Part(FileContent):
+class Labelled(FileContent):
+    """Content with labels that may be missing; null is as good as none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_no_label(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        fields = cls.model_fields.items()
+        nulls = {name for name, field in fields if not field.is_required() and value.get(name, "") is None}
+        return {key: each for key, each in value.items() if key not in nulls} if nulls else value
+
+
+class Part(Labelled):
     """Prompt or response. The number of tokens and the text are optional."""
 
     tokens: list[str]
@@ -135,7 +150,7 @@ class Means(FileContent):
     deviation: Number | None
 
 
-class ProjectionMetadata(FileContent):
+class ProjectionMetadata(Labelled):
     """The vector, the capture, and what is doubtful about projecting one onto the other.
 
     `positions` are the tokens whose scores the file holds, and `means` were taken before others were dropped.
@@ -157,7 +172,7 @@ class ProjectionMetadata(FileContent):
     means: Means | None = None
 
 
-class ProjectionFile(FileContent):
+class ProjectionFile(Labelled):
     """One capture's projection onto one trait's vector, every score finite and of one shape."""
 
     prompt: Part
@@ -174,8 +189,27 @@ class ProjectionFile(FileContent):
 
     @classmethod
     def parse(cls, content: Any, path: Path) -> ProjectionFile:
-        """Check the content of a projection file; raises `StorageError` with file, field and reason."""
-        return checked(cls, content, path, "projection")
+        """Check the content of a projection file; raises `StorageError` with file, field and reason.
+
+        What it says of its prompt and trait has to be what the path of a JSON file in an experiment says.
+        """
+        found, place = checked(cls, content, path, "projection"), place_of_projection(path)
+        if place is not None and (others := found._named_otherwise(place)):
+            raise StorageError(f"{path}: its metadata names {', '.join(others)}: it was moved or renamed")
+        return found
+
+    def _named_otherwise(self, place: ProjectionPlace) -> list[str]:
+        """What the metadata names that the path names otherwise; a trait may be named without its category."""
+        metadata, source = self.metadata, self.metadata.vector_source
+        last = "attn_out" if metadata.sublayers and metadata.sublayers[-1] == "attn_out" else None
+        name, prompt_set = metadata.prompt_id, metadata.prompt_set
+        named = [
+            ("prompt", None if name is None else capture_name(name, metadata.sample), [place.prompt_id]),
+            ("prompt set", prompt_set and of_variant(prompt_set, metadata.variant), [place.prompt_set]),
+            ("trait", source.trait, [str(place.trait), place.trait.name]),
+            ("component", source.component or last, [place.component]),
+        ]
+        return [f"{what} {each}" for what, each, expected in named if each is not None and str(each) not in expected]
 
     def sublayers(self, component: str = "residual") -> list[str]:
         """Names of the scores of a layer, those of the file or the usual ones of a component."""
@@ -303,7 +337,9 @@ class ProjectionFile(FileContent):
             raise ValueError(f"a vector of layer {layer}, but scores of layers {as_ranges(self.layers)}{stated}")
         if sublayers is not None and len(sublayers) != n_sublayers:
             raise ValueError(f"{n_sublayers} scores per layer, but {len(sublayers)} sublayers")
-        if sublayers is not None and {*sublayers} & {*_LAST} and sublayers[-1] not in _LAST:
+        if sublayers is not None and len({*sublayers}) < len(sublayers):
+            raise ValueError(f"sublayers {', '.join(sublayers)}: expected different names")
+        if sublayers is not None and sublayers[-1] not in _LAST:
             raise ValueError(
                 f"sublayers end with {sublayers[-1]}, expected {' or '.join(_LAST)}, the one of the trajectory"
             )

@@ -28,7 +28,7 @@ FEWEST_PROMPTS = 8  # with fewer, no deviation of rises can be relied on
 Means = Float[Tensor, "n_layers n_prompts d_model"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reference:
     """Mean activations of prompts and of responses, of one component.
 

@@ -27,7 +27,7 @@ _REACH = SMOOTHED // 2
 _Places = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rises:
     """The rises of several trajectories, one number each.
 
@@ -158,7 +158,7 @@ def _ring(n_tokens: int) -> _Places:
     return np.arange(-_REACH, n_tokens + _REACH + BLOCK - 1) % n_tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Dealt:
     """Which tokens the permutations deal to the response; the first one changes nothing.
 

@@ -83,9 +83,12 @@ class SavedProjection:
         check_regular(self.place)
         return self.place.stat().st_mtime_ns
 
-    def content(self) -> Any:
-        """The content of the JSON file, unchecked; raises `StorageError` for a damaged one."""
-        return read_json(self.place) if self.sharded is None else self.sharded.content()
+    def content(self, *, exact: bool = False) -> Any:
+        """The content of the JSON file, unchecked; raises `StorageError` for a damaged one.
+
+        What is written again is to be `exact`, see `read_json`.
+        """
+        return read_json(self.place, exact=exact) if self.sharded is None else self.sharded.content()
 
     def labels(self) -> Any:
         """The content without its numbers, where they can be left out; raises as `content` does."""

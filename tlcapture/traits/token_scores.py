@@ -163,7 +163,7 @@ class TokenScores:
             "prompt_set": (metadata.prompt_set and of_variant(metadata.prompt_set, metadata.variant))
             or (place and place.prompt_set),
             "prompt_id": place.prompt_id if metadata.prompt_id is None and place else metadata.prompt_id,
-            "trait": source.trait or (place and str(place.trait)),
+            "trait": (place and str(place.trait)) or source.trait,
             "component": source.component or (place and place.component),
         }
         lacking = [name for name, value in {"dynamics": dynamics, **labels}.items() if value is None]

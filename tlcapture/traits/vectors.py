@@ -19,7 +19,7 @@ from tlcapture.traits.vector_files import VectorFiles
 _SMALLEST, _LARGEST = 1e-9, 1e15  # components whose squares and their sums float32 holds without loss
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TraitVector:
     """A direction `[d_model]` for a trait, and its origin.
 

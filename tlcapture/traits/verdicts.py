@@ -79,6 +79,14 @@ class Doubts:
         return found
 
 
+def layers_of(vectors: Iterable[UsedVector]) -> dict[str, int]:
+    """The layer of each trait's vector, for traits with vectors of one layer alone."""
+    found: dict[str, set[int]] = {}
+    for vector in vectors:
+        found.setdefault(vector.trait, set()).add(vector.layer)
+    return {trait: layers.pop() for trait, layers in found.items() if len(layers) == 1}
+
+
 @lru_cache(maxsize=4)
 def _read(path: Path, state: FileState) -> Evaluation:
     return Evaluation.read(path)

@@ -22,7 +22,7 @@ from tlcapture.views.kept_tokens import Positions
 _CHUNK = 256  # queries whose weights are gathered at one time
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AttentionPatterns:
     """Weights `[len(layers), n_heads, query, key]` of the layers with attention, over keys up to each query.
 

@@ -40,7 +40,7 @@ MEASURES: dict[str, Callable[[Weights], Weights]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HeadSummary:
     """Means over queries.
 

@@ -36,7 +36,7 @@ def logit_lens_hooks(n_layers: int, only: Sequence[int] = ()) -> list[str]:
     return [hook("residual_out", layer) for layer in only or range(n_layers)]
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LogitLens:
     """Predictions for every token that has a next one (or for those of them in `positions`), by layer.
 

@@ -25,7 +25,7 @@ from tlcapture.views.kept_points import KeptPoints
 CheckRows = Callable[[str, Tensor, Iterable[int]], None]
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ResidualStream:
     """The residual stream of some tokens, and the attention outputs where they were captured.
 

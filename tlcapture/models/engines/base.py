@@ -22,7 +22,7 @@ from tlcapture.views.hooks import attention_layers, hook
 EXTERNAL_PREFIX = "tl-"  # prefix of the fingerprints of models that tlcapture did not load itself
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """The result of one forward pass.
 

@@ -44,7 +44,7 @@ _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "atten
 _ALWAYS_PLAIN = {HOOKS[name] for name in (*POINTS, "attn_out", "mixer_out", "mlp_out")}
 
 
-@dataclass
+@dataclass(eq=False)
 class _BridgeState:
     mask: Tensor
     past: Any = None

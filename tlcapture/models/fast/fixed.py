@@ -18,7 +18,7 @@ from tlcapture.models.fast.state import FastState, Step
 from tlcapture.shapes import Mask, MaskSoFar, Tokens
 
 
-@dataclass
+@dataclass(eq=False)
 class FixedState(FastState):
     """Keys and values of a batch that has room for the next token.
 
@@ -48,7 +48,7 @@ class FixedState(FastState):
         return self.store
 
 
-@dataclass
+@dataclass(eq=False)
 class FixedStep(Step):
     """The step of one token per row; `stop` is the number of keys that are read, with those still to come.
 

@@ -15,7 +15,7 @@ from tlcapture.shapes import Mask, Tokens
 _MIN_GROWTH = 64  # the fewest positions by which the buffer of keys and values grows
 
 
-@dataclass
+@dataclass(eq=False)
 class FastState:
     """The keys, values and mask of a batch.
 
@@ -84,7 +84,7 @@ def rows_of(tensor: Tensor, rows: Sequence[int]) -> Tensor:
     return torch.stack([tensor[row] for row in rows]) if rows else tensor[:0]
 
 
-@dataclass
+@dataclass(eq=False)
 class Step:
     """Data shared by all layers of a forward pass; masks and rotary tables are computed on first use.
 

@@ -1,15 +1,18 @@
 "use strict";
 // A Plotly figure in the colours of the page, with buttons to save it as PNG or SVG.
-tl.plotly = new Promise((resolve, reject) => {
+let loading = null;
+
+/** A promise of Plotly, which is loaded when it is first asked for: its script is large, and the overview has no figure. */
+tl.plotly = () => (loading ??= new Promise((resolve, reject) => {
   if (window.Plotly) return resolve(window.Plotly);
   const script = tl.element("script", { src: "plotly.js", onload: () => resolve(window.Plotly), onerror: () => reject(new Error("Plotly's script could not be loaded")) });
   document.head.append(script);
-});
+}));
 
 tl.figure = ({ name, height = 300, onClick }) => {
   const { element } = tl;
   const plot = element("div", { className: "plot", style: { height: `${height}px` } });
-  const save = (format) => tl.plotly.then((Plotly) => Plotly.downloadImage(plot, {
+  const save = (format) => tl.plotly().then((Plotly) => Plotly.downloadImage(plot, {
     format, filename: `tlcapture_${[name, tl.state.now.set, tl.state.now.prompt].filter(Boolean).join("_")}`,
     width: plot.clientWidth, height: plot.clientHeight, scale: format === "png" ? 2 : 1,
   }));
@@ -56,7 +59,7 @@ tl.figure = ({ name, height = 300, onClick }) => {
     /** Draw after previous draws have finished. Returns a promise. */
     draw(traces, layout) {
       plot.dataset.drawn = "no";
-      drawn = drawn.then(() => tl.plotly).then(async (Plotly) => {
+      drawn = drawn.then(tl.plotly).then(async (Plotly) => {
         if (plot.dataset.gone) return;
         await Plotly.react(plot, traces, styled(layout), { displaylogo: false, responsive: true, displayModeBar: false });
         plot.dataset.drawn = "yes";
@@ -69,7 +72,7 @@ tl.figure = ({ name, height = 300, onClick }) => {
     },
     /** Update only the shapes, to move a marker. */
     mark(shapes) {
-      drawn = drawn.then(() => tl.plotly).then((Plotly) => (plot.dataset.gone || !plot.layout ? null : Plotly.relayout(plot, { shapes })));
+      drawn = drawn.then(tl.plotly).then((Plotly) => (plot.dataset.gone || !plot.layout ? null : Plotly.relayout(plot, { shapes })));
       return drawn;
     },
     remove() {

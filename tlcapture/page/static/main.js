@@ -3,6 +3,7 @@
 (() => {
   const { element, source, state } = tl;
   const VIEWS = Object.entries(tl.views);
+  const SOON = 2000; // milliseconds that the first view waits to learn which trait stands out
   const byId = (id) => document.getElementById(id);
   const work = tl.work(byId("work"));
   const strip = tl.strip(byId("strip"), (token, isMore) => (isMore && state.now.token !== null ? notes.extend(token) : state.set({ token })));
@@ -56,10 +57,11 @@
     const listed = changes.set ? await source.promptSet(changes.experiment, changes.set) : { prompts: [], traits: [] };
     const all = [...new Set([...listed.traits, ...experiment.traits])].sort();
     if (wanted.prompt && !listed.prompts.some((prompt) => prompt.id === wanted.prompt)) return unknown(experiments, changes, `${changes.experiment}/${changes.set} has no capture ${wanted.prompt}; captured: ${listOf(listed.prompts.map((prompt) => prompt.id))}`, experiment, listed);
-    if (wanted.trait && !all.includes(wanted.trait)) return unknown(experiments, changes, `${changes.experiment} has neither vectors of ${wanted.trait} nor projections onto it; traits: ${listOf(all)}`, experiment, listed);
+    if (wanted.trait && !wanted.provisional && !all.includes(wanted.trait)) return unknown(experiments, changes, `${changes.experiment} has neither vectors of ${wanted.trait} nor projections onto it; traits: ${listOf(all)}`, experiment, listed);
     changes.prompt = listed.prompts.some((prompt) => prompt.id === wanted.prompt) ? wanted.prompt : listed.prompts[0]?.id ?? "";
     const traits = all, view = viewOf(wanted);
-    changes.trait = traits.includes(wanted.trait) ? wanted.trait : view === "overview" ? "" : await firstTrait(changes, experiment, listed, wanted);
+    const isChosen = traits.includes(wanted.trait) && !wanted.provisional;
+    Object.assign(changes, isChosen ? { trait: wanted.trait } : view === "overview" ? { trait: "" } : await firstTrait(changes, experiment, listed, wanted));
     changes.view = view;
     delete begin.loading;
     return { experiments, listed, traits, changes };
@@ -74,14 +76,23 @@
     return { experiments, listed, changes, traits: [...new Set([...listed.traits, ...(experiment?.traits ?? [])])].sort(), problem: new source.Missing({ what }) };
   }
 
-  /** The trait that stands out most in the prompt or else in the set, or simply the first one. */
+  /** The trait that stands out most in the prompt or else in the set, or simply the first one, which stands in while that is not known. */
   async function firstTrait({ experiment: name, set, prompt }, experiment, listed, wanted) {
     const first = (wanted.view === "vectors" ? experiment.traits[0] : listed.traits[0]) ?? experiment.traits[0] ?? "";
-    if (!listed.traits.length) return first;
-    const unknownYet = { rows: [] }, late = new Promise((resolve) => setTimeout(resolve, 4000, unknownYet)); // of a very large set
-    const { rows } = await Promise.race([source.overview(name, set, wanted.component).catch(() => unknownYet), late]);
+    if (!listed.traits.length) return { trait: first };
+    const found = source.overview(name, set, wanted.component).then(({ rows }) => outstanding(rows, prompt) ?? first, () => first);
+    const trait = await Promise.race([found, new Promise((resolve) => setTimeout(resolve, wanted.provisional ? 0 : SOON, null))]);
+    if (trait !== null) return { trait };
+    found.then((known) => {
+      const now = state.now;
+      if (now.provisional && now.experiment === name && now.set === set && now.prompt === prompt) state.set({ trait: known }, { quietly: true });
+    });
+    return { trait: first, provisional: true };
+  }
+
+  function outstanding(rows, prompt) {
     const own = rows.find((row) => row.captures.includes(prompt)), most = rows.filter((row) => row.stands_out).sort((a, b) => b.rise - a.rise)[0];
-    return (own?.stands_out ? own.trait : most?.trait ?? own?.trait) ?? first;
+    return own?.stands_out ? own.trait : most?.trait ?? own?.trait;
   }
 
   function drawHeader({ experiments, listed, traits }) {
@@ -94,6 +105,7 @@
       picker("set", "set", (experiments.find((each) => each.name === now.experiment)?.prompt_sets ?? []).map((name) => ({ value: name, text: name })), { prompt: "", token: null }),
       element("div", { className: "picker" }, element("button", { "aria-label": "prompt: choose one in the overview", onclick: pick }, element("small", {}, "prompt"), tl.byPrompt(listed.prompts).find((group) => group.captures.some((each) => each.id === now.prompt))?.id ?? "none")),
       picker("trait", "trait", traits.map((trait) => ({ value: trait, text: trait }))),
+      ...(now.provisional ? [element("span", { className: "note", role: "status" }, "finding the trait that stands out \u2026")] : []),
       ...(samples ? [picker("sample", "prompt", samples.samples.map((each) => ({ value: each.id, text: `${each.sample} of ${samples.samples.length}` })), { token: null })] : []),
       ...(data?.interventions ?? []).map((text) => element("span", { className: "intervention", title: `captured under an intervention: ${text}` }, text)),
       ...(components.length > 1 ? [tl.choice("of", components.map((each) => [each, each]), now.component, (component) => state.set({ component }))] : []));
@@ -184,7 +196,9 @@
     refocus();
     document.documentElement.dataset.shown = location.hash;
     document.documentElement.dataset.ready = "yes";
-    if (!performance.getEntriesByName("first view").length) performance.mark("first view");
+    if (performance.getEntriesByName("first view").length) return;
+    performance.mark("first view");
+    setTimeout(() => tl.plotly().catch(() => null), 500); // before the first figure is asked for
   }
 
   function move(key, by) {

@@ -13,7 +13,10 @@ tl.views.overview = {
     const find = element("input", { type: "search", id: "find", placeholder: "find prompts, answers, traits", "aria-label": "Find prompts, answers or traits", oninput: () => tl.state.set({ find: find.value }, { quietly: true }), onkeydown: openFirst });
     const controls = element("div", { className: "controls" }), table = element("div", { className: "scrolled", tabIndex: 0, role: "region", "aria-label": "Prompts by traits" }), notes = element("div");
     container.append(controls, table, notes);
-    let rows = [], found = null, first = null;
+    const STEP = 200, PATIENCE = 250; // rows that are drawn at once; milliseconds for which the list waits for what stands out
+    let groups = [], rows = [], found = null, of = "", asked = null, reading = null, isGone = false;
+    let listed = [], first = null, body = null, order = "";
+    table.addEventListener("scroll", () => { if (table.scrollTop + table.clientHeight > table.scrollHeight - 800) drawMore(); });
 
     const open = (row, trait) => tl.state.set({
       view: tl.views[tl.state.now.from] ? tl.state.now.from : "dynamics", from: "", token: null,
@@ -28,7 +31,7 @@ tl.views.overview = {
     const COLUMNS = {
       prompt: ["prompt", "The prompt, and the number of its samples.", null],
       top: ["stands out", "The trait that rose most in the response, if it rose more than chance.", (row) => (row.trait ? `${row.stands_out || row.chance === null ? 0 : 1}${row.trait}` : null)],
-      rise: ["rise", "How much that trait rose from the prompt to the response, in standard deviations.", (row) => row.rise ?? null],
+      rise: ["rise", "How much that trait rose from the prompt to the response, as a standard score: less the mean rise, in standard deviations.", (row) => row.rise ?? null],
       chance: ["chance", "What the largest of as many random directions stays below in 95 % of draws. A larger rise stands out.", (row) => row.chance ?? null],
       answer: ["answer", "The first words of the response.", (row) => row.answer || null],
     };
@@ -77,15 +80,30 @@ tl.views.overview = {
       return cells;
     }
 
+    /** Draw rows of the list until there are `count`. */
+    function drawRows(count) {
+      const state = tl.state.now, traits = found?.traits ?? [], drawn = drawnRows();
+      const most = rows.reduce((reach, { rises }) => Object.values(rises ?? {}).reduce((largest, rise) => Math.max(largest, Math.abs(rise)), reach), 1e-9);
+      body.querySelector(".more")?.remove();
+      body.append(...listed.slice(drawn, count).map((row) => element("tr", { className: row.captures.includes(state.prompt) ? "chosen" : "", onclick: (event) => { if (!event.target.closest("button, .cell")) open(row); } }, cellsOf(row, traits, most))));
+      if (count < listed.length) body.append(element("tr", { className: "more" }, element("td", { className: "note", colSpan: 5 + traits.length }, `the first ${count} of ${listed.length} prompts; `, element("button", { onclick: drawMore }, `show ${STEP} more`))));
+    }
+
+    const drawnRows = () => body?.querySelectorAll("tr:not(.more)").length ?? 0;
+
+    const drawMore = () => drawRows(drawnRows() + STEP);
+
     function draw(state) {
-      const focused = document.activeElement === find, traits = found?.traits ?? [], listed = sorted(filtered(state), state);
-      const most = Math.max(1e-9, ...rows.flatMap((row) => Object.values(row.rises ?? {}).map(Math.abs)));
+      const focused = document.activeElement === find, traits = found?.traits ?? [], before = order === orderOf(state) ? drawnRows() : 0;
+      listed = sorted(filtered(state), state);
+      order = orderOf(state);
       const columns = traits.length ? ["prompt", "top", "rise", "chance", "answer"] : ["prompt", "answer"];
       first = listed[0] ?? null;
       const head = [...columns.map((key) => header(key, COLUMNS[key][0], COLUMNS[key][1], state)), ...traits.map((trait) => header(trait, trait.split("/").pop(), `Rise of ${trait}.`, state))];
-      const body = listed.map((row) => element("tr", { className: row.captures.includes(state.prompt) ? "chosen" : "", onclick: (event) => { if (!event.target.closest("button, .cell")) open(row); } }, cellsOf(row, traits, most)));
-      if (!body.length) body.push(element("tr", {}, element("td", { className: "note", colSpan: head.length }, "no match")));
-      table.replaceChildren(element("table", { className: "overview" }, element("thead", {}, element("tr", {}, head)), element("tbody", {}, body)));
+      body = element("tbody", {});
+      drawRows(Math.max(STEP, before));
+      if (!listed.length) body.append(element("tr", {}, element("td", { className: "note", colSpan: head.length }, "no match")));
+      table.replaceChildren(element("table", { className: "overview" }, element("thead", {}, element("tr", {}, head)), body));
       const outstanding = rows.filter((row) => row.stands_out).length;
       controls.replaceChildren(find, ...(traits.length ? [tl.choice("show", [["", "all prompts"], ["any", "where any trait stands out"], ...traits.map((trait) => [trait, `where ${trait} stands out`])], state.only, (only) => tl.state.set({ only }, { quietly: true }))] : []),
         element("span", { className: "note", role: "status" }, `${listed.length} of ${rows.length} prompts${traits.length ? `; in ${outstanding} a trait stands out` : ""}`));
@@ -94,26 +112,50 @@ tl.views.overview = {
     }
 
     function tell() {
-      const text = found.traits.length ? `Rise: the mean projection over the response less that over the prompt, in standard deviations against ${found.against}. A trait stands out, in bold, if its rise exceeds the chance level of its prompt: what the largest of as many random directions stays below in 95 % of draws.` : null;
+      const score = found.against.startsWith("its own") ? `in standard deviations of ${found.against.replace("its own ", "its ")}` : `as a standard score against ${found.against}: at 0, a trait rises as much as it does there on average`;
+      const text = found.traits.length ? `Rise: the mean projection over the response less that over the prompt, ${score}. A trait stands out, in bold, if its rise exceeds the chance level of its prompt: what the largest of as many random directions stays below in 95 % of draws.` : null;
       notes.replaceChildren(...(text ? [element("p", { className: "note" }, text)] : []), ...(found.missing ? [tl.emptyState(new tl.source.Missing(found.missing))] : []), ...(found.doubts ?? []).map((doubt) => element("p", { className: "note" }, doubt)), ...[...found.problems, ...found.unread].map((problem) => element("p", { className: "warning" }, problem)));
     }
 
-    return {
-      async update(state) {
-        const { prompts } = await tl.source.promptSet(state.experiment, state.set);
-        const texts = new Map(prompts.map((each) => [each.id, each.text]));
-        const groups = tl.byPrompt(prompts).map((group) => ({ id: group.id, text: group.text, n_samples: group.samples.length, notes: group.captures.reduce((sum, each) => sum + (each.notes ?? 0), 0), captures: group.captures.map((each) => each.id) }));
-        if (!found) {
-          rows = groups;
-          draw(state);
-        }
-        found = await tl.source.overview(state.experiment, state.set, state.component);
-        const notes = new Map(groups.map((group) => [group.captures[0], group.notes]));
-        rows = found.rows.map((row) => ({ ...row, notes: notes.get(row.captures[0]) ?? 0, text: texts.get(row.captures[0]) ?? "" }));
-        draw(state);
+    const orderOf = ({ experiment, set, sort, find: text, only }) => JSON.stringify([experiment, set, sort, text, only]);
+
+    /** The rows of the list with what is known of them. */
+    function merge() {
+      const known = new Map((found?.rows ?? []).map((row) => [row.captures[0], row]));
+      rows = groups.map((group) => ({ ...known.get(group.captures[0]), ...group }));
+    }
+
+    /** Read what stands out, once at a time, until what was asked for last has been read. */
+    async function read() {
+      while (asked && !isGone) {
+        const { experiment, set, component } = asked;
+        asked = null;
+        const result = await tl.source.overview(experiment, set, component);
+        if (asked || isGone || result === found) continue;
+        found = result;
+        merge();
+        draw(tl.state.now);
         tell();
+      }
+    }
+
+    return {
+      /** Show the list of prompts, and what stands out in them when that is known, which takes long in a very large set. */
+      async update(state) {
+        const { prompts } = await tl.source.promptSet(state.experiment, state.set), shown = JSON.stringify([state.experiment, state.set, state.component]);
+        groups = tl.byPrompt(prompts).map((group) => ({ id: group.id, text: group.text, n_samples: group.samples.length, notes: group.captures.reduce((sum, each) => sum + (each.notes ?? 0), 0), captures: group.captures.map((each) => each.id) }));
+        if (of !== shown) found = null;
+        of = shown;
+        merge();
+        draw(state);
+        asked = state;
+        reading ??= read().finally(() => { reading = null; });
+        const mine = reading, isLate = await Promise.race([mine.then(() => false), new Promise((resolve) => setTimeout(resolve, PATIENCE, true))]);
+        if (!isLate) return;
+        if (!found) notes.replaceChildren(element("p", { className: "note", role: "status" }, `Reading what stands out in ${prompts.length} captures \u2026`));
+        mine.catch((error) => { if (!isGone) notes.replaceChildren(tl.emptyState(error)); });
       },
-      remove() {},
+      remove() { isGone = true; },
     };
   },
 };

@@ -8,6 +8,7 @@ tl.state = (() => {
     token: null, layer: null, head: 0, point: "residual_out", measure: "entropy", mode: "", mean: true, fold: false, window: "", hook: "", added: "norm", by: "probability", shown: "", normalise: false, calibrated: true, spread: true, response: false,
     average: false, experiment2: "", set2: "", prompt2: "", average2: false, other: "", quantity: "trait", theme: "",
     sort: "", find: "", only: "", from: "",
+    provisional: false, // whether the trait stands in for one that is not known yet; the address has neither
   };
   // Changes of these keys add no entry to the browser's history.
   const PASSING = new Set(["token", "layer", "head"]);
@@ -17,7 +18,7 @@ tl.state = (() => {
   function fromAddress() {
     const found = { ...DEFAULTS };
     for (const [key, text] of new URLSearchParams(location.hash.slice(1))) {
-      if (!(key in DEFAULTS)) continue;
+      if (!(key in DEFAULTS) || key === "provisional") continue;
       const fallback = DEFAULTS[key];
       if (typeof fallback === "boolean") found[key] = text === "1";
       else if (fallback === null || typeof fallback === "number") found[key] = /^\d{1,9}$/.test(text) ? Number(text) : fallback;
@@ -27,7 +28,7 @@ tl.state = (() => {
   }
 
   function address() {
-    const pairs = Object.entries(now).filter(([key, value]) => value !== DEFAULTS[key]);
+    const pairs = Object.entries(now).filter(([key, value]) => value !== DEFAULTS[key] && key !== "provisional" && !(key === "trait" && now.provisional));
     return "#" + new URLSearchParams(pairs.map(([key, value]) => [key, value === true ? "1" : String(value)]));
   }
 
@@ -46,9 +47,10 @@ tl.state = (() => {
     onChange(listener) { listeners.push(listener); },
     /** Change parts of the state and notify the listeners. `quietly` adds no entry to the browser's history. */
     set(changes, { quietly = false } = {}) {
-      const changed = new Set(Object.keys(changes).filter((key) => changes[key] !== now[key]));
+      const next = { ...now, ...changes, provisional: changes.provisional ?? (now.provisional && !("trait" in changes)) };
+      const changed = new Set(Object.keys(next).filter((key) => next[key] !== now[key]));
       if (!changed.size) return;
-      now = { ...now, ...changes };
+      now = next;
       const passing = quietly || [...changed].every((key) => PASSING.has(key));
       history[passing ? "replaceState" : "pushState"](null, "", address());
       tell(changed);

@@ -1,0 +1,142 @@
+"""What a summary needs of one projection. Of hundreds of thousands of files, everything else would fill the memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import isnan, nan
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tlcapture.names import PromptId
+from tlcapture.traits.calibration import Calibration
+from tlcapture.traits.change_points import LEVEL
+from tlcapture.traits.projection_files import ChanceRecord, Part, ProjectionFile, ReferenceRises
+from tlcapture.traits.rises import DEFINITIONS
+from tlcapture.traits.verdicts import UsedVector, used_vector
+
+_Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Chance:
+    """What random directions do on a capture; as in `ChanceRecord`, with the draws as arrays."""
+
+    n_directions: int
+    directions: str
+    commit: int
+    persist: int | None
+    commitment: float | None
+    persistence: float | None
+    is_isotropic: bool
+    rises: _Values | None
+    reference_rises: ReferenceRises | None
+    standardised_rises: _Values | None
+
+    @classmethod
+    def of(cls, record: ChanceRecord) -> Chance:
+        """That of a file."""
+        return cls(
+            record.n_directions,
+            _shared(record.directions),
+            record.commit,
+            record.persist,
+            record.commitment,
+            record.persistence,
+            record.is_isotropic,
+            None if record.rises is None else np.array(record.rises),
+            record.reference_rises,
+            None if record.standardised_rises is None else np.array(record.standardised_rises),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Summarised:
+    """What a summary needs of a projection.
+
+    Attributes:
+        response: its text and its tokens.
+        trajectory: of the response, NaN at tokens that are not known.
+        prompt_mean, response_mean: of the trajectory, the first token left out; NaN where they are not known.
+        deviation: of the trajectory along its tokens, the first left out; 0 where it is not known.
+        commitment_point, token: where it commits, and that token; `None` where it does not.
+        is_current: whether its dynamics are of the present definitions.
+    """
+
+    prompt_id: PromptId | None
+    sample: int | None
+    vector: UsedVector | None
+    calibration: Calibration | None
+    response: Part
+    trajectory: _Values
+    prompt_mean: float
+    response_mean: float
+    deviation: float
+    commitment_point: int | None
+    token: str | None
+    persists: bool
+    is_current: bool
+    chance: Chance | None
+
+    @classmethod
+    def of(cls, content: ProjectionFile, trait: str, component: str, before: Summarised | None = None) -> Summarised:
+        """That of the content of a file with dynamics; texts that are those of `before` are shared with it."""
+        metadata, dynamics, tokens = content.metadata, content.dynamics, content.tokens
+        prompt, response = (np.array(each) for each in content.trajectory)
+        means, known = metadata.means, np.concatenate([prompt[1:], response])
+        point = None if dynamics is None else dynamics.commitment_point
+        is_shared = before is not None and before.response == content.response
+        return cls(
+            metadata.prompt_id,
+            metadata.sample,
+            _shared(used_vector(content, trait, component)),
+            _shared(content.calibration),
+            before.response if is_shared and before is not None else content.response,
+            response,
+            _mean(prompt[1:]) if means is None else _number(means.prompt, nan),
+            _mean(response) if means is None else _number(means.response, nan),
+            float(np.std(known)) if means is None else means.deviation or 0.0,
+            point,
+            None if point is None else tokens[point],
+            dynamics is not None and dynamics.persistence is not None,
+            metadata.definitions == DEFINITIONS,
+            None if metadata.chance is None else Chance.of(metadata.chance),
+        )
+
+    @property
+    def rise(self) -> float:
+        """The mean over the response less that over the prompt; NaN where one is not known."""
+        return self.response_mean - self.prompt_mean
+
+    def is_clear(self, statistic: str) -> bool:
+        """Whether a commitment or a persistence is clearer than in 95 % of random directions; if unknown, it is not."""
+        share = None if self.chance is None else getattr(self.chance, statistic)
+        return share is not None and share <= LEVEL and self.is_current
+
+    @property
+    def commits_clearly(self) -> bool:
+        """Whether it commits, more clearly than 95 % of random directions."""
+        return self.commitment_point is not None and self.is_clear("commitment")
+
+    @property
+    def scaled(self) -> list[float | None]:
+        """The trajectory, from -1 as in negative examples to 1 as in positive ones where that is known."""
+        on_scale = self.trajectory
+        if self.calibration is not None:
+            on_scale = 2 * self.calibration.calibrated(self.trajectory) - 1
+        return [None if isnan(each) else float(each) for each in on_scale]
+
+
+@lru_cache(1000)
+def _shared(value):  # type: ignore[no-untyped-def]
+    """One object for all equal ones."""
+    return value
+
+
+def _mean(values: _Values) -> float:
+    return float(np.mean(values)) if values.size else nan
+
+
+def _number(value: float | None, unknown: float) -> float:
+    return unknown if value is None else float(value)

@@ -1,0 +1,70 @@
+"""JSON as other programs and people write it: what is read, and what reading would lose."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from tlcapture.errors import StorageError
+
+_MARK = b"\xef\xbb\xbf"  # in front of UTF-8, as some editors write it
+_OTHERS = {
+    b"\x1f\x8b": "it is compressed by gzip: decompress it",
+    b"\xff\xfe": "it is UTF-16: save it as UTF-8",
+    b"\xfe\xff": "it is UTF-16: save it as UTF-8",
+}
+_LEAST, _MOST = -(2**63), 2**64 - 1  # the integers that are written as they were read
+
+
+def parsed(data: bytes, path: Path, *, exact: bool = False) -> Any:
+    """The value of JSON text; raises `StorageError` with file, line and reason for anything else.
+
+    Where it is to be `exact`, also for text of which reading would lose something.
+    """
+    try:
+        text = data.removeprefix(_MARK)
+        value = orjson.loads(text)
+        if exact and (reason := lost(text)):
+            raise StorageError(f"{path}: {reason}")
+        return value
+    except orjson.JSONDecodeError as error:
+        raise StorageError(f"{path}: {_reason(data, error)}") from None
+    except RecursionError:
+        raise StorageError(f"{path}: not valid JSON: nested too deeply") from None
+
+
+def lost(text: bytes | str) -> str | None:
+    """What reading valid JSON would lose: a key that occurs twice in one object, or digits of a long integer."""
+    try:
+        json.loads(text, object_pairs_hook=_without_repetition, parse_int=_integer)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _reason(data: bytes, error: orjson.JSONDecodeError) -> str:
+    for start, reason in _OTHERS.items():
+        if data.startswith(start):
+            return f"not valid JSON: {reason}"
+    if "not valid UTF-8" in error.msg:
+        return "not valid JSON: it is not UTF-8: save it as UTF-8"
+    return f"line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for number, key in enumerate(keys) if key in keys[:number])
+        raise ValueError(f"the key {repeated!r} occurs twice in one object: leave out one of them")
+    return found
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20 or not _LEAST <= int(digits) <= _MOST:
+        shown = digits if len(digits) <= 30 else f"{digits[:30]}..."
+        raise ValueError(f"{shown} has more than 64 bits: write it as a text")
+    return int(digits)
