@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,7 +111,8 @@ def place(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     completions = [{"question": f"why {n}?", "positive": "LOUD", "negative": "soft"} for n in range(2)]
     (tmp_path / "datasets/traits/style/formality/steering.json").write_text(json.dumps({"questions": completions}))
     make_trait(tmp_path, "mood/grumpy", "bah today", "oh indeed")
-    shutil.copytree(tmp_path / "datasets/traits/mood", tmp_path / "more/mood")
+    make_trait(tmp_path / "more", "mood/grumpy", "bah again", "oh fine")
+    (tmp_path / "more/datasets/traits/mood").rename(tmp_path / "more/mood")
     (tmp_path / "datasets/traits/mood/grumpy/steering.json").write_text(json.dumps(completions))
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "mine").symlink_to(tiny_folder)

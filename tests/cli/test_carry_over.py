@@ -24,6 +24,16 @@ def elsewhere(extract: Run, data: Path) -> Path:
     return make_elsewhere(data)
 
 
+def with_other_prompts(data: Path) -> Path:
+    """A folder with the responses of `tone/loud` to other prompts."""
+    folder = data / "reworded"
+    folder.mkdir()
+    for side in ("positive", "negative"):
+        text = (data / "datasets" / "traits" / "tone" / "loud" / f"{side}.jsonl").read_text()
+        (folder / f"{side}.jsonl").write_text(text.replace("say ", "tell "))
+    return folder
+
+
 def make_elsewhere(data: Path) -> Path:
     make_trait(data / "other", "tone/loud", "NOISE", "hush")
     return data / "other" / "datasets" / "traits"
@@ -136,18 +146,42 @@ def test_scores_stand_beside_those_of_layer_0_and_of_the_words_of_the_own_exampl
     tlcapture: Run, data: Path, elsewhere: Path
 ) -> None:
     words = ("--methods", "mean_diff", "--layers", "0,1", "--component", "residual")
-    for folder in (elsewhere, data / "datasets" / "traits"):
+    for folder in (elsewhere / "tone" / "loud", with_other_prompts(data)):
         result = tlcapture("evaluate", "--experiment", "exp", "--traits", "tone/loud", "--examples", folder, *words)
         assert result.exit_code == 0, result.output
-        first, second = stored(data)["traits"]["tone/loud"]
+        first, second = stored(data)[folder.name]["tone/loud"]
         assert first["layer0_auroc"] == second["layer0_auroc"] == first["auroc"]
-    assert second["bag_of_words_auroc"] == 1.0  # on the very examples that the words were learned from
+    assert second["bag_of_words_auroc"] == 1.0  # on the very responses that the words were learned from
+
+
+def test_the_examples_that_the_vectors_were_extracted_from_are_refused(
+    tlcapture: Run, data: Path, elsewhere: Path
+) -> None:
+    own, folder = data / "datasets" / "traits" / "tone" / "loud", elsewhere / "tone" / "loud"
+    with (folder / "positive.jsonl").open("a") as file:
+        file.write((own / "positive.jsonl").read_text().splitlines()[3].replace('"3"', '"30"') + "\n")
+    for given, said in ((own, "20 of its 20"), (folder, "1 of its 21")):
+        result = tlcapture("evaluate", "--experiment", "exp", "--traits", "tone/loud", "--examples", given)
+        assert result.exit_code == 1
+        assert f"{said} examples are the trait's own, which its vectors tell apart" in " ".join(result.output.split())
+    assert not (data / "experiments" / "exp" / "extraction" / "extraction_evaluation.json").exists()
+
+
+def test_without_texts_among_the_own_examples_the_score_of_words_is_unknown(
+    tlcapture: Run, data: Path, elsewhere: Path
+) -> None:
+    own = data / "datasets" / "traits" / "tone" / "loud"
+    for side in ("positive", "negative"):
+        (own / f"{side}.jsonl").write_text("".join(f'{{"prompt": "{side} {n}"}}\n' for n in range(6)))
+    result = tlcapture("evaluate", "--experiment", "exp", "--traits", "tone/loud", "--examples", elsewhere)
+    assert result.exit_code == 0, result.output
+    assert stored(data)["traits"]["tone/loud"][0]["bag_of_words_auroc"] is None
 
 
 def test_a_vector_is_said_to_be_reversed_on_a_dataset_with_its_sides_exchanged(
     tlcapture: Run, data: Path, elsewhere: Path
 ) -> None:
-    own, swapped = data / "datasets" / "traits" / "tone" / "loud", data / "swapped"
+    own, swapped = with_other_prompts(data), data / "swapped"
     swapped.mkdir()
     for side, other in (("positive", "negative"), ("negative", "positive")):
         (swapped / f"{side}.jsonl").write_bytes((own / f"{other}.jsonl").read_bytes())
@@ -157,6 +191,6 @@ def test_a_vector_is_said_to_be_reversed_on_a_dataset_with_its_sides_exchanged(
         result = tlcapture("evaluate", "--experiment", "exp", *words, "--examples", folder)
         assert result.exit_code == 0, result.output
         said[folder.name] = "tone/loud: probe 1 is reversed there" in result.output
-    (straight,), (turned,) = (stored(data)[name]["tone/loud"] for name in ("loud", "swapped"))
+    (straight,), (turned,) = (stored(data)[name]["tone/loud"] for name in ("reworded", "swapped"))
     assert turned["auroc"] == pytest.approx(1 - float(str(straight["auroc"])))
-    assert said == {"loud": False, "swapped": True}
+    assert said == {"reworded": False, "swapped": True}

@@ -25,6 +25,7 @@ from tlcapture.names import Trait
 from tlcapture.runs.report import RunReport
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.storage.rounding import round_significant
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.reference import read_reference
 
@@ -257,6 +258,14 @@ def test_equal_prompts_do_not_stand_out_by_rounding(tmp_path: Path) -> None:
     own = {"tone/loud": [rise, rise, rise * (1 + 1e-6)]}
     put_rises(layout, own, {"tone/loud": np.full((3, 200), rise)})
     assert [(top.rise, top.stands_out) for top in summary_of(layout, "short").tops] == [(0.0, False)] * 3
+
+
+def test_a_trait_whose_random_directions_are_its_own_does_not_stand_out(tmp_path: Path) -> None:
+    """With a hidden width of 1 there is one direction and its opposite, and files keep their rises with 4 digits."""
+    layout, rises = Layout(tmp_path, "exp"), np.array([12.34549, -1.23456, 2.34561, 4.6541])
+    signs = np.where(np.arange(200) % 2, 1.0, -1.0)
+    put_rises(layout, {"tone/loud": rises.tolist()}, {"tone/loud": round_significant(np.outer(rises, signs), 4)})
+    assert not any(top.stands_out for top in summary_of(layout, "short").tops)
 
 
 def test_the_summary_says_where_random_directions_have_no_reference(

@@ -140,3 +140,20 @@ def test_vectors_of_several_layers_have_the_chance_levels_that_each_has_alone(
         assert found.chance.reference_rises == pytest.approx(alone.chance.reference_rises)
         assert found.chance.standardised is not None
         assert np.allclose(found.chance.standardised, alone.chance.standardised, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e-30])
+@pytest.mark.parametrize("of_reference", [1.0, None])
+def test_what_random_directions_do_does_not_depend_on_the_scale_of_activations(
+    scale: float, of_reference: float | None
+) -> None:
+    one = reference()
+    larger = Reference(*list(vars(one).values())[:3], one.prompt_means * scale, one.response_means * scale)
+    (usual,) = projected(RandomDirections(one, LAYERS, WIDTH), vector())
+    parts = [ResidualStream(stream(*each).points * scale) for each in ((30, 7), (50, 8))]
+    directions = RandomDirections(larger if of_reference else one, LAYERS, WIDTH)
+    (found,) = project(*parts, [(vector(), Selection(1, "probe", "override"))], random=directions)
+    assert usual.chance is not None
+    assert found.chance is not None
+    for name in ("commit", "persist", "commitment", "persistence"):
+        assert getattr(found.chance, name) == getattr(usual.chance, name), name

@@ -32,7 +32,7 @@ from tlcapture.storage.rounding import PROJECTION_DIGITS, round_significant
 from tlcapture.traits.evaluation_files import Evaluation
 from tlcapture.traits.projection import check_fits
 from tlcapture.traits.selection import select
-from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
+from tlcapture.traits.vector_files import IMPORTED, VectorFiles, traits_with_vectors
 from tlcapture.traits.vectors import TraitVector, read_vector
 
 LABELLINGS = 1000
@@ -110,12 +110,37 @@ def _tasks(layout: Layout, options: CarryOverOptions) -> list[CarryOverTask]:
 
 def _read(examples_as: str, folder: Path, trait: Trait) -> Examples:
     examples = examples_in(folder, trait, examples_as=examples_as)
-    sides: dict[bool, set[tuple[str | None, ...]]] = {True: set(), False: set()}
-    for item in examples.items:
-        sides[item.positive].add((item.example.text, item.example.prompt, item.example.response))
-    if sides[True] == sides[False]:
+    if _contents(examples, positive=True) == _contents(examples, positive=False):
         raise InputError(f"--examples {folder}: positive and negative examples are the same")
     return examples
+
+
+def _contents(examples: Examples, *, positive: bool) -> set[tuple[str | None, ...]]:
+    """The texts of one side's examples."""
+    side = [item.example for item in examples.items if item.positive == positive]
+    return {(each.text, each.prompt, each.response) for each in side}
+
+
+def _own_examples(layout: Layout, trait: Trait) -> Examples | None:
+    """The examples that a trait's vectors are extracted from; `None` where they are missing."""
+    try:
+        return read_examples(Datasets(layout.root), trait)
+    except InputError:
+        return None
+
+
+def _check_others(options: CarryOverOptions, examples: Examples, own: Examples | None) -> None:
+    """Raise `InputError` for examples that a vector was extracted from, which it tells apart whatever they are."""
+    if own is None:
+        return
+    known = _contents(own, positive=True) | _contents(own, positive=False)
+    n_own = sum(len(_contents(examples, positive=each) & known) for each in (True, False))
+    if n_own:
+        raise InputError(
+            f"--examples {options.folder}: {n_own} of its {len(examples.items)} examples are the trait's own, "
+            "which its vectors tell apart whatever they are: expected others (without --examples, 'tlcapture evaluate' "
+            "scores vectors on the trait's own held-out examples)"
+        )
 
 
 def _carry_over(run: Run, model: Model, options: CarryOverOptions, task: CarryOverTask) -> None:
@@ -137,6 +162,9 @@ def _rows(
     vectors = list(_vectors(files, model, options, component))
     if not vectors:
         return []
+    own = _own_examples(layout, task.trait)
+    if any(vector.method != IMPORTED for vector in vectors):
+        _check_others(options, task.examples, own)
     position = files.metadata(component).get("position")
     prepared = prepare_examples(
         Datasets(layout.root),
@@ -147,7 +175,7 @@ def _rows(
         examples=task.examples,
     )
     read = read_out(model, prepared.readings, [component], batch_size=options.batch_size)[component]
-    words = _words_auroc(layout, task.trait, prepared.texts, prepared.labels)
+    words = _words_auroc(own, prepared.texts, prepared.labels)
     rows = []
     for vector in vectors:
         row = _row(task.examples, prepared.digest, files, vector, _scores(read, vector))
@@ -163,13 +191,11 @@ def _scores(read: torch.Tensor, vector: TraitVector) -> torch.Tensor:
     return read[vector.layer] @ torch.nn.functional.normalize(vector.vector, dim=0)
 
 
-def _words_auroc(layout: Layout, trait: Trait, texts: Sequence[str], labels: torch.Tensor) -> float | None:
-    """The AUROC of words, learned from the trait's own examples; `None` where those are missing."""
-    try:
-        own = read_examples(Datasets(layout.root), trait)
-    except InputError:
+def _words_auroc(own: Examples | None, texts: Sequence[str], labels: torch.Tensor) -> float | None:
+    """The AUROC of words, learned from the trait's own examples; `None` without texts of both sides among them."""
+    known = [item for item in own.items if item.example.text or item.example.response] if own is not None else []
+    if len({item.positive for item in known}) < 2:
         return None
-    known = [item for item in own.items if (item.example.text or item.example.response) is not None]
     all_texts = [item.example.text or item.example.response or "" for item in known] + list(texts)
     all_labels = torch.cat([torch.tensor([item.positive for item in known]), labels])
     is_new = torch.arange(len(all_texts)) >= len(known)

@@ -21,6 +21,7 @@ from tlcapture.traits.verdicts import UsedVector
 
 FEWEST_TO_COMPARE = 3
 _ROUNDING = 1e-5  # of projections, which files keep with 6 digits
+_TIE = 0.005  # standard deviations within which two rises are equal: files keep random ones with 4 digits
 
 _Values = NDArray[np.float64]
 _Prompt = tuple[str, bool]  # the id of a prompt, and whether its captures are samples
@@ -84,7 +85,12 @@ class TopTrait:
     @property
     def stands_out(self) -> bool:
         """Whether the trait rose more than the largest of random directions does in 95 % of draws."""
-        return self.chance is not None and self.rise > self.chance
+        return is_beyond(self.rise, self.chance)
+
+
+def is_beyond(rise: float, chance: float | None) -> bool:
+    """Whether a standardised rise is larger than its chance level, by more than the rounding of random rises."""
+    return chance is not None and rise > chance + _TIE
 
 
 @dataclass(frozen=True)

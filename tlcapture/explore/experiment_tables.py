@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from tlcapture.commands.top_traits import summary_of
+from tlcapture.commands.top_traits import is_beyond, summary_of
 from tlcapture.errors import StorageError
 from tlcapture.storage.files import read_json
 from tlcapture.storage.layout import Layout
@@ -85,7 +85,7 @@ def rises_frame(layout: Layout, prompt_set: str, component: str) -> DataFrame:
             "layer": layers.get(trait),
             "rise": rise,
             "chance": top.chance,
-            "stands_out": top.chance is not None and rise > top.chance,
+            "stands_out": is_beyond(rise, top.chance),
             "doubt": doubts.get(trait),
         }
         for top in summary.tops

@@ -32,6 +32,7 @@ N_DIRECTIONS = 200
 _PERMUTATIONS = 19  # with which a level of 5 % is still exact
 _AT_ONCE = 2**18  # numbers of random trajectories, with which neither calls nor memory take most of the time
 _LARGEST = 1e30  # number that is written as float32
+_SMALL = 1e-9  # activations below, and those above its inverse, are scaled
 _ISOTROPIC = 64  # isotropic directions that are combined, instead of responses
 
 Basis = Float[Tensor, "n_basis d_model"]
@@ -206,6 +207,7 @@ class _Drawn:
     def strengths(self, on_basis: OnBasis, held: Positions) -> Strengths:
         """Those of the random directions of all layers, `[n_layers * n_directions]`, found for a few at once."""
         found, at_once = [], max(1, _AT_ONCE // (held.n_tokens * N_DIRECTIONS))
+        on_basis = _of_usual_size(on_basis)
         for some, directions in zip(on_basis.split(at_once), self.of_layers.split(at_once), strict=True):
             by_token = torch.empty(held.n_tokens, len(some), N_DIRECTIONS)
             torch.bmm(some, directions, out=by_token.transpose(0, 1))
@@ -238,7 +240,7 @@ class _Layer:
         if self.reference is None:
             return torch.randn(_ISOTROPIC, self.d_model, generator=_generator("basis", self.number))
         responses = self.reference.response_means[self.number].float()
-        return responses - responses.mean(dim=0)
+        return _of_usual_size(responses - responses.mean(dim=0))
 
     @cached_property
     def digest(self) -> str:
@@ -268,6 +270,12 @@ def _on_basis(activations: Sequence[Tensor], bases: Tensor, held: Positions) -> 
     """The products of activations of some layers `[n_held, d_model]` and their bases; NaN at tokens not held."""
     products = linear_each(activations, bases)
     return products if held.is_all else with_gaps(products.transpose(0, 1), held).transpose(0, 1)
+
+
+def _of_usual_size(values: Tensor) -> Tensor:
+    """Numbers whose squares float32 holds: the same, or multiples of them, which give the same strengths."""
+    largest = float(values.abs().nan_to_num_(nan=0.0).max())
+    return values if _SMALL < largest < 1 / _SMALL or largest == 0 else values / largest
 
 
 def with_gaps(rows: Tensor, held: Positions) -> Tensor:

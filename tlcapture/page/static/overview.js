@@ -36,8 +36,10 @@ tl.views.overview = {
       answer: ["answer", "The first words of the response.", (row) => row.answer || null],
     };
 
+    const TIE = 0.005; // standard deviations, the rounding of random rises
+
     /** Whether a trait of a row rose more than chance. */
-    const standsOut = (row, trait) => row.chance !== null && row.rises[trait] > row.chance;
+    const standsOut = (row, trait) => row.chance !== null && row.rises[trait] > row.chance + TIE;
 
     const valueOf = (row, key) => (COLUMNS[key] ? COLUMNS[key][2]?.(row) : row.rises?.[key]) ?? null;
 
