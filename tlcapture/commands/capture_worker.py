@@ -43,7 +43,7 @@ from tlcapture.prompts.template_args import has_switch
 from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.runs.background_writer import BackgroundWriter
 from tlcapture.runs.existing_files import check_replaceable, saved_capture
-from tlcapture.runs.processes import Processes
+from tlcapture.runs.processes import Processes, leaving_processors
 from tlcapture.runs.run import Run
 from tlcapture.storage.config import update_config
 from tlcapture.storage.files import Written, remove, write_bytes
@@ -137,6 +137,7 @@ class CaptureWorker:
             self._processes.announce(len(task.fresh))
         with (
             self.run.progress(total, task.capture_set, "token") as progress,
+            leaving_processors(len(self._processes), 12 * model.n_layers * model.d_model**2),
             BackgroundWriter(self.run, n_processes=len(self._processes)) as writer,
         ):
 
