@@ -14,6 +14,7 @@ from click.testing import Result
 
 from tests import tiny
 from tlcapture.captures.capture import Capture
+from tlcapture.models.engines import hooked
 from tlcapture.storage.files import read_json
 
 Run = Callable[..., Result]
@@ -706,3 +707,26 @@ def test_processes_are_started_only_if_they_will_have_work(
     extract()
     assert capture(*words).exit_code == 0
     assert bool(announced) == bool(called) == starts
+
+
+def test_a_small_model_leaves_a_processor_to_the_process_beside_it(
+    capture: Run, extract: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TLCAPTURE_PROCESSES", "1")
+    monkeypatch.setattr("tlcapture.runs.processes.n_processors", lambda: 2)
+    assert extract().exit_code == 0
+    seen, step = set(), hooked.HookedModel.step
+
+    def watched(self: Any, *args: Any, **how: Any) -> Any:
+        seen.add(torch.get_num_threads())
+        return step(self, *args, **how)
+
+    monkeypatch.setattr(hooked.HookedModel, "step", watched)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert capture().exit_code == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {1}

@@ -217,8 +217,8 @@ def test_velocity_and_acceleration_are_drawn_at_the_later_token(page: Watched, p
     page.open(f"view=dynamics&{HERE}")
     velocity, acceleration = page.traces(1)
     dynamics = projection_file(page_root)["dynamics"]
-    assert (velocity["y"], velocity["x"][0]) == (dynamics["velocity"], 1)
-    assert (acceleration["y"], acceleration["x"][0]) == (dynamics["acceleration"], 2)
+    assert (velocity["y"], velocity["x"][0]) == ([None, *dynamics["velocity"][1:]], 1)
+    assert (acceleration["y"], acceleration["x"][0]) == ([None, *dynamics["acceleration"][1:]], 2)
 
 
 def test_normalised_trajectories_have_mean_0_and_deviation_1(page: Watched) -> None:

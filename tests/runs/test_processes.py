@@ -15,7 +15,7 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info
 
-from tlcapture.runs.processes import Processes, _end
+from tlcapture.runs.processes import Processes, _end, leaving_processors
 
 
 @pytest.fixture
@@ -63,6 +63,24 @@ def n_threads() -> set[int]:
 
 def test_a_process_computes_with_one_thread_whatever_this_one_has(running: Processes) -> None:
     assert running.call(n_threads) == {1}
+
+
+@pytest.mark.parametrize(
+    ("n_processes", "n_weights", "expected"), [(1, 300_000, 1), (1, 100_000_000, 2), (0, 300_000, 2), (5, 300_000, 1)]
+)
+def test_a_small_model_leaves_processors_to_the_processes_beside_it(
+    n_processes: int, n_weights: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tlcapture.runs.processes.n_processors", lambda: 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError), leaving_processors(n_processes, n_weights):
+            assert torch.get_num_threads() == expected
+            raise ZeroDivisionError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_few_prompts_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:

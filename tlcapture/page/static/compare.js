@@ -85,7 +85,7 @@ tl.views.compare = {
         const own = side.own?.dynamics;
         return element("tr", {}, [number === 0 ? "A" : "B", response.length ? tl.number(mean) : "\u2013", own ? own.commitment_point ?? "none" : "\u2013", own ? tl.number(own.peak_velocity) : "\u2013", own ? own.persistence ?? "none" : "\u2013"].map((text) => element("td", {}, String(text))));
       });
-      facts.replaceChildren(element("table", {}, element("thead", {}, element("tr", {}, ["side", "mean over the response", "commitment point", "peak velocity", "persistence"].map((text) => element("th", {}, text)))), element("tbody", {}, rows)),
+      facts.replaceChildren(element("table", {}, element("thead", {}, element("tr", {}, ["side", "mean over the response, as drawn", "commitment point", "peak velocity, not calibrated", "persistence"].map((text) => element("th", {}, text)))), element("tbody", {}, rows)),
         ...found.flatMap((side) => side.problems || []).map((problem) => element("p", { className: "warning" }, problem)));
     }
 

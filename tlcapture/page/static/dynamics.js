@@ -104,7 +104,8 @@ tl.views.dynamics = {
     }
 
     function drawMotion(state, data, own) {
-      const { velocity, acceleration } = own.dynamics;
+      const afterSink = (values) => values.map((value, index) => (index ? value : null)); // the first token, an attention sink, is in the first
+      const velocity = afterSink(own.dynamics.velocity), acceleration = afterSink(own.dynamics.acceleration);
       const trace = (values, offset, name, dash) => ({
         x: values.map((_, index) => index + offset), y: values, name, mode: "lines", line: { dash, width: 1.6, color: colours.css(dash === "solid" ? "--accent" : "--faint") },
         hovertemplate: `token %{x}<br>${name} %{y:.4~g}<extra></extra>`,
