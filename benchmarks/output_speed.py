@@ -37,7 +37,7 @@ from tlcapture.views.residual import residual_hooks
 
 def _generation(bench: Bench) -> Generation:
     model = bench.model
-    hooks = [*residual_hooks(model.n_layers, model.hook_names), *attention_hooks(model.n_layers)]
+    hooks = [*residual_hooks(model.n_layers, model.hook_names), *attention_hooks(model.n_layers, model.hook_names)]
     (found,) = generate(
         model, bench.prompts[:1], hooks=hooks, max_new_tokens=bench.new_tokens, sampling=Sampling(temperature=0)
     )
@@ -288,7 +288,11 @@ def w11(bench: Bench) -> Iterator[Row]:
         for number in range(bench.rounds + 1):
             with tempfile.TemporaryDirectory() as root:
                 options = CaptureOptions(
-                    attention=True, logit_lens=True, max_new_tokens=bench.new_tokens, sampling=Sampling(temperature=0)
+                    attention=True,
+                    logit_lens=True,
+                    project=False,  # as when it was first measured: W12 and W14 have projections
+                    max_new_tokens=bench.new_tokens,
+                    sampling=Sampling(temperature=0),
                 )
                 spent[0], start = 0.0, time.perf_counter()
                 report = run_capture(Layout(Path(root), "bench"), [prompt_set], options, Load())  # type: ignore[arg-type]
