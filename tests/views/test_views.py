@@ -135,14 +135,29 @@ def test_lens_json_has_its_exact_form() -> None:
             ]
 
 
-def test_the_lens_is_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [1, 3, 19, 25, 1000])
+def test_the_lens_is_the_same_in_chunks_within_a_layer_and_across_layers(
+    monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
     ids = random_ids(20)
-    _, whole = lens_of("llama", ids)
-    monkeypatch.setattr("tlcapture.views.logit_lens.CHUNK", 3)
-    _, pieces = lens_of("llama", ids)
-    assert torch.equal(whole.top_ids, pieces.top_ids)
-    assert torch.equal(whole.actual_rank, pieces.actual_rank)
-    assert torch.allclose(whole.actual_prob, pieces.actual_prob, atol=1e-6)
+    model, lens = lens_of("llama", ids)
+    monkeypatch.setattr("tlcapture.views.logit_lens.CHUNK", size)
+    _, chunked = lens_of("llama", ids)
+    assert chunked.top_ids.shape == (model.n_layers, 19, min(50, tiny.VOCABULARY))
+    assert torch.equal(lens.top_ids, chunked.top_ids)
+    assert torch.equal(lens.actual_rank, chunked.actual_rank)
+    assert torch.allclose(lens.actual_prob, chunked.actual_prob, atol=1e-6)
+
+
+def test_few_tokens_of_many_layers_are_unembedded_together() -> None:
+    calls: list[int] = []
+
+    def unembed(residual: torch.Tensor) -> torch.Tensor:
+        calls.append(len(residual))
+        return residual.clone()
+
+    logit_lens_view(lambda layer: torch.randn(10, 60), 26, [1] * 10, unembed)
+    assert calls == [128, 26 * 9 - 128]
 
 
 def test_a_single_token_has_no_prediction() -> None:

@@ -8,7 +8,7 @@ Source: nostalgebraist, "interpreting GPT: the logit lens" (LessWrong, 2020).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +21,15 @@ from tlcapture.errors import InputError
 from tlcapture.names import PromptId
 from tlcapture.shapes import Logits, Residual
 from tlcapture.storage.rounding import PROBABILITY_DIGITS, round_significant, rounded_for_json
-from tlcapture.views.cache import stacked
 from tlcapture.views.hooks import hook
 from tlcapture.views.kept_tokens import Positions
 
 TOP_K = 50
 _GROUP = 64  # neighbours in the vocabulary that are compared together
 _LANES = 128  # of eight bytes; each byte counts to at most 255
-CHUNK = 256  # tokens whose logits over the whole vocabulary are in memory at one time
+# Predictions whose logits over the whole vocabulary are in memory at one time: what stays near in a processor's caches,
+# and what keeps all of a GPU busy.
+CHUNK, CHUNK_ON_GPU = 128, 512
 
 
 def logit_lens_hooks(n_layers: int, only: Sequence[int] = ()) -> list[str]:
@@ -152,28 +153,35 @@ def logit_lens_view(
         top_k: how many predictions of each layer are kept, at least 1.
         positions: the tokens that predictions are made after, as far as they have a next one; `None` means all.
         only: the layers whose predictions are made; all where empty.
-        device: where `unembed` computes. All layers go there together, and their predictions come back together.
+        device: where `unembed` computes. Layers go there in chunks, and their predictions come back together.
     """
     if top_k < 1:
         raise InputError(f"top_k is {top_k}: expected at least 1")
     after = range(len(token_ids) - 1) if positions is None else positions.with_next
     next_ids = torch.tensor([token_ids[token + 1] for token in after], dtype=torch.long, device=device)
     layers = [residual_out(layer)[: len(next_ids)] for layer in only or range(n_layers)]
-    pieces = []
-    for start in range(0, max(1, len(next_ids)), CHUNK):
-        chunk = slice(start, start + CHUNK)
-        residuals = _on_device([layer[chunk] for layer in layers], device)
-        found = [_predictions(unembed(residual), next_ids[chunk], top_k) for residual in residuals]
-        pieces.append([torch.stack(column) for column in zip(*found, strict=True)])
-    top_ids, top_probs, rank, prob = (torch.cat(column, dim=1).cpu() for column in zip(*pieces, strict=True))
-    return LogitLens(top_ids, top_probs, rank, prob, positions, tuple(only) or None, n_layers)
+    size = CHUNK if next_ids.device.type == "cpu" else CHUNK_ON_GPU
+
+    def predictions(chunk: list[tuple[int, slice]]) -> tuple[Tensor, ...]:
+        residuals = torch.cat([layers[at][rows] for at, rows in chunk]).to(device)
+        return _predictions(unembed(residuals), torch.cat([next_ids[rows] for _, rows in chunk]), top_k)
+
+    pieces = [predictions(chunk) for chunk in _chunks(len(layers), len(next_ids), size)]
+    found = (torch.cat(column).unflatten(0, (len(layers), len(next_ids))).cpu() for column in zip(*pieces, strict=True))
+    return LogitLens(*found, positions, tuple(only) or None, n_layers)
 
 
-def _on_device(residuals: Sequence[Residual], device: torch.device | None) -> Sequence[Residual]:
-    """The residuals of all layers on a device, moved there as one tensor."""
-    if device is None or all(each.device == device for each in residuals):
-        return residuals
-    return stacked(residuals).to(device).unbind()
+def _chunks(n_layers: int, n_predictions: int, size: int) -> Iterator[list[tuple[int, slice]]]:
+    """The predictions of all layers, layer by layer, in chunks: rows of one or more layers, at most `size` in all.
+
+    Layers share a chunk, since a few rows take nearly as long as many: the unembedding is read for each chunk.
+    """
+    for start in range(0, max(1, n_layers * n_predictions), size):
+        stop = min(start + size, n_layers * n_predictions)
+        yield [
+            (layer, slice(max(0, start - layer * n_predictions), min(stop - layer * n_predictions, n_predictions)))
+            for layer in range(start // max(1, n_predictions), -(-stop // max(1, n_predictions)) or 1)
+        ]
 
 
 def _pieces_of_json(ids: list[int], probs: Tensor, token_texts: Callable[[Sequence[int]], list[str]]) -> list[bytes]:
