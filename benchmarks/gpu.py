@@ -263,6 +263,7 @@ def main(
             ("batch 1", 20, lambda: session.speeds(1)),
             ("batch 10", 20, lambda: session.speeds(10)),
             ("profile", 15, lambda: session.once("profile", report.profiles, list(trees))),
+            ("profile of the lens", 15, lambda: session.once("profile of the lens", report.lens, ["this"])),
             ("memory", 15, lambda: session.once("long 1", report.memory, everyone)),
             ("compiled", 90, lambda: session.once("compiled 64", report.compiled, ["hugging face"])),
             ("tests", 40, session.tests),

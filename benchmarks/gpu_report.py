@@ -22,6 +22,7 @@ class Report:
     loaded: dict[str, Any] = field(default_factory=dict)
     speeds: list[dict[str, Any]] = field(default_factory=list)
     profiles: dict[str, Any] = field(default_factory=dict)
+    lens: dict[str, dict[str, float]] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     captures: list[dict[str, Any]] = field(default_factory=list)
     compiled: dict[str, Any] = field(default_factory=dict)
@@ -39,7 +40,13 @@ class Report:
     def markdown(self) -> str:
         """All tables that have rows."""
         lines = ["# On a GPU", "", self._introduction(), ""]
-        lines += self._speed_table() + self._profile_table() + self._capture_table() + self._memory_table()
+        lines += (
+            self._speed_table()
+            + self._profile_table()
+            + self._lens_table()
+            + self._capture_table()
+            + self._memory_table()
+        )
         if self.tests:
             lines += [f"Tests of the model on the device: {self.tests}.", ""]
         lines += [f"- {each}" for each in (*self.failures, *self.notes)]
@@ -113,6 +120,13 @@ class Report:
         for worker, found in self.profiles.items():
             lines.append(f"| {worker} | " + " | ".join(f"{found[name]:.1f}" for name in names) + " |")
         return [*lines, ""]
+
+    def _lens_table(self) -> list[str]:
+        lines = []
+        for found in self.lens.values():
+            lines += ["The logit lens of one prompt and its response, and its dearest kernels, by the profiler:", ""]
+            lines += ["| what | ms |", "| --- | --- |", *(f"| `{name}` | {ms:.2f} |" for name, ms in found.items()), ""]
+        return lines
 
     def _capture_table(self) -> list[str]:
         if not self.captures:

@@ -183,6 +183,8 @@ class Ours(Workloads):
             return self.load()
         if workload == "profile":
             return self.profile()
+        if workload == "profile of the lens":
+            return self.profile_of_lens()
         name, batch = workload.rsplit(" ", 1)
         if name == "long":
             prompts = self.tokenized(int(batch), LONG - NEW_TOKENS)
@@ -280,6 +282,35 @@ class Ours(Workloads):
             )
         n_steps = steps[1] - steps[0]
         return {name: (found[1][name] - found[0][name]) / n_steps for name in found[0]}
+
+    def profile_of_lens(self) -> dict[str, Any]:
+        """Milliseconds of the logit lens of one prompt, those of its dearest kernels, and their shortened names."""
+        from torch.profiler import ProfilerActivity, profile
+
+        from tlcapture import capture
+        from tlcapture.views.logit_lens import logit_lens_view
+
+        (captured,) = capture(self.model, texts(1), max_new_tokens=NEW_TOKENS, temperature=0.0)
+
+        def lens() -> float:
+            start = time.perf_counter()
+            device = self.model.last_device
+            logit_lens_view(
+                captured.residual, self.model.n_layers, captured.token_ids, self.model.unembed, device=device
+            )
+            return 1e3 * (time.perf_counter() - start)
+
+        lens()
+        without_profiler = lens()
+        with profile(activities=[ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.cuda else [])) as seen:
+            lens()
+        times = {
+            event.key: (event.self_device_time_total if self.cuda else event.self_cpu_time_total) / 1e3
+            for event in seen.key_averages()
+        }
+        dearest = sorted(times, key=times.__getitem__, reverse=True)[:12]
+        rows = {"all, without the profiler": without_profiler, "busy": sum(times.values())}
+        return {**rows, **{name[:90]: times[name] for name in dearest}}
 
 
 def prepare(work: Path, root: Path) -> None:
