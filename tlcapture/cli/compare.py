@@ -23,8 +23,6 @@ from tlcapture.text import counted
 if TYPE_CHECKING:
     from tlcapture.commands.compare_summary import ComparisonSummary
 
-_FORM = "EXPERIMENT[/SET[@VARIANT]]"
-
 
 @dataclass(frozen=True)
 class _Settings:

@@ -165,15 +165,8 @@ def _rows(
     own = _own_examples(layout, task.trait)
     if any(vector.method != IMPORTED for vector in vectors):
         _check_others(options, task.examples, own)
-    position = files.metadata(component).get("position")
-    prepared = prepare_examples(
-        Datasets(layout.root),
-        layout,
-        task.trait,
-        model,
-        position=position if position == "last_prompt_token" else "auto",
-        examples=task.examples,
-    )
+    at_prompt = files.metadata(component).get("position") == "last_prompt_token"
+    prepared = prepare_examples(layout, model, task.examples, "last_prompt_token" if at_prompt else "auto")
     read = read_out(model, prepared.readings, [component], batch_size=options.batch_size)[component]
     words = _words_auroc(own, prepared.texts, prepared.labels)
     rows = []

@@ -36,8 +36,6 @@ from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 from tlcapture.traits.vectors import TraitVector
 from tlcapture.version import __version__
 
-SIDES = ("a", "b", "own")  # whose vectors both sides are projected onto
-
 
 @dataclass(frozen=True)
 class CompareOptions:

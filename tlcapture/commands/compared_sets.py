@@ -15,8 +15,6 @@ from tlcapture.storage.comparisons import comparison_file
 from tlcapture.storage.layout import Layout
 from tlcapture.text import beside, did_you_mean
 
-FORM = "EXPERIMENT[/SET[@VARIANT]]"
-
 
 @dataclass(frozen=True)
 class CaptureSet:

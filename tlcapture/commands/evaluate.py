@@ -236,15 +236,13 @@ def _activations(
     source = source_digest(reading.examples, read_config(layout), reading.position)
     if kept is not None and kept.source == source and (kept.examples, kept.fingerprint) == reading.made_from:
         return kept
-    prepared = prepare_examples(
-        Datasets(layout.root), layout, files.trait, model(), position=reading.position, examples=reading.examples
-    )
+    prepared = prepare_examples(layout, model(), reading.examples, reading.position)
     if reading.made_from not in (None, (prepared.digest, model().fingerprint)):
         raise VectorError("examples or model have changed since the vectors were extracted: extract them again")
     if reading.examples.is_guess and reading.made_from is None:
         run.warn(GUESS)
     activations = read_out(model(), prepared.readings, [component], batch_size=options.batch_size)[component]
-    kept = kept_activations(layout, component, model(), prepared, activations)
+    kept = kept_activations(layout, model(), prepared, activations)
     if reading.made_from is not None:
         run.wrote(kept.write(path))
     return kept

@@ -144,9 +144,7 @@ def _extract(
 ) -> None:
     layout = run.layout
     layers = _layers(model, options)
-    prepared = prepare_examples(
-        Datasets(layout.root), layout, examples.trait, model, position=options.position, examples=examples
-    )
+    prepared = prepare_examples(layout, model, examples, options.position)
     norms = TypicalNorms()
     activations = read_out(
         model, prepared.readings, tuple(layers), batch_size=options.batch_size, on_examples=on_examples, norms=norms
@@ -162,7 +160,7 @@ def _extract(
     }
     for component, vectors in fitted.items():
         values, at = activations[component], layers[component]
-        kept, trained = kept_activations(layout, component, model, prepared, values), values[:, train]
+        kept, trained = kept_activations(layout, model, prepared, values), values[:, train]
         metadata = _metadata(layout, component, model, options, at, prepared)
         if component == "residual":
             metadata["typical_norms"] = list(norms.medians().values())
@@ -190,7 +188,7 @@ def _layers(model: Model, options: ExtractOptions) -> dict[str, tuple[int, ...]]
 
 
 def kept_activations(
-    layout: Layout, component: str, model: Model, prepared: PreparedExamples, activations: Activations
+    layout: Layout, model: Model, prepared: PreparedExamples, activations: Activations
 ) -> KeptActivations:
     """The activations of a trait's examples with all that tells whether they are still those of its examples."""
     return KeptActivations(

@@ -19,7 +19,7 @@ from tlcapture.models.layer_inputs import layer_inputs
 from tlcapture.models.memory import is_out_of_memory
 from tlcapture.models.sources import source_of
 
-NEW_TOKENS = 3
+_NEW_TOKENS = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +59,10 @@ def reference_runs(hf_model: Any, prompts: Sequence[Sequence[int]]) -> list[Refe
 
 
 @torch.no_grad()
-def reference_run(hf_model: Any, prompt_ids: Sequence[int], new_tokens: int = NEW_TOKENS) -> ReferenceRun:
+def reference_run(hf_model: Any, prompt_ids: Sequence[int]) -> ReferenceRun:
     """Run a prompt and its greedy continuation without a cache of keys and values: the whole sequence at every step."""
     ids = list(prompt_ids)
-    for _ in range(new_tokens):
+    for _ in range(_NEW_TOKENS):
         ids.append(int(hf_model(_batch_of_one(hf_model, ids), use_cache=False).logits[0, -1].argmax()))
     return _whole(hf_model, ids, len(prompt_ids))
 

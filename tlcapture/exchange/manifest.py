@@ -12,7 +12,6 @@ from tlcapture.storage.files import read_json, write_json
 from tlcapture.storage.validation import Count, FileContent, checked
 
 NAME = "tlcapture-export.json"
-FORMATS = ("datasets", "parquet", "safetensors", "json")
 Format = Literal["datasets", "parquet", "safetensors", "json"]
 FORMAT_VERSION = 1
 

@@ -26,7 +26,7 @@ from tlcapture.storage.layout import Datasets
 from tlcapture.storage.validation import first_problem
 
 HELD_OUT_SHARE = 0.2
-TEXTS, SCENARIOS, AUTO = "texts", "scenarios", "auto"  # what the lines of a .txt file are; auto: texts, a guess
+TEXTS, AUTO = "texts", "auto"  # what the lines of a .txt file are, or "scenarios"; auto: texts, a guess
 GUESS = (
     "lines of .txt examples are read as bare texts, which is a guess: if the model is to complete them, pass "
     "--examples-as scenarios; if not, --examples-as texts"

@@ -161,7 +161,6 @@ class SpooledPatterns:
     def __init__(self, folder: Path, like: Tensor, n_places: int, lengths: Sequence[int]):
         self._spools = [PatternSpool(folder, n_places, like.shape[1], like.dtype) for _ in lengths]
         self._first = [max(lengths) - length for length in lengths]  # the column of each prompt's first token
-        self._n_places = n_places
         self._most_pending = _MOST_PENDING.get(like.device.type, _MOST_PENDING_ELSEWHERE)
         self._pending: list[_Step] = []
         self._n_pending = 0  # bytes

@@ -112,7 +112,7 @@ class Contents(NoteContents):
             except InputError:
                 continue
             prompt_sets = layout.prompt_sets()
-            traits = sorted({str(trait) for trait in layout.traits()} | set(_projected(layout)))
+            traits = sorted({str(trait) for trait in layout.traits()} | _projected_traits(layout))
             found.append({"name": folder.name, "prompt_sets": prompt_sets, "traits": traits})
         return found
 
@@ -321,7 +321,6 @@ def _component(component: str) -> str:
     return component
 
 
-def _projected(layout: Layout, prompt_set: str | None = None) -> list[str]:
-    """Traits that any prompt of a set, or of any set, is projected onto."""
-    folders = layout.projection_folders(prompt_set)
-    return sorted({str(trait) for trait, _ in folders})
+def _projected_traits(layout: Layout) -> set[str]:
+    """The traits that any capture is projected onto."""
+    return {str(trait) for trait, _ in layout.projection_folders()}

@@ -45,15 +45,6 @@ def check_replaceable(layout: Layout, path: Path, *, overwrite: bool = False, ad
         raise StorageError(f"{error}: {advice}") from None
 
 
-def is_readable(layout: Layout, path: Path) -> bool:
-    """Whether a file holds what its place in an experiment says."""
-    try:
-        check_readable(layout, path)
-    except StorageError:
-        return False
-    return True
-
-
 def check_readable(layout: Layout, path: Path) -> None:
     """Raise `StorageError` for a file that does not hold what its place in an experiment says."""
     place = path.relative_to(layout.folder).parts

@@ -12,7 +12,7 @@ Source: https://huggingface.co/docs/safetensors, "Format".
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -23,7 +23,7 @@ import orjson
 from numpy.typing import NDArray
 
 from tlcapture.errors import StorageError
-from tlcapture.storage.files import Hook, Written, write_stream
+from tlcapture.storage.files import Written, write_stream
 from tlcapture.storage.regular_files import check_regular
 from tlcapture.storage.remote_roots import local
 
@@ -58,8 +58,6 @@ def write_safetensors(
     specs: Mapping[str, TensorSpec],
     metadata: Mapping[str, str],
     pieces: Mapping[str, Pieces],
-    *,
-    before_replacing: Hook = lambda new: None,
 ) -> Written:
     """Write tensors in the order of `specs`, each from pieces of its rows, which are made one after another.
 
@@ -80,7 +78,7 @@ def write_safetensors(
                 raise ValueError(f"{name}: {written} bytes, but its shape {list(spec.shape)} has {spec.n_bytes}")
 
     n_bytes = _LENGTH + len(head) + sum(spec.n_bytes for spec in specs.values())
-    return write_stream(path, write, n_bytes, before_replacing=before_replacing)
+    return write_stream(path, write, n_bytes)
 
 
 def _write_piece(file: IO[bytes], piece: NDArray[Any], spec: TensorSpec) -> int:
@@ -211,8 +209,3 @@ def _spec(path: Path, name: str, entry: Any) -> tuple[TensorSpec, int, int]:
 
 def _damaged(path: Path, problem: str) -> StorageError:
     return StorageError(f"{path}: cannot be read as a safetensors file: {problem}")
-
-
-def in_pieces(n_rows: int, most: int, make: Callable[[int, int], NDArray[Any]]) -> Pieces:
-    """`make(start, stop)` of consecutive rows, of at most `most` at a time."""
-    return (make(start, min(start + most, n_rows)) for start in range(0, n_rows, most))

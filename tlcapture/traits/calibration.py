@@ -43,11 +43,6 @@ class Calibration:
             return None
         return cls(record.negative_mean, record.positive_mean, record.pooled_sd)
 
-    @property
-    def midpoint(self) -> float:
-        """Halfway between the means, in units of activations."""
-        return (self.negative_mean + self.positive_mean) / 2
-
     def calibrated(self, scores: Any) -> Any:
         """Scores, a number or an array, on the scale on which the negative mean is 0 and the positive mean 1."""
         return (scores - self.negative_mean) / (self.positive_mean - self.negative_mean)

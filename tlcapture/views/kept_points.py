@@ -113,10 +113,6 @@ class KeptPoints:
             raise InputError(f"{point} was not kept: {self.described()}; capture again without --points")
         return self.point_indices.index(wanted)
 
-    def layer_row(self, layer: object) -> int:
-        """The index of a layer among the kept layers; raises `InputError` for a layer not kept."""
-        return self.layers.index(self.check_layer(layer))
-
     def check_layer(self, layer: object) -> int:
         """Return a layer as an `int`; raises `InputError` for anything but a layer that is kept."""
         if not isinstance(layer, int | SupportsIndex):  # whether it is an int takes much less time
