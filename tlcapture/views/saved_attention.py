@@ -19,7 +19,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from tlcapture.errors import InputError, NumericalError, StorageError
+from tlcapture.errors import NumericalError, StorageError
 from tlcapture.storage.compact_files import compact_metadata, is_compact, open_compact
 from tlcapture.storage.files import Written
 from tlcapture.storage.rounding import WEIGHT_DIGITS, rounded_for_json
@@ -27,7 +27,7 @@ from tlcapture.storage.safetensors_files import TensorSpec, write_safetensors
 from tlcapture.storage.validation import not_valid
 from tlcapture.views.json_files import AttentionEntry, AttentionHead, no_weights, pattern_of_layer
 from tlcapture.views.kept_tokens import Positions
-from tlcapture.views.token_entries import TokenEntries
+from tlcapture.views.token_entries import TokenEntries, no_token
 
 KIND = "attention"
 _NUMBERS = "float16: 11 significant bits, and steps of 6e-8 below 6e-5"
@@ -169,8 +169,7 @@ class _CompactAttention(SavedAttention):
 
     def entry(self, token: int) -> AttentionEntry:
         if token not in self._held.kept:
-            partial = "" if self._held.is_all else ": it was captured with --tokens, without this one"
-            raise InputError(f"{self.path.name} has no token {token}{partial}")
+            raise no_token(self.path, token, is_partial=not self._held.is_all)
         row = self._held.kept.index(token)
         by_layer: list[Any] = [None] * self.head.n_layers
         for layer in self._present:

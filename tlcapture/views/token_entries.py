@@ -47,8 +47,7 @@ class TokenEntries:
 
     def __getitem__(self, token_idx: int) -> dict[str, Any]:
         if token_idx not in self._spans:
-            partial = "" if "positions" not in self.rest else ": it was captured with --tokens, without this one"
-            raise InputError(f"{self.path.name} has no token {token_idx}{partial}")
+            raise no_token(self.path, token_idx, is_partial="positions" in self.rest)
         start, stop = self._spans[token_idx]
         with local(self.path).open("rb") as file:
             file.seek(start)
@@ -60,6 +59,12 @@ class TokenEntries:
             for start, stop in self._spans.values():
                 file.seek(start)
                 yield _parse(self.path, file.read(stop - start))
+
+
+def no_token(path: Path, token: int, *, is_partial: bool) -> InputError:
+    """The error for a token without an entry in a file, which may be of some tokens only."""
+    partial = ": it was captured with --tokens, without this one" if is_partial else ""
+    return InputError(f"{path.name} has no token {token}{partial}")
 
 
 def _stat(path: Path) -> Any:
