@@ -42,7 +42,7 @@ def capture_of(
 ) -> Capture:
     """The capture of a generation, in the dtype to store it in; `kept` limits it to some layers and points.
 
-    `interventions` are the records of those under which it was generated.
+    `interventions` are the records of the interventions that were active during generation.
     """
     only = None if kept is None or kept.is_all else kept
     prompt = generation.prompt

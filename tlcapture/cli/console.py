@@ -98,7 +98,7 @@ class Console(Display):
         self.facts.update(facts)
 
     def report(self, layout: Layout) -> RunReport:
-        """The report of a run that is about to begin; it is also written to a record if a command runs."""
+        """The report of a run that is about to begin; within a command it is also written to a record."""
         if self._invocation is None:
             return super().report(layout)
         from tlcapture.runs.record import RecordedReport

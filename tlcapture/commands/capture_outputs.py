@@ -42,7 +42,7 @@ Write = Callable[[], Written]
 
 
 class HasHooks(Protocol):
-    """What is needed of a model to name its activations."""
+    """The parts of a model that are needed to name its activations."""
 
     @property
     def n_layers(self) -> int:
@@ -114,7 +114,7 @@ class Outputs:
         return [each for each in found if each is not None]
 
     def missing(self, files: PromptFiles, saved: KnownCapture, *, overwrite: bool = False) -> Outputs:
-        """The requested outputs that a saved capture lacks: those that do not exist or are older than it.
+        """The requested outputs that do not exist or are older than the saved capture.
 
         With `overwrite`, files of add-ons that cannot be read count as missing.
         """
@@ -140,7 +140,7 @@ class Outputs:
         )
 
     def live_hooks(self, model: HasHooks) -> list[str]:
-        """The activations that a generation captures; those to keep come first, in the order of their buffer."""
+        """The activations that a generation captures; the ones to keep come first, in the order of their buffer."""
         names = residual_hooks(model.n_layers, model.hook_names, attn_out=self.attn_out, only=self.kept)
         names += logit_lens_hooks(model.n_layers, self.parts.lens_layers) if self.logit_lens else []
         return list(dict.fromkeys([*names, *self.pass_hooks(model)]))

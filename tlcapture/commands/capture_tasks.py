@@ -39,7 +39,7 @@ from tlcapture.traits.saved_projections import merged_files
 
 
 class HasTokenizer(Protocol):
-    """What planning needs of a model: the number of its layers, and its tokenizer."""
+    """The parts of a model that planning needs: the number of its layers, and its tokenizer."""
 
     @property
     def n_layers(self) -> int:
@@ -106,7 +106,7 @@ class CaptureTask:
     def split(self, most: int) -> list[CaptureTask]:
         """Split into tasks of at most `most` prompts, each a batch of prompts of similar length.
 
-        They hold nothing of the set's other prompts, also not those on which norms are measured.
+        They hold none of the set's other prompts, not even the prompts on which norms are measured.
         """
         ordered = sorted(self.batched, key=lambda prompt: len(prompt.token_ids), reverse=True)
         only_name = PromptSet.model_construct(name=self.prompt_set.name, prompts=[])
@@ -219,7 +219,7 @@ class TaskPlanner:
         return found
 
     def _samples(self, prompt_set: PromptSet, prompts: Sequence[Prompt]) -> Mapping[PromptId, Sequence[int | None]]:
-        """The samples of each prompt that are worked on, `None` standing for a response without a number.
+        """The sample numbers of each prompt to work on; `None` stands for a single, unnumbered response.
 
         A replay without a number of samples takes all that are saved, and so do the responses of other captures.
         """
@@ -237,7 +237,7 @@ class TaskPlanner:
         return {prompt.id: found.get(str(prompt.id), [None]) for prompt in prompts}
 
     def _wanted(self, place: Place, files: PromptFiles) -> Outputs:
-        """The outputs that a capture lacks, or all; raises `StorageError` or `PromptError` where it cannot be made."""
+        """The outputs to make: all, or those that a saved capture lacks; raises `StorageError` or `PromptError`."""
         options = self._options
         advice = "capture it again with --overwrite" if options.replay else REPLACE
         existing = files.capture(overwrite=options.overwrite, advice=advice)
@@ -259,7 +259,7 @@ class TaskPlanner:
     def _most_tokens_asked(self, saved: KnownCapture) -> int | None:
         """The maximum length that a saved response should have had; `None` where its own is one by default.
 
-        By default it is longer for a model that thinks, unless thinking is off, and as far as the context allows it.
+        The default is longer for a model that thinks (unless thinking is off), within the context.
         """
         asked, found = self._options.max_new_tokens, saved.metadata.get("max_new_tokens")
         may_be_longer = self._options.longer_where_thinking and "thinking" in saved.metadata

@@ -59,8 +59,8 @@ from tlcapture.views.logit_lens import LogitLens
 class CaptureWorker:
     """Carries out tasks with a model that is loaded when it is first needed.
 
-    `norm_prompts` are the prompts of each set on which typical norms are measured; `sizes` those of what will be run,
-    where they have to fit in the memory of this machine.
+    `norm_prompts` are the prompts of each set on which typical norms are measured; `sizes` are those of the prompts,
+    if they have to fit in the memory of this machine.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class CaptureWorker:
 
     @cached_property
     def _spooling(self) -> Spooling | None:
-        """Where attention patterns are kept that are too large for memory; JSON, if asked for, is made in memory."""
+        """Where to keep attention patterns that are too large for memory; requested JSON is made in memory."""
         above = weights_in_memory(self.options.parts.form)
         return None if above is None else Spooling(self.layout.folder, above)
 

@@ -55,7 +55,7 @@ class CarryOverOptions:
 
     @property
     def name(self) -> str:
-        """The name of the dataset: that of its folder."""
+        """The name of the dataset, which is the name of its folder."""
         return self.folder.resolve().name
 
 
@@ -77,7 +77,7 @@ def run_carry_over(
     display: Display = Display(),
     executor: Executor = LocalExecutor(),
 ) -> RunReport:
-    """Score vectors on examples that took no part in anything, and write `carry_over` in the evaluation file.
+    """Score vectors on examples that were used for nothing else, and write `carry_over` in the evaluation file.
 
     Raises:
         InputError: the folder has no examples of a trait with vectors; nothing was written.
@@ -130,7 +130,7 @@ def _own_examples(layout: Layout, trait: Trait) -> Examples | None:
 
 
 def _check_others(options: CarryOverOptions, examples: Examples, own: Examples | None) -> None:
-    """Raise `InputError` for examples that a vector was extracted from, which it tells apart whatever they are."""
+    """Raise `InputError` if a vector was extracted from the examples, which it would separate in any case."""
     if own is None:
         return
     known = _contents(own, positive=True) | _contents(own, positive=False)

@@ -125,7 +125,7 @@ class _Worker:
 
 
 def best_vectors(layout: Layout) -> Evaluation:
-    """The evaluation file, with each trait's best vector and what was found of the trait."""
+    """The evaluation file, with each trait's best vector and the trait's summary."""
     return Evaluation.read(layout.evaluation)
 
 
@@ -144,7 +144,7 @@ def draw_heatmaps(layout: Layout, report: RunReport) -> None:
 def _evaluate(
     run: Run, trait: Trait, options: EvaluateOptions, model: Callable[[], Model]
 ) -> dict[str, EvaluatedComponent]:
-    """What was found, by component."""
+    """The evaluation of a trait's vectors, by component."""
     layout, files = run.layout, VectorFiles(run.layout, trait)
     found: dict[str, EvaluatedComponent] = {}
     for component in options.components:
@@ -183,7 +183,7 @@ def _check_held_out(examples: Examples) -> None:
 
 @dataclass(frozen=True)
 class _Reading:
-    """How the examples are read: as those that the vectors were extracted from, or as the options say.
+    """How to read the examples: as the vectors' extraction read them, or as the options say.
 
     `made_from` are the digests of the examples and of the model that extracted vectors record; `None` where all vectors
     were imported.
@@ -227,7 +227,7 @@ def _activations(
     options: EvaluateOptions,
     model: Callable[[], Model],
 ) -> KeptActivations:
-    """The activations that `extract` kept, if examples and vectors are still those; otherwise they are read again.
+    """The activations that `extract` kept, if neither examples nor vectors have changed; otherwise they are read again.
 
     Raises `VectorError` if examples or model have changed since the vectors were extracted.
     """

@@ -36,9 +36,9 @@ TOO_FEW = ": too few examples to tell"  # shuffled labels separate all that are 
 
 @dataclass(frozen=True)
 class EvaluatedComponent:
-    """The rows of a trait's vectors of one component, and what was found of all of them together.
+    """The rows of a trait's vectors of one component, and the findings about all of them together.
 
-    `model_fingerprint` is of the model that read the examples.
+    `model_fingerprint` identifies the model that read the examples.
     """
 
     trait: str
@@ -49,7 +49,7 @@ class EvaluatedComponent:
 
 @dataclass(frozen=True, eq=False)
 class _Common:
-    """What all rows of a component share."""
+    """The data that all rows of a component share."""
 
     cross_validated: CrossValidated | None
     null_p95: float | None
@@ -217,7 +217,7 @@ def _cosines(vector: TraitVector, others: Sequence[tuple[str, Trait, str]], layo
 
 
 def _number(value: torch.Tensor | float | None) -> float | None:
-    """A number as it is written; `None` for one that is undefined."""
+    """A number as it is written; `None` if it is undefined."""
     if value is None or not torch.isfinite(torch.as_tensor(value)):
         return None
     return float(round_significant(float(value), PROJECTION_DIGITS))

@@ -42,7 +42,7 @@ from tlcapture.views.hooks import COMPONENT_HOOKS, COMPONENTS
 class ExtractOptions:
     """What to extract; empty `traits` and `layers` mean all of them.
 
-    `traits` of `None` are those of the root, or of the package where the root has none. With `skip_existing`, a trait
+    `traits=None` means the traits of the root, or of the package if the root has none. With `skip_existing`, a trait
     is left out where all its vectors exist, from the same examples and the model of the same name.
     """
 
@@ -190,7 +190,7 @@ def _layers(model: Model, options: ExtractOptions) -> dict[str, tuple[int, ...]]
 def kept_activations(
     layout: Layout, model: Model, prepared: PreparedExamples, activations: Activations
 ) -> KeptActivations:
-    """The activations of a trait's examples with all that tells whether they are still those of its examples."""
+    """The activations of a trait's examples, with the data that tells later whether the examples have changed."""
     return KeptActivations(
         activations,
         prepared.texts,

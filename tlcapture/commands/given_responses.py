@@ -1,7 +1,7 @@
 """`capture --responses-from`: the stored tokens of other captures, run through this model.
 
 The tokens of each response are run one by one, in the batches in which they would be generated, so that equal models
-give equal bits: what differs is due to the models, and not to rounding.
+give equal bits: differences are due to the models and not to rounding.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class GivenResponses:
 
     @property
     def _names(self) -> list[str]:
-        """The captured sets: the one named, or all but variants."""
+        """The captured sets: the named one, or all except variants."""
         return [name for name in self.source.names if self.source.name or base_set(name) == name]
 
     def _capture(self, name: str, stem: PromptId) -> Capture:
@@ -103,13 +103,13 @@ class GivenResponses:
                 )
 
     def are_tokens_of(self, saved: KnownCapture, prompt_set: str, prompt_id: PromptId, sample: int | None) -> bool:
-        """Whether a saved capture is of the tokens that a prompt, or a sample of it, has there now."""
+        """Whether a saved capture has the tokens that the given captures now hold for a prompt or sample."""
         source = self.capture(prompt_set, prompt_id, sample)
         return saved.is_of(source) and saved.metadata.get("tokens_from") == KnownTokens.of(source.metadata, ()).origin
 
 
 def prompt_of(capture: Capture) -> TokenizedPrompt:
-    """The prompt of a capture, with its response as a forced one; an empty response is read with it."""
+    """The prompt of a capture, with its response as a forced one; an empty response is read with the prompt."""
     response = tuple(capture.response.token_ids)
     known = KnownTokens.of(capture.metadata, capture.spans)
     found = replace(as_prompt(capture, capture.prompt_id), given=None, known=known, sample=capture.sample)
@@ -129,7 +129,7 @@ def longest_forced(prompts: Sequence[TokenizedPrompt]) -> int:
 
 
 def generate_or_force(model: Model, prompts: Sequence[TokenizedPrompt], **how: Any) -> Iterator[Outcome]:
-    """`generate` with prompts whose responses are generated or forced, and apart from them those with an empty one."""
+    """Run `generate` on prompts with generated or forced responses, and separately on those with an empty one."""
     for are_empty in (False, True):
         kind = [prompt for prompt in prompts if (prompt.given is not None) == are_empty]
         if kind:

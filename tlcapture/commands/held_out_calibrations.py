@@ -34,7 +34,7 @@ def held_out_calibrations(
 def keep_held_out_calibrations(
     run: Run, files: VectorFiles, component: str, found: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Add calibrations, by method and layer as text, to the metadata of the vectors that they are of."""
+    """Add calibrations, by method and layer as text, to the metadata of their vectors."""
     with run_lock(run, f"vectors of {files.trait}"):
         for method, by_layer in found.items():
             metadata = files.metadata(component, method)

@@ -34,7 +34,7 @@ _PER_SCORE = 9.7  # bytes in JSON: 6 significant digits
 class ProjectionFiles:
     """The projections of a prompt that are to be written, in the form that is asked for.
 
-    By default they are JSON, and a shard where JSON would be too large.
+    The default is JSON, or a shard where JSON would be too large.
     """
 
     run: Run
@@ -74,7 +74,7 @@ class ProjectionFiles:
         self._contents.setdefault(vector.component, {})[vector.trait] = path, content
 
     def write(self) -> None:
-        """Write the shard of what was added and is to be in one, and remove the JSON files in its place."""
+        """Write a shard of the added projections that belong in one, and remove the JSON files that it replaces."""
         for component, found in self._contents.items():
             contents = {str(trait): content for trait, (_, content) in found.items()}
             folder, name, now = self._folder(component), file_name(self.prompt_id), time.time_ns()

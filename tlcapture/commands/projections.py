@@ -48,8 +48,8 @@ class ExistingProjections:
     """Which existing projections are kept where only missing ones are made.
 
     Attributes:
-        onto_any: those onto any vector of the trait, rather than onto the chosen one alone.
-        overwrite: none that cannot be read; otherwise such a file is an error.
+        onto_any: keep projections onto any vector of the trait, not only onto the chosen one.
+        overwrite: replace files that cannot be read; otherwise such a file is an error.
     """
 
     onto_any: bool = False
@@ -97,7 +97,7 @@ class ChanceLevels:
     _made: dict[Hashable, RandomDirections] = field(default_factory=dict)
 
     def reporting_to(self, run: Run) -> ChanceLevels:
-        """The same, whose warnings go to another run."""
+        """A copy whose warnings go to another run."""
         return replace(self, run=run)
 
     def of(self, capture: Capture, chosen: Sequence[ChosenVector]) -> RandomDirections | None:
@@ -137,8 +137,8 @@ def project_capture(
 
     Where `only` projections are kept, the files hold the capture's metadata too. If `centred`, the mean activation of
     each vector's training examples is subtracted first. The files hold the scores of the tokens in `kept`, by default
-    those that the capture holds; all that it holds are projected. `scores` are those of `scores_of`, where known.
-    `form` is that of the files, as in `ViewParts`.
+    all that the capture holds; those are projected in any case. `scores` is the result of `scores_of`, if known.
+    `form` is the form of the files, as in `ViewParts`.
 
     Raises:
         StorageError: a file to be replaced cannot be read, and `overwrite` is not set; none was written.
@@ -237,7 +237,7 @@ def _path(layout: Layout, capture: Capture, vector: TraitVector) -> Path:
 
 
 def massive_line(centred: Sequence[tuple[Trait, Centred]]) -> str:
-    """What massive dimensions carry of the variance of centred projections, the mean by trait, as a line of text."""
+    """A line of text: the share of centred projections' variance in massive dimensions, on average, by trait."""
     by_trait: dict[str, list[float]] = {}
     for trait, found in centred:
         if found.variance_share is not None:
@@ -261,7 +261,7 @@ def _warn_together(doubts: Iterable[tuple[Trait, str | None]], run: Run) -> None
 
 @dataclass(frozen=True)
 class _OfCapture:
-    """What all projection files of a capture have: its two parts as JSON, and the beginning of the metadata."""
+    """The content shared by a capture's projection files: its two parts as JSON, and the beginning of the metadata."""
 
     heads: Mapping[str, Any]
     names: Mapping[str, Any]
