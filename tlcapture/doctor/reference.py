@@ -1,4 +1,4 @@
-"""The reference of `tlcapture doctor`: what Hugging Face's own model of a checkpoint computes.
+"""The reference of `tlcapture doctor`: the activations that Hugging Face's own model computes from a checkpoint.
 
 It is run and released before the model under test is loaded, so that only one model is in memory at a time.
 """
@@ -42,9 +42,9 @@ class ReferenceRun:
 
 
 def reference_runs(hf_model: Any, prompts: Sequence[Sequence[int]]) -> list[ReferenceRun]:
-    """Runs of prompts in float32; for a model in 16 bits, with the deviations of its own run.
+    """Runs of prompts in float32, with the deviations from them of a model in 16 bits.
 
-    The model is in float32 afterwards, if that fits in memory; otherwise the runs are those in 16 bits.
+    The model is in float32 afterwards, if that fits in memory; otherwise the runs in 16 bits are returned.
     """
     runs = [reference_run(hf_model, ids) for ids in prompts]
     if next(hf_model.parameters()).dtype == torch.float32:

@@ -70,7 +70,7 @@ class Experiment:
 
     @property
     def name(self) -> str:
-        """Its name, that of its folder below `experiments/`."""
+        """The experiment's name, which is the name of its folder below `experiments/`."""
         return self.layout.experiment
 
     @property
@@ -80,7 +80,7 @@ class Experiment:
 
     @property
     def _listed(self) -> Layout:
-        """The layout; of a remote root, with what others wrote up to a few seconds ago."""
+        """The layout; in a remote root, it includes what others wrote up to a few seconds ago."""
         refresh(self.layout.folder, _FRESH)
         return self.layout
 
@@ -206,13 +206,13 @@ class Experiment:
 
             exp.compare("my_exp/single_trait@formal", "single_trait")
 
-        Differences are those of `other` less this experiment's. Comparisons that are there and current are kept, the
+        Differences are `other` less this experiment. Existing comparisons that are current are kept, the
         others are written. `docs/compare.md` describes the columns.
 
         Args:
             other: an experiment, or `EXPERIMENT[/SET[@VARIANT]]` in the same root.
             prompt_set: the set, or `SET@VARIANT`, of this experiment; all that both have by default.
-            how: `by` (`trait` or `layer`: what there is a row for), `traits`, `layer`, `method`, `vectors` (`a`, `b` or
+            how: `by` (a row for each `trait`, or each `layer`), `traits`, `layer`, `method`, `vectors` (`a`, `b` or
                 `own`), `vector_experiment`, `kl=False` to leave out the next-token distributions, and `device`.
 
         Raises `InputError` if there is nothing to compare.

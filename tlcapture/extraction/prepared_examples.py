@@ -134,7 +134,7 @@ def _prompt(text: str, number: int, model: Model, config: ExperimentConfig) -> T
 
 @contextmanager
 def _named(example: Example) -> Iterator[None]:
-    """Errors begin with the start of the example."""
+    """Prefix errors with the start of the example."""
     try:
         yield
     except TlcaptureError as error:
