@@ -72,7 +72,7 @@ class DeviceBuffer:
         return self._targets[index].transpose(0, 1)
 
     def forget(self, index: int) -> None:
-        """Let the memory of a row's activations in main memory be freed once nobody else has it."""
+        """Release a row's activations in main memory, to be freed once nobody else holds them."""
         self._targets.pop(index, None)
 
     def _write_piece(self, indices: Sequence[int], pieces: Sequence[Tensor], first: int) -> None:
@@ -109,7 +109,7 @@ def _put(target: Tensor, indices: Sequence[int], values: Tensor) -> None:
 
 
 def columns_that_fit(like: Tensor, n_places: int, n_rows: int, n_columns: int, free: int) -> int:
-    """The columns for which a `DeviceBuffer` has room: all, else a chunk, else 0.
+    """The number of columns for which a `DeviceBuffer` has room: all, a chunk, or 0.
 
     Args:
         like: an activation `[batch, pos, ...]`.
@@ -121,7 +121,7 @@ def columns_that_fit(like: Tensor, n_places: int, n_rows: int, n_columns: int, f
 
 
 class Triangles:
-    """Attention patterns, `[row, place, head, weight]`: of each query the weights of the keys up to it.
+    """Attention patterns, `[row, place, head, weight]`: for each query the weights of the keys up to it.
 
     Queries and keys are the columns of the left-padded batch; a query begins after the keys of those before it.
     """
@@ -166,5 +166,5 @@ def whole_patterns(triangle: Tensor, n_tokens: int) -> Tensor:
 
 
 def n_weights(n_queries: int) -> int:
-    """The weights of so many queries, of which each has one key more than the one before."""
+    """The number of weights of the first queries, each of which has one key more than the one before."""
     return n_queries * (n_queries + 1) // 2

@@ -1,7 +1,7 @@
-"""Attention patterns on disk while a prompt runs: of each query the weights of the keys up to it, in chunks of queries.
+"""Attention patterns on disk while a prompt runs: for each query the weights of keys up to it, in chunks of queries.
 
-A long prompt's patterns are larger than memory. What a step yields of them is gathered until it makes a chunk, which
-is appended to a file that has no name, so that nothing is left of it when the process ends, however it ends.
+A long prompt's patterns are larger than memory. The weights of each step are gathered until they fill a chunk, which
+is appended to a file without a name, so that nothing is left of it when the process ends, however it ends.
 
     patterns = SpooledPatterns(folder, lengths)
     patterns.write(indices, cached, stop, n_columns)      # every step
@@ -35,7 +35,7 @@ Chunk = Float[Tensor, "n_weights n_heads"]
 
 @dataclass(frozen=True)
 class Spooling:
-    """Where patterns are kept while prompts run: below a folder, where a prompt has over so many weights in all."""
+    """Where patterns are kept while prompts run: in a folder, for prompts with more than a number of weights."""
 
     folder: Path
     above: int
@@ -43,7 +43,7 @@ class Spooling:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A chunk in the file: its queries, and where its weights of the first place begin, in numbers."""
+    """A chunk in the file: its queries, and the offset of its weights of the first place, counted in weights."""
 
     first: int
     stop: int
@@ -71,7 +71,7 @@ class PatternSpool:
         return self._chunks[-1].stop if self._chunks else 0
 
     def append(self, n_queries: int, part: Callable[[int], Chunk]) -> None:
-        """Append the next queries; `part` gives the weights of each place, which is asked for one after another.
+        """Append the next queries; `part` is called for the weights of one place after another.
 
         Raises `StorageError` if the device is full.
         """
@@ -150,11 +150,11 @@ class _Step:
 
 
 class SpooledPatterns:
-    """The patterns of a batch of left-padded prompts, each in a spool of its own.
+    """The patterns of a batch of left-padded prompts, each prompt's in its own spool.
 
     Args:
         like: a pattern `[batch, head, pos, key]`.
-        n_places: the hooks.
+        n_places: the number of hooks.
         lengths: tokens of each prompt.
     """
 
@@ -183,7 +183,7 @@ class SpooledPatterns:
                 self._spools[index].append(last - first, partial(_lower, own, first, last))
 
     def flush(self) -> None:
-        """Write what waits for the rest of its chunk."""
+        """Write weights that are waiting for their chunk to fill."""
         steps, self._pending, self._n_pending = self._pending, [], 0
         if not steps:
             return
@@ -201,7 +201,7 @@ class SpooledPatterns:
             self._spools[index].append(len(own), partial(_of_steps, own))
 
     def take(self, index: int, n_tokens: int) -> PatternSpool:
-        """The patterns of a prompt's first `n_tokens` tokens, which are all that it has; nothing is kept of it here."""
+        """Hand over the patterns of a prompt, which has `n_tokens` tokens."""
         self.flush()
         spool = self._spools[index]
         spool.cut(n_tokens)
@@ -209,7 +209,7 @@ class SpooledPatterns:
         return spool
 
     def forget(self, index: int) -> None:
-        """Keep no patterns of a prompt, which has ended."""
+        """Drop the patterns of a prompt that has ended."""
         self.flush()
         old = self._spools[index]
         self._spools[index] = PatternSpool(old.folder, old.n_places, old.n_heads, old.dtype)
