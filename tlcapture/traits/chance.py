@@ -1,4 +1,4 @@
-"""What random directions do on the same activations as a trait's vector: the chance level of its dynamics and rises.
+"""The chance level of a vector's dynamics and rises: those of random directions on the same activations.
 
 A random direction is a random combination of the responses of the reference prompts (`traits/reference`), less their
 mean, and so has the covariance of the activations, as the difference of two groups of unrelated examples would.
@@ -42,11 +42,11 @@ Directions = Float[Tensor, "*n_vectors n_directions n_basis"]
 
 @dataclass(frozen=True, eq=False)
 class ChanceLevel:
-    """What 200 random directions do at a vector's layer, on one capture.
+    """The results of 200 random directions at a vector's layer, on one capture.
 
     Attributes:
         covariance: `reference`, or `isotropic` without a reference.
-        directions: a digest; rises of two captures are of the same directions if it is equal.
+        directions: a digest; rises of two captures come from the same directions if it is equal.
         commit, persist: how many commit, and how many persist.
         commitment, persistence: the share whose change point or peak is at least as clear as the vector's; `None`
             where there are no such statistics.
@@ -74,7 +74,7 @@ class ChanceLevel:
 
     @property
     def largest_rise(self) -> float | None:
-        """What 95 % of the random directions stay below with their rises, as standard scores."""
+        """The 95th percentile of the random directions' rises, as standard scores."""
         return None if self.standardised is None else float(np.quantile(self.standardised, 0.95))
 
     def to_json(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class ChanceLevel:
 
 @dataclass(frozen=True, eq=False)
 class RandomDirections:
-    """Random directions of one component of one model; those of a layer and a trait are always the same."""
+    """Random directions for one component of one model; the same layer and trait always get the same ones."""
 
     reference: Reference | None
     n_layers: int
@@ -107,7 +107,7 @@ class RandomDirections:
     def levels(
         self, activations: dict[int, Tensor], vectors: Sequence[TraitVector], held: Positions, own: Motion
     ) -> Sequence[ChanceLevel | None]:
-        """The chance level of each vector, whose `own` change points and rises are those of the same row.
+        """The chance level of each vector; the same row of `own` has its change points and rises.
 
         `activations` `[n_held, d_model]` of the capture are those of each vector's layer, at the tokens that are held.
         Without every token of the response there is no chance level.
@@ -205,7 +205,7 @@ class _Drawn:
     over: _OverReference | None
 
     def strengths(self, on_basis: OnBasis, held: Positions) -> Strengths:
-        """Those of the random directions of all layers, `[n_layers * n_directions]`, found for a few at once."""
+        """The strengths of all layers' random directions, `[n_layers * n_directions]`, computed for a few at once."""
         found, at_once = [], max(1, _AT_ONCE // (held.n_tokens * N_DIRECTIONS))
         on_basis = _of_usual_size(on_basis)
         for some, directions in zip(on_basis.split(at_once), self.of_layers.split(at_once), strict=True):
@@ -236,7 +236,7 @@ class _Layer:
 
     @cached_property
     def basis(self) -> Basis:
-        """What directions are combined from."""
+        """The vectors that directions are combined from."""
         if self.reference is None:
             return torch.randn(_ISOTROPIC, self.d_model, generator=_generator("basis", self.number))
         responses = self.reference.response_means[self.number].float()
@@ -273,7 +273,7 @@ def _on_basis(activations: Sequence[Tensor], bases: Tensor, held: Positions) -> 
 
 
 def _of_usual_size(values: Tensor) -> Tensor:
-    """Numbers whose squares float32 holds: the same, or multiples of them, which give the same strengths."""
+    """Numbers whose squares fit float32: the given ones, or multiples of them, which give the same strengths."""
     largest = float(values.abs().nan_to_num_(nan=0.0).max())
     return values if _SMALL < largest < 1 / _SMALL or largest == 0 else values / largest
 
@@ -296,12 +296,12 @@ def _shares(random: Values | None, own: ChangePoints | Rises | None, place: Sequ
 
 
 def _in_order(found: Sequence[NDArray[Any]], rows: Sequence[Sequence[int]]) -> NDArray[Any]:
-    """What was found for the vectors in some rows, as one array in the order of all vectors."""
+    """Results for the vectors in some rows, as one array in the order of all vectors."""
     return np.concatenate(found)[np.argsort(np.concatenate(rows))]
 
 
 def _rounded(values: Values) -> Values:
-    """Rounded, as float32 where they fit: JSON has them with the same digits, in less time."""
+    """Rounded numbers, in float32 if they fit: JSON gets the same digits in less time."""
     if np.abs(values).max() > _LARGEST:
         return round_significant(values, PROBABILITY_DIGITS)
     return rounded_for_json(values.astype(np.float32), PROBABILITY_DIGITS)

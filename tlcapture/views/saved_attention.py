@@ -41,11 +41,11 @@ def read_attention(path: Path) -> SavedAttention:
 
 
 class SavedAttention(ABC):
-    """The attention weights of a prompt in a file, of which only what is asked for is read.
+    """The attention weights of a prompt in a file; only requested parts are read.
 
     Attributes:
         path: the file.
-        head: what the file states beside the weights.
+        head: the content of the file without the weights.
     """
 
     path: Path
@@ -74,9 +74,9 @@ class SavedAttention(ABC):
 
     @abstractmethod
     def rows(self, layers: Sequence[int]) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
-        """Layer, query and the query's weights `[n_heads, query + 1]`, of some layers that have weights.
+        """Layer, query and the query's weights `[n_heads, query + 1]`, for some layers that have weights.
 
-        No more than a query's weights is held at a time. Raises `StorageError` if the file is damaged.
+        Only one query's weights are in memory at a time. Raises `StorageError` if the file is damaged.
         """
 
 
@@ -239,7 +239,7 @@ def write_attention(
 
 
 def _kept(chunks: Chunks, positions: Positions) -> Chunks:
-    """Of chunks of the weights of all queries, those of the kept ones, in float16."""
+    """The kept queries' weights in float16, from chunks with the weights of all queries."""
     query, kept = 0, frozenset(positions.kept)
     for chunk in chunks:
         if not np.isfinite(chunk).all():

@@ -57,11 +57,11 @@ def read_lens(path: Path) -> SavedLens:
 
 
 class SavedLens(ABC):
-    """The logit lens of a prompt in a file, of which only what is asked for is read.
+    """The logit lens of a prompt in a file; only requested parts are read.
 
     Attributes:
         path: the file.
-        head: what the file states beside the predictions.
+        head: the content of the file without the predictions.
     """
 
     path: Path
@@ -74,7 +74,7 @@ class SavedLens(ABC):
 
     @abstractmethod
     def entry(self, token: int) -> LensEntry:
-        """The predictions after a token; raises `InputError` for one that the file does not have."""
+        """The predictions after a token; raises `InputError` if the file does not have it."""
 
     @abstractmethod
     def overview(self) -> Iterator[LensOverview]:

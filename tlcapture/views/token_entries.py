@@ -99,7 +99,7 @@ def _scan(path: Path, _modified: int, size: int, _inode: int) -> tuple[dict[int,
 
 
 def _are_kept(tokens: Sequence[int], rest: Mapping[str, Any]) -> bool:
-    """Whether tokens are those that a file names in `positions`; the last token has no entry in a logit lens."""
+    """Whether tokens match the `positions` in a file; the last token has no entry in a logit lens."""
     kept = rest.get("positions")
     return isinstance(kept, list) and tokens in (kept, kept[:-1])
 
