@@ -58,7 +58,7 @@ def did_you_mean(name: str, existing: Iterable[str]) -> str:
 
 
 def beside(name: str, existing: Iterable[str], what: str) -> str:
-    """How an error about a name that does not exist ends: which one was probably meant, and those that exist.
+    """The end of an error about an unknown name: the one that was probably meant, and the existing ones.
 
     `: did you mean 'short'? existing sets: long, short`, or `; existing sets: none`.
     """

@@ -32,7 +32,7 @@ DEFAULT_MEGABYTES = 50
 
 @dataclass
 class _Carried:
-    """Data of the exported file: packed resources, missing ones by path, and labels of those that did not fit."""
+    """Data of the exported file: packed resources, missing ones by path, and labels of data that did not fit."""
 
     contents: Contents
     room: int
@@ -77,14 +77,14 @@ class _Carried:
         return value
 
     def _with_root(self, problem: str) -> str:
-        """What the page says of a file below the root, with the root."""
+        """The page's message on a file below the root, with the root."""
         path = self.contents.root / problem.split(": ")[0]
         root = f"{self.contents.root}/".removeprefix("./")
         return f"{root}{problem}" if ": " in problem and lexists(path) else problem
 
 
 def _told(value: Any) -> Iterator[tuple[str, str]]:
-    """What a resource says cannot be read, at any depth: the key it says so under, and the text."""
+    """The messages in a resource, at any depth, about files that cannot be read, with the key of each."""
     if isinstance(value, dict):
         for key, of_key in value.items():
             if key == "problem" and isinstance(of_key, str):
@@ -212,7 +212,7 @@ def _tokens(contents: Contents, kind: str, where: dict[str, str]) -> Iterator[tu
 
 
 def _contributions(contents: Contents, where: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """What the layers of a prompt add; nothing for a raw file that is not a capture, which the prompt itself names."""
+    """The layers' contributions in a prompt; empty for a raw file that is not a capture, as its prompt reports."""
     try:
         contents.contributions(**where)
     except StorageError:

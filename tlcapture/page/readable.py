@@ -1,4 +1,4 @@
-"""Tokens as people read them: the tokens that are bytes of one character joined to that character."""
+"""Tokens as people read them: tokens that are bytes of one character are joined to that character."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _stretches(tokens: Sequence[str]) -> list[str]:
 
 
 def _matched(stretches: Sequence[str], end: tuple[str, bool], text: str, position: int) -> list[str] | None:
-    """What each stretch reads, from `position` to where `end` follows, with `True` as the last of the text."""
+    """The text of each stretch, from `position` to where `end` follows, with `True` as the last of the text."""
 
     @cache
     def rest(number: int, at: int) -> tuple[str, ...] | None:
@@ -92,7 +92,7 @@ def _matched(stretches: Sequence[str], end: tuple[str, bool], text: str, positio
 
 
 def _readings(stretch: str, text: str, at: int) -> Iterator[str]:
-    """What a stretch may read at a position: itself, or characters that have at least 2 of its marks each."""
+    """The possible texts of a stretch at a position: itself, or characters that have at least 2 of its marks each."""
     if text.startswith(stretch, at):
         yield stretch
     if stretch[0] == PART:
@@ -136,7 +136,7 @@ def _sizes(n_marks: int, shown: str) -> list[int]:
 
 
 def _by_grapheme(pieces: Sequence[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
-    """Pieces with accents, vowel signs, and parts of an emoji joined to what they belong to."""
+    """Pieces with accents, vowel signs, and parts of an emoji joined to their base."""
     found: list[tuple[int, int, str]] = []
     for start, stop, shown in pieces:
         if found and shown and _continues(found[-1][2], shown[0]):

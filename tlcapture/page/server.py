@@ -122,7 +122,7 @@ class _Headers:
 
 
 def _writing(root: Path, write: Callable[..., Any]) -> Callable[[Request], Any]:
-    """An endpoint that changes files, for requests of this page only; browsers say which site a request is from."""
+    """An endpoint that changes files, only for requests from this page: browsers state the origin of a request."""
     answered = _answered(root, write)
 
     async def endpoint(request: Request) -> Response:

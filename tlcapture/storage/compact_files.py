@@ -1,7 +1,7 @@
-"""What the compact files of attention, logit lens and projections have in common: a safetensors file with a head.
+"""The common form of compact files of attention, logit lens and projections: a safetensors file with a head.
 
 The head is the content that the JSON form has apart from its numbers, as JSON in the metadata of the safetensors file,
-under `content`; `kind` says what the file is, and `numbers` to what its numbers are rounded. Loads no torch.
+under `content`; `kind` is the kind of file, and `numbers` the rounding of its numbers. Loads no torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _KIND, _CONTENT, _NUMBERS, _VERSION = "kind", "content", "numbers", "version"
 
 
 def is_compact(path: Path) -> bool:
-    """Whether a path is that of a file in the compact form."""
+    """Whether a path belongs to a file in the compact form."""
     return path.suffix == COMPACT
 
 

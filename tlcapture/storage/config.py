@@ -47,7 +47,7 @@ def read_config(layout: Layout) -> ExperimentConfig:
 def settle_model(layout: Layout, role: str, asked: str | None, default: str, *, allow_change: bool = False) -> str:
     """The model an experiment uses in a role (`inference_model` or `extraction_model`).
 
-    The first run records the model, later runs read it. Where no model is recorded for the role, that of the other
+    The first run records the model, later runs read it. If no model is recorded for the role, the one of the other
     role is used. Local files are recorded by their absolute path, so that they are found from any directory.
 
     Raises:

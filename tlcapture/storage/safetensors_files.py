@@ -1,10 +1,10 @@
-"""Safetensors files: written tensor by tensor in pieces, and read memory-mapped after their header was checked.
+"""Safetensors files: written tensor by tensor in pieces, and read memory-mapped after a check of their header.
 
     write_safetensors(path, {"scores": TensorSpec("F32", (3, 2))}, {"about": "..."}, {"scores": [piece, piece]})
     TensorFile.open(path).array("scores")      # [3, 2], read from the disk where it is used
 
-Nothing needs the whole file in memory. A header is 8 bytes of its length, and JSON: `__metadata__`, texts by name, and
-of each tensor its dtype, shape, and the bytes where it begins and ends. Loads no torch.
+Nothing needs the whole file in memory. A header has 8 bytes for its length, and JSON: `__metadata__`, texts by name,
+and for each tensor its dtype, shape, and the bytes where it begins and ends. Loads no torch.
 
 Source: https://huggingface.co/docs/safetensors, "Format".
 """
@@ -59,7 +59,7 @@ def write_safetensors(
     metadata: Mapping[str, str],
     pieces: Mapping[str, Pieces],
 ) -> Written:
-    """Write tensors in the order of `specs`, each from pieces of its rows, which are made one after another.
+    """Write tensors in the order of `specs`, each from pieces of its rows, which are made one at a time.
 
     Raises:
         NoSpaceError: the device is full, over its quota or read-only.
@@ -101,7 +101,7 @@ def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> byt
 
 @dataclass(frozen=True, eq=False)
 class TensorFile:
-    """A file's metadata, and what its tensors are, which are read where they are used. It holds no open file.
+    """A file's metadata and the specs of its tensors, which are read when they are used. Holds no open file.
 
     `_state` tells whether the file at the path is still the same.
     """
@@ -114,7 +114,7 @@ class TensorFile:
 
     @classmethod
     def open(cls, path: Path) -> TensorFile:
-        """Read the header of a file, which is checked, as its size is.
+        """Read and check the header and the size of a file.
 
         Raises:
             StorageError: it cannot be read, is not a safetensors file, is cut off, or its header is too long.
