@@ -159,17 +159,11 @@ def project_capture(
     notes = [each.notes(capture.metadata) for each in chosen]
     doubts = [(each.vector.trait, note) for each, found in zip(chosen, notes, strict=True) for note in found]
     _warn_together(doubts, run)
-    in_spans, spans = span_dynamics(projections, capture), [span.to_json() for span in capture.spans]
-    shared, folder = _OfCapture.of(layout, capture), layout.folder.as_posix()
+    in_spans = span_dynamics(projections, capture)
+    shared, folder = _OfCapture.of(layout, capture, with_metadata=only), layout.folder.as_posix()
     in_json = projections_to_json(projections, kept or held)
     for path, projection, found, of_spans, values in zip(paths, projections, notes, in_spans, in_json, strict=True):
-        named = [f"{projection.vector.trait}: {note}" for note in found]
-        content = {**shared.heads, **values, "metadata": _metadata(shared, projection, named, kept or held)}
-        if spans:
-            content["spans"] = spans
-            content["dynamics"]["by_span"] = of_spans
-        if only:
-            content["metadata"]["capture"] = dict(capture.metadata)
+        content = shared.content(projection, values, found, of_spans, kept or held)
         files.add(path, projection.vector, content)
         if run.report.remembers:
             run.report.remember({path.as_posix().removeprefix(f"{folder}/"): essentials(content)})
@@ -266,9 +260,11 @@ class _OfCapture:
     heads: Mapping[str, Any]
     names: Mapping[str, Any]
     date: str
+    spans: Sequence[Mapping[str, Any]]
+    metadata: Mapping[str, Any] | None
 
     @classmethod
-    def of(cls, layout: Layout, capture: Capture) -> _OfCapture:
+    def of(cls, layout: Layout, capture: Capture, *, with_metadata: bool) -> _OfCapture:
         parts = {"prompt": capture.prompt, "response": capture.response}
         heads = {
             name: as_json({"text": part.text, "tokens": part.tokens, "n_tokens": len(part.tokens)})
@@ -282,7 +278,26 @@ class _OfCapture:
             "prompt_set": capture.prompt_set,
             **variant_record(capture.metadata.get("variant"), capture.metadata.get("interventions") or ()),
         }
-        return cls(heads, names, now())
+        spans = [span.to_json() for span in capture.spans]
+        return cls(heads, names, now(), spans, dict(capture.metadata) if with_metadata else None)
+
+    def content(
+        self,
+        projection: Projection,
+        values: Mapping[str, Any],
+        notes: Sequence[str],
+        in_spans: Sequence[Mapping[str, Any]],
+        kept: Positions,
+    ) -> dict[str, Any]:
+        """The content of a projection's file; `values` are `projections` and `dynamics`."""
+        named = [f"{projection.vector.trait}: {note}" for note in notes]
+        content = {**self.heads, **values, "metadata": _metadata(self, projection, named, kept)}
+        if self.spans:
+            content["spans"] = self.spans
+            content["dynamics"]["by_span"] = in_spans
+        if self.metadata is not None:
+            content["metadata"]["capture"] = self.metadata
+        return content
 
 
 def _metadata(shared: _OfCapture, projection: Projection, notes: list[str], kept: Positions) -> dict[str, Any]:
