@@ -56,7 +56,7 @@ class VariantOptions:
 
     @property
     def adapter_path(self) -> str | None:
-        """The folder of the adapter, found from any directory."""
+        """The folder of the adapter, as an absolute path if it is a local one."""
         return None if self.adapter is None else str(Path(self.adapter).expanduser().resolve())
 
     def given(self, root: Path) -> GivenResponses | None:

@@ -177,7 +177,8 @@ class CompareWorker:
                 progress.advance(1)
 
     def _compare(self, sets: ComparedSets, name: str, one: str, other: str, sources: Sequence[Layout]) -> None:
-        raws = [side.layout.residual(side.name or "", stem) for side, stem in ((sets.a, one), (sets.b, other))]
+        sides = ((sets.a, one), (sets.b, other))
+        raws = [side.layout.residual(side.name or "", captured) for side, captured in sides]
         path, options = sets.path(name), self._options
         existing = self._existing(path)
         a, b = (Capture.open(raw) for raw in raws)

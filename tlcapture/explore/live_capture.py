@@ -11,7 +11,7 @@ for cap in capture(model, ["What is a lighthouse for?"], max_new_tokens=20):
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +55,7 @@ from tlcapture.prompts.prompt_sets import ADHOC, Prompt, PromptSet
 from tlcapture.prompts.template_args import has_switch
 from tlcapture.prompts.template_args import template_args as all_template_args
 from tlcapture.prompts.thinking import THINKING_TOKENS
-from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
+from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize_prompt
 from tlcapture.storage.files import Hook as BeforeReplacing
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.remote_roots import check_local
@@ -339,18 +339,13 @@ def _tokenized(
     template_args: Mapping[str, Any],
 ) -> list[TokenizedPrompt]:
     return [
-        replace(
-            tokenize(
-                model.tokenizer,
-                prompt.text,
-                prompt_set=prompt_set.name,
-                prompt_id=prompt.id,
-                system_prompt=prompt_set.system_prompt_of(prompt, system_prompt),
-                chat_template=chat_template,
-                messages=prompt.messages,
-                template_args=template_args,
-            ),
-            fields=prompt.fields,
+        tokenize_prompt(
+            model.tokenizer,
+            prompt,
+            prompt_set.name,
+            system_prompt=prompt_set.system_prompt_of(prompt, system_prompt),
+            chat_template=chat_template,
+            template_args=template_args,
         )
         for prompt in prompt_set.prompts
     ]

@@ -105,7 +105,7 @@ class Recorder:
         for kind, names in self._groups.items():
             if (spooled := self._spooled.get(kind)) is not None:
                 spool = spooled.take(index, self._filled[index])
-                spools |= {name: (spool, place) for place, name in enumerate(names)}
+                spools |= {name: (spool, hook) for hook, name in enumerate(names)}
                 continue
             part, more = self._part(kind, index)
             parts.append((names, part))
@@ -203,14 +203,14 @@ class Recorder:
     def _device_buffer(self, kind: Kind, activations: list[Tensor]) -> DeviceBuffer | None:
         """The buffer of a kind on the accelerator that the activations are on, made at the first step."""
         if kind not in self._on_device:
-            first, n_places, n_rows = activations[0], len(activations), len(self._lengths)
+            first, n_hooks, n_rows = activations[0], len(activations), len(self._lengths)
             n_held = 0
             if _has_own_memory(first.device):
                 columns = self._width + self._max_new_tokens
-                n_held = columns_that_fit(first, n_places, n_rows, columns, _free(first.device))
+                n_held = columns_that_fit(first, n_hooks, n_rows, columns, _free(first.device))
             self._on_device[kind] = (
                 DeviceBuffer(
-                    first, n_places, self._lengths, self._max_new_tokens, n_held, self._copies_from(first.device)
+                    first, n_hooks, self._lengths, self._max_new_tokens, n_held, self._copies_from(first.device)
                 )
                 if n_held
                 else None
@@ -261,7 +261,7 @@ def _once_copied(target: Tensor, copies: Copies) -> Part:
 class Recorded(Mapping[str, Tensor]):
     """Activations by name, which are waited for when they are read; `n_bytes` is the memory that they take.
 
-    Patterns that are on disk, in `spools` with their place there, are read whenever they are asked for.
+    Patterns that are on disk, in `spools` with the index of their hook, are read whenever they are asked for.
     """
 
     def __init__(
@@ -282,13 +282,13 @@ class Recorded(Mapping[str, Tensor]):
         """The weights `[n_weights, n_heads]` of patterns that are on disk, in chunks; `None` for any others."""
         if name not in self._spools:
             return None
-        spool, place = self._spools[name]
-        return spool.triangle(place)
+        spool, hook = self._spools[name]
+        return spool.triangle(hook)
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._spools:
-            spool, place = self._spools[name]
-            return spool.pattern(place)
+            spool, hook = self._spools[name]
+            return spool.pattern(hook)
         with self._lock:
             if name not in self._arrived:
                 names, part = self._parts[name]

@@ -14,6 +14,7 @@ from tlcapture.prompts.chat_template import ADVICE, NO_ARGS, RenderedChat, rende
 from tlcapture.prompts.conversations import conversation, is_continued
 from tlcapture.prompts.known_tokens import KnownTokens
 from tlcapture.prompts.message_spans import Message, Span
+from tlcapture.prompts.prompt_sets import Prompt
 from tlcapture.prompts.spans import (
     NO_OFFSETS,
     NO_TEXT,
@@ -162,6 +163,29 @@ def tokenize(
         opening=opening,
         thinks=templated and thinks(tokenizer, opening),
     )
+
+
+def tokenize_prompt(
+    tokenizer: Any,
+    prompt: Prompt,
+    prompt_set: str,
+    *,
+    system_prompt: str | None,
+    chat_template: bool | None,
+    template_args: Mapping[str, Any],
+) -> TokenizedPrompt:
+    """Render and tokenize a prompt of a set, a text or a conversation; arguments and errors are those of `tokenize`."""
+    tokenized = tokenize(
+        tokenizer,
+        prompt.text,
+        prompt_set=prompt_set,
+        prompt_id=prompt.id,
+        system_prompt=system_prompt,
+        chat_template=chat_template,
+        messages=prompt.messages,
+        template_args=template_args,
+    )
+    return replace(tokenized, fields=prompt.fields)
 
 
 def place_response(

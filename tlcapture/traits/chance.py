@@ -118,8 +118,8 @@ class RandomDirections:
         on_basis = _on_basis([activations[each] for each in drawn.layers], drawn.bases, held)
         random = drawn.strengths(on_basis, held)
         commit, persist = (each.reshape(-1, N_DIRECTIONS).sum(axis=1) for each in (random.commits, random.persists))
-        commitment = _shares(random.changes, own.changes, drawn.place)
-        persistence = _shares(random.rises, own.rises, drawn.place)
+        commitment = _shares(random.changes, own.changes, drawn.layer_rows)
+        persistence = _shares(random.rises, own.rises, drawn.layer_rows)
         rises = drawn.rises(on_basis, held)
         over = drawn.over if rises is not None else None
         rounded = None if rises is None else _rounded(rises)
@@ -127,16 +127,16 @@ class RandomDirections:
         return [
             ChanceLevel(
                 covariance="isotropic" if self.reference is None else "reference",
-                directions=self._layer(drawn.layers[place]).digest,
-                commit=int(commit[place]),
-                persist=None if rises is None else int(persist[place]),
+                directions=self._layer(drawn.layers[layer_row]).digest,
+                commit=int(commit[layer_row]),
+                persist=None if rises is None else int(persist[layer_row]),
                 commitment=commitment[row],
                 persistence=persistence[row],
                 rises=None if rounded is None else rounded[row],
                 reference_rises=None if over is None else over.own[row],
                 standardised=None if standardised is None else standardised[row],
             )
-            for row, place in enumerate(drawn.place)
+            for row, layer_row in enumerate(drawn.layer_rows)
         ]
 
     def _layer(self, number: int) -> _Layer:
@@ -148,8 +148,8 @@ class RandomDirections:
         names = tuple((str(each.trait), each.method, each.layer) for each in vectors)
         if names not in self._drawn:
             layers = list(dict.fromkeys(each.layer for each in vectors))
-            place = [layers.index(each.layer) for each in vectors]
-            rows = [[row for row, each in enumerate(place) if each == number] for number in range(len(layers))]
+            layer_rows = [layers.index(each.layer) for each in vectors]
+            rows = [[row for row, each in enumerate(layer_rows) if each == number] for number in range(len(layers))]
             directions, over = [], []
             for layer, of_layer in zip(layers, rows, strict=True):
                 own, drawn = [vectors[row] for row in of_layer], self._layer(layer)
@@ -161,7 +161,7 @@ class RandomDirections:
             of_layers = [self._layer(each) for each in layers]
             bases = torch.stack([each.basis for each in of_layers])
             same = torch.stack([each.directions("all").T for each in of_layers])
-            self._drawn[names] = _Drawn(layers, place, bases, same, in_order, joined)
+            self._drawn[names] = _Drawn(layers, layer_rows, bases, same, in_order, joined)
         return self._drawn[names]
 
 
@@ -190,7 +190,7 @@ class _Drawn:
 
     Attributes:
         layers: the layers of the vectors, each once.
-        place: of each vector, the place of its layer among them.
+        layer_rows: the row of each vector's layer in `layers`.
         bases: `[n_layers, n_basis, d_model]`.
         of_layers: `[n_layers, n_basis, n_directions]`, those whose change points and rises are found.
         directions: `[n_vectors, n_directions, n_basis]`, those whose rises are compared with the vectors'.
@@ -198,7 +198,7 @@ class _Drawn:
     """
 
     layers: Sequence[int]
-    place: Sequence[int]
+    layer_rows: Sequence[int]
     bases: Float[Tensor, "n_layers n_basis d_model"]
     of_layers: Float[Tensor, "n_layers n_basis n_directions"]
     directions: Directions
@@ -220,10 +220,10 @@ class _Drawn:
         if not held.has_all(1, held.n_tokens):
             return None
         if not 1 < held.n_prompt < held.n_tokens:
-            return np.zeros((len(self.place), N_DIRECTIONS))
+            return np.zeros((len(self.layer_rows), N_DIRECTIONS))
         risen = on_basis[:, held.n_prompt :].mean(dim=1) - on_basis[:, 1 : held.n_prompt].mean(dim=1)
         # Not a matrix product: its rounding may differ with the number of vectors.
-        found = np.einsum("vdb,vb->vd", self.directions.numpy(), risen[self.place].numpy(force=True))
+        found = np.einsum("vdb,vb->vd", self.directions.numpy(), risen[self.layer_rows].numpy(force=True))
         return found.astype(np.float64)
 
 
@@ -287,11 +287,13 @@ def with_gaps(rows: Tensor, held: Positions) -> Tensor:
     return whole
 
 
-def _shares(random: Values | None, own: ChangePoints | Rises | None, place: Sequence[int]) -> Sequence[float | None]:
+def _shares(
+    random: Values | None, own: ChangePoints | Rises | None, layer_rows: Sequence[int]
+) -> Sequence[float | None]:
     """The share of random directions at each vector's layer that are at least as strong as the vector."""
     if random is None or own is None:
-        return [None] * len(place)
-    of_layer = random.reshape(-1, N_DIRECTIONS)[list(place)]
+        return [None] * len(layer_rows)
+    of_layer = random.reshape(-1, N_DIRECTIONS)[list(layer_rows)]
     return (of_layer >= own.strength[:, None]).mean(axis=1).tolist()
 
 

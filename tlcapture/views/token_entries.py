@@ -45,10 +45,10 @@ class TokenEntries:
         """Indices of the tokens that have an entry."""
         return list(self._spans)
 
-    def __getitem__(self, token_idx: int) -> dict[str, Any]:
-        if token_idx not in self._spans:
-            raise no_token(self.path, token_idx, is_partial="positions" in self.rest)
-        start, stop = self._spans[token_idx]
+    def __getitem__(self, token: int) -> dict[str, Any]:
+        if token not in self._spans:
+            raise no_token(self.path, token, is_partial="positions" in self.rest)
+        start, stop = self._spans[token]
         with local(self.path).open("rb") as file:
             file.seek(start)
             return _parse(self.path, file.read(stop - start))
