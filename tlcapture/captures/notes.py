@@ -137,7 +137,7 @@ def change_note(layout: Layout, note: Note, text: str) -> Note:
 
     Raises:
         InputError: the text is empty or too long.
-        NoteChangedError: it was changed or removed meanwhile.
+        NoteChangedError: it was changed or removed in the meantime.
         StorageError: it cannot be read or written.
     """
     with locked(layout.lock("notes")):

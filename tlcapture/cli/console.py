@@ -296,7 +296,7 @@ def _notes(layout: Layout, summary: Summary, *, has_chance: bool) -> Iterator[st
 
 
 def _doubts(layout: Layout, summary: Summary) -> Iterator[str]:
-    """What is doubtful of the traits that the table names."""
+    """The doubts about the traits that the table names."""
     from tlcapture.traits.verdicts import Doubts
 
     shown = {top.trait for top in summary.tops if top.stands_out or top.chance is None}

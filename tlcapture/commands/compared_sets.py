@@ -1,4 +1,4 @@
-"""Which captures are compared with which: two experiments, or prompt sets of them, or variants of those.
+"""Choosing the captures to compare: two experiments, prompt sets of them, or variants of prompt sets.
 
 Loads no torch.
 """

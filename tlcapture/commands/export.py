@@ -51,7 +51,7 @@ _PROVENANCE = (
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to export, and how. No prompt sets: all; `overwrite` replaces an earlier export at the same place."""
+    """What to export, and how. Without prompt sets, all; `overwrite` replaces an earlier export at the same path."""
 
     to: Path
     format: Format = "datasets"

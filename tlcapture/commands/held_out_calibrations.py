@@ -1,4 +1,4 @@
-"""Where held-out examples lie on the axes of a trait's vectors, stored in the vectors' metadata."""
+"""The calibrations of a trait's vectors on held-out examples, stored in the vectors' metadata."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the interventions on a batch act: at which rows and positions of each of its passes."""
+"""The rows and positions of each pass of a batch at which interventions act."""
 
 from __future__ import annotations
 

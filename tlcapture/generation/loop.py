@@ -74,10 +74,7 @@ def generate(
     """
     check_hooks(hooks)
     _check_forced(prompts, max_new_tokens)
-    are_given = {prompt.given is not None for prompt in prompts}
-    if len(are_given) > 1:
-        raise ValueError("expected a given response for each prompt, or for none")
-    max_new_tokens = 0 if True in are_given else max_new_tokens
+    max_new_tokens = 0 if _are_given(prompts) else max_new_tokens
     if any(each.is_by_row for each in interventions):
         raise ValueError("interventions by row need continue_from, which runs prompts as one batch, in order")
     names = frozenset(prompt.name for prompt in prompts) if wanted is None else frozenset(wanted)
@@ -236,6 +233,14 @@ class _InFlight:
                 yield outcome
             if not self._unfinished:
                 return
+
+
+def _are_given(prompts: Sequence[TokenizedPrompt]) -> bool:
+    """Whether the prompts have given responses; raises `ValueError` if only some have."""
+    are_given = {prompt.given is not None for prompt in prompts}
+    if len(are_given) > 1:
+        raise ValueError("expected a given response for each prompt, or for none")
+    return True in are_given
 
 
 def _check_forced(prompts: Sequence[TokenizedPrompt], max_new_tokens: int) -> None:
