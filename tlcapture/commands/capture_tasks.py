@@ -27,8 +27,8 @@ from tlcapture.generation.samples import check_names
 from tlcapture.names import PromptId, of_variant, split_name
 from tlcapture.prompts.chat_template import NO_ARGS
 from tlcapture.prompts.prompt_sets import Prompt, PromptSet
+from tlcapture.prompts.response_lengths import THINKING_TOKENS
 from tlcapture.prompts.template_args import template_args
-from tlcapture.prompts.thinking import THINKING_TOKENS
 from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize_prompt
 from tlcapture.runs.existing_files import OVERWRITE, REPLACE, check_replaceable
 from tlcapture.storage.config import ExperimentConfig

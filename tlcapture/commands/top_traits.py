@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tlcapture.commands.summarised import Summarised
 from tlcapture.errors import StorageError
 from tlcapture.storage.layout import Layout
+from tlcapture.text import REPLACEMENT
 from tlcapture.traits.change_points import LEVEL
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.saved_projections import SavedProjection, projections_saved
@@ -306,7 +307,7 @@ def pieces_of(text: str, tokens: Sequence[str], scores: Sequence[float | None]) 
     at, parts = 0, []
     for token, score in zip(tokens, scores, strict=True):
         place = text.find(token, at)
-        if "\ufffd" in token and place != at:
+        if REPLACEMENT in token and place != at:
             parts.append(score)
         elif token and place >= 0:
             if parts and place > at:

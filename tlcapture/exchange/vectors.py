@@ -20,10 +20,11 @@ from torch import Tensor
 
 from tlcapture.storage.files import read_bytes, read_tensors, write_bytes
 from tlcapture.storage.layout import Layout
-from tlcapture.traits.exported_vectors import COMPONENTS, HEADER, key, measured
+from tlcapture.traits.exported_vectors import HEADER, key, measured
 from tlcapture.traits.reference import read_reference
 from tlcapture.traits.vector_files import IMPORTED, VectorFiles
 from tlcapture.traits.vectors import read_vector
+from tlcapture.views.hooks import COMPONENTS
 
 _ARCHITECTURE = "controlvector"
 

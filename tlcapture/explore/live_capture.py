@@ -52,9 +52,9 @@ from tlcapture.models.loading import Model, as_model
 from tlcapture.prompts.chat_template import NO_ARGS
 from tlcapture.prompts.message_spans import Message
 from tlcapture.prompts.prompt_sets import ADHOC, Prompt, PromptSet
+from tlcapture.prompts.response_lengths import NEW_TOKENS, THINKING_TOKENS
 from tlcapture.prompts.template_args import has_switch
 from tlcapture.prompts.template_args import template_args as all_template_args
-from tlcapture.prompts.thinking import THINKING_TOKENS
 from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize_prompt
 from tlcapture.storage.files import Hook as BeforeReplacing
 from tlcapture.storage.layout import Layout
@@ -72,7 +72,6 @@ from tlcapture.views.logit_lens import LogitLens
 if TYPE_CHECKING:
     from tlcapture.explore.attention_heads import AttentionHeads
 
-NEW_TOKENS = 50  # of a response, by default
 
 _log = get_logger(__name__)
 

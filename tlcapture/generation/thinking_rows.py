@@ -15,8 +15,7 @@ from tlcapture.generation.transfers import upload
 from tlcapture.prompts.thinking import is_thinking, marker_tokens
 from tlcapture.prompts.tokenization import token_texts
 from tlcapture.shapes import NextTokens, Rows
-
-_PART, _MOST_PARTS = "\ufffd", 4  # what a token of some bytes of a character decodes to; characters have up to 4 bytes
+from tlcapture.text import MOST_BYTES, REPLACEMENT
 
 
 @runtime_checkable
@@ -97,7 +96,7 @@ class _Text:
             piece = token_texts(self._tokenizer, [token])[0]
         else:
             piece = str(self._tokenizer.decode(self._parts, clean_up_tokenization_spaces=False))
-        if not piece.endswith(_PART) or len(self._parts) == _MOST_PARTS:
+        if not piece.endswith(REPLACEMENT) or len(self._parts) == MOST_BYTES:
             self._text, self._parts, piece = self._text + piece, [], ""
         before, self.is_open = self.is_open, self._is_open(self._text + piece)
         return before and self.is_open

@@ -15,13 +15,12 @@ from weakref import WeakKeyDictionary
 
 from tlcapture.prompts.chat_template import rendered_or_none
 from tlcapture.prompts.spans import Kind, Piece, TokenSpan, spans_of_text
+from tlcapture.text import MOST_BYTES, REPLACEMENT
 
 RESPONSE_TEMPLATE, REASONING_CONTENT, TABLE = "response_template", "reasoning_content", "table"
-THINKING_TOKENS = 1024  # of a response by default: a thinking model answers a short question within about a thousand
 
 _QUESTION, _THOUGHT, _ANSWER = "tlcapture question", "tlcapture thought", "tlcapture answer"
 _FIELDS_OF_THINKING = ("thinking", "reasoning_content", "reasoning")
-_PART, _MOST_PARTS = "\ufffd", 4  # what a token of some bytes of a character decodes to; characters have up to 4 bytes
 _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|◁[^◁▷\s]+▷")
 
 _cached: WeakKeyDictionary[Any, tuple[Any, ThinkingMarkers | None]] = WeakKeyDictionary()
@@ -213,10 +212,10 @@ def _with_offsets(tokenizer: Any, token_ids: Sequence[int], tokens: Sequence[str
     text, offsets, at = "", [], 0
     while at < len(tokens):
         end, piece = at + 1, tokens[at]
-        if piece.endswith(_PART):
-            for end in range(at + 1, min(at + 1 + _MOST_PARTS, len(tokens) + 1)):
+        if piece.endswith(REPLACEMENT):
+            for end in range(at + 1, min(at + 1 + MOST_BYTES, len(tokens) + 1)):
                 piece = str(tokenizer.decode(list(token_ids[at:end]), clean_up_tokenization_spaces=False))
-                if not piece.endswith(_PART):
+                if not piece.endswith(REPLACEMENT):
                     break
         offsets += [(len(text), len(text) + len(piece))] * (end - at)
         text, at = text + piece, end

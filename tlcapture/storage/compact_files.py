@@ -16,6 +16,7 @@ from tlcapture.storage.safetensors_files import TensorFile
 from tlcapture.storage.validation import not_valid
 
 MOST_JSON = 64 * 2**20  # bytes of a JSON file; what would be larger is written in the compact form
+PER_SCORE = 9.7  # bytes of a projected score in JSON: 6 significant digits
 PER_WEIGHT = 9.5  # bytes in JSON of an attention weight: 4 significant digits and a comma
 PER_PREDICTION = 35.0  # of {"token": ..., "prob": ...}
 _KIND, _CONTENT, _NUMBERS, _VERSION = "kind", "content", "numbers", "version"

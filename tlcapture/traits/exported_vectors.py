@@ -20,8 +20,8 @@ from tlcapture.storage.layout import Layout
 from tlcapture.traits.reference import Reference
 from tlcapture.traits.vector_files import IMPORTED, VectorFiles
 from tlcapture.traits.vectors import write_vector
+from tlcapture.views.hooks import COMPONENTS
 
-COMPONENTS = ("residual", "attn_out")
 HEADER = "tlcapture"  # the key of what is not a tensor in the header of a safetensors file
 
 
