@@ -112,7 +112,7 @@ def _measure(name: str, variant: str) -> dict[str, float]:
 
     model, trait = load_model("smollm2", device="cpu"), Trait.parse(name)
     datasets = Datasets(Path())
-    prepared = prepare_examples(datasets, Layout(Path(), "none"), trait, model, examples=read_examples(datasets, trait))
+    prepared = prepare_examples(Layout(Path(), "none"), model, read_examples(datasets, trait))
     before = _peak()
     if variant == VARIANTS[0]:
         readout.shared_prefix = lambda readings: 0

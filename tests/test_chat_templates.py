@@ -22,7 +22,7 @@ from tests import tiny
 from tlcapture.captures.capture import Capture
 from tlcapture.doctor.checks import check_bos, probe_prompts
 from tlcapture.errors import InputError
-from tlcapture.extraction.examples import Example
+from tlcapture.extraction.examples import Example, read_examples
 from tlcapture.extraction.prepared_examples import NEW_TOKENS, prepare_examples
 from tlcapture.extraction.readout import tokenize_example
 from tlcapture.extraction.steering import SteeringScorer
@@ -540,7 +540,7 @@ def test_generated_examples_are_read_after_the_generation_prompt(tmp_path: Path)
         (folder / f"{side}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     tokenizer = tokenizer_with(OPENS_THINKING)
     model = with_tokenizer(tokenizer)
-    prepared = prepare_examples(Datasets(tmp_path), Layout(tmp_path, "e"), Trait("c", "t"), model)
+    prepared = prepare_examples(Layout(tmp_path, "e"), model, read_examples(Datasets(tmp_path), Trait("c", "t")))
     for item, reading in zip(prepared.examples.items, prepared.readings, strict=True):
         messages = [{"role": "user", "content": item.example.prompt}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -40,7 +40,7 @@ _BY_SPAN = {
 
 
 def _name_of(label: Label) -> str | None:
-    """What a token is: the role of its turn, or `thinking`, `answer` or `template`."""
+    """The name of a token's kind: the role of its turn, or `thinking`, `answer` or `template`."""
     kind, role = label
     name = role if kind == "turn" else kind
     return name if name in _BY_SPAN else None

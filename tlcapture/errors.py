@@ -32,7 +32,7 @@ class TlcaptureError(Exception):
         return named(super().__str__())
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython and notebooks show: the user's own lines that led here, and the message, in one line."""
+        """The traceback in IPython and notebooks: the user's own lines that led here, and the message, in one line."""
         lines = []
         for frame in traceback.extract_tb(self.__traceback__):
             if _is_users(frame.filename):
@@ -73,7 +73,7 @@ class StorageError(TlcaptureError):
 class NoSpaceError(StorageError):
     """A device cannot be written to any more: it is full, a quota is used up, it is read-only, or the run has ended.
 
-    It ends a run, whose further results could not be saved.
+    It ends a run, because further results could not be saved.
     """
 
 

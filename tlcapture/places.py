@@ -1,4 +1,4 @@
-"""What folders are called in messages: the working copy of a root that is not a local disk has that root's URL."""
+"""The names of folders in messages: a working copy of a remote root is called by the root's URL."""
 
 from __future__ import annotations
 

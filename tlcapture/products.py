@@ -2,8 +2,8 @@
 
 torch computes these products with MKL, which leaves the widest instructions of an AMD processor unused; oneDNN, also
 part of torch, uses them. For one to four rows neither reaches the bandwidth of memory: there, the weight is split into
-pieces that one batched product multiplies (`make bench`, workload `products`). All others, those of small weights and
-those of which gradients are wanted are `functional.linear`'s.
+pieces that one batched product multiplies (`make bench`, workload `products`). All other products, also those of small
+weights and those with gradients, are computed by `functional.linear`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _WIDE = 16_384  # output features from which a weight counts as wide as a vocabu
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`functional.linear` of `x`, `[..., in]`, and `weight`, `[out, in]`: `[..., out]`, equal up to rounding.
 
-    Where gradients are wanted it is `functional.linear` itself.
+    If gradients are wanted, it is `functional.linear` itself.
     """
     n_rows = x.numel() // max(1, x.shape[-1])
     if not n_rows or not _is_plain(x, weight, bias):
@@ -60,7 +60,7 @@ def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _n_pieces(weight: Tensor, n_rows: int) -> int:
-    """Into how many pieces to split a weight for `n_rows` rows; 0: not at all."""
+    """The number of pieces to split a weight into for `n_rows` rows; 0 means not to split."""
     n_out, n_threads = len(weight), torch.get_num_threads()
     if weight.numel() < _SMALL or n_rows > (_FEW if n_out < _WIDE else _FEW_OF_WIDE):
         return 0

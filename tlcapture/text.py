@@ -15,13 +15,15 @@ from tlcapture.errors import InputError
 from tlcapture.places import named
 
 NEWLINE = "\u23ce"
+REPLACEMENT = "\ufffd"  # a token of some bytes of a character decodes to it
+MOST_BYTES = 4  # of a character
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _WRITTEN = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)I?B?", re.ASCII | re.IGNORECASE)
 
 
 def printable(text: str) -> str:
     """The text with visible symbols in place of newlines and control characters, and folders by their names."""
-    return "".join(c if c.isprintable() else {"\n": NEWLINE, "\t": " "}.get(c, "\ufffd") for c in named(text))
+    return "".join(c if c.isprintable() else {"\n": NEWLINE, "\t": " "}.get(c, REPLACEMENT) for c in named(text))
 
 
 def first_line(error: BaseException) -> str:
@@ -58,7 +60,7 @@ def did_you_mean(name: str, existing: Iterable[str]) -> str:
 
 
 def beside(name: str, existing: Iterable[str], what: str) -> str:
-    """How an error about a name that does not exist ends: which one was probably meant, and those that exist.
+    """The end of an error about an unknown name: the one that was probably meant, and the existing ones.
 
     `: did you mean 'short'? existing sets: long, short`, or `; existing sets: none`.
     """

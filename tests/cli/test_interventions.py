@@ -90,6 +90,7 @@ def test_a_steered_capture_lies_beside_the_unsteered_one_and_differs_by_the_adde
 def test_extract_stores_the_median_norm_of_each_layer_which_is_the_unit(
     capture: Run, extract: Run, layout: Layout, tiny_folder: Path
 ) -> None:
+    from tlcapture.extraction.examples import read_examples
     from tlcapture.extraction.prepared_examples import prepare_examples
     from tlcapture.generation.loop import teacher_force
     from tlcapture.models.loading import load_model
@@ -98,7 +99,8 @@ def test_extract_stores_the_median_norm_of_each_layer_which_is_the_unit(
 
     ok(extract())
     model = load_model(str(tiny_folder))
-    readings = prepare_examples(Datasets(layout.root), layout, Trait.parse(LOUD), model, position="auto").readings
+    examples = read_examples(Datasets(layout.root), Trait.parse(LOUD))
+    readings = prepare_examples(layout, model, examples).readings
     norms: list[list[float]] = [[] for _ in range(model.n_layers)]
     for reading in readings:
         for layer, each in enumerate(norms):

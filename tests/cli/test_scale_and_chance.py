@@ -18,6 +18,7 @@ from tlcapture.captures.capture import Capture
 from tlcapture.cli.console import Console, show_top_traits
 from tlcapture.commands import top_traits
 from tlcapture.commands.top_traits import summary_of
+from tlcapture.extraction.examples import read_examples
 from tlcapture.extraction.prepared_examples import prepare_examples
 from tlcapture.extraction.readout import read_out
 from tlcapture.models.loading import load_model
@@ -51,7 +52,7 @@ def files(layout: Layout, trait: str = "tone/loud") -> dict[str, Any]:
 def test_calibrations_are_the_means_of_training_and_of_held_out_examples(evaluated: Layout, tiny_folder: Path) -> None:
     model = load_model(str(tiny_folder), device="cpu", dtype="float32")
     trait = Trait.parse("tone/loud")
-    prepared = prepare_examples(Datasets(evaluated.root), evaluated, trait, model)
+    prepared = prepare_examples(evaluated, model, read_examples(Datasets(evaluated.root), trait))
     activations = read_out(model, prepared.readings, ["residual"])["residual"]
     metadata = read_json(evaluated.vectors(trait) / "metadata.json")
     for name, chosen in (("calibration", ~prepared.held_out), ("held_out_calibration", prepared.held_out)):

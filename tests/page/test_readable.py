@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tlcapture.page.readable import PART, joined
+from tlcapture.page.readable import joined
+from tlcapture.text import REPLACEMENT as PART
 
 TEXTS = st.text(st.sampled_from("ab ,\nשלוםךמה東京にいо́éüñ🎉👨\u200d👩🏽हि"), min_size=1, max_size=14)
 

@@ -35,7 +35,7 @@ def test_one_example_a_side_has_no_deviation_and_one_side_no_calibration() -> No
 def test_the_negative_mean_is_at_0_the_positive_at_1_whichever_is_larger() -> None:
     for negative, positive in ((-3.0, 5.0), (40.0, -2.0)):
         scale = Calibration(negative, positive)
-        assert scale.calibrated(np.array([negative, scale.midpoint, positive])).tolist() == [0.0, 0.5, 1.0]
+        assert scale.calibrated(np.array([negative, (negative + positive) / 2, positive])).tolist() == [0.0, 0.5, 1.0]
 
 
 def test_equal_means_give_no_scale() -> None:

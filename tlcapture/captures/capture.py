@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tlcapture.captures.capture_names import CaptureNames
 from tlcapture.captures.format import FORMAT_VERSION, CaptureContent, PartContent
 from tlcapture.captures.index import NAME as INDEX
 from tlcapture.captures.index import index_record, read_index
 from tlcapture.coloured_tokens import ColouredTokens
 from tlcapture.errors import InputError, NumericalError, StorageError
-from tlcapture.names import PromptId, capture_name, of_variant
+from tlcapture.names import PromptId
 from tlcapture.prompts.spans import TokenSpan, labels_of
 from tlcapture.shapes import Residual
 from tlcapture.storage.files import Hook, Written, read_tensors, write_tensors
@@ -62,13 +63,13 @@ class CapturedPart:
             )
 
     def only(self, positions: Sequence[int]) -> CapturedPart:
-        """The same part with the activations of some of its tokens, in memory of their own."""
+        """A copy of the part that holds the activations of some of its tokens only."""
         rows = positions if self.positions is None else [self.positions.index(each) for each in positions]
         return replace(self, residual=self.residual.select(rows), positions=tuple(positions))
 
 
 @dataclass(frozen=True, eq=False)
-class Capture:
+class Capture(CaptureNames):
     """One prompt's capture. `metadata` is the metadata of the file format.
 
         cap.id, cap.sample, cap.name, cap.prompt_id, cap.prompt_set, cap.capture_set
@@ -113,32 +114,6 @@ class Capture:
         """
         labels = labels_of(self.spans, len(self.tokens)) if self.spans else ()
         return ColouredTokens(self.tokens, len(self.prompt.tokens), label=label, spans=labels)
-
-    @property
-    def prompt_id(self) -> PromptId:
-        """Id of the prompt in its set: a text or a number."""
-        found = self.metadata["prompt_id"]
-        return found if isinstance(found, int) else str(found)
-
-    @property
-    def sample(self) -> int | None:
-        """Which of several responses to the prompt it holds, counted from 1; `None` for the only one."""
-        return self.metadata.get("sample")
-
-    @property
-    def name(self) -> PromptId:
-        """Its name in file names and among the captures of its set: `7`, or `7.s1` for a sample."""
-        return capture_name(self.prompt_id, self.sample)
-
-    @property
-    def prompt_set(self) -> str:
-        """Name of the prompt set."""
-        return str(self.metadata["prompt_set"])
-
-    @property
-    def capture_set(self) -> str:
-        """The set that the capture's files are in: its prompt set, or a variant of it, `SET@VARIANT`."""
-        return of_variant(self.prompt_set, self.metadata.get("variant"))
 
     @property
     def id(self) -> PromptId:
@@ -200,11 +175,11 @@ class Capture:
         return stated_positions(self.metadata, n_prompt, n_prompt + len(self.response.tokens))
 
     def only(self, positions: Positions) -> Capture:
-        """The same capture with the activations of some of its tokens, in memory of their own.
+        """A copy of the capture that holds the activations of some of its tokens only.
 
             cap.only(cap.positions)
 
-        The capture itself where these are all. Raises `InputError` if it does not hold all of them.
+        Returns the capture itself if these are all its tokens. Raises `InputError` if it lacks one of them.
         """
         if positions.kept == self.positions.kept:
             return self
@@ -221,8 +196,8 @@ class Capture:
             cap.residual(-1, "after_attn", part="response")
 
         A negative layer counts from the last one. TransformerLens's names of points, such as `resid_post` or
-        `hook_resid_post`, are taken too. `part` is `prompt`, `response` or `all`. A capture of some tokens has rows for
-        those in `positions` alone.
+        `hook_resid_post`, are accepted too. `part` is `prompt`, `response` or `all`. A capture of some tokens has rows
+        for those in `positions` alone.
 
         Raises `InputError` for a layer or point that the capture does not keep, naming those that it does.
         """

@@ -1,7 +1,7 @@
-"""Checksums of stored activations: of each row of a buffer, so that what is read is checked, and nothing else.
+"""Checksums of stored activations, one per row of a buffer, so that only the rows that are read have to be checked.
 
 A row's checksum is the sum of its bytes as little-endian words of 64 bits, modulo 2**64, which takes less than half the
-time of CRC32. No change of a single byte leaves it as it was.
+time of CRC32. Any change of a single byte changes it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def row_sums(tensor: Tensor) -> list[int]:
 
 @dataclass
 class WrittenSums:
-    """The checksums that a file states of the rows of its buffers, by the name of the buffer.
+    """The checksums stored in a file for the rows of its buffers, by the name of the buffer.
 
-    `path` and `part` are for messages: `prompt` or `response`.
+    `path` and `part` (`prompt` or `response`) are used in messages.
     """
 
     path: Path

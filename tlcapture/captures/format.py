@@ -208,7 +208,7 @@ class CaptureContent(FileContent):
         return self
 
     def held(self, part: str) -> tuple[int, ...] | None:
-        """The indices within a part of the tokens whose activations the file holds; `None` if it holds all."""
+        """Indices, within a part, of the tokens whose activations the file holds; `None` if it holds all."""
         return held_of_part(self, part)
 
     @property
@@ -219,7 +219,7 @@ class CaptureContent(FileContent):
 
 
 def held_of_part(content: Any, part: str) -> tuple[int, ...] | None:
-    """The indices within a part of the tokens whose activations a file holds; `None` if it holds all.
+    """Indices, within a part, of the tokens whose activations a file holds; `None` if it holds all.
 
     Raises `ValueError` for positions that are not those of tokens.
     """

@@ -22,7 +22,7 @@ from tlcapture.generation.outcomes import Generation
 from tlcapture.generation.sampling import Sampling
 from tlcapture.models.loading import Model
 from tlcapture.prompts.thinking import response_spans
-from tlcapture.prompts.tokenization import bos_policy, decode, token_texts
+from tlcapture.prompts.tokenization import TokenizedPrompt, bos_policy, decode, token_texts
 from tlcapture.views.kept_points import KeptPoints
 from tlcapture.views.residual import residual_view
 
@@ -42,7 +42,7 @@ def capture_of(
 ) -> Capture:
     """The capture of a generation, in the dtype to store it in; `kept` limits it to some layers and points.
 
-    `interventions` are the records of those under which it was generated.
+    `interventions` are the records of the interventions that were active during generation.
     """
     only = None if kept is None or kept.is_all else kept
     prompt = generation.prompt
@@ -70,22 +70,11 @@ def capture_of(
         **sample_record(prompt.sample),
         "prompt_text": prompt.source_text,
         **variant_record(variant, interventions),
-        "n_layers": model.n_layers,
-        "d_model": model.d_model,
-        "layers": list(stream.kept.layers),
-        "points": list(stream.kept.points),
-        **model_record(model),
-        "hooks": point_hooks(model, attn_out=attn_out, points=stream.kept.points),
-        "parallel_blocks": model.has_parallel_blocks,
-        **({} if model.with_attention is None else {"attention_layers": list(model.with_attention)}),
+        **_activations_record(model, stream.kept, attn_out=attn_out),
         **sampling.record(),
         "max_new_tokens": max_new_tokens,
         "stop_reason": generation.stop_reason,
-        "system_prompt": prompt.system_prompt,
-        "chat_template": prompt.chat_template,
-        **template_record(prompt.merged, prompt.dropped),
-        **conversation_record(prompt.messages, prompt.template_args, markers),
-        "bos": bos_policy(model.tokenizer, prompt.token_ids, chat_template=prompt.chat_template),
+        **_prompt_record(prompt, model, markers),
         "capture_date": now(),
         **({"prompt_fields": dict(prompt.fields)} if prompt.fields else {}),
     }
@@ -100,6 +89,31 @@ def capture_of(
         metadata,
         spans=all_spans,
     )
+
+
+def _activations_record(model: Model, kept: KeptPoints, *, attn_out: bool) -> dict[str, Any]:
+    """The model, and the kept activations, as metadata."""
+    return {
+        "n_layers": model.n_layers,
+        "d_model": model.d_model,
+        "layers": list(kept.layers),
+        "points": list(kept.points),
+        **model_record(model),
+        "hooks": point_hooks(model, attn_out=attn_out, points=kept.points),
+        "parallel_blocks": model.has_parallel_blocks,
+        **({} if model.with_attention is None else {"attention_layers": list(model.with_attention)}),
+    }
+
+
+def _prompt_record(prompt: TokenizedPrompt, model: Model, markers: Mapping[str, Any] | None) -> dict[str, Any]:
+    """How the prompt was rendered and tokenised, as metadata; `markers` are those of its thinking."""
+    return {
+        "system_prompt": prompt.system_prompt,
+        "chat_template": prompt.chat_template,
+        **template_record(prompt.merged, prompt.dropped),
+        **conversation_record(prompt.messages, prompt.template_args, markers),
+        "bos": bos_policy(model.tokenizer, prompt.token_ids, chat_template=prompt.chat_template),
+    }
 
 
 def is_alike(path: Path, capture: Capture) -> bool:

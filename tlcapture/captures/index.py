@@ -133,7 +133,7 @@ def read_index(path: Path) -> tuple[CaptureIndex, dict[str, Any], dict[str, Resi
 
 
 def index_record(content: Mapping[str, Any], streams: Mapping[str, ResidualStream], storages: Sequence[Any]) -> bytes:
-    """The index of a file that is being written; empty where it could not give exactly the content of the pickle.
+    """The index of a file that is being written; empty if it could not reproduce the pickle's content exactly.
 
     `content` is the content of the file, `streams` are the activations of its parts, and `storages` those that the
     archive holds.

@@ -1,4 +1,4 @@
-"""What files say of an intervention, checked. Loads no torch."""
+"""The record of an intervention in a file, checked when it is read. Loads no torch."""
 
 from __future__ import annotations
 

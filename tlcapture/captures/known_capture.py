@@ -1,4 +1,4 @@
-"""What decides whether a capture is finished, without its activations and texts: what an index of files keeps of it."""
+"""The facts that decide whether a capture is finished. An index of files keeps them without activations and texts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from tlcapture.captures.capture import Capture
-from tlcapture.names import PromptId, capture_name, of_variant
+from tlcapture.captures.capture_names import CaptureNames
 from tlcapture.prompts.conversations import without_system
 from tlcapture.storage.file_index import Facts, as_facts
 from tlcapture.views.kept_points import KeptPoints
@@ -22,41 +22,9 @@ _LONG = ("prompt_text", "messages", "prompt_fields", "capture_date", "stop_reaso
 _OWN = ("prompt_id", "sample", "positions", "tokens_from", "dropped", "merged")  # differ between captures of a set
 
 
-class CaptureNames:
-    """The names of a capture according to its metadata."""
-
-    metadata: Mapping[str, Any]
-
-    @property
-    def prompt_set(self) -> str:
-        """Name of the prompt set."""
-        return str(self.metadata["prompt_set"])
-
-    @property
-    def capture_set(self) -> str:
-        """The set that the capture's files are in: its prompt set, or a variant of it, `SET@VARIANT`."""
-        return of_variant(self.prompt_set, self.metadata.get("variant"))
-
-    @property
-    def prompt_id(self) -> PromptId:
-        """Id of the prompt in its set: a text or a number."""
-        found = self.metadata["prompt_id"]
-        return found if isinstance(found, int) else str(found)
-
-    @property
-    def sample(self) -> int | None:
-        """Which of several responses to the prompt it is of; `None` for the only one."""
-        return self.metadata.get("sample")
-
-    @property
-    def name(self) -> PromptId:
-        """The name of the capture in file names."""
-        return capture_name(self.prompt_id, self.sample)
-
-
 @dataclass(frozen=True)
 class KnownCapture(CaptureNames):
-    """What is known of a capture.
+    """The facts about a capture that an index of files keeps.
 
     Attributes:
         metadata: that of the capture, without long texts.
@@ -70,7 +38,7 @@ class KnownCapture(CaptureNames):
         kept_points: residual points that are kept.
         tokens: a digest of the ids of all tokens, or of their texts where only projections were kept.
         has_attn_out: whether attention outputs are kept.
-        run: a digest that projections made from the same capture have in common.
+        run: a digest that all projections made from the same capture share.
     """
 
     metadata: Mapping[str, Any]
@@ -88,7 +56,7 @@ class KnownCapture(CaptureNames):
 
     @classmethod
     def of(cls, capture: Capture) -> KnownCapture:
-        """That of an open capture."""
+        """The facts of an open capture."""
         held = capture.positions
         return cls(
             {key: value for key, value in capture.metadata.items() if key not in _LONG},
@@ -108,7 +76,7 @@ class KnownCapture(CaptureNames):
     def of_record(
         cls, metadata: Mapping[str, Any], tokens: Sequence[str], positions: Positions, kept: KeptPoints, run: str
     ) -> KnownCapture:
-        """That of a capture which was only projected, given the metadata that its projections hold of it."""
+        """The facts of a capture that was only projected, from the metadata stored with its projections."""
         return cls(
             {key: value for key, value in metadata.items() if key not in _LONG},
             conversation(metadata),
@@ -124,7 +92,7 @@ class KnownCapture(CaptureNames):
         )
 
     def facts(self) -> Facts | None:
-        """The two parts that an index holds: what captures of a set share, and what is its own."""
+        """The two parts that an index holds: the facts shared by captures of a set, and the capture's own."""
         shared = {key: value for key, value in self.metadata.items() if key not in _OWN}
         own = {key: value for key, value in self.metadata.items() if key in _OWN}
         layers, points = list(self.kept_layers), list(self.kept_points)
@@ -136,7 +104,7 @@ class KnownCapture(CaptureNames):
 
     @classmethod
     def from_facts(cls, shared: Any, own: Any) -> KnownCapture:
-        """What two parts say; raises `TypeError` or `ValueError` for parts of something else."""
+        """The inverse of `facts`; raises `TypeError` or `ValueError` for anything else."""
         metadata, n_layers, d_model, layers, points, has_attn_out = shared
         own_metadata, texts, n_prompt, n_tokens, held, tokens, run = own
         together, kept = {**metadata, **own_metadata}, (layers, points, tokens)
@@ -148,7 +116,7 @@ class KnownCapture(CaptureNames):
 
     @property
     def components(self) -> Sequence[str]:
-        """What can be projected."""
+        """The components that can be projected."""
         return ("residual", "attn_out") if self.has_attn_out else ("residual",)
 
     @cached_property

@@ -36,7 +36,7 @@ NoteText = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST)]
 
 
 class NoteChangedError(InputError):
-    """A note that somebody else has changed or removed since it was read."""
+    """Somebody else has changed or removed the note since it was read."""
 
 
 class Note(FileContent):
@@ -68,7 +68,7 @@ class Note(FileContent):
         return self
 
     def fits(self, tokens: Sequence[str]) -> bool:
-        """Whether a capture still has the tokens that the note was made on; not after other ones were generated."""
+        """Whether a capture still has the tokens that the note was made on; false once other tokens were generated."""
         return list(tokens[self.start : self.stop]) == self.tokens
 
 
@@ -82,7 +82,7 @@ class Marked:
 
     @classmethod
     def of(cls, tokens: Sequence[str], start: int, stop: int | None = None) -> Marked:
-        """Tokens of a capture, one token unless `stop` is given; raises `InputError` for others than it has."""
+        """Tokens of a capture, one token unless `stop` is given; raises `InputError` for others."""
         end = start + 1 if stop is None else stop
         if not 0 <= start < end <= len(tokens):
             raise InputError(f"tokens {start} to {end}: expected some of the tokens 0 to {len(tokens)} of the capture")
@@ -133,11 +133,11 @@ def put_note(layout: Layout, note: Note) -> Note:
 
 
 def change_note(layout: Layout, note: Note, text: str) -> Note:
-    """Give a note that was read another text, unless somebody has changed it since.
+    """Replace the text of a note that was read, unless somebody has changed it since.
 
     Raises:
         InputError: the text is empty or too long.
-        NoteChangedError: it was changed or removed meanwhile.
+        NoteChangedError: it was changed or removed in the meantime.
         StorageError: it cannot be read or written.
     """
     with locked(layout.lock("notes")):
@@ -154,7 +154,7 @@ def remove_note(layout: Layout, note: Note) -> None:
 
 
 def note_of(layout: Layout, prompt_set: str, name: PromptId, note_id: str, revision: int) -> Note:
-    """A note of which one knows the revision; raises as `change_note`."""
+    """The note with this id and revision; raises as `change_note`."""
     if not _ID.fullmatch(note_id):
         raise InputError(f"note {note_id[:20]!r}: expected twelve digits of its id")
     refresh(_folder(layout, prompt_set))

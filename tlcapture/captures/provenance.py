@@ -32,24 +32,24 @@ def model_record(model: Model) -> dict[str, Any]:
 
 
 def sample_record(sample: int | None) -> dict[str, Any]:
-    """Which sample of its prompt a capture is, as metadata; nothing where the prompt has one response."""
+    """The number of a capture's sample as metadata; empty if the prompt has one response."""
     return {} if sample is None else {"sample": sample}
 
 
 def template_record(merged: Sequence[str], dropped: Sequence[str]) -> dict[str, Any]:
-    """What the chat template merged and left out, as metadata; nothing where it did neither."""
+    """Messages that the chat template merged or left out, as metadata; empty if there are none."""
     return {name: list(each) for name, each in (("merged", merged), ("dropped", dropped)) if each}
 
 
 def dropped_warning(dropped: Sequence[str]) -> str:
-    """What to say of a prompt of which the chat template leaves something out."""
+    """The warning for a prompt from which the chat template drops something."""
     kinds = sorted({each.split(" of message ")[0] for each in dropped})
     which = " and ".join("the thinking of earlier messages" if each == "thinking" else f"{each!r}" for each in kinds)
     return f"the chat template leaves out {which} (metadata: dropped)"
 
 
 def no_answer_warning(names: Sequence[str], *, has_switch: bool) -> str:
-    """What to say of prompts whose responses were cut off before their answers began, and what helps.
+    """The warning for prompts whose responses were cut off before their answers began, with what helps.
 
     `has_switch` says whether thinking can be turned off.
     """
@@ -64,7 +64,7 @@ def no_answer_warning(names: Sequence[str], *, has_switch: bool) -> str:
 def conversation_record(
     messages: Sequence[Mapping[str, Any]], template_args: Mapping[str, Any], thinking: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """A conversation, values for the chat template, and the markers of thinking, as metadata; nothing without them."""
+    """A conversation, values for the chat template, and the markers of thinking, as metadata; empty without them."""
     record = {
         "messages": [dict(message) for message in messages],
         "template_args": dict(template_args),
@@ -74,7 +74,7 @@ def conversation_record(
 
 
 def variant_record(variant: str | None, interventions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The variant and the interventions as metadata; nothing without them."""
+    """The variant and the interventions as metadata; empty without them."""
     record = {"variant": variant, "interventions": [dict(each) for each in interventions]}
     return {name: value for name, value in record.items() if value}
 

@@ -22,7 +22,7 @@ MOST_SHOWN = 5
 def show_answers(
     console: Console, layout: Layout, prompt_set: str, ids: Sequence[PromptId], tops: Sequence[TopTrait]
 ) -> None:
-    """Print the answers to the first few of some prompts, each under a line that says what stands out."""
+    """Print the answers to the first few prompts, each under a line that says what stands out."""
     by_id = {top.prompt_id: top for top in tops}
     for prompt_id in ids[:MOST_SHOWN]:
         top, raw = by_id.get(str(prompt_id)), layout.residual(prompt_set, prompt_id)

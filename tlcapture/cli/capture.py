@@ -36,6 +36,7 @@ from tlcapture.cli.tables import Column
 from tlcapture.cli.variants import VariantOptions, check_target, variant_options, without_effect_on_replay
 from tlcapture.cli.work import working
 from tlcapture.names import base_set, variant_of
+from tlcapture.prompts.response_lengths import NEW_TOKENS, THINKING_TOKENS
 
 if TYPE_CHECKING:
     from tlcapture.commands.capture_options import CaptureOptions
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from tlcapture.runs.shards import Shard
     from tlcapture.storage.layout import Layout
 
-_NEW_TOKENS = 50  # of a response, by default
 _MOST_PATHS = 20  # that a dry run lists
 
 
@@ -104,7 +104,7 @@ class _Settings:
             skip_existing=self.skip_existing,
             overwrite=self.overwrite,
             vectors=vectors.choice("auto"),
-            max_new_tokens=_NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens,
+            max_new_tokens=NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens,
             longer_where_thinking=self.max_new_tokens is None,
             sampling=chosen.asked(self.seed),
             samples=chosen.samples,
@@ -152,7 +152,8 @@ class _Settings:
     "--max-new-tokens",
     type=click.IntRange(0, 2**31 - 1),
     metavar="N",
-    help=f"Maximum length of a response.  [default: {_NEW_TOKENS}, or 1024 where the chat template makes models think]",
+    help=f"Maximum length of a response.  [default: {NEW_TOKENS}, or {THINKING_TOKENS} where the chat template makes "
+    "models think]",
 )
 @sampling_options
 @click.option("--skip-existing", is_flag=True, help="Write only missing files.")

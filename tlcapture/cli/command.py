@@ -48,7 +48,7 @@ _STORED = re.compile(r"-?\d{10,}<=x<=\d{10,}|(?<=<=x)<=(?:2147483647|92233720368
 
 
 class Group(click.Group):
-    """Commands by name, of which a mistyped one is answered by the one that was meant."""
+    """Commands by name; a mistyped name is answered by a suggestion."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -64,7 +64,7 @@ class Group(click.Group):
 def command(
     *examples: str, name: str | None = None, cls: type[Command] | None = None
 ) -> Callable[[Callable[..., Any]], Command]:
-    """A decorator that makes a `Command` of a function, or a `cls`, with examples for the end of its help."""
+    """A decorator that turns a function into a `Command` (or a `cls`), with examples for the end of its help."""
 
     def decorate(function: Callable[..., Any]) -> Command:
         kind = cls or Command
@@ -110,7 +110,7 @@ class Command(click.Command):
 
 
 def grouped_options(command: click.Command, ctx: click.Context) -> dict[str, list[tuple[str, str]]]:
-    """The options of a command with their help, by group; how to have the help ends the last group."""
+    """The options of a command with their help, by group; `--help` comes last."""
     group_of = {name: title for title, names in GROUPS.items() for name in names}
     rows: dict[str, list[tuple[str, str]]] = {title: [] for title in (_OTHER, *GROUPS)}
     last = _OTHER
@@ -124,10 +124,10 @@ def grouped_options(command: click.Command, ctx: click.Context) -> dict[str, lis
 
 
 def settings_of(root: Path, of: click.Command, ctx: click.Context) -> dict[str, Any]:
-    """The values that a root's `tlcapture.toml` has for a command; none without such a file.
+    """The values in a root's `tlcapture.toml` for a command; empty without such a file.
 
-    Raises `click.UsageError` for a file that cannot be read, and for a key that is no option of the command or, at the
-    top, of any command.
+    Raises `click.UsageError` for a file that cannot be read, and for a key that is not an option of the command
+    or, at the top, of any command.
     """
     path = root / SETTINGS
     if not path.is_file():
@@ -186,7 +186,7 @@ def _check_tables(path: Path, tables: Mapping[str, Any], ctx: click.Context) -> 
 
 
 def _all_options() -> frozenset[str]:
-    """The names of the options that belong to a group of the help: those of all commands."""
+    """The names of the options of all commands."""
     return frozenset().union(*GROUPS.values())
 
 
@@ -200,7 +200,7 @@ def _name(key: str) -> str:
 
 
 def _as_given(value: Any, option: click.Option) -> Any:
-    """A value of the file as the command line would give it: a list is comma-separated, or the option is repeated."""
+    """A value of the file as on the command line: a list is comma-separated, or the option is repeated."""
     if isinstance(value, bool):
         return value
     if isinstance(value, list):
@@ -209,7 +209,7 @@ def _as_given(value: Any, option: click.Option) -> Any:
 
 
 def _named_root(args: Sequence[str]) -> str:
-    """The root that a command line names, before it is parsed: the file with other settings lies there."""
+    """The root named on a command line that is not parsed yet: the settings file is read from there."""
     named = os.environ.get("TLCAPTURE_ROOT") or "."
     for place, word in enumerate(args):
         if word == "--root" and place + 1 < len(args):
@@ -230,6 +230,6 @@ def _root(named: str) -> Path:
 
 
 def _without_storage(text: str) -> str:
-    """A help text without limits that only say how a number is stored, and others in one form."""
+    """A help text without limits that only reflect how a number is stored; other limits are written in one form."""
     text = re.sub(r"\[(\d+)<=x\]", r"[x>=\1]", _STORED.sub("", text))
     return re.sub(r"\s*\[(?:;\s*)*\]|;\s*(?=\])|(?<=\[);\s*", "", text)

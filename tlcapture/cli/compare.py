@@ -23,8 +23,6 @@ from tlcapture.text import counted
 if TYPE_CHECKING:
     from tlcapture.commands.compare_summary import ComparisonSummary
 
-_FORM = "EXPERIMENT[/SET[@VARIANT]]"
-
 
 @dataclass(frozen=True)
 class _Settings:
@@ -127,7 +125,7 @@ def _show(console: Console, summary: ComparisonSummary) -> None:
 
 
 def _doubts(root: Path, summary: ComparisonSummary) -> Iterator[str]:
-    """What is doubtful of the traits that stand out."""
+    """The doubts about the traits that stand out."""
     from tlcapture.traits.verdicts import Doubts
 
     shown = {trait for trait, change in summary.traits.items() if change.stands_out}

@@ -98,7 +98,7 @@ class Console(Display):
         self.facts.update(facts)
 
     def report(self, layout: Layout) -> RunReport:
-        """The report of a run that is about to begin; it is also written to a record if a command runs."""
+        """The report of a run that is about to begin; within a command it is also written to a record."""
         if self._invocation is None:
             return super().report(layout)
         from tlcapture.runs.record import RecordedReport
@@ -296,7 +296,7 @@ def _notes(layout: Layout, summary: Summary, *, has_chance: bool) -> Iterator[st
 
 
 def _doubts(layout: Layout, summary: Summary) -> Iterator[str]:
-    """What is doubtful of the traits that the table names."""
+    """The doubts about the traits that the table names."""
     from tlcapture.traits.verdicts import Doubts
 
     shown = {top.trait for top in summary.tops if top.stands_out or top.chance is None}

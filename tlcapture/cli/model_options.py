@@ -33,7 +33,7 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class ModelOptions(EngineOptions):
-    """Which model an experiment uses, and how to run it; a model of `None` is the experiment's own.
+    """Which model an experiment uses, and how to run it; `None` means the experiment's own model.
 
     `no_check` skips the comparison with Hugging Face on loading.
     """

@@ -98,7 +98,7 @@ location_options = together(
 
 @dataclass(frozen=True)
 class PromptSetOptions:
-    """Which prompt sets to work on; `prompt_set` is `None` where none is named."""
+    """Which prompt sets to work on; `prompt_set` is `None` if none is named."""
 
     prompt_set: tuple[str, ...] | None
     all_prompt_sets: bool
@@ -171,7 +171,7 @@ def grid_options(
 
 @dataclass(frozen=True)
 class VectorOptions:
-    """Which vector of each trait to project onto; a layer of `None` is the command's default."""
+    """Which vector of each trait to project onto; `None` as the layer means the command's default."""
 
     layer: int | str | None
     method: str | None

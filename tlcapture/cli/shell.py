@@ -41,7 +41,7 @@ def shell(location: Location) -> None:
 
 
 def _banner(exp: Experiment) -> str:
-    """What is defined, and three commands to try that this experiment has the data for."""
+    """The names that are defined, and three commands to try, for which this experiment has the data."""
     from tlcapture.text import printable
 
     trait = next(iter(exp.traits), None)

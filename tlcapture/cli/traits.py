@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from os.path import lexists
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +24,7 @@ from tlcapture.text import printable
 if TYPE_CHECKING:
     from tlcapture.extraction.example_checks import Cue, ExampleCheck
     from tlcapture.extraction.examples import Examples
-    from tlcapture.storage.layout import Datasets
+    from tlcapture.storage.layout import Datasets, Layout
 
 _MOST_SIZES = 3  # shown of the numbers of examples that traits have
 
@@ -135,39 +137,13 @@ def _cell(cue: Cue | None) -> str:
 def list_(location: Location, component: str) -> None:
     """List the vector selected for each trait: how it was selected, its score, runner-up, verdict and origin."""
     from tlcapture.storage.config import read_config
-    from tlcapture.traits.evaluation_files import Evaluation
-    from tlcapture.traits.origin import described_origin
     from tlcapture.traits.packaged_vectors import packaged_layout, takes_packaged, vectors_layout
-    from tlcapture.traits.selection import n_layers_of_origin, runner_up, select
-    from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 
     layout = vectors_layout(location.root, location.experiment)
     layout.check_exists()
     if takes_packaged(layout, read_config(layout).inference_model):
         click.echo(f"{layout.experiment} has no vectors of its own: these come with the package")
         layout = packaged_layout()
-    with_vectors, evaluated = traits_with_vectors(layout), Evaluation.read(layout.evaluation).by_trait
-    rows: list[tuple[str, ...]] = []
-    verdicts: dict[str, list[str]] = {}
-    origins: dict[str, list[str]] = {}
-    notes: dict[str, list[str]] = {}
-    for trait in with_vectors:
-        folder = VectorFiles(layout, trait)
-        if not folder.available(component):
-            rows.append((str(trait), "-", "-", f"no {component} vectors", "-", "-"))
-            continue
-        found = select(folder, component, n_layers_of_origin(folder, component))
-        origins.setdefault(described_origin(folder.metadata(component, found.method)), []).append(str(trait))
-        if found.warning is not None:
-            notes.setdefault(found.warning, []).append(str(trait))
-        judged = evaluated.get(str(trait))
-        is_judged = judged and (judged.component, judged.method, judged.layer) == (component, found.method, found.layer)
-        if judged and judged.verdict and is_judged and found.selected_by == "effect_size":  # its scores are current
-            verdicts.setdefault(judged.verdict, []).append(str(trait))
-        score = "-" if found.score is None else f"{found.score:.3f}"
-        rival = runner_up(folder, component, found)
-        second = "-" if rival is None else f"{rival.method} at layer {rival.layer}, {rival.score:.3f}"
-        rows.append((str(trait), found.method, str(found.layer), found.selected_by, score, second))
     columns = [
         Column("trait"),
         Column("method"),
@@ -176,15 +152,54 @@ def list_(location: Location, component: str) -> None:
         Column("score", right=True),
         Column("runner-up"),
     ]
-    echo_table(columns, rows)
-    for note, names in notes.items():
+    listed = _listed(layout, component)
+    echo_table(columns, listed.rows)
+    for note, names in listed.notes.items():
         click.secho(printable(f"{', '.join(names)}: {note}"), fg="yellow")
-    for verdict, names in verdicts.items():
+    for verdict, names in listed.verdicts.items():
         click.echo(printable(f"{', '.join(names)}: {verdict}"))
-    for origin, names in origins.items():
-        click.echo(printable(f"{'all' if len(origins) == 1 else ', '.join(names)}: {origin}"))
+    for origin, names in listed.origins.items():
+        click.echo(printable(f"{'all' if len(listed.origins) == 1 else ', '.join(names)}: {origin}"))
     options = ["--all-prompt-sets"] if location.layout.captured_prompt_sets() else ["--prompt-set", "single_trait"]
     click.echo(f"next: {location.command('capture' if len(options) == 2 else 'project', *options)}")
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """Rows of the table, and below it the traits that each note, verdict or origin applies to."""
+
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+    notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    verdicts: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    origins: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+
+def _listed(layout: Layout, component: str) -> _Listed:
+    from tlcapture.traits.evaluation_files import Evaluation
+    from tlcapture.traits.origin import described_origin
+    from tlcapture.traits.selection import n_layers_of_origin, runner_up, select
+    from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
+
+    with_vectors, evaluated = traits_with_vectors(layout), Evaluation.read(layout.evaluation).by_trait
+    listed = _Listed()
+    for trait in with_vectors:
+        folder = VectorFiles(layout, trait)
+        if not folder.available(component):
+            listed.rows.append((str(trait), "-", "-", f"no {component} vectors", "-", "-"))
+            continue
+        found = select(folder, component, n_layers_of_origin(folder, component))
+        listed.origins[described_origin(folder.metadata(component, found.method))].append(str(trait))
+        if found.warning is not None:
+            listed.notes[found.warning].append(str(trait))
+        judged = evaluated.get(str(trait))
+        is_judged = judged and (judged.component, judged.method, judged.layer) == (component, found.method, found.layer)
+        if judged and judged.verdict and is_judged and found.selected_by == "effect_size":  # its scores are current
+            listed.verdicts[judged.verdict].append(str(trait))
+        score = "-" if found.score is None else f"{found.score:.3f}"
+        rival = runner_up(folder, component, found)
+        second = "-" if rival is None else f"{rival.method} at layer {rival.layer}, {rival.score:.3f}"
+        listed.rows.append((str(trait), found.method, str(found.layer), found.selected_by, score, second))
+    return listed
 
 
 @traits.command(

@@ -56,7 +56,7 @@ class VariantOptions:
 
     @property
     def adapter_path(self) -> str | None:
-        """The folder of the adapter, found from any directory."""
+        """The folder of the adapter, as an absolute path if it is a local one."""
         return None if self.adapter is None else str(Path(self.adapter).expanduser().resolve())
 
     def given(self, root: Path) -> GivenResponses | None:
@@ -77,7 +77,7 @@ class VariantOptions:
 
 
 def without_effect_on_replay() -> str | None:
-    """Which options were given that a replay does not read, as a warning; `None` if none was."""
+    """The warning about options that a replay does not read; `None` if none was given."""
     found = _given_of(_OF_GENERATION)
     if not found:
         return None
@@ -85,7 +85,7 @@ def without_effect_on_replay() -> str | None:
 
 
 def _given_of(options: Mapping[str, str]) -> list[str]:
-    """Those of some options that are given on the command line or in the environment."""
+    """The options, among some, that are given on the command line or in the environment."""
     source_of = click.get_current_context().get_parameter_source
     given = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
     return [option for name, option in options.items() if source_of(name) in given]

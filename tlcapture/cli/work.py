@@ -1,4 +1,4 @@
-"""What all commands that do work share: how much they print, how they stop, and how they end.
+"""The frame of all commands that do work: how much they print, how they stop, and how they end.
 
     @click.command()
     @model_options

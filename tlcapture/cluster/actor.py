@@ -1,7 +1,7 @@
 """A worker of a Ray cluster: it holds one model and does one piece of work after another, with the code of a local run.
 
 A worker that sees the experiment writes to it. One that does not see it writes to a temporary folder and sends the
-files back. Ray starts a worker that died and calls it again; what it was doing is known from its mark on the board.
+files back. Ray starts a worker that died and calls it again; the board remembers what it was doing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class StopRequested(BaseException):
 
 @dataclass(frozen=True)
 class Shared:
-    """What all workers of a run need; it is sent to a node once.
+    """Everything that all workers of a run need; it is sent to a node once.
 
     Attributes:
         layout: the experiment in the driver's root.
@@ -68,7 +68,7 @@ class Shared:
 
     @classmethod
     def of(cls, work: Work, layout: Layout, presence: Path, threads: int, *, collect: bool) -> Shared:
-        """What the workers of a run need; with `collect` they send their files back."""
+        """Everything that the workers of a run need; with `collect` they send their files back."""
         absolute = Layout(layout.root.resolve(), layout.experiment)
         load, files = (None, None) if work.model is None else (work.model.silent(), work.model.files())
         inputs = experiment_inputs([layout, *work.reads]) if collect else None
@@ -82,7 +82,7 @@ class Shared:
 
 @dataclass(frozen=True)
 class Result:
-    """What a worker answers to a call: what was done, an error that ends the run, and the files that are sent back.
+    """A worker's answer to a call: what was done, an error that ends the run, and the files that are sent back.
 
     Attributes:
         worker: its name with its node.
@@ -124,7 +124,7 @@ class _WorkerDisplay(Display, Progress):
 
 
 class _Uncounted(Progress):
-    """Progress in another unit than that of the work: not counted, but the work can be stopped here too."""
+    """Progress in a unit that the work is not counted in; the work can be stopped here too."""
 
     def __init__(self, display: _WorkerDisplay):
         self._display = display
@@ -134,7 +134,7 @@ class _Uncounted(Progress):
 
 
 class WorkerActor:
-    """The class of the Ray actors; they report to the actor with the name `board`, if any."""
+    """The class of the Ray actors; they report to the actor named `board`, if any."""
 
     def __init__(self, number: int = 0, board: str | None = None):
         self._number = number
@@ -214,7 +214,7 @@ class WorkerActor:
         self._write_inputs(shared.inputs or {})
 
     def _mark(self, piece: int, label: str) -> None:
-        """Have the driver know of the piece before anything is done that may end this process."""
+        """Tell the driver of the piece before doing anything that may end this process."""
         if self._board is not None:
             import ray
 
@@ -253,7 +253,7 @@ class WorkerActor:
         check_changes(partial(_check_driver, presence))
 
     def _lacks_model(self, contents: Mapping[str, Any]) -> bool:
-        """Whether the model's files have to be sent to this machine; those that are in the object store are copied."""
+        """Whether the model's files still have to be sent to this machine; files in the object store are copied."""
         files = self._shared.files
         if files is None or files.found() is not None:
             return False
@@ -297,7 +297,7 @@ class WorkerActor:
 
 
 def _fetched(shared: Any) -> Shared:
-    """What a reference refers to; or that itself, without Ray."""
+    """The object behind a Ray reference; without Ray, the argument itself."""
     if isinstance(shared, Shared):
         return shared
     import ray
@@ -328,6 +328,6 @@ def _process() -> tuple[str, str]:
 
 
 def _check_driver(presence: Path, path: Path) -> None:
-    """Raise `NoSpaceError`, which ends all work, if the driver has ended, whose file the first one is."""
+    """Raise `NoSpaceError`, which ends all work, if the driver has ended; the first file is the driver's."""
     if not is_held(presence):
         raise NoSpaceError(f"{path}: not changed: the run that this worker belongs to has ended")

@@ -1,6 +1,6 @@
 """An actor beside the driver that all workers report to: their progress, and which process began which piece.
 
-A worker that dies takes what it knows with it; from its marks here it can be told what it died of.
+When a worker dies, its marks here tell which piece it died of.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _QUIET = 2.0  # seconds without a report after which it is asked whether a worke
 
 @dataclass(frozen=True)
 class State:
-    """What a worker reports.
+    """The state that a worker reports.
 
     Attributes:
         process: Ray's name of its process, which is never used again.
@@ -35,15 +35,15 @@ class State:
 
 @dataclass(frozen=True)
 class News:
-    """What the driver reads.
+    """The news since the driver's last reading.
 
     Attributes:
-        units: the units of work that workers have counted since the last reading.
-        facts: what they recorded for the run.
-        doing: what they are doing, as one line.
-        silent: for how many seconds each worker that ever reported has not, by its number.
-        gone: the numbers of those whose nodes Ray has found dead.
-        again: the name of a worker that died and the label of its piece, for each that was begun again since then.
+        units: the units of work that workers have counted.
+        facts: what workers recorded for the run.
+        doing: what workers are doing, as one line.
+        silent: seconds since the last report of each worker that ever reported, by its number.
+        gone: the numbers of the workers whose nodes Ray has found dead.
+        again: the name of a worker that died and the label of its piece, for each piece that was restarted.
     """
 
     units: int
@@ -56,7 +56,7 @@ class News:
 
 @dataclass
 class Board:
-    """The class of the actor."""
+    """The class of the Ray actor."""
 
     _by_piece: dict[int, dict[str, str]] = field(default_factory=dict)  # names of workers, by their processes
     _again: list[tuple[str, str]] = field(default_factory=list)
@@ -66,7 +66,7 @@ class Board:
     _is_stopping: bool = False
 
     def begin(self, piece: int, label: str, worker: str, process: str) -> None:
-        """Mark that a worker's process begins a piece: whichever began it before has died."""
+        """Record that a worker's process begins a piece; a process that began it before has died."""
         before = self._by_piece.setdefault(piece, {})
         if before and process not in before:
             self._again.append((list(before.values())[-1], label))
@@ -101,7 +101,7 @@ class Board:
         self._is_stopping = True
 
     def read(self) -> News:
-        """What was reported, and what was begun again since the last call."""
+        """The reports, and the pieces that were restarted since the last call."""
         states = sorted(self._states.items())
         again, units, self._again, self._units = self._again, self._units, [], 0
         facts = {name: value for _, state in states for name, value in state.facts.items()}
@@ -110,7 +110,7 @@ class Board:
         return News(units, facts, doing, silent, self._gone(silent), again)
 
     def _gone(self, silent: Mapping[int, float]) -> frozenset[int]:
-        """Of the workers that have been silent for a while, those whose nodes are dead."""
+        """The workers that have been silent for a while and whose nodes are dead."""
         quiet = [number for number, seconds in silent.items() if seconds > _QUIET]
         if not quiet:
             return frozenset()

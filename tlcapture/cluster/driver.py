@@ -1,7 +1,7 @@
 """The driver's loop: pieces of work go to the workers of a Ray cluster until all are done, even where workers die.
 
 Ray starts a worker that died again and calls it once more (`max_restarts`, `max_task_retries`). A piece that killed its
-worker twice is halved, so that what is at fault is found and fails by name.
+worker twice is halved until the prompt at fault is found, which fails by name.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Piece:
 
 @dataclass(eq=False)
 class _Worker:
-    """A worker as the driver sees it: Ray's actor, and when it was last heard of, and found dead."""
+    """A worker as the driver sees it: Ray's actor, when it was last heard of, and when it was found dead."""
 
     number: int
     actor: Any
@@ -116,7 +116,7 @@ class Driver:
         return [worker for worker in self._workers if worker not in busy and worker.heard > worker.died]
 
     def _call(self, worker: _Worker, piece: _Piece | None) -> None:
-        """Let a worker do a piece, or prepare for those to come."""
+        """Let a worker do a piece, or prepare for its first one."""
         if piece is None:
             self._calls[worker.actor.prepare.remote(self._reference, self._model)] = worker, None
             return

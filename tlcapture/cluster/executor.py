@@ -35,9 +35,9 @@ class RayExecutor:
 
     Attributes:
         address: of a running cluster; `None` starts one on this machine.
-        workers: their number; `None` for as many as fit.
-        gpus_per_worker: `None` for those that the model asks for, where the cluster has GPUs: one, unless it is spread.
-        collect: whether workers send their files back, which need not see the root then.
+        workers: the number of workers; `None` for as many as fit.
+        gpus_per_worker: `None` for as many as the model asks for: one unless it is spread, none without GPUs.
+        collect: whether workers send their files back; they need not see the root then.
         batch_size: the most prompts of a piece; `None` for what leaves every worker enough pieces.
     """
 
@@ -72,7 +72,7 @@ class RayExecutor:
             Driver(ray, work, pieces, run).run(n_workers, resources, collect=self.collect)
 
     def _gpus(self, ray: Any, work: Work, run: Run) -> float:
-        """The GPUs of a worker; says so where the cluster's are not used."""
+        """The number of GPUs of a worker; warns if the cluster has GPUs that are not used."""
         asked, there = self.gpus_per_worker, ray.cluster_resources().get("GPU", 0)
         wanted = work.model.n_devices if there >= 1 and work.model is not None and work.model.device != "cpu" else 0
         if wanted and asked == 0:

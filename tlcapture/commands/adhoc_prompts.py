@@ -1,4 +1,4 @@
-"""Numbers of prompts that are given on the command line: on from those that the set `adhoc` holds."""
+"""Numbers for prompts given on the command line, which continue those of the set `adhoc`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tlcapture.storage.layout import Layout
 
 
 def numbered_on(layout: Layout, given: PromptSet) -> PromptSet:
-    """The prompts with ids after those of `adhoc` and its variants; one that they hold has the id that it has there."""
+    """The prompts, numbered after those of `adhoc` and its variants; a prompt that exists there keeps its id."""
     sets = [ADHOC, *(name for name in layout.prompt_sets() if name != ADHOC and base_set(name) == ADHOC)]
     ids: dict[str, str] = {}
     held = []
@@ -62,6 +62,6 @@ def _identity(metadata: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _key(text: Any, messages: Any) -> str:
-    """What two prompts have in common if they are the same."""
+    """A key that two prompts share if they are the same."""
     content = json.dumps([list(messages), None] if messages else [None, text], sort_keys=True, default=str)
     return sha256(content.encode()).hexdigest()

@@ -24,7 +24,7 @@ class Correlation:
 
     Attributes:
         n_vectors: how many vectors have an effect size and a coherent steering run.
-        n_layers: at how many layers they are, those of different traits counted each.
+        n_layers: the number of their layers, counted once per trait.
         rho: the correlation; `None` for fewer than eight layers, or where nothing varies.
         p: the share of 2,000 permutations of the gains within each trait with a correlation as large in absolute value.
     """

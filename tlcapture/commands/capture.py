@@ -11,7 +11,7 @@ This module checks the request, plans the tasks, takes the locks and starts the 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -22,7 +22,7 @@ from tlcapture.commands.capture_options import NO_CHOICE, CaptureOptions
 from tlcapture.commands.capture_size import CaptureSize, n_projections
 from tlcapture.commands.capture_tasks import CaptureTask, TaskPlanner
 from tlcapture.commands.capture_worker import CaptureWorker
-from tlcapture.commands.memory_need import Sized, check_memory, most_memory, prompt_sizes
+from tlcapture.commands.memory_need import PromptSize, Sized, check_memory, most_memory, prompt_sizes
 from tlcapture.commands.projection_writing import merge_projections
 from tlcapture.errors import InputError, NoSpaceError, StorageError
 from tlcapture.logger import get_logger
@@ -76,10 +76,7 @@ def run_capture(
     run = Run.begin(layout, display)
     for what, reason in refused:
         run.failed(what, reason)
-    for doubt in (doubt for each in options.resolved for doubt in each.doubts):
-        run.warn(doubt)
-    for note in (note for prompt_set in prompt_sets for note in mistyped_keys(prompt_set)):
-        run.warn(note)
+    _warn_of_request(run, prompt_sets, options)
     known_model = partial(executor.known_model, load)
     planner = TaskPlanner(layout, options, read_config(layout), load.name, known_model, run.report.learn)
     tasks = planner.tasks(prompt_sets)
@@ -90,13 +87,7 @@ def run_capture(
     folders = [layout.folder, *layout.written_folders(task.capture_set for task in tasks)]
     for folder in folders:
         sweep_temporaries(folder)
-    for task in tasks:
-        if task.other_sampling:
-            run.warn(_other_sampling_warning(task))
-    if options.projects and options.vectors.is_fallback:
-        run.line(f"{layout.experiment}: {SAID}")
-    elif options.projects and not options.vectors.layout(layout).traits():
-        run.line(f"{layout.experiment}: {NOTHING_TO_PROJECT_ONTO}")
+    _tell_of_plan(run, tasks, options)
     busy = {task.capture_set for task in tasks if task.has_work or (task.saved and options.projects)}
     run.report.n_skipped += sum(len(task.saved) for task in tasks if task.capture_set not in busy)
     with ExitStack() as stack:
@@ -113,29 +104,55 @@ def run_capture(
         # Where other processes load the model, each of them compares these with the memory of its machine.
         checks = known is not None and not isinstance(known, Model)
         sizes = prompt_sizes(tasks, layout, options, known_model().n_layers) if checks else ()
-        norm_prompts = {task.prompt_set.name: task.norm_prompts for task in tasks}
         planned = {task.capture_set: {"new": len(task.fresh), "kept": len(task.saved)} for task in tasks}
         display.uses(planned=planned)
-        executor.run(
-            Work(
-                partial(CaptureWorker, options, norm_prompts=norm_prompts, sizes=sizes),
-                load,
-                [task for task in tasks if task.capture_set in busy],
-                size=lambda task: len(task.fresh) * task.max_new_tokens,
-                unit="token",
-                label=CaptureTask.label,
-                split=CaptureTask.split,
-                reads=[options.vectors.layout(layout)],
-                inputs=lambda task: [layout.residual(task.capture_set, prompt_id) for prompt_id in task.saved],
-                overwrite=options.overwrite,
-            ),
-            run,
-        )
+        executor.run(_work(layout, options, load, tasks, busy, sizes), run)
         for folder in folders if run.report.retried else ():  # what workers were writing when they died
             sweep_temporaries(folder)
         if options.projects:
             merge_projections(run, sorted(busy), options.shard)
     return run.report
+
+
+def _warn_of_request(run: Run, prompt_sets: Sequence[PromptSet], options: CaptureOptions) -> None:
+    for doubt in (doubt for each in options.resolved for doubt in each.doubts):
+        run.warn(doubt)
+    for note in (note for prompt_set in prompt_sets for note in mistyped_keys(prompt_set)):
+        run.warn(note)
+
+
+def _tell_of_plan(run: Run, tasks: Sequence[CaptureTask], options: CaptureOptions) -> None:
+    for task in tasks:
+        if task.other_sampling:
+            run.warn(_other_sampling_warning(task))
+    if options.projects and options.vectors.is_fallback:
+        run.line(f"{run.layout.experiment}: {SAID}")
+    elif options.projects and not options.vectors.layout(run.layout).traits():
+        run.line(f"{run.layout.experiment}: {NOTHING_TO_PROJECT_ONTO}")
+
+
+def _work(
+    layout: Layout,
+    options: CaptureOptions,
+    load: ModelLoader,
+    tasks: Sequence[CaptureTask],
+    busy: Collection[str],
+    sizes: Sequence[PromptSize],
+) -> Work:
+    """The work on the tasks of the sets in `busy`."""
+    norm_prompts = {task.prompt_set.name: task.norm_prompts for task in tasks}
+    return Work(
+        partial(CaptureWorker, options, norm_prompts=norm_prompts, sizes=sizes),
+        load,
+        [task for task in tasks if task.capture_set in busy],
+        size=lambda task: len(task.fresh) * task.max_new_tokens,
+        unit="token",
+        label=CaptureTask.label,
+        split=CaptureTask.split,
+        reads=[options.vectors.layout(layout)],
+        inputs=lambda task: [layout.residual(task.capture_set, prompt_id) for prompt_id in task.saved],
+        overwrite=options.overwrite,
+    )
 
 
 def _other_sampling_warning(task: CaptureTask) -> str:

@@ -27,7 +27,7 @@ _LONGEST_VARIANT = 64
 
 
 class HasMeasures(Protocol):
-    """What vectors are checked against."""
+    """A model's sizes, against which vectors are checked."""
 
     @property
     def measures(self) -> Measures:
@@ -71,7 +71,7 @@ def with_interventions(
 
 
 def _variant_of_adapter(options: CaptureOptions) -> str | None:
-    """The name of an adapter's folder as that of a variant; `None` without an adapter."""
+    """The name of an adapter's folder, as the name of a variant; `None` without an adapter."""
     if options.adapter is None:
         return None
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(options.adapter).expanduser().resolve().name).lstrip(".-")
@@ -93,7 +93,7 @@ def with_norms(
 def check_same_interventions(files: KnownFiles, options: CaptureOptions) -> None:
     """Raise `InputError` if a variant holds captures under other interventions and is not to be overwritten.
 
-    Likewise if they are of another adapter, or of the tokens of other captures.
+    Also raised if they were made with another adapter, or from the tokens of other captures.
     """
     capture_set = files.capture_set
     if variant_of(capture_set) is None or options.replay or options.overwrite:
@@ -118,13 +118,13 @@ def check_same_interventions(files: KnownFiles, options: CaptureOptions) -> None
 
 
 def _source(metadata: Mapping[str, Any]) -> str | None:
-    """The experiment that the tokens of a capture are from; `None` where they were generated."""
+    """The experiment that a capture's tokens come from; `None` if they were generated."""
     found = metadata.get("tokens_from")
     return None if found is None else str(found.get("inference_experiment", "other captures"))
 
 
 def _metadata_of(files: KnownFiles) -> Iterator[Mapping[str, Any]]:
-    """Metadata of the captures of a set, as far as they can be read, and of one of those that were only projected."""
+    """Metadata of the readable captures of a set, and of one capture that was only projected."""
     layout, capture_set = files.layout, files.capture_set
     captured = dict.fromkeys(layout.captured(capture_set))
     for prompt_id in captured:

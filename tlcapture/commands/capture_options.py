@@ -1,4 +1,4 @@
-"""What to capture and how, as the options of a command line say it."""
+"""What to capture and how: the options of `tlcapture capture`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class CaptureOptions:
         shard: the share of the prompts that are captured, after `limit` is applied.
         max_new_tokens: the maximum length of a response.
         samples: the number of responses to each prompt; `None` means one, whose files have the name of the prompt.
-        longer_where_thinking: let it be at least `THINKING_TOKENS` where the chat template makes the model think.
+        longer_where_thinking: raise this to at least `THINKING_TOKENS` if the chat template makes the model think.
         thinking: `on` or `off`, the chat template's switch; `None` leaves its default.
         template_args: other values for the chat template.
         interventions: changes to activations while the model generates.
@@ -88,7 +88,7 @@ class CaptureOptions:
 
     @property
     def intervention_records(self) -> list[Mapping[str, Any]]:
-        """The interventions as metadata hold them; norms that have to be measured are missing."""
+        """The interventions as written to metadata, without the norms that still have to be measured."""
         return [each.record for each in self.resolved]
 
     @property
@@ -98,7 +98,7 @@ class CaptureOptions:
 
     @property
     def existing(self) -> ExistingProjections:
-        """Which projections `skip_existing` keeps: of a saved capture those onto any vector, if none is asked for."""
+        """Which projections `skip_existing` keeps: if no vector is asked for, a projection onto any vector is kept."""
         onto_any = self.vectors.is_default and not self.projections_only
         return ExistingProjections(onto_any, self.overwrite)
 

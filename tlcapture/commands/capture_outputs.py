@@ -42,7 +42,7 @@ Write = Callable[[], Written]
 
 
 class HasHooks(Protocol):
-    """What is needed of a model to name its activations."""
+    """The parts of a model that are needed to name its activations."""
 
     @property
     def n_layers(self) -> int:
@@ -68,7 +68,7 @@ class Outputs:
         logit_lens: whether to write logit-lens predictions.
         internals: the layers whose internals are written.
         parts: which layers, predictions and form of attention and lens are written.
-        tokens: the tokens of which all of these are kept; `None` means all, or for a saved capture those it holds.
+        tokens: the tokens to keep in all outputs; `None` means all, or for a saved capture those that it holds.
     """
 
     kept: KeptPoints
@@ -114,7 +114,7 @@ class Outputs:
         return [each for each in found if each is not None]
 
     def missing(self, files: PromptFiles, saved: KnownCapture, *, overwrite: bool = False) -> Outputs:
-        """The requested outputs that a saved capture lacks: those that do not exist or are older than it.
+        """The requested outputs that do not exist or are older than the saved capture.
 
         With `overwrite`, files of add-ons that cannot be read count as missing.
         """
@@ -140,7 +140,7 @@ class Outputs:
         )
 
     def live_hooks(self, model: HasHooks) -> list[str]:
-        """The activations that a generation captures; those to keep come first, in the order of their buffer."""
+        """The activations that a generation captures; the ones to keep come first, in the order of their buffer."""
         names = residual_hooks(model.n_layers, model.hook_names, attn_out=self.attn_out, only=self.kept)
         names += logit_lens_hooks(model.n_layers, self.parts.lens_layers) if self.logit_lens else []
         return list(dict.fromkeys([*names, *self.pass_hooks(model)]))
@@ -206,7 +206,7 @@ def add_ons(
         residual_cache: the computed residual stream for the logit lens; `None` to use that of the capture, which is
             rounded to the dtype in which it was saved.
         save_dtype: the dtype of internals in their files, or `auto`.
-        lens: the logit lens, where it was computed already.
+        lens: the logit lens, if it was computed already.
     """
     names: dict[str, Any] = {
         "prompt_id": capture.prompt_id,
@@ -249,9 +249,9 @@ def lens_of(
     held: Positions,
     parts: ViewParts,
 ) -> LogitLens:
-    """The logit lens at some tokens and in some layers, computed where the model's unembedding is.
+    """The logit lens at some tokens and in some layers, computed on the device of the model's unembedding.
 
-    `residual_out` gives that of a layer at the tokens in `held`, which are these and maybe more.
+    `residual_out` returns a layer's residual stream at the tokens in `held`, which include these.
     """
     rows = positions.rows_in(held)
     return logit_lens_view(

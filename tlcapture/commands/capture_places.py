@@ -1,4 +1,4 @@
-"""Where captures belong while they are planned, and the batches that their prompts run in."""
+"""The places of planned captures in the experiment, and the batches that their prompts run in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Place:
-    """Where the capture of a prompt, or of one of its samples, belongs."""
+    """The place of the capture of a prompt, or of one of its samples, in the experiment."""
 
     prompt_set: PromptSet
     prompt: Prompt
@@ -48,7 +48,7 @@ def chunks(items: Sequence[T], most: int) -> list[Sequence[T]]:
 
 
 def batches(prompts: Sequence[TokenizedPrompt], most: int) -> list[Sequence[TokenizedPrompt]]:
-    """Batches of at most `most` prompts, which do not part samples of a prompt if possible."""
+    """Batches of at most `most` prompts, which keep samples of a prompt together if possible."""
     found: list[Sequence[TokenizedPrompt]] = []
     start = 0
     while start < len(prompts):

@@ -1,4 +1,4 @@
-"""The projections of a capture run: of new captures, and of saved ones those that are missing."""
+"""The projections of a capture run: all of new captures, and the missing ones of saved captures."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ class CaptureProjections:
         kept: Positions | None = None,
         device: torch.device | None = None,
     ) -> None:
-        """Project a capture; where its `files` are given, onto those vectors that it lacks.
+        """Project a capture; if its `files` are given, only onto vectors without a projection there.
 
-        The other arguments are those of `project_capture`; `device` is that of a new capture's model.
+        The other arguments are those of `project_capture`; `device` is the device of a new capture's model.
         """
         if not self.options.project:
             return
@@ -94,7 +94,7 @@ class CaptureProjections:
         return vectors
 
     def _pickled(self, chosen: Sequence[ChosenVector]) -> bytes:
-        """Vectors as a task has them; those of all new captures are the same."""
+        """Pickled vectors for a task; all new captures share them."""
         vectors, pickled = self._last_pickled
         if vectors is not chosen:
             pickled = pickled_vectors(chosen)

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from tlcapture.captures.capture import Capture
-from tlcapture.captures.known_capture import CaptureNames
+from tlcapture.captures.capture_names import CaptureNames
 from tlcapture.captures.provenance import is_same_computation, model_record, point_hooks
 from tlcapture.errors import InputError, StorageError
 from tlcapture.models.loading import Model
@@ -37,7 +37,7 @@ SAME_FOR_A_RUN = (
 
 @dataclass(frozen=True)
 class CaptureRecord(CaptureNames):
-    """Metadata and tokens of a capture that was projected and not saved, and of which tokens projections were kept."""
+    """Metadata and tokens of a capture that was projected and not saved, and the tokens whose projections were kept."""
 
     metadata: Mapping[str, Any]
     tokens: Sequence[str] = ()
@@ -60,7 +60,7 @@ class CaptureRecord(CaptureNames):
 
     @classmethod
     def of_model(cls, model: Model, kept: KeptPoints, *, attn_out: bool) -> CaptureRecord:
-        """The record of captures to come, as far as it is known before any prompt has run."""
+        """The record of future captures, as far as it is known before any prompt has run."""
         measures = {"n_layers": model.n_layers, "d_model": model.d_model}
         hooks = point_hooks(model, attn_out=attn_out, points=kept.points)
         recorded = {"inference_model": model.name, "hooks": hooks, "layers": kept.layers, "points": kept.points}

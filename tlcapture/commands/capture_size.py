@@ -22,7 +22,7 @@ from tlcapture.errors import InputError, StorageError
 from tlcapture.models.sizes import Measures
 from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.runs.report import Failed
-from tlcapture.storage.compact_files import PER_PREDICTION, PER_WEIGHT, is_written_compact
+from tlcapture.storage.compact_files import PER_PREDICTION, PER_SCORE, PER_WEIGHT, is_written_compact
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.chance import N_DIRECTIONS
 from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
@@ -32,7 +32,6 @@ _PER_COMPACT_WEIGHT = 2
 _PER_COMPACT_PREDICTION = 8  # its id and probability
 _PER_COMPACT_SCORE = 4
 _PER_TEXT = 12  # an id of the vocabulary with its text
-_PER_PROJECTION = 9.7  # 6 significant digits
 _PER_RISE = 8.5  # 4 significant digits, a sign and an exponent at times
 _PER_NULL = 5  # a layer without activations
 _PER_FILE = 2000  # names, metadata, and what the container adds
@@ -138,8 +137,8 @@ def sizes(
     `labels` is the size of spans and messages.
     """
     kept = wanted.kept
-    row = len(kept.layers) * len(kept.points) * _PER_PROJECTION + (kept.n_layers - len(kept.layers)) * _PER_NULL
-    each = 2 * _PER_PROJECTION + _PER_TOKEN  # velocity and acceleration, of all tokens
+    row = len(kept.layers) * len(kept.points) * PER_SCORE + (kept.n_layers - len(kept.layers)) * _PER_NULL
+    each = 2 * PER_SCORE + _PER_TOKEN  # velocity and acceleration, of all tokens
     overhead = _PER_PROJECTION_FILE + N_DIRECTIONS * _PER_RISE + (0 if wanted.raw else _PER_CAPTURE)
     projection = overhead + tokens.n_tokens * each + len(tokens.kept) * row + _positions(tokens) + labels
     yield from chain(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any, Protocol
 
 from tlcapture.captures.known_capture import KnownCapture, conversation_of
@@ -26,9 +27,9 @@ from tlcapture.generation.samples import check_names
 from tlcapture.names import PromptId, of_variant, split_name
 from tlcapture.prompts.chat_template import NO_ARGS
 from tlcapture.prompts.prompt_sets import Prompt, PromptSet
+from tlcapture.prompts.response_lengths import THINKING_TOKENS
 from tlcapture.prompts.template_args import template_args
-from tlcapture.prompts.thinking import THINKING_TOKENS
-from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
+from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize_prompt
 from tlcapture.runs.existing_files import OVERWRITE, REPLACE, check_replaceable
 from tlcapture.storage.config import ExperimentConfig
 from tlcapture.storage.file_index import Learn
@@ -39,7 +40,7 @@ from tlcapture.traits.saved_projections import merged_files
 
 
 class HasTokenizer(Protocol):
-    """What planning needs of a model: the number of its layers, and its tokenizer."""
+    """The parts of a model that planning needs: the number of its layers, and its tokenizer."""
 
     @property
     def n_layers(self) -> int:
@@ -106,7 +107,7 @@ class CaptureTask:
     def split(self, most: int) -> list[CaptureTask]:
         """Split into tasks of at most `most` prompts, each a batch of prompts of similar length.
 
-        They hold nothing of the set's other prompts, also not those on which norms are measured.
+        They hold none of the set's other prompts, not even the prompts on which norms are measured.
         """
         ordered = sorted(self.batched, key=lambda prompt: len(prompt.token_ids), reverse=True)
         only_name = PromptSet.model_construct(name=self.prompt_set.name, prompts=[])
@@ -169,39 +170,27 @@ class TaskPlanner:
         fresh: set[PromptId] = set()
         self._other_sampling = []
         samples = self._samples(prompt_set, prompts)
-        for prompt in prompts:
-            for sample in samples[prompt.id]:
-                place = Place(prompt_set, prompt, sample, capture_set)
-                try:
-                    wanted = self._wanted(place, files.of(place.name))
-                except StorageError as error:
-                    unreadable.append((str(place), str(error)))
-                    continue
-                except PromptError as error:
-                    refused.append((str(place), str(error)))
-                    continue
-                if wanted.residual:
-                    fresh.add(place.name)
-                else:
-                    saved[place.name] = wanted
-        batched: list[TokenizedPrompt] = []
-        if fresh and self._options.responses_from is not None:
-            self._options.responses_from.check_tokenizer(self._model().tokenizer, prompt_set)
-        for prompt in prompts if fresh else ():
-            places = [Place(prompt_set, prompt, sample, capture_set) for sample in samples[prompt.id]]
+        places = [[Place(prompt_set, each, sample, capture_set) for sample in samples[each.id]] for each in prompts]
+        for place in chain.from_iterable(places):
             try:
-                tokenized = self._tokenized(prompt_set, prompt, samples[prompt.id])
-            except InputError as error:
-                refused += [(str(place), str(error)) for place in places if place.name in fresh]
-                fresh -= {place.name for place in places}
+                wanted = self._wanted(place, files.of(place.name))
+            except StorageError as error:
+                unreadable.append((str(place), str(error)))
+                continue
+            except PromptError as error:
+                refused.append((str(place), str(error)))
+                continue
+            if wanted.residual:
+                fresh.add(place.name)
             else:
-                batched += tokenized
+                saved[place.name] = wanted
+        batched, not_tokenized = self._batched(prompt_set, places, fresh) if fresh else ([], [])
         return CaptureTask(
             prompt_set,
             batched,
             frozenset(fresh),
             saved,
-            refused,
+            [*refused, *not_tokenized],
             unreadable,
             self._other_sampling,
             self._most_tokens(batched),
@@ -209,6 +198,21 @@ class TaskPlanner:
             self._options.variant,
             self._norm_prompts(prompt_set, limited) if fresh else (),
         )
+
+    def _batched(
+        self, prompt_set: PromptSet, prompts: Sequence[Sequence[Place]], fresh: set[PromptId]
+    ) -> tuple[list[TokenizedPrompt], list[tuple[str, str]]]:
+        """The samples of prompts that can be tokenized, and the others with reasons, which leave `fresh`."""
+        if self._options.responses_from is not None:
+            self._options.responses_from.check_tokenizer(self._model().tokenizer, prompt_set)
+        batched, refused = list[TokenizedPrompt](), list[tuple[str, str]]()
+        for places in filter(None, prompts):
+            try:
+                batched += self._tokenized(prompt_set, places[0].prompt, [place.sample for place in places])
+            except InputError as error:
+                refused += [(str(place), str(error)) for place in places if place.name in fresh]
+                fresh -= {place.name for place in places}
+        return batched, refused
 
     def _norm_prompts(self, prompt_set: PromptSet, prompts: Sequence[Prompt]) -> Sequence[TokenizedPrompt]:
         """The prompts on which typical norms are measured: all that are captured, by this shard or others."""
@@ -219,7 +223,7 @@ class TaskPlanner:
         return found
 
     def _samples(self, prompt_set: PromptSet, prompts: Sequence[Prompt]) -> Mapping[PromptId, Sequence[int | None]]:
-        """The samples of each prompt that are worked on, `None` standing for a response without a number.
+        """The sample numbers of each prompt to work on; `None` stands for a single, unnumbered response.
 
         A replay without a number of samples takes all that are saved, and so do the responses of other captures.
         """
@@ -237,7 +241,7 @@ class TaskPlanner:
         return {prompt.id: found.get(str(prompt.id), [None]) for prompt in prompts}
 
     def _wanted(self, place: Place, files: PromptFiles) -> Outputs:
-        """The outputs that a capture lacks, or all; raises `StorageError` or `PromptError` where it cannot be made."""
+        """The outputs to make: all, or those that a saved capture lacks; raises `StorageError` or `PromptError`."""
         options = self._options
         advice = "capture it again with --overwrite" if options.replay else REPLACE
         existing = files.capture(overwrite=options.overwrite, advice=advice)
@@ -259,7 +263,7 @@ class TaskPlanner:
     def _most_tokens_asked(self, saved: KnownCapture) -> int | None:
         """The maximum length that a saved response should have had; `None` where its own is one by default.
 
-        By default it is longer for a model that thinks, unless thinking is off, and as far as the context allows it.
+        The default is longer for a model that thinks (unless thinking is off), within the context.
         """
         asked, found = self._options.max_new_tokens, saved.metadata.get("max_new_tokens")
         may_be_longer = self._options.longer_where_thinking and "thinking" in saved.metadata
@@ -287,9 +291,7 @@ class TaskPlanner:
         if saved is None or not (options.skip_existing or options.replay):
             return options.outputs(self._model().n_layers)
         wanted = options.outputs(saved.n_layers)
-        if not options.skip_existing:
-            return wanted
-        if not options.replay and not self._is_whole_and_of(saved, place, files):
+        if not options.skip_existing or not (options.replay or self._is_whole_and_of(saved, place, files)):
             return wanted
         lacking = wanted.missing(files, saved, overwrite=options.overwrite)
         if lacking.logit_lens and not (saved.kept.has_outputs(lacking.parts.lens_layers) or options.replay):
@@ -376,17 +378,15 @@ class TaskPlanner:
         given = self._options.responses_from
         if given is not None:
             return [prompt_of(given.capture(prompt_set.name, prompt.id, sample)) for sample in samples]
-        tokenized = tokenize(
+        tokenized = tokenize_prompt(
             self._model().tokenizer,
-            prompt.text,
-            prompt_set=prompt_set.name,
-            prompt_id=prompt.id,
+            prompt,
+            prompt_set.name,
             system_prompt=self._system_prompt(prompt_set, prompt),
             chat_template=self.asked_template,
-            messages=prompt.messages,
             template_args=self._all_template_args,
         )
-        return [replace(tokenized, fields=prompt.fields, sample=sample) for sample in samples]
+        return [replace(tokenized, sample=sample) for sample in samples]
 
     @cached_property
     def _all_template_args(self) -> Mapping[str, Any]:

@@ -8,11 +8,11 @@ its stored activations, which are rounded, so that the files are those of an uni
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
 from types import MappingProxyType
-from typing import Any
 
 import torch
 
@@ -39,6 +39,7 @@ from tlcapture.generation.recording import n_bytes_of
 from tlcapture.generation.sampling import GREEDY, Sampling
 from tlcapture.models.loading import Model
 from tlcapture.models.streams import own_stream
+from tlcapture.names import PromptId
 from tlcapture.prompts.template_args import has_switch
 from tlcapture.prompts.tokenization import TokenizedPrompt
 from tlcapture.runs.background_writer import BackgroundWriter
@@ -49,6 +50,7 @@ from tlcapture.storage.config import update_config
 from tlcapture.storage.files import Written, remove, write_bytes
 from tlcapture.storage.layout import derived_files
 from tlcapture.traits.intervention_records import thinking_doubt
+from tlcapture.traits.resolved_interventions import ResolvedIntervention
 from tlcapture.traits.saved_projections import merged_files
 from tlcapture.views.cache import Cache
 from tlcapture.views.hooks import hook
@@ -56,11 +58,21 @@ from tlcapture.views.kept_tokens import kept_of
 from tlcapture.views.logit_lens import LogitLens
 
 
+@dataclass(frozen=True)
+class _Fresh:
+    """How the fresh prompts of a task are run, and which outputs are wanted of them."""
+
+    wanted: Outputs
+    sampling: Sampling
+    max_new_tokens: int
+    interventions: Sequence[ResolvedIntervention]
+
+
 class CaptureWorker:
     """Carries out tasks with a model that is loaded when it is first needed.
 
-    `norm_prompts` are the prompts of each set on which typical norms are measured; `sizes` those of what will be run,
-    where they have to fit in the memory of this machine.
+    `norm_prompts` are the prompts of each set on which typical norms are measured; `sizes` are those of the prompts,
+    if they have to fit in the memory of this machine.
     """
 
     def __init__(
@@ -112,7 +124,8 @@ class CaptureWorker:
 
     # -- fresh prompts ----------------------------------------------------------------------------
 
-    def _generate(self, task: CaptureTask) -> None:
+    def _fresh(self, task: CaptureTask) -> _Fresh:
+        """How to run the fresh prompts of a task; warns of everything doubtful about that."""
         model, options = self.model, self.options
         wanted = options.outputs(model.n_layers)
         sampling = sampling_for(options.sampling, model)
@@ -131,12 +144,15 @@ class CaptureWorker:
         doubt = thinking_doubt(options.intervention_records, thinks=any(prompt.thinks for prompt in task.batched))
         if doubt is not None:
             self.run.warn(doubt)
-        records = [each.record for each in resolved]
-        total = len(task.fresh) * max_new_tokens
+        return _Fresh(wanted, sampling, max_new_tokens, resolved)
+
+    def _generate(self, task: CaptureTask) -> None:
+        model, options, fresh = self.model, self.options, self._fresh(task)
+        wanted = fresh.wanted
         if options.project and wanted.raw and wanted.tokens is None:  # see `CaptureProjections`
             self._processes.announce(len(task.fresh))
         with (
-            self.run.progress(total, task.capture_set, "token") as progress,
+            self.run.progress(len(task.fresh) * fresh.max_new_tokens, task.capture_set, "token") as progress,
             leaving_processors(len(self._processes), 12 * model.n_layers * model.d_model**2),
             BackgroundWriter(self.run, n_processes=len(self._processes)) as writer,
         ):
@@ -151,9 +167,9 @@ class CaptureWorker:
                 task.batched,
                 wanted=task.fresh,
                 hooks=wanted.live_hooks(model),
-                max_new_tokens=max_new_tokens,
-                sampling=GREEDY if options.responses_from else sampling,
-                interventions=[change for each in resolved for change in each.interventions()],
+                max_new_tokens=fresh.max_new_tokens,
+                sampling=GREEDY if options.responses_from else fresh.sampling,
+                interventions=[change for each in fresh.interventions for change in each.interventions()],
                 batch_size=options.batch_size,
                 on_tokens=on_tokens,
                 spooling=self._spooling,
@@ -164,12 +180,12 @@ class CaptureWorker:
                     continue
                 with attempt(self.run, name):
                     # On a CPU the lens is computed here, with all threads; other devices compute it beside the model.
-                    on_cpu = self.model.last_device.type == "cpu"
+                    on_cpu = model.last_device.type == "cpu"
                     lens = self._lens(outcome, wanted) if wanted.logit_lens and on_cpu else None
-                    job = partial(self._write, name, outcome, sampling, wanted, max_new_tokens, lens, records)
+                    job = partial(self._write, name, outcome, fresh, lens)
                     writer.submit(job, 2 * n_bytes_of(outcome.cache))
                 n_new = len(outcome.response_ids)
-                progress.advance(max_new_tokens - n_new, done=f"{name}: {n_new} tokens, {outcome.stop_reason}")
+                progress.advance(fresh.max_new_tokens - n_new, done=f"{name}: {n_new} tokens, {outcome.stop_reason}")
 
     def _lens(self, generation: Generation, wanted: Outputs) -> LogitLens:
         ids, n_prompt = generation.token_ids, len(generation.prompt.token_ids)
@@ -179,53 +195,36 @@ class CaptureWorker:
 
     @cached_property
     def _spooling(self) -> Spooling | None:
-        """Where attention patterns are kept that are too large for memory; JSON, if asked for, is made in memory."""
+        """Where to keep attention patterns that are too large for memory; requested JSON is made in memory."""
         above = weights_in_memory(self.options.parts.form)
         return None if above is None else Spooling(self.layout.folder, above)
 
-    def _write(
-        self,
-        name: str,
-        generation: Generation,
-        sampling: Sampling,
-        wanted: Outputs,
-        max_new_tokens: int,
-        lens: LogitLens | None,
-        records: Sequence[Mapping[str, Any]],
-        run: Run,
-    ) -> None:
+    def _write(self, name: str, generation: Generation, fresh: _Fresh, lens: LogitLens | None, run: Run) -> None:
         """Write all files of a prompt, in a thread of the writer."""
         with attempt(run, name), own_stream(self.model.last_device):
-            self._write_files(name, generation, sampling, wanted, max_new_tokens, lens, records, run)
+            self._write_files(name, generation, fresh, lens, run)
 
-    def _write_files(
-        self,
-        name: str,
-        generation: Generation,
-        sampling: Sampling,
-        wanted: Outputs,
-        max_new_tokens: int,
-        lens: LogitLens | None,
-        records: Sequence[Mapping[str, Any]],
-        run: Run,
-    ) -> None:
-        options = self.options
-        # Another tool may have put files there since the run was planned.
-        where = (options.capture_set(generation.prompt.prompt_set), generation.prompt.name)
-        saved_capture(self.layout.residual(*where), overwrite=options.overwrite)
-        for path in [*derived_files(self.layout, *where), *merged_files(self.layout, where[0])]:
-            check_replaceable(self.layout, path, overwrite=options.overwrite)
+    def _check_replaceable(self, capture_set: str, name: PromptId) -> None:
+        """Raise `StorageError` for files that another tool may have put there since the run was planned."""
+        overwrite = self.options.overwrite
+        saved_capture(self.layout.residual(capture_set, name), overwrite=overwrite)
+        for path in [*derived_files(self.layout, capture_set, name), *merged_files(self.layout, capture_set)]:
+            check_replaceable(self.layout, path, overwrite=overwrite)
+
+    def _write_files(self, name: str, generation: Generation, fresh: _Fresh, lens: LogitLens | None, run: Run) -> None:
+        options, wanted = self.options, fresh.wanted
+        self._check_replaceable(options.capture_set(generation.prompt.prompt_set), generation.prompt.name)
         capture = capture_of(
             generation,
             self.model,
             experiment=self.layout.experiment,
-            sampling=sampling,
-            max_new_tokens=max_new_tokens,
+            sampling=fresh.sampling,
+            max_new_tokens=fresh.max_new_tokens,
             attn_out=options.capture_attn,
             save_dtype=options.save_dtype,
             kept=wanted.kept,
             variant=options.variant,
-            interventions=records,
+            interventions=[each.record for each in fresh.interventions],
         )
         if capture.lacks_answer:
             self._unanswered.append(name)

@@ -55,7 +55,7 @@ class CarryOverOptions:
 
     @property
     def name(self) -> str:
-        """The name of the dataset: that of its folder."""
+        """The name of the dataset, which is the name of its folder."""
         return self.folder.resolve().name
 
 
@@ -77,7 +77,7 @@ def run_carry_over(
     display: Display = Display(),
     executor: Executor = LocalExecutor(),
 ) -> RunReport:
-    """Score vectors on examples that took no part in anything, and write `carry_over` in the evaluation file.
+    """Score vectors on examples that were used for nothing else, and write `carry_over` in the evaluation file.
 
     Raises:
         InputError: the folder has no examples of a trait with vectors; nothing was written.
@@ -130,7 +130,7 @@ def _own_examples(layout: Layout, trait: Trait) -> Examples | None:
 
 
 def _check_others(options: CarryOverOptions, examples: Examples, own: Examples | None) -> None:
-    """Raise `InputError` for examples that a vector was extracted from, which it tells apart whatever they are."""
+    """Raise `InputError` if a vector was extracted from the examples, which it would separate in any case."""
     if own is None:
         return
     known = _contents(own, positive=True) | _contents(own, positive=False)
@@ -165,15 +165,8 @@ def _rows(
     own = _own_examples(layout, task.trait)
     if any(vector.method != IMPORTED for vector in vectors):
         _check_others(options, task.examples, own)
-    position = files.metadata(component).get("position")
-    prepared = prepare_examples(
-        Datasets(layout.root),
-        layout,
-        task.trait,
-        model,
-        position=position if position == "last_prompt_token" else "auto",
-        examples=task.examples,
-    )
+    at_prompt = files.metadata(component).get("position") == "last_prompt_token"
+    prepared = prepare_examples(layout, model, task.examples, "last_prompt_token" if at_prompt else "auto")
     read = read_out(model, prepared.readings, [component], batch_size=options.batch_size)[component]
     words = _words_auroc(own, prepared.texts, prepared.labels)
     rows = []

@@ -36,19 +36,17 @@ from tlcapture.traits.vector_files import VectorFiles, traits_with_vectors
 from tlcapture.traits.vectors import TraitVector
 from tlcapture.version import __version__
 
-SIDES = ("a", "b", "own")  # whose vectors both sides are projected onto
-
 
 @dataclass(frozen=True)
 class CompareOptions:
     """What to compare.
 
     Attributes:
-        choice: which traits and vectors.
+        choice: the traits and vectors to compare projections of.
         vectors: whose vectors both captures are projected onto, `a` or `b`, or `own` for each onto its own; `None`:
             those of `a` if it has any, otherwise those of `b`, or those of the package.
         kl: whether to compare next-token distributions, for which the final norm and unembedding are loaded.
-        device: where these are computed.
+        device: where next-token distributions are computed.
         skip_existing: keep comparisons that are no older than the captures and vectors they were made from.
         overwrite: replace files that cannot be read, too.
     """
@@ -63,7 +61,7 @@ class CompareOptions:
 
 @dataclass(frozen=True)
 class CompareTask:
-    """Comparisons of one set: the name of each, and of its captures of `a` and of `b`."""
+    """Comparisons of one set; each of `pairs` names a comparison, its capture in `a`, and its capture in `b`."""
 
     sets: ComparedSets
     pairs: Sequence[tuple[str, str, str]]
@@ -129,9 +127,9 @@ def run_compare(
 def _vector_sources(sets: ComparedSets, options: CompareOptions) -> list[Layout]:
     """The experiments that vectors are taken from, for `a` and for `b`; none where there are no vectors.
 
-    Where neither has vectors, and one of them is of the packaged vectors' model, they are these.
+    If neither has vectors and one of them uses the model of the packaged vectors, those are used.
 
-    Raises `InputError` if those that are asked for have none.
+    Raises `InputError` if an experiment that was asked for has none.
     """
     a, b, choice = sets.a.layout, sets.b.layout, options.choice
     if choice.experiment is not None:
@@ -167,7 +165,7 @@ class CompareWorker:
         self._choosers: dict[Layout, VectorChooser] = {}
 
     def prepare(self) -> None:
-        """Load nothing: what is needed of a model is known when its captures have been read."""
+        """Load nothing: only the captures tell what is needed of a model."""
 
     def do(self, task: CompareTask) -> None:
         """Compare the captures of a task; a failure of one pair does not stop the others."""
@@ -179,7 +177,8 @@ class CompareWorker:
                 progress.advance(1)
 
     def _compare(self, sets: ComparedSets, name: str, one: str, other: str, sources: Sequence[Layout]) -> None:
-        raws = [side.layout.residual(side.name or "", stem) for side, stem in ((sets.a, one), (sets.b, other))]
+        sides = ((sets.a, one), (sets.b, other))
+        raws = [side.layout.residual(side.name or "", captured) for side, captured in sides]
         path, options = sets.path(name), self._options
         existing = self._existing(path)
         a, b = (Capture.open(raw) for raw in raws)
@@ -203,7 +202,7 @@ class CompareWorker:
             )
 
     def _existing(self, path: Path) -> ComparisonFile | None:
-        """The comparison that is there; raises `StorageError` if it cannot be read and is not to be overwritten."""
+        """The existing comparison; raises `StorageError` if it cannot be read and is not to be overwritten."""
         if not lexists(path):
             return None
         if not path.is_file():
@@ -250,14 +249,14 @@ _OF_A_MODEL = ("inference_model", "adapter", "variant", "interventions", "model_
 
 
 def _model(capture: Capture) -> dict[str, Any]:
-    """What made the activations of a capture."""
+    """The model that made a capture's activations, as in its metadata."""
     return {name: capture.metadata[name] for name in _OF_A_MODEL if capture.metadata.get(name) is not None}
 
 
 def _is_current(
     root: Path, path: Path, existing: ComparisonFile, raws: Sequence[Path], vectors: Sequence[VectorPair], *, kl: bool
 ) -> bool:
-    """Whether a comparison is of these vectors, holds what is asked for, and is no older than what it is made from."""
+    """Whether a comparison uses these vectors, holds what is asked for, and is no older than its sources."""
     made_from = list(raws)
     for pair in vectors:
         found = existing.traits.get(str(pair.a.trait))

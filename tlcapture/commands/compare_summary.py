@@ -1,4 +1,4 @@
-"""What comparisons of a prompt set say together: for each trait the mean change, its interval, and chance.
+"""The summary of a prompt set's comparisons: for each trait the mean change, its interval, and chance.
 
 A prompt counts once: its samples are averaged first. The change of a trait is the mean projection over the response of
 `b` less that of `a`. Loads no torch.
@@ -37,7 +37,7 @@ class MeanSize:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> MeanSize | None:
-        """The mean of the values that are not NaN; `None` where all are."""
+        """The mean of the values, ignoring NaN; `None` where all are NaN."""
         known = np.array([value for value in values if not np.isnan(value)])
         return cls(float(known.mean()), interval(known)) if len(known) else None
 
@@ -57,14 +57,14 @@ class ComparisonSummary:
     """The comparisons of one prompt set.
 
     Attributes:
-        n_prompts: prompts, each with its samples; `n_files` counts those.
+        n_prompts, n_files: prompts, and files, of which a prompt with samples has several.
         traits: the mean change of each trait, beside chance.
         kl: the mean divergence of the next token in the response, in nats.
         cosine, norm_ratio: of `residual_out` in the response, by layer; NaN at layers without activations.
         tokens: the tokens of responses that differ most, by divergence, or without it by cosine at the last layer.
         n_cut: files whose captures share only the beginning.
         problems: files that cannot be read, with the reason.
-        vectors: those that captures were projected onto.
+        vectors: the vectors that captures were projected onto.
     """
 
     a: str
@@ -191,7 +191,7 @@ def _by_layer(groups: Sequence[Sequence[ComparisonFile]], name: str) -> Values:
 
 
 def _nanmean(values: Values) -> Values:
-    """The mean over the first axis of what is not NaN; NaN where all is."""
+    """The mean over the first axis, ignoring NaN; NaN where all values are."""
     known = ~np.isnan(values)
     count = known.sum(axis=0)
     return np.where(count, np.where(known, values, 0.0).sum(axis=0) / np.maximum(count, 1), nan)

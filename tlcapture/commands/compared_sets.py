@@ -1,4 +1,4 @@
-"""Which captures are compared with which: two experiments, or prompt sets of them, or variants of those.
+"""Choosing the captures to compare: two experiments, prompt sets of them, or variants of prompt sets.
 
 Loads no torch.
 """
@@ -15,12 +15,10 @@ from tlcapture.storage.comparisons import comparison_file
 from tlcapture.storage.layout import Layout
 from tlcapture.text import beside, did_you_mean
 
-FORM = "EXPERIMENT[/SET[@VARIANT]]"
-
 
 @dataclass(frozen=True)
 class CaptureSet:
-    """The captures of a prompt set, or of a variant of it, in an experiment; or all of them without a `name`."""
+    """The captures of a prompt set, or of a variant of it, in an experiment; without a `name`, those of all sets."""
 
     layout: Layout
     name: str | None
@@ -45,7 +43,7 @@ class CaptureSet:
 
     @property
     def names(self) -> Sequence[str]:
-        """Its captured sets."""
+        """The names of the captured sets."""
         captured = self.layout.captured_prompt_sets()
         return captured if self.name is None else [self.name] if self.name in captured else []
 
@@ -55,7 +53,7 @@ class CaptureSet:
 
     @property
     def ids(self) -> Sequence[str]:
-        """The names of the captures of its set: ids of prompts, or of their samples."""
+        """The names of the set's captures: ids of prompts, or of their samples."""
         assert self.name is not None
         return self.layout.captured(self.name)
 
@@ -69,7 +67,7 @@ class ComparedSets:
 
     @property
     def other(self) -> str:
-        """What `b` is called in the paths of `a`: its experiment, with its set if it is another, and its variant."""
+        """The name of `b` in the paths of `a`: its experiment, its set if that differs, and its variant."""
         assert self.a.name is not None and self.b.name is not None
         own, name = base_set(self.a.name), base_set(self.b.name)
         other_set = "" if own == name else f"+{name.replace('/', '+')}"
@@ -82,9 +80,9 @@ class ComparedSets:
         return comparison_file(self.a.layout, self.other, self.a.name, name)
 
     def pairs(self) -> list[tuple[str, str, str]]:
-        """Name of the comparison, of the capture of `a` and of that of `b`, for each prompt or sample in both.
+        """Names of the comparison, of the capture in `a` and of the one in `b`, for each prompt or sample in both.
 
-        Where one side has samples of a prompt and the other a single response, each sample is compared with that.
+        If one side has samples of a prompt and the other a single response, each sample is compared with it.
         """
         names_a, names_b = set(self.a.ids), set(self.b.ids)
         found = [(name, name, name) for name in self.a.ids if name in names_b]
@@ -104,7 +102,7 @@ class ComparedSets:
 def compared_sets(a: CaptureSet, b: CaptureSet, only: Sequence[str] = ()) -> list[ComparedSets]:
     """The sets to compare: those named, or all that both sides have captures of.
 
-    A side without a set takes that of the other: the same variant where another experiment has it, otherwise the set
+    A side without a set takes the other's: the same variant if another experiment has it, otherwise the set
     itself. `only` restricts them to some prompt sets of `a`.
 
     Raises `InputError` where there are none.

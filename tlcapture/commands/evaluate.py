@@ -125,7 +125,7 @@ class _Worker:
 
 
 def best_vectors(layout: Layout) -> Evaluation:
-    """The evaluation file, with each trait's best vector and what was found of the trait."""
+    """The evaluation file, with each trait's best vector and the trait's summary."""
     return Evaluation.read(layout.evaluation)
 
 
@@ -144,7 +144,7 @@ def draw_heatmaps(layout: Layout, report: RunReport) -> None:
 def _evaluate(
     run: Run, trait: Trait, options: EvaluateOptions, model: Callable[[], Model]
 ) -> dict[str, EvaluatedComponent]:
-    """What was found, by component."""
+    """The evaluation of a trait's vectors, by component."""
     layout, files = run.layout, VectorFiles(run.layout, trait)
     found: dict[str, EvaluatedComponent] = {}
     for component in options.components:
@@ -183,7 +183,7 @@ def _check_held_out(examples: Examples) -> None:
 
 @dataclass(frozen=True)
 class _Reading:
-    """How the examples are read: as those that the vectors were extracted from, or as the options say.
+    """How to read the examples: as the vectors' extraction read them, or as the options say.
 
     `made_from` are the digests of the examples and of the model that extracted vectors record; `None` where all vectors
     were imported.
@@ -227,7 +227,7 @@ def _activations(
     options: EvaluateOptions,
     model: Callable[[], Model],
 ) -> KeptActivations:
-    """The activations that `extract` kept, if examples and vectors are still those; otherwise they are read again.
+    """The activations that `extract` kept, if neither examples nor vectors have changed; otherwise they are read again.
 
     Raises `VectorError` if examples or model have changed since the vectors were extracted.
     """
@@ -236,15 +236,13 @@ def _activations(
     source = source_digest(reading.examples, read_config(layout), reading.position)
     if kept is not None and kept.source == source and (kept.examples, kept.fingerprint) == reading.made_from:
         return kept
-    prepared = prepare_examples(
-        Datasets(layout.root), layout, files.trait, model(), position=reading.position, examples=reading.examples
-    )
+    prepared = prepare_examples(layout, model(), reading.examples, reading.position)
     if reading.made_from not in (None, (prepared.digest, model().fingerprint)):
         raise VectorError("examples or model have changed since the vectors were extracted: extract them again")
     if reading.examples.is_guess and reading.made_from is None:
         run.warn(GUESS)
     activations = read_out(model(), prepared.readings, [component], batch_size=options.batch_size)[component]
-    kept = kept_activations(layout, component, model(), prepared, activations)
+    kept = kept_activations(layout, model(), prepared, activations)
     if reading.made_from is not None:
         run.wrote(kept.write(path))
     return kept

@@ -13,6 +13,7 @@ from tlcapture.extraction.baselines import BAG_OF_WORDS, Baseline, text_baseline
 from tlcapture.extraction.cross_validation import (
     OUTER_FOLDS,
     CrossValidated,
+    NestedScore,
     cross_validate,
     folds,
     largest_by_chance,
@@ -36,9 +37,9 @@ TOO_FEW = ": too few examples to tell"  # shuffled labels separate all that are 
 
 @dataclass(frozen=True)
 class EvaluatedComponent:
-    """The rows of a trait's vectors of one component, and what was found of all of them together.
+    """The rows of a trait's vectors of one component, and the findings about all of them together.
 
-    `model_fingerprint` is of the model that read the examples.
+    `model_fingerprint` identifies the model that read the examples.
     """
 
     trait: str
@@ -49,7 +50,7 @@ class EvaluatedComponent:
 
 @dataclass(frozen=True, eq=False)
 class _Common:
-    """What all rows of a component share."""
+    """The data that all rows of a component share."""
 
     cross_validated: CrossValidated | None
     null_p95: float | None
@@ -77,20 +78,15 @@ def rows_of(
         validated = cross_validate(span, labels, groups, grid, seed=seed) if grid else None
     except ValueError:
         validated = None
-    common = _Common(
-        validated,
-        float(largest.quantile(CONFIDENCE)) if len(largest) else None,
-        baselines,
-        int(held_out.sum()),
-    )
+    null_p95 = float(largest.quantile(CONFIDENCE)) if len(largest) else None
+    common = _Common(validated, null_p95, baselines, int(held_out.sum()))
     rows: list[Row] = []
     paired = _is_paired(examples)
-    for found in vectors.values():
-        if found:
-            stacked = torch.stack([vector.vector for vector in found])
-            layers = [vector.layer for vector in found]
-            separated = separation(stacked, kept.activations[layers], labels, held_out, paired=paired)
-            rows += [_row(layout, vector, number, separated, common) for number, vector in enumerate(found)]
+    for found in filter(None, vectors.values()):
+        stacked = torch.stack([vector.vector for vector in found])
+        layers = [vector.layer for vector in found]
+        separated = separation(stacked, kept.activations[layers], labels, held_out, paired=paired)
+        rows += [_row(layout, vector, number, separated, common) for number, vector in enumerate(found)]
     if validated is None or not rows:
         return EvaluatedComponent(trait, kept.fingerprint, rows)
     first = Baseline.of("layer 0", validated.layer_0, labels, outer)
@@ -98,22 +94,24 @@ def rows_of(
     p = (1 + int((largest >= best).sum())) / (1 + len(largest))
     compared = [*baselines, first]
     judged = verdict(validated.nested, compared, labels, groups, p, seed=seed)
-    return EvaluatedComponent(
-        trait,
-        kept.fingerprint,
-        rows,
-        {
-            "nested_auroc": _number(validated.nested.auroc),
-            "nested_sd": _number(validated.nested.auroc_sd),
-            "nested_effect_size": _number(validated.nested.effect_size),
-            "chosen_layers": dict(Counter(f"{method} {layer}" for method, layer in validated.nested.chosen)),
-            "baselines": {each.name: _number(each.auroc) for each in compared},
-            "gain": _number(judged.gain),
-            "gain_interval": [_number(bound) for bound in judged.interval],
-            "p": _number(p),
-            "verdict": judged.text + (TOO_FEW if p > 1 - CONFIDENCE and common.null_p95 == 1 else ""),
-        },
-    )
+    summary = {
+        **_nested_record(validated.nested),
+        "baselines": {each.name: _number(each.auroc) for each in compared},
+        "gain": _number(judged.gain),
+        "gain_interval": [_number(bound) for bound in judged.interval],
+        "p": _number(p),
+        "verdict": judged.text + (TOO_FEW if p > 1 - CONFIDENCE and common.null_p95 == 1 else ""),
+    }
+    return EvaluatedComponent(trait, kept.fingerprint, rows, summary)
+
+
+def _nested_record(nested: NestedScore) -> dict[str, Any]:
+    return {
+        "nested_auroc": _number(nested.auroc),
+        "nested_sd": _number(nested.auroc_sd),
+        "nested_effect_size": _number(nested.effect_size),
+        "chosen_layers": dict(Counter(f"{method} {layer}" for method, layer in nested.chosen)),
+    }
 
 
 def best_vector(row: EvaluationRow, summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,7 +215,7 @@ def _cosines(vector: TraitVector, others: Sequence[tuple[str, Trait, str]], layo
 
 
 def _number(value: torch.Tensor | float | None) -> float | None:
-    """A number as it is written; `None` for one that is undefined."""
+    """A number as it is written; `None` if it is undefined."""
     if value is None or not torch.isfinite(torch.as_tensor(value)):
         return None
     return float(round_significant(float(value), PROJECTION_DIGITS))

@@ -1,4 +1,4 @@
-"""Whether a trait's vectors are those that `extract` would make, told without the model's weights."""
+"""Whether a trait's vectors are the ones that `extract` would make, decided without the model's weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def has_vectors(
 ) -> bool:
     """Whether all vectors of a component exist, from these examples, read at this position by the model of this name.
 
-    Without `layers`, those at every layer that has the component. A file that cannot be read counts as missing here:
+    Without `layers`, vectors at every layer that has the component. A file that cannot be read counts as missing here:
     extracting the trait again reports it.
     """
     files = VectorFiles(layout, examples.trait)
@@ -56,6 +56,6 @@ def has_vectors(
 
 
 def _usual_position(examples: Examples) -> str:
-    """What `auto` is for most of the examples (see `extraction/readout`)."""
+    """The position that `auto` stands for in most of the examples (see `extraction/readout`)."""
     positions = ["response_mean" if item.example.text is None else "all_mean" for item in examples.items]
     return Counter(positions).most_common(1)[0][0]

@@ -51,7 +51,7 @@ _PROVENANCE = (
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to export, and how. No prompt sets: all; `overwrite` replaces an earlier export at the same place."""
+    """What to export, and how. Without prompt sets, all; `overwrite` replaces an earlier export at the same path."""
 
     to: Path
     format: Format = "datasets"
@@ -69,7 +69,7 @@ class _Writer(Protocol):
 
 @dataclass
 class _Seen:
-    """What a first look at all captures found."""
+    """What a first pass over all captures found."""
 
     scores: dict[str, None] = field(default_factory=dict)
     activations: dict[str, tuple[int, str]] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class _Seen:
 
     @property
     def columns(self) -> Columns:
-        """The columns of tables that hold all of them; of mixed dtypes, the one that holds the values of each."""
+        """The columns of tables that hold all captures; mixed dtypes become one that holds all values."""
         dtype = next(iter(self.dtypes), "float32") if len(self.dtypes) == 1 else "float32"
         order = {point: rank for rank, point in enumerate((*POINTS, "attn_out"))}
         places = sorted(self.activations.items(), key=lambda each: (each[1][0], order[each[1][1]]))
@@ -139,7 +139,7 @@ def _check_free(options: ExportOptions) -> None:
 
 
 def _look(layout: Layout, files: list[tuple[str, str]], wanted: Wanted) -> _Seen:
-    """Which columns the captures have together, from their headers."""
+    """Find the columns that all captures need together, from their headers."""
     seen = _Seen()
     for prompt_set in dict.fromkeys(name for name, _ in files):
         for trait, component in layout.projection_folders(prompt_set):
@@ -194,7 +194,7 @@ def _fill(run: Run, folder: Path, files: list[tuple[str, str]], seen: _Seen, opt
 
 
 def _provenance(found: Mapping[str, Counter[str]]) -> list[tuple[str, str]]:
-    """What the metadata of the captures says, with how many say it where they differ."""
+    """The values in the captures' metadata, with counts where they differ."""
     rows = []
     for name, values in found.items():
         several = len(values) > 1
@@ -234,7 +234,7 @@ def _manifest(
 
 
 def _left_out(layout: Layout, files: list[tuple[str, str]], seen: _Seen) -> list[str]:
-    """What the experiment has and no export holds, or not this one."""
+    """What the experiment has but no export holds, or this one leaves out."""
     kinds = {
         "attention": lambda name, file: layout.saved(layout.attention(name, file)).is_file(),
         "logit lens": lambda name, file: layout.saved(layout.logit_lens(name, file)).is_file(),
@@ -248,7 +248,7 @@ def _left_out(layout: Layout, files: list[tuple[str, str]], seen: _Seen) -> list
 
 
 def _model_type(layout: Layout) -> str:
-    """The architecture that control vectors are for, as a Hugging Face config names it; `unknown` where it is."""
+    """The architecture that control vectors are for, as a Hugging Face config names it, or `unknown`."""
     from tlcapture.errors import ModelError
     from tlcapture.models.checkpoints import fetch_config, quiet_loading
     from tlcapture.models.sources import source_of

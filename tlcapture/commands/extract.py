@@ -42,7 +42,7 @@ from tlcapture.views.hooks import COMPONENT_HOOKS, COMPONENTS
 class ExtractOptions:
     """What to extract; empty `traits` and `layers` mean all of them.
 
-    `traits` of `None` are those of the root, or of the package where the root has none. With `skip_existing`, a trait
+    `traits=None` means the traits of the root, or of the package if the root has none. With `skip_existing`, a trait
     is left out where all its vectors exist, from the same examples and the model of the same name.
     """
 
@@ -144,9 +144,7 @@ def _extract(
 ) -> None:
     layout = run.layout
     layers = _layers(model, options)
-    prepared = prepare_examples(
-        Datasets(layout.root), layout, examples.trait, model, position=options.position, examples=examples
-    )
+    prepared = prepare_examples(layout, model, examples, options.position)
     norms = TypicalNorms()
     activations = read_out(
         model, prepared.readings, tuple(layers), batch_size=options.batch_size, on_examples=on_examples, norms=norms
@@ -162,7 +160,7 @@ def _extract(
     }
     for component, vectors in fitted.items():
         values, at = activations[component], layers[component]
-        kept, trained = kept_activations(layout, component, model, prepared, values), values[:, train]
+        kept, trained = kept_activations(layout, model, prepared, values), values[:, train]
         metadata = _metadata(layout, component, model, options, at, prepared)
         if component == "residual":
             metadata["typical_norms"] = list(norms.medians().values())
@@ -190,9 +188,9 @@ def _layers(model: Model, options: ExtractOptions) -> dict[str, tuple[int, ...]]
 
 
 def kept_activations(
-    layout: Layout, component: str, model: Model, prepared: PreparedExamples, activations: Activations
+    layout: Layout, model: Model, prepared: PreparedExamples, activations: Activations
 ) -> KeptActivations:
-    """The activations of a trait's examples with all that tells whether they are still those of its examples."""
+    """The activations of a trait's examples, with the data that tells later whether the examples have changed."""
     return KeptActivations(
         activations,
         prepared.texts,

@@ -1,7 +1,7 @@
 """`capture --responses-from`: the stored tokens of other captures, run through this model.
 
 The tokens of each response are run one by one, in the batches in which they would be generated, so that equal models
-give equal bits: what differs is due to the models, and not to rounding.
+give equal bits: differences are due to the models and not to rounding.
 """
 
 from __future__ import annotations
@@ -41,54 +41,54 @@ class GivenResponses:
 
         `only` restricts them to some sets. Raises `InputError` for a set that is not captured.
         """
-        names = self._names
-        missing = [name for name in only if name not in {base_set(each) for each in names}]
+        capture_sets = self._capture_sets
+        missing = [name for name in only if name not in {base_set(each) for each in capture_sets}]
         if missing:
-            others = beside(missing[0], names, "captured sets")
+            others = beside(missing[0], capture_sets, "captured sets")
             raise InputError(f"{self.source}: no captures of {', '.join(missing)}{others}")
         found, refused = [], []
-        for name in names:
-            if only and base_set(name) not in only:
+        for capture_set in capture_sets:
+            if only and base_set(capture_set) not in only:
                 continue
-            prompts: dict[PromptId, Prompt] = {}  # several samples are of one prompt
-            for stem in self.source.layout.captured(name):
+            prompts: dict[PromptId, Prompt] = {}  # samples of a prompt share it
+            for name in self.source.layout.captured(capture_set):
                 try:
-                    prompt = _prompt(self._capture(name, stem))
+                    prompt = _prompt(self._capture(capture_set, name))
                     prompts.setdefault(prompt.id, prompt)
                 except StorageError as error:
-                    refused.append((f"{name}/{stem}", str(error)))
+                    refused.append((f"{capture_set}/{name}", str(error)))
             if prompts:
-                found.append(PromptSet.model_construct(name=base_set(name), prompts=list(prompts.values())))
+                found.append(PromptSet.model_construct(name=base_set(capture_set), prompts=list(prompts.values())))
         return found, refused
 
     def capture(self, prompt_set: str, prompt_id: PromptId, sample: int | None = None) -> Capture:
         """The capture of a prompt, or of one of its samples; raises `StorageError` if it cannot be read."""
-        return self._capture(self._name_of(prompt_set), capture_name(prompt_id, sample))
+        return self._capture(self._capture_set(prompt_set), capture_name(prompt_id, sample))
 
     def samples(self, prompt_set: str, prompt_id: PromptId) -> list[int | None]:
         """The numbers of the samples that a prompt has; `None` stands for a single response."""
-        return self._samples_of(self._name_of(prompt_set)).get(prompt_id, [])
+        return self._samples_of(self._capture_set(prompt_set)).get(prompt_id, [])
 
-    def _samples_of(self, name: str) -> dict[PromptId, list[int | None]]:
-        if name not in self._samples:
+    def _samples_of(self, capture_set: str) -> dict[PromptId, list[int | None]]:
+        if capture_set not in self._samples:
             found: dict[PromptId, list[int | None]] = {}
-            for stem in self.source.layout.captured(name):
+            for name in self.source.layout.captured(capture_set):
                 with suppress(StorageError):  # reported by `prompt_sets`
-                    capture = self._capture(name, stem)
+                    capture = self._capture(capture_set, name)
                     found.setdefault(capture.prompt_id, []).append(capture.sample)
-            self._samples[name] = found
-        return self._samples[name]
+            self._samples[capture_set] = found
+        return self._samples[capture_set]
 
-    def _name_of(self, prompt_set: str) -> str:
-        return next(each for each in self._names if base_set(each) == prompt_set)
+    def _capture_set(self, prompt_set: str) -> str:
+        return next(each for each in self._capture_sets if base_set(each) == prompt_set)
 
     @property
-    def _names(self) -> list[str]:
-        """The captured sets: the one named, or all but variants."""
+    def _capture_sets(self) -> list[str]:
+        """The captured sets: the named one, or all except variants."""
         return [name for name in self.source.names if self.source.name or base_set(name) == name]
 
-    def _capture(self, name: str, stem: PromptId) -> Capture:
-        return Capture.open(self.source.layout.residual(name, stem))
+    def _capture(self, capture_set: str, name: PromptId) -> Capture:
+        return Capture.open(self.source.layout.residual(capture_set, name))
 
     def check_tokenizer(self, tokenizer: Any, prompt_set: PromptSet) -> None:
         """Raise `InputError` if the tokens of any capture of a set are those of another tokenizer."""
@@ -103,13 +103,13 @@ class GivenResponses:
                 )
 
     def are_tokens_of(self, saved: KnownCapture, prompt_set: str, prompt_id: PromptId, sample: int | None) -> bool:
-        """Whether a saved capture is of the tokens that a prompt, or a sample of it, has there now."""
+        """Whether a saved capture has the tokens that the given captures now hold for a prompt or sample."""
         source = self.capture(prompt_set, prompt_id, sample)
         return saved.is_of(source) and saved.metadata.get("tokens_from") == KnownTokens.of(source.metadata, ()).origin
 
 
 def prompt_of(capture: Capture) -> TokenizedPrompt:
-    """The prompt of a capture, with its response as a forced one; an empty response is read with it."""
+    """The prompt of a capture, with its response as a forced one; an empty response is read with the prompt."""
     response = tuple(capture.response.token_ids)
     known = KnownTokens.of(capture.metadata, capture.spans)
     found = replace(as_prompt(capture, capture.prompt_id), given=None, known=known, sample=capture.sample)
@@ -129,7 +129,7 @@ def longest_forced(prompts: Sequence[TokenizedPrompt]) -> int:
 
 
 def generate_or_force(model: Model, prompts: Sequence[TokenizedPrompt], **how: Any) -> Iterator[Outcome]:
-    """`generate` with prompts whose responses are generated or forced, and apart from them those with an empty one."""
+    """Run `generate` on prompts with generated or forced responses, and separately on those with an empty one."""
     for are_empty in (False, True):
         kind = [prompt for prompt in prompts if (prompt.given is not None) == are_empty]
         if kind:

@@ -1,4 +1,4 @@
-"""Where held-out examples lie on the axes of a trait's vectors, stored in the vectors' metadata."""
+"""The calibrations of a trait's vectors on held-out examples, stored in the vectors' metadata."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def held_out_calibrations(
 def keep_held_out_calibrations(
     run: Run, files: VectorFiles, component: str, found: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Add calibrations, by method and layer as text, to the metadata of the vectors that they are of."""
+    """Add calibrations, by method and layer as text, to the metadata of their vectors."""
     with run_lock(run, f"vectors of {files.trait}"):
         for method, by_layer in found.items():
             metadata = files.metadata(component, method)

@@ -20,7 +20,7 @@ from tlcapture.traits.exported_vectors import restore_vectors
 
 @dataclass(frozen=True)
 class Imported:
-    """What was made: captures with activations, captures of which only projections came, and files of vectors."""
+    """The counts of what was made: captures with activations, captures with projections only, and vector files."""
 
     manifest: Manifest
     n_captures: int

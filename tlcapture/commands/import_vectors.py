@@ -32,7 +32,7 @@ from tlcapture.views.hooks import COMPONENT_HOOKS
 class ImportOptions:
     """What to import, as which trait.
 
-    `convention` and `component` of `None` are what the file says, and a `model` of `None` is the experiment's.
+    `None` as `convention` or `component` means the file's own, and as `model` the experiment's.
     """
 
     path: Path
@@ -50,7 +50,7 @@ def run_import(layout: Layout, options: ImportOptions, display: Display = Displa
     Nothing is written unless all of them are valid. Earlier imported vectors of the component are replaced.
 
     Returns:
-        The component that they are of.
+        The vectors' component.
 
     Raises:
         InputError: the trait has imported vectors already, the convention is not known, or the model is another one.

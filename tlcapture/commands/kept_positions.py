@@ -1,4 +1,4 @@
-"""Which tokens the outputs of a capture are to hold, and whether an existing file holds them."""
+"""The tokens that the outputs of a capture should hold, and whether an existing file holds them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from tlcapture.views.kept_tokens import KeptTokens, Positions, kept_of
 
 
 def wanted_positions(tokens: KeptTokens | None, capture: Capture, *, fresh: bool) -> Positions:
-    """The tokens that outputs of a capture are to hold: those chosen, or without a choice those that it holds.
+    """The tokens that outputs of a capture should hold: the chosen ones, or without a choice those of the capture.
 
-    Without a choice, a `fresh` capture is to hold all.
+    Without a choice, a `fresh` capture should hold all.
     """
     if tokens is None and not fresh:
         return capture.positions

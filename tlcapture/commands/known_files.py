@@ -5,8 +5,8 @@
     of_prompt.capture(overwrite=False)                  # KnownCapture, or None
     of_prompt.projection(trait, "residual")             # which vector it is onto, and when it was written
 
-What the index does not know is read, checked and learned. Folders are listed once, so that what is not there costs
-nothing: one object serves one look at a set, and not a set that others write to meanwhile.
+Files that the index does not know are read, checked and added to it. Folders are listed once, so that missing files
+cost nothing: an object describes a set at one moment, and not a set that others are writing to.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class KnownFiles:
     """The files of a capture set, as they are found now.
 
     Args:
-        n_prompts: of how many prompts files will be asked for.
+        n_prompts: how many prompts' files will be asked for.
         learn: takes what is learned of files that the index does not know, and of others no facts but their states.
     """
 
@@ -83,7 +83,7 @@ class KnownFiles:
         self._prompts: dict[str, PromptFiles] = {}
 
     def of(self, name: PromptId, *, again: bool = False) -> PromptFiles:
-        """Those of a capture, by its name; to be asked for `again`, they are not looked at then."""
+        """The files of a capture, by its name; with `again`, the same object when it is asked for once more."""
         found = self._prompts.pop(str(name), None) or PromptFiles(self, name)
         if again:
             self._prompts[str(name)] = found
@@ -158,7 +158,7 @@ class KnownFiles:
         return None
 
     def is_odd(self, path: Path) -> bool:
-        """Whether a place whose state was asked for holds something else than a file: a folder, a link to nothing."""
+        """Whether a path whose state was asked for is something other than a file: a folder, or a link to nothing."""
         return path in self._odd
 
     @cached_property
@@ -177,7 +177,7 @@ class KnownFiles:
         return self._names[folder]
 
     def found(self, path: Path, state: FileState, find: Find, parse: Callable[..., T]) -> T | None:
-        """What is known of a file, or found in it now, as `parse` makes it of facts; `None` for what has no facts."""
+        """The facts about a file, known or found in it now, parsed by `parse`; `None` for a file without facts."""
         if (known := self._index.known(path, state)) is not None:
             with suppress(*_NOT_FACTS):
                 found = parse(*known)
@@ -224,7 +224,7 @@ class PromptFiles:
         return self._state(self._files.raw / f".{self._stem}.unfinished") is not None
 
     def capture(self, *, overwrite: bool = False, advice: str = REPLACE) -> KnownCapture | None:
-        """What is known of the capture; otherwise as `saved_capture`."""
+        """The facts about the capture; otherwise like `saved_capture`."""
         state = self._state(self.raw)
         opened: list[KnownCapture] = []
 
@@ -303,7 +303,7 @@ class PromptFiles:
         return first if (first.capture_set, str(first.name)) == (self._files.capture_set, self._stem) else None
 
     def vector_ns(self, vector: TraitVector) -> int:
-        """As that of `KnownFiles`."""
+        """When the file of a vector was written; see `KnownFiles.vector_ns`."""
         return self._files.vector_ns(vector)
 
     def _in_json(self, path: Path) -> KnownProjection | None:

@@ -1,4 +1,4 @@
-"""What decides whether a prompt is projected onto a vector: what an index of files keeps of projections."""
+"""The facts that decide whether a prompt is projected onto a vector. An index of files keeps them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Content = Mapping[str, Any]  # of a projection file
 
 @dataclass(frozen=True)
 class KnownProjection:
-    """What is known of a prompt's projection onto a trait.
+    """The facts about a prompt's projection onto a trait.
 
     Attributes:
         source: experiment, method and layer of the vector, as far as they are recorded.
@@ -37,7 +37,7 @@ class KnownProjection:
 
 
 def facts_of_projection(content: Content) -> Facts | None:
-    """What an index holds of a projection file, given its content, of which texts may be JSON already."""
+    """The facts about a projection file, from its content, whose texts may be JSON already."""
     made_from = _made_from(content)
     of_capture = () if made_from is None else made_from.facts()
     try:
@@ -53,12 +53,12 @@ def _facts_of_source(**source: Any) -> Facts | None:
 
 
 def known_projection(written_ns: int, source: Mapping[str, Any], *of_capture: Any) -> KnownProjection:
-    """What `facts_of_projection` found; raises `TypeError` or `ValueError` for facts of something else."""
+    """The inverse of `facts_of_projection`; raises `TypeError` or `ValueError` for other facts."""
     return KnownProjection(dict(source), written_ns, KnownCapture.from_facts(*of_capture) if of_capture else None)
 
 
 def facts_of_shard(shard: Shard) -> Facts | None:
-    """What an index holds of a shard; raises `StorageError` if the shard is damaged."""
+    """The facts about a shard; raises `StorageError` if it is damaged."""
     found: list[bytes] = []
     for entry in shard.index.prompts:
         facts = facts_in_shard(entry.id, shard.labels(entry), entry.written)
@@ -69,7 +69,7 @@ def facts_of_shard(shard: Shard) -> Facts | None:
 
 
 def facts_in_shard(name: str, contents: Mapping[str, Content], written: Mapping[str, int]) -> Facts | None:
-    """The four parts of a prompt, given by trait its projections and when each was written."""
+    """The four parts of a prompt's facts, from its projections by trait, and when each was written."""
     captures = [_made_from(content) for content in contents.values()]
     is_of_one_run = None not in captures and len({each.run for each in captures if each is not None}) == 1
     of_capture = captures[0].facts() if captures[0] is not None and is_of_one_run else as_facts(None, None)
@@ -80,7 +80,7 @@ def facts_in_shard(name: str, contents: Mapping[str, Content], written: Mapping[
 
 
 def known_shard(*facts: Any) -> dict[str, dict[str, KnownProjection]]:
-    """What `facts_of_shard` found, by prompt and trait; raises `TypeError` or `ValueError` for other facts."""
+    """The inverse of `facts_of_shard`, by prompt and trait; raises `TypeError` or `ValueError` for other facts."""
     return dict(_known_of_prompts(facts))
 
 

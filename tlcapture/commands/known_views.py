@@ -1,4 +1,4 @@
-"""What decides whether an add-on is finished: what an index of files keeps of attention, logit lens and internals."""
+"""The facts that decide whether attention, logit lens or internals are finished. An index of files keeps them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tlcapture.views.kept_tokens import Positions
 
 @dataclass(frozen=True)
 class KnownView:
-    """What is known of a file of attention, logit lens or internals.
+    """The facts about a file of attention, logit lens or internals.
 
     Attributes:
         layers: layers of attention or lens that are held.
-        n_layers: layers of the model; 0 for internals, which are of one.
+        n_layers: layers of the model; 0 for internals, which belong to one layer.
         top_k: predictions of the lens that are held; 0 for other files.
-        positions: the tokens that it is of.
+        positions: the tokens that the file holds.
     """
 
     layers: Sequence[int]
@@ -43,7 +43,7 @@ class PresentFile:
 
 
 def with_facts(layout: Layout, written: Written) -> Written:
-    """A file of an add-on that was written, with what an index holds of it."""
+    """A file of an add-on that was written, with its facts for the index."""
     try:
         return written.knowing(facts_of_view(layout, written.path))
     except StorageError:  # it was replaced meanwhile
@@ -51,7 +51,7 @@ def with_facts(layout: Layout, written: Written) -> Written:
 
 
 def facts_of_view(layout: Layout, path: Path) -> Facts | None:
-    """What an index holds of a file of attention, logit lens or internals.
+    """The facts about a file of attention, logit lens or internals, as an index holds them.
 
     Raises `StorageError` for a file that cannot be read.
     """
@@ -74,6 +74,6 @@ def _facts_of_view(layers: Sequence[int], n_layers: int, top_k: int, held: Posit
 
 
 def known_view(shared: Sequence[Any], own: Sequence[Any]) -> KnownView:
-    """What `facts_of_view` found; raises `TypeError` or `ValueError` for facts of something else."""
+    """The inverse of `facts_of_view`; raises `TypeError` or `ValueError` for other facts."""
     layers, n_layers, top_k = shared
     return KnownView(layers, n_layers, top_k, Positions.of(*own))

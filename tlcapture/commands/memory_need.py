@@ -1,8 +1,8 @@
-"""Whether a capture's prompts fit in memory, each alone, asked before any of them runs.
+"""Whether each of a capture's prompts would fit in memory alone, checked before any of them runs.
 
 A batch that runs out of memory is halved, down to one prompt; one that does not fit then would end the process on a
-machine without memory to spare. What attention patterns take while a prompt is read is most of it: all layers' at once,
-in the pass that reads the prompt. `--replay` reads a capture as often as it has to, some layers at a time.
+machine without memory to spare. Most of the memory is for attention patterns: the pass that reads the prompt
+holds those of all layers at once. `--replay` reads a capture in several passes if needed, some layers at a time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _JSON_COPIES = 3  # of a JSON file while it is made: rounded weights, and a buff
 
 @dataclass(frozen=True)
 class Sized:
-    """What is known of a model before its weights are loaded, as far as memory depends on it."""
+    """The properties of a model that its memory depends on, known before its weights are loaded."""
 
     measures: Measures
     dtype: torch.dtype
@@ -43,7 +43,7 @@ class Sized:
 
     @classmethod
     def of(cls, measures: Measures, device: str, dtype: str) -> Sized:
-        """The same of a model that would be loaded with these options; `auto` is bfloat16 but on a CPU."""
+        """The properties of a model loaded with these options; `auto` is bfloat16 except on a CPU."""
         found = pick_device(device)
         usual = torch.float32 if found.type == "cpu" else torch.bfloat16
         return cls(measures, DTYPES.get(dtype, usual), found)
@@ -75,9 +75,9 @@ class MemoryNeed:
 def memory_need(
     model: Model | Sized, wanted: Outputs, n_prompt: int, n_tokens: int, *, replay: bool = False
 ) -> MemoryNeed:
-    """What a prompt of `n_prompt` tokens takes, with its response `n_tokens`, apart from the weights.
+    """The memory for a prompt of `n_prompt` tokens, `n_tokens` with its response, without the weights.
 
-    With `replay` it is read with as few layers' patterns at a time as it takes.
+    With `replay` it is read with the patterns of as few layers at a time as necessary.
     """
     hooks = wanted.pass_hooks(model) if replay else wanted.live_hooks(model)
     in_passes = one_layer_at_a_time(hooks) if replay and wanted.parts.form != "json" else [hooks]
@@ -107,7 +107,7 @@ class PromptSize:
     replay: bool
 
     def need(self, model: Model | Sized) -> MemoryNeed:
-        """What it takes while it runs alone."""
+        """The memory it takes while it runs alone."""
         return memory_need(model, self.wanted, self.n_prompt, self.n_tokens, replay=self.replay)
 
 
@@ -131,7 +131,7 @@ def check_sizes(sizes: Sequence[PromptSize], model: Model | Sized) -> None:
 
 
 def most_memory(tasks: Sequence[CaptureTask], layout: Layout, options: CaptureOptions, model: Model | Sized) -> int:
-    """The bytes that the largest prompt takes while it runs alone, beside the weights."""
+    """The bytes that the largest prompt takes while it runs alone, without the weights."""
     sizes = _that_fit_the_context(prompt_sizes(tasks, layout, options, model.n_layers), model)
     return max((size.need(model).n_bytes for size in sizes), default=0)
 
@@ -169,7 +169,7 @@ def _by_length(sizes: Sequence[PromptSize]) -> list[PromptSize]:
 
 
 def _that_fit_the_context(sizes: Sequence[PromptSize], model: Model | Sized) -> list[PromptSize]:
-    """Of each set the longest prompt to be run, and to be read again; those that the context is too short for fail."""
+    """The longest prompt of each set to run, and to read again; prompts too long for the context fail anyway."""
     most = getattr(model, "n_ctx", None) or 2**62
     found: dict[tuple[str, bool], PromptSize] = {}
     for size in sizes:
@@ -179,7 +179,7 @@ def _that_fit_the_context(sizes: Sequence[PromptSize], model: Model | Sized) -> 
 
 
 def _n_at_most(prompt: TokenizedPrompt, task: CaptureTask) -> int:
-    """The tokens of a prompt with the longest response that it may have; a given response is known."""
+    """The tokens of a prompt with its longest possible response; the length of a given response is known."""
     return len(prompt.token_ids) + (task.max_new_tokens if prompt.known is None else len(prompt.forced or ()))
 
 

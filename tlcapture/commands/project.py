@@ -53,8 +53,8 @@ class ProjectOptions:
     """Which vectors to project onto, and which component; `dynamics_only` recomputes the dynamics alone.
 
     `centered` subtracts the mean activation of each vector's training examples first. `overwrite` replaces files that
-    cannot be read, too. `shard` is a share of the captures that exist when the run begins. `form` is that of the files,
-    as in `ViewParts`.
+    cannot be read, too. `shard` is a share of the captures that exist when the run begins. `form` is the form of the
+    files, as in `ViewParts`.
     """
 
     vectors: VectorChoice = VectorChoice()
@@ -240,7 +240,7 @@ def _recompute_dynamics(
 def _with_new_dynamics(saved: SavedProjection) -> dict[str, Any]:
     """The content of a projection file with recomputed dynamics; the earlier ones may be invalid.
 
-    What random directions did is kept only where it was measured by the same definitions.
+    Results of random directions are kept only if they were measured by the same definitions.
     """
     content = saved.content(exact=True)
     others = (

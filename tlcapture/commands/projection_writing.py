@@ -19,7 +19,7 @@ from tlcapture.names import PromptId, Trait, file_name
 from tlcapture.runs.existing_files import OVERWRITE
 from tlcapture.runs.run import Run
 from tlcapture.runs.shards import Shard as ShareOfPrompts
-from tlcapture.storage.compact_files import is_written_compact
+from tlcapture.storage.compact_files import PER_SCORE, is_written_compact
 from tlcapture.storage.files import remove, write_json
 from tlcapture.storage.projection_shards import Shard, merged_shards, shard_of_prompt, sharded_of
 from tlcapture.storage.regular_files import check_regular
@@ -27,14 +27,12 @@ from tlcapture.storage.shard_writing import merge_shards, take_out, write_prompt
 from tlcapture.traits.vectors import TraitVector
 from tlcapture.views.hooks import COMPONENTS
 
-_PER_SCORE = 9.7  # bytes in JSON: 6 significant digits
-
 
 @dataclass
 class ProjectionFiles:
     """The projections of a prompt that are to be written, in the form that is asked for.
 
-    By default they are JSON, and a shard where JSON would be too large.
+    The default is JSON, or a shard where JSON would be too large.
     """
 
     run: Run
@@ -74,7 +72,7 @@ class ProjectionFiles:
         self._contents.setdefault(vector.component, {})[vector.trait] = path, content
 
     def write(self) -> None:
-        """Write the shard of what was added and is to be in one, and remove the JSON files in its place."""
+        """Write a shard of the added projections that belong in one, and remove the JSON files that it replaces."""
         for component, found in self._contents.items():
             contents = {str(trait): content for trait, (_, content) in found.items()}
             folder, name, now = self._folder(component), file_name(self.prompt_id), time.time_ns()
@@ -86,7 +84,7 @@ class ProjectionFiles:
     def _is_compact(self, content: Mapping[str, Any]) -> bool:
         n_layers, n_points = len(content["metadata"]["layers"]), len(content["metadata"]["sublayers"])
         n_tokens = sum(len(part) for part in content["projections"].values())
-        return is_written_compact(self.form, n_tokens * n_layers * n_points * _PER_SCORE)
+        return is_written_compact(self.form, n_tokens * n_layers * n_points * PER_SCORE)
 
     def _has_shards(self, component: str) -> bool:
         if component not in self._sharded:

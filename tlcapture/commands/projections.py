@@ -48,8 +48,8 @@ class ExistingProjections:
     """Which existing projections are kept where only missing ones are made.
 
     Attributes:
-        onto_any: those onto any vector of the trait, rather than onto the chosen one alone.
-        overwrite: none that cannot be read; otherwise such a file is an error.
+        onto_any: keep projections onto any vector of the trait, not only onto the chosen one.
+        overwrite: replace files that cannot be read; otherwise such a file is an error.
     """
 
     onto_any: bool = False
@@ -97,7 +97,7 @@ class ChanceLevels:
     _made: dict[Hashable, RandomDirections] = field(default_factory=dict)
 
     def reporting_to(self, run: Run) -> ChanceLevels:
-        """The same, whose warnings go to another run."""
+        """A copy whose warnings go to another run."""
         return replace(self, run=run)
 
     def of(self, capture: Capture, chosen: Sequence[ChosenVector]) -> RandomDirections | None:
@@ -137,8 +137,8 @@ def project_capture(
 
     Where `only` projections are kept, the files hold the capture's metadata too. If `centred`, the mean activation of
     each vector's training examples is subtracted first. The files hold the scores of the tokens in `kept`, by default
-    those that the capture holds; all that it holds are projected. `scores` are those of `scores_of`, where known.
-    `form` is that of the files, as in `ViewParts`.
+    all that the capture holds; those are projected in any case. `scores` is the result of `scores_of`, if known.
+    `form` is the form of the files, as in `ViewParts`.
 
     Raises:
         StorageError: a file to be replaced cannot be read, and `overwrite` is not set; none was written.
@@ -159,17 +159,11 @@ def project_capture(
     notes = [each.notes(capture.metadata) for each in chosen]
     doubts = [(each.vector.trait, note) for each, found in zip(chosen, notes, strict=True) for note in found]
     _warn_together(doubts, run)
-    in_spans, spans = span_dynamics(projections, capture), [span.to_json() for span in capture.spans]
-    shared, folder = _OfCapture.of(layout, capture), layout.folder.as_posix()
+    in_spans = span_dynamics(projections, capture)
+    shared, folder = _OfCapture.of(layout, capture, with_metadata=only), layout.folder.as_posix()
     in_json = projections_to_json(projections, kept or held)
     for path, projection, found, of_spans, values in zip(paths, projections, notes, in_spans, in_json, strict=True):
-        named = [f"{projection.vector.trait}: {note}" for note in found]
-        content = {**shared.heads, **values, "metadata": _metadata(shared, projection, named, kept or held)}
-        if spans:
-            content["spans"] = spans
-            content["dynamics"]["by_span"] = of_spans
-        if only:
-            content["metadata"]["capture"] = dict(capture.metadata)
+        content = shared.content(projection, values, found, of_spans, kept or held)
         files.add(path, projection.vector, content)
         if run.report.remembers:
             run.report.remember({path.as_posix().removeprefix(f"{folder}/"): essentials(content)})
@@ -237,7 +231,7 @@ def _path(layout: Layout, capture: Capture, vector: TraitVector) -> Path:
 
 
 def massive_line(centred: Sequence[tuple[Trait, Centred]]) -> str:
-    """What massive dimensions carry of the variance of centred projections, the mean by trait, as a line of text."""
+    """A line of text: the share of centred projections' variance in massive dimensions, on average, by trait."""
     by_trait: dict[str, list[float]] = {}
     for trait, found in centred:
         if found.variance_share is not None:
@@ -261,14 +255,16 @@ def _warn_together(doubts: Iterable[tuple[Trait, str | None]], run: Run) -> None
 
 @dataclass(frozen=True)
 class _OfCapture:
-    """What all projection files of a capture have: its two parts as JSON, and the beginning of the metadata."""
+    """The content shared by a capture's projection files: its two parts as JSON, and the beginning of the metadata."""
 
     heads: Mapping[str, Any]
     names: Mapping[str, Any]
     date: str
+    spans: Sequence[Mapping[str, Any]]
+    metadata: Mapping[str, Any] | None
 
     @classmethod
-    def of(cls, layout: Layout, capture: Capture) -> _OfCapture:
+    def of(cls, layout: Layout, capture: Capture, *, with_metadata: bool) -> _OfCapture:
         parts = {"prompt": capture.prompt, "response": capture.response}
         heads = {
             name: as_json({"text": part.text, "tokens": part.tokens, "n_tokens": len(part.tokens)})
@@ -282,7 +278,26 @@ class _OfCapture:
             "prompt_set": capture.prompt_set,
             **variant_record(capture.metadata.get("variant"), capture.metadata.get("interventions") or ()),
         }
-        return cls(heads, names, now())
+        spans = [span.to_json() for span in capture.spans]
+        return cls(heads, names, now(), spans, dict(capture.metadata) if with_metadata else None)
+
+    def content(
+        self,
+        projection: Projection,
+        values: Mapping[str, Any],
+        notes: Sequence[str],
+        in_spans: Sequence[Mapping[str, Any]],
+        kept: Positions,
+    ) -> dict[str, Any]:
+        """The content of a projection's file; `values` are `projections` and `dynamics`."""
+        named = [f"{projection.vector.trait}: {note}" for note in notes]
+        content = {**self.heads, **values, "metadata": _metadata(self, projection, named, kept)}
+        if self.spans:
+            content["spans"] = self.spans
+            content["dynamics"]["by_span"] = in_spans
+        if self.metadata is not None:
+            content["metadata"]["capture"] = self.metadata
+        return content
 
 
 def _metadata(shared: _OfCapture, projection: Projection, notes: list[str], kept: Positions) -> dict[str, Any]:

@@ -42,10 +42,7 @@ def keep_reference(run: Run, model: Model, components: Sequence[str], batch_size
 
 def has_reference(layout: Layout, component: str, fingerprint: str) -> bool:
     """Whether a component has a valid reference of the model with this fingerprint, whatever its prompts are."""
-    try:
-        found = read_reference(layout, component)
-    except StorageError:
-        return False
+    found = _readable_reference(layout, component)
     return found is not None and found.model_fingerprint == fingerprint
 
 
@@ -71,11 +68,15 @@ def _prompts(layout: Layout, model: Model) -> list[TokenizedPrompt]:
     return [each for each in prompts if 2 <= len(each.token_ids) <= model.n_ctx - NEW_TOKENS]
 
 
-def _is_current(layout: Layout, component: str, model: Model, made_from: str) -> bool:
+def _readable_reference(layout: Layout, component: str) -> Reference | None:
     try:
-        found = read_reference(layout, component)
+        return read_reference(layout, component)
     except StorageError:
-        return False
+        return None
+
+
+def _is_current(layout: Layout, component: str, model: Model, made_from: str) -> bool:
+    found = _readable_reference(layout, component)
     return found is not None and (found.model_fingerprint, found.made_from) == (model.fingerprint, made_from)
 
 

@@ -27,14 +27,14 @@ from tlcapture.views.hooks import is_pattern
 
 @dataclass(frozen=True)
 class Pass:
-    """What sequences that run together have in common: the activations that are wanted, and the interventions."""
+    """What sequences that run together share: the wanted activations, and the interventions."""
 
     hooks: tuple[str, ...]
     interventions: tuple[ResolvedIntervention, ...] = ()
 
 
 class InterventionsAgain:
-    """The interventions that captures were made with, to apply them again; those of equal records are the same."""
+    """The interventions that captures were made with, to apply them again; equal records share one object."""
 
     def __init__(self, root: Path):
         self._root = root
@@ -71,7 +71,7 @@ def check_replayable(capture: Capture, wanted: Outputs, model: Model) -> None:
 
 
 def as_prompt(capture: Capture, name: PromptId) -> TokenizedPrompt:
-    """The prompt of a capture, called by the capture's name, with its response as a given one."""
+    """The prompt of a capture, named like the capture, with its response as a given one."""
     text, ids, given = capture.prompt.text, tuple(capture.prompt.token_ids), tuple(capture.response.token_ids)
     opening = _opening(capture)
     return TokenizedPrompt(
@@ -130,7 +130,7 @@ def replayed(
     batch_size: int | None,
     spooling: Spooling | None = None,
 ) -> Iterator[Outcome]:
-    """Run sequences, given by what is wanted of their passes, in batches of similar length.
+    """Run sequences in batches of similar length; sequences that want the same of their passes come together.
 
     The cache of each outcome holds these activations at every token; `batch_size` and `spooling` are as in `generate`.
     A sequence whose patterns do not fit in memory while it is read is read several times, some layers each time.

@@ -1,6 +1,6 @@
-"""The summary of a prompt set as the last run left it, so that a run which finds everything finished reads nothing.
+"""The summary of a prompt set from the last run, so that a run that finds everything finished need not read files.
 
-`.locks/summary-of-{set}-{component}.json` holds it with a digest of the projections that it is of: paths, sizes and
+`.locks/summary-of-{set}-{component}.json` holds it with a digest of its projections: paths, sizes and
 times. It is only a cache, like the index of files.
 """
 
@@ -29,7 +29,7 @@ from tlcapture.version import __version__
 def summary_of_run(
     layout: Layout, prompt_set: str, component: str, known: Mapping[str, bytes], seen: Mapping[Path, FileState]
 ) -> Summary:
-    """That of `summary_of`, read from the last run's where no projection has changed since.
+    """The result of `summary_of`, taken from the last run if no projection has changed since.
 
     `seen` are the states of files that this run has looked at; the others are looked at now.
     """
@@ -48,7 +48,7 @@ def summary_of_run(
 
 
 def _digest(layout: Layout, prompt_set: str, component: str, seen: Mapping[Path, FileState]) -> str:
-    """What is equal for the same projections, unread."""
+    """A text that is equal for the same projections, which are not read."""
     files = KnownFiles(layout, prompt_set, 0)
     folders = [(files.projections(*pair), ".json") for pair in files.projected if pair[1] == component]
     shards = files.shards[component]

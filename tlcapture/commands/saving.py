@@ -31,7 +31,7 @@ from tlcapture.views.logit_lens import LogitLens
 
 @dataclass(frozen=True, eq=False)
 class AddOns:
-    """What was captured beside the residual stream: which add-ons, their activations, and the logit lens."""
+    """What was captured in addition to the residual stream: the add-ons, their activations, and the logit lens."""
 
     wanted: Outputs
     cache: Cache
@@ -89,7 +89,7 @@ def _placed(layout: Layout, prompt_id: int | str, capture: Capture) -> Capture:
 
 
 def _free_id(layout: Layout, capture: Capture) -> int | str:
-    """The id that the capture gets: its own, or for `adhoc` that of its text, or the next number."""
+    """The capture's id: its own, or in `adhoc` the id that its text has already, or the next number."""
     if capture.prompt_set != ADHOC:
         return capture.prompt_id
     messages = capture.metadata.get("messages")

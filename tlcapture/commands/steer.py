@@ -103,7 +103,7 @@ class SteeringTask:
 
 
 def _tasks(layout: Layout, options: SteerOptions) -> tuple[list[SteeringTask], list[str]]:
-    """The traits that can be steered and scored, and why others are left out, which no trait is that was named."""
+    """The traits that can be steered and scored, and why others are left out; a named trait never is."""
     tasks, left_out = [], []
     for trait in traits_with_vectors(layout, options.traits):
         try:
@@ -185,7 +185,7 @@ class _Trials:
 
     @classmethod
     def begin(cls, run: Run, model: Model, judge: Judge | None, task: SteeringTask, progress: Progress) -> _Trials:
-        """Ready to score, with the baseline of the unsteered model recorded."""
+        """Trials that are ready to score, with the baseline of the unsteered model recorded."""
         prompts = _prompts(run.layout, model, task.questions)
         results = Results(run, task.trait, model, scored_by(judge, task.asked.eval_prompt), task.asked)
         definition = _definition(Datasets(run.layout.root), task.trait)
@@ -195,11 +195,11 @@ class _Trials:
         return trials
 
     def score(self, vector: TraitVector, coefficient: float) -> SteeringRun:
-        """The run with this vector and coefficient: an earlier one, or one that is made and recorded now."""
+        """The run with this vector and coefficient, from an earlier run or made and recorded now."""
         return self.score_all(vector, [coefficient])[0]
 
     def score_all(self, vector: TraitVector, coefficients: Sequence[float]) -> list[SteeringRun]:
-        """The runs with this vector and several coefficients; those that are made now share batches."""
+        """The runs with this vector and several coefficients; new ones share batches."""
         missing = [each for each in coefficients if self.results.find(vector, each) is None]
         made = self.scorer.scores([Addition(vector.layer, vector.vector, each) for each in missing])
         for coefficient, score in zip(missing, made, strict=True):
@@ -214,7 +214,7 @@ class _Trials:
         return runs
 
     def add_nulls(self) -> None:
-        """Steer with random vectors of the same norm at the cells with the largest gains, where it was not done yet."""
+        """Steer with random vectors of the same norm at the cells with the largest gains, unless that was done."""
         for run in self.results.largest_gains(N_NULLS):
             if run.null is None:
                 self.results.set_null(run, self._random_gains(run))
@@ -301,7 +301,7 @@ def search_coefficient(score: Callable[[float], SteeringRun]) -> float:
 
 
 def _vectors(layout: Layout, trait: Trait, model: Model, options: SteerOptions) -> Iterator[TraitVector]:
-    """The vectors to steer with: of the methods in `options`, or of the selected one."""
+    """The vectors to steer with: those of the methods in `options`, or of the selected method."""
     folder = VectorFiles(layout, trait)
     available = folder.available("residual")
     methods = options.methods or (select(folder, "residual", model.n_layers).method,)

@@ -1,4 +1,4 @@
-"""A trait's `results.json` while it is steered: what it holds already, and what is added to it."""
+"""A trait's `results.json` while it is steered: reading what it holds, and adding to it."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ class Results:
 
 
 def scored_by(judge: Judge | None, eval_prompt: str | None) -> str:
-    """What scores `trait_mean`; runs that were scored in different ways are never mixed."""
+    """The scorer of `trait_mean`; runs that were scored in different ways are never mixed."""
     if judge is None:
         return "likelihood"
     asked = "" if eval_prompt is None else f", eval_prompt {_digest(eval_prompt, 4)}"

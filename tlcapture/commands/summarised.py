@@ -1,4 +1,4 @@
-"""What a summary needs of one projection. Of hundreds of thousands of files, everything else would fill the memory."""
+"""The part of a projection that a summary needs: keeping more of hundreds of thousands of files would fill memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _Values = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Chance:
-    """What random directions do on a capture; as in `ChanceRecord`, with the draws as arrays."""
+    """The results of random directions on a capture: `ChanceRecord` with the draws as arrays."""
 
     n_directions: int
     directions: str
@@ -36,7 +36,7 @@ class Chance:
 
     @classmethod
     def of(cls, record: ChanceRecord) -> Chance:
-        """That of a file."""
+        """The chance record of a file."""
         return cls(
             record.n_directions,
             _shared(record.directions),
@@ -53,7 +53,7 @@ class Chance:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Summarised:
-    """What a summary needs of a projection.
+    """The part of a projection that a summary needs.
 
     Attributes:
         response: its text and its tokens.
@@ -61,7 +61,7 @@ class Summarised:
         prompt_mean, response_mean: of the trajectory, the first token left out; NaN where they are not known.
         deviation: of the trajectory along its tokens, the first left out; 0 where it is not known.
         commitment_point, token: where it commits, and that token; `None` where it does not.
-        is_current: whether its dynamics are of the present definitions.
+        is_current: whether its dynamics follow the present definitions.
     """
 
     prompt_id: PromptId | None
@@ -81,7 +81,7 @@ class Summarised:
 
     @classmethod
     def of(cls, content: ProjectionFile, trait: str, component: str, before: Summarised | None = None) -> Summarised:
-        """That of the content of a file with dynamics; texts that are those of `before` are shared with it."""
+        """Take it from the content of a file with dynamics; texts equal to those of `before` are shared with it."""
         metadata, dynamics, tokens = content.metadata, content.dynamics, content.tokens
         prompt, response = (np.array(each) for each in content.trajectory)
         means, known = metadata.means, np.concatenate([prompt[1:], response])

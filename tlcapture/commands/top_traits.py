@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tlcapture.commands.summarised import Summarised
 from tlcapture.errors import StorageError
 from tlcapture.storage.layout import Layout
+from tlcapture.text import REPLACEMENT
 from tlcapture.traits.change_points import LEVEL
 from tlcapture.traits.projection_files import ProjectionFile
 from tlcapture.traits.saved_projections import SavedProjection, projections_saved
@@ -51,14 +52,14 @@ class TopTrait:
 
     A rise is the mean of the trajectory over the response less its mean over the prompt (without the first token, an
     attention sink), as a standard score: over the prompt set, so that it measures how far the prompt stands out; for a
-    set of fewer than three prompts, over the reference prompts. Of a prompt with samples it is their mean.
+    set of fewer than three prompts, over the reference prompts. For a prompt with samples it is the mean over them.
 
     Attributes:
-        chance: what the largest of as many random directions as there are traits stays below in 95 % of 200 draws;
-            `None` where that was not measured.
+        chance: the 95th percentile, over 200 draws, of the largest rise among as many random directions as there are
+            traits; `None` if it was not measured.
         commitment_point, token: where it commits; `None` where it does not, or random directions do as clearly.
         calibrated: the mean of the response on the scale of the vector's examples; `None` where that is unknown.
-        samples: what the samples of the prompt do; `None` for a prompt without samples.
+        samples: the spread over the prompt's samples; `None` for a prompt without samples.
         pieces: the response (of the first sample) in pieces with the score of each, from -1 as in the negative examples
             to 1 as in the positive ones; as it was projected where `calibrated` is unknown.
         rises: the rise of every trait, that of this one included; `chance` is the level of the largest of them.
@@ -98,7 +99,7 @@ class Findings:
     """How many projections commit and persist, and how many random directions on the same captures.
 
     Attributes:
-        n_projections: those with dynamics of the present definitions and a chance level.
+        n_projections: projections with dynamics of the present definitions and a chance level.
         commit, persist: how many of them do.
         clearly_commit, clearly_persist: how many do more clearly than 95 % of random directions.
         random_commit, random_persist: the shares of random directions that do.
@@ -119,7 +120,7 @@ class Findings:
 class Summary:
     """What stands out in a projected prompt set; `is_against_set` says whether rises are measured over the set.
 
-    `vectors` are those that the set is projected onto.
+    `vectors` are the vectors that the set is projected onto.
     """
 
     tops: Sequence[TopTrait]
@@ -129,7 +130,7 @@ class Summary:
 
 
 def essentials(content: Mapping[str, Any]) -> bytes:
-    """What a summary needs of the content of a projection file: the JSON of one with the vector's own layer alone."""
+    """The part of a projection file that a summary needs, as the JSON of a file with the vector's own layer alone."""
     metadata = content["metadata"]
     layer = metadata["vector_source"]["layer"]
     scores = {part: _of_layer(values, layer) for part, values in content["projections"].items()}
@@ -270,13 +271,13 @@ def _spread(values: _Values) -> float | None:
 
 
 def _standardised(values: _Values) -> _Values:
-    """Standard scores over the first axis; 0 where all are equal but for rounding, as those of equal prompts are."""
+    """Standard scores over the first axis; 0 where all values are equal up to rounding, as for equal prompts."""
     differ = values.std(axis=0) > _ROUNDING * np.abs(values).max(axis=0)
     return np.where(differ, (values - values.mean(axis=0)) / _deviation_of(values), 0.0)
 
 
 def _deviation_of(values: _Values) -> _Values:
-    """The standard deviation over the first axis; 1 where all are equal but for rounding."""
+    """The standard deviation over the first axis; 1 where all values are equal up to rounding."""
     deviation = values.std(axis=0)
     return np.where(deviation > _ROUNDING * np.abs(values).max(axis=0), deviation, 1.0)
 
@@ -306,7 +307,7 @@ def pieces_of(text: str, tokens: Sequence[str], scores: Sequence[float | None]) 
     at, parts = 0, []
     for token, score in zip(tokens, scores, strict=True):
         place = text.find(token, at)
-        if "\ufffd" in token and place != at:
+        if REPLACEMENT in token and place != at:
             parts.append(score)
         elif token and place >= 0:
             if parts and place > at:

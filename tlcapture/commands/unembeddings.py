@@ -14,7 +14,7 @@ from tlcapture.runs.run import Run
 
 
 class LoadedUnembeddings:
-    """Loads what is needed of the models of captures, when it is first needed."""
+    """Loads the final norms and unembeddings of captured models, each when it is first needed."""
 
     def __init__(self, run: Run, device: str):
         self._run = run

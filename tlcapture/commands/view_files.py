@@ -1,6 +1,6 @@
-"""Writing the files of attention and of the logit lens: as JSON, or in the compact form what would be too large for it.
+"""Writing the files of attention and of the logit lens: as JSON, or in the compact form if JSON would be too large.
 
-Of both forms of a file one exists: the other is removed once the new one is complete.
+Only one form of a file exists: the other is removed once the new one is complete.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WENT_COMPACT = (
 def weights_in_memory(asked: str | None) -> int | None:
     """The most attention weights of a prompt that are kept in memory while it runs; `None` for any number.
 
-    Up to so many, its file may be JSON, which is made in memory; JSON that is asked for is, however large.
+    Up to this number the file may be JSON, which is made in memory; requested JSON always is.
     """
     return None if asked == "json" else int(MOST_JSON / PER_WEIGHT)
 
@@ -97,5 +97,5 @@ def _alone(layout: Layout, path: Path, write: Callable[[Path], Written], *, comp
 
 
 def went_compact(written: Written, asked: str | None) -> bool:
-    """Whether a file was written in the compact form though nobody had asked for it."""
+    """Whether a file was written in the compact form without having been asked for."""
     return asked is None and is_compact(written.path)

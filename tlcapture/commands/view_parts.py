@@ -18,7 +18,7 @@ class ViewParts:
         attention_layers: layers whose attention patterns are kept; all where empty.
         lens_layers: layers whose predictions are kept; all where empty.
         lens_top: how many predictions of each layer are kept.
-        form: `json` or `compact`; `None` writes JSON, and in the compact form what would be too large for it.
+        form: `json` or `compact`; `None` writes JSON, or the compact form if JSON would be too large.
     """
 
     attention_layers: tuple[int, ...] = ()

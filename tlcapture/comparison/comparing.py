@@ -151,7 +151,7 @@ def _trait_change(a: Capture, b: Capture, shared: SharedTokens, pair: VectorPair
 
 
 def _response_mean(capture: Capture, scores: Tensor) -> float | None:
-    """The mean over the response, or where there is none, over the prompt but its first token."""
+    """The mean over the response; without a response, over the prompt except its first token."""
     n_prompt, n_tokens = len(capture.prompt.tokens), len(capture.tokens)
     first = n_prompt if n_tokens > n_prompt else 1
     held = capture.positions

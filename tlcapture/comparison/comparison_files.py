@@ -20,7 +20,7 @@ Size = Annotated[float, Field(ge=0, le=3.5e38)]
 
 
 class OtherVector(FileContent):
-    """The vector that `b` was projected onto, where it is not that of `a`."""
+    """The vector that `b` was projected onto, if it is not the one of `a`."""
 
     layer: Layer
     method: str
@@ -47,7 +47,7 @@ class TraitDifference(FileContent):
 
 
 class ResidualDifference(FileContent):
-    """`[n_tokens][n_layers]` of `residual_out`, null for what a capture does not hold."""
+    """`[n_tokens][n_layers]` of `residual_out`, null where a capture holds no activations."""
 
     cosine: list[list[Cosine | None] | None]
     norm_ratio: list[list[Size | None] | None]
@@ -90,7 +90,7 @@ class ComparisonFile(FileContent):
 
     @property
     def response(self) -> range:
-        """The compared tokens of the response, or where there are none, of the prompt but the first."""
+        """The compared tokens of the response; if there are none, of the prompt except the first."""
         n_tokens, n_prompt = len(self.tokens), self.n_prompt_tokens
         return range(n_prompt, n_tokens) if n_tokens > n_prompt else range(1, n_tokens)
 

@@ -1,4 +1,4 @@
-"""Means of paired differences over prompts, their intervals, and what sign flips make of them.
+"""Means of paired differences over prompts, their intervals, and their significance by sign flips.
 
 If neither side of a pair were special, each difference could as well have the other sign. So the signs are flipped, all
 ways if there are few, and the largest standardised mean of all traits is compared: its distribution gives a p for each
@@ -31,7 +31,7 @@ class PairedDifference:
     Attributes:
         n: how many prompts there are.
         low, high: its interval of 95 %, by Student's t; `None` for fewer than two prompts.
-        p: how often sign flips make a mean of any trait as clear; `None` without prompts.
+        p: the share of sign flips in which the mean of any trait is as clear; `None` without prompts.
     """
 
     n: int
@@ -42,7 +42,7 @@ class PairedDifference:
 
     @property
     def stands_out(self) -> bool:
-        """Whether it is clearer than chance makes it in 95 %."""
+        """Whether the difference is clearer than in 95 % of sign flips."""
         return self.p is not None and self.p <= LEVEL
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which tokens two captures have in common, and whether they can be compared at all."""
+"""The tokens that two captures have in common, and whether they can be compared at all."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class SharedTokens:
     Attributes:
         n_tokens: how many there are.
         n_prompt: how many of them belong to the prompt of `a`.
-        held: those whose activations both captures hold.
-        rows_a, rows_b: where these lie among the activations of each capture.
+        held: the shared tokens whose activations both captures hold.
+        rows_a, rows_b: the rows of `held` in the activations of each capture.
     """
 
     n_tokens: int
@@ -30,7 +30,7 @@ class SharedTokens:
 
     @property
     def response(self) -> range:
-        """Those of the response, or where there are none, those of the prompt but the first, an attention sink."""
+        """The response's shared tokens; if there are none, the prompt's except the first, an attention sink."""
         return range(self.n_prompt, self.n_tokens) if self.n_tokens > self.n_prompt else range(1, self.n_tokens)
 
 
@@ -38,7 +38,7 @@ def shared_tokens(a: Capture, b: Capture) -> SharedTokens:
     """The tokens that two captures share, from the first on.
 
     Raises `InputError` for captures of different prompts (the system prompt apart), of models of other sizes or
-    tokenizers, and for those that share no token.
+    tokenizers, and for captures that share no token.
     """
     _check_prompts(a, b)
     _check_sizes(a, b)

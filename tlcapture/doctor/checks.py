@@ -1,4 +1,4 @@
-"""Checks of a loaded model, one function per check, each with what it measured.
+"""Checks of a loaded model, one function per check; each reports what it measured.
 
     check_raw_basis(model, runs)        # Check(name="raw basis", verdict="ok", detail="the largest deviation ...")
 

@@ -1,4 +1,4 @@
-"""The reference of `tlcapture doctor`: what Hugging Face's own model of a checkpoint computes.
+"""The reference of `tlcapture doctor`: the activations that Hugging Face's own model computes from a checkpoint.
 
 It is run and released before the model under test is loaded, so that only one model is in memory at a time.
 """
@@ -19,7 +19,7 @@ from tlcapture.models.layer_inputs import layer_inputs
 from tlcapture.models.memory import is_out_of_memory
 from tlcapture.models.sources import source_of
 
-NEW_TOKENS = 3
+_NEW_TOKENS = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +42,9 @@ class ReferenceRun:
 
 
 def reference_runs(hf_model: Any, prompts: Sequence[Sequence[int]]) -> list[ReferenceRun]:
-    """Runs of prompts in float32; for a model in 16 bits, with the deviations of its own run.
+    """Runs of prompts in float32, with the deviations from them of a model in 16 bits.
 
-    The model is in float32 afterwards, if that fits in memory; otherwise the runs are those in 16 bits.
+    The model is in float32 afterwards, if that fits in memory; otherwise the runs in 16 bits are returned.
     """
     runs = [reference_run(hf_model, ids) for ids in prompts]
     if next(hf_model.parameters()).dtype == torch.float32:
@@ -59,10 +59,10 @@ def reference_runs(hf_model: Any, prompts: Sequence[Sequence[int]]) -> list[Refe
 
 
 @torch.no_grad()
-def reference_run(hf_model: Any, prompt_ids: Sequence[int], new_tokens: int = NEW_TOKENS) -> ReferenceRun:
+def reference_run(hf_model: Any, prompt_ids: Sequence[int]) -> ReferenceRun:
     """Run a prompt and its greedy continuation without a cache of keys and values: the whole sequence at every step."""
     ids = list(prompt_ids)
-    for _ in range(new_tokens):
+    for _ in range(_NEW_TOKENS):
         ids.append(int(hf_model(_batch_of_one(hf_model, ids), use_cache=False).logits[0, -1].argmax()))
     return _whole(hf_model, ids, len(prompt_ids))
 

@@ -23,7 +23,7 @@ def card(manifest: Manifest, scores: Sequence[str], provenance: Sequence[tuple[s
     """The text of the card, with the settings by which `datasets` finds the tables.
 
     Args:
-        scores: the columns of scores.
+        scores: the names of the columns that hold scores.
         provenance: names and values that tell how the captures were made.
     """
     lines = ["---", "configs:", "- config_name: tokens", "  default: true"]

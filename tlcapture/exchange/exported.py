@@ -5,7 +5,7 @@
     found.columns["behavioral/refusal"]         # [n_tokens] of [n_layers][n_points], as the projection file has them
     found.activations["residual_out_L12"]       # [n_tokens, d_model], with zeros where a token was not kept
 
-`restore` writes the files of an experiment from it. What is written again equals what was read to the last bit.
+`restore` writes the files of an experiment from it. They equal the files that were read to the last bit.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class ExportedCapture:
     Attributes:
         record: `prompt_set`, `file`, texts, spans, `notes`, `capture` (the metadata of the raw file; null without one)
             and `projections`, a list of `trait`, `component` and `content`, the file without tokens and scores.
-        columns: by name, a value for each token: those of `BULK`, and one for each projection.
+        columns: by name, a value for each token: the columns of `BULK`, and one for each projection.
         activations: by name such as `residual_out_L12`, `[n_tokens, d_model]`.
     """
 
@@ -91,9 +91,9 @@ def activation_column(layer: int, point: str) -> str:
 
 
 def read_exported(layout: Layout, prompt_set: str, file: str, wanted: Wanted) -> ExportedCapture:
-    """Read what an experiment has of a prompt. `file` is the name that its files share.
+    """Read a prompt's capture and projections. `file` is the name that its files share.
 
-    Raises `StorageError` for a damaged file, and where capture and projections are of different tokens.
+    Raises `StorageError` for a damaged file, and if capture and projections have different tokens.
     """
     raw = layout.residual(prompt_set, file)
     capture = Capture.open(raw) if raw.is_file() else None
@@ -202,7 +202,7 @@ def _head(
 
 
 def _scores(value: Mapping[str, Any], content: ProjectionFile) -> list[Any]:
-    """The scores of each token as the file has them, null for those without."""
+    """The scores of each token as the file has them; null for tokens without scores."""
     rows = [*value["projections"]["prompt"], *value["projections"]["response"]]
     held = content.positions
     by_token: list[Any] = [None] * held.n_tokens

@@ -1,4 +1,4 @@
-"""What a folder of an export says of itself, `tlcapture-export.json`."""
+"""The manifest of an export, `tlcapture-export.json`: its form and contents."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from tlcapture.storage.files import read_json, write_json
 from tlcapture.storage.validation import Count, FileContent, checked
 
 NAME = "tlcapture-export.json"
-FORMATS = ("datasets", "parquet", "safetensors", "json")
 Format = Literal["datasets", "parquet", "safetensors", "json"]
 FORMAT_VERSION = 1
 
@@ -21,10 +20,10 @@ class Manifest(FileContent):
     """The form of an export, and what it holds.
 
     Attributes:
-        n_captures: captures and prompts of which only projections were kept.
+        n_captures: captures, including prompts whose projections alone were kept.
         layers, points: of the activations; no layers where none were exported.
-        left_out: what the experiment has and the export has not.
-        files: those that are read beside the captures: vectors, evaluation, steering, `config.json`.
+        left_out: parts of the experiment that the export does not have.
+        files: the other files: vectors, evaluation, steering, `config.json`.
     """
 
     format_version: Annotated[int, Field(ge=1)]
@@ -44,7 +43,7 @@ class Manifest(FileContent):
     tlcapture_version: str
 
     def write(self, folder: Path) -> None:
-        """Write it to the folder of an export."""
+        """Write the manifest to the folder of an export."""
         write_json(folder / NAME, self.model_dump(), indent=True)
 
 
@@ -52,8 +51,8 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder.
 
     Raises:
-        InputError: it is not a folder that `tlcapture export` wrote.
-        StorageError: it is damaged, incomplete, or of a later version.
+        InputError: `tlcapture export` did not write the folder.
+        StorageError: the export is damaged, incomplete, or of a later version.
     """
     path = folder / NAME
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Exported captures as two Parquet tables, which a Hugging Face dataset is made of.
+"""Exported captures as two Parquet tables, the configurations of a Hugging Face dataset.
 
     captures/00000.parquet      a row for each capture: texts, spans, metadata
     tokens/00000.parquet        a row for each token: its scores, and its activations where they were asked for
@@ -65,7 +65,7 @@ _BUFFERED = 64 * 2**20  # bytes of tokens that make one row group
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of the table of tokens beside those of `BULK`: of scores, and of activations with their dtype."""
+    """The columns of the table of tokens in addition to `BULK`: scores, and activations with their dtype."""
 
     scores: tuple[str, ...]
     activations: tuple[str, ...]
@@ -97,7 +97,7 @@ class ParquetFolder:
         self._shards = {name: _Shards(self.folder / name, schema, self.shard_bytes) for name, schema in schemas.items()}
 
     def add(self, exported: ExportedCapture) -> None:
-        """Add a capture; it is written with others."""
+        """Add a capture; it is written together with others."""
         self._waiting.append(exported)
         numbers = sum(tensor.nbytes for tensor in exported.activations.values())
         self._bytes += numbers + 8 * 100 * len(exported.columns["token"]) * max(1, len(self.columns.scores))
@@ -105,7 +105,7 @@ class ParquetFolder:
             self._flush()
 
     def close(self) -> None:
-        """Write what is waiting and end the files."""
+        """Write the captures that are waiting, and close the files."""
         self._flush()
         for shards in self._shards.values():
             shards.close()
@@ -192,7 +192,7 @@ def _tokens(exported: ExportedCapture, columns: Columns) -> pa.Table:
 
 
 def _nested(rows: Sequence[Any]) -> pa.Array:
-    """Scores as an array; without a value for each layer the slow way."""
+    """Scores as an array; the slow way where a layer has no value."""
     if any(row is None or any(at is None for at in row) for row in rows):
         return pa.array(rows, _SCORES)
     values = np.array(rows, dtype=np.float64)
@@ -222,7 +222,7 @@ def _rows_of(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 class _Rows:
-    """The rows of several files in their order, as many at a time as are asked for."""
+    """The rows of several files in order, read in requested numbers."""
 
     def __init__(self, paths: Iterable[Path]):
         self._batches = (batch for path in paths for batch in pq.ParquetFile(path).iter_batches(batch_size=4096))

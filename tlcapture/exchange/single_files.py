@@ -36,7 +36,7 @@ class SingleFiles:
         WRITERS[self.suffix](path, exported)
 
     def close(self) -> None:
-        """Nothing waits to be written."""
+        """Do nothing: every capture has been written already."""
 
 
 def read_single_files(folder: Path, suffix: str) -> Iterator[ExportedCapture]:

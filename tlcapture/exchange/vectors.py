@@ -1,4 +1,4 @@
-"""Vectors as safetensors, and as GGUF control vectors for llama.cpp and repeng; what was measured of them as JSON.
+"""Vectors as safetensors, and as GGUF control vectors for llama.cpp and repeng; their measures as JSON.
 
 vectors/{category}/{trait}.safetensors            every vector, in float32; the records of their origin in the header
 vectors/{category}/{trait}.{method}.gguf          residual vectors by layer, as control vectors
@@ -20,17 +20,18 @@ from torch import Tensor
 
 from tlcapture.storage.files import read_bytes, read_tensors, write_bytes
 from tlcapture.storage.layout import Layout
-from tlcapture.traits.exported_vectors import COMPONENTS, HEADER, key, measured
+from tlcapture.traits.exported_vectors import HEADER, key, measured
 from tlcapture.traits.reference import read_reference
 from tlcapture.traits.vector_files import IMPORTED, VectorFiles
 from tlcapture.traits.vectors import read_vector
+from tlcapture.views.hooks import COMPONENTS
 
 _ARCHITECTURE = "controlvector"
 
 
 @dataclass(frozen=True)
 class ExportedVectors:
-    """What was exported of an experiment's vectors, and what could not be, with its reason; the files of an import."""
+    """The exported vectors, those that could not be exported with the reasons, and the files that an import reads."""
 
     traits: tuple[str, ...]
     n_vectors: int
@@ -39,9 +40,9 @@ class ExportedVectors:
 
 
 def export_vectors(layout: Layout, folder: Path, model_type: str) -> ExportedVectors:
-    """Write all vectors of an experiment below a folder, and what `extract`, `evaluate` and `steer` stored of them.
+    """Write all vectors of an experiment below a folder, and the files of `extract`, `evaluate` and `steer` about them.
 
-    `model_type` is what GGUF files name as the architecture that they are for, such as `llama`.
+    `model_type` is the architecture named in GGUF files, such as `llama`.
 
     Raises `VectorError` or `StorageError` for a damaged file.
     """
@@ -120,9 +121,9 @@ def _json(value: object) -> str:
 
 
 def _control_vectors(files: VectorFiles, folder: Path, model_type: str) -> list[str]:
-    """Write the residual vectors of each method as a control vector; returns what was left out.
+    """Write the residual vectors of each method as a control vector; returns the vectors left out.
 
-    `direction.L` is added to the output of block L, as llama.cpp counts them, whose block 0 takes none. Lengths are the
+    `direction.L` is added to the output of block L, as llama.cpp counts them (block 0 takes none). Lengths are the
     typical norm of the residual stream at that layer, where `extract` stored it, so that a strength of 0.2 there is
     `--steer TRAIT:+0.2` here; otherwise 1.
     """

@@ -25,7 +25,7 @@ def activation_cache(
 ) -> ActivationCache:
     """A cache of the stored residual points (and `attn_out`), each `[n_tokens, d_model]` in float32.
 
-    A capture of some tokens has rows for those in its `positions`.
+    A capture of some tokens has rows for its `positions` only.
 
     The cache has no batch axis. It holds stored activations and nothing derived from them: the difference of two
     rounded residuals is not an activation. Models with parallel blocks have no `hook_resid_mid`, and layers without
@@ -52,7 +52,7 @@ def activation_cache(
 
 
 class _WithFinalScale(dict[str, Tensor]):
-    """The entries and, on first use, what other files hold, and the final norm's scale, which needs the epsilon."""
+    """Adds entries on first use: those of other files, and the final norm's scale, which needs the epsilon."""
 
     _KEY = "ln_final.hook_scale"
 
@@ -85,7 +85,7 @@ class _WithFinalScale(dict[str, Tensor]):
 
 
 class _ModelOfCache:
-    """What `ActivationCache` takes for its TransformerLens model: knows its sizes and loads it for everything else.
+    """A stand-in for `ActivationCache`'s TransformerLens model: knows its sizes, and loads it for everything else.
 
     The cache's methods assume weights whose norms are folded in, and tensors on the model's device. Here, weights
     are those of the checkpoint and activations are in main memory. Token directions are therefore multiplied by the
@@ -110,7 +110,7 @@ class _ModelOfCache:
     def tokens_to_residual_directions(self, tokens: Any) -> Tensor:
         """Directions whose dot product with a normalised residual is a token's logit.
 
-        The logit is that before the soft cap and without the biases of norm and unembedding, which belong to no
+        The logit is taken before the soft cap and without the biases of norm and unembedding, which belong to no
         component.
         """
         model = self._lazy.load()

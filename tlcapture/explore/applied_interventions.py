@@ -1,4 +1,4 @@
-"""What was done to the model while a capture was made."""
+"""The interventions and hooks that were active while a capture was made."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tlcapture.views.cache import Cache
 
 @dataclass(frozen=True)
 class AppliedInterventions:
-    """What is done to a model while it runs: interventions along vectors, and hooks of one's own.
+    """Changes to a model while it runs: interventions along vectors, and the user's own hooks.
 
-    `records` are what metadata hold of them.
+    `records` are their entries in metadata.
     """
 
     resolved: tuple[ResolvedIntervention, ...] = ()
@@ -33,7 +33,7 @@ class AppliedInterventions:
 
     @property
     def records(self) -> list[Mapping[str, Any]]:
-        """The interventions as metadata hold them; hooks are recorded by name, and not replayable."""
+        """The entries in metadata; hooks are recorded by name, and cannot be replayed."""
         own = [
             {"kind": "hook", "hook": name, "function": _name_of(function), "replayable": False}
             for name, function in self.hooks
@@ -49,7 +49,7 @@ class AppliedInterventions:
         return outcome.cache
 
     def variant(self, name: str | None) -> str | None:
-        """The variant of the captures: the name given, or one made of the interventions; `None` without any."""
+        """The variant of the captures: the given name, or one made from the interventions; `None` without any."""
         return name or (variant_name(self.records) if self.records else None)
 
 

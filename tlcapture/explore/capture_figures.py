@@ -34,7 +34,7 @@ class CaptureFigures:
         """Trajectories over the tokens, one line per trait; all traits with vectors if none is named.
 
         Where all vectors have a calibration, the negative examples are at 0 and the positive ones at 1;
-        `calibrated=False` draws raw projections. A direction of one's own `[d_model]` takes the place of a trait:
+        `calibrated=False` draws raw projections. Your own direction `[d_model]` can take the place of a trait:
 
             cap.plot.trajectory("behavioral/refusal", direction, layer=12)
         """
@@ -49,7 +49,7 @@ class CaptureFigures:
 
         Args:
             point: a residual point; `residual_out` by default.
-            how: the options of `project`; `layer` is that of the vector.
+            how: the options of `project`; `layer` is the layer of the vector.
 
         Raises `InputError` for several layers.
         """
@@ -92,7 +92,7 @@ class CaptureFigures:
         return attention_figure(self._capture.attention(layer), head)
 
     def attention_heads(self, measure: str = "entropy") -> OfflineFigure:
-        """What every head looks at on average over the response, layers by heads, from the stored attention.
+        """What each head attends to on average over the response, layers by heads, from the stored attention.
 
             cap.plot.attention_heads("previous")
 

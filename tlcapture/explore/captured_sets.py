@@ -1,4 +1,4 @@
-"""The captures of an experiment: those of all prompt sets, and of one."""
+"""The captures of an experiment: of all prompt sets, and of one."""
 
 from __future__ import annotations
 
@@ -166,9 +166,9 @@ class Captures:
         Columns are `prompt_id`, `n_samples` (missing for a prompt without samples), `trait`, `layer` (of the vector),
         `rise`, `chance`, `stands_out` and `doubt`. They are what `tlcapture capture` and the page show: `rise` is the
         mean projection of the response less that of the prompt, as a standard score over the set (for fewer than three
-        prompts over the reference prompts), so that 0 is the mean rise; `chance` what the largest of as many random
-        directions as there are traits stays below in 95 % of draws, NaN where that was not measured; `doubt` what
-        `tlcapture evaluate` leaves in doubt of the vector.
+        prompts over the reference prompts), so that 0 is the mean rise; `chance` the 95th percentile, over
+        random draws, of the largest rise among as many directions as there are traits, NaN if it was not measured;
+        `doubt` a doubt that `tlcapture evaluate` leaves about the vector.
 
         Raises `InputError`, naming the command to run, if the set has no projections.
         """

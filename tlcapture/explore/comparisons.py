@@ -4,7 +4,7 @@
 | --- | --- |
 | `prompt_set` | the set of `a`, with its variant |
 | `prompt_id` | as in the prompt set, a text or a number |
-| `sample` | which sample of the prompt; null where it has one response |
+| `sample` | the number of the sample; null for a prompt with one response |
 | `token_idx` | index over prompt and response as one sequence |
 | `token` | its text |
 | `part` | `prompt` or `response` |
@@ -59,7 +59,7 @@ def compare(
 ) -> DataFrame:
     """Compare captures, keep the comparisons that are current, and return them as a data frame.
 
-    Its `attrs["summary"]` is a list of what each set's comparisons say together.
+    Its `attrs["summary"]` is a list with the summary of each set's comparisons.
 
     Raises:
         InputError: there is nothing to compare, or an option is wrong.

@@ -1,4 +1,4 @@
-"""What IPython completes of experiments and captures, where its own completion does not evaluate what the names are.
+"""IPython completion for experiments and captures, where IPython's own does not evaluate the objects.
 
     exp.captures["single<Tab>      # single_trait; exp.captures["single_trait"]["<Tab> has the ids
     exp.vectors["beh<Tab>          # behavioral/refusal
@@ -35,12 +35,12 @@ _OURS = (Experiment, AllCaptures, Captures, ExperimentVectors, ExplorableCapture
 
 
 def completions(line: str, names: Mapping[str, Any]) -> list[str]:
-    """The sets, ids, traits or points that complete a line of code up to the cursor; none elsewhere.
+    """The sets, ids, traits or points that complete a line of code up to the cursor; empty elsewhere.
 
         completions('cap.project("beh', {"cap": cap})  # ['behavioral/refusal']
 
     Args:
-        names: those of the session.
+        names: the variables of the session.
     """
     known: Iterable[str] = ()
     with suppress(Exception):  # a completion never fails
@@ -61,7 +61,7 @@ def _arguments(found: re.Match[str], names: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _resolved(name: str, steps: str, names: Mapping[str, Any]) -> Any:
-    """What a name and the attributes, keys and arguments after it stand for; `None` for what is not of this package."""
+    """The object that a name with its attributes, keys and arguments stands for; `None` if it is not of ours."""
     value: Any = names.get(name)
     for step in re.findall(r"\.\w+|\[[^\]]*\]|\([^)]*\)", steps):
         if not isinstance(value, _OURS) and not isinstance(getattr(value, "__self__", None), Captures):
@@ -75,7 +75,7 @@ def _resolved(name: str, steps: str, names: Mapping[str, Any]) -> Any:
 
 
 def _traits(owner: Any) -> list[str]:
-    """The traits of the experiment that an object is of, or of the package where that has none for its model."""
+    """The traits of the experiment that an object belongs to; if it has none, those of the package for its model."""
     layout, model = packaged_layout(), None
     if isinstance(owner, Experiment):
         layout, model = owner.layout, owner.config.inference_model
@@ -88,7 +88,7 @@ def _traits(owner: Any) -> list[str]:
 
 
 def complete_in(shell: InteractiveShell) -> None:
-    """Let an IPython shell complete these, and offer nothing else there."""
+    """Let an IPython shell complete these names, and offer nothing else in their place."""
 
     @context_matcher(identifier="tlcapture")
     def matcher(context: CompletionContext) -> SimpleMatcherResult:

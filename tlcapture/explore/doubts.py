@@ -13,11 +13,11 @@ _told: set[tuple[str, str]] = set()
 
 
 def tell(doubts: Iterable[tuple[str, str]], stacklevel: int = 2) -> None:
-    """Warn of what is doubtful about traits, in one warning per cause; what was told in this session is left out.
+    """Warn of doubts about traits, in one warning per cause, each only once in a session.
 
     Args:
         doubts: pairs of a trait's name and a cause.
-        stacklevel: that of `warnings.warn`, as seen by the caller.
+        stacklevel: the `stacklevel` of `warnings.warn`, as seen by the caller.
     """
     by_cause: dict[str, list[str]] = {}
     for trait, cause in doubts:
@@ -29,7 +29,7 @@ def tell(doubts: Iterable[tuple[str, str]], stacklevel: int = 2) -> None:
 
 
 def tell_of_saved(root: Path, projections: Iterable[TokenScores]) -> None:
-    """Warn of what `evaluate` leaves in doubt about the vectors that saved projections of a root are onto."""
+    """Warn of the doubts that `evaluate` leaves about the vectors of saved projections in a root."""
     tell_of_vectors(
         root,
         [
@@ -41,12 +41,12 @@ def tell_of_saved(root: Path, projections: Iterable[TokenScores]) -> None:
 
 
 def tell_of_vectors(root: Path, vectors: Iterable[UsedVector]) -> None:
-    """Warn of what `evaluate` leaves in doubt about vectors, whose experiments are in a root."""
+    """Warn of the doubts that `evaluate` leaves about vectors, whose experiments are in a root."""
     doubts = Doubts(root)
     found = [(each.trait, doubts.of(each)) for each in dict.fromkeys(vectors)]
     tell([(trait, doubt) for trait, doubt in found if doubt], stacklevel=5)
 
 
 def forget() -> None:
-    """Begin a new session, in which everything is told again."""
+    """Begin a new session, in which every warning is given again."""
     _told.clear()

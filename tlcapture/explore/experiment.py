@@ -22,7 +22,7 @@ from tlcapture.explore.captured_sets import AllCaptures
 from tlcapture.explore.roots import default_root
 from tlcapture.storage.config import ExperimentConfig, read_config
 from tlcapture.storage.layout import Layout, existing_experiments
-from tlcapture.storage.remote_roots import refresh, root_folder
+from tlcapture.storage.remote_roots import FRESH, refresh, root_folder
 from tlcapture.traits.packaged_vectors import listed_vectors, vectors_layout
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from tlcapture.explore.frames import Layers
     from tlcapture.models.loading import Model
 
-_FRESH = 5.0  # seconds for which the listing of a remote root holds
 Names = list[str]  # `list` is a method of Experiment
 
 
@@ -53,7 +52,7 @@ class Experiment:
 
     def __init__(self, name: str, root: str | Path | None = None):
         self.layout = vectors_layout(root_folder(root or default_root()), name)
-        refresh(self.layout.folder, _FRESH)
+        refresh(self.layout.folder, FRESH)
         self.layout.check_exists()
 
     @staticmethod
@@ -65,12 +64,12 @@ class Experiment:
             Experiment.list("/data/captures")
         """
         folder = root_folder(root or default_root())
-        refresh(folder / "experiments", _FRESH)
+        refresh(folder / "experiments", FRESH)
         return existing_experiments(folder)
 
     @property
     def name(self) -> str:
-        """Its name, that of its folder below `experiments/`."""
+        """The experiment's name, which is the name of its folder below `experiments/`."""
         return self.layout.experiment
 
     @property
@@ -80,8 +79,8 @@ class Experiment:
 
     @property
     def _listed(self) -> Layout:
-        """The layout; of a remote root, with what others wrote up to a few seconds ago."""
-        refresh(self.layout.folder, _FRESH)
+        """The layout; in a remote root, it includes what others wrote up to a few seconds ago."""
+        refresh(self.layout.folder, FRESH)
         return self.layout
 
     def __repr__(self) -> str:
@@ -129,7 +128,7 @@ class Experiment:
     @property
     def captures(self) -> AllCaptures:
         """All captures by prompt set: `captures["single_trait"][3]`, or `captures("single_trait")[3]`."""
-        refresh(self.layout.folder, _FRESH)
+        refresh(self.layout.folder, FRESH)
         return AllCaptures(self)
 
     @property
@@ -206,13 +205,13 @@ class Experiment:
 
             exp.compare("my_exp/single_trait@formal", "single_trait")
 
-        Differences are those of `other` less this experiment's. Comparisons that are there and current are kept, the
+        Differences are `other` less this experiment. Existing comparisons that are current are kept, the
         others are written. `docs/compare.md` describes the columns.
 
         Args:
             other: an experiment, or `EXPERIMENT[/SET[@VARIANT]]` in the same root.
             prompt_set: the set, or `SET@VARIANT`, of this experiment; all that both have by default.
-            how: `by` (`trait` or `layer`: what there is a row for), `traits`, `layer`, `method`, `vectors` (`a`, `b` or
+            how: `by` (a row for each `trait`, or each `layer`), `traits`, `layer`, `method`, `vectors` (`a`, `b` or
                 `own`), `vector_experiment`, `kl=False` to leave out the next-token distributions, and `device`.
 
         Raises `InputError` if there is nothing to compare.

@@ -1,4 +1,4 @@
-"""What an experiment measured, as data frames: evaluations, steering, rises, runs. Loads no torch."""
+"""An experiment's measurements as data frames: evaluations, steering, rises, runs. Loads no torch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def evaluation_frame(layout: Layout) -> DataFrame:
 
 
 def steering_frame(layout: Layout) -> DataFrame:
-    """A row for each single-layer steering run that was made with a trait's present vectors.
+    """A row for each single-layer steering run with a trait's present vectors.
 
     `null_p95` is the 95th percentile of the gains of random vectors of the same norm, NaN where they were not measured.
 

@@ -36,7 +36,7 @@ class ExperimentVectors(Mapping[str, "TraitVectors"]):
         exp.vectors["behavioral/refusal"]
         list(exp.vectors), list(exp.vectors("attn_out"))
 
-    Indexing raises `InputError`, naming the traits that have vectors, for a trait without.
+    Indexing raises `InputError` for a trait without vectors, naming the traits that have some.
     """
 
     def __init__(self, layout: Layout, component: str = "residual"):
@@ -73,7 +73,7 @@ class ExperimentVectors(Mapping[str, "TraitVectors"]):
 
 @dataclass(frozen=True, repr=False)
 class TraitVectors:
-    """The vectors of one trait and component: those of one method, by default of the one that is selected.
+    """The vectors of one trait, component and method; by default of the selected method.
 
     Example:
         refusal = exp.vectors["behavioral/refusal"]
@@ -96,7 +96,7 @@ class TraitVectors:
 
     @property
     def selected(self) -> Selection:
-        """The vector that projections use by default: its layer and method, by what it was selected, and its score.
+        """The vector that projections use by default: layer, method, the criterion of its selection, and its score.
 
         Example:
             refusal.selected.layer, refusal.selected.score
@@ -105,7 +105,7 @@ class TraitVectors:
         return select(self._files, self.component, n_layers, method=self.method)
 
     def by(self, method: str) -> TraitVectors:
-        """The vectors of a method; raises `InputError` for one without vectors.
+        """The vectors of a method; raises `InputError` if it has none.
 
         Example:
             refusal.by("mean_diff").tensors[12]
@@ -141,7 +141,7 @@ class TraitVectors:
 
     @property
     def scores(self) -> DataFrame:
-        """What `evaluate` measured: a row for each method and layer, those of `method` alone where it is given.
+        """The measures of `evaluate`: a row for each method and layer, or only for the rows of a given `method`.
 
             refusal.scores.nlargest(3, "val_auroc")
 

@@ -1,4 +1,4 @@
-"""What saved and live captures have in common: projections, figures, frames, attention and logit lens.
+"""The base of saved and live captures: projections, figures, frames, attention and logit lens.
 
     cap.project("behavioral/refusal").dynamics
     cap.coloured("behavioral/refusal")             # its tokens, coloured by projection
@@ -63,9 +63,9 @@ class ExplorableCapture(ABC):
 
     @abstractmethod
     def _applied(self) -> AppliedInterventions:
-        """What was done to the model while the capture was made.
+        """The interventions and hooks under which the capture was made.
 
-        Raises `InputError` where it cannot be done again.
+        Raises `InputError` if they cannot be applied again.
         """
 
     def _add_on(self, kind: str, layer: int = 0) -> Path | None:
@@ -87,16 +87,16 @@ class ExplorableCapture(ABC):
         component: str = "residual",
         vector_experiment: str | None = None,
     ) -> Any:
-        """The projection onto a trait's vector, which is selected as `tlcapture project` does.
+        """The projection onto a trait's vector, which is selected as in `tlcapture project`.
 
             cap.project("behavioral/refusal").trajectory
             cap.project(["behavioral/refusal", "style/formality"], layer=[8, -1])
             cap.project(direction, layer=12)
 
         Args:
-            trait: `category/name`, several of them, or a direction of one's own `[d_model]`, scaled to length 1.
-            layer: the vector's layer, negative ones counting from the last, or several; `auto` selects it. A direction
-                of one's own needs one.
+            trait: `category/name`, several of them, or your own direction `[d_model]`, which is scaled to length 1.
+            layer: the vector's layer, negative ones counting from the last, or several; `auto` selects it. Your own
+                direction needs one.
             method: `probe`, `mean_diff`, `gradient` or `imported`; the selected one by default.
             component: `residual` or `attn_out`.
             vector_experiment: the experiment whose vectors are used, even if they were extracted from another model.
@@ -133,7 +133,7 @@ class ExplorableCapture(ABC):
             for scores in cap.projected("behavioral/refusal", "style/formality"):
                 print(scores.title, scores.calibrated)
 
-        Directions of one's own `[d_model]` need a `layer`, and come last at each. `how` are the options of `project`.
+        Your own directions `[d_model]` need a `layer`, and come last at each. `how` are the options of `project`.
         """
         named = [each for each in traits if isinstance(each, str)]
         own = [each for each in traits if not isinstance(each, str)]
@@ -180,7 +180,7 @@ class ExplorableCapture(ABC):
 
         Args:
             traits: one or several; all that have vectors by default.
-            layers: `own` (each vector's own layer), `all`, a layer, or several: whose activations are projected.
+            layers: the layers whose activations are projected: `own` (each vector's own layer), `all`, one, or several.
             how: the options of `project`. `layer=[8, 16]` takes the vectors of these layers, and so compares them.
         """
         from tlcapture.explore.frames import tidy_frame
@@ -324,7 +324,7 @@ class ExplorableCapture(ABC):
 
     @property
     def _positions(self) -> tuple[int, ...] | None:
-        """The tokens that the capture holds; `None` where it holds all."""
+        """The tokens whose activations the capture holds; `None` if it holds all."""
         held = self._captured.positions
         return None if held.is_all else held.kept
 

@@ -60,7 +60,7 @@ def trajectory_figure(projections: Sequence[TokenScores], *, calibrated: bool = 
 
 
 def _marks(projections: Sequence[TokenScores]) -> list[str]:
-    """What the marks in a figure of trajectories mean, of those that it has."""
+    """The meaning of the marks that a figure of trajectories has."""
     marks = {
         "diamond: commits": any(each.commitment_point is not None for each in projections),
         "thick: persists from the peak of the smoothed response": any(each.peak is not None for each in projections),
@@ -71,11 +71,11 @@ def _marks(projections: Sequence[TokenScores]) -> list[str]:
 def mean_trajectory_figure(sets: Mapping[str, Sequence[TokenScores]], *, calibrated: bool = True) -> OfflineFigure:
     """Mean trajectories of many responses over the tokens, one line per trait and prompt set, with their spread.
 
-    The responses begin together, at 0; the band is one standard deviation over responses each way. Each line has a
-    colour of its own, and the second prompt set is dashed.
+    The responses begin together, at 0; the band is one standard deviation over responses each way. Each line has its
+    own colour, and the second prompt set is dashed.
 
     Args:
-        sets: the projections of each prompt set; its name may be one of a variant, `SET@VARIANT`.
+        sets: the projections of each prompt set, or of a variant, `SET@VARIANT`.
 
     Raises `InputError` if there are no projections.
     """
@@ -121,7 +121,7 @@ def drawn_trajectory(projection: TokenScores, *, calibrated: bool) -> NDArray[np
 def layers_figure(projection: TokenScores, point: str | None = None) -> OfflineFigure:
     """A heatmap, layers by tokens, of activations projected onto one trait's vector.
 
-    The scale is symmetric about 0; the dotted line is the vector's own layer. What was not kept is blank.
+    The scale is symmetric about 0; the dotted line is the vector's own layer. Cells that were not kept are blank.
 
     Args:
         point: a residual point; `residual_out` (or `attn_out`) by default.
@@ -187,7 +187,7 @@ def lens_figure(table: LogitLensTable) -> OfflineFigure:
 
 
 def attention_figure(heads: AttentionHeads, head: SupportsIndex | None) -> OfflineFigure:
-    """The attention pattern of a head, or of their mean (`None`), queries down and keys across; rows sum to 1."""
+    """The attention pattern of a head, or the mean over heads (`None`); queries down, keys across; rows sum to 1."""
     pattern = (heads.patterns.mean(0) if head is None else heads.pattern(head)).astype(np.float64)
     pattern[np.triu_indices(len(pattern), 1)] = np.nan  # masked: a query cannot attend to later keys
     names = _hover_texts(heads.tokens)

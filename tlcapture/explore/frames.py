@@ -3,11 +3,11 @@
 | column | meaning |
 | --- | --- |
 | `prompt_id` | as in the prompt set, a text or a number |
-| `sample` | which of several responses to the prompt (`--samples`), counted from 1; missing for the only one |
+| `sample` | the number of the response, from 1, with `--samples`; missing for a prompt with one response |
 | `token_idx` | index over prompt and response as one sequence |
 | `token` | its text |
 | `part` | `prompt` or `response` |
-| `span` | `turn`, `thinking`, `answer`, or `template` for what the chat template writes; null where unknown |
+| `span` | `turn`, `thinking`, `answer`, or `template` for the chat template's own text; null where unknown |
 | `role` | whose turn it is: `system`, `user`, `assistant` or `tool`; null for template tokens |
 | `trait` | `category/name` |
 | `layer` | the layer whose activation was projected |

@@ -1,4 +1,4 @@
-"""A figure of what every head of a capture looks at on average."""
+"""A figure of what each head of a capture attends to on average."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _UNITS = {"entropy": "nats", "distance": "tokens"}
 
 
 def heads_figure(capture: ExplorableCapture, measure: str) -> OfflineFigure:
-    """A heatmap, layers by heads, of a mean over the response; over the prompt where no other attention was kept.
+    """A heatmap, layers by heads, of a mean over the response, or over the prompt if only its attention was kept.
 
-    Raises `InputError` for a measure that there is not, and for a capture without stored attention.
+    Raises `InputError` for an unknown measure, and for a capture without stored attention.
     """
     if measure not in MEASURES:
         raise InputError(f"no measure {measure!r} of heads: choose one of {', '.join(MEASURES)}")

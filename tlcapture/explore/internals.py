@@ -1,4 +1,4 @@
-"""What a layer of a capture computed: from the file that was stored of it, or by a forward pass over its tokens."""
+"""The activations that a layer computed in a capture: from its stored file, or by a forward pass over its tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def stored_internals(path: Path, capture: Capture, layer: int) -> dict[str, Tensor] | None:
-    """The internals in a file, by TransformerLens's names; `None` if it is of other tokens.
+    """The internals in a file, by TransformerLens's names; `None` if the file has other tokens.
 
     Raises `StorageError` for a damaged file.
     """
@@ -41,7 +41,7 @@ def stored_internals(path: Path, capture: Capture, layer: int) -> dict[str, Tens
 def computed_internals(
     capture: Capture, layer: int, model: Model, forced: Callable[[Sequence[str]], Cache]
 ) -> dict[str, Tensor]:
-    """The internals of a layer, of the tokens that a capture holds.
+    """The internals of a layer at the tokens that a capture holds.
 
     `forced` returns the activations of these names from a forward pass over its tokens.
     """
@@ -56,8 +56,8 @@ def stored_hooks(
 ) -> Callable[[str], Tensor | None]:
     """A function that finds an activation, by TransformerLens's name and in float32, in the files of a layer.
 
-    Patterns `[n_heads, query, key]` have rows for the tokens that the capture holds. It returns `None` for what no file
-    holds.
+    Patterns `[n_heads, query, key]` have rows for the tokens that the capture holds. It returns `None` for
+    activations that no file holds.
     """
 
     def stored(name: str) -> Tensor | None:

@@ -11,7 +11,7 @@ for cap in capture(model, ["What is a lighthouse for?"], max_new_tokens=20):
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,10 +52,10 @@ from tlcapture.models.loading import Model, as_model
 from tlcapture.prompts.chat_template import NO_ARGS
 from tlcapture.prompts.message_spans import Message
 from tlcapture.prompts.prompt_sets import ADHOC, Prompt, PromptSet
+from tlcapture.prompts.response_lengths import NEW_TOKENS, THINKING_TOKENS
 from tlcapture.prompts.template_args import has_switch
 from tlcapture.prompts.template_args import template_args as all_template_args
-from tlcapture.prompts.thinking import THINKING_TOKENS
-from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize
+from tlcapture.prompts.tokenization import TokenizedPrompt, tokenize_prompt
 from tlcapture.storage.files import Hook as BeforeReplacing
 from tlcapture.storage.layout import Layout
 from tlcapture.storage.remote_roots import check_local
@@ -72,7 +72,6 @@ from tlcapture.views.logit_lens import LogitLens
 if TYPE_CHECKING:
     from tlcapture.explore.attention_heads import AttentionHeads
 
-NEW_TOKENS = 50  # of a response, by default
 
 _log = get_logger(__name__)
 
@@ -84,8 +83,8 @@ class LiveCapture(Capture, ExplorableCapture):
     Attributes:
         model: the model that was captured.
         vectors: the experiment whose vectors are used by default, if any.
-        more: the add-ons that were asked for, if any.
-        applied: what was done to the model meanwhile.
+        more: the requested add-ons, if any.
+        applied: the interventions and hooks under which it was made.
     """
 
     model: Model
@@ -105,7 +104,7 @@ class LiveCapture(Capture, ExplorableCapture):
             cap.save("my_exp")      # into an experiment, for the page
             cap.save("capture.pt")  # the raw residual alone
 
-        These are the raw residual, the projections if there are vectors, of the tokens that are held, and the add-ons
+        The files are the raw residual, the projections of the captured tokens if there are vectors, and the add-ons
         that were captured. An experiment that does not exist is made. A prompt of the set `adhoc` gets the id that its
         text has there, or the next number.
 
@@ -116,7 +115,7 @@ class LiveCapture(Capture, ExplorableCapture):
             allow_model_change: save even if the experiment has captures of another model.
 
         Returns:
-            The `SavedCapture`, or for a path what was written.
+            The `SavedCapture`, or for a path the record of the written file.
 
         Raises:
             InputError: the experiment uses another model, or the target is not an experiment, or is `packaged`.
@@ -141,7 +140,7 @@ class LiveCapture(Capture, ExplorableCapture):
         return experiment.captures[saved.capture_set][saved.name]
 
     def _other_vectors(self, layout: Layout) -> str | None:
-        """The experiment whose vectors were named, where it is another one in the same root."""
+        """The experiment whose vectors were named, if it is another one in the same root."""
         own = self.vectors
         if own is None or own == layout or (own.root != layout.root and not is_in_package(own)):
             return None
@@ -230,14 +229,13 @@ def capture(
         sampling: `plain`, `checkpoint` to follow the checkpoint's generation config, or a `Sampling` in place of
             temperature, seed and the following arguments.
         top_p, top_k, min_p, repetition_penalty: rules as in Hugging Face's `generate`; none by default.
-        stop: texts of which one ends a response, with the token that completes it.
-        samples: so many responses to each prompt, which is read once; captures then have the number of theirs in
-            `sample`.
+        stop: texts that end a response, with the token that completes one of them.
+        samples: the number of responses to each prompt, which is read once; `sample` numbers the captures.
         seed: with prompt set and prompt id, it determines the sampled tokens.
         batch_size: how many prompts run together; by default as many as fit in free memory.
         attention, logit_lens: whether to capture attention patterns of all layers, and the predictions of every layer,
-            rather than to compute them later; `save` writes them.
-        internals: layers of which everything that they compute is captured; `all` takes every layer, with `attention`
+            rather than computing them later; `save` writes them.
+        internals: layers whose every activation is captured; `all` takes every layer, with `attention`
             and `logit_lens`.
         capture_attn: whether to capture `attn_out`, too.
         layers, points: layers and residual points to keep; all by default.
@@ -248,11 +246,11 @@ def capture(
         chat_template: whether to apply the chat template; by default if the tokenizer has one.
         thinking: `on` or `off` where the chat template has a switch for thinking.
         template_args: other values for the chat template.
-        vectors: the experiment whose vectors interventions are along, and captures are projected onto by default.
+        vectors: the experiment whose vectors are used for interventions, and by default for projections.
         interventions: `Steer(...)`, `Ablate(...)` and `Cap(...)`, applied in this order at each layer.
         hooks: pairs of a hook's name, or of a function that chooses names, and a TransformerLens hook function, which
             every pass calls before the interventions. They are recorded by name.
-        variant: the name of the variant that the captures are of; by default made of the interventions, if any.
+        variant: the name of the captures' variant; by default it is made from the interventions, if any.
 
     Raises:
         InputError: an argument is invalid, or a prompt does not fit the model's context.
@@ -340,18 +338,13 @@ def _tokenized(
     template_args: Mapping[str, Any],
 ) -> list[TokenizedPrompt]:
     return [
-        replace(
-            tokenize(
-                model.tokenizer,
-                prompt.text,
-                prompt_set=prompt_set.name,
-                prompt_id=prompt.id,
-                system_prompt=prompt_set.system_prompt_of(prompt, system_prompt),
-                chat_template=chat_template,
-                messages=prompt.messages,
-                template_args=template_args,
-            ),
-            fields=prompt.fields,
+        tokenize_prompt(
+            model.tokenizer,
+            prompt,
+            prompt_set.name,
+            system_prompt=prompt_set.system_prompt_of(prompt, system_prompt),
+            chat_template=chat_template,
+            template_args=template_args,
         )
         for prompt in prompt_set.prompts
     ]
@@ -368,7 +361,7 @@ def _asked(
 
 
 def _most_tokens(asked: int | None, prompts: Sequence[TokenizedPrompt], n_ctx: int) -> int:
-    """The maximum length of a response: as asked, or by default longer for models that think, as far as it fits."""
+    """The maximum length of a response: as asked, or by default longer for models that think, within the context."""
     if asked is not None:
         return asked
     if not any(prompt.thinks for prompt in prompts):

@@ -1,4 +1,4 @@
-"""Interventions on live captures: trait interventions, hooks of one's own, and the same tokens once more."""
+"""Interventions on live captures: trait interventions, the user's own hooks, and runs of the same tokens again."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def live_interventions(
     prompts: Sequence[TokenizedPrompt],
     batch_size: int | None,
 ) -> AppliedInterventions:
-    """Interventions with their vectors and norms, and hooks that the model has.
+    """Resolve interventions to their vectors and norms, and hooks to the model's.
 
     Typical norms are those stored with the vectors, or the medians over all tokens of the prompts, unsteered.
 
     Raises:
-        InputError: what is given is no intervention or no hook, a trait or a layer is unknown, or `vectors` are needed.
+        InputError: something is not an intervention or hook, a trait or layer is unknown, or `vectors` are needed.
         VectorError: a layer has no vector, or one of another width.
     """
     asked = [interventions] if isinstance(interventions, TraitIntervention) else list(interventions)
@@ -62,9 +62,9 @@ def live_interventions(
 
 
 def given_captures(prompts: Any) -> list[Capture] | None:
-    """The captures whose tokens are to be run again; `None` for prompts that are none.
+    """The captures whose tokens are to be run again; `None` if the prompts are not captures.
 
-    Raises `InputError` for captures together with other prompts.
+    Raises `InputError` for captures mixed with other prompts.
     """
     if isinstance(prompts, Captures):
         given: list[Any] = list(prompts.values())
@@ -81,7 +81,7 @@ def given_captures(prompts: Any) -> list[Capture] | None:
 
 
 def prompt_of_capture(model: Model, capture: Capture) -> TokenizedPrompt:
-    """The prompt of a capture with its response as a given one; raises `InputError` where the tokenizer is another."""
+    """The prompt of a capture with its response as a given one; raises `InputError` for another tokenizer."""
     if token_texts(model.tokenizer, capture.token_ids) != capture.tokens:
         raise InputError(
             f"{capture.capture_set}/{capture.prompt_id}: its tokens are those of another tokenizer than that of "
@@ -91,7 +91,7 @@ def prompt_of_capture(model: Model, capture: Capture) -> TokenizedPrompt:
 
 
 def of_the_same_tokens(made: Capture, source: Capture) -> Capture:
-    """A capture of the tokens of another, with what is known of these."""
+    """A capture of another capture's tokens, with that one's spans and texts."""
     known = KnownTokens.of(source.metadata, source.spans)
     return replace(made, metadata=known.described(made.metadata), spans=known.spans)
 

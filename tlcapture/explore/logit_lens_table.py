@@ -26,7 +26,7 @@ _MOST_LISTED = 5  # predictions listed for a cell
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LogitLensTable:
-    """The next-token predictions of every layer, after each token but the last, or after those that were kept.
+    """The next-token predictions of every layer after each token except the last, or after each kept token.
 
         lens = cap.logit_lens()
         lens.n_layers, lens.layer_numbers, lens.n_predictions, lens.after
@@ -66,17 +66,17 @@ class LogitLensTable:
 
     @property
     def n_layers(self) -> int:
-        """Number of layers whose predictions were kept: those of the model, unless `layers` names some."""
+        """Number of layers whose predictions were kept: all of the model's, unless `layers` names some."""
         return len(self.top_probs)
 
     @property
     def layer_numbers(self) -> Sequence[int]:
-        """The number of the layer of each row."""
+        """The layer of each row."""
         return range(self.n_layers) if self.layers is None else self.layers
 
     @property
     def n_predictions(self) -> int:
-        """Number of tokens that have a next token, of those that were kept."""
+        """Number of kept tokens that have a next token."""
         return len(self.after)
 
     @property
@@ -106,7 +106,7 @@ class LogitLensTable:
         )
 
     def _repr_html_(self) -> str:
-        """A table of the most likely next tokens, layers down and tokens across; a part of it for long captures."""
+        """A table of the most likely next tokens, layers down and tokens across; only a part for long captures."""
         columns = self._columns()
         head = "".join(f"<th>{escape(printable(self.tokens[self.after[column]]))}</th>" for column in columns)
         rows = "".join(
@@ -124,7 +124,7 @@ class LogitLensTable:
         )
 
     def _columns(self) -> range:
-        """The predictions to show: all, or for long captures those of the response."""
+        """The predictions to show: all, or in long captures those of the response."""
         if self.n_predictions <= _MOST_COLUMNS:
             return range(self.n_predictions)
         start = max(0, min(self._first_of_response, self.n_predictions - _MOST_COLUMNS))

@@ -61,11 +61,11 @@ class OfflineFigure(go.Figure):
                 print(f"cannot open a browser: the figure is in {file.name}")
 
     def save(self, path: str | Path) -> Path:
-        """Save the figure as an HTML page, or as a PNG or SVG picture, as the name says; returns the path.
+        """Save the figure as an HTML page or a PNG or SVG picture, depending on the suffix; returns the path.
 
             figure.save("trajectory.svg")
 
-        Pictures are drawn by Matplotlib and need no browser. Raises `InputError` for another kind of name.
+        Pictures are drawn by Matplotlib and need no browser. Raises `InputError` for another suffix.
         """
         path = Path(path).expanduser()
         form = path.suffix.lower().removeprefix(".")

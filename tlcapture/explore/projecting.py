@@ -1,4 +1,4 @@
-"""Projecting a capture in Python: which vectors are chosen, what is doubtful of them, and what random directions do.
+"""Projecting a capture in Python: choosing vectors, warning of doubts about them, comparing with random directions.
 
 Importing this module loads torch.
 """
@@ -44,7 +44,7 @@ def project_traits(
     component: str = "residual",
     vector_experiment: str | None = None,
 ) -> list[Projection]:
-    """Project a capture onto vectors of the experiment `own`, with what random directions do; warns of doubts.
+    """Project a capture onto vectors of the experiment `own` and onto random directions; warns of doubts.
 
     Raises as `ExplorableCapture.project` does.
     """
@@ -67,7 +67,7 @@ def project_traits(
 
 
 def project_own(capture: Capture, own: Layout | None, direction: Tensor, layer: Any, component: str) -> Projection:
-    """Project a capture onto a direction of one's own at a layer; with random directions where `own` is known."""
+    """Project a capture onto the user's own direction at a layer, and onto random directions if `own` is known."""
     if isinstance(layer, str):
         raise InputError("a direction of one's own has no layer of its own: say which, layer=12")
     at = index(from_the_end(layer, capture.n_layers))
@@ -79,7 +79,7 @@ def project_own(capture: Capture, own: Layout | None, direction: Tensor, layer: 
 
 
 def with_tokens(capture: Capture, projection: Projection) -> TokenScores:
-    """A projection of a capture with the tokens, as figures and frames need it."""
+    """A projection with the capture's tokens, as figures and frames need it."""
     dynamics, calibration, held = projection.dynamics, projection.calibration, capture.positions
     return TokenScores(
         prompt_set=capture.capture_set,
@@ -114,7 +114,7 @@ def _tell_doubts(chosen: Sequence[ChosenVector], capture: Capture, doubts: Doubt
 
 
 def _random_directions(source: Layout, component: str, capture: Capture) -> RandomDirections:
-    """Those that vectors of an experiment are compared with; what they do beside each vector is found anew."""
+    """The random directions to compare vectors of an experiment with, without results of earlier projections."""
     path = source.reference(component)
     state = FileState.of(path.stat()) if path.is_file() else None
     return replace(_drawn(source, component, state, capture.n_layers, capture.d_model), _drawn={})

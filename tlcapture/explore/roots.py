@@ -1,4 +1,4 @@
-"""Where experiments are, in Python. Loads no torch."""
+"""Finding experiments in Python. Loads no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def default_root() -> Path:
 
 
 def layout_of(target: Any) -> Layout:
-    """The layout of an experiment, given itself, its name or its folder; raises `InputError` for anything else."""
+    """The layout of an experiment, given as an object, name or folder; raises `InputError` for anything else."""
     if isinstance(getattr(target, "layout", None), Layout):
         return cast(Layout, target.layout)
     if not isinstance(target, str | Path):
@@ -32,7 +32,7 @@ def layout_of(target: Any) -> Layout:
 
 
 def _path_of(target: str | Path) -> Path:
-    """The path of an experiment's folder; of a URL, that in the working copy of its root."""
+    """The path of an experiment's folder; for a URL, the path in the working copy of its root."""
     if not is_url(target):
         return Path(target)
     root, experiments, name = str(target).rstrip("/").rpartition("/experiments/")

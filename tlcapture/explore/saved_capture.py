@@ -57,12 +57,12 @@ class SavedCapture(ExplorableCapture):
 
     @property
     def notes(self) -> list[Note]:
-        """The notes that people made on this capture, in the order of its tokens; read anew each time.
+        """The notes that people made on this capture, in the order of its tokens; read again each time.
 
             for note in cap.notes:
                 print(note.start, note.stop, note.text, note.fits(cap.tokens))
 
-        Raises `StorageError`, naming it, for a damaged one.
+        Raises `StorageError` for a damaged note, naming it.
         """
         from tlcapture.captures.notes import read_notes
 

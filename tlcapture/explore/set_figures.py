@@ -38,7 +38,7 @@ class SetFigures:
             captures.plot.trajectory("behavioral/refusal", beside="single_trait@formal")
 
         Token 0 is the first of the response, so that responses begin together; a token is drawn where at least two
-        responses have it. All traits that the set is projected onto by default.
+        responses have it. By default, all traits that the set is projected onto.
 
         Args:
             traits: names of traits, `category/name`.

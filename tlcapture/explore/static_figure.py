@@ -34,7 +34,7 @@ def picture(figure: go.Figure, form: str) -> bytes:
 
 
 def drawn(figure: go.Figure) -> Figure:
-    """A figure as one of Matplotlib, wide enough for the labels of its tokens."""
+    """The figure drawn by Matplotlib, wide enough for the labels of its tokens."""
     from matplotlib.figure import Figure
 
     layout = figure.layout

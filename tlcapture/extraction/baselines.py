@@ -1,6 +1,6 @@
-"""What separates the examples without a model: their words and their lengths, scored as vectors are.
+"""Baselines that separate the examples without a model: by their words and lengths, scored as vectors are.
 
-A vector has shown something only where it beats these and the embeddings of layer 0.
+A vector shows something only if it beats them and the embeddings of layer 0.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Baseline:
 
     @classmethod
     def of(cls, name: str, scores: Float[Tensor, " n_examples"], labels: Labels, outer: Training) -> Baseline:
-        """A baseline from scores of the folds that left each example out."""
+        """A baseline from the scores that each example got in the folds that left it out."""
         folds = [out for out in outer if (out & labels).any() and (out & ~labels).any()] or [torch.ones_like(labels)]
         rates = torch.stack([auroc(scores[out], labels[out]) for out in folds])
         return cls(name, float(rates.mean()), scores)
@@ -49,9 +49,9 @@ def text_baselines(texts: Sequence[str], n_tokens: Sequence[int], labels: Labels
     """Words, characters, tokens and characters a word, each held out by the folds of the vectors.
 
     Args:
-        texts: what is read out of each example: its response, or its text.
+        texts: the text that is read out of each example: its response, or its bare text.
         n_tokens: the number of tokens of each.
-        outer: which examples each fold leaves out, `[n_folds, n_examples]`.
+        outer: the examples that each fold leaves out, `[n_folds, n_examples]`.
     """
     words = [max(1, len(re.findall(r"\w+", text))) for text in texts]
     measures = {
@@ -91,7 +91,7 @@ def bag_of_words(texts: Sequence[str], labels: Labels, outer: Training) -> Float
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """What a vector adds over the best baseline.
+    """The comparison of a vector with the best baseline.
 
     Attributes:
         baseline: the baseline with the largest AUROC.

@@ -1,4 +1,4 @@
-"""Measuring calibrations: where examples lie on the axes of vectors (see `traits/calibration`)."""
+"""Measuring calibrations: the positions of examples along vectors (see `traits/calibration`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def calibrations(
 ) -> dict[str, dict[str, float | None]]:
     """The calibration of one vector per layer on examples, by layer as text; empty without both sides.
 
-    `activations` `[n_layers, n_examples, d_model]` are those at the vectors' layers, which `layers` numbers.
+    `activations` `[n_layers, n_examples, d_model]` are taken at the vectors' layers, which `layers` numbers.
     """
     if labels.all() or not labels.any():
         return {}

@@ -59,9 +59,9 @@ class CrossValidated:
 
 
 def folds(groups: Sequence[str], labels: Labels, n_folds: int, *, seed: int = 0) -> Bool[Tensor, "n_folds n_examples"]:
-    """Which examples each fold leaves out: whole groups, dealt evenly, pairs first.
+    """The examples that each fold leaves out: whole groups, dealt evenly, pairs first.
 
-    There are fewer folds where there are fewer groups.
+    There are fewer folds if there are fewer groups.
     """
     generator = torch.Generator().manual_seed(seed)
     names = sorted(set(groups))
@@ -126,7 +126,7 @@ def cross_validate(
 def relabelled(
     labels: Labels, groups: Sequence[str], n_labellings: int = RELABELLINGS, *, seed: int = 0
 ) -> Bool[Tensor, "n_labellings n_examples"]:
-    """Random labellings: the labels of a pair are exchanged or not, those of unpaired examples are shuffled."""
+    """Random labellings: the labels of a pair are exchanged or not; labels of unpaired examples are shuffled."""
     generator = torch.Generator().manual_seed(seed)
     pairs = {name: [n for n, group in enumerate(groups) if group == name] for name in dict.fromkeys(groups)}
     drawn = labels.expand(n_labellings, -1).clone()
@@ -179,7 +179,7 @@ def _has_both(rows: Labels, labels: Labels) -> bool:
 
 
 def _calibrated(scores: Tensor, training: Training, labels: Labels) -> Float[Tensor, "n_folds n_layers n_examples"]:
-    """Scores at 0 for the mean of the negative and 1 for the mean of the positive training examples of each fold."""
+    """Scores scaled so that each fold's negative training examples have the mean 0 and its positive ones the mean 1."""
     positive, negative = (
         torch.stack([scores[n][:, row & side].mean(dim=-1) for n, row in enumerate(training)])
         for side in (labels, ~labels)
@@ -190,7 +190,7 @@ def _calibrated(scores: Tensor, training: Training, labels: Labels) -> Float[Ten
 
 
 def _pooled(scores: Tensor, left_out: Training) -> tuple[Float[Tensor, "n_layers n_seen"], Labels]:
-    """Each example's score in the fold that leaves it out; which examples are left out by any."""
+    """Each example's score in the fold that leaves it out, and a mask of the examples that some fold leaves out."""
     pooled = torch.zeros_like(scores[0])
     for values, rows in zip(scores, left_out, strict=True):
         pooled[:, rows] = values[:, rows]

@@ -28,7 +28,7 @@ class Separation:
     """How well one direction per layer separates held-out examples; every field has one value per layer.
 
     `auroc` and `accuracy` are 0 to 1; `effect_size` is Hedges' g, and `interval` the 95 % interval of the effect size,
-    `[n_layers, 2]`. Both are NaN with fewer than two examples a side.
+    `[n_layers, 2]`. Both are NaN with fewer than two examples per side.
     """
 
     auroc: Float[Tensor, " n_layers"]
@@ -52,7 +52,7 @@ def hedges_g(
 ) -> PerDirection:
     """The difference of means over the pooled standard deviation, corrected for small samples.
 
-    NaN with fewer than two examples a side, and where the standard deviation is 0 but for rounding.
+    NaN with fewer than two examples per side, and if the standard deviation is 0 up to rounding.
 
     Source: Hedges, "Distribution theory for Glass's estimator of effect size and related estimators" (1981).
     """

@@ -1,10 +1,10 @@
-"""Checks of contrastive examples without a model: duplicates, and what reveals the side without the trait.
+"""Checks of contrastive examples without a model: duplicates, and cues that reveal the side without the trait.
 
     checks = check_examples([read_examples(datasets, trait) for trait in datasets.traits()])
 
 A vector found from examples whose positive side is longer, or about other topics, follows length or topic. Each cue is
 therefore scored as a detector of the side: the area under its curve (AUROC) is how often a positive example has more of
-it than a negative one, 0.5 where it tells nothing. `surface_cues` holds the measures.
+it than a negative one, 0.5 if the cue is uninformative. `surface_cues` holds the measures.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ _STYLE = "style"
 
 @dataclass(frozen=True)
 class Cue:
-    """What one cue tells of the side.
+    """How well one cue detects the side of an example.
 
     Attributes:
-        auroc: 0 to 1; 0.5 tells nothing, and below 0.5 the negative side has more of it. `None`: does not apply.
+        auroc: 0 to 1; 0.5 is chance, and below 0.5 the negative side has more of it. `None`: does not apply.
         in_pairs: the share of pairs whose positive example has more of it; `None` for words, and without pairs.
-        bounds: what it must lie within; `None` for a cue that is only reported.
-        of: the other trait that an AUROC of `OTHER_WORDS` is about, with the direction.
+        bounds: the allowed range; `None` for a cue that is only reported.
+        of: for `OTHER_WORDS`, the other trait and the direction.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Cue:
 
     @property
     def leaks(self) -> bool:
-        """Whether it lies outside its bounds, over all examples or within pairs."""
+        """Whether the cue is out of bounds, over all examples or within pairs."""
         return not all(self._within(value) for value in (self.auroc, self.in_pairs))
 
     def _within(self, value: float | None) -> bool:
@@ -84,7 +84,7 @@ class ExampleCheck:
 
     @property
     def concerns(self) -> list[str]:
-        """What is wrong with the examples, one line each."""
+        """The problems of the examples, one line each."""
         found = [f"{self.duplicates} examples occur twice"] if self.duplicates else []
         return found + [self._concern(cue) for cue in self.cues.values() if cue.leaks]
 
@@ -97,7 +97,7 @@ class ExampleCheck:
         return f"{found}: {self._advice(cue)}"
 
     def _advice(self, cue: Cue) -> str:
-        """What to change about examples whose sides a cue tells apart."""
+        """How to change examples whose sides a cue tells apart."""
         if cue.name == OTHER_WORDS:
             return "use the words of both traits on both sides"
         if cue.name == BY_PROMPT:
@@ -112,7 +112,7 @@ class ExampleCheck:
 
 
 def check_examples(chosen: Sequence[Examples], others: Sequence[Examples] = ()) -> list[ExampleCheck]:
-    """Check the examples of the chosen traits, their words against those of all chosen and other traits."""
+    """Check the examples of the chosen traits, and their words against the words of all chosen and other traits."""
     every = [_Vocabulary(each, word_classifier(_texts(each.items), _labels(each.items))) for each in (*chosen, *others)]
     return [_check(own, [each for each in every if each is not own]) for own in every[: len(chosen)]]
 
@@ -191,12 +191,12 @@ def _prompts(items: Sequence[LabelledExample]) -> list[str]:
 
 
 def _texts(items: Sequence[LabelledExample]) -> list[str]:
-    """What the activations are read from: the response, the bare text, or a prompt without a response."""
+    """The texts that activations are read from: the response, the bare text, or a prompt without a response."""
     return [item.example.text or item.example.response or item.example.prompt or "" for item in items]
 
 
 def _duplicates(items: Sequence[LabelledExample]) -> int:
-    """How many examples repeat another one of either side, but for blanks and capitals."""
+    """How many examples repeat another one of either side, ignoring blanks and capitals."""
     both = zip(_prompts(items), _texts(items), strict=True)
     counts = Counter((" ".join(p.lower().split()), " ".join(t.lower().split())) for p, t in both)
     return sum(count - 1 for count in counts.values())

@@ -26,7 +26,7 @@ from tlcapture.storage.layout import Datasets
 from tlcapture.storage.validation import first_problem
 
 HELD_OUT_SHARE = 0.2
-TEXTS, SCENARIOS, AUTO = "texts", "scenarios", "auto"  # what the lines of a .txt file are; auto: texts, a guess
+TEXTS, AUTO = "texts", "auto"  # what the lines of a .txt file are, or "scenarios"; auto: texts, a guess
 GUESS = (
     "lines of .txt examples are read as bare texts, which is a guess: if the model is to complete them, pass "
     "--examples-as scenarios; if not, --examples-as texts"
@@ -67,7 +67,7 @@ class LabelledExample:
 class Examples:
     """All examples of a trait, positive ones first, each side in the order of its file.
 
-    `lines_as` is what the lines of .txt files were read as, `texts` or `scenarios`; `None` where there are none.
+    `lines_as` says how the lines of .txt files were read, as `texts` or `scenarios`; `None` without such files.
     `is_guess` tells whether that was a guess.
     """
 
@@ -82,7 +82,7 @@ class Examples:
 
     @property
     def groups(self) -> list[str]:
-        """The pair of each example, or a name of its own: examples of a group are never split."""
+        """The pair of each example, or its own name: examples of a group are never split."""
         return [_key("positive" if i.positive else "negative", n, i.example) for n, i in enumerate(self.items)]
 
     def split_record(self, seed: int) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class Examples:
 def read_examples(datasets: Datasets, trait: Trait, *, seed: int = 0, examples_as: str = AUTO) -> Examples:
     """Read both sides of a trait and choose the examples that are held out, both examples of a pair together.
 
-    `examples_as` is what each line of a .txt file is: one of `texts`, `scenarios` and `auto`.
+    `examples_as` says what each line of a .txt file is: one of `texts`, `scenarios` and `auto`.
 
     Raises `InputError` if a side is missing or too small, and with file and line for an invalid example.
     """
@@ -144,7 +144,7 @@ def _key(side: str, number: int, example: Example) -> str:
 
 
 def _lines_file(folder: Path, name: str) -> Path | None:
-    """The .txt file of a side, if it is the one that is read."""
+    """The .txt file of a side, if the side is read from one."""
     path = folder / f"{name}.txt"
     return path if path.is_file() and not (folder / f"{name}.jsonl").is_file() else None
 

@@ -46,9 +46,9 @@ class Judge:
         return self._number(self._answer(_filled(_ASK, values)))
 
     def score_by(self, eval_prompt: str, *, question: str, response: str) -> float | None:
-        """The score of a response, 0 to 1, that an `eval_prompt` asks for; `None` where the judge answers REFUSAL.
+        """The score of a response, 0 to 1, that an `eval_prompt` asks for; `None` if the judge answers REFUSAL.
 
-        Raises `TlcaptureError` if the server answers otherwise than with that word or a number from 0 to 100.
+        Raises `TlcaptureError` if the server answers with anything but that word or a number from 0 to 100.
         """
         answer = self._answer(_filled(eval_prompt, {"question": question, "answer": response}))
         return None if answer.strip(" .\"'*[]").upper() == "REFUSAL" else self._number(answer)

@@ -26,15 +26,15 @@ from tlcapture.storage.tensors import is_plain
 
 @dataclass(frozen=True, eq=False)
 class KeptActivations:
-    """Mean activations of a trait's examples at every layer, and what they were read from.
+    """Mean activations of a trait's examples at every layer, with a record of their origin.
 
     Attributes:
         activations: `[n_layers, n_examples, d_model]`, float32, examples in the order of `Examples.items`.
-        texts: what was read out of each example: its response (the model's own where the file has none), or its text.
+        texts: the text read out of each example: its response (the model's own if the file has none), or its bare text.
         n_tokens: the number of tokens over which each mean was taken.
         examples: the digest of token ids and spans that the vectors' metadata holds as well.
         source: `source_digest` of the examples as they were in their files.
-        model: the name of the model, and `fingerprint` that of its weights.
+        model: the name of the model; `fingerprint` identifies its weights.
     """
 
     activations: Activations
@@ -76,7 +76,7 @@ class KeptActivations:
 
 
 def source_digest(examples: Examples, config: ExperimentConfig, position: str) -> str:
-    """A digest of what decides what a model is given to read: the examples, the template, the position."""
+    """A digest of everything that decides what a model reads: the examples, the template, the position."""
     digest = hashlib.blake2b(digest_size=8)
     for item in examples.items:
         digest.update(repr((item.example, item.positive)).encode("utf-8", "surrogatepass"))

@@ -1,6 +1,6 @@
 """The methods of extraction, for many choices of training examples and labels at once.
 
-What a method finds lies in the span of the training examples, so fits run on coordinates in that span: at most as many
+The direction that a method finds lies in the span of the training examples, so fits run in coordinates: at most as many
 as there are examples, however wide the model is. Cross-validation and relabelling then run thousands of fits.
 """
 
@@ -25,7 +25,7 @@ _MOST_STEPS = 1000
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """Activations in coordinates of their own span, layer by layer, with one more for what lies outside of it.
+    """Activations in coordinates of their own span, layer by layer, with one more for the rest of the space.
 
     Attributes:
         coordinates: `[n_layers, n_examples, d]`, with the distances and products of the activations.

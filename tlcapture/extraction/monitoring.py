@@ -1,4 +1,4 @@
-"""Whether a projection shows what a model is steered to do: a test of the projection without a judge.
+"""Whether a projection shows how a model was steered: a test of the projection without a judge.
 
 The responses of a steered model are read by the unsteered one and projected onto the vector. Within each question, the
 rank correlation (Spearman 1904) of a response's mean projection with its coefficient says whether the projection

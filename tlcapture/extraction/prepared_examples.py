@@ -11,17 +11,16 @@ from dataclasses import dataclass
 import torch
 
 from tlcapture.errors import InputError, TlcaptureError
-from tlcapture.extraction.examples import AUTO, Example, Examples, read_examples
+from tlcapture.extraction.examples import Example, Examples
 from tlcapture.extraction.methods import Labels
 from tlcapture.extraction.readout import Reading, generated_reading, tokenize_example
 from tlcapture.generation.loop import generate
 from tlcapture.generation.outcomes import Failure
 from tlcapture.generation.sampling import GREEDY, STOP_TOKEN
 from tlcapture.models.loading import Model
-from tlcapture.names import Trait
 from tlcapture.prompts.tokenization import TokenizedPrompt, decode, tokenize, unknown_token
 from tlcapture.storage.config import ExperimentConfig, read_config
-from tlcapture.storage.layout import Datasets, Layout
+from tlcapture.storage.layout import Layout
 
 NEW_TOKENS = 40
 
@@ -59,22 +58,11 @@ class PreparedExamples:
         return digest.hexdigest()
 
 
-def prepare_examples(
-    datasets: Datasets,
-    layout: Layout,
-    trait: Trait,
-    model: Model,
-    *,
-    seed: int = 0,
-    position: str = "auto",
-    examples: Examples | None = None,
-    examples_as: str = AUTO,
-) -> PreparedExamples:
-    """Read a trait's examples and prepare them; prompts without a response get the model's greedy response.
+def prepare_examples(layout: Layout, model: Model, examples: Examples, position: str = "auto") -> PreparedExamples:
+    """Tokenize a trait's examples; prompts without a response get the model's greedy response.
 
     Raises `InputError` for invalid examples, and for a prompt to which the model gives no response.
     """
-    examples = examples or read_examples(datasets, trait, seed=seed, examples_as=examples_as)
     config = read_config(layout)
     generated = _generated([item.example for item in examples.items], model, config, position)
     readings, texts = [], []
@@ -146,7 +134,7 @@ def _prompt(text: str, number: int, model: Model, config: ExperimentConfig) -> T
 
 @contextmanager
 def _named(example: Example) -> Iterator[None]:
-    """Errors begin with the start of the example."""
+    """Prefix errors with the start of the example."""
     try:
         yield
     except TlcaptureError as error:

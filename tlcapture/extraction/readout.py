@@ -4,7 +4,7 @@
 | --- | --- |
 | `response_mean` | the response's tokens |
 | `last_prompt_token` | the last token before the response |
-| `all_mean` | all tokens but the first, which is an attention sink and carries nothing of the text |
+| `all_mean` | all tokens except the first, which is an attention sink and carries nothing of the text |
 
 `auto` is `response_mean` for an example with a response and `all_mean` for a bare text.
 """
@@ -113,8 +113,8 @@ def read_out(
 ) -> dict[str, Activations]:
     """Mean activations `[n_layers, n_examples, d_model]` in float32, by component; 0 at layers without the component.
 
-    Examples of similar length share a forward pass, and only the means are kept. A `batch_size` of `None` takes
-    what fits in free memory; out of memory, it is halved. `on_examples` is called with the size of each batch that
+    Examples of similar length share a forward pass, and only the means are kept. A `batch_size` of `None` takes as
+    many as fit in free memory; out of memory, it is halved. `on_examples` is called with the size of each batch that
     is done. `norms` collects those of `residual_out` at the tokens that are read out.
 
     Raises:
@@ -165,7 +165,7 @@ def component_layers(model: Model, component: str) -> tuple[int, ...]:
 
 
 def shared_prefix(readings: Sequence[Reading]) -> int:
-    """The number of tokens that all examples begin with and no span reads, such as the start of a chat template.
+    """The number of initial tokens that all examples share and no span reads, such as the start of a chat template.
 
     They run once for all examples; at least one token of each example remains.
     """

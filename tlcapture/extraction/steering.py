@@ -49,7 +49,7 @@ PerRow = Float[Tensor, " batch"]
 
 
 class Question(BaseModel):
-    """An open question, and where likelihoods are to score it, completions that show the trait and its opposite."""
+    """An open question; for scoring by likelihoods, with completions that show the trait and its opposite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -130,16 +130,16 @@ class SteeringScore:
 
     @property
     def trait_mean(self) -> float:
-        """100 times the mean over questions; 50 where positive and negative completion are equally likely."""
+        """100 times the mean over questions; 50 if positive and negative completions are equally likely."""
         return float(100 * self.trait.nanmean())
 
     @property
     def coherence_mean(self) -> float:
-        """100 times the mean over questions; 100 where steering makes no response less likely."""
+        """100 times the mean over questions; 100 if steering makes no response less likely."""
         return float(100 * self.coherence.mean())
 
     def standard_error(self, baseline: PerQuestion) -> float:
-        """The standard error of the gain, in points: that of the questions' differences from their baseline.
+        """The standard error of the gain, in points, from the questions' differences from their baseline.
 
         NaN with fewer than two questions that have both scores.
         """
@@ -179,7 +179,7 @@ class _Answers:
 class SteeringScorer:
     """Scores a model on a trait's questions while a vector steers it.
 
-    Computes once what does not depend on steering: all prompt tokens but the last run once, and every
+    The part that does not depend on steering is computed once: all prompt tokens except the last run once, and every
     pass continues from there.
     """
 
@@ -226,7 +226,7 @@ class SteeringScorer:
         return self.scores([Addition(layer, vector, coefficient)])[0]
 
     def scores(self, additions: Sequence[Addition]) -> list[SteeringScore]:
-        """The scores under each addition; they share batches, in which every row has its own addend."""
+        """The scores under each addition; additions share batches, in which every row has its own addend."""
         return [score for batch in self._batches(additions) for score in self._score(len(batch), self._steer(batch))]
 
     def trait_scores(self, additions: Sequence[Addition]) -> list[PerQuestion]:
@@ -322,7 +322,7 @@ class SteeringScorer:
         return tuple(prompt.token_ids for prompt in self._prompts)
 
     def _state(self, prefixes: tuple[tuple[int, ...], ...]) -> Any:
-        """The state of all tokens of the prefixes but the last, made once; in most templates all have the same."""
+        """The state of all tokens of the prefixes except the last, made once; with most templates all share it."""
         if prefixes not in self._states:
             prompts = [replace(prompt, token_ids=ids) for prompt, ids in zip(self._prompts, prefixes, strict=True)]
             self._states[prefixes] = prefill(self._model, prompts)

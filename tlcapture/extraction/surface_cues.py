@@ -1,4 +1,4 @@
-"""What tells positive from negative examples apart without their meaning: how long they are, and single words.
+"""Cues that tell positive from negative examples without their meaning: their lengths, and single words.
 
     area_under_curve(lengths, labels)              # does one side have the longer texts?
     held_out_words_auroc(texts, labels, groups)    # the side, guessed from single words, by cross-validation
@@ -74,7 +74,7 @@ def area_under_curve(scores: Values, labels: Labels) -> float:
 
 
 def share_in_pairs(scores: Values, labels: Labels, pairs: Sequence[str | None]) -> float | None:
-    """In what share of the pairs the positive example has the larger score, ties counting half; `None` without pairs.
+    """The share of pairs whose positive example has the larger score, ties counting half; `None` without pairs.
 
     A side's score is the mean over its examples of the pair.
     """
@@ -87,7 +87,7 @@ def share_in_pairs(scores: Values, labels: Labels, pairs: Sequence[str | None]) 
 
 
 def chance_interval(n_positive: int, n_negative: int) -> tuple[float, float]:
-    """Between which values 95 % of the areas lie where the sides do not differ (normal approximation; Mann and Whitney
+    """The range of 95 % of the areas if the sides do not differ (normal approximation; Mann and Whitney
     1947)."""
     half = 1.96 * float(np.sqrt((n_positive + n_negative + 1) / (12 * max(n_positive * n_negative, 1))))
     return max(0.0, 0.5 - half), min(1.0, 0.5 + half)

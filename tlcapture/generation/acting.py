@@ -1,4 +1,4 @@
-"""Where the interventions on a batch act: at which rows and positions of each of its passes."""
+"""The rows and positions of each pass of a batch at which interventions act."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Acting = list[tuple[Intervention, Positions]]
 class ActingInterventions:
     """The interventions on prompts that run together, whose responses are equally long.
 
-    `of_read` is for the pass that reads the prompts with their responses so far, `of_token` for each one after it.
+    `of_read` is for the pass that reads the prompts with their responses so far, `of_token` for each later pass.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class ActingInterventions:
         self._n_new = len(self._responses[0]) if self._responses else 0  # tokens of every response
 
     def of_read(self) -> Acting:
-        """Those that act in the pass over all tokens so far, left-padded."""
+        """The interventions that act in the pass over all tokens so far, left-padded."""
         found: Acting = []
         for each in self._interventions:
             if each.where == EVERYWHERE:
@@ -55,11 +55,11 @@ class ActingInterventions:
         return found
 
     def of_last_prompt_token(self) -> Acting:
-        """Those that act in a pass over the last token of the prompts."""
+        """The interventions that act in a pass over the last token of the prompts."""
         return [(each, ALL_POSITIONS) for each in self._interventions if each.where.acts_at(-1)]
 
     def of_token(self, tokens: NextTokens) -> Acting:
-        """Those that act in the pass over the next token of each response."""
+        """The interventions that act in the pass over the next token of each response."""
         number, self._n_new = self._n_new, self._n_new + 1
         if self._thinking is not None:
             self._within.rows[: len(tokens), 0] = self._thinking.read(tokens)

@@ -47,7 +47,7 @@ class Settings:
     """How prompts are run: the activations to record, the length and choice of responses, and interventions.
 
     `own_hooks` are TransformerLens's hook functions with the names of their points, which every pass calls. `spooling`
-    is where long patterns are kept; `None`: in memory.
+    is where long patterns are kept; `None` keeps them in memory.
     """
 
     hooks: Sequence[str] = ()
@@ -85,7 +85,7 @@ class Batch:
         self._begin(range(len(prompts)))
 
     def _begin(self, indices: Sequence[int]) -> None:
-        """Let some prompts run, whose responses are equally long; an index is that of a prompt in the batch."""
+        """Let some prompts run, whose responses are equally long, given by their indices in the batch."""
         settings = self._settings
         self._running = list(indices)  # the prompt in each row of the state
         self._n_new = len(self._responses[indices[0]]) if indices else 0  # tokens of every response
@@ -118,7 +118,7 @@ class Batch:
         yield from self._respond(logits, on_tokens)
 
     def pause(self) -> None:
-        """Release what is on the device, apart from activations that were recorded there."""
+        """Release the memory on the device, apart from activations that were recorded there."""
         self._begin(())
 
     def resume(
@@ -126,7 +126,7 @@ class Batch:
     ) -> Iterator[tuple[int, Outcome]]:
         """Go on with some of the prompts after `pause`: their tokens so far are read again, as one pass.
 
-        What has been recorded stays and moves to main memory. Tokens that nobody has been told of are chosen again.
+        What has been recorded stays and moves to main memory. Tokens that were not reported yet are chosen again.
         """
         for index in indices:
             self._recorder.rewind(index, len(self.prompts[index].read_ids) + len(self._responses[index]))
@@ -195,14 +195,14 @@ class Batch:
         return tokens, Download(torch.where(choice.is_finite, tokens, -1))
 
     def _forced(self, chosen: NextTokens) -> NextTokens:
-        """The next tokens of responses that are forced, in place of those chosen; all responses of a batch are."""
+        """The next tokens of forced responses, in place of the chosen ones; a batch is forced as a whole."""
         forced = [self.prompts[index].forced for index in self._running]
         if forced[0] is None:
             return chosen
         return upload([response[self._n_new] for response in forced if response is not None], chosen.device)
 
     def _read_choice(self, tokens: Sequence[int], on_tokens: Callable[[Sequence[int]], None]) -> Ended:
-        """Extend the responses; the prompts that have ended, first those without a token."""
+        """Extend the responses; returns the prompts that have ended, those without a token first."""
         chosen = {index: token for index, token in zip(self._running, tokens, strict=True) if token >= 0}
         for index, token in chosen.items():
             self._responses[index].append(token)
@@ -222,7 +222,7 @@ class Batch:
         return STOP_TEXT if self._stop_texts.is_completed(prompt.token_ids[-1], response) else reason
 
     def _keep(self, stays: Sequence[bool], logits: LastLogits | None) -> Tensor | None:
-        """Drop the rows of prompts that have ended; the logits of the others."""
+        """Drop the rows of prompts that have ended; returns the logits of the others."""
         if all(stays):
             return logits
         kept = [row for row, stay in enumerate(stays) if stay]
@@ -238,7 +238,7 @@ class Batch:
         return logits.index_select(0, upload(kept, logits.device))
 
     def _read(self) -> LastLogits:
-        """Run the tokens so far of the running prompts; what `were_read` before has been recorded already.
+        """Run the tokens so far of the running prompts; prompts that `were_read` before are recorded already.
 
         Samples of a prompt that have no tokens yet are read once, and then have rows of their own.
         """
@@ -259,7 +259,7 @@ class Batch:
     def _read_sequences(
         self, sequences: Sequence[Sequence[int]], samples: Sequence[Sequence[int]], changes: ActingInterventions
     ) -> LastLogits:
-        """Run sequences of token ids, one per row of an empty state; `samples` are the prompts that begin with each."""
+        """Run sequences of token ids, one per row of an empty state; `samples` are the prompts that begin with it."""
         tokens, mask = left_pad(sequences)
         hooks = frozenset[str]() if self.were_read else self._recorder.names
         self._model.prepare(hooks)
@@ -281,7 +281,7 @@ class Batch:
             self._recorder.record(indices, own)
 
     def _run_tokens(self, chosen: NextTokens) -> LastLogits | None:
-        """Run the tokens just chosen, the last ones of responses too, whose activations are recorded; the logits
+        """Run and record the tokens just chosen, including the last tokens of responses; returns the logits
         if any response may go on."""
         may_go_on = self._n_new < self._settings.max_new_tokens
         if not may_go_on and not self._settings.hooks:
@@ -313,6 +313,6 @@ class Batch:
 
 
 def _handed_out(outcomes: Outcomes) -> Iterator[tuple[int, Outcome]]:
-    """The outcomes, of which none is kept."""
+    """Hand out the outcomes without keeping them."""
     while outcomes:
         yield outcomes.popleft()

@@ -1,4 +1,4 @@
-"""The sampling of a checkpoint's own generation config: followed where it is asked for, otherwise said."""
+"""The sampling in a checkpoint's own generation config: followed if asked for, otherwise mentioned."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _STOP = "stop_strings"
 
 @dataclass(frozen=True)
 class CheckpointSampling:
-    """The sampling of a checkpoint, which is known once the model is.
+    """The sampling of a checkpoint, which is known once the model is loaded.
 
     A temperature and rules that are `given`, by the names of a generation config, take the place of its own; texts in
     `stop` end responses, too.
@@ -86,10 +86,10 @@ def asked_sampling(
 
 
 def sampling_for(asked: AskedSampling, model: Model) -> Sampling:
-    """The sampling of a model that was asked for; a checkpoint's is what Hugging Face's `generate` does with it.
+    """The requested sampling of a model; a checkpoint's sampling follows Hugging Face's `generate`.
 
     Raises:
-        InputError: the checkpoint asks for what cannot be followed, or for values that it cannot have.
+        InputError: the checkpoint asks for rules that are not supported, or for invalid values.
     """
     if isinstance(asked, Sampling):
         return asked
@@ -121,9 +121,9 @@ def sampling_for(asked: AskedSampling, model: Model) -> Sampling:
 
 
 def is_recorded(asked: AskedSampling, metadata: Mapping[str, Any]) -> bool:
-    """Whether a capture was sampled by the rules and stop texts that are asked for, according to its metadata.
+    """Whether a capture was sampled by the requested rules and stop texts, according to its metadata.
 
-    Of a checkpoint's sampling only what was given is compared; its own rules are not known before it is loaded.
+    For a checkpoint's sampling only given values are compared; its own rules are unknown before it is loaded.
     """
     recorded = metadata.get("sampling") or {"source": PLAIN}
     if isinstance(asked, Sampling):
@@ -135,7 +135,7 @@ def is_recorded(asked: AskedSampling, metadata: Mapping[str, Any]) -> bool:
 
 
 def without_effect(sampling: Sampling, samples: int | None = None) -> str | None:
-    """What to say of what was asked of a greedy choice, and only changes what is sampled."""
+    """The warning for rules that only affect sampling, when the choice is greedy."""
     given = sampling.without_effect if sampling.source == PLAIN else ()
     notes = [f"{' and '.join(given)} {'changes' if len(given) == 1 else 'change'} nothing"] if given else []
     notes += ["all samples of a prompt are the same"] if sampling.temperature == 0 and (samples or 1) > 1 else []
@@ -143,7 +143,7 @@ def without_effect(sampling: Sampling, samples: int | None = None) -> str | None
 
 
 def unfollowed(sampling: Sampling, model: Model) -> str | None:
-    """What the checkpoint's generation config asks for and the sampling does not do, in one sentence."""
+    """One sentence on settings of the checkpoint's generation config that the sampling does not follow."""
     if sampling.source != PLAIN or model.generation_config is None:
         return None
     names = [name for name in LogitRules.__dataclass_fields__ if sampling.temperature or name not in FOR_SAMPLING]
@@ -155,7 +155,7 @@ def unfollowed(sampling: Sampling, model: Model) -> str | None:
 
 
 def _settings(config: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    """The settings of a generation config that change something."""
+    """The settings of a generation config that have an effect."""
     found = {name: getattr(config, name, None) for name in names}
     return {name: value for name, value in found.items() if _changes(name, value)}
 
@@ -171,6 +171,6 @@ def _described(settings: dict[str, Any]) -> str:
 
 
 def _try_out(sampling: Sampling, model: Model) -> None:
-    """Apply every rule once, so that a value that it cannot have is found before any prompt runs."""
+    """Apply every rule once, so that an invalid value is found before any prompt runs."""
     prompts = [PromptTokens((0,), frozenset({0}), max_new_tokens=1)]
     LogitProcessors(sampling.rules, sampling.temperature, prompts)(torch.zeros(1, model.d_vocab))

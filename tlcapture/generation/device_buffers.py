@@ -18,7 +18,7 @@ SHARE = 0.5  # of an accelerator's free memory that recorded activations may tak
 
 
 class DeviceBuffer:
-    """Activations of one shape, `[row, column, place, ...]`: rows are prompts, places are hooks.
+    """Activations of one shape, `[row, column, hook, ...]`: rows are prompts, and hooks are counted.
 
     Columns are the positions of the left-padded batch. If all fit, they leave in chunks while the response is
     generated, or as a whole when it has ended if it may become long; otherwise the buffer holds one chunk of columns
@@ -31,9 +31,9 @@ class DeviceBuffer:
     """
 
     def __init__(
-        self, like: Tensor, n_places: int, lengths: Sequence[int], max_new_tokens: int, n_held: int, copies: Copies
+        self, like: Tensor, n_hooks: int, lengths: Sequence[int], max_new_tokens: int, n_held: int, copies: Copies
     ):
-        self._buffer = like.new_empty(len(lengths), n_held, n_places, *like.shape[2:])
+        self._buffer = like.new_empty(len(lengths), n_held, n_hooks, *like.shape[2:])
         self.copies = copies
         copies.lend(self._buffer)
         self._width = max(lengths)
@@ -62,17 +62,17 @@ class DeviceBuffer:
             self._leave(indices, stop - stop % _CHUNK)
 
     def take(self, index: int, n_tokens: int) -> Tensor:
-        """A row's activations `[place, n_tokens, ...]` in main memory, once the copies begun so far are done."""
+        """A row's activations `[hook, n_tokens, ...]` in main memory, once the copies begun so far are done."""
         self._leave([index], self._starts[index] + n_tokens, n_tokens)
         return self._targets[index][:n_tokens].transpose(0, 1)
 
     def with_room(self, index: int, n_tokens: int) -> Tensor:
-        """As `take`, with room for all tokens that the row may get: `[place, token, ...]`."""
+        """As `take`, with room for all tokens that the row may get: `[hook, token, ...]`."""
         self._leave([index], self._starts[index] + n_tokens)
         return self._targets[index].transpose(0, 1)
 
     def forget(self, index: int) -> None:
-        """Let the memory of a row's activations in main memory be freed once nobody else has it."""
+        """Release a row's activations in main memory, to be freed once nobody else holds them."""
         self._targets.pop(index, None)
 
     def _write_piece(self, indices: Sequence[int], pieces: Sequence[Tensor], first: int) -> None:
@@ -80,8 +80,8 @@ class DeviceBuffer:
         if n_columns == 1:
             _put(self._buffer[:, first], indices, torch.stack([piece[:, 0] for piece in pieces], dim=1))
             return
-        for place, piece in enumerate(pieces):  # stacked, whole prompts would take their memory twice
-            _put(self._buffer[:, first : first + n_columns, place], indices, piece)
+        for hook, piece in enumerate(pieces):  # stacked, whole prompts would take their memory twice
+            _put(self._buffer[:, first : first + n_columns, hook], indices, piece)
 
     def _leave(self, indices: Sequence[int], stop: int, n_tokens: int | None = None) -> None:
         """Copy the columns before `stop` of these rows to main memory, if they have not left yet."""
@@ -108,27 +108,27 @@ def _put(target: Tensor, indices: Sequence[int], values: Tensor) -> None:
         target.index_copy_(0, upload(indices, target.device), values)
 
 
-def columns_that_fit(like: Tensor, n_places: int, n_rows: int, n_columns: int, free: int) -> int:
-    """The columns for which a `DeviceBuffer` has room: all, else a chunk, else 0.
+def columns_that_fit(like: Tensor, n_hooks: int, n_rows: int, n_columns: int, free: int) -> int:
+    """The number of columns for which a `DeviceBuffer` has room: all, a chunk, or 0.
 
     Args:
         like: an activation `[batch, pos, ...]`.
         free: free bytes of the device.
     """
-    a_column = n_rows * n_places * math.prod(like.shape[2:]) * like.itemsize
+    a_column = n_rows * n_hooks * math.prod(like.shape[2:]) * like.itemsize
     room = int(SHARE * free) // max(1, a_column)
     return n_columns if room >= n_columns else min(_CHUNK, room)
 
 
 class Triangles:
-    """Attention patterns, `[row, place, head, weight]`: of each query the weights of the keys up to it.
+    """Attention patterns, `[row, hook, head, weight]`: for each query the weights of the keys up to it.
 
     Queries and keys are the columns of the left-padded batch; a query begins after the keys of those before it.
     """
 
-    def __init__(self, like: Tensor, n_places: int, n_rows: int, n_columns: int, device: torch.device):
+    def __init__(self, like: Tensor, n_hooks: int, n_rows: int, n_columns: int, device: torch.device):
         """`like` is a pattern `[batch, head, pos, key]`; `device` is where to keep them."""
-        shape = (n_rows, n_places, like.shape[1], n_weights(n_columns))
+        shape = (n_rows, n_hooks, like.shape[1], n_weights(n_columns))
         self._buffer = torch.empty(shape, dtype=like.dtype, device=device)
 
     def write(self, indices: Sequence[int], patterns: Sequence[Tensor], stop: int, n_columns: int) -> None:
@@ -142,23 +142,23 @@ class Triangles:
             return
         query, key = torch.tril_indices(n_columns, n_columns, device=device)
         at = (query + first) * (query + first + 1) // 2 + key + first
-        for place, pattern in enumerate(patterns):
+        for hook, pattern in enumerate(patterns):
             weights = pattern[:, :, -n_columns:, -n_columns:].to(device)
             flat = weights.flatten(2).index_select(2, query * n_columns + key)
-            self._buffer[indices[0] : indices[-1] + 1, place].index_copy_(2, at, flat)
+            self._buffer[indices[0] : indices[-1] + 1, hook].index_copy_(2, at, flat)
 
     def leave_device(self) -> None:
         """Move to main memory, where further patterns are written too."""
         self._buffer = self._buffer.to("cpu")
 
     def own(self, index: int, start: int, n_tokens: int) -> Tensor:
-        """The triangle `[place, head, weight]` of a row's own tokens, which begin at the column `start`."""
+        """The triangle `[hook, head, weight]` of a row's own tokens, which begin at the column `start`."""
         query, key = torch.tril_indices(n_tokens, n_tokens, device=self._buffer.device) + start
         return self._buffer[index].index_select(-1, query * (query + 1) // 2 + key)
 
 
 def whole_patterns(triangle: Tensor, n_tokens: int) -> Tensor:
-    """Patterns `[place, head, n_tokens, n_tokens]` of a triangle `[place, head, weight]`."""
+    """Patterns `[hook, head, n_tokens, n_tokens]` of a triangle `[hook, head, weight]`."""
     whole = triangle.new_zeros(*triangle.shape[:2], n_tokens, n_tokens)
     for token in range(n_tokens):
         whole[:, :, token, : token + 1] = triangle[:, :, n_weights(token) : n_weights(token + 1)]
@@ -166,5 +166,5 @@ def whole_patterns(triangle: Tensor, n_tokens: int) -> Tensor:
 
 
 def n_weights(n_queries: int) -> int:
-    """The weights of so many queries, of which each has one key more than the one before."""
+    """The number of weights of the first queries, each of which has one key more than the one before."""
     return n_queries * (n_queries + 1) // 2

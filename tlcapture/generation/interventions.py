@@ -29,7 +29,7 @@ ALL_POSITIONS = slice(None)
 
 @dataclass(frozen=True, eq=False)
 class RowMask:
-    """The rows whose next token is changed: a buffer `[batch, 1]` that stays where it is, and is filled anew."""
+    """The rows whose next token is changed: a buffer `[batch, 1]` that stays in place and is refilled."""
 
     rows: Tensor
 
@@ -66,7 +66,7 @@ class Intervention(ABC):
         return False
 
     def of_rows(self, rows: Rows) -> Intervention:
-        """The intervention for a batch of which only some rows are left, `[batch]`."""
+        """The intervention for a batch in which only some rows `[batch]` are left."""
         return self
 
 
@@ -126,7 +126,7 @@ class Limit(Intervention):
     most: float
 
     def change(self, activation: Tensor) -> Tensor:
-        """The activation without what its projection is too large by, computed in float32 or better."""
+        """The activation without the excess of its projection, computed in float32 or better."""
         return _less(activation, self.direction, lambda along: (along - self.most).clamp_(min=0))
 
     def to(self, device: torch.device) -> Limit:
@@ -171,7 +171,7 @@ def acting(
 
 
 def _key(positions: Positions) -> Hashable:
-    """What is equal for the same positions; Python hashes no slices before 3.12."""
+    """A hashable key for positions; Python cannot hash slices before 3.12."""
     return (positions.start, positions.stop) if isinstance(positions, slice) else positions
 
 

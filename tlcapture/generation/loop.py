@@ -59,13 +59,13 @@ def generate(
             this order.
         interventions: changes to the model's activations, each at the tokens that its `where` says.
         own_hooks: TransformerLens's hook functions with the names of their points, which every pass calls.
-        batch_size: how many prompts run together; `None` takes what fits in free memory. Out of memory, it is halved;
+        batch_size: how many prompts run together; `None` takes as many as fit in memory. Out of memory, it is halved;
             prompts that were being answered keep their tokens and activations, and go on from there.
         wanted: names of the prompts whose outcomes are yielded; `None` means all. Each of them runs in the batch in
             which it would run if all were wanted, so its outcome is bit-identical; batches without any do not run.
         on_tokens: called with the number of new tokens of wanted prompts after every step, and with a negative
             number for the tokens of a prompt that runs again, or fails, because memory ran out while it was alone.
-        spooling: where attention patterns are kept that are too large for memory; `None` keeps all in memory.
+        spooling: where to keep attention patterns that are too large for memory; `None` keeps all in memory.
 
     Raises:
         InputError: the activations of a hook are not stored token by token.
@@ -74,10 +74,7 @@ def generate(
     """
     check_hooks(hooks)
     _check_forced(prompts, max_new_tokens)
-    are_given = {prompt.given is not None for prompt in prompts}
-    if len(are_given) > 1:
-        raise ValueError("expected a given response for each prompt, or for none")
-    max_new_tokens = 0 if True in are_given else max_new_tokens
+    max_new_tokens = 0 if _are_given(prompts) else max_new_tokens
     if any(each.is_by_row for each in interventions):
         raise ValueError("interventions by row need continue_from, which runs prompts as one batch, in order")
     names = frozenset(prompt.name for prompt in prompts) if wanted is None else frozenset(wanted)
@@ -124,7 +121,7 @@ def generate(
 
 
 def prefill(model: Model, prompts: Sequence[TokenizedPrompt]) -> Any:
-    """A state of all tokens of the prompts but the last, one row per prompt, for `continue_from`."""
+    """A state of all tokens of the prompts except the last, one row per prompt, for `continue_from`."""
     tokens, mask = left_pad([prompt.token_ids[:-1] for prompt in prompts])
     state = model.start(len(prompts))
     if tokens.shape[1]:
@@ -160,7 +157,7 @@ def teacher_force(model: Model, token_ids: Sequence[int], hooks: Sequence[str]) 
 class _Queue:
     """Prompts that have not run yet, longest first, taken in batches.
 
-    Prompts of similar length run together, which needs less padding, and samples of a prompt, which is read once.
+    Prompts of similar length run together, which needs less padding, as do samples of a prompt, which is read once.
     """
 
     def __init__(self, prompts: Sequence[TokenizedPrompt], batch_size: int):
@@ -187,7 +184,7 @@ class _Queue:
 
 
 class _InFlight:
-    """Prompts of a batch that run together, and which of them are wanted and have no outcome yet."""
+    """Prompts of a batch that run together, and the wanted ones among them that have no outcome yet."""
 
     def __init__(self, batch: Batch, unfinished: Iterable[int], n_rows: int, *, is_resumed: bool):
         self.batch = batch
@@ -236,6 +233,14 @@ class _InFlight:
                 yield outcome
             if not self._unfinished:
                 return
+
+
+def _are_given(prompts: Sequence[TokenizedPrompt]) -> bool:
+    """Whether the prompts have given responses; raises `ValueError` if only some have."""
+    are_given = {prompt.given is not None for prompt in prompts}
+    if len(are_given) > 1:
+        raise ValueError("expected a given response for each prompt, or for none")
+    return True in are_given
 
 
 def _check_forced(prompts: Sequence[TokenizedPrompt], max_new_tokens: int) -> None:

@@ -28,7 +28,7 @@ class GumbelNoise:
     Args:
         starts: the start of each row's stream, from `stream_start`.
         width: the numbers of a step.
-        n_steps: the number of steps that there are at most.
+        n_steps: the maximum number of steps.
         first: the first step, counted from 0.
     """
 
@@ -66,7 +66,7 @@ class GumbelNoise:
 
 
 def stream_start(seed: int, prompt: TokenizedPrompt) -> int:
-    """The start of a prompt's stream, made of the seed, the prompt set, the prompt's id and its sample.
+    """The start of a prompt's stream, computed from the seed, the prompt set, the prompt's id and its sample.
 
     The first sample has the stream of a prompt without samples.
     """

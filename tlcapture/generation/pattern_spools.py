@@ -1,12 +1,12 @@
-"""Attention patterns on disk while a prompt runs: of each query the weights of the keys up to it, in chunks of queries.
+"""Attention patterns on disk while a prompt runs: for each query the weights of keys up to it, in chunks of queries.
 
-A long prompt's patterns are larger than memory. What a step yields of them is gathered until it makes a chunk, which
-is appended to a file that has no name, so that nothing is left of it when the process ends, however it ends.
+A long prompt's patterns are larger than memory. The weights of each step are gathered until they fill a chunk, which
+is appended to a file without a name, so that nothing is left of it when the process ends, however it ends.
 
     patterns = SpooledPatterns(folder, lengths)
     patterns.write(indices, cached, stop, n_columns)      # every step
     spool = patterns.take(index, n_tokens)
-    for chunk in spool.triangle(place): ...               # [weight, head], queries in their order
+    for chunk in spool.triangle(hook): ...               # [weight, head], queries in their order
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Chunk = Float[Tensor, "n_weights n_heads"]
 
 @dataclass(frozen=True)
 class Spooling:
-    """Where patterns are kept while prompts run: below a folder, where a prompt has over so many weights in all."""
+    """Where patterns are kept while prompts run: in a folder, for prompts with more than a number of weights."""
 
     folder: Path
     above: int
@@ -43,7 +43,7 @@ class Spooling:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A chunk in the file: its queries, and where its weights of the first place begin, in numbers."""
+    """A chunk in the file: its queries, and the offset of its weights of the first hook, counted in weights."""
 
     first: int
     stop: int
@@ -56,10 +56,10 @@ class _Stored:
 
 @dataclass
 class PatternSpool:
-    """The patterns of one prompt, by place (the layers that are watched, in their order)."""
+    """The patterns of one prompt, by hook (the layers that are watched, in their order)."""
 
     folder: Path
-    n_places: int
+    n_hooks: int
     n_heads: int
     dtype: torch.dtype
     _chunks: list[_Stored] = field(default_factory=list)
@@ -71,16 +71,16 @@ class PatternSpool:
         return self._chunks[-1].stop if self._chunks else 0
 
     def append(self, n_queries: int, part: Callable[[int], Chunk]) -> None:
-        """Append the next queries; `part` gives the weights of each place, which is asked for one after another.
+        """Append the next queries; `part` is called for the weights of one hook after another.
 
         Raises `StorageError` if the device is full.
         """
         first = self.n_tokens
         chunk = _Stored(first, first + n_queries, self._end)
-        for place in range(self.n_places):
-            weights = part(place)
+        for hook in range(self.n_hooks):
+            weights = part(hook)
             assert weights.shape == (chunk.n_weights, self.n_heads), (weights.shape, chunk)
-            self._write(self._at(chunk, place), weights)
+            self._write(self._at(chunk, hook), weights)
         self._chunks.append(chunk)
 
     def cut(self, n_tokens: int) -> None:
@@ -88,19 +88,19 @@ class PatternSpool:
         while self.n_tokens > n_tokens:
             last = self._chunks[-1]
             kept = n_weights(max(n_tokens, last.first)) - n_weights(last.first)
-            parts = [self._read(last, place)[:kept] for place in range(self.n_places)]
+            parts = [self._read(last, hook)[:kept] for hook in range(self.n_hooks)]
             self._chunks.pop()
             if kept:
                 self.append(n_tokens - last.first, parts.__getitem__)
 
-    def triangle(self, place: int) -> Iterator[Chunk]:
-        """The weights of a place, in chunks of queries."""
-        return (self._read(chunk, place) for chunk in self._chunks)
+    def triangle(self, hook: int) -> Iterator[Chunk]:
+        """The weights of a hook, in chunks of queries."""
+        return (self._read(chunk, hook) for chunk in self._chunks)
 
-    def pattern(self, place: int) -> Float[Tensor, "n_heads n_queries n_tokens"]:
-        """The weights of a place as a square, zero above the diagonal."""
+    def pattern(self, hook: int) -> Float[Tensor, "n_heads n_queries n_tokens"]:
+        """The weights of a hook as a square, zero above the diagonal."""
         whole = torch.zeros(self.n_heads, self.n_tokens, self.n_tokens, dtype=self.dtype)
-        for chunk, weights in zip(self._chunks, self.triangle(place), strict=True):
+        for chunk, weights in zip(self._chunks, self.triangle(hook), strict=True):
             ends = [n_weights(query) - n_weights(chunk.first) for query in range(chunk.first, chunk.stop + 1)]
             for query, (start, stop) in enumerate(pairwise(ends), chunk.first):
                 whole[:, query, : query + 1] = weights[start:stop].T
@@ -109,10 +109,10 @@ class PatternSpool:
     @property
     def _end(self) -> int:
         last = self._chunks[-1] if self._chunks else _Stored(0, 0, 0)
-        return self._at(last, self.n_places)
+        return self._at(last, self.n_hooks)
 
-    def _at(self, chunk: _Stored, place: int) -> int:
-        return chunk.offset + place * chunk.n_weights * self.n_heads
+    def _at(self, chunk: _Stored, hook: int) -> int:
+        return chunk.offset + hook * chunk.n_weights * self.n_heads
 
     def _write(self, start: int, weights: Chunk) -> None:
         data = memoryview(weights.contiguous().view(torch.uint8).numpy().reshape(-1))
@@ -127,9 +127,9 @@ class PatternSpool:
         except OSError as error:
             raise StorageError(f"{self.folder}: attention patterns cannot be kept there: {error.strerror}") from None
 
-    def _read(self, chunk: _Stored, place: int) -> Chunk:
+    def _read(self, chunk: _Stored, hook: int) -> Chunk:
         assert self._file is not None
-        n_numbers, start = chunk.n_weights * self.n_heads, self._at(chunk, place)
+        n_numbers, start = chunk.n_weights * self.n_heads, self._at(chunk, hook)
         data = bytearray(n_numbers * self.dtype.itemsize)
         into, at = memoryview(data), start * self.dtype.itemsize
         while into:
@@ -142,7 +142,7 @@ class PatternSpool:
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """The next query of some rows, `[row, place, head, key]`, whose keys end before the column `stop`."""
+    """The next query of some rows, `[row, hook, head, key]`, whose keys end before the column `stop`."""
 
     indices: tuple[int, ...]
     weights: Tensor
@@ -150,18 +150,17 @@ class _Step:
 
 
 class SpooledPatterns:
-    """The patterns of a batch of left-padded prompts, each in a spool of its own.
+    """The patterns of a batch of left-padded prompts, each prompt's in its own spool.
 
     Args:
         like: a pattern `[batch, head, pos, key]`.
-        n_places: the hooks.
+        n_hooks: the number of hooks.
         lengths: tokens of each prompt.
     """
 
-    def __init__(self, folder: Path, like: Tensor, n_places: int, lengths: Sequence[int]):
-        self._spools = [PatternSpool(folder, n_places, like.shape[1], like.dtype) for _ in lengths]
+    def __init__(self, folder: Path, like: Tensor, n_hooks: int, lengths: Sequence[int]):
+        self._spools = [PatternSpool(folder, n_hooks, like.shape[1], like.dtype) for _ in lengths]
         self._first = [max(lengths) - length for length in lengths]  # the column of each prompt's first token
-        self._n_places = n_places
         self._most_pending = _MOST_PENDING.get(like.device.type, _MOST_PENDING_ELSEWHERE)
         self._pending: list[_Step] = []
         self._n_pending = 0  # bytes
@@ -184,7 +183,7 @@ class SpooledPatterns:
                 self._spools[index].append(last - first, partial(_lower, own, first, last))
 
     def flush(self) -> None:
-        """Write what waits for the rest of its chunk."""
+        """Write weights that are waiting for their chunk to fill."""
         steps, self._pending, self._n_pending = self._pending, [], 0
         if not steps:
             return
@@ -202,7 +201,7 @@ class SpooledPatterns:
             self._spools[index].append(len(own), partial(_of_steps, own))
 
     def take(self, index: int, n_tokens: int) -> PatternSpool:
-        """The patterns of a prompt's first `n_tokens` tokens, which are all that it has; nothing is kept of it here."""
+        """Hand over the patterns of a prompt, which has `n_tokens` tokens."""
         self.flush()
         spool = self._spools[index]
         spool.cut(n_tokens)
@@ -210,10 +209,10 @@ class SpooledPatterns:
         return spool
 
     def forget(self, index: int) -> None:
-        """Keep no patterns of a prompt, which has ended."""
+        """Drop the patterns of a prompt that has ended."""
         self.flush()
         old = self._spools[index]
-        self._spools[index] = PatternSpool(old.folder, old.n_places, old.n_heads, old.dtype)
+        self._spools[index] = PatternSpool(old.folder, old.n_hooks, old.n_heads, old.dtype)
 
     def rewind(self, index: int, n_tokens: int) -> None:
         """Let the next token of a prompt be the one after its first `n_tokens`."""
@@ -221,13 +220,13 @@ class SpooledPatterns:
         self._spools[index].cut(n_tokens)
 
 
-def _lower(patterns: Sequence[Tensor], first: int, stop: int, place: int) -> Chunk:
+def _lower(patterns: Sequence[Tensor], first: int, stop: int, hook: int) -> Chunk:
     """The weights `[n_weights, n_heads]` of some queries of one of the patterns `[head, query, key]`, on the CPU."""
     query, key = torch.tril_indices(stop - first, stop, offset=first)
-    block = patterns[place][:, first:stop, :stop].flatten(1)
+    block = patterns[hook][:, first:stop, :stop].flatten(1)
     return block.index_select(1, (query * stop + key).to(block.device)).T.contiguous().cpu()
 
 
-def _of_steps(steps: Sequence[Tensor], place: int) -> Chunk:
-    """The weights of one place in steps `[place, head, key]` of consecutive queries."""
-    return torch.cat([weights[place].T for weights in steps])
+def _of_steps(steps: Sequence[Tensor], hook: int) -> Chunk:
+    """The weights of one hook in steps `[hook, head, key]` of consecutive queries."""
+    return torch.cat([weights[hook].T for weights in steps])

@@ -1,7 +1,7 @@
-"""What changes the logits before a token is chosen: penalties, suppressed and forced tokens, top-k, top-p and others.
+"""Rules that change the logits before a token is chosen: penalties, suppressed and forced tokens, top-k, top-p, ...
 
 The rules are those of Hugging Face's `generate`, under its names and in its order, computed by its public classes.
-Rules that depend on a prompt's own tokens are applied to each row by itself, without its padding. Only the repetition
+Rules that depend on a prompt's own tokens are applied row by row, without the padding. Only the repetition
 penalty, which many checkpoints set, is computed here, for the whole batch on its device; and on a CPU top-p, which
 generate finds by sorting the vocabulary, in `top_p`.
 
@@ -45,11 +45,11 @@ _VALID: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 @dataclass(frozen=True)
 class LogitRules:
-    """Rules in the order in which they apply, with the names and values of a generation config; `None` is no rule.
+    """Rules in the order in which they apply, with the names and values of a generation config; `None` means no rule.
 
-    Those from `top_h` on choose what is sampled from, after the temperature; a greedy choice ignores them.
+    Rules from `top_h` on limit sampling, after the temperature; a greedy choice ignores them.
 
-    Raises `ValueError` for a repetition penalty, top-k, top-p or min-p that it cannot have.
+    Raises `ValueError` for an invalid repetition penalty, top-k, top-p or min-p.
     """
 
     sequence_bias: Any = None
@@ -83,7 +83,7 @@ class LogitRules:
         return hash(tuple(self.active(greedy=False)))  # of names: values of a generation config may be lists
 
     def active(self, *, greedy: bool) -> dict[str, Any]:
-        """The rules that there are, by name; without those for sampling if the choice is greedy."""
+        """The rules that are set, by name, without those for sampling if the choice is greedy."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
             name: value for name, value in found.items() if value is not None and not (greedy and name in FOR_SAMPLING)
@@ -96,7 +96,7 @@ NO_RULES = LogitRules()
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """What rules depend on for one prompt: its token ids, the stop ids of its response, and how long it may get."""
+    """The data of one prompt that rules depend on: its token ids, stop ids, and its response's maximum length."""
 
     token_ids: Sequence[int]
     stops: frozenset[int]
@@ -184,7 +184,7 @@ class LogitProcessors:
             yield ids if responses is None else torch.cat([ids, responses[number : number + 1]], dim=1)
 
     def _penalised(self, scores: LastLogits) -> LastLogits:
-        """Positive logits of tokens that a row already has divided by the penalty, negative ones multiplied by it."""
+        """Divide positive logits of tokens that a row already has by the penalty, and multiply negative ones by it."""
         penalty, d_vocab = self._rules["repetition_penalty"], scores.shape[1]
         new = self._responses[-1:] if self._seen is not None else self._responses
         starts = torch.arange(0, scores.numel(), d_vocab, device=scores.device)
@@ -197,7 +197,7 @@ class LogitProcessors:
         return changed.view(scores.shape)
 
     def _in_prompts(self, scores: LastLogits) -> Tensor:
-        """The tokens of running prompts `[n]`; an embedding may have more rows than there are logits."""
+        """The tokens of running prompts `[n]` that have logits; an embedding may have more rows."""
         d_vocab = scores.shape[1]
         known = [
             number * d_vocab + token

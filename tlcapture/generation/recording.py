@@ -31,8 +31,8 @@ class Recorder:
 
     A prompt's activations of one shape share a buffer in main memory, without padding. On a CPU every step is written
     into these buffers. On an accelerator a step is written into buffers there, from which activations are copied while
-    the model goes on; where they do not fit, every step is copied. Of patterns only the triangles are kept, on disk
-    where `spooling` says so.
+    the model goes on; where they do not fit, every step is copied. Of patterns only the triangles are kept, on
+    disk if `spooling` says so.
 
     Prompts are numbered in the order of `prompt_lengths`, which are in tokens.
     """
@@ -86,7 +86,7 @@ class Recorder:
             self._filled[index] += count
 
     def _check_shape(self, name: str, activation: Tensor, indices: Sequence[int]) -> None:
-        """Raise `InputError` for an activation of the first step that does not lie token by token."""
+        """Raise `InputError` for an activation of the first step that is not stored token by token."""
         shape, axis, longest = activation.shape, _token_axis(name), max(self._lengths)
         at_least = max(self._lengths[index] for index in indices)
         if len(shape) <= axis or shape[0] != len(indices) or not at_least <= shape[axis] <= longest:
@@ -98,13 +98,14 @@ class Recorder:
     def take(self, index: int) -> Recorded:
         """All activations of a prompt: `[n_tokens, ...]` by name, in the prompt's own buffers.
 
-        The first read of one waits until it has arrived in main memory. A call that runs out of memory can be repeated.
+        Reading an activation waits until it has arrived in main memory. A call that runs out of memory can be
+        repeated.
         """
         parts, n_bytes, spools = [], 0, dict[str, tuple[PatternSpool, int]]()
         for kind, names in self._groups.items():
             if (spooled := self._spooled.get(kind)) is not None:
                 spool = spooled.take(index, self._filled[index])
-                spools |= {name: (spool, place) for place, name in enumerate(names)}
+                spools |= {name: (spool, hook) for hook, name in enumerate(names)}
                 continue
             part, more = self._part(kind, index)
             parts.append((names, part))
@@ -113,7 +114,7 @@ class Recorder:
         return Recorded(self._order, parts, n_bytes, spools)
 
     def forget(self, index: int) -> None:
-        """Keep no activations of a prompt, which has ended."""
+        """Drop the activations of a prompt that has ended."""
         self._filled[index] = 0
         for kind in self._groups:
             self._buffers.pop((kind, index), None)
@@ -191,7 +192,7 @@ class Recorder:
 
     @property
     def _width(self) -> int:
-        """The columns of the left-padded prompts; a response begins in the next one."""
+        """The number of columns of the left-padded prompts; responses begin in the next column."""
         return max(self._lengths)
 
     def _next_column(self, indices: Sequence[int]) -> int:
@@ -202,14 +203,14 @@ class Recorder:
     def _device_buffer(self, kind: Kind, activations: list[Tensor]) -> DeviceBuffer | None:
         """The buffer of a kind on the accelerator that the activations are on, made at the first step."""
         if kind not in self._on_device:
-            first, n_places, n_rows = activations[0], len(activations), len(self._lengths)
+            first, n_hooks, n_rows = activations[0], len(activations), len(self._lengths)
             n_held = 0
             if _has_own_memory(first.device):
                 columns = self._width + self._max_new_tokens
-                n_held = columns_that_fit(first, n_places, n_rows, columns, _free(first.device))
+                n_held = columns_that_fit(first, n_hooks, n_rows, columns, _free(first.device))
             self._on_device[kind] = (
                 DeviceBuffer(
-                    first, n_places, self._lengths, self._max_new_tokens, n_held, self._copies_from(first.device)
+                    first, n_hooks, self._lengths, self._max_new_tokens, n_held, self._copies_from(first.device)
                 )
                 if n_held
                 else None
@@ -247,7 +248,7 @@ class Recorder:
 
 
 def _once_copied(target: Tensor, copies: Copies) -> Part:
-    """A tensor in main memory, once what has been copied so far has arrived."""
+    """A tensor in main memory, once all copies begun so far have arrived."""
     mark = copies.mark()
 
     def arrived() -> Tensor:
@@ -260,7 +261,7 @@ def _once_copied(target: Tensor, copies: Copies) -> Part:
 class Recorded(Mapping[str, Tensor]):
     """Activations by name, which are waited for when they are read; `n_bytes` is the memory that they take.
 
-    Patterns that are on disk, in `spools` with their place there, are read whenever they are asked for.
+    Patterns that are on disk, in `spools` with the index of their hook, are read whenever they are asked for.
     """
 
     def __init__(
@@ -281,13 +282,13 @@ class Recorded(Mapping[str, Tensor]):
         """The weights `[n_weights, n_heads]` of patterns that are on disk, in chunks; `None` for any others."""
         if name not in self._spools:
             return None
-        spool, place = self._spools[name]
-        return spool.triangle(place)
+        spool, hook = self._spools[name]
+        return spool.triangle(hook)
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._spools:
-            spool, place = self._spools[name]
-            return spool.pattern(place)
+            spool, hook = self._spools[name]
+            return spool.pattern(hook)
         with self._lock:
             if name not in self._arrived:
                 names, part = self._parts[name]
@@ -311,7 +312,7 @@ class Together(Mapping[str, Tensor]):
         self._of = {name: cache for cache in caches for name in cache}
 
     def triangle(self, name: str) -> Iterator[Tensor] | None:
-        """As `Recorded.triangle`."""
+        """See `Recorded.triangle`."""
         cache = self._of[name]
         return cache.triangle(name) if isinstance(cache, Recorded) else None
 
@@ -341,7 +342,7 @@ def check_hooks(hooks: Sequence[str]) -> None:
 
 
 def _kind(name: str, activation: Tensor) -> Kind:
-    """What has to be equal for activations to share a buffer."""
+    """The properties that must be equal for activations to share a buffer."""
     if is_pattern(name):
         return ("pattern", activation.shape[1], str(activation.dtype))
     return (*activation.shape[2:], str(activation.dtype))
@@ -353,7 +354,7 @@ def _token_axis(name: str) -> int:
 
 
 def _has_own_memory(device: torch.device) -> bool:
-    """Whether the device has memory of its own, which copies leave beside its work."""
+    """Whether the device has its own memory, which it copies from while it works."""
     return device.type == "cuda"
 
 

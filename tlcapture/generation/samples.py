@@ -1,4 +1,4 @@
-"""Several responses to a prompt, each with random numbers of its own, that share the keys and values of the prompt."""
+"""Several responses to a prompt, each with its own random numbers, that share the keys and values of the prompt."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def check_names(prompt_set: str, ids: Sequence[object], samples: int | None) -> 
 
 
 def sampled(prompts: Sequence[TokenizedPrompt], samples: int | None) -> list[TokenizedPrompt]:
-    """Each prompt once per sample, which are numbered from 1; the prompts themselves where `samples` is `None`."""
+    """Each prompt once per sample, numbered from 1; the prompts unchanged if `samples` is `None`."""
     if samples is None:
         return list(prompts)
     return [replace(prompt, sample=sample) for prompt in prompts for sample in range(1, samples + 1)]
 
 
 def n_together(prompts: Sequence[TokenizedPrompt], most: int, start: int = 0) -> int:
-    """How many prompts from `start` on to run together: up to `most`, not parting samples of a prompt if possible."""
+    """How many prompts from `start` on run together: up to `most`, with samples of a prompt together if possible."""
     end = last = min(start + most, len(prompts))
     while start < end < len(prompts) and _is_same(prompts[end - 1], prompts[end]):
         end -= 1
@@ -46,7 +46,7 @@ def n_together(prompts: Sequence[TokenizedPrompt], most: int, start: int = 0) ->
 
 
 def to_read(prompts: Sequence[TokenizedPrompt]) -> tuple[Sequence[int], Sequence[int]]:
-    """The indices of different prompts, and for each prompt which of those it is."""
+    """The indices of distinct prompts, and for each prompt its place among them."""
     first: list[int] = []
     rows = []
     for index, prompt in enumerate(prompts):

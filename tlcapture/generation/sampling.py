@@ -41,7 +41,7 @@ class Sampling:
     Attributes:
         temperature: 0 is greedy.
         seed: combined with each prompt's set and id.
-        rules: what changes the logits first; it has the rules that are named below, too.
+        rules: the rules that change the logits first, including those that are named below.
         source: whether the rules are those of the `checkpoint`, or `plain`.
         top_p: sample from the fewest likeliest tokens whose probabilities reach this share.
         top_k: sample from this many of the likeliest tokens.
@@ -84,7 +84,7 @@ class Sampling:
         return f"Sampling({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     def record(self) -> dict[str, Any]:
-        """The sampling as metadata; without `sampling` where only temperature and seed matter."""
+        """The sampling as metadata; without `sampling` if only temperature and seed matter."""
         rules = self.rules.active(greedy=self.temperature == 0)
         stop = {"stop": list(self.stop)} if self.stop else {}
         more = {"sampling": {"source": self.source, **rules, **stop}} if rules or stop or self.source != PLAIN else {}
@@ -92,7 +92,7 @@ class Sampling:
 
     @property
     def without_effect(self) -> tuple[str, ...]:
-        """Names of rules that choose what is sampled from, where nothing is sampled."""
+        """Names of rules that only limit sampling, if nothing is sampled."""
         ignored = self.rules.active(greedy=False).keys() - self.rules.active(greedy=True).keys()
         return tuple(sorted(ignored)) if self.temperature == 0 else ()
 
@@ -128,7 +128,7 @@ class Choice:
     Attributes:
         tokens: token ids `[batch]`, of the vocabulary in any case.
         is_finite: whether the largest logit is finite, `[batch]`: -inf is a probability of 0, NaN and +inf are not. It
-            is NaN if any is.
+            is NaN if any logit is.
     """
 
     tokens: NextTokens
@@ -162,7 +162,7 @@ def choose_tokens(logits: LastLogits, temperature: float, noise: Noise | None = 
 
 
 def n_numbers(d_vocab: int) -> int:
-    """The random numbers that a draw from a vocabulary takes: one per group, and one per token of a group."""
+    """The count of random numbers for a draw from a vocabulary: one per group, and one per token of a group."""
     n_groups = _n_groups(d_vocab)
     return n_groups + math.ceil(d_vocab / n_groups)
 

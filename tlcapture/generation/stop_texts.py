@@ -22,7 +22,7 @@ class StopTexts:
         self._n_tokens = max(len(text.encode()) for text in texts) + _MARGIN  # a token has at least one byte
 
     def is_completed(self, last_of_prompt: int, response: Sequence[int]) -> bool:
-        """Whether a response has one of the texts, of which its last tokens are read."""
+        """Whether one of the texts occurs in the last tokens of a response."""
         ids = [last_of_prompt, *response][-self._n_tokens - 1 :]
         # Decoders drop a space before the first token, which is not looked at.
         end = self._decoded(ids).removeprefix(self._decoded(ids[:1]))

@@ -1,4 +1,4 @@
-"""Which rows of a batch are within their thinking, followed token by token.
+"""Tracks, token by token, which rows of a batch are within their thinking.
 
 A token is thinking if the thinking was open before it and still is after it: the tokens that complete the opening and
 the closing marker are not.
@@ -15,8 +15,7 @@ from tlcapture.generation.transfers import upload
 from tlcapture.prompts.thinking import is_thinking, marker_tokens
 from tlcapture.prompts.tokenization import token_texts
 from tlcapture.shapes import NextTokens, Rows
-
-_PART, _MOST_PARTS = "\ufffd", 4  # what a token of some bytes of a character decodes to; characters have up to 4 bytes
+from tlcapture.text import MOST_BYTES, REPLACEMENT
 
 
 @runtime_checkable
@@ -33,7 +32,7 @@ class ThinkingRows(Protocol):
 def thinking_rows(
     tokenizer: Any, openings: Sequence[str], responses: Sequence[Sequence[int]], *, chat_template: bool = True
 ) -> ThinkingRows:
-    """Rows after their responses so far. Markers of one token are followed on the device, others by their text."""
+    """The rows after their responses so far. Markers of one token are matched on the device, others by their text."""
     texts = [_Text.of(tokenizer, *row, chat_template) for row in zip(openings, responses, strict=True)]
     markers = marker_tokens(tokenizer, chat_template=chat_template)
     return _ByText(texts) if markers is None else _ByToken(*markers, [each.is_open for each in texts])
@@ -46,7 +45,7 @@ def thinking_tokens(tokenizer: Any, opening: str, response: Sequence[int], *, ch
 
 
 class _ByToken:
-    """Followed on the device, by the ids of the markers."""
+    """Tracks rows on the device, by the ids of the markers."""
 
     def __init__(self, open: int, close: int, inside: Sequence[bool]):
         self._open, self._close = open, close
@@ -62,7 +61,7 @@ class _ByToken:
 
 
 class _ByText:
-    """Followed in main memory, for which every step waits."""
+    """Tracks rows in main memory, which makes every step wait."""
 
     def __init__(self, texts: Sequence[_Text]):
         self._texts = list(texts)
@@ -97,7 +96,7 @@ class _Text:
             piece = token_texts(self._tokenizer, [token])[0]
         else:
             piece = str(self._tokenizer.decode(self._parts, clean_up_tokenization_spaces=False))
-        if not piece.endswith(_PART) or len(self._parts) == _MOST_PARTS:
+        if not piece.endswith(REPLACEMENT) or len(self._parts) == MOST_BYTES:
             self._text, self._parts, piece = self._text + piece, [], ""
         before, self.is_open = self.is_open, self._is_open(self._text + piece)
         return before and self.is_open

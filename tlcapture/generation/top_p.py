@@ -1,8 +1,8 @@
 """Top-p without sorting the vocabulary by index, which takes as long as a decode step on a CPU.
 
-The mask is that of Hugging Face's `TopPLogitsWarper`: tokens from some score on stay. A row's likeliest tokens usually
-reach the share that is kept, and a partial sort finds them. Where they do not, or rounding decides what stays, a row's
-scores are sorted without their indices, and where equal scores are told apart, `TopPLogitsWarper` sorts them itself.
+The mask is Hugging Face's (`TopPLogitsWarper`): tokens from some score on stay. A row's likeliest tokens usually
+reach the share to keep, and a partial sort finds them. If they do not, or rounding decides what stays, a row's
+scores are sorted without their indices; if equal scores must be told apart, `TopPLogitsWarper` sorts them itself.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class TopP:
         return lowest[:, 0], is_certain[:, 0]
 
     def _among_all(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The lowest score that stays of one row `[d_vocab]`, as `TopPLogitsWarper` computes it; no tie is certain."""
+        """The lowest score that stays in a row `[d_vocab]`, as in `TopPLogitsWarper`; ties are never certain."""
         ordered = torch.from_numpy(np.sort(scores.numpy()))
         removed = ordered.softmax(dim=-1).cumsum(dim=-1) <= self._limit
         removed[-1] = False

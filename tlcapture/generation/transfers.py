@@ -73,7 +73,7 @@ class Copies:
             self._in_transit.append((piece.nbytes, self._thread.submit(_land, self._event(), pinned, onto)))
 
     def mark(self) -> Mark:
-        """A mark of the copies begun so far, for `wait`."""
+        """A mark for `wait` that stands for the copies begun so far."""
         return self._event(), self._in_transit[-1][1] if self._in_transit else None
 
     def wait(self, mark: Mark) -> None:
@@ -107,9 +107,9 @@ def _land(event: Any, pinned: Tensor, target: Tensor) -> None:
 
 
 def in_main_memory(shape: Sequence[int], dtype: torch.dtype, *, pinned: bool) -> Tensor:
-    """An uninitialised tensor in main memory, pinned if that is asked for and can be had.
+    """An uninitialised tensor in main memory, pinned if requested and possible.
 
-    To pin memory takes longer than to fill it, but torch uses it again once the tensors in it are gone.
+    Pinning memory takes longer than filling it, but torch reuses it once the tensors in it are gone.
     """
     if pinned:
         with suppress(RuntimeError):

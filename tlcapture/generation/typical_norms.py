@@ -32,7 +32,7 @@ class TypicalNorms:
         self._norms.setdefault(layer, []).append(residual.float().norm(dim=-1).flatten().cpu())
 
     def medians(self) -> dict[int, float]:
-        """The median of each layer; of two in the middle their mean."""
+        """The median of each layer; for an even number, the mean of the middle two."""
         return {layer: _median(torch.cat(norms)) for layer, norms in sorted(self._norms.items())}
 
 

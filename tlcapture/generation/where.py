@@ -1,4 +1,4 @@
-"""At which tokens an intervention acts. Loads no torch.
+"""The tokens at which an intervention acts. Loads no torch.
 
     Where.parse("first=5").of_tokens(n_prompt=3, n_tokens=10)
 
@@ -26,7 +26,7 @@ _FIRST = re.compile(r"first=([1-9][0-9]{0,8})")
 
 @dataclass(frozen=True)
 class Where:
-    """At which tokens of prompt and response an intervention acts; `n` is that of `first=N`."""
+    """The tokens of prompt and response at which an intervention acts; `n` belongs to `first=N`."""
 
     name: str
     n: int = 0
@@ -68,7 +68,7 @@ class Where:
     def acts_at(self, number: int) -> bool:
         """Whether it acts at a token of the response, counted from 0; -1 is the last one of the prompt.
 
-        Not for `thinking`, which the tokens decide.
+        Not for `thinking`, which depends on the tokens.
         """
         if number < 0:
             return self.name in ("everywhere", "from_last_prompt_token", "prompt")

@@ -27,14 +27,14 @@ def is_offline() -> bool:
 
 @dataclass(frozen=True)
 class Revision:
-    """What the hub knows of a repository's revision: its commit, and the names of its files."""
+    """The hub's answer about a repository's revision: its commit, and the names of its files."""
 
     commit: str
     files: tuple[str, ...]
 
 
 def ask(repository: str, revision: str) -> Revision:
-    """What the hub says about a repository's revision.
+    """Ask the hub about a repository's revision.
 
     Raises `ModelError` with the reason, to continue a sentence, if the hub does not answer or does not have it.
     """

@@ -1,4 +1,4 @@
-"""The inputs of a Hugging Face model's layers, which its `hidden_states` are not for every architecture."""
+"""The inputs of a Hugging Face model's layers; for some architectures its `hidden_states` are something else."""
 
 from __future__ import annotations
 

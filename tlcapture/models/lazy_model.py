@@ -1,4 +1,4 @@
-"""A model that is loaded on first use, so that sessions that need none do not wait for one."""
+"""A model that is loaded on first use, so that sessions that do not need it need not wait."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The batch size that fits in free memory, and recognising that memory ran out.
 
 On a device are its weights, keys and values of every running prompt, the work of one layer, and recorded activations
-as far as the recorder keeps them there: it takes up to half of what is free, and otherwise copies every step to main
+as far as the recorder keeps them there: it uses up to half of the free memory, and otherwise copies every step to main
 memory, where the activations of every running prompt then are.
 """
 
@@ -47,7 +47,7 @@ class BatchBytes:
     patterns: int
 
     def on_device(self, n_prompts: int) -> int:
-        """What a batch takes on the device, apart from activations that were recorded."""
+        """The memory of a batch on the device, apart from recorded activations."""
         read = n_prompts if self.at_once is None else min(self.at_once, n_prompts)
         return read * self.reading + n_prompts * self.per_prompt
 
@@ -73,8 +73,8 @@ def fitting_batch_size(
 ) -> int:
     """The number of prompts of up to `n_tokens` tokens, with their responses, that fit together; at least 1.
 
-    `n_prompt_tokens` are those that are read at once, by default all; with `in_one_step`, those of all prompts are.
-    Patterns are on disk of prompts that have over `spooled_above` weights.
+    `n_prompt_tokens` tokens of a prompt are read at once, by default all; with `in_one_step`, all prompts together.
+    Patterns of prompts with more than `spooled_above` weights are on disk.
     """
     most = min(n_prompts, _MOST.get(model.device.type, _MOST_ELSEWHERE))
     options: dict[str, Any] = {"in_one_step": in_one_step, "spooled_above": spooled_above}
@@ -93,9 +93,9 @@ def batch_bytes(
     in_one_step: bool = False,
     spooled_above: int | None = None,
 ) -> BatchBytes:
-    """What prompts take, with the arguments of `fitting_batch_size`.
+    """The memory of prompts, with the arguments of `fitting_batch_size`.
 
-    Of `model`, only its sizes, dtype, device and the way it reads prompts are used.
+    Only the sizes, dtype and device of `model` and the way it reads prompts are used.
     """
     m, itemsize = model.measures, model.dtype.itemsize
     read = n_tokens if n_prompt_tokens is None else min(n_tokens, max(1, n_prompt_tokens))
@@ -130,7 +130,7 @@ def bytes_per_prompt(model: Model, n_tokens: int, hooks: Collection[str]) -> int
 
 
 def _width(name: str, m: Measures) -> int:
-    """How many numbers an activation has for each token, at most."""
+    """The largest number of values that an activation has for each token."""
     by_head = {"query": m.n_heads, "mixed_values": m.n_heads, "key": m.n_key_value_heads, "value": m.n_key_value_heads}
     kind = _KINDS.get(at_any_layer(name), "")
     if kind in by_head:
@@ -139,7 +139,7 @@ def _width(name: str, m: Measures) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Free bytes of a CUDA device, with those that torch holds for tensors to come; otherwise of main memory."""
+    """Free bytes of a CUDA device, including torch's reserve for future tensors; otherwise of main memory."""
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + held

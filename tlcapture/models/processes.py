@@ -26,7 +26,7 @@ _PROCESS_EVENTS = frozenset(
 
 
 class _Guarded(threading.local):
-    """How many guards are active in a thread."""
+    """The number of guards that are active in a thread."""
 
     depth = 0
 

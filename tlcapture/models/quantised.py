@@ -1,4 +1,4 @@
-"""Quantised checkpoints: which are loaded, and what the others need.
+"""Quantised checkpoints: which ones can be loaded, and what the others need.
 
 Where transformers can dequantise the weights, they are loaded dequantised. A model whose layers round activations to 8
 bits as well is then computed without that rounding.
@@ -87,7 +87,7 @@ def is_dequantised(config: Any) -> bool:
 
 
 def forget(config: Any) -> None:
-    """Remove the quantisation from a config, as that of dequantised weights."""
+    """Remove the quantisation from the config of dequantised weights."""
     for part in (config, config.get_text_config(decoder=True)):
         if getattr(part, "quantization_config", None) is not None:
             part.quantization_config = None
@@ -159,7 +159,7 @@ def refused_in_one_line(config: Any, name: str) -> Iterator[None]:
 
 
 def _dequantise_tensors(model: Any) -> None:
-    """Replace the weights that are tensors of another class, as those of torchao, by plain ones."""
+    """Replace weights of another tensor class, such as torchao's, by plain tensors."""
     from torch.nn import Parameter
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -171,14 +171,14 @@ def _dequantise_tensors(model: Any) -> None:
 
 
 def are_scales(names: Sequence[str]) -> bool:
-    """Whether names of weights are those of quantised ones, which mean something else without their scales."""
+    """Whether names of weights belong to quantised weights, which mean something else without their scales."""
     return any(name.rpartition(".")[2] in _SCALES for name in names)
 
 
 def of_other_types(types: Mapping[str, str], model: Any) -> list[str]:
-    """The stored weights, of all with their types, that a model takes and that are not of floating point.
+    """The names, among stored weights with their types, of those that a model takes and that are not floating point.
 
-    Those are whole numbers or 8-bit ones, which only mean what they are with their scales.
+    Integers and 8-bit numbers have no meaning without their scales.
     """
     taken = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
     return [

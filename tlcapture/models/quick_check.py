@@ -38,7 +38,7 @@ _ORIGIN = ("_name_or_path", "_commit_hash", "transformers_version", "architectur
 
 @dataclass(frozen=True, eq=False)
 class QuickReference:
-    """What Hugging Face computes for a short prompt, in float32 on the CPU.
+    """Hugging Face's activations for a short prompt, in float32 on the CPU.
 
     `hidden[layer]` is the input of a layer. `rounding` holds the deviations of Hugging Face's own run in 16 bits from
     `hidden`, and last from `logits`; `None` if the model ran in float32, or if float32 did not fit in memory.
@@ -90,7 +90,7 @@ class PassedCheck:
         return self.path.is_file()
 
     def remember(self) -> None:
-        """Write the record; where the cache folder is not writable, the check is made again the next time."""
+        """Write the record; if the cache folder is not writable, the check is repeated the next time."""
         with suppress(StorageError):
             write_json(self.path, dict(self.facts), indent=True)
 
@@ -157,7 +157,7 @@ def _run(hf_model: Any, token_ids: tuple[int, ...]) -> QuickReference:
 
 
 def _short_prompt(hf_model: Any) -> tuple[int, ...]:
-    """Fixed token ids, spread over the vocabulary, without those that the config gives a meaning."""
+    """Fixed token ids, spread over the vocabulary, without the ids that the config gives a meaning."""
     text = hf_model.config.get_text_config()
     special = set(_ids_in(hf_model.config.to_dict()))
     ids = ((7 + 7919 * index) % int(text.vocab_size) for index in range(N_TOKENS + len(special) + 1))

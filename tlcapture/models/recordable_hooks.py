@@ -9,8 +9,8 @@ from typing import Any
 class RecordableHooks(list[tuple[str, Callable[..., Any]]]):
     """TransformerLens's `fwd_hooks`: names of hook points and functions, called after those of others.
 
-    Every step with hooks of the same `key` does the same with the same tensors, waits for nothing, and may see rows
-    of a batch that have ended and keys to come. So a step that was recorded with them can be replayed.
+    Hooks of the same `key` do the same with the same tensors at every step, wait for nothing, and may see rows
+    of a batch that have ended and future keys. So a step that was recorded with them can be replayed.
     """
 
     def __init__(self, hooks: Iterable[tuple[str, Callable[..., Any]]], key: tuple[Hashable, ...]):

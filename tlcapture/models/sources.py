@@ -144,7 +144,7 @@ class Repository:
         return self.revision if is_commit and self._snapshot(self.revision).is_dir() else None
 
     def _asked(self, commit: str | None) -> Revision:
-        """This revision on the hub; `commit` is that of an incomplete copy in the cache."""
+        """Ask the hub for this revision; `commit` is the commit of an incomplete copy in the cache."""
         try:
             return ask(self.name, commit or self.revision)
         except ModelError as error:
@@ -169,14 +169,14 @@ class Repository:
         return self._snapshot(found.commit)
 
     def _remember(self, commit: str) -> None:
-        """Record which commit the revision is, as the hub client does for a branch that it resolved itself."""
+        """Record the commit of the revision, as the hub client does for a branch that it resolved itself."""
         if self.revision != commit:
             reference = self._cache / "refs" / self.revision
             reference.parent.mkdir(parents=True, exist_ok=True)
             reference.write_text(commit, encoding="utf-8")
 
     def _instead(self) -> str:
-        """What to use instead: the embedded model, and names in the hub cache that come near."""
+        """Advice on what to use instead: the embedded model, or similar names in the hub cache."""
         near = _near(self.name, cached_names())
         listed = f"; in the hub cache: {', '.join(near)}" if near else ""
         meant = did_you_mean(self.name, [embedded.NAME]).removeprefix(": ")
@@ -197,7 +197,7 @@ _NO_TOKENIZER = "tokenizer"
 
 
 def _missing(folder: Path, *, weights: bool) -> str | None:
-    """What a snapshot lacks to be loaded, `None` if nothing."""
+    """The part that a snapshot lacks to be loaded; `None` if it is complete."""
     found = [name for name in _CONFIGS if (folder / name).is_file()]
     if not found:
         return _CONFIGS[0]

@@ -1,4 +1,4 @@
-"""Work of several threads on one accelerator: each has a stream of its own, so that none waits for the others."""
+"""Work of several threads on one accelerator: each thread has its own stream, so that none waits for the others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _OF_THREAD = threading.local()
 
 
 def own_stream(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which what this thread does on a CUDA device does not wait for what others do there."""
+    """A context in which this thread's work on a CUDA device does not wait for that of other threads."""
     if device.type != "cuda":
         return nullcontext()
     streams = _OF_THREAD.__dict__.setdefault("streams", {})

@@ -25,8 +25,8 @@ class ModelFiles:
     Attributes:
         name: as given to `load_model`.
         folder: where the driver has the files.
-        sizes: bytes by file name; the files of the model that an adapter is for are sent as `base/...`.
-        base: where the driver has those, for an adapter without full weights.
+        sizes: bytes by file name; the files of an adapter's base model are sent as `base/...`.
+        base: where the driver has the base model, for an adapter without full weights.
         adapter: where the driver has an adapter for the model, whose files are sent as `adapter/...`.
     """
 

@@ -1,7 +1,7 @@
 """The final norm and unembedding of a model, loaded without most of its other weights.
 
-The model is loaded with its first layer alone: transformers reads no weights of the others. That it is the captured
-one is checked by its fingerprint, for which a few numbers of every weight are read from the checkpoint. Where a
+The model is loaded with its first layer alone: transformers reads no weights of the others. Its fingerprint, for which
+a few numbers of every weight are read from the checkpoint, is compared with the captured model's. If a
 checkpoint's layout does not allow that, the whole model is loaded.
 """
 
@@ -64,9 +64,9 @@ class WantedModel:
 
 
 def load_unembedding(wanted: WantedModel, device: str = "auto") -> Model:
-    """A model whose `unembed` is that of the wanted one; it may have fewer layers.
+    """A model with the `unembed` of the wanted model; it may have fewer layers.
 
-    Raises `ModelError` if the model cannot be loaded, or is another one now.
+    Raises `ModelError` if the model cannot be loaded, or has changed.
     """
     if wanted.has_unembedding_of_base:
         return load_unembedding(wanted.of_base, device)
@@ -129,7 +129,7 @@ def _of_one_layer(config: Any) -> Any:
 
 
 def _fingerprint(config: Any, folder: Path) -> str | None:
-    """The fingerprint of a checkpoint, of which a few numbers are read; `None` if its files have other names."""
+    """The fingerprint of a checkpoint, from a few numbers of each weight; `None` if its files have other names."""
     import transformers
 
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Weights of a checkpoint's files that no module of the model takes."""
+"""Weights in a checkpoint's files that no module of the model takes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SHOWN = 3
 
 
 def untaken(keys: Iterable[str], config: Any) -> list[str]:
-    """Those of the names that no module takes which are not well known to be taken by none.
+    """The names of weights that no module takes, without those that are well known to be left over.
 
     Args:
         keys: names of weights in the files, as in `unexpected_keys` of transformers.
@@ -45,12 +45,12 @@ def untaken(keys: Iterable[str], config: Any) -> list[str]:
 
 
 def is_known(name: str) -> bool:
-    """Whether a name is of what checkpoints hold beside the weights that their modules take."""
+    """Whether a name is well known to be left over in checkpoints."""
     return _KNOWN.search(name) is not None
 
 
 def listed(names: list[str]) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of others."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return f"{', '.join(names[:_SHOWN])}{more}"
 

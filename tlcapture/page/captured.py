@@ -1,4 +1,4 @@
-"""What the page shows of a raw capture: its text and tokens, read from the capture's index without torch."""
+"""The page's content of a raw capture: its text and tokens, read from the capture's index without torch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def captured_tokens(path: Path) -> dict[str, Any]:
 
 
 def is_capture(path: Path) -> bool:
-    """Whether a file is a raw residual file, by all but its activations."""
+    """Whether a file is a raw residual file, judged by everything except its activations."""
     try:
         captured_tokens(path)
     except StorageError:
@@ -46,7 +46,7 @@ def is_capture(path: Path) -> bool:
 
 
 def given_text(path: Path) -> str:
-    """The text of a prompt as it was given, before the chat template; empty where the file does not say."""
+    """The text of a prompt as it was given, before the chat template; empty if the file does not say."""
     try:
         content = (_index(path) or {}) if path.is_file() else {}
     except StorageError:  # which the prompt itself and the overview name

@@ -112,7 +112,7 @@ class Contents(NoteContents):
             except InputError:
                 continue
             prompt_sets = layout.prompt_sets()
-            traits = sorted({str(trait) for trait in layout.traits()} | set(_projected(layout)))
+            traits = sorted({str(trait) for trait in layout.traits()} | _projected_traits(layout))
             found.append({"name": folder.name, "prompt_sets": prompt_sets, "traits": traits})
         return found
 
@@ -130,9 +130,9 @@ class Contents(NoteContents):
         return {"name": prompt_set, "prompts": prompts, "traits": sorted({str(trait) for trait, _ in folders})}
 
     def at_work(self, experiment: str, prompt_set: str) -> dict[str, Any]:
-        """The capture of a set that is at work, or was stopped before it was through: `run`, null where there is none.
+        """The unfinished capture of a set, running or stopped: `run`, null if there is none.
 
-        `command` goes on with one that was stopped.
+        `command` continues a stopped one.
         """
         layout = self._layout(experiment)
         run = capture_at_work(layout, prompt_set)
@@ -143,7 +143,7 @@ class Contents(NoteContents):
         return {"run": {"is_running": run.is_running, **counts, "command": run.command_line + option}}
 
     def overview(self, experiment: str, prompt_set: str, component: str) -> dict[str, Any]:
-        """What stands out in each prompt of a set; without projections, what its prompts were answered with."""
+        """What stands out in each prompt of a set; without projections, the answers."""
         layout, captures = self._layout(experiment), self.prompt_set(experiment, prompt_set)["prompts"]
         found = overview_of(layout, prompt_set, _component(component), captures)
         absent = {} if found["traits"] else {"missing": missing.projections(layout, prompt_set).to_json()}
@@ -189,7 +189,7 @@ class Contents(NoteContents):
         return found
 
     def tokens(self, experiment: str, prompt_set: str, prompt_id: str) -> Sequence[str]:
-        """The tokens of a capture; none where no file can be read."""
+        """The tokens of a capture; empty if no file can be read."""
         return self.prompt(experiment, prompt_set, prompt_id)["tokens"] or []
 
     def layers(
@@ -197,7 +197,7 @@ class Contents(NoteContents):
     ) -> dict[str, Any]:
         """The projection onto one trait's vector: `scores[token][layer][point]`, null at what was not kept.
 
-        `layers` are those that were, where the file holds only some tokens.
+        `layers` are the kept layers, if the file holds only some tokens.
         """
         layout, trait = self._layout(experiment), Trait.parse(f"{category}/{name}")
         saved = saved_projection(layout, trait, _component(component), prompt_set, prompt_id)
@@ -263,11 +263,11 @@ class Contents(NoteContents):
         return vectors_of(self._layout(experiment), Trait.parse(f"{category}/{name}"), self.problem)
 
     def uncompared(self, experiment: str, prompt_set: str) -> dict[str, str]:
-        """What the page says of a set that was not compared: `what` is missing, and the command that compares it."""
+        """The page's message on a set that was not compared: `what` is missing, and the command that compares it."""
         return missing.comparison(self._layout(experiment), prompt_set).to_json()
 
     def comparisons(self, experiment: str) -> list[dict[str, Any]]:
-        """What the experiment's prompt sets were compared with."""
+        """The comparisons that the experiment's prompt sets have."""
         layout = self._layout(experiment)
         return [{"other": other, "prompt_set": prompt_set} for other, prompt_set in comparisons(layout)]
 
@@ -321,7 +321,6 @@ def _component(component: str) -> str:
     return component
 
 
-def _projected(layout: Layout, prompt_set: str | None = None) -> list[str]:
-    """Traits that any prompt of a set, or of any set, is projected onto."""
-    folders = layout.projection_folders(prompt_set)
-    return sorted({str(trait) for trait, _ in folders})
+def _projected_traits(layout: Layout) -> set[str]:
+    """The traits that any capture is projected onto."""
+    return {str(trait) for trait, _ in layout.projection_folders()}

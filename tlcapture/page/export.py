@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import html
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from os.path import lexists
 from pathlib import Path
@@ -28,11 +28,12 @@ from tlcapture.traits.saved_projections import all_saved
 from tlcapture.views.hooks import COMPONENTS
 
 DEFAULT_MEGABYTES = 50
+_Resource = tuple[str, dict[str, str]]  # its name, and its parameters
 
 
 @dataclass
 class _Carried:
-    """Data of the exported file: packed resources, missing ones by path, and labels of those that did not fit."""
+    """Data of the exported file: packed resources, missing ones by path, and labels of data that did not fit."""
 
     contents: Contents
     room: int
@@ -42,7 +43,7 @@ class _Carried:
     on_unread: Callable[[str], object] = lambda unread: None
     left_out: list[str] = field(default_factory=list)
 
-    def add(self, label: str, resources: Sequence[tuple[str, dict[str, str]]], *, needed: bool = False) -> None:
+    def add(self, label: str, resources: Sequence[_Resource], *, needed: bool = False) -> None:
         """Add resources, all or none of them. Raises `InputError` if `needed` ones do not fit."""
         made, missing = [], {}
         left = self.room
@@ -77,14 +78,14 @@ class _Carried:
         return value
 
     def _with_root(self, problem: str) -> str:
-        """What the page says of a file below the root, with the root."""
+        """The page's message on a file below the root, with the root."""
         path = self.contents.root / problem.split(": ")[0]
         root = f"{self.contents.root}/".removeprefix("./")
         return f"{root}{problem}" if ": " in problem and lexists(path) else problem
 
 
 def _told(value: Any) -> Iterator[tuple[str, str]]:
-    """What a resource says cannot be read, at any depth: the key it says so under, and the text."""
+    """The messages in a resource, at any depth, about files that cannot be read, with the key of each."""
     if isinstance(value, dict):
         for key, of_key in value.items():
             if key == "problem" and isinstance(of_key, str):
@@ -117,42 +118,59 @@ def export_page(
     contents = _Only(root, experiment, tuple(prompt_sets), notes_closed=EXPORTED)
     carried = _Carried(contents, int(megabytes * 2**20), on_problem=on_problem, on_unread=on_unread)
     prompts = [(name, prompt_id) for name in prompt_sets for prompt_id in layout.prompt_ids(name)]
-    overview: list[tuple[str, dict[str, str]]] = [("experiments", {}), ("root_folder", {})]
-    overview += [("prompt_set", {"experiment": experiment, "prompt_set": name}) for name in prompt_sets]
-    overview += [("uncompared", {"experiment": experiment, "prompt_set": name}) for name in prompt_sets]
-    overview += [("prompt", _of(experiment, *prompt)) for prompt in prompts]
-    noted = {name: note_counts(layout, name) for name in prompt_sets}
-    overview += [("notes", _of(experiment, *prompt)) for prompt in prompts if prompt[1] in noted[prompt[0]]]
-    carried.add("the overview", overview, needed=True)
-    for name in prompt_sets:
-        for component in COMPONENTS:
-            of_set = {"experiment": experiment, "prompt_set": name, "component": component}
-            carried.add(f"what stands out in {name}", [("overview", of_set)])
-    for trait in layout.traits():
-        carried.add(f"vectors of {trait}", [("vectors", {"experiment": experiment, **_named(trait)})])
-    for name in prompt_sets:
-        for trait, component in layout.projection_folders(name):
-            of_trait = {"experiment": experiment, "prompt_set": name, **_named(trait), "component": component}
-            carried.add(f"mean of {name} on {trait}", [("average", of_trait)])
-    for name in prompt_sets:
-        for prompt_id in sampled_prompts(layout.prompt_ids(name)):
-            carried.add(f"samples of {name}/{prompt_id}", list(_samples(layout, name, prompt_id)))
-    for prompt in prompts:
-        carried.add(f"layers of {'/'.join(prompt)}", list(_layers(layout, *prompt)))
-        carried.add(
-            f"what the layers of {'/'.join(prompt)} add", list(_contributions(contents, _of(experiment, *prompt)))
-        )
-    carried.add("the list of comparisons", [("comparisons", {"experiment": experiment})])
-    for other, name in comparisons(layout):
-        if name in prompt_sets:
-            carried.add(f"{name} compared with {other}", list(_compared(layout, other, name)))
-    for kind, heading in (("lens", "logit lens"), ("attention", "attention")):
-        for prompt in prompts:
-            carried.add(f"{heading} of {'/'.join(prompt)}", list(_tokens(contents, kind, _of(experiment, *prompt))))
-    for prompt in prompts:
-        carried.add(f"internals of {'/'.join(prompt)}", list(_internals(contents, _of(experiment, *prompt))))
+    carried.add("the overview", list(_overview(layout, prompt_sets, prompts)), needed=True)
+    for label, resources in (*_of_sets(layout, prompt_sets), *_of_prompts(layout, contents, prompts)):
+        carried.add(label, list(resources))
     write_bytes(target, exported_page(_data(carried, experiment)).encode("utf-8"))
     return carried.left_out
+
+
+def _overview(layout: Layout, prompt_sets: Sequence[str], prompts: Sequence[tuple[str, str]]) -> Iterator[_Resource]:
+    """The resources that the page cannot do without."""
+    experiment = layout.experiment
+    yield from (("experiments", {}), ("root_folder", {}))
+    for kind in ("prompt_set", "uncompared"):
+        yield from ((kind, {"experiment": experiment, "prompt_set": name}) for name in prompt_sets)
+    yield from (("prompt", _of(experiment, *prompt)) for prompt in prompts)
+    noted = {name: note_counts(layout, name) for name in prompt_sets}
+    yield from (("notes", _of(experiment, *prompt)) for prompt in prompts if prompt[1] in noted[prompt[0]])
+
+
+def _of_sets(layout: Layout, prompt_sets: Sequence[str]) -> Iterator[tuple[str, Iterable[_Resource]]]:
+    """Labels and resources of prompt sets and traits."""
+    of_experiment = {"experiment": layout.experiment}
+    for name in prompt_sets:
+        for component in COMPONENTS:
+            of_set = {**of_experiment, "prompt_set": name, "component": component}
+            yield f"what stands out in {name}", [("overview", of_set)]
+    for trait in layout.traits():
+        yield f"vectors of {trait}", [("vectors", {**of_experiment, **_named(trait)})]
+    for name in prompt_sets:
+        for trait, component in layout.projection_folders(name):
+            of_trait = {**of_experiment, "prompt_set": name, **_named(trait), "component": component}
+            yield f"mean of {name} on {trait}", [("average", of_trait)]
+    for name in prompt_sets:
+        for prompt_id in sampled_prompts(layout.prompt_ids(name)):
+            yield f"samples of {name}/{prompt_id}", _samples(layout, name, prompt_id)
+
+
+def _of_prompts(
+    layout: Layout, contents: _Only, prompts: Sequence[tuple[str, str]]
+) -> Iterator[tuple[str, Iterable[_Resource]]]:
+    """Labels and resources of single prompts, the largest last."""
+    named = {"/".join(prompt): _of(layout.experiment, *prompt) for prompt in prompts}
+    for prompt, (name, of_prompt) in zip(prompts, named.items(), strict=True):
+        yield f"layers of {name}", _layers(layout, *prompt)
+        yield f"what the layers of {name} add", _contributions(contents, of_prompt)
+    yield "the list of comparisons", [("comparisons", {"experiment": layout.experiment})]
+    for other, prompt_set in comparisons(layout):
+        if prompt_set in contents.prompt_sets:
+            yield f"{prompt_set} compared with {other}", _compared(layout, other, prompt_set)
+    for kind, heading in (("lens", "logit lens"), ("attention", "attention")):
+        for name, of_prompt in named.items():
+            yield f"{heading} of {name}", _tokens(contents, kind, of_prompt)
+    for name, of_prompt in named.items():
+        yield f"internals of {name}", _internals(contents, of_prompt)
 
 
 @dataclass(frozen=True)
@@ -175,13 +193,13 @@ def _named(trait: Trait) -> dict[str, str]:
     return {"category": trait.category, "name": trait.name}
 
 
-def _samples(layout: Layout, prompt_set: str, prompt_id: str) -> Iterator[tuple[str, dict[str, str]]]:
+def _samples(layout: Layout, prompt_set: str, prompt_id: str) -> Iterator[_Resource]:
     for trait, component in layout.projection_folders(prompt_set):
         where = _of(layout.experiment, prompt_set, prompt_id)
         yield "samples", {**where, **_named(trait), "component": component}
 
 
-def _layers(layout: Layout, prompt_set: str, prompt_id: str) -> Iterator[tuple[str, dict[str, str]]]:
+def _layers(layout: Layout, prompt_set: str, prompt_id: str) -> Iterator[_Resource]:
     try:
         saved = all_saved(layout, prompt_set, prompt_id)
     except StorageError:  # of a shard, which the overview names
@@ -191,14 +209,14 @@ def _layers(layout: Layout, prompt_set: str, prompt_id: str) -> Iterator[tuple[s
         yield "layers", {**where, **_named(each.trait), "component": each.component}
 
 
-def _compared(layout: Layout, other: str, prompt_set: str) -> Iterator[tuple[str, dict[str, str]]]:
+def _compared(layout: Layout, other: str, prompt_set: str) -> Iterator[_Resource]:
     where = {"experiment": layout.experiment, "other": other, "prompt_set": prompt_set}
     yield "compared_set", where
     for prompt_id in compared(layout, other, prompt_set):
         yield "comparison", {**where, "prompt_id": prompt_id}
 
 
-def _tokens(contents: Contents, kind: str, where: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
+def _tokens(contents: Contents, kind: str, where: dict[str, str]) -> Iterator[_Resource]:
     """The resources of a prompt's attention or logit lens: the overview and one per token."""
     yield kind, where
     if kind == "attention":
@@ -211,8 +229,8 @@ def _tokens(contents: Contents, kind: str, where: dict[str, str]) -> Iterator[tu
         yield f"{kind}_token", {**where, "token": str(token)}
 
 
-def _contributions(contents: Contents, where: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """What the layers of a prompt add; nothing for a raw file that is not a capture, which the prompt itself names."""
+def _contributions(contents: Contents, where: dict[str, str]) -> Iterator[_Resource]:
+    """The layers' contributions in a prompt; empty for a raw file that is not a capture, as its prompt reports."""
     try:
         contents.contributions(**where)
     except StorageError:
@@ -224,7 +242,7 @@ def _contributions(contents: Contents, where: dict[str, str]) -> Iterator[tuple[
     yield "contributions", where
 
 
-def _internals(contents: Contents, where: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
+def _internals(contents: Contents, where: dict[str, str]) -> Iterator[_Resource]:
     """The resources of a prompt's internals: the stored layers, each of them, and one per layer and token."""
     yield "internals", where
     try:

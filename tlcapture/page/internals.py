@@ -1,4 +1,4 @@
-"""What the page shows of a prompt's layers: what each adds to the residual stream, and its stored internals."""
+"""The page's content of a prompt's layers: each one's contribution to the residual stream, and its stored internals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FIRST, _MIDDLE, _LAST = POINTS
 
 
 def contributions_of(layout: Layout, prompt_set: str, prompt_id: str) -> dict[str, Any]:
-    """The norms of what each layer's attention and MLP add to the residual stream, and of the stream after it.
+    """The norms of each layer's attention and MLP contributions to the residual stream, and of the stream after it.
 
     `attn`, `mlp` and `stream` are `[layer][token]` over the kept `layers` and `tokens`; null for what was not kept.
     Raises `MissingError` without a raw file, and `StorageError` if it is damaged.
@@ -76,10 +76,10 @@ def internals_of_layer(layout: Layout, prompt_set: str, prompt_id: str, layer: i
 
 
 def internals_of_token(layout: Layout, prompt_set: str, prompt_id: str, layer: int, token: int) -> dict[str, Any]:
-    """A token at a layer: its most active `neurons`, the norm of what each of the `heads` mixed, its `experts`.
+    """A token at a layer: its most active `neurons`, the norms of the outputs of its `heads`, and its `experts`.
 
-    `share` is how much of the squared norm of all activations the listed neurons have. What the layer does not have
-    is null. Raises `InputError` for a token that is not stored.
+    `share` is the listed neurons' share of the squared norm of all activations. Parts that the layer does not have
+    are null. Raises `InputError` for a token that is not stored.
     """
     content = _internals(layout, prompt_set, prompt_id, layer)
     known = {kind: content.get(hook(kind, layer)) for kind in ("mlp_post", "mlp_pre", "mixed_values", "router_scores")}
@@ -116,7 +116,7 @@ def _experts(scores: NDArray[Any]) -> list[dict[str, Any]]:
 
 
 def _internals(layout: Layout, prompt_set: str, prompt_id: str, layer: int) -> Mapping[str, Any]:
-    """The content of a layer's file, of the tokens of the capture beside it."""
+    """The content of a layer's file, checked to have the tokens of the capture next to it."""
     path = layout.internals(prompt_set, prompt_id, layer)
     if not path.is_file():
         raise missing.internals(layout, prompt_set)

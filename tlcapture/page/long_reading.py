@@ -20,14 +20,14 @@ _States = dict[str, tuple[int, ...]]
 
 
 class _Others:
-    """The requests that are being answered and are not long."""
+    """The short requests that are being answered."""
 
     def __init__(self) -> None:
         self._n, self._changed = 0, Condition()
 
     @contextmanager
     def answering(self) -> Iterator[None]:
-        """Have long reading wait meanwhile."""
+        """Make long reading wait within the context."""
         with self._changed:
             self._n += 1
         try:
@@ -49,7 +49,7 @@ OTHERS = _Others()
 
 @dataclass(frozen=True)
 class Read:
-    """The summary of a prompt set, and what was wrong with files that it leaves out."""
+    """The summary of a prompt set, and the problems of files that it leaves out."""
 
     summary: Summary
     problems: tuple[str, ...]
@@ -60,7 +60,7 @@ _last: tuple[Path, str, str, _States, Read] | None = None
 
 
 def summary_read(layout: Layout, prompt_set: str, component: str) -> Read:
-    """The summary of a prompt set; the last one that was read where none of its files has changed since."""
+    """The summary of a prompt set; the last result if none of its files has changed since."""
     global _last
     states = _states(layout, prompt_set, component)
     with _reading:

@@ -18,7 +18,7 @@ class MissingError(InputError):
     """Data that an experiment does not have yet.
 
     Attributes:
-        what: what is missing.
+        what: the missing data.
         command: the command that creates it.
     """
 
@@ -33,7 +33,7 @@ class MissingError(InputError):
 
 
 def root_option(root: Path) -> str:
-    """What a command needs to find a root from the current folder: nothing, or ` --root FOLDER`."""
+    """The option by which a command finds a root from the current folder: empty, or ` --root FOLDER`."""
     if (url := url_of(root)) is not None:
         return f" --root {shlex.quote(url)}"
     is_here = root.resolve() == Path.cwd()
@@ -95,7 +95,7 @@ def steering(layout: Layout, trait: object) -> MissingError:
 
 
 def comparison(layout: Layout, prompt_set: str) -> MissingError:
-    """For a prompt or a set that was not compared; the command compares it with the first captures that it can be."""
+    """For a prompt or a set that was not compared; the command compares it with the first suitable captures."""
     what, own = f"{prompt_set} was not compared with other captures", f"{layout.experiment}/{prompt_set}"
     for other in [layout.experiment, *existing_experiments(layout.root)]:
         for name in Layout(layout.root, other).captured_prompt_sets():

@@ -30,7 +30,7 @@ EXPORTED = "an exported page takes no notes"
 
 
 class NewNote(FileContent):
-    """What the page sends to make a note."""
+    """The page's request to make a note."""
 
     start: Count
     stop: Count
@@ -38,28 +38,28 @@ class NewNote(FileContent):
 
 
 class ChangedNote(FileContent):
-    """What the page sends to change a note, or without `text` to remove it."""
+    """The page's request to change a note, or without `text` to remove it."""
 
     revision: int = Field(ge=1)
     text: NoteText | None = None
 
 
 class ClosedError(InputError):
-    """No notes are taken."""
+    """Notes cannot be made or changed."""
 
 
 @dataclass(frozen=True)
 class NoteContents(ViewContents, ABC):
-    """The notes on captures; those who change them get the reason why not, where none are taken.
+    """The notes on captures; where notes are closed, changing one fails with the reason.
 
     Attributes:
-        notes_closed: why no notes are taken; empty where they are.
+        notes_closed: why notes cannot be made or changed; empty if they can.
     """
 
     notes_closed: str = field(default="", kw_only=True)
 
     def notes(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
-        """The notes on a capture, whether each is on the tokens that it was made on, and why no others are taken."""
+        """The notes on a capture, whether each still fits its tokens, and why no others can be made, if so."""
         layout = self._layout(experiment)
         found = read_notes(layout, prompt_set, prompt_id)
         tokens = self.tokens(experiment, prompt_set, prompt_id) if found.notes else []
@@ -72,7 +72,7 @@ class NoteContents(ViewContents, ABC):
         """The tokens of a capture."""
 
     def add_note(self, experiment: str, prompt_set: str, prompt_id: str, sent: Any) -> dict[str, Any]:
-        """Make a note; raises `InputError` for one that is not valid, and where none are taken."""
+        """Make a note; raises `InputError` for an invalid note, and where notes are closed."""
         layout, new = self._open(experiment), _valid(NewNote, sent)
         if prompt_id not in layout.prompt_ids(prompt_set):
             raise InputError(f"{experiment}/{prompt_set} has no capture {prompt_id}")

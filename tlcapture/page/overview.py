@@ -1,4 +1,4 @@
-"""The overview of a prompt set: what each prompt and answer begin with, and which traits stand out."""
+"""The overview of a prompt set: the first words of each prompt and answer, and the traits that stand out."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _answer(layout: Layout, prompt_set: str, name: str, unread: dict[str, None])
 
 
 def _against(summary: Summary) -> str:
-    """What rises are measured against."""
+    """The reference that rises are measured against."""
     if summary.is_against_set:
         return "the other prompts of the set"
     has_chance = any(top.chance is not None for top in summary.tops)

@@ -1,4 +1,4 @@
-"""What the page shows of a projection: its trajectory, dynamics, chance and vector."""
+"""The page's content of a projection: its trajectory, dynamics, chance and vector."""
 
 from __future__ import annotations
 
@@ -46,6 +46,6 @@ def projection_of(saved: SavedProjection, content: ProjectionFile, doubts: Doubt
 
 
 def _chance(content: ProjectionFile) -> dict[str, Any] | None:
-    """How many random directions commit and persist on the same capture, and which share does as clearly."""
+    """How many random directions commit and persist on the same capture, and the share that does so as clearly."""
     names = ("n_directions", "commit", "persist", "commitment", "persistence")
     return None if content.metadata.chance is None else {name: getattr(content.metadata.chance, name) for name in names}

@@ -34,7 +34,7 @@ def listed_prompts(
 ) -> list[dict[str, Any]]:
     """The captures of a set by their `names`, at least one: id, text, whether each has attention and logit lens.
 
-    Where a capture has `notes`, their number.
+    A capture with notes has their number as `notes`.
 
     Args:
         prompts: the prompts of the set's file, by id as text.
@@ -69,7 +69,7 @@ def listed_prompts(
 
 
 def _having(forms: Sequence[Path], name: str) -> set[str]:
-    """The captures that have a file in the place where that of a capture `name` has one of `forms`."""
+    """The captures that have a file in one of `forms`, which gives the path for the capture `name`."""
     return {each for path in forms for each in stems_in(path.parent, path.name[len(name) :])}
 
 
@@ -88,7 +88,7 @@ def _text_of_capture(path: Path) -> str:
 
 
 def _folders_of_json(layout: Layout, prompt_set: str, name: str, folders: Folders) -> list[str]:
-    """The folders that may hold projection files of a set as JSON, such as that of a capture `name`."""
+    """The folders that may hold projection files of a set as JSON, where a capture `name` would have one."""
     found = []
     for trait, component in folders:
         with suppress(TlcaptureError):  # behind a link that leads out
@@ -97,7 +97,7 @@ def _folders_of_json(layout: Layout, prompt_set: str, name: str, folders: Folder
 
 
 def _text_in_json(layout: Layout, folders: Sequence[str], name: str) -> str:
-    """The text of a captured prompt at the start of the first of its projection files that has it there."""
+    """The text of a captured prompt, from the start of the first projection file that has it there."""
     for folder in folders:
         with suppress(OSError, TlcaptureError, orjson.JSONDecodeError):
             match = _TEXT_AT_THE_START.match(_head(layout, f"{folder}{sep}{name}.json"))
@@ -108,7 +108,7 @@ def _text_in_json(layout: Layout, folders: Sequence[str], name: str) -> str:
 
 
 def _head(layout: Layout, path: str) -> bytes:
-    """The beginning of a file; raises `OSError` or `TlcaptureError` where there is none that may be read."""
+    """The beginning of a file; raises `OSError` or `TlcaptureError` if there is no readable file."""
     kind = os.lstat(path).st_mode
     if S_ISLNK(kind):
         kind = layout.own(Path(path)).stat().st_mode

@@ -1,4 +1,4 @@
-"""Tokens as people read them: the tokens that are bytes of one character joined to that character."""
+"""Tokens as people read them: tokens that are bytes of one character are joined to that character."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
-PART = "\ufffd"  # what a token of some bytes of a character decodes to
+from tlcapture.text import REPLACEMENT
+
 _AHEAD = 12  # tokens after bytes of characters that say where these end in the text
 _JOINER = "\u200d"
 
@@ -23,12 +24,12 @@ def joined(tokens: Sequence[str], text: str) -> list[dict[str, Any]]:
     pieces: list[tuple[int, int, str]] = []
     at, position = 0, 0
     while at < len(tokens):
-        if PART not in tokens[at]:
+        if REPLACEMENT not in tokens[at]:
             position = _after(tokens[at], text, position)
             pieces.append((at, at + 1, tokens[at]))
             at += 1
             continue
-        stop = next((end for end in range(at, len(tokens)) if PART not in tokens[end]), len(tokens))
+        stop = next((end for end in range(at, len(tokens)) if REPLACEMENT not in tokens[end]), len(tokens))
         found = _resolved(tokens[at:stop], tokens[stop : stop + _AHEAD], text, position)
         if found is None:
             pieces += [(number, number + 1, tokens[number]) for number in range(at, stop)]
@@ -61,7 +62,7 @@ def _resolved(tokens: Sequence[str], ahead: Sequence[str], text: str, position: 
     """
     stretches = _stretches(tokens)
     parts = [ahead[first:last] for first in range(len(ahead)) for last in range(len(ahead), first, -1)]
-    followed = dict.fromkeys("".join(each).partition(PART)[0] for each in parts)
+    followed = dict.fromkeys("".join(each).partition(REPLACEMENT)[0] for each in parts)
     whole = ["".join(ahead)] if len(ahead) < _AHEAD else []  # tokens that are the last of the text
     for end, is_last in [*((each, True) for each in whole), *((each, False) for each in followed if each), ("", True)]:
         found = _matched(stretches, (end, is_last), text, position)
@@ -71,11 +72,11 @@ def _resolved(tokens: Sequence[str], ahead: Sequence[str], text: str, position: 
 
 
 def _stretches(tokens: Sequence[str]) -> list[str]:
-    return re.findall(f"{PART}+|[^{PART}]+", "".join(tokens))
+    return re.findall(f"{REPLACEMENT}+|[^{REPLACEMENT}]+", "".join(tokens))
 
 
 def _matched(stretches: Sequence[str], end: tuple[str, bool], text: str, position: int) -> list[str] | None:
-    """What each stretch reads, from `position` to where `end` follows, with `True` as the last of the text."""
+    """The text of each stretch, from `position` to where `end` follows, with `True` as the last of the text."""
 
     @cache
     def rest(number: int, at: int) -> tuple[str, ...] | None:
@@ -92,10 +93,10 @@ def _matched(stretches: Sequence[str], end: tuple[str, bool], text: str, positio
 
 
 def _readings(stretch: str, text: str, at: int) -> Iterator[str]:
-    """What a stretch may read at a position: itself, or characters that have at least 2 of its marks each."""
+    """The possible texts of a stretch at a position: itself, or characters that have at least 2 of its marks each."""
     if text.startswith(stretch, at):
         yield stretch
-    if stretch[0] == PART:
+    if stretch[0] == REPLACEMENT:
         for length in range(1, len(stretch) // 2 + 1):
             shown = text[at : at + length]
             is_plain = len(shown) < length or any(character < "\x80" for character in shown)
@@ -136,7 +137,7 @@ def _sizes(n_marks: int, shown: str) -> list[int]:
 
 
 def _by_grapheme(pieces: Sequence[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
-    """Pieces with accents, vowel signs, and parts of an emoji joined to what they belong to."""
+    """Pieces with accents, vowel signs, and parts of an emoji joined to their base."""
     found: list[tuple[int, int, str]] = []
     for start, stop, shown in pieces:
         if found and shown and _continues(found[-1][2], shown[0]):

@@ -27,14 +27,13 @@ from tlcapture.page.contents import RESOURCES, Contents, from_address
 from tlcapture.page.long_reading import OTHERS
 from tlcapture.page.missing import MissingError
 from tlcapture.page.note_contents import READ_ONLY, ClosedError
-from tlcapture.storage.remote_roots import refresh
+from tlcapture.storage.remote_roots import FRESH, refresh
 from tlcapture.text import printable
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 8765
 _LONGEST_REQUEST = 2**17  # bytes
 _LONG = ("overview", "average")  # what reads a whole prompt set
-_FRESH = 5.0  # seconds for which the listing of a remote root holds
 _NOT_CACHED = {"Cache-Control": "no-store"}
 _HEADERS = {
     "Content-Security-Policy": POLICY,
@@ -122,7 +121,7 @@ class _Headers:
 
 
 def _writing(root: Path, write: Callable[..., Any]) -> Callable[[Request], Any]:
-    """An endpoint that changes files, for requests of this page only; browsers say which site a request is from."""
+    """An endpoint that changes files, only for requests from this page: browsers state the origin of a request."""
     answered = _answered(root, write)
 
     async def endpoint(request: Request) -> Response:
@@ -160,7 +159,7 @@ def _answered(root: Path, read: Callable[..., Any]) -> Callable[..., Response]:
 
     def answer(**parameters: Any) -> Response:
         try:
-            refresh(root, _FRESH)
+            refresh(root, FRESH)
             return _json(200, read(**parameters))
         except MissingError as error:
             # Not a failure: the page shows what is missing and the command that creates it.

@@ -1,4 +1,4 @@
-"""The page's content of one prompt's views: logit lens, attention, internals, and what its layers add."""
+"""The page's content of one prompt's views: logit lens, attention, internals, and its layers' contributions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NUMBER = re.compile("[0-9]{1,9}")
 
 @dataclass(frozen=True)
 class ViewContents:
-    """What the files of a prompt's views hold, as JSON values; methods raise as those of `Contents`."""
+    """The content of a prompt's views, as JSON values; methods raise like those of `Contents`."""
 
     root: Path
 
@@ -63,9 +63,9 @@ class ViewContents:
         return saved.entry(_index(token)).model_dump(exclude_unset=True)
 
     def attention_heads(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
-        """What every head looks at on average over the response: `measures[name][layer][head]`.
+        """What each head attends to on average over the response: `measures[name][layer][head]`.
 
-        Over all tokens where the file has none of the response.
+        Over all tokens if the file has none of the response.
         """
         saved = read_attention(self._view_file(experiment, prompt_set, prompt_id, "attention"))
         n_tokens, n_prompt = len(saved.head.tokens), saved.head.n_prompt_tokens
@@ -78,7 +78,7 @@ class ViewContents:
     def attention_matrix(
         self, experiment: str, prompt_set: str, prompt_id: str, layer: str, head: str
     ) -> dict[str, Any]:
-        """The weights of a head, or of their `mean`: those of each of the `queries` in turn, for the keys up to it.
+        """The weights of a head, or of the heads' `mean`: for each of the `queries` in turn, of the keys up to it.
 
         `weights` are float16 in base64. Smaller weights than 6e-8 are 0 there.
         """
@@ -89,7 +89,7 @@ class ViewContents:
         return {"queries": [query for query, _ in rows], "weights": packed}
 
     def contributions(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
-        """The norms of what each layer's attention and MLP add to the residual stream, by layer and token."""
+        """The norms of each layer's attention and MLP contributions to the residual stream, by layer and token."""
         return contributions_of(self._layout(experiment), prompt_set, prompt_id)
 
     def internals(self, experiment: str, prompt_set: str, prompt_id: str) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def _without_nan(values: NDArray[np.float64]) -> list[list[float | None]]:
 
 
 def head_content(head: PerTokenHead) -> dict[str, Any]:
-    """The content of a head of a file of attention or of the logit lens."""
+    """The page's form of the head of a file of attention or of the logit lens."""
     held = head.positions_held
     kept = {} if held.is_all else {"positions": list(held.kept), "kept": held.described()}
     layers = {} if head.layers is None else {"kept_layers": head.layers}

@@ -1,4 +1,4 @@
-"""What capturing a prompt set will cost, before it exists: bytes by view, and model time.
+"""The cost of capturing a prompt set that does not exist yet: bytes by view, and model time.
 
     workload = Workload(n_prompts=5000, prompt_tokens=60, options=CaptureOptions(attention=True), n_projections=10)
     cost = cost_of(workload, outline.measures)
@@ -50,7 +50,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class ViewCost:
-    """What one view writes: `files` and `each`, its bytes, per prompt with all of its samples."""
+    """The output of one view: `files` and `each`, its bytes, per prompt with all of its samples."""
 
     files: int
     each: float
@@ -58,7 +58,7 @@ class ViewCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a workload writes: for all prompts, unless a name says per prompt."""
+    """The output of a workload: for all prompts, unless a name says per prompt."""
 
     n_prompts: int
     by_view: Mapping[str, ViewCost]

@@ -16,9 +16,9 @@ class Memory:
     """Bytes by prompt, and the dtype they are for.
 
     Attributes:
-        prompt: what a prompt takes while it is captured.
-        replayed: what it takes where a saved capture is read again for attention or internals, some layers at a time;
-            `None` where none of them is wanted.
+        prompt: the memory of a prompt while it is captured.
+        replayed: the memory when a saved capture is read again for attention or internals, some layers at a time;
+            `None` if neither is wanted.
     """
 
     dtype: str

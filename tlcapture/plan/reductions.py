@@ -1,4 +1,4 @@
-"""Ways to write less than a workload does, as data: which options of a capture change, and what is then left.
+"""Ways to write less than a workload does, as data: the options of a capture to change, and the bytes that remain.
 
 for reduction in reductions(workload, measures, budget):
     reduction.changes, reduction.n_bytes, reduction.factor

@@ -1,4 +1,4 @@
-"""What one operation of a chat template may make, bounded: `step_limit` cannot end an operation once it has begun.
+"""Bounds on the result of a single operation in a chat template, which `step_limit` cannot interrupt.
 
 transformers renders templates in jinja's sandbox, which bounds `range` alone: `{{ 10 ** 10 ** 9 }}` would take all
 memory and never end.
@@ -74,7 +74,7 @@ def bound_templates() -> None:
 
 
 class _Filters(dict[str, Callable[..., Any]]):
-    """Filters by name, also those that are added later, each with a bound."""
+    """Filters by name, each with a bound, including filters that are added later."""
 
     def __init__(self, filters: Mapping[str, Callable[..., Any]]):
         super().__init__({name: _bounded(name, each) for name, each in filters.items()})
@@ -114,7 +114,7 @@ def _size_of_operation(operator: str, left: Any, right: Any) -> int:
 
 
 def _size_of_call(function: Any, args: Sequence[Any]) -> int:
-    """How large a method of a text or number makes its result."""
+    """The size of the result of a method of a text or number."""
     method = getattr(function, "__wrapped__", function)  # the sandbox wraps `format`
     value = method.__self__ if isinstance(method, BuiltinFunctionType) else None
     if not isinstance(value, str | bytes | int):

@@ -44,12 +44,12 @@ def conversation(text: str, messages: Sequence[Message], system_prompt: str | No
 
 
 def without_system(messages: Sequence[Message] | None) -> list[dict[str, Any]]:
-    """The messages of a conversation but the system message, which is compared as the system prompt."""
+    """The messages of a conversation without the system message, which is compared as the system prompt."""
     return [dict(message) for number, message in enumerate(messages or ()) if number or message["role"] != "system"]
 
 
 def text_of(messages: Sequence[Message]) -> str:
-    """The text that stands for a conversation where one is shown: the last one of a user, else the last of all."""
+    """The text that represents a conversation: the last user message, or without one the last message."""
     of_user = [message["content"] for message in messages if message["role"] == "user"]
     return str((of_user or [messages[-1]["content"]])[-1])
 

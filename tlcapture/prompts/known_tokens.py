@@ -1,4 +1,4 @@
-"""What is known of tokens that are run again: where they come from, and which are which turn, thinking or answer."""
+"""The facts about tokens that are run again: their origin, and which of them are which turn, thinking or answer."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ _ORIGIN = (
 
 @dataclass(frozen=True)
 class KnownTokens:
-    """The metadata and spans of the capture that tokens are of."""
+    """The metadata and spans of the capture that tokens come from."""
 
     metadata: Mapping[str, Any]
     spans: tuple[TokenSpan, ...]
 
     @classmethod
     def of(cls, metadata: Mapping[str, Any], spans: Sequence[TokenSpan]) -> KnownTokens:
-        """What is to be known, given the metadata and spans of a capture."""
+        """The facts to keep, from the metadata and spans of a capture."""
         kept = {name: metadata[name] for name in (*_OF_THE_TOKENS, *_ORIGIN) if name in metadata}
         return cls(kept, tuple(spans))
 
@@ -56,7 +56,7 @@ class KnownTokens:
         return {name: self.metadata[name] for name in _ORIGIN if name in self.metadata}
 
     def described(self, made: Mapping[str, Any]) -> dict[str, Any]:
-        """The metadata of a capture of the same tokens, with what is known of these in place of its own."""
+        """The metadata of a capture of the same tokens, with these facts in place of its own."""
         others = {name: value for name, value in made.items() if name not in _OF_THE_TOKENS}
         kept = {name: self.metadata[name] for name in _OF_THE_TOKENS if name in self.metadata}
         return {**others, **kept, "tokens_from": self.origin}

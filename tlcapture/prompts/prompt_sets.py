@@ -5,7 +5,7 @@
              {"id": 2, "messages": [{"role": "user", "content": "..."}, ...]}]}
 
 A prompt is a text or a conversation. A bare list of prompts is a prompt set too, and `prompt` another name for either.
-Null as the value of a key that has a meaning here is as good as no key.
+A known key with the value null counts as missing.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Prompt(BaseModel):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The keys of the prompt that have no meaning here, with their values.
+        """The unknown keys of the prompt, with their values.
 
         Example:
             Prompt(id=1, text="How do tides work?", difficulty="easy").fields
@@ -131,7 +131,7 @@ class PromptSet(BaseModel):
 
     Attributes:
         name: the file's path below `datasets/inference/` without `.json`, for example `mine` or `general/mine`.
-        title: what the file calls the set; its name where it does not say.
+        title: the set's title in the file, or its name if the file has none.
         description: what the set is for.
         system_prompt: used for every prompt that has none of its own.
         prompts: at least one; ids are unique as file names, ignoring case.
@@ -221,7 +221,7 @@ def read_all_prompt_sets(datasets: Datasets) -> tuple[list[PromptSet], list[tupl
 
 
 def mistyped_keys(prompt_set: PromptSet) -> list[str]:
-    """Further keys that nearly have the name of one with a meaning, each as a line of text, once."""
+    """Unknown keys that resemble a known key, each as one line of text, once."""
     kinds: list[tuple[dict[str, Any], set[str]]] = [(prompt_set.model_extra or {}, set(PromptSet.model_fields))]
     kinds += [(prompt.model_extra or {}, {*Prompt.model_fields, "prompt"}) for prompt in prompt_set.prompts]
     found: dict[str, None] = {}

@@ -1,11 +1,11 @@
-"""Spans: which tokens of a prompt and its response are which turn, thinking, or answer. Loads no torch.
+"""Spans tell which tokens of a prompt and its response are which turn, thinking, or answer. Loads no torch.
 
     {"kind": "turn", "role": "user", "start": 3, "stop": 10}
 
 `start` and `stop` are indices over the tokens of prompt and response together. Tokens that the chat template writes
 between texts are spans of the kind `template`, whose role is null. A turn that cannot be found has null in place of
 `start` and `stop`, and a `reason`. A token across the boundary of two spans belongs to the one that has more of its
-characters, the earlier one if they have as many.
+characters, or to the earlier one if they have equally many.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NO_TOKEN = "no token has most of its characters here"
 
 
 class TokenSpan(FileContent):
-    """A run of tokens with one meaning; `start` and `stop` are `None`, with a reason, where it was not found."""
+    """A run of tokens with one meaning; `start` and `stop` are `None`, with a reason, if it was not found."""
 
     kind: Kind
     role: Role | None
@@ -71,10 +71,10 @@ class Piece(NamedTuple):
 
 
 def spans_of_text(pieces: Iterable[Piece], length: int, offsets: Offsets, first: int = 0) -> list[TokenSpan]:
-    """The spans of the tokens of a text of `length` characters; what no piece covers is template.
+    """The spans of the tokens of a text of `length` characters; text that no piece covers is template.
 
     Args:
-        pieces: what the text consists of, without overlaps.
+        pieces: the parts of the text, without overlaps.
         offsets: the characters of each token.
         first: the index of the first token.
 

@@ -11,16 +11,14 @@ from typing import Any
 
 
 class StepLimitError(BaseException):
-    """The limit was reached. It is no `Exception`, so that the code it ends cannot catch it unawares."""
+    """The limit was reached. Not an `Exception`, so that the code that it ends does not catch it by accident."""
 
 
 @contextmanager
 def step_limit(count: int, seconds: float = 60) -> Iterator[None]:
-    """Raise `StepLimitError` in this thread once more than `count` lines of Python were run within the context.
+    """Raise `StepLimitError` in this thread after `count` lines of Python, or `seconds`, within the context.
 
-    Also once these have taken so many seconds, since a step may take long.
-
-    A debugger or a measurement of coverage sees nothing of what runs within, and goes on after it.
+    Debuggers and coverage measurements see nothing of the code within, and continue afterwards.
     """
     steps, end = 0, time.monotonic() + seconds
 

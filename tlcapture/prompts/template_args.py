@@ -32,7 +32,7 @@ _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")  # a tag o
 def template_args(
     tokenizer: Any, thinking: str | None, given: Mapping[str, Any], *, chat_template: bool | None = None
 ) -> dict[str, Any]:
-    """All values for the chat template, with that of its switch for thinking.
+    """All values for the chat template, including its switch for thinking.
 
     Args:
         thinking: `on`, `off`, or `None` to leave the template's default.
@@ -90,7 +90,7 @@ def _check(tokenizer: Any, name: str, value: Any) -> None:
 
 
 def _check_rendering(tokenizer: Any, given: Mapping[str, Any]) -> None:
-    """Raise `InputError` if the template fails with these values, and does not without them."""
+    """Raise `InputError` if the template fails with these values but not without them."""
     if not given:
         return
     try:
@@ -129,7 +129,7 @@ def _reads(tokenizer: Any, name: str) -> bool:
 
 @lru_cache(maxsize=8)
 def _values_read(source: str) -> frozenset[str]:
-    """Names of the values that a chat template reads; every word of one that is not valid."""
+    """Names of the values that a chat template reads; for an invalid template, all its words."""
     from jinja2 import Environment, TemplateError
     from jinja2.meta import find_undeclared_variables
 

@@ -2,7 +2,7 @@
 
 Markers of thinking are taken from the tokenizer's `response_template` (which transformers' `parse_response` reads),
 else from how the chat template renders an assistant message with `reasoning_content`, else from the table below.
-The end of the prompt is read too, since some templates open the thinking there, or close it at once.
+The end of the prompt matters too, since some templates open the thinking there, or close it at once.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from weakref import WeakKeyDictionary
 
 from tlcapture.prompts.chat_template import rendered_or_none
 from tlcapture.prompts.spans import Kind, Piece, TokenSpan, spans_of_text
+from tlcapture.text import MOST_BYTES, REPLACEMENT
 
 RESPONSE_TEMPLATE, REASONING_CONTENT, TABLE = "response_template", "reasoning_content", "table"
-THINKING_TOKENS = 1024  # of a response by default: a thinking model answers a short question within about a thousand
 
 _QUESTION, _THOUGHT, _ANSWER = "tlcapture question", "tlcapture thought", "tlcapture answer"
 _FIELDS_OF_THINKING = ("thinking", "reasoning_content", "reasoning")
-_PART, _MOST_PARTS = "\ufffd", 4  # what a token of some bytes of a character decodes to; characters have up to 4 bytes
 _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|◁[^◁▷\s]+▷")
 
 _cached: WeakKeyDictionary[Any, tuple[Any, ThinkingMarkers | None]] = WeakKeyDictionary()
@@ -37,14 +36,14 @@ class _Field(NamedTuple):
 
 @dataclass(frozen=True)
 class ThinkingMarkers:
-    """How the parts of a response are marked.
+    """The markers around the parts of a response.
 
     Attributes:
         source: `response_template`, `reasoning_content` or `table`.
         fields: the marked parts.
         rest: the kind of text outside of them.
-        rest_end: what ends such text, if anything does.
-        anchor: where the response begins in the prompt's last part; the whole of it is read where there is none.
+        rest_end: the marker that ends such text, if any.
+        anchor: the text after which the response begins in the prompt's last part; without one, all of it is read.
     """
 
     source: str
@@ -89,7 +88,7 @@ class ThinkingMarkers:
         return False
 
     def literals(self) -> tuple[str, str] | None:
-        """The opening and the closing marker of the thinking, if nothing else matters to where it is."""
+        """The opening and the closing marker of the thinking, if they alone decide where it is."""
         if len(self.fields) != 1 or self.rest != "answer" or self.source == TABLE:
             return None
         patterns = [each.pattern for each in (self.fields[0].open, self.fields[0].close) if each is not None]
@@ -192,10 +191,10 @@ def response_spans(
         opening: see `ThinkingMarkers.pieces`.
         token_ids, tokens: the response's tokens, and their texts.
         first: the index of its first token.
-        stopped: whether the last token is a stop token, which belongs to no text.
+        stopped: whether the last token is a stop token, which is not part of any text.
         chat_template: whether the prompt was rendered with the chat template; else none is read for markers.
 
-    The markers are `None` where the model has none that the tokenizer tells of, and the response none of the table.
+    The markers are `None` if the tokenizer reveals none, and the response has none of the table.
     """
     if not tokens:
         return [], None
@@ -213,10 +212,10 @@ def _with_offsets(tokenizer: Any, token_ids: Sequence[int], tokens: Sequence[str
     text, offsets, at = "", [], 0
     while at < len(tokens):
         end, piece = at + 1, tokens[at]
-        if piece.endswith(_PART):
-            for end in range(at + 1, min(at + 1 + _MOST_PARTS, len(tokens) + 1)):
+        if piece.endswith(REPLACEMENT):
+            for end in range(at + 1, min(at + 1 + MOST_BYTES, len(tokens) + 1)):
                 piece = str(tokenizer.decode(list(token_ids[at:end]), clean_up_tokenization_spaces=False))
-                if not piece.endswith(_PART):
+                if not piece.endswith(REPLACEMENT):
                     break
         offsets += [(len(text), len(text) + len(piece))] * (end - at)
         text, at = text + piece, end
@@ -246,9 +245,9 @@ def thinks(tokenizer: Any, opening: str) -> bool:
 
 
 def thinking_markers(tokenizer: Any, *, chat_template: bool = True) -> ThinkingMarkers | None:
-    """The markers that a tokenizer tells of; `None` where only the table is left.
+    """The markers that a tokenizer reveals; `None` if only the table is left.
 
-    The chat template is only rendered where prompts are rendered with it.
+    The chat template is only rendered if prompts are rendered with it.
     """
     template = getattr(tokenizer, "chat_template", None) if chat_template else None
     state = (template, getattr(tokenizer, "response_template", None))
@@ -326,7 +325,7 @@ def _between(whole: str, prompt: str, bare: str) -> ThinkingMarkers | None:
 
 
 def _n_shared(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
+    """The length of the common prefix of two texts."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((n for n, (left, right) in pairs if left != right), min(len(one), len(other)))
 

@@ -14,6 +14,7 @@ from tlcapture.prompts.chat_template import ADVICE, NO_ARGS, RenderedChat, rende
 from tlcapture.prompts.conversations import conversation, is_continued
 from tlcapture.prompts.known_tokens import KnownTokens
 from tlcapture.prompts.message_spans import Message, Span
+from tlcapture.prompts.prompt_sets import Prompt
 from tlcapture.prompts.spans import (
     NO_OFFSETS,
     NO_TEXT,
@@ -48,9 +49,9 @@ class TokenizedPrompt:
         opening: the end of the rendered text, after the last message that is not the assistant's.
         thinks: whether a response is expected to begin with thinking.
         given: the token ids of a response that is read rather than generated; `None` if one is generated.
-        forced: those of a response that is run token by token, as if it were being generated; `None` for any other.
-        known: what is known of tokens that are of another capture.
-        sample: which of several responses is generated, counted from 1; `None` for the only one.
+        forced: the token ids of a response that is run token by token, as if it were generated; otherwise `None`.
+        known: the facts about tokens that come from another capture.
+        sample: the number of the response, from 1, among several to the same prompt; `None` if it is the only one.
     """
 
     prompt_set: str
@@ -75,7 +76,7 @@ class TokenizedPrompt:
 
     @property
     def read_ids(self) -> tuple[int, ...]:
-        """The tokens that are read: those of the prompt, and of a given response."""
+        """The tokens to read: the prompt's, and those of a given response."""
         return self.token_ids + (self.given or ())
 
     @property
@@ -164,6 +165,29 @@ def tokenize(
     )
 
 
+def tokenize_prompt(
+    tokenizer: Any,
+    prompt: Prompt,
+    prompt_set: str,
+    *,
+    system_prompt: str | None,
+    chat_template: bool | None,
+    template_args: Mapping[str, Any],
+) -> TokenizedPrompt:
+    """Render and tokenize a prompt of a set, a text or a conversation; arguments and errors are those of `tokenize`."""
+    tokenized = tokenize(
+        tokenizer,
+        prompt.text,
+        prompt_set=prompt_set,
+        prompt_id=prompt.id,
+        system_prompt=system_prompt,
+        chat_template=chat_template,
+        messages=prompt.messages,
+        template_args=template_args,
+    )
+    return replace(tokenized, fields=prompt.fields)
+
+
 def place_response(
     tokenizer: Any,
     prompt: str,
@@ -200,7 +224,7 @@ def place_response(
 def encode(tokenizer: Any, text: str) -> list[int]:
     """The ids of a plain text with exactly one BOS if the tokenizer has a BOS token.
 
-    Other special tokens that the tokenizer puts in front stay; what it appends, such as EOS, does not.
+    Other special tokens that the tokenizer puts in front stay; tokens that it appends, such as EOS, do not.
     """
     bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     whole = list(tokenizer(text)["input_ids"])
@@ -230,13 +254,13 @@ def unknown_token(tokenizer: Any, ids: Sequence[int], d_vocab: int) -> str | Non
 
 
 def other_tokens(tokenizer: Any, ids: Sequence[int], texts: Sequence[str]) -> str | None:
-    """Why tokens are not those of a tokenizer, given their ids and texts; `None` if they are."""
+    """Why tokens, given by ids and texts, do not belong to a tokenizer; `None` if they do."""
     pairs = zip(ids, token_texts(tokenizer, ids), texts, strict=True)
     return next((f"token {each} is {text!r} there, and {own!r} here" for each, own, text in pairs if own != text), None)
 
 
 def bos_policy(tokenizer: Any, ids: Sequence[int], *, chat_template: bool) -> dict[str, Any]:
-    """How many BOS tokens a sequence starts with (`count`), and what added them (`by`).
+    """How many BOS tokens a sequence starts with (`count`), and their source (`by`).
 
     `by` is `chat template`, `tlcapture`, or `None` if `count` is 0.
     """
@@ -269,7 +293,7 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def _rendered(tokenizer: Any, turns: Sequence[Message], template_args: Mapping[str, Any]) -> RenderedChat:
-    """A conversation up to where the response begins: after a generation prompt, or within the last message."""
+    """A conversation up to the beginning of the response: after a generation prompt, or within the last message."""
     if not is_continued(turns):
         return render_chat(tokenizer, turns, template_args=template_args)
     chat = render_chat(tokenizer, turns, add_generation_prompt=False, template_args=template_args)
@@ -280,7 +304,7 @@ def _rendered(tokenizer: Any, turns: Sequence[Message], template_args: Mapping[s
 
 
 def _plain_chat(turns: Sequence[Message]) -> RenderedChat:
-    """A text, with a system prompt before it, as it is."""
+    """A text without a template, with a system prompt before it."""
     texts = [turn["content"] for turn in turns if turn["content"] or turn["role"] == "user"]
     text = "\n\n".join(texts)
     user = Span(len(text) - len(texts[-1]), len(text))
@@ -298,7 +322,7 @@ def _opening(turns: Sequence[Message], chat: RenderedChat) -> str:
 
 
 def _spans(turns: Sequence[Message], chat: RenderedChat, offsets: Offsets | None, n_added: int) -> list[TokenSpan]:
-    """The spans of a prompt before whose text the tokenizer put `n_added` tokens; turns without text come last."""
+    """The spans of a prompt, with `n_added` tokens of the tokenizer before its text; turns without text come last."""
     roles = [turn["role"] for turn in turns]
     if offsets is None:
         return [unfound(role, NO_OFFSETS) for role in roles]
@@ -310,7 +334,7 @@ def _spans(turns: Sequence[Message], chat: RenderedChat, offsets: Offsets | None
 
 
 def _with_offsets(tokenizer: Any, text: str) -> tuple[list[int], Offsets | None]:
-    """The ids of a text without added special tokens, and the characters of each; `None` where these are unknown."""
+    """The ids of a text without added special tokens, and the characters of each; `None` if those are unknown."""
     if getattr(tokenizer, "is_fast", False):
         found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return list(found["input_ids"]), found["offset_mapping"]

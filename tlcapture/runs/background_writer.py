@@ -1,8 +1,8 @@
 """Writing the files of prompts in other threads while the model continues.
 
-Everything that is left to do for a finished prompt is one job: converting its activations, projecting them, making
-JSON, writing the files. A job has a run of its own, whose report is added to that of the whole run in the order of the
-prompts, so that the report does not depend on which prompt was written first. What the jobs hold in memory is bounded.
+The remaining work on a finished prompt is one job: converting its activations, projecting them, making
+JSON, writing the files. A job has its own run, whose report is added to that of the whole run in the order of the
+prompts, so that the report does not depend on which prompt was written first. The memory that jobs hold is bounded.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ class _Ended(NamedTuple):
 class BackgroundWriter:
     """Does jobs in other threads, and reports to the run what they wrote and what failed.
 
-    Each thread computes by itself: teams of threads in excess of the processors wait for each other.
+    Each thread computes alone: teams with more threads than processors wait for each other.
 
-    As a context manager it does everything that was submitted before the context ends, also if that is by an error. If
+    As a context manager it finishes everything that was submitted before the context ends, even after an error. If
     that wait is interrupted, jobs that have not begun are dropped.
 
     Args:
-        n_writers: the number of threads; `None` takes one for two processors, and one to wait for each process.
-        n_processes: the number of processes that do a part of the jobs.
-        most_bytes: what jobs that have not ended may hold in memory; `None` takes a share of what is free.
+        n_writers: the number of threads; `None` means one per two processors, and one to wait for each process.
+        n_processes: the number of processes that do part of the jobs.
+        most_bytes: the memory that unfinished jobs may hold; `None` means a share of the free memory.
     """
 
     def __init__(self, run: Run, n_writers: int | None = None, most_bytes: int | None = None, *, n_processes: int = 0):
@@ -79,8 +79,8 @@ class BackgroundWriter:
         """Let a thread do a job, after waiting until the memory that jobs hold allows for it.
 
         Args:
-            job: gets a run to report to; what it raises is raised in the caller's thread by a later call of the writer.
-            n_bytes: the memory that the job holds. One job may hold more than all are allowed to.
+            job: gets a run to report to; a later call of the writer raises its error in the caller's thread.
+            n_bytes: the memory that the job holds. A single job may exceed the limit.
 
         Raises:
             NoSpaceError: the device is full; no further files can be written.
@@ -97,7 +97,7 @@ class BackgroundWriter:
         future.add_done_callback(lambda _: self._hold(-n_bytes))
 
     def collect(self) -> None:
-        """Report the jobs that have ended, in the order of their submission, as far as none before them goes on."""
+        """Report jobs that have ended, in the order of their submission, up to the first that is still running."""
         ended = []
         while self._submitted and self._submitted[0].done():
             future = self._submitted.popleft()
@@ -139,7 +139,7 @@ class BackgroundWriter:
 
 
 def _compute_alone(*, with_idle_team: bool) -> None:
-    """Let a thread compute by itself.
+    """Let a thread compute alone.
 
     An idle team of threads makes libgomp count more threads than processors. Then none of them waits for its next work
     in a loop of milliseconds, in which those of the model would keep other processes from computing.
@@ -153,7 +153,7 @@ def _compute_alone(*, with_idle_team: bool) -> None:
 
 
 def _n_writers(n_processes: int) -> int:
-    """As many threads as `TLCAPTURE_WRITERS` says, or one for two processors: the model needs some too."""
+    """The number of threads in `TLCAPTURE_WRITERS`, or one per two processors: the model needs some too."""
     if (asked := os.environ.get(_SWITCH, "")).isdecimal():
         return int(asked)
     return max(1, min(_MOST_WRITERS, n_processors() // 2)) + n_processes

@@ -1,4 +1,4 @@
-"""What a run shows while it works: messages, warnings and progress. Imports almost nothing."""
+"""The display of a run while it works: messages, warnings and progress. Imports almost nothing."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Progress:
     def advance(self, units: int = 0, *, done: str | None = None, share: float | None = None) -> None:
         """Add `units` (such as tokens or examples) to the progress; `done` is a message about finished work.
 
-        `share` is how much of all work is done, where the message says it and units are counted later.
+        `share` is the share of all work that is done, if the message states it and units are counted later.
 
-        A run calls this only where it can be stopped: where everything it started is complete or can be discarded.
+        A run calls this only at points where it can be stopped: everything it started is complete or can be discarded.
         An implementation may raise `KeyboardInterrupt` to stop it.
         """
 
     def state(self, text: str) -> None:
-        """Show what is being worked on, until the next call."""
+        """Show the current work until the next call."""
 
 
 class Display:
@@ -34,13 +34,13 @@ class Display:
         """Show a message."""
 
     def warn(self, text: str) -> None:
-        """Show a warning: what the user should know before relying on the results."""
+        """Show a warning: something to know before relying on the results."""
 
     def uses(self, **facts: Any) -> None:
         """Record facts about the run that its options do not contain, such as the model that was loaded."""
 
     def task(self, number: int, n_tasks: int) -> None:
-        """The progress that follows is that of a task, by its number from 1."""
+        """Announce that the progress that follows belongs to a task, by its number from 1."""
 
     @contextmanager
     def progress(self, total: int, label: str, unit: str) -> Iterator[Progress]:

@@ -1,4 +1,4 @@
-"""What carries out the work of a run: this process, or workers of a Ray cluster (`tlcapture/cluster/executor.py`).
+"""Executors carry out the work of a run: in this process, or on a Ray cluster (`tlcapture/cluster/executor.py`).
 
 A run describes how a worker is made and what its tasks are. A worker does one task after another, with the same
 code wherever it runs.
@@ -26,7 +26,7 @@ class Worker(Protocol):
     """Does tasks, writes their files and reports to its run."""
 
     def prepare(self) -> None:
-        """Load what every task needs."""
+        """Load the data that every task needs."""
 
     def do(self, task: Any) -> None:
         """Do one of the tasks of the run's `Work`."""
@@ -74,7 +74,7 @@ class Work:
         return sorted((part for task in self.tasks for part in self.split(task, most)), key=self.size, reverse=True)
 
     def halves(self, task: Any) -> Sequence[Any]:
-        """A task in two halves; one of a single prompt as it is."""
+        """A task in two halves; a task of a single prompt stays as it is."""
         n_prompts = len(self.split(task, 1))
         return self.split(task, (n_prompts + 1) // 2)
 
@@ -85,12 +85,12 @@ class Executor(Protocol):
     def known_model(self, load: ModelLoader) -> Model | ModelOutline:
         """The model's measures and tokenizer, before any work is done.
 
-        That is the model itself where this process does the work, and otherwise only its outline, since each worker
+        This is the model itself if this process does the work, and otherwise only its outline, since each worker
         loads the model.
         """
 
     def run(self, work: Work, run: Run) -> None:
-        """Do all tasks; what was written and what failed is reported to `run`."""
+        """Do all tasks, and report written files and failures to `run`."""
 
 
 class LocalExecutor:

@@ -1,6 +1,6 @@
-"""Which existing files of an experiment may be replaced or removed: those that can be read as what their place says.
+"""The rule for replacing or removing existing files of an experiment: a file must be of the kind that its path says.
 
-A file that cannot be read may be of another program, or hold what is worth saving, so it is kept unless the user
+A file that cannot be read may belong to another program, or be worth saving, so it is kept unless the user
 says otherwise.
 """
 
@@ -30,7 +30,7 @@ REPLACE = "use --overwrite to replace it and all files derived from it"
 def check_replaceable(layout: Layout, path: Path, *, overwrite: bool = False, advice: str = OVERWRITE) -> None:
     """Raise `StorageError`, with `advice`, for an existing file that cannot be read, unless `overwrite` is set.
 
-    Of JSON files that may be large, only the beginning and the end are read.
+    Only the beginning and the end of potentially large JSON files are read.
     """
     if not lexists(path):
         return
@@ -45,17 +45,8 @@ def check_replaceable(layout: Layout, path: Path, *, overwrite: bool = False, ad
         raise StorageError(f"{error}: {advice}") from None
 
 
-def is_readable(layout: Layout, path: Path) -> bool:
-    """Whether a file holds what its place in an experiment says."""
-    try:
-        check_readable(layout, path)
-    except StorageError:
-        return False
-    return True
-
-
 def check_readable(layout: Layout, path: Path) -> None:
-    """Raise `StorageError` for a file that does not hold what its place in an experiment says."""
+    """Raise `StorageError` for a file that is not of the kind that its path in an experiment says."""
     place = path.relative_to(layout.folder).parts
     if place[:3] == ("inference", "raw", "residual"):
         Capture.open(path)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class ModelLoader:
     """Loads a model when it is first called, with a message to the display; further calls return the same model.
 
-    `source` is the folder of the model's files where they are not found by `name`, those of an `adapter` in a folder in
-    it; `check` is whether a short prompt is compared with Hugging Face, as in `load_model`.
+    `source` is the folder of the model's files if they are not found by `name`, an `adapter`'s files being in a folder
+    in it; `check` tells whether to compare a short prompt with Hugging Face, as in `load_model`.
     """
 
     name: str

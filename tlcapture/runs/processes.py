@@ -1,7 +1,7 @@
-"""Other Python processes for what would keep this one from computing: statistics and JSON, which need Python's lock.
+"""Other Python processes for work that would keep this one from computing: statistics and JSON, which hold the GIL.
 
-A process takes a second to start, in which the work is done here. It ends when its input does, so also when this
-process is killed. It is not of `multiprocessing`, which runs the user's own script again in each process.
+A process takes a second to start; until then the work is done here. It ends when its input ends, so also when this
+process is killed. `multiprocessing` is not used, because it runs the user's own script again in each process.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _log = get_logger(__name__)
 
 
 class Processes:
-    """Processes that are started once enough prompts were announced to be worth it."""
+    """Processes that are started once enough prompts were announced to be worthwhile."""
 
     def __init__(self) -> None:
         asked = os.environ.get(_SWITCH, "")
@@ -48,7 +48,7 @@ class Processes:
         weakref.finalize(self, _end, self._started)
 
     def __len__(self) -> int:
-        """The processes that there are, which may be starting still."""
+        """The number of processes, including those that are still starting."""
         return len(self._started)
 
     def announce(self, n_prompts: int) -> None:
@@ -66,7 +66,7 @@ class Processes:
             Thread(target=_make_ready, args=(each, self._free), daemon=True).start()
 
     def call(self, function: Callable[..., Result], *args: Any) -> Result:
-        """The result of a module's function for picklable arguments, from a process if one is ready, else from here."""
+        """The result of a module's function for picklable arguments, called in a process if one is ready, else here."""
         if not any(each.is_usable or self._is_asked_for for each in self._started):
             return function(*args)
         process = self._free.get()
@@ -116,7 +116,7 @@ class _Process:
         return result
 
     def end(self) -> None:
-        """Let the process end; one that is still starting, or does what nobody waits for, is killed."""
+        """End the process; kill it if it is still starting, or if nobody waits for its work."""
         assert self._popen.stdin is not None and self._popen.stdout is not None
         self.is_ending = True
         if not self.is_usable:
@@ -188,7 +188,7 @@ def _make_ready(process: _Process, free: SimpleQueue[_Process]) -> None:
 
 
 def _prepare() -> None:
-    """Import what the work needs."""
+    """Import the modules that the work needs."""
     import tlcapture.traits.projection  # noqa: F401
 
 

@@ -1,4 +1,4 @@
-"""Files of workers that do not see the experiment: those they are sent, and storing those they send back."""
+"""Files of workers that do not see the experiment: sending their inputs, and storing the files that they send back."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _INPUTS = (
 
 
 def experiment_inputs(layouts: Iterable[Layout]) -> dict[str, bytes]:
-    """What workers read of experiments (config, vectors and their scores), by path relative to the root."""
+    """The files of experiments that workers read (config, vectors and their scores), by path relative to the root."""
     found: dict[str, bytes] = {}
     for layout in layouts:
         found |= file_contents(layout, [path for pattern in _INPUTS for path in layout.folder.glob(pattern)])
@@ -37,7 +37,7 @@ def experiment_inputs(layouts: Iterable[Layout]) -> dict[str, bytes]:
 
 
 def file_contents(layout: Layout, paths: Sequence[Path]) -> dict[str, bytes]:
-    """The content of those of the files that exist, by path relative to the root."""
+    """The content of the files that exist, by path relative to the root."""
     return {path.relative_to(layout.root).as_posix(): read_bytes(path) for path in paths if path.is_file()}
 
 
@@ -46,11 +46,11 @@ def store_outputs(layout: Layout, files: Mapping[str, bytes], done: Done, overwr
 
     Args:
         files: content by path relative to the root.
-        done: what the worker did.
+        done: the worker's report.
         overwrite: replace files that cannot be read, too; otherwise they are kept, and added to the failures.
 
     Returns:
-        What the worker did, with the files as they were written here.
+        The worker's report, with the files as they were written here.
     """
     failures = [] if overwrite else _not_replaceable(layout, files)
     kept = {failed.what for failed in failures}
@@ -83,7 +83,7 @@ def _not_replaceable(layout: Layout, files: Mapping[str, bytes]) -> list[Failed]
 
 
 def _store(layout: Layout, path: Path, content: bytes) -> Written:
-    """Write a file that was made from a capture, in place of what is there in the other form."""
+    """Write a file that was made from a capture, and remove its other form."""
     place = path.relative_to(layout.folder).parts
     if place[:2] == ("analysis", "projections"):
         written, traits = adopt(path.parent, path.stem, content)

@@ -79,7 +79,7 @@ class RecordedReport(RunReport):
             self._write_at_times()
 
     def add(self, other: Done) -> None:
-        """Add what was done elsewhere."""
+        """Add work that was done elsewhere."""
         self._is_adding = True
         super().add(other)
         self._is_adding = False

@@ -27,12 +27,12 @@ _SHARD = re.compile(r"-\d+of\d+$")
 
 @dataclass(frozen=True)
 class CaptureAtWork:
-    """A run that captures a prompt set, or that ended before it was through; shards of one run are one.
+    """A run that captures a prompt set, or that ended before finishing; shards count as one run.
 
     Attributes:
-        is_running: whether it is at work; if not, it was stopped or killed.
-        n_done: captures that are there: those it made, and those it found.
-        n_planned: captures that will be there when it is through, unless some fail.
+        is_running: whether it is running; if not, it was stopped or killed.
+        n_done: existing captures: those it made, and those it found.
+        n_planned: captures that will exist when it is finished, unless some fail.
         n_failed: prompts that failed.
         command_line: the command as it was called.
     """
@@ -46,7 +46,7 @@ class CaptureAtWork:
 
 @dataclass(frozen=True)
 class _Recorded:
-    """What a record says of the captures of a run, by prompt set."""
+    """The counts of a run's captures in its record, by prompt set."""
 
     status: str
     planned: Mapping[str, Mapping[str, int]]
@@ -89,7 +89,7 @@ def _counts(record: _Recorded, prompt_set: str) -> tuple[int, int, int]:
 
 
 def _n_made(record: _Recorded, prompt_set: str) -> int:
-    """Captures that a run has made: its raw files, or where it keeps none, its projections onto one trait."""
+    """The number of captures that a run has made: its raw files, or without any, its projections onto one trait."""
     raw = record.n_files.get(f"inference/raw/residual/{prompt_set}", 0)
     places = ("inference/", "analysis/projections/")
     projected = {folder: n for folder, n in record.n_files.items() if folder.startswith(places)}
@@ -111,7 +111,7 @@ def _read(path: Path) -> _Recorded | None:
 
 @lru_cache(maxsize=512)
 def _read_once(path: Path, _modified: int, _size: int) -> _Recorded | None:
-    """A record; `None` for one that cannot be read, or of an earlier version, which did not plan."""
+    """A record; `None` if it cannot be read or has no plan, as in earlier versions."""
     try:
         content: Any = read_json(path)
         planned = {str(name): {key: int(n) for key, n in each.items()} for name, each in content["planned"].items()}

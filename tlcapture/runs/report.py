@@ -84,7 +84,7 @@ class WrittenFiles:
 
 @dataclass(frozen=True)
 class Done:
-    """What was done elsewhere, as it is added to the report of the run: by another process or thread."""
+    """The work of another process or thread, to be added to the report of the run."""
 
     written: Sequence[Written] = ()
     failures: Sequence[Failed] = ()
@@ -106,9 +106,9 @@ class RunReport:
         started: when the run started, on the monotonic clock.
         n_removed: files of earlier runs that were removed and not written again.
         retried: batches of work that were run again after their worker died.
-        projected: what the summary needs of projections that were written, by path relative to the folder, as JSON; not
+        projected: the part of written projections that the summary needs, by path relative to the folder, as JSON; not
             of all in a large run.
-        learned: what was found in files or is known of those that were written, for the index of the set's files.
+        learned: facts about files that were read or written, for the index of the set's files.
         seen: states of files that the run has looked at or written; not of all in a large run.
     """
 
@@ -135,13 +135,13 @@ class RunReport:
         return self.files.count
 
     def wrote(self, written: Written) -> None:
-        """Count a file that was written, and keep what is known of it."""
+        """Count a file that was written, and keep its facts."""
         self.files.add(written)
         if written.state is not None:
             self.learn(written.path, Learned(written.state, written.facts))
 
     def learn(self, path: Path, learned: Learned) -> None:
-        """Keep what was found in a file, if anything, and its state."""
+        """Keep the facts found in a file, if any, and its state."""
         if learned.facts:
             self.learned[path] = learned
         if len(self.seen) < _MOST_REMEMBERED:
@@ -149,11 +149,11 @@ class RunReport:
 
     @property
     def remembers(self) -> bool:
-        """Whether there is room for what the summary needs of one more projection."""
+        """Whether there is room for the summary's part of one more projection."""
         return len(self.projected) < _MOST_REMEMBERED
 
     def remember(self, projected: Mapping[str, bytes]) -> None:
-        """Keep what the summary needs of some projections, as far as there is room for it."""
+        """Keep the summary's part of some projections, as far as there is room for it."""
         for name, content in projected.items():
             if self.remembers:
                 self.projected[name] = content
@@ -175,7 +175,7 @@ class RunReport:
             self.failed(what, error)
 
     def add(self, other: Done) -> None:
-        """Add what was done elsewhere, except for its warnings."""
+        """Add work that was done elsewhere, except for its warnings."""
         for written in other.written:
             self.wrote(written)
         self.failures += other.failures
@@ -224,9 +224,9 @@ class RunReport:
 
 
 class CollectingReport(RunReport):
-    """A report that also keeps everything since it was last added to that of the whole run.
+    """A report that also keeps everything since it was last added to the report of the whole run.
 
-    `whole_remembers` is whether that of the whole run has room for what a summary needs.
+    `whole_remembers` tells whether the report of the whole run has room for parts that a summary needs.
     """
 
     def __init__(self, folder: Path, *, whole_remembers: bool = True):
@@ -245,7 +245,7 @@ class CollectingReport(RunReport):
         self._written.append(written.knowing(None))  # which is in `learned`
 
     def drain(self) -> Done:
-        """What was done since the last call."""
+        """The work that was done since the last call."""
         done = Done(
             self._written,
             self.failures,

@@ -5,7 +5,7 @@
         with run.attempt("single_trait/3"):
             run.wrote(write_json(path, content))
 
-All functions that do the work of a command take a `Run` and report to it what they wrote, skipped and failed at.
+All functions that do the work of a command take a `Run`, and report written files, skips and failures to it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Run:
         self.report.wrote(written)
 
     def removed(self, paths: list[Path]) -> None:
-        """Count those of the removed files that were not written again."""
+        """Count the removed files that were not written again."""
         self.report.n_removed += sum(not path.exists() for path in paths)
 
     def failed(self, what: str, reason: object) -> None:
@@ -82,7 +82,7 @@ class Run:
         return self.report.attempt(what)
 
     def add(self, done: Done) -> None:
-        """Add what a worker in another process did, and show its warnings."""
+        """Add the work of a worker in another process, and show its warnings."""
         for text in done.warnings:
             self.warn(text)
         self.report.add(done)

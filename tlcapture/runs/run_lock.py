@@ -1,4 +1,4 @@
-"""The lock of a run: of two runs that would write the same files, the second waits and reports that it does.
+"""The lock of a run: if two runs would write the same files, the second waits, and says so.
 
 Shards of one prompt set write different files and can run at the same time. Each thing to write, such as the captures
 of a prompt set, has one lock file for all of it (its gate) and one for each shard:
@@ -26,7 +26,7 @@ def run_lock(run: Run, what: str, shard: Shard | None = None, division: str = "s
     """Hold the lock for writing `what`, or a shard of it; yields whether another run held it first.
 
     Args:
-        what: what is written, for example `captures of single_trait`.
+        what: the files to write, for example `captures of single_trait`.
         shard: the share that is written; `None` for all of it.
         division: the way in which it is divided into shards; shards of different divisions wait for each other.
     """

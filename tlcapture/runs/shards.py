@@ -38,5 +38,5 @@ class Shard:
         return shard
 
     def of(self, items: Sequence[T]) -> Sequence[T]:
-        """Those of the items that belong to this shard."""
+        """The items that belong to this shard."""
         return items[self.number - 1 :: self.count]

@@ -1,7 +1,7 @@
 """The zip archives of `torch.save`: written here, and read and mapped by record without unpickling anything.
 
-`torch.save` itself spends two thirds of its time on checksums. Here zlib makes them, with the processor's own
-instructions and without Python's lock, so that several threads can write at the speed of the disk.
+`torch.save` itself spends two thirds of its time on checksums. Here zlib computes them, with the processor's
+instructions and without the GIL, so that several threads can write at the speed of the disk.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What the compact files of attention, logit lens and projections have in common: a safetensors file with a head.
+"""The common form of compact files of attention, logit lens and projections: a safetensors file with a head.
 
 The head is the content that the JSON form has apart from its numbers, as JSON in the metadata of the safetensors file,
-under `content`; `kind` says what the file is, and `numbers` to what its numbers are rounded. Loads no torch.
+under `content`; `kind` is the kind of file, and `numbers` the rounding of its numbers. Loads no torch.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from tlcapture.storage.safetensors_files import TensorFile
 from tlcapture.storage.validation import not_valid
 
 MOST_JSON = 64 * 2**20  # bytes of a JSON file; what would be larger is written in the compact form
+PER_SCORE = 9.7  # bytes of a projected score in JSON: 6 significant digits
 PER_WEIGHT = 9.5  # bytes in JSON of an attention weight: 4 significant digits and a comma
 PER_PREDICTION = 35.0  # of {"token": ..., "prob": ...}
 _KIND, _CONTENT, _NUMBERS, _VERSION = "kind", "content", "numbers", "version"
 
 
 def is_compact(path: Path) -> bool:
-    """Whether a path is that of a file in the compact form."""
+    """Whether a path belongs to a file in the compact form."""
     return path.suffix == COMPACT
 
 

@@ -27,7 +27,7 @@ def comparison_file(layout: Layout, other: str, prompt_set: str, prompt_id: Prom
 
 
 def comparisons(layout: Layout) -> list[tuple[str, str]]:
-    """What captures were compared with, and their prompt sets or variants of those, sorted."""
+    """The names of the other captures, and the prompt sets or variants that were compared with them, sorted."""
     found = []
     for name, path in subfolders(layout.folder / "analysis" / "compare"):
         other, _, prompt_set = name[:-1].partition("/")

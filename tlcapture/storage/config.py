@@ -47,8 +47,8 @@ def read_config(layout: Layout) -> ExperimentConfig:
 def settle_model(layout: Layout, role: str, asked: str | None, default: str, *, allow_change: bool = False) -> str:
     """The model an experiment uses in a role (`inference_model` or `extraction_model`).
 
-    The first run records the model, later runs read it. Where no model is recorded for the role, that of the other
-    role is used. Local files are recorded by their absolute path, so that they are found from any directory.
+    The first run records the model, later runs read it. If no model is recorded for the role, the one of the other
+    role is used. Local files are recorded by their absolute path, so that they are found from any folder.
 
     Raises:
         InputError: `asked` differs from the recorded model and `allow_change` is not set.

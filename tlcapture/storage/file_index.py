@@ -1,10 +1,10 @@
-"""What is known of the files of a capture set without opening them: an index of what was found in each of them.
+"""An index of facts about the files of a capture set, so that they need not be opened.
 
     index = FileIndex(layout, "s")
     index.known(path, state)          # the facts, unless the file is another one by now
     remember(layout, {path: Learned(state, facts)})
 
-The index of a set, `.locks/files-of-{set}.index`, holds size and times of each file and what a check of it found. It is
+The index of a set, `.locks/files-of-{set}.index`, holds size and times of each file and the facts found in it. It is
 only a cache: a file that changed, was replaced or removed is not known, and neither is any file if the index is missing
 or damaged. Facts are parts, values of JSON, of which files share many. A line with a digest of the rest comes first:
 
@@ -41,7 +41,7 @@ Facts = tuple[bytes, ...]  # parts, each as JSON
 
 
 class Learned(NamedTuple):
-    """What was found in a file, and its state before it was read."""
+    """The facts found in a file, and its state before it was read."""
 
     state: FileState
     facts: Facts
@@ -65,7 +65,7 @@ def as_facts(*parts: Any) -> Facts | None:
 
 
 def capture_set_of(layout: Layout, path: Path) -> str | None:
-    """The set that a file of a capture, or a shard, is of; `None` for any other path."""
+    """The set that a file of a capture, or a shard, belongs to; `None` for any other path."""
     with suppress(ValueError):
         *folders, _ = path.relative_to(layout.folder).parts
         first, second = (*folders, "", "")[:2]
@@ -88,7 +88,7 @@ class FileIndex:
         return max(map(len, self._folders.values()), default=0)
 
     def known(self, path: Path, state: FileState) -> tuple[Any, ...] | None:
-        """The facts of a file in this state, as values; `None` where nothing is known of it."""
+        """The facts of a file in this state, as values; `None` if they are unknown."""
         entry = self._folders.get(_below(self._folder, path.parent), {}).get(path.name)
         if not isinstance(entry, list) or len(entry) <= _N_STATE or tuple(entry[:_N_STATE]) != state:
             return None
@@ -99,7 +99,7 @@ class FileIndex:
 
 
 def remember(layout: Layout, learned: Mapping[Path, Learned]) -> None:
-    """Add what was learned of files to the indices of their sets, and drop files that are gone.
+    """Add facts about files to the indices of their sets, and drop files that are gone.
 
     The index of a set is written whole or not at all. If that fails, the files are checked again when it is needed.
     """

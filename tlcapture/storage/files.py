@@ -48,9 +48,9 @@ _check_change: Hook = lambda path: None  # noqa: E731
 
 
 class FileState(NamedTuple):
-    """What tells that a file is still the same: its size in bytes, and when it was modified and when it was put there.
+    """The state that identifies an unchanged file: its size in bytes, and the times `st_mtime_ns` and `st_ctime_ns`.
 
-    Times are in nanoseconds since the epoch. Of an object in a remote root, when it was put there is not known: 0.
+    Times are in nanoseconds since the epoch. The second one is 0 for an object in a remote root.
     """
 
     size: int
@@ -59,7 +59,7 @@ class FileState(NamedTuple):
 
     @classmethod
     def of(cls, found: os.stat_result) -> FileState:
-        """That of a file, from what the system says of it."""
+        """The state of a file, from its `os.stat_result`."""
         return cls(found.st_size, found.st_mtime_ns, 0 if is_copy(found) else found.st_ctime_ns)
 
 
@@ -67,7 +67,7 @@ class Written(NamedTuple):
     """A file that was written, and its size in bytes.
 
     `state` is its state at its path, unless another process has replaced it already; `facts` are what an index of files
-    (`file_index`) holds of it, if that is known.
+    (`file_index`) holds about it, if known.
     """
 
     path: Path
@@ -76,7 +76,7 @@ class Written(NamedTuple):
     facts: tuple[bytes, ...] = ()
 
     def knowing(self, facts: tuple[bytes, ...] | None) -> Written:
-        """The same with what is known of the file."""
+        """A copy with facts about the file."""
         return self._replace(facts=facts or ())
 
 
@@ -88,7 +88,7 @@ def check_changes(check: Hook) -> None:
 
 @contextmanager
 def fsyncing(*, asked: bool = True) -> Iterator[None]:
-    """Have every file that is written, and its folder, on the disk before going on; also in processes started here."""
+    """Within the context, flush each written file and its folder to the disk; also in processes started here."""
     before = os.environ.get(FSYNC)
     if asked:
         os.environ[FSYNC] = "1"
@@ -123,7 +123,7 @@ def as_json(value: Any) -> Any:
 def read_json(path: Path, *, exact: bool = False) -> Any:
     """Read a JSON file; raises `StorageError` with file, line and reason if it cannot be read or is not JSON.
 
-    What is to be `exact` is refused also for what reading would lose; see `json_text.lost`.
+    With `exact`, JSON of which reading would lose something is refused too; see `json_text.lost`.
     """
     return parsed(read_bytes(path), path, exact=exact)
 
@@ -171,7 +171,7 @@ def write_tensors(
     """Write tensors and plain values for `torch.load`, and further records that it ignores.
 
     Tensors that are views of the same storage share it in the file too. A view of a larger storage would write all of
-    that storage, so callers pass clones of what is to be kept.
+    that storage, so callers pass clones.
 
     `before_replacing` is called with the path of the complete temporary file, before it is renamed to `path`.
 
@@ -210,7 +210,7 @@ def read_tensors(path: Path, *, records: Sequence[str] = (), whole: bool = True)
 
 
 def _record(name: str) -> type:
-    """A class of its own, which takes the place of the class `name` of another package."""
+    """A new class that takes the place of the class `name` of another package."""
     return type(name.rpartition(".")[2], (dict,), {"__setstate__": lambda self, state: self.update(state)})
 
 
@@ -218,7 +218,7 @@ def _record(name: str) -> type:
 def opening(path: Path) -> Iterator[None]:
     """Turn any error while a tensor file is opened into a `StorageError` with a message of one line.
 
-    The file is opened by its path several times, so it is also an error if it is replaced meanwhile.
+    The file is opened by its path several times, so replacing it in between is an error too.
     """
     check_regular(path)
     if not path.is_file():
@@ -239,7 +239,7 @@ def opening(path: Path) -> Iterator[None]:
 
 
 def remove(paths: Iterable[Path]) -> int:
-    """Remove those of the files that exist; returns how many were removed."""
+    """Remove the files that exist; returns how many were removed."""
     count = 0
     for path in paths:
         _check_change(path)
@@ -327,7 +327,7 @@ def _write(path: Path, write: Callable[[Path], object], needed: int, before_repl
 
 
 def _check_is_file(path: Path) -> None:
-    """Raise `StorageError` for what exists and is no regular file."""
+    """Raise `StorageError` for anything that exists but is not a regular file."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
@@ -347,7 +347,7 @@ def _state_of(path: Path, written: os.stat_result) -> FileState | None:
 
 
 def _unchanged(found: os.stat_result) -> tuple[int, int, int]:
-    """What a rename does not change."""
+    """The properties that a rename does not change."""
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
@@ -359,7 +359,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder, where that is asked for."""
+    """Flush a file, or the names in a folder, to the disk, if that is asked for."""
     if not os.environ.get(FSYNC):
         return
     descriptor = os.open(path, os.O_RDONLY)

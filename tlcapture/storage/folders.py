@@ -34,7 +34,7 @@ def paths_of_folders_in(folder: str) -> list[str]:
 
 
 def stems_in(folder: Path, suffix: str) -> list[str]:
-    """Names, without their ending, of what in a folder ends in `suffix`; of hidden files too."""
+    """Names, without `suffix`, of everything in a folder that ends in it, including hidden files."""
     with suppress(OSError), scandir(folder) as entries:
         return [entry.name[: -len(suffix)] for entry in entries if entry.name.endswith(suffix)]
     return []

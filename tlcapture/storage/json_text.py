@@ -1,4 +1,4 @@
-"""JSON as other programs and people write it: what is read, and what reading would lose."""
+"""Reading JSON that other programs and people write, and finding what reading would lose."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LEAST, _MOST = -(2**63), 2**64 - 1  # the integers that are written as they wer
 def parsed(data: bytes, path: Path, *, exact: bool = False) -> Any:
     """The value of JSON text; raises `StorageError` with file, line and reason for anything else.
 
-    Where it is to be `exact`, also for text of which reading would lose something.
+    With `exact`, also for text of which reading would lose something.
     """
     try:
         text = data.removeprefix(_MARK)

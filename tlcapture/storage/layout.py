@@ -55,7 +55,7 @@ def shipped_datasets() -> Path:
 
 @dataclass(frozen=True)
 class Datasets:
-    """The prompt sets and trait examples of a root, and those of the package, which it takes second."""
+    """The prompt sets and trait examples of a root, and after them those of the package."""
 
     root: Path
 
@@ -119,7 +119,7 @@ def existing_experiments(root: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Layout:
-    """The paths of an experiment in a root. Creates no folders; lists folders, and of files reads indices of shards.
+    """The paths of an experiment in a root. Creates no folders; lists folders, and reads only indices of shards.
 
     Methods that take a name from outside (prompt set, prompt id) raise `InputError` if it is not a safe file name. All
     paths are checked by `own`: a link that leads out of the experiment raises `StorageError`.
@@ -174,7 +174,7 @@ class Layout:
         return self.own(self.folder / "config.json")
 
     def lock(self, name: str) -> Path:
-        """The lock file for something that two runs must not do at the same time in this experiment."""
+        """The lock file `name` for work that two runs must not do at the same time in this experiment."""
         return self.own(self.folder / ".locks" / f"{name.replace('/', '+')}.lock")
 
     def shard_lock(self, name: str, shard: str) -> Path:
@@ -222,12 +222,12 @@ class Layout:
         return [path, self.own(path.with_suffix(COMPACT))]
 
     def saved(self, path: Path) -> Path:
-        """The form of an analysis file that exists, the newer one of two; that of JSON where none does."""
+        """The existing form of an analysis file, the newer one of two; the JSON path if there is none."""
         found = [each for each in self.forms(path) if lexists(each)]
         return max(found, key=lambda each: each.lstat().st_mtime_ns) if found else path
 
     def written_folders(self, prompt_sets: Iterable[str]) -> Iterator[Path]:
-        """The folders below this that commands on some prompt sets write to and that exist; none behind links out."""
+        """The existing folders below this one that commands on prompt sets write to, without links that lead out."""
         for folder in (self.folder / each for each in folders_in(self.folder) if each not in ("inference", "analysis")):
             yield from (folder, *(path for _, path in subfolders(folder)))
         patterns = ("inference/raw/*", "analysis/*", "analysis/compare/*")
@@ -391,7 +391,7 @@ class Layout:
 
 
 def derived_files(layout: Layout, prompt_set: str, prompt_id: PromptId) -> list[Path]:
-    """The existing files made from a raw residual, or what is in their places; no shards of several prompts."""
+    """The existing files made from a raw residual, or whatever is at their paths, without shards of several prompts."""
     files = [*layout.forms(layout.attention(prompt_set, prompt_id))]
     files += layout.forms(layout.logit_lens(prompt_set, prompt_id))
     files += layout.all_internals(prompt_set, prompt_id) + layout.all_projections(prompt_set, prompt_id)

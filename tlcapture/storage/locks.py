@@ -1,4 +1,4 @@
-"""Locks between processes, for what two runs must not do at the same time.
+"""Locks between processes, for work that two runs must not do at the same time.
 
 The operating system releases a lock when its process ends, however it ends, so no stale locks remain.
 """
@@ -25,7 +25,7 @@ _POLL = 0.1  # seconds between two tries
 def is_held(path: Path) -> bool:
     """Whether a process holds the lock of a file; `False` if there is no such file.
 
-    On a file system without locks, where that cannot be known, whether the file exists.
+    On a file system without locks, where this cannot be known, tells whether the file exists.
     """
     try:
         import fcntl
@@ -42,7 +42,7 @@ def is_held(path: Path) -> bool:
 
 
 def holder(path: Path) -> str | None:
-    """Who holds a lock in a remote root, as text; `None` of any other lock."""
+    """The holder of a lock in a remote root, as text; `None` for any other lock."""
     remote = store_of(path)
     found = None if remote is None else held(*remote)
     return None if found is None else str(found[0])

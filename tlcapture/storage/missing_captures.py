@@ -10,7 +10,7 @@ from tlcapture.text import beside
 
 
 def no_captures(layout: Layout, prompt_set: str, captured: Sequence[str], remedy: str = "") -> InputError:
-    """The error that names the sets that are `captured`, and the one that was probably meant; a variant is a set."""
+    """The error that lists the `captured` sets, variants included, and suggests the one that was probably meant."""
     others = beside(prompt_set, captured, "captured sets")
     return InputError(
         f"experiment {layout.experiment!r} has no captures of prompt set {prompt_set!r}{others}"

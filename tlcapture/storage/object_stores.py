@@ -1,4 +1,4 @@
-"""Object stores behind a URL, through fsspec: listing, whole reads, whole writes, and writes that must be the first.
+"""Object stores behind a URL, through fsspec: listing, whole reads and writes, and writes that must be the first.
 
 A write is one PUT, or a multipart upload that is completed by one request: an object is there whole or not at all.
 Errors of the store are raised as `StorageError` and `InputError` of one line.
@@ -49,7 +49,7 @@ def is_url(text: str | Path) -> bool:
 
 
 def checked_url(text: str | Path) -> tuple[str, str]:
-    """The scheme and the whole of a URL of an object store, in one form; raises `InputError` for any other URL."""
+    """The scheme of an object store's URL, and the normalised URL; raises `InputError` for any other URL."""
     match = _URL.fullmatch(str(text))
     assert match is not None
     scheme, rest = match[1].lower(), match[2].strip("/")
@@ -74,7 +74,7 @@ class Store:
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
-        """fsspec's file system, and the path in it of what is below the URL."""
+        """fsspec's file system, and the URL's path in it."""
         scheme = self.url.partition(":")[0]
         package = PACKAGES[scheme]
         try:
@@ -122,7 +122,7 @@ class Store:
             return sorted(name for name in names if _is_safe(name))
 
     def version(self, name: str) -> Version | None:
-        """The version of an object that is there now."""
+        """The present version of an object."""
         with self._explained(name, "read"):
             try:
                 found = self._fs.info(self._path(name))
@@ -173,7 +173,7 @@ class Store:
             return True
 
     def replace(self, name: str, data: bytes, version: Version) -> bool:
-        """Write an object in place of a version of it, where the store can in one step; returns whether it was."""
+        """Replace a version of an object in one step, if the store can; returns whether it was replaced."""
         with self._explained(name, "written"):
             try:
                 self._fs.pipe_file(self._path(name), data, **({"IfMatch": version.tag} if self.is_s3 else {}))
@@ -225,7 +225,7 @@ class Store:
 
 
 def _is_refused(error: BaseException) -> bool:
-    """Whether a store refused a write since another one came first."""
+    """Whether a store refused a write because another one came first."""
     code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code", "")
     return code in ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 

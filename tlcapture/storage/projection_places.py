@@ -1,4 +1,4 @@
-"""What the path of a projection file says."""
+"""Reading trait, component, prompt set and prompt from the path of a projection file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STREAM_FOLDERS = {"residual": "residual_stream", "attn_out": "attn_stream"}
 
 @dataclass(frozen=True)
 class ProjectionPlace:
-    """What the path of a projection file says: its trait, component, prompt set, and the name of its prompt."""
+    """The place of a projection file: its trait, component, prompt set, and the name of its prompt."""
 
     trait: Trait
     component: str
@@ -21,7 +21,7 @@ class ProjectionPlace:
 
 
 def place_of_projection(path: Path) -> ProjectionPlace | None:
-    """What a path says of a projection file; `None` for one that is not the path of such a file in an experiment."""
+    """The place that a path names; `None` if it is not the path of a projection file in an experiment."""
     if path.suffix != ".json":
         return None
     parts = path.parts

@@ -5,8 +5,8 @@
 
 `scores` is `[n_tokens, n_traits, n_layers, n_points]`, NaN where there is none; `velocity` and `acceleration` are
 `[n_tokens, n_traits]`; all are float32 with the 6 digits of the JSON form. The tokens are those of all prompts, one
-prompt after another. `records` are bytes: for each prompt the JSON of what its projection files would hold beside these
-numbers. The index (`content` of the metadata) names the axes, and says where the tokens and the record of each prompt
+prompt after another. `records` are bytes: for each prompt the JSON of everything else in its projection
+files. The index (`content` of the metadata) names the axes, and says where the tokens and the record of each prompt
 are. `shard_writing` writes them. Loads no torch.
 """
 
@@ -99,7 +99,7 @@ class Sharded:
     written_ns: int
 
     def content(self, *, scored: bool = True) -> dict[str, Any]:
-        """What the projection file would hold; raises `StorageError` if the shard is damaged.
+        """The content of the equivalent projection file; raises `StorageError` if the shard is damaged.
 
         Unless `scored`, without scores, velocity and acceleration.
         """
@@ -108,7 +108,7 @@ class Sharded:
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """An open shard: its tensors are read where they are used."""
+    """An open shard, whose tensors are read when they are used."""
 
     file: TensorFile
     index: Index
@@ -125,7 +125,7 @@ class Shard:
 
     @cached_property
     def entries(self) -> Mapping[str, IndexEntry]:
-        """Its prompts by id."""
+        """The entries of the prompts by id."""
         return {entry.id: entry for entry in self.index.prompts}
 
     @cached_property
@@ -139,14 +139,14 @@ class Shard:
         return self._mapped[name]
 
     def sharded(self, prompt_id: str) -> Iterator[Sharded]:
-        """The projections of a prompt; none of one that the shard does not have."""
+        """The projections of a prompt; empty for a prompt that the shard does not have."""
         entry = self.entries.get(prompt_id)
         if entry is not None:
             for trait, written in entry.written.items():
                 yield Sharded(self.file.path, prompt_id, trait, written)
 
     def content(self, prompt_id: str, trait: str, *, scored: bool = True) -> dict[str, Any]:
-        """What the file of a projection would hold, as `Sharded.content`."""
+        """The content of the equivalent projection file, as `Sharded.content`."""
         try:
             entry = self.entries[prompt_id]
             start, stop = entry.record
@@ -171,7 +171,7 @@ class Shard:
             raise not_valid(self.file.path, KIND, what) from None
 
     def labels(self, entry: IndexEntry) -> dict[str, dict[str, Any]]:
-        """By trait, what the files of a prompt's projections would hold beside numbers; raises as `content` does."""
+        """The content of a prompt's projection files without numbers, by trait; raises like `content`."""
         try:
             record = orjson.loads(self._array("records")[slice(*entry.record)].tobytes())
             return {trait: {**record["shared"], **record["traits"][trait]} for trait in entry.written}
@@ -244,7 +244,7 @@ def _shards_in(folder: Path) -> list[Path]:
 
 
 def sharded_of(folder: Path, prompt_id: str) -> dict[str, Sharded]:
-    """A prompt's projections in the shards of a folder, by trait, the newest of each.
+    """A prompt's projections in the shards of a folder, the newest one for each trait.
 
     Raises `StorageError` for a shard that cannot be read and may hold them.
     """

@@ -1,4 +1,4 @@
-"""What is at the place of a file, and is not one: a folder, a pipe, a link to what is not there."""
+"""The check for paths that should be files but are something else: a folder, a pipe, a dangling link."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from tlcapture.errors import StorageError
 
 
 def check_regular(path: Path) -> None:
-    """Raise `StorageError` for what is there and is not a regular file.
+    """Raise `StorageError` for a path that exists but is not a regular file.
 
-    A link to what is not there is an error too: it may be on a disk that is not mounted.
+    A dangling link is an error too: its target may be on a disk that is not mounted.
     """
     if path.is_file() or not lexists(path):
         return

@@ -1,6 +1,6 @@
 """Locks in an object store: an object that says who holds the lock, written only if there is none.
 
-The holder writes it again every few seconds, as long as it runs. Where it is not written for a minute, or its process
+The holder rewrites it every few seconds while it runs. If it is not rewritten for a minute, or its process
 on this machine has ended, another run takes the lock over, by a write that replaces the version it has seen. A store
 without conditional writes has no locks: `remote_roots.check_writable` says so.
 """
@@ -38,7 +38,7 @@ def _user() -> str:
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock; `beat` counts how often it was written."""
+    """The holder of a lock; `beat` counts how often it was written."""
 
     host: str = HOST
     process: int = field(default_factory=os.getpid)
@@ -52,7 +52,7 @@ class Holder:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it was a process of this machine that is no longer there."""
+        """Whether the holder was a process of this machine that has ended."""
         import psutil
 
         return self.host == HOST and not psutil.pid_exists(self.process)
@@ -109,7 +109,7 @@ def _acquire(store: Store, name: str, own: Holder, on_wait: Callable[[], object]
 
 
 def held(store: Store, name: str) -> tuple[Holder, Version] | None:
-    """Who holds a lock, and the version of the object that says so."""
+    """The holder of a lock, and the version of the object that names it."""
     version, content = store.version(name), store.read(name)
     if version is None or content is None:
         return None
@@ -120,7 +120,7 @@ def held(store: Store, name: str) -> tuple[Holder, Version] | None:
 
 
 def _keep(store: Store, name: str, own: Holder, ended: threading.Event) -> None:
-    """Write the lock again and again; stops, with a warning, where another run has taken it."""
+    """Rewrite the lock again and again; stops, with a warning, if another run has taken it."""
     beat = own
     while not ended.wait(_BEAT):
         beat = replace(beat, beat=beat.beat + 1)

@@ -4,7 +4,7 @@
 
 The folder is a working copy for this process. Each object is there as a file of its size and time without content,
 until a reader asks for it (`local`): then it is downloaded, once for each version, into a cache that processes share.
-What is written goes to the store by one request (`publish`) before it appears in the folder. Objects that others write
+A written file goes to the store by one request (`publish`) before it appears in the folder. Objects that others write
 appear when the folder is brought up to date (`refresh`). For local roots all functions here do nothing.
 
 This module loads no fsspec before a root is a URL.
@@ -27,6 +27,7 @@ from tlcapture.places import name_place
 from tlcapture.storage.object_stores import Store, checked_url, is_url
 from tlcapture.storage.working_copies import Mount, new_copy
 
+FRESH = 5.0  # seconds for which the listing of a remote root holds
 _ATTACHED = "TLCAPTURE_WORKING_COPIES"  # those of the process that started this one
 _INCOMPLETE = ".incomplete"
 _mounts: dict[str, Mount] = {}  # by folder
@@ -73,7 +74,7 @@ def check_local(path: Path | None, option: str) -> None:
 
 
 def local(path: Path) -> Path:
-    """The path, at which the file's content is now if it is that of an object."""
+    """Return the path, after downloading the file's content if it is an object's."""
     mount, name = _found(path)
     if mount is not None:
         mount.fetch(name, path)
@@ -81,7 +82,7 @@ def local(path: Path) -> Path:
 
 
 def publish(temporary: Path, path: Path) -> bool:
-    """Write a finished file to where `path` is in a remote root, and take it away; `False` for any other path."""
+    """Move a finished file to the object of `path` in a remote root; returns `False` for any other path."""
     mount, name = _found(path)
     if mount is not None:
         mount.publish(temporary, name)
@@ -106,7 +107,7 @@ def publish_folder(folder: Path) -> None:
 
 
 def is_incomplete(folder: Path) -> bool:
-    """Whether a folder of a remote root is being written by `publish_folder`, or was when that was killed."""
+    """Whether `publish_folder` is writing a folder of a remote root, or was killed while it did."""
     return is_remote(folder) and (folder / _INCOMPLETE).exists()
 
 
@@ -134,7 +135,7 @@ def discard(path: Path) -> None:
 
 
 def refresh(folder: Path, older_than: float = 0.0) -> Path:
-    """The folder, in which there is now what others have written; listed again if that was `older_than` seconds ago."""
+    """Return the folder, brought up to date if it was last listed more than `older_than` seconds ago."""
     mount, name = _found(folder)
     if mount is not None:
         mount.refresh(name, older_than)
@@ -142,7 +143,7 @@ def refresh(folder: Path, older_than: float = 0.0) -> Path:
 
 
 def list_experiment(root: Path, experiment: str) -> None:
-    """Have the files of an experiment in the working copy, where that has not been asked for before."""
+    """List the files of an experiment into the working copy, unless that was done before."""
     if _mounts and (mount := _mounts.get(str(root))) is not None:
         mount.list_once(f"experiments/{experiment}")
 
@@ -154,7 +155,7 @@ def store_of(path: Path) -> tuple[Store, str] | None:
 
 
 def check_writable(folder: Path) -> str | None:
-    """Write and remove an object in a remote folder; returns what is to be said of a store without conditional writes.
+    """Write and remove an object in a remote folder; returns a warning for a store without conditional writes.
 
     Raises `StorageError` if nothing can be written.
     """
@@ -181,7 +182,7 @@ def in_other_processes() -> Mapping[str, str]:
 
 
 def _found(path: Path) -> tuple[Mount | None, str]:
-    """The working copy that a path is in, and the path's name there; nothing of temporary files and folders."""
+    """The working copy that contains a path, and the path's name in it; `None` for temporary files and folders."""
     if _mounts:
         text = str(path)
         for folder, mount in _mounts.items():
@@ -193,7 +194,7 @@ def _found(path: Path) -> tuple[Mount | None, str]:
 
 
 def _mounted(url: str) -> Mount:
-    """A new working copy, with what lies at the root; it is removed when this process ends."""
+    """A new working copy that lists the root's objects; it is removed when this process ends."""
     try:
         folder = new_copy(_cache_folder())
     except OSError as error:

@@ -1,10 +1,10 @@
-"""Safetensors files: written tensor by tensor in pieces, and read memory-mapped after their header was checked.
+"""Safetensors files: written tensor by tensor in pieces, and read memory-mapped after a check of their header.
 
     write_safetensors(path, {"scores": TensorSpec("F32", (3, 2))}, {"about": "..."}, {"scores": [piece, piece]})
     TensorFile.open(path).array("scores")      # [3, 2], read from the disk where it is used
 
-Nothing needs the whole file in memory. A header is 8 bytes of its length, and JSON: `__metadata__`, texts by name, and
-of each tensor its dtype, shape, and the bytes where it begins and ends. Loads no torch.
+Nothing needs the whole file in memory. A header has 8 bytes for its length, and JSON: `__metadata__`, texts by name,
+and for each tensor its dtype, shape, and the bytes where it begins and ends. Loads no torch.
 
 Source: https://huggingface.co/docs/safetensors, "Format".
 """
@@ -12,7 +12,7 @@ Source: https://huggingface.co/docs/safetensors, "Format".
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -23,7 +23,7 @@ import orjson
 from numpy.typing import NDArray
 
 from tlcapture.errors import StorageError
-from tlcapture.storage.files import Hook, Written, write_stream
+from tlcapture.storage.files import Written, write_stream
 from tlcapture.storage.regular_files import check_regular
 from tlcapture.storage.remote_roots import local
 
@@ -58,10 +58,8 @@ def write_safetensors(
     specs: Mapping[str, TensorSpec],
     metadata: Mapping[str, str],
     pieces: Mapping[str, Pieces],
-    *,
-    before_replacing: Hook = lambda new: None,
 ) -> Written:
-    """Write tensors in the order of `specs`, each from pieces of its rows, which are made one after another.
+    """Write tensors in the order of `specs`, each from pieces of its rows, which are made one at a time.
 
     Raises:
         NoSpaceError: the device is full, over its quota or read-only.
@@ -80,7 +78,7 @@ def write_safetensors(
                 raise ValueError(f"{name}: {written} bytes, but its shape {list(spec.shape)} has {spec.n_bytes}")
 
     n_bytes = _LENGTH + len(head) + sum(spec.n_bytes for spec in specs.values())
-    return write_stream(path, write, n_bytes, before_replacing=before_replacing)
+    return write_stream(path, write, n_bytes)
 
 
 def _write_piece(file: IO[bytes], piece: NDArray[Any], spec: TensorSpec) -> int:
@@ -103,7 +101,7 @@ def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> byt
 
 @dataclass(frozen=True, eq=False)
 class TensorFile:
-    """A file's metadata, and what its tensors are, which are read where they are used. It holds no open file.
+    """A file's metadata and the specs of its tensors, which are read when they are used. Holds no open file.
 
     `_state` tells whether the file at the path is still the same.
     """
@@ -116,7 +114,7 @@ class TensorFile:
 
     @classmethod
     def open(cls, path: Path) -> TensorFile:
-        """Read the header of a file, which is checked, as its size is.
+        """Read and check the header and the size of a file.
 
         Raises:
             StorageError: it cannot be read, is not a safetensors file, is cut off, or its header is too long.
@@ -211,8 +209,3 @@ def _spec(path: Path, name: str, entry: Any) -> tuple[TensorSpec, int, int]:
 
 def _damaged(path: Path, problem: str) -> StorageError:
     return StorageError(f"{path}: cannot be read as a safetensors file: {problem}")
-
-
-def in_pieces(n_rows: int, most: int, make: Callable[[int, int], NDArray[Any]]) -> Pieces:
-    """`make(start, stop)` of consecutive rows, of at most `most` at a time."""
-    return (make(start, min(start + most, n_rows)) for start in range(0, n_rows, most))

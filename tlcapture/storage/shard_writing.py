@@ -1,4 +1,4 @@
-"""Writing shards of projections: of one prompt as it is projected, and of several that are put together."""
+"""Writing shards of projections: of one prompt when it is projected, and merged ones of several prompts."""
 
 from __future__ import annotations
 
@@ -73,15 +73,15 @@ class _Block:
 
     @property
     def n_bytes(self) -> int:
-        """What it takes in a shard with its own axes."""
+        """The bytes it takes in a shard with its own axes."""
         row = len(self.axes.traits) * (len(self.axes.layers) * len(self.axes.points) + len(STEPS))
         return 4 * self.n_rows * row + len(self.record)
 
 
 def write_prompt(folder: Path, prompt_id: str, contents: Mapping[str, Content], now: int | None = None) -> Written:
-    """Write a prompt's projections, by trait the content of each file; those onto other traits stay.
+    """Write a prompt's projections, given as file contents by trait; projections onto other traits stay.
 
-    `now` is the time that is recorded of them, in nanoseconds since the epoch; `None` takes that of the clock.
+    `now` is the time to record for them, in nanoseconds since the epoch; `None` means the present time.
 
     Raises `StorageError` if an existing shard of the prompt cannot be read.
     """
@@ -96,7 +96,7 @@ def write_prompt(folder: Path, prompt_id: str, contents: Mapping[str, Content], 
 
 
 def adopt(folder: Path, prompt_id: str, shard: bytes) -> tuple[Written, list[str]]:
-    """Write a prompt's projections that another process wrote as a shard of its own; returns also their traits."""
+    """Take over a prompt's projections from a shard that another process wrote; also returns their traits."""
     sent = folder / f".{prompt_id}.sent{COMPACT}"
     write_bytes(sent, shard)
     try:
@@ -109,8 +109,8 @@ def adopt(folder: Path, prompt_id: str, shard: bytes) -> tuple[Written, list[str
 def take_out(folder: Path, prompt_id: str, traits: Iterable[str] | None = None) -> list[Path]:
     """Remove a prompt's projections from the shards of a folder, onto some traits or onto all; returns removed files.
 
-    A shard of several prompts is divided into one of each first, so that to take out many prompts reads it once. A
-    damaged shard of the prompt alone is removed, one of several stays.
+    A shard of several prompts is first divided into one per prompt, so that removing many prompts reads it once. A
+    damaged shard of the prompt alone is removed; one of several prompts stays.
     """
     dropped = None if traits is None else set(traits)
     for path in merged_shards(folder):
@@ -129,9 +129,9 @@ def take_out(folder: Path, prompt_id: str, traits: Iterable[str] | None = None) 
 
 
 def merge_shards(folder: Path) -> list[Written]:
-    """Put the shards of single prompts of a folder together, into shards of up to `MOST_BYTES`; returns the new ones.
+    """Merge the shards of single prompts in a folder into shards of up to `MOST_BYTES`; returns the new ones.
 
-    No other process may write there meanwhile. Damaged shards stay as they are. The shard of a prompt is removed once
+    No other process may write there at the same time. Damaged shards stay. The shard of a prompt is removed once
     the new one is complete, so that nothing is lost when the process ends in between.
     """
     made: list[Written] = []
@@ -155,7 +155,7 @@ def merge_shards(folder: Path) -> list[Written]:
 
 
 def _remove_superseded(folder: Path) -> None:
-    """Remove the shards of several prompts whose projections all are in other shards too, and newer there."""
+    """Remove merged shards whose projections all exist in other shards in a newer version."""
     shards = []
     for path in merged_shards(folder):
         with suppress(StorageError):
@@ -181,7 +181,7 @@ def _merged(folder: Path, blocks: Sequence[_Block]) -> list[Written]:
 
 
 def _divide(folder: Path, path: Path) -> None:
-    """Write a shard of several prompts as one of each, in which what a prompt's own shard has that is newer stays."""
+    """Divide a merged shard into one per prompt; newer projections in a prompt's own shard stay."""
     shard = Shard.open(path)
     for entry in shard.index.prompts:
         own = shard_of_prompt(folder, entry.id)
@@ -194,7 +194,7 @@ def _divide(folder: Path, path: Path) -> None:
 
 
 def _shared(content: Content) -> dict[str, Any]:
-    """What the projections of a prompt share: its texts and tokens, which may be encoded already (`as_json`)."""
+    """The content that a prompt's projections share: its texts and tokens, which may be encoded already (`as_json`)."""
     parts = {name: content[name] for name in ("prompt", "response")}
     return dict(orjson.loads(orjson.dumps(parts)))
 
@@ -204,7 +204,7 @@ def _tokens(content: Content) -> Any:
 
 
 def _block(prompt_id: str, contents: Mapping[str, Content], written: Mapping[str, int]) -> _Block:
-    """The projections of a prompt from the contents of its files by trait, which are of the same tokens."""
+    """The projections of a prompt from the contents of its files by trait, which have the same tokens."""
     shared = _shared(next(iter(contents.values())))
     n_prompt, n_tokens = len(shared["prompt"]["tokens"]), sum(len(part["tokens"]) for part in shared.values())
     forms = {trait: _form(content, n_prompt, n_tokens) for trait, content in contents.items()}
@@ -236,7 +236,7 @@ def _block(prompt_id: str, contents: Mapping[str, Content], written: Mapping[str
 
 
 def _form(content: Content, n_prompt: int, n_tokens: int) -> dict[str, Any]:
-    """Which rows, layers and points a projection has, and how many steps."""
+    """The rows, layers and points of a projection, and the number of its steps."""
     metadata, dynamics = content["metadata"], content.get("dynamics") or {}
     rows = list(metadata.get("positions", range(n_tokens)))
     parts = [part for part in content["projections"].values() if len(part)]

@@ -1,4 +1,4 @@
-"""Tensors of a `.pt` file as numpy arrays: mapped into memory, without torch, and without running anything.
+"""Tensors of a `.pt` file as numpy arrays: mapped into memory, without torch, and without executing code.
 
     read_arrays(path)["blocks.3.mlp.hook_post"]     # [n_tokens, d_mlp]
 
@@ -44,7 +44,7 @@ def read_arrays(path: Path, *, whole: bool = False) -> Any:
 
     If `whole`, all tensors are compared with their checksums, once for as long as the file stays the same.
 
-    Raises `StorageError` for a file that is not one, and for one that holds other objects.
+    Raises `StorageError` for a file that is not of this kind, or holds other objects.
     """
     if not path.is_file():
         raise StorageError(f"{path}: no such file")

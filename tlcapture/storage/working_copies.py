@@ -41,7 +41,7 @@ with suppress(OSError):
 
 
 class Mount:
-    """The working copy of a remote root. `is_owner` is whether this process made it."""
+    """The working copy of a remote root. `is_owner` tells whether this process made it."""
 
     def __init__(self, folder: Path, url: str, *, is_owner: bool):
         self.folder, self.store, self.is_owner = folder, Store(url), is_owner
@@ -59,14 +59,14 @@ class Mount:
         self._of_name: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def refresh(self, below: str, older_than: float = 0.0) -> None:
-        """Bring what is below a path up to date; of the root, what has been listed so far."""
+        """Bring everything below a path up to date; for the root, everything that has been listed so far."""
         for each in [below] if below else dict.fromkeys([*_LISTED_AT_ROOT, *self._listed]):
             listed, took = self._listed.get(each, (-inf, 0.0))
             if monotonic() - listed >= max(older_than, _SHARE * took if older_than else 0.0):
                 self._refresh(each)
 
     def list_once(self, below: str) -> None:
-        """List what is below a path, unless it was listed before."""
+        """List everything below a path, unless it was listed before."""
         if below not in self._listed:
             self._refresh(below)
 
@@ -80,7 +80,7 @@ class Mount:
         self._listed[below] = (began, monotonic() - began)
 
     def _take(self, below: str, found: Mapping[str, Version], began: float) -> None:
-        """Make the working copy below a path what a listing that began at some time says."""
+        """Update the working copy below a path from a listing that began at a given time."""
         with self._lock:
             for name, version in found.items():
                 if self._known.get(name) != version and self._changed.get(name, -1.0) < began:
@@ -92,7 +92,7 @@ class Mount:
                     (self.folder / name).unlink(missing_ok=True)
 
     def fetch(self, name: str, path: Path) -> None:
-        """Have the content of an object in its file."""
+        """Download the content of an object into its file."""
         while _is_empty(path):
             with self._of_name[name]:
                 if _is_empty(path):
@@ -129,7 +129,7 @@ class Mount:
             self._let_go()
 
     def _look_ahead(self, name: str) -> None:
-        """Download the small files of a folder together once a second one was asked for: few readers want two."""
+        """Download the small files of a folder together once a second one is requested: few readers want just two."""
         folder = name.rpartition("/")[0]
         before, self._read_last = self._read_last, folder
         if before != folder or not self._is_ahead.acquire(blocking=False):
@@ -162,7 +162,7 @@ class Mount:
                 new[name].unlink(missing_ok=True)
 
     def _let_go(self) -> None:
-        """Take the content of the files away that were asked for first, where together they are over the limit."""
+        """Drop the content of the files that were requested first, if all together exceed the limit."""
         while self._n_linked > self._cache.limit:
             name, (_, asked) = next(iter(self._linked.items()))
             if monotonic() - asked < _IN_USE:
@@ -220,7 +220,7 @@ class Mount:
 
 
 class _Cache:
-    """What was read and written of remote roots, by a mark of its version, up to a limit; processes share it."""
+    """A cache of files of remote roots by their versions, up to a limit; processes share it."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -234,7 +234,7 @@ class _Cache:
         return (self._folder / mark).exists()
 
     def add(self, mark: str, new: Path, written: int) -> None:
-        """Take a file in, with the time at which it was written to the store."""
+        """Add a file, with the time at which it was written to the store."""
         new.chmod(_FULL)
         os.utime(new, ns=(time_ns(), written * 10**9))
         self._n_added += new.stat().st_size
@@ -286,12 +286,12 @@ def new_copy(cache: Path) -> Path:
 
 
 def is_copy(found: os.stat_result) -> bool:
-    """Whether a file is that of an object: its time is the store's, and it was put there when it was listed or read."""
+    """Whether a file belongs to an object, so that its modification time is the store's."""
     return stat.S_IMODE(found.st_mode) in (_EMPTY, _FULL)
 
 
 def _is_empty(path: Path) -> bool:
-    """Whether a file of a working copy has no content yet; not one that is missing."""
+    """Whether a file of a working copy exists without content yet."""
     try:
         return stat.S_IMODE(path.stat().st_mode) == _EMPTY
     except OSError:

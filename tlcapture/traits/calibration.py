@@ -1,4 +1,4 @@
-"""Where a vector's negative and positive examples lie on its own axis: a scale for projections. Loads no torch.
+"""Calibrations: the positions of a vector's examples along it, as a scale for projections. Loads no torch.
 
 A calibrated score is 0 at the mean projection of the negative examples, and 1 at that of the positive ones, read out
 where the vector was: `(score - negative_mean) / (positive_mean - negative_mean)`.
@@ -29,7 +29,7 @@ class CalibrationRecord(FileContent):
 class Calibration:
     """Mean projections of negative and positive examples, and the deviation within a side; units of activations.
 
-    `pooled_sd` is `None` for fewer than two examples a side.
+    `pooled_sd` is `None` for fewer than two examples per side.
     """
 
     negative_mean: float
@@ -38,15 +38,10 @@ class Calibration:
 
     @classmethod
     def of_record(cls, record: CalibrationRecord | None) -> Calibration | None:
-        """The calibration of a record; `None` without one, and where both means are equal."""
+        """The calibration of a record; `None` without one, and if both means are equal."""
         if record is None or record.negative_mean == record.positive_mean:
             return None
         return cls(record.negative_mean, record.positive_mean, record.pooled_sd)
-
-    @property
-    def midpoint(self) -> float:
-        """Halfway between the means, in units of activations."""
-        return (self.negative_mean + self.positive_mean) / 2
 
     def calibrated(self, scores: Any) -> Any:
         """Scores, a number or an array, on the scale on which the negative mean is 0 and the positive mean 1."""

@@ -1,4 +1,4 @@
-"""What random directions do on the same activations as a trait's vector: the chance level of its dynamics and rises.
+"""The chance level of a vector's dynamics and rises: those of random directions on the same activations.
 
 A random direction is a random combination of the responses of the reference prompts (`traits/reference`), less their
 mean, and so has the covariance of the activations, as the difference of two groups of unrelated examples would.
@@ -42,11 +42,11 @@ Directions = Float[Tensor, "*n_vectors n_directions n_basis"]
 
 @dataclass(frozen=True, eq=False)
 class ChanceLevel:
-    """What 200 random directions do at a vector's layer, on one capture.
+    """The results of 200 random directions at a vector's layer, on one capture.
 
     Attributes:
         covariance: `reference`, or `isotropic` without a reference.
-        directions: a digest; rises of two captures are of the same directions if it is equal.
+        directions: a digest; rises of two captures come from the same directions if it is equal.
         commit, persist: how many commit, and how many persist.
         commitment, persistence: the share whose change point or peak is at least as clear as the vector's; `None`
             where there are no such statistics.
@@ -74,7 +74,7 @@ class ChanceLevel:
 
     @property
     def largest_rise(self) -> float | None:
-        """What 95 % of the random directions stay below with their rises, as standard scores."""
+        """The 95th percentile of the random directions' rises, as standard scores."""
         return None if self.standardised is None else float(np.quantile(self.standardised, 0.95))
 
     def to_json(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class ChanceLevel:
 
 @dataclass(frozen=True, eq=False)
 class RandomDirections:
-    """Random directions of one component of one model; those of a layer and a trait are always the same."""
+    """Random directions for one component of one model; the same layer and trait always get the same ones."""
 
     reference: Reference | None
     n_layers: int
@@ -107,7 +107,7 @@ class RandomDirections:
     def levels(
         self, activations: dict[int, Tensor], vectors: Sequence[TraitVector], held: Positions, own: Motion
     ) -> Sequence[ChanceLevel | None]:
-        """The chance level of each vector, whose `own` change points and rises are those of the same row.
+        """The chance level of each vector; the same row of `own` has its change points and rises.
 
         `activations` `[n_held, d_model]` of the capture are those of each vector's layer, at the tokens that are held.
         Without every token of the response there is no chance level.
@@ -118,8 +118,8 @@ class RandomDirections:
         on_basis = _on_basis([activations[each] for each in drawn.layers], drawn.bases, held)
         random = drawn.strengths(on_basis, held)
         commit, persist = (each.reshape(-1, N_DIRECTIONS).sum(axis=1) for each in (random.commits, random.persists))
-        commitment = _shares(random.changes, own.changes, drawn.place)
-        persistence = _shares(random.rises, own.rises, drawn.place)
+        commitment = _shares(random.changes, own.changes, drawn.layer_rows)
+        persistence = _shares(random.rises, own.rises, drawn.layer_rows)
         rises = drawn.rises(on_basis, held)
         over = drawn.over if rises is not None else None
         rounded = None if rises is None else _rounded(rises)
@@ -127,16 +127,16 @@ class RandomDirections:
         return [
             ChanceLevel(
                 covariance="isotropic" if self.reference is None else "reference",
-                directions=self._layer(drawn.layers[place]).digest,
-                commit=int(commit[place]),
-                persist=None if rises is None else int(persist[place]),
+                directions=self._layer(drawn.layers[layer_row]).digest,
+                commit=int(commit[layer_row]),
+                persist=None if rises is None else int(persist[layer_row]),
                 commitment=commitment[row],
                 persistence=persistence[row],
                 rises=None if rounded is None else rounded[row],
                 reference_rises=None if over is None else over.own[row],
                 standardised=None if standardised is None else standardised[row],
             )
-            for row, place in enumerate(drawn.place)
+            for row, layer_row in enumerate(drawn.layer_rows)
         ]
 
     def _layer(self, number: int) -> _Layer:
@@ -148,8 +148,8 @@ class RandomDirections:
         names = tuple((str(each.trait), each.method, each.layer) for each in vectors)
         if names not in self._drawn:
             layers = list(dict.fromkeys(each.layer for each in vectors))
-            place = [layers.index(each.layer) for each in vectors]
-            rows = [[row for row, each in enumerate(place) if each == number] for number in range(len(layers))]
+            layer_rows = [layers.index(each.layer) for each in vectors]
+            rows = [[row for row, each in enumerate(layer_rows) if each == number] for number in range(len(layers))]
             directions, over = [], []
             for layer, of_layer in zip(layers, rows, strict=True):
                 own, drawn = [vectors[row] for row in of_layer], self._layer(layer)
@@ -161,7 +161,7 @@ class RandomDirections:
             of_layers = [self._layer(each) for each in layers]
             bases = torch.stack([each.basis for each in of_layers])
             same = torch.stack([each.directions("all").T for each in of_layers])
-            self._drawn[names] = _Drawn(layers, place, bases, same, in_order, joined)
+            self._drawn[names] = _Drawn(layers, layer_rows, bases, same, in_order, joined)
         return self._drawn[names]
 
 
@@ -190,7 +190,7 @@ class _Drawn:
 
     Attributes:
         layers: the layers of the vectors, each once.
-        place: of each vector, the place of its layer among them.
+        layer_rows: the row of each vector's layer in `layers`.
         bases: `[n_layers, n_basis, d_model]`.
         of_layers: `[n_layers, n_basis, n_directions]`, those whose change points and rises are found.
         directions: `[n_vectors, n_directions, n_basis]`, those whose rises are compared with the vectors'.
@@ -198,14 +198,14 @@ class _Drawn:
     """
 
     layers: Sequence[int]
-    place: Sequence[int]
+    layer_rows: Sequence[int]
     bases: Float[Tensor, "n_layers n_basis d_model"]
     of_layers: Float[Tensor, "n_layers n_basis n_directions"]
     directions: Directions
     over: _OverReference | None
 
     def strengths(self, on_basis: OnBasis, held: Positions) -> Strengths:
-        """Those of the random directions of all layers, `[n_layers * n_directions]`, found for a few at once."""
+        """The strengths of all layers' random directions, `[n_layers * n_directions]`, computed for a few at once."""
         found, at_once = [], max(1, _AT_ONCE // (held.n_tokens * N_DIRECTIONS))
         on_basis = _of_usual_size(on_basis)
         for some, directions in zip(on_basis.split(at_once), self.of_layers.split(at_once), strict=True):
@@ -220,10 +220,10 @@ class _Drawn:
         if not held.has_all(1, held.n_tokens):
             return None
         if not 1 < held.n_prompt < held.n_tokens:
-            return np.zeros((len(self.place), N_DIRECTIONS))
+            return np.zeros((len(self.layer_rows), N_DIRECTIONS))
         risen = on_basis[:, held.n_prompt :].mean(dim=1) - on_basis[:, 1 : held.n_prompt].mean(dim=1)
         # Not a matrix product: its rounding may differ with the number of vectors.
-        found = np.einsum("vdb,vb->vd", self.directions.numpy(), risen[self.place].numpy(force=True))
+        found = np.einsum("vdb,vb->vd", self.directions.numpy(), risen[self.layer_rows].numpy(force=True))
         return found.astype(np.float64)
 
 
@@ -236,7 +236,7 @@ class _Layer:
 
     @cached_property
     def basis(self) -> Basis:
-        """What directions are combined from."""
+        """The vectors that directions are combined from."""
         if self.reference is None:
             return torch.randn(_ISOTROPIC, self.d_model, generator=_generator("basis", self.number))
         responses = self.reference.response_means[self.number].float()
@@ -273,7 +273,7 @@ def _on_basis(activations: Sequence[Tensor], bases: Tensor, held: Positions) -> 
 
 
 def _of_usual_size(values: Tensor) -> Tensor:
-    """Numbers whose squares float32 holds: the same, or multiples of them, which give the same strengths."""
+    """Numbers whose squares fit float32: the given ones, or multiples of them, which give the same strengths."""
     largest = float(values.abs().nan_to_num_(nan=0.0).max())
     return values if _SMALL < largest < 1 / _SMALL or largest == 0 else values / largest
 
@@ -287,21 +287,23 @@ def with_gaps(rows: Tensor, held: Positions) -> Tensor:
     return whole
 
 
-def _shares(random: Values | None, own: ChangePoints | Rises | None, place: Sequence[int]) -> Sequence[float | None]:
+def _shares(
+    random: Values | None, own: ChangePoints | Rises | None, layer_rows: Sequence[int]
+) -> Sequence[float | None]:
     """The share of random directions at each vector's layer that are at least as strong as the vector."""
     if random is None or own is None:
-        return [None] * len(place)
-    of_layer = random.reshape(-1, N_DIRECTIONS)[list(place)]
+        return [None] * len(layer_rows)
+    of_layer = random.reshape(-1, N_DIRECTIONS)[list(layer_rows)]
     return (of_layer >= own.strength[:, None]).mean(axis=1).tolist()
 
 
 def _in_order(found: Sequence[NDArray[Any]], rows: Sequence[Sequence[int]]) -> NDArray[Any]:
-    """What was found for the vectors in some rows, as one array in the order of all vectors."""
+    """Results for the vectors in some rows, as one array in the order of all vectors."""
     return np.concatenate(found)[np.argsort(np.concatenate(rows))]
 
 
 def _rounded(values: Values) -> Values:
-    """Rounded, as float32 where they fit: JSON has them with the same digits, in less time."""
+    """Rounded numbers, in float32 if they fit: JSON gets the same digits in less time."""
     if np.abs(values).max() > _LARGEST:
         return round_significant(values, PROBABILITY_DIGITS)
     return rounded_for_json(values.astype(np.float32), PROBABILITY_DIGITS)

@@ -1,4 +1,4 @@
-"""The change point of a response, and how likely chance alone gives one as clear. Loads no torch.
+"""The change point of a response, and how likely one as clear is by chance. Loads no torch.
 
 The change point is the split into two levels with the smallest squared error (CUSUM; Page, "Continuous Inspection
 Schemes", 1954; Bai, "Least squares estimation of a shift in linear processes", 1994), at least `MARGIN` tokens from
@@ -47,7 +47,7 @@ class ChangePoints:
         index: the first token of the second level.
         shift: the mean after it minus the mean before.
         p: how often a series without a change has one as clear.
-        strength: the clarity, in units of that which 5 % of series without a change exceed.
+        strength: the clarity, in units of the clarity that 5 % of series without a change exceed.
     """
 
     index: NDArray[np.int64]
@@ -64,7 +64,7 @@ def change_points(series: Values) -> ChangePoints:
 
 
 def change_strengths(series: Values) -> tuple[NDArray[np.bool_], Values]:
-    """Which series have a `p` of at most `LEVEL`, and the `strength` of each, as `change_points` finds them."""
+    """Whether each series has a `p` of at most `LEVEL`, and its `strength`, as in `change_points`."""
     clarity, correlation = _clarities(np.ascontiguousarray(series.T))
     null = _null(_simulated_length(series.shape[1]))
     return null.is_exceeded(clarity, correlation), clarity / null.threshold(correlation)
@@ -127,7 +127,7 @@ def _clarities(series: Values) -> tuple[Values, Values]:
 
 
 def _first_largest(rows: Values) -> NDArray[np.int64]:
-    """`argmax` over rows, which NumPy takes column by column: slowly where there are many."""
+    """`argmax` over rows, which NumPy computes column by column: slowly if there are many."""
     n_rows, n_columns = rows.shape
     if n_columns < _MANY:
         return rows.argmax(axis=0)
@@ -137,13 +137,13 @@ def _first_largest(rows: Values) -> NDArray[np.int64]:
 
 @lru_cache(maxsize=256)
 def _weights(n_tokens: int) -> Values:
-    """What makes the sums of a series before each split comparable."""
+    """The weights that make the sums of a series before each split comparable."""
     split = np.arange(MARGIN, n_tokens - MARGIN + 1)
     return np.sqrt(n_tokens / (split * (n_tokens - split)))
 
 
 def _sums(rows: Values) -> Values:
-    """The cumulative sums of rows, which NumPy takes column by column: slowly where there are many."""
+    """The cumulative sums of rows, which NumPy computes column by column: slowly if there are many."""
     if rows.shape[1] < _MANY:
         return np.cumsum(rows, axis=0)
     sums = rows.copy()

@@ -2,7 +2,7 @@
 
     choose_vectors(layout, VectorChoice(layer=12), capture, "residual").vectors
 
-`traits/selection.py` selects one of a trait's vectors by its scores. Here it is read, and checked against the
+`traits/selection.py` selects one of a trait's vectors by its scores. This module reads it, and checks it against the
 activations. The failures of some traits are part of the result, so that the others can still be projected.
 """
 
@@ -27,14 +27,14 @@ from tlcapture.views.kept_points import KeptPoints
 
 @dataclass(frozen=True)
 class VectorChoice:
-    """Which vectors are asked for.
+    """The choice of vectors that the user asks for.
 
     Attributes:
         layer: a layer, or `auto`, the selected one.
         method: only vectors by this method.
-        experiment: the experiment to take vectors from, where it is not the capture's own.
+        experiment: the experiment to take vectors from, if it is not the capture's own.
         traits: all traits with vectors where none is named.
-        is_fallback: the experiment, that of the packaged vectors, was not asked for, and is only for their own model.
+        is_fallback: the packaged vectors' experiment was not asked for, so only captures of its model are projected.
     """
 
     layer: int | str = "auto"
@@ -48,7 +48,7 @@ class VectorChoice:
         return layout if self.experiment is None else vectors_layout(layout.root, self.experiment)
 
     def or_packaged(self, layout: Layout, model: str | None) -> VectorChoice:
-        """The packaged vectors, if `layout` has none, the model of this name is theirs, and no others are asked for."""
+        """The packaged vectors, if `layout` has none, its model is theirs, and no other experiment is asked for."""
         if self.experiment is not None or not takes_packaged(layout, model):
             return self
         return replace(self, experiment=PACKAGED, is_fallback=True)
@@ -61,7 +61,7 @@ class VectorChoice:
 
 @runtime_checkable
 class Subject(Protocol):
-    """What vectors are chosen for: a capture, or what is known of one whose activations were not saved."""
+    """The object that vectors are chosen for: a capture, or the facts about one whose activations were not saved."""
 
     @property
     def n_layers(self) -> int:
@@ -92,7 +92,7 @@ class ChosenVector:
     other_model_intended: bool = False
 
     def notes(self, capture: Mapping[str, Any]) -> list[str]:
-        """What differs between the vector's origin and a capture's, given the capture's metadata."""
+        """The differences between the vector's origin and a capture's, given the capture's metadata."""
         return origin_notes(self.vector, capture, other_model_intended=self.other_model_intended)
 
 
@@ -107,8 +107,8 @@ class ChosenVectors:
 def choose_vectors(source: Layout, choice: VectorChoice, subject: Subject, component: str) -> ChosenVectors:
     """Choose a vector for each trait, among those of the experiment `source`.
 
-    Traits without vectors of the component are left out, unless they are named. There are none where the packaged
-    vectors took the place of others, and are of a model with other weights than the captured one.
+    Traits without vectors of the component are left out, unless they are named. The result is empty if the packaged
+    vectors are a fallback and the captured model has other weights than theirs.
 
     Raises:
         InputError: a trait or an experiment that is asked for has no vectors at all.
@@ -170,7 +170,7 @@ class VectorChooser:
         self._chosen: dict[Hashable, ChosenVectors] = {}
 
     def vectors(self, subject: Subject, component: str) -> Sequence[ChosenVector]:
-        """The vector of each trait that has one which fits."""
+        """The vector of each trait that has a fitting one."""
         names = ("inference_model", "model_fingerprint", "weight_processing")
         origin = tuple(subject.metadata.get(name) for name in names)
         key = (component, subject.kept, subject.d_model, origin)

@@ -133,12 +133,12 @@ class Motion:
 
     @property
     def commits(self) -> Any:
-        """Which trajectories have a change point that chance does not explain, `[n_trajectories]`."""
+        """Whether each trajectory has a change point that chance does not explain, `[n_trajectories]`."""
         return self._none if self.changes is None else self.changes.p <= LEVEL
 
     @property
     def persists(self) -> Any:
-        """Which trajectories rise further than chance does, `[n_trajectories]`."""
+        """Whether each trajectory rises further than chance does, `[n_trajectories]`."""
         return self._none if self.rises is None else self.rises.is_beyond_chance
 
     @property
@@ -162,7 +162,7 @@ class Motion:
 
 @dataclass(frozen=True, eq=False)
 class Strengths:
-    """Which of several trajectories of one capture commit and persist, `[n_trajectories]`, and how clearly.
+    """Whether, and how clearly, each of several trajectories of one capture commits and persists, `[n_trajectories]`.
 
     `changes` are the strengths of change points, `rises` those of rises; `None` where `Motion` has none.
     """
@@ -176,7 +176,7 @@ class Strengths:
     def of(cls, values: Values, n_prompt_tokens: int, held: Positions, n_permutations: int) -> Strengths:
         """Find them for trajectories `[n_trajectories, n_tokens]`, faster than `Motion` does.
 
-        Those persist that rise further than all of `n_permutations`: 19 are a level of 5 %.
+        A trajectory persists if it rises further than all of `n_permutations`: 19 give a level of 5 %.
         """
         has_change, has_rise = _statistics(values, n_prompt_tokens, held)
         commits = persists = np.zeros(len(values), dtype=bool)
@@ -189,7 +189,7 @@ class Strengths:
 
     @classmethod
     def together(cls, parts: Sequence[Strengths]) -> Strengths:
-        """Those of several groups of trajectories of the same capture."""
+        """The strengths of several groups of trajectories of the same capture, as one."""
 
         def joined(name: str) -> Any:
             found = [getattr(each, name) for each in parts]

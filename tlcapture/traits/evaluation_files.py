@@ -47,7 +47,7 @@ class EvaluationRow(FileContent):
 
     @property
     def effect_size(self) -> float | None:
-        """The effect size by which vectors are selected: cross-validated over all pairs, where it was measured so."""
+        """The effect size by which vectors are selected: cross-validated over all pairs, if that was measured."""
         return self.val_effect_size if self.cv_effect_size is None else self.cv_effect_size
 
     @property
@@ -56,12 +56,12 @@ class EvaluationRow(FileContent):
         return (self.trait, self.component, self.method, self.layer)
 
     def as_written(self) -> dict[str, Any]:
-        """The row with only those fields that the file has."""
+        """The row with only the fields that the file has."""
         return self.model_dump(exclude_unset=True)
 
 
 class TraitEvaluation(FileContent):
-    """The selected vector of a trait, and how well such a choice does on pairs that took no part in it."""
+    """The selected vector of a trait, and the score of such a choice on pairs that took no part in it."""
 
     layer: Layer
     method: str
@@ -78,7 +78,7 @@ class TraitEvaluation(FileContent):
 
     @property
     def doubt(self) -> str | None:
-        """What the verdict leaves in doubt, without its numbers; `None` where the vector adds something."""
+        """The verdict's doubt, without its numbers; `None` if the vector adds something."""
         if self.verdict is None or self.p is None or self.gain_interval is None:
             return None
         if self.p > LEVEL:
@@ -90,7 +90,7 @@ class TraitEvaluation(FileContent):
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What the file has of the trait as a whole, without the fields of the selected vector."""
+        """The file's data on the trait as a whole, without the fields of the selected vector."""
         names = self.model_fields_set & type(self).model_fields.keys() - {"layer", "method", "component"}
         return {name: getattr(self, name) for name in type(self).model_fields if name in names}
 
@@ -109,34 +109,34 @@ class Evaluation(FileContent):
 
     @classmethod
     def read(cls, path: Path) -> Evaluation:
-        """Read a file, an empty evaluation where it is missing; raises `StorageError` for any other file."""
+        """Read a file; a missing file gives an empty evaluation. Raises `StorageError` for any other file."""
         return checked(cls, read_json(path), path, "evaluation") if lexists(path) else cls(all_results=[])
 
     @property
     def by_trait(self) -> dict[str, TraitEvaluation]:
-        """The evaluations in `best_vectors` that have the form of ours."""
+        """The valid entries of `best_vectors`; other tools may write others."""
         return _valid(TraitEvaluation, self.best_vectors)
 
     @property
     def cross_traits(self) -> dict[str, dict[str, float]]:
-        """The rows of `cross_trait` that have the form of ours."""
+        """The valid rows of `cross_trait`."""
         return {trait: row.root for trait, row in _valid(_CrossTraitRow, self.cross_trait).items()}
 
     @property
     def carry_overs(self) -> dict[str, dict[str, Any]]:
-        """What `carry_over` holds by dataset and trait, in a new dict."""
+        """The content of `carry_over` by dataset and trait, in a new dict."""
         found = self.carry_over if isinstance(self.carry_over, dict) else {}
         return {name: dict(by_trait) for name, by_trait in found.items() if isinstance(by_trait, dict)}
 
     def carry_over_to(self, dataset: str) -> dict[str, list[CarryOverRow]]:
-        """The scores on a dataset by trait, those that have the form of ours."""
+        """The valid scores on a dataset, by trait."""
         return {trait: rows.root for trait, rows in _valid(_CarryOverRows, self.carry_overs.get(dataset)).items()}
 
 
 class CarryOverRow(FileContent):
     """The score of one vector on another dataset of its trait; `p` is the share of shuffles that score as well.
 
-    `layer0_auroc` is that of the vector of layer 0, `bag_of_words_auroc` that of words learned from the trait's own
+    `layer0_auroc` is the AUROC of layer 0's vector, `bag_of_words_auroc` that of words learned from the trait's own
     examples.
     """
 
@@ -155,7 +155,7 @@ class CarryOverRow(FileContent):
 
     @property
     def is_reversed(self) -> bool:
-        """Whether it tells the sides apart the wrong way round, further than 95 % of shuffles do."""
+        """Whether the vector separates the sides the wrong way round, more than 95 % of shuffles do."""
         return self.null_auroc_p95 is not None and self.auroc < 1 - self.null_auroc_p95
 
 

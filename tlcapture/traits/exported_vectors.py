@@ -1,4 +1,4 @@
-"""Vectors read from the files that `export` writes: safetensors by trait, and JSON of what was measured of them.
+"""Reading vectors from the files that `export` writes: safetensors by trait, and JSON of their measures.
 
 The form of the files is described in `exchange/vectors`, which writes them.
 """
@@ -20,16 +20,16 @@ from tlcapture.storage.layout import Layout
 from tlcapture.traits.reference import Reference
 from tlcapture.traits.vector_files import IMPORTED, VectorFiles
 from tlcapture.traits.vectors import write_vector
+from tlcapture.views.hooks import COMPONENTS
 
-COMPONENTS = ("residual", "attn_out")
 HEADER = "tlcapture"  # the key of what is not a tensor in the header of a safetensors file
 
 
 def restore_vectors(layout: Layout, folder: Path) -> list[Written]:
-    """Write the vectors of an export to an experiment, and what was stored of them.
+    """Write the vectors of an export, and their measures, to an experiment.
 
-    Evaluation and steering recognise vectors by a digest of their files. Where a file written now has another one than
-    the exported file had, it takes that one's place.
+    Evaluation and steering recognise vectors by a digest of their files. If a file written now has another digest than
+    the exported file had, it replaces that one.
 
     Raises `StorageError` for a damaged file.
     """
@@ -53,7 +53,7 @@ def restore_vectors(layout: Layout, folder: Path) -> list[Written]:
 
 
 def measured(layout: Layout, folder: Path | None = None) -> Iterator[tuple[Path, str]]:
-    """The JSON files of an experiment and their names in an export."""
+    """The JSON files of an experiment, with their names in an export."""
     yield layout.config, "config.json"
     yield layout.evaluation, "evaluation.json"
     if folder is None:

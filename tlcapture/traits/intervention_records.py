@@ -1,4 +1,4 @@
-"""Interventions as metadata record them: which are the same, their name as a variant, and as text. Loads no torch."""
+"""The records of interventions in metadata: comparing them, naming a variant, describing them. Loads no torch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _LONGEST_NAME = 48
 
 
 def identity(records: Sequence[Mapping[str, Any]] | None) -> str:
-    """What is equal for the same interventions: all but the norms, which depend on the prompts where they are measured
-    on them."""
+    """A key that is equal for the same interventions. It ignores norms, which may depend on the prompts of a
+    measurement."""
     kept = [
         {
             key: value
@@ -61,7 +61,7 @@ def described(record: Mapping[str, Any]) -> str:
 
 
 def thinking_doubt(records: Sequence[Mapping[str, Any]], *, thinks: bool) -> str | None:
-    """What to warn of where interventions act within thinking, and no prompt makes the model think."""
+    """The warning if interventions act within thinking, and no prompt makes the model think."""
     if thinks or not any(record.get("where") == "thinking" for record in records):
         return None
     return "the chat template does not make the model think here: interventions at :thinking may act at no token"

@@ -1,4 +1,4 @@
-"""Interventions along trait vectors, as they are asked for. Loads no torch.
+"""Interventions along trait vectors, as the user asks for them. Loads no torch.
 
     Steer("behavioral/refusal", +0.2, layers=16)
     Steer.parse("behavioral/refusal:+0.2@16"), Ablate.parse("tone/loud@all"), Cap.parse("tone/loud:1.5@8-11:response")
@@ -52,7 +52,7 @@ def layers_text(layers: Layers) -> str:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TraitIntervention(ABC):
-    """What the three interventions have in common.
+    """The base of the three interventions.
 
     Attributes:
         vector: a trait, `category/name`, or in Python a vector `[d_model]` for all layers.
@@ -74,7 +74,7 @@ class TraitIntervention(ABC):
     def _settle(
         self, vector: Any, number: Any, layers: SupportsIndex | Iterable[SupportsIndex] | str, where: str | None
     ) -> None:
-        """Check what is given and take it over; raises `InputError` for what is not an intervention."""
+        """Check and set the attributes; raises `InputError` for invalid values."""
         name = type(self).__name__
         if isinstance(vector, str):
             vector = Trait.parse(vector)
@@ -125,7 +125,7 @@ class TraitIntervention(ABC):
 
     @property
     def _key(self) -> tuple[Any, ...]:
-        """What two that are equal share; vectors of one's own are compared by identity."""
+        """A key that equal interventions share; the user's own vectors are compared by identity."""
         vector = self.vector if isinstance(self.vector, Trait) else id(self.vector)
         return type(self), vector, self.number, self.layers, self.where
 

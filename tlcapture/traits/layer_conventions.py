@@ -1,4 +1,4 @@
-"""Where vectors of other tools belong: from a file's layer numbers to blocks of the model, counted from 0.
+"""Placing vectors of other tools: from a file's layer numbers to blocks of the model, counted from 0.
 
 | convention | number k is read at | it is imported as |
 | --- | --- | --- |
@@ -23,7 +23,6 @@ from tlcapture.storage.tensors import described, is_plain
 from tlcapture.text import as_ranges
 from tlcapture.traits.other_tools import REPENG, ToolVectors
 
-CONVENTIONS = ("hidden_states", "resid_post", "resid_pre")
 _SHIFT = {"hidden_states": -1, "resid_post": 0, "resid_pre": -1}
 
 
@@ -36,9 +35,9 @@ class Placed:
         convention: the meaning of the file's layer numbers; `None` for attention outputs, which have only one.
         vectors: by block, in float32.
         file_layers: the file's number of each block's vector.
-        n_layers: layers of the model, where known.
-        left_out: which vectors of the file have no place, and why.
-        notes: what else a user should know.
+        n_layers: layers of the model, if known.
+        left_out: the vectors of the file that have no place, and why.
+        notes: further remarks for the user.
     """
 
     component: str
@@ -107,14 +106,14 @@ _MODULE_OUTPUT = (
 
 
 def _agreed(path: Path, option: str, said: str | None, asked: str | None) -> str | None:
-    """What the file says or the option; raises `InputError` where they differ."""
+    """The file's value or the option's; raises `InputError` if they differ."""
     if None not in (said, asked) and said != asked:
         raise InputError(f"{option} {asked}: {path} holds vectors of {said}: leave out {option}")
     return said or asked
 
 
 def _convention(path: Path, found: ToolVectors, asked: str | None, n_layers: int | None) -> tuple[str, list[str]]:
-    """The convention and, where it is a guess, a note."""
+    """The convention and, if it is a guess, a note."""
     known = _agreed(path, "--convention", found.convention, asked)
     if known is not None:
         return known, []

@@ -1,6 +1,6 @@
 """Massive dimensions: the few dimensions of the residual stream that carry most of its norm in many models.
 
-A dimension is massive where its root mean square over tokens is at least ten times that of the median dimension. The
+A dimension is massive if its root mean square over tokens is at least ten times that of the median dimension. The
 first token, an attention sink, is left out.
 
 Source: Timkey and van Schijndel, "All Bark and No Bite: Rogue Dimensions in Transformer Language Models Obscure
@@ -30,7 +30,7 @@ def massive_dimensions(activations: Activations) -> tuple[int, ...]:
 
 
 def norm_share(activations: Activations, dimensions: tuple[int, ...]) -> float:
-    """The share of the squared norm that dimensions carry, over all tokens but the first."""
+    """The share of the squared norm that dimensions carry, over all tokens except the first."""
     squares = activations[1:].double().square().sum(dim=0)
     total = float(squares.sum())
     return float(squares[list(dimensions)].sum()) / total if total else 0.0

@@ -42,7 +42,7 @@ def check_means(layout: Layout, traits: Sequence[Trait], component: str) -> None
 def mean_activation(root: Path, vector: TraitVector) -> Vector:
     """The mean activation of a vector's training examples at its layer.
 
-    Raises `VectorError` where none is stored, naming the command that stores it, or where it does not fit the vector.
+    Raises `VectorError` if none is stored, naming the command that stores it, or if it does not fit the vector.
     """
     layout = vectors_layout(root, vector.experiment)
     path = VectorFiles(layout, vector.trait).mean_file(vector.component)

@@ -15,7 +15,7 @@ PACKAGED = "packaged"  # the name of the experiment that comes with the package
 
 
 def extract_command(layout: Layout, traits: Iterable[object] = ()) -> str:
-    """The command that extracts an experiment's vectors, of all traits where none is named."""
+    """The command that extracts an experiment's vectors, of all traits if none is named."""
     named = ",".join(map(str, traits))
     experiment = "NAME" if layout.experiment == PACKAGED else layout.experiment  # nobody extracts into the package
     return f"tlcapture extract --experiment {experiment}" + (f" --traits {named}" if named else "")

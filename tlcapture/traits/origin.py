@@ -1,6 +1,6 @@
 """Whether a vector and the activations projected onto it belong together: mismatches raise, differences are noted.
 
-Only what both record is compared: files of earlier versions and of other tools record less.
+Only fields that both record are compared: files of earlier versions and of other tools record less.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def check_origin(vector: TraitVector, capture: Metadata) -> None:
 
 
 def origin_notes(vector: TraitVector, capture: Metadata, *, other_model_intended: bool) -> list[str]:
-    """What differs between a vector's origin and a capture's: one note per difference, with both values.
+    """The differences between a vector's origin and a capture's: one note per difference, with both values.
 
-    Another model is left out where it was intended, and where it is the one that the capture's adapter was merged into;
+    Another model is not noted if it was intended, or if it is the one that the capture's adapter was merged into;
     all other differences are noted anyway.
     """
     origin = vector.metadata
@@ -132,7 +132,7 @@ def _same_name(vector: TraitVector, capture: Metadata) -> bool:
 
 
 def _is_of_the_base(vector: TraitVector, capture: Metadata) -> bool:
-    """Whether a vector is of the model that a capture's adapter was merged into."""
+    """Whether a vector was extracted from the model that a capture's adapter was merged into."""
     base = capture.get("base_fingerprint")
     return base is not None and base == vector.metadata.get("model_fingerprint")
 

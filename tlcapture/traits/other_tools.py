@@ -49,12 +49,12 @@ class ToolVectors:
     """The vectors in a file of another tool.
 
     Attributes:
-        tool: the tool that writes such files; `None` where many do.
+        tool: the tool that writes such files; `None` if several do.
         rows: tensors by the file's own number of their layer, not checked yet.
-        is_table: whether they are the rows of one tensor, so that their number tells that of the model's layers.
-        component: which activation they are for, where the file says so.
-        convention: what a number means (a name of `layer_conventions.CONVENTIONS`), where the file says so.
-        model_type: the architecture of their model, where the file says so.
+        is_table: whether they are the rows of one tensor, so that their number tells the number of the model's layers.
+        component: the activation they are for, if the file says so.
+        convention: the meaning of a number (a convention of `layer_conventions`), if the file says so.
+        model_type: the architecture of their model, if the file says so.
     """
 
     tool: str | None
@@ -70,7 +70,7 @@ def read_tool_vectors(path: Path) -> ToolVectors:
 
     Raises:
         StorageError: the file cannot be read.
-        VectorError: it holds something else than vectors by layer, or vectors of an activation that has no place here.
+        VectorError: it does not hold vectors by layer, or holds vectors of an activation that has no place here.
     """
     with opening(path), path.open("rb") as file:
         start = file.read(4)
@@ -116,7 +116,7 @@ def _of_gguf(path: Path) -> ToolVectors:
 
 
 def _gguf_tensor(tensor: Any) -> Any:
-    """A tensor of a GGUF file as one of torch; quantised ones, which no tool writes for vectors, as they are stored."""
+    """A tensor of a GGUF file as a torch tensor; quantised ones, which no tool writes for vectors, stay as stored."""
     from gguf import GGMLQuantizationType, dequantize
 
     data = (
@@ -180,7 +180,7 @@ def _layer_of(path: Path, key: Any) -> int:
 
 
 def _named_activation(path: Path, names: Iterable[Any]) -> tuple[str | None, str | None]:
-    """Component and convention that the names of a file's tensors say, such as `blocks.3.hook_resid_post`."""
+    """Component and convention from the names of a file's tensors, such as `blocks.3.hook_resid_post`."""
     found: set[tuple[str | None, str | None]] = set()
     for name in names:
         part = next((part for part in _ACTIVATIONS if part in str(name).lower()), "")

@@ -1,4 +1,4 @@
-"""The projection of a capture onto a direction of one's own, which is no trait's vector."""
+"""The projection of a capture onto the user's own direction, which is not a trait's vector."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _NO_METADATA: Mapping[str, Any] = {}
 def project_direction(
     capture: Capture, direction: Tensor, layer: int, component: str, random: RandomDirections | None = None
 ) -> Projection:
-    """Project a capture onto a direction `[d_model]` at a layer, as `own/direction`; beside `random` ones if given.
+    """Project a capture onto a direction `[d_model]` at a layer, as `own/direction`, and onto `random` ones if given.
 
-    Raises `VectorError` for what is not a finite, non-zero direction of the capture's width.
+    Raises `VectorError` unless it is a finite, non-zero direction of the capture's width.
     """
     vector = torch.as_tensor(direction).detach().to("cpu", torch.float32)
     if vector.shape != (capture.d_model,):

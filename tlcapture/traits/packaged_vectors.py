@@ -1,8 +1,8 @@
-"""The vectors that come with the package: those of the shipped traits, for the embedded model.
+"""The vectors that come with the package: for the shipped traits and the embedded model.
 
     datasets/packaged/vectors/{category}/{trait}.safetensors, evaluation.json ...    as `export` writes them
 
-Where an experiment of the embedded model has no vectors of its own, these take their place, as the experiment
+If an experiment of the embedded model has no vectors of its own, these take their place, as the experiment
 `packaged`. It is unpacked on first use, into the folder of the converted model. An experiment of that name in the root
 is taken instead. `make packaged-vectors` makes the files. Importing this module loads no torch.
 """
@@ -26,7 +26,7 @@ SAID = "no trait vectors of its own: projected onto those that come with the pac
 
 
 def vectors_layout(root: Path, experiment: str) -> Layout:
-    """The experiment of a name that vectors are taken from: one in the root, or `packaged`, that of the package."""
+    """The experiment to take vectors from, by name: one in the root, or the package's, `packaged`."""
     own = Layout(root, experiment)
     return own if experiment != PACKAGED or own.folder.is_dir() else packaged_layout()
 
@@ -37,12 +37,12 @@ def is_in_package(layout: Layout) -> bool:
 
 
 def takes_packaged(layout: Layout, model: str | None) -> bool:
-    """Whether an experiment has no vectors, and the package has some for its model, of this name."""
+    """Whether an experiment has no vectors, and the package has some for its model, given by name."""
     return model == NAME and not layout.traits() and packaged_files().is_dir()
 
 
 def listed_vectors(layout: Layout) -> str:
-    """The traits that an experiment has vectors of, as text; that it takes the package's, where it has none."""
+    """A text that lists the traits with vectors in an experiment, or says that it takes the package's."""
     traits = layout.traits()
     if not traits and takes_packaged(layout, read_config(layout).inference_model):
         return "vectors: none of its own, so those that come with the package"

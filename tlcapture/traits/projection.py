@@ -46,14 +46,14 @@ ResponseScores = Float[Tensor, "n_response_tokens n_layers n_sublayers"]
 
 @dataclass(frozen=True)
 class Centred:
-    """What was subtracted from the scores of a projection, and what its massive dimensions carry.
+    """The offset subtracted from the scores of a projection, and the share of its massive dimensions.
 
     Attributes:
         offset: the projection of the mean activation of the training examples at the vector's layer.
         massive_dimensions: the dimensions of the capture's activations there that are massive.
         variance_share: the share of the variance of the trajectory that they carry, its first token left out.
 
-    The last two are `None` where the capture does not hold every token.
+    The last two are `None` if the capture does not hold every token.
     """
 
     offset: float
@@ -81,10 +81,10 @@ class Projection:
 
     `prompt` and `response` are `[n_tokens, n_layers, n_sublayers]`, in units of the activations;
     `sublayers` are the residual points that the capture keeps, or `attn_out` alone. `layers` are the layers
-    that it keeps (for `attn_out`, those of them that have attention); the scores of all others are NaN. `chance` is
-    what random directions do on the same capture, where that was measured; `centred` what was subtracted from every
-    score, if anything was. `tokens` are the capture's, where they are known. The scores of tokens that the capture does
-    not hold (`held`, where that is not all of them) are NaN.
+    that it keeps (for `attn_out`, only those with attention); the scores of all others are NaN. `chance` has
+    the results of random directions on the same capture, if measured; `centred` the offset subtracted from every
+    score, if any. `tokens` are the capture's, if known. The scores of tokens that the capture does
+    not hold (if `held` is not all of them) are NaN.
     """
 
     vector: TraitVector
@@ -110,7 +110,7 @@ class Projection:
         )
 
     def _does_not(self, what: str, start: int) -> str:
-        """That a trajectory does not do something; unknown unless the capture holds all tokens from `start` on."""
+        """Say that a trajectory does not do something; unknown unless the capture holds all tokens from `start` on."""
         is_known = self.held is None or self.held.has_all(max(1, start), self.held.n_tokens)
         return f"does not {what}" if is_known else f"unknown whether it {what}s"
 
@@ -136,14 +136,14 @@ class Projection:
 
     @property
     def calibration(self) -> dict[str, Any] | None:
-        """Where the vector's examples lie on the scale of the scores; `None` where that is not recorded."""
+        """The positions of the vector's examples on the scale of the scores; `None` if not recorded."""
         record = recorded_calibration(self.vector.metadata, self.vector.method, self.vector.layer)
         return record if self.centred is None else shifted(record, self.centred.offset)
 
     def means(self) -> dict[str, float | None]:
-        """Of the trajectory: its mean over the prompt and over the response, and its deviation over both.
+        """The trajectory's mean over the prompt and over the response, and its deviation over both.
 
-        The first token is left out; null where there is no token, or one that the capture does not hold.
+        The first token is left out. Null if there is no token, or the capture lacks one.
         """
         values, begins = self.trajectory.double(), len(self.prompt)
         parts = {"prompt": values[1:begins].mean(), "response": values[max(1, begins) :].mean()}
@@ -155,7 +155,7 @@ class Projection:
 
     @property
     def rise(self) -> float | None:
-        """The mean over the response less that over the prompt, as `chance.standard_score`; `None` where not known."""
+        """The mean over the response less that over the prompt, as `chance.standard_score`; `None` if unknown."""
         means, chance = self.means(), self.chance
         if chance is None or means["prompt"] is None or means["response"] is None:
             return None
@@ -228,10 +228,10 @@ def project(
     """Project prompt and response onto vectors of one component, in one matrix product each.
 
     Args:
-        held: of which tokens prompt and response have activations; `None` means all.
+        held: the tokens of prompt and response that have activations; `None` means all.
         random: directions whose dynamics and rises are measured too, as a chance level.
         centre: the mean activation at a vector's layer, to subtract from all activations before they are projected.
-        scores: those of `scores_of`, where they were computed already.
+        scores: the result of `scores_of`, if it was computed already.
 
     Raises:
         VectorError: a vector has another width than the activations, or a layer that the model does not have or the
@@ -301,7 +301,7 @@ def check_fits(vector: TraitVector, n_layers: int, d_model: int) -> None:
 
 
 def check_kept(vector: TraitVector, kept: KeptPoints, with_attention: Sequence[int] | None = None) -> None:
-    """Raise `VectorError` where a capture does not keep the activations of a vector's trajectory.
+    """Raise `VectorError` if a capture does not keep the activations of a vector's trajectory.
 
     `with_attention` are the layers that have `attn_out`; `None` where all have it.
     """

@@ -28,7 +28,7 @@ _LAST = ("residual_out", "attn_out")  # the sublayer whose scores are the trajec
 
 
 class Labelled(FileContent):
-    """Content with labels that may be missing; null is as good as none."""
+    """Content with optional labels; null counts as missing."""
 
     @model_validator(mode="before")
     @classmethod
@@ -57,7 +57,7 @@ class Part(Labelled):
 class Scores(FileContent):
     """`[n_tokens][n_layers][n_sublayers]` of each part, null for a layer that the capture did not keep.
 
-    A file with `positions` holds those tokens alone.
+    A file with `positions` holds only those tokens.
     """
 
     prompt: list[list[list[Number] | None]]
@@ -113,7 +113,7 @@ class ReferenceRises(FileContent):
 
 
 class ChanceRecord(FileContent):
-    """What random directions do on the same capture; see `ChanceLevel` in `traits/chance`."""
+    """The results of random directions on the same capture; see `ChanceLevel` in `traits/chance`."""
 
     n_directions: int = Field(ge=1)
     covariance: str | None = None
@@ -128,7 +128,7 @@ class ChanceRecord(FileContent):
 
     @property
     def is_isotropic(self) -> bool:
-        """Whether there was no reference, and so all directions were as likely."""
+        """Whether there was no reference, so that all directions were equally likely."""
         return self.covariance == "isotropic"
 
     @model_validator(mode="after")
@@ -143,7 +143,7 @@ class ChanceRecord(FileContent):
 
 
 class Means(FileContent):
-    """Of the trajectory over all tokens but the first: means of prompt and response, deviation of both together."""
+    """Statistics of the trajectory without its first token: means of prompt and response, deviation of both."""
 
     prompt: Number | None
     response: Number | None
@@ -151,7 +151,7 @@ class Means(FileContent):
 
 
 class ProjectionMetadata(Labelled):
-    """The vector, the capture, and what is doubtful about projecting one onto the other.
+    """The vector, the capture, and doubts about projecting one onto the other.
 
     `positions` are the tokens whose scores the file holds, and `means` were taken before others were dropped.
     """
@@ -191,7 +191,7 @@ class ProjectionFile(Labelled):
     def parse(cls, content: Any, path: Path) -> ProjectionFile:
         """Check the content of a projection file; raises `StorageError` with file, field and reason.
 
-        What it says of its prompt and trait has to be what the path of a JSON file in an experiment says.
+        Its prompt and trait must be the ones in the path of a JSON file in an experiment.
         """
         found, place = checked(cls, content, path, "projection"), place_of_projection(path)
         if place is not None and (others := found._named_otherwise(place)):
@@ -199,7 +199,7 @@ class ProjectionFile(Labelled):
         return found
 
     def _named_otherwise(self, place: ProjectionPlace) -> list[str]:
-        """What the metadata names that the path names otherwise; a trait may be named without its category."""
+        """The fields of the metadata that contradict the path; a trait may be named without its category."""
         metadata, source = self.metadata, self.metadata.vector_source
         last = "attn_out" if metadata.sublayers and metadata.sublayers[-1] == "attn_out" else None
         name, prompt_set = metadata.prompt_id, metadata.prompt_set
@@ -212,7 +212,7 @@ class ProjectionFile(Labelled):
         return [f"{what} {each}" for what, each, expected in named if each is not None and str(each) not in expected]
 
     def sublayers(self, component: str = "residual") -> list[str]:
-        """Names of the scores of a layer, those of the file or the usual ones of a component."""
+        """Names of the scores of a layer: from the file, or the usual ones of a component."""
         if not self.scores:
             return self.metadata.sublayers or []
         n_scores = len(next(at for at in self.scores[0] if at))
@@ -267,7 +267,7 @@ class ProjectionFile(Labelled):
     def _has_a_place_for_every_layer(cls, value: Any) -> Any:
         """Put null in place of the layers that a slim file lacks, which holds only those of its list `layers`.
 
-        Each layer goes to its place: the list may be in another order.
+        Each layer goes to its place, since the list may have another order.
         """
         try:
             stated = value.get("layers")
@@ -317,7 +317,7 @@ class ProjectionFile(Labelled):
         return self
 
     def _check_without_scores(self, held: Positions) -> None:
-        """Check a file of a response that is shorter than the tokens that were to be kept."""
+        """Check a file without scores, whose response was too short for the tokens to keep."""
         layers, sublayers = self.metadata.layers, self.metadata.sublayers
         if not held.n_tokens:
             raise ValueError("it has no tokens")

@@ -1,4 +1,4 @@
-"""What a model's activations are like on ordinary prompts: a reference for rises and for random directions.
+"""A model's mean activations on ordinary prompts: a reference for rises and for random directions.
 
     extraction/reference.pt     attn_out_reference.pt for that component
 
@@ -33,7 +33,7 @@ class Reference:
     """Mean activations of prompts and of responses, of one component.
 
     Attributes:
-        model_fingerprint: of the model that ran.
+        model_fingerprint: the fingerprint of the model that ran.
         made_from: a digest of the prompts as token ids.
         prompts: names of the prompts, `{prompt_set}/{id}`.
         prompt_means, response_means: `[n_layers, n_prompts, d_model]`, in float32.
@@ -46,11 +46,11 @@ class Reference:
     response_means: Means
 
     def fits(self, n_layers: int, d_model: int) -> bool:
-        """Whether it is of a model of this shape."""
+        """Whether it belongs to a model of this shape."""
         return self.response_means.shape[0] == n_layers and self.response_means.shape[2] == d_model
 
     def write(self, layout: Layout, component: str) -> Written:
-        """Write it beside the experiment's vectors."""
+        """Write the reference next to the experiment's vectors."""
         return write_tensors(layout.reference(component), {"format_version": FORMAT_VERSION, **vars(self)})
 
 

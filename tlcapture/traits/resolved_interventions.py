@@ -1,4 +1,4 @@
-"""Interventions with their vectors, and as metadata records them, from which a replay makes them again.
+"""Interventions with their vectors, and their records in metadata, from which a replay restores them.
 
 {"kind": "steer", "trait": "behavioral/refusal", "experiment": "mine", "methods": ["probe"], "layers": [16],
  "point": "residual_out", "where": "from_last_prompt_token", "coefficient": 0.2, "vector_digests": ["..."],
@@ -34,8 +34,8 @@ from tlcapture.traits.vectors import TraitVector, read_vector
 class ResolvedIntervention:
     """An intervention with its vectors, one per layer and of length 1, `[n_layers, d_model]`.
 
-    `record` is what metadata hold of it. Its typical norms are missing until they are measured, where the vectors have
-    none. `doubts` are what to warn of.
+    `record` is its entry in metadata. Typical norms are missing there until they are measured, if the vectors have
+    none. `doubts` are warnings.
     """
 
     record: Mapping[str, Any]
@@ -83,10 +83,10 @@ def resolve(
     model: str,
     method: str | None = None,
 ) -> tuple[ResolvedIntervention, ...]:
-    """Interventions with their vectors.
+    """Find the vectors of interventions.
 
     Args:
-        source: the experiment that has the vectors; `None` where only vectors of one's own may be asked for.
+        source: the experiment that has the vectors; `None` if only the user's own vectors are allowed.
         n_layers, d_model, model: the measures and the name of the model to intervene on.
         method: only vectors by this method.
 
@@ -100,7 +100,7 @@ def resolve(
 def of_records(records: Sequence[Mapping[str, Any]], root: Path) -> tuple[ResolvedIntervention, ...]:
     """The interventions of a capture, given its metadata, to apply them again.
 
-    Raises `InputError` for one whose vectors are gone or were replaced, and for hooks of one's own.
+    Raises `InputError` if vectors are gone or were replaced, and for the user's own hooks.
     """
     return tuple(_of_record(record, root) for record in records)
 
@@ -130,7 +130,7 @@ def _resolved(
 def _trait_vectors(
     asked: TraitIntervention, source: Layout, n_layers: int, d_model: int, model: str, method: str | None
 ) -> tuple[list[TraitVector], list[str]]:
-    """The vector of each layer, and what is doubtful about them."""
+    """The vector of each layer, and the doubts about them."""
     files = VectorFiles(source, traits_with_vectors(source, [asked.vector])[0])
     doubts: list[str | None] = []
     if asked.layers == AUTO:
@@ -185,7 +185,7 @@ def _digest(vector: Vector) -> str:
 
 
 def _stored_norm(vector: TraitVector, model: str) -> float | None:
-    """The typical norm that is stored with a vector; `None` where there is none, or it is another model's."""
+    """The typical norm that is stored with a vector; `None` if there is none, or it is another model's."""
     norms = vector.metadata.get("typical_norms")
     if norms is None or vector.model != model or vector.layer >= len(norms):
         return None

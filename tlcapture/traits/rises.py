@@ -1,4 +1,4 @@
-"""How far a response rises above its prompt, how long it stays there, and whether chance alone does. Loads no torch.
+"""How far a response rises above its prompt, how long it stays there, and whether that is chance. Loads no torch.
 
 The baseline is the mean of the prompt, its first token left out. The response is smoothed over five tokens. Its peak
 counts where it exceeds the baseline by more than in 95 % of block permutations: prompt and response, as one closed
@@ -33,8 +33,8 @@ class Rises:
 
     Attributes:
         baseline: the mean of the prompt without its first token.
-        rise: how far the smoothed response rises above it at most.
-        peak: the response token where it does.
+        rise: the largest rise of the smoothed response above the baseline.
+        peak: the response token with the largest rise.
         persistence: how many tokens from the peak on, itself counted, stay at or above half of that rise.
         p: how often a permutation rises as far.
         strength: the rise in standard deviations of the permutations' rises, from their mean.
@@ -75,19 +75,19 @@ def rise_strengths(trajectories: Values, n_prompt_tokens: int, n_permutations: i
 
 
 def _parts(trajectories: Values, n_prompt_tokens: int) -> tuple[Values, Values, Values]:
-    """All tokens but the first and the smoothed response, a row for each token, and the baselines."""
+    """All tokens except the first, and the smoothed response, a row for each token; and the baselines."""
     rest = _without_first(trajectories)
     n_before = n_prompt_tokens - 1
     return rest, smoothed(rest[n_before:].T).T, rest[:n_before].mean(axis=0)
 
 
 def _without_first(trajectories: Values) -> Values:
-    """All tokens but the first, the attention sink, each token's values together."""
+    """All tokens except the first, the attention sink, with each token's values together."""
     return np.ascontiguousarray(trajectories[:, 1:].T)
 
 
 def _rounding(rest: Values) -> Values:
-    """By how much rises of the same tokens may differ."""
+    """The largest rounding difference between rises of the same tokens."""
     return max(1e-9, 8 * np.finfo(rest.dtype).eps) * np.maximum(rest.max(axis=0), -rest.min(axis=0))
 
 
@@ -112,7 +112,7 @@ def smoothed(values: Values) -> Values:
 
 
 def _moving_sum(padded: Values, pairs: Values | None = None, out: Values | None = None) -> Values:
-    """Sums over `SMOOTHED` tokens along the first axis; those over two may have a place, too."""
+    """Sums over `SMOOTHED` tokens along the first axis; `pairs` and `out` are buffers for the sums over two and all."""
     pairs = np.add(padded[:-1], padded[1:], out=pairs)
     total = np.add(pairs[:-3], pairs[2:-1], out=out)
     total += padded[4:]
@@ -160,7 +160,7 @@ def _ring(n_tokens: int) -> _Places:
 
 @dataclass(frozen=True, eq=False)
 class _Dealt:
-    """Which tokens the permutations deal to the response; the first one changes nothing.
+    """The tokens that each permutation deals to the response; the first permutation changes nothing.
 
     Attributes:
         begins, ends: `[n_runs]`, the runs of tokens that are smoothed with the neighbours they had in any permutation,

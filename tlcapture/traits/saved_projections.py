@@ -1,4 +1,4 @@
-"""The projections of a prompt or of a prompt set, in JSON files or in shards: nobody asks which. Loads no torch."""
+"""The projections of a prompt or of a prompt set, no matter whether in JSON files or in shards. Loads no torch."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def saved_projections(
 def projections_of(
     layout: Layout, prompt_set: str, prompt_id: str, component: str, traits: Sequence[Trait] | None = None
 ) -> list[TokenScores]:
-    """A prompt's projections, in the order of traits; of all traits where none is named."""
+    """A prompt's projections, in the order of traits; of all traits if none is named."""
     return [each.scores() for each in projections_saved(layout, prompt_set, prompt_id, component, traits)]
 
 
@@ -62,7 +62,7 @@ class SavedProjection:
 
     Attributes:
         place: the path that its JSON file has or would have.
-        sharded: where it is in the shard; `None` for a JSON file.
+        sharded: its place in the shard; `None` for a JSON file.
     """
 
     trait: Trait
@@ -86,12 +86,12 @@ class SavedProjection:
     def content(self, *, exact: bool = False) -> Any:
         """The content of the JSON file, unchecked; raises `StorageError` for a damaged one.
 
-        What is written again is to be `exact`, see `read_json`.
+        Content that is to be rewritten must be `exact`, see `read_json`.
         """
         return read_json(self.place, exact=exact) if self.sharded is None else self.sharded.content()
 
     def labels(self) -> Any:
-        """The content without its numbers, where they can be left out; raises as `content` does."""
+        """The content without its numbers, if they can be left out; raises like `content`."""
         return read_json(self.place) if self.sharded is None else self.sharded.content(scored=False)
 
     def read(self) -> ProjectionFile:
@@ -113,7 +113,7 @@ class SavedProjection:
 
 
 def all_saved(layout: Layout, prompt_set: str, prompt_id: str) -> list[SavedProjection]:
-    """A prompt's projections of all components onto all traits, sorted; the newer where both forms have one.
+    """A prompt's projections of all components onto all traits, sorted; the newer one if both forms exist.
 
     Raises `StorageError` for a shard that cannot be read and may hold some of them.
     """
@@ -132,7 +132,7 @@ def all_saved(layout: Layout, prompt_set: str, prompt_id: str) -> list[SavedProj
 def saved_projection(
     layout: Layout, trait: Trait, component: str, prompt_set: str, prompt_id: PromptId
 ) -> SavedProjection | None:
-    """A prompt's projection onto a trait; `None` where there is none. Raises `StorageError` as `all_saved` does."""
+    """A prompt's projection onto a trait; `None` if there is none. Raises `StorageError` like `all_saved`."""
     place = layout.projection(trait, component, prompt_set, prompt_id)
     sharded = sharded_of(layout.shards(component, prompt_set), str(prompt_id)).get(str(trait))
     of_json = SavedProjection(trait, component, place) if lexists(place) else None
@@ -144,7 +144,7 @@ def saved_projection(
 def projections_saved(
     layout: Layout, prompt_set: str, prompt_id: str, component: str, traits: Sequence[Trait] | None = None
 ) -> list[SavedProjection]:
-    """A prompt's projections of a component, in the order of traits; of all traits where none is named."""
+    """A prompt's projections of a component, in the order of traits; of all traits if none is named."""
     if traits:
         named = (saved_projection(layout, trait, component, prompt_set, prompt_id) for trait in sorted(set(traits)))
         return [each for each in named if each is not None]

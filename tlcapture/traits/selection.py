@@ -1,7 +1,7 @@
-"""Which of a trait's vectors to use.
+"""Selecting one of a trait's vectors.
 
 In this order: the best coherent single-layer steering run (`coherence_mean >= 70`, the largest gain over the baseline,
-if it beats the 95th percentile of the best gains of random vectors); the largest effect size; layer 16, or where the
+if it beats the 95th percentile of the best gains of random vectors); the largest effect size; layer 16, or if the
 model has no layer 16 the layer nearest to 0.6 of its depth, with a warning. An override wins over all of them. A score
 counts only for the vector it was measured on: a vector that was extracted again since has no score.
 """
@@ -28,7 +28,7 @@ NO_NULL = "its steering gain was not compared with random vectors: run 'tlcaptur
 
 @dataclass(frozen=True)
 class Selection:
-    """The selected vector: its layer and method, what selected it, and its score.
+    """The selected vector: its layer and method, the criterion, and its score.
 
     `selected_by` is `steering`, `effect_size`, `fallback` or `override`; `warning` states why the selection is
     doubtful.
@@ -106,9 +106,9 @@ def effect_sizes(files: VectorFiles, component: str) -> dict[tuple[str, int], fl
 def _ranked(files: VectorFiles, component: str, available: Mapping[str, list[int]]) -> Iterator[Selection]:
     """All candidates with a score, best first: coherent steering runs, or effect sizes if there are no such runs.
 
-    Where random vectors were added too, a run counts only if its gain is beyond what they reach by chance.
+    If random vectors were added too, a run counts only if its gain exceeds their chance level.
 
-    Whether a score is of the present vector is checked one candidate at a time, since it reads the vector.
+    Whether a score belongs to the present vector is checked one candidate at a time, since it reads the vector.
     """
     runs = [run for run in _all_steering_runs(files) if run.component == component]
     chance = largest_by_chance(runs)
@@ -169,7 +169,7 @@ def _all_rows(files: VectorFiles, component: str) -> list[EvaluationRow]:
 
 
 def is_current(files: VectorFiles, score: SteeringRun | EvaluationRow, component: str) -> bool:
-    """Whether a score is of the present vector. Scores of other tools do not record a vector, and are trusted."""
+    """Whether a score belongs to the present vector. Scores of other tools do not record a vector, and are trusted."""
     if score.vector_digest is None or not files.file(component, score.method, score.layer).is_file():
         return True
     return score.vector_digest == files.digest(component, score.method, score.layer)
@@ -184,7 +184,7 @@ def _has_earlier_scores(files: VectorFiles, component: str) -> bool:
 
 
 def _what_would_choose(files: VectorFiles, component: str) -> str:
-    """The command that would choose a layer; for evaluated vectors without effect sizes another one."""
+    """The command whose scores would choose a layer; another one for evaluated vectors without effect sizes."""
     rows, option = _all_rows(files, component), f"--experiment {files.layout.experiment}"
     if rows and all(row.effect_size is None and is_current(files, row, component) for row in rows):
         return f"its examples give no effect size: others, or 'tlcapture steer {option}',"

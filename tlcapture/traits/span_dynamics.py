@@ -1,6 +1,6 @@
 """How a trait moves within each span: its mean over a turn, and the change point of thinking and of the answer.
 
-Definitions are those of `dynamics`, over the tokens of one span. The first token of all is left out; template tokens
+Definitions are those of `dynamics`, over the tokens of one span. The very first token is left out; template tokens
 have no entry.
 """
 

@@ -52,7 +52,7 @@ class SteeringRecord(FileContent):
 def largest_by_chance(runs: Iterable[SteeringRun]) -> float | None:
     """The 95th percentile of the random vectors' best gains over all runs that have a null; `None` if none has.
 
-    Number i of every null is the gain of the same random vector.
+    Entry i of every null is the gain of the same random vector.
     """
     nulls = [run.null for run in runs if run.null]
     if not nulls:
@@ -61,7 +61,7 @@ def largest_by_chance(runs: Iterable[SteeringRun]) -> float | None:
 
 
 def percentile_95(values: Sequence[float]) -> float:
-    """The 95th percentile, interpolated linearly between values; NaN of none."""
+    """The 95th percentile, interpolated linearly between values; NaN without values."""
     if not values:
         return float("nan")
     ordered = sorted(values)
@@ -90,7 +90,7 @@ class SteeringRun:
 
 
 class SteeringMonitoring(FileContent):
-    """How the projections of responses steered with one vector follow the coefficient, beside random vectors."""
+    """How the projections of responses steered with one vector follow the coefficient, compared with random vectors."""
 
     layer: Layer
     method: str

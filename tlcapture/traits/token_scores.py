@@ -37,18 +37,18 @@ class TokenScores:
         scores.name, scores.title, scores.kept_tokens, scores.n_layers
 
     Attributes:
-        sample: which of several responses to the prompt it is of, counted from 1; `None` for the only one.
+        sample: the number of the response, from 1, among several to the same prompt; `None` if it is the only one.
         layer: the vector's own layer, at which the trajectory is taken.
         scores: `[n_tokens, n_layers, n_sublayers]`, in units of the activations; the sublayers are named by
             `sublayers`, the last of them being `residual_out` (or `attn_out`). NaN at layers and tokens that the
             capture did not keep.
         layers: the layers that the capture kept.
         commitment_point, persistence: the dynamics; token indices count over the whole sequence.
-        calibration: where the vector's examples lie on the scale of the scores; `None` where that is not recorded.
+        calibration: the positions of the vector's examples on the scale of the scores; `None` if not recorded.
         spans: which tokens are which turn, thinking or answer; none in files that were written before there were spans.
-        definitions: those that the dynamics follow; 1 for files made before they had a number.
+        definitions: the version of the dynamics' definitions; 1 for files made before they had a number.
         positions: the tokens that have scores; `None` means all.
-        experiment: that of the vector, where it is known.
+        experiment: the vector's experiment, if known.
     """
 
     prompt_set: str
@@ -104,7 +104,7 @@ class TokenScores:
     def peak(self) -> int | None:
         """Index of the response token where the smoothed trajectory is largest, from which persistence counts.
 
-        `None` where the rise is within chance, for dynamics by earlier definitions, and where a token of the response
+        `None` if the rise is within chance, for dynamics by earlier definitions, and if a token of the response
         has no score.
         """
         if self.persistence is None or self.definitions < DEFINITIONS:
@@ -120,7 +120,7 @@ class TokenScores:
 
     @property
     def name(self) -> PromptId:
-        """The name of the capture among those of its set: `7`, or `7.s1` for a sample."""
+        """The capture's name within its set: `7`, or `7.s1` for a sample."""
         return capture_name(self.prompt_id, self.sample)
 
     @property
@@ -129,7 +129,7 @@ class TokenScores:
         return f"{self.trait}, {self.component}, {self.method} of layer {self.layer}"
 
     def at(self, layer: int, sublayer: str | None = None) -> Scores:
-        """`[n_tokens]`: the scores at a layer, of a sublayer or of the last one.
+        """The scores `[n_tokens]` at a layer, of a sublayer or of the last one.
 
         Raises `InputError` for a layer or a sublayer that the projection does not have.
         """
@@ -138,7 +138,7 @@ class TokenScores:
         return self.by_layer(sublayer)[:, layer]
 
     def by_layer(self, sublayer: str | None = None) -> Scores:
-        """`[n_tokens, n_layers]`: the scores of a sublayer or of the last one, NaN at layers not kept."""
+        """The scores `[n_tokens, n_layers]` of a sublayer or of the last one, NaN at layers not kept."""
         if sublayer is not None and sublayer not in self.sublayers:
             raise InputError(f"no point {sublayer!r}: the projection has {', '.join(self.sublayers)}")
         return self.scores[:, :, -1 if sublayer is None else list(self.sublayers).index(sublayer)]
@@ -156,7 +156,7 @@ class TokenScores:
 
     @classmethod
     def of(cls, content: ProjectionFile, path: Path, place_of: Path) -> TokenScores:
-        """Those of a projection in the file `path`, whose JSON file would be at `place_of`; raises as `read` does."""
+        """The scores of a projection in the file `path`, whose JSON file would be at `place_of`; raises like `read`."""
         metadata, dynamics = content.metadata, content.dynamics
         source, place = metadata.vector_source, place_of_projection(place_of)
         labels: dict[str, Any] = {

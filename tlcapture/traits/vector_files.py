@@ -1,10 +1,10 @@
-"""Trait vectors on disk: which exist, their paths, and the record of their origin. Loads no torch.
+"""Trait vectors on disk: their paths, which of them exist, and the record of their origin. Loads no torch.
 
 extraction/{category}/{trait}/vectors/{method}_layer{L}.pt      float32 [d_model]
                                       metadata.json
                                       attn_out_{method}_layer{L}.pt, attn_out_metadata.json
 
-Vectors that another tool made are of the method `imported`, with a record of their own, `imported_metadata.json`.
+Vectors that another tool made have the method `imported` and their own record, `imported_metadata.json`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ Calibrations = dict[str, dict[str, CalibrationRecord]]  # by method and layer
 
 
 class VectorSplit(FileContent):
-    """How the examples were split into those for fitting and those held out."""
+    """The split of the examples into those for fitting and those held out."""
 
     seed: int | None = None
 
@@ -95,7 +95,7 @@ class VectorFiles:
         return blake2b(read_bytes(self.file(component, method, layer)), digest_size=8).hexdigest()
 
     def metadata_file(self, component: str, method: str | None = None) -> Path:
-        """The path of the record of the vectors' origin; imported ones have one of their own."""
+        """The path of the record of the vectors' origin; imported vectors have their own."""
         kind = f"{IMPORTED}_" if method == IMPORTED else ""
         return self.layout.own(self.path / f"{_PREFIX[component]}{kind}metadata.json")
 
@@ -104,7 +104,7 @@ class VectorFiles:
         return self.layout.own(self.path / f"{_PREFIX[component]}training_mean.pt")
 
     def metadata(self, component: str, method: str | None = None) -> dict[str, Any]:
-        """The record of the vectors' origin, by a method; empty where another tool left none."""
+        """The record of the vectors' origin, by a method; empty if another tool left none."""
         path = self.metadata_file(component, method)
         if not lexists(path):
             return {}
@@ -130,7 +130,7 @@ class VectorFiles:
 
 
 def traits_with_vectors(layout: Layout, named: Sequence[Trait] = ()) -> list[Trait]:
-    """The traits named, each once, or all with vectors where none is named.
+    """The named traits, each once, or all traits with vectors if none is named.
 
     Raises `InputError` for an experiment without vectors, and for a named trait without any.
     """

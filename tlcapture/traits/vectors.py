@@ -1,4 +1,4 @@
-"""A trait vector: reading one with everything that is recorded of its origin, and writing one."""
+"""Trait vectors: reading one with the record of its origin, and writing one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SMALLEST, _LARGEST = 1e-9, 1e15  # components whose squares and their sums floa
 class TraitVector:
     """A direction `[d_model]` for a trait, and its origin.
 
-    `metadata` is that of the extraction, empty for a vector of unknown origin.
+    `metadata` is the record of the extraction, empty for a vector of unknown origin.
     """
 
     trait: Trait
@@ -50,7 +50,7 @@ class TraitVector:
 def read_vector(files: VectorFiles, component: str, method: str, layer: int) -> TraitVector:
     """Read one of a trait's vectors, in float32.
 
-    Only its direction is used: one whose length float32 cannot hold, or nearly so, is scaled by a power of two.
+    Only its direction is used: a vector whose length (nearly) exceeds float32 is scaled by a power of two.
 
     Raises:
         VectorError: the vector is missing, is not a finite non-zero one-dimensional tensor, or has another width than
@@ -83,6 +83,6 @@ def write_vector(files: VectorFiles, component: str, method: str, layer: int, ve
 
 
 def _within_float32(vector: Vector) -> Vector:
-    """The vector, or a multiple of it where the squares of its components are too large or small for float32."""
+    """The vector, or a multiple of it if the squares of its components are too large or small for float32."""
     largest = float(vector.abs().max())
     return vector if _SMALLEST < largest < _LARGEST else (vector.double() * 2.0 ** -math.frexp(largest)[1]).float()

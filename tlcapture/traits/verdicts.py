@@ -1,4 +1,4 @@
-"""What `evaluate` found doubtful of a trait's vectors, to be said again where they are used. Loads no torch."""
+"""The doubts of `evaluate` about a trait's vectors, to be repeated where they are used. Loads no torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BY = ", by 'tlcapture evaluate'"
 
 @dataclass(frozen=True)
 class UsedVector:
-    """A vector that something was projected onto, by what identifies it."""
+    """The identity of a vector that something was projected onto."""
 
     trait: str
     component: str
@@ -32,7 +32,7 @@ class UsedVector:
 
 
 def used_vector(content: ProjectionFile, trait: str, component: str) -> UsedVector | None:
-    """The vector that a projection is onto; `None` where its file does not say whose it is."""
+    """The vector of a projection; `None` if its file does not name its experiment."""
     source = content.metadata.vector_source
     if source.method is None or source.experiment is None:
         return None
@@ -41,14 +41,14 @@ def used_vector(content: ProjectionFile, trait: str, component: str) -> UsedVect
 
 @dataclass(frozen=True)
 class Doubts:
-    """The doubts about the vectors of a root's experiments, whose evaluations are read once as long as they stay."""
+    """The doubts about the vectors of a root's experiments, whose evaluations are read again only if they change."""
 
     root: Path
 
     def of(self, vector: UsedVector) -> str | None:
-        """Why a vector may show nothing, by the verdict of its evaluation; `None` where it shows something.
+        """Why a vector may show nothing, by the verdict of its evaluation; `None` if it shows something.
 
-        Without an evaluation of this very vector, and where its file cannot be read, nothing is known.
+        Also `None` if this very vector was not evaluated, or the evaluation cannot be read.
         """
         with suppress(TlcaptureError, OSError):
             layout = vectors_layout(self.root, vector.experiment)
@@ -66,11 +66,11 @@ class Doubts:
         return None
 
     def lines(self, vectors: Iterable[UsedVector]) -> list[str]:
-        """The doubts, each with the traits that it is about."""
+        """The doubts as text, each with its traits."""
         return [f"{', '.join(traits)}: {cause}" for cause, traits in self.by_cause(vectors).items()]
 
     def by_cause(self, vectors: Iterable[UsedVector]) -> dict[str, list[str]]:
-        """The traits that each doubt is about."""
+        """The traits of each doubt."""
         found: dict[str, list[str]] = {}
         for vector in vectors:
             cause = self.of(vector)

@@ -26,8 +26,8 @@ _CHUNK = 256  # queries whose weights are gathered at one time
 class AttentionPatterns:
     """Weights `[len(layers), n_heads, query, key]` of the layers with attention, over keys up to each query.
 
-    Each row sums to 1, or to less where a model has attention sinks that take a share of it (gpt-oss). The queries are
-    the tokens in `positions`; `None` means all. `kept` are the layers that were asked for, where not all were.
+    Each row sums to 1, or to less if a model has attention sinks that take a share (gpt-oss). The queries are
+    the tokens in `positions`; `None` means all. `kept` are the requested layers, if not all were.
     """
 
     patterns: Patterns
@@ -37,7 +37,7 @@ class AttentionPatterns:
     kept: tuple[int, ...] | None = None
 
     def only(self, positions: Positions) -> AttentionPatterns:
-        """The weights of some of the queries, in memory of their own; itself where these are all."""
+        """A copy with the weights of some of the queries; the object itself if these are all."""
         if positions.is_all:
             return self
         return replace(self, patterns=self.patterns[:, :, list(positions.kept)], positions=positions)
@@ -58,8 +58,8 @@ class AttentionPatterns:
     ) -> dict[str, Any]:
         """The content of `{id}_attention.json`.
 
-        Weights have 4 significant digits; in place of those of a layer without attention is null. There is an entry for
-        each query, with weights of all tokens up to it; `positions` names the queries where these are not all.
+        Weights have 4 significant digits; a layer without attention is null. There is an entry for
+        each query, with weights of all tokens up to it; `positions` names the queries if these are not all.
         """
         queries = range(self.patterns.shape[-1]) if self.positions is None else self.positions.kept
         head = attention_head(
@@ -102,7 +102,7 @@ def attention_head(
     n_prompt_tokens: int,
     sample: int | None = None,
 ) -> dict[str, Any]:
-    """The content of an attention file without its weights: of all layers and queries, or of those named."""
+    """The content of an attention file without its weights, for all layers and queries or for the named ones."""
     return {
         **({} if kept is None else {"layers": list(kept)}),
         **({} if positions is None else positions.record()),
@@ -118,9 +118,9 @@ def attention_head(
 
 
 def triangle(cache: Cache, name: str) -> Iterator[NDArray[np.float32]]:
-    """A pattern's weights `[n_weights, n_heads]`, query by query those of the keys up to it, in chunks of queries.
+    """A pattern's weights `[n_weights, n_heads]` in chunks of queries: for each query, those of the keys up to it.
 
-    A cache may have them in this form, as `cache.triangle(name)`.
+    A cache may offer this form itself, as `cache.triangle(name)`.
     """
     own = getattr(cache, "triangle", None)
     chunks = None if own is None else own(name)
@@ -139,7 +139,7 @@ def triangle(cache: Cache, name: str) -> Iterator[NDArray[np.float32]]:
 def attention_hooks(n_layers: int, hook_names: Set[str], only: Sequence[int] = ()) -> list[str]:
     """The activations the view reads: of all layers, or `only` of some.
 
-    Raises `InputError` for a model without attention, and where none of the layers has any.
+    Raises `InputError` for a model without attention, and if none of the layers has any.
     """
     layers = attention_layers(n_layers, hook_names)
     if not layers:
@@ -151,7 +151,7 @@ def attention_hooks(n_layers: int, hook_names: Set[str], only: Sequence[int] = (
 
 
 def attention_view(cache: Cache, n_layers: int, only: Sequence[int] = ()) -> AttentionPatterns:
-    """The patterns of a cache that holds those of all layers with attention, or `only` of some layers."""
+    """The patterns in a cache, of all layers with attention or `only` of some."""
     layers = tuple(layer for layer in attention_layers(n_layers, cache.keys()) if not only or layer in only)
     kept = tuple(only) or None
     return AttentionPatterns(stacked([cache[hook("pattern", layer)] for layer in layers]), n_layers, layers, kept=kept)

@@ -1,4 +1,4 @@
-"""What views read: the activations of one prompt's run, by hook name."""
+"""The cache that views read: the activations of one prompt's run, by hook name."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ Cache = Mapping[str, Tensor]
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """`torch.stack`, without a copy where the tensors are evenly spaced in one storage, as those of one run or of
-    one file are."""
+    """`torch.stack`, without a copy if the tensors are evenly spaced in one storage, as they are in one run or
+    one file."""
     first = tensors[0]
     offsets = [tensor.storage_offset() for tensor in tensors]
     distance = offsets[1] - offsets[0] if len(tensors) > 1 else first.numel()

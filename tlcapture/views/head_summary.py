@@ -1,8 +1,8 @@
-"""What the heads of a capture look at, on average: a number for each layer and head, from its attention file.
+"""What the heads of a capture attend to on average: a number for each layer and head, from its attention file.
 
     summarised(read_attention(path), range(n_prompt, n_tokens)).measures["entropy"]     # [n_layers, n_heads]
 
-The first token of all is not a query: it can only attend to itself. Loads no torch.
+The first token is never a query: it can only attend to itself. Loads no torch.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class HeadSummary:
 
     Attributes:
         measures: by the names of `MEASURES`, `[n_layers, n_heads]`; NaN for layers without weights.
-        n_queries: how many queries they are means of.
+        n_queries: the number of queries that are averaged.
     """
 
     measures: dict[str, NDArray[np.float64]]
@@ -54,7 +54,7 @@ class HeadSummary:
 
 
 def summarised(saved: SavedAttention, queries: Container[int]) -> HeadSummary:
-    """The means over some queries, as far as the file has them; raises `StorageError` if it is damaged."""
+    """The means over those of the queries that the file has; raises `StorageError` if it is damaged."""
     shape = (saved.head.n_layers, saved.head.n_heads)
     sums = {name: np.full(shape, np.nan) for name in MEASURES}
     layers, seen = saved.present_layers, set[int]()

@@ -53,12 +53,12 @@ def layer_hooks(layer: int) -> list[str]:
 
 
 def attention_layers(n_layers: int, hook_names: Set[str]) -> tuple[int, ...]:
-    """The layers with attention: all but those of hybrids whose mixer is recurrent or a convolution."""
+    """The layers with attention: all, except in hybrids those whose mixer is recurrent or a convolution."""
     return tuple(layer for layer in range(n_layers) if hook("pattern", layer) in hook_names)
 
 
 def mixer_hook(layer: int, hook_names: Set[str]) -> str:
-    """The hook of what a layer's attention or other mixer adds to the residual stream."""
+    """The hook of the contribution of a layer's attention or other mixer to the residual stream."""
     return next(name for kind in ("attn_out", "mixer_out") if (name := hook(kind, layer)) in hook_names)
 
 
@@ -75,7 +75,7 @@ def check_component(component: str) -> str:
 
 
 def at_any_layer(name: str) -> str:
-    """`blocks.12.hook_x`, `blocks.L.hook_x` or `blocks.{layer}.hook_x` as in the table: `blocks.{L}.hook_x`."""
+    """Turn `blocks.12.hook_x`, `blocks.L.hook_x` or `blocks.{layer}.hook_x` into the table's `blocks.{L}.hook_x`."""
     return re.sub(r"^blocks\.(\{\w+\}|\w+)\.", "blocks.{L}.", name)
 
 

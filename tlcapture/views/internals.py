@@ -15,7 +15,7 @@ from tlcapture.views.kept_tokens import Positions
 def internals_hooks(layer: int, hook_names: Set[str]) -> list[str]:
     """The layer's activations that the model has, in the order they are computed.
 
-    An MLP of experts has no neurons of its own: in place of `mlp.hook_pre` and `hook_post`, its input `mlp.hook_in`,
+    A mixture of experts has no set of neurons: in place of `mlp.hook_pre` and `hook_post`, its input `mlp.hook_in`,
     its output `mlp.hook_out` and the router's scores `mlp.hook_router_scores` are taken.
     """
     names = [name for name in layer_hooks(layer) if name in hook_names]
@@ -25,7 +25,7 @@ def internals_hooks(layer: int, hook_names: Set[str]) -> list[str]:
 
 
 def internals_view(cache: Cache, layer: int, positions: Positions | None = None) -> dict[str, Tensor]:
-    """The layer's part of a cache, each tensor in memory of its own.
+    """The layer's part of a cache, as copies.
 
     `positions` limits it to some tokens: patterns to these queries, and all other activations to these rows.
 

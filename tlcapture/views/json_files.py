@@ -33,7 +33,7 @@ Entry = TypeVar("Entry", bound="_Entry")
 
 
 class PerTokenHead(FileContent):
-    """The content of a file apart from its entries, which it has for the tokens in `positions`, by default for all."""
+    """The content of a file without its entries, which exist for the tokens in `positions`, by default for all."""
 
     what: ClassVar[str] = "attention or logit lens"
     entries: ClassVar[str] = ""
@@ -52,22 +52,22 @@ class PerTokenHead(FileContent):
 
     @property
     def positions_held(self) -> Positions:
-        """The tokens that the file is of."""
+        """The tokens whose entries the file has."""
         return stated_positions(self, self.n_prompt_tokens, len(self.tokens))
 
     @property
     def n_entries_by_layer(self) -> int:
-        """How many layers an entry lists: all, with null in place of those without weights."""
+        """The number of layers that an entry lists: all, with null for layers without weights."""
         return self.n_layers
 
     @classmethod
     def of(cls: type[Head], value: Any, path: Path) -> Head:
-        """The head of a file; raises `StorageError` for another."""
+        """The head of a file, given its content; raises `StorageError` for an invalid one."""
         return checked(cls, value, path, cls.what)
 
     @classmethod
     def read(cls: type[Head], path: Path) -> Head:
-        """The head of a file of either form; raises `StorageError` for another, and for one that is cut off."""
+        """The head of a file of either form; raises `StorageError` for any other file, and for one that is cut off."""
         if is_compact(path):
             return cls.of(open_compact(path, cls.what)[1], path)
         value = _without_entries(path)
@@ -75,7 +75,7 @@ class PerTokenHead(FileContent):
 
     @classmethod
     def check_file(cls, path: Path) -> None:
-        """Raise `StorageError` for a file that is cut off or of another kind; of its entries, only the end is read."""
+        """Raise `StorageError` for a file that is cut off or of another kind; reads only the end of its entries."""
         head = cls.read(path)
         if not isinstance((head.model_extra or {}).get(cls.entries), list):
             raise not_valid(path, cls.what, f"{cls.entries}: expected a list")
@@ -111,17 +111,17 @@ class LensHead(PerTokenHead):
 
     @property
     def n_entries_by_layer(self) -> int:
-        """How many layers an entry lists: those that were kept."""
+        """The number of layers that an entry lists: only the kept ones."""
         return len(self.kept_layers)
 
 
 def head_of(path: Path) -> AttentionHead | LensHead:
-    """The head of a file of attention or of the logit lens, which its name tells, of either form."""
+    """The head of a file of attention or of the logit lens, depending on its name, in either form."""
     return AttentionHead.read(path) if path.stem.endswith("_attention") else LensHead.read(path)
 
 
 def _without_entries(path: Path) -> Any:
-    """The content of a file whose entries come last, with none of them; `None` for any other file."""
+    """The content of a file without its entries, if they come last; `None` for any other file."""
     check_regular(path)
     try:
         if not path.stat().st_size:
@@ -158,7 +158,7 @@ class _Entry(FileContent):
 
 
 class AttentionEntry(_Entry):
-    """What one token attends to: `by_layer[layer][head]` has one weight for each token up to it.
+    """One token's attention: `by_layer[layer][head]` has one weight for each token up to it.
 
     A layer without attention is null.
     """
@@ -229,7 +229,7 @@ class _OverviewLayer(_OfLayer):
 
 
 class LensOverview(_Entry):
-    """The predictions of one token for an overview of all: only the likeliest of each layer is checked."""
+    """The predictions of one token in an overview: only the likeliest one of each layer is checked."""
 
     actual_next_token: str
     by_layer: list[_OverviewLayer]
@@ -246,7 +246,7 @@ def no_weights(layer: int, kept: Sequence[int] | None, present: Sequence[int]) -
 
 
 def pattern_of_layer(entry: Any, layer: int, path: Path, kept: Sequence[int] | None = None) -> Pattern:
-    """One layer's weights of an attention entry, other layers unchecked; `kept` as the file's head states them.
+    """One layer's weights in an attention entry, without checking other layers; `kept` comes from the file's head.
 
     Raises `InputError` for a layer without attention, and `StorageError` for a missing one.
     """

@@ -1,10 +1,10 @@
-"""Which residual points of a model a capture keeps: all of them, or some layers, or some points of each.
+"""The residual points of a model that a capture keeps: all of them, or some layers, or some points of each.
 
     kept = KeptPoints(30, layers=(8, 12, 16), points=("residual_out",))
     kept.point_indices              # (18, 26, 34): indices among the 61 points of the whole model
     kept.row(12, "residual_out")    # 1: row of a buffer of the kept points
 
-`residual_in` of a layer is `residual_out` of the layer before: where both are kept they share a row.
+`residual_in` of a layer is `residual_out` of the layer before: if both are kept, they share a row.
 Loads no torch.
 """
 
@@ -32,7 +32,7 @@ def point_index(layer: int, point: str) -> int:
 
 
 def from_the_end(layer: Any, n_layers: int) -> Any:
-    """A layer, of which a negative one counts from the end: -1 is the last. What is no layer is returned as it is."""
+    """A layer, with negative numbers counted from the end: -1 is the last. Anything else is returned unchanged."""
     number = index(layer) if isinstance(layer, SupportsIndex) else 0
     return number + n_layers if -n_layers <= number < 0 else layer
 
@@ -61,7 +61,7 @@ class KeptPoints:
 
     @classmethod
     def of(cls, n_layers: int, layers: Iterable[int] = (), points: Iterable[str] = ()) -> KeptPoints:
-        """The layers and points named; all of them where none is named."""
+        """The named layers and points; all of them if none is named."""
         layers, points = tuple(layers), tuple(points)
         if not layers and not points:
             return _all_of(n_layers)
@@ -69,9 +69,9 @@ class KeptPoints:
 
     @classmethod
     def of_file(cls, metadata: Mapping[str, Any], layers: Iterable[int], points: Iterable[str]) -> KeptPoints:
-        """The layers and points under `activations` of a file. Its metadata may leave them out where all are kept.
+        """The layers and points under `activations` of a file. Its metadata may leave them out if all are kept.
 
-        Raises `StorageError` where metadata and activations disagree.
+        Raises `StorageError` if metadata and activations disagree.
         """
         n_layers, found = int(metadata["n_layers"]), (sorted(layers), [point for point in POINTS if point in points])
         stated = (list(metadata.get("layers") or range(n_layers)), list(metadata.get("points") or POINTS))
@@ -98,7 +98,7 @@ class KeptPoints:
 
     @cached_property
     def rows(self) -> list[list[int]]:
-        """`[layer][point]` of what is kept: the row of each in a buffer of the kept points."""
+        """The row of each kept `[layer][point]` in a buffer of the kept points."""
         row_of = {point: row for row, point in enumerate(self.point_indices)}
         return [[row_of[point_index(layer, point)] for point in self.points] for layer in self.layers]
 
@@ -113,10 +113,6 @@ class KeptPoints:
             raise InputError(f"{point} was not kept: {self.described()}; capture again without --points")
         return self.point_indices.index(wanted)
 
-    def layer_row(self, layer: object) -> int:
-        """The index of a layer among the kept layers; raises `InputError` for a layer not kept."""
-        return self.layers.index(self.check_layer(layer))
-
     def check_layer(self, layer: object) -> int:
         """Return a layer as an `int`; raises `InputError` for anything but a layer that is kept."""
         if not isinstance(layer, int | SupportsIndex):  # whether it is an int takes much less time
@@ -129,7 +125,7 @@ class KeptPoints:
         return number
 
     def described(self) -> str:
-        """What is kept, as a clause for messages."""
+        """The kept layers and points, as a clause for messages."""
         return f"the capture has {', '.join(self.points)} of layers {as_ranges(self.layers)}"
 
 

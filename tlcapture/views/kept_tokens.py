@@ -1,4 +1,4 @@
-"""Of which tokens a capture keeps activations: of all, or of some of the response.
+"""The tokens whose activations a capture keeps: all, or some of the response.
 
     kept = KeptTokens.parse("first:20")
     kept.of(n_prompt=12, n_tokens=62).kept      # (12, 13, ..., 31): indices over prompt and response as one sequence
@@ -23,7 +23,7 @@ _SLICE = re.compile(r"(-?\d{1,9})?:(-?\d{1,9})?", re.ASCII)
 
 @dataclass(frozen=True)
 class Positions:
-    """Of which tokens of a prompt and its response activations are held.
+    """The tokens of a prompt and its response whose activations are held.
 
     Attributes:
         kept: their indices over prompt and response as one sequence, ascending.
@@ -45,7 +45,7 @@ class Positions:
 
     @classmethod
     def of(cls, kept: Iterable[int] | None, n_prompt: int, n_tokens: int) -> Positions:
-        """Those named; all where they are `None`, as in the metadata of a capture that holds all."""
+        """The named tokens; all if they are `None`, as in the metadata of a capture that holds all."""
         return cls(tuple(range(n_tokens) if kept is None else kept), n_prompt, n_tokens)
 
     @property
@@ -55,17 +55,17 @@ class Positions:
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """Those of the prompt."""
+        """The tokens of the prompt."""
         return tuple(each for each in self.kept if each < self.n_prompt)
 
     @property
     def response(self) -> tuple[int, ...]:
-        """Those of the response, as indices over the response alone."""
+        """The tokens of the response, as indices over the response alone."""
         return tuple(each - self.n_prompt for each in self.kept if each >= self.n_prompt)
 
     @property
     def with_next(self) -> tuple[int, ...]:
-        """Those of tokens that have a next one."""
+        """The tokens that have a next one."""
         return tuple(each for each in self.kept if each < self.n_tokens - 1)
 
     def includes(self, other: Positions) -> bool:
@@ -73,7 +73,7 @@ class Positions:
         return set(self.kept) >= set(other.kept)
 
     def rows_in(self, held: Positions) -> list[int] | None:
-        """Where each of them lies among the rows of `held`, which includes them; `None` where they are the same."""
+        """The row of each token among the rows of `held`, which includes them all; `None` if they are the same."""
         row_of = {position: row for row, position in enumerate(held.kept)}
         return None if self.kept == held.kept else [row_of[position] for position in self.kept]
 
@@ -84,11 +84,11 @@ class Positions:
         return sum(start <= each < stop for each in self.kept) == max(0, stop - start)
 
     def record(self) -> dict[str, Any]:
-        """The key `positions` of a file; nothing where all are held."""
+        """The key `positions` of a file; empty if all are held."""
         return {} if self.is_all else {"positions": list(self.kept)}
 
     def described(self) -> str:
-        """What is held, as a clause for messages."""
+        """The held tokens, as a clause for messages."""
         if not self.kept:
             return f"none of {self.n_tokens} tokens was kept"
         if len(self.kept) == 1:
@@ -136,7 +136,7 @@ class KeptTokens:
         return found
 
     def of(self, n_prompt: int, n_tokens: int) -> Positions:
-        """The tokens that are kept of a prompt and its response; none where the response is too short."""
+        """The tokens that are kept of a prompt and its response; none if the response is too short."""
         response = range(n_prompt, n_tokens)[self.start : self.stop]
         return Positions(tuple(response), n_prompt, n_tokens)
 
@@ -152,7 +152,7 @@ def kept_of(tokens: KeptTokens | None, n_prompt: int, n_tokens: int) -> Position
 
 
 def stated_positions(content: Mapping[str, Any] | Any, n_prompt: int, n_tokens: int) -> Positions:
-    """The tokens that a file or its metadata states under `positions`; all where it does not.
+    """The tokens that a file or its metadata states under `positions`; all if there is no such key.
 
     Raises `ValueError` for positions that are not those of tokens.
     """
@@ -161,7 +161,7 @@ def stated_positions(content: Mapping[str, Any] | Any, n_prompt: int, n_tokens: 
 
 
 def spread_rows(rows: Sequence[Any], positions: Positions, missing: Any) -> list[Any]:
-    """One entry per token: the row of each that is held, and `missing` in place of the others."""
+    """One entry per token: the row of a held token, `missing` for the others."""
     found = [missing] * positions.n_tokens
     for position, row in zip(positions.kept, rows, strict=True):
         found[position] = row

@@ -27,12 +27,12 @@ CheckRows = Callable[[str, Tensor, Iterable[int]], None]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ResidualStream:
-    """The residual stream of some tokens, and the attention outputs where they were captured.
+    """The residual stream of some tokens, and the attention outputs if they were captured.
 
-    `points` is `[2 * n_layers + 1, n_tokens, d_model]`, `attn_out` `[n_layers, n_tokens, d_model]`. Where `only`
-    states what is kept of the model, they are `[len(only.point_indices), ...]` and `[len(only.layers), ...]`; where
-    `with_attention` names the layers that have attention, `attn_out` holds only those of them that are kept.
-    `check` is called before rows are read, where they are in a file; whoever reads whole buffers takes those of
+    `points` is `[2 * n_layers + 1, n_tokens, d_model]`, `attn_out` `[n_layers, n_tokens, d_model]`. If `only`
+    states the kept points, they are `[len(only.point_indices), ...]` and `[len(only.layers), ...]`; if
+    `with_attention` names the layers that have attention, `attn_out` holds only the kept ones among them.
+    `check` is called before rows of a file are read; to read whole buffers, use those of
     `checked()`.
     """
 
@@ -74,7 +74,7 @@ class ResidualStream:
         """The activations `[n_tokens, d_model]` of a layer at a residual point, or its `attn_out`.
 
         Raises `InputError` for a layer or point that is not kept, and for `attn_out` of a layer without attention,
-        naming those that are there.
+        naming the ones that are kept.
         """
         if point == "attn_out":
             layer = self.kept.check_layer(layer)
@@ -88,7 +88,7 @@ class ResidualStream:
         return self._row("points", self.points, self.kept.row(layer, point))
 
     def checked(self) -> ResidualStream:
-        """The same, once both buffers were found to be what was written; raises `StorageError` where one is not."""
+        """The stream, after comparing both buffers with their checksums; raises `StorageError` if one has changed."""
         if self.check is None:
             return self
         for name, buffer in (("points", self.points), ("attn_out", self.attn_out)):
@@ -102,7 +102,7 @@ class ResidualStream:
         return buffer[row]
 
     def tokens(self, start: int, stop: int, dtype: torch.dtype) -> ResidualStream:
-        """A copy of the tokens `start` to `stop` in a dtype and in memory of its own."""
+        """A copy of the tokens `start` to `stop` in a dtype."""
 
         def copy(tensor: Tensor) -> Tensor:
             return tensor[:, start:stop].to(dtype, copy=True, memory_format=torch.contiguous_format)
@@ -112,14 +112,14 @@ class ResidualStream:
         return replace(whole, points=copy(whole.points), attn_out=outputs)
 
     def select(self, rows: Sequence[int]) -> ResidualStream:
-        """A copy of some of the tokens, in memory of its own."""
+        """A copy of some of the tokens."""
         index, whole = torch.tensor(list(rows), dtype=torch.long), self.checked()
         outputs = None if whole.attn_out is None else whole.attn_out[:, index]
         return replace(whole, points=whole.points[:, index], attn_out=outputs)
 
 
 def layers_with_attention(kept: KeptPoints, with_attention: Sequence[int] | None) -> tuple[int, ...]:
-    """The kept layers that have attention; `with_attention` is `None` where all have it."""
+    """The kept layers that have attention; `with_attention` is `None` if all have it."""
     return kept.layers if with_attention is None else tuple(n for n in kept.layers if n in with_attention)
 
 
@@ -128,7 +128,7 @@ def residual_hooks(
 ) -> list[str]:
     """The activations the view reads, the residual points first and in the buffer's order.
 
-    Raises `InputError` where `attn_out` is asked of layers without attention alone.
+    Raises `InputError` if `attn_out` is requested but none of the layers has attention.
     """
     kept = KeptPoints.of(n_layers) if only is None else only
     points, before = [], []
@@ -155,14 +155,14 @@ def residual_view(
     only: KeptPoints | None = None,
     with_attention: tuple[int, ...] | None = None,
 ) -> ResidualStream:
-    """The residual stream of a cache: all of it, or what `only` keeps.
+    """The residual stream of a cache: all of it, or the part that `only` keeps.
 
     Blocks that run attention and MLP in parallel have no `hook_resid_mid`: `after_attn` is then
     `hook_resid_pre + hook_attn_out`, the residual stream as if attention alone had written to it. In layers whose
-    mixer is another one, `after_attn` is `residual_in` plus that mixer's output, and there is no `attn_out`.
+    mixer is not attention, `after_attn` is `residual_in` plus the mixer's output, and there is no `attn_out`.
 
     Args:
-        with_attention: the layers that have attention; `None` where all have it.
+        with_attention: the layers that have attention; `None` if all have it.
     """
     kept = KeptPoints.of(n_layers) if only is None else only
     points = [_at_point(cache, point) for point in kept.point_indices]

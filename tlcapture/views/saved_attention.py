@@ -19,7 +19,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from tlcapture.errors import InputError, NumericalError, StorageError
+from tlcapture.errors import NumericalError, StorageError
 from tlcapture.storage.compact_files import compact_metadata, is_compact, open_compact
 from tlcapture.storage.files import Written
 from tlcapture.storage.rounding import WEIGHT_DIGITS, rounded_for_json
@@ -27,7 +27,7 @@ from tlcapture.storage.safetensors_files import TensorSpec, write_safetensors
 from tlcapture.storage.validation import not_valid
 from tlcapture.views.json_files import AttentionEntry, AttentionHead, no_weights, pattern_of_layer
 from tlcapture.views.kept_tokens import Positions
-from tlcapture.views.token_entries import TokenEntries
+from tlcapture.views.token_entries import TokenEntries, no_token
 
 KIND = "attention"
 _NUMBERS = "float16: 11 significant bits, and steps of 6e-8 below 6e-5"
@@ -41,11 +41,11 @@ def read_attention(path: Path) -> SavedAttention:
 
 
 class SavedAttention(ABC):
-    """The attention weights of a prompt in a file, of which only what is asked for is read.
+    """The attention weights of a prompt in a file; only requested parts are read.
 
     Attributes:
         path: the file.
-        head: what the file states beside the weights.
+        head: the content of the file without the weights.
     """
 
     path: Path
@@ -74,9 +74,9 @@ class SavedAttention(ABC):
 
     @abstractmethod
     def rows(self, layers: Sequence[int]) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
-        """Layer, query and the query's weights `[n_heads, query + 1]`, of some layers that have weights.
+        """Layer, query and the query's weights `[n_heads, query + 1]`, for some layers that have weights.
 
-        No more than a query's weights is held at a time. Raises `StorageError` if the file is damaged.
+        Only one query's weights are in memory at a time. Raises `StorageError` if the file is damaged.
         """
 
 
@@ -169,8 +169,7 @@ class _CompactAttention(SavedAttention):
 
     def entry(self, token: int) -> AttentionEntry:
         if token not in self._held.kept:
-            partial = "" if self._held.is_all else ": it was captured with --tokens, without this one"
-            raise InputError(f"{self.path.name} has no token {token}{partial}")
+            raise no_token(self.path, token, is_partial=not self._held.is_all)
         row = self._held.kept.index(token)
         by_layer: list[Any] = [None] * self.head.n_layers
         for layer in self._present:
@@ -240,7 +239,7 @@ def write_attention(
 
 
 def _kept(chunks: Chunks, positions: Positions) -> Chunks:
-    """Of chunks of the weights of all queries, those of the kept ones, in float16."""
+    """The kept queries' weights in float16, from chunks with the weights of all queries."""
     query, kept = 0, frozenset(positions.kept)
     for chunk in chunks:
         if not np.isfinite(chunk).all():

@@ -22,13 +22,13 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from tlcapture.errors import InputError, StorageError
+from tlcapture.errors import StorageError
 from tlcapture.storage.compact_files import compact_metadata, is_compact, open_compact
 from tlcapture.storage.files import Written
 from tlcapture.storage.rounding import PROBABILITY_DIGITS, round_significant, rounded_for_json
 from tlcapture.storage.safetensors_files import TensorSpec, write_safetensors
 from tlcapture.views.json_files import LensEntry, LensHead, LensOverview
-from tlcapture.views.token_entries import TokenEntries
+from tlcapture.views.token_entries import TokenEntries, no_token
 
 KIND = "logit lens"
 _NUMBERS = "4 significant digits"
@@ -57,11 +57,11 @@ def read_lens(path: Path) -> SavedLens:
 
 
 class SavedLens(ABC):
-    """The logit lens of a prompt in a file, of which only what is asked for is read.
+    """The logit lens of a prompt in a file; only requested parts are read.
 
     Attributes:
         path: the file.
-        head: what the file states beside the predictions.
+        head: the content of the file without the predictions.
     """
 
     path: Path
@@ -74,7 +74,7 @@ class SavedLens(ABC):
 
     @abstractmethod
     def entry(self, token: int) -> LensEntry:
-        """The predictions after a token; raises `InputError` for one that the file does not have."""
+        """The predictions after a token; raises `InputError` if the file does not have it."""
 
     @abstractmethod
     def overview(self) -> Iterator[LensOverview]:
@@ -142,8 +142,7 @@ class _CompactLens(SavedLens):
 
     def entry(self, token: int) -> LensEntry:
         if token not in self._after:
-            partial = "" if self.head.positions is None else ": it was captured with --tokens, without this one"
-            raise InputError(f"{self.path.name} has no token {token}{partial}")
+            raise no_token(self.path, token, is_partial=self.head.positions is not None)
         return LensEntry.of(self._content(self._after.index(token), self.head.top_k), self.path, self.head)
 
     def overview(self) -> Iterator[LensOverview]:

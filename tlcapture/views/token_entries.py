@@ -45,11 +45,10 @@ class TokenEntries:
         """Indices of the tokens that have an entry."""
         return list(self._spans)
 
-    def __getitem__(self, token_idx: int) -> dict[str, Any]:
-        if token_idx not in self._spans:
-            partial = "" if "positions" not in self.rest else ": it was captured with --tokens, without this one"
-            raise InputError(f"{self.path.name} has no token {token_idx}{partial}")
-        start, stop = self._spans[token_idx]
+    def __getitem__(self, token: int) -> dict[str, Any]:
+        if token not in self._spans:
+            raise no_token(self.path, token, is_partial="positions" in self.rest)
+        start, stop = self._spans[token]
         with local(self.path).open("rb") as file:
             file.seek(start)
             return _parse(self.path, file.read(stop - start))
@@ -60,6 +59,12 @@ class TokenEntries:
             for start, stop in self._spans.values():
                 file.seek(start)
                 yield _parse(self.path, file.read(stop - start))
+
+
+def no_token(path: Path, token: int, *, is_partial: bool) -> InputError:
+    """The error for a token without an entry in a file, which may be of some tokens only."""
+    partial = ": it was captured with --tokens, without this one" if is_partial else ""
+    return InputError(f"{path.name} has no token {token}{partial}")
 
 
 def _stat(path: Path) -> Any:
@@ -94,7 +99,7 @@ def _scan(path: Path, _modified: int, size: int, _inode: int) -> tuple[dict[int,
 
 
 def _are_kept(tokens: Sequence[int], rest: Mapping[str, Any]) -> bool:
-    """Whether tokens are those that a file names in `positions`; the last token has no entry in a logit lens."""
+    """Whether tokens match the `positions` in a file; the last token has no entry in a logit lens."""
     kept = rest.get("positions")
     return isinstance(kept, list) and tokens in (kept, kept[:-1])
 

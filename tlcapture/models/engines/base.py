@@ -116,7 +116,7 @@ class Model(ABC):
 
     @cached_property
     def attention_layers(self) -> tuple[int, ...]:
-        """The layers with attention: all but those of hybrids whose mixer is recurrent or a convolution."""
+        """The layers with attention: all, except in hybrids those whose mixer is recurrent or a convolution."""
         return attention_layers(self.n_layers, self.hook_names)
 
     @property
@@ -131,7 +131,7 @@ class Model(ABC):
 
     @property
     def most_prompt_positions(self) -> int | None:
-        """The most positions of one of the `prompt_steps`, unless one prompt has more; `None` if there is one step."""
+        """The most positions in a step of `prompt_steps`, unless one prompt has more; `None` if there is one step."""
         return None
 
     @property
@@ -141,7 +141,7 @@ class Model(ABC):
 
     @property
     def can_continue_in_pieces(self) -> bool:
-        """Whether several tokens at once after others that are in a state give the same as all tokens at once."""
+        """Whether running several tokens after a state gives the same result as running all tokens at once."""
         return True
 
     @abstractmethod
@@ -156,7 +156,7 @@ class Model(ABC):
         """
 
     def prepare(self, hooks: Set[str]) -> None:  # noqa: B027  most engines need nothing
-        """Find out what is needed to return these activations, with passes that hooks of a batch must not see."""
+        """Find out how to return these activations, by passes that hooks of a batch must not see."""
 
     def release(self) -> None:  # noqa: B027  most engines keep nothing
         """Free the memory that was reserved for a batch and kept for the next."""
@@ -206,7 +206,7 @@ class Model(ABC):
 
     @property
     def logit_scale(self) -> float:
-        """What the model multiplies the output of its unembedding by, before a soft cap."""
+        """The factor by which the model multiplies the output of its unembedding, before a soft cap."""
         return _logit_scale(self.hf_config.get_text_config()) if self.hf_config is not None else 1.0
 
     def final_norm_gain(self) -> Vector:

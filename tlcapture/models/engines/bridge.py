@@ -71,7 +71,7 @@ class BridgeModel(Model):
 
     @property
     def can_continue_in_pieces(self) -> bool:
-        """Not of recurrent layers: for several tokens, those of some models (Jamba) begin at an empty state again."""
+        """False with recurrent layers: given several tokens, those of some models (Jamba) start from an empty state."""
         return set(layer_kinds(self.hf_config)) <= _ATTENTION
 
     def start(self, batch_size: int) -> _BridgeState:
@@ -95,7 +95,7 @@ class BridgeModel(Model):
         return recordable_hooks(self.tl.hook_dict, self.n_layers) | self._routers.keys()
 
     def prepare(self, hooks: Set[str]) -> None:
-        """Find out how these activations lie."""
+        """Find out the layouts of these activations."""
         for name in hooks:
             self._layout(name)
 
@@ -141,7 +141,7 @@ class BridgeModel(Model):
         return {hook("router_scores", layer): found for layer, found in router_modules(self.tl.original_model).items()}
 
     def _layout(self, name: str) -> str:
-        """How the activation of a hook lies; raises `ModelError` unless it lies token by token."""
+        """The layout of a hook's activation; raises `ModelError` unless it is stored token by token."""
         if is_pattern(name) or at_any_layer(name) in _ALWAYS_PLAIN:
             return PLAIN
         if name not in self._layouts:
@@ -165,7 +165,7 @@ class BridgeModel(Model):
             return layouts(shapes_of)
 
     def _by_head(self, name: str, activation: Tensor) -> Tensor:
-        """Queries and mixed values with an axis of heads, where TransformerLens's config has another width of heads."""
+        """Queries and mixed values with an axis of heads, if the heads' width differs from TransformerLens's config."""
         kind = at_any_layer(name)
         if kind == HOOKS["query"] and getattr(self.tl.cfg, "gated_q_proj", False):
             return activation[..., ::2, :]  # each head's query is followed by its gate

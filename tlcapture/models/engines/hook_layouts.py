@@ -1,4 +1,4 @@
-"""How a TransformerBridge's activations lie: which axes count prompts and tokens, and what a hook holds.
+"""The layouts of a TransformerBridge's activations: which axes count prompts and tokens, and what a hook holds.
 
 Most hooks hold `[batch, pos, ...]`. Latent attention (DeepSeek) has `[batch, head, pos, d_head]`, routers of experts
 have `[batch * pos, n_experts]`; some hold nothing by token. Two passes with different numbers of prompts and tokens
@@ -25,7 +25,7 @@ Shape = tuple[int, ...]
 
 
 def layouts(shapes_of: Callable[[int, int], Mapping[str, Shape]]) -> dict[str, str]:
-    """The layout of each hook whose activations lie token by token.
+    """The layout of each hook whose activations are stored token by token.
 
     `shapes_of(n_prompts, n_tokens)` are the shapes of activations in a pass over that many prompts and tokens.
     """
@@ -67,9 +67,9 @@ def recordable_hooks(hooks: Mapping[str, Any], n_layers: int) -> set[str]:
 
 
 def router_modules(hf_model: nn.Module) -> dict[int, tuple[nn.Module, int]]:
-    """The routers of a Hugging Face model's experts by layer, and which of their outputs the logits of all experts are.
+    """The routers of a Hugging Face model's experts by layer, and the index of the output that has the logits.
 
-    They are those that Hugging Face records as `router_logits`.
+    These are the logits that Hugging Face records as `router_logits`.
     """
     recorded: list[Any] = []
     for module in hf_model.modules():

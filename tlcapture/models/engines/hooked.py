@@ -116,7 +116,7 @@ class HookedModel(Model):
 
     @property
     def most_prompt_positions(self) -> int | None:
-        """Those of a micro-batch."""
+        """The maximum of positions in a micro-batch."""
         if not self._is_fast:
             return None
         from tlcapture.models.fast.forward import most_positions

@@ -1,4 +1,4 @@
-"""Adapters of TransformerBridge for architectures that TransformerLens has none for, or computes otherwise.
+"""Adapters of TransformerBridge for architectures that TransformerLens lacks or computes differently.
 
 They wrap models whose modules are named as those of Llama. Attention, MLP and experts stay those of transformers, so
 that their values are Hugging Face's; hooks are around them.
@@ -27,7 +27,7 @@ _ALSO_NAMED = {"PhimoeForCausalLM": "PhiMoEForCausalLM"}
 
 @cache
 def register_adapters() -> None:
-    """Add the adapters to those of TransformerLens, where it has none for an architecture."""
+    """Add the adapters to TransformerLens's own, unless it has one for the architecture."""
     from transformer_lens.factories.architecture_adapter_factory import (
         SUPPORTED_ARCHITECTURES,
         ArchitectureAdapterFactory,
@@ -48,7 +48,7 @@ def register_adapters() -> None:
 
 
 def _with_own_attention(adapter: type[Any]) -> type[Any]:
-    """An adapter of which attention is computed by transformers."""
+    """An adapter whose attention is computed by transformers."""
 
     class WithOwnAttention(adapter):
         def __init__(self, cfg: Any) -> None:

@@ -1,4 +1,4 @@
-"""What TransformerLens's components do not know of transformers 5.24.
+"""Changes of transformers 5.24 that TransformerLens's components do not support yet.
 
 The key-value cache has another name: `past_key_values` and `cache_params` became `cache`. TransformerLens (up to 4.3)
 looks for the old names only, so that its attention would run without the earlier positions. Here each of its components

@@ -1,7 +1,7 @@
-"""Components of a TransformerBridge without work whose result nobody takes; outputs are the same bits.
+"""Components of a TransformerBridge without the work whose results are not used; outputs are bit-identical.
 
-Left out are the scale and the normalised input of a norm while no hook is on them, the question of each pass which
-arguments a block takes, and the move of offloaded weights where none are offloaded.
+Left out are the scale and the normalised input of a norm while they have no hooks, the check in each pass of which
+arguments a block takes, and the move of offloaded weights if none are offloaded.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _FastNorm(_Fast):
 
 
 class _FastBlock(_Fast):
-    """Passes all arguments on to a block that takes any."""
+    """Passes all arguments to a block that takes any."""
 
     def _filter_kwargs_for_forward(self, kwargs: dict[str, Any], num_positional_args: int = 0) -> dict[str, Any]:
         return kwargs

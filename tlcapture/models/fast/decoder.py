@@ -1,6 +1,6 @@
 """Decode steps of a batch in buffers whose shape and place stay the same; on CUDA they are recorded and replayed.
 
-The buffers hold the keys, values and mask of a batch from its first position on, with room for the last, and stay for
+The buffers hold the keys, values and mask of a batch, with room for its last position, and stay for
 later batches, as do the recorded steps. Rows that have ended leave the state of the batch at once, and idle in the
 recorded step until half of its rows do.
 """
@@ -67,10 +67,10 @@ class Decoder:
         self._owner: Callable[[], FastCache | None] = lambda: None
 
     def __deepcopy__(self, memo: Any) -> None:
-        """`None`: a copy of a model makes buffers of its own, and a copy of a state goes on without."""
+        """`None`: a copy of a model makes its own buffers, and a copy of a state does without."""
 
     def fits(self, n_rows: int, n_positions: int, like: Tensor) -> bool:
-        """Whether no other batch uses the buffers and they have room for a batch of a model with weights as `like`."""
+        """Whether no other batch uses the buffers, and a batch of a model with weights like `like` fits in them."""
         rows, positions = self._mask.shape
         has_room = n_rows <= rows and n_positions <= positions
         return (
@@ -84,7 +84,7 @@ class Decoder:
         )
 
     def lend(self, cache: FastCache, n_positions: int) -> None:
-        """Let the state of a new batch of up to `n_positions` use the buffers, which take over what it holds."""
+        """Let the state of a new batch of up to `n_positions` use the buffers, which take over its content."""
         assert cache.state is not None
         n_rows = len(cache.state.mask)
         self._owner, self._size, self._limit = weakref.ref(cache), n_rows, n_positions
@@ -158,7 +158,7 @@ class Decoder:
         self._mask[: len(mask), : mask.shape[1]] = mask
 
     def _forget_unless(self, fast: FastForward) -> None:
-        """Forget the recorded steps if the weights lie elsewhere or options of the model have changed."""
+        """Forget the recorded steps if the weights have moved or options of the model have changed."""
         version = fast.version()
         if version != self._version:
             self._version = version
@@ -213,7 +213,7 @@ def _next_size(size: int, n_rows: int) -> int:
 
 
 def _part(name: str, activation: Tensor, share: float, n_keys: int) -> Tensor:
-    """The first rows, a share of all, of an activation, and of an axis of keys those there are so far."""
+    """The given share of an activation's rows, from the first on, and of an axis of keys those that exist so far."""
     part = activation[: round(share * len(activation))]  # queries and keys at their norms: one row per head
     if name.endswith(("hook_pattern", "hook_attn_scores")):
         return part[..., :n_keys]

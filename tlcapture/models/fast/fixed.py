@@ -1,7 +1,7 @@
 """Steps of one new token per row in tensors whose shape and place stay the same, as a recorded step needs them.
 
-No number that changes from step to step is known to Python: what is written where, what is masked and what is rotated
-follows from tensors on the device.
+Python knows no number that changes from step to step: positions of writes, masks and rotations
+come from tensors on the device.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class FixedState(FastState):
         return FixedStep(mask, n_keys - 1, n_keys, groups, window, padded=True, position=self.position)
 
     def reserve(self, length: int, shape: tuple[int, int, int], like: Tensor) -> Tensor:
-        """The store, which has room for all positions."""
+        """The store, which has room for all positions already."""
         assert self.store is not None
         return self.store
 
 
 @dataclass(eq=False)
 class FixedStep(Step):
-    """The step of one token per row; `stop` is the number of keys that are read, with those still to come.
+    """The step of one token per row; `stop` is the number of keys that are read, including keys still to come.
 
     Attributes:
         position: the index of the new token, `[1]`.

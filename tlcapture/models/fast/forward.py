@@ -82,7 +82,7 @@ class FastForward:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Read the model's modules, options and weights again, which may have been changed."""
+        """Read the model's modules, options and weights again, in case they have changed."""
         tl, cfg = self._tl, self._tl.cfg
         self._n_heads = int(cfg.n_heads)
         self._n_kv_heads = int(cfg.n_key_value_heads or cfg.n_heads)
@@ -97,12 +97,12 @@ class FastForward:
         return any(weight.requires_grad for weight in self._parameters)
 
     def tensors(self) -> list[Any]:
-        """The model's weights and rotary tables, and the layers with what was made of them."""
+        """The model's weights and rotary tables, and the layers with the tensors derived from them."""
         tl = self._tl
         return [self._layers, self._final_norm, *(each.detach() for each in (*tl.parameters(), *tl.buffers()))]
 
     def version(self) -> tuple[Any, ...]:
-        """Equal as long as the weights lie where they did and the options are what they were."""
+        """A value that stays equal as long as neither the weights' addresses nor the options change."""
         parts = [self._final_norm, *self._layers]
         return (str(self._tl.cfg), [each.data_ptr() for each in self._parameters], *map(identity, parts))
 
@@ -134,7 +134,7 @@ class FastForward:
             start = stop
 
     def begin(self, mask: MaskSoFar, state: FastState) -> Step:
-        """What all layers share in a pass over new positions of `state`; `mask` has all positions so far and these."""
+        """The data that all layers share in a pass over new positions of `state`; `mask` covers all positions."""
         return state.begin(mask, self._n_heads // self._n_kv_heads, self._tl.cfg.window_size)
 
     def embed(self, tokens: Tokens, step: Step, points: HookPoints) -> Residual:
@@ -150,8 +150,8 @@ class FastForward:
 
         Args:
             residual: the residual stream before the first block at the new positions, `[batch, pos, d_model]`.
-            step: that of the new positions, from `begin`.
-            state: keys and values so far; those of the new positions are appended.
+            step: the step of the new positions, from `begin`.
+            state: keys and values so far; the new positions' are appended.
             points: calls hooks and keeps activations.
         """
         store = state.reserve(state.length, self._shape, residual)

@@ -73,7 +73,7 @@ class HookPoints:
         return activation
 
     def pass_part(self, point: Any, part: Tensor) -> Tensor:
-        """As `pass_through`, of a part of a larger tensor, which hooks and the cache get as a tensor of its own."""
+        """Like `pass_through`, for a part of a larger tensor, which hooks and the cache get as a separate tensor."""
         return self.pass_through(point, part.contiguous() if self.is_used(point) else part)
 
     def norm(self, norm: Norm, x: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class Layer:
 
 
 def identity(value: Any) -> Any:
-    """What is equal for two layers, norms or other values if a step recorded with one does what the other would."""
+    """A key that is equal for two layers, norms or other values if a step recorded with one is valid for the other."""
     if isinstance(value, Tensor):
         return value.data_ptr(), value.shape, value.stride(), value.dtype
     if isinstance(value, (Layer, Norm)):
@@ -175,7 +175,7 @@ def _joined_product(products: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tens
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor | None:
-    """Tensors that lie one after another in memory as one, along the first axis; `None` if they do not."""
+    """Adjacent tensors in memory as one, along the first axis; `None` if they are not adjacent."""
     first, end = parts[0], parts[0].storage_offset()
     for part in parts:
         same = part.untyped_storage()._cdata == first.untyped_storage()._cdata and part.dtype == first.dtype
@@ -186,7 +186,7 @@ def joined(parts: Sequence[Tensor]) -> Tensor | None:
 
 
 def beside(q: Tensor, k: Tensor) -> Tensor | None:
-    """Queries and keys `[batch, pos, head, d_head]` as one tensor, if each row has them so in a larger one."""
+    """Queries and keys `[batch, pos, head, d_head]` as one tensor, if they are adjacent in each row of a larger one."""
     follows = k.storage_offset() == q.storage_offset() + q.shape[2] * q.shape[3] and q.stride() == k.stride()
     if not follows or q.untyped_storage()._cdata != k.untyped_storage()._cdata or q.stride(2) != q.shape[3]:
         return None

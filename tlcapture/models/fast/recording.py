@@ -1,6 +1,6 @@
 """A step of a model recorded as a CUDA graph, which a replay runs again without Python and without launches.
 
-A recorded step reads and writes the tensors that it had when it was recorded: its inputs are written into them before a
+A recorded step reads and writes the tensors of the time of its recording: inputs are written into them before a
 replay, and its results are the tensors that the recorded call returned.
 """
 
@@ -29,7 +29,7 @@ class Tape:
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, call: Callable[[], Result]) -> Result:
-        """Run a call on the stream, after what the current stream was given and before what it will be given."""
+        """Run a call on the stream, after the current stream's past work and before its future work."""
         with self._alone():
             return call()
 
@@ -61,7 +61,7 @@ class Recorded(Generic[Result]):
     """A recorded call and what it returned: tensors that every replay overwrites.
 
     Attributes:
-        holds: the tensors that the call read, which have to stay where they are.
+        holds: the tensors that the call read, which must stay in place.
     """
 
     holds: Any = None

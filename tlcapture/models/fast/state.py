@@ -39,7 +39,7 @@ class FastState:
         return self.mask.shape[1]
 
     def begin(self, mask: Mask, groups: int, window: int | None) -> Step:
-        """The step from the positions so far to those of `mask`, which has all; they become those of the state."""
+        """The step from the positions so far to all positions of `mask`, which becomes the state's mask."""
         start, self.mask = self.length, mask
         # On a GPU, a mask of ones is cheaper than the synchronization needed to find that there is no padding.
         padded = mask.device.type != "cpu" or not bool(mask.all())

@@ -3,7 +3,7 @@
 Import it only if TransformerLens has HookedTransformer. The differences from HookedTransformer:
 
 - `forward` computes supported calls with FastForward and all others with TransformerLens.
-- `run_with_cache` is that of TransformerLens. FastForward stores the requested activations directly in the returned
+- `run_with_cache` is TransformerLens's. FastForward stores the requested activations directly in the returned
   dict; PyTorch hooks are added for them only if TransformerLens computes the call.
 - Hooks are removed only from the hook points that have some.
 """

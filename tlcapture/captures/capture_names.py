@@ -1,0 +1,40 @@
+"""The names of a capture, which its metadata decides: its id, its set, its sample. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tlcapture.names import PromptId, capture_name, of_variant
+
+
+class CaptureNames:
+    """The names of a capture according to its metadata."""
+
+    metadata: Mapping[str, Any]
+
+    @property
+    def prompt_set(self) -> str:
+        """Name of the prompt set."""
+        return str(self.metadata["prompt_set"])
+
+    @property
+    def capture_set(self) -> str:
+        """The set that the capture's files are in: its prompt set, or a variant of it, `SET@VARIANT`."""
+        return of_variant(self.prompt_set, self.metadata.get("variant"))
+
+    @property
+    def prompt_id(self) -> PromptId:
+        """Id of the prompt in its set: a text or a number."""
+        found = self.metadata["prompt_id"]
+        return found if isinstance(found, int) else str(found)
+
+    @property
+    def sample(self) -> int | None:
+        """The number of the response, from 1, among several to the same prompt; `None` if it is the only one."""
+        return self.metadata.get("sample")
+
+    @property
+    def name(self) -> PromptId:
+        """The capture's name within its set, also used in file names: `7`, or `7.s1` for a sample."""
+        return capture_name(self.prompt_id, self.sample)
