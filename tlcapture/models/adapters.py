@@ -17,6 +17,7 @@ from typing import Any
 
 from tlcapture.errors import ModelError
 from tlcapture.models.checkpoint_files import PLAIN_TYPES, damage
+from tlcapture.models.finite_weights import not_finite, said_of
 from tlcapture.models.untaken import listed
 
 CONFIG = "adapter_config.json"
@@ -176,6 +177,9 @@ def _merged(model: Any, adapter: Adapter, name: str) -> Any:
     ]
     if rounded:
         raise ModelError(f"model {name!r}: its adapter has weights that are not of floating point: {listed(rounded)}")
+    if unusable := not_finite(weights.items()):
+        path = next(Path(adapter.source) / each for each in _OWN_WEIGHTS if (Path(adapter.source) / each).exists())
+        raise ModelError(f"model {name!r}: its adapter cannot be merged: {path}: {said_of(unusable)}")
     _resize(model, weights, name)
     device = str(model.device)
     adapted = peft.PeftModel.from_pretrained(model, adapter.source, torch_device=device)
