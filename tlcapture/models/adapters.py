@@ -19,6 +19,7 @@ from tlcapture.errors import ModelError
 from tlcapture.models.checkpoint_files import PLAIN_TYPES, damage
 from tlcapture.models.finite_weights import not_finite, said_of
 from tlcapture.models.untaken import listed
+from tlcapture.text import decoded
 
 CONFIG = "adapter_config.json"
 GIVEN = "adapter"  # a folder in that of a model with an adapter for it, likewise
@@ -123,7 +124,7 @@ def _last(name: str) -> str:
 def _named_base(path: Path) -> tuple[str, str | None]:
     """The name of the model that an adapter's config states, and its revision if it states one."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(decoded(path.read_bytes()))
         base, revision = config["base_model_name_or_path"], config.get("revision")
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         base, revision = None, None
