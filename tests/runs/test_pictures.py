@@ -41,14 +41,32 @@ def colours(data: bytes) -> int:
     return len(np.unique(levels @ np.array([1 << 16, 1 << 8, 1])))
 
 
-def test_a_picture_is_a_png_at_the_path_of_its_projection(layout: Layout, tmp_path: Path) -> None:
+def test_a_picture_is_a_png_in_the_folder_of_its_projection_named_by_all_that_it_shows(layout: Layout, tmp_path: Path) -> None:
     paths = write_pictures(layout, "short", ["1", "2.5"], tmp_path / "out")
     assert sorted(str(path.relative_to(tmp_path / "out")) for path in paths) == [
-        "tone/loud/residual_stream/short/1.png",
-        "tone/loud/residual_stream/short/2.5.png",
-        "tone/warm/residual_stream/short/1.png",
+        "tone/loud/residual_stream/short/exp_tone_loud_short_1.png",
+        "tone/loud/residual_stream/short/exp_tone_loud_short_2.5.png",
+        "tone/warm/residual_stream/short/exp_tone_warm_short_1.png",
     ]
     assert colours(paths[0].read_bytes()) > 50
+
+
+def test_no_two_pictures_have_the_same_name(layout: Layout, tmp_path: Path) -> None:
+    other = Layout(tmp_path, "other")
+    for prompt_id in ("1", "1.s1"):
+        write(other, "tone/loud", prompt_id)
+        write(other, "style/loud", prompt_id)
+    out = tmp_path / "out"
+    paths = [*write_pictures(layout, "short", ["1", "2.5"], out), *write_pictures(other, "short", ["1", "1.s1"], out)]
+    assert len({path.name for path in paths}) == len(paths) == 7
+    assert len(list(out.rglob("*.png"))) == 7
+
+
+def test_a_picture_of_the_longest_names_is_written(tmp_path: Path) -> None:
+    layout = Layout(tmp_path, "e" * 128)
+    write(layout, f"{'c' * 60}/{'t' * 100}", "1" * 120)
+    (path,) = write_pictures(layout, "short", ["1" * 120], tmp_path / "out")
+    assert path.is_file() and path.stem == "1" * 120
 
 
 def test_heat_maps_of_an_evaluation_have_axes_for_each_component_even_where_no_effect_size_is_defined() -> None:
