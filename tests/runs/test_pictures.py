@@ -41,7 +41,7 @@ def colours(data: bytes) -> int:
     return len(np.unique(levels @ np.array([1 << 16, 1 << 8, 1])))
 
 
-def test_a_picture_is_a_png_in_the_folder_of_its_projection_named_by_all_that_it_shows(layout: Layout, tmp_path: Path) -> None:
+def test_a_picture_is_a_png_named_by_all_that_it_shows(layout: Layout, tmp_path: Path) -> None:
     paths = write_pictures(layout, "short", ["1", "2.5"], tmp_path / "out")
     assert sorted(str(path.relative_to(tmp_path / "out")) for path in paths) == [
         "tone/loud/residual_stream/short/exp_tone_loud_short_1.png",
