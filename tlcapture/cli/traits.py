@@ -133,9 +133,15 @@ def _cell(cue: Cue | None) -> str:
 @click.option("--component", type=click.Choice(["residual", "attn_out"]), default="residual", show_default=True)
 @one_line_errors
 def list_(location: Location, component: str) -> None:
-    """List the vector selected for each trait: how it was selected, its score, runner-up, verdict and origin."""
+    """List the vector selected for each trait: how it was selected, its score, runner-up, verdict and origin.
+
+    Names the traits whose examples have changed since their vectors were extracted.
+    """
+    from tlcapture.extraction.changed_examples import have_changed
     from tlcapture.storage.config import read_config
+    from tlcapture.storage.layout import Datasets
     from tlcapture.traits.evaluation_files import Evaluation
+    from tlcapture.traits.missing_vectors import how_to_extract
     from tlcapture.traits.origin import described_origin
     from tlcapture.traits.packaged_vectors import packaged_layout, takes_packaged, vectors_layout
     from tlcapture.traits.selection import n_layers_of_origin, runner_up, select
@@ -151,13 +157,17 @@ def list_(location: Location, component: str) -> None:
     verdicts: dict[str, list[str]] = {}
     origins: dict[str, list[str]] = {}
     notes: dict[str, list[str]] = {}
+    changed: list[str] = []
     for trait in with_vectors:
         folder = VectorFiles(layout, trait)
         if not folder.available(component):
             rows.append((str(trait), "-", "-", f"no {component} vectors", "-", "-"))
             continue
         found = select(folder, component, n_layers_of_origin(folder, component))
-        origins.setdefault(described_origin(folder.metadata(component, found.method)), []).append(str(trait))
+        metadata = folder.metadata(component, found.method)
+        origins.setdefault(described_origin(metadata), []).append(str(trait))
+        if have_changed(Datasets(location.root), trait, metadata):
+            changed.append(str(trait))
         if found.warning is not None:
             notes.setdefault(found.warning, []).append(str(trait))
         judged = evaluated.get(str(trait))
@@ -177,6 +187,10 @@ def list_(location: Location, component: str) -> None:
         Column("runner-up"),
     ]
     echo_table(columns, rows)
+    if changed:
+        notes[f"the examples have changed since the vectors were extracted: {how_to_extract(layout, changed)}"] = (
+            changed
+        )
     for note, names in notes.items():
         click.secho(printable(f"{', '.join(names)}: {note}"), fg="yellow")
     for verdict, names in verdicts.items():
