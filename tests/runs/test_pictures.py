@@ -11,13 +11,17 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from tests.samples import TOKENS, projected
 from tests.test_frames import write
+from tlcapture.commands import plots
 from tlcapture.commands.pictures import write_pictures
-from tlcapture.commands.plots import evaluation_heatmaps, projection_picture, steering_curves
+from tlcapture.commands.plots import PERSISTS, evaluation_heatmaps, projection_picture, steering_curves
 from tlcapture.errors import InputError, StorageError
+from tlcapture.explore.figures import trajectory_figure
 from tlcapture.names import Trait
+from tlcapture.page.assets import STATIC
 from tlcapture.storage.layout import Layout
 from tlcapture.traits.evaluation_files import EvaluationRow
 from tlcapture.traits.steering_files import SteeringResults
@@ -131,6 +135,19 @@ def test_the_sink_changes_only_its_label() -> None:
     assert images[0].shape == images[1].shape
     assert (images[0][height // 10 :] == images[1][height // 10 :]).all()
     assert (images[0] != images[1]).any()
+
+
+def test_persistence_is_marked_and_named_alike_in_all_figures() -> None:
+    line = projected(commitment_point=None, persistence=1)
+    axis = Figure().subplots()
+    plots._draw_trajectory(axis, line)
+    (whole, *_), (thick,) = axis.lines, [each for each in axis.lines if str(each.get_label()).startswith(PERSISTS)]
+    assert thick.get_label() == f"{PERSISTS}: 1 token from token 7"
+    (drawn, marked) = trajectory_figure([line]).data
+    assert list(thick.get_xdata()) == list(marked.x)
+    assert (thick.get_color(), thick.get_linewidth(), thick.get_alpha()) == (whole.get_color(), 5, marked.opacity)
+    assert (marked.line.color, marked.line.width) == (drawn.line.color, 5)
+    assert PERSISTS in (STATIC / "dynamics.js").read_text()
 
 
 def test_tokens_of_any_script_and_formulas_are_drawn_as_they_are() -> None:
